@@ -1,0 +1,1 @@
+"""One client: adapter, training, task profile, and its life over the rounds."""

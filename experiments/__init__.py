@@ -1,0 +1,1 @@
+"""Scenarios, tasks, the demo and the command line: everything that uses the other rooms."""

@@ -1,0 +1,1 @@
+"""Mechanisms, accounting, ledger, identities, encryption and the privacy statement."""

@@ -1,0 +1,91 @@
+"""The one tree of errors that FedMosaic raises on purpose.
+
+    FedMosaicError
+    ├── ConfigurationError      a file or an option is wrong
+    ├── IdentityError           a certificate, key, signature or roster is not acceptable
+    ├── WireError               bytes from the network break a bound or a format
+    ├── TransportError          the other side cannot be reached, or refused
+    │   └── RefusedError        the server answered with a refusal that retrying cannot change
+    ├── PolicyError             the aggregation policy forbids what was asked for
+    ├── PrivacyError            a privacy rule would be broken
+    │   ├── MechanismError      a mechanism was described or used wrongly
+    │   ├── AccountingError     an ε cannot be computed soundly
+    │   ├── LedgerError         the ledger is damaged or misused
+    │   └── BudgetExceededError a release would pass the budget; raised before noise is drawn
+    ├── EncryptionError         keys or ciphertexts are not acceptable
+    │   ├── KeyAgreementError   the group key could not be agreed on with the pinned members
+    │   └── CiphertextError     an encrypted record is malformed, altered, stale or foreign
+    ├── StateError              state on disk is missing, damaged or of another run
+    └── ModelError              a model or adapter cannot be used as configured
+
+Messages say what was wrong, the value, what would be right, and what to do next. They never
+contain private values: no examples, no gradients, no keys.
+"""
+
+
+class FedMosaicError(Exception):
+    """Root of every error raised on purpose by this package."""
+
+
+class ConfigurationError(FedMosaicError):
+    """A configuration file, an option or a combination of them is wrong."""
+
+
+class IdentityError(FedMosaicError):
+    """A certificate, key, signature or roster is not acceptable."""
+
+
+class WireError(FedMosaicError):
+    """Bytes from the network break a bound or a format."""
+
+
+class TransportError(FedMosaicError):
+    """The other side cannot be reached in time."""
+
+
+class RefusedError(TransportError):
+    """The server answered with a refusal that retrying cannot change."""
+
+
+class PolicyError(FedMosaicError):
+    """The aggregation policy forbids what was asked for."""
+
+
+class PrivacyError(FedMosaicError):
+    """A privacy rule would be broken."""
+
+
+class MechanismError(PrivacyError):
+    """A privacy mechanism was described or used wrongly."""
+
+
+class AccountingError(PrivacyError):
+    """An ε cannot be computed soundly from what was given."""
+
+
+class LedgerError(PrivacyError):
+    """The ledger of releases is damaged or misused."""
+
+
+class BudgetExceededError(PrivacyError):
+    """A release would pass the privacy budget; raised before any noise is drawn."""
+
+
+class EncryptionError(FedMosaicError):
+    """Keys or ciphertexts are not acceptable."""
+
+
+class KeyAgreementError(EncryptionError):
+    """The group key could not be agreed on with exactly the pinned members."""
+
+
+class CiphertextError(EncryptionError):
+    """An encrypted record is malformed, altered, stale or foreign."""
+
+
+class StateError(FedMosaicError):
+    """State on disk is missing, damaged or belongs to another run."""
+
+
+class ModelError(FedMosaicError):
+    """A model or an adapter cannot be used as configured."""
