@@ -1,0 +1,190 @@
+"""What a weight row must look like before anyone computes or decrypts an aggregate with it.
+
+The output of an aggregation leaks whatever its cryptography: with two contributors the aggregate of one
+*is* the adapter of the other. The rules here are the only protection against that, so the party that can
+refuse, the client, checks them itself; the server checks them as a courtesy, to fail early.
+
+Family sharing averages over a subgroup; its rows are `WeightRow`s of their own and pass the same checks.
+"""
+
+import math
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fedmosaic.protos.errors import PolicyError
+
+MAX_WEIGHT_BITS = 30
+
+
+class AggregationPolicy(BaseModel):
+    """Limits on every weight row, the same for all recipients and part of the roster's hash.
+
+    Attributes:
+        minimum_contributors: Least number of members other than the recipient with a weight above zero.
+        weight_cap: Largest share of one contributor, in (0, 1].
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    minimum_contributors: int = Field(default=3, ge=1)
+    weight_cap: float = Field(default=0.5, gt=0.0, le=1.0, allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class WeightRow:
+    """What one recipient receives in one round: an integer share of every contributor.
+
+    Attributes:
+        round: Round the row belongs to, ≥ 0.
+        recipient: Client that receives the weighted sum.
+        contributors: Clients whose uploads are summed, each named once.
+        weights: One integer in 0 … 2**bits per contributor; they sum to exactly 2**bits.
+        bits: Precision of the weights; the share of contributor j is weights[j] / 2**bits.
+    """
+
+    round: int
+    recipient: str
+    contributors: tuple[str, ...]
+    weights: tuple[int, ...]
+    bits: int
+
+
+def check_row(
+    recipient: str,
+    row: WeightRow,
+    policy: AggregationPolicy,
+    *,
+    members: Collection[str] | None = None,
+    round_number: int | None = None,
+) -> None:
+    """Refuse a row that is malformed, meant for someone else, or reveals too much of one contributor.
+
+    Args:
+        recipient: Client on whose behalf the row is checked.
+        row: Row as received.
+        policy: Limits agreed in the roster.
+        members: Pinned members of the epoch; when given, every contributor must be one of them.
+        round_number: Round that is expected; when given, the row must be of it.
+
+    Raises:
+        PolicyError: With the name of the rule that is broken.
+    """
+    _check_shape(row)
+    if row.recipient != recipient:
+        raise PolicyError(
+            f"weight row is for recipient {row.recipient!r}, expected {recipient!r}: refuse the aggregate"
+        )
+    if round_number is not None and row.round != round_number:
+        raise PolicyError(f"weight row is of round {row.round}, expected round {round_number}")
+    if members is not None:
+        foreign = sorted(set(row.contributors) - set(members))
+        if foreign:
+            raise PolicyError(f"weight row names contributors outside the roster: {', '.join(foreign)}")
+    _check_limits(row, policy)
+
+
+def check_unchanged(row: WeightRow, accepted: Iterable[WeightRow]) -> None:
+    """Refuse a second, different row for a recipient and round that already have one.
+
+    Several rows over the same uploads are linear equations in the single adapters. The same row again is
+    a repeat and harmless.
+
+    Args:
+        row: Row about to be used.
+        accepted: Rows used before, of the same section (shared or family) and key epoch.
+
+    Raises:
+        PolicyError: If an accepted row of the same recipient and round differs.
+    """
+    for earlier in accepted:
+        if (earlier.round, earlier.recipient) == (row.round, row.recipient) and earlier != row:
+            raise PolicyError(
+                f"a different weight row was already accepted for recipient {row.recipient!r} in round "
+                f"{row.round}: one row per recipient and round is allowed"
+            )
+
+
+def cap_weights(weights: Sequence[float], cap: float) -> tuple[float, ...]:
+    """Clip shares to a cap and hand the excess to the others, in proportion, until all fit.
+
+    The result is the row with the least Kullback-Leibler divergence from the normalised input among all
+    rows that respect the cap (water filling). Zeros stay zero.
+
+    Args:
+        weights: (m,) finite, ≥ 0, not all zero; need not be normalised.
+        cap: Largest share of one contributor, in (0, 1].
+
+    Returns:
+        (m,) shares in [0, cap] that sum to 1.
+
+    Raises:
+        PolicyError: If a weight is not usable, or too few are above zero for the cap to hold.
+    """
+    if not 0.0 < cap <= 1.0:
+        raise PolicyError(f"weight cap is {cap!r}, expected a number in (0, 1]")
+    if any(not (math.isfinite(weight) and weight >= 0.0) for weight in weights):
+        raise PolicyError("weights must be finite and not negative")
+    positive = sorted(
+        (index for index, weight in enumerate(weights) if weight > 0.0), key=lambda i: -weights[i]
+    )
+    if len(positive) * cap < 1.0 - 1e-12:
+        raise PolicyError(
+            f"{len(positive)} contributors with a weight above zero cannot each stay at or below {cap}: "
+            f"at least {math.ceil(1.0 / cap - 1e-12)} are needed; the recipient gets no aggregate this round"
+        )
+    shares = [0.0] * len(weights)
+    remaining, budget = positive, 1.0
+    while remaining:
+        relative = [weights[index] / weights[remaining[0]] for index in remaining]
+        total = math.fsum(relative)
+        if budget <= cap * total:
+            # Largest first: when that one fits under the cap, all later ones do.
+            for index, share in zip(remaining, relative, strict=True):
+                shares[index] = share / total * budget
+            break
+        shares[remaining[0]] = cap
+        remaining = remaining[1:]
+        budget = 1.0 - (len(positive) - len(remaining)) * cap
+    return tuple(shares)
+
+
+def _check_shape(row: WeightRow) -> None:
+    if row.round < 0:
+        raise PolicyError(f"weight row has round {row.round}, expected 0 or more")
+    if not 1 <= row.bits <= MAX_WEIGHT_BITS:
+        raise PolicyError(f"weight row has {row.bits} bits, expected 1 to {MAX_WEIGHT_BITS}")
+    if len(row.contributors) != len(row.weights):
+        raise PolicyError(
+            f"weight row has {len(row.weights)} weights for {len(row.contributors)} contributors"
+        )
+    if len(set(row.contributors)) != len(row.contributors):
+        raise PolicyError("weight row names a contributor twice: every contributor may appear once")
+    total = 1 << row.bits
+    if any(not 0 <= weight <= total for weight in row.weights):
+        raise PolicyError(f"weight row has a weight outside 0 … {total}")
+    if sum(row.weights) != total:
+        raise PolicyError(f"weights of the row sum to {sum(row.weights)}, expected exactly {total}")
+
+
+def _check_limits(row: WeightRow, policy: AggregationPolicy) -> None:
+    own = [
+        weight for name, weight in zip(row.contributors, row.weights, strict=True) if name == row.recipient
+    ]
+    if any(own):
+        raise PolicyError(f"recipient {row.recipient!r} is weighted in its own row: its own weight must be 0")
+    contributing = sum(weight > 0 for weight in row.weights)
+    if contributing < policy.minimum_contributors:
+        raise PolicyError(
+            f"weight row has {contributing} contributors other than the recipient, at least "
+            f"{policy.minimum_contributors} are required: the aggregate would reveal single adapters"
+        )
+    # Largest-remainder rounding may lift a share at the cap by less than one unit.
+    largest = math.ceil(policy.weight_cap * (1 << row.bits))
+    for name, weight in shares.items():
+        if weight > largest:
+            raise PolicyError(
+                f"contributor {name!r} has a share of {weight / (1 << row.bits):.4f}, above the cap of "
+                f"{policy.weight_cap}: cap and renormalise the row"
+            )
