@@ -169,10 +169,8 @@ def _check_shape(row: WeightRow) -> None:
 
 
 def _check_limits(row: WeightRow, policy: AggregationPolicy) -> None:
-    own = [
-        weight for name, weight in zip(row.contributors, row.weights, strict=True) if name == row.recipient
-    ]
-    if any(own):
+    shares = dict(zip(row.contributors, row.weights, strict=True))
+    if shares.get(row.recipient, 0) > 0:
         raise PolicyError(f"recipient {row.recipient!r} is weighted in its own row: its own weight must be 0")
     contributing = sum(weight > 0 for weight in row.weights)
     if contributing < policy.minimum_contributors:
