@@ -1,0 +1,45 @@
+# Set-up is included in every target: a fresh clone needs Python 3.11 or newer and make, nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint bench bench-encryption protos clean
+
+demo: $(STAMP)
+	$(BIN)/fedmosaic demo
+
+# The whole fast suite: style, types, layering, then the tests. OpenMP is held to one thread per
+# worker so that the two workers do not fight over the cores.
+test: $(STAMP) lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow --timeout 1800
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.colora_step
+	$(BIN)/python -m benchmarks.profile_cost
+	$(BIN)/python -m benchmarks.dp_step
+
+bench-encryption: $(STAMP)
+	$(BIN)/python -m benchmarks.encryption
+
+protos: $(STAMP)
+	$(BIN)/python protos/generate.py
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "FedMosaic needs Python 3.11 or newer; run make PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

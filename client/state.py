@@ -1,0 +1,177 @@
+"""What one client keeps on disk, so that a restart goes on where the last process stopped.
+
+    STATE/session.json             which run, and the last round whose push was acknowledged
+    STATE/adapter/round-0002/      every adapter branch and the gate after that round
+    STATE/upload-0003.bin          bytes of an upload that is not acknowledged yet, re-sent as they are
+    STATE/profile-000001.npy       a noised task profile release, re-used until the data changed
+    STATE/keys/                    group keys of the current and the previous epoch
+    STATE/ledger.sqlite            the privacy ledger (see `fedmosaic.privacy.ledger`)
+
+Every file is written beside its place, flushed to the disk, and renamed: a kill at any point leaves
+the old file or the new one, never half of one.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fedmosaic.protos.errors import StateError
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SessionRecord:
+    """Which run this state belongs to and how far it got.
+
+    Attributes:
+        federation: name of the federation.
+        client: this client's id.
+        run_id: the server's run; empty before the first enrolment.
+        completed_round: last round whose upload the server acknowledged; 0 before any.
+    """
+
+    federation: str
+    client: str
+    run_id: str = ""
+    completed_round: int = 0
+
+
+def write_atomically(path: Path, content: bytes, *, private: bool = False) -> None:
+    """Replace `path` by `content` so that a crash leaves the old or the new file, never a mixture."""
+    temporary = path.with_name(path.name + ".new")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o644)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    if os.name != "posix":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class ClientState:
+    """The state directory of one client in one federation."""
+
+    def __init__(self, directory: Path, federation: str, client: str) -> None:
+        """Open or create the state.
+
+        Args:
+            directory: created with mode 0700 if missing.
+            federation: name of the federation.
+            client: this client's id.
+
+        Raises:
+            StateError: the directory belongs to another federation or client, or is damaged.
+        """
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._file = directory / "session.json"
+        self.record = SessionRecord(federation, client)
+        if self._file.exists():
+            self.record = self._read()
+        if (self.record.federation, self.record.client) != (federation, client):
+            raise StateError(
+                f"{directory} belongs to client {self.record.client!r} of federation "
+                f"{self.record.federation!r}, not to {client!r} of {federation!r}; give each client its own "
+                "state_dir"
+            )
+
+    def _read(self) -> SessionRecord:
+        try:
+            data: dict[str, Any] = json.loads(self._file.read_text(encoding="utf-8"))
+            if data.pop("version") != _VERSION:
+                raise ValueError("unknown version")
+            return SessionRecord(**data)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StateError(
+                f"{self._file} is damaged ({error}); restore it from a backup, or start over with a new "
+                "state_dir (the privacy ledger in the old one must be kept: what it has spent stays spent)"
+            ) from None
+
+    def _write(self, record: SessionRecord) -> None:
+        content = json.dumps({"version": _VERSION, **asdict(record)}, indent=2).encode()
+        write_atomically(self._file, content)
+        self.record = record
+
+    def join_run(self, run_id: str) -> None:
+        """Remember the run, or refuse a state that belongs to another one.
+
+        Raises:
+            StateError: the state is of another run; the remedy is named.
+        """
+        if self.record.run_id and self.record.run_id != run_id:
+            raise StateError(
+                f"{self.directory} holds round {self.record.completed_round} of run {self.record.run_id}, "
+                f"but the server is on run {run_id}; move the directory away to start over (keep its ledger: the "
+                "budget spent on the same data stays spent)"
+            )
+        self._write(
+            SessionRecord(self.record.federation, self.record.client, run_id, self.record.completed_round)
+        )
+
+    def complete_round(self, round_number: int, save_adapter: Callable[[Path], None]) -> None:
+        """Record that a round's upload is acknowledged: adapter first, then the record, then clean up.
+
+        Args:
+            round_number: the acknowledged round.
+            save_adapter: writes the adapter into the directory that it is given.
+        """
+        self.save_adapter(round_number, save_adapter)
+        record = self.record
+        self._write(SessionRecord(record.federation, record.client, record.run_id, round_number))
+        self.upload_path(round_number).unlink(missing_ok=True)
+        for old in self._adapters():
+            if int(old.name.removeprefix("round-")) < round_number:
+                shutil.rmtree(old)
+
+    def save_adapter(self, round_number: int, save: Callable[[Path], None]) -> None:
+        """Store the adapter after a round's training, in a directory renamed into place."""
+        place = self.adapter_path(round_number)
+        if place.exists():
+            return
+        temporary = place.with_name("saving")
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir(parents=True, mode=0o700)
+        save(temporary)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+        temporary.rename(place)
+        _sync_directory(place.parent)
+
+    def adapter_path(self, round_number: int) -> Path:
+        """Where the adapter after `round_number` is stored."""
+        return self.directory / "adapter" / f"round-{round_number:04d}"
+
+    def latest_adapter(self) -> Path | None:
+        """The adapter of the last completed round, or None before any."""
+        place = self.adapter_path(self.record.completed_round)
+        return place if place.exists() else None
+
+    def _adapters(self) -> list[Path]:
+        return sorted((self.directory / "adapter").glob("round-*"))
+
+    def upload_path(self, round_number: int) -> Path:
+        """Where the bytes of a round's upload wait for their acknowledgement."""
+        return self.directory / f"upload-{round_number:04d}.bin"
+
+    @property
+    def ledger_path(self) -> Path:
+        """Where the privacy ledger stands."""
+        return self.directory / "ledger.sqlite"

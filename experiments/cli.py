@@ -1,0 +1,68 @@
+"""The `fedmosaic` command: one line per sub-command, each loaded only when it is asked for.
+
+Loading late matters: `fedmosaic server` must answer within two seconds and must not import torch.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from fedmosaic import __version__
+from fedmosaic.protos.errors import FedMosaicError
+
+COMMANDS: Final[dict[str, tuple[str, str]]] = {
+    "demo": (
+        "fedmosaic.experiments.demo",
+        "Run a whole federation here, with real models and data.",
+    ),
+    "keys": (
+        "fedmosaic.experiments.keys",
+        "Create a federation; add, revoke and renew members.",
+    ),
+    "server": ("fedmosaic.server.__main__", "Start the server of a federation."),
+    "client": ("fedmosaic.client.__main__", "Take part in a federation as one client."),
+    "run": ("fedmosaic.experiments.runner", "Run a scenario file with real processes on this machine."),
+    "report": (
+        "fedmosaic.experiments.report",
+        "Read a run: accuracy, relevance, privacy, bytes sent.",
+    ),
+    "experiments": ("fedmosaic.experiments.studies", "Rerun a study behind a figure in the documentation."),
+}
+_ERROR_EXIT = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status: 0 done, 1 the run failed, 2 wrong input."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help", "help"):
+        _print_help()
+        return 0
+    if given[0] in ("--version", "version"):
+        print(f"fedmosaic {__version__}")
+        return 0
+    name, rest = given[0], given[1:]
+    if name not in COMMANDS:
+        print(f"fedmosaic: no command {name!r}; `fedmosaic --help` lists them", file=sys.stderr)
+        return _ERROR_EXIT
+    module = importlib.import_module(COMMANDS[name][0])
+    try:
+        return int(module.main(rest) or 0)
+    except FedMosaicError as error:
+        print(f"fedmosaic {name}: {error}", file=sys.stderr)
+        return _ERROR_EXIT
+    except KeyboardInterrupt:
+        print(f"fedmosaic {name}: stopped by the keyboard", file=sys.stderr)
+        return 130
+
+
+def _print_help() -> None:
+    width = max(len(name) for name in COMMANDS)
+    print("Private, personalised federated fine-tuning across different models and tasks.\n")
+    print("usage: fedmosaic COMMAND [options]      (fedmosaic COMMAND --help explains one)\n")
+    for name, (_, line) in COMMANDS.items():
+        print(f"  {name:<{width}}  {line}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""`fedmosaic keys`: create a federation and maintain its members."""
+
+import datetime as dt
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from cryptography import x509
+from rich.console import Console
+from rich.table import Table
+
+from fedmosaic.privacy import federation
+from fedmosaic.privacy.configuration import read_toml
+
+_RENEW_WITHIN = dt.timedelta(days=14)
+
+
+@dataclass(frozen=True)
+class Init:
+    """Create a federation: the consortium's authority, one kit for the server and one per client.
+
+    Hand every kit to its owner over a channel you both trust; keep DIR/consortium to yourself.
+    """
+
+    config: tyro.conf.Positional[Path]
+    """The founding configuration, federation.toml: name, members, terms."""
+    out: Path = Path("federation")
+    """Directory to create."""
+    basis: Path | None = None
+    """Public basis of the task profile, if the terms name one."""
+
+
+@dataclass(frozen=True)
+class Add:
+    """Enrol one more client and issue a new roster to every kit."""
+
+    id: tyro.conf.Positional[str]
+    """Name of the new client: lower-case letters, digits and hyphens."""
+    directory: Path = Path("federation")
+    """Directory that `keys init` made."""
+    family: str = ""
+    """Architecture of its model; clients of one family may share more than P and Q."""
+
+
+@dataclass(frozen=True)
+class Revoke:
+    """Take a client off the roster, at once and for good: its certificate is worth nothing afterwards."""
+
+    id: tyro.conf.Positional[str]
+    """The client."""
+    directory: Path = Path("federation")
+    """Directory that `keys init` made."""
+
+
+@dataclass(frozen=True)
+class Rotate:
+    """Give a client new keys and a new certificate, for example before the old one expires."""
+
+    id: tyro.conf.Positional[str]
+    """The client."""
+    directory: Path = Path("federation")
+    """Directory that `keys init` made."""
+
+
+@dataclass(frozen=True)
+class Show:
+    """List the members, the days their certificates are still good for, and the roster's fingerprint."""
+
+    directory: Path = Path("federation")
+    """Directory that `keys init` made."""
+
+
+Command = (
+    Annotated[Init, tyro.conf.subcommand("init")]
+    | Annotated[Add, tyro.conf.subcommand("add")]
+    | Annotated[Revoke, tyro.conf.subcommand("revoke")]
+    | Annotated[Rotate, tyro.conf.subcommand("rotate")]
+    | Annotated[Show, tyro.conf.subcommand("show")]
+)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `fedmosaic keys` with its arguments."""
+    command: Init | Add | Revoke | Rotate | Show = tyro.cli(
+        Command,
+        args=list(arguments),
+        prog="fedmosaic keys",
+        description=__doc__,
+    )
+    console = Console()
+    match command:
+        case Init(config, out, basis):
+            roster = federation.create(read_toml(config, federation.FederationConfig), out, basis)
+            console.print(f"federation {roster.federation!r} with {len(roster.members)} members in {out}/")
+            console.print(f"  keep      {out}/consortium/   (it can add members and sign rosters)")
+            console.print(f"  hand out  {out}/server/       to whoever runs the server")
+            console.print(f"  hand out  {out}/clients/<id>/ to each client, over a channel you both trust")
+        case Add(member, directory, family):
+            roster = federation.add_member(directory, federation.MemberEntry(id=member, family=family))
+            _tell_new_roster(console, directory, roster.serial)
+        case Revoke(member, directory):
+            roster = federation.revoke_member(directory, member)
+            _tell_new_roster(console, directory, roster.serial)
+        case Rotate(member, directory):
+            roster = federation.rotate_member(directory, member)
+            _tell_new_roster(console, directory, roster.serial)
+        case Show(directory):
+            _show(console, directory)
+    return 0
+
+
+def _tell_new_roster(console: Console, directory: Path, serial: int) -> None:
+    console.print(
+        f"roster {serial} is in {directory}/roster.json and in every kit: give it to the server and to every "
+        "client and restart them; they refuse to work with anyone who has another roster"
+    )
+
+
+def _show(console: Console, directory: Path) -> None:
+    kit = federation.open_kit(directory / "server")
+    roster = kit.roster
+    table = Table(title=f"federation {roster.federation}, roster {roster.serial} of {roster.issued}")
+    for column in ("member", "family", "identity key", "certificate"):
+        table.add_column(column)
+    for member in roster.members:
+        certificate = directory / "clients" / member.id / federation.TLS_CERTIFICATE
+        table.add_row(member.id, member.family or "-", member.identity_key[:16], _validity(certificate))
+    table.add_row("(server)", "-", "-", _validity(kit.tls_certificate))
+    console.print(table)
+    console.print(f"roster fingerprint {roster.hash.hex()}")
+
+
+def _validity(path: Path) -> str:
+    if not path.exists():
+        return "kit not here"
+    left = x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc - dt.datetime.now(dt.UTC)
+    if left <= dt.timedelta():
+        return "EXPIRED: run `fedmosaic keys rotate`"
+    days = f"{left.days} days left"
+    return f"{days}: rotate soon" if left < _RENEW_WITHIN else days

@@ -1,0 +1,295 @@
+"""Make and maintain a federation on disk: authority, kits for server and clients, roster.
+
+One directory belongs to the consortium and stays with it. Each kit inside is handed, over a channel
+the receiver trusts, to the one party it is for:
+
+    DIR/consortium/       authority.pem, authority.key, roster.key    stays here
+    DIR/roster.json       public; every kit has a copy
+    DIR/server/           the server's kit
+    DIR/clients/<id>/     one client's kit: TLS certificate and key, identity key, roster, pinned keys
+"""
+
+import datetime as dt
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from pydantic import Field, model_validator
+
+from fedmosaic.privacy import identity
+from fedmosaic.privacy.configuration import Frozen
+from fedmosaic.privacy.roster import Member, MemberId, Roster, Terms
+from fedmosaic.protos.errors import ConfigurationError, IdentityError
+
+AUTHORITY_CERTIFICATE = "authority.pem"
+CONSORTIUM_KEY = "consortium.pub"
+ROSTER = "roster.json"
+BASIS = "public_basis.safetensors"
+TLS_CERTIFICATE = "tls.pem"
+TLS_KEY = "tls.key"
+IDENTITY_KEY = "identity.key"
+SERVER_SETTINGS = "server.toml"
+
+
+class MemberEntry(Frozen):
+    """A client as the founding configuration names it."""
+
+    id: MemberId
+    family: str = ""
+
+
+class ServerEntry(Frozen):
+    """Where the server will listen, and under which names it is reached."""
+
+    hosts: tuple[str, ...] = Field(default=("localhost", "127.0.0.1"), min_length=1)
+    port: int = Field(default=7443, ge=1, le=65535)
+
+
+class FederationConfig(Frozen):
+    """The founding configuration, `federation.toml`."""
+
+    federation: MemberId
+    members: tuple[MemberEntry, ...] = Field(min_length=1)
+    server: ServerEntry = ServerEntry()
+    terms: Terms
+
+    @model_validator(mode="after")
+    def _enough_members(self) -> "FederationConfig":
+        needed = self.terms.policy.minimum_contributors + 1
+        if len(self.members) < needed:
+            raise ValueError(
+                f"{len(self.members)} members cannot receive anything under a policy of "
+                f"{self.terms.policy.minimum_contributors} contributors other than the recipient: "
+                f"name at least {needed}"
+            )
+        if self.terms.schedule.quorum > len(self.members):
+            raise ValueError(
+                f"terms.schedule.quorum is {self.terms.schedule.quorum} with {len(self.members)} members"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Kit:
+    """What one party was handed: its directory, the verified roster, and paths of its keys."""
+
+    directory: Path
+    roster: Roster
+    consortium_key: Ed25519PublicKey
+
+    @property
+    def authority(self) -> Path:
+        """PEM certificate of the consortium's authority."""
+        return self.directory / AUTHORITY_CERTIFICATE
+
+    @property
+    def tls_certificate(self) -> Path:
+        """PEM certificate of this party."""
+        return self.directory / TLS_CERTIFICATE
+
+    @property
+    def tls_key(self) -> Path:
+        """Private key of `tls_certificate`."""
+        return self.directory / TLS_KEY
+
+    @property
+    def basis(self) -> Path:
+        """The public basis of the profile mechanism, if it has one."""
+        return self.directory / BASIS
+
+    def signing_key(self) -> Ed25519PrivateKey:
+        """The client's Ed25519 identity key."""
+        return identity.read_signing_key(self.directory / IDENTITY_KEY)
+
+    def member_id(self) -> str:
+        """The id that this kit's certificate carries; IdentityError if it names another federation."""
+        uris = _certificate_uris(self.tls_certificate)
+        if len(uris) != 1:
+            raise IdentityError(f"{self.tls_certificate}: expected one SPIFFE URI, found {len(uris)}")
+        federation, client = identity.parse_spiffe_id(uris[0])
+        if federation != self.roster.federation:
+            raise IdentityError(
+                f"{self.tls_certificate} is for federation {federation!r}, the roster beside it for "
+                f"{self.roster.federation!r}; take both from one kit"
+            )
+        return client
+
+
+def open_kit(directory: Path) -> Kit:
+    """Open a server's or a client's kit and verify its roster against the pinned consortium key.
+
+    Raises:
+        IdentityError: a key is missing or the roster is not signed by the pinned key.
+        ConfigurationError: the roster cannot be read.
+    """
+    pinned = directory / CONSORTIUM_KEY
+    try:
+        key = identity.public_from_hex(pinned.read_text(encoding="ascii"), str(pinned))
+    except OSError as error:
+        raise IdentityError(
+            f"{pinned}: cannot read the consortium's public key ({error.strerror}); is {directory} a kit "
+            "made by `fedmosaic keys init`?"
+        ) from None
+    return Kit(directory, Roster.read(directory / ROSTER, key), key)
+
+
+def create(config: FederationConfig, directory: Path, basis: Path | None = None) -> Roster:
+    """Make the authority, every kit and the first roster.
+
+    Args:
+        config: the founding configuration.
+        directory: must not exist yet, or be empty.
+        basis: file of the public basis that `config.terms.profile` names, copied into every kit.
+
+    Returns:
+        The signed roster.
+
+    Raises:
+        ConfigurationError: the directory is not empty, or the basis is missing or another one.
+    """
+    if directory.exists() and any(directory.iterdir()):
+        raise ConfigurationError(f"{directory} is not empty; a federation is created in a new directory")
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    authority = identity.create_authority(config.federation)
+    _write_authority(directory / "consortium", authority)
+    _write_server(directory / "server", authority, config)
+    members = tuple(_write_client(directory, authority, config.federation, m) for m in config.members)
+    roster = Roster(
+        federation=config.federation,
+        serial=1,
+        issued=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        members=members,
+        terms=config.terms,
+    )
+    return _publish(directory, roster, authority, basis)
+
+
+def add_member(directory: Path, entry: MemberEntry) -> Roster:
+    """Enrol one more client: its kit, and a new roster in every kit."""
+    authority, roster = _open_consortium(directory)
+    if any(m.id == entry.id for m in roster.members):
+        raise ConfigurationError(f"{entry.id!r} is on the roster already; use `keys rotate` for new keys")
+    member = _write_client(directory, authority, roster.federation, entry)
+    return _reissue(directory, authority, roster, (*roster.members, member))
+
+
+def revoke_member(directory: Path, member_id: str) -> Roster:
+    """Take a client off the roster. Its kit is kept but is worth nothing under the new roster."""
+    authority, roster = _open_consortium(directory)
+    roster.member(member_id)
+    return _reissue(directory, authority, roster, tuple(m for m in roster.members if m.id != member_id))
+
+
+def rotate_member(directory: Path, member_id: str) -> Roster:
+    """Give a client new TLS and identity keys; the old kit is moved aside."""
+    authority, roster = _open_consortium(directory)
+    old = roster.member(member_id)
+    kit = directory / "clients" / member_id
+    if kit.exists():
+        kit.rename(kit.with_name(f"{member_id}.until-{roster.serial}"))
+    new = _write_client(directory, authority, roster.federation, MemberEntry(id=old.id, family=old.family))
+    members = tuple(new if m.id == member_id else m for m in roster.members)
+    return _reissue(directory, authority, roster, members)
+
+
+def _reissue(
+    directory: Path, authority: identity.Authority, roster: Roster, members: tuple[Member, ...]
+) -> Roster:
+    issued = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+    content = roster.model_dump() | {
+        "serial": roster.serial + 1,
+        "issued": issued,
+        "members": [m.model_dump() for m in members],
+        "signature": "",
+    }
+    basis = directory / "server" / BASIS
+    return _publish(directory, Roster.model_validate(content), authority, basis if basis.exists() else None)
+
+
+def _publish(directory: Path, roster: Roster, authority: identity.Authority, basis: Path | None) -> Roster:
+    signed = roster.signed(authority.signing_key)
+    kits = [directory / "server", *(directory / "clients" / m.id for m in signed.members)]
+    pinned = identity.public_hex(authority.signing_key.public_key()) + "\n"
+    certificate = authority.certificate.public_bytes(serialization.Encoding.PEM)
+    for place in (directory, *kits):
+        signed.write(place / ROSTER)
+    for kit in kits:
+        (kit / CONSORTIUM_KEY).write_text(pinned, encoding="ascii")
+        (kit / AUTHORITY_CERTIFICATE).write_bytes(certificate)
+        if basis is not None and basis != kit / BASIS:
+            shutil.copyfile(basis, kit / BASIS)
+    return signed
+
+
+def _write_authority(place: Path, authority: identity.Authority) -> None:
+    place.mkdir(mode=0o700)
+    (place / AUTHORITY_CERTIFICATE).write_bytes(
+        authority.certificate.public_bytes(serialization.Encoding.PEM)
+    )
+    identity.write_private(place / "authority.key", identity.private_pem(authority.key))
+    identity.write_private(place / "roster.key", identity.private_pem(authority.signing_key))
+
+
+def _open_consortium(directory: Path) -> tuple[identity.Authority, Roster]:
+    place = directory / "consortium"
+    try:
+        certificate = x509.load_pem_x509_certificate((place / AUTHORITY_CERTIFICATE).read_bytes())
+    except (OSError, ValueError) as error:
+        raise IdentityError(
+            f"{place}: no consortium here ({error}); give the directory of `keys init`"
+        ) from None
+    key = serialization.load_pem_private_key(identity.read_private(place / "authority.key"), password=None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise IdentityError(f"{place / 'authority.key'}: expected a P-256 key, got {type(key).__name__}")
+    signing_key = identity.read_signing_key(place / "roster.key")
+    roster = Roster.read(directory / ROSTER, signing_key.public_key())
+    return identity.Authority(certificate, key, signing_key), roster
+
+
+def _write_server(kit: Path, authority: identity.Authority, config: FederationConfig) -> None:
+    kit.mkdir(mode=0o700)
+    _write_tls(kit, identity.issue_server(authority, config.server.hosts))
+    (kit / SERVER_SETTINGS).write_text(
+        "# The server's configuration; the terms of the federation are in roster.json.\n"
+        f'listen = "0.0.0.0:{config.server.port}"\n'
+        'state_dir = "state"\n'
+        '# store_url = "postgresql+psycopg://user@host/database"   # default: SQLite in state_dir\n',
+        encoding="utf-8",
+    )
+
+
+def _write_client(
+    directory: Path, authority: identity.Authority, federation: str, entry: MemberEntry
+) -> Member:
+    kit = directory / "clients" / entry.id
+    kit.mkdir(parents=True, mode=0o700)
+    tls = identity.issue_client(authority, federation, entry.id)
+    _write_tls(kit, tls)
+    signing_key = Ed25519PrivateKey.generate()
+    identity.write_private(kit / IDENTITY_KEY, identity.private_pem(signing_key))
+    return Member(
+        id=entry.id,
+        identity_key=identity.public_hex(signing_key.public_key()),
+        tls_key_sha256=tls.key_sha256,
+        family=entry.family,
+    )
+
+
+def _write_tls(kit: Path, tls: identity.TlsIdentity) -> None:
+    (kit / TLS_CERTIFICATE).write_bytes(tls.certificate_pem)
+    os.chmod(kit / TLS_CERTIFICATE, 0o644)
+    identity.write_private(kit / TLS_KEY, tls.key_pem)
+
+
+def _certificate_uris(path: Path) -> list[str]:
+    try:
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    except (OSError, ValueError, x509.ExtensionNotFound) as error:
+        raise IdentityError(f"{path}: not a certificate of this federation ({error})") from None
+    return names.value.get_values_for_type(x509.UniformResourceIdentifier)

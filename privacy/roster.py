@@ -1,0 +1,234 @@
+"""The roster: who is in a federation and on which terms, signed by the consortium.
+
+Every member pins the consortium's Ed25519 key out of band and refuses any roster it did not
+sign. The hash of the roster is exchanged on enrolment, signed into the group key and written into
+the privacy statement, so that client, server and report speak of the same terms.
+"""
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from pydantic import Field, StringConstraints, model_validator
+
+from fedmosaic.privacy.configuration import Frozen, validate
+from fedmosaic.privacy.mechanism import ProfileMechanism
+from fedmosaic.privacy.policy import AggregationPolicy
+from fedmosaic.protos.errors import ConfigurationError, IdentityError
+
+Protection = Literal["none", "encrypted", "dp", "dp+encrypted"]
+"""How the shared adapter is protected; see `AdapterTerms.protection`."""
+
+MemberId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+Hex32 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+DEFAULT_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers of a Llama or Qwen2 decoder block, as in the authors' released code."""
+
+
+class AdapterTerms(Frozen):
+    """What every client shares: the shape of P and Q, and how they are protected on their way.
+
+    `protection` decides who can read the shared adapter: `none` (everybody who handles it),
+    `encrypted` (members only, as a weighted sum), `dp` (everybody, but as a differentially private
+    release), `dp+encrypted` (both).
+    """
+
+    rank: int = Field(default=16, ge=1, le=1024)
+    alpha: float = Field(default=32.0, gt=0)
+    blocks: int = Field(default=4, ge=1, le=256)
+    layer_rule: Literal["relative_depth", "authors"] = "relative_depth"
+    target_modules: tuple[str, ...] = Field(default=DEFAULT_TARGET_MODULES, min_length=1)
+    other_layers: Literal["lora", "none"] = "lora"
+    gate: Literal["scalar", "pooled"] = "scalar"
+    basis_seed: int = Field(default=0, ge=0)
+    family_sharing: bool = False
+    protection: Protection = "encrypted"
+
+    @property
+    def shared_dimensions(self) -> int:
+        """Length d of the shared adapter vector: blocks · modules · (rank² + rank)."""
+        return self.blocks * len(self.target_modules) * (self.rank**2 + self.rank)
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether uploads are encrypted before they leave the client."""
+        return self.protection in ("encrypted", "dp+encrypted")
+
+    @property
+    def private(self) -> bool:
+        """Whether the shared branch is trained with differential privacy."""
+        return self.protection in ("dp", "dp+encrypted")
+
+
+class AdapterPrivacyTerms(Frozen):
+    """DP-SGD on P and Q. All of it is public and fixed before any private data is seen.
+
+    `target_epsilon` is each client's budget for the whole experiment, both channels together.
+    The noise multiplier follows from it, from the schedule and from the client's own number of
+    examples. `expected_batch_size` is the divisor of the noisy sum and, over the number of
+    examples, the Poisson sampling rate.
+    """
+
+    target_epsilon: float = Field(default=8.0, gt=0)
+    clipping_norm: float = Field(default=1.0, gt=0)
+    expected_batch_size: int = Field(default=32, ge=1)
+    steps_per_round: int = Field(default=20, ge=1)
+
+
+class RelevanceTerms(Frozen):
+    """How the server turns task profiles into weights (paper, RELA)."""
+
+    similarity: Literal["corrected", "cosine"] = "corrected"
+    temperature: float = Field(default=0.5, gt=0)
+    average_decay: float = Field(default=0.5, ge=0, lt=1)
+
+
+class ScheduleTerms(Frozen):
+    """Rounds, and how long anybody waits for anybody."""
+
+    rounds: int = Field(default=3, ge=1, le=100_000)
+    quorum: int = Field(default=4, ge=1)
+    round_deadline_seconds: float = Field(default=3600, gt=0)
+    gathering_seconds: float = Field(default=600, gt=0)
+    rotate_key_every: int = Field(default=50, ge=1)
+
+
+class EncryptionTerms(Frozen):
+    """Which back end aggregates. `plain` has to be allowed by name."""
+
+    backend: Literal["ckks", "mask", "plain"] = "ckks"
+    allow_plaintext: bool = False
+
+
+class Terms(Frozen):
+    """Everything the members agree on before the first round."""
+
+    adapter: AdapterTerms = AdapterTerms()
+    adapter_privacy: AdapterPrivacyTerms = AdapterPrivacyTerms()
+    profile: ProfileMechanism
+    policy: AggregationPolicy = AggregationPolicy()
+    relevance: RelevanceTerms = RelevanceTerms()
+    schedule: ScheduleTerms = ScheduleTerms()
+    encryption: EncryptionTerms = EncryptionTerms()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Terms":
+        plain = self.encryption.backend == "plain"
+        if self.adapter.encrypted and plain:
+            raise ValueError(
+                f"adapter.protection is {self.adapter.protection!r} but encryption.backend is 'plain'; "
+                "choose 'ckks' or 'mask', or adapter.protection 'none' or 'dp'"
+            )
+        if not self.adapter.encrypted and not plain:
+            raise ValueError(
+                f"adapter.protection is {self.adapter.protection!r}, so nothing is encrypted: say so with "
+                "encryption.backend = 'plain' and encryption.allow_plaintext = true"
+            )
+        if plain and not self.encryption.allow_plaintext:
+            raise ValueError("encryption.backend 'plain' needs encryption.allow_plaintext = true")
+        return self
+
+
+class Member(Frozen):
+    """One client of the federation, as the consortium vouches for it."""
+
+    id: MemberId
+    identity_key: Hex32
+    """Ed25519 public key that signs uploads and key-agreement messages."""
+    tls_key_sha256: Hex32
+    """SHA-256 of the DER SubjectPublicKeyInfo of its TLS certificate's key."""
+    family: str = ""
+    """Architecture name; members of one family may share the LoRA of the other layers."""
+
+
+class Roster(Frozen):
+    """Members and terms, with the consortium's signature over all of it."""
+
+    version: Literal[1] = 1
+    federation: MemberId
+    serial: int = Field(ge=1)
+    issued: str
+    members: tuple[Member, ...] = Field(min_length=1, max_length=10_000)
+    terms: Terms
+    signature: str = ""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Roster":
+        for what, values in (
+            ("member id", [m.id for m in self.members]),
+            ("identity key", [m.identity_key for m in self.members]),
+            ("TLS key", [m.tls_key_sha256 for m in self.members]),
+        ):
+            twice = sorted({value for value in values if values.count(value) > 1})
+            if twice:
+                raise ValueError(f"{what} {twice[0]} appears more than once")
+        return self
+
+    @property
+    def hash(self) -> bytes:
+        """SHA-256 (32 bytes) over the canonical JSON of everything but the signature."""
+        return hashlib.sha256(self._canonical()).digest()
+
+    def _canonical(self) -> bytes:
+        content = self.model_dump(mode="json", exclude={"signature"})
+        return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+    def signed(self, consortium: Ed25519PrivateKey) -> "Roster":
+        """This roster with the consortium's Ed25519 signature over its canonical JSON."""
+        signature = base64.b64encode(consortium.sign(self._canonical())).decode()
+        return self.model_copy(update={"signature": signature})
+
+    def verify(self, consortium: Ed25519PublicKey) -> None:
+        """Check the consortium's signature.
+
+        Raises:
+            IdentityError: the signature is missing or not by this key.
+        """
+        try:
+            consortium.verify(base64.b64decode(self.signature, validate=True), self._canonical())
+        except (InvalidSignature, ValueError):
+            raise IdentityError(
+                f"the roster of federation {self.federation!r} (serial {self.serial}) is not signed by the "
+                "consortium key that is pinned here; get the current roster from the consortium, over a "
+                "channel you trust"
+            ) from None
+
+    def member(self, member_id: str) -> Member:
+        """The member with this id; IdentityError if there is none."""
+        for member in self.members:
+            if member.id == member_id:
+                return member
+        raise IdentityError(f"{member_id!r} is not on the roster of federation {self.federation!r}")
+
+    def identity_keys(self) -> dict[str, bytes]:
+        """Raw Ed25519 public keys (32 bytes) by member id."""
+        return {member.id: bytes.fromhex(member.identity_key) for member in self.members}
+
+    def write(self, path: Path) -> None:
+        """Write as indented JSON."""
+        path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path, consortium: Ed25519PublicKey) -> "Roster":
+        """Read and verify a roster.
+
+        Args:
+            path: `roster.json`.
+            consortium: the pinned key.
+
+        Raises:
+            ConfigurationError: no such file, or not a roster.
+            IdentityError: not signed by the pinned key.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(f"{path}: cannot be read as a roster: {error}") from None
+        roster = validate(data, cls, str(path))
+        roster.verify(consortium)
+        return roster
