@@ -69,7 +69,7 @@ def read_examples(path: Path) -> tuple[Example, ...]:
             answer is not among its choices. The message names the line, never its contents.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(
             f"cannot read the examples in {path}: {error.__class__.__name__}; "
