@@ -1,0 +1,99 @@
+"""Refusals: answers that retrying cannot change, with reason and remedy, the same on both sides.
+
+The coordinator raises `Refusal`; the service turns it into a gRPC status with `google.rpc.ErrorInfo`; the
+transport turns that back into the same `Refusal`.
+"""
+
+import enum
+from typing import Final
+
+import grpc
+from google.protobuf.any_pb2 import Any as PackedDetail
+from google.rpc import (  # type: ignore[import-untyped]  # googleapis-common-protos has no stubs
+    error_details_pb2,
+    status_pb2,
+)
+from grpc_status import rpc_status  # type: ignore[import-untyped]  # its stubs are a package of their own
+
+from fedmosaic.protos.errors import FedMosaicError, RefusedError, TransportError
+
+_DOMAIN: Final = "fedmosaic"
+_MAX_MESSAGE: Final = 2000
+
+
+class RefusalKind(enum.Enum):
+    """Whose fault it is; the value is the gRPC status code."""
+
+    UNAUTHENTICATED = grpc.StatusCode.UNAUTHENTICATED
+    NOT_PERMITTED = grpc.StatusCode.PERMISSION_DENIED
+    INVALID = grpc.StatusCode.INVALID_ARGUMENT
+    TOO_LARGE = grpc.StatusCode.OUT_OF_RANGE
+    PRECONDITION = grpc.StatusCode.FAILED_PRECONDITION
+    CONFLICT = grpc.StatusCode.ALREADY_EXISTS
+    EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+_BY_CODE: Final = {kind.value: kind for kind in RefusalKind}
+
+
+class Refusal(RefusedError):
+    """A refusal with a reason that programs can test and a remedy that people can follow.
+
+    Attributes:
+        kind: whose fault it is.
+        reason: upper-case word, such as ROSTER_DIFFERS.
+        message: what was wrong, the value, what would be right.
+        remedy: what to do next.
+    """
+
+    def __init__(self, kind: RefusalKind, reason: str, message: str, remedy: str) -> None:
+        super().__init__(f"{message}; {remedy}" if remedy else message)
+        self.kind = kind
+        self.reason = reason
+        self.message = message
+        self.remedy = remedy
+
+
+def to_status(refusal: Refusal) -> grpc.Status:
+    """The gRPC status of a refusal, with its reason and remedy as `google.rpc.ErrorInfo`."""
+    message = refusal.message[:_MAX_MESSAGE]
+    detail = PackedDetail()
+    detail.Pack(
+        error_details_pb2.ErrorInfo(
+            reason=refusal.reason, domain=_DOMAIN, metadata={"remedy": refusal.remedy[:_MAX_MESSAGE]}
+        )
+    )
+    code: int = refusal.kind.value.value[0]
+    status: grpc.Status = rpc_status.to_status(
+        status_pb2.Status(code=code, message=message, details=[detail])
+    )
+    return status
+
+
+def from_rpc_error(error: grpc.RpcError, call: str) -> FedMosaicError:
+    """The error that a failed call means.
+
+    Args:
+        error: as raised by a stub; it is a `grpc.Call` too.
+        call: name of the call, for the message.
+
+    Returns:
+        `Refusal` where the server refused, else `TransportError`: the call may be tried again.
+    """
+    if not isinstance(error, grpc.Call):
+        return TransportError(f"{call} failed: {error}")
+    code, text = error.code(), _printable(error.details() or "no details")
+    kind = _BY_CODE.get(code)
+    if kind is None:
+        return TransportError(f"{call} failed: {code.name}: {text}")
+    reason, remedy = code.name, ""
+    status = rpc_status.from_call(error)
+    for detail in status.details if status is not None else ():
+        info = error_details_pb2.ErrorInfo()
+        if detail.Unpack(info) and info.domain == _DOMAIN:
+            reason, remedy = _printable(info.reason), _printable(info.metadata.get("remedy", ""))
+    return Refusal(kind, reason, text, remedy)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text[:_MAX_MESSAGE])

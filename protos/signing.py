@@ -1,0 +1,101 @@
+"""What a client signs when it uploads: one canonical digest, computed alike on both sides.
+
+The digest binds the upload to the federation, the run, the round, the client and the key epoch, so that
+no part of it can be replayed elsewhere; it is also the content hash that makes pushes idempotent.
+"""
+
+import hashlib
+import struct
+from collections.abc import Sequence
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from fedmosaic.protos.errors import IdentityError
+from fedmosaic.protos.messages import Profile, Section, SectionHeader, Upload
+
+_LABEL = b"fedmosaic/upload/v1"
+
+
+def upload_digest(
+    *,
+    federation: str,
+    run_id: str,
+    round_number: int,
+    client_id: str,
+    key_epoch: int,
+    sections: Sequence[SectionHeader],
+    profile: Profile | None,
+) -> bytes:
+    """Digest of one upload.
+
+    Every field is preceded by its length, so that no two different uploads have the same encoding.
+
+    Args:
+        federation: id of the federation.
+        run_id: run the upload belongs to.
+        round_number: round the upload belongs to.
+        client_id: client that signs.
+        key_epoch: epoch the sections are encrypted under.
+        sections: announced sections, in the order they are sent.
+        profile: the profile sent along, or None.
+
+    Returns:
+        SHA-256, 32 bytes.
+    """
+    fields = [_LABEL, federation.encode(), run_id.encode(), _number(round_number), client_id.encode()]
+    fields += [_number(key_epoch), _number(len(sections))]
+    for section in sections:
+        fields += [section.name.encode(), _number(section.size), section.sha256]
+    fields.append(b"" if profile is None else profile.digest())
+    return hashlib.sha256(b"".join(_number(len(field)) + field for field in fields)).digest()
+
+
+def sign_upload(
+    key: Ed25519PrivateKey,
+    *,
+    federation: str,
+    run_id: str,
+    round_number: int,
+    client_id: str,
+    key_epoch: int,
+    attempt_id: str,
+    sections: tuple[Section, ...],
+    profile: Profile | None,
+) -> Upload:
+    """Build an upload and sign its digest; see `upload_digest` and `Upload` for the arguments."""
+    digest = upload_digest(
+        federation=federation,
+        run_id=run_id,
+        round_number=round_number,
+        client_id=client_id,
+        key_epoch=key_epoch,
+        sections=[section.header() for section in sections],
+        profile=profile,
+    )
+    return Upload(round_number, attempt_id, key_epoch, sections, profile, key.sign(digest))
+
+
+def verify_digest(public_key: bytes, digest: bytes, signature: bytes, client_id: str) -> None:
+    """Check a client's signature over an upload's digest.
+
+    Args:
+        public_key: raw Ed25519 public key, 32 bytes, from the roster.
+        digest: from `upload_digest`.
+        signature: 64 bytes as received.
+        client_id: whose key it is, for the message.
+
+    Raises:
+        IdentityError: the signature is not by this key over this digest.
+    """
+    try:
+        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, digest)
+    except InvalidSignature:
+        raise IdentityError(
+            f"the upload is not signed by the identity key of {client_id!r} for this federation, run, round "
+            "and key epoch: sign it again with the key the roster names, after enrolling in the present run"
+        ) from None
+
+
+def _number(value: int) -> bytes:
+    return struct.pack("<Q", value)
