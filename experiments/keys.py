@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedmosaic.privacy import federation
-from fedmosaic.privacy.configuration import read_toml
+from fedmosaic.privacy.configuration import read_configuration
 
 _RENEW_WITHIN = dt.timedelta(days=14)
 
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str]) -> int:
     console = Console()
     match command:
         case Init(config, out, basis):
-            roster = federation.create(read_toml(config, federation.FederationConfig), out, basis)
+            roster = federation.create(read_configuration(config, federation.FederationConfig), out, basis)
             console.print(f"federation {roster.federation!r} with {len(roster.members)} members in {out}/")
             console.print(f"  keep      {out}/consortium/   (it can add members and sign rosters)")
             console.print(f"  hand out  {out}/server/       to whoever runs the server")

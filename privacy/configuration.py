@@ -1,6 +1,7 @@
 """Read configuration files into frozen models, with errors a person can act on."""
 
 import difflib
+import json
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,8 +20,8 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def read_toml(path: Path, model: type[Model]) -> Model:
-    """Read a TOML file into `model`.
+def read_configuration(path: Path, model: type[Model]) -> Model:
+    """Read a TOML file, or a JSON file by its ending, into `model`.
 
     Args:
         path: the file.
@@ -34,11 +35,14 @@ def read_toml(path: Path, model: type[Model]) -> Model:
             problem is named with its key, its value and, for an unknown key, the nearest valid one.
     """
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except FileNotFoundError:
-        raise ConfigurationError(f"{path}: no such file; give the path of a TOML configuration") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path}: not valid TOML: {error}") from None
+        raise ConfigurationError(
+            f"{path}: no such file; give the path of a TOML or JSON configuration"
+        ) from None
+    except ValueError as error:
+        raise ConfigurationError(f"{path}: not valid {path.suffix[1:].upper() or 'TOML'}: {error}") from None
     return validate(data, model, str(path))
 
 

@@ -9,7 +9,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmosaic.privacy import federation, identity
-from fedmosaic.privacy.configuration import read_toml, validate
+from fedmosaic.privacy.configuration import read_configuration, validate
 from fedmosaic.privacy.federation import FederationConfig, MemberEntry
 from fedmosaic.privacy.mechanism import ProfileMechanism, Reduction
 from fedmosaic.privacy.roster import Roster, Terms
@@ -168,16 +168,16 @@ def test_an_unknown_key_names_its_nearest_neighbour(tmp_path: Path) -> None:
     path = tmp_path / "federation.toml"
     path.write_text('federation = "x"\n[[members]]\nid = "a"\nfamly = "llama"\n')
     with pytest.raises(ConfigurationError, match=r"did you mean .family.") as error:
-        read_toml(path, FederationConfig)
+        read_configuration(path, FederationConfig)
     assert "terms: missing" in str(error.value)
 
 
 def test_broken_toml_and_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="no such file"):
-        read_toml(tmp_path / "none.toml", FederationConfig)
+        read_configuration(tmp_path / "none.toml", FederationConfig)
     (tmp_path / "bad.toml").write_text("a = ")
     with pytest.raises(ConfigurationError, match="not valid TOML"):
-        read_toml(tmp_path / "bad.toml", FederationConfig)
+        read_configuration(tmp_path / "bad.toml", FederationConfig)
 
 
 def test_validation_reports_the_value_that_is_wrong() -> None:

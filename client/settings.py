@@ -1,0 +1,67 @@
+"""A client's configuration, `client.toml`. What all members agreed on is in the roster, not here."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from fedmosaic.client.training import TrainingSettings
+from fedmosaic.privacy.configuration import Frozen
+
+
+class ModelSettings(Frozen):
+    """Where a model comes from.
+
+    `path` is a local folder or a hub id. `keep_layers` cuts a decoder to its first layers, which makes a
+    smaller architecture of the same family.
+    """
+
+    path: str = Field(min_length=1)
+    gguf_file: str | None = None
+    keep_layers: int | None = Field(default=None, ge=1)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class DataSettings(Frozen):
+    """The client's own examples, JSON lines of `{"id", "prompt", "answer", "choices"}`.
+
+    `test` and `others` are only scored, never trained on, and the scores stay on this machine.
+    """
+
+    train: Path
+    test: Path | None = None
+    others: dict[str, Path] = Field(default_factory=dict)
+    evaluation_examples: int = Field(default=0, ge=0)
+
+
+class ClientSettings(Frozen):
+    """Everything one client decides for itself. Paths are relative to the file."""
+
+    kit: Path
+    server: str = Field(pattern=r"^[^:]+:\d{1,5}$|^\[[0-9a-fA-F:]+\]:\d{1,5}$")
+    state_dir: Path
+    model: ModelSettings
+    probe: ModelSettings
+    data: DataSettings
+    training: TrainingSettings = TrainingSettings()
+    threads: int | None = Field(default=None, ge=1)
+    """Processor threads for the model; all by default."""
+    target_epsilon: float | None = Field(default=None, gt=0)
+    """A stricter budget than the federation's; a looser one is refused."""
+    unsafe_test_noise_seed: int | None = None
+    """For tests only: predictable noise. The privacy statement then says that no guarantee holds."""
+    profile_max_length: int = Field(default=96, ge=8)
+    """Tokens of an example that the task profile reads."""
+
+    def resolved(self, base: Path) -> "ClientSettings":
+        """The same settings with every relative path taken from `base`."""
+        data = self.data.model_copy(
+            update={
+                "train": base / self.data.train,
+                "test": base / self.data.test if self.data.test else None,
+                "others": {name: base / path for name, path in self.data.others.items()},
+            }
+        )
+        return self.model_copy(
+            update={"kit": base / self.kit, "state_dir": base / self.state_dir, "data": data}
+        )
