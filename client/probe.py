@@ -1,0 +1,308 @@
+"""Exact per-example gradients of a frozen probe model, as factors, from one forward pass.
+
+The loss of one example is the mean cross entropy over its answer tokens. Its gradient with respect to
+the weight of the last block's `down_proj` is Σ_t δ_t x_tᵀ over the positions t whose next token is
+supervised, where x_t is the input of `down_proj` and δ_t the gradient at its output. The residual path
+carries δ_t unchanged to the final RMSNorm, so it follows from the logits alone:
+
+    e_t = (softmax(W γ⊙ρ_t h_t) - onehot(y_t)) / T,     ρ_t = (mean(h_t²) + ε)^(-1/2)
+    u_t = γ ⊙ Wᵀ e_t
+    δ_t = ρ_t u_t - (ρ_t³ / d) h_t ⟨h_t, u_t⟩
+
+Shape suffixes: B batch, L length, T supervised positions, D hidden size, F intermediate size, V vocabulary.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedmosaic.client.examples import IGNORED, EncodedExample
+from fedmosaic.privacy.projection import GradientFactors
+from fedmosaic.protos.errors import ModelError
+
+TOKENS_PER_BATCH = 4096
+"""Padded tokens in one forward pass."""
+
+LOGITS_PER_CHUNK = 2**24
+"""Most logits held at once: 64 MiB of float32."""
+
+VOCABULARY_PER_CHUNK = 2**14
+"""Rows of the output head that are held in float32 at once, if the head itself is not."""
+
+# A half-precision autograd graph is itself only good to a few per cent.
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+_HALF_TOLERANCE = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """The parts of a causal language model that the closed form needs; build it with `open_probe`.
+
+    Attributes:
+        base: the whole transformers model.
+        decoder: the stack of blocks with the final norm, without the head.
+        down_proj: the last block's down projection; an adapter may be wrapped round it.
+        norm: the final RMSNorm.
+        head: the output embedding, tied or not.
+        epsilon: ε of the norm.
+    """
+
+    base: nn.Module
+    decoder: nn.Module
+    down_proj: nn.Module
+    norm: nn.Module
+    head: nn.Module
+    epsilon: float
+
+    @cached_property
+    def sha256(self) -> str:
+        """`fingerprint` of the model's weights, taken once: the probe is frozen."""
+        return fingerprint(self.base)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width D of the residual stream."""
+        return int(_weight(self.norm).shape[0])
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width F of the input of `down_proj`."""
+        layer: Any = getattr(self.down_proj, "base_layer", self.down_proj)
+        return int(layer.in_features)
+
+
+def open_probe(model: nn.Module) -> Probe:
+    """Find the parts of a model and check the closed form against autograd on four tokens.
+
+    Args:
+        model: a causal language model of the Llama form (Llama, Qwen2, Qwen3, Mistral, SmolLM ...): last
+            block with `mlp.down_proj`, added to the residual stream without further scaling, a final
+            RMSNorm, a linear head. Any dtype; a peft wrapper is looked through, its adapters switched off.
+
+    Returns:
+        The probe. It keeps references to the model's modules and owns no weights.
+
+    Raises:
+        ModelError: a part is missing, or the closed form does not hold for this architecture.
+    """
+    base = _base_model(model)
+    try:
+        decoder = base.get_decoder()
+        block = decoder.layers[-1]
+        down_proj, norm = block.mlp.down_proj, decoder.norm
+        head = base.get_output_embeddings()
+        epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    except (AttributeError, TypeError, IndexError) as error:
+        raise ModelError(
+            f"{type(base).__name__} cannot be a probe: {error}. A probe needs blocks in .layers, the last "
+            "with .mlp.down_proj, a final .norm and an output embedding, as Llama, Qwen2 and Mistral have"
+        ) from error
+    if "RMSNorm" not in type(norm).__name__ or epsilon is None or head is None:
+        raise ModelError(
+            f"{type(base).__name__} cannot be a probe: its final norm is {type(norm).__name__} and its head "
+            f"{type(head).__name__}. A probe needs an RMSNorm and a linear head"
+        )
+    probe = Probe(base, decoder, down_proj, norm, head, float(epsilon))
+    with adapters_disabled(model), _evaluation_mode(decoder):
+        _check_closed_form(probe, base)
+    return probe
+
+
+def adapters_disabled(model: nn.Module) -> AbstractContextManager[object]:
+    """Switch a peft model's adapters off for a while, so that its frozen base can serve as the probe."""
+    disable = getattr(model, "disable_adapter", None)
+    if disable is None:
+        return nullcontext()
+    context: AbstractContextManager[object] = disable()
+    return context
+
+
+def gradient_factors(
+    probe: Probe, examples: Sequence[EncodedExample], tokens_per_batch: int = TOKENS_PER_BATCH
+) -> Iterator[tuple[int, GradientFactors]]:
+    """Yield every example's gradient as factors; no hidden_size × intermediate_size matrix is formed.
+
+    Args:
+        probe: the probe; adapters on it must be switched off (`adapters_disabled`).
+        examples: n encoded examples; labels of -100 are not supervised.
+        tokens_per_batch: bound on padded tokens per forward pass, at least 1.
+
+    Yields:
+        (index into `examples`, its factors), in an order that suits padding. Factors are float32 on the
+        CPU whatever the model's dtype and device; an example without a supervised token has T = 0.
+    """
+    for indices in _batches(examples, tokens_per_batch):
+        batch = [examples[index] for index in indices]
+        with torch.inference_mode(), _evaluation_mode(probe.decoder):
+            delta_TD, inputs_TF, counts = _batch_factors(probe, batch)
+        pieces = zip(torch.split(delta_TD, counts), torch.split(inputs_TF, counts), strict=True)
+        for index, (delta, inputs) in zip(indices, pieces, strict=True):
+            yield index, GradientFactors(delta.numpy(), inputs.numpy())
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash a model's own weights, so that a federation can agree on a probe.
+
+    Weights count with their value in bfloat16, so that a checkpoint has one fingerprint in float32,
+    float16 and bfloat16. Adapters and the wrappers round adapted layers are left out.
+
+    Args:
+        model: a transformers model, bare or wrapped by peft.
+
+    Returns:
+        SHA-256, hexadecimal.
+    """
+    base = _base_model(model)
+    adapted = tuple(f"{name}." for name, module in base.named_modules() if hasattr(module, "base_layer"))
+    digest = hashlib.sha256(b"fedmosaic probe 1\n")
+    weights = dict(base.named_parameters())
+    for name in sorted(weights, key=lambda full: full.replace(".base_layer.", ".")):
+        if name.startswith(adapted) and ".base_layer." not in name:
+            continue
+        weight = weights[name].detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(f"{name.replace('.base_layer.', '.')} {list(weight.shape)}\n".encode())
+        digest.update(weight.view(torch.int16).numpy().astype("<i2", copy=False).data)
+    return digest.hexdigest()
+
+
+def _base_model(model: nn.Module) -> Any:
+    """The transformers model inside a peft wrapper; its methods are found at run time only."""
+    find: Any = getattr(model, "get_base_model", None)
+    return model if find is None else find()
+
+
+def _weight(module: nn.Module) -> torch.Tensor:
+    weight = getattr(module, "base_layer", module).weight
+    if not isinstance(weight, torch.Tensor):
+        raise ModelError(f"{type(module).__name__} has no weight tensor; it cannot be part of a probe")
+    return weight
+
+
+def _batches(examples: Sequence[EncodedExample], tokens_per_batch: int) -> Iterator[list[int]]:
+    lengths = [len(example.input_ids) for example in examples]
+    batch: list[int] = []
+    for index in sorted(range(len(examples)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > tokens_per_batch:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _batch_factors(
+    probe: Probe, batch: Sequence[EncodedExample]
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    device = _weight(probe.norm).device
+    pad = nn.utils.rnn.pad_sequence
+    ids_BL = pad([example.input_ids for example in batch], batch_first=True).to(device)
+    labels_BL = pad([example.labels for example in batch], batch_first=True, padding_value=IGNORED)
+    targets_BL = torch.full_like(labels_BL, IGNORED)
+    targets_BL[:, :-1] = labels_BL[:, 1:]
+    chosen_BL = (targets_BL != IGNORED).to(device)
+    targets_T = targets_BL.to(device)[chosen_BL]
+    counts_B = chosen_BL.sum(1)
+    # Padding stands on the right and attention is causal, so no mask is needed, and none is faster.
+    with _captured(probe.down_proj) as inputs, _captured(probe.norm) as hidden:
+        probe.decoder(input_ids=ids_BL, use_cache=False)
+    shares_T = counts_B.clamp(min=1).reciprocal().repeat_interleave(counts_B)
+    delta_TD = _delta(probe, hidden[0][chosen_BL].float(), targets_T, shares_T)
+    return delta_TD.cpu(), inputs[0][chosen_BL].float().cpu(), counts_B.tolist()
+
+
+def _delta(
+    probe: Probe, hidden_TD: torch.Tensor, targets_T: torch.Tensor, shares_T: torch.Tensor
+) -> torch.Tensor:
+    gamma_D = _weight(probe.norm).float()
+    rho_T = (hidden_TD.square().mean(1) + probe.epsilon).rsqrt()
+    normed_TD = hidden_TD * rho_T[:, None] * gamma_D
+    rows = max(1, LOGITS_PER_CHUNK // _weight(probe.head).shape[0])
+    upstream_TD = torch.empty_like(hidden_TD)
+    for start in range(0, len(targets_T), rows):
+        part = slice(start, start + rows)
+        upstream_TD[part] = _through_head(probe.head, normed_TD[part], targets_T[part], shares_T[part])
+    upstream_TD *= gamma_D
+    radial_T = (hidden_TD * upstream_TD).mean(1)
+    return rho_T[:, None] * upstream_TD - (rho_T**3 * radial_T)[:, None] * hidden_TD
+
+
+def _through_head(
+    head: nn.Module, normed_TD: torch.Tensor, targets_T: torch.Tensor, shares_T: torch.Tensor
+) -> torch.Tensor:
+    """Gradient of the share-weighted cross entropies with respect to the head's input, in float32."""
+    weight_VD = _weight(head)
+    bias_V = getattr(head, "bias", None)
+    size = len(weight_VD) if weight_VD.dtype == torch.float32 else VOCABULARY_PER_CHUNK
+    chunks = [slice(start, start + size) for start in range(0, len(weight_VD), size)]
+    logits_TV = normed_TD.new_empty(len(normed_TD), len(weight_VD))
+    for chunk in chunks:
+        logits_TV[:, chunk] = normed_TD @ weight_VD[chunk].float().T
+    if bias_V is not None:
+        logits_TV += bias_V
+    error_TV = torch.softmax(logits_TV, dim=1)
+    error_TV[torch.arange(len(targets_T), device=targets_T.device), targets_T] -= 1.0
+    error_TV *= shares_T[:, None]
+    upstream_TD = torch.zeros_like(normed_TD)
+    for chunk in chunks:
+        upstream_TD.addmm_(error_TV[:, chunk], weight_VD[chunk].float())
+    return upstream_TD
+
+
+@contextmanager
+def _captured(module: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collect the first argument of every call of a module."""
+    seen: list[torch.Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _module, arguments: seen.append(arguments[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Switch dropout off, and put every module back into the mode it was in."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def _check_closed_form(probe: Probe, base: Any) -> None:
+    ids = torch.arange(4) % len(_weight(probe.head))
+    with torch.no_grad():
+        delta_TD, _, _ = _batch_factors(probe, [EncodedExample("closed-form check", ids, ids)])
+    leaves: list[torch.Tensor] = []
+
+    def cut_graph(_module: nn.Module, _arguments: object, output: torch.Tensor) -> torch.Tensor:
+        leaves.append(output.detach().requires_grad_())
+        return leaves[0]
+
+    handle = probe.down_proj.register_forward_hook(cut_graph)
+    try:
+        with torch.enable_grad():
+            # The whole model, so that scaled or capped logits are found out.
+            logits_LV = base(input_ids=ids[None].to(_weight(probe.norm).device), use_cache=False).logits[
+                0, :-1
+            ]
+            loss = nn.functional.cross_entropy(logits_LV.float(), ids[1:].to(logits_LV.device))
+            (expected_BLD,) = torch.autograd.grad(loss, leaves)
+    finally:
+        handle.remove()
+    expected_TD = expected_BLD[0, :-1].float().cpu()
+    error = ((delta_TD - expected_TD).norm() / expected_TD.norm()).item()
+    if not error <= _TOLERANCE.get(_weight(probe.norm).dtype, _HALF_TOLERANCE):
+        raise ModelError(
+            f"{type(base).__name__} cannot be a probe: its gradient is off the closed form by {error:.2g} "
+            "(relative). The final norm must be γ·h/rms(h), down_proj must be added to the residual stream "
+            "unscaled, and the head must give the logits without scaling or capping"
+        )
