@@ -6,8 +6,7 @@ scores them all; for choices of one token each both ways order the choices alike
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,7 +25,7 @@ from fedmosaic.client.examples import (
     padding_token,
     prompt_tokens,
 )
-from fedmosaic.client.loss import logits_at, on_device_of
+from fedmosaic.client.loss import logits_at, on_device_of, training_mode
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
 Scoring = Literal["auto", "likelihood"]
@@ -115,7 +114,8 @@ def most_likely_choices(
     ]
     by_first_token = [scoring == "auto" and question.first_tokens_differ for question in questions]
     scores: dict[int, list[float]] = {}
-    with _evaluating(model):
+    # Not inference mode: buffers that a model caches there could never be trained through again.
+    with training_mode(model, False), torch.no_grad():
         for fast, score in ((True, _first_token_scores), (False, _likelihood_scores)):
             chosen = [index for index, is_fast in enumerate(by_first_token) if is_fast is fast]
             values = score(model, padding_token(tokenizer), [questions[i] for i in chosen], batch_size)
@@ -125,19 +125,6 @@ def most_likely_choices(
             "a choice's score is not finite; the weights are damaged or their dtype is too narrow"
         )
     return [max(range(len(row)), key=row.__getitem__) for _, row in sorted(scores.items())]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        # Not inference mode: buffers that a model caches there could never be trained through again.
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _context_length(model: nn.Module) -> int:

@@ -56,7 +56,7 @@ class EncodedExample:
 
 
 def read_examples(path: Path) -> tuple[Example, ...]:
-    """Reads JSON lines with the keys ``id``, ``prompt``, ``answer`` and, optionally, ``choices``.
+    """Read JSON lines with the keys ``id``, ``prompt``, ``answer`` and, optionally, ``choices``.
 
     Args:
         path: UTF-8 file, one JSON object per line; blank lines are skipped.
@@ -86,7 +86,7 @@ def read_examples(path: Path) -> tuple[Example, ...]:
 def encode_examples(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
 ) -> list[EncodedExample]:
-    """Turns examples into tokens, prompt cut from the left so that the answer always survives.
+    """Turn examples into tokens, prompt cut from the left so that the answer always survives.
 
     Args:
         tokenizer: Tokenizer with an end-of-sequence token; its chat template is used if it has one.
@@ -133,7 +133,7 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
 
 
 def cut_prompt(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], room: int) -> list[int]:
-    """Cuts a prompt from the left to ``room`` tokens, but keeps a begin-of-sequence token.
+    """Cut a prompt from the left to ``room`` tokens, but keeps a begin-of-sequence token.
 
     Args:
         tokenizer: Tokenizer that made the tokens.
@@ -163,7 +163,7 @@ def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def collate(batch: Sequence[EncodedExample], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Pads examples on the right to one length.
+    """Pad examples on the right to one length.
 
     Args:
         batch: B ≥ 1 encoded examples of lengths T_i.
@@ -190,7 +190,7 @@ def collate(batch: Sequence[EncodedExample], pad_token_id: int) -> dict[str, tor
 
 
 def length_buckets(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Groups indices of similar length, so that batches carry little padding.
+    """Group indices of similar length, so that batches carry little padding.
 
     Args:
         lengths: Length of each item.

@@ -6,7 +6,8 @@ example needs; the plain training uses the same loss so that both optimise one o
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -74,6 +75,29 @@ def on_device_of(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
     """The batch on the device of the model's first parameter."""
     device = next(model.parameters()).device
     return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def in_bfloat16(losses: ExampleLosses = example_losses) -> ExampleLosses:
+    """The same losses with the model's wide products in bfloat16 (autocast); Co-LoRA stays in float32."""
+
+    def narrow(model: nn.Module, batch: Batch) -> torch.Tensor:
+        device = next(model.parameters()).device
+        with torch.autocast(device_type=device.type, dtype=torch.bfloat16):
+            return losses(model, batch)
+
+    return narrow
+
+
+@contextmanager
+def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Run the body with the model in one mode and gives every module its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _can_choose_positions(model: nn.Module) -> bool:

@@ -1,0 +1,89 @@
+"""Which tensors of a Co-LoRA model are trained privately, and which must stay out meanwhile."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from fedmosaic.client.colora import adapted_layers, fix_gate, set_active_branches, set_trainable
+from fedmosaic.client.colora.state import find_adapter, shared_modules
+
+
+def shared_cores(model: nn.Module, adapter_name: str | None = None) -> dict[str, nn.Linear]:
+    """The cores of the local branch, by module name, in the order of the shared vector.
+
+    Args:
+        model: Model with Co-LoRA layers.
+        adapter_name: Name of the adapter, or None for the only active one.
+
+    Returns:
+        From full module name to the core: weight P (r, r), bias Q (r,).
+    """
+    name = find_adapter(model, adapter_name)
+    return {
+        layer.settings[name].placement.name: layer.core(name, "local")
+        for layer in shared_modules(model, name)
+    }
+
+
+def private_parameters(model: nn.Module, adapter_name: str | None = None) -> dict[str, nn.Parameter]:
+    """Every adapter tensor that private data reaches, or may have reached, without noise.
+
+    That is all of the adapter but the two branches of the Co-LoRA layers that consist of releases: the
+    cores in training, and the received global ones. Other adapters on the same layers count in full.
+
+    Args:
+        model: Model with Co-LoRA layers.
+        adapter_name: Name of the adapter, or None for the only active one.
+
+    Returns:
+        The tensors by name.
+    """
+    name = find_adapter(model, adapter_name)
+    released = {
+        id(parameter)
+        for layer in shared_modules(model, name)
+        for branch in ("local", "global")
+        for parameter in layer.core(name, branch).parameters()
+    }
+    found: dict[str, nn.Parameter] = {}
+    for index, layer in enumerate(adapted_layers(model, "all", name)):
+        # A layer's own parameters, not those of the linear module it wraps.
+        for container in layer.adapter_layer_names:
+            for key, parameter in getattr(layer, container).named_parameters():
+                if id(parameter) not in released:
+                    found[f"{layer.settings[name].placement.name or index}.{container}.{key}"] = parameter
+    return found
+
+
+@contextmanager
+def only_shared_branch(
+    model: nn.Module, *, global_weight: float | None = None, adapter_name: str | None = None
+) -> Iterator[dict[str, nn.Linear]]:
+    """Leave nothing of the adapter but the shared branch in the model, and undoes that afterwards.
+
+    Args:
+        model: Model with Co-LoRA layers.
+        global_weight: Constant weight in [0, 1] of the received branch beside the one in training, which
+            then has the rest; None to train the local branch by itself.
+        adapter_name: Name of the adapter, or None for the only active one.
+
+    Yields:
+        The cores to train, trainable, as `shared_cores` gives them.
+    """
+    name = find_adapter(model, adapter_name)
+    layers = adapted_layers(model, "all", name)
+    saved = [(layer.settings[name].active, layer.settings[name].fixed_gate) for layer in layers]
+    trainable = [layer.settings[name].trainable for layer in layers]
+    try:
+        set_active_branches(model, set(), layers="family", adapter_name=name)
+        branches = {"local"} if global_weight is None else {"local", "global"}
+        set_active_branches(model, branches, layers="shared", adapter_name=name)
+        fix_gate(model, global_weight, adapter_name=name)
+        set_trainable(model, {"local"}, layers="shared", adapter_name=name)
+        set_trainable(model, set(), layers="family", adapter_name=name)
+        yield shared_cores(model, name)
+    finally:
+        for layer, (active, gate), groups in zip(layers, saved, trainable, strict=True):
+            layer.settings[name].active, layer.settings[name].fixed_gate = active, gate
+            layer.set_trainable_groups(name, groups)

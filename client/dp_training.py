@@ -1,0 +1,254 @@
+"""Private training of the shared branch: DP-SGD on the cores P and Q, and on nothing else.
+
+One step draws a Poisson sample of the examples, clips each example's gradient to the norm C, adds the
+clipped gradients up, adds N(0, σ²C²) to every coordinate of the sum, and divides by a public constant:
+
+    g̃ = ( Σ_{i in B} clip_C(g_i) + N(0, σ²C² I) ) / expected_batch_size
+
+The realised batch size and the number of examples are private under add/remove and divide nothing. An
+empty sample releases noise like any other and is charged like any other. What the optimizer makes of
+g̃ is post-processing, so the cores after the round are a release with the cost of the round's steps,
+provided that the values they started from were public or an earlier release, and that no other
+private tensor takes part in the forward pass (`fedmosaic.client.dp_checks`).
+
+Clipping and noise live on the integer grid of `fedmosaic.privacy.mechanism`, where the noisy sum is a
+function of the exact Gaussian mechanism's output and its low bits tell nothing more. Two things remain
+outside the guarantee. The time of a step grows with the size of its sample. And an example's float32
+gradient may differ in its last bits with the batch it is computed in.
+
+Reference:
+    Abadi et al., "Deep learning with differential privacy", CCS 2016, algorithm 1; Mironov, Talwar and
+    Zhang 2019, "Rényi differential privacy of the sampled Gaussian mechanism".
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import nn
+
+from fedmosaic.client.dp_checks import assert_only_shared_branch, check_engine
+from fedmosaic.client.dp_engine import (
+    ClosedFormEngine,
+    EngineName,
+    GradientEngine,
+    OpacusEngine,
+    clip_and_sum,
+    dimensions_of,
+)
+from fedmosaic.client.examples import EncodedExample, collate, length_buckets
+from fedmosaic.client.loss import ExampleLosses, example_losses, in_bfloat16, training_mode
+from fedmosaic.privacy.configuration import Frozen
+from fedmosaic.privacy.events import GaussianEvent
+from fedmosaic.privacy.mechanism import GRID, ClippedSum
+from fedmosaic.privacy.noise import BitSource, NoiseSource, SecureNoise, poisson_sample
+from fedmosaic.protos.errors import ConfigurationError, ModelError
+
+Charge = Callable[[GaussianEvent], None]
+"""Books an event durably, or raises (`BudgetExceededError`) to refuse it."""
+
+
+class Randomness(NoiseSource, BitSource, Protocol):
+    """A source of both the Poisson samples and the noise."""
+
+
+class PrivateTrainingSettings(Frozen):
+    """How the shared branch is trained privately; all of it public and fixed before the run.
+
+    Attributes:
+        learning_rate: Of the optimizer that takes the noisy gradients.
+        optimizer: ``adam`` or ``sgd``.
+        steps: Noisy steps of one round; each is charged, whatever its sample holds.
+        sampling_rate: Probability q that an example takes part in a step.
+        expected_batch_size: Public divisor of the noisy sum. Chosen like q from a public guess of the
+            number of examples, never computed from the data.
+        max_grad_norm: Clipping norm C of one example's gradient over all cores, from public data.
+        noise_multiplier: σ, the noise's standard deviation over C.
+        physical_batch_size: Most examples per forward pass; changes memory, not the result.
+        engine: ``closed_form``, or ``opacus`` for Opacus's per-sample gradients.
+        bf16: Wide products in bfloat16; gradients of the cores, clipping and noise are exact as ever.
+    """
+
+    learning_rate: float = Field(default=1e-3, gt=0.0, le=10.0, allow_inf_nan=False)
+    optimizer: Literal["adam", "sgd"] = "adam"
+    steps: int = Field(default=100, ge=1)
+    sampling_rate: float = Field(default=0.02, gt=0.0, le=1.0, allow_inf_nan=False)
+    expected_batch_size: int = Field(default=32, ge=1)
+    max_grad_norm: float = Field(default=1.0, gt=1e-6, le=1e6, allow_inf_nan=False)
+    noise_multiplier: float = Field(default=1.0, gt=0.0, le=1e6, allow_inf_nan=False)
+    physical_batch_size: int = Field(default=16, ge=1)
+    engine: EngineName = "closed_form"
+    bf16: bool = False
+
+
+@dataclass(frozen=True)
+class PrivateTrainingReport:
+    """What one call of `train_private` did.
+
+    Attributes:
+        events: Gaussian events exactly as executed, for the accountant.
+        is_test: Whether samples or noise came from a seeded source, so that no guarantee holds.
+        clipped_share: Share of the sampled examples whose gradient was clipped, None if none was ever
+            sampled. A function of private data: show it to the client's own people, send it nowhere.
+        rejected: Number of sampled gradients that were not finite and counted as zero. Private as well.
+    """
+
+    events: tuple[GaussianEvent, ...]
+    is_test: bool
+    clipped_share: float | None = field(repr=False)
+    rejected: int = field(repr=False)
+
+
+def train_private(
+    model: nn.Module,
+    cores: Mapping[str, nn.Linear],
+    examples: Sequence[EncodedExample],
+    settings: PrivateTrainingSettings,
+    *,
+    pad_token_id: int,
+    charge: Charge,
+    private_parameters: Mapping[str, nn.Parameter],
+    randomness: Randomness | None = None,
+    losses: ExampleLosses = example_losses,
+    progress: Callable[[int, int], None] | None = None,
+) -> PrivateTrainingReport:
+    """Train the cores with DP-SGD; the new values in them are one release.
+
+    Everything that can be refused is checked on public tokens, then the planned steps are charged in
+    full, and only then is the data touched. A failure afterwards leaves the charge standing.
+
+    Args:
+        model: Model that holds the cores; all its other parameters frozen.
+        cores: Cores by name, with starting values that are public or an earlier release.
+        examples: Encoded examples of the client.
+        settings: Public parameters of the mechanism and the optimizer.
+        pad_token_id: Token to pad batches with.
+        charge: Called once, with the planned event, before anything is drawn.
+        private_parameters: Tensors that private data reaches without noise; must be out of the forward pass.
+        randomness: Source of samples and noise; `SecureNoise` if None. Seeded ones void the guarantee.
+        losses: Loss of each example, of that example alone.
+        progress: Called after each step with the step (from 1) and the planned steps.
+
+    Returns:
+        The events, and facts to be kept at home.
+
+    Raises:
+        ConfigurationError: There is no example.
+        PrivacyError: A private tensor takes part, or ``charge`` refused.
+        ModelError: Per-example gradients are wrong or missing, or the first step moved no weight.
+    """
+    if not examples:
+        raise ConfigurationError("there is no example to train on; give at least one")
+    source: Randomness = SecureNoise() if randomness is None else randomness
+    loss_of = in_bfloat16(losses) if settings.bf16 else losses
+    with _engine(model, cores, settings.engine, loss_of) as engine:
+        assert_only_shared_branch(model, cores, private_parameters, losses=loss_of)
+        check_engine(engine, model, losses=loss_of, narrow=settings.bf16)
+        event = GaussianEvent(
+            noise_multiplier=settings.noise_multiplier,
+            sampling_rate=settings.sampling_rate,
+            steps=settings.steps,
+        )
+        charge(event)
+        with training_mode(model, True):
+            total = _steps(engine, examples, settings, pad_token_id, source, progress)
+    return PrivateTrainingReport(
+        events=(event,),
+        is_test=source.is_test,
+        clipped_share=total.clipped / total.rows if total.rows else None,
+        rejected=total.rejected,
+    )
+
+
+def noisy_sum(
+    total: ClippedSum, max_grad_norm: float, noise_multiplier: float, noise: NoiseSource
+) -> torch.Tensor:
+    """Draw noise and turns a private sum into one that may be used freely.
+
+    Args:
+        total: The private sum of D coordinates in units of C / 2²⁴.
+        max_grad_norm: C.
+        noise_multiplier: σ.
+        noise: Source of the noise.
+
+    Returns:
+        (D,) float64, the sum plus N(0, σ²C²) rounded to the grid.
+    """
+    draws = np.rint(noise.gaussian(len(total.units), noise_multiplier * GRID)).astype(np.int64)
+    return torch.from_numpy((total.units + draws) * (max_grad_norm / GRID))
+
+
+def set_gradients(parameters: Sequence[nn.Parameter], flat: torch.Tensor) -> None:
+    """Give parameters their parts of a flat gradient.
+
+    Args:
+        parameters: Parameters of D numbers together.
+        flat: (D,) gradient in the order of the parameters.
+    """
+    parts = torch.split(flat, [parameter.numel() for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part.view_as(parameter).to(dtype=parameter.dtype, device=parameter.device)
+
+
+def _steps(
+    engine: GradientEngine,
+    examples: Sequence[EncodedExample],
+    settings: PrivateTrainingSettings,
+    pad_token_id: int,
+    source: Randomness,
+    progress: Callable[[int, int], None] | None,
+) -> ClippedSum:
+    parameters = [parameter for core in engine.cores.values() for parameter in core.parameters()]
+    optimizer = _optimizer(parameters, settings)
+    before = [parameter.detach().clone() for parameter in parameters]
+    # Only the counts of this running total are used, so its own sum may stay zero.
+    counts = ClippedSum.empty(0)
+    for step in range(1, settings.steps + 1):
+        sample = poisson_sample(len(examples), settings.sampling_rate, source)
+        total = ClippedSum.empty(dimensions_of(engine.cores))
+        for batch in _physical_batches([examples[index] for index in sample], settings.physical_batch_size):
+            rows_BD = engine.example_gradients(collate(batch, pad_token_id))
+            total = total + clip_and_sum(rows_BD, settings.max_grad_norm)
+        noisy_D = noisy_sum(total, settings.max_grad_norm, settings.noise_multiplier, source)
+        set_gradients(parameters, noisy_D / settings.expected_batch_size)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        counts = ClippedSum(
+            counts.units,
+            counts.clipped + total.clipped,
+            counts.rejected + total.rejected,
+            counts.rows + total.rows,
+        )
+        if step == 1 and all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True)):
+            raise ModelError("the first private step moved no weight; raise the learning rate")
+        if progress is not None:
+            progress(step, settings.steps)
+    return counts
+
+
+def _physical_batches(sample: list[EncodedExample], batch_size: int) -> Iterator[list[EncodedExample]]:
+    for bucket in length_buckets([len(example.input_ids) for example in sample], batch_size):
+        yield [sample[index] for index in bucket]
+
+
+def _optimizer(
+    parameters: Sequence[nn.Parameter], settings: PrivateTrainingSettings
+) -> torch.optim.Optimizer:
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=settings.learning_rate)
+    return torch.optim.Adam(parameters, lr=settings.learning_rate)
+
+
+@contextmanager
+def _engine(
+    model: nn.Module, cores: Mapping[str, nn.Linear], name: EngineName, losses: ExampleLosses
+) -> Iterator[GradientEngine]:
+    if name == "closed_form":
+        yield ClosedFormEngine(model, cores, losses)
+    else:
+        with OpacusEngine(model, cores, losses) as engine:
+            yield engine

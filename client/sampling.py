@@ -1,0 +1,58 @@
+"""In which order examples are trained on."""
+
+import numpy as np
+
+from fedmosaic.protos.errors import ConfigurationError, StateError
+
+
+class EpochSampler:
+    """Walks over all examples in a fresh random order per epoch, and can be stopped and resumed.
+
+    Args:
+        size: Number of examples, at least 1.
+        seed: Seed of the orders, at least 0.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        if size < 1 or seed < 0:
+            raise ConfigurationError(
+                f"a sampler over {size} examples with seed {seed}; give at least one and a seed of 0 or more"
+            )
+        self._size, self._seed, self._epoch, self._position = size, seed, 0, 0
+
+    def take(self, count: int) -> list[int]:
+        """The next ``count`` indices; an epoch's end inside them is stepped over."""
+        taken: list[int] = []
+        while len(taken) < count:
+            order = np.random.default_rng([self._seed, self._epoch]).permutation(self._size)
+            part = order[self._position : self._position + count - len(taken)].tolist()
+            taken += part
+            self._position += len(part)
+            if self._position == self._size:
+                self._epoch, self._position = self._epoch + 1, 0
+        return taken
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the walk stands, as plain integers."""
+        return {
+            "size": self._size,
+            "seed": self._seed,
+            "epoch": self._epoch,
+            "position": self._position,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where another sampler stood.
+
+        Raises:
+            StateError: The state is malformed, or of another number of examples.
+        """
+        try:
+            size, seed, epoch, position = (state[key] for key in ("size", "seed", "epoch", "position"))
+        except KeyError as error:
+            raise StateError(f"the sampler's state lacks {error}; start the epoch over") from None
+        if size != self._size:
+            raise StateError("the sampler's state is of another number of examples; start the epoch over")
+        if min(seed, epoch, position) < 0 or position >= size:
+            raise StateError("the sampler's state is out of range; start the epoch over")
+        self._seed, self._epoch, self._position = seed, epoch, position
