@@ -305,7 +305,7 @@ def update_average(
         return previous
     fresh = 1.0 - decay
     return ReleasedProfile(
-        decay * previous.vector + fresh * released,
+        decay * previous.vector + fresh * released.astype(np.float64),
         math.fsum((decay**2 * previous.noise_variance, fresh**2 * mechanism.noise_variance)),
         previous.releases + 1,
         digest,
