@@ -2,15 +2,15 @@
 
 An epoch passes through three phases:
 
-    OPENING    members post their openings; closed when all that are expected have posted, or at the
-               deadline, so that everybody reads one and the same set. That set is the epoch.
-    AGREEING   the leader posts sealed boxes, everybody posts a confirmation.
+    JOINING    members say that they are there; closed when all that are expected have, or at the
+               deadline, so that everybody reads one and the same list. That list is the epoch.
+    AGREEING   its members post openings, the leader sealed boxes, and everybody a confirmation.
     READY      every member has confirmed: uploads may be encrypted under this epoch.
 
 A phase that passes its deadline starts the next epoch, without the members who did not answer. Pure:
 time is passed in, and nothing here does any input or output. What the messages mean is between the
-clients (`fedmosaic.privacy.group_key`): a server that shows different members different openings
-gets different transcripts, which their confirmations expose.
+clients (`fedmosaic.privacy.key_agreement`): a server that tells different members different lists
+gets different epochs, whose messages do not verify.
 """
 
 import enum
@@ -18,16 +18,17 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
+JOIN: Final = "join"
 OPENING: Final = "opening"
-BOXES: Final = "boxes"
+BOX: Final = "box"
 CONFIRMATION: Final = "confirmation"
-STAGES: Final = (OPENING, BOXES, CONFIRMATION)
+STAGES: Final = (JOIN, OPENING, BOX, CONFIRMATION)
 
 
 class BoardPhase(enum.Enum):
     """Where an epoch is."""
 
-    OPENING = "opening"
+    JOINING = "joining"
     AGREEING = "agreeing"
     READY = "ready"
 
@@ -50,8 +51,8 @@ class KeyBoard:
         epoch: number of the epoch, from 1.
         phase: where it is.
         deadline: time at which the phase is given up, in the caller's clock.
-        members: who takes part, sorted; empty while openings are collected.
-        openings: who has posted an opening.
+        members: who takes part, sorted; empty while members join.
+        joined: who has joined.
         confirmations: who has posted a confirmation.
         patience_seconds: length of a phase.
         minimum_members: an epoch with fewer is not closed.
@@ -63,7 +64,7 @@ class KeyBoard:
     patience_seconds: float
     minimum_members: int
     members: tuple[str, ...] = ()
-    openings: frozenset[str] = frozenset()
+    joined: frozenset[str] = frozenset()
     confirmations: frozenset[str] = frozenset()
 
     def post(self, sender: str, epoch: int, stage: str, now: float) -> tuple["KeyBoard", Answer]:
@@ -80,15 +81,15 @@ class KeyBoard:
         """
         if epoch != self.epoch:
             return self, Answer.REPLACED
-        if stage == OPENING:
-            if sender in self.openings:
+        if stage == JOIN:
+            if sender in self.joined:
                 return self, Answer.REPEATED
-            if self.phase is not BoardPhase.OPENING:
+            if self.phase is not BoardPhase.JOINING:
                 return self, Answer.CLOSED
-            return replace(self, openings=self.openings | {sender}), Answer.ACCEPTED
+            return replace(self, joined=self.joined | {sender}), Answer.ACCEPTED
         if sender not in self.members:
             return self, Answer.NOT_A_MEMBER
-        if stage == BOXES:
+        if stage != CONFIRMATION:
             return self, Answer.ACCEPTED
         if sender in self.confirmations:
             return self, Answer.REPEATED
@@ -98,7 +99,7 @@ class KeyBoard:
         return confirmed, Answer.ACCEPTED
 
     def advance(self, expected: Collection[str], now: float) -> "KeyBoard":
-        """Close the openings when all expected members have posted, or act on a missed deadline.
+        """Close the list when all expected members have joined, or act on a missed deadline.
 
         Args:
             expected: members that are known to be there.
@@ -107,14 +108,14 @@ class KeyBoard:
         Returns:
             The board afterwards; a new epoch if this one failed.
         """
-        if self.phase is BoardPhase.OPENING:
-            enough = len(self.openings) >= self.minimum_members
-            complete = bool(expected) and set(expected) <= self.openings
+        if self.phase is BoardPhase.JOINING:
+            enough = len(self.joined) >= self.minimum_members
+            complete = bool(expected) and set(expected) <= self.joined
             if enough and (complete or now >= self.deadline):
                 return replace(
                     self,
                     phase=BoardPhase.AGREEING,
-                    members=tuple(sorted(self.openings)),
+                    members=tuple(sorted(self.joined)),
                     deadline=now + self.patience_seconds,
                 )
             if now >= self.deadline:
@@ -128,20 +129,20 @@ class KeyBoard:
         """Begin a new epoch: at a rotation, on a change of membership, or after a failure."""
         return KeyBoard(
             epoch=self.epoch + 1,
-            phase=BoardPhase.OPENING,
+            phase=BoardPhase.JOINING,
             deadline=now + self.patience_seconds,
             patience_seconds=self.patience_seconds,
             minimum_members=self.minimum_members,
         )
 
     def readable(self, epoch: int, stage: str) -> bool:
-        """Whether a stage's messages may be read now: openings only once their set is closed."""
-        return epoch == self.epoch and (stage != OPENING or self.phase is not BoardPhase.OPENING)
+        """Whether a stage's messages may be read now: who joined, only once the list is closed."""
+        return epoch == self.epoch and (stage != JOIN or self.phase is not BoardPhase.JOINING)
 
     def waiting_for(self, expected: Collection[str]) -> tuple[str, ...]:
         """Members whose message the board waits for, sorted."""
-        if self.phase is BoardPhase.OPENING:
-            return tuple(sorted(set(expected) - self.openings))
+        if self.phase is BoardPhase.JOINING:
+            return tuple(sorted(set(expected) - self.joined))
         if self.phase is BoardPhase.AGREEING:
             return tuple(sorted(set(self.members) - self.confirmations))
         return ()
@@ -151,7 +152,7 @@ def first_epoch(now: float, patience_seconds: float, minimum_members: int) -> Ke
     """The board of a run that begins now."""
     return KeyBoard(
         epoch=1,
-        phase=BoardPhase.OPENING,
+        phase=BoardPhase.JOINING,
         deadline=now + patience_seconds,
         patience_seconds=patience_seconds,
         minimum_members=minimum_members,
@@ -164,7 +165,7 @@ def to_record(board: KeyBoard) -> dict[str, object]:
         "epoch": board.epoch,
         "phase": board.phase.value,
         "members": list(board.members),
-        "openings": sorted(board.openings),
+        "joined": sorted(board.joined),
         "confirmations": sorted(board.confirmations),
     }
 
@@ -185,6 +186,6 @@ def from_record(
         patience_seconds=patience_seconds,
         minimum_members=minimum_members,
         members=names("members"),
-        openings=frozenset(names("openings")),
+        joined=frozenset(names("joined")),
         confirmations=frozenset(names("confirmations")),
     )
