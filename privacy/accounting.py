@@ -210,7 +210,7 @@ def default_delta(examples: int) -> float:
     """
     if isinstance(examples, bool) or not isinstance(examples, int) or examples < 2:
         raise AccountingError("δ = n^-1.1 needs at least 2 examples; a smaller data set cannot be protected")
-    return float(examples) ** -1.1
+    return float(examples**-1.1)
 
 
 def check_delta(delta: float, examples: int) -> None:
@@ -263,8 +263,8 @@ def _evaluate(events: tuple[GaussianEvent, ...], delta: float, accountant: str) 
         return rdp
     if rdp > LARGEST_TIGHT_EPSILON:
         raise AccountingError(
-            f"ε is bounded by {rdp:.0f} (RDP), above the {LARGEST_TIGHT_EPSILON:.0f} up to which {accountant} "
-            "is evaluated; nothing is promised at such values: add noise, or take fewer steps"
+            f"ε is bounded by {rdp:.0f} (RDP), above the {LARGEST_TIGHT_EPSILON:.0f} up to which "
+            f"{accountant} is evaluated; nothing is promised at such values: add noise, or take fewer steps"
         )
     if delta < SMALLEST_DELTA:
         raise AccountingError(

@@ -1,0 +1,399 @@
+"""The ledger of one client: what it released, what that cost, and what it may still release.
+
+Durable, append-only, hash-chained, and on the client's own disk. The order of every release is:
+
+    sum, clipped  →  reserve()  →  draw noise  →  store the noisy bytes  →  released()  →  send
+
+`reserve` charges, durably, before any noise exists. A crash after it wastes budget and forgets none: a
+reservation counts whether or not its bytes ever left. Sending stored bytes again is `resent` and free.
+
+The budget is a filter. Its parameters are fixed when the ledger is opened for the first time, and a
+release that would pass the target ε is refused before noise is drawn.
+
+What the chain shows and what it does not: a changed, removed, added or moved row, and a cut tail, are
+found on every opening. Whoever can write the ledger *and* its head file can rewrite both; an `anchor`
+kept by somebody else finds that too. It is keyed with the ledger's secret salt, so its keeper learns the
+number of rows and nothing else.
+"""
+
+import datetime as dt
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fedmosaic.privacy.accounting import EpsilonBound, check_delta
+from fedmosaic.privacy.events import GaussianEvent
+from fedmosaic.privacy.ledger_log import LedgerLog
+from fedmosaic.privacy.ledger_rows import (
+    CHANNELS,
+    Channel,
+    Charge,
+    Coverage,
+    Kind,
+    LedgerRow,
+    Unit,
+    canonical_json,
+    charges,
+    data_epoch,
+    epoch_of_hashes,
+    example_hashes,
+)
+from fedmosaic.privacy.ledger_rules import (
+    Anchor,
+    LedgerParameters,
+    anchor_at,
+    bound_of,
+    check_anchor,
+    check_parameters,
+    check_request,
+    exceeds,
+    matching,
+    parameters_of,
+)
+from fedmosaic.privacy.ledger_store import LedgerStore, read_ledger
+from fedmosaic.protos.errors import BudgetExceededError, LedgerError
+
+__all__ = ["Anchor", "Ledger", "LedgerParameters", "data_epoch", "parameters_of", "read_ledger"]
+
+
+class Ledger:
+    """One client's open ledger. Safe for several threads, and several processes may open one file."""
+
+    def __init__(self, log: LedgerLog, parameters: LedgerParameters) -> None:
+        self.parameters = parameters
+        self._log = log
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        client_id: str,
+        delta: float,
+        target_epsilon: float | None,
+        accountant: str = "prv",
+        *,
+        budgeted_channels: Sequence[Channel] = CHANNELS,
+        unit: Unit = "example",
+        examples: int | None = None,
+        clock: Callable[[], dt.datetime] = lambda: dt.datetime.now(dt.UTC),
+    ) -> "Ledger":
+        """Open or create a ledger, and verify it.
+
+        Args:
+            path: the SQLite file; `<path>.head` stands beside it.
+            client_id: whose releases these are.
+            delta: δ in (0, 1/n] of every ε in the ledger.
+            target_epsilon: budget for all budgeted channels together; None records without refusing.
+            accountant: "prv" (default), "rdp" or "pld".
+            budgeted_channels: which channels the budget bounds. A channel whose releases are not
+                differentially private (`adapter.protection` none or encrypted) costs ε = ∞ and must be
+                left out here by name, or nothing can be released on it under a budget.
+            unit: unit of privacy of every release.
+            examples: n, the client's number of examples; checked against δ, not stored.
+            clock: tells the time.
+
+        Returns:
+            The verified ledger.
+
+        Raises:
+            LedgerError: the ledger is damaged, or was opened first with other parameters.
+            AccountingError: δ (above 1/n, for one) or the accountant is not acceptable.
+        """
+        parameters = LedgerParameters(
+            client_id, float(delta), target_epsilon, accountant, tuple(budgeted_channels), unit
+        )
+        if examples is not None:
+            check_delta(delta, examples)
+        store = LedgerStore(path)
+        try:
+            log = LedgerLog(store, clock)
+            with store.transaction():
+                if store.prepare():
+                    opening = parameters.canonical(secrets.token_hex(32))
+                    log.append("OPENED", bound=EpsilonBound(0.0, accountant), mechanism=opening, unit=unit)
+            log.verify()
+            check_parameters(parameters, log.rows)
+            store.write_head(log.rows[-1])
+        except BaseException:
+            store.close()
+            raise
+        return cls(log, parameters)
+
+    def __enter__(self) -> "Ledger":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._log.store.close()
+
+    def reserve(
+        self,
+        channel: Channel,
+        round: int,
+        event: GaussianEvent,
+        *,
+        data_epoch: str,
+        secure_noise: bool,
+        mechanism: Mapping[str, Any] | None = None,
+        clipping_norm: float | None = None,
+        dimensions: int | None = None,
+        covered_by: Coverage = "dp",
+        example_ids: Iterable[str] | None = None,
+    ) -> int:
+        """Charge one release, durably, before its noise is drawn.
+
+        Args:
+            channel: "profile", "adapter" or "family".
+            round: round of the federation.
+            event: (σ, q, steps) of the whole release; `UNPROTECTED` when covered_by is not "dp".
+            data_epoch: `data_epoch(ids)` of the examples that it may depend on.
+            secure_noise: False when the noise comes from a test's seeded generator.
+            mechanism: plain JSON that describes the mechanism.
+            clipping_norm: C, required for "dp".
+            dimensions: length of the released vector, required for "dp".
+            covered_by: "dp", or, with ε = ∞, "cryptography" or "nothing".
+            example_ids: the epoch's example ids, to have it composed in parallel with other epochs that
+                were given so; the ledger proves that they share none.
+
+        Returns:
+            Sequence of the RESERVED row, to be given to `released`.
+
+        Raises:
+            BudgetExceededError: the release would pass the target ε; recorded as REFUSED, nothing charged.
+            LedgerError: the release was made already (send the stored bytes), the epochs overlap, or the
+                arguments contradict each other.
+        """
+        fields: dict[str, Any] = {
+            "channel": channel,
+            "round": round,
+            "mechanism": canonical_json(dict(mechanism or {})),
+            "noise_multiplier": event.noise_multiplier,
+            "sampling_rate": event.sampling_rate,
+            "steps": event.steps,
+            "clipping_norm": clipping_norm,
+            "dimensions": dimensions,
+            "covered_by": covered_by,
+            "secure_noise": secure_noise,
+            "data_epoch": data_epoch,
+            "disjoint": example_ids is not None,
+            "unit": self.parameters.unit,
+        }
+        check_request(fields, event)
+        hashes = None if example_ids is None else example_hashes(example_ids)
+        with self._log.appending() as rows:
+            done = _release(rows, channel, round, data_epoch)
+            if done is not None:
+                raise LedgerError(
+                    f"this {channel} release was made already (reservation {done.reference}, bytes "
+                    f"{(done.payload_digest or '')[:12]}…): send the stored bytes again, which costs "
+                    "nothing; a fresh draw from the same data would be a new release"
+                )
+            if hashes is not None:
+                self._prove_disjoint(data_epoch, hashes)
+            fields["attempt"] = 1 + len(matching(rows, "RESERVED", channel, round, data_epoch))
+            bound = self._bound_after(rows, channel, event, None if hashes is None else data_epoch)
+            target = self.parameters.target_epsilon
+            refused = channel in self.parameters.budgeted_channels and exceeds(bound.epsilon, target)
+            if hashes is not None and not refused:
+                self._log.store.keep_examples(data_epoch, hashes)
+            kind: Kind = "REFUSED" if refused else "RESERVED"
+            row = self._log.append(kind, bound=bound, **fields)
+        if refused:
+            raise BudgetExceededError(
+                f"client {self.parameters.client_id!r}: this {channel} release would bring ε to "
+                f"{bound.epsilon:.4g} (δ = {self.parameters.delta:g}), above the target {target:g}; no "
+                f"noise was drawn and nothing was charged. {_advice(event)}"
+            )
+        return row.sequence
+
+    def released(self, sequence: int, digest: str) -> None:
+        """Record that the noisy bytes of a reservation are stored and may be sent.
+
+        Args:
+            sequence: what `reserve` returned.
+            digest: SHA-256 (hexadecimal) of the bytes.
+
+        Raises:
+            LedgerError: no such reservation, or its release (or another draw of it) is recorded already.
+        """
+        with self._log.appending() as rows:
+            reservation = _reservation(rows, sequence)
+            before = _release(rows, reservation.channel, reservation.round, reservation.data_epoch)
+            if before is not None and (before.reference, before.payload_digest) == (sequence, digest):
+                return
+            if before is not None:
+                raise LedgerError(
+                    f"the release of reservation {sequence} is recorded with other bytes (reservation "
+                    f"{before.reference}); only the bytes of that record may be sent"
+                )
+            self._append_about(reservation, "RELEASED", digest, reservation.attempt, reservation.round)
+
+    def resent(self, sequence: int, digest: str, round: int | None = None) -> None:
+        """Record that released bytes were sent once more; costs nothing.
+
+        Args:
+            sequence: what `reserve` returned.
+            digest: SHA-256 (hexadecimal) of the bytes, the same as in `released`.
+            round: in which round they were sent again; the reservation's round when None.
+
+        Raises:
+            LedgerError: nothing was released for this reservation, or other bytes were.
+        """
+        with self._log.appending() as rows:
+            reservation = _reservation(rows, sequence)
+            sent = [r for r in rows if r.reference == sequence and r.kind in ("RELEASED", "RESENT")]
+            if not sent:
+                raise LedgerError(
+                    f"nothing was released for reservation {sequence}; record it with released()"
+                )
+            if sent[0].payload_digest != digest:
+                raise LedgerError(
+                    f"these are not the bytes released for reservation {sequence}: a fresh draw is a new "
+                    "release and must be reserved first; send the stored bytes"
+                )
+            in_round = reservation.round if round is None else round
+            self._append_about(reservation, "RESENT", digest, len(sent) + 1, in_round)
+
+    def release_of(self, channel: Channel, round: int, data_epoch: str) -> LedgerRow | None:
+        """The RELEASED row whose stored bytes are to be sent, if this release was made already.
+
+        A profile is released once per data epoch, so its round does not matter.
+        """
+        with self._log.reading() as rows:
+            return _release(rows, channel, round, data_epoch)
+
+    def pending(self, channel: Channel, round: int, data_epoch: str) -> LedgerRow | None:
+        """The last reservation of a release that was never recorded as made, such as after a crash.
+
+        If its noisy bytes were stored, `released` may still be called for it; if not, they are to be drawn
+        anew under a new reservation.
+        """
+        with self._log.reading() as rows:
+            if _release(rows, channel, round, data_epoch) is not None:
+                return None
+            return next(reversed(matching(rows, "RESERVED", channel, round, data_epoch)), None)
+
+    def events(self, channel: Channel | None = None) -> list[GaussianEvent]:
+        """Every charged event, of one channel or of all, released or not."""
+        return [charge.event for charge in charges(self.export(), _only(channel))]
+
+    def epsilon(self, channel: Channel | None = None) -> float:
+        """ε at the ledger's δ of one channel alone, or of all channels together (not only the budgeted).
+
+        Returns:
+            ε ≥ 0; ∞ when something was released without differential privacy.
+        """
+        charged = charges(self.export(), _only(channel))
+        return bound_of(charged, self.parameters.delta, self.parameters.accountant).epsilon
+
+    def fits(self, channel: Channel, event: GaussianEvent) -> bool:
+        """Whether such a release would be within the budget now; records nothing.
+
+        Args:
+            channel: where it would be released.
+            event: (σ, q, steps); taken to concern every example, as without a proof of disjointness.
+        """
+        if self.parameters.target_epsilon is None or channel not in self.parameters.budgeted_channels:
+            return True
+        with self._log.reading() as rows:
+            bound = self._bound_after(rows, channel, event, None)
+        return not exceeds(bound.epsilon, self.parameters.target_epsilon)
+
+    def anchor(self) -> Anchor:
+        """The last row's sequence and hash, to be kept by somebody else and given to `verify` later."""
+        rows = self.export()
+        return anchor_at(rows, rows[-1].sequence)
+
+    def verify(self, anchor: Anchor | None = None) -> None:
+        """Read everything again and check it against itself, the head file and an anchor.
+
+        Args:
+            anchor: a row that somebody else has seen.
+
+        Raises:
+            LedgerError: names the first row that was changed, removed, added or moved.
+        """
+        self._log.verify()
+        if anchor is not None:
+            check_anchor(self.export(), anchor)
+
+    def export(self) -> list[LedgerRow]:
+        """All rows in order. They hold data epochs and the salt: for this machine, not for sending."""
+        with self._log.reading() as rows:
+            return list(rows)
+
+    def _append_about(
+        self, reservation: LedgerRow, kind: Kind, digest: str, attempt: int | None, round: int | None
+    ) -> None:
+        self._log.append(
+            kind,
+            bound=self._log.running_bound(),
+            unit=reservation.unit,
+            channel=reservation.channel,
+            round=round,
+            attempt=attempt,
+            reference=reservation.sequence,
+            data_epoch=reservation.data_epoch,
+            payload_digest=digest,
+        )
+
+    def _bound_after(
+        self,
+        rows: Sequence[LedgerRow],
+        channel: Channel,
+        event: GaussianEvent,
+        disjoint_epoch: str | None,
+    ) -> EpsilonBound:
+        budgeted = self.parameters.budgeted_channels
+        charged = charges(rows, budgeted)
+        if channel in budgeted:
+            charged.append(Charge(event, disjoint_epoch))
+        return bound_of(charged, self.parameters.delta, self.parameters.accountant)
+
+    def _prove_disjoint(self, epoch: str, hashes: list[str]) -> None:
+        if epoch_of_hashes(hashes) != epoch:
+            raise LedgerError(
+                "these example ids are not those of this data epoch; compute it with data_epoch(example_ids)"
+            )
+        check_delta(self.parameters.delta, len(hashes))
+        if self._log.store.overlaps(epoch, hashes):
+            raise LedgerError(
+                "an example of this data epoch is also in an earlier one, so the two do not compose in "
+                "parallel; leave out the examples that were used, or reserve without example_ids and pay "
+                "for both"
+            )
+
+
+def _advice(event: GaussianEvent) -> str:
+    if event.is_private:
+        return "Go on in receive-only mode"
+    return (
+        "A channel without differential privacy fits no budget: leave it out of budgeted_channels by name, "
+        "or protect it with dp"
+    )
+
+
+def _only(channel: Channel | None) -> tuple[Channel, ...] | None:
+    return None if channel is None else (channel,)
+
+
+def _reservation(rows: Sequence[LedgerRow], sequence: int) -> LedgerRow:
+    if 0 <= sequence < len(rows) and rows[sequence].kind == "RESERVED":
+        return rows[sequence]
+    raise LedgerError(f"row {sequence} is no reservation; give what reserve() returned")
+
+
+def _release(
+    rows: Sequence[LedgerRow], channel: str | None, round: int | None, epoch: str | None
+) -> LedgerRow | None:
+    return next(iter(matching(rows, "RELEASED", channel, round, epoch)), None)
