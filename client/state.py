@@ -17,9 +17,16 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from fedmosaic.protos.errors import StateError
+from fedmosaic.privacy.encryption.records import row_digest
+from fedmosaic.privacy.policy import WeightRow
+from fedmosaic.protos.errors import PolicyError, StateError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; two processes in one directory are then not detected.
+    fcntl = None  # type: ignore[assignment]  # a module cannot be typed as optional
 
 _VERSION = 1
 
@@ -53,6 +60,21 @@ def write_atomically(path: Path, content: bytes, *, private: bool = False) -> No
     _sync_directory(path.parent)
 
 
+def _lock(path: Path) -> IO[bytes]:
+    """Hold a directory for one process; the operating system lets go when the process ends."""
+    file = path.open("ab")
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise StateError(
+                f"{path.parent} is in use by another process; stop that one first, or give each client its "
+                "own state_dir"
+            ) from None
+    return file
+
+
 def _sync_directory(directory: Path) -> None:
     if os.name != "posix":
         return
@@ -79,6 +101,7 @@ class ClientState:
         """
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock = _lock(directory / "lock")
         self._file = directory / "session.json"
         self.record = SessionRecord(federation, client)
         if self._file.exists():
@@ -116,8 +139,8 @@ class ClientState:
         if self.record.run_id and self.record.run_id != run_id:
             raise StateError(
                 f"{self.directory} holds round {self.record.completed_round} of run {self.record.run_id}, "
-                f"but the server is on run {run_id}; move the directory away to start over (keep its ledger: the "
-                "budget spent on the same data stays spent)"
+                f"but the server is on run {run_id}; move the directory away to start over (keep its ledger: "
+                "the budget spent on the same data stays spent)"
             )
         self._write(
             SessionRecord(self.record.federation, self.record.client, run_id, self.record.completed_round)
@@ -170,6 +193,26 @@ class ClientState:
     def upload_path(self, round_number: int) -> Path:
         """Where the bytes of a round's upload wait for their acknowledgement."""
         return self.directory / f"upload-{round_number:04d}.bin"
+
+    def accept_row(self, section: str, row: WeightRow) -> None:
+        """Remember the weight row of a section and round, and refuse a second, different one.
+
+        Several rows over the same uploads are equations in the single adapters. The record survives
+        restarts, so that asking again does not give a second answer.
+
+        Raises:
+            PolicyError: another row was accepted for this section and round before.
+        """
+        path = self.directory / "rows.json"
+        accepted: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+        label = f"{row.round}/{section}"
+        digest = row_digest(row).hex()
+        if accepted.setdefault(label, digest) != digest:
+            raise PolicyError(
+                f"a different weight row of section {section!r} was already accepted for round {row.round}: "
+                "one row per recipient and round is allowed"
+            )
+        write_atomically(path, json.dumps(accepted, indent=0).encode())
 
     @property
     def ledger_path(self) -> Path:

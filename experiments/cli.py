@@ -20,6 +20,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
         "fedmosaic.experiments.keys",
         "Create a federation; add, revoke and renew members.",
     ),
+    "probe": ("fedmosaic.experiments.probe", "Fit the public map of the task profile on public data."),
     "server": ("fedmosaic.server.__main__", "Start the server of a federation."),
     "client": ("fedmosaic.client.__main__", "Take part in a federation as one client."),
     "run": ("fedmosaic.experiments.runner", "Run a scenario file with real processes on this machine."),

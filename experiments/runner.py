@@ -143,6 +143,7 @@ def _found_federation(scenario: Scenario, profile: ProfileMechanism, directory: 
             relevance=scenario.relevance,
             schedule=scenario.schedule,
             encryption=scenario.encryption,
+            allow_plaintext=scenario.allow_plaintext,
         ),
     )
     basis = directory / "profile" / federation.BASIS

@@ -5,17 +5,18 @@ that `fedmosaic.experiments.assets` provides.
 """
 
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
 from fedmosaic.client.settings import ModelSettings
 from fedmosaic.client.training import TrainingSettings
 from fedmosaic.privacy.configuration import Frozen
+from fedmosaic.privacy.encryption.parameters import CkksParameters, Parameters
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.privacy.roster import (
     AdapterPrivacyTerms,
     AdapterTerms,
-    EncryptionTerms,
     MemberId,
     RelevanceTerms,
     ScheduleTerms,
@@ -55,7 +56,8 @@ class Scenario(Frozen):
     policy: AggregationPolicy = AggregationPolicy()
     relevance: RelevanceTerms = RelevanceTerms()
     schedule: ScheduleTerms = ScheduleTerms()
-    encryption: EncryptionTerms = EncryptionTerms()
+    encryption: Annotated[Parameters, Field(discriminator="backend")] = CkksParameters()
+    allow_plaintext: bool = False
     training: TrainingSettings = TrainingSettings()
     clients: tuple[ScenarioClient, ...] = Field(min_length=1)
     evaluation_examples: int = Field(default=0, ge=0)

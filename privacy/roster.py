@@ -15,7 +15,9 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from pydantic import Field, StringConstraints, model_validator
 
+from fedmosaic.privacy.adapter_spec import shared_spec_hash
 from fedmosaic.privacy.configuration import Frozen, validate
+from fedmosaic.privacy.encryption.parameters import CkksParameters, Parameters
 from fedmosaic.privacy.mechanism import ProfileMechanism
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos.errors import ConfigurationError, IdentityError
@@ -26,8 +28,16 @@ Protection = Literal["none", "encrypted", "dp", "dp+encrypted"]
 MemberId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 Hex32 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
-DEFAULT_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The linear layers of a Llama or Qwen2 decoder block, as in the authors' released code."""
+DEFAULT_TARGET_MODULES = (
+    "mlp.down_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "self_attn.k_proj",
+    "self_attn.o_proj",
+    "self_attn.q_proj",
+    "self_attn.v_proj",
+)
+"""All linear layers of a Llama or Qwen2 decoder block, as in the authors' released code."""
 
 
 class AdapterTerms(Frozen):
@@ -46,13 +56,20 @@ class AdapterTerms(Frozen):
     other_layers: Literal["lora", "none"] = "lora"
     gate: Literal["scalar", "pooled"] = "scalar"
     basis_seed: int = Field(default=0, ge=0)
-    family_sharing: bool = False
+    family_dimensions: dict[str, int] = Field(default_factory=dict)
+    """Families that also share the LoRA of their other layers, and the length of that vector."""
     protection: Protection = "encrypted"
 
     @property
     def shared_dimensions(self) -> int:
         """Length d of the shared adapter vector: blocks · modules · (rank² + rank)."""
         return self.blocks * len(self.target_modules) * (self.rank**2 + self.rank)
+
+    @property
+    def spec_hash(self) -> bytes:
+        """SHA-256 of the shared layout, which every client's model must give as well."""
+        basis = f"seed:{self.basis_seed}"
+        return shared_spec_hash(self.rank, self.alpha, self.blocks, self.target_modules, basis)
 
     @property
     def encrypted(self) -> bool:
@@ -95,14 +112,8 @@ class ScheduleTerms(Frozen):
     quorum: int = Field(default=4, ge=1)
     round_deadline_seconds: float = Field(default=3600, gt=0)
     gathering_seconds: float = Field(default=600, gt=0)
+    key_patience_seconds: float = Field(default=120, gt=0)
     rotate_key_every: int = Field(default=50, ge=1)
-
-
-class EncryptionTerms(Frozen):
-    """Which back end aggregates. `plain` has to be allowed by name."""
-
-    backend: Literal["ckks", "mask", "plain"] = "ckks"
-    allow_plaintext: bool = False
 
 
 class Terms(Frozen):
@@ -114,7 +125,8 @@ class Terms(Frozen):
     policy: AggregationPolicy = AggregationPolicy()
     relevance: RelevanceTerms = RelevanceTerms()
     schedule: ScheduleTerms = ScheduleTerms()
-    encryption: EncryptionTerms = EncryptionTerms()
+    encryption: Annotated[Parameters, Field(discriminator="backend")] = CkksParameters()
+    allow_plaintext: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> "Terms":
@@ -127,10 +139,15 @@ class Terms(Frozen):
         if not self.adapter.encrypted and not plain:
             raise ValueError(
                 f"adapter.protection is {self.adapter.protection!r}, so nothing is encrypted: say so with "
-                "encryption.backend = 'plain' and encryption.allow_plaintext = true"
+                "encryption.backend = 'plain' and allow_plaintext = true"
             )
-        if plain and not self.encryption.allow_plaintext:
-            raise ValueError("encryption.backend 'plain' needs encryption.allow_plaintext = true")
+        if plain and not self.allow_plaintext:
+            raise ValueError("encryption.backend 'plain' needs allow_plaintext = true")
+        if self.adapter.private and self.adapter.family_dimensions:
+            raise ValueError(
+                "adapter.family_dimensions shares LoRA that is not trained with differential privacy; with "
+                f"adapter.protection {self.adapter.protection!r} leave it out"
+            )
         return self
 
 

@@ -155,7 +155,8 @@ def test_encryption_and_protection_have_to_agree() -> None:
         data = {
             "profile": PROFILE,
             "adapter": {"protection": protection},
-            "encryption": {"backend": backend, "allow_plaintext": allow},
+            "encryption": {"backend": backend},
+            "allow_plaintext": allow,
         }
         if fits:
             Terms.model_validate(data)

@@ -1,0 +1,166 @@
+"""`fedmosaic client CONFIG`: take part in a federation as one client."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from fedmosaic.client.keyring import Keyring
+from fedmosaic.client.learner import ModelLearner
+from fedmosaic.client.probing import ProfileProbe
+from fedmosaic.client.progress import LoggedProgress
+from fedmosaic.client.protection import Identity, Protection
+from fedmosaic.client.releases import Releases, budgeted_channels, plan_adapter
+from fedmosaic.client.session import Session
+from fedmosaic.client.settings import ClientSettings
+from fedmosaic.client.state import ClientState, write_atomically
+from fedmosaic.client.statement import build_statement
+from fedmosaic.client.transport import GrpcTransport
+from fedmosaic.privacy.accounting import default_delta
+from fedmosaic.privacy.configuration import read_configuration
+from fedmosaic.privacy.federation import Kit, open_kit
+from fedmosaic.privacy.ledger import Ledger
+from fedmosaic.privacy.noise import SecureNoise, SeededTestNoise
+from fedmosaic.protos.errors import ConfigurationError, FedMosaicError, ModelError
+
+log = logging.getLogger("fedmosaic.client")
+RESULT = "result.json"
+STATEMENT = "statement.json"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Take part in a federation as one client, until its last round. Stop and start it as you like."""
+
+    config: tyro.conf.Positional[Path]
+    """The client's configuration (TOML or JSON); the README shows one."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `fedmosaic client` with its arguments."""
+    parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic client")
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
+    )
+    settings = read_configuration(parsed.config, ClientSettings).resolved(parsed.config.parent)
+    run(settings)
+    return 0
+
+
+def run(settings: ClientSettings) -> None:
+    """Take part with these settings; see `fedmosaic.client.session.Session.run` for the errors."""
+    kit = open_kit(settings.kit)
+    client_id = kit.member_id()
+    state = ClientState(settings.state_dir, kit.roster.federation, client_id)
+    progress = LoggedProgress(settings.state_dir / "progress.jsonl")
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    member = kit.roster.member(client_id)
+    progress.stage(0, "loading the model")
+    learner = ModelLearner(settings, kit.roster.terms, member.family, progress)
+    _check_layout(learner, kit)
+    with _open_ledger(settings, kit, client_id, learner.example_count) as ledger:
+        releases = _releases(settings, kit, ledger, state, learner)
+        transport = GrpcTransport(
+            settings.server, authority=kit.authority, certificate=kit.tls_certificate, private_key=kit.tls_key
+        )
+        try:
+            identity = Identity(client_id, kit.signing_key())
+            encrypted = kit.roster.terms.adapter.encrypted
+            keyring = (
+                Keyring(client_id, identity.signing_key, kit.roster, transport, state.directory / "keys")
+                if encrypted
+                else None
+            )
+            protection = Protection(identity, kit.roster, member.family, keyring)
+            result = _Result(state.directory / RESULT)
+            if not result.has("before"):
+                result.put("before", learner.evaluate())
+            started = time.monotonic()
+            Session(identity, kit.roster, transport, learner, state, releases, protection, progress).run()
+            result.put("seconds", time.monotonic() - started)
+            result.put("after", learner.evaluate())
+            statement = build_statement(kit.roster, client_id, ledger)
+            write_atomically(state.directory / STATEMENT, statement)
+            transport.report(statement)
+            result.put("traffic", transport.traffic().as_dict())
+            progress.stage(0, "done")
+        finally:
+            transport.close()
+
+
+class _Result:
+    """What a client's own people read afterwards; it stays in the state directory."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._content: dict[str, object] = json.loads(path.read_text()) if path.exists() else {}
+
+    def has(self, key: str) -> bool:
+        return key in self._content
+
+    def put(self, key: str, value: object) -> None:
+        self._content[key] = value
+        write_atomically(self._path, json.dumps(self._content, indent=2).encode())
+
+
+def _check_layout(learner: ModelLearner, kit: Kit) -> None:
+    if learner.adapter_spec_hash != kit.roster.terms.adapter.spec_hash:
+        raise ModelError(
+            "this model's adapter has another layout than the roster's: compare adapter.target_modules, "
+            "rank, alpha, blocks and basis_seed with the linear modules of this model's decoder layers"
+        )
+
+
+def _open_ledger(settings: ClientSettings, kit: Kit, client_id: str, examples: int) -> Ledger:
+    agreed = kit.roster.terms.adapter_privacy.target_epsilon
+    target = settings.target_epsilon or agreed
+    if target > agreed:
+        raise ConfigurationError(
+            f"target_epsilon is {target}, the federation's is {agreed}; a client may be stricter, not looser"
+        )
+    return Ledger.open(
+        settings.state_dir / "ledger.sqlite",
+        client_id,
+        default_delta(examples),
+        target,
+        budgeted_channels=budgeted_channels(kit.roster.terms),
+    )
+
+
+def _releases(
+    settings: ClientSettings, kit: Kit, ledger: Ledger, state: ClientState, learner: ModelLearner
+) -> Releases:
+    terms = kit.roster.terms
+    seed = settings.unsafe_test_noise_seed
+    if seed is not None:
+        log.warning("TEST NOISE from seed %d: predictable, so no privacy guarantee holds", seed)
+    randomness = SecureNoise() if seed is None else SeededTestNoise(seed)
+    probe = ProfileProbe(
+        settings.probe,
+        terms.profile,
+        kit.basis,
+        learner.examples,
+        settings.profile_max_length,
+        randomness,
+    )
+    plan = None
+    if terms.adapter.private:
+        target = settings.target_epsilon or terms.adapter_privacy.target_epsilon
+        plan = plan_adapter(terms, learner.example_count, ledger.parameters.delta, target)
+        log.info("planned σ = %.3f at q = %.4f for the adapter", plan.noise_multiplier, plan.sampling_rate)
+    return Releases(ledger, terms, state, learner.example_ids, probe, randomness, plan)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except FedMosaicError as error:
+        log.error("%s", error)
+        sys.exit(2)

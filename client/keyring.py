@@ -1,0 +1,198 @@
+"""The group keys of a client: agreed on through the server's board, kept until they are of no more use."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedmosaic.client.state import write_atomically
+from fedmosaic.client.transport import Transport
+from fedmosaic.privacy.encryption.ciphers import generate_group_secret, group_secret_bytes
+from fedmosaic.privacy.group_key import GroupKey
+from fedmosaic.privacy.key_agreement import MINIMUM_MEMBERS, KeyAgreement, plan_epoch
+from fedmosaic.privacy.nonces import NonceCounter
+from fedmosaic.privacy.roster import Roster
+from fedmosaic.protos.errors import EncryptionError, KeyAgreementError, StateError
+from fedmosaic.protos.messages import KeyMessage
+
+log = logging.getLogger(__name__)
+
+_POLL_SECONDS = 20.0
+_KEPT_EPOCHS = 2
+
+
+class Keyring:
+    """Agrees on one key per epoch and remembers the two newest.
+
+    Keys are on this client's disk (mode 0600), so that a restarted process can go on in its epoch. A key
+    older than the previous epoch is deleted: what it could read is not needed any more.
+    """
+
+    def __init__(
+        self,
+        client_id: str,
+        signing_key: Ed25519PrivateKey,
+        roster: Roster,
+        transport: Transport,
+        directory: Path,
+    ) -> None:
+        self._client_id = client_id
+        self._signing_key = signing_key
+        self._roster = roster
+        self._transport = transport
+        self._directory = directory
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.counter = NonceCounter(directory / "counter.json", roster.federation)
+        self._keys: dict[int, GroupKey] = {}
+
+    def key(self, epoch: int) -> GroupKey:
+        """The key of an epoch that was agreed on; KeyAgreementError if there is none here."""
+        if epoch not in self._keys:
+            self._keys[epoch] = self._load(epoch)
+        return self._keys[epoch]
+
+    def has(self, epoch: int) -> bool:
+        """Whether the key of an epoch is here."""
+        return epoch in self._keys or self._path(epoch).exists()
+
+    def agree(self, epoch: int) -> GroupKey:
+        """Agree on the key of an epoch with the other members, or return it if that was done.
+
+        Args:
+            epoch: number that the server announced for the coming uploads.
+
+        Raises:
+            KeyAgreementError: a member is missing, added, swapped or cheats; the next epoch may succeed.
+            RefusedError: the server refuses, for example because the epoch was replaced.
+        """
+        if self.has(epoch):
+            return self.key(epoch)
+        try:
+            self.counter.open_epoch(epoch)
+        except EncryptionError as error:
+            raise KeyAgreementError(f"{error}; waiting for the server to begin a newer epoch") from None
+        self._post(epoch, "join", "", b"here")
+        patience = self._roster.terms.schedule.gathering_seconds + _POLL_SECONDS
+        members = self._read(epoch, "join", MINIMUM_MEMBERS, patience, lambda m: len(m) >= MINIMUM_MEMBERS)
+        if self._client_id not in members:
+            raise KeyAgreementError(
+                f"the server left this client out of key epoch {epoch}: {sorted(members)}"
+            )
+        self._note_change(epoch, members)
+        key = self._run(epoch, members)
+        self._store(key)
+        return key
+
+    def _run(self, epoch: int, members: Collection[str]) -> GroupKey:
+        parameters = self._roster.terms.encryption
+        agreement = KeyAgreement(
+            self._signing_key,
+            self._client_id,
+            plan_epoch(
+                self._roster.federation,
+                epoch,
+                members,
+                self._roster.identity_keys(),
+                self._roster.hash,
+                parameters.digest(),
+            ),
+            lambda: generate_group_secret(parameters),
+            group_secret_bytes(parameters),
+        )
+        self._post(epoch, "opening", "", agreement.opening())
+        boxes = agreement.accept_openings(self._all(epoch, "opening", members))
+        if boxes is not None:
+            for recipient, box in boxes.items():
+                self._post(epoch, "box", recipient, box)
+        else:
+            leader = agreement.leader
+            received = self._read(epoch, "box", 1, self._patience, lambda m: leader in m)
+            if leader is None or leader not in received:
+                raise KeyAgreementError(f"the leader {leader!r} of key epoch {epoch} sent no key")
+            agreement.accept_box(received[leader])
+        self._post(epoch, "confirmation", "", agreement.confirmation())
+        return agreement.accept_confirmations(self._all(epoch, "confirmation", members))
+
+    @property
+    def _patience(self) -> float:
+        return self._roster.terms.schedule.key_patience_seconds
+
+    def _all(self, epoch: int, stage: str, members: Collection[str]) -> dict[str, bytes]:
+        return self._read(epoch, stage, len(members), self._patience, lambda m: set(members) <= set(m))
+
+    def _read(
+        self,
+        epoch: int,
+        stage: str,
+        expected: int,
+        seconds: float,
+        enough: Callable[[dict[str, bytes]], bool],
+    ) -> dict[str, bytes]:
+        deadline = time.monotonic() + seconds
+        while True:
+            left = deadline - time.monotonic()
+            messages = self._transport.read_key_messages(
+                epoch, stage, expected, max(0.1, min(_POLL_SECONDS, left))
+            )
+            if enough(messages) or left <= 0:
+                return messages
+
+    def _post(self, epoch: int, stage: str, recipient: str, payload: bytes) -> None:
+        self._transport.post_key_message(KeyMessage(epoch, stage, recipient, payload))
+
+    def _note_change(self, epoch: int, members: Collection[str]) -> None:
+        """A server can leave members out, but not without every other member's log saying so."""
+        missing = sorted(set(self._roster.identity_keys()) - set(members))
+        if missing:
+            log.warning("key epoch %d has no %s, who are on the roster", epoch, ", ".join(missing))
+
+    def _path(self, epoch: int) -> Path:
+        return self._directory / f"epoch-{epoch:010d}.json"
+
+    def _store(self, key: GroupKey) -> None:
+        content = {
+            "federation": key.federation,
+            "epoch": key.epoch,
+            "members": list(key.members),
+            "parameters_hash": key.parameters_hash.hex(),
+            "transcript": key.transcript.hex(),
+            "fingerprint": key.fingerprint.hex(),
+            "master": key.master.hex(),
+            "ckks_secret": key.ckks_secret.hex(),
+        }
+        write_atomically(self._path(key.epoch), json.dumps(content).encode(), private=True)
+        self._keys[key.epoch] = key
+        for path in sorted(self._directory.glob("epoch-*.json"))[:-_KEPT_EPOCHS]:
+            path.unlink()
+        for epoch in sorted(self._keys)[:-_KEPT_EPOCHS]:
+            del self._keys[epoch]
+        log.info(
+            "key epoch %d: agreed with %s, fingerprint %s",
+            key.epoch,
+            ", ".join(m for m in key.members if m != self._client_id),
+            key.fingerprint.hex()[:16],
+        )
+
+    def _load(self, epoch: int) -> GroupKey:
+        path = self._path(epoch)
+        if not path.exists():
+            raise KeyAgreementError(
+                f"this client was not part of key epoch {epoch} and cannot read its uploads"
+            )
+        try:
+            stored = json.loads(path.read_text())
+            return GroupKey(
+                stored["federation"],
+                stored["epoch"],
+                tuple(stored["members"]),
+                bytes.fromhex(stored["parameters_hash"]),
+                bytes.fromhex(stored["transcript"]),
+                bytes.fromhex(stored["fingerprint"]),
+                bytes.fromhex(stored["master"]),
+                bytes.fromhex(stored["ckks_secret"]),
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StateError(f"{path} is damaged ({type(error).__name__}); wait for the next epoch") from None

@@ -1,0 +1,208 @@
+"""The model side of a client: base model, adapter, data, training and scoring."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
+
+from fedmosaic.client import private_round
+from fedmosaic.client.colora import (
+    CoLoraConfig,
+    copy_branch,
+    family_layout,
+    read_family,
+    read_shared,
+    set_active_branches,
+    set_trainable,
+    shared_layout,
+    write_family,
+    write_shared,
+)
+from fedmosaic.client.evaluation import choice_accuracy
+from fedmosaic.client.examples import Example, encode_examples, padding_token, read_examples
+from fedmosaic.client.models import adapt, load_base_model
+from fedmosaic.client.progress import Progress
+from fedmosaic.client.releases import Releases
+from fedmosaic.client.settings import ClientSettings, ModelSettings
+from fedmosaic.client.training import EpochSampler, train_local
+from fedmosaic.privacy.roster import Terms
+from fedmosaic.protos.errors import ModelError, StateError
+
+log = logging.getLogger(__name__)
+_ADAPTER = "default"
+_SAMPLER = "sampler.json"
+_EVALUATION_BATCH = 16
+
+
+class ModelLearner:
+    """One client's model with its adapter, and its examples."""
+
+    def __init__(self, settings: ClientSettings, terms: Terms, family: str, progress: Progress) -> None:
+        """Load model and data and put a fresh adapter on.
+
+        Raises:
+            ModelError: the model cannot be loaded or adapted.
+            ConfigurationError: the examples cannot be read.
+        """
+        self._settings = settings
+        self._terms = terms
+        self._family = family
+        self._progress = progress
+        self._model, self._tokenizer = _adapted(settings.model, terms)
+        self._train = read_examples(settings.data.train)
+        self._encoded = encode_examples(self._tokenizer, self._train, settings.training.max_length)
+        self._sampler = EpochSampler(len(self._encoded), settings.training.seed)
+        if not self._shares_family:
+            # Nothing comes back for these layers, so their LoRA is the client's own, at full weight.
+            self._own_family_layers()
+
+    @property
+    def _shares_family(self) -> bool:
+        return self._family in self._terms.adapter.family_dimensions
+
+    def _own_family_layers(self) -> None:
+        if self._terms.adapter.other_layers == "lora":
+            set_active_branches(self._model, {"local"}, layers="family")
+
+    @property
+    def adapter_spec_hash(self) -> bytes:
+        """SHA-256 of the shared layout (32 bytes)."""
+        return bytes.fromhex(shared_layout(self._model).spec_hash)
+
+    @property
+    def family(self) -> str:
+        """Architecture name, as on the roster."""
+        return self._family
+
+    @property
+    def family_dimensions(self) -> int:
+        """Length of the family vector; 0 without family layers."""
+        return family_layout(self._model).size
+
+    @property
+    def example_count(self) -> int:
+        """Number n of the client's training examples. Private under add/remove."""
+        return len(self._train)
+
+    @property
+    def examples(self) -> tuple[Example, ...]:
+        """The client's training examples."""
+        return self._train
+
+    @property
+    def example_ids(self) -> tuple[str, ...]:
+        """Ids of the training examples, from which the data epoch is computed. They never leave."""
+        return tuple(example.id for example in self._train)
+
+    def load_global(self, section: str, vector: np.ndarray) -> None:
+        """Load an aggregate into the frozen global branch."""
+        write = write_shared if section == "shared" else write_family
+        write(self._model, vector, "global")
+
+    def keep_own(self, section: str) -> None:
+        """Without an aggregate the global branch is a copy of the local one (released code, §2.6)."""
+        copy_branch(self._model, "local", "global", layers=section)
+
+    def sections(self) -> Mapping[str, np.ndarray]:
+        """What is shared now, by section name."""
+        shared = {"shared": read_shared(self._model)}
+        return shared | ({"family": read_family(self._model)} if self._shares_family else {})
+
+    def train(self, round_number: int, releases: Releases) -> None:
+        """Train one round; see `fedmosaic.client.session.Learner.train`."""
+        steps = self._settings.training.steps
+        if self._terms.adapter.private:
+            private_round.train_shared(
+                self._model,
+                self._encoded,
+                self._terms.adapter_privacy,
+                self._settings.training,
+                pad_token_id=padding_token(self._tokenizer),
+                releases=releases,
+                round_number=round_number,
+                progress=self._progress,
+            )
+            private_round.open_personal_branches(self._model, self._terms.adapter)
+        else:
+            set_trainable(self._model, {"local", "gate"})
+        if not self._shares_family:
+            self._own_family_layers()
+        self._progress.stage(round_number, "training", steps)
+        train_local(
+            self._model,
+            self._encoded,
+            self._settings.training,
+            pad_token_id=padding_token(self._tokenizer),
+            sampler=self._sampler,
+            progress=lambda step, _total, _loss: self._progress.advance(step),
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """Accuracy on the client's own test set ("self") and on the others', by name. Stays local."""
+        data = self._settings.data
+        sets = ({"self": data.test} if data.test else {}) | data.others
+        scores: dict[str, float] = {}
+        self._progress.stage(0, "scoring", len(sets))
+        for done, (name, path) in enumerate(sets.items(), start=1):
+            examples = read_examples(path)
+            limit = data.evaluation_examples or len(examples)
+            scores[name] = choice_accuracy(
+                self._model, self._tokenizer, examples[:limit], _EVALUATION_BATCH,
+                max_length=self._settings.training.max_length,
+            )  # fmt: skip
+            self._progress.advance(done)
+        return scores
+
+    def save(self, directory: Path) -> None:
+        """Write every branch, the gate, and the sampler's position."""
+        self._model.save_pretrained(str(directory))
+        (directory / _SAMPLER).write_text(json.dumps(self._sampler.state_dict()))
+
+    def load(self, directory: Path) -> None:
+        """Read what `save` wrote.
+
+        Raises:
+            StateError: the files are missing or damaged.
+        """
+        try:
+            tensors = load_file(directory / "adapter_model.safetensors")
+            sampler = json.loads((directory / _SAMPLER).read_text())
+        except (OSError, ValueError) as error:
+            raise StateError(f"{directory}: the saved adapter cannot be read ({error})") from None
+        report: Any = set_peft_model_state_dict(self._model, tensors, adapter_name=_ADAPTER)
+        if report.unexpected_keys:
+            raise StateError(
+                f"{directory}: the saved adapter is of another shape ({report.unexpected_keys[0]})"
+            )
+        self._sampler.load_state_dict(sampler)
+
+
+def _adapted(settings: ModelSettings, terms: Terms) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    base, tokenizer = load_base_model(
+        settings.path, settings.dtype, gguf_file=settings.gguf_file, keep_layers=settings.keep_layers
+    )
+    adapter = terms.adapter
+    config = CoLoraConfig(
+        r=adapter.rank,
+        alpha=adapter.alpha,
+        blocks=adapter.blocks,
+        layer_rule=adapter.layer_rule,
+        other_layers=adapter.other_layers,
+        gate=adapter.gate,
+        personal_branch=adapter.private,
+        basis_seed=adapter.basis_seed,
+        target_modules=list(adapter.target_modules),
+    )
+    model = adapt(base, config)
+    if shared_layout(model).size != adapter.shared_dimensions:
+        raise ModelError(
+            f"{settings.path} gives a shared adapter of {shared_layout(model).size} values, the roster says "
+            f"{adapter.shared_dimensions}; it lacks some of the modules {', '.join(adapter.target_modules)}"
+        )
+    return model, tokenizer

@@ -1,0 +1,99 @@
+"""One round of training under `dp` or `dp+encrypted`: the shared branch privately, the rest on top.
+
+First P and Q alone, with DP-SGD, everything that has ever seen private data without noise out of the
+forward pass. Then the personal branch, the other layers' LoRA and the gate, without DP; none of them
+ever leaves. The order is the guarantee: what is trained second cannot reach what is released.
+"""
+
+import logging
+from collections.abc import Sequence
+
+from torch import nn
+
+from fedmosaic.client.colora import set_active_branches, set_trainable
+from fedmosaic.client.dp_branch import only_shared_branch, private_parameters
+from fedmosaic.client.dp_training import PrivateTrainingSettings, train_private
+from fedmosaic.client.examples import EncodedExample
+from fedmosaic.client.progress import Progress
+from fedmosaic.client.releases import Releases
+from fedmosaic.client.training import TrainingSettings
+from fedmosaic.privacy.roster import AdapterPrivacyTerms, AdapterTerms
+from fedmosaic.protos.errors import BudgetExceededError
+
+log = logging.getLogger(__name__)
+
+# The received branch has this constant share while the local one is trained: the learnt gate has seen
+# private data, so it may not take part.
+GLOBAL_WEIGHT = 0.5
+
+
+def train_shared(
+    model: nn.Module,
+    examples: Sequence[EncodedExample],
+    terms: AdapterPrivacyTerms,
+    training: TrainingSettings,
+    *,
+    pad_token_id: int,
+    releases: Releases,
+    round_number: int,
+    progress: Progress,
+) -> None:
+    """Train P and Q privately, or go on without if the budget does not allow it.
+
+    Args:
+        model: the adapted model.
+        examples: the client's encoded examples.
+        terms: the federation's DP-SGD parameters.
+        training: learning rate and physical batch size.
+        pad_token_id: token to pad with.
+        releases: plans the noise, and charges before any is drawn.
+        round_number: for the ledger.
+        progress: told of every step.
+    """
+    if releases.receive_only:
+        return
+    plan = releases.adapter_plan
+    settings = PrivateTrainingSettings(
+        learning_rate=training.shared_learning_rate,
+        steps=terms.steps_per_round,
+        sampling_rate=plan.sampling_rate,
+        expected_batch_size=terms.expected_batch_size,
+        max_grad_norm=terms.clipping_norm,
+        noise_multiplier=plan.noise_multiplier,
+        physical_batch_size=training.per_device_train_batch_size,
+        bf16=training.bf16,
+    )
+    progress.stage(round_number, "private training", terms.steps_per_round)
+    try:
+        with only_shared_branch(model, global_weight=GLOBAL_WEIGHT) as cores:
+            report = train_private(
+                model,
+                cores,
+                examples,
+                settings,
+                pad_token_id=pad_token_id,
+                charge=lambda event: releases.charge_adapter(round_number, event),
+                private_parameters=private_parameters(model),
+                randomness=releases.randomness,
+                progress=lambda step, _total: progress.advance(step),
+            )
+    except BudgetExceededError as error:
+        releases.receive_only = True
+        log.warning("round %d: %s; going on in receive-only mode", round_number, error)
+        return
+    if report.clipped_share is not None:
+        log.info("round %d: %.0f %% of the gradients were clipped", round_number, 100 * report.clipped_share)
+
+
+def open_personal_branches(model: nn.Module, terms: AdapterTerms) -> None:
+    """Take every branch into the forward pass and train only what never leaves.
+
+    Args:
+        model: the adapted model, with a personal branch.
+        terms: whether the other layers have LoRA.
+    """
+    set_active_branches(model, {"local", "global", "personal"}, layers="shared")
+    set_trainable(model, {"personal", "gate"}, layers="shared")
+    if terms.other_layers == "lora":
+        set_active_branches(model, {"local"}, layers="family")
+        set_trainable(model, {"local"}, layers="family")

@@ -1,0 +1,41 @@
+"""Load the probe when a task profile is due, release it, and let the model go again."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fedmosaic.client.examples import Example, encode_examples
+from fedmosaic.client.models import load_base_model
+from fedmosaic.client.probe import open_probe
+from fedmosaic.client.profile import release_profile
+from fedmosaic.client.releases import Randomness
+from fedmosaic.client.settings import ModelSettings
+from fedmosaic.privacy.mechanism import Float32Array, ProfileMechanism
+from fedmosaic.privacy.projection import PublicBasis, PublicMap
+
+
+class ProfileProbe:
+    """Makes releases of one client's task profile; see `fedmosaic.client.profile.release_profile`."""
+
+    def __init__(
+        self,
+        settings: ModelSettings,
+        mechanism: ProfileMechanism,
+        basis: Path,
+        examples: Sequence[Example],
+        max_length: int,
+        randomness: Randomness,
+    ) -> None:
+        self._settings = settings
+        self._map = PublicMap(mechanism, PublicBasis.load(basis) if mechanism.basis_sha256 else None)
+        self._examples = examples
+        self._max_length = max_length
+        self._randomness = randomness
+
+    def __call__(self, charge: Callable[[], None]) -> Float32Array:
+        """Make one release; the probe's memory is free again afterwards."""
+        settings = self._settings
+        model, tokenizer = load_base_model(
+            settings.path, settings.dtype, gguf_file=settings.gguf_file, keep_layers=settings.keep_layers
+        )
+        encoded = encode_examples(tokenizer, self._examples, self._max_length)
+        return release_profile(open_probe(model), encoded, self._map, self._randomness, charge)

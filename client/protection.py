@@ -1,0 +1,140 @@
+"""What stands between a vector and the wire: clipping to the agreed range, encryption, signature."""
+
+import logging
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedmosaic.client.keyring import Keyring
+from fedmosaic.privacy.encryption.cipher import ClientCipher
+from fedmosaic.privacy.encryption.ciphers import create_cipher
+from fedmosaic.privacy.encryption.records import NONCE_BYTES, RoundContext
+from fedmosaic.privacy.group_key import GroupKey
+from fedmosaic.privacy.policy import WeightRow
+from fedmosaic.privacy.roster import Roster
+from fedmosaic.protos.messages import SECTION_NAMES, AggregateSection, Profile, Section, Upload
+from fedmosaic.protos.signing import sign_upload
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who this client is.
+
+    Attributes:
+        client_id: as on the roster and in the TLS certificate.
+        signing_key: Ed25519 identity key that the roster pins.
+    """
+
+    client_id: str
+    signing_key: Ed25519PrivateKey
+
+
+class Protection:
+    """Seals what leaves this client and opens what it receives."""
+
+    def __init__(self, identity: Identity, roster: Roster, family: str, keyring: Keyring | None) -> None:
+        """Prepare the agreed back end.
+
+        Args:
+            identity: who signs.
+            roster: terms and members.
+            family: architecture name, for the family section.
+            keyring: group keys; None only where nothing is encrypted.
+        """
+        self._identity = identity
+        self._roster = roster
+        self._family = family
+        self._keyring = keyring
+        terms = roster.terms
+        self._cipher: ClientCipher[Any] = create_cipher(
+            terms.encryption, identity.client_id, terms.policy, allow_plaintext=terms.allow_plaintext
+        )
+
+    def ready(self, key_epoch: int) -> None:
+        """Make sure that uploads of an epoch can be sealed; see `Keyring.agree` for the errors."""
+        if self._keyring is not None:
+            self._keyring.agree(key_epoch)
+
+    def open(self, section: AggregateSection, row: WeightRow, key_epoch: int, size: int) -> np.ndarray:
+        """Check and decrypt one section of an aggregate.
+
+        Args:
+            section: as received.
+            row: its weight row, of the round of the uploads.
+            key_epoch: epoch of the uploads.
+            size: length that the vector must have.
+
+        Returns:
+            (size,) float64. Under `ckks` it must stay in this process.
+
+        Raises:
+            PolicyError, CiphertextError, EncryptionError: see `ClientCipher.decrypt`.
+        """
+        context = self._context(section.name, key_epoch, row.round, size)
+        return self._cipher.decrypt(section.payload, self._key(key_epoch), context, row)
+
+    def seal(
+        self,
+        run_id: str,
+        round_number: int,
+        key_epoch: int,
+        vectors: Mapping[str, np.ndarray],
+        profile: Profile | None,
+    ) -> Upload:
+        """Encrypt and sign one upload. What is sealed once is stored and re-sent, never sealed again.
+
+        Args:
+            run_id: the server's run.
+            round_number: the open round.
+            key_epoch: epoch of the group key.
+            vectors: section name → finite vector; empty to abstain.
+            profile: a new task profile or None.
+        """
+        sections = []
+        for name in SECTION_NAMES:
+            if name in vectors:
+                vector = vectors[name]
+                self._note_clipping(round_number, name, vector)
+                context = self._context(name, key_epoch, round_number, vector.size)
+                nonce = self._nonce(key_epoch, round_number, name)
+                payload = self._cipher.encrypt(vector, self._key(key_epoch), context, nonce, clip=True)
+                sections.append(Section(name, payload))
+        return sign_upload(
+            self._identity.signing_key,
+            federation=self._roster.federation,
+            run_id=run_id,
+            round_number=round_number,
+            client_id=self._identity.client_id,
+            key_epoch=key_epoch,
+            sections=tuple(sections),
+            profile=profile,
+            attempt_id=uuid.uuid4().hex,
+        )
+
+    def _context(self, section: str, key_epoch: int, round_number: int, size: int) -> RoundContext:
+        label = section if section == "shared" else f"family:{self._family}"
+        return RoundContext(self._roster.federation, key_epoch, round_number, label, size)
+
+    def _key(self, key_epoch: int) -> GroupKey | None:
+        return None if self._keyring is None else self._keyring.key(key_epoch)
+
+    def _nonce(self, key_epoch: int, round_number: int, section: str) -> bytes:
+        if self._keyring is None:
+            return bytes(NONCE_BYTES)
+        # A crash between this and storing the upload costs a nonce; the content is then sealed anew.
+        return self._keyring.counter.take(key_epoch, round_number, section, fresh=True)
+
+    def _note_clipping(self, round_number: int, section: str, vector: np.ndarray) -> None:
+        limit = self._roster.terms.encryption.clip
+        outside = int(np.count_nonzero(np.abs(vector) > limit))
+        if outside:
+            log.warning(
+                "round %d: %d of %d values of the %s section lie outside ±%g and are clipped",
+                round_number, outside, vector.size, section, limit,
+            )  # fmt: skip

@@ -1,0 +1,271 @@
+"""The releases of a client, charged to the ledger before they exist.
+
+The order is always: finish the private sum, charge (durably, or be refused), draw noise, store the noisy
+bytes, mark them released, send. A crash in between wastes budget and never forgets any; bytes that are
+stored are sent again as they are, free of charge.
+"""
+
+import hashlib
+import io
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedmosaic.client.state import ClientState, write_atomically
+from fedmosaic.privacy.events import UNPROTECTED, GaussianEvent
+from fedmosaic.privacy.ledger import Ledger
+from fedmosaic.privacy.ledger_rows import Channel, Coverage, data_epoch
+from fedmosaic.privacy.mechanism import Float32Array, ReleasedProfile, update_average
+from fedmosaic.privacy.noise import SecureNoise, SeededTestNoise
+from fedmosaic.privacy.planning import noise_multiplier_for
+from fedmosaic.privacy.roster import Terms
+from fedmosaic.protos.errors import BudgetExceededError, PrivacyError, StateError
+from fedmosaic.protos.messages import Profile
+
+log = logging.getLogger(__name__)
+
+Randomness = SecureNoise | SeededTestNoise
+MakeRelease = Callable[[Callable[[], None]], Float32Array]
+"""Makes one release of the profile; calls its argument once, after the private sum and before the noise."""
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """DP-SGD parameters of this client, planned once for the whole run.
+
+    Attributes:
+        noise_multiplier: σ, noise over clipping norm.
+        sampling_rate: q, expected batch size over the number of examples.
+    """
+
+    noise_multiplier: float
+    sampling_rate: float
+
+
+def budgeted_channels(terms: Terms) -> tuple[Channel, ...]:
+    """Channels that a budget can bound: without DP on the adapter, its ε is ∞ whatever the budget."""
+    return ("profile", "adapter") if terms.adapter.private else ("profile",)
+
+
+def plan_adapter(terms: Terms, examples: int, delta: float, target_epsilon: float) -> AdapterPlan:
+    """Find σ for all rounds from the budget that the profile leaves.
+
+    Args:
+        terms: schedule, batch size, profile mechanism.
+        examples: number n of the client's examples.
+        delta: δ of the budget.
+        target_epsilon: ε of the whole experiment, both channels together.
+
+    Raises:
+        AccountingError: the profile alone passes the target, or no noise suffices.
+    """
+    privacy = terms.adapter_privacy
+    rate = min(1.0, privacy.expected_batch_size / examples)
+    steps = privacy.steps_per_round * terms.schedule.rounds
+    profile = GaussianEvent(terms.profile.noise_multiplier, terms.profile.sampling_rate, 1)
+    return AdapterPlan(noise_multiplier_for(target_epsilon, delta, [profile], rate, steps), rate)
+
+
+class Releases:
+    """What one client has released and may still release."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        terms: Terms,
+        state: ClientState,
+        example_ids: tuple[str, ...],
+        make_profile: MakeRelease,
+        randomness: Randomness,
+        adapter_plan: AdapterPlan | None,
+    ) -> None:
+        self.receive_only = False
+        self.randomness = randomness
+        self._ledger = ledger
+        self._terms = terms
+        self._state = state
+        self._examples = len(example_ids)
+        self._data_epoch = data_epoch(example_ids)
+        self._make_profile = make_profile
+        self._plan = adapter_plan
+
+    @property
+    def adapter_plan(self) -> AdapterPlan:
+        """The plan for DP-SGD; PrivacyError if the adapter is not trained privately."""
+        if self._plan is None:
+            raise PrivacyError("this run does not train the adapter with differential privacy")
+        return self._plan
+
+    def charge_adapter(self, round_number: int, event: GaussianEvent) -> None:
+        """Charge a round of DP-SGD before its first noise is drawn; BudgetExceededError if refused."""
+        self._ledger.reserve(
+            "adapter",
+            round_number,
+            event,
+            data_epoch=self._data_epoch,
+            secure_noise=not self.randomness.is_test,
+            mechanism={
+                "name": "DP-SGD on P and Q",
+                "expected_batch_size": self._terms.adapter_privacy.expected_batch_size,
+            },
+            clipping_norm=self._terms.adapter_privacy.clipping_norm,
+            dimensions=self._terms.adapter.shared_dimensions,
+        )
+
+    def adapter(self, round_number: int, vectors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """Book the adapter sections that are about to leave.
+
+        Args:
+            round_number: round of the upload.
+            vectors: section name → vector.
+
+        Returns:
+            What may leave: nothing in receive-only mode.
+        """
+        if self.receive_only:
+            return {}
+        for name, vector in vectors.items():
+            digest = hashlib.sha256(np.ascontiguousarray(vector, dtype="<f4").tobytes()).hexdigest()
+            self._book("family" if name == "family" else "adapter", round_number, digest)
+        return vectors
+
+    def _book(self, channel: Channel, round_number: int, digest: str) -> None:
+        done = self._ledger.release_of(channel, round_number, self._data_epoch)
+        if done is not None:
+            if done.reference is not None:
+                self._ledger.resent(done.reference, digest, round_number)
+            return
+        pending = self._ledger.pending(channel, round_number, self._data_epoch)
+        if pending is not None:
+            self._ledger.released(pending.sequence, digest)
+            return
+        if self._terms.adapter.private:
+            raise PrivacyError(
+                f"round {round_number}: the adapter was not charged to the ledger, so it may not leave"
+            )
+        coverage: Coverage = "cryptography" if self._terms.adapter.encrypted else "nothing"
+        sequence = self._ledger.reserve(
+            channel,
+            round_number,
+            UNPROTECTED,
+            data_epoch=self._data_epoch,
+            secure_noise=True,
+            covered_by=coverage,
+        )
+        self._ledger.released(sequence, digest)
+
+    def profile(self, round_number: int) -> Profile | None:
+        """The task profile to send, or None to let the server go on with the last one.
+
+        Released once per data epoch; while the data is unchanged, later rounds re-use it.
+        """
+        if self._examples < self._terms.profile.minimum_examples:
+            log.warning(
+                "fewer than %d examples: no task profile is released, the server uses uniform weights",
+                self._terms.profile.minimum_examples,
+            )
+            return None
+        sent = self._state.directory / "profile-sent"
+        try:
+            released = self._released_profile(round_number)
+        except BudgetExceededError as error:
+            log.warning("%s; going on without a task profile", error)
+            return None
+        average = self._average(released)
+        if sent.exists() and sent.read_text() == average.last_release_sha256:
+            return None
+        return Profile(average.vector.astype(np.float32), average.noise_variance, average.releases)
+
+    def profile_acknowledged(self) -> None:
+        """The server has the profile; it is not sent again until the data changes."""
+        stored = self._load_average()
+        if stored is not None:
+            write_atomically(self._state.directory / "profile-sent", stored.last_release_sha256.encode())
+
+    def _released_profile(self, round_number: int) -> Float32Array:
+        path = self._state.directory / f"profile-{self._data_epoch[:16]}.npy"
+        if self._ledger.release_of("profile", round_number, self._data_epoch) is not None:
+            return _read_vector(path, self._terms.profile.dimensions)
+        pending = self._ledger.pending("profile", round_number, self._data_epoch)
+        if pending is not None and path.exists():
+            # The noisy bytes were stored and the process died before it could say so.
+            released = _read_vector(path, self._terms.profile.dimensions)
+            self._ledger.released(pending.sequence, _digest(released))
+            return released
+        reserved: list[int] = []
+        mechanism = self._terms.profile
+
+        def charge() -> None:
+            event = GaussianEvent(mechanism.noise_multiplier, mechanism.sampling_rate, 1)
+            reserved.append(
+                self._ledger.reserve(
+                    "profile",
+                    round_number,
+                    event if event.is_private else UNPROTECTED,
+                    data_epoch=self._data_epoch,
+                    secure_noise=not self.randomness.is_test,
+                    mechanism={"name": "task profile", "sha256": mechanism.sha256},
+                    clipping_norm=mechanism.clipping_norm,
+                    dimensions=mechanism.dimensions,
+                    covered_by="dp" if event.is_private else "nothing",
+                )
+            )
+
+        released = self._make_profile(charge)
+        write_atomically(path, _encode(released))
+        self._ledger.released(reserved[0], _digest(released))
+        return released
+
+    def _average(self, released: Float32Array) -> ReleasedProfile:
+        decay = self._terms.relevance.average_decay
+        average = update_average(self._load_average(), released, self._terms.profile, decay)
+        buffer = io.BytesIO()
+        np.savez(
+            buffer,
+            vector=average.vector,
+            noise_variance=average.noise_variance,
+            releases=average.releases,
+            last=np.frombuffer(bytes.fromhex(average.last_release_sha256), dtype=np.uint8),
+        )
+        write_atomically(self._state.directory / "profile-average.npz", buffer.getvalue())
+        return average
+
+    def _load_average(self) -> ReleasedProfile | None:
+        path = self._state.directory / "profile-average.npz"
+        if not path.exists():
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                return ReleasedProfile(
+                    stored["vector"],
+                    float(stored["noise_variance"]),
+                    int(stored["releases"]),
+                    stored["last"].tobytes().hex(),
+                )
+        except (OSError, ValueError, KeyError) as error:
+            raise StateError(f"{path} is damaged ({error}); delete it, the ledger stays valid") from None
+
+
+def _encode(vector: Float32Array) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, vector)
+    return buffer.getvalue()
+
+
+def _digest(vector: Float32Array) -> str:
+    return hashlib.sha256(np.ascontiguousarray(vector, dtype="<f4").tobytes()).hexdigest()
+
+
+def _read_vector(path: object, dimensions: int) -> Float32Array:
+    try:
+        vector: Float32Array = np.load(str(path), allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise StateError(
+            f"{path}: the stored task profile cannot be read ({error}). It was released already, and a fresh "
+            "draw would cost its ε again: restore the file, or change the data epoch knowingly"
+        ) from None
+    if vector.shape != (dimensions,) or vector.dtype != np.float32:
+        raise StateError(f"{path}: a profile of shape {vector.shape}, expected ({dimensions},) float32")
+    return vector

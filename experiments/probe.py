@@ -1,0 +1,98 @@
+"""`fedmosaic probe`: fit the task profile's public map, once per federation, on public data."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from fedmosaic.client.examples import encode_examples, read_examples
+from fedmosaic.client.models import load_base_model
+from fedmosaic.client.probe import open_probe
+from fedmosaic.client.public_basis import BasisSettings, fit_mechanism
+from fedmosaic.privacy.federation import BASIS
+from fedmosaic.privacy.mechanism import ProfileMechanism, Reduction
+
+PROFILE = "profile.json"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Fit the public map of the task profile, and print the terms to put into federation.toml.
+
+    The public examples must not overlap with any member's data: the guarantee assumes that the map would
+    be the same without each private example.
+    """
+
+    probe: str
+    """Folder or hub id of the small frozen model that all members probe with."""
+    public: Path
+    """Public examples, JSON lines of prompt and answer; hundreds at least."""
+    out: Path
+    """Directory to write the basis and the terms to."""
+    kind: Literal["kronecker", "tensor_sketch", "coordinates"] = "kronecker"
+    """The reduction. `coordinates` is the paper's random dimension sampling."""
+    side: int = 16
+    """Directions kept on each side of the gradient; a release has side² numbers."""
+    noise_multiplier: float = 8.0
+    """σ, the noise's standard deviation over the clipping norm. 8 costs ε = 0.43 at δ = 1e-5 by itself."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Weights of the probe in memory."""
+    keep_layers: int | None = None
+    """Cut the probe to its first layers."""
+    max_length: int = 96
+    """Tokens of an example that are read."""
+
+
+def fit(arguments: Arguments) -> ProfileMechanism:
+    """Fit the map and write it; see `Arguments`."""
+    model, tokenizer = load_base_model(arguments.probe, arguments.dtype, keep_layers=arguments.keep_layers)
+    probe = open_probe(model)
+    standardise: Literal["none", "whiten"] = "none" if arguments.kind == "coordinates" else "whiten"
+    mechanism, basis = fit_mechanism(
+        probe,
+        Path(arguments.probe).name,
+        encode_examples(tokenizer, read_examples(arguments.public), arguments.max_length),
+        Reduction(
+            kind=arguments.kind,
+            hidden_size=probe.hidden_size,
+            intermediate_size=probe.intermediate_size,
+            projection_dimensions=arguments.side**2,
+        ),
+        BasisSettings(standardise=standardise, kronecker_shape=(arguments.side, arguments.side)),
+        arguments.noise_multiplier,
+    )
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / PROFILE).write_text(mechanism.model_dump_json(indent=2) + "\n")
+    if basis is not None:
+        basis.save(arguments.out / BASIS)
+    return mechanism
+
+
+def as_toml(mechanism: ProfileMechanism) -> str:
+    """The mechanism as the `[terms.profile]` table of a federation.toml."""
+    content = mechanism.model_dump(mode="json", exclude_none=True)
+    reduction = content.pop("reduction")
+    lines = ["[terms.profile]", *_lines(content), "", "[terms.profile.reduction]", *_lines(reduction)]
+    return "\n".join(lines)
+
+
+def _lines(table: dict[str, object]) -> list[str]:
+    # JSON's strings, numbers and booleans are TOML's.
+    return [f"{key} = {json.dumps(value)}" for key, value in table.items()]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `fedmosaic probe` with its arguments."""
+    parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic probe")
+    mechanism = fit(parsed)
+    print(f"# Put this into federation.toml and pass --basis {parsed.out / BASIS} to `fedmosaic keys init`.")
+    print(as_toml(mechanism))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
