@@ -10,8 +10,6 @@ from typing import Final
 
 from fedmosaic.protos.errors import WireError
 
-PROTOCOL_VERSION: Final = 1
-
 MAX_MESSAGE_BYTES: Final = 1 << 20
 MAX_CHUNK_BYTES: Final = MAX_MESSAGE_BYTES - 4096
 """Largest piece of a payload in one message; the rest is room for the message around it."""
@@ -24,7 +22,6 @@ MAX_KEY_EPOCH: Final = 1 << 31
 MAX_PROFILE_DIMENSIONS: Final = 1 << 16
 MAX_RELEASES: Final = 1 << 20
 MAX_WEIGHT_BITS: Final = 30
-MAX_CONTEXT_BYTES: Final = 64
 MAX_KEY_PAYLOAD_BYTES: Final = 1 << 16
 MAX_STATEMENT_BYTES: Final = 1 << 19
 MAX_WAIT_MILLISECONDS: Final = 60_000

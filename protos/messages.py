@@ -16,6 +16,9 @@ import numpy.typing as npt
 from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import WireError
 
+PROTOCOL_VERSION: Final = 1
+"""Version of the wire; both sides must speak the same."""
+
 SectionName = Literal["shared", "family"]
 SECTION_NAMES: Final[tuple[SectionName, ...]] = ("shared", "family")
 
@@ -276,14 +279,12 @@ class AggregateSection:
         name: "shared" or "family".
         row: the weight row that was used; None where the aggregate is refused.
         payload: the weighted sum in the back end's format; empty where it is refused.
-        contexts: per contributor of the row, what the back end needs to decrypt; may be empty.
         refusal: why there is no aggregate; empty where there is one.
     """
 
     name: SectionName
     row: SectionWeights | None
     payload: bytes = field(repr=False)
-    contexts: tuple[bytes, ...] = ()
     refusal: str = ""
 
     def __post_init__(self) -> None:
@@ -294,15 +295,8 @@ class AggregateSection:
             raise WireError(
                 f"aggregate section {self.name!r} has a row and a refusal, or neither; expected one"
             )
-        if self.row is None and (self.payload or self.contexts):
+        if self.row is None and self.payload:
             raise WireError(f"aggregate section {self.name!r} is refused but has a payload")
-        if self.row is not None and len(self.contexts) not in (0, len(self.row.contributors)):
-            raise WireError(
-                f"aggregate section {self.name!r} has {len(self.contexts)} contexts, expected none or "
-                f"{len(self.row.contributors)}"
-            )
-        for context in self.contexts:
-            bounds.check_bytes("aggregate.contexts", context, 1, bounds.MAX_CONTEXT_BYTES)
 
 
 @dataclass(frozen=True)
@@ -379,4 +373,4 @@ class KeyMessage:
         bounds.check_stage("key_message.stage", self.stage)
         if self.recipient:
             bounds.check_identifier("key_message.recipient", self.recipient)
-        bounds.check_bytes("key_message.payload", self.payload, 1, bounds.MAX_KEY_PAYLOAD_BYTES)
+        bounds.check_bytes("key_message.payload", self.payload, 0, bounds.MAX_KEY_PAYLOAD_BYTES)

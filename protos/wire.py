@@ -181,12 +181,15 @@ def decode_key_message(message: pb.PostKeyMessageRequest) -> KeyMessage:
     return KeyMessage(message.epoch, message.stage, message.recipient, message.payload)
 
 
-def encode_aggregate_header(aggregate: Aggregate, sha256: bytes, resume_offset: int) -> pb.AggregateHeader:
+def encode_aggregate_header(
+    aggregate: Aggregate, sizes: Sequence[int], sha256: bytes, resume_offset: int
+) -> pb.AggregateHeader:
     """Everything of an aggregate but its payloads.
 
     Args:
-        aggregate: the aggregate.
-        sha256: of all its payloads, laid end to end.
+        aggregate: the aggregate; its payloads are not looked at.
+        sizes: bytes of the payload of every section.
+        sha256: of all payloads, laid end to end.
         resume_offset: where the first chunk will start.
     """
     return pb.AggregateHeader(
@@ -201,11 +204,10 @@ def encode_aggregate_header(aggregate: Aggregate, sha256: bytes, resume_offset: 
                 else pb.WeightRow(
                     contributors=section.row.contributors, weights=section.row.weights, bits=section.row.bits
                 ),
-                size=len(section.payload),
-                contexts=section.contexts,
+                size=size,
                 refusal=section.refusal,
             )
-            for section in aggregate.sections
+            for section, size in zip(aggregate.sections, sizes, strict=True)
         ],
         sha256=sha256,
         resume_offset=resume_offset,
@@ -247,11 +249,7 @@ def decode_aggregate(header: pb.AggregateHeader, stream: bytes) -> Aggregate:
             )
         payload = stream[start : start + section.size]
         start += section.size
-        sections.append(
-            AggregateSection(
-                cast(SectionName, section.name), row, payload, tuple(section.contexts), section.refusal
-            )
-        )
+        sections.append(AggregateSection(cast(SectionName, section.name), row, payload, section.refusal))
     return Aggregate(header.round, tuple(sections), header.key_epoch, header.upload_key_epoch)
 
 

@@ -428,7 +428,6 @@ class AggregateSection(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     ROW_FIELD_NUMBER: _builtins.int
     SIZE_FIELD_NUMBER: _builtins.int
-    CONTEXTS_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     size: _builtins.int
@@ -438,22 +437,17 @@ class AggregateSection(_message.Message):
     def row(self) -> Global___WeightRow:
         """absent where the aggregate is refused"""
 
-    @_builtins.property
-    def contexts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """per contributor, what the back end needs to decrypt"""
-
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         row: Global___WeightRow | None = ...,
         size: _builtins.int = ...,
-        contexts: _abc.Iterable[_builtins.bytes] | None = ...,
         refusal: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["row", b"row"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["contexts", b"contexts", "name", b"name", "refusal", b"refusal", "row", b"row", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "refusal", b"refusal", "row", b"row", "size", b"size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,186 @@
+"""What the server checks before it believes a client: enrolment, headers, signatures, payloads."""
+
+from pathlib import Path
+from typing import Any, cast
+
+from fedmosaic.privacy.encryption.aggregator import Aggregator
+from fedmosaic.privacy.encryption.layout import upload_payload_bytes
+from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
+from fedmosaic.protos.errors import EncryptionError, IdentityError
+from fedmosaic.protos.messages import PROTOCOL_VERSION, Enrolment, Profile, UploadHeader
+from fedmosaic.protos.refusal import Refusal, RefusalKind
+from fedmosaic.protos.signing import upload_digest, verify_digest
+from fedmosaic.server.aggregation import section_label
+from fedmosaic.server.blobs import map_file, section_hashes
+from fedmosaic.server.settings import ServerSettings
+
+_NOISE_TOLERANCE = 1e-5
+
+
+class Admission:
+    """Checks that need the settings of the run but not its state."""
+
+    def __init__(self, settings: ServerSettings, run_id: str, aggregator: Aggregator[Any]) -> None:
+        self._settings = settings
+        self._run_id = run_id
+        self._aggregator = aggregator
+
+    def check_member(self, client: str) -> None:
+        """Refuse whoever is not on the roster."""
+        if client not in self._settings.members:
+            raise Refusal(
+                RefusalKind.NOT_PERMITTED,
+                "NOT_ON_ROSTER",
+                f"{client!r} is not on the roster of federation {self._settings.federation!r}",
+                "the consortium can add a member with `fedmosaic keys add`",
+            )
+
+    def check_enrolment(self, client: str, enrolment: Enrolment) -> None:
+        """Refuse a client whose protocol, federation, roster, adapter or family differs."""
+        self.check_member(client)
+        settings = self._settings
+        if enrolment.protocol_version != PROTOCOL_VERSION:
+            older = "client" if enrolment.protocol_version < PROTOCOL_VERSION else "server"
+            raise _differs(
+                "PROTOCOL_VERSION",
+                f"the client speaks protocol {enrolment.protocol_version}, the server {PROTOCOL_VERSION}",
+                f"update the {older}",
+            )
+        if enrolment.federation != settings.federation:
+            raise _differs(
+                "FEDERATION_DIFFERS",
+                f"the client is of federation {enrolment.federation!r}, this is {settings.federation!r}",
+                "check the server's address and the kit in use",
+            )
+        if enrolment.roster_hash != settings.roster_hash:
+            raise _differs(
+                "ROSTER_DIFFERS",
+                f"the client's roster has fingerprint {enrolment.roster_hash.hex()[:16]}, the server's "
+                f"{settings.roster_hash.hex()[:16]}",
+                "give both sides the consortium's newest roster and restart them",
+            )
+        if enrolment.adapter_spec_hash not in settings.adapter_spec_hashes:
+            expected = " or ".join(h.hex()[:16] for h in settings.adapter_spec_hashes)
+            raise _differs(
+                "ADAPTER_DIFFERS",
+                f"the client's adapter spec is {enrolment.adapter_spec_hash.hex()[:16]}, expected {expected}",
+                "build the adapter from the roster's rank, blocks and modules",
+            )
+        family = settings.families.get(client, "")
+        if enrolment.family != family:
+            raise _differs(
+                "FAMILY_DIFFERS",
+                f"{client!r} enrols with family {enrolment.family!r}, the roster says {family!r}",
+                "use the model the roster names, or have the roster changed",
+            )
+
+    def check_upload(self, client: str, header: UploadHeader) -> bytes:
+        """Refuse an upload that is too large, misshapen or not signed by its client.
+
+        Returns:
+            Its content hash.
+        """
+        self.check_member(client)
+        self._check_sizes(client, header)
+        if header.profile is not None:
+            self._check_profile(header.profile)
+        content_hash = upload_digest(
+            federation=self._settings.federation,
+            run_id=self._run_id,
+            round_number=header.round,
+            client_id=client,
+            key_epoch=header.key_epoch,
+            sections=header.sections,
+            profile=header.profile,
+        )
+        try:
+            verify_digest(self._settings.members[client], content_hash, header.signature, client)
+        except IdentityError as error:
+            raise Refusal(RefusalKind.NOT_PERMITTED, "SIGNATURE_INVALID", str(error), "") from None
+        return content_hash
+
+    def _check_sizes(self, client: str, header: UploadHeader) -> None:
+        limit = self._settings.upload_limit_bytes
+        if header.size > limit:
+            raise Refusal(
+                RefusalKind.TOO_LARGE,
+                "UPLOAD_TOO_LARGE",
+                f"an upload of {header.size} bytes was announced, at most {limit} are accepted",
+                "check the adapter's rank and target modules against the roster",
+            )
+        dimensions = self._settings.dimensions(client)
+        for section in header.sections:
+            if section.name not in dimensions:
+                raise Refusal(
+                    RefusalKind.INVALID,
+                    "UNEXPECTED_SECTION",
+                    f"section {section.name!r} was announced, {client!r} shares {', '.join(dimensions)}",
+                    "the roster's family_dimensions say which families share more than P and Q",
+                )
+            length = dimensions[section.name]
+            expected = HEADER_BYTES + upload_payload_bytes(self._settings.encryption, length)
+            if section.size != expected:
+                raise Refusal(
+                    RefusalKind.INVALID,
+                    "WRONG_SIZE",
+                    f"section {section.name!r} has {section.size} bytes, expected {expected} for {length} "
+                    f"values with back end {self._settings.encryption.backend!r}",
+                    "compare the adapter and encryption terms with the roster",
+                )
+
+    def _check_profile(self, profile: Profile) -> None:
+        expected = self._settings.profile_dimensions
+        if profile.vector.size != expected:
+            raise Refusal(
+                RefusalKind.INVALID,
+                "PROFILE_DIMENSIONS",
+                f"profile.vector has {profile.vector.size} values, expected {expected}",
+                "use the roster's profile mechanism",
+            )
+        # An average with weights that sum to 1 has at most the variance of one release, at least 1/n of it.
+        fresh = self._settings.profile_noise_variance
+        low, high = fresh / profile.releases * (1 - _NOISE_TOLERANCE), fresh * (1 + _NOISE_TOLERANCE)
+        if not low <= profile.noise_variance <= high:
+            raise Refusal(
+                RefusalKind.INVALID,
+                "PROFILE_NOISE",
+                f"profile.noise_variance is {profile.noise_variance:g}, expected {low:g} … {high:g} for an "
+                f"average of {profile.releases} releases of the roster's mechanism",
+                "use the roster's profile mechanism",
+            )
+
+    def check_payload(self, client: str, header: UploadHeader, spool: Path) -> None:
+        """Refuse a payload that is not the announced and signed one, or that the back end cannot use."""
+        if not header.sections:
+            return
+        hashes = section_hashes(spool, [section.size for section in header.sections])
+        view, start = map_file(spool), 0
+        if len(view) != header.size or hashes != [section.sha256 for section in header.sections]:
+            raise Refusal(
+                RefusalKind.INVALID,
+                "PAYLOAD_DIFFERS",
+                f"{len(view)} of {header.size} bytes arrived, or their SHA-256 is not the announced one",
+                "send the upload again from its first byte",
+            )
+        for section in header.sections:
+            dimensions = self._settings.dimensions(client)[section.name]
+            label = section_label(section.name, self._settings.family(client))
+            context = RoundContext(
+                self._settings.federation, header.key_epoch, header.round, label, dimensions
+            )
+            try:
+                # Back ends read through the buffer protocol only; a mapped file is not copied.
+                record = cast(bytes, view[start : start + section.size])
+                self._aggregator.check_upload(record, context, client)
+            except EncryptionError as error:
+                raise Refusal(
+                    RefusalKind.INVALID,
+                    "PAYLOAD_UNUSABLE",
+                    f"section {section.name!r}: {error}",
+                    "check that training did not diverge and that the encryption terms are the roster's",
+                ) from None
+            start += section.size
+
+
+def _differs(reason: str, message: str, remedy: str) -> Refusal:
+    return Refusal(RefusalKind.PRECONDITION, reason, message, remedy)

@@ -1,0 +1,432 @@
+"""The server without its network: every request of a client as a method, safe to call from many threads.
+
+The gRPC service and in-process simulations call the same methods. Nothing here waits: `pull` answers None
+while a round is not open, and `advance` lets time pass.
+"""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Literal
+
+from fedmosaic.privacy.encryption.aggregators import create_aggregator
+from fedmosaic.protos import bounds
+from fedmosaic.protos.messages import (
+    Aggregate,
+    AggregateSection,
+    Enrolled,
+    Enrolment,
+    KeyMessage,
+    Phase,
+    Receipt,
+    ReceiptStatus,
+    RoundStatus,
+    Upload,
+    UploadHeader,
+)
+from fedmosaic.protos.refusal import Refusal, RefusalKind
+from fedmosaic.server import rounds
+from fedmosaic.server.admission import Admission
+from fedmosaic.server.blobs import Blobs
+from fedmosaic.server.closing import ClosedRound, close_round, read_sections
+from fedmosaic.server.key_relay import KeyRelay
+from fedmosaic.server.run import NO_BYTES, Download, Ticket, open_run, resume_round
+from fedmosaic.server.settings import ServerSettings
+from fedmosaic.server.store import Store, default_url
+from fedmosaic.server.summary import summarise, write_summary
+
+log = logging.getLogger(__name__)
+Topic = Literal["upload", "round", "keys"]
+"""What a listener is told: an upload is stored, a round has opened, the key board has changed."""
+
+
+class Coordinator:
+    """One run of one federation."""
+
+    def __init__(self, settings: ServerSettings, clock: Callable[[], float] = time.monotonic) -> None:
+        """Begin a run, or go on with the one in `settings.state_dir`.
+
+        Args:
+            settings: of the run.
+            clock: seconds, monotonic; deadlines are counted in it.
+
+        Raises:
+            StateError: the state is in use, damaged, or of a run with other terms.
+        """
+        self.settings = settings
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._listeners: list[Callable[[Topic], None]] = []
+        self._blobs = Blobs(settings.state_dir, durable=settings.durable)
+        self._store = Store(settings.store_url or default_url(settings.state_dir), durable=settings.durable)
+        allow_plaintext = not settings.encrypted  # whoever built the settings has asked for it by name
+        self._aggregator = create_aggregator(
+            settings.encryption, settings.policy, allow_plaintext=allow_plaintext
+        )
+        self.run_id = open_run(settings, self._store)
+        self._admission = Admission(settings, self.run_id, self._aggregator)
+        self._keys = KeyRelay(settings, self._store, clock()) if settings.encrypted else None
+        self._round = resume_round(settings, self._store, self._keys, clock())
+
+    def subscribe(self, listener: Callable[[Topic], None]) -> None:
+        """Call `listener`, from any thread, whenever somebody who waits should look again."""
+        self._listeners.append(listener)
+
+    def _changed(self, topic: Topic) -> None:
+        for listener in self._listeners:
+            listener(topic)
+
+    @property
+    def available_round(self) -> int:
+        """The round that can be pulled; 0 while one is being aggregated."""
+        state = self._round
+        return 0 if state.phase is Phase.CLOSED else state.number
+
+    def _seen(self, client: str) -> None:
+        self._admission.check_member(client)
+        with self._lock:
+            self._round, _ = rounds.step(self._round, rounds.Seen(client), self._clock())
+
+    @property
+    def _epoch(self) -> int:
+        return self._keys.epoch if self._keys is not None else 0
+
+    def enrol(self, client_id: str, enrolment: Enrolment) -> Enrolled:
+        """Check that a client speaks of the same federation, and tell where the run is.
+
+        Raises:
+            Refusal: protocol, federation, roster, adapter or family differ.
+        """
+        self._admission.check_enrolment(client_id, enrolment)
+        self._seen(client_id)
+        with self._lock:
+            self._store.enrol(client_id, enrolment, time.time())
+            log.info("%s enrolled (%s)", client_id, enrolment.software)
+            return Enrolled(
+                self.run_id,
+                self._round.number,
+                self.settings.rounds,
+                self._epoch,
+                tuple(sorted(self.settings.members)),
+            )
+
+    def announce(self, client_id: str, header: UploadHeader) -> Receipt | Ticket:
+        """Judge an upload by its header, before a byte of its payload is accepted.
+
+        Returns:
+            A ticket if the payload is wanted, or the final answer if not.
+
+        Raises:
+            Refusal: naming what is wrong with it.
+        """
+        content_hash = self._admission.check_upload(client_id, header)
+        self._seen(client_id)
+        with self._lock:
+            _, answer = self._judge(client_id, header, content_hash)
+            if answer is not ReceiptStatus.ACCEPTED:
+                return self._receipt(client_id, header, answer, content_hash)
+            if header.sections:
+                self._check_key_epoch(header)
+            spool = self._blobs.spool(client_id, content_hash)
+        received = min(spool.stat().st_size, header.size) if spool.exists() else 0
+        return Ticket(spool, received, header.size, content_hash)
+
+    def commit(
+        self, client_id: str, header: UploadHeader, ticket: Ticket, received_bytes: int | None = None
+    ) -> Receipt:
+        """Check the payload that has arrived in the ticket's spool file, and store the upload.
+
+        Args:
+            client_id: who sent it.
+            header: as announced.
+            ticket: from `announce`.
+            received_bytes: what the transport counted; the payload's size by default.
+
+        Raises:
+            Refusal: the payload is not the announced one, or the back end cannot use it.
+        """
+        try:
+            self._admission.check_payload(client_id, header, ticket.spool)
+        except Refusal:
+            ticket.spool.unlink(missing_ok=True)
+            raise
+        with self._lock:
+            state, answer = self._judge(client_id, header, ticket.content_hash)
+            if answer is ReceiptStatus.ACCEPTED:
+                if header.sections:
+                    self._check_key_epoch(header)
+                    self._blobs.adopt(ticket.spool, header.round, client_id)
+                size = header.size if received_bytes is None else received_bytes
+                self._store.add_upload(client_id, header, ticket.content_hash, time.time(), size)
+                self._round = state
+            else:
+                ticket.spool.unlink(missing_ok=True)
+            receipt = self._receipt(client_id, header, answer, ticket.content_hash)
+        self._changed("upload")
+        return receipt
+
+    def push(self, client_id: str, upload: Upload) -> Receipt:
+        """Take a whole upload at once; see `announce` and `commit`."""
+        header = upload.header()
+        ticket = self.announce(client_id, header)
+        if isinstance(ticket, Receipt):
+            return ticket
+        with ticket.spool.open("wb") as file:
+            for section in upload.sections:
+                file.write(section.payload)
+        return self.commit(client_id, header, ticket)
+
+    def upload_progress(self, client_id: str, round_number: int, content_hash: bytes) -> tuple[bool, int]:
+        """Whether an upload is stored, and if not, how many of its bytes have arrived."""
+        self._seen(client_id)
+        with self._lock:
+            if self._store.content_hash(round_number, client_id) == content_hash:
+                return True, 0
+            spool = self._blobs.spool(client_id, content_hash)
+            return False, spool.stat().st_size if spool.exists() else 0
+
+    def _judge(
+        self, client: str, header: UploadHeader, content_hash: bytes
+    ) -> tuple[rounds.Round, ReceiptStatus]:
+        stored = self._store.content_hash(header.round, client)
+        event = rounds.Pushed(client, header.round, content_hash, bool(header.sections), stored)
+        state, (decision,) = rounds.step(self._round, event, self._clock())
+        if isinstance(decision, rounds.Reject):
+            kind = RefusalKind.CONFLICT if stored is not None else RefusalKind.PRECONDITION
+            raise Refusal(kind, decision.reason, decision.message, decision.remedy)
+        if not isinstance(decision, rounds.Answer):
+            raise AssertionError(f"a push was decided as {decision}")
+        return state, decision.status
+
+    def _check_key_epoch(self, header: UploadHeader) -> None:
+        if header.key_epoch != self._epoch:
+            raise Refusal(
+                RefusalKind.PRECONDITION,
+                "KEY_EPOCH_REPLACED",
+                f"the upload is encrypted under key epoch {header.key_epoch}, round {header.round} uses "
+                f"{self._epoch}",
+                "enrol again, take part in the agreement of the present epoch, and encrypt anew",
+            )
+        if self._keys is not None and not self._keys.ready:
+            raise Refusal(
+                RefusalKind.PRECONDITION,
+                "KEY_NOT_AGREED",
+                f"key epoch {self._epoch} is not confirmed by all its members yet",
+                "finish the key agreement before encrypting",
+            )
+
+    def _receipt(
+        self, client: str, header: UploadHeader, status: ReceiptStatus, content_hash: bytes
+    ) -> Receipt:
+        if status is ReceiptStatus.ACCEPTED:
+            what = (
+                f"upload of {client} accepted ({header.size} bytes)"
+                if header.sections
+                else f"{client} abstains"
+            )
+            log.info("%s; %s", what, rounds.describe(self._round, self._clock()).message)
+        else:
+            log.info(
+                "round %d: upload of %s answered %s; round %d is open",
+                header.round,
+                client,
+                status.name,
+                self._round.number,
+            )
+        return Receipt(status, self._round.number, content_hash)
+
+    def open_download(self, client_id: str, round_number: int) -> Download | None:
+        """What a client may load before the open round; None while that is below `round_number`.
+
+        Raises:
+            Refusal: the run has no such round.
+        """
+        if not 1 <= round_number <= self.settings.rounds + 1:
+            raise Refusal(
+                RefusalKind.TOO_LARGE,
+                "ROUND_OUT_OF_RANGE",
+                f"round {round_number} was asked for, the run has rounds 1 … {self.settings.rounds}",
+                "enrol again to learn where the run is",
+            )
+        self._seen(client_id)
+        with self._lock:
+            state = self._round
+            if state.number < round_number or state.phase is Phase.CLOSED:
+                return None
+            stored = self._store.aggregate(state.number, client_id)
+            epoch = self._epoch
+            if stored is None:
+                return Download(Aggregate(state.number, self._nothing(client_id), 0, epoch), (), NO_BYTES)
+            sections, sizes = read_sections(stored)
+            # Opened inside the lock: the files of a round are removed when the next one opens.
+            payloads = tuple(
+                self._blobs.read("aggregates", state.number, f"{client_id}.{section.name}")
+                if size
+                else memoryview(b"")
+                for section, size in zip(sections, sizes, strict=True)
+            )
+        aggregate = Aggregate(state.number, tuple(sections), stored.key_epoch, epoch)
+        return Download(aggregate, payloads, stored.sha256)
+
+    def _nothing(self, client: str) -> tuple[AggregateSection, ...]:
+        if self._round.number == 1:
+            return ()
+        why = f"{client} had not enrolled when round {self._round.number - 1} was closed"
+        return tuple(AggregateSection(name, None, b"", why) for name in self.settings.dimensions(client))
+
+    def pull(self, client_id: str, round_number: int) -> Aggregate | None:
+        """The aggregate with its payloads in memory; see `open_download`."""
+        download = self.open_download(client_id, round_number)
+        if download is None or not download.payloads:
+            return None if download is None else download.aggregate
+        sections = tuple(
+            replace(section, payload=bytes(payload))
+            for section, payload in zip(download.aggregate.sections, download.payloads, strict=True)
+        )
+        self.count_traffic(client_id, 0, sum(len(payload) for payload in download.payloads))
+        return replace(download.aggregate, sections=sections)
+
+    def status(self, client_id: str) -> RoundStatus:
+        """What the server is waiting for."""
+        self._admission.check_member(client_id)
+        return self.describe()
+
+    def describe(self) -> RoundStatus:
+        """What the server is waiting for."""
+        with self._lock:
+            now = self._clock()
+            status = rounds.describe(self._round, now)
+            if self._keys is None or self._keys.ready or self._round.phase is not Phase.OPEN:
+                return status
+            waiting, left, text = self._keys.describe(self._round.members - self._round.absent, now)
+            message = f"round {self._round.number}: {text}"
+            return replace(status, waiting_for=waiting, seconds_left=left, message=message)
+
+    def advance(self) -> bool:
+        """Let time pass: extend a deadline, or close and aggregate the round.
+
+        Returns:
+            Whether something changed that a waiting client should see.
+
+        Raises:
+            FedMosaicError: the round could not be aggregated; it stays open and can be tried again.
+        """
+        with self._lock:
+            keys_changed = self._advance_keys()
+            if self._keys is not None and not self._keys.ready:
+                decisions: tuple[rounds.Decision, ...] = ()
+            else:
+                self._round, decisions = rounds.step(self._round, rounds.Tick(), self._clock())
+            number = self._round.number
+        for decision in decisions:
+            if isinstance(decision, rounds.Extended):
+                log.warning("%s", decision.message)
+            elif isinstance(decision, rounds.CloseRound):
+                self._close(number)
+                self._changed("round")
+        if keys_changed:
+            self._changed("keys")
+        return keys_changed or bool(decisions)
+
+    def _advance_keys(self) -> bool:
+        if self._keys is None or self._round.phase is Phase.FINISHED:
+            return False
+        return self._keys.advance(self._round.members - self._round.absent, self._clock())
+
+    def _close(self, number: int) -> None:
+        log.info("%s", self.describe().message)
+        try:
+            closed = close_round(self.settings, self._store, self._blobs, self._aggregator, number)
+        except BaseException:
+            with self._lock:
+                self._round = replace(self._round, phase=Phase.OPEN)
+            raise
+        with self._lock:
+            self._open_next(number, closed)
+        for line in closed.refusals:
+            log.warning("%s", line)
+        log.info("%s", self.describe().message)
+        write_summary(self.settings.state_dir, self.summary())
+
+    def _open_next(self, number: int, closed: ClosedRound) -> None:
+        now = self._clock()
+        state, _ = rounds.step(self._round, rounds.Aggregated(), now)
+        metadata = {"round": str(state.number), "absent": json.dumps(sorted(state.absent))}
+        result = {**closed.result, "closed_at": time.time(), "extensions": self._round.extensions}
+        self._store.close_round(number, result, closed.aggregates, metadata)
+        self._round = state
+        self._blobs.remove_before("aggregates", state.number)
+        self._blobs.remove_before("uploads", number)
+        if self._keys is None or state.phase is Phase.FINISHED:
+            return
+        enrolled = self._store.enrolled() & state.members
+        newcomers = enrolled - state.absent - self._keys.holders
+        due = (state.number - 1) % self.settings.key_rotation_rounds == 0
+        if due or newcomers or self._store.get("rotate") == "1":
+            self._store.put({"rotate": "0"})
+            self._keys.next_epoch(now)
+
+    def report(self, client_id: str, statement: bytes) -> None:
+        """Store a client's privacy statement, a JSON object."""
+        self._admission.check_member(client_id)
+        bounds.check_bytes("report.statement", statement, 2, bounds.MAX_STATEMENT_BYTES)
+        try:
+            parsed = json.loads(statement)
+        except (ValueError, RecursionError):
+            parsed = None
+        if not isinstance(parsed, dict):
+            raise Refusal(
+                RefusalKind.INVALID,
+                "NOT_JSON",
+                "report.statement is not a JSON object",
+                "send the statement as is",
+            )
+        with self._lock:
+            self._store.add_report(client_id, statement, time.time())
+        write_summary(self.settings.state_dir, self.summary())
+
+    def post_key_message(self, client_id: str, message: KeyMessage) -> None:
+        """Relay a message of the key agreement; the first one in its place counts."""
+        self._seen(client_id)
+        with self._lock:
+            keys = self._key_relay()
+            was_ready = keys.ready
+            keys.post(client_id, message, self._clock())
+            if keys.ready and not was_ready:
+                self._round, _ = rounds.step(self._round, rounds.KeyReady(keys.holders), self._clock())
+        self._changed("keys")
+
+    def read_key_messages(self, client_id: str, epoch: int, stage: str) -> dict[str, bytes]:
+        """Messages of a stage that a client may read, by sender; empty while they are not open yet."""
+        self._seen(client_id)
+        with self._lock:
+            return self._key_relay().read(client_id, epoch, stage)
+
+    def _key_relay(self) -> KeyRelay:
+        if self._keys is None:
+            raise Refusal(
+                RefusalKind.PRECONDITION,
+                "NOTHING_ENCRYPTED",
+                f"back end {self.settings.encryption.backend!r} needs no group key",
+                "compare the roster's encryption terms on both sides",
+            )
+        return self._keys
+
+    def count_traffic(self, client_id: str, received: int, sent: int) -> None:
+        """Add to the bytes that were received from and sent to a client."""
+        with self._lock:
+            self._store.add_traffic(client_id, received, sent)
+
+    def summary(self) -> Mapping[str, object]:
+        """Relevance, weights, refusals, traffic and statements of the run; JSON-compatible."""
+        with self._lock:
+            return summarise(self.settings, self._store, self._round)
+
+    def close(self) -> None:
+        """Write the summary and let go of the state."""
+        write_summary(self.settings.state_dir, self.summary())
+        self._store.close()
+        self._blobs.close()

@@ -1,0 +1,171 @@
+"""The key board in the database: messages of the key agreement are stored before they count."""
+
+import json
+import logging
+from collections.abc import Collection
+
+from fedmosaic.protos.messages import KeyMessage
+from fedmosaic.protos.refusal import Refusal, RefusalKind
+from fedmosaic.server import key_board
+from fedmosaic.server.key_board import Answer, BoardPhase
+from fedmosaic.server.settings import ServerSettings
+from fedmosaic.server.store import Store
+
+log = logging.getLogger(__name__)
+_KEY = "key_board"
+_REASONS = {Answer.REPLACED: "KEY_EPOCH_REPLACED", Answer.NOT_A_MEMBER: "NOT_IN_KEY_EPOCH"}
+_ENROL_AGAIN = "enrol again to learn the present key epoch, and take part in its agreement"
+
+
+class KeyRelay:
+    """Relays the messages of the present key epoch. Not thread-safe: the coordinator holds its lock."""
+
+    def __init__(self, settings: ServerSettings, store: Store, now: float) -> None:
+        """Go on with the stored epoch, or begin the first.
+
+        Args:
+            settings: of the run.
+            store: where board and messages are.
+            now: seconds, in the clock of all later calls.
+        """
+        self._store = store
+        patience, fewest = settings.gathering_seconds, settings.minimum_epoch_members
+        stored = store.get(_KEY)
+        if stored is None:
+            self._board = key_board.first_epoch(now, patience, fewest)
+            store.put(self._record(self._board))
+        else:
+            self._board = key_board.from_record(json.loads(stored), now, patience, fewest)
+
+    @property
+    def epoch(self) -> int:
+        """Number of the present epoch."""
+        return self._board.epoch
+
+    @property
+    def ready(self) -> bool:
+        """Whether all members of the epoch have confirmed its key."""
+        return self._board.phase is BoardPhase.READY
+
+    @property
+    def holders(self) -> frozenset[str]:
+        """Members of the epoch; empty while they join."""
+        return frozenset(self._board.members)
+
+    def post(self, sender: str, message: KeyMessage, now: float) -> None:
+        """Store a message.
+
+        Raises:
+            Refusal: it is for another epoch or stage, too late, or differs from one that is stored.
+        """
+        if message.stage not in key_board.STAGES:
+            raise Refusal(
+                RefusalKind.INVALID,
+                "UNKNOWN_STAGE",
+                f"key_message.stage is {message.stage!r}",
+                f"use one of {', '.join(key_board.STAGES)}",
+            )
+        if (message.stage == key_board.BOX) != bool(message.recipient):
+            raise Refusal(
+                RefusalKind.INVALID,
+                "WRONG_RECIPIENT",
+                f"key_message.recipient is {message.recipient!r} in stage {message.stage!r}",
+                f"only {key_board.BOX!r} is for one member, everything else is for all",
+            )
+        if message.recipient and message.recipient not in self._board.members:
+            raise Refusal(
+                RefusalKind.PRECONDITION,
+                "NOT_IN_KEY_EPOCH",
+                f"{message.recipient!r} is not a member of key epoch {self.epoch}",
+                "seal boxes for the members of the epoch only",
+            )
+        stored = self._store.key_message(sender, message)
+        if stored is not None and message.epoch == self.epoch:
+            self._check_repeat(stored, sender, message)
+            return
+        board, answer = self._board.post(sender, message.epoch, message.stage, now)
+        if answer is not Answer.ACCEPTED:
+            raise Refusal(
+                RefusalKind.PRECONDITION,
+                _REASONS.get(answer, "KEY_EPOCH_CLOSED"),
+                f"the {message.stage} for key epoch {message.epoch} does not count: {answer.value}",
+                _ENROL_AGAIN,
+            )
+        self._store.add_key_message(sender, message, self._record(board))
+        self._board = board
+        if self.ready:
+            log.info("key epoch %d: confirmed by all %d members", board.epoch, len(board.members))
+
+    def _check_repeat(self, stored: bytes, sender: str, message: KeyMessage) -> None:
+        if stored != message.payload:
+            raise Refusal(
+                RefusalKind.CONFLICT,
+                "KEY_MESSAGE_DIFFERS",
+                f"another {message.stage} of {sender!r} is stored for key epoch {message.epoch}",
+                "the first one counts: send it again, or wait for the next epoch",
+            )
+
+    def read(self, reader: str, epoch: int, stage: str) -> dict[str, bytes]:
+        """Messages of a stage by sender; empty while they may not be read yet.
+
+        Raises:
+            Refusal: the epoch was replaced by a newer one.
+        """
+        if epoch < self.epoch:
+            raise Refusal(
+                RefusalKind.PRECONDITION,
+                "KEY_EPOCH_REPLACED",
+                f"key epoch {epoch} was replaced by {self.epoch}",
+                _ENROL_AGAIN,
+            )
+        if not self._board.readable(epoch, stage):
+            return {}
+        return self._store.key_messages(epoch, stage, reader)
+
+    def advance(self, expected: Collection[str], now: float) -> bool:
+        """Let time pass; True if the board changed.
+
+        Args:
+            expected: members that are known to be there.
+            now: seconds.
+        """
+        board = self._board.advance(expected, now)
+        if board == self._board:
+            return False
+        if board.epoch != self._board.epoch:
+            missing = ", ".join(self._board.waiting_for(expected))
+            log.warning(
+                "key epoch %d was not confirmed in time by %s; epoch %d begins",
+                self.epoch,
+                missing,
+                board.epoch,
+            )
+            self._store.replace_key_epoch(board.epoch, self._record(board))
+        elif board.phase is not self._board.phase:
+            log.info("key epoch %d: agreeing among %s", board.epoch, ", ".join(board.members))
+            self._store.put(self._record(board))
+        else:
+            missing = ", ".join(self._board.waiting_for(expected))
+            log.warning("key epoch %d: still waiting for %s to join", board.epoch, missing)
+        self._board = board
+        return True
+
+    def next_epoch(self, now: float) -> None:
+        """Begin a new epoch: at a rotation or a change of membership."""
+        board = self._board.next_epoch(now)
+        self._store.replace_key_epoch(board.epoch, self._record(board))
+        self._board = board
+        log.info("key epoch %d begins", board.epoch)
+
+    def describe(self, expected: Collection[str], now: float) -> tuple[tuple[str, ...], float, str]:
+        """Whom the agreement waits for, for how many seconds, and what is going on."""
+        waiting = self._board.waiting_for(expected)
+        left = max(0.0, self._board.deadline - now)
+        names = ", ".join(waiting[:10]) + (f" and {len(waiting) - 10} more" if len(waiting) > 10 else "")
+        what = "to join" if self._board.phase is BoardPhase.JOINING else "to confirm"
+        text = f"agreeing on the group key of epoch {self.epoch}, waiting for {names} {what}"
+        return waiting, left, f"{text}, {left:.0f} s left"
+
+    @staticmethod
+    def _record(board: key_board.KeyBoard) -> dict[str, str]:
+        return {_KEY: json.dumps(key_board.to_record(board))}

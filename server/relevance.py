@@ -1,0 +1,188 @@
+"""Task relevance: from sanitised profiles to a similarity matrix and softmax weights.
+
+All of it is post-processing of differentially private releases. Shape legend: N clients, K coordinates of
+a profile.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fedmosaic.protos.messages import Profile
+
+FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+Similarity = Literal["corrected", "cosine"]
+
+SIGNIFICANCE_GUARDS = 2.0
+"""A profile counts as signal when its corrected squared norm is at least so many guards s."""
+
+
+@dataclass(frozen=True, eq=False)
+class Relevance:
+    """How related the clients' tasks look, and how far that can be trusted.
+
+    Attributes:
+        similarity: (N, N) symmetric, in [-1, 1], diagonal 1; NaN where a client has no usable profile.
+        standard_error: (N, N) of `similarity`; 0 without noise, NaN where it is NaN or not significant.
+        significant: (N,) whether a client's profile stands out from its noise; where it does not, that
+            client receives with uniform weights.
+    """
+
+    similarity: FloatArray
+    standard_error: FloatArray
+    significant: BoolArray
+
+
+def relevance(profiles: Sequence[Profile | None], similarity: Similarity) -> Relevance:
+    """Compare the profiles of all clients.
+
+    Args:
+        profiles: one per client, all of one length; None where a client never sent one.
+        similarity: "corrected" takes the known noise out of the norms; "cosine" is the paper's formula on
+            the noisy vectors.
+
+    Returns:
+        Matrices in the order of `profiles`.
+    """
+    dimensions = next((profile.vector.size for profile in profiles if profile is not None), 1)
+    vectors_NK = np.full((len(profiles), dimensions), np.nan)
+    variances_N = np.zeros(len(profiles))
+    for index, profile in enumerate(profiles):
+        if profile is not None:
+            vectors_NK[index] = profile.vector
+            variances_N[index] = profile.noise_variance
+    if similarity == "cosine":
+        return plain_cosine(vectors_NK)
+    return corrected_cosine(vectors_NK, variances_N)
+
+
+def plain_cosine(vectors_NK: FloatArray) -> Relevance:
+    """Cosine of the vectors as they are: S_ij = ⟨y_i, y_j⟩ / (‖y_i‖ ‖y_j‖).
+
+    Args:
+        vectors_NK: (N, K); a row with NaN or infinity, or of zeros, counts as no profile.
+
+    Returns:
+        The matrix; its standard error is 0, because the formula knows of no noise.
+
+    Reference:
+        FedMosaic (arXiv 2506.11024), relevance-guided aggregation, cosine of the sanitised gradients.
+    """
+    usable_N, units_NK = _unit_rows(vectors_NK)
+    similarity_NN = np.clip(units_NK @ units_NK.T, -1.0, 1.0)
+    return _finish(similarity_NN, np.zeros_like(similarity_NN), usable_N, usable_N)
+
+
+def corrected_cosine(vectors_NK: FloatArray, variances_N: FloatArray) -> Relevance:
+    """Cosine of the noise-free vectors, estimated from noisy ones whose noise variance is known.
+
+    Inner products of independent releases are unbiased; squared norms are too large by K·v. With
+    n_i = ‖y_i‖² − K·v_i and the guard s_i = √(2K)·v_i, the standard deviation of pure noise's squared norm,
+
+        S_ij = ⟨y_i, y_j⟩ / √(max(n_i, s_i) · max(n_j, s_j)),  clipped to [−1, 1].
+
+    A client with n_i < 2 s_i is not significant. The standard error follows from the delta method with
+    the exact variances and covariances of the inner product and both squared norms:
+
+        se² = (1 − S²)(a_i + a_j) + K a_i a_j + S² K (a_i² + a_j²) / 2,   a_i = v_i / n_i.
+
+    Args:
+        vectors_NK: (N, K); a row with NaN or infinity, or of zeros, counts as no profile.
+        variances_N: (N,) noise variance per coordinate of each client's vector, ≥ 0.
+
+    Returns:
+        The estimate with its standard error and significance.
+    """
+    count, dimensions = vectors_NK.shape
+    usable_N, _ = _unit_rows(vectors_NK)
+    usable_N &= np.isfinite(variances_N) & (variances_N >= 0.0)
+    # Cosine is scale-free; one common scale keeps the squares of extreme float32 values in range.
+    largest = np.max(np.abs(vectors_NK[usable_N]), initial=0.0)
+    scale = float(max(largest, math.sqrt(np.max(variances_N[usable_N], initial=0.0)))) or 1.0
+    y_NK = np.where(usable_N[:, None], vectors_NK, 0.0) / scale
+    v_N = np.where(usable_N, variances_N, 0.0) / scale / scale
+    guard_N = math.sqrt(2.0 * dimensions) * v_N
+    norm_N = np.einsum("nk,nk->n", y_NK, y_NK) - dimensions * v_N
+    significant_N = usable_N & (norm_N > 0.0) & (norm_N >= SIGNIFICANCE_GUARDS * guard_N)
+    floor_N = np.where(usable_N, np.maximum(norm_N, guard_N), 1.0)
+    floor_N = np.where(floor_N > 0.0, floor_N, 1.0)
+    root_N = np.sqrt(floor_N)
+    similarity_NN = np.clip((y_NK @ y_NK.T) / root_N[:, None] / root_N[None, :], -1.0, 1.0)
+    a_N = np.where(significant_N, v_N / floor_N, np.nan)
+    a_i, a_j = np.broadcast_to(a_N[:, None], (count, count)), np.broadcast_to(a_N[None, :], (count, count))
+    square_NN = similarity_NN**2
+    error_NN = np.sqrt(
+        (1.0 - square_NN) * (a_i + a_j)
+        + dimensions * a_i * a_j
+        + square_NN * dimensions * (a_i**2 + a_j**2) / 2.0
+    )
+    return _finish(similarity_NN, error_NN, usable_N, significant_N)
+
+
+def softmax_weights(
+    relevance_matrix: Relevance, temperature: float, present: BoolArray, recipients: BoolArray | None = None
+) -> FloatArray:
+    """Weights with which every client receives from the others.
+
+        w_ij = exp(S_ij / τ) / Σ_{k present, k ≠ i} exp(S_ik / τ)   for present j ≠ i;   w_ii = 0
+
+    A client whose profile is not significant receives with uniform weights. A contributor without a
+    profile gets the mean similarity of the row: nothing speaks for or against it.
+
+    Args:
+        relevance_matrix: from `relevance`.
+        temperature: τ > 0.
+        present: (N,) who contributes to this sum.
+        recipients: (N,) whose rows are wanted; all by default.
+
+    Returns:
+        (N, N) rows that sum to 1; rows of zeros where nobody else is present or the row is not wanted.
+
+    Reference:
+        FedMosaic (arXiv 2506.11024): softmax with temperature, the recipient excluded.
+    """
+    similarity_NN = relevance_matrix.similarity
+    count = len(similarity_NN)
+    weights_NN = np.zeros((count, count))
+    wanted = np.ones(count, dtype=bool) if recipients is None else recipients
+    for i in np.flatnonzero(wanted):
+        others = present.copy()
+        others[i] = False
+        if not others.any():
+            continue
+        row = similarity_NN[i, others]
+        known = np.isfinite(row)
+        if not relevance_matrix.significant[i] or not known.any():
+            weights_NN[i, others] = 1.0 / np.count_nonzero(others)
+            continue
+        logits = np.where(known, row, row[known].mean()) / temperature
+        exponentials = np.exp(logits - logits.max())
+        weights_NN[i, others] = exponentials / exponentials.sum()
+    return weights_NN
+
+
+def _unit_rows(vectors_NK: FloatArray) -> tuple[BoolArray, FloatArray]:
+    """Which rows are usable, and those rows scaled to length 1 (zeros elsewhere)."""
+    usable_N = np.isfinite(vectors_NK).all(axis=1) & (vectors_NK != 0.0).any(axis=1)
+    rows_NK = np.where(usable_N[:, None], vectors_NK, 0.0)
+    # Two steps, because the square of a large float32 vector's largest value must not overflow.
+    peak_N = np.where(usable_N, np.max(np.abs(rows_NK), axis=1, initial=0.0), 1.0)
+    rows_NK = rows_NK / peak_N[:, None]
+    norm_N = np.where(usable_N, np.linalg.norm(rows_NK, axis=1), 1.0)
+    return usable_N, rows_NK / norm_N[:, None]
+
+
+def _finish(
+    similarity_NN: FloatArray, error_NN: FloatArray, usable_N: BoolArray, significant_N: BoolArray
+) -> Relevance:
+    unknown_NN = ~(usable_N[:, None] & usable_N[None, :])
+    similarity_NN = np.where(unknown_NN, np.nan, (similarity_NN + similarity_NN.T) / 2.0)
+    error_NN = np.where(unknown_NN, np.nan, error_NN)
+    np.fill_diagonal(similarity_NN, np.where(usable_N, 1.0, np.nan))
+    np.fill_diagonal(error_NN, np.where(usable_N, 0.0, np.nan))
+    return Relevance(similarity_NN, error_NN, significant_N)

@@ -1,0 +1,117 @@
+"""Begin a run or go on with a stored one; and what the coordinator hands to a transport."""
+
+import hashlib
+import json
+import logging
+import time
+import uuid
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fedmosaic.protos.errors import StateError
+from fedmosaic.protos.messages import Aggregate
+from fedmosaic.server import rounds
+from fedmosaic.server.key_relay import KeyRelay
+from fedmosaic.server.settings import ServerSettings
+from fedmosaic.server.store import Store
+
+log = logging.getLogger(__name__)
+NO_BYTES = hashlib.sha256().digest()
+"""SHA-256 of nothing."""
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """An upload that may be sent.
+
+    Attributes:
+        spool: file to append its sections to, laid end to end.
+        received: bytes that are there already.
+        size: bytes when complete.
+        content_hash: digest of the upload.
+    """
+
+    spool: Path
+    received: int
+    size: int
+    content_hash: bytes
+
+
+@dataclass(frozen=True)
+class Download:
+    """An aggregate with its payloads as views of files.
+
+    Attributes:
+        aggregate: without payloads.
+        payloads: one per section, in order; empty where refused.
+        sha256: of all payloads, laid end to end.
+    """
+
+    aggregate: Aggregate
+    payloads: tuple[memoryview, ...]
+    sha256: bytes
+
+
+def open_run(settings: ServerSettings, store: Store) -> str:
+    """Id of the stored run, which must fit the settings, or of a new one.
+
+    Raises:
+        StateError: the stored run has other terms.
+    """
+    terms = {
+        "federation": settings.federation,
+        "adapter": sorted(h.hex() for h in settings.adapter_spec_hashes),
+        "profile": settings.profile_dimensions,
+        "encryption": settings.encryption.digest().hex(),
+    }
+    stored = store.get("run")
+    if stored is None:
+        run_id = uuid.uuid4().hex
+        store.put(
+            {
+                "run": json.dumps({"id": run_id, "started_at": time.time(), "terms": terms}),
+                "roster": settings.roster_hash.hex(),
+                "round": "1",
+                "absent": "[]",
+            }
+        )
+        log.info("run %s of federation %s begins", run_id, settings.federation)
+        return run_id
+    run = json.loads(stored)
+    changed = [name for name, value in terms.items() if run["terms"].get(name) != value]
+    if changed:
+        raise StateError(
+            f"{settings.state_dir} holds run {run['id']}, whose {' and '.join(changed)} differ from the "
+            "settings; give the new run its own state_dir (and database), or restore the old settings"
+        )
+    if store.get("roster") != settings.roster_hash.hex():
+        log.warning("the roster has changed; a new group key is agreed on when the next round opens")
+        store.put({"roster": settings.roster_hash.hex(), "rotate": "1"})
+    return str(run["id"])
+
+
+def resume_round(settings: ServerSettings, store: Store, keys: KeyRelay | None, now: float) -> rounds.Round:
+    """The round that the stored run is in, with a full deadline ahead.
+
+    Args:
+        settings: of the run.
+        store: of the run.
+        keys: the key agreement, if anything is encrypted.
+        now: seconds, in the clock of the rounds.
+    """
+    first = rounds.first_round(
+        settings.members, settings.quorum, settings.rounds, settings.round_deadline_seconds, now
+    )
+    number = min(int(store.get("round") or "1"), settings.rounds + 1)
+    stored = {c: u for c, u in store.uploads(number).items() if c in settings.members}
+    state = rounds.resume_round(
+        first,
+        number,
+        {client: upload.content_hash for client, upload in stored.items()},
+        (client for client, upload in stored.items() if upload.sections),
+        json.loads(store.get("absent") or "[]"),
+    )
+    if keys is not None and keys.ready:
+        state = replace(state, able=state.members & keys.holders)
+    log.info("%s", rounds.describe(state, now).message)
+    return state

@@ -1,0 +1,149 @@
+"""Run the server: TLS, health, the clockwork that closes rounds, and a graceful end."""
+
+import asyncio
+import logging
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Final
+
+import grpc
+from grpc import aio
+from grpc_health.v1 import (  # type: ignore[import-untyped]  # its stubs are a package of their own
+    health,
+    health_pb2,
+    health_pb2_grpc,
+)
+
+from fedmosaic.privacy.identity import read_private
+from fedmosaic.protos import bounds
+from fedmosaic.protos.errors import ConfigurationError, FedMosaicError
+from fedmosaic.protos.v1 import federation_pb2 as pb
+from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
+from fedmosaic.server.coordinator import Coordinator
+from fedmosaic.server.service import FederationService
+from fedmosaic.server.settings import ServerSettings, TlsFiles
+from fedmosaic.server.waiting import Changes
+
+log = logging.getLogger(__name__)
+SERVICE: Final = pb.DESCRIPTOR.services_by_name["Federation"].full_name
+_TICK_SECONDS: Final = 1.0
+_RETRY_SECONDS: Final = 5.0
+_GRACE_SECONDS: Final = 5.0
+_STATUS_LINE_SECONDS: Final = 30.0
+_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", bounds.MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", bounds.MAX_MESSAGE_BYTES),
+    # Two servers on one port would share the connections between them.
+    ("grpc.so_reuseport", 0),
+    # A client that vanished without a word is noticed within a minute.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+)
+
+
+@asynccontextmanager
+async def running(settings: ServerSettings) -> AsyncIterator[int]:
+    """Serve while the context is open.
+
+    Args:
+        settings: of the run; `tls` must be given.
+
+    Yields:
+        The port that is listened on.
+
+    Raises:
+        ConfigurationError: no TLS files, or the address cannot be listened on.
+        StateError: the state is in use or of another run.
+    """
+    if settings.tls is None:
+        raise ConfigurationError("the server needs tls.certificate, tls.private_key and tls.authority")
+    credentials = _credentials(settings.tls)
+    coordinator = await asyncio.to_thread(Coordinator, settings)
+    changes = Changes()
+    coordinator.subscribe(changes.notify)
+    server = aio.server(options=_OPTIONS)
+    checks = health.aio.HealthServicer()
+    rpc.add_FederationServicer_to_server(FederationService(coordinator, changes), server)
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    try:
+        port = server.add_secure_port(settings.listen, credentials)
+    except RuntimeError:
+        await asyncio.to_thread(coordinator.close)
+        raise ConfigurationError(
+            f"cannot listen on {settings.listen}: another program uses the port, or the address is not this "
+            "machine's"
+        ) from None
+    await server.start()
+    for name in ("", SERVICE):
+        await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+    log.info("listening on %s, port %d", settings.listen, port)
+    clockwork = asyncio.create_task(_advance(coordinator, changes))
+    try:
+        yield port
+    finally:
+        await checks.enter_graceful_shutdown()
+        changes.stop()
+        clockwork.cancel()
+        with suppress(asyncio.CancelledError):
+            await clockwork
+        await server.stop(_GRACE_SECONDS)
+        await asyncio.to_thread(coordinator.close)
+        log.info("stopped; the run goes on when the server starts again with the same state_dir")
+
+
+async def serve(settings: ServerSettings, ready: Callable[[int], None] | None = None) -> None:
+    """Serve until SIGTERM or SIGINT; see `running` for the errors.
+
+    Args:
+        settings: of the run.
+        ready: called with the port once clients can connect.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with running(settings) as port:
+        if ready is not None:
+            ready(port)
+        await stop.wait()
+        log.info("stopping")
+
+
+def _credentials(tls: TlsFiles) -> grpc.ServerCredentials:
+    try:
+        certificate, authority = tls.certificate.read_bytes(), tls.authority.read_bytes()
+    except OSError as error:
+        raise ConfigurationError(
+            f"{error.filename}: cannot read this certificate: {error.strerror}"
+        ) from None
+    return grpc.ssl_server_credentials(
+        [(read_private(tls.private_key), certificate)], authority, require_client_auth=True
+    )
+
+
+async def _advance(coordinator: Coordinator, changes: Changes) -> None:
+    """Close rounds when it is time, and say now and then what the server waits for."""
+    loop = asyncio.get_running_loop()
+    last_line = loop.time()
+    while True:
+        seen = changes.work
+        try:
+            moved = await asyncio.to_thread(coordinator.advance)
+        except (FedMosaicError, OSError) as error:
+            log.error("the round could not be closed, trying again in %.0f s: %s", _RETRY_SECONDS, error)
+            await asyncio.sleep(_RETRY_SECONDS)
+            continue
+        except Exception:
+            log.exception("the round could not be closed, trying again in %.0f s", _RETRY_SECONDS)
+            await asyncio.sleep(_RETRY_SECONDS)
+            continue
+        if moved:
+            last_line = loop.time()
+            continue
+        if loop.time() - last_line >= _STATUS_LINE_SECONDS:
+            last_line = loop.time()
+            log.info("%s", coordinator.describe().message)
+        await changes.next_work(seen, _TICK_SECONDS)

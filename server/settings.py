@@ -1,0 +1,135 @@
+"""Everything the server has to know, fixed when it starts."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
+
+from fedmosaic.privacy.configuration import Frozen
+from fedmosaic.privacy.encryption.parameters import Parameters, PlainParameters
+from fedmosaic.privacy.policy import AggregationPolicy
+from fedmosaic.privacy.roster import Hex32, MemberId
+from fedmosaic.protos import bounds
+from fedmosaic.protos.messages import SectionName
+
+
+def _from_hex(value: Any) -> Any:
+    return bytes.fromhex(value) if isinstance(value, str) else value
+
+
+Bytes32 = Annotated[
+    bytes,
+    Field(min_length=32, max_length=32),
+    BeforeValidator(_from_hex),
+    PlainSerializer(lambda value: value.hex(), return_type=str),
+]
+"""32 bytes; 64 hexadecimal digits in files."""
+
+
+class TlsFiles(Frozen):
+    """PEM files of the server's side of mutual TLS.
+
+    Attributes:
+        certificate: the server's certificate.
+        private_key: its key.
+        authority: certificate of the authority that clients' certificates must come from.
+    """
+
+    certificate: Path
+    private_key: Path
+    authority: Path
+
+
+class ServerSettings(Frozen):
+    """One run of one federation.
+
+    Attributes:
+        federation: id of the federation, as in the SPIFFE URIs of the certificates.
+        members: Ed25519 public key (32 bytes) of every member, by id.
+        tls_key_sha256: pinned SHA-256 of the SubjectPublicKeyInfo of each member's certificate; members
+            without an entry need a valid certificate only.
+        roster_hash: hash of the roster that all sides must hold.
+        adapter_spec_hashes: adapter specs that clients may enrol with.
+        families: architecture name by member; members without an entry belong to no family.
+        shared_dimensions: length d of the shared adapter vector.
+        family_dimensions: length of the family's vector by family; families without an entry share none.
+        profile_dimensions: length k of the task profile.
+        profile_noise_variance: noise variance per coordinate of one fresh release, σ²C²; 0 in tests only.
+        rounds: number of rounds.
+        quorum: least number of contributions with which a deadline closes a round.
+        round_deadline_seconds: from the opening of a round to its deadline.
+        policy: limits on every weight row.
+        temperature: τ of the softmax over similarities.
+        similarity: "corrected" takes the noise out of the norms, "cosine" does not.
+        encryption: parameters of the back end; they fix the bits of the weights.
+        key_rotation_rounds: rounds after which a new group key is agreed on.
+        gathering_seconds: how long a step of the key agreement waits for a member.
+        state_dir: folder of everything that must survive a restart.
+        store_url: SQLAlchemy URL; SQLite in `state_dir` by default.
+        listen: address and port; port 0 takes a free one.
+        tls: certificates; without them only in-process use is possible.
+        upload_limit_bytes: largest upload that may be announced.
+        durable: False skips fsync; for simulations, whose state nobody needs after a crash.
+    """
+
+    federation: MemberId
+    members: dict[MemberId, Bytes32] = Field(min_length=1, max_length=bounds.MAX_MEMBERS)
+    tls_key_sha256: dict[MemberId, Hex32] = Field(default_factory=dict)
+    roster_hash: Bytes32
+    adapter_spec_hashes: tuple[Bytes32, ...] = Field(min_length=1)
+    families: dict[MemberId, str] = Field(default_factory=dict)
+    shared_dimensions: int = Field(ge=1)
+    family_dimensions: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    profile_dimensions: int = Field(ge=1, le=bounds.MAX_PROFILE_DIMENSIONS)
+    profile_noise_variance: float = Field(ge=0.0, allow_inf_nan=False)
+    rounds: int = Field(ge=1, le=bounds.MAX_ROUNDS)
+    quorum: int = Field(ge=1)
+    round_deadline_seconds: float = Field(gt=0.0, le=1e9)
+    policy: AggregationPolicy = AggregationPolicy()
+    temperature: float = Field(default=0.5, gt=0.0, allow_inf_nan=False)
+    similarity: Literal["corrected", "cosine"] = "corrected"
+    encryption: Annotated[Parameters, Field(discriminator="backend")] = PlainParameters()
+    key_rotation_rounds: int = Field(default=50, ge=1)
+    gathering_seconds: float = Field(default=600.0, gt=0.0, le=1e9)
+    state_dir: Path
+    store_url: str | None = None
+    listen: str = "127.0.0.1:7443"
+    tls: TlsFiles | None = None
+    upload_limit_bytes: int = Field(default=bounds.MAX_PAYLOAD_BYTES, ge=1, le=bounds.MAX_PAYLOAD_BYTES)
+    durable: bool = True
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ServerSettings":
+        if self.quorum > len(self.members):
+            raise ValueError(f"quorum is {self.quorum} with {len(self.members)} members")
+        for what, named in (("families", self.families), ("tls_key_sha256", self.tls_key_sha256)):
+            foreign = sorted(set(named) - set(self.members))
+            if foreign:
+                raise ValueError(f"{what} names {foreign[0]!r}, who is not a member")
+        if self.minimum_epoch_members > len(self.members):
+            raise ValueError(
+                f"{len(self.members)} members cannot receive anything under a policy of "
+                f"{self.policy.minimum_contributors} contributors other than the recipient"
+            )
+        return self
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether uploads are encrypted, so that members must agree on a group key first."""
+        return self.encryption.backend != "plain"
+
+    @property
+    def minimum_epoch_members(self) -> int:
+        """Fewest members of a key epoch: with fewer, no recipient could receive anything."""
+        return self.policy.minimum_contributors + 1
+
+    def family(self, client: str) -> str:
+        """Family in which a member shares the LoRA of its other layers; empty if it shares none."""
+        family = self.families.get(client, "")
+        return family if family in self.family_dimensions else ""
+
+    def dimensions(self, client: str) -> dict[SectionName, int]:
+        """Length of the vector of every section that a member may upload."""
+        sections: dict[SectionName, int] = {"shared": self.shared_dimensions}
+        family = self.family(client)
+        return {**sections, "family": self.family_dimensions[family]} if family else sections

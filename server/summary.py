@@ -1,0 +1,58 @@
+"""The server's account of a run, `run.json` in its state folder. It holds no key and no payload."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from fedmosaic import __version__
+from fedmosaic.protos.messages import PROTOCOL_VERSION
+from fedmosaic.server.rounds import Round
+from fedmosaic.server.settings import ServerSettings
+from fedmosaic.server.store import Store
+
+FILE = "run.json"
+
+
+def summarise(settings: ServerSettings, store: Store, state: Round) -> dict[str, object]:
+    """Everything that the server knows of a run and may tell.
+
+    Args:
+        settings: of the run.
+        store: of the run.
+        state: where the run is.
+
+    Returns:
+        JSON-compatible data.
+    """
+    run = json.loads(store.get("run") or "{}")
+    return {
+        "format": "fedmosaic/server-run/1",
+        "software": f"fedmosaic {__version__}",
+        "protocol_version": PROTOCOL_VERSION,
+        "run_id": run.get("id", ""),
+        "started_at": run.get("started_at"),
+        "federation": settings.federation,
+        "roster_hash": settings.roster_hash.hex(),
+        "members": sorted(settings.members),
+        "backend": settings.encryption.backend,
+        "rounds": settings.rounds,
+        "phase": state.phase.value,
+        "open_round": state.number,
+        "relevance": {"similarity": settings.similarity, "temperature": settings.temperature},
+        "policy": settings.policy.model_dump(),
+        "results": store.results(),
+        "traffic": store.traffic(settings.members),
+        "statements": {client: json.loads(text) for client, text in sorted(store.reports().items())},
+    }
+
+
+def write_summary(state_dir: Path, summary: Mapping[str, object]) -> None:
+    """Replace `run.json`, so that a reader sees the old or the new one."""
+    path = state_dir / FILE
+    temporary = path.with_suffix(".new")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        json.dump(summary, file, indent=1)
+        file.write("\n")
+    temporary.replace(path)
