@@ -1,0 +1,127 @@
+"""The server's side of every back end: one interface, and all checks around the payload. No keys here."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmosaic.privacy.encryption.layout import aggregate_header, read_upload
+from fedmosaic.privacy.encryption.parameters import CkksParameters, MaskParameters, PlainParameters
+from fedmosaic.privacy.encryption.records import RoundContext, row_digest
+from fedmosaic.privacy.policy import AggregationPolicy, WeightRow, check_row
+from fedmosaic.protos.errors import PolicyError
+
+P = TypeVar("P", CkksParameters, MaskParameters, PlainParameters)
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """A checked upload, taken apart.
+
+    Attributes:
+        client: Contributor.
+        nonce: 16 bytes.
+        payload: View of the bytes after the header, of the right length.
+    """
+
+    client: str
+    nonce: bytes
+    payload: memoryview
+
+
+class Aggregator(ABC, Generic[P]):
+    """Checks uploads and forms the weighted sum of every recipient.
+
+    Args:
+        parameters: Agreed parameters of the back end.
+        policy: Limits for weight rows, checked as a courtesy; clients check them again.
+    """
+
+    def __init__(self, parameters: P, policy: AggregationPolicy) -> None:
+        self.parameters: P = parameters
+        self.policy = policy
+
+    def check_upload(self, upload: bytes, context: RoundContext, client: str) -> None:
+        """Refuse an upload that is not exactly what this client must send in this round.
+
+        Args:
+            upload: Record as opened by `open_upload`, which verified its signature.
+            context: Round the upload must be for.
+            client: Contributor, as authenticated by the transport.
+
+        Raises:
+            CiphertextError: Naming what is wrong.
+        """
+        nonce, payload = read_upload(self.parameters, context, client, upload)
+        self._check_payload(Contribution(client, nonce, payload), context)
+
+    def aggregate(
+        self, uploads: Mapping[str, bytes], rows: Sequence[WeightRow], context: RoundContext
+    ) -> list[bytes]:
+        """Form the weighted sum of every row.
+
+        Args:
+            uploads: Uploads by contributor; may hold more than the rows use.
+            rows: One weight row per recipient, all of the context's round.
+            context: Round of all uploads and rows.
+
+        Returns:
+            One aggregate per row, in the order of the rows.
+
+        Raises:
+            PolicyError: If a row breaks the policy or a recipient has two.
+            CiphertextError: If an upload in use is malformed.
+        """
+        self._check_rows(rows, uploads, context)
+        if not rows:
+            return []
+        names = sorted({name for row in rows for name in row.contributors})
+        column = {name: index for index, name in enumerate(names)}
+        weights = np.zeros((len(rows), len(names)), dtype=np.int64)
+        for index, row in enumerate(rows):
+            weights[index, [column[name] for name in row.contributors]] = row.weights
+        contributions = [
+            Contribution(name, *read_upload(self.parameters, context, name, uploads[name])) for name in names
+        ]
+        headers = [aggregate_header(self.parameters, context, row).encode(row_digest(row)) for row in rows]
+        return self._combine(contributions, weights, rows, headers, context)
+
+    def _check_rows(
+        self, rows: Sequence[WeightRow], uploads: Mapping[str, bytes], context: RoundContext
+    ) -> None:
+        recipients = [row.recipient for row in rows]
+        if len(set(recipients)) != len(recipients):
+            raise PolicyError("a recipient has two weight rows in one round: one is allowed")
+        for row in rows:
+            check_row(row.recipient, row, self.policy, members=uploads.keys(), round_number=context.round)
+            if row.bits != self.parameters.weight_bits:
+                raise PolicyError(
+                    f"weight row has {row.bits} bits, the agreed parameters have "
+                    f"{self.parameters.weight_bits}"
+                )
+
+    @abstractmethod
+    def _check_payload(self, contribution: Contribution, context: RoundContext) -> None:
+        """Refuse a payload of the right length whose content is out of range."""
+
+    @abstractmethod
+    def _combine(
+        self,
+        contributions: Sequence[Contribution],
+        weights: NDArray[np.int64],
+        rows: Sequence[WeightRow],
+        headers: Sequence[bytes],
+        context: RoundContext,
+    ) -> list[bytes]:
+        """Return one record per row.
+
+        Args:
+            contributions: M uploads, in the order of the columns of `weights`; content not yet checked.
+            weights: (R, M) integers, each row summing to 2**weight_bits.
+            rows: R weight rows.
+            headers: R encoded headers.
+            context: Round.
+        """

@@ -1,0 +1,157 @@
+"""The client's side of every back end: one interface, and all checks around the payload."""
+
+from abc import ABC, abstractmethod
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmosaic.privacy.encryption.layout import aggregate_header, aggregate_payload_bytes, upload_header
+from fedmosaic.privacy.encryption.parameters import CkksParameters, MaskParameters, PlainParameters
+from fedmosaic.privacy.encryption.records import RoundContext, read_record, row_digest
+from fedmosaic.privacy.group_key import GroupKey
+from fedmosaic.privacy.policy import AggregationPolicy, WeightRow, check_row
+from fedmosaic.protos.errors import CiphertextError, EncryptionError, PolicyError
+
+# A decrypted sum of clipped values may pass the clip by the noise of approximate decryption, no more.
+RANGE_TOLERANCE = 1e-4
+
+P = TypeVar("P", CkksParameters, MaskParameters, PlainParameters)
+
+
+class ClientCipher(ABC, Generic[P]):
+    """Encrypts uploads; checks and decrypts aggregates. One per client process.
+
+    Args:
+        parameters: Agreed parameters of the back end.
+        client: Id of the client that this process acts for.
+        policy: Limits every weight row must keep.
+    """
+
+    def __init__(self, parameters: P, client: str, policy: AggregationPolicy) -> None:
+        self.parameters: P = parameters
+        self.client = client
+        self.policy = policy
+
+    def encrypt(
+        self,
+        vector: NDArray[np.floating],
+        key: GroupKey | None,
+        context: RoundContext,
+        nonce: bytes,
+        *,
+        clip: bool = False,
+    ) -> bytes:
+        """Encrypt a vector for the members of the key's epoch.
+
+        Args:
+            vector: (d,) finite values in [−clip, clip] of the parameters.
+            key: Group key of the context's epoch; None only for `plain`.
+            context: Round the upload is for; d must be its dimensions.
+            nonce: 16 bytes from `NonceCounter.take`, never used before.
+            clip: Clip larger values instead of refusing them.
+
+        Returns:
+            The upload, of a length that depends on d alone.
+
+        Raises:
+            EncryptionError: If the vector or the key is not acceptable.
+        """
+        self._check_key(key, context)
+        values = self._checked(vector, context, clip=clip)
+        header = upload_header(self.parameters, context, self.client).encode(nonce)
+        return header + self._seal(values, key, header, nonce)
+
+    def decrypt(
+        self, record: bytes, key: GroupKey | None, context: RoundContext, row: WeightRow
+    ) -> NDArray[np.float64]:
+        """Check the weight row and the record, then decrypt this client's aggregate.
+
+        Args:
+            record: Aggregate as received.
+            key: Group key of the context's epoch; None only for `plain`.
+            context: Round the aggregate is for.
+            row: Weight row the aggregate was made with, as received.
+
+        Returns:
+            (d,) weighted sum. Under `ckks` an approximate decryption and its ciphertext together reveal the
+            key: the caller keeps this vector, and whatever determines it, inside the process.
+
+        Raises:
+            PolicyError: If the row breaks the policy; nothing is decrypted.
+            CiphertextError: If the record is not the expected one or decrypts out of range.
+            EncryptionError: If the key is not the one for this exchange.
+        """
+        self._check_key(key, context)
+        members = None if key is None else key.members
+        check_row(self.client, row, self.policy, members=members, round_number=context.round)
+        if row.bits != self.parameters.weight_bits:
+            raise PolicyError(
+                f"weight row has {row.bits} bits, the agreed parameters have {self.parameters.weight_bits}"
+            )
+        header = aggregate_header(self.parameters, context, row)
+        digest, payload = read_record(record, header, aggregate_payload_bytes(self.parameters, header))
+        if digest != row_digest(row):
+            raise CiphertextError("the aggregate was made with another weight row than the one received")
+        values = self._open(payload, key, context, row)
+        # Written so that NaN fails too.
+        if not np.abs(values).max() <= self.parameters.clip + RANGE_TOLERANCE:
+            raise out_of_range(context, self.parameters.clip)
+        return values
+
+    @abstractmethod
+    def _seal(self, values: NDArray[np.float64], key: GroupKey | None, header: bytes, nonce: bytes) -> bytes:
+        """Return the payload of an upload of (d,) checked values under an encoded header."""
+
+    @abstractmethod
+    def _open(
+        self, payload: memoryview, key: GroupKey | None, context: RoundContext, row: WeightRow
+    ) -> NDArray[np.float64]:
+        """Return the (d,) values of an aggregate's payload of the right length."""
+
+    def _check_key(self, key: GroupKey | None, context: RoundContext) -> None:
+        backend = self.parameters.backend
+        if key is None:
+            if backend != "plain":
+                raise EncryptionError(
+                    f"back end {backend!r} needs a group key: finish the key agreement first"
+                )
+            return
+        if key.parameters_hash != self.parameters.digest():
+            raise EncryptionError(
+                "the group key was agreed for other encryption parameters: start a new epoch"
+            )
+        if (key.federation, key.epoch) != (context.federation, context.epoch):
+            raise EncryptionError(
+                f"the group key is of federation {key.federation!r}, epoch {key.epoch}; the exchange is of "
+                f"{context.federation!r}, epoch {context.epoch}"
+            )
+        if self.client not in key.members:
+            raise EncryptionError(f"client {self.client!r} is not a member of key epoch {key.epoch}")
+
+    def _checked(
+        self, vector: NDArray[np.floating], context: RoundContext, *, clip: bool
+    ) -> NDArray[np.float64]:
+        values = np.asarray(vector, dtype=np.float64)
+        if values.shape != (context.dimensions,):
+            raise EncryptionError(f"vector has shape {values.shape}, expected ({context.dimensions},)")
+        if not np.isfinite(values).all():
+            raise EncryptionError(
+                "vector holds values that are not finite: training diverged, lower the learning rate"
+            )
+        limit = self.parameters.clip
+        outside = int(np.count_nonzero(np.abs(values) > limit))
+        if outside and not clip:
+            raise EncryptionError(
+                f"{outside} of {values.size} values lie outside ±{limit}: clip the vector, or pass clip=True "
+                "to accept the loss"
+            )
+        return np.clip(values, -limit, limit) if outside else values
+
+
+def out_of_range(context: RoundContext, clip: float) -> CiphertextError:
+    """Return the error for an aggregate that no honest uploads, weights and key can have produced."""
+    return CiphertextError(
+        f"the aggregate of round {context.round} decrypts outside ±{clip}: an upload, the weights or the "
+        "aggregate were altered, or members hold different keys; drop it, report it, start a new key epoch"
+    )

@@ -1,0 +1,144 @@
+"""Exact arithmetic with residues of a 48-bit prime in numpy, and their 6-byte form on the wire."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmosaic.protos.errors import EncryptionError
+
+WORD_BYTES = 6
+_HALF_BITS = np.uint64(24)
+_HALF_MASK = np.uint64((1 << 24) - 1)
+_MAX_ROW_SUM = 1 << 16
+# Small enough for all buffers of ten contributors to stay in the second-level cache.
+_COLUMNS = 2048
+
+
+def pack_words(words: NDArray[np.uint64], packed: NDArray[np.uint64]) -> None:
+    """Write residues as little-endian words of 6 bytes: four residues into three words of 8 bytes.
+
+    Args:
+        words: (R, 4m) uint64 below 2**48.
+        packed: (R, 3m) little-endian uint64, overwritten; may be a part of larger rows.
+    """
+    fours = words.reshape(words.shape[0], -1, 4)
+    threes = packed.reshape(packed.shape[0], -1, 3)
+    if not np.shares_memory(threes, packed):
+        raise EncryptionError("the space for packed words must be contiguous along its rows")
+    threes[..., 0] = fours[..., 0] | (fours[..., 1] << np.uint64(48))
+    threes[..., 1] = (fours[..., 1] >> np.uint64(16)) | (fours[..., 2] << np.uint64(32))
+    threes[..., 2] = (fours[..., 2] >> np.uint64(32)) | (fours[..., 3] << np.uint64(16))
+
+
+def unpack_words(buffer: bytes | memoryview, offset: int, words: NDArray[np.uint64]) -> None:
+    """Read little-endian words of 6 bytes.
+
+    Args:
+        buffer: Bytes that hold the words from `offset` on, and at least two bytes before them.
+        offset: Position of the first word, ≥ 2.
+        words: (m,) uint64, overwritten; below 2**48, not yet compared with the modulus.
+    """
+    # Reading 8 bytes from two before each word leaves the word in the upper 48 bits.
+    shifted = np.ndarray(words.shape, dtype="<u8", buffer=buffer, offset=offset - 2, strides=(WORD_BYTES,))
+    np.right_shift(shifted, np.uint64(16), out=words)
+
+
+def modular_multiply(left: NDArray[np.uint64], right: NDArray[np.uint64], modulus: int) -> NDArray[np.uint64]:
+    """Multiply residues elementwise, exactly.
+
+    With the quotient f = ⌊a·b/q⌋ estimated in float64, a·b − f·q is formed modulo 2^64. The estimate is a
+    number below 2^48 with a relative error of at most 2^-51, so f is off by at most one and the true
+    difference lies in [−q, 2q), far inside the 64-bit range: one conditional addition and one conditional
+    subtraction finish the reduction.
+
+    Args:
+        left: (m,) residues below the modulus.
+        right: (m,) residues below the modulus.
+        modulus: q below 2**48.
+
+    Returns:
+        (m,) products modulo q.
+    """
+    prime = np.uint64(modulus)
+    quotient = np.floor(left.astype(np.float64) * right.astype(np.float64) / modulus).astype(np.uint64)
+    difference = left * right - quotient * prime
+    difference = np.minimum(difference, difference + prime)
+    product: NDArray[np.uint64] = np.minimum(difference, difference - prime)
+    return product
+
+
+def modular_subtract(left: NDArray[np.uint64], right: NDArray[np.uint64], modulus: int) -> NDArray[np.uint64]:
+    """Subtract residues elementwise.
+
+    Args:
+        left: (m,) residues below the modulus.
+        right: (m,) residues below the modulus.
+        modulus: q below 2**48.
+
+    Returns:
+        (m,) differences modulo q.
+    """
+    difference = left - right
+    reduced: NDArray[np.uint64] = np.minimum(difference, difference + np.uint64(modulus))
+    return reduced
+
+
+def modular_matrix_product(
+    weights: NDArray[np.int64], residues: NDArray[np.uint64], modulus: int
+) -> NDArray[np.uint64]:
+    """Multiply a matrix of small integers with a matrix of residues, exactly, at the speed of BLAS.
+
+    Residues are split into halves c = h·2^24 + l. Rows of W sum to at most 2^16 and halves are below 2^24, so
+    every partial sum of W·l and W·h is an integer below 2^40: float64 represents all of them exactly,
+    whatever the order of summation or fusion of operations. The recombined sum Σ w·c is below
+    2^16·2^48 = 2^64 and fits a word before it is reduced.
+
+    Args:
+        weights: (R, M) integers ≥ 0, each row summing to at most 2**16.
+        residues: (M, D) residues below the modulus.
+        modulus: q below 2**48.
+
+    Returns:
+        (R, D) sums modulo q.
+
+    Raises:
+        EncryptionError: If shapes or bounds do not hold, which would make the result inexact.
+    """
+    if weights.ndim != 2 or residues.ndim != 2 or weights.shape[1] != residues.shape[0]:
+        raise EncryptionError(f"cannot multiply weights {weights.shape} with residues {residues.shape}")
+    if not 1 < modulus < 1 << 48:
+        raise EncryptionError(f"modulus has {modulus.bit_length()} bits, expected at most 48")
+    if weights.size and (int(weights.min()) < 0 or int(weights.sum(axis=1).max()) > _MAX_ROW_SUM):
+        raise EncryptionError(f"weights must be ≥ 0 with rows that sum to at most {_MAX_ROW_SUM}")
+    recipients, columns = weights.shape[0], residues.shape[1]
+    result = np.empty((recipients, columns), dtype=np.uint64)
+    width = min(columns, _COLUMNS)
+    # All buffers are allocated once: fresh memory for every part costs more than the arithmetic.
+    halves = np.empty((residues.shape[0], width), dtype=np.uint64)
+    operands = np.empty(halves.shape)
+    sums = np.empty((recipients, width))
+    total, part = np.empty((2, recipients, width), dtype=np.uint64)
+    factors = weights.astype(np.float64)
+    prime = np.uint64(modulus)
+    for start in range(0, columns, _COLUMNS):
+        columns_now = slice(start, min(start + _COLUMNS, columns))
+        now = slice(0, columns_now.stop - start)
+        for split, target in ((_upper_half, total), (_lower_half, part)):
+            split(residues[:, columns_now], halves[:, now])
+            np.copyto(operands[:, now], halves[:, now], casting="unsafe")
+            np.matmul(factors, operands[:, now], out=sums[:, now])
+            np.copyto(target[:, now], sums[:, now], casting="unsafe")
+        total[:, now] <<= _HALF_BITS
+        total[:, now] += part[:, now]
+        # numpy has a vectorised division by a scalar, but no such remainder.
+        np.floor_divide(total[:, now], prime, out=part[:, now])
+        part[:, now] *= prime
+        np.subtract(total[:, now], part[:, now], out=result[:, columns_now])
+    return result
+
+
+def _upper_half(words: NDArray[np.uint64], halves: NDArray[np.uint64]) -> None:
+    np.right_shift(words, _HALF_BITS, out=halves)
+
+
+def _lower_half(words: NDArray[np.uint64], halves: NDArray[np.uint64]) -> None:
+    np.bitwise_and(words, _HALF_MASK, out=halves)

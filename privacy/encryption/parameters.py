@@ -1,0 +1,174 @@
+"""The frozen parameters of each back end, their hash for the roster, and the security they rest on."""
+
+import functools
+import hashlib
+import json
+import math
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fedmosaic.protos.errors import ConfigurationError
+
+CKKS_RING_DEGREE: Literal[2048] = 2048
+# The largest prime below 2^48 that is 1 modulo 4096; what SEAL's CoeffModulus.Create(2048, [48]) returns.
+CKKS_MODULUS: Literal[281474976694273] = 281474976694273
+# Centred binomial error of SEAL: the difference of two sums of 21 bits.
+CKKS_ERROR_BOUND = 21
+
+# Largest total modulus, in bits, by ring degree and classical security level, for ternary secrets.
+# Reference: Albrecht et al., Homomorphic Encryption Standard (2018), Table 1.
+STANDARD_MODULUS_BITS: dict[int, dict[int, int]] = {
+    1024: {128: 27, 192: 19, 256: 14},
+    2048: {128: 54, 192: 37, 256: 29},
+    4096: {128: 109, 192: 75, 256: 58},
+    8192: {128: 218, 192: 152, 256: 118},
+}
+
+
+class _Parameters(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = 1
+    clip: float = Field(default=4.0, gt=0.0, le=1024.0, allow_inf_nan=False)
+
+    def digest(self) -> bytes:
+        """Return the SHA-256 of the canonical form: 32 bytes that go into the roster and every record."""
+        return _digest(self)
+
+
+class CkksParameters(_Parameters):
+    """CKKS in one small ring with one prime: depth one, integer weights, no keys besides the secret one.
+
+    Attributes:
+        ring_degree: n; one ciphertext carries n real values as n/2 complex slots.
+        modulus: q, a 48-bit prime that is 1 modulo 2n.
+        security_bits: Classical security asked of the pair (n, q).
+        scale_bits: Values are multiplied by 2**scale_bits before they are rounded to integers.
+        weight_bits: Integer weights of a row sum to 2**weight_bits.
+        clip: Largest absolute value that is encrypted.
+    """
+
+    backend: Literal["ckks"] = "ckks"
+    ring_degree: Literal[2048] = CKKS_RING_DEGREE
+    modulus: Literal[281474976694273] = CKKS_MODULUS
+    security_bits: Literal[128] = 128
+    scale_bits: int = Field(default=29, ge=28, le=34)
+    weight_bits: int = Field(default=15, ge=8, le=16)
+
+    @model_validator(mode="after")
+    def _decryption_is_correct_and_secure(self) -> "CkksParameters":
+        check_security(self.ring_degree, self.modulus.bit_length(), self.security_bits)
+        # A slot x+iy has magnitude ≤ clip·√2, a coefficient of the encoded polynomial at most the largest
+        # slot times the scale, plus ½ for rounding and the error. A row sums to 2^weight_bits, so the sum
+        # stays below q/2 and never wraps.
+        fresh = math.ldexp(self.clip * math.sqrt(2.0), self.scale_bits) + CKKS_ERROR_BOUND + 1
+        if math.ldexp(fresh, self.weight_bits) >= self.modulus / 2:
+            raise ValueError(
+                f"clip {self.clip}, scale_bits {self.scale_bits} and weight_bits {self.weight_bits} "
+                f"overflow the {self.modulus.bit_length()}-bit modulus: lower one of them"
+            )
+        return self
+
+
+class MaskParameters(_Parameters):
+    """Additive stream cipher over 32-bit words: fixed-point values, exact sums.
+
+    Attributes:
+        fraction_bits: A value is rounded to a multiple of 2**-fraction_bits.
+        weight_bits: Integer weights of a row sum to 2**weight_bits.
+        clip: Largest absolute value that is encrypted.
+    """
+
+    backend: Literal["mask"] = "mask"
+    fraction_bits: int = Field(default=16, ge=8, le=24)
+    weight_bits: int = Field(default=12, ge=8, le=20)
+
+    @model_validator(mode="after")
+    def _sums_leave_one_bit_free(self) -> "MaskParameters":
+        # Sums fill at most half of the 32-bit range. What lies in the other half was not unmasked with the
+        # right pads, and every one of thousands of words has one chance in two to show it.
+        if math.ldexp(self.clip, self.fraction_bits + self.weight_bits) > 2**30:
+            raise ValueError(
+                f"clip {self.clip}, fraction_bits {self.fraction_bits} and weight_bits {self.weight_bits} "
+                "need more than 31 bits: lower one of them"
+            )
+        return self
+
+
+class PlainParameters(_Parameters):
+    """No protection: float32 values that the server reads. For comparison only.
+
+    Attributes:
+        weight_bits: Integer weights of a row sum to 2**weight_bits.
+        clip: Largest absolute value that is sent.
+    """
+
+    backend: Literal["plain"] = "plain"
+    weight_bits: int = Field(default=15, ge=8, le=20)
+
+
+Parameters = CkksParameters | MaskParameters | PlainParameters
+
+
+@functools.lru_cache(maxsize=16)
+def _digest(parameters: _Parameters) -> bytes:
+    canonical = json.dumps(parameters.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(b"fedmosaic/encryption-parameters/v1\n" + canonical.encode()).digest()
+
+
+def check_security(ring_degree: int, modulus_bits: int, security_bits: int) -> None:
+    """Refuse a ring and modulus outside the table of the Homomorphic Encryption Standard.
+
+    Args:
+        ring_degree: n, a power of two in the table.
+        modulus_bits: Bits of the total modulus.
+        security_bits: 128, 192 or 256.
+
+    Raises:
+        ValueError: If the pair is not covered or the modulus is too large for the level.
+
+    Reference:
+        Albrecht et al., Homomorphic Encryption Standard (2018), Table 1, uniform ternary secret.
+    """
+    largest = STANDARD_MODULUS_BITS.get(ring_degree, {}).get(security_bits)
+    if largest is None:
+        raise ValueError(f"no standard parameters for ring degree {ring_degree} at {security_bits} bits")
+    if modulus_bits > largest:
+        raise ValueError(
+            f"a modulus of {modulus_bits} bits is too large for ring degree {ring_degree}: "
+            f"at most {largest} bits give {security_bits}-bit security"
+        )
+
+
+def parameters_for(backend: str, *, allow_plaintext: bool = False) -> Parameters:
+    """Return the parameters of a back end by name.
+
+    Args:
+        backend: "ckks", "mask" or "plain".
+        allow_plaintext: Must be true for "plain".
+
+    Raises:
+        ConfigurationError: If the name is unknown, or plaintext is not allowed.
+    """
+    if backend == "ckks":
+        return CkksParameters()
+    if backend == "mask":
+        return MaskParameters()
+    if backend == "plain":
+        check_plaintext_allowed(PlainParameters(), allow_plaintext=allow_plaintext)
+        return PlainParameters()
+    raise ConfigurationError(f"encryption back end {backend!r} is unknown: choose ckks, mask or plain")
+
+
+def check_plaintext_allowed(parameters: Parameters, *, allow_plaintext: bool) -> None:
+    """Refuse the back end `plain` unless the configuration asks for it by name.
+
+    Raises:
+        ConfigurationError: If the parameters protect nothing and that was not allowed.
+    """
+    if isinstance(parameters, PlainParameters) and not allow_plaintext:
+        raise ConfigurationError(
+            "encryption back end 'plain' lets the server read every adapter: choose 'ckks' or 'mask', or set "
+            "allow_plaintext = true"
+        )

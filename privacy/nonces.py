@@ -1,0 +1,150 @@
+"""Monotonic counters on a client's disk: no epoch twice, and nothing encrypted twice under one nonce."""
+
+import json
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedmosaic.protos.errors import EncryptionError, StateError
+
+NONCE_BYTES = 16
+Count = Annotated[int, Field(ge=0, lt=1 << 64)]
+
+
+class _State(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    federation: str
+    epoch: Count | None = None
+    round: Count = 0
+    uploads: dict[str, Count] = Field(default_factory=dict)
+    """Nonces taken by section in the current round."""
+
+
+class NonceCounter:
+    """What this client has opened and encrypted, durable before anything is sent.
+
+    Args:
+        path: File of the counter, in the client's state folder; created at the first write.
+        federation: Name of the federation; a counter of another one is refused.
+    """
+
+    def __init__(self, path: Path, federation: str) -> None:
+        self._path = path
+        self._state = self._read(federation)
+
+    @property
+    def epoch(self) -> int | None:
+        """The latest epoch that was opened, None before the first."""
+        return self._state.epoch
+
+    def open_epoch(self, number: int) -> None:
+        """Claim an epoch before its key agreement starts.
+
+        Args:
+            number: Epoch, larger than every earlier one.
+
+        Raises:
+            EncryptionError: If the epoch was claimed before, so messages of it may be replayed.
+        """
+        if self._state.epoch is not None and number <= self._state.epoch:
+            raise EncryptionError(
+                f"epoch {number} was used before: the next one is at least {self._state.epoch + 1}"
+            )
+        self._write(_State(federation=self._state.federation, epoch=number))
+
+    def take(self, epoch: int, round_number: int, section: str, *, fresh: bool = False) -> bytes:
+        """Return a nonce for one upload, after recording on disk that it was taken.
+
+        A client that repeats a round sends its stored upload again and takes no nonce. Only when the content
+        is new does it ask for a second one.
+
+        Args:
+            epoch: The epoch opened last.
+            round_number: The current round or a later one.
+            section: Section of the upload.
+            fresh: Allow a second upload for the same epoch, round and section, under a nonce of its own.
+
+        Returns:
+            16 random bytes.
+
+        Raises:
+            EncryptionError: If the epoch or round is over, or the nonce of this upload was taken.
+        """
+        state = self._state
+        if state.epoch is None or epoch != state.epoch:
+            raise EncryptionError(
+                f"epoch {epoch} is not the one opened last ({state.epoch}): agree on a key first"
+            )
+        if round_number < state.round:
+            raise EncryptionError(
+                f"round {round_number} is over, round {state.round} has begun: do not encrypt for it"
+            )
+        uploads = dict(state.uploads) if round_number == state.round else {}
+        if uploads.get(section) and not fresh:
+            raise EncryptionError(
+                f"section {section!r} was encrypted before in epoch {epoch}, round {round_number}: send the "
+                "stored upload again, or take a fresh nonce"
+            )
+        uploads[section] = uploads.get(section, 0) + 1
+        self._write(_State(federation=state.federation, epoch=epoch, round=round_number, uploads=uploads))
+        return os.urandom(NONCE_BYTES)
+
+    def _read(self, federation: str) -> _State:
+        try:
+            content = self._path.read_bytes()
+        except FileNotFoundError:
+            return _State(federation=federation)
+        try:
+            state = _State.model_validate_json(content)
+        except ValidationError:
+            raise StateError(
+                f"{self._path} is damaged: restore it, or start with an epoch number that was never used"
+            ) from None
+        if state.federation != federation:
+            raise StateError(f"{self._path} is of federation {state.federation!r}, expected {federation!r}")
+        return state
+
+    def _write(self, state: _State) -> None:
+        temporary = self._path.with_name(self._path.name + ".new")
+        with open(temporary, "wb") as file:
+            file.write(json.dumps(state.model_dump(), sort_keys=True).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self._path)
+        if os.name == "posix":
+            # The new name is durable only when the folder is.
+            folder = os.open(self._path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        self._state = state
+
+
+def rotation_reason(
+    key_members: Collection[str], taking_part: Collection[str], rounds_used: int, rotate_every: int
+) -> str | None:
+    """Say why a new key epoch is due, or None.
+
+    Args:
+        key_members: Members that hold the current key.
+        taking_part: Members that take part from now on.
+        rounds_used: Rounds the current key has served.
+        rotate_every: Rounds one key may serve, ≥ 1.
+
+    Returns:
+        A sentence for the log, or None while the key may be used.
+    """
+    joined = sorted(set(taking_part) - set(key_members))
+    if joined:
+        return f"members without the key take part: {', '.join(joined)}"
+    left = sorted(set(key_members) - set(taking_part))
+    if left:
+        return f"members that hold the key no longer take part: {', '.join(left)}"
+    if rounds_used >= rotate_every:
+        return f"the key has served {rounds_used} of {rotate_every} rounds"
+    return None
