@@ -1,0 +1,108 @@
+"""Time a task profile against one plain forward pass over the same examples.
+
+    python benchmarks/profile_cost.py --model DIRECTORY [--gguf-file FILE] [--dtype bfloat16]
+
+Both run in turn, in the same batches, and the medians and the median of the paired ratios are printed.
+The bar is a ratio of at most 1.1. The plain pass computes logits at every position, as a forward pass
+with labels does; the profile computes them, and their way back through the head, where a label stands.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from fedmosaic.client.examples import IGNORED, EncodedExample
+from fedmosaic.client.models import load_base_model
+from fedmosaic.client.probe import TOKENS_PER_BATCH, open_probe
+from fedmosaic.client.profile import release_profile
+from fedmosaic.client.public_basis import BasisSettings, fit_mechanism
+from fedmosaic.privacy.mechanism import Reduction
+from fedmosaic.privacy.noise import SecureNoise
+from fedmosaic.privacy.projection import PublicMap
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to time."""
+
+    model: Path
+    gguf_file: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    kind: Literal["kronecker", "tensor_sketch", "coordinates"] = "kronecker"
+    dimensions: int = 256
+    examples: int = 512
+    tokens: int = 64
+    """Tokens per example."""
+    answer_tokens: int = 24
+    """How many of them are supervised."""
+    repeats: int = 5
+    threads: int = 2
+
+
+def random_examples(settings: Settings, vocabulary: int) -> list[EncodedExample]:
+    """Examples of one length with random tokens: the arithmetic does not depend on which."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (settings.examples, settings.tokens), generator=generator)
+    labels = ids.clone()
+    labels[:, : settings.tokens - settings.answer_tokens] = IGNORED
+    return [EncodedExample(str(index), *pair) for index, pair in enumerate(zip(ids, labels, strict=True))]
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def main(settings: Settings) -> None:
+    """Time both and print a Markdown row."""
+    torch.set_num_threads(settings.threads)
+    model, _ = load_base_model(settings.model, settings.dtype, gguf_file=settings.gguf_file)
+    probe = open_probe(model)
+    examples = random_examples(settings, model.config.vocab_size)
+    side = int(settings.dimensions**0.5)
+    mechanism, basis = fit_mechanism(
+        probe,
+        settings.model.name,
+        examples[:64],
+        Reduction(
+            kind=settings.kind,
+            hidden_size=probe.hidden_size,
+            intermediate_size=probe.intermediate_size,
+            projection_dimensions=settings.dimensions,
+        ),
+        BasisSettings(kronecker_shape=(side, side)),
+        noise_multiplier=8.0,
+    )
+    public_map = PublicMap(mechanism, basis)
+    batch = TOKENS_PER_BATCH // settings.tokens
+    ids = torch.stack([example.input_ids for example in examples])
+
+    def forward() -> None:
+        with torch.inference_mode():
+            for part in ids.split(batch):
+                model(input_ids=part, use_cache=False)
+
+    def profile() -> None:
+        release_profile(probe, examples, public_map, SecureNoise(), lambda: None)
+
+    forward(), profile()
+    pairs = [(seconds(forward), seconds(profile)) for _ in range(settings.repeats)]
+    plain, released = (statistics.median(column) for column in zip(*pairs, strict=True))
+    ratio = statistics.median(after / before for before, after in pairs)
+    print("| model | dtype | reduction | supervised | forward s | profile s | ratio |")
+    print(
+        f"| {settings.model.name} | {settings.dtype} | {settings.kind} {settings.dimensions} | "
+        f"{settings.answer_tokens}/{settings.tokens} | {plain:.2f} | {released:.2f} | {ratio:.2f} |"
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
