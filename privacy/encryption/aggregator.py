@@ -44,11 +44,11 @@ class Aggregator(ABC, Generic[P]):
         self.parameters: P = parameters
         self.policy = policy
 
-    def check_upload(self, upload: bytes, context: RoundContext, client: str) -> None:
+    def check_upload(self, upload: bytes | memoryview, context: RoundContext, client: str) -> None:
         """Refuse an upload that is not exactly what this client must send in this round.
 
         Args:
-            upload: Record as opened by `open_upload`, which verified its signature.
+            upload: Bytes from the network, after the signature over them was verified.
             context: Round the upload must be for.
             client: Contributor, as authenticated by the transport.
 
@@ -59,7 +59,7 @@ class Aggregator(ABC, Generic[P]):
         self._check_payload(Contribution(client, nonce, payload), context)
 
     def aggregate(
-        self, uploads: Mapping[str, bytes], rows: Sequence[WeightRow], context: RoundContext
+        self, uploads: Mapping[str, bytes | memoryview], rows: Sequence[WeightRow], context: RoundContext
     ) -> list[bytes]:
         """Form the weighted sum of every row.
 
@@ -90,7 +90,7 @@ class Aggregator(ABC, Generic[P]):
         return self._combine(contributions, weights, rows, headers, context)
 
     def _check_rows(
-        self, rows: Sequence[WeightRow], uploads: Mapping[str, bytes], context: RoundContext
+        self, rows: Sequence[WeightRow], uploads: Mapping[str, bytes | memoryview], context: RoundContext
     ) -> None:
         recipients = [row.recipient for row in rows]
         if len(set(recipients)) != len(recipients):

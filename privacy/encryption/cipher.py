@@ -63,7 +63,7 @@ class ClientCipher(ABC, Generic[P]):
         return header + self._seal(values, key, header, nonce)
 
     def decrypt(
-        self, record: bytes, key: GroupKey | None, context: RoundContext, row: WeightRow
+        self, record: bytes | memoryview, key: GroupKey | None, context: RoundContext, row: WeightRow
     ) -> NDArray[np.float64]:
         """Check the weight row and the record, then decrypt this client's aggregate.
 

@@ -56,7 +56,7 @@ def aggregate_payload_bytes(parameters: Parameters, header: Header) -> int:
 
 
 def read_upload(
-    parameters: Parameters, context: RoundContext, client: str, upload: bytes
+    parameters: Parameters, context: RoundContext, client: str, upload: bytes | memoryview
 ) -> tuple[bytes, memoryview]:
     """Check the header and length of an upload; return its nonce and a view of its payload.
 

@@ -108,7 +108,7 @@ class Header:
         )
 
 
-def read_record(record: bytes, expected: Header, payload_bytes: int) -> tuple[bytes, memoryview]:
+def read_record(record: bytes | memoryview, expected: Header, payload_bytes: int) -> tuple[bytes, memoryview]:
     """Check a record against what it must be and split it.
 
     Args:
@@ -127,14 +127,14 @@ def read_record(record: bytes, expected: Header, payload_bytes: int) -> tuple[by
             f"record has {len(record)} bytes, expected {HEADER_BYTES + payload_bytes} for "
             f"{expected.context.dimensions} dimensions with back end {expected.backend!r}"
         )
-    nonce = record[_NONCE]
+    nonce = bytes(record[_NONCE])
     wanted = expected.encode(nonce)
     if record[:HEADER_BYTES] != wanted:
         raise _difference(record, wanted, f"{expected.kind.name.lower()} of {expected.client!r}")
     return nonce, memoryview(record)[HEADER_BYTES:]
 
 
-def _difference(record: bytes, wanted: bytes, what: str) -> CiphertextError:
+def _difference(record: bytes | memoryview, wanted: bytes, what: str) -> CiphertextError:
     fields = zip(_FIELDS, _LAYOUT.unpack_from(record), _LAYOUT.unpack(wanted), strict=True)
     for name, got, want in fields:
         if got != want:
