@@ -179,15 +179,6 @@ class Coordinator:
                 file.write(section.payload)
         return self.commit(client_id, header, ticket)
 
-    def upload_progress(self, client_id: str, round_number: int, content_hash: bytes) -> tuple[bool, int]:
-        """Whether an upload is stored, and if not, how many of its bytes have arrived."""
-        self._seen(client_id)
-        with self._lock:
-            if self._store.content_hash(round_number, client_id) == content_hash:
-                return True, 0
-            spool = self._blobs.spool(client_id, content_hash)
-            return False, spool.stat().st_size if spool.exists() else 0
-
     def _judge(
         self, client: str, header: UploadHeader, content_hash: bytes
     ) -> tuple[rounds.Round, ReceiptStatus]:

@@ -58,15 +58,13 @@ class FederationService(rpc.FederationServicer):
     async def UploadStatus(
         self, request: pb.UploadStatusRequest, context: Context
     ) -> pb.UploadStatusResponse:
-        """See `Coordinator.upload_progress`."""
+        """Judge a header as `Push` would, and tell how much of its payload is here."""
 
         def progress(client: str) -> pb.UploadStatusResponse:
-            bounds.check_integer("round", request.round, 1, bounds.MAX_ROUNDS)
-            bounds.check_hash("content_hash", request.content_hash)
-            complete, received = self._coordinator.upload_progress(
-                client, request.round, request.content_hash
-            )
-            return pb.UploadStatusResponse(complete=complete, received=received)
+            answer = self._coordinator.announce(client, wire.decode_upload_header(request.header))
+            if isinstance(answer, Receipt):
+                return pb.UploadStatusResponse(receipt=wire.encode_receipt(answer))
+            return pb.UploadStatusResponse(received=answer.received)
 
         return await self._unary(context, "upload status", request, progress)
 

@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$fedmosaic/protos/v1/federation.proto\x12\x0c\x66\x65\x64mosaic.v1\"\x8e\x01\n\x0c\x45nrolRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\nfederation\x18\x02 \x01(\t\x12\x13\n\x0broster_hash\x18\x03 \x01(\x0c\x12\x19\n\x11\x61\x64\x61pter_spec_hash\x18\x04 \x01(\x0c\x12\x0e\n\x06\x66\x61mily\x18\x05 \x01(\t\x12\x10\n\x08software\x18\x06 \x01(\t\"b\n\rEnrolResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0e\n\x06rounds\x18\x03 \x01(\r\x12\x11\n\tkey_epoch\x18\x04 \x01(\r\x12\x0f\n\x07members\x18\x05 \x03(\t\"C\n\x07Profile\x12\x0e\n\x06vector\x18\x01 \x01(\x0c\x12\x16\n\x0enoise_variance\x18\x02 \x01(\x01\x12\x10\n\x08releases\x18\x03 \x01(\r\";\n\rSectionHeader\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\"\xc3\x01\n\nPushHeader\x12\r\n\x05round\x18\x01 \x01(\r\x12\x12\n\nattempt_id\x18\x02 \x01(\t\x12\x11\n\tkey_epoch\x18\x03 \x01(\r\x12-\n\x08sections\x18\x04 \x03(\x0b\x32\x1b.fedmosaic.v1.SectionHeader\x12&\n\x07profile\x18\x05 \x01(\x0b\x32\x15.fedmosaic.v1.Profile\x12\x11\n\tsignature\x18\x06 \x01(\x0c\x12\x15\n\rresume_offset\x18\x07 \x01(\x04\"%\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"g\n\x0bPushRequest\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x18.fedmosaic.v1.PushHeaderH\x00\x12$\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.fedmosaic.v1.ChunkH\x00\x42\x06\n\x04part\"`\n\x0cPushResponse\x12+\n\x06status\x18\x01 \x01(\x0e\x32\x1b.fedmosaic.v1.ReceiptStatus\x12\r\n\x05round\x18\x02 \x01(\r\x12\x14\n\x0c\x63ontent_hash\x18\x03 \x01(\x0c\":\n\x13UploadStatusRequest\x12\r\n\x05round\x18\x01 \x01(\r\x12\x14\n\x0c\x63ontent_hash\x18\x02 \x01(\x0c\":\n\x14UploadStatusResponse\x12\x10\n\x08\x63omplete\x18\x01 \x01(\x08\x12\x10\n\x08received\x18\x02 \x01(\x04\"e\n\x0bPullRequest\x12\r\n\x05round\x18\x01 \x01(\r\x12\x19\n\x11wait_milliseconds\x18\x02 \x01(\r\x12\x15\n\rresume_offset\x18\x03 \x01(\x04\x12\x15\n\rresume_sha256\x18\x04 \x01(\x0c\"@\n\tWeightRow\x12\x14\n\x0c\x63ontributors\x18\x01 \x03(\t\x12\x0f\n\x07weights\x18\x02 \x03(\r\x12\x0c\n\x04\x62its\x18\x03 \x01(\r\"e\n\x10\x41ggregateSection\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x03row\x18\x02 \x01(\x0b\x32\x17.fedmosaic.v1.WeightRow\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\x0f\n\x07refusal\x18\x04 \x01(\t\"\xa6\x01\n\x0f\x41ggregateHeader\x12\r\n\x05round\x18\x01 \x01(\r\x12\x11\n\tkey_epoch\x18\x02 \x01(\r\x12\x18\n\x10upload_key_epoch\x18\x03 \x01(\r\x12\x30\n\x08sections\x18\x04 \x03(\x0b\x32\x1e.fedmosaic.v1.AggregateSection\x12\x0e\n\x06sha256\x18\x05 \x01(\x0c\x12\x15\n\rresume_offset\x18\x06 \x01(\x04\"\x8c\x01\n\nRoundState\x12\r\n\x05round\x18\x01 \x01(\r\x12\"\n\x05phase\x18\x02 \x01(\x0e\x32\x13.fedmosaic.v1.Phase\x12\x0f\n\x07\x61rrived\x18\x03 \x03(\t\x12\x13\n\x0bwaiting_for\x18\x04 \x03(\t\x12\x14\n\x0cseconds_left\x18\x05 \x01(\x01\x12\x0f\n\x07message\x18\x06 \x01(\t\"\x9a\x01\n\x0cPullResponse\x12+\n\x07waiting\x18\x01 \x01(\x0b\x32\x18.fedmosaic.v1.RoundStateH\x00\x12/\n\x06header\x18\x02 \x01(\x0b\x32\x1d.fedmosaic.v1.AggregateHeaderH\x00\x12$\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x13.fedmosaic.v1.ChunkH\x00\x42\x06\n\x04part\"\x14\n\x12RoundStatusRequest\">\n\x13RoundStatusResponse\x12\'\n\x05state\x18\x01 \x01(\x0b\x32\x18.fedmosaic.v1.RoundState\"\"\n\rReportRequest\x12\x11\n\tstatement\x18\x01 \x01(\x0c\"\x10\n\x0eReportResponse\"Y\n\x15PostKeyMessageRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\r\n\x05stage\x18\x02 \x01(\t\x12\x11\n\trecipient\x18\x03 \x01(\t\x12\x0f\n\x07payload\x18\x04 \x01(\x0c\"\x18\n\x16PostKeyMessageResponse\"c\n\x16ReadKeyMessagesRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\r\n\x05stage\x18\x02 \x01(\t\x12\x10\n\x08\x65xpected\x18\x03 \x01(\r\x12\x19\n\x11wait_milliseconds\x18\x04 \x01(\r\":\n\x17ReadKeyMessagesResponse\x12\x0e\n\x06sender\x18\x01 \x01(\t\x12\x0f\n\x07payload\x18\x02 \x01(\x0c*\x83\x01\n\rReceiptStatus\x12\x1e\n\x1aRECEIPT_STATUS_UNSPECIFIED\x10\x00\x12\x1b\n\x17RECEIPT_STATUS_ACCEPTED\x10\x01\x12\x1c\n\x18RECEIPT_STATUS_DUPLICATE\x10\x02\x12\x17\n\x13RECEIPT_STATUS_LATE\x10\x03*T\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x0e\n\nPHASE_OPEN\x10\x01\x12\x10\n\x0cPHASE_CLOSED\x10\x02\x12\x12\n\x0ePHASE_FINISHED\x10\x03\x32\xff\x04\n\nFederation\x12@\n\x05\x45nrol\x12\x1a.fedmosaic.v1.EnrolRequest\x1a\x1b.fedmosaic.v1.EnrolResponse\x12?\n\x04Pull\x12\x19.fedmosaic.v1.PullRequest\x1a\x1a.fedmosaic.v1.PullResponse0\x01\x12U\n\x0cUploadStatus\x12!.fedmosaic.v1.UploadStatusRequest\x1a\".fedmosaic.v1.UploadStatusResponse\x12?\n\x04Push\x12\x19.fedmosaic.v1.PushRequest\x1a\x1a.fedmosaic.v1.PushResponse(\x01\x12R\n\x0bRoundStatus\x12 .fedmosaic.v1.RoundStatusRequest\x1a!.fedmosaic.v1.RoundStatusResponse\x12\x43\n\x06Report\x12\x1b.fedmosaic.v1.ReportRequest\x1a\x1c.fedmosaic.v1.ReportResponse\x12[\n\x0ePostKeyMessage\x12#.fedmosaic.v1.PostKeyMessageRequest\x1a$.fedmosaic.v1.PostKeyMessageResponse\x12`\n\x0fReadKeyMessages\x12$.fedmosaic.v1.ReadKeyMessagesRequest\x1a%.fedmosaic.v1.ReadKeyMessagesResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$fedmosaic/protos/v1/federation.proto\x12\x0c\x66\x65\x64mosaic.v1\"\x8e\x01\n\x0c\x45nrolRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\nfederation\x18\x02 \x01(\t\x12\x13\n\x0broster_hash\x18\x03 \x01(\x0c\x12\x19\n\x11\x61\x64\x61pter_spec_hash\x18\x04 \x01(\x0c\x12\x0e\n\x06\x66\x61mily\x18\x05 \x01(\t\x12\x10\n\x08software\x18\x06 \x01(\t\"b\n\rEnrolResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0e\n\x06rounds\x18\x03 \x01(\r\x12\x11\n\tkey_epoch\x18\x04 \x01(\r\x12\x0f\n\x07members\x18\x05 \x03(\t\"C\n\x07Profile\x12\x0e\n\x06vector\x18\x01 \x01(\x0c\x12\x16\n\x0enoise_variance\x18\x02 \x01(\x01\x12\x10\n\x08releases\x18\x03 \x01(\r\";\n\rSectionHeader\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\"\xc3\x01\n\nPushHeader\x12\r\n\x05round\x18\x01 \x01(\r\x12\x12\n\nattempt_id\x18\x02 \x01(\t\x12\x11\n\tkey_epoch\x18\x03 \x01(\r\x12-\n\x08sections\x18\x04 \x03(\x0b\x32\x1b.fedmosaic.v1.SectionHeader\x12&\n\x07profile\x18\x05 \x01(\x0b\x32\x15.fedmosaic.v1.Profile\x12\x11\n\tsignature\x18\x06 \x01(\x0c\x12\x15\n\rresume_offset\x18\x07 \x01(\x04\"%\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"g\n\x0bPushRequest\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x18.fedmosaic.v1.PushHeaderH\x00\x12$\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.fedmosaic.v1.ChunkH\x00\x42\x06\n\x04part\"`\n\x0cPushResponse\x12+\n\x06status\x18\x01 \x01(\x0e\x32\x1b.fedmosaic.v1.ReceiptStatus\x12\r\n\x05round\x18\x02 \x01(\r\x12\x14\n\x0c\x63ontent_hash\x18\x03 \x01(\x0c\"?\n\x13UploadStatusRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.fedmosaic.v1.PushHeader\"U\n\x14UploadStatusResponse\x12+\n\x07receipt\x18\x01 \x01(\x0b\x32\x1a.fedmosaic.v1.PushResponse\x12\x10\n\x08received\x18\x02 \x01(\x04\"e\n\x0bPullRequest\x12\r\n\x05round\x18\x01 \x01(\r\x12\x19\n\x11wait_milliseconds\x18\x02 \x01(\r\x12\x15\n\rresume_offset\x18\x03 \x01(\x04\x12\x15\n\rresume_sha256\x18\x04 \x01(\x0c\"@\n\tWeightRow\x12\x14\n\x0c\x63ontributors\x18\x01 \x03(\t\x12\x0f\n\x07weights\x18\x02 \x03(\r\x12\x0c\n\x04\x62its\x18\x03 \x01(\r\"e\n\x10\x41ggregateSection\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x03row\x18\x02 \x01(\x0b\x32\x17.fedmosaic.v1.WeightRow\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\x0f\n\x07refusal\x18\x04 \x01(\t\"\xa6\x01\n\x0f\x41ggregateHeader\x12\r\n\x05round\x18\x01 \x01(\r\x12\x11\n\tkey_epoch\x18\x02 \x01(\r\x12\x18\n\x10upload_key_epoch\x18\x03 \x01(\r\x12\x30\n\x08sections\x18\x04 \x03(\x0b\x32\x1e.fedmosaic.v1.AggregateSection\x12\x0e\n\x06sha256\x18\x05 \x01(\x0c\x12\x15\n\rresume_offset\x18\x06 \x01(\x04\"\x8c\x01\n\nRoundState\x12\r\n\x05round\x18\x01 \x01(\r\x12\"\n\x05phase\x18\x02 \x01(\x0e\x32\x13.fedmosaic.v1.Phase\x12\x0f\n\x07\x61rrived\x18\x03 \x03(\t\x12\x13\n\x0bwaiting_for\x18\x04 \x03(\t\x12\x14\n\x0cseconds_left\x18\x05 \x01(\x01\x12\x0f\n\x07message\x18\x06 \x01(\t\"\x9a\x01\n\x0cPullResponse\x12+\n\x07waiting\x18\x01 \x01(\x0b\x32\x18.fedmosaic.v1.RoundStateH\x00\x12/\n\x06header\x18\x02 \x01(\x0b\x32\x1d.fedmosaic.v1.AggregateHeaderH\x00\x12$\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x13.fedmosaic.v1.ChunkH\x00\x42\x06\n\x04part\"\x14\n\x12RoundStatusRequest\">\n\x13RoundStatusResponse\x12\'\n\x05state\x18\x01 \x01(\x0b\x32\x18.fedmosaic.v1.RoundState\"\"\n\rReportRequest\x12\x11\n\tstatement\x18\x01 \x01(\x0c\"\x10\n\x0eReportResponse\"Y\n\x15PostKeyMessageRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\r\n\x05stage\x18\x02 \x01(\t\x12\x11\n\trecipient\x18\x03 \x01(\t\x12\x0f\n\x07payload\x18\x04 \x01(\x0c\"\x18\n\x16PostKeyMessageResponse\"c\n\x16ReadKeyMessagesRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\r\n\x05stage\x18\x02 \x01(\t\x12\x10\n\x08\x65xpected\x18\x03 \x01(\r\x12\x19\n\x11wait_milliseconds\x18\x04 \x01(\r\":\n\x17ReadKeyMessagesResponse\x12\x0e\n\x06sender\x18\x01 \x01(\t\x12\x0f\n\x07payload\x18\x02 \x01(\x0c*\x83\x01\n\rReceiptStatus\x12\x1e\n\x1aRECEIPT_STATUS_UNSPECIFIED\x10\x00\x12\x1b\n\x17RECEIPT_STATUS_ACCEPTED\x10\x01\x12\x1c\n\x18RECEIPT_STATUS_DUPLICATE\x10\x02\x12\x17\n\x13RECEIPT_STATUS_LATE\x10\x03*T\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x0e\n\nPHASE_OPEN\x10\x01\x12\x10\n\x0cPHASE_CLOSED\x10\x02\x12\x12\n\x0ePHASE_FINISHED\x10\x03\x32\xff\x04\n\nFederation\x12@\n\x05\x45nrol\x12\x1a.fedmosaic.v1.EnrolRequest\x1a\x1b.fedmosaic.v1.EnrolResponse\x12?\n\x04Pull\x12\x19.fedmosaic.v1.PullRequest\x1a\x1a.fedmosaic.v1.PullResponse0\x01\x12U\n\x0cUploadStatus\x12!.fedmosaic.v1.UploadStatusRequest\x1a\".fedmosaic.v1.UploadStatusResponse\x12?\n\x04Push\x12\x19.fedmosaic.v1.PushRequest\x1a\x1a.fedmosaic.v1.PushResponse(\x01\x12R\n\x0bRoundStatus\x12 .fedmosaic.v1.RoundStatusRequest\x1a!.fedmosaic.v1.RoundStatusResponse\x12\x43\n\x06Report\x12\x1b.fedmosaic.v1.ReportRequest\x1a\x1c.fedmosaic.v1.ReportResponse\x12[\n\x0ePostKeyMessage\x12#.fedmosaic.v1.PostKeyMessageRequest\x1a$.fedmosaic.v1.PostKeyMessageResponse\x12`\n\x0fReadKeyMessages\x12$.fedmosaic.v1.ReadKeyMessagesRequest\x1a%.fedmosaic.v1.ReadKeyMessagesResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fedmosaic.protos.v1.federation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RECEIPTSTATUS']._serialized_start=2149
-  _globals['_RECEIPTSTATUS']._serialized_end=2280
-  _globals['_PHASE']._serialized_start=2282
-  _globals['_PHASE']._serialized_end=2366
+  _globals['_RECEIPTSTATUS']._serialized_start=2181
+  _globals['_RECEIPTSTATUS']._serialized_end=2312
+  _globals['_PHASE']._serialized_start=2314
+  _globals['_PHASE']._serialized_end=2398
   _globals['_ENROLREQUEST']._serialized_start=55
   _globals['_ENROLREQUEST']._serialized_end=197
   _globals['_ENROLRESPONSE']._serialized_start=199
@@ -52,37 +52,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PUSHRESPONSE']._serialized_start=771
   _globals['_PUSHRESPONSE']._serialized_end=867
   _globals['_UPLOADSTATUSREQUEST']._serialized_start=869
-  _globals['_UPLOADSTATUSREQUEST']._serialized_end=927
-  _globals['_UPLOADSTATUSRESPONSE']._serialized_start=929
-  _globals['_UPLOADSTATUSRESPONSE']._serialized_end=987
-  _globals['_PULLREQUEST']._serialized_start=989
-  _globals['_PULLREQUEST']._serialized_end=1090
-  _globals['_WEIGHTROW']._serialized_start=1092
-  _globals['_WEIGHTROW']._serialized_end=1156
-  _globals['_AGGREGATESECTION']._serialized_start=1158
-  _globals['_AGGREGATESECTION']._serialized_end=1259
-  _globals['_AGGREGATEHEADER']._serialized_start=1262
-  _globals['_AGGREGATEHEADER']._serialized_end=1428
-  _globals['_ROUNDSTATE']._serialized_start=1431
-  _globals['_ROUNDSTATE']._serialized_end=1571
-  _globals['_PULLRESPONSE']._serialized_start=1574
-  _globals['_PULLRESPONSE']._serialized_end=1728
-  _globals['_ROUNDSTATUSREQUEST']._serialized_start=1730
-  _globals['_ROUNDSTATUSREQUEST']._serialized_end=1750
-  _globals['_ROUNDSTATUSRESPONSE']._serialized_start=1752
-  _globals['_ROUNDSTATUSRESPONSE']._serialized_end=1814
-  _globals['_REPORTREQUEST']._serialized_start=1816
-  _globals['_REPORTREQUEST']._serialized_end=1850
-  _globals['_REPORTRESPONSE']._serialized_start=1852
-  _globals['_REPORTRESPONSE']._serialized_end=1868
-  _globals['_POSTKEYMESSAGEREQUEST']._serialized_start=1870
-  _globals['_POSTKEYMESSAGEREQUEST']._serialized_end=1959
-  _globals['_POSTKEYMESSAGERESPONSE']._serialized_start=1961
-  _globals['_POSTKEYMESSAGERESPONSE']._serialized_end=1985
-  _globals['_READKEYMESSAGESREQUEST']._serialized_start=1987
-  _globals['_READKEYMESSAGESREQUEST']._serialized_end=2086
-  _globals['_READKEYMESSAGESRESPONSE']._serialized_start=2088
-  _globals['_READKEYMESSAGESRESPONSE']._serialized_end=2146
-  _globals['_FEDERATION']._serialized_start=2369
-  _globals['_FEDERATION']._serialized_end=3008
+  _globals['_UPLOADSTATUSREQUEST']._serialized_end=932
+  _globals['_UPLOADSTATUSRESPONSE']._serialized_start=934
+  _globals['_UPLOADSTATUSRESPONSE']._serialized_end=1019
+  _globals['_PULLREQUEST']._serialized_start=1021
+  _globals['_PULLREQUEST']._serialized_end=1122
+  _globals['_WEIGHTROW']._serialized_start=1124
+  _globals['_WEIGHTROW']._serialized_end=1188
+  _globals['_AGGREGATESECTION']._serialized_start=1190
+  _globals['_AGGREGATESECTION']._serialized_end=1291
+  _globals['_AGGREGATEHEADER']._serialized_start=1294
+  _globals['_AGGREGATEHEADER']._serialized_end=1460
+  _globals['_ROUNDSTATE']._serialized_start=1463
+  _globals['_ROUNDSTATE']._serialized_end=1603
+  _globals['_PULLRESPONSE']._serialized_start=1606
+  _globals['_PULLRESPONSE']._serialized_end=1760
+  _globals['_ROUNDSTATUSREQUEST']._serialized_start=1762
+  _globals['_ROUNDSTATUSREQUEST']._serialized_end=1782
+  _globals['_ROUNDSTATUSRESPONSE']._serialized_start=1784
+  _globals['_ROUNDSTATUSRESPONSE']._serialized_end=1846
+  _globals['_REPORTREQUEST']._serialized_start=1848
+  _globals['_REPORTREQUEST']._serialized_end=1882
+  _globals['_REPORTRESPONSE']._serialized_start=1884
+  _globals['_REPORTRESPONSE']._serialized_end=1900
+  _globals['_POSTKEYMESSAGEREQUEST']._serialized_start=1902
+  _globals['_POSTKEYMESSAGEREQUEST']._serialized_end=1991
+  _globals['_POSTKEYMESSAGERESPONSE']._serialized_start=1993
+  _globals['_POSTKEYMESSAGERESPONSE']._serialized_end=2017
+  _globals['_READKEYMESSAGESREQUEST']._serialized_start=2019
+  _globals['_READKEYMESSAGESREQUEST']._serialized_end=2118
+  _globals['_READKEYMESSAGESRESPONSE']._serialized_start=2120
+  _globals['_READKEYMESSAGESRESPONSE']._serialized_end=2178
+  _globals['_FEDERATION']._serialized_start=2401
+  _globals['_FEDERATION']._serialized_end=3040
 # @@protoc_insertion_point(module_scope)

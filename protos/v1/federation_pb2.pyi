@@ -320,19 +320,17 @@ Global___PushResponse: _TypeAlias = PushResponse  # noqa: Y015
 class UploadStatusRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    ROUND_FIELD_NUMBER: _builtins.int
-    CONTENT_HASH_FIELD_NUMBER: _builtins.int
-    round: _builtins.int
-    content_hash: _builtins.bytes
+    HEADER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def header(self) -> Global___PushHeader: ...
     def __init__(
         self,
         *,
-        round: _builtins.int = ...,
-        content_hash: _builtins.bytes = ...,
+        header: Global___PushHeader | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["header", b"header"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_hash", b"content_hash", "round", b"round"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["header", b"header"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -342,20 +340,23 @@ Global___UploadStatusRequest: _TypeAlias = UploadStatusRequest  # noqa: Y015
 class UploadStatusResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    COMPLETE_FIELD_NUMBER: _builtins.int
+    RECEIPT_FIELD_NUMBER: _builtins.int
     RECEIVED_FIELD_NUMBER: _builtins.int
-    complete: _builtins.bool
     received: _builtins.int
     """bytes to skip"""
+    @_builtins.property
+    def receipt(self) -> Global___PushResponse:
+        """present if nothing more needs to be sent"""
+
     def __init__(
         self,
         *,
-        complete: _builtins.bool = ...,
+        receipt: Global___PushResponse | None = ...,
         received: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "received", b"received"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt", "received", b"received"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
