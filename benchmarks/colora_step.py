@@ -1,0 +1,167 @@
+"""Time of a training step with Co-LoRA against PEFT's LoRA, same rank, same layers, paired in one process.
+
+    python benchmarks/colora_step.py MODEL_FOLDER [MODEL_FOLDER ...]
+
+Each repetition times one step of every method in turn, so that whatever slows the machine down slows all
+alike; the ratio is the median over repetitions of the ratio within a repetition. The bar for Co-LoRA is
+1.15 times LoRA.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+
+from fedmosaic.client.colora import CoLoraConfig, set_active_branches, target_layers
+from fedmosaic.client.models import load_base_model
+
+BAR = 1.15
+BATCH, LENGTH, RANK, BLOCKS = 8, 48, 16, 4
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Step times of one method on one model.
+
+    Attributes:
+        model: Name of the model's folder.
+        dtype: Type of the frozen weights.
+        method: What was timed.
+        median_ms: Median step time, milliseconds.
+        min_ms: Fastest step, milliseconds.
+        ratio_to_lora: Median over repetitions of this step time over LoRA's in the same repetition.
+    """
+
+    model: str
+    dtype: str
+    method: str
+    median_ms: float
+    min_ms: float
+    ratio_to_lora: float
+
+
+def build(folder: Path, dtype: str, method: str) -> PeftModel:
+    """Load a model and adapt the same layers and modules with one method.
+
+    Args:
+        folder: Model folder.
+        dtype: Type of the frozen weights.
+        method: `lora`, `colora` (local and global branch, gate), `colora_personal` (a third branch) or
+            `colora_local` (the local branch alone).
+    """
+    model, _ = load_base_model(folder, dtype)
+    layers = list(target_layers(model.config.num_hidden_layers, BLOCKS))
+    if method == "lora":
+        modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        lora = LoraConfig(
+            r=RANK,
+            lora_alpha=2 * RANK,
+            target_modules=modules,
+            layers_to_transform=layers,
+            task_type=TaskType.CAUSAL_LM,
+        )
+        return get_peft_model(model, lora)
+    config = CoLoraConfig(
+        r=RANK,
+        blocks=BLOCKS,
+        shared_layers=layers,
+        other_layers="none",
+        personal_branch=method == "colora_personal",
+        task_type=TaskType.CAUSAL_LM,
+    )
+    adapted = get_peft_model(model, config)
+    if method == "colora_local":
+        set_active_branches(adapted, {"local"})
+    return adapted
+
+
+def make_step(model: PeftModel) -> Callable[[], None]:
+    """Return a closure that does one forward, backward and optimizer step on a fixed batch."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, model.config.vocab_size, (BATCH, LENGTH), generator=generator)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    model.train()
+
+    def step() -> None:
+        model(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def compare(folder: Path, dtype: str, methods: list[str], repetitions: int) -> list[Timing]:
+    """Time all methods on one model, interleaved.
+
+    Args:
+        folder: Model folder.
+        dtype: Type of the frozen weights.
+        methods: Methods as in `build`; `lora` comes first.
+        repetitions: Timed steps of each method, after three untimed ones.
+    """
+    steps = {method: make_step(build(folder, dtype, method)) for method in methods}
+    seconds: dict[str, list[float]] = {method: [] for method in methods}
+    for repetition in range(repetitions + 3):
+        # Alternate the order, so that no method always runs after the same one.
+        for method in methods if repetition % 2 else reversed(methods):
+            start = time.perf_counter()
+            steps[method]()
+            if repetition >= 3:
+                seconds[method].append(time.perf_counter() - start)
+    return [
+        Timing(
+            model=folder.name,
+            dtype=dtype,
+            method=method,
+            median_ms=1e3 * statistics.median(seconds[method]),
+            min_ms=1e3 * min(seconds[method]),
+            ratio_to_lora=statistics.median(
+                own / lora for own, lora in zip(seconds[method], seconds["lora"], strict=True)
+            ),
+        )
+        for method in methods
+    ]
+
+
+def main() -> None:
+    """Run the comparison from the command line and say whether the bar is met."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", nargs="+", type=Path, help="model folders")
+    parser.add_argument("--repetitions", type=int, default=40)
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=["lora", "colora"],
+        choices=["lora", "colora", "colora_local", "colora_personal"],
+    )
+    parser.add_argument("--json", type=Path, help="write the timings there")
+    arguments = parser.parse_args()
+    methods = ["lora", *(method for method in arguments.methods if method != "lora")]
+    timings = [
+        timing
+        for folder in arguments.folders
+        for dtype in arguments.dtypes
+        for timing in compare(folder, dtype, methods, arguments.repetitions)
+    ]
+    print(f"batch {BATCH} x {LENGTH}, rank {RANK}, {BLOCKS} layers, {torch.get_num_threads()} threads")
+    for t in timings:
+        line = f"{t.model:18} {t.dtype:9} {t.method:16} median {t.median_ms:8.1f} ms  min {t.min_ms:8.1f} ms"
+        print(f"{line}  {t.ratio_to_lora:5.3f} x LoRA")
+    worst = max(t.ratio_to_lora for t in timings if t.method == "colora") if "colora" in methods else None
+    if worst is not None:
+        print(f"bar {BAR} x: {'met' if worst <= BAR else 'MISSED'} (worst {worst:.3f})")
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(t) for t in timings], indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

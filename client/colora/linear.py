@@ -1,0 +1,125 @@
+"""The two kinds of adapted linear module: Co-LoRA on shared layers, branched LoRA on family layers."""
+
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from torch import nn
+from torch.nn import functional
+
+from fedmosaic.client.colora.basis import derive_seed, draw_orthonormal
+from fedmosaic.client.colora.config import CoLoraConfig
+from fedmosaic.client.colora.layer import BRANCHES, GATE, CoLoraLayer, MergeDelta
+from fedmosaic.client.colora.placement import Placement
+
+
+class CoLoraLinear(CoLoraLayer):
+    """A linear module of a shared layer: frozen A and B, trained cores P and Q."""
+
+    group_containers: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **{branch: (f"colora_core_{branch}",) for branch in BRANCHES},
+        GATE: ("colora_gate",),
+    }
+    adapter_layer_names = tuple(name for names in group_containers.values() for name in names)
+    buffer_containers: ClassVar[tuple[str, ...]] = ("colora_A", "colora_B")
+    other_param_names = ("settings", *buffer_containers)
+    colora_A: BufferDict
+    colora_B: BufferDict
+
+    def _create_tensors(self, adapter_name: str, config: CoLoraConfig, placement: Placement) -> None:
+        where = (placement.block or 0, placement.module)
+        rows = draw_orthonormal(self.in_features, config.r, derive_seed(config.basis_seed, *where, "A"))
+        self.colora_A[adapter_name] = rows.T.contiguous()
+        self.colora_B[adapter_name] = draw_orthonormal(
+            self.out_features, config.r, derive_seed(config.basis_seed, *where, "B")
+        )
+        for branch in self.settings[adapter_name].branches:
+            core = nn.Linear(config.r, config.r, bias=True)
+            nn.init.zeros_(core.weight)
+            nn.init.zeros_(core.bias)
+            getattr(self, f"colora_core_{branch}")[adapter_name] = core
+
+    def core(self, adapter_name: str, branch: str) -> nn.Linear:
+        """Return a branch's core: weight P (r, r), bias Q (r,)."""
+        core: nn.Linear = getattr(self, f"colora_core_{branch}")[adapter_name]
+        return core
+
+    def _delta(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor | None:
+        basis_in, basis_out = self.colora_A[adapter_name], self.colora_B[adapter_name]
+        x = x.to(basis_in.dtype)
+        reduced = functional.linear(x, basis_in)
+        mixed: torch.Tensor | None = None
+        for branch, weight in self._weights(adapter_name, x).items():
+            part = weight * self.core(adapter_name, branch)(reduced)
+            mixed = part if mixed is None else mixed + part
+        return None if mixed is None else functional.linear(mixed, basis_out)
+
+    @torch.no_grad()
+    def merge_delta(self, adapter_name: str) -> MergeDelta:
+        """Return s·B·P̄·A in factors and s·B·Q̄, with P̄ and Q̄ the gated sums over active branches."""
+        basis_in, basis_out = self.colora_A[adapter_name], self.colora_B[adapter_name]
+        rank = self.settings[adapter_name].rank
+        core_weight, core_bias = basis_in.new_zeros(rank, rank), basis_in.new_zeros(rank)
+        for branch, weight in self._weights(adapter_name, None).items():
+            core = self.core(adapter_name, branch)
+            core_weight = core_weight + weight * core.weight
+            core_bias = core_bias + weight * core.bias
+        bias = basis_out @ core_bias if core_bias.any() else None
+        return MergeDelta(left=basis_out @ core_weight, right=basis_in.clone(), bias=bias)
+
+
+class BranchedLoraLinear(CoLoraLayer):
+    """A linear module of a family layer: one ordinary LoRA per branch."""
+
+    group_containers: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **{branch: (f"colora_lora_A_{branch}", f"colora_lora_B_{branch}") for branch in BRANCHES},
+        GATE: ("colora_gate",),
+    }
+    adapter_layer_names = tuple(name for names in group_containers.values() for name in names)
+    other_param_names = ("settings",)
+
+    def _create_tensors(self, adapter_name: str, config: CoLoraConfig, placement: Placement) -> None:
+        for branch in self.settings[adapter_name].branches:
+            down = nn.Linear(self.in_features, config.r, bias=False)
+            up = nn.Linear(config.r, self.out_features, bias=False)
+            # Local and global start from the same A, as all clients of an architecture do: averages of A
+            # and of B, taken apart, then stay close to the average of B·A.
+            role = "personal" if branch == "personal" else "family"
+            seed = derive_seed(config.basis_seed, placement.layer, placement.module, role)
+            generator = torch.Generator().manual_seed(seed)
+            bound = 1.0 / math.sqrt(self.in_features)
+            start = torch.rand(config.r, self.in_features, generator=generator) * (2 * bound) - bound
+            with torch.no_grad():
+                down.weight.copy_(start)
+                up.weight.zero_()
+            getattr(self, f"colora_lora_A_{branch}")[adapter_name] = down
+            getattr(self, f"colora_lora_B_{branch}")[adapter_name] = up
+
+    def pair(self, adapter_name: str, branch: str) -> tuple[nn.Linear, nn.Linear]:
+        """Return a branch's A (weight (r, d_in)) and B (weight (d_out, r))."""
+        down: nn.Linear = getattr(self, f"colora_lora_A_{branch}")[adapter_name]
+        up: nn.Linear = getattr(self, f"colora_lora_B_{branch}")[adapter_name]
+        return down, up
+
+    def _delta(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor | None:
+        total: torch.Tensor | None = None
+        x = x.to(self.colora_gate[adapter_name].dtype)
+        for branch, weight in self._weights(adapter_name, x).items():
+            down, up = self.pair(adapter_name, branch)
+            part: torch.Tensor = up(weight * down(x))
+            total = part if total is None else total + part
+        return total
+
+    @torch.no_grad()
+    def merge_delta(self, adapter_name: str) -> MergeDelta:
+        """Return s·Σ w_b B_b A_b in factors, stacked along the rank."""
+        gate = self.colora_gate[adapter_name]
+        lefts = [gate.new_zeros(self.out_features, 0)]
+        rights = [gate.new_zeros(0, self.in_features)]
+        for branch, weight in self._weights(adapter_name, None).items():
+            down, up = self.pair(adapter_name, branch)
+            lefts.append(weight * up.weight)
+            rights.append(down.weight)
+        return MergeDelta(left=torch.cat(lefts, dim=1), right=torch.cat(rights, dim=0), bias=None)

@@ -1,0 +1,146 @@
+"""Injection of Co-LoRA into a base model."""
+
+import copy
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from fedmosaic.client.colora.config import CoLoraConfig
+from fedmosaic.client.colora.layer import CoLoraLayer
+from fedmosaic.client.colora.linear import BranchedLoraLinear, CoLoraLinear
+from fedmosaic.client.colora.placement import (
+    Placement,
+    find_decoder_layers,
+    plan_placements,
+    target_layers,
+)
+from fedmosaic.protos.errors import ModelError
+
+
+class CoLoraModel(BaseTuner):
+    """Puts Co-LoRA on the shared layers of a base model and two-branch LoRA on the others.
+
+    Created by `peft.get_peft_model(model, CoLoraConfig(...))`. The configuration is copied, and what was
+    resolved on injection (layers, modules, depth, name of the basis) is written into the copy, so that
+    it is saved with the adapter and checked when the adapter is loaded.
+    """
+
+    prefix = "colora_"
+    tuner_layer_cls = CoLoraLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # declared by PEFT
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Adapt the modules that the configuration names; arguments as in PEFT.
+
+        Raises:
+            ModelError: The model and the configuration do not fit together.
+        """
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        config = _as_colora(peft_config)
+        depth = len(find_decoder_layers(model)[1])
+        if config.model_depth not in (None, depth):
+            raise ModelError(
+                f"The adapter belongs to a model of {config.model_depth} decoder layers, this one has "
+                f"{depth}. Load the base model it was made for, or make a new adapter."
+            )
+        layers = config.shared_layers or target_layers(depth, config.blocks, config.layer_rule)
+        plan = plan_placements(model, layers, config.target_modules, family=config.other_layers == "lora")
+        self._check_against_other_adapters(model, plan)
+        config.shared_layers = list(layers)
+        config.target_modules = sorted({placement.module for placement in plan.values()})
+        config.model_depth = depth
+        config.basis_label = config.basis_label or f"seed:{config.basis_seed}"
+        self._plan = plan
+
+    @staticmethod
+    def _check_against_other_adapters(model: nn.Module, plan: Mapping[str, Placement]) -> None:
+        for name, placement in plan.items():
+            existing = model.get_submodule(name)
+            if isinstance(existing, CoLoraLayer) and isinstance(existing, CoLoraLinear) != (
+                placement.kind == "shared"
+            ):
+                raise ModelError(
+                    f"{name} carries Co-LoRA in one adapter and ordinary LoRA in another. "
+                    "Give all adapters of a model the same blocks, layer_rule and shared_layers."
+                )
+
+    # PEFT matches names against lists or patterns; here the plan has decided already.
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # type: ignore[override]  # static there, called on the instance
+        return key in self._plan
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        config, placement = _as_colora(peft_config), self._plan[current_key]
+        if isinstance(target, CoLoraLayer):
+            target.update_layer(adapter_name, config, placement)
+            return
+        layer_class = CoLoraLinear if placement.kind == "shared" else BranchedLoraLinear
+        adapted = layer_class(target, adapter_name, config, placement)
+        if adapter_name not in self.active_adapters:
+            adapted.requires_grad_(False)
+        self._replace_module(parent, target_name, adapted, target)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()  # type: ignore[no-untyped-call]  # PEFT leaves it untyped
+        # Ask every module before any is changed, so that a refusal leaves the model whole.
+        for module in self.model.modules():
+            if isinstance(module, CoLoraLayer):
+                for name in module.active_adapters:
+                    if name in module.settings:
+                        module.merge_delta(name)
+
+    def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT annotates None but returns the model
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        had_no_bias = {
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, CoLoraLinear) and module.linear.bias is None
+        }
+        super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        unloaded: nn.Module = self.model
+        if merge and any(unloaded.get_submodule(name).bias is not None for name in had_no_bias):
+            warnings.warn(
+                "Merging Q gave biases to linear modules that had none. The merged model works as it is, but "
+                "its configuration does not describe these biases: from_pretrained would drop them after a "
+                "save_pretrained. Store the base model and the adapter instead.",
+                UserWarning,
+                stacklevel=3,
+            )
+        return unloaded
+
+
+def _as_colora(peft_config: PeftConfig) -> CoLoraConfig:
+    if not isinstance(peft_config, CoLoraConfig):
+        raise ModelError(f"Co-LoRA needs a CoLoraConfig, got {type(peft_config).__name__}.")
+    return peft_config

@@ -1,0 +1,241 @@
+"""Which linear modules of a model carry Co-LoRA, and which carry ordinary LoRA.
+
+Co-LoRA sits on the last layer of each of N_B blocks of equal relative depth, so that block k of a
+shallow model pairs with block k of a deep one. All other layers are "family" layers: their tensors
+fit clients of the same architecture only.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import nn
+
+from fedmosaic.protos.errors import ConfigurationError, ModelError
+
+LayerRule = Literal["relative_depth", "authors"]
+LayerKind = Literal["shared", "family"]
+
+LAYER_RULES: tuple[str, ...] = get_args(LayerRule)
+_LAYER_LIST_NAMES = frozenset({"layers", "h", "blocks"})
+_NOT_LANGUAGE = frozenset(
+    {
+        "vision_tower",
+        "vision_model",
+        "vision_encoder",
+        "image_encoder",
+        "visual",
+        "audio_tower",
+        "multi_modal_projector",
+        "mm_projector",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one adapted linear module sits.
+
+    Attributes:
+        name: Full module name in the base model, such as `model.layers.3.self_attn.q_proj`.
+        module: Name within the decoder layer, such as `self_attn.q_proj`; equal across widths.
+        layer: Index of the decoder layer, 0-based.
+        block: Index of the relative-depth block of a Co-LoRA layer, 0-based; None on family layers.
+    """
+
+    name: str
+    module: str
+    layer: int
+    block: int | None
+
+    @property
+    def kind(self) -> LayerKind:
+        """`shared` for a Co-LoRA module, `family` for one with ordinary LoRA."""
+        return "family" if self.block is None else "shared"
+
+
+def target_layers(depth: int, blocks: int, rule: str = "relative_depth") -> tuple[int, ...]:
+    """Return the decoder layer that closes each of `blocks` blocks of equal relative depth.
+
+    Args:
+        depth: Number of decoder layers of the model, at least `blocks`.
+        blocks: Number of blocks N_B, at least 1; the same for all clients of a federation.
+        rule: `relative_depth` takes the layer whose end is nearest to the fraction k/N_B of the
+            depth (halves go to the deeper layer). `authors` takes k·⌊depth/N_B⌋ − 1, with the last
+            block always at the last layer, so that the last block takes up all remainders.
+
+    Returns:
+        `blocks` strictly increasing 0-based indices; the last one is `depth − 1`.
+
+    Raises:
+        ConfigurationError: `blocks` is below 1 or the rule is unknown.
+        ModelError: The model has fewer layers than there are blocks.
+
+    Reference:
+        arXiv 2506.11024, "block-wise aggregation"; `get_target_layers` in the authors' code.
+    """
+    if blocks < 1:
+        raise ConfigurationError(f"blocks is {blocks}; Co-LoRA needs at least 1 block.")
+    if rule not in LAYER_RULES:
+        raise ConfigurationError(f"layer_rule is {rule!r}; choose one of {', '.join(LAYER_RULES)}.")
+    if depth < blocks:
+        raise ModelError(
+            f"The model has {depth} decoder layers, fewer than the {blocks} blocks of the federation. "
+            f"Use at most {depth} blocks, or a deeper model for this client."
+        )
+    if rule == "authors":
+        step = depth // blocks
+        return (*(k * step - 1 for k in range(1, blocks)), depth - 1)
+    return tuple((2 * k * depth + blocks) // (2 * blocks) - 1 for k in range(1, blocks + 1))
+
+
+def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Find the stack of decoder layers of a language model or of a LLaVA-style model's language part.
+
+    Args:
+        model: A transformers model, or any module with one list of layers named `layers`, `h` or
+            `blocks` outside vision and audio towers.
+
+    Returns:
+        The full name of the list and the list.
+
+    Raises:
+        ModelError: No list, or more than one, fits.
+    """
+    depth = _configured_depth(model)
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if callable(get_decoder) else model
+    inside_decoder = {id(module) for module in decoder.modules()}
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and id(module) in inside_decoder
+    }
+    fitting = {
+        name: module
+        for name, module in found.items()
+        if not _NOT_LANGUAGE.intersection(name.split("."))
+        and (len(module) == depth if depth is not None else name.rpartition(".")[2] in _LAYER_LIST_NAMES)
+    }
+    # A layer may hold lists of its own (experts); only the outermost list is the stack.
+    outermost = [
+        name
+        for name in fitting
+        if not any(name.startswith(f"{other}.") for other in fitting if other != name)
+    ]
+    if len(outermost) != 1:
+        lists = ", ".join(f"{name} ({len(module)})" for name, module in found.items()) or "none"
+        raise ModelError(
+            f"{type(model).__name__} should have exactly one list of decoder layers"
+            f"{'' if depth is None else f' of length {depth}'}, found {len(outermost)}. "
+            f"Module lists in the model, with lengths: {lists}."
+        )
+    return outermost[0], fitting[outermost[0]]
+
+
+def _configured_depth(model: nn.Module) -> int | None:
+    config = getattr(model, "config", None)
+    if config is None:
+        return None
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    depth = getattr(text_config, "num_hidden_layers", None)
+    return depth if isinstance(depth, int) else None
+
+
+def linear_names(layer: nn.Module) -> tuple[str, ...]:
+    """List the linear modules of one decoder layer, sorted, adapters' own parts left out."""
+    names: list[str] = []
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        for child_name, child in module.named_children():
+            name = f"{prefix}{child_name}"
+            if isinstance(child, nn.Linear) or hasattr(child, "base_layer"):
+                names.append(name)
+            else:
+                visit(child, f"{name}.")
+
+    visit(layer, "")
+    return tuple(sorted(names))
+
+
+def select_modules(available: Sequence[str], wanted: Sequence[str] | None) -> tuple[str, ...]:
+    """Choose modules of a layer by name.
+
+    Args:
+        available: Names within a decoder layer, such as `self_attn.q_proj`.
+        wanted: Names or their last parts, such as `q_proj`; None for all.
+
+    Returns:
+        The chosen names, sorted.
+
+    Raises:
+        ModelError: Nothing is available, or a wanted name fits nothing; the message lists what exists.
+    """
+    if not available:
+        raise ModelError(
+            "The decoder layers have no torch.nn.Linear module to adapt; Co-LoRA supports only those."
+        )
+    if wanted is None:
+        return tuple(sorted(available))
+    unknown = [want for want in wanted if not any(_fits(name, want) for name in available)]
+    if unknown or not wanted:
+        raise ModelError(
+            f"target_modules {unknown or list(wanted)!r} name no linear module of a decoder layer. "
+            f"Linear modules there: {', '.join(available)}."
+        )
+    return tuple(sorted(name for name in available if any(_fits(name, want) for want in wanted)))
+
+
+def _fits(name: str, wanted: str) -> bool:
+    return name == wanted or name.endswith(f".{wanted}")
+
+
+def plan_placements(
+    model: nn.Module,
+    shared_layers: Sequence[int],
+    target_modules: Sequence[str] | None,
+    *,
+    family: bool,
+) -> Mapping[str, Placement]:
+    """Say for every module of the model whether and how it is adapted.
+
+    Args:
+        model: The base model, possibly already carrying other adapters.
+        shared_layers: Indices of the Co-LoRA layers, strictly increasing, one per block.
+        target_modules: Module names within a layer, or None for all linear modules.
+        family: Whether the other layers carry ordinary LoRA.
+
+    Returns:
+        From full module name to placement.
+
+    Raises:
+        ModelError: An index lies outside the model, a name is unknown, or the Co-LoRA layers do not
+            all have the same modules.
+    """
+    prefix, layers = find_decoder_layers(model)
+    if not shared_layers or list(shared_layers) != sorted(set(shared_layers)):
+        raise ModelError(f"shared_layers {list(shared_layers)} should be strictly increasing and not empty.")
+    if shared_layers[0] < 0 or shared_layers[-1] >= len(layers):
+        raise ModelError(
+            f"shared_layers {list(shared_layers)} lie outside the model, which has layers 0 to "
+            f"{len(layers) - 1}."
+        )
+    available = tuple(sorted({name for layer in layers for name in linear_names(layer)}))
+    chosen = select_modules(available, target_modules)
+    plan: dict[str, Placement] = {}
+    for index, layer in enumerate(layers):
+        block = list(shared_layers).index(index) if index in shared_layers else None
+        present = set(linear_names(layer))
+        missing = [name for name in chosen if name not in present]
+        if block is not None and missing:
+            raise ModelError(
+                f"Layer {index} should carry Co-LoRA but lacks {', '.join(missing)}; all Co-LoRA layers need "
+                "the same modules. Choose other shared_layers or fewer target_modules."
+            )
+        if block is None and not family:
+            continue
+        for module in chosen:
+            if module in present:
+                name = f"{prefix}.{index}.{module}"
+                plan[name] = Placement(name=name, module=module, layer=index, block=block)
+    return plan

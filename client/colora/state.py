@@ -1,0 +1,285 @@
+"""What is trained, what takes part in the forward pass, and which basis is used.
+
+All functions take any module that contains Co-LoRA layers: a PEFT model, its base model, or a wrapper
+such as Opacus' GradSampleModule. The switches (trainable groups, active branches, fixed gate) are not
+saved with the adapter; set them again after loading.
+"""
+
+import math
+from collections.abc import Collection, Mapping
+
+import numpy as np
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from fedmosaic.client.colora.basis import orthonormality_error
+from fedmosaic.client.colora.config import CoLoraConfig
+from fedmosaic.client.colora.layer import GATE, CoLoraLayer
+from fedmosaic.client.colora.linear import BranchedLoraLinear, CoLoraLinear
+from fedmosaic.protos.errors import ModelError
+
+Basis = tuple[torch.Tensor | np.ndarray, torch.Tensor | np.ndarray]
+ORTHONORMALITY_TOLERANCE = 1e-3
+
+
+def find_adapter(model: nn.Module, adapter_name: str | None = None) -> str:
+    """Return the adapter to work on.
+
+    Args:
+        model: Model with Co-LoRA layers.
+        adapter_name: Name of the adapter, or None for the only active one.
+
+    Raises:
+        ModelError: There is no Co-LoRA adapter, no such one, or several are active and none was named.
+    """
+    layers = [module for module in model.modules() if isinstance(module, CoLoraLayer)]
+    known = sorted({name for layer in layers for name in layer.settings})
+    if not known:
+        raise ModelError(
+            "The model has no Co-LoRA adapter; make one with peft.get_peft_model(model, CoLoraConfig(...))."
+        )
+    if adapter_name is not None:
+        if adapter_name not in known:
+            raise ModelError(f"There is no adapter {adapter_name!r}; the model has {', '.join(known)}.")
+        return adapter_name
+    active: list[str] = sorted(
+        {name for layer in layers for name in layer.active_adapters if name in layer.settings}
+    )
+    if len(active) != 1:
+        raise ModelError(
+            f"{len(active)} adapters are active ({', '.join(active) or 'none'}); pass adapter_name, one of "
+            f"{', '.join(known)}."
+        )
+    return active[0]
+
+
+def adapted_layers(
+    model: nn.Module, layers: str = "all", adapter_name: str | None = None
+) -> list[CoLoraLayer]:
+    """List an adapter's modules in the fixed order of all vectors.
+
+    Args:
+        model: Model with Co-LoRA layers.
+        layers: `shared` for Co-LoRA modules, `family` for ordinary LoRA, or `all`.
+        adapter_name: Name of the adapter, or None for the only active one.
+
+    Returns:
+        Modules sorted by decoder layer, then by name within the layer.
+
+    Raises:
+        ModelError: The adapter is missing or ambiguous, or `layers` is unknown.
+    """
+    if layers not in {"all", "shared", "family"}:
+        raise ModelError(f"layers is {layers!r}; choose all, shared or family.")
+    name = find_adapter(model, adapter_name)
+    found = [
+        module for module in model.modules() if isinstance(module, CoLoraLayer) and name in module.settings
+    ]
+    chosen = [layer for layer in found if layers in {"all", layer.settings[name].placement.kind}]
+    return sorted(chosen, key=lambda layer: _order(layer, name))
+
+
+def _order(layer: CoLoraLayer, adapter_name: str) -> tuple[int, str]:
+    placement = layer.settings[adapter_name].placement
+    return placement.layer, placement.module
+
+
+def shared_modules(model: nn.Module, adapter_name: str | None = None) -> list[CoLoraLinear]:
+    """List the Co-LoRA modules: blocks in order, then by module name."""
+    return [
+        layer for layer in adapted_layers(model, "shared", adapter_name) if isinstance(layer, CoLoraLinear)
+    ]
+
+
+def family_modules(model: nn.Module, adapter_name: str | None = None) -> list[BranchedLoraLinear]:
+    """List the modules with ordinary LoRA: layers in order, then by module name."""
+    return [
+        layer
+        for layer in adapted_layers(model, "family", adapter_name)
+        if isinstance(layer, BranchedLoraLinear)
+    ]
+
+
+def set_trainable(
+    model: nn.Module, groups: Collection[str], *, layers: str = "all", adapter_name: str | None = None
+) -> None:
+    """Choose what is trained; everything else of the adapter on these layers is frozen.
+
+    The choice survives `disable_adapter()` and `set_adapter()`; while the adapter is inactive, nothing of
+    it is trained.
+
+    Args:
+        model: Model with Co-LoRA layers.
+        groups: Any of `local`, `global`, `personal`, `gate`; empty to freeze all.
+        layers: `shared`, `family` or `all`; the other layers keep their choice.
+        adapter_name: Name of the adapter, or None for the only active one.
+
+    Raises:
+        ModelError: A group does not exist in this adapter.
+    """
+    name = find_adapter(model, adapter_name)
+    chosen = adapted_layers(model, layers, name)
+    for layer in chosen:
+        _check_groups("groups", groups, {*layer.settings[name].branches, GATE})
+    for layer in chosen:
+        layer.set_trainable_groups(name, groups)
+
+
+def set_active_branches(
+    model: nn.Module, branches: Collection[str], *, layers: str = "all", adapter_name: str | None = None
+) -> None:
+    """Choose which branches take part in the forward pass; the others are not computed at all.
+
+    The gate weighs `local` against `global` while both are active; one of them alone has weight 1.
+    `personal` is always added ungated.
+
+    Args:
+        model: Model with Co-LoRA layers.
+        branches: Any of `local`, `global`, `personal`; empty for the bare base model on these layers.
+        layers: `shared`, `family` or `all`; the other layers keep their choice.
+        adapter_name: Name of the adapter, or None for the only active one.
+
+    Raises:
+        ModelError: A branch does not exist in this adapter, or the adapter is merged.
+    """
+    name = find_adapter(model, adapter_name)
+    chosen = adapted_layers(model, layers, name)
+    check_not_merged(chosen)
+    for layer in chosen:
+        _check_groups("branches", branches, set(layer.settings[name].branches))
+    for layer in chosen:
+        layer.settings[name].active = frozenset(branches)
+
+
+def _check_groups(what: str, wanted: Collection[str], existing: set[str]) -> None:
+    if isinstance(wanted, str):
+        raise ModelError(f"{what} is the string {wanted!r}; give a set of names, such as {{{wanted!r}}}.")
+    unknown = set(wanted) - existing
+    if unknown:
+        hint = " Make the adapter with personal_branch=True." if "personal" in unknown else ""
+        has = ", ".join(sorted(existing))
+        raise ModelError(f"{what} {sorted(unknown)} do not exist in this adapter; it has {has}.{hint}")
+
+
+def fix_gate(
+    model: nn.Module, value: float | None, *, layers: str = "all", adapter_name: str | None = None
+) -> None:
+    """Replace the gate β̃ by a constant, or give it back to its parameters.
+
+    While a constant is set the gate's parameters are not read, so nothing they learned from private
+    data flows into the forward pass.
+
+    Args:
+        model: Model with Co-LoRA layers.
+        value: Weight of the global branch in [0, 1]; None to undo.
+        layers: `shared`, `family` or `all`.
+        adapter_name: Name of the adapter, or None for the only active one.
+
+    Raises:
+        ModelError: The value is outside [0, 1], or the adapter is merged.
+    """
+    if value is not None and not (math.isfinite(value) and 0.0 <= value <= 1.0):
+        raise ModelError(
+            f"The gate's value is {value}; it should lie in [0, 1], or be None to use the learned gate."
+        )
+    name = find_adapter(model, adapter_name)
+    chosen = adapted_layers(model, layers, name)
+    check_not_merged(chosen)
+    for layer in chosen:
+        layer.settings[name].fixed_gate = None if value is None else float(value)
+
+
+def check_not_merged(layers: Collection[CoLoraLayer]) -> None:
+    """Refuse to go on while adapters are merged, for the change would have no effect until unmerged.
+
+    Raises:
+        ModelError: An adapter is merged.
+    """
+    if any(layer.merged for layer in layers):
+        raise ModelError("The adapter is merged into the base model; call model.unmerge_adapter() first.")
+
+
+def get_basis(
+    model: nn.Module, adapter_name: str | None = None
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return copies of the frozen bases.
+
+    Returns:
+        From full module name to A (r, d_in) and B (d_out, r).
+    """
+    name = find_adapter(model, adapter_name)
+    return {
+        layer.settings[name].placement.name: (layer.colora_A[name].clone(), layer.colora_B[name].clone())
+        for layer in shared_modules(model, name)
+    }
+
+
+def set_basis(
+    model: nn.Module,
+    bases: Mapping[str, Basis],
+    *,
+    label: str = "custom",
+    tolerance: float = ORTHONORMALITY_TOLERANCE,
+    adapter_name: str | None = None,
+) -> None:
+    """Replace the frozen bases of all Co-LoRA modules, as after an alignment between architectures.
+
+    Args:
+        model: Model with Co-LoRA layers.
+        bases: From full module name to A (r, d_in) with orthonormal rows and B (d_out, r) with orthonormal
+            columns; exactly one entry for each Co-LoRA module.
+        label: Name of the basis, part of the layout's hash: equal for all clients aligned to the same
+            anchor, different from every other basis.
+        tolerance: Largest allowed entry of |AAᵀ − I| and |BᵀB − I|.
+        adapter_name: Name of the adapter, or None for the only active one.
+
+    Raises:
+        ModelError: A module is missing or unknown, a shape is wrong, values are not finite or not
+            orthonormal, or the adapter is merged. Nothing was changed then.
+    """
+    name = find_adapter(model, adapter_name)
+    modules = {layer.settings[name].placement.name: layer for layer in shared_modules(model, name)}
+    check_not_merged(list(modules.values()))
+    if not label:
+        raise ModelError("The basis needs a label that is not empty, such as aligned:<digest of the anchor>.")
+    missing, unknown = sorted(set(modules) - set(bases)), sorted(set(bases) - set(modules))
+    if missing or unknown:
+        raise ModelError(
+            "The bases should name exactly the Co-LoRA modules. "
+            f"Missing: {missing or 'none'}; unknown: {unknown or 'none'}."
+        )
+    checked = {key: _checked_basis(key, bases[key], layer, name, tolerance) for key, layer in modules.items()}
+    for key, layer in modules.items():
+        layer.colora_A[name].copy_(checked[key][0])
+        layer.colora_B[name].copy_(checked[key][1])
+    for adapted in adapted_layers(model, "all", name):
+        adapted.settings[name].basis_label = label
+    for module in model.modules():
+        config = module.peft_config.get(name) if isinstance(module, BaseTuner) else None
+        if isinstance(config, CoLoraConfig):
+            config.basis_label = label
+
+
+def _checked_basis(
+    key: str, basis: Basis, layer: CoLoraLinear, adapter_name: str, tolerance: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    checked = []
+    for side, given, current in zip(
+        "AB", basis, (layer.colora_A[adapter_name], layer.colora_B[adapter_name]), strict=True
+    ):
+        tensor = torch.as_tensor(given).detach().to(device=current.device, dtype=torch.float32)
+        if tensor.shape != current.shape:
+            raise ModelError(
+                f"{key}: {side} has shape {tuple(tensor.shape)}, expected {tuple(current.shape)}."
+            )
+        if not tensor.isfinite().all():
+            raise ModelError(f"{key}: {side} has values that are not finite.")
+        error = orthonormality_error(tensor.T if side == "A" else tensor)
+        if error > tolerance:
+            raise ModelError(
+                f"{key}: {side} is orthonormal only to {error:.1e}, allowed is {tolerance:.1e}. "
+                "Orthonormalise it (polar factor) before setting it."
+            )
+        checked.append(tensor)
+    return checked[0], checked[1]

@@ -1,0 +1,200 @@
+"""Loading of base models and tokenizers, from a local folder or a hub, whole or cut in depth."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel, TaskType, get_peft_model
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GgufConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+from transformers.utils import logging
+
+from fedmosaic.client.colora import CoLoraConfig, find_decoder_layers
+from fedmosaic.protos.errors import ModelError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_base_model(
+    path_or_hub_id: str | Path,
+    dtype: torch.dtype | str = torch.float32,
+    *,
+    gguf_file: str | None = None,
+    keep_layers: int | None = None,
+    revision: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model, or a LLaVA-style vision-language model, and its tokenizer.
+
+    A folder that exists is read without network. Weights are read from safetensors (or GGUF) only, never
+    from pickles, and code that comes with a model is never run. Weights go to memory once, in `dtype`.
+
+    Args:
+        path_or_hub_id: Local folder, or the id of a model on a hub.
+        dtype: Floating point type of the frozen weights, or its name.
+        gguf_file: Name of a GGUF file inside the folder; its weights are dequantised.
+        keep_layers: Keep only the first n decoder layers, at least 1; None for all. The final norm and the
+            output head stay.
+        revision: Branch, tag or commit on the hub.
+
+    Returns:
+        The model in evaluation mode, and the tokenizer with a padding token and right padding.
+
+    Raises:
+        ModelError: The model cannot be found or read, lacks weights, is of an unsupported kind, does not
+            fit its tokenizer, or `keep_layers` or `dtype` make no sense.
+    """
+    source = str(path_or_hub_id)
+    precision = _dtype(dtype)
+    options = _options(source, gguf_file, revision)
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        _cut_config(config, keep_layers)
+        with _quiet(keep_layers is not None):
+            loaded = _model_class(config).from_pretrained(
+                source,
+                config=config,
+                dtype=precision,
+                output_loading_info=True,
+                **_weight_options(gguf_file),
+                **options,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ModelError(
+            f"The model {source!r} cannot be loaded: {type(error).__name__}: {error}. Give a folder with "
+            "config.json, safetensors weights and a tokenizer, or a hub id that can be reached from here."
+        ) from error
+    # With output_loading_info a pair comes back, which the annotations of transformers leave out.
+    model, report = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
+    _check_complete(source, model, tokenizer, report)
+    _set_padding(source, model, tokenizer)
+    model.train(False)
+    return model, tokenizer
+
+
+def adapt(model: PreTrainedModel, config: CoLoraConfig, adapter_name: str = "default") -> PeftModel:
+    """Put a fresh Co-LoRA adapter on a base model and freeze the rest.
+
+    Args:
+        model: The base model; it is changed in place.
+        config: The adapter's configuration; `task_type` defaults to a causal language model's.
+        adapter_name: Name of the adapter.
+
+    Returns:
+        The PEFT model.
+
+    Raises:
+        ModelError: The model and the configuration do not fit together.
+    """
+    if config.task_type is None:
+        config.task_type = TaskType.CAUSAL_LM
+    return get_peft_model(model, config, adapter_name=adapter_name)
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+    chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen is None or chosen not in _DTYPES.values():
+        raise ModelError(f"dtype is {dtype}; choose one of {', '.join(_DTYPES)}.")
+    return chosen
+
+
+def _options(source: str, gguf_file: str | None, revision: str | None) -> dict[str, Any]:
+    is_folder = Path(source).is_dir()
+    options: dict[str, Any] = {"local_files_only": is_folder, "trust_remote_code": False}
+    if revision is not None:
+        options["revision"] = revision
+    if gguf_file is not None:
+        options["gguf_file"] = gguf_file
+        if is_folder and not (Path(source) / gguf_file).is_file():
+            raise ModelError(f"There is no file {gguf_file} in {source}.")
+    return options
+
+
+def _weight_options(gguf_file: str | None) -> dict[str, Any]:
+    if gguf_file is None:
+        return {"use_safetensors": True}
+    # Packed weights would save memory, but a merged adapter needs dense ones.
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+@contextmanager
+def _quiet(active: bool) -> Iterator[None]:
+    """Silence the report of unused weights, which after a cut lists every layer that was cut away."""
+    before = logging.get_verbosity()
+    if active:
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _model_class(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    # Some vision-language configurations are registered as causal language models too, without vision.
+    if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return AutoModelForImageTextToText
+    if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return AutoModelForCausalLM
+    raise ModelError(
+        f"Models of type {config.model_type!r} are neither causal language models nor vision-language "
+        "models. Choose one such as Llama, Qwen2, Mistral or LLaVA."
+    )
+
+
+def _cut_config(config: PretrainedConfig, keep_layers: int | None) -> None:
+    if keep_layers is None:
+        return
+    text_config = config.get_text_config()
+    depth = text_config.num_hidden_layers
+    if not 1 <= keep_layers <= depth:
+        raise ModelError(f"keep_layers is {keep_layers}; the model has {depth} layers, choose 1 to {depth}.")
+    text_config.num_hidden_layers = keep_layers
+    if getattr(text_config, "layer_types", None):
+        text_config.layer_types = text_config.layer_types[:keep_layers]
+
+
+def _check_complete(
+    source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, report: dict[str, Any]
+) -> None:
+    # transformers fills missing weights with random numbers and only logs it.
+    lacking = sorted(report.get("missing_keys", ()))
+    if lacking:
+        raise ModelError(
+            f"{source!r} lacks {len(lacking)} weights of {type(model).__name__}, the first is {lacking[0]}. "
+            "The files are incomplete or belong to another model."
+        )
+    rows = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"The tokenizer of {source!r} has {len(tokenizer)} tokens but the model embeds only {rows}. "
+            "Use the tokenizer that belongs to the model."
+        )
+    find_decoder_layers(model)
+
+
+def _set_padding(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.pad_token is None:
+        # Padding positions are masked in attention and loss, so any existing token serves.
+        if tokenizer.eos_token is None:
+            raise ModelError(f"The tokenizer of {source!r} has neither a padding nor an end-of-text token.")
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if model.generation_config is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id

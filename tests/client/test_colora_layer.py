@@ -1,0 +1,329 @@
+"""The algebra of the adapted layers: formula, gate, branches, merging, precision."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fedmosaic.client.colora import BranchedLoraLinear, CoLoraConfig, CoLoraLayer, CoLoraLinear, Placement
+from fedmosaic.client.colora.basis import draw_orthonormal, orthonormality_error
+from fedmosaic.protos.errors import ConfigurationError, ModelError
+
+D_IN, D_OUT, RANK, ALPHA = 12, 20, 4, 6.0
+SCALE = ALPHA / RANK
+KINDS = [CoLoraLinear, BranchedLoraLinear]
+
+
+def make(
+    kind: type[CoLoraLayer] = CoLoraLinear,
+    *,
+    gate: str = "scalar",
+    bias: bool = True,
+    dtype: torch.dtype = torch.float32,
+    noise: float = 0.0,
+    fill: bool = True,
+) -> CoLoraLayer:
+    """An adapted linear module with three branches, all filled with numbers unless fill=False."""
+    torch.manual_seed(1)
+    config = CoLoraConfig(
+        r=RANK, alpha=ALPHA, gate=gate, gate_noise_std=noise, personal_branch=True, basis_seed=3
+    )
+    block = 0 if kind is CoLoraLinear else None
+    placement = Placement(name="m.layers.0.q_proj", module="q_proj", layer=0, block=block)
+    layer = kind(nn.Linear(D_IN, D_OUT, bias=bias).to(dtype), "default", config, placement)
+    if fill:
+        with torch.no_grad():
+            for name, parameter in layer.named_parameters():
+                if "colora_" in name:
+                    parameter.normal_()
+    return layer
+
+
+def inputs(batch: int = 3, positions: int = 5) -> torch.Tensor:
+    return torch.randn(batch, positions, D_IN, generator=torch.Generator().manual_seed(0))
+
+
+def branch_output(layer: CoLoraLayer, branch: str, x: torch.Tensor) -> torch.Tensor:
+    """One branch written out by the formula in float64, scale included."""
+    x = x.double()
+    if isinstance(layer, CoLoraLinear):
+        a, b = layer.colora_A["default"].double(), layer.colora_B["default"].double()
+        core = layer.core("default", branch)
+        reduced = torch.einsum("rd,btd->btr", a, x)
+        inner = torch.einsum("qr,btr->btq", core.weight.double(), reduced) + core.bias.double()
+        return SCALE * torch.einsum("or,btr->bto", b, inner)
+    assert isinstance(layer, BranchedLoraLinear)
+    down, up = layer.pair("default", branch)
+    return SCALE * torch.einsum("or,rd,btd->bto", up.weight.double(), down.weight.double(), x)
+
+
+def gate_value(layer: CoLoraLayer, x: torch.Tensor) -> torch.Tensor:
+    beta = layer.colora_gate["default"].double()
+    if beta.numel() == 1:
+        return torch.sigmoid(beta)
+    per_sequence = torch.stack([torch.stack([row @ beta for row in rows]).mean() for rows in x.double()])
+    return torch.sigmoid(per_sequence).view(-1, 1, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gate", ["scalar", "pooled"])
+def test_forward_is_the_formula(kind: type[CoLoraLayer], gate: str) -> None:
+    layer, x = make(kind, gate=gate), inputs()
+    g = gate_value(layer, x)
+    expected = layer.linear(x).double()
+    expected = expected + (1 - g) * branch_output(layer, "local", x) + g * branch_output(layer, "global", x)
+    expected = expected + branch_output(layer, "personal", x)
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gate", ["scalar", "pooled"])
+def test_at_the_start_nothing_changes_but_there_is_something_to_learn(
+    kind: type[CoLoraLayer], gate: str
+) -> None:
+    layer, x = make(kind, gate=gate, fill=False), inputs()
+    assert torch.equal(layer(x), layer.linear(x))
+    layer(x).square().sum().backward()
+    learned = layer.core("default", "local").weight if isinstance(layer, CoLoraLinear) else None
+    if isinstance(layer, BranchedLoraLinear):
+        learned = layer.pair("default", "local")[1].weight
+    assert learned is not None
+    assert learned.grad is not None
+    assert learned.grad.abs().max() > 1e-3
+
+
+def test_gradient_of_the_core_is_the_closed_form() -> None:
+    # With one branch of weight 1: ∂L/∂P = s Σ_t (Bᵀδ_t)(A x_t)ᵀ and ∂L/∂Q = s Σ_t Bᵀδ_t.
+    layer, x = make(fill=False), inputs()
+    layer.settings["default"].active = frozenset({"local"})
+    out = layer(x)
+    out.backward(delta := torch.randn_like(out))
+    back = delta.flatten(0, 1) @ layer.colora_B["default"]
+    reduced = x.flatten(0, 1) @ layer.colora_A["default"].T
+    core = layer.core("default", "local")
+    torch.testing.assert_close(core.weight.grad, SCALE * back.T @ reduced, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(core.bias.grad, SCALE * back.sum(0), rtol=1e-4, atol=1e-5)
+
+
+def test_bases_are_orthonormal_and_the_map_is_an_isometry() -> None:
+    layer = make()
+    a, b = layer.colora_A["default"], layer.colora_B["default"]
+    assert orthonormality_error(a.T) < 1e-6
+    assert orthonormality_error(b) < 1e-6
+    p = layer.core("default", "local").weight
+    torch.testing.assert_close((b @ p @ a).norm(), p.norm())
+
+
+@given(st.integers(1, 12), st.integers(0, 2**62), st.integers(0, 8))
+@settings(max_examples=30, deadline=None)
+def test_drawn_bases_are_orthonormal_and_reproducible(rank: int, seed: int, extra: int) -> None:
+    basis = draw_orthonormal(rank + extra, rank, seed)
+    assert orthonormality_error(basis) < 1e-5
+    assert torch.equal(basis, draw_orthonormal(rank + extra, rank, seed))
+    assert not torch.equal(basis, draw_orthonormal(rank + extra, rank, seed + 1)) or rank + extra == 1
+
+
+def test_rank_above_the_width_is_refused() -> None:
+    with pytest.raises(ModelError, match="Rank 5 is above the width 4"):
+        draw_orthonormal(4, 5, 0)
+
+
+def test_bases_differ_between_modules_and_blocks() -> None:
+    config = CoLoraConfig(r=RANK)
+    places = [("q_proj", 0), ("k_proj", 0), ("q_proj", 1)]
+    layers = [
+        CoLoraLinear(nn.Linear(D_IN, D_IN), "default", config, Placement("n", module, block, block))
+        for module, block in places
+    ]
+    bases = [
+        tensor for layer in layers for tensor in (layer.colora_A["default"].T, layer.colora_B["default"])
+    ]
+    for i, first in enumerate(bases):
+        for second in bases[i + 1 :]:
+            assert not torch.allclose(first, second, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("active", [set(), {"local"}, {"global"}, {"personal"}, {"local", "personal"}])
+def test_branches_left_out_have_no_effect_and_the_gate_acts_only_between_two(
+    kind: type[CoLoraLayer], active: set[str]
+) -> None:
+    layer, x = make(kind), inputs()
+    layer.settings["default"].active = frozenset(active)
+    expected = layer.linear(x).double() + sum(branch_output(layer, branch, x) for branch in sorted(active))
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_branches_left_out_are_not_computed(kind: type[CoLoraLayer]) -> None:
+    layer, x = make(kind), inputs()
+    layer.settings["default"].active = frozenset({"local"})
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if "global" in name or "personal" in name or "gate" in name:
+                parameter.fill_(float("nan"))
+    layer(x).sum().backward()
+    assert layer(x).isfinite().all()
+    for name, parameter in layer.named_parameters():
+        if "colora_" in name and "local" not in name:
+            assert parameter.grad is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gate", ["scalar", "pooled"])
+def test_a_fixed_gate_does_not_read_the_gate_parameters(kind: type[CoLoraLayer], gate: str) -> None:
+    layer, x = make(kind, gate=gate), inputs()
+    layer.settings["default"].fixed_gate = 0.25
+    with torch.no_grad():
+        layer.colora_gate["default"].fill_(float("nan"))
+    expected = layer.linear(x).double() + branch_output(layer, "personal", x)
+    expected = expected + 0.75 * branch_output(layer, "local", x) + 0.25 * branch_output(layer, "global", x)
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_scalar_gate_learns() -> None:
+    layer, x = make(), inputs()
+    layer(x).square().sum().backward()
+    beta = layer.colora_gate["default"]
+    assert beta.grad is not None
+
+    def loss(value: float) -> float:
+        with torch.no_grad():
+            beta.fill_(value)
+            return float(layer(x).double().square().sum())
+
+    at, step = float(beta.detach()), 1e-2
+    assert float(beta.grad) == pytest.approx((loss(at + step) - loss(at - step)) / (2 * step), rel=1e-2)
+
+
+def test_pooled_gate_noise_is_for_training_only() -> None:
+    quiet, noisy, x = make(gate="pooled"), make(gate="pooled", noise=1.0), inputs()
+    torch.testing.assert_close(quiet.eval()(x), noisy.eval()(x))
+    assert not torch.allclose(noisy.train()(x), noisy.train()(x))
+    torch.testing.assert_close(quiet.train()(x), quiet.train()(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_merging_is_equivalent_and_unmerging_restores(kind: type[CoLoraLayer], bias: bool) -> None:
+    layer, x = make(kind, bias=bias), inputs()
+    base = layer.linear.weight.clone(), None if layer.linear.bias is None else layer.linear.bias.clone()
+    before = layer(x)
+    layer.merge(safe_merge=True)
+    torch.testing.assert_close(layer.linear(x), before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer(x), before, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():  # what was merged is taken out, not what the core has become
+        for name, parameter in layer.named_parameters():
+            if "colora_" in name:
+                parameter.add_(1.0)
+    layer.unmerge()
+    torch.testing.assert_close(layer.linear.weight, base[0], rtol=1e-5, atol=1e-5)
+    if base[1] is None:
+        assert layer.linear.bias is None
+    else:
+        torch.testing.assert_close(layer.linear.bias, base[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_pooled_gate_is_not_merged_unless_fixed(kind: type[CoLoraLayer]) -> None:
+    layer, x = make(kind, gate="pooled"), inputs()
+    weight = layer.linear.weight.clone()
+    with pytest.raises(ModelError, match="pooled gate"):
+        layer.merge()
+    assert torch.equal(layer.linear.weight, weight)
+    assert not layer.merged
+    layer.settings["default"].fixed_gate = 0.5
+    before = layer(x)
+    layer.merge()
+    torch.testing.assert_close(layer(x), before, rtol=1e-4, atol=1e-4)
+
+
+def test_merging_something_broken_is_refused() -> None:
+    layer = make()
+    with torch.no_grad():
+        layer.core("default", "local").weight[0, 0] = float("inf")
+    with pytest.raises(ModelError, match="not finite"):
+        layer.merge(safe_merge=True)
+    assert not layer.merged
+    assert layer.linear.weight.isfinite().all()
+
+
+def test_merging_into_quantised_weights_is_refused() -> None:
+    layer = make()
+    layer.linear.weight = nn.Parameter(layer.linear.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ModelError, match="quantised"):
+        layer.merge()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bfloat16_base_keeps_the_adapter_and_its_gradients_in_float32(kind: type[CoLoraLayer]) -> None:
+    layer, x = make(kind, dtype=torch.bfloat16), inputs().to(torch.bfloat16)
+    adapter = {n: t for n, t in layer.state_dict().items() if "colora_" in n}
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+    out = layer(x)
+    assert out.dtype == torch.bfloat16
+    delta = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    out.backward(delta)
+    # The same tensors in float64 throughout: float32 arithmetic agrees to 1e-5, bfloat16 would to 1e-2.
+    exact = make(kind, dtype=torch.float64).double()
+    exact.load_state_dict({name: tensor.double() for name, tensor in layer.state_dict().items()})
+    exact(x.double()).backward(delta.double())
+    for (name, ours), (_, theirs) in zip(layer.named_parameters(), exact.named_parameters(), strict=True):
+        if "colora_" in name and "global" not in name:
+            assert ours.grad is not None
+            assert theirs.grad is not None
+            assert ours.grad.dtype == torch.float32, name
+            scale = float(theirs.grad.abs().max())
+            assert float((ours.grad.double() - theirs.grad).abs().max()) <= 1e-5 * scale, name
+
+
+def test_autocast_does_not_lower_the_adapters_precision() -> None:
+    layer, x = make(), inputs()
+    layer.linear.weight.data.zero_()
+    layer.linear.bias.data.zero_()
+    exact = layer(x).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = layer(x).detach()
+    bfloat16_rounding = 2.0**-8
+    assert float((cast.float() - exact).abs().max()) <= bfloat16_rounding * float(exact.abs().max())
+    layer.zero_grad()
+    layer(x).sum().backward()
+    expected = layer.core("default", "local").weight.grad.clone()
+    layer.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = layer(x).float().sum()
+    loss.backward()  # outside, as PyTorch asks for
+    torch.testing.assert_close(layer.core("default", "local").weight.grad, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_other_modules_than_linear_are_refused() -> None:
+    with pytest.raises(ModelError, match="not Conv1d"):
+        CoLoraLinear(nn.Conv1d(4, 4, 1), "default", CoLoraConfig(r=2), Placement("n", "n", 0, 0))
+
+
+BAD: list[tuple[str, Callable[[], CoLoraConfig]]] = [
+    ("r", lambda: CoLoraConfig(r=0)),
+    ("r", lambda: CoLoraConfig(r=True)),
+    ("r", lambda: CoLoraConfig(r=2.5)),  # type: ignore[arg-type]  # the point
+    ("alpha", lambda: CoLoraConfig(alpha=0.0)),
+    ("alpha", lambda: CoLoraConfig(alpha=float("nan"))),
+    ("alpha", lambda: CoLoraConfig(alpha=float("inf"))),
+    ("blocks", lambda: CoLoraConfig(blocks=-1)),
+    ("layer_rule", lambda: CoLoraConfig(layer_rule="deep")),
+    ("other_layers", lambda: CoLoraConfig(other_layers="all")),
+    ("gate", lambda: CoLoraConfig(gate="vector")),
+    ("gate_noise_std", lambda: CoLoraConfig(gate="pooled", gate_noise_std=-1.0)),
+    ("gate_noise_std", lambda: CoLoraConfig(gate_noise_std=0.5)),
+    ("basis_seed", lambda: CoLoraConfig(basis_seed=0.5)),  # type: ignore[arg-type]  # the point
+    ("target_modules", lambda: CoLoraConfig(target_modules="q_proj")),  # type: ignore[arg-type]  # the point
+    ("shared_layers", lambda: CoLoraConfig(blocks=2, shared_layers=[1])),
+]
+
+
+@pytest.mark.parametrize(("field", "build"), BAD)
+def test_a_wrong_configuration_names_the_field(field: str, build: Callable[[], CoLoraConfig]) -> None:
+    with pytest.raises(ConfigurationError, match=f"CoLoraConfig: {field} is"):
+        build()
