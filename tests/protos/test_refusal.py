@@ -1,0 +1,88 @@
+"""A refusal arrives at the client as it left the server."""
+
+import grpc
+import pytest
+from grpc_status import rpc_status
+
+from fedmosaic.protos.errors import RefusedError, TransportError
+from fedmosaic.protos.refusal import Refusal, RefusalKind, from_rpc_error, to_status
+
+
+class Failed(grpc.RpcError, grpc.Call):
+    """A failed call, as a stub raises it."""
+
+    def __init__(self, code: grpc.StatusCode, details: str, trailing: tuple[tuple[str, bytes], ...] = ()):
+        self._values = (code, details, trailing)
+
+    def code(self) -> grpc.StatusCode:
+        return self._values[0]
+
+    def details(self) -> str:
+        return self._values[1]
+
+    def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:
+        return self._values[2]
+
+    def initial_metadata(self) -> tuple[tuple[str, bytes], ...]:
+        return ()
+
+    def is_active(self) -> bool:
+        return False
+
+    def time_remaining(self) -> None:
+        return None
+
+    def cancel(self) -> bool:
+        return False
+
+    def add_callback(self, callback: object) -> bool:
+        return False
+
+
+def failed(refusal: Refusal) -> Failed:
+    status = to_status(refusal)
+    return Failed(status.code, status.details, status.trailing_metadata)
+
+
+@pytest.mark.parametrize("kind", RefusalKind)
+def test_kind_reason_message_and_remedy_survive(kind: RefusalKind) -> None:
+    sent = Refusal(kind, "ROSTER_DIFFERS", "roster is ab, expected cd", "get the newest roster")
+    got = from_rpc_error(failed(sent), "enrol")
+    assert isinstance(got, Refusal)
+    assert isinstance(got, RefusedError)
+    assert (got.kind, got.reason, got.message, got.remedy) == (
+        kind,
+        "ROSTER_DIFFERS",
+        "roster is ab, expected cd",
+        "get the newest roster",
+    )
+    assert str(got) == "roster is ab, expected cd; get the newest roster"
+
+
+@pytest.mark.parametrize(
+    "code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.INTERNAL]
+)
+def test_faults_that_time_may_cure_are_no_refusals(code: grpc.StatusCode) -> None:
+    got = from_rpc_error(Failed(code, "socket closed"), "pull")
+    assert isinstance(got, TransportError)
+    assert not isinstance(got, RefusedError)
+    assert "pull failed" in str(got)
+
+
+def test_a_refusal_without_details_still_has_a_reason() -> None:
+    got = from_rpc_error(Failed(grpc.StatusCode.PERMISSION_DENIED, "no"), "push")
+    assert isinstance(got, Refusal)
+    assert got.reason == "PERMISSION_DENIED"
+
+
+def test_hostile_text_cannot_break_a_log_line() -> None:
+    got = from_rpc_error(Failed(grpc.StatusCode.INVALID_ARGUMENT, "a\nb\x1b[31m" + "x" * 9999), "push")
+    assert "\n" not in str(got)
+    assert "\x1b" not in str(got)
+    assert len(str(got)) < 3000
+
+
+def test_details_are_the_standard_error_info() -> None:
+    call = failed(Refusal(RefusalKind.CONFLICT, "UPLOAD_DIFFERS", "m", "r"))
+    (detail,) = rpc_status.from_call(call).details
+    assert detail.type_url == "type.googleapis.com/google.rpc.ErrorInfo"

@@ -1,0 +1,244 @@
+"""Messages survive the wire unchanged, and bytes that are no message are refused."""
+
+import hashlib
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis.extra import numpy as hnp
+
+from fedmosaic.protos import bounds, wire
+from fedmosaic.protos.errors import WireError
+from fedmosaic.protos.messages import (
+    Aggregate,
+    AggregateSection,
+    Enrolled,
+    Enrolment,
+    KeyMessage,
+    Phase,
+    Profile,
+    Receipt,
+    ReceiptStatus,
+    RoundStatus,
+    SectionHeader,
+    SectionWeights,
+    UploadHeader,
+)
+from fedmosaic.protos.v1 import federation_pb2 as pb
+
+hashes = st.binary(min_size=32, max_size=32)
+ids = st.from_regex(r"[a-z0-9][a-z0-9-]{0,20}", fullmatch=True)
+names = st.lists(ids, unique=True, max_size=6).map(tuple)
+rounds = st.integers(1, bounds.MAX_ROUNDS)
+epochs = st.integers(0, bounds.MAX_KEY_EPOCH)
+texts = st.text(st.characters(codec="utf-8", categories=["L", "N", "P"]), max_size=60)
+families = st.sampled_from(["", "Llama-3.2-1B", "qwen2/0.5b"])
+finite32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
+profiles = st.builds(
+    Profile,
+    hnp.arrays(np.float32, st.integers(1, 40), elements=finite32),
+    st.floats(0.0, 1e30),
+    st.integers(1, 1000),
+)
+section_headers = st.lists(
+    st.builds(SectionHeader, st.sampled_from(["shared", "family"]), st.integers(1, 2**63), hashes),
+    max_size=2,
+    unique_by=lambda s: s.name,
+).map(tuple)
+upload_headers = st.builds(
+    UploadHeader,
+    rounds,
+    st.from_regex(r"[A-Za-z0-9-]{1,64}", fullmatch=True),
+    epochs,
+    section_headers,
+    st.none() | profiles,
+    st.binary(min_size=64, max_size=64),
+)
+enrolments = st.builds(Enrolment, st.integers(0, 2**32 - 1), ids, hashes, hashes, families, texts)
+enrolled = st.integers(1, 50).flatmap(
+    lambda n: st.builds(
+        Enrolled,
+        st.from_regex(r"[0-9a-f]{32}", fullmatch=True),
+        st.integers(1, n + 1),
+        st.just(n),
+        epochs,
+        names,
+    )
+)
+receipts = st.builds(Receipt, st.sampled_from(ReceiptStatus), rounds, hashes)
+statuses = st.builds(
+    RoundStatus, rounds, st.sampled_from(Phase), names, names, st.floats(0.0, 1e9), texts
+)
+key_messages = st.builds(
+    KeyMessage,
+    epochs,
+    st.from_regex(r"[a-z0-9-]{1,32}", fullmatch=True),
+    st.just("") | ids,
+    st.binary(max_size=200),
+)
+
+
+@st.composite
+def weight_rows(draw: st.DrawFn) -> SectionWeights:
+    contributors = draw(st.lists(ids, unique=True, min_size=1, max_size=8))
+    bits = draw(st.integers(4, 20))
+    cuts = sorted(draw(st.lists(st.integers(0, 1 << bits), min_size=len(contributors) - 1,
+                                max_size=len(contributors) - 1)))  # fmt: skip
+    edges = [0, *cuts, 1 << bits]
+    return SectionWeights(
+        tuple(contributors), tuple(b - a for a, b in zip(edges, edges[1:], strict=False)), bits
+    )
+
+
+@st.composite
+def aggregates(draw: st.DrawFn) -> Aggregate:
+    sections = []
+    for name in draw(st.lists(st.sampled_from(["shared", "family"]), unique=True, max_size=2)):
+        refused = draw(st.booleans())
+        sections.append(
+            AggregateSection(name, None, b"", "too few contributors")
+            if refused
+            else AggregateSection(name, draw(weight_rows()), draw(st.binary(min_size=1, max_size=300)))
+        )
+    return Aggregate(draw(rounds), tuple(sections), draw(epochs), draw(epochs))
+
+
+def again(message: object) -> object:
+    """The message after a trip over the wire."""
+    kind = type(message)
+    return kind.FromString(message.SerializeToString())  # type: ignore[attr-defined]
+
+
+@given(enrolments)
+def test_enrolment_round_trip(value: Enrolment) -> None:
+    assert wire.decode_enrolment(again(wire.encode_enrolment(value))) == value
+
+
+@given(enrolled)
+def test_enrolled_round_trip(value: Enrolled) -> None:
+    assert wire.decode_enrolled(again(wire.encode_enrolled(value))) == value
+
+
+@given(upload_headers)
+def test_upload_header_round_trip(value: UploadHeader) -> None:
+    assert wire.decode_upload_header(again(wire.encode_upload_header(value))) == value
+
+
+@given(receipts)
+def test_receipt_round_trip(value: Receipt) -> None:
+    assert wire.decode_receipt(again(wire.encode_receipt(value))) == value
+
+
+@given(statuses)
+def test_status_round_trip(value: RoundStatus) -> None:
+    assert wire.decode_status(again(wire.encode_status(value))) == value
+
+
+@given(key_messages)
+def test_key_message_round_trip(value: KeyMessage) -> None:
+    assert wire.decode_key_message(again(wire.encode_key_message(value))) == value
+
+
+@given(aggregates(), st.integers(1, 97))
+def test_aggregate_round_trip_through_chunks_of_any_size(value: Aggregate, chunk_bytes: int) -> None:
+    payloads = [section.payload for section in value.sections]
+    stream = b"".join(payloads)
+    header = again(
+        wire.encode_aggregate_header(
+            value, [len(p) for p in payloads], hashlib.sha256(stream).digest(), 0
+        )
+    )
+    received = bytearray()
+    for chunk in wire.chunks(payloads, 0, chunk_bytes):
+        wire.check_chunk(chunk, len(received), len(stream))
+        received += chunk.data
+    assert wire.decode_aggregate(header, bytes(received)) == value
+
+
+@given(st.lists(st.binary(max_size=50), max_size=3), st.integers(0, 160), st.integers(1, 20))
+def test_chunks_resume_at_any_offset(payloads: list[bytes], offset: int, chunk_bytes: int) -> None:
+    stream = b"".join(payloads)
+    pieces = list(wire.chunks(payloads, offset, chunk_bytes))
+    assert b"".join(piece.data for piece in pieces) == stream[offset:]
+    assert all(stream[p.offset : p.offset + len(p.data)] == p.data for p in pieces)
+    assert all(1 <= len(p.data) <= chunk_bytes for p in pieces)
+
+
+@given(st.binary(max_size=400))
+@settings(max_examples=300)
+def test_arbitrary_bytes_are_a_message_or_a_wire_error(noise: bytes) -> None:
+    for kind, decode in (
+        (pb.EnrolRequest, wire.decode_enrolment),
+        (pb.PushHeader, wire.decode_upload_header),
+        (pb.PostKeyMessageRequest, wire.decode_key_message),
+        (pb.PushResponse, wire.decode_receipt),
+        (pb.RoundState, wire.decode_status),
+        (pb.AggregateHeader, lambda m: wire.decode_aggregate(m, noise)),
+    ):
+        try:
+            message = kind.FromString(noise)  # type: ignore[attr-defined]
+        except Exception as error:
+            assert type(error).__name__ == "DecodeError"
+            continue
+        try:
+            decode(message)  # type: ignore[operator]
+        except WireError as error:
+            assert str(error)
+
+
+def test_a_damaged_aggregate_is_noticed() -> None:
+    row = SectionWeights(("a", "b"), (4, 4), 3)
+    value = Aggregate(2, (AggregateSection("shared", row, b"payload"),), 0, 0)
+    header = wire.encode_aggregate_header(value, [7], hashlib.sha256(b"payload").digest(), 0)
+    with pytest.raises(WireError, match="damaged"):
+        wire.decode_aggregate(header, b"pay1oad")
+    with pytest.raises(WireError, match="damaged"):
+        wire.decode_aggregate(header, b"payloa")
+
+
+def test_an_announced_aggregate_above_the_limit_is_refused_before_a_byte_of_it() -> None:
+    header = pb.AggregateHeader(round=2, sha256=bytes(32))
+    header.sections.add(name="shared", size=bounds.MAX_PAYLOAD_BYTES + 1, refusal="")
+    with pytest.raises(WireError, match="aggregate size"):
+        wire.announced_size(header)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "expected"),
+    [
+        (pb.Chunk(offset=4, data=b""), "0 bytes"),
+        (pb.Chunk(offset=3, data=b"x"), "starts at byte 3"),
+        (pb.Chunk(offset=4, data=b"1234567"), "beyond"),
+        (pb.Chunk(offset=4, data=bytes(bounds.MAX_CHUNK_BYTES + 1)), "expected 1"),
+    ],
+)
+def test_a_chunk_that_does_not_fit_is_refused(chunk: pb.Chunk, expected: str) -> None:
+    with pytest.raises(WireError, match=expected):
+        wire.check_chunk(chunk, 4, 10)
+
+
+def test_a_profile_of_half_a_number_is_refused() -> None:
+    with pytest.raises(WireError, match="multiple of 4"):
+        wire.decode_profile(pb.Profile(vector=b"12345", releases=1))
+
+
+def test_nan_on_the_wire_is_refused_with_the_field() -> None:
+    vector = np.array([1.0, np.nan], dtype="<f4").tobytes()
+    with pytest.raises(WireError, match=r"profile\.vector has 1 of 2 values"):
+        wire.decode_profile(pb.Profile(vector=vector, releases=1))
+
+
+def test_the_largest_messages_stay_below_the_message_limit() -> None:
+    members = tuple(f"{i:063d}" for i in range(bounds.MAX_MEMBERS))
+    share, rest = divmod(1 << 20, len(members))
+    row = SectionWeights(members, (share + rest, *[share] * (len(members) - 1)), 20)
+    section = AggregateSection("shared", row, b"x")
+    family = AggregateSection("family", row, b"x")
+    aggregate = wire.encode_aggregate_header(Aggregate(2, (section, family), 0, 0), [1, 1], bytes(32), 0)
+    status = wire.encode_status(RoundStatus(1, Phase.OPEN, members, members, 1.0, "x"))
+    chunk = pb.Chunk(offset=1 << 40, data=bytes(bounds.MAX_CHUNK_BYTES))
+    vector = np.ones(bounds.MAX_PROFILE_DIMENSIONS, dtype=np.float32)
+    header = UploadHeader(1, "a", 0, (), Profile(vector, 0.0, 1), bytes(64))
+    for message in (aggregate, status, chunk, wire.encode_upload_header(header)):
+        assert message.ByteSize() < bounds.MAX_MESSAGE_BYTES
