@@ -7,6 +7,7 @@ same without each private example.
 """
 
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -20,7 +21,12 @@ from fedmosaic.privacy.mechanism import Float32Array, Float64Array, ProfileMecha
 from fedmosaic.privacy.projection import GradientFactors, Projection, PublicBasis
 from fedmosaic.protos.errors import MechanismError
 
+logger = logging.getLogger(__name__)
+
 ROWS_AT_ONCE: Final = 256
+
+ROWS_PER_DIMENSION: Final = 2
+"""Fewer public rows than this per dimension leave directions whose variance whitening can only guess."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,13 @@ def standardise_rows(rows: Float64Array, sides: PublicBasis, settings: BasisSett
     rows = rows[np.isfinite(rows).all(axis=1)]
     if len(rows) < 2:
         raise MechanismError(f"{len(rows)} usable public gradients are too few for a basis; give hundreds")
+    if settings.standardise == "whiten" and len(rows) < ROWS_PER_DIMENSION * rows.shape[1]:
+        logger.warning(
+            "%d public gradients are few to whiten %d dimensions with; give %d or more, or fewer dimensions",
+            len(rows),
+            rows.shape[1],
+            ROWS_PER_DIMENSION * rows.shape[1],
+        )
     centre = whitening = None
     if settings.standardise != "none":
         centre = rows.mean(axis=0).astype(np.float32)

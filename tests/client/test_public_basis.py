@@ -1,5 +1,6 @@
 """The public basis: leading directions, whitening and clipping norm as their definitions say."""
 
+import logging
 from collections.abc import Iterable
 
 import numpy as np
@@ -92,6 +93,16 @@ def test_gradients_that_are_not_finite_are_left_out_of_the_whitening() -> None:
     found = standardise_rows(hostile, PublicBasis(), BasisSettings())
     assert found.basis.sha256 == standardise_rows(rows, PublicBasis(), BasisSettings()).basis.sha256
     assert found.examples == 50
+
+
+def test_too_few_public_gradients_for_whitening_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    rows = np.random.default_rng(1).standard_normal((8, 4))
+    with caplog.at_level(logging.WARNING):
+        standardise_rows(rows, PublicBasis(), BasisSettings())
+    assert caplog.text == ""
+    with caplog.at_level(logging.WARNING):
+        standardise_rows(rows[1:], PublicBasis(), BasisSettings())
+    assert "7 public gradients are few to whiten 4 dimensions" in caplog.text
 
 
 def none() -> Iterable[GradientFactors]:
