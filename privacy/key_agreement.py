@@ -161,6 +161,8 @@ class KeyAgreement:
             }
             if len(set(public_keys.values())) != len(public_keys):
                 raise KeyAgreementError("two members opened with the same ephemeral key")
+            for name, public_key in public_keys.items():
+                _shared_secret(self._ephemeral, public_key, f"ephemeral key of {name!r}")
             parts = [openings[name] for name in self.epoch.members]
             self._transcript = sha256(b"transcript", self.epoch.terms_hash(), *parts)
             self.leader = min(
@@ -261,12 +263,14 @@ class KeyAgreement:
             raise KeyAgreementError(
                 f"{expected.value} is out of turn in epoch {self.epoch.number}: next is {self._stage.value}"
             )
+        done = False
         try:
             yield
-        except KeyAgreementError:
-            self._stage = _Stage.FAILED
-            self._ephemeral = self._key = None
-            raise
+            done = True
+        finally:
+            if not done:
+                self._stage = _Stage.FAILED
+                self._ephemeral = self._key = None
 
     def _expect_members(self, what: str, messages: Mapping[str, bytes]) -> None:
         missing = sorted(set(self.epoch.members) - set(messages))
@@ -311,12 +315,7 @@ class KeyAgreement:
     def _sealing_key(
         self, private_key: X25519PrivateKey, peer_key: bytes, recipient: str, public_keys: bytes
     ) -> bytes:
-        try:
-            shared = private_key.exchange(X25519PublicKey.from_public_bytes(peer_key))
-        except ValueError:
-            raise KeyAgreementError(
-                f"an ephemeral key for {recipient!r} is a point of small order, which gives no secret"
-            ) from None
+        shared = _shared_secret(private_key, peer_key, f"ephemeral key in the box for {recipient!r}")
         info = sha256(b"sealing", self._bound(recipient, b""), public_keys)
         return HKDF(algorithm=hashes.SHA256(), length=KEY_BYTES, salt=self._transcript, info=info).derive(
             shared
@@ -330,3 +329,12 @@ class KeyAgreement:
     def _tag(self, key: GroupKey, member: str) -> bytes:
         content = sha256(b"confirmed", self._transcript, member.encode(), key.fingerprint)
         return hmac.digest(key.subkey(b"confirm"), content, "sha256")
+
+
+def _shared_secret(private_key: X25519PrivateKey | None, public_key: bytes, what: str) -> bytes:
+    if private_key is None:
+        raise KeyAgreementError("this member's ephemeral key is gone: start a new epoch")
+    try:
+        return private_key.exchange(X25519PublicKey.from_public_bytes(public_key))
+    except ValueError:
+        raise KeyAgreementError(f"{what} is a point of small order, which gives no secret") from None

@@ -9,6 +9,7 @@ from fedmosaic.privacy.encryption.aggregator import Aggregator, Contribution
 from fedmosaic.privacy.encryption.parameters import MaskParameters
 from fedmosaic.privacy.encryption.records import RoundContext
 from fedmosaic.privacy.policy import WeightRow
+from fedmosaic.protos.errors import EncryptionError
 
 _COLUMNS = 4096
 
@@ -53,7 +54,7 @@ def word_matrix_product(
         (R, D) uint32.
     """
     if weights.size and (int(weights.min()) < 0 or int(weights.sum(axis=1).max()) > 1 << 20):
-        raise ValueError("weights must be ≥ 0 with rows that sum to at most 2^20")
+        raise EncryptionError("weights must be ≥ 0 with rows that sum to at most 2^20")
     columns = words[0].size
     width = min(columns, _COLUMNS)
     operand = np.empty((len(words), width))

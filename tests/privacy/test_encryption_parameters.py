@@ -1,0 +1,121 @@
+"""Parameters: what they promise, that their hash covers every field, and who refuses the rest."""
+
+import math
+
+import pytest
+from pydantic import ValidationError
+
+from fedmosaic.privacy.encryption.parameters import (
+    CKKS_MODULUS,
+    CKKS_RING_DEGREE,
+    CkksParameters,
+    MaskParameters,
+    PlainParameters,
+    check_security,
+    parameters_for,
+)
+from fedmosaic.protos.errors import ConfigurationError
+
+
+def test_the_prime_is_the_largest_of_its_kind_and_supports_the_transform() -> None:
+    assert CKKS_MODULUS.bit_length() == 48
+    assert CKKS_MODULUS % (2 * CKKS_RING_DEGREE) == 1
+    # Fermat tests exclude all but rare composites; SEAL's own choice is compared in test_encryption_ckks.py.
+    assert all(
+        pow(base, CKKS_MODULUS - 1, CKKS_MODULUS) == 1 for base in (2, 3, 5, 7, 11, 13, 17, 19, 23, 29)
+    )
+    larger = range(CKKS_MODULUS + 2 * CKKS_RING_DEGREE, 1 << 48, 2 * CKKS_RING_DEGREE)
+    assert not any(pow(2, candidate - 1, candidate) == 1 for candidate in larger)
+
+
+@pytest.mark.parametrize(("degree", "bits"), [(1024, 27), (2048, 54), (4096, 109), (8192, 218)])
+def test_the_standard_table_is_enforced(degree: int, bits: int) -> None:
+    check_security(degree, bits, 128)
+    with pytest.raises(ValueError, match=f"at most {bits} bits"):
+        check_security(degree, bits + 1, 128)
+
+
+def test_48_bits_in_ring_2048_keep_a_margin_at_128_bits_only() -> None:
+    check_security(CKKS_RING_DEGREE, CKKS_MODULUS.bit_length(), 128)
+    with pytest.raises(ValueError, match="too large"):
+        check_security(CKKS_RING_DEGREE, CKKS_MODULUS.bit_length(), 192)
+    with pytest.raises(ValueError, match="no standard parameters"):
+        check_security(512, 10, 128)
+
+
+def test_hashes_are_pinned() -> None:
+    """A change of a default or of the canonical form breaks every running federation: it must be seen."""
+    digests = {
+        type(p).__name__: p.digest().hex()[:16]
+        for p in (CkksParameters(), MaskParameters(), PlainParameters())
+    }
+    assert digests == PINNED
+
+
+PINNED = {
+    "CkksParameters": "3141476f409bb1e1",
+    "MaskParameters": "cca85fe94108b47f",
+    "PlainParameters": "70fbb4b4c31ba175",
+}
+
+
+def test_every_field_enters_the_hash() -> None:
+    variants = [
+        CkksParameters(),
+        CkksParameters(clip=2.0),
+        CkksParameters(scale_bits=28),
+        CkksParameters(weight_bits=14),
+        MaskParameters(),
+        MaskParameters(clip=2.0),
+        MaskParameters(fraction_bits=15),
+        MaskParameters(weight_bits=11),
+        PlainParameters(),
+        PlainParameters(weight_bits=14),
+        PlainParameters(clip=2.0),
+    ]
+    assert len({variant.digest() for variant in variants}) == len(variants)
+    assert all(len(variant.digest()) == 32 for variant in variants)
+    assert CkksParameters(clip=4).digest() == CkksParameters(clip=4.0).digest()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"scale_bits": 30},
+        {"weight_bits": 16},
+        {"clip": 8.0},
+        {"scale_bits": 27},
+        {"weight_bits": 17},
+        {"ring_degree": 1024},
+        {"modulus": 281474976710597},
+        {"security_bits": 192},
+        {"clip": math.nan},
+        {"clip": 0.0},
+        {"unknown": 1},
+    ],
+)
+def test_ckks_parameters_that_could_wrap_or_weaken_are_refused(fields: dict[str, float]) -> None:
+    with pytest.raises(ValidationError):
+        CkksParameters(**fields)  # type: ignore[arg-type]  # wrong values are the point
+
+
+def test_the_alternative_for_many_members_is_allowed() -> None:
+    assert CkksParameters(scale_bits=28, weight_bits=16).weight_bits == 16
+
+
+@pytest.mark.parametrize(
+    "fields", [{"weight_bits": 13}, {"fraction_bits": 17}, {"clip": 4.1}, {"weight_bits": 21}]
+)
+def test_mask_parameters_without_a_free_bit_are_refused(fields: dict[str, float]) -> None:
+    with pytest.raises(ValidationError):
+        MaskParameters(**fields)  # type: ignore[arg-type]  # wrong values are the point
+
+
+def test_plain_has_to_be_allowed_by_name() -> None:
+    assert isinstance(parameters_for("plain", allow_plaintext=True), PlainParameters)
+    with pytest.raises(ConfigurationError, match="allow_plaintext = true"):
+        parameters_for("plain")
+    with pytest.raises(ConfigurationError, match="choose ckks, mask or plain"):
+        parameters_for("bfv")
+    assert isinstance(parameters_for("ckks"), CkksParameters)
+    assert isinstance(parameters_for("mask"), MaskParameters)

@@ -1,0 +1,152 @@
+"""The aggregation policy: what is refused, by which name, and what capping does."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from fedmosaic.privacy.policy import AggregationPolicy, WeightRow, cap_weights, check_row, check_unchanged
+from fedmosaic.protos.errors import PolicyError
+
+POLICY = AggregationPolicy()
+MEMBERS = ("a", "b", "c", "d", "e")
+
+
+def row(**changes: object) -> WeightRow:
+    fields: dict[str, object] = {
+        "round": 3,
+        "recipient": "a",
+        "contributors": ("b", "c", "d"),
+        "weights": (1024, 2048, 1024),
+        "bits": 12,
+    }
+    return WeightRow(**(fields | changes))  # type: ignore[arg-type]  # one mistyped field per test is the point
+
+
+def test_a_good_row_passes() -> None:
+    check_row("a", row(), POLICY, members=MEMBERS, round_number=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"round": -1}, "has round -1"),
+        ({"round": 4}, "is of round 4, expected round 3"),
+        ({"recipient": "b"}, "is for recipient 'b'"),
+        ({"bits": 0}, "0 bits"),
+        ({"bits": 31, "weights": (1 << 30, 1 << 29, 1 << 29)}, "31 bits"),
+        ({"weights": (2048, 2048)}, "2 weights for 3 contributors"),
+        ({"contributors": ("b", "c", "c")}, "names a contributor twice"),
+        ({"weights": (-1, 2049, 2048)}, "outside 0 … 4096"),
+        ({"weights": (1024, 2048, 1023)}, "sum to 4095, expected exactly 4096"),
+        ({"weights": (1024, 2048, 1025)}, "sum to 4097, expected exactly 4096"),
+        ({"contributors": (), "weights": ()}, "sum to 0"),
+        ({"contributors": ("b", "c", "x")}, "outside the roster: x"),
+        ({"contributors": ("a", "c", "d")}, "its own weight must be 0"),
+        ({"contributors": ("b",), "weights": (4096,)}, "has 1 contributors"),
+        ({"weights": (2048, 2048, 0)}, "has 2 contributors"),
+        ({"weights": (4094, 1, 1)}, "above the cap of 0.5"),
+        ({"weights": (2049, 2046, 1)}, "above the cap of 0.5"),
+    ],
+)
+def test_each_violation_is_named(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        check_row("a", row(**changes), POLICY, members=MEMBERS, round_number=3)
+
+
+def test_federation_of_two_and_one_hot_rows_get_nothing() -> None:
+    only_peer = row(contributors=("b",), weights=(4096,))
+    one_hot = row(weights=(0, 4096, 0))
+    for bad in (only_peer, one_hot):
+        with pytest.raises(PolicyError, match="at least 3 are required"):
+            check_row("a", bad, POLICY)
+
+
+def test_own_contribution_of_weight_zero_does_not_count() -> None:
+    with_self = row(contributors=("a", "b", "c", "d"), weights=(0, 1024, 2048, 1024))
+    check_row("a", with_self, POLICY, members=MEMBERS)
+    too_few = row(contributors=("a", "b", "c"), weights=(0, 2048, 2048))
+    with pytest.raises(PolicyError, match="has 2 contributors"):
+        check_row("a", too_few, POLICY)
+
+
+def test_a_share_rounded_up_at_the_cap_passes() -> None:
+    policy = AggregationPolicy(weight_cap=0.4)
+    check_row("a", row(weights=(1639, 1639, 818)), policy)  # 0.4 · 4096 = 1638.4
+    with pytest.raises(PolicyError, match=r"'b' has a share of 0\.4004"):
+        check_row("a", row(weights=(1640, 1639, 817)), policy)
+
+
+def test_one_row_per_recipient_and_round() -> None:
+    check_unchanged(row(), [row(), row(round=2, weights=(2048, 1024, 1024)), row(recipient="e")])
+    with pytest.raises(PolicyError, match="one row per recipient and round"):
+        check_unchanged(row(), [row(weights=(2048, 1024, 1024))])
+
+
+@pytest.mark.parametrize(
+    "field", [{"weight_cap": 0.0}, {"weight_cap": 1.5}, {"minimum_contributors": 0}, {"x": 1}]
+)
+def test_a_policy_that_cannot_hold_is_refused(field: dict[str, float]) -> None:
+    with pytest.raises(ValidationError):
+        AggregationPolicy(**field)  # type: ignore[arg-type]  # wrong values are the point
+
+
+weights_lists = st.lists(st.floats(0.0, 1e6), min_size=1, max_size=12)
+
+
+@given(weights=weights_lists, cap=st.floats(0.05, 1.0))
+def test_capping_gives_shares_that_respect_the_cap(weights: list[float], cap: float) -> None:
+    positive = sum(weight > 0 for weight in weights)
+    if positive * cap < 1.0 - 1e-12:
+        with pytest.raises(PolicyError, match="contributors with a weight above zero"):
+            cap_weights(weights, cap)
+        return
+    shares = cap_weights(weights, cap)
+    assert math.isclose(math.fsum(shares), 1.0, abs_tol=1e-9)
+    assert all(0.0 <= share <= cap * (1 + 1e-12) for share in shares)
+    assert all(share == 0.0 for share, weight in zip(shares, weights, strict=True) if weight == 0.0)
+    # Below the cap, proportions are those of the input; and the order of sizes is kept.
+    for left, share_left in zip(weights, shares, strict=True):
+        for right, share_right in zip(weights, shares, strict=True):
+            if share_left < cap * (1 - 1e-9) and share_right < cap * (1 - 1e-9):
+                assert math.isclose(share_left * right, share_right * left, rel_tol=1e-9, abs_tol=1e-300)
+            if left > right:
+                assert share_left >= share_right * (1 - 1e-12)
+
+
+@given(weights=weights_lists.filter(lambda w: sum(x > 0 for x in w) >= 3), order=st.randoms())
+def test_capping_does_not_depend_on_the_order(weights: list[float], order: object) -> None:
+    shares = cap_weights(weights, 0.5)
+    positions = list(range(len(weights)))
+    order.shuffle(positions)  # type: ignore[attr-defined]  # st.randoms() gives random.Random
+    shuffled = cap_weights([weights[i] for i in positions], 0.5)
+    assert all(
+        math.isclose(shares[i], share, rel_tol=1e-9, abs_tol=1e-300)
+        for i, share in zip(positions, shuffled, strict=True)
+    )
+
+
+def test_capping_by_hand() -> None:
+    assert cap_weights([10.0, 1.0, 1.0, 0.0], 0.5) == (0.5, 0.25, 0.25, 0.0)
+    # The second passes the cap only after the first was cut.
+    assert cap_weights([8.0, 4.0, 1.0, 1.0], 0.4) == pytest.approx((0.4, 0.4, 0.1, 0.1))
+    assert cap_weights([1e300, 1e-300, 1e-300], 0.5) == pytest.approx((0.5, 0.25, 0.25))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -0.1])
+def test_weights_that_are_no_weights_are_refused(bad: float) -> None:
+    with pytest.raises(PolicyError, match="finite and not negative"):
+        cap_weights([0.5, bad, 0.5], 0.5)
+
+
+@pytest.mark.parametrize("cap", [0.0, -1.0, 1.1, math.nan])
+def test_a_cap_outside_its_range_is_refused(cap: float) -> None:
+    with pytest.raises(PolicyError, match="weight cap"):
+        cap_weights([1.0, 1.0], cap)
+
+
+def test_two_contributors_can_never_meet_a_cap_below_a_half() -> None:
+    with pytest.raises(PolicyError, match="at least 3 are needed"):
+        cap_weights([1.0, 1.0], 0.49)

@@ -1,0 +1,151 @@
+"""Headers of encrypted records: every field is checked, and named when it is wrong."""
+
+import struct
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmosaic.privacy.encryption.records import (
+    HEADER_BYTES,
+    MAX_DIMENSIONS,
+    Header,
+    Kind,
+    RoundContext,
+    read_record,
+    row_digest,
+)
+from fedmosaic.privacy.policy import WeightRow
+from fedmosaic.protos.errors import CiphertextError, EncryptionError
+
+CONTEXT = RoundContext("federation", 2, 9, "shared", 100)
+HEADER = Header(Kind.UPLOAD, "mask", b"h" * 32, CONTEXT, "clinic-a", 0)
+NONCE = bytes(range(16))
+RECORD = HEADER.encode(NONCE) + b"payload!"
+
+
+def test_a_good_record_is_split() -> None:
+    nonce, payload = read_record(RECORD, HEADER, 8)
+    assert nonce == NONCE
+    assert bytes(payload) == b"payload!"
+    assert bytes(read_record(memoryview(RECORD), HEADER, 8)[1]) == b"payload!"
+
+
+# Offset in the record, and the name that the message must give.
+FIELDS = [
+    (0, "magic"),
+    (4, "format version: got"),
+    (5, "kind: got"),
+    (6, "back end: got"),
+    (7, "reserved byte"),
+    (8, "parameters hash"),
+    (40, "federation"),
+    (72, "section"),
+    (104, "client"),
+    (136, "epoch: got"),
+    (144, "round: got"),
+    (168, "number of dimensions: got"),
+    (172, "count: got"),
+]
+
+
+@pytest.mark.parametrize(("offset", "name"), FIELDS)
+def test_every_altered_field_is_named(offset: int, name: str) -> None:
+    altered = bytearray(RECORD)
+    altered[offset] ^= 1
+    with pytest.raises(CiphertextError, match=name):
+        read_record(bytes(altered), HEADER, 8)
+
+
+@given(position=st.integers(0, HEADER_BYTES - 1), flip=st.integers(1, 255))
+def test_any_altered_header_byte_but_the_nonce_is_refused(position: int, flip: int) -> None:
+    altered = bytearray(RECORD)
+    altered[position] ^= flip
+    if 152 <= position < 168:
+        assert read_record(bytes(altered), HEADER, 8)[0] != NONCE
+    else:
+        with pytest.raises(CiphertextError):
+            read_record(bytes(altered), HEADER, 8)
+
+
+@pytest.mark.parametrize("length", [0, 1, HEADER_BYTES, len(RECORD) - 1, len(RECORD) + 1, 10 * len(RECORD)])
+def test_other_lengths_are_refused_before_anything_is_read(length: int) -> None:
+    content = (RECORD * 10)[:length]
+    with pytest.raises(CiphertextError, match=f"record has {length} bytes, expected {len(RECORD)}"):
+        read_record(content, HEADER, 8)
+
+
+@given(content=st.binary(max_size=400))
+def test_random_bytes_never_pass_and_never_raise_anything_else(content: bytes) -> None:
+    with pytest.raises(CiphertextError):
+        read_record(content, HEADER, 8)
+    padded = (content + bytes(len(RECORD)))[: len(RECORD)]
+    with pytest.raises(CiphertextError):
+        read_record(padded, HEADER, 8)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(HEADER, kind=Kind.AGGREGATE),
+        replace(HEADER, backend="plain"),
+        replace(HEADER, parameters_hash=b"i" * 32),
+        replace(HEADER, client="clinic-b"),
+        replace(HEADER, count=1),
+        replace(HEADER, context=replace(CONTEXT, federation="other")),
+        replace(HEADER, context=replace(CONTEXT, epoch=3)),
+        replace(HEADER, context=replace(CONTEXT, round=8)),
+        replace(HEADER, context=replace(CONTEXT, section="family:x")),
+        replace(HEADER, context=replace(CONTEXT, dimensions=101)),
+    ],
+)
+def test_records_of_another_exchange_are_refused(other: Header) -> None:
+    with pytest.raises(CiphertextError, match="different"):
+        read_record(other.encode(NONCE) + b"payload!", HEADER, 8)
+
+
+def test_header_has_the_documented_layout() -> None:
+    assert HEADER_BYTES == 176
+    assert RECORD[:8] == b"FMEA" + bytes([1, 1, 2, 0])
+    assert struct.unpack_from("<QQ", RECORD, 136) == (2, 9)
+    assert RECORD[152:168] == NONCE
+    assert struct.unpack_from("<II", RECORD, 168) == (100, 0)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"epoch": -1},
+        {"epoch": 1 << 64},
+        {"round": -1},
+        {"round": 1 << 64},
+        {"dimensions": 0},
+        {"dimensions": MAX_DIMENSIONS + 1},
+    ],
+)
+def test_contexts_out_of_bounds_are_refused(fields: dict[str, int]) -> None:
+    with pytest.raises(EncryptionError, match="expected"):
+        replace(CONTEXT, **fields)
+
+
+def test_nonces_have_one_length() -> None:
+    with pytest.raises(EncryptionError, match="15 bytes, expected 16"):
+        HEADER.encode(bytes(15))
+
+
+def test_row_digests_depend_on_every_field_and_on_nothing_else() -> None:
+    row = WeightRow(1, "a", ("b", "c", "d"), (1, 2, 1), 2)
+    variants = [
+        row,
+        replace(row, round=2),
+        replace(row, recipient="x"),
+        replace(row, contributors=("b", "c", "e")),
+        replace(row, contributors=("c", "b", "d")),
+        replace(row, weights=(2, 1, 1)),
+        replace(row, bits=3),
+        replace(row, contributors=("b", 'c","d'), weights=(1, 3)),
+    ]
+    assert len({row_digest(variant) for variant in variants}) == len(variants)
+    assert row_digest(row) == row_digest(WeightRow(1, "a", ("b", "c", "d"), (1, 2, 1), 2))
+    assert len(row_digest(row)) == 16
