@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import tyro
+from transformers.utils.logging import disable_progress_bar
 
 from fedmosaic.client.keyring import Keyring
 from fedmosaic.client.learner import ModelLearner
@@ -46,8 +47,12 @@ def main(arguments: Sequence[str]) -> int:
     """Run `fedmosaic client` with its arguments."""
     parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic client")
     logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)-7s %(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S",
+        force=True,
     )
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     settings = read_configuration(parsed.config, ClientSettings).resolved(parsed.config.parent)
     run(settings)
     return 0

@@ -113,6 +113,10 @@ class ClientState:
                 "state_dir"
             )
 
+    def release(self) -> None:
+        """Let another process have the directory; done by the end of the process otherwise."""
+        self._lock.close()
+
     def _read(self) -> SessionRecord:
         try:
             data: dict[str, Any] = json.loads(self._file.read_text(encoding="utf-8"))

@@ -24,6 +24,7 @@ from fedmosaic.experiments.processes import (
     python_module,
     wait_for_port,
 )
+from fedmosaic.experiments.report import read_run, show
 from fedmosaic.experiments.scenario import Scenario, ScenarioClient
 from fedmosaic.privacy import federation
 from fedmosaic.privacy.configuration import read_configuration
@@ -50,9 +51,8 @@ def main(arguments: Sequence[str]) -> int:
     scenario = read_configuration(parsed.scenario, Scenario)
     console = Console()
     directory = run(scenario, parsed.scenario.parent, parsed.output_dir, console)
-    from fedmosaic.experiments.report import show
-
-    show(directory, console)
+    show(read_run(directory), console)
+    console.print(f"everything is in {directory}; read it again with: fedmosaic report {directory}")
     return 0
 
 

@@ -1,0 +1,209 @@
+"""`fedmosaic report PATH`: what a run did, what it is good for, and who learnt what."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from fedmosaic.protos.errors import ConfigurationError
+
+_CHANNELS = ("adapter", "profile", "keys", "control")
+_RESULT, _STATEMENT, _SERVER_RUN = "result.json", "statement.json", "run.json"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Read a run: accuracy per client, relevance, privacy statement, bytes sent.
+
+    PATH is the directory of a run made by `fedmosaic run` or `fedmosaic demo`, a client's state directory,
+    or the server's.
+    """
+
+    path: tyro.conf.Positional[Path]
+    """Where to read from."""
+    at_epsilon: float | None = None
+    """Also say what noise every channel would have needed for this total ε."""
+    json: bool = False
+    """Print everything as JSON instead of tables."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything that is left of a run, as far as it is here.
+
+    Attributes:
+        directory: where it was read.
+        clients: results by client id; empty when only the server's side is here.
+        statements: privacy statements by client id.
+        server: the server's `run.json`, or nothing.
+        tasks: task of every client, where a scenario says so.
+    """
+
+    directory: Path
+    clients: Mapping[str, Mapping[str, Any]]
+    statements: Mapping[str, Mapping[str, Any]]
+    server: Mapping[str, Any]
+    tasks: Mapping[str, str]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `fedmosaic report` with its arguments."""
+    parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic report")
+    record = read_run(parsed.path)
+    if parsed.json:
+        print(
+            json.dumps({"clients": record.clients, "statements": record.statements, "server": record.server})
+        )
+        return 0
+    console = Console()
+    show(record, console)
+    return 0
+
+
+def read_run(path: Path) -> RunRecord:
+    """Read what a run left behind.
+
+    Raises:
+        ConfigurationError: there is nothing of a run at this path.
+    """
+    if (path / "federation").is_dir():
+        kits = sorted((path / "federation" / "clients").iterdir())
+        states = {kit.name: kit / "state" for kit in kits}
+        server = _read_json(path / "federation" / "server" / "state" / _SERVER_RUN)
+        scenario = _read_json(path / "scenario.json")
+        tasks = {client["id"]: client["task"] for client in scenario.get("clients", [])}
+    elif (path / _RESULT).exists():
+        states = {_read_json(path / "session.json").get("client", path.name): path}
+        server, tasks = {}, {}
+    elif (path / _SERVER_RUN).exists():
+        states, server, tasks = {}, _read_json(path / _SERVER_RUN), {}
+    else:
+        raise ConfigurationError(
+            f"{path}: no run here; give the directory that `fedmosaic run` printed, or the state directory "
+            "of a client or a server"
+        )
+    statements = {name: _read_json(state / _STATEMENT) for name, state in states.items()}
+    if not states:
+        statements = {name: dict(content) for name, content in server.get("statements", {}).items()}
+    return RunRecord(
+        path,
+        {name: _read_json(state / _RESULT) for name, state in states.items()},
+        {name: content for name, content in statements.items() if content},
+        server,
+        tasks,
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigurationError(f"{path} is damaged: {error}") from None
+    return content
+
+
+def show(record: RunRecord, console: Console) -> None:
+    """Print the tables of a run."""
+    if any("after" in result for result in record.clients.values()):
+        console.print(accuracy_table(record))
+        console.print(
+            "Self: accuracy on the client's own test set. Others: mean over the other clients' test sets, "
+            "which it never trained on.\n",
+            style="dim",
+        )
+    if record.server.get("results"):
+        console.print(relevance_table(record.server))
+        console.print(
+            "Similarity of the noisy task profiles, corrected for the known noise; +1 is the same task.\n",
+            style="dim",
+        )
+        console.print(weights_table(record.server))
+        console.print("How much of each column's adapter the row's client received.\n", style="dim")
+    if any("traffic" in result for result in record.clients.values()):
+        console.print(traffic_table(record))
+        console.print("Bytes of messages, without what HTTP/2 and TLS add.\n", style="dim")
+
+
+def accuracy_table(record: RunRecord) -> Table:
+    """Accuracy before and after, on the own task and on the others'."""
+    table = Table(title="Accuracy before → after")
+    for column in ("client", "task", "Self", "gain", "Others", "gain"):
+        table.add_column(column, justify="left" if column in ("client", "task") else "right")
+    rows = []
+    for name, result in record.clients.items():
+        if "before" not in result or "after" not in result:
+            continue
+        own = (result["before"].get("self"), result["after"].get("self"))
+        others = tuple(_others(result[when]) for when in ("before", "after"))
+        table.add_row(name, record.tasks.get(name, "-"), *_change(*own), *_change(*others))
+        rows.append((*own, *others))
+    complete = [row for row in rows if None not in row]
+    if complete:
+        means = [fmean(row[i] for row in complete) for i in range(4)]
+        table.add_section()
+        table.add_row("mean", "", *_change(*means[:2]), *_change(*means[2:]))
+    return table
+
+
+def _others(scores: Mapping[str, float]) -> float | None:
+    values = [score for name, score in scores.items() if name != "self"]
+    return fmean(values) if values else None
+
+
+def _change(before: float | None, after: float | None) -> tuple[str, str]:
+    if before is None or after is None:
+        return "-", "-"
+    return f"{before:.2f} → {after:.2f}", f"{after - before:+.2f}"
+
+
+def relevance_table(server: Mapping[str, Any]) -> Table:
+    """Similarity of the task profiles in the last closed round."""
+    last = server["results"][-1]
+    clients = last["clients"]
+    table = Table(title=f"Relevance matrix, round {last['round']}")
+    table.add_column("")
+    for client in clients:
+        table.add_column(client, justify="right", no_wrap=True)
+    for name, row in zip(clients, last["similarity"], strict=True):
+        table.add_row(name, *("-" if value is None else f"{value:+.2f}" for value in row))
+    return table
+
+
+def weights_table(server: Mapping[str, Any]) -> Table:
+    """Share of every contributor in every recipient's aggregate of the last closed round."""
+    last = server["results"][-1]
+    clients = last["clients"]
+    table = Table(title=f"Shares of the aggregates, round {last['round']}")
+    table.add_column("recipient")
+    for client in clients:
+        table.add_column(client, justify="right", no_wrap=True)
+    for recipient in clients:
+        row = last["weights"].get("shared", {}).get(recipient)
+        if row is None:
+            table.add_row(recipient, last["refusals"].get("shared", {}).get(recipient, "none"))
+        else:
+            table.add_row(recipient, *(f"{row[c]:.2f}" if c in row else "-" for c in clients))
+    return table
+
+
+def traffic_table(record: RunRecord) -> Table:
+    """Bytes each client sent, by what they were for, and received."""
+    table = Table(title="Bytes each client sent and received")
+    for column in ("client", "adapter", "profile", "group key", "control", "all sent", "received"):
+        table.add_column(column, justify="left" if column == "client" else "right", no_wrap=True)
+    for name, result in record.clients.items():
+        channels = result.get("traffic")
+        if not channels:
+            continue
+        sent = [channels[c]["sent"] for c in _CHANNELS]
+        received = sum(channels[c]["received"] for c in _CHANNELS)
+        table.add_row(name, *(f"{count:,}" for count in (*sent, sum(sent), received)))
+    return table

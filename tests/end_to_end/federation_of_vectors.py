@@ -1,0 +1,208 @@
+"""A federation whose learners hold a vector instead of a model; everything else is the real thing."""
+
+import json
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from fedmosaic.client.keyring import Keyring
+from fedmosaic.client.protection import Identity, Protection
+from fedmosaic.client.releases import Releases
+from fedmosaic.client.session import Session
+from fedmosaic.client.state import ClientState
+from fedmosaic.client.transport import Transport
+from fedmosaic.experiments.in_process import InProcessTransport
+from fedmosaic.privacy import federation
+from fedmosaic.privacy.federation import FederationConfig, MemberEntry, open_kit
+from fedmosaic.privacy.ledger import Ledger
+from fedmosaic.privacy.mechanism import ClippedSum, Float32Array, ProfileMechanism, Reduction, release
+from fedmosaic.privacy.noise import SecureNoise
+from fedmosaic.privacy.roster import AdapterTerms, ScheduleTerms, Terms
+from fedmosaic.protos.messages import RoundStatus
+from fedmosaic.server.coordinator import Coordinator
+from fedmosaic.server.from_kit import settings_from_kit
+
+MEMBERS = ("ada", "ben", "cid", "dee", "eva")
+PROFILE = ProfileMechanism(
+    probe="none",
+    probe_sha256="0" * 64,
+    reduction=Reduction(hidden_size=8, intermediate_size=16, projection_dimensions=32),
+    noise_multiplier=1.0,
+)
+
+
+def terms(backend: str, rounds: int = 3, **schedule: float) -> Terms:
+    plain = backend == "plain"
+    return Terms.model_validate(
+        {
+            "adapter": AdapterTerms(
+                rank=4, blocks=2, target_modules=("a", "b"), protection="none" if plain else "encrypted"
+            ),
+            "profile": PROFILE,
+            "schedule": ScheduleTerms.model_validate(
+                {
+                    "rounds": rounds,
+                    "quorum": 4,
+                    "round_deadline_seconds": 60,
+                    "gathering_seconds": 30,
+                    "key_patience_seconds": 30,
+                    **schedule,
+                }
+            ),
+            "encryption": {"backend": backend},
+            "allow_plaintext": plain,
+        }
+    )
+
+
+class Silent:
+    def stage(self, round_number: int, name: str, total: int = 0) -> None: ...
+
+    def advance(self, done: int) -> None: ...
+
+    def waiting(self, status: RoundStatus) -> None: ...
+
+
+@dataclass
+class VectorLearner:
+    """`Training` moves the local vector half-way to the global one and adds this client's own direction."""
+
+    seed: int
+    terms: Terms
+    local: np.ndarray = field(init=False)
+    global_branch: np.ndarray = field(init=False)
+    received: list[np.ndarray] = field(default_factory=list)
+    trained: list[int] = field(default_factory=list)
+    fail_after_training: bool = False
+    family: str = ""
+
+    def __post_init__(self) -> None:
+        self.local = np.zeros(self.terms.adapter.shared_dimensions, dtype=np.float32)
+        self.global_branch = self.local.copy()
+
+    @property
+    def adapter_spec_hash(self) -> bytes:
+        return self.terms.adapter.spec_hash
+
+    def load_global(self, section: str, vector: np.ndarray) -> None:
+        assert section == "shared"
+        self.received.append(vector)
+        self.global_branch = vector.astype(np.float32)
+
+    def keep_own(self, section: str) -> None:
+        self.global_branch = self.local.copy()
+
+    def train(self, round_number: int, releases: Releases) -> None:
+        self.trained.append(round_number)
+        own = np.random.default_rng([self.seed, round_number]).normal(0, 0.5, self.local.size)
+        self.local = (0.5 * self.local + 0.25 * self.global_branch + own).astype(np.float32)
+
+    def sections(self) -> Mapping[str, np.ndarray]:
+        return {"shared": self.local.copy()}
+
+    def save(self, directory: Path) -> None:
+        np.savez(directory / "vector.npz", local=self.local, received=self.global_branch)
+        (directory / "meta.json").write_text(json.dumps({"trained": self.trained}))
+
+    def load(self, directory: Path) -> None:
+        with np.load(directory / "vector.npz") as stored:
+            self.local, self.global_branch = stored["local"], stored["received"]
+
+
+def make_federation(directory: Path, agreed: Terms, members: tuple[str, ...] = MEMBERS) -> Path:
+    config = FederationConfig(
+        federation="vectors", members=tuple(MemberEntry(id=m) for m in members), terms=agreed
+    )
+    federation.create(config, directory)
+    (directory / "server" / "server.toml").write_text('listen = "127.0.0.1:0"\nstate_dir = "state"\n')
+    return directory
+
+
+def coordinator_of(directory: Path) -> Coordinator:
+    return Coordinator(settings_from_kit(directory / "server").model_copy(update={"durable": False}))
+
+
+@dataclass
+class Client:
+    """One client of the federation; `session` makes a fresh process's worth of objects each time."""
+
+    directory: Path
+    name: str
+    seed: int
+    learner: VectorLearner = field(init=False)
+    ledger: Ledger | None = None
+    state: ClientState | None = None
+
+    def session(self, transport: Transport) -> Session:
+        kit = open_kit(self.directory / "clients" / self.name)
+        agreed = kit.roster.terms
+        self.learner = VectorLearner(self.seed, agreed)
+        self.state = ClientState(kit.directory / "state", kit.roster.federation, self.name)
+        channels = ("profile",)
+        self.ledger = Ledger.open(
+            self.state.ledger_path, self.name, 1e-5, 8.0, accountant="rdp", budgeted_channels=channels
+        )
+        identity = Identity(self.name, kit.signing_key())
+        keyring = None
+        if agreed.adapter.encrypted:
+            keyring = Keyring(
+                self.name, identity.signing_key, kit.roster, transport, self.state.directory / "keys"
+            )
+        return Session(
+            identity,
+            kit.roster,
+            transport,
+            self.learner,
+            self.state,
+            Releases(
+                self.ledger,
+                agreed,
+                self.state,
+                tuple(f"{self.name}-{i}" for i in range(100)),
+                self._profile,
+                SecureNoise(),
+                None,
+            ),
+            Protection(identity, kit.roster, "", keyring),
+            Silent(),
+        )
+
+    def _profile(self, charge: Callable[[], None]) -> Float32Array:
+        units = np.zeros(PROFILE.dimensions, dtype=np.int64)
+        units[self.seed % PROFILE.dimensions] = 100 * 2**24
+        total = ClippedSum(units, 0, 0, 100)
+        charge()
+        return release(total, PROFILE, SecureNoise())
+
+    def close(self) -> None:
+        if self.ledger is not None:
+            self.ledger.close()
+        if self.state is not None:
+            self.state.release()
+
+
+def run_all(sessions: Mapping[str, Session]) -> dict[str, BaseException]:
+    """Run every session in a thread of its own; returns what they raised."""
+    errors: dict[str, BaseException] = {}
+
+    def run(name: str, session: Session) -> None:
+        try:
+            session.run()
+        except BaseException as error:
+            errors[name] = error
+
+    threads = [threading.Thread(target=run, args=item, daemon=True) for item in sessions.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    alive = [name for name, thread in zip(sessions, threads, strict=True) if thread.is_alive()]
+    assert not alive, f"sessions hang: {alive}"
+    return errors
+
+
+def in_process(coordinator: Coordinator, name: str) -> InProcessTransport:
+    return InProcessTransport(coordinator, name, patience_seconds=60)

@@ -1,0 +1,156 @@
+"""A client's session against the real coordinator: aggregates, refusals, restarts, key epochs."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from end_to_end import federation_of_vectors as fv
+from fedmosaic.privacy import federation
+from fedmosaic.privacy.ledger import read_ledger
+from fedmosaic.protos.errors import StateError
+from fedmosaic.protos.messages import Upload
+from fedmosaic.protos.refusal import Refusal
+
+
+def _run(tmp_path: Path, backend: str, rounds: int = 3) -> dict[str, Any]:
+    directory = fv.make_federation(tmp_path / backend, fv.terms(backend, rounds))
+    coordinator = fv.coordinator_of(directory)
+    clients = {name: fv.Client(directory, name, seed) for seed, name in enumerate(fv.MEMBERS)}
+    sessions = {name: c.session(fv.in_process(coordinator, name)) for name, c in clients.items()}
+    assert fv.run_all(sessions) == {}
+    summary = coordinator.summary()
+    coordinator.close()
+    for client in clients.values():
+        client.close()
+    return {"clients": clients, "summary": summary, "directory": directory}
+
+
+@pytest.mark.parametrize("backend", ["plain", "mask", "ckks"])
+def test_every_recipient_gets_the_weighted_sum_of_the_others(tmp_path: Path, backend: str) -> None:
+    run = _run(tmp_path, backend, rounds=2)
+    first = {
+        name: np.random.default_rng([seed, 1]).normal(0, 0.5, c.learner.local.size).astype(np.float32)
+        for seed, (name, c) in enumerate(run["clients"].items())
+    }
+    weights = run["summary"]["results"][0]["weights"]["shared"]
+    for name, client in run["clients"].items():
+        row = weights[name]
+        assert name not in row
+        assert len(row) >= 3
+        expected = sum(share * first[contributor].astype(np.float64) for contributor, share in row.items())
+        (received,) = client.learner.received
+        tolerance = {"plain": 1e-6, "mask": 2e-5, "ckks": 1e-5}[backend]
+        np.testing.assert_allclose(received, expected, rtol=0, atol=tolerance)
+
+
+def test_the_server_side_of_an_encrypted_run_holds_no_key_material(tmp_path: Path) -> None:
+    run = _run(tmp_path, "ckks", rounds=2)
+    keys = []
+    for name in fv.MEMBERS:
+        for path in (run["directory"] / "clients" / name / "state" / "keys").glob("epoch-*.json"):
+            stored = json.loads(path.read_text())
+            keys += [bytes.fromhex(stored["master"]), bytes.fromhex(stored["ckks_secret"])[64:128]]
+    assert keys
+    for path in (run["directory"] / "server").rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            for key in keys:
+                assert key not in content, f"{path} holds key material"
+                assert key.hex().encode() not in content, f"{path} holds key material"
+
+
+def test_a_profile_is_released_once_while_the_data_stays_the_same(tmp_path: Path) -> None:
+    run = _run(tmp_path, "plain", rounds=3)
+    for name in fv.MEMBERS:
+        rows = read_ledger(run["directory"] / "clients" / name / "state" / "ledger.sqlite")
+        profile = [row.kind for row in rows if row.channel == "profile"]
+        assert profile == ["RESERVED", "RELEASED"]
+        adapter = [row for row in rows if row.channel == "adapter" and row.kind == "RESERVED"]
+        assert [row.round for row in adapter] == [1, 2, 3]
+        assert all(row.covered_by == "nothing" for row in adapter)
+
+
+class _CutBeforePush:
+    """A transport that dies, like its process, just before the push of a round."""
+
+    def __init__(self, inner: Any, round_number: int) -> None:
+        self._inner, self._round = inner, round_number
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def push(self, upload: Upload) -> Any:
+        if upload.round == self._round:
+            raise ConnectionResetError("the process was killed")
+        return self._inner.push(upload)
+
+
+@pytest.mark.parametrize("backend", ["plain", "ckks"])
+def test_a_client_killed_before_its_push_resumes_and_sends_the_same_bytes(
+    tmp_path: Path, backend: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    directory = fv.make_federation(tmp_path / "f", fv.terms(backend, 3))
+    coordinator = fv.coordinator_of(directory)
+    clients = {name: fv.Client(directory, name, seed) for seed, name in enumerate(fv.MEMBERS)}
+    victim = clients["cid"]
+
+    class Restarting:
+        def run(self) -> None:
+            transport = _CutBeforePush(fv.in_process(coordinator, "cid"), 2)
+            with pytest.raises(ConnectionResetError):
+                victim.session(transport).run()
+            stored = (directory / "clients" / "cid" / "state" / "upload-0002.bin").read_bytes()
+            victim.close()
+            session = victim.session(fv.in_process(coordinator, "cid"))
+            assert (directory / "clients" / "cid" / "state" / "upload-0002.bin").read_bytes() == stored
+            session.run()
+
+    sessions: dict[str, Any] = {
+        name: c.session(fv.in_process(coordinator, name)) for name, c in clients.items() if name != "cid"
+    }
+    sessions["cid"] = Restarting()
+    assert fv.run_all(sessions) == {}
+    assert victim.learner.trained == [3], "round 2 was trained before the kill and must not be trained again"
+    assert "re-sending the stored upload" in caplog.text
+    uploaded = [result["uploaded"] for result in coordinator.summary()["results"]]
+    assert uploaded == [sorted(fv.MEMBERS)] * 3
+    coordinator.close()
+
+
+def test_a_second_process_on_one_state_directory_is_refused(tmp_path: Path) -> None:
+    directory = fv.make_federation(tmp_path / "f", fv.terms("plain"))
+    coordinator = fv.coordinator_of(directory)
+    client = fv.Client(directory, "ada", 0)
+    client.session(fv.in_process(coordinator, "ada"))
+    with pytest.raises(StateError, match="in use by another process"):
+        fv.Client(directory, "ada", 0).session(fv.in_process(coordinator, "ada"))
+    coordinator.close()
+
+
+def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
+    run = _run(tmp_path, "plain", rounds=1)
+    shutil.rmtree(run["directory"] / "server" / "state")
+    coordinator = fv.coordinator_of(run["directory"])
+    client = fv.Client(run["directory"], "ada", 0)
+    with pytest.raises(StateError, match="but the server is on run"):
+        client.session(fv.in_process(coordinator, "ada")).run()
+    coordinator.close()
+
+
+def test_a_client_with_another_roster_is_refused_by_name(tmp_path: Path) -> None:
+    directory = fv.make_federation(tmp_path / "f", fv.terms("plain"))
+    old = (directory / "clients" / "ada" / "roster.json").read_bytes()
+    federation.revoke_member(directory, "eva")
+    (directory / "clients" / "ada" / "roster.json").write_bytes(old)
+    coordinator = fv.coordinator_of(directory)
+    client = fv.Client(directory, "ada", 0)
+    with pytest.raises(Refusal) as refused:
+        client.session(fv.in_process(coordinator, "ada")).run()
+    assert refused.value.reason == "ROSTER_DIFFERS"
+    coordinator.close()
