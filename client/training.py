@@ -26,6 +26,15 @@ from fedmosaic.client.sampling import EpochSampler
 from fedmosaic.privacy.configuration import Frozen
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
+__all__ = [
+    "EpochSampler",
+    "Progress",
+    "TrainingReport",
+    "TrainingSettings",
+    "train_local",
+    "trainable_by_role",
+]
+
 Role = Literal["adapter", "shared", "gate"]
 Progress = Callable[[int, int, float], None]
 """Called after every optimizer step with the step (from 1), the planned steps and the step's mean loss.

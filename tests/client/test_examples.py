@@ -1,0 +1,202 @@
+"""Examples: reading, encoding, padding."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from fedmosaic.client.examples import (
+    IGNORED,
+    EncodedExample,
+    Example,
+    collate,
+    encode_examples,
+    length_buckets,
+    padding_token,
+    prompt_tokens,
+    read_examples,
+)
+from fedmosaic.protos.errors import ConfigurationError, ModelError
+
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+UNKNOWN = {"unk_token": "<unk>"}
+CHAT_TEMPLATE = (
+    "{% for message in messages %}user {{ message.content }} {% endfor %}"
+    "{% if add_generation_prompt %}bot{% endif %}"
+)
+WORDS = ["<s>", "</s>", "<pad>", "<unk>", "user", "bot", *"abcdefghijklmnopqrstuvwxyz"]
+
+
+def make_tokenizer(chat: bool = False, bos: bool = True) -> PreTrainedTokenizerFast:
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, **UNKNOWN))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if bos:
+        raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **SPECIAL)
+    if chat:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def tokens(text: str) -> list[int]:
+    return [WORDS.index(word) for word in text.split()]
+
+
+def write(path: Path, *records: object) -> Path:
+    path.write_text("\n".join(json.dumps(record, ensure_ascii=False) for record in records), encoding="utf-8")
+    return path
+
+
+def test_reads_what_was_written(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "data.jsonl",
+        {"id": "1", "prompt": "a\u2028b", "answer": "c", "choices": ["c", "d"]},
+        {"id": "2", "prompt": "e", "answer": "f"},
+    )
+    first, second = read_examples(path)
+    assert first == Example("1", "a\u2028b", "c", ("c", "d"))
+    assert second.choices == ()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"id": "1", "prompt": "secret", "answer": ""},
+        {"id": "1", "prompt": "  ", "answer": "secret"},
+        {"id": 1, "prompt": "secret", "answer": "a"},
+        {"id": "1", "prompt": "secret", "answer": "a", "choices": ["b"]},
+        {"id": "1", "prompt": "secret", "answer": "a", "choices": ["a", "a"]},
+        {"id": "1", "prompt": "secret", "answer": "a", "choices": "a"},
+        {"id": "1", "prompt": "secret", "answer": "a", "secret": 1},
+        {"id": "1", "answer": "secret"},
+        ["secret"],
+    ],
+)
+def test_a_bad_record_is_refused_by_line_without_its_contents(tmp_path: Path, record: object) -> None:
+    good = {"id": "0", "prompt": "p", "answer": "a"}
+    with pytest.raises(ConfigurationError, match="line 2") as caught:
+        read_examples(write(tmp_path / "data.jsonl", good, record))
+    assert "secret" not in str(caught.value)
+
+
+def test_broken_json_is_refused_without_its_contents(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"id": "1", "prompt": "secret')
+    with pytest.raises(ConfigurationError, match="line 1") as caught:
+        read_examples(path)
+    assert "secret" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+def test_missing_empty_and_repeated(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="cannot read"):
+        read_examples(tmp_path / "absent.jsonl")
+    with pytest.raises(ConfigurationError, match="no example"):
+        read_examples(write(tmp_path / "empty.jsonl"))
+    record = {"id": "1", "prompt": "p", "answer": "a"}
+    with pytest.raises(ConfigurationError, match="twice"):
+        read_examples(write(tmp_path / "twice.jsonl", record, record))
+
+
+def test_private_text_is_not_in_the_representation() -> None:
+    assert "secret" not in repr(Example("1", "secret", "secret", ("secret",)))
+
+
+def test_only_answer_and_end_are_supervised() -> None:
+    (encoded,) = encode_examples(make_tokenizer(), [Example("1", "a b c", "d e")], 16)
+    assert encoded.input_ids.tolist() == tokens("<s> a b c d e </s>")
+    assert encoded.labels.tolist() == [IGNORED] * 4 + tokens("d e </s>")
+
+
+def test_the_chat_template_is_used_without_a_second_start_token() -> None:
+    (encoded,) = encode_examples(make_tokenizer(chat=True), [Example("1", "a b", "d")], 16)
+    assert encoded.input_ids.tolist() == tokens("user a b bot d </s>")
+    assert encoded.labels.tolist() == [IGNORED] * 4 + tokens("d </s>")
+
+
+def test_an_end_token_that_the_tokenizer_adds_is_taken_off_the_prompt() -> None:
+    tokenizer = make_tokenizer(bos=False)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    assert prompt_tokens(tokenizer, "a b") == tokens("a b")
+
+
+@settings(max_examples=40, deadline=None)
+@given(prompt=st.integers(1, 12), answer=st.integers(1, 4), room=st.integers(3, 20))
+def test_the_answer_survives_any_truncation(prompt: int, answer: int, room: int) -> None:
+    example = Example("1", " ".join("abcdefghijkl"[:prompt]), " ".join("wxyz"[:answer]))
+    if room < answer + 2:
+        with pytest.raises(ConfigurationError, match="leaves no room"):
+            encode_examples(make_tokenizer(), [example], room)
+        return
+    (encoded,) = encode_examples(make_tokenizer(), [example], room)
+    assert len(encoded.input_ids) == min(room, 1 + prompt + answer + 1)
+    assert encoded.labels[-answer - 1 :].tolist() == tokens(example.answer + " </s>")
+    assert (encoded.labels[: -answer - 1] == IGNORED).all()
+    context = encoded.input_ids[: -answer - 1].tolist()
+    if len(context) > 1:
+        assert context == [0, *tokens(example.prompt)[-(len(context) - 1) :]]
+    else:
+        assert context == tokens(example.prompt)[-1:]
+
+
+@pytest.mark.parametrize("example", [Example("1", "", "a"), Example("1", "a", " ")])
+def test_empty_texts_are_refused(example: Example) -> None:
+    with pytest.raises(ConfigurationError, match="example 2 has an empty"):
+        encode_examples(make_tokenizer(), [Example("0", "a", "b"), example], 16)
+
+
+def test_no_example_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="no example"):
+        encode_examples(make_tokenizer(), [], 16)
+
+
+def test_a_tokenizer_without_end_is_refused() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ModelError, match="end-of-sequence"):
+        encode_examples(tokenizer, [Example("1", "a", "b")], 16)
+
+
+def test_padding_token_falls_back_to_the_end() -> None:
+    tokenizer = make_tokenizer()
+    assert padding_token(tokenizer) == 2
+    tokenizer.pad_token = None
+    assert padding_token(tokenizer) == 1
+    tokenizer.eos_token = None
+    with pytest.raises(ModelError):
+        padding_token(tokenizer)
+
+
+def test_collate_pads_on_the_right() -> None:
+    rows = [
+        EncodedExample("1", torch.tensor([5, 6, 7]), torch.tensor([IGNORED, 6, 7])),
+        EncodedExample("2", torch.tensor([8, 9]), torch.tensor([IGNORED, 9])),
+    ]
+    batch = collate(rows, 2)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 2]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, 6, 7], [IGNORED, 9, IGNORED]]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    with pytest.raises(ModelError, match="empty batch"):
+        collate([], 2)
+
+
+@given(lengths=st.lists(st.integers(1, 50), max_size=30), batch_size=st.integers(1, 7))
+def test_buckets_are_a_partition_sorted_by_length(lengths: list[int], batch_size: int) -> None:
+    buckets = list(length_buckets(lengths, batch_size))
+    flat = [index for bucket in buckets for index in bucket]
+    assert sorted(flat) == list(range(len(lengths)))
+    assert all(1 <= len(bucket) <= batch_size for bucket in buckets)
+    assert [lengths[index] for index in flat] == sorted(lengths, reverse=True)
+
+
+def test_buckets_need_a_size() -> None:
+    with pytest.raises(ConfigurationError, match="batch_size is 0"):
+        list(length_buckets([1], 0))
