@@ -206,10 +206,10 @@ def _gaussian_bounds(mu: float) -> AttackBounds:
 
 
 def _equivalent_mu(curve: PrivacyCurve, delta: float) -> float:
-    relevant = (curve.epsilons >= 0.0) & (curve.deltas >= delta)
-    epsilons, deltas = curve.epsilons[relevant], curve.deltas[relevant]
-    if not epsilons.size:
-        return 0.0
+    epsilons, deltas = curve.epsilons[curve.epsilons >= 0.0], curve.deltas[curve.epsilons >= 0.0]
+    # One point more than reach δ, so that the last stretch down to δ is covered as well.
+    count = min(epsilons.size, int(np.count_nonzero(deltas >= delta)) + 1)
+    epsilons, deltas = epsilons[:count], deltas[:count]
     low, high = np.full(epsilons.shape, 1e-6), np.full(epsilons.shape, 1e3)
     # δ of a Gaussian grows with μ at every ε, so each point is solved on its own and the worst counts.
     for _ in range(80):
