@@ -340,7 +340,7 @@ class Coordinator:
         for line in closed.refusals:
             log.warning("%s", line)
         log.info("%s", self.describe().message)
-        write_summary(self.settings.state_dir, self.summary())
+        self._write_summary()
 
     def _open_next(self, number: int, closed: ClosedRound) -> None:
         now = self._clock()
@@ -365,7 +365,7 @@ class Coordinator:
         self._admission.check_member(client_id)
         bounds.check_bytes("report.statement", statement, 2, bounds.MAX_STATEMENT_BYTES)
         try:
-            parsed = json.loads(statement)
+            parsed = json.loads(statement, parse_constant=_no_constant)
         except (ValueError, RecursionError):
             parsed = None
         if not isinstance(parsed, dict):
@@ -377,7 +377,7 @@ class Coordinator:
             )
         with self._lock:
             self._store.add_report(client_id, statement, time.time())
-        write_summary(self.settings.state_dir, self.summary())
+        self._write_summary()
 
     def post_key_message(self, client_id: str, message: KeyMessage) -> None:
         """Relay a message of the key agreement; the first one in its place counts."""
@@ -416,8 +416,16 @@ class Coordinator:
         with self._lock:
             return summarise(self.settings, self._store, self._round)
 
+    def _write_summary(self) -> None:
+        with self._lock:
+            write_summary(self.settings.state_dir, self.summary())
+
     def close(self) -> None:
         """Write the summary and let go of the state."""
-        write_summary(self.settings.state_dir, self.summary())
+        self._write_summary()
         self._store.close()
         self._blobs.close()
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")

@@ -101,11 +101,12 @@ def corrected_cosine(vectors_NK: FloatArray, variances_N: FloatArray) -> Relevan
     count, dimensions = vectors_NK.shape
     usable_N, _ = _unit_rows(vectors_NK)
     usable_N &= np.isfinite(variances_N) & (variances_N >= 0.0)
-    # Cosine is scale-free; one common scale keeps the squares of extreme float32 values in range.
-    largest = np.max(np.abs(vectors_NK[usable_N]), initial=0.0)
-    scale = float(max(largest, math.sqrt(np.max(variances_N[usable_N], initial=0.0)))) or 1.0
-    y_NK = np.where(usable_N[:, None], vectors_NK, 0.0) / scale
-    v_N = np.where(usable_N, variances_N, 0.0) / scale / scale
+    # Cosine is free of each client's scale; scaling each by its own keeps all squares in range.
+    y_NK = np.where(usable_N[:, None], vectors_NK, 0.0)
+    v_N = np.where(usable_N, variances_N, 0.0)
+    scale_N = np.maximum(np.max(np.abs(y_NK), axis=1, initial=0.0), np.sqrt(v_N))
+    scale_N = np.where(usable_N, scale_N, 1.0)
+    y_NK, v_N = y_NK / scale_N[:, None], v_N / scale_N / scale_N
     guard_N = math.sqrt(2.0 * dimensions) * v_N
     norm_N = np.einsum("nk,nk->n", y_NK, y_NK) - dimensions * v_N
     significant_N = usable_N & (norm_N > 0.0) & (norm_N >= SIGNIFICANCE_GUARDS * guard_N)

@@ -1,10 +1,13 @@
 """Messages survive the wire unchanged, and bytes that are no message are refused."""
 
+import contextlib
 import hashlib
+import itertools
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis.extra import numpy as hnp
 
@@ -67,9 +70,7 @@ enrolled = st.integers(1, 50).flatmap(
     )
 )
 receipts = st.builds(Receipt, st.sampled_from(ReceiptStatus), rounds, hashes)
-statuses = st.builds(
-    RoundStatus, rounds, st.sampled_from(Phase), names, names, st.floats(0.0, 1e9), texts
-)
+statuses = st.builds(RoundStatus, rounds, st.sampled_from(Phase), names, names, st.floats(0.0, 1e9), texts)
 key_messages = st.builds(
     KeyMessage,
     epochs,
@@ -86,9 +87,7 @@ def weight_rows(draw: st.DrawFn) -> SectionWeights:
     cuts = sorted(draw(st.lists(st.integers(0, 1 << bits), min_size=len(contributors) - 1,
                                 max_size=len(contributors) - 1)))  # fmt: skip
     edges = [0, *cuts, 1 << bits]
-    return SectionWeights(
-        tuple(contributors), tuple(b - a for a, b in zip(edges, edges[1:], strict=False)), bits
-    )
+    return SectionWeights(tuple(contributors), tuple(b - a for a, b in itertools.pairwise(edges)), bits)
 
 
 @st.composite
@@ -145,9 +144,7 @@ def test_aggregate_round_trip_through_chunks_of_any_size(value: Aggregate, chunk
     payloads = [section.payload for section in value.sections]
     stream = b"".join(payloads)
     header = again(
-        wire.encode_aggregate_header(
-            value, [len(p) for p in payloads], hashlib.sha256(stream).digest(), 0
-        )
+        wire.encode_aggregate_header(value, [len(p) for p in payloads], hashlib.sha256(stream).digest(), 0)
     )
     received = bytearray()
     for chunk in wire.chunks(payloads, 0, chunk_bytes):
@@ -178,13 +175,11 @@ def test_arbitrary_bytes_are_a_message_or_a_wire_error(noise: bytes) -> None:
     ):
         try:
             message = kind.FromString(noise)  # type: ignore[attr-defined]
-        except Exception as error:
-            assert type(error).__name__ == "DecodeError"
+        except DecodeError:
             continue
-        try:
+        # Any other exception than a refusal fails the test.
+        with contextlib.suppress(WireError):
             decode(message)  # type: ignore[operator]
-        except WireError as error:
-            assert str(error)
 
 
 def test_a_damaged_aggregate_is_noticed() -> None:

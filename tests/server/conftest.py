@@ -1,0 +1,146 @@
+"""A federation made up for tests: settings, keys, uploads. No model and no network."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedmosaic.privacy.encryption.layout import upload_header
+from fedmosaic.privacy.encryption.parameters import PlainParameters
+from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
+from fedmosaic.privacy.policy import AggregationPolicy
+from fedmosaic.protos.messages import PROTOCOL_VERSION, Enrolment, Profile, Section, Upload
+from fedmosaic.protos.signing import sign_upload
+from fedmosaic.server.coordinator import Coordinator
+from fedmosaic.server.settings import ServerSettings
+
+CLIENTS = ("clinic-a", "clinic-b", "clinic-c", "clinic-d", "clinic-e")
+DIMENSIONS = 12
+PROFILE_DIMENSIONS = 8
+
+
+class Clock:
+    """Time that passes only when told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class TestFederation:
+    """Members with their keys, and what they send."""
+
+    __test__ = False
+    clients: tuple[str, ...] = CLIENTS
+    dimensions: int = DIMENSIONS
+    keys: dict[str, Ed25519PrivateKey] = field(default_factory=dict)
+    parameters: PlainParameters = field(default_factory=PlainParameters)
+    roster_hash: bytes = hashlib.sha256(b"roster").digest()
+    adapter_hash: bytes = hashlib.sha256(b"adapter").digest()
+
+    def __post_init__(self) -> None:
+        self.keys = {client: Ed25519PrivateKey.generate() for client in self.clients}
+
+    def settings(self, state_dir: Path, **changes: Any) -> ServerSettings:
+        values: dict[str, Any] = {
+            "federation": "fed",
+            "members": {c: key.public_key().public_bytes_raw() for c, key in self.keys.items()},
+            "roster_hash": self.roster_hash,
+            "adapter_spec_hashes": (self.adapter_hash,),
+            "shared_dimensions": self.dimensions,
+            "profile_dimensions": PROFILE_DIMENSIONS,
+            "profile_noise_variance": 0.0,
+            "rounds": 3,
+            "quorum": min(4, len(self.clients)),
+            "round_deadline_seconds": 60.0,
+            "policy": AggregationPolicy(minimum_contributors=min(3, len(self.clients) - 1)),
+            "encryption": self.parameters,
+            "state_dir": state_dir,
+            "durable": False,
+        }
+        return ServerSettings(**(values | changes))
+
+    def enrolment(self, **changes: Any) -> Enrolment:
+        values: dict[str, Any] = {
+            "protocol_version": PROTOCOL_VERSION,
+            "federation": "fed",
+            "roster_hash": self.roster_hash,
+            "adapter_spec_hash": self.adapter_hash,
+            "family": "",
+            "software": "fedmosaic test",
+        }
+        return Enrolment(**(values | changes))
+
+    def vector(self, client: str, round_number: int, dimensions: int | None = None) -> np.ndarray:
+        seed = int.from_bytes(hashlib.sha256(f"{client}/{round_number}".encode()).digest()[:8], "little")
+        size = dimensions or self.dimensions
+        return np.random.default_rng(seed).uniform(-1.0, 1.0, size).astype(np.float32)
+
+    def profile(self, client: str, round_number: int = 1) -> Profile:
+        return Profile(self.vector(client, -round_number, PROFILE_DIMENSIONS), 0.0, 1)
+
+    def record(
+        self, client: str, round_number: int, vector: np.ndarray, label: str = "shared", epoch: int = 0
+    ) -> bytes:
+        context = RoundContext("fed", epoch, round_number, label, vector.size)
+        head = upload_header(self.parameters, context, client).encode(bytes(16))
+        return head + vector.astype("<f4").tobytes()
+
+    def upload(self, run_id: str, client: str, round_number: int, **changes: Any) -> Upload:
+        values: dict[str, Any] = {
+            "federation": "fed",
+            "run_id": run_id,
+            "round_number": round_number,
+            "client_id": client,
+            "key_epoch": 0,
+            "attempt_id": f"{client}-{round_number}",
+            "sections": (
+                Section("shared", self.record(client, round_number, self.vector(client, round_number))),
+            ),
+            "profile": self.profile(client, round_number),
+        }
+        key = changes.pop("key", self.keys[client])
+        return sign_upload(key, **(values | changes))
+
+    def values(self, payload: bytes) -> np.ndarray:
+        """The vector inside a plain aggregate."""
+        return np.frombuffer(payload[HEADER_BYTES:], dtype="<f4")
+
+    def play(
+        self, coordinator: Coordinator, round_number: int, clients: tuple[str, ...] | None = None
+    ) -> None:
+        """Enrol, push and close one round."""
+        for client in clients or self.clients:
+            coordinator.enrol(client, self.enrolment())
+            coordinator.push(client, self.upload(coordinator.run_id, client, round_number))
+        coordinator.advance()
+
+
+@pytest.fixture
+def federation() -> TestFederation:
+    return TestFederation()
+
+
+@pytest.fixture
+def make_federation() -> Callable[..., TestFederation]:
+    return TestFederation
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def coordinator(federation: TestFederation, clock: Clock, tmp_path: Path) -> Any:
+    made = Coordinator(federation.settings(tmp_path / "state"), clock)
+    yield made
+    made.close()

@@ -1,0 +1,542 @@
+"""The coordinator: whole runs without a network, faults, restarts."""
+
+import hashlib
+import json
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedmosaic.privacy.encryption.records import HEADER_BYTES
+from fedmosaic.privacy.policy import AggregationPolicy
+from fedmosaic.protos.errors import StateError
+from fedmosaic.protos.messages import (
+    Phase,
+    Profile,
+    ReceiptStatus,
+    Section,
+    SectionHeader,
+    UploadHeader,
+)
+from fedmosaic.protos.refusal import Refusal, RefusalKind
+from fedmosaic.server.coordinator import Coordinator
+from fedmosaic.server.relevance import relevance, softmax_weights
+
+ACCEPTED, DUPLICATE, LATE = ReceiptStatus.ACCEPTED, ReceiptStatus.DUPLICATE, ReceiptStatus.LATE
+
+
+def refused(reason: str) -> Any:
+    return pytest.raises(Refusal, check=lambda error: error.reason == reason)
+
+
+def crash(coordinator: Coordinator) -> None:
+    """Let go of the state without a word, as a killed process would."""
+    coordinator._store.close()
+    coordinator._blobs.close()
+
+
+def test_a_run_gives_the_weighted_sums_of_the_uploads(federation: Any, coordinator: Any) -> None:
+    for number in (1, 2, 3):
+        federation.play(coordinator, number)
+        profiles = [federation.profile(c, number) for c in federation.clients]
+        exact = softmax_weights(relevance(profiles, "corrected"), 0.5, np.ones(5, dtype=bool))
+        uploads = np.stack([federation.vector(c, number) for c in federation.clients])
+        for i, client in enumerate(federation.clients):
+            aggregate = coordinator.pull(client, number + 1)
+            assert aggregate.round == number + 1
+            (section,) = aggregate.sections
+            assert client not in section.row.contributors
+            # A cap of ½ may change a row; the sum is that of the row which is told.
+            shares = np.zeros(5)
+            for name, weight in zip(section.row.contributors, section.row.weights, strict=True):
+                shares[federation.clients.index(name)] = weight / 2**section.row.bits
+            np.testing.assert_allclose(federation.values(section.payload), shares @ uploads, atol=1e-6)
+            if exact[i].max() < 0.5:
+                np.testing.assert_allclose(shares, exact[i], atol=2.0**-14)
+    status = coordinator.status("clinic-a")
+    assert (status.phase, status.round) == (Phase.FINISHED, 4)
+
+
+def test_before_round_one_there_is_nothing_and_before_a_round_opens_one_waits(
+    federation: Any, coordinator: Any
+) -> None:
+    first = coordinator.pull("clinic-a", 1)
+    assert (first.round, first.sections, first.upload_key_epoch) == (1, (), 0)
+    assert coordinator.pull("clinic-a", 2) is None
+    federation.play(coordinator, 1)
+    assert coordinator.pull("clinic-a", 2).round == 2
+    # A client that asks for a round that is over gets the one that is open.
+    assert coordinator.pull("clinic-a", 1).round == 2
+    with refused("ROUND_OUT_OF_RANGE"):
+        coordinator.pull("clinic-a", 5)
+
+
+def test_repeated_late_and_changed_pushes(federation: Any, coordinator: Any, clock: Any) -> None:
+    run = coordinator.run_id
+    upload = federation.upload(run, "clinic-a", 1)
+    assert coordinator.push("clinic-a", upload).status is ACCEPTED
+    assert coordinator.push("clinic-a", upload).status is DUPLICATE
+    changed = federation.upload(run, "clinic-a", 1, profile=federation.profile("clinic-a", 9))
+    with refused("UPLOAD_DIFFERS"):
+        coordinator.push("clinic-a", changed)
+    with refused("ROUND_NOT_OPEN"):
+        coordinator.push("clinic-a", federation.upload(run, "clinic-a", 2))
+    for client in federation.clients[1:4]:
+        coordinator.push(client, federation.upload(run, client, 1))
+    clock.now += 60
+    assert coordinator.advance()
+    late = coordinator.push("clinic-e", federation.upload(run, "clinic-e", 1))
+    assert (late.status, late.round) == (LATE, 2)
+    assert coordinator.push("clinic-a", upload).status is DUPLICATE
+
+
+def test_a_late_upload_leaves_no_profile_behind(federation: Any, coordinator: Any, clock: Any) -> None:
+    for client in federation.clients[:4]:
+        coordinator.push(client, federation.upload(coordinator.run_id, client, 1))
+    clock.now += 60
+    coordinator.advance()
+    coordinator.push("clinic-e", federation.upload(coordinator.run_id, "clinic-e", 1))
+    assert set(coordinator._store.profiles()) == set(federation.clients[:4])
+
+
+def test_below_the_quorum_the_round_goes_on_and_says_so(
+    federation: Any, coordinator: Any, clock: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    coordinator.push("clinic-a", federation.upload(coordinator.run_id, "clinic-a", 1))
+    clock.now += 60
+    with caplog.at_level(logging.WARNING):
+        coordinator.advance()
+    assert "deadline passed with 1 contributions, the quorum is 4" in caplog.text
+    status = coordinator.status("clinic-a")
+    assert status.round == 1
+    assert status.seconds_left == 60.0
+    assert "deadline extended 1 ×" in status.message
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "kind"),
+    [
+        ({"protocol_version": 2}, "PROTOCOL_VERSION", RefusalKind.PRECONDITION),
+        ({"federation": "other"}, "FEDERATION_DIFFERS", RefusalKind.PRECONDITION),
+        ({"roster_hash": bytes(32)}, "ROSTER_DIFFERS", RefusalKind.PRECONDITION),
+        ({"adapter_spec_hash": bytes(32)}, "ADAPTER_DIFFERS", RefusalKind.PRECONDITION),
+        ({"family": "llama"}, "FAMILY_DIFFERS", RefusalKind.PRECONDITION),
+    ],
+)
+def test_enrolment_compares_the_terms(
+    federation: Any, coordinator: Any, change: Any, reason: str, kind: RefusalKind
+) -> None:
+    with pytest.raises(Refusal) as error:
+        coordinator.enrol("clinic-a", federation.enrolment(**change))
+    assert (error.value.reason, error.value.kind) == (reason, kind)
+    assert error.value.remedy
+
+
+def test_a_version_mismatch_names_both_versions(federation: Any, coordinator: Any) -> None:
+    with pytest.raises(Refusal, match=r"client speaks protocol 7, the server 1.*update the server"):
+        coordinator.enrol("clinic-a", federation.enrolment(protocol_version=7))
+
+
+def test_strangers_are_refused_everywhere(federation: Any, coordinator: Any) -> None:
+    upload = federation.upload(coordinator.run_id, "clinic-a", 1)
+    for call in (
+        lambda: coordinator.enrol("mallory", federation.enrolment()),
+        lambda: coordinator.push("mallory", upload),
+        lambda: coordinator.pull("mallory", 1),
+        lambda: coordinator.status("mallory"),
+        lambda: coordinator.report("mallory", b"{}"),
+        lambda: coordinator.read_key_messages("mallory", 1, "opening"),
+    ):
+        with refused("NOT_ON_ROSTER"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        lambda f, run: f.upload(run, "clinic-a", 1, key=f.keys["clinic-b"]),
+        lambda f, run: f.upload(run, "clinic-b", 1),
+        lambda f, run: f.upload("0" * 32, "clinic-a", 1),
+        lambda f, run: f.upload(run, "clinic-a", 1, federation="other"),
+        lambda f, run: f.upload(run, "clinic-a", 1, key_epoch=1).__class__(
+            1, "x", 0, f.upload(run, "clinic-a", 1).sections, None, bytes(64)
+        ),
+    ],
+    ids=["another key", "another client", "another run", "another federation", "no signature"],
+)
+def test_an_upload_must_be_signed_by_its_client_for_this_run(
+    federation: Any, coordinator: Any, forge: Callable[..., Any]
+) -> None:
+    with refused("SIGNATURE_INVALID"):
+        coordinator.push("clinic-a", forge(federation, coordinator.run_id))
+    assert (
+        coordinator.push("clinic-a", federation.upload(coordinator.run_id, "clinic-a", 1)).status is ACCEPTED
+    )
+
+
+def test_an_announcement_of_two_gibibytes_is_refused_before_anything_is_allocated(
+    federation: Any, coordinator: Any, tmp_path: Path
+) -> None:
+    section = SectionHeader("shared", 2 << 30, bytes(32))
+    header = UploadHeader(1, "a", 0, (section,), None, bytes(64))
+    with pytest.raises(Refusal, match="2147483648 bytes was announced, at most 1073741824") as error:
+        coordinator.announce("clinic-a", header)
+    assert error.value.kind is RefusalKind.TOO_LARGE
+    assert not list((tmp_path / "state" / "spool").iterdir())
+
+
+def test_the_size_of_a_section_is_known_beforehand(federation: Any, coordinator: Any) -> None:
+    upload = federation.upload(
+        coordinator.run_id, "clinic-a", 1, sections=(Section("shared", bytes(HEADER_BYTES + 4 * 12 + 4)),)
+    )
+    with refused("WRONG_SIZE"):
+        coordinator.push("clinic-a", upload)
+    family = federation.upload(coordinator.run_id, "clinic-a", 1, sections=(Section("family", b"x"),))
+    with refused("UNEXPECTED_SECTION"):
+        coordinator.push("clinic-a", family)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+def test_a_vector_that_cannot_be_used_is_refused_and_the_others_finish(
+    federation: Any, coordinator: Any, bad: float, tmp_path: Path, clock: Any
+) -> None:
+    vector = federation.vector("clinic-a", 1)
+    vector[3] = bad
+    sections = (Section("shared", federation.record("clinic-a", 1, vector)),)
+    with refused("PAYLOAD_UNUSABLE"):
+        coordinator.push("clinic-a", federation.upload(coordinator.run_id, "clinic-a", 1, sections=sections))
+    assert not list((tmp_path / "state" / "spool").iterdir())
+    for client in federation.clients[1:]:
+        coordinator.enrol(client, federation.enrolment())
+        coordinator.push(client, federation.upload(coordinator.run_id, client, 1))
+    clock.now += 60
+    coordinator.advance()
+    section = coordinator.pull("clinic-b", 2).sections[0]
+    assert "clinic-a" not in section.row.contributors
+    assert np.isfinite(federation.values(section.payload)).all()
+
+
+@pytest.mark.parametrize(
+    ("label", "client", "number", "epoch"),
+    [
+        ("family:x", "clinic-a", 1, 0),
+        ("shared", "clinic-b", 1, 0),
+        ("shared", "clinic-a", 2, 0),
+        ("shared", "clinic-a", 1, 1),
+    ],
+)
+def test_a_record_made_for_another_place_is_refused(
+    federation: Any, coordinator: Any, label: str, client: str, number: int, epoch: int
+) -> None:
+    record = federation.record(client, number, federation.vector("clinic-a", 1), label, epoch)
+    upload = federation.upload(coordinator.run_id, "clinic-a", 1, sections=(Section("shared", record),))
+    with refused("PAYLOAD_UNUSABLE"):
+        coordinator.push("clinic-a", upload)
+
+
+def test_bytes_other_than_announced_are_refused(federation: Any, coordinator: Any) -> None:
+    header = federation.upload(coordinator.run_id, "clinic-a", 1).header()
+    ticket = coordinator.announce("clinic-a", header)
+    ticket.spool.write_bytes(bytes(ticket.size))
+    with refused("PAYLOAD_DIFFERS"):
+        coordinator.commit("clinic-a", header, ticket)
+    assert not ticket.spool.exists()
+
+
+def test_profiles_must_be_those_of_the_agreed_mechanism(
+    make_federation: Any, tmp_path: Path, clock: Any
+) -> None:
+    federation = make_federation()
+    settings = federation.settings(tmp_path / "noisy", profile_noise_variance=4.0)
+    coordinator = Coordinator(settings, clock)
+
+    def push(variance: float, releases: int, size: int = 8) -> Any:
+        profile = Profile(np.ones(size, dtype=np.float32), variance, releases)
+        upload = federation.upload(coordinator.run_id, "clinic-a", 1, profile=profile)
+        return coordinator.push("clinic-a", upload)
+
+    with refused("PROFILE_DIMENSIONS"):
+        push(4.0, 1, size=9)
+    for variance, releases in ((4.1, 1), (0.0, 1), (1.9, 2), (3.9, 1)):
+        with refused("PROFILE_NOISE"):
+            push(variance, releases)
+    # An exponential average with decay ½ over two releases: (¼ + ¼) · 4.
+    assert push(2.0, 2).status is ACCEPTED
+    coordinator.close()
+
+
+def test_who_sends_no_profile_receives_uniform_weights_and_is_reported(
+    federation: Any, coordinator: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    for client in federation.clients:
+        coordinator.enrol(client, federation.enrolment())
+        changes = {"profile": None} if client == "clinic-a" else {}
+        coordinator.push(client, federation.upload(coordinator.run_id, client, 1, **changes))
+    with caplog.at_level(logging.WARNING):
+        coordinator.advance()
+    assert "uniform weights for: clinic-a" in caplog.text
+    assert set(coordinator.pull("clinic-a", 2).sections[0].row.weights) == {2**13}
+    assert coordinator.summary()["results"][0]["uniform_weights_for"] == ["clinic-a"]
+
+
+def test_the_last_profile_stays_in_use(federation: Any, coordinator: Any) -> None:
+    federation.play(coordinator, 1)
+    for client in federation.clients:
+        coordinator.push(client, federation.upload(coordinator.run_id, client, 2, profile=None))
+    coordinator.advance()
+    first, second = coordinator.summary()["results"]
+    assert first["similarity"] == second["similarity"]
+    assert first["weights"] == second["weights"]
+
+
+def test_an_abstaining_client_receives_but_does_not_contribute(federation: Any, coordinator: Any) -> None:
+    for client in federation.clients:
+        coordinator.enrol(client, federation.enrolment())
+        changes = {"sections": ()} if client == "clinic-e" else {}
+        receipt = coordinator.push(client, federation.upload(coordinator.run_id, client, 1, **changes))
+        assert receipt.status is ACCEPTED
+    coordinator.advance()
+    assert coordinator.status("clinic-a").round == 2
+    assert len(coordinator.pull("clinic-e", 2).sections[0].row.contributors) == 4
+    assert "clinic-e" not in coordinator.pull("clinic-a", 2).sections[0].row.contributors
+
+
+def test_where_the_policy_cannot_be_kept_the_recipient_is_told_and_trains_alone(
+    make_federation: Any, tmp_path: Path, clock: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    federation = make_federation(clients=("a", "b", "c", "d"))
+    settings = federation.settings(tmp_path / "s", quorum=3)
+    coordinator = Coordinator(settings, clock)
+    for client in ("a", "b", "c", "d"):
+        coordinator.enrol(client, federation.enrolment())
+    for client in ("a", "b", "c"):
+        coordinator.push(client, federation.upload(coordinator.run_id, client, 1))
+    clock.now += 60
+    with caplog.at_level(logging.WARNING):
+        coordinator.advance()
+    section = coordinator.pull("a", 2).sections[0]
+    assert (section.row, section.payload) == (None, b"")
+    assert "2 contributors other than the recipient" in section.refusal
+    assert coordinator.pull("d", 2).sections[0].row is not None
+    assert "a trains alone" in caplog.text
+    coordinator.close()
+
+
+def test_who_had_not_enrolled_is_told_so(federation: Any, coordinator: Any, clock: Any) -> None:
+    federation.play(coordinator, 1, federation.clients[:4])
+    clock.now += 60
+    coordinator.advance()
+    section = coordinator.pull("clinic-e", 2).sections[0]
+    assert section.row is None
+    assert "had not enrolled" in section.refusal
+
+
+def test_families_share_a_second_section(make_federation: Any, tmp_path: Path, clock: Any) -> None:
+    names = ("a", "b", "c", "d", "e", "f")
+    federation = make_federation(clients=names)
+    families = {name: "llama" for name in "abcd"} | {"e": "qwen"}
+    settings = federation.settings(
+        tmp_path / "s", families=families, family_dimensions={"llama": 5}, quorum=6
+    )
+    coordinator = Coordinator(settings, clock)
+    for name in names:
+        coordinator.enrol(name, federation.enrolment(family=families.get(name, "")))
+        sections = [Section("shared", federation.record(name, 1, federation.vector(name, 1)))]
+        if name in "abcd":
+            vector = federation.vector(name + "f", 1, 5)
+            sections.append(Section("family", federation.record(name, 1, vector, "family:llama")))
+        coordinator.push(name, federation.upload(coordinator.run_id, name, 1, sections=tuple(sections)))
+    coordinator.advance()
+    shared, family = coordinator.pull("a", 2).sections
+    assert set(shared.row.contributors) == set("bcdef")
+    assert set(family.row.contributors) == set("bcd")
+    vectors = np.stack([federation.vector(n + "f", 1, 5) for n in family.row.contributors])
+    expected = np.array(family.row.weights) / 2**family.row.bits @ vectors
+    np.testing.assert_allclose(federation.values(family.payload), expected, atol=1e-6)
+    assert [s.name for s in coordinator.pull("e", 2).sections] == ["shared"]
+    coordinator.close()
+
+
+def test_a_killed_server_goes_on_with_its_round(federation: Any, tmp_path: Path, clock: Any) -> None:
+    settings = federation.settings(tmp_path / "state")
+    before = Coordinator(settings, clock)
+    federation.play(before, 1)
+    aggregate = before.pull("clinic-a", 2)
+    uploads = {c: federation.upload(before.run_id, c, 2) for c in federation.clients}
+    before.push("clinic-a", uploads["clinic-a"])
+    before.push("clinic-b", uploads["clinic-b"])
+    crash(before)
+    after = Coordinator(settings, clock)
+    assert after.run_id == before.run_id
+    status = after.status("clinic-a")
+    assert (status.round, status.arrived, status.seconds_left) == (2, ("clinic-a", "clinic-b"), 60.0)
+    assert after.pull("clinic-a", 2) == aggregate
+    assert after.push("clinic-a", uploads["clinic-a"]).status is DUPLICATE
+    for client in federation.clients[2:]:
+        assert after.push(client, uploads[client]).status is ACCEPTED
+    after.advance()
+    assert after.pull("clinic-e", 3).sections[0].row is not None
+    assert len(after.summary()["results"]) == 2
+    after.close()
+
+
+def test_a_kill_while_a_round_is_aggregated_repeats_it_with_the_same_result(
+    federation: Any, tmp_path: Path, clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = federation.settings(tmp_path / "state")
+    before = Coordinator(settings, clock)
+    for client in federation.clients:
+        before.enrol(client, federation.enrolment())
+        before.push(client, federation.upload(before.run_id, client, 1))
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    # The payloads of the aggregates are on disk, the row that names them is not.
+    monkeypatch.setattr(before._store, "close_round", killed)
+    with pytest.raises(Killed):
+        before.advance()
+    written = sorted((tmp_path / "state" / "aggregates").rglob("*.bin"))
+    first = {path.name: path.read_bytes() for path in written}
+    crash(before)
+    after = Coordinator(settings, clock)
+    assert after.pull("clinic-a", 2) is None
+    after.advance()
+    for client in federation.clients:
+        assert after.pull(client, 2).sections[0].payload == first[f"{client}.shared.bin"]
+    after.close()
+
+
+def test_a_round_that_cannot_be_aggregated_stays_open_and_is_tried_again(
+    federation: Any, coordinator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for client in federation.clients:
+        coordinator.push(client, federation.upload(coordinator.run_id, client, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(coordinator._blobs, "write", _no_space)
+        coordinator.enrol("clinic-a", federation.enrolment())
+        with pytest.raises(OSError, match="No space left"):
+            coordinator.advance()
+    assert coordinator.status("clinic-a").round == 1
+    coordinator.advance()
+    assert coordinator.status("clinic-a").round == 2
+
+
+def _no_space(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_two_servers_cannot_share_a_state(federation: Any, coordinator: Any, clock: Any) -> None:
+    with pytest.raises(StateError, match="in use by another server"):
+        Coordinator(coordinator.settings, clock)
+
+
+def test_a_state_of_other_terms_is_refused(federation: Any, tmp_path: Path, clock: Any) -> None:
+    Coordinator(federation.settings(tmp_path / "state"), clock).close()
+    with pytest.raises(StateError, match="whose adapter and profile differ"):
+        Coordinator(
+            federation.settings(tmp_path / "state", adapter_spec_hashes=(bytes(32),), profile_dimensions=9),
+            clock,
+        )
+
+
+def test_a_new_roster_goes_on_with_the_run_without_the_revoked_member(
+    federation: Any, tmp_path: Path, clock: Any
+) -> None:
+    before = Coordinator(federation.settings(tmp_path / "state"), clock)
+    for client in federation.clients:
+        before.enrol(client, federation.enrolment())
+        before.push(client, federation.upload(before.run_id, client, 1))
+    crash(before)
+    settings = federation.settings(tmp_path / "state", roster_hash=hashlib.sha256(b"second").digest())
+    members = {name: key for name, key in settings.members.items() if name != "clinic-e"}
+    after = Coordinator(settings.model_copy(update={"members": members}), clock)
+    after.advance()
+    section = after.pull("clinic-a", 2).sections[0]
+    assert "clinic-e" not in section.row.contributors
+    with refused("NOT_ON_ROSTER"):
+        after.pull("clinic-e", 2)
+    after.close()
+
+
+def test_old_payloads_are_removed(federation: Any, coordinator: Any, tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        federation.play(coordinator, number)
+    left = sorted(str(p.relative_to(tmp_path / "state")) for p in (tmp_path / "state").rglob("*.bin"))
+    assert {name.split("/")[1] for name in left if name.startswith("uploads")} == {"000003"}
+    assert {name.split("/")[1] for name in left if name.startswith("aggregates")} == {"000004"}
+
+
+def test_pushes_from_many_threads_are_each_stored_once(federation: Any, coordinator: Any) -> None:
+    uploads = {c: federation.upload(coordinator.run_id, c, 1) for c in federation.clients}
+    answers: list[tuple[str, ReceiptStatus]] = []
+
+    def push(client: str) -> None:
+        for _ in range(4):
+            answers.append((client, coordinator.push(client, uploads[client]).status))
+
+    threads = [threading.Thread(target=push, args=(c,)) for c in federation.clients]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for client in federation.clients:
+        mine = [status for name, status in answers if name == client]
+        assert (mine.count(ACCEPTED), mine.count(DUPLICATE)) == (1, 3)
+    assert coordinator.advance()
+
+
+def test_reports_are_json_objects_and_stand_in_the_summary(
+    federation: Any, coordinator: Any, tmp_path: Path
+) -> None:
+    coordinator.report("clinic-a", b'{"epsilon": 1.5}')
+    assert json.loads((tmp_path / "state" / "run.json").read_text())["statements"] == {
+        "clinic-a": {"epsilon": 1.5}
+    }
+    for bad in (b"[]", b"{1", b"[" * 100_000, b"\xff\xfe{}", b'{"epsilon": NaN}'):
+        with refused("NOT_JSON"):
+            coordinator.report("clinic-a", bad)
+
+
+def test_the_summary_tells_relevance_weights_and_traffic(federation: Any, coordinator: Any) -> None:
+    federation.play(coordinator, 1)
+    coordinator.pull("clinic-a", 2)
+    summary = json.loads(json.dumps(coordinator.summary(), allow_nan=False))
+    (result,) = summary["results"]
+    assert np.array(result["similarity"]).shape == (5, 5)
+    np.testing.assert_allclose(np.diag(result["similarity"]), 1.0)
+    shares = result["weights"]["shared"]["clinic-a"]
+    assert sum(shares.values()) == pytest.approx(1.0)
+    size = HEADER_BYTES + 4 * federation.dimensions
+    assert summary["traffic"]["clinic-a"] == {"received": size, "sent": size}
+
+
+def test_nothing_secret_or_private_is_in_the_summary(federation: Any, coordinator: Any) -> None:
+    federation.play(coordinator, 1)
+    text = json.dumps(coordinator.summary())
+    for client in federation.clients:
+        for value in federation.vector(client, 1)[:3]:
+            assert f"{value:.5f}" not in text
+
+
+def test_the_server_refuses_settings_under_which_nobody_could_receive(
+    federation: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="cannot receive anything"):
+        federation.settings(tmp_path, policy=AggregationPolicy(minimum_contributors=5))
+    with pytest.raises(ValueError, match="quorum is 6 with 5 members"):
+        federation.settings(tmp_path, quorum=6)
+    with pytest.raises(ValueError, match="mallory"):
+        federation.settings(tmp_path, families={"mallory": "x"})
+
+
+def test_settings_survive_a_file(federation: Any, tmp_path: Path) -> None:
+    settings = federation.settings(tmp_path)
+    assert type(settings).model_validate_json(settings.model_dump_json()) == settings

@@ -1,0 +1,219 @@
+"""The key board behind the coordinator: one epoch per round, nothing before all hold the key."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedmosaic.privacy.encryption.layout import upload_header
+from fedmosaic.privacy.encryption.parameters import MaskParameters
+from fedmosaic.privacy.encryption.records import RoundContext
+from fedmosaic.protos.messages import KeyMessage, ReceiptStatus, Section
+from fedmosaic.protos.refusal import Refusal
+from fedmosaic.server.coordinator import Coordinator
+
+BITS = MaskParameters().weight_bits
+
+
+def refused(reason: str) -> Any:
+    return pytest.raises(Refusal, check=lambda error: error.reason == reason)
+
+
+@pytest.fixture
+def settings(federation: Any, tmp_path: Path) -> Any:
+    return federation.settings(
+        tmp_path / "state", encryption=MaskParameters(), gathering_seconds=30.0, key_rotation_rounds=2
+    )
+
+
+@pytest.fixture
+def coordinator(settings: Any, clock: Any) -> Any:
+    made = Coordinator(settings, clock)
+    yield made
+    made.close()
+
+
+def post(coordinator: Any, sender: str, stage: str, epoch: int = 1, to: str = "", text: bytes = b"x") -> None:
+    coordinator.post_key_message(sender, KeyMessage(epoch, stage, to, text))
+
+
+def agree(coordinator: Any, members: tuple[str, ...], epoch: int = 1) -> None:
+    for member in members:
+        post(coordinator, member, "join", epoch)
+    coordinator.advance()
+    leader = members[0]
+    for member in members:
+        post(coordinator, member, "opening", epoch)
+    for member in members[1:]:
+        post(coordinator, leader, "box", epoch, member, f"for {member}".encode())
+    for member in members:
+        post(coordinator, member, "confirmation", epoch)
+
+
+def upload(federation: Any, coordinator: Any, client: str, number: int, epoch: int) -> Any:
+    context = RoundContext("fed", epoch, number, "shared", federation.dimensions)
+    words = np.random.default_rng(1).integers(0, 2**32, federation.dimensions, dtype=np.uint32)
+    nonce = client.encode().ljust(16)[:16]
+    record = upload_header(MaskParameters(), context, client).encode(nonce) + words.astype("<u4").tobytes()
+    return federation.upload(
+        coordinator.run_id, client, number, key_epoch=epoch, sections=(Section("shared", record),)
+    )
+
+
+def test_uploads_wait_for_the_key_and_the_deadline_waits_too(
+    federation: Any, coordinator: Any, clock: Any
+) -> None:
+    with refused("KEY_NOT_AGREED"):
+        coordinator.push("clinic-a", upload(federation, coordinator, "clinic-a", 1, 1))
+    status = coordinator.status("clinic-a")
+    assert "agreeing on the group key of epoch 1" in status.message
+    assert status.waiting_for == federation.clients
+    clock.now += 29
+    agree(coordinator, federation.clients)
+    clock.now += 40  # past what would have been the round's deadline
+    assert not coordinator.advance()
+    assert coordinator.status("clinic-a").seconds_left == 20.0
+    receipt = coordinator.push("clinic-a", upload(federation, coordinator, "clinic-a", 1, 1))
+    assert receipt.status is ReceiptStatus.ACCEPTED
+
+
+def test_a_whole_encrypted_round_reaches_its_recipients(federation: Any, coordinator: Any) -> None:
+    agree(coordinator, federation.clients)
+    for client in federation.clients:
+        enrolled = coordinator.enrol(client, federation.enrolment())
+        assert enrolled.key_epoch == 1
+        coordinator.push(client, upload(federation, coordinator, client, 1, 1))
+    coordinator.advance()
+    aggregate = coordinator.pull("clinic-a", 2)
+    assert (aggregate.key_epoch, aggregate.upload_key_epoch) == (1, 1)
+    (section,) = aggregate.sections
+    assert section.row.bits == BITS
+    assert len(section.payload) > 4 * federation.dimensions
+
+
+def test_boxes_reach_the_one_they_are_for(federation: Any, coordinator: Any) -> None:
+    agree(coordinator, federation.clients)
+    assert coordinator.read_key_messages("clinic-c", 1, "box") == {"clinic-a": b"for clinic-c"}
+    assert coordinator.read_key_messages("clinic-a", 1, "box") == {}
+    assert set(coordinator.read_key_messages("clinic-b", 1, "confirmation")) == set(federation.clients)
+
+
+def test_who_joined_is_shown_only_once_the_list_is_closed(federation: Any, coordinator: Any) -> None:
+    for member in federation.clients[:4]:
+        post(coordinator, member, "join")
+        assert coordinator.read_key_messages(member, 1, "join") == {}
+    post(coordinator, "clinic-e", "join")
+    coordinator.advance()
+    assert set(coordinator.read_key_messages("clinic-a", 1, "join")) == set(federation.clients)
+
+
+def test_repeats_are_harmless_and_changes_are_refused(federation: Any, coordinator: Any) -> None:
+    post(coordinator, "clinic-a", "join")
+    post(coordinator, "clinic-a", "join")
+    with refused("KEY_MESSAGE_DIFFERS"):
+        post(coordinator, "clinic-a", "join", text=b"y")
+    assert coordinator._store.key_messages(1, "join", "clinic-b") == {"clinic-a": b"x"}
+
+
+def test_messages_out_of_place_are_refused(federation: Any, coordinator: Any) -> None:
+    for stage, to, epoch, reason in (
+        ("confirmation", "", 1, "NOT_IN_KEY_EPOCH"),
+        ("opening", "", 2, "KEY_EPOCH_REPLACED"),
+        ("gossip", "", 1, "UNKNOWN_STAGE"),
+        ("join", "clinic-b", 1, "WRONG_RECIPIENT"),
+        ("box", "", 1, "WRONG_RECIPIENT"),
+        ("box", "clinic-b", 1, "NOT_IN_KEY_EPOCH"),
+    ):
+        with refused(reason):
+            post(coordinator, "clinic-a", stage, epoch, to)
+
+
+def test_a_member_that_does_not_join_is_left_out_and_gets_in_with_the_next_round(
+    federation: Any, coordinator: Any, clock: Any
+) -> None:
+    four = federation.clients[:4]
+    for member in four:
+        post(coordinator, member, "join")
+    clock.now += 30
+    coordinator.advance()
+    for member in four:
+        post(coordinator, member, "opening")
+        post(coordinator, member, "confirmation")
+    with refused("KEY_EPOCH_CLOSED"):
+        post(coordinator, "clinic-e", "join")
+    coordinator.enrol("clinic-e", federation.enrolment())
+    for member in four:
+        coordinator.enrol(member, federation.enrolment())
+        coordinator.push(member, upload(federation, coordinator, member, 1, 1))
+    # Nobody waits for a member that cannot encrypt.
+    assert coordinator.advance()
+    assert coordinator.status("clinic-a").round == 2
+    assert coordinator.pull("clinic-a", 2).upload_key_epoch == 2
+    assert coordinator.pull("clinic-a", 2).key_epoch == 1
+    with refused("KEY_EPOCH_REPLACED"):
+        coordinator.push("clinic-a", upload(federation, coordinator, "clinic-a", 2, 1))
+    agree(coordinator, federation.clients, epoch=2)
+    for member in federation.clients:
+        coordinator.push(member, upload(federation, coordinator, member, 2, 2))
+    coordinator.advance()
+    assert len(coordinator.pull("clinic-e", 3).sections[0].row.contributors) == 4
+
+
+def test_keys_rotate_at_the_opening_of_a_round(federation: Any, coordinator: Any) -> None:
+    agree(coordinator, federation.clients)
+    epochs = []
+    for number in (1, 2):
+        for client in federation.clients:
+            coordinator.enrol(client, federation.enrolment())
+            coordinator.push(client, upload(federation, coordinator, client, number, 1))
+        coordinator.advance()
+        epochs.append(coordinator.pull("clinic-a", number + 1).upload_key_epoch)
+    assert epochs == [1, 2]
+    with refused("KEY_EPOCH_REPLACED"):
+        coordinator.read_key_messages("clinic-a", 1, "confirmation")
+
+
+def test_an_agreement_that_fails_starts_again(federation: Any, coordinator: Any, clock: Any) -> None:
+    for member in federation.clients:
+        post(coordinator, member, "join")
+    coordinator.advance()
+    clock.now += 30
+    assert coordinator.advance()
+    assert coordinator.enrol("clinic-a", federation.enrolment()).key_epoch == 2
+    assert coordinator.status("clinic-a").round == 1
+
+
+def test_the_board_survives_a_kill(federation: Any, settings: Any, clock: Any) -> None:
+    before = Coordinator(settings, clock)
+    agree(before, federation.clients)
+    before.push("clinic-a", upload(federation, before, "clinic-a", 1, 1))
+    before._store.close()
+    before._blobs.close()
+    after = Coordinator(settings, clock)
+    assert set(after.read_key_messages("clinic-a", 1, "confirmation")) == set(federation.clients)
+    for client in federation.clients[1:]:
+        assert after.push(client, upload(federation, after, client, 1, 1)).status is ReceiptStatus.ACCEPTED
+    assert after.advance()
+    after.close()
+
+
+def test_a_changed_roster_changes_the_key_when_the_next_round_opens(
+    federation: Any, settings: Any, clock: Any
+) -> None:
+    before = Coordinator(settings, clock)
+    agree(before, federation.clients)
+    before.close()
+    after = Coordinator(settings.model_copy(update={"roster_hash": bytes(32)}), clock)
+    for client in federation.clients:
+        after.push(client, upload(federation, after, client, 1, 1))
+    after.advance()
+    assert after.pull("clinic-a", 2).upload_key_epoch == 2
+    after.close()
+
+
+def test_a_plain_run_has_no_board(federation: Any, tmp_path: Path, clock: Any) -> None:
+    plain = Coordinator(federation.settings(tmp_path / "plain"), clock)
+    with refused("NOTHING_ENCRYPTED"):
+        post(plain, "clinic-a", "join")
+    plain.close()
