@@ -128,7 +128,9 @@ async def _advance(coordinator: Coordinator, changes: Changes) -> None:
     """Close rounds when it is time, and say now and then what the server waits for."""
     loop = asyncio.get_running_loop()
     last_line = loop.time()
-    while True:
+    # Not `while True` and a cancellation alone: in Python 3.11 `asyncio.wait_for` swallows a cancellation
+    # that comes together with the event it waits for, and stopping sends both.
+    while not changes.stopping:
         seen = changes.work
         try:
             moved = await asyncio.to_thread(coordinator.advance)

@@ -34,7 +34,11 @@ class PlainAggregator(Aggregator[PlainParameters]):
 
     def _values(self, contribution: Contribution) -> NDArray[np.float32]:
         values = np.frombuffer(contribution.payload, dtype="<f4").astype(np.float32, copy=False)
-        # Written so that NaN fails too.
+        unusable = int(np.count_nonzero(~np.isfinite(values)))
+        if unusable:
+            raise CiphertextError(
+                f"upload of {contribution.client!r} holds {unusable} values that are NaN or infinite"
+            )
         if not (np.abs(values) <= self.parameters.clip).all():
             raise CiphertextError(
                 f"upload of {contribution.client!r} holds values outside ±{self.parameters.clip}"

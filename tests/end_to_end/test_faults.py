@@ -1,0 +1,113 @@
+"""Real server and client processes over mutual TLS, with faults: the others finish and nothing is lost."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from end_to_end import federation_of_vectors as fv
+
+CLIENT = Path(__file__).with_name("vector_client.py")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Federation:
+    def __init__(self, directory: Path, backend: str, **schedule: float) -> None:
+        self.port = free_port()
+        self.directory = fv.make_federation(directory / "f", fv.terms(backend, **schedule))
+        self.log = directory / "server.log"
+        (self.directory / "server" / "server.toml").write_text(
+            f'listen = "127.0.0.1:{self.port}"\nstate_dir = "state"\n'
+        )
+        self.server = self.start_server()
+
+    def start_server(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "fedmosaic.server", "--kit", str(self.directory / "server")]
+        with self.log.open("ab") as log:
+            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+
+    def start_client(self, name: str, fault: str = "none") -> subprocess.Popen[bytes]:
+        command = [sys.executable, str(CLIENT), str(self.directory), name, f"localhost:{self.port}", fault]
+        with (self.directory / f"{name}.log").open("ab") as log:
+            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+
+    def server_lines(self) -> list[str]:
+        return self.log.read_text().splitlines()
+
+    def client_log(self, name: str) -> str:
+        return (self.directory / f"{name}.log").read_text()
+
+    def summary(self) -> dict[str, object]:
+        content: dict[str, object] = json.loads(
+            (self.directory / "server" / "state" / "run.json").read_text()
+        )
+        return content
+
+    def stop(self) -> None:
+        self.server.send_signal(signal.SIGTERM)
+        assert self.server.wait(20) == 0
+
+
+def one_line(lines: list[str], *words: str) -> str:
+    found = [line for line in lines if all(word in line for word in words)]
+    assert len(found) == 1, f"expected one log line with {words}, found {found}"
+    return found[0]
+
+
+def test_five_clients_of_which_four_are_faulty(tmp_path: Path) -> None:
+    """Wrong certificate, NaN, 2 GiB announced, killed in mid-round: each refused or resumed, by name."""
+    run = Federation(tmp_path, "plain", rounds=2, quorum=2, round_deadline_seconds=25)
+    faults = {"ada": "none", "ben": "foreign", "cid": "nan", "dee": "huge", "eva": "kill"}
+    clients = {name: run.start_client(name, fault) for name, fault in faults.items()}
+    assert clients["eva"].wait(60) == -signal.SIGKILL
+    clients["eva"] = run.start_client("eva", "kill")
+    codes = {name: client.wait(120) for name, client in clients.items()}
+    assert codes == {"ada": 0, "ben": 3, "cid": 3, "dee": 3, "eva": 0}
+    run.stop()
+    results = run.summary()["results"]
+    assert [result["uploaded"] for result in results] == [["ada", "eva"], ["ada", "eva"]]
+    lines = run.server_lines()
+    one_line(lines, "cid", "NaN")
+    one_line(lines, "dee", "2147483648")
+    one_line(lines, "refused a connection", "not from this federation's authority")
+    assert "2147483648" in run.client_log("dee")
+    assert "NaN" in run.client_log("cid")
+
+
+def test_an_encrypted_run_survives_a_killed_server_and_a_killed_client(tmp_path: Path) -> None:
+    """Both are killed with SIGKILL in mid-run; every round is closed with every upload."""
+    run = Federation(tmp_path, "mask", rounds=3, quorum=4, round_deadline_seconds=60)
+    clients = {name: run.start_client(name, "kill" if name == "eva" else "none") for name in fv.MEMBERS}
+    assert clients["eva"].wait(60) == -signal.SIGKILL
+    run.server.kill()
+    run.server.wait()
+    time.sleep(0.5)
+    run.server = run.start_server()
+    clients["eva"] = run.start_client("eva", "kill")
+    assert {name: client.wait(120) for name, client in clients.items()} == dict.fromkeys(fv.MEMBERS, 0)
+    run.stop()
+    results = run.summary()["results"]
+    assert [result["uploaded"] for result in results] == [sorted(fv.MEMBERS)] * 3
+    assert all(len(result["weights"]["shared"]) == 5 for result in results)
+
+
+@pytest.mark.slow
+def test_a_member_that_never_comes_is_left_out_of_the_key_epoch(tmp_path: Path) -> None:
+    run = Federation(tmp_path, "ckks", rounds=2, quorum=4, round_deadline_seconds=30, gathering_seconds=15)
+    clients = {name: run.start_client(name) for name in fv.MEMBERS if name != "ben"}
+    assert {client.wait(180) for client in clients.values()} == {0}
+    run.stop()
+    assert [r["uploaded"] for r in run.summary()["results"]] == [["ada", "cid", "dee", "eva"]] * 2
+    assert "key epoch 1 has no ben" in run.client_log("ada")

@@ -1,0 +1,115 @@
+"""One client process of a federation of vectors, over gRPC; run by `test_faults.py`.
+
+    vector_client.py FEDERATION MEMBER ADDRESS FAULT
+
+FAULT: none; foreign (a certificate of another authority); nan (pushes values that are not numbers);
+huge (announces 2 GiB); kill (dies by SIGKILL in the middle of the first round it trains, once).
+"""
+
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+import grpc
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from end_to_end import federation_of_vectors as fv  # after the path it is found on
+from fedmosaic.client.transport import GrpcTransport, TransportOptions
+from fedmosaic.privacy import identity
+from fedmosaic.privacy.federation import open_kit
+from fedmosaic.protos import wire
+from fedmosaic.protos.errors import FedMosaicError
+from fedmosaic.protos.messages import SectionHeader, UploadHeader
+from fedmosaic.protos.signing import upload_digest
+from fedmosaic.protos.v1 import federation_pb2 as pb
+from fedmosaic.protos.v1.federation_pb2_grpc import FederationStub
+
+
+def poison(payload: bytes) -> bytes:
+    """The same record with its first value turned into NaN, signed as it is by an honest signer."""
+    nan = np.float32("nan").tobytes()
+    return payload[: -len(nan)] + nan
+
+
+def announce_two_gibibytes(session: object, transport: GrpcTransport, client: fv.Client, kit: Path) -> int:
+    """Announce, correctly signed, an upload of 2 GiB, and print the server's answer."""
+    enrolled = session._enrol()
+    section = SectionHeader("shared", 2**31, bytes(32))
+    digest = upload_digest(
+        federation="vectors",
+        run_id=enrolled.run_id,
+        round_number=1,
+        client_id=client.name,
+        key_epoch=0,
+        sections=[section],
+        profile=None,
+    )
+    signature = open_kit(kit).signing_key().sign(digest)
+    header = UploadHeader(1, "f" * 32, 0, (section,), None, signature)
+    try:
+        transport._stub.Push(iter([pb.PushRequest(header=wire.encode_upload_header(header))]), timeout=20)
+    except grpc.RpcError as error:
+        logging.error("%s: %s", error.code().name, error.details())
+        return 3
+    return 0
+
+
+def knock_with_a_foreign_certificate(kit: Path, address: str) -> int:
+    """Trust the right server, but show it a certificate of another authority."""
+    foreign = identity.issue_client(identity.create_authority("vectors"), "vectors", "ben")
+    credentials = grpc.ssl_channel_credentials(
+        (kit / "authority.pem").read_bytes(), foreign.key_pem, foreign.certificate_pem
+    )
+    channel = grpc.secure_channel(address, credentials)
+    try:
+        FederationStub(channel).RoundStatus(pb.RoundStatusRequest(), timeout=20)
+    except grpc.RpcError as error:
+        logging.error("%s: %s", error.code().name, error.details())
+        return 3
+    return 0
+
+
+def main() -> int:
+    directory, member, address, fault = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    kit = directory / "clients" / member
+    if fault == "foreign":
+        return knock_with_a_foreign_certificate(kit, address)
+    transport = GrpcTransport(
+        address,
+        authority=kit / "authority.pem",
+        certificate=kit / "tls.pem",
+        private_key=kit / "tls.key",
+        options=TransportOptions(retry_seconds=15.0),
+    )
+    client = fv.Client(directory, member, fv.MEMBERS.index(member))
+    session = client.session(transport)
+    if fault == "nan":
+        seal = session._protection._cipher.encrypt
+        session._protection._cipher.encrypt = lambda *a, **k: poison(seal(*a, **k))
+    if fault == "huge":
+        return announce_two_gibibytes(session, transport, client, kit)
+    marker = kit / "killed-once"
+    if fault == "kill" and not marker.exists():
+        train = client.learner.train
+
+        def die(round_number: int, releases: object) -> None:
+            marker.touch()
+            train(round_number, releases)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        client.learner.train = die
+    try:
+        session.run()
+    except FedMosaicError as error:
+        logging.error("%s: %s", type(error).__name__, error)
+        return 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
