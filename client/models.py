@@ -30,6 +30,22 @@ from fedmosaic.protos.errors import ModelError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+_LOADING_HEADING = "## Loading this adapter"
+_LOADING_NOTE = f"""
+{_LOADING_HEADING}
+
+Co-LoRA is a PEFT method of the package `fedmosaic`, which must be imported first:
+
+```python
+import fedmosaic.client.colora  # registers the method with PEFT
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+
+The files hold all branches, the personal one and the gate included, which were trained on private data.
+"""
+
 
 def load_base_model(
     path_or_hub_id: str | Path,
@@ -105,6 +121,22 @@ def adapt(model: PreTrainedModel, config: CoLoraConfig, adapter_name: str = "def
     if config.task_type is None:
         config.task_type = TaskType.CAUSAL_LM
     return get_peft_model(model, config, adapter_name=adapter_name)
+
+
+def save_adapter(model: PeftModel, folder: str | Path) -> None:
+    """Save the adapter in PEFT's form, with a model card that says how to load it.
+
+    The files hold every branch and the gate: treat them as private unless all was trained privately.
+
+    Args:
+        model: The PEFT model.
+        folder: Where to write; made if absent.
+    """
+    model.save_pretrained(str(folder))
+    card = Path(folder) / "README.md"
+    text = card.read_text(encoding="utf-8")
+    if _LOADING_HEADING not in text:
+        card.write_text(text.rstrip("\n") + "\n" + _LOADING_NOTE, encoding="utf-8")
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:

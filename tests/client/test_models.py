@@ -3,6 +3,8 @@
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from transformers import (
 )
 
 from fedmosaic.client.colora import CoLoraConfig, find_decoder_layers, read_shared
-from fedmosaic.client.models import adapt, load_base_model
+from fedmosaic.client.models import adapt, load_base_model, save_adapter
 from fedmosaic.protos.errors import ModelError
 
 SHARED_MODELS = Path(__file__).parents[2].parent / "shared" / "models"
@@ -208,6 +210,19 @@ def test_adapt_freezes_the_base_and_fills_in_the_task(folder: Path) -> None:
     assert adapted.active_adapters == ["mine"]
     assert all("colora_" in name for name, p in adapted.named_parameters() if p.requires_grad)
     assert adapted.peft_config["mine"].task_type == "CAUSAL_LM"
+
+
+def test_a_saved_adapter_says_how_to_load_it_and_its_recipe_works(folder: Path, tmp_path: Path) -> None:
+    adapted = adapt(load_base_model(folder)[0], CoLoraConfig(r=2, blocks=2))
+    for _ in range(2):
+        save_adapter(adapted, tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert card.count("## Loading this adapter") == 1
+    recipe = card.split("## Loading this adapter")[1].split("```python")[1].split("```")[0]
+    recipe = recipe.replace("path/to/this/folder", str(tmp_path / "adapter"))
+    # In a fresh process, where nothing has registered the method yet.
+    run = subprocess.run([sys.executable, "-c", recipe], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.real_models
