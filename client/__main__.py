@@ -17,7 +17,13 @@ from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.probing import ProfileProbe
 from fedmosaic.client.progress import LoggedProgress
 from fedmosaic.client.protection import Identity, Protection
-from fedmosaic.client.releases import Releases, budgeted_channels, plan_adapter
+from fedmosaic.client.releases import (
+    AdapterPlan,
+    Releases,
+    budgeted_channels,
+    plan_adapter,
+    sampling_rate,
+)
 from fedmosaic.client.session import Session
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState, write_atomically
@@ -28,6 +34,7 @@ from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.federation import Kit, open_kit
 from fedmosaic.privacy.ledger import Ledger
 from fedmosaic.privacy.noise import SecureNoise, SeededTestNoise
+from fedmosaic.privacy.report_costs import shareable
 from fedmosaic.protos.errors import ConfigurationError, FedMosaicError, ModelError
 
 log = logging.getLogger("fedmosaic.client")
@@ -71,7 +78,8 @@ def run(settings: ClientSettings) -> None:
     learner = ModelLearner(settings, kit.roster.terms, member.family, progress)
     _check_layout(learner, kit)
     with _open_ledger(settings, kit, client_id, learner.example_count) as ledger:
-        releases = _releases(settings, kit, ledger, state, learner)
+        plan = _plan(settings, kit, ledger, learner.example_count)
+        releases = _releases(settings, kit, ledger, state, learner, plan)
         transport = GrpcTransport(
             settings.server, authority=kit.authority, certificate=kit.tls_certificate, private_key=kit.tls_key
         )
@@ -91,9 +99,10 @@ def run(settings: ClientSettings) -> None:
             Session(identity, kit.roster, transport, learner, state, releases, protection, progress).run()
             result.put("seconds", time.monotonic() - started)
             result.put("after", learner.evaluate())
-            statement = build_statement(kit.roster, client_id, ledger)
-            write_atomically(state.directory / STATEMENT, statement)
-            transport.report(statement)
+            progress.stage(0, "writing the privacy statement")
+            statement = build_statement(kit.roster, state.record.run_id, ledger, plan)
+            write_atomically(state.directory / STATEMENT, statement.model_dump_json(indent=2).encode())
+            transport.report(shareable(statement).model_dump_json().encode())
             result.put("traffic", transport.traffic().as_dict())
             progress.stage(0, "done")
         finally:
@@ -139,8 +148,23 @@ def _open_ledger(settings: ClientSettings, kit: Kit, client_id: str, examples: i
     )
 
 
+def _plan(settings: ClientSettings, kit: Kit, ledger: Ledger, examples: int) -> AdapterPlan:
+    terms = kit.roster.terms
+    if not terms.adapter.private:
+        return AdapterPlan(0.0, sampling_rate(terms, examples))
+    target = settings.target_epsilon or terms.adapter_privacy.target_epsilon
+    plan = plan_adapter(terms, examples, ledger.parameters.delta, target)
+    log.info("planned σ = %.3f at q = %.4f for the adapter", plan.noise_multiplier, plan.sampling_rate)
+    return plan
+
+
 def _releases(
-    settings: ClientSettings, kit: Kit, ledger: Ledger, state: ClientState, learner: ModelLearner
+    settings: ClientSettings,
+    kit: Kit,
+    ledger: Ledger,
+    state: ClientState,
+    learner: ModelLearner,
+    plan: AdapterPlan,
 ) -> Releases:
     terms = kit.roster.terms
     seed = settings.unsafe_test_noise_seed
@@ -155,11 +179,6 @@ def _releases(
         settings.profile_max_length,
         randomness,
     )
-    plan = None
-    if terms.adapter.private:
-        target = settings.target_epsilon or terms.adapter_privacy.target_epsilon
-        plan = plan_adapter(terms, learner.example_count, ledger.parameters.delta, target)
-        log.info("planned σ = %.3f at q = %.4f for the adapter", plan.noise_multiplier, plan.sampling_rate)
     return Releases(ledger, terms, state, learner.example_ids, probe, randomness, plan)
 
 

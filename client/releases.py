@@ -36,7 +36,7 @@ class AdapterPlan:
     """DP-SGD parameters of this client, planned once for the whole run.
 
     Attributes:
-        noise_multiplier: σ, noise over clipping norm.
+        noise_multiplier: σ, noise over clipping norm; 0 where the adapter is not trained privately.
         sampling_rate: q, expected batch size over the number of examples.
     """
 
@@ -47,6 +47,11 @@ class AdapterPlan:
 def budgeted_channels(terms: Terms) -> tuple[Channel, ...]:
     """Channels that a budget can bound: without DP on the adapter, its ε is ∞ whatever the budget."""
     return ("profile", "adapter") if terms.adapter.private else ("profile",)
+
+
+def sampling_rate(terms: Terms, examples: int) -> float:
+    """Poisson sampling rate q of DP-SGD: the expected batch size over the number of examples."""
+    return min(1.0, terms.adapter_privacy.expected_batch_size / examples)
 
 
 def plan_adapter(terms: Terms, examples: int, delta: float, target_epsilon: float) -> AdapterPlan:
@@ -62,7 +67,7 @@ def plan_adapter(terms: Terms, examples: int, delta: float, target_epsilon: floa
         AccountingError: the profile alone passes the target, or no noise suffices.
     """
     privacy = terms.adapter_privacy
-    rate = min(1.0, privacy.expected_batch_size / examples)
+    rate = sampling_rate(terms, examples)
     steps = privacy.steps_per_round * terms.schedule.rounds
     profile = GaussianEvent(terms.profile.noise_multiplier, terms.profile.sampling_rate, 1)
     return AdapterPlan(noise_multiplier_for(target_epsilon, delta, [profile], rate, steps), rate)
@@ -79,7 +84,7 @@ class Releases:
         example_ids: tuple[str, ...],
         make_profile: MakeRelease,
         randomness: Randomness,
-        adapter_plan: AdapterPlan | None,
+        adapter_plan: AdapterPlan,
     ) -> None:
         self.receive_only = False
         self.randomness = randomness
@@ -94,7 +99,7 @@ class Releases:
     @property
     def adapter_plan(self) -> AdapterPlan:
         """The plan for DP-SGD; PrivacyError if the adapter is not trained privately."""
-        if self._plan is None:
+        if not self._plan.noise_multiplier > 0.0:
             raise PrivacyError("this run does not train the adapter with differential privacy")
         return self._plan
 

@@ -1,11 +1,83 @@
-"""The privacy statement of one client, from its ledger and the roster."""
+"""The privacy statement of one client, made from its own ledger and the roster's terms."""
 
-import json
+import datetime as dt
 
+from fedmosaic.client.releases import AdapterPlan
 from fedmosaic.privacy.ledger import Ledger
-from fedmosaic.privacy.roster import Roster
+from fedmosaic.privacy.report import statement
+from fedmosaic.privacy.report_models import (
+    ClientInputs,
+    CoalitionRows,
+    PlannedChannel,
+    PrivacyStatement,
+    StatementInputs,
+)
+from fedmosaic.privacy.roster import Roster, Terms
 
 
-def build_statement(roster: Roster, client_id: str, ledger: Ledger) -> bytes:
-    """JSON."""
-    return json.dumps({"client": client_id, "epsilon_profile": ledger.epsilon("profile")}).encode()
+def build_statement(
+    roster: Roster, run_id: str, ledger: Ledger, plan: AdapterPlan, *, metrics_shared: bool = False
+) -> PrivacyStatement:
+    """Make the statement of one client.
+
+    Args:
+        roster: terms and members.
+        run_id: the server's run.
+        ledger: this client's ledger.
+        plan: q of the adapter channel, to tell what DP would have cost where there is none.
+        metrics_shared: whether accuracies or losses left this client.
+
+    Returns:
+        The full statement, for this client's own eyes; `fedmosaic.privacy.report_costs.shareable` makes
+        the one to hand over.
+    """
+    terms = roster.terms
+    steps = terms.adapter_privacy.steps_per_round * terms.schedule.rounds
+    return statement(
+        StatementInputs(
+            run_id=run_id,
+            created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+            clients=(
+                ClientInputs(
+                    ledger=tuple(ledger.export()),
+                    adapter_protection=terms.adapter.protection,
+                    family_protection=terms.adapter.protection if terms.adapter.family_dimensions else None,
+                    planned={"adapter": PlannedChannel(sampling_rate=plan.sampling_rate, steps=steps)},
+                ),
+            ),
+            roster_sha256=roster.hash.hex(),
+            key_holders="clients" if terms.adapter.encrypted else "nobody",
+            encryption=_encryption(terms),
+            minimum_contributors=terms.policy.minimum_contributors,
+            weight_cap=terms.policy.weight_cap,
+            coalition_rows=coalition_rows(len(roster.members), terms.schedule.rounds),
+            metrics_shared=metrics_shared,
+        )
+    )
+
+
+def _encryption(terms: Terms) -> str:
+    if not terms.adapter.encrypted:
+        return ""
+    return f"{terms.encryption.backend}, parameters {terms.encryption.digest().hex()[:16]}"
+
+
+def coalition_rows(members: int, rounds: int) -> tuple[CoalitionRows, ...]:
+    """What k colluding recipients can solve for, if adapters hardly move between rounds.
+
+    Every recipient holds one weight row per round from the second on; rows over the same adapters are
+    linear equations in them, and at most as many are independent as there are adapters outside the
+    coalition.
+
+    Args:
+        members: N.
+        rounds: R; there are R - 1 aggregates.
+    """
+    return tuple(
+        CoalitionRows(
+            colluding_recipients=size,
+            independent_rows=min(size * (rounds - 1), members - size),
+            contributors=members - size,
+        )
+        for size in range(1, members)
+    )

@@ -11,6 +11,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from fedmosaic.privacy.configuration import validate
+from fedmosaic.privacy.report_costs import costs_at_epsilon
+from fedmosaic.privacy.report_models import PrivacyStatement
+from fedmosaic.privacy.report_text import render, render_costs
 from fedmosaic.protos.errors import ConfigurationError
 
 _CHANNELS = ("adapter", "profile", "keys", "control")
@@ -63,6 +67,9 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     console = Console()
     show(record, console)
+    merged = merged_statement(record)
+    if parsed.at_epsilon is not None and merged is not None:
+        console.print(render_costs(costs_at_epsilon(merged, parsed.at_epsilon)))
     return 0
 
 
@@ -127,9 +134,35 @@ def show(record: RunRecord, console: Console) -> None:
         )
         console.print(weights_table(record.server))
         console.print("How much of each column's adapter the row's client received.\n", style="dim")
+    merged = merged_statement(record)
+    if merged is not None:
+        console.print(render(merged))
     if any("traffic" in result for result in record.clients.values()):
         console.print(traffic_table(record))
         console.print("Bytes of messages, without what HTTP/2 and TLS add.\n", style="dim")
+
+
+def merged_statement(record: RunRecord) -> PrivacyStatement | None:
+    """One statement over all clients that are here; None if there is none yet.
+
+    Raises:
+        ConfigurationError: a statement is damaged, or they are of different runs.
+    """
+    statements = [
+        validate(content, PrivacyStatement, f"privacy statement of {name}")
+        for name, content in record.statements.items()
+    ]
+    if not statements:
+        return None
+    first = statements[0]
+    if any((s.run_id, s.roster_sha256) != (first.run_id, first.roster_sha256) for s in statements):
+        raise ConfigurationError(f"{record.directory}: the privacy statements are of different runs")
+    return first.model_copy(
+        update={
+            "clients": tuple(client for s in statements for client in s.clients),
+            "no_guarantee": any(s.no_guarantee for s in statements),
+        }
+    )
 
 
 def accuracy_table(record: RunRecord) -> Table:

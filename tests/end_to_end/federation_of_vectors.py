@@ -10,7 +10,7 @@ import numpy as np
 
 from fedmosaic.client.keyring import Keyring
 from fedmosaic.client.protection import Identity, Protection
-from fedmosaic.client.releases import Releases
+from fedmosaic.client.releases import AdapterPlan, Releases
 from fedmosaic.client.session import Session
 from fedmosaic.client.state import ClientState
 from fedmosaic.client.transport import Transport
@@ -164,7 +164,7 @@ class Client:
                 tuple(f"{self.name}-{i}" for i in range(100)),
                 self._profile,
                 SecureNoise(),
-                None,
+                AdapterPlan(0.0, 0.1),
             ),
             Protection(identity, kit.roster, "", keyring),
             Silent(),
