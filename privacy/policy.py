@@ -8,7 +8,7 @@ Family sharing averages over a subgroup; its rows are `WeightRow`s of their own 
 """
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -83,27 +83,6 @@ def check_row(
         if foreign:
             raise PolicyError(f"weight row names contributors outside the roster: {', '.join(foreign)}")
     _check_limits(row, policy)
-
-
-def check_unchanged(row: WeightRow, accepted: Iterable[WeightRow]) -> None:
-    """Refuse a second, different row for a recipient and round that already have one.
-
-    Several rows over the same uploads are linear equations in the single adapters. The same row again is
-    a repeat and harmless.
-
-    Args:
-        row: Row about to be used.
-        accepted: Rows used before, of the same section (shared or family) and key epoch.
-
-    Raises:
-        PolicyError: If an accepted row of the same recipient and round differs.
-    """
-    for earlier in accepted:
-        if (earlier.round, earlier.recipient) == (row.round, row.recipient) and earlier != row:
-            raise PolicyError(
-                f"a different weight row was already accepted for recipient {row.recipient!r} in round "
-                f"{row.round}: one row per recipient and round is allowed"
-            )
 
 
 def cap_weights(weights: Sequence[float], cap: float) -> tuple[float, ...]:

@@ -141,26 +141,6 @@ def check_security(ring_degree: int, modulus_bits: int, security_bits: int) -> N
         )
 
 
-def parameters_for(backend: str, *, allow_plaintext: bool = False) -> Parameters:
-    """Return the parameters of a back end by name.
-
-    Args:
-        backend: "ckks", "mask" or "plain".
-        allow_plaintext: Must be true for "plain".
-
-    Raises:
-        ConfigurationError: If the name is unknown, or plaintext is not allowed.
-    """
-    if backend == "ckks":
-        return CkksParameters()
-    if backend == "mask":
-        return MaskParameters()
-    if backend == "plain":
-        check_plaintext_allowed(PlainParameters(), allow_plaintext=allow_plaintext)
-        return PlainParameters()
-    raise ConfigurationError(f"encryption back end {backend!r} is unknown: choose ckks, mask or plain")
-
-
 def check_plaintext_allowed(parameters: Parameters, *, allow_plaintext: bool) -> None:
     """Refuse the back end `plain` unless the configuration asks for it by name.
 

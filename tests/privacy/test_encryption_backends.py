@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from fedmosaic.privacy.encryption.aggregator import Aggregator
 from fedmosaic.privacy.encryption.aggregators import create_aggregator
+from fedmosaic.privacy.encryption.cipher import ClientCipher
 from fedmosaic.privacy.encryption.ciphers import create_cipher, generate_group_secret
 from fedmosaic.privacy.encryption.parameters import (
     CkksParameters,
@@ -47,10 +50,10 @@ class Federation:
 
     policy = AggregationPolicy()
 
-    def cipher(self, member: str):  # type: ignore[no-untyped-def]  # one generic type per back end
+    def cipher(self, member: str) -> ClientCipher[Any]:
         return create_cipher(self.parameters, member, self.policy, allow_plaintext=True)
 
-    def aggregator(self):  # type: ignore[no-untyped-def]  # one generic type per back end
+    def aggregator(self) -> Aggregator[Any]:
         return create_aggregator(self.parameters, self.policy, allow_plaintext=True)
 
     def row(self, recipient: str, shares: dict[str, float]) -> WeightRow:
@@ -228,6 +231,7 @@ def test_encryption_hides_equality(backend: str) -> None:
 
 def test_mask_pads_are_bound_to_every_part_of_the_context() -> None:
     f = federation("mask", 64)
+    assert f.key is not None
     vector = np.zeros(64)
     variants = [
         f.cipher("member-0").encrypt(vector, f.key, f.context, bytes(16)),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -49,9 +49,10 @@ def test_words_above_the_modulus_are_replaced_by_definition() -> None:
     assert int(words.max()) < modulus
 
 
+@settings(deadline=None)
 @given(
-    start=st.integers(0, 500).map(lambda n: 8 * n),
-    count=st.integers(1, 300),
+    start=st.integers(0, 40).map(lambda n: 8 * n),
+    count=st.integers(1, 40),
     seed=st.binary(min_size=32, max_size=32),
 )
 def test_any_part_equals_the_part_of_the_whole(start: int, count: int, seed: bytes) -> None:

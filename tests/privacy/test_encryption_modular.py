@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -24,6 +24,7 @@ def words(values: list[int]) -> NDArray[np.uint64]:
     return np.array(values, dtype=np.uint64)
 
 
+@settings(deadline=None)
 @given(
     values=st.lists(st.integers(0, 2**48 - 1), min_size=4, max_size=64),
     prefix=st.binary(min_size=2, max_size=9),
@@ -48,6 +49,7 @@ def test_packing_into_part_of_a_record_leaves_the_rest() -> None:
     assert (record[:, 5:] == 0).all()
 
 
+@settings(deadline=None)
 @given(left=st.lists(residues, min_size=1, max_size=32), right=residues)
 def test_products_and_differences_are_exact(left: list[int], right: int) -> None:
     other = words([right] * len(left))
@@ -55,6 +57,7 @@ def test_products_and_differences_are_exact(left: list[int], right: int) -> None
     assert modular_subtract(words(left), other, Q).tolist() == [(a - right) % Q for a in left]
 
 
+@settings(deadline=None)
 @given(
     rows=st.lists(st.lists(st.integers(0, 2**16 // 4), min_size=4, max_size=4), min_size=1, max_size=4),
     columns=st.lists(st.lists(residues, min_size=4, max_size=4), min_size=1, max_size=6),
@@ -96,6 +99,7 @@ def test_inexact_matrix_products_are_refused(
         modular_matrix_product(np.array(weights), np.zeros(shape, dtype=np.uint64), modulus)
 
 
+@settings(deadline=None)
 @given(
     row=st.lists(st.integers(0, 2**20 // 8), min_size=8, max_size=8),
     column=st.lists(st.integers(0, 2**32 - 1), min_size=8, max_size=8),

@@ -12,9 +12,7 @@ from fedmosaic.privacy.encryption.parameters import (
     MaskParameters,
     PlainParameters,
     check_security,
-    parameters_for,
 )
-from fedmosaic.protos.errors import ConfigurationError
 
 
 def test_the_prime_is_the_largest_of_its_kind_and_supports_the_transform() -> None:
@@ -96,7 +94,7 @@ def test_every_field_enters_the_hash() -> None:
 )
 def test_ckks_parameters_that_could_wrap_or_weaken_are_refused(fields: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
-        CkksParameters(**fields)  # type: ignore[arg-type]  # wrong values are the point
+        CkksParameters(**fields)
 
 
 def test_the_alternative_for_many_members_is_allowed() -> None:
@@ -108,14 +106,4 @@ def test_the_alternative_for_many_members_is_allowed() -> None:
 )
 def test_mask_parameters_without_a_free_bit_are_refused(fields: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
-        MaskParameters(**fields)  # type: ignore[arg-type]  # wrong values are the point
-
-
-def test_plain_has_to_be_allowed_by_name() -> None:
-    assert isinstance(parameters_for("plain", allow_plaintext=True), PlainParameters)
-    with pytest.raises(ConfigurationError, match="allow_plaintext = true"):
-        parameters_for("plain")
-    with pytest.raises(ConfigurationError, match="choose ckks, mask or plain"):
-        parameters_for("bfv")
-    assert isinstance(parameters_for("ckks"), CkksParameters)
-    assert isinstance(parameters_for("mask"), MaskParameters)
+        MaskParameters(**fields)

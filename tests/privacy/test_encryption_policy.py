@@ -3,11 +3,11 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fedmosaic.privacy.policy import AggregationPolicy, WeightRow, cap_weights, check_row, check_unchanged
+from fedmosaic.privacy.policy import AggregationPolicy, WeightRow, cap_weights, check_row
 from fedmosaic.protos.errors import PolicyError
 
 POLICY = AggregationPolicy()
@@ -79,23 +79,18 @@ def test_a_share_rounded_up_at_the_cap_passes() -> None:
         check_row("a", row(weights=(1640, 1639, 817)), policy)
 
 
-def test_one_row_per_recipient_and_round() -> None:
-    check_unchanged(row(), [row(), row(round=2, weights=(2048, 1024, 1024)), row(recipient="e")])
-    with pytest.raises(PolicyError, match="one row per recipient and round"):
-        check_unchanged(row(), [row(weights=(2048, 1024, 1024))])
-
-
 @pytest.mark.parametrize(
     "field", [{"weight_cap": 0.0}, {"weight_cap": 1.5}, {"minimum_contributors": 0}, {"x": 1}]
 )
 def test_a_policy_that_cannot_hold_is_refused(field: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
-        AggregationPolicy(**field)  # type: ignore[arg-type]  # wrong values are the point
+        AggregationPolicy(**field)
 
 
 weights_lists = st.lists(st.floats(0.0, 1e6), min_size=1, max_size=12)
 
 
+@settings(deadline=None)
 @given(weights=weights_lists, cap=st.floats(0.05, 1.0))
 def test_capping_gives_shares_that_respect_the_cap(weights: list[float], cap: float) -> None:
     positive = sum(weight > 0 for weight in weights)
@@ -116,6 +111,7 @@ def test_capping_gives_shares_that_respect_the_cap(weights: list[float], cap: fl
                 assert share_left >= share_right * (1 - 1e-12)
 
 
+@settings(deadline=None)
 @given(weights=weights_lists.filter(lambda w: sum(x > 0 for x in w) >= 3), order=st.randoms())
 def test_capping_does_not_depend_on_the_order(weights: list[float], order: object) -> None:
     shares = cap_weights(weights, 0.5)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ raw_rows = arrays.arrays(np.float64, st.integers(1, 40), elements=st.floats(0.0,
 )
 
 
+@settings(deadline=None)
 @given(row=raw_rows, bits=st.integers(1, 30))
 def test_rows_sum_to_the_power_and_stay_close(row: NDArray[np.float64], bits: int) -> None:
     shares = row / row.sum()
@@ -26,6 +27,7 @@ def test_rows_sum_to_the_power_and_stay_close(row: NDArray[np.float64], bits: in
     assert (np.abs(integers - shares * (1 << bits)) < 1.0 + 1e-6).all()
 
 
+@settings(deadline=None)
 @given(row=raw_rows, seed=st.integers(0, 2**32 - 1))
 def test_permuting_contributors_permutes_distinct_weights(row: NDArray[np.float64], seed: int) -> None:
     row = np.unique(row[row > 0]) + np.arange(np.unique(row[row > 0]).size)

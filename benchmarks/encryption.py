@@ -1,0 +1,215 @@
+"""Encrypted aggregation against the same work in the clear, with TenSEAL and with Flower.
+
+    python -m benchmarks.encryption [--ranks 16 32 128] [--members 10 100] [--json FILE]
+
+All systems run in one process on one thread, and times are processor time, so that other work on the machine
+disturbs them little; the fastest repetition and, in brackets, the median. The server's time covers all
+recipients, from uploads in bytes to aggregates in bytes, with every check that the product makes; `ingest`
+and `arithmetic` are parts of it, measured alone.
+"""
+
+import benchmarks.single_thread  # noqa: F401  # before numpy
+
+# isort: split
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.encryption_peers import PEERS
+from benchmarks.encryption_work import Cell, Timing, Work, make_work
+from fedmosaic.privacy.encryption.aggregators import create_aggregator
+from fedmosaic.privacy.encryption.ciphers import create_cipher, generate_group_secret
+from fedmosaic.privacy.encryption.expansion import expand_seed
+from fedmosaic.privacy.encryption.layout import ring_blocks
+from fedmosaic.privacy.encryption.mask_aggregation import word_matrix_product
+from fedmosaic.privacy.encryption.modular import modular_matrix_product
+from fedmosaic.privacy.encryption.parameters import CkksParameters, MaskParameters, Parameters
+from fedmosaic.privacy.encryption.records import RoundContext
+from fedmosaic.privacy.group_key import GroupKey
+from fedmosaic.privacy.policy import AggregationPolicy, WeightRow
+
+
+def ours(work: Work, parameters: Parameters) -> Cell:
+    """Measure one of our back ends through its public interface."""
+    policy = AggregationPolicy()
+    context = RoundContext("benchmark", 1, 0, "shared", work.dimensions)
+    secret = generate_group_secret(parameters)
+    key = GroupKey(
+        "benchmark", 1, work.names, parameters.digest(), bytes(32), bytes(32), os.urandom(32), secret
+    )
+    ciphers = [create_cipher(parameters, name, policy) for name in work.names]
+    uploads = {
+        name: cipher.encrypt(vector, key, context, os.urandom(16))
+        for name, cipher, vector in zip(work.names, ciphers, work.vectors, strict=True)
+    }
+    aggregator = create_aggregator(parameters, policy)
+    rows = work.rows(parameters.weight_bits)
+
+    def check() -> None:
+        for name, upload in uploads.items():
+            aggregator.check_upload(upload, context, name)
+
+    def server() -> list[bytes]:
+        check()
+        return aggregator.aggregate(uploads, rows, context)
+
+    weights = _matrix(work, rows)
+    download = server()[0]
+    found = ciphers[0].decrypt(download, key, context, rows[0])
+    clear = np.ldexp(weights[0].astype(np.float64), -parameters.weight_bits) @ work.vectors
+    return Cell(
+        parameters.backend,
+        work.rank,
+        work.members,
+        work.dimensions,
+        work.measure(lambda: ciphers[0].encrypt(work.vectors[0], key, context, bytes(16))),
+        len(uploads[work.names[0]]),
+        work.measure(check) + _expansion(work, parameters),
+        _arithmetic(work, parameters, weights),
+        work.measure(server, 2),
+        len(download),
+        work.measure(lambda: ciphers[0].decrypt(download, key, context, rows[0])),
+        float(np.abs(found - clear).max()),
+    )
+
+
+def _matrix(work: Work, rows: Sequence[WeightRow]) -> np.ndarray:
+    column = {name: index for index, name in enumerate(work.names)}
+    weights = np.zeros((work.members, work.members), dtype=np.int64)
+    for target, row in zip(weights, rows, strict=True):
+        target[[column[name] for name in row.contributors]] = row.weights
+    return weights
+
+
+def _expansion(work: Work, parameters: Parameters) -> Timing:
+    if not isinstance(parameters, CkksParameters):
+        return Timing(0.0, 0.0, 1)
+    words = np.empty(ring_blocks(parameters, work.dimensions) * parameters.ring_degree, dtype=np.uint64)
+    one = work.measure(lambda: expand_seed(bytes(32), 0, words, parameters.modulus))
+    return one.scaled(work.members)
+
+
+def _arithmetic(work: Work, parameters: Parameters, weights: np.ndarray) -> Timing:
+    generator = np.random.default_rng(0)
+    if isinstance(parameters, CkksParameters):
+        # In parts of four ring elements, as the aggregator does; every part costs the same.
+        blocks = ring_blocks(parameters, work.dimensions)
+        part = min(4, blocks) * parameters.ring_degree
+        residues = generator.integers(0, parameters.modulus, (work.members, part), dtype=np.uint64)
+        one = work.measure(lambda: modular_matrix_product(weights, residues, parameters.modulus))
+        return one.scaled(2 * blocks * parameters.ring_degree / part)
+    words = list(generator.integers(0, 1 << 32, (work.members, work.dimensions), dtype=np.uint32))
+    return work.measure(lambda: word_matrix_product(weights, words))
+
+
+def bars(cells: Sequence[Cell]) -> list[tuple[str, float, str, bool]]:
+    """Compare the cells with the figures that were promised: what, value, limit, kept."""
+    by = {(cell.system.split(" ")[0], cell.rank, cell.members): cell for cell in cells}
+    by |= {("raw", c.rank, c.members): c for c in cells if "NVFlare" in c.system}
+    by |= {("numpy", c.rank, c.members): c for c in cells if "numpy" in c.system}
+    found: list[tuple[str, float, str, bool]] = []
+
+    def at_most(what: str, value: float, limit: float) -> None:
+        found.append((what, value, f"≤ {limit:g}", value <= limit))
+
+    def at_least(what: str, value: float, limit: float) -> None:
+        found.append((what, value, f"≥ {limit:g}", value >= limit))
+
+    ckks, mask, raw = (by.get((name, 16, 10)) for name in ("ckks", "mask", "raw"))
+    if ckks:
+        at_most("ckks r16 N10 upload / float32", ckks.upload_bytes / (4 * ckks.dimensions), 1.65)
+        at_most("ckks r16 N10 download / float32", ckks.download_bytes / (4 * ckks.dimensions), 3.3)
+        at_most("ckks r16 N10 error", ckks.error, 1e-5)
+        round_ms = 1e3 * (ckks.encrypt + ckks.server + ckks.decrypt).least
+        at_most("ckks r16 N10 encrypt + server + decrypt, ms", round_ms, 20)
+    if ckks and raw:
+        faster = raw.server.least / ckks.server.least
+        at_least("ckks r16 N10 server, times faster than TenSEAL's", faster, 20)
+        at_least("ckks r16 N10 upload, times smaller than TenSEAL's", raw.upload_bytes / ckks.upload_bytes, 9)
+    for members, limit in ((10, 5.0), (100, 2.0)):
+        mask, numpy = by.get(("mask", 16, members)), by.get(("numpy", 16, members))
+        if mask and numpy:
+            at_most(f"mask r16 N{members} upload / float32", mask.upload_bytes / (4 * mask.dimensions), 1.02)
+            values = mask.download_bytes - 16 * (members - 1)
+            at_most(
+                f"mask r16 N{members} download / float32, less nonces", values / (4 * mask.dimensions), 1.02
+            )
+            at_most(f"mask r16 N{members} server / numpy's", mask.server.least / numpy.server.least, limit)
+    return found
+
+
+def growth(cells: Sequence[Cell]) -> list[tuple[str, int, int, float]]:
+    """Server time per N²·d, relative to the first cell of the system: at most 1 means no faster growth."""
+    result = []
+    for system in dict.fromkeys(cell.system for cell in cells):
+        mine = [cell for cell in cells if cell.system == system]
+        rate = [cell.server.least / (cell.members**2 * cell.dimensions) for cell in mine]
+        result += [(system, c.rank, c.members, r / rate[0]) for c, r in zip(mine, rate, strict=True)]
+    return result
+
+
+def table(cells: Sequence[Cell]) -> str:
+    """Format cells as a Markdown table."""
+
+    def ms(timing: Timing) -> str:
+        return f"{1e3 * timing.least:.3g} ({1e3 * timing.median:.3g})"
+
+    lines = [
+        "| system | r | N | encrypt ms | upload bytes (× float32) | ingest ms | arithmetic ms | server ms "
+        "| download bytes (×) | decrypt ms | error |",
+        "| --- " * 11 + "|",
+    ]
+    for cell in cells:
+        size = 4 * cell.dimensions
+        lines.append(
+            f"| {cell.system}{' *' if cell.note else ''} | {cell.rank} | {cell.members} | {ms(cell.encrypt)} "
+            f"| {cell.upload_bytes:,} ({cell.upload_bytes / size:.2f}) | {ms(cell.ingest)} "
+            f"| {ms(cell.arithmetic)} | {ms(cell.server)} "
+            f"| {cell.download_bytes:,} ({cell.download_bytes / size:.2f}) | {ms(cell.decrypt)} "
+            f"| {cell.error:.1e} |"
+        )
+    notes = [f"* {c.system}, r {c.rank}, N {c.members}: {c.note}" for c in cells if c.note]
+    return "\n".join(lines + (["", *notes] if notes else []))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark and print or write its results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 128])
+    parser.add_argument("--members", type=int, nargs="+", default=[10, 100])
+    parser.add_argument("--budget", type=float, default=1.0, help="seconds of repetitions per operation")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    options = parser.parse_args(arguments)
+    cells: list[Cell] = []
+    for members in options.members:
+        for rank in options.ranks:
+            work = make_work(rank, members, options.budget)
+            cells += [cell for peer in PEERS if (cell := peer(work)) is not None]
+            cells += [ours(work, parameters) for parameters in (CkksParameters(), MaskParameters())]
+            print(f"measured rank {rank}, {members} members", flush=True)
+    print(table(cells))
+    print()
+    for what, value, limit, kept in bars(cells):
+        print(f"{'kept  ' if kept else 'MISSED'} {what}: {value:.3g} ({limit})")
+    print()
+    for system, rank, members, rate in growth(cells):
+        print(f"server time per N²·d, {system}, r {rank}, N {members}: {rate:.2f}")
+    if options.json:
+        content: dict[str, Any] = {
+            "machine": {"processor": platform.processor() or platform.machine(), "load": os.getloadavg()},
+            "cells": [dataclasses.asdict(cell) for cell in cells],
+            "bars": [dict(zip(("what", "value", "limit", "kept"), bar, strict=True)) for bar in bars(cells)],
+        }
+        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

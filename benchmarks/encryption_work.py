@@ -1,0 +1,139 @@
+"""The work that every system of the encryption benchmark does, and how it is timed."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmosaic.privacy.encryption.weights import integer_weights
+from fedmosaic.privacy.policy import WeightRow, cap_weights
+
+MODULES, BLOCKS = 7, 4
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of processor time of one operation over repetitions.
+
+    Attributes:
+        least: Fastest repetition.
+        median: Median repetition.
+        repetitions: How many.
+    """
+
+    least: float
+    median: float
+    repetitions: int
+
+    def __add__(self, other: "Timing") -> "Timing":
+        repetitions = min(self.repetitions, other.repetitions)
+        return Timing(self.least + other.least, self.median + other.median, repetitions)
+
+    def scaled(self, factor: float) -> "Timing":
+        """Extrapolate to `factor` times the work."""
+        return Timing(self.least * factor, self.median * factor, self.repetitions)
+
+
+NOTHING = Timing(0.0, 0.0, 1 << 30)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one system took for one rank and number of members.
+
+    Attributes:
+        system: Name.
+        rank: Rank of the adapter.
+        members: N; each is contributor and recipient.
+        dimensions: d.
+        encrypt: One client, one upload.
+        upload_bytes: One upload.
+        ingest: Server, all N uploads, from bytes to checked operands.
+        arithmetic: Server, the N weighted sums alone.
+        server: Server, from N uploads in bytes to N aggregates in bytes, ingest included.
+        download_bytes: One aggregate.
+        decrypt: One client, one aggregate.
+        error: Largest absolute difference to the same weights applied in float64.
+        note: What was extrapolated or differs.
+    """
+
+    system: str
+    rank: int
+    members: int
+    dimensions: int
+    encrypt: Timing
+    upload_bytes: int
+    ingest: Timing
+    arithmetic: Timing
+    server: Timing
+    download_bytes: int
+    decrypt: Timing
+    error: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Adapters and weights of one cell.
+
+    Attributes:
+        rank: Rank of the adapter.
+        names: N client ids.
+        vectors: (N, d) float64 adapters.
+        shares: (N, N) real weights, zero on the diagonal, rows sum to 1, capped at one half.
+        budget: Seconds to spend on repetitions of one operation.
+    """
+
+    rank: int
+    names: tuple[str, ...]
+    vectors: NDArray[np.float64]
+    shares: NDArray[np.float64]
+    budget: float
+
+    @property
+    def members(self) -> int:
+        """Number N of members."""
+        return len(self.names)
+
+    @property
+    def dimensions(self) -> int:
+        """Number d of values in an adapter."""
+        return int(self.vectors.shape[1])
+
+    def rows(self, bits: int) -> list[WeightRow]:
+        """Return the integer rows of all recipients at a precision."""
+        result = []
+        for index, recipient in enumerate(self.names):
+            others = [i for i in range(self.members) if i != index]
+            weights = integer_weights(self.shares[index, others], bits)
+            integers = tuple(int(weight) for weight in weights)
+            result.append(WeightRow(0, recipient, tuple(self.names[i] for i in others), integers, bits))
+        return result
+
+    def measure(self, operation: Callable[[], object], least_repetitions: int = 3) -> Timing:
+        """Time an operation, after one run that does not count, until the budget is spent."""
+        operation()
+        seconds: list[float] = []
+        started = time.perf_counter()
+        while len(seconds) < least_repetitions or (
+            len(seconds) < 200 and time.perf_counter() - started < self.budget
+        ):
+            before = time.process_time()
+            operation()
+            seconds.append(time.process_time() - before)
+        return Timing(min(seconds), statistics.median(seconds), len(seconds))
+
+
+def make_work(rank: int, members: int, budget: float) -> Work:
+    """Draw adapters N(0, 0.02²) and softmax weights of standard normal scores, as in a trained federation."""
+    generator = np.random.default_rng(rank * 1000 + members)
+    dimensions = BLOCKS * MODULES * (rank**2 + rank)
+    vectors = generator.normal(size=(members, dimensions)) * 0.02
+    shares = np.exp(generator.normal(size=(members, members)))
+    np.fill_diagonal(shares, 0.0)
+    shares = np.array([cap_weights(row.tolist(), 0.5) for row in shares])
+    names = tuple(f"client-{index:03d}" for index in range(members))
+    return Work(rank, names, vectors, shares, budget)
