@@ -9,8 +9,8 @@ WORD_BYTES = 6
 _HALF_BITS = np.uint64(24)
 _HALF_MASK = np.uint64((1 << 24) - 1)
 _MAX_ROW_SUM = 1 << 16
-# Small enough for all buffers of ten contributors to stay in the second-level cache.
-_COLUMNS = 2048
+# Small enough for the buffers of ten contributors to stay in the second-level cache.
+_COLUMNS = 1024
 
 
 def pack_words(words: NDArray[np.uint64], packed: NDArray[np.uint64]) -> None:
