@@ -73,6 +73,8 @@ class SharedLayout:
 class FamilyLayout:
     """What the numbers of a family vector mean; equal only for clients of one architecture.
 
+    The layout knows shapes, not pretrained weights: name the base model beside it where families are formed.
+
     Attributes:
         rank: Rank r.
         alpha: α of the scale s = α/r.

@@ -212,15 +212,21 @@ def test_adapt_freezes_the_base_and_fills_in_the_task(folder: Path) -> None:
     assert adapted.peft_config["mine"].task_type == "CAUSAL_LM"
 
 
-def test_a_saved_adapter_says_how_to_load_it_and_its_recipe_works(folder: Path, tmp_path: Path) -> None:
+def test_a_saved_adapter_says_once_how_to_load_it(folder: Path, tmp_path: Path) -> None:
     adapted = adapt(load_base_model(folder)[0], CoLoraConfig(r=2, blocks=2))
     for _ in range(2):
         save_adapter(adapted, tmp_path / "adapter")
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert card.count("## Loading this adapter") == 1
+    assert "import fedmosaic.client.colora" in card
+
+
+@pytest.mark.slow
+def test_the_recipe_of_the_card_works_in_a_fresh_process(folder: Path, tmp_path: Path) -> None:
+    save_adapter(adapt(load_base_model(folder)[0], CoLoraConfig(r=2, blocks=2)), tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text()
     recipe = card.split("## Loading this adapter")[1].split("```python")[1].split("```")[0]
     recipe = recipe.replace("path/to/this/folder", str(tmp_path / "adapter"))
-    # In a fresh process, where nothing has registered the method yet.
     run = subprocess.run([sys.executable, "-c", recipe], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
 
