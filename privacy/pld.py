@@ -5,6 +5,7 @@ Imported lazily by its users: dp-accounting brings scipy with it.
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from dp_accounting.pld import privacy_loss_distribution
@@ -35,7 +36,8 @@ def discretization_interval(events: Sequence[GaussianEvent], largest_loss: float
     return min(_COARSEST, max(finest, _STEP_ERROR / math.sqrt(max(1, steps))))
 
 
-def compose(events: Sequence[GaussianEvent], interval: float) -> Any:
+@lru_cache(maxsize=8)
+def compose(events: tuple[GaussianEvent, ...], interval: float) -> Any:
     """Pessimistic privacy loss distribution of all events together, add/remove neighbours.
 
     Args:
