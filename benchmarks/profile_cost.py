@@ -2,7 +2,7 @@
 
     python benchmarks/profile_cost.py --model DIRECTORY [--gguf-file FILE] [--dtype bfloat16]
 
-Both run in turn, in the same batches, and the medians and the median of the paired ratios are printed.
+Both run in turn, in the same batches, and medians of times and of paired ratios are printed.
 The bar is a ratio of at most 1.1. The plain pass computes logits at every position, as a forward pass
 with labels does; the profile computes them, and their way back through the head, where a label stands.
 """
@@ -54,11 +54,11 @@ def random_examples(settings: Settings, vocabulary: int) -> list[EncodedExample]
     return [EncodedExample(str(index), *pair) for index, pair in enumerate(zip(ids, labels, strict=True))]
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
+def seconds(work: Callable[[], object]) -> tuple[float, float]:
+    """Wall time and processor time of one call; the second is steadier where other work runs too."""
+    wall, processor = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - start
+    return time.perf_counter() - wall, time.process_time() - processor
 
 
 def main(settings: Settings) -> None:
@@ -93,14 +93,20 @@ def main(settings: Settings) -> None:
     def profile() -> None:
         release_profile(probe, examples, public_map, SecureNoise(), lambda: None)
 
-    forward(), profile()
+    forward()
+    profile()
     pairs = [(seconds(forward), seconds(profile)) for _ in range(settings.repeats)]
-    plain, released = (statistics.median(column) for column in zip(*pairs, strict=True))
-    ratio = statistics.median(after / before for before, after in pairs)
-    print("| model | dtype | reduction | supervised | forward s | profile s | ratio |")
+    wall, processor = (
+        statistics.median(after[clock] / before[clock] for before, after in pairs) for clock in (0, 1)
+    )
+    plain, released = (statistics.median(times[i][1] for times in pairs) for i in (0, 1))
+    print(
+        "| model | dtype | reduction | supervised | forward CPU s | profile CPU s | ratio CPU | ratio wall |"
+    )
     print(
         f"| {settings.model.name} | {settings.dtype} | {settings.kind} {settings.dimensions} | "
-        f"{settings.answer_tokens}/{settings.tokens} | {plain:.2f} | {released:.2f} | {ratio:.2f} |"
+        f"{settings.answer_tokens}/{settings.tokens} | {plain:.2f} | {released:.2f} | {processor:.2f} | "
+        f"{wall:.2f} |"
     )
 
 

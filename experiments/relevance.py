@@ -26,7 +26,7 @@ from fedmosaic.experiments.relevance_designs import (
     Rows,
     complete_map,
     encode,
-    public_sides,
+    public_rows,
     reduced_rows,
 )
 from fedmosaic.experiments.relevance_measure import Recovery, measure
@@ -119,8 +119,7 @@ def _probe_cells(path: Path, settings: Settings) -> Iterator[Cell]:
         tokenizer, load_public(settings.data, settings.public_size, settings.seed), settings.max_length
     )
     logger.info("%s: fitting the basis on %d public examples", name, len(public))
-    sides = public_sides(probe, public)
-    public_rows = reduced_rows(probe, public, sides, DESIGNS.values(), cache)
+    sides, basis_rows = public_rows(probe, public, DESIGNS.values(), cache)
     for task_set in settings.task_sets:
         rows: list[Rows] = []
         tasks = load_task_set(task_set, settings.data, settings.pool, settings.seed)
@@ -130,7 +129,7 @@ def _probe_cells(path: Path, settings: Settings) -> Iterator[Cell]:
             rows.append(reduced_rows(probe, encoded, sides, DESIGNS.values(), cache))
         for title, design in DESIGNS.items():
             logger.info("%s, %s: measuring %s", name, task_set, title)
-            public_map = complete_map(design, probe, name, sides, public_rows[design.rows_name])
+            public_map = complete_map(design, probe, name, sides, basis_rows[design.rows_name])
             task_rows = [task[design.rows_name] for task in rows]
             for n, epsilon, recovery in _measure(public_map, task_rows, settings):
                 yield Cell(name, task_set, title, public_map.mechanism.dimensions, n, epsilon, recovery)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -97,15 +97,32 @@ def encode(
     return encoded
 
 
-def public_sides(probe: Probe, public: Sequence[EncodedExample]) -> PublicBasis:
-    """Fit the two sides of the Kronecker reduction on public examples."""
-    design = Design("kronecker", KRONECKER_SHAPE[0] * KRONECKER_SHAPE[1])
+def public_rows(
+    probe: Probe, public: Sequence[EncodedExample], designs: Iterable[Design], cache: Path
+) -> tuple[PublicBasis, Rows]:
+    """Fit the two sides of the Kronecker reduction on public examples, and reduce these.
+
+    Args:
+        probe: the probe.
+        public: encoded public examples.
+        designs: which rows are needed.
+        cache: folder where sides and rows are kept for the next run.
+
+    Returns:
+        The sides, and the rows as `reduced_rows` gives them.
+    """
+    path = cache / f"{_key(probe, public, PublicBasis(), ['sides', str(KRONECKER_SHAPE)])}.safetensors"
+    if path.exists():
+        sides = PublicBasis.load(path)
+        return sides, reduced_rows(probe, public, sides, designs, cache)
+    # A thousand short examples fit into memory, and probing takes longer than all the rest.
+    factors = list(gradient_factors(probe, public))
+    reduction = Design("kronecker", KRONECKER_SHAPE[0] * KRONECKER_SHAPE[1]).reduction(probe)
     settings = BasisSettings(standardise="none", kronecker_shape=KRONECKER_SHAPE)
-
-    def factors() -> Iterator[GradientFactors]:
-        return (gradient for _, gradient in gradient_factors(probe, public))
-
-    return fit_basis(factors, design.reduction(probe), settings).basis
+    sides = fit_basis(lambda: [gradient for _, gradient in factors], reduction, settings).basis
+    cache.mkdir(parents=True, exist_ok=True)
+    sides.save(path)
+    return sides, reduced_rows(probe, public, sides, designs, cache, factors)
 
 
 def reduced_rows(
@@ -114,6 +131,7 @@ def reduced_rows(
     sides: PublicBasis,
     designs: Iterable[Design],
     cache: Path,
+    factors: Iterable[tuple[int, GradientFactors]] | None = None,
 ) -> Rows:
     """Reduce examples once for all designs.
 
@@ -123,6 +141,7 @@ def reduced_rows(
         sides: directions of the Kronecker reduction.
         designs: which rows are needed.
         cache: folder where the rows are kept for the next run; keyed by everything that they depend on.
+        factors: the examples' indexed gradients, if they are at hand.
 
     Returns:
         Rows before standardisation, by `Design.rows_name`; row i belongs to `examples[i]`.
@@ -139,9 +158,9 @@ def reduced_rows(
         name: np.full((len(examples), projection.reduction.dimensions), np.nan, dtype=np.float32)
         for name, projection in projections.items()
     }
-    for index, factors in gradient_factors(probe, examples):
+    for index, gradient in gradient_factors(probe, examples) if factors is None else factors:
         for name, projection in projections.items():
-            rows[name][index] = projection.rows([factors])[0]
+            rows[name][index] = projection.rows([gradient])[0]
     cache.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial.npz")
     np.savez(partial, allow_pickle=False, **rows)

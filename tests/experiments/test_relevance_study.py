@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from fedmosaic.client.examples import IGNORED, Example, encode_examples
 from fedmosaic.client.probe import open_probe
 from fedmosaic.experiments import relevance
-from fedmosaic.experiments.relevance_designs import DESIGNS, encode, public_sides, reduced_rows
+from fedmosaic.experiments.relevance_designs import DESIGNS, encode, public_rows, reduced_rows
 from fedmosaic.experiments.relevance_measure import Recovery, area_under_curve, measure, top_match
 from fedmosaic.experiments.relevance_tables import Cell, draw, markdown
 from fedmosaic.experiments.relevance_tasks import CLINC_DOMAINS, load_public, load_task_set
@@ -186,13 +186,16 @@ def test_encoding_is_the_products_where_nothing_is_cut() -> None:
 def test_rows_come_from_the_cache_only_for_the_same_question(tmp_path: Path) -> None:
     probe, designs = open_probe(tiny_model()), [DESIGNS["kronecker 16 × 16, whitened"]]
     examples = encode(tokenizer(), texts(30, 0), 32)
-    sides = public_sides(probe, examples)
+    sides, public = public_rows(probe, examples, designs, tmp_path / "public")
     first = reduced_rows(probe, examples, sides, designs, tmp_path)
     again = reduced_rows(probe, examples, sides, designs, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.glob("*.npz"))) == 1
     np.testing.assert_array_equal(first[designs[0].rows_name], again[designs[0].rows_name])
+    np.testing.assert_allclose(public[designs[0].rows_name], first[designs[0].rows_name], rtol=1e-5)
+    stored, _ = public_rows(probe, examples, designs, tmp_path / "public")
+    assert stored.sha256 == sides.sha256
     reduced_rows(probe, examples[:-1], sides, designs, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.glob("*.npz"))) == 2
 
 
 def test_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
