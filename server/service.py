@@ -43,7 +43,8 @@ class FederationService(rpc.FederationServicer):
     def __init__(self, coordinator: Coordinator, changes: Changes) -> None:
         self._coordinator = coordinator
         self._changes = changes
-        self._pushing: dict[str, asyncio.Task[Any]] = {}
+        self._pushing: dict[str, asyncio.Task[Receipt]] = {}
+        self._superseded: set[asyncio.Task[Receipt]] = set()
         self._locks: dict[str, asyncio.Lock] = {}
         self._status: tuple[float, pb.PullResponse] = (-1.0, pb.PullResponse())
 
@@ -172,16 +173,21 @@ class FederationService(rpc.FederationServicer):
         if earlier is not None:
             # Its connection is dead, or the client has changed its mind: the newest push counts.
             log.info("an earlier push of %s is superseded by a new one", client)
+            self._superseded.add(earlier)
             earlier.cancel()
         async with self._locks.setdefault(client, asyncio.Lock()):
-            task = asyncio.current_task()
-            if task is not None:
-                self._pushing[client] = task
+            work = asyncio.ensure_future(self._receive(client, request_iterator))
+            self._pushing[client] = work
             try:
-                work = self._receive(client, request_iterator)
                 receipt = await self._guarded(context, "push", client, work)
+            except asyncio.CancelledError:
+                if work in self._superseded:
+                    await context.abort(grpc.StatusCode.ABORTED, "a newer push of this client has begun")
+                raise
             finally:
-                self._pushing.pop(client, None)
+                self._superseded.discard(work)
+                if self._pushing.get(client) is work:
+                    del self._pushing[client]
         return wire.encode_receipt(receipt)
 
     async def _receive(self, client: str, requests: AsyncIterator[pb.PushRequest]) -> Receipt:
@@ -272,7 +278,8 @@ async def _refuse(context: Context, call: str, who: str, refusal: Refusal) -> No
 
 
 async def _next(requests: AsyncIterator[pb.PushRequest]) -> pb.PushRequest | None:
-    return await asyncio.wait_for(anext(requests, None), _CHUNK_SECONDS)
+    async with asyncio.timeout(_CHUNK_SECONDS):
+        return await anext(requests, None)
 
 
 def _once_false() -> Callable[[], bool]:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import signal
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Final
 
 import grpc
@@ -86,9 +86,7 @@ async def running(settings: ServerSettings) -> AsyncIterator[int]:
     finally:
         await checks.enter_graceful_shutdown()
         changes.stop()
-        clockwork.cancel()
-        with suppress(asyncio.CancelledError):
-            await clockwork
+        await clockwork
         await server.stop(_GRACE_SECONDS)
         await asyncio.to_thread(coordinator.close)
         log.info("stopped; the run goes on when the server starts again with the same state_dir")
@@ -128,19 +126,15 @@ async def _advance(coordinator: Coordinator, changes: Changes) -> None:
     """Close rounds when it is time, and say now and then what the server waits for."""
     loop = asyncio.get_running_loop()
     last_line = loop.time()
-    # Not `while True` and a cancellation alone: in Python 3.11 `asyncio.wait_for` swallows a cancellation
-    # that comes together with the event it waits for, and stopping sends both.
     while not changes.stopping:
         seen = changes.work
         try:
             moved = await asyncio.to_thread(coordinator.advance)
-        except (FedMosaicError, OSError) as error:
-            log.error("the round could not be closed, trying again in %.0f s: %s", _RETRY_SECONDS, error)
-            await asyncio.sleep(_RETRY_SECONDS)
-            continue
-        except Exception:
-            log.exception("the round could not be closed, trying again in %.0f s", _RETRY_SECONDS)
-            await asyncio.sleep(_RETRY_SECONDS)
+        except Exception as error:
+            expected = isinstance(error, FedMosaicError | OSError)
+            text = "the round could not be closed, trying again in %.0f s: %s"
+            log.error(text, _RETRY_SECONDS, error, exc_info=not expected)
+            await changes.until("round", lambda: False, _RETRY_SECONDS)
             continue
         if moved:
             last_line = loop.time()

@@ -55,16 +55,21 @@ class Changes:
             left = deadline - time.monotonic()
             if ready() or left <= 0.0:
                 return
-            try:
-                await asyncio.wait_for(event.wait(), left)
-            except TimeoutError:
+            if not await _wait(event, left):
                 return
 
     async def next_work(self, seen: int, seconds: float) -> None:
-        """Return once `work` is above `seen`, or after `seconds`."""
+        """Return once `work` is above `seen`, after `seconds`, or when the server stops."""
         event = self._work_event
         if self.work == seen and not self.stopping:
-            try:
-                await asyncio.wait_for(event.wait(), seconds)
-            except TimeoutError:
-                return
+            await _wait(event, seconds)
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> bool:
+    # Not `wait_for`: before Python 3.12 it can swallow a cancellation that comes with the event.
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True

@@ -1,15 +1,21 @@
 """A federation made up for tests: settings, keys, uploads. No model and no network."""
 
+import asyncio
+import datetime as dt
 import hashlib
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from fedmosaic.client.transport import GrpcTransport, TransportOptions
+from fedmosaic.privacy import identity
 from fedmosaic.privacy.encryption.layout import upload_header
 from fedmosaic.privacy.encryption.parameters import PlainParameters
 from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
@@ -17,7 +23,8 @@ from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos.messages import PROTOCOL_VERSION, Enrolment, Profile, Section, Upload
 from fedmosaic.protos.signing import sign_upload
 from fedmosaic.server.coordinator import Coordinator
-from fedmosaic.server.settings import ServerSettings
+from fedmosaic.server.serving import running
+from fedmosaic.server.settings import ServerSettings, TlsFiles
 
 CLIENTS = ("clinic-a", "clinic-b", "clinic-c", "clinic-d", "clinic-e")
 DIMENSIONS = 12
@@ -144,3 +151,123 @@ def coordinator(federation: TestFederation, clock: Clock, tmp_path: Path) -> Any
     made = Coordinator(federation.settings(tmp_path / "state"), clock)
     yield made
     made.close()
+
+
+class Authority:
+    """A certificate authority and the files of everybody it has issued to."""
+
+    def __init__(self, folder: Path, federation: str = "fed") -> None:
+        self.folder = folder
+        self.federation = federation
+        folder.mkdir(parents=True)
+        self.authority = identity.create_authority(federation)
+        self.certificate = folder / "authority.pem"
+        self.certificate.write_bytes(self.authority.certificate.public_bytes(serialization.Encoding.PEM))
+
+    def _files(self, name: str, issued: identity.TlsIdentity) -> tuple[Path, Path]:
+        certificate, key = self.folder / f"{name}.pem", self.folder / f"{name}.key"
+        if key.exists():
+            key.unlink()
+        certificate.write_bytes(issued.certificate_pem)
+        identity.write_private(key, issued.key_pem)
+        return certificate, key
+
+    def server(self) -> TlsFiles:
+        certificate, key = self._files(
+            "server", identity.issue_server(self.authority, ["localhost", "127.0.0.1"])
+        )
+        return TlsFiles(certificate=certificate, private_key=key, authority=self.certificate)
+
+    def client(self, client: str, age_days: int = 0, **changes: Any) -> tuple[Path, Path]:
+        """Certificate and key of a client, issued `age_days` ago."""
+        then = dt.datetime.now(dt.UTC) - dt.timedelta(days=age_days)
+        federation = changes.get("federation", self.federation)
+        return self._files(client, identity.issue_client(self.authority, federation, client, now=then))
+
+
+class ServerThread:
+    """A real server in a thread of its own event loop."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self.settings = settings
+        self.port = 0
+        self._ready = threading.Event()
+        self._stop: asyncio.Event | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        async def main() -> None:
+            self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+            async with running(self.settings) as self.port:
+                self._ready.set()
+                await self._stop.wait()
+
+        try:
+            asyncio.run(main())
+        except BaseException as error:
+            self._failure = error
+        self._ready.set()
+
+    def start(self) -> "ServerThread":
+        self._thread.start()
+        assert self._ready.wait(20)
+        if self._failure is not None:
+            raise self._failure
+        return self
+
+    def stop(self) -> None:
+        if self._loop is not None and self._stop is not None and self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+
+    @property
+    def address(self) -> str:
+        return f"localhost:{self.port}"
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    return Authority(tmp_path / "authority")
+
+
+@pytest.fixture
+def make_authority(tmp_path: Path) -> Callable[..., Authority]:
+    return lambda name, **changes: Authority(tmp_path / name, **changes)
+
+
+@pytest.fixture
+def start_server() -> Iterator[Callable[[ServerSettings], ServerThread]]:
+    started: list[ServerThread] = []
+
+    def start(settings: ServerSettings) -> ServerThread:
+        started.append(ServerThread(settings).start())
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.stop()
+
+
+@pytest.fixture
+def connect(authority: Authority) -> Iterator[Callable[..., GrpcTransport]]:
+    opened: list[GrpcTransport] = []
+
+    def make(server: ServerThread, client: str, **options: Any) -> GrpcTransport:
+        certificate, key = authority.client(client)
+        opened.append(
+            GrpcTransport(
+                server.address,
+                authority=authority.certificate,
+                certificate=certificate,
+                private_key=key,
+                options=TransportOptions(**({"retry_seconds": 3.0, "wait_seconds": 5.0} | options)),
+            )
+        )
+        return opened[-1]
+
+    yield make
+    for transport in opened:
+        transport.close()

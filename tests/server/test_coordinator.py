@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 
 from fedmosaic.privacy.encryption.records import HEADER_BYTES
 from fedmosaic.privacy.policy import AggregationPolicy
@@ -23,9 +25,11 @@ from fedmosaic.protos.messages import (
     UploadHeader,
 )
 from fedmosaic.protos.refusal import Refusal, RefusalKind
+from fedmosaic.server import tables
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.relevance import relevance, softmax_weights
 
+POSTGRESQL = os.environ.get("FEDMOSAIC_TEST_POSTGRESQL", "")
 ACCEPTED, DUPLICATE, LATE = ReceiptStatus.ACCEPTED, ReceiptStatus.DUPLICATE, ReceiptStatus.LATE
 
 
@@ -540,3 +544,23 @@ def test_the_server_refuses_settings_under_which_nobody_could_receive(
 def test_settings_survive_a_file(federation: Any, tmp_path: Path) -> None:
     settings = federation.settings(tmp_path)
     assert type(settings).model_validate_json(settings.model_dump_json()) == settings
+
+
+@pytest.mark.skipif(not POSTGRESQL, reason="FEDMOSAIC_TEST_POSTGRESQL names no server")
+def test_a_killed_server_goes_on_from_postgresql(federation: Any, tmp_path: Path, clock: Any) -> None:
+    engine = sa.create_engine(POSTGRESQL)
+    tables.metadata.drop_all(engine)
+    settings = federation.settings(tmp_path / "state", store_url=POSTGRESQL)
+    before = Coordinator(settings, clock)
+    federation.play(before, 1)
+    before.push("clinic-a", federation.upload(before.run_id, "clinic-a", 2))
+    crash(before)
+    after = Coordinator(settings, clock)
+    assert after.status("clinic-a").arrived == ("clinic-a",)
+    for client in federation.clients[1:]:
+        after.push(client, federation.upload(after.run_id, client, 2))
+    assert after.advance()
+    assert after.pull("clinic-b", 3).sections[0].row is not None
+    after.close()
+    tables.metadata.drop_all(engine)
+    engine.dispose()

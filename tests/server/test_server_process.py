@@ -1,0 +1,208 @@
+"""The server as a process: quick to answer, without a model library, and alive after a kill."""
+
+import json
+import os
+import re
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from fedmosaic.protos.errors import IdentityError
+from fedmosaic.protos.messages import ReceiptStatus
+from fedmosaic.server.serving import SERVICE
+
+
+class Process:
+    """`python -m fedmosaic.server` on a free port, with its log in a file."""
+
+    def __init__(self, settings: Any, folder: Path, *arguments: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self._file = folder / "settings.json"
+        self._log = folder / "server.log"
+        self._arguments = arguments
+        self.settings = settings.model_copy(update={"listen": f"127.0.0.1:{self.port}"})
+        self._file.write_text(self.settings.model_dump_json())
+        self.start()
+
+    @property
+    def address(self) -> str:
+        return f"localhost:{self.port}"
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "fedmosaic.server", "--settings", str(self._file), *self._arguments]
+        self.started = time.monotonic()
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(20)
+
+    def wait_for(self, pattern: str, seconds: float = 15.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not re.search(pattern, self.log):
+            assert time.monotonic() < deadline, f"{pattern!r} is not in the log:\n{self.log}"
+            time.sleep(0.05)
+
+
+@pytest.fixture
+def launch(federation: Any, authority: Any, tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    started: list[Process] = []
+
+    def make(*arguments: str, **changes: Any) -> Process:
+        settings = federation.settings(tmp_path / "state", tls=authority.server(), **changes)
+        started.append(Process(settings, tmp_path, *arguments))
+        return started[-1]
+
+    yield make
+    for process in started:
+        process.stop(signal.SIGKILL)
+
+
+def healthy(process: Process, authority: Any) -> float:
+    """Seconds from the start of the process to its first healthy answer."""
+    certificate, key = authority.client("monitor")
+    credentials = grpc.ssl_channel_credentials(
+        authority.certificate.read_bytes(), key.read_bytes(), certificate.read_bytes()
+    )
+    backoff = [(f"grpc.{name}_reconnect_backoff_ms", 50) for name in ("initial", "min", "max")]
+    with grpc.secure_channel(process.address, credentials, options=backoff) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        while time.monotonic() - process.started < 20:
+            assert process.process.poll() is None, process.log
+            try:
+                answer = health.Check(health_pb2.HealthCheckRequest(service=SERVICE), timeout=1)
+            except grpc.RpcError:
+                time.sleep(0.02)
+                continue
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            return time.monotonic() - process.started
+    raise AssertionError(process.log)
+
+
+def test_the_server_is_healthy_within_two_seconds(launch: Any, authority: Any) -> None:
+    process = launch()
+    waited = healthy(process, authority)
+    used = sum(psutil.Process(process.process.pid).cpu_times()[:2])
+    assert process.stop() == 0
+    # Where more programs run than there are processors, only the time that the server itself used says
+    # anything about the server.
+    busy = os.getloadavg()[0] > 0.75 * (os.cpu_count() or 1)
+    assert (used if busy else waited) < 2.0
+
+
+def test_the_server_imports_no_model_library_and_no_homomorphic_one() -> None:
+    code = (
+        "import sys, json, fedmosaic.server.__main__, fedmosaic.server.serving\n"
+        "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(json.loads(result.stdout))
+    assert not loaded & {"torch", "transformers", "peft", "opacus", "tenseal", "safetensors"}
+    assert {"grpc", "numpy", "sqlalchemy"} <= loaded
+
+
+def test_a_kill_in_the_middle_of_a_round_loses_nothing_acknowledged(
+    federation: Any, launch: Any, connect: Any
+) -> None:
+    server = launch(durable=True, rounds=1)
+    transports = {c: connect(server, c, retry_seconds=20.0) for c in federation.clients}
+    for transport in transports.values():
+        run_id = transport.enrol(federation.enrolment()).run_id
+    uploads = {c: federation.upload(run_id, c, 1) for c in federation.clients}
+    for client in federation.clients[:3]:
+        assert transports[client].push(uploads[client]).status is ReceiptStatus.ACCEPTED
+    assert server.stop(signal.SIGKILL) == -signal.SIGKILL
+    server.start()
+    assert transports["clinic-a"].push(uploads["clinic-a"]).status is ReceiptStatus.DUPLICATE
+    for client in federation.clients[3:]:
+        assert transports[client].push(uploads[client]).status is ReceiptStatus.ACCEPTED
+    assert transports["clinic-b"].pull(2).sections[0].row is not None
+    assert server.stop() == 0
+    assert "the run goes on when the server starts again" in server.log
+    assert server.log.count("upload of clinic-a accepted") == 1
+
+
+def test_refused_connections_leave_one_clear_line_each(
+    federation: Any, launch: Any, authority: Any, make_authority: Any
+) -> None:
+    server = launch()
+    healthy(server, authority)
+    foreign = make_authority("foreign")
+    for certificate, key in (foreign.client("clinic-a"), authority.client("clinic-b", age_days=100)):
+        credentials = grpc.ssl_channel_credentials(
+            authority.certificate.read_bytes(), key.read_bytes(), certificate.read_bytes()
+        )
+        with grpc.secure_channel(server.address, credentials) as channel, pytest.raises(grpc.RpcError):
+            channel.unary_unary("/fedmosaic.v1.Federation/RoundStatus")(b"", timeout=5)
+    server.wait_for("certificate is not from this federation's authority")
+    server.wait_for("certificate has expired")
+    assert server.log.count("refused a connection") == 2
+    assert "Handshake failed" not in server.log
+
+
+def test_tls_1_2_finds_no_cipher(launch: Any, authority: Any) -> None:
+    server = launch()
+    healthy(server, authority)
+    certificate, key = authority.client("clinic-a")
+
+    def version(highest: ssl.TLSVersion) -> str | None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_verify_locations(authority.certificate)
+        context.load_cert_chain(certificate, key)
+        context.set_alpn_protocols(["h2"])
+        context.maximum_version = highest
+        with socket.create_connection(("localhost", server.port), timeout=5) as plain:
+            with context.wrap_socket(plain, server_hostname="localhost") as secure:
+                return secure.version()
+
+    assert version(ssl.TLSVersion.TLSv1_3) == "TLSv1.3"
+    with pytest.raises(OSError, match=r"EOF|handshake|alert|reset"):
+        version(ssl.TLSVersion.TLSv1_2)
+
+
+def test_log_lines_can_be_json(launch: Any, authority: Any) -> None:
+    server = launch("--log-format", "json")
+    healthy(server, authority)
+    assert server.stop() == 0
+    lines = [json.loads(line) for line in server.log.splitlines()]
+    assert any("listening on" in line["message"] for line in lines)
+    assert {"time", "level", "logger", "message"} <= lines[0].keys()
+
+
+def test_wrong_settings_end_with_a_message_and_a_status(launch: Any, authority: Any) -> None:
+    server = launch()
+    server.stop(signal.SIGKILL)
+    os.chmod(server.settings.tls.private_key, 0o644)
+    server.start()
+    assert server.process.wait(20) == 1
+    assert "can be read by other users" in server.log
+    assert "Traceback" not in server.log
+
+
+def test_an_own_expired_certificate_is_noticed_before_connecting(authority: Any, launch: Any) -> None:
+    from fedmosaic.client.transport import GrpcTransport
+
+    certificate, key = authority.client("clinic-a", age_days=120)
+    with pytest.raises(IdentityError, match=r"expired on \d{4}-.*keys rotate"):
+        GrpcTransport(
+            "localhost:1", authority=authority.certificate, certificate=certificate, private_key=key
+        )
