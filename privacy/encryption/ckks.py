@@ -13,7 +13,7 @@ ciphertext carries n values.
 
 Decryptions are approximate: together with its ciphertext, one exact decrypted vector reveals the secret key.
 What `decrypt` returns must stay in the process. Reference: Li and Micciancio, "On the security of homomorphic
-encryption on approximate numbers" (EUROCRYPT 2021), section 4; Cheon, Kim, Kim and Song (ASIACRYPT 2017).
+encryption on approximate numbers" (EUROCRYPT 2021); Cheon, Kim, Kim and Song (ASIACRYPT 2017).
 """
 
 import functools

@@ -3,8 +3,8 @@
 The second polynomial of a fresh ciphertext is uniform and public, so a client sends the seed and the server
 expands it. AES-256 in counter mode under the seed as key, rejection sampling for uniformity.
 
-Reference: the expansion of public matrices by AES from a seed is that of FrodoKEM (specification of 2021,
-section 2.2.4, "Frodo.Gen with AES128") and of Kyber's 90s variant.
+Reference: FrodoKEM (Frodo.Gen using AES) and Kyber's 90s variant expand their public matrices from seeds
+in this way; NIST SP 800-38A (CTR).
 """
 
 import numpy as np

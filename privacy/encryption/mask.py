@@ -8,7 +8,7 @@ Pads are AES-256 in counter mode under a key that HKDF-SHA256 derives from the g
 and its whole header. So a pad belongs to one contributor, round and section, and can never serve twice.
 
 Reference: Castelluccia, Mykletun and Tsudik, "Efficient aggregation of encrypted data in wireless sensor
-networks" (2005), section 4; NIST SP 800-38A (CTR); RFC 5869 (HKDF).
+networks" (MobiQuitous 2005); NIST SP 800-38A (CTR); RFC 5869 (HKDF).
 """
 
 import math

@@ -17,7 +17,8 @@ CKKS_MODULUS: Literal[281474976694273] = 281474976694273
 CKKS_ERROR_BOUND = 21
 
 # Largest total modulus, in bits, by ring degree and classical security level, for ternary secrets.
-# Reference: Albrecht et al., Homomorphic Encryption Standard (2018), Table 1.
+# Reference: Albrecht et al., Homomorphic Encryption Standard (2018), recommended parameters; the same figures
+# stand in SEAL's util/hestdparms.h, with 51 bits for 128-bit quantum security at degree 2048.
 STANDARD_MODULUS_BITS: dict[int, dict[int, int]] = {
     1024: {128: 27, 192: 19, 256: 14},
     2048: {128: 54, 192: 37, 256: 29},
@@ -129,7 +130,7 @@ def check_security(ring_degree: int, modulus_bits: int, security_bits: int) -> N
         ValueError: If the pair is not covered or the modulus is too large for the level.
 
     Reference:
-        Albrecht et al., Homomorphic Encryption Standard (2018), Table 1, uniform ternary secret.
+        Albrecht et al., Homomorphic Encryption Standard (2018), uniform ternary secrets.
     """
     largest = STANDARD_MODULUS_BITS.get(ring_degree, {}).get(security_bits)
     if largest is None:
