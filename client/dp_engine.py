@@ -200,7 +200,9 @@ class OpacusEngine:
         missing = {name for name, pair in samples.items() if any(sample is None for sample in pair)}
         if missing:
             raise ModelError(_unused(missing))
-        rows = [sample.float().flatten(1) for pair in samples.values() for sample in pair]
+        rows = [
+            sample.float().flatten(1) for pair in samples.values() for sample in pair if sample is not None
+        ]
         if any(len(row) != examples for row in rows):
             raise ModelError(
                 f"the cores' first axis has {sorted({len(row) for row in rows})} entries for a batch of "

@@ -7,7 +7,7 @@ task profiles are reduced with, the alignment of subspaces) therefore costs no p
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-import yaml  # type: ignore[import-untyped]  # comes with transformers, its stubs do not
+import yaml
 
 from fedmosaic.client.examples import Example
 from fedmosaic.experiments.tasks.labelled import normalise, stable_hash
