@@ -31,10 +31,17 @@ from fedmosaic.privacy.encryption.expansion import expand_seed
 from fedmosaic.privacy.encryption.layout import ring_blocks
 from fedmosaic.privacy.encryption.mask_aggregation import word_matrix_product
 from fedmosaic.privacy.encryption.modular import modular_matrix_product
-from fedmosaic.privacy.encryption.parameters import CkksParameters, MaskParameters, Parameters
+from fedmosaic.privacy.encryption.parameters import (
+    CkksParameters,
+    MaskParameters,
+    Parameters,
+    PlainParameters,
+)
 from fedmosaic.privacy.encryption.records import RoundContext
 from fedmosaic.privacy.group_key import GroupKey
 from fedmosaic.privacy.policy import AggregationPolicy, WeightRow
+
+OURS: tuple[Parameters, ...] = (CkksParameters(), MaskParameters(), PlainParameters())
 
 
 def ours(work: Work, parameters: Parameters) -> Cell:
@@ -45,12 +52,12 @@ def ours(work: Work, parameters: Parameters) -> Cell:
     key = GroupKey(
         "benchmark", 1, work.names, parameters.digest(), bytes(32), bytes(32), os.urandom(32), secret
     )
-    ciphers = [create_cipher(parameters, name, policy) for name in work.names]
+    ciphers = [create_cipher(parameters, name, policy, allow_plaintext=True) for name in work.names]
     uploads = {
         name: cipher.encrypt(vector, key, context, os.urandom(16))
         for name, cipher, vector in zip(work.names, ciphers, work.vectors, strict=True)
     }
-    aggregator = create_aggregator(parameters, policy)
+    aggregator = create_aggregator(parameters, policy, allow_plaintext=True)
     rows = work.rows(parameters.weight_bits)
 
     def check() -> None:
@@ -66,7 +73,7 @@ def ours(work: Work, parameters: Parameters) -> Cell:
     found = ciphers[0].decrypt(download, key, context, rows[0])
     clear = np.ldexp(weights[0].astype(np.float64), -parameters.weight_bits) @ work.vectors
     return Cell(
-        parameters.backend,
+        f"{parameters.backend} (back end)" if parameters.backend == "plain" else parameters.backend,
         work.rank,
         work.members,
         work.dimensions,
@@ -106,6 +113,10 @@ def _arithmetic(work: Work, parameters: Parameters, weights: np.ndarray) -> Timi
         residues = generator.integers(0, parameters.modulus, (work.members, part), dtype=np.uint64)
         one = work.measure(lambda: modular_matrix_product(weights, residues, parameters.modulus))
         return one.scaled(2 * blocks * parameters.ring_degree / part)
+    if isinstance(parameters, PlainParameters):
+        values = work.vectors.astype(np.float32)
+        shares = np.ldexp(weights.astype(np.float32), -parameters.weight_bits)
+        return work.measure(lambda: shares @ values)
     words = list(generator.integers(0, 1 << 32, (work.members, work.dimensions), dtype=np.uint32))
     return work.measure(lambda: word_matrix_product(weights, words))
 
@@ -114,7 +125,7 @@ def bars(cells: Sequence[Cell]) -> list[tuple[str, float, str, bool]]:
     """Compare the cells with the figures that were promised: what, value, limit, kept."""
     by = {(cell.system.split(" ")[0], cell.rank, cell.members): cell for cell in cells}
     by |= {("raw", c.rank, c.members): c for c in cells if "NVFlare" in c.system}
-    by |= {("numpy", c.rank, c.members): c for c in cells if "numpy" in c.system}
+    by |= {("numpy", c.rank, c.members): c for c in cells if "numpy (float32)" in c.system}
     found: list[tuple[str, float, str, bool]] = []
 
     def at_most(what: str, value: float, limit: float) -> None:
@@ -193,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for rank in options.ranks:
             work = make_work(rank, members, options.budget)
             cells += [cell for peer in PEERS if (cell := peer(work)) is not None]
-            cells += [ours(work, parameters) for parameters in (CkksParameters(), MaskParameters())]
+            cells += [ours(work, parameters) for parameters in OURS]
             print(f"measured rank {rank}, {members} members", flush=True)
     print(table(cells))
     print()

@@ -16,30 +16,39 @@ _DISTINCT_UPLOADS = 10
 
 
 def plain_numpy(work: Work) -> Cell:
-    """Measure the floor: float32 arrays from bytes, one matrix product, float32 bytes."""
-    uploads = [vector.astype("<f4").tobytes() for vector in work.vectors]
-    shares = work.shares.astype(np.float32)
+    """Measure the floor: float32 arrays from bytes, one matrix product, float32 bytes, no checks at all."""
+    return _numpy(work, "plain numpy (float32)", np.dtype("<f4"))
+
+
+def plain_numpy_double(work: Work) -> Cell:
+    """Measure the same in float64, the precision that `mask` and `ckks` compute in."""
+    return _numpy(work, "plain numpy (float64)", np.dtype("<f8"))
+
+
+def _numpy(work: Work, name: str, kind: np.dtype) -> Cell:
+    uploads = [vector.astype(kind).tobytes() for vector in work.vectors]
+    shares = work.shares.astype(kind)
 
     def ingest() -> np.ndarray:
-        return np.stack([np.frombuffer(upload, dtype="<f4") for upload in uploads])
+        return np.stack([np.frombuffer(upload, dtype=kind) for upload in uploads])
 
     def server() -> list[bytes]:
         return [total.tobytes() for total in shares @ ingest()]
 
     stacked = ingest()
-    found = np.frombuffer(server()[0], dtype="<f4")
+    found = np.frombuffer(server()[0], dtype=kind)
     return Cell(
-        "plain numpy (float32)",
+        name,
         work.rank,
         work.members,
         work.dimensions,
-        work.measure(lambda: work.vectors[0].astype("<f4").tobytes()),
+        work.measure(lambda: work.vectors[0].astype(kind).tobytes()),
         len(uploads[0]),
         work.measure(ingest),
         work.measure(lambda: shares @ stacked),
         work.measure(server),
-        4 * work.dimensions,
-        work.measure(lambda: np.frombuffer(uploads[0], dtype="<f4")),
+        len(uploads[0]),
+        work.measure(lambda: np.frombuffer(uploads[0], dtype=kind)),
         float(np.abs(found - work.shares[0] @ work.vectors).max()),
     )
 
@@ -194,4 +203,10 @@ def flower_masking(work: Work) -> Cell | None:
     )
 
 
-PEERS: tuple[Callable[[Work], Cell | None], ...] = (plain_numpy, tenseal_raw, tenseal_tuned, flower_masking)
+PEERS: tuple[Callable[[Work], Cell | None], ...] = (
+    plain_numpy,
+    plain_numpy_double,
+    tenseal_raw,
+    tenseal_tuned,
+    flower_masking,
+)

@@ -78,11 +78,11 @@ class Aggregator(ABC, Generic[P]):
         self._check_rows(rows, uploads, context)
         if not rows:
             return []
-        names = sorted({name for row in rows for name in row.contributors})
+        names = sorted(set().union(*(row.contributors for row in rows)))
         column = {name: index for index, name in enumerate(names)}
         weights = np.zeros((len(rows), len(names)), dtype=np.int64)
         for index, row in enumerate(rows):
-            weights[index, [column[name] for name in row.contributors]] = row.weights
+            weights[index, list(map(column.__getitem__, row.contributors))] = row.weights
         contributions = [
             Contribution(name, *read_upload(self.parameters, context, name, uploads[name])) for name in names
         ]

@@ -11,7 +11,8 @@ from fedmosaic.privacy.encryption.records import RoundContext
 from fedmosaic.privacy.policy import WeightRow
 from fedmosaic.protos.errors import EncryptionError
 
-_COLUMNS = 4096
+# Doubles in one buffer: fresh memory costs more than the arithmetic when it is large.
+_BUFFER = 1 << 16
 
 
 class MaskAggregator(Aggregator[MaskParameters]):
@@ -30,9 +31,10 @@ class MaskAggregator(Aggregator[MaskParameters]):
     ) -> list[bytes]:
         words = [np.frombuffer(item.payload, dtype="<u4") for item in contributions]
         sums = word_matrix_product(weights, words)
-        nonces = {item.client: item.nonce for item in contributions}
+        nonces = np.array([np.frombuffer(item.nonce, dtype=np.uint8) for item in contributions])
+        column = {item.client: index for index, item in enumerate(contributions)}
         return [
-            b"".join([header, *(nonces[name] for name in row.contributors), total.tobytes()])
+            b"".join([header, nonces[list(map(column.__getitem__, row.contributors))].data, total.data])
             for header, row, total in zip(headers, rows, sums, strict=True)
         ]
 
@@ -56,14 +58,14 @@ def word_matrix_product(
     if weights.size and (int(weights.min()) < 0 or int(weights.sum(axis=1).max()) > 1 << 20):
         raise EncryptionError("weights must be ≥ 0 with rows that sum to at most 2^20")
     columns = words[0].size
-    width = min(columns, _COLUMNS)
+    width = min(columns, max(256, _BUFFER // max(weights.shape)))
     operand = np.empty((len(words), width))
     sums = np.empty((weights.shape[0], width))
     representation = sums.view(np.uint64)
     factors = weights.astype(np.float64)
     result = np.empty((weights.shape[0], columns), dtype="<u4")
-    for start in range(0, columns, _COLUMNS):
-        size = min(_COLUMNS, columns - start)
+    for start in range(0, columns, width):
+        size = min(width, columns - start)
         for row, word in zip(operand, words, strict=True):
             row[:size] = word[start : start + size]
         np.matmul(factors, operand[:, :size], out=sums[:, :size])

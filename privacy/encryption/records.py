@@ -11,7 +11,6 @@ is read or allocated.
 import enum
 import functools
 import hashlib
-import json
 import struct
 from dataclasses import dataclass
 
@@ -165,10 +164,11 @@ def row_digest(row: WeightRow) -> bytes:
 
     They keep an aggregate and its row together. They do not prove that the server used the row.
     """
-    canonical = json.dumps(
-        [row.round, row.recipient, row.contributors, row.weights, row.bits], separators=(",", ":")
-    )
-    return hashlib.sha256(b"fedmosaic/weight-row/v1\n" + canonical.encode()).digest()[:NONCE_BYTES]
+    names = [name.encode() for name in (row.recipient, *row.contributors)]
+    # The numbers tell where each name ends, so that no two rows have one canonical form.
+    numbers = [row.round, row.bits, len(row.weights), *row.weights, *map(len, names)]
+    canonical = repr(numbers).encode() + b"".join(names)
+    return hashlib.sha256(b"fedmosaic/weight-row/v1\n" + canonical).digest()[:NONCE_BYTES]
 
 
 @functools.lru_cache(maxsize=4096)
