@@ -2,7 +2,8 @@
 
     python benchmarks/profile_cost.py --model DIRECTORY [--gguf-file FILE] [--dtype bfloat16]
 
-Both run in turn, in the same batches, and medians of times and of paired ratios are printed.
+Both run in turn, the forward pass in batches, the profile example by example as its guarantee wants, and
+medians of times and of paired ratios are printed.
 The bar is a ratio of at most 1.1. The plain pass computes logits at every position, as a forward pass
 with labels does; the profile computes them, and their way back through the head, where a label stands.
 """

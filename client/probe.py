@@ -29,11 +29,8 @@ from fedmosaic.protos.errors import ModelError
 TOKENS_PER_BATCH = 4096
 """Padded tokens in one forward pass."""
 
-LOGITS_PER_CHUNK = 2**24
-"""Most logits held at once: 64 MiB of float32."""
-
-VOCABULARY_PER_CHUNK = 2**14
-"""Rows of the output head that are held in float32 at once, if the head itself is not."""
+VOCABULARY_PER_CHUNK = 2**11
+"""Rows of the output head that are worked on at once: few enough to stay in a processor's cache."""
 
 # A half-precision autograd graph is itself only good to a few per cent.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -222,12 +219,7 @@ def _delta(
     gamma_D = _weight(probe.norm).float()
     rho_T = (hidden_TD.square().mean(1) + probe.epsilon).rsqrt()
     normed_TD = hidden_TD * rho_T[:, None] * gamma_D
-    rows = max(1, LOGITS_PER_CHUNK // _weight(probe.head).shape[0])
-    upstream_TD = torch.empty_like(hidden_TD)
-    for start in range(0, len(targets_T), rows):
-        part = slice(start, start + rows)
-        upstream_TD[part] = _through_head(probe.head, normed_TD[part], targets_T[part], shares_T[part])
-    upstream_TD *= gamma_D
+    upstream_TD = gamma_D * _through_head(probe.head, normed_TD, targets_T, shares_T)
     radial_T = (hidden_TD * upstream_TD).mean(1)
     return rho_T[:, None] * upstream_TD - (rho_T**3 * radial_T)[:, None] * hidden_TD
 
@@ -235,23 +227,32 @@ def _delta(
 def _through_head(
     head: nn.Module, normed_TD: torch.Tensor, targets_T: torch.Tensor, shares_T: torch.Tensor
 ) -> torch.Tensor:
-    """Gradient of the share-weighted cross entropies with respect to the head's input, in float32."""
+    """Gradient of the share-weighted cross entropies with respect to the head's input, in float32.
+
+    The softmax is taken chunk by chunk over the vocabulary with a running maximum, so every row of the
+    head is read (and, in half precision, converted) once, and no more than a chunk of logits is held.
+
+    Reference:
+        Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
+    """
     weight_VD = _weight(head)
     bias_V = getattr(head, "bias", None)
-    size = len(weight_VD) if weight_VD.dtype == torch.float32 else VOCABULARY_PER_CHUNK
-    chunks = [slice(start, start + size) for start in range(0, len(weight_VD), size)]
-    logits_TV = normed_TD.new_empty(len(normed_TD), len(weight_VD))
-    for chunk in chunks:
-        logits_TV[:, chunk] = normed_TD @ weight_VD[chunk].float().T
-    if bias_V is not None:
-        logits_TV += bias_V
-    error_TV = torch.softmax(logits_TV, dim=1)
-    error_TV[torch.arange(len(targets_T), device=targets_T.device), targets_T] -= 1.0
-    error_TV *= shares_T[:, None]
-    upstream_TD = torch.zeros_like(normed_TD)
-    for chunk in chunks:
-        upstream_TD.addmm_(error_TV[:, chunk], weight_VD[chunk].float())
-    return upstream_TD
+    maximum_T = normed_TD.new_full((len(normed_TD), 1), -torch.inf)
+    normaliser_T = torch.zeros_like(maximum_T)
+    expected_TD = torch.zeros_like(normed_TD)
+    for start in range(0, len(weight_VD), VOCABULARY_PER_CHUNK):
+        chunk = slice(start, start + VOCABULARY_PER_CHUNK)
+        weight_CD = weight_VD[chunk].float()
+        scores_TC = normed_TD @ weight_CD.T
+        if bias_V is not None:
+            scores_TC += bias_V[chunk]
+        raised_T = torch.maximum(maximum_T, scores_TC.amax(1, keepdim=True))
+        scores_TC.sub_(raised_T).exp_()
+        decay_T = (maximum_T - raised_T).exp_()
+        normaliser_T.mul_(decay_T).add_(scores_TC.sum(1, keepdim=True))
+        expected_TD.mul_(decay_T).addmm_(scores_TC, weight_CD)
+        maximum_T = raised_T
+    return (expected_TD / normaliser_T - weight_VD[targets_T].float()) * shares_T[:, None]
 
 
 @contextmanager

@@ -101,8 +101,8 @@ def test_padding_and_batching_change_nothing() -> None:
     assert_equal_to_autograd(tiny(), EXAMPLES, tokens_per_batch=10_000)
 
 
-def test_small_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe_module, "LOGITS_PER_CHUNK", 100)
+def test_small_chunks_of_the_vocabulary_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe_module, "VOCABULARY_PER_CHUNK", 7)
     assert_equal_to_autograd(tiny(), EXAMPLES)
 
 
