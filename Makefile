@@ -23,10 +23,12 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# MODEL is a folder with a pretrained model, for example one that `make demo` left in ~/.cache/fedmosaic/models.
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.colora_step
-	$(BIN)/python -m benchmarks.profile_cost
-	$(BIN)/python -m benchmarks.dp_step
+	@test -n "$(MODEL)" || { echo "say make bench MODEL=/folder/of/a/model"; exit 1; }
+	$(BIN)/python -m benchmarks.colora_step $(MODEL)
+	$(BIN)/python -m benchmarks.profile_cost --model $(MODEL)
+	$(BIN)/python -m benchmarks.dp_step --model model=$(MODEL)
 
 bench-encryption: $(STAMP)
 	$(BIN)/python -m benchmarks.encryption

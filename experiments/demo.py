@@ -97,7 +97,7 @@ def demo_scenario(arguments: Arguments, model: Path, data: DemoData) -> Scenario
         allow_plaintext=not encrypted,
         training=TrainingSettings(
             steps=arguments.steps,
-            learning_rate=1e-3,
+            learning_rate=3e-3,
             shared_learning_rate=3e-3,
             gate_learning_rate=3e-3,
             max_length=_MAX_LENGTH,
