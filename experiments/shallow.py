@@ -1,0 +1,161 @@
+"""Shallow models: the first layers of a deeper one, with an output head refitted to them.
+
+The head of a language model reads the state after the last layer. Put behind an earlier layer it says next
+to nothing: a few coordinates that are huge in the middle of the network drown all others (the loss of
+SmolLM2-135M cut to 8 of 30 layers is about 30 nats per token), and the first steps of any fine-tuning go
+into repairing that. A linear map from the earlier state to the last one, fitted on public text, gives the
+head something to read; together with the embedding it is a head of its own, so the result is an ordinary
+model without tied embeddings.
+
+Axes: N tokens, H hidden, V vocabulary.
+
+Reference: Belrose et al., "Eliciting Latent Predictions from Transformers with the Tuned Lens",
+arXiv 2303.08112. There the map is affine and trained on the Kullback-Leibler divergence; here it is linear
+and the ridge solution.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from fedmosaic.client.colora import find_decoder_layers
+from fedmosaic.protos.errors import ConfigurationError
+
+_BATCH = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Readout:
+    """How the state after one layer is read.
+
+    Attributes:
+        norm_H: (H,) gain of the final norm: each coordinate leaves it with mean square one.
+        map_HH: (H, H) map from such a state (a row) to the input of the whole model's head.
+    """
+
+    norm_H: torch.Tensor
+    map_HH: torch.Tensor
+
+
+def fit_readouts(
+    model: PreTrainedModel, sequences: Sequence[Sequence[int]], depths: Sequence[int], *, ridge: float = 0.1
+) -> dict[int, Readout]:
+    """Fits a readout for each depth, all in one pass over the texts.
+
+    The first token of a sequence is left out: it is an attention sink, whose state is unlike any other.
+
+    Args:
+        model: Whole model in float32 with an RMS norm before its head; it is not changed.
+        sequences: Public texts as tokens, at least two each; together some multiples of H tokens.
+        depths: Numbers of layers, each from 1 to the model's own.
+        ridge: Weight of the penalty per token, relative to coordinates of mean square one; above 0.
+
+    Returns:
+        One readout per depth, float32.
+
+    Raises:
+        ConfigurationError: A depth makes no sense, or there are no tokens to fit to.
+    """
+    layers = find_decoder_layers(model)[1]
+    for depth in depths:
+        _check_depth(depth, len(layers))
+    if not any(len(sequence) > 1 for sequence in sequences):
+        raise ConfigurationError("there is no text of at least two tokens to fit a readout to; give some")
+    final_norm = model.get_decoder().norm
+    collected: dict[int, list[torch.Tensor]] = {depth: [] for depth in {*depths, len(layers)}}
+    with _captured({depth: layers[depth - 1] for depth in collected}) as states, torch.no_grad():
+        for input_ids, mask in _batches(sequences):
+            model.get_decoder()(input_ids=input_ids, attention_mask=mask, use_cache=False)
+            read = mask.bool()
+            read[:, 0] = False
+            for depth, state in states.items():
+                collected[depth].append(_normalised(state[read], float(model.config.rms_norm_eps)))
+    target_NH = torch.cat(collected[len(layers)]) * final_norm.weight.detach()
+    return {depth: _ridge_solution(torch.cat(collected[depth]), target_NH, ridge) for depth in depths}
+
+
+def cut_model(model: PreTrainedModel, depth: int, readout: Readout) -> PreTrainedModel:
+    """The first layers of a model as a model of its own, with a head of its own.
+
+    Args:
+        model: Whole Llama-like model in float32; it is not changed, and shares no weights with the result.
+        depth: Number of layers to keep.
+        readout: Readout for this depth.
+
+    Returns:
+        Model in float32 and evaluation mode.
+
+    Raises:
+        ConfigurationError: The depth makes no sense.
+    """
+    _check_depth(depth, len(find_decoder_layers(model)[1]))
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = depth
+    config.tie_word_embeddings = False
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:depth]
+    shallow = type(model)(config)
+    state = dict(model.state_dict())
+    # The state holds the head under its own name also where it is tied to the embedding.
+    state["lm_head.weight"] = state["lm_head.weight"] @ readout.map_HH.T
+    state["model.norm.weight"] = readout.norm_H
+    shallow.load_state_dict({name: state[name] for name in shallow.state_dict()})
+    return shallow.eval()
+
+
+def _ridge_solution(states_NH: torch.Tensor, target_NH: torch.Tensor, ridge: float) -> Readout:
+    """Solves min_W |X W − Y|² + ridge·N·|W|² in float64, X scaled to mean square one per coordinate."""
+    norm_H = states_NH.double().pow(2).mean(0).clamp_min(1e-12).rsqrt()
+    scaled_NH = states_NH.double() * norm_H
+    count, hidden = scaled_NH.shape
+    moment_HH = scaled_NH.T @ scaled_NH + ridge * count * torch.eye(hidden, dtype=torch.float64)
+    map_HH = torch.linalg.solve(moment_HH, scaled_NH.T @ target_NH.double())
+    return Readout(norm_H=norm_H.float(), map_HH=map_HH.float())
+
+
+def _normalised(state_NH: torch.Tensor, epsilon: float) -> torch.Tensor:
+    return state_NH * torch.rsqrt(state_NH.pow(2).mean(1, keepdim=True) + epsilon)
+
+
+def _batches(sequences: Sequence[Sequence[int]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Token ids and mask, (B, T) int64 each, sequences of similar length together, padded on the right."""
+    ordered = sorted((sequence for sequence in sequences if len(sequence) > 1), key=len)
+    for start in range(0, len(ordered), _BATCH):
+        rows = ordered[start : start + _BATCH]
+        input_ids = torch.zeros(len(rows), len(rows[-1]), dtype=torch.int64)
+        mask = torch.zeros_like(input_ids)
+        for row, sequence in enumerate(rows):
+            input_ids[row, : len(sequence)] = torch.tensor(sequence)
+            mask[row, : len(sequence)] = 1
+        yield input_ids, mask
+
+
+@contextmanager
+def _captured(layers: Mapping[int, nn.Module]) -> Iterator[dict[int, torch.Tensor]]:
+    """Keeps the (B, T, H) output of layers, by depth, of the last forward pass."""
+    states: dict[int, torch.Tensor] = {}
+
+    def keep(depth: int) -> Callable[[nn.Module, object, object], None]:
+        def hook(_module: nn.Module, _arguments: object, output: object) -> None:
+            state = output[0] if isinstance(output, tuple) else output
+            if isinstance(state, torch.Tensor):
+                states[depth] = state
+
+        return hook
+
+    handles = [layer.register_forward_hook(keep(depth)) for depth, layer in layers.items()]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_depth(depth: int, layers: int) -> None:
+    if not 1 <= depth <= layers:
+        raise ConfigurationError(f"depth is {depth}; the model has {layers} layers, choose 1 to {layers}")
