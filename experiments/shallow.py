@@ -18,6 +18,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -61,21 +62,22 @@ def fit_readouts(
     Raises:
         ConfigurationError: A depth makes no sense, or there are no tokens to fit to.
     """
-    layers = find_decoder_layers(model)[1]
+    name, layers = find_decoder_layers(model)
     for depth in depths:
         _check_depth(depth, len(layers))
     if not any(len(sequence) > 1 for sequence in sequences):
         raise ConfigurationError("there is no text of at least two tokens to fit a readout to; give some")
-    final_norm = model.get_decoder().norm
+    decoder = model.get_submodule(name.rpartition(".")[0])
+    gain_H = cast(torch.Tensor, decoder.get_submodule("norm").weight).detach()
     collected: dict[int, list[torch.Tensor]] = {depth: [] for depth in {*depths, len(layers)}}
     with _captured({depth: layers[depth - 1] for depth in collected}) as states, torch.no_grad():
         for input_ids, mask in _batches(sequences):
-            model.get_decoder()(input_ids=input_ids, attention_mask=mask, use_cache=False)
+            decoder(input_ids=input_ids, attention_mask=mask, use_cache=False)
             read = mask.bool()
             read[:, 0] = False
             for depth, state in states.items():
                 collected[depth].append(_normalised(state[read], float(model.config.rms_norm_eps)))
-    target_NH = torch.cat(collected[len(layers)]) * final_norm.weight.detach()
+    target_NH = torch.cat(collected[len(layers)]) * gain_H
     return {depth: _ridge_solution(torch.cat(collected[depth]), target_NH, ridge) for depth in depths}
 
 
@@ -105,7 +107,8 @@ def cut_model(model: PreTrainedModel, depth: int, readout: Readout) -> PreTraine
     state["lm_head.weight"] = state["lm_head.weight"] @ readout.map_HH.T
     state["model.norm.weight"] = readout.norm_H
     shallow.load_state_dict({name: state[name] for name in shallow.state_dict()})
-    return shallow.eval()
+    shallow.train(False)
+    return shallow
 
 
 def _ridge_solution(states_NH: torch.Tensor, target_NH: torch.Tensor, ridge: float) -> Readout:
