@@ -23,10 +23,12 @@ from fedmosaic.client.models import load_base_model
 from fedmosaic.client.probe import open_probe
 from fedmosaic.experiments.relevance_designs import (
     DESIGNS,
+    SIDES,
     Rows,
+    cached_factors,
     complete_map,
     encode,
-    public_rows,
+    fit_sides,
     reduced_rows,
 )
 from fedmosaic.experiments.relevance_measure import Recovery, measure
@@ -48,7 +50,7 @@ class Settings:
     probes: tuple[Path, ...]
     """Probe models: folders, or GGUF files in a folder with nothing else."""
     output_dir: Path = Path("runs/relevance")
-    """Where results go, and the rows that a second run reuses."""
+    """Where results go, and the factors (about a gigabyte a probe) that a second run reuses."""
     task_sets: tuple[str, ...] = ("easy", "hard_news", "hard_intents")
     """What to compare clients on."""
     epsilons: tuple[float, ...] = (math.inf, 8.0, 3.0, 1.0, 0.5)
@@ -59,8 +61,8 @@ class Settings:
     """δ of the one release."""
     pool: int = 600
     """Examples per task, halved between its two clients; larger n are drawn with replacement and marked."""
-    public_size: int = 45
-    """Examples from each of the 29 public sources that the basis is fitted on."""
+    public_size: int = 30
+    """Public examples for the basis from each BIG-bench Hard task; ten times as many from other sources."""
     max_length: int = 64
     """Tokens per example."""
     trials: int = 20
@@ -113,23 +115,25 @@ def _probe_cells(path: Path, settings: Settings) -> Iterator[Cell]:
         path.parent if is_file else path, settings.dtype, gguf_file=path.name if is_file else None
     )
     probe, name = open_probe(model), path.stem
-    cache = settings.output_dir / "rows"
+    cache = settings.output_dir / "factors"
 
     public = encode(
         tokenizer, load_public(settings.data, settings.public_size, settings.seed), settings.max_length
     )
     logger.info("%s: fitting the basis on %d public examples", name, len(public))
-    sides, basis_rows = public_rows(probe, public, DESIGNS.values(), cache)
+    public_factors = cached_factors(probe, public, cache)
+    sides = fit_sides(probe, public_factors, SIDES)
+    public_rows = reduced_rows(probe, public_factors, DESIGNS.values(), sides)
     for task_set in settings.task_sets:
         rows: list[Rows] = []
         tasks = load_task_set(task_set, settings.data, settings.pool, settings.seed)
         for task, examples in tasks.items():
             logger.info("%s, %s: probing %d examples of %s", name, task_set, len(examples), task)
             encoded = encode(tokenizer, examples, settings.max_length)
-            rows.append(reduced_rows(probe, encoded, sides, DESIGNS.values(), cache))
+            rows.append(reduced_rows(probe, cached_factors(probe, encoded, cache), DESIGNS.values(), sides))
         for title, design in DESIGNS.items():
             logger.info("%s, %s: measuring %s", name, task_set, title)
-            public_map = complete_map(design, probe, name, sides, basis_rows[design.rows_name])
+            public_map = complete_map(design, probe, name, sides, public_rows[design.rows_name])
             task_rows = [task[design.rows_name] for task in rows]
             for n, epsilon, recovery in _measure(public_map, task_rows, settings):
                 yield Cell(name, task_set, title, public_map.mechanism.dimensions, n, epsilon, recovery)

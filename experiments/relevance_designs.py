@@ -9,6 +9,7 @@ from typing import Final, Literal
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client.examples import (
@@ -37,6 +38,7 @@ class Design:
         normalise: whether every example's row gets unit norm.
         standardise: what follows.
         coordinate_share: share that random dimension sampling keeps.
+        left: directions of δ of a Kronecker reduction; those of x follow from `dimensions`.
     """
 
     kind: Literal["coordinates", "tensor_sketch", "kronecker"]
@@ -44,6 +46,7 @@ class Design:
     normalise: bool = True
     standardise: Literal["none", "centre", "whiten"] = "none"
     coordinate_share: float = 1.0
+    left: int = 16
 
     def reduction(self, probe: Probe) -> Reduction:
         """The reduction for a probe's gradient."""
@@ -59,7 +62,17 @@ class Design:
     @property
     def rows_name(self) -> str:
         """Name of the rows before standardisation, which several designs may share."""
-        return f"{self.kind}-{self.dimensions}-{self.coordinate_share}-{self.normalise}"
+        return f"{self.kind}-{self.dimensions}-{self.left}-{self.coordinate_share}-{self.normalise}"
+
+    def own_sides(self, sides: PublicBasis) -> PublicBasis:
+        """The leading directions that this design uses; none unless it is a Kronecker reduction."""
+        if self.kind != "kronecker" or sides.left is None or sides.right is None:
+            return PublicBasis()
+        right = self.dimensions // self.left
+        return PublicBasis(
+            left=np.ascontiguousarray(sides.left[:, : self.left]),
+            right=np.ascontiguousarray(sides.right[:, :right]),
+        )
 
 
 DESIGNS: Final[Mapping[str, Design]] = {
@@ -73,8 +86,10 @@ DESIGNS: Final[Mapping[str, Design]] = {
     "kronecker 16 × 16, half sampled, whitened": Design(
         "kronecker", 256, standardise="whiten", coordinate_share=0.5
     ),
+    "kronecker 4 × 32, whitened": Design("kronecker", 128, standardise="whiten", left=4),
 }
-KRONECKER_SHAPE: Final = (16, 16)
+SIDES: Final = (16, 32)
+"""Directions of δ and of x that suffice for every design."""
 
 
 def encode(
@@ -97,84 +112,69 @@ def encode(
     return encoded
 
 
-def public_rows(
-    probe: Probe, public: Sequence[EncodedExample], designs: Iterable[Design], cache: Path
-) -> tuple[PublicBasis, Rows]:
-    """Fit the two sides of the Kronecker reduction on public examples, and reduce these.
-
-    Args:
-        probe: the probe.
-        public: encoded public examples.
-        designs: which rows are needed.
-        cache: folder where sides and rows are kept for the next run.
-
-    Returns:
-        The sides, and the rows as `reduced_rows` gives them.
-    """
-    path = cache / f"{_key(probe, public, PublicBasis(), ['sides', str(KRONECKER_SHAPE)])}.safetensors"
-    if path.exists():
-        sides = PublicBasis.load(path)
-        return sides, reduced_rows(probe, public, sides, designs, cache)
-    # A thousand short examples fit into memory, and probing takes longer than all the rest.
-    factors = list(gradient_factors(probe, public))
-    reduction = Design("kronecker", KRONECKER_SHAPE[0] * KRONECKER_SHAPE[1]).reduction(probe)
-    settings = BasisSettings(standardise="none", kronecker_shape=KRONECKER_SHAPE)
-    sides = fit_basis(lambda: [gradient for _, gradient in factors], reduction, settings).basis
-    cache.mkdir(parents=True, exist_ok=True)
-    sides.save(path)
-    return sides, reduced_rows(probe, public, sides, designs, cache, factors)
-
-
-def reduced_rows(
-    probe: Probe,
-    examples: Sequence[EncodedExample],
-    sides: PublicBasis,
-    designs: Iterable[Design],
-    cache: Path,
-    factors: Iterable[tuple[int, GradientFactors]] | None = None,
-) -> Rows:
-    """Reduce examples once for all designs.
+def cached_factors(probe: Probe, examples: Sequence[EncodedExample], cache: Path) -> list[GradientFactors]:
+    """Probe examples, once: factors are kept on disk, since probing takes longer than all the rest.
 
     Args:
         probe: the probe.
         examples: encoded examples.
-        sides: directions of the Kronecker reduction.
-        designs: which rows are needed.
-        cache: folder where the rows are kept for the next run; keyed by everything that they depend on.
-        factors: the examples' indexed gradients, if they are at hand.
+        cache: folder for the factors, keyed by the probe, its dtype and the tokens.
 
     Returns:
-        Rows before standardisation, by `Design.rows_name`; row i belongs to `examples[i]`.
+        One gradient per example, in order.
+    """
+    path = cache / f"{_key(probe, examples)}.safetensors"
+    if not path.exists():
+        found = dict(gradient_factors(probe, examples))
+        ordered = [found[index] for index in range(len(examples))]
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        arrays = {
+            "delta": np.concatenate([gradient.delta for gradient in ordered]),
+            "inputs": np.concatenate([gradient.inputs for gradient in ordered]),
+            "lengths": np.array([len(gradient.delta) for gradient in ordered]),
+        }
+        save_file(arrays, partial)
+        partial.rename(path)
+    stored = load_file(path)
+    ends = np.cumsum(stored["lengths"])[:-1]
+    pieces = zip(np.split(stored["delta"], ends), np.split(stored["inputs"], ends), strict=True)
+    return [GradientFactors(delta, inputs) for delta, inputs in pieces]
+
+
+def fit_sides(probe: Probe, public: Sequence[GradientFactors], shape: tuple[int, int]) -> PublicBasis:
+    """Fit the two sides of a Kronecker reduction on public gradients."""
+    reduction = Design("kronecker", shape[0] * shape[1]).reduction(probe)
+    settings = BasisSettings(standardise="none", kronecker_shape=shape)
+    return fit_basis(lambda: public, reduction, settings).basis
+
+
+def reduced_rows(
+    probe: Probe, factors: Sequence[GradientFactors], designs: Iterable[Design], sides: PublicBasis
+) -> Rows:
+    """Reduce gradients for every design.
+
+    Args:
+        probe: the probe.
+        factors: n gradients.
+        designs: which rows are needed.
+        sides: enough directions of δ and x for the largest Kronecker design, strongest first.
+
+    Returns:
+        (n, k) rows before standardisation, by `Design.rows_name`.
     """
     projections = {
-        design.rows_name: Projection(design.reduction(probe), sides if design.kind == "kronecker" else None)
-        for design in designs
+        design.rows_name: Projection(design.reduction(probe), design.own_sides(sides)) for design in designs
     }
-    path = cache / f"{_key(probe, examples, sides, sorted(projections))}.npz"
-    if path.exists():
-        with np.load(path, allow_pickle=False) as stored:
-            return {name: stored[name].astype(np.float64) for name in projections}
-    rows = {
-        name: np.full((len(examples), projection.reduction.dimensions), np.nan, dtype=np.float32)
-        for name, projection in projections.items()
-    }
-    for index, gradient in gradient_factors(probe, examples) if factors is None else factors:
-        for name, projection in projections.items():
-            rows[name][index] = projection.rows([gradient])[0]
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial.npz")
-    np.savez(partial, allow_pickle=False, **rows)
-    partial.rename(path)
-    return {name: values.astype(np.float64) for name, values in rows.items()}
+    return {name: projection.rows(factors) for name, projection in projections.items()}
 
 
 def complete_map(
     design: Design, probe: Probe, probe_name: str, sides: PublicBasis, public_rows: Float64Array
 ) -> PublicMap:
     """The mechanism of a design without noise, its basis and clipping norm fitted on public rows."""
-    own_sides = sides if design.kind == "kronecker" else PublicBasis()
-    settings = BasisSettings(standardise=design.standardise, kronecker_shape=KRONECKER_SHAPE)
-    fitted = standardise_rows(public_rows, own_sides, settings)
+    settings = BasisSettings(standardise=design.standardise)
+    fitted = standardise_rows(public_rows, design.own_sides(sides), settings)
     bare = design.kind != "kronecker" and design.standardise == "none"
     mechanism = ProfileMechanism(
         probe=probe_name,
@@ -188,14 +188,11 @@ def complete_map(
     return PublicMap(mechanism, None if bare else fitted.basis)
 
 
-def _key(probe: Probe, examples: Sequence[EncodedExample], sides: PublicBasis, names: Sequence[str]) -> str:
-    digest = hashlib.sha256(json.dumps([probe.sha256, str(_dtype(probe)), sides.sha256, *names]).encode())
+def _key(probe: Probe, examples: Sequence[EncodedExample]) -> str:
+    dtype = next(probe.base.parameters()).dtype
+    digest = hashlib.sha256(json.dumps([probe.sha256, str(dtype)]).encode())
     for example in examples:
         for tensor in (example.input_ids, example.labels):
             digest.update(tensor.numpy().astype("<i8").tobytes())
             digest.update(b"|")
     return digest.hexdigest()[:32]
-
-
-def _dtype(probe: Probe) -> object:
-    return next(probe.base.parameters()).dtype

@@ -67,11 +67,14 @@ def load_task_set(name: str, data: Path, size: int, seed: int) -> dict[str, list
 
 
 def load_public(data: Path, size: int, seed: int) -> list[Example]:
-    """Read public examples for the basis: self-instruct and BIG-bench Hard, which no task set uses.
+    """Read public examples for the basis from data sets that no task set uses.
+
+    Instructions (self-instruct), reasoning (BIG-bench Hard), running text (WikiText-2) and titles
+    (DBpedia abstracts).
 
     Args:
         data: folder with the data sets.
-        size: most examples to take from each of the 28 sources.
+        size: most examples to take from each of the 27 BIG-bench tasks; ten times as many from the others.
         seed: of the draw.
 
     Returns:
@@ -80,8 +83,11 @@ def load_public(data: Path, size: int, seed: int) -> list[Example]:
     Raises:
         ConfigurationError: a data set is missing.
     """
-    sources = _examples(_read(_public, data), size, seed)
-    return [example for source in sources.values() for example in source]
+    sources = _read(_public, data)
+    small = {name: pairs for name, pairs in sources.items() if name.startswith("bbh")}
+    large = {name: pairs for name, pairs in sources.items() if name not in small}
+    drawn = [*_examples(small, size, seed).values(), *_examples(large, 10 * size, seed).values()]
+    return [example for source in drawn for example in source]
 
 
 def _read(reader: Callable[[Path], dict[str, Pairs]], data: Path) -> dict[str, Pairs]:
@@ -126,9 +132,9 @@ def _easy(data: Path) -> dict[str, Pairs]:
 def _hard_news(data: Path) -> dict[str, Pairs]:
     topics: dict[str, Pairs] = {}
     for split in ("train", "test"):
-        for row in _json(data / f"cl_benchmark_text/TC/agnews/{split}.json"):
-            title, _, body = row["sentence"].removeprefix("Title: ").partition("\nText: ")
-            topics.setdefault(row["label"], []).append((f"Article: {body}\nHeadline:", title))
+        path = data / f"cl_benchmark_text/TC/agnews/{split}.json"
+        for row, pair in zip(_json(path), _titles(path, "Article"), strict=True):
+            topics.setdefault(row["label"], []).append(pair)
     return topics
 
 
@@ -153,7 +159,14 @@ def _public(data: Path) -> dict[str, Pairs]:
             for row in _json_lines(path)
             for instance in row["instances"]
         ]
-    if not sources:
+    sources["wikitext"] = [
+        (" ".join(words[:24]), " ".join(words[24:56]))
+        for path in sorted((data / "wikitext2").glob("*.txt"))
+        for words in map(str.split, path.read_text(encoding="utf-8").splitlines())
+        if len(words) >= 56
+    ]
+    sources["dbpedia"] = _titles(data / "cl_benchmark_text/TC/dbpedia/test.json", "Text")
+    if len(sources) < 5:
         raise ConfigurationError(
             f"{data} holds neither bbh nor self_instruct; give the folder with the data sets"
         )
@@ -174,6 +187,11 @@ def _labelled(folder: Path, question: str) -> Pairs:
         for row in _json(folder / f"{split}.json")
         if row["label"] != "-"
     ]
+
+
+def _titles(path: Path, kind: str) -> Pairs:
+    parts = (row["sentence"].removeprefix("Title: ").partition("\nText: ") for row in _json(path))
+    return [(f"{kind}: {body}\nHeadline:", title) for title, _, body in parts]
 
 
 def _instructions(folder: Path) -> Pairs:

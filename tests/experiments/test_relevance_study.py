@@ -15,9 +15,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedmosaic.client.examples import IGNORED, Example, encode_examples
-from fedmosaic.client.probe import open_probe
+from fedmosaic.client.probe import gradient_factors, open_probe
 from fedmosaic.experiments import relevance
-from fedmosaic.experiments.relevance_designs import DESIGNS, encode, public_rows, reduced_rows
+from fedmosaic.experiments.relevance_designs import DESIGNS, Design, cached_factors, encode, fit_sides
 from fedmosaic.experiments.relevance_measure import Recovery, area_under_curve, measure, top_match
 from fedmosaic.experiments.relevance_tables import Cell, draw, markdown
 from fedmosaic.experiments.relevance_tasks import CLINC_DOMAINS, load_public, load_task_set
@@ -117,7 +117,7 @@ def test_unknown_sets_and_missing_data_are_named(tmp_path: Path) -> None:
         load_task_set("nonsense", tmp_path, 10, 0)
     with pytest.raises(ConfigurationError, match=r"gsm8k.train\.jsonl is missing"):
         load_task_set("easy", tmp_path, 10, 0)
-    with pytest.raises(ConfigurationError, match="neither bbh nor self_instruct"):
+    with pytest.raises(ConfigurationError, match="is missing"):
         load_public(tmp_path, 10, 0)
 
 
@@ -183,19 +183,32 @@ def test_encoding_is_the_products_where_nothing_is_cut() -> None:
     assert int((cut.labels != IGNORED).sum()) == 8
 
 
-def test_rows_come_from_the_cache_only_for_the_same_question(tmp_path: Path) -> None:
-    probe, designs = open_probe(tiny_model()), [DESIGNS["kronecker 16 × 16, whitened"]]
+def test_factors_come_from_the_cache_only_for_the_same_question(tmp_path: Path) -> None:
+    probe = open_probe(tiny_model())
     examples = encode(tokenizer(), texts(30, 0), 32)
-    sides, public = public_rows(probe, examples, designs, tmp_path / "public")
-    first = reduced_rows(probe, examples, sides, designs, tmp_path)
-    again = reduced_rows(probe, examples, sides, designs, tmp_path)
-    assert len(list(tmp_path.glob("*.npz"))) == 1
-    np.testing.assert_array_equal(first[designs[0].rows_name], again[designs[0].rows_name])
-    np.testing.assert_allclose(public[designs[0].rows_name], first[designs[0].rows_name], rtol=1e-5)
-    stored, _ = public_rows(probe, examples, designs, tmp_path / "public")
-    assert stored.sha256 == sides.sha256
-    reduced_rows(probe, examples[:-1], sides, designs, tmp_path)
-    assert len(list(tmp_path.glob("*.npz"))) == 2
+    first = cached_factors(probe, examples, tmp_path)
+    direct = dict(gradient_factors(probe, examples))
+    again = cached_factors(probe, examples, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    for index, (one, two) in enumerate(zip(first, again, strict=True)):
+        np.testing.assert_array_equal(one.delta, direct[index].delta)
+        np.testing.assert_array_equal(one.inputs, direct[index].inputs)
+        np.testing.assert_array_equal(one.delta, two.delta)
+    cached_factors(probe, examples[:-1], tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_smaller_designs_use_the_leading_directions() -> None:
+    probe = open_probe(tiny_model())
+    public = [factors for _, factors in gradient_factors(probe, encode(tokenizer(), texts(40, 0), 32))]
+    wide = fit_sides(probe, public, (8, 12))
+    narrow = Design("kronecker", 12, left=3).own_sides(wide)
+    again = fit_sides(probe, public, (3, 4))
+    for found, expected in ((narrow.left, again.left), (narrow.right, again.right)):
+        assert found is not None
+        assert expected is not None
+        np.testing.assert_allclose(np.abs(found.T @ expected), np.eye(found.shape[1]), atol=1e-4)
+    assert Design("tensor_sketch", 8).own_sides(wide).left is None
 
 
 def test_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
