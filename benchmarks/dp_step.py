@@ -95,7 +95,8 @@ def prepared(variant: str, model: nn.Module, cores: dict[str, nn.Linear], batch:
             max_grad_norm=CLIPPING_NORM,
             expected_batch_size=examples,
         )
-        yield lambda: plain_step(wrapped, optimizer, batch)
+        # The hooks sit on the cores; called through the wrapper, the model would compute all logits.
+        yield lambda: plain_step(model, optimizer, batch)
         wrapped.to_standard_module()
     else:
         ghost = GradSampleModuleFastGradientClipping(model, strict=False, max_grad_norm=CLIPPING_NORM)
@@ -105,7 +106,7 @@ def prepared(variant: str, model: nn.Module, cores: dict[str, nn.Linear], batch:
             max_grad_norm=CLIPPING_NORM,
             expected_batch_size=examples,
         )
-        yield lambda: ghost_step(ghost, optimizer, batch)
+        yield lambda: ghost_step(ghost, model, optimizer, batch)
         ghost.to_standard_module()
 
 
@@ -130,10 +131,10 @@ def private_step(
     optimizer.zero_grad(set_to_none=True)
 
 
-def ghost_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict) -> None:
+def ghost_step(wrapped: nn.Module, model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict) -> None:
     """One step of Opacus's ghost clipping: two backward passes."""
     losses = example_losses(model, batch)
-    DPTensorFastGradientClipping(model, optimizer, losses, "mean").backward()
+    DPTensorFastGradientClipping(wrapped, optimizer, losses, "mean").backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -195,9 +196,8 @@ def memory_of(variant: str, path: Path, arguments: argparse.Namespace) -> dict[s
 
 def show(name: str, result: dict[str, dict[str, float]]) -> None:
     """Print one model's table."""
-    print(
-        f"\n{name}\n{'variant':<14} {'s wall':>7} {'× wall':>14} {'× cpu':>14} {'peak MiB':>9} {'× peak':>7} {'× step':>7}"
-    )
+    print(f"\n{name}\n{'variant':<14} {'s wall':>7} {'× wall':>16} {'× cpu':>16}", end="")
+    print(f" {'peak MiB':>9} {'× peak':>7} {'× step':>7}")
     plain = result["plain"]
     for variant, row in result.items():
         spans = [

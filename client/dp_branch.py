@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from fedmosaic.client.colora import adapted_layers, fix_gate, set_active_branches, set_trainable
@@ -30,7 +31,8 @@ def private_parameters(model: nn.Module, adapter_name: str | None = None) -> dic
     """Every adapter tensor that private data reaches, or may have reached, without noise.
 
     That is all of the adapter but the two branches of the Co-LoRA layers that consist of releases: the
-    cores in training, and the received global ones. Other adapters on the same layers count in full.
+    cores in training, and the received global ones. Other adapters in the model, of any PEFT method,
+    count in full. The base model does not: it is public, so it must never have seen private data.
 
     Args:
         model: Model with Co-LoRA layers.
@@ -47,12 +49,14 @@ def private_parameters(model: nn.Module, adapter_name: str | None = None) -> dic
         for parameter in layer.core(name, branch).parameters()
     }
     found: dict[str, nn.Parameter] = {}
-    for index, layer in enumerate(adapted_layers(model, "all", name)):
+    for path, layer in model.named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
         # A layer's own parameters, not those of the linear module it wraps.
         for container in layer.adapter_layer_names:
             for key, parameter in getattr(layer, container).named_parameters():
                 if id(parameter) not in released:
-                    found[f"{layer.settings[name].placement.name or index}.{container}.{key}"] = parameter
+                    found[f"{path}.{container}.{key}"] = parameter
     return found
 
 
