@@ -174,13 +174,13 @@ def faster_dtype() -> Literal["float32", "bfloat16"]:
 def _working(console: Console | None, note: str) -> Iterator[None]:
     """Shows one line while work goes on, in place of the progress bars of transformers."""
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     try:
         with (console or Console(file=sys.stderr)).status(note):
             yield
     finally:
         if shown:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # likewise
 
 
 def _product_seconds(dtype: torch.dtype) -> float:
