@@ -151,7 +151,8 @@ class ModelLearner:
         self._progress.stage(0, "scoring", len(sets))
         for done, (name, path) in enumerate(sets.items(), start=1):
             examples = read_examples(path)
-            limit = data.evaluation_examples or len(examples)
+            wanted = data.evaluation_examples if name == "self" else data.others_examples
+            limit = wanted or len(examples)
             scores[name] = choice_accuracy(
                 self._model, self._tokenizer, examples[:limit], _EVALUATION_BATCH,
                 max_length=self._settings.training.max_length,

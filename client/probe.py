@@ -32,6 +32,9 @@ TOKENS_PER_BATCH = 4096
 VOCABULARY_PER_CHUNK = 2**11
 """Rows of the output head that are worked on at once: few enough to stay in a processor's cache."""
 
+ROWS_PER_BLOCK = 64
+"""Positions that go through the output head together."""
+
 # A half-precision autograd graph is itself only good to a few per cent.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _HALF_TOLERANCE = 0.1
@@ -121,14 +124,20 @@ def adapters_disabled(model: nn.Module) -> AbstractContextManager[object]:
 
 
 def gradient_factors(
-    probe: Probe, examples: Sequence[EncodedExample], tokens_per_batch: int = TOKENS_PER_BATCH
+    probe: Probe,
+    examples: Sequence[EncodedExample],
+    *,
+    alone: bool = False,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
 ) -> Iterator[tuple[int, GradientFactors]]:
     """Yield every example's gradient as factors; no hidden_size × intermediate_size matrix is formed.
 
     Args:
         probe: the probe; adapters on it must be switched off (`adapters_disabled`).
         examples: n encoded examples; labels of -100 are not supervised.
-        tokens_per_batch: bound on padded tokens per forward pass, at least 1.
+        alone: put every example through the decoder by itself. In a batch, its neighbours decide padding
+            and the order of additions, and with them its last bits; alone, nothing but itself does.
+        tokens_per_batch: bound on padded tokens that are worked on together, at least 1.
 
     Yields:
         (index into `examples`, its factors), in an order that suits padding. Factors are float32 on the
@@ -137,7 +146,7 @@ def gradient_factors(
     for indices in _batches(examples, tokens_per_batch):
         batch = [examples[index] for index in indices]
         with torch.inference_mode(), _evaluation_mode(probe.decoder):
-            delta_TD, inputs_TF, counts = _batch_factors(probe, batch)
+            delta_TD, inputs_TF, counts = _batch_factors(probe, batch, alone)
         pieces = zip(torch.split(delta_TD, counts), torch.split(inputs_TF, counts), strict=True)
         for index, (delta, inputs) in zip(indices, pieces, strict=True):
             yield index, GradientFactors(delta.numpy(), inputs.numpy())
@@ -194,23 +203,32 @@ def _batches(examples: Sequence[EncodedExample], tokens_per_batch: int) -> Itera
 
 
 def _batch_factors(
-    probe: Probe, batch: Sequence[EncodedExample]
+    probe: Probe, batch: Sequence[EncodedExample], alone: bool
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    parts = [[example] for example in batch] if alone else [batch]
+    passes = [_forward(probe, part) for part in parts]
+    hidden_TD, inputs_TF, targets_T, counts_B = (torch.cat(column) for column in zip(*passes, strict=True))
+    shares_T = counts_B.clamp(min=1).reciprocal().repeat_interleave(counts_B)
+    delta_TD = _delta(probe, hidden_TD, targets_T, shares_T)
+    return delta_TD.cpu(), inputs_TF.float().cpu(), counts_B.tolist()
+
+
+def _forward(
+    probe: Probe, batch: Sequence[EncodedExample]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Residual stream, inputs of `down_proj` and targets at supervised positions, and their counts."""
     device = _weight(probe.norm).device
     pad = nn.utils.rnn.pad_sequence
     ids_BL = pad([example.input_ids for example in batch], batch_first=True).to(device)
     labels_BL = pad([example.labels for example in batch], batch_first=True, padding_value=IGNORED)
     targets_BL = torch.full_like(labels_BL, IGNORED)
     targets_BL[:, :-1] = labels_BL[:, 1:]
-    chosen_BL = (targets_BL != IGNORED).to(device)
-    targets_T = targets_BL.to(device)[chosen_BL]
-    counts_B = chosen_BL.sum(1)
+    targets_BL = targets_BL.to(device)
+    chosen_BL = targets_BL != IGNORED
     # Padding stands on the right and attention is causal, so no mask is needed, and none is faster.
     with _captured(probe.down_proj) as inputs, _captured(probe.norm) as hidden:
         probe.decoder(input_ids=ids_BL, use_cache=False)
-    shares_T = counts_B.clamp(min=1).reciprocal().repeat_interleave(counts_B)
-    delta_TD = _delta(probe, hidden[0][chosen_BL].float(), targets_T, shares_T)
-    return delta_TD.cpu(), inputs[0][chosen_BL].float().cpu(), counts_B.tolist()
+    return hidden[0][chosen_BL].float(), inputs[0][chosen_BL], targets_BL[chosen_BL], chosen_BL.sum(1)
 
 
 def _delta(
@@ -219,15 +237,22 @@ def _delta(
     gamma_D = _weight(probe.norm).float()
     rho_T = (hidden_TD.square().mean(1) + probe.epsilon).rsqrt()
     normed_TD = hidden_TD * rho_T[:, None] * gamma_D
-    upstream_TD = gamma_D * _through_head(probe.head, normed_TD, targets_T, shares_T)
+    # Blocks of one size, filled up with zeros: a matrix product then treats a row alike whatever the others
+    # are and however many, so that probing alone stays exact here too.
+    missing = -len(targets_T) % ROWS_PER_BLOCK
+    blocks = zip(
+        torch.split(nn.functional.pad(normed_TD, (0, 0, 0, missing)), ROWS_PER_BLOCK),
+        torch.split(nn.functional.pad(targets_T, (0, missing)), ROWS_PER_BLOCK),
+        strict=True,
+    )
+    errors = [_through_head(probe.head, rows, targets) for rows, targets in blocks]
+    upstream_TD = torch.cat(errors)[: len(targets_T)] * shares_T[:, None] * gamma_D
     radial_T = (hidden_TD * upstream_TD).mean(1)
     return rho_T[:, None] * upstream_TD - (rho_T**3 * radial_T)[:, None] * hidden_TD
 
 
-def _through_head(
-    head: nn.Module, normed_TD: torch.Tensor, targets_T: torch.Tensor, shares_T: torch.Tensor
-) -> torch.Tensor:
-    """Gradient of the share-weighted cross entropies with respect to the head's input, in float32.
+def _through_head(head: nn.Module, normed_TD: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
+    """Gradients of the tokens' cross entropies with respect to the head's input, in float32.
 
     The softmax is taken chunk by chunk over the vocabulary with a running maximum, so every row of the
     head is read (and, in half precision, converted) once, and no more than a chunk of logits is held.
@@ -252,7 +277,7 @@ def _through_head(
         normaliser_T.mul_(decay_T).add_(scores_TC.sum(1, keepdim=True))
         expected_TD.mul_(decay_T).addmm_(scores_TC, weight_CD)
         maximum_T = raised_T
-    return (expected_TD / normaliser_T - weight_VD[targets_T].float()) * shares_T[:, None]
+    return expected_TD / normaliser_T - weight_VD[targets_T].float()
 
 
 @contextmanager
@@ -281,7 +306,7 @@ def _evaluation_mode(module: nn.Module) -> Iterator[None]:
 def _check_closed_form(probe: Probe, base: Any) -> None:
     ids = torch.arange(4) % len(_weight(probe.head))
     with torch.no_grad():
-        delta_TD, _, _ = _batch_factors(probe, [EncodedExample("closed-form check", ids, ids)])
+        delta_TD, _, _ = _batch_factors(probe, [EncodedExample("closed-form check", ids, ids)], alone=True)
     leaves: list[torch.Tensor] = []
 
     def cut_graph(_module: nn.Module, _arguments: object, output: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ clipping norm does not allow for: harmless in float32, not in bfloat16 times a t
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Final, Protocol
+from typing import Protocol
 
 from fedmosaic.client.examples import EncodedExample
 from fedmosaic.client.probe import Probe, gradient_factors
@@ -21,9 +21,6 @@ from fedmosaic.privacy.projection import PublicMap
 from fedmosaic.protos.errors import MechanismError, PrivacyError
 
 logger = logging.getLogger(__name__)
-
-ALONE: Final = 1
-"""Tokens per batch that put every example into a batch of its own."""
 
 
 class ReleaseRandomness(NoiseSource, BitSource, Protocol):
@@ -65,7 +62,7 @@ def clipped_profile(
     sample = poisson_sample(len(examples), mechanism.sampling_rate, randomness)
     total = ClippedSum.empty(mechanism.dimensions)
     chosen = [examples[index] for index in sample]
-    for _, gradient in gradient_factors(probe, chosen, tokens_per_batch=ALONE):
+    for _, gradient in gradient_factors(probe, chosen, alone=True):
         total += clipped_sum(public_map.rows([gradient]), mechanism)
     if total.rejected:
         logger.warning("%d examples gave no finite gradient and were left out of the profile", total.rejected)

@@ -32,6 +32,9 @@ class DataSettings(Frozen):
     test: Path | None = None
     others: dict[str, Path] = Field(default_factory=dict)
     evaluation_examples: int = Field(default=0, ge=0)
+    """At most this many test examples are scored per set; 0 takes all."""
+    others_examples: int = Field(default=0, ge=0)
+    """The same for the sets in `others`."""
 
 
 class ClientSettings(Frozen):

@@ -118,6 +118,7 @@ def demo_scenario(arguments: Arguments, models: Mapping[int, Path], data: DemoDa
             for client in data.clients
         ),
         evaluation_examples=60,
+        others_examples=30,
     )
 
 

@@ -122,7 +122,7 @@ def show(record: RunRecord, console: Console) -> None:
     if any("after" in result for result in record.clients.values()):
         console.print(accuracy_table(record))
         console.print(
-            "Self: accuracy on the client's own test set. Others: mean over the other clients' test sets, "
+            "Self: accuracy on the client's own test set. Others: mean over the other tasks' test sets, "
             "which it never trained on.\n",
             style="dim",
         )

@@ -166,6 +166,7 @@ def _client_process(
             "test": str((base / client.test).resolve()),
             "others": others,
             "evaluation_examples": scenario.evaluation_examples,
+            "others_examples": scenario.others_examples,
         },
         "training": scenario.training.model_dump(mode="json", exclude_none=True),
         "profile_max_length": scenario.profile.max_length,

@@ -61,7 +61,9 @@ class Scenario(Frozen):
     training: TrainingSettings = TrainingSettings()
     clients: tuple[ScenarioClient, ...] = Field(min_length=1)
     evaluation_examples: int = Field(default=0, ge=0)
-    """At most this many test examples per task; 0 takes all."""
+    """At most this many examples of a client's own test set; 0 takes all."""
+    others_examples: int = Field(default=0, ge=0)
+    """The same for every other task's test set."""
 
     @model_validator(mode="after")
     def _distinct_clients(self) -> "Scenario":
