@@ -99,6 +99,18 @@ def test_the_radial_term_of_the_norm_matters() -> None:
 def test_padding_and_batching_change_nothing() -> None:
     assert_equal_to_autograd(tiny(), EXAMPLES, tokens_per_batch=1)
     assert_equal_to_autograd(tiny(), EXAMPLES, tokens_per_batch=10_000)
+    assert_equal_to_autograd(tiny(), EXAMPLES, alone=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_alone_an_example_has_the_same_bits_in_any_company(dtype: torch.dtype) -> None:
+    probe = open_probe(tiny().to(dtype))
+    company = [encoded(index % 7 + 1, index % 11 + 1, seed=index) for index in range(60)]
+    together = dict(gradient_factors(probe, company, alone=True, tokens_per_batch=200))
+    for index in (0, 13, 59):
+        ((_, single),) = gradient_factors(probe, [company[index]], alone=True)
+        assert np.array_equal(single.delta, together[index].delta)
+        assert np.array_equal(single.inputs, together[index].inputs)
 
 
 def test_small_chunks_of_the_vocabulary_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +131,8 @@ def test_example_without_supervised_token_has_no_factors() -> None:
     assert found[0].delta.shape == (0, 24)
     assert found[0].inputs.shape == (0, 40)
     assert len(found[1].delta) == 2
+    ((_, only),) = gradient_factors(open_probe(tiny()), examples[:1], alone=True)
+    assert only.delta.shape == (0, 24)
 
 
 def test_no_examples() -> None:
