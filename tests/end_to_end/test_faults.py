@@ -66,6 +66,18 @@ def one_line(lines: list[str], *words: str) -> str:
     return found[0]
 
 
+def test_a_foreign_client_that_starts_before_the_server_is_refused_and_logged(tmp_path: Path) -> None:
+    run = Federation(tmp_path, "plain", rounds=1, quorum=2, round_deadline_seconds=25)
+    run.server.kill()
+    run.server.wait()
+    client = run.start_client("ben", "foreign")
+    time.sleep(1.5)
+    run.server = run.start_server()
+    assert client.wait(60) == 3
+    run.stop()
+    one_line(run.server_lines(), "refused a connection", "not from this federation's authority")
+
+
 def test_five_clients_of_which_four_are_faulty(tmp_path: Path) -> None:
     """Wrong certificate, NaN, 2 GiB announced, killed in mid-round: each refused or resumed, by name."""
     run = Federation(tmp_path, "plain", rounds=2, quorum=2, round_deadline_seconds=25)

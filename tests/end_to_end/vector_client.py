@@ -66,7 +66,8 @@ def knock_with_a_foreign_certificate(kit: Path, address: str) -> int:
     )
     channel = grpc.secure_channel(address, credentials)
     try:
-        FederationStub(channel).RoundStatus(pb.RoundStatusRequest(), timeout=20)
+        # Without wait_for_ready a server that does not listen yet would end this before any handshake.
+        FederationStub(channel).RoundStatus(pb.RoundStatusRequest(), timeout=15, wait_for_ready=True)
     except grpc.RpcError as error:
         logging.error("%s: %s", error.code().name, error.details())
         return 3
