@@ -1,0 +1,255 @@
+"""The accounting rules where they are enforced: one charge per draw, before it, none for a resend."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedmosaic.client.releases import AdapterPlan, Releases, budgeted_channels, plan_adapter, sampling_rate
+from fedmosaic.client.state import ClientState
+from fedmosaic.privacy.accounting import epsilon
+from fedmosaic.privacy.events import GaussianEvent
+from fedmosaic.privacy.ledger import Ledger, read_ledger
+from fedmosaic.privacy.mechanism import ClippedSum, Float32Array, ProfileMechanism, Reduction, release
+from fedmosaic.privacy.noise import SecureNoise
+from fedmosaic.privacy.roster import AdapterPrivacyTerms, AdapterTerms, Protection, ScheduleTerms, Terms
+from fedmosaic.protos.errors import PrivacyError, StateError
+
+DELTA = 1e-5
+MECHANISM = ProfileMechanism(
+    probe="none",
+    probe_sha256="0" * 64,
+    reduction=Reduction(hidden_size=8, intermediate_size=16, projection_dimensions=32),
+    noise_multiplier=2.0,
+)
+IDS = tuple(f"e{i}" for i in range(400))
+
+
+def terms(protection: Protection = "dp", **changes: object) -> Terms:
+    return Terms.model_validate(
+        {
+            "adapter": AdapterTerms(rank=4, blocks=2, target_modules=("a",), protection=protection),
+            "adapter_privacy": AdapterPrivacyTerms(expected_batch_size=8, steps_per_round=5),
+            "profile": MECHANISM,
+            "schedule": ScheduleTerms(rounds=3),
+            "encryption": {"backend": "plain"},
+            "allow_plaintext": True,
+            **changes,
+        }
+    )
+
+
+class Client:
+    """A client on one disk; every `opened` is a new process."""
+
+    def __init__(self, place: Path, agreed: Terms, target: float | None = 8.0) -> None:
+        self.place = place
+        self.terms = agreed
+        self.target = target
+        self.draws = 0
+        self.charges_before_draws: list[int] = []
+
+    def make_profile(self, charge: Callable[[], None]) -> Float32Array:
+        total = ClippedSum(np.full(MECHANISM.dimensions, 2**20, dtype=np.int64), 0, 0, len(IDS))
+        charge()
+        self.charges_before_draws.append(len(self.reserved("profile")))
+        self.draws += 1
+        return release(total, MECHANISM, SecureNoise())
+
+    @contextmanager
+    def opened(
+        self, ids: tuple[str, ...] = IDS, make: Callable[[Callable[[], None]], Float32Array] | None = None
+    ) -> Iterator[Releases]:
+        state = ClientState(self.place, "f", "ada")
+        ledger = Ledger.open(
+            state.ledger_path,
+            "ada",
+            DELTA,
+            self.target,
+            accountant="rdp",
+            budgeted_channels=budgeted_channels(self.terms),
+        )
+        plan = AdapterPlan(1.0 if self.terms.adapter.private else 0.0, 0.02)
+        try:
+            yield Releases(ledger, self.terms, state, ids, make or self.make_profile, SecureNoise(), plan)
+        finally:
+            ledger.close()
+            state.release()
+
+    def reserved(self, channel: str) -> list[GaussianEvent]:
+        rows = read_ledger(self.place / "ledger.sqlite")
+        return [
+            GaussianEvent(row.noise_multiplier or 0.0, row.sampling_rate or 0.0, row.steps or 0)
+            for row in rows
+            if row.kind == "RESERVED" and row.channel == channel
+        ]
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Client:
+    return Client(tmp_path / "state", terms())
+
+
+def test_the_charge_stands_in_the_ledger_before_the_noise_is_drawn(client: Client) -> None:
+    with client.opened() as releases:
+        assert releases.profile(1) is not None
+    assert client.charges_before_draws == [1]
+
+
+def test_later_rounds_and_restarts_reuse_the_release_of_a_data_epoch(client: Client) -> None:
+    with client.opened() as releases:
+        first = releases.profile(1)
+        again = releases.profile(1)
+    with client.opened() as releases:
+        later = releases.profile(3)
+    assert first is not None
+    assert again is not None
+    assert later is not None
+    np.testing.assert_array_equal(first.vector, again.vector)
+    np.testing.assert_array_equal(first.vector, later.vector)
+    assert client.draws == 1
+    assert len(client.reserved("profile")) == 1
+
+
+def test_an_acknowledged_profile_is_not_sent_again_until_the_data_changes(client: Client) -> None:
+    with client.opened() as releases:
+        releases.profile(1)
+        releases.profile_acknowledged()
+        assert releases.profile(2) is None
+    with client.opened(ids=(*IDS, "new")) as releases:
+        assert releases.profile(2) is not None
+    assert client.draws == 2
+    assert len(client.reserved("profile")) == 2
+
+
+def test_the_average_is_taken_over_noised_releases_and_costs_nothing_more(client: Client) -> None:
+    drawn: list[Float32Array] = []
+
+    def make(charge: Callable[[], None]) -> Float32Array:
+        drawn.append(client.make_profile(charge))
+        return drawn[-1]
+
+    with client.opened(make=make) as releases:
+        releases.profile(1)
+    with client.opened(ids=(*IDS, "new"), make=make) as releases:
+        average = releases.profile(2)
+    decay = client.terms.relevance.average_decay
+    assert average is not None
+    np.testing.assert_allclose(average.vector, decay * drawn[0] + (1 - decay) * drawn[1], rtol=1e-6)
+    # Noise added to the average instead would leave its variance at σ²C², and cost a release each time.
+    expected = (decay**2 + (1 - decay) ** 2) * MECHANISM.noise_variance
+    assert average.noise_variance == pytest.approx(expected)
+    assert len(client.reserved("profile")) == 2
+
+
+def test_bytes_stored_by_a_process_that_died_are_released_as_they_are(client: Client) -> None:
+    class Killed(BaseException):
+        pass
+
+    with client.opened() as releases:
+
+        def die(sequence: int, digest: str) -> None:
+            raise Killed
+
+        original, releases._ledger.released = releases._ledger.released, die  # type: ignore[method-assign]  # a crash
+        with pytest.raises(Killed):
+            releases.profile(1)
+        releases._ledger.released = original  # type: ignore[method-assign]  # put back
+    stored = np.load(next(client.place.glob("profile-*.npy")))
+    with client.opened() as releases:
+        profile = releases.profile(1)
+    assert profile is not None
+    np.testing.assert_array_equal(profile.vector, stored)
+    assert client.draws == 1
+    assert len(client.reserved("profile")) == 1
+
+
+def test_a_draw_that_was_lost_before_it_was_stored_stays_charged_beside_the_new_one(client: Client) -> None:
+    class Killed(BaseException):
+        pass
+
+    def make(charge: Callable[[], None]) -> Float32Array:
+        client.make_profile(charge)
+        raise Killed
+
+    with client.opened(make=make) as releases, pytest.raises(Killed):
+        releases.profile(1)
+    with client.opened() as releases:
+        assert releases.profile(1) is not None
+    assert len(client.reserved("profile")) == 2
+
+
+def test_a_release_whose_stored_bytes_are_lost_is_not_drawn_again(client: Client) -> None:
+    with client.opened() as releases:
+        releases.profile(1)
+    next(client.place.glob("profile-*.npy")).unlink()
+    with client.opened() as releases, pytest.raises(StateError, match="released already"):
+        releases.profile(2)
+    assert client.draws == 1
+
+
+def test_a_private_adapter_that_was_not_charged_may_not_leave(client: Client) -> None:
+    with client.opened() as releases, pytest.raises(PrivacyError, match="not charged"):
+        releases.adapter(1, {"shared": np.ones(4, dtype=np.float32)})
+
+
+def test_resending_an_upload_is_free_and_other_bytes_are_refused(client: Client) -> None:
+    sent = {"shared": np.ones(4, dtype=np.float32)}
+    with client.opened() as releases:
+        releases.charge_adapter(1, GaussianEvent(1.0, 0.02, 5))
+        releases.adapter(1, sent)
+        releases.adapter(1, sent)
+    with client.opened() as releases:
+        releases.adapter(1, sent)
+        with pytest.raises(PrivacyError, match="bytes"):
+            releases.adapter(1, {"shared": np.zeros(4, dtype=np.float32)})
+    assert client.reserved("adapter") == [GaussianEvent(1.0, 0.02, 5)]
+
+
+def test_in_receive_only_mode_nothing_of_the_adapter_leaves(client: Client) -> None:
+    with client.opened() as releases:
+        releases.receive_only = True
+        assert releases.adapter(1, {"shared": np.ones(4, dtype=np.float32)}) == {}
+    assert client.reserved("adapter") == []
+
+
+def test_a_spent_budget_withholds_the_profile_before_any_noise(tmp_path: Path) -> None:
+    client = Client(tmp_path / "state", terms(), target=0.5)
+    with client.opened() as releases:
+        assert releases.profile(1) is None
+    assert client.draws == 0
+
+
+def test_fewer_examples_than_the_minimum_release_no_profile(client: Client) -> None:
+    few = IDS[: MECHANISM.minimum_examples - 1]
+    with client.opened(ids=few) as releases:
+        assert releases.profile(1) is None
+    assert client.draws == 0
+
+
+@pytest.mark.parametrize(("protection", "covered"), [("none", "nothing"), ("encrypted", "cryptography")])
+def test_an_adapter_without_dp_is_recorded_as_infinite_with_what_covers_it(
+    tmp_path: Path, protection: Protection, covered: str
+) -> None:
+    encryption = {"backend": "plain"} if protection == "none" else {"backend": "mask"}
+    agreed = terms(protection, encryption=encryption)
+    client = Client(tmp_path / "state", agreed)
+    with client.opened() as releases:
+        releases.adapter(1, {"shared": np.ones(4, dtype=np.float32)})
+    rows = [row for row in read_ledger(client.place / "ledger.sqlite") if row.kind == "RESERVED"]
+    assert [(row.channel, row.covered_by) for row in rows] == [("adapter", covered)]
+
+
+def test_the_plan_spends_the_target_over_both_channels_and_all_rounds() -> None:
+    agreed = terms()
+    plan = plan_adapter(agreed, 400, DELTA, 4.0)
+    assert plan.sampling_rate == sampling_rate(agreed, 400) == 8 / 400
+    events = [GaussianEvent(2.0, 1.0, 1), GaussianEvent(plan.noise_multiplier, plan.sampling_rate, 15)]
+    spent = epsilon(events, DELTA, "prv")
+    assert 3.9 < spent <= 4.0
+
+
+def test_a_batch_larger_than_the_data_samples_everything() -> None:
+    assert sampling_rate(terms(), 4) == 1.0
