@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,19 @@ from fedmosaic.client.colora import (
     write_shared,
 )
 from fedmosaic.client.evaluation import choice_accuracy
-from fedmosaic.client.examples import Example, encode_examples, padding_token, read_examples
+from fedmosaic.client.examples import (
+    EncodedExample,
+    Example,
+    encode_examples,
+    padding_token,
+    read_examples,
+)
 from fedmosaic.client.models import adapt, load_base_model
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.settings import ClientSettings, ModelSettings
 from fedmosaic.client.training import EpochSampler, train_local
-from fedmosaic.privacy.roster import Terms
+from fedmosaic.privacy.roster import AdapterTerms, Terms
 from fedmosaic.protos.errors import ModelError, StateError
 
 log = logging.getLogger(__name__)
@@ -43,8 +49,24 @@ _EVALUATION_BATCH = 16
 class ModelLearner:
     """One client's model with its adapter, and its examples."""
 
-    def __init__(self, settings: ClientSettings, terms: Terms, family: str, progress: Progress) -> None:
+    def __init__(
+        self,
+        settings: ClientSettings,
+        terms: Terms,
+        family: str,
+        progress: Progress,
+        *,
+        loaded: tuple[PeftModel, PreTrainedTokenizerBase] | None = None,
+    ) -> None:
         """Load model and data and put a fresh adapter on.
+
+        Args:
+            settings: model, data and training of this client.
+            terms: what the members agreed on.
+            family: architecture name, as on the roster.
+            progress: told of every step.
+            loaded: an adapted model and its tokenizer, as `load_adapted` gives them, where several clients
+                of one process take turns on one model; loaded from the settings by default.
 
         Raises:
             ModelError: the model cannot be loaded or adapted.
@@ -54,7 +76,7 @@ class ModelLearner:
         self._terms = terms
         self._family = family
         self._progress = progress
-        self._model, self._tokenizer = _adapted(settings.model, terms)
+        self._model, self._tokenizer = loaded or load_adapted(settings.model, terms.adapter)
         self._train = read_examples(settings.data.train)
         self._encoded = encode_examples(self._tokenizer, self._train, settings.training.max_length)
         self._sampler = EpochSampler(len(self._encoded), settings.training.seed)
@@ -114,6 +136,10 @@ class ModelLearner:
         shared = {"shared": read_shared(self._model)}
         return shared | ({"family": read_family(self._model)} if self._shares_family else {})
 
+    def training_data(self, round_number: int) -> tuple[Sequence[EncodedExample], EpochSampler]:
+        """What to train on in a round, and in which order; here all examples in every round."""
+        return self._encoded, self._sampler
+
     def train(self, round_number: int, releases: Releases) -> None:
         """Train one round; see `fedmosaic.client.session.Learner.train`."""
         steps = self._settings.training.steps
@@ -134,12 +160,13 @@ class ModelLearner:
         if not self._shares_family:
             self._own_family_layers()
         self._progress.stage(round_number, "training", steps)
+        examples, order = self.training_data(round_number)
         train_local(
             self._model,
-            self._encoded,
+            examples,
             self._settings.training,
             pad_token_id=padding_token(self._tokenizer),
-            sampler=self._sampler,
+            sampler=order,
             progress=lambda step, _total, _loss: self._progress.advance(step),
         )
 
@@ -184,11 +211,21 @@ class ModelLearner:
         self._sampler.load_state_dict(sampler)
 
 
-def _adapted(settings: ModelSettings, terms: Terms) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+def load_adapted(
+    settings: ModelSettings, adapter: AdapterTerms
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Load a base model and put a fresh adapter of the agreed shape on it.
+
+    Args:
+        settings: where the model comes from.
+        adapter: shape of the adapter.
+
+    Raises:
+        ModelError: the model cannot be loaded, or lacks modules that the adapter needs.
+    """
     base, tokenizer = load_base_model(
         settings.path, settings.dtype, gguf_file=settings.gguf_file, keep_layers=settings.keep_layers
     )
-    adapter = terms.adapter
     config = CoLoraConfig(
         r=adapter.rank,
         alpha=adapter.alpha,

@@ -18,21 +18,49 @@ from fedmosaic.protos.messages import (
     RoundStatus,
     Upload,
 )
-from fedmosaic.server.coordinator import Coordinator
+from fedmosaic.server.coordinator import Coordinator, Topic
 
-_POLL_SECONDS = 0.01
+# Time must pass for deadlines even if nobody sends anything; everything else comes as an event.
+_TICK_SECONDS = 0.25
 
 
 class InProcessTransport:
     """One client's line to a coordinator; several may be used from threads of their own."""
 
-    def __init__(self, coordinator: Coordinator, client_id: str, patience_seconds: float = 600.0) -> None:
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        client_id: str,
+        patience_seconds: float = 600.0,
+        stopped: threading.Event | None = None,
+    ) -> None:
+        """Connect.
+
+        Args:
+            coordinator: the server.
+            client_id: whose line this is; nobody checks it here.
+            patience_seconds: longest wait for a round to open.
+            stopped: set by whoever gives the run up; every wait then ends with an error.
+        """
         self._coordinator = coordinator
         self._client_id = client_id
         self._patience = patience_seconds
+        self._stopped = stopped or threading.Event()
         self._traffic = Traffic()
-        self._changed = threading.Event()
-        coordinator.subscribe(lambda *_: self._changed.set())
+        self._round_changed = threading.Event()
+        self._keys_changed = threading.Event()
+        coordinator.subscribe(self._hear)
+
+    def _hear(self, topic: Topic) -> None:
+        if topic == "upload":
+            return  # with N clients that would be N² wake-ups a round, for nothing
+        if topic == "keys":
+            self._keys_changed.set()
+        self._round_changed.set()
+
+    def _check_going_on(self) -> None:
+        if self._stopped.is_set():
+            raise TransportError("the run was given up; the first error that was reported tells why")
 
     def enrol(self, enrolment: Enrolment) -> Enrolled:
         """See `Coordinator.enrol`."""
@@ -42,11 +70,12 @@ class InProcessTransport:
         """Wait for a round to open and return what to load before it.
 
         Raises:
-            TransportError: the round did not open within this transport's patience.
+            TransportError: the round did not open within this transport's patience, or the run was given up.
         """
         deadline = time.monotonic() + self._patience
         while time.monotonic() < deadline:
-            self._changed.clear()
+            self._check_going_on()
+            self._round_changed.clear()
             self._coordinator.advance()
             aggregate = self._coordinator.pull(self._client_id, round_number)
             if aggregate is not None:
@@ -54,13 +83,16 @@ class InProcessTransport:
                 return aggregate
             if on_wait is not None:
                 on_wait(self._coordinator.status(self._client_id))
-            self._changed.wait(_POLL_SECONDS)
+            self._round_changed.wait(_TICK_SECONDS)
         raise TransportError(f"round {round_number} did not open within {self._patience:.0f} s")
 
     def push(self, upload: Upload) -> Receipt:
         """See `Coordinator.push`."""
+        self._check_going_on()
         receipt = self._coordinator.push(self._client_id, upload)
         self._traffic.sent("adapter", sum(len(s.payload) for s in upload.sections))
+        if upload.profile is not None:
+            self._traffic.sent("profile", upload.profile.vector.nbytes)
         self._coordinator.advance()
         return receipt
 
@@ -83,13 +115,14 @@ class InProcessTransport:
         """Messages of a stage, once `expected` are there, or what is there at the timeout."""
         deadline = time.monotonic() + timeout_seconds
         while True:
-            self._changed.clear()
+            self._check_going_on()
+            self._keys_changed.clear()
             self._coordinator.advance()
             messages = self._coordinator.read_key_messages(self._client_id, epoch, stage)
             if len(messages) >= expected or time.monotonic() >= deadline:
                 self._traffic.received("keys", sum(len(m) for m in messages.values()))
                 return messages
-            self._changed.wait(_POLL_SECONDS)
+            self._keys_changed.wait(min(_TICK_SECONDS, max(0.0, deadline - time.monotonic())))
 
     def traffic(self) -> Traffic:
         """Bytes per channel."""
