@@ -1,0 +1,82 @@
+"""Colluding recipients: their aggregates are linear equations in the adapters of the others.
+
+A recipient i receives in round t the sum G_it = Σ_j w_itj L_jt. A coalition knows its own adapters and all
+weights, takes its own parts off, and solves for the rest. While adapters hardly move between rounds, every
+round adds equations in the same unknowns; the movement is the error of the solution.
+
+Shape legend: E equations, N members, U members outside the coalition, D numbers of an adapter.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+
+_RANK_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Equations:
+    """What a coalition holds.
+
+    Attributes:
+        weights_EU: weights of the members outside the coalition.
+        right_ED: aggregates less the coalition's own parts.
+    """
+
+    weights_EU: FloatArray
+    right_ED: FloatArray
+
+
+def independent_equations(weights_EU: FloatArray) -> int:
+    """Number of linearly independent equations, as far as weights of so many bits can tell."""
+    if weights_EU.size == 0:
+        return 0
+    values = np.linalg.svd(weights_EU, compute_uv=False)
+    return int(np.count_nonzero(values > _RANK_TOLERANCE * max(values[0], _RANK_TOLERANCE)))
+
+
+def equations(
+    weights_RNN: Sequence[FloatArray], adapters_RND: Sequence[FloatArray], coalition: Sequence[int]
+) -> Equations:
+    """Collect the equations of a coalition over several rounds.
+
+    Args:
+        weights_RNN: per round, row i is what member i received.
+        adapters_RND: per round, the adapters as they were uploaded.
+        coalition: indices of the colluding members.
+
+    Returns:
+        Their equations; a row of zeros (a member that received nothing) is none.
+    """
+    members = len(weights_RNN[0])
+    others = [index for index in range(members) if index not in set(coalition)]
+    rows, right = [], []
+    for weights_NN, adapters_ND in zip(weights_RNN, adapters_RND, strict=True):
+        for index in coalition:
+            row = weights_NN[index]
+            if row.any():
+                rows.append(row[others])
+                # The aggregate less the coalition's own parts is the sum over the others.
+                right.append(row[others] @ adapters_ND[others])
+    width = len(adapters_RND[0][0])
+    return Equations(
+        np.array(rows).reshape(len(rows), len(others)), np.array(right).reshape(len(rows), width)
+    )
+
+
+def solve(held: Equations, ridge: float = 1e-9) -> FloatArray:
+    """The coalition's estimate of every other member's adapter: least squares of least norm, (U, D)."""
+    weights = held.weights_EU
+    if not len(weights):
+        return np.zeros((weights.shape[1], held.right_ED.shape[1]))
+    system = weights @ weights.T + ridge * np.eye(len(weights))
+    return np.asarray(weights.T @ np.linalg.solve(system, held.right_ED))
+
+
+def recovery_error(estimate_D: FloatArray, truth_D: FloatArray) -> float:
+    """Relative error ‖estimate - truth‖ / ‖truth‖; 1 is what an estimate of zero has."""
+    return float(np.linalg.norm(estimate_D - truth_D) / max(np.linalg.norm(truth_D), 1e-300))
