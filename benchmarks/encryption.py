@@ -5,7 +5,11 @@
 All systems run in one process on one thread, and times are processor time, so that other work on the machine
 disturbs them little; the fastest repetition and, in brackets, the median. The server's time covers all
 recipients, from uploads in bytes to aggregates in bytes, with every check that the product makes; `ingest`
-and `arithmetic` are parts of it, measured alone.
+and `arithmetic` are parts of it, measured alone. Plain numpy makes no checks at all; the back end `plain` is
+the same server without encryption.
+
+Memory is kept between repetitions, except in the column `server, fresh`: there every array of more than
+128 KiB is fresh from the operating system, as in a server whose last round is some time ago.
 """
 
 import benchmarks.single_thread  # noqa: F401  # before numpy
@@ -24,12 +28,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.encryption_peers import PEERS
-from benchmarks.encryption_work import Cell, Timing, Work, make_work
+from benchmarks.encryption_work import Cell, Timing, Work, keep_memory, make_work
 from fedmosaic.privacy.encryption.aggregators import create_aggregator
 from fedmosaic.privacy.encryption.ciphers import create_cipher, generate_group_secret
 from fedmosaic.privacy.encryption.expansion import expand_seed
 from fedmosaic.privacy.encryption.layout import ring_blocks
-from fedmosaic.privacy.encryption.mask_aggregation import word_matrix_product
+from fedmosaic.privacy.encryption.mask_aggregation import WordProduct
 from fedmosaic.privacy.encryption.modular import modular_matrix_product
 from fedmosaic.privacy.encryption.parameters import (
     CkksParameters,
@@ -64,7 +68,7 @@ def ours(work: Work, parameters: Parameters) -> Cell:
         for name, upload in uploads.items():
             aggregator.check_upload(upload, context, name)
 
-    def server() -> list[bytes]:
+    def server() -> list[memoryview]:
         check()
         return aggregator.aggregate(uploads, rows, context)
 
@@ -85,6 +89,7 @@ def ours(work: Work, parameters: Parameters) -> Cell:
         len(download),
         work.measure(lambda: ciphers[0].decrypt(download, key, context, rows[0])),
         float(np.abs(found - clear).max()),
+        server_fresh=work.measure_fresh(server),
     )
 
 
@@ -117,14 +122,16 @@ def _arithmetic(work: Work, parameters: Parameters, weights: np.ndarray) -> Timi
         values = work.vectors.astype(np.float32)
         shares = np.ldexp(weights.astype(np.float32), -parameters.weight_bits)
         return work.measure(lambda: shares @ values)
-    words = list(generator.integers(0, 1 << 32, (work.members, work.dimensions), dtype=np.uint32))
-    return work.measure(lambda: word_matrix_product(weights, words))
+    words = list(generator.integers(-(1 << 31), 1 << 31, (work.members, work.dimensions), dtype=np.int32))
+    product, sums = WordProduct(), list(np.empty((work.members, work.dimensions), dtype=np.uint32))
+    return work.measure(lambda: product(weights, words, sums))
 
 
 def bars(cells: Sequence[Cell]) -> list[tuple[str, float, str, bool]]:
     """Compare the cells with the figures that were promised: what, value, limit, kept."""
     by = {(cell.system.split(" ")[0], cell.rank, cell.members): cell for cell in cells}
     by |= {("raw", c.rank, c.members): c for c in cells if "NVFlare" in c.system}
+    by |= {("plain", c.rank, c.members): c for c in cells if c.system == "plain (back end)"}
     by |= {("numpy", c.rank, c.members): c for c in cells if "numpy (float32)" in c.system}
     found: list[tuple[str, float, str, bool]] = []
 
@@ -146,14 +153,18 @@ def bars(cells: Sequence[Cell]) -> list[tuple[str, float, str, bool]]:
         at_least("ckks r16 N10 server, times faster than TenSEAL's", faster, 20)
         at_least("ckks r16 N10 upload, times smaller than TenSEAL's", raw.upload_bytes / ckks.upload_bytes, 9)
     for members, limit in ((10, 5.0), (100, 2.0)):
-        mask, numpy = by.get(("mask", 16, members)), by.get(("numpy", 16, members))
-        if mask and numpy:
-            at_most(f"mask r16 N{members} upload / float32", mask.upload_bytes / (4 * mask.dimensions), 1.02)
+        mask, numpy, plain = (by.get((name, 16, members)) for name in ("mask", "numpy", "plain"))
+        if mask and numpy and plain:
+            label = f"mask r16 N{members}"
+            at_most(f"{label} upload / float32", mask.upload_bytes / (4 * mask.dimensions), 1.02)
             values = mask.download_bytes - 16 * (members - 1)
-            at_most(
-                f"mask r16 N{members} download / float32, less nonces", values / (4 * mask.dimensions), 1.02
-            )
-            at_most(f"mask r16 N{members} server / numpy's", mask.server.least / numpy.server.least, limit)
+            at_most(f"{label} download / float32, less nonces", values / (4 * mask.dimensions), 1.02)
+            if mask.server_fresh and numpy.server_fresh:
+                fresh = mask.server_fresh.least / numpy.server_fresh.least
+                at_most(f"{label} server / numpy's without checks, fresh memory", fresh, limit)
+            kept = mask.server.least / numpy.server.least
+            at_most(f"{label} server / numpy's without checks, memory kept", kept, limit)
+            at_most(f"{label} server / back end plain's", mask.server.least / plain.server.least, limit)
     return found
 
 
@@ -175,8 +186,8 @@ def table(cells: Sequence[Cell]) -> str:
 
     lines = [
         "| system | r | N | encrypt ms | upload bytes (× float32) | ingest ms | arithmetic ms | server ms "
-        "| download bytes (×) | decrypt ms | error |",
-        "| --- " * 11 + "|",
+        "| server, fresh ms | download bytes (×) | decrypt ms | error |",
+        "| --- " * 12 + "|",
     ]
     for cell in cells:
         size = 4 * cell.dimensions
@@ -184,6 +195,7 @@ def table(cells: Sequence[Cell]) -> str:
             f"| {cell.system}{' *' if cell.note else ''} | {cell.rank} | {cell.members} | {ms(cell.encrypt)} "
             f"| {cell.upload_bytes:,} ({cell.upload_bytes / size:.2f}) | {ms(cell.ingest)} "
             f"| {ms(cell.arithmetic)} | {ms(cell.server)} "
+            f"| {ms(cell.server_fresh) if cell.server_fresh else '–'} "
             f"| {cell.download_bytes:,} ({cell.download_bytes / size:.2f}) | {ms(cell.decrypt)} "
             f"| {cell.error:.1e} |"
         )
@@ -199,6 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget", type=float, default=1.0, help="seconds of repetitions per operation")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args(arguments)
+    keep_memory(True)
     cells: list[Cell] = []
     for members in options.members:
         for rank in options.ranks:

@@ -50,6 +50,7 @@ def _numpy(work: Work, name: str, kind: np.dtype) -> Cell:
         len(uploads[0]),
         work.measure(lambda: np.frombuffer(uploads[0], dtype=kind)),
         float(np.abs(found - work.shares[0] @ work.vectors).max()),
+        server_fresh=work.measure_fresh(server),
     )
 
 

@@ -1,5 +1,6 @@
 """The work that every system of the encryption benchmark does, and how it is timed."""
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -40,6 +41,22 @@ class Timing:
 NOTHING = Timing(0.0, 0.0, 1 << 30)
 
 
+def keep_memory(keep: bool) -> None:
+    """Let the C library keep memory that is freed, or hand arrays of more than 128 KiB back at once.
+
+    Left to itself, glibc does the one or the other depending on what the process allocated before, and fresh
+    pages can cost more than the arithmetic on them. Other C libraries are left as they are.
+    """
+    glibc = ctypes.CDLL(None)
+    if hasattr(glibc, "gnu_get_libc_version"):
+        largest = (1 << 31) - 1
+        glibc.mallopt(_TRIM_THRESHOLD, largest if keep else 1 << 17)
+        glibc.mallopt(_MAPPING_THRESHOLD, 1 << 30 if keep else 1 << 17)
+
+
+_TRIM_THRESHOLD, _MAPPING_THRESHOLD = -1, -3
+
+
 @dataclass(frozen=True)
 class Cell:
     """What one system took for one rank and number of members.
@@ -53,7 +70,8 @@ class Cell:
         upload_bytes: One upload.
         ingest: Server, all N uploads, from bytes to checked operands.
         arithmetic: Server, the N weighted sums alone.
-        server: Server, from N uploads in bytes to N aggregates in bytes, ingest included.
+        server: Server, from N uploads in bytes to N aggregates in bytes, ingest included; memory kept.
+        server_fresh: The same with fresh memory for every large array; None where it was not measured.
         download_bytes: One aggregate.
         decrypt: One client, one aggregate.
         error: Largest absolute difference to the same weights applied in float64.
@@ -73,6 +91,7 @@ class Cell:
     decrypt: Timing
     error: float
     note: str = ""
+    server_fresh: Timing | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +131,14 @@ class Work:
             integers = tuple(int(weight) for weight in weights)
             result.append(WeightRow(0, recipient, tuple(self.names[i] for i in others), integers, bits))
         return result
+
+    def measure_fresh(self, operation: Callable[[], object]) -> Timing:
+        """Time an operation as `measure` does, with fresh memory for every large array."""
+        keep_memory(False)
+        try:
+            return self.measure(operation, 2)
+        finally:
+            keep_memory(True)
 
     def measure(self, operation: Callable[[], object], least_repetitions: int = 3) -> Timing:
         """Time an operation, after one run that does not count, until the budget is spent."""

@@ -71,7 +71,7 @@ def check_row(
     Raises:
         PolicyError: With the name of the rule that is broken.
     """
-    _check_shape(row)
+    names = _check_shape(row)
     if row.recipient != recipient:
         raise PolicyError(
             f"weight row is for recipient {row.recipient!r}, expected {recipient!r}: refuse the aggregate"
@@ -79,10 +79,11 @@ def check_row(
     if round_number is not None and row.round != round_number:
         raise PolicyError(f"weight row is of round {row.round}, expected round {round_number}")
     if members is not None:
-        foreign = sorted(set(row.contributors) - set(members))
+        foreign = names - members if isinstance(members, frozenset) else names.difference(members)
         if foreign:
-            raise PolicyError(f"weight row names contributors outside the roster: {', '.join(foreign)}")
-    _check_limits(row, policy)
+            named = ", ".join(sorted(foreign))
+            raise PolicyError(f"weight row names contributors outside the roster: {named}")
+    _check_limits(row, names, policy)
 
 
 def cap_weights(weights: Sequence[float], cap: float) -> tuple[float, ...]:
@@ -129,7 +130,8 @@ def cap_weights(weights: Sequence[float], cap: float) -> tuple[float, ...]:
     return tuple(shares)
 
 
-def _check_shape(row: WeightRow) -> None:
+def _check_shape(row: WeightRow) -> frozenset[str]:
+    """Return the names of the contributors."""
     if row.round < 0:
         raise PolicyError(f"weight row has round {row.round}, expected 0 or more")
     if not 1 <= row.bits <= MAX_WEIGHT_BITS:
@@ -138,17 +140,19 @@ def _check_shape(row: WeightRow) -> None:
         raise PolicyError(
             f"weight row has {len(row.weights)} weights for {len(row.contributors)} contributors"
         )
-    if len(set(row.contributors)) != len(row.contributors):
+    names = frozenset(row.contributors)
+    if len(names) != len(row.contributors):
         raise PolicyError("weight row names a contributor twice: every contributor may appear once")
     total = 1 << row.bits
-    if row.weights and not (min(row.weights) >= 0 and max(row.weights) <= total):
-        raise PolicyError(f"weight row has a weight outside 0 … {total}")
     if sum(row.weights) != total:
         raise PolicyError(f"weights of the row sum to {sum(row.weights)}, expected exactly {total}")
+    if min(row.weights) < 0:
+        raise PolicyError(f"weight row has a weight outside 0 … {total}")
+    return names
 
 
-def _check_limits(row: WeightRow, policy: AggregationPolicy) -> None:
-    if row.recipient in row.contributors and row.weights[row.contributors.index(row.recipient)] > 0:
+def _check_limits(row: WeightRow, names: frozenset[str], policy: AggregationPolicy) -> None:
+    if row.recipient in names and row.weights[row.contributors.index(row.recipient)] > 0:
         raise PolicyError(f"recipient {row.recipient!r} is weighted in its own row: its own weight must be 0")
     contributing = len(row.weights) - row.weights.count(0)
     if contributing < policy.minimum_contributors:

@@ -71,7 +71,7 @@ class Blobs:
                 other.unlink(missing_ok=True)
         return path
 
-    def write(self, area: Area, round_number: int, name: str, content: bytes) -> None:
+    def write(self, area: Area, round_number: int, name: str, content: bytes | memoryview) -> None:
         """Write a blob; one of this name is replaced."""
         path = self.path(area, round_number, name)
         self._ensure(path.parent)

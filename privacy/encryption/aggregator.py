@@ -1,9 +1,9 @@
 """The server's side of every back end: one interface, and all checks around the payload. No keys here."""
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,7 @@ from fedmosaic.protos.errors import PolicyError
 P = TypeVar("P", CkksParameters, MaskParameters, PlainParameters)
 
 
-@dataclass(frozen=True)
-class Contribution:
+class Contribution(NamedTuple):
     """A checked upload, taken apart.
 
     Attributes:
@@ -60,7 +59,7 @@ class Aggregator(ABC, Generic[P]):
 
     def aggregate(
         self, uploads: Mapping[str, bytes | memoryview], rows: Sequence[WeightRow], context: RoundContext
-    ) -> list[bytes]:
+    ) -> list[memoryview]:
         """Form the weighted sum of every row.
 
         Args:
@@ -69,34 +68,30 @@ class Aggregator(ABC, Generic[P]):
             context: Round of all uploads and rows.
 
         Returns:
-            One aggregate per row, in the order of the rows.
+            The bytes of one aggregate per row, in the order of the rows.
 
         Raises:
             PolicyError: If a row breaks the policy or a recipient has two.
             CiphertextError: If an upload in use is malformed.
         """
-        self._check_rows(rows, uploads, context)
+        self._check_rows(rows, frozenset(uploads), context)
         if not rows:
             return []
-        names = sorted(set().union(*(row.contributors for row in rows)))
-        column = {name: index for index, name in enumerate(names)}
-        weights = np.zeros((len(rows), len(names)), dtype=np.int64)
-        for index, row in enumerate(rows):
-            weights[index, list(map(column.__getitem__, row.contributors))] = row.weights
+        names = sorted(frozenset().union(*(row.contributors for row in rows)))
         contributions = [
             Contribution(name, *read_upload(self.parameters, context, name, uploads[name])) for name in names
         ]
         headers = [aggregate_header(self.parameters, context, row).encode(row_digest(row)) for row in rows]
-        return self._combine(contributions, weights, rows, headers, context)
+        return self._combine(contributions, _weight_matrix(rows, names), rows, headers, context)
 
     def _check_rows(
-        self, rows: Sequence[WeightRow], uploads: Mapping[str, bytes | memoryview], context: RoundContext
+        self, rows: Sequence[WeightRow], contributors: frozenset[str], context: RoundContext
     ) -> None:
         recipients = [row.recipient for row in rows]
         if len(set(recipients)) != len(recipients):
             raise PolicyError("a recipient has two weight rows in one round: one is allowed")
         for row in rows:
-            check_row(row.recipient, row, self.policy, members=uploads.keys(), round_number=context.round)
+            check_row(row.recipient, row, self.policy, members=contributors, round_number=context.round)
             if row.bits != self.parameters.weight_bits:
                 raise PolicyError(
                     f"weight row has {row.bits} bits, the agreed parameters have "
@@ -115,7 +110,7 @@ class Aggregator(ABC, Generic[P]):
         rows: Sequence[WeightRow],
         headers: Sequence[bytes],
         context: RoundContext,
-    ) -> list[bytes]:
+    ) -> list[memoryview]:
         """Return one record per row.
 
         Args:
@@ -125,3 +120,16 @@ class Aggregator(ABC, Generic[P]):
             headers: R encoded headers.
             context: Round.
         """
+
+
+def _weight_matrix(rows: Sequence[WeightRow], names: Sequence[str]) -> NDArray[np.int64]:
+    """Return (R, M): the weight of every name in every row, zero where a row does not have it."""
+    column = {name: index for index, name in enumerate(names)}
+    lengths = [len(row.weights) for row in rows]
+    contributors = itertools.chain.from_iterable(row.contributors for row in rows)
+    columns = np.fromiter(map(column.__getitem__, contributors), dtype=np.intp, count=sum(lengths))
+    values = itertools.chain.from_iterable(row.weights for row in rows)
+    weights = np.zeros((len(rows), len(names)), dtype=np.int64)
+    positions = np.repeat(np.arange(len(rows)), lengths), columns
+    weights[positions] = np.fromiter(values, dtype=np.int64, count=sum(lengths))
+    return weights

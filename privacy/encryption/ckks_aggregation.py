@@ -38,7 +38,7 @@ class CkksAggregator(Aggregator[CkksParameters]):
         rows: Sequence[WeightRow],
         headers: Sequence[bytes],
         context: RoundContext,
-    ) -> list[bytes]:
+    ) -> list[memoryview]:
         count = ring_blocks(self.parameters, context.dimensions) * self.parameters.ring_degree
         header_size, half_size = HEADER_BYTES // 8, count * WORD_BYTES // 8
         records = np.empty((len(rows), header_size + 2 * half_size), dtype="<u8")
@@ -53,7 +53,7 @@ class CkksAggregator(Aggregator[CkksParameters]):
                 sums = modular_matrix_product(weights, now, self.parameters.modulus)
                 offset = header_size + half * half_size + start * WORD_BYTES // 8
                 pack_words(sums, records[:, offset : offset + now.shape[1] * WORD_BYTES // 8])
-        return [record.tobytes() for record in records]
+        return [record.data.cast("B").toreadonly() for record in records]
 
     def _read_first(self, contribution: Contribution, start: int, words: NDArray[np.uint64]) -> None:
         unpack_words(contribution.payload, SEED_BYTES + start * WORD_BYTES, words)

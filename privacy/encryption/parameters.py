@@ -35,7 +35,12 @@ class _Parameters(BaseModel):
 
     def digest(self) -> bytes:
         """Return the SHA-256 of the canonical form: 32 bytes that go into the roster and every record."""
-        return _digest(self)
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> bytes:
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(b"fedmosaic/encryption-parameters/v1\n" + canonical.encode()).digest()
 
 
 class CkksParameters(_Parameters):
@@ -110,12 +115,6 @@ class PlainParameters(_Parameters):
 
 
 Parameters = CkksParameters | MaskParameters | PlainParameters
-
-
-@functools.lru_cache(maxsize=16)
-def _digest(parameters: _Parameters) -> bytes:
-    canonical = json.dumps(parameters.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(b"fedmosaic/encryption-parameters/v1\n" + canonical.encode()).digest()
 
 
 def check_security(ring_degree: int, modulus_bits: int, security_bits: int) -> None:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from fedmosaic.privacy.encryption.aggregator import Aggregator, Contribution
 from fedmosaic.privacy.encryption.parameters import PlainParameters
-from fedmosaic.privacy.encryption.records import RoundContext
+from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
 from fedmosaic.privacy.policy import WeightRow
 from fedmosaic.protos.errors import CiphertextError
 
@@ -25,21 +25,25 @@ class PlainAggregator(Aggregator[PlainParameters]):
         rows: Sequence[WeightRow],
         headers: Sequence[bytes],
         context: RoundContext,
-    ) -> list[bytes]:
+    ) -> list[memoryview]:
         values = np.stack([self._values(item) for item in contributions])
         # At most 20 bits: exact in float32.
         shares = np.ldexp(weights.astype(np.float32), -self.parameters.weight_bits)
-        sums = (shares @ values).astype("<f4", copy=False)
-        return [header + total.tobytes() for header, total in zip(headers, sums, strict=True)]
+        start = HEADER_BYTES // 4
+        records = np.empty((len(rows), start + context.dimensions), dtype="<f4")
+        records[:, :start] = np.frombuffer(b"".join(headers), dtype="<f4").reshape(len(rows), -1)
+        records[:, start:] = shares @ values
+        return [record.data.cast("B").toreadonly() for record in records]
 
     def _values(self, contribution: Contribution) -> NDArray[np.float32]:
         values = np.frombuffer(contribution.payload, dtype="<f4").astype(np.float32, copy=False)
-        unusable = int(np.count_nonzero(~np.isfinite(values)))
-        if unusable:
-            raise CiphertextError(
-                f"upload of {contribution.client!r} holds {unusable} values that are NaN or infinite"
-            )
-        if not (np.abs(values) <= self.parameters.clip).all():
+        # Written so that NaN fails too.
+        if not (values.min() >= -self.parameters.clip and values.max() <= self.parameters.clip):
+            unusable = int(np.count_nonzero(~np.isfinite(values)))
+            if unusable:
+                raise CiphertextError(
+                    f"upload of {contribution.client!r} holds {unusable} values that are NaN or infinite"
+                )
             raise CiphertextError(
                 f"upload of {contribution.client!r} holds values outside ±{self.parameters.clip}"
             )

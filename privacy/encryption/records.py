@@ -24,6 +24,7 @@ _MAGIC = b"FMEA"
 _LAYOUT = struct.Struct("<4sBBBx32s32s32s32sQQ16sII")
 HEADER_BYTES = _LAYOUT.size
 _NONCE = slice(152, 168)
+_ROW_LABEL = b"fedmosaic/weight-row/v1\n"
 
 
 class Kind(enum.IntEnum):
@@ -163,12 +164,20 @@ def row_digest(row: WeightRow) -> bytes:
     """Return 16 bytes that name a weight row: the nonce field of the aggregate made with it.
 
     They keep an aggregate and its row together. They do not prove that the server used the row.
+
+    Raises:
+        EncryptionError: If the row's numbers or names have no canonical form; `check_row` refuses it before.
     """
-    names = [name.encode() for name in (row.recipient, *row.contributors)]
-    # The numbers tell where each name ends, so that no two rows have one canonical form.
-    numbers = [row.round, row.bits, len(row.weights), *row.weights, *map(len, names)]
-    canonical = repr(numbers).encode() + b"".join(names)
-    return hashlib.sha256(b"fedmosaic/weight-row/v1\n" + canonical).digest()[:NONCE_BYTES]
+    count = len(row.contributors)
+    names = "\n".join((row.recipient, *row.contributors))
+    # Every name ends at a line break, so that no two rows have one canonical form.
+    if names.count("\n") != count or len(row.weights) != count:
+        raise EncryptionError("a weight row has a line break in a name, or not one weight per contributor")
+    try:
+        numbers = struct.pack(f"<QII{count}I", row.round, row.bits, count, *row.weights)
+    except struct.error:
+        raise EncryptionError("a weight row holds a number outside 0 … 2^32 − 1") from None
+    return hashlib.sha256(_ROW_LABEL + numbers + names.encode()).digest()[:NONCE_BYTES]
 
 
 @functools.lru_cache(maxsize=4096)

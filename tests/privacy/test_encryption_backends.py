@@ -101,7 +101,7 @@ def exchange(f: Federation, vectors: NDArray[np.float64], row: WeightRow) -> tup
     aggregator = f.aggregator()
     for member, upload in uploads.items():
         aggregator.check_upload(upload, f.context, member)
-    return uploads, aggregator.aggregate(uploads, [row], f.context)[0]
+    return uploads, bytes(aggregator.aggregate(uploads, [row], f.context)[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -270,7 +270,7 @@ def test_clipping_is_done_only_on_request(backend: str) -> None:
     uploads = f.encrypt(np.zeros((5, 100)))
     for member in f.members:
         uploads[member] = f.cipher(member).encrypt(np.full(100, 9.0), f.key, f.context, bytes(16), clip=True)
-    record = f.aggregator().aggregate(uploads, [even_row(f)], f.context)[0]
+    record = bytes(f.aggregator().aggregate(uploads, [even_row(f)], f.context)[0])
     values = f.cipher("member-0").decrypt(record, f.key, f.context, even_row(f))
     np.testing.assert_allclose(values, 4.0, rtol=0, atol=TOLERANCE[backend])
     with pytest.raises(EncryptionError, match="not finite"):
@@ -390,8 +390,8 @@ def test_mask_detects_a_server_that_lies_about_the_row_it_used() -> None:
     honest = even_row(f)
     greedy = AggregationPolicy(minimum_contributors=1, weight_cap=1.0)
     one_hot = f.row("member-0", {"member-1": 1.0})
-    stolen = create_aggregator(f.parameters, greedy).aggregate(uploads, [one_hot], f.context)[0]
-    template = f.aggregator().aggregate(uploads, [honest], f.context)[0]
+    stolen = bytes(create_aggregator(f.parameters, greedy).aggregate(uploads, [one_hot], f.context)[0])
+    template = bytes(f.aggregator().aggregate(uploads, [honest], f.context)[0])
     forged = template[: HEADER_BYTES + 4 * 16] + stolen[HEADER_BYTES + 16 :]
     with pytest.raises(CiphertextError, match="decrypts outside"):
         f.cipher("member-0").decrypt(forged, f.key, f.context, honest)
@@ -420,7 +420,7 @@ def test_one_altered_upload_ends_at_the_recipient(backend: str) -> None:
     for position in positions:
         altered[position] ^= 0x5A
     uploads["member-1"] = bytes(altered)
-    record = f.aggregator().aggregate(uploads, [even_row(f)], f.context)[0]
+    record = bytes(f.aggregator().aggregate(uploads, [even_row(f)], f.context)[0])
     with pytest.raises(CiphertextError, match="decrypts outside"):
         f.cipher("member-0").decrypt(record, f.key, f.context, even_row(f))
 
@@ -438,7 +438,9 @@ def test_any_altered_ckks_byte_of_an_aggregate_or_seed_is_noticed(position: int)
         if source == "aggregate":
             forged = bytes(altered)
         else:
-            forged = f.aggregator().aggregate(uploads | {"member-1": bytes(altered)}, [row], f.context)[0]
+            forged = bytes(
+                f.aggregator().aggregate(uploads | {"member-1": bytes(altered)}, [row], f.context)[0]
+            )
         with pytest.raises(CiphertextError, match=r"decrypts outside|not below the modulus"):
             f.cipher("member-0").decrypt(forged, f.key, f.context, row)
 

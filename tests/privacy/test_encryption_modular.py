@@ -1,12 +1,14 @@
 """Exact arithmetic with residues, against Python's integers."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedmosaic.privacy.encryption.mask_aggregation import word_matrix_product
+from fedmosaic.privacy.encryption.mask_aggregation import WordProduct
 from fedmosaic.privacy.encryption.modular import (
     modular_matrix_product,
     modular_multiply,
@@ -99,19 +101,45 @@ def test_inexact_matrix_products_are_refused(
         modular_matrix_product(np.array(weights), np.zeros(shape, dtype=np.uint64), modulus)
 
 
+def word_matrix_product(weights: np.ndarray, words: Sequence[np.ndarray]) -> np.ndarray:
+    sums = np.empty((weights.shape[0], words[0].size), dtype=np.uint32)
+    WordProduct()(weights, words, list(sums))
+    return sums
+
+
 @settings(deadline=None)
 @given(
     row=st.lists(st.integers(0, 2**20 // 8), min_size=8, max_size=8),
     column=st.lists(st.integers(0, 2**32 - 1), min_size=8, max_size=8),
 )
 def test_sums_of_32_bit_words_are_exact(row: list[int], column: list[int]) -> None:
-    product = word_matrix_product(np.array([row]), [np.array([c], dtype=np.uint32) for c in column])
+    words = [np.array([c], dtype=np.uint32).view(np.int32) for c in column]
+    product = word_matrix_product(np.array([row]), words)
     assert product.tolist() == [[sum(w * c for w, c in zip(row, column, strict=True)) % 2**32]]
 
 
-def test_sums_of_32_bit_words_at_the_largest_values_and_across_parts() -> None:
-    columns = [np.full(9000, 2**32 - 1, dtype=np.uint32) for _ in range(4)]
-    product = word_matrix_product(np.full((3, 4), 2**18, dtype=np.int64), columns)
-    assert (product == (2**20 * (2**32 - 1)) % 2**32).all()
+@pytest.mark.parametrize("word", [2**31 - 1, 2**31, 2**32 - 1, 0])
+def test_sums_of_32_bit_words_at_the_largest_values_and_across_parts(word: int) -> None:
+    count, width = 500, 2000
+    columns = [np.full(width, word, dtype=np.uint32).view(np.int32)] * count
+    weights = np.full((3, count), 2**20 // count, dtype=np.int64)
+    weights[:, 0] += 2**20 - int(weights[0].sum())
+    assert (word_matrix_product(weights, columns) == (2**20 * word) % 2**32).all()
+
+
+def test_working_memory_serves_products_of_every_size() -> None:
+    product, generator = WordProduct(), np.random.default_rng(0)
+    for recipients, contributors, width in ((3, 4, 9000), (1, 1, 1), (700, 20, 1501), (2, 3, 7)):
+        weights = generator.integers(0, 500, (recipients, contributors))
+        words = generator.integers(-(2**31), 2**31, (contributors, width), dtype=np.int32)
+        # int64 products wrap modulo 2^64, which keeps the low 32 bits.
+        expected = (weights @ words.astype(np.int64)).astype(np.uint32)
+        sums = np.empty((recipients, width), dtype=np.uint32)
+        product(weights, list(words), list(sums))
+        assert (sums == expected).all()
+
+
+@pytest.mark.parametrize("row", [[2**20, 1], [-1, 2]])
+def test_inexact_sums_of_32_bit_words_are_refused(row: list[int]) -> None:
     with pytest.raises(EncryptionError, match="rows that sum"):
-        word_matrix_product(np.array([[2**20, 1, 0, 0]]), columns)
+        word_matrix_product(np.array([row]), [np.zeros(1, dtype=np.int32)] * 2)
