@@ -1,0 +1,274 @@
+"""Moments of what goes in and out of the adapted modules of two models, streamed over public text.
+
+Memory does not grow with the amount of text: it holds one batch of activations and, per adapted module,
+second moments of inputs, outputs and (on request) gradients by the outputs.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fedmosaic.alignment.moments import Moments, MomentSums
+from fedmosaic.alignment.pairing import PairedBatch, Spans, TokenBatch, paired_batches
+from fedmosaic.alignment.tokens import PublicText
+from fedmosaic.client.colora import find_decoder_layers
+from fedmosaic.client.colora.placement import plan_placements
+from fedmosaic.client.examples import IGNORED
+from fedmosaic.client.loss import logits_at
+from fedmosaic.protos.errors import ModelError
+
+ModuleKey = tuple[int, str]
+"""Block and name within the decoder layer: what corresponds across architectures."""
+Progress = Callable[[int, int], None]
+"""Called with the number of texts done and of all texts."""
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One model of a pair and its adapted modules.
+
+    Attributes:
+        model: The base model, without adapters, in evaluation mode.
+        tokenizer: Its tokenizer.
+        layers: Its shared layers, one per block.
+        names: Full module name of each adapted module.
+    """
+
+    model: PreTrainedModel = field(repr=False)
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
+    layers: tuple[int, ...]
+    names: Mapping[ModuleKey, str] = field(repr=False)
+
+    def linear(self, key: ModuleKey) -> nn.Linear:
+        """The adapted linear module."""
+        module = self.model.get_submodule(self.names[key])
+        if not isinstance(module, nn.Linear):
+            raise ModelError(f"{self.names[key]} is a {type(module).__name__}, not a torch.nn.Linear.")
+        return module
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How public text is read.
+
+    Attributes:
+        max_length: Most tokens per text.
+        batch_size: Texts per forward pass.
+    """
+
+    max_length: int = 96
+    batch_size: int = 16
+
+
+@dataclass(frozen=True, eq=False)
+class PairMoments:
+    """Moments of a pair of models; inputs as second moments and as covariances, outputs as covariances.
+
+    Attributes:
+        inputs: Raw second moments of the inputs of each adapted module.
+        centred_inputs: Their covariances.
+        outputs: Covariances of the outputs.
+        gradients: Raw second moments of the gradients by the outputs; empty unless asked for.
+        texts: Number of texts read.
+        positions: Number of aligned positions.
+    """
+
+    inputs: Mapping[ModuleKey, Moments] = field(repr=False)
+    centred_inputs: Mapping[ModuleKey, Moments] = field(repr=False)
+    outputs: Mapping[ModuleKey, Moments] = field(repr=False)
+    gradients: Mapping[ModuleKey, Moments] = field(repr=False)
+    texts: int
+    positions: int
+
+
+def open_side(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    layers: Sequence[int],
+    target_modules: Sequence[str] | None = None,
+) -> Side:
+    """Name the adapted modules of a model.
+
+    Args:
+        model: The base model.
+        tokenizer: Its tokenizer.
+        layers: Shared layers, one per block.
+        target_modules: Modules within a decoder layer, None for all linear ones.
+
+    Raises:
+        ModelError: The layers or modules do not exist.
+    """
+    plan = plan_placements(model, layers, target_modules, family=False)
+    names = {(place.block or 0, place.module): name for name, place in plan.items()}
+    return Side(model, tokenizer, tuple(layers), names)
+
+
+def collect(
+    anchor: Side,
+    model: Side,
+    texts: Sequence[PublicText],
+    reading: Reading,
+    *,
+    gradients: bool = False,
+    progress: Progress | None = None,
+) -> PairMoments:
+    """Read public text with both models and accumulate the moments of their adapted modules.
+
+    Args:
+        anchor: The anchor.
+        model: The other model; the anchor itself gives moments of the anchor alone.
+        texts: Public texts, at least one.
+        reading: Length and batch size.
+        gradients: Also differentiate the loss by the outputs; about three times the work.
+        progress: Called after every batch.
+
+    Raises:
+        ModelError: The models do not have the same modules, share no characters on the text, or give
+            activations that are not finite.
+    """
+    if set(anchor.names) != set(model.names):
+        differing = sorted({f"block {b}: {m}" for b, m in set(anchor.names) ^ set(model.names)})
+        raise ModelError(
+            f"The models differ in their adapted modules: {', '.join(differing[:8])}. Restrict "
+            "--target-modules to modules that all models have."
+        )
+    sums = _Sums(tuple(anchor.names))
+    done = 0
+    batches = paired_batches(
+        anchor.tokenizer, model.tokenizer, texts, max_length=reading.max_length, batch_size=reading.batch_size
+    )
+    for batch in batches:
+        left = _read(anchor, batch.anchor, gradients=gradients)
+        right = left if model is anchor else _read(model, batch.model, gradients=gradients)
+        sums.update(batch, left, right)
+        done += batch.texts
+        if progress is not None:
+            progress(done, len(texts))
+    return sums.finish(done)
+
+
+@dataclass(frozen=True, eq=False)
+class _Captured:
+    inputs: dict[ModuleKey, torch.Tensor] = field(default_factory=dict)
+    outputs: dict[ModuleKey, torch.Tensor] = field(default_factory=dict)
+    gradients: dict[ModuleKey, torch.Tensor] = field(default_factory=dict)
+
+
+class _Sums:
+    """Sums of every module; modules that read the same tensor share the sums of their inputs."""
+
+    def __init__(self, keys: Sequence[ModuleKey]) -> None:
+        self._keys = keys
+        self._inputs: dict[ModuleKey, MomentSums] = {}
+        self._outputs = {key: MomentSums() for key in keys}
+        self._gradients = {key: MomentSums() for key in keys}
+        self._leader: dict[ModuleKey, ModuleKey] = {}
+
+    def update(self, batch: PairedBatch, left: _Captured, right: _Captured) -> None:
+        if not self._leader:
+            self._leader = _leaders(self._keys, left, right)
+            self._inputs = {key: MomentSums() for key in set(self._leader.values())}
+        for key in self._keys:
+            if key in self._inputs:
+                _add(self._inputs[key], batch, left.inputs[key], right.inputs[key], Spans.mean)
+            _add(self._outputs[key], batch, left.outputs[key], right.outputs[key], Spans.mean)
+            if key in left.gradients:
+                _add(self._gradients[key], batch, left.gradients[key], right.gradients[key], Spans.sum)
+
+    def finish(self, texts: int) -> PairMoments:
+        raw = {key: sums.finish(centred=False) for key, sums in self._inputs.items()}
+        centred = {key: sums.finish(centred=True) for key, sums in self._inputs.items()}
+        return PairMoments(
+            inputs={key: raw[self._leader[key]] for key in self._keys},
+            centred_inputs={key: centred[self._leader[key]] for key in self._keys},
+            outputs={key: self._outputs[key].finish(centred=True) for key in self._keys},
+            gradients={
+                key: sums.finish(centred=False) for key, sums in self._gradients.items() if sums.count
+            },
+            texts=texts,
+            positions=next(iter(raw.values())).count,
+        )
+
+
+def _add(
+    sums: MomentSums,
+    batch: PairedBatch,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    pool: Callable[[Spans, torch.Tensor], torch.Tensor],
+) -> None:
+    sums.update(pool(batch.anchor_spans, left), pool(batch.model_spans, right))
+
+
+def _leaders(keys: Sequence[ModuleKey], left: _Captured, right: _Captured) -> dict[ModuleKey, ModuleKey]:
+    """For each module the first one whose input is the very same tensor in both models."""
+    first: dict[tuple[int, int], ModuleKey] = {}
+    return {key: first.setdefault((id(left.inputs[key]), id(right.inputs[key])), key) for key in keys}
+
+
+def _read(side: Side, batch: TokenBatch, *, gradients: bool) -> _Captured:
+    device = next(side.model.parameters()).device
+    inputs = {"input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device)}
+    with _tapped(side, gradients=gradients) as captured, torch.set_grad_enabled(gradients):
+        if gradients:
+            _loss(side.model, inputs, batch.labels.to(device)).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        else:
+            # Without the output head, whose vocabulary is the widest axis by far.
+            decoder = side.model.get_submodule(find_decoder_layers(side.model)[0].rpartition(".")[0])
+            decoder(**inputs, use_cache=False)
+    return captured
+
+
+def _loss(
+    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], labels_BT: torch.Tensor
+) -> torch.Tensor:
+    """Summed, not averaged, so that every token weighs alike whatever its text."""
+    targets_BT = labels_BT[:, 1:]
+    positions_K = (targets_BT != IGNORED).any(dim=0).nonzero().squeeze(1)
+    logits_BKV = logits_at(model, inputs, positions_K)
+    return functional.cross_entropy(
+        logits_BKV.flatten(0, 1).float(),
+        targets_BT[:, positions_K].flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
+    )
+
+
+@contextmanager
+def _tapped(side: Side, *, gradients: bool) -> Iterator[_Captured]:
+    captured = _Captured()
+
+    def tap(key: ModuleKey) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def hook(_module: nn.Module, arguments: tuple[Any, ...], output: torch.Tensor) -> None:
+            captured.inputs[key] = arguments[0]
+            captured.outputs[key] = output
+            if gradients:
+                if not output.requires_grad:
+                    # All weights are frozen, so the first adapted module starts the graph.
+                    output.requires_grad_()
+                output.register_hook(keep(key))
+
+        return hook
+
+    def keep(key: ModuleKey) -> Callable[[torch.Tensor], None]:
+        def hook(gradient: torch.Tensor) -> None:
+            captured.gradients[key] = gradient
+
+        return hook
+
+    frozen = [parameter for parameter in side.model.parameters() if parameter.requires_grad]
+    with contextlib.ExitStack() as stack:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+            stack.callback(parameter.requires_grad_, True)
+        for key, name in side.names.items():
+            handle = side.model.get_submodule(name).register_forward_hook(tap(key))
+            stack.callback(handle.remove)
+        yield captured

@@ -1,0 +1,94 @@
+"""The anchor's own subspace: what A and B span decides what P and Q can learn.
+
+All choices are orthonormal; they differ in the subspace.
+
+Reference: arXiv 2506.11024 (random orthonormal); LoRA-XS, arXiv 2405.17604 (singular vectors of W); EVA,
+arXiv 2410.07170 (principal directions of activations); LoRA-GA, arXiv 2407.05000 (gradients).
+"""
+
+from typing import Final, Literal, get_args
+
+import torch
+
+from fedmosaic.alignment.activations import ModuleKey, PairMoments, Side
+from fedmosaic.client.colora.basis import derive_seed, draw_orthonormal
+from fedmosaic.protos.errors import ConfigurationError, ModelError
+
+AnchorBasis = Literal["random", "weights", "activations", "gradients"]
+ANCHOR_BASES: Final[tuple[str, ...]] = get_args(AnchorBasis)
+BasisPair = tuple[torch.Tensor, torch.Tensor]
+"""A (r, d_in), rows orthonormal, and B (d_out, r), columns orthonormal; float64."""
+
+
+def needs_gradients(kind: str) -> bool:
+    """Whether a choice needs gradients of the loss on public text."""
+    return kind == "gradients"
+
+
+def anchor_basis(
+    anchor: Side, rank: int, kind: str, *, moments: PairMoments | None = None, seed: int = 0
+) -> dict[ModuleKey, BasisPair]:
+    """Choose A and B of every adapted module of the anchor.
+
+    Args:
+        anchor: The anchor.
+        rank: r.
+        kind: `random`, Haar-distributed (the paper); `weights`, leading singular vectors of W;
+            `activations`, A and B the principal directions of inputs x and of outputs y; `gradients`, A those
+            of the inputs, B those of the loss's gradient by the outputs.
+        moments: Moments of the anchor with itself; needed but for `random` and `weights`.
+        seed: Seed of `random`, which equals the adapter's `basis_seed`.
+
+    Raises:
+        ConfigurationError: The kind is unknown or lacks its moments.
+        ModelError: A module is narrower than the rank.
+    """
+    if kind not in ANCHOR_BASES:
+        raise ConfigurationError(f"The anchor's basis is {kind!r}; choose one of {', '.join(ANCHOR_BASES)}.")
+    for key in anchor.names:
+        linear = anchor.linear(key)
+        if rank > min(linear.in_features, linear.out_features):
+            raise ModelError(
+                f"Rank {rank} is above the width of {anchor.names[key]} ({linear.in_features} → "
+                f"{linear.out_features}). Lower the rank, or leave that module out of --target-modules."
+            )
+    if kind == "random":
+        return {key: _random(anchor, key, rank, seed) for key in anchor.names}
+    if kind == "weights":
+        return {key: _singular_vectors(anchor.linear(key).weight, rank) for key in anchor.names}
+    if moments is None or (kind == "gradients" and not moments.gradients):
+        raise ConfigurationError(
+            f"The anchor's basis {kind!r} needs moments on public text; collect them first."
+        )
+    second = moments.gradients if kind == "gradients" else moments.outputs
+    # Centred inputs: what is constant over text needs no direction of A, Q stands for it.
+    return {
+        key: (
+            _principal(moments.centred_inputs[key].anchor_DD, rank).T,
+            _principal(second[key].anchor_DD, rank),
+        )
+        for key in anchor.names
+    }
+
+
+def random_basis(side: Side, rank: int, seed: int) -> dict[ModuleKey, BasisPair]:
+    """Haar-distributed bases of any model, the same as a fresh adapter of this `basis_seed` has."""
+    return {key: _random(side, key, rank, seed) for key in side.names}
+
+
+def _random(side: Side, key: ModuleKey, rank: int, seed: int) -> BasisPair:
+    linear = side.linear(key)
+    rows = draw_orthonormal(linear.in_features, rank, derive_seed(seed, *key, "A")).T
+    columns = draw_orthonormal(linear.out_features, rank, derive_seed(seed, *key, "B"))
+    return rows.double(), columns.double()
+
+
+def _singular_vectors(weight: torch.Tensor, rank: int) -> BasisPair:
+    left, _, right = torch.linalg.svd(weight.detach().double(), full_matrices=False)
+    return right[:rank].contiguous(), left[:, :rank].contiguous()
+
+
+def _principal(moment: torch.Tensor, rank: int) -> torch.Tensor:
+    """Leading eigenvectors as columns, largest first."""
+    _, vectors = torch.linalg.eigh(moment)
+    return vectors[:, -rank:].flip(1).contiguous()

@@ -1,0 +1,238 @@
+"""Which decoder layers of two models correspond, and the evidence: linear CKA between all layer pairs.
+
+Axes: L layers of the anchor, M layers of the other model, N rows of a minibatch, H coordinates.
+
+Reference: Kornblith et al., "Similarity of Neural Network Representations Revisited", arXiv 1905.00414
+(linear CKA); Nguyen et al., arXiv 2010.15327, §3.1 (minibatches with the unbiased estimator of HSIC);
+arXiv 2506.11024, "block-wise aggregation" (equal relative depth).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fedmosaic.alignment.pairing import Spans, TokenBatch, paired_batches
+from fedmosaic.alignment.tokens import PublicText
+from fedmosaic.client.colora import find_decoder_layers, target_layers
+from fedmosaic.protos.errors import ConfigurationError, ModelError
+
+CKA_RULE: Final = "cka"
+PAIR_RULES: Final = ("relative_depth", "authors", CKA_RULE)
+_MINIBATCH_ROWS: Final = 256
+_FEWEST_ROWS: Final = 4
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSimilarity:
+    """Linear CKA of all layer pairs of two models.
+
+    Attributes:
+        cka_LM: (L, M) float64, at most 1; an unbiased estimate may fall slightly below 0.
+        rows: Number of aligned positions it rests on.
+    """
+
+    cka_LM: torch.Tensor = field(repr=False)
+    rows: int
+
+    def mean_deviation(self) -> float:
+        """Mean distance between the most similar layer and equal relative depth, in [0, 1].
+
+        For each layer of the anchor, relative depths are (index + 1) / number of layers.
+        """
+        left, right = self.cka_LM.shape
+        best_L = self.cka_LM.argmax(dim=1).double()
+        own_L = (torch.arange(left, dtype=torch.float64) + 1) / left
+        return float(((best_L + 1) / right - own_L).abs().mean())
+
+    def of_pairs(self, anchor: Sequence[int], model: Sequence[int]) -> tuple[float, ...]:
+        """CKA of chosen pairs of layers."""
+        return tuple(float(self.cka_LM[a, m]) for a, m in zip(anchor, model, strict=True))
+
+
+def choose_layers(
+    depth: int, anchor_layers: Sequence[int], rule: str, similarity: LayerSimilarity | None = None
+) -> tuple[int, ...]:
+    """Choose the layers of a model that correspond to the anchor's shared layers.
+
+    Args:
+        depth: Number of decoder layers of the model.
+        anchor_layers: Shared layers of the anchor, strictly increasing.
+        rule: `relative_depth` or `authors` (see `fedmosaic.client.colora.target_layers`), or `cka`: the
+            strictly increasing layers with the largest sum of CKA, found by dynamic programming.
+        similarity: Needed by `cka`.
+
+    Returns:
+        One layer per block, strictly increasing.
+
+    Raises:
+        ConfigurationError: The rule is unknown, or `cka` is asked for without a similarity.
+        ModelError: The model has fewer layers than blocks.
+    """
+    if rule not in PAIR_RULES:
+        raise ConfigurationError(f"The layer rule is {rule!r}; choose one of {', '.join(PAIR_RULES)}.")
+    if rule != CKA_RULE:
+        return target_layers(depth, len(anchor_layers), rule)
+    if similarity is None:
+        raise ConfigurationError("The layer rule cka needs the similarity of the layers; measure it first.")
+    if depth < len(anchor_layers):
+        raise ModelError(f"The model has {depth} decoder layers, fewer than the {len(anchor_layers)} blocks.")
+    return _best_increasing(similarity.cka_LM[list(anchor_layers)])
+
+
+def _best_increasing(score_KM: torch.Tensor) -> tuple[int, ...]:
+    blocks, depth = score_KM.shape
+    best = torch.full((blocks, depth), -torch.inf, dtype=torch.float64)
+    origin = torch.zeros(blocks, depth, dtype=torch.int64)
+    best[0] = score_KM[0]
+    for k in range(1, blocks):
+        before, where = torch.cummax(best[k - 1], dim=0)
+        best[k, 1:] = score_KM[k, 1:] + before[:-1]
+        origin[k, 1:] = where[:-1]
+    chosen = [int(best[-1].argmax())]
+    for k in range(blocks - 1, 0, -1):
+        chosen.append(int(origin[k, chosen[-1]]))
+    return tuple(reversed(chosen))
+
+
+def measure_similarity(
+    anchor: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    model: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    texts: Sequence[PublicText],
+    *,
+    max_length: int = 96,
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> LayerSimilarity:
+    """Linear CKA between the states after all layers of two models, averaged over minibatches.
+
+    Args:
+        anchor: Model and tokenizer.
+        model: Model and tokenizer.
+        texts: Public texts.
+        max_length: Most tokens per text.
+        batch_size: Texts per forward pass.
+        progress: Called with the texts done and all texts.
+
+    Raises:
+        ModelError: Too few positions of the two models can be paired.
+    """
+    total = HsicSums()
+    done = 0
+    batches = paired_batches(anchor[1], model[1], texts, max_length=max_length, batch_size=batch_size)
+    for batch in batches:
+        left = _layer_states(anchor[0], batch.anchor, batch.anchor_spans)
+        right = _layer_states(model[0], batch.model, batch.model_spans)
+        total.update(left, right)
+        done += batch.texts
+        if progress is not None:
+            progress(done, len(texts))
+    return total.finish()
+
+
+class HsicSums:
+    """Running sums of unbiased HSIC within and between the layers of two models."""
+
+    def __init__(self) -> None:
+        self._sums: list[torch.Tensor] = []
+        self._rows = 0
+
+    def update(self, left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> None:
+        """Add rows, in minibatches.
+
+        Args:
+            left: L tensors (G, H), states after each layer of the anchor.
+            right: M tensors (G, H) of the same positions.
+        """
+        rows = len(left[0])
+        for start in range(0, rows, _MINIBATCH_ROWS):
+            size = min(_MINIBATCH_ROWS, rows - start)
+            # The estimator divides by n(n − 3); small minibatches are weighted by the same number.
+            if size < max(_FEWEST_ROWS, _MINIBATCH_ROWS // 4) and start:
+                continue
+            if size < _FEWEST_ROWS:
+                continue
+            self._add(
+                torch.stack([_hollow_gram(states[start : start + size]) for states in left]),
+                torch.stack([_hollow_gram(states[start : start + size]) for states in right]),
+            )
+            self._rows += size
+
+    def _add(self, left_LNN: torch.Tensor, right_MNN: torch.Tensor) -> None:
+        parts = [
+            _hsic(left_LNN, right_MNN),
+            torch.stack([_hsic(gram[None], gram[None])[0, 0] for gram in left_LNN]),
+            torch.stack([_hsic(gram[None], gram[None])[0, 0] for gram in right_MNN]),
+        ]
+        if not self._sums:
+            self._sums = parts
+            return
+        for total, part in zip(self._sums, parts, strict=True):
+            total += part
+
+    def finish(self) -> LayerSimilarity:
+        """Return CKA.
+
+        Raises:
+            ModelError: No minibatch was large enough, or a layer's states do not vary.
+        """
+        if not self._sums:
+            raise ModelError(
+                "Too few positions of the two models could be paired to compare layers; give more text."
+            )
+        between_LM, left_L, right_M = self._sums
+        if not bool((left_L > 0).all()) or not bool((right_M > 0).all()):
+            raise ModelError("The states after a layer do not vary on the public text; give other text.")
+        return LayerSimilarity(between_LM / torch.sqrt(torch.outer(left_L, right_M)), self._rows)
+
+
+def _hollow_gram(states_NH: torch.Tensor) -> torch.Tensor:
+    """K = X Xᵀ in float64 with a zero diagonal, as the unbiased estimator needs it."""
+    # The estimator is invariant to a shift of all rows; taking the mean out first saves precision.
+    centred_NH = states_NH.double() - states_NH.double().mean(0)
+    gram_NN = centred_NH @ centred_NH.T
+    return gram_NN.fill_diagonal_(0.0)
+
+
+def _hsic(left_LNN: torch.Tensor, right_MNN: torch.Tensor) -> torch.Tensor:
+    """Unbiased HSIC of all pairs, (L, M) (Song et al. 2012, eq. 5)."""
+    count = left_LNN.shape[1]
+    traces_LM = left_LNN.flatten(1) @ right_MNN.flatten(1).T
+    left_rows, right_rows = left_LNN.sum(2), right_MNN.sum(2)
+    means_LM = torch.outer(left_rows.sum(1), right_rows.sum(1)) / ((count - 1) * (count - 2))
+    cross_LM = 2.0 * (left_rows @ right_rows.T) / (count - 2)
+    hsic: torch.Tensor = (traces_LM + means_LM - cross_LM) / (count * (count - 3))
+    return hsic
+
+
+def _layer_states(model: PreTrainedModel, batch: TokenBatch, spans: Spans) -> list[torch.Tensor]:
+    name, layers = find_decoder_layers(model)
+    decoder = model.get_submodule(name.rpartition(".")[0])
+    device = next(model.parameters()).device
+    with _captured(dict(enumerate(layers))) as states, torch.no_grad():
+        decoder(
+            input_ids=batch.input_ids.to(device),
+            attention_mask=batch.attention_mask.to(device),
+            use_cache=False,
+        )
+    return [spans.mean(states[index]) for index in range(len(layers))]
+
+
+@contextmanager
+def _captured(layers: Mapping[int, nn.Module]) -> Iterator[dict[int, torch.Tensor]]:
+    states: dict[int, torch.Tensor] = {}
+
+    def keep(index: int) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _arguments: Any, output: Any) -> None:
+            states[index] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    with ExitStack() as stack:
+        for index, layer in layers.items():
+            stack.callback(layer.register_forward_hook(keep(index)).remove)
+        yield states

@@ -1,0 +1,313 @@
+"""The frozen bases of a model from those of the anchor, in closed form on streamed moments.
+
+Notation: x inputs and y = W x outputs of one adapted module; subscripts a anchor, m model; r rank.
+
+    A (r, d_in), rows orthonormal:      A_m x_m should be close to A_a x_a on the same text,
+    B (d_out, r), columns orthonormal:  B_m c should move model m as B_a c moves the anchor.
+
+Reference: arXiv 2506.11024, "weight alignment" (L2 and orthogonality for A, canonical correlation analysis
+for B). The released code's map for B never looks at the module's outputs; it is `paper` here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, get_args
+
+import torch
+from torch.nn import functional
+
+from fedmosaic.alignment.moments import Moments
+from fedmosaic.protos.errors import ConfigurationError, ModelError
+
+InputMethod = Literal["ridge", "procrustes", "correlation", "gradient_descent"]
+OutputMethod = Literal["regression", "cca", "gradient", "paper"]
+INPUT_METHODS: Final[tuple[str, ...]] = get_args(InputMethod)
+OUTPUT_METHODS: Final[tuple[str, ...]] = get_args(OutputMethod)
+
+RIDGE: Final = 1e-2
+"""Ridge relative to the mean eigenvalue: directions far below the average are noise of a finite sample."""
+
+_SMALLEST_SINGULAR_VALUE: Final = 1e-9
+_PROCRUSTES_STEPS: Final = 200
+_PAPER_GAMMA: Final = 1e-4
+
+
+def nearest_orthonormal_rows(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix with orthonormal rows that is nearest in Frobenius norm: the polar factor U Vᵀ.
+
+    Args:
+        matrix: (r, d) float64 of rank r.
+
+    Returns:
+        (r, d) float64.
+
+    Raises:
+        ModelError: The matrix is not finite or its rank is below r, so that no nearest one is unique.
+    """
+    if not bool(torch.isfinite(matrix).all()):
+        raise ModelError("An aligned basis is not finite; the public text gave unusable activations.")
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    if matrix.shape[0] > matrix.shape[1] or float(values[-1]) <= _SMALLEST_SINGULAR_VALUE * float(values[0]):
+        raise ModelError(
+            f"An aligned basis of shape {tuple(matrix.shape)} has not full rank: the two models share fewer "
+            f"than {matrix.shape[0]} directions on this public text. Give more text, or a lower rank."
+        )
+    return left @ right
+
+
+@dataclass(frozen=True)
+class PaperGradientDescent:
+    """How the paper trains A; here on moments, which is its loss over the whole public set at every step.
+
+    Attributes:
+        steps: Steps of Adam; the released script takes 1,250.
+        learning_rate: Relative to A's entries.
+        orthogonality: λ, weight of the mean squared cosine between different rows.
+    """
+
+    steps: int = 1250
+    learning_rate: float = 3e-3
+    orthogonality: float = 0.5
+
+
+def align_inputs(
+    moments: Moments,
+    anchor_RD: torch.Tensor,
+    method: str = "ridge",
+    *,
+    ridge: float = RIDGE,
+    descent: PaperGradientDescent | None = None,
+) -> torch.Tensor:
+    """Find A of a model from A of the anchor.
+
+    Args:
+        moments: Moments of the inputs (x_a, x_m).
+        anchor_RD: (r, D) A of the anchor, rows orthonormal.
+        method: `ridge`, the regression of A_a x_a on x_m, then the nearest row-orthonormal matrix;
+            `procrustes`, the minimiser of E|ρ A x_m − A_a x_a|² over row-orthonormal A and scales ρ > 0 by
+            majorisation; `correlation`, the row-orthonormal A of the largest E⟨A x_m, A_a x_a⟩;
+            `gradient_descent`, the paper's.
+        ridge: Ridge relative to the mean eigenvalue of the model's inputs; above 0.
+        descent: Settings of the paper's gradient descent.
+
+    Returns:
+        (r, E) float64, rows orthonormal.
+
+    Raises:
+        ConfigurationError: The method is unknown.
+        ModelError: The two models share too few directions.
+    """
+    wanted_RE = anchor_RD.double() @ moments.cross_DE
+    if method == "correlation":
+        return nearest_orthonormal_rows(wanted_RE)
+    if method in ("ridge", "procrustes"):
+        start_RE = nearest_orthonormal_rows(_regression(moments.model_EE, wanted_RE, ridge))
+        return start_RE if method == "ridge" else _procrustes(moments.model_EE, wanted_RE, start_RE)
+    if method == "gradient_descent":
+        return nearest_orthonormal_rows(
+            _descend(moments.model_EE, wanted_RE, descent or PaperGradientDescent())
+        )
+    raise ConfigurationError(f"The method for A is {method!r}; choose one of {', '.join(INPUT_METHODS)}.")
+
+
+def align_outputs(
+    moments: Moments, anchor_DR: torch.Tensor, method: str = "cca", *, ridge: float = RIDGE
+) -> torch.Tensor:
+    """Find B of a model from B of the anchor.
+
+    Args:
+        moments: Moments of the outputs (y_a, y_m); of the gradients of the loss by them for `gradient`.
+        anchor_DR: (D, r) B of the anchor, columns orthonormal.
+        method: `cca`, whiten the anchor's outputs, rotate to canonical directions and colour as the model's;
+            `regression`, the same with each canonical direction weighted by its correlation, which is the
+            best linear prediction of the model's outputs from the anchor's; `gradient`, the B_m for which
+            B_mᵀ ∂L/∂y_m predicts B_aᵀ ∂L/∂y_a, so that a core has the same gradient in both models.
+        ridge: Ridge relative to the mean eigenvalue; above 0.
+
+    Returns:
+        (E, r) float64, columns orthonormal.
+
+    Raises:
+        ConfigurationError: The method is unknown.
+        ModelError: The two models share too few directions.
+    """
+    basis_DR = anchor_DR.double()
+    if method == "cca":
+        return nearest_orthonormal_rows((_cca_map(moments, ridge) @ basis_DR).T).T
+    if method == "regression":
+        coefficients_RE = _regression(moments.anchor_DD, basis_DR.T, ridge) @ moments.cross_DE
+        return nearest_orthonormal_rows(coefficients_RE).T
+    if method == "gradient":
+        return align_inputs(moments, basis_DR.T, "ridge", ridge=ridge).T
+    raise ConfigurationError(f"The method for B is {method!r}; choose one of {', '.join(OUTPUT_METHODS)}.")
+
+
+def align_outputs_as_paper(
+    inputs: Moments,
+    anchor_in_RD: torch.Tensor,
+    model_in_RE: torch.Tensor,
+    anchor_out: torch.Tensor,
+    model_out: torch.Tensor,
+) -> torch.Tensor:
+    """Map B as the released code does: canonical correlation of B_a A_a x_a with B_m A_m x_m, P = I, Q = 0.
+
+    Args:
+        inputs: Centred moments of the inputs (x_a, x_m).
+        anchor_in_RD: (r, D) A of the anchor.
+        model_in_RE: (r, E) A of the model, aligned.
+        anchor_out: (d_out of the anchor, r) B of the anchor.
+        model_out: (d_out of the model, r) random B of the model, in whose span the result stays.
+
+    Returns:
+        (d_out of the model, r) float64. The released map leaves it as it is; here the nearest
+        column-orthonormal matrix is taken, without which its scale is arbitrary.
+
+    Raises:
+        ModelError: The result has not full rank.
+    """
+    left, right = anchor_out.double(), model_out.double()
+    latent = Moments(
+        inputs.count,
+        anchor_in_RD @ inputs.anchor_DD @ anchor_in_RD.T,
+        anchor_in_RD @ inputs.cross_DE @ model_in_RE.T,
+        model_in_RE @ inputs.model_EE @ model_in_RE.T,
+    )
+    # Sums over rows, not means, as in the code; γ is far below them and only keeps the roots finite.
+    outputs = Moments(
+        inputs.count,
+        left @ (latent.anchor_DD * inputs.count) @ left.T,
+        left @ (latent.cross_DE * inputs.count) @ right.T,
+        right @ (latent.model_EE * inputs.count) @ right.T,
+    )
+    return nearest_orthonormal_rows((_cca_map(outputs, None) @ left).T).T
+
+
+def prediction_share(moments: Moments, anchor_RD: torch.Tensor, model_RE: torch.Tensor) -> torch.Tensor:
+    """How much of each anchor direction the model's aligned direction explains.
+
+    Args:
+        moments: Moments of (u_a, u_m).
+        anchor_RD: (r, D) rows of the anchor.
+        model_RE: (r, E) rows of the model.
+
+    Returns:
+        (r,) squared correlations in [0, 1]; 0 where a direction does not vary.
+    """
+    anchor, model = anchor_RD.double(), model_RE.double()
+    own_R = ((anchor @ moments.anchor_DD) * anchor).sum(1)
+    other_R = ((model @ moments.model_EE) * model).sum(1)
+    joint_R = ((anchor @ moments.cross_DE) * model).sum(1)
+    scale_R = own_R * other_R
+    return torch.where(scale_R > 0, joint_R**2 / scale_R.clamp_min(1e-300), torch.zeros_like(joint_R))
+
+
+def latent_scale(moments: Moments, anchor_RD: torch.Tensor, model_RE: torch.Tensor) -> float:
+    """ρ = root mean square of the anchor's latent over that of the model's."""
+    own = float(((anchor_RD @ moments.anchor_DD) * anchor_RD).sum())
+    other = float(((model_RE @ moments.model_EE) * model_RE).sum())
+    return (own / other) ** 0.5 if own > 0 and other > 0 else 1.0
+
+
+def _regression(gram_EE: torch.Tensor, wanted_RE: torch.Tensor, ridge: float) -> torch.Tensor:
+    """wanted · (gram + ridge · mean eigenvalue · I)⁻¹."""
+    size = len(gram_EE)
+    penalty = ridge * float(torch.trace(gram_EE)) / size
+    if not penalty > 0.0:
+        raise ModelError(
+            "A module's activations are all zero on the public text, so they align with nothing."
+        )
+    return torch.linalg.solve(gram_EE + penalty * torch.eye(size, dtype=torch.float64), wanted_RE.T).T
+
+
+def _procrustes(gram_EE: torch.Tensor, wanted_RE: torch.Tensor, start_RE: torch.Tensor) -> torch.Tensor:
+    """Minimise ρ² tr(A G Aᵀ) − 2 ρ tr(A Wᵀ) over row-orthonormal A and ρ > 0.
+
+    For fixed ρ the quadratic term is bounded above by its tangent plane plus a constant (the largest
+    eigenvalue is a Lipschitz bound and |A|_F is fixed), whose minimiser is a polar factor: no step can
+    increase the loss.
+    """
+    top = float(torch.linalg.eigvalsh(gram_EE)[-1])
+    current = start_RE
+    for _ in range(_PROCRUSTES_STEPS):
+        product_RE = current @ gram_EE
+        scale = float((current * wanted_RE).sum() / (current * product_RE).sum())
+        if not scale > 0.0:
+            return current
+        following = nearest_orthonormal_rows(wanted_RE / scale + top * current - product_RE)
+        done = float((following - current).abs().max()) < 1e-7
+        current = following
+        if done:
+            break
+    return current
+
+
+def _descend(gram_EE: torch.Tensor, wanted_RE: torch.Tensor, settings: PaperGradientDescent) -> torch.Tensor:
+    # Scaling the loss by the mean eigenvalue makes one learning rate fit every module.
+    unit = float(torch.trace(gram_EE)) / len(gram_EE)
+    gram, wanted = (gram_EE / unit).float(), (wanted_RE / unit).float()
+    rank, width = wanted.shape
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(rank, width, generator=generator) / width**0.5
+    matrix.requires_grad_()
+    optimizer = torch.optim.Adam([matrix], lr=settings.learning_rate)
+    apart = ~torch.eye(rank, dtype=torch.bool)
+    for _ in range(settings.steps):
+        fit = ((matrix @ gram) * matrix).sum() - 2.0 * (matrix * wanted).sum()
+        rows = functional.normalize(matrix, dim=1)
+        penalty = (rows @ rows.T)[apart].square().mean() if rank > 1 else matrix.new_zeros(())
+        optimizer.zero_grad()
+        (fit / rank + settings.orthogonality * penalty).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        optimizer.step()
+    return matrix.detach().double()
+
+
+def _cca_map(moments: Moments, ridge: float | None) -> torch.Tensor:
+    """C_mm^½ U Vᵀ C_aa^-½ (E, D), with U Σ Vᵀ the whitened cross moments; without ridge the paper's γ."""
+    root_m, inverse_m = _roots(moments.model_EE, ridge)
+    _, inverse_a = _roots(moments.anchor_DD, ridge)
+    left, _, right = torch.linalg.svd(inverse_m @ moments.cross_DE.T @ inverse_a, full_matrices=False)
+    mapped: torch.Tensor = root_m @ (left @ (right @ inverse_a))
+    return mapped
+
+
+def _roots(gram: torch.Tensor, ridge: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+    values, vectors = torch.linalg.eigh(gram)
+    shift = _PAPER_GAMMA if ridge is None else ridge * float(values.mean())
+    if not shift > 0.0:
+        raise ModelError("A module's outputs are all zero on the public text, so they align with nothing.")
+    values = values.clamp_min(0.0) + shift
+    return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T
+
+
+def shared_rotation(pairs: Sequence[tuple[Moments, torch.Tensor]], *, ridge: float = RIDGE) -> torch.Tensor:
+    """Rotate an anchor's latent so that leading dimensions are those which the models share best.
+
+    Per model, the directions are the canonical ones between the anchor's latent and the whole space of the
+    model; the mean of the models' operators decides. Canonical directions are not orthogonal where the
+    latent is not white; orthogonalising them in order keeps the span of every leading group.
+
+    Args:
+        pairs: For each model the moments of (u_a, u_m), and the anchor's basis as rows (r, D).
+        ridge: Ridge relative to the mean eigenvalue; above 0.
+
+    Returns:
+        (r, r) float64 orthogonal; multiply the anchor's rows, and every model's, by it from the left.
+    """
+    total: torch.Tensor | None = None
+    for moments, rows_RD in pairs:
+        own = rows_RD @ moments.anchor_DD @ rows_RD.T
+        wanted_RE = rows_RD @ moments.cross_DE
+        explained = wanted_RE @ _regression(moments.model_EE, wanted_RE, ridge).T
+        _, whitening = _roots(own, ridge)
+        operator = whitening @ explained @ whitening
+        total = operator if total is None else total + operator
+    if total is None:
+        raise ConfigurationError("There is no model to share with; give at least one besides the anchor.")
+    _, vectors = torch.linalg.eigh((total + total.T) / 2)
+    # Directions w with w = Σ^-½ v; the mean latent covariance of the first pair stands for all, which read
+    # the same text.
+    moments, rows_RD = pairs[0]
+    _, whitening = _roots(rows_RD @ moments.anchor_DD @ rows_RD.T, ridge)
+    orthogonal, triangular = torch.linalg.qr(whitening @ vectors.flip(1))
+    rotation: torch.Tensor = (orthogonal * torch.sign(torch.diagonal(triangular))).T
+    return rotation.contiguous()
