@@ -12,6 +12,7 @@ import torch
 import tyro
 from transformers.utils.logging import disable_progress_bar
 
+from fedmosaic.client.clipping import CLIPPING, ClippingRecord
 from fedmosaic.client.keyring import Keyring
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.probing import ProfileProbe
@@ -100,7 +101,9 @@ def run(settings: ClientSettings) -> None:
             result.put("seconds", time.monotonic() - started)
             result.put("after", learner.evaluate())
             progress.stage(0, "writing the privacy statement")
-            statement = build_statement(kit.roster, state.record.run_id, ledger, plan)
+            statement = build_statement(
+                kit.roster, state.record.run_id, ledger, plan, clipped_share=releases.clipping.shares()
+            )
             write_atomically(state.directory / STATEMENT, statement.model_dump_json(indent=2).encode())
             transport.report(shareable(statement).model_dump_json().encode())
             result.put("traffic", transport.traffic().as_dict())
@@ -178,6 +181,7 @@ def _releases(
         learner.examples,
         settings.profile_max_length,
         randomness,
+        ClippingRecord(state.directory / CLIPPING),
     )
     return Releases(ledger, terms, state, learner.example_ids, probe, randomness, plan)
 

@@ -92,15 +92,22 @@ class PrivateTrainingReport:
     Attributes:
         events: Gaussian events exactly as executed, for the accountant.
         is_test: Whether samples or noise came from a seeded source, so that no guarantee holds.
-        clipped_share: Share of the sampled examples whose gradient was clipped, None if none was ever
-            sampled. A function of private data: show it to the client's own people, send it nowhere.
-        rejected: Number of sampled gradients that were not finite and counted as zero. Private as well.
+        sampled: Number of gradients over all steps. Private, like the two below: they may be shown to the
+            client's own people and be sent nowhere.
+        clipped: Number of gradients that were clipped.
+        rejected: Number of sampled gradients that were not finite and counted as zero.
     """
 
     events: tuple[GaussianEvent, ...]
     is_test: bool
-    clipped_share: float | None = field(repr=False)
+    sampled: int = field(repr=False)
+    clipped: int = field(repr=False)
     rejected: int = field(repr=False)
+
+    @property
+    def clipped_share(self) -> float | None:
+        """Share of the sampled gradients that were clipped, None if none was ever sampled."""
+        return self.clipped / self.sampled if self.sampled else None
 
 
 def train_private(
@@ -159,7 +166,8 @@ def train_private(
     return PrivateTrainingReport(
         events=(event,),
         is_test=source.is_test,
-        clipped_share=total.clipped / total.rows if total.rows else None,
+        sampled=total.rows,
+        clipped=total.clipped,
         rejected=total.rejected,
     )
 

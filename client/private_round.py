@@ -81,6 +81,7 @@ def train_shared(
         releases.receive_only = True
         log.warning("round %d: %s; going on in receive-only mode", round_number, error)
         return
+    releases.clipping.add("adapter", report.clipped, report.sampled)
     if report.clipped_share is not None:
         log.info("round %d: %.0f %% of the gradients were clipped", round_number, 100 * report.clipped_share)
 

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fedmosaic.client.clipping import ClippingRecord
 from fedmosaic.client.examples import Example, encode_examples
 from fedmosaic.client.models import load_base_model
 from fedmosaic.client.probe import open_probe
 from fedmosaic.client.profile import release_profile
 from fedmosaic.client.releases import Randomness
 from fedmosaic.client.settings import ModelSettings
-from fedmosaic.privacy.mechanism import Float32Array, ProfileMechanism
+from fedmosaic.privacy.mechanism import ClippedSum, Float32Array, ProfileMechanism
 from fedmosaic.privacy.projection import PublicBasis, PublicMap
 
 
@@ -24,12 +25,14 @@ class ProfileProbe:
         examples: Sequence[Example],
         max_length: int,
         randomness: Randomness,
+        clipping: ClippingRecord,
     ) -> None:
         self._settings = settings
         self._map = PublicMap(mechanism, PublicBasis.load(basis) if mechanism.basis_sha256 else None)
         self._examples = examples
         self._max_length = max_length
         self._randomness = randomness
+        self._clipping = clipping
 
     def __call__(self, charge: Callable[[], None]) -> Float32Array:
         """Make one release; the probe's memory is free again afterwards."""
@@ -38,4 +41,9 @@ class ProfileProbe:
             settings.path, settings.dtype, gguf_file=settings.gguf_file, keep_layers=settings.keep_layers
         )
         encoded = encode_examples(tokenizer, self._examples, self._max_length)
-        return release_profile(open_probe(model), encoded, self._map, self._randomness, charge)
+        return release_profile(
+            open_probe(model), encoded, self._map, self._randomness, charge, self._count_clipped
+        )
+
+    def _count_clipped(self, total: ClippedSum) -> None:
+        self._clipping.add("profile", total.clipped, total.rows)

@@ -75,6 +75,7 @@ def release_profile(
     public_map: PublicMap,
     noise: ReleaseRandomness,
     charge: Callable[[], None],
+    observe: Callable[[ClippedSum], None] = lambda _: None,
 ) -> Float32Array:
     """Make one differentially private release of the task profile.
 
@@ -87,6 +88,7 @@ def release_profile(
         noise: `SecureNoise()` in real runs.
         charge: reserves this release in the ledger, durably, or raises BudgetExceededError; called exactly
             once, after the clipped sum is known and before any noise is drawn.
+        observe: told of the clipped sum, for counts that stay with the client.
 
     Returns:
         (k,) float32, the noisy sum; `release_profile` keeps no copy.
@@ -97,6 +99,7 @@ def release_profile(
         PrivacyError: there are too few examples, or an id occurs twice.
     """
     total = clipped_profile(probe, examples, public_map, noise)
+    observe(total)
     charge()
     return release(total, public_map.mechanism, noise)
 

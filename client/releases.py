@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedmosaic.client.clipping import CLIPPING, ClippingRecord
 from fedmosaic.client.state import ClientState, write_atomically
 from fedmosaic.privacy.events import UNPROTECTED, GaussianEvent
 from fedmosaic.privacy.ledger import Ledger
@@ -87,6 +88,7 @@ class Releases:
         adapter_plan: AdapterPlan,
     ) -> None:
         self.receive_only = False
+        self.clipping = ClippingRecord(state.directory / CLIPPING)
         self.randomness = randomness
         self._ledger = ledger
         self._terms = terms

@@ -1,9 +1,11 @@
 """The privacy statement of one client, made from its own ledger and the roster's terms."""
 
 import datetime as dt
+from collections.abc import Mapping
 
 from fedmosaic.client.releases import AdapterPlan
 from fedmosaic.privacy.ledger import Ledger
+from fedmosaic.privacy.ledger_rows import Channel
 from fedmosaic.privacy.report import statement
 from fedmosaic.privacy.report_models import (
     ClientInputs,
@@ -16,7 +18,13 @@ from fedmosaic.privacy.roster import Roster, Terms
 
 
 def build_statement(
-    roster: Roster, run_id: str, ledger: Ledger, plan: AdapterPlan, *, metrics_shared: bool = False
+    roster: Roster,
+    run_id: str,
+    ledger: Ledger,
+    plan: AdapterPlan,
+    *,
+    clipped_share: Mapping[Channel, float] | None = None,
+    metrics_shared: bool = False,
 ) -> PrivacyStatement:
     """Make the statement of one client.
 
@@ -25,6 +33,7 @@ def build_statement(
         run_id: the server's run.
         ledger: this client's ledger.
         plan: q of the adapter channel, to tell what DP would have cost where there is none.
+        clipped_share: share of clipped examples by channel, for this client's own eyes.
         metrics_shared: whether accuracies or losses left this client.
 
     Returns:
@@ -42,6 +51,7 @@ def build_statement(
                     ledger=tuple(ledger.export()),
                     adapter_protection=terms.adapter.protection,
                     family_protection=terms.adapter.protection if terms.adapter.family_dimensions else None,
+                    clipped_share=dict(clipped_share or {}),
                     planned={"adapter": PlannedChannel(sampling_rate=plan.sampling_rate, steps=steps)},
                 ),
             ),

@@ -1,6 +1,7 @@
 """`fedmosaic report PATH`: what a run did, what it is good for, and who learnt what."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.table import Table
 from fedmosaic.privacy.configuration import validate
 from fedmosaic.privacy.report_costs import costs_at_epsilon
 from fedmosaic.privacy.report_models import PrivacyStatement
-from fedmosaic.privacy.report_text import render, render_costs
+from fedmosaic.privacy.report_text import WIDTH, render, render_costs
 from fedmosaic.protos.errors import ConfigurationError
 
 _CHANNELS = ("adapter", "profile", "keys", "control")
@@ -65,7 +66,8 @@ def main(arguments: Sequence[str]) -> int:
             json.dumps({"clients": record.clients, "statements": record.statements, "server": record.server})
         )
         return 0
-    console = Console()
+    # Without a terminal there is no width to respect, and the tables need WIDTH columns.
+    console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
     show(record, console)
     merged = merged_statement(record)
     if parsed.at_epsilon is not None and merged is not None:

@@ -175,7 +175,8 @@ def _figures(client: ClientStatement) -> RenderableType:
         "TPR.1%",
     )
     for heading in headings:
-        table.add_column(heading, justify="left" if heading == headings[0] else "right", no_wrap=True)
+        # Folded rather than cut, so that no digit is lost on a narrow terminal.
+        table.add_column(heading, justify="left" if heading == headings[0] else "right", overflow="fold")
     for channel in client.channels:
         table.add_row(_SHORT_CHANNELS[channel.channel], *_mechanism_cells(channel), *_figure_cells(channel))
     return table
