@@ -52,7 +52,8 @@ def nearest_orthonormal_rows(matrix: torch.Tensor) -> torch.Tensor:
             f"An aligned basis of shape {tuple(matrix.shape)} has not full rank: the two models share fewer "
             f"than {matrix.shape[0]} directions on this public text. Give more text, or a lower rank."
         )
-    return left @ right
+    nearest: torch.Tensor = left @ right
+    return nearest
 
 
 @dataclass(frozen=True)
@@ -279,35 +280,55 @@ def _roots(gram: torch.Tensor, ridge: float | None) -> tuple[torch.Tensor, torch
     return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T
 
 
-def shared_rotation(pairs: Sequence[tuple[Moments, torch.Tensor]], *, ridge: float = RIDGE) -> torch.Tensor:
-    """Rotate an anchor's latent so that leading dimensions are those which the models share best.
+@dataclass(frozen=True, eq=False)
+class Sharing:
+    """What one model can say about the anchor's latent u = rows · u_a.
 
-    Per model, the directions are the canonical ones between the anchor's latent and the whole space of the
-    model; the mean of the models' operators decides. Canonical directions are not orthogonal where the
-    latent is not white; orthogonalising them in order keeps the span of every leading group.
+    Attributes:
+        explained_RR: (r, r) float64, covariance of the part of u that the model's whole space predicts.
+        latent_RR: (r, r) float64, covariance of u itself.
+    """
+
+    explained_RR: torch.Tensor
+    latent_RR: torch.Tensor
+
+
+def sharing(moments: Moments, rows_RD: torch.Tensor, *, ridge: float = RIDGE) -> Sharing:
+    """Measure how much of an anchor's latent a model shares.
 
     Args:
-        pairs: For each model the moments of (u_a, u_m), and the anchor's basis as rows (r, D).
+        moments: Moments of (u_a, u_m).
+        rows_RD: (r, D) the anchor's basis as rows.
+        ridge: Ridge relative to the mean eigenvalue; above 0.
+    """
+    rows = rows_RD.double()
+    wanted_RE = rows @ moments.cross_DE
+    explained = wanted_RE @ _regression(moments.model_EE, wanted_RE, ridge).T
+    return Sharing((explained + explained.T) / 2, rows @ moments.anchor_DD @ rows.T)
+
+
+def shared_rotation(models: Sequence[Sharing], *, ridge: float = RIDGE) -> torch.Tensor:
+    """Rotate an anchor's latent so that leading dimensions are those which the models share best.
+
+    Per model the directions are the canonical ones between the latent and the model's whole space; the mean
+    over models decides. Canonical directions are not orthogonal where the latent is not white;
+    orthogonalising them in order keeps the span of every leading group.
+
+    Args:
+        models: What each model shares, at least one.
         ridge: Ridge relative to the mean eigenvalue; above 0.
 
     Returns:
         (r, r) float64 orthogonal; multiply the anchor's rows, and every model's, by it from the left.
+
+    Raises:
+        ConfigurationError: There is no model.
     """
-    total: torch.Tensor | None = None
-    for moments, rows_RD in pairs:
-        own = rows_RD @ moments.anchor_DD @ rows_RD.T
-        wanted_RE = rows_RD @ moments.cross_DE
-        explained = wanted_RE @ _regression(moments.model_EE, wanted_RE, ridge).T
-        _, whitening = _roots(own, ridge)
-        operator = whitening @ explained @ whitening
-        total = operator if total is None else total + operator
-    if total is None:
+    if not models:
         raise ConfigurationError("There is no model to share with; give at least one besides the anchor.")
-    _, vectors = torch.linalg.eigh((total + total.T) / 2)
-    # Directions w with w = Σ^-½ v; the mean latent covariance of the first pair stands for all, which read
-    # the same text.
-    moments, rows_RD = pairs[0]
-    _, whitening = _roots(rows_RD @ moments.anchor_DD @ rows_RD.T, ridge)
+    explained = torch.stack([model.explained_RR for model in models]).mean(0)
+    _, whitening = _roots(torch.stack([model.latent_RR for model in models]).mean(0), ridge)
+    _, vectors = torch.linalg.eigh(whitening @ explained @ whitening)
     orthogonal, triangular = torch.linalg.qr(whitening @ vectors.flip(1))
     rotation: torch.Tensor = (orthogonal * torch.sign(torch.diagonal(triangular))).T
     return rotation.contiguous()

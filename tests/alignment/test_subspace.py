@@ -16,6 +16,7 @@ from fedmosaic.alignment.subspace import (
     nearest_orthonormal_rows,
     prediction_share,
     shared_rotation,
+    sharing,
 )
 from fedmosaic.client.colora.basis import draw_orthonormal, orthonormality_error
 from fedmosaic.protos.errors import ConfigurationError, ModelError
@@ -225,7 +226,7 @@ def test_the_rotation_puts_what_is_shared_first() -> None:
     a = torch.eye(RANK, 10, dtype=torch.float64)
     # Only a mixture of the anchor's second and third directions is shared.
     v[:, 0] = 0.6 * u[:, 1] + 0.8 * u[:, 2]
-    rotation = shared_rotation([(moments_of(u, v), a)])
+    rotation = shared_rotation([sharing(moments_of(u, v), a)])
     assert orthonormality_error(rotation) < 1e-9
     leading = rotation[0] @ a
     assert abs(float(leading[1])) == pytest.approx(0.6, abs=0.03)

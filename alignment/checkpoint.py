@@ -1,0 +1,213 @@
+"""Aligned bases on disk: PEFT checkpoints that clients load, and a manifest of what is finished."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from fedmosaic.alignment.activations import ModuleKey, Side
+from fedmosaic.alignment.anchor import BasisPair
+from fedmosaic.client.colora import CoLoraConfig, get_basis, set_basis
+from fedmosaic.client.models import adapt, save_adapter
+from fedmosaic.protos.errors import StateError
+
+MANIFEST: Final = "manifest.json"
+PARTIAL: Final = ".partial"
+_SEPARATOR: Final = "|"
+
+Bases = Mapping[ModuleKey, BasisPair]
+
+
+class Finished(BaseModel):
+    """One finished checkpoint.
+
+    Attributes:
+        model: Path or hub id as given, with its cut.
+        folder: Folder below the manifest's.
+        digest: SHA-256 of everything the checkpoint depends on.
+        layers: Shared layers, one per block.
+        report: Figures of this model's alignment; empty for the anchor.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    folder: str
+    digest: str
+    layers: tuple[int, ...]
+    report: dict[str, Any] = Field(default_factory=dict)
+
+
+class Manifest(BaseModel):
+    """What an output directory holds.
+
+    Attributes:
+        version: Of this format.
+        settings: Settings of the run.
+        label: Name of the basis, hashed into the layout of every client that uses it.
+        anchor: The anchor's checkpoint.
+        models: The other checkpoints.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: int = 1
+    settings: dict[str, Any]
+    label: str
+    anchor: Finished
+    models: tuple[Finished, ...] = ()
+
+
+def read_manifest(directory: Path) -> Manifest | None:
+    """Read the manifest of an output directory, None where there is none.
+
+    Raises:
+        StateError: It is damaged.
+    """
+    path = directory / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        raise StateError(
+            f"{path} is not a manifest of this version ({type(error).__name__}); choose another --out, or "
+            "remove the directory to start again."
+        ) from None
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Replace the manifest in one step."""
+    fresh = directory / f"{MANIFEST}.new"
+    fresh.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    fresh.replace(directory / MANIFEST)
+
+
+def model_digest(model: PreTrainedModel) -> str:
+    """SHA-256 over all weights of a model, so that a changed model is never taken for a finished one."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def digest_of(*parts: object) -> str:
+    """SHA-256 over the JSON of some values, in hexadecimal."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def basis_label(bases: Bases) -> str:
+    """Name of a basis: equal for all clients aligned to the same anchor tensors."""
+    digest = hashlib.sha256()
+    for key, pair in sorted(bases.items()):
+        digest.update(repr(key).encode())
+        for tensor in pair:
+            digest.update(tensor.float().contiguous().numpy().tobytes())
+    return f"aligned:{digest.hexdigest()[:32]}"
+
+
+def write_checkpoint(folder: Path, side: Side, bases: Bases, config: CoLoraConfig, label: str) -> None:
+    """Write a PEFT checkpoint with aligned bases and P = Q = 0, so that it changes nothing yet.
+
+    Args:
+        folder: Where to write; replaced if present.
+        side: The model; it is left without adapter.
+        bases: Bases of all its adapted modules.
+        config: Configuration of the adapter.
+        label: Name of the basis.
+    """
+    adapted = adapt(side.model, config)
+    named = {side.names[key]: (a.float(), b.float()) for key, (a, b) in bases.items()}
+    set_basis(adapted, named, label=label)
+    shutil.rmtree(folder, ignore_errors=True)
+    save_adapter(adapted, folder)
+    adapted.unload()
+
+
+def read_checkpoint(folder: Path, side: Side, config: CoLoraConfig) -> dict[ModuleKey, BasisPair]:
+    """Read the bases of a checkpoint that `write_checkpoint` wrote.
+
+    Raises:
+        StateError: The files are missing, damaged or of another shape.
+    """
+    try:
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise StateError(
+            f"{folder}: the checkpoint cannot be read ({type(error).__name__}); align again."
+        ) from None
+    adapted = adapt(side.model, config)
+    current = get_basis(adapted)
+    adapted.unload()
+    bases: dict[ModuleKey, BasisPair] = {}
+    for key, name in side.names.items():
+        pair = [_tensor(tensors, name, part, folder) for part in ("colora_A", "colora_B")]
+        if any(new.shape != old.shape for new, old in zip(pair, current[name], strict=True)):
+            raise StateError(f"{folder}: the bases of {name} have another shape; align again.")
+        bases[key] = (pair[0].double(), pair[1].double())
+    return bases
+
+
+def _tensor(tensors: Mapping[str, torch.Tensor], module: str, part: str, folder: Path) -> torch.Tensor:
+    found = [tensor for name, tensor in tensors.items() if f".{module}.{part}" in f".{name}"]
+    if len(found) != 1:
+        raise StateError(
+            f"{folder}: the checkpoint has {len(found)} tensors {part} of {module}; align again."
+        )
+    return found[0]
+
+
+Tensors = Mapping[str, Mapping[ModuleKey, torch.Tensor]]
+"""By purpose and module."""
+
+
+def save_partial(path: Path, digest: str, tensors: Tensors, report: Mapping[str, Any]) -> None:
+    """Keep what was computed for one model until all models are read.
+
+    Args:
+        path: File to write.
+        digest: Digest of everything it depends on.
+        tensors: Bases, and what orders them.
+        report: Figures of this model's alignment.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    flat = {
+        _SEPARATOR.join([purpose, str(block), module]): tensor.contiguous()
+        for purpose, by_key in tensors.items()
+        for (block, module), tensor in by_key.items()
+    }
+    fresh = path.with_suffix(".new")
+    # One file, so that a stop leaves either both tensors and digest or neither.
+    save_file(flat, fresh, metadata={"digest": digest, "report": json.dumps(report)})
+    fresh.replace(path)
+
+
+def load_partial(
+    path: Path, digest: str
+) -> tuple[dict[str, dict[ModuleKey, torch.Tensor]], dict[str, Any]] | None:
+    """Read what `save_partial` kept; None where there is nothing, or it belongs to other inputs."""
+    if not path.exists():
+        return None
+    tensors: dict[str, dict[ModuleKey, torch.Tensor]] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            if metadata.get("digest") != digest:
+                return None
+            for name in file.keys():  # noqa: SIM118  # not a dict
+                purpose, block, module = name.split(_SEPARATOR, 2)
+                tensors.setdefault(purpose, {})[int(block), module] = file.get_tensor(name)
+            return tensors, dict(json.loads(metadata["report"]))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise StateError(
+            f"{path} is damaged ({type(error).__name__}); remove it to compute it again."
+        ) from None

@@ -1,0 +1,329 @@
+"""`fedmosaic align evaluate`: does a core trained in one model work in another that never trained?
+
+P and Q are trained on the source model for a task and moved, alone, to the target model. Its loss and
+accuracy on that task's test examples are compared between alignments, a target with random orthonormal bases
+(the very same P and Q, unaligned), and the target without any adapter.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import tyro
+from peft import PeftModel
+from rich.console import Console
+from rich.table import Table
+from scipy import stats
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from fedmosaic.alignment.checkpoint import Finished, Manifest, read_manifest
+from fedmosaic.alignment.sources import parse_source
+from fedmosaic.client.colora import (
+    get_basis,
+    read_shared,
+    set_active_branches,
+    set_basis,
+    set_trainable,
+    write_shared,
+)
+from fedmosaic.client.colora.basis import draw_orthonormal
+from fedmosaic.client.evaluation import choice_accuracy
+from fedmosaic.client.examples import Example, collate, encode_examples, padding_token, read_examples
+from fedmosaic.client.loss import example_losses, on_device_of, training_mode
+from fedmosaic.client.training import TrainingSettings, train_local
+from fedmosaic.protos.errors import ConfigurationError
+
+_SCORED_AT_ONCE: Final = 16
+UNALIGNED: Final = "unaligned"
+ZERO_SHOT: Final = "zero-shot"
+SOURCE: Final = "source itself"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Train P and Q on one model, move them to another without training, and score it there.
+
+    The first --bases is the one whose cores the unaligned control uses.
+    """
+
+    bases: tyro.conf.UseAppendAction[tuple[str, ...]]
+    """LABEL=DIR of a finished `fedmosaic align`; repeat the option to compare alignments."""
+    task: tyro.conf.UseAppendAction[tuple[str, ...]]
+    """NAME=TRAIN.jsonl,TEST.jsonl with prompt, answer and choices; repeat the option for several."""
+    pair: tuple[str, str]
+    """Names of two models of the alignments, source and target."""
+    out: Path | None = None
+    """File for every single score, as JSON."""
+    one_way: bool = False
+    """Only from the first to the second model, not back."""
+    seeds: int = 5
+    """Number of runs; each has its own order of examples and its own random bases of the control."""
+    first_seed: int = 0
+    """Seed of the first run."""
+    steps: int = 100
+    """Optimizer steps on the source."""
+    learning_rate: float = 5e-3
+    """Of P and Q."""
+    batch_size: int = 8
+    """Examples per step."""
+    max_length: int = 96
+    """Most tokens per example."""
+    test_examples: int = 200
+    """Most test examples per task."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One score of one model on one task.
+
+    Attributes:
+        task: Name of the task.
+        source: Model that trained.
+        target: Model that is scored.
+        variant: Label of the alignment, or `unaligned`, `zero-shot`, or `source itself: LABEL`.
+        seed: Seed of the run.
+        loss: Mean loss in nats per answer token.
+        accuracy: Share of right choices.
+    """
+
+    task: str
+    source: str
+    target: str
+    variant: str
+    seed: int
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task's examples."""
+
+    name: str
+    train: tuple[Example, ...] = field(repr=False)
+    test: tuple[Example, ...] = field(repr=False)
+
+
+class LoadedModel:
+    """A base model on which adapters are put and taken off again."""
+
+    def __init__(self, name: str, manifest: Manifest) -> None:
+        self.name = name
+        self.base: PreTrainedModel
+        self.tokenizer: PreTrainedTokenizerBase
+        self.base, self.tokenizer = parse_source(find_model(manifest, name).model).load()
+
+    @contextmanager
+    def mounted(self, folder: Path) -> Iterator[PeftModel]:
+        """The model with the aligned adapter of a folder; only its local cores act and are trained."""
+        adapted = PeftModel.from_pretrained(self.base, str(folder), is_trainable=True)
+        set_active_branches(adapted, {"local"})
+        set_trainable(adapted, {"local"}, layers="shared")
+        set_trainable(adapted, set(), layers="family")
+        try:
+            yield adapted
+        finally:
+            adapted.unload()
+
+    def score(self, model: nn.Module, task: Task, max_length: int) -> tuple[float, float]:
+        """Mean loss (nats per token) and accuracy on the test examples."""
+        encoded = encode_examples(self.tokenizer, task.test, max_length)
+        pad = padding_token(self.tokenizer)
+        total = 0.0
+        with training_mode(model, False), torch.no_grad():
+            for start in range(0, len(encoded), _SCORED_AT_ONCE):
+                batch = on_device_of(model, collate(encoded[start : start + _SCORED_AT_ONCE], pad))
+                total += float(example_losses(model, batch).sum())
+        accuracy = choice_accuracy(model, self.tokenizer, task.test, _SCORED_AT_ONCE, max_length=max_length)
+        return total / len(encoded), accuracy
+
+
+def evaluate(arguments: Arguments, console: Console) -> list[Score]:
+    """Measure the transfer; see `Arguments`.
+
+    Raises:
+        ConfigurationError: An alignment, a model or a task is not usable.
+    """
+    folders = {label: Path(folder) for label, folder in map(_labelled, arguments.bases)}
+    manifests = {label: _manifest(folder) for label, folder in folders.items()}
+    tasks = [_task(text, arguments.test_examples) for text in arguments.task]
+    first = next(iter(manifests.values()))
+    for manifest in manifests.values():
+        for name in arguments.pair:
+            if find_model(manifest, name).model != find_model(first, name).model:
+                raise ConfigurationError(f"The alignments were made with different models called {name!r}.")
+    loaded = [LoadedModel(name, first) for name in arguments.pair]
+    ways = [(0, 1)] if arguments.one_way else [(0, 1), (1, 0)]
+    scores: list[Score] = []
+    for source, target in ways:
+        for task in tasks:
+            scores += _transfer(arguments, folders, loaded[source], loaded[target], task, console)
+            _write(arguments.out, arguments, scores)
+    return scores
+
+
+def _transfer(
+    arguments: Arguments,
+    folders: Mapping[str, Path],
+    source: LoadedModel,
+    target: LoadedModel,
+    task: Task,
+    console: Console,
+) -> list[Score]:
+    found: list[Score] = []
+
+    def note(variant: str, seed: int, values: tuple[float, float]) -> None:
+        found.append(Score(task.name, source.name, target.name, variant, seed, *values))
+
+    loss, accuracy = target.score(target.base, task, arguments.max_length)
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
+        note(ZERO_SHOT, seed, (loss, accuracy))
+        for index, (label, folder) in enumerate(folders.items()):
+            with source.mounted(folder / source.name) as adapted:
+                _train(arguments, source, adapted, task, seed)
+                note(f"{SOURCE}: {label}", seed, source.score(adapted, task, arguments.max_length))
+                core = read_shared(adapted)
+            with target.mounted(folder / target.name) as adapted:
+                write_shared(adapted, core, "local")
+                note(label, seed, target.score(adapted, task, arguments.max_length))
+                if index == 0:
+                    _scramble(adapted, seed)
+                    note(UNALIGNED, seed, target.score(adapted, task, arguments.max_length))
+        line = ", ".join(f"{s.variant} {s.loss:.3f}/{s.accuracy:.3f}" for s in found if s.seed == seed)
+        console.print(f"{task.name}, {source.name} → {target.name}, seed {seed}: {line}", soft_wrap=True)
+    return found
+
+
+def _train(arguments: Arguments, source: LoadedModel, adapted: PeftModel, task: Task, seed: int) -> None:
+    settings = TrainingSettings(
+        shared_learning_rate=arguments.learning_rate,
+        steps=arguments.steps,
+        per_device_train_batch_size=arguments.batch_size,
+        max_length=arguments.max_length,
+        seed=seed,
+    )
+    encoded = encode_examples(source.tokenizer, task.train, arguments.max_length)
+    train_local(adapted, encoded, settings, pad_token_id=padding_token(source.tokenizer))
+
+
+def _scramble(adapted: PeftModel, seed: int) -> None:
+    """Replace the aligned bases by random orthonormal ones, of another draw than any alignment's."""
+    fresh = {}
+    for index, (name, (a, b)) in enumerate(get_basis(adapted).items()):
+        draw = 1_000_003 * (seed + 1) + 2 * index
+        rank = a.shape[0]
+        fresh[name] = (
+            draw_orthonormal(a.shape[1], rank, draw).T,
+            draw_orthonormal(b.shape[0], rank, draw + 1),
+        )
+    set_basis(adapted, fresh, label=UNALIGNED)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval by Student's t; infinite for a single value."""
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return mean, math.inf
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, float(stats.t.ppf(0.975, len(values) - 1)) * math.sqrt(variance / len(values))
+
+
+def summary(scores: Sequence[Score]) -> list[dict[str, Any]]:
+    """Mean and interval per task, direction and variant, in the order of the scores."""
+    groups: dict[tuple[str, str, str, str], list[Score]] = {}
+    for score in scores:
+        groups.setdefault((score.task, score.source, score.target, score.variant), []).append(score)
+    rows: list[dict[str, Any]] = []
+    for (task, source, target, variant), members in groups.items():
+        loss, loss_half = interval([score.loss for score in members])
+        accuracy, accuracy_half = interval([score.accuracy for score in members])
+        rows.append(
+            {
+                "task": task, "source": source, "target": target, "variant": variant, "seeds": len(members),
+                "loss": loss, "loss_half_width": loss_half,
+                "accuracy": accuracy, "accuracy_half_width": accuracy_half,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title="Cores moved without training (mean ± half of the 95 % interval)")
+    for heading in ("task", "direction", "variant", "loss", "accuracy"):
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(
+            row["task"],
+            f"{row['source']} → {row['target']}",
+            row["variant"],
+            f"{row['loss']:.3f} ± {row['loss_half_width']:.3f}",
+            f"{row['accuracy']:.3f} ± {row['accuracy_half_width']:.3f}",
+        )
+    return table
+
+
+def find_model(manifest: Manifest, name: str) -> Finished:
+    """The checkpoint of a model by the name of its folder.
+
+    Raises:
+        ConfigurationError: There is none.
+    """
+    known = {entry.folder: entry for entry in (manifest.anchor, *manifest.models)}
+    if name not in known:
+        raise ConfigurationError(f"There is no aligned model {name!r}; there are {', '.join(known)}.")
+    return known[name]
+
+
+def _manifest(folder: Path) -> Manifest:
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise ConfigurationError(f"{folder} holds no alignment; run `fedmosaic align --out {folder}` first.")
+    return manifest
+
+
+def _labelled(text: str) -> tuple[str, str]:
+    label, equals, rest = text.partition("=")
+    if not equals or not label or not rest:
+        raise ConfigurationError(f"{text!r} should be LABEL=VALUE.")
+    return label, rest
+
+
+def _task(text: str, test_examples: int) -> Task:
+    name, rest = _labelled(text)
+    train, comma, test = rest.partition(",")
+    if not comma:
+        raise ConfigurationError(f"The task {name!r} should be {name}=TRAIN.jsonl,TEST.jsonl.")
+    return Task(name, read_examples(Path(train)), read_examples(Path(test))[:test_examples])
+
+
+def _write(out: Path | None, arguments: Arguments, scores: Sequence[Score]) -> None:
+    if out is None:
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "arguments": asdict(arguments),
+        "summary": summary(scores),
+        "scores": [asdict(score) for score in scores],
+    }
+    out.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `fedmosaic align evaluate` with its arguments."""
+    parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic align evaluate")
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    scores = evaluate(parsed, Console(stderr=True))
+    Console().print(_table(summary(scores)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,361 @@
+"""The alignment of a federation's models, start to end: a star around one anchor.
+
+Models are read one after the other and forgotten; what stays of each is its bases and two small matrices
+that say how much of the anchor's latent it shares. When all are read, the anchor's latent is rotated so that
+its leading dimensions are the best shared ones, and all bases turn with it.
+"""
+
+import logging
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from fedmosaic.alignment.activations import ModuleKey, PairMoments, Reading, Side, collect, open_side
+from fedmosaic.alignment.anchor import AnchorBasis, BasisPair, anchor_basis, random_basis
+from fedmosaic.alignment.blocks import LayerSimilarity, choose_layers, measure_similarity
+from fedmosaic.alignment.checkpoint import (
+    PARTIAL,
+    Bases,
+    Finished,
+    Manifest,
+    basis_label,
+    digest_of,
+    load_partial,
+    model_digest,
+    read_checkpoint,
+    read_manifest,
+    save_partial,
+    write_checkpoint,
+    write_manifest,
+)
+from fedmosaic.alignment.heat_map import heat_map
+from fedmosaic.alignment.sources import ModelSource
+from fedmosaic.alignment.subspace import (
+    InputMethod,
+    OutputMethod,
+    Sharing,
+    align_inputs,
+    align_outputs,
+    align_outputs_as_paper,
+    prediction_share,
+    shared_rotation,
+    sharing,
+)
+from fedmosaic.alignment.tokens import PublicText
+from fedmosaic.client.colora import CoLoraConfig, find_decoder_layers, target_layers
+from fedmosaic.protos.errors import ConfigurationError, StateError
+
+log = logging.getLogger(__name__)
+
+Stage = Callable[[str], Callable[[int, int], None]]
+"""Called with the name of a stage; gives a function that is called with what is done and the total."""
+
+_SIMILARITY_TEXTS: Final = 200
+
+
+@dataclass(frozen=True)
+class AlignmentSettings:
+    """How models are aligned."""
+
+    rank: int = 16
+    """r of the shared adapter."""
+    alpha: float = 32.0
+    """α of the scale s = α/r."""
+    blocks: int = 4
+    """Number of relative-depth blocks, one shared layer each."""
+    layer_rule: str = "relative_depth"
+    """Which layers: relative_depth, authors (the released code's floor rule), or cka (the most similar)."""
+    target_modules: tuple[str, ...] = ()
+    """Linear modules within a decoder layer, all by default."""
+    other_layers: str = "none"
+    """none, or lora: give the checkpoints ordinary LoRA on all other layers."""
+    anchor_basis: AnchorBasis = "gradients"
+    """The anchor's own subspace: random (the paper), weights, activations or gradients."""
+    input_method: InputMethod = "ridge"
+    """How A is aligned: ridge, procrustes, correlation, or gradient_descent (the paper)."""
+    output_method: OutputMethod = "gradient"
+    """How B is aligned: gradient, cca, regression, or paper (the released code)."""
+    max_length: int = 96
+    """Most tokens of a public text that are read."""
+    batch_size: int = 16
+    """Public texts per forward pass."""
+    seed: int = 0
+    """Seed of random bases and of synthetic text."""
+
+    def reading(self) -> Reading:
+        """How public text is read."""
+        return Reading(max_length=self.max_length, batch_size=self.batch_size)
+
+    def adapter(self, layers: Sequence[int], rule: str) -> CoLoraConfig:
+        """Configuration of a checkpoint's adapter."""
+        return CoLoraConfig(
+            r=self.rank,
+            alpha=self.alpha,
+            blocks=self.blocks,
+            layer_rule=rule if rule != "cka" else "relative_depth",
+            shared_layers=list(layers),
+            other_layers=self.other_layers,
+            basis_seed=self.seed,
+            target_modules=list(self.target_modules) or None,
+        )
+
+
+def align_models(
+    anchor: ModelSource,
+    models: Sequence[ModelSource],
+    texts: Callable[[Side], Sequence[PublicText]],
+    out: Path,
+    settings: AlignmentSettings,
+    stage: Stage,
+) -> Manifest:
+    """Align models to an anchor and write their checkpoints; what is finished already is kept.
+
+    Args:
+        anchor: The anchor.
+        models: The other models, at least one, with distinct names.
+        texts: Gives the public texts, from the anchor if they are synthetic.
+        out: Directory to write to.
+        settings: Methods and sizes.
+        stage: Told what happens.
+
+    Returns:
+        What the directory holds afterwards.
+
+    Raises:
+        ConfigurationError: There is no model, or two have the same name.
+        StateError: The directory holds an alignment to something else.
+        ModelError: A model cannot be loaded or does not fit the anchor.
+    """
+    names = [anchor.name, *(model.name for model in models)]
+    if not models or len(set(names)) != len(names):
+        raise ConfigurationError(
+            f"The models are {', '.join(names)}; give the anchor and at least one other, each once (write "
+            "NAME=MODEL to tell two apart)."
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    run = _Run(anchor, texts, out, settings, stage)
+    for model in models:
+        run.read(model)
+    return run.finish()
+
+
+class _Run:
+    """State of one run: the anchor in memory, one other model at a time."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        texts: Callable[[Side], Sequence[PublicText]],
+        out: Path,
+        settings: AlignmentSettings,
+        stage: Stage,
+    ) -> None:
+        self._out, self._settings, self._stage = out, settings, stage
+        self._source = source
+        model, tokenizer = source.load()
+        depth = len(find_decoder_layers(model)[1])
+        first_rule = "relative_depth" if settings.layer_rule == "cka" else settings.layer_rule
+        layers = target_layers(depth, settings.blocks, first_rule)
+        self._anchor = open_side(model, tokenizer, layers, settings.target_modules or None)
+        self._config = settings.adapter(layers, first_rule)
+        self._texts = texts(self._anchor)
+        self._digest = digest_of(asdict(settings), model_digest(model), [asdict(t) for t in self._texts])
+        self._manifest = self._opened()
+        self._waiting: list[tuple[ModelSource, Finished, dict[str, dict[ModuleKey, torch.Tensor]]]] = []
+        self._bases = self._anchor_bases()
+
+    def _opened(self) -> Manifest | None:
+        manifest = read_manifest(self._out)
+        if manifest is not None and manifest.anchor.digest != self._digest:
+            raise StateError(
+                f"{self._out} holds an alignment to {manifest.anchor.model} made from another anchor, other "
+                "public text or other settings; choose another --out, or remove the directory."
+            )
+        return manifest
+
+    def _anchor_bases(self) -> Bases:
+        settings = self._settings
+        if self._manifest is not None:
+            return read_checkpoint(self._out / self._manifest.anchor.folder, self._anchor, self._config)
+        moments = None
+        if settings.anchor_basis in ("activations", "gradients"):
+            moments = collect(
+                self._anchor,
+                self._anchor,
+                self._texts,
+                settings.reading(),
+                gradients=settings.anchor_basis == "gradients",
+                progress=self._stage(f"{self._source.name}: its own subspace"),
+            )
+        return anchor_basis(
+            self._anchor, settings.rank, settings.anchor_basis, moments=moments, seed=settings.seed
+        )
+
+    def read(self, source: ModelSource) -> None:
+        """Align one model, unless it is finished or was read by a run that was cut off."""
+        model, tokenizer = source.load()
+        digest = digest_of(self._digest, model_digest(model))
+        if self._manifest is not None:
+            for done in self._manifest.models:
+                if done.folder == source.name and done.digest == digest:
+                    log.info("%s is finished already", source.name)
+                    return
+        partial = self._out / PARTIAL / f"{source.name}.safetensors"
+        started = time.monotonic()
+        similarity = measure_similarity(
+            (self._anchor.model, self._anchor.tokenizer),
+            (model, tokenizer),
+            self._texts[:_SIMILARITY_TEXTS],
+            max_length=self._settings.max_length,
+            batch_size=self._settings.batch_size,
+            progress=self._stage(f"{source.name}: similarity of layers"),
+        )
+        layers = choose_layers(
+            len(find_decoder_layers(model)[1]), self._anchor.layers, self._settings.layer_rule, similarity
+        )
+        side = open_side(model, tokenizer, layers, self._settings.target_modules or None)
+        # What was read before the latent was turned must not be taken for what is read afterwards.
+        frame = digest_of(digest, self._manifest.label if self._manifest else None)
+        found = load_partial(partial, frame)
+        if found is None:
+            moments = collect(
+                self._anchor,
+                side,
+                self._texts,
+                self._settings.reading(),
+                gradients=self._settings.output_method == "gradient",
+                progress=self._stage(f"{source.name}: activations"),
+            )
+            kept = self._aligned(side, moments)
+            report: dict[str, Any] = {"texts": moments.texts, "positions": moments.positions} | _quality(
+                moments, self._bases, kept, self._settings.output_method
+            )
+            report["seconds"] = round(time.monotonic() - started, 1)
+            save_partial(partial, frame, kept, report)
+        else:
+            kept, report = found
+        self._draw(source, similarity, layers)
+        report |= {
+            "anchor_layers": self._anchor.layers,
+            "cka_of_pairs": [round(v, 4) for v in similarity.of_pairs(self._anchor.layers, layers)],
+            "cka_mean_deviation": round(similarity.mean_deviation(), 4),
+            "peak_memory_mib": _peak_memory(),
+        }
+        finished = Finished(
+            model=source.spec, folder=source.name, digest=digest, layers=layers, report=report
+        )
+        self._waiting.append((source, finished, kept))
+
+    def _aligned(self, side: Side, moments: PairMoments) -> dict[str, dict[ModuleKey, torch.Tensor]]:
+        settings = self._settings
+        kept: dict[str, dict[ModuleKey, torch.Tensor]] = {
+            "A": {}, "B": {}, "in": {}, "in_all": {}, "out": {}, "out_all": {}
+        }  # fmt: skip
+        fresh = random_basis(side, settings.rank, settings.seed) if settings.output_method == "paper" else {}
+        second = moments.gradients if settings.output_method == "gradient" else moments.outputs
+        progress = self._stage("bases")
+        for done, (key, (a, b)) in enumerate(self._bases.items(), start=1):
+            model_a = align_inputs(moments.inputs[key], a, settings.input_method)
+            if settings.output_method == "paper":
+                model_b = align_outputs_as_paper(moments.centred_inputs[key], a, model_a, b, fresh[key][1])
+            else:
+                model_b = align_outputs(second[key], b, settings.output_method)
+            found_in, found_out = sharing(moments.inputs[key], a), sharing(second[key], b.T)
+            values = (
+                model_a, model_b,
+                found_in.explained_RR, found_in.latent_RR, found_out.explained_RR, found_out.latent_RR,
+            )  # fmt: skip
+            for purpose, value in zip(kept, values, strict=True):
+                kept[purpose][key] = value
+            progress(done, len(self._bases))
+        return kept
+
+    def _draw(self, source: ModelSource, similarity: LayerSimilarity, layers: Sequence[int]) -> None:
+        picture = heat_map(
+            similarity.cka_LM,
+            anchor=self._source.name,
+            model=source.name,
+            pairs=list(zip(self._anchor.layers, layers, strict=True)),
+            mean_deviation=similarity.mean_deviation(),
+        )
+        (self._out / f"cka-{source.name}.svg").write_text(picture, encoding="utf-8")
+
+    def finish(self) -> Manifest:
+        """Turn the latent, write what is not written yet, and remove what was kept for that."""
+        turns = self._rotations() if self._manifest is None else {}
+        if self._manifest is None:
+            self._bases = _turned(self._bases, turns)
+            label = basis_label(self._bases)
+            folder = self._out / self._source.name
+            write_checkpoint(folder, self._anchor, self._bases, self._config, label)
+            done = Finished(
+                model=self._source.spec,
+                folder=self._source.name,
+                digest=self._digest,
+                layers=self._anchor.layers,
+            )
+            self._manifest = Manifest(settings=asdict(self._settings), label=label, anchor=done)
+        for source, finished, kept in self._waiting:
+            model, tokenizer = source.load()
+            side = open_side(model, tokenizer, finished.layers, self._settings.target_modules or None)
+            bases = _turned({key: (kept["A"][key], kept["B"][key]) for key in self._bases}, turns)
+            config = self._settings.adapter(finished.layers, self._config.layer_rule)
+            write_checkpoint(self._out / source.name, side, bases, config, self._manifest.label)
+            others = tuple(done for done in self._manifest.models if done.folder != source.name)
+            self._manifest = self._manifest.model_copy(update={"models": (*others, finished)})
+        write_manifest(self._out, self._manifest)
+        for source, _, _ in self._waiting:
+            (self._out / PARTIAL / f"{source.name}.safetensors").unlink(missing_ok=True)
+        return self._manifest
+
+    def _rotations(self) -> dict[ModuleKey, tuple[torch.Tensor, torch.Tensor]]:
+        def of(purpose: str, key: ModuleKey) -> torch.Tensor:
+            return shared_rotation(
+                [Sharing(kept[purpose][key], kept[f"{purpose}_all"][key]) for _, _, kept in self._waiting]
+            )
+
+        return {key: (of("in", key), of("out", key)) for key in self._bases}
+
+
+def _turned(
+    bases: Bases, turns: Mapping[ModuleKey, tuple[torch.Tensor, torch.Tensor]]
+) -> dict[ModuleKey, BasisPair]:
+    if not turns:
+        return dict(bases)
+    return {key: (turns[key][0] @ a, b @ turns[key][1].T) for key, (a, b) in bases.items()}
+
+
+def _quality(
+    moments: PairMoments,
+    anchor: Bases,
+    kept: Mapping[str, Mapping[ModuleKey, torch.Tensor]],
+    output_method: str,
+) -> dict[str, Any]:
+    """Mean squared correlation of aligned directions, by block."""
+    blocks = sorted({block for block, _ in anchor})
+    shares: dict[str, dict[int, list[float]]] = {
+        "inputs": {block: [] for block in blocks},
+        "outputs": {block: [] for block in blocks},
+    }
+    second = moments.gradients if output_method == "gradient" else moments.outputs
+    for key, (a, b) in anchor.items():
+        shares["inputs"][key[0]].append(
+            float(prediction_share(moments.inputs[key], a, kept["A"][key]).mean())
+        )
+        shares["outputs"][key[0]].append(float(prediction_share(second[key], b.T, kept["B"][key].T).mean()))
+    return {
+        f"{side}_squared_correlation": [round(sum(values) / len(values), 4) for values in by_block.values()]
+        for side, by_block in shares.items()
+    }
+
+
+def _peak_memory() -> int:
+    """Largest resident set of this process so far, in MiB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit >> 20

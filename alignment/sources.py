@@ -1,0 +1,72 @@
+"""How models are named on the command line: `[NAME=]PATH_OR_HUB_ID[@LAYERS]`."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fedmosaic.client.models import load_base_model
+from fedmosaic.protos.errors import ConfigurationError
+
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """One model of an alignment.
+
+    Attributes:
+        name: Name of its checkpoint's folder.
+        path: Local folder or hub id.
+        keep_layers: Keep only the first n decoder layers; None for all.
+        dtype: Type of the frozen weights.
+    """
+
+    name: str
+    path: str
+    keep_layers: int | None = None
+    dtype: str = "float32"
+
+    @property
+    def spec(self) -> str:
+        """The model as named on the command line, without its own name."""
+        return self.path if self.keep_layers is None else f"{self.path}@{self.keep_layers}"
+
+    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Load the base model, frozen, and its tokenizer.
+
+        Raises:
+            ModelError: It cannot be loaded.
+        """
+        model, tokenizer = load_base_model(self.path, self.dtype, keep_layers=self.keep_layers)
+        model.requires_grad_(False)
+        return model, tokenizer
+
+
+def parse_source(text: str, dtype: str = "float32") -> ModelSource:
+    """Parse `[NAME=]PATH_OR_HUB_ID[@LAYERS]`.
+
+    Args:
+        text: Such as `meta-llama/Llama-3.2-1B`, `./models/smol@8` or `small=./models/smol@8`.
+        dtype: Type of the frozen weights.
+
+    Raises:
+        ConfigurationError: The name is not one for a folder, or the number of layers is not one.
+    """
+    label, equals, rest = text.partition("=")
+    if not equals:
+        label, rest = "", text
+    path, at, layers = rest.rpartition("@")
+    if not at or not layers.isdigit():
+        path, layers = rest, ""
+    if not path:
+        raise ConfigurationError(f"{text!r} names no model; write a folder or a hub id.")
+    cut = int(layers) if layers else None
+    name = label or (Path(path).name or path.replace("/", "-")) + (f"-first{cut}" if cut else "")
+    if not _NAME.fullmatch(name) or name.endswith(".json"):
+        raise ConfigurationError(
+            f"{name!r} cannot name a checkpoint's folder; write NAME=MODEL with letters, digits, '.', '-' or '_'."
+        )
+    return ModelSource(name, path, cut, dtype)
