@@ -1,9 +1,14 @@
-"""The group keys of a client: agreed on through the server's board, kept until they are of no more use."""
+"""The group keys of a client: agreed on through the server's board, kept until they are of no more use.
+
+The server announces epochs and rounds, so it could keep an old key in use. The client therefore counts for
+itself, and encrypts under a key only within the roster's terms: `Keyring.encryption_key`.
+"""
 
 import json
 import logging
 import time
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -13,15 +18,30 @@ from fedmosaic.client.transport import Transport
 from fedmosaic.privacy.encryption.ciphers import generate_group_secret, group_secret_bytes
 from fedmosaic.privacy.group_key import GroupKey
 from fedmosaic.privacy.key_agreement import MINIMUM_MEMBERS, KeyAgreement, plan_epoch
-from fedmosaic.privacy.nonces import NonceCounter
+from fedmosaic.privacy.nonces import NonceCounter, rotation_reason
 from fedmosaic.privacy.roster import Roster
-from fedmosaic.protos.errors import EncryptionError, KeyAgreementError, StateError
+from fedmosaic.protos.errors import EncryptionError, KeyAgreementError, KeyExpiredError, StateError
 from fedmosaic.protos.messages import KeyMessage
 
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 20.0
 _KEPT_EPOCHS = 2
+
+
+@dataclass(frozen=True)
+class _Agreed:
+    """A group key with what limits its use.
+
+    Attributes:
+        key: the key.
+        first_round: round that was open when it was agreed on.
+        roster_hash: 32 bytes, of the roster it was agreed on under.
+    """
+
+    key: GroupKey
+    first_round: int
+    roster_hash: bytes
 
 
 class Keyring:
@@ -46,30 +66,72 @@ class Keyring:
         self._directory = directory
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.counter = NonceCounter(directory / "counter.json", roster.federation)
-        self._keys: dict[int, GroupKey] = {}
+        self._keys: dict[int, _Agreed] = {}
+        self._retired = -1
 
     def key(self, epoch: int) -> GroupKey:
-        """The key of an epoch that was agreed on; KeyAgreementError if there is none here."""
-        if epoch not in self._keys:
-            self._keys[epoch] = self._load(epoch)
-        return self._keys[epoch]
+        """The key of an epoch that was agreed on, to decrypt; KeyAgreementError if there is none here."""
+        return self._agreed(epoch).key
+
+    def encryption_key(self, epoch: int, round_number: int) -> GroupKey:
+        """The key of an epoch, to encrypt in a round.
+
+        Args:
+            epoch: number that the server announced.
+            round_number: the round of the upload.
+
+        Raises:
+            KeyExpiredError: the roster's terms ask for a new key first, whatever the server says.
+            KeyAgreementError: there is no such key here.
+        """
+        agreed = self._agreed(epoch)
+        reason = self._expired(agreed, round_number)
+        if reason is not None:
+            raise KeyExpiredError(
+                f"key epoch {epoch} must not encrypt round {round_number}: {reason}; the server has to begin "
+                f"a new key epoch (rotate_key_every is {self._roster.terms.schedule.rotate_key_every})"
+            )
+        return agreed.key
+
+    def retire(self, epoch: int) -> None:
+        """Encrypt nothing more under this epoch and earlier ones; decrypting goes on."""
+        self._retired = max(self._retired, epoch)
+
+    def _expired(self, agreed: _Agreed, round_number: int) -> str | None:
+        if agreed.key.epoch <= self._retired:
+            return "the server said that it was replaced"
+        if round_number < agreed.first_round:
+            return f"it was agreed on for round {agreed.first_round} and later"
+        # Members that missed the agreement are no reason: an epoch without them is lawful.
+        taking_part = set(agreed.key.members) & set(self._roster.identity_keys())
+        reason = rotation_reason(
+            agreed.key.members,
+            taking_part,
+            round_number - agreed.first_round,
+            self._roster.terms.schedule.rotate_key_every,
+        )
+        if reason is None and agreed.roster_hash != self._roster.hash:
+            return "it was agreed on under another roster"
+        return reason
 
     def has(self, epoch: int) -> bool:
         """Whether the key of an epoch is here."""
         return epoch in self._keys or self._path(epoch).exists()
 
-    def agree(self, epoch: int) -> GroupKey:
+    def agree(self, epoch: int, round_number: int) -> GroupKey:
         """Agree on the key of an epoch with the other members, or return it if that was done.
 
         Args:
             epoch: number that the server announced for the coming uploads.
+            round_number: the open round; the epoch's rounds are counted from here.
 
         Raises:
+            KeyExpiredError: the epoch is over by the roster's terms.
             KeyAgreementError: a member is missing, added, swapped or cheats; the next epoch may succeed.
             RefusedError: the server refuses, for example because the epoch was replaced.
         """
         if self.has(epoch):
-            return self.key(epoch)
+            return self.encryption_key(epoch, round_number)
         try:
             self.counter.open_epoch(epoch)
         except EncryptionError as error:
@@ -82,9 +144,9 @@ class Keyring:
                 f"the server left this client out of key epoch {epoch}: {sorted(members)}"
             )
         self._note_change(epoch, members)
-        key = self._run(epoch, members)
-        self._store(key)
-        return key
+        agreed = _Agreed(self._run(epoch, members), round_number, self._roster.hash)
+        self._store(agreed)
+        return agreed.key
 
     def _run(self, epoch: int, members: Collection[str]) -> GroupKey:
         parameters = self._roster.terms.encryption
@@ -152,19 +214,15 @@ class Keyring:
     def _path(self, epoch: int) -> Path:
         return self._directory / f"epoch-{epoch:010d}.json"
 
-    def _store(self, key: GroupKey) -> None:
+    def _store(self, agreed: _Agreed) -> None:
+        key = agreed.key
         content = {
-            "federation": key.federation,
-            "epoch": key.epoch,
-            "members": list(key.members),
-            "parameters_hash": key.parameters_hash.hex(),
-            "transcript": key.transcript.hex(),
-            "fingerprint": key.fingerprint.hex(),
-            "master": key.master.hex(),
-            "ckks_secret": key.ckks_secret.hex(),
+            "first_round": agreed.first_round,
+            "roster_hash": agreed.roster_hash.hex(),
+            "key": key.dump().decode(),
         }
         write_atomically(self._path(key.epoch), json.dumps(content).encode(), private=True)
-        self._keys[key.epoch] = key
+        self._keys[key.epoch] = agreed
         for path in sorted(self._directory.glob("epoch-*.json"))[:-_KEPT_EPOCHS]:
             path.unlink()
         for epoch in sorted(self._keys)[:-_KEPT_EPOCHS]:
@@ -176,7 +234,12 @@ class Keyring:
             key.fingerprint.hex()[:16],
         )
 
-    def _load(self, epoch: int) -> GroupKey:
+    def _agreed(self, epoch: int) -> _Agreed:
+        if epoch not in self._keys:
+            self._keys[epoch] = self._load(epoch)
+        return self._keys[epoch]
+
+    def _load(self, epoch: int) -> _Agreed:
         path = self._path(epoch)
         if not path.exists():
             raise KeyAgreementError(
@@ -184,15 +247,10 @@ class Keyring:
             )
         try:
             stored = json.loads(path.read_text())
-            return GroupKey(
-                stored["federation"],
-                stored["epoch"],
-                tuple(stored["members"]),
-                bytes.fromhex(stored["parameters_hash"]),
-                bytes.fromhex(stored["transcript"]),
-                bytes.fromhex(stored["fingerprint"]),
-                bytes.fromhex(stored["master"]),
-                bytes.fromhex(stored["ckks_secret"]),
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            key = GroupKey.load(stored["key"].encode())
+            agreed = _Agreed(key, int(stored["first_round"]), bytes.fromhex(stored["roster_hash"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StateError(f"{path} is damaged ({type(error).__name__}); wait for the next epoch") from None
+        if (key.federation, key.epoch) != (self._roster.federation, epoch):
+            raise StateError(f"{path} holds the key of another epoch or federation; wait for the next epoch")
+        return agreed

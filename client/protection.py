@@ -56,10 +56,15 @@ class Protection:
             terms.encryption, identity.client_id, terms.policy, allow_plaintext=terms.allow_plaintext
         )
 
-    def ready(self, key_epoch: int) -> None:
-        """Make sure that uploads of an epoch can be sealed; see `Keyring.agree` for the errors."""
+    def ready(self, key_epoch: int, round_number: int) -> None:
+        """Make sure that uploads of an epoch and round can be sealed; see `Keyring.agree` for the errors."""
         if self._keyring is not None:
-            self._keyring.agree(key_epoch)
+            self._keyring.agree(key_epoch, round_number)
+
+    def retire(self, key_epoch: int) -> None:
+        """Seal nothing more under an epoch that the server has replaced."""
+        if self._keyring is not None:
+            self._keyring.retire(key_epoch)
 
     def open(self, section: AggregateSection, row: WeightRow, key_epoch: int, size: int) -> np.ndarray:
         """Check and decrypt one section of an aggregate.
@@ -95,15 +100,21 @@ class Protection:
             key_epoch: epoch of the group key.
             vectors: section name → finite vector; empty to abstain.
             profile: a new task profile or None.
+
+        Raises:
+            KeyExpiredError: the epoch is over by the roster's terms; nothing was encrypted.
         """
         sections = []
+        key = None
+        if vectors and self._keyring is not None:
+            key = self._keyring.encryption_key(key_epoch, round_number)
         for name in SECTION_NAMES:
             if name in vectors:
                 vector = vectors[name]
                 self._note_clipping(round_number, name, vector)
                 context = self._context(name, key_epoch, round_number, vector.size)
                 nonce = self._nonce(key_epoch, round_number, name)
-                payload = self._cipher.encrypt(vector, self._key(key_epoch), context, nonce, clip=True)
+                payload = self._cipher.encrypt(vector, key, context, nonce, clip=True)
                 sections.append(Section(name, payload))
         return sign_upload(
             self._identity.signing_key,

@@ -26,7 +26,13 @@ from fedmosaic.client.state import ClientState
 from fedmosaic.client.transport import Transport
 from fedmosaic.privacy.policy import WeightRow, check_row
 from fedmosaic.privacy.roster import Roster
-from fedmosaic.protos.errors import EncryptionError, KeyAgreementError, PolicyError
+from fedmosaic.protos.errors import (
+    EncryptionError,
+    KeyAgreementError,
+    KeyExpiredError,
+    PolicyError,
+    StateError,
+)
 from fedmosaic.protos.messages import (
     PROTOCOL_VERSION,
     Aggregate,
@@ -141,31 +147,48 @@ class Session:
             self._load_trained(round_number)
             return self._push(upload)
         self._progress.stage(round_number, "waiting for the round to open")
-        aggregate = self._transport.pull(round_number, self._progress.waiting)
+        aggregate = self._pull(round_number)
         if aggregate.round > round_number:
             log.warning("round %d closed without us; going on with round %d", round_number, aggregate.round)
+        aggregate = self._agree(aggregate, enrolled.rounds)
         if aggregate.round > enrolled.rounds:
             return aggregate.round
-        aggregate = self._agree(aggregate)
         self._receive(aggregate)
         self._train(aggregate.round)
         upload = self._seal(enrolled.run_id, aggregate)
         write_upload(self._state.upload_path(aggregate.round), upload)
         return self._push(upload)
 
-    def _agree(self, aggregate: Aggregate) -> Aggregate:
-        """Agree on the group key of this round's uploads; on failure, wait for the next key epoch."""
-        while True:
+    def _pull(self, round_number: int) -> Aggregate:
+        aggregate = self._transport.pull(round_number, self._progress.waiting)
+        if aggregate.round < round_number:
+            raise StateError(
+                f"the server opened round {aggregate.round} where round {round_number} was due: a round "
+                "that is over is never encrypted again; restore the server's state, or begin a new run"
+            )
+        return aggregate
+
+    def _agree(self, aggregate: Aggregate, rounds: int) -> Aggregate:
+        """Agree on the group key of this round's uploads; on failure, wait for the next key epoch.
+
+        Raises:
+            KeyExpiredError: the server has kept a key in use that the roster's terms have ended.
+        """
+        patience = time.monotonic() + self._roster.terms.schedule.key_patience_seconds
+        while aggregate.round <= rounds:
             try:
                 self._progress.stage(aggregate.round, "agreeing on the group key")
-                self._protection.ready(aggregate.upload_key_epoch)
+                self._protection.ready(aggregate.upload_key_epoch, aggregate.round)
                 return aggregate
             except (KeyAgreementError, Refusal) as error:
+                if isinstance(error, KeyExpiredError) and time.monotonic() > patience:
+                    raise
                 if isinstance(error, Refusal) and error.reason not in KEY_REASONS:
                     raise
                 log.warning("key epoch %d: %s", aggregate.upload_key_epoch, error)
             time.sleep(_SECONDS_BETWEEN_EPOCHS)
-            aggregate = self._transport.pull(aggregate.round, self._progress.waiting)
+            aggregate = self._pull(aggregate.round)
+        return aggregate
 
     def _receive(self, aggregate: Aggregate) -> None:
         self._progress.stage(aggregate.round, "receiving the aggregate")
@@ -226,7 +249,15 @@ class Session:
 
     def _push(self, upload: Upload) -> int:
         self._progress.stage(upload.round, "sending")
-        receipt = self._transport.push(upload)
+        try:
+            receipt = self._transport.push(upload)
+        except Refusal as error:
+            if error.reason not in KEY_REASONS:
+                raise
+            log.warning("round %d: %s; the adapter is sealed anew", upload.round, error)
+            self._protection.retire(upload.key_epoch)
+            self._state.upload_path(upload.round).unlink(missing_ok=True)
+            return upload.round
         late = receipt.status is ReceiptStatus.LATE
         if late:
             log.warning("round %d closed before our upload arrived; it was not used", upload.round)

@@ -14,6 +14,7 @@
     │   └── BudgetExceededError a release would pass the budget; raised before noise is drawn
     ├── EncryptionError         keys or ciphertexts are not acceptable
     │   ├── KeyAgreementError   the group key could not be agreed on with the pinned members
+    │   │   └── KeyExpiredError the group key may not encrypt any more: too old, or members have changed
     │   └── CiphertextError     an encrypted record is malformed, altered, stale or foreign
     ├── StateError              state on disk is missing, damaged or of another run
     └── ModelError              a model or adapter cannot be used as configured
@@ -77,6 +78,10 @@ class EncryptionError(FedMosaicError):
 
 class KeyAgreementError(EncryptionError):
     """The group key could not be agreed on with exactly the pinned members."""
+
+
+class KeyExpiredError(KeyAgreementError):
+    """The group key may not encrypt any more: it is too old, or the members have changed."""
 
 
 class CiphertextError(EncryptionError):

@@ -357,8 +357,8 @@ class Coordinator:
         newcomers = enrolled - state.absent - self._keys.holders
         due = (state.number - 1) % self.settings.key_rotation_rounds == 0
         if due or newcomers or self._store.get("rotate") == "1":
-            self._store.put({"rotate": "0"})
             self._keys.next_epoch(now)
+            self._store.put({"rotate": "0"})
 
     def report(self, client_id: str, statement: bytes) -> None:
         """Store a client's privacy statement, a JSON object."""

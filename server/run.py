@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedmosaic.protos.errors import StateError
-from fedmosaic.protos.messages import Aggregate
+from fedmosaic.protos.messages import Aggregate, Phase
 from fedmosaic.server import rounds
 from fedmosaic.server.key_relay import KeyRelay
 from fedmosaic.server.settings import ServerSettings
@@ -85,7 +85,7 @@ def open_run(settings: ServerSettings, store: Store) -> str:
             "settings; give the new run its own state_dir (and database), or restore the old settings"
         )
     if store.get("roster") != settings.roster_hash.hex():
-        log.warning("the roster has changed; a new group key is agreed on when the next round opens")
+        log.warning("the roster has changed; a new group key is agreed on before anybody encrypts again")
         store.put({"roster": settings.roster_hash.hex(), "rotate": "1"})
     return str(run["id"])
 
@@ -111,7 +111,19 @@ def resume_round(settings: ServerSettings, store: Store, keys: KeyRelay | None, 
         (client for client, upload in stored.items() if upload.sections),
         json.loads(store.get("absent") or "[]"),
     )
-    if keys is not None and keys.ready:
+    if keys is not None and store.get("rotate") == "1":
+        state = _under_new_roster(state, store, keys, now)
+    elif keys is not None and keys.ready:
         state = replace(state, able=state.members & keys.holders)
     log.info("%s", rounds.describe(state, now).message)
     return state
+
+
+def _under_new_roster(state: rounds.Round, store: Store, keys: KeyRelay, now: float) -> rounds.Round:
+    """Nobody encrypts under the old key any more: change it now, or close the round with what is there."""
+    if state.phase is Phase.OPEN and not state.contributors:
+        keys.next_epoch(now)
+        store.put({"rotate": "0"})
+        return state
+    # The uploads are under the old key. A round has one key, so the others wait for the next round.
+    return replace(state, able=frozenset(state.arrived))

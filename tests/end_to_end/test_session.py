@@ -53,7 +53,7 @@ def test_the_server_side_of_an_encrypted_run_holds_no_key_material(tmp_path: Pat
     keys = []
     for name in fv.MEMBERS:
         for path in (run["directory"] / "clients" / name / "state" / "keys").glob("epoch-*.json"):
-            stored = json.loads(path.read_text())
+            stored = json.loads(json.loads(path.read_text())["key"])
             keys += [bytes.fromhex(stored["master"]), bytes.fromhex(stored["ckks_secret"])[64:128]]
     assert keys
     for path in (run["directory"] / "server").rglob("*"):

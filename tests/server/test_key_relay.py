@@ -198,17 +198,42 @@ def test_the_board_survives_a_kill(federation: Any, settings: Any, clock: Any) -
     after.close()
 
 
-def test_a_changed_roster_changes_the_key_when_the_next_round_opens(
+def test_a_changed_roster_changes_the_key_at_once(federation: Any, settings: Any, clock: Any) -> None:
+    before = Coordinator(settings, clock)
+    agree(before, federation.clients)
+    before.close()
+    changed = settings.model_copy(update={"roster_hash": bytes(32)})
+    after = Coordinator(changed, clock)
+    assert after.pull("clinic-a", 1).upload_key_epoch == 2
+    with refused("KEY_EPOCH_REPLACED"):
+        after.push("clinic-a", upload(federation, after, "clinic-a", 1, 1))
+    after.close()
+    again = Coordinator(changed, clock)
+    assert again.pull("clinic-a", 1).upload_key_epoch == 2, "once is enough"
+    again.close()
+
+
+def test_under_a_changed_roster_a_round_closes_with_the_uploads_it_has(
     federation: Any, settings: Any, clock: Any
 ) -> None:
     before = Coordinator(settings, clock)
     agree(before, federation.clients)
-    before.close()
-    after = Coordinator(settings.model_copy(update={"roster_hash": bytes(32)}), clock)
     for client in federation.clients:
-        after.push(client, upload(federation, after, client, 1, 1))
-    after.advance()
-    assert after.pull("clinic-a", 2).upload_key_epoch == 2
+        before.enrol(client, federation.enrolment())
+    before.push("clinic-a", upload(federation, before, "clinic-a", 1, 1))
+    before.close()
+    changed = settings.model_copy(update={"roster_hash": bytes(32)})
+    Coordinator(changed, clock).close()
+    after = Coordinator(changed, clock)
+    assert after.advance(), "killed before it closed the round, it does so now"
+    answer = after.pull("clinic-b", 2)
+    assert answer.upload_key_epoch == 2
+    assert "1 contributors other than the recipient" in answer.sections[0].refusal
+    agree(after, federation.clients, 2)
+    for client in federation.clients:
+        after.push(client, upload(federation, after, client, 2, 2))
+    assert after.advance()
+    assert after.pull("clinic-a", 3).sections[0].row is not None
     after.close()
 
 

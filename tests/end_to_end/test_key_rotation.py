@@ -1,0 +1,214 @@
+"""When a group key must change: clients count for themselves, whatever the server announces."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from end_to_end import federation_of_vectors as fv
+from fedmosaic.client import session as client_session
+from fedmosaic.client.keyring import Keyring
+from fedmosaic.privacy import federation
+from fedmosaic.privacy.federation import open_kit
+from fedmosaic.protos.errors import KeyAgreementError, KeyExpiredError, StateError
+from fedmosaic.protos.messages import Upload
+from fedmosaic.server.coordinator import Coordinator
+from fedmosaic.server.from_kit import settings_from_kit
+
+
+@pytest.fixture(autouse=True)
+def _no_long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_session, "_SECONDS_BETWEEN_EPOCHS", 0.1)
+
+
+def _federation(tmp_path: Path, **schedule: float) -> Path:
+    return fv.make_federation(tmp_path / "f", fv.terms("mask", **schedule))
+
+
+def _clients(directory: Path, names: tuple[str, ...] = fv.MEMBERS) -> dict[str, fv.Client]:
+    return {name: fv.Client(directory, name, seed) for seed, name in enumerate(names)}
+
+
+def _run(coordinator: Coordinator, clients: dict[str, fv.Client]) -> dict[str, BaseException]:
+    sessions = {name: c.session(fv.in_process(coordinator, name)) for name, c in clients.items()}
+    try:
+        return fv.run_all(sessions)
+    finally:
+        for client in clients.values():
+            client.close()
+
+
+def _keyring(directory: Path, name: str = "ada") -> Keyring:
+    """The keyring of a client that was restarted with the roster that is in its kit now."""
+    kit = open_kit(directory / "clients" / name)
+    transport: Any = None
+    return Keyring(name, kit.signing_key(), kit.roster, transport, kit.directory / "state" / "keys")
+
+
+def _epochs(directory: Path, name: str = "ada") -> list[int]:
+    keys = directory / "clients" / name / "state" / "keys"
+    return sorted(int(path.stem.removeprefix("epoch-")) for path in keys.glob("epoch-*.json"))
+
+
+def test_keys_rotate_after_the_agreed_number_of_rounds(tmp_path: Path) -> None:
+    directory = _federation(tmp_path, rounds=5, rotate_key_every=2)
+    coordinator = fv.coordinator_of(directory)
+    assert _run(coordinator, _clients(directory)) == {}
+    results: Any = coordinator.summary()["results"]
+    assert len(results) == 5
+    coordinator.close()
+    # Rounds 1 and 2, 3 and 4, 5; the two newest are kept.
+    assert _epochs(directory) == [2, 3]
+
+
+def test_a_server_that_keeps_a_key_in_use_is_refused_by_every_client(tmp_path: Path) -> None:
+    directory = _federation(tmp_path, rounds=4, rotate_key_every=2, key_patience_seconds=3.0)
+    settings = settings_from_kit(directory / "server")
+    lazy = Coordinator(settings.model_copy(update={"durable": False, "key_rotation_rounds": 1000}))
+    errors = _run(lazy, _clients(directory))
+    assert set(errors) == set(fv.MEMBERS)
+    for error in errors.values():
+        assert isinstance(error, KeyExpiredError)
+        assert "must not encrypt round 3: the key has served 2 of 2 rounds" in str(error)
+    results: Any = lazy.summary()["results"]
+    assert [result["round"] for result in results] == [1, 2]
+    lazy.close()
+    for name in fv.MEMBERS:
+        counter = json.loads((directory / "clients" / name / "state" / "keys" / "counter.json").read_text())
+        assert counter["round"] == 2, "nothing was encrypted for round 3"
+
+
+def test_a_round_that_is_over_is_not_encrypted_again(tmp_path: Path) -> None:
+    directory = _federation(tmp_path, rounds=3)
+    coordinator = fv.coordinator_of(directory)
+    pull = coordinator.pull
+
+    def round_two_again(client: str, number: int) -> Any:
+        answer = pull(client, number)
+        return answer if answer is None else replace(answer, round=min(answer.round, 2))
+
+    coordinator.pull = round_two_again  # type: ignore[method-assign]  # a server that lies
+    errors = _run(coordinator, _clients(directory))
+    coordinator.close()
+    assert set(errors) == set(fv.MEMBERS)
+    for error in errors.values():
+        assert isinstance(error, StateError)
+        assert "opened round 2 where round 3 was due" in str(error)
+
+
+@pytest.fixture
+def after_one_round(tmp_path: Path) -> Path:
+    directory = _federation(tmp_path, rounds=1)
+    coordinator = fv.coordinator_of(directory)
+    assert _run(coordinator, _clients(directory)) == {}
+    coordinator.close()
+    return directory
+
+
+def test_a_key_that_a_revoked_member_holds_encrypts_nothing_more(after_one_round: Path) -> None:
+    assert _keyring(after_one_round).encryption_key(1, 2).epoch == 1
+    federation.revoke_member(after_one_round, "eva")
+    keyring = _keyring(after_one_round)
+    with pytest.raises(KeyExpiredError, match="members that hold the key no longer take part: eva"):
+        keyring.encryption_key(1, 2)
+    with pytest.raises(KeyExpiredError, match="no longer take part: eva"):
+        keyring.agree(1, 2)
+    assert keyring.key(1).epoch == 1, "what was encrypted before can still be read"
+
+
+def test_a_key_of_a_member_with_a_new_identity_encrypts_nothing_more(after_one_round: Path) -> None:
+    federation.rotate_member(after_one_round, "eva")
+    with pytest.raises(KeyExpiredError, match="agreed on under another roster"):
+        _keyring(after_one_round).encryption_key(1, 2)
+
+
+def test_a_key_does_not_serve_rounds_before_its_agreement_or_after_its_term(after_one_round: Path) -> None:
+    keyring = _keyring(after_one_round)
+    with pytest.raises(KeyExpiredError, match="agreed on for round 1 and later"):
+        keyring.encryption_key(1, 0)
+    assert keyring.encryption_key(1, 50).epoch == 1
+    with pytest.raises(KeyExpiredError, match="has served 50 of 50 rounds"):
+        keyring.encryption_key(1, 51)
+    keyring.retire(1)
+    with pytest.raises(KeyExpiredError, match="the server said that it was replaced"):
+        keyring.encryption_key(1, 2)
+    with pytest.raises(KeyAgreementError, match="was not part of key epoch 7"):
+        keyring.encryption_key(7, 2)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda stored: stored.pop("first_round"),
+        lambda stored: stored.update(roster_hash="xy"),
+        lambda stored: stored.update(key=None),
+        lambda stored: stored.update(key=stored["key"].replace('"epoch": 1', '"epoch": 2')),
+        lambda stored: stored.update(key=stored["key"].replace('"master": "', '"master": "00')),
+    ],
+)
+def test_a_damaged_key_file_is_refused(after_one_round: Path, damage: Any) -> None:
+    path = after_one_round / "clients" / "ada" / "state" / "keys" / "epoch-0000000001.json"
+    stored = json.loads(path.read_text())
+    damage(stored)
+    path.write_text(json.dumps(stored))
+    with pytest.raises(StateError):
+        _keyring(after_one_round).encryption_key(1, 2)
+
+
+class _Killed(BaseException):
+    """Stands for the end of a process."""
+
+
+class _Dying:
+    """A transport whose process dies before it pushes, or pulls, a round."""
+
+    def __init__(self, inner: Any, *, push: int = 0, pull: int = 0) -> None:
+        self._inner, self._push, self._pull = inner, push, pull
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def push(self, upload: Upload) -> Any:
+        if upload.round == self._push:
+            raise _Killed
+        return self._inner.push(upload)
+
+    def pull(self, round_number: int, on_wait: Any = None) -> Any:
+        if round_number == self._pull:
+            raise _Killed
+        return self._inner.pull(round_number, on_wait)
+
+
+@pytest.mark.parametrize("sent", [(), ("ada", "ben"), ("ada", "ben", "cid", "dee")])
+def test_a_member_leaves_while_a_round_is_open(
+    tmp_path: Path, sent: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    """All are stopped with round 2 sealed, some uploads of it sent; eva is revoked; all start again."""
+    caplog.set_level(logging.INFO)
+    directory = _federation(tmp_path, rounds=3)
+    coordinator = fv.coordinator_of(directory)
+    clients = _clients(directory)
+    sessions = {}
+    for name, client in clients.items():
+        inner = fv.in_process(coordinator, name)
+        sessions[name] = client.session(_Dying(inner, pull=3) if name in sent else _Dying(inner, push=2))
+    assert all(isinstance(error, _Killed) for error in fv.run_all(sessions).values())
+    for client in clients.values():
+        client.close()
+    coordinator.close()
+
+    federation.revoke_member(directory, "eva")
+    coordinator = fv.coordinator_of(directory)
+    staying = _clients(directory, fv.MEMBERS[:-1])
+    assert _run(coordinator, staying) == {}
+    results: Any = coordinator.summary()["results"]
+    coordinator.close()
+    assert "the roster has changed; a new group key is agreed on" in caplog.text
+    assert [result["round"] for result in results] == [1, 2, 3]
+    assert set(results[1]["uploaded"]) >= set(sent)
+    assert results[2]["uploaded"] == sorted(staying)
+    assert _keyring(directory).key(2).members == fv.MEMBERS[:-1]
+    assert ("the adapter is sealed anew" in caplog.text) == (not sent)
