@@ -8,14 +8,14 @@ same without each private example.
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
 import numpy as np
 import scipy.linalg
 
-from fedmosaic.client.examples import EncodedExample
+from fedmosaic.client.examples import IGNORED, EncodedExample
 from fedmosaic.client.probe import Probe, gradient_factors
 from fedmosaic.privacy.mechanism import Float32Array, Float64Array, ProfileMechanism, Reduction
 from fedmosaic.privacy.projection import GradientFactors, Projection, PublicBasis
@@ -27,6 +27,9 @@ ROWS_AT_ONCE: Final = 256
 
 ROWS_PER_DIMENSION: Final = 2
 """Fewer public rows than this per dimension leave directions whose variance whitening can only guess."""
+
+KEPT_BYTES: Final = 1 << 30
+"""Public gradients up to this size stay in memory, so that the probe sees every example once."""
 
 
 @dataclass(frozen=True)
@@ -155,9 +158,7 @@ def fit_mechanism(
     Raises:
         MechanismError: the settings contradict each other or the data is unusable.
     """
-    fitted = fit_basis(
-        lambda: (gradient for _, gradient in gradient_factors(probe, public_examples)), reduction, settings
-    )
+    fitted = fit_basis(_factors_of(probe, public_examples), reduction, settings)
     needed = reduction.kind == "kronecker" or settings.standardise != "none"
     mechanism = ProfileMechanism(
         probe=probe_name,
@@ -169,6 +170,22 @@ def fit_mechanism(
         noise_multiplier=noise_multiplier,
     )
     return mechanism, fitted.basis if needed else None
+
+
+def _factors_of(
+    probe: Probe, public_examples: Sequence[EncodedExample]
+) -> Callable[[], Iterable[GradientFactors]]:
+    """Gradients to go through twice: kept if they fit into KEPT_BYTES, probed again otherwise."""
+    tokens = sum(int((example.labels != IGNORED).sum()) for example in public_examples)
+    width = probe.hidden_size + probe.intermediate_size
+
+    def factors() -> Iterator[GradientFactors]:
+        return (gradient for _, gradient in gradient_factors(probe, public_examples))
+
+    if 4 * tokens * width > KEPT_BYTES:
+        return factors
+    kept = list(factors())
+    return lambda: kept
 
 
 def _check_settings(reduction: Reduction, settings: BasisSettings) -> None:

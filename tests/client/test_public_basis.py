@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fedmosaic.client import public_basis
 from fedmosaic.client.examples import EncodedExample
-from fedmosaic.client.probe import open_probe
+from fedmosaic.client.probe import Probe, open_probe
 from fedmosaic.client.public_basis import BasisSettings, fit_basis, fit_mechanism, standardise_rows
 from fedmosaic.privacy.mechanism import Reduction
 from fedmosaic.privacy.projection import GradientFactors, Projection, PublicBasis, PublicMap
@@ -140,6 +141,19 @@ def test_equal_public_gradients_cannot_whiten() -> None:
     [("kronecker", "whiten", True), ("kronecker", "none", True), ("coordinates", "none", False)],
 )
 def test_a_fitted_mechanism_is_complete(kind: str, standardise: str, has_basis: bool) -> None:
+    probe, examples = tiny_probe()
+    settings = BasisSettings(
+        standardise=standardise,  # type: ignore[arg-type]  # one of the literals above
+        kronecker_shape=(2, 3),
+    )
+    mechanism, basis = fit_mechanism(probe, "tiny", examples, reduction(kind), settings, 8.0)
+    assert (basis is not None) == has_basis
+    assert mechanism.probe_sha256 == probe.sha256
+    assert mechanism.noise_multiplier == 8.0
+    PublicMap(mechanism, basis)
+
+
+def tiny_probe() -> tuple[Probe, list[EncodedExample]]:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=HIDDEN,
@@ -152,12 +166,20 @@ def test_a_fitted_mechanism_is_complete(kind: str, standardise: str, has_basis: 
     probe = open_probe(LlamaForCausalLM(config))
     ids = torch.randint(0, 30, (40, 7))
     examples = [EncodedExample(str(index), row, row) for index, row in enumerate(ids)]
-    settings = BasisSettings(
-        standardise=standardise,  # type: ignore[arg-type]  # one of the literals above
-        kronecker_shape=(2, 3),
-    )
-    mechanism, basis = fit_mechanism(probe, "tiny", examples, reduction(kind), settings, 8.0)
-    assert (basis is not None) == has_basis
-    assert mechanism.probe_sha256 == probe.sha256
-    assert mechanism.noise_multiplier == 8.0
-    PublicMap(mechanism, basis)
+    return probe, examples
+
+
+def test_the_probe_sees_every_public_example_once_if_gradients_fit_into_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    probe, examples = tiny_probe()
+    settings = BasisSettings(kronecker_shape=(2, 3))
+    passes: list[int] = []
+    hook = probe.norm.register_forward_pre_hook(lambda *_: passes.append(1))
+    kept = fit_mechanism(probe, "tiny", examples, reduction(), settings, 8.0)
+    once = len(passes)
+    monkeypatch.setattr(public_basis, "KEPT_BYTES", 0)
+    streamed = fit_mechanism(probe, "tiny", examples, reduction(), settings, 8.0)
+    hook.remove()
+    assert len(passes) == 3 * once
+    assert kept[0] == streamed[0]
