@@ -36,7 +36,7 @@ def independent_equations(weights_EU: FloatArray) -> int:
     if weights_EU.size == 0:
         return 0
     values = np.linalg.svd(weights_EU, compute_uv=False)
-    return int(np.count_nonzero(values > _RANK_TOLERANCE * max(values[0], _RANK_TOLERANCE)))
+    return int(np.count_nonzero(values > _RANK_TOLERANCE * values.max()))
 
 
 def equations(
@@ -79,4 +79,4 @@ def solve(held: Equations, ridge: float = 1e-9) -> FloatArray:
 
 def recovery_error(estimate_D: FloatArray, truth_D: FloatArray) -> float:
     """Relative error ‖estimate - truth‖ / ‖truth‖; 1 is what an estimate of zero has."""
-    return float(np.linalg.norm(estimate_D - truth_D) / max(np.linalg.norm(truth_D), 1e-300))
+    return float(np.linalg.norm(estimate_D - truth_D)) / max(float(np.linalg.norm(truth_D)), 1e-300)

@@ -1,0 +1,208 @@
+"""What `fedmosaic attack` works on: a finished run, or a scenario that has not been run."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedmosaic.client.examples import EncodedExample, Example, encode_examples, read_examples
+from fedmosaic.client.models import load_base_model
+from fedmosaic.client.probe import Probe, gradient_factors, open_probe
+from fedmosaic.client.public_basis import BasisSettings, fit_mechanism
+from fedmosaic.client.settings import ModelSettings
+from fedmosaic.experiments.scenario import Scenario
+from fedmosaic.privacy.configuration import read_configuration
+from fedmosaic.privacy.federation import BASIS
+from fedmosaic.privacy.mechanism import ProfileMechanism, Reduction
+from fedmosaic.privacy.projection import GradientFactors, PublicBasis, PublicMap
+from fedmosaic.protos.errors import ConfigurationError
+
+_PROFILE = "profile.json"
+_SCENARIO = "scenario.json"
+
+
+@dataclass(frozen=True)
+class Victim:
+    """One client under attack.
+
+    Attributes:
+        client_id: which client.
+        task: its task.
+        train: the examples that it trains on, the secrets.
+        test: examples of the same task that it does not train on.
+        model: its own model.
+        state: its state directory in a finished run; None otherwise.
+    """
+
+    client_id: str
+    task: str
+    train: tuple[Example, ...]
+    test: tuple[Example, ...]
+    model: ModelSettings
+    state: Path | None
+
+    def released_profile(self, dimensions: int) -> np.ndarray | None:
+        """The bytes that really left in the run; None without a run, or if there were several epochs."""
+        found = sorted(self.state.glob("profile-*.npy")) if self.state is not None else []
+        if len(found) != 1:
+            return None
+        vector: np.ndarray = np.load(found[0], allow_pickle=False)
+        return vector if vector.shape == (dimensions,) else None
+
+
+@dataclass(frozen=True)
+class Target:
+    """A federation under attack.
+
+    Attributes:
+        name: of the run or scenario.
+        scenario: its settings.
+        directory: the finished run; None for a scenario.
+        victims: its clients.
+        public: public examples.
+    """
+
+    name: str
+    scenario: Scenario
+    directory: Path | None
+    victims: tuple[Victim, ...]
+    public: tuple[Example, ...]
+
+    @property
+    def server_run(self) -> Mapping[str, Any]:
+        """What the server of a finished run wrote; empty without one."""
+        path = self.directory / "federation/server/state/run.json" if self.directory else None
+        return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else {}
+
+
+def read_target(path: Path) -> Target:
+    """Read a run's directory, or a scenario file.
+
+    Raises:
+        ConfigurationError: there is neither, or its data is missing.
+    """
+    if (path / _SCENARIO).is_file():
+        scenario, base = read_configuration(path / _SCENARIO, Scenario), path
+        return _target(scenario, base, path)
+    if path.is_file():
+        return _target(read_configuration(path, Scenario), path.parent, None)
+    raise ConfigurationError(
+        f"{path}: neither a run nor a scenario; give the directory that `fedmosaic run` or `fedmosaic demo` "
+        "printed, or a scenario file"
+    )
+
+
+def _target(scenario: Scenario, base: Path, directory: Path | None) -> Target:
+    victims = []
+    for client in scenario.model_dump(mode="json")["clients"]:
+        state = directory / "federation/clients" / client["id"] / "state" if directory else None
+        task = (client.get("tasks") or [{**client, "name": client["task"]}])[0]
+        train, test = (_data(base, directory, client["id"], task[key], key) for key in ("train", "test"))
+        victims.append(
+            Victim(
+                client["id"],
+                task["name"],
+                read_examples(train),
+                read_examples(test),
+                ModelSettings.model_validate(client["model"]),
+                state if state is not None and state.is_dir() else None,
+            )
+        )
+    public = scenario.profile.public_data
+    name = directory.name if directory is not None else scenario.name
+    return Target(name, scenario, directory, tuple(victims), read_examples(base / public))
+
+
+def _data(base: Path, directory: Path | None, client: str, path: str, key: str) -> Path:
+    """A data file; in a run's directory the client's own settings tell where relative paths start."""
+    settings = directory / "federation/clients" / client / "client.json" if directory else None
+    if settings is not None and settings.is_file() and not Path(path).is_absolute():
+        stored = json.loads(settings.read_text(encoding="utf-8")).get("data", {}).get(key)
+        if stored:
+            return Path(stored)
+    return base / path
+
+
+@dataclass(frozen=True, eq=False)
+class Prober:
+    """The probe model with the public map, as every adversary has them."""
+
+    probe: Probe
+    tokenizer: Any
+    public_map: PublicMap
+    max_length: int
+
+    def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
+        """Encode as the product does."""
+        return encode_examples(self.tokenizer, examples, self.max_length)
+
+    def factors(self, examples: Sequence[Example]) -> list[GradientFactors]:
+        """Gradients of examples as factors, in order."""
+        found = dict(gradient_factors(self.probe, self.encode(examples)))
+        return [found[index] for index in range(len(examples))]
+
+
+def open_prober(target: Target) -> Prober:
+    """Load the probe with the run's own map, or fit a map as `fedmosaic run` would.
+
+    Raises:
+        ModelError: the probe cannot be loaded.
+    """
+    settings, profile = target.scenario.probe, target.scenario.profile
+    model, tokenizer = load_base_model(
+        settings.path, settings.dtype, gguf_file=settings.gguf_file, keep_layers=settings.keep_layers
+    )
+    probe = open_probe(model)
+    fitted = target.directory / "profile" if target.directory is not None else None
+    if fitted is not None and (fitted / _PROFILE).is_file():
+        mechanism = ProfileMechanism.model_validate_json((fitted / _PROFILE).read_text())
+        basis = PublicBasis.load(fitted / BASIS) if mechanism.basis_sha256 else None
+        return Prober(probe, tokenizer, PublicMap(mechanism, basis), profile.max_length)
+    reduction = Reduction.model_validate(
+        {
+            "kind": profile.kind,
+            "hidden_size": probe.hidden_size,
+            "intermediate_size": probe.intermediate_size,
+            "projection_dimensions": profile.side**2,
+        }
+    )
+    mechanism, basis = fit_mechanism(
+        probe,
+        Path(settings.path).name,
+        encode_examples(tokenizer, target.public, profile.max_length),
+        reduction,
+        BasisSettings(
+            standardise="none" if profile.kind == "coordinates" else "whiten",
+            kronecker_shape=(profile.side, profile.side),
+        ),
+        profile.noise_multiplier,
+    )
+    return Prober(probe, tokenizer, PublicMap(mechanism, basis), profile.max_length)
+
+
+def candidates(victim: Victim, size: int, seed: int = 0) -> tuple[list[Example], np.ndarray]:
+    """A pool of candidates: the client's training examples and others of the same task.
+
+    Args:
+        victim: the client.
+        size: most candidates; half of them from the training set, if there are enough others.
+        seed: of the draw.
+
+    Returns:
+        Candidates with distinct prompts, and (n,) bool, which of them the client really trains on.
+    """
+    generator = np.random.default_rng(seed)
+    known = {example.prompt for example in victim.train}
+    others = [example for example in victim.test if example.prompt not in known]
+    chosen: dict[str, tuple[Example, bool]] = {}
+    for source, member, count in (
+        (others, False, size // 2),
+        (list(victim.train), True, size - min(len(others), size // 2)),
+    ):
+        for index in generator.permutation(len(source))[:count]:
+            chosen.setdefault(source[index].prompt, (source[index], member))
+    examples = [example for example, _ in chosen.values()]
+    return examples, np.array([member for _, member in chosen.values()], dtype=bool)
