@@ -69,19 +69,17 @@ class Reading:
 
 @dataclass(frozen=True, eq=False)
 class PairMoments:
-    """Moments of a pair of models; inputs as second moments and as covariances, outputs as covariances.
+    """Second moments of a pair of models, by adapted module.
 
     Attributes:
-        inputs: Raw second moments of the inputs of each adapted module.
-        centred_inputs: Their covariances.
-        outputs: Covariances of the outputs.
-        gradients: Raw second moments of the gradients by the outputs; empty unless asked for.
+        inputs: Of the inputs.
+        outputs: Of the outputs; empty unless asked for.
+        gradients: Of the gradients of the loss by the outputs; empty unless asked for.
         texts: Number of texts read.
         positions: Number of aligned positions.
     """
 
     inputs: Mapping[ModuleKey, Moments] = field(repr=False)
-    centred_inputs: Mapping[ModuleKey, Moments] = field(repr=False)
     outputs: Mapping[ModuleKey, Moments] = field(repr=False)
     gradients: Mapping[ModuleKey, Moments] = field(repr=False)
     texts: int
@@ -116,6 +114,7 @@ def collect(
     texts: Sequence[PublicText],
     reading: Reading,
     *,
+    outputs: bool = True,
     gradients: bool = False,
     progress: Progress | None = None,
 ) -> PairMoments:
@@ -126,6 +125,7 @@ def collect(
         model: The other model; the anchor itself gives moments of the anchor alone.
         texts: Public texts, at least one.
         reading: Length and batch size.
+        outputs: Also keep the moments of the outputs.
         gradients: Also differentiate the loss by the outputs; about three times the work.
         progress: Called after every batch.
 
@@ -139,7 +139,7 @@ def collect(
             f"The models differ in their adapted modules: {', '.join(differing[:8])}. Restrict "
             "--target-modules to modules that all models have."
         )
-    sums = _Sums(tuple(anchor.names))
+    sums = _Sums(tuple(anchor.names), outputs=outputs)
     done = 0
     batches = paired_batches(
         anchor.tokenizer, model.tokenizer, texts, max_length=reading.max_length, batch_size=reading.batch_size
@@ -164,10 +164,10 @@ class _Captured:
 class _Sums:
     """Sums of every module; modules that read the same tensor share the sums of their inputs."""
 
-    def __init__(self, keys: Sequence[ModuleKey]) -> None:
+    def __init__(self, keys: Sequence[ModuleKey], *, outputs: bool) -> None:
         self._keys = keys
         self._inputs: dict[ModuleKey, MomentSums] = {}
-        self._outputs = {key: MomentSums() for key in keys}
+        self._outputs = {key: MomentSums() for key in keys} if outputs else {}
         self._gradients = {key: MomentSums() for key in keys}
         self._leader: dict[ModuleKey, ModuleKey] = {}
 
@@ -178,22 +178,19 @@ class _Sums:
         for key in self._keys:
             if key in self._inputs:
                 _add(self._inputs[key], batch, left.inputs[key], right.inputs[key], Spans.mean)
-            _add(self._outputs[key], batch, left.outputs[key], right.outputs[key], Spans.mean)
+            if key in self._outputs:
+                _add(self._outputs[key], batch, left.outputs[key], right.outputs[key], Spans.mean)
             if key in left.gradients:
                 _add(self._gradients[key], batch, left.gradients[key], right.gradients[key], Spans.sum)
 
     def finish(self, texts: int) -> PairMoments:
-        raw = {key: sums.finish(centred=False) for key, sums in self._inputs.items()}
-        centred = {key: sums.finish(centred=True) for key, sums in self._inputs.items()}
+        inputs = {key: sums.finish() for key, sums in self._inputs.items()}
         return PairMoments(
-            inputs={key: raw[self._leader[key]] for key in self._keys},
-            centred_inputs={key: centred[self._leader[key]] for key in self._keys},
-            outputs={key: self._outputs[key].finish(centred=True) for key in self._keys},
-            gradients={
-                key: sums.finish(centred=False) for key, sums in self._gradients.items() if sums.count
-            },
+            inputs={key: inputs[self._leader[key]] for key in self._keys},
+            outputs={key: sums.finish() for key, sums in self._outputs.items()},
+            gradients={key: sums.finish() for key, sums in self._gradients.items() if sums.count},
             texts=texts,
-            positions=next(iter(raw.values())).count,
+            positions=next(iter(inputs.values())).count,
         )
 
 
@@ -204,7 +201,9 @@ def _add(
     right: torch.Tensor,
     pool: Callable[[Spans, torch.Tensor], torch.Tensor],
 ) -> None:
-    sums.update(pool(batch.anchor_spans, left), pool(batch.model_spans, right))
+    rows = pool(batch.anchor_spans, left)
+    # The very same tensor on both sides: moments of the anchor alone.
+    sums.update(rows, rows if left is right else pool(batch.model_spans, right))
 
 
 def _leaders(keys: Sequence[ModuleKey], left: _Captured, right: _Captured) -> dict[ModuleKey, ModuleKey]:
@@ -253,7 +252,7 @@ def _tapped(side: Side, *, gradients: bool) -> Iterator[_Captured]:
                 if not output.requires_grad:
                     # All weights are frozen, so the first adapted module starts the graph.
                     output.requires_grad_()
-                output.register_hook(keep(key))
+                output.register_hook(keep(key))  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
         return hook
 

@@ -60,12 +60,16 @@ def anchor_basis(
         raise ConfigurationError(
             f"The anchor's basis {kind!r} needs moments on public text; collect them first."
         )
-    second = moments.gradients if kind == "gradients" else moments.outputs
     # Centred inputs: what is constant over text needs no direction of A, Q stands for it.
     return {
         key: (
-            _principal(moments.centred_inputs[key].anchor_DD, rank).T,
-            _principal(second[key].anchor_DD, rank),
+            _principal(moments.inputs[key].centred().anchor_DD, rank).T,
+            _principal(
+                moments.gradients[key].anchor_DD
+                if kind == "gradients"
+                else moments.outputs[key].centred().anchor_DD,
+                rank,
+            ),
         )
         for key in anchor.names
     }
@@ -91,4 +95,5 @@ def _singular_vectors(weight: torch.Tensor, rank: int) -> BasisPair:
 def _principal(moment: torch.Tensor, rank: int) -> torch.Tensor:
     """Leading eigenvectors as columns, largest first."""
     _, vectors = torch.linalg.eigh(moment)
-    return vectors[:, -rank:].flip(1).contiguous()
+    leading: torch.Tensor = vectors[:, -rank:].flip(1).contiguous()
+    return leading

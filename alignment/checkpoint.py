@@ -203,7 +203,7 @@ def load_partial(
             metadata = file.metadata()
             if metadata.get("digest") != digest:
                 return None
-            for name in file.keys():  # noqa: SIM118  # not a dict
+            for name in file.keys():  # not a dict
                 purpose, block, module = name.split(_SEPARATOR, 2)
                 tensors.setdefault(purpose, {})[int(block), module] = file.get_tensor(name)
             return tensors, dict(json.loads(metadata["report"]))

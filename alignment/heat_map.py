@@ -60,8 +60,8 @@ def heat_map(
     foot = _TOP + _CELL * rows
     parts += [
         f'<text x="{_LEFT}" y="{foot + 22}">framed: shared layers of the two models</text>',
-        f'<text x="{_LEFT}" y="{foot + 40}">mean deviation of the most similar layer from equal relative depth: '
-        f"{mean_deviation:.3f}</text>",
+        f'<text x="{_LEFT}" y="{foot + 40}">mean deviation of the most similar layer from equal relative '
+        f"depth: {mean_deviation:.3f}</text>",
         "</svg>",
     ]
     return "\n".join(parts) + "\n"

@@ -22,12 +22,28 @@ class Moments:
         anchor_DD: (D, D) float64, mean of u uᵀ.
         cross_DE: (D, E) float64, mean of u vᵀ.
         model_EE: (E, E) float64, mean of v vᵀ.
+        anchor_mean_D: (D,) float64, mean of u.
+        model_mean_E: (E,) float64, mean of v.
     """
 
     count: int
     anchor_DD: torch.Tensor = field(repr=False)
     cross_DE: torch.Tensor = field(repr=False)
     model_EE: torch.Tensor = field(repr=False)
+    anchor_mean_D: torch.Tensor = field(repr=False)
+    model_mean_E: torch.Tensor = field(repr=False)
+
+    def centred(self) -> "Moments":
+        """The covariances, as moments of variables of mean zero."""
+        u, v = self.anchor_mean_D, self.model_mean_E
+        return Moments(
+            self.count,
+            self.anchor_DD - torch.outer(u, u),
+            self.cross_DE - torch.outer(u, v),
+            self.model_EE - torch.outer(v, v),
+            torch.zeros_like(u),
+            torch.zeros_like(v),
+        )
 
 
 class MomentSums:
@@ -36,60 +52,48 @@ class MomentSums:
     def __init__(self) -> None:
         self.count = 0
         self._sums: list[torch.Tensor] = []
-        self._products: list[torch.Tensor] = []
 
     def update(self, anchor_ND: torch.Tensor, model_NE: torch.Tensor) -> None:
         """Add rows.
 
         Args:
             anchor_ND: (N, D) rows of the anchor.
-            model_NE: (N, E) rows of the other model, of the same positions.
+            model_NE: (N, E) rows of the other model, of the same positions; the same tensor for moments of
+                the anchor alone.
 
         Raises:
             ModelError: A value is not finite, or the numbers of rows differ.
         """
         if len(anchor_ND) != len(model_NE):
-            raise ModelError(
-                f"{len(anchor_ND)} rows of the anchor and {len(model_NE)} of the model do not pair."
-            )
+            raise ModelError(f"{len(anchor_ND)} rows of the anchor and {len(model_NE)} of the model differ.")
         if not len(anchor_ND):
             return
         # One batch in float32 loses nothing that matters; it is the long sum that needs float64.
         u, v = anchor_ND.float(), model_NE.float()
-        new_sums = [u.sum(0).double(), v.sum(0).double()]
-        new_products = [(u.T @ u).double(), (u.T @ v).double(), (v.T @ v).double()]
-        if not all(bool(torch.isfinite(part).all()) for part in new_products):
+        own = u.T @ u
+        alone = anchor_ND is model_NE
+        parts = [own, own if alone else u.T @ v, own if alone else v.T @ v, u.sum(0), v.sum(0)]
+        if not all(bool(torch.isfinite(part).all()) for part in parts):
             raise ModelError(
                 "An activation is not finite on public text; the model's weights are damaged or its dtype is "
                 "too narrow. Load it in float32."
             )
         self.count += len(u)
         if not self._sums:
-            self._sums, self._products = new_sums, new_products
-            return
-        for total, part in zip(self._sums + self._products, new_sums + new_products, strict=True):
+            self._sums = [torch.zeros_like(part, dtype=torch.float64) for part in parts]
+        for total, part in zip(self._sums, parts, strict=True):
             total += part
 
-    def finish(self, *, centred: bool) -> Moments:
-        """Return the moments.
-
-        Args:
-            centred: Subtract the means (covariances), or not (raw second moments).
+    def finish(self) -> Moments:
+        """Return the moments; the sums are used up, so that nothing is held twice.
 
         Raises:
             ModelError: There are fewer than two rows.
         """
         if self.count < 2:
             raise ModelError(
-                f"Only {self.count} positions of the two models could be paired on the public text; give more "
-                "text, in a script that both tokenizers know."
+                f"Only {self.count} positions of the two models could be paired on the public text; give "
+                "more text, in a script that both tokenizers know."
             )
-        products = [total / self.count for total in self._products]
-        if centred:
-            mean_D, mean_E = (total / self.count for total in self._sums)
-            products = [
-                products[0] - torch.outer(mean_D, mean_D),
-                products[1] - torch.outer(mean_D, mean_E),
-                products[2] - torch.outer(mean_E, mean_E),
-            ]
-        return Moments(self.count, *products)
+        sums, self._sums = self._sums, []
+        return Moments(self.count, *(total.div_(self.count) for total in sums))

@@ -35,6 +35,7 @@ from fedmosaic.alignment.checkpoint import (
     write_manifest,
 )
 from fedmosaic.alignment.heat_map import heat_map
+from fedmosaic.alignment.moments import Moments
 from fedmosaic.alignment.sources import ModelSource
 from fedmosaic.alignment.subspace import (
     InputMethod,
@@ -190,6 +191,7 @@ class _Run:
                 self._anchor,
                 self._texts,
                 settings.reading(),
+                outputs=settings.anchor_basis == "activations",
                 gradients=settings.anchor_basis == "gradients",
                 progress=self._stage(f"{self._source.name}: its own subspace"),
             )
@@ -229,12 +231,13 @@ class _Run:
                 side,
                 self._texts,
                 self._settings.reading(),
+                outputs=self._settings.output_method != "gradient",
                 gradients=self._settings.output_method == "gradient",
                 progress=self._stage(f"{source.name}: activations"),
             )
             kept = self._aligned(side, moments)
             report: dict[str, Any] = {"texts": moments.texts, "positions": moments.positions} | _quality(
-                moments, self._bases, kept, self._settings.output_method
+                moments, self._bases, kept
             )
             report["seconds"] = round(time.monotonic() - started, 1)
             save_partial(partial, frame, kept, report)
@@ -258,15 +261,15 @@ class _Run:
             "A": {}, "B": {}, "in": {}, "in_all": {}, "out": {}, "out_all": {}
         }  # fmt: skip
         fresh = random_basis(side, settings.rank, settings.seed) if settings.output_method == "paper" else {}
-        second = moments.gradients if settings.output_method == "gradient" else moments.outputs
         progress = self._stage("bases")
         for done, (key, (a, b)) in enumerate(self._bases.items(), start=1):
+            effects = _effects(moments, key)
             model_a = align_inputs(moments.inputs[key], a, settings.input_method)
             if settings.output_method == "paper":
-                model_b = align_outputs_as_paper(moments.centred_inputs[key], a, model_a, b, fresh[key][1])
+                model_b = align_outputs_as_paper(moments.inputs[key], a, model_a, b, fresh[key][1])
             else:
-                model_b = align_outputs(second[key], b, settings.output_method)
-            found_in, found_out = sharing(moments.inputs[key], a), sharing(second[key], b.T)
+                model_b = align_outputs(effects, b, settings.output_method)
+            found_in, found_out = sharing(moments.inputs[key], a), sharing(effects, b.T)
             values = (
                 model_a, model_b,
                 found_in.explained_RR, found_in.latent_RR, found_out.explained_RR, found_out.latent_RR,
@@ -331,11 +334,15 @@ def _turned(
     return {key: (turns[key][0] @ a, b @ turns[key][1].T) for key, (a, b) in bases.items()}
 
 
+def _effects(moments: PairMoments, key: ModuleKey) -> Moments:
+    """What B is aligned on: gradients as they are, for their mean matters too; outputs without their mean."""
+    return moments.gradients[key] if moments.gradients else moments.outputs[key].centred()
+
+
 def _quality(
     moments: PairMoments,
     anchor: Bases,
     kept: Mapping[str, Mapping[ModuleKey, torch.Tensor]],
-    output_method: str,
 ) -> dict[str, Any]:
     """Mean squared correlation of aligned directions, by block."""
     blocks = sorted({block for block, _ in anchor})
@@ -343,12 +350,13 @@ def _quality(
         "inputs": {block: [] for block in blocks},
         "outputs": {block: [] for block in blocks},
     }
-    second = moments.gradients if output_method == "gradient" else moments.outputs
     for key, (a, b) in anchor.items():
         shares["inputs"][key[0]].append(
             float(prediction_share(moments.inputs[key], a, kept["A"][key]).mean())
         )
-        shares["outputs"][key[0]].append(float(prediction_share(second[key], b.T, kept["B"][key].T).mean()))
+        shares["outputs"][key[0]].append(
+            float(prediction_share(_effects(moments, key), b.T, kept["B"][key].T).mean())
+        )
     return {
         f"{side}_squared_correlation": [round(sum(values) / len(values), 4) for values in by_block.values()]
         for side, by_block in shares.items()

@@ -34,7 +34,7 @@ def print_report(manifest: Manifest, out: str, console: Console) -> None:
     for model in manifest.models:
         figures = model.report
         console.print(
-            f"{model.folder}: {figures.get('texts', 0)} texts, {figures.get('positions', 0)} aligned positions, "
+            f"{model.folder}: {figures.get('texts', 0)} texts, {figures.get('positions', 0)} positions, "
             f"{figures.get('seconds', 0.0)} s, peak memory {figures.get('peak_memory_mib', 0)} MiB; the most "
             f"similar layer lies {figures.get('cka_mean_deviation', 0.0):.3f} of the depth away from equal "
             f"relative depth on average ({out}/cka-{model.folder}.svg)",

@@ -67,6 +67,6 @@ def parse_source(text: str, dtype: str = "float32") -> ModelSource:
     name = label or (Path(path).name or path.replace("/", "-")) + (f"-first{cut}" if cut else "")
     if not _NAME.fullmatch(name) or name.endswith(".json"):
         raise ConfigurationError(
-            f"{name!r} cannot name a checkpoint's folder; write NAME=MODEL with letters, digits, '.', '-' or '_'."
+            f"{name!r} cannot name a checkpoint's folder; write NAME=MODEL, NAME of letters, digits, - or _."
         )
     return ModelSource(name, path, cut, dtype)

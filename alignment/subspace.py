@@ -134,7 +134,8 @@ def align_outputs(
     """
     basis_DR = anchor_DR.double()
     if method == "cca":
-        return nearest_orthonormal_rows((_cca_map(moments, ridge) @ basis_DR).T).T
+        mapped = _cca_map(moments.anchor_DD, moments.cross_DE, moments.model_EE, ridge)
+        return nearest_orthonormal_rows((mapped @ basis_DR).T).T
     if method == "regression":
         coefficients_RE = _regression(moments.anchor_DD, basis_DR.T, ridge) @ moments.cross_DE
         return nearest_orthonormal_rows(coefficients_RE).T
@@ -153,7 +154,7 @@ def align_outputs_as_paper(
     """Map B as the released code does: canonical correlation of B_a A_a x_a with B_m A_m x_m, P = I, Q = 0.
 
     Args:
-        inputs: Centred moments of the inputs (x_a, x_m).
+        inputs: Moments of the inputs (x_a, x_m).
         anchor_in_RD: (r, D) A of the anchor.
         model_in_RE: (r, E) A of the model, aligned.
         anchor_out: (d_out of the anchor, r) B of the anchor.
@@ -167,20 +168,16 @@ def align_outputs_as_paper(
         ModelError: The result has not full rank.
     """
     left, right = anchor_out.double(), model_out.double()
-    latent = Moments(
-        inputs.count,
-        anchor_in_RD @ inputs.anchor_DD @ anchor_in_RD.T,
-        anchor_in_RD @ inputs.cross_DE @ model_in_RE.T,
-        model_in_RE @ inputs.model_EE @ model_in_RE.T,
-    )
+    covariance = inputs.centred()
+    into, onto = left @ anchor_in_RD.double(), right @ model_in_RE.double()
     # Sums over rows, not means, as in the code; γ is far below them and only keeps the roots finite.
-    outputs = Moments(
-        inputs.count,
-        left @ (latent.anchor_DD * inputs.count) @ left.T,
-        left @ (latent.cross_DE * inputs.count) @ right.T,
-        right @ (latent.model_EE * inputs.count) @ right.T,
+    mapped = _cca_map(
+        into @ (covariance.anchor_DD * inputs.count) @ into.T,
+        into @ (covariance.cross_DE * inputs.count) @ onto.T,
+        onto @ (covariance.model_EE * inputs.count) @ onto.T,
+        None,
     )
-    return nearest_orthonormal_rows((_cca_map(outputs, None) @ left).T).T
+    return nearest_orthonormal_rows((mapped @ left).T).T
 
 
 def prediction_share(moments: Moments, anchor_RD: torch.Tensor, model_RE: torch.Tensor) -> torch.Tensor:
@@ -210,14 +207,16 @@ def latent_scale(moments: Moments, anchor_RD: torch.Tensor, model_RE: torch.Tens
 
 
 def _regression(gram_EE: torch.Tensor, wanted_RE: torch.Tensor, ridge: float) -> torch.Tensor:
-    """wanted · (gram + ridge · mean eigenvalue · I)⁻¹."""
+    """Wanted · (gram + ridge · mean eigenvalue · I)⁻¹."""
     size = len(gram_EE)
     penalty = ridge * float(torch.trace(gram_EE)) / size
     if not penalty > 0.0:
         raise ModelError(
             "A module's activations are all zero on the public text, so they align with nothing."
         )
-    return torch.linalg.solve(gram_EE + penalty * torch.eye(size, dtype=torch.float64), wanted_RE.T).T
+    shifted_EE = gram_EE + penalty * torch.eye(size, dtype=torch.float64)
+    coefficients_RE: torch.Tensor = torch.linalg.solve(shifted_EE, wanted_RE.T).T
+    return coefficients_RE
 
 
 def _procrustes(gram_EE: torch.Tensor, wanted_RE: torch.Tensor, start_RE: torch.Tensor) -> torch.Tensor:
@@ -257,16 +256,19 @@ def _descend(gram_EE: torch.Tensor, wanted_RE: torch.Tensor, settings: PaperGrad
         rows = functional.normalize(matrix, dim=1)
         penalty = (rows @ rows.T)[apart].square().mean() if rank > 1 else matrix.new_zeros(())
         optimizer.zero_grad()
-        (fit / rank + settings.orthogonality * penalty).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        (fit / rank + settings.orthogonality * penalty).backward()
         optimizer.step()
-    return matrix.detach().double()
+    trained: torch.Tensor = matrix.detach().double()
+    return trained
 
 
-def _cca_map(moments: Moments, ridge: float | None) -> torch.Tensor:
+def _cca_map(
+    anchor_DD: torch.Tensor, cross_DE: torch.Tensor, model_EE: torch.Tensor, ridge: float | None
+) -> torch.Tensor:
     """C_mm^½ U Vᵀ C_aa^-½ (E, D), with U Σ Vᵀ the whitened cross moments; without ridge the paper's γ."""
-    root_m, inverse_m = _roots(moments.model_EE, ridge)
-    _, inverse_a = _roots(moments.anchor_DD, ridge)
-    left, _, right = torch.linalg.svd(inverse_m @ moments.cross_DE.T @ inverse_a, full_matrices=False)
+    root_m, inverse_m = _roots(model_EE, ridge)
+    _, inverse_a = _roots(anchor_DD, ridge)
+    left, _, right = torch.linalg.svd(inverse_m @ cross_DE.T @ inverse_a, full_matrices=False)
     mapped: torch.Tensor = root_m @ (left @ (right @ inverse_a))
     return mapped
 

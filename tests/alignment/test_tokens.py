@@ -12,6 +12,7 @@ from fedmosaic.alignment.tokens import PublicText, align, align_ranges, render, 
 from fedmosaic.client.examples import Example, encode_examples
 from fedmosaic.protos.errors import ModelError
 
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 CORPUS = ["the cat sat on the mat", "a naïve café in 東京", "мама мыла раму", "x = 1;  y = 2", "emoji 🙂 end"]
 TEXTS = st.text(
     alphabet=st.sampled_from(list("the catsonm naïvé 東京мамаы=1;🙂\t\n") + [" "] * 6),
@@ -33,7 +34,7 @@ def byte_level(vocab_size: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
 
 
 def byte_fallback() -> PreTrainedTokenizerFast:
@@ -44,7 +45,7 @@ def byte_fallback() -> PreTrainedTokenizerFast:
         models.BPE(vocab, [("▁", "t"), ("▁t", "h"), ("▁th", "e")], byte_fallback=True, fuse_unk=True)
     )
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
 
 
 FAST = {"small": byte_level(280), "large": byte_level(400), "fallback": byte_fallback()}
@@ -68,12 +69,13 @@ def test_spans_stand_for_the_same_characters_once_each(pair: tuple[str, str], te
     sample = PublicText(text)
     left, right = (render(FAST[name], sample, 500) for name in pair)
     spans = align_ranges(text, left.ranges, right.ranges)
-    for side, rendering in enumerate((left, right)):
+    for side in range(2):
         used = [position for span in spans for position in span[side]]
         assert len(used) == len(set(used))
         assert used == sorted(used)
     for a, b in spans:
-        assert a and b
+        assert a
+        assert b
         assert characters(text, left.ranges, a) == characters(text, right.ranges, b) != set()
 
 
@@ -123,9 +125,7 @@ TEMPLATE = "<s>user: {{ messages[0]['content'] | trim }} assistant:"
 
 
 def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerBase:
-    copy = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>"
-    )
+    copy = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **SPECIAL)
     copy.chat_template = TEMPLATE
     return copy
 

@@ -1,0 +1,387 @@
+"""The whole command on tiny random models: checkpoints, resuming, refusals, and what loads them."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fedmosaic.alignment import evaluate
+from fedmosaic.alignment.__main__ import Arguments, run
+from fedmosaic.alignment.activations import PairMoments, Reading, collect, open_side
+from fedmosaic.alignment.anchor import ANCHOR_BASES, anchor_basis
+from fedmosaic.alignment.checkpoint import Manifest, read_manifest
+from fedmosaic.alignment.evaluate import UNALIGNED, interval, summary
+from fedmosaic.alignment.procedure import AlignmentSettings
+from fedmosaic.alignment.public_text import generate_text, random_token_text, read_public_text
+from fedmosaic.alignment.sources import parse_source
+from fedmosaic.client.colora import get_basis, read_shared, shared_layout, write_shared
+from fedmosaic.client.colora.basis import orthonormality_error
+from fedmosaic.client.models import load_base_model
+from fedmosaic.protos.errors import ConfigurationError, ModelError, StateError
+
+WORDS = [*"abcdefghijklmnopqrst", "yes", "no", "?"]
+SETTINGS = AlignmentSettings(rank=3, blocks=2, max_length=24, batch_size=8)
+
+
+def silent(_name: str) -> Callable[[int, int], None]:
+    return lambda _done, _total: None
+
+
+def tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    vocabulary = {word: index for index, word in enumerate(["<s>", "</s>", "<unk>", *words])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106  # no password
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    marks = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **marks)
+
+
+def save_model(folder: Path, *, hidden: int, depth: int, words: list[str], seed: int) -> Path:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(words) + 3,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=depth,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer(words).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three models and public text; the third is a copy of the anchor with all coordinates permuted."""
+    place = tmp_path_factory.mktemp("alignment")
+    save_model(place / "anchor", hidden=16, depth=3, words=WORDS, seed=0)
+    save_model(place / "wide", hidden=24, depth=5, words=WORDS[::-1], seed=1)
+    generator = np.random.default_rng(0)
+    lines = [
+        {
+            "prompt": " ".join(generator.choice(WORDS[:20], 8)) + " ?",
+            "answer": str(generator.choice(["yes", "no"])),
+        }
+        for _ in range(60)
+    ]
+    (place / "public.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return place
+
+
+def arguments(place: Path, out: Path, *others: str, **changes: Any) -> Arguments:
+    chosen: dict[str, Any] = {
+        "anchor": str(place / "anchor"),
+        "model": tuple(str(place / other) for other in others),
+        "out": out,
+        "data": place / "public.jsonl",
+        "samples": 60,
+        "settings": SETTINGS,
+    }
+    return Arguments(**(chosen | changes))
+
+
+@pytest.fixture(scope="module")
+def aligned(place: Path) -> tuple[Path, Manifest]:
+    out = place / "aligned"
+    return out, run(arguments(place, out, "wide"), silent)
+
+
+def loaded(place: Path, out: Path, name: str) -> PeftModel:
+    base, _ = load_base_model(place / name)
+    return PeftModel.from_pretrained(base, str(out / name))
+
+
+@pytest.mark.parametrize("name", ["anchor", "wide"])
+def test_checkpoints_load_by_path_and_change_nothing_yet(
+    place: Path, aligned: tuple[Path, Manifest], name: str
+) -> None:
+    model = loaded(place, aligned[0], name)
+    assert shared_layout(model).basis_label == aligned[1].label
+    for a, b in get_basis(model).values():
+        assert orthonormality_error(a.half().T) < 1e-3
+        assert orthonormality_error(b.half()) < 1e-3
+    tokens = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        adapted = model(tokens).logits
+        with model.disable_adapter():
+            torch.testing.assert_close(adapted, model(tokens).logits, rtol=0, atol=0)
+
+
+def test_aligned_models_have_one_layout(place: Path, aligned: tuple[Path, Manifest]) -> None:
+    layouts = {shared_layout(loaded(place, aligned[0], name)).spec_hash for name in ("anchor", "wide")}
+    assert len(layouts) == 1
+    report = aligned[1].models[0].report
+    assert report["texts"] == 60
+    assert report["positions"] > 60
+    assert len(report["cka_of_pairs"]) == SETTINGS.blocks
+    assert (aligned[0] / "cka-wide.svg").read_text().startswith("<svg")
+
+
+def test_a_model_aligned_with_itself_gets_the_anchors_bases(place: Path, tmp_path: Path) -> None:
+    # Gradients point out of the span of the outputs where a module widens, so that outputs say nothing there.
+    for input_method, output_method, own in [
+        ("ridge", "gradient", "gradients"),
+        ("procrustes", "cca", "activations"),
+        ("ridge", "regression", "activations"),
+    ]:
+        settings = AlignmentSettings(
+            rank=3,
+            blocks=2,
+            max_length=24,
+            input_method=input_method,
+            output_method=output_method,
+            anchor_basis=own,
+        )
+        out = tmp_path / output_method
+        twin = f"twin={place / 'anchor'}"
+        run(arguments(place, out, settings=settings, model=(twin,)), silent)
+        base, _ = load_base_model(place / "anchor")
+        anchor = {k: (a.clone(), b.clone()) for k, (a, b) in get_basis(loaded(place, out, "anchor")).items()}
+        twin_model = PeftModel.from_pretrained(base, str(out / "twin"))
+        for name, (a, b) in get_basis(twin_model).items():
+            # Not exact: the ridge shrinks directions of small variance.
+            assert float((a * anchor[name][0]).sum()) > 0.97 * 3
+            assert float((b * anchor[name][1]).sum()) > 0.9 * 3
+
+
+def test_what_is_finished_is_kept_and_models_can_be_added(
+    place: Path, aligned: tuple[Path, Manifest], tmp_path: Path
+) -> None:
+    out = tmp_path / "more"
+    shutil.copytree(aligned[0], out)
+    before = (out / "wide" / "adapter_model.safetensors").stat().st_mtime_ns
+    save_model(place / "third", hidden=16, depth=2, words=WORDS, seed=5)
+    manifest = run(arguments(place, out, "wide", "third"), silent)
+    assert (out / "wide" / "adapter_model.safetensors").stat().st_mtime_ns == before
+    assert manifest.label == aligned[1].label
+    assert [model.folder for model in manifest.models] == ["wide", "third"]
+    labels = {shared_layout(loaded(place, out, name)).spec_hash for name in ("anchor", "wide", "third")}
+    assert len(labels) == 1
+
+
+def test_a_run_that_was_cut_off_goes_on(
+    place: Path, aligned: tuple[Path, Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fedmosaic.alignment.procedure as procedure
+
+    out = tmp_path / "cut"
+    reads: list[int] = []
+
+    def counted(*given: Any, **options: Any) -> PairMoments:
+        reads.append(1)
+        return collect(*given, **options)
+
+    def stop(*_given: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(procedure, "collect", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(procedure, "write_manifest", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(arguments(place, out, "wide"), silent)
+    assert len(reads) == 2  # the anchor alone, and the pair
+    manifest = run(arguments(place, out, "wide"), silent)
+    assert len(reads) == 3  # the anchor again, but not the pair
+    assert manifest.label == aligned[1].label
+    assert not list((out / ".partial").glob("*"))
+    assert manifest.models[0].report["positions"] == aligned[1].models[0].report["positions"]
+
+
+def test_other_inputs_are_refused_in_the_same_place(place: Path, aligned: tuple[Path, Manifest]) -> None:
+    with pytest.raises(StateError, match="other settings"):
+        run(arguments(place, aligned[0], "wide", settings=AlignmentSettings(rank=2, blocks=2)), silent)
+    with pytest.raises(StateError, match="another anchor"):
+        run(arguments(place, aligned[0], "wide", samples=30), silent)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": ()}, "at least one other"),
+        ({"data": None}, "Give either"),
+        ({"synthetic": "generated"}, "Give either"),
+        ({"data": Path("absent.txt")}, "cannot be read"),
+        ({"samples": 0}, "at least 1"),
+    ],
+)
+def test_wrong_options_are_named(place: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        run(arguments(place, tmp_path / "x", "wide", **changes), silent)
+
+
+def test_the_same_model_twice_or_too_high_a_rank_is_refused(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="NAME=MODEL"):
+        run(arguments(place, tmp_path / "x", "anchor"), silent)
+    settings = AlignmentSettings(rank=12, blocks=2)
+    with pytest.raises(ModelError, match="Rank 12"):
+        run(arguments(place, tmp_path / "y", "wide", settings=settings), silent)
+
+
+def test_a_damaged_manifest_is_refused(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"version": 1}')
+    with pytest.raises(StateError, match="not a manifest"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ANCHOR_BASES)
+def test_every_basis_of_the_anchor_is_orthonormal(place: Path, kind: str) -> None:
+    side = open_side(*load_base_model(place / "anchor"), (1, 2))
+    texts = read_public_text(place / "public.jsonl", 40)
+    moments = collect(side, side, texts, Reading(24, 8), gradients=True)
+    for a, b in anchor_basis(side, 3, kind, moments=moments).values():
+        assert orthonormality_error(a.half().T) < 1e-3
+        assert orthonormality_error(b.half()) < 1e-3
+    if kind in ("activations", "gradients"):
+        with pytest.raises(ConfigurationError, match="needs moments"):
+            anchor_basis(side, 3, kind)
+
+
+def test_streamed_moments_are_those_of_hooks_on_single_texts(place: Path) -> None:
+    """An independent path: one text at a time, no padding, autograd of the summed loss."""
+    model, words = load_base_model(place / "anchor")
+    side = open_side(model, words, (1, 2))
+    texts = read_public_text(place / "public.jsonl", 6)
+    found = collect(side, side, texts, Reading(24, 4), gradients=True)
+    key, name = next(iter(side.names.items()))
+    rows: dict[str, list[torch.Tensor]] = {"x": [], "g": []}
+    for text in texts:
+        context = words(text.prompt + "\n")["input_ids"]
+        tokens = torch.tensor([[*context, *words(text.text, add_special_tokens=False)["input_ids"]]])
+        kept: list[torch.Tensor] = []
+
+        def hook(_m: object, given: Any, output: torch.Tensor, kept: list[torch.Tensor] = kept) -> None:
+            output.requires_grad_()
+            output.retain_grad()
+            kept.extend([given[0], output])
+
+        handle = model.get_submodule(name).register_forward_hook(hook)
+        logits = model(tokens).logits[0, :-1]
+        handle.remove()
+        losses = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")
+        losses[len(context) - 1 :].sum().backward()
+        visible = [*range(1, tokens.shape[1]), len(context) - 1]  # the answer's place counts twice
+        rows["x"].append(kept[0][0, visible].detach())
+        assert kept[1].grad is not None
+        rows["g"].append(kept[1].grad[0, visible])
+    x, g = (torch.cat(rows[part]).double() for part in "xg")
+    assert found.inputs[key].count == len(x)
+    torch.testing.assert_close(found.inputs[key].cross_DE, x.T @ x / len(x), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found.gradients[key].model_EE, g.T @ g / len(g), rtol=1e-4, atol=1e-9)
+
+
+def test_synthetic_text_needs_only_the_anchor(place: Path, tmp_path: Path) -> None:
+    model, words = load_base_model(place / "anchor")
+    random = random_token_text(words, 5, seed=1)
+    assert random == random_token_text(words, 5, seed=1) != random_token_text(words, 5, seed=2)
+    assert len(random) == 5
+    written = generate_text(model, words, 40, max_length=30, seed=3)
+    assert written == generate_text(model, words, 40, max_length=30, seed=3)
+    assert 10 < len(written) <= 40
+    manifest = run(arguments(place, tmp_path / "s", "wide", data=None, synthetic="random_tokens"), silent)
+    assert manifest.models[0].report["texts"] == 60
+
+
+def test_public_text_is_chosen_by_content(tmp_path: Path) -> None:
+    lines = [f"a line of public text, number {i}" for i in range(30)]
+    (tmp_path / "a.txt").write_text("\n".join([*lines, "short", lines[0]]))
+    (tmp_path / "b.txt").write_text("\n".join(reversed(lines)))
+    assert read_public_text(tmp_path / "a.txt", 10) == read_public_text(tmp_path / "b.txt", 10)
+    assert len(read_public_text(tmp_path / "a.txt", 99)) == 30
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n')
+    with pytest.raises(ConfigurationError, match="line 1"):
+        read_public_text(tmp_path / "bad.jsonl", 10)
+
+
+def test_sources_are_parsed_or_refused() -> None:
+    source = parse_source("small=/models/smol@8")
+    assert (source.name, source.path, source.keep_layers) == ("small", "/models/smol", 8)
+    assert parse_source("org/model").name == "model"
+    assert parse_source("a@b/model").keep_layers is None
+    for wrong in ("", "x=", "../=m", "manifest.json=m"):
+        with pytest.raises(ConfigurationError):
+            parse_source(wrong)
+
+
+@pytest.fixture(scope="module")
+def task(place: Path) -> str:
+    generator = np.random.default_rng(1)
+    for part, rows in (("train", 40), ("test", 20)):
+        lines = []
+        for index in range(rows):
+            answer = str(generator.choice(["yes", "no"]))
+            first = "a" if answer == "yes" else "b"
+            prompt = " ".join([first, *generator.choice(WORDS[2:20], 5), "?"])
+            lines.append({"id": str(index), "prompt": prompt, "answer": answer, "choices": ["yes", "no"]})
+        (place / f"{part}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return f"letters={place / 'train.jsonl'},{place / 'test.jsonl'}"
+
+
+def test_a_core_moved_to_a_twin_does_what_it_did_at_home(place: Path, tmp_path: Path, task: str) -> None:
+    out = tmp_path / "twins"
+    settings = AlignmentSettings(rank=3, blocks=2, max_length=24)
+    run(arguments(place, out, model=(f"twin={place / 'anchor'}",), settings=settings), silent)
+    from rich.console import Console
+
+    scores = evaluate.evaluate(
+        evaluate.Arguments(
+            bases=(f"ours={out}",), task=(task,), pair=("anchor", "twin"), seeds=2, steps=30,
+            learning_rate=0.3, out=tmp_path / "scores.json", one_way=True,
+        ),
+        Console(quiet=True),
+    )  # fmt: skip
+    rows = {row["variant"]: row for row in summary(scores)}
+    gains = {name: rows["zero-shot"]["loss"] - row["loss"] for name, row in rows.items()}
+    assert gains["source itself: ours"] > 0.1
+    assert gains["ours"] == pytest.approx(gains["source itself: ours"], rel=0.25)
+    assert gains["ours"] > gains[UNALIGNED]
+    assert len(json.loads((tmp_path / "scores.json").read_text())["scores"]) == len(scores) == 8
+
+
+def test_evaluation_refuses_what_does_not_exist(
+    place: Path, aligned: tuple[Path, Manifest], task: str
+) -> None:
+    from rich.console import Console
+
+    def attempt(**changes: Any) -> None:
+        chosen = {"bases": (f"x={aligned[0]}",), "task": (task,), "pair": ("anchor", "wide"), "seeds": 1}
+        evaluate.evaluate(evaluate.Arguments(**(chosen | changes)), Console(quiet=True))
+
+    with pytest.raises(ConfigurationError, match="no aligned model 'deep'"):
+        attempt(pair=("anchor", "deep"))
+    with pytest.raises(ConfigurationError, match="holds no alignment"):
+        attempt(bases=(f"x={place}",))
+    with pytest.raises(ConfigurationError, match="LABEL=VALUE"):
+        attempt(bases=("x",))
+    with pytest.raises(ConfigurationError, match=r"TRAIN\.jsonl,TEST\.jsonl"):
+        attempt(task=("x=y",))
+
+
+def test_intervals_are_students() -> None:
+    mean, half = interval([1.0, 2.0, 3.0])
+    assert mean == pytest.approx(2.0)
+    assert half == pytest.approx(4.302652729749464 / 3**0.5)
+    assert interval([1.0])[1] == float("inf")
+
+
+def test_a_core_keeps_its_norm_in_every_model(place: Path, aligned: tuple[Path, Manifest]) -> None:
+    model = loaded(place, aligned[0], "wide")
+    generator = np.random.default_rng(0)
+    core = generator.normal(size=shared_layout(model).size).astype(np.float32)
+    write_shared(model, core, "local")
+    np.testing.assert_array_equal(read_shared(model), core)
+    for module in model.modules():
+        if hasattr(module, "colora_core_local") and hasattr(module, "colora_A"):
+            weight = module.core("default", "local").weight
+            change = module.colora_B["default"] @ weight @ module.colora_A["default"]
+            torch.testing.assert_close(change.norm(), weight.norm(), rtol=1e-4, atol=0)
