@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from fedmosaic.privacy import federation
 from fedmosaic.privacy.federation import FederationConfig, MemberEntry, open_kit
 from fedmosaic.privacy.ledger import Ledger
 from fedmosaic.privacy.mechanism import ClippedSum, Float32Array, ProfileMechanism, Reduction, release
-from fedmosaic.privacy.noise import SecureNoise
+from fedmosaic.privacy.noise import SecureNoise, SeededTestNoise
 from fedmosaic.privacy.roster import AdapterTerms, ScheduleTerms, Terms
 from fedmosaic.protos.messages import RoundStatus
 from fedmosaic.server.coordinator import Coordinator
@@ -132,14 +133,21 @@ class Client:
     directory: Path
     name: str
     seed: int
-    learner: VectorLearner = field(init=False)
+    learner: Any = field(init=False)
     ledger: Ledger | None = None
     state: ClientState | None = None
+
+    @property
+    def noise(self) -> SecureNoise | SeededTestNoise:
+        return SecureNoise()
+
+    def make_learner(self, agreed: Terms) -> Any:
+        return VectorLearner(self.seed, agreed)
 
     def session(self, transport: Transport) -> Session:
         kit = open_kit(self.directory / "clients" / self.name)
         agreed = kit.roster.terms
-        self.learner = VectorLearner(self.seed, agreed)
+        self.learner = self.make_learner(agreed)
         self.state = ClientState(kit.directory / "state", kit.roster.federation, self.name)
         channels = ("profile",)
         self.ledger = Ledger.open(
@@ -163,7 +171,7 @@ class Client:
                 self.state,
                 tuple(f"{self.name}-{i}" for i in range(100)),
                 self._profile,
-                SecureNoise(),
+                self.noise,
                 AdapterPlan(0.0, 0.1),
             ),
             Protection(identity, kit.roster, "", keyring),
@@ -175,7 +183,7 @@ class Client:
         units[self.seed % PROFILE.dimensions] = 100 * 2**24
         total = ClippedSum(units, 0, 0, 100)
         charge()
-        return release(total, PROFILE, SecureNoise())
+        return release(total, PROFILE, self.noise)
 
     def close(self) -> None:
         if self.ledger is not None:
