@@ -103,7 +103,8 @@ def own_release_result(
     """
     units, _ = clip(rows, mechanism.clipping_norm)
     values = units * (mechanism.clipping_norm / GRID)
-    gram, inner = values @ values.T, (values @ released.astype(np.float64))[None]
+    gram = values @ values.T
+    inner = np.asarray(values @ released.astype(np.float64), dtype=np.float64)[None]
     scores = dictionary_scores(inner, gram, mechanism.noise_standard_deviation, float(is_member.mean()))[0]
     mu = 1.0 / mechanism.noise_multiplier if mechanism.noise_multiplier else math.inf
     return AttackResult(
