@@ -39,7 +39,7 @@ from fedmosaic.client.evaluation import choice_accuracy
 from fedmosaic.client.examples import Example, collate, encode_examples, padding_token, read_examples
 from fedmosaic.client.loss import example_losses, on_device_of, training_mode
 from fedmosaic.client.training import TrainingSettings, train_local
-from fedmosaic.protos.errors import ConfigurationError
+from fedmosaic.protos.errors import ConfigurationError, StateError
 
 _SCORED_AT_ONCE: Final = 16
 UNALIGNED: Final = "unaligned"
@@ -64,6 +64,8 @@ class Arguments:
     """File for every single score, as JSON."""
     one_way: bool = False
     """Only from the first to the second model, not back."""
+    source_only: bool = False
+    """Only train and score on the source, to compare what bases can learn."""
     seeds: int = 5
     """Number of runs; each has its own order of examples and its own random bases of the control."""
     first_seed: int = 0
@@ -124,6 +126,8 @@ class LoadedModel:
     @contextmanager
     def mounted(self, folder: Path) -> Iterator[PeftModel]:
         """The model with the aligned adapter of a folder; only its local cores act and are trained."""
+        if not (folder / "adapter_config.json").is_file():
+            raise StateError(f"{folder} holds no checkpoint though the manifest names it; align again.")
         adapted = PeftModel.from_pretrained(self.base, str(folder), is_trainable=True)
         set_active_branches(adapted, {"local"})
         set_trainable(adapted, {"local"}, layers="shared")
@@ -191,6 +195,8 @@ def _transfer(
                 _train(arguments, source, adapted, task, seed)
                 note(f"{SOURCE}: {label}", seed, source.score(adapted, task, arguments.max_length))
                 core = read_shared(adapted)
+            if arguments.source_only:
+                continue
             with target.mounted(folder / target.name) as adapted:
                 write_shared(adapted, core, "local")
                 note(label, seed, target.score(adapted, task, arguments.max_length))

@@ -266,7 +266,7 @@ class _Run:
             effects = _effects(moments, key)
             model_a = align_inputs(moments.inputs[key], a, settings.input_method)
             if settings.output_method == "paper":
-                model_b = align_outputs_as_paper(moments.inputs[key], a, model_a, b, fresh[key][1])
+                model_b = align_outputs_as_paper(moments.inputs[key], a, model_a, fresh[key][1])
             else:
                 model_b = align_outputs(effects, b, settings.output_method)
             found_in, found_out = sharing(moments.inputs[key], a), sharing(effects, b.T)

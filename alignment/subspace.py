@@ -145,11 +145,7 @@ def align_outputs(
 
 
 def align_outputs_as_paper(
-    inputs: Moments,
-    anchor_in_RD: torch.Tensor,
-    model_in_RE: torch.Tensor,
-    anchor_out: torch.Tensor,
-    model_out: torch.Tensor,
+    inputs: Moments, anchor_in_RD: torch.Tensor, model_in_RE: torch.Tensor, model_out: torch.Tensor
 ) -> torch.Tensor:
     """Map B as the released code does: canonical correlation of B_a A_a x_a with B_m A_m x_m, P = I, Q = 0.
 
@@ -157,7 +153,6 @@ def align_outputs_as_paper(
         inputs: Moments of the inputs (x_a, x_m).
         anchor_in_RD: (r, D) A of the anchor.
         model_in_RE: (r, E) A of the model, aligned.
-        anchor_out: (d_out of the anchor, r) B of the anchor.
         model_out: (d_out of the model, r) random B of the model, in whose span the result stays.
 
     Returns:
@@ -167,17 +162,17 @@ def align_outputs_as_paper(
     Raises:
         ModelError: The result has not full rank.
     """
-    left, right = anchor_out.double(), model_out.double()
     covariance = inputs.centred()
-    into, onto = left @ anchor_in_RD.double(), right @ model_in_RE.double()
-    # Sums over rows, not means, as in the code; γ is far below them and only keeps the roots finite.
-    mapped = _cca_map(
-        into @ (covariance.anchor_DD * inputs.count) @ into.T,
-        into @ (covariance.cross_DE * inputs.count) @ onto.T,
-        onto @ (covariance.model_EE * inputs.count) @ onto.T,
+    anchor_a, model_a = anchor_in_RD.double(), model_in_RE.double()
+    # Both bases have orthonormal columns, so all of it happens in the latent: with K the latent covariances,
+    # S^½ B = B (K + γ)^½. Sums over rows, not means, as in the code.
+    mapped_RR = _cca_map(
+        anchor_a @ (covariance.anchor_DD * inputs.count) @ anchor_a.T,
+        anchor_a @ (covariance.cross_DE * inputs.count) @ model_a.T,
+        model_a @ (covariance.model_EE * inputs.count) @ model_a.T,
         None,
     )
-    return nearest_orthonormal_rows((mapped @ left).T).T
+    return nearest_orthonormal_rows((model_out.double() @ mapped_RR).T).T
 
 
 def prediction_share(moments: Moments, anchor_RD: torch.Tensor, model_RE: torch.Tensor) -> torch.Tensor:

@@ -23,8 +23,15 @@ from fedmosaic.alignment.procedure import AlignmentSettings
 from fedmosaic.alignment.public_text import generate_text, random_token_text, read_public_text
 from fedmosaic.alignment.sources import parse_source
 from fedmosaic.client.colora import get_basis, read_shared, shared_layout, write_shared
+from fedmosaic.client.colora.aligned import (
+    aligned_config,
+    embedded_layout,
+    load_basis,
+    read_embedded,
+    write_embedded,
+)
 from fedmosaic.client.colora.basis import orthonormality_error
-from fedmosaic.client.models import load_base_model
+from fedmosaic.client.models import adapt, load_base_model
 from fedmosaic.protos.errors import ConfigurationError, ModelError, StateError
 
 WORDS = [*"abcdefghijklmnopqrst", "yes", "no", "?"]
@@ -385,3 +392,41 @@ def test_a_core_keeps_its_norm_in_every_model(place: Path, aligned: tuple[Path, 
             weight = module.core("default", "local").weight
             change = module.colora_B["default"] @ weight @ module.colora_A["default"]
             torch.testing.assert_close(change.norm(), weight.norm(), rtol=1e-4, atol=0)
+
+
+def test_clients_take_the_basis_at_their_own_rank(place: Path, aligned: tuple[Path, Manifest]) -> None:
+    folder = aligned[0] / "wide"
+    models = {}
+    for rank in (3, 2):
+        base, _ = load_base_model(place / "wide")
+        models[rank] = adapt(base, aligned_config(folder, rank=rank, other_layers="lora"))
+        load_basis(models[rank], folder)
+    whole, small = models[3], models[2]
+    assert shared_layout(whole).spec_hash == shared_layout(loaded(place, aligned[0], "anchor")).spec_hash
+    assert embedded_layout(shared_layout(small), 3).spec_hash == shared_layout(whole).spec_hash
+    core = np.random.default_rng(0).normal(size=shared_layout(small).size).astype(np.float32)
+    write_shared(small, core, "local")
+    embedded = read_embedded(small, 3)
+    write_shared(whole, embedded, "local")
+    tokens = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(small(tokens).logits, whole(tokens).logits, rtol=1e-4, atol=1e-5)
+    # What comes back is the leading block of the federation's average.
+    write_embedded(small, 0.5 * embedded, 3, "global")
+    np.testing.assert_allclose(read_shared(small, "global"), 0.5 * core, rtol=1e-6)
+
+
+def test_ranks_that_do_not_fit_are_refused(place: Path, aligned: tuple[Path, Manifest]) -> None:
+    folder = aligned[0] / "wide"
+    for rank in (0, 4):
+        with pytest.raises(ModelError, match="choose 1 to that"):
+            aligned_config(folder, rank=rank)
+    with pytest.raises(ModelError, match="no aligned checkpoint"):
+        aligned_config(place)
+    model = loaded(place, aligned[0], "wide")
+    with pytest.raises(ModelError, match="at most that"):
+        read_embedded(model, 2)
+    with pytest.raises(ModelError, match="needs"):
+        write_embedded(model, np.zeros(3), 3)
+    with pytest.raises(ModelError, match="another model"):
+        load_basis(model, aligned[0] / "anchor")

@@ -190,10 +190,31 @@ def test_the_papers_map_stays_in_the_span_of_the_random_basis() -> None:
     a = basis(10)
     random_out = draw_orthonormal(12, RANK, 9).double()
     model_in = align_inputs(inputs, a, "gradient_descent")
-    found = align_outputs_as_paper(inputs, a, model_in, draw_orthonormal(11, RANK, 8).double(), random_out)
+    found = align_outputs_as_paper(inputs, a, model_in, random_out)
     outside = found - random_out @ (random_out.T @ found)
     assert float(outside.norm()) < 1e-3
     assert orthonormality_error(found) < 1e-9
+
+
+def test_the_papers_map_is_the_one_of_the_released_code() -> None:
+    """Written out on activations, in the space of the outputs, as the code does it."""
+    u, v = correlated(13)
+    a, model_in = basis(10), basis(14, 4)
+    anchor_out, model_out = draw_orthonormal(11, RANK, 8).double(), draw_orthonormal(12, RANK, 9).double()
+    x1, x3 = (u - u.mean(0)) @ a.T @ anchor_out.T, (v - v.mean(0)) @ model_in.T @ model_out.T
+    gamma = 1e-4
+
+    def power(matrix: torch.Tensor, exponent: float) -> torch.Tensor:
+        values, vectors = torch.linalg.eigh(matrix + gamma * torch.eye(len(matrix), dtype=torch.float64))
+        return (vectors * values**exponent) @ vectors.T
+
+    s11, s33, s31 = x1.T @ x1, x3.T @ x3, x3.T @ x1
+    left, values, right = torch.linalg.svd(power(s33, -0.5) @ s31 @ power(s11, -0.5))
+    rotation = left[:, :RANK] @ right[:RANK]
+    assert float(values[RANK]) < 1e-6 < float(values[RANK - 1])
+    expected = nearest_orthonormal_rows((power(s33, 0.5) @ rotation @ power(s11, -0.5) @ anchor_out).T).T
+    found = align_outputs_as_paper(moments_of(u, v), a, model_in, model_out)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 def test_unknown_methods_are_named() -> None:

@@ -1,0 +1,181 @@
+"""Aligned bases from a checkpoint, and clients of a lower rank than their federation's.
+
+An alignment orders the basis so that leading dimensions are the best shared ones. A client of rank r' < r
+takes the leading r' rows of A and columns of B. What it shares is the federation's vector with its P in the
+leading block and zeros elsewhere, which is the very same map B P A; so averages of clients of any ranks are
+averages of maps, and the layout's hash, the wire and the server know nothing of ranks. Of what it receives it
+keeps the leading block.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from fedmosaic.client.colora.config import CoLoraConfig
+from fedmosaic.client.colora.state import find_adapter, get_basis, set_basis
+from fedmosaic.client.colora.vectors import SharedLayout, Vector, read_shared, shared_layout, write_shared
+from fedmosaic.protos.errors import ModelError
+
+
+def aligned_config(folder: str | Path, *, rank: int | None = None, **changes: Any) -> CoLoraConfig:
+    """Read the configuration of an aligned checkpoint, for a client's own adapter.
+
+    Args:
+        folder: Folder that `fedmosaic align` wrote for this client's model.
+        rank: Rank of the client, at most the checkpoint's; None for the same. The scale α/r stays.
+        changes: Other fields to set, such as `other_layers` or `personal_branch`.
+
+    Returns:
+        A configuration to give to `get_peft_model`; then call `load_basis`.
+
+    Raises:
+        ModelError: There is no aligned checkpoint, or its rank is lower.
+    """
+    config = _checkpoint_config(Path(folder))
+    chosen = config.r if rank is None else rank
+    if not 1 <= chosen <= config.r:
+        raise ModelError(
+            f"The rank is {chosen}; the checkpoint {folder} has rank {config.r}, choose 1 to that."
+        )
+    kept = {
+        name: getattr(config, name)
+        for name in (
+            "blocks",
+            "layer_rule",
+            "shared_layers",
+            "gate",
+            "basis_seed",
+            "target_modules",
+            "task_type",
+        )
+    }
+    return CoLoraConfig(r=chosen, alpha=config.alpha * chosen / config.r, **(kept | changes))
+
+
+def load_basis(model: nn.Module, folder: str | Path, *, adapter_name: str | None = None) -> None:
+    """Set the frozen bases of a model from an aligned checkpoint; P, Q and all else stay.
+
+    Args:
+        model: Model with Co-LoRA layers, made from `aligned_config`.
+        folder: Folder that `fedmosaic align` wrote for this model.
+        adapter_name: Name of the adapter, or None for the only active one.
+
+    Raises:
+        ModelError: The checkpoint is missing or damaged, or belongs to other modules or widths.
+    """
+    config = _checkpoint_config(Path(folder))
+    try:
+        tensors = load_file(Path(folder) / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"The aligned checkpoint {folder} cannot be read ({type(error).__name__})."
+        ) from None
+    bases = {}
+    for name, (a, _) in get_basis(model, adapter_name).items():
+        rows, columns = (_tensor(tensors, f"{name}.colora_{side}", folder) for side in "AB")
+        bases[name] = (rows[: a.shape[0]], columns[:, : a.shape[0]])
+    set_basis(model, bases, label=config.basis_label or "aligned", adapter_name=adapter_name)
+
+
+def embedded_layout(layout: SharedLayout, rank: int) -> SharedLayout:
+    """The layout of a federation of a higher rank that a client's vector is embedded in.
+
+    Args:
+        layout: The client's own layout.
+        rank: The federation's rank, at least the client's.
+
+    Raises:
+        ModelError: The federation's rank is lower.
+    """
+    if rank < layout.rank:
+        raise ModelError(f"The client's rank is {layout.rank}, the federation's {rank}; take at most that.")
+    return replace(layout, rank=rank, alpha=layout.alpha * rank / layout.rank)
+
+
+def read_embedded(
+    model: nn.Module, rank: int, branch: str = "local", *, adapter_name: str | None = None
+) -> Vector:
+    """Read a branch as a vector of the federation's rank, zero outside the client's leading block.
+
+    Args:
+        model: Model with Co-LoRA layers.
+        rank: The federation's rank.
+        branch: `local`, `global` or `personal`.
+        adapter_name: Name of the adapter, or None for the only active one.
+
+    Returns:
+        Array (d,), float32, of the federation's layout.
+
+    Raises:
+        ModelError: The federation's rank is lower, or the branch does not exist.
+    """
+    layout = shared_layout(model, find_adapter(model, adapter_name))
+    cores, biases = _parts(read_shared(model, branch, adapter_name=adapter_name), layout)
+    wide = embedded_layout(layout, rank)
+    padded_P = np.zeros((len(cores), wide.rank, wide.rank), dtype=np.float32)
+    padded_Q = np.zeros((len(cores), wide.rank), dtype=np.float32)
+    padded_P[:, : layout.rank, : layout.rank] = cores
+    padded_Q[:, : layout.rank] = biases
+    return np.concatenate([padded_P.reshape(len(cores), -1), padded_Q], axis=1).reshape(-1)
+
+
+def write_embedded(
+    model: nn.Module,
+    vector: np.ndarray,
+    rank: int,
+    branch: str = "global",
+    *,
+    adapter_name: str | None = None,
+) -> None:
+    """Write the leading block of a vector of the federation's rank into a branch.
+
+    Args:
+        model: Model with Co-LoRA layers.
+        vector: Array (d,) of the federation's layout.
+        rank: The federation's rank.
+        branch: `local`, `global` or `personal`.
+        adapter_name: Name of the adapter, or None for the only active one.
+
+    Raises:
+        ModelError: The federation's rank is lower, or the vector has another length or bad values.
+    """
+    layout = shared_layout(model, find_adapter(model, adapter_name))
+    wide = embedded_layout(layout, rank)
+    vector = np.asarray(vector)
+    if vector.shape != (wide.size,):
+        raise ModelError(f"The shared vector has shape {vector.shape}; rank {rank} needs ({wide.size},).")
+    cores, biases = _parts(vector, wide)
+    leading = [cores[:, : layout.rank, : layout.rank].reshape(len(cores), -1), biases[:, : layout.rank]]
+    write_shared(model, np.concatenate(leading, axis=1).reshape(-1), branch, adapter_name=adapter_name)
+
+
+def _parts(vector: np.ndarray, layout: SharedLayout) -> tuple[np.ndarray, np.ndarray]:
+    """All P (modules, r, r) and all Q (modules, r)."""
+    rows = vector.reshape(layout.blocks * len(layout.modules), layout.rank**2 + layout.rank)
+    cores = rows[:, : layout.rank**2].reshape(-1, layout.rank, layout.rank)
+    return cores, rows[:, layout.rank**2 :]
+
+
+def _checkpoint_config(folder: Path) -> CoLoraConfig:
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{folder} holds no aligned checkpoint; give a folder that `fedmosaic align` wrote.")
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, CoLoraConfig) or not (config.basis_label or "").startswith("aligned:"):
+        raise ModelError(f"The checkpoint in {folder} was not aligned; run `fedmosaic align` on its model.")
+    return config
+
+
+def _tensor(tensors: dict[str, torch.Tensor], suffix: str, folder: str | Path) -> torch.Tensor:
+    found = [tensor for name, tensor in tensors.items() if f".{name}".endswith(f".{suffix}")]
+    if len(found) != 1:
+        raise ModelError(
+            f"The checkpoint in {folder} has {len(found)} tensors {suffix}; it is of another model."
+        )
+    return found[0]

@@ -1,0 +1,147 @@
+"""Tasks and public text for the alignment's measurements, from the data sets beside the repository.
+
+    python -m fedmosaic.experiments.alignment_tasks --data ../shared/data --out runs/alignment/data
+
+Three tasks with few, short choices, and public text that shares no data set with any of them.
+"""
+
+import json
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import tyro
+
+from fedmosaic.client.examples import Example
+from fedmosaic.experiments.relevance_tasks import CLINC_DOMAINS
+from fedmosaic.protos.errors import ConfigurationError
+
+_PUBLIC: Final = (
+    ("TC/dbpedia/test", "Article", "What kind?"),
+    ("QQP/QQP/train", "Questions", "Duplicate?"),
+    ("NLI/RTE/train", "Text", "Entailment?"),
+    ("WiC/WiC/train", "Words", "Same meaning?"),
+)
+_DOMAINS: Final = ("banking", "travel", "work", "home")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Write NAME.train.jsonl and NAME.test.jsonl for sst2, agnews and clinc, and public.jsonl."""
+
+    data: Path
+    """Folder with the data sets."""
+    out: Path
+    """Folder to write to."""
+    train_rows: int = 400
+    """Training examples per task, balanced."""
+    test_rows: int = 160
+    """Test examples per task, balanced."""
+    public_rows: int = 6000
+    """Public texts."""
+
+
+def write_tasks(arguments: Arguments) -> None:
+    """Write the files; see `Arguments`.
+
+    Raises:
+        ConfigurationError: A data set is missing or too small.
+    """
+    text = arguments.data / "cl_benchmark_text"
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    try:
+        tasks = {
+            "sst2": _splits(text / "SC/SST-2", "Review", "Good or bad?"),
+            "agnews": _splits(
+                text / "TC/agnews", "News", "World, sports, business or science or technology?"
+            ),
+            "clinc": _intents(arguments.data / "clinc150/data_full.json"),
+        }
+        public = [example for source in _PUBLIC for example in _public(text, *source)]
+    except OSError as error:
+        raise ConfigurationError(
+            f"{error.filename} is missing; give the folder with the data sets"
+        ) from error
+    for name, (train, test) in tasks.items():
+        _write(arguments.out / f"{name}.train.jsonl", _balanced(name, "train", train, arguments.train_rows))
+        _write(arguments.out / f"{name}.test.jsonl", _balanced(name, "test", test, arguments.test_rows))
+    random.Random("public").shuffle(public)  # noqa: S311 - public data, no secret
+    lines = [json.dumps(row) + "\n" for row in public[: arguments.public_rows]]
+    (arguments.out / "public.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _splits(folder: Path, opening: str, question: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    def pairs(split: str) -> list[tuple[str, str]]:
+        return [
+            (f"{opening}: {_short(row['sentence'])}\n{question}", row["label"].lower())
+            for row in _json(folder / f"{split}.json")
+        ]
+
+    return pairs("train"), pairs("test")
+
+
+def _intents(path: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    domain_of = {intent: name for name in _DOMAINS for intent in CLINC_DOMAINS[name].split()}
+    question = f"{', '.join(_DOMAINS[:-1]).capitalize()} or {_DOMAINS[-1]}?"
+
+    def pairs(split: str) -> list[tuple[str, str]]:
+        rows = _json(path)[split]
+        return [
+            (f"Request: {text}\n{question}", domain_of[intent])
+            for text, intent in rows
+            if intent in domain_of
+        ]
+
+    return pairs("train"), pairs("test")
+
+
+def _public(text: Path, source: str, opening: str, question: str) -> list[dict[str, str]]:
+    return [
+        {"prompt": f"{opening}: {_short(row['sentence'], 200)}\n{question}", "answer": row["label"].lower()}
+        for row in _json(text / f"{source}.json")
+    ]
+
+
+def _short(text: str, characters: int = 120) -> str:
+    plain = " ".join(text.replace("Text:", " ").replace("Title:", " ").split())
+    return plain[:characters].strip()
+
+
+def _balanced(name: str, split: str, pairs: Sequence[tuple[str, str]], rows: int) -> list[Example]:
+    choices = tuple(sorted({answer for _, answer in pairs}))
+    distinct = sorted(dict(pairs).items())
+    random.Random(f"{name} {split}").shuffle(distinct)  # noqa: S311 - public data, no secret
+    of_class = [
+        [pair for pair in distinct if pair[1] == choice][: rows // len(choices)] for choice in choices
+    ]
+    if min(map(len, of_class)) < rows // len(choices):
+        raise ConfigurationError(
+            f"{name} has too few {split} examples for {rows} balanced ones; ask for fewer"
+        )
+    # Classes in turn, so that every beginning of the file is balanced as well as it can be.
+    return [
+        Example(f"{name}-{split}-{index}-{place}", prompt, answer, choices)
+        for index, turn in enumerate(zip(*of_class, strict=True))
+        for place, (prompt, answer) in enumerate(turn)
+    ]
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write(path: Path, examples: Sequence[Example]) -> None:
+    path.write_text("".join(json.dumps(asdict(example)) + "\n" for example in examples), encoding="utf-8")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `python -m fedmosaic.experiments.alignment_tasks`."""
+    write_tasks(tyro.cli(Arguments, args=list(arguments)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
