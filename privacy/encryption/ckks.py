@@ -98,6 +98,10 @@ class CkksCipher(ClientCipher[CkksParameters]):
         unpack_words(bytes(2) + payload, 2, words.reshape(-1))
         if (words >= np.uint64(self.parameters.modulus)).any():
             raise CiphertextError("the aggregate holds residues that are not below the modulus")
+        if not words[1].any(axis=1).all():
+            raise CiphertextError(
+                "the aggregate has a second polynomial of zero: it is readable without a key, no sum of uploads"
+            )
         scale = 2.0 ** (self.parameters.scale_bits + self.parameters.weight_bits)
         values = np.empty((words.shape[1], 2, degree // 2))
         ciphertext, plaintext = seal.api.Ciphertext(), seal.api.Plaintext()

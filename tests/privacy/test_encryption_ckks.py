@@ -18,7 +18,7 @@ from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
 from fedmosaic.privacy.encryption.seal_format import seal_file
 from fedmosaic.privacy.group_key import GroupKey
 from fedmosaic.privacy.policy import AggregationPolicy, WeightRow
-from fedmosaic.protos.errors import EncryptionError
+from fedmosaic.protos.errors import CiphertextError, EncryptionError
 
 PARAMETERS = CkksParameters()
 N, Q = PARAMETERS.ring_degree, PARAMETERS.modulus
@@ -132,6 +132,55 @@ def test_every_upload_carries_a_fresh_error_of_the_standard_size() -> None:
     predicted = np.sqrt(N / 2) * np.sqrt(10.5) / 2**29 * np.sqrt(6 / 16)
     assert 0.85 * predicted < float(noise.std()) < 1.15 * predicted
     assert float(np.abs(noise).max()) < 1e-5
+
+
+def aggregate_of(vectors: NDArray[np.float64]) -> tuple[bytes, WeightRow, RoundContext]:
+    row = WeightRow(0, "a", ("b", "c", "d"), (2**14, 2**13, 2**13), 15)
+    where = context(vectors.shape[1])
+    uploads = {
+        name: create_cipher(PARAMETERS, name, POLICY).encrypt(vector, KEY, where, bytes(16))
+        for name, vector in zip(row.contributors, vectors, strict=True)
+    }
+    return bytes(CkksAggregator(PARAMETERS, POLICY).aggregate(uploads, [row], where)[0]), row, where
+
+
+def test_seeds_are_never_used_twice_and_the_first_halves_look_uniform() -> None:
+    """The same zeros under the same nonce: nothing but the coins may differ, and all of it must."""
+    cipher = create_cipher(PARAMETERS, "a", POLICY)
+    payloads = [cipher.encrypt(np.zeros(N), KEY, context(N), bytes(16))[HEADER_BYTES:] for _ in range(20)]
+    assert len({payload[:32] for payload in payloads}) == 20
+    first = np.concatenate([words(payload[32:]) for payload in payloads])
+    assert len(set(first.tolist())) > 0.999 * first.size
+    counts = np.bincount((first * 64 // Q).astype(int), minlength=64)
+    expected = first.size / 64
+    # 63 degrees of freedom: above 120 with probability 2e-5.
+    assert ((counts - expected) ** 2 / expected).sum() < 120
+
+
+def test_one_decrypted_aggregate_gives_the_key_away() -> None:
+    """Why a decrypted vector stays in the process: Li and Micciancio's attack on this very back end."""
+    vectors = np.random.default_rng(3).uniform(-4, 4, (3, N))
+    record, row, where = aggregate_of(vectors)
+    decrypted = create_cipher(PARAMETERS, "a", POLICY).decrypt(record, KEY, where, row)
+    engine = seal()
+    phase = engine.api.Plaintext()
+    slots = decrypted[: N // 2] + 1j * decrypted[N // 2 :]
+    scale = 2.0 ** (PARAMETERS.scale_bits + PARAMETERS.weight_bits)
+    engine.encoder.encode(slots.tolist(), scale, phase)
+    first, second = words(record[HEADER_BYTES:]).reshape(2, N)
+    points = zip((phase[i] for i in range(N)), first, second, strict=True)
+    stolen = [(int(p) - int(c)) * pow(int(a), -1, Q) % Q for p, c, a in points]
+    assert stolen == words(KEY.ckks_secret).tolist()
+
+
+def test_an_aggregate_that_needs_no_key_is_refused() -> None:
+    """A server can encode what it likes; without a second polynomial it would decrypt to just that."""
+    record, row, where = aggregate_of(np.zeros((3, 2 * N)))
+    for block in range(2):
+        start = HEADER_BYTES + 6 * N * (2 + block)
+        forged = record[:start] + bytes(6 * N) + record[start + 6 * N :]
+        with pytest.raises(CiphertextError, match="second polynomial of zero"):
+            create_cipher(PARAMETERS, "a", POLICY).decrypt(forged, KEY, where, row)
 
 
 def test_encoding_never_passes_the_bound_of_the_parameters() -> None:

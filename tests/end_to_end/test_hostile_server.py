@@ -1,0 +1,173 @@
+"""A server that hands out something else than it should: refused by the client, by name, and told nobody."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from end_to_end import federation_of_vectors as fv
+from fedmosaic.client.state import ClientState
+from fedmosaic.privacy.policy import WeightRow
+from fedmosaic.protos.errors import PolicyError
+from fedmosaic.protos.messages import Aggregate, AggregateSection, SectionWeights
+from fedmosaic.server.coordinator import Coordinator
+
+Change = Callable[[AggregateSection], AggregateSection]
+VICTIM = "ada"
+
+
+def with_payload(change: Callable[[bytearray], object]) -> Change:
+    def changed(section: AggregateSection) -> AggregateSection:
+        payload = bytearray(section.payload)
+        change(payload)
+        return replace(section, payload=bytes(payload))
+
+    return changed
+
+
+def with_row(change: Callable[[SectionWeights], SectionWeights]) -> Change:
+    def changed(section: AggregateSection) -> AggregateSection:
+        assert section.row is not None
+        return replace(section, row=change(section.row))
+
+    return changed
+
+
+def flip(position: int) -> Change:
+    def change(payload: bytearray) -> None:
+        payload[position] ^= 0x80
+
+    return with_payload(change)
+
+
+def one_hot(row: SectionWeights) -> SectionWeights:
+    return replace(row, weights=(1 << row.bits,) + (0,) * (len(row.weights) - 1))
+
+
+def over_the_cap(row: SectionWeights) -> SectionWeights:
+    total = 1 << row.bits
+    rest = len(row.weights) - 1
+    small = total // 4 // rest
+    return replace(row, weights=(total - rest * small, *[small] * rest))
+
+
+def other_weights(row: SectionWeights) -> SectionWeights:
+    first, second, *rest = row.weights
+    return replace(row, weights=(first - 1, second + 1, *rest))
+
+
+def with_contributor(name: str) -> Change:
+    return with_row(lambda row: replace(row, contributors=(name, *row.contributors[1:])))
+
+
+ATTACKS: dict[str, tuple[Change, str]] = {
+    "altered word": (flip(-1), "decrypts outside ±4"),
+    "altered header": (flip(40), "has a different"),
+    "nothing": (with_payload(lambda payload: payload.clear()), "record has 0 bytes"),
+    "cut short": (with_payload(lambda payload: payload.pop()), "record has"),
+    "longer": (with_payload(lambda payload: payload.append(0)), "record has"),
+    "one-hot row": (with_row(one_hot), "1 contributors other than the recipient, at least 3 are required"),
+    "share above the cap": (with_row(over_the_cap), "above the cap of 0.5"),
+    "another row": (with_row(other_weights), "made with another weight row"),
+    "a contributor who is no member": (with_contributor("mallory"), "outside the roster: mallory"),
+    "the recipient itself": (with_contributor(VICTIM), "weighted in its own row"),
+}
+
+
+class HostileCoordinator:
+    """Alters what one client receives in round 2; everything else goes to the real one."""
+
+    def __init__(self, inner: Coordinator, change: Change) -> None:
+        self._inner, self._change = inner, change
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def pull(self, client: str, round_number: int) -> Aggregate | None:
+        answer = self._inner.pull(client, round_number)
+        if answer is None or client != VICTIM or answer.round != 2:
+            return answer
+        return replace(answer, sections=tuple(self._change(section) for section in answer.sections))
+
+
+def run_with(
+    directory: Path, backend: str, change: Change, rounds: int = 2
+) -> tuple[dict[str, fv.Client], Any, list[tuple[str, str]]]:
+    """Run a federation; returns the clients, the summary, and every call that the victim made."""
+    fv.make_federation(directory, fv.terms(backend, rounds))
+    coordinator = fv.coordinator_of(directory)
+    hostile: Any = HostileCoordinator(coordinator, change)
+    calls: list[tuple[str, str]] = []
+    clients = {name: fv.Client(directory, name, seed) for seed, name in enumerate(fv.MEMBERS)}
+    sessions = {}
+    for name, client in clients.items():
+        line = fv.in_process(hostile, name)
+        sessions[name] = client.session(_Listed(line, calls) if name == VICTIM else line)  # type: ignore[arg-type]  # by name
+    errors = fv.run_all(sessions)
+    summary = coordinator.summary()
+    coordinator.close()
+    for client in clients.values():
+        client.close()
+    assert errors == {}
+    return clients, summary, calls
+
+
+class _Listed:
+    """A transport that writes down what is sent: the call and how many bytes."""
+
+    def __init__(self, inner: Any, calls: list[tuple[str, str]]) -> None:
+        self._inner, self._calls = inner, calls
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def push(self, upload: Any) -> Any:
+        sizes = [len(section.payload) for section in upload.sections]
+        self._calls.append(("push", f"round {upload.round}, {sizes}"))
+        return self._inner.push(upload)
+
+    def report(self, statement: bytes) -> None:
+        self._calls.append(("report", statement.decode()))
+        self._inner.report(statement)
+
+
+CASES = [("mask", attack) for attack in ATTACKS] + [
+    ("ckks", attack)
+    for attack in ("altered word", "altered header", "cut short", "one-hot row", "another row")
+]
+
+
+@pytest.mark.parametrize(("backend", "attack"), CASES)
+def test_what_is_not_the_agreed_aggregate_is_refused_and_reported_at_home(
+    tmp_path: Path, backend: str, attack: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    change, message = ATTACKS[attack]
+    caplog.set_level(logging.WARNING, "fedmosaic.client.session")
+    clients, summary, calls = run_with(tmp_path / "f", backend, change)
+    refusals = [line for line in caplog.messages if "no shared aggregate" in line]
+    assert len(refusals) == 1
+    assert refusals[0].startswith("round 2: no shared aggregate: ")
+    assert message in refusals[0]
+    # The victim trained alone and shared as always: the server sees no difference, so it learns nothing
+    # about the key from what decrypts and what does not.
+    assert clients[VICTIM].learner.received == []
+    assert all(len(c.learner.received) == 1 for name, c in clients.items() if name != VICTIM)
+    assert [call for call, _ in calls] == ["push", "push"]
+    assert calls[0][1].removeprefix("round 1") == calls[1][1].removeprefix("round 2")
+    assert [result["uploaded"] for result in summary["results"]] == [sorted(fv.MEMBERS)] * 2
+
+
+def test_a_second_row_for_one_round_is_refused(tmp_path: Path) -> None:
+    """Asked again after a restart, a client gives no second equation in the single adapters."""
+    run_with(tmp_path / "f", "mask", lambda section: section)
+    directory = tmp_path / "f" / "clients" / VICTIM / "state"
+    state = ClientState(directory, "vectors", VICTIM)
+    row = WeightRow(1, VICTIM, ("ben", "cid", "dee"), (2048, 1024, 1024), 12)
+    with pytest.raises(PolicyError, match=r"a different weight row .* was already accepted for round 1"):
+        state.accept_row("shared", row)
+    state.accept_row("family", row)
+    state.accept_row("family", row)
+    state.release()
