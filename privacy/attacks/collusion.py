@@ -16,6 +16,7 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float64]
 
 _RANK_TOLERANCE = 1e-6
+_RIDGE = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,10 +26,12 @@ class Equations:
     Attributes:
         weights_EU: weights of the members outside the coalition.
         right_ED: aggregates less the coalition's own parts.
+        rounds_E: round of each equation, from 0.
     """
 
     weights_EU: FloatArray
     right_ED: FloatArray
+    rounds_E: npt.NDArray[np.int64]
 
 
 def independent_equations(weights_EU: FloatArray) -> int:
@@ -54,26 +57,42 @@ def equations(
     """
     members = len(weights_RNN[0])
     others = [index for index in range(members) if index not in set(coalition)]
-    rows, right = [], []
-    for weights_NN, adapters_ND in zip(weights_RNN, adapters_RND, strict=True):
+    rows, right, rounds = [], [], []
+    for number, (weights_NN, adapters_ND) in enumerate(zip(weights_RNN, adapters_RND, strict=True)):
         for index in coalition:
             row = weights_NN[index]
             if row.any():
                 rows.append(row[others])
                 # The aggregate less the coalition's own parts is the sum over the others.
                 right.append(row[others] @ adapters_ND[others])
+                rounds.append(number)
     width = len(adapters_RND[0][0])
     return Equations(
-        np.array(rows).reshape(len(rows), len(others)), np.array(right).reshape(len(rows), width)
+        np.array(rows).reshape(len(rows), len(others)),
+        np.array(right).reshape(len(rows), width),
+        np.array(rounds, dtype=np.int64),
     )
 
 
-def solve(held: Equations, ridge: float = 1e-9) -> FloatArray:
-    """The coalition's estimate of every other member's adapter: least squares of least norm, (U, D)."""
-    weights = held.weights_EU
+def solve(held: Equations, movement: float = 0.0) -> FloatArray:
+    """The coalition's best linear estimate of the others' adapters in the first round.
+
+    Adapters are taken for independent, of unit variance, and for random walks over the rounds, so that the
+    error of equation e of round t has the covariance min(t, t') m² ⟨w_e, w_e'⟩ with that of e' in round t'.
+
+    Args:
+        held: the equations.
+        movement: m, standard deviation of a round's movement over that of an adapter.
+
+    Returns:
+        (U, D); with no movement, the least-squares solution of least norm.
+    """
+    weights, rounds = held.weights_EU, held.rounds_E
     if not len(weights):
         return np.zeros((weights.shape[1], held.right_ED.shape[1]))
-    system = weights @ weights.T + ridge * np.eye(len(weights))
+    products = weights @ weights.T
+    moved = movement**2 * np.minimum(rounds[:, None], rounds[None, :]) * products
+    system = products + moved + _RIDGE * np.eye(len(weights))
     return np.asarray(weights.T @ np.linalg.solve(system, held.right_ED))
 
 

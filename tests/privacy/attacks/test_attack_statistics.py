@@ -268,6 +268,21 @@ def test_enough_equations_give_the_adapters_and_too_few_do_not() -> None:
     assert recovery_error(solve(held)[0], adapters[1]) < 1e-3
 
 
+def test_a_coalition_that_allows_for_movement_loses_nothing_by_more_rounds() -> None:
+    generator = np.random.default_rng(12)
+    one, many = [], []
+    for _ in range(40):
+        rounds = [generator.random((5, 5)) * (1 - np.eye(5)) for _ in range(4)]
+        over_rounds = [generator.standard_normal((5, 60))]
+        for _ in range(3):
+            over_rounds.append(over_rounds[-1] + 0.3 * generator.standard_normal((5, 60)))
+        first = equations(rounds[:1], over_rounds[:1], [0, 1])
+        every = equations(rounds, over_rounds, [0, 1])
+        one.append(recovery_error(solve(first, 0.3)[0], over_rounds[0][2]))
+        many.append(recovery_error(solve(every, 0.3)[0], over_rounds[0][2]))
+    assert np.mean(many) < 0.9 * np.mean(one)
+
+
 def test_repeated_rows_are_no_new_equations_and_missing_rows_are_none() -> None:
     weights = np.array([[0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]])
     adapters = np.eye(3)

@@ -1,0 +1,343 @@
+"""Attacks on the federation as a whole: colluding recipients, copied profiles, Sybils, task inference."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from fedmosaic.experiments.attack_profile import DELTA, EPSILONS, noise_multiplier
+from fedmosaic.privacy.attacks.collusion import equations, independent_equations, recovery_error, solve
+from fedmosaic.privacy.attacks.empirical import gaussian_epsilon
+from fedmosaic.privacy.attacks.results import CONFIDENCE, AttackResult, Figure, Setting
+from fedmosaic.privacy.attacks.roc import clopper_pearson
+from fedmosaic.privacy.mechanism import (
+    ClippedSum,
+    Float32Array,
+    ProfileMechanism,
+    clip,
+    release,
+)
+from fedmosaic.privacy.noise import NoiseSource
+from fedmosaic.privacy.policy import AggregationPolicy, WeightRow, check_row
+from fedmosaic.privacy.roster import RelevanceTerms
+from fedmosaic.protos.errors import PolicyError
+from fedmosaic.protos.messages import Profile
+from fedmosaic.server.aggregation import Group, plan
+from fedmosaic.server.relevance import relevance
+
+COLLUSION: Final = "Collusion: solving for another member's adapter"
+SPOOFING: Final = "Relevance spoofing: pulling or poisoning a victim's aggregate"
+TASK: Final = "Task inference from the profile"
+_BITS: Final = 12
+_DIMENSIONS: Final = 256
+_PHRASE: Final = "share of the victim's aggregate"
+
+
+def weights_of_run(server_run: Mapping[str, Any], members: Sequence[str]) -> list[np.ndarray]:
+    """Weight matrices of the closed rounds of a run, rows are recipients; the last round's is never sent."""
+    matrices = []
+    for result in server_run.get("results", [])[:-1]:
+        matrix = np.zeros((len(members), len(members)))
+        for recipient, row in result["weights"].get("shared", {}).items():
+            for contributor, share in row.items():
+                matrix[members.index(recipient), members.index(contributor)] = share
+        matrices.append(matrix)
+    return matrices
+
+
+def simulated_weights(
+    members: int, rounds: int, terms: RelevanceTerms, policy: AggregationPolicy, seed: int
+) -> list[np.ndarray]:
+    """Weight matrices that the real planning makes of random profiles, a new one every round."""
+    generator = np.random.default_rng(seed)
+    names = [f"member-{number}" for number in range(members)]
+    matrices = []
+    for _ in range(rounds - 1):
+        vectors = generator.standard_normal((members, 64)) + 0.7 * generator.standard_normal(64)
+        rows = planned_rows(dict(zip(names, vectors, strict=True)), 0.0, terms, policy)
+        matrices.append(np.array([[rows.get(i, {}).get(j, 0.0) for j in names] for i in names]))
+    return matrices
+
+
+def planned_rows(
+    vectors: Mapping[str, np.ndarray], variance: float, terms: RelevanceTerms, policy: AggregationPolicy
+) -> dict[str, dict[str, float]]:
+    """Shares that the server's own code gives, by recipient and contributor."""
+    names = list(vectors)
+    profiles = [Profile(vector.astype(np.float32), variance, 1) for vector in vectors.values()]
+    group = Group("shared", "", 1, frozenset(names), frozenset(names))
+    found = plan(
+        group,
+        names,
+        relevance(profiles, terms.similarity),
+        round_number=1,
+        temperature=terms.temperature,
+        policy=policy,
+        bits=_BITS,
+    )
+    return {
+        name: {c: w / (1 << row.bits) for c, w in zip(row.contributors, row.weights, strict=True)}
+        for name, row in found.rows.items()
+    }
+
+
+def collusion_results(
+    weights: Sequence[np.ndarray],
+    policy: AggregationPolicy,
+    *,
+    source: str,
+    dp_noise: float | None,
+    trials: int = 20,
+    seed: int = 0,
+) -> list[AttackResult]:
+    """What coalitions of every size recover, for adapters that move little or much between rounds.
+
+    Args:
+        weights: per round, what every member received.
+        policy: limits on rows.
+        source: where the weights come from, in words.
+        dp_noise: least noise of a DP adapter over its signal; None to leave that case out.
+        trials: random adapters per case.
+        seed: of the adapters.
+    """
+    members = len(weights[0])
+    cases = [("adapters at rest", 0.0, 0.0), ("adapters that move 30 % a round", 0.3, 0.0)]
+    if dp_noise is not None:
+        cases.append(("adapters at rest, trained with DP", 0.0, dp_noise))
+    results = []
+    for words, movement, noise in cases:
+        figures = []
+        for size in range(1, members):
+            for rounds in sorted({1, len(weights)}):
+                errors = _recovery_errors(weights[:rounds], size, movement, noise, trials, seed)
+                figures.append(_spread(f"error, {size} of {members}, {rounds} aggregate(s) each", errors))
+        results.append(_collusion(source, words, figures, "product" if not noise else "variant"))
+    figures = [
+        Figure(
+            name=f"independent rows, {size} of {members} ({members - size} unknown)", value=v, low=v, high=v
+        )
+        for size in range(1, members)
+        for v in [float(_rows(weights, size))]
+    ]
+    results.append(_collusion(source, "exact count of independent rows", figures, "product"))
+    return [*results, *_chosen_rows(policy)]
+
+
+def spoofing_results(
+    profiles: Mapping[str, np.ndarray],
+    tasks: Mapping[str, str],
+    mechanism: ProfileMechanism,
+    terms: RelevanceTerms,
+    policy: AggregationPolicy,
+    clip_bound: float,
+) -> list[AttackResult]:
+    """How much of a victim's aggregate clients get that copy its profile, with the server's own planning.
+
+    Args:
+        profiles: released profiles by client.
+        tasks: task by client.
+        mechanism: for the noise variance.
+        terms: similarity and temperature.
+        policy: the weight cap.
+        clip_bound: largest absolute value of an uploaded number.
+    """
+    shares: dict[int, list[float]] = {}
+    honest, strangers = [], []
+    for victim in profiles:
+        row = planned_rows(profiles, mechanism.noise_variance, terms, policy).get(victim, {})
+        strangers += [share for name, share in row.items() if tasks[name] != tasks[victim]]
+        honest += [share for name, share in row.items() if tasks[name] == tasks[victim]]
+        for count in (1, 2, 3):
+            sybils = {f"sybil-{number}": profiles[victim] for number in range(count)}
+            rows = planned_rows({**profiles, **sybils}, mechanism.noise_variance, terms, policy)
+            shares.setdefault(count, []).append(sum(rows.get(victim, {}).get(name, 0.0) for name in sybils))
+    # Rounding to integers may lift one share above the cap by one unit.
+    cap = policy.weight_cap + 2.0**-_BITS
+    figures = [_spread("honest client of another task", strangers)] if strangers else []
+    figures += [_spread("honest client of the same task", honest)] if honest else []
+    for count, found in shares.items():
+        name = "one copy of the victim's profile" if count == 1 else f"{count} copies (Sybils)"
+        figure = _spread(name, found)
+        bound = min(1.0, count * cap)
+        figures.append(figure.model_copy(update={"bound": bound, "broken": figure.high > bound + 1e-9}))
+    return [
+        AttackResult(
+            attack=SPOOFING,
+            adversary="clients that know or guess the victim's profile",
+            sees="the victim's released profile (worst case: told by the server)",
+            statistic=_PHRASE,
+            release=f"temperature {terms.temperature:g}, weight cap {policy.weight_cap:g}",
+            setting="product",
+            figures=tuple(figures),
+            note="value: mean over victims; low and high: least and most. The cap bounds one client, not a "
+            "party that enrolled several: who may enrol is for the consortium. Every uploaded number is "
+            f"clipped to ±{clip_bound:g}, so s of an attacker's share moves each number by at most "
+            f"{clip_bound:g}·s",
+        )
+    ]
+
+
+def task_results(
+    rows_by_task: Mapping[str, np.ndarray],
+    reference_by_task: Mapping[str, np.ndarray],
+    mechanism: ProfileMechanism,
+    noise: NoiseSource,
+    *,
+    size: int,
+    releases: int,
+    seed: int,
+) -> list[AttackResult]:
+    """Which task a client has, from one release: the nearest of the tasks' public mean profiles.
+
+    Args:
+        rows_by_task: (n, k) standardised rows of the clients' examples.
+        reference_by_task: (n, k) rows of public examples of the same tasks.
+        mechanism: the product's.
+        noise: of the releases.
+        size: examples per release.
+        releases: releases per task and setting.
+        seed: of the draws.
+    """
+    generator = np.random.default_rng(seed)
+    names = list(rows_by_task)
+    means = np.stack([_clipped_mean(reference_by_task[name], mechanism) for name in names])
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    units = {name: clip(rows, mechanism.clipping_norm)[0] for name, rows in rows_by_task.items()}
+    results = []
+    settings: list[tuple[float, Setting]] = [(0.0, "no_sanitiser")]
+    settings += [(noise_multiplier(epsilon), "variant") for epsilon in EPSILONS]
+    settings += [(mechanism.noise_multiplier, "product")]
+    for sigma, setting in settings:
+        agreed = mechanism.model_copy(update={"noise_multiplier": sigma})
+        right = 0
+        for number, name in enumerate(names):
+            for _ in range(releases):
+                chosen = generator.permutation(len(units[name]))[:size]
+                total = ClippedSum(units[name][chosen].sum(axis=0), 0, 0, len(chosen))
+                right += int(np.argmax(means @ release(total, agreed, noise)) == number)
+        tried = releases * len(names)
+        low, high = clopper_pearson(right, tried, CONFIDENCE)
+        figures = (
+            Figure(name="right guesses", value=right / tried, low=low, high=high),
+            Figure(name="chance", value=1 / len(names), low=1 / len(names), high=1 / len(names)),
+        )
+        epsilon = gaussian_epsilon(1.0 / sigma if sigma else math.inf, DELTA)
+        results.append(_task(sigma, setting, epsilon, figures, min(size, *map(len, units.values()))))
+    return results
+
+
+def dp_noise_ratio(sigma: float, rate: float, steps: int, examples: int, dimensions: int) -> float:
+    """Least noise of a DP adapter over its signal: noise σC√(D·T) against at most T·q·n·C of gradients."""
+    return sigma * math.sqrt(dimensions) / (math.sqrt(steps) * rate * examples)
+
+
+def _rows(weights: Sequence[np.ndarray], size: int) -> int:
+    members = len(weights[0])
+    coalition, identity = list(range(size)), np.eye(members)
+    return independent_equations(equations(weights, [identity] * len(weights), coalition).weights_EU)
+
+
+def _recovery_errors(
+    weights: Sequence[np.ndarray], size: int, movement: float, noise: float, trials: int, seed: int
+) -> list[float]:
+    members = len(weights[0])
+    errors = []
+    for trial in range(trials):
+        generator = np.random.default_rng([seed, trial])
+        adapters = generator.standard_normal((members, _DIMENSIONS))
+        released = adapters + noise * generator.standard_normal(adapters.shape)
+        over_rounds = [released]
+        for _ in weights[1:]:
+            over_rounds.append(over_rounds[-1] + movement * generator.standard_normal(adapters.shape))
+        coalition = sorted(generator.permutation(members)[:size].tolist())
+        estimate = solve(equations(weights, over_rounds, coalition), movement)
+        outside = [index for index in range(members) if index not in coalition]
+        errors.append(min(recovery_error(e, adapters[i]) for e, i in zip(estimate, outside, strict=True)))
+    return errors
+
+
+def _chosen_rows(policy: AggregationPolicy) -> list[AttackResult]:
+    """A server that chooses the rows itself, with and without the policy that clients enforce."""
+    figures = []
+    others = policy.minimum_contributors
+    for size in range(1, others + 2):
+        error = 0.0 if _single_unknown(size, policy) else 1.0
+        figures.append(
+            Figure(name=f"server and {size} client(s), policy on", value=error, low=error, high=error)
+        )
+    figures.append(Figure(name="server and 1 client, no policy (one-hot row)", value=0.0, low=0.0, high=0.0))
+    return [
+        _collusion(
+            "rows chosen by a malicious server",
+            "one aggregate, exact",
+            figures,
+            "product",
+            "error 0: the victim's adapter is had exactly, from one row that keeps every rule. The policy "
+            f"holds against a server with fewer than {others} colluding clients, and no rule on rows can "
+            "hold against more: then only DP on the adapter protects",
+        )
+    ]
+
+
+def _single_unknown(size: int, policy: AggregationPolicy) -> bool:
+    """Whether a row with one victim and colluding contributors only passes the clients' own check."""
+    colluders = [f"colluder-{number}" for number in range(size)]
+    total = 1 << _BITS
+    share = int(policy.weight_cap * total)
+    rest = (total - share) // max(1, size - 1)
+    weights = [share, *([rest] * (size - 1))]
+    weights[-1] += total - sum(weights)
+    row = WeightRow(1, colluders[0], ("victim", *colluders[1:]), tuple(weights), _BITS)
+    try:
+        check_row(colluders[0], row, policy)
+    except PolicyError:
+        return False
+    return True
+
+
+def _spread(name: str, values: Sequence[float]) -> Figure:
+    return Figure(name=name, value=float(np.mean(values)), low=float(min(values)), high=float(max(values)))
+
+
+def _collusion(
+    source: str, words: str, figures: Sequence[Figure], setting: Setting, note: str = ""
+) -> AttackResult:
+    return AttackResult(
+        attack=COLLUSION,
+        adversary="colluding recipients",
+        sees=f"their own adapters, aggregates and weight rows: {source}",
+        statistic="least squares over all equations; relative error of the best recovered adapter",
+        release=words,
+        setting=setting,
+        figures=tuple(figures),
+        note=note or "value: mean over random adapters; low and high: least and most; 1 is a guess of zero",
+    )
+
+
+def _clipped_mean(rows: np.ndarray, mechanism: ProfileMechanism) -> np.ndarray:
+    units, _ = clip(rows, mechanism.clipping_norm)
+    return np.asarray(units.mean(axis=0))
+
+
+def _task(
+    sigma: float, setting: Setting, epsilon: float, figures: tuple[Figure, ...], size: int
+) -> AttackResult:
+    return AttackResult(
+        attack=TASK,
+        adversary="server, or whoever sees a profile",
+        sees="one release, and public examples of the candidate tasks",
+        statistic="largest cosine with the tasks' mean profiles",
+        release=f"{size} examples, " + (f"σ = {sigma:.3g}" if sigma else "no noise"),
+        setting=setting,
+        epsilon=epsilon,
+        delta=DELTA,
+        figures=figures,
+        by_design=True,
+        note="the task is what a profile is released for; ε protects single examples, not the task",
+    )
+
+
+def released_profiles(vectors: Mapping[str, Float32Array | None]) -> dict[str, np.ndarray]:
+    """The profiles of those clients that released one."""
+    return {name: vector for name, vector in vectors.items() if vector is not None}
