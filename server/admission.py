@@ -1,11 +1,13 @@
 """What the server checks before it believes a client: enrolment, headers, signatures, payloads."""
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
 from fedmosaic.privacy.encryption.aggregator import Aggregator
 from fedmosaic.privacy.encryption.layout import upload_payload_bytes
 from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
+from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import EncryptionError, IdentityError
 from fedmosaic.protos.messages import PROTOCOL_VERSION, Enrolment, Profile, UploadHeader
 from fedmosaic.protos.refusal import Refusal, RefusalKind
@@ -33,6 +35,22 @@ class Admission:
                 "NOT_ON_ROSTER",
                 f"{client!r} is not on the roster of federation {self._settings.federation!r}",
                 "the consortium can add a member with `fedmosaic keys add`",
+            )
+
+    def check_statement(self, client: str, statement: bytes) -> None:
+        """Refuse a privacy statement that is no JSON object of a reasonable size."""
+        self.check_member(client)
+        bounds.check_bytes("report.statement", statement, 2, bounds.MAX_STATEMENT_BYTES)
+        try:
+            parsed = json.loads(statement, parse_constant=_no_constant)
+        except (ValueError, RecursionError):
+            parsed = None
+        if not isinstance(parsed, dict):
+            raise Refusal(
+                RefusalKind.INVALID,
+                "NOT_JSON",
+                "report.statement is not a JSON object",
+                "send the statement as is",
             )
 
     def check_enrolment(self, client: str, enrolment: Enrolment) -> None:
@@ -184,3 +202,7 @@ class Admission:
 
 def _differs(reason: str, message: str, remedy: str) -> Refusal:
     return Refusal(RefusalKind.PRECONDITION, reason, message, remedy)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")

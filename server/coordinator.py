@@ -13,10 +13,8 @@ from dataclasses import replace
 from typing import Literal
 
 from fedmosaic.privacy.encryption.aggregators import create_aggregator
-from fedmosaic.protos import bounds
 from fedmosaic.protos.messages import (
     Aggregate,
-    AggregateSection,
     Enrolled,
     Enrolment,
     KeyMessage,
@@ -31,9 +29,10 @@ from fedmosaic.protos.refusal import Refusal, RefusalKind
 from fedmosaic.server import rounds
 from fedmosaic.server.admission import Admission
 from fedmosaic.server.blobs import Blobs
-from fedmosaic.server.closing import ClosedRound, close_round, read_sections
-from fedmosaic.server.key_relay import KeyRelay
-from fedmosaic.server.run import NO_BYTES, Download, Ticket, open_run, resume_round
+from fedmosaic.server.closing import ClosedRound, close_round
+from fedmosaic.server.downloads import Download, open_stored
+from fedmosaic.server.key_relay import KeyRelay, check_key_epoch
+from fedmosaic.server.run import Ticket, open_run, resume_round
 from fedmosaic.server.settings import ServerSettings
 from fedmosaic.server.store import Store, default_url
 from fedmosaic.server.summary import summarise, write_summary
@@ -129,7 +128,7 @@ class Coordinator:
             if answer is not ReceiptStatus.ACCEPTED:
                 return self._receipt(client_id, header, answer, content_hash)
             if header.sections:
-                self._check_key_epoch(header)
+                check_key_epoch(self._keys, header)
             spool = self._blobs.spool(client_id, content_hash)
         received = min(spool.stat().st_size, header.size) if spool.exists() else 0
         return Ticket(spool, received, header.size, content_hash)
@@ -157,7 +156,7 @@ class Coordinator:
             state, answer = self._judge(client_id, header, ticket.content_hash)
             if answer is ReceiptStatus.ACCEPTED:
                 if header.sections:
-                    self._check_key_epoch(header)
+                    check_key_epoch(self._keys, header)
                     self._blobs.adopt(ticket.spool, header.round, client_id)
                 size = header.size if received_bytes is None else received_bytes
                 self._store.add_upload(client_id, header, ticket.content_hash, time.time(), size)
@@ -191,23 +190,6 @@ class Coordinator:
         if not isinstance(decision, rounds.Answer):
             raise AssertionError(f"a push was decided as {decision}")
         return state, decision.status
-
-    def _check_key_epoch(self, header: UploadHeader) -> None:
-        if header.key_epoch != self._epoch:
-            raise Refusal(
-                RefusalKind.PRECONDITION,
-                "KEY_EPOCH_REPLACED",
-                f"the upload is encrypted under key epoch {header.key_epoch}, round {header.round} uses "
-                f"{self._epoch}",
-                "enrol again, take part in the agreement of the present epoch, and encrypt anew",
-            )
-        if self._keys is not None and not self._keys.ready:
-            raise Refusal(
-                RefusalKind.PRECONDITION,
-                "KEY_NOT_AGREED",
-                f"key epoch {self._epoch} is not confirmed by all its members yet",
-                "finish the key agreement before encrypting",
-            )
 
     def _receipt(
         self, client: str, header: UploadHeader, status: ReceiptStatus, content_hash: bytes
@@ -247,26 +229,7 @@ class Coordinator:
             state = self._round
             if state.number < round_number or state.phase is Phase.CLOSED:
                 return None
-            stored = self._store.aggregate(state.number, client_id)
-            epoch = self._epoch
-            if stored is None:
-                return Download(Aggregate(state.number, self._nothing(client_id), 0, epoch), (), NO_BYTES)
-            sections, sizes = read_sections(stored)
-            # Opened inside the lock: the files of a round are removed when the next one opens.
-            payloads = tuple(
-                self._blobs.read("aggregates", state.number, f"{client_id}.{section.name}")
-                if size
-                else memoryview(b"")
-                for section, size in zip(sections, sizes, strict=True)
-            )
-        aggregate = Aggregate(state.number, tuple(sections), stored.key_epoch, epoch)
-        return Download(aggregate, payloads, stored.sha256)
-
-    def _nothing(self, client: str) -> tuple[AggregateSection, ...]:
-        if self._round.number == 1:
-            return ()
-        why = f"{client} had not enrolled when round {self._round.number - 1} was closed"
-        return tuple(AggregateSection(name, None, b"", why) for name in self.settings.dimensions(client))
+            return open_stored(self.settings, self._store, self._blobs, client_id, state.number, self._epoch)
 
     def pull(self, client_id: str, round_number: int) -> Aggregate | None:
         """The aggregate with its payloads in memory; see `open_download`."""
@@ -362,19 +325,7 @@ class Coordinator:
 
     def report(self, client_id: str, statement: bytes) -> None:
         """Store a client's privacy statement, a JSON object."""
-        self._admission.check_member(client_id)
-        bounds.check_bytes("report.statement", statement, 2, bounds.MAX_STATEMENT_BYTES)
-        try:
-            parsed = json.loads(statement, parse_constant=_no_constant)
-        except (ValueError, RecursionError):
-            parsed = None
-        if not isinstance(parsed, dict):
-            raise Refusal(
-                RefusalKind.INVALID,
-                "NOT_JSON",
-                "report.statement is not a JSON object",
-                "send the statement as is",
-            )
+        self._admission.check_statement(client_id, statement)
         with self._lock:
             self._store.add_report(client_id, statement, time.time())
         self._write_summary()
@@ -425,7 +376,3 @@ class Coordinator:
         self._write_summary()
         self._store.close()
         self._blobs.close()
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")

@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Collection
 
-from fedmosaic.protos.messages import KeyMessage
+from fedmosaic.protos.messages import KeyMessage, UploadHeader
 from fedmosaic.protos.refusal import Refusal, RefusalKind
 from fedmosaic.server import key_board
 from fedmosaic.server.key_board import Answer, BoardPhase
@@ -169,3 +169,30 @@ class KeyRelay:
     @staticmethod
     def _record(board: key_board.KeyBoard) -> dict[str, str]:
         return {_KEY: json.dumps(key_board.to_record(board))}
+
+
+def check_key_epoch(keys: KeyRelay | None, header: UploadHeader) -> None:
+    """Refuse an upload that is not under the present key epoch, or under one that is not agreed yet.
+
+    Args:
+        keys: of the run; None where nothing is encrypted, and the epoch is 0.
+        header: of an upload with sections.
+
+    Raises:
+        Refusal: with what the client has to do first.
+    """
+    epoch = 0 if keys is None else keys.epoch
+    if header.key_epoch != epoch:
+        raise Refusal(
+            RefusalKind.PRECONDITION,
+            "KEY_EPOCH_REPLACED",
+            f"the upload is encrypted under key epoch {header.key_epoch}, round {header.round} uses {epoch}",
+            "enrol again, take part in the agreement of the present epoch, and encrypt anew",
+        )
+    if keys is not None and not keys.ready:
+        raise Refusal(
+            RefusalKind.PRECONDITION,
+            "KEY_NOT_AGREED",
+            f"key epoch {epoch} is not confirmed by all its members yet",
+            "finish the key agreement before encrypting",
+        )

@@ -1,6 +1,5 @@
-"""Begin a run or go on with a stored one; and what the coordinator hands to a transport."""
+"""Begin a run or go on with a stored one; and where an upload is sent to."""
 
-import hashlib
 import json
 import logging
 import time
@@ -9,15 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedmosaic.protos.errors import StateError
-from fedmosaic.protos.messages import Aggregate, Phase
+from fedmosaic.protos.messages import Phase
 from fedmosaic.server import rounds
 from fedmosaic.server.key_relay import KeyRelay
 from fedmosaic.server.settings import ServerSettings
 from fedmosaic.server.store import Store
 
 log = logging.getLogger(__name__)
-NO_BYTES = hashlib.sha256().digest()
-"""SHA-256 of nothing."""
 
 
 @dataclass(frozen=True)
@@ -35,21 +32,6 @@ class Ticket:
     received: int
     size: int
     content_hash: bytes
-
-
-@dataclass(frozen=True)
-class Download:
-    """An aggregate with its payloads as views of files.
-
-    Attributes:
-        aggregate: without payloads.
-        payloads: one per section, in order; empty where refused.
-        sha256: of all payloads, laid end to end.
-    """
-
-    aggregate: Aggregate
-    payloads: tuple[memoryview, ...]
-    sha256: bytes
 
 
 def open_run(settings: ServerSettings, store: Store) -> str:

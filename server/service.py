@@ -20,8 +20,9 @@ from fedmosaic.protos.refusal import Refusal, RefusalKind, to_status
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
 from fedmosaic.server.coordinator import Coordinator
+from fedmosaic.server.downloads import Download
 from fedmosaic.server.peers import identify
-from fedmosaic.server.run import Download, Ticket
+from fedmosaic.server.run import Ticket
 from fedmosaic.server.waiting import Changes
 
 log = logging.getLogger(__name__)
