@@ -23,7 +23,9 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "probe": ("fedmosaic.experiments.probe", "Fit the public map of the task profile on public data."),
     "server": ("fedmosaic.server.__main__", "Start the server of a federation."),
     "client": ("fedmosaic.client.__main__", "Take part in a federation as one client."),
-    "run": ("fedmosaic.experiments.runner", "Run a scenario file with real processes on this machine."),
+    "run": ("fedmosaic.experiments.runner", "Run a scenario file on this machine, with any method."),
+    "tasks": ("fedmosaic.experiments.tasks.__main__", "Write the data sets of scenarios."),
+    "methods": ("fedmosaic.experiments.methods", "List the methods that a scenario can be run with."),
     "report": (
         "fedmosaic.experiments.report",
         "Read a run: accuracy, relevance, privacy, bytes sent.",

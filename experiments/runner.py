@@ -1,21 +1,27 @@
-"""`fedmosaic run SCENARIO.toml`: a federation of real processes on this machine.
+"""`fedmosaic run SCENARIO.toml`: a federation on this machine, in one process or as real processes.
 
-The runner plays the consortium and then only watches: it makes the identities, starts one server and
-the clients, which speak gRPC over mutual TLS on loopback, and follows their progress files.
+With processes, the runner plays the consortium and then only watches: it makes the identities, starts
+one server and the clients, which speak gRPC over mutual TLS on loopback, and follows their progress files.
 """
 
 import datetime as dt
 import json
 import sys
 import time
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from transformers.utils.logging import disable_progress_bar
 
+from fedmosaic.client.state import write_atomically
+from fedmosaic.experiments.founding import fit_profile, found_federation
+from fedmosaic.experiments.methods import simulate_method
 from fedmosaic.experiments.processes import (
     ManagedProcess,
     ProgressFollower,
@@ -26,34 +32,138 @@ from fedmosaic.experiments.processes import (
 )
 from fedmosaic.experiments.report import read_run, show
 from fedmosaic.experiments.scenario import Scenario, ScenarioClient
-from fedmosaic.privacy import federation
-from fedmosaic.privacy.configuration import read_configuration
-from fedmosaic.privacy.mechanism import ProfileMechanism
-from fedmosaic.privacy.roster import Terms
+from fedmosaic.privacy.configuration import read_configuration, validate
+from fedmosaic.protos.errors import ConfigurationError
 
+_SCENARIO, _RUN = "scenario.json", "run.json"
 _SERVER_START_SECONDS = 20.0
 _POLL_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Run a scenario: one server process, one process per client, real models and data."""
+    """Run a scenario, in this process or as one server process and one process per client."""
 
     scenario: tyro.conf.Positional[Path]
-    """The scenario file (TOML)."""
+    """The scenario file (TOML), or the directory of a run to go on with where it stopped."""
     output_dir: Path = Path("runs")
     """Where the run's directory is made."""
+    processes: bool = False
+    """Real processes that speak gRPC over mutual TLS, in place of one process."""
+    method: str | None = None
+    """Run this method in place of the scenario's; `fedmosaic methods` lists them."""
+    seed: int | None = None
+    """Use this seed in place of the scenario's."""
+    rounds: int | None = None
+    """Run so many rounds in place of the scenario's."""
+    set: tuple[str, ...] = ()
+    """Other changes, such as `relevance.temperature=0.2`; they are also the run's name in tables."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run `fedmosaic run` with its arguments."""
     parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic run", description=__doc__)
-    scenario = read_configuration(parsed.scenario, Scenario)
     console = Console()
-    directory = run(scenario, parsed.scenario.parent, parsed.output_dir, console)
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    if parsed.scenario.is_dir():
+        if (parsed.method, parsed.seed, parsed.rounds, parsed.processes, parsed.set) != (
+            None,
+            None,
+            None,
+            False,
+            (),
+        ):
+            raise ConfigurationError(
+                f"{parsed.scenario} is a run to go on with; its method, seed and rounds are in it already"
+            )
+        directory = resume(parsed.scenario, console)
+    else:
+        scenario = read_configuration(parsed.scenario, Scenario)
+        scenario = _changed(scenario, parsed).resolved(parsed.scenario.parent.resolve())
+        start = run if parsed.processes else run_here
+        directory = start(scenario, parsed.scenario.parent, parsed.output_dir, console)
     show(read_run(directory), console)
     console.print(f"everything is in {directory}; read it again with: fedmosaic report {directory}")
     return 0
+
+
+def _changed(scenario: Scenario, arguments: Arguments) -> Scenario:
+    changes: dict[str, object] = {}
+    if arguments.method is not None:
+        changes["method"] = arguments.method
+    if arguments.seed is not None:
+        changes["seed"] = arguments.seed
+    content = {**scenario.model_dump(mode="json"), **changes}
+    if arguments.rounds is not None:
+        content["schedule"]["rounds"] = arguments.rounds
+    for change in arguments.set:
+        _set(content, change)
+    if arguments.set:
+        content["variant"] = " ".join(arguments.set)
+    return validate(content, Scenario, "the command line")
+
+
+def _set(content: dict[str, Any], change: str) -> None:
+    key, equals, value = change.partition("=")
+    *path, last = key.strip().split(".")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    table: Any = content
+    for name in path:
+        table = table.get(name) if isinstance(table, dict) else None
+    if not equals or not isinstance(table, dict):
+        raise ConfigurationError(
+            f"--set {change!r}: write key=value with a key of the scenario, such as seed=1"
+        )
+    table[last] = parsed
+
+
+def run_here(scenario: Scenario, base: Path, output_dir: Path, console: Console) -> Path:
+    """Run a scenario in this process; arguments and result as of `run`."""
+    directory = _make_directory(scenario.resolved(base.resolve()), output_dir)
+    return resume(directory, console)
+
+
+def resume(directory: Path, console: Console) -> Path:
+    """Go on with a run in one process, or begin it; a finished run is only read.
+
+    Args:
+        directory: with the run's `scenario.json`.
+        console: where progress is shown.
+
+    Raises:
+        ConfigurationError: there is no run, or it runs as processes.
+    """
+    directory = directory.resolve()
+    record = directory / _RUN
+    began = json.loads(record.read_text()) if record.exists() else {}
+    if began.get("processes", True):
+        raise ConfigurationError(
+            f"{directory} is no run of one process; a run as processes goes on when its server and clients "
+            "are started again, each on its own kit"
+        )
+    scenario = read_configuration(directory / _SCENARIO, Scenario)
+    started = time.monotonic()
+    simulate_method(scenario, directory, console)
+    seconds = began.get("seconds", 0.0) + time.monotonic() - started
+    write_atomically(record, json.dumps({**began, "seconds": seconds}).encode())
+    return directory
+
+
+def _make_directory(scenario: Scenario, output_dir: Path, *, processes: bool = False) -> Path:
+    stamp = dt.datetime.now(dt.UTC).strftime("%Y%m%d-%H%M%S")
+    for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
+        directory = (output_dir / f"{scenario.name}-{stamp}{suffix}").resolve()
+        try:
+            directory.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        (directory / _SCENARIO).write_text(scenario.model_dump_json(indent=2) + "\n")
+        (directory / _RUN).write_text(json.dumps({"started": stamp, "processes": processes}) + "\n")
+        return directory
+    raise ConfigurationError(f"{output_dir} holds a thousand runs of this second; give another output_dir")
 
 
 def run(scenario: Scenario, base: Path, output_dir: Path, console: Console) -> Path:
@@ -72,13 +182,12 @@ def run(scenario: Scenario, base: Path, output_dir: Path, console: Console) -> P
         RunFailedError: a process failed; the message names it and shows the end of its log.
     """
     started = time.monotonic()
-    stamp = dt.datetime.now(dt.UTC).strftime("%Y%m%d-%H%M%S")
-    directory = (output_dir / f"{scenario.name}-{stamp}").resolve()
-    directory.mkdir(parents=True)
-    (directory / "scenario.json").write_text(scenario.model_dump_json(indent=2) + "\n")
-    profile = _fit_profile(scenario, base, directory, console)
+    scenario = scenario.resolved(base.resolve())
+    check_as_processes(scenario)
+    directory = _make_directory(scenario, output_dir, processes=True)
+    profile = fit_profile(scenario, directory, console, own_process=True)
     port = free_port()
-    _found_federation(scenario, profile, directory, port)
+    found_federation(scenario, profile, directory, port)
     console.print(
         f"[bold]{scenario.name}[/]: identities, certificates and roster are in {directory}/federation"
     )
@@ -88,7 +197,7 @@ def run(scenario: Scenario, base: Path, output_dir: Path, console: Console) -> P
         python_module("fedmosaic.server", "--kit", str(directory / "federation" / "server")),
         directory / "server.log",
     )
-    clients = [_client_process(scenario, client, base, directory, port) for client in scenario.clients]
+    clients = [_client_process(scenario, client, directory, port) for client in scenario.clients]
     try:
         server.start({})
         wait_for_port(port, server, _SERVER_START_SECONDS)
@@ -100,61 +209,40 @@ def run(scenario: Scenario, base: Path, output_dir: Path, console: Console) -> P
             if hasattr(process, "process"):
                 process.stop()
     seconds = time.monotonic() - started
-    (directory / "run.json").write_text(json.dumps({"seconds": seconds, "finished": stamp}) + "\n")
+    began = json.loads((directory / _RUN).read_text())
+    write_atomically(directory / _RUN, json.dumps({**began, "seconds": seconds}).encode())
     return directory
 
 
-def _fit_profile(scenario: Scenario, base: Path, directory: Path, console: Console) -> ProfileMechanism:
-    """Fit the public basis in a process of its own, so that its model's memory is given back."""
-    fitted = directory / "profile"
-    console.print("fitting the public basis of the task profile on public data")
-    command = python_module(
-        "fedmosaic.experiments.probe",
-        "--probe", scenario.probe.path,
-        "--dtype", scenario.probe.dtype,
-        *(["--keep-layers", str(scenario.probe.keep_layers)] if scenario.probe.keep_layers else []),
-        "--public", str(base / scenario.profile.public_data),
-        "--kind", scenario.profile.kind,
-        "--side", str(scenario.profile.side),
-        "--noise-multiplier", str(scenario.profile.noise_multiplier),
-        "--max-length", str(scenario.profile.max_length),
-        "--out", str(fitted),
-    )  # fmt: skip
-    process = ManagedProcess("probe", command, directory / "probe.log")
-    process.start({})
-    process.process.wait()
-    if process.process.returncode:
-        raise RunFailedError(
-            f"fitting the public basis failed; {process.log} ends with:\n{process.last_lines()}"
-        )
-    return ProfileMechanism.model_validate_json((fitted / "profile.json").read_text())
+def check_as_processes(scenario: Scenario) -> None:
+    """Refuse what only one process can do.
 
-
-def _found_federation(scenario: Scenario, profile: ProfileMechanism, directory: Path, port: int) -> None:
-    config = federation.FederationConfig(
-        federation=scenario.name,
-        members=tuple(federation.MemberEntry(id=c.id, family=c.family) for c in scenario.clients),
-        server=federation.ServerEntry(port=port),
-        terms=Terms(
-            adapter=scenario.adapter,
-            adapter_privacy=scenario.adapter_privacy,
-            profile=profile,
-            policy=scenario.policy,
-            relevance=scenario.relevance,
-            schedule=scenario.schedule,
-            encryption=scenario.encryption,
-            allow_plaintext=scenario.allow_plaintext,
+    Raises:
+        ConfigurationError: naming what that is.
+    """
+    reasons = {
+        f"method {scenario.method!r}": scenario.method != "fedmosaic",
+        f"stream {scenario.stream!r}": scenario.stream != "all",
+        "a fixed gate": scenario.fixed_gate is not None,
+        "family_sharing (give adapter.family_dimensions)": scenario.family_sharing,
+        "several tasks for one client": any(len(client.task_list) > 1 for client in scenario.clients),
+        "test noise": scenario.unsafe_test_noise_seed is not None,
+        "a metric other than accuracy": any(
+            task.metric != "accuracy" for client in scenario.clients for task in client.task_list
         ),
-    )
-    basis = directory / "profile" / federation.BASIS
-    federation.create(config, directory / "federation", basis if basis.exists() else None)
+        f"seed {scenario.seed}": scenario.seed != 0,
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
+        raise ConfigurationError(
+            f"scenario {scenario.name} has {', '.join(found)}, which client processes do not know; run it in "
+            "one process, without --processes"
+        )
 
 
-def _client_process(
-    scenario: Scenario, client: ScenarioClient, base: Path, directory: Path, port: int
-) -> ManagedProcess:
+def _client_process(scenario: Scenario, client: ScenarioClient, directory: Path, port: int) -> ManagedProcess:
     place = directory / "federation" / "clients" / client.id
-    others = {c.task: str((base / c.test).resolve()) for c in scenario.clients if c.task != client.task}
+    others = {c.task: str(c.test) for c in scenario.clients if c.task != client.task}
     settings = {
         "kit": str(place),
         "server": f"localhost:{port}",
@@ -162,8 +250,8 @@ def _client_process(
         "model": client.model.model_dump(exclude_none=True),
         "probe": scenario.probe.model_dump(exclude_none=True),
         "data": {
-            "train": str((base / client.train).resolve()),
-            "test": str((base / client.test).resolve()),
+            "train": str(client.train),
+            "test": str(client.test),
             "others": others,
             "evaluation_examples": scenario.evaluation_examples,
             "others_examples": scenario.others_examples,

@@ -1,11 +1,11 @@
 """A scenario: who is in a federation, with which model, data and privacy.
 
-Paths in a scenario file are relative to the file. A path that begins with `asset:` names something
-that `fedmosaic.experiments.assets` provides.
+Paths in a scenario file are relative to the file; `$NAME` in them is taken from the environment.
 """
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -21,6 +21,7 @@ from fedmosaic.privacy.roster import (
     RelevanceTerms,
     ScheduleTerms,
 )
+from fedmosaic.protos.errors import ConfigurationError
 
 
 class ScenarioProfile(Frozen):
@@ -33,15 +34,52 @@ class ScenarioProfile(Frozen):
     max_length: int = Field(default=96, ge=8)
 
 
-class ScenarioClient(Frozen):
-    """One client: its model and its own task."""
+class ScenarioTask(Frozen):
+    """One task of a client, in the form of `fedmosaic.client.examples.read_examples`."""
 
-    id: MemberId
-    task: str
-    model: ModelSettings
+    name: str = Field(min_length=1)
     train: Path
     test: Path
+    metric: Literal["accuracy", "f1"] = "accuracy"
+    """`accuracy` picks the most likely choice; `f1` lets the model write and compares words."""
+
+
+class ScenarioClient(Frozen):
+    """One client: its model and its own tasks, either one (`task`, `train`, `test`) or several in order."""
+
+    id: MemberId
+    task: str = ""
+    train: Path | None = None
+    test: Path | None = None
+    tasks: tuple[ScenarioTask, ...] = ()
+    model: ModelSettings
     family: str = ""
+    rank: int | None = Field(default=None, ge=1, le=1024)
+    """Rank of this client's LoRA, for the methods whose ranks may differ; adapter.rank by default."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "ScenarioClient":
+        single = (bool(self.task), self.train is not None, self.test is not None)
+        if self.tasks and any(single):
+            raise ValueError(f"client {self.id} names both tasks and a single task; choose one form")
+        if not self.tasks and not all(single):
+            raise ValueError(f"client {self.id} needs task, train and test, or a list of tasks")
+        names = [task.name for task in self.task_list]
+        if len(set(names)) != len(names):
+            raise ValueError(f"client {self.id} names a task twice: {names}")
+        return self
+
+    @property
+    def task_list(self) -> tuple[ScenarioTask, ...]:
+        """The client's tasks in order."""
+        if self.train is None or self.test is None:
+            return self.tasks
+        return (ScenarioTask(name=self.task, train=self.train, test=self.test),)
+
+    @property
+    def domain(self) -> str:
+        """The client's tasks in one word or several."""
+        return self.task or ", ".join(task.name for task in self.tasks)
 
 
 class Scenario(Frozen):
@@ -61,9 +99,27 @@ class Scenario(Frozen):
     training: TrainingSettings = TrainingSettings()
     clients: tuple[ScenarioClient, ...] = Field(min_length=1)
     evaluation_examples: int = Field(default=0, ge=0)
-    """At most this many examples of a client's own test set; 0 takes all."""
+    """At most this many examples of each of a client's own test sets; 0 takes all."""
     others_examples: int = Field(default=0, ge=0)
-    """The same for every other task's test set."""
+    """The same for every other client's test sets."""
+    evaluate_every: int = Field(default=0, ge=0)
+    """Score after every so many rounds and after the last; 0 scores after the last only."""
+    stream: Literal["all", "static", "dynamic"] = "all"
+    """When a client's examples arrive: all at the start, mixed in equal parts per round, or task by task."""
+    method: str = "fedmosaic"
+    """See `fedmosaic methods`; all but `fedmosaic` and its ablations are baselines without privacy."""
+    family_sharing: bool = False
+    """Clients of one family also share the LoRA of their other layers."""
+    fixed_gate: float | None = Field(default=None, ge=0.0, le=1.0)
+    """Weight of the received branch, in place of the learnt gate."""
+    discard_received: bool = False
+    """Go on as if the policy had refused every aggregate: what the same adapter does without the others."""
+    variant: str = ""
+    """Words for the tables that tell this run from others of the same method."""
+    seed: int = Field(default=0, ge=0, le=2**31)
+    """Of the order of the examples, the streams and the adapters' start. The noise is never seeded by it."""
+    unsafe_test_noise_seed: int | None = None
+    """Makes the noise predictable, for reruns bit by bit; the statement then says that no guarantee holds."""
 
     @model_validator(mode="after")
     def _distinct_clients(self) -> "Scenario":
@@ -71,3 +127,68 @@ class Scenario(Frozen):
         if len(set(ids)) != len(ids):
             raise ValueError(f"client ids must differ, got {ids}")
         return self
+
+    @model_validator(mode="after")
+    def _streams_are_not_private(self) -> "Scenario":
+        if self.stream != "all" and self.adapter.private:
+            raise ValueError(
+                f"stream {self.stream!r} with adapter.protection {self.adapter.protection!r}: the noise is "
+                "planned for one set of examples; choose stream 'all', or protection 'none' or 'encrypted'"
+            )
+        return self
+
+    def rounds_to_score(self) -> tuple[int, ...]:
+        """Rounds after which every client is scored, the last one among them."""
+        rounds = self.schedule.rounds
+        every = self.evaluate_every or rounds
+        return tuple(sorted({*range(every, rounds + 1, every), rounds}))
+
+    def resolved(self, base: Path) -> "Scenario":
+        """The same scenario with absolute paths.
+
+        Args:
+            base: directory of the scenario file. A model path that is no folder there stays as it is: it
+                may be the id of a model on a hub.
+
+        Raises:
+            ConfigurationError: a path needs an environment variable that is not set.
+        """
+        clients = tuple(
+            client.model_copy(
+                update={
+                    "train": client.train and _located(base, client.train),
+                    "test": client.test and _located(base, client.test),
+                    "model": _model(base, client.model),
+                    "tasks": tuple(
+                        task.model_copy(
+                            update={"train": _located(base, task.train), "test": _located(base, task.test)}
+                        )
+                        for task in client.tasks
+                    ),
+                }
+            )
+            for client in self.clients
+        )
+        public = _located(base, self.profile.public_data)
+        return self.model_copy(
+            update={
+                "clients": clients,
+                "probe": _model(base, self.probe),
+                "profile": self.profile.model_copy(update={"public_data": public}),
+            }
+        )
+
+
+def _located(base: Path, path: Path) -> Path:
+    text = os.path.expandvars(str(path))
+    if "$" in text:
+        raise ConfigurationError(f"{path}: set the environment variable that this path begins with")
+    return (base / text).resolve()
+
+
+def _model(base: Path, settings: ModelSettings) -> ModelSettings:
+    text = os.path.expandvars(settings.path)
+    if "$" in text:
+        raise ConfigurationError(f"{settings.path}: set the environment variable that this path begins with")
+    folder = base / text
+    return settings.model_copy(update={"path": str(folder.resolve()) if folder.is_dir() else text})

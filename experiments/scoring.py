@@ -108,7 +108,7 @@ def written_answers(
             # Left padding, so that every answer begins right after its prompt.
             ids = torch.tensor([[pad] * (longest - len(p)) + p for p in batch], device=device)
             mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch], device=device)
-            out = model.generate(
+            out = model.generate(  # type: ignore[no-untyped-call]  # PEFT leaves it untyped
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=max_new_tokens,

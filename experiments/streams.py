@@ -99,7 +99,8 @@ class Replay:
             ConfigurationError: nothing has arrived by then.
         """
         counts = np.zeros(sum(self.arriving))
-        present, drawn = 0, []
+        present = 0
+        drawn: list[int] = []
         for number in range(1, round_number + 1):
             drawn = []
             pace = self._pace(self.arriving[number - 1])
@@ -127,6 +128,36 @@ class Replay:
         chosen = order[: self.batch_size].tolist()
         counts[chosen] += 1.0
         return [chosen[i % len(chosen)] for i in range(self.batch_size)]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One client's stream: what arrives in a round, and what it trains on.
+
+    Attributes:
+        slices: examples that arrive, by round from 1 on.
+        replay: draws from what has arrived.
+    """
+
+    slices: tuple[tuple[Example, ...], ...]
+    replay: Replay
+
+    def arriving(self, round_number: int) -> tuple[Example, ...]:
+        """Examples that arrive in a round."""
+        return self.slices[round_number - 1]
+
+    def training(self, round_number: int) -> list[Example]:
+        """Examples of a round's batches, end to end."""
+        arrived = [example for part in self.slices[:round_number] for example in part]
+        return [arrived[index] for index in self.replay.drawn(round_number)]
+
+
+def make_stream(
+    tasks: Sequence[Sequence[Example]], rounds: int, order: Order, batches: int, batch_size: int, seed: int
+) -> Stream:
+    """A client's stream; see `arrivals` and `Replay` for the arguments and errors."""
+    slices = arrivals(tasks, rounds, order, seed)
+    return Stream(slices, Replay(tuple(map(len, slices)), batches, batch_size, seed))
 
 
 class InOrder(EpochSampler):

@@ -1,0 +1,128 @@
+"""The methods that a scenario can be run with: FedMosaic, its ablations, and what it is compared with."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+from rich.table import Table
+
+from fedmosaic.experiments.methods.loop import run_baseline
+from fedmosaic.experiments.methods.server_side import FlexLora, HetLora, PerAda
+from fedmosaic.experiments.methods.strategies import (
+    Ditto,
+    FedAvg,
+    FedDat,
+    FedDpa,
+    FedSim,
+    LocalOnly,
+    Strategy,
+)
+from fedmosaic.experiments.scenario import Scenario
+from fedmosaic.experiments.simulation import simulate
+from fedmosaic.privacy.configuration import validate
+from fedmosaic.protos.errors import ConfigurationError
+
+UNIFORM_TEMPERATURE: Final = 1e9
+"""A softmax over similarities in [-1, 1] at this temperature is uniform to nine digits."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """FedMosaic with something changed.
+
+    Attributes:
+        description: what is changed.
+        changes: to the scenario, as nested tables.
+    """
+
+    description: str
+    changes: Mapping[str, object]
+
+
+VARIANTS: Final[dict[str, Variant]] = {
+    "fedmosaic": Variant("Co-LoRA and relevance weights, as the scenario says", {}),
+    "fedmosaic-uniform": Variant(
+        "without relevance: every other client has the same weight",
+        {"relevance": {"temperature": UNIFORM_TEMPERATURE}},
+    ),
+    "fedmosaic-fixed-gate": Variant("the received branch always has weight 1/2", {"fixed_gate": 0.5}),
+    "fedmosaic-family": Variant(
+        "clients of one architecture also share LoRA of other layers", {"family_sharing": True}
+    ),
+    "fedmosaic-cosine": Variant(
+        "the paper's cosine of noisy profiles, not corrected", {"relevance": {"similarity": "cosine"}}
+    ),
+    "fedmosaic-alone": Variant(
+        "the same adapter and training, but what is received is not used", {"discard_received": True}
+    ),
+}
+
+BASELINES: Final[dict[str, tuple[str, Callable[[], Strategy]]]] = {
+    "local": ("LoRA, every client alone", LocalOnly),
+    "fedavg": ("FedIT: LoRA averaged within an architecture", FedAvg),
+    "ditto": ("a shared adapter, and a personal one near it", Ditto),
+    "feddpa": ("a shared adapter, then a personal one beside it", FedDpa),
+    "fedsim": ("shared and personal adapter trained on their summed logits", FedSim),
+    "feddat": ("shared and personal adapter teach each other", FedDat),
+    "perada": ("Ditto, and the server distils clients' logits on public data", PerAda),
+    "hetlora": ("ranks differ: padded and weighted by norm", HetLora),
+    "flexlora": ("ranks differ: products averaged, cut by singular values", FlexLora),
+}
+
+
+def simulate_method(scenario: Scenario, directory: Path, console: Console) -> None:
+    """Run a scenario with the method it names, in this process; resumes what stands in the directory.
+
+    Args:
+        scenario: paths resolved.
+        directory: the run's directory.
+        console: where progress is shown.
+
+    Raises:
+        ConfigurationError: the method is not known, or not possible in this scenario.
+    """
+    if scenario.method in VARIANTS:
+        _refuse_ranks(scenario, scenario.method)
+        simulate(with_variant(scenario), directory, console)
+        return
+    if scenario.method not in BASELINES:
+        known = ", ".join((*VARIANTS, *BASELINES))
+        raise ConfigurationError(f"there is no method {scenario.method!r}; known: {known}")
+    strategy = BASELINES[scenario.method][1]()
+    if strategy.shares and not isinstance(strategy, HetLora | FlexLora):
+        _refuse_ranks(scenario, scenario.method)
+    run_baseline(strategy, scenario, directory, console)
+
+
+def with_variant(scenario: Scenario) -> Scenario:
+    """The scenario with the changes of the variant that it names."""
+    content = scenario.model_dump(mode="json")
+    for key, change in VARIANTS[scenario.method].changes.items():
+        content[key] = {**content[key], **change} if isinstance(change, dict) else change
+    return validate(content, Scenario, f"scenario {scenario.name} as {scenario.method}")
+
+
+def _refuse_ranks(scenario: Scenario, method: str) -> None:
+    named = [client.id for client in scenario.clients if client.rank]
+    if named:
+        raise ConfigurationError(
+            f"client {named[0]} names a rank of its own, which {method} cannot share; use hetlora or "
+            "flexlora, or leave it out"
+        )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `fedmosaic methods`: list them."""
+    if arguments and arguments[0] not in ("-h", "--help"):
+        raise ConfigurationError(f"`fedmosaic methods` takes no arguments, got {arguments[0]!r}")
+    table = Table(title="Methods for `fedmosaic run --method NAME`")
+    for column in ("name", "what it is", "runs with"):
+        table.add_column(column)
+    for name, variant in VARIANTS.items():
+        table.add_row(name, variant.description, "sessions, server, privacy")
+    for name, (description, _) in BASELINES.items():
+        table.add_row(name, description, "no privacy")
+    Console().print(table)
+    return 0

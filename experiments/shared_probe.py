@@ -1,0 +1,46 @@
+"""The probe of the task profile for many clients of one process: loaded once, used by one at a time."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fedmosaic.client.examples import Example, encode_examples
+from fedmosaic.client.models import load_base_model
+from fedmosaic.client.probe import open_probe
+from fedmosaic.client.profile import release_profile
+from fedmosaic.client.releases import MakeRelease, Randomness
+from fedmosaic.client.settings import ModelSettings
+from fedmosaic.experiments.hosts import COMPUTE
+from fedmosaic.privacy.mechanism import Float32Array, ProfileMechanism
+from fedmosaic.privacy.projection import PublicBasis, PublicMap
+
+
+class SharedProbe:
+    """Makes releases of anybody's task profile; see `fedmosaic.client.profile.release_profile`."""
+
+    def __init__(
+        self, settings: ModelSettings, mechanism: ProfileMechanism, basis: Path, max_length: int
+    ) -> None:
+        """Load the probe.
+
+        Args:
+            settings: where the probe comes from.
+            mechanism: of the roster.
+            basis: file of the public basis, if the mechanism names one.
+            max_length: tokens of an example that are read.
+        """
+        model, self._tokenizer = load_base_model(
+            settings.path, settings.dtype, gguf_file=settings.gguf_file, keep_layers=settings.keep_layers
+        )
+        self._probe = open_probe(model)
+        self._map = PublicMap(mechanism, PublicBasis.load(basis) if mechanism.basis_sha256 else None)
+        self._max_length = max_length
+
+    def of(self, examples: Sequence[Example], randomness: Randomness) -> MakeRelease:
+        """The maker of releases over these examples."""
+
+        def make(charge: Callable[[], None]) -> Float32Array:
+            with COMPUTE:
+                encoded = encode_examples(self._tokenizer, examples, self._max_length)
+                return release_profile(self._probe, encoded, self._map, randomness, charge)
+
+        return make

@@ -1,0 +1,166 @@
+"""The client's own classes where several clients share one process: streams, turns on the model, scores."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fedmosaic.client.examples import EncodedExample
+from fedmosaic.client.learner import ModelLearner
+from fedmosaic.client.progress import Progress
+from fedmosaic.client.releases import Randomness, Releases
+from fedmosaic.client.sampling import EpochSampler
+from fedmosaic.client.settings import ClientSettings
+from fedmosaic.experiments.hosts import ModelHost, Tenant
+from fedmosaic.experiments.streams import InOrder, Stream
+from fedmosaic.privacy.events import GaussianEvent
+from fedmosaic.privacy.roster import Terms
+from fedmosaic.protos.messages import Profile
+
+
+class StreamLearner(ModelLearner):
+    """A learner whose examples may arrive over the rounds."""
+
+    def __init__(
+        self,
+        settings: ClientSettings,
+        terms: Terms,
+        family: str,
+        progress: Progress,
+        host: ModelHost,
+        stream: Stream | None,
+    ) -> None:
+        """As `ModelLearner`, on the model of a host.
+
+        Args:
+            settings: model, data and training of this client.
+            terms: what the members agreed on.
+            family: architecture name.
+            progress: told of every step.
+            host: whose model to use.
+            stream: what arrives when, or None to have all examples from the start.
+        """
+        super().__init__(settings, terms, family, progress, loaded=(host.model, host.tokenizer))
+        self._stream = stream
+        self._by_id = {example.id: example for example in self._encoded}
+
+    def training_data(self, round_number: int) -> tuple[Sequence[EncodedExample], EpochSampler]:
+        """What the replay draws in this round, in its order."""
+        if self._stream is None:
+            return super().training_data(round_number)
+        drawn = [self._by_id[example.id] for example in self._stream.training(round_number)]
+        return drawn, InOrder(len(drawn), self._settings.training.seed, round_number)
+
+
+class TurnTakingLearner:
+    """Gives a learner the host's model for the length of every call; the session's side of it."""
+
+    def __init__(
+        self,
+        make: Callable[[], StreamLearner],
+        host: ModelHost,
+        scored: Callable[[int], None],
+        *,
+        discard: bool = False,
+    ) -> None:
+        """Make the learner.
+
+        Args:
+            make: builds it on the host's model.
+            host: of the model.
+            discard: do not use what is received, as if the policy had refused it.
+            scored: called after every round's training, while the model still holds this client's adapter.
+        """
+        self._host, self.tenant = host, Tenant()
+        self._discard, self._scored = discard, scored
+        with host.lent_to(self.tenant):
+            self.inner = make()
+            self._spec_hash, self._family = self.inner.adapter_spec_hash, self.inner.family
+
+    @property
+    def adapter_spec_hash(self) -> bytes:
+        """See `fedmosaic.client.session.Learner`."""
+        return self._spec_hash
+
+    @property
+    def family(self) -> str:
+        """See `fedmosaic.client.session.Learner`."""
+        return self._family
+
+    def load_global(self, section: str, vector: np.ndarray) -> None:
+        """See `fedmosaic.client.session.Learner`."""
+        if self._discard:
+            self.keep_own(section)
+            return
+        with self._host.lent_to(self.tenant):
+            self.inner.load_global(section, vector)
+
+    def keep_own(self, section: str) -> None:
+        """See `fedmosaic.client.session.Learner`."""
+        with self._host.lent_to(self.tenant):
+            self.inner.keep_own(section)
+
+    def train(self, round_number: int, releases: Releases) -> None:
+        """See `fedmosaic.client.session.Learner`; then score, if this round is to be scored."""
+        with self._host.lent_to(self.tenant):
+            self.inner.train(round_number, releases)
+            self._scored(round_number)
+
+    def sections(self) -> Mapping[str, np.ndarray]:
+        """See `fedmosaic.client.session.Learner`."""
+        with self._host.lent_to(self.tenant):
+            return self.inner.sections()
+
+    def save(self, directory: Path) -> None:
+        """See `fedmosaic.client.session.Learner`."""
+        with self._host.lent_to(self.tenant):
+            self.inner.save(directory)
+
+    def load(self, directory: Path) -> None:
+        """See `fedmosaic.client.session.Learner`."""
+        with self._host.lent_to(self.tenant):
+            self.inner.load(directory)
+
+
+class StreamReleases(Releases):
+    """Releases of a client whose examples arrive over the rounds: a data epoch of its own for each round.
+
+    A round's task profile is over the examples that arrive in it, and over no others. The slices share no
+    example, but the ledger is not shown that, so it composes the rounds one after the other: its ε is an
+    upper bound.
+    """
+
+    def __init__(self, of_round: Callable[[int], Releases], randomness: Randomness) -> None:
+        """Begin.
+
+        Args:
+            of_round: makes the releases of one round's data epoch.
+            randomness: as that of every round.
+        """
+        # The state of a data epoch, which the base class sets up, is that of the round's own releases.
+        self.receive_only = False
+        self.randomness = randomness
+        self._of_round = of_round
+        self._current: tuple[int, Releases] | None = None
+
+    def _round(self, round_number: int) -> Releases:
+        if self._current is None or self._current[0] != round_number:
+            self._current = (round_number, self._of_round(round_number))
+        return self._current[1]
+
+    def charge_adapter(self, round_number: int, event: GaussianEvent) -> None:
+        """See `Releases.charge_adapter`."""
+        self._round(round_number).charge_adapter(round_number, event)
+
+    def adapter(self, round_number: int, vectors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """See `Releases.adapter`."""
+        return self._round(round_number).adapter(round_number, vectors)
+
+    def profile(self, round_number: int) -> Profile | None:
+        """See `Releases.profile`."""
+        return self._round(round_number).profile(round_number)
+
+    def profile_acknowledged(self) -> None:
+        """See `Releases.profile_acknowledged`."""
+        if self._current is not None:
+            self._current[1].profile_acknowledged()

@@ -1,0 +1,105 @@
+"""A federation of tiny random models on a task of counted words, on disk, as scenarios name it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fedmosaic.experiments.scenario import Scenario
+
+_SPECIAL = ["<unk>", "</s>"]
+_WORDS = [f"w{i}" for i in range(40)] + ["yes", "no", "red", "blue"]
+
+
+def _save_model(folder: Path, layers: int, width: int) -> None:
+    words = Tokenizer(WordLevel({w: i for i, w in enumerate([*_SPECIAL, *_WORDS])}, unk_token=_SPECIAL[0]))
+    words.pre_tokenizer = Whitespace()  # type: ignore[assignment]  # a read-only property in the stubs only
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token=_SPECIAL[1], pad_token=_SPECIAL[1], unk_token=_SPECIAL[0]
+    )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=1,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(layers)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _write(path: Path, count: int, start: int, choices: tuple[str, str]) -> None:
+    generator = np.random.default_rng(start)
+    lines = []
+    for number in range(count):
+        drawn = generator.choice(40, size=5, replace=False)
+        answer = choices[int(drawn[0] % 2)]
+        prompt = " ".join(f"w{i}" for i in drawn)
+        record = {"id": f"{start}-{number}", "prompt": prompt, "answer": answer, "choices": list(choices)}
+        lines.append(json.dumps(record))
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two architectures, four clients' data and public data."""
+    folder = tmp_path_factory.mktemp("tiny")
+    _save_model(folder / "small", 2, 16)
+    _save_model(folder / "large", 3, 24)
+    for number in range(4):
+        choices = ("yes", "no") if number < 2 else ("red", "blue")
+        _write(folder / f"train-{number}.jsonl", 110, 10 + number, choices)
+        _write(folder / f"test-{number}.jsonl", 8, 50 + number, choices)
+    _write(folder / "public.jsonl", 40, 90, ("yes", "no"))
+    return folder
+
+
+@pytest.fixture
+def tiny_scenario(tiny_folder: Path) -> Any:
+    """Makes scenarios over `tiny_folder`; keyword arguments replace top-level keys."""
+
+    def make(**changes: Any) -> Scenario:
+        content: dict[str, Any] = {
+            "name": "tiny",
+            "probe": {"path": "small"},
+            "profile": {"public_data": "public.jsonl", "side": 2, "noise_multiplier": 1.0, "max_length": 16},
+            "adapter": {"rank": 2, "blocks": 2, "protection": "none"},
+            "encryption": {"backend": "plain"},
+            "allow_plaintext": True,
+            "policy": {"minimum_contributors": 2, "weight_cap": 0.6},
+            "schedule": {"rounds": 2, "quorum": 4},
+            "training": {
+                "steps": 3,
+                "per_device_train_batch_size": 4,
+                "max_length": 16,
+                "learning_rate": 0.01,
+                "shared_learning_rate": 0.01,
+            },
+            "clients": [
+                {
+                    "id": f"client-{n}",
+                    "task": f"task-{n}",
+                    "model": {"path": "small" if n % 2 else "large"},
+                    "family": "small" if n % 2 else "large",
+                    "train": f"train-{n}.jsonl",
+                    "test": f"test-{n}.jsonl",
+                }
+                for n in range(4)
+            ],
+        }
+        return Scenario.model_validate(content | changes).resolved(tiny_folder)
+
+    return make

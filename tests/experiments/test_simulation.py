@@ -1,0 +1,174 @@
+"""A scenario in one process: real sessions and server, resumable, and the same result for the same seed."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.numpy import load_file
+
+from fedmosaic.client.colora import read_shared
+from fedmosaic.experiments import runner, simulation
+from fedmosaic.experiments.hosts import ModelHost, Tenant
+from fedmosaic.experiments.participants import Board, read_evaluations
+from fedmosaic.experiments.processes import RunFailedError
+from fedmosaic.experiments.report import merged_statement, read_run, show
+from fedmosaic.experiments.run_progress import RunProgress
+from fedmosaic.experiments.simulated_client import StreamLearner
+from fedmosaic.privacy.ledger import read_ledger
+from fedmosaic.protos.errors import ConfigurationError
+
+
+def _console() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def _adapters(directory: Path) -> dict[str, np.ndarray]:
+    """The last adapter of every client, as saved."""
+    found = {}
+    for place in sorted((directory / "federation" / "clients").iterdir()):
+        (last,) = (place / "state" / "adapter").iterdir()
+        tensors = load_file(last / "adapter_model.safetensors")
+        found[place.name] = np.concatenate([tensors[name].reshape(-1) for name in sorted(tensors)])
+    return found
+
+
+def _state(directory: Path, client: str) -> Path:
+    return directory / "federation" / "clients" / client / "state"
+
+
+def test_a_run_in_one_process_leaves_what_the_report_reads(tmp_path: Path, tiny_scenario: Any) -> None:
+    console = _console()
+    directory = runner.run_here(tiny_scenario(evaluate_every=1), tmp_path, tmp_path, console)
+    record = read_run(directory)
+    assert set(record.clients) == {f"client-{n}" for n in range(4)}
+    for result in record.clients.values():
+        assert set(result) >= {"before", "after", "traffic", "seconds"}
+        assert len(result["after"]) == 4
+        assert result["traffic"]["adapter"]["sent"] > 0
+    statement = merged_statement(record)
+    assert statement is not None
+    assert statement.transport == "in_process"
+    assert len(record.server["results"]) == 2
+    assert sorted(read_evaluations(_state(directory, "client-0"))) == [0, 1, 2]
+    show(record, console)
+    assert "left" in console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+
+
+def test_the_same_seed_gives_the_same_adapters_and_another_seed_others(
+    tmp_path: Path, tiny_scenario: Any
+) -> None:
+    def run(seed: int) -> dict[str, np.ndarray]:
+        scenario = tiny_scenario(seed=seed, unsafe_test_noise_seed=5)
+        return _adapters(runner.run_here(scenario, tmp_path, tmp_path, _console()))
+
+    first, again, other = run(0), run(0), run(1)
+    for name, adapter in first.items():
+        np.testing.assert_array_equal(adapter, again[name])
+        assert not np.array_equal(adapter, other[name])
+
+
+def test_a_stopped_run_goes_on_to_the_same_result(
+    tmp_path: Path, tiny_scenario: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenario = tiny_scenario(unsafe_test_noise_seed=5, schedule={"rounds": 3, "quorum": 4}, stream="dynamic")
+    whole = _adapters(runner.run_here(scenario, tmp_path / "whole", tmp_path / "whole", _console()))
+    train = StreamLearner.train
+
+    def dies(self: StreamLearner, round_number: int, releases: Any) -> None:
+        if round_number == 2 and self.family == "small":
+            raise RuntimeError("the machine was switched off")
+        train(self, round_number, releases)
+
+    monkeypatch.setattr(StreamLearner, "train", dies)
+    with pytest.raises(RunFailedError, match="switched off"):
+        runner.run_here(scenario, tmp_path / "cut", tmp_path / "cut", _console())
+    monkeypatch.undo()
+    (directory,) = (tmp_path / "cut").iterdir()
+    runner.resume(directory, _console())
+    for name, adapter in _adapters(directory).items():
+        np.testing.assert_array_equal(adapter, whole[name])
+
+
+def test_encrypted_runs_work_in_one_process(tmp_path: Path, tiny_scenario: Any) -> None:
+    scenario = tiny_scenario(
+        adapter={"rank": 2, "blocks": 2, "protection": "encrypted"},
+        encryption={"backend": "mask"},
+        allow_plaintext=False,
+    )
+    directory = runner.run_here(scenario, tmp_path, tmp_path, _console())
+    weights = read_run(directory).server["results"][-1]["weights"]["shared"]
+    assert set(weights) == {f"client-{n}" for n in range(4)}
+
+
+def test_a_stream_releases_one_profile_per_round_and_is_charged_for_each(
+    tmp_path: Path, tiny_scenario: Any
+) -> None:
+    directory = runner.run_here(tiny_scenario(stream="dynamic"), tmp_path, tmp_path, _console())
+    rows = read_ledger(_state(directory, "client-1") / "ledger.sqlite")
+    released = [row for row in rows if row.channel == "profile" and row.kind == "RELEASED"]
+    assert len(released) == 2
+    statement = json.loads((_state(directory, "client-1") / "statement.json").read_text())
+    (channel,) = (c for c in statement["clients"][0]["channels"] if c["channel"] == "profile")
+    one = tiny_scenario(stream="all")
+    directory = runner.run_here(one, tmp_path / "all", tmp_path / "all", _console())
+    single = json.loads((_state(directory, "client-1") / "statement.json").read_text())
+    (alone,) = (c for c in single["clients"][0]["channels"] if c["channel"] == "profile")
+    # Two releases cost more than one, and less than twice as much.
+    assert alone["epsilon"] < channel["epsilon"] < 2 * alone["epsilon"]
+
+
+def test_a_host_keeps_the_clients_apart(tiny_scenario: Any) -> None:
+    hosts, _ = simulation.make_hosts(tiny_scenario())
+    host: ModelHost = next(iter(hosts.values()))
+    first, second = Tenant(), Tenant()
+    with host.lent_to(first) as model, torch.no_grad():
+        for parameter in host._adapter.values():
+            parameter.fill_(1.0)
+    with host.lent_to(second) as model:
+        assert not read_shared(model).any()
+    with host.lent_to(first) as model:
+        assert (read_shared(model) == 1.0).all()
+
+
+def test_a_test_prompt_in_training_is_refused(tiny_scenario: Any, tiny_folder: Path) -> None:
+    scenario = tiny_scenario()
+    leaking = scenario.clients[0].model_copy(update={"train": tiny_folder / "test-3.jsonl"})
+    with pytest.raises(ConfigurationError, match="test prompt"):
+        Board(scenario.model_copy(update={"clients": (leaking, *scenario.clients[1:])}))
+
+
+def test_processes_refuse_what_they_do_not_know(tiny_scenario: Any) -> None:
+    with pytest.raises(ConfigurationError, match="fedavg"):
+        runner.check_as_processes(tiny_scenario(method="fedavg", stream="static"))
+    runner.check_as_processes(tiny_scenario())
+
+
+def test_private_training_of_a_stream_is_refused(tiny_scenario: Any) -> None:
+    with pytest.raises(ValueError, match="stream"):
+        tiny_scenario(stream="dynamic", adapter={"rank": 2, "blocks": 2, "protection": "dp"})
+
+
+def test_the_time_left_follows_the_pace() -> None:
+    now = [0.0]
+    progress = RunProgress(_console(), 100, clock=lambda: now[0])
+    assert progress.left() == "unknown time"
+    progress.skip(40)
+    now[0] = 10.0
+    progress.add(20, "ada", 1)
+    # 20 steps took 10 s and 40 are left; the 40 that an earlier process did say nothing about the pace.
+    assert progress.seconds_left() == pytest.approx(20.0)
+
+
+def test_changes_on_the_command_line_are_checked(tiny_scenario: Any) -> None:
+    arguments = runner.Arguments(Path("x.toml"), set=("relevance.temperature=0.2", "stream=static"), seed=3)
+    changed = runner._changed(tiny_scenario(), arguments)
+    assert (changed.relevance.temperature, changed.stream, changed.seed) == (0.2, "static", 3)
+    assert changed.variant == "relevance.temperature=0.2 stream=static"
+    for wrong in ("temperature", "relevance.temprature=1", "nothing.here=1"):
+        with pytest.raises(ConfigurationError):
+            runner._changed(tiny_scenario(), runner.Arguments(Path("x.toml"), set=(wrong,)))
