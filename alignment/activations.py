@@ -208,8 +208,12 @@ def _add(
 
 def _leaders(keys: Sequence[ModuleKey], left: _Captured, right: _Captured) -> dict[ModuleKey, ModuleKey]:
     """For each module the first one whose input is the very same tensor in both models."""
+    # By address: all captured tensors are alive, so equal addresses mean one tensor.
     first: dict[tuple[int, int], ModuleKey] = {}
-    return {key: first.setdefault((id(left.inputs[key]), id(right.inputs[key])), key) for key in keys}
+    return {
+        key: first.setdefault((left.inputs[key].data_ptr(), right.inputs[key].data_ptr()), key)
+        for key in keys
+    }
 
 
 def _read(side: Side, batch: TokenBatch, *, gradients: bool) -> _Captured:
@@ -246,8 +250,9 @@ def _tapped(side: Side, *, gradients: bool) -> Iterator[_Captured]:
 
     def tap(key: ModuleKey) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def hook(_module: nn.Module, arguments: tuple[Any, ...], output: torch.Tensor) -> None:
-            captured.inputs[key] = arguments[0]
-            captured.outputs[key] = output
+            # Detached: the output's own hook reaches what is captured, and a cycle would keep whole graphs.
+            captured.inputs[key] = arguments[0].detach()
+            captured.outputs[key] = output.detach()
             if gradients:
                 if not output.requires_grad:
                     # All weights are frozen, so the first adapted module starts the graph.
