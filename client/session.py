@@ -223,6 +223,12 @@ class Session:
             members=self._roster.identity_keys().keys(),
             round_number=aggregate.round - 1,
         )
+        if section.name == "family":
+            kin = {member.id for member in self._roster.members if member.family == self._learner.family}
+            strangers = sorted(set(row.contributors) - kin)
+            if strangers:
+                family, named = self._learner.family, ", ".join(strangers)
+                raise PolicyError(f"weight row of family {family!r} names members of others: {named}")
         self._state.accept_row(section.name, row)
         return self._protection.open(section, row, aggregate.key_epoch, size)
 

@@ -113,10 +113,13 @@ class VectorLearner:
             self.local, self.global_branch = stored["local"], stored["received"]
 
 
-def make_federation(directory: Path, agreed: Terms, members: tuple[str, ...] = MEMBERS) -> Path:
-    config = FederationConfig(
-        federation="vectors", members=tuple(MemberEntry(id=m) for m in members), terms=agreed
-    )
+def make_federation(
+    directory: Path,
+    agreed: Terms,
+    members: tuple[str, ...] = MEMBERS,
+    families: Mapping[str, str] | None = None,
+) -> Path:
+    config = FederationConfig(federation="vectors", members=entries, terms=agreed)
     federation.create(config, directory)
     (directory / "server" / "server.toml").write_text('listen = "127.0.0.1:0"\nstate_dir = "state"\n')
     return directory
@@ -174,7 +177,7 @@ class Client:
                 self.noise,
                 AdapterPlan(0.0, 0.1),
             ),
-            Protection(identity, kit.roster, "", keyring),
+            Protection(identity, kit.roster, kit.roster.member(self.name).family, keyring),
             Silent(),
         )
 

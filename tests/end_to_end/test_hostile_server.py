@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from end_to_end import federation_of_vectors as fv
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.policy import WeightRow
+from fedmosaic.privacy.roster import Terms
 from fedmosaic.protos.errors import PolicyError
 from fedmosaic.protos.messages import Aggregate, AggregateSection, SectionWeights
 from fedmosaic.server.coordinator import Coordinator
@@ -158,6 +160,77 @@ def test_what_is_not_the_agreed_aggregate_is_refused_and_reported_at_home(
     assert [call for call, _ in calls] == ["push", "push"]
     assert calls[0][1].removeprefix("round 1") == calls[1][1].removeprefix("round 2")
     assert [result["uploaded"] for result in summary["results"]] == [sorted(fv.MEMBERS)] * 2
+
+
+FAMILIES = {"ada": "llama", "ben": "llama", "cid": "llama", "dee": "llama", "eva": "qwen"}
+FAMILY_SIZE = 7
+
+
+class FamilyLearner(fv.VectorLearner):
+    """Shares a second vector with its family: its seed in every place."""
+
+    def sections(self) -> dict[str, np.ndarray]:
+        own = np.full(FAMILY_SIZE, self.seed / 8, dtype=np.float32)
+        return {"shared": self.local.copy(), "family": own}
+
+    def load_global(self, section: str, vector: np.ndarray) -> None:
+        if section == "family":
+            self.received.append(vector)
+
+
+class FamilyClient(fv.Client):
+    def make_learner(self, agreed: Terms) -> FamilyLearner:
+        return FamilyLearner(self.seed, agreed, family=FAMILIES[self.name])
+
+
+def run_families(directory: Path, change: Change) -> dict[str, FamilyClient]:
+    terms = fv.terms("mask", 2)
+    adapter = terms.adapter.model_copy(
+        update={"family_dimensions": {"llama": FAMILY_SIZE, "qwen": FAMILY_SIZE}}
+    )
+    fv.make_federation(directory, terms.model_copy(update={"adapter": adapter}), families=FAMILIES)
+    coordinator = fv.coordinator_of(directory)
+    hostile: Any = HostileCoordinator(
+        coordinator, lambda section: change(section) if section.name == "family" else section
+    )
+    clients = {name: FamilyClient(directory, name, seed) for seed, name in enumerate(fv.MEMBERS)}
+    errors = fv.run_all({n: c.session(fv.in_process(hostile, n)) for n, c in clients.items()})
+    coordinator.close()
+    for client in clients.values():
+        client.close()
+    assert errors == {}
+    return clients
+
+
+def test_families_share_under_the_same_policy(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Four of one family receive each other's sum; one alone receives nothing, and is told why."""
+    caplog.set_level(logging.WARNING, "fedmosaic.client.session")
+    clients = run_families(tmp_path / "f", lambda section: section)
+    for seed, name in enumerate(fv.MEMBERS[:4]):
+        (received,) = clients[name].learner.received
+        others = [other / 8 for other in range(4) if other != seed]
+        assert min(others) < received.min() <= received.max() < max(others)
+        assert np.ptp(received) < 1e-9
+    assert clients["eva"].learner.received == []
+    (refusal,) = [line for line in caplog.messages if "no family aggregate" in line]
+    assert "0 contributors other than the recipient, at least 3 are required" in refusal
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_contributor("eva"), "weight row of family 'llama' names members of others: eva"),
+        (with_row(one_hot), "1 contributors other than the recipient, at least 3 are required"),
+    ],
+)
+def test_a_family_of_fewer_than_it_seems_is_refused(
+    tmp_path: Path, change: Change, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "fedmosaic.client.session")
+    clients = run_families(tmp_path / "f", change)
+    assert clients[VICTIM].learner.received == []
+    assert any("no family aggregate" in line and message in line for line in caplog.messages)
+    assert len(clients["ben"].learner.received) == 1
 
 
 def test_a_second_row_for_one_round_is_refused(tmp_path: Path) -> None:
