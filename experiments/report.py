@@ -1,6 +1,7 @@
 """`fedmosaic report PATH`: what a run did, what it is good for, and who learnt what."""
 
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from fedmosaic.experiments.comparison import compared_run, comparison_table, group_runs
+from fedmosaic.experiments.comparison_page import page
 from fedmosaic.privacy.configuration import validate
 from fedmosaic.privacy.report_costs import costs_at_epsilon
 from fedmosaic.privacy.report_models import PrivacyStatement
@@ -27,11 +30,13 @@ class Arguments:
     """Read a run: accuracy per client, relevance, privacy statement, bytes sent.
 
     PATH is the directory of a run made by `fedmosaic run` or `fedmosaic demo`, a client's state directory,
-    or the server's.
+    or the server's. With several runs, their methods are compared, with intervals over seeds.
     """
 
-    path: tyro.conf.Positional[Path]
+    path: tyro.conf.Positional[tuple[Path, ...]]
     """Where to read from."""
+    html: Path | None = None
+    """Write the comparison of one or several runs as one self-contained page."""
     at_epsilon: float | None = None
     """Also say what noise every channel would have needed for this total ε."""
     json: bool = False
@@ -60,7 +65,12 @@ class RunRecord:
 def main(arguments: Sequence[str]) -> int:
     """Run `fedmosaic report` with its arguments."""
     parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic report")
-    record = read_run(parsed.path)
+    if not parsed.path:
+        raise ConfigurationError("give the directory of a run, or of several")
+    if len(parsed.path) > 1 or parsed.html is not None:
+        compare(parsed, shlex.join(["fedmosaic", "report", *arguments]))
+        return 0
+    record = read_run(parsed.path[0])
     if parsed.json:
         print(
             json.dumps({"clients": record.clients, "statements": record.statements, "server": record.server})
@@ -73,6 +83,22 @@ def main(arguments: Sequence[str]) -> int:
     if parsed.at_epsilon is not None and merged is not None:
         console.print(render_costs(costs_at_epsilon(merged, parsed.at_epsilon)))
     return 0
+
+
+def compare(arguments: Arguments, command: str) -> None:
+    """Print the comparison of several runs, and write it as a page where one is asked for.
+
+    Raises:
+        ConfigurationError: a run is not finished or has no scores by round, or an option is for one run only.
+    """
+    if arguments.json or arguments.at_epsilon is not None:
+        raise ConfigurationError("--json and --at-epsilon are for one run; give one, without --html")
+    groups = group_runs([compared_run(path) for path in arguments.path])
+    console = Console()
+    console.print(comparison_table(groups))
+    if arguments.html is not None:
+        arguments.html.write_text(page(groups, command), encoding="utf-8")
+        console.print(f"the page is {arguments.html}")
 
 
 def read_run(path: Path) -> RunRecord:
@@ -124,8 +150,7 @@ def show(record: RunRecord, console: Console) -> None:
     if any("after" in result for result in record.clients.values()):
         console.print(accuracy_table(record))
         console.print(
-            "Self: accuracy on the client's own test set. Others: mean over the other tasks' test sets, "
-            "which it never trained on.\n",
+            "Self: accuracy on the client's own test sets. Others: mean over the others' test sets.\n",
             style="dim",
         )
     if record.server.get("results"):

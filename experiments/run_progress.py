@@ -30,9 +30,10 @@ class RunProgress:
         self._console = console
         self._total = max(1, total_steps)
         self._clock = clock
-        self._started = clock()
+        self._started: float | None = None
         self._done = 0
         self._skipped = 0
+        self._uncounted = 0
         self._shown = -1
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(30), TimeElapsedColumn(), console=console,
@@ -53,6 +54,9 @@ class RunProgress:
 
     def add(self, steps: int, client: str, round_number: int) -> None:
         """`steps` more steps are done, by this client."""
+        if self._started is None:
+            # From the first step on: what came before it, loading and scoring, says nothing about the pace.
+            self._started, self._uncounted = self._clock(), steps
         self._done += steps
         done = min(self._total, self._done + self._skipped)
         text = f"round {round_number}, {client}: {done / self._total:.0%} of the training, {self.left()} left"
@@ -62,11 +66,12 @@ class RunProgress:
             self._console.print(text, highlight=False)
 
     def seconds_left(self) -> float | None:
-        """Estimate from the pace so far; None before the first step."""
-        if not self._done:
+        """Estimate from the pace since the first step; None before there is one."""
+        counted = self._done - self._uncounted
+        if self._started is None or not counted:
             return None
         remaining = max(0, self._total - self._done - self._skipped)
-        return (self._clock() - self._started) * remaining / self._done
+        return (self._clock() - self._started) * remaining / counted
 
     def left(self) -> str:
         """The estimate in words."""

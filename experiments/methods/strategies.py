@@ -1,6 +1,6 @@
 """The baselines, each as what a client trains, what it shares, how that is combined and what is scored.
 
-Reference: the issue's design note on the authors' release; where the release departs from the published
+Each class names its paper; where the release of FedMosaic's authors departs from the published
 method (personal adapters averaged, for one), the published method is what stands here.
 """
 

@@ -220,7 +220,7 @@ def split_rows(
 
 def write_set(
     name: str, data: Path, out: Path, train_rows: int, test_rows: int, public_rows: int
-) -> dict[str, object]:
+) -> dict[str, dict[str, object]]:
     """Write a set, its public examples and its table.
 
     Args:
@@ -235,7 +235,7 @@ def write_set(
     Returns:
         What `table.json` says: per task its sizes, origin and licence.
     """
-    table: dict[str, object] = {}
+    table: dict[str, dict[str, object]] = {}
     for client, task, train, test in build(name, data, train_rows, test_rows):
         folder = out / client
         folder.mkdir(parents=True, exist_ok=True)

@@ -304,7 +304,7 @@ def test_hetlora_weights_by_the_norm_of_the_product_and_cuts_to_the_rank(server:
         n: np.sqrt(sum(np.linalg.norm(b @ a) ** 2 for a, b in unpack(uploads[n], server, n))) for n in uploads
     }
     weight = norms["a"] / (norms["a"] + norms["b"])
-    (a_wide, b_wide), (a_thin, b_thin) = (unpack(uploads[n], server, n)[0] for n in ("a", "b"))
+    (a_wide, b_wide), (a_thin, _) = (unpack(uploads[n], server, n)[0] for n in ("a", "b"))
     a, b = unpack(received["a"], server, "a")[0]
     np.testing.assert_allclose(a[0], weight * a_wide[0] + (1 - weight) * a_thin[0], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(a[1], weight * a_wide[1], rtol=1e-4, atol=1e-6)

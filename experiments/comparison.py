@@ -1,0 +1,206 @@
+"""Several runs side by side: methods × scenarios, with intervals over seeds and ε beside every accuracy."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Final
+
+from rich.table import Table
+
+from fedmosaic.experiments.metrics import Interval, Pair, Summary, interval, mean_summary, summarise_client
+from fedmosaic.experiments.participants import read_evaluations
+from fedmosaic.protos.errors import ConfigurationError
+
+FIGURES: Final = ("Self A_last", "Self A_AUC", "Others A_last", "Others A_AUC")
+READERS: Final = {"server": "server_honest_but_curious", "recipients": "recipient"}
+"""Who reads, and the adversary's name in a privacy statement."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, as far as a comparison needs it.
+
+    Attributes:
+        directory: where it was read.
+        scenario: its name and its stream.
+        method: with the words that tell it from others of the same method.
+        seed: of the run.
+        summary: means over the clients.
+        clients: of each client.
+        curve: Self and Others by scored round, means over the clients.
+        epsilon: by reader, the largest over the clients; None where only cryptography protects.
+        sent: mean bytes that a client sent in a round.
+        seconds: of the whole run.
+    """
+
+    directory: Path
+    scenario: str
+    method: str
+    seed: int
+    summary: Summary
+    clients: Mapping[str, Summary]
+    curve: Mapping[int, Pair]
+    epsilon: Mapping[str, float | None]
+    sent: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed only."""
+
+    scenario: str
+    method: str
+    runs: tuple[Run, ...]
+
+    def figures(self) -> tuple[Interval | None, ...]:
+        """The four figures in the order of `FIGURES`; None where a run lacks one."""
+        columns = [
+            [run.summary.last.own for run in self.runs],
+            [run.summary.auc.own for run in self.runs],
+            [run.summary.last.others for run in self.runs],
+            [run.summary.auc.others for run in self.runs],
+        ]
+        return tuple(
+            interval([v for v in values if v is not None]) if None not in values else None
+            for values in columns
+        )
+
+    def epsilon(self, reader: str) -> float | None:
+        """The largest over the runs; None where only cryptography protects in all of them."""
+        known = [value for run in self.runs if (value := run.epsilon[reader]) is not None]
+        return max(known) if known else None
+
+
+def compared_run(directory: Path) -> Run:
+    """Read one run of one process.
+
+    Raises:
+        ConfigurationError: there is no finished run with scores by round.
+    """
+    scenario = _json(directory / "scenario.json")
+    clients: dict[str, Summary] = {}
+    rounds: dict[int, list[Pair]] = {}
+    results = []
+    for client in scenario["clients"]:
+        name = client["id"]
+        state = directory / "federation" / "clients" / name / "state"
+        scored = {
+            number: {_label(label): score for label, score in scores.items()}
+            for number, scores in read_evaluations(state).items()
+        }
+        if not (state / "result.json").exists() or not scored:
+            raise ConfigurationError(
+                f"{directory}: client {name} has no scores by round; compare finished runs of one process "
+                "(`fedmosaic run` without --processes)"
+            )
+        clients[name] = summarise_client(name, scored)
+        for number in scored:
+            rounds.setdefault(number, []).append(summarise_client(name, {1: scored[number]}).last)
+        results.append((state, _json(state / "result.json")))
+    sent = [sum(channel["sent"] for channel in result["traffic"].values()) for _, result in results]
+    return Run(
+        directory=directory,
+        scenario=f"{scenario['name']}, {scenario['stream']}",
+        method=f"{scenario['method']} {scenario['variant']}".strip(),
+        seed=int(scenario["seed"]),
+        summary=mean_summary(list(clients.values())),
+        clients=clients,
+        curve={number: _mean(pairs) for number, pairs in sorted(rounds.items())},
+        epsilon={reader: _epsilon(reader, results) for reader in READERS},
+        sent=fmean(sent) / scenario["schedule"]["rounds"],
+        seconds=float(_json(directory / "run.json").get("seconds", 0.0)),
+    )
+
+
+def _label(label: str) -> tuple[str, str]:
+    owner, _, task = label.partition("/")
+    return owner, task
+
+
+def _mean(pairs: Sequence[Pair]) -> Pair:
+    return mean_summary([Summary(pair, pair) for pair in pairs]).last
+
+
+def _epsilon(reader: str, results: Sequence[tuple[Path, Mapping[str, Any]]]) -> float | None:
+    values: list[float] = []
+    for state, result in results:
+        if "epsilon" in result:
+            values.append(float(result["epsilon"]))
+            continue
+        for client in _json(state / "statement.json")["clients"]:
+            for guarantee in client["guarantees"]:
+                if guarantee["channel"] == "joint" and guarantee["adversary"] == READERS[reader]:
+                    epsilon = guarantee["epsilon"]
+                    values += [] if epsilon is None else [math.inf if epsilon == "infinity" else epsilon]
+    return max(values) if values else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"{path} cannot be read ({error}); give directories of finished runs"
+        ) from None
+    return content
+
+
+def group_runs(runs: Sequence[Run]) -> tuple[Group, ...]:
+    """Put runs of one scenario and method together, in the order in which they were given.
+
+    Raises:
+        ConfigurationError: two runs of a group have the same seed: their mean would count one draw twice.
+    """
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.scenario, run.method), []).append(run)
+    for (scenario, method), members in groups.items():
+        seeds = [run.seed for run in members]
+        if len(set(seeds)) != len(seeds):
+            raise ConfigurationError(
+                f"{method} on {scenario} was given twice with one seed (seeds {seeds}); leave one out"
+            )
+    return tuple(Group(scenario, method, tuple(members)) for (scenario, method), members in groups.items())
+
+
+def comparison_table(groups: Sequence[Group]) -> Table:
+    """Accuracies in per cent, mean ± half width of the 95 % interval over seeds."""
+    table = Table(title="Methods compared, % (mean ± 95 % interval over seeds)")
+    for column in ("scenario", "method", "seeds", *FIGURES, "ε server", "ε recipients", "kB/round", "s"):
+        table.add_column(column, justify="left" if column in ("scenario", "method") else "right")
+    for group in groups:
+        table.add_row(*row(group))
+    return table
+
+
+def row(group: Group) -> tuple[str, ...]:
+    """One line of the comparison, as texts."""
+    return (
+        group.scenario,
+        group.method,
+        str(len(group.runs)),
+        *(percent(figure) for figure in group.figures()),
+        epsilon_text(group.epsilon("server")),
+        epsilon_text(group.epsilon("recipients")),
+        f"{fmean(run.sent for run in group.runs) / 1000:.1f}",
+        f"{fmean(run.seconds for run in group.runs):.0f}",
+    )
+
+
+def percent(figure: Interval | None) -> str:
+    """`71.3 ± 2.1`, without the interval where one run gives none."""
+    if figure is None:
+        return "-"
+    width = "" if figure.half_width is None else f" ± {100 * figure.half_width:.1f}"
+    return f"{100 * figure.mean:.1f}{width}"
+
+
+def epsilon_text(value: float | None) -> str:
+    """ε as it stands in tables; "cryptography" where the reader sees no plaintext at all."""
+    if value is None:
+        return "cryptography"
+    return "∞" if value == math.inf else f"{value:.2f}"
