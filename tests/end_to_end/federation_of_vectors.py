@@ -119,6 +119,7 @@ def make_federation(
     members: tuple[str, ...] = MEMBERS,
     families: Mapping[str, str] | None = None,
 ) -> Path:
+    entries = tuple(MemberEntry(id=name, family=(families or {}).get(name, "")) for name in members)
     config = FederationConfig(federation="vectors", members=entries, terms=agreed)
     federation.create(config, directory)
     (directory / "server" / "server.toml").write_text('listen = "127.0.0.1:0"\nstate_dir = "state"\n')
