@@ -80,6 +80,8 @@ class Arguments:
     """Most tokens per example."""
     test_examples: int = 200
     """Most test examples per task."""
+    core_scales: tuple[float, ...] = (1.0,)
+    """Factors on P and Q in the target: below 1, the target takes only part of what the source learnt."""
 
 
 @dataclass(frozen=True)
@@ -198,11 +200,13 @@ def _transfer(
             if arguments.source_only:
                 continue
             with target.mounted(folder / target.name) as adapted:
-                write_shared(adapted, core, "local")
-                note(label, seed, target.score(adapted, task, arguments.max_length))
-                if index == 0:
-                    _scramble(adapted, seed)
-                    note(UNALIGNED, seed, target.score(adapted, task, arguments.max_length))
+                for variant in (label, UNALIGNED)[: 2 if index == 0 else 1]:
+                    if variant == UNALIGNED:
+                        _scramble(adapted, seed)
+                    for factor in arguments.core_scales:
+                        write_shared(adapted, factor * core, "local")
+                        name = variant if factor == 1.0 else f"{variant} × {factor:g}"
+                        note(name, seed, target.score(adapted, task, arguments.max_length))
         line = ", ".join(f"{s.variant} {s.loss:.3f}/{s.accuracy:.3f}" for s in found if s.seed == seed)
         console.print(f"{task.name}, {source.name} → {target.name}, seed {seed}: {line}", soft_wrap=True)
     return found

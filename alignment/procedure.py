@@ -50,6 +50,7 @@ from fedmosaic.alignment.subspace import (
 )
 from fedmosaic.alignment.tokens import PublicText
 from fedmosaic.client.colora import CoLoraConfig, find_decoder_layers, target_layers
+from fedmosaic.client.colora.basis import derive_seed
 from fedmosaic.protos.errors import ConfigurationError, StateError
 
 log = logging.getLogger(__name__)
@@ -235,7 +236,7 @@ class _Run:
                 gradients=self._settings.output_method == "gradient",
                 progress=self._stage(f"{source.name}: activations"),
             )
-            kept = self._aligned(side, moments)
+            kept = self._aligned(source.name, side, moments)
             report: dict[str, Any] = {"texts": moments.texts, "positions": moments.positions} | _quality(
                 moments, self._bases, kept
             )
@@ -255,12 +256,16 @@ class _Run:
         )
         self._waiting.append((source, finished, kept))
 
-    def _aligned(self, side: Side, moments: PairMoments) -> dict[str, dict[ModuleKey, torch.Tensor]]:
+    def _aligned(
+        self, name: str, side: Side, moments: PairMoments
+    ) -> dict[str, dict[ModuleKey, torch.Tensor]]:
         settings = self._settings
         kept: dict[str, dict[ModuleKey, torch.Tensor]] = {
             "A": {}, "B": {}, "in": {}, "in_all": {}, "out": {}, "out_all": {}
         }  # fmt: skip
-        fresh = random_basis(side, settings.rank, settings.seed) if settings.output_method == "paper" else {}
+        # A draw of its own: with the anchor's seed a model of equal width would start from the anchor's B.
+        seed = derive_seed(settings.seed, name)
+        fresh = random_basis(side, settings.rank, seed) if settings.output_method == "paper" else {}
         progress = self._stage("bases")
         for done, (key, (a, b)) in enumerate(self._bases.items(), start=1):
             effects = _effects(moments, key)
