@@ -9,6 +9,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from fedmosaic.protos.errors import StateError
+
 COMPUTE = threading.RLock()
 """Held while anything is computed with a model: the clients of one process take turns, also across
 architectures, because PyTorch's generator of random numbers is one for the process."""
@@ -58,6 +60,23 @@ class ModelHost:
                 self._write(tenant.tensors or self._fresh)
                 self._occupant = tenant
             yield self.model
+
+    def read(self, tenant: Tenant) -> dict[str, torch.Tensor]:
+        """A copy of a client's adapter."""
+        with self.lent_to(tenant):
+            return self._read()
+
+    def write(self, tenant: Tenant, tensors: dict[str, torch.Tensor]) -> None:
+        """Replace a client's adapter.
+
+        Raises:
+            StateError: a tensor is missing, unknown, or of another shape.
+        """
+        expected = {name: parameter.shape for name, parameter in self._adapter.items()}
+        if {name: tensor.shape for name, tensor in tensors.items()} != expected:
+            raise StateError("the saved adapter is of another shape than this model's; start the run over")
+        with self.lent_to(tenant):
+            self._write(tensors)
 
     def _read(self) -> dict[str, torch.Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self._adapter.items()}

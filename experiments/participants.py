@@ -78,6 +78,7 @@ class Board:
             ConfigurationError: a set cannot be read, or a test prompt is among its client's training prompts.
         """
         self._own, self._others = scenario.evaluation_examples, scenario.others_examples
+        self._score = scenario.score
         self._max_length = scenario.training.max_length
         self.sets = tuple(
             TestSet(client.id, task.name, task.metric, read_examples(task.test))
@@ -96,9 +97,10 @@ class Board:
 
     def chosen(self, client: str) -> list[TestSet]:
         """What a client is scored on, cut to the scenario's numbers of examples."""
+        wanted = {"all": self.sets, "own": [t for t in self.sets if t.owner == client], "nothing": []}
         return [
             replace(test, examples=test.examples[: limit or None])
-            for test in self.sets
+            for test in wanted[self._score]
             for limit in [self._own if test.owner == client else self._others]
         ]
 
@@ -106,9 +108,9 @@ class Board:
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, tests: Sequence[TestSet]
     ) -> dict[str, float]:
         """Score a model; see `TestSet.label` for the keys."""
-        return {test.label: self._score(model, tokenizer, test) for test in tests}
+        return {test.label: self._score_set(model, tokenizer, test) for test in tests}
 
-    def _score(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, test: TestSet) -> float:
+    def _score_set(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, test: TestSet) -> float:
         if test.metric == "f1":
             if not isinstance(model, PeftModel):
                 raise ConfigurationError(

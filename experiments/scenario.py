@@ -104,6 +104,8 @@ class Scenario(Frozen):
     """The same for every other client's test sets."""
     evaluate_every: int = Field(default=0, ge=0)
     """Score after every so many rounds and after the last; 0 scores after the last only."""
+    score: Literal["all", "own", "nothing"] = "all"
+    """What a client's model is scored on: all test sets (N² of them), its own, or none."""
     stream: Literal["all", "static", "dynamic"] = "all"
     """When a client's examples arrive: all at the start, mixed in equal parts per round, or task by task."""
     method: str = "fedmosaic"
@@ -139,6 +141,8 @@ class Scenario(Frozen):
 
     def rounds_to_score(self) -> tuple[int, ...]:
         """Rounds after which every client is scored, the last one among them."""
+        if self.score == "nothing":
+            return ()
         rounds = self.schedule.rounds
         every = self.evaluate_every or rounds
         return tuple(sorted({*range(every, rounds + 1, every), rounds}))

@@ -1,9 +1,13 @@
 """The client's own classes where several clients share one process: streams, turns on the model, scores."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from fedmosaic.client.examples import EncodedExample
 from fedmosaic.client.learner import ModelLearner
@@ -15,7 +19,11 @@ from fedmosaic.experiments.hosts import ModelHost, Tenant
 from fedmosaic.experiments.streams import InOrder, Stream
 from fedmosaic.privacy.events import GaussianEvent
 from fedmosaic.privacy.roster import Terms
+from fedmosaic.protos.errors import StateError
 from fedmosaic.protos.messages import Profile
+
+_ADAPTER: Final = "adapter_model.safetensors"
+_ORDER: Final = "sampler.json"
 
 
 class StreamLearner(ModelLearner):
@@ -43,6 +51,11 @@ class StreamLearner(ModelLearner):
         super().__init__(settings, terms, family, progress, loaded=(host.model, host.tokenizer))
         self._stream = stream
         self._by_id = {example.id: example for example in self._encoded}
+
+    @property
+    def order(self) -> EpochSampler:
+        """Order of the examples where all are there from the start."""
+        return self._sampler
 
     def training_data(self, round_number: int) -> tuple[Sequence[EncodedExample], EpochSampler]:
         """What the replay draws in this round, in its order."""
@@ -112,14 +125,23 @@ class TurnTakingLearner:
             return self.inner.sections()
 
     def save(self, directory: Path) -> None:
-        """See `fedmosaic.client.session.Learner`."""
-        with self._host.lent_to(self.tenant):
-            self.inner.save(directory)
+        """See `fedmosaic.client.session.Learner`; without the model card of a client process."""
+        save_file(self._host.read(self.tenant), directory / _ADAPTER)
+        (directory / _ORDER).write_text(json.dumps(self.inner.order.state_dict()))
 
     def load(self, directory: Path) -> None:
-        """See `fedmosaic.client.session.Learner`."""
-        with self._host.lent_to(self.tenant):
-            self.inner.load(directory)
+        """Read what `save` wrote.
+
+        Raises:
+            StateError: the files are missing, damaged, or of another adapter.
+        """
+        try:
+            tensors = load_file(directory / _ADAPTER)
+            order = json.loads((directory / _ORDER).read_text())
+        except (OSError, ValueError, SafetensorError) as error:
+            raise StateError(f"{directory}: the saved adapter cannot be read ({error})") from None
+        self._host.write(self.tenant, tensors)
+        self.inner.order.load_state_dict(order)
 
 
 class StreamReleases(Releases):

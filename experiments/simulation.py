@@ -144,6 +144,8 @@ def _score_untrained(parts: _Parts, clients: list["_Client"]) -> None:
             continue
         key = architecture(client.entry)
         scores: dict[str, float] = {}
+        if parts.scenario.score == "nothing":
+            continue
         for test in parts.board.chosen(client.entry.id):
             place = (key, test.label, len(test.examples))
             if place not in cache:
@@ -261,9 +263,15 @@ class _Client:
         statement = build_statement(self.kit.roster, self.state.record.run_id, self.ledger, self.plan)
         statement = statement.model_copy(update={"transport": "in_process"})
         write_atomically(self.state.directory / STATEMENT, statement.model_dump_json(indent=2).encode())
-        result = {
-            "before": as_result(self.entry.id, evaluations[0]),
-            "after": as_result(self.entry.id, evaluations[max(evaluations)]),
+        scores = (
+            {
+                "before": as_result(self.entry.id, evaluations[0]),
+                "after": as_result(self.entry.id, evaluations[max(evaluations)]),
+            }
+            if evaluations
+            else {}
+        )
+        result = scores | {
             "seconds": time.monotonic() - started,
             "traffic": self.transport.traffic().as_dict(),
         }

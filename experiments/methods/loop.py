@@ -128,7 +128,7 @@ def _members(strategy: Strategy, scenario: Scenario, directory: Path) -> list[_M
 def _score_untrained(board: Board, strategy: Strategy, members: list[_Member]) -> None:
     cache: dict[tuple[int, str, int], float] = {}
     for member in members:
-        if 0 in read_evaluations(member.state):
+        if 0 in read_evaluations(member.state) or not board.chosen(member.entry.id):
             continue
         scores = {}
         for test in board.chosen(member.entry.id):
@@ -241,9 +241,15 @@ def _resume(directory: Path, members: list[_Member]) -> int:
 
 def _write_result(strategy: Strategy, member: _Member, seconds: float) -> None:
     evaluations = read_evaluations(member.state)
-    result = {
-        "before": as_result(member.entry.id, evaluations[0]),
-        "after": as_result(member.entry.id, evaluations[max(evaluations)]),
+    scores = (
+        {
+            "before": as_result(member.entry.id, evaluations[0]),
+            "after": as_result(member.entry.id, evaluations[max(evaluations)]),
+        }
+        if evaluations
+        else {}
+    )
+    result = scores | {
         "seconds": seconds,
         "traffic": member.traffic.as_dict(),
         # What is shared leaves in the clear, and what is not shared does not leave at all.

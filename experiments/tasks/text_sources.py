@@ -13,6 +13,7 @@ from typing import Any, Final
 from fedmosaic.experiments.tasks.labelled import shorten, stable_hash
 
 _CHARACTERS: Final = 240
+_ANSWER: Final = 40
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,10 @@ def public_texts(data: Path) -> Iterator[tuple[str, str]]:
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             for instance in row["instances"]:
-                yield f"{row['instruction']}\n{instance['input']}".strip(), str(instance["output"]).strip()
+                question = shorten(f"{row['instruction']}\n{instance['input']}".strip(), _CHARACTERS)
+                # A short answer leaves room for its prompt whatever the tokenizer.
+                yield question, shorten(" ".join(str(instance["output"]).split()), _ANSWER)
     for path in sorted((data / "wikitext2").glob("*.txt")):
         for words in map(str.split, path.read_text(encoding="utf-8").splitlines()):
             if len(words) >= 48:
-                yield " ".join(words[:24]), " ".join(words[24:40])
+                yield " ".join(words[:24]), shorten(" ".join(words[24:40]), _ANSWER)
