@@ -133,7 +133,13 @@ class Prober:
     probe: Probe
     tokenizer: Any
     public_map: PublicMap
+    basis: PublicBasis | None
     max_length: int
+
+    def with_noise(self, noise_multiplier: float) -> PublicMap:
+        """The same map with another σ."""
+        mechanism = self.public_map.mechanism.model_copy(update={"noise_multiplier": noise_multiplier})
+        return PublicMap(mechanism, self.basis)
 
     def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
         """Encode as the product does."""
@@ -160,7 +166,7 @@ def open_prober(target: Target) -> Prober:
     if fitted is not None and (fitted / _PROFILE).is_file():
         mechanism = ProfileMechanism.model_validate_json((fitted / _PROFILE).read_text())
         basis = PublicBasis.load(fitted / BASIS) if mechanism.basis_sha256 else None
-        return Prober(probe, tokenizer, PublicMap(mechanism, basis), profile.max_length)
+        return Prober(probe, tokenizer, PublicMap(mechanism, basis), basis, profile.max_length)
     reduction = Reduction.model_validate(
         {
             "kind": profile.kind,
@@ -180,7 +186,7 @@ def open_prober(target: Target) -> Prober:
         ),
         profile.noise_multiplier,
     )
-    return Prober(probe, tokenizer, PublicMap(mechanism, basis), profile.max_length)
+    return Prober(probe, tokenizer, PublicMap(mechanism, basis), basis, profile.max_length)
 
 
 def candidates(victim: Victim, size: int, seed: int = 0) -> tuple[list[Example], np.ndarray]:
