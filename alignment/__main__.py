@@ -15,9 +15,10 @@ from transformers.utils import logging
 from fedmosaic.alignment import evaluate
 from fedmosaic.alignment.activations import Side
 from fedmosaic.alignment.checkpoint import Manifest
-from fedmosaic.alignment.procedure import AlignmentSettings, Stage, align_models
+from fedmosaic.alignment.procedure import Stage, align_models
 from fedmosaic.alignment.public_text import Synthetic, generate_text, random_token_text, read_public_text
 from fedmosaic.alignment.report import print_report
+from fedmosaic.alignment.settings import AlignmentSettings
 from fedmosaic.alignment.sources import parse_source
 from fedmosaic.alignment.tokens import PublicText
 from fedmosaic.protos.errors import ConfigurationError, FedMosaicError

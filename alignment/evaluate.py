@@ -158,6 +158,13 @@ def evaluate(arguments: Arguments, console: Console) -> list[Score]:
     Raises:
         ConfigurationError: An alignment, a model or a task is not usable.
     """
+    for name in ("seeds", "steps", "batch_size", "test_examples"):
+        if getattr(arguments, name) < 1:
+            raise ConfigurationError(f"{name} is {getattr(arguments, name)}; give at least 1.")
+    if not 0.0 < arguments.learning_rate <= 10.0 or arguments.max_length < 8 or arguments.first_seed < 0:
+        raise ConfigurationError(
+            "learning_rate should be above 0 and at most 10, max_length at least 8, first_seed at least 0."
+        )
     folders = {label: Path(folder) for label, folder in map(_labelled, arguments.bases)}
     manifests = {label: _manifest(folder) for label, folder in folders.items()}
     tasks = [_task(text, arguments.test_examples) for text in arguments.task]

@@ -10,14 +10,14 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-from fedmosaic.alignment.activations import ModuleKey, PairMoments, Reading, Side, collect, open_side
-from fedmosaic.alignment.anchor import AnchorBasis, BasisPair, anchor_basis, random_basis
+from fedmosaic.alignment.activations import ModuleKey, PairMoments, Side, collect, open_side
+from fedmosaic.alignment.anchor import BasisPair, anchor_basis, random_basis
 from fedmosaic.alignment.blocks import LayerSimilarity, choose_layers, measure_similarity
 from fedmosaic.alignment.checkpoint import (
     PARTIAL,
@@ -36,10 +36,9 @@ from fedmosaic.alignment.checkpoint import (
 )
 from fedmosaic.alignment.heat_map import heat_map
 from fedmosaic.alignment.moments import Moments
+from fedmosaic.alignment.settings import AlignmentSettings
 from fedmosaic.alignment.sources import ModelSource
 from fedmosaic.alignment.subspace import (
-    InputMethod,
-    OutputMethod,
     Sharing,
     align_inputs,
     align_outputs,
@@ -49,63 +48,18 @@ from fedmosaic.alignment.subspace import (
     sharing,
 )
 from fedmosaic.alignment.tokens import PublicText
-from fedmosaic.client.colora import CoLoraConfig, find_decoder_layers, target_layers
+from fedmosaic.client.colora import find_decoder_layers, target_layers
 from fedmosaic.client.colora.basis import derive_seed
 from fedmosaic.protos.errors import ConfigurationError, StateError
 
 log = logging.getLogger(__name__)
 
+Kept = dict[str, dict[ModuleKey, torch.Tensor]]
+"""What stays of a model until all are read: by purpose and module."""
 Stage = Callable[[str], Callable[[int, int], None]]
 """Called with the name of a stage; gives a function that is called with what is done and the total."""
 
 _SIMILARITY_TEXTS: Final = 200
-
-
-@dataclass(frozen=True)
-class AlignmentSettings:
-    """How models are aligned."""
-
-    rank: int = 16
-    """r of the shared adapter."""
-    alpha: float = 32.0
-    """α of the scale s = α/r."""
-    blocks: int = 4
-    """Number of relative-depth blocks, one shared layer each."""
-    layer_rule: str = "relative_depth"
-    """Which layers: relative_depth, authors (the released code's floor rule), or cka (the most similar)."""
-    target_modules: tuple[str, ...] = ()
-    """Linear modules within a decoder layer, all by default."""
-    other_layers: str = "none"
-    """none, or lora: give the checkpoints ordinary LoRA on all other layers."""
-    anchor_basis: AnchorBasis = "gradients"
-    """The anchor's own subspace: random (the paper), weights, activations or gradients."""
-    input_method: InputMethod = "ridge"
-    """How A is aligned: ridge, procrustes, correlation, or gradient_descent (the paper)."""
-    output_method: OutputMethod = "gradient"
-    """How B is aligned: gradient, cca, regression, or paper (the released code)."""
-    max_length: int = 96
-    """Most tokens of a public text that are read."""
-    batch_size: int = 16
-    """Public texts per forward pass."""
-    seed: int = 0
-    """Seed of random bases and of synthetic text."""
-
-    def reading(self) -> Reading:
-        """How public text is read."""
-        return Reading(max_length=self.max_length, batch_size=self.batch_size)
-
-    def adapter(self, layers: Sequence[int], rule: str) -> CoLoraConfig:
-        """Configuration of a checkpoint's adapter."""
-        return CoLoraConfig(
-            r=self.rank,
-            alpha=self.alpha,
-            blocks=self.blocks,
-            layer_rule=rule if rule != "cka" else "relative_depth",
-            shared_layers=list(layers),
-            other_layers=self.other_layers,
-            basis_seed=self.seed,
-            target_modules=list(self.target_modules) or None,
-        )
 
 
 def align_models(
@@ -140,6 +94,7 @@ def align_models(
             f"The models are {', '.join(names)}; give the anchor and at least one other, each once (write "
             "NAME=MODEL to tell two apart)."
         )
+    settings.check()
     out.mkdir(parents=True, exist_ok=True)
     run = _Run(anchor, texts, out, settings, stage)
     for model in models:
@@ -169,7 +124,7 @@ class _Run:
         self._texts = texts(self._anchor)
         self._digest = digest_of(asdict(settings), model_digest(model), [asdict(t) for t in self._texts])
         self._manifest = self._opened()
-        self._waiting: list[tuple[ModelSource, Finished, dict[str, dict[ModuleKey, torch.Tensor]]]] = []
+        self._waiting: list[tuple[ModelSource, Finished, Kept]] = []
         self._bases = self._anchor_bases()
 
     def _opened(self) -> Manifest | None:
@@ -260,7 +215,7 @@ class _Run:
         self, name: str, side: Side, moments: PairMoments
     ) -> dict[str, dict[ModuleKey, torch.Tensor]]:
         settings = self._settings
-        kept: dict[str, dict[ModuleKey, torch.Tensor]] = {
+        kept: Kept = {
             "A": {}, "B": {}, "in": {}, "in_all": {}, "out": {}, "out_all": {}
         }  # fmt: skip
         # A draw of its own: with the anchor's seed a model of equal width would start from the anchor's B.

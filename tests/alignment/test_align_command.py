@@ -19,8 +19,8 @@ from fedmosaic.alignment.activations import PairMoments, Reading, collect, open_
 from fedmosaic.alignment.anchor import ANCHOR_BASES, anchor_basis
 from fedmosaic.alignment.checkpoint import Manifest, read_manifest
 from fedmosaic.alignment.evaluate import UNALIGNED, interval, summary
-from fedmosaic.alignment.procedure import AlignmentSettings
 from fedmosaic.alignment.public_text import generate_text, random_token_text, read_public_text
+from fedmosaic.alignment.settings import AlignmentSettings
 from fedmosaic.alignment.sources import parse_source
 from fedmosaic.client.colora import get_basis, read_shared, shared_layout, write_shared
 from fedmosaic.client.colora.aligned import (
@@ -220,6 +220,10 @@ def test_other_inputs_are_refused_in_the_same_place(place: Path, aligned: tuple[
         ({"synthetic": "generated"}, "Give either"),
         ({"data": Path("absent.txt")}, "cannot be read"),
         ({"samples": 0}, "at least 1"),
+        ({"settings": AlignmentSettings(rank=0)}, "rank is 0"),
+        ({"settings": AlignmentSettings(alpha=float("nan"))}, "alpha is nan"),
+        ({"settings": AlignmentSettings(layer_rule="deepest")}, "layer_rule is 'deepest'"),
+        ({"settings": AlignmentSettings(other_layers="all")}, "other_layers is 'all'"),
     ],
 )
 def test_wrong_options_are_named(place: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -368,6 +372,10 @@ def test_evaluation_refuses_what_does_not_exist(
         attempt(pair=("anchor", "deep"))
     with pytest.raises(ConfigurationError, match="holds no alignment"):
         attempt(bases=(f"x={place}",))
+    with pytest.raises(ConfigurationError, match="seeds is 0"):
+        attempt(seeds=0)
+    with pytest.raises(ConfigurationError, match="learning_rate"):
+        attempt(learning_rate=float("nan"))
     with pytest.raises(ConfigurationError, match="LABEL=VALUE"):
         attempt(bases=("x",))
     with pytest.raises(ConfigurationError, match=r"TRAIN\.jsonl,TEST\.jsonl"):
