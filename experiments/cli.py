@@ -30,6 +30,10 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
         "fedmosaic.experiments.report",
         "Read a run: accuracy, relevance, privacy, bytes sent.",
     ),
+    "attack": (
+        "fedmosaic.experiments.attacks",
+        "Attack a run's releases and report what an attacker gets.",
+    ),
     "experiments": ("fedmosaic.experiments.studies", "Rerun a study behind a figure in the documentation."),
 }
 _ERROR_EXIT = 2

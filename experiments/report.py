@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from fedmosaic.experiments import attack_report
 from fedmosaic.experiments.comparison import compared_run, comparison_table, group_runs
 from fedmosaic.experiments.comparison_page import page
 from fedmosaic.privacy.configuration import validate
@@ -164,6 +165,9 @@ def show(record: RunRecord, console: Console) -> None:
     merged = merged_statement(record)
     if merged is not None:
         console.print(render(merged))
+    attacked = attack_report.read(record.directory / "attacks")
+    if attacked is not None:
+        console.print(attack_report.render(attacked))
     if any("traffic" in result for result in record.clients.values()):
         console.print(traffic_table(record))
         console.print("Bytes of messages, without what HTTP/2 and TLS add.\n", style="dim")
