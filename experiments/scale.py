@@ -63,6 +63,7 @@ class Figures:
     Attributes:
         clients: N.
         seconds: of everything, loading and founding included.
+        processor_seconds: the same in time of the processor, which other work on the machine does not lengthen.
         round_seconds: mean of a round, training included.
         server_seconds: mean of closing a round: relevance, weights, sums.
         peak_megabytes: resident memory of the process at its peak.
@@ -70,6 +71,7 @@ class Figures:
 
     clients: int
     seconds: float
+    processor_seconds: float
     round_seconds: float
     server_seconds: float
     peak_megabytes: float
@@ -125,6 +127,7 @@ def measure(arguments: Arguments, count: int) -> Figures:
     return Figures(
         clients=count,
         seconds=time.monotonic() - started,
+        processor_seconds=time.process_time(),
         round_seconds=float(np.mean(rounds)),
         server_seconds=float(np.mean([result["seconds_aggregating"] for result in results])),
         peak_megabytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
@@ -177,12 +180,20 @@ def _examples(name: str, count: int, task: int) -> list[Example]:
 def as_table(figures: Sequence[Figures]) -> Table:
     """The figures, with how they grow from one size to the next."""
     table = Table(title="Clients in one process")
-    for column in ("clients", "all, s", "per round, s", "server per round, s", "peak memory, MB"):
+    for column in (
+        "clients",
+        "all, s",
+        "processor, s",
+        "per round, s",
+        "server per round, s",
+        "peak memory, MB",
+    ):
         table.add_column(column, justify="right")
     for figure in figures:
         table.add_row(
             str(figure.clients),
             f"{figure.seconds:.0f}",
+            f"{figure.processor_seconds:.0f}",
             f"{figure.round_seconds:.1f}",
             f"{figure.server_seconds:.3f}",
             f"{figure.peak_megabytes:.0f}",

@@ -4,6 +4,7 @@ Every task is closed: an answer is one of a few choices, and a question that nee
 """
 
 import csv
+import errno
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -40,6 +41,14 @@ TRUTH: Final = ("True", "False")
 ENTAILMENT: Final = ("entailment", "contradiction", "neutral")
 
 
+def _parts(folder: Path) -> list[Path]:
+    """The files of a data set that are there; some come without a training or without a test part."""
+    found = [folder / name for name in ("train.json", "test.json") if (folder / name).exists()]
+    if not found:
+        raise FileNotFoundError(errno.ENOENT, "no train.json or test.json", str(folder))
+    return found
+
+
 def _json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -49,9 +58,8 @@ def benchmark(folder: str, question: str, labels: Mapping[str, str], *, passage:
 
     def read(data: Path) -> Iterator[Row]:
         choices = tuple(dict.fromkeys(labels.values()))
-        for name in ("train.json", "test.json"):
-            path = data / "cl_benchmark_text" / folder / name
-            for row in _json(path) if path.exists() else ():
+        for path in _parts(data / "cl_benchmark_text" / folder):
+            for row in _json(path):
                 text, label = str(row["sentence"]).strip(), labels.get(str(row["label"]))
                 if label is None:
                     continue
@@ -106,9 +114,8 @@ def qa(folder: str) -> Read:
     """A task of LLM-Adapters: the answers are "answer1" and so on, numbered in the question."""
 
     def read(data: Path) -> Iterator[Row]:
-        for name in ("train.json", "test.json"):
-            path = data / "llm_adapters_qa" / folder / name
-            for row in _json(path) if path.exists() else ():
+        for path in _parts(data / "llm_adapters_qa" / folder):
+            for row in _json(path):
                 text, _, form = str(row["instruction"]).partition("\n\nAnswer format: ")
                 choices = tuple(form.strip().split("/"))
                 if len(choices) > 1 and row["answer"] in choices:

@@ -1,0 +1,126 @@
+"""DRAKE's layout: markers and pictures match, options are found, nothing leaves the folder."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedmosaic.experiments.tasks.drake import (
+    drake_scenario,
+    drake_scenarios,
+    listed_choices,
+    read_dataset,
+    read_scenario_file,
+    text_examples,
+)
+from fedmosaic.protos.errors import ConfigurationError
+
+
+def _write(root: Path, records: Any) -> Path:
+    place = root / "NLVR2" / "train"
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "dataset-1.json").write_text(json.dumps(records))
+    return root
+
+
+def _record(question: str, answer: str, image: Any = None, identity: str = "a") -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "id": identity,
+        "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
+    }
+    return record if image is None else {**record, "image": image}
+
+
+def test_several_pictures_and_a_choice_list(tmp_path: Path) -> None:
+    question = "Image A: <image>, Image B: <image> Same? Choice list:[Yes, No]. Your answer is:"
+    (example,) = read_dataset(
+        _write(tmp_path, [_record(question, "No", ["x/1.jpg", "x/2.jpg"])]), "NLVR2", 1, "train"
+    )
+    assert example.images == (Path("x/1.jpg"), Path("x/2.jpg"))
+    assert example.choices == ("Yes", "No")
+    assert "<image>" not in example.without_pictures().prompt
+    with pytest.raises(ConfigurationError, match="pictures is not part"):
+        list(text_examples((example,)))
+
+
+def test_a_record_without_pictures_is_an_ordinary_example(tmp_path: Path) -> None:
+    examples = read_dataset(_write(tmp_path, [_record("2 + 2?", " 4 ")]), "NLVR2", 1, "train")
+    (example,) = text_examples(examples)
+    assert (example.prompt, example.answer, example.choices) == ("2 + 2?", "4", ())
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        _record("<image> what?", "x"),
+        _record("what?", "x", "a.jpg"),
+        _record("<image> what?", "x", "/etc/passwd"),
+        _record("<image> what?", "x", "../secret.jpg"),
+        _record("<image>?", "", "a.jpg"),
+        _record("<image>?", "x", 3),
+        {"id": "a", "conversations": [{"from": "gpt", "value": "q"}, {"from": "human", "value": "a"}]},
+        {"id": "a"},
+        "text",
+    ],
+)
+def test_malformed_records_are_refused_by_place(tmp_path: Path, record: Any) -> None:
+    with pytest.raises(ConfigurationError, match="record 1"):
+        read_dataset(_write(tmp_path, [record]), "NLVR2", 1, "train")
+
+
+def test_missing_empty_and_repeated_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="download"):
+        read_dataset(tmp_path, "NLVR2", 1, "train")
+    with pytest.raises(ConfigurationError, match="no list"):
+        read_dataset(_write(tmp_path, []), "NLVR2", 1, "train")
+    with pytest.raises(ConfigurationError, match="twice"):
+        read_dataset(_write(tmp_path, [_record("q?", "x"), _record("r?", "x")]), "NLVR2", 1, "train")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "expected"),
+    [
+        ("q Choice list:[red, light blue]. A:", "light blue", ("red", "light blue")),
+        ("q Choice List: [a, b | c, d]", "a, b", ("a, b", "c, d")),
+        ("q\nA. red\nB. blue", "B", ("A", "B")),
+        ("q\nA. red\nB. blue", "blue", ("red", "blue")),
+        ("q Choice list:[red, blue]", "green", ()),
+        ("q", "red", ()),
+    ],
+)
+def test_listed_choices(prompt: str, answer: str, expected: tuple[str, ...]) -> None:
+    assert listed_choices(prompt, answer) == expected
+
+
+def test_the_scenarios_have_forty_tasks_and_the_published_mixes() -> None:
+    assert len(drake_scenarios()) == 12
+    for name in drake_scenarios():
+        clients = drake_scenario(name)
+        tasks = [task for client in clients for task in client.tasks]
+        assert len({task.name for task in tasks}) == len(tasks) == 40
+        assert [task.name for task in tasks if task.metric == "f1"] == ["iconqa-2", "iconqa-3"]
+    mix = Counter(client.model for client in drake_scenario("DRAKE_hetero_llava_llama_1B_3B_8B"))
+    assert sorted(mix.values()) == [2, 3, 5]
+    assert drake_scenario("DRAKE_homo_llava_qwen_3B")[2].tasks[0].dataset == "SEED-Bench-2"
+    with pytest.raises(ConfigurationError, match="known"):
+        drake_scenario("DRAKE")
+
+
+def test_a_scenario_file_of_the_authors(tmp_path: Path) -> None:
+    tasks = [
+        {"dataset": "iconqa", "subset_id": 2, "type": "open-ended", "metric": "F1"},
+        {"dataset": "dummy", "subset_id": 0},
+        {"dataset": "WCVQA", "subset_id": 0, "type": "multi-choice"},
+    ]
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps([{"client_id": 0, "model_id": "m", "datasets": tasks}]))
+    (client,) = read_scenario_file(path)
+    assert [(task.name, task.metric) for task in client.tasks] == [
+        ("iconqa-2", "f1"),
+        ("WCVQA-0", "accuracy"),
+    ]
+    path.write_text(json.dumps([{"client_id": 1, "model_id": "m", "datasets": []}]))
+    with pytest.raises(ConfigurationError, match="client_id"):
+        read_scenario_file(path)
