@@ -22,6 +22,7 @@ from fedmosaic.protos.errors import StateError
 MANIFEST: Final = "manifest.json"
 PARTIAL: Final = ".partial"
 _SEPARATOR: Final = "|"
+_CHECKPOINT_FILES: Final = frozenset({"adapter_config.json", "adapter_model.safetensors", "README.md"})
 
 Bases = Mapping[ModuleKey, BasisPair]
 
@@ -115,6 +116,22 @@ def basis_label(bases: Bases) -> str:
     return f"aligned:{digest.hexdigest()[:32]}"
 
 
+def check_replaceable(folder: Path) -> None:
+    """Refuse to write where anything but an earlier checkpoint of this command lies, such as a base model.
+
+    Raises:
+        StateError: Something else is there.
+    """
+    if not folder.exists():
+        return
+    foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in _CHECKPOINT_FILES)
+    if foreign:
+        raise StateError(
+            f"{folder} should become a checkpoint but holds {foreign[0]}; choose another --out, or write "
+            "NAME=MODEL to give the checkpoint another name."
+        )
+
+
 def write_checkpoint(folder: Path, side: Side, bases: Bases, config: CoLoraConfig, label: str) -> None:
     """Write a PEFT checkpoint with aligned bases and P = Q = 0, so that it changes nothing yet.
 
@@ -128,6 +145,7 @@ def write_checkpoint(folder: Path, side: Side, bases: Bases, config: CoLoraConfi
     adapted = adapt(side.model, config)
     named = {side.names[key]: (a.float(), b.float()) for key, (a, b) in bases.items()}
     set_basis(adapted, named, label=label)
+    check_replaceable(folder)
     shutil.rmtree(folder, ignore_errors=True)
     save_adapter(adapted, folder)
     adapted.unload()

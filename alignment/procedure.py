@@ -25,6 +25,7 @@ from fedmosaic.alignment.checkpoint import (
     Finished,
     Manifest,
     basis_label,
+    check_replaceable,
     digest_of,
     load_partial,
     model_digest,
@@ -96,6 +97,8 @@ def align_models(
         )
     settings.check()
     out.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        check_replaceable(out / name)
     run = _Run(anchor, texts, out, settings, stage)
     for model in models:
         run.read(model)

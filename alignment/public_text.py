@@ -16,6 +16,7 @@ Synthetic = Literal["generated", "random_tokens"]
 SYNTHETIC: Final[tuple[str, ...]] = get_args(Synthetic)
 
 _FEWEST_CHARACTERS: Final = 20
+_MOST_CHARACTERS: Final = 20_000
 _GENERATED_AT_ONCE: Final = 32
 _RANDOM_TOKENS: Final = 64
 
@@ -45,7 +46,11 @@ def read_public_text(path: Path, samples: int) -> tuple[PublicText, ...]:
     if path.suffix == ".jsonl":
         found = [_parse(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
     else:
-        found = [PublicText(line.strip()) for line in lines if len(line.strip()) >= _FEWEST_CHARACTERS]
+        found = [
+            PublicText(line.strip()[:_MOST_CHARACTERS])
+            for line in lines
+            if len(line.strip()) >= _FEWEST_CHARACTERS
+        ]
     distinct = {text_digest([text]): text for text in found}
     if not distinct:
         raise ConfigurationError(f"{path} holds no public text; give hundreds of lines.")
@@ -150,4 +155,4 @@ def _parse(line: str, path: Path, number: int) -> PublicText:
         raise ConfigurationError(
             f"{where}: give 'text', or 'prompt' and 'answer', as text that is not empty."
         )
-    return PublicText(text, prompt)
+    return PublicText(text[:_MOST_CHARACTERS], prompt[:_MOST_CHARACTERS])

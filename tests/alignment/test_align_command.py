@@ -239,6 +239,13 @@ def test_the_same_model_twice_or_too_high_a_rank_is_refused(place: Path, tmp_pat
         run(arguments(place, tmp_path / "y", "wide", settings=settings), silent)
 
 
+def test_a_base_model_is_never_overwritten(place: Path) -> None:
+    before = sorted(entry.name for entry in (place / "anchor").iterdir())
+    with pytest.raises(StateError, match="another --out"):
+        run(arguments(place, place, "wide"), silent)
+    assert sorted(entry.name for entry in (place / "anchor").iterdir()) == before
+
+
 def test_a_damaged_manifest_is_refused(place: Path, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"version": 1}')
     with pytest.raises(StateError, match="not a manifest"):
