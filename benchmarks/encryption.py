@@ -8,8 +8,8 @@ recipients, from uploads in bytes to aggregates in bytes, with every check that 
 and `arithmetic` are parts of it, measured alone. Plain numpy makes no checks at all; the back end `plain` is
 the same server without encryption.
 
-Memory is kept between repetitions, except in the column `server, fresh`: there every array of more than
-128 KiB is fresh from the operating system, as in a server whose last round is some time ago.
+Memory that is freed is kept by the process, except in the column `server, fresh`: there all of it was handed
+back to the operating system before, as in a server whose last round is some time ago.
 """
 
 import benchmarks.single_thread  # noqa: F401  # before numpy
@@ -277,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--note", type=Path, help="write a Markdown page with all tables to this file")
     options = parser.parse_args(arguments)
-    keep_memory(True)
+    keep_memory()
     cells: list[Cell] = []
     for members in options.members:
         for rank in options.ranks:

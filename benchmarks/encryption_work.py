@@ -1,6 +1,7 @@
 """The work that every system of the encryption benchmark does, and how it is timed."""
 
 import ctypes
+import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -41,20 +42,25 @@ class Timing:
 NOTHING = Timing(0.0, 0.0, 1 << 30)
 
 
-def keep_memory(keep: bool) -> None:
-    """Let the C library keep memory that is freed, or hand arrays of more than 128 KiB back at once.
+def keep_memory() -> None:
+    """Let the C library keep memory that is freed.
 
-    Left to itself, glibc does the one or the other depending on what the process allocated before, and fresh
+    Left to itself, glibc keeps it or hands it back depending on what the process allocated before, and fresh
     pages can cost more than the arithmetic on them. Other C libraries are left as they are.
     """
-    glibc = ctypes.CDLL(None)
-    if hasattr(glibc, "gnu_get_libc_version"):
-        largest = (1 << 31) - 1
-        glibc.mallopt(_TRIM_THRESHOLD, largest if keep else 1 << 17)
-        glibc.mallopt(_MAPPING_THRESHOLD, 1 << 30 if keep else 1 << 17)
+    if _GLIBC is not None:
+        _GLIBC.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
+        _GLIBC.mallopt(_MAPPING_THRESHOLD, 1 << 30)
+
+
+def _hand_back_memory() -> None:
+    """Return every free page to the operating system."""
+    if _GLIBC is not None:
+        _GLIBC.malloc_trim(0)
 
 
 _TRIM_THRESHOLD, _MAPPING_THRESHOLD = -1, -3
+_GLIBC = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class Cell:
         ingest: Server, all N uploads, from bytes to checked operands.
         arithmetic: Server, the N weighted sums alone.
         server: Server, from N uploads in bytes to N aggregates in bytes, ingest included; memory kept.
-        server_fresh: The same with fresh memory for every large array; None where it was not measured.
+        server_fresh: The same after all free memory was handed back; None where it was not measured.
         download_bytes: One aggregate.
         decrypt: One client, one aggregate.
         error: Largest absolute difference to the same weights applied in float64.
@@ -133,14 +139,15 @@ class Work:
         return result
 
     def measure_fresh(self, operation: Callable[[], object]) -> Timing:
-        """Time an operation as `measure` does, with fresh memory for every large array."""
-        keep_memory(False)
-        try:
-            return self.measure(operation, 2)
-        finally:
-            keep_memory(True)
+        """Time an operation as `measure` does, each time after all free memory was handed back."""
+        return self.measure(operation, 2, before=_hand_back_memory)
 
-    def measure(self, operation: Callable[[], object], least_repetitions: int = 3) -> Timing:
+    def measure(
+        self,
+        operation: Callable[[], object],
+        least_repetitions: int = 3,
+        before: Callable[[], object] = lambda: None,
+    ) -> Timing:
         """Time an operation, after one run that does not count, until the budget is spent."""
         operation()
         seconds: list[float] = []
@@ -148,9 +155,10 @@ class Work:
         while len(seconds) < least_repetitions or (
             len(seconds) < 200 and time.perf_counter() - started < self.budget
         ):
-            before = time.process_time()
+            before()
+            begun = time.process_time()
             operation()
-            seconds.append(time.process_time() - before)
+            seconds.append(time.process_time() - begun)
         return Timing(min(seconds), statistics.median(seconds), len(seconds))
 
 
