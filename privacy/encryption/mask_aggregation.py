@@ -15,6 +15,8 @@ from fedmosaic.protos.errors import EncryptionError
 
 # Doubles in one buffer of a product: two of them stay in the third-level cache.
 _BUFFER = 400_000
+# numpy asks Linux for large pages from 4 MiB on; what is not written to takes no memory.
+_LARGE_PAGES = 1 << 20
 # 1.5·2^52: the integers of a float64 of this size have their low 32 bits in two's complement.
 _INTEGER_OFFSET = 1.5 * 2.0**52
 
@@ -43,7 +45,7 @@ class MaskAggregator(Aggregator[MaskParameters]):
             for header, row in zip(headers, rows, strict=True)
         ]
         ends = [*itertools.accumulate(len(prefix) // 4 + context.dimensions for prefix in prefixes)]
-        memory = np.empty(ends[-1], dtype="<u4")
+        memory = np.empty(max(ends[-1], _LARGE_PAGES), dtype="<u4")
         records = [memory[start:end] for start, end in itertools.pairwise([0, *ends])]
         for prefix, record in zip(prefixes, records, strict=True):
             record[: len(prefix) // 4] = np.frombuffer(prefix, dtype="<u4")
