@@ -31,7 +31,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.dp_step --model model=$(MODEL)
 
 bench-encryption: $(STAMP)
-	$(BIN)/python -m benchmarks.encryption --json encryption.json --note docs/encryption-benchmark.md
+	$(BIN)/python -m benchmarks.encryption --json docs/encryption-benchmark.json --note docs/encryption-benchmark.md
 
 protos: $(STAMP)
 	$(BIN)/python protos/generate.py
