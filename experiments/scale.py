@@ -48,6 +48,8 @@ class Arguments:
     """Rounds of each federation."""
     steps: int = 4
     """Optimizer steps of each client in each round, of eight examples."""
+    blocks: int = 4
+    """Co-LoRA layers of the model."""
     side: int = 8
     """Directions kept on each side of the task profile."""
     as_json: Path | None = None
@@ -63,7 +65,7 @@ class Figures:
     Attributes:
         clients: N.
         seconds: of everything, loading and founding included.
-        processor_seconds: the same in time of the processor, which other work on the machine does not lengthen.
+        processor_seconds: the same in the processor's time, which other work on the machine does not add to.
         round_seconds: mean of a round, training included.
         server_seconds: mean of closing a round: relevance, weights, sums.
         peak_megabytes: resident memory of the process at its peak.
@@ -103,6 +105,7 @@ def _in_own_process(arguments: Arguments, count: int) -> Figures:
         sys.executable, "-m", "fedmosaic.experiments.scale", "--only",
         "--model", arguments.model, "--clients", str(count), "--rounds", str(arguments.rounds),
         "--steps", str(arguments.steps), "--side", str(arguments.side),
+        "--blocks", str(arguments.blocks),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # our own module
     if done.returncode:
@@ -148,7 +151,7 @@ def scale_scenario(arguments: Arguments, count: int, place: Path) -> Scenario:
         name="scale",
         probe=model,
         profile=ScenarioProfile(public_data=place / "public.jsonl", side=arguments.side, max_length=32),
-        adapter=AdapterTerms(rank=8, protection="none"),
+        adapter=AdapterTerms(rank=8, blocks=arguments.blocks, protection="none"),
         schedule=ScheduleTerms(rounds=arguments.rounds, quorum=count),
         encryption=PlainParameters(),
         allow_plaintext=True,

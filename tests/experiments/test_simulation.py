@@ -175,3 +175,13 @@ def test_changes_on_the_command_line_are_checked(tiny_scenario: Any) -> None:
     for wrong in ("temperature", "relevance.temprature=1", "nothing.here=1"):
         with pytest.raises(ConfigurationError):
             runner._changed(tiny_scenario(), runner.Arguments(Path("x.toml"), set=(wrong,)))
+
+
+@pytest.mark.slow
+def test_processes_still_run_a_scenario(tmp_path: Path, tiny_scenario: Any) -> None:
+    directory = runner.run(tiny_scenario(), tmp_path, tmp_path, _console())
+    record = read_run(directory)
+    assert set(record.clients) == {f"client-{n}" for n in range(4)}
+    assert all("after" in result for result in record.clients.values())
+    with pytest.raises(ConfigurationError, match="no run of one process"):
+        runner.resume(directory, _console())
