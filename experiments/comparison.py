@@ -170,7 +170,7 @@ def group_runs(runs: Sequence[Run]) -> tuple[Group, ...]:
 def comparison_table(groups: Sequence[Group]) -> Table:
     """Accuracies in per cent, mean ± half width of the 95 % interval over seeds."""
     table = Table(title="Methods compared, % (mean ± 95 % interval over seeds)")
-    for column in ("scenario", "method", "seeds", *FIGURES, "ε server", "ε recipients", "kB/round", "s"):
+    for column in ("scenario", "method", "seeds", "ε server", "ε recipients", *FIGURES, "kB/round", "s"):
         table.add_column(column, justify="left" if column in ("scenario", "method") else "right")
     for group in groups:
         table.add_row(*row(group))
@@ -183,9 +183,9 @@ def row(group: Group) -> tuple[str, ...]:
         group.scenario,
         group.method,
         str(len(group.runs)),
-        *(percent(figure) for figure in group.figures()),
         epsilon_text(group.epsilon("server")),
         epsilon_text(group.epsilon("recipients")),
+        *(percent(figure) for figure in group.figures()),
         f"{fmean(run.sent for run in group.runs) / 1000:.1f}",
         f"{fmean(run.seconds for run in group.runs):.0f}",
     )

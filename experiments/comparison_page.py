@@ -9,17 +9,18 @@ from fedmosaic.experiments.comparison import FIGURES, Group, epsilon_text, perce
 
 _COLOURS = ("#0b5fa5", "#c2571a", "#2f7d4f", "#8a3b8f", "#8c6d1f", "#5a5a5a", "#b3263a", "#1b8a8a")
 _DASHES = ("", "6 3", "2 3", "8 3 2 3")
-_WIDTH, _LEFT, _RIGHT = 760, 210, 30
+_WIDTH, _LEFT, _RIGHT = 760, 40, 30
 
 _STYLE = """
 :root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 62rem;
+body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 68rem;
        margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ccc; white-space: nowrap; }
+th, td { padding: .3rem .5rem; text-align: right; border-bottom: 1px solid #ccc; white-space: nowrap; }
 th:nth-child(1), td:nth-child(1), th:nth-child(2), td:nth-child(2) { text-align: left; }
+td:nth-child(1), td:nth-child(2) { white-space: normal; overflow-wrap: anywhere; min-width: 7rem; }
 thead th { border-bottom: 2px solid #1c1c1c; }
 td.none { color: #b00020; font-weight: 600; }
 figure { margin: 1.2rem 0; } figcaption { font-size: .9rem; color: #444; max-width: 48rem; }
@@ -67,7 +68,7 @@ def page(groups: Sequence[Group], command: str) -> str:
 
 def _table(groups: Sequence[Group]) -> str:
     heads = (
-        "scenario", "method", "seeds", *FIGURES, "ε server", "ε recipients", "kB per round", "seconds",
+        "scenario", "method", "seeds", "ε server", "ε recipients", *FIGURES, "kB per round", "seconds",
     )  # fmt: skip
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
     lines = []
@@ -80,12 +81,12 @@ def _table(groups: Sequence[Group]) -> str:
 
 def _bars(groups: Sequence[Group], index: int, what: str) -> str:
     """Horizontal bars from 0 to 100 % with intervals and ε."""
-    height, scale = 30 * len(groups) + 50, (_WIDTH - _LEFT - _RIGHT - 130) / 100
+    height, scale = 44 * len(groups) + 50, (_WIDTH - _LEFT - _RIGHT - 130) / 100
     shapes = [_axis(tick, _LEFT + tick * scale, height - 34, 10) for tick in range(0, 101, 20)]
     for number, group in enumerate(groups):
         figure = group.figures()[index]
-        y = 14 + 30 * number
-        shapes.append(f'<text x="{_LEFT - 8}" y="{y + 13}" text-anchor="end">{escape(group.method)}</text>')
+        y = 26 + 44 * number
+        shapes.append(f'<text x="{_LEFT}" y="{y - 5}">{escape(group.method)}</text>')
         if figure is None:
             shapes.append(f'<text x="{_LEFT + 4}" y="{y + 13}">not scored</text>')
             continue
@@ -114,7 +115,8 @@ def _bars(groups: Sequence[Group], index: int, what: str) -> str:
 def _curves(groups: Sequence[Group], *, own: bool) -> str:
     """Accuracy over the rounds, means over seeds."""
     what = "Self" if own else "Others"
-    height, bottom, top = 300, 250, 14
+    bottom, top = 250, 14
+    height = bottom + 62 + 18 * len(groups)
     last = max(number for group in groups for run in group.runs for number in run.curve)
     scale_x, scale_y = (_WIDTH - _LEFT - _RIGHT) / max(1, last), (bottom - top) / 100
     shapes = []
@@ -139,13 +141,12 @@ def _curves(groups: Sequence[Group], *, own: bool) -> str:
             f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" stroke-width="2" '
             f'stroke-dasharray="{dash}"/>'
         )
-        y = top + 16 * place
-        shapes.append(f'<path d="M4 {y}h22" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"/>')
-        shapes.append(f'<text x="32" y="{y + 4}">{escape(group.method)}</text>')
+        y = bottom + 62 + 18 * place
+        line = f'<path d="M{_LEFT} {y}h26" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"/>'
+        shapes.append(f'{line}<text x="{_LEFT + 34}" y="{y + 4}">{escape(group.method)}</text>')
     shapes.append(
         f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2:.0f}" y="{bottom + 40}" text-anchor="middle">round</text>'
     )
-    height = max(height, top + 16 * len(groups) + 10)
     caption = (
         f"{what}, in per cent, over the rounds; means over clients and seeds. Round 0 is before any training."
     )
