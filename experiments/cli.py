@@ -21,6 +21,10 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
         "Create a federation; add, revoke and renew members.",
     ),
     "probe": ("fedmosaic.experiments.probe", "Fit the public map of the task profile on public data."),
+    "align": (
+        "fedmosaic.alignment.__main__",
+        "Align the bases of different models on public text; measure the transfer.",
+    ),
     "server": ("fedmosaic.server.__main__", "Start the server of a federation."),
     "client": ("fedmosaic.client.__main__", "Take part in a federation as one client."),
     "run": ("fedmosaic.experiments.runner", "Run a scenario file on this machine, with any method."),
