@@ -64,7 +64,7 @@ def markdown(report: AttackReport) -> str:
         "“≤” is what the claimed guarantee allows. A figure breaks its bound only if it is above it at a "
         "confidence of 99.99 %, because the strongest attacks sit exactly at their bound.",
         "",
-        "**No bound is broken, and every attempt that must fail did fail.**"
+        f"**{_verdict(report)}**"
         if not alarms
         else "**BROKEN. Either an attack or a guarantee is wrong:**\n\n"
         + "\n".join(f"- {a}" for a in alarms),
@@ -104,7 +104,7 @@ def render(report: AttackReport) -> RenderableType:
     for alarm in report.alarms:
         parts.append(Text(f"BROKEN: {alarm}", style="bold white on red"))
     if not report.alarms:
-        parts.append(Text("No bound is broken.", style="bold"))
+        parts.append(Text(_verdict(report), style="bold"))
     return Group(*parts)
 
 
@@ -152,6 +152,16 @@ def draw(report: AttackReport, path: Path) -> None:
     canvas.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
+def _verdict(report: AttackReport) -> str:
+    """What may be said of a report without alarms; never more than was tried."""
+    if not report.results and not report.refusals:
+        return "Nothing was carried out, so nothing is shown."
+    said = ["No bound is broken"] if report.results else []
+    if report.refusals:
+        said.append(f"all {sum(refusal.tried for refusal in report.refusals)} attempts were refused")
+    return ", and ".join(said) + "."
+
+
 def _attack_lines(attack: str, results: Sequence[AttackResult]) -> list[str]:
     lines = [f"## {attack}", ""]
     for adversary, sees in dict.fromkeys((result.adversary, result.sees) for result in results):
@@ -180,8 +190,9 @@ def _wide(results: Sequence[AttackResult], names: Sequence[str]) -> list[str]:
 def _long(results: Sequence[AttackResult], _names: Sequence[str]) -> list[str]:
     lines = [_row(["release", "", "figure", "value"]), _row(["---"] * 4)]
     for result in results:
-        for figure in result.figures:
-            lines.append(_row([result.release, _SETTINGS[result.setting], figure.name, _cell(figure)]))
+        for number, figure in enumerate(result.figures):
+            first = ["", ""] if number else [result.release, _SETTINGS[result.setting]]
+            lines.append(_row([*first, figure.name, _cell(figure)]))
     return lines
 
 

@@ -85,45 +85,31 @@ def read_target(path: Path) -> Target:
         ConfigurationError: there is neither, or its data is missing.
     """
     if (path / _SCENARIO).is_file():
-        scenario, base = read_configuration(path / _SCENARIO, Scenario), path
-        return _target(scenario, base, path)
+        return _target(read_configuration(path / _SCENARIO, Scenario).resolved(path.resolve()), path)
     if path.is_file():
-        return _target(read_configuration(path, Scenario), path.parent, None)
+        return _target(read_configuration(path, Scenario).resolved(path.parent.resolve()), None)
     raise ConfigurationError(
         f"{path}: neither a run nor a scenario; give the directory that `fedmosaic run` or `fedmosaic demo` "
         "printed, or a scenario file"
     )
 
 
-def _target(scenario: Scenario, base: Path, directory: Path | None) -> Target:
+def _target(scenario: Scenario, directory: Path | None) -> Target:
     victims = []
-    for client in scenario.model_dump(mode="json")["clients"]:
-        state = directory / "federation/clients" / client["id"] / "state" if directory else None
-        task = (client.get("tasks") or [{**client, "name": client["task"]}])[0]
-        train, test = (_data(base, directory, client["id"], task[key], key) for key in ("train", "test"))
+    for client in scenario.clients:
+        state = directory / "federation/clients" / client.id / "state" if directory is not None else None
         victims.append(
             Victim(
-                client["id"],
-                task["name"],
-                read_examples(train),
-                read_examples(test),
-                ModelSettings.model_validate(client["model"]),
+                client.id,
+                client.domain,
+                tuple(example for task in client.task_list for example in read_examples(task.train)),
+                tuple(example for task in client.task_list for example in read_examples(task.test)),
+                client.model,
                 state if state is not None and state.is_dir() else None,
             )
         )
-    public = scenario.profile.public_data
-    name = directory.name if directory is not None else scenario.name
-    return Target(name, scenario, directory, tuple(victims), read_examples(base / public))
-
-
-def _data(base: Path, directory: Path | None, client: str, path: str, key: str) -> Path:
-    """A data file; in a run's directory the client's own settings tell where relative paths start."""
-    settings = directory / "federation/clients" / client / "client.json" if directory else None
-    if settings is not None and settings.is_file() and not Path(path).is_absolute():
-        stored = json.loads(settings.read_text(encoding="utf-8")).get("data", {}).get(key)
-        if stored:
-            return Path(stored)
-    return base / path
+    name = directory.resolve().name if directory is not None else scenario.name
+    return Target(name, scenario, directory, tuple(victims), read_examples(scenario.profile.public_data))
 
 
 @dataclass(frozen=True, eq=False)

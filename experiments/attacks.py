@@ -34,6 +34,7 @@ from fedmosaic.experiments import (
 )
 from fedmosaic.experiments.attack_keys import key_refusals
 from fedmosaic.experiments.attack_malicious import refusals
+from fedmosaic.experiments.attack_received import received_results
 from fedmosaic.experiments.attack_target import (
     Prober,
     Target,
@@ -49,8 +50,10 @@ from fedmosaic.privacy.noise import SecureNoise
 from fedmosaic.privacy.planning import noise_multiplier_for
 from fedmosaic.protos.errors import ConfigurationError
 
-Part = Literal["profile", "audit", "federation", "malicious", "text", "adapter"]
-PARTS: Final[tuple[Part, ...]] = ("profile", "audit", "federation", "malicious", "text", "adapter")
+Part = Literal["profile", "audit", "federation", "malicious", "text", "adapter", "received"]
+PARTS: Final[tuple[Part, ...]] = (
+    "profile", "audit", "federation", "malicious", "text", "adapter", "received"
+)  # fmt: skip
 _BROKEN_EXIT: Final = 1
 _MEMBERS_PER_RELEASE: Final = 36
 _REST_OF_DATA: Final = 60
@@ -63,6 +66,7 @@ _TEXT_TOKENS: Final = 10
 _ADAPTER_POOL: Final = 80
 _ADAPTER_RELEASES: Final = 120
 _WORD_BATCH: Final = 8
+_SCORED: Final = 60
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,7 @@ def attack(target: Target, arguments: Arguments, console: Console, command: str)
         "federation": lambda: _federation(target, _needed(prober), arguments, skipped),
         "text": lambda: _text(_needed(prober), victim, arguments),
         "adapter": lambda: _adapter(target, victim, arguments),
+        "received": lambda: received_results(target, victim, _SCORED),
     }
     for part in arguments.parts:
         since = time.monotonic()
@@ -191,6 +196,8 @@ def _profile(prober: Prober, victim: Victim, arguments: Arguments) -> Iterator[A
         everybody = [*victim.train, *(example for example in victim.test if example.prompt not in known)]
         rows = prober.public_map.rows(prober.factors(everybody))
         members = np.arange(len(everybody)) < len(victim.train)
+        if members.all():
+            raise ConfigurationError(f"{victim.client_id} has no text that it does not train on")
         yield attack_profile.own_release_result(released, rows, members, mechanism)
 
 

@@ -13,14 +13,18 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fedmosaic.client.colora import CoLoraConfig, read_shared, write_shared
 from fedmosaic.client.examples import IGNORED, EncodedExample
+from fedmosaic.client.models import adapt, load_base_model
 from fedmosaic.client.probe import Probe, gradient_factors, open_probe
 from fedmosaic.experiments import attack_report, attacks
 from fedmosaic.experiments.attack_adapter import AdapterRows, membership_results, word_results
 from fedmosaic.experiments.attack_profile import membership_results as profile_membership
+from fedmosaic.experiments.attack_received import shared_vector
 from fedmosaic.experiments.attack_target import candidates, open_prober, read_target
 from fedmosaic.experiments.attack_text import Release, decode, text_results
 from fedmosaic.privacy.attacks.membership import gram_matrix
+from fedmosaic.privacy.attacks.results import AttackReport
 from fedmosaic.privacy.attacks.spans import evidence, spans_of
 from fedmosaic.privacy.mechanism import ProfileMechanism, Reduction
 from fedmosaic.privacy.noise import SeededTestNoise
@@ -174,7 +178,14 @@ def scenario(tmp_path: Path) -> Path:
         lines = []
         for number in range(count):
             words = [WORDS[i] for i in generator.integers(low, high, 9)]
-            lines.append({"id": f"{name}-{number}", "prompt": " ".join(words), "answer": words[0]})
+            lines.append(
+                {
+                    "id": f"{name}-{number}",
+                    "prompt": " ".join(words),
+                    "answer": words[0],
+                    "choices": [words[0], "zebra"],
+                }
+            )
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
 
     write("public", 120, 0, 81)
@@ -244,6 +255,62 @@ def test_a_broken_bound_ends_the_command_with_an_error(
     page = (tmp_path / "o" / attack_report.MARKDOWN).read_text()
     assert "BROKEN" in page
     assert "above its bound" in page
+
+
+def finished_run(scenario: Path, place: Path) -> Path:
+    """The directory of a run that ended: adapters, weights, released profiles."""
+    target = read_target(scenario)
+    place.mkdir()
+    (place / "scenario.json").write_text(target.scenario.model_dump_json())
+    names = [victim.client_id for victim in target.victims]
+    base, _ = load_base_model(target.victims[0].model.path, "float32")
+    model = adapt(base, CoLoraConfig(r=4, alpha=32.0, blocks=2))
+    size = len(read_shared(model))
+    for number, name in enumerate(names):
+        draw = np.random.default_rng(number).normal(0, 0.02, size).astype(np.float32)
+        write_shared(model, draw, "local")
+        state = place / "federation/clients" / name / "state"
+        model.save_pretrained(str(state / "adapter/round-0002"))
+        np.save(
+            state / "profile-0123456789abcdef.npy",
+            50 * np.random.default_rng(number % 2).normal(size=16).astype(np.float32),
+        )
+    share = {name: {other: 0.25 for other in names if other != name} for name in names}
+    run = {"results": [{"weights": {"shared": share}}, {"weights": {"shared": share}}]}
+    server = place / "federation/server/state"
+    server.mkdir(parents=True)
+    (server / "run.json").write_text(json.dumps(run))
+    return place
+
+
+def test_saved_adapters_are_read_in_the_order_of_the_shared_vector(scenario: Path, tmp_path: Path) -> None:
+    run = finished_run(scenario, tmp_path / "run")
+    (saved,) = (run / "federation/clients/client-3/state/adapter").glob("round-*/adapter_model.safetensors")
+    found = shared_vector(saved)
+    np.testing.assert_allclose(found, np.random.default_rng(3).normal(0, 0.02, found.size), atol=1e-6)
+
+
+def test_a_finished_run_is_attacked_through_its_aggregates_and_releases(
+    scenario: Path, tmp_path: Path
+) -> None:
+    run = finished_run(scenario, tmp_path / "run")
+    status = attacks.main([str(run), "--parts", "received", "federation", "--client", "client-2"])
+    assert status == 0
+    report = attack_report.read(run / "attacks")
+    assert report is not None
+    found = {result.attack: result for result in report.results}
+    assert report.skipped == ()
+    loss = found["Membership by loss in a received aggregate"].figures[0]
+    assert 0.3 < loss.value < 0.7, "random adapters know nothing of anybody's examples"
+    assert "Relevance spoofing: pulling or poisoning a victim's aggregate" in found
+    assert read_target(run).victims[0].released_profile(16) is not None
+    page = (run / "attacks" / attack_report.MARKDOWN).read_text()
+    assert "this run's own rows" in page
+
+
+def test_a_report_claims_no_more_than_was_tried() -> None:
+    empty = AttackReport(run="r", created="", seconds=0.0, command="", machine="", results=())
+    assert "nothing is shown" in attack_report.markdown(empty)
 
 
 def test_candidates_are_distinct_and_labelled(scenario: Path) -> None:
