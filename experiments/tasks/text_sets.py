@@ -6,7 +6,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -64,6 +64,15 @@ def _bank(*categories: str) -> TextTask:
 
 def _news(part: int, *labels: str) -> TextTask:
     return TextTask(source.news(part, labels), f"{_CL}: AG News", "non-commercial research")
+
+
+def _half(task: TextTask, part: int) -> TextTask:
+    """Half of a task's rows, by hash."""
+
+    def read(data: Path) -> Iterator[Row]:
+        return (row for row in task.read(data) if stable_hash("half", normalise(row.group)) % 2 == part)
+
+    return replace(task, read=read)
 
 
 TEXT_TEN: Final[dict[str, dict[str, TextTask]]] = {
@@ -134,15 +143,16 @@ TEXT_TEN: Final[dict[str, dict[str, TextTask]]] = {
 }
 """Domain, then task in order; all of it closed questions in English."""
 
+_HOME: Final = _clinc("kitchen_and_dining", "home", "travel", "banking")
+_WORK: Final = _clinc("auto_and_commute", "utility", "work", "credit_cards")
+_BANK: Final = _bank("cancel_transfer", "pending_top_up", "lost_or_stolen_card", "exchange_rate")
+
 TEXT_PAIRS: Final[dict[str, dict[str, TextTask]]] = {
-    "film-quotes": {"film-quotes": TEXT_TEN["reviews"]["film-quotes"]},
-    "products": {"products": TEXT_TEN["reviews"]["products"]},
-    "news-a": {"topic-a": _news(0, *source.NEWS)},
-    "news-b": {"topic-b": _news(1, *source.NEWS)},
-    "requests-a": {"requests-a": _clinc("kitchen_and_dining", "home", "travel", "banking")},
-    "requests-b": {"requests-b": _clinc("auto_and_commute", "utility", "work", "credit_cards")},
+    f"{name}-{'ab'[part]}": {f"{name}-{'ab'[part]}": _half(task, part)}
+    for name, task in (("home", _HOME), ("work", _WORK), ("bank", _BANK))
+    for part in (0, 1)
 }
-"""Three pairs of clients with related tasks: what relevance should find, where it helps at all."""
+"""Three pairs of clients that hold halves of one data set each: what relevance should find, if anything."""
 
 GLUE: Final[dict[str, dict[str, TextTask]]] = {
     "sst-2": {"sst-2": TEXT_TEN["reviews"]["film-quotes"]},

@@ -1,0 +1,41 @@
+"""The scenario files that come with the package are valid, and say what they need."""
+
+from pathlib import Path
+
+import pytest
+
+from fedmosaic.experiments.scenario import Scenario
+from fedmosaic.experiments.tasks.text_sets import TEXT_SETS
+from fedmosaic.privacy.configuration import read_configuration
+from fedmosaic.protos.errors import ConfigurationError
+
+SCENARIOS = Path(__file__).parents[2] / "experiments" / "scenarios"
+
+
+@pytest.mark.parametrize("name", ["text-pairs", "text-ten"])
+def test_scenarios_name_the_files_that_the_command_writes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenario = read_configuration(SCENARIOS / f"{name}.toml", Scenario)
+    monkeypatch.setenv("FEDMOSAIC_TASKS", str(tmp_path))
+    monkeypatch.setenv("FEDMOSAIC_MODELS", str(tmp_path))
+    resolved = scenario.resolved(SCENARIOS)
+    named = {str(task.train.relative_to(tmp_path / name)) for c in resolved.clients for task in c.task_list}
+    tasks = [(client, task) for client, content in TEXT_SETS[name].items() for task in content]
+    assert named == {f"{client}/{task}.train.jsonl" for client, task in tasks}
+    assert [client.id for client in scenario.clients] == list(TEXT_SETS[name])
+
+
+def test_a_missing_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FEDMOSAIC_TASKS", raising=False)
+    monkeypatch.delenv("FEDMOSAIC_MODELS", raising=False)
+    scenario = read_configuration(SCENARIOS / "text-pairs.toml", Scenario)
+    with pytest.raises(ConfigurationError, match="FEDMOSAIC_"):
+        scenario.resolved(SCENARIOS)
+
+
+def test_scored_rounds_hold_the_last() -> None:
+    scenario = read_configuration(SCENARIOS / "text-ten.toml", Scenario)
+    assert scenario.rounds_to_score() == (5, 10, 15, 20)
+    odd = scenario.model_copy(update={"evaluate_every": 7})
+    assert odd.rounds_to_score() == (7, 14, 20)
