@@ -245,12 +245,12 @@ def _recovery_errors(
     errors = []
     for trial in range(trials):
         generator = np.random.default_rng([seed, trial])
+        coalition = sorted(generator.permutation(members)[:size].tolist())
         adapters = generator.standard_normal((members, _DIMENSIONS))
         released = adapters + noise * generator.standard_normal(adapters.shape)
         over_rounds = [released]
         for _ in weights[1:]:
             over_rounds.append(over_rounds[-1] + movement * generator.standard_normal(adapters.shape))
-        coalition = sorted(generator.permutation(members)[:size].tolist())
         estimate = solve(equations(weights, over_rounds, coalition), movement)
         outside = [index for index in range(members) if index not in coalition]
         errors.append(min(recovery_error(e, adapters[i]) for e, i in zip(estimate, outside, strict=True)))

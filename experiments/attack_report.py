@@ -171,8 +171,9 @@ def _attack_lines(attack: str, results: Sequence[AttackResult]) -> list[str]:
     lines.append("")
     names = list(dict.fromkeys(figure.name for result in results for figure in result.figures))
     wide = len(names) <= 3
-    for statistic, group in groupby(results, key=lambda result: result.statistic):
-        lines += [f"Statistic: {statistic}.", "", *(_wide if wide else _long)(list(group), names), ""]
+    for statistic in dict.fromkeys(result.statistic for result in results):
+        group = [result for result in results if result.statistic == statistic]
+        lines += [f"Statistic: {statistic}.", "", *(_wide if wide else _long)(group, names), ""]
     for note in dict.fromkeys(result.note for result in results if result.note):
         lines += [f"{note[0].upper()}{note[1:]}.", ""]
     return lines
@@ -241,4 +242,6 @@ def _number(value: float) -> str:
 
 
 def _epsilon(epsilon: float | None) -> str:
-    return "-" if epsilon is None else _number(round(epsilon, 2))
+    if epsilon is None:
+        return "-"
+    return "∞" if math.isinf(epsilon) else f"{epsilon:.2g}" if epsilon < 1.0 else f"{epsilon:.3g}"

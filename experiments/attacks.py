@@ -32,6 +32,7 @@ from fedmosaic.experiments import (
     attack_report,
     attack_text,
 )
+from fedmosaic.experiments.attack_claimed_row import claimed_row_result
 from fedmosaic.experiments.attack_keys import key_refusals
 from fedmosaic.experiments.attack_malicious import refusals
 from fedmosaic.experiments.attack_received import received_results
@@ -211,12 +212,12 @@ def _audit(target: Target, prober: Prober, victim: Victim, arguments: Arguments)
         )
     yield attack_profile.audit_result(prober.public_map, others, SecureNoise(), releases=count)
     coins = np.random.default_rng(arguments.seed)
-    for settings, setting in _dp_settings(target, len(victim.train)):
+    for words, settings, setting in _dp_settings(target, len(victim.train)):
         run = attack_audit.one_run(arguments.canaries, settings, SecureNoise(), coins)
-        yield attack_audit.audit_result(run, setting=setting)
+        yield attack_audit.audit_result(run, setting=setting, words=words)
 
 
-def _dp_settings(target: Target, examples: int) -> Iterator[tuple[PrivateTrainingSettings, Setting]]:
+def _dp_settings(target: Target, examples: int) -> Iterator[tuple[str, PrivateTrainingSettings, Setting]]:
     """DP-SGD as this federation plans it, and a full-batch one, whose audit is far tighter."""
     scenario, privacy = target.scenario, target.scenario.adapter_privacy
     rate = min(1.0, privacy.expected_batch_size / examples)
@@ -233,10 +234,16 @@ def _dp_settings(target: Target, examples: int) -> Iterator[tuple[PrivateTrainin
         max_grad_norm=privacy.clipping_norm,
         noise_multiplier=planned,
     )
-    yield as_planned, "product" if scenario.adapter.private else "variant"
+    yield (
+        f"planned for ε = {privacy.target_epsilon:g} at this client's own δ: σ = {planned:.3g}, "
+        f"q = {rate:.3g}, {_steps(target)} steps",
+        as_planned,
+        "product" if scenario.adapter.private else "variant",
+    )
     sigma = math.sqrt(_FULL_BATCH_STEPS) * attack_profile.noise_multiplier(3.0)
     full = {"steps": _FULL_BATCH_STEPS, "sampling_rate": 1.0, "noise_multiplier": sigma}
-    yield as_planned.model_copy(update=full), "variant"
+    words = f"all examples in every step: σ = {sigma:.3g}, {_FULL_BATCH_STEPS} steps"
+    yield words, as_planned.model_copy(update=full), "variant"
 
 
 def _steps(target: Target) -> int:
@@ -263,6 +270,7 @@ def _federation(
     results = attack_federation.collusion_results(
         weights, scenario.policy, source=source, dp_noise=noise, seed=seed
     )
+    results.append(claimed_row_result(scenario.policy, seed))
     results += _spoofing(target, prober, skipped)
     return results + _tasks(target, prober, arguments, skipped)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedmosaic.experiments.attack_claimed_row import claimed_row_result
 from fedmosaic.experiments.attack_federation import (
     collusion_results,
     dp_noise_ratio,
@@ -56,6 +57,16 @@ def test_all_but_one_recover_the_last_adapter_exactly_and_movement_or_dp_prevent
     assert value(counts, "independent rows, 1 of 5 (4 unknown)") == 2
     assert value(chosen, "server and 2 client(s), policy on") == 1.0
     assert value(chosen, "server and 3 client(s), policy on") == 0.0
+
+
+def test_mask_binds_a_sum_to_its_row_and_ckks_does_not() -> None:
+    """A known limit, told in docs/encryption.md; should ckks ever refuse, both have to change."""
+    result = claimed_row_result(POLICY, 0)
+    ckks, mask = result.figures
+    assert "ckks" in ckks.name
+    assert ckks.value < 1e-4
+    assert mask.value == 1.0
+    assert "mask: refused" in result.note
 
 
 def test_dp_noise_is_the_ratio_of_noise_to_the_largest_signal() -> None:
