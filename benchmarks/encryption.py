@@ -10,6 +10,12 @@ the same server without encryption.
 
 Memory that is freed is kept by the process, except in the column `server, fresh`: there all of it was handed
 back to the operating system before, as in a server whose last round is some time ago.
+
+Flower's row appears if Flower can be imported. It wants other versions of shared packages than this project,
+so put it beside the environment, without its dependencies:
+
+    pip install --no-deps --target build/flower flwr==1.42.0 iterators pycryptodome httpx
+    PYTHONPATH=build/flower python -m benchmarks.encryption
 """
 
 import benchmarks.single_thread  # noqa: F401  # before numpy
