@@ -146,8 +146,7 @@ def draw(report: AttackReport, path: Path) -> None:
         axis.set(xscale="log", yscale="log", xlabel="false positive rate", ylabel="true positive rate")
         axis.set_title(f"{attack}:\n{statistic}", fontsize=9)
         axis.grid(alpha=0.3)
-    handles, labels = axes[0].get_legend_handles_labels()
-    canvas.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=7)
+        axis.legend(loc="lower right", fontsize=6)
     # Without a date, the same figures give the same bytes.
     canvas.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 

@@ -143,13 +143,16 @@ def roc_points(scores: FloatArray, members: BoolArray, count: int = 120) -> tupl
     return tuple(CurvePoint(false_positive_rate=f, true_positive_rate=t) for f, t in sorted(points.items()))
 
 
-def rate_interval(hits: BoolArray, groups: IntArray, confidence: float) -> tuple[float, float]:
+def rate_interval(
+    hits: BoolArray, groups: IntArray, confidence: float, *, cautious: bool = False
+) -> tuple[float, float]:
     """Clopper-Pearson interval of a share, with the effective number of independent observations.
 
     Args:
         hits: (n,) n ≥ 1 outcomes.
         groups: (n,) which outcomes may depend on each other.
         confidence: of the two-sided interval.
+        cautious: where all outcomes agree, which tells nothing of their dependence, count groups only.
 
     Returns:
         Lower and upper end.
@@ -165,6 +168,8 @@ def rate_interval(hits: BoolArray, groups: IntArray, confidence: float) -> tuple
         variance = sums.size / max(1, sums.size - 1) * float(np.sum(sums**2))
         if variance > 0.0:
             size = min(size, max(1.0, share * (1.0 - share) / variance))
+    elif cautious:
+        size = float(np.unique(groups).size)
     return clopper_pearson(share * size, size, confidence)
 
 
@@ -204,8 +209,8 @@ def _rate_figure(
     low, high = rate_interval(hits, hit_groups, CONFIDENCE)
     bound = ceiling.true_positive_rate(rate) if ceiling.promises else None
     # Both rates are uncertain; each gets half of the level, on one side.
-    surely, _ = rate_interval(hits, hit_groups, 1.0 - ALARM_LEVEL)
-    _, at_most = rate_interval(false, false_groups, 1.0 - ALARM_LEVEL)
+    surely, _ = rate_interval(hits, hit_groups, 1.0 - ALARM_LEVEL, cautious=True)
+    _, at_most = rate_interval(false, false_groups, 1.0 - ALARM_LEVEL, cautious=True)
     broken = bound is not None and surely > ceiling.true_positive_rate(at_most) + 1e-9
     name = f"TPR at {rate:.1%} FPR".replace(".0%", " %").replace("0.1%", "0.1 %")
     return Figure(name=name, value=float(hits.mean()), low=low, high=high, bound=bound, broken=broken)

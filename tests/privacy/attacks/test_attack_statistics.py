@@ -139,6 +139,9 @@ def test_intervals_of_a_share_are_exact_and_widen_with_dependence() -> None:
     alone = rate_interval(hits, np.arange(100), 0.95)
     together = rate_interval(hits, np.repeat(np.arange(10), 10), 0.95)
     assert together[0] < alone[0] < 0.5 < alone[1] < together[1]
+    never, groups = np.zeros(100, dtype=bool), np.repeat(np.arange(10), 10)
+    assert rate_interval(never, groups, 0.95, cautious=True) == clopper_pearson(0, 10, 0.95)
+    assert rate_interval(never, groups, 0.95) == clopper_pearson(0, 100, 0.95)
 
 
 def test_curve_points_rise_from_corner_to_corner() -> None:
@@ -218,8 +221,8 @@ def test_one_run_allows_for_delta() -> None:
     """With probability δ a canary is revealed: certifying at δ = 0 passes ε, at the true δ it does not."""
     generator = np.random.default_rng(8)
     truth, delta, canaries = 0.1, 0.15, 400
-    lucky = generator.random((300, canaries)) < delta
-    response = generator.random((300, canaries)) < 1 / (1 + math.exp(-truth))
+    lucky = generator.random((100, canaries)) < delta
+    response = generator.random((100, canaries)) < 1 / (1 + math.exp(-truth))
     rights = (lucky | response).sum(axis=1)
     blind = [one_run_epsilon(canaries, canaries, int(right), 0.0, 0.95) for right in rights]
     aware = [one_run_epsilon(canaries, canaries, int(right), delta, 0.95) for right in rights]
@@ -231,7 +234,7 @@ def test_one_run_allows_for_delta() -> None:
 def test_one_run_never_passes_a_gaussian_release(sigma: float) -> None:
     generator = np.random.default_rng(9)
     truth, found = gaussian_epsilon(1 / sigma, DELTA), []
-    for _ in range(40):
+    for _ in range(20):
         included = generator.random(1000) < 0.5
         scores = included + sigma * generator.standard_normal(1000)
         found.append(one_run_lower_bound(scores, included, DELTA, 0.95))
