@@ -20,8 +20,8 @@ from fedmosaic.protos.messages import (
 )
 from fedmosaic.server.coordinator import Coordinator, Topic
 
-# Time must pass for deadlines even if nobody sends anything; everything else comes as an event.
-_TICK_SECONDS = 0.25
+TICK_SECONDS = 0.25
+"""How often a waiting client looks at the clock for deadlines; everything else comes as an event."""
 
 
 class InProcessTransport:
@@ -33,6 +33,7 @@ class InProcessTransport:
         client_id: str,
         patience_seconds: float = 600.0,
         stopped: threading.Event | None = None,
+        tick_seconds: float = TICK_SECONDS,
     ) -> None:
         """Connect.
 
@@ -40,12 +41,15 @@ class InProcessTransport:
             coordinator: the server.
             client_id: whose line this is; nobody checks it here.
             patience_seconds: longest wait for a round to open.
-            stopped: set by whoever gives the run up; every wait then ends with an error.
+            stopped: set by whoever gives the run up, before `wake`; every wait then ends with an error.
+            tick_seconds: longest time between two looks at the clock. Hundreds of clients that wait without
+                deadlines should look rarely.
         """
         self._coordinator = coordinator
         self._client_id = client_id
         self._patience = patience_seconds
         self._stopped = stopped or threading.Event()
+        self._tick = tick_seconds
         self._traffic = Traffic()
         self._round_changed = threading.Event()
         self._keys_changed = threading.Event()
@@ -57,6 +61,11 @@ class InProcessTransport:
         if topic == "keys":
             self._keys_changed.set()
         self._round_changed.set()
+
+    def wake(self) -> None:
+        """Let a waiting client look at once."""
+        self._round_changed.set()
+        self._keys_changed.set()
 
     def _check_going_on(self) -> None:
         if self._stopped.is_set():
@@ -83,7 +92,7 @@ class InProcessTransport:
                 return aggregate
             if on_wait is not None:
                 on_wait(self._coordinator.status(self._client_id))
-            self._round_changed.wait(_TICK_SECONDS)
+            self._round_changed.wait(self._tick)
         raise TransportError(f"round {round_number} did not open within {self._patience:.0f} s")
 
     def push(self, upload: Upload) -> Receipt:
@@ -122,7 +131,7 @@ class InProcessTransport:
             if len(messages) >= expected or time.monotonic() >= deadline:
                 self._traffic.received("keys", sum(len(m) for m in messages.values()))
                 return messages
-            self._keys_changed.wait(min(_TICK_SECONDS, max(0.0, deadline - time.monotonic())))
+            self._keys_changed.wait(min(self._tick, max(0.0, deadline - time.monotonic())))
 
     def traffic(self) -> Traffic:
         """Bytes per channel."""

@@ -55,6 +55,7 @@ log = logging.getLogger(__name__)
 RESULT, STATEMENT, TRAIN = "result.json", "statement.json", "train.jsonl"
 _NO_DEADLINE_SECONDS = 1e8
 _POLL_SECONDS = 0.2
+_TICK_SECONDS = 60.0
 
 Architecture = tuple[str, str]
 
@@ -190,7 +191,7 @@ class _Client:
             else AdapterPlan(0.0, sampling_rate(terms, len(examples)))
         )
         self.transport = InProcessTransport(
-            parts.coordinator, self.entry.id, _NO_DEADLINE_SECONDS, parts.stopped
+            parts.coordinator, self.entry.id, _NO_DEADLINE_SECONDS, parts.stopped, _TICK_SECONDS
         )
         identity = Identity(self.entry.id, self.kit.signing_key())
         keyring = (
@@ -287,13 +288,18 @@ def _run_all(parts: _Parts, clients: list[_Client]) -> None:
     """Run every session in a thread of its own; the first error stops all of them."""
     errors: dict[str, BaseException] = {}
 
+    def stop() -> None:
+        parts.stopped.set()
+        for client in clients:
+            client.transport.wake()
+
     def run(client: _Client) -> None:
         try:
             client.run()
         except BaseException as error:
             if not parts.stopped.is_set():
                 errors[client.entry.id] = error
-            parts.stopped.set()
+            stop()
 
     threads = [threading.Thread(target=run, args=(c,), name=c.entry.id, daemon=True) for c in clients]
     try:
@@ -303,7 +309,7 @@ def _run_all(parts: _Parts, clients: list[_Client]) -> None:
             time.sleep(_POLL_SECONDS)
     finally:
         # Also after an interrupt from the keyboard: let the one at work finish its step, then end all.
-        parts.stopped.set()
+        stop()
         with COMPUTE:
             for client in clients:
                 client.close()
