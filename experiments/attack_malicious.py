@@ -13,85 +13,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedmosaic.client.keyring import Keyring
-from fedmosaic.client.protection import Identity, Protection
-from fedmosaic.client.releases import AdapterPlan, Releases
 from fedmosaic.client.session import Session
-from fedmosaic.client.state import ClientState
+from fedmosaic.experiments.attack_stand_in import MEMBERS, ROUNDS, VectorLearner, configuration, open_session
 from fedmosaic.experiments.in_process import InProcessTransport
 from fedmosaic.privacy import federation
 from fedmosaic.privacy.attacks.results import RefusalResult
-from fedmosaic.privacy.encryption.parameters import MaskParameters
-from fedmosaic.privacy.ledger import Ledger
-from fedmosaic.privacy.mechanism import ClippedSum, Float32Array, ProfileMechanism, Reduction, release
-from fedmosaic.privacy.noise import SecureNoise
-from fedmosaic.privacy.roster import AdapterTerms, Roster, ScheduleTerms, Terms
 from fedmosaic.protos.errors import ConfigurationError, FedMosaicError
 from fedmosaic.protos.messages import Aggregate, AggregateSection, RoundStatus, SectionWeights, Upload
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.from_kit import settings_from_kit
 
-MEMBERS: Final = ("ada", "ben", "cid", "dee", "eva")
 _VICTIM, _OTHER = MEMBERS[:2]
-_ROUNDS: Final = 3
 _SERVER, _CLIENT = "server", "client"
 
 TamperAggregate = Callable[["Line", Aggregate], Aggregate]
 TamperUpload = Callable[["Line", Upload], Upload]
-
-
-class _Silent:
-    """Nobody watches the progress."""
-
-    def stage(self, round_number: int, name: str, total: int = 0) -> None:
-        """See `Progress`."""
-
-    def advance(self, done: int) -> None:
-        """See `Progress`."""
-
-    def waiting(self, status: RoundStatus) -> None:
-        """See `Progress`."""
-
-
-@dataclass
-class _VectorLearner:
-    """A learner whose model is a vector, drawn anew every round; it remembers what it was made to load."""
-
-    seed: int
-    terms: Terms
-    received: list[int] = field(default_factory=list)
-    family: str = ""
-    _round: int = 0
-
-    def __post_init__(self) -> None:
-        self._local = np.zeros(self.terms.adapter.shared_dimensions, dtype=np.float32)
-
-    @property
-    def adapter_spec_hash(self) -> bytes:
-        return self.terms.adapter.spec_hash
-
-    def load_global(self, section: str, vector: np.ndarray) -> None:
-        self.received.append(self._round + 1)
-
-    def keep_own(self, section: str) -> None:
-        """Nothing to keep."""
-
-    def train(self, round_number: int, releases: Releases) -> None:
-        self._round = round_number
-        draw = np.random.default_rng([self.seed, round_number]).normal(0, 0.3, self._local.size)
-        self._local = draw.astype(np.float32)
-
-    def sections(self) -> Mapping[str, np.ndarray]:
-        return {"shared": self._local.copy()}
-
-    def save(self, directory: Path) -> None:
-        np.save(directory / "vector.npy", self._local)
-
-    def load(self, directory: Path) -> None:
-        self._local = np.load(directory / "vector.npy", allow_pickle=False)
 
 
 @dataclass
@@ -128,14 +66,14 @@ class _TamperedTransport:
 
     def pull(self, round_number: int, on_wait: Callable[[RoundStatus], None] | None = None) -> Aggregate:
         aggregate = self._inner.pull(round_number, on_wait)
-        if aggregate.round == _ROUNDS and self._line.on_aggregate is not None:
+        if aggregate.round == ROUNDS and self._line.on_aggregate is not None:
             return self._line.on_aggregate(self._line, aggregate)
         self._line.earlier.append(aggregate)
         return aggregate
 
     def push(self, upload: Upload) -> Any:
         line = self._line
-        if upload.round == _ROUNDS and line.on_upload is not None:
+        if upload.round == ROUNDS and line.on_upload is not None:
             line.sent = True
             try:
                 self._inner.push(line.on_upload(line, upload))
@@ -196,7 +134,7 @@ def _other_row(_line: Line, aggregate: Aggregate) -> Aggregate:
 
 def _other_recipient(line: Line, aggregate: Aggregate) -> Aggregate:
     """What another member was to receive."""
-    theirs = line.coordinator.pull(_OTHER, _ROUNDS)
+    theirs = line.coordinator.pull(_OTHER, ROUNDS)
     if theirs is None:
         raise ConfigurationError("the other member's aggregate is not there yet")
     return replace(aggregate, sections=theirs.sections)
@@ -204,7 +142,7 @@ def _other_recipient(line: Line, aggregate: Aggregate) -> Aggregate:
 
 def _other_payload(line: Line, aggregate: Aggregate) -> Aggregate:
     """Another member's sum under the victim's own row."""
-    theirs = line.coordinator.pull(_OTHER, _ROUNDS)
+    theirs = line.coordinator.pull(_OTHER, ROUNDS)
     section, _ = _section(aggregate)
     payload = theirs.sections[0].payload if theirs is not None else b""
     return replace(aggregate, sections=(replace(section, payload=payload),))
@@ -255,7 +193,7 @@ def _foreign_signature(_line: Line, upload: Upload) -> Upload:
 
 def _old_upload(line: Line, _upload: Upload) -> Upload:
     earlier = next(u for u in line.earlier if isinstance(u, Upload))
-    return replace(earlier, round=_ROUNDS, attempt_id="e" * 32)
+    return replace(earlier, round=ROUNDS, attempt_id="e" * 32)
 
 
 def _altered_upload(_line: Line, upload: Upload) -> Upload:
@@ -289,7 +227,7 @@ def _against_client(words: str, tamper: TamperAggregate) -> RefusalResult:
     if 2 not in learner.received:
         raise ConfigurationError(f"{words}: the untampered round 2 was not loaded either: {answer}")
     return RefusalResult(
-        attempt=words, party=_SERVER, tried=1, refused=int(_ROUNDS not in learner.received), answer=answer
+        attempt=words, party=_SERVER, tried=1, refused=int(ROUNDS not in learner.received), answer=answer
     )
 
 
@@ -315,13 +253,13 @@ class _Answers(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
-        if message.startswith(f"round {_ROUNDS}:") and "aggregate:" in message:
+        if message.startswith(f"round {ROUNDS}:") and "aggregate:" in message:
             self.lines.append(message.split("aggregate: ", 1)[1])
 
 
 def _run(
     on_aggregate: TamperAggregate | None, on_upload: TamperUpload | None
-) -> tuple[_VectorLearner, Line, str]:
+) -> tuple[VectorLearner, Line, str]:
     """One federation with one tampered line; returns the victim, the line, and the operator's message."""
     answers = _Answers()
     logger = logging.getLogger("fedmosaic.client.session")
@@ -329,7 +267,7 @@ def _run(
     try:
         with tempfile.TemporaryDirectory() as place:
             directory = Path(place) / "federation"
-            federation.create(_configuration(), directory)
+            federation.create(configuration(), directory)
             (directory / "server/server.toml").write_text('listen = "127.0.0.1:0"\nstate_dir = "state"\n')
             server = settings_from_kit(directory / "server").model_copy(update={"durable": False})
             coordinator = Coordinator(server)
@@ -341,14 +279,14 @@ def _run(
     return learner, line, "; ".join([*answers.lines, *errors])
 
 
-def _sessions(directory: Path, coordinator: Coordinator, line: Line) -> tuple[_VectorLearner, list[str]]:
-    learners: dict[str, _VectorLearner] = {}
+def _sessions(directory: Path, coordinator: Coordinator, line: Line) -> tuple[VectorLearner, list[str]]:
+    learners: dict[str, VectorLearner] = {}
     errors: list[str] = []
     threads, open_things = [], []
     for seed, name in enumerate(MEMBERS):
         inner = InProcessTransport(coordinator, name, patience_seconds=60.0)
         transport: Any = _TamperedTransport(inner, line) if name == _VICTIM else inner
-        session, learners[name], ledger, state = _session(directory, name, seed, transport)
+        session, learners[name], ledger, state = open_session(directory, name, seed, transport)
         open_things.append((ledger, state))
 
         def work(name: str = name, session: Session = session) -> None:
@@ -366,59 +304,3 @@ def _sessions(directory: Path, coordinator: Coordinator, line: Line) -> tuple[_V
         ledger.close()
         state.release()
     return learners[_VICTIM], errors
-
-
-def _session(
-    directory: Path, name: str, seed: int, transport: Any
-) -> tuple[Session, _VectorLearner, Ledger, ClientState]:
-    kit = federation.open_kit(directory / "clients" / name)
-    roster: Roster = kit.roster
-    state = ClientState(kit.directory / "state", roster.federation, name)
-    ledger = Ledger.open(state.ledger_path, name, 1e-5, 8.0, accountant="rdp", budgeted_channels=("profile",))
-    identity = Identity(name, kit.signing_key())
-    keyring = Keyring(name, identity.signing_key, roster, transport, state.directory / "keys")
-    learner = _VectorLearner(seed, roster.terms)
-    ids = tuple(f"{name}-{number}" for number in range(100))
-    plan = AdapterPlan(0.0, 0.1)
-    releases = Releases(ledger, roster.terms, state, ids, _profile(seed), SecureNoise(), plan)
-    protection = Protection(identity, roster, "", keyring)
-    session = Session(identity, roster, transport, learner, state, releases, protection, _Silent())
-    return session, learner, ledger, state
-
-
-def _profile(seed: int) -> Callable[[Callable[[], None]], Float32Array]:
-    def make(charge: Callable[[], None]) -> Float32Array:
-        units = np.zeros(_MECHANISM.dimensions, dtype=np.int64)
-        units[seed] = 100 * 2**24
-        charge()
-        return release(ClippedSum(units, 0, 0, 100), _MECHANISM, SecureNoise())
-
-    return make
-
-
-_MECHANISM: Final = ProfileMechanism(
-    probe="none",
-    probe_sha256="0" * 64,
-    reduction=Reduction(hidden_size=8, intermediate_size=16, projection_dimensions=32),
-    noise_multiplier=1.0,
-)
-
-
-def _configuration() -> federation.FederationConfig:
-    terms = Terms(
-        adapter=AdapterTerms(rank=4, blocks=2, target_modules=("a", "b"), protection="encrypted"),
-        profile=_MECHANISM,
-        schedule=ScheduleTerms(
-            rounds=_ROUNDS,
-            quorum=4,
-            round_deadline_seconds=60,
-            gathering_seconds=30,
-            key_patience_seconds=30,
-        ),
-        encryption=MaskParameters(),
-    )
-    return federation.FederationConfig(
-        federation="attempts",
-        members=tuple(federation.MemberEntry(id=member) for member in MEMBERS),
-        terms=terms,
-    )

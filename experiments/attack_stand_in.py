@@ -1,0 +1,139 @@
+"""A federation for attacks: real sessions, ledgers, keys and encryption; a vector stands in for the model."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from fedmosaic.client.keyring import Keyring
+from fedmosaic.client.protection import Identity, Protection
+from fedmosaic.client.releases import AdapterPlan, Releases
+from fedmosaic.client.session import Session
+from fedmosaic.client.state import ClientState
+from fedmosaic.privacy import federation
+from fedmosaic.privacy.encryption.parameters import MaskParameters
+from fedmosaic.privacy.ledger import Ledger
+from fedmosaic.privacy.mechanism import ClippedSum, Float32Array, ProfileMechanism, Reduction, release
+from fedmosaic.privacy.noise import SecureNoise
+from fedmosaic.privacy.roster import AdapterTerms, Roster, ScheduleTerms, Terms
+from fedmosaic.protos.messages import RoundStatus
+
+MEMBERS: Final = ("ada", "ben", "cid", "dee", "eva")
+ROUNDS: Final = 3
+
+
+class Silent:
+    """Nobody watches the progress."""
+
+    def stage(self, round_number: int, name: str, total: int = 0) -> None:
+        """See `Progress`."""
+
+    def advance(self, done: int) -> None:
+        """See `Progress`."""
+
+    def waiting(self, status: RoundStatus) -> None:
+        """See `Progress`."""
+
+
+@dataclass
+class VectorLearner:
+    """A learner whose model is a vector, drawn anew every round; it remembers what it was made to load."""
+
+    seed: int
+    terms: Terms
+    received: list[int] = field(default_factory=list)
+    family: str = ""
+    _round: int = 0
+
+    def __post_init__(self) -> None:
+        self._local = np.zeros(self.terms.adapter.shared_dimensions, dtype=np.float32)
+
+    @property
+    def adapter_spec_hash(self) -> bytes:
+        """SHA-256 of the agreed layout."""
+        return self.terms.adapter.spec_hash
+
+    def load_global(self, section: str, vector: np.ndarray) -> None:
+        """Write down the round in which something was loaded."""
+        self.received.append(self._round + 1)
+
+    def keep_own(self, section: str) -> None:
+        """Nothing to keep."""
+
+    def train(self, round_number: int, releases: Releases) -> None:
+        """Draw the vector of a round."""
+        self._round = round_number
+        draw = np.random.default_rng([self.seed, round_number]).normal(0, 0.3, self._local.size)
+        self._local = draw.astype(np.float32)
+
+    def sections(self) -> Mapping[str, np.ndarray]:
+        """What is shared."""
+        return {"shared": self._local.copy()}
+
+    def save(self, directory: Path) -> None:
+        """Write the vector."""
+        np.save(directory / "vector.npy", self._local)
+
+    def load(self, directory: Path) -> None:
+        """Read what `save` wrote."""
+        self._local = np.load(directory / "vector.npy", allow_pickle=False)
+
+
+def open_session(
+    directory: Path, name: str, seed: int, transport: Any
+) -> tuple[Session, VectorLearner, Ledger, ClientState]:
+    """A member's session with what it needs, opened in its kit."""
+    kit = federation.open_kit(directory / "clients" / name)
+    roster: Roster = kit.roster
+    state = ClientState(kit.directory / "state", roster.federation, name)
+    ledger = Ledger.open(state.ledger_path, name, 1e-5, 8.0, accountant="rdp", budgeted_channels=("profile",))
+    identity = Identity(name, kit.signing_key())
+    keyring = Keyring(name, identity.signing_key, roster, transport, state.directory / "keys")
+    learner = VectorLearner(seed, roster.terms)
+    ids = tuple(f"{name}-{number}" for number in range(100))
+    plan = AdapterPlan(0.0, 0.1)
+    releases = Releases(ledger, roster.terms, state, ids, _profile(seed), SecureNoise(), plan)
+    protection = Protection(identity, roster, "", keyring)
+    session = Session(identity, roster, transport, learner, state, releases, protection, Silent())
+    return session, learner, ledger, state
+
+
+def _profile(seed: int) -> Callable[[Callable[[], None]], Float32Array]:
+    def make(charge: Callable[[], None]) -> Float32Array:
+        units = np.zeros(_MECHANISM.dimensions, dtype=np.int64)
+        units[seed] = 100 * 2**24
+        charge()
+        return release(ClippedSum(units, 0, 0, 100), _MECHANISM, SecureNoise())
+
+    return make
+
+
+_MECHANISM: Final = ProfileMechanism(
+    probe="none",
+    probe_sha256="0" * 64,
+    reduction=Reduction(hidden_size=8, intermediate_size=16, projection_dimensions=32),
+    noise_multiplier=1.0,
+)
+
+
+def configuration() -> federation.FederationConfig:
+    """Terms of a small federation with the back end `mask`."""
+    terms = Terms(
+        adapter=AdapterTerms(rank=4, blocks=2, target_modules=("a", "b"), protection="encrypted"),
+        profile=_MECHANISM,
+        schedule=ScheduleTerms(
+            rounds=ROUNDS,
+            quorum=4,
+            round_deadline_seconds=60,
+            gathering_seconds=30,
+            key_patience_seconds=30,
+        ),
+        encryption=MaskParameters(),
+    )
+    return federation.FederationConfig(
+        federation="attempts",
+        members=tuple(federation.MemberEntry(id=member) for member in MEMBERS),
+        terms=terms,
+    )
