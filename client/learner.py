@@ -211,9 +211,7 @@ class ModelLearner:
         self._sampler.load_state_dict(sampler)
 
 
-def load_adapted(
-    settings: ModelSettings, adapter: AdapterTerms
-) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+def load_adapted(settings: ModelSettings, adapter: AdapterTerms) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load a base model and put a fresh adapter of the agreed shape on it.
 
     Args:
