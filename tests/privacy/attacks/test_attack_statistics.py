@@ -89,6 +89,15 @@ def test_figures_of_the_gaussian_mechanism_lie_at_their_ceiling_and_are_not_brok
         assert not figure.broken
 
 
+def test_the_interval_of_a_rate_covers_the_truth_although_its_threshold_is_estimated() -> None:
+    truth = norm.cdf(norm.ppf(0.01) + 1.0)
+    covered = []
+    for seed in range(60):
+        figure = membership_figures(*gaussian_scores(1.0, 3000, seed), Ceiling(mu=1.0))[1]
+        covered.append(figure.low <= truth <= figure.high)
+    assert np.mean(covered) > 0.85
+
+
 def test_a_correct_mechanism_is_hardly_ever_called_broken() -> None:
     broken = [
         figure.broken
