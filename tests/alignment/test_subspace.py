@@ -155,7 +155,7 @@ def test_the_papers_gradient_descent_finds_what_its_closed_form_finds() -> None:
     generator = torch.Generator().manual_seed(3)
     u = torch.randn(2000, 10, generator=generator, dtype=torch.float64)
     moments, a = moments_of(u, u @ draw_orthonormal(10, 10, 5).double().T), basis(10)
-    found = align_inputs(moments, a, "gradient_descent", descent=PaperGradientDescent(3000, 1e-2))
+    found = align_inputs(moments, a, "gradient_descent", descent=PaperGradientDescent(800, 1e-2))
     torch.testing.assert_close(found, align_inputs(moments, a, "ridge", ridge=1e-9), atol=1e-2, rtol=0)
 
 
