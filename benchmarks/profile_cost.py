@@ -36,7 +36,8 @@ class Settings:
     gguf_file: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     kind: Literal["kronecker", "tensor_sketch", "coordinates"] = "kronecker"
-    dimensions: int = 256
+    dimensions: int = 128
+    left: int = 4
     examples: int = 512
     tokens: int = 64
     """Tokens per example."""
@@ -68,7 +69,6 @@ def main(settings: Settings) -> None:
     model, _ = load_base_model(settings.model, settings.dtype, gguf_file=settings.gguf_file)
     probe = open_probe(model)
     examples = random_examples(settings, model.config.vocab_size)
-    side = int(settings.dimensions**0.5)
     mechanism, basis = fit_mechanism(
         probe,
         settings.model.name,
@@ -79,7 +79,7 @@ def main(settings: Settings) -> None:
             intermediate_size=probe.intermediate_size,
             projection_dimensions=settings.dimensions,
         ),
-        BasisSettings(kronecker_shape=(side, side)),
+        BasisSettings(kronecker_shape=(settings.left, settings.dimensions // settings.left)),
         noise_multiplier=8.0,
     )
     public_map = PublicMap(mechanism, basis)

@@ -46,7 +46,7 @@ class BasisSettings:
     """
 
     standardise: Literal["none", "centre", "whiten"] = "whiten"
-    kronecker_shape: tuple[int, int] = (16, 16)
+    kronecker_shape: tuple[int, int] = (4, 32)
     shrinkage: float = 0.1
     clipping_quantile: float = 0.1
 

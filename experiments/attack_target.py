@@ -158,7 +158,7 @@ def open_prober(target: Target) -> Prober:
             "kind": profile.kind,
             "hidden_size": probe.hidden_size,
             "intermediate_size": probe.intermediate_size,
-            "projection_dimensions": profile.side**2,
+            "projection_dimensions": profile.dimensions,
         }
     )
     mechanism, basis = fit_mechanism(
@@ -168,7 +168,7 @@ def open_prober(target: Target) -> Prober:
         reduction,
         BasisSettings(
             standardise="none" if profile.kind == "coordinates" else "whiten",
-            kronecker_shape=(profile.side, profile.side),
+            kronecker_shape=(profile.left, profile.dimensions // profile.left),
         ),
         profile.noise_multiplier,
     )

@@ -35,8 +35,10 @@ class Arguments:
     """Directory to write the basis and the terms to."""
     kind: Literal["kronecker", "tensor_sketch", "coordinates"] = "kronecker"
     """The reduction. `coordinates` is the paper's random dimension sampling."""
-    side: int = 16
-    """Directions kept on each side of the gradient; a release has side² numbers."""
+    dimensions: int = 128
+    """Numbers in a release."""
+    left: int = 4
+    """Directions of the output gradient that `kronecker` keeps; of the input it keeps dimensions / left."""
     noise_multiplier: float = 8.0
     """σ, the noise's standard deviation over the clipping norm. 8 costs ε = 0.43 at δ = 1e-5 by itself."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -60,9 +62,12 @@ def fit(arguments: Arguments) -> ProfileMechanism:
             kind=arguments.kind,
             hidden_size=probe.hidden_size,
             intermediate_size=probe.intermediate_size,
-            projection_dimensions=arguments.side**2,
+            projection_dimensions=arguments.dimensions,
         ),
-        BasisSettings(standardise=standardise, kronecker_shape=(arguments.side, arguments.side)),
+        BasisSettings(
+            standardise=standardise,
+            kronecker_shape=(arguments.left, arguments.dimensions // arguments.left),
+        ),
         arguments.noise_multiplier,
     )
     arguments.out.mkdir(parents=True, exist_ok=True)

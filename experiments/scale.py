@@ -50,8 +50,8 @@ class Arguments:
     """Optimizer steps of each client in each round, of eight examples."""
     blocks: int = 4
     """Co-LoRA layers of the model."""
-    side: int = 8
-    """Directions kept on each side of the task profile."""
+    dimensions: int = 64
+    """Numbers in a task profile."""
     as_json: Path | None = None
     """Also write the figures here."""
     only: bool = False
@@ -104,7 +104,7 @@ def _in_own_process(arguments: Arguments, count: int) -> Figures:
     command = [
         sys.executable, "-m", "fedmosaic.experiments.scale", "--only",
         "--model", arguments.model, "--clients", str(count), "--rounds", str(arguments.rounds),
-        "--steps", str(arguments.steps), "--side", str(arguments.side),
+        "--steps", str(arguments.steps), "--dimensions", str(arguments.dimensions),
         "--blocks", str(arguments.blocks),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # our own module
@@ -150,7 +150,9 @@ def scale_scenario(arguments: Arguments, count: int, place: Path) -> Scenario:
     return Scenario(
         name="scale",
         probe=model,
-        profile=ScenarioProfile(public_data=place / "public.jsonl", side=arguments.side, max_length=32),
+        profile=ScenarioProfile(
+            public_data=place / "public.jsonl", dimensions=arguments.dimensions, max_length=32
+        ),
         adapter=AdapterTerms(rank=8, blocks=arguments.blocks, protection="none"),
         schedule=ScheduleTerms(rounds=arguments.rounds, quorum=count),
         encryption=PlainParameters(),

@@ -29,7 +29,8 @@ class ScenarioProfile(Frozen):
 
     public_data: Path
     kind: str = "kronecker"
-    side: int = Field(default=16, ge=1)
+    dimensions: int = Field(default=128, ge=1)
+    left: int = Field(default=4, ge=1)
     noise_multiplier: float = Field(default=8.0, ge=0)
     max_length: int = Field(default=96, ge=8)
 

@@ -75,7 +75,13 @@ def tiny_scenario(tiny_folder: Path) -> Any:
         content: dict[str, Any] = {
             "name": "tiny",
             "probe": {"path": "small"},
-            "profile": {"public_data": "public.jsonl", "side": 2, "noise_multiplier": 1.0, "max_length": 16},
+            "profile": {
+                "public_data": "public.jsonl",
+                "dimensions": 4,
+                "left": 2,
+                "noise_multiplier": 1.0,
+                "max_length": 16,
+            },
             "adapter": {"rank": 2, "blocks": 2, "protection": "none"},
             "encryption": {"backend": "plain"},
             "allow_plaintext": True,

@@ -201,7 +201,7 @@ def scenario(tmp_path: Path) -> Path:
         )
     text = (
         f'name = "tiny"\nprobe = {{ path = "{tmp_path / "model"}" }}\n'
-        '[profile]\npublic_data = "public.jsonl"\nside = 4\nmax_length = 16\n'
+        '[profile]\npublic_data = "public.jsonl"\ndimensions = 16\nmax_length = 16\n'
         "[adapter]\nrank = 4\nblocks = 2\n" + "\n".join(clients)
     )
     path = tmp_path / "tiny.toml"

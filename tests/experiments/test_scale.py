@@ -9,7 +9,9 @@ from fedmosaic.protos.errors import ConfigurationError
 
 
 def test_a_small_federation_is_measured(tiny_folder: Path) -> None:
-    arguments = scale.Arguments(model=str(tiny_folder / "small"), clients=(5,), rounds=2, steps=1, side=2)
+    arguments = scale.Arguments(
+        model=str(tiny_folder / "small"), clients=(5,), rounds=2, steps=1, dimensions=4
+    )
     # The tiny model has two layers; the study's adapter has one Co-LoRA layer for each of four blocks.
     with pytest.raises(Exception, match=r"block|layer"):
         scale.measure(arguments, 5)
