@@ -131,7 +131,7 @@ def _check_layout(learner: ModelLearner, kit: Kit) -> None:
     if learner.adapter_spec_hash != kit.roster.terms.adapter.spec_hash:
         raise ModelError(
             "this model's adapter has another layout than the roster's: compare adapter.target_modules, "
-            "rank, alpha, blocks and basis_seed with the linear modules of this model's decoder layers"
+            "rank, alpha, blocks, basis and basis_seed with the linear modules of this model's decoder layers"
         )
 
 

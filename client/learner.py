@@ -2,13 +2,16 @@
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client import private_round
@@ -17,13 +20,20 @@ from fedmosaic.client.colora import (
     copy_branch,
     family_layout,
     read_family,
-    read_shared,
     set_active_branches,
     set_trainable,
     shared_layout,
     write_family,
-    write_shared,
 )
+from fedmosaic.client.colora.aligned import (
+    aligned_config,
+    basis_name,
+    embedded_layout,
+    load_basis,
+    read_embedded,
+    write_embedded,
+)
+from fedmosaic.client.colora.vectors import SharedLayout
 from fedmosaic.client.evaluation import choice_accuracy
 from fedmosaic.client.examples import (
     EncodedExample,
@@ -94,8 +104,8 @@ class ModelLearner:
 
     @property
     def adapter_spec_hash(self) -> bytes:
-        """SHA-256 of the shared layout (32 bytes)."""
-        return bytes.fromhex(shared_layout(self._model).spec_hash)
+        """SHA-256 of the shared layout (32 bytes), at the federation's rank."""
+        return bytes.fromhex(_layout(self._model, self._terms.adapter).spec_hash)
 
     @property
     def family(self) -> str:
@@ -123,9 +133,11 @@ class ModelLearner:
         return tuple(example.id for example in self._train)
 
     def load_global(self, section: str, vector: np.ndarray) -> None:
-        """Load an aggregate into the frozen global branch."""
-        write = write_shared if section == "shared" else write_family
-        write(self._model, vector, "global")
+        """Load an aggregate into the frozen global branch; of a lower rank, its leading block."""
+        if section == "shared":
+            write_embedded(self._model, vector, self._terms.adapter.rank)
+        else:
+            write_family(self._model, vector, "global")
 
     def keep_own(self, section: str) -> None:
         """Without an aggregate the global branch is a copy of the local one (released code, §2.6)."""
@@ -133,7 +145,7 @@ class ModelLearner:
 
     def sections(self) -> Mapping[str, np.ndarray]:
         """What is shared now, by section name."""
-        shared = {"shared": read_shared(self._model)}
+        shared = {"shared": read_embedded(self._model, self._terms.adapter.rank)}
         return shared | ({"family": read_family(self._model)} if self._shares_family else {})
 
     def training_data(self, round_number: int) -> tuple[Sequence[EncodedExample], EpochSampler]:
@@ -219,26 +231,69 @@ def load_adapted(settings: ModelSettings, adapter: AdapterTerms) -> tuple[PeftMo
         adapter: shape of the adapter.
 
     Raises:
-        ModelError: the model cannot be loaded, or lacks modules that the adapter needs.
+        ModelError: the model cannot be loaded, lacks modules that the adapter needs, or is aligned to another
+            basis than the roster's.
     """
+    _check_basis(settings, adapter)
     base, tokenizer = load_base_model(
         settings.path, settings.dtype, gguf_file=settings.gguf_file, keep_layers=settings.keep_layers
     )
-    config = CoLoraConfig(
-        r=adapter.rank,
-        alpha=adapter.alpha,
-        blocks=adapter.blocks,
-        layer_rule=adapter.layer_rule,
-        other_layers=adapter.other_layers,
-        gate=adapter.gate,
-        personal_branch=adapter.private,
-        basis_seed=adapter.basis_seed,
-        target_modules=list(adapter.target_modules),
-    )
-    model = adapt(base, config)
-    if shared_layout(model).size != adapter.shared_dimensions:
+    model = adapt(base, _adapter_config(settings, adapter))
+    if settings.aligned is not None:
+        load_basis(model, settings.aligned)
+    size = _layout(model, adapter).size
+    if size != adapter.shared_dimensions:
         raise ModelError(
-            f"{settings.path} gives a shared adapter of {shared_layout(model).size} values, the roster says "
-            f"{adapter.shared_dimensions}; it lacks some of the modules {', '.join(adapter.target_modules)}"
+            f"{settings.path} gives a shared adapter of {size} values, the roster says "
+            f"{adapter.shared_dimensions}; it lacks some of the {adapter.blocks} blocks of modules "
+            f"{', '.join(adapter.target_modules)}"
         )
     return model, tokenizer
+
+
+def _check_basis(settings: ModelSettings, adapter: AdapterTerms) -> None:
+    if settings.aligned is None:
+        if adapter.basis:
+            raise ModelError(
+                f"the roster's basis is {adapter.basis}, but no aligned checkpoint is named for "
+                f"{settings.path}; name what `fedmosaic align` wrote for this model in model.aligned"
+            )
+        return
+    found = basis_name(settings.aligned)
+    if found != adapter.basis_name:
+        raise ModelError(
+            f"the checkpoint {settings.aligned} has the basis {found}, the roster's is {adapter.basis_name}: "
+            "a core means something else there; take the checkpoint of the federation's own alignment"
+        )
+
+
+def _adapter_config(settings: ModelSettings, adapter: AdapterTerms) -> CoLoraConfig:
+    common: dict[str, Any] = {
+        "other_layers": adapter.other_layers,
+        "gate": adapter.gate,
+        "personal_branch": adapter.private,
+        "basis_seed": adapter.basis_seed,
+    }
+    if settings.aligned is None:
+        return CoLoraConfig(
+            r=adapter.rank,
+            alpha=adapter.alpha,
+            blocks=adapter.blocks,
+            layer_rule=adapter.layer_rule,
+            target_modules=list(adapter.target_modules),
+            **common,
+        )
+    rank = settings.rank or adapter.rank
+    if rank > adapter.rank:
+        raise ModelError(f"model.rank is {rank}, the federation's is {adapter.rank}; take at most that")
+    # The scale s = α/r is the federation's at every rank.
+    scale = adapter.alpha / adapter.rank
+    return aligned_config(settings.aligned, rank=rank, alpha=scale * rank, **common)
+
+
+def _layout(model: nn.Module, adapter: AdapterTerms) -> SharedLayout:
+    """The layout of what the model shares, at the federation's rank."""
+    wide = embedded_layout(shared_layout(model), adapter.rank)
+    # Only the last bit of α can be lost on the way to another rank and back.
+    same = math.isclose(wide.alpha, adapter.alpha, rel_tol=1e-12)
+    return replace(wide, alpha=adapter.alpha) if same else wide

@@ -1,9 +1,9 @@
 """A client's configuration, `client.toml`. What all members agreed on is in the roster, not here."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
 from fedmosaic.client.training import TrainingSettings
 from fedmosaic.privacy.configuration import Frozen
@@ -13,13 +13,46 @@ class ModelSettings(Frozen):
     """Where a model comes from.
 
     `path` is a local folder or a hub id. `keep_layers` cuts a decoder to its first layers, which makes a
-    smaller architecture of the same family.
+    smaller architecture of the same family. `aligned` is what `fedmosaic align` wrote for this model, a
+    folder or a hub id, where the roster names an aligned basis.
     """
 
     path: str = Field(min_length=1)
     gguf_file: str | None = None
     keep_layers: int | None = Field(default=None, ge=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
+    aligned: str | None = Field(default=None, min_length=1)
+    rank: int | None = Field(default=None, ge=1, le=1024)
+    """Rank of this client's adapter on an aligned basis, at most the federation's; the same by default."""
+
+    @model_validator(mode="after")
+    def _rank_needs_a_basis(self) -> "ModelSettings":
+        if self.rank is not None and self.aligned is None:
+            raise ValueError(
+                f"rank is {self.rank} without an aligned checkpoint: bases drawn from a seed have no leading "
+                "part that clients of different ranks share; name one in aligned, or leave rank out"
+            )
+        return self
+
+    def located(self, base: Path) -> "ModelSettings":
+        """The same with absolute folders; what is no folder below `base` may be an id on a hub."""
+
+        def place(text: str) -> str:
+            folder = base / text
+            return str(folder.resolve()) if folder.is_dir() else text
+
+        aligned = self.aligned and place(self.aligned)
+        return self.model_copy(update={"path": place(self.path), "aligned": aligned})
+
+
+def _without_adapter(settings: ModelSettings) -> ModelSettings:
+    if settings.aligned is not None:
+        raise ValueError(f"the probe has no adapter, so leave out aligned (it is {settings.aligned!r})")
+    return settings
+
+
+ProbeModelSettings = Annotated[ModelSettings, AfterValidator(_without_adapter)]
+"""Where the probe comes from; it has no adapter."""
 
 
 class DataSettings(Frozen):
@@ -44,7 +77,7 @@ class ClientSettings(Frozen):
     server: str = Field(pattern=r"^[^:]+:\d{1,5}$|^\[[0-9a-fA-F:]+\]:\d{1,5}$")
     state_dir: Path
     model: ModelSettings
-    probe: ModelSettings
+    probe: ProbeModelSettings
     data: DataSettings
     training: TrainingSettings = TrainingSettings()
     threads: int | None = Field(default=None, ge=1)
@@ -66,5 +99,11 @@ class ClientSettings(Frozen):
             }
         )
         return self.model_copy(
-            update={"kit": base / self.kit, "state_dir": base / self.state_dir, "data": data}
+            update={
+                "kit": base / self.kit,
+                "state_dir": base / self.state_dir,
+                "data": data,
+                "model": self.model.located(base),
+                "probe": self.probe.located(base),
+            }
         )

@@ -5,6 +5,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
+from fedmosaic.client.colora.aligned import basis_name
 from fedmosaic.experiments.probe import PROFILE, Arguments, fit
 from fedmosaic.experiments.processes import ManagedProcess, RunFailedError, python_module
 from fedmosaic.experiments.scenario import Scenario
@@ -59,6 +60,21 @@ def fit_profile(
     return ProfileMechanism.model_validate_json(stored.read_text())
 
 
+def agreed_adapter(scenario: Scenario) -> AdapterTerms:
+    """The adapter's terms; where clients name aligned checkpoints, with the basis that the first one carries.
+
+    Args:
+        scenario: paths resolved. A basis that it names itself stays as it is.
+
+    Raises:
+        ModelError: there is no aligned checkpoint where a client names one.
+    """
+    named = [client.model.aligned for client in scenario.clients if client.model.aligned]
+    if scenario.adapter.basis or not named:
+        return scenario.adapter
+    return scenario.adapter.model_copy(update={"basis": basis_name(named[0])})
+
+
 def found_federation(
     scenario: Scenario,
     profile: ProfileMechanism,
@@ -80,7 +96,7 @@ def found_federation(
         members=tuple(federation.MemberEntry(id=c.id, family=c.family) for c in scenario.clients),
         server=federation.ServerEntry(port=port),
         terms=Terms(
-            adapter=adapter or scenario.adapter,
+            adapter=adapter or agreed_adapter(scenario),
             adapter_privacy=scenario.adapter_privacy,
             profile=profile,
             policy=scenario.policy,

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from fedmosaic.client.settings import ModelSettings
+from fedmosaic.client.settings import ModelSettings, ProbeModelSettings
 from fedmosaic.client.training import TrainingSettings
 from fedmosaic.privacy.configuration import Frozen
 from fedmosaic.privacy.encryption.parameters import CkksParameters, Parameters
@@ -57,6 +57,8 @@ class ScenarioClient(Frozen):
     family: str = ""
     rank: int | None = Field(default=None, ge=1, le=1024)
     """Rank of this client's LoRA, for the methods whose ranks may differ; adapter.rank by default."""
+    projector: Path | None = None
+    """Folder of the projector that lets a language model read pictures; `fedmosaic tasks projector`."""
 
     @model_validator(mode="after")
     def _one_form(self) -> "ScenarioClient":
@@ -88,7 +90,7 @@ class Scenario(Frozen):
 
     name: MemberId
     description: str = ""
-    probe: ModelSettings
+    probe: ProbeModelSettings
     profile: ScenarioProfile
     adapter: AdapterTerms = AdapterTerms()
     adapter_privacy: AdapterPrivacyTerms = AdapterPrivacyTerms()
@@ -117,6 +119,10 @@ class Scenario(Frozen):
     """Weight of the received branch, in place of the learnt gate."""
     discard_received: bool = False
     """Go on as if the policy had refused every aggregate: what the same adapter does without the others."""
+    pictures: Path | None = None
+    """Folder that the pictures which prompts name lie in."""
+    question_only: bool = False
+    """Leave every picture out: what the questions alone give away."""
     variant: str = ""
     """Words for the tables that tell this run from others of the same method."""
     seed: int = Field(default=0, ge=0, le=2**31)
@@ -164,6 +170,7 @@ class Scenario(Frozen):
                     "train": client.train and _located(base, client.train),
                     "test": client.test and _located(base, client.test),
                     "model": _model(base, client.model),
+                    "projector": client.projector and _located(base, client.projector),
                     "tasks": tuple(
                         task.model_copy(
                             update={"train": _located(base, task.train), "test": _located(base, task.test)}
@@ -179,21 +186,25 @@ class Scenario(Frozen):
             update={
                 "clients": clients,
                 "probe": _model(base, self.probe),
+                "pictures": self.pictures and _located(base, self.pictures),
                 "profile": self.profile.model_copy(update={"public_data": public}),
             }
         )
 
 
 def _located(base: Path, path: Path) -> Path:
-    text = os.path.expandvars(str(path))
-    if "$" in text:
-        raise ConfigurationError(f"{path}: set the environment variable that this path begins with")
-    return (base / text).resolve()
+    return (base / _expanded(str(path))).resolve()
 
 
 def _model(base: Path, settings: ModelSettings) -> ModelSettings:
-    text = os.path.expandvars(settings.path)
+    changes = {"path": _expanded(settings.path)}
+    if settings.aligned is not None:
+        changes["aligned"] = _expanded(settings.aligned)
+    return settings.model_copy(update=changes).located(base)
+
+
+def _expanded(path: str) -> str:
+    text = os.path.expandvars(path)
     if "$" in text:
-        raise ConfigurationError(f"{settings.path}: set the environment variable that this path begins with")
-    folder = base / text
-    return settings.model_copy(update={"path": str(folder.resolve()) if folder.is_dir() else text})
+        raise ConfigurationError(f"{path}: set the environment variable that this path begins with")
+    return text

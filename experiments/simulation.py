@@ -24,7 +24,7 @@ from fedmosaic.client.session import Session
 from fedmosaic.client.settings import ClientSettings, DataSettings
 from fedmosaic.client.state import ClientState, write_atomically
 from fedmosaic.client.statement import build_statement
-from fedmosaic.experiments.founding import fit_profile, found_federation
+from fedmosaic.experiments.founding import agreed_adapter, fit_profile, found_federation
 from fedmosaic.experiments.hosts import COMPUTE, ModelHost
 from fedmosaic.experiments.in_process import InProcessTransport
 from fedmosaic.experiments.participants import (
@@ -42,11 +42,13 @@ from fedmosaic.experiments.run_progress import ClientProgress, RunProgress
 from fedmosaic.experiments.scenario import Scenario, ScenarioClient
 from fedmosaic.experiments.shared_probe import SharedProbe
 from fedmosaic.experiments.simulated_client import StreamLearner, StreamReleases, TurnTakingLearner
+from fedmosaic.experiments.vision.sight import give_sight
 from fedmosaic.privacy.accounting import default_delta
 from fedmosaic.privacy.federation import open_kit
 from fedmosaic.privacy.ledger import Ledger
 from fedmosaic.privacy.noise import SecureNoise, SeededTestNoise
 from fedmosaic.privacy.roster import AdapterTerms
+from fedmosaic.protos.errors import ConfigurationError
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.from_kit import settings_from_kit
 
@@ -117,24 +119,31 @@ def simulate(scenario: Scenario, directory: Path, console: Console) -> None:
 
 def make_hosts(scenario: Scenario) -> tuple[dict[Architecture, ModelHost], AdapterTerms]:
     """One model per architecture, and the adapter's terms with the families' dimensions filled in."""
-    terms = scenario.adapter.model_copy(update={"basis_seed": scenario.adapter.basis_seed + scenario.seed})
+    agreed = agreed_adapter(scenario)
+    terms = agreed.model_copy(update={"basis_seed": agreed.basis_seed + scenario.seed})
     hosts: dict[Architecture, ModelHost] = {}
     dimensions = dict(terms.family_dimensions)
     for client in scenario.clients:
         if architecture(client) in hosts:
             continue
         model, tokenizer = load_adapted(client.model, terms)
+        tokenizer = give_sight(scenario, client, model, tokenizer)
         if scenario.fixed_gate is not None:
             fix_gate(model, scenario.fixed_gate)
         if scenario.family_sharing and client.family and family_layout(model).size:
-            dimensions[client.family] = family_layout(model).size
+            size = family_layout(model).size
+            if dimensions.setdefault(client.family, size) != size:
+                raise ConfigurationError(
+                    f"client {client.id}: family {client.family!r} shares {dimensions[client.family]} "
+                    f"values of its other layers, this model has {size}; a family has one model and one rank"
+                )
         hosts[architecture(client)] = ModelHost(model, tokenizer)
     return hosts, terms.model_copy(update={"family_dimensions": dimensions})
 
 
 def architecture(client: ScenarioClient) -> Architecture:
     """Clients with the same one share a model in memory."""
-    return client.model.model_dump_json(), client.family
+    return f"{client.model.model_dump_json()} {client.projector or ''}", client.family
 
 
 def _score_untrained(parts: _Parts, clients: list["_Client"]) -> None:

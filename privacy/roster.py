@@ -56,6 +56,8 @@ class AdapterTerms(Frozen):
     other_layers: Literal["lora", "none"] = "lora"
     gate: Literal["scalar", "pooled"] = "scalar"
     basis_seed: int = Field(default=0, ge=0)
+    basis: str = Field(default="", pattern=r"^(aligned:[0-9a-f]{32})?$")
+    """Name of the aligned basis in all clients' checkpoints; empty for one drawn from `basis_seed`."""
     family_dimensions: dict[str, int] = Field(default_factory=dict)
     """Families that also share the LoRA of their other layers, and the length of that vector."""
     protection: Protection = "encrypted"
@@ -68,8 +70,12 @@ class AdapterTerms(Frozen):
     @property
     def spec_hash(self) -> bytes:
         """SHA-256 of the shared layout, which every client's model must give as well."""
-        basis = f"seed:{self.basis_seed}"
-        return shared_spec_hash(self.rank, self.alpha, self.blocks, self.target_modules, basis)
+        return shared_spec_hash(self.rank, self.alpha, self.blocks, self.target_modules, self.basis_name)
+
+    @property
+    def basis_name(self) -> str:
+        """Name of the frozen basis A, B, as it goes into the layout's hash."""
+        return self.basis or f"seed:{self.basis_seed}"
 
     @property
     def encrypted(self) -> bool:

@@ -7,12 +7,14 @@ averages of maps, and the layout's hash, the wire and the server know nothing of
 keeps the leading block.
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
+from huggingface_hub import snapshot_download
 from peft import PeftConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -21,14 +23,30 @@ from torch import nn
 from fedmosaic.client.colora.config import CoLoraConfig
 from fedmosaic.client.colora.state import find_adapter, get_basis, set_basis
 from fedmosaic.client.colora.vectors import SharedLayout, Vector, read_shared, shared_layout, write_shared
-from fedmosaic.protos.errors import ModelError
+from fedmosaic.protos.errors import ConfigurationError, ModelError
+
+_CONFIG: Final = "adapter_config.json"
+_TENSORS: Final = "adapter_model.safetensors"
+_HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def basis_name(folder: str | Path) -> str:
+    """Name of the basis that an aligned checkpoint carries, as it goes into the layout's hash.
+
+    Args:
+        folder: Folder that `fedmosaic align` wrote, or the id of its copy on a hub.
+
+    Raises:
+        ModelError: There is no aligned checkpoint.
+    """
+    return str(_checkpoint(folder)[1].basis_label)
 
 
 def aligned_config(folder: str | Path, *, rank: int | None = None, **changes: Any) -> CoLoraConfig:
     """Read the configuration of an aligned checkpoint, for a client's own adapter.
 
     Args:
-        folder: Folder that `fedmosaic align` wrote for this client's model.
+        folder: Folder that `fedmosaic align` wrote for this client's model, or the id of its copy on a hub.
         rank: Rank of the client, at most the checkpoint's; None for the same. The scale α/r stays.
         changes: Other fields to set, such as `other_layers` or `personal_branch`.
 
@@ -38,7 +56,7 @@ def aligned_config(folder: str | Path, *, rank: int | None = None, **changes: An
     Raises:
         ModelError: There is no aligned checkpoint, or its rank is lower.
     """
-    config = _checkpoint_config(Path(folder))
+    _, config = _checkpoint(folder)
     chosen = config.r if rank is None else rank
     if not 1 <= chosen <= config.r:
         raise ModelError(
@@ -53,10 +71,11 @@ def aligned_config(folder: str | Path, *, rank: int | None = None, **changes: An
             "gate",
             "basis_seed",
             "target_modules",
+            "model_depth",
             "task_type",
         )
     }
-    return CoLoraConfig(r=chosen, alpha=config.alpha * chosen / config.r, **(kept | changes))
+    return CoLoraConfig(r=chosen, **(kept | {"alpha": config.alpha * chosen / config.r} | changes))
 
 
 def load_basis(model: nn.Module, folder: str | Path, *, adapter_name: str | None = None) -> None:
@@ -64,15 +83,15 @@ def load_basis(model: nn.Module, folder: str | Path, *, adapter_name: str | None
 
     Args:
         model: Model with Co-LoRA layers, made from `aligned_config`.
-        folder: Folder that `fedmosaic align` wrote for this model.
+        folder: Folder that `fedmosaic align` wrote for this model, or the id of its copy on a hub.
         adapter_name: Name of the adapter, or None for the only active one.
 
     Raises:
         ModelError: The checkpoint is missing or damaged, or belongs to other modules or widths.
     """
-    config = _checkpoint_config(Path(folder))
+    place, config = _checkpoint(folder)
     try:
-        tensors = load_file(Path(folder) / "adapter_model.safetensors")
+        tensors = load_file(place / _TENSORS)
     except (OSError, SafetensorError) as error:
         raise ModelError(
             f"The aligned checkpoint {folder} cannot be read ({type(error).__name__})."
@@ -163,13 +182,30 @@ def _parts(vector: np.ndarray, layout: SharedLayout) -> tuple[np.ndarray, np.nda
     return cores, rows[:, layout.rank**2 :]
 
 
-def _checkpoint_config(folder: Path) -> CoLoraConfig:
-    if not (folder / "adapter_config.json").is_file():
+def _checkpoint(source: str | Path) -> tuple[Path, CoLoraConfig]:
+    folder = _local(source)
+    if not (folder / _CONFIG).is_file():
         raise ModelError(f"{folder} holds no aligned checkpoint; give a folder that `fedmosaic align` wrote.")
-    config = PeftConfig.from_pretrained(str(folder))
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError, KeyError, ConfigurationError) as error:
+        raise ModelError(f"{folder}: the checkpoint's configuration cannot be read ({error}).") from None
     if not isinstance(config, CoLoraConfig) or not (config.basis_label or "").startswith("aligned:"):
         raise ModelError(f"The checkpoint in {folder} was not aligned; run `fedmosaic align` on its model.")
-    return config
+    return folder, config
+
+
+def _local(source: str | Path) -> Path:
+    """The folder itself, or that of a hub's copy."""
+    if Path(source).exists() or not _HUB_ID.fullmatch(str(source)):
+        return Path(source)
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=[_CONFIG, _TENSORS]))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{source} is neither a folder that `fedmosaic align` wrote nor a checkpoint on a hub that can "
+            f"be reached from here ({type(error).__name__})."
+        ) from None
 
 
 def _tensor(tensors: dict[str, torch.Tensor], suffix: str, folder: str | Path) -> torch.Tensor:
