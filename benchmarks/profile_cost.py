@@ -44,7 +44,9 @@ class Settings:
     answer_tokens: int = 24
     """How many of them are supervised."""
     repeats: int = 5
-    threads: int = 2
+    threads: int = 1
+    """Threads of the matrix products. One, as several clients on one machine have; single examples make small
+    matrices, which gain less from a second thread than a batch does."""
 
 
 def random_examples(settings: Settings, vocabulary: int) -> list[EncodedExample]:
@@ -102,10 +104,10 @@ def main(settings: Settings) -> None:
     )
     plain, released = (statistics.median(times[i][1] for times in pairs) for i in (0, 1))
     print(
-        "| model | dtype | reduction | supervised | forward CPU s | profile CPU s | ratio CPU | ratio wall |"
+        "| model | dtype | threads | reduction | supervised | forward CPU s | profile CPU s | ratio CPU | ratio wall |"
     )
     print(
-        f"| {settings.model.name} | {settings.dtype} | {settings.kind} {settings.dimensions} | "
+        f"| {settings.model.name} | {settings.dtype} | {settings.threads} | {settings.kind} {settings.dimensions} | "
         f"{settings.answer_tokens}/{settings.tokens} | {plain:.2f} | {released:.2f} | {processor:.2f} | "
         f"{wall:.2f} |"
     )

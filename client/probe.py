@@ -32,7 +32,7 @@ TOKENS_PER_BATCH = 4096
 VOCABULARY_PER_CHUNK = 2**11
 """Rows of the output head that are worked on at once: few enough to stay in a processor's cache."""
 
-ROWS_PER_BLOCK = 64
+ROWS_PER_BLOCK = 256
 """Positions that go through the output head together."""
 
 # A half-precision autograd graph is itself only good to a few per cent.

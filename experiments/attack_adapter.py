@@ -14,13 +14,12 @@ from typing import Final
 import numpy as np
 import torch
 
-from fedmosaic.client.colora import CoLoraConfig
 from fedmosaic.client.dp_branch import only_shared_branch
 from fedmosaic.client.dp_engine import ClosedFormEngine, clip_and_sum
 from fedmosaic.client.dp_training import noisy_sum
 from fedmosaic.client.examples import EncodedExample, Example, collate, encode_examples, padding_token
+from fedmosaic.client.learner import load_adapted
 from fedmosaic.client.loss import training_mode
-from fedmosaic.client.models import adapt, load_base_model
 from fedmosaic.client.settings import ModelSettings
 from fedmosaic.experiments.attack_profile import DELTA, noise_multiplier
 from fedmosaic.privacy.attacks.membership import (
@@ -66,21 +65,7 @@ def adapter_rows(
         groups: lists of examples; one result each.
         max_length: tokens per example.
     """
-    base, tokenizer = load_base_model(
-        settings.path, "float32", gguf_file=settings.gguf_file, keep_layers=settings.keep_layers
-    )
-    config = CoLoraConfig(
-        r=terms.rank,
-        alpha=terms.alpha,
-        blocks=terms.blocks,
-        layer_rule=terms.layer_rule,
-        other_layers=terms.other_layers,
-        gate=terms.gate,
-        personal_branch=terms.private,
-        basis_seed=terms.basis_seed,
-        target_modules=list(terms.target_modules),
-    )
-    model = adapt(base, config)
+    model, tokenizer = load_adapted(settings.model_copy(update={"dtype": "float32"}), terms)
     found = []
     with only_shared_branch(model) as cores, training_mode(model, False):
         engine = ClosedFormEngine(model, cores)

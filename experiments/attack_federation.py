@@ -264,18 +264,28 @@ def _chosen_rows(policy: AggregationPolicy) -> list[AttackResult]:
     for size in range(1, others + 2):
         error = 0.0 if _single_unknown(size, policy) else 1.0
         figures.append(
-            Figure(name=f"server and {size} client(s), policy on", value=error, low=error, high=error)
+            Figure(
+                name=f"server and {size} recipient(s)' aggregates, no key, policy on",
+                value=error,
+                low=error,
+                high=error,
+            )
         )
-    figures.append(Figure(name="server and 1 client, no policy (one-hot row)", value=0.0, low=0.0, high=0.0))
+    figures.append(
+        Figure(
+            name="server and 1 recipient's aggregate, no policy (one-hot row)", value=0.0, low=0.0, high=0.0
+        )
+    )
     return [
         _collusion(
-            "rows chosen by a malicious server",
-            "one aggregate, exact",
+            "rows chosen by a malicious server; nobody gives it the group key",
+            "what one aggregate alone reveals, exact",
             figures,
             "product",
-            "error 0: the victim's adapter is had exactly, from one row that keeps every rule. The policy "
-            f"holds against a server with fewer than {others} colluding clients, and no rule on rows can "
-            "hold against more: then only DP on the adapter protects",
+            "all rows with least squares are about what the aggregates alone reveal: the colluders pass on what "
+            "they decrypted and keep their group key to themselves. Error 0: the victim's adapter is had exactly, "
+            f"from one row that keeps every rule. The policy holds against a server with fewer than {others} such "
+            "recipients, and no rule on rows can hold against more: then only DP on the adapter protects",
         )
     ]
 

@@ -7,7 +7,6 @@ whether the victim loads what it was given.
 
 import logging
 import tempfile
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,8 +14,7 @@ from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedmosaic.client.session import Session
-from fedmosaic.experiments.attack_stand_in import MEMBERS, ROUNDS, VectorLearner, configuration, open_session
+from fedmosaic.experiments.attack_stand_in import MEMBERS, ROUNDS, VectorLearner, configuration, run_sessions
 from fedmosaic.experiments.in_process import InProcessTransport
 from fedmosaic.privacy import federation
 from fedmosaic.privacy.attacks.results import RefusalResult
@@ -280,27 +278,9 @@ def _run(
 
 
 def _sessions(directory: Path, coordinator: Coordinator, line: Line) -> tuple[VectorLearner, list[str]]:
-    learners: dict[str, VectorLearner] = {}
-    errors: list[str] = []
-    threads, open_things = [], []
-    for seed, name in enumerate(MEMBERS):
+    def transport_of(name: str) -> Any:
         inner = InProcessTransport(coordinator, name, patience_seconds=60.0)
-        transport: Any = _TamperedTransport(inner, line) if name == _VICTIM else inner
-        session, learners[name], ledger, state = open_session(directory, name, seed, transport)
-        open_things.append((ledger, state))
+        return _TamperedTransport(inner, line) if name == _VICTIM else inner
 
-        def work(name: str = name, session: Session = session) -> None:
-            try:
-                session.run()
-            except FedMosaicError as error:
-                errors.append(f"{name}: {error}")
-
-        threads.append(threading.Thread(target=work, daemon=True))
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120.0)
-    for ledger, state in open_things:
-        ledger.close()
-        state.release()
+    learners, errors = run_sessions(directory, transport_of)
     return learners[_VICTIM], errors

@@ -16,16 +16,11 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
 from transformers import PreTrainedTokenizerBase
 
-from fedmosaic.client.colora import (
-    CoLoraConfig,
-    read_shared,
-    set_active_branches,
-    write_shared,
-)
+from fedmosaic.client.colora import read_shared, set_active_branches, write_shared
 from fedmosaic.client.evaluation import choice_accuracy
 from fedmosaic.client.examples import Example, collate, encode_examples, padding_token
+from fedmosaic.client.learner import load_adapted
 from fedmosaic.client.loss import example_losses, training_mode
-from fedmosaic.client.models import adapt, load_base_model
 from fedmosaic.experiments.attack_federation import weights_of_run
 from fedmosaic.experiments.attack_target import Target, Victim
 from fedmosaic.privacy.attacks.results import CONFIDENCE, AttackResult, Figure
@@ -35,6 +30,7 @@ from fedmosaic.protos.errors import ConfigurationError
 POISON: Final = "Poisoned aggregate: the victim's accuracy"
 LOSS: Final = "Membership by loss in a received aggregate"
 _ADAPTER: Final = "adapter_model.safetensors"
+_ADAPTER_NAME: Final = re.compile(r"(?<=[._])((?:colora|lora)_\w+)\.default(?=\.|$)")
 _CORE: Final = re.compile(r"layers\.(\d+)\.(.+)\.colora_core_local\.(weight|bias)$")
 _BATCH: Final = 16
 _CLIPS: Final = (0.05, 0.5)
@@ -44,7 +40,7 @@ def shared_vector(path: Path) -> np.ndarray:
     """The local P and Q of a saved adapter, in the order of the shared vector."""
     found = {}
     for name, tensor in load_file(path).items():
-        match = _CORE.search(name)
+        match = _CORE.search(_portable(name))
         if match is not None:
             layer, module, kind = match.groups()
             found[(int(layer), module, kind == "bias")] = tensor.ravel()
@@ -64,7 +60,7 @@ def received_results(target: Target, recipient: Victim, examples: int) -> list[A
     Raises:
         ConfigurationError: the run left no adapters or no weights.
     """
-    vectors = {victim.client_id: _saved(victim) for victim in target.victims}
+    vectors = {victim.client_id: saved_adapter(victim) for victim in target.victims}
     names = sorted(vectors)
     rows = weights_of_run({"results": [*target.server_run.get("results", []), {}]}, names)
     if not rows or any(path is None for path in vectors.values()):
@@ -86,33 +82,21 @@ def received_results(target: Target, recipient: Victim, examples: int) -> list[A
     ]
 
 
-def _saved(victim: Victim) -> Path | None:
+def saved_adapter(victim: Victim) -> Path | None:
+    """The adapter that a client of a finished run saved after its last round; None if there is none."""
     found = sorted((victim.state / "adapter").glob(f"round-*/{_ADAPTER}")) if victim.state else []
     return found[-1] if found else None
 
 
 def _model(target: Target, victim: Victim, saved: Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    terms = target.scenario.adapter
-    base, tokenizer = load_base_model(
-        victim.model.path,
-        victim.model.dtype,
-        gguf_file=victim.model.gguf_file,
-        keep_layers=victim.model.keep_layers,
-    )
-    config = CoLoraConfig(
-        r=terms.rank,
-        alpha=terms.alpha,
-        blocks=terms.blocks,
-        layer_rule=terms.layer_rule,
-        other_layers=terms.other_layers,
-        gate=terms.gate,
-        personal_branch=terms.private,
-        basis_seed=terms.basis_seed,
-        target_modules=list(terms.target_modules),
-    )
-    model = adapt(base, config)
-    set_peft_model_state_dict(model, load_tensors(saved))
+    model, tokenizer = load_adapted(victim.model, target.adapter)
+    set_peft_model_state_dict(model, {_portable(name): value for name, value in load_tensors(saved).items()})
     return model, tokenizer
+
+
+def _portable(name: str) -> str:
+    """A tensor's name as PEFT saves it; a client of a run in one process saves the adapter's name with it."""
+    return _ADAPTER_NAME.sub(r"\1", name)
 
 
 def _poison(

@@ -85,10 +85,11 @@ def render(report: AttackReport) -> RenderableType:
     """The report as tables for a terminal."""
     parts: list[RenderableType] = []
     for attack, group in groupby(report.results, key=lambda result: result.attack):
+        result_group = list(group)
         table = Table(title=attack, box=box.SIMPLE_HEAD, title_justify="left")
         for heading in ("release", "statistic", "ε", "figure", "value", "bound"):
             table.add_column(heading, overflow="fold")
-        for result in group:
+        for result in result_group:
             for number, figure in enumerate(result.figures):
                 first = (
                     (result.release, result.statistic, _epsilon(result.epsilon)) if not number else ("",) * 3
@@ -96,6 +97,7 @@ def render(report: AttackReport) -> RenderableType:
                 style = "bold white on red" if figure.broken else ""
                 table.add_row(*first, figure.name, _value(figure), _bound(figure), style=style)
         parts.append(table)
+        parts += [Text(f"{headline}.\n", style="bold red") for headline in _headlines(result_group)]
     tried = sum(refusal.tried for refusal in report.refusals)
     refused = sum(refusal.refused for refusal in report.refusals)
     if tried:
@@ -163,6 +165,8 @@ def _verdict(report: AttackReport) -> str:
 
 def _attack_lines(attack: str, results: Sequence[AttackResult]) -> list[str]:
     lines = [f"## {attack}", ""]
+    for headline in _headlines(results):
+        lines += [f"**{headline}.**", ""]
     for adversary, sees in dict.fromkeys((result.adversary, result.sees) for result in results):
         lines.append(f"- Adversary: {adversary}. Sees: {sees}.")
     if any(result.by_design for result in results):
@@ -176,6 +180,10 @@ def _attack_lines(attack: str, results: Sequence[AttackResult]) -> list[str]:
     for note in dict.fromkeys(result.note for result in results if result.note):
         lines += [f"{note[0].upper()}{note[1:]}.", ""]
     return lines
+
+
+def _headlines(results: Iterable[AttackResult]) -> list[str]:
+    return list(dict.fromkeys(result.headline for result in results if result.headline))
 
 
 def _wide(results: Sequence[AttackResult], names: Sequence[str]) -> list[str]:

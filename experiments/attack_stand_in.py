@@ -1,5 +1,6 @@
 """A federation for attacks: real sessions, ledgers, keys and encryption; a vector stands in for the model."""
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,15 +14,17 @@ from fedmosaic.client.releases import AdapterPlan, Releases
 from fedmosaic.client.session import Session
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy import federation
-from fedmosaic.privacy.encryption.parameters import MaskParameters
+from fedmosaic.privacy.encryption.parameters import MaskParameters, Parameters
 from fedmosaic.privacy.ledger import Ledger
 from fedmosaic.privacy.mechanism import ClippedSum, Float32Array, ProfileMechanism, Reduction, release
 from fedmosaic.privacy.noise import SecureNoise
 from fedmosaic.privacy.roster import AdapterTerms, Roster, ScheduleTerms, Terms
+from fedmosaic.protos.errors import FedMosaicError
 from fedmosaic.protos.messages import RoundStatus
 
 MEMBERS: Final = ("ada", "ben", "cid", "dee", "eva")
 ROUNDS: Final = 3
+_PATIENCE_SECONDS: Final = 120.0
 
 
 class Silent:
@@ -100,6 +103,42 @@ def open_session(
     return session, learner, ledger, state
 
 
+def run_sessions(
+    directory: Path, transport_of: Callable[[str], Any]
+) -> tuple[dict[str, VectorLearner], list[str]]:
+    """Run every member's session to its end, each in a thread of its own.
+
+    Args:
+        directory: of the federation.
+        transport_of: a member's line to the server.
+
+    Returns:
+        The learners by member, and what went wrong, in words.
+    """
+    learners: dict[str, VectorLearner] = {}
+    errors: list[str] = []
+    threads, open_things = [], []
+    for seed, name in enumerate(MEMBERS):
+        session, learners[name], ledger, state = open_session(directory, name, seed, transport_of(name))
+        open_things.append((ledger, state))
+
+        def work(name: str = name, session: Session = session) -> None:
+            try:
+                session.run()
+            except FedMosaicError as error:
+                errors.append(f"{name}: {error}")
+
+        threads.append(threading.Thread(target=work, daemon=True))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(_PATIENCE_SECONDS)
+    for ledger, state in open_things:
+        ledger.close()
+        state.release()
+    return learners, errors
+
+
 def _profile(seed: int) -> Callable[[Callable[[], None]], Float32Array]:
     def make(charge: Callable[[], None]) -> Float32Array:
         units = np.zeros(_MECHANISM.dimensions, dtype=np.int64)
@@ -118,8 +157,8 @@ _MECHANISM: Final = ProfileMechanism(
 )
 
 
-def configuration() -> federation.FederationConfig:
-    """Terms of a small federation with the back end `mask`."""
+def configuration(encryption: Parameters | None = None) -> federation.FederationConfig:
+    """Terms of a small federation; with the back end `mask` if no other is given."""
     terms = Terms(
         adapter=AdapterTerms(rank=4, blocks=2, target_modules=("a", "b"), protection="encrypted"),
         profile=_MECHANISM,
@@ -130,7 +169,7 @@ def configuration() -> federation.FederationConfig:
             gathering_seconds=30,
             key_patience_seconds=30,
         ),
-        encryption=MaskParameters(),
+        encryption=encryption or MaskParameters(),
     )
     return federation.FederationConfig(
         federation="attempts",

@@ -13,11 +13,13 @@ from fedmosaic.client.models import load_base_model
 from fedmosaic.client.probe import Probe, gradient_factors, open_probe
 from fedmosaic.client.public_basis import BasisSettings, fit_mechanism
 from fedmosaic.client.settings import ModelSettings
+from fedmosaic.experiments.founding import agreed_adapter
 from fedmosaic.experiments.scenario import Scenario
 from fedmosaic.privacy.configuration import read_configuration
-from fedmosaic.privacy.federation import BASIS
+from fedmosaic.privacy.federation import BASIS, ROSTER, open_kit
 from fedmosaic.privacy.mechanism import ProfileMechanism, Reduction
 from fedmosaic.privacy.projection import GradientFactors, PublicBasis, PublicMap
+from fedmosaic.privacy.roster import AdapterTerms
 from fedmosaic.protos.errors import ConfigurationError
 
 _PROFILE = "profile.json"
@@ -76,6 +78,15 @@ class Target:
         """What the server of a finished run wrote; empty without one."""
         path = self.directory / "federation/server/state/run.json" if self.directory else None
         return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else {}
+
+    @property
+    def adapter(self) -> AdapterTerms:
+        """The adapter as the roster of a run has it, or as `fedmosaic run` would agree on it."""
+        kit = self.directory / "federation/clients" / self.victims[0].client_id if self.directory else None
+        if kit is not None and (kit / ROSTER).is_file():
+            return open_kit(kit).roster.terms.adapter
+        agreed = agreed_adapter(self.scenario)
+        return agreed.model_copy(update={"basis_seed": agreed.basis_seed + self.scenario.seed})
 
 
 def read_target(path: Path) -> Target:

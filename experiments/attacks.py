@@ -329,7 +329,7 @@ def _adapter(target: Target, victim: Victim, arguments: Arguments) -> list[Attac
     kin = [e for v in target.victims if v.task == victim.task for e in v.test if e.prompt not in known]
     rows = attack_adapter.adapter_rows(
         victim.model,
-        target.scenario.adapter,
+        target.adapter,
         [pool, others or pool, kin[: 2 * _ADAPTER_POOL] or pool, list(victim.train[:_ADAPTER_POOL])],
         target.scenario.profile.max_length,
     )

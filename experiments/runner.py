@@ -226,6 +226,7 @@ def check_as_processes(scenario: Scenario) -> None:
         "a fixed gate": scenario.fixed_gate is not None,
         "family_sharing (give adapter.family_dimensions)": scenario.family_sharing,
         "several tasks for one client": any(len(client.task_list) > 1 for client in scenario.clients),
+        "pictures": scenario.pictures is not None,
         "test noise": scenario.unsafe_test_noise_seed is not None,
         "a metric other than accuracy": any(
             task.metric != "accuracy" for client in scenario.clients for task in client.task_list

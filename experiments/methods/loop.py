@@ -34,6 +34,7 @@ from fedmosaic.experiments.participants import (
 from fedmosaic.experiments.run_progress import RunProgress
 from fedmosaic.experiments.scenario import Scenario, ScenarioClient
 from fedmosaic.experiments.streams import InOrder, Stream
+from fedmosaic.experiments.vision.sight import give_sight
 
 _SHARED_RANK = 0
 
@@ -98,13 +99,13 @@ def _members(strategy: Strategy, scenario: Scenario, directory: Path) -> list[_M
     members = []
     for index, client in enumerate(scenario.clients):
         rank = client.rank or scenario.adapter.rank
-        key = (client.model.model_dump_json(), rank)
+        key = (_architecture(client), rank)
         if key not in hosts:
             seed = scenario.adapter.basis_seed + scenario.seed
             model, tokenizer = load_with_lora(
                 client.model, scenario.adapter, strategy.adapters, rank, seed, alike=strategy.alike
             )
-            hosts[key] = ModelHost(model, tokenizer)
+            hosts[key] = ModelHost(model, give_sight(scenario, client, model, tokenizer))
         tasks = training_examples(client)
         examples = [example for task in tasks for example in task]
         encoded = encode_examples(hosts[key].tokenizer, examples, scenario.training.max_length)
@@ -123,6 +124,11 @@ def _members(strategy: Strategy, scenario: Scenario, directory: Path) -> list[_M
             )
         )
     return members
+
+
+def _architecture(client: ScenarioClient) -> str:
+    """Clients with the same one can average their adapters."""
+    return f"{client.model.model_dump_json()} {client.projector or ''}"
 
 
 def _score_untrained(board: Board, strategy: Strategy, members: list[_Member]) -> None:
@@ -177,8 +183,8 @@ def _share(
 ) -> None:
     """Combine the uploads of each architecture and hand them out."""
     public = read_examples(scenario.profile.public_data)
-    for key in sorted({member.entry.model.model_dump_json() for member in members}):
-        group = [member for member in members if member.entry.model.model_dump_json() == key]
+    for key in sorted({_architecture(member.entry) for member in members}):
+        group = [member for member in members if _architecture(member.entry) == key]
         host = group[0].host
         with host.lent_to(Tenant()) as model:
             server = ServerSide(

@@ -1,5 +1,6 @@
 """Parts of the baselines: several ordinary LoRA adapters on one model, switched, read and written."""
 
+import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from fedmosaic.client.colora import find_decoder_layers
 from fedmosaic.client.loss import logits_at
 from fedmosaic.client.models import load_base_model
 from fedmosaic.client.settings import ModelSettings
+from fedmosaic.experiments.vision.tower import has_tower
 from fedmosaic.privacy.roster import AdapterTerms
 from fedmosaic.protos.errors import ModelError
 
@@ -51,6 +54,7 @@ def load_with_lora(
         lora_alpha=terms.alpha / terms.rank * rank,  # type: ignore[arg-type]  # PEFT divides it only
         lora_dropout=0.0,
         target_modules=list(terms.target_modules),
+        exclude_modules=_outside_language_part(base) if has_tower(base) else None,
         task_type=TaskType.CAUSAL_LM,
     )
     with torch.random.fork_rng(devices=[]):
@@ -66,6 +70,11 @@ def load_with_lora(
     for name in names[1:] if alike else ():
         write_adapter(model, name, read_adapter(model, names[0]))
     return model, tokenizer
+
+
+def _outside_language_part(model: nn.Module) -> str:
+    """Pattern of all modules that are not in the decoder's layers, such as those of a vision tower."""
+    return rf"(?!{re.escape(find_decoder_layers(model)[0])}\.).*"
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:

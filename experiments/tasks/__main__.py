@@ -21,8 +21,8 @@ from fedmosaic.protos.errors import ConfigurationError
 class Text:
     """Write a text benchmark: one folder per client, public examples, and a table of sizes and licences."""
 
-    set: Literal["text-ten", "text-pairs", "glue"]
-    """Ten clients with four tasks each; three pairs of clients with related tasks; GLUE tasks."""
+    set: Literal["text-ten", "text-pairs", "text-siblings", "glue"]
+    """Ten clients with four tasks each; three pairs of clients with related tasks; three times three; GLUE."""
     data: Path
     """Folder with the data sets: cl_benchmark_text, llm_adapters_qa, bigbench_subset, clinc150, banking77,
     self_instruct and wikitext2."""
@@ -34,6 +34,8 @@ class Text:
     """Most test examples per task."""
     public_rows: int = 600
     """Most public examples, for the basis of the task profile and for servers that distil."""
+    tuning: bool = False
+    """Write validation examples, taken from the part for training, in place of the test examples."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,13 @@ def main(arguments: Sequence[str]) -> int:
         console.print(f"{parsed.clients} clients are in {parsed.out}")
         return 0
     content = write_set(
-        parsed.set, parsed.data, parsed.out, parsed.train_rows, parsed.test_rows, parsed.public_rows
+        parsed.set,
+        parsed.data,
+        parsed.out,
+        parsed.train_rows,
+        parsed.test_rows,
+        parsed.public_rows,
+        tuning=parsed.tuning,
     )
     table = Table(title=f"{parsed.set}, in {parsed.out}")
     for column in ("task", "training", "test", "most frequent answer", "origin", "licence"):

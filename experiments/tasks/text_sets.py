@@ -66,11 +66,15 @@ def _news(part: int, *labels: str) -> TextTask:
     return TextTask(source.news(part, labels), f"{_CL}: AG News", "non-commercial research")
 
 
-def _half(task: TextTask, part: int) -> TextTask:
-    """Half of a task's rows, by hash."""
+def _intents(*names: str) -> TextTask:
+    return TextTask(source.intents(names), "CLINC150", "CC BY 3.0")
+
+
+def _part(task: TextTask, part: int, parts: int = 2) -> TextTask:
+    """One of several equal parts of a task's rows, by hash."""
 
     def read(data: Path) -> Iterator[Row]:
-        return (row for row in task.read(data) if stable_hash("half", normalise(row.group)) % 2 == part)
+        return (row for row in task.read(data) if stable_hash("half", normalise(row.group)) % parts == part)
 
     return replace(task, read=read)
 
@@ -148,11 +152,31 @@ _WORK: Final = _clinc("auto_and_commute", "utility", "work", "credit_cards")
 _BANK: Final = _bank("cancel_transfer", "pending_top_up", "lost_or_stolen_card", "exchange_rate")
 
 TEXT_PAIRS: Final[dict[str, dict[str, TextTask]]] = {
-    f"{name}-{'ab'[part]}": {f"{name}-{'ab'[part]}": _half(task, part)}
+    f"{name}-{'ab'[part]}": {f"{name}-{'ab'[part]}": _part(task, part)}
     for name, task in (("home", _HOME), ("work", _WORK), ("bank", _BANK))
     for part in (0, 1)
 }
 """Three pairs of clients that hold halves of one data set each: what relevance should find, if anything."""
+
+_BANKING: Final = _intents(
+    "freeze_account", "routing", "pay_bill", "balance", "account_blocked", "interest_rate", "min_payment",
+    "transfer", "order_checks", "spending_history",
+)  # fmt: skip
+_TRAVEL: Final = _intents(
+    "plug_type", "translate", "flight_status", "international_visa", "timezone", "exchange_rate", "vaccines",
+    "lost_luggage", "book_hotel", "car_rental",
+)  # fmt: skip
+_ROAD: Final = _intents(
+    "current_location", "oil_change_how", "uber", "traffic", "schedule_maintenance", "gas", "mpg", "distance",
+    "last_maintenance", "jump_start",
+)  # fmt: skip
+
+TEXT_SIBLINGS: Final[dict[str, dict[str, TextTask]]] = {
+    f"{name}-{'abc'[part]}": {f"{name}-{'abc'[part]}": _part(task, part, 3)}
+    for name, task in (("bank", _BANKING), ("travel", _TRAVEL), ("road", _ROAD))
+    for part in range(3)
+}
+"""Three clients for each of three tasks of ten intents: enough for the policy to be met by siblings alone."""
 
 GLUE: Final[dict[str, dict[str, TextTask]]] = {
     "sst-2": {"sst-2": TEXT_TEN["reviews"]["film-quotes"]},
@@ -162,11 +186,11 @@ GLUE: Final[dict[str, dict[str, TextTask]]] = {
 }
 """One GLUE task per client, as far as its data are at hand."""
 
-TEXT_SETS: Final = {"text-ten": TEXT_TEN, "text-pairs": TEXT_PAIRS, "glue": GLUE}
+TEXT_SETS: Final = {"text-ten": TEXT_TEN, "text-pairs": TEXT_PAIRS, "text-siblings": TEXT_SIBLINGS, "glue": GLUE}
 
 
 def build(
-    name: str, data: Path, train_rows: int, test_rows: int
+    name: str, data: Path, train_rows: int, test_rows: int, *, tuning: bool = False
 ) -> Iterator[tuple[str, str, list[Example], list[Example]]]:
     """Split every task of a set.
 
@@ -175,6 +199,7 @@ def build(
         data: folder with the data sets.
         train_rows: most training examples per task.
         test_rows: most test examples per task.
+        tuning: give validation examples in place of test examples.
 
     Yields:
         Client, task, training examples, test examples.
@@ -193,7 +218,7 @@ def build(
                 raise ConfigurationError(
                     f"{error.filename} is missing; task {task} needs {content.origin} in the data folder"
                 ) from None
-            train, test = split_rows(f"{client}/{task}", rows, train_rows, test_rows, seen)
+            train, test = split_rows(f"{client}/{task}", rows, train_rows, test_rows, seen, tuning=tuning)
             if len(train) < 8 or len(test) < 8:
                 raise ConfigurationError(
                     f"task {task} has {len(train)} training and {len(test)} test rows; give eight of each"
@@ -202,9 +227,18 @@ def build(
 
 
 def split_rows(
-    name: str, rows: Sequence[Row], train_rows: int, test_rows: int, seen: set[str]
+    name: str,
+    rows: Sequence[Row],
+    train_rows: int,
+    test_rows: int,
+    seen: set[str],
+    *,
+    tuning: bool = False,
 ) -> tuple[list[Example], list[Example]]:
     """Divide the distinct rows of a task by the hash of their group, and take the first by hash of each part.
+
+    Validation examples come from the part for training, after the training examples, which stay the same:
+    what is tuned on them has seen no test example.
 
     Args:
         name: of the task, which the ids of examples begin with.
@@ -212,24 +246,38 @@ def split_rows(
         train_rows: most training examples.
         test_rows: most test examples.
         seen: normalised prompts that another task uses already; those of this one are added.
+        tuning: give validation examples in place of test examples.
+
+    Returns:
+        Training examples, and test or validation examples.
     """
     border = int(TEST_SHARE * 2**64)
     parts: dict[bool, list[Example]] = {True: [], False: []}
+    wanted = {True: 0, False: train_rows + test_rows} if tuning else {True: test_rows, False: train_rows}
     for row in sorted(rows, key=lambda r: stable_hash("row order", r.prompt)):
         key = normalise(row.prompt)
         tested = stable_hash("row test", normalise(row.group)) < border
         if not key or key in seen or row.answer not in row.choices:
             continue
         part = parts[tested]
-        if len(part) < (test_rows if tested else train_rows):
+        if len(part) < wanted[tested]:
             seen.add(key)
             identity = f"{name}-{stable_hash('row id', key):016x}"
             part.append(Example(identity, row.prompt, row.answer, row.choices))
+    if tuning:
+        return parts[False][:train_rows], parts[False][train_rows:]
     return parts[False], parts[True]
 
 
 def write_set(
-    name: str, data: Path, out: Path, train_rows: int, test_rows: int, public_rows: int
+    name: str,
+    data: Path,
+    out: Path,
+    train_rows: int,
+    test_rows: int,
+    public_rows: int,
+    *,
+    tuning: bool = False,
 ) -> dict[str, dict[str, object]]:
     """Write a set, its public examples and its table.
 
@@ -241,12 +289,13 @@ def write_set(
         train_rows: most training examples per task.
         test_rows: most test examples per task.
         public_rows: most public examples.
+        tuning: write validation examples in place of test examples, under the same names.
 
     Returns:
         What `table.json` says: per task its sizes, origin and licence.
     """
     table: dict[str, dict[str, object]] = {}
-    for client, task, train, test in build(name, data, train_rows, test_rows):
+    for client, task, train, test in build(name, data, train_rows, test_rows, tuning=tuning):
         folder = out / client
         folder.mkdir(parents=True, exist_ok=True)
         write_examples(folder / f"{task}.train.jsonl", train)

@@ -158,6 +158,19 @@ def requests(domains: tuple[str, ...], intents: Mapping[str, str]) -> Read:
     return read
 
 
+def intents(names: tuple[str, ...]) -> Read:
+    """CLINC150: which of a few intents does a request express? The prompt does not list them."""
+    choices = tuple(name.replace("_", " ") for name in names)
+
+    def read(data: Path) -> Iterator[Row]:
+        content = _json(data / "clinc150" / "data_full.json")
+        for text, intent in (row for part in ("train", "val", "test") for row in content[part]):
+            if intent in names:
+                yield Row(f"Request: {text}\nIntent?", intent.replace("_", " "), choices, text)
+
+    return read
+
+
 def banking(categories: tuple[str, ...]) -> Read:
     """Banking77, a few categories of it."""
     choices = tuple(category.replace("_", " ") for category in categories)

@@ -65,6 +65,7 @@ class AttackResult(Frozen):
         curve: ROC, if there is one.
         by_design: success is what the release is for, and no ε hides it.
         note: what the reader must know to read the figures.
+        headline: what nobody may miss; it stands above all figures of the attack.
     """
 
     attack: str
@@ -79,6 +80,7 @@ class AttackResult(Frozen):
     curve: tuple[CurvePoint, ...] = ()
     by_design: bool = False
     note: str = ""
+    headline: str = ""
 
     @property
     def broken(self) -> bool:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import ndtr
+from scipy.special import ndtr, ndtri
 from scipy.stats import beta, norm
 
 from fedmosaic.privacy.accounting import SMALLEST_NOISE_MULTIPLIER
@@ -57,6 +57,18 @@ class Ceiling:
         if self.curve is not None:
             return self.curve.true_positive_rate(false_positive_rate)
         return 1.0
+
+    def false_positive_rate(self, true_positive_rate: float) -> float:
+        """Smallest false positive rate at which a true positive rate in [0, 1] can be reached."""
+        if self.mu is not None:
+            return float(ndtr(ndtri(true_positive_rate) - self.mu))
+        if self.curve is None:
+            return 0.0
+        # Each line of `PrivacyCurve.true_positive_rate`, solved for the false positive rate.
+        with np.errstate(over="ignore", invalid="ignore"):
+            direct = (true_positive_rate - self.curve.deltas) * np.exp(-self.curve.epsilons)
+            dual = 1.0 - self.curve.deltas - np.exp(self.curve.epsilons) * (1.0 - true_positive_rate)
+        return min(true_positive_rate, max(0.0, float(direct.max()), float(dual.max())))
 
     @property
     def area(self) -> float:

@@ -55,8 +55,8 @@ def test_all_but_one_recover_the_last_adapter_exactly_and_movement_or_dp_prevent
     assert value(private, "error, 4 of 5, 1 aggregate(s) each") > 0.3
     assert value(counts, "independent rows, 4 of 5 (1 unknown)") == 1
     assert value(counts, "independent rows, 1 of 5 (4 unknown)") == 2
-    assert value(chosen, "server and 2 client(s), policy on") == 1.0
-    assert value(chosen, "server and 3 client(s), policy on") == 0.0
+    assert value(chosen, "server and 2 recipient(s)' aggregates, no key, policy on") == 1.0
+    assert value(chosen, "server and 3 recipient(s)' aggregates, no key, policy on") == 0.0
 
 
 def test_mask_binds_a_sum_to_its_row_and_ckks_does_not() -> None:
