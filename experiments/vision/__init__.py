@@ -1,0 +1,1 @@
+"""Pictures for language models: a frozen encoder, a projector, and pictures as words of a prompt."""

@@ -1,0 +1,152 @@
+"""Pictures from files, and their features, computed once and kept by what the files hold."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from rich.console import Console
+from rich.progress import track
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+
+from fedmosaic.experiments.assets import cache_directory
+from fedmosaic.experiments.vision.efficientnet import CHANNELS, LITE0, EfficientNetLite0, load_efficientnet
+from fedmosaic.protos.errors import ConfigurationError
+
+SIZE: Final = 224
+"""Pixels of a side that a picture is brought to; the encoder was trained at this size."""
+
+GRID: Final = 3
+"""Places of a side: the 7 × 7 places of the encoder are averaged to 3 × 3, which makes nine tokens."""
+
+_MOST_PIXELS: Final = 50_000_000
+_GREY: Final = (127, 127, 127)
+_BATCH: Final = 16
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Read a picture file.
+
+    Args:
+        path: PNG or JPEG.
+
+    Returns:
+        The picture, RGB.
+
+    Raises:
+        ConfigurationError: it cannot be read, or has more than fifty million pixels.
+    """
+    try:
+        with Image.open(path, formats=("PNG", "JPEG")) as file:
+            if file.width * file.height > _MOST_PIXELS:
+                raise ConfigurationError(
+                    f"{path} has {file.width} × {file.height} pixels; give at most {_MOST_PIXELS}"
+                )
+            return file.convert("RGB")
+    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
+        raise ConfigurationError(f"{path} is no PNG or JPEG picture that can be read: {error}") from None
+
+
+def read_picture(path: Path, size: int = SIZE) -> torch.Tensor:
+    """Read a picture as pixels for the encoder.
+
+    Args:
+        path: of any shape; padded with grey to a square and resized.
+        size: pixels of a side.
+
+    Returns:
+        (3, size, size) float32 in [-1, 1].
+
+    Raises:
+        ConfigurationError: see `open_picture`.
+    """
+    picture = open_picture(path)
+    side = max(picture.size)
+    square = Image.new("RGB", (side, side), _GREY)
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    resized = square.resize((size, size), Image.Resampling.BICUBIC)
+    values = np.asarray(resized, dtype=np.float32).transpose(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray((values - 127.0) / 128.0))
+
+
+def picture_features(
+    paths: Sequence[Path],
+    *,
+    size: int = SIZE,
+    grid: int = GRID,
+    cache: Path | None = None,
+    console: Console | None = None,
+) -> torch.Tensor:
+    """Features of pictures, from the cache or from the encoder.
+
+    Files that hold the same bytes are encoded once.
+
+    Args:
+        paths: n pictures.
+        size: pixels of a side.
+        grid: places of a side.
+        cache: directory of the cache; `cache_directory()` by default.
+        console: where progress is shown; nowhere by default.
+
+    Returns:
+        (n, grid², 1280) float16, places row by row.
+
+    Raises:
+        ConfigurationError: a picture cannot be read.
+    """
+    place = cache_directory() if cache is None else cache
+    digests = [_digest(path) for path in paths]
+    first = dict(zip(reversed(digests), reversed(paths), strict=True))
+    distinct = sorted(first)
+    key = hashlib.sha256("\n".join([LITE0.sha256, f"{size} {grid}", *distinct]).encode()).hexdigest()
+    stored = place / "pictures" / f"{key}.safetensors"
+    features = _stored(stored, (len(distinct), grid * grid, CHANNELS))
+    if features is None:
+        encoder = load_efficientnet(place)
+        features = _encode(encoder, [first[digest] for digest in distinct], size, grid, console)
+        stored.parent.mkdir(parents=True, exist_ok=True)
+        partial = stored.with_name(f"{stored.name}.{os.getpid()}")
+        save_file({"features": features}, partial)
+        os.replace(partial, stored)
+    number = {digest: index for index, digest in enumerate(distinct)}
+    return features[torch.tensor([number[digest] for digest in digests], dtype=torch.int64)]
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigurationError(f"the picture {path} cannot be read ({error.strerror})") from None
+
+
+def _stored(path: Path, shape: tuple[int, ...]) -> torch.Tensor | None:
+    if not path.exists():
+        return None
+    try:
+        features = load_file(path)["features"]
+    except (OSError, KeyError, SafetensorError) as error:
+        raise ConfigurationError(f"{path} is damaged ({error}); delete it") from None
+    if features.shape != shape or features.dtype != torch.float16:
+        raise ConfigurationError(f"{path} is damaged (it holds {tuple(features.shape)}); delete it")
+    return features
+
+
+@torch.inference_mode()
+def _encode(
+    encoder: EfficientNetLite0, paths: Sequence[Path], size: int, grid: int, console: Console | None
+) -> torch.Tensor:
+    starts = range(0, len(paths), _BATCH)
+    parts = []
+    shown = console or Console(quiet=True)
+    for start in track(starts, "encoding pictures", console=shown, disable=console is None):
+        pixels = torch.stack([read_picture(path, size) for path in paths[start : start + _BATCH]])
+        pooled_BCGG = functional.adaptive_avg_pool2d(encoder(pixels), grid)
+        parts.append(pooled_BCGG.flatten(2).transpose(1, 2).half())
+    return torch.cat(parts) if parts else torch.empty(0, grid * grid, CHANNELS, dtype=torch.float16)

@@ -1,0 +1,82 @@
+"""Pictures through a vision-language model's own tower and projector, both frozen.
+
+A frozen tower gives a picture the same vectors in every step, so they are computed when a picture is first
+met and kept while there is room. What the language part then reads is what the model's own forward would put
+in the places of its image tokens.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+from transformers import AutoImageProcessor
+
+from fedmosaic.experiments.vision.features import open_picture
+from fedmosaic.protos.errors import ModelError
+
+_TYPES: Final = ("llava",)
+"""Types whose pictures are as many tokens each, at positions like any words', under causal attention."""
+
+_KEPT: Final = 64
+
+
+def has_tower(model: nn.Module) -> bool:
+    """Whether a model has a vision tower of its own."""
+    return callable(getattr(model, "get_image_features", None))
+
+
+class TowerPictures:
+    """Vectors of pictures from a model's own tower; see `fedmosaic.experiments.vision.embedding`.
+
+    Attributes:
+        each: tokens of a picture.
+    """
+
+    def __init__(self, model: nn.Module, source: str, paths: Sequence[Path]) -> None:
+        """Find out how many tokens a picture has.
+
+        Args:
+            model: of transformers, without PEFT's wrapper; its tower must not be adapted.
+            source: folder or hub id that the model came from, for its image processor.
+            paths: of the pictures, by number; at least one.
+
+        Raises:
+            ModelError: the model's type is not known here, or its image processor cannot be loaded.
+        """
+        kind = getattr(getattr(model, "config", None), "model_type", "")
+        if kind not in _TYPES:
+            raise ModelError(f"{source} is of type {kind!r}, whose pictures are not handled; use {_TYPES[0]}")
+        options: dict[str, Any] = {"local_files_only": Path(source).is_dir(), "trust_remote_code": False}
+        try:
+            load: Any = AutoImageProcessor.from_pretrained
+            self._processor: Any = load(source, **options)
+        except (OSError, ValueError, ImportError) as error:
+            raise ModelError(f"the image processor of {source} cannot be loaded: {error}") from error
+        self._model: Any = model
+        self._paths = tuple(paths)
+        self._known: OrderedDict[int, torch.Tensor] = OrderedDict()
+        self.each = len(self._vectors(0))
+
+    def __call__(self, numbers: torch.Tensor) -> torch.Tensor:
+        """See `fedmosaic.experiments.vision.embedding.PictureSource`."""
+        return torch.stack([self._vectors(int(number)) for number in numbers]).to(numbers.device)
+
+    def _vectors(self, number: int) -> torch.Tensor:
+        """(K, D) vectors of one picture."""
+        if number in self._known:
+            self._known.move_to_end(number)
+            return self._known[number]
+        pixels = self._processor(open_picture(self._paths[number]), return_tensors="pt")["pixel_values"]
+        table = self._model.get_input_embeddings().weight
+        with torch.no_grad():
+            output = self._model.get_image_features(
+                pixel_values=pixels.to(table.device, table.dtype), return_dict=True
+            )
+        vectors: torch.Tensor = output.pooler_output[0].detach()
+        self._known[number] = vectors
+        while len(self._known) > _KEPT:
+            self._known.popitem(last=False)
+        return vectors

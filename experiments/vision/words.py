@@ -1,0 +1,120 @@
+"""Pictures as words: a prompt names pictures in place, and each becomes a few token ids of its own.
+
+A prompt holds markers `<image:PATH>`. With n pictures of K tokens each, picture i has the ids
+V + iK … V + iK + K - 1, above the V ids of the vocabulary, so that examples, batches, scoring and generation
+handle pictures like any other words. The model's input embedding knows what stands behind these ids
+(`fedmosaic.experiments.vision.embedding`).
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from fedmosaic.client.examples import Example
+from fedmosaic.protos.errors import ConfigurationError
+
+_MARKER: Final = re.compile(r"<image:([^<>\n]+)>")
+
+
+def marker(path: str) -> str:
+    """The marker of a picture.
+
+    Raises:
+        ConfigurationError: the path cannot stand in a marker.
+    """
+    text = f"<image:{path}>"
+    if _MARKER.fullmatch(text) is None:
+        raise ConfigurationError(f"{path!r} cannot be named in a prompt: it holds <, > or a line break")
+    return text
+
+
+def pictures_in(text: str) -> list[str]:
+    """Paths of the pictures that a text names, in order."""
+    return _MARKER.findall(text)
+
+
+def without_pictures(example: Example) -> Example:
+    """The question alone."""
+    prompt = _MARKER.sub(" ", example.prompt).strip()
+    return replace(example, prompt=prompt or "?")
+
+
+@dataclass(frozen=True)
+class PictureIds:
+    """Which ids stand for which picture.
+
+    Attributes:
+        numbers: number of each picture, 0 to n - 1, by path.
+        first: first id of picture 0: the rows of the model's embedding.
+        each: ids per picture.
+    """
+
+    numbers: Mapping[str, int]
+    first: int
+    each: int
+
+    def of(self, path: str) -> list[int]:
+        """The ids of a picture.
+
+        Raises:
+            ConfigurationError: there is no such picture.
+        """
+        number = self.numbers.get(path)
+        if number is None:
+            raise ConfigurationError(f"a prompt names the picture {path!r}, which was not read")
+        start = self.first + number * self.each
+        return list(range(start, start + self.each))
+
+
+def number_pictures(examples: Iterable[Example], first: int, each: int) -> PictureIds:
+    """Number the pictures that examples name, in the order of their paths."""
+    paths = sorted({path for example in examples for path in pictures_in(example.prompt)})
+    return PictureIds({path: number for number, path in enumerate(paths)}, first, each)
+
+
+class PictureTokenizer:
+    """A tokenizer that turns markers into the ids of their pictures; in all else the one it wraps."""
+
+    def __init__(self, base: PreTrainedTokenizerBase, ids: PictureIds | None) -> None:
+        """Wrap a tokenizer.
+
+        Args:
+            base: of the language model; puts its special tokens before a text, if anywhere.
+            ids: of the pictures; None leaves every marker out, for the question alone.
+        """
+        self._base, self._ids = base, ids
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._base, name)
+
+    def __len__(self) -> int:
+        return len(self._base)
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        """Ids of one text, `{"input_ids": …}`."""
+        if _MARKER.search(text) is None:
+            ids = self._base(text, add_special_tokens=add_special_tokens)["input_ids"]
+            return {"input_ids": list(cast(list[int], ids))}
+        tokens = self._leading() if add_special_tokens else []
+        # Texts and paths alternate.
+        for place, part in enumerate(_MARKER.split(text)):
+            if place % 2:
+                tokens += self._ids.of(part) if self._ids is not None else []
+            elif part.strip():
+                tokens += cast(list[int], self._base(part, add_special_tokens=False)["input_ids"])
+        return {"input_ids": tokens}
+
+    def _leading(self) -> list[int]:
+        """Special tokens that begin a text; one that ends a text would end it before its answer."""
+        special = list(cast(list[int], self._base("")["input_ids"]))
+        if special and special[-1] == self._base.eos_token_id != self._base.bos_token_id:
+            special.pop()
+        return special
+
+
+def tokenizer_with_pictures(base: PreTrainedTokenizerBase, ids: PictureIds | None) -> PreTrainedTokenizerBase:
+    """`PictureTokenizer` under the type that everything that takes a tokenizer asks for."""
+    return cast(PreTrainedTokenizerBase, PictureTokenizer(base, ids))
