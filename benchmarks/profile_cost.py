@@ -104,11 +104,12 @@ def main(settings: Settings) -> None:
     )
     plain, released = (statistics.median(times[i][1] for times in pairs) for i in (0, 1))
     print(
-        "| model | dtype | threads | reduction | supervised | forward CPU s | profile CPU s | ratio CPU | ratio wall |"
+        "| model | dtype | threads | reduction | supervised | forward CPU s | profile CPU s | "
+        "ratio CPU | ratio wall |"
     )
     print(
-        f"| {settings.model.name} | {settings.dtype} | {settings.threads} | {settings.kind} {settings.dimensions} | "
-        f"{settings.answer_tokens}/{settings.tokens} | {plain:.2f} | {released:.2f} | {processor:.2f} | "
+        f"| {settings.model.name} | {settings.dtype} | {settings.threads} | "
+        f"{settings.kind} {settings.dimensions} | {settings.answer_tokens}/{settings.tokens} | {plain:.2f} | {released:.2f} | {processor:.2f} | "
         f"{wall:.2f} |"
     )
 

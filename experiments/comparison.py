@@ -191,6 +191,17 @@ def row(group: Group) -> tuple[str, ...]:
     )
 
 
+def markdown(groups: Sequence[Group]) -> str:
+    """The comparison as Markdown, one table per scenario."""
+    heads = ("method", "seeds", "ε server", "ε recipients", *FIGURES, "kB/round", "s")
+    lines: list[str] = []
+    for scenario in dict.fromkeys(group.scenario for group in groups):
+        lines += [f"**{scenario}**", "", f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]
+        of_scenario = [group for group in groups if group.scenario == scenario]
+        lines += [f"| `{group.method}` | {' | '.join(row(group)[2:])} |" for group in of_scenario] + [""]
+    return "\n".join(lines)
+
+
 def percent(figure: Interval | None) -> str:
     """`71.3 ± 2.1`, without the interval where one run gives none."""
     if figure is None:

@@ -42,6 +42,7 @@ def fit_profile(
         "--left": str(scenario.profile.left),
         "--noise-multiplier": str(scenario.profile.noise_multiplier),
         "--max-length": str(scenario.profile.max_length),
+        "--minimum-examples": str(scenario.profile.minimum_examples),
         "--out": str(fitted),
     }
     if scenario.probe.keep_layers:

@@ -47,6 +47,8 @@ class Arguments:
     """Cut the probe to its first layers."""
     max_length: int = 96
     """Tokens of an example that are read."""
+    minimum_examples: int = 50
+    """A data set smaller than this releases nothing."""
 
 
 def fit(arguments: Arguments) -> ProfileMechanism:
@@ -70,6 +72,7 @@ def fit(arguments: Arguments) -> ProfileMechanism:
         ),
         arguments.noise_multiplier,
     )
+    mechanism = mechanism.model_copy(update={"minimum_examples": arguments.minimum_examples})
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / PROFILE).write_text(mechanism.model_dump_json(indent=2) + "\n")
     if basis is not None:

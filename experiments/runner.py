@@ -88,19 +88,29 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _changed(scenario: Scenario, arguments: Arguments) -> Scenario:
-    changes: dict[str, object] = {}
-    if arguments.method is not None:
-        changes["method"] = arguments.method
-    if arguments.seed is not None:
-        changes["seed"] = arguments.seed
-    content = {**scenario.model_dump(mode="json"), **changes}
+    changes: dict[str, object] = {"method": arguments.method, "seed": arguments.seed}
+    given = [f"{key}={json.dumps(value)}" for key, value in changes.items() if value is not None]
     if arguments.rounds is not None:
-        content["schedule"]["rounds"] = arguments.rounds
-    for change in arguments.set:
+        given.append(f"schedule.rounds={arguments.rounds}")
+    return with_changes(scenario, (*given, *arguments.set), " ".join(arguments.set) or scenario.variant)
+
+
+def with_changes(scenario: Scenario, changes: Sequence[str], variant: str) -> Scenario:
+    """A scenario with some keys changed.
+
+    Args:
+        scenario: to start from.
+        changes: each `key.of.a.table=value`, the value in TOML's form.
+        variant: words that tell the result from others of its method.
+
+    Raises:
+        ConfigurationError: a key is not known, or a value does not fit.
+    """
+    content = scenario.model_dump(mode="json")
+    for change in changes:
         _set(content, change)
-    if arguments.set:
-        content["variant"] = " ".join(arguments.set)
-    return validate(content, Scenario, "the command line")
+    content["variant"] = variant
+    return validate(content, Scenario, "the changes")
 
 
 def _set(content: dict[str, Any], change: str) -> None:
@@ -160,10 +170,41 @@ def _make_directory(scenario: Scenario, output_dir: Path, *, processes: bool = F
             directory.mkdir(parents=True)
         except FileExistsError:
             continue
-        (directory / _SCENARIO).write_text(scenario.model_dump_json(indent=2) + "\n")
-        (directory / _RUN).write_text(json.dumps({"started": stamp, "processes": processes}) + "\n")
+        _begin(scenario, directory, processes=processes)
         return directory
     raise ConfigurationError(f"{output_dir} holds a thousand runs of this second; give another output_dir")
+
+
+def _begin(scenario: Scenario, directory: Path, *, processes: bool) -> None:
+    started = dt.datetime.now(dt.UTC).strftime("%Y%m%d-%H%M%S")
+    (directory / _SCENARIO).write_text(scenario.model_dump_json(indent=2) + "\n")
+    (directory / _RUN).write_text(json.dumps({"started": started, "processes": processes}) + "\n")
+
+
+def run_at(scenario: Scenario, directory: Path, console: Console) -> None:
+    """Run a scenario in this process in a directory of a given name, or go on with it there.
+
+    Args:
+        scenario: paths resolved.
+        directory: of this run alone; a run that has ended is left as it is.
+        console: where progress is shown.
+
+    Raises:
+        ConfigurationError: the directory holds a run of another scenario.
+    """
+    record, stored = directory / _RUN, directory / _SCENARIO
+    if record.exists():
+        if read_configuration(stored, Scenario) != scenario:
+            raise ConfigurationError(
+                f"{directory} holds a run of another scenario or of other settings; give another directory, "
+                "or delete it"
+            )
+        if "seconds" in json.loads(record.read_text()):
+            return
+    else:
+        directory.mkdir(parents=True, exist_ok=True)
+        _begin(scenario, directory, processes=False)
+    resume(directory, console)
 
 
 def run(scenario: Scenario, base: Path, output_dir: Path, console: Console) -> Path:

@@ -33,6 +33,8 @@ class ScenarioProfile(Frozen):
     left: int = Field(default=4, ge=1)
     noise_multiplier: float = Field(default=8.0, ge=0)
     max_length: int = Field(default=96, ge=8)
+    minimum_examples: int = Field(default=50, ge=1)
+    """A client with fewer releases no profile; below 50 it would be mostly noise, if there is any noise."""
 
 
 class ScenarioTask(Frozen):
@@ -55,6 +57,8 @@ class ScenarioClient(Frozen):
     tasks: tuple[ScenarioTask, ...] = ()
     model: ModelSettings
     family: str = ""
+    group: str = ""
+    """Clients of one group have tasks alike, as the experimenter knows; only the relevance is scored by it."""
     rank: int | None = Field(default=None, ge=1, le=1024)
     """Rank of this client's LoRA, for the methods whose ranks may differ; adapter.rank by default."""
     projector: Path | None = None

@@ -10,6 +10,10 @@ STUDIES: Final[dict[str, tuple[str, str]]] = {
         "fedmosaic.experiments.relevance",
         "How well relevance survives differential privacy: AUC and top-1 against ε and number of examples.",
     ),
+    "table": (
+        "fedmosaic.experiments.grid",
+        "Every cell of a table of methods, scenarios, streams and seeds.",
+    ),
     "scale": (
         "fedmosaic.experiments.scale",
         "Seconds, server seconds and memory of 10, 100 and 500 clients in one process.",

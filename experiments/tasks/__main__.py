@@ -22,7 +22,7 @@ class Text:
     """Write a text benchmark: one folder per client, public examples, and a table of sizes and licences."""
 
     set: Literal["text-ten", "text-pairs", "text-siblings", "glue"]
-    """Ten clients with four tasks each; three pairs of clients with related tasks; three times three; GLUE."""
+    """Ten clients with four tasks each; three pairs with related tasks; three trios; GLUE."""
     data: Path
     """Folder with the data sets: cl_benchmark_text, llm_adapters_qa, bigbench_subset, clinc150, banking77,
     self_instruct and wikitext2."""

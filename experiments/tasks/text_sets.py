@@ -158,25 +158,32 @@ TEXT_PAIRS: Final[dict[str, dict[str, TextTask]]] = {
 }
 """Three pairs of clients that hold halves of one data set each: what relevance should find, if anything."""
 
-_BANKING: Final = _intents(
-    "freeze_account", "routing", "pay_bill", "balance", "account_blocked", "interest_rate", "min_payment",
-    "transfer", "order_checks", "spending_history",
-)  # fmt: skip
-_TRAVEL: Final = _intents(
-    "plug_type", "translate", "flight_status", "international_visa", "timezone", "exchange_rate", "vaccines",
-    "lost_luggage", "book_hotel", "car_rental",
-)  # fmt: skip
-_ROAD: Final = _intents(
-    "current_location", "oil_change_how", "uber", "traffic", "schedule_maintenance", "gas", "mpg", "distance",
-    "last_maintenance", "jump_start",
-)  # fmt: skip
+_SIBLINGS: Final = {
+    "bank": (
+        ("freeze_account", "routing", "pay_bill", "balance", "interest_rate"),
+        ("account_blocked", "min_payment", "transfer", "order_checks", "spending_history"),
+    ),
+    "travel": (
+        ("plug_type", "translate", "flight_status", "timezone", "lost_luggage"),
+        ("international_visa", "exchange_rate", "vaccines", "book_hotel", "car_rental"),
+    ),
+    "road": (
+        ("current_location", "oil_change_how", "uber", "gas", "mpg"),
+        ("traffic", "schedule_maintenance", "distance", "last_maintenance", "jump_start"),
+    ),
+}
 
 TEXT_SIBLINGS: Final[dict[str, dict[str, TextTask]]] = {
-    f"{name}-{'abc'[part]}": {f"{name}-{'abc'[part]}": _part(task, part, 3)}
-    for name, task in (("bank", _BANKING), ("travel", _TRAVEL), ("road", _ROAD))
+    f"{name}-{'abc'[part]}": {
+        f"{name}-{number}": _part(_intents(*names), part, 3) for number, names in enumerate(tasks, start=1)
+    }
+    for name, tasks in _SIBLINGS.items()
     for part in range(3)
 }
-"""Three clients for each of three tasks of ten intents: enough for the policy to be met by siblings alone."""
+"""Three clients for each of three domains, two tasks of five intents each, in order.
+
+A client has two siblings, so that no policy makes it take much from strangers.
+"""
 
 GLUE: Final[dict[str, dict[str, TextTask]]] = {
     "sst-2": {"sst-2": TEXT_TEN["reviews"]["film-quotes"]},
@@ -186,7 +193,12 @@ GLUE: Final[dict[str, dict[str, TextTask]]] = {
 }
 """One GLUE task per client, as far as its data are at hand."""
 
-TEXT_SETS: Final = {"text-ten": TEXT_TEN, "text-pairs": TEXT_PAIRS, "text-siblings": TEXT_SIBLINGS, "glue": GLUE}
+TEXT_SETS: Final = {
+    "text-ten": TEXT_TEN,
+    "text-pairs": TEXT_PAIRS,
+    "text-siblings": TEXT_SIBLINGS,
+    "glue": GLUE,
+}
 
 
 def build(
