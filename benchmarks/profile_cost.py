@@ -108,9 +108,9 @@ def main(settings: Settings) -> None:
         "ratio CPU | ratio wall |"
     )
     print(
-        f"| {settings.model.name} | {settings.dtype} | {settings.threads} | "
-        f"{settings.kind} {settings.dimensions} | {settings.answer_tokens}/{settings.tokens} | {plain:.2f} | {released:.2f} | {processor:.2f} | "
-        f"{wall:.2f} |"
+        f"| {settings.model.name} | {settings.dtype} | {settings.threads} | {settings.kind} "
+        f"{settings.dimensions} | {settings.answer_tokens}/{settings.tokens} | {plain:.2f} | {released:.2f} | "
+        f"{processor:.2f} | {wall:.2f} |"
     )
 
 

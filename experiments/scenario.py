@@ -58,7 +58,7 @@ class ScenarioClient(Frozen):
     model: ModelSettings
     family: str = ""
     group: str = ""
-    """Clients of one group have tasks alike, as the experimenter knows; only the relevance is scored by it."""
+    """Clients of one group have tasks alike, as the experimenter knows; relevance is scored by it."""
     rank: int | None = Field(default=None, ge=1, le=1024)
     """Rank of this client's LoRA, for the methods whose ranks may differ; adapter.rank by default."""
     projector: Path | None = None
