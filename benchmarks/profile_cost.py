@@ -109,8 +109,8 @@ def main(settings: Settings) -> None:
     )
     print(
         f"| {settings.model.name} | {settings.dtype} | {settings.threads} | {settings.kind} "
-        f"{settings.dimensions} | {settings.answer_tokens}/{settings.tokens} | {plain:.2f} | {released:.2f} | "
-        f"{processor:.2f} | {wall:.2f} |"
+        f"{settings.dimensions} | {settings.answer_tokens}/{settings.tokens} | {plain:.2f} | "
+        f"{released:.2f} | {processor:.2f} | {wall:.2f} |"
     )
 
 
