@@ -76,6 +76,11 @@ LEAKS = (
     "How long a private step takes, which grows with the size of its random sample.",
     "Poisoning and free-riding are not a question of privacy and are not covered here.",
 )
+UNCHECKED_ROWS_LEAK = (
+    "Under ckks a recipient checks the row of weights that it is told, but not that the sum was made with "
+    "it: a malicious server can hand it a single adapter in place of a sum. Only DP bounds what that reveals "
+    "to the recipient; the back end mask notices."
+)
 METRICS_LEAK = (
     "Metrics of private data left the clients. They are releases without noise, not in any ε of this "
     "statement."
@@ -167,4 +172,6 @@ def leaks(inputs: StatementInputs, any_unprotected: bool) -> tuple[str, ...]:
             else "; DP bounds it."
         )
     )
+    if inputs.encryption.startswith("ckks"):
+        found.append(UNCHECKED_ROWS_LEAK)
     return tuple(found)

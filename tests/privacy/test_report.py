@@ -297,6 +297,13 @@ def test_assumptions_and_leaks_follow_the_run(tmp_path: Path) -> None:
         make(clear.model_copy(update={"adapter_protection": "encrypted"}), key_holders="nobody")
 
 
+def test_only_ckks_leaves_the_sum_unbound_to_the_row(tmp_path: Path) -> None:
+    client = make_client(tmp_path, "encrypted")
+    words = {name: " ".join(make(client, encryption=name).leaks) for name in ("ckks, ring 2048", "mask", "")}
+    assert "a malicious server can hand it a single adapter" in words.pop("ckks, ring 2048")
+    assert not any("single adapter in place" in text for text in words.values())
+
+
 def test_json_is_versioned_fits_its_schema_and_reads_back(statements: dict[str, PrivacyStatement]) -> None:
     for found in statements.values():
         text = found.model_dump_json()
