@@ -168,7 +168,7 @@ def audit_result(run: OneRun, *, setting: Setting = "product", words: str = "") 
         epsilon=claimed(DELTA),
         delta=DELTA,
         figures=tuple(figures),
-        note="one run: Steinke, Nasr and Jagielski 2023, no assumption, high: the most that so many canaries can "
-        "certify. One run, f-DP: Mahloujifar, Melis and Chaudhuri 2024; the value holds for trade-off curves of "
-        "the same kind with another noise, its alarm (the claimed curve is refuted) for any",
+        note="one run: Steinke, Nasr and Jagielski 2023, no assumption, high: the most that so many "
+        "canaries can certify. One run, f-DP: Mahloujifar, Melis and Chaudhuri 2024; the value holds for "
+        "trade-off curves of the same kind with another noise, its alarm (the claim is refuted) for any",
     )

@@ -282,10 +282,11 @@ def _chosen_rows(policy: AggregationPolicy) -> list[AttackResult]:
             "what one aggregate alone reveals, exact",
             figures,
             "product",
-            "all rows with least squares are about what the aggregates alone reveal: the colluders pass on what "
-            "they decrypted and keep their group key to themselves. Error 0: the victim's adapter is had exactly, "
-            f"from one row that keeps every rule. The policy holds against a server with fewer than {others} such "
-            "recipients, and no rule on rows can hold against more: then only DP on the adapter protects",
+            "all rows with least squares are about what the aggregates alone reveal: the colluders pass on "
+            "what they decrypted and keep their group key to themselves. Error 0: the victim's adapter is "
+            "had exactly, from one row that keeps every rule. The policy holds against a server with fewer "
+            f"than {others} such recipients, and no rule on rows can hold against more: then only DP on the "
+            "adapter protects",
         )
     ]
 

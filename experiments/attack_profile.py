@@ -38,6 +38,7 @@ EPSILONS: Final = (8.0, 3.0, 1.0)
 AUTHORS_SHARE: Final = 0.4
 AUTHORS_NOISE: Final = 1e-4
 MEMBERSHIP: Final = "Membership in the task profile"
+BY_TASK: Final = "Membership in the task profile, by task and probe"
 OWN_RELEASE: Final = "Membership in the run's own profile release"
 AUDIT: Final = "Empirical ε of the task profile"
 
@@ -88,6 +89,42 @@ def membership_results(
         mechanism = own.model_copy(update={"noise_multiplier": noise_multiplier(epsilon)})
         results += _of_mechanism(rows, mechanism, members, rate, noise, "variant")
     return [*results, *_of_mechanism(rows, own, members, rate, noise, "product")]
+
+
+def brief_results(
+    factors: Sequence[GradientFactors],
+    public_map: PublicMap,
+    noise: NoiseSource,
+    *,
+    words: str,
+    releases: int,
+    rate: float,
+    seed: int,
+) -> list[AttackResult]:
+    """`membership_results` in four settings and by the two strong statistics, under its own heading.
+
+    Args:
+        factors: gradients of N candidates.
+        public_map: the product's map with its σ.
+        noise: of the product's releases.
+        words: task and probe.
+        releases: simulated releases per setting.
+        rate: chance of a candidate to be in one release.
+        seed: of memberships and of the references' noise.
+    """
+    generator = np.random.default_rng(seed)
+    members = draw_members(releases, len(factors), rate, generator)
+    results = list(_unprotected(factors, members, rate, generator))
+    rows = public_map.rows(factors)
+    own = public_map.mechanism
+    strict = own.model_copy(update={"noise_multiplier": noise_multiplier(EPSILONS[0])})
+    results += _of_mechanism(rows, strict, members, rate, noise, "variant")
+    results += _of_mechanism(rows, own, members, rate, noise, "product")
+    return [
+        result.model_copy(update={"attack": BY_TASK, "release": f"{words}: {result.release}", "curve": ()})
+        for result in results
+        if result.statistic != _CORRELATION
+    ]
 
 
 def own_release_result(
@@ -176,6 +213,22 @@ def _canary_row(rest: ClippedSum, mechanism: ProfileMechanism) -> Float64Array:
 def _references(
     factors: Sequence[GradientFactors], members: np.ndarray, rate: float, generator: np.random.Generator
 ) -> Iterator[AttackResult]:
+    yield from _unprotected(factors, members, rate, generator)
+    kept = gram_matrix(factors, AUTHORS_SHARE)
+    bound = float(np.quantile(np.sqrt(np.diag(kept)), 0.1))
+    clipped = clipped_gram(kept, bound)
+    for epsilon in EPSILONS:
+        deviation = noise_multiplier(epsilon) * bound
+        inner = simulated_inner_products(clipped, members, deviation, generator)
+        yield from _attacks(
+            inner, clipped, members, deviation, rate, f"first 40 % of rows, clipped, ε = {epsilon:g}",
+            "variant", epsilon, _ceiling(noise_multiplier(epsilon)),
+        )  # fmt: skip
+
+
+def _unprotected(
+    factors: Sequence[GradientFactors], members: np.ndarray, rate: float, generator: np.random.Generator
+) -> Iterator[AttackResult]:
     whole, kept = gram_matrix(factors), gram_matrix(factors, AUTHORS_SHARE)
     counts = members.sum(axis=1)
     inner = simulated_inner_products(whole, members, 0.0, generator)
@@ -186,15 +239,6 @@ def _references(
     yield from _attacks(
         inner, kept, members, spread, rate, "first 40 % of rows, noise 1e-4, no clipping", "authors", math.inf
     )
-    bound = float(np.quantile(np.sqrt(np.diag(kept)), 0.1))
-    clipped = clipped_gram(kept, bound)
-    for epsilon in EPSILONS:
-        deviation = noise_multiplier(epsilon) * bound
-        inner = simulated_inner_products(clipped, members, deviation, generator)
-        yield from _attacks(
-            inner, clipped, members, deviation, rate, f"first 40 % of rows, clipped, ε = {epsilon:g}",
-            "variant", epsilon, _ceiling(noise_multiplier(epsilon)),
-        )  # fmt: skip
 
 
 def _of_mechanism(

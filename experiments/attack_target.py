@@ -148,19 +148,23 @@ class Prober:
         return [found[index] for index in range(len(examples))]
 
 
-def open_prober(target: Target) -> Prober:
+def open_prober(target: Target, other: ModelSettings | None = None) -> Prober:
     """Load the probe with the run's own map, or fit a map as `fedmosaic run` would.
+
+    Args:
+        target: a run or scenario.
+        other: another model to take for the probe, with a map fitted for it.
 
     Raises:
         ModelError: the probe cannot be loaded.
     """
-    settings, profile = target.scenario.probe, target.scenario.profile
+    settings, profile = other or target.scenario.probe, target.scenario.profile
     model, tokenizer = load_base_model(
         settings.path, settings.dtype, gguf_file=settings.gguf_file, keep_layers=settings.keep_layers
     )
     probe = open_probe(model)
     fitted = target.directory / "profile" if target.directory is not None else None
-    if fitted is not None and (fitted / _PROFILE).is_file():
+    if other is None and fitted is not None and (fitted / _PROFILE).is_file():
         mechanism = ProfileMechanism.model_validate_json((fitted / _PROFILE).read_text())
         basis = PublicBasis.load(fitted / BASIS) if mechanism.basis_sha256 else None
         return Prober(probe, tokenizer, PublicMap(mechanism, basis), basis, profile.max_length)

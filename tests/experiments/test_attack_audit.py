@@ -189,7 +189,7 @@ def test_a_canary_moves_the_cores_by_exactly_one_clipping_norm_a_step() -> None:
 
 def test_sampling_is_seen_by_the_audit_too() -> None:
     """Poisson sampling at 10 %: canaries move rarely, and the claim is that of the sampled mechanism."""
-    settings = SETTINGS.model_copy(update={"sampling_rate": 0.1, "steps": 20, "noise_multiplier": 1.0})
+    settings = SETTINGS.model_copy(update={"sampling_rate": 0.1, "steps": 20, "noise_multiplier": 2.0})
     run = one_run(300, settings, SeededTestNoise(9), np.random.default_rng(10))
     assert run.event.sampling_rate == 0.1
     assert np.mean(run.scores[run.included]) == pytest.approx(2.0, abs=0.6)

@@ -17,7 +17,7 @@ from fedmosaic.client.colora import CoLoraConfig, read_shared, write_shared
 from fedmosaic.client.examples import IGNORED, EncodedExample
 from fedmosaic.client.models import adapt, load_base_model
 from fedmosaic.client.probe import Probe, gradient_factors, open_probe
-from fedmosaic.experiments import attack_report, attacks
+from fedmosaic.experiments import attack_parts, attack_report, attacks
 from fedmosaic.experiments.attack_adapter import AdapterRows, membership_results, word_results
 from fedmosaic.experiments.attack_profile import membership_results as profile_membership
 from fedmosaic.experiments.attack_received import shared_vector
@@ -325,7 +325,7 @@ def test_candidates_are_distinct_and_labelled(scenario: Path) -> None:
 def test_a_target_without_that_client_is_refused(scenario: Path) -> None:
     target = read_target(scenario)
     with pytest.raises(ConfigurationError, match="no client 'zoe'"):
-        attacks._victim(target, "zoe")
+        attack_parts.choose_victim(target, "zoe")
     prober = open_prober(target)
     assert prober.with_noise(2.0).mechanism.noise_multiplier == 2.0
     assert math.isclose(prober.public_map.mechanism.noise_multiplier, 8.0)

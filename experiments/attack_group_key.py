@@ -1,0 +1,183 @@
+"""A server and one single member: the member hands over its group key, and the server reads every upload.
+
+All members of a key epoch hold one key, so this is no flaw of a back end but what `encrypted` means: it
+keeps the server out as long as every member keeps the key to itself. Carried out with the server's own
+stored uploads and the member's own keyring: for a run, on what the run left behind; and once more for both
+back ends, on a federation of this process with real sessions, key agreement and encryption.
+"""
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedmosaic.client.keyring import Keyring
+from fedmosaic.experiments.attack_federation import COLLUSION
+from fedmosaic.experiments.attack_received import saved_adapter, shared_vector
+from fedmosaic.experiments.attack_stand_in import MEMBERS, ROUNDS, configuration, run_sessions
+from fedmosaic.experiments.attack_target import Target
+from fedmosaic.experiments.in_process import InProcessTransport
+from fedmosaic.privacy import federation
+from fedmosaic.privacy.attacks.collusion import recovery_error
+from fedmosaic.privacy.attacks.results import AttackResult, Figure
+from fedmosaic.privacy.encryption.aggregators import create_aggregator
+from fedmosaic.privacy.encryption.ciphers import create_cipher
+from fedmosaic.privacy.encryption.layout import upload_payload_bytes
+from fedmosaic.privacy.encryption.parameters import CkksParameters, MaskParameters, Parameters
+from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
+from fedmosaic.privacy.group_key import GroupKey
+from fedmosaic.privacy.policy import AggregationPolicy, WeightRow
+from fedmosaic.privacy.roster import Roster
+from fedmosaic.protos.errors import ConfigurationError
+from fedmosaic.server.coordinator import Coordinator
+from fedmosaic.server.from_kit import settings_from_kit
+
+HEADLINE: Final = (
+    "Encryption keeps out a server that works alone. A server that gets the group key from ONE SINGLE "
+    "member reads EVERY member's upload, in every round of that key's epoch: all members of an epoch hold "
+    "the same key, and no policy on weights is in the way. Against that only DP on the adapter (`dp`, "
+    "`dp+encrypted`) protects"
+)
+_NO_POLICY: Final = AggregationPolicy(minimum_contributors=1, weight_cap=1.0)
+
+
+class _NoNetwork:
+    """A keyring asks its transport for nothing while it only reads keys from its disk."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ConfigurationError(f"a key that is on the disk needs no {name}")
+
+
+def group_key_results(target: Target) -> list[AttackResult]:
+    """Read uploads with one member's key: those of the run, if it was encrypted, and a stand-in's.
+
+    Args:
+        target: a run or scenario.
+    """
+    figures = [
+        Figure(
+            name=f"server and 1 member that gives it the group key: {words}", value=mean, low=low, high=high
+        )
+        for words, errors in (*_of_run(target), *_of_stand_in())
+        for mean, low, high in [(float(np.mean(errors)), min(errors), max(errors))]
+    ]
+    return [
+        AttackResult(
+            attack=COLLUSION,
+            adversary="server and ONE member that gives it the group key",
+            sees="every stored upload, and the key that this member's keyring holds",
+            statistic="relative error of another member's adapter, decrypted from its upload",
+            release="adapter protection `encrypted`",
+            setting="product",
+            figures=tuple(figures),
+            headline=HEADLINE,
+            note="error 0: the upload is read. Under `dp+encrypted` what is read so is the DP release",
+        )
+    ]
+
+
+def open_upload(
+    parameters: Parameters, key: GroupKey, member: str, victim: str, upload: bytes, context: RoundContext
+) -> np.ndarray:
+    """One upload in the clear, as a sum of that upload alone that a member decrypts without a policy.
+
+    Args:
+        parameters: of the back end.
+        key: the member's group key.
+        member: who gives the key away.
+        victim: whose upload it is.
+        upload: as the server stores it.
+        context: round of the upload.
+    """
+    row = WeightRow(context.round, member, (victim,), (1 << parameters.weight_bits,), parameters.weight_bits)
+    (record,) = create_aggregator(parameters, _NO_POLICY).aggregate({victim: upload}, [row], context)
+    return np.asarray(create_cipher(parameters, member, _NO_POLICY).decrypt(record, key, context, row))
+
+
+def _of_run(target: Target) -> Iterator[tuple[str, list[float]]]:
+    """Every other member's last upload, with the key of the first member."""
+    place = target.directory / "federation" if target.directory is not None else None
+    results = target.server_run.get("results", [])
+    member = min(victim.client_id for victim in target.victims)
+    if place is None or not results or not (place / "clients" / member / "state/keys").is_dir():
+        return
+    kit = federation.open_kit(place / "clients" / member)
+    keys = place / "clients" / member / "state/keys"
+    key = _key(member, kit.roster, keys, int(results[-1]["key_epoch"]))
+    number = int(results[-1]["round"])
+    errors = []
+    for victim in target.victims:
+        stored = place / f"server/state/uploads/{number:06d}/{victim.client_id}.bin"
+        saved = saved_adapter(victim)
+        if victim.client_id == member or not stored.is_file() or saved is None:
+            continue
+        truth = np.clip(shared_vector(saved), -_clip(kit.roster), _clip(kit.roster)).astype(np.float64)
+        context = RoundContext(kit.roster.federation, key.epoch, number, "shared", truth.size)
+        parameters = kit.roster.terms.encryption
+        # Sections lie end to end, the shared one first.
+        upload = stored.read_bytes()[: HEADER_BYTES + upload_payload_bytes(parameters, truth.size)]
+        found = open_upload(parameters, key, member, victim.client_id, upload, context)
+        errors.append(recovery_error(found, truth))
+    if errors:
+        backend = kit.roster.terms.encryption.backend
+        yield f"this run's own uploads, {backend}, key of {member}, {len(errors)} uploads read", errors
+
+
+def _clip(roster: Roster) -> float:
+    return float(roster.terms.encryption.clip)
+
+
+def _of_stand_in() -> Iterator[tuple[str, list[float]]]:
+    quiet = logging.getLogger("fedmosaic")
+    before, propagate = quiet.level, quiet.propagate
+    quiet.setLevel(logging.ERROR)
+    quiet.propagate = False
+    try:
+        for parameters in (CkksParameters(), MaskParameters()):
+            yield f"a federation of {len(MEMBERS)}, {parameters.backend}", _stand_in(parameters)
+    finally:
+        quiet.setLevel(before)
+        quiet.propagate = propagate
+
+
+def _stand_in(parameters: Parameters) -> list[float]:
+    member = MEMBERS[0]
+    with tempfile.TemporaryDirectory() as place:
+        directory = Path(place) / "federation"
+        federation.create(configuration(parameters), directory)
+        (directory / "server/server.toml").write_text('listen = "127.0.0.1:0"\nstate_dir = "state"\n')
+        settings = settings_from_kit(directory / "server").model_copy(update={"durable": False})
+        coordinator = Coordinator(settings)
+        learners, failed = run_sessions(
+            directory, lambda name: InProcessTransport(coordinator, name, patience_seconds=60.0)
+        )
+        epoch = int(_last(coordinator)["key_epoch"])
+        coordinator.close()
+        if failed:
+            raise ConfigurationError(f"the federation for the group key did not run: {'; '.join(failed)}")
+        kit = federation.open_kit(directory / "clients" / member)
+        key = _key(member, kit.roster, directory / "clients" / member / "state/keys", epoch)
+        errors = []
+        for victim in MEMBERS[1:]:
+            truth = learners[victim].sections()["shared"].astype(np.float64)
+            context = RoundContext(kit.roster.federation, epoch, ROUNDS, "shared", truth.size)
+            upload = (directory / f"server/state/uploads/{ROUNDS:06d}/{victim}.bin").read_bytes()
+            errors.append(
+                recovery_error(open_upload(parameters, key, member, victim, upload, context), truth)
+            )
+        return errors
+
+
+def _last(coordinator: Coordinator) -> Any:
+    summary: Any = coordinator.summary()
+    return summary["results"][-1]
+
+
+def _key(member: str, roster: Roster, directory: Path, epoch: int) -> GroupKey:
+    """The key from a member's own keyring, read from its disk; the signing key is not needed for that."""
+    transport: Any = _NoNetwork()
+    return Keyring(member, Ed25519PrivateKey.generate(), roster, transport, directory).key(epoch)
