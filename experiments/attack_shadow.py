@@ -223,6 +223,6 @@ def _attacked(
             epsilon=epsilon,
             delta=DELTA,
             figures=membership_figures(scores.ravel(), members.ravel(), ceiling, groups),
-            note="Carlini et al. 2022, with one variance for all candidates. The model is a small one, so "
-            "what an unprotected release tells is no measure for larger ones; the bound of `dp` holds for any",
+            note="Carlini et al. 2022, with one variance for all candidates. The model is small, so what "
+            "an unprotected release tells is no measure for larger ones; the bound of `dp` holds for any",
         )
