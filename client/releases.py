@@ -86,7 +86,23 @@ class Releases:
         make_profile: MakeRelease,
         randomness: Randomness,
         adapter_plan: AdapterPlan,
+        *,
+        disjoint_epochs: bool = False,
     ) -> None:
+        """Begin, or go on with what the ledger and the state directory hold.
+
+        Args:
+            ledger: the client's own.
+            terms: the roster's.
+            state: the client's directory.
+            example_ids: n ids of this data epoch.
+            make_profile: draws the task profile.
+            randomness: noise and Poisson samples.
+            adapter_plan: DP-SGD parameters.
+            disjoint_epochs: compose this data epoch in parallel with others that share no example with it,
+                which the ledger proves or refuses. Right only where the epoch of an example does not depend
+                on other examples, as with examples that arrive over time.
+        """
         self.receive_only = False
         self.clipping = ClippingRecord(state.directory / CLIPPING)
         self.randomness = randomness
@@ -95,6 +111,7 @@ class Releases:
         self._state = state
         self._examples = len(example_ids)
         self._data_epoch = data_epoch(example_ids)
+        self._evidence = example_ids if disjoint_epochs else None
         self._make_profile = make_profile
         self._plan = adapter_plan
 
@@ -119,6 +136,7 @@ class Releases:
             },
             clipping_norm=self._terms.adapter_privacy.clipping_norm,
             dimensions=self._terms.adapter.shared_dimensions,
+            example_ids=self._evidence,
         )
 
     def adapter(self, round_number: int, vectors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
@@ -217,6 +235,7 @@ class Releases:
                     clipping_norm=mechanism.clipping_norm,
                     dimensions=mechanism.dimensions,
                     covered_by="dp" if event.is_private else "nothing",
+                    example_ids=self._evidence,
                 )
             )
 

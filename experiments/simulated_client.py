@@ -147,9 +147,9 @@ class TurnTakingLearner:
 class StreamReleases(Releases):
     """Releases of a client whose examples arrive over the rounds: a data epoch of its own for each round.
 
-    A round's task profile is over the examples that arrive in it, and over no others. The slices share no
-    example, but the ledger is not shown that, so it composes the rounds one after the other: its ε is an
-    upper bound.
+    A round's task profile is over the examples that arrive in it, and over no others. The ledger checks that
+    the slices share no example and composes them in parallel; neighbouring data sets differ in one example
+    together with its round of arrival.
     """
 
     def __init__(self, of_round: Callable[[int], Releases], randomness: Randomness) -> None:

@@ -249,7 +249,16 @@ class _Client:
             )
             make = self.parts.probe.of(examples, randomness)
             ids = tuple(example.id for example in examples)
-            return Releases(self.ledger, terms, self.state, ids, make, randomness, self.plan)
+            return Releases(
+                self.ledger,
+                terms,
+                self.state,
+                ids,
+                make,
+                randomness,
+                self.plan,
+                disjoint_epochs=self.stream is not None,
+            )
 
         if self.stream is None:
             return over(0)

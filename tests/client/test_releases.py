@@ -15,7 +15,7 @@ from fedmosaic.privacy.ledger import Ledger, read_ledger
 from fedmosaic.privacy.mechanism import ClippedSum, Float32Array, ProfileMechanism, Reduction, release
 from fedmosaic.privacy.noise import SecureNoise
 from fedmosaic.privacy.roster import AdapterPrivacyTerms, AdapterTerms, Protection, ScheduleTerms, Terms
-from fedmosaic.protos.errors import PrivacyError, StateError
+from fedmosaic.protos.errors import LedgerError, PrivacyError, StateError
 
 DELTA = 1e-5
 MECHANISM = ProfileMechanism(
@@ -60,7 +60,11 @@ class Client:
 
     @contextmanager
     def opened(
-        self, ids: tuple[str, ...] = IDS, make: Callable[[Callable[[], None]], Float32Array] | None = None
+        self,
+        ids: tuple[str, ...] = IDS,
+        make: Callable[[Callable[[], None]], Float32Array] | None = None,
+        *,
+        disjoint_epochs: bool = False,
     ) -> Iterator[Releases]:
         state = ClientState(self.place, "f", "ada")
         ledger = Ledger.open(
@@ -73,7 +77,16 @@ class Client:
         )
         plan = AdapterPlan(1.0 if self.terms.adapter.private else 0.0, 0.02)
         try:
-            yield Releases(ledger, self.terms, state, ids, make or self.make_profile, SecureNoise(), plan)
+            yield Releases(
+                ledger,
+                self.terms,
+                state,
+                ids,
+                make or self.make_profile,
+                SecureNoise(),
+                plan,
+                disjoint_epochs=disjoint_epochs,
+            )
         finally:
             ledger.close()
             state.release()
@@ -213,6 +226,20 @@ def test_in_receive_only_mode_nothing_of_the_adapter_leaves(client: Client) -> N
         releases.receive_only = True
         assert releases.adapter(1, {"shared": np.ones(4, dtype=np.float32)}) == {}
     assert client.reserved("adapter") == []
+
+
+def test_epochs_that_share_an_example_are_not_taken_for_disjoint(client: Client) -> None:
+    half = len(IDS) // 2
+    with client.opened(ids=IDS[:half], disjoint_epochs=True) as releases:
+        assert releases.profile(1) is not None
+    with (
+        client.opened(ids=IDS[half - 1 :], disjoint_epochs=True) as releases,
+        pytest.raises(LedgerError, match="is also in an earlier one"),
+    ):
+        releases.profile(2)
+    assert client.draws == 1
+    with client.opened(ids=IDS[half:], disjoint_epochs=True) as releases:
+        assert releases.profile(2) is not None
 
 
 def test_a_spent_budget_withholds_the_profile_before_any_noise(tmp_path: Path) -> None:
