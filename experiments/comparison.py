@@ -8,10 +8,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
 
+import numpy as np
 from rich.table import Table
 
 from fedmosaic.experiments.metrics import Interval, Pair, Summary, interval, mean_summary, summarise_client
 from fedmosaic.experiments.participants import read_evaluations
+from fedmosaic.experiments.relevance_measure import area_under_curve
 from fedmosaic.protos.errors import ConfigurationError
 
 FIGURES: Final = ("Self A_last", "Self A_AUC", "Others A_last", "Others A_AUC")
@@ -34,6 +36,10 @@ class Run:
         epsilon: by reader, the largest over the clients; None where only cryptography protects.
         sent: mean bytes that a client sent in a round.
         seconds: of the whole run.
+        protection: of the adapter, as in a roster; empty for methods without a server of FedMosaic.
+        profile_epsilon: of the profile alone, towards the server, the largest over the clients.
+        relevance: how the last round's similarities tell clients of one group from others (area under the
+            ROC curve); None without groups or without similarities.
     """
 
     directory: Path
@@ -46,6 +52,9 @@ class Run:
     epsilon: Mapping[str, float | None]
     sent: float
     seconds: float
+    protection: str = ""
+    profile_epsilon: float | None = None
+    relevance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,45 @@ def compared_run(directory: Path) -> Run:
         epsilon={reader: _epsilon(reader, results) for reader in READERS},
         sent=fmean(sent) / scenario["schedule"]["rounds"],
         seconds=float(_json(directory / "run.json").get("seconds", 0.0)),
+        **_exchange(directory, scenario, results),
     )
+
+
+def _exchange(
+    directory: Path, scenario: Mapping[str, Any], results: Sequence[tuple[Path, Mapping[str, Any]]]
+) -> dict[str, Any]:
+    """What only a run with FedMosaic's own server has."""
+    server = directory / "federation" / "server" / "state" / "run.json"
+    if not server.exists():
+        return {}
+    groups = {client["id"]: client.get("group", "") for client in scenario["clients"]}
+    last = _json(server)["results"][-1]
+    return {
+        "protection": scenario["adapter"]["protection"],
+        "profile_epsilon": _epsilon("server", results, "profile"),
+        "relevance": relevance_quality([groups[name] for name in last["clients"]], last["similarity"]),
+    }
+
+
+def relevance_quality(groups: Sequence[str], similarity: Sequence[Sequence[float | None]]) -> float | None:
+    """Probability that a pair of one group is more similar than a pair of two, ties counted half.
+
+    Args:
+        groups: of every client; "" for a client of unknown group, whose pairs are left out.
+        similarity: (N, N) symmetric; None where nothing is known, which counts as no similarity at all.
+
+    Returns:
+        Area under the ROC curve in [0, 1]; None without pairs of either kind.
+    """
+    pairs: dict[bool, list[float]] = {True: [], False: []}
+    for i, one in enumerate(groups):
+        for j, other in enumerate(groups[:i]):
+            if one and other:
+                value = similarity[i][j]
+                pairs[one == other].append(0.0 if value is None else value)
+    if not pairs[True] or not pairs[False]:
+        return None
+    return area_under_curve(np.array(pairs[True]), np.array(pairs[False]))
 
 
 def _label(label: str) -> tuple[str, str]:
@@ -125,7 +172,9 @@ def _mean(pairs: Sequence[Pair]) -> Pair:
     return mean_summary([Summary(pair, pair) for pair in pairs]).last
 
 
-def _epsilon(reader: str, results: Sequence[tuple[Path, Mapping[str, Any]]]) -> float | None:
+def _epsilon(
+    reader: str, results: Sequence[tuple[Path, Mapping[str, Any]]], channel: str = "joint"
+) -> float | None:
     values: list[float] = []
     for state, result in results:
         if "epsilon" in result:
@@ -133,7 +182,7 @@ def _epsilon(reader: str, results: Sequence[tuple[Path, Mapping[str, Any]]]) -> 
             continue
         for client in _json(state / "statement.json")["clients"]:
             for guarantee in client["guarantees"]:
-                if guarantee["channel"] == "joint" and guarantee["adversary"] == READERS[reader]:
+                if guarantee["channel"] == channel and guarantee["adversary"] == READERS[reader]:
                     epsilon = guarantee["epsilon"]
                     values += [] if epsilon is None else [math.inf if epsilon == "infinity" else epsilon]
     return max(values) if values else None

@@ -16,6 +16,7 @@ from rich.table import Table
 from fedmosaic.experiments import attack_report
 from fedmosaic.experiments.comparison import compared_run, comparison_table, group_runs
 from fedmosaic.experiments.comparison_page import page
+from fedmosaic.experiments.privacy_figure import privacy_figure
 from fedmosaic.privacy.configuration import validate
 from fedmosaic.privacy.report_costs import costs_at_epsilon
 from fedmosaic.privacy.report_models import PrivacyStatement
@@ -38,6 +39,8 @@ class Arguments:
     """Where to read from."""
     html: Path | None = None
     """Write the comparison of one or several runs as one self-contained page."""
+    privacy_figure: Path | None = None
+    """Write accuracy and relevance over ε, by protection, as an SVG figure; for runs of one scenario."""
     at_epsilon: float | None = None
     """Also say what noise every channel would have needed for this total ε."""
     json: bool = False
@@ -68,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
     parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic report")
     if not parsed.path:
         raise ConfigurationError("give the directory of a run, or of several")
-    if len(parsed.path) > 1 or parsed.html is not None:
+    if len(parsed.path) > 1 or parsed.html is not None or parsed.privacy_figure is not None:
         compare(parsed, shlex.join(["fedmosaic", "report", *arguments]))
         return 0
     record = read_run(parsed.path[0])
@@ -100,6 +103,9 @@ def compare(arguments: Arguments, command: str) -> None:
     if arguments.html is not None:
         arguments.html.write_text(page(groups, command), encoding="utf-8")
         console.print(f"the page is {arguments.html}")
+    if arguments.privacy_figure is not None:
+        arguments.privacy_figure.write_text(privacy_figure(groups, command), encoding="utf-8")
+        console.print(f"the figure is {arguments.privacy_figure}")
 
 
 def read_run(path: Path) -> RunRecord:
