@@ -140,16 +140,30 @@ class LoadedModel:
             adapted.unload()
 
     def score(self, model: nn.Module, task: Task, max_length: int) -> tuple[float, float]:
-        """Mean loss (nats per token) and accuracy on the test examples."""
-        encoded = encode_examples(self.tokenizer, task.test, max_length)
-        pad = padding_token(self.tokenizer)
-        total = 0.0
-        with training_mode(model, False), torch.no_grad():
-            for start in range(0, len(encoded), _SCORED_AT_ONCE):
-                batch = on_device_of(model, collate(encoded[start : start + _SCORED_AT_ONCE], pad))
-                total += float(example_losses(model, batch).sum())
-        accuracy = choice_accuracy(model, self.tokenizer, task.test, _SCORED_AT_ONCE, max_length=max_length)
-        return total / len(encoded), accuracy
+        """See `score_model`."""
+        return score_model(model, self.tokenizer, task, max_length)
+
+
+def score_model(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int
+) -> tuple[float, float]:
+    """Mean loss (nats per token) and accuracy on a task's test examples.
+
+    Args:
+        model: A base model, or one with an adapter.
+        tokenizer: The model's.
+        task: The task.
+        max_length: Most tokens per example.
+    """
+    encoded = encode_examples(tokenizer, task.test, max_length)
+    pad = padding_token(tokenizer)
+    total = 0.0
+    with training_mode(model, False), torch.no_grad():
+        for start in range(0, len(encoded), _SCORED_AT_ONCE):
+            batch = on_device_of(model, collate(encoded[start : start + _SCORED_AT_ONCE], pad))
+            total += float(example_losses(model, batch).sum())
+    accuracy = choice_accuracy(model, tokenizer, task.test, _SCORED_AT_ONCE, max_length=max_length)
+    return total / len(encoded), accuracy
 
 
 def evaluate(arguments: Arguments, console: Console) -> list[Score]:

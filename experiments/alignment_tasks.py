@@ -1,12 +1,19 @@
 """Tasks and public text for the alignment's measurements, from the data sets beside the repository.
 
     python -m fedmosaic.experiments.alignment_tasks --data ../shared/data --out runs/alignment/data
+    python -m fedmosaic.experiments.alignment_tasks … --stories ../shared/models/stories-15m
 
 Three tasks with few, short choices, and public text that shares no data set with any of them.
+
+The stories model cannot learn to end an answer as its tokenizer says: it was trained without `</s>`, whose
+embedding is one and the same vector as those of some twenty thousand other unused tokens, so that no final
+state makes it more likely than one in twenty thousand (10 nats), however it is adapted. It does end its
+stories, with `<s>`. The copy that is written here names `<s>` as the end of a text.
 """
 
 import json
 import random
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -30,7 +37,7 @@ _DOMAINS: Final = ("banking", "travel", "work", "home")
 
 @dataclass(frozen=True)
 class Arguments:
-    """Write NAME.train.jsonl and NAME.test.jsonl for sst2, agnews and clinc, and public.jsonl."""
+    """Write NAME.train.jsonl, .valid.jsonl and .test.jsonl for sst2, agnews and clinc, and public.jsonl."""
 
     data: Path
     """Folder with the data sets."""
@@ -39,9 +46,11 @@ class Arguments:
     train_rows: int = 400
     """Training examples per task, balanced."""
     test_rows: int = 160
-    """Test examples per task, balanced."""
+    """Test examples per task, balanced; as many for validation, from the training part of the data."""
     public_rows: int = 6000
     """Public texts."""
+    stories: Path | None = None
+    """Folder of the stories model; a copy that ends texts as it was trained to goes to OUT/stories-15m."""
 
 
 def write_tasks(arguments: Arguments) -> None:
@@ -66,11 +75,37 @@ def write_tasks(arguments: Arguments) -> None:
             f"{error.filename} is missing; give the folder with the data sets"
         ) from error
     for name, (train, test) in tasks.items():
-        _write(arguments.out / f"{name}.train.jsonl", _balanced(name, "train", train, arguments.train_rows))
+        both = _balanced(name, "train", train, arguments.train_rows + arguments.test_rows)
+        _write(arguments.out / f"{name}.train.jsonl", both[: arguments.train_rows])
+        _write(arguments.out / f"{name}.valid.jsonl", both[arguments.train_rows :])
         _write(arguments.out / f"{name}.test.jsonl", _balanced(name, "test", test, arguments.test_rows))
     random.Random("public").shuffle(public)  # noqa: S311 - public data, no secret
     lines = [json.dumps(row) + "\n" for row in public[: arguments.public_rows]]
     (arguments.out / "public.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def write_story_model(folder: Path, out: Path) -> None:
+    """Copy a model folder with the token that begins a text as the one that ends it.
+
+    Args:
+        folder: model with tokenizer.
+        out: where to write; replaced if present.
+
+    Raises:
+        ConfigurationError: the folder or its tokenizer cannot be read.
+    """
+    try:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+        for file in folder.iterdir():
+            shutil.copyfile(file, out / file.name)
+        settings = _json(out / "tokenizer_config.json")
+        settings["eos_token"] = settings["bos_token"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigurationError(
+            f"{folder} is no model with a tokenizer that begins texts ({error})"
+        ) from None
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _splits(folder: Path, opening: str, question: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -139,7 +174,10 @@ def _write(path: Path, examples: Sequence[Example]) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Run `python -m fedmosaic.experiments.alignment_tasks`."""
-    write_tasks(tyro.cli(Arguments, args=list(arguments)))
+    parsed = tyro.cli(Arguments, args=list(arguments))
+    write_tasks(parsed)
+    if parsed.stories is not None:
+        write_story_model(parsed.stories, parsed.out / "stories-15m")
     return 0
 
 

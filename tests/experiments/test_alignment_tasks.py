@@ -22,19 +22,21 @@ def test_tasks_are_balanced_and_share_nothing_with_the_public_text(tmp_path: Pat
     }
     assert len(public) > 250
     for name in ("sst2", "agnews", "clinc"):
-        train, test = (read_examples(tmp_path / "a" / f"{name}.{part}.jsonl") for part in ("train", "test"))
+        train, valid, test = (
+            read_examples(tmp_path / "a" / f"{name}.{part}.jsonl") for part in ("train", "valid", "test")
+        )
         assert (tmp_path / "a" / f"{name}.test.jsonl").read_bytes() == (
             tmp_path / "b" / f"{name}.test.jsonl"
         ).read_bytes()
-        for examples, rows in ((train, 40), (test, 16)):
+        for examples, rows in ((train, 40), (valid, 16), (test, 16)):
             answers = [example.answer for example in examples]
             assert len(answers) == rows
             assert {answers.count(choice) for choice in examples[0].choices} == {
                 rows // len(examples[0].choices)
             }
-        prompts = [{example.prompt for example in examples} for examples in (train, test)]
-        assert not prompts[0] & prompts[1]
-        assert not (prompts[0] | prompts[1]) & public
+        prompts = [{example.prompt for example in examples} for examples in (train, valid, test)]
+        assert sum(map(len, prompts)) == len(set.union(*prompts))
+        assert not set.union(*prompts) & public
 
 
 def test_missing_data_is_named(tmp_path: Path) -> None:
