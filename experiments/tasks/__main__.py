@@ -1,20 +1,31 @@
 """`fedmosaic tasks`: write the data sets of scenarios from the folders that the sources are published in."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
+import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from fedmosaic.client.examples import Example, read_examples
+from fedmosaic.client.models import load_base_model
+from fedmosaic.client.training import TrainingSettings
+from fedmosaic.experiments.assets import cache_directory
 from fedmosaic.experiments.streams import dirichlet_shares
 from fedmosaic.experiments.tasks.labelled import write_examples
+from fedmosaic.experiments.tasks.picture_sets import write_pictures
+from fedmosaic.experiments.tasks.picture_words import easy_vqa
 from fedmosaic.experiments.tasks.text_sets import write_set
+from fedmosaic.experiments.vision.pretraining import PublicPictures, train_projector
+from fedmosaic.experiments.vision.projector import save_projector
 from fedmosaic.protos.errors import ConfigurationError
+
+_PROJECTOR_LENGTH: Final = 96
+_PROJECTOR_TESTS: Final = 1000
 
 
 @dataclass(frozen=True)
@@ -22,7 +33,7 @@ class Text:
     """Write a text benchmark: one folder per client, public examples, and a table of sizes and licences."""
 
     set: Literal["text-ten", "text-pairs", "text-siblings", "glue"]
-    """Ten clients with four tasks each; three pairs with related tasks; three trios; GLUE."""
+    """Ten clients with four tasks each; three pairs with related tasks; two trios; GLUE."""
     data: Path
     """Folder with the data sets: cl_benchmark_text, llm_adapters_qa, bigbench_subset, clinc150, banking77,
     self_instruct and wikitext2."""
@@ -36,6 +47,44 @@ class Text:
     """Most public examples, for the basis of the task profile and for servers that distil."""
     tuning: bool = False
     """Write validation examples, taken from the part for training, in place of the test examples."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Write the picture benchmark: ten clients with four tasks each, and their pictures."""
+
+    data: Path
+    """Folder with the data sets: omniglot_small, nlvr, shapes_vqa, vqa_rad, self_instruct and wikitext2."""
+    out: Path
+    """Where to write; made if absent."""
+    train_rows: int = 240
+    """Most training examples per task."""
+    test_rows: int = 60
+    """Most test examples per task."""
+    public_rows: int = 600
+    """Most public examples, without pictures."""
+
+
+@dataclass(frozen=True)
+class TrainProjector:
+    """Train the projector that lets a language model read pictures, on public pictures (easy-VQA)."""
+
+    model: str
+    """Folder or hub id of the language model."""
+    out: Path
+    """Where to write it; `projector` of a scenario's client."""
+    gguf_file: str | None = None
+    """GGUF file inside the folder."""
+    keep_layers: int | None = None
+    """Keep only so many of the first layers, as the clients do."""
+    steps: int = 1500
+    """Optimizer steps; everything but the projector is frozen."""
+    batch_size: int = 16
+    """Questions in a step."""
+    learning_rate: float = 1e-3
+    """Of AdamW."""
+    seed: int = 0
+    """Of the start and of the order of the questions."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +109,22 @@ class Dirichlet:
 
 def main(arguments: Sequence[str]) -> int:
     """Run `fedmosaic tasks` with its arguments."""
-    parsed: Text | Dirichlet = tyro.extras.subcommand_cli_from_dict(
-        {"text": Text, "dirichlet": Dirichlet}, args=list(arguments), prog="fedmosaic tasks"
+    parsed: Text | Pictures | TrainProjector | Dirichlet = tyro.extras.subcommand_cli_from_dict(
+        {"text": Text, "pictures": Pictures, "projector": TrainProjector, "dirichlet": Dirichlet},
+        args=list(arguments),
+        prog="fedmosaic tasks",
     )
     console = Console()
+    if isinstance(parsed, TrainProjector):
+        pretrain(parsed, console)
+        return 0
+    if isinstance(parsed, Pictures):
+        show_pictures(
+            write_pictures(parsed.data, parsed.out, parsed.train_rows, parsed.test_rows, parsed.public_rows),
+            parsed.out,
+            console,
+        )
+        return 0
     if isinstance(parsed, Dirichlet):
         deal(parsed)
         console.print(f"{parsed.clients} clients are in {parsed.out}")
@@ -84,6 +145,46 @@ def main(arguments: Sequence[str]) -> int:
         table.add_row(task, *(str(value) for value in row.values()))
     console.print(table)
     return 0
+
+
+def show_pictures(content: Mapping[str, Mapping[str, object]], out: Path, console: Console) -> None:
+    """Print the table of the picture benchmark."""
+    table = Table(title=f"pictures, in {out}")
+    columns = ("domain", "training", "test", "pictures", "most frequent answer", "question only")
+    for column in ("task", *columns, "origin", "licence"):
+        table.add_column(column)
+    for task, row in content.items():
+        table.add_row(task, *(str(value) for value in row.values()))
+    console.print(table)
+    console.print("question only: the answer that the same words had most often in training, no picture seen")
+
+
+def pretrain(arguments: TrainProjector, console: Console) -> None:
+    """Train and write a projector; see `train_projector` for the errors."""
+    cache = cache_directory()
+    folder, train = easy_vqa(cache, "train")
+    _, test = easy_vqa(cache, "test")
+    model, tokenizer = load_base_model(
+        arguments.model, gguf_file=arguments.gguf_file, keep_layers=arguments.keep_layers
+    )
+    settings = TrainingSettings(
+        steps=arguments.steps,
+        per_device_train_batch_size=arguments.batch_size,
+        learning_rate=arguments.learning_rate,
+        warmup=min(50, arguments.steps),
+        max_length=_PROJECTOR_LENGTH,
+        seed=arguments.seed,
+    )
+    public = PublicPictures("easy-VQA 1.0", folder, train, test[:_PROJECTOR_TESTS])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(arguments.seed)
+        done = train_projector(model, tokenizer, public, settings, cache, console)
+    save_projector(done.projector, done.record, arguments.out)
+    console.print(
+        f"{arguments.out}: loss {done.record.first_loss:.2f} to {done.record.last_loss:.2f} nats per token "
+        f"in {done.record.seconds:.0f} s; on {len(public.test)} questions about other pictures "
+        f"{done.accuracy:.3f}, without the pictures {done.question_only:.3f}"
+    )
 
 
 def deal(arguments: Dirichlet) -> None:
