@@ -167,10 +167,6 @@ _SIBLINGS: Final = {
         ("plug_type", "translate", "flight_status", "timezone", "lost_luggage"),
         ("international_visa", "exchange_rate", "vaccines", "book_hotel", "car_rental"),
     ),
-    "road": (
-        ("current_location", "oil_change_how", "uber", "gas", "mpg"),
-        ("traffic", "schedule_maintenance", "distance", "last_maintenance", "jump_start"),
-    ),
 }
 
 TEXT_SIBLINGS: Final[dict[str, dict[str, TextTask]]] = {
@@ -180,7 +176,7 @@ TEXT_SIBLINGS: Final[dict[str, dict[str, TextTask]]] = {
     for name, tasks in _SIBLINGS.items()
     for part in range(3)
 }
-"""Three clients for each of three domains, two tasks of five intents each, in order.
+"""Three clients for each of two domains, two tasks of five intents each, in order.
 
 A client has two siblings, so that no policy makes it take much from strangers.
 """

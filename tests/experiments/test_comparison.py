@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,15 @@ import pytest
 from rich.console import Console
 
 from fedmosaic.experiments import comparison, report, runner
-from fedmosaic.experiments.comparison import Group, Run, epsilon_text, group_runs, percent
+from fedmosaic.experiments.comparison import (
+    Group,
+    Run,
+    epsilon_text,
+    group_runs,
+    markdown,
+    percent,
+    relevance_quality,
+)
 from fedmosaic.experiments.comparison_page import page
 from fedmosaic.experiments.metrics import Interval, Pair, Summary
 from fedmosaic.protos.errors import ConfigurationError
@@ -65,6 +74,20 @@ def test_the_largest_epsilon_of_the_runs_is_shown() -> None:
     group = Group("s", "m", (_run(0, 0.4, epsilon=1.0), _run(1, 0.4, epsilon=3.0)))
     assert group.epsilon("server") == 3.0
     assert Group("s", "m", (_run(0, 0.4, epsilon=None),)).epsilon("server") is None
+
+
+def test_relevance_is_the_share_of_pairs_in_the_right_order() -> None:
+    similarity = [[1.0, 0.9, 0.1, 0.5], [0.9, 1.0, 0.5, None], [0.1, 0.5, 1.0, 0.4], [0.5, None, 0.4, 1.0]]
+    # Pairs of one group: 0.9 and 0.4. Of two: 0.1, 0.5, 0.5, and 0 for the unknown one.
+    assert relevance_quality(["a", "a", "b", "b"], similarity) == pytest.approx((4 + 2) / 8)
+    assert relevance_quality(["a", "a", "", ""], similarity) is None
+    assert relevance_quality(["", "", "", ""], similarity) is None
+
+
+def test_markdown_has_a_table_per_scenario() -> None:
+    text = markdown(group_runs([_run(0, 0.4), _run(1, 0.6), replace(_run(0, 0.5), scenario="t, static")]))
+    assert text.count("| method |") == 2
+    assert "| `fedavg` | 2 | ∞ | ∞ | 50.0 ± 127.1 |" in text
 
 
 class _Elements(HTMLParser):

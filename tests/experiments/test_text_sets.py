@@ -8,7 +8,7 @@ import pytest
 from fedmosaic.client.examples import read_examples
 from fedmosaic.experiments.tasks import __main__ as command
 from fedmosaic.experiments.tasks.labelled import normalise
-from fedmosaic.experiments.tasks.text_sets import TEXT_SETS, TEXT_TEN, split_rows, write_set
+from fedmosaic.experiments.tasks.text_sets import TEXT_SETS, TEXT_SIBLINGS, TEXT_TEN, split_rows, write_set
 from fedmosaic.experiments.tasks.text_sources import Row
 from fedmosaic.protos.errors import ConfigurationError
 
@@ -24,7 +24,7 @@ def _rows(count: int, groups: int) -> list[Row]:
 
 def test_the_benchmark_has_ten_domains_of_four_tasks() -> None:
     assert [len(tasks) for tasks in TEXT_TEN.values()] == [4] * 10
-    assert set(TEXT_SETS) == {"text-ten", "text-pairs", "glue"}
+    assert set(TEXT_SETS) == {"text-ten", "text-pairs", "text-siblings", "glue"}
 
 
 def test_a_group_is_never_divided_and_no_prompt_appears_twice() -> None:
@@ -46,6 +46,24 @@ def test_splits_depend_on_nothing_but_the_rows() -> None:
     train, test = split_rows("t", without, 50, 20, set())
     assert test == first[1]
     assert train[:49] == list(first[0][1:])
+
+
+def test_validation_examples_are_no_test_examples_and_training_stays_the_same() -> None:
+    train, test = split_rows("t", _rows(400, 40), 50, 1000, set())
+    same, validation = split_rows("t", _rows(400, 40), 50, 60, set(), tuning=True)
+    assert same == train
+    assert len(validation) == 60
+    prompts = [{example.prompt for example in part} for part in (train, validation, test)]
+    assert not prompts[0] & prompts[1]
+    assert not prompts[1] & prompts[2]
+
+
+@needs_data
+def test_siblings_have_the_same_tasks_and_different_rows() -> None:
+    assert [len(tasks) for tasks in TEXT_SIBLINGS.values()] == [2] * 6
+    shares = [{r.prompt for r in TEXT_SIBLINGS[f"bank-{s}"]["bank-1"].read(DATA)} for s in "abc"]
+    assert all(len(part) > 150 for part in shares)
+    assert len(set.union(*shares)) == sum(map(len, shares))
 
 
 def test_what_another_task_uses_is_left_out() -> None:
