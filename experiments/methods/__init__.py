@@ -19,6 +19,7 @@ from fedmosaic.experiments.methods.strategies import (
     LocalOnly,
     Strategy,
 )
+from fedmosaic.experiments.methods.transfer import FedMd, FedMkt, Takfl
 from fedmosaic.experiments.scenario import Scenario
 from fedmosaic.experiments.simulation import simulate
 from fedmosaic.privacy.configuration import validate
@@ -67,6 +68,9 @@ BASELINES: Final[dict[str, tuple[str, Callable[[], Strategy]]]] = {
     "fedsim": ("shared and personal adapter trained on their summed logits", FedSim),
     "feddat": ("shared and personal adapter teach each other", FedDat),
     "perada": ("Ditto, and the server distils clients' logits on public data", PerAda),
+    "takfl": ("architectures teach each other; the task vectors are averaged", Takfl),
+    "fedmd": ("clients learn from the mean of what all say about public data", FedMd),
+    "fedmkt": ("clients and a server's model teach each other what they know better", FedMkt),
     "hetlora": ("ranks differ: padded and weighted by norm", HetLora),
     "flexlora": ("ranks differ: products averaged, cut by singular values", FlexLora),
 }

@@ -8,11 +8,14 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from safetensors.numpy import load_file as load_vectors
+from safetensors.numpy import save_file as save_vectors
 from safetensors.torch import load_file, save_file
 
 from fedmosaic.client.examples import EncodedExample, encode_examples, padding_token, read_examples
@@ -36,7 +39,7 @@ from fedmosaic.experiments.scenario import Scenario, ScenarioClient
 from fedmosaic.experiments.streams import InOrder, Stream
 from fedmosaic.experiments.vision.sight import give_sight
 
-_SHARED_RANK = 0
+_SERVER = "server.safetensors"
 
 
 @dataclass
@@ -76,7 +79,7 @@ def run_baseline(strategy: Strategy, scenario: Scenario, directory: Path, consol
     started = time.monotonic()
     board = Board(scenario)
     members = _members(strategy, scenario, directory)
-    first = _resume(directory, members) + 1
+    first = _resume(directory, members, strategy) + 1
     steps = scenario.training.steps * strategy.passes
     with RunProgress(console, steps * scenario.schedule.rounds * len(members)) as progress:
         progress.skip((first - 1) * steps * len(members))
@@ -89,7 +92,7 @@ def run_baseline(strategy: Strategy, scenario: Scenario, directory: Path, consol
                     uploads[member.entry.id] = upload
             if strategy.shares:
                 _share(strategy, scenario, members, uploads)
-            _save(directory, number, members)
+            _save(directory, number, members, strategy)
     for member in members:
         _write_result(strategy, member, time.monotonic() - started)
 
@@ -173,40 +176,43 @@ def _take_part(
             add_evaluation(member.state, number, scores)
         if not strategy.shares:
             return None
-        upload = strategy.upload(model)
-    member.traffic.sent("adapter", upload.nbytes)
-    return upload
+        return strategy.upload(model)
 
 
 def _share(
     strategy: Strategy, scenario: Scenario, members: list[_Member], uploads: Mapping[str, Vector]
 ) -> None:
-    """Combine the uploads of each architecture and hand them out."""
+    """Let the server do its part, and hand out what it gives."""
     public = read_examples(scenario.profile.public_data)
-    for key in sorted({_architecture(member.entry) for member in members}):
-        group = [member for member in members if _architecture(member.entry) == key]
-        host = group[0].host
-        with host.lent_to(Tenant()) as model:
-            server = ServerSide(
-                model,
+    servers: dict[str, ServerSide] = {}
+    with ExitStack() as lent:
+        for key in sorted({_architecture(member.entry) for member in members}):
+            group = [member for member in members if _architecture(member.entry) == key]
+            host = group[0].host
+            servers[key] = ServerSide(
+                lent.enter_context(host.lent_to(Tenant())),
                 encode_examples(host.tokenizer, public, scenario.training.max_length),
                 padding_token(host.tokenizer),
                 scenario.training,
                 {member.entry.id: member.entry.rank or scenario.adapter.rank for member in group},
+                key,
+                host.tokenizer,
+                public,
             )
-            received = strategy.combine({m.entry.id: uploads[m.entry.id] for m in group}, server)
-        for member in group:
-            vector = received[member.entry.id]
-            member.traffic.received("adapter", vector.nbytes)
-            with member.host.lent_to(member.tenant) as model:
-                strategy.receive(model, vector)
+        exchanged = strategy.exchange(uploads, servers)
+    for member in members:
+        name = member.entry.id
+        member.traffic.sent("adapter", exchanged.sent[name])
+        member.traffic.received("adapter", exchanged.got[name])
+        with member.host.lent_to(member.tenant) as model:
+            strategy.receive(model, exchanged.received[name])
 
 
 def _place(directory: Path, number: int) -> Path:
     return directory / "baseline" / f"round-{number:04d}"
 
 
-def _save(directory: Path, number: int, members: list[_Member]) -> None:
+def _save(directory: Path, number: int, members: list[_Member], strategy: Strategy) -> None:
     """Everything that the next round starts from, in a directory renamed into place."""
     temporary = _place(directory, number).with_name("saving")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -221,6 +227,7 @@ def _save(directory: Path, number: int, members: list[_Member]) -> None:
         save_file(tensors, temporary / f"{member.entry.id}.safetensors")
     state = {m.entry.id: {"order": m.order.state_dict(), "traffic": m.traffic.as_dict()} for m in members}
     (temporary / "members.json").write_text(json.dumps(state))
+    save_vectors(strategy.server_state, temporary / _SERVER)
     temporary.rename(_place(directory, number))
     for old in (directory / "baseline").glob("round-*"):
         if old != _place(directory, number):
@@ -228,7 +235,7 @@ def _save(directory: Path, number: int, members: list[_Member]) -> None:
 
 
 @torch.no_grad()
-def _resume(directory: Path, members: list[_Member]) -> int:
+def _resume(directory: Path, members: list[_Member], strategy: Strategy) -> int:
     """Load the last complete round; returns its number, 0 if there is none."""
     found = sorted((directory / "baseline").glob("round-*"))
     if not found:
@@ -242,6 +249,7 @@ def _resume(directory: Path, members: list[_Member]) -> int:
         sums = state[name]["traffic"]["adapter"]
         member.traffic.sent("adapter", sums["sent"])
         member.traffic.received("adapter", sums["received"])
+    strategy.server_state.update(load_vectors(place / _SERVER))
     return int(place.name.removeprefix("round-"))
 
 

@@ -14,8 +14,9 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.nn import functional
+from transformers import PreTrainedTokenizerBase
 
-from fedmosaic.client.examples import IGNORED, EncodedExample
+from fedmosaic.client.examples import IGNORED, EncodedExample, Example
 from fedmosaic.client.loss import Batch, ExampleLosses, example_losses, logits_at
 from fedmosaic.client.sampling import EpochSampler
 from fedmosaic.client.training import TrainingSettings, train_local
@@ -92,7 +93,10 @@ class ServerSide:
         public: public examples.
         pad_token_id: token to pad with.
         settings: learning rates and batch size of the clients.
-        ranks: rank of each client's LoRA.
+        ranks: rank of the LoRA of each client with this architecture.
+        architecture: which one it is.
+        tokenizer: of the model.
+        examples: the public examples as texts.
     """
 
     model: PeftModel
@@ -100,6 +104,33 @@ class ServerSide:
     pad_token_id: int
     settings: TrainingSettings
     ranks: Mapping[str, int]
+    architecture: str
+    tokenizer: PreTrainedTokenizerBase
+    examples: Sequence[Example]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What a round's exchange leaves each client with, and what it cost.
+
+    Attributes:
+        received: the shared adapter that each client goes on with.
+        sent: bytes that each client sent.
+        got: bytes that each client received.
+    """
+
+    received: Mapping[str, Vector]
+    sent: Mapping[str, int]
+    got: Mapping[str, int]
+
+    @classmethod
+    def of_adapters(cls, uploads: Mapping[str, Vector], received: Mapping[str, Vector]) -> "Exchange":
+        """An exchange in which adapters travel both ways."""
+        return cls(
+            received,
+            {name: vector.nbytes for name, vector in uploads.items()},
+            {name: vector.nbytes for name, vector in received.items()},
+        )
 
 
 class Strategy:
@@ -117,6 +148,10 @@ class Strategy:
     shares: ClassVar[bool] = False
     passes: ClassVar[int] = 1
     alike: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        self.server_state: dict[str, Vector] = {}
+        """What the server keeps from round to round."""
 
     def train(self, trainer: Trainer) -> None:
         """Train one client for one round."""
@@ -142,6 +177,18 @@ class Strategy:
         stacked = np.stack([uploads[name] for name in sorted(uploads)])
         mean: np.ndarray = stacked.mean(axis=0, dtype=np.float64)
         return dict.fromkeys(uploads, mean.astype(np.float32).reshape(-1))
+
+    def exchange(self, uploads: Mapping[str, Vector], servers: Mapping[str, ServerSide]) -> Exchange:
+        """What all clients of all architectures receive; here each architecture by itself.
+
+        Args:
+            uploads: by client.
+            servers: by architecture.
+        """
+        received: dict[str, Vector] = {}
+        for server in servers.values():
+            received |= self.combine({name: uploads[name] for name in server.ranks}, server)
+        return Exchange.of_adapters(uploads, received)
 
     def receive(self, model: PeftModel, vector: Vector) -> None:
         """Take what came back."""

@@ -93,11 +93,10 @@ class PictureTokenizer:
     def __len__(self) -> int:
         return len(self._base)
 
-    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        """Ids of one text, `{"input_ids": …}`."""
+    def __call__(self, text: str, *, add_special_tokens: bool = True, **options: Any) -> Any:
+        """Ids of one text, `{"input_ids": …}`; without markers, all that the tokenizer wrapped gives."""
         if _MARKER.search(text) is None:
-            ids = self._base(text, add_special_tokens=add_special_tokens)["input_ids"]
-            return {"input_ids": list(cast(list[int], ids))}
+            return self._base(text, add_special_tokens=add_special_tokens, **options)
         tokens = self._leading() if add_special_tokens else []
         # Texts and paths alternate.
         for place, part in enumerate(_MARKER.split(text)):

@@ -259,7 +259,9 @@ def test_distillation_from_oneself_is_half_the_cross_entropy(two: Any) -> None:
 
 @pytest.fixture
 def server(two: Any) -> ServerSide:
-    return ServerSide(two[0], two[3], padding_token(two[1]), TRAINING, {"a": 2, "b": 1})
+    return ServerSide(
+        two[0], two[3], padding_token(two[1]), TRAINING, {"a": 2, "b": 1}, "small", two[1], two[2]
+    )
 
 
 def _uploads(server: ServerSide) -> dict[str, np.ndarray]:

@@ -1,0 +1,300 @@
+"""What models say about public examples, carried to another model, and learning from it.
+
+Shape suffixes: B batch, T answer tokens (with the end of sequence), V vocabulary, N most likely tokens.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from fedmosaic.client.examples import IGNORED, answer_tokens, collate
+from fedmosaic.client.loss import Batch, ExampleLosses, on_device_of, training_mode
+from fedmosaic.client.sampling import EpochSampler
+from fedmosaic.client.training import train_local
+from fedmosaic.experiments.methods.lora import Vector, read_adapter, using, write_adapter
+from fedmosaic.experiments.methods.server_side import TEACHER
+from fedmosaic.experiments.methods.strategies import SHARED, ServerSide, answer_logits
+from fedmosaic.experiments.methods.vocabulary import VocabularyMap, answer_spans
+from fedmosaic.protos.errors import ModelError
+
+PUBLIC_EXAMPLES: Final = 80
+"""Public examples of a round, as in the comparison of FedMosaic's authors."""
+
+STEPS: Final = 10
+"""Optimizer steps of one distillation."""
+
+MOST_LIKELY: Final = 128
+"""Tokens of a position that are told; all others count as impossible."""
+
+_LEAST: Final = 1e-4
+_BYTES: Final = 4 + 4
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """A model's predictions for one public answer.
+
+    Attributes:
+        tokens: (T, N) int64, the most likely tokens.
+        probabilities: (T, N) float32, renormalised over them; rows sum to 1.
+        loss: mean cross entropy of the answer, nats per token.
+    """
+
+    tokens: torch.Tensor
+    probabilities: torch.Tensor
+    loss: float
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this on the way: a token and a probability of four bytes each, and the loss."""
+        return self.tokens.numel() * _BYTES + 4
+
+
+def knowledge_of(server: ServerSide, adapters: Sequence[Vector], temperature: float = 1.0) -> list[Knowledge]:
+    """What the mean of several models' logits says about the public examples.
+
+    Args:
+        server: of the models' architecture; its teacher adapter is overwritten.
+        adapters: one or more.
+        temperature: of the probabilities; the loss is at temperature 1.
+
+    Returns:
+        One item per public example, in order.
+    """
+    found: list[Knowledge] = []
+    size = server.settings.per_device_train_batch_size
+    public = server.public[:PUBLIC_EXAMPLES]
+    with training_mode(server.model, False), torch.no_grad():
+        for start in range(0, len(public), size):
+            batch = on_device_of(server.model, collate(public[start : start + size], server.pad_token_id))
+            logits = _mean_logits(server, adapters, batch)
+            labels, mask = answer_labels(batch)
+            for row in range(len(logits)):
+                own_TV = logits[row, mask[row]].cpu()
+                loss = functional.cross_entropy(own_TV, labels[row, mask[row]].cpu())
+                top = (own_TV / temperature).softmax(-1).topk(min(MOST_LIKELY, own_TV.shape[-1]), dim=-1)
+                kept = top.values * (top.values >= _LEAST)
+                found.append(Knowledge(top.indices, kept / kept.sum(-1, keepdim=True), float(loss)))
+    return found
+
+
+def _mean_logits(server: ServerSide, adapters: Sequence[Vector], batch: Batch) -> torch.Tensor:
+    if not adapters:
+        raise ModelError("there is no model to ask; give one adapter at least")
+    total: torch.Tensor | None = None
+    for vector in adapters:
+        write_adapter(server.model, TEACHER, vector)
+        with using(server.model, [TEACHER]):
+            logits = answer_logits(server.model, batch) / len(adapters)
+        total = logits if total is None else total + logits
+    return torch.as_tensor(total)
+
+
+def answer_labels(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels (B, K) at the positions that `answer_logits` looks at, and which of them are an answer's."""
+    labels_BT = batch["labels"][:, 1:]
+    labels_BK = labels_BT[:, (labels_BT != IGNORED).any(dim=0)]
+    return labels_BK, labels_BK != IGNORED
+
+
+class Translator:
+    """Carries predictions from one architecture's vocabulary to another's; keeps the maps that it made."""
+
+    def __init__(self) -> None:
+        self._maps: dict[tuple[str, str], VocabularyMap] = {}
+
+    def __call__(
+        self, knowledge: Sequence[Knowledge], source: ServerSide, target: ServerSide
+    ) -> list[Knowledge]:
+        """The same predictions about the same examples, in the target's tokens.
+
+        Where both tokenizers cut the characters of an answer at the same places, the first of the target's
+        tokens between two cuts gets the mean of the source's predictions there; all others get the token
+        that stands there.
+
+        Args:
+            knowledge: of the source, by public example.
+            source: where it comes from.
+            target: whom it is for.
+        """
+        if source.architecture == target.architecture or _same_tokens(source, target):
+            return list(knowledge)
+        key = (source.architecture, target.architecture)
+        if key not in self._maps:
+            self._maps[key] = VocabularyMap(source.tokenizer, target.tokenizer)
+        return [
+            _translated(item, example.answer, source, target, self._maps[key])
+            for item, example in zip(knowledge, source.examples, strict=False)
+        ]
+
+
+def _same_tokens(source: ServerSide, target: ServerSide) -> bool:
+    return source.tokenizer.get_vocab() == target.tokenizer.get_vocab()
+
+
+def _translated(
+    item: Knowledge, answer: str, source: ServerSide, target: ServerSide, mapped: VocabularyMap
+) -> Knowledge:
+    truth = [*answer_tokens(target.tokenizer, answer), _end(target)]
+    spans = answer_spans(source.tokenizer, target.tokenizer, answer)
+    spans.append(((len(item.tokens) - 1,), (len(truth) - 1,)))
+    rows: list[dict[int, float]] = [{token: 1.0} for token in truth]
+    for theirs, ours in spans:
+        merged: dict[int, float] = {}
+        for place in theirs:
+            present = item.probabilities[place] > 0
+            tokens = mapped(item.tokens[place, present]).tolist()
+            for token, share in zip(tokens, item.probabilities[place, present].tolist(), strict=True):
+                merged[token] = merged.get(token, 0.0) + share / len(theirs)
+        rows[ours[0]] = merged
+    width = max(map(len, rows))
+    tokens_TN = torch.zeros(len(rows), width, dtype=torch.int64)
+    shares_TN = torch.zeros(len(rows), width)
+    for place, row in enumerate(rows):
+        tokens_TN[place, : len(row)] = torch.tensor(list(row))
+        shares_TN[place, : len(row)] = torch.tensor(list(row.values()))
+    return Knowledge(tokens_TN, shares_TN / shares_TN.sum(-1, keepdim=True), item.loss)
+
+
+def _end(server: ServerSide) -> int:
+    end = server.tokenizer.eos_token_id
+    if not isinstance(end, int):
+        raise ModelError("the tokenizer has no end-of-sequence token")
+    return end
+
+
+def mean_knowledge(items: Sequence[Knowledge]) -> Knowledge:
+    """The mean of several predictions about one answer, all in one vocabulary."""
+    return Knowledge(
+        torch.cat([item.tokens for item in items], dim=1),
+        torch.cat([item.probabilities for item in items], dim=1) / len(items),
+        sum(item.loss for item in items) / len(items),
+    )
+
+
+def cross_entropies(
+    logits: torch.Tensor, batch: Batch, targets: Sequence[Knowledge | None], temperature: float = 1.0
+) -> torch.Tensor:
+    """T² times the cross entropy of a student with what it is to learn, a mean over the answer's tokens.
+
+    In its gradient this is the Kullback-Leibler divergence from the targets.
+
+    Args:
+        logits: (B, K, V) from `answer_logits`.
+        batch: with labels.
+        targets: per row, in the student's vocabulary; None to learn nothing from that row.
+        temperature: T, also of the targets.
+
+    Returns:
+        (B,) losses; 0 where there is no target.
+    """
+    _, mask = answer_labels(batch)
+    losses = []
+    for row, target in enumerate(targets):
+        if target is None:
+            losses.append(logits[row, 0].sum() * 0.0)
+            continue
+        log_TV = (logits[row, mask[row]] / temperature).log_softmax(-1)
+        picked_TN = log_TV.gather(1, target.tokens.to(log_TV.device))
+        losses.append(-(target.probabilities.to(log_TV.device) * picked_TN).sum(-1).mean() * temperature**2)
+    return torch.stack(losses)
+
+
+class Remembering(EpochSampler):
+    """Remembers which examples it gave last, so that a loss can look up what belongs to them."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        super().__init__(size, seed)
+        self.latest: list[int] = []
+
+    def take(self, count: int) -> list[int]:
+        """See `EpochSampler.take`."""
+        self.latest = super().take(count)
+        return self.latest
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One distillation.
+
+    Attributes:
+        targets: per public example; None where there is nothing to learn.
+        temperature: of the targets.
+        weight: of the targets' loss.
+        label_weight: of the cross entropy with the public answers themselves.
+        anchor: what the student said before, by public example, and the weight of staying near it.
+        anchor_weight: see anchor.
+        anchor_temperature: of the anchor.
+    """
+
+    targets: Sequence[Knowledge | None]
+    temperature: float = 1.0
+    weight: float = 1.0
+    label_weight: float = 0.0
+    anchor: Sequence[Knowledge] = ()
+    anchor_weight: float = 0.0
+    anchor_temperature: float = 1.0
+
+
+def learn(server: ServerSide, start: Vector, lesson: Lesson, steps: int = STEPS) -> Vector:
+    """Train an adapter on public examples towards what others said about them.
+
+    Args:
+        server: of the student's architecture; its shared adapter is overwritten.
+        start: the student's adapter.
+        lesson: what to learn.
+        steps: optimizer steps.
+
+    Returns:
+        The student's adapter afterwards; `start` itself where there is nothing to learn from.
+    """
+    if not lesson.label_weight and all(target is None for target in lesson.targets):
+        return start
+    public = server.public[: len(lesson.targets)]
+    order = Remembering(len(public), server.settings.seed)
+    write_adapter(server.model, SHARED, start)
+    with using(server.model, [SHARED], [SHARED]):
+        train_local(
+            server.model,
+            public,
+            server.settings.model_copy(update={"steps": steps}),
+            pad_token_id=server.pad_token_id,
+            sampler=order,
+            losses=_lesson_losses(lesson, order),
+        )
+    return read_adapter(server.model, SHARED)
+
+
+def _lesson_losses(lesson: Lesson, order: Remembering) -> ExampleLosses:
+    def losses(model: nn.Module, batch: Batch) -> torch.Tensor:
+        logits = answer_logits(model, batch)
+        rows = order.latest
+        total = lesson.weight * cross_entropies(
+            logits, batch, [lesson.targets[i] for i in rows], lesson.temperature
+        )
+        if lesson.anchor:
+            anchors = [lesson.anchor[i] for i in rows]
+            total = total + lesson.anchor_weight * cross_entropies(
+                logits, batch, anchors, lesson.anchor_temperature
+            )
+        if lesson.label_weight:
+            labels, mask = answer_labels(batch)
+            hard = functional.cross_entropy(
+                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+            ).view_as(labels)
+            total = total + lesson.label_weight * (hard * mask).sum(1) / mask.sum(1)
+        return total
+
+    return losses
+
+
+def by_architecture(
+    uploads: Mapping[str, Vector], servers: Mapping[str, ServerSide]
+) -> Iterator[tuple[ServerSide, dict[str, Vector]]]:
+    """Every architecture with its clients' adapters."""
+    for server in servers.values():
+        yield server, {name: uploads[name] for name in sorted(server.ranks)}
