@@ -41,7 +41,7 @@ _ADAPTER_POOL: Final = 80
 _ADAPTER_RELEASES: Final = 120
 _WORD_BATCH: Final = 8
 _SHADOW_POOL: Final = 60
-_SHADOW_TRAINING: Final = {"steps": 30, "per_device_train_batch_size": 16, "max_length": 48}
+_SHADOW_TRAINING: Final = {"steps": 20, "per_device_train_batch_size": 16, "max_length": 48}
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def every_profile(
                 each.public_map,
                 SecureNoise(),
                 words=f"{victim.task}, probe {name}",
-                releases=max(1, sizes.releases // 2),
+                releases=max(1, sizes.releases // 3),
                 rate=min(0.5, _MEMBERS_PER_RELEASE / len(pool)),
                 seed=sizes.seed,
             )

@@ -57,12 +57,13 @@ def markdown(report: AttackReport) -> str:
         "# Attacks",
         "",
         f"Run `{report.run}`. Made by `{report.command}` on {report.machine}, {report.created}, "
-        f"in {report.seconds / 60:.1f} minutes. Do not edit: the command writes this page. "
+        f"in {_duration(report)}. Do not edit: the command writes this page. "
         "What the figures mean, in plain words: [attacks-explained.md](attacks-explained.md).",
         "",
         "Square brackets hold 95 % intervals unless a note says otherwise; δ = 1e-5 throughout. What follows "
         "“≤” is what the claimed guarantee allows. A figure breaks its bound only if it is above it at a "
-        "confidence of 99.99 %, because the strongest attacks sit exactly at their bound.",
+        "confidence of 99.99 %, because the strongest attacks sit exactly at their bound. "
+        + _above_words(report),
         "",
         f"**{_verdict(report)}**"
         if not alarms
@@ -151,6 +152,42 @@ def draw(report: AttackReport, path: Path) -> None:
         axis.legend(loc="lower right", fontsize=6)
     # Without a date, the same figures give the same bytes.
     canvas.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _duration(report: AttackReport) -> str:
+    words = f"{report.seconds / 60:.1f} minutes"
+    if report.processor_seconds is not None:
+        words += f" ({report.processor_seconds / 60:.1f} minutes of one core)"
+    return words
+
+
+def _above_words(report: AttackReport) -> str:
+    """How many intervals lie wholly above their ceiling, beside how many do so by chance alone."""
+    bounded = [
+        (result, figure)
+        for result in report.results
+        for figure in result.figures
+        # Other low ends, such as those of a certified ε, are no ends of an interval.
+        if figure.bound is not None and figure.name.startswith(("AUC", "TPR"))
+    ]
+    above = [
+        (result, figure)
+        for result, figure in bounded
+        if figure.bound is not None and figure.low > figure.bound
+    ]
+    if not bounded:
+        return ""
+    words = (
+        f"{len(above)} of {len(bounded)} intervals here lie wholly above their ceiling; where an attack "
+        "reaches its ceiling, one in forty does by chance"
+    )
+    named = "; ".join(
+        f"{figure.name} of {result.statistic} on {result.release}: {_value(figure)}, ceiling "
+        f"{_number(figure.bound)}"
+        for result, figure in above
+        if figure.bound is not None
+    )
+    return words + (f". They are: {named}." if named else ".")
 
 
 def _verdict(report: AttackReport) -> str:

@@ -73,17 +73,24 @@ def main(arguments: Sequence[str]) -> int:
     disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     console = Console()
     target = read_target(parsed.target)
-    report = attack(target, parsed, console, "fedmosaic attack " + shlex.join(arguments))
     place = parsed.output_dir or (
         target.directory / "attacks" if target.directory is not None else Path(f"attacks-{target.name}")
     )
-    attack_report.write(report, place)
+    command = "fedmosaic attack " + shlex.join(arguments)
+    # What is found is written after every part, so that a command that is stopped leaves what it had.
+    report = attack(target, parsed, console, command, lambda found: attack_report.write(found, place))
     console.print(attack_report.render(report))
     console.print(f"written to {place}")
     return _BROKEN_EXIT if report.alarms else 0
 
 
-def attack(target: Target, arguments: Arguments, console: Console, command: str) -> AttackReport:
+def attack(
+    target: Target,
+    arguments: Arguments,
+    console: Console,
+    command: str,
+    keep: Callable[[AttackReport], None] = lambda _: None,
+) -> AttackReport:
     """Carry out the chosen attacks.
 
     Args:
@@ -91,8 +98,9 @@ def attack(target: Target, arguments: Arguments, console: Console, command: str)
         arguments: which attacks, and how large.
         console: where progress is shown.
         command: as it was given, for the report.
+        keep: told of the report after every part.
     """
-    started = time.monotonic()
+    started, began = time.monotonic(), time.process_time()
     victim = attack_parts.choose_victim(target, arguments.client)
     console.print(f"attacking {victim.client_id} ({victim.task}) of {target.name}")
     results: list[AttackResult] = []
@@ -111,8 +119,22 @@ def attack(target: Target, arguments: Arguments, console: Console, command: str)
         "received": lambda: received_results(target, victim, _SCORED),
         "shadow": lambda: attack_parts.shadow(target, victim, arguments.shadow_model, sizes),
     }
+
+    def report() -> AttackReport:
+        return AttackReport(
+            run=target.name,
+            created=dt.datetime.now(dt.UTC).isoformat(timespec="minutes"),
+            seconds=time.monotonic() - started,
+            processor_seconds=time.process_time() - began,
+            command=command,
+            machine=_machine(),
+            results=tuple(results),
+            refusals=tuple(refused),
+            skipped=tuple(skipped),
+        )
+
     for part in arguments.parts:
-        since = time.monotonic()
+        since, worked = time.monotonic(), time.process_time()
         try:
             if part == "malicious":
                 refused += [*key_refusals(), *refusals()]
@@ -120,17 +142,13 @@ def attack(target: Target, arguments: Arguments, console: Console, command: str)
                 results += runners[part]()
         except ConfigurationError as error:
             skipped.append(f"{part}: {error}")
-        console.print(f"{part}: {time.monotonic() - since:.0f} s")
-    return AttackReport(
-        run=target.name,
-        created=dt.datetime.now(dt.UTC).isoformat(timespec="minutes"),
-        seconds=time.monotonic() - started,
-        command=command,
-        machine=_machine(),
-        results=tuple(results),
-        refusals=tuple(refused),
-        skipped=tuple(skipped),
-    )
+        keep(report())
+        console.print(
+            f"{part}: {time.monotonic() - since:.0f} s, {time.process_time() - worked:.0f} s of one core"
+        )
+    found = report()
+    keep(found)
+    return found
 
 
 def _machine() -> str:

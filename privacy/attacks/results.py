@@ -119,6 +119,7 @@ class AttackReport(Frozen):
         run: name of the run or scenario.
         created: time of making, ISO 8601.
         seconds: how long the attacks took.
+        processor_seconds: time of all processor cores in it; None in reports of older versions.
         command: how to make it again.
         machine: where it was made.
         results: attacks with figures.
@@ -130,6 +131,7 @@ class AttackReport(Frozen):
     run: str
     created: str
     seconds: float
+    processor_seconds: float | None = None
     command: str
     machine: str
     results: tuple[AttackResult, ...]
