@@ -279,7 +279,9 @@ class _Client:
         started = time.monotonic()
         self.session.run()
         evaluations = read_evaluations(self.state.directory)
-        statement = build_statement(self.kit.roster, self.state.record.run_id, self.ledger, self.plan)
+        # One after the other: the accountants remember what they computed, and most clients ask the same.
+        with COMPUTE:
+            statement = build_statement(self.kit.roster, self.state.record.run_id, self.ledger, self.plan)
         statement = statement.model_copy(update={"transport": "in_process"})
         write_atomically(self.state.directory / STATEMENT, statement.model_dump_json(indent=2).encode())
         scores = (
