@@ -36,6 +36,8 @@ class TableMethod(Frozen):
     """Changes to the scenario, as of `fedmosaic run --set`."""
     scenarios: tuple[str, ...] = ()
     """Names of the scenarios that this row is run in; all of them if empty."""
+    seeds: tuple[int, ...] = ()
+    """Seeds of this row, in place of the table's."""
 
 
 class TableFile(Frozen):
@@ -123,11 +125,13 @@ def cells(arguments: Arguments) -> list[Cell]:
     for path in table.scenarios:
         scenario = read_configuration(base / path, Scenario).resolved((base / path).parent.resolve())
         for stream in table.streams:
-            for seed in arguments.seeds or table.seeds:
+            for seed in sorted({*table.seeds, *(seed for row in table.methods for seed in row.seeds)}):
                 result += [
                     _cell(base / path, scenario, stream, seed, row, (*table.set, *row.set, *arguments.set))
                     for row in table.methods
                     if (not arguments.only or row.method in arguments.only)
+                    and (not arguments.seeds or seed in arguments.seeds)
+                    and seed in (row.seeds or table.seeds)
                     and (not row.scenarios or scenario.name in row.scenarios)
                 ]
     names = [cell.name for cell in result]
