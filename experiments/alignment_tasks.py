@@ -8,7 +8,8 @@ Three tasks with few, short choices, and public text that shares no data set wit
 The stories model cannot learn to end an answer as its tokenizer says: it was trained without `</s>`, whose
 embedding is one and the same vector as those of some twenty thousand other unused tokens, so that no final
 state makes it more likely than one in twenty thousand (10 nats), however it is adapted. It does end its
-stories, with `<s>`. The copy that is written here names `<s>` as the end of a text.
+stories, with `<s>`. The copy that is written here names `<s>` as the end of a text. Its first five layers are
+written as a model of their own, with an output head refitted on the public text.
 """
 
 import json
@@ -22,8 +23,11 @@ from typing import Any, Final
 
 import tyro
 
+from fedmosaic.alignment.public_text import read_public_text
 from fedmosaic.client.examples import Example
+from fedmosaic.client.models import load_base_model
 from fedmosaic.experiments.relevance_tasks import CLINC_DOMAINS
+from fedmosaic.experiments.shallow import cut_model, fit_readouts
 from fedmosaic.protos.errors import ConfigurationError
 
 _PUBLIC: Final = (
@@ -32,6 +36,7 @@ _PUBLIC: Final = (
     ("NLI/RTE/train", "Text", "Entailment?"),
     ("WiC/WiC/train", "Words", "Same meaning?"),
 )
+_READOUT_TEXTS: Final = 1500
 _DOMAINS: Final = ("banking", "travel", "work", "home")
 
 
@@ -108,6 +113,23 @@ def write_story_model(folder: Path, out: Path) -> None:
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
+def write_shallow_model(folder: Path, depth: int, public: Path, out: Path) -> None:
+    """Cut a model to its first layers, with an output head refitted on public text.
+
+    Args:
+        folder: the whole model.
+        depth: layers to keep.
+        public: public text, as for `fedmosaic align`.
+        out: where to write.
+    """
+    model, tokenizer = load_base_model(folder)
+    texts = [f"{text.prompt}\n{text.text}" for text in read_public_text(public, _READOUT_TEXTS)]
+    sequences = [tokenizer(text, truncation=True, max_length=64)["input_ids"] for text in texts]
+    shallow = cut_model(model, depth, fit_readouts(model, sequences, (depth,))[depth])
+    shallow.save_pretrained(str(out))
+    tokenizer.save_pretrained(str(out))
+
+
 def _splits(folder: Path, opening: str, question: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     def pairs(split: str) -> list[tuple[str, str]]:
         return [
@@ -178,6 +200,9 @@ def main(arguments: Sequence[str]) -> int:
     write_tasks(parsed)
     if parsed.stories is not None:
         write_story_model(parsed.stories, parsed.out / "stories-15m")
+        write_shallow_model(
+            parsed.out / "stories-15m", 5, parsed.out / "public.jsonl", parsed.out / "stories-first5"
+        )
     return 0
 
 

@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
+from fedmosaic.client.colora import find_decoder_layers
+from fedmosaic.client.models import load_base_model
 from fedmosaic.experiments.alignment_basis import Arguments, Run, Study, rows
-from fedmosaic.experiments.alignment_tasks import write_story_model
+from fedmosaic.experiments.alignment_tasks import write_shallow_model, write_story_model
 from fedmosaic.protos.errors import ConfigurationError
 
 
@@ -102,3 +105,15 @@ def test_a_copy_of_a_model_ends_texts_as_it_begins_them(tmp_path: Path) -> None:
     (model / "tokenizer_config.json").write_text("{}")
     with pytest.raises(ConfigurationError, match="begins texts"):
         write_story_model(model, tmp_path / "copy")
+
+
+def test_a_shallow_copy_keeps_the_first_layers_and_loads(tiny_folder: Path, tmp_path: Path) -> None:
+    write_shallow_model(tiny_folder / "large", 2, tiny_folder / "public.jsonl", tmp_path / "first2")
+    whole, _ = load_base_model(tiny_folder / "large")
+    shallow, tokenizer = load_base_model(tmp_path / "first2")
+    layers = find_decoder_layers(shallow)[1]
+    assert len(layers) == 2
+    for left, right in zip(layers, find_decoder_layers(whole)[1], strict=False):
+        for name, tensor in left.state_dict().items():
+            torch.testing.assert_close(tensor, right.state_dict()[name])
+    assert tokenizer.eos_token == "</s>"  # noqa: S105  # no password
