@@ -177,6 +177,13 @@ def show(record: RunRecord, console: Console) -> None:
     if any("traffic" in result for result in record.clients.values()):
         console.print(traffic_table(record))
         console.print("Bytes of messages, without what HTTP/2 and TLS add.\n", style="dim")
+    if any("training_flops" in result for result in record.clients.values()):
+        console.print(cost_table(record))
+        console.print(
+            "Operations of the clients' own training steps, measured; scoring, profiles and what a server "
+            "distils are not among them.\n",
+            style="dim",
+        )
 
 
 def merged_statement(record: RunRecord) -> PrivacyStatement | None:
@@ -276,4 +283,16 @@ def traffic_table(record: RunRecord) -> Table:
         sent = [channels[c]["sent"] for c in _CHANNELS]
         received = sum(channels[c]["received"] for c in _CHANNELS)
         table.add_row(name, *(f"{count:,}" for count in (*sent, sum(sent), received)))
+    return table
+
+
+def cost_table(record: RunRecord) -> Table:
+    """Steps, floating point operations and seconds of every client."""
+    table = Table(title="What training cost")
+    for column in ("client", "steps", "TFLOP", "seconds from start to end"):
+        table.add_column(column, justify="left" if column == "client" else "right", no_wrap=True)
+    for name, result in record.clients.items():
+        if "training_flops" in result:
+            operations = f"{result['training_flops'] / 1e12:,.4g}"
+            table.add_row(name, f"{result['training_steps']:,}", operations, f"{result['seconds']:.0f}")
     return table

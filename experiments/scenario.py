@@ -123,6 +123,8 @@ class Scenario(Frozen):
     """Weight of the received branch, in place of the learnt gate."""
     discard_received: bool = False
     """Go on as if the policy had refused every aggregate: what the same adapter does without the others."""
+    equal_compute: bool = False
+    """Take as many steps as cost what `training.steps` of local LoRA cost, by measured operations."""
     pictures: Path | None = None
     """Folder that the pictures which prompts name lie in."""
     question_only: bool = False
@@ -147,6 +149,15 @@ class Scenario(Frozen):
             raise ValueError(
                 f"stream {self.stream!r} with adapter.protection {self.adapter.protection!r}: the noise is "
                 "planned for one set of examples; choose stream 'all', or protection 'none' or 'encrypted'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cost_is_measured_without_noise(self) -> "Scenario":
+        if self.equal_compute and self.adapter.private:
+            raise ValueError(
+                f"equal_compute with adapter.protection {self.adapter.protection!r}: the private steps are "
+                "planned with the noise and cannot be changed; choose protection 'none' or 'encrypted'"
             )
         return self
 

@@ -24,6 +24,7 @@ from fedmosaic.client.session import Session
 from fedmosaic.client.settings import ClientSettings, DataSettings
 from fedmosaic.client.state import ClientState, write_atomically
 from fedmosaic.client.statement import build_statement
+from fedmosaic.experiments.compute import client_examples, colora_flops, equal_steps, training_cost
 from fedmosaic.experiments.founding import agreed_adapter, fit_profile, found_federation
 from fedmosaic.experiments.hosts import COMPUTE, ModelHost
 from fedmosaic.experiments.in_process import InProcessTransport
@@ -74,15 +75,21 @@ class _Parts:
     probe: SharedProbe
     stopped: threading.Event
     progress: RunProgress
+    flops: Mapping[str, float]
+    """Of a training step, by client; empty where training is private."""
 
 
-def simulate(scenario: Scenario, directory: Path, console: Console) -> None:
+def simulate(
+    scenario: Scenario, directory: Path, console: Console, reference: Mapping[str, float] | None = None
+) -> None:
     """Run a scenario to its end, or go on with it where an earlier process stopped.
 
     Args:
         scenario: paths resolved.
         directory: the run's directory; what is there already is kept and gone on with.
         console: where progress is shown.
+        reference: operations of a step of the method that this one is to cost as much as, by client; none
+            to leave the steps as they are.
 
     Raises:
         RunFailedError: a client failed; the message names it.
@@ -90,6 +97,8 @@ def simulate(scenario: Scenario, directory: Path, console: Console) -> None:
     """
     board = Board(scenario)
     hosts, adapter = make_hosts(scenario)
+    flops = {} if adapter.private else _measure(scenario, hosts, adapter)
+    scenario = equal_steps(scenario, flops, reference or {})
     mechanism = fit_profile(scenario, directory, console, own_process=False)
     place = directory / "federation"
     if not (place / "roster.json").exists():
@@ -109,7 +118,9 @@ def simulate(scenario: Scenario, directory: Path, console: Console) -> None:
     coordinator = Coordinator(settings)
     try:
         with RunProgress(console, steps) as progress:
-            parts = _Parts(scenario, directory, hosts, board, coordinator, probe, threading.Event(), progress)
+            parts = _Parts(
+                scenario, directory, hosts, board, coordinator, probe, threading.Event(), progress, flops
+            )
             clients = [_Client(parts, index) for index in range(len(scenario.clients))]
             _score_untrained(parts, clients)
             _run_all(parts, clients)
@@ -139,6 +150,24 @@ def make_hosts(scenario: Scenario) -> tuple[dict[Architecture, ModelHost], Adapt
                 )
         hosts[architecture(client)] = ModelHost(model, tokenizer)
     return hosts, terms.model_copy(update={"family_dimensions": dimensions})
+
+
+def _measure(
+    scenario: Scenario, hosts: Mapping[Architecture, ModelHost], adapter: AdapterTerms
+) -> dict[str, float]:
+    """Operations of a training step, by client; measured once per architecture."""
+    known: dict[Architecture, float] = {}
+    for client in scenario.clients:
+        key = architecture(client)
+        if key not in known:
+            known[key] = colora_flops(
+                hosts[key],
+                client_examples(scenario, client, hosts[key]),
+                scenario.training,
+                own_family_layers=adapter.other_layers == "lora"
+                and client.family not in adapter.family_dimensions,
+            )
+    return {client.id: known[architecture(client)] for client in scenario.clients}
 
 
 def architecture(client: ScenarioClient) -> Architecture:
@@ -292,7 +321,10 @@ class _Client:
             if evaluations
             else {}
         )
-        result = scores | {
+        training = scores | (
+            training_cost(self.parts.scenario, self.parts.flops[self.entry.id]) if self.parts.flops else {}
+        )
+        result = training | {
             "seconds": time.monotonic() - started,
             "traffic": self.transport.traffic().as_dict(),
         }

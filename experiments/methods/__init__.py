@@ -8,6 +8,7 @@ from typing import Final
 from rich.console import Console
 from rich.table import Table
 
+from fedmosaic.experiments.methods.cost import reference_flops
 from fedmosaic.experiments.methods.loop import run_baseline
 from fedmosaic.experiments.methods.server_side import FlexLora, HetLora, PerAda
 from fedmosaic.experiments.methods.strategies import (
@@ -89,7 +90,7 @@ def simulate_method(scenario: Scenario, directory: Path, console: Console) -> No
     """
     if scenario.method in VARIANTS:
         _refuse_ranks(scenario, scenario.method)
-        simulate(with_variant(scenario), directory, console)
+        simulate(with_variant(scenario), directory, console, reference_flops(scenario))
         return
     if scenario.method not in BASELINES:
         known = ", ".join((*VARIANTS, *BASELINES))

@@ -22,7 +22,9 @@ from fedmosaic.client.examples import EncodedExample, encode_examples, padding_t
 from fedmosaic.client.sampling import EpochSampler
 from fedmosaic.client.state import write_atomically
 from fedmosaic.client.traffic import Traffic
+from fedmosaic.experiments.compute import client_examples, equal_steps, training_cost
 from fedmosaic.experiments.hosts import ModelHost, Tenant
+from fedmosaic.experiments.methods.cost import baseline_flops, reference_flops
 from fedmosaic.experiments.methods.lora import Vector, load_with_lora
 from fedmosaic.experiments.methods.strategies import ServerSide, Strategy, Trainer
 from fedmosaic.experiments.participants import (
@@ -79,6 +81,11 @@ def run_baseline(strategy: Strategy, scenario: Scenario, directory: Path, consol
     started = time.monotonic()
     board = Board(scenario)
     members = _members(strategy, scenario, directory)
+    flops = _measure(strategy, scenario, members)
+    if scenario.equal_compute:
+        # The streams and the progress depend on the number of steps.
+        scenario = equal_steps(scenario, flops, reference_flops(scenario))
+        members = _members(strategy, scenario, directory)
     first = _resume(directory, members, strategy) + 1
     steps = scenario.training.steps * strategy.passes
     with RunProgress(console, steps * scenario.schedule.rounds * len(members)) as progress:
@@ -94,7 +101,8 @@ def run_baseline(strategy: Strategy, scenario: Scenario, directory: Path, consol
                 _share(strategy, scenario, members, uploads)
             _save(directory, number, members, strategy)
     for member in members:
-        _write_result(strategy, member, time.monotonic() - started)
+        cost = training_cost(scenario, flops[member.entry.id])
+        _write_result(strategy, member, time.monotonic() - started, cost)
 
 
 def _members(strategy: Strategy, scenario: Scenario, directory: Path) -> list[_Member]:
@@ -127,6 +135,16 @@ def _members(strategy: Strategy, scenario: Scenario, directory: Path) -> list[_M
             )
         )
     return members
+
+
+def _measure(strategy: Strategy, scenario: Scenario, members: list[_Member]) -> dict[str, float]:
+    """Operations of a training step, by client; measured once per model in memory."""
+    known: dict[int, float] = {}
+    for member in members:
+        if id(member.host) not in known:
+            examples = client_examples(scenario, member.entry, member.host)
+            known[id(member.host)] = baseline_flops(strategy, member.host, examples, scenario.training)
+    return {member.entry.id: known[id(member.host)] for member in members}
 
 
 def _architecture(client: ScenarioClient) -> str:
@@ -253,7 +271,7 @@ def _resume(directory: Path, members: list[_Member], strategy: Strategy) -> int:
     return int(place.name.removeprefix("round-"))
 
 
-def _write_result(strategy: Strategy, member: _Member, seconds: float) -> None:
+def _write_result(strategy: Strategy, member: _Member, seconds: float, cost: Mapping[str, float]) -> None:
     evaluations = read_evaluations(member.state)
     scores = (
         {
@@ -263,7 +281,7 @@ def _write_result(strategy: Strategy, member: _Member, seconds: float) -> None:
         if evaluations
         else {}
     )
-    result = scores | {
+    result = {**scores, **cost} | {
         "seconds": seconds,
         "traffic": member.traffic.as_dict(),
         # What is shared leaves in the clear, and what is not shared does not leave at all.
