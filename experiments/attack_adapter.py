@@ -27,6 +27,7 @@ from fedmosaic.privacy.attacks.membership import (
     dictionary_scores,
     draw_members,
     likelihood_ratio_scores,
+    scored_candidates,
     simulated_inner_products,
 )
 from fedmosaic.privacy.attacks.results import AttackResult, Figure, Setting
@@ -37,6 +38,7 @@ from fedmosaic.privacy.roster import AdapterTerms
 MEMBERSHIP: Final = "Membership in a P, Q update"
 WORDS: Final = "Words of the training texts from a P, Q update"
 _BATCH: Final = 8
+_SCORED: Final = 16
 _RIDGE: Final = 1.0
 _LEAST_WORD_LENGTH: Final = 4
 
@@ -231,8 +233,10 @@ def _membership(
         scores = likelihood_ratio_scores(inner, gram, members, deviation)
     else:
         scores = dictionary_scores(inner, gram, deviation, rate)
-    flat, truth = scores.ravel(), members.ravel()
-    groups = np.repeat(np.arange(len(members)), members.shape[1])
+    used = scored_candidates(
+        len(members), members.shape[1], _SCORED, np.random.default_rng([len(members), _SCORED])
+    )
+    flat, truth, groups = scores[used], members[used], np.nonzero(used)[0]
     return AttackResult(
         attack=MEMBERSHIP,
         adversary=f"{adversary}, knowing all other members" if strongest else adversary,

@@ -1,6 +1,7 @@
 """The parts of `fedmosaic attack`: which data and sizes each attack gets, and in which order they stand."""
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from fedmosaic.privacy.noise import SecureNoise
 from fedmosaic.privacy.planning import noise_multiplier_for
 from fedmosaic.protos.errors import ConfigurationError
 
+_DIGEST: Final = re.compile(r"-[0-9a-f]{12}$")
 _MEMBERS_PER_RELEASE: Final = 36
 _REST_OF_DATA: Final = 60
 _FULL_BATCH_STEPS: Final = 4
@@ -38,7 +40,7 @@ _SIMULATED_ROUNDS: Final = 6
 _TASK_EXAMPLES: Final = 100
 _TEXT_TOKENS: Final = 10
 _ADAPTER_POOL: Final = 80
-_ADAPTER_RELEASES: Final = 120
+_ADAPTER_RELEASES: Final = 1000
 _WORD_BATCH: Final = 8
 _SHADOW_POOL: Final = 60
 _SHADOW_TRAINING: Final = {"steps": 20, "per_device_train_batch_size": 16, "max_length": 48}
@@ -50,7 +52,7 @@ class Sizes:
 
     pool: int = 160
     """Candidates of the membership attacks on the profile."""
-    releases: int = 600
+    releases: int = 8000
     """Simulated releases per setting of those attacks."""
     audited_releases: int = 2000
     """Repetitions of the profile release for the empirical ε."""
@@ -106,7 +108,7 @@ def every_profile(
     target: Target, prober: Prober, sizes: Sizes, further: Sequence[Path]
 ) -> Iterator[AttackResult]:
     """Every client's task, and every further model in the probe's place, in fewer settings."""
-    probers = [(Path(target.scenario.probe.path).name, prober)]
+    probers = [(_DIGEST.sub("", Path(target.scenario.probe.path).name), prober)]
     probers += [(path.name, open_prober(target, ModelSettings(path=str(path)))) for path in further]
     for name, each in probers:
         for victim in target.victims:
@@ -116,7 +118,7 @@ def every_profile(
                 each.public_map,
                 SecureNoise(),
                 words=f"{victim.task}, probe {name}",
-                releases=max(1, sizes.releases // 3),
+                releases=max(1, sizes.releases // 2),
                 rate=min(0.5, _MEMBERS_PER_RELEASE / len(pool)),
                 seed=sizes.seed,
             )

@@ -15,6 +15,7 @@ from fedmosaic.privacy.attacks.membership import (
     draw_members,
     gram_matrix,
     likelihood_ratio_scores,
+    scored_candidates,
     simulated_inner_products,
 )
 from fedmosaic.privacy.attacks.results import AttackResult, Setting
@@ -43,6 +44,7 @@ OWN_RELEASE: Final = "Membership in the run's own profile release"
 AUDIT: Final = "Empirical ε of the task profile"
 
 _SEES: Final = "the release; probe model and map are public, so every candidate's gradient can be recomputed"
+_SCORED: Final = 16
 _DICTIONARY: Final = "dictionary least squares over all candidates"
 _RATIO: Final = "likelihood ratio"
 _CORRELATION: Final = "plain correlation"
@@ -279,14 +281,18 @@ def _attacks(
     epsilon: float,
     ceiling: Ceiling | None = None,
 ) -> Iterator[AttackResult]:
-    groups = np.repeat(np.arange(len(members)), members.shape[1])
+    # The same choice for every attack and setting, and independent of who is a member.
+    used = scored_candidates(
+        len(members), members.shape[1], _SCORED, np.random.default_rng([len(members), _SCORED])
+    )
+    groups = np.nonzero(used)[0]
     found = (
         (_STRONGEST, _RATIO, likelihood_ratio_scores(inner, gram, members, deviation), ""),
         (_SERVER, _DICTIONARY, dictionary_scores(inner, gram, deviation, rate), ""),
         (_WEAK, _CORRELATION, correlation_scores(inner, gram), _WEAK_NOTE),
     )
     for adversary, statistic, scores, note in found:
-        flat, truth = scores.ravel(), members.ravel()
+        flat, truth = scores[used], members[used]
         yield AttackResult(
             attack=MEMBERSHIP,
             adversary=adversary,

@@ -25,6 +25,7 @@ _SETTINGS: Final = {
     "variant": "variant",
 }
 _LEAST_RATE: Final = 1e-4
+_LEAST_DECIMAL: Final = 5e-5
 
 
 def write(report: AttackReport, directory: Path) -> None:
@@ -282,6 +283,8 @@ def _number(value: float) -> str:
         return "∞"
     if value == int(value) and abs(value) < 1e6:
         return str(int(value))
+    if abs(value) < _LEAST_DECIMAL:
+        return f"{value:.0e}"
     return f"{value:.4f}" if abs(value) < 0.01 else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 

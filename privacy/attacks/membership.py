@@ -29,6 +29,27 @@ def draw_members(releases: int, candidates: int, rate: float, generator: np.rand
     return np.asarray(generator.random((releases, candidates)) < rate)
 
 
+def scored_candidates(
+    releases: int, candidates: int, count: int, generator: np.random.Generator
+) -> BoolArray:
+    """A few random candidates per release, whose scores are used.
+
+    All scores of a release share its noise, and candidates of one task are alike, so many scores of one
+    release say little more than one. Rare false positives need many releases with few scores each.
+
+    Args:
+        releases: R.
+        candidates: N.
+        count: scores per release, at least 1.
+        generator: of the choice, which must not depend on memberships.
+
+    Returns:
+        (R, N) with min(count, N) per row.
+    """
+    order = np.argsort(generator.random((releases, candidates)), axis=1)
+    return np.asarray(order < count)
+
+
 def gram_matrix(factors: Sequence[GradientFactors], kept_share: float = 1.0) -> FloatArray:
     """Inner products of gradients that are given by their factors.
 

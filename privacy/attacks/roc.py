@@ -31,6 +31,8 @@ RATES = (0.01, 0.001)
 """False positive rates at which the true positive rate is reported."""
 
 _BLOCKS = 20
+_LEAST_FALSE_RELEASES = 20
+"""Releases that the false positives must come from, at least, for a rate to be shown."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def membership_figures(
 
     Returns:
         AUC, and the true positive rate at every rate of `RATES` for which there are enough scores of
-        non-members to set a threshold.
+        non-members to set a threshold, from enough releases that one draw of noise does not decide it.
 
     Raises:
         ValueError: there are no members or no others, or a score is NaN.
@@ -226,9 +228,18 @@ def _rate_figure(
     surely, _ = rate_interval(hits, hit_groups, 1.0 - ALARM_LEVEL, cautious=True)
     _, at_most = rate_interval(false, false_groups, 1.0 - ALARM_LEVEL, cautious=True)
     broken = bound is not None and surely > ceiling.true_positive_rate(at_most) + 1e-9
+    if _false_releases(scores, members, groups, rate) < _LEAST_FALSE_RELEASES and not broken:
+        return None
     value, low, high = _rate_estimate(scores, members, groups, rate)
     name = f"TPR at {rate:.1%} FPR".replace(".0%", " %").replace("0.1%", "0.1 %")
     return Figure(name=name, value=value, low=low, high=high, bound=bound, broken=broken)
+
+
+def _false_releases(scores: FloatArray, members: BoolArray, groups: IntArray, rate: float) -> int:
+    """How many releases the false positives at this rate come from; with few, one draw of noise decides."""
+    outside, of_release = scores[~members], groups[~members]
+    highest = np.argsort(-outside, kind="stable")[: max(1, int(outside.size * rate))]
+    return int(np.unique(of_release[highest]).size)
 
 
 def _rate_estimate(

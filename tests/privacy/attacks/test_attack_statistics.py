@@ -18,6 +18,12 @@ from fedmosaic.privacy.attacks.empirical import (
     gaussian_lower_bound,
     gaussian_mu,
 )
+from fedmosaic.privacy.attacks.membership import (
+    draw_members,
+    likelihood_ratio_scores,
+    scored_candidates,
+    simulated_inner_products,
+)
 from fedmosaic.privacy.attacks.one_run import (
     one_run_epsilon,
     one_run_figure,
@@ -96,6 +102,29 @@ def test_the_interval_of_a_rate_covers_the_truth_although_its_threshold_is_estim
         figure = membership_figures(*gaussian_scores(1.0, 3000, seed), Ceiling(mu=1.0))[1]
         covered.append(figure.low <= truth <= figure.high)
     assert np.mean(covered) > 0.85
+
+
+def alike(releases: int, scored: int, seed: int) -> tuple[Figure, ...]:
+    """Figures of the strongest attack on candidates that hardly differ, so that a release's scores agree."""
+    generator = np.random.default_rng(seed)
+    rows = generator.standard_normal(64) + 0.35 * generator.standard_normal((40, 64))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    members = draw_members(releases, 40, 0.25, generator)
+    inner = simulated_inner_products(rows @ rows.T, members, 0.6, generator)
+    scores = likelihood_ratio_scores(inner, rows @ rows.T, members, 0.6)
+    used = scored_candidates(releases, 40, scored, generator)
+    return membership_figures(scores[used], members[used], Ceiling(mu=1 / 0.6), np.nonzero(used)[0])
+
+
+def test_rare_false_positives_of_dependent_scores_need_many_releases() -> None:
+    """200 releases of 40 scores each are not 8,000 trials: one draw of noise would decide the rate."""
+    few = alike(200, 40, 0)
+    assert [figure.name for figure in few] == ["AUC", "TPR at 1 % FPR"][: len(few)]
+    covered = []
+    for seed in range(3):
+        _, one, tenth = alike(12_000, 8, seed)
+        covered += [figure.low <= figure.bound <= figure.high for figure in (one, tenth)]
+    assert sum(covered) >= 5
 
 
 def test_a_correct_mechanism_is_hardly_ever_called_broken() -> None:
