@@ -131,7 +131,8 @@ class Projection:
                 _count_sketch(reduction, "inputs", inner),
             )
         else:
-            self._left, self._right = _kronecker_sides(reduction, basis)
+            left, right = _kronecker_sides(reduction, basis)
+            self._left, self._right = np.ascontiguousarray(left.T), np.ascontiguousarray(right.T)
         self._kept = np.sort(
             _distinct(reduction, "kept dimensions", reduction.projection_dimensions, reduction.dimensions)
         )
@@ -171,7 +172,7 @@ class Projection:
                 entries = delta[:, self._entry_rows] * inputs[:, self._entry_columns]
                 return np.asarray(entries.sum(axis=0))
             if self.reduction.kind == "kronecker":
-                return np.asarray(((delta @ self._left).T @ (inputs @ self._right)).ravel())
+                return np.asarray((_along(delta, self._left).T @ _along(inputs, self._right)).ravel())
             return self._tensor_sketch(delta, inputs)
 
     def _tensor_sketch(self, delta: Float32Array, inputs: Float32Array) -> Float32Array:
@@ -241,6 +242,15 @@ class PublicMap:
             return centred
         with np.errstate(over="ignore", invalid="ignore"):
             return np.asarray(centred @ self._whitening.T)
+
+
+def _along(side: Float32Array, directions: Float32Array) -> Float32Array:
+    """Scalar products of every token with every direction: (T, size) and (k, size) to (T, k).
+
+    One by one, as the threads that BLAS starts for a product of this size cost many times the product where
+    other processes use the cores.
+    """
+    return np.asarray(np.vecdot(side[:, None, :], directions[None, :, :]))
 
 
 def _unit(rows: Float64Array) -> Float64Array:
