@@ -16,6 +16,7 @@ from fedmosaic.client.models import load_base_model
 from fedmosaic.client.training import TrainingSettings
 from fedmosaic.experiments.assets import cache_directory
 from fedmosaic.experiments.streams import dirichlet_shares
+from fedmosaic.experiments.tasks.drake_files import DrakeFiles, write_drake
 from fedmosaic.experiments.tasks.labelled import write_examples
 from fedmosaic.experiments.tasks.picture_sets import write_pictures
 from fedmosaic.experiments.tasks.picture_words import easy_vqa
@@ -88,6 +89,24 @@ class TrainProjector:
 
 
 @dataclass(frozen=True)
+class Drake:
+    """Write a scenario of DRAKE from its downloaded data sets (SNUMPR/DRAKE on the Hugging Face hub)."""
+
+    data: Path
+    """Folder with the data sets, each with train/ and test/."""
+    out: Path
+    """Where to write; made if absent."""
+    public: Path
+    """Public examples, JSON lines, for the basis of the task profile."""
+    scenario: str = "DRAKE_hetero_llava_llama_1B_3B"
+    """Name in the authors' repository; it says which client has which model."""
+    model: str | None = None
+    """Give every client this model, in place of the scenario's."""
+    projector: Path | None = None
+    """Of that model, if it is no vision-language model itself."""
+
+
+@dataclass(frozen=True)
 class Dirichlet:
     """Deal one data set to clients, with label shares drawn from a Dirichlet distribution."""
 
@@ -109,14 +128,26 @@ class Dirichlet:
 
 def main(arguments: Sequence[str]) -> int:
     """Run `fedmosaic tasks` with its arguments."""
-    parsed: Text | Pictures | TrainProjector | Dirichlet = tyro.extras.subcommand_cli_from_dict(
-        {"text": Text, "pictures": Pictures, "projector": TrainProjector, "dirichlet": Dirichlet},
+    parsed: Text | Pictures | TrainProjector | Drake | Dirichlet = tyro.extras.subcommand_cli_from_dict(
+        {
+            "text": Text,
+            "pictures": Pictures,
+            "projector": TrainProjector,
+            "drake": Drake,
+            "dirichlet": Dirichlet,
+        },
         args=list(arguments),
         prog="fedmosaic tasks",
     )
     console = Console()
     if isinstance(parsed, TrainProjector):
         pretrain(parsed, console)
+        return 0
+    if isinstance(parsed, Drake):
+        files = DrakeFiles(
+            parsed.data, parsed.scenario, parsed.public, parsed.out, parsed.model, parsed.projector
+        )
+        console.print(f"{write_drake(files)}; run it with `fedmosaic run`")
         return 0
     if isinstance(parsed, Pictures):
         show_pictures(

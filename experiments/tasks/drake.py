@@ -5,20 +5,20 @@
 
 A scenario file is a list of clients, each with an ordered list of data sets and a model.
 
-Records with pictures are read, checked and kept as `PictureExample`; training on pictures is not part of this
-package yet. Records without pictures become ordinary examples, so that text-only scenarios run.
+Records are read, checked and kept as `PictureExample`; `fedmosaic.experiments.tasks.drake_files` turns them
+into the files of a scenario.
 """
 
 import json
 import re
 import tomllib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from fedmosaic.client.examples import Example
+from fedmosaic.experiments.vision.words import marker
 from fedmosaic.protos.errors import ConfigurationError
 
 MARKER: Final = "<image>"
@@ -46,10 +46,12 @@ class PictureExample:
     images: tuple[Path, ...]
     choices: tuple[str, ...] = ()
 
-    def without_pictures(self) -> Example:
-        """The question alone: what a model that sees nothing can still answer."""
-        prompt = re.sub(r"[ \t]*<image>[ \t]*", " ", self.prompt).strip()
-        return Example(self.id, prompt or "?", self.answer, self.choices)
+    def example(self) -> Example:
+        """The question with its pictures named in place."""
+        parts = self.prompt.split(MARKER)
+        names = [marker(path.as_posix()) for path in self.images]
+        prompt = parts[0] + "".join(f"{name}{part}" for name, part in zip(names, parts[1:], strict=True))
+        return Example(self.id, prompt, self.answer, self.choices)
 
 
 @dataclass(frozen=True)
@@ -212,21 +214,6 @@ def _assignments() -> Any:
     return tomllib.loads(
         (files("fedmosaic.experiments") / "scenarios" / "drake.toml").read_text(encoding="utf-8")
     )
-
-
-def text_examples(examples: tuple[PictureExample, ...]) -> Iterator[Example]:
-    """Examples of a data set without pictures.
-
-    Raises:
-        ConfigurationError: one has pictures, which nothing here can train on.
-    """
-    for example in examples:
-        if example.images:
-            raise ConfigurationError(
-                f"record {example.id} has {len(example.images)} picture(s): training on pictures is not part "
-                "of this package yet; `without_pictures` gives the question alone, as a baseline"
-            )
-        yield Example(example.id, example.prompt, example.answer, example.choices)
 
 
 def _json(path: Path) -> Any:

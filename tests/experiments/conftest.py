@@ -10,7 +10,16 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from fedmosaic.experiments.scenario import Scenario
 
@@ -109,3 +118,23 @@ def tiny_scenario(tiny_folder: Path) -> Any:
         return Scenario.model_validate(content | changes).resolved(tiny_folder)
 
     return make
+
+
+@pytest.fixture
+def llava_folder(tmp_path: Path, tiny_folder: Path) -> Path:
+    """A LLaVA with random weights: a picture of four tokens, and the small model's shape and tokenizer."""
+    text = LlamaConfig.from_pretrained(tiny_folder / "small")
+    vision = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28,
+        patch_size=14,
+    )  # fmt: skip
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=3, image_seq_length=4)
+    folder = tmp_path / "llava"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlavaForConditionalGeneration(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_folder / "small").save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(
+        folder
+    )
+    return folder

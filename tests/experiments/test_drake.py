@@ -1,20 +1,33 @@
 """DRAKE's layout: markers and pictures match, options are found, nothing leaves the folder."""
 
+import io
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+from rich.console import Console
 
+from fedmosaic.client.examples import Example
+from fedmosaic.experiments import runner
+from fedmosaic.experiments.participants import read_evaluations
+from fedmosaic.experiments.scenario import Scenario
+from fedmosaic.experiments.tasks import __main__ as commands
+from fedmosaic.experiments.tasks import drake_files
 from fedmosaic.experiments.tasks.drake import (
+    DrakeClient,
+    DrakeTask,
     drake_scenario,
     drake_scenarios,
     listed_choices,
     read_dataset,
     read_scenario_file,
-    text_examples,
 )
+from fedmosaic.experiments.tasks.drake_files import with_choices
+from fedmosaic.experiments.vision.words import pictures_in
+from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.protos.errors import ConfigurationError
 
 
@@ -40,14 +53,16 @@ def test_several_pictures_and_a_choice_list(tmp_path: Path) -> None:
     )
     assert example.images == (Path("x/1.jpg"), Path("x/2.jpg"))
     assert example.choices == ("Yes", "No")
-    assert "<image>" not in example.without_pictures().prompt
-    with pytest.raises(ConfigurationError, match="pictures is not part"):
-        list(text_examples((example,)))
+    shown = example.example()
+    assert shown.prompt == question.replace("<image>", "<image:x/1.jpg>", 1).replace(
+        "<image>", "<image:x/2.jpg>"
+    )
+    assert pictures_in(shown.prompt) == ["x/1.jpg", "x/2.jpg"]
 
 
 def test_a_record_without_pictures_is_an_ordinary_example(tmp_path: Path) -> None:
     examples = read_dataset(_write(tmp_path, [_record("2 + 2?", " 4 ")]), "NLVR2", 1, "train")
-    (example,) = text_examples(examples)
+    example = examples[0].example()
     assert (example.prompt, example.answer, example.choices) == ("2 + 2?", "4", ())
 
 
@@ -124,3 +139,66 @@ def test_a_scenario_file_of_the_authors(tmp_path: Path) -> None:
     path.write_text(json.dumps([{"client_id": 1, "model_id": "m", "datasets": []}]))
     with pytest.raises(ConfigurationError, match="client_id"):
         read_scenario_file(path)
+
+
+def test_questions_without_choices_take_the_answers_of_their_task() -> None:
+    def ask(number: int, answer: str, choices: tuple[str, ...] = ()) -> Example:
+        return Example(str(number), "q", answer, choices)
+
+    task = DrakeTask("A", 0, "accuracy")
+    mixed = with_choices(task, [ask(0, "up"), ask(1, "down"), ask(2, "left", ("left", "right"))])
+    assert [example.choices for example in mixed] == [("down", "left", "up")] * 2 + [("left", "right")]
+    with pytest.raises(ConfigurationError, match="score it by F1"):
+        with_choices(task, [ask(number, f"open {number}") for number in range(30)])
+    with pytest.raises(ConfigurationError, match="1 different"):
+        with_choices(task, [ask(0, "up")])
+    free = with_choices(DrakeTask("A", 0, "f1"), [ask(0, "up", ("up", "down"))])
+    assert free[0].choices == ()
+
+
+def test_a_made_up_drake_runs_with_a_tower(
+    tmp_path: Path, llava_folder: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "drake"
+    clients = (
+        DrakeClient(0, "x/one", (DrakeTask("NLVR2", 0, "accuracy"), DrakeTask("iconqa", 2, "f1"))),
+        DrakeClient(1, "x/two", (DrakeTask("VSR", 0, "accuracy"), DrakeTask("NLVR2", 1, "accuracy"))),
+    )
+    (data / "pictures").mkdir(parents=True)
+    for task in (task for client in clients for task in client.tasks):
+        for part, count in (("train", 24), ("test", 4)):
+            records = []
+            for n in range(count):
+                paths = [f"pictures/{task.name}-{part}-{n}-{side}.png" for side in "ab"]
+                for path in paths:
+                    Image.new("RGB", (20, 30), (10 * n, 90, 200)).save(data / path)
+                question = "Image A: <image> Image B: <image> w1 w2 Choice list:[red, blue]"
+                records.append(_record(question, ("red", "blue")[n % 2], paths, f"{part}{n}"))
+            place = data / task.dataset / part
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"dataset-{task.subset}.json").write_text(json.dumps(records))
+    monkeypatch.setattr(drake_files, "drake_scenario", lambda name: clients)
+    out = tmp_path / "out"
+    arguments = [
+        "drake",
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--public",
+        str(tiny_folder / "public.jsonl"),
+    ]
+    assert commands.main([*arguments, "--scenario", "Made_up", "--model", str(llava_folder)]) == 0
+    scenario = read_configuration(out / "Made_up.toml", Scenario)
+    assert [task.metric for task in scenario.clients[0].task_list] == ["accuracy", "f1"]
+    content = scenario.model_dump(mode="json") | {
+        "schedule": {"rounds": 1, "quorum": 2},
+        "policy": {"minimum_contributors": 1, "weight_cap": 1.0},
+        "method": "fedavg",
+    }
+    content["adapter"] |= {"rank": 2, "blocks": 2}
+    content["training"] |= {"steps": 2, "max_length": 40}
+    small = Scenario.model_validate(content)
+    directory = runner.run_here(small, out, tmp_path / "runs", Console(file=io.StringIO()))
+    scores = read_evaluations(directory / "federation" / "clients" / "client-0" / "state")[1]
+    assert set(scores) == {"client-0/NLVR2-0", "client-0/iconqa-2", "client-1/VSR-0", "client-1/NLVR2-1"}

@@ -14,13 +14,9 @@ from rich.console import Console
 from torch import nn
 from transformers import (
     AutoTokenizer,
-    CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from fedmosaic.client.examples import Example, prompt_tokens
 from fedmosaic.client.models import load_base_model
@@ -131,25 +127,6 @@ def _text_config() -> LlamaConfig:
     return LlamaConfig(
         vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
     )
-
-
-@pytest.fixture
-def llava_folder(tmp_path: Path, tiny_folder: Path) -> Path:
-    text = LlamaConfig.from_pretrained(tiny_folder / "small")
-    vision = CLIPVisionConfig(
-        hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28,
-        patch_size=14,
-    )  # fmt: skip
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=3, image_seq_length=4)
-    folder = tmp_path / "llava"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        LlavaForConditionalGeneration(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_folder / "small").save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(
-        folder
-    )
-    return folder
 
 
 def test_a_tower_gives_what_the_models_own_forward_gives(llava_folder: Path, tmp_path: Path) -> None:
