@@ -1,19 +1,20 @@
-"""Write a DRAKE scenario as files that `fedmosaic run` takes: examples that name their pictures, and the TOML.
+"""Write a DRAKE scenario as files that `fedmosaic run` takes: examples with named pictures, and the TOML.
 
 Terms of the training are those that the authors state for their comparison.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from fedmosaic.client.examples import Example
 from fedmosaic.experiments.tasks.drake import DrakeClient, DrakeTask, drake_scenario, read_dataset
 from fedmosaic.experiments.tasks.labelled import write_examples
 from fedmosaic.protos.errors import ConfigurationError
 
+_PARTS: Final[tuple[Literal["train", "test"], ...]] = ("train", "test")
 _MOST_CHOICES: Final = 26
 _PROBES: Final = ("thkim0305/qwen2.5_0.5B_vl", "thkim0305/llama3.2_1B_vl")
 """The first of these that a scenario uses reads the task profiles; the first of all where it uses neither."""
@@ -95,41 +96,45 @@ def write_drake(files: DrakeFiles) -> Path:
         name = f"client-{client.number}"
         lines.append(_client(files, client, name))
         for task in client.tasks:
-            for part in ("train", "test"):
-                examples = [record.example() for record in read_dataset(files.data, *_place(task), part)]
+            parts = {part: _examples(files, task, part) for part in _PARTS}
+            answers = {example.answer for examples in parts.values() for example in examples}
+            for part, examples in parts.items():
                 path = files.out / name / f"{task.name}.{part}.jsonl"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_examples(path, with_choices(task, examples))
+                write_examples(path, with_choices(task, examples, answers))
             lines.append(_task(task, name))
     path = files.out / f"{files.scenario}.toml"
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
 
 
-def with_choices(task: DrakeTask, examples: Sequence[Example]) -> list[Example]:
+def with_choices(task: DrakeTask, examples: Sequence[Example], answers: Collection[str]) -> list[Example]:
     """Give each question its choices where it is scored by them.
 
     A prompt that lists none takes the answers of the whole task, if they are a closed set of 2 to 26.
+
+    Args:
+        task: whose questions they are.
+        examples: training or test examples.
+        answers: different answers of both.
 
     Raises:
         ConfigurationError: they are not.
     """
     if task.metric == "f1":
         return [replace(example, choices=()) for example in examples]
-    answers = tuple(sorted({example.answer for example in examples}))
     lacking = sum(len(example.choices) < 2 for example in examples)
     if lacking and not 2 <= len(answers) <= _MOST_CHOICES:
         raise ConfigurationError(
-            f"task {task.name}: {lacking} questions list no choices, and the task has {len(answers)} different "
-            "answers; score it by F1"
+            f"task {task.name}: {lacking} questions list no choices, and the task has {len(answers)} "
+            "different answers; score it by F1"
         )
-    return [
-        example if len(example.choices) > 1 else replace(example, choices=answers) for example in examples
-    ]
+    closed = tuple(sorted(answers))
+    return [example if len(example.choices) > 1 else replace(example, choices=closed) for example in examples]
 
 
-def _place(task: DrakeTask) -> tuple[str, int]:
-    return task.dataset, task.subset
+def _examples(files: DrakeFiles, task: DrakeTask, part: Literal["train", "test"]) -> list[Example]:
+    return [record.example() for record in read_dataset(files.data, task.dataset, task.subset, part)]
 
 
 def _head(files: DrakeFiles, clients: Sequence[DrakeClient]) -> str:

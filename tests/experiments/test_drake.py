@@ -146,13 +146,14 @@ def test_questions_without_choices_take_the_answers_of_their_task() -> None:
         return Example(str(number), "q", answer, choices)
 
     task = DrakeTask("A", 0, "accuracy")
-    mixed = with_choices(task, [ask(0, "up"), ask(1, "down"), ask(2, "left", ("left", "right"))])
+    asked = [ask(0, "up"), ask(1, "down"), ask(2, "left", ("left", "right"))]
+    mixed = with_choices(task, asked, {"up", "down", "left"})
     assert [example.choices for example in mixed] == [("down", "left", "up")] * 2 + [("left", "right")]
     with pytest.raises(ConfigurationError, match="score it by F1"):
-        with_choices(task, [ask(number, f"open {number}") for number in range(30)])
+        with_choices(task, [ask(0, "open 0")], {f"open {number}" for number in range(30)})
     with pytest.raises(ConfigurationError, match="1 different"):
-        with_choices(task, [ask(0, "up")])
-    free = with_choices(DrakeTask("A", 0, "f1"), [ask(0, "up", ("up", "down"))])
+        with_choices(task, [ask(0, "up")], {"up"})
+    free = with_choices(DrakeTask("A", 0, "f1"), [ask(0, "up", ("up", "down"))], {"up"})
     assert free[0].choices == ()
 
 
