@@ -228,9 +228,11 @@ def _rate_figure(
     surely, _ = rate_interval(hits, hit_groups, 1.0 - ALARM_LEVEL, cautious=True)
     _, at_most = rate_interval(false, false_groups, 1.0 - ALARM_LEVEL, cautious=True)
     broken = bound is not None and surely > ceiling.true_positive_rate(at_most) + 1e-9
-    if _false_releases(scores, members, groups, rate) < _LEAST_FALSE_RELEASES and not broken:
-        return None
     value, low, high = _rate_estimate(scores, members, groups, rate)
+    # Where all members, or none, are above every threshold of this kind, it does not matter which one it is.
+    chancy = _false_releases(scores, members, groups, rate) < _LEAST_FALSE_RELEASES and 0.0 < value < 1.0
+    if chancy and not broken:
+        return None
     name = f"TPR at {rate:.1%} FPR".replace(".0%", " %").replace("0.1%", "0.1 %")
     return Figure(name=name, value=value, low=low, high=high, bound=bound, broken=broken)
 
