@@ -1,11 +1,13 @@
 """A comparison as one self-contained page: tables, figures as inline SVG, nothing loaded from elsewhere."""
 
 import datetime as dt
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 
 from fedmosaic import __version__
 from fedmosaic.experiments.comparison import FIGURES, Group, epsilon_text, percent, row
+from fedmosaic.experiments.metrics import Interval
+from fedmosaic.experiments.privacy_figure import NAMESPACE, privacy_figure
 
 _COLOURS = ("#0b5fa5", "#c2571a", "#2f7d4f", "#8a3b8f", "#8c6d1f", "#5a5a5a", "#b3263a", "#1b8a8a")
 _DASHES = ("", "6 3", "2 3", "8 3 2 3")
@@ -19,8 +21,8 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .3rem .5rem; text-align: right; border-bottom: 1px solid #ccc; white-space: nowrap; }
-th:nth-child(1), td:nth-child(1), th:nth-child(2), td:nth-child(2) { text-align: left; }
-td:nth-child(1), td:nth-child(2) { white-space: normal; overflow-wrap: anywhere; min-width: 7rem; }
+th:nth-child(1), td:nth-child(1) { text-align: left; }
+td:nth-child(1) { white-space: normal; overflow-wrap: anywhere; min-width: 9rem; }
 thead th { border-bottom: 2px solid #1c1c1c; }
 td.none { color: #b00020; font-weight: 600; }
 figure { margin: 1.2rem 0; } figcaption { font-size: .9rem; color: #444; max-width: 48rem; }
@@ -49,15 +51,19 @@ def page(groups: Sequence[Group], command: str) -> str:
         f"<p>{sum(len(group.runs) for group in groups)} runs, made with fedmosaic {escape(__version__)}; "
         f"page of {dt.datetime.now(dt.UTC):%Y-%m-%d}. Accuracies are in per cent, averaged over the clients "
         "and then over seeds; ± is half the width of Student's 95 % interval over seeds.</p>",
-        "<h2>Accuracy, privacy, cost</h2>",
-        _table(groups),
         "<p>Self: the client's own tasks. Others: the other clients' tasks. A_last: after the last round. "
         "A_AUC: mean over the scored rounds. ε is the largest of any client, both channels together, towards "
         "the honest-but-curious server and towards another client; ∞ means no differential privacy.</p>",
     ]
     for scenario in scenarios:
         of_scenario = [group for group in groups if group.scenario == scenario]
-        parts.append(f"<h2>{escape(scenario)}</h2>")
+        parts += [f"<h2>{escape(scenario)}</h2>", _table(of_scenario)]
+        if len({group.runs[0].protection for group in of_scenario} - {""}) > 1:
+            drawn = privacy_figure(of_scenario, command).replace(f' xmlns="{NAMESPACE}"', "")
+            caption = (
+                "Accuracy and relevance over ε, by what protects the adapter; the table says who reads what."
+            )
+            parts.append(f"<figure>{drawn}<figcaption>{caption}</figcaption></figure>")
         for index, what in ((0, "Self A_last"), (2, "Others A_last")):
             parts.append(_bars(of_scenario, index, what))
         parts.append(_curves(of_scenario, own=True))
@@ -67,22 +73,21 @@ def page(groups: Sequence[Group], command: str) -> str:
 
 
 def _table(groups: Sequence[Group]) -> str:
-    heads = (
-        "scenario", "method", "seeds", "ε server", "ε recipients", *FIGURES, "kB per round", "seconds",
-    )  # fmt: skip
+    heads = ("method", "seeds", "ε server", "ε recipients", *FIGURES, "kB per round", "seconds")
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
     lines = []
     for group in groups:
-        cells = (f"<td{' class=none' if cell == '∞' else ''}>{escape(cell)}</td>" for cell in row(group))
+        cells = (f"<td{' class=none' if cell == '∞' else ''}>{escape(cell)}</td>" for cell in row(group)[1:])
         lines.append(f"<tr>{''.join(cells)}</tr>")
     body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
     return f'<div class="wide"><table>{body}</table></div>'
 
 
 def _bars(groups: Sequence[Group], index: int, what: str) -> str:
-    """Horizontal bars from 0 to 100 % with intervals and ε."""
-    height, scale = 44 * len(groups) + 50, (_WIDTH - _LEFT - _RIGHT - 130) / 100
-    shapes = [_axis(tick, _LEFT + tick * scale, height - 34, 10) for tick in range(0, 101, 20)]
+    """Horizontal bars from 0 with intervals and ε."""
+    top = _top(f for group in groups if (f := group.figures()[index]) is not None)
+    height, scale = 44 * len(groups) + 50, (_WIDTH - _LEFT - _RIGHT - 130) / top
+    shapes = [_axis(tick, _LEFT + tick * scale, height - 34, 10) for tick in range(0, top + 1, 10)]
     for number, group in enumerate(groups):
         figure = group.figures()[index]
         y = 26 + 44 * number
@@ -97,7 +102,7 @@ def _bars(groups: Sequence[Group], index: int, what: str) -> str:
         )
         if figure.half_width is not None:
             low = _LEFT + 100 * max(0.0, figure.mean - figure.half_width) * scale
-            high = _LEFT + 100 * min(1.0, figure.mean + figure.half_width) * scale
+            high = _LEFT + min(top, 100 * (figure.mean + figure.half_width)) * scale
             shapes.append(
                 f'<path d="M{low:.1f} {y + 9}H{high:.1f}M{low:.1f} {y + 4}v10M{high:.1f} {y + 4}v10" '
                 'stroke="#1c1c1c" stroke-width="1.5" fill="none"/>'
@@ -106,7 +111,7 @@ def _bars(groups: Sequence[Group], index: int, what: str) -> str:
         label = f"{percent(figure)}, ε {epsilon_text(group.epsilon('recipients'))}"
         shapes.append(f'<text x="{end + 8:.1f}" y="{y + 13}">{escape(label)}</text>')
     shapes.append(
-        f'<text x="{_LEFT + 50 * scale:.0f}" y="{height - 4}" text-anchor="middle">accuracy, %</text>'
+        f'<text x="{_LEFT + top / 2 * scale:.0f}" y="{height - 4}" text-anchor="middle">accuracy, %</text>'
     )
     caption = f"{what} of every method with its 95 % interval over seeds and its ε towards recipients."
     return _figure(shapes, height, f"{what} by method", caption)
@@ -118,9 +123,16 @@ def _curves(groups: Sequence[Group], *, own: bool) -> str:
     bottom, top = 250, 14
     height = bottom + 62 + 18 * len(groups)
     last = max(number for group in groups for run in group.runs for number in run.curve)
-    scale_x, scale_y = (_WIDTH - _LEFT - _RIGHT) / max(1, last), (bottom - top) / 100
+    most = _top(
+        Interval(value, None, 1)
+        for group in groups
+        for run in group.runs
+        for pair in run.curve.values()
+        if (value := pair.own if own else pair.others) is not None
+    )
+    scale_x, scale_y = (_WIDTH - _LEFT - _RIGHT) / max(1, last), (bottom - top) / most
     shapes = []
-    for tick in range(0, 101, 20):
+    for tick in range(0, most + 1, 10):
         y = bottom - tick * scale_y
         shapes.append(f'<path d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}" stroke="#ddd" fill="none"/>')
         shapes.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick}</text>')
@@ -151,6 +163,12 @@ def _curves(groups: Sequence[Group], *, own: bool) -> str:
         f"{what}, in per cent, over the rounds; means over clients and seeds. Round 0 is before any training."
     )
     return _figure(shapes, height, f"{what} over the rounds", caption)
+
+
+def _top(figures: Iterable[Interval]) -> int:
+    """End of an axis in per cent: the first multiple of ten above everything, 100 at most."""
+    ends = [100 * (figure.mean + (figure.half_width or 0.0)) for figure in figures]
+    return min(100, 10 * (int(max(ends, default=99.0) // 10) + 1))
 
 
 def _axis(tick: int, x: float, bottom: int, top: int) -> str:

@@ -15,6 +15,8 @@ from fedmosaic.experiments.comparison import Group, Run, epsilon_text
 from fedmosaic.experiments.metrics import Interval, interval
 from fedmosaic.protos.errors import ConfigurationError
 
+NAMESPACE: Final = "http://www.w3.org/2000/svg"
+
 _COLOURS: Final = {"none": "#0b5fa5", "encrypted": "#1b8a8a", "dp": "#c2571a", "dp+encrypted": "#8a3b8f"}
 _MARKS: Final = {"none": "square", "encrypted": "diamond", "dp": "circle", "dp+encrypted": "triangle"}
 _NAMES: Final = {
@@ -80,7 +82,7 @@ def privacy_figure(groups: Sequence[Group], command: str) -> str:
     )
     height = y + 26
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" '
+        f'<svg xmlns="{NAMESPACE}" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" '
         f'height="{height}" role="img" font-family="system-ui, sans-serif">'
         f"<title>Privacy against utility</title><desc>{escape(command)}</desc>"
         f'<rect width="{_WIDTH}" height="{height}" fill="#fff"/>{"".join(shapes)}</svg>\n'

@@ -9,6 +9,7 @@ from xml.parsers import expat
 import pytest
 
 from fedmosaic.experiments.comparison import Run, group_runs
+from fedmosaic.experiments.comparison_page import page
 from fedmosaic.experiments.metrics import Pair, Summary
 from fedmosaic.experiments.privacy_figure import privacy_figure
 from fedmosaic.protos.errors import ConfigurationError
@@ -79,3 +80,10 @@ def test_runs_that_do_not_belong_together_are_refused() -> None:
     other = replace(_runs()[0], scenario="t, all")
     with pytest.raises(ConfigurationError, match="on 2 scenarios"):
         privacy_figure(group_runs([*_runs(), other]), "x")
+
+
+def test_a_page_shows_the_figure_where_protections_differ() -> None:
+    text = page(group_runs(_runs()), "c")
+    assert text.count("Privacy against utility") >= 1
+    assert "http" not in text
+    assert "Privacy against utility" not in page(group_runs([_runs()[4]]), "c")
