@@ -53,6 +53,11 @@ def client_seed(scenario: Scenario, index: int) -> int:
     return scenario.training.seed + 100_003 * scenario.seed + index
 
 
+def newcomer_seed(scenario: Scenario, number: int) -> int:
+    """Seed of an unseen client's training, different from every member's."""
+    return client_seed(scenario, len(scenario.clients) + number)
+
+
 @dataclass(frozen=True)
 class TestSet:
     """One task's test examples, and how an answer is scored."""
@@ -85,8 +90,13 @@ class Board:
             for client in scenario.clients
             for task in client.task_list
         )
-        tested = {example.prompt for test in self.sets for example in test.examples}
-        for client in scenario.clients:
+        self._newcomers = tuple(
+            TestSet(client.id, task.name, task.metric, read_examples(task.test))
+            for client in scenario.unseen
+            for task in client.task_list
+        )
+        tested = {example.prompt for test in (*self.sets, *self._newcomers) for example in test.examples}
+        for client in (*scenario.clients, *scenario.unseen):
             for examples in training_examples(client):
                 both = sum(example.prompt in tested for example in examples)
                 if both:
@@ -102,6 +112,14 @@ class Board:
             replace(test, examples=test.examples[: limit or None])
             for test in wanted[self._score]
             for limit in [self._own if test.owner == client else self._others]
+        ]
+
+    def of_newcomer(self, client: str) -> list[TestSet]:
+        """An unseen client's own test sets, cut like a member's."""
+        return [
+            replace(test, examples=test.examples[: self._own or None])
+            for test in self._newcomers
+            if test.owner == client
         ]
 
     def score(

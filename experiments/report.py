@@ -16,6 +16,7 @@ from rich.table import Table
 from fedmosaic.experiments import attack_report
 from fedmosaic.experiments.comparison import compared_run, comparison_table, group_runs
 from fedmosaic.experiments.comparison_page import page
+from fedmosaic.experiments.newcomers import newcomers_table, read_newcomers
 from fedmosaic.experiments.privacy_figure import privacy_figure
 from fedmosaic.privacy.configuration import validate
 from fedmosaic.privacy.report_costs import costs_at_epsilon
@@ -177,6 +178,10 @@ def show(record: RunRecord, console: Console) -> None:
     if any("traffic" in result for result in record.clients.values()):
         console.print(traffic_table(record))
         console.print("Bytes of messages, without what HTTP/2 and TLS add.\n", style="dim")
+    newcomers = read_newcomers(record.directory)
+    if newcomers:
+        console.print(newcomers_table(newcomers))
+        console.print("Clients that came when the last round was over.\n", style="dim")
     if any("training_flops" in result for result in record.clients.values()):
         console.print(cost_table(record))
         console.print(

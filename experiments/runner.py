@@ -269,6 +269,7 @@ def check_as_processes(scenario: Scenario) -> None:
         "several tasks for one client": any(len(client.task_list) > 1 for client in scenario.clients),
         "pictures": scenario.pictures is not None,
         "equal compute": scenario.equal_compute,
+        "unseen clients": bool(scenario.unseen),
         "test noise": scenario.unsafe_test_noise_seed is not None,
         "a metric other than accuracy": any(
             task.metric != "accuracy" for client in scenario.clients for task in client.task_list

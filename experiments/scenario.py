@@ -4,6 +4,7 @@ Paths in a scenario file are relative to the file; `$NAME` in them is taken from
 """
 
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -76,6 +77,23 @@ class ScenarioClient(Frozen):
             raise ValueError(f"client {self.id} names a task twice: {names}")
         return self
 
+    def resolved(self, base: Path) -> "ScenarioClient":
+        """The same client with absolute paths; see `Scenario.resolved`."""
+        return self.model_copy(
+            update={
+                "train": self.train and _located(base, self.train),
+                "test": self.test and _located(base, self.test),
+                "model": _model(base, self.model),
+                "projector": self.projector and _located(base, self.projector),
+                "tasks": tuple(
+                    task.model_copy(
+                        update={"train": _located(base, task.train), "test": _located(base, task.test)}
+                    )
+                    for task in self.tasks
+                ),
+            }
+        )
+
     @property
     def task_list(self) -> tuple[ScenarioTask, ...]:
         """The client's tasks in order."""
@@ -123,6 +141,10 @@ class Scenario(Frozen):
     """Weight of the received branch, in place of the learnt gate."""
     discard_received: bool = False
     """Go on as if the policy had refused every aggregate: what the same adapter does without the others."""
+    unseen: tuple[ScenarioClient, ...] = ()
+    """Clients that come when the last round is over, and begin with what the federation gives them."""
+    adaptation_steps: tuple[int, ...] = (0, 25, 50)
+    """After how many steps of its own an unseen client is scored."""
     equal_compute: bool = False
     """Take as many steps as cost what `training.steps` of local LoRA cost, by measured operations."""
     pictures: Path | None = None
@@ -138,7 +160,7 @@ class Scenario(Frozen):
 
     @model_validator(mode="after")
     def _distinct_clients(self) -> "Scenario":
-        ids = [client.id for client in self.clients]
+        ids = [client.id for client in (*self.clients, *self.unseen)]
         if len(set(ids)) != len(ids):
             raise ValueError(f"client ids must differ, got {ids}")
         return self
@@ -149,6 +171,18 @@ class Scenario(Frozen):
             raise ValueError(
                 f"stream {self.stream!r} with adapter.protection {self.adapter.protection!r}: the noise is "
                 "planned for one set of examples; choose stream 'all', or protection 'none' or 'encrypted'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _newcomers_begin_in_the_clear(self) -> "Scenario":
+        steps = self.adaptation_steps
+        if not steps or steps[0] < 0 or any(a >= b for a, b in pairwise(steps)):
+            raise ValueError(f"adaptation_steps must rise from 0 or more, got {steps}")
+        if self.unseen and self.adapter.private:
+            raise ValueError(
+                f"unseen clients with adapter.protection {self.adapter.protection!r}: what they begin with "
+                "is not planned for there; choose protection 'none' or 'encrypted'"
             )
         return self
 
@@ -179,27 +213,11 @@ class Scenario(Frozen):
         Raises:
             ConfigurationError: a path needs an environment variable that is not set.
         """
-        clients = tuple(
-            client.model_copy(
-                update={
-                    "train": client.train and _located(base, client.train),
-                    "test": client.test and _located(base, client.test),
-                    "model": _model(base, client.model),
-                    "projector": client.projector and _located(base, client.projector),
-                    "tasks": tuple(
-                        task.model_copy(
-                            update={"train": _located(base, task.train), "test": _located(base, task.test)}
-                        )
-                        for task in client.tasks
-                    ),
-                }
-            )
-            for client in self.clients
-        )
         public = _located(base, self.profile.public_data)
         return self.model_copy(
             update={
-                "clients": clients,
+                "clients": tuple(client.resolved(base) for client in self.clients),
+                "unseen": tuple(client.resolved(base) for client in self.unseen),
                 "probe": _model(base, self.probe),
                 "pictures": self.pictures and _located(base, self.pictures),
                 "profile": self.profile.model_copy(update={"public_data": public}),

@@ -43,6 +43,7 @@ from fedmosaic.experiments.run_progress import ClientProgress, RunProgress
 from fedmosaic.experiments.scenario import Scenario, ScenarioClient
 from fedmosaic.experiments.shared_probe import SharedProbe
 from fedmosaic.experiments.simulated_client import StreamLearner, StreamReleases, TurnTakingLearner
+from fedmosaic.experiments.simulated_newcomers import Federation, adapt_newcomers
 from fedmosaic.experiments.vision.sight import give_sight
 from fedmosaic.privacy.accounting import default_delta
 from fedmosaic.privacy.federation import open_kit
@@ -126,6 +127,11 @@ def simulate(
             _run_all(parts, clients)
     finally:
         coordinator.close()
+    federation = Federation(
+        scenario, directory, kit.roster.terms, settings, probe, board,
+        {client.entry.id: client.learner.sections()["shared"] for client in clients},
+    )  # fmt: skip
+    adapt_newcomers(federation, {entry.id: hosts[architecture(entry)] for entry in scenario.unseen})
 
 
 def make_hosts(scenario: Scenario) -> tuple[dict[Architecture, ModelHost], AdapterTerms]:
@@ -134,7 +140,7 @@ def make_hosts(scenario: Scenario) -> tuple[dict[Architecture, ModelHost], Adapt
     terms = agreed.model_copy(update={"basis_seed": agreed.basis_seed + scenario.seed})
     hosts: dict[Architecture, ModelHost] = {}
     dimensions = dict(terms.family_dimensions)
-    for client in scenario.clients:
+    for client in (*scenario.clients, *scenario.unseen):
         if architecture(client) in hosts:
             continue
         model, tokenizer = load_adapted(client.model, terms)

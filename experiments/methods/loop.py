@@ -27,12 +27,14 @@ from fedmosaic.experiments.hosts import ModelHost, Tenant
 from fedmosaic.experiments.methods.cost import baseline_flops, reference_flops
 from fedmosaic.experiments.methods.lora import Vector, load_with_lora
 from fedmosaic.experiments.methods.strategies import ServerSide, Strategy, Trainer
+from fedmosaic.experiments.newcomers import adapt, add_newcomer, read_newcomers
 from fedmosaic.experiments.participants import (
     Board,
     add_evaluation,
     as_result,
     client_seed,
     client_stream,
+    newcomer_seed,
     read_evaluations,
     training_examples,
 )
@@ -103,6 +105,61 @@ def run_baseline(strategy: Strategy, scenario: Scenario, directory: Path, consol
     for member in members:
         cost = training_cost(scenario, flops[member.entry.id])
         _write_result(strategy, member, time.monotonic() - started, cost)
+    for number, entry in enumerate(scenario.unseen):
+        _adapt_newcomer(strategy, scenario, board, members, directory, number, entry)
+
+
+def _adapt_newcomer(
+    strategy: Strategy,
+    scenario: Scenario,
+    board: Board,
+    members: list[_Member],
+    directory: Path,
+    number: int,
+    entry: ScenarioClient,
+) -> None:
+    """Let an unseen client begin with what the method gives it, unless an earlier process has done it."""
+    if any(newcomer.id == entry.id for newcomer in read_newcomers(directory)):
+        return
+    rank = entry.rank or scenario.adapter.rank
+    alike = [
+        m
+        for m in members
+        if _architecture(m.entry) == _architecture(entry) and (m.entry.rank or scenario.adapter.rank) == rank
+    ]
+    host = alike[0].host if alike else _host(strategy, scenario, entry)
+    received: dict[str, Vector] = {}
+    for member in alike:
+        with member.host.lent_to(member.tenant) as model:
+            received[member.entry.id] = strategy.upload(model)
+    given = strategy.newcomer(received, _architecture(entry))
+    examples = [example for task in training_examples(entry) for example in task]
+    encoded = encode_examples(host.tokenizer, examples, scenario.training.max_length)
+    seed = newcomer_seed(scenario, number)
+    order = EpochSampler(len(encoded), seed)
+    with host.lent_to(Tenant()) as model:
+        if given is not None:
+            strategy.receive(model, given)
+
+        def train(steps: int) -> None:
+            settings = scenario.training.model_copy(update={"seed": seed, "steps": steps})
+            strategy.train(Trainer(model, encoded, order, settings, padding_token(host.tokenizer)))
+
+        def score() -> dict[str, float]:
+            with strategy.scored(model) as scored:
+                return board.score(scored, host.tokenizer, board.of_newcomer(entry.id))
+
+        words = "a fresh adapter" if given is None else "the shared adapter of its architecture"
+        add_newcomer(directory, adapt(scenario, entry.id, words, train, score))
+
+
+def _host(strategy: Strategy, scenario: Scenario, client: ScenarioClient) -> ModelHost:
+    rank = client.rank or scenario.adapter.rank
+    seed = scenario.adapter.basis_seed + scenario.seed
+    model, tokenizer = load_with_lora(
+        client.model, scenario.adapter, strategy.adapters, rank, seed, alike=strategy.alike
+    )
+    return ModelHost(model, give_sight(scenario, client, model, tokenizer))
 
 
 def _members(strategy: Strategy, scenario: Scenario, directory: Path) -> list[_Member]:
@@ -112,11 +169,7 @@ def _members(strategy: Strategy, scenario: Scenario, directory: Path) -> list[_M
         rank = client.rank or scenario.adapter.rank
         key = (_architecture(client), rank)
         if key not in hosts:
-            seed = scenario.adapter.basis_seed + scenario.seed
-            model, tokenizer = load_with_lora(
-                client.model, scenario.adapter, strategy.adapters, rank, seed, alike=strategy.alike
-            )
-            hosts[key] = ModelHost(model, give_sight(scenario, client, model, tokenizer))
+            hosts[key] = _host(strategy, scenario, client)
         tasks = training_examples(client)
         examples = [example for task in tasks for example in task]
         encoded = encode_examples(hosts[key].tokenizer, examples, scenario.training.max_length)

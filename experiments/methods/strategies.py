@@ -190,6 +190,18 @@ class Strategy:
             received |= self.combine({name: uploads[name] for name in server.ranks}, server)
         return Exchange.of_adapters(uploads, received)
 
+    def newcomer(self, alike: Mapping[str, Vector], architecture: str) -> Vector | None:
+        """What an unseen client begins with.
+
+        Args:
+            alike: what each member of its architecture and rank received last; may be empty.
+            architecture: of the newcomer.
+
+        Returns:
+            Its shared adapter; None for a fresh one.
+        """
+        return next(iter(alike.values()), None) if self.shares else None
+
     def receive(self, model: PeftModel, vector: Vector) -> None:
         """Take what came back."""
         write_adapter(model, SHARED, vector)

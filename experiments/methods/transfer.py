@@ -110,6 +110,10 @@ class FedMd(Strategy):
         sent = {name: sum(item.nbytes for item in items) for name, (_, items) in said.items()}
         return Exchange(received, sent, got)
 
+    def newcomer(self, alike: Mapping[str, Vector], architecture: str) -> Vector | None:
+        """A fresh adapter: what members go on with is their own."""
+        return None
+
 
 class FedMkt(Strategy):
     """Clients and a model of the server teach each other what they know better, example by example.
@@ -154,6 +158,10 @@ class FedMkt(Strategy):
                 got[name] = sum(item.nbytes for item in dispatched)
         sent = {name: sum(item.nbytes for item in items) for name, (_, items) in said.items()}
         return Exchange(received, sent, got)
+
+    def newcomer(self, alike: Mapping[str, Vector], architecture: str) -> Vector | None:
+        """The server's model of the architecture."""
+        return self.server_state.get(architecture)
 
     def _lesson(self, others: list[Knowledge], own: list[Knowledge]) -> Lesson:
         better = better_known(others, own)

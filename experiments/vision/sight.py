@@ -76,7 +76,7 @@ def located(folder: Path, path: str) -> Path:
 
 
 def _examples(scenario: Scenario) -> Iterator[Example]:
-    for client in scenario.clients:
+    for client in (*scenario.clients, *scenario.unseen):
         for task in client.task_list:
             yield from read_examples(task.train)
             yield from read_examples(task.test)

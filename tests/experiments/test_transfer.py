@@ -280,6 +280,7 @@ def test_architectures_teach_each_other_for_a_round(method: str, tmp_path: Path,
         assert result["traffic"]["adapter"]["sent"] > 0
 
 
+@pytest.mark.slow
 def test_a_server_that_remembers_goes_on_where_it_stopped(
     tmp_path: Path, tiny_scenario: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
