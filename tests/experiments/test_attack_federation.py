@@ -16,6 +16,8 @@ from fedmosaic.experiments.attack_federation import (
     weights_of_run,
 )
 from fedmosaic.experiments.attack_target import read_target
+from fedmosaic.experiments.scenario import Scenario
+from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.mechanism import ProfileMechanism, Reduction
 from fedmosaic.privacy.noise import SeededTestNoise
 from fedmosaic.privacy.policy import AggregationPolicy
@@ -119,6 +121,17 @@ def test_rows_of_a_run_are_read_without_the_last_round() -> None:
     (matrix,) = weights_of_run(run, ["a", "b", "c"])
     np.testing.assert_array_equal(matrix, [[0, 0.5, 0.5], [0, 0, 0], [0, 0, 0]])
     assert weights_of_run({}, ["a"]) == []
+
+
+def test_the_scenario_behind_the_page_has_four_tasks_and_two_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(__file__).parents[2] / "experiments/scenarios/attack-target.toml"
+    monkeypatch.setenv("FEDMOSAIC_TASKS", "/data")
+    monkeypatch.setenv("FEDMOSAIC_MODELS", "/models")
+    scenario = read_configuration(path, Scenario).resolved(path.parent)
+    assert len({client.task for client in scenario.clients}) == len(scenario.clients) == 4
+    assert len({client.model.path for client in scenario.clients}) == 2
+    assert scenario.adapter.encrypted
+    assert len(scenario.clients) > scenario.policy.minimum_contributors
 
 
 def test_a_path_without_a_run_is_refused(tmp_path: Path) -> None:
