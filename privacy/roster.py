@@ -51,7 +51,7 @@ class AdapterTerms(Frozen):
     rank: int = Field(default=16, ge=1, le=1024)
     alpha: float = Field(default=32.0, gt=0)
     blocks: int = Field(default=4, ge=1, le=256)
-    layer_rule: Literal["relative_depth", "authors"] = "relative_depth"
+    layer_rule: Literal["relative_depth", "authors", "first"] = "relative_depth"
     target_modules: tuple[str, ...] = Field(default=DEFAULT_TARGET_MODULES, min_length=1)
     other_layers: Literal["lora", "none"] = "lora"
     gate: Literal["scalar", "pooled"] = "scalar"

@@ -13,7 +13,7 @@ from torch import nn
 
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
-LayerRule = Literal["relative_depth", "authors"]
+LayerRule = Literal["relative_depth", "authors", "first"]
 LayerKind = Literal["shared", "family"]
 
 LAYER_RULES: tuple[str, ...] = get_args(LayerRule)
@@ -62,10 +62,11 @@ def target_layers(depth: int, blocks: int, rule: str = "relative_depth") -> tupl
         blocks: Number of blocks N_B, at least 1; the same for all clients of a federation.
         rule: `relative_depth` takes the layer whose end is nearest to the fraction k/N_B of the
             depth (halves go to the deeper layer). `authors` takes k·⌊depth/N_B⌋ − 1, with the last
-            block always at the last layer, so that the last block takes up all remainders.
+            block always at the last layer, so that the last block takes up all remainders. `first` takes
+            the first N_B layers, whatever the depth: what is compared with, not what is of use.
 
     Returns:
-        `blocks` strictly increasing 0-based indices; the last one is `depth − 1`.
+        `blocks` strictly increasing 0-based indices; the last one is `depth − 1`, but for `first`.
 
     Raises:
         ConfigurationError: `blocks` is below 1 or the rule is unknown.
@@ -83,6 +84,8 @@ def target_layers(depth: int, blocks: int, rule: str = "relative_depth") -> tupl
             f"The model has {depth} decoder layers, fewer than the {blocks} blocks of the federation. "
             f"Use at most {depth} blocks, or a deeper model for this client."
         )
+    if rule == "first":
+        return tuple(range(blocks))
     if rule == "authors":
         step = depth // blocks
         return (*(k * step - 1 for k in range(1, blocks)), depth - 1)

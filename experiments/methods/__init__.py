@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -37,10 +37,13 @@ class Variant:
     Attributes:
         description: what is changed.
         changes: to the scenario, as nested tables.
+        aligned: whether aligned checkpoints stay: "as_named", "left_out" where the scenario must name some, or
+            "refused" where they would undo the change.
     """
 
     description: str
     changes: Mapping[str, object]
+    aligned: Literal["as_named", "left_out", "refused"] = "as_named"
 
 
 VARIANTS: Final[dict[str, Variant]] = {
@@ -55,6 +58,16 @@ VARIANTS: Final[dict[str, Variant]] = {
     ),
     "fedmosaic-cosine": Variant(
         "the paper's cosine of noisy profiles, not corrected", {"relevance": {"similarity": "cosine"}}
+    ),
+    "fedmosaic-first-layers": Variant(
+        "without block alignment: the first layers share, whatever the model's depth",
+        {"adapter": {"layer_rule": "first"}},
+        aligned="refused",
+    ),
+    "fedmosaic-unaligned": Variant(
+        "without weight alignment: random bases in place of the aligned checkpoints",
+        {"adapter": {"basis": ""}},
+        aligned="left_out",
     ),
     "fedmosaic-alone": Variant(
         "the same adapter and training, but what is received is not used", {"discard_received": True}
@@ -103,8 +116,23 @@ def simulate_method(scenario: Scenario, directory: Path, console: Console) -> No
 
 def with_variant(scenario: Scenario) -> Scenario:
     """The scenario with the changes of the variant that it names."""
+    variant = VARIANTS[scenario.method]
     content = scenario.model_dump(mode="json")
-    for key, change in VARIANTS[scenario.method].changes.items():
+    named = [
+        client["model"] for client in (*content["clients"], *content["unseen"]) if client["model"]["aligned"]
+    ]
+    if variant.aligned == "refused" and named:
+        raise ConfigurationError(
+            f"{scenario.method} with aligned checkpoints: they fix which layers share; leave them out"
+        )
+    if variant.aligned == "left_out":
+        if not named:
+            raise ConfigurationError(
+                f"{scenario.method} leaves aligned checkpoints out, and scenario {scenario.name} names none"
+            )
+        for model in named:
+            model |= {"aligned": None, "rank": None}
+    for key, change in variant.changes.items():
         content[key] = {**content[key], **change} if isinstance(change, dict) else change
     return validate(content, Scenario, f"scenario {scenario.name} as {scenario.method}")
 

@@ -78,7 +78,7 @@ class TrainProjector:
     """GGUF file inside the folder."""
     keep_layers: int | None = None
     """Keep only so many of the first layers, as the clients do."""
-    steps: int = 1500
+    steps: int = 400
     """Optimizer steps; everything but the projector is frozen."""
     batch_size: int = 16
     """Questions in a step."""

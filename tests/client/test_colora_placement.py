@@ -70,6 +70,10 @@ AUTHORS_TABLE = [
 ]
 
 
+def test_the_first_layers_share_whatever_the_depth() -> None:
+    assert target_layers(6, 4, "first") == target_layers(30, 4, "first") == (0, 1, 2, 3)
+
+
 @pytest.mark.parametrize(("depth", "blocks", "expected"), AUTHORS_TABLE)
 def test_authors_rule_reproduces_the_published_table(
     depth: int, blocks: int, expected: tuple[int, ...]
