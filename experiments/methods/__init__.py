@@ -37,8 +37,8 @@ class Variant:
     Attributes:
         description: what is changed.
         changes: to the scenario, as nested tables.
-        aligned: whether aligned checkpoints stay: "as_named", "left_out" where the scenario must name some, or
-            "refused" where they would undo the change.
+        aligned: whether aligned checkpoints stay: "as_named"; "left_out", where the scenario must name some;
+            "refused", where they would undo the change.
     """
 
     description: str
