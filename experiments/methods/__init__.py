@@ -10,6 +10,7 @@ from rich.table import Table
 
 from fedmosaic.experiments.methods.cost import reference_flops
 from fedmosaic.experiments.methods.loop import run_baseline
+from fedmosaic.experiments.methods.pruning import HetLoraPruned
 from fedmosaic.experiments.methods.server_side import FlexLora, HetLora, PerAda
 from fedmosaic.experiments.methods.strategies import (
     Ditto,
@@ -86,6 +87,7 @@ BASELINES: Final[dict[str, tuple[str, Callable[[], Strategy]]]] = {
     "fedmd": ("clients learn from the mean of what all say about public data", FedMd),
     "fedmkt": ("clients and a server's model teach each other what they know better", FedMkt),
     "hetlora": ("ranks differ: padded and weighted by norm", HetLora),
+    "hetlora-pruned": ("the same, and clients give up ranks that training makes smaller", HetLoraPruned),
     "flexlora": ("ranks differ: products averaged, cut by singular values", FlexLora),
 }
 

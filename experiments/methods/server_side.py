@@ -34,7 +34,7 @@ class HetLora(FedAvg):
     """Ranks differ: smaller adapters are padded with zeros, and weighted by the norm of what they add.
 
     Every client receives the first of the rows and columns. The original's pruning of ranks while training
-    is not here.
+    is in `fedmosaic.experiments.methods.pruning`.
 
     Reference: Cho et al. (2024), arXiv 2401.06432.
     """
