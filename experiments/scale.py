@@ -24,6 +24,7 @@ from fedmosaic.client.examples import Example
 from fedmosaic.client.settings import ModelSettings
 from fedmosaic.client.training import TrainingSettings
 from fedmosaic.experiments.runner import run_here
+from fedmosaic.experiments.scale_server import run_server
 from fedmosaic.experiments.scenario import Scenario, ScenarioClient, ScenarioProfile
 from fedmosaic.experiments.tasks.labelled import write_examples
 from fedmosaic.privacy.encryption.parameters import PlainParameters
@@ -52,6 +53,8 @@ class Arguments:
     """Co-LoRA layers of the model."""
     dimensions: int = 64
     """Numbers in a task profile."""
+    server_only: bool = False
+    """Random adapters and profiles in place of models: what is left is the server's work."""
     as_json: Path | None = None
     """Also write the figures here."""
     only: bool = False
@@ -105,7 +108,7 @@ def _in_own_process(arguments: Arguments, count: int) -> Figures:
         sys.executable, "-m", "fedmosaic.experiments.scale", "--only",
         "--model", arguments.model, "--clients", str(count), "--rounds", str(arguments.rounds),
         "--steps", str(arguments.steps), "--dimensions", str(arguments.dimensions),
-        "--blocks", str(arguments.blocks),
+        "--blocks", str(arguments.blocks), *(["--server-only"] if arguments.server_only else []),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # our own module
     if done.returncode:
@@ -119,6 +122,9 @@ def measure(arguments: Arguments, count: int) -> Figures:
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         scenario = scale_scenario(arguments, count, place)
+        if arguments.server_only:
+            seconds, closing = run_server(scenario, place, Console(stderr=True))
+            return _figures(count, seconds, seconds / arguments.rounds, float(np.mean(closing)))
         directory = run_here(scenario, place, place, Console(stderr=True))
         server: dict[str, Any] = json.loads(
             (directory / "federation" / "server" / "state" / "run.json").read_text()
@@ -127,12 +133,17 @@ def measure(arguments: Arguments, count: int) -> Figures:
     closed = [result["closed_at"] for result in results]
     # The first round also holds the probing of every client's examples; it is counted from the start.
     rounds = np.diff(closed).tolist() or [time.monotonic() - started]
+    server_seconds = float(np.mean([result["seconds_aggregating"] for result in results]))
+    return _figures(count, time.monotonic() - started, float(np.mean(rounds)), server_seconds)
+
+
+def _figures(count: int, seconds: float, round_seconds: float, server_seconds: float) -> Figures:
     return Figures(
         clients=count,
-        seconds=time.monotonic() - started,
+        seconds=seconds,
         processor_seconds=time.process_time(),
-        round_seconds=float(np.mean(rounds)),
-        server_seconds=float(np.mean([result["seconds_aggregating"] for result in results])),
+        round_seconds=round_seconds,
+        server_seconds=server_seconds,
         peak_megabytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     )
 

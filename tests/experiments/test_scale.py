@@ -22,6 +22,14 @@ def test_a_small_federation_is_measured(tiny_folder: Path) -> None:
     assert "5" in str(scale.as_table([figures]).columns[0]._cells)
 
 
+def test_the_server_alone_is_measured_over_random_adapters(tiny_folder: Path) -> None:
+    arguments = scale.Arguments(
+        model=str(tiny_folder / "small"), clients=(5,), rounds=2, dimensions=4, server_only=True
+    )
+    figures = scale.measure(arguments, 5)
+    assert 0 < figures.server_seconds < figures.round_seconds < figures.seconds
+
+
 def test_too_few_clients_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="at least 4"):
         scale.main(["--model", "x", "--clients", "3"])
