@@ -70,7 +70,7 @@ class Figures:
         seconds: of everything, loading and founding included.
         processor_seconds: the same in the processor's time, which other work on the machine does not add to.
         round_seconds: mean of a round, training included.
-        server_seconds: mean of closing a round: relevance, weights, sums.
+        server_seconds: mean of closing a round: relevance, weights, sums; the processor's with `server_only`.
         peak_megabytes: resident memory of the process at its peak.
     """
 
