@@ -31,6 +31,8 @@ MOST_LIKELY: Final = 128
 """Tokens of a position that are told; all others count as impossible."""
 
 _LEAST: Final = 1e-4
+"""Of the most likely token's probability; what is below is not told."""
+
 _BYTES: Final = 4 + 4
 
 
@@ -77,7 +79,7 @@ def knowledge_of(server: ServerSide, adapters: Sequence[Vector], temperature: fl
                 own_TV = logits[row, mask[row]].cpu()
                 loss = functional.cross_entropy(own_TV, labels[row, mask[row]].cpu())
                 top = (own_TV / temperature).softmax(-1).topk(min(MOST_LIKELY, own_TV.shape[-1]), dim=-1)
-                kept = top.values * (top.values >= _LEAST)
+                kept = top.values * (top.values >= _LEAST * top.values[:, :1])
                 found.append(Knowledge(top.indices, kept / kept.sum(-1, keepdim=True), float(loss)))
     return found
 
@@ -226,16 +228,14 @@ class Lesson:
         temperature: of the targets.
         weight: of the targets' loss.
         label_weight: of the cross entropy with the public answers themselves.
-        anchor: what the student said before, by public example, and the weight of staying near it.
-        anchor_weight: see anchor.
-        anchor_temperature: of the anchor.
+        anchor_weight: of staying near what the student said at the start.
+        anchor_temperature: of what it said, over the whole vocabulary.
     """
 
     targets: Sequence[Knowledge | None]
     temperature: float = 1.0
     weight: float = 1.0
     label_weight: float = 0.0
-    anchor: Sequence[Knowledge] = ()
     anchor_weight: float = 0.0
     anchor_temperature: float = 1.0
 
@@ -257,6 +257,7 @@ def learn(server: ServerSide, start: Vector, lesson: Lesson, steps: int = STEPS)
     public = server.public[: len(lesson.targets)]
     order = Remembering(len(public), server.settings.seed)
     write_adapter(server.model, SHARED, start)
+    write_adapter(server.model, TEACHER, start)
     with using(server.model, [SHARED], [SHARED]):
         train_local(
             server.model,
@@ -264,25 +265,25 @@ def learn(server: ServerSide, start: Vector, lesson: Lesson, steps: int = STEPS)
             server.settings.model_copy(update={"steps": steps}),
             pad_token_id=server.pad_token_id,
             sampler=order,
-            losses=_lesson_losses(lesson, order),
+            losses=_lesson_losses(server, lesson, order),
         )
     return read_adapter(server.model, SHARED)
 
 
-def _lesson_losses(lesson: Lesson, order: Remembering) -> ExampleLosses:
+def _lesson_losses(server: ServerSide, lesson: Lesson, order: Remembering) -> ExampleLosses:
     def losses(model: nn.Module, batch: Batch) -> torch.Tensor:
+        # First what it said at the start: switching adapters must not come between the loss and its graph.
+        with torch.no_grad(), using(server.model, [TEACHER] if lesson.anchor_weight else []):
+            begun = answer_logits(server.model, batch) if lesson.anchor_weight else None
         logits = answer_logits(model, batch)
-        rows = order.latest
-        total = lesson.weight * cross_entropies(
-            logits, batch, [lesson.targets[i] for i in rows], lesson.temperature
-        )
-        if lesson.anchor:
-            anchors = [lesson.anchor[i] for i in rows]
-            total = total + lesson.anchor_weight * cross_entropies(
-                logits, batch, anchors, lesson.anchor_temperature
-            )
+        targets = [lesson.targets[i] for i in order.latest]
+        total = lesson.weight * cross_entropies(logits, batch, targets, lesson.temperature)
+        labels, mask = answer_labels(batch)
+        if begun is not None:
+            t = lesson.anchor_temperature
+            soft = -((begun / t).softmax(-1) * (logits / t).log_softmax(-1)).sum(-1)
+            total = total + lesson.anchor_weight * t * t * (soft * mask).sum(1) / mask.sum(1)
         if lesson.label_weight:
-            labels, mask = answer_labels(batch)
             hard = functional.cross_entropy(
                 logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
             ).view_as(labels)

@@ -53,7 +53,6 @@ class Takfl(FedAvg):
         received: dict[str, Vector] = {}
         for student, own in groups:
             mean = next(iter(self.combine(own, student).values()))
-            anchor = knowledge_of(student, [mean], self.anchor_temperature)
             vectors = [
                 learn(
                     student,
@@ -61,7 +60,6 @@ class Takfl(FedAvg):
                     Lesson(
                         self._translate(lesson, teacher, student),
                         temperature=self.temperature,
-                        anchor=anchor,
                         anchor_weight=self.anchor_weight,
                         anchor_temperature=self.anchor_temperature,
                     ),

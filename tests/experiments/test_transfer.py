@@ -110,6 +110,14 @@ def test_the_mean_of_one_models_logits_twice_is_that_model(servers: dict[str, Se
         knowledge_of(server, [])
 
 
+def test_even_opinions_of_a_large_vocabulary_are_told(servers: dict[str, ServerSide]) -> None:
+    server = servers["small"]
+    vector = _uploads(servers)["small-a"]
+    for item in knowledge_of(server, [vector], 1e6):
+        torch.testing.assert_close(item.probabilities.sum(-1), torch.ones(len(item.probabilities)))
+        assert float(item.probabilities.max()) == pytest.approx(1 / 46, rel=1e-3)
+
+
 # --- carrying
 
 
@@ -195,6 +203,26 @@ def test_a_student_comes_to_say_what_it_is_taught(servers: dict[str, ServerSide]
         np.mean([-(k.probabilities * k.probabilities.clamp(min=1e-9).log()).sum(-1).mean() for k in lesson])
     )
     assert after - entropy < 0.5 * (before - entropy)
+
+
+def test_a_student_that_is_held_stays_nearer_to_what_it_said(servers: dict[str, ServerSide]) -> None:
+    slow = TRAINING.model_copy(update={"learning_rate": 0.001})
+    student = replace(servers["large"], settings=slow)
+    lesson = knowledge_of(servers["small"], [_uploads(servers, 1.0)["small-a"]])
+    start = _uploads(servers)["large-a"]
+    free = learn(student, start, Lesson(lesson), steps=20)
+    held = learn(student, start, Lesson(lesson, anchor_weight=1.0, anchor_temperature=2.0), steps=20)
+
+    def moved(vector: np.ndarray) -> float:
+        told = []
+        for adapter in (vector, start):
+            write_adapter(student.model, SHARED, adapter)
+            with using(student.model, [SHARED]), torch.no_grad():
+                batch = collate(student.public, student.pad_token_id)
+                told.append(answer_logits(student.model, batch).softmax(-1))
+        return float((told[0] - told[1]).abs().sum())
+
+    assert moved(held) < 0.7 * moved(free)
 
 
 def test_nothing_to_learn_leaves_the_student_as_it_is(servers: dict[str, ServerSide]) -> None:
