@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from fedmosaic.experiments.scenario import Scenario
+from fedmosaic.experiments.tasks.picture_sets import PICTURES_TEN
 from fedmosaic.experiments.tasks.text_sets import TEXT_SETS
 from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.protos.errors import ConfigurationError
@@ -24,6 +25,25 @@ def test_scenarios_name_the_files_that_the_command_writes(
     tasks = [(client, task) for client, content in TEXT_SETS[name].items() for task in content]
     assert named == {f"{client}/{task}.train.jsonl" for client, task in tasks}
     assert [client.id for client in scenario.clients] == list(TEXT_SETS[name])
+
+
+@pytest.mark.parametrize("name", ["vision-four", "vision-ten"])
+def test_picture_scenarios_name_the_files_and_projectors_that_the_commands_write(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenario = read_configuration(SCENARIOS / f"{name}.toml", Scenario)
+    monkeypatch.setenv("FEDMOSAIC_TASKS", str(tmp_path))
+    monkeypatch.setenv("FEDMOSAIC_MODELS", str(tmp_path / "models"))
+    resolved = scenario.resolved(SCENARIOS)
+    assert resolved.pictures == tmp_path / "pictures-ten"
+    for client in resolved.clients:
+        assert client.projector == tmp_path / "projectors" / Path(client.family)
+        for task in client.task_list:
+            assert task.name in PICTURES_TEN[client.id]
+            assert task.train == tmp_path / "pictures-ten" / client.id / f"{task.name}.train.jsonl"
+    if name == "vision-ten":
+        named = {client.id: [task.name for task in client.task_list] for client in scenario.clients}
+        assert named == {client: list(tasks) for client, tasks in PICTURES_TEN.items()}
 
 
 def test_a_missing_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
