@@ -28,7 +28,7 @@ class AlignmentSettings:
     """Linear modules within a decoder layer, all by default."""
     other_layers: str = "none"
     """none, or lora: give the checkpoints ordinary LoRA on all other layers."""
-    anchor_basis: AnchorBasis = "gradients"
+    anchor_basis: AnchorBasis = "activations"
     """The anchor's own subspace: random (the paper), weights, activations or gradients."""
     input_method: InputMethod = "ridge"
     """How A is aligned: ridge, procrustes, correlation, or gradient_descent (the paper)."""
