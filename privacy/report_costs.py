@@ -1,7 +1,7 @@
 """What a statement's releases would have cost: the noise for another ε, and a version to hand on."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
@@ -145,9 +145,9 @@ def _answer(
 def shareable(statement: PrivacyStatement) -> PrivacyStatement:
     """The statement without what was computed from private data without noise.
 
-    Shares of clipped examples are removed. δ, sampling rates and every ε are rounded up (larger values
-    of each are true as well), so that they tell the order of a client's number of examples but not the
-    number.
+    Shares of clipped examples are removed. δ, sampling rates and every ε are rounded up, and noise
+    multipliers that were planned for the client's own data are rounded down (values on that side of each
+    are true as well), so that they tell the order of a client's number of examples but not the number.
 
     Args:
         statement: as `statement` made it.
@@ -158,12 +158,13 @@ def shareable(statement: PrivacyStatement) -> PrivacyStatement:
 
 def _shareable_client(client: ClientStatement) -> ClientStatement:
     remaining = client.remaining_epsilon
+    agreed = {m for channel in client.channels if channel.channel == "profile" for m in channel.mechanisms}
     return _changed(
         client,
         delta=round_up(client.delta, 1),
         spent_epsilon=round_up(client.spent_epsilon, 2),
         remaining_epsilon=None if remaining is None else math.floor(remaining * 10) / 10,
-        channels=tuple(_shareable_channel(channel) for channel in client.channels),
+        channels=tuple(_shareable_channel(channel, agreed) for channel in client.channels),
         guarantees=tuple(
             _changed(
                 guarantee,
@@ -176,7 +177,7 @@ def _shareable_client(client: ClientStatement) -> ClientStatement:
     )
 
 
-def _shareable_channel(channel: ChannelStatement) -> ChannelStatement:
+def _shareable_channel(channel: ChannelStatement, agreed: Set[Mechanism]) -> ChannelStatement:
     figures = channel.accountants
     return _changed(
         channel,
@@ -185,9 +186,15 @@ def _shareable_channel(channel: ChannelStatement) -> ChannelStatement:
         clipped_share=None,
         attack=_shareable_attack(channel.attack),
         accountants=None if figures is None else _rounded(figures, AccountantFigures.model_fields),
-        mechanisms=tuple(_shareable_rate(mechanism) for mechanism in channel.mechanisms),
+        mechanisms=tuple(_shareable_mechanism(each, each in agreed) for each in channel.mechanisms),
         planned=None if channel.planned is None else _shareable_rate(channel.planned),
     )
+
+
+def _shareable_mechanism(mechanism: Mechanism, agreed: bool) -> Mechanism:
+    # The profile's σ stands in the roster; the adapter's follows from ε, q and δ, and with them from n.
+    noise = mechanism.noise_multiplier if agreed else round_down(mechanism.noise_multiplier, 1)
+    return _shareable_rate(_changed(mechanism, noise_multiplier=noise))
 
 
 RateModel = TypeVar("RateModel", Mechanism, PlannedChannel)
@@ -218,8 +225,17 @@ def _changed(model: Model, **values: Any) -> Model:
 
 def round_up(value: float, digits: int) -> float:
     """The smallest number of `digits` significant decimal digits that is not below `value` (≥ 0)."""
+    return _rounded_to(value, digits, math.ceil)
+
+
+def round_down(value: float, digits: int) -> float:
+    """The largest number of `digits` significant decimal digits that is not above `value` (≥ 0)."""
+    return _rounded_to(value, digits, math.floor)
+
+
+def _rounded_to(value: float, digits: int, towards: Callable[[float], int]) -> float:
     if value == 0 or not math.isfinite(value):
         return value
     exponent = digits - 1 - math.floor(math.log10(value))
-    scaled = math.ceil(round(value * 10.0**exponent, 9))
+    scaled = towards(round(value * 10.0**exponent, 9))
     return float(f"{scaled}e{-exponent}")

@@ -13,7 +13,7 @@ from fedmosaic.privacy.accounting import UNPROTECTED, epsilon
 from fedmosaic.privacy.events import GaussianEvent
 from fedmosaic.privacy.ledger import Ledger, data_epoch
 from fedmosaic.privacy.report import statement
-from fedmosaic.privacy.report_costs import costs_at_epsilon, round_up, shareable
+from fedmosaic.privacy.report_costs import costs_at_epsilon, round_down, round_up, shareable
 from fedmosaic.privacy.report_models import (
     ADVERSARIES,
     Adversary,
@@ -48,6 +48,7 @@ def make_client(
     family: str | None = None,
     target: float | None = None,
     rounds: int = 3,
+    step: GaussianEvent | None = None,
     **facts: object,
 ) -> ClientInputs:
     private = COVERED[protection] == "dp"
@@ -70,7 +71,7 @@ def make_client(
         release("profile", 0, PROFILE, "dp")
         ledger.resent(1, "a" * 64, 1)
         for round in range(rounds):
-            release("adapter", round, STEP if private else UNPROTECTED, COVERED[protection])
+            release("adapter", round, (step or STEP) if private else UNPROTECTED, COVERED[protection])
             if family:
                 release("family", round, STEP if COVERED[family] == "dp" else UNPROTECTED, COVERED[family])
         rows = tuple(ledger.export())
@@ -354,6 +355,19 @@ def test_a_shareable_statement_keeps_nothing_exact(tmp_path: Path) -> None:
     assert shareable(shared) == shared
 
 
+def test_planned_noise_does_not_tell_the_number_of_examples(tmp_path: Path) -> None:
+    # σ planned for ε = 8 with 300 and with 301 examples.
+    told = []
+    for number, sigma in enumerate((0.68654709, 0.68567325)):
+        client = make_client(tmp_path, "dp", name=str(number), step=GaussianEvent(sigma, 0.1, 15))
+        (shared,) = shareable(make(client)).clients
+        assert str(sigma)[:5] not in shared.model_dump_json()
+        told.append([each.noise_multiplier for channel in shared.channels for each in channel.mechanisms])
+    assert told[0] == told[1]
+    assert min(told[0]) == 0.6
+    assert PROFILE.noise_multiplier in told[0]
+
+
 @pytest.mark.parametrize(
     ("value", "digits", "expected"),
     [(2.7e-5, 1, 3e-5), (3e-5, 1, 3e-5), (0.991, 2, 1.0), (2.4416, 2, 2.5), (0.0, 2, 0.0), (123.0, 1, 200.0)],
@@ -361,6 +375,13 @@ def test_a_shareable_statement_keeps_nothing_exact(tmp_path: Path) -> None:
 def test_rounding_up_keeps_upper_bounds(value: float, digits: int, expected: float) -> None:
     assert round_up(value, digits) == expected
     assert round_up(math.inf, 2) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(0.6865, 0.6), (8.0, 8.0), (0.3, 0.3), (12.8, 10.0), (0.0, 0.0)]
+)
+def test_rounding_down_keeps_lower_bounds(value: float, expected: float) -> None:
+    assert round_down(value, 1) == expected
 
 
 def test_what_another_epsilon_would_have_cost(tmp_path: Path) -> None:
