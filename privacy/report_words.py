@@ -73,8 +73,8 @@ LEAKS = (
     "single examples, not the nature of the data.",
     "δ, sampling rate and ε together tell the reader of this statement about how many examples the client "
     "has.",
-    "Whether a client has the examples that a profile needs at least, and how often its data changed: it then "
-    "sends a new profile.",
+    "Whether a client has the examples that a profile needs at least, and how often its data changed: it "
+    "then sends a new profile.",
     "How long a private step takes, which grows with the size of its random sample.",
     "Poisoning and free-riding are not a question of privacy and are not covered here.",
 )
