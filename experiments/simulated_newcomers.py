@@ -9,14 +9,17 @@ import numpy as np
 from fedmosaic.client.colora import copy_branch, set_active_branches, set_trainable
 from fedmosaic.client.colora.aligned import write_embedded
 from fedmosaic.client.examples import encode_examples, padding_token
+from fedmosaic.client.releases import AdapterPlan, Releases, budgeted_channels, sampling_rate
 from fedmosaic.client.sampling import EpochSampler
+from fedmosaic.client.state import ClientState
 from fedmosaic.client.training import train_local
 from fedmosaic.experiments.hosts import ModelHost, Tenant
 from fedmosaic.experiments.newcomers import Newcomer, adapt, add_newcomer, read_newcomers
 from fedmosaic.experiments.participants import Board, newcomer_seed, training_examples
 from fedmosaic.experiments.scenario import Scenario, ScenarioClient
 from fedmosaic.experiments.shared_probe import SharedProbe
-from fedmosaic.privacy.mechanism import update_average
+from fedmosaic.privacy.accounting import default_delta
+from fedmosaic.privacy.ledger import Ledger
 from fedmosaic.privacy.noise import SecureNoise, SeededTestNoise
 from fedmosaic.privacy.roster import Terms
 from fedmosaic.protos.messages import Profile
@@ -68,12 +71,7 @@ def newcomer_shares(federation: Federation, entry: ScenarioClient) -> dict[str, 
 
     The newcomer's profile is released as any member's first: one release with the same noise.
     """
-    seed = federation.scenario.unsafe_test_noise_seed
-    randomness = SecureNoise() if seed is None else SeededTestNoise(seed - 1)
-    examples = [example for task in training_examples(entry) for example in task]
-    mechanism = federation.terms.profile
-    released = update_average(None, federation.probe.of(examples, randomness)(lambda: None), mechanism, 0.0)
-    own = Profile(released.vector.astype(np.float32), released.noise_variance, released.releases)
+    own = _released_profile(federation, entry)
     settings = federation.settings
     store = Store(settings.store_url or default_url(settings.state_dir), durable=False)
     try:
@@ -95,6 +93,30 @@ def newcomer_shares(federation: Federation, entry: ScenarioClient) -> dict[str, 
         return planned.refusals[entry.id]
     row = planned.rows[entry.id]
     return {c: w / 2**row.bits for c, w in zip(row.contributors, row.weights, strict=True)}
+
+
+def _released_profile(federation: Federation, entry: ScenarioClient) -> Profile | None:
+    """The newcomer's one release, charged to a ledger of its own in the run's directory."""
+    seed = federation.scenario.unsafe_test_noise_seed
+    randomness = SecureNoise() if seed is None else SeededTestNoise(seed - 1)
+    examples = [example for task in training_examples(entry) for example in task]
+    terms, ids = federation.terms, tuple(example.id for example in examples)
+    state = ClientState(federation.directory / "newcomers" / entry.id, "newcomers", entry.id)
+    ledger = Ledger.open(
+        state.ledger_path,
+        entry.id,
+        default_delta(len(ids)),
+        terms.adapter_privacy.target_epsilon,
+        budgeted_channels=budgeted_channels(terms),
+    )
+    try:
+        probe = federation.probe.of(examples, randomness)
+        unprotected = AdapterPlan(0.0, sampling_rate(terms, len(ids)))
+        releases = Releases(ledger, terms, state, ids, probe, randomness, unprotected)
+        return releases.profile(federation.scenario.schedule.rounds)
+    finally:
+        ledger.close()
+        state.release()
 
 
 def _adapt(federation: Federation, entry: ScenarioClient, host: ModelHost, seed: int) -> Newcomer:

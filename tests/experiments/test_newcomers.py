@@ -16,6 +16,7 @@ from fedmosaic.experiments.newcomers import Newcomer, add_newcomer, newcomers_ta
 from fedmosaic.experiments.participants import Board, read_evaluations
 from fedmosaic.experiments.report import read_run, show
 from fedmosaic.experiments.simulated_newcomers import Federation, newcomer_shares
+from fedmosaic.privacy.ledger import read_ledger
 from fedmosaic.protos.errors import ConfigurationError
 
 
@@ -49,6 +50,9 @@ def test_a_newcomer_is_scored_after_each_number_of_steps(
         assert set(newcomer.begun_with) <= {"client-0", "client-1", "client-2"}
         assert sum(newcomer.begun_with.values()) == pytest.approx(1.0)
         assert max(newcomer.begun_with.values()) <= 0.6 + 1e-4
+        rows = read_ledger(directory / "newcomers" / "client-3" / "ledger.sqlite")
+        charged = [row.channel for row in rows if row.kind == "RESERVED"]
+        assert charged == [row.channel for row in rows if row.kind == "RELEASED"] == ["profile"]
     console = _console()
     show(read_run(directory), console)
     assert "Unseen clients" in cast(io.StringIO, console.file).getvalue()
