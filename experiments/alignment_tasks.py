@@ -1,7 +1,7 @@
 """Tasks and public text for the alignment's measurements, from the data sets beside the repository.
 
-    python -m fedmosaic.experiments.alignment_tasks --data ../shared/data --out runs/alignment/data
-    python -m fedmosaic.experiments.alignment_tasks … --stories ../shared/models/stories-15m
+    python -m fedmosaic.experiments.alignment_tasks --data DATA --out runs/alignment/data
+    python -m fedmosaic.experiments.alignment_tasks … --stories MODELS/stories-15m
 
 Three tasks with few, short choices, and public text that shares no data set with any of them.
 
