@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 
 from fedmosaic.experiments import grid
+from fedmosaic.experiments.methods import BASELINES, VARIANTS
 from fedmosaic.protos.errors import ConfigurationError
+
+TABLES = Path(__file__).parents[2] / "experiments" / "tables"
 
 
 @pytest.fixture
@@ -70,3 +73,14 @@ def test_one_name_for_two_cells_is_refused(table: Path, tmp_path: Path) -> None:
     table.write_text(table.read_text() + '[[methods]]\nmethod = "local"\nset = ["training.steps=2"]\n')
     with pytest.raises(ConfigurationError, match="give one a variant"):
         grid.cells(grid.Arguments(table, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in TABLES.glob("*.toml")))
+def test_every_table_of_the_repository_names_runs_that_are_possible(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDMOSAIC_MODELS", str(tmp_path))
+    monkeypatch.setenv("FEDMOSAIC_TASKS", str(tmp_path))
+    cells = grid.cells(grid.Arguments(TABLES / name, tmp_path / "out"))
+    assert len(cells) > 3
+    assert {cell.scenario.method for cell in cells} <= {*VARIANTS, *BASELINES}
