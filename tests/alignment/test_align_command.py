@@ -35,7 +35,7 @@ from fedmosaic.client.models import adapt, load_base_model
 from fedmosaic.protos.errors import ConfigurationError, ModelError, StateError
 
 WORDS = [*"abcdefghijklmnopqrst", "yes", "no", "?"]
-SETTINGS = AlignmentSettings(rank=3, blocks=2, max_length=24, batch_size=8)
+SETTINGS = AlignmentSettings(rank=3, blocks=2, max_length=24, batch_size=8, anchor_basis="activations")
 
 
 def silent(_name: str) -> Callable[[int, int], None]:
