@@ -1,8 +1,8 @@
 """Privacy against utility as one figure: accuracy and relevance over ε, by how the adapter is protected.
 
-What stands on the axis is the largest ε that any client's ledger came to, not the target: for `dp` and
-`dp+encrypted` of everything that leaves a client, for `none` and `encrypted` of the task profile alone,
-because their adapter has no ε. Below the panels stands what each reader's ε is then.
+What stands on the axis is not the target but the ε that the clients' ledgers came to, the largest of any of
+them, both channels together, towards another member. `none` and `encrypted` stand at infinity: their adapter
+has no ε, whatever the profile's is. The table below the panels says what each reader's ε is.
 """
 
 import math
@@ -20,10 +20,10 @@ NAMESPACE: Final = "http://www.w3.org/2000/svg"
 _COLOURS: Final = {"none": "#0b5fa5", "encrypted": "#1b8a8a", "dp": "#c2571a", "dp+encrypted": "#8a3b8f"}
 _MARKS: Final = {"none": "square", "encrypted": "diamond", "dp": "circle", "dp+encrypted": "triangle"}
 _NAMES: Final = {
-    "none": "none: ε of the profile only",
-    "encrypted": "encrypted: ε of the profile only",
-    "dp": "dp: ε of all that leaves",
-    "dp+encrypted": "dp+encrypted: ε of all that leaves",
+    "none": "none: adapter in the clear",
+    "encrypted": "encrypted: server sees ciphertext",
+    "dp": "dp: noise on all that leaves",
+    "dp+encrypted": "dp+encrypted: both",
 }
 _PANELS: Final[tuple[tuple[str, Callable[[Run], float | None]], ...]] = (
     ("Self A_last, %", lambda run: run.summary.last.own),
@@ -76,7 +76,7 @@ def privacy_figure(groups: Sequence[Group], command: str) -> str:
         _text(
             _LEFT,
             y + 12,
-            f"Bars: 95 % interval over {'–'.join(map(str, seeds))} seeds. ε is the largest of any client.",
+            f"{_bars(seeds)} ε is the largest of any client.",
             size=11,
         )
     )
@@ -89,6 +89,12 @@ def privacy_figure(groups: Sequence[Group], command: str) -> str:
     )
 
 
+def _bars(seeds: Sequence[int]) -> str:
+    if seeds[-1] == 1:
+        return "One seed, so that there is no interval."
+    return f"Bars: 95 % interval over {'–'.join(map(str, seeds))} seeds."
+
+
 def _figures(group: Group) -> tuple[Interval | None, ...]:
     columns = [[value(run) for run in group.runs] for _, value in _PANELS]
     return tuple(
@@ -98,13 +104,8 @@ def _figures(group: Group) -> tuple[Interval | None, ...]:
 
 
 def _point(group: Group) -> _Point:
-    protection = group.runs[0].protection
-    if protection.startswith("dp"):
-        epsilon = group.epsilon("recipients")
-    else:
-        known = [run.profile_epsilon for run in group.runs if run.profile_epsilon is not None]
-        epsilon = max(known, default=None)
-    return _Point(protection, math.inf if epsilon is None else epsilon, _figures(group))
+    epsilon = group.epsilon("recipients")
+    return _Point(group.runs[0].protection, math.inf if epsilon is None else epsilon, _figures(group))
 
 
 def _axis_of(values: Sequence[float]) -> Callable[[float], float]:
@@ -131,6 +132,7 @@ def _panel(
     figures += [f for r in references.values() if (f := r[number]) is not None]
     ends = [100 * (f.mean + side * (f.half_width or 0.0)) for f in figures for side in (-1, 1)]
     low = max(0, 10 * math.floor(min(ends, default=0.0) / 10))
+    low = min(low, 90)
     high = max(low + 10, min(100, 10 * math.ceil(max(ends, default=100.0) / 10)))
 
     def height(share: float) -> float:
@@ -216,12 +218,12 @@ def _legend(points: Sequence[_Point], references: Mapping[str, object], y: int) 
 
 def _readers(groups: Sequence[Group], y: int) -> tuple[list[str], int]:
     """What every run's ε is towards the two readers, as a small table."""
-    columns = (0, 330, 560)
-    heads = ("who reads what, joint ε of both channels", "the server", "another member")
+    columns = (0, 330, 480, 760)
+    heads = ("who reads what: ε of adapter and profile", "profile alone", "the server", "another member")
     shapes = [_text(_LEFT + x, y, head, weight=600) for x, head in zip(columns, heads, strict=True)]
     for group in groups:
         y += 19
-        cells = (group.method, *(_reader(group, reader) for reader in ("server", "recipients")))
+        cells = (group.method, _profile(group), _reader(group, "server"), _reader(group, "recipients"))
         shapes += [_text(_LEFT + x, y, cell) for x, cell in zip(columns, cells, strict=True)]
     return shapes, y + 10
 
@@ -229,9 +231,13 @@ def _readers(groups: Sequence[Group], y: int) -> tuple[list[str], int]:
 def _reader(group: Group, reader: str) -> str:
     value = group.epsilon(reader)
     if reader == "server" and group.runs[0].protection == "encrypted":
-        profile = max((run.profile_epsilon or 0.0 for run in group.runs), default=0.0)
-        return f"adapter: ciphertext; profile {epsilon_text(profile)}"
+        return f"adapter: ciphertext; profile {_profile(group)}"
     return epsilon_text(value)
+
+
+def _profile(group: Group) -> str:
+    known = [run.profile_epsilon for run in group.runs if run.profile_epsilon is not None]
+    return epsilon_text(max(known)) if known else "-"
 
 
 def _text(x: float, y: float, words: str, *, size: int = 13, weight: int = 400, anchor: str = "start") -> str:
