@@ -6,7 +6,6 @@ stored uploads and the member's own keyring: for a run, on what the run left beh
 back ends, on a federation of this process with real sessions, key agreement and encryption.
 """
 
-import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from fedmosaic.experiments.attack_received import saved_adapter, shared_vector
 from fedmosaic.experiments.attack_stand_in import MEMBERS, ROUNDS, configuration, run_sessions
 from fedmosaic.experiments.attack_target import Target
 from fedmosaic.experiments.in_process import InProcessTransport
+from fedmosaic.experiments.quiet_log import quiet_log
 from fedmosaic.privacy import federation
 from fedmosaic.privacy.attacks.collusion import recovery_error
 from fedmosaic.privacy.attacks.results import AttackResult, Figure
@@ -132,16 +132,10 @@ def _clip(roster: Roster) -> float:
 
 
 def _of_stand_in() -> Iterator[tuple[str, list[float]]]:
-    quiet = logging.getLogger("fedmosaic")
-    before, propagate = quiet.level, quiet.propagate
-    quiet.setLevel(logging.ERROR)
-    quiet.propagate = False
-    try:
-        for parameters in (CkksParameters(), MaskParameters()):
-            yield f"a federation of {len(MEMBERS)}, {parameters.backend}", _stand_in(parameters)
-    finally:
-        quiet.setLevel(before)
-        quiet.propagate = propagate
+    for parameters in (CkksParameters(), MaskParameters()):
+        with quiet_log():
+            errors = _stand_in(parameters)
+        yield f"a federation of {len(MEMBERS)}, {parameters.backend}", errors
 
 
 def _stand_in(parameters: Parameters) -> list[float]:

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmosaic.experiments.attack_stand_in import MEMBERS, ROUNDS, VectorLearner, configuration, run_sessions
 from fedmosaic.experiments.in_process import InProcessTransport
+from fedmosaic.experiments.quiet_log import quiet_log
 from fedmosaic.privacy import federation
 from fedmosaic.privacy.attacks.results import RefusalResult
 from fedmosaic.protos.errors import ConfigurationError, FedMosaicError
@@ -87,19 +88,12 @@ def refusals() -> tuple[RefusalResult, ...]:
     Raises:
         ConfigurationError: the federation did not run to its end, so that nothing was shown.
     """
-    quiet = logging.getLogger("fedmosaic")
-    before = quiet.level
-    quiet.setLevel(logging.WARNING)
-    propagate, quiet.propagate = quiet.propagate, False
-    try:
+    with quiet_log(logging.WARNING):
         return (
             _honest(),
             *(_against_client(words, tamper) for words, tamper in AGGREGATE_ATTACKS.items()),
             *(_against_server(words, tamper) for words, tamper in UPLOAD_ATTACKS.items()),
         )
-    finally:
-        quiet.setLevel(before)
-        quiet.propagate = propagate
 
 
 def _section(aggregate: Aggregate) -> tuple[AggregateSection, SectionWeights]:

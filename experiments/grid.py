@@ -5,7 +5,6 @@ it. Every cell is a run of `fedmosaic run`, in a directory of its own name below
 table that was stopped goes on where it stood, and `fedmosaic report OUT/*` reads it like any other runs.
 """
 
-import logging
 import re
 import shlex
 import time
@@ -20,6 +19,7 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from fedmosaic.experiments.comparison import compared_run, comparison_table, group_runs, markdown
+from fedmosaic.experiments.quiet_log import quiet_log
 from fedmosaic.experiments.runner import run_at, with_changes
 from fedmosaic.experiments.scenario import Scenario
 from fedmosaic.privacy.configuration import Frozen, read_configuration
@@ -94,13 +94,13 @@ def main(arguments: Sequence[str]) -> int:
             print(cell.command)
         return 0
     console = Console()
-    logging.getLogger("fedmosaic").setLevel(logging.ERROR)
     started = time.monotonic()
     ran = 0
     for number, cell in enumerate(every, start=1):
         place = parsed.out / cell.name
         begun = time.monotonic()
-        run_at(cell.scenario, place.resolve(), Console(quiet=True))
+        with quiet_log():
+            run_at(cell.scenario, place.resolve(), Console(quiet=True))
         seconds = time.monotonic() - begun
         ran += seconds > 1.0
         left = (time.monotonic() - started) / max(1, ran) * (len(every) - number) / 60

@@ -1,6 +1,7 @@
 """A table runs each of its cells once, goes on where it stopped, and never mixes settings."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,9 @@ def test_a_table_runs_once_and_goes_on(
     assert "| `fedavg fast, α` | 1 |" in capsys.readouterr().out
     written = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
     assert len(written) == 8
+    assert logging.getLogger("fedmosaic").isEnabledFor(logging.WARNING), (
+        "the table silenced what runs after it"
+    )
     assert grid.main(arguments) == 0
     assert {path: path.stat().st_mtime_ns for path in out.rglob("result.json")} == written
     with pytest.raises(ConfigurationError, match="other settings"):
