@@ -17,6 +17,8 @@ from fedmosaic.experiments.relevance_measure import area_under_curve
 from fedmosaic.protos.errors import ConfigurationError
 
 FIGURES: Final = ("Self A_last", "Self A_AUC", "Others A_last", "Others A_AUC")
+HEADS: Final = ("seeds", "ε server", "ε recipients", *FIGURES, "kB/round", "TFLOP", "s")
+"""Heads of the columns of `row` after scenario and method."""
 READERS: Final = {"server": "server_honest_but_curious", "recipients": "recipient"}
 """Who reads, and the adversary's name in a privacy statement."""
 
@@ -36,6 +38,8 @@ class Run:
         epsilon: by reader, the largest over the clients; None where only cryptography protects.
         sent: mean bytes that a client sent in a round.
         seconds: of the whole run.
+        training_flops: floating point operations of all clients' own training steps; None where a client's
+            were not measured.
         protection: of the adapter, as in a roster; empty for methods without a server of FedMosaic.
         profile_epsilon: of the profile alone, towards the server, the largest over the clients.
         relevance: how the last round's similarities tell clients of one group from others (area under the
@@ -52,6 +56,7 @@ class Run:
     epsilon: Mapping[str, float | None]
     sent: float
     seconds: float
+    training_flops: float | None = None
     protection: str = ""
     profile_epsilon: float | None = None
     relevance: float | None = None
@@ -122,8 +127,14 @@ def compared_run(directory: Path) -> Run:
         epsilon={reader: _epsilon(reader, results) for reader in READERS},
         sent=fmean(sent) / scenario["schedule"]["rounds"],
         seconds=float(_json(directory / "run.json").get("seconds", 0.0)),
+        training_flops=_training_flops(results),
         **_exchange(directory, scenario, results),
     )
+
+
+def _training_flops(results: Sequence[tuple[Path, Mapping[str, Any]]]) -> float | None:
+    measured = [result.get("training_flops") for _, result in results]
+    return None if None in measured else math.fsum(float(value) for value in measured if value is not None)
 
 
 def _exchange(
@@ -219,7 +230,7 @@ def group_runs(runs: Sequence[Run]) -> tuple[Group, ...]:
 def comparison_table(groups: Sequence[Group]) -> Table:
     """Accuracies in per cent, mean ± half width of the 95 % interval over seeds."""
     table = Table(title="Methods compared, % (mean ± 95 % interval over seeds)")
-    for column in ("scenario", "method", "seeds", "ε server", "ε recipients", *FIGURES, "kB/round", "s"):
+    for column in ("scenario", "method", *HEADS):
         table.add_column(column, justify="left" if column in ("scenario", "method") else "right")
     for group in groups:
         table.add_row(*row(group))
@@ -236,13 +247,19 @@ def row(group: Group) -> tuple[str, ...]:
         epsilon_text(group.epsilon("recipients")),
         *(percent(figure) for figure in group.figures()),
         f"{fmean(run.sent for run in group.runs) / 1000:.1f}",
+        _operations([run.training_flops for run in group.runs]),
         f"{fmean(run.seconds for run in group.runs):.0f}",
     )
 
 
+def _operations(flops: Sequence[float | None]) -> str:
+    known = [value for value in flops if value is not None]
+    return f"{fmean(known) / 1e12:.3g}" if len(known) == len(flops) else "-"
+
+
 def markdown(groups: Sequence[Group]) -> str:
     """The comparison as Markdown, one table per scenario."""
-    heads = ("method", "seeds", "ε server", "ε recipients", *FIGURES, "kB/round", "s")
+    heads = ("method", *HEADS)
     lines: list[str] = []
     for scenario in dict.fromkeys(group.scenario for group in groups):
         lines += [f"**{scenario}**", "", f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from fedmosaic import __version__
-from fedmosaic.experiments.comparison import FIGURES, Group, epsilon_text, percent, row
+from fedmosaic.experiments.comparison import HEADS, Group, epsilon_text, percent, row
 from fedmosaic.experiments.metrics import Interval
 from fedmosaic.experiments.privacy_figure import NAMESPACE, privacy_figure
 
@@ -53,7 +53,9 @@ def page(groups: Sequence[Group], command: str) -> str:
         "and then over seeds; ± is half the width of Student's 95 % interval over seeds.</p>",
         "<p>Self: the client's own tasks. Others: the other clients' tasks. A_last: after the last round. "
         "A_AUC: mean over the scored rounds. ε is the largest of any client, both channels together, towards "
-        "the honest-but-curious server and towards another client; ∞ means no differential privacy.</p>",
+        "the honest-but-curious server and towards another client; ∞ means no differential privacy. "
+        "kB/round: what a client sends on average. TFLOP: measured operations of all clients' own training "
+        "steps, without scoring, profiles and what a server distils. s: the whole run, all included.</p>",
     ]
     for scenario in scenarios:
         of_scenario = [group for group in groups if group.scenario == scenario]
@@ -73,8 +75,7 @@ def page(groups: Sequence[Group], command: str) -> str:
 
 
 def _table(groups: Sequence[Group]) -> str:
-    heads = ("method", "seeds", "ε server", "ε recipients", *FIGURES, "kB per round", "seconds")
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("method", *HEADS))
     lines = []
     for group in groups:
         cells = (f"<td{' class=none' if cell == '∞' else ''}>{escape(cell)}</td>" for cell in row(group)[1:])

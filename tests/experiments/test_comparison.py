@@ -158,6 +158,12 @@ def test_finished_runs_are_compared_on_the_command_line(tmp_path: Path, tiny_sce
     assert by_method["fedavg"].epsilon["recipients"] == math.inf
     assert by_method["fedmosaic"].epsilon["server"] == math.inf
     assert by_method["fedmosaic"].sent > 0
+    local = by_method["local"].training_flops
+    assert local == by_method["fedavg"].training_flops, "sharing costs no training"
+    assert local is not None
+    cells = comparison.row(group_runs([by_method["local"]])[0])
+    assert len(cells) == 2 + len(comparison.HEADS)
+    assert float(cells[-2]) == pytest.approx(local / 1e12, rel=0.01)
     assert set(by_method["fedavg"].curve) == {0, 1}
 
 
