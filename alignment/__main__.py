@@ -71,6 +71,8 @@ def _texts(arguments: Arguments, anchor: Side, stage: Stage) -> Sequence[PublicT
         raise ConfigurationError("Give either --data FILE or --synthetic generated|random_tokens, not both.")
     if arguments.data is not None:
         return read_public_text(arguments.data, arguments.samples)
+    if arguments.samples < 1:
+        raise ConfigurationError(f"samples is {arguments.samples}; alignment needs at least 1 public text.")
     seed = arguments.settings.seed
     if arguments.synthetic == "random_tokens":
         return random_token_text(anchor.tokenizer, arguments.samples, seed=seed)

@@ -20,11 +20,6 @@ BasisPair = tuple[torch.Tensor, torch.Tensor]
 """A (r, d_in), rows orthonormal, and B (d_out, r), columns orthonormal; float64."""
 
 
-def needs_gradients(kind: str) -> bool:
-    """Whether a choice needs gradients of the loss on public text."""
-    return kind == "gradients"
-
-
 def anchor_basis(
     anchor: Side, rank: int, kind: str, *, moments: PairMoments | None = None, seed: int = 0
 ) -> dict[ModuleKey, BasisPair]:

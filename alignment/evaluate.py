@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 import tyro
 from peft import PeftModel
@@ -179,9 +180,9 @@ def evaluate(arguments: Arguments, console: Console) -> list[Score]:
         raise ConfigurationError(
             "learning_rate should be above 0 and at most 10, max_length at least 8, first_seed at least 0."
         )
-    folders = {label: Path(folder) for label, folder in map(_labelled, arguments.bases)}
-    manifests = {label: _manifest(folder) for label, folder in folders.items()}
-    tasks = [_task(text, arguments.test_examples) for text in arguments.task]
+    folders = {label: Path(folder) for label, folder in map(parse_labelled, arguments.bases)}
+    manifests = {label: find_manifest(folder) for label, folder in folders.items()}
+    tasks = [read_task(text, arguments.test_examples) for text in arguments.task]
     first = next(iter(manifests.values()))
     for manifest in manifests.values():
         for name in arguments.pair:
@@ -192,45 +193,56 @@ def evaluate(arguments: Arguments, console: Console) -> list[Score]:
     scores: list[Score] = []
     for source, target in ways:
         for task in tasks:
-            scores += _transfer(arguments, folders, loaded[source], loaded[target], task, console)
-            _write(arguments.out, arguments, scores)
+            for found in _transfers(arguments, folders, loaded[source], loaded[target], task):
+                scores += found
+                # After every run: hours of them must not be lost with the last.
+                _write(arguments.out, arguments, scores)
+                line = ", ".join(f"{s.variant} {s.loss:.3f}/{s.accuracy:.3f}" for s in found)
+                where = f"{task.name}, {loaded[source].name} → {loaded[target].name}, seed {found[0].seed}"
+                console.print(f"{where}: {line}", soft_wrap=True)
     return scores
 
 
-def _transfer(
+def _transfers(
     arguments: Arguments,
     folders: Mapping[str, Path],
     source: LoadedModel,
     target: LoadedModel,
     task: Task,
-    console: Console,
-) -> list[Score]:
-    found: list[Score] = []
-
-    def note(variant: str, seed: int, values: tuple[float, float]) -> None:
-        found.append(Score(task.name, source.name, target.name, variant, seed, *values))
-
-    loss, accuracy = target.score(target.base, task, arguments.max_length)
+) -> Iterator[list[Score]]:
+    """The scores of one run after the other."""
+    zero_shot = target.score(target.base, task, arguments.max_length)
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
-        note(ZERO_SHOT, seed, (loss, accuracy))
+        named = [(ZERO_SHOT, zero_shot)]
         for index, (label, folder) in enumerate(folders.items()):
             with source.mounted(folder / source.name) as adapted:
                 _train(arguments, source, adapted, task, seed)
-                note(f"{SOURCE}: {label}", seed, source.score(adapted, task, arguments.max_length))
+                named.append((f"{SOURCE}: {label}", source.score(adapted, task, arguments.max_length)))
                 core = read_shared(adapted)
             if arguments.source_only:
                 continue
             with target.mounted(folder / target.name) as adapted:
-                for variant in (label, UNALIGNED)[: 2 if index == 0 else 1]:
-                    if variant == UNALIGNED:
-                        _scramble(adapted, seed)
-                    for factor in arguments.core_scales:
-                        write_shared(adapted, factor * core, "local")
-                        name = variant if factor == 1.0 else f"{variant} × {factor:g}"
-                        note(name, seed, target.score(adapted, task, arguments.max_length))
-        line = ", ".join(f"{s.variant} {s.loss:.3f}/{s.accuracy:.3f}" for s in found if s.seed == seed)
-        console.print(f"{task.name}, {source.name} → {target.name}, seed {seed}: {line}", soft_wrap=True)
-    return found
+                named += _scaled(arguments, target, adapted, task, core, label)
+                if index == 0:
+                    scramble(adapted, seed)
+                    named += _scaled(arguments, target, adapted, task, core, UNALIGNED)
+        yield [
+            Score(task.name, source.name, target.name, variant, seed, *values) for variant, values in named
+        ]
+
+
+def _scaled(
+    arguments: Arguments,
+    target: LoadedModel,
+    adapted: PeftModel,
+    task: Task,
+    core: np.ndarray[tuple[int], np.dtype[np.float32]],
+    variant: str,
+) -> Iterator[tuple[str, tuple[float, float]]]:
+    for factor in arguments.core_scales:
+        write_shared(adapted, factor * core, "local")
+        name = variant if factor == 1.0 else f"{variant} × {factor:g}"
+        yield name, target.score(adapted, task, arguments.max_length)
 
 
 def _train(arguments: Arguments, source: LoadedModel, adapted: PeftModel, task: Task, seed: int) -> None:
@@ -245,8 +257,13 @@ def _train(arguments: Arguments, source: LoadedModel, adapted: PeftModel, task: 
     train_local(adapted, encoded, settings, pad_token_id=padding_token(source.tokenizer))
 
 
-def _scramble(adapted: PeftModel, seed: int) -> None:
-    """Replace the aligned bases by random orthonormal ones, of another draw than any alignment's."""
+def scramble(adapted: PeftModel, seed: int) -> None:
+    """Replace the aligned bases by random orthonormal ones, of another draw than any alignment's.
+
+    Args:
+        adapted: Model with a mounted adapter.
+        seed: Seed of the draw; at least 0.
+    """
     fresh = {}
     for index, (name, (a, b)) in enumerate(get_basis(adapted).items()):
         draw = 1_000_003 * (seed + 1) + 2 * index
@@ -313,22 +330,41 @@ def find_model(manifest: Manifest, name: str) -> Finished:
     return known[name]
 
 
-def _manifest(folder: Path) -> Manifest:
+def find_manifest(folder: Path) -> Manifest:
+    """What a folder of `fedmosaic align` holds.
+
+    Raises:
+        ConfigurationError: It holds no alignment.
+    """
     manifest = read_manifest(folder)
     if manifest is None:
         raise ConfigurationError(f"{folder} holds no alignment; run `fedmosaic align --out {folder}` first.")
     return manifest
 
 
-def _labelled(text: str) -> tuple[str, str]:
+def parse_labelled(text: str) -> tuple[str, str]:
+    """Split `LABEL=VALUE`.
+
+    Raises:
+        ConfigurationError: The text is none.
+    """
     label, equals, rest = text.partition("=")
     if not equals or not label or not rest:
         raise ConfigurationError(f"{text!r} should be LABEL=VALUE.")
     return label, rest
 
 
-def _task(text: str, test_examples: int) -> Task:
-    name, rest = _labelled(text)
+def read_task(text: str, test_examples: int) -> Task:
+    """Read `NAME=TRAIN.jsonl,TEST.jsonl`.
+
+    Args:
+        text: As on the command line.
+        test_examples: Most test examples to keep.
+
+    Raises:
+        ConfigurationError: The text is none, or a file is not usable.
+    """
+    name, rest = parse_labelled(text)
     train, comma, test = rest.partition(",")
     if not comma:
         raise ConfigurationError(f"The task {name!r} should be {name}=TRAIN.jsonl,TEST.jsonl.")

@@ -167,7 +167,6 @@ class _Run:
                 if done.folder == source.name and done.digest == digest:
                     log.info("%s is finished already", source.name)
                     return
-        partial = self._out / PARTIAL / f"{source.name}.safetensors"
         started = time.monotonic()
         similarity = measure_similarity(
             (self._anchor.model, self._anchor.tokenizer),
@@ -181,27 +180,7 @@ class _Run:
             len(find_decoder_layers(model)[1]), self._anchor.layers, self._settings.layer_rule, similarity
         )
         side = open_side(model, tokenizer, layers, self._settings.target_modules or None)
-        # What was read before the latent was turned must not be taken for what is read afterwards.
-        frame = digest_of(digest, self._manifest.label if self._manifest else None)
-        found = load_partial(partial, frame)
-        if found is None:
-            moments = collect(
-                self._anchor,
-                side,
-                self._texts,
-                self._settings.reading(),
-                outputs=self._settings.output_method != "gradient",
-                gradients=self._settings.output_method == "gradient",
-                progress=self._stage(f"{source.name}: activations"),
-            )
-            kept = self._aligned(source.name, side, moments)
-            report: dict[str, Any] = {"texts": moments.texts, "positions": moments.positions} | _quality(
-                moments, self._bases, kept
-            )
-            report["seconds"] = round(time.monotonic() - started, 1)
-            save_partial(partial, frame, kept, report)
-        else:
-            kept, report = found
+        kept, report = self._kept(source, side, digest, started)
         self._draw(source, similarity, layers)
         report |= {
             "anchor_layers": self._anchor.layers,
@@ -214,9 +193,34 @@ class _Run:
         )
         self._waiting.append((source, finished, kept))
 
-    def _aligned(
-        self, name: str, side: Side, moments: PairMoments
-    ) -> dict[str, dict[ModuleKey, torch.Tensor]]:
+    def _kept(
+        self, source: ModelSource, side: Side, digest: str, started: float
+    ) -> tuple[Kept, dict[str, Any]]:
+        """What stays of a model and its figures, read now or by a run that was cut off."""
+        partial = self._out / PARTIAL / f"{source.name}.safetensors"
+        # What was read before the latent was turned must not be taken for what is read afterwards.
+        frame = digest_of(digest, self._manifest.label if self._manifest else None)
+        found = load_partial(partial, frame)
+        if found is not None:
+            return found
+        moments = collect(
+            self._anchor,
+            side,
+            self._texts,
+            self._settings.reading(),
+            outputs=self._settings.output_method != "gradient",
+            gradients=self._settings.output_method == "gradient",
+            progress=self._stage(f"{source.name}: activations"),
+        )
+        kept = self._aligned(source.name, side, moments)
+        report: dict[str, Any] = {"texts": moments.texts, "positions": moments.positions} | _quality(
+            moments, self._bases, kept
+        )
+        report["seconds"] = round(time.monotonic() - started, 1)
+        save_partial(partial, frame, kept, report)
+        return kept, report
+
+    def _aligned(self, name: str, side: Side, moments: PairMoments) -> Kept:
         settings = self._settings
         kept: Kept = {
             "A": {}, "B": {}, "in": {}, "in_all": {}, "out": {}, "out_all": {}

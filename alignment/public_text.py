@@ -4,16 +4,16 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final, Literal, get_args
+from typing import Final, Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedmosaic.alignment.tokens import PublicText
+from fedmosaic.client.examples import padding_token
 from fedmosaic.protos.errors import ConfigurationError
 
 Synthetic = Literal["generated", "random_tokens"]
-SYNTHETIC: Final[tuple[str, ...]] = get_args(Synthetic)
 
 _FEWEST_CHARACTERS: Final = 20
 _MOST_CHARACTERS: Final = 20_000
@@ -80,25 +80,32 @@ def generate_text(
         Texts that are not empty; a few fewer than asked for where the anchor ends at once.
 
     Raises:
-        ConfigurationError: The anchor wrote nothing.
+        ConfigurationError: The anchor wrote nothing, or has no token to begin with.
     """
     begin = tokenizer.bos_token_id if isinstance(tokenizer.bos_token_id, int) else tokenizer.eos_token_id
+    if not isinstance(begin, int):
+        raise ConfigurationError("The anchor's tokenizer has no token to begin a text with; give --data.")
     device = next(model.parameters()).device
+    tokens = _ordinary_tokens(tokenizer)
     texts: list[PublicText] = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(seed)
         for start in range(0, samples, _GENERATED_AT_ONCE):
             count = min(_GENERATED_AT_ONCE, samples - start)
-            first = _ordinary_tokens(tokenizer)[torch.randint(len(_ordinary_tokens(tokenizer)), (count, 1))]
+            first = tokens[torch.randint(len(tokens), (count, 1))]
             prompt = torch.cat([torch.full((count, 1), begin), first], dim=1).to(device)
             # transformers types generate() for one of its many return forms only.
             rows = model.generate(  # type: ignore[operator]
                 prompt,
                 attention_mask=torch.ones_like(prompt),
                 do_sample=True,
+                # All that a model's folder may say of sampling, so that the text is the model's own.
+                temperature=1.0,
                 top_k=0,
+                top_p=1.0,
+                repetition_penalty=1.0,
                 max_new_tokens=max(1, max_length - 2),
-                pad_token_id=tokenizer.pad_token_id,
+                pad_token_id=padding_token(tokenizer),
             )
             texts += _decoded(tokenizer, rows.cpu().tolist())
             if progress is not None:

@@ -220,6 +220,7 @@ def test_other_inputs_are_refused_in_the_same_place(place: Path, aligned: tuple[
         ({"synthetic": "generated"}, "Give either"),
         ({"data": Path("absent.txt")}, "cannot be read"),
         ({"samples": 0}, "at least 1"),
+        ({"samples": 0, "data": None, "synthetic": "random_tokens"}, "samples is 0"),
         ({"settings": AlignmentSettings(rank=0)}, "rank is 0"),
         ({"settings": AlignmentSettings(alpha=float("nan"))}, "alpha is nan"),
         ({"settings": AlignmentSettings(layer_rule="deepest")}, "layer_rule is 'deepest'"),
@@ -306,6 +307,13 @@ def test_synthetic_text_needs_only_the_anchor(place: Path, tmp_path: Path) -> No
     written = generate_text(model, words, 40, max_length=30, seed=3)
     assert written == generate_text(model, words, 40, max_length=30, seed=3)
     assert 10 < len(written) <= 40
+    # What a model's folder says of sampling is not how the text is drawn.
+    model.generation_config.temperature, model.generation_config.top_p = 0.01, 0.05
+    model.generation_config.repetition_penalty = 9.0
+    assert written == generate_text(model, words, 40, max_length=30, seed=3)
+    words.bos_token = words.eos_token = None
+    with pytest.raises(ConfigurationError, match="no token to begin"):
+        generate_text(model, words, 2, max_length=30, seed=3)
     manifest = run(arguments(place, tmp_path / "s", "wide", data=None, synthetic="random_tokens"), silent)
     assert manifest.models[0].report["texts"] == 60
 
@@ -364,6 +372,31 @@ def test_a_core_moved_to_a_twin_does_what_it_did_at_home(place: Path, tmp_path: 
     assert gains["ours"] == pytest.approx(gains["source itself: ours"], rel=0.25)
     assert gains["ours"] > gains[UNALIGNED]
     assert len(json.loads((tmp_path / "scores.json").read_text())["scores"]) == len(scores) == 8
+
+
+def test_runs_are_on_disk_as_soon_as_they_are_done(
+    place: Path, aligned: tuple[Path, Manifest], task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rich.console import Console
+
+    trained = evaluate._train
+    chosen = evaluate.Arguments(
+        bases=(f"ours={aligned[0]}",), task=(task,), pair=("anchor", "wide"), seeds=2, steps=2,
+        core_scales=(1.0, 0.5), out=tmp_path / "scores.json",
+    )  # fmt: skip
+
+    def stop(*given: Any) -> None:
+        if given[-1] == 1:
+            raise KeyboardInterrupt
+        trained(*given)
+
+    monkeypatch.setattr(evaluate, "_train", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(chosen, Console(quiet=True))
+    kept = json.loads((tmp_path / "scores.json").read_text())
+    variants = ["zero-shot", "source itself: ours", "ours", "ours × 0.5", UNALIGNED, f"{UNALIGNED} × 0.5"]
+    assert [score["variant"] for score in kept["scores"]] == variants
+    assert {score["seed"] for score in kept["scores"]} == {0}
 
 
 def test_evaluation_refuses_what_does_not_exist(
