@@ -9,7 +9,6 @@ from statistics import fmean
 from typing import Any, Final
 
 import numpy as np
-from rich.table import Table
 
 from fedmosaic.experiments.metrics import Interval, Pair, Summary, interval, mean_summary, summarise_client
 from fedmosaic.experiments.participants import read_evaluations
@@ -17,8 +16,8 @@ from fedmosaic.experiments.relevance_measure import area_under_curve
 from fedmosaic.protos.errors import ConfigurationError
 
 FIGURES: Final = ("Self A_last", "Self A_AUC", "Others A_last", "Others A_AUC")
-HEADS: Final = ("seeds", "ε server", "ε recipients", *FIGURES, "kB/round", "TFLOP", "s")
-"""Heads of the columns of `row` after scenario and method."""
+REFERENCE: Final = "local"
+"""The method that all others are compared with seed by seed: what a client has without a federation."""
 READERS: Final = {"server": "server_honest_but_curious", "recipients": "recipient"}
 """Who reads, and the adversary's name in a privacy statement."""
 
@@ -72,21 +71,46 @@ class Group:
 
     def figures(self) -> tuple[Interval | None, ...]:
         """The four figures in the order of `FIGURES`; None where a run lacks one."""
-        columns = [
-            [run.summary.last.own for run in self.runs],
-            [run.summary.auc.own for run in self.runs],
-            [run.summary.last.others for run in self.runs],
-            [run.summary.auc.others for run in self.runs],
-        ]
+        columns = zip(*(_figures(run) for run in self.runs), strict=True)
         return tuple(
             interval([v for v in values if v is not None]) if None not in values else None
             for values in columns
+        )
+
+    def gains(self, reference: "Group") -> tuple[Interval | None, ...]:
+        """What this group has over another one, seed by seed: the mean difference and its interval.
+
+        Pairing takes the luck of a seed, which both had, out of the comparison.
+
+        Args:
+            reference: another group of the same scenario.
+
+        Returns:
+            In the order of `FIGURES`, over the seeds that both have; None where a run lacks the figure or
+            there is no such seed.
+        """
+        others = {run.seed: _figures(run) for run in reference.runs}
+        pairs = [
+            (mine, others[run.seed]) for run in self.runs if run.seed in others for mine in [_figures(run)]
+        ]
+        return tuple(
+            _difference([(mine[place], theirs[place]) for mine, theirs in pairs]) for place in range(4)
         )
 
     def epsilon(self, reader: str) -> float | None:
         """The largest over the runs; None where only cryptography protects in all of them."""
         known = [value for run in self.runs if (value := run.epsilon[reader]) is not None]
         return max(known) if known else None
+
+
+def _figures(run: Run) -> tuple[float | None, ...]:
+    last, area = run.summary.last, run.summary.auc
+    return (last.own, area.own, last.others, area.others)
+
+
+def _difference(pairs: Sequence[tuple[float | None, float | None]]) -> Interval | None:
+    values = [a - b for a, b in pairs if a is not None and b is not None]
+    return interval(values) if values and len(values) == len(pairs) else None
 
 
 def compared_run(directory: Path) -> Run:
@@ -225,59 +249,3 @@ def group_runs(runs: Sequence[Run]) -> tuple[Group, ...]:
                 f"{method} on {scenario} was given twice with one seed (seeds {seeds}); leave one out"
             )
     return tuple(Group(scenario, method, tuple(members)) for (scenario, method), members in groups.items())
-
-
-def comparison_table(groups: Sequence[Group]) -> Table:
-    """Accuracies in per cent, mean ± half width of the 95 % interval over seeds."""
-    table = Table(title="Methods compared, % (mean ± 95 % interval over seeds)")
-    for column in ("scenario", "method", *HEADS):
-        table.add_column(column, justify="left" if column in ("scenario", "method") else "right")
-    for group in groups:
-        table.add_row(*row(group))
-    return table
-
-
-def row(group: Group) -> tuple[str, ...]:
-    """One line of the comparison, as texts."""
-    return (
-        group.scenario,
-        group.method,
-        str(len(group.runs)),
-        epsilon_text(group.epsilon("server")),
-        epsilon_text(group.epsilon("recipients")),
-        *(percent(figure) for figure in group.figures()),
-        f"{fmean(run.sent for run in group.runs) / 1000:.1f}",
-        _operations([run.training_flops for run in group.runs]),
-        f"{fmean(run.seconds for run in group.runs):.0f}",
-    )
-
-
-def _operations(flops: Sequence[float | None]) -> str:
-    known = [value for value in flops if value is not None]
-    return f"{fmean(known) / 1e12:.3g}" if len(known) == len(flops) else "-"
-
-
-def markdown(groups: Sequence[Group]) -> str:
-    """The comparison as Markdown, one table per scenario."""
-    heads = ("method", *HEADS)
-    lines: list[str] = []
-    for scenario in dict.fromkeys(group.scenario for group in groups):
-        lines += [f"**{scenario}**", "", f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]
-        of_scenario = [group for group in groups if group.scenario == scenario]
-        lines += [f"| `{group.method}` | {' | '.join(row(group)[2:])} |" for group in of_scenario] + [""]
-    return "\n".join(lines)
-
-
-def percent(figure: Interval | None) -> str:
-    """`71.3 ± 2.1`, without the interval where one run gives none."""
-    if figure is None:
-        return "-"
-    width = "" if figure.half_width is None else f" ± {100 * figure.half_width:.1f}"
-    return f"{100 * figure.mean:.1f}{width}"
-
-
-def epsilon_text(value: float | None) -> str:
-    """ε as it stands in tables; "cryptography" where the reader sees no plaintext at all."""
-    if value is None:
-        return "cryptography"
-    return "∞" if value == math.inf else f"{value:.2f}"

@@ -5,7 +5,18 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from fedmosaic import __version__
-from fedmosaic.experiments.comparison import HEADS, Group, epsilon_text, percent, row
+from fedmosaic.experiments.comparison import REFERENCE, Group
+from fedmosaic.experiments.comparison_tables import (
+    ACCURACY_HEADS,
+    COST_HEADS,
+    GAIN_HEADS,
+    accuracies,
+    by_scenario,
+    costs,
+    epsilon_text,
+    gains,
+    percent,
+)
 from fedmosaic.experiments.metrics import Interval
 from fedmosaic.experiments.privacy_figure import NAMESPACE, privacy_figure
 
@@ -57,9 +68,16 @@ def page(groups: Sequence[Group], command: str) -> str:
         "kB/round: what a client sends on average. TFLOP: measured operations of all clients' own training "
         "steps, without scoring, profiles and what a server distils. s: the whole run, all included.</p>",
     ]
-    for scenario in scenarios:
-        of_scenario = [group for group in groups if group.scenario == scenario]
-        parts += [f"<h2>{escape(scenario)}</h2>", _table(of_scenario)]
+    for scenario, of_scenario in by_scenario(groups):
+        rows = [(group.method, (*accuracies(group), *costs(group))) for group in of_scenario]
+        parts += [f"<h2>{escape(scenario)}</h2>", _table((*ACCURACY_HEADS, *COST_HEADS), rows)]
+        compared = gains(of_scenario)
+        if compared:
+            explained = (
+                f"What each method has over {REFERENCE}, in points, seed by seed: the luck of a seed, which "
+                "both had, is taken out. An interval that holds 0 shows no difference."
+            )
+            parts += [f"<p>{explained}</p>", _table(GAIN_HEADS, compared)]
         if len({group.runs[0].protection for group in of_scenario} - {""}) > 1:
             drawn = privacy_figure(of_scenario, command).replace(f' xmlns="{NAMESPACE}"', "")
             caption = (
@@ -74,11 +92,13 @@ def page(groups: Sequence[Group], command: str) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _table(groups: Sequence[Group]) -> str:
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("method", *HEADS))
+def _table(heads: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("method", *heads))
     lines = []
-    for group in groups:
-        cells = (f"<td{' class=none' if cell == '∞' else ''}>{escape(cell)}</td>" for cell in row(group)[1:])
+    for method, texts in rows:
+        cells = (
+            f"<td{' class=none' if text == '∞' else ''}>{escape(text)}</td>" for text in (method, *texts)
+        )
         lines.append(f"<tr>{''.join(cells)}</tr>")
     body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
     return f'<div class="wide"><table>{body}</table></div>'

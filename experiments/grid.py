@@ -18,7 +18,8 @@ from pydantic import Field
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from fedmosaic.experiments.comparison import compared_run, comparison_table, group_runs, markdown
+from fedmosaic.experiments.comparison import compared_run, group_runs
+from fedmosaic.experiments.comparison_tables import markdown, terminal_tables
 from fedmosaic.experiments.quiet_log import quiet_log
 from fedmosaic.experiments.runner import run_at, with_changes
 from fedmosaic.experiments.scenario import Scenario
@@ -106,7 +107,7 @@ def main(arguments: Sequence[str]) -> int:
         left = (time.monotonic() - started) / max(1, ran) * (len(every) - number) / 60
         console.print(f"{number} of {len(every)}: {cell.name}, {seconds:.0f} s; about {left:.0f} min left")
     groups = group_runs([compared_run(parsed.out / cell.name) for cell in every])
-    console.print(comparison_table(groups))
+    console.print(*terminal_tables(groups), sep="\n")
     print(markdown(groups))
     return 0
 

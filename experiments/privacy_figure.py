@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Final
 
-from fedmosaic.experiments.comparison import Group, Run, epsilon_text
+from fedmosaic.experiments.comparison import Group, Run
+from fedmosaic.experiments.comparison_tables import epsilon_text
 from fedmosaic.experiments.metrics import Interval, interval
 from fedmosaic.protos.errors import ConfigurationError
 

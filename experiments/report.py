@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fedmosaic.experiments import attack_report
-from fedmosaic.experiments.comparison import compared_run, comparison_table, group_runs
+from fedmosaic.experiments.comparison import compared_run, group_runs
 from fedmosaic.experiments.comparison_page import page
+from fedmosaic.experiments.comparison_tables import terminal_tables
 from fedmosaic.experiments.newcomers import newcomers_table, read_newcomers
 from fedmosaic.experiments.privacy_figure import privacy_figure
 from fedmosaic.privacy.configuration import validate
@@ -100,7 +101,7 @@ def compare(arguments: Arguments, command: str) -> None:
         raise ConfigurationError("--json and --at-epsilon are for one run; give one, without --html")
     groups = group_runs([compared_run(path) for path in arguments.path])
     console = Console()
-    console.print(comparison_table(groups))
+    console.print(*terminal_tables(groups), sep="\n")
     if arguments.html is not None:
         arguments.html.write_text(page(groups, command), encoding="utf-8")
         console.print(f"the page is {arguments.html}")

@@ -181,6 +181,30 @@ TEXT_SIBLINGS: Final[dict[str, dict[str, TextTask]]] = {
 A client has two siblings, so that no policy makes it take much from strangers.
 """
 
+_PEOPLE: Final = ("Tom", "Lily", "Ben", "Sue", "Max")
+
+TEXT_DESKS: Final[dict[str, dict[str, TextTask]]] = {
+    f"{house}-{'abc'[part]}": {
+        f"{house}-{number}": _part(
+            TextTask(source.desks(names, _PEOPLE, shift, form), "CLINC150", "CC BY 3.0"),
+            3 * (shift > 0) + part,
+            6,
+        )
+        for number, names in enumerate(_SIBLINGS["bank"], start=1)
+    }
+    for house, shift, form in (
+        ("east", 0, "Request: {}\nWho?"),
+        ("west", 2, "A letter says: {}\nIt goes to the desk of"),
+    )
+    for part in range(3)
+}
+"""Two houses of three clients: the same kinds of requests, and other people who handle them.
+
+What one house teaches is wrong in the other: the case in which it matters from whom a client receives. Each
+house has a form of its own: task profiles are sums over examples, so that between houses with the same form,
+the same requests and equally many answers of every kind there is nothing in them to tell the houses apart.
+"""
+
 GLUE: Final[dict[str, dict[str, TextTask]]] = {
     "sst-2": {"sst-2": TEXT_TEN["reviews"]["film-quotes"]},
     "qqp": {"qqp": TEXT_TEN["meaning"]["same-question"]},
@@ -193,6 +217,7 @@ TEXT_SETS: Final = {
     "text-ten": TEXT_TEN,
     "text-pairs": TEXT_PAIRS,
     "text-siblings": TEXT_SIBLINGS,
+    "text-desks": TEXT_DESKS,
     "glue": GLUE,
 }
 

@@ -171,6 +171,27 @@ def intents(names: tuple[str, ...]) -> Read:
     return read
 
 
+def desks(names: tuple[str, ...], people: tuple[str, ...], shift: int, form: str) -> Read:
+    """CLINC150: who of a few people handles a request? Every intent has one of them.
+
+    Args:
+        names: of the intents.
+        people: as many as intents.
+        shift: the intent at place i belongs to the person at place i + shift, counted in a circle, so that
+            houses with other shifts answer the same request differently.
+        form: how a prompt is written, with `{}` for the request.
+    """
+    handles = {name: people[(place + shift) % len(people)] for place, name in enumerate(names)}
+
+    def read(data: Path) -> Iterator[Row]:
+        content = _json(data / "clinc150" / "data_full.json")
+        for text, intent in (row for part in ("train", "val", "test") for row in content[part]):
+            if intent in handles:
+                yield Row(form.format(text), handles[intent], people, text)
+
+    return read
+
+
 def banking(categories: tuple[str, ...]) -> Read:
     """Banking77, a few categories of it."""
     choices = tuple(category.replace("_", " ") for category in categories)

@@ -15,16 +15,16 @@ import pytest
 from rich.console import Console
 
 from fedmosaic.experiments import comparison, report, runner
-from fedmosaic.experiments.comparison import (
-    Group,
-    Run,
+from fedmosaic.experiments.comparison import Group, Run, group_runs, relevance_quality
+from fedmosaic.experiments.comparison_page import page
+from fedmosaic.experiments.comparison_tables import (
+    costs,
     epsilon_text,
-    group_runs,
+    gains,
     markdown,
     percent,
-    relevance_quality,
+    terminal_tables,
 )
-from fedmosaic.experiments.comparison_page import page
 from fedmosaic.experiments.metrics import Interval, Pair, Summary
 from fedmosaic.protos.errors import ConfigurationError
 
@@ -88,6 +88,31 @@ def test_markdown_has_a_table_per_scenario() -> None:
     text = markdown(group_runs([_run(0, 0.4), _run(1, 0.6), replace(_run(0, 0.5), scenario="t, static")]))
     assert text.count("| method |") == 2
     assert "| `fedavg` | 2 | ∞ | ∞ | 50.0 ± 127.1 |" in text
+
+
+def test_gains_are_paired_by_seed() -> None:
+    runs = [_run(0, 0.4), _run(1, 0.6), _run(2, 0.9), _run(0, 0.3, "local"), _run(1, 0.5, "local")]
+    groups = group_runs(runs)
+    last, _, others, others_auc = groups[0].gains(groups[1])
+    # The third seed has no partner; the two others differ by the same 0.1, so nothing is left of the spread.
+    assert last is not None
+    assert others is not None
+    assert (last.mean, last.count) == (pytest.approx(0.1), 2)
+    assert last.half_width == pytest.approx(0.0, abs=1e-9)
+    assert (others.mean, others_auc) == (pytest.approx(0.05), None)
+    assert gains(groups) == [("fedavg", ("+10.0 ± 0.0", "+5.0 ± 0.0", "+5.0 ± 0.0", "-"))]
+    assert gains(groups[:1]) == []
+    assert "| `fedavg` | +10.0 ± 0.0 |" in markdown(groups)
+    assert "Against" not in markdown(groups[:1])
+
+
+def test_no_figure_is_cut_in_a_narrow_terminal() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(*terminal_tables(group_runs([_run(0, 0.4), _run(1, 0.6), _run(0, 0.3, "local")])))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+    assert "…" not in shown
+    assert "-" in shown
+    assert "local" in shown
 
 
 class _Elements(HTMLParser):
@@ -161,9 +186,7 @@ def test_finished_runs_are_compared_on_the_command_line(tmp_path: Path, tiny_sce
     local = by_method["local"].training_flops
     assert local == by_method["fedavg"].training_flops, "sharing costs no training"
     assert local is not None
-    cells = comparison.row(group_runs([by_method["local"]])[0])
-    assert len(cells) == 2 + len(comparison.HEADS)
-    assert float(cells[-2]) == pytest.approx(local / 1e12, rel=0.01)
+    assert float(costs(group_runs([by_method["local"]])[0])[1]) == pytest.approx(local / 1e12, rel=0.01)
     assert set(by_method["fedavg"].curve) == {0, 1}
 
 

@@ -1,6 +1,7 @@
 """The text benchmark: fixed splits, no text in two places, ten domains of four tasks."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,14 @@ import pytest
 from fedmosaic.client.examples import read_examples
 from fedmosaic.experiments.tasks import __main__ as command
 from fedmosaic.experiments.tasks.labelled import normalise
-from fedmosaic.experiments.tasks.text_sets import TEXT_SETS, TEXT_SIBLINGS, TEXT_TEN, split_rows, write_set
+from fedmosaic.experiments.tasks.text_sets import (
+    TEXT_DESKS,
+    TEXT_SETS,
+    TEXT_SIBLINGS,
+    TEXT_TEN,
+    split_rows,
+    write_set,
+)
 from fedmosaic.experiments.tasks.text_sources import Row
 from fedmosaic.protos.errors import ConfigurationError
 
@@ -24,7 +32,7 @@ def _rows(count: int, groups: int) -> list[Row]:
 
 def test_the_benchmark_has_ten_domains_of_four_tasks() -> None:
     assert [len(tasks) for tasks in TEXT_TEN.values()] == [4] * 10
-    assert set(TEXT_SETS) == {"text-ten", "text-pairs", "text-siblings", "glue"}
+    assert set(TEXT_SETS) == {"text-ten", "text-pairs", "text-siblings", "text-desks", "glue"}
 
 
 def test_a_group_is_never_divided_and_no_prompt_appears_twice() -> None:
@@ -64,6 +72,19 @@ def test_siblings_have_the_same_tasks_and_different_rows() -> None:
     shares = [{r.prompt for r in TEXT_SIBLINGS[f"bank-{s}"]["bank-1"].read(DATA)} for s in "abc"]
     assert all(len(part) > 150 for part in shares)
     assert len(set.union(*shares)) == sum(map(len, shares))
+
+
+@needs_data
+def test_houses_answer_the_same_kinds_of_request_differently() -> None:
+    houses = [
+        [row for part in "abc" for row in TEXT_DESKS[f"{house}-{part}"][f"{house}-1"].read(DATA)]
+        for house in ("east", "west")
+    ]
+    assert len({row.prompt for rows in houses for row in rows}) == sum(map(len, houses)) == 5 * 150
+    by_person = [Counter(row.answer for row in rows) for rows in houses]
+    assert set(by_person[0]) == set(by_person[1]) == {"Tom", "Lily", "Ben", "Sue", "Max"}
+    freezing = [{row.answer for row in rows if "freeze my account" in row.prompt} for rows in houses]
+    assert freezing == [{"Tom"}, {"Ben"}]
 
 
 def test_what_another_task_uses_is_left_out() -> None:
