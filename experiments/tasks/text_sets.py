@@ -183,27 +183,29 @@ A client has two siblings, so that no policy makes it take much from strangers.
 
 _PEOPLE: Final = ("Tom", "Lily", "Ben", "Sue", "Max")
 
-TEXT_DESKS: Final[dict[str, dict[str, TextTask]]] = {
-    f"{house}-{'abc'[part]}": {
-        f"{house}-{number}": _part(
-            TextTask(source.desks(names, _PEOPLE, shift, form), "CLINC150", "CC BY 3.0"),
-            3 * (shift > 0) + part,
-            6,
-        )
-        for number, names in enumerate(_SIBLINGS["bank"], start=1)
-    }
-    for house, shift, form in (
-        ("east", 0, "Request: {}\nWho?"),
-        ("west", 2, "A letter says: {}\nIt goes to the desk of"),
-    )
-    for part in range(3)
-}
-"""Two houses of three clients: the same kinds of requests, and other people who handle them.
+_FORMS: Final = ("Request: {}\nWho?", "A letter says: {}\nIt goes to the desk of")
 
-What one house teaches is wrong in the other: the case in which it matters from whom a client receives. Each
-house has a form of its own: task profiles are sums over examples, so that between houses with the same form,
-the same requests and equally many answers of every kind there is nothing in them to tell the houses apart.
-"""
+
+def _houses(forms: tuple[str, str]) -> dict[str, dict[str, TextTask]]:
+    """Two houses of three clients: the same kinds of requests, and other people who handle them."""
+    return {
+        f"{house}-{'abc'[part]}": {
+            f"{house}-{number}": _part(
+                TextTask(source.desks(names, _PEOPLE, shift, form), "CLINC150", "CC BY 3.0"), first + part, 6
+            )
+            for number, names in enumerate(_SIBLINGS["bank"], start=1)
+        }
+        for house, form, shift, first in (("east", forms[0], 0, 0), ("west", forms[1], 2, 3))
+        for part in range(3)
+    }
+
+
+TEXT_DESKS: Final = _houses(_FORMS)
+"""What one house teaches is wrong in the other: the case in which it matters from whom a client receives."""
+
+TEXT_DESKS_ONE_FORM: Final = _houses((_FORMS[0], _FORMS[0]))
+"""The same, but both houses write alike: a client's profile is a sum over examples, and here those of both houses
+have the same requests and as many answers of every kind, so that hardly anything in it tells them apart."""
 
 GLUE: Final[dict[str, dict[str, TextTask]]] = {
     "sst-2": {"sst-2": TEXT_TEN["reviews"]["film-quotes"]},
@@ -218,6 +220,7 @@ TEXT_SETS: Final = {
     "text-pairs": TEXT_PAIRS,
     "text-siblings": TEXT_SIBLINGS,
     "text-desks": TEXT_DESKS,
+    "text-desks-one-form": TEXT_DESKS_ONE_FORM,
     "glue": GLUE,
 }
 

@@ -32,7 +32,14 @@ def _rows(count: int, groups: int) -> list[Row]:
 
 def test_the_benchmark_has_ten_domains_of_four_tasks() -> None:
     assert [len(tasks) for tasks in TEXT_TEN.values()] == [4] * 10
-    assert set(TEXT_SETS) == {"text-ten", "text-pairs", "text-siblings", "text-desks", "glue"}
+    assert set(TEXT_SETS) == {
+        "text-ten",
+        "text-pairs",
+        "text-siblings",
+        "text-desks",
+        "text-desks-one-form",
+        "glue",
+    }
 
 
 def test_a_group_is_never_divided_and_no_prompt_appears_twice() -> None:
