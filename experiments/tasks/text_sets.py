@@ -204,8 +204,11 @@ TEXT_DESKS: Final = _houses(_FORMS)
 """What one house teaches is wrong in the other: the case in which it matters from whom a client receives."""
 
 TEXT_DESKS_ONE_FORM: Final = _houses((_FORMS[0], _FORMS[0]))
-"""The same, but both houses write alike: a client's profile is a sum over examples, and here those of both houses
-have the same requests and as many answers of every kind, so that hardly anything in it tells them apart."""
+"""The same, but both houses write alike.
+
+A client's profile is a sum over examples; with the same requests and as many answers of every kind, hardly
+anything in it tells the houses apart.
+"""
 
 GLUE: Final[dict[str, dict[str, TextTask]]] = {
     "sst-2": {"sst-2": TEXT_TEN["reviews"]["film-quotes"]},
