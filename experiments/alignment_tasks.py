@@ -42,7 +42,10 @@ _DOMAINS: Final = ("banking", "travel", "work", "home")
 
 @dataclass(frozen=True)
 class Arguments:
-    """Write NAME.train.jsonl, .valid.jsonl and .test.jsonl for sst2, agnews and clinc, and public.jsonl."""
+    """Write NAME.train.jsonl, .valid.jsonl and .test.jsonl for sst2, agnews and clinc, and public text.
+
+    The public texts are in public.jsonl as prompts with answers, and in plain.jsonl as plain texts.
+    """
 
     data: Path
     """Folder with the data sets."""
@@ -85,8 +88,11 @@ def write_tasks(arguments: Arguments) -> None:
         _write(arguments.out / f"{name}.valid.jsonl", both[arguments.train_rows :])
         _write(arguments.out / f"{name}.test.jsonl", _balanced(name, "test", test, arguments.test_rows))
     random.Random("public").shuffle(public)  # noqa: S311 - public data, no secret
-    lines = [json.dumps(row) + "\n" for row in public[: arguments.public_rows]]
-    (arguments.out / "public.jsonl").write_text("".join(lines), encoding="utf-8")
+    public = public[: arguments.public_rows]
+    plain = [{"text": f"{row['prompt']}\n{row['answer']}"} for row in public]
+    for name, rows in (("public", public), ("plain", plain)):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (arguments.out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
 
 def write_story_model(folder: Path, out: Path) -> None:

@@ -21,6 +21,9 @@ def test_tasks_are_balanced_and_share_nothing_with_the_public_text(tmp_path: Pat
         json.loads(line)["prompt"] for line in (tmp_path / "a" / "public.jsonl").read_text().splitlines()
     }
     assert len(public) > 250
+    plain = [json.loads(line) for line in (tmp_path / "a" / "plain.jsonl").read_text().splitlines()]
+    assert all(list(row) == ["text"] for row in plain)
+    assert {row["text"].rpartition("\n")[0] for row in plain} == public
     for name in ("sst2", "agnews", "clinc"):
         train, valid, test = (
             read_examples(tmp_path / "a" / f"{name}.{part}.jsonl") for part in ("train", "valid", "test")
