@@ -32,8 +32,8 @@ class AlignmentSettings:
     """The anchor's own subspace: random (the paper), weights, activations or gradients."""
     input_method: InputMethod = "ridge"
     """How A is aligned: ridge, procrustes, correlation, or gradient_descent (the paper)."""
-    output_method: OutputMethod = "gradient"
-    """How B is aligned: gradient, cca, regression, or paper (the released code)."""
+    output_method: OutputMethod = "cca"
+    """How B is aligned: cca, regression, gradient, or paper (the released code)."""
     max_length: int = 96
     """Most tokens of a public text that are read."""
     batch_size: int = 16
@@ -61,6 +61,12 @@ class AlignmentSettings:
         ):
             if getattr(self, name) not in known:
                 raise ConfigurationError(f"{name} is {getattr(self, name)!r}; choose {', '.join(known)}.")
+        # Gradients point out of the span of the outputs where a module widens; outputs say nothing there.
+        if self.anchor_basis == "gradients" and self.output_method in ("cca", "regression"):
+            raise ConfigurationError(
+                f"output_method {self.output_method!r} cannot place a B that gradients chose; give "
+                "output_method 'gradient', or anchor_basis 'activations' or 'weights'."
+            )
 
     def reading(self) -> Reading:
         """How public text is read."""

@@ -224,6 +224,7 @@ def test_other_inputs_are_refused_in_the_same_place(place: Path, aligned: tuple[
         ({"settings": AlignmentSettings(rank=0)}, "rank is 0"),
         ({"settings": AlignmentSettings(alpha=float("nan"))}, "alpha is nan"),
         ({"settings": AlignmentSettings(layer_rule="deepest")}, "layer_rule is 'deepest'"),
+        ({"settings": AlignmentSettings(anchor_basis="gradients")}, "give output_method 'gradient'"),
         ({"settings": AlignmentSettings(other_layers="all")}, "other_layers is 'all'"),
     ],
 )
