@@ -200,7 +200,7 @@ class Coordinator:
                 if header.sections
                 else f"{client} abstains"
             )
-            log.info("%s; %s", what, rounds.describe(self._round, self._clock()).message)
+            log.info("%s; %s", what, self.state_line())
         else:
             log.info(
                 "round %d: upload of %s answered %s; round %d is open",
@@ -256,8 +256,16 @@ class Coordinator:
             if self._keys is None or self._keys.ready or self._round.phase is not Phase.OPEN:
                 return status
             waiting, left, text = self._keys.describe(self._round.members - self._round.absent, now)
-            message = f"round {self._round.number}: {text}"
+            message = rounds.one_line(f"round {self._round.number}: {text}")
             return replace(status, waiting_for=waiting, seconds_left=left, message=message)
+
+    def state_line(self) -> str:
+        """`describe` for the log; whatever is wrong with the line, it stops no round and no answer."""
+        try:
+            return self.describe().message
+        except Exception:
+            log.exception("round %d cannot be described", self._round.number)
+            return f"round {self._round.number}"
 
     def advance(self) -> bool:
         """Let time pass: extend a deadline, or close and aggregate the round.
@@ -291,18 +299,19 @@ class Coordinator:
         return self._keys.advance(self._round.members - self._round.absent, self._clock())
 
     def _close(self, number: int) -> None:
-        log.info("%s", self.describe().message)
+        log.info("%s", self.state_line())
         try:
             closed = close_round(self.settings, self._store, self._blobs, self._aggregator, number)
+            with self._lock:
+                self._open_next(number, closed)
         except BaseException:
             with self._lock:
-                self._round = replace(self._round, phase=Phase.OPEN)
+                if self._round.number == number:
+                    self._round = replace(self._round, phase=Phase.OPEN)
             raise
-        with self._lock:
-            self._open_next(number, closed)
         for line in closed.refusals:
             log.warning("%s", line)
-        log.info("%s", self.describe().message)
+        log.info("%s", self.state_line())
         self._write_summary()
 
     def _open_next(self, number: int, closed: ClosedRound) -> None:

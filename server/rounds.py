@@ -11,9 +11,12 @@ until it shows up, so that one dead machine costs one deadline and not one per r
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from fedmosaic.protos import bounds
 from fedmosaic.protos.messages import Phase, ReceiptStatus, RoundStatus
 
 _NAMES_SHOWN = 10
+_NAMES_LENGTH = 360
+"""Longest list of names, in characters: two of them fit a message beside what else it says."""
 
 
 @dataclass(frozen=True)
@@ -300,11 +303,18 @@ def describe(state: Round, now: float) -> RoundStatus:
         tuple(sorted(state.arrived)),
         tuple(sorted(state.waiting_for)),
         left,
-        message,
+        one_line(message),
     )
+
+
+def one_line(message: str) -> str:
+    """A message cut to what a `RoundStatus` carries."""
+    return message if len(message) <= bounds.MAX_TEXT else f"{message[: bounds.MAX_TEXT - 1]}…"
 
 
 def _names(clients: Collection[str]) -> str:
     shown = sorted(clients)[:_NAMES_SHOWN]
+    while len(", ".join(shown)) > _NAMES_LENGTH:
+        shown.pop()
     more = len(clients) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")

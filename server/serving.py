@@ -141,5 +141,5 @@ async def _advance(coordinator: Coordinator, changes: Changes) -> None:
             continue
         if loop.time() - last_line >= _STATUS_LINE_SECONDS:
             last_line = loop.time()
-            log.info("%s", coordinator.describe().message)
+            log.info("%s", coordinator.state_line())
         await changes.next_work(seen, _TICK_SECONDS)

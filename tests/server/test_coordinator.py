@@ -25,7 +25,7 @@ from fedmosaic.protos.messages import (
     UploadHeader,
 )
 from fedmosaic.protos.refusal import Refusal, RefusalKind
-from fedmosaic.server import tables
+from fedmosaic.server import rounds, tables
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.relevance import relevance, softmax_weights
 
@@ -431,6 +431,42 @@ def test_a_round_that_cannot_be_aggregated_stays_open_and_is_tried_again(
     assert coordinator.status("clinic-a").round == 1
     coordinator.advance()
     assert coordinator.status("clinic-a").round == 2
+
+
+@pytest.mark.parametrize("broken", ["describe", "close_round"])
+def test_neither_a_description_nor_a_result_that_fails_leaves_a_round_closed(
+    federation: Any, coordinator: Any, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    with monkeypatch.context() as patch:
+        if broken == "describe":
+            patch.setattr(rounds, "describe", _no_space)
+        for client in federation.clients:
+            coordinator.enrol(client, federation.enrolment())
+            receipt = coordinator.push(client, federation.upload(coordinator.run_id, client, 1))
+            assert receipt.status is ACCEPTED
+        if broken == "close_round":
+            patch.setattr(coordinator._store, "close_round", _no_space)
+            with pytest.raises(OSError, match="No space left"):
+                coordinator.advance()
+        else:
+            assert coordinator.advance()
+    coordinator.advance()
+    assert coordinator.status("clinic-a").round == 2
+
+
+def test_long_names_stop_no_run(make_federation: Any, tmp_path: Path, clock: Any) -> None:
+    names = tuple(f"hospital-with-a-rather-long-and-proper-name-of-its-own-{i:02d}" for i in range(24))
+    federation = make_federation(clients=names)
+    coordinator = Coordinator(federation.settings(tmp_path / "long", quorum=4), clock)
+    federation.play(coordinator, 1, names[:12])
+    clock.now += 60
+    coordinator.advance()
+    assert coordinator.status(names[0]).message.startswith("round 2: 0 of 24 uploads, waiting for hospital-")
+    federation.play(coordinator, 2, names[:12])
+    clock.now += 60
+    coordinator.advance()
+    assert coordinator.status(names[0]).round == 3
+    coordinator.close()
 
 
 def _no_space(*_: object) -> None:

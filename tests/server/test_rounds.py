@@ -6,6 +6,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
+from fedmosaic.protos import bounds
 from fedmosaic.protos.messages import Phase, ReceiptStatus
 from fedmosaic.server import rounds
 from fedmosaic.server.rounds import (
@@ -250,6 +251,18 @@ def test_laws_in_any_order_of_events(sequence: list[tuple[object, ...]]) -> None
         assert all(stored[client, state.number] == h for client, h in state.arrived.items())
         assert describe(state, now).seconds_left >= 0.0
     assert closings == sorted(set(closings))
+
+
+def test_a_status_with_the_longest_names_fits_the_wire() -> None:
+    names = tuple(f"{'hospital-' * 6}{number:09d}" for number in range(60))
+    assert {len(name) for name in names} == {63}
+    state = closed(with_uploads(*names[:30], state=opened(names=names)), 60.0)
+    state, _ = step(state, Aggregated(), 60.0)
+    message = describe(state, 60.0).message
+    assert message.startswith("round 2: 0 of 60 uploads, waiting for hospital-")
+    assert "and 25 more, quorum is 4, 60 s left, not waited for: hospital-" in message
+    assert message.endswith("and 25 more (missed the last round)")
+    assert rounds.one_line("x" * 2000) == "x" * (bounds.MAX_TEXT - 1) + "…"
 
 
 def test_decisions_are_data() -> None:
