@@ -9,6 +9,7 @@ from typing import Final
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedmosaic.client.dp_engine import GradientEngine
 from fedmosaic.client.examples import IGNORED
@@ -113,11 +114,17 @@ def check_engine(
         model: The model as it is about to be trained.
         batch: At least two public examples of different lengths; `public_batch` by default.
         losses: Loss of each example.
-        narrow: Whether the loss computes in less than float32, where rounding may differ with the batch.
+        narrow: Whether the loss computes in less than float32, as the model itself may; see `is_narrow`.
 
     Raises:
-        ModelError: A comparison fails, or all gradients are zero.
+        ModelError: A comparison fails, all gradients are zero, or a layer mixes examples while it trains.
     """
+    mixing = next((name for name, m in model.named_modules() if isinstance(m, _BatchNorm)), None)
+    if mixing is not None:
+        raise ModelError(
+            f"layer {mixing} normalises over the batch while it trains, so an example's gradient cannot be "
+            "clipped alone; give a model without batch normalisation"
+        )
     tried = on_device_of(model, public_batch(model) if batch is None else batch)
     with training_mode(model, False):
         rows_BD = engine.example_gradients(tried)
@@ -134,8 +141,22 @@ def check_engine(
                 f"per-example gradients do not add up to the batch gradient (relative error {error:.1e}, "
                 f"allowed {BATCH_GRADIENT_TOLERANCE:.0e}); a core is called where the hooks cannot see it"
             )
-        narrow = narrow or any(parameter.dtype.itemsize < 4 for parameter in model.parameters())
+        narrow = narrow or is_narrow(model, autocast=False)
         _check_alone(engine, tried, rows_BD, _ALONE_TOLERANCE_NARROW if narrow else _ALONE_TOLERANCE)
+
+
+def is_narrow(model: nn.Module, *, autocast: bool) -> bool:
+    """Whether a model computes in less than float32 somewhere.
+
+    The rounding of such a product depends on the padding and on the rest of the batch, by up to per cents of
+    an example's gradient and with one sign for all of them, so that the sum over a batch would move by more
+    than the clipping norm when one example is added: examples have to be alone in their batch.
+
+    Args:
+        model: The model.
+        autocast: Whether the loss runs under bfloat16 autocast.
+    """
+    return autocast or any(parameter.dtype.itemsize < 4 for parameter in model.parameters())
 
 
 @contextmanager

@@ -5,7 +5,7 @@ clipped gradients up, adds N(0, σ²C²) to every coordinate of the sum, and div
 
     g̃ = ( Σ_{i in B} clip_C(g_i) + N(0, σ²C² I) ) / expected_batch_size
 
-The realised batch size and the number of examples are private under add/remove and divide nothing. An
+The realised batch size is private under add/remove and divides nothing. An
 empty sample releases noise like any other and is charged like any other. What the optimizer makes of
 g̃ is post-processing, so the cores after the round are a release with the cost of the round's steps,
 provided that the values they started from were public or an earlier release, and that no other
@@ -14,7 +14,11 @@ private tensor takes part in the forward pass (`fedmosaic.client.dp_checks`).
 Clipping and noise live on the integer grid of `fedmosaic.privacy.mechanism`, where the noisy sum is a
 function of the exact Gaussian mechanism's output and its low bits tell nothing more. Two things remain
 outside the guarantee. The time of a step grows with the size of its sample. And an example's float32
-gradient may differ in its last bits with the batch it is computed in.
+gradient may differ in its last bits with the batch it is computed in. In bfloat16 it would differ by per
+cents, so a model that computes in less than float32 is given one example at a time.
+
+The number of examples itself is treated as public: the sampling rate, and with it the planned noise, comes
+from it (`fedmosaic.client.releases.plan_adapter`).
 
 Reference:
     Abadi et al., "Deep learning with differential privacy", CCS 2016, algorithm 1; Mironov, Talwar and
@@ -31,7 +35,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from fedmosaic.client.dp_checks import assert_only_shared_branch, check_engine
+from fedmosaic.client.dp_checks import assert_only_shared_branch, check_engine, is_narrow
 from fedmosaic.client.dp_engine import (
     ClosedFormEngine,
     EngineName,
@@ -64,11 +68,11 @@ class PrivateTrainingSettings(Frozen):
         optimizer: ``adam`` or ``sgd``.
         steps: Noisy steps of one round; each is charged, whatever its sample holds.
         sampling_rate: Probability q that an example takes part in a step.
-        expected_batch_size: Public divisor of the noisy sum. Chosen like q from a public guess of the
-            number of examples, never computed from the data.
+        expected_batch_size: Public divisor of the noisy sum, of the federation's terms.
         max_grad_norm: Clipping norm C of one example's gradient over all cores, from public data.
         noise_multiplier: σ, the noise's standard deviation over C.
-        physical_batch_size: Most examples per forward pass; changes memory, not the result.
+        physical_batch_size: Most examples per forward pass; changes memory, not the result. A model that
+            computes in less than float32 gets one.
         engine: ``closed_form``, or ``opacus`` for Opacus's per-sample gradients.
         bf16: Wide products in bfloat16; gradients of the cores, clipping and noise are exact as ever.
     """
@@ -154,7 +158,10 @@ def train_private(
     loss_of = in_bfloat16(losses) if settings.bf16 else losses
     with _engine(model, cores, settings.engine, loss_of) as engine:
         assert_only_shared_branch(model, cores, private_parameters, losses=loss_of)
-        check_engine(engine, model, losses=loss_of, narrow=settings.bf16)
+        narrow = is_narrow(model, autocast=settings.bf16)
+        check_engine(engine, model, losses=loss_of, narrow=narrow)
+        if narrow:
+            settings = settings.model_copy(update={"physical_batch_size": 1})
         event = GaussianEvent(
             noise_multiplier=settings.noise_multiplier,
             sampling_rate=settings.sampling_rate,

@@ -36,9 +36,12 @@ ASSUMPTIONS = (
     "Noise multipliers, sampling rates and the number of steps were fixed before the run, not chosen after "
     "looking at private results. Tuning on private data is a release that is not in this statement.",
     "Sampling is really Poisson: every example enters each step independently with probability q.",
-    "Gradients, clipping and noise were computed in float32 or better. Noise came from a cryptographically "
-    "secure generator, every draw a sum of several Gaussians, added on a grid of integers, against attacks "
-    "on floating point.",
+    "The number of examples counts as public: δ, the sampling rate and the adapter's noise are planned with "
+    "it.",
+    "An example's gradient depends on no other example beyond float32 rounding: a model in bfloat16 or "
+    "float16 is given one example at a time. Clipping and noise were computed in float32 or better. Noise "
+    "came from a cryptographically secure generator, every draw a sum of several Gaussians, added on a grid "
+    "of integers, against attacks on floating point.",
     "The ledger is the only record of releases: a copy of this data under another ledger, and everything "
     "released from it elsewhere, comes on top.",
     "The client's machine, its operating system's randomness and this software do what they should.",

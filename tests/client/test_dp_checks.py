@@ -210,6 +210,13 @@ def test_a_gradient_of_zero_is_refused(model: nn.Module) -> None:
             check_engine(ClosedFormEngine(model, cores), model)
 
 
+def test_batch_normalisation_is_refused(model: nn.Module) -> None:
+    # In evaluation mode, in which the engine is tried, such a layer mixes nothing; while training it does.
+    model.get_base_model().model.norm = nn.Sequential(nn.BatchNorm1d(7))
+    with only_shared_branch(model) as cores, pytest.raises(ModelError, match="batch normalisation"):
+        check_engine(ClosedFormEngine(model, cores), model)
+
+
 def test_the_check_works_in_training_mode_with_dropout(model: nn.Module) -> None:
     model.get_base_model().config.attention_dropout = 0.5
     model.train()

@@ -387,6 +387,39 @@ def test_bfloat16_products_release_float32_of_the_same_size() -> None:
     assert 0 < difference < 0.1
 
 
+def _one_step(examples: list[EncodedExample], **values: object) -> np.ndarray:
+    """The clipped sum of all examples over C, from one step of gradient descent without noise."""
+    model = make_model()
+    with only_shared_branch(model) as cores:
+        for core in cores.values():
+            nn.init.normal_(core.weight, std=0.3, generator=torch.Generator().manual_seed(3))
+        start = read_shared(model)
+    settings = change(steps=1, max_grad_norm=1e-2, learning_rate=0.1, expected_batch_size=1, **values)
+    train(model, examples, settings, Script())
+    return (start - read_shared(model)) / (0.1 * 1e-2)
+
+
+def _sensitivity(**values: object) -> float:
+    """How far one long example moves the sum over many copies of a shorter one, in units of C."""
+    copies = [make_examples(2)[1]] * 31
+    long = torch.arange(16)
+    added = EncodedExample("long", long, torch.where(long < 14, IGNORED, long))
+    both, without = _one_step([*copies, added], **values), _one_step(copies, **values)
+    return float(np.linalg.norm(both.astype(np.float64) - without))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_one_example_moves_the_sum_by_no_more_than_the_clipping_norm(bf16: bool) -> None:
+    assert _sensitivity(bf16=bf16, physical_batch_size=32) < 1.0 + 1e-4
+
+
+def test_in_bfloat16_examples_together_would_pass_the_clipping_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Why a narrow model gets one example at a time: the same sum, batched, is not bounded by C.
+    monkeypatch.setattr("fedmosaic.client.dp_training.is_narrow", lambda model, autocast: False)
+    monkeypatch.setattr("fedmosaic.client.dp_training.check_engine", lambda *args, **named: None)
+    assert _sensitivity(bf16=True, physical_batch_size=32) > 1.01
+
+
 def test_mode_and_progress() -> None:
     model = make_model().eval()
     seen: list[tuple[int, int]] = []
