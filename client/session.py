@@ -110,9 +110,16 @@ class Session:
 
         Raises:
             RefusedError: the server refuses this client; the reason and the remedy are in the message.
+            PolicyError: the server wants another number of rounds than the roster's terms.
             TransportError: the server cannot be reached for longer than the transport's patience.
         """
         enrolled = self._enrol()
+        agreed = self._roster.terms.schedule.rounds
+        if enrolled.rounds != agreed:
+            raise PolicyError(
+                f"the server runs {enrolled.rounds} rounds, the signed terms say {agreed}; nothing was sent. "
+                "Ask who runs the server: more rounds are more weight rows, from which recipients learn more"
+            )
         self._state.join_run(enrolled.run_id)
         self._resume()
         round_number = max(enrolled.round, self._state.record.completed_round + 1)

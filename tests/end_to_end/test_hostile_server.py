@@ -16,6 +16,7 @@ from fedmosaic.privacy.roster import Terms
 from fedmosaic.protos.errors import PolicyError
 from fedmosaic.protos.messages import Aggregate, AggregateSection, SectionWeights
 from fedmosaic.server.coordinator import Coordinator
+from fedmosaic.server.from_kit import settings_from_kit
 
 Change = Callable[[AggregateSection], AggregateSection]
 VICTIM = "ada"
@@ -231,6 +232,24 @@ def test_a_family_of_fewer_than_it_seems_is_refused(
     assert clients[VICTIM].learner.received == []
     assert any("no family aggregate" in line and message in line for line in caplog.messages)
     assert len(clients["ben"].learner.received) == 1
+
+
+def test_a_server_that_wants_more_rounds_than_were_signed_gets_nothing(tmp_path: Path) -> None:
+    directory = fv.make_federation(tmp_path / "f", fv.terms("plain", rounds=2))
+    settings = settings_from_kit(directory / "server")
+    greedy = Coordinator(settings.model_copy(update={"durable": False, "rounds": 7}))
+    clients = [fv.Client(directory, name, seed) for seed, name in enumerate(fv.MEMBERS)]
+    sessions = {client.name: client.session(fv.in_process(greedy, client.name)) for client in clients}
+    errors = fv.run_all(sessions)
+    assert set(errors) == set(fv.MEMBERS)
+    for error in errors.values():
+        assert isinstance(error, PolicyError)
+        assert "runs 7 rounds, the signed terms say 2" in str(error)
+    assert greedy.summary()["results"] == []
+    assert all(client.learner.trained == [] for client in clients)
+    for client in clients:
+        client.close()
+    greedy.close()
 
 
 def test_a_second_row_for_one_round_is_refused(tmp_path: Path) -> None:
