@@ -33,10 +33,10 @@ from fedmosaic.client.transport import GrpcTransport
 from fedmosaic.privacy.accounting import default_delta
 from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.federation import Kit, open_kit
-from fedmosaic.privacy.ledger import Ledger
+from fedmosaic.privacy.ledger import Ledger, parameters_of, read_ledger
 from fedmosaic.privacy.noise import SecureNoise, SeededTestNoise
 from fedmosaic.privacy.report_costs import shareable
-from fedmosaic.protos.errors import ConfigurationError, FedMosaicError, ModelError
+from fedmosaic.protos.errors import ConfigurationError, FedMosaicError, LedgerError, ModelError
 
 log = logging.getLogger("fedmosaic.client")
 RESULT = "result.json"
@@ -142,13 +142,36 @@ def _open_ledger(settings: ClientSettings, kit: Kit, client_id: str, examples: i
         raise ConfigurationError(
             f"target_epsilon is {target}, the federation's is {agreed}; a client may be stricter, not looser"
         )
+    path = settings.state_dir / "ledger.sqlite"
     return Ledger.open(
-        settings.state_dir / "ledger.sqlite",
+        path,
         client_id,
-        default_delta(examples),
+        ledger_delta(path, examples),
         target,
         budgeted_channels=budgeted_channels(kit.roster.terms),
     )
+
+
+def ledger_delta(path: Path, examples: int) -> float:
+    """δ of the ledger that is there, for as long as it is at most 1/n; of a new one, n^-1.1.
+
+    Args:
+        path: the ledger, there or not.
+        examples: n, the client's number of examples now.
+
+    Raises:
+        LedgerError: its δ is above 1/n, or it is damaged.
+    """
+    if not path.exists():
+        return default_delta(examples)
+    delta = parameters_of(read_ledger(path)).delta
+    if delta * examples > 1.0:
+        raise LedgerError(
+            f"{path}: δ = {delta:g} was fixed when there were fewer examples, and {examples} need one below "
+            f"1/{examples}; take part with at most {int(1 / delta)} examples. A fresh ledger would forget "
+            "what this one has spent; it is right only for data that share no example"
+        )
+    return delta
 
 
 def _plan(settings: ClientSettings, kit: Kit, ledger: Ledger, examples: int) -> AdapterPlan:

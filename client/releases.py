@@ -137,6 +137,7 @@ class Releases:
             clipping_norm=self._terms.adapter_privacy.clipping_norm,
             dimensions=self._terms.adapter.shared_dimensions,
             example_ids=self._evidence,
+            context=self._run,
         )
 
     def adapter(self, round_number: int, vectors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
@@ -149,20 +150,31 @@ class Releases:
         Returns:
             What may leave: nothing in receive-only mode.
         """
-        if self.receive_only:
+        if self.receive_only or self._refused_before(round_number):
             return {}
         for name, vector in vectors.items():
             digest = hashlib.sha256(np.ascontiguousarray(vector, dtype="<f4").tobytes()).hexdigest()
             self._book("family" if name == "family" else "adapter", round_number, digest)
         return vectors
 
+    @property
+    def _run(self) -> str:
+        """The run that this client has joined; its rounds are not those of an earlier run."""
+        return self._state.record.run_id
+
+    def _refused_before(self, round_number: int) -> bool:
+        """Whether an earlier process was refused this round's training, and ended before it sent."""
+        if not self._terms.adapter.private:
+            return False
+        return self._ledger.refused("adapter", round_number, self._data_epoch, self._run)
+
     def _book(self, channel: Channel, round_number: int, digest: str) -> None:
-        done = self._ledger.release_of(channel, round_number, self._data_epoch)
+        done = self._ledger.release_of(channel, round_number, self._data_epoch, self._run)
         if done is not None:
             if done.reference is not None:
                 self._ledger.resent(done.reference, digest, round_number)
             return
-        pending = self._ledger.pending(channel, round_number, self._data_epoch)
+        pending = self._ledger.pending(channel, round_number, self._data_epoch, self._run)
         if pending is not None:
             self._ledger.released(pending.sequence, digest)
             return
@@ -178,13 +190,15 @@ class Releases:
             data_epoch=self._data_epoch,
             secure_noise=True,
             covered_by=coverage,
+            context=self._run,
         )
         self._ledger.released(sequence, digest)
 
     def profile(self, round_number: int) -> Profile | None:
         """The task profile to send, or None to let the server go on with the last one.
 
-        Released once per data epoch; while the data is unchanged, later rounds re-use it.
+        Released once per data epoch and mechanism; while both are unchanged, later rounds and later runs
+        re-use it.
         """
         if self._examples < self._terms.profile.minimum_examples:
             log.warning(
@@ -210,17 +224,18 @@ class Releases:
             write_atomically(self._state.directory / "profile-sent", stored.last_release_sha256.encode())
 
     def _released_profile(self, round_number: int) -> Float32Array:
-        path = self._state.directory / f"profile-{self._data_epoch[:16]}.npy"
-        if self._ledger.release_of("profile", round_number, self._data_epoch) is not None:
+        mechanism = self._terms.profile
+        name = f"profile-{self._data_epoch[:16]}-{mechanism.sha256[:16]}.npy"
+        path = self._state.directory / name
+        if self._ledger.release_of("profile", round_number, self._data_epoch, mechanism.sha256) is not None:
             return _read_vector(path, self._terms.profile.dimensions)
-        pending = self._ledger.pending("profile", round_number, self._data_epoch)
+        pending = self._ledger.pending("profile", round_number, self._data_epoch, mechanism.sha256)
         if pending is not None and path.exists():
             # The noisy bytes were stored and the process died before it could say so.
             released = _read_vector(path, self._terms.profile.dimensions)
             self._ledger.released(pending.sequence, _digest(released))
             return released
         reserved: list[int] = []
-        mechanism = self._terms.profile
 
         def charge() -> None:
             event = GaussianEvent(mechanism.noise_multiplier, mechanism.sampling_rate, 1)
@@ -236,6 +251,7 @@ class Releases:
                     dimensions=mechanism.dimensions,
                     covered_by="dp" if event.is_private else "nothing",
                     example_ids=self._evidence,
+                    context=mechanism.sha256,
                 )
             )
 

@@ -3,7 +3,7 @@
     STATE/session.json             which run, and the last round whose push was acknowledged
     STATE/adapter/round-0002/      every adapter branch and the gate after that round
     STATE/upload-0003.bin          bytes of an upload that is not acknowledged yet, re-sent as they are
-    STATE/profile-000001.npy       a noised task profile release, re-used until the data changed
+    STATE/profile-<data>-<map>.npy a noised task profile release, re-used until data or public map change
     STATE/keys/                    group keys of the current and the previous epoch
     STATE/ledger.sqlite            the privacy ledger (see `fedmosaic.privacy.ledger`)
 
@@ -143,8 +143,9 @@ class ClientState:
         if self.record.run_id and self.record.run_id != run_id:
             raise StateError(
                 f"{self.directory} holds round {self.record.completed_round} of run {self.record.run_id}, "
-                f"but the server is on run {run_id}; move the directory away to start over (keep its ledger: "
-                "the budget spent on the same data stays spent)"
+                f"but the server is on run {run_id}; to start over, give a new state_dir and copy "
+                "ledger.sqlite, ledger.sqlite.head and profile-*.npy into it: what was spent on the same "
+                "data stays spent"
             )
         self._write(
             SessionRecord(self.record.federation, self.record.client, run_id, self.record.completed_round)

@@ -149,6 +149,7 @@ class Ledger:
         dimensions: int | None = None,
         covered_by: Coverage = "dp",
         example_ids: Iterable[str] | None = None,
+        context: str = "",
     ) -> int:
         """Charge one release, durably, before its noise is drawn.
 
@@ -164,6 +165,8 @@ class Ledger:
             covered_by: "dp", or, with ε = ∞, "cryptography" or "nothing".
             example_ids: the epoch's example ids, to have it composed in parallel with other epochs that
                 were given so; the ledger proves that they share none.
+            context: the run, or for a profile its mechanism: another one makes another release, which is
+                charged like the first.
 
         Returns:
             Sequence of the RESERVED row, to be given to `released`.
@@ -176,6 +179,7 @@ class Ledger:
         fields: dict[str, Any] = {
             "channel": channel,
             "round": round,
+            "context": context,
             "mechanism": canonical_json(dict(mechanism or {})),
             "noise_multiplier": event.noise_multiplier,
             "sampling_rate": event.sampling_rate,
@@ -191,7 +195,7 @@ class Ledger:
         check_request(fields, event)
         hashes = None if example_ids is None else example_hashes(example_ids)
         with self._log.appending() as rows:
-            done = _release(rows, channel, round, data_epoch)
+            done = _release(rows, channel, round, data_epoch, context)
             if done is not None:
                 raise LedgerError(
                     f"this {channel} release was made already (reservation {done.reference}, bytes "
@@ -200,7 +204,7 @@ class Ledger:
                 )
             if hashes is not None:
                 self._prove_disjoint(data_epoch, hashes)
-            fields["attempt"] = 1 + len(matching(rows, "RESERVED", channel, round, data_epoch))
+            fields["attempt"] = 1 + len(matching(rows, "RESERVED", channel, round, data_epoch, context))
             bound = self._bound_after(rows, channel, event, None if hashes is None else data_epoch)
             target = self.parameters.target_epsilon
             refused = channel in self.parameters.budgeted_channels and exceeds(bound.epsilon, target)
@@ -228,7 +232,9 @@ class Ledger:
         """
         with self._log.appending() as rows:
             reservation = _reservation(rows, sequence)
-            before = _release(rows, reservation.channel, reservation.round, reservation.data_epoch)
+            before = _release(
+                rows, reservation.channel, reservation.round, reservation.data_epoch, reservation.context
+            )
             if before is not None and (before.reference, before.payload_digest) == (sequence, digest):
                 return
             if before is not None:
@@ -264,24 +270,32 @@ class Ledger:
             in_round = reservation.round if round is None else round
             self._append_about(reservation, "RESENT", digest, len(sent) + 1, in_round)
 
-    def release_of(self, channel: Channel, round: int, data_epoch: str) -> LedgerRow | None:
+    def release_of(
+        self, channel: Channel, round: int, data_epoch: str, context: str = ""
+    ) -> LedgerRow | None:
         """The RELEASED row whose stored bytes are to be sent, if this release was made already.
 
-        A profile is released once per data epoch, so its round does not matter.
+        A profile is released once per data epoch and mechanism, so its round does not matter.
         """
         with self._log.reading() as rows:
-            return _release(rows, channel, round, data_epoch)
+            return _release(rows, channel, round, data_epoch, context)
 
-    def pending(self, channel: Channel, round: int, data_epoch: str) -> LedgerRow | None:
+    def refused(self, channel: Channel, round: int, data_epoch: str, context: str = "") -> bool:
+        """Whether the budget refused this release and nothing was reserved for it."""
+        with self._log.reading() as rows:
+            asked = (channel, round, data_epoch, context)
+            return bool(matching(rows, "REFUSED", *asked)) and not matching(rows, "RESERVED", *asked)
+
+    def pending(self, channel: Channel, round: int, data_epoch: str, context: str = "") -> LedgerRow | None:
         """The last reservation of a release that was never recorded as made, such as after a crash.
 
         If its noisy bytes were stored, `released` may still be called for it; if not, they are to be drawn
         anew under a new reservation.
         """
         with self._log.reading() as rows:
-            if _release(rows, channel, round, data_epoch) is not None:
+            if _release(rows, channel, round, data_epoch, context) is not None:
                 return None
-            return next(reversed(matching(rows, "RESERVED", channel, round, data_epoch)), None)
+            return next(reversed(matching(rows, "RESERVED", channel, round, data_epoch, context)), None)
 
     def events(self, channel: Channel | None = None) -> list[GaussianEvent]:
         """Every charged event, of one channel or of all, released or not."""
@@ -341,6 +355,7 @@ class Ledger:
             unit=reservation.unit,
             channel=reservation.channel,
             round=round,
+            context=reservation.context,
             attempt=attempt,
             reference=reservation.sequence,
             data_epoch=reservation.data_epoch,
@@ -394,6 +409,10 @@ def _reservation(rows: Sequence[LedgerRow], sequence: int) -> LedgerRow:
 
 
 def _release(
-    rows: Sequence[LedgerRow], channel: str | None, round: int | None, epoch: str | None
+    rows: Sequence[LedgerRow],
+    channel: str | None,
+    round: int | None,
+    epoch: str | None,
+    context: str | None,
 ) -> LedgerRow | None:
-    return next(iter(matching(rows, "RELEASED", channel, round, epoch)), None)
+    return next(iter(matching(rows, "RELEASED", channel, round, epoch, context)), None)

@@ -59,6 +59,8 @@ class LedgerRow(BaseModel):
             charge nothing; REFUSED records a release that the budget did not allow.
         channel: what is released.
         round: round of the federation.
+        context: what tells releases of one channel, round and data epoch apart: the run, or for a profile
+            its mechanism. Empty where there is but one.
         attempt: 1 for the first reservation (or sending) of this release, then 2, …
         reference: sequence of the RESERVED row that a RELEASED or RESENT row is about.
         mechanism: canonical JSON; of an OPENED row the ledger's parameters.
@@ -87,6 +89,7 @@ class LedgerRow(BaseModel):
     kind: Kind
     channel: Channel | None = None
     round: int | None = Field(default=None, ge=0)
+    context: str | None = Field(default=None, max_length=128)
     attempt: int | None = Field(default=None, ge=1)
     reference: int | None = Field(default=None, ge=1)
     mechanism: str | None = None

@@ -125,7 +125,9 @@ def check_anchor(rows: Sequence[LedgerRow], anchor: Anchor) -> None:
 
 
 def check_parameters(wanted: LedgerParameters, rows: Sequence[LedgerRow]) -> None:
-    """Refuse to go on under other parameters than the ledger was opened with.
+    """Refuse to go on under looser or other parameters than the ledger was opened with.
+
+    A smaller budget, or one for more channels, is stricter and allowed.
 
     Raises:
         LedgerError: names every parameter that differs.
@@ -134,14 +136,22 @@ def check_parameters(wanted: LedgerParameters, rows: Sequence[LedgerRow]) -> Non
     differing = [
         f"{name} was {getattr(opened, name)!r} and is now {getattr(wanted, name)!r}"
         for name in LedgerParameters.__dataclass_fields__
-        if getattr(opened, name) != getattr(wanted, name)
+        if getattr(opened, name) != getattr(wanted, name) and not _stricter(name, opened, wanted)
     ]
     if differing:
         raise LedgerError(
             f"the ledger was opened with other parameters: {'; '.join(differing)}. A budget bounds "
-            "something only while it is fixed: go on with the first parameters (the ledger of another "
-            "client, or of other data, is another file)"
+            "something only while it is fixed: go on with the first parameters. A fresh ledger would forget "
+            "what this one has spent; it is right for another client, or for data that share no example"
         )
+
+
+def _stricter(name: str, opened: LedgerParameters, wanted: LedgerParameters) -> bool:
+    if name == "budgeted_channels":
+        return set(wanted.budgeted_channels) > set(opened.budgeted_channels)
+    if name == "target_epsilon" and wanted.target_epsilon is not None:
+        return opened.target_epsilon is None or wanted.target_epsilon < opened.target_epsilon
+    return False
 
 
 def check_request(fields: dict[str, Any], event: GaussianEvent) -> None:
@@ -184,11 +194,17 @@ def check_request(fields: dict[str, Any], event: GaussianEvent) -> None:
 
 
 def matching(
-    rows: Iterable[LedgerRow], kind: Kind, channel: str | None, round: int | None, data_epoch: str | None
+    rows: Iterable[LedgerRow],
+    kind: Kind,
+    channel: str | None,
+    round: int | None,
+    data_epoch: str | None,
+    context: str | None,
 ) -> list[LedgerRow]:
     """Rows of one kind that are about one release.
 
-    A profile is released once per data epoch, whatever the round; any other release once per round and epoch.
+    A profile is released once per data epoch and mechanism, whatever the round and the run; any other release
+    once per run, round and epoch.
     """
     return [
         row
@@ -196,6 +212,7 @@ def matching(
         if row.kind == kind
         and row.channel == channel
         and row.data_epoch == data_epoch
+        and row.context == context
         and (channel == "profile" or row.round == round)
     ]
 

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from fedmosaic.privacy.ledger_rows import LedgerRow, charges, check_chain, check_seen, epoch_of_hashes
 from fedmosaic.protos.errors import LedgerError
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _WAIT_SECONDS = 60.0
 _COLUMNS = tuple(LedgerRow.model_fields)
 _BOOLEANS = ("secure_noise", "disjoint")

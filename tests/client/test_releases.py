@@ -1,5 +1,6 @@
 """The accounting rules where they are enforced: one charge per draw, before it, none for a resend."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from fedmosaic.privacy.ledger import Ledger, read_ledger
 from fedmosaic.privacy.mechanism import ClippedSum, Float32Array, ProfileMechanism, Reduction, release
 from fedmosaic.privacy.noise import SecureNoise
 from fedmosaic.privacy.roster import AdapterPrivacyTerms, AdapterTerms, Protection, ScheduleTerms, Terms
-from fedmosaic.protos.errors import LedgerError, PrivacyError, StateError
+from fedmosaic.protos.errors import BudgetExceededError, LedgerError, PrivacyError, StateError
 
 DELTA = 1e-5
 MECHANISM = ProfileMechanism(
@@ -124,6 +125,61 @@ def test_later_rounds_and_restarts_reuse_the_release_of_a_data_epoch(client: Cli
     np.testing.assert_array_equal(first.vector, later.vector)
     assert client.draws == 1
     assert len(client.reserved("profile")) == 1
+
+
+def _second_run(client: Client) -> Client:
+    """The same client with a new state directory, into which ledger and profiles were copied."""
+    second = Client(client.place.with_name("second"), client.terms, client.target)
+    second.place.mkdir()
+    for file in (*client.place.glob("ledger.sqlite*"), *client.place.glob("profile-*.npy")):
+        shutil.copy(file, second.place)
+    return second
+
+
+def _join(client: Client, run: str) -> None:
+    state = ClientState(client.place, "f", "ada")
+    state.join_run(run)
+    state.release()
+
+
+@pytest.mark.parametrize("protection", ["none", "dp"])
+def test_a_second_run_goes_on_with_the_ledger_of_the_first(tmp_path: Path, protection: Protection) -> None:
+    client = Client(tmp_path / "first", terms(protection), target=40.0)
+    vectors = {"shared": np.ones(4, dtype=np.float32)}
+    for number in (1, 2):
+        client = client if number == 1 else _second_run(client)
+        _join(client, f"run-{number}")
+        with client.opened() as releases:
+            if protection == "dp":
+                releases.charge_adapter(1, GaussianEvent(1.0, 0.02, 5))
+            assert releases.profile(1) is not None
+            assert releases.adapter(1, {"shared": vectors["shared"] * number})
+    assert len(client.reserved("adapter")) == 2, "each run's first round is a release of its own"
+    assert len(client.reserved("profile")) == 1, "the profile of unchanged data is one release"
+    assert client.draws == 0
+
+
+def test_another_public_map_makes_another_profile(tmp_path: Path) -> None:
+    client = Client(tmp_path / "first", terms("none"))
+    with client.opened() as releases:
+        releases.profile(1)
+    second = _second_run(client)
+    second.terms = terms("none", profile=MECHANISM.model_copy(update={"noise_multiplier": 3.0}))
+    with second.opened() as releases:
+        releases.profile(1)
+    assert second.draws == 1
+    assert len(second.reserved("profile")) == 2
+
+
+def test_a_refusal_is_remembered_by_the_next_process(tmp_path: Path) -> None:
+    client = Client(tmp_path / "state", terms("dp"), target=0.5)
+    with client.opened() as releases, pytest.raises(BudgetExceededError):
+        releases.charge_adapter(1, GaussianEvent(0.5, 0.5, 50))
+    with client.opened() as releases:
+        # Trained before the process ended, so `train_shared` does not run again.
+        assert releases.adapter(1, {"shared": np.ones(4, dtype=np.float32)}) == {}
+        with pytest.raises(PrivacyError, match="not charged"):
+            releases.adapter(2, {"shared": np.ones(4, dtype=np.float32)})
 
 
 def test_an_acknowledged_profile_is_not_sent_again_until_the_data_changes(client: Client) -> None:

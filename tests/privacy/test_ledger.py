@@ -186,7 +186,54 @@ def test_budget_parameters_are_fixed_by_the_first_opening(path: Path) -> None:
         Ledger.open(path, "clinic-a", 1e-4, 3.0, "rdp")
     with pytest.raises(LedgerError, match="budgeted_channels was"):
         open_ledger(path, 3.0, budgeted_channels=("profile",))
+    with pytest.raises(LedgerError, match="target_epsilon was"):
+        open_ledger(path, None)
     open_ledger(path, 3.0).close()
+
+
+def test_a_stricter_budget_goes_on_and_binds(path: Path) -> None:
+    with open_ledger(path, 8.0, budgeted_channels=("profile",)) as ledger:
+        reserve(ledger, "profile", event=PROFILE)
+    spent = rdp(PROFILE)
+    with open_ledger(path, spent * 1.01) as ledger:
+        assert ledger.epsilon() == spent
+        with pytest.raises(BudgetExceededError):
+            reserve(ledger)
+
+
+def test_a_release_in_another_context_is_another_release_and_charged(path: Path) -> None:
+    def again(ledger: Ledger, context: str) -> int:
+        return ledger.reserve(
+            "adapter",
+            1,
+            STEP,
+            data_epoch=EPOCH,
+            secure_noise=True,
+            clipping_norm=1.0,
+            dimensions=256,
+            context=context,
+        )
+
+    with open_ledger(path) as ledger:
+        ledger.released(again(ledger, "run 1"), DIGEST)
+        with pytest.raises(LedgerError, match="made already"):
+            again(ledger, "run 1")
+        assert ledger.release_of("adapter", 1, EPOCH, "run 2") is None
+        ledger.released(again(ledger, "run 2"), OTHER)
+        assert ledger.epsilon() == rdp(STEP, STEP)
+        found = ledger.release_of("adapter", 1, EPOCH, "run 1")
+        assert found is not None
+        assert found.payload_digest == DIGEST
+
+
+def test_what_the_budget_refused_is_remembered(path: Path) -> None:
+    with open_ledger(path, 0.1) as ledger:
+        assert not ledger.refused("adapter", 0, EPOCH)
+        with pytest.raises(BudgetExceededError):
+            reserve(ledger)
+        assert ledger.refused("adapter", 0, EPOCH)
+        assert not ledger.refused("adapter", 1, EPOCH)
+        assert not ledger.refused("adapter", 0, EPOCH, "another run")
 
 
 def test_releases_without_dp_cost_infinity_and_say_what_covers_them(path: Path) -> None:

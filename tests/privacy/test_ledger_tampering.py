@@ -21,6 +21,7 @@ OTHER_VALUES: dict[str, tuple[object, object]] = {
     "kind": ("RESENT", "FORGOTTEN"),
     "channel": ("family", 7),
     "round": (41, "x"),
+    "context": ("another run", 7),
     "attempt": (41, -1),
     "reference": (1, "x"),
     "mechanism": ('{"kind":"other"}', 1.5),
