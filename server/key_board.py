@@ -7,13 +7,19 @@ An epoch passes through three phases:
     AGREEING   its members post openings, the leader sealed boxes, and everybody a confirmation.
     READY      every member has confirmed: uploads may be encrypted under this epoch.
 
-A phase that passes its deadline starts the next epoch, without the members who did not answer. Pure:
-time is passed in, and nothing here does any input or output. What the messages mean is between the
+An agreement that passes its deadline starts the next epoch, without the members who did not answer; they
+may join the one after it. Who was silent is not always who is to blame: a leader can seal boxes that do not
+open, and the board cannot see it. So from the second failure in a row on, half of the members, another half
+each time, wait for one epoch, and nobody can be in all of them. No list is ever left with fewer members than
+an epoch needs.
+
+Pure: time is passed in, and nothing here does any input or output. What the messages mean is between the
 clients (`fedmosaic.privacy.key_agreement`): a server that tells different members different lists
 gets different epochs, whose messages do not verify.
 """
 
 import enum
+import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
@@ -40,6 +46,7 @@ class Answer(enum.Enum):
     REPEATED = "repeated"
     REPLACED = "the epoch was replaced by a newer one"
     CLOSED = "the epoch's members are fixed already; wait for the next epoch"
+    EXCLUDED = "the sender did not answer in an epoch that failed; wait for the next epoch"
     NOT_A_MEMBER = "the sender is not a member of this epoch"
 
 
@@ -53,7 +60,10 @@ class KeyBoard:
         deadline: time at which the phase is given up, in the caller's clock.
         members: who takes part, sorted; empty while members join.
         joined: who has joined.
+        openings: who has posted an opening.
         confirmations: who has posted a confirmation.
+        excluded: who may not join this epoch.
+        failures: how many epochs before this one failed in a row.
         patience_seconds: length of a phase.
         minimum_members: an epoch with fewer is not closed.
     """
@@ -65,7 +75,10 @@ class KeyBoard:
     minimum_members: int
     members: tuple[str, ...] = ()
     joined: frozenset[str] = frozenset()
+    openings: frozenset[str] = frozenset()
     confirmations: frozenset[str] = frozenset()
+    excluded: frozenset[str] = frozenset()
+    failures: int = 0
 
     def post(self, sender: str, epoch: int, stage: str, now: float) -> tuple["KeyBoard", Answer]:
         """Take note of a message.
@@ -86,9 +99,13 @@ class KeyBoard:
                 return self, Answer.REPEATED
             if self.phase is not BoardPhase.JOINING:
                 return self, Answer.CLOSED
+            if sender in self.excluded:
+                return self, Answer.EXCLUDED
             return replace(self, joined=self.joined | {sender}), Answer.ACCEPTED
         if sender not in self.members:
             return self, Answer.NOT_A_MEMBER
+        if stage == OPENING:
+            return replace(self, openings=self.openings | {sender}), Answer.ACCEPTED
         if stage != CONFIRMATION:
             return self, Answer.ACCEPTED
         if sender in self.confirmations:
@@ -110,7 +127,8 @@ class KeyBoard:
         """
         if self.phase is BoardPhase.JOINING:
             enough = len(self.joined) >= self.minimum_members
-            complete = bool(expected) and set(expected) <= self.joined
+            awaited = set(expected) - self.excluded
+            complete = bool(awaited) and awaited <= self.joined
             if enough and (complete or now >= self.deadline):
                 return replace(
                     self,
@@ -118,15 +136,31 @@ class KeyBoard:
                     members=tuple(sorted(self.joined)),
                     deadline=now + self.patience_seconds,
                 )
+            if now >= self.deadline and self.excluded:
+                # A client joins an epoch once, so those who were turned away need a new one.
+                return replace(self.next_epoch(now), failures=self.failures)
             if now >= self.deadline:
                 return replace(self, deadline=now + self.patience_seconds)
             return self
         if self.phase is BoardPhase.AGREEING and now >= self.deadline:
-            return self.next_epoch(now)
+            excluded, failures = self._left_out(expected), self.failures + 1
+            return replace(self.next_epoch(now), excluded=excluded, failures=failures)
         return self
 
+    def _left_out(self, expected: Collection[str]) -> frozenset[str]:
+        """Who may not join the epoch after this one, which failed."""
+        if self.failures == 0:
+            unopened = set(self.members) - self.openings
+            # Without all openings nobody else can go on, so nobody else is to blame.
+            silent = unopened or set(self.members) - self.confirmations
+            enough = len(self.members) - len(silent) >= self.minimum_members
+            return frozenset(silent) if enough else frozenset()
+        around = set(expected) | set(self.members)
+        drawn = sorted(around, key=lambda name: hashlib.sha256(f"{self.epoch}/{name}".encode()).digest())
+        return frozenset(drawn[max(self.minimum_members, (len(drawn) + 1) // 2) :])
+
     def next_epoch(self, now: float) -> "KeyBoard":
-        """Begin a new epoch: at a rotation, on a change of membership, or after a failure."""
+        """Begin a new epoch that everybody may join: at a rotation, or on a change of membership."""
         return KeyBoard(
             epoch=self.epoch + 1,
             phase=BoardPhase.JOINING,
@@ -142,7 +176,7 @@ class KeyBoard:
     def waiting_for(self, expected: Collection[str]) -> tuple[str, ...]:
         """Members whose message the board waits for, sorted."""
         if self.phase is BoardPhase.JOINING:
-            return tuple(sorted(set(expected) - self.joined))
+            return tuple(sorted(set(expected) - self.excluded - self.joined))
         if self.phase is BoardPhase.AGREEING:
             return tuple(sorted(set(self.members) - self.confirmations))
         return ()
@@ -166,7 +200,10 @@ def to_record(board: KeyBoard) -> dict[str, object]:
         "phase": board.phase.value,
         "members": list(board.members),
         "joined": sorted(board.joined),
+        "openings": sorted(board.openings),
         "confirmations": sorted(board.confirmations),
+        "excluded": sorted(board.excluded),
+        "failures": board.failures,
     }
 
 
@@ -176,7 +213,7 @@ def from_record(
     """Rebuild a board from `to_record`, with a full deadline ahead."""
 
     def names(key: str) -> tuple[str, ...]:
-        value = record[key]
+        value = record.get(key)  # an older server did not know of all of them
         return tuple(str(name) for name in value) if isinstance(value, list) else ()
 
     return KeyBoard(
@@ -187,5 +224,8 @@ def from_record(
         minimum_members=minimum_members,
         members=names("members"),
         joined=frozenset(names("joined")),
+        openings=frozenset(names("openings")),
         confirmations=frozenset(names("confirmations")),
+        excluded=frozenset(names("excluded")),
+        failures=int(str(record.get("failures", 0))),
     )

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Collection
 
+from fedmosaic.privacy.key_agreement import MINIMUM_MEMBERS
 from fedmosaic.protos.messages import KeyMessage, UploadHeader
 from fedmosaic.protos.refusal import Refusal, RefusalKind
 from fedmosaic.server import key_board
@@ -29,7 +30,7 @@ class KeyRelay:
             now: seconds, in the clock of all later calls.
         """
         self._store = store
-        patience, fewest = settings.gathering_seconds, settings.minimum_epoch_members
+        patience, fewest = settings.gathering_seconds, max(settings.minimum_epoch_members, MINIMUM_MEMBERS)
         stored = store.get(_KEY)
         if stored is None:
             self._board = key_board.first_epoch(now, patience, fewest)
@@ -133,12 +134,12 @@ class KeyRelay:
         if board == self._board:
             return False
         if board.epoch != self._board.epoch:
-            missing = ", ".join(self._board.waiting_for(expected))
             log.warning(
-                "key epoch %d was not confirmed in time by %s; epoch %d begins",
+                "key epoch %d had no answer in time from %s; epoch %d begins%s",
                 self.epoch,
-                missing,
+                ", ".join(self._board.waiting_for(expected)) or "enough members",
                 board.epoch,
+                f" without {', '.join(sorted(board.excluded))}" if board.excluded else "",
             )
             self._store.replace_key_epoch(board.epoch, self._record(board))
         elif board.phase is not self._board.phase:

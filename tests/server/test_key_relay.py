@@ -9,6 +9,7 @@ import pytest
 from fedmosaic.privacy.encryption.layout import upload_header
 from fedmosaic.privacy.encryption.parameters import MaskParameters
 from fedmosaic.privacy.encryption.records import RoundContext
+from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos.messages import KeyMessage, ReceiptStatus, Section
 from fedmosaic.protos.refusal import Refusal
 from fedmosaic.server.coordinator import Coordinator
@@ -182,6 +183,53 @@ def test_an_agreement_that_fails_starts_again(federation: Any, coordinator: Any,
     assert coordinator.advance()
     assert coordinator.enrol("clinic-a", federation.enrolment()).key_epoch == 2
     assert coordinator.status("clinic-a").round == 1
+
+
+def test_a_member_that_never_confirms_costs_one_epoch(federation: Any, coordinator: Any, clock: Any) -> None:
+    four, silent = federation.clients[:4], federation.clients[4]
+    for member in federation.clients:
+        coordinator.enrol(member, federation.enrolment())
+        post(coordinator, member, "join")
+    coordinator.advance()
+    for member in federation.clients:
+        post(coordinator, member, "opening")
+    for member in four:
+        post(coordinator, member, "confirmation")
+    clock.now += 30
+    coordinator.advance()
+    with refused("KEY_EPOCH_CLOSED"):
+        post(coordinator, silent, "join", 2)
+    agree(coordinator, four, epoch=2)
+    for member in four:
+        coordinator.push(member, upload(federation, coordinator, member, 1, 2))
+    coordinator.enrol(silent, federation.enrolment())
+    assert coordinator.advance()
+    assert coordinator.status("clinic-a").round == 2
+    assert coordinator.pull(silent, 2).upload_key_epoch == 3
+    agree(coordinator, federation.clients, epoch=3)
+    for member in federation.clients:
+        coordinator.push(member, upload(federation, coordinator, member, 2, 3))
+    assert coordinator.advance()
+
+
+def test_no_epoch_has_fewer_members_than_clients_accept(federation: Any, tmp_path: Path, clock: Any) -> None:
+    settings = federation.settings(
+        tmp_path / "two",
+        encryption=MaskParameters(),
+        policy=AggregationPolicy(minimum_contributors=2),
+        gathering_seconds=30.0,
+    )
+    coordinator = Coordinator(settings, clock)
+    for member in federation.clients[:3]:
+        post(coordinator, member, "join")
+    clock.now += 30
+    coordinator.advance()
+    assert coordinator.read_key_messages("clinic-a", 1, "join") == {}
+    post(coordinator, "clinic-d", "join")
+    clock.now += 30
+    coordinator.advance()
+    assert len(coordinator.read_key_messages("clinic-a", 1, "join")) == 4
+    coordinator.close()
 
 
 def test_the_board_survives_a_kill(federation: Any, settings: Any, clock: Any) -> None:
