@@ -57,14 +57,15 @@ def heat_map(
         f'height="{_CELL - 3}" fill="none" stroke="#d62728" stroke-width="3"/>'
         for row, column in pairs
     ]
-    foot = _TOP + _CELL * rows
-    parts += [
-        f'<text x="{_LEFT}" y="{foot + 22}">framed: shared layers of the two models</text>',
-        f'<text x="{_LEFT}" y="{foot + 40}">mean deviation of the most similar layer from equal relative '
+    return "\n".join([*parts, *_legend(_TOP + _CELL * rows, mean_deviation), "</svg>"]) + "\n"
+
+
+def _legend(y: float, mean_deviation: float) -> tuple[str, str]:
+    return (
+        f'<text x="{_LEFT}" y="{y + 22}">framed: shared layers of the two models</text>',
+        f'<text x="{_LEFT}" y="{y + 40}">mean deviation of the most similar layer from equal relative '
         f"depth: {mean_deviation:.3f}</text>",
-        "</svg>",
-    ]
-    return "\n".join(parts) + "\n"
+    )
 
 
 def _cell(value: float, column: int, y: float) -> str:

@@ -19,6 +19,14 @@ _FEWEST_CHARACTERS: Final = 20
 _MOST_CHARACTERS: Final = 20_000
 _GENERATED_AT_ONCE: Final = 32
 _RANDOM_TOKENS: Final = 64
+# All that a model's folder may say of sampling, so that the text is the model's own.
+_SAMPLED: Final = {
+    "do_sample": True,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+}
 
 
 def read_public_text(path: Path, samples: int) -> tuple[PublicText, ...]:
@@ -84,6 +92,7 @@ def generate_text(
     """
     begin = tokenizer.bos_token_id if isinstance(tokenizer.bos_token_id, int) else tokenizer.eos_token_id
     if not isinstance(begin, int):
+    if not isinstance(begin, int):
         raise ConfigurationError("The anchor's tokenizer has no token to begin a text with; give --data.")
     device = next(model.parameters()).device
     tokens = _ordinary_tokens(tokenizer)
@@ -91,25 +100,19 @@ def generate_text(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(seed)
         for start in range(0, samples, _GENERATED_AT_ONCE):
-            count = min(_GENERATED_AT_ONCE, samples - start)
-            first = tokens[torch.randint(len(tokens), (count, 1))]
-            prompt = torch.cat([torch.full((count, 1), begin), first], dim=1).to(device)
+            first = tokens[torch.randint(len(tokens), (min(_GENERATED_AT_ONCE, samples - start),))]
+            prompt = torch.stack([torch.full_like(first, begin), first], dim=1).to(device)
             # transformers types generate() for one of its many return forms only.
             rows = model.generate(  # type: ignore[operator]
                 prompt,
                 attention_mask=torch.ones_like(prompt),
-                do_sample=True,
-                # All that a model's folder may say of sampling, so that the text is the model's own.
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                repetition_penalty=1.0,
+                **_SAMPLED,
                 max_new_tokens=max(1, max_length - 2),
                 pad_token_id=padding_token(tokenizer),
             )
             texts += _decoded(tokenizer, rows.cpu().tolist())
             if progress is not None:
-                progress(start + count, samples)
+                progress(start + len(first), samples)
     if not texts:
         raise ConfigurationError("The anchor generated no text; give a file of public text with --data.")
     return tuple(texts)
