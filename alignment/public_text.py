@@ -92,7 +92,6 @@ def generate_text(
     """
     begin = tokenizer.bos_token_id if isinstance(tokenizer.bos_token_id, int) else tokenizer.eos_token_id
     if not isinstance(begin, int):
-    if not isinstance(begin, int):
         raise ConfigurationError("The anchor's tokenizer has no token to begin a text with; give --data.")
     device = next(model.parameters()).device
     tokens = _ordinary_tokens(tokenizer)
