@@ -10,12 +10,14 @@ from typing import Final
 import numpy as np
 
 from fedmosaic.client.dp_training import PrivateTrainingSettings
-from fedmosaic.client.examples import Example
+from fedmosaic.client.examples import IGNORED, EncodedExample, Example
+from fedmosaic.client.learner import load_adapted
 from fedmosaic.client.settings import ModelSettings
 from fedmosaic.experiments import (
     attack_adapter,
     attack_audit,
     attack_federation,
+    attack_inversion,
     attack_profile,
     attack_shadow,
     attack_text,
@@ -42,6 +44,8 @@ _TEXT_TOKENS: Final = 10
 _ADAPTER_POOL: Final = 80
 _ADAPTER_RELEASES: Final = 1000
 _WORD_BATCH: Final = 8
+_INVERTED_BATCH: Final = 8
+_PUBLIC_TEXTS: Final = 64
 _SHADOW_POOL: Final = 60
 _SHADOW_TRAINING: Final = {"steps": 20, "per_device_train_batch_size": 16, "max_length": 48}
 
@@ -270,6 +274,26 @@ def adapter(target: Target, victim: Victim, sizes: Sizes) -> list[AttackResult]:
     return results + attack_adapter.word_results(
         rows[2], rows[3], SecureNoise(), size=_WORD_BATCH, updates=40, seed=sizes.seed
     )
+
+
+def inversion(target: Target, victim: Victim, sizes: Sizes) -> Iterator[AttackResult]:
+    """Texts from an update of P and Q."""
+    settings = victim.model.model_copy(update={"dtype": "float32"})
+    model, tokenizer = load_adapted(settings, target.adapter.model_copy(update={"protection": "none"}))
+
+    def long_enough(examples: Sequence[Example], count: int) -> tuple[EncodedExample, ...]:
+        found = attack_text.continuations(examples, tokenizer, len(examples), _TEXT_TOKENS)
+        return tuple(text for text in found if int((text.labels != IGNORED).sum()) == _TEXT_TOKENS)[:count]
+
+    texts = [f"{example.prompt} {example.answer}" for example in target.public[:_PUBLIC_TEXTS]]
+    material = attack_inversion.Material(
+        texts=long_enough(victim.train, max(sizes.texts, _INVERTED_BATCH)),
+        others=long_enough([e for v in target.victims if v is not victim for e in v.train], 2),
+        public=tuple(tokenizer(text, return_tensors="pt")["input_ids"][0] for text in texts),
+        attacked=sizes.texts,
+        training=target.scenario.training,
+    )
+    yield from attack_inversion.inversion_results(model, tokenizer, material, SecureNoise(), sizes.seed)
 
 
 def shadow(target: Target, victim: Victim, model: Path | None, sizes: Sizes) -> Iterator[AttackResult]:

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fedmosaic.privacy.attacks.results import AttackReport, AttackResult, Figure
+from fedmosaic.privacy.attacks.results import AttackReport, AttackResult, Figure, LaterRun
 from fedmosaic.protos.errors import ConfigurationError
 
 JSON: Final = "attacks.json"
@@ -61,6 +61,7 @@ def markdown(report: AttackReport) -> str:
         f"in {_duration(report)}. Do not edit: the command writes this page. "
         "What the figures mean, in plain words: [attacks-explained.md](attacks-explained.md).",
         "",
+        *_later_lines(report),
         "Square brackets hold 95 % intervals unless a note says otherwise; δ = 1e-5 throughout. What follows "
         "“≤” is what the claimed guarantee allows. A figure breaks its bound only if it is above it at a "
         "confidence of 99.99 %, because the strongest attacks sit exactly at their bound. "
@@ -155,7 +156,18 @@ def draw(report: AttackReport, path: Path) -> None:
     canvas.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def _duration(report: AttackReport) -> str:
+def _later_lines(report: AttackReport) -> list[str]:
+    lines = []
+    for run in report.later:
+        lines += [
+            f"Made later, by `{run.command}` on {run.machine}, {run.created}, in {_duration(run)}: "
+            f"{'; '.join(run.attacks) or 'nothing'}.",
+            "",
+        ]
+    return lines
+
+
+def _duration(report: AttackReport | LaterRun) -> str:
     words = f"{report.seconds / 60:.1f} minutes"
     if report.processor_seconds is not None:
         words += f" ({report.processor_seconds / 60:.1f} minutes of one core)"

@@ -30,10 +30,12 @@ from fedmosaic.privacy.attacks.results import AttackReport, AttackResult, Refusa
 from fedmosaic.protos.errors import ConfigurationError
 
 Part = Literal[
-    "profile", "tasks", "audit", "federation", "malicious", "text", "adapter", "received", "shadow"
-]
+    "profile", "tasks", "audit", "federation", "malicious",
+    "text", "adapter", "inversion", "received", "shadow",
+]  # fmt: skip
 PARTS: Final[tuple[Part, ...]] = (
-    "profile", "tasks", "audit", "federation", "malicious", "text", "adapter", "received", "shadow"
+    "profile", "tasks", "audit", "federation", "malicious",
+    "text", "adapter", "inversion", "received", "shadow",
 )  # fmt: skip
 _NEED_THE_PROBE: Final = frozenset({"profile", "tasks", "audit", "federation", "text"})
 _BROKEN_EXIT: Final = 1
@@ -54,6 +56,8 @@ class Arguments:
     """Where to write; RUN/attacks by default, and attacks-NAME beside you for a scenario."""
     parts: tuple[Part, ...] = PARTS
     """Which attacks to carry out."""
+    merge: bool = False
+    """Put what is found in place of the same attacks in the report that is there, and keep the others."""
     client: str = ""
     """Whose data is attacked; by default the client with the longest texts."""
     probes: tuple[Path, ...] = ()
@@ -77,8 +81,15 @@ def main(arguments: Sequence[str]) -> int:
         target.directory / "attacks" if target.directory is not None else Path(f"attacks-{target.name}")
     )
     command = "fedmosaic attack " + shlex.join(arguments)
+    earlier = attack_report.read(place) if parsed.merge else None
+    if parsed.merge and earlier is None:
+        raise ConfigurationError(f"{place} holds no report to merge with; leave --merge out the first time")
+
+    def keep(found: AttackReport) -> None:
+        attack_report.write(found if earlier is None else earlier.updated(found, parsed.parts), place)
+
     # What is found is written after every part, so that a command that is stopped leaves what it had.
-    report = attack(target, parsed, console, command, lambda found: attack_report.write(found, place))
+    report = attack(target, parsed, console, command, keep)
     console.print(attack_report.render(report))
     console.print(f"written to {place}")
     return _BROKEN_EXIT if report.alarms else 0
@@ -116,6 +127,7 @@ def attack(
         "federation": lambda: attack_parts.federation(target, needed(prober), sizes, skipped),
         "text": lambda: attack_parts.text(needed(prober), victim, sizes),
         "adapter": lambda: attack_parts.adapter(target, victim, sizes),
+        "inversion": lambda: attack_parts.inversion(target, victim, sizes),
         "received": lambda: received_results(target, victim, _SCORED),
         "shadow": lambda: attack_parts.shadow(target, victim, arguments.shadow_model, sizes),
     }

@@ -5,12 +5,14 @@ stronger evidence, because a report holds dozens of figures and the strongest at
 their bound: a figure is `broken` only if it lies above its bound at a confidence of 1 - 1e-4.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
 from fedmosaic.privacy.configuration import Frozen
 from fedmosaic.privacy.ledger_rows import Epsilon
+from fedmosaic.protos.errors import ConfigurationError
 
 SCHEMA_VERSION: Final = 1
 CONFIDENCE: Final = 0.95
@@ -111,6 +113,26 @@ class RefusalResult(Frozen):
         return self.refused < self.tried
 
 
+class LaterRun(Frozen):
+    """A later run, whose results took the place of earlier ones of the same attacks.
+
+    Attributes:
+        attacks: names of the attacks that it carried out.
+        created: time of making, ISO 8601.
+        seconds: how long it took.
+        processor_seconds: time of all processor cores in it.
+        command: how to make it again.
+        machine: where it was made.
+    """
+
+    attacks: tuple[str, ...]
+    created: str
+    seconds: float
+    processor_seconds: float | None = None
+    command: str
+    machine: str
+
+
 class AttackReport(Frozen):
     """Section "attacks" of a privacy report.
 
@@ -124,7 +146,8 @@ class AttackReport(Frozen):
         machine: where it was made.
         results: attacks with figures.
         refusals: attempts that must fail outright.
-        skipped: attacks that could not be carried out, with the reason.
+        skipped: attacks that could not be carried out, with the reason; it begins with the part's name.
+        later: runs of some of the attacks after the first run, in order.
     """
 
     schema_version: Literal[1] = 1
@@ -137,6 +160,41 @@ class AttackReport(Frozen):
     results: tuple[AttackResult, ...]
     refusals: tuple[RefusalResult, ...] = ()
     skipped: tuple[str, ...] = ()
+    later: tuple[LaterRun, ...] = ()
+
+    def updated(self, newer: "AttackReport", parts: Sequence[str]) -> "AttackReport":
+        """This report with a newer run of some parts in it, which takes the place of what they gave here.
+
+        Args:
+            newer: of the same run or scenario.
+            parts: names of the parts that were run.
+
+        Raises:
+            ConfigurationError: the newer report is of another run.
+        """
+        if newer.run != self.run:
+            raise ConfigurationError(f"the report is of {self.run!r} and cannot take in one of {newer.run!r}")
+        found: dict[str, list[AttackResult]] = {}
+        for result in newer.results:
+            found.setdefault(result.attack, []).append(result)
+        results: list[AttackResult] = []
+        for result in self.results:
+            # An attack's results stand together, so the first one's place is the place of all.
+            results += found.pop(result.attack, []) if result.attack in _names(newer) else [result]
+        results += [result for group in found.values() for result in group]
+        run = LaterRun(
+            attacks=tuple(dict.fromkeys([*_names(newer), *(["refusals"] if newer.refusals else [])])),
+            **newer.model_dump(include=set(LaterRun.model_fields) - {"attacks"}),
+        )
+        kept = [reason for reason in self.skipped if not reason.startswith(tuple(f"{p}:" for p in parts))]
+        return self.model_copy(
+            update={
+                "results": tuple(results),
+                "refusals": newer.refusals or self.refusals,
+                "skipped": tuple(dict.fromkeys([*kept, *newer.skipped])),
+                "later": (*self.later, run),
+            }
+        )
 
     @property
     def alarms(self) -> tuple[str, ...]:
@@ -154,3 +212,7 @@ class AttackReport(Frozen):
             if refusal.broken
         ]
         return tuple(found)
+
+
+def _names(report: AttackReport) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(result.attack for result in report.results))

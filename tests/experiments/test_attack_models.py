@@ -216,7 +216,7 @@ def test_the_command_attacks_a_scenario_and_writes_its_section(scenario: Path, t
         [
             str(scenario), "--output-dir", str(out), "--pool", "40", "--releases", "40",
             "--audited-releases", "200", "--canaries", "200", "--texts", "1",
-            "--parts", "profile", "audit", "federation", "text", "adapter",
+            "--parts", "profile", "audit", "federation", "text", "adapter", "inversion",
         ]
     )  # fmt: skip
     assert status == 0
@@ -306,6 +306,21 @@ def test_a_finished_run_is_attacked_through_its_aggregates_and_releases(
     assert read_target(run).victims[0].released_profile(16) is not None
     page = (run / "attacks" / attack_report.MARKDOWN).read_text()
     assert "this run's own rows" in page
+    again = attacks.main([str(run), "--parts", "received", "--client", "client-2", "--merge"])
+    assert again == 0
+    merged = attack_report.read(run / "attacks")
+    assert merged is not None
+    assert {result.attack for result in merged.results} == set(found)
+    assert [each.attacks for each in merged.later] == [
+        tuple(n for n in found if "Poison" in n or "loss" in n)
+    ]
+
+
+def test_there_must_be_a_report_to_merge_with(scenario: Path, tmp_path: Path) -> None:
+    place = tmp_path / "none"
+    with pytest.raises(ConfigurationError, match="holds no report to merge with"):
+        attacks.main([str(scenario), "--output-dir", str(place), "--parts", "malicious", "--merge"])
+    assert not place.exists()
 
 
 def test_a_report_claims_no_more_than_was_tried() -> None:

@@ -1,9 +1,11 @@
 """The page counts intervals that lie above their ceiling, and puts what nobody may miss above the tables."""
 
+import pytest
 from rich.console import Console
 
 from fedmosaic.experiments.attack_report import markdown, render
-from fedmosaic.privacy.attacks.results import AttackReport, AttackResult, Figure
+from fedmosaic.privacy.attacks.results import AttackReport, AttackResult, Figure, RefusalResult
+from fedmosaic.protos.errors import ConfigurationError
 
 
 def report(*figures: Figure, headline: str = "", processor_seconds: float | None = None) -> AttackReport:
@@ -52,3 +54,40 @@ def test_a_headline_stands_above_the_figures_and_in_the_terminal() -> None:
 def test_tiny_numbers_are_not_shown_as_zero() -> None:
     assert "3e-07" in markdown(report(Figure(name="error", value=3e-7, low=3e-7, high=3e-7)))
     assert "| 0 |" in markdown(report(Figure(name="error", value=0.0, low=0.0, high=0.0)))
+
+
+def named(attack: str, value: float) -> AttackResult:
+    return AttackResult(
+        attack=attack, adversary="a", sees="s", statistic="t", release="r", setting="product",
+        figures=(Figure(name="AUC", value=value, low=value, high=value),),
+    )  # fmt: skip
+
+
+def whole(*results: AttackResult, run: str = "r", **more: object) -> AttackReport:
+    fields = {"run": run, "created": "now", "seconds": 60.0, "command": "c", "machine": "m", **more}
+    return AttackReport.model_validate({**fields, "results": results})
+
+
+def test_a_later_run_of_one_part_replaces_that_attack_and_keeps_the_others() -> None:
+    first = whole(
+        named("one", 0.1), named("two", 0.2), named("two", 0.3), named("three", 0.4),
+        refusals=(RefusalResult(attempt="x", party="p", tried=1, refused=1),),
+        skipped=("shadow: no model", "adapter: broken"),
+    )  # fmt: skip
+    later = whole(named("two", 0.7), named("four", 0.8), created="later", command="again", seconds=30.0)
+    found = first.updated(later, ["shadow", "text"])
+    assert [(r.attack, r.figures[0].value) for r in found.results] == [
+        ("one", 0.1), ("two", 0.7), ("three", 0.4), ("four", 0.8),
+    ]  # fmt: skip
+    assert found.refusals == first.refusals
+    assert found.skipped == ("adapter: broken",)
+    assert AttackReport.model_validate_json(found.model_dump_json()) == found
+    page = markdown(found)
+    assert "Made by `c` on m, now, in 1.0 minutes" in page
+    assert "Made later, by `again` on m, later, in 0.5 minutes: two; four." in page
+    assert found.updated(later, ["text"]).later == (*found.later, found.later[0])
+
+
+def test_reports_of_different_runs_are_not_merged() -> None:
+    with pytest.raises(ConfigurationError, match="of 'r' and cannot take in one of 'other'"):
+        whole(named("one", 0.1)).updated(whole(named("one", 0.2), run="other"), ["text"])
