@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fedmosaic.experiments import attack_report
 from fedmosaic.experiments.comparison import compared_run, group_runs
@@ -19,11 +21,11 @@ from fedmosaic.experiments.comparison_page import page
 from fedmosaic.experiments.comparison_tables import terminal_tables
 from fedmosaic.experiments.newcomers import newcomers_table, read_newcomers
 from fedmosaic.experiments.privacy_figure import privacy_figure
-from fedmosaic.privacy.configuration import validate
+from fedmosaic.privacy.received_statement import check_received
 from fedmosaic.privacy.report_costs import costs_at_epsilon
-from fedmosaic.privacy.report_models import PrivacyStatement
+from fedmosaic.privacy.report_models import ChannelCost, PrivacyStatement
 from fedmosaic.privacy.report_text import WIDTH, render, render_costs
-from fedmosaic.protos.errors import ConfigurationError
+from fedmosaic.protos.errors import AccountingError, ConfigurationError, PrivacyError
 
 _CHANNELS = ("adapter", "profile", "keys", "control")
 _RESULT, _STATEMENT, _SERVER_RUN = "result.json", "statement.json", "run.json"
@@ -87,8 +89,23 @@ def main(arguments: Sequence[str]) -> int:
     show(record, console)
     merged = merged_statement(record)
     if parsed.at_epsilon is not None and merged is not None:
-        console.print(render_costs(costs_at_epsilon(merged, parsed.at_epsilon)))
+        console.print(render_costs(_costs(merged, parsed.at_epsilon, console)))
     return 0
+
+
+def _costs(statement: PrivacyStatement, target: float, console: Console) -> list[ChannelCost]:
+    """Costs for every client whose figures allow them; the others are named."""
+    costs: list[ChannelCost] = []
+    failed: list[AccountingError] = []
+    for client in statement.clients:
+        try:
+            costs.extend(costs_at_epsilon(statement.model_copy(update={"clients": (client,)}), target))
+        except AccountingError as error:
+            failed.append(error)
+            console.print(Text(f"No costs for {client.client_id}: {error}", style="bold yellow"))
+    if not costs:
+        raise failed[0]
+    return costs
 
 
 def compare(arguments: Arguments, command: str) -> None:
@@ -132,13 +149,14 @@ def read_run(path: Path) -> RunRecord:
             f"{path}: no run here; give the directory that `fedmosaic run` printed, or the state directory "
             "of a client or a server"
         )
-    statements = {name: _read_json(state / _STATEMENT) for name, state in states.items()}
+    found = {name: _read_json(state / _STATEMENT) for name, state in states.items()}
+    statements = {name: content for name, content in found.items() if content}
     if not states:
-        statements = {name: dict(content) for name, content in server.get("statements", {}).items()}
+        statements = server.get("statements", {})
     return RunRecord(
         path,
         {name: _read_json(state / _RESULT) for name, state in states.items()},
-        {name: content for name, content in statements.items() if content},
+        statements,
         server,
         tasks,
     )
@@ -149,7 +167,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"{path} is damaged: {error}") from None
     return content
 
@@ -173,6 +191,8 @@ def show(record: RunRecord, console: Console) -> None:
     merged = merged_statement(record)
     if merged is not None:
         console.print(render(merged))
+    for name, reason in usable_statements(record)[1].items():
+        console.print(Text(f"The privacy statement of {name} is left out: {reason}.\n", style="bold yellow"))
     attacked = attack_report.read(record.directory / "attacks")
     if attacked is not None:
         console.print(attack_report.render(attacked))
@@ -192,22 +212,31 @@ def show(record: RunRecord, console: Console) -> None:
         )
 
 
-def merged_statement(record: RunRecord) -> PrivacyStatement | None:
-    """One statement over all clients that are here; None if there is none yet.
+def usable_statements(record: RunRecord) -> tuple[dict[str, PrivacyStatement], dict[str, str]]:
+    """The statements of a run that can be shown together, and why the others cannot, by client id."""
+    usable: dict[str, PrivacyStatement] = {}
+    left_out = dict.fromkeys(
+        record.server.get("unreadable_statements", ()), "the server could not read what it had stored"
+    )
+    for name, content in record.statements.items():
+        try:
+            usable[name] = check_received(content, name, record.server.get("run_id"))
+        except PrivacyError as error:
+            left_out[name] = str(error)
+    terms = Counter((s.run_id, s.roster_sha256) for s in usable.values())
+    for name, statement in list(usable.items()):
+        if (statement.run_id, statement.roster_sha256) != terms.most_common(1)[0][0]:
+            left_out[name] = "it is about another run or roster than the others"
+            del usable[name]
+    return usable, left_out
 
-    Raises:
-        ConfigurationError: a statement is damaged, or they are of different runs.
-    """
-    statements = [
-        validate(content, PrivacyStatement, f"privacy statement of {name}")
-        for name, content in record.statements.items()
-    ]
+
+def merged_statement(record: RunRecord) -> PrivacyStatement | None:
+    """One statement over all clients whose own is here and usable; None if there is none."""
+    statements = list(usable_statements(record)[0].values())
     if not statements:
         return None
-    first = statements[0]
-    if any((s.run_id, s.roster_sha256) != (first.run_id, first.roster_sha256) for s in statements):
-        raise ConfigurationError(f"{record.directory}: the privacy statements are of different runs")
-    return first.model_copy(
+    return statements[0].model_copy(
         update={
             "clients": tuple(client for s in statements for client in s.clients),
             "no_guarantee": any(s.no_guarantee for s in statements),

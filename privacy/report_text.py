@@ -124,8 +124,9 @@ def _in_the_clear(client: ClientStatement) -> Iterable[str]:
 def _client(client: ClientStatement) -> Iterable[RenderableType]:
     yield Text()
     subject = f"one {client.unit}, {client.neighbouring_relation}"
-    title = f"Client {client.client_id}: ε at δ = {_delta(client.delta)}, for {subject}"
-    grid = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", expand=False)
+    # A Text, as brackets in a string are markup to rich: what a statement says is only ever shown.
+    title = Text(f"Client {client.client_id}: ε at δ = {_delta(client.delta)}, for {subject}", style="bold")
+    grid = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", expand=False)
     grid.add_column("against", no_wrap=True)
     for channel in client.channels:
         grid.add_column(_SHORT_CHANNELS[channel.channel], overflow="fold")
@@ -271,7 +272,7 @@ def _bullets(title: str, lines: Iterable[str]) -> RenderableType:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for line in lines:
-        table.add_row("•", line)
+        table.add_row("•", Text(line))
     return Panel(table, title=title, title_align="left", box=box.ROUNDED)
 
 

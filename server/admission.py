@@ -1,14 +1,16 @@
 """What the server checks before it believes a client: enrolment, headers, signatures, payloads."""
 
-import json
 from pathlib import Path
 from typing import Any, cast
+
+from pydantic_core import from_json
 
 from fedmosaic.privacy.encryption.aggregator import Aggregator
 from fedmosaic.privacy.encryption.layout import upload_payload_bytes
 from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
+from fedmosaic.privacy.received_statement import check_received
 from fedmosaic.protos import bounds
-from fedmosaic.protos.errors import EncryptionError, IdentityError
+from fedmosaic.protos.errors import EncryptionError, IdentityError, PrivacyError
 from fedmosaic.protos.messages import PROTOCOL_VERSION, Enrolment, Profile, UploadHeader
 from fedmosaic.protos.refusal import Refusal, RefusalKind
 from fedmosaic.protos.signing import upload_digest, verify_digest
@@ -38,19 +40,34 @@ class Admission:
             )
 
     def check_statement(self, client: str, statement: bytes) -> None:
-        """Refuse a privacy statement that is no JSON object of a reasonable size."""
+        """Refuse what is not this client's privacy statement of this run and roster."""
         self.check_member(client)
         bounds.check_bytes("report.statement", statement, 2, bounds.MAX_STATEMENT_BYTES)
         try:
-            parsed = json.loads(statement, parse_constant=_no_constant)
-        except (ValueError, RecursionError):
-            parsed = None
-        if not isinstance(parsed, dict):
+            # Bounds the depth, which the parser of the standard library does not.
+            content = from_json(statement, allow_inf_nan=False)
+        except ValueError:
             raise Refusal(
                 RefusalKind.INVALID,
                 "NOT_JSON",
                 "report.statement is not a JSON object",
                 "send the statement as is",
+            ) from None
+        try:
+            found = check_received(content, client, self._run_id)
+        except PrivacyError as error:
+            raise Refusal(
+                RefusalKind.INVALID,
+                "STATEMENT_UNUSABLE",
+                f"report.statement of {client!r}: {error}",
+                "send the statement that the client wrote for this run",
+            ) from None
+        if found.roster_sha256 != self._settings.roster_hash.hex():
+            raise _differs(
+                "ROSTER_DIFFERS",
+                f"report.statement is about roster {found.roster_sha256[:16]!r}, the server's is "
+                f"{self._settings.roster_hash.hex()[:16]}",
+                "give both sides the consortium's newest roster and restart them",
             )
 
     def check_enrolment(self, client: str, enrolment: Enrolment) -> None:
@@ -202,7 +219,3 @@ class Admission:
 
 def _differs(reason: str, message: str, remedy: str) -> Refusal:
     return Refusal(RefusalKind.PRECONDITION, reason, message, remedy)
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")

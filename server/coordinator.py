@@ -333,7 +333,11 @@ class Coordinator:
             self._store.put({"rotate": "0"})
 
     def report(self, client_id: str, statement: bytes) -> None:
-        """Store a client's privacy statement, a JSON object."""
+        """Store a client's privacy statement.
+
+        Raises:
+            Refusal: it is not about this client, this run and this roster alone, or cannot be shown.
+        """
         self._admission.check_statement(client_id, statement)
         with self._lock:
             self._store.add_report(client_id, statement, time.time())

@@ -5,6 +5,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from pydantic_core import from_json
+
 from fedmosaic import __version__
 from fedmosaic.protos.messages import PROTOCOL_VERSION
 from fedmosaic.server.rounds import Round
@@ -26,6 +28,7 @@ def summarise(settings: ServerSettings, store: Store, state: Round) -> dict[str,
         JSON-compatible data.
     """
     run = json.loads(store.get("run") or "{}")
+    statements, unreadable = _statements(store)
     return {
         "format": "fedmosaic/server-run/1",
         "software": f"fedmosaic {__version__}",
@@ -43,8 +46,21 @@ def summarise(settings: ServerSettings, store: Store, state: Round) -> dict[str,
         "policy": settings.policy.model_dump(),
         "results": store.results(),
         "traffic": store.traffic(settings.members),
-        "statements": {client: json.loads(text) for client, text in sorted(store.reports().items())},
+        "statements": statements,
+        "unreadable_statements": unreadable,
     }
+
+
+def _statements(store: Store) -> tuple[dict[str, object], list[str]]:
+    """Stored statements by client, and whose cannot be read: an older server took any JSON of any depth."""
+    statements: dict[str, object] = {}
+    unreadable = []
+    for client, text in sorted(store.reports().items()):
+        try:
+            statements[client] = from_json(text, allow_inf_nan=False)
+        except ValueError:
+            unreadable.append(client)
+    return statements, unreadable
 
 
 def write_summary(state_dir: Path, summary: Mapping[str, object]) -> None:

@@ -20,6 +20,7 @@ from fedmosaic.privacy.encryption.layout import upload_header
 from fedmosaic.privacy.encryption.parameters import PlainParameters
 from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
 from fedmosaic.privacy.policy import AggregationPolicy
+from fedmosaic.privacy.report_models import ADVERSARIES, PrivacyStatement
 from fedmosaic.protos.messages import PROTOCOL_VERSION, Enrolment, Profile, Section, Upload
 from fedmosaic.protos.signing import sign_upload
 from fedmosaic.server.coordinator import Coordinator
@@ -116,6 +117,38 @@ class TestFederation:
         }
         key = changes.pop("key", self.keys[client])
         return sign_upload(key, **(values | changes))
+
+    def statement(self, run_id: str, client: str, **changes: Any) -> bytes:
+        """A privacy statement; `changes` are of the client's part."""
+        attack: dict[str, Any] = {"gaussian_mu": 1.0, "advantage": 0.3}
+        attack |= {f"true_positive_rate_at_{rate}_percent": 0.1 for rate in ("1", "0_1")}
+        subject = {"delta": 1e-5, "unit": "example", "neighbouring_relation": "add or remove one"}
+        channel: dict[str, Any] = {"channel": "joint", "protection": None, "epsilon": 1.0}
+        channel |= {"nominal_epsilon": 1.0, "accountant": "rdp", "accountants": None, "attack": attack}
+        channel |= {"mechanisms": (), "parallel_composition": False, "reservations_never_released": 0}
+        channel |= {"resends": 0, "refusals": 0, "clipped_share": None, "planned": None}
+        guarantee: dict[str, Any] = {"channel": "joint", "cover": "dp", "epsilon": 1.0, "accountant": "rdp"}
+        guarantee |= {
+            "cryptography_only": (),
+            "attack": None,
+            "test_noise": False,
+            "words": "ε = 1",
+            **subject,
+        }
+        mine: dict[str, Any] = {"client_id": client, "target_epsilon": 8.0, "budgeted_channels": ("profile",)}
+        mine |= {
+            "spent_epsilon": 1.0,
+            "remaining_epsilon": 7.0,
+            "refusals": 0,
+            "test_noise": False,
+            **subject,
+        }
+        mine |= {"channels": (channel,), "warnings": ()}
+        mine |= {"guarantees": [guarantee | {"adversary": adversary} for adversary in ADVERSARIES]}
+        whole = {"run_id": run_id, "created": "", "roster_sha256": self.roster_hash.hex(), "encryption": ""}
+        whole |= {"transport": "mutual_tls", "no_guarantee": False, "coalition_rows": (), "assumptions": ()}
+        statement = {**whole, "leaks": (), "clients": (mine | changes,)}
+        return PrivacyStatement.model_validate(statement).model_dump_json().encode()
 
     def values(self, payload: bytes) -> np.ndarray:
         """The vector inside a plain aggregate."""

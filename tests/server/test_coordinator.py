@@ -533,16 +533,55 @@ def test_pushes_from_many_threads_are_each_stored_once(federation: Any, coordina
     assert coordinator.advance()
 
 
-def test_reports_are_json_objects_and_stand_in_the_summary(
+def test_reports_are_statements_and_stand_in_the_summary(
     federation: Any, coordinator: Any, tmp_path: Path
 ) -> None:
-    coordinator.report("clinic-a", b'{"epsilon": 1.5}')
-    assert json.loads((tmp_path / "state" / "run.json").read_text())["statements"] == {
-        "clinic-a": {"epsilon": 1.5}
-    }
-    for bad in (b"[]", b"{1", b"[" * 100_000, b"\xff\xfe{}", b'{"epsilon": NaN}'):
+    statement = federation.statement(coordinator.run_id, "clinic-a")
+    coordinator.report("clinic-a", statement)
+    assert coordinator.summary()["statements"] == {"clinic-a": json.loads(statement)}
+    for bad in (b"[ ", b"{1", b"[" * 100_000, b"\xff\xfe{}", b'{"epsilon": NaN}'):
         with refused("NOT_JSON"):
             coordinator.report("clinic-a", bad)
+
+
+def test_a_statement_is_about_its_sender_this_run_and_this_roster_and_can_be_printed(
+    federation: Any, coordinator: Any
+) -> None:
+    run_id = coordinator.run_id
+    honest = json.loads(federation.statement(run_id, "clinic-a"))
+    others = [
+        b"[]",
+        b'{"hello": 1}',
+        b'{"a":' * 150 + b"1" + b"}" * 150,
+        federation.statement("another", "clinic-a"),
+        federation.statement(run_id, "clinic-b"),
+        federation.statement(run_id, "clinic-a", warnings=("\x1b[2Jeverything is fine",)),
+        federation.statement(run_id, "clinic-a", guarantees=()),
+        federation.statement(run_id, "clinic-a", channels=()),
+        federation.statement(run_id, "clinic-a", delta=5e-324),
+        json.dumps(honest | {"clients": honest["clients"] * 2}).encode(),
+        json.dumps(honest | {"clients": []}).encode(),
+        json.dumps(honest | {"leaks": ["\x1b]0;owned\x07"]}).encode(),
+        json.dumps(honest | {"\x1b[2J": 1}).encode(),
+    ]
+    for other in others:
+        with refused("STATEMENT_UNUSABLE") as error:
+            coordinator.report("clinic-a", other)
+        assert str(error.value).isprintable()
+    with refused("ROSTER_DIFFERS"):
+        coordinator.report("clinic-a", json.dumps(honest | {"roster_sha256": "0" * 64}).encode())
+    assert coordinator.summary()["statements"] == {}
+
+
+def test_what_an_older_server_took_spoils_no_summary(
+    federation: Any, coordinator: Any, tmp_path: Path
+) -> None:
+    coordinator._store.add_report("clinic-b", b'{"a":' * 970 + b"1" + b"}" * 970, 0.0)
+    coordinator.report("clinic-a", federation.statement(coordinator.run_id, "clinic-a"))
+    federation.play(coordinator, 1)
+    written = json.loads((tmp_path / "state" / "run.json").read_text())
+    assert set(written["statements"]) == {"clinic-a"}
+    assert written["unreadable_statements"] == ["clinic-b"]
 
 
 def test_the_summary_tells_relevance_weights_and_traffic(federation: Any, coordinator: Any) -> None:

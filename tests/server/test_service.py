@@ -73,7 +73,7 @@ def test_a_run_of_five_clients(federation: Any, server: Any, connect: Any) -> No
             assert transport.push(upload).status is ReceiptStatus.ACCEPTED
             assert transport.push(upload).status is ReceiptStatus.DUPLICATE
         last = transport.pull(enrolled.rounds + 1)
-        transport.report(json.dumps({"client": client}).encode())
+        transport.report(federation.statement(enrolled.run_id, client))
         results[client] = (last, transport.status(), transport.traffic().as_dict())
 
     threads = [threading.Thread(target=live, args=(client,)) for client in federation.clients]
