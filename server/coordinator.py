@@ -35,7 +35,7 @@ from fedmosaic.server.key_relay import KeyRelay, check_key_epoch
 from fedmosaic.server.run import Ticket, open_run, resume_round
 from fedmosaic.server.settings import ServerSettings
 from fedmosaic.server.store import Store, default_url
-from fedmosaic.server.summary import summarise, write_summary
+from fedmosaic.server.summary import FILE, summarise, write_summary
 
 log = logging.getLogger(__name__)
 Topic = Literal["upload", "round", "keys"]
@@ -58,6 +58,8 @@ class Coordinator:
         self.settings = settings
         self._clock = clock
         self._lock = threading.RLock()
+        self._summary_lock = threading.Lock()
+        self._summary_due = True  # a killed server may have owed one
         self._listeners: list[Callable[[Topic], None]] = []
         self._blobs = Blobs(settings.state_dir, durable=settings.durable)
         self._store = Store(settings.store_url or default_url(settings.state_dir), durable=settings.durable)
@@ -202,13 +204,8 @@ class Coordinator:
             )
             log.info("%s; %s", what, self.state_line())
         else:
-            log.info(
-                "round %d: upload of %s answered %s; round %d is open",
-                header.round,
-                client,
-                status.name,
-                self._round.number,
-            )
+            text = "round %d: upload of %s answered %s; round %d is open"
+            log.info(text, header.round, client, status.name, self._round.number)
         return Receipt(status, self._round.number, content_hash)
 
     def open_download(self, client_id: str, round_number: int) -> Download | None:
@@ -288,7 +285,14 @@ class Coordinator:
                 log.warning("%s", decision.message)
             elif isinstance(decision, rounds.CloseRound):
                 self._close(number)
-                self._changed("round")
+        if self._summary_due:
+            try:
+                self._write_summary()
+            except OSError as error:
+                self._summary_due = True
+                log.error("%s cannot be written, trying again: %s", FILE, error)
+        if any(isinstance(decision, rounds.CloseRound) for decision in decisions):
+            self._changed("round")
         if keys_changed:
             self._changed("keys")
         return keys_changed or bool(decisions)
@@ -312,7 +316,6 @@ class Coordinator:
         for line in closed.refusals:
             log.warning("%s", line)
         log.info("%s", self.state_line())
-        self._write_summary()
 
     def _open_next(self, number: int, closed: ClosedRound) -> None:
         now = self._clock()
@@ -320,16 +323,18 @@ class Coordinator:
         metadata = {"round": str(state.number), "absent": json.dumps(sorted(state.absent))}
         result = {**closed.result, "closed_at": time.time(), "extensions": self._round.extensions}
         self._store.close_round(number, result, closed.aggregates, metadata)
-        self._round = state
+        self._round, self._summary_due = state, True
+        if self._keys is not None and state.phase is not Phase.FINISHED:
+            self._renew_key(self._keys, state, now)
         self._blobs.remove_before("aggregates", state.number)
         self._blobs.remove_before("uploads", number)
-        if self._keys is None or state.phase is Phase.FINISHED:
-            return
+
+    def _renew_key(self, keys: KeyRelay, state: rounds.Round, now: float) -> None:
         enrolled = self._store.enrolled() & state.members
-        newcomers = enrolled - state.absent - self._keys.holders
+        newcomers = enrolled - state.absent - keys.holders
         due = (state.number - 1) % self.settings.key_rotation_rounds == 0
         if due or newcomers or self._store.get("rotate") == "1":
-            self._keys.next_epoch(now)
+            keys.next_epoch(now)
             self._store.put({"rotate": "0"})
 
     def report(self, client_id: str, statement: bytes) -> None:
@@ -341,7 +346,7 @@ class Coordinator:
         self._admission.check_statement(client_id, statement)
         with self._lock:
             self._store.add_report(client_id, statement, time.time())
-        self._write_summary()
+            self._summary_due = True
 
     def post_key_message(self, client_id: str, message: KeyMessage) -> None:
         """Relay a message of the key agreement; the first one in its place counts."""
@@ -381,8 +386,12 @@ class Coordinator:
             return summarise(self.settings, self._store, self._round)
 
     def _write_summary(self) -> None:
-        with self._lock:
-            write_summary(self.settings.state_dir, self.summary())
+        """Write what the store holds; in a large federation it is much, so not for every report."""
+        with self._summary_lock:
+            with self._lock:
+                summary = self.summary()
+                self._summary_due = False
+            write_summary(self.settings.state_dir, summary)
 
     def close(self) -> None:
         """Write the summary and let go of the state."""

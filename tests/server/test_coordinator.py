@@ -25,9 +25,11 @@ from fedmosaic.protos.messages import (
     UploadHeader,
 )
 from fedmosaic.protos.refusal import Refusal, RefusalKind
+from fedmosaic.server import coordinator as coordinator_module
 from fedmosaic.server import rounds, tables
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.relevance import relevance, softmax_weights
+from fedmosaic.server.summary import write_summary
 
 POSTGRESQL = os.environ.get("FEDMOSAIC_TEST_POSTGRESQL", "")
 ACCEPTED, DUPLICATE, LATE = ReceiptStatus.ACCEPTED, ReceiptStatus.DUPLICATE, ReceiptStatus.LATE
@@ -582,6 +584,46 @@ def test_what_an_older_server_took_spoils_no_summary(
     written = json.loads((tmp_path / "state" / "run.json").read_text())
     assert set(written["statements"]) == {"clinic-a"}
     assert written["unreadable_statements"] == ["clinic-b"]
+
+
+def test_the_summary_is_written_once_for_many_reports_and_none_is_lost(
+    federation: Any, tmp_path: Path, clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = tmp_path / "state"
+    before = Coordinator(federation.settings(state), clock)
+    written: list[int] = []
+    monkeypatch.setattr(
+        coordinator_module,
+        "write_summary",
+        lambda place, summary: (written.append(len(summary["statements"])), write_summary(place, summary)),
+    )
+    before.advance()
+    for client in federation.clients[:3]:
+        before.report(client, federation.statement(before.run_id, client))
+    assert written == [0]
+    before.advance()
+    before.advance()
+    assert written == [0, 3]
+    before.report("clinic-d", federation.statement(before.run_id, "clinic-d"))
+    crash(before)
+    after = Coordinator(federation.settings(state), clock)
+    after.advance()
+    assert written == [0, 3, 4]
+    after.report("clinic-e", federation.statement(after.run_id, "clinic-e"))
+    after.close()
+    assert set(json.loads((state / "run.json").read_text())["statements"]) == set(federation.clients)
+
+
+def test_a_summary_that_cannot_be_written_stops_no_round(
+    federation: Any, coordinator: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(coordinator_module, "write_summary", _no_space)
+        federation.play(coordinator, 1)
+    assert "run.json cannot be written, trying again" in caplog.text
+    assert coordinator.status("clinic-a").round == 2
+    coordinator.advance()
+    assert len(json.loads((tmp_path / "state" / "run.json").read_text())["results"]) == 1
 
 
 def test_the_summary_tells_relevance_weights_and_traffic(federation: Any, coordinator: Any) -> None:

@@ -90,6 +90,7 @@ def test_a_run_of_five_clients(federation: Any, server: Any, connect: Any) -> No
         assert status.phase is Phase.FINISHED
         assert traffic["adapter"]["sent"] > 3 * 4 * federation.dimensions
         assert traffic["profile"]["sent"] > 3 * 4 * 8
+    server.stop()
     summary = json.loads((server.settings.state_dir / "run.json").read_text())
     assert set(summary["statements"]) == set(federation.clients)
     assert all(t["received"] > 0 < t["sent"] for t in summary["traffic"].values())
