@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedmosaic.privacy import federation
-from fedmosaic.privacy.configuration import read_configuration
+from fedmosaic.privacy.configuration import read_configuration, validate
 
 _RENEW_WITHIN = dt.timedelta(days=14)
 
@@ -98,7 +98,8 @@ def main(arguments: Sequence[str]) -> int:
             console.print(f"  hand out  {out}/server/       to whoever runs the server")
             console.print(f"  hand out  {out}/clients/<id>/ to each client, over a channel you both trust")
         case Add(member, directory, family):
-            roster = federation.add_member(directory, federation.MemberEntry(id=member, family=family))
+            entry = validate({"id": member, "family": family}, federation.MemberEntry, "keys add")
+            roster = federation.add_member(directory, entry)
             _tell_new_roster(console, directory, roster.serial)
         case Revoke(member, directory):
             roster = federation.revoke_member(directory, member)

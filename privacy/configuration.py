@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from fedmosaic.protos.errors import ConfigurationError
 
 Model = TypeVar("Model", bound=BaseModel)
+_SHOWN = 200
 
 
 class Frozen(BaseModel):
@@ -31,7 +32,7 @@ def read_configuration(path: Path, model: type[Model]) -> Model:
         The validated model.
 
     Raises:
-        ConfigurationError: the file is missing, is no TOML, or does not fit the model; every
+        ConfigurationError: the file cannot be read, is no TOML, or does not fit the model; every
             problem is named with its key, its value and, for an unknown key, the nearest valid one.
     """
     try:
@@ -41,13 +42,17 @@ def read_configuration(path: Path, model: type[Model]) -> Model:
         raise ConfigurationError(
             f"{path}: no such file; give the path of a TOML or JSON configuration"
         ) from None
-    except ValueError as error:
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path}: cannot be read ({error.strerror}); give the path of a TOML or JSON configuration"
+        ) from None
+    except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"{path}: not valid {path.suffix[1:].upper() or 'TOML'}: {error}") from None
     return validate(data, model, str(path))
 
 
 def validate(data: object, model: type[Model], source: str) -> Model:
-    """Validate parsed data against `model`; see `read_toml` for the errors."""
+    """Validate parsed data against `model`; see `read_configuration` for the errors."""
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -65,8 +70,13 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> Iterable[str]:
             yield f"{location}: unknown key; {hint}"
         elif problem["type"] == "missing":
             yield f"{location}: missing"
+        elif isinstance(problem["input"], dict):
+            # A rule over several keys; the whole table would hide it, and may hold a password.
+            yield f"{location}: {problem['msg']}"
         else:
-            yield f"{location}: {problem['msg']} (got {problem['input']!r})"
+            shown = repr(problem["input"])
+            shown = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 1]}…"
+            yield f"{location}: {problem['msg']} (got {shown})"
 
 
 def _keys_beside(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -23,7 +23,8 @@ from pydantic import Field, model_validator
 
 from fedmosaic.privacy import identity
 from fedmosaic.privacy.configuration import Frozen
-from fedmosaic.privacy.roster import Member, MemberId, Roster, Terms
+from fedmosaic.privacy.roster import Family, Member, MemberId, Roster, Terms
+from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import ConfigurationError, IdentityError
 
 AUTHORITY_CERTIFICATE = "authority.pem"
@@ -40,7 +41,7 @@ class MemberEntry(Frozen):
     """A client as the founding configuration names it."""
 
     id: MemberId
-    family: str = ""
+    family: Family = ""
 
 
 class ServerEntry(Frozen):
@@ -54,24 +55,34 @@ class FederationConfig(Frozen):
     """The founding configuration, `federation.toml`."""
 
     federation: MemberId
-    members: tuple[MemberEntry, ...] = Field(min_length=1)
+    members: tuple[MemberEntry, ...] = Field(min_length=1, max_length=bounds.MAX_MEMBERS)
     server: ServerEntry = ServerEntry()
     terms: Terms
 
     @model_validator(mode="after")
     def _enough_members(self) -> "FederationConfig":
-        needed = self.terms.policy.minimum_contributors + 1
-        if len(self.members) < needed:
-            raise ValueError(
-                f"{len(self.members)} members cannot receive anything under a policy of "
-                f"{self.terms.policy.minimum_contributors} contributors other than the recipient: "
-                f"name at least {needed}"
-            )
-        if self.terms.schedule.quorum > len(self.members):
-            raise ValueError(
-                f"terms.schedule.quorum is {self.terms.schedule.quorum} with {len(self.members)} members"
-            )
+        problem = _too_few(len(self.members), self.terms)
+        if problem:
+            raise ValueError(problem)
+        ids = [member.id for member in self.members]
+        twice = sorted({name for name in ids if ids.count(name) > 1})
+        if twice:
+            raise ValueError(f"member id {twice[0]} appears more than once")
         return self
+
+
+def _too_few(members: int, terms: Terms) -> str:
+    """What so many members cannot do under these terms; empty if they can."""
+    needed = terms.policy.minimum_contributors + 1
+    if members < needed:
+        return (
+            f"{members} members cannot receive anything under a policy of "
+            f"{terms.policy.minimum_contributors} contributors other than the recipient: name at "
+            f"least {needed}"
+        )
+    if terms.schedule.quorum > members:
+        return f"terms.schedule.quorum is {terms.schedule.quorum} with {members} members"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -150,8 +161,10 @@ def create(config: FederationConfig, directory: Path, basis: Path | None = None)
         The signed roster.
 
     Raises:
-        ConfigurationError: the directory is not empty, or the basis is missing or another one.
+        ConfigurationError: the directory is not empty, or there is no such basis; nothing is written then.
     """
+    if basis is not None and not basis.is_file():
+        raise ConfigurationError(f"{basis}: no such file; give the public basis that the terms name")
     if directory.exists() and any(directory.iterdir()):
         raise ConfigurationError(f"{directory} is not empty; a federation is created in a new directory")
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -170,19 +183,39 @@ def create(config: FederationConfig, directory: Path, basis: Path | None = None)
 
 
 def add_member(directory: Path, entry: MemberEntry) -> Roster:
-    """Enrol one more client: its kit, and a new roster in every kit."""
+    """Enrol one more client: its kit, and a new roster in every kit.
+
+    Raises:
+        ConfigurationError: the id or its directory is taken, or the federation is full.
+    """
     authority, roster = _open_consortium(directory)
     if any(m.id == entry.id for m in roster.members):
         raise ConfigurationError(f"{entry.id!r} is on the roster already; use `keys rotate` for new keys")
+    if len(roster.members) >= bounds.MAX_MEMBERS:
+        raise ConfigurationError(f"a federation has at most {bounds.MAX_MEMBERS} members")
+    kit = directory / "clients" / entry.id
+    if kit.exists():
+        raise ConfigurationError(f"{kit} is the kit of a former member; move it away first")
     member = _write_client(directory, authority, roster.federation, entry)
     return _reissue(directory, authority, roster, (*roster.members, member))
 
 
 def revoke_member(directory: Path, member_id: str) -> Roster:
-    """Take a client off the roster. Its kit is kept but is worth nothing under the new roster."""
+    """Take a client off the roster. Its kit is kept but is worth nothing under the new roster.
+
+    Raises:
+        ConfigurationError: too few members would be left; nothing is changed then.
+    """
     authority, roster = _open_consortium(directory)
     roster.member(member_id)
-    return _reissue(directory, authority, roster, tuple(m for m in roster.members if m.id != member_id))
+    left = tuple(m for m in roster.members if m.id != member_id)
+    problem = _too_few(len(left), roster.terms)
+    if problem:
+        raise ConfigurationError(
+            f"without {member_id!r}, {problem}; first add another member with `fedmosaic keys add`, or found "
+            "a new federation whose terms fit fewer members"
+        )
+    return _reissue(directory, authority, roster, left)
 
 
 def rotate_member(directory: Path, member_id: str) -> Roster:

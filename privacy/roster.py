@@ -20,13 +20,20 @@ from fedmosaic.privacy.configuration import Frozen, validate
 from fedmosaic.privacy.encryption.parameters import CkksParameters, Parameters
 from fedmosaic.privacy.mechanism import ProfileMechanism
 from fedmosaic.privacy.policy import AggregationPolicy
+from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import ConfigurationError, IdentityError
 
 Protection = Literal["none", "encrypted", "dp", "dp+encrypted"]
 """How the shared adapter is protected; see `AdapterTerms.protection`."""
 
 MemberId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+Family = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9][A-Za-z0-9._:/-]{0,127})?$")]
+"""As `fedmosaic.protos.bounds.check_family` has it."""
 Hex32 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Seconds = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+
+_LARGEST_PLANNED_EPSILON = 100.0
+"""`fedmosaic.privacy.planning` finds no noise for more."""
 
 DEFAULT_TARGET_MODULES = (
     "mlp.down_proj",
@@ -49,7 +56,7 @@ class AdapterTerms(Frozen):
     """
 
     rank: int = Field(default=16, ge=1, le=1024)
-    alpha: float = Field(default=32.0, gt=0)
+    alpha: float = Field(default=32.0, gt=0, allow_inf_nan=False)
     blocks: int = Field(default=4, ge=1, le=256)
     layer_rule: Literal["relative_depth", "authors", "first"] = "relative_depth"
     target_modules: tuple[str, ...] = Field(default=DEFAULT_TARGET_MODULES, min_length=1)
@@ -58,7 +65,7 @@ class AdapterTerms(Frozen):
     basis_seed: int = Field(default=0, ge=0)
     basis: str = Field(default="", pattern=r"^(aligned:[0-9a-f]{32})?$")
     """Name of the aligned basis in all clients' checkpoints; empty for one drawn from `basis_seed`."""
-    family_dimensions: dict[str, int] = Field(default_factory=dict)
+    family_dimensions: dict[Family, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
     """Families that also share the LoRA of their other layers, and the length of that vector."""
     protection: Protection = "encrypted"
 
@@ -97,8 +104,8 @@ class AdapterPrivacyTerms(Frozen):
     examples, the Poisson sampling rate.
     """
 
-    target_epsilon: float = Field(default=8.0, gt=0)
-    clipping_norm: float = Field(default=1.0, gt=0)
+    target_epsilon: float = Field(default=8.0, gt=0, allow_inf_nan=False)
+    clipping_norm: float = Field(default=1.0, gt=1e-6, le=1e6, allow_inf_nan=False)
     expected_batch_size: int = Field(default=32, ge=1)
     steps_per_round: int = Field(default=20, ge=1)
 
@@ -107,7 +114,7 @@ class RelevanceTerms(Frozen):
     """How the server turns task profiles into weights (paper, RELA)."""
 
     similarity: Literal["corrected", "cosine"] = "corrected"
-    temperature: float = Field(default=0.5, gt=0)
+    temperature: float = Field(default=0.5, gt=0, allow_inf_nan=False)
     average_decay: float = Field(default=0.5, ge=0, lt=1)
 
 
@@ -116,9 +123,9 @@ class ScheduleTerms(Frozen):
 
     rounds: int = Field(default=3, ge=1, le=100_000)
     quorum: int = Field(default=4, ge=1)
-    round_deadline_seconds: float = Field(default=3600, gt=0)
-    gathering_seconds: float = Field(default=600, gt=0)
-    key_patience_seconds: float = Field(default=120, gt=0)
+    round_deadline_seconds: Seconds = 3600
+    gathering_seconds: Seconds = 600
+    key_patience_seconds: Seconds = 120
     rotate_key_every: int = Field(default=50, ge=1)
 
 
@@ -154,6 +161,17 @@ class Terms(Frozen):
                 "adapter.family_dimensions shares LoRA that is not trained with differential privacy; with "
                 f"adapter.protection {self.adapter.protection!r} leave it out"
             )
+        epsilon = self.adapter_privacy.target_epsilon
+        if self.adapter.private and epsilon > _LARGEST_PLANNED_EPSILON:
+            raise ValueError(
+                f"adapter_privacy.target_epsilon is {epsilon:g}; noise is planned for at most "
+                f"{_LARGEST_PLANNED_EPSILON:g}, and more protects nothing"
+            )
+        if self.profile.dimensions > bounds.MAX_PROFILE_DIMENSIONS:
+            raise ValueError(
+                f"the task profile has {self.profile.dimensions} values, at most "
+                f"{bounds.MAX_PROFILE_DIMENSIONS} can be sent; reduce it to fewer"
+            )
         return self
 
 
@@ -165,7 +183,7 @@ class Member(Frozen):
     """Ed25519 public key that signs uploads and key-agreement messages."""
     tls_key_sha256: Hex32
     """SHA-256 of the DER SubjectPublicKeyInfo of its TLS certificate's key."""
-    family: str = ""
+    family: Family = ""
     """Architecture name; members of one family may share the LoRA of the other layers."""
 
 
@@ -176,7 +194,7 @@ class Roster(Frozen):
     federation: MemberId
     serial: int = Field(ge=1)
     issued: str
-    members: tuple[Member, ...] = Field(min_length=1, max_length=10_000)
+    members: tuple[Member, ...] = Field(min_length=1, max_length=bounds.MAX_MEMBERS)
     terms: Terms
     signature: str = ""
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from fedmosaic.privacy.configuration import Frozen, read_configuration
+from fedmosaic.privacy.configuration import Frozen, read_configuration, validate
 from fedmosaic.privacy.federation import SERVER_SETTINGS, Kit, open_kit
 from fedmosaic.server.settings import ServerSettings, TlsFiles
 
@@ -37,28 +37,30 @@ def settings_from_kit(directory: Path) -> ServerSettings:
 def _settings(kit: Kit, operator: OperatorSettings) -> ServerSettings:
     roster = kit.roster
     terms = roster.terms
-    return ServerSettings(
-        federation=roster.federation,
-        members=roster.identity_keys(),
-        tls_key_sha256={member.id: member.tls_key_sha256 for member in roster.members},
-        roster_hash=roster.hash,
-        adapter_spec_hashes=(terms.adapter.spec_hash,),
-        families={member.id: member.family for member in roster.members if member.family},
-        shared_dimensions=terms.adapter.shared_dimensions,
-        family_dimensions=terms.adapter.family_dimensions,
-        profile_dimensions=terms.profile.dimensions,
-        profile_noise_variance=terms.profile.noise_variance,
-        rounds=terms.schedule.rounds,
-        quorum=terms.schedule.quorum,
-        round_deadline_seconds=terms.schedule.round_deadline_seconds,
-        policy=terms.policy,
-        temperature=terms.relevance.temperature,
-        similarity=terms.relevance.similarity,
-        encryption=terms.encryption,
-        key_rotation_rounds=terms.schedule.rotate_key_every,
-        gathering_seconds=terms.schedule.gathering_seconds,
-        state_dir=kit.directory / operator.state_dir,
-        store_url=operator.store_url,
-        listen=operator.listen,
-        tls=TlsFiles(certificate=kit.tls_certificate, private_key=kit.tls_key, authority=kit.authority),
-    )
+    content = {
+        "federation": roster.federation,
+        "members": roster.identity_keys(),
+        "tls_key_sha256": {member.id: member.tls_key_sha256 for member in roster.members},
+        "roster_hash": roster.hash,
+        "adapter_spec_hashes": (terms.adapter.spec_hash,),
+        "families": {member.id: member.family for member in roster.members if member.family},
+        "shared_dimensions": terms.adapter.shared_dimensions,
+        "family_dimensions": terms.adapter.family_dimensions,
+        "profile_dimensions": terms.profile.dimensions,
+        "profile_noise_variance": terms.profile.noise_variance,
+        "rounds": terms.schedule.rounds,
+        "quorum": terms.schedule.quorum,
+        "round_deadline_seconds": terms.schedule.round_deadline_seconds,
+        "policy": terms.policy,
+        "temperature": terms.relevance.temperature,
+        "similarity": terms.relevance.similarity,
+        "encryption": terms.encryption,
+        "key_rotation_rounds": terms.schedule.rotate_key_every,
+        "gathering_seconds": terms.schedule.gathering_seconds,
+        "state_dir": kit.directory / operator.state_dir,
+        "store_url": operator.store_url,
+        "listen": operator.listen,
+        "tls": TlsFiles(certificate=kit.tls_certificate, private_key=kit.tls_key, authority=kit.authority),
+    }
+    # The roster is signed, but it may be older than a rule of this program.
+    return validate(content, ServerSettings, f"the roster of {kit.directory}")

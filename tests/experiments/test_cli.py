@@ -39,6 +39,10 @@ def test_errors_of_ours_are_one_line_without_a_traceback(
     assert "no such file" in error
     assert cli.main(["report", str(tmp_path)]) == 2
     assert "no run here" in capsys.readouterr().err
+    assert cli.main(["keys", "init", str(tmp_path)]) == 2
+    assert "cannot be read (Is a directory)" in capsys.readouterr().err
+    assert cli.main(["keys", "add", "No Name", "--directory", str(tmp_path)]) == 2
+    assert "keys add is not a valid MemberEntry" in capsys.readouterr().err
 
 
 def test_keys_init_add_revoke_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,7 +57,8 @@ def test_keys_init_add_revoke_show(tmp_path: Path, capsys: pytest.CaptureFixture
     assert cli.main(["keys", "add", "e", "--directory", str(place)]) == 0
     assert cli.main(["keys", "rotate", "a", "--directory", str(place)]) == 0
     assert cli.main(["keys", "revoke", "b", "--directory", str(place)]) == 0
-    capsys.readouterr()
+    assert cli.main(["keys", "revoke", "c", "--directory", str(place)]) == 2
+    assert "without 'c', 3 members cannot receive anything" in capsys.readouterr().err
     assert cli.main(["keys", "show", "--directory", str(place)]) == 0
     shown = capsys.readouterr().out
     assert "roster 4" in shown

@@ -2,6 +2,7 @@
 
 import datetime as dt
 import json
+import math
 import os
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from fedmosaic.privacy.configuration import read_configuration, validate
 from fedmosaic.privacy.federation import FederationConfig, MemberEntry
 from fedmosaic.privacy.mechanism import ProfileMechanism, Reduction
 from fedmosaic.privacy.roster import Roster, Terms
-from fedmosaic.protos.errors import ConfigurationError, IdentityError
+from fedmosaic.protos import bounds
+from fedmosaic.protos.errors import ConfigurationError, IdentityError, WireError
 
 PROFILE = ProfileMechanism(
     probe="tiny",
@@ -115,6 +117,81 @@ def test_a_member_cannot_be_added_twice(made: Path) -> None:
 def test_too_few_members_for_the_policy_is_a_clear_error() -> None:
     with pytest.raises(ValueError, match="name at least 4"):
         config("a", "b", "c")
+
+
+def test_nobody_is_revoked_without_whom_the_others_could_not_go_on(made: Path) -> None:
+    before = (made / "roster.json").read_bytes()
+    with pytest.raises(ConfigurationError, match=r"without 'd', 3 members cannot receive.*keys add"):
+        federation.revoke_member(made, "d")
+    assert (made / "roster.json").read_bytes() == before
+    federation.add_member(made, MemberEntry(id="e"))
+    assert len(federation.revoke_member(made, "d").members) == 4
+    with pytest.raises(ConfigurationError, match="former member"):
+        federation.add_member(made, MemberEntry(id="d"))
+
+
+def test_a_quorum_holds_members_as_well(tmp_path: Path) -> None:
+    terms = Terms.model_validate({"profile": PROFILE, "schedule": {"quorum": 5}})
+    entries = tuple(MemberEntry(id=name) for name in "abcde")
+    federation.create(FederationConfig(federation="f", members=entries, terms=terms), tmp_path / "f")
+    with pytest.raises(ConfigurationError, match=r"quorum is 5 with 4 members"):
+        federation.revoke_member(tmp_path / "f", "e")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"adapter_privacy": {"clipping_norm": math.inf}},
+        {"adapter_privacy": {"clipping_norm": 1e7}},
+        {"adapter_privacy": {"clipping_norm": 1e-7}},
+        {"adapter_privacy": {"target_epsilon": math.inf}},
+        {"adapter_privacy": {"target_epsilon": 101.0}, "adapter": {"protection": "dp+encrypted"}},
+        {"adapter": {"alpha": math.inf}},
+        {"adapter": {"family_dimensions": {"llama": 0}}},
+        {"adapter": {"family_dimensions": {"Llama 3 (1B)": 5}}},
+        {"relevance": {"temperature": math.inf}},
+        {"schedule": {"round_deadline_seconds": math.inf}},
+        {"schedule": {"gathering_seconds": 1e10}},
+        {"schedule": {"key_patience_seconds": math.nan}},
+        {"profile": PROFILE.model_copy(update={"reduction": Reduction(
+            hidden_size=1024, intermediate_size=512, projection_dimensions=2**17)})},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_terms_that_nobody_could_run_are_refused_before_they_are_signed(changes: dict[str, object]) -> None:
+    with pytest.raises(ConfigurationError):
+        validate({"profile": PROFILE} | changes, Terms, "terms")
+
+
+@pytest.mark.parametrize("family", ["Llama 3 (1B)", "-x", "x\n", "x" * 129])
+def test_a_family_is_named_as_the_wire_carries_it(family: str) -> None:
+    with pytest.raises(WireError):
+        bounds.check_family("family", family)
+    with pytest.raises(ConfigurationError, match="family"):
+        validate({"id": "a", "family": family}, MemberEntry, "member")
+
+
+@pytest.mark.parametrize("family", ["", "Llama-3.2:1B/x_y", "x" * 128])
+def test_every_family_of_the_wire_can_be_on_a_roster(family: str) -> None:
+    bounds.check_family("family", family)
+    assert validate({"id": "a", "family": family}, MemberEntry, "member").family == family
+
+
+def test_a_member_named_twice_or_a_missing_basis_leaves_no_directory(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="member id b appears more than once"):
+        config("a", "b", "c", "d", "b")
+    with pytest.raises(ConfigurationError, match="no such file"):
+        federation.create(config("a", "b", "c", "d"), tmp_path / "f", tmp_path / "none")
+    assert not (tmp_path / "f").exists()
+
+
+def test_a_directory_is_no_configuration(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        read_configuration(tmp_path, FederationConfig)
+    deep = tmp_path / "deep.json"
+    deep.write_text("[" * 100_000)
+    with pytest.raises(ConfigurationError, match="not valid JSON"):
+        read_configuration(deep, FederationConfig)
 
 
 def test_an_existing_directory_is_not_overwritten(made: Path) -> None:
