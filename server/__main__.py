@@ -9,15 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# Read by gRPC when it is first imported. TLS 1.3 suites are not chosen by this list; for TLS 1.2 it leaves
-# only suites that a P-256 certificate cannot serve, so that no connection can fall back to it.
-os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-RSA-AES256-GCM-SHA384"
-
 from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.protos.errors import FedMosaicError
 from fedmosaic.server.from_kit import settings_from_kit
 from fedmosaic.server.native_log import translated_native_log
-from fedmosaic.server.serving import serve
 from fedmosaic.server.settings import ServerSettings
 
 log = logging.getLogger("fedmosaic.server")
@@ -55,6 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     source.add_argument("--settings", type=Path, metavar="FILE", help="complete settings, TOML or JSON")
     parser.add_argument("--log-format", choices=("text", "json"), default="text", help="default: text")
     parsed = parser.parse_args(arguments)
+    # Read by gRPC when it is first imported, hence the import below. TLS 1.3 suites are not chosen by this
+    # list; for TLS 1.2 it leaves only one that a P-256 certificate cannot serve, so that nobody falls back.
+    os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-RSA-AES256-GCM-SHA384"
+    from fedmosaic.server.serving import serve
+
     with translated_native_log() as stream:
         handler = logging.StreamHandler(stream)
         plain = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s")

@@ -1,5 +1,6 @@
 """The command line: help for newcomers, clear errors, and a server that stays light."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,15 @@ from fedmosaic.experiments import cli
 
 @pytest.mark.parametrize("name", sorted(cli.COMMANDS))
 def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    environment = dict(os.environ)
     try:
         status = cli.main([name, "--help"])
     except SystemExit as stopped:
         status = int(stopped.code or 0)
     assert status == 0
     assert len(capsys.readouterr().out) > 100
+    ours = {key for key in os.environ.keys() - environment.keys() if key.startswith(("GRPC", "FEDMOSAIC"))}
+    assert not ours, "looking at the help changes nothing for the rest of the process"
 
 
 def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
