@@ -42,9 +42,11 @@ _PUBLIC_TOKENS: Final = 48
 _FLOOR: Final = 1e-4
 _RESAMPLES: Final = 2000
 _NOTE: Final = (
-    "the easiest case for the attacker: texts that the model learns to write. Intervals resample the texts, "
-    "and have no width where all texts fare alike. The authors' code sends P and Q as they are, so that the "
-    "rows without sanitiser are theirs too. A lower bound: a better search recovers more"
+    "the easiest case for the attacker: texts that the model learns to write. Texts that it only reads "
+    "(prompts) were not decoded, which is no evidence that they cannot be. What leaves in a run is an update "
+    "over all of a client's texts, so that the rows with several texts are nearer to it. The authors' code "
+    "sends P and Q as they are, so that the rows without sanitiser are theirs too. Intervals resample the "
+    "texts, and have no width where all fare alike. A lower bound: a better search recovers more"
 )
 # A normal number of which only the sign is left: the best linear guess, and what that misses.
 _SIGN_MEAN: Final = math.sqrt(2.0 / math.pi)
@@ -97,7 +99,8 @@ def inversion_results(
         )
     pad = padding_token(tokenizer)
     attacked = material.texts[: material.attacked]
-    updates = [_update(model, text, material.training, pad) for text in attacked]
+    updates = [_update(model, [text], material.training, pad) for text in attacked]
+    together = _update(model, material.texts, material.training, pad)
     with only_shared_branch(model) as cores, training_mode(model, False):
         engine, reader = ClosedFormEngine(model, cores), TermReader(model, cores)
         rows, others = (
@@ -106,7 +109,7 @@ def inversion_results(
         )
         public = reader.public_terms([tokens[:_PUBLIC_TOKENS] for tokens in material.public])
         attack = _Attack(reader, material, public, rows.double().numpy(), others.double().numpy())
-        for words, adversary, setting, epsilon, decoded in attack.cases(updates, noise):
+        for words, adversary, setting, epsilon, decoded in attack.cases(updates, together, noise):
             figures = _figures(attacked, decoded(), seed)
             yield _result(words, adversary, setting, epsilon, figures)
 
@@ -141,18 +144,24 @@ class _Attack:
         floor = _FLOOR * float(np.sqrt(np.mean(self.public**2)))
         return fit_background(self.public, np.full(self.public.shape[1], floor))
 
-    def cases(self, updates: Sequence[np.ndarray], noise: NoiseSource) -> list[_Case]:
+    def cases(self, updates: Sequence[np.ndarray], together: np.ndarray, noise: NoiseSource) -> list[_Case]:
         """Every kind of release."""
+        count = len(self.rows)
         return [
             ("none: the gradient of one text", "server", "no_sanitiser", math.inf, self.single),
             ("none: the mean gradient of 2 texts", "server", "no_sanitiser", math.inf, self.pairs),
             (
-                f"none: the mean gradient of {len(self.rows)} texts",
+                f"none: the mean gradient of {count} texts",
                 "server", "no_sanitiser", math.inf, self.batch,
             ),
             (
                 f"none: the update after {STEPS} steps of AdamW on one text",
-                "server", "no_sanitiser", math.inf, lambda: self.signs(updates),
+                "server", "no_sanitiser", math.inf, lambda: self.signs(updates, 0),
+            ),
+            (
+                f"none: the update after {STEPS} steps of AdamW on {count} texts",
+                "server", "no_sanitiser", math.inf,
+                lambda: self.signs([together] * len(self.unknown), count - 1),
             ),
             (
                 "none or encrypted: an aggregate in which the gradient of one text has 0.5, two others' 0.25",
@@ -198,14 +207,14 @@ class _Attack:
         beside = 0.5 * length * self.others[:2, self.reader.columns].sum(axis=0)
         return self._each(self.exact, self.totals[: len(self.unknown)] + beside, 0.5 * length)
 
-    def signs(self, updates: Sequence[np.ndarray]) -> _Decoded:
-        """From steps of AdamW, which keeps little more of a gradient than its signs."""
-        length = self.unknown[0].length
-        energy = length * self.public.var(axis=0) + (length * self.public.mean(axis=0)) ** 2
+    def signs(self, updates: Sequence[np.ndarray], beside: int) -> _Decoded:
+        """From steps of AdamW, which keeps little more of a gradient than its signs; `beside` other texts."""
+        tokens = self.unknown[0].length * (1 + beside)
+        energy = tokens * self.public.var(axis=0) + (tokens * self.public.mean(axis=0)) ** 2
         size = np.sqrt(np.maximum(energy, _FLOOR**2 * energy.mean()))
         background = fit_background(self.public, _SIGN_REST * size)
         totals = _SIGN_MEAN * size * np.clip(np.stack(updates)[:, self.reader.columns], -1.0, 1.0)
-        return self._each(background, totals, 0.0)
+        return self._each(background, totals, float(tokens - self.unknown[0].length))
 
     def private(self, noise: NoiseSource) -> _Decoded:
         """From one step of DP-SGD that no text is shortened in."""
@@ -231,13 +240,15 @@ def _unknown(text: EncodedExample) -> Unknown:
     return Unknown(tuple(text.input_ids[~supervised].tolist()), int(supervised.sum()))
 
 
-def _update(model: PeftModel, text: EncodedExample, training: TrainingSettings, pad: int) -> np.ndarray:
+def _update(
+    model: PeftModel, texts: Sequence[EncodedExample], training: TrainingSettings, pad: int
+) -> np.ndarray:
     """How far P and Q went uphill in the product's training, in units of its steps; (d,) within about ±1."""
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     before = {name: value.detach().clone() for name, value in trained.items()}
     start = read_shared(model).astype(np.float64)
-    settings = training.model_copy(update={"steps": STEPS, "per_device_train_batch_size": 1})
-    train_local(model, [text], settings, pad_token_id=pad)
+    settings = training.model_copy(update={"steps": STEPS, "per_device_train_batch_size": len(texts)})
+    train_local(model, texts, settings, pad_token_id=pad)
     moved = read_shared(model) - start
     with torch.no_grad():
         for name, value in trained.items():

@@ -165,6 +165,8 @@ class AttackReport(Frozen):
     def updated(self, newer: "AttackReport", parts: Sequence[str]) -> "AttackReport":
         """This report with a newer run of some parts in it, which takes the place of what they gave here.
 
+        A later run of which nothing is left is not named any more.
+
         Args:
             newer: of the same run or scenario.
             parts: names of the parts that were run.
@@ -192,7 +194,7 @@ class AttackReport(Frozen):
                 "results": tuple(results),
                 "refusals": newer.refusals or self.refusals,
                 "skipped": tuple(dict.fromkeys([*kept, *newer.skipped])),
-                "later": (*self.later, run),
+                "later": (*(each for each in self.later if not set(each.attacks) <= set(run.attacks)), run),
             }
         )
 

@@ -216,7 +216,7 @@ def test_the_command_attacks_a_scenario_and_writes_its_section(scenario: Path, t
         [
             str(scenario), "--output-dir", str(out), "--pool", "40", "--releases", "40",
             "--audited-releases", "200", "--canaries", "200", "--texts", "1",
-            "--parts", "profile", "audit", "federation", "text", "adapter", "inversion",
+            "--parts", "profile", "audit", "federation", "text", "adapter",
         ]
     )  # fmt: skip
     assert status == 0
@@ -326,6 +326,20 @@ def test_there_must_be_a_report_to_merge_with(scenario: Path, tmp_path: Path) ->
 def test_a_report_claims_no_more_than_was_tried() -> None:
     empty = AttackReport(run="r", created="", seconds=0.0, command="", machine="", results=())
     assert "nothing is shown" in attack_report.markdown(empty)
+
+
+def test_the_inversion_part_takes_texts_of_one_length_or_says_that_there_are_none(
+    scenario: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = read_target(scenario)
+    sizes = attack_parts.Sizes(texts=2)
+    with pytest.raises(ConfigurationError, match="there are 0 and 0"):
+        list(attack_parts.inversion(target, target.victims[0], sizes))
+    monkeypatch.setattr(attack_parts, "_TEXT_TOKENS", 6)
+    results = list(attack_parts.inversion(target, target.victims[0], sizes))
+    assert len(results) == 8
+    assert {result.setting for result in results} == {"no_sanitiser", "product", "variant"}
+    assert all(0.0 <= figure.value <= 1.0 for result in results for figure in result.figures)
 
 
 def test_candidates_are_distinct_and_labelled(scenario: Path) -> None:

@@ -85,7 +85,9 @@ def test_a_later_run_of_one_part_replaces_that_attack_and_keeps_the_others() -> 
     page = markdown(found)
     assert "Made by `c` on m, now, in 1.0 minutes" in page
     assert "Made later, by `again` on m, later, in 0.5 minutes: two; four." in page
-    assert found.updated(later, ["text"]).later == (*found.later, found.later[0])
+    other = whole(named("one", 0.9), command="other")
+    assert [run.command for run in found.updated(other, ["text"]).later] == ["again", "other"]
+    assert found.updated(later, ["text"]) == found, "the first later run has nothing left in the report"
 
 
 def test_reports_of_different_runs_are_not_merged() -> None:
