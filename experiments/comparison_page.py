@@ -45,12 +45,13 @@ code { background: #f2f2f2; padding: .1rem .3rem; overflow-wrap: anywhere; }
 """
 
 
-def page(groups: Sequence[Group], command: str) -> str:
+def page(groups: Sequence[Group], command: str, reference: str = REFERENCE) -> str:
     """The page as HTML.
 
     Args:
         groups: at least one.
         command: that makes this page again.
+        reference: the method that the others are compared with seed by seed.
     """
     scenarios = list(dict.fromkeys(group.scenario for group in groups))
     parts = [
@@ -71,10 +72,10 @@ def page(groups: Sequence[Group], command: str) -> str:
     for scenario, of_scenario in by_scenario(groups):
         rows = [(group.method, (*accuracies(group), *costs(group))) for group in of_scenario]
         parts += [f"<h2>{escape(scenario)}</h2>", _table((*ACCURACY_HEADS, *COST_HEADS), rows)]
-        compared = gains(of_scenario)
+        compared = gains(of_scenario, reference)
         if compared:
             explained = (
-                f"What each method has over {REFERENCE}, in points, seed by seed: the luck of a seed, which "
+                f"What each method has over {reference}, in points, seed by seed: the luck of a seed, which "
                 "both had, is taken out. An interval that holds 0 shows no difference."
             )
             parts += [f"<p>{explained}</p>", _table(GAIN_HEADS, compared)]

@@ -18,16 +18,21 @@ GAIN_HEADS: Final = tuple(f"Δ {name}" for name in FIGURES)
 """Heads of `gains` after the method."""
 
 
-def terminal_tables(groups: Sequence[Group]) -> list[Table]:
-    """Accuracies, gains and costs in per cent, mean ± half width of the 95 % interval over seeds."""
+def terminal_tables(groups: Sequence[Group], reference: str = REFERENCE) -> list[Table]:
+    """Accuracies, gains and costs in per cent, mean ± half width of the 95 % interval over seeds.
+
+    Args:
+        groups: of any number of scenarios.
+        reference: the method that the others are compared with.
+    """
     tables = []
     for scenario, members in by_scenario(groups):
         tables.append(_table(f"{scenario}, % (mean ± 95 % interval over seeds)", ACCURACY_HEADS))
         for group in members:
             tables[-1].add_row(group.method, *accuracies(group))
-        compared = gains(members)
+        compared = gains(members, reference)
         if compared:
-            tables.append(_table(f"{scenario}: against {REFERENCE}, seed by seed, points", GAIN_HEADS))
+            tables.append(_table(f"{scenario}: against {reference}, seed by seed, points", GAIN_HEADS))
             for method, cells in compared:
                 tables[-1].add_row(method, *cells)
         tables.append(_table(f"{scenario}: cost", COST_HEADS))
@@ -70,22 +75,23 @@ def costs(group: Group) -> tuple[str, ...]:
     )
 
 
-def gains(groups: Sequence[Group]) -> list[tuple[str, tuple[str, ...]]]:
-    """What every method has over `REFERENCE` on one scenario; empty where that was not run.
+def gains(groups: Sequence[Group], reference: str = REFERENCE) -> list[tuple[str, tuple[str, ...]]]:
+    """What every method has over one of them on one scenario; empty where that was not run.
 
     Args:
         groups: of one scenario.
+        reference: the method that the others are compared with.
 
     Returns:
         Method and the cells of `GAIN_HEADS`.
     """
-    reference = next((group for group in groups if group.method == REFERENCE), None)
-    if reference is None:
+    compared = next((group for group in groups if group.method == reference), None)
+    if compared is None:
         return []
     return [
-        (group.method, tuple(percent(gain, sign="+") for gain in group.gains(reference)))
+        (group.method, tuple(percent(gain, sign="+") for gain in group.gains(compared)))
         for group in groups
-        if group is not reference
+        if group is not compared
     ]
 
 

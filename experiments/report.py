@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmosaic.experiments import attack_report
-from fedmosaic.experiments.comparison import compared_run, group_runs
+from fedmosaic.experiments.comparison import REFERENCE, compared_run, group_runs
 from fedmosaic.experiments.comparison_page import page
 from fedmosaic.experiments.comparison_tables import terminal_tables
 from fedmosaic.experiments.newcomers import newcomers_table, read_newcomers
@@ -43,6 +43,8 @@ class Arguments:
     """Where to read from."""
     html: Path | None = None
     """Write the comparison of one or several runs as one self-contained page."""
+    against: str = REFERENCE
+    """The method that the others are compared with, seed by seed."""
     privacy_figure: Path | None = None
     """Write accuracy and relevance over ε, by protection, as an SVG figure; for runs of one scenario."""
     at_epsilon: float | None = None
@@ -117,10 +119,13 @@ def compare(arguments: Arguments, command: str) -> None:
     if arguments.json or arguments.at_epsilon is not None:
         raise ConfigurationError("--json and --at-epsilon are for one run; give one, without --html")
     groups = group_runs([compared_run(path) for path in arguments.path])
+    methods = sorted({group.method for group in groups})
+    if arguments.against not in (REFERENCE, *methods):
+        raise ConfigurationError(f"there is no run of {arguments.against!r}; there are {', '.join(methods)}")
     console = Console()
-    console.print(*terminal_tables(groups), sep="\n")
+    console.print(*terminal_tables(groups, arguments.against), sep="\n")
     if arguments.html is not None:
-        arguments.html.write_text(page(groups, command), encoding="utf-8")
+        arguments.html.write_text(page(groups, command, arguments.against), encoding="utf-8")
         console.print(f"the page is {arguments.html}")
     if arguments.privacy_figure is not None:
         arguments.privacy_figure.write_text(privacy_figure(groups, command), encoding="utf-8")

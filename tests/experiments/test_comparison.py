@@ -102,6 +102,7 @@ def test_gains_are_paired_by_seed() -> None:
     assert (others.mean, others_auc) == (pytest.approx(0.05), None)
     assert gains(groups) == [("fedavg", ("+10.0 ± 0.0", "+5.0 ± 0.0", "+5.0 ± 0.0", "-"))]
     assert gains(groups[:1]) == []
+    assert gains(groups, "fedavg") == [("local", ("-10.0 ± 0.0", "-5.0 ± 0.0", "-5.0 ± 0.0", "-"))]
     assert "| `fedavg` | +10.0 ± 0.0 |" in markdown(groups)
     assert "Against" not in markdown(groups[:1])
 
@@ -172,6 +173,8 @@ def test_finished_runs_are_compared_on_the_command_line(tmp_path: Path, tiny_sce
         )
         for method in ("local", "fedavg", "fedmosaic")
     ]
+    with pytest.raises(ConfigurationError, match="there is no run of 'ditto'"):
+        report.main([*map(str, places), "--against", "ditto"])
     target = tmp_path / "page.html"
     assert report.main([*map(str, places), "--html", str(target)]) == 0
     text = target.read_text(encoding="utf-8")
