@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import grpc
@@ -64,14 +65,21 @@ def knock_with_a_foreign_certificate(kit: Path, address: str) -> int:
     credentials = grpc.ssl_channel_credentials(
         (kit / "authority.pem").read_bytes(), foreign.key_pem, foreign.certificate_pem
     )
-    channel = grpc.secure_channel(address, credentials)
-    try:
-        # Without wait_for_ready a server that does not listen yet would end this before any handshake.
-        FederationStub(channel).RoundStatus(pb.RoundStatusRequest(), timeout=15, wait_for_ready=True)
-    except grpc.RpcError as error:
-        logging.error("%s: %s", error.code().name, error.details())
-        return 3
-    return 0
+    deadline = time.monotonic() + 60.0
+    while True:
+        # A new channel each time: one that has failed waits before it connects again.
+        with grpc.secure_channel(address, credentials) as channel:
+            try:
+                FederationStub(channel).RoundStatus(pb.RoundStatusRequest(), timeout=30)
+            except grpc.RpcError as error:
+                problem = f"{error.code().name}: {error.details()}"
+            else:
+                return 0
+        # Nobody listens yet: there was no handshake, so nothing was refused.
+        if "Connection refused" not in problem or time.monotonic() > deadline:
+            logging.error("%s", problem)
+            return 3
+        time.sleep(0.2)
 
 
 def main() -> int:
@@ -85,7 +93,7 @@ def main() -> int:
         authority=kit / "authority.pem",
         certificate=kit / "tls.pem",
         private_key=kit / "tls.key",
-        options=TransportOptions(retry_seconds=15.0),
+        options=TransportOptions(retry_seconds=120.0),
     )
     client = fv.Client(directory, member, fv.MEMBERS.index(member))
     session = client.session(transport)

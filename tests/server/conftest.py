@@ -245,7 +245,7 @@ class ServerThread:
 
     def start(self) -> "ServerThread":
         self._thread.start()
-        assert self._ready.wait(20)
+        assert self._ready.wait(60)
         if self._failure is not None:
             raise self._failure
         return self
@@ -253,7 +253,7 @@ class ServerThread:
     def stop(self) -> None:
         if self._loop is not None and self._stop is not None and self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(20)
+        self._thread.join(60)
         assert not self._thread.is_alive()
 
     @property
@@ -296,7 +296,7 @@ def connect(authority: Authority) -> Iterator[Callable[..., GrpcTransport]]:
                 authority=authority.certificate,
                 certificate=certificate,
                 private_key=key,
-                options=TransportOptions(**({"retry_seconds": 3.0, "wait_seconds": 5.0} | options)),
+                options=TransportOptions(**({"retry_seconds": 60.0, "wait_seconds": 5.0} | options)),
             )
         )
         return opened[-1]
