@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,24 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+STARTED: list[subprocess.Popen[bytes]] = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_running() -> Iterator[None]:
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        process.kill()
+        process.wait()
+
+
+def started(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("ab") as file:
+        STARTED.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=ENVIRONMENT))
+    return STARTED[-1]
+
+
 class Federation:
     def __init__(self, directory: Path, backend: str, **schedule: float) -> None:
         self.port = free_port()
@@ -38,13 +57,11 @@ class Federation:
 
     def start_server(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "fedmosaic.server", "--kit", str(self.directory / "server")]
-        with self.log.open("ab") as log:
-            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+        return started(command, self.log)
 
     def start_client(self, name: str, fault: str = "none") -> subprocess.Popen[bytes]:
         command = [sys.executable, str(CLIENT), str(self.directory), name, f"localhost:{self.port}", fault]
-        with (self.directory / f"{name}.log").open("ab") as log:
-            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+        return started(command, self.directory / f"{name}.log")
 
     def server_lines(self) -> list[str]:
         return self.log.read_text().splitlines()
