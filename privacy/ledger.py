@@ -43,6 +43,7 @@ from fedmosaic.privacy.ledger_rows import (
 from fedmosaic.privacy.ledger_rules import (
     Anchor,
     LedgerParameters,
+    advice,
     anchor_at,
     bound_of,
     check_anchor,
@@ -51,6 +52,7 @@ from fedmosaic.privacy.ledger_rules import (
     exceeds,
     matching,
     parameters_of,
+    reservation_at,
 )
 from fedmosaic.privacy.ledger_store import LedgerStore, read_ledger
 from fedmosaic.protos.errors import BudgetExceededError, LedgerError
@@ -216,7 +218,7 @@ class Ledger:
             raise BudgetExceededError(
                 f"client {self.parameters.client_id!r}: this {channel} release would bring ε to "
                 f"{bound.epsilon:.4g} (δ = {self.parameters.delta:g}), above the target {target:g}; no "
-                f"noise was drawn and nothing was charged. {_advice(event)}"
+                f"noise was drawn and nothing was charged. {advice(event)}"
             )
         return row.sequence
 
@@ -231,7 +233,7 @@ class Ledger:
             LedgerError: no such reservation, or its release (or another draw of it) is recorded already.
         """
         with self._log.appending() as rows:
-            reservation = _reservation(rows, sequence)
+            reservation = reservation_at(rows, sequence)
             before = _release(
                 rows, reservation.channel, reservation.round, reservation.data_epoch, reservation.context
             )
@@ -256,7 +258,7 @@ class Ledger:
             LedgerError: nothing was released for this reservation, or other bytes were.
         """
         with self._log.appending() as rows:
-            reservation = _reservation(rows, sequence)
+            reservation = reservation_at(rows, sequence)
             sent = [r for r in rows if r.reference == sequence and r.kind in ("RELEASED", "RESENT")]
             if not sent:
                 raise LedgerError(
@@ -282,8 +284,8 @@ class Ledger:
 
     def refused(self, channel: Channel, round: int, data_epoch: str, context: str = "") -> bool:
         """Whether the budget refused this release and nothing was reserved for it."""
+        asked = (channel, round, data_epoch, context)
         with self._log.reading() as rows:
-            asked = (channel, round, data_epoch, context)
             return bool(matching(rows, "REFUSED", *asked)) and not matching(rows, "RESERVED", *asked)
 
     def pending(self, channel: Channel, round: int, data_epoch: str, context: str = "") -> LedgerRow | None:
@@ -299,7 +301,7 @@ class Ledger:
 
     def events(self, channel: Channel | None = None) -> list[GaussianEvent]:
         """Every charged event, of one channel or of all, released or not."""
-        return [charge.event for charge in charges(self.export(), _only(channel))]
+        return [charge.event for charge in charges(self.export(), channel and (channel,))]
 
     def epsilon(self, channel: Channel | None = None) -> float:
         """ε at the ledger's δ of one channel alone, or of all channels together (not only the budgeted).
@@ -307,7 +309,7 @@ class Ledger:
         Returns:
             ε ≥ 0; ∞ when something was released without differential privacy.
         """
-        charged = charges(self.export(), _only(channel))
+        charged = charges(self.export(), channel and (channel,))
         return bound_of(charged, self.parameters.delta, self.parameters.accountant).epsilon
 
     def fits(self, channel: Channel, event: GaussianEvent) -> bool:
@@ -383,29 +385,9 @@ class Ledger:
         check_delta(self.parameters.delta, len(hashes))
         if self._log.store.overlaps(epoch, hashes):
             raise LedgerError(
-                "an example of this data epoch is also in an earlier one, so the two do not compose in "
-                "parallel; leave out the examples that were used, or reserve without example_ids and pay "
-                "for both"
+                "an example of this data epoch is in an earlier one too, so they do not compose in parallel; "
+                "leave out the examples that were used, or reserve without example_ids and pay for both"
             )
-
-
-def _advice(event: GaussianEvent) -> str:
-    if event.is_private:
-        return "Go on in receive-only mode"
-    return (
-        "A channel without differential privacy fits no budget: leave it out of budgeted_channels by name, "
-        "or protect it with dp"
-    )
-
-
-def _only(channel: Channel | None) -> tuple[Channel, ...] | None:
-    return None if channel is None else (channel,)
-
-
-def _reservation(rows: Sequence[LedgerRow], sequence: int) -> LedgerRow:
-    if 0 <= sequence < len(rows) and rows[sequence].kind == "RESERVED":
-        return rows[sequence]
-    raise LedgerError(f"row {sequence} is no reservation; give what reserve() returned")
 
 
 def _release(

@@ -232,3 +232,24 @@ def bound_of(charged: Iterable[Charge], delta: float, accountant: str) -> Epsilo
 def exceeds(value: float, target: float | None) -> bool:
     """Whether an ε passes a budget; nothing passes no budget."""
     return target is not None and not value <= target
+
+
+def advice(event: GaussianEvent) -> str:
+    """What to do when the budget refuses a release."""
+    if event.is_private:
+        return "Go on in receive-only mode"
+    return (
+        "A channel without differential privacy fits no budget: leave it out of budgeted_channels by name, "
+        "or protect it with dp"
+    )
+
+
+def reservation_at(rows: Sequence[LedgerRow], sequence: int) -> LedgerRow:
+    """The RESERVED row of this sequence.
+
+    Raises:
+        LedgerError: there is none.
+    """
+    if 0 <= sequence < len(rows) and rows[sequence].kind == "RESERVED":
+        return rows[sequence]
+    raise LedgerError(f"row {sequence} is no reservation; give what reserve() returned")
