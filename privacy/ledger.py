@@ -385,7 +385,7 @@ class Ledger:
         check_delta(self.parameters.delta, len(hashes))
         if self._log.store.overlaps(epoch, hashes):
             raise LedgerError(
-                "an example of this data epoch is also in an earlier one: the two do not compose in parallel; "
+                "an example of this data epoch is also in an earlier one; they do not compose in parallel: "
                 "leave out the examples that were used, or reserve without example_ids and pay for both"
             )
 
