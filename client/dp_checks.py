@@ -150,13 +150,15 @@ def is_narrow(model: nn.Module, *, autocast: bool) -> bool:
 
     The rounding of such a product depends on the padding and on the rest of the batch, by up to per cents of
     an example's gradient and with one sign for all of them, so that the sum over a batch would move by more
-    than the clipping norm when one example is added: examples have to be alone in their batch.
+    than the clipping norm when one example is added: examples have to be alone in their batch. The same
+    holds for float32 products that PyTorch may compute in TF32 or bfloat16.
 
     Args:
         model: The model.
         autocast: Whether the loss runs under bfloat16 autocast.
     """
-    return autocast or any(parameter.dtype.itemsize < 4 for parameter in model.parameters())
+    fast = torch.get_float32_matmul_precision() != "highest"
+    return autocast or fast or any(parameter.dtype.itemsize < 4 for parameter in model.parameters())
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedmosaic.client.colora import CoLoraConfig, adapted_layers, fix_gate, set_active_branches, set_trainable
 from fedmosaic.client.dp_branch import only_shared_branch, private_parameters, shared_cores
-from fedmosaic.client.dp_checks import assert_only_shared_branch, check_engine, public_batch
+from fedmosaic.client.dp_checks import assert_only_shared_branch, check_engine, is_narrow, public_batch
 from fedmosaic.client.dp_engine import ClosedFormEngine, OpacusEngine
 from fedmosaic.client.examples import IGNORED
 from fedmosaic.client.loss import Batch, example_losses
@@ -208,6 +208,23 @@ def test_a_gradient_of_zero_is_refused(model: nn.Module) -> None:
                 layer.colora_B["default"].zero_()
         with pytest.raises(ModelError, match="would move nothing"):
             check_engine(ClosedFormEngine(model, cores), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_computes_in_less_than_float32_is_narrow(dtype: torch.dtype) -> None:
+    model = make_model(dtype)
+    assert is_narrow(model, autocast=False) == (dtype != torch.float32)
+    assert is_narrow(model, autocast=True)
+
+
+def test_float32_products_of_lower_precision_are_narrow(model: nn.Module) -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert is_narrow(model, autocast=False)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert not is_narrow(model, autocast=False)
 
 
 def test_batch_normalisation_is_refused(model: nn.Module) -> None:
