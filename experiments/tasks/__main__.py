@@ -53,10 +53,11 @@ class Text:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Write the picture benchmark: ten clients with four tasks each, and their pictures."""
+    """Write a picture benchmark: one folder per client, the pictures, public examples, and a table."""
 
     data: Path
-    """Folder with the data sets: omniglot_small, nlvr, shapes_vqa, vqa_rad, self_instruct and wikitext2."""
+    """Folder with the data sets: omniglot_small, self_instruct and wikitext2; nlvr, shapes_vqa and vqa_rad
+    for pictures-ten, fashion_mnist for pictures-siblings."""
     out: Path
     """Where to write; made if absent."""
     train_rows: int = 240
@@ -65,6 +66,10 @@ class Pictures:
     """Most test examples per task."""
     public_rows: int = 600
     """Most public examples, without pictures."""
+    set: Literal["pictures-ten", "pictures-siblings"] = "pictures-ten"
+    """Ten clients with four tasks each; two trios with two tasks each."""
+    tuning: bool = False
+    """Write validation examples, taken from the part for training, in place of the test examples."""
 
 
 @dataclass(frozen=True)
@@ -151,11 +156,16 @@ def main(arguments: Sequence[str]) -> int:
         console.print(f"{write_drake(files)}; run it with `fedmosaic run`")
         return 0
     if isinstance(parsed, Pictures):
-        show_pictures(
-            write_pictures(parsed.data, parsed.out, parsed.train_rows, parsed.test_rows, parsed.public_rows),
+        written = write_pictures(
+            parsed.set,
+            parsed.data,
             parsed.out,
-            console,
+            parsed.train_rows,
+            parsed.test_rows,
+            parsed.public_rows,
+            tuning=parsed.tuning,
         )
+        show_pictures(written, parsed.set, parsed.out, console)
         return 0
     if isinstance(parsed, Dirichlet):
         deal(parsed)
@@ -179,9 +189,11 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def show_pictures(content: Mapping[str, Mapping[str, object]], out: Path, console: Console) -> None:
-    """Print the table of the picture benchmark."""
-    table = Table(title=f"pictures, in {out}")
+def show_pictures(
+    content: Mapping[str, Mapping[str, object]], name: str, out: Path, console: Console
+) -> None:
+    """Print the table of a picture benchmark."""
+    table = Table(title=f"{name}, in {out}")
     columns = ("domain", "training", "test", "pictures", "most frequent answer", "question only")
     for column in ("task", *columns, "origin", "licence"):
         table.add_column(column)

@@ -1,6 +1,6 @@
-"""The picture benchmark with DRAKE's structure: ten clients, each with four tasks of its own domain in order.
+"""Sets of picture tasks: one with DRAKE's structure, ten clients with four tasks each in order, and siblings.
 
-`fedmosaic tasks pictures --data DIR --out DIR` writes it: examples that name their pictures, the pictures,
+`fedmosaic tasks pictures --data DIR --out DIR` writes one: examples that name their pictures, the pictures,
 and a table with a baseline that sees no picture. Splits are fixed by hashes of what belongs together (a
 picture, a character, a statement with its pictures), so no test picture is trained on by anybody.
 """
@@ -8,7 +8,7 @@ picture, a character, a statement with its pictures), so no test picture is trai
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -17,8 +17,8 @@ from PIL import Image
 
 from fedmosaic.client.examples import Example
 from fedmosaic.experiments.tasks import picture_sources as source
-from fedmosaic.experiments.tasks.labelled import stable_hash, write_examples
-from fedmosaic.experiments.tasks.picture_sources import ReadPictures
+from fedmosaic.experiments.tasks.labelled import normalise, stable_hash, write_examples
+from fedmosaic.experiments.tasks.picture_sources import PictureRow, ReadPictures
 from fedmosaic.experiments.tasks.text_sets import split_rows
 from fedmosaic.experiments.tasks.text_sources import public_texts
 from fedmosaic.experiments.vision.words import pictures_in, without_pictures
@@ -126,6 +126,52 @@ PICTURES_TEN: Final[dict[str, dict[str, PictureTask]]] = {
 """Domain, then task in order."""
 
 
+def _sibling(task: PictureTask, part: int) -> PictureTask:
+    """One of three equal parts of a task, by hash."""
+
+    def read(data: Path) -> Iterator[PictureRow]:
+        rows = task.read(data)
+        return (row for row in rows if stable_hash("sibling", normalise(row.row.prompt)) % 3 == part)
+
+    return replace(task, read=read)
+
+
+def _clothes(*kinds: str) -> PictureTask:
+    return PictureTask(source.which_clothes(kinds), "VQA", "Fashion-MNIST", "MIT")
+
+
+def _letters(*alphabets: str) -> PictureTask:
+    # Tagalog has 340 drawings, the fewest.
+    return PictureTask(source.which_alphabet(alphabets, "Letter?", 340), "VQA", "Omniglot", "MIT")
+
+
+_SIBLINGS: Final = {
+    "letters": (
+        _letters("Balinese", "Greek", "Korean", "Latin"),
+        _letters("Early_Aramaic", "Japanese_(katakana)", "Sanskrit", "Tagalog"),
+    ),
+    "clothes": (
+        _clothes("top", "trousers", "bag", "boot"),
+        _clothes("dress", "coat", "sandal", "sneaker"),
+    ),
+}
+
+PICTURES_SIBLINGS: Final[dict[str, dict[str, PictureTask]]] = {
+    f"{name}-{'abc'[part]}": {
+        f"{name}-{number}": _sibling(task, part) for number, task in enumerate(tasks, start=1)
+    }
+    for name, tasks in _SIBLINGS.items()
+    for part in range(3)
+}
+"""Three clients for each of two domains, two tasks of four answers each, in order; pictures tell the answers.
+
+Siblings have other drawings of the same alphabets and other clothes of the same kinds. Nobody trains on a
+character that anybody is tested on.
+"""
+
+PICTURE_SETS: Final = {"pictures-ten": PICTURES_TEN, "pictures-siblings": PICTURES_SIBLINGS}
+
+
 @dataclass(frozen=True)
 class WrittenTask:
     """The examples of a task, and what makes their pictures, by path."""
@@ -138,39 +184,49 @@ class WrittenTask:
     pictures: dict[str, Callable[[], Image.Image]]
 
 
-def build(data: Path, train_rows: int, test_rows: int) -> Iterator[WrittenTask]:
-    """Split every task.
+def build(
+    name: str, data: Path, train_rows: int, test_rows: int, *, tuning: bool = False
+) -> Iterator[WrittenTask]:
+    """Split every task of a set.
 
     Args:
+        name: of the set.
         data: folder with the data sets.
         train_rows: most training examples per task.
         test_rows: most test examples per task.
+        tuning: give validation examples in place of test examples.
 
     Yields:
         The tasks in order.
 
     Raises:
-        ConfigurationError: a data set is missing, or a task has hardly any rows.
+        ConfigurationError: there is no such set, a data set is missing, or a task has hardly any rows.
     """
+    if name not in PICTURE_SETS:
+        raise ConfigurationError(f"there is no picture set {name!r}; known: {', '.join(PICTURE_SETS)}")
     seen: set[str] = set()
-    for client, tasks in PICTURES_TEN.items():
-        for name, task in tasks.items():
+    for client, tasks in PICTURE_SETS[name].items():
+        for task_name, task in tasks.items():
             try:
                 rows = list(task.read(data))
             except OSError as error:
                 raise ConfigurationError(
-                    f"{error.filename} is missing; task {name} needs {task.origin} in the data folder"
+                    f"{error.filename} is missing; task {task_name} needs {task.origin} in the data folder"
                 ) from None
             train, test = split_rows(
-                f"{client}/{name}", [row.row for row in rows], train_rows, test_rows, seen
+                f"{client}/{task_name}",
+                [row.row for row in rows],
+                train_rows,
+                test_rows,
+                seen,
+                tuning=tuning,
             )
             if len(train) < 8 or len(test) < 8:
-                raise ConfigurationError(
-                    f"task {name} has {len(train)} training and {len(test)} test rows; give eight of each"
-                )
+                sizes = f"{len(train)} training and {len(test)} test rows"
+                raise ConfigurationError(f"task {task_name} has {sizes}; give eight of each")
             used = {path for example in (*train, *test) for path in pictures_in(example.prompt)}
             made = {path: make for row in rows for path, make in row.pictures.items() if path in used}
-            yield WrittenTask(client, name, task, train, test, made)
+            yield WrittenTask(client, task_name, task, train, test, made)
 
 
 def question_only(train: Sequence[Example], test: Sequence[Example]) -> float:
@@ -194,23 +250,32 @@ def question_only(train: Sequence[Example], test: Sequence[Example]) -> float:
 
 
 def write_pictures(
-    data: Path, out: Path, train_rows: int, test_rows: int, public_rows: int
+    name: str,
+    data: Path,
+    out: Path,
+    train_rows: int,
+    test_rows: int,
+    public_rows: int,
+    *,
+    tuning: bool = False,
 ) -> dict[str, dict[str, object]]:
-    """Write the set, its pictures, public examples without pictures, and its table.
+    """Write a set, its pictures, public examples without pictures, and its table.
 
     Args:
+        name: of the set.
         data: folder with the data sets.
         out: made if absent; `<client>/<task>.train.jsonl`, `<client>/<task>.test.jsonl`, `pictures/`,
             `public.jsonl` and `table.json` are written into it.
         train_rows: most training examples per task.
         test_rows: most test examples per task.
         public_rows: most public examples.
+        tuning: write validation examples in place of test examples, under the same names.
 
     Returns:
         What `table.json` says, per task.
     """
     table: dict[str, dict[str, object]] = {}
-    for written in build(data, train_rows, test_rows):
+    for written in build(name, data, train_rows, test_rows, tuning=tuning):
         folder = out / written.client
         folder.mkdir(parents=True, exist_ok=True)
         write_examples(folder / f"{written.name}.train.jsonl", written.train)

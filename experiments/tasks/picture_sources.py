@@ -22,6 +22,7 @@ from fedmosaic.experiments.tasks.text_sets import TEST_SHARE
 from fedmosaic.experiments.tasks.text_sources import Row
 from fedmosaic.experiments.vision.features import open_picture
 from fedmosaic.experiments.vision.words import marker
+from fedmosaic.protos.errors import ConfigurationError
 
 YES_NO: Final = ("yes", "no")
 TRUTH: Final = ("true", "false")
@@ -198,19 +199,79 @@ def same_alphabet(alphabets: tuple[str, str], pairs: int = 340) -> ReadPictures:
     return read
 
 
-def which_alphabet(alphabets: tuple[str, ...]) -> ReadPictures:
-    """Omniglot: which alphabet is a drawing of?"""
+def which_alphabet(alphabets: tuple[str, ...], question: str = "", most: int | None = None) -> ReadPictures:
+    """Omniglot: which alphabet is a drawing of?
+
+    Args:
+        alphabets: to choose from.
+        question: in words; names the alphabets by default.
+        most: drawings of each alphabet, chosen by hash, so that none is more frequent; all by default.
+    """
     choices = tuple(name.replace("_", " ") for name in alphabets)
-    question = f"{', '.join(choices[:-1])} or {choices[-1]}?"
+    question = question or f"{', '.join(choices[:-1])} or {choices[-1]}?"
 
     def read(data: Path) -> Iterator[PictureRow]:
-        for name, members in _drawings(data, alphabets).items():
-            for member in members:
+        drawings = _drawings(data, alphabets)
+        for alphabet, choice in zip(alphabets, choices, strict=True):
+            own = [(name, m) for name, ms in drawings.items() if _alphabet(name) == alphabet for m in ms]
+            if most is not None:
+                own = sorted(own, key=lambda pair: stable_hash("drawing", pair[1]))[:most]
+            for name, member in own:
                 path = _place(member)
-                row = Row(f"{marker(path)} {question}", _alphabet(name).replace("_", " "), choices, name)
+                row = Row(f"{marker(path)} {question}", choice, choices, name)
                 yield PictureRow(row, {path: partial(_drawing, data, member)})
 
     return read
+
+
+# --- Fashion-MNIST
+
+
+CLOTHES: Final = (
+    "top", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot",
+)  # fmt: skip
+"""Names of its classes in the order of its labels, one short word each."""
+
+
+def which_clothes(kinds: tuple[str, ...], question: str = "Clothes?") -> ReadPictures:
+    """Fashion-MNIST: which piece of clothing is this? Of its 10,000 test pictures.
+
+    Args:
+        kinds: to choose from, of `CLOTHES`.
+        question: in words.
+    """
+
+    def read(data: Path) -> Iterator[PictureRow]:
+        folder = data / "fashion_mnist"
+        pictures = _idx(folder / "t10k-images-idx3-ubyte.gz", 3)
+        labels = _idx(folder / "t10k-labels-idx1-ubyte.gz", 1)
+        for number, label in enumerate(labels):
+            if CLOTHES[label] in kinds:
+                path = f"pictures/clothes/{number:04d}.png"
+                row = Row(f"{marker(path)} {question}", CLOTHES[label], kinds, path)
+                yield PictureRow(row, {path: partial(_enlarged, pictures[number])})
+
+    return read
+
+
+def _idx(path: Path, dimensions: int) -> np.ndarray:
+    """An array in the format of MNIST: a magic number, big-endian sizes, bytes.
+
+    Raises:
+        ConfigurationError: the file is in another format.
+    """
+    content = gzip.decompress(path.read_bytes())
+    magic, *shape = np.frombuffer(content, ">i4", count=1 + dimensions).tolist()
+    values = np.frombuffer(content, np.uint8, offset=4 * (1 + dimensions))
+    if magic != 0x800 + dimensions or values.size != np.prod(shape):
+        raise ConfigurationError(f"{path} is no IDX file of bytes with {dimensions} dimensions")
+    return values.reshape(shape)
+
+
+def _enlarged(values: np.ndarray) -> Image.Image:
+    """28 pixels to 112, light on dark as published."""
+    picture = Image.fromarray(values).resize((112, 112), Image.Resampling.BICUBIC)
+    return picture.convert("RGB")
 
 
 def _pair(

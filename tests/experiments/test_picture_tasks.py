@@ -15,8 +15,21 @@ from fedmosaic.client.examples import Example, read_examples
 from fedmosaic.client.training import TrainingSettings
 from fedmosaic.experiments.tasks import __main__ as commands
 from fedmosaic.experiments.tasks import picture_sets
-from fedmosaic.experiments.tasks.picture_sets import PICTURES_TEN, build, question_only, write_pictures
-from fedmosaic.experiments.tasks.picture_sources import in_test, nlvr, same_character, shapes
+from fedmosaic.experiments.tasks.picture_sets import (
+    PICTURES_SIBLINGS,
+    PICTURES_TEN,
+    build,
+    question_only,
+    write_pictures,
+)
+from fedmosaic.experiments.tasks.picture_sources import (
+    in_test,
+    nlvr,
+    same_character,
+    shapes,
+    which_alphabet,
+    which_clothes,
+)
 from fedmosaic.experiments.tasks.text_sets import split_rows
 from fedmosaic.experiments.tasks.text_sources import Row
 from fedmosaic.experiments.vision.words import marker, pictures_in
@@ -68,7 +81,7 @@ def tiny_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     row = {"instruction": "Say it", "instances": [{"input": "", "output": "it"}]}
     (data / "self_instruct" / "a.jsonl").write_text(json.dumps(row) + "\n")
     chosen = {"shapes": {name: PICTURES_TEN["shapes"][name] for name in ("what", "above")}}
-    monkeypatch.setattr(picture_sets, "PICTURES_TEN", chosen)
+    monkeypatch.setitem(picture_sets.PICTURE_SETS, "pictures-ten", chosen)
     return data
 
 
@@ -98,9 +111,68 @@ def test_what_is_written_is_what_the_questions_name(tiny_set: Path, tmp_path: Pa
 
 def test_missing_data_and_hardly_any_rows_are_refused(tiny_set: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="needs SHAPES"):
-        list(build(tmp_path / "nowhere", 10, 10))
+        list(build("pictures-ten", tmp_path / "nowhere", 10, 10))
     with pytest.raises(ConfigurationError, match="give eight"):
-        write_pictures(tiny_set, tmp_path / "out", 20, 3, 1)
+        write_pictures("pictures-ten", tiny_set, tmp_path / "out", 20, 3, 1)
+
+
+def _tiny_clothes(folder: Path, number: int = 1200) -> np.ndarray:
+    """Pictures of one shade each, labels 0 to 9 in turn."""
+    place = folder / "fashion_mnist"
+    place.mkdir(parents=True)
+    labels = (np.arange(number) % 10).astype(np.uint8)
+    shades = np.broadcast_to((np.arange(number) % 251).astype(np.uint8)[:, None, None], (number, 28, 28))
+    for name, magic, values in (("images-idx3", 0x803, shades), ("labels-idx1", 0x801, labels)):
+        header = np.array([magic, *values.shape], dtype=">i4").tobytes()
+        (place / f"t10k-{name}-ubyte.gz").write_bytes(gzip.compress(header + values.tobytes()))
+    return labels
+
+
+def test_clothes_have_their_own_label_and_picture(tmp_path: Path) -> None:
+    labels = _tiny_clothes(tmp_path)
+    rows = list(which_clothes(("top", "boot"))(tmp_path))
+    assert len(rows) == 240
+    for row in rows:
+        (path,) = row.pictures
+        number = int(Path(path).stem)
+        assert row.row.answer == {0: "top", 9: "boot"}[int(labels[number])]
+        assert row.row.choices == ("top", "boot")
+        assert row.pictures[path]().getpixel((50, 50)) == (number % 251,) * 3
+
+
+def test_a_damaged_clothes_file_is_refused(tmp_path: Path) -> None:
+    _tiny_clothes(tmp_path)
+    file = tmp_path / "fashion_mnist" / "t10k-labels-idx1-ubyte.gz"
+    file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes())[:-1]))
+    with pytest.raises(ConfigurationError, match="labels-idx1"):
+        next(which_clothes(("top", "boot"))(tmp_path))
+
+
+def test_siblings_have_the_same_tasks_and_no_picture_in_common(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _tiny_clothes(tmp_path)
+    clothes = {client: tasks for client, tasks in PICTURES_SIBLINGS.items() if client.startswith("clothes")}
+    monkeypatch.setitem(picture_sets.PICTURE_SETS, "pictures-siblings", clothes)
+    written = list(build("pictures-siblings", tmp_path, 24, 12))
+    assert [(task.client, task.name) for task in written] == [
+        (f"clothes-{x}", f"clothes-{n}") for x in "abc" for n in (1, 2)
+    ]
+    parts = [task.train for task in written] + [task.test for task in written]
+    pictures = [path for part in parts for example in part for path in pictures_in(example.prompt)]
+    assert len(pictures) == len(set(pictures)) == 6 * 36
+    tuned = list(build("pictures-siblings", tmp_path, 24, 12, tuning=True))
+    assert [task.train for task in tuned] == [task.train for task in written]
+    tests = {example.prompt for task in written for example in task.test}
+    assert not tests & {example.prompt for task in tuned for example in task.test}
+
+
+@_needs_data
+def test_alphabets_can_be_made_equally_frequent() -> None:
+    rows = list(which_alphabet(("Korean", "Tagalog"), "Letter?", 340)(_DATA))
+    assert [row.row.answer for row in rows].count("Korean") == 340
+    assert [row.row.answer for row in rows].count("Tagalog") == 340
+    assert all(row.row.prompt.endswith(" Letter?") for row in rows)
 
 
 @_needs_data

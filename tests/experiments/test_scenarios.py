@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fedmosaic.experiments.scenario import Scenario
-from fedmosaic.experiments.tasks.picture_sets import PICTURES_TEN
+from fedmosaic.experiments.tasks.picture_sets import PICTURES_SIBLINGS, PICTURES_TEN
 from fedmosaic.experiments.tasks.text_sets import TEXT_SETS
 from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.protos.errors import ConfigurationError
@@ -44,6 +44,29 @@ def test_picture_scenarios_name_the_files_and_projectors_that_the_commands_write
     if name == "vision-ten":
         named = {client.id: [task.name for task in client.task_list] for client in scenario.clients}
         assert named == {client: list(tasks) for client, tasks in PICTURES_TEN.items()}
+
+
+@pytest.mark.parametrize("kind", ["", "-depths", "-families"])
+def test_picture_siblings_name_the_files_that_the_commands_write(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenario = read_configuration(SCENARIOS / f"vision-siblings{kind}.toml", Scenario)
+    monkeypatch.setenv("FEDMOSAIC_TASKS", str(tmp_path))
+    monkeypatch.setenv("FEDMOSAIC_MODELS", str(tmp_path / "models"))
+    resolved = scenario.resolved(SCENARIOS)
+    assert resolved.pictures == tmp_path / "pictures-siblings"
+    named = {client.id: [task.name for task in client.task_list] for client in resolved.clients}
+    assert named == {client: list(tasks) for client, tasks in PICTURES_SIBLINGS.items()}
+    for client in resolved.clients:
+        assert client.projector == tmp_path / "projectors" / Path(client.family)
+        for task in client.task_list:
+            assert task.test == tmp_path / "pictures-siblings" / client.id / f"{task.name}.test.jsonl"
+    families = {client.id: client.family for client in resolved.clients}
+    if kind == "-depths":
+        assert all(len({families[f"{domain}-{x}"] for x in "abc"}) == 3 for domain in ("letters", "clothes"))
+    if kind == "-families":
+        assert all(client.model.aligned is not None for client in resolved.clients)
+        assert set(families.values()) == {"stories-260k", "stories-15m"}
 
 
 def test_a_missing_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
