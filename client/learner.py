@@ -2,38 +2,29 @@
 
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client import private_round
+from fedmosaic.client.adapted import agreed_layout, load_adapted
 from fedmosaic.client.colora import (
-    CoLoraConfig,
     copy_branch,
     family_layout,
     read_family,
     set_active_branches,
     set_trainable,
-    shared_layout,
     write_family,
 )
 from fedmosaic.client.colora.aligned import (
-    aligned_config,
-    basis_name,
-    embedded_layout,
-    load_basis,
     read_embedded,
     write_embedded,
 )
-from fedmosaic.client.colora.vectors import SharedLayout
 from fedmosaic.client.evaluation import choice_accuracy
 from fedmosaic.client.examples import (
     EncodedExample,
@@ -42,13 +33,13 @@ from fedmosaic.client.examples import (
     padding_token,
     read_examples,
 )
-from fedmosaic.client.models import adapt, load_base_model
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import Releases
-from fedmosaic.client.settings import ClientSettings, ModelSettings
+from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.training import EpochSampler, train_local
+from fedmosaic.client.vision.sight import Sight, give_sight
 from fedmosaic.privacy.roster import AdapterTerms, Terms
-from fedmosaic.protos.errors import ModelError, StateError
+from fedmosaic.protos.errors import StateError
 
 log = logging.getLogger(__name__)
 _ADAPTER = "default"
@@ -86,7 +77,7 @@ class ModelLearner:
         self._terms = terms
         self._family = family
         self._progress = progress
-        self._model, self._tokenizer = loaded or load_adapted(settings.model, terms.adapter)
+        self._model, self._tokenizer = loaded or _load(settings, terms.adapter)
         self._train = read_examples(settings.data.train)
         self._encoded = encode_examples(self._tokenizer, self._train, settings.training.max_length)
         self._sampler = EpochSampler(len(self._encoded), settings.training.seed)
@@ -105,7 +96,7 @@ class ModelLearner:
     @property
     def adapter_spec_hash(self) -> bytes:
         """SHA-256 of the shared layout (32 bytes), at the federation's rank."""
-        return bytes.fromhex(_layout(self._model, self._terms.adapter).spec_hash)
+        return bytes.fromhex(agreed_layout(self._model, self._terms.adapter).spec_hash)
 
     @property
     def family(self) -> str:
@@ -223,77 +214,10 @@ class ModelLearner:
         self._sampler.load_state_dict(sampler)
 
 
-def load_adapted(settings: ModelSettings, adapter: AdapterTerms) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Load a base model and put a fresh adapter of the agreed shape on it.
-
-    Args:
-        settings: where the model comes from.
-        adapter: shape of the adapter.
-
-    Raises:
-        ModelError: the model cannot be loaded, lacks modules that the adapter needs, or is aligned to another
-            basis than the roster's.
-    """
-    _check_basis(settings, adapter)
-    base, tokenizer = load_base_model(
-        settings.path, settings.dtype, gguf_file=settings.gguf_file, keep_layers=settings.keep_layers
-    )
-    model = adapt(base, _adapter_config(settings, adapter))
-    if settings.aligned is not None:
-        load_basis(model, settings.aligned)
-    size = _layout(model, adapter).size
-    if size != adapter.shared_dimensions:
-        raise ModelError(
-            f"{settings.path} gives a shared adapter of {size} values, the roster says "
-            f"{adapter.shared_dimensions}; it lacks some of the {adapter.blocks} blocks of modules "
-            f"{', '.join(adapter.target_modules)}"
-        )
-    return model, tokenizer
-
-
-def _check_basis(settings: ModelSettings, adapter: AdapterTerms) -> None:
-    if settings.aligned is None:
-        if adapter.basis:
-            raise ModelError(
-                f"the roster's basis is {adapter.basis}, but no aligned checkpoint is named for "
-                f"{settings.path}; name what `fedmosaic align` wrote for this model in model.aligned"
-            )
-        return
-    found = basis_name(settings.aligned)
-    if found != adapter.basis_name:
-        raise ModelError(
-            f"the checkpoint {settings.aligned} has the basis {found}, the roster's is {adapter.basis_name}: "
-            "a core means something else there; take the checkpoint of the federation's own alignment"
-        )
-
-
-def _adapter_config(settings: ModelSettings, adapter: AdapterTerms) -> CoLoraConfig:
-    common: dict[str, Any] = {
-        "other_layers": adapter.other_layers,
-        "gate": adapter.gate,
-        "personal_branch": adapter.private,
-        "basis_seed": adapter.basis_seed,
-    }
-    if settings.aligned is None:
-        return CoLoraConfig(
-            r=adapter.rank,
-            alpha=adapter.alpha,
-            blocks=adapter.blocks,
-            layer_rule=adapter.layer_rule,
-            target_modules=list(adapter.target_modules),
-            **common,
-        )
-    rank = settings.rank or adapter.rank
-    if rank > adapter.rank:
-        raise ModelError(f"model.rank is {rank}, the federation's is {adapter.rank}; take at most that")
-    # The scale s = α/r is the federation's at every rank.
-    scale = adapter.alpha / adapter.rank
-    return aligned_config(settings.aligned, rank=rank, alpha=scale * rank, **common)
-
-
-def _layout(model: nn.Module, adapter: AdapterTerms) -> SharedLayout:
-    """The layout of what the model shares, at the federation's rank."""
-    wide = embedded_layout(shared_layout(model), adapter.rank)
-    # Only the last bit of α can be lost on the way to another rank and back.
-    same = math.isclose(wide.alpha, adapter.alpha, rel_tol=1e-12)
-    return replace(wide, alpha=adapter.alpha) if same else wide
+def _load(settings: ClientSettings, adapter: AdapterTerms) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    model, tokenizer = load_adapted(settings.model, adapter)
+    data = settings.data
+    files = [path for path in (data.train, data.test, *data.others.values()) if path]
+    examples = [example for path in files for example in read_examples(path)]
+    sight = Sight(settings.model.path, data.pictures, settings.projector)
+    return model, give_sight(sight, model, tokenizer, examples, settings.training.max_length)

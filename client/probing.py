@@ -10,6 +10,7 @@ from fedmosaic.client.probe import open_probe
 from fedmosaic.client.profile import release_profile
 from fedmosaic.client.releases import Randomness
 from fedmosaic.client.settings import ModelSettings
+from fedmosaic.client.vision.words import without_pictures
 from fedmosaic.privacy.mechanism import ClippedSum, Float32Array, ProfileMechanism
 from fedmosaic.privacy.projection import PublicBasis, PublicMap
 
@@ -40,7 +41,10 @@ class ProfileProbe:
         model, tokenizer = load_base_model(
             settings.path, settings.dtype, gguf_file=settings.gguf_file, keep_layers=settings.keep_layers
         )
-        encoded = encode_examples(tokenizer, self._examples, self._max_length)
+        # The probe reads the words alone: nothing of a picture is in a profile, and any language model can be
+        # the probe. Clients that ask the same about other pictures look alike to it.
+        questions = [without_pictures(example) for example in self._examples]
+        encoded = encode_examples(tokenizer, questions, self._max_length)
         return release_profile(
             open_probe(model), encoded, self._map, self._randomness, charge, self._count_clipped
         )

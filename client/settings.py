@@ -58,7 +58,8 @@ ProbeModelSettings = Annotated[ModelSettings, AfterValidator(_without_adapter)]
 class DataSettings(Frozen):
     """The client's own examples, JSON lines of `{"id", "prompt", "answer", "choices"}`.
 
-    `test` and `others` are only scored, never trained on, and the scores stay on this machine.
+    `test` and `others` are only scored, never trained on, and the scores stay on this machine. Prompts name
+    pictures in place, `<image:PATH>`.
     """
 
     train: Path
@@ -68,6 +69,8 @@ class DataSettings(Frozen):
     """At most this many test examples are scored per set; 0 takes all."""
     others_examples: int = Field(default=0, ge=0)
     """The same for the sets in `others`."""
+    pictures: Path | None = None
+    """Folder that the pictures which prompts name lie in."""
 
 
 class ClientSettings(Frozen):
@@ -78,6 +81,8 @@ class ClientSettings(Frozen):
     state_dir: Path
     model: ModelSettings
     probe: ProbeModelSettings
+    projector: Path | None = None
+    """Folder of what lets a language model read pictures; `fedmosaic tasks projector` trains one."""
     data: DataSettings
     training: TrainingSettings = TrainingSettings()
     threads: int | None = Field(default=None, ge=1)
@@ -96,6 +101,7 @@ class ClientSettings(Frozen):
                 "train": base / self.data.train,
                 "test": base / self.data.test if self.data.test else None,
                 "others": {name: base / path for name, path in self.data.others.items()},
+                "pictures": base / self.data.pictures if self.data.pictures else None,
             }
         )
         return self.model_copy(
@@ -103,6 +109,7 @@ class ClientSettings(Frozen):
                 "kit": base / self.kit,
                 "state_dir": base / self.state_dir,
                 "data": data,
+                "projector": base / self.projector if self.projector else None,
                 "model": self.model.located(base),
                 "probe": self.probe.located(base),
             }

@@ -14,11 +14,11 @@ from typing import Final
 import numpy as np
 import torch
 
+from fedmosaic.client.adapted import load_adapted
 from fedmosaic.client.dp_branch import only_shared_branch
 from fedmosaic.client.dp_engine import ClosedFormEngine, clip_and_sum
 from fedmosaic.client.dp_training import noisy_sum
 from fedmosaic.client.examples import EncodedExample, Example, collate, encode_examples, padding_token
-from fedmosaic.client.learner import load_adapted
 from fedmosaic.client.loss import training_mode
 from fedmosaic.client.settings import ModelSettings
 from fedmosaic.experiments.attack_profile import DELTA, noise_multiplier

@@ -9,9 +9,9 @@ from typing import Final
 
 import numpy as np
 
+from fedmosaic.client.adapted import load_adapted
 from fedmosaic.client.dp_training import PrivateTrainingSettings
 from fedmosaic.client.examples import IGNORED, EncodedExample, Example
-from fedmosaic.client.learner import load_adapted
 from fedmosaic.client.settings import ModelSettings
 from fedmosaic.experiments import (
     attack_adapter,

@@ -16,10 +16,10 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
 from transformers import PreTrainedTokenizerBase
 
+from fedmosaic.client.adapted import load_adapted
 from fedmosaic.client.colora import read_shared, set_active_branches, write_shared
 from fedmosaic.client.evaluation import choice_accuracy
 from fedmosaic.client.examples import Example, collate, encode_examples, padding_token
-from fedmosaic.client.learner import load_adapted
 from fedmosaic.client.loss import example_losses, training_mode
 from fedmosaic.experiments.attack_federation import weights_of_run
 from fedmosaic.experiments.attack_target import Target, Victim

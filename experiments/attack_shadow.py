@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from peft import PeftModel
 
+from fedmosaic.client.adapted import load_adapted
 from fedmosaic.client.colora import read_shared, write_shared
 from fedmosaic.client.dp_branch import only_shared_branch, private_parameters
 from fedmosaic.client.dp_engine import ClosedFormEngine
 from fedmosaic.client.dp_training import PrivateTrainingSettings, train_private
 from fedmosaic.client.examples import EncodedExample, Example, collate, encode_examples, padding_token
-from fedmosaic.client.learner import load_adapted
 from fedmosaic.client.loss import example_losses, training_mode
 from fedmosaic.client.settings import ModelSettings
 from fedmosaic.client.training import TrainingSettings, train_local

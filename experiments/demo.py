@@ -14,9 +14,9 @@ from typing import Final, Literal
 import tyro
 from rich.console import Console
 
+from fedmosaic.client.assets import cache_directory
 from fedmosaic.client.settings import ModelSettings
 from fedmosaic.client.training import TrainingSettings
-from fedmosaic.experiments.assets import cache_directory
 from fedmosaic.experiments.demo_data import DemoData, build_demo_data
 from fedmosaic.experiments.demo_models import faster_dtype, shallow_demo_models
 from fedmosaic.experiments.report import read_run, show

@@ -15,8 +15,8 @@ from typing import Final
 
 from rich.console import Console
 
+from fedmosaic.client.assets import Asset, fetch, read_member, read_members, staging_directory
 from fedmosaic.client.examples import Example
-from fedmosaic.experiments.assets import Asset, fetch, read_member, read_members, staging_directory
 from fedmosaic.experiments.tasks import commands, conversations, film, news
 from fedmosaic.experiments.tasks.labelled import (
     ClassificationTask,

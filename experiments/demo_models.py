@@ -24,9 +24,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from fedmosaic.client.assets import Asset, extract_member, fetch, staging_directory
 from fedmosaic.client.examples import encode_examples, read_examples
 from fedmosaic.client.models import load_base_model
-from fedmosaic.experiments.assets import Asset, extract_member, fetch, staging_directory
 from fedmosaic.experiments.demo_data import CONVERSATIONS, build_demo_data
 from fedmosaic.experiments.shallow import cut_model, fit_readouts
 

@@ -9,8 +9,8 @@ from fedmosaic.client.probe import open_probe
 from fedmosaic.client.profile import release_profile
 from fedmosaic.client.releases import MakeRelease, Randomness
 from fedmosaic.client.settings import ModelSettings
+from fedmosaic.client.vision.words import without_pictures
 from fedmosaic.experiments.hosts import COMPUTE
-from fedmosaic.experiments.vision.words import without_pictures
 from fedmosaic.privacy.mechanism import Float32Array, ProfileMechanism
 from fedmosaic.privacy.projection import PublicBasis, PublicMap
 
@@ -41,8 +41,7 @@ class SharedProbe:
 
         def make(charge: Callable[[], None]) -> Float32Array:
             with COMPUTE:
-                # The probe reads the words alone: nothing of a picture is in a profile, and any language
-                # model can be the probe. Clients that ask the same about other pictures look alike to it.
+                # The words alone, as `fedmosaic.client.probing` reads them.
                 questions = [without_pictures(example) for example in examples]
                 encoded = encode_examples(self._tokenizer, questions, self._max_length)
                 return release_profile(self._probe, encoded, self._map, randomness, charge)

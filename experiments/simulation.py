@@ -15,9 +15,9 @@ from pathlib import Path
 from peft import PeftModel
 from rich.console import Console
 
+from fedmosaic.client.adapted import load_adapted
 from fedmosaic.client.colora import family_layout, fix_gate
 from fedmosaic.client.keyring import Keyring
-from fedmosaic.client.learner import load_adapted
 from fedmosaic.client.protection import Identity, Protection
 from fedmosaic.client.releases import AdapterPlan, Releases, budgeted_channels, plan_adapter, sampling_rate
 from fedmosaic.client.session import Session
@@ -42,9 +42,9 @@ from fedmosaic.experiments.processes import RunFailedError
 from fedmosaic.experiments.run_progress import ClientProgress, RunProgress
 from fedmosaic.experiments.scenario import Scenario, ScenarioClient
 from fedmosaic.experiments.shared_probe import SharedProbe
+from fedmosaic.experiments.sight import give_client_sight
 from fedmosaic.experiments.simulated_client import StreamLearner, StreamReleases, TurnTakingLearner
 from fedmosaic.experiments.simulated_newcomers import Federation, adapt_newcomers
-from fedmosaic.experiments.vision.sight import give_sight
 from fedmosaic.privacy.accounting import default_delta
 from fedmosaic.privacy.federation import open_kit
 from fedmosaic.privacy.ledger import Ledger
@@ -144,7 +144,7 @@ def make_hosts(scenario: Scenario) -> tuple[dict[Architecture, ModelHost], Adapt
         if architecture(client) in hosts:
             continue
         model, tokenizer = load_adapted(client.model, terms)
-        tokenizer = give_sight(scenario, client, model, tokenizer)
+        tokenizer = give_client_sight(scenario, client, model, tokenizer)
         if scenario.fixed_gate is not None:
             fix_gate(model, scenario.fixed_gate)
         if scenario.family_sharing and client.family and family_layout(model).size:

@@ -10,7 +10,7 @@ from fedmosaic.experiments.hosts import ModelHost, Tenant
 from fedmosaic.experiments.methods.lora import load_with_lora
 from fedmosaic.experiments.methods.strategies import LocalOnly, Strategy, Trainer
 from fedmosaic.experiments.scenario import Scenario, ScenarioClient
-from fedmosaic.experiments.vision.sight import give_sight
+from fedmosaic.experiments.sight import give_client_sight
 
 
 def baseline_flops(
@@ -55,5 +55,5 @@ def _key(client: ScenarioClient) -> str:
 def _reference(scenario: Scenario, client: ScenarioClient) -> float:
     rank = client.rank or scenario.adapter.rank
     model, tokenizer = load_with_lora(client.model, scenario.adapter, LocalOnly.adapters, rank, scenario.seed)
-    host = ModelHost(model, give_sight(scenario, client, model, tokenizer))
+    host = ModelHost(model, give_client_sight(scenario, client, model, tokenizer))
     return baseline_flops(LocalOnly(), host, client_examples(scenario, client, host), scenario.training)

@@ -40,8 +40,8 @@ from fedmosaic.experiments.participants import (
 )
 from fedmosaic.experiments.run_progress import RunProgress
 from fedmosaic.experiments.scenario import Scenario, ScenarioClient
+from fedmosaic.experiments.sight import give_client_sight
 from fedmosaic.experiments.streams import InOrder, Stream
-from fedmosaic.experiments.vision.sight import give_sight
 
 _SERVER = "server.safetensors"
 
@@ -159,7 +159,7 @@ def _host(strategy: Strategy, scenario: Scenario, client: ScenarioClient) -> Mod
     model, tokenizer = load_with_lora(
         client.model, scenario.adapter, strategy.adapters, rank, seed, alike=strategy.alike
     )
-    return ModelHost(model, give_sight(scenario, client, model, tokenizer))
+    return ModelHost(model, give_client_sight(scenario, client, model, tokenizer))
 
 
 def _members(strategy: Strategy, scenario: Scenario, directory: Path) -> list[_Member]:

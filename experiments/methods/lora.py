@@ -17,7 +17,7 @@ from fedmosaic.client.colora import find_decoder_layers
 from fedmosaic.client.loss import logits_at
 from fedmosaic.client.models import load_base_model
 from fedmosaic.client.settings import ModelSettings
-from fedmosaic.experiments.vision.tower import has_tower
+from fedmosaic.client.vision.tower import has_tower
 from fedmosaic.privacy.roster import AdapterTerms
 from fedmosaic.protos.errors import ModelError
 

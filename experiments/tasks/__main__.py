@@ -11,18 +11,18 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from fedmosaic.client.assets import cache_directory
 from fedmosaic.client.examples import Example, read_examples
 from fedmosaic.client.models import load_base_model
 from fedmosaic.client.training import TrainingSettings
-from fedmosaic.experiments.assets import cache_directory
+from fedmosaic.client.vision.projector import save_projector
 from fedmosaic.experiments.streams import dirichlet_shares
 from fedmosaic.experiments.tasks.drake_files import DrakeFiles, write_drake
 from fedmosaic.experiments.tasks.labelled import write_examples
 from fedmosaic.experiments.tasks.picture_sets import write_pictures
 from fedmosaic.experiments.tasks.picture_words import easy_vqa
+from fedmosaic.experiments.tasks.projector_training import PublicPictures, train_projector
 from fedmosaic.experiments.tasks.text_sets import write_set
-from fedmosaic.experiments.vision.pretraining import PublicPictures, train_projector
-from fedmosaic.experiments.vision.projector import save_projector
 from fedmosaic.protos.errors import ConfigurationError
 
 _PROJECTOR_LENGTH: Final = 96

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from fedmosaic.client.examples import Example
-from fedmosaic.experiments.vision.words import marker
+from fedmosaic.client.vision.words import marker
 from fedmosaic.protos.errors import ConfigurationError
 
 MARKER: Final = "<image>"

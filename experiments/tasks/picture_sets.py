@@ -16,12 +16,12 @@ from typing import Final
 from PIL import Image
 
 from fedmosaic.client.examples import Example
+from fedmosaic.client.vision.words import pictures_in, without_pictures
 from fedmosaic.experiments.tasks import picture_sources as source
 from fedmosaic.experiments.tasks.labelled import normalise, stable_hash, write_examples
 from fedmosaic.experiments.tasks.picture_sources import PictureRow, ReadPictures
 from fedmosaic.experiments.tasks.text_sets import split_rows
 from fedmosaic.experiments.tasks.text_sources import public_texts
-from fedmosaic.experiments.vision.words import pictures_in, without_pictures
 from fedmosaic.protos.errors import ConfigurationError
 
 

@@ -17,11 +17,11 @@ from typing import Final
 import numpy as np
 from PIL import Image
 
+from fedmosaic.client.vision.features import open_picture
+from fedmosaic.client.vision.words import marker
 from fedmosaic.experiments.tasks.labelled import normalise, stable_hash
 from fedmosaic.experiments.tasks.text_sets import TEST_SHARE
 from fedmosaic.experiments.tasks.text_sources import Row
-from fedmosaic.experiments.vision.features import open_picture
-from fedmosaic.experiments.vision.words import marker
 from fedmosaic.protos.errors import ConfigurationError
 
 YES_NO: Final = ("yes", "no")

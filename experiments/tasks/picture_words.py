@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Final
 
+from fedmosaic.client.assets import Asset, fetch, read_member, read_members
 from fedmosaic.client.examples import Example
-from fedmosaic.experiments.assets import Asset, fetch, read_member, read_members
-from fedmosaic.experiments.vision.words import marker
+from fedmosaic.client.vision.words import marker
 from fedmosaic.protos.errors import ConfigurationError
 
 EASY_VQA: Final = Asset(

@@ -12,9 +12,10 @@ from rich.console import Console
 from fedmosaic.alignment.__main__ import Arguments
 from fedmosaic.alignment.__main__ import run as align
 from fedmosaic.alignment.settings import AlignmentSettings
+from fedmosaic.client.adapted import load_adapted
 from fedmosaic.client.colora import shared_layout
 from fedmosaic.client.colora.aligned import basis_name, read_embedded
-from fedmosaic.client.learner import ModelLearner, load_adapted
+from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.settings import ModelSettings
 from fedmosaic.experiments import runner
 from fedmosaic.experiments.founding import agreed_adapter

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from fedmosaic.client.assets import Asset, cache_directory
 from fedmosaic.client.examples import Example, read_examples
 from fedmosaic.experiments import demo_data
-from fedmosaic.experiments.assets import Asset, cache_directory
 from fedmosaic.experiments.demo_data import DATA_ASSETS, ClientData, DemoData, build_demo_data
 from fedmosaic.experiments.tasks import commands, conversations, film, news
 from fedmosaic.experiments.tasks.labelled import normalise

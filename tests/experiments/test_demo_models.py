@@ -19,10 +19,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from fedmosaic.client.assets import cache_directory
 from fedmosaic.client.examples import Example, prompt_tokens
 from fedmosaic.client.models import load_base_model
 from fedmosaic.experiments import demo_models
-from fedmosaic.experiments.assets import cache_directory
 from fedmosaic.experiments.demo_models import (
     CHAT_TEMPLATE,
     SMOLLM2,

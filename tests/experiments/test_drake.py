@@ -11,6 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from fedmosaic.client.examples import Example
+from fedmosaic.client.vision.words import pictures_in
 from fedmosaic.experiments import runner
 from fedmosaic.experiments.participants import read_evaluations
 from fedmosaic.experiments.scenario import Scenario
@@ -26,7 +27,6 @@ from fedmosaic.experiments.tasks.drake import (
     read_scenario_file,
 )
 from fedmosaic.experiments.tasks.drake_files import with_choices
-from fedmosaic.experiments.vision.words import pictures_in
 from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.protos.errors import ConfigurationError
 

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from fedmosaic.client.examples import Example, read_examples
 from fedmosaic.client.training import TrainingSettings
+from fedmosaic.client.vision.words import marker, pictures_in
 from fedmosaic.experiments.tasks import __main__ as commands
 from fedmosaic.experiments.tasks import picture_sets
 from fedmosaic.experiments.tasks.picture_sets import (
@@ -32,7 +33,6 @@ from fedmosaic.experiments.tasks.picture_sources import (
 )
 from fedmosaic.experiments.tasks.text_sets import split_rows
 from fedmosaic.experiments.tasks.text_sources import Row
-from fedmosaic.experiments.vision.words import marker, pictures_in
 from fedmosaic.protos.errors import ConfigurationError
 
 _DATA = Path(__file__).parents[2].parent / "shared" / "data"
@@ -212,7 +212,7 @@ def test_a_projector_is_trained_and_read_back(
 ) -> None:
     import torch
 
-    from fedmosaic.experiments.vision import features, projector
+    from fedmosaic.client.vision import features, projector
 
     class Colours(torch.nn.Module):
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:

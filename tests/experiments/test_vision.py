@@ -18,23 +18,20 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from fedmosaic.client.examples import Example, prompt_tokens
+from fedmosaic.client.examples import Example, prompt_tokens, read_examples
 from fedmosaic.client.models import load_base_model
 from fedmosaic.client.probe import fingerprint
-from fedmosaic.experiments import runner
-from fedmosaic.experiments.methods.lora import load_with_lora, lora_layers
-from fedmosaic.experiments.participants import read_evaluations
-from fedmosaic.experiments.vision import features
-from fedmosaic.experiments.vision.efficientnet import EfficientNetLite0, read_legacy_tensors
-from fedmosaic.experiments.vision.embedding import ProjectedFeatures, put_pictures
-from fedmosaic.experiments.vision.projector import (
+from fedmosaic.client.vision import features
+from fedmosaic.client.vision.efficientnet import EfficientNetLite0, read_legacy_tensors
+from fedmosaic.client.vision.embedding import ProjectedFeatures, put_pictures
+from fedmosaic.client.vision.projector import (
     Projector,
     ProjectorRecord,
     load_projector,
     save_projector,
 )
-from fedmosaic.experiments.vision.tower import TowerPictures
-from fedmosaic.experiments.vision.words import (
+from fedmosaic.client.vision.tower import TowerPictures
+from fedmosaic.client.vision.words import (
     PictureIds,
     marker,
     number_pictures,
@@ -42,6 +39,11 @@ from fedmosaic.experiments.vision.words import (
     tokenizer_with_pictures,
     without_pictures,
 )
+from fedmosaic.experiments import runner
+from fedmosaic.experiments.comparison import compared_run
+from fedmosaic.experiments.methods.lora import load_with_lora, lora_layers
+from fedmosaic.experiments.participants import read_evaluations
+from fedmosaic.experiments.report import read_run
 from fedmosaic.privacy.roster import AdapterTerms
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
@@ -191,7 +193,7 @@ def test_the_encoder_halves_five_times_with_padding_behind() -> None:
             assert encoder(torch.zeros(1, 3, size, size)).shape == (1, 1280, -(-size // 32), -(-size // 32))
     # Of an even size with stride 2 and kernel 3, the one line of padding stands behind: as TensorFlow's SAME.
     pixels = torch.arange(16.0).reshape(1, 1, 4, 4)
-    from fedmosaic.experiments.vision.efficientnet import _SameConv
+    from fedmosaic.client.vision.efficientnet import _SameConv
 
     conv = _SameConv(1, 1, 3, 2, bias=False)
     with torch.no_grad():
@@ -355,6 +357,29 @@ def test_pictures_decide_and_the_question_alone_does_not(seeing: Any, tmp_path: 
     assert set(_last_scores(unseen).values()) == {0.5}
 
 
+def test_the_adapter_is_trained_privately_on_pictures(seeing: Any, tmp_path: Path) -> None:
+    private = {"rank": 2, "blocks": 2, "protection": "dp"}
+    terms = {"target_epsilon": 8.0, "expected_batch_size": 8, "steps_per_round": 2}
+    scenario = seeing(adapter=private, adapter_privacy=terms)
+    run = compared_run(runner.run_here(scenario, tmp_path, tmp_path / "runs", _console()))
+    assert 7.0 < (run.epsilon["server"] or 0.0) <= 8.0
+
+
+@pytest.mark.slow
+def test_processes_read_pictures(seeing: Any, tmp_path: Path) -> None:
+    scenario = seeing()
+    for client, other in zip(scenario.clients, reversed(scenario.clients), strict=True):
+        # Kept under $FEDMOSAIC_CACHE, so that the processes need no encoder.
+        examples = [e for path in (client.train, client.test, other.test) for e in read_examples(path)]
+        names = {path for example in examples for path in pictures_in(example.prompt)}
+        features.picture_features([tmp_path / path for path in sorted(names)], size=64, grid=2)
+    directory = runner.run(scenario, tmp_path, tmp_path / "runs", _console())
+    for client in scenario.clients:
+        log = (directory / f"{client.id}.log").read_text()
+        assert "Error" not in log
+    assert set(read_run(directory).clients) == {"client-0", "client-1"}
+
+
 def test_what_cannot_be_seen_is_refused(seeing: Any, tmp_path: Path) -> None:
     def start(scenario: Any) -> None:
         runner.run_here(scenario, tmp_path, tmp_path / "runs", _console())
@@ -373,8 +398,8 @@ def test_what_cannot_be_seen_is_refused(seeing: Any, tmp_path: Path) -> None:
     ]
     with pytest.raises(ModelError, match="trained for another model"):
         start(scenario.model_copy(update={"clients": tuple(other)}))
-    with pytest.raises(ConfigurationError, match="pictures"):
-        runner.check_as_processes(scenario.model_copy(update={"method": "fedmosaic"}))
+    with pytest.raises(ConfigurationError, match="question_only"):
+        runner.check_as_processes(seeing(question_only=True))
     (tmp_path / "train-0.jsonl").write_text(
         json.dumps({"id": "1", "prompt": marker("../../x.png"), "answer": "red", "choices": ["red", "blue"]})
     )

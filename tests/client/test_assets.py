@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fedmosaic.experiments import assets
-from fedmosaic.experiments.assets import (
+from fedmosaic.client import assets
+from fedmosaic.client.assets import (
     Asset,
     cache_directory,
     extract_member,

@@ -15,12 +15,12 @@ from fedmosaic.client.evaluation import choice_accuracy
 from fedmosaic.client.examples import Example, encode_examples, padding_token
 from fedmosaic.client.probe import fingerprint
 from fedmosaic.client.training import TrainingReport, TrainingSettings, train_local
-from fedmosaic.experiments.vision.efficientnet import CHANNELS
-from fedmosaic.experiments.vision.embedding import ProjectedFeatures, put_pictures
-from fedmosaic.experiments.vision.features import GRID, SIZE, picture_features
-from fedmosaic.experiments.vision.projector import Projector, ProjectorRecord
-from fedmosaic.experiments.vision.sight import located
-from fedmosaic.experiments.vision.words import number_pictures, tokenizer_with_pictures
+from fedmosaic.client.vision.efficientnet import CHANNELS
+from fedmosaic.client.vision.embedding import ProjectedFeatures, put_pictures
+from fedmosaic.client.vision.features import GRID, SIZE, picture_features
+from fedmosaic.client.vision.projector import Projector, ProjectorRecord
+from fedmosaic.client.vision.sight import located
+from fedmosaic.client.vision.words import number_pictures, tokenizer_with_pictures
 from fedmosaic.protos.errors import ModelError
 
 _SCORED_BATCH = 32

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fedmosaic.experiments.vision.projector import Projector
+from fedmosaic.client.vision.projector import Projector
 from fedmosaic.protos.errors import ModelError
 
 
@@ -55,7 +55,7 @@ class PictureEmbedding(nn.Module):
         Args:
             words: of the vocabulary, V rows.
             source: of the pictures.
-            each: ids per picture; see `fedmosaic.experiments.vision.words.PictureIds`.
+            each: ids per picture; see `fedmosaic.client.vision.words.PictureIds`.
         """
         super().__init__()
         self.words, self.source, self._each = words, source, each

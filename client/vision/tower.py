@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoImageProcessor
 
-from fedmosaic.experiments.vision.features import open_picture
+from fedmosaic.client.vision.features import open_picture
 from fedmosaic.protos.errors import ModelError
 
 _TYPES: Final = ("llava",)
@@ -29,7 +29,7 @@ def has_tower(model: nn.Module) -> bool:
 
 
 class TowerPictures:
-    """Vectors of pictures from a model's own tower; see `fedmosaic.experiments.vision.embedding`.
+    """Vectors of pictures from a model's own tower; see `fedmosaic.client.vision.embedding`.
 
     Attributes:
         each: tokens of a picture.
@@ -61,7 +61,7 @@ class TowerPictures:
         self.each = len(self._vectors(0))
 
     def __call__(self, numbers: torch.Tensor) -> torch.Tensor:
-        """See `fedmosaic.experiments.vision.embedding.PictureSource`."""
+        """See `fedmosaic.client.vision.embedding.PictureSource`."""
         return torch.stack([self._vectors(int(number)) for number in numbers]).to(numbers.device)
 
     def _vectors(self, number: int) -> torch.Tensor:

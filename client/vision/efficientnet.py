@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fedmosaic.experiments.assets import Asset, cache_directory, fetch, read_member
+from fedmosaic.client.assets import Asset, cache_directory, fetch, read_member
 from fedmosaic.protos.errors import ModelError
 
 LITE0: Final = Asset(

@@ -3,7 +3,7 @@
 A prompt holds markers `<image:PATH>`. With n pictures of K tokens each, picture i has the ids
 V + iK … V + iK + K - 1, above the V ids of the vocabulary, so that examples, batches, scoring and generation
 handle pictures like any other words. The model's input embedding knows what stands behind these ids
-(`fedmosaic.experiments.vision.embedding`).
+(`fedmosaic.client.vision.embedding`).
 """
 
 import re
@@ -37,7 +37,9 @@ def pictures_in(text: str) -> list[str]:
 
 
 def without_pictures(example: Example) -> Example:
-    """The question alone."""
+    """The question alone; an example that names no picture is given back as it is."""
+    if not pictures_in(example.prompt):
+        return example
     prompt = _MARKER.sub(" ", example.prompt).strip()
     return replace(example, prompt=prompt or "?")
 

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from fedmosaic.experiments.assets import cache_directory
-from fedmosaic.experiments.vision.efficientnet import CHANNELS, LITE0, EfficientNetLite0, load_efficientnet
+from fedmosaic.client.assets import cache_directory
+from fedmosaic.client.vision.efficientnet import CHANNELS, LITE0, EfficientNetLite0, load_efficientnet
 from fedmosaic.protos.errors import ConfigurationError
 
 SIZE: Final = 224
