@@ -48,8 +48,8 @@ ASSUMPTIONS = (
 )
 UNIT_ASSUMPTIONS = {
     "example": (
-        "The unit of privacy is one example of one client, added or removed. Several examples of one person, "
-        "or with one picture, are protected less, and copies of an example under another id are other examples."
+        "The unit of privacy is one example of one client, added or removed. Several examples of one person "
+        "or with one picture are protected less, and copies of an example under another id are others."
     ),
     "user": "The unit of privacy is everything that one user gave to one client, added or removed.",
     "client": "The unit of privacy is everything that one client holds, added or removed.",
