@@ -44,6 +44,7 @@ from fedmosaic.protos.errors import StateError
 log = logging.getLogger(__name__)
 _ADAPTER = "default"
 _SAMPLER = "sampler.json"
+_FEATURES = "picture-features"
 _EVALUATION_BATCH = 16
 
 
@@ -219,5 +220,6 @@ def _load(settings: ClientSettings, adapter: AdapterTerms) -> tuple[PeftModel, P
     data = settings.data
     files = [path for path in (data.train, data.test, *data.others.values()) if path]
     examples = [example for path in files for example in read_examples(path)]
-    sight = Sight(settings.model.path, data.pictures, settings.projector)
+    kept = settings.state_dir / _FEATURES
+    sight = Sight(settings.model.path, data.pictures, settings.projector, features=kept)
     return model, give_sight(sight, model, tokenizer, examples, settings.training.max_length)

@@ -81,17 +81,20 @@ def picture_features(
     size: int = SIZE,
     grid: int = GRID,
     cache: Path | None = None,
+    kept: Path | None = None,
     console: Console | None = None,
 ) -> torch.Tensor:
-    """Features of pictures, from the cache or from the encoder.
+    """Features of pictures, from files kept earlier or from the encoder.
 
-    Files that hold the same bytes are encoded once.
+    Files that hold the same bytes are encoded once. Features tell much of a picture: those of private
+    pictures belong beside the client's other state, not into the cache.
 
     Args:
         paths: n pictures.
         size: pixels of a side.
         grid: places of a side.
-        cache: directory of the cache; `cache_directory()` by default.
+        cache: directory of the cache, which the encoder comes from; `cache_directory()` by default.
+        kept: directory where features are kept, readable by its owner only; below the cache by default.
         console: where progress is shown; nowhere by default.
 
     Returns:
@@ -105,12 +108,12 @@ def picture_features(
     first = dict(zip(reversed(digests), reversed(paths), strict=True))
     distinct = sorted(first)
     key = hashlib.sha256("\n".join([LITE0.sha256, f"{size} {grid}", *distinct]).encode()).hexdigest()
-    stored = place / "pictures" / f"{key}.safetensors"
+    stored = (kept or place / "pictures") / f"{key}.safetensors"
     features = _stored(stored, (len(distinct), grid * grid, CHANNELS))
     if features is None:
         encoder = load_efficientnet(place)
         features = _encode(encoder, [first[digest] for digest in distinct], size, grid, console)
-        stored.parent.mkdir(parents=True, exist_ok=True)
+        stored.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         partial = stored.with_name(f"{stored.name}.{os.getpid()}")
         save_file({"features": features}, partial)
         os.replace(partial, stored)

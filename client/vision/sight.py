@@ -34,12 +34,14 @@ class Sight:
         projector: folder of the projector that lets a language model read pictures; None for a
             vision-language model.
         question_only: leave every picture out.
+        features: directory where features of the pictures are kept; see `picture_features`.
     """
 
     model: str
     pictures: Path | None = None
     projector: Path | None = None
     question_only: bool = False
+    features: Path | None = None
 
 
 def give_sight(
@@ -117,7 +119,7 @@ def _source(sight: Sight, model: PeftModel, paths: Sequence[Path]) -> tuple[Pict
             f"the projector in {sight.projector} was trained for another model than {sight.model}; train one "
             "for it with `fedmosaic tasks projector`"
         )
-    features = picture_features(paths, size=record.size, grid=record.grid)
+    features = picture_features(paths, size=record.size, grid=record.grid, kept=sight.features)
     return ProjectedFeatures(features, projector), record.grid**2
 
 

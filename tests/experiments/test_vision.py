@@ -18,9 +18,12 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from fedmosaic.client.examples import Example, prompt_tokens, read_examples
+from fedmosaic.client.examples import Example, prompt_tokens
+from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.models import load_base_model
 from fedmosaic.client.probe import fingerprint
+from fedmosaic.client.progress import LoggedProgress
+from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.vision import features
 from fedmosaic.client.vision.efficientnet import EfficientNetLite0, read_legacy_tensors
 from fedmosaic.client.vision.embedding import ProjectedFeatures, put_pictures
@@ -44,7 +47,8 @@ from fedmosaic.experiments.comparison import compared_run
 from fedmosaic.experiments.methods.lora import load_with_lora, lora_layers
 from fedmosaic.experiments.participants import read_evaluations
 from fedmosaic.experiments.report import read_run
-from fedmosaic.privacy.roster import AdapterTerms
+from fedmosaic.experiments.simulation import make_hosts
+from fedmosaic.privacy.roster import AdapterTerms, Terms
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
 
@@ -365,19 +369,45 @@ def test_the_adapter_is_trained_privately_on_pictures(seeing: Any, tmp_path: Pat
     assert 7.0 < (run.epsilon["server"] or 0.0) <= 8.0
 
 
-@pytest.mark.slow
-def test_processes_read_pictures(seeing: Any, tmp_path: Path) -> None:
+def test_features_of_a_clients_own_pictures_stay_in_its_state(seeing: Any, tmp_path: Path) -> None:
     scenario = seeing()
-    for client, other in zip(scenario.clients, reversed(scenario.clients), strict=True):
-        # Kept under $FEDMOSAIC_CACHE, so that the processes need no encoder.
-        examples = [e for path in (client.train, client.test, other.test) for e in read_examples(path)]
-        names = {path for example in examples for path in pictures_in(example.prompt)}
-        features.picture_features([tmp_path / path for path in sorted(names)], size=64, grid=2)
-    directory = runner.run(scenario, tmp_path, tmp_path / "runs", _console())
-    for client in scenario.clients:
-        log = (directory / f"{client.id}.log").read_text()
-        assert "Error" not in log
-    assert set(read_run(directory).clients) == {"client-0", "client-1"}
+    client = scenario.clients[0]
+    settings = ClientSettings.model_validate(
+        {
+            "kit": tmp_path,
+            "server": "localhost:1",
+            "state_dir": tmp_path / "state",
+            "model": client.model,
+            "probe": scenario.probe,
+            "projector": client.projector,
+            "data": {"train": client.train, "test": client.test, "pictures": tmp_path},
+            "training": scenario.training,
+        }
+    )
+    hosts, adapter = make_hosts(scenario)
+    del hosts
+    features_before = set((tmp_path / "cache" / "pictures").iterdir())
+    terms = Terms.model_construct(adapter=adapter)
+    learner = ModelLearner(settings, terms, client.family, LoggedProgress(tmp_path / "progress.jsonl"))
+    assert 0.0 <= learner.evaluate()["self"] <= 1.0
+    (kept,) = (tmp_path / "state" / "picture-features").iterdir()
+    assert kept.stat().st_mode & 0o077 == 0
+    assert kept.parent.stat().st_mode & 0o077 == 0
+    assert set((tmp_path / "cache" / "pictures").iterdir()) == features_before
+
+
+@pytest.mark.slow
+def test_processes_read_pictures(seeing: Any, llava_folder: Path, tmp_path: Path) -> None:
+    def seen_by_its_own_tower(client: Any) -> Any:
+        model = client.model.model_copy(update={"path": str(llava_folder)})
+        return client.model_copy(update={"model": model, "projector": None, "family": "llava"})
+
+    scenario = seeing()
+    clients = tuple(map(seen_by_its_own_tower, scenario.clients))
+    scenario = scenario.model_copy(update={"clients": clients})
+    record = read_run(runner.run(scenario, tmp_path, tmp_path / "runs", _console()))
+    assert set(record.clients) == {"client-0", "client-1"}
+    assert all("after" in result for result in record.clients.values())
 
 
 def test_what_cannot_be_seen_is_refused(seeing: Any, tmp_path: Path) -> None:
