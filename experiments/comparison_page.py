@@ -15,6 +15,7 @@ from fedmosaic.experiments.comparison_tables import (
     costs,
     epsilon_text,
     gains,
+    overview,
     percent,
 )
 from fedmosaic.experiments.metrics import Interval
@@ -69,6 +70,8 @@ def page(groups: Sequence[Group], command: str, reference: str = REFERENCE) -> s
         "kB/round: what a client sends on average. TFLOP: measured operations of all clients' own training "
         "steps, without scoring, profiles and what a server distils. s: the whole run, all included.</p>",
     ]
+    for figure, heads, cells in overview(groups):
+        parts += [f"<h2>{escape(figure)}, all scenarios</h2>", _table(heads, cells)]
     for scenario, of_scenario in by_scenario(groups):
         rows = [(group.method, (*accuracies(group), *costs(group))) for group in of_scenario]
         parts += [f"<h2>{escape(scenario)}</h2>", _table((*ACCURACY_HEADS, *COST_HEADS), rows)]

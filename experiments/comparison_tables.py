@@ -95,9 +95,44 @@ def gains(groups: Sequence[Group], reference: str = REFERENCE) -> list[tuple[str
     ]
 
 
+def overview(groups: Sequence[Group]) -> list[tuple[str, tuple[str, ...], list[tuple[str, tuple[str, ...]]]]]:
+    """Methods × scenarios, a table for each of `FIGURES`; none where there is one scenario only.
+
+    Args:
+        groups: of any number of scenarios.
+
+    Returns:
+        Name of the figure, heads after the method, and rows of method and cells. ε is the largest over the
+        scenarios; "-" stands where a method was not run.
+    """
+    scenarios = tuple(name for name, _ in by_scenario(groups))
+    if len(scenarios) < 2:
+        return []
+    methods = {
+        name: [g for g in groups if g.method == name] for name in dict.fromkeys(g.method for g in groups)
+    }
+    heads = ("ε server", "ε recipients", *scenarios)
+    tables = []
+    for place, figure in enumerate(FIGURES):
+        rows = []
+        for method, members in methods.items():
+            found = {group.scenario: percent(group.figures()[place]) for group in members}
+            cells = (_largest(members, "server"), _largest(members, "recipients"))
+            rows.append((method, (*cells, *(found.get(scenario, "-") for scenario in scenarios))))
+        tables.append((figure, heads, rows))
+    return tables
+
+
+def _largest(groups: Sequence[Group], reader: str) -> str:
+    known = [value for group in groups if (value := group.epsilon(reader)) is not None]
+    return epsilon_text(max(known, default=None))
+
+
 def markdown(groups: Sequence[Group]) -> str:
-    """The comparison as Markdown, two tables per scenario: figures with costs, and gains."""
+    """The comparison as Markdown: `overview`, then figures with costs, and gains, for each scenario."""
     lines: list[str] = []
+    for figure, heads, cells in overview(groups):
+        lines += [f"**{figure}, %**", "", *_markdown(heads, cells), ""]
     for scenario, members in by_scenario(groups):
         rows = [(group.method, (*accuracies(group), *costs(group))) for group in members]
         lines += [f"**{scenario}**", "", *_markdown((*ACCURACY_HEADS, *COST_HEADS), rows), ""]

@@ -22,6 +22,7 @@ from fedmosaic.experiments.comparison_tables import (
     epsilon_text,
     gains,
     markdown,
+    overview,
     percent,
     terminal_tables,
 )
@@ -86,8 +87,26 @@ def test_relevance_is_the_share_of_pairs_in_the_right_order() -> None:
 
 def test_markdown_has_a_table_per_scenario() -> None:
     text = markdown(group_runs([_run(0, 0.4), _run(1, 0.6), replace(_run(0, 0.5), scenario="t, static")]))
-    assert text.count("| method |") == 2
+    assert text.count("| method | seeds |") == 2
     assert "| `fedavg` | 2 | ∞ | ∞ | 50.0 ± 127.1 |" in text
+
+
+def test_the_overview_has_methods_by_scenarios() -> None:
+    static = replace(_run(0, 0.5), scenario="t, static")
+    runs = [_run(0, 0.4), _run(1, 0.6), static, replace(_run(0, 0.3, "local"), scenario="t, static")]
+    groups = group_runs(runs)
+    tables = overview(groups)
+    assert [name for name, _, _ in tables] == ["Self A_last", "Self A_AUC", "Others A_last", "Others A_AUC"]
+    _, heads, rows = tables[0]
+    assert heads[:2] == ("ε server", "ε recipients")
+    assert set(heads[2:]) == {groups[0].scenario, "t, static"}
+    found = {method: dict(zip(heads, cells, strict=True)) for method, cells in rows}
+    assert found["local"] == {
+        "ε server": "∞", "ε recipients": "∞", groups[0].scenario: "-", "t, static": "30.0",
+    }  # fmt: skip
+    assert found["fedavg"]["t, static"] == "50.0"
+    assert "**Self A_last, %**" in markdown(groups)
+    assert overview([group for group in groups if group.scenario == "t, static"]) == []
 
 
 def test_gains_are_paired_by_seed() -> None:
