@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from transformers.utils.logging import disable_progress_bar
 
 from fedmosaic.client.state import write_atomically
+from fedmosaic.experiments.client_processes import check_as_processes, client_process
 from fedmosaic.experiments.founding import fit_profile, found_federation
 from fedmosaic.experiments.methods import simulate_method
 from fedmosaic.experiments.processes import (
@@ -31,7 +32,7 @@ from fedmosaic.experiments.processes import (
     wait_for_port,
 )
 from fedmosaic.experiments.report import read_run, show
-from fedmosaic.experiments.scenario import Scenario, ScenarioClient
+from fedmosaic.experiments.scenario import Scenario
 from fedmosaic.privacy.configuration import read_configuration, validate
 from fedmosaic.protos.errors import ConfigurationError
 
@@ -238,7 +239,7 @@ def run(scenario: Scenario, base: Path, output_dir: Path, console: Console) -> P
         python_module("fedmosaic.server", "--kit", str(directory / "federation" / "server")),
         directory / "server.log",
     )
-    clients = [_client_process(scenario, client, directory, port) for client in scenario.clients]
+    clients = [client_process(scenario, client, directory, port) for client in scenario.clients]
     try:
         server.start({})
         wait_for_port(port, server, _SERVER_START_SECONDS)
@@ -253,64 +254,6 @@ def run(scenario: Scenario, base: Path, output_dir: Path, console: Console) -> P
     began = json.loads((directory / _RUN).read_text())
     write_atomically(directory / _RUN, json.dumps({**began, "seconds": seconds}).encode())
     return directory
-
-
-def check_as_processes(scenario: Scenario) -> None:
-    """Refuse what only one process can do.
-
-    Raises:
-        ConfigurationError: naming what that is.
-    """
-    reasons = {
-        f"method {scenario.method!r}": scenario.method != "fedmosaic",
-        f"stream {scenario.stream!r}": scenario.stream != "all",
-        "a fixed gate": scenario.fixed_gate is not None,
-        "family_sharing (give adapter.family_dimensions)": scenario.family_sharing,
-        "several tasks for one client": any(len(client.task_list) > 1 for client in scenario.clients),
-        "question_only": scenario.question_only,
-        "equal compute": scenario.equal_compute,
-        "unseen clients": bool(scenario.unseen),
-        "test noise": scenario.unsafe_test_noise_seed is not None,
-        "a metric other than accuracy": any(
-            task.metric != "accuracy" for client in scenario.clients for task in client.task_list
-        ),
-        f"seed {scenario.seed}": scenario.seed != 0,
-    }
-    found = [reason for reason, holds in reasons.items() if holds]
-    if found:
-        raise ConfigurationError(
-            f"scenario {scenario.name} has {', '.join(found)}, which client processes do not know; run it in "
-            "one process, without --processes"
-        )
-
-
-def _client_process(scenario: Scenario, client: ScenarioClient, directory: Path, port: int) -> ManagedProcess:
-    place = directory / "federation" / "clients" / client.id
-    others = {c.task: str(c.test) for c in scenario.clients if c.task != client.task}
-    settings = {
-        "kit": str(place),
-        "server": f"localhost:{port}",
-        "state_dir": str(place / "state"),
-        "model": client.model.model_dump(exclude_none=True),
-        "probe": scenario.probe.model_dump(exclude_none=True),
-        "data": {
-            "train": str(client.train),
-            "test": str(client.test),
-            "others": others,
-            "evaluation_examples": scenario.evaluation_examples,
-            "others_examples": scenario.others_examples,
-            **({"pictures": str(scenario.pictures)} if scenario.pictures else {}),
-        },
-        **({"projector": str(client.projector)} if client.projector else {}),
-        "training": scenario.training.model_dump(mode="json", exclude_none=True),
-        "profile_max_length": scenario.profile.max_length,
-        "threads": 1,
-    }
-    path = place / "client.json"
-    path.write_text(json.dumps(settings, indent=2) + "\n")
-    return ManagedProcess(
-        client.id, python_module("fedmosaic.client", str(path)), directory / f"{client.id}.log"
-    )
 
 
 def _watch(

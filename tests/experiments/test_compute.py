@@ -12,6 +12,7 @@ from torch import nn
 
 from fedmosaic.client.training import TrainingSettings
 from fedmosaic.experiments import runner
+from fedmosaic.experiments.client_processes import check_as_processes
 from fedmosaic.experiments.compute import client_examples, counted, equal_steps
 from fedmosaic.experiments.hosts import ModelHost
 from fedmosaic.experiments.methods.cost import baseline_flops, reference_flops
@@ -95,4 +96,4 @@ def test_private_steps_are_not_scaled(tiny_scenario: Any) -> None:
     with pytest.raises(ValueError, match="equal_compute with adapter"):
         tiny_scenario(equal_compute=True, adapter={"rank": 2, "blocks": 2, "protection": "dp"})
     with pytest.raises(ConfigurationError, match="equal compute"):
-        runner.check_as_processes(tiny_scenario(equal_compute=True))
+        check_as_processes(tiny_scenario(equal_compute=True))

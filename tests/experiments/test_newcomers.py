@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from fedmosaic.experiments import runner, simulated_newcomers
+from fedmosaic.experiments.client_processes import check_as_processes
 from fedmosaic.experiments.methods.strategies import FedAvg, LocalOnly
 from fedmosaic.experiments.methods.transfer import FedMd, FedMkt
 from fedmosaic.experiments.newcomers import Newcomer, add_newcomer, newcomers_table, read_newcomers
@@ -123,7 +124,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, tiny_scenario: Any) -> None:
     with pytest.raises(ValueError, match="ids must differ"):
         tiny_scenario(unseen=[unseen[0] | {"id": "client-0"}])
     with pytest.raises(ConfigurationError, match="unseen clients"):
-        runner.check_as_processes(tiny_scenario(unseen=unseen))
+        check_as_processes(tiny_scenario(unseen=unseen))
     # The newcomer's training examples are tested on nobody, and nobody trains on its tests.
     leak = unseen[0] | {"test": unseen[0]["train"]}
     with pytest.raises(ConfigurationError, match="test sets"):

@@ -12,13 +12,18 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from fedmosaic.client.colora import read_shared
+from fedmosaic.client.examples import read_examples
+from fedmosaic.client.settings import ClientSettings
 from fedmosaic.experiments import runner, simulation
+from fedmosaic.experiments.client_processes import check_as_processes, client_process
 from fedmosaic.experiments.hosts import ModelHost, Tenant
 from fedmosaic.experiments.participants import Board, read_evaluations
 from fedmosaic.experiments.processes import RunFailedError
 from fedmosaic.experiments.report import merged_statement, read_run, show
 from fedmosaic.experiments.run_progress import RunProgress
+from fedmosaic.experiments.scenario import ScenarioClient, ScenarioTask
 from fedmosaic.experiments.simulated_client import StreamLearner
+from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.ledger import read_ledger
 from fedmosaic.protos.errors import ConfigurationError
 
@@ -145,8 +150,35 @@ def test_a_test_prompt_in_training_is_refused(tiny_scenario: Any, tiny_folder: P
 
 def test_processes_refuse_what_they_do_not_know(tiny_scenario: Any) -> None:
     with pytest.raises(ConfigurationError, match="fedavg"):
-        runner.check_as_processes(tiny_scenario(method="fedavg", stream="static"))
-    runner.check_as_processes(tiny_scenario())
+        check_as_processes(tiny_scenario(method="fedavg", stream="static"))
+    check_as_processes(tiny_scenario())
+
+
+def _with_two_tasks(scenario: Any) -> Any:
+    """Client 0 has client 1's task besides its own."""
+    first, second, *rest = scenario.clients
+    tasks = [ScenarioTask(name=c.task, train=c.train, test=c.test) for c in (first, second)]
+    both = ScenarioClient(id=first.id, tasks=tuple(tasks), model=first.model, family=first.family)
+    return scenario.model_copy(update={"clients": (both, second, *rest)})
+
+
+def test_a_process_has_all_its_tasks_in_one_file(tiny_scenario: Any, tmp_path: Path) -> None:
+    scenario = _with_two_tasks(tiny_scenario(evaluation_examples=5, others_examples=2))
+    settings = {}
+    for client in scenario.clients:
+        kit = tmp_path / "federation" / "clients" / client.id
+        kit.mkdir(parents=True)
+        client_process(scenario, client, tmp_path, 7443)
+        settings[client.id] = read_configuration(kit / "client.json", ClientSettings)
+    first, last = settings["client-0"].data, settings["client-3"].data
+    parts = [read_examples(task.train) for task in scenario.clients[0].task_list]
+    merged = read_examples(first.train)
+    assert len(merged) == sum(map(len, parts))
+    assert [example.prompt for example in merged[:2]] == [part[0].prompt for part in parts]
+    assert [example.id.partition("/")[0] for example in merged[:2]] == ["task-0", "task-1"]
+    assert (first.evaluation_examples, last.evaluation_examples, last.others_examples) == (10, 5, 4)
+    assert set(last.others) == {"client-0", "task-1", "task-2"}
+    assert last.train == scenario.clients[3].train
 
 
 def test_private_training_of_a_stream_is_refused(tiny_scenario: Any) -> None:
@@ -180,7 +212,7 @@ def test_changes_on_the_command_line_are_checked(tiny_scenario: Any) -> None:
 
 @pytest.mark.slow
 def test_processes_still_run_a_scenario(tmp_path: Path, tiny_scenario: Any) -> None:
-    directory = runner.run(tiny_scenario(), tmp_path, tmp_path, _console())
+    directory = runner.run(_with_two_tasks(tiny_scenario()), tmp_path, tmp_path, _console())
     record = read_run(directory)
     assert set(record.clients) == {f"client-{n}" for n in range(4)}
     assert all("after" in result for result in record.clients.values())

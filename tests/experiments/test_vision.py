@@ -43,6 +43,7 @@ from fedmosaic.client.vision.words import (
     without_pictures,
 )
 from fedmosaic.experiments import runner
+from fedmosaic.experiments.client_processes import check_as_processes
 from fedmosaic.experiments.comparison import compared_run
 from fedmosaic.experiments.methods.lora import load_with_lora, lora_layers
 from fedmosaic.experiments.participants import read_evaluations
@@ -429,7 +430,7 @@ def test_what_cannot_be_seen_is_refused(seeing: Any, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="trained for another model"):
         start(scenario.model_copy(update={"clients": tuple(other)}))
     with pytest.raises(ConfigurationError, match="question_only"):
-        runner.check_as_processes(seeing(question_only=True))
+        check_as_processes(seeing(question_only=True))
     (tmp_path / "train-0.jsonl").write_text(
         json.dumps({"id": "1", "prompt": marker("../../x.png"), "answer": "red", "choices": ["red", "blue"]})
     )

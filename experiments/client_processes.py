@@ -1,0 +1,112 @@
+"""The clients of a scenario as processes of their own: what they cannot do, their files, their start."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Literal
+
+from fedmosaic.client.examples import Example, read_examples
+from fedmosaic.experiments.processes import ManagedProcess, python_module
+from fedmosaic.experiments.scenario import Scenario, ScenarioClient
+from fedmosaic.experiments.tasks.labelled import write_examples
+from fedmosaic.protos.errors import ConfigurationError
+
+_Part = Literal["train", "test"]
+
+
+def check_as_processes(scenario: Scenario) -> None:
+    """Refuse what only one process can do.
+
+    Raises:
+        ConfigurationError: naming what that is.
+    """
+    reasons = {
+        f"method {scenario.method!r}": scenario.method != "fedmosaic",
+        f"stream {scenario.stream!r}": scenario.stream != "all",
+        "a fixed gate": scenario.fixed_gate is not None,
+        "family_sharing (give adapter.family_dimensions)": scenario.family_sharing,
+        "question_only": scenario.question_only,
+        "equal compute": scenario.equal_compute,
+        "unseen clients": bool(scenario.unseen),
+        "test noise": scenario.unsafe_test_noise_seed is not None,
+        "a metric other than accuracy": any(
+            task.metric != "accuracy" for client in scenario.clients for task in client.task_list
+        ),
+        f"seed {scenario.seed}": scenario.seed != 0,
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
+        raise ConfigurationError(
+            f"scenario {scenario.name} has {', '.join(found)}, which client processes do not know; run it in "
+            "one process, without --processes"
+        )
+
+
+def client_process(scenario: Scenario, client: ScenarioClient, directory: Path, port: int) -> ManagedProcess:
+    """Write a client's settings into its kit, and its tasks as one file where it has several.
+
+    Args:
+        scenario: paths resolved.
+        client: one of its clients.
+        directory: of the run; the kit is there already.
+        port: of the server on this machine.
+
+    Returns:
+        The process, not started yet.
+    """
+    place = directory / "federation" / "clients" / client.id
+    most = max(len(each.task_list) for each in scenario.clients)
+    settings = {
+        "kit": str(place),
+        "server": f"localhost:{port}",
+        "state_dir": str(place / "state"),
+        "model": client.model.model_dump(exclude_none=True),
+        "probe": scenario.probe.model_dump(exclude_none=True),
+        **({"projector": str(client.projector)} if client.projector else {}),
+        "data": {
+            "train": str(_data_file(client, "train", directory)),
+            "test": str(_data_file(client, "test", directory)),
+            "others": _others(scenario, client, directory),
+            # A limit counts per task, and examples of several tasks alternate.
+            "evaluation_examples": scenario.evaluation_examples * len(client.task_list),
+            "others_examples": scenario.others_examples * most,
+            **({"pictures": str(scenario.pictures)} if scenario.pictures else {}),
+        },
+        "training": scenario.training.model_dump(mode="json", exclude_none=True),
+        "profile_max_length": scenario.profile.max_length,
+        "threads": 1,
+    }
+    path = place / "client.json"
+    path.write_text(json.dumps(settings, indent=2) + "\n")
+    return ManagedProcess(
+        client.id, python_module("fedmosaic.client", str(path)), directory / f"{client.id}.log"
+    )
+
+
+def _others(scenario: Scenario, client: ScenarioClient, directory: Path) -> dict[str, str]:
+    """Test sets of the others, by task, or by client where that has several; of a task alike there is one."""
+    return {
+        other.task or other.id: str(_data_file(other, "test", directory))
+        for other in scenario.clients
+        if other.id != client.id and (not other.task or other.task != client.task)
+    }
+
+
+def _data_file(client: ScenarioClient, part: _Part, directory: Path) -> Path:
+    paths = [task.train if part == "train" else task.test for task in client.task_list]
+    if len(paths) == 1:
+        return paths[0]
+    merged = directory / "data" / f"{client.id}.{part}.jsonl"
+    if not merged.exists():
+        merged.parent.mkdir(exist_ok=True)
+        names = [task.name for task in client.task_list]
+        write_examples(merged, list(_alternating(names, [read_examples(path) for path in paths])))
+    return merged
+
+
+def _alternating(names: Sequence[str], tasks: Sequence[Sequence[Example]]) -> Iterator[Example]:
+    """Examples of the tasks in turn, so that the first ones are of all of them; ids name their task."""
+    named = [[replace(e, id=f"{name}/{e.id}") for e in task] for name, task in zip(names, tasks, strict=True)]
+    return (example for example in chain.from_iterable(zip_longest(*named)) if example is not None)
