@@ -1,6 +1,7 @@
 """Pictures from files, and their features, computed once and kept by what the files hold."""
 
 import hashlib
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from torch.nn import functional
 from fedmosaic.client.assets import cache_directory
 from fedmosaic.client.vision.efficientnet import CHANNELS, LITE0, EfficientNetLite0, load_efficientnet
 from fedmosaic.protos.errors import ConfigurationError
+
+log = logging.getLogger(__name__)
 
 SIZE: Final = 224
 """Pixels of a side that a picture is brought to; the encoder was trained at this size."""
@@ -111,6 +114,7 @@ def picture_features(
     stored = (kept or place / "pictures") / f"{key}.safetensors"
     features = _stored(stored, (len(distinct), grid * grid, CHANNELS))
     if features is None:
+        log.info("encoding %d pictures, once; their features are kept in %s", len(distinct), stored.parent)
         encoder = load_efficientnet(place)
         features = _encode(encoder, [first[digest] for digest in distinct], size, grid, console)
         stored.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
