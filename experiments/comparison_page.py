@@ -35,7 +35,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .3rem .5rem; text-align: right; border-bottom: 1px solid #ccc; white-space: nowrap; }
 th:nth-child(1), td:nth-child(1) { text-align: left; }
 td:nth-child(1) { white-space: normal; overflow-wrap: anywhere; min-width: 9rem; }
-thead th { border-bottom: 2px solid #1c1c1c; }
+thead th { border-bottom: 2px solid #1c1c1c; white-space: normal; max-width: 8rem; vertical-align: bottom; }
 td.none { color: #b00020; font-weight: 600; }
 figure { margin: 1.2rem 0; } figcaption { font-size: .9rem; color: #444; max-width: 48rem; }
 svg { max-width: 100%; height: auto; } svg text { font: 13px system-ui, sans-serif; fill: #1c1c1c; }
