@@ -13,7 +13,7 @@ from fedmosaic.experiments.scenario import Scenario, ScenarioClient
 from fedmosaic.experiments.tasks.labelled import write_examples
 from fedmosaic.protos.errors import ConfigurationError
 
-_Part = Literal["train", "test"]
+_Part = Literal["train", "test", "others"]
 
 
 def check_as_processes(scenario: Scenario) -> None:
@@ -57,7 +57,7 @@ def client_process(scenario: Scenario, client: ScenarioClient, directory: Path, 
         The process, not started yet.
     """
     place = directory / "federation" / "clients" / client.id
-    most = max(len(each.task_list) for each in scenario.clients)
+    several = _several_tasks(scenario)
     settings = {
         "kit": str(place),
         "server": f"localhost:{port}",
@@ -66,12 +66,12 @@ def client_process(scenario: Scenario, client: ScenarioClient, directory: Path, 
         "probe": scenario.probe.model_dump(exclude_none=True),
         **({"projector": str(client.projector)} if client.projector else {}),
         "data": {
-            "train": str(_data_file(client, "train", directory)),
-            "test": str(_data_file(client, "test", directory)),
+            "train": str(_data_file(client, "train", several, 0, directory)),
+            "test": str(_data_file(client, "test", several, scenario.evaluation_examples, directory)),
             "others": _others(scenario, client, directory),
-            # A limit counts per task, and examples of several tasks alternate.
-            "evaluation_examples": scenario.evaluation_examples * len(client.task_list),
-            "others_examples": scenario.others_examples * most,
+            # A limit is for each task: where clients have several, their files are cut already.
+            "evaluation_examples": 0 if several else scenario.evaluation_examples,
+            "others_examples": 0 if several else scenario.others_examples,
             **({"pictures": str(scenario.pictures)} if scenario.pictures else {}),
         },
         "training": scenario.training.model_dump(mode="json", exclude_none=True),
@@ -85,28 +85,35 @@ def client_process(scenario: Scenario, client: ScenarioClient, directory: Path, 
     )
 
 
+def _several_tasks(scenario: Scenario) -> bool:
+    return any(len(client.task_list) > 1 for client in scenario.clients)
+
+
 def _others(scenario: Scenario, client: ScenarioClient, directory: Path) -> dict[str, str]:
     """Test sets of the others, by task, or by client where that has several; of a task alike there is one."""
+    several, limit = _several_tasks(scenario), scenario.others_examples
     return {
-        other.task or other.id: str(_data_file(other, "test", directory))
+        other.task or other.id: str(_data_file(other, "others", several, limit, directory))
         for other in scenario.clients
         if other.id != client.id and (not other.task or other.task != client.task)
     }
 
 
-def _data_file(client: ScenarioClient, part: _Part, directory: Path) -> Path:
+def _data_file(client: ScenarioClient, part: _Part, several: bool, limit: int, directory: Path) -> Path:
+    """A client's own file, or one of all its tasks, each cut to its first examples (0 for all)."""
     paths = [task.train if part == "train" else task.test for task in client.task_list]
-    if len(paths) == 1:
+    if len(paths) == 1 and (part == "train" or not several):
         return paths[0]
     merged = directory / "data" / f"{client.id}.{part}.jsonl"
     if not merged.exists():
         merged.parent.mkdir(exist_ok=True)
+        tasks = [read_examples(path)[: limit or None] for path in paths]
         names = [task.name for task in client.task_list]
-        write_examples(merged, list(_alternating(names, [read_examples(path) for path in paths])))
+        write_examples(merged, list(_alternating(names, tasks)))
     return merged
 
 
 def _alternating(names: Sequence[str], tasks: Sequence[Sequence[Example]]) -> Iterator[Example]:
-    """Examples of the tasks in turn, so that the first ones are of all of them; ids name their task."""
+    """Examples of the tasks in turn; ids name their task."""
     named = [[replace(e, id=f"{name}/{e.id}") for e in task] for name, task in zip(names, tasks, strict=True)]
     return (example for example in chain.from_iterable(zip_longest(*named)) if example is not None)

@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError
@@ -29,8 +29,9 @@ GRID: Final = 3
 """Places of a side: the 7 × 7 places of the encoder are averaged to 3 × 3, which makes nine tokens."""
 
 _MOST_PIXELS: Final = 50_000_000
+_LONGEST_SIDE: Final = 8192
+_DEEP_MODES: Final = ("I", "F")
 _GREY: Final = (127, 127, 127)
-_BATCH: Final = 16
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -43,16 +44,31 @@ def open_picture(path: Path) -> Image.Image:
         The picture, RGB.
 
     Raises:
-        ConfigurationError: it cannot be read, or has more than fifty million pixels.
+        ConfigurationError: it cannot be read, has more than fifty million pixels or 8,192 of a side, or more
+            than eight bits per channel.
     """
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as file:
-            if file.width * file.height > _MOST_PIXELS:
+            if file.width * file.height > _MOST_PIXELS or max(file.size) > _LONGEST_SIDE:
                 raise ConfigurationError(
-                    f"{path} has {file.width} × {file.height} pixels; give at most {_MOST_PIXELS}"
+                    f"{path} has {file.width} × {file.height} pixels; give at most {_MOST_PIXELS}, and "
+                    f"at most {_LONGEST_SIDE} of a side"
                 )
-            return file.convert("RGB")
-    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
+            if file.mode.startswith(_DEEP_MODES):
+                raise ConfigurationError(
+                    f"{path} has more than eight bits per channel (mode {file.mode}), of which most would be "
+                    "cut to white; choose a window and convert it to eight"
+                )
+            return ImageOps.exif_transpose(file).convert("RGB")
+    # Pillow's parsers raise the last two for some damaged files.
+    except (
+        OSError,
+        UnidentifiedImageError,
+        ValueError,
+        Image.DecompressionBombError,
+        SyntaxError,
+        AssertionError,
+    ) as error:
         raise ConfigurationError(f"{path} is no PNG or JPEG picture that can be read: {error}") from None
 
 
@@ -97,7 +113,8 @@ def picture_features(
         size: pixels of a side.
         grid: places of a side.
         cache: directory of the cache, which the encoder comes from; `cache_directory()` by default.
-        kept: directory where features are kept, readable by its owner only; below the cache by default.
+        kept: directory where these features and no others are kept, readable by its owner only; below the
+            cache by default.
         console: where progress is shown; nowhere by default.
 
     Returns:
@@ -121,8 +138,17 @@ def picture_features(
         partial = stored.with_name(f"{stored.name}.{os.getpid()}")
         save_file({"features": features}, partial)
         os.replace(partial, stored)
+        if kept is not None:
+            _remove_others(stored)
     number = {digest: index for index, digest in enumerate(distinct)}
     return features[torch.tensor([number[digest] for digest in digests], dtype=torch.int64)]
+
+
+def _remove_others(stored: Path) -> None:
+    """Features of pictures that their owner has taken out must not stay."""
+    for file in stored.parent.glob("*.safetensors*"):
+        if file != stored:
+            file.unlink()
 
 
 def _digest(path: Path) -> str:
@@ -149,11 +175,10 @@ def _stored(path: Path, shape: tuple[int, ...]) -> torch.Tensor | None:
 def _encode(
     encoder: EfficientNetLite0, paths: Sequence[Path], size: int, grid: int, console: Console | None
 ) -> torch.Tensor:
-    starts = range(0, len(paths), _BATCH)
     parts = []
     shown = console or Console(quiet=True)
-    for start in track(starts, "encoding pictures", console=shown, disable=console is None):
-        pixels = torch.stack([read_picture(path, size) for path in paths[start : start + _BATCH]])
-        pooled_BCGG = functional.adaptive_avg_pool2d(encoder(pixels), grid)
+    # One at a time: in a batch the last bits of a picture's features depend on its neighbours.
+    for path in track(paths, "encoding pictures", console=shown, disable=console is None):
+        pooled_BCGG = functional.adaptive_avg_pool2d(encoder(read_picture(path, size)[None]), grid)
         parts.append(pooled_BCGG.flatten(2).transpose(1, 2).half())
     return torch.cat(parts) if parts else torch.empty(0, grid * grid, CHANNELS, dtype=torch.float16)

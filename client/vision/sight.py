@@ -66,10 +66,16 @@ def give_sight(
         A tokenizer that knows the pictures; the one given if no example names a picture.
 
     Raises:
-        ConfigurationError: a picture is missing, prompts name pictures without a folder for them, the model
-            has no way to read them, or an example with its pictures is longer than `max_length`.
+        ConfigurationError: a picture is missing, prompts name pictures without a folder for them, answers or
+            choices name some, the model has no way to read them, or an example with its pictures is longer
+            than `max_length`.
         ModelError: the projector belongs to another model.
     """
+    for example in examples:
+        if any(pictures_in(text) for text in (example.answer, *example.choices)):
+            raise ConfigurationError(
+                f"example {example.id!r} names a picture in its answer or a choice; only prompts can"
+            )
     if sight.question_only:
         return tokenizer_with_pictures(tokenizer, None)
     named = [example for example in examples if pictures_in(example.prompt)]
@@ -95,11 +101,17 @@ def located(folder: Path, path: str) -> Path:
     """A picture's file.
 
     Raises:
-        ConfigurationError: it lies outside the folder.
+        ConfigurationError: it lies outside the folder, or is no file.
     """
-    found = (folder / path).resolve()
-    if not found.is_relative_to(folder.resolve()):
-        raise ConfigurationError(f"the picture {path!r} lies outside {folder}")
+    try:
+        found = (folder / path).resolve()
+        if not found.is_relative_to(folder.resolve()):
+            raise ConfigurationError(f"the picture {path!r} lies outside {folder}")
+        is_file = found.is_file()
+    except (OSError, ValueError, RuntimeError):
+        is_file = False
+    if not is_file:
+        raise ConfigurationError(f"there is no picture {path[:200]!r} in {folder}")
     return found
 
 

@@ -45,6 +45,7 @@ class TowerPictures:
 
         Raises:
             ModelError: the model's type is not known here, or its image processor cannot be loaded.
+            ConfigurationError: a picture cannot be read.
         """
         kind = getattr(getattr(model, "config", None), "model_type", "")
         if kind not in _TYPES:
@@ -55,6 +56,9 @@ class TowerPictures:
             self._processor: Any = load(source, **options)
         except (OSError, ValueError, ImportError) as error:
             raise ModelError(f"the image processor of {source} cannot be loaded: {error}") from error
+        # A picture that cannot be read has to be found before privacy is spent on a step that would read it.
+        for path in paths:
+            open_picture(path)
         self._model: Any = model
         self._paths = tuple(paths)
         self._known: OrderedDict[int, torch.Tensor] = OrderedDict()
@@ -71,7 +75,9 @@ class TowerPictures:
             return self._known[number]
         pixels = self._processor(open_picture(self._paths[number]), return_tensors="pt")["pixel_values"]
         table = self._model.get_input_embeddings().weight
-        with torch.no_grad():
+        # Always in the model's own precision: what a picture becomes must not depend on whether it was met in
+        # training or before, and so on which other pictures were drawn.
+        with torch.no_grad(), torch.autocast(table.device.type, enabled=False):
             output = self._model.get_image_features(
                 pixel_values=pixels.to(table.device, table.dtype), return_dict=True
             )

@@ -8,6 +8,7 @@ import io
 import json
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -245,6 +246,8 @@ def which_clothes(kinds: tuple[str, ...], question: str = "Clothes?") -> ReadPic
         folder = data / "fashion_mnist"
         pictures = _idx(folder / "t10k-images-idx3-ubyte.gz", 3)
         labels = _idx(folder / "t10k-labels-idx1-ubyte.gz", 1)
+        if len(labels) != len(pictures):
+            raise ConfigurationError(f"{folder} has {len(pictures)} pictures and {len(labels)} labels")
         for number, label in enumerate(labels):
             if CLOTHES[label] in kinds:
                 path = f"pictures/clothes/{number:04d}.png"
@@ -260,12 +263,15 @@ def _idx(path: Path, dimensions: int) -> np.ndarray:
     Raises:
         ConfigurationError: the file is in another format.
     """
-    content = gzip.decompress(path.read_bytes())
-    magic, *shape = np.frombuffer(content, ">i4", count=1 + dimensions).tolist()
-    values = np.frombuffer(content, np.uint8, offset=4 * (1 + dimensions))
-    if magic != 0x800 + dimensions or values.size != np.prod(shape):
+    try:
+        content = gzip.decompress(path.read_bytes())
+        magic, *shape = np.frombuffer(content, ">i4", count=1 + dimensions).tolist()
+        values = np.frombuffer(content, np.uint8, offset=4 * (1 + dimensions)).reshape(shape)
+    except (gzip.BadGzipFile, EOFError, zlib.error, ValueError) as error:
+        raise ConfigurationError(f"{path} is damaged or no IDX file: {error}") from None
+    if magic != 0x800 + dimensions:
         raise ConfigurationError(f"{path} is no IDX file of bytes with {dimensions} dimensions")
-    return values.reshape(shape)
+    return values
 
 
 def _enlarged(values: np.ndarray) -> Image.Image:

@@ -276,8 +276,8 @@ def split_rows(
 ) -> tuple[list[Example], list[Example]]:
     """Divide the distinct rows of a task by the hash of their group, and take the first by hash of each part.
 
-    Validation examples come from the part for training, after the training examples, which stay the same:
-    what is tuned on them has seen no test example.
+    Validation examples come from the part for training, of groups that no training example is of. The
+    training examples stay the same, and what is tuned on them has seen no test example.
 
     Args:
         name: of the task, which the ids of examples begin with.
@@ -291,21 +291,24 @@ def split_rows(
         Training examples, and test or validation examples.
     """
     border = int(TEST_SHARE * 2**64)
-    parts: dict[bool, list[Example]] = {True: [], False: []}
-    wanted = {True: 0, False: train_rows + test_rows} if tuning else {True: test_rows, False: train_rows}
+    train: list[Example] = []
+    test: list[Example] = []
+    trained_groups: set[str] = set()
     for row in sorted(rows, key=lambda r: stable_hash("row order", r.prompt)):
-        key = normalise(row.prompt)
-        tested = stable_hash("row test", normalise(row.group)) < border
+        key, group = normalise(row.prompt), normalise(row.group)
         if not key or key in seen or row.answer not in row.choices:
             continue
-        part = parts[tested]
-        if len(part) < wanted[tested]:
-            seen.add(key)
-            identity = f"{name}-{stable_hash('row id', key):016x}"
-            part.append(Example(identity, row.prompt, row.answer, row.choices))
-    if tuning:
-        return parts[False][:train_rows], parts[False][train_rows:]
-    return parts[False], parts[True]
+        tested = stable_hash("row test", group) < border
+        if not tested and len(train) < train_rows:
+            part = train
+            trained_groups.add(group)
+        elif len(test) < test_rows and (not tested and group not in trained_groups if tuning else tested):
+            part = test
+        else:
+            continue
+        seen.add(key)
+        part.append(Example(f"{name}-{stable_hash('row id', key):016x}", row.prompt, row.answer, row.choices))
+    return train, test
 
 
 def write_set(

@@ -143,9 +143,18 @@ def test_clothes_have_their_own_label_and_picture(tmp_path: Path) -> None:
 def test_a_damaged_clothes_file_is_refused(tmp_path: Path) -> None:
     _tiny_clothes(tmp_path)
     file = tmp_path / "fashion_mnist" / "t10k-labels-idx1-ubyte.gz"
-    file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes())[:-1]))
-    with pytest.raises(ConfigurationError, match="labels-idx1"):
-        next(which_clothes(("top", "boot"))(tmp_path))
+    whole = file.read_bytes()
+    short = gzip.compress(gzip.decompress(whole)[:-1])
+    fewer = np.array([0x801, 2], dtype=">i4").tobytes() + bytes(2)
+    for content, words in (
+        (short, "labels-idx1"),
+        (whole[:-9], "labels-idx1"),
+        (b"<html>", "labels-idx1"),
+        (gzip.compress(fewer), "1200 pictures and 2 labels"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(ConfigurationError, match=words):
+            next(which_clothes(("top", "boot"))(tmp_path))
 
 
 def test_siblings_have_the_same_tasks_and_no_picture_in_common(

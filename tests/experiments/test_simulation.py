@@ -176,8 +176,13 @@ def test_a_process_has_all_its_tasks_in_one_file(tiny_scenario: Any, tmp_path: P
     assert len(merged) == sum(map(len, parts))
     assert [example.prompt for example in merged[:2]] == [part[0].prompt for part in parts]
     assert [example.id.partition("/")[0] for example in merged[:2]] == ["task-0", "task-1"]
-    assert (first.evaluation_examples, last.evaluation_examples, last.others_examples) == (10, 5, 4)
-    assert set(last.others) == {"client-0", "task-1", "task-2"}
+    # Limits are for each task, and the files are cut to them.
+    assert (first.evaluation_examples, first.others_examples) == (0, 0)
+    assert first.test is not None
+    assert len(read_examples(first.test)) == 10
+    assert {name: len(read_examples(path)) for name, path in last.others.items()} == {
+        "client-0": 4, "task-1": 2, "task-2": 2,
+    }  # fmt: skip
     assert last.train == scenario.clients[3].train
 
 

@@ -64,9 +64,13 @@ def test_splits_depend_on_nothing_but_the_rows() -> None:
 
 
 def test_validation_examples_are_no_test_examples_and_training_stays_the_same() -> None:
-    train, test = split_rows("t", _rows(400, 40), 50, 1000, set())
-    same, validation = split_rows("t", _rows(400, 40), 50, 60, set(), tuning=True)
+    rows = _rows(400, 200)
+    group = {row.prompt: row.group for row in rows}
+    train, test = split_rows("t", rows, 50, 1000, set())
+    same, validation = split_rows("t", rows, 50, 60, set(), tuning=True)
     assert same == train
+    # As in the test: what a group has in common is not known from training.
+    assert not {group[e.prompt] for e in train} & {group[e.prompt] for e in validation}
     assert len(validation) == 60
     prompts = [{example.prompt for example in part} for part in (train, validation, test)]
     assert not prompts[0] & prompts[1]

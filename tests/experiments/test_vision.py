@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -33,6 +34,7 @@ from fedmosaic.client.vision.projector import (
     load_projector,
     save_projector,
 )
+from fedmosaic.client.vision.sight import located
 from fedmosaic.client.vision.tower import TowerPictures
 from fedmosaic.client.vision.words import (
     PictureIds,
@@ -157,6 +159,23 @@ def test_a_tower_gives_what_the_models_own_forward_gives(llava_folder: Path, tmp
         assert not torch.allclose(model(input_ids=swapped).logits, expected)
 
 
+def test_a_tower_refuses_pictures_before_anything_is_trained(llava_folder: Path, tmp_path: Path) -> None:
+    model, _ = load_base_model(llava_folder)
+    _paint(tmp_path / "0.png", (250, 10, 10))
+    with pytest.raises(ConfigurationError, match=r"1\.png"):
+        TowerPictures(model, str(llava_folder), [tmp_path / "0.png", tmp_path / "1.png"])
+
+
+def test_a_tower_gives_the_same_in_training_and_before(llava_folder: Path, tmp_path: Path) -> None:
+    model, _ = load_base_model(llava_folder)
+    _paint(tmp_path / "0.png", (250, 10, 10))
+    source = TowerPictures(model, str(llava_folder), [tmp_path / "0.png"])
+    before = source(torch.tensor([0]))
+    source._known.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(source(torch.tensor([0])), before)
+
+
 def test_baselines_leave_the_tower_alone(llava_folder: Path) -> None:
     from fedmosaic.client.settings import ModelSettings
 
@@ -225,6 +244,21 @@ def test_features_are_computed_once_per_content(tmp_path: Path, monkeypatch: pyt
     again = features.picture_features(paths[::-1], size=64, grid=2, cache=tmp_path / "cache")
     assert torch.equal(again, found.flip(0))
     assert len(loads) == 1
+    # What a picture becomes depends on no other.
+    alone = features.picture_features(paths[:1], size=64, grid=2, cache=tmp_path / "other")
+    assert torch.equal(alone[0], found[0])
+
+
+def test_features_of_pictures_taken_out_do_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "load_efficientnet", _random_encoder)
+    for name in "ab":
+        _paint(tmp_path / f"{name}.png", (ord(name), 0, 0))
+    kept = tmp_path / "kept"
+    for names in ("ab", "a"):
+        paths = [tmp_path / f"{name}.png" for name in names]
+        features.picture_features(paths, size=64, grid=2, kept=kept)
+        (file,) = kept.iterdir()
+        assert load_file(file)["features"].shape[0] == len(names)
 
 
 def test_pixels_are_those_of_the_padded_picture(tmp_path: Path) -> None:
@@ -248,6 +282,16 @@ def test_huge_pictures_are_refused_before_they_are_unpacked(
     monkeypatch.setattr(features, "_MOST_PIXELS", 100)
     with pytest.raises(ConfigurationError, match="pixels; give at most"):
         features.open_picture(tmp_path / "x.png")
+
+
+def test_long_and_deep_pictures_are_refused(tmp_path: Path) -> None:
+    # It would become a square of its longer side.
+    _paint(tmp_path / "long.png", (0, 0, 0), (9000, 1))
+    with pytest.raises(ConfigurationError, match="at most 8192 of a side"):
+        features.open_picture(tmp_path / "long.png")
+    Image.fromarray(np.full((4, 4), 4000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(ConfigurationError, match="eight bits"):
+        features.open_picture(tmp_path / "deep.png")
 
 
 # --- projectors
@@ -436,6 +480,19 @@ def test_what_cannot_be_seen_is_refused(seeing: Any, tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigurationError, match="lies outside"):
         start(seeing(method="local"))
+    choices = [marker("pictures/train-1-0.png"), "blue"]
+    (tmp_path / "train-0.jsonl").write_text(
+        json.dumps({"id": "odd", "prompt": "which?", "answer": "blue", "choices": choices})
+    )
+    with pytest.raises(ConfigurationError, match="'odd' names a picture in its answer or a choice"):
+        start(seeing(method="local"))
+
+
+@pytest.mark.parametrize("path", ["a\0b", "x" * 5000, "nothing.png", "pictures"])
+def test_what_is_no_file_is_refused_by_name(tmp_path: Path, path: str) -> None:
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(ConfigurationError, match="there is no picture"):
+        located(tmp_path, path)
 
 
 def test_ids_of_a_picture_do_not_overlap() -> None:
