@@ -5,6 +5,7 @@
     STATE/upload-0003.bin          bytes of an upload that is not acknowledged yet, re-sent as they are
     STATE/profile-<data>-<map>.npy a noised task profile release, re-used until data or public map change
     STATE/keys/                    group keys of the current and the previous epoch
+    STATE/picture-features/        what the frozen encoder makes of the client's own pictures
     STATE/ledger.sqlite            the privacy ledger (see `fedmosaic.privacy.ledger`)
 
 Every file is written beside its place, flushed to the disk, and renamed: a kill at any point leaves
