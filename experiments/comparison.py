@@ -83,15 +83,16 @@ class Group:
         Pairing takes the luck of a seed, which both had, out of the comparison.
 
         Args:
-            reference: another group of the same scenario.
+            reference: another group of the same scenario, or of the same scenarios.
 
         Returns:
-            In the order of `FIGURES`, over the seeds that both have; None where a run lacks the figure or
-            there is no such seed.
+            In the order of `FIGURES`, over the scenarios and seeds that both have; None where a run lacks the
+            figure or there is no such seed.
         """
-        others = {run.seed: _figures(run) for run in reference.runs}
+        others = {(run.scenario, run.seed): _figures(run) for run in reference.runs}
+        keys = [(run.scenario, run.seed) for run in self.runs]
         pairs = [
-            (mine, others[run.seed]) for run in self.runs if run.seed in others for mine in [_figures(run)]
+            (_figures(run), others[key]) for run, key in zip(self.runs, keys, strict=True) if key in others
         ]
         return tuple(
             _difference([(mine[place], theirs[place]) for mine, theirs in pairs]) for place in range(4)

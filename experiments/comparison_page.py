@@ -10,6 +10,7 @@ from fedmosaic.experiments.comparison_tables import (
     ACCURACY_HEADS,
     COST_HEADS,
     GAIN_HEADS,
+    POOLED,
     accuracies,
     by_scenario,
     costs,
@@ -17,6 +18,7 @@ from fedmosaic.experiments.comparison_tables import (
     gains,
     overview,
     percent,
+    pooled,
 )
 from fedmosaic.experiments.metrics import Interval
 from fedmosaic.experiments.privacy_figure import NAMESPACE, privacy_figure
@@ -72,6 +74,13 @@ def page(groups: Sequence[Group], command: str, reference: str = REFERENCE) -> s
     ]
     for figure, heads, cells in overview(groups):
         parts += [f"<h2>{escape(figure)}, all scenarios</h2>", _table(heads, cells)]
+    together = gains(pooled(groups), reference)
+    if together:
+        explained = (
+            f"What each method has over {reference}, in points, over all pairs of runs of one scenario and "
+            "seed. The pairs of one seed have the order of their examples in common."
+        )
+        parts += [f"<h2>{escape(POOLED.capitalize())}</h2><p>{explained}</p>", _table(GAIN_HEADS, together)]
     for scenario, of_scenario in by_scenario(groups):
         rows = [(group.method, (*accuracies(group), *costs(group))) for group in of_scenario]
         parts += [f"<h2>{escape(scenario)}</h2>", _table((*ACCURACY_HEADS, *COST_HEADS), rows)]

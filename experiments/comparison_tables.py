@@ -14,6 +14,8 @@ ACCURACY_HEADS: Final = ("seeds", "ε server", "ε recipients", *FIGURES)
 """Heads of `accuracies` after the method."""
 COST_HEADS: Final = ("kB/round", "TFLOP", "s")
 """Heads of `costs`."""
+POOLED: Final = "all scenarios together"
+"""Name of the groups of `pooled`."""
 GAIN_HEADS: Final = tuple(f"Δ {name}" for name in FIGURES)
 """Heads of `gains` after the method."""
 
@@ -26,6 +28,11 @@ def terminal_tables(groups: Sequence[Group], reference: str = REFERENCE) -> list
         reference: the method that the others are compared with.
     """
     tables = []
+    together = gains(pooled(groups), reference)
+    if together:
+        tables.append(_table(f"{POOLED}: against {reference}, pair by pair, points", GAIN_HEADS))
+        for method, cells in together:
+            tables[-1].add_row(method, *cells)
     for scenario, members in by_scenario(groups):
         tables.append(_table(f"{scenario}, % (mean ± 95 % interval over seeds)", ACCURACY_HEADS))
         for group in members:
@@ -128,17 +135,39 @@ def _largest(groups: Sequence[Group], reader: str) -> str:
     return epsilon_text(max(known, default=None))
 
 
-def markdown(groups: Sequence[Group]) -> str:
-    """The comparison as Markdown: `overview`, then figures with costs, and gains, for each scenario."""
+def pooled(groups: Sequence[Group]) -> list[Group]:
+    """One group for every method, with its runs in all scenarios; none where there is one scenario only."""
+    if len(by_scenario(groups)) < 2:
+        return []
+    methods = dict.fromkeys(group.method for group in groups)
+    return [
+        Group(POOLED, method, tuple(run for group in groups if group.method == method for run in group.runs))
+        for method in methods
+    ]
+
+
+def markdown(groups: Sequence[Group], reference: str = REFERENCE) -> str:
+    """The comparison as Markdown.
+
+    `overview` and the gains over all scenarios, then figures with costs, and gains, for each scenario.
+
+    Args:
+        groups: of any number of scenarios.
+        reference: the method that the others are compared with.
+    """
     lines: list[str] = []
     for figure, heads, cells in overview(groups):
         lines += [f"**{figure}, %**", "", *_markdown(heads, cells), ""]
+    together = gains(pooled(groups), reference)
+    if together:
+        words = f"Against `{reference}`, {POOLED}, pair by pair:"
+        lines += [words, "", *_markdown(GAIN_HEADS, together), ""]
     for scenario, members in by_scenario(groups):
         rows = [(group.method, (*accuracies(group), *costs(group))) for group in members]
         lines += [f"**{scenario}**", "", *_markdown((*ACCURACY_HEADS, *COST_HEADS), rows), ""]
-        compared = gains(members)
+        compared = gains(members, reference)
         if compared:
-            lines += [f"Against `{REFERENCE}`, seed by seed:", "", *_markdown(GAIN_HEADS, compared), ""]
+            lines += [f"Against `{reference}`, seed by seed:", "", *_markdown(GAIN_HEADS, compared), ""]
     return "\n".join(lines)
 
 

@@ -24,6 +24,7 @@ from fedmosaic.experiments.comparison_tables import (
     markdown,
     overview,
     percent,
+    pooled,
     terminal_tables,
 )
 from fedmosaic.experiments.metrics import Interval, Pair, Summary
@@ -124,6 +125,20 @@ def test_gains_are_paired_by_seed() -> None:
     assert gains(groups, "fedavg") == [("local", ("-10.0 ± 0.0", "-5.0 ± 0.0", "-5.0 ± 0.0", "-"))]
     assert "| `fedavg` | +10.0 ± 0.0 |" in markdown(groups)
     assert "Against" not in markdown(groups[:1])
+
+
+def test_gains_over_several_scenarios_are_paired_within_each() -> None:
+    second = [
+        replace(_run(0, own, method), scenario="t, static") for own, method in ((0.9, "a"), (0.6, "local"))
+    ]
+    groups = group_runs([_run(0, 0.4, "a"), _run(0, 0.3, "local"), *second])
+    together = pooled(groups)
+    assert [len(group.runs) for group in together] == [2, 2]
+    # 0.1 in one scenario and 0.3 in the other; across them it would be 0.6 and -0.2.
+    ((method, (last, *_)),) = gains(together)
+    assert (method, last.split(" ")[0]) == ("a", "+20.0")
+    assert "all scenarios together" in markdown(groups)
+    assert pooled(groups[:1]) == []
 
 
 def test_no_figure_is_cut_in_a_narrow_terminal() -> None:
