@@ -9,7 +9,6 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -20,8 +19,7 @@ from fedmosaic.client.vision.words import pictures_in, without_pictures
 from fedmosaic.experiments.tasks import picture_sources as source
 from fedmosaic.experiments.tasks.labelled import normalise, stable_hash, write_examples
 from fedmosaic.experiments.tasks.picture_sources import PictureRow, ReadPictures
-from fedmosaic.experiments.tasks.text_sets import split_rows
-from fedmosaic.experiments.tasks.text_sources import public_texts
+from fedmosaic.experiments.tasks.text_sets import split_rows, write_public
 from fedmosaic.protos.errors import ConfigurationError
 
 
@@ -295,12 +293,6 @@ def write_pictures(
             "origin": written.task.origin,
             "licence": written.task.licence,
         }
-    pairs = sorted(set(public_texts(data)), key=lambda pair: stable_hash("public", pair[0]))
-    usable = (pair for pair in pairs if all(pair))
-    public = [
-        Example(f"public-{stable_hash('public id', '|'.join(pair)):016x}", *pair)
-        for pair in islice(usable, public_rows)
-    ]
-    write_examples(out / "public.jsonl", public)
+    write_public(data, out, public_rows)
     (out / "table.json").write_text(json.dumps(table, indent=2) + "\n")
     return table

@@ -351,12 +351,23 @@ def write_set(
             "origin": content.origin,
             "licence": content.licence,
         }
+    write_public(data, out, public_rows)
+    (out / "table.json").write_text(json.dumps(table, indent=2) + "\n")
+    return table
+
+
+def write_public(data: Path, out: Path, rows: int) -> None:
+    """Write `public.jsonl`: instructions and texts that no client has, for bases and for servers that distil.
+
+    Args:
+        data: folder with the data sets.
+        out: folder to write into.
+        rows: most examples.
+    """
     pairs = sorted(set(source.public_texts(data)), key=lambda pair: stable_hash("public", pair[0]))
     usable = (pair for pair in pairs if all(pair))
     public = [
         Example(f"public-{stable_hash('public id', '|'.join(pair)):016x}", *pair)
-        for pair in islice(usable, public_rows)
+        for pair in islice(usable, rows)
     ]
     write_examples(out / "public.jsonl", public)
-    (out / "table.json").write_text(json.dumps(table, indent=2) + "\n")
-    return table
