@@ -138,8 +138,9 @@ def picture_features(
         partial = stored.with_name(f"{stored.name}.{os.getpid()}")
         save_file({"features": features}, partial)
         os.replace(partial, stored)
-        if kept is not None:
-            _remove_others(stored)
+    if kept is not None:
+        # Also where these were there already: a kill may have come before the removal.
+        _remove_others(stored)
     number = {digest: index for index, digest in enumerate(distinct)}
     return features[torch.tensor([number[digest] for digest in digests], dtype=torch.int64)]
 

@@ -259,6 +259,9 @@ def test_features_of_pictures_taken_out_do_not_stay(tmp_path: Path, monkeypatch:
         features.picture_features(paths, size=64, grid=2, kept=kept)
         (file,) = kept.iterdir()
         assert load_file(file)["features"].shape[0] == len(names)
+    (kept / "left.safetensors.7").write_bytes(b"by a kill")
+    features.picture_features(paths, size=64, grid=2, kept=kept)
+    assert [*kept.iterdir()] == [file]
 
 
 def test_pixels_are_those_of_the_padded_picture(tmp_path: Path) -> None:
