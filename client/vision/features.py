@@ -140,15 +140,20 @@ def picture_features(
         os.replace(partial, stored)
     if kept is not None:
         # Also where these were there already: a kill may have come before the removal.
-        _remove_others(stored)
+        forget_features(kept, but=stored)
     number = {digest: index for index, digest in enumerate(distinct)}
     return features[torch.tensor([number[digest] for digest in digests], dtype=torch.int64)]
 
 
-def _remove_others(stored: Path) -> None:
-    """Features of pictures that their owner has taken out must not stay."""
-    for file in stored.parent.glob("*.safetensors*"):
-        if file != stored:
+def forget_features(kept: Path, but: Path | None = None) -> None:
+    """Remove features of pictures that their owner has taken out.
+
+    Args:
+        kept: directory of the features; need not exist.
+        but: the file that stays.
+    """
+    for file in kept.glob("*.safetensors*"):
+        if file != but:
             file.unlink()
 
 

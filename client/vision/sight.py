@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fedmosaic.client.examples import Example, answer_tokens, prompt_tokens
 from fedmosaic.client.probe import fingerprint
 from fedmosaic.client.vision.embedding import PictureSource, ProjectedFeatures, put_pictures
-from fedmosaic.client.vision.features import picture_features
+from fedmosaic.client.vision.features import forget_features, picture_features
 from fedmosaic.client.vision.projector import load_projector
 from fedmosaic.client.vision.tower import TowerPictures, has_tower
 from fedmosaic.client.vision.words import (
@@ -76,9 +76,11 @@ def give_sight(
             raise ConfigurationError(
                 f"example {example.id!r} names a picture in its answer or a choice; only prompts can"
             )
+    named = [example for example in examples if pictures_in(example.prompt)]
+    if sight.features is not None and not (named and sight.projector):
+        forget_features(sight.features)
     if sight.question_only:
         return tokenizer_with_pictures(tokenizer, None)
-    named = [example for example in examples if pictures_in(example.prompt)]
     if not named:
         return tokenizer
     if sight.pictures is None:

@@ -33,9 +33,17 @@ _PROJECTOR_TESTS: Final = 1000
 class Text:
     """Write a text benchmark: one folder per client, public examples, and a table of sizes and licences."""
 
-    set: Literal["text-ten", "text-pairs", "text-siblings", "text-desks", "text-desks-one-form", "glue"]
-    """Ten clients with four tasks each; three pairs with related tasks; two trios; two trios that contradict
-    each other, in forms of their own or in one; GLUE."""
+    set: Literal[
+        "text-ten",
+        "text-pairs",
+        "text-siblings",
+        "text-siblings-many",
+        "text-desks",
+        "text-desks-one-form",
+        "glue",
+    ]
+    """Ten clients with four tasks each; three pairs with related tasks; two trios; two dozens; two trios that
+    contradict each other, in forms of their own or in one; GLUE."""
     data: Path
     """Folder with the data sets: cl_benchmark_text, llm_adapters_qa, bigbench_subset, clinc150, banking77,
     self_instruct and wikitext2."""

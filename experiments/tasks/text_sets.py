@@ -1,7 +1,8 @@
-"""The text benchmark with DRAKE's structure: ten clients, each with four tasks of its own domain in order.
+"""Sets of text tasks: one with DRAKE's structure, ten clients with four tasks each, and smaller ones.
 
-`fedmosaic tasks text-ten --data DIR --out DIR` writes it. Splits are fixed by hashes of what belongs together
-(a passage, a text), so they are the same everywhere, and no text is in training and test, or at two clients.
+`fedmosaic tasks text --set text-ten --data DIR --out DIR` writes one. Splits are fixed by hashes of what
+belongs together (a passage, a text), so they are the same everywhere, and no text is in training and test, or
+at two clients.
 """
 
 import json
@@ -9,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Final
 
 from fedmosaic.client.examples import Example
@@ -169,17 +171,27 @@ _SIBLINGS: Final = {
     ),
 }
 
-TEXT_SIBLINGS: Final[dict[str, dict[str, TextTask]]] = {
-    f"{name}-{'abc'[part]}": {
-        f"{name}-{number}": _part(_intents(*names), part, 3) for number, names in enumerate(tasks, start=1)
+
+def _siblings(count: int) -> dict[str, dict[str, TextTask]]:
+    """So many clients of each of two domains, with equal parts of the domain's rows."""
+    return {
+        f"{name}-{letter}": {
+            f"{name}-{number}": _part(_intents(*names), part, count)
+            for number, names in enumerate(tasks, start=1)
+        }
+        for name, tasks in _SIBLINGS.items()
+        for part, letter in enumerate(ascii_lowercase[:count])
     }
-    for name, tasks in _SIBLINGS.items()
-    for part in range(3)
-}
+
+
+TEXT_SIBLINGS: Final = _siblings(3)
 """Three clients for each of two domains, two tasks of five intents each, in order.
 
 A client has two siblings, so that no policy makes it take much from strangers.
 """
+
+TEXT_SIBLINGS_MANY: Final = _siblings(12)
+"""The same with twelve clients for each domain: what many members make of the noise of each."""
 
 _PEOPLE: Final = ("Tom", "Lily", "Ben", "Sue", "Max")
 
@@ -222,6 +234,7 @@ TEXT_SETS: Final = {
     "text-ten": TEXT_TEN,
     "text-pairs": TEXT_PAIRS,
     "text-siblings": TEXT_SIBLINGS,
+    "text-siblings-many": TEXT_SIBLINGS_MANY,
     "text-desks": TEXT_DESKS,
     "text-desks-one-form": TEXT_DESKS_ONE_FORM,
     "glue": GLUE,

@@ -13,7 +13,7 @@ from fedmosaic.protos.errors import ConfigurationError
 SCENARIOS = Path(__file__).parents[2] / "experiments" / "scenarios"
 
 
-@pytest.mark.parametrize("name", ["text-pairs", "text-ten"])
+@pytest.mark.parametrize("name", ["text-pairs", "text-siblings", "text-siblings-many", "text-ten"])
 def test_scenarios_name_the_files_that_the_command_writes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,10 +36,20 @@ def test_the_benchmark_has_ten_domains_of_four_tasks() -> None:
         "text-ten",
         "text-pairs",
         "text-siblings",
+        "text-siblings-many",
         "text-desks",
         "text-desks-one-form",
         "glue",
     }
+
+
+def test_siblings_share_a_domain_in_equal_parts() -> None:
+    assert list(TEXT_SETS["text-siblings"]) == [
+        f"{name}-{part}" for name in ("bank", "travel") for part in "abc"
+    ]
+    many = TEXT_SETS["text-siblings-many"]
+    assert [*many][:2] + [*many][-1:] == ["bank-a", "bank-b", "travel-l"]
+    assert [len(tasks) for tasks in many.values()] == [2] * 24
 
 
 def test_a_group_is_never_divided_and_no_prompt_appears_twice() -> None:

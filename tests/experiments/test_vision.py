@@ -51,6 +51,7 @@ from fedmosaic.experiments.methods.lora import load_with_lora, lora_layers
 from fedmosaic.experiments.participants import read_evaluations
 from fedmosaic.experiments.report import read_run
 from fedmosaic.experiments.simulation import make_hosts
+from fedmosaic.experiments.tasks.labelled import write_examples
 from fedmosaic.privacy.roster import AdapterTerms, Terms
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
@@ -442,6 +443,13 @@ def test_features_of_a_clients_own_pictures_stay_in_its_state(seeing: Any, tmp_p
     assert kept.stat().st_mode & 0o077 == 0
     assert kept.parent.stat().st_mode & 0o077 == 0
     assert set((tmp_path / "cache" / "pictures").iterdir()) == features_before
+
+    words = tmp_path / "words.jsonl"
+    write_examples(words, [Example(f"w{i}", "what?", "red", ("red", "blue")) for i in range(8)])
+    data = settings.data.model_copy(update={"train": words, "test": None})
+    without = settings.model_copy(update={"data": data})
+    ModelLearner(without, terms, client.family, LoggedProgress(tmp_path / "progress.jsonl"))
+    assert not [*kept.parent.iterdir()], "features of pictures that were taken out must not stay"
 
 
 @pytest.mark.slow
