@@ -125,11 +125,16 @@ class ModelLearner:
         return tuple(example.id for example in self._train)
 
     def load_global(self, section: str, vector: np.ndarray) -> None:
-        """Load an aggregate into the frozen global branch; of a lower rank, its leading block."""
+        """Load an aggregate into the frozen global branch, of a lower rank its leading block.
+
+        The local branch is moved towards it by `training.blend_received`.
+        """
         if section == "shared":
             write_embedded(self._model, vector, self._terms.adapter.rank)
         else:
             write_family(self._model, vector, "global")
+        if share := self._settings.training.blend_received:
+            copy_branch(self._model, "global", "local", share=share, layers=section)
 
     def keep_own(self, section: str) -> None:
         """Without an aggregate the global branch is a copy of the local one (released code, §2.6)."""

@@ -56,6 +56,9 @@ class TrainingSettings(Frozen):
         per_device_train_batch_size: Examples per forward pass.
         gradient_accumulation: Forward passes per optimizer step.
         max_length: Most tokens per example; for whoever encodes the examples.
+        blend_received: Share of what is received in what the local branch begins a round with; 0 as in the
+            paper, where it goes on from itself. Under ``dp`` both are sums of private releases, so that it
+            costs no privacy.
         warmup: Optimizer steps over which the learning rates rise linearly; constant afterwards.
         weight_decay: AdamW's, on all but the gates.
         max_grad_norm: Bound on the L2 norm of an optimizer step's whole gradient; 0 for none.
@@ -70,6 +73,7 @@ class TrainingSettings(Frozen):
     per_device_train_batch_size: int = Field(default=8, ge=1)
     gradient_accumulation: int = Field(default=1, ge=1)
     max_length: int = Field(default=256, ge=3)
+    blend_received: float = Field(default=0.0, ge=0.0, le=1.0)
     warmup: int = Field(default=0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0.0, le=1.0, allow_inf_nan=False)
     max_grad_norm: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)

@@ -26,6 +26,7 @@ def check_as_processes(scenario: Scenario) -> None:
         f"method {scenario.method!r}": scenario.method != "fedmosaic",
         f"stream {scenario.stream!r}": scenario.stream != "all",
         "a fixed gate": scenario.fixed_gate is not None,
+        "discard_received": scenario.discard_received,
         "family_sharing (give adapter.family_dimensions)": scenario.family_sharing,
         "question_only": scenario.question_only,
         "equal compute": scenario.equal_compute,

@@ -270,14 +270,21 @@ def _write(model: nn.Module, vector: np.ndarray, branch: str, layers: str, adapt
 
 @torch.no_grad()
 def copy_branch(
-    model: nn.Module, source: str, target: str, *, layers: str = "all", adapter_name: str | None = None
+    model: nn.Module,
+    source: str,
+    target: str,
+    *,
+    share: float = 1.0,
+    layers: str = "all",
+    adapter_name: str | None = None,
 ) -> None:
-    """Copy one branch over another on the spot.
+    """Copy one branch over another on the spot, or move the other towards it.
 
     Args:
         model: Model with Co-LoRA layers.
         source: Branch to read.
         target: Branch to overwrite.
+        share: Of the source in the result, in [0, 1]; the rest is what the target held.
         layers: `shared`, `family` or `all`.
         adapter_name: Name of the adapter, or None for the only active one.
 
@@ -288,4 +295,4 @@ def copy_branch(
     written = branch_tensors(model, target, layers, adapter_name)
     check_not_merged(adapted_layers(model, "all", adapter_name))
     for tensor, value in zip(written, read, strict=True):
-        tensor.copy_(value)
+        tensor.lerp_(value, share)

@@ -70,6 +70,13 @@ VARIANTS: Final[dict[str, Variant]] = {
         {"adapter": {"basis": ""}},
         aligned="left_out",
     ),
+    "fedmosaic-blend": Variant(
+        "the local branch begins every round half way to what is received (not in the paper)",
+        {"training": {"blend_received": 0.5}},
+    ),
+    "fedmosaic-family-blend": Variant(
+        "the same with family sharing", {"family_sharing": True, "training": {"blend_received": 0.5}}
+    ),
     "fedmosaic-alone": Variant(
         "the same adapter and training, but what is received is not used", {"discard_received": True}
     ),

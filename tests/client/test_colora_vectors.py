@@ -203,6 +203,18 @@ def test_copy_branch(layers: str) -> None:
     assert read_shared(model, "global").any() == (layers != "family"), "a copy, not an alias"
 
 
+def test_a_branch_is_moved_part_of_the_way_to_another() -> None:
+    model = adapted()
+    own, received = numbers(SIZE), numbers(SIZE)[::-1].copy()
+    write_shared(model, own, "local")
+    write_shared(model, received, "global")
+    copy_branch(model, "global", "local", share=0.25, layers="shared")
+    np.testing.assert_allclose(
+        read_shared(model, "local"), 0.75 * own + 0.25 * received, rtol=1e-5, atol=1e-7
+    )
+    np.testing.assert_array_equal(read_shared(model, "global"), received)
+
+
 BAD_VECTORS: list[tuple[str, np.ndarray]] = [
     ("shape", np.zeros(SIZE - 1, dtype=np.float32)),
     ("shape", np.zeros((1, SIZE), dtype=np.float32)),

@@ -77,10 +77,37 @@ def test_the_same_seed_gives_the_same_adapters_and_another_seed_others(
         assert not np.array_equal(adapter, other[name])
 
 
-def test_a_stopped_run_goes_on_to_the_same_result(
+def test_a_blended_branch_begins_half_way_to_what_is_received(
     tmp_path: Path, tiny_scenario: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scenario = tiny_scenario(unsafe_test_noise_seed=5, schedule={"rounds": 3, "quorum": 4}, stream="dynamic")
+    train = StreamLearner.train
+    ends: dict[str, np.ndarray] = {}
+    moved: list[int] = []
+
+    def watched(self: StreamLearner, round_number: int, releases: Any) -> None:
+        begins, received = (read_shared(self._model, branch) for branch in ("local", "global"))
+        client = self.example_ids[0]
+        if client in ends:
+            half_way = (ends[client] + received) / 2
+            np.testing.assert_allclose(begins, half_way, rtol=1e-5, atol=1e-8)
+            moved.append(not np.allclose(begins, ends[client]))
+        train(self, round_number, releases)
+        ends[client] = read_shared(self._model, "local")
+
+    monkeypatch.setattr(StreamLearner, "train", watched)
+    scenario = tiny_scenario(method="fedmosaic-blend", schedule={"rounds": 2, "quorum": 4})
+    runner.run_here(scenario, tmp_path, tmp_path, _console())
+    assert moved == [True] * 4
+
+
+@pytest.mark.parametrize("blend", [0.0, 0.5])
+def test_a_stopped_run_goes_on_to_the_same_result(
+    tmp_path: Path, tiny_scenario: Any, monkeypatch: pytest.MonkeyPatch, blend: float
+) -> None:
+    schedule = {"rounds": 3, "quorum": 4}
+    scenario = tiny_scenario(unsafe_test_noise_seed=5, schedule=schedule, stream="dynamic")
+    training = scenario.training.model_copy(update={"blend_received": blend})
+    scenario = scenario.model_copy(update={"training": training})
     whole = _adapters(runner.run_here(scenario, tmp_path / "whole", tmp_path / "whole", _console()))
     train = StreamLearner.train
 
@@ -151,6 +178,8 @@ def test_a_test_prompt_in_training_is_refused(tiny_scenario: Any, tiny_folder: P
 def test_processes_refuse_what_they_do_not_know(tiny_scenario: Any) -> None:
     with pytest.raises(ConfigurationError, match="fedavg"):
         check_as_processes(tiny_scenario(method="fedavg", stream="static"))
+    with pytest.raises(ConfigurationError, match="discard_received"):
+        check_as_processes(tiny_scenario(discard_received=True))
     check_as_processes(tiny_scenario())
 
 
