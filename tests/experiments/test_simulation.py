@@ -16,6 +16,7 @@ from fedmosaic.client.examples import read_examples
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.experiments import runner, simulation
 from fedmosaic.experiments.client_processes import check_as_processes, client_process
+from fedmosaic.experiments.comparison import compared_run
 from fedmosaic.experiments.hosts import ModelHost, Tenant
 from fedmosaic.experiments.participants import Board, read_evaluations
 from fedmosaic.experiments.processes import RunFailedError
@@ -98,6 +99,17 @@ def test_a_blended_branch_begins_half_way_to_what_is_received(
     scenario = tiny_scenario(method="fedmosaic-blend", schedule={"rounds": 2, "quorum": 4})
     runner.run_here(scenario, tmp_path, tmp_path, _console())
     assert moved == [True] * 4
+
+
+def test_a_blended_branch_is_trained_privately_within_the_budget(tmp_path: Path, tiny_scenario: Any) -> None:
+    scenario = tiny_scenario(
+        method="fedmosaic-blend",
+        schedule={"rounds": 2, "quorum": 4},
+        adapter={"rank": 2, "blocks": 2, "protection": "dp"},
+        adapter_privacy={"target_epsilon": 8.0, "expected_batch_size": 8, "steps_per_round": 2},
+    )
+    directory = runner.run_here(scenario, tmp_path, tmp_path, _console())
+    assert 7.0 < (compared_run(directory).epsilon["server"] or 0.0) <= 8.0
 
 
 @pytest.mark.parametrize("blend", [0.0, 0.5])
