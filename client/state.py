@@ -61,8 +61,19 @@ def write_atomically(path: Path, content: bytes, *, private: bool = False) -> No
     _sync_directory(path.parent)
 
 
-def _lock(path: Path) -> IO[bytes]:
-    """Hold a directory for one process; the operating system lets go when the process ends."""
+def hold_directory(path: Path, instead: str) -> IO[bytes]:
+    """Hold a directory for one process; the operating system lets go when the process ends.
+
+    Args:
+        path: of a file in the directory, made if absent.
+        instead: what to do besides stopping the other process.
+
+    Returns:
+        The open file; closing it lets go.
+
+    Raises:
+        StateError: another process holds the directory.
+    """
     file = path.open("ab")
     if fcntl is not None:
         try:
@@ -70,8 +81,7 @@ def _lock(path: Path) -> IO[bytes]:
         except OSError:
             file.close()
             raise StateError(
-                f"{path.parent} is in use by another process; stop that one first, or give each client its "
-                "own state_dir"
+                f"{path.parent} is in use by another process; stop that one first, or {instead}"
             ) from None
     return file
 
@@ -102,7 +112,7 @@ class ClientState:
         """
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._lock = _lock(directory / "lock")
+        self._lock = hold_directory(directory / "lock", "give each client its own state_dir")
         self._file = directory / "session.json"
         self.record = SessionRecord(federation, client)
         if self._file.exists():

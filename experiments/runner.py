@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from transformers.utils.logging import disable_progress_bar
 
-from fedmosaic.client.state import write_atomically
+from fedmosaic.client.state import hold_directory, write_atomically
 from fedmosaic.experiments.client_processes import check_as_processes, client_process
 from fedmosaic.experiments.founding import fit_profile, found_federation
 from fedmosaic.experiments.methods import simulate_method
@@ -146,20 +146,22 @@ def resume(directory: Path, console: Console) -> Path:
 
     Raises:
         ConfigurationError: there is no run, or it runs as processes.
+        StateError: another process is running it.
     """
     directory = directory.resolve()
     record = directory / _RUN
-    began = json.loads(record.read_text()) if record.exists() else {}
-    if began.get("processes", True):
+    if not record.exists() or json.loads(record.read_text()).get("processes", True):
         raise ConfigurationError(
             f"{directory} is no run of one process; a run as processes goes on when its server and clients "
             "are started again, each on its own kit"
         )
-    scenario = read_configuration(directory / _SCENARIO, Scenario)
-    started = time.monotonic()
-    simulate_method(scenario, directory, console)
-    seconds = began.get("seconds", 0.0) + time.monotonic() - started
-    write_atomically(record, json.dumps({**began, "seconds": seconds}).encode())
+    with hold_directory(directory / "run.lock", "let it end"):
+        began = json.loads(record.read_text())
+        scenario = read_configuration(directory / _SCENARIO, Scenario)
+        started = time.monotonic()
+        simulate_method(scenario, directory, console)
+        seconds = began.get("seconds", 0.0) + time.monotonic() - started
+        write_atomically(record, json.dumps({**began, "seconds": seconds}).encode())
     return directory
 
 

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from fedmosaic.client.colora import read_shared
 from fedmosaic.client.examples import read_examples
 from fedmosaic.client.settings import ClientSettings
+from fedmosaic.client.state import hold_directory
 from fedmosaic.experiments import runner, simulation
 from fedmosaic.experiments.client_processes import check_as_processes, client_process
 from fedmosaic.experiments.comparison import compared_run
@@ -26,7 +27,7 @@ from fedmosaic.experiments.scenario import ScenarioClient, ScenarioTask
 from fedmosaic.experiments.simulated_client import StreamLearner
 from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.ledger import read_ledger
-from fedmosaic.protos.errors import ConfigurationError
+from fedmosaic.protos.errors import ConfigurationError, StateError
 
 
 def _console() -> Console:
@@ -136,6 +137,20 @@ def test_a_stopped_run_goes_on_to_the_same_result(
     runner.resume(directory, _console())
     for name, adapter in _adapters(directory).items():
         np.testing.assert_array_equal(adapter, whole[name])
+
+
+def test_two_processes_cannot_run_in_one_directory(tmp_path: Path, tiny_scenario: Any) -> None:
+    # A baseline has no client's state directory, which would be held as well.
+    scenario = tiny_scenario(method="local", schedule={"rounds": 1, "quorum": 4})
+    directory = tmp_path / "run"
+    directory.mkdir()
+    with (
+        hold_directory(directory / "run.lock", ""),
+        pytest.raises(StateError, match="in use by another process"),
+    ):
+        runner.run_at(scenario, directory, _console())
+    runner.run_at(scenario, directory, _console())
+    assert read_run(directory).clients
 
 
 def test_encrypted_runs_work_in_one_process(tmp_path: Path, tiny_scenario: Any) -> None:
