@@ -76,12 +76,11 @@ def give_sight(
             raise ConfigurationError(
                 f"example {example.id!r} names a picture in its answer or a choice; only prompts can"
             )
-    named = [example for example in examples if pictures_in(example.prompt)]
-    if sight.features is not None and not (named and sight.projector):
-        forget_features(sight.features)
     if sight.question_only:
         return tokenizer_with_pictures(tokenizer, None)
+    named = [example for example in examples if pictures_in(example.prompt)]
     if not named:
+        _forget(sight)
         return tokenizer
     if sight.pictures is None:
         raise ConfigurationError(
@@ -126,6 +125,7 @@ def _source(sight: Sight, model: PeftModel, paths: Sequence[Path]) -> tuple[Pict
                 "trains, or choose a vision-language model"
             )
         source = TowerPictures(base, sight.model, paths)
+        _forget(sight)
         return source, source.each
     projector, record = load_projector(sight.projector)
     if record.model_sha256 != fingerprint(model):
@@ -135,6 +135,12 @@ def _source(sight: Sight, model: PeftModel, paths: Sequence[Path]) -> tuple[Pict
         )
     features = picture_features(paths, size=record.size, grid=record.grid, kept=sight.features)
     return ProjectedFeatures(features, projector), record.grid**2
+
+
+def _forget(sight: Sight) -> None:
+    """Once it is sure that none are needed: after an error they would have to be computed again."""
+    if sight.features is not None:
+        forget_features(sight.features)
 
 
 def _check_lengths(
