@@ -189,7 +189,7 @@ def memory_of(variant: str, path: Path, arguments: argparse.Namespace) -> dict[s
         command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
     # S603: the command is this very file with options that were parsed.
     runs = [
-        json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # noqa: S603  # this module, no shell
+        json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # noqa: S603
         for _ in range(3)
     ]
     return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
