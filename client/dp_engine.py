@@ -89,7 +89,7 @@ def clip_and_sum(rows: torch.Tensor, max_grad_norm: float) -> ClippedSum:
 
 def core_parameters(cores: Mapping[str, nn.Linear]) -> list[nn.Parameter]:
     """P and Q of every core, in the order of the coordinates."""
-    return [parameter for core in cores.values() for parameter in (core.weight, core.bias)]
+    return [parameter for core in cores.values() for parameter in core.parameters()]
 
 
 def dimensions_of(cores: Mapping[str, nn.Linear]) -> int:

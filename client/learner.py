@@ -187,16 +187,19 @@ class ModelLearner:
         self._progress.stage(round_number, "training", steps)
         examples, order = self.training_data(round_number)
         done = 0
+
+        def advance(step: int, _total: int, _loss: float) -> None:
+            self._progress.advance(done + step)
+
         while done < steps:
-            start = done
             try:
                 train_local(
                     self._model,
                     examples,
-                    self._settings.training.model_copy(update={"steps": steps - start}),
+                    self._settings.training.model_copy(update={"steps": steps - done}),
                     pad_token_id=padding_token(self._tokenizer),
                     sampler=order,
-                    progress=lambda step, _total, _loss, start=start: self._progress.advance(start + step),
+                    progress=advance,
                 )
                 return
             except TrainingError as error:

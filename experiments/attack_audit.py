@@ -112,7 +112,6 @@ def one_run(
         model.named_cores(),
         examples,
         settings,
-        pad_token_id=0,
         charge=charged.append,
         private_parameters={},
         randomness=randomness,
