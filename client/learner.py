@@ -36,7 +36,7 @@ from fedmosaic.client.examples import (
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.settings import ClientSettings
-from fedmosaic.client.training import EpochSampler, checkpointing, train_local
+from fedmosaic.client.training import EpochSampler, train_local
 from fedmosaic.client.vision.sight import Sight, give_sight
 from fedmosaic.privacy.roster import AdapterTerms, Terms
 from fedmosaic.protos.errors import StateError
@@ -153,17 +153,16 @@ class ModelLearner:
         """Train one round; see `fedmosaic.client.session.Learner.train`."""
         steps = self._settings.training.steps
         if self._terms.adapter.private:
-            with checkpointing(self._model, self._settings.training.gradient_checkpointing):
-                private_round.train_shared(
-                    self._model,
-                    self._encoded,
-                    self._terms.adapter_privacy,
-                    self._settings.training,
-                    pad_token_id=padding_token(self._tokenizer),
-                    releases=releases,
-                    round_number=round_number,
-                    progress=self._progress,
-                )
+            private_round.train_shared(
+                self._model,
+                self._encoded,
+                self._terms.adapter_privacy,
+                self._settings.training,
+                pad_token_id=padding_token(self._tokenizer),
+                releases=releases,
+                round_number=round_number,
+                progress=self._progress,
+            )
             private_round.open_personal_branches(self._model, self._terms.adapter)
         else:
             set_trainable(self._model, {"local", "gate"})

@@ -213,8 +213,8 @@ def _weight_options(
         return {"use_safetensors": True} | ({} if device.type == "cpu" else {"device_map": {"": device}})
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(
-            f"quantization is {quantization!r}, which needs bitsandbytes; install fedmosaic[quantization], or "
-            "leave quantization out"
+            f"quantization is {quantization!r}, which needs bitsandbytes; install fedmosaic[quantization], "
+            "or leave quantization out"
         )
     four_bits = BitsAndBytesConfig(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
         load_in_4bit=True,

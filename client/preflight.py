@@ -171,8 +171,8 @@ def free_memory(device: torch.device) -> tuple[int, int]:
         free, total = torch.cuda.mem_get_info(device)
         return free, total
     if device.type == "mps":
-        total = torch.mps.recommended_max_memory()
-        return total - torch.mps.driver_allocated_memory(), total
+        total = int(torch.mps.recommended_max_memory())
+        return total - int(torch.mps.driver_allocated_memory()), total
     memory = psutil.virtual_memory()
     return memory.available, memory.total
 
@@ -191,9 +191,8 @@ class _TrainingStep(nn.Module):
             logits_BKV = self.model(
                 input_ids=ids_BT, use_cache=False, logits_to_keep=torch.arange(self._supervised)
             ).logits[:, : self._supervised]
-            loss = nn.functional.cross_entropy(
-                logits_BKV.flatten(0, 1).float(), torch.zeros(logits_BKV.shape[:2], dtype=torch.int64).flatten()
-            )
+            targets_BK = torch.zeros(logits_BKV.shape[:2], dtype=torch.int64)
+            loss = nn.functional.cross_entropy(logits_BKV.flatten(0, 1).float(), targets_BK.flatten())
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         # While the replaced tensors are in place: recomputed activations need them too.
         return torch.autograd.grad(loss, trained, allow_unused=True)
@@ -217,11 +216,11 @@ class _ProbePass(nn.Module):
             return (rows @ chunk.T).exp() @ chunk
 
 
-class _Meter(TorchDispatchMode):
+class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
     """Adds up the storages that come into being, and takes them off when they go."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # likewise
         self.held = self.peak = 0
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 

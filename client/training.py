@@ -54,9 +54,9 @@ class TrainingSettings(Frozen):
         gate_learning_rate: Of the gates.
         steps: Optimizer steps of one round.
         per_device_train_batch_size: Examples per forward pass.
-        gradient_accumulation_steps: Forward passes per optimizer step; private steps have their own division.
-        gradient_checkpointing: Compute the layers' activations a second time on the way back, for about a third
-            more time, instead of keeping them.
+        gradient_accumulation_steps: Forward passes per optimizer step; private steps divide by themselves.
+        gradient_checkpointing: Compute the layers' activations a second time on the way back, for about a
+            third more time, instead of keeping them. A private step holds those of one example anyway.
         max_length: Most tokens per example; for whoever encodes the examples.
         blend_received: Share of what is received in what the local branch begins a round with; 0 as in the
             paper, where it goes on from itself. Under ``dp`` both are sums of private releases, so that it

@@ -278,9 +278,9 @@ class CoLoraLayer(nn.Module, BaseTunerLayer):
         """
         if not self.linear.weight.is_floating_point():
             raise ModelError(
-                f"The base weights are quantised ({self.linear.weight.dtype}), so an adapter cannot be merged "
-                "into them: a change smaller than a step of their grid would be lost. Load the model without "
-                "quantization, in float32 or bfloat16, to merge."
+                f"The base weights are quantised ({self.linear.weight.dtype}), so an adapter cannot be "
+                "merged into them: a change smaller than a step of their grid would be lost. Load the model "
+                "without quantization, in float32 or bfloat16, to merge."
             )
 
     @torch.no_grad()
