@@ -20,12 +20,15 @@ import tyro
 
 from fedmosaic.client.examples import IGNORED, EncodedExample
 from fedmosaic.client.models import load_base_model
-from fedmosaic.client.probe import TOKENS_PER_BATCH, open_probe
+from fedmosaic.client.probe import open_probe
 from fedmosaic.client.profile import release_profile
 from fedmosaic.client.public_basis import BasisSettings, fit_mechanism
 from fedmosaic.privacy.mechanism import Reduction
 from fedmosaic.privacy.noise import SecureNoise
 from fedmosaic.privacy.projection import PublicMap
+
+_TOKENS_PER_BATCH = 4096
+"""Of the plain forward pass."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def main(settings: Settings) -> None:
         noise_multiplier=8.0,
     )
     public_map = PublicMap(mechanism, basis)
-    batch = TOKENS_PER_BATCH // settings.tokens
+    batch = _TOKENS_PER_BATCH // settings.tokens
     ids = torch.stack([example.input_ids for example in examples])
 
     def forward() -> None:

@@ -99,7 +99,7 @@ def run(settings: ClientSettings) -> None:
             started = time.monotonic()
             Session(identity, kit.roster, transport, learner, state, releases, protection, progress).run()
             result.put("seconds", time.monotonic() - started)
-            result.put("after", learner.evaluate())
+            result.put("after", _scores_after(learner))
             progress.stage(0, "writing the privacy statement")
             statement = build_statement(
                 kit.roster, state.record.run_id, ledger, plan, clipped_share=releases.clipping.shares()
@@ -110,6 +110,15 @@ def run(settings: ClientSettings) -> None:
             progress.stage(0, "done")
         finally:
             transport.close()
+
+
+def _scores_after(learner: ModelLearner) -> dict[str, float]:
+    """The scores with what was received; none, and still no other end, if they cannot be computed with it."""
+    try:
+        return learner.evaluate()
+    except ModelError as error:
+        log.error("no scores after the run: %s", error)
+        return {}
 
 
 class _Result:

@@ -3,6 +3,7 @@
     STATE/session.json             which run, and the last round whose push was acknowledged
     STATE/adapter/round-0002/      every adapter branch and the gate after that round
     STATE/upload-0003.bin          bytes of an upload that is not acknowledged yet, re-sent as they are
+    STATE/given-up.json            the last round whose aggregate no training was possible with
     STATE/profile-<data>-<map>.npy a noised task profile release, re-used until data or public map change
     STATE/keys/                    group keys of the current and the previous epoch
     STATE/picture-features/        what the frozen encoder makes of the client's own pictures
@@ -229,6 +230,18 @@ class ClientState:
                 "one row per recipient and round is allowed"
             )
         write_atomically(path, json.dumps(accepted, indent=0).encode())
+
+    def give_up(self, round_number: int) -> None:
+        """Remember that a round's aggregate is not to be loaded again: training failed with it."""
+        write_atomically(self._given_up, json.dumps(round_number).encode())
+
+    def gave_up(self, round_number: int) -> bool:
+        """Whether a round's aggregate was given up, by this process or an earlier one."""
+        return self._given_up.exists() and json.loads(self._given_up.read_text()) == round_number
+
+    @property
+    def _given_up(self) -> Path:
+        return self.directory / "given-up.json"
 
     @property
     def ledger_path(self) -> Path:

@@ -24,7 +24,7 @@ from fedmosaic.client.loss import (
 )
 from fedmosaic.client.sampling import EpochSampler
 from fedmosaic.privacy.configuration import Frozen
-from fedmosaic.protos.errors import ConfigurationError, ModelError
+from fedmosaic.protos.errors import ConfigurationError, ModelError, TrainingError
 
 __all__ = [
     "EpochSampler",
@@ -175,7 +175,8 @@ def train_local(
 
     Raises:
         ConfigurationError: There is no example.
-        ModelError: Nothing is trainable, a loss or gradient is not finite, or no weight changed.
+        ModelError: Nothing is trainable.
+        TrainingError: A loss or gradient is not finite, or no weight changed; the weights are as they were then.
     """
     if not examples:
         raise ConfigurationError("there is no example to train on; give at least one")
@@ -274,8 +275,8 @@ def _accumulate(
     for batch in batches:
         loss = losses(model, on_device_of(model, batch)).mean() / settings.gradient_accumulation_steps
         if not bool(torch.isfinite(loss)):
-            raise ModelError(
-                f"the loss of step {step} is not finite; lower the learning rates, or switch bf16 off"
+            raise TrainingError(
+                f"the loss of step {step} is not finite; lower the learning rates, or switch bf16 off", step
             )
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
         total += float(loss.detach())
@@ -286,8 +287,8 @@ def _clip(parameters: Iterable[nn.Parameter], max_grad_norm: float, step: int) -
     bound = max_grad_norm if max_grad_norm > 0.0 else math.inf
     norm = torch.nn.utils.clip_grad_norm_(list(parameters), bound)
     if not bool(torch.isfinite(norm)):
-        raise ModelError(
-            f"the gradient of step {step} is not finite; lower the learning rates, or switch bf16 off"
+        raise TrainingError(
+            f"the gradient of step {step} is not finite; lower the learning rates, or switch bf16 off", step
         )
 
 
@@ -296,9 +297,10 @@ def _report(
 ) -> TrainingReport:
     unmoved = tuple(name for name, parameter in trained.items() if torch.equal(parameter, before[name]))
     if len(unmoved) == len(trained):
-        raise ModelError(
+        raise TrainingError(
             f"training changed none of the {len(trained)} trainable tensors; check that the adapter is "
-            "active and its branches take part in the forward pass"
+            "active and its branches take part in the forward pass",
+            len(history),
         )
     count = min(_AVERAGED_STEPS, len(history))
     return TrainingReport(

@@ -154,7 +154,6 @@ def _dp_settings(target: Target, examples: int) -> Iterator[tuple[str, PrivateTr
     )
     as_planned = PrivateTrainingSettings(
         optimizer="sgd",
-        physical_batch_size=512,
         steps=_steps(target),
         sampling_rate=rate,
         expected_batch_size=privacy.expected_batch_size,

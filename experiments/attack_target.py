@@ -144,8 +144,7 @@ class Prober:
 
     def factors(self, examples: Sequence[Example]) -> list[GradientFactors]:
         """Gradients of examples as factors, in order."""
-        found = dict(gradient_factors(self.probe, self.encode(examples)))
-        return [found[index] for index in range(len(examples))]
+        return list(gradient_factors(self.probe, self.encode(examples)))
 
 
 def open_prober(target: Target, other: ModelSettings | None = None) -> Prober:

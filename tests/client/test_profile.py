@@ -105,7 +105,7 @@ def test_no_noise_is_drawn_once_the_budget_is_spent(probe: Probe) -> None:
 def test_release_is_the_clipped_sum_of_the_exact_gradients_plus_noise(probe: Probe) -> None:
     examples, public_map = dataset(80), PublicMap(mechanism(probe, noise_multiplier=0.0))
     released = release_profile(probe, examples, public_map, SecureNoise(), lambda: None)
-    rows = public_map.rows([factors for _, factors in gradient_factors(probe, examples)])
+    rows = public_map.rows(list(gradient_factors(probe, examples)))
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1.0, rtol=1e-6)
     np.testing.assert_allclose(released, 0.5 * rows.sum(axis=0), atol=1e-4)
 
@@ -208,7 +208,7 @@ def test_another_probe_than_the_agreed_one_is_refused(probe: Probe) -> None:
 
 def test_rows_really_were_clipped(probe: Probe) -> None:
     public_map = PublicMap(mechanism(probe))
-    rows = public_map.rows([factors for _, factors in gradient_factors(probe, dataset(60))])
+    rows = public_map.rows(list(gradient_factors(probe, dataset(60))))
     units, shortened = clip(rows, 0.5)
     assert shortened.all()
     np.testing.assert_allclose(np.linalg.norm(units / GRID, axis=1), 1.0, rtol=1e-6)

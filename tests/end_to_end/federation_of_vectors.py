@@ -96,7 +96,7 @@ class VectorLearner:
     def keep_own(self, section: str) -> None:
         self.global_branch = self.local.copy()
 
-    def train(self, round_number: int, releases: Releases) -> None:
+    def train(self, round_number: int, releases: Releases, give_up: Callable[[], None]) -> None:
         self.trained.append(round_number)
         own = np.random.default_rng([self.seed, round_number]).normal(0, 0.5, self.local.size)
         self.local = (0.5 * self.local + 0.25 * self.global_branch + own).astype(np.float32)
