@@ -213,9 +213,7 @@ def _check_alone(
     first = [row(example) for example in examples]
     for example, before in reversed(list(zip(examples, first, strict=True))):
         after, again = row(example), row(example)
-        allowed = max(
-            REPEAT_TOLERANCE * float(before.norm()), _NOISE_FACTOR * float((again - after).norm())
-        )
+        allowed = max(REPEAT_TOLERANCE * float(before.norm()), _NOISE_FACTOR * float((again - after).norm()))
         moved = float((after - before).norm())
         if not moved <= allowed:
             raise ModelError(

@@ -54,13 +54,12 @@ def choose_dtype(wanted: torch.dtype | str, device: torch.device) -> torch.dtype
     Raises:
         ModelError: there is no such type.
     """
-    if isinstance(wanted, torch.dtype):
-        return wanted
     if wanted != "auto":
         known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-        if wanted not in known:
+        chosen = known.get(wanted) if isinstance(wanted, str) else wanted
+        if chosen not in known.values():
             raise ModelError(f"dtype is {wanted}; choose one of {', '.join(known)} or auto")
-        return known[wanted]
+        return chosen
     if device.type == "cuda":
         # Emulated bfloat16 is slower than float32, so it does not count.
         narrow = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -22,7 +22,7 @@ from fedmosaic.client.adapted import adapter_config
 from fedmosaic.client.hardware import choose_device
 from fedmosaic.client.loss import training_mode
 from fedmosaic.client.models import adapt, empty_model
-from fedmosaic.client.probe import ROWS_PER_BLOCK, VOCABULARY_PER_CHUNK
+from fedmosaic.client.probe import VOCABULARY_PER_CHUNK
 from fedmosaic.client.settings import ClientSettings, ModelSettings
 from fedmosaic.client.training import checkpointing
 from fedmosaic.privacy.roster import AdapterTerms
@@ -199,7 +199,7 @@ class _TrainingStep(nn.Module):
 
 
 class _ProbePass(nn.Module):
-    """One example through a probe's decoder, and a block of positions through a chunk of its head."""
+    """One example through a probe's decoder, and its positions through a chunk of the head."""
 
     def __init__(self, model: Any, length: int) -> None:
         super().__init__()
@@ -211,9 +211,8 @@ class _ProbePass(nn.Module):
             hidden = self.model.get_decoder()(
                 input_ids=torch.zeros((1, self._length), dtype=torch.int64), use_cache=False
             ).last_hidden_state
-            rows = hidden.new_empty((ROWS_PER_BLOCK, hidden.shape[-1]), dtype=torch.float32)
             chunk = hidden.new_empty((VOCABULARY_PER_CHUNK, hidden.shape[-1]), dtype=torch.float32)
-            return (rows @ chunk.T).exp() @ chunk
+            return (hidden[0].float() @ chunk.T).exp() @ chunk
 
 
 class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -251,7 +250,7 @@ def _peak(work: nn.Module) -> int:
         }
         with _Meter() as meter:
             torch.func.functional_call(work, tensors, ())
-    return meter.peak
+    return int(meter.peak)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
