@@ -13,8 +13,8 @@ mixture of (ε, δ)-private mechanisms with weights that do not depend on the da
 carry one example to the next, state in the model, is refused (`fedmosaic.client.dp_checks`).
 
 Clipping is done by `fedmosaic.privacy.mechanism`: a row is brought to an integer grid within the clipping
-norm, a row that is not finite becomes zero (its contribution is then within the bound like any other's, and no
-NaN can reach the release). Sums of integers are exact, so their order changes no bit.
+norm, a row that is not finite becomes zero (its contribution is then within the bound like any other's, and
+no NaN can reach the release). Sums of integers are exact, so their order changes no bit.
 
 Legend of axes: B examples, D all numbers of all cores.
 

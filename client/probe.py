@@ -9,8 +9,8 @@ carries δ_t unchanged to the final RMSNorm, so it follows from the logits alone
     u_t = γ ⊙ Wᵀ e_t
     δ_t = ρ_t u_t - (ρ_t³ / d) h_t ⟨h_t, u_t⟩
 
-Every example goes through decoder and head by itself: no padding, and no product of matrices that two examples
-share, so that an example's gradient has the same bits in any company.
+Every example goes through decoder and head by itself: no padding, and no product of matrices that two
+examples share, so that an example's gradient has the same bits in any company.
 
 Shape suffixes: L length, T supervised positions, D hidden size, F intermediate size, V vocabulary.
 """

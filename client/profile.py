@@ -4,9 +4,9 @@ The order is the guarantee's: the clipped sum is finished first, then the releas
 durable ledger, and only then is noise drawn. A refused charge therefore draws none, and a crash after
 it can waste budget but never forget any.
 
-Every example goes through the probe and the public map alone. In a batch its neighbours decide the padding and
-the order of additions, so leaving one example out would move the last bits of all others, which the bound of
-one clipping norm does not allow for.
+Every example goes through the probe and the public map alone. In a batch its neighbours decide the padding
+and the order of additions, so leaving one example out would move the last bits of all others, which the bound
+of one clipping norm does not allow for.
 """
 
 import logging

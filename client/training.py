@@ -176,7 +176,7 @@ def train_local(
     Raises:
         ConfigurationError: There is no example.
         ModelError: Nothing is trainable.
-        TrainingError: A loss or gradient is not finite, or no weight changed; the weights are as they were then.
+        TrainingError: A loss or gradient is not finite, or no weight changed. Nothing is put back.
     """
     if not examples:
         raise ConfigurationError("there is no example to train on; give at least one")

@@ -190,8 +190,8 @@ def test_disabled_adapters_do_not_touch_the_probe() -> None:
     assert probe.intermediate_size == 40
     with adapters_disabled(adapted):
         found = list(gradient_factors(probe, EXAMPLES))
-    for index in plain:
-        np.testing.assert_allclose(matrix(found[index]), matrix(plain[index]), rtol=1e-5, atol=1e-7)
+    for left, right in zip(found, plain, strict=True):
+        np.testing.assert_allclose(matrix(left), matrix(right), rtol=1e-5, atol=1e-7)
     leaking = list(gradient_factors(probe, EXAMPLES))
     assert not np.allclose(matrix(leaking[0]), matrix(plain[0]), rtol=1e-2)
 
