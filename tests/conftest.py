@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import devices
+
 
 def _devices() -> Iterator[object]:
     yield pytest.param("cpu", id="cpu")
@@ -18,4 +20,6 @@ def _devices() -> Iterator[object]:
 @pytest.fixture(scope="session", params=list(_devices()))
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each device that this machine has: a privacy test that touches tensors runs on all of them."""
-    return torch.device(request.param)
+    chosen = torch.device(request.param)
+    devices.choose(chosen)
+    return chosen
