@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-LIMITS = {"versions": 60, "tests": 150, "memory": 150, "steps": 150, "demo": 240, "many": 200}
+LIMITS = {"versions": 60, "tests": 150, "memory": 150, "steps": 150, "demo": 240, "many": 240}
 """Seconds after which a section is ended."""
 
 Record = Callable[[str, object], None]

@@ -152,6 +152,11 @@ def load_base_model(
     model.train(False)
     if quantization is None:
         cast(nn.Module, model).to(place)
+    for module in model.modules():
+        # On a processor bitsandbytes repacks weights when they are first evaluated, for products that have no
+        # way back: training afterwards would lose, without a word, all gradients through these layers.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model, tokenizer
 
 
