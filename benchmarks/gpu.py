@@ -89,7 +89,10 @@ def steps(arguments: argparse.Namespace, record: Record) -> None:
             record(f"colora {dtype} {batch}x{length}", [asdict(timing) for timing in timings])
         model = dp_step.load(arguments.model, dtype, 16, arguments.device)
         batch_of_tokens = dp_step.make_batch(model, 32, 64, 16)
-        record(f"dp {dtype} 32x64", dp_step.measure_time(model, batch_of_tokens, arguments.repetitions // 3))
+        record(
+            f"dp {dtype} 32x64",
+            dp_step.measure_time(model, batch_of_tokens, max(5, arguments.repetitions // 3)),
+        )
         settings = profile_cost.Settings(
             model=arguments.model,
             dtype=dtype,

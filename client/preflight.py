@@ -5,6 +5,7 @@ tensors: every operation happens in shape and type only, and what would lie in m
 up. So the figure follows the architecture, the adapter and the settings, with no formula of its own.
 """
 
+import logging
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -26,6 +27,7 @@ from fedmosaic.client.probe import VOCABULARY_PER_CHUNK
 from fedmosaic.client.settings import ClientSettings, ModelSettings
 from fedmosaic.client.training import checkpointing
 from fedmosaic.privacy.roster import AdapterTerms
+from fedmosaic.protos.errors import ModelError
 
 _KEPT_PER_TRAINED: Final = 3
 """AdamW's two moments, and the values before training that its report compares with."""
@@ -35,6 +37,12 @@ _NF4_BYTES: Final = 0.5 + 1.0 / 64 + 4.0 / (64 * 256)
 
 _CUDA_CONTEXT: Final = 600 << 20
 """Of the driver, its kernels and cuBLAS's workspace; PyTorch does not count it as its own."""
+
+
+_SMALL: Final = 500
+"""How often a model's weights fit into what is free where it is not worth a second to work out the rest."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,25 @@ class MemoryNeed:
         if self.fits or not self.remedies:
             return line
         return f"{line}; change {', or '.join(self.remedies)}"
+
+
+def check_memory(settings: ClientSettings, adapter: AdapterTerms) -> None:
+    """Log what a client needs, as a warning where it is more than is free.
+
+    Args:
+        settings: the client's.
+        adapter: shape of the adapter, as on the roster.
+
+    Raises:
+        ModelError: the weights alone are more than the device has, or see `memory_need`.
+    """
+    free, _ = free_memory(choose_device(settings.model.device))
+    if _SMALL * weight_bytes(empty_model(settings.model), settings.model) < free:
+        return
+    need = memory_need(settings, adapter)
+    log.log(logging.INFO if need.fits else logging.WARNING, "%s", need.words())
+    if need.weights > need.total:
+        raise ModelError(f"the model cannot be loaded; {need.words()}")
 
 
 def memory_need(

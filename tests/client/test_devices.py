@@ -92,7 +92,7 @@ def test_a_model_lies_where_the_settings_say_and_attends_by_the_fused_kernel(
     folder: Path, device: torch.device
 ) -> None:
     model = adapted(folder, device)
-    assert {tensor.device for tensor in model.state_dict().values()} == {device}
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {device.type}
     assert model.get_base_model().config._attn_implementation == "sdpa"
 
 
@@ -146,7 +146,7 @@ def test_what_one_device_saved_another_goes_on_with(
         for name, tensor in read.state_dict().items():
             assert torch.equal(tensor.cpu(), model.state_dict()[name].cpu()), name
         train_local(read, make_examples(6), settings, pad_token_id=0)
-        assert {tensor.device for tensor in read.state_dict().values()} == {other}
+        assert {tensor.device.type for tensor in read.state_dict().values()} == {other.type}
 
 
 def test_recomputed_activations_train_alike(folder: Path, device: torch.device) -> None:
