@@ -61,7 +61,7 @@ def tests(arguments: argparse.Namespace, record: Record) -> None:
     """The privacy tests that need an accelerator; their output is kept beside the figures."""
     log = arguments.out / "tests.log"
     # Several workers share the device: a test waits for the processor more than for the accelerator.
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--timeout", "100", "tests/client"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-n", "4", "tests/client"]
     started = time.monotonic()
     with log.open("wb") as output:
         code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode  # noqa: S603  # our own command
@@ -107,7 +107,7 @@ def memory(arguments: argparse.Namespace, record: Record) -> None:
     """Memory and time of a step on a large model, and what the preflight says of it."""
     from benchmarks.gpu_memory import measure, write_random_model
 
-    folder = arguments.out / "random-1b"
+    folder = arguments.work / "random-1b"
     write_random_model(folder, tiny=arguments.tiny)
     for dtype, quantization in (("bfloat16", None), ("bfloat16", "nf4"), ("float32", None)):
         for checkpoint in (False, True):

@@ -152,11 +152,12 @@ def load_base_model(
     model.train(False)
     if quantization is None:
         cast(nn.Module, model).to(place)
-    for module in model.modules():
+    linear: Any
+    for linear in model.modules():
         # On a processor bitsandbytes repacks weights when they are first evaluated, for products that have no
         # way back: training afterwards would lose, without a word, all gradients through these layers.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+        if hasattr(linear, "support_avx512bf16_for_cpu"):
+            linear.support_avx512bf16_for_cpu = False
     return model, tokenizer
 
 
