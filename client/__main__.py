@@ -99,7 +99,7 @@ def run(settings: ClientSettings) -> None:
             started = time.monotonic()
             Session(identity, kit.roster, transport, learner, state, releases, protection, progress).run()
             result.put("seconds", time.monotonic() - started)
-            result.put("after", _scores_after(learner))
+            result.put("after", scores_after(learner))
             progress.stage(0, "writing the privacy statement")
             statement = build_statement(
                 kit.roster, state.record.run_id, ledger, plan, clipped_share=releases.clipping.shares()
@@ -112,7 +112,7 @@ def run(settings: ClientSettings) -> None:
             transport.close()
 
 
-def _scores_after(learner: ModelLearner) -> dict[str, float]:
+def scores_after(learner: ModelLearner) -> dict[str, float]:
     """The scores with what was received; none, and still no other end, if they cannot be computed with it."""
     try:
         return learner.evaluate()

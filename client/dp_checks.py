@@ -147,7 +147,7 @@ def refuse_state(model: nn.Module) -> None:
             raise ModelError(
                 f"layer {name} scales its rotary positions by the longest text so far (rope_type dynamic), "
                 "so an example's gradient depends on those before it; write rope_type default into the "
-                "model's config.json, which is the same up to its max_position_embeddings, and keep texts within that"
+                "model's config.json: up to its max_position_embeddings both are the same"
             )
         if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
             raise ModelError(

@@ -12,7 +12,13 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from devices import here
-from fedmosaic.client.colora import CoLoraConfig, adapted_layers, read_shared, set_active_branches
+from fedmosaic.client.colora import (
+    CoLoraConfig,
+    adapted_layers,
+    read_shared,
+    set_active_branches,
+    write_shared,
+)
 from fedmosaic.client.dp_branch import only_shared_branch, private_parameters
 from fedmosaic.client.dp_engine import dimensions_of, example_gradient
 from fedmosaic.client.dp_training import (
@@ -500,3 +506,35 @@ def test_no_example_is_refused() -> None:
 def test_settings_without_a_guarantee_are_refused(values: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         change(**values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_search_finds_no_received_branch_by_which_one_example_moves_the_others(
+    monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Hill climbing over what is received. In padded batches some of thirty candidates pass C."""
+    copies, added = neighbours()
+    model = make_model()
+    generator = np.random.default_rng(seed)
+
+    def sensitivity(received: np.ndarray) -> int:
+        """The squared distance of the two sums, in units of the grid."""
+        sums = []
+        for examples in ([*copies, added], copies):
+            write_shared(model, np.zeros_like(received), "local")
+            write_shared(model, received, "global")
+            sums.append(summed(monkeypatch, model, examples))
+        return sum((one - other) ** 2 for one, other in zip(*sums, strict=True))
+
+    best = (4.0 * generator.choice([-1.0, 1.0], read_shared(model).size)).astype(np.float32)
+    highest = sensitivity(best)
+    for _ in range(30):
+        chosen = generator.random(best.size) < generator.choice([0.02, 0.1, 0.5])
+        signs = generator.choice([-1.0, 1.0], best.size) * generator.choice([0.1, 0.5, 1.0, 2.0, 4.0])
+        step = best + generator.standard_normal(best.size) if generator.random() < 0.5 else signs
+        candidate = np.where(chosen, step, best).clip(-4.0, 4.0).astype(np.float32)
+        if (found := sensitivity(candidate)) > highest:
+            best, highest = candidate, found
+        assert found <= GRID**2
+    assert highest > 0
