@@ -56,10 +56,10 @@ def choose_dtype(wanted: torch.dtype | str, device: torch.device) -> torch.dtype
     """
     if wanted != "auto":
         known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-        chosen = known.get(wanted) if isinstance(wanted, str) else wanted
-        if chosen not in known.values():
+        name = str(wanted).removeprefix("torch.")
+        if name not in known:
             raise ModelError(f"dtype is {wanted}; choose one of {', '.join(known)} or auto")
-        return chosen
+        return known[name]
     if device.type == "cuda":
         # Emulated bfloat16 is slower than float32, so it does not count.
         narrow = torch.cuda.is_bf16_supported(including_emulation=False)
