@@ -34,6 +34,7 @@ from fedmosaic.client.examples import (
     padding_token,
     read_examples,
 )
+from fedmosaic.client.preflight import check_memory
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.settings import ClientSettings
@@ -270,6 +271,7 @@ class ModelLearner:
 
 
 def _load(settings: ClientSettings, adapter: AdapterTerms) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    check_memory(settings, adapter)
     model, tokenizer = load_adapted(settings.model, adapter)
     data = settings.data
     files = [path for path in (data.train, data.test, *data.others.values()) if path]

@@ -42,7 +42,7 @@ def client_stream(scenario: Scenario, index: int) -> Stream | None:
         training_examples(scenario.clients[index]),
         scenario.schedule.rounds,
         scenario.stream,
-        training.steps * training.gradient_accumulation,
+        training.steps * training.gradient_accumulation_steps,
         training.per_device_train_batch_size,
         client_seed(scenario, index),
     )

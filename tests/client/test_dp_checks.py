@@ -10,12 +10,15 @@ from peft import get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from devices import here
 from fedmosaic.client.colora import CoLoraConfig, adapted_layers, fix_gate, set_active_branches, set_trainable
 from fedmosaic.client.dp_branch import only_shared_branch, private_parameters, public_branches, shared_cores
 from fedmosaic.client.dp_checks import assert_only_shared_branch, check_engine, public_examples, refuse_state
 from fedmosaic.client.examples import IGNORED
 from fedmosaic.client.loss import in_bfloat16
 from fedmosaic.protos.errors import ModelError, PrivacyError
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def make_model(
@@ -36,7 +39,7 @@ def make_model(
         rope_parameters=rope or {"rope_type": "default", "rope_theta": 1e4},
     )
     return get_peft_model(
-        LlamaForCausalLM(config).to(dtype),
+        here(LlamaForCausalLM(config).to(dtype)),
         CoLoraConfig(
             r=4, alpha=8, blocks=2, personal_branch=True, gate=gate, task_type="CAUSAL_LM", **options
         ),
@@ -44,7 +47,7 @@ def make_model(
 
 
 @pytest.fixture
-def model() -> nn.Module:
+def model(device: torch.device) -> nn.Module:
     return make_model()
 
 
@@ -230,7 +233,7 @@ def test_dropout_that_stays_on_is_refused(model: nn.Module) -> None:
 
 
 def test_a_core_outside_the_loss_is_refused(model: nn.Module) -> None:
-    spare = nn.Linear(4, 4)
+    spare = here(nn.Linear(4, 4))
     with only_shared_branch(model) as cores:
         with pytest.raises(ModelError, match=r"1 core\(s\) take no part in the loss \(first: spare\)"):
             check_engine(model, {**cores, "spare": spare}, clip=4.0)

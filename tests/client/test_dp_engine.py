@@ -14,6 +14,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from devices import here
 from fedmosaic.client.colora import CoLoraConfig
 from fedmosaic.client.dp_branch import only_shared_branch, public_branches
 from fedmosaic.client.dp_engine import (
@@ -24,10 +25,11 @@ from fedmosaic.client.dp_engine import (
     example_gradient,
 )
 from fedmosaic.client.examples import IGNORED, EncodedExample, collate
-from fedmosaic.client.loss import Batch, example_losses
+from fedmosaic.client.loss import Batch, example_losses, on_device_of
 from fedmosaic.privacy.mechanism import GRID
 from fedmosaic.protos.errors import ModelError
 
+pytestmark = pytest.mark.usefixtures("device")
 VOCABULARY = 61
 
 
@@ -44,7 +46,7 @@ def make_model(dtype: torch.dtype = torch.float32) -> nn.Module:
         max_position_embeddings=64,
     )
     model = get_peft_model(
-        LlamaForCausalLM(config).to(dtype),
+        here(LlamaForCausalLM(config).to(dtype)),
         CoLoraConfig(r=4, alpha=8, blocks=2, personal_branch=True, task_type="CAUSAL_LM"),
     )
     with only_shared_branch(model) as cores, torch.no_grad():
@@ -78,7 +80,7 @@ def rows_of_opacus(
     wrapped = GradSampleModule(nn.ModuleList(cores.values()), loss_reduction="sum")
     try:
         wrapped.train()
-        example_losses(model, collate(examples, 0)).sum().backward()
+        example_losses(model, on_device_of(model, collate(examples, 0))).sum().backward()
         return torch.cat([p.grad_sample.flatten(1) for p in core_parameters(cores)], dim=1)
     finally:
         wrapped.zero_grad(set_to_none=True)
@@ -86,11 +88,12 @@ def rows_of_opacus(
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
+    found, expected = found.cpu().double(), expected.cpu().double()
+    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.fixture(scope="module")
-def model() -> nn.Module:
+def model(device: torch.device) -> nn.Module:
     return make_model()
 
 
@@ -125,7 +128,7 @@ def test_the_clipped_sum_equals_that_of_opacus_optimizer(model: nn.Module) -> No
             expected_batch_size=1,
             loss_reduction="sum",
         )
-        example_losses(wrapped, collate(examples, 0)).sum().backward()
+        example_losses(wrapped, on_device_of(model, collate(examples, 0))).sum().backward()
         optimizer.clip_and_accumulate()
         by_opacus = torch.cat([parameter.summed_grad.flatten() for parameter in parameters])
         wrapped.to_standard_module()
@@ -153,7 +156,7 @@ def test_a_bfloat16_model_has_float32_rows() -> None:
     (example,) = make_examples([9])
     with only_shared_branch(model) as cores:
         expected = torch.autograd.grad(
-            example_losses(model, collate([example], 0)).sum(), core_parameters(cores)
+            example_losses(model, on_device_of(model, collate([example], 0))).sum(), core_parameters(cores)
         )
         row = example_gradient(model, cores, example)
     assert row.dtype == torch.float32

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from devices import here
 from fedmosaic.client.colora import (
     CoLoraConfig,
     adapted_layers,
@@ -27,12 +28,13 @@ from fedmosaic.client.dp_training import (
     train_private,
 )
 from fedmosaic.client.examples import IGNORED, EncodedExample, collate
-from fedmosaic.client.loss import Batch, ExampleLosses, example_losses
+from fedmosaic.client.loss import Batch, ExampleLosses, example_losses, on_device_of
 from fedmosaic.privacy.events import GaussianEvent
 from fedmosaic.privacy.mechanism import GRID, ClippedSum
 from fedmosaic.privacy.noise import SecureNoise, SeededTestNoise
 from fedmosaic.protos.errors import BudgetExceededError, ConfigurationError, PrivacyError
 
+pytestmark = pytest.mark.usefixtures("device")
 VOCABULARY = 61
 
 
@@ -49,7 +51,7 @@ def make_model() -> nn.Module:
         initializer_range=0.2,
     )
     return get_peft_model(
-        LlamaForCausalLM(config),
+        here(LlamaForCausalLM(config)),
         CoLoraConfig(r=4, alpha=8, blocks=2, personal_branch=True, task_type="CAUSAL_LM"),
     )
 
@@ -135,7 +137,7 @@ def test_a_step_is_the_clipped_sum_over_the_public_divisor() -> None:
     examples = make_examples(9)
     model = make_model()
     with only_shared_branch(model, global_weight=0.5) as cores:
-        rows = torch.stack([example_gradient(model, cores, example) for example in examples]).double()
+        rows = torch.stack([example_gradient(model, cores, example) for example in examples]).cpu().double()
     factors = (0.05 / rows.norm(dim=1)).clamp(max=1.0)
     assert 0 < int((factors < 1).sum())
     expected = -(factors @ rows) / 7
@@ -369,10 +371,10 @@ def test_it_learns_when_the_noise_is_small() -> None:
         noise_multiplier=0.05,
     )
     with only_shared_branch(model, global_weight=0.5):
-        before = float(example_losses(model, collate(examples, 0)).mean().detach())
+        before = float(example_losses(model, on_device_of(model, collate(examples, 0))).mean().detach())
     train(model, examples, settings, SeededTestNoise(0))
     with only_shared_branch(model, global_weight=0.5):
-        after = float(example_losses(model, collate(examples, 0)).mean().detach())
+        after = float(example_losses(model, on_device_of(model, collate(examples, 0))).mean().detach())
     assert after < before - 0.3
 
 

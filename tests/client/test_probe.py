@@ -9,12 +9,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from devices import here
 from fedmosaic.client import probe as probe_module
 from fedmosaic.client.examples import IGNORED, EncodedExample
 from fedmosaic.client.probe import adapters_disabled, fingerprint, gradient_factors, open_probe
 from fedmosaic.privacy.projection import GradientFactors
 from fedmosaic.protos.errors import ModelError
 
+pytestmark = pytest.mark.usefixtures("device")
 STORIES = Path(__file__).parents[2].parent / "shared" / "models" / "stories-260k"
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "phi3")
 
@@ -40,7 +42,7 @@ def tiny(
     for name, parameter in model.named_parameters():
         # Norm weights of one would hide a forgotten gain, small weights a wrong Jacobian.
         torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
-    return model
+    return here(model)
 
 
 def encoded(prompt: int, answer: int, seed: int = 0, vocabulary: int = 50) -> EncodedExample:
@@ -56,9 +58,9 @@ EXAMPLES = [encoded(4, 3), encoded(9, 1), encoded(2, 8), encoded(6, 5), encoded(
 
 def autograd_gradient(model: PreTrainedModel, example: EncodedExample) -> torch.Tensor:
     weight = model.get_parameter("model.layers.1.mlp.down_proj.weight")
-    logits = model(input_ids=example.input_ids[None]).logits[0]
+    logits = model(input_ids=example.input_ids[None].to(model.device)).logits[0].cpu()
     loss = torch.nn.functional.cross_entropy(logits[:-1], example.labels[1:], ignore_index=IGNORED)
-    return torch.autograd.grad(loss, weight)[0]
+    return torch.autograd.grad(loss, weight)[0].cpu()
 
 
 def matrix(factors: GradientFactors) -> np.ndarray:
@@ -87,9 +89,9 @@ def test_the_radial_term_of_the_norm_matters() -> None:
     residual_stream: list[torch.Tensor] = []
     handle = model.model.layers[-1].register_forward_hook(lambda _m, _a, out: residual_stream.append(out))
     with torch.no_grad():
-        model(input_ids=example.input_ids[None])
+        model(input_ids=example.input_ids[None].to(model.device))
     handle.remove()
-    h = residual_stream[0][0, 3:6].numpy()
+    h = residual_stream[0][0, 3:6].cpu().numpy()
     radial = (factors.delta * h).sum(1) / np.linalg.norm(factors.delta, axis=1) / np.linalg.norm(h, axis=1)
     # The gradient through an RMSNorm is orthogonal to its input but for epsilon.
     assert np.abs(radial).max() < 1e-4
@@ -235,13 +237,13 @@ def test_what_is_no_language_model_is_refused() -> None:
 @pytest.mark.real_models
 @pytest.mark.skipif(not STORIES.exists(), reason="the pretrained stories-260k is not here")
 def test_pretrained_weights_equal_autograd() -> None:
-    model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
+    model = here(AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32))
     weight = f"model.layers.{model.config.num_hidden_layers - 1}.mlp.down_proj.weight"
     examples = [encoded(20, 12, vocabulary=512), encoded(3, 30, vocabulary=512)]
     found = list(gradient_factors(open_probe(model), examples))
     for index, example in enumerate(examples):
-        logits = model(input_ids=example.input_ids[None]).logits[0]
+        logits = model(input_ids=example.input_ids[None].to(model.device)).logits[0].cpu()
         loss = torch.nn.functional.cross_entropy(logits[:-1], example.labels[1:], ignore_index=IGNORED)
-        (expected,) = torch.autograd.grad(loss, model.get_parameter(weight))
+        expected = torch.autograd.grad(loss, model.get_parameter(weight))[0].cpu()
         error = np.linalg.norm(matrix(found[index]) - expected.numpy()) / float(expected.norm())
         assert error < 1e-4

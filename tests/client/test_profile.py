@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from devices import here
 from fedmosaic.client.examples import IGNORED, EncodedExample
 from fedmosaic.client.probe import Probe, gradient_factors, open_probe
 from fedmosaic.client.profile import clipped_profile, release_profile
@@ -17,23 +18,24 @@ from fedmosaic.privacy.noise import SecureNoise, SeededTestNoise
 from fedmosaic.privacy.projection import PublicMap
 from fedmosaic.protos.errors import BudgetExceededError, MechanismError, PrivacyError
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def tiny_model(seed: int = 0, hidden: int = 16) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=hidden,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            vocab_size=40,
-            initializer_range=0.3,
-        )
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=40,
+        initializer_range=0.3,
     )
+    return here(LlamaForCausalLM(config))
 
 
 @pytest.fixture(scope="module")
-def probe() -> Probe:
+def probe(device: torch.device) -> Probe:
     return open_probe(tiny_model())
 
 
