@@ -102,7 +102,12 @@ def run(settings: ClientSettings) -> None:
             result.put("after", learner.evaluate())
             progress.stage(0, "writing the privacy statement")
             statement = build_statement(
-                kit.roster, state.record.run_id, ledger, plan, clipped_share=releases.clipping.shares()
+                kit.roster,
+                state.record.run_id,
+                ledger,
+                plan,
+                smallest_row=state.smallest_row(),
+                clipped_share=releases.clipping.shares(),
             )
             write_atomically(state.directory / STATEMENT, statement.model_dump_json(indent=2).encode())
             transport.report(shareable(statement).model_dump_json().encode())

@@ -2,6 +2,7 @@
 
     STATE/session.json             which run, and the last round whose push was acknowledged
     STATE/adapter/round-0002/      every adapter branch and the gate after that round
+    STATE/rows.json                the weight row that was accepted in every round
     STATE/upload-0003.bin          bytes of an upload that is not acknowledged yet, re-sent as they are
     STATE/profile-<data>-<map>.npy a noised task profile release, re-used until data or public map change
     STATE/keys/                    group keys of the current and the previous epoch
@@ -114,6 +115,7 @@ class ClientState:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock = hold_directory(directory / "lock", "give each client its own state_dir")
         self._file = directory / "session.json"
+        self._rows = directory / "rows.json"
         self.record = SessionRecord(federation, client)
         if self._file.exists():
             self.record = self._read()
@@ -218,17 +220,39 @@ class ClientState:
 
         Raises:
             PolicyError: another row was accepted for this section and round before.
+            StateError: the record is damaged.
         """
-        path = self.directory / "rows.json"
-        accepted: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
-        label = f"{row.round}/{section}"
+        accepted = self._accepted_rows()
         digest = row_digest(row).hex()
-        if accepted.setdefault(label, digest) != digest:
+        contributors = sum(weight > 0 for weight in row.weights)
+        before, _ = accepted.setdefault(f"{row.round}/{section}", (digest, contributors))
+        if before != digest:
             raise PolicyError(
                 f"a different weight row of section {section!r} was already accepted for round {row.round}: "
                 "one row per recipient and round is allowed"
             )
-        write_atomically(path, json.dumps(accepted, indent=0).encode())
+        write_atomically(self._rows, json.dumps(accepted, indent=0).encode())
+
+    def smallest_row(self) -> int | None:
+        """Fewest contributors of any row that was accepted; None before the first.
+
+        Raises:
+            StateError: the record is damaged.
+        """
+        return min((count for _, count in self._accepted_rows().values()), default=None)
+
+    def _accepted_rows(self) -> dict[str, tuple[str, int]]:
+        """Digest and number of contributors of every accepted row, by round and section."""
+        if not self._rows.exists():
+            return {}
+        try:
+            found = json.loads(self._rows.read_text(encoding="utf-8"))
+            return {str(label): (str(digest), int(count)) for label, (digest, count) in found.items()}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise StateError(
+                f"{self._rows} is damaged ({error}); restore it from a backup, or start over with a new "
+                "state_dir (the privacy ledger in the old one must be kept: what it has spent stays spent)"
+            ) from None
 
     @property
     def ledger_path(self) -> Path:

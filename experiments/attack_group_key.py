@@ -42,7 +42,7 @@ HEADLINE: Final = (
     "the same key, and no policy on weights is in the way. Against that only DP on the adapter (`dp`, "
     "`dp+encrypted`) protects"
 )
-_NO_POLICY: Final = AggregationPolicy(minimum_contributors=1, weight_cap=1.0)
+_NO_POLICY: Final = AggregationPolicy(minimum_contributors=1, weight_cap=1.0, squares_cap=1.0)
 
 
 class _NoNetwork:

@@ -316,7 +316,13 @@ class _Client:
         evaluations = read_evaluations(self.state.directory)
         # One after the other: the accountants remember what they computed, and most clients ask the same.
         with COMPUTE:
-            statement = build_statement(self.kit.roster, self.state.record.run_id, self.ledger, self.plan)
+            statement = build_statement(
+                self.kit.roster,
+                self.state.record.run_id,
+                self.ledger,
+                self.plan,
+                smallest_row=self.state.smallest_row(),
+            )
         statement = statement.model_copy(update={"transport": "in_process"})
         write_atomically(self.state.directory / STATEMENT, statement.model_dump_json(indent=2).encode())
         scores = (
