@@ -25,6 +25,8 @@ SOLVED: Final = 0.1
 _PARALLEL: Final = 1e-6
 """Sine of the angle below which two rows count as one: their difference drowns in float32."""
 
+_TINY: Final = 1e-300
+
 
 def estimate_errors(weights_EU: FloatArray) -> FloatArray:
     """Relative error of the best linear estimate of every adapter outside a coalition.
@@ -44,7 +46,7 @@ def pair_errors(member: int, row_N: FloatArray, others: Sequence[int], rows_RN: 
     """What one recipient and each of some others solve for, two at a time.
 
     `estimate_errors` of two rows in closed form: with a, b the rows without the pair's own columns,
-    P_jj = (a_j² ⟨b,b⟩ − 2 a_j b_j ⟨a,b⟩ + b_j² ⟨a,a⟩) / (⟨a,a⟩⟨b,b⟩ − ⟨a,b⟩²).
+    P_jj = a_j² / ⟨a,a⟩ + (b_j − s a_j)² / (⟨b,b⟩ − s² ⟨a,a⟩), where s = ⟨a,b⟩ / ⟨a,a⟩.
 
     Args:
         member: index of the recipient.
@@ -55,17 +57,19 @@ def pair_errors(member: int, row_N: FloatArray, others: Sequence[int], rows_RN: 
     Returns:
         (R,) the least error over all adapters outside the pair.
     """
-    a_RN = np.repeat(row_N[None, :], len(others), axis=0)
-    b_RN = rows_RN.copy()
-    a_RN[np.arange(len(others)), others] = 0.0
-    b_RN[:, member] = 0.0
-    aa, bb = (np.maximum(np.einsum("rn,rn->r", m, m), 1e-300) for m in (a_RN, b_RN))
-    a_RN, b_RN = a_RN / np.sqrt(aa)[:, None], b_RN / np.sqrt(bb)[:, None]
-    # Gram-Schmidt rather than the determinant, which cancels where rows are nearly parallel.
-    rest_RN = b_RN - np.einsum("rn,rn->r", a_RN, b_RN)[:, None] * a_RN
-    length = np.linalg.norm(rest_RN, axis=1)
-    rest_RN = np.where((length > _PARALLEL)[:, None], rest_RN / np.maximum(length, _PARALLEL)[:, None], 0.0)
-    return np.asarray(np.sqrt(np.maximum(0.0, 1.0 - (a_RN**2 + rest_RN**2).max(axis=1, initial=0.0))))
+    square_N = row_N * row_N
+    aa_R = np.maximum(square_N.sum() - square_N[others], _TINY)
+    bb_R = np.einsum("rn,rn->r", rows_RN, rows_RN) - rows_RN[:, member] ** 2
+    slope_R = rows_RN @ row_N / aa_R
+    rest_R = bb_R - slope_R * slope_R * aa_R
+    apart_R = rest_R > _PARALLEL**2 * bb_R
+    known_RN = rows_RN - slope_R[:, None] * row_N
+    known_RN *= known_RN
+    known_RN *= np.where(apart_R, 1.0 / np.where(apart_R, rest_R, 1.0), 0.0)[:, None]
+    known_RN += square_N / aa_R[:, None]
+    known_RN[:, member] = 0.0
+    known_RN[np.arange(len(others)), others] = 0.0
+    return np.asarray(np.sqrt(np.maximum(0.0, 1.0 - known_RN.max(axis=1, initial=0.0))))
 
 
 def counted_coalition(contributors: int, rows: int) -> int:

@@ -144,19 +144,23 @@ def plan(
     weights_NN = softmax_weights(relevance, temperature, present, wanted)
     rows: dict[str, WeightRow] = {}
     refusals: dict[str, str] = {}
-    shares: dict[int, FloatArray] = {}
+    order: list[int] = []
+    shares_RN = np.zeros((len(clients), len(clients)))
     smallest: int | None = None
     for index in sorted(np.flatnonzero(wanted).tolist(), key=lambda i: clients[i]):
         recipient = clients[index]
         try:
-            row, solved = _separate_row(index, weights_NN[index], clients, policy, bits, round_number, shares)
+            row, solved = _separate_row(
+                index, weights_NN[index], clients, policy, bits, round_number, order, shares_RN[: len(order)]
+            )
         except PolicyError as error:
             refusals[recipient] = f"round {round_number}, {group.label}: {error}"
             continue
-        rows[recipient], shares[index] = row, _shares(row, clients)
+        rows[recipient], shares_RN[len(order)] = row, _shares(row, clients)
+        order.append(index)
         if solved:
             smallest = 2
-    if any(estimate_errors(row_N[None, :]).min() < SOLVED for row_N in shares.values()):
+    if any(estimate_errors(row_N[None, :]).min() < SOLVED for row_N in shares_RN[: len(order)]):
         smallest = 1
     return Plan(group, rows, refusals, smallest)
 
@@ -168,14 +172,14 @@ def _separate_row(
     policy: AggregationPolicy,
     bits: int,
     round_number: int,
-    planned: Mapping[int, FloatArray],
+    others: Sequence[int],
+    others_RN: FloatArray,
 ) -> tuple[WeightRow, bool]:
     """A row with which no pair of recipients solves for an adapter, if there is one; and whether one does."""
-    others, rows_RN = list(planned), np.array(list(planned.values())).reshape(len(planned), len(clients))
     candidates = _candidates(clients[index], weights_N, clients, policy, bits, round_number)
     first = next(candidates)
     for row in itertools.chain((first,), candidates):
-        if pair_errors(index, _shares(row, clients), others, rows_RN).min(initial=1.0) >= SOLVED:
+        if pair_errors(index, _shares(row, clients), others, others_RN).min(initial=1.0) >= SOLVED:
             return row, False
     if policy.withstands > 1:
         raise PolicyError(
