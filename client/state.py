@@ -5,12 +5,12 @@
     STATE/rows.json                the weight row that was accepted in every round
     STATE/upload-0003.bin          bytes of an upload that is not acknowledged yet, re-sent as they are
     STATE/profile-<data>-<map>.npy a noised task profile release, re-used until data or public map change
-    STATE/keys/                    group keys of the current and the previous epoch
+    STATE/keys/                    group keys of the current and the previous epoch, until the run is over
     STATE/picture-features/        what the frozen encoder makes of the client's own pictures
     STATE/ledger.sqlite            the privacy ledger (see `fedmosaic.privacy.ledger`)
 
 Every file is written beside its place, flushed to the disk, and renamed: a kill at any point leaves
-the old file or the new one, never half of one.
+the old file or the new one, never half of one. Nobody but the owner can read any of it.
 """
 
 import json
@@ -22,6 +22,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from fedmosaic.privacy.encryption.records import row_digest
+from fedmosaic.privacy.files import (
+    make_private,
+    private_directory,
+    private_opener,
+    sync_directory,
+    write_atomically,
+)
 from fedmosaic.privacy.policy import WeightRow
 from fedmosaic.protos.errors import PolicyError, StateError
 
@@ -50,18 +57,6 @@ class SessionRecord:
     completed_round: int = 0
 
 
-def write_atomically(path: Path, content: bytes, *, private: bool = False) -> None:
-    """Replace `path` by `content` so that a crash leaves the old or the new file, never a mixture."""
-    temporary = path.with_name(path.name + ".new")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o644)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync_directory(path.parent)
-
-
 def hold_directory(path: Path, instead: str) -> IO[bytes]:
     """Hold a directory for one process; the operating system lets go when the process ends.
 
@@ -75,7 +70,7 @@ def hold_directory(path: Path, instead: str) -> IO[bytes]:
     Raises:
         StateError: another process holds the directory.
     """
-    file = path.open("ab")
+    file = open(path, "ab", opener=private_opener)
     if fcntl is not None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -87,16 +82,6 @@ def hold_directory(path: Path, instead: str) -> IO[bytes]:
     return file
 
 
-def _sync_directory(directory: Path) -> None:
-    if os.name != "posix":
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class ClientState:
     """The state directory of one client in one federation."""
 
@@ -104,7 +89,7 @@ class ClientState:
         """Open or create the state.
 
         Args:
-            directory: created with mode 0700 if missing.
+            directory: made if missing; closed to other users if it is open to them.
             federation: name of the federation.
             client: this client's id.
 
@@ -112,7 +97,7 @@ class ClientState:
             StateError: the directory belongs to another federation or client, or is damaged.
         """
         self.directory = directory
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_directory(directory)
         self._lock = hold_directory(directory / "lock", "give each client its own state_dir")
         self._file = directory / "session.json"
         self._rows = directory / "rows.json"
@@ -187,14 +172,15 @@ class ClientState:
         temporary = place.with_name("saving")
         if temporary.exists():
             shutil.rmtree(temporary)
-        temporary.mkdir(parents=True, mode=0o700)
+        private_directory(temporary)
         save(temporary)
+        make_private(temporary)
         for file in temporary.rglob("*"):
             if file.is_file():
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
         temporary.rename(place)
-        _sync_directory(place.parent)
+        sync_directory(place.parent)
 
     def adapter_path(self, round_number: int) -> Path:
         """Where the adapter after `round_number` is stored."""
