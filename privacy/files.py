@@ -45,12 +45,16 @@ def private_opener(path: str, flags: int) -> int:
 
 
 def private_directory(directory: Path) -> None:
-    """Make a directory that only its owner can enter; close one that is there and open to others.
+    """Make a directory that only its owner can enter, and those above it; close one that is open to others.
+
+    What stands above and was there before is left as it is.
 
     Raises:
         StateError: it is open to others and belongs to somebody else.
     """
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for place in reversed((directory, *directory.parents)):
+        if not place.exists():
+            place.mkdir(exist_ok=True, mode=0o700)
     mode = directory.stat().st_mode
     if not _POSIX or not mode & _OTHERS:
         return
