@@ -27,12 +27,13 @@ from fedmosaic.client.releases import (
 )
 from fedmosaic.client.session import Session
 from fedmosaic.client.settings import ClientSettings
-from fedmosaic.client.state import ClientState, write_atomically
+from fedmosaic.client.state import ClientState
 from fedmosaic.client.statement import build_statement
 from fedmosaic.client.transport import GrpcTransport
 from fedmosaic.privacy.accounting import default_delta
 from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.federation import Kit, open_kit
+from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.ledger import Ledger, parameters_of, read_ledger
 from fedmosaic.privacy.noise import SecureNoise, SeededTestNoise
 from fedmosaic.privacy.report_costs import shareable
@@ -102,7 +103,12 @@ def run(settings: ClientSettings) -> None:
             result.put("after", scores_after(learner))
             progress.stage(0, "writing the privacy statement")
             statement = build_statement(
-                kit.roster, state.record.run_id, ledger, plan, clipped_share=releases.clipping.shares()
+                kit.roster,
+                state.record.run_id,
+                ledger,
+                plan,
+                smallest_row=state.smallest_row(),
+                clipped_share=releases.clipping.shares(),
             )
             write_atomically(state.directory / STATEMENT, statement.model_dump_json(indent=2).encode())
             transport.report(shareable(statement).model_dump_json().encode())

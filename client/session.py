@@ -132,6 +132,8 @@ class Session:
         round_number = max(enrolled.round, self._state.record.completed_round + 1)
         while round_number <= enrolled.rounds:
             round_number = self._take_part(enrolled, round_number)
+        # Last, so that a crash before it leaves keys that the next start deletes, and never too few.
+        self._protection.forget_keys()
 
     def _enrol(self) -> Enrolled:
         return self._transport.enrol(

@@ -192,7 +192,7 @@ def federation(target: Target, prober: Prober, sizes: Sizes, skipped: list[str])
         weights = attack_federation.simulated_weights(
             max(_LEAST_MEMBERS, len(names)), _SIMULATED_ROUNDS, scenario.relevance, scenario.policy, seed
         )
-    results = group_key_results(target)
+    results = group_key_results()
     results += attack_federation.collusion_results(
         weights, scenario.policy, source=source, dp_noise=noise, seed=seed
     )
