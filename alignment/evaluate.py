@@ -39,6 +39,7 @@ from fedmosaic.client.colora.basis import draw_orthonormal
 from fedmosaic.client.evaluation import choice_accuracy
 from fedmosaic.client.examples import Example, collate, encode_examples, padding_token, read_examples
 from fedmosaic.client.loss import example_losses, on_device_of, training_mode
+from fedmosaic.client.models import without_rename_notice
 from fedmosaic.client.training import TrainingSettings, train_local
 from fedmosaic.protos.errors import ConfigurationError, StateError
 
@@ -131,7 +132,8 @@ class LoadedModel:
         """The model with the aligned adapter of a folder; only its local cores act and are trained."""
         if not (folder / "adapter_config.json").is_file():
             raise StateError(f"{folder} holds no checkpoint though the manifest names it; align again.")
-        adapted = PeftModel.from_pretrained(self.base, str(folder), is_trainable=True)
+        with without_rename_notice():
+            adapted = PeftModel.from_pretrained(self.base, str(folder), is_trainable=True)
         set_active_branches(adapted, {"local"})
         set_trainable(adapted, {"local"}, layers="shared")
         set_trainable(adapted, set(), layers="family")

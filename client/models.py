@@ -1,6 +1,7 @@
 """Loading of base models and tokenizers, from a local folder or a hub, whole or cut in depth."""
 
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -177,7 +178,19 @@ def adapt(model: PreTrainedModel, config: CoLoraConfig, adapter_name: str = "def
     """
     if config.task_type is None:
         config.task_type = TaskType.CAUSAL_LM
-    return get_peft_model(model, config, adapter_name=adapter_name)
+    with without_rename_notice():
+        return get_peft_model(model, config, adapter_name=adapter_name)
+
+
+@contextmanager
+def without_rename_notice() -> Iterator[None]:
+    """Keep from users that PEFT reads a property of transformers by its old name.
+
+    They can do nothing about it: 0.21.2 is PEFT's newest version, and every log would begin with the notice.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:

@@ -1,11 +1,20 @@
-"""What all tests share: the devices of this machine."""
+"""What all tests share: the devices of this machine, and how property tests draw their examples."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import devices
+
+# A slow or busy machine says nothing about the code, so no example has a deadline.
+settings.register_profile(
+    "repeatable", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
+# `make test-slow` looks for new counterexamples, and prints how to repeat the one it finds.
+settings.register_profile("searching", settings.get_profile("repeatable"), derandomize=False, print_blob=True)
+settings.load_profile("repeatable")
 
 
 def _devices() -> Iterator[object]:

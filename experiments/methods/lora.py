@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client.colora import find_decoder_layers
 from fedmosaic.client.loss import logits_at
-from fedmosaic.client.models import load_model
+from fedmosaic.client.models import load_model, without_rename_notice
 from fedmosaic.client.settings import ModelSettings
 from fedmosaic.client.vision.tower import has_tower
 from fedmosaic.privacy.roster import AdapterTerms
@@ -58,7 +58,8 @@ def load_with_lora(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model = get_peft_model(base, config, adapter_name=names[0])
+            with without_rename_notice():
+                model = get_peft_model(base, config, adapter_name=names[0])
         except ValueError as error:
             raise ModelError(f"{settings.path} cannot carry LoRA: {error}") from error
         if not isinstance(model, PeftModel):

@@ -296,8 +296,10 @@ def test_streamed_moments_are_those_of_hooks_on_single_texts(place: Path) -> Non
         rows["g"].append(kept[1].grad[0, visible])
     x, g = (torch.cat(rows[part]).double() for part in "xg")
     assert found.inputs[key].count == len(x)
-    torch.testing.assert_close(found.inputs[key].cross_DE, x.T @ x / len(x), rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(found.gradients[key].model_EE, g.T @ g / len(g), rtol=1e-4, atol=1e-9)
+    for moments, rows_of_one in ((found.inputs[key].cross_DE, x), (found.gradients[key].model_EE, g)):
+        expected = rows_of_one.T @ rows_of_one / len(rows_of_one)
+        # Float32 activations: the error of an entry is of the size of the largest, not of its own.
+        torch.testing.assert_close(moments, expected, rtol=0, atol=float(1e-5 * expected.abs().max()))
 
 
 def test_synthetic_text_needs_only_the_anchor(place: Path, tmp_path: Path) -> None:

@@ -356,7 +356,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool) -> Non
         fill(model)
         if checkpointing:
             model.enable_input_require_grads()
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
         model.train()
         model(input_ids=IDS, labels=IDS).loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
@@ -394,6 +394,7 @@ def test_per_sample_gradients_of_opacus_are_those_of_single_examples() -> None:
             assert gradient is not None
             single[name].append(gradient.clone())
     model.zero_grad()
+    model.enable_input_require_grads()  # Opacus's hooks want a gradient of every module's input
     wrapped = GradSampleModule(model, loss_reduction="mean")
     wrapped(input_ids=ids, labels=ids).loss.backward()
     for name in trained:

@@ -117,6 +117,7 @@ def test_the_clipped_sum_equals_that_of_opacus_optimizer(model: nn.Module) -> No
         rows = rows_of(model, cores, examples)
         norms = sorted(float(row.norm()) for row in rows)
         # Half-way between two norms, so that no last bit decides what is clipped.
+        assert norms[4] > 1.01 * norms[3]
         bound = (norms[3] + norms[4]) / 2
         total = clip_and_sum(rows, bound)
         wrapped = GradSampleModule(model, strict=False, loss_reduction="sum")

@@ -151,8 +151,9 @@ def test_nothing_divides_by_the_size_of_the_sample_or_of_the_data() -> None:
     once, twice = make_model(), make_model()
     train(once, examples, change(steps=1), Script())
     train(twice, examples + examples, change(steps=1), Script())
-    ratio = read_shared(twice) / read_shared(once)
-    assert np.allclose(ratio, 2.0, rtol=1e-3)
+    # Of the whole vector: a coordinate near zero has no digits to compare.
+    left = read_shared(twice) - 2.0 * read_shared(once)
+    assert np.linalg.norm(left) < 1e-3 * np.linalg.norm(read_shared(once))
 
 
 def test_noise_is_drawn_once_per_step_over_all_coordinates() -> None:
@@ -193,8 +194,9 @@ def test_training_that_moves_nothing_is_told_at_home_and_ends_as_any_other(
 def test_noisy_sum_has_the_stated_distribution() -> None:
     total = ClippedSum(np.full(40_000, 3 * GRID, dtype=np.int64), 0, 0, 5)
     draws = noisy_sum(total, 0.5, 2.0, SecureNoise()).numpy() / 0.5
-    assert abs(draws.mean() - 3.0) < 5 * 2.0 / math.sqrt(40_000)
-    assert abs(draws.std() / 2.0 - 1.0) < 5 / math.sqrt(2 * 40_000)
+    # Six standard deviations are passed by chance in two of a billion runs.
+    assert abs(draws.mean() - 3.0) < 6 * 2.0 / math.sqrt(40_000)
+    assert abs(draws.std() / 2.0 - 1.0) < 6 / math.sqrt(2 * 40_000)
     # On the grid: the low bits are those of an integer, whatever the data.
     assert np.array_equal(draws * GRID, np.rint(draws * GRID))
 

@@ -5,6 +5,7 @@ import logging
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -210,6 +211,13 @@ def test_adapt_freezes_the_base_and_fills_in_the_task(folder: Path) -> None:
     assert adapted.active_adapters == ["mine"]
     assert all("colora_" in name for name, p in adapted.named_parameters() if p.requires_grad)
     assert adapted.peft_config["mine"].task_type == "CAUSAL_LM"
+
+
+def test_an_adapter_is_put_on_without_a_warning(folder: Path) -> None:
+    model, _ = load_base_model(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapt(model, CoLoraConfig(r=2, blocks=2))
 
 
 def test_a_saved_adapter_says_once_how_to_load_it(folder: Path, tmp_path: Path) -> None:

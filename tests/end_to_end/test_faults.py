@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,18 +12,13 @@ from pathlib import Path
 import pytest
 
 from end_to_end import federation_of_vectors as fv
+from end_to_end.ports import free_port
 
 pytestmark = pytest.mark.timeout(1200)
 CLIENT = Path(__file__).with_name("vector_client.py")
 PATIENCE = 300
 """Seconds that end a test which hangs; a process may take long to start on a busy machine."""
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 STARTED: list[subprocess.Popen[bytes]] = []

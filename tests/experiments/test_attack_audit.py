@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -83,9 +84,14 @@ def audited(sigma: float, noise: Any, releases: int = 2000) -> AttackResult:
     return audit_profile(PublicMap(mechanism(sigma)), factors(20), noise, releases=releases)
 
 
+def broken_twice(audit: Callable[[], AttackResult]) -> bool:
+    """Whether two audits of real noise raise the alarm; by chance each does so once in ten thousand."""
+    return all(audit().broken for _ in range(2))
+
+
 @pytest.mark.parametrize("epsilon", [1.0, 3.0, 8.0])
 def test_the_real_profile_release_keeps_its_promise_and_the_audit_is_nearly_tight(epsilon: float) -> None:
-    assert not audited(sigma_for(epsilon), SecureNoise()).broken
+    assert not broken_twice(lambda: audited(sigma_for(epsilon), SecureNoise()))
     result = audited(sigma_for(epsilon), SeededTestNoise(11))
     certified = result.figures[0]
     assert not result.broken
@@ -177,8 +183,8 @@ def adapter_result(randomness: Any = None) -> AttackResult:
 
 
 def test_the_real_dp_training_keeps_its_promise_in_one_run() -> None:
-    result = adapter_result(SecureNoise())
-    assert not result.broken
+    assert not broken_twice(lambda: adapter_result(SecureNoise()))
+    result = adapter_result()
     assert result.epsilon == pytest.approx(gaussian_epsilon(math.sqrt(4) / 4.0, DELTA), abs=0.02)
 
 

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from end_to_end.ports import free_port
 from fedmosaic.client.transport import GrpcTransport, TransportOptions
 from fedmosaic.privacy import identity
 from fedmosaic.protos import bounds, wire
@@ -412,8 +412,8 @@ def test_a_second_push_replaces_one_that_hangs(
 def test_a_restart_in_the_middle_of_a_round_is_survived_by_waiting_clients(
     federation: Any, settings: Any, start_server: Any, connect: Any
 ) -> None:
+    settings = settings.model_copy(update={"listen": f"127.0.0.1:{free_port()}"})
     first = start_server(settings)
-    settings = settings.model_copy(update={"listen": f"127.0.0.1:{first.port}"})
     transports = {c: connect(first, c, retry_seconds=120.0) for c in federation.clients}
     run_id = run_id_of(federation, *transports.values())
     for client in federation.clients[:3]:
@@ -514,11 +514,8 @@ def test_a_server_without_certificates_does_not_start(
 
 def test_a_server_that_is_not_there_is_given_up_after_the_patience(federation: Any, authority: Any) -> None:
     certificate, key = authority.client("clinic-a")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     transport = GrpcTransport(
-        f"localhost:{port}",
+        f"localhost:{free_port()}",
         authority=authority.certificate,
         certificate=certificate,
         private_key=key,
