@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmosaic.client.state import write_atomically
 from fedmosaic.client.transport import Transport
+from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.encryption.ciphers import generate_group_secret, group_secret_bytes
 from fedmosaic.privacy.group_key import GroupKey
 from fedmosaic.privacy.key_agreement import MINIMUM_MEMBERS, KeyAgreement, plan_epoch
@@ -246,7 +247,7 @@ class Keyring:
                 f"this client was not part of key epoch {epoch} and cannot read its uploads"
             )
         try:
-            stored = json.loads(path.read_text())
+            stored = parse_json(path.read_bytes())
             key = GroupKey.load(stored["key"].encode())
             agreed = _Agreed(key, int(stored["first_round"]), bytes.fromhex(stored["roster_hash"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,5 +1,6 @@
 """Loading of base models and tokenizers, from a local folder or a hub, whole or cut in depth."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,7 +121,10 @@ def adapt(model: PreTrainedModel, config: CoLoraConfig, adapter_name: str = "def
     """
     if config.task_type is None:
         config.task_type = TaskType.CAUSAL_LM
-    return get_peft_model(model, config, adapter_name=adapter_name)
+    with warnings.catch_warnings():
+        # PEFT asks the model for a property by the name that transformers had before.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return get_peft_model(model, config, adapter_name=adapter_name)
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:

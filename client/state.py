@@ -12,6 +12,7 @@ Every file is written beside its place, flushed to the disk, and renamed: a kill
 the old file or the new one, never half of one.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.encryption.records import row_digest
 from fedmosaic.privacy.policy import WeightRow
 from fedmosaic.protos.errors import PolicyError, StateError
@@ -72,18 +74,39 @@ def hold_directory(path: Path, instead: str) -> IO[bytes]:
         The open file; closing it lets go.
 
     Raises:
-        StateError: another process holds the directory.
+        StateError: another process holds the directory, or its file system has no locks.
     """
     file = path.open("ab")
     if fcntl is not None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             file.close()
-            raise StateError(
-                f"{path.parent} is in use by another process; stop that one first, or {instead}"
-            ) from None
+            raise StateError(_why_not_held(error, path.parent, instead)) from None
     return file
+
+
+def _why_not_held(error: OSError, directory: Path, instead: str) -> str:
+    # flock(2): EWOULDBLOCK is the only word for a lock that somebody else has.
+    if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+        return f"{directory} is in use by another process; stop that one first, or {instead}"
+    return (
+        f"{directory} is on a file system that has no locks ({error.strerror}), so nothing would keep two "
+        "processes apart, and the privacy ledger needs locks as well; give a directory on a local disk"
+    )
+
+
+def _read_rows(path: Path) -> dict[str, str]:
+    try:
+        rows = parse_json(path.read_bytes())
+        if not isinstance(rows, dict) or not all(isinstance(digest, str) for digest in rows.values()):
+            raise ValueError("it is no table of digests")
+        return rows
+    except (OSError, ValueError) as error:
+        raise StateError(
+            f"{path} is damaged ({error}); restore it from a backup, or delete it: a server that told "
+            "this client two different rows for the round under way would then not be noticed"
+        ) from None
 
 
 def _sync_directory(directory: Path) -> None:
@@ -130,11 +153,15 @@ class ClientState:
 
     def _read(self) -> SessionRecord:
         try:
-            data: dict[str, Any] = json.loads(self._file.read_text(encoding="utf-8"))
+            data: dict[str, Any] = parse_json(self._file.read_bytes())
             if data.pop("version") != _VERSION:
                 raise ValueError("unknown version")
-            return SessionRecord(**data)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            record = SessionRecord(**data)
+            names = (record.federation, record.client, record.run_id)
+            if not all(isinstance(name, str) for name in names) or type(record.completed_round) is not int:
+                raise ValueError("a value has another type")
+            return record
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StateError(
                 f"{self._file} is damaged ({error}); restore it from a backup, or start over with a new "
                 "state_dir (the privacy ledger in the old one must be kept: what it has spent stays spent)"
@@ -218,9 +245,10 @@ class ClientState:
 
         Raises:
             PolicyError: another row was accepted for this section and round before.
+            StateError: the record of the rows is damaged.
         """
         path = self.directory / "rows.json"
-        accepted: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+        accepted = _read_rows(path) if path.exists() else {}
         label = f"{row.round}/{section}"
         digest = row_digest(row).hex()
         if accepted.setdefault(label, digest) != digest:

@@ -9,12 +9,13 @@ from typing import Literal
 
 import tyro
 
-from fedmosaic.client.examples import encode_examples, read_examples
+from fedmosaic.client.examples import encode_examples, read_public_examples
 from fedmosaic.client.models import load_base_model
 from fedmosaic.client.probe import open_probe
 from fedmosaic.client.public_basis import BasisSettings, fit_mechanism
 from fedmosaic.privacy.federation import BASIS
 from fedmosaic.privacy.mechanism import ProfileMechanism, Reduction
+from fedmosaic.privacy.terminal import guarded
 
 PROFILE = "profile.json"
 
@@ -59,7 +60,7 @@ def fit(arguments: Arguments) -> ProfileMechanism:
     mechanism, basis = fit_mechanism(
         probe,
         Path(arguments.probe).name,
-        encode_examples(tokenizer, read_examples(arguments.public), arguments.max_length),
+        encode_examples(tokenizer, read_public_examples(arguments.public), arguments.max_length),
         Reduction(
             kind=arguments.kind,
             hidden_size=probe.hidden_size,
@@ -103,4 +104,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(guarded("fedmosaic probe", lambda: main(sys.argv[1:])))
