@@ -9,7 +9,6 @@ generated answer always starts from the prompt's own tokens, and training has to
 """
 
 import difflib
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,11 @@ from fedmosaic.privacy.configuration import decode_text, parse_json
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
 _KEYS: Final = ("id", "prompt", "answer", "choices")
-_FIELD: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,31}")
+_CUSTOMARY: Final = frozenset(
+    "completion context input instruction label messages options output question response source target text "
+    "title".split()
+)
+"""Fields that other programs' data sets have."""
 IGNORED: Final = -100
 """Label of positions that carry no loss (the value that PyTorch's cross entropy ignores)."""
 
@@ -259,14 +262,14 @@ def _parse(line: str, path: Path, number: int, *, named: bool) -> Example:
 
 
 def _check_keys(record: dict[str, object], where: str) -> None:
-    unknown = sorted(set(record) - set(_KEYS))
-    if not unknown:
-        return
-    # A key may be a piece of somebody's text; only what looks like the name of a field is shown.
-    shown = [repr(key) if _FIELD.fullmatch(key) else "one that is no field's name" for key in unknown[:5]]
-    near = difflib.get_close_matches(unknown[0], _KEYS, n=1) if _FIELD.fullmatch(unknown[0]) else []
-    hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(_KEYS)} only"
-    raise ConfigurationError(f"{where} has the unknown key(s) {', '.join(shown)}; {hint}")
+    for position, key in enumerate(record, 1):
+        if key in _KEYS:
+            continue
+        near = difflib.get_close_matches(key.lower(), _KEYS, n=1)
+        # A key may be a piece of somebody's text: only a customary name is shown, any other by its place.
+        shown = f"key {key!r}" if near or key.lower() in _CUSTOMARY else f"key number {position}"
+        hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(_KEYS)} only"
+        raise ConfigurationError(f"{where} has the unknown {shown}; {hint}")
 
 
 def _encode(

@@ -126,9 +126,8 @@ def _target(scenario: Scenario, directory: Path | None) -> Target:
             )
         )
     name = directory.resolve().name if directory is not None else scenario.name
-    return Target(
-        name, scenario, directory, tuple(victims), read_public_examples(scenario.profile.public_data)
-    )
+    public = read_public_examples(scenario.profile.public_data)
+    return Target(name, scenario, directory, tuple(victims), public)
 
 
 @dataclass(frozen=True, eq=False)

@@ -177,7 +177,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             raise ValueError("it is no JSON object")
     except (OSError, ValueError) as error:
         raise ConfigurationError(
-            f"{path} is damaged: {error}; restore it from a backup, or move it away to see the rest of the run"
+            f"{path} is damaged: {error}; restore it from a backup, or move it away and see the rest"
         ) from None
     return content
 

@@ -80,7 +80,7 @@ def parse_json(content: str | bytes) -> Any:
         content: one JSON value; bytes are UTF-8.
 
     Raises:
-        ValueError: it is no JSON, is nested too deeply, or holds what JSON cannot; the message quotes nothing.
+        ValueError: it is no JSON, is nested too deeply, or holds what JSON cannot. Nothing is quoted.
     """
     text = decode_text(content) if isinstance(content, bytes) else content
     try:

@@ -26,7 +26,6 @@ from fedmosaic.privacy import identity
 from fedmosaic.privacy.configuration import Frozen
 from fedmosaic.privacy.mechanism import ProfileMechanism
 from fedmosaic.privacy.names import Family, Host, MemberId, Port
-from fedmosaic.privacy.projection import PublicBasis
 from fedmosaic.privacy.roster import Member, Roster, Terms
 from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import ConfigurationError, IdentityError
@@ -192,17 +191,19 @@ def _check_basis(mechanism: ProfileMechanism, basis: Path | None) -> None:
     if basis is None:
         if mechanism.basis_sha256:
             raise ConfigurationError(
-                "the terms name a public basis (terms.profile.basis_sha256); give its file with --basis, beside "
-                "the terms in the folder that `fedmosaic probe` wrote"
+                "the terms name a public basis (terms.profile.basis_sha256); give its file with --basis; "
+                "`fedmosaic probe` wrote it beside the terms"
             )
         return
     if not basis.is_file():
         raise ConfigurationError(f"{basis}: no such file; give the public basis that the terms name")
+    from fedmosaic.privacy.projection import PublicBasis  # reads tensors, which a server never does
+
     found = PublicBasis.load(basis).sha256
     if found != mechanism.basis_sha256:
         raise ConfigurationError(
-            f"{basis} has hash {found}, terms.profile.basis_sha256 is {mechanism.basis_sha256}; take the terms and "
-            "the basis from one run of `fedmosaic probe`"
+            f"{basis} has hash {found}, terms.profile.basis_sha256 is {mechanism.basis_sha256}; take "
+            "the terms and the basis from one run of `fedmosaic probe`"
         )
 
 

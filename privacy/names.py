@@ -56,7 +56,7 @@ def address(text: str) -> str:
 
 
 def listen_address(text: str) -> str:
-    """Where a server listens: as `address`, and 0.0.0.0 or [::] for all of the machine's, port 0 for a free one.
+    """Where a server listens: as `address`, and 0.0.0.0 or [::] for all of the machine, port 0 for a free one.
 
     Raises:
         ValueError: a part is missing or impossible; what would be right is said.
@@ -118,9 +118,7 @@ def _ip_address(text: str) -> _IpAddress | None:
     except ValueError:
         return None
     if isinstance(found, ipaddress.IPv6Address) and found.scope_id is not None:
-        raise ValueError(
-            "an address with a zone (%) means something else on every machine; leave the zone out"
-        )
+        raise ValueError("an address with a zone (%) is another one on every machine; leave the zone out")
     return found
 
 
@@ -137,8 +135,8 @@ def _dns_name(text: str) -> str:
     labels = name.split(".")
     if len(name) > _LONGEST_HOST or not all(_LABEL.fullmatch(label) for label in labels):
         raise ValueError(
-            f"this is no host name: at most {_LONGEST_HOST} characters, parts of at most 63 of letters, digits "
-            "and '-' between dots, such as fl.example.org"
+            f"this is no host name: at most {_LONGEST_HOST} characters, between dots at most 63 of letters, "
+            "digits and '-', such as fl.example.org"
         )
     if labels[-1].isdigit() or re.fullmatch(r"0x[0-9a-f]*", labels[-1]):
         raise ValueError("this is neither a name nor a complete address, such as 192.0.2.1")

@@ -1,7 +1,7 @@
 """The border between a command and the terminal: what every command does about errors, pipes and encodings.
 
-A person sees one line that names the file and what to do. The trace is for `--traceback`, or for a machine on
-which FEDMOSAIC_TRACEBACK is set; it may quote what a file holds, so it is never shown unasked for these errors.
+A person sees one line that names the file and what to do. The trace is for `--traceback`, or for a machine
+on which FEDMOSAIC_TRACEBACK is set; it may quote what a file holds, so it is not shown unasked.
 """
 
 import codecs
@@ -41,9 +41,9 @@ _REMEDIES: Final = {
 }
 _OS_ERROR: Final = re.compile(r"\(os error (\d+)\)")
 _ASCII: Final = {
-    "α": "alpha", "β": "beta", "δ": "delta", "ε": "epsilon", "μ": "mu", "σ": "sigma", "τ": "tau", "Δ": "Delta",
-    "Σ": "sum", "∞": "infinity", "→": "->", "≤": "<=", "≥": ">=", "≠": "!=", "−": "-", "–": "-", "—": "-", "·": "*",
-    "×": "x", "±": "+-", "²": "^2", "…": "...", "√": "sqrt", "’": "'", "‘": "'", "“": '"', "”": '"',
+    "α": "alpha", "β": "beta", "δ": "delta", "ε": "epsilon", "μ": "mu", "σ": "sigma", "τ": "tau", "Σ": "sum",
+    "∞": "infinity", "→": "->", "≤": "<=", "≥": ">=", "≠": "!=", "−": "-", "–": "-", "—": "-", "·": "*",
+    "×": "x", "±": "+-", "²": "^2", "…": "...", "√": "sqrt", "’": "'", "‘": "'", "“": '"', "”": '"', "─": "-",
 }  # fmt: skip
 """Signs of the reports, for terminals that have ASCII only: a statement in question marks says nothing."""
 
@@ -99,9 +99,7 @@ def explain(error: BaseException) -> str | None:
         return _explain_os(error)
     database = getattr(error, "orig", error)  # SQLAlchemy keeps what the driver raised
     if isinstance(database, sqlite3.OperationalError) or type(database) is sqlite3.DatabaseError:
-        return (
-            f"a database cannot be used ({database}); check the space, the mode and the owner of its folder"
-        )
+        return f"a database cannot be used ({database}); check space, mode and owner of its folder"
     # safetensors wraps what the operating system said; only the number tells that it was that.
     found = _OS_ERROR.search(str(error)) if type(error).__name__ == "SafetensorError" else None
     if found:
