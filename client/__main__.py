@@ -29,6 +29,7 @@ from fedmosaic.client.session import Session
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState, write_atomically
 from fedmosaic.client.statement import build_statement
+from fedmosaic.client.traffic import Traffic
 from fedmosaic.client.transport import GrpcTransport
 from fedmosaic.privacy.accounting import default_delta
 from fedmosaic.privacy.configuration import parse_json, read_configuration
@@ -42,6 +43,7 @@ from fedmosaic.protos.errors import ConfigurationError, LedgerError, ModelError,
 log = logging.getLogger("fedmosaic.client")
 RESULT = "result.json"
 STATEMENT = "statement.json"
+TRAFFIC = "traffic.json"
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,11 @@ def run(settings: ClientSettings) -> None:
         plan = _plan(settings, kit, ledger, learner.example_count)
         releases = _releases(settings, kit, ledger, state, learner, plan)
         transport = GrpcTransport(
-            settings.server, authority=kit.authority, certificate=kit.tls_certificate, private_key=kit.tls_key
+            settings.server,
+            authority=kit.authority,
+            certificate=kit.tls_certificate,
+            private_key=kit.tls_key,
+            traffic=Traffic(settings.state_dir / TRAFFIC),
         )
         try:
             identity = Identity(client_id, kit.signing_key())

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from cryptography import x509
 from rich.console import Console
 from rich.table import Table
 
 from fedmosaic.privacy import federation
 from fedmosaic.privacy.configuration import read_configuration, validate
+from fedmosaic.privacy.identity import read_certificate
 
 _RENEW_WITHIN = dt.timedelta(days=14)
 
@@ -68,6 +68,8 @@ class Rotate:
 class Show:
     """List the members, the days their certificates are still good for, and the roster's fingerprint."""
 
+    place: tyro.conf.Positional[Path | None] = None
+    """Directory that `keys init` made; the same as --directory."""
     directory: Path = Path("federation")
     """Directory that `keys init` made."""
 
@@ -107,8 +109,8 @@ def main(arguments: Sequence[str]) -> int:
         case Rotate(member, directory):
             roster = federation.rotate_member(directory, member)
             _tell_new_roster(console, directory, roster.serial)
-        case Show(directory):
-            _show(console, directory)
+        case Show(place, directory):
+            _show(console, place or directory)
     return 0
 
 
@@ -136,7 +138,7 @@ def _show(console: Console, directory: Path) -> None:
 def _validity(path: Path) -> str:
     if not path.exists():
         return "kit not here"
-    left = x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc - dt.datetime.now(dt.UTC)
+    left = read_certificate(path).not_valid_after_utc - dt.datetime.now(dt.UTC)
     if left <= dt.timedelta():
         return "EXPIRED: run `fedmosaic keys rotate`"
     days = f"{left.days} days left"

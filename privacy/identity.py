@@ -288,8 +288,8 @@ def read_private_key(path: Path) -> PrivateKeyTypes:
         return serialization.load_pem_private_key(read_private(path), password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
         raise IdentityError(
-            f"{path}: not a private key in PEM without a passphrase; take it from the kit again, or ask for a "
-            "new kit (`fedmosaic keys rotate`)"
+            f"{path}: not a private key in PEM without a passphrase; take it from the kit again, or ask for "
+            "a new kit (`fedmosaic keys rotate`)"
         ) from None
 
 

@@ -56,7 +56,7 @@ def address(text: str) -> str:
 
 
 def listen_address(text: str) -> str:
-    """Where a server listens: as `address`, and 0.0.0.0 or [::] for all of the machine, port 0 for a free one.
+    """Where a server listens: an `address`, or 0.0.0.0 or [::] for all of the machine; port 0 for a free one.
 
     Raises:
         ValueError: a part is missing or impossible; what would be right is said.
