@@ -218,9 +218,9 @@ class ModelLearner:
             self._sampler.load_state_dict(sampler)
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StateError) as error:
             raise StateError(
-                f"{directory}: the saved adapter cannot be read ({str(error)[:200]}); restore the folder from "
-                "a backup, or delete it: the client then goes on with a fresh adapter, and what the ledger has "
-                "spent stays spent"
+                f"{directory}: the saved adapter cannot be read ({str(error)[:200]}); restore the folder "
+                "from a backup, or delete it: the client then goes on with a fresh adapter, and what the "
+                "ledger has spent stays spent"
             ) from None
 
 

@@ -11,6 +11,7 @@ from fedmosaic.protos.errors import AccountingError
 _RELATIVE_PRECISION = 1e-3
 _LARGEST_FACTOR = 1e6
 _SMALLEST_FACTOR = 1e-2
+_MOST_TIGHT_STEPS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +165,13 @@ def _smallest_factor(
     events_at: Callable[[float], list[GaussianEvent]],
     accountant: str,
 ) -> float:
+    # Where a tight value takes minutes, or cannot be had, the looser bound plans a little more noise. The
+    # ledger, too, goes on with it then (`fedmosaic.privacy.accounting.epsilon_bound`).
+    if sum(event.steps for event in events_at(1.0)) > _MOST_TIGHT_STEPS:
+        accountant = "rdp"
     try:
         return _search(target, delta, fixed, events_at, accountant)
     except _NoTightBoundError:
-        # The ledger, too, then goes on with the looser bound (`fedmosaic.privacy.accounting.epsilon_bound`).
         return _search(target, delta, fixed, events_at, "rdp")
 
 
