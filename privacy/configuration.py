@@ -132,22 +132,28 @@ def validate(data: object, model: type[Model], source: str) -> Model:
 
 
 def _explain(error: ValidationError, model: type[BaseModel]) -> Iterable[str]:
-    for problem in error.errors():
-        location = ".".join(str(part) for part in problem["loc"]) or "(whole file)"
+    problems = error.errors()
+    for problem in problems:
+        place, reason = problem["loc"], problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "too_short" and any(
+            other["loc"][: len(place)] == place and other is not problem for other in problems
+        ):
+            continue  # what pydantic says of a list whose items it has refused
+        location = ".".join(str(part) for part in place) or "(whole file)"
         if problem["type"] == "extra_forbidden":
-            known = _keys_beside(model, problem["loc"])
-            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+            known = _keys_beside(model, place)
+            near = difflib.get_close_matches(str(place[-1]), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
             yield f"{location}: unknown key; {hint}"
         elif problem["type"] == "missing":
             yield f"{location}: missing"
         elif isinstance(problem["input"], dict):
             # A rule over several keys; the whole table would hide it, and may hold a password.
-            yield f"{location}: {problem['msg']}"
+            yield f"{location}: {reason}"
         else:
             shown = _CREDENTIALS.sub("://***@", repr(problem["input"]))
             shown = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 1]}…"
-            yield f"{location}: {problem['msg']} (got {shown})"
+            yield f"{location}: {reason} (got {shown})"
 
 
 def _keys_beside(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
