@@ -25,8 +25,8 @@ _CREDENTIALS: Final = re.compile(r"(?<=://)[^/@\s]*@|^[^/@\s]*@")
 _FINAL: Final = (
     (
         "certificate has expired",
-        "the server's certificate has expired; whoever runs the server takes a new kit "
-        "from the consortium (if this machine's clock is right)",
+        "the server's certificate has expired (if this machine's clock is right); the consortium makes a new "
+        "one with `fedmosaic keys rotate-server`",
     ),
     (
         "certificate is not yet valid",
@@ -89,8 +89,8 @@ def explain(text: str, address: str) -> Cause:
     if "Hostname Verification Check failed" in text:
         named = ", ".join(_presented_names(address)) or "other names"
         return Cause(
-            f"the server's certificate is for {named}; set server in client.toml to one of these, or found "
-            "the federation with this name in server.hosts",
+            f"the server's certificate is for {named}; set server in client.toml to one of these, or have "
+            "the consortium name this one, too (`fedmosaic keys rotate-server --hosts`)",
             final=True,
         )
     through = _proxy(address)

@@ -13,10 +13,10 @@ import datetime as dt
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -122,7 +122,7 @@ class Kit:
 
     def member_id(self) -> str:
         """The id that this kit's certificate carries; IdentityError if it names another federation."""
-        uris = _certificate_uris(self.tls_certificate)
+        uris = identity.certificate_uris(self.tls_certificate)
         if len(uris) != 1:
             raise IdentityError(f"{self.tls_certificate}: expected one SPIFFE URI, found {len(uris)}")
         federation, client = identity.parse_spiffe_id(uris[0])
@@ -282,6 +282,28 @@ def rotate_member(directory: Path, member_id: str) -> Roster:
     return _reissue(directory, authority, roster, members)
 
 
+def rotate_server(directory: Path, hosts: Sequence[str] = ()) -> tuple[str, ...]:
+    """Give the server a new key and certificate; the roster does not name it, so clients notice nothing.
+
+    Args:
+        directory: of the federation.
+        hosts: names and addresses as in `ServerEntry`; by default those of the certificate that it has.
+
+    Returns:
+        The names in the new certificate.
+    """
+    authority, _ = _open_consortium(directory)
+    kit = directory / "server"
+    names = tuple(hosts or identity.certificate_names(identity.read_certificate(kit / TLS_CERTIFICATE)))
+    making = Path(tempfile.mkdtemp(prefix=".server-", dir=directory))
+    _write_tls(making, identity.issue_server(authority, names))
+    # A stop in between leaves a pair that is none, which the server names; done again, it is whole.
+    for name in (TLS_KEY, TLS_CERTIFICATE):
+        (making / name).replace(kit / name)
+    making.rmdir()
+    return names
+
+
 def _reissue(
     directory: Path, authority: identity.Authority, roster: Roster, members: tuple[Member, ...]
 ) -> Roster:
@@ -369,12 +391,3 @@ def _write_tls(kit: Path, tls: identity.TlsIdentity) -> None:
     (kit / TLS_CERTIFICATE).write_bytes(tls.certificate_pem)
     os.chmod(kit / TLS_CERTIFICATE, 0o644)
     identity.write_private(kit / TLS_KEY, tls.key_pem)
-
-
-def _certificate_uris(path: Path) -> list[str]:
-    certificate = identity.read_certificate(path)
-    try:
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
-    except (ValueError, x509.ExtensionNotFound) as error:
-        raise IdentityError(f"{path}: not a certificate of this federation ({error})") from None
-    return names.value.get_values_for_type(x509.UniformResourceIdentifier)

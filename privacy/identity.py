@@ -205,6 +205,15 @@ def certificate_names(certificate: x509.Certificate) -> list[str]:
     return [*names.get_values_for_type(x509.DNSName), *map(str, addresses)]
 
 
+def certificate_uris(path: Path) -> list[str]:
+    """The URIs that a client's certificate names; IdentityError if it cannot be read or names nothing."""
+    try:
+        names = read_certificate(path).extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    except (ValueError, x509.ExtensionNotFound) as error:
+        raise IdentityError(f"{path}: not a certificate of this federation ({error})") from None
+    return names.value.get_values_for_type(x509.UniformResourceIdentifier)
+
+
 def check_pair(certificate: Path, key: Path) -> tuple[bytes, bytes]:
     """Read a certificate and its private key, and see that they belong together.
 
@@ -288,8 +297,8 @@ def read_private_key(path: Path) -> PrivateKeyTypes:
         return serialization.load_pem_private_key(read_private(path), password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
         raise IdentityError(
-            f"{path}: not a private key in PEM without a passphrase; take it from the kit again, or ask for "
-            "a new kit (`fedmosaic keys rotate`)"
+            f"{path}: not a private key in PEM without a passphrase; take it from the kit again, or have the "
+            "consortium make a new one (`fedmosaic keys rotate`, for the server `rotate-server`)"
         ) from None
 
 
