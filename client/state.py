@@ -6,6 +6,7 @@
     STATE/profile-<data>-<map>.npy a noised task profile release, re-used until data or public map change
     STATE/keys/                    group keys of the current and the previous epoch
     STATE/picture-features/        what the frozen encoder makes of the client's own pictures
+    STATE/traffic.json             bytes sent and received so far
     STATE/ledger.sqlite            the privacy ledger (see `fedmosaic.privacy.ledger`)
 
 Every file is written beside its place, flushed to the disk, and renamed: a kill at any point leaves
@@ -16,7 +17,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -51,11 +53,22 @@ class SessionRecord:
     completed_round: int = 0
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the operating system name the file: a write that finds the disk full does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def write_atomically(path: Path, content: bytes, *, private: bool = False) -> None:
     """Replace `path` by `content` so that a crash leaves the old or the new file, never a mixture."""
     temporary = path.with_name(path.name + ".new")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o644)
-    with os.fdopen(descriptor, "wb") as file:
+    with naming(path), os.fdopen(descriptor, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -213,7 +226,8 @@ class ClientState:
         if temporary.exists():
             shutil.rmtree(temporary)
         temporary.mkdir(parents=True, mode=0o700)
-        save(temporary)
+        with naming(place):
+            save(temporary)
         for file in temporary.rglob("*"):
             if file.is_file():
                 with file.open("rb") as opened:

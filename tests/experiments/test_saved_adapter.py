@@ -1,5 +1,6 @@
 """A client's saved adapter that is damaged, and a client's log that has no warnings of libraries."""
 
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.progress import LoggedProgress
 from fedmosaic.client.settings import ClientSettings
+from fedmosaic.client.state import ClientState, write_atomically
 from fedmosaic.privacy.mechanism import ProfileMechanism, Reduction
 from fedmosaic.privacy.roster import Terms
 from fedmosaic.protos.errors import StateError
@@ -65,6 +67,30 @@ def test_an_adapter_of_another_model_is_refused(
     learner("large").save(tmp_path / "round-0001")
     with pytest.raises(StateError, match="round-0001: the saved adapter cannot be read"):
         learner("small").load(tmp_path / "round-0001")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs limits of file sizes")
+def test_a_disk_that_takes_no_more_is_named(learner: Callable[[], ModelLearner], tmp_path: Path) -> None:
+    import resource
+
+    state = ClientState(tmp_path / "state", "f", "ada")
+    made, (soft, hard) = learner(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises((StateError, OSError)) as error:
+            state.save_adapter(1, made.save)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "state/adapter" in str(error.value)
+    state.save_adapter(1, made.save)
+    made.load(state.adapter_path(1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*/upload'"):
+            write_atomically(tmp_path / "upload", bytes(1000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    state.release()
 
 
 def test_loading_a_model_says_nothing_about_other_people_s_code(
