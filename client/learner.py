@@ -249,8 +249,15 @@ class ModelLearner:
         return scores
 
     def save(self, directory: Path) -> None:
-        """Write every branch, the gate, and the sampler's position."""
-        self._model.save_pretrained(str(directory))
+        """Write every branch, the gate, and the sampler's position; StateError if the disk takes them not."""
+        try:
+            self._model.save_pretrained(str(directory))
+        except SafetensorError as error:
+            # It wraps what the operating system said, and names no file.
+            raise StateError(
+                f"{directory}: the adapter cannot be written ({error}); see that there is room, and start "
+                "again: what was stored before is kept"
+            ) from None
         (directory / _SAMPLER).write_text(json.dumps(self._sampler.state_dict()))
 
     def load(self, directory: Path) -> None:

@@ -8,6 +8,7 @@
     STATE/profile-<data>-<map>.npy a noised task profile release, re-used until data or public map change
     STATE/keys/                    group keys of the current and the previous epoch, until the run is over
     STATE/picture-features/        what the frozen encoder makes of the client's own pictures
+    STATE/traffic.json             bytes sent and received so far
     STATE/ledger.sqlite            the privacy ledger (see `fedmosaic.privacy.ledger`)
 
 Every file is written beside its place, flushed to the disk, and renamed: a kill at any point leaves
@@ -27,6 +28,7 @@ from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.encryption.records import row_digest
 from fedmosaic.privacy.files import (
     make_private,
+    naming,
     private_directory,
     private_opener,
     sync_directory,
@@ -188,7 +190,8 @@ class ClientState:
         if temporary.exists():
             shutil.rmtree(temporary)
         private_directory(temporary)
-        save(temporary)
+        with naming(place):
+            save(temporary)
         make_private(temporary)
         for file in temporary.rglob("*"):
             if file.is_file():

@@ -5,7 +5,7 @@ from pathlib import Path
 from fedmosaic.privacy.configuration import Frozen, read_configuration, validate
 from fedmosaic.privacy.federation import SERVER_SETTINGS, Kit, open_kit
 from fedmosaic.privacy.names import ListenAddress
-from fedmosaic.server.settings import ServerSettings, TlsFiles
+from fedmosaic.server.settings import ServerSettings, StoreUrl, TlsFiles
 
 
 class OperatorSettings(Frozen):
@@ -14,7 +14,7 @@ class OperatorSettings(Frozen):
     listen: ListenAddress = "127.0.0.1:7443"
     """Address and port; port 0 takes a free one."""
     state_dir: Path = Path("state")
-    store_url: str | None = None
+    store_url: StoreUrl | None = None
     """SQLAlchemy URL of the database; SQLite in `state_dir` by default."""
 
 
