@@ -39,7 +39,9 @@ from fedmosaic.protos.messages import (
     AggregateSection,
     Enrolled,
     Enrolment,
+    Phase,
     ReceiptStatus,
+    RoundStatus,
     Upload,
 )
 from fedmosaic.protos.refusal import Refusal
@@ -50,6 +52,8 @@ KEY_REASONS = frozenset({"KEY_EPOCH_REPLACED", "KEY_EPOCH_CLOSED", "NOT_IN_KEY_E
 """Reasons of refusals that the next key epoch may cure."""
 
 _SECONDS_BETWEEN_EPOCHS = 2.0
+_SENT_AGAIN = 3
+"""How often a round's acknowledged upload is sent again when the server asks; more would be a fault of it."""
 
 
 class Learner(Protocol):
@@ -104,6 +108,7 @@ class Session:
         self._releases = releases
         self._protection = protection
         self._progress = progress
+        self._sent_again: list[int] = []
 
     def run(self) -> None:
         """Take part until the run is finished.
@@ -111,6 +116,7 @@ class Session:
         Raises:
             RefusedError: the server refuses this client; the reason and the remedy are in the message.
             PolicyError: the server wants another number of rounds than the roster's terms.
+            StateError: the state here is of another run, or the server's is an older copy.
             TransportError: the server cannot be reached for longer than the transport's patience.
         """
         enrolled = self._enrol()
@@ -121,10 +127,11 @@ class Session:
                 "Ask who runs the server: more rounds are more weight rows, from which recipients learn more"
             )
         self._state.join_run(enrolled.run_id)
-        self._resume()
-        round_number = max(enrolled.round, self._state.record.completed_round + 1)
+        self._state.see(enrolled.round, enrolled.head)
+        round_number = self._resume(enrolled.round)
         while round_number <= enrolled.rounds:
             round_number = self._take_part(enrolled, round_number)
+        self._state.forget_uploads(enrolled.rounds + 1)
 
     def _enrol(self) -> Enrolled:
         return self._transport.enrol(
@@ -138,12 +145,18 @@ class Session:
             )
         )
 
-    def _resume(self) -> None:
-        """Go on from disk: the adapter of the last completed round, and an upload nobody acknowledged."""
-        adapter = self._state.latest_adapter()
-        if adapter is not None:
-            self._learner.load(adapter)
-            log.info("resumed after round %d", self._state.record.completed_round)
+    def _resume(self, open_round: int) -> int:
+        """Go on from disk. Returns the round to take part in.
+
+        That is the round of an upload that nobody acknowledged, if there is one, even if it is over: the
+        server may have taken it, and only its answer tells.
+        """
+        newest = self._state.latest_adapter()
+        if newest is not None:
+            self._learner.load(newest[1])
+            log.info("resumed after round %d", newest[0])
+        completed = self._state.record.completed_round
+        return self._state.unacknowledged_round() or max(open_round, completed + 1)
 
     def _take_part(self, enrolled: Enrolled, round_number: int) -> int:
         """One round. Returns the number of the next round to take part in."""
@@ -167,13 +180,41 @@ class Session:
         return self._push(upload)
 
     def _pull(self, round_number: int) -> Aggregate:
-        aggregate = self._transport.pull(round_number, self._progress.waiting)
+        aggregate = self._transport.pull(round_number, self._waiting)
+        self._state.see(aggregate.round, aggregate.head)
         if aggregate.round < round_number:
             raise StateError(
                 f"the server opened round {aggregate.round} where round {round_number} was due: a round "
                 "that is over is never encrypted again; restore the server's state, or begin a new run"
             )
         return aggregate
+
+    def _waiting(self, status: RoundStatus) -> None:
+        """Told now and then what the server waits for: sees whether it is still the server we know."""
+        self._progress.waiting(status)
+        if self._state.contradicts(status.round, status.head):
+            self._compare()
+        completed = self._state.record.completed_round
+        asked = status.phase is Phase.OPEN and self._identity.client_id in status.waiting_for
+        if asked and status.round == completed and self._sent_again.count(completed) < _SENT_AGAIN:
+            self._send_again(completed)
+
+    def _compare(self) -> None:
+        """Ask the server where it is; a status that waited in a buffer may be older than another answer."""
+        status = self._transport.status()
+        self._state.see(status.round, status.head)
+
+    def _send_again(self, round_number: int) -> None:
+        """The server waits for an upload that it has acknowledged: it lost it, and wants the same bytes."""
+        self._sent_again.append(round_number)
+        try:
+            upload = read_upload(self._state.upload_path(round_number))
+            if upload is None:
+                return
+            log.warning("round %d: the server has lost our upload; sending it again as it was", round_number)
+            self._transport.push(upload)
+        except (StateError, Refusal) as error:
+            log.warning("round %d: the upload was not taken again: %s", round_number, error)
 
     def _agree(self, aggregate: Aggregate, rounds: int) -> Aggregate:
         """Agree on the group key of this round's uploads; on failure, wait for the next key epoch.
@@ -182,6 +223,7 @@ class Session:
             KeyExpiredError: the server has kept a key in use that the roster's terms have ended.
         """
         patience = time.monotonic() + self._roster.terms.schedule.key_patience_seconds
+        told = ""
         while aggregate.round <= rounds:
             try:
                 self._progress.stage(aggregate.round, "agreeing on the group key")
@@ -192,7 +234,9 @@ class Session:
                     raise
                 if isinstance(error, Refusal) and error.reason not in KEY_REASONS:
                     raise
-                log.warning("key epoch %d: %s", aggregate.upload_key_epoch, error)
+                if str(error) != told:
+                    log.warning("key epoch %d: %s", aggregate.upload_key_epoch, error)
+                told = str(error)
             time.sleep(_SECONDS_BETWEEN_EPOCHS)
             aggregate = self._pull(aggregate.round)
         return aggregate
@@ -206,6 +250,7 @@ class Session:
                     reason = section.refusal if section is not None else "nothing was shared before round 2"
                     raise PolicyError(reason or "the server gave no reason")
                 self._learner.load_global(name, self._open(section, aggregate, vector.size))
+                self._state.received(aggregate.round)
             except (PolicyError, EncryptionError) as error:
                 # The recipient trains alone this round; the reason is for its operator, and stays here.
                 if aggregate.round > 1:
@@ -265,16 +310,23 @@ class Session:
         try:
             receipt = self._transport.push(upload)
         except Refusal as error:
+            if error.reason == "ROUND_NOT_OPEN":
+                self._compare()
+            if error.reason == "UPLOAD_DIFFERS":
+                # One of ours is there, sealed by a process whose memory of it is lost. The first one counts.
+                log.warning("round %d: %s", upload.round, error)
+                self._state.complete_round(upload.round, self._learner.save)
+                return upload.round + 1
             if error.reason not in KEY_REASONS:
                 raise
             log.warning("round %d: %s; the adapter is sealed anew", upload.round, error)
             self._protection.retire(upload.key_epoch)
             self._state.upload_path(upload.round).unlink(missing_ok=True)
             return upload.round
-        late = receipt.status is ReceiptStatus.LATE
-        if late:
+        self._state.see(receipt.round, receipt.head)
+        if receipt.status is ReceiptStatus.LATE:
             log.warning("round %d closed before our upload arrived; it was not used", upload.round)
         elif upload.profile is not None:
             self._releases.profile_acknowledged()
         self._state.complete_round(upload.round, self._learner.save)
-        return max(upload.round + 1, receipt.round) if late else upload.round + 1
+        return max(upload.round + 1, receipt.round)

@@ -291,7 +291,8 @@ def _write_server(kit: Path, authority: identity.Authority, config: FederationCo
         "# The server's configuration; the terms of the federation are in roster.json.\n"
         f'listen = "0.0.0.0:{config.server.port}"\n'
         'state_dir = "state"\n'
-        '# store_url = "postgresql+psycopg://user@host/database"   # default: SQLite in state_dir\n',
+        '# store_url = "postgresql+psycopg://user@host/database"   # default: SQLite in state_dir\n'
+        "# grace_seconds = 600   # after the last round, to wait for statements that are missing\n",
         encoding="utf-8",
     )
 

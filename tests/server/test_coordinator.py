@@ -17,6 +17,7 @@ from fedmosaic.privacy.encryption.records import HEADER_BYTES
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos.errors import StateError
 from fedmosaic.protos.messages import (
+    PROTOCOL_VERSION,
     Phase,
     Profile,
     ReceiptStatus,
@@ -25,8 +26,8 @@ from fedmosaic.protos.messages import (
     UploadHeader,
 )
 from fedmosaic.protos.refusal import Refusal, RefusalKind
-from fedmosaic.server import coordinator as coordinator_module
 from fedmosaic.server import rounds, tables
+from fedmosaic.server import summary as summary_module
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.relevance import relevance, softmax_weights
 from fedmosaic.server.summary import write_summary
@@ -126,7 +127,7 @@ def test_below_the_quorum_the_round_goes_on_and_says_so(
 @pytest.mark.parametrize(
     ("change", "reason", "kind"),
     [
-        ({"protocol_version": 2}, "PROTOCOL_VERSION", RefusalKind.PRECONDITION),
+        ({"protocol_version": PROTOCOL_VERSION + 1}, "PROTOCOL_VERSION", RefusalKind.PRECONDITION),
         ({"federation": "other"}, "FEDERATION_DIFFERS", RefusalKind.PRECONDITION),
         ({"roster_hash": bytes(32)}, "ROSTER_DIFFERS", RefusalKind.PRECONDITION),
         ({"adapter_spec_hash": bytes(32)}, "ADAPTER_DIFFERS", RefusalKind.PRECONDITION),
@@ -593,7 +594,7 @@ def test_the_summary_is_written_once_for_many_reports_and_none_is_lost(
     before = Coordinator(federation.settings(state), clock)
     written: list[int] = []
     monkeypatch.setattr(
-        coordinator_module,
+        summary_module,
         "write_summary",
         lambda place, summary: (written.append(len(summary["statements"])), write_summary(place, summary)),
     )
@@ -618,7 +619,7 @@ def test_a_summary_that_cannot_be_written_stops_no_round(
     federation: Any, coordinator: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(coordinator_module, "write_summary", _no_space)
+        patch.setattr(summary_module, "write_summary", _no_space)
         federation.play(coordinator, 1)
     assert "run.json cannot be written, trying again" in caplog.text
     assert coordinator.status("clinic-a").round == 2
