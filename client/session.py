@@ -181,31 +181,37 @@ class Session:
 
     def _pull(self, round_number: int) -> Aggregate:
         aggregate = self._transport.pull(round_number, self._waiting)
-        self._state.see(aggregate.round, aggregate.head)
         if aggregate.round < round_number:
             raise StateError(
                 f"the server opened round {aggregate.round} where round {round_number} was due: a round "
                 "that is over is never encrypted again; restore the server's state, or begin a new run"
             )
+        self._state.see(aggregate.round, aggregate.head)
         return aggregate
 
     def _waiting(self, status: RoundStatus) -> None:
         """Told now and then what the server waits for: sees whether it is still the server we know."""
         self._progress.waiting(status)
-        if self._state.contradicts(status.round, status.head):
-            self._compare()
-        completed = self._state.record.completed_round
-        asked = status.phase is Phase.OPEN and self._identity.client_id in status.waiting_for
-        if asked and status.round == completed and self._sent_again.count(completed) < _SENT_AGAIN:
-            self._send_again(completed)
+        if self._state.contradicts(status.round, status.head) or self._wanted_again(status):
+            # It may have waited in a buffer since before another answer, so it alone proves nothing.
+            status = self._compare()
+            if self._wanted_again(status):
+                self._send_again(status.round)
 
-    def _compare(self) -> None:
-        """Ask the server where it is; a status that waited in a buffer may be older than another answer."""
+    def _compare(self) -> RoundStatus:
+        """Ask the server where it is; StateError if that cannot be."""
         status = self._transport.status()
         self._state.see(status.round, status.head)
+        return status
+
+    def _wanted_again(self, status: RoundStatus) -> bool:
+        """Whether the server waits for an upload that it has acknowledged."""
+        done = self._state.record.completed_round
+        waited_for = status.phase is Phase.OPEN and self._identity.client_id in status.waiting_for
+        return waited_for and status.round == done and self._sent_again.count(done) < _SENT_AGAIN
 
     def _send_again(self, round_number: int) -> None:
-        """The server waits for an upload that it has acknowledged: it lost it, and wants the same bytes."""
+        """The server has lost an upload that it acknowledged: the same bytes again, no new release."""
         self._sent_again.append(round_number)
         try:
             upload = read_upload(self._state.upload_path(round_number))

@@ -1,6 +1,7 @@
 """Run the server: TLS, health, the clockwork that closes rounds, and a graceful end."""
 
 import asyncio
+import errno
 import logging
 import signal
 import socket
@@ -99,6 +100,8 @@ async def running(settings: ServerSettings, over: "asyncio.Future[int] | None" =
         await asyncio.to_thread(coordinator.close)
         if coordinator.available_round <= settings.rounds:
             log.info("stopped; the run goes on when the server starts again with the same state_dir")
+        else:
+            log.info("stopped; all rounds are over")
 
 
 async def serve(settings: ServerSettings, ready: Callable[[int], None] | None = None) -> int:
@@ -172,7 +175,9 @@ def _why_not(listen: str) -> str:
             with socket.socket(family, kind) as probe:
                 probe.bind(address)
     except (OSError, ValueError, OverflowError) as error:
-        return f"{getattr(error, 'strerror', None) or error}; change `listen` in the server's configuration"
+        number, text = getattr(error, "errno", None), getattr(error, "strerror", None) or str(error)
+        why = "another program uses the port" if number == errno.EADDRINUSE else text
+        return f"{why}; change `listen` in the server's configuration"
     return "the address was refused; change `listen` in the server's configuration"
 
 

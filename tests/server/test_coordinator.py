@@ -144,7 +144,7 @@ def test_enrolment_compares_the_terms(
 
 
 def test_a_version_mismatch_names_both_versions(federation: Any, coordinator: Any) -> None:
-    with pytest.raises(Refusal, match=r"client speaks protocol 7, the server 1.*update the server"):
+    with pytest.raises(Refusal, match=r"client speaks protocol 7, the server 2.*update the server"):
         coordinator.enrol("clinic-a", federation.enrolment(protocol_version=7))
 
 
@@ -403,7 +403,7 @@ def test_a_kill_while_a_round_is_aggregated_repeats_it_with_the_same_result(
     class Killed(BaseException):
         pass
 
-    def killed(*_: object) -> None:
+    def killed(*_: object, **__: object) -> None:
         raise Killed
 
     # The payloads of the aggregates are on disk, the row that names them is not.
@@ -472,7 +472,7 @@ def test_long_names_stop_no_run(make_federation: Any, tmp_path: Path, clock: Any
     coordinator.close()
 
 
-def _no_space(*_: object) -> None:
+def _no_space(*_: object, **__: object) -> None:
     raise OSError(28, "No space left on device")
 
 
