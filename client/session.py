@@ -249,6 +249,7 @@ class Session:
 
     def _receive(self, aggregate: Aggregate) -> None:
         self._progress.stage(aggregate.round, "receiving the aggregate")
+        received = False
         for name, vector in self._learner.sections().items():
             section = next((s for s in aggregate.sections if s.name == name), None)
             try:
@@ -256,12 +257,13 @@ class Session:
                     reason = section.refusal if section is not None else "nothing was shared before round 2"
                     raise PolicyError(reason or "the server gave no reason")
                 self._learner.load_global(name, self._open(section, aggregate, vector.size))
-                self._state.received(aggregate.round)
+                received = True
             except (PolicyError, EncryptionError) as error:
                 # The recipient trains alone this round; the reason is for its operator, and stays here.
                 if aggregate.round > 1:
                     log.warning("round %d: no %s aggregate: %s", aggregate.round, name, error)
                 self._learner.keep_own(name)
+        self._state.note_received(aggregate.round, received=received)
 
     def _open(self, section: AggregateSection, aggregate: Aggregate, size: int) -> np.ndarray:
         weights = section.row

@@ -210,10 +210,13 @@ class ClientState:
         if server_round > record.server_round:
             self._write(server_round=server_round, server_head=head.hex())
 
-    def received(self, round_number: int) -> None:
-        """Remember that a round began with an aggregate of the others."""
-        if round_number > self.record.received_round:
-            self._write(received_round=round_number, received_rounds=self.record.received_rounds + 1)
+    def note_received(self, round_number: int, *, received: bool) -> None:
+        """Remember whether a round began with an aggregate of the others; takes the same time if not."""
+        news = received and round_number > self.record.received_round
+        self._write(
+            received_round=round_number if news else self.record.received_round,
+            received_rounds=self.record.received_rounds + news,
+        )
 
     def complete_round(self, round_number: int, save_adapter: Callable[[Path], None]) -> None:
         """Record that a round's upload is acknowledged: adapter first, then the record, then clean up.

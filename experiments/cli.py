@@ -44,7 +44,7 @@ _ERROR_EXIT = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status: 0 done, 1 the run failed, 2 wrong input."""
+    """Run the command line; exit status: 0 done, 1 failed, 2 wrong input, 3 nothing was exchanged."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help", "help"):
         _print_help()

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from fedmosaic.privacy import federation
 from fedmosaic.privacy.configuration import read_configuration, validate
+from fedmosaic.privacy.roster import Roster
 
 _RENEW_WITHIN = dt.timedelta(days=14)
 
@@ -94,6 +95,7 @@ def main(arguments: Sequence[str]) -> int:
         case Init(config, out, basis):
             roster = federation.create(read_configuration(config, federation.FederationConfig), out, basis)
             console.print(f"federation {roster.federation!r} with {len(roster.members)} members in {out}/")
+            _warn_if_fragile(console, roster)
             console.print(f"  keep      {out}/consortium/   (it can add members and sign rosters)")
             console.print(f"  hand out  {out}/server/       to whoever runs the server")
             console.print(f"  hand out  {out}/clients/<id>/ to each client, over a channel you both trust")
@@ -103,6 +105,7 @@ def main(arguments: Sequence[str]) -> int:
             _tell_new_roster(console, directory, roster.serial)
         case Revoke(member, directory):
             roster = federation.revoke_member(directory, member)
+            _warn_if_fragile(console, roster)
             _tell_new_roster(console, directory, roster.serial)
         case Rotate(member, directory):
             roster = federation.rotate_member(directory, member)
@@ -110,6 +113,12 @@ def main(arguments: Sequence[str]) -> int:
         case Show(directory):
             _show(console, directory)
     return 0
+
+
+def _warn_if_fragile(console: Console, roster: Roster) -> None:
+    problem = federation.fragile(len(roster.members), roster.terms)
+    if problem:
+        console.print(f"[bold yellow]Warning:[/] {problem}.")
 
 
 def _tell_new_roster(console: Console, directory: Path, serial: int) -> None:

@@ -23,7 +23,7 @@ from grpc_health.v1 import (  # type: ignore[import-untyped]  # its stubs are a 
 
 from fedmosaic.privacy.identity import read_private
 from fedmosaic.protos import bounds
-from fedmosaic.protos.errors import ConfigurationError, FedMosaicError
+from fedmosaic.protos.errors import NOTHING_EXCHANGED, ConfigurationError, FedMosaicError
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
 from fedmosaic.server.coordinator import Coordinator
@@ -34,8 +34,6 @@ from fedmosaic.server.waiting import Changes
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-NOTHING_EXCHANGED: Final = 3
-"""Exit status of a run that is over and in which no member received anything."""
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["Federation"].full_name
 _TICK_SECONDS: Final = 1.0
 _RETRY_SECONDS: Final = 5.0
@@ -89,6 +87,11 @@ async def running(settings: ServerSettings, over: "asyncio.Future[int] | None" =
     for name in ("", SERVICE):
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
     log.info("listening on %s, port %d", settings.listen, port)
+    if len(settings.members) == settings.minimum_epoch_members:
+        log.warning(
+            "%d members are as few as the policy needs: while one is away, nobody receives anything",
+            len(settings.members),
+        )
     clockwork = asyncio.create_task(_Clockwork(coordinator, changes, over).run())
     try:
         yield port
