@@ -48,8 +48,8 @@ log = logging.getLogger("fedmosaic.client")
 RESULT = "result.json"
 STATEMENT = "statement.json"
 NOTHING_RECEIVED = (
-    "YOU RECEIVED NOTHING from the other members in any of the {rounds} rounds: this client trained alone. The "
-    "lines 'no … aggregate' above tell why, round by round; a policy needs enough members that contribute"
+    "YOU RECEIVED NOTHING from the other members in any of the {rounds} rounds: this client trained alone. "
+    "The lines 'no … aggregate' above tell why, round by round; a policy needs enough members that contribute"
 )
 
 

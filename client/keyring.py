@@ -150,6 +150,9 @@ class Keyring:
             RefusedError: the server refuses, for example because the epoch was replaced.
         """
         if self.has(epoch):
+            if epoch <= self._retired:
+                # The server announces it all the same: it has forgotten the agreement, or a part of it.
+                raise self._without_key(epoch, f"key epoch {epoch} is at its end")
             return self.encryption_key(epoch, round_number)
         agreed, confirmation = self._unconfirmed(epoch) or self._take_part(epoch, round_number)
         self._confirm(agreed, confirmation)

@@ -48,7 +48,7 @@ from fedmosaic.protos.refusal import Refusal
 
 log = logging.getLogger(__name__)
 
-KEY_REASONS = frozenset({"KEY_EPOCH_REPLACED", "KEY_EPOCH_CLOSED", "NOT_IN_KEY_EPOCH"})
+KEY_REASONS = frozenset({"KEY_EPOCH_REPLACED", "KEY_EPOCH_CLOSED", "NOT_IN_KEY_EPOCH", "KEY_NOT_AGREED"})
 """Reasons of refusals that the next key epoch may cure."""
 
 _SECONDS_BETWEEN_EPOCHS = 2.0

@@ -67,7 +67,7 @@ def build_statement(
 
 
 def with_warning(statement: PrivacyStatement, warning: str) -> PrivacyStatement:
-    """The statement for this client's own eyes with one more warning; never for the one that is handed over."""
+    """The statement for this client's own eyes with one more warning; not for the one handed over."""
     clients = tuple(
         client.model_copy(update={"warnings": (*client.warnings, warning)}) for client in statement.clients
     )
