@@ -293,8 +293,8 @@ class Store:
             row = connection.execute(query).one_or_none()
         return None if row is None else StoredAggregate(row.key_epoch, row.sections, bytes(row.sha256))
 
-    def refuse_aggregate(self, round_number: int, client: str, sections: str, sha256: bytes) -> None:
-        """Put refusals in the place of an aggregate that is damaged and cannot be made anew."""
+    def replace_aggregate(self, round_number: int, client: str, sections: str, sha256: bytes) -> None:
+        """Store another description of a client's aggregate, whose payload was damaged."""
         with self._transaction() as connection:
             connection.execute(
                 sa.update(tables.aggregates)
