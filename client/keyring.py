@@ -14,7 +14,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedmosaic.client.state import write_atomically
+from fedmosaic.client.state import OLDER_COPY, write_atomically
 from fedmosaic.client.transport import Transport
 from fedmosaic.privacy.encryption.ciphers import generate_group_secret, group_secret_bytes
 from fedmosaic.privacy.group_key import GroupKey
@@ -150,9 +150,9 @@ class Keyring:
             RefusedError: the server refuses, for example because the epoch was replaced.
         """
         if self.has(epoch):
-            if epoch <= self._retired:
-                # The server announces it all the same: it has forgotten the agreement, or a part of it.
-                raise self._without_key(epoch, f"key epoch {epoch} is at its end")
+            if epoch <= self._retired or epoch != self.counter.epoch:
+                # The server, or the counter on this disk, has forgotten something of the agreement.
+                raise self._without_key(epoch, f"key epoch {epoch} is not the one this client can use")
             return self.encryption_key(epoch, round_number)
         agreed, confirmation = self._unconfirmed(epoch) or self._take_part(epoch, round_number)
         self._confirm(agreed, confirmation)
@@ -178,8 +178,10 @@ class Keyring:
         except Refusal as refusal:
             if refusal.reason != "KEY_MESSAGE_DIFFERS":
                 raise
-            # An older copy of this state directory: it took part before, and has forgotten it.
-            raise self._without_key(epoch, str(refusal)) from None
+            raise StateError(
+                f"this client took part in key epoch {epoch} before and has forgotten it: {self._directory.parent} "
+                f"{OLDER_COPY}"
+            ) from None
         agreed = _Agreed(key, round_number, self._roster.hash)
         content = {**_content(agreed), "confirmation": confirmation.hex()}
         write_atomically(self._directory / _UNCONFIRMED, json.dumps(content).encode(), private=True)

@@ -22,7 +22,7 @@ from fedmosaic.client.outbox import read_upload, write_upload
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.protection import Identity, Protection
 from fedmosaic.client.releases import Releases
-from fedmosaic.client.state import ClientState
+from fedmosaic.client.state import OLDER_COPY, ClientState
 from fedmosaic.client.transport import Transport
 from fedmosaic.privacy.policy import WeightRow, check_row
 from fedmosaic.privacy.roster import Roster
@@ -321,10 +321,7 @@ class Session:
             if error.reason == "ROUND_NOT_OPEN":
                 self._compare()
             if error.reason == "UPLOAD_DIFFERS":
-                # One of ours is there, sealed by a process whose memory of it is lost. The first one counts.
-                log.warning("round %d: %s", upload.round, error)
-                self._state.complete_round(upload.round, self._learner.save)
-                return upload.round + 1
+                raise StateError(f"{error.message}; {self._state.directory} {OLDER_COPY}") from None
             if error.reason not in KEY_REASONS:
                 raise
             log.warning("round %d: %s; the adapter is sealed anew", upload.round, error)
