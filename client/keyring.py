@@ -179,8 +179,8 @@ class Keyring:
             if refusal.reason != "KEY_MESSAGE_DIFFERS":
                 raise
             raise StateError(
-                f"this client took part in key epoch {epoch} before and has forgotten it: {self._directory.parent} "
-                f"{OLDER_COPY}"
+                f"this client took part in key epoch {epoch} before and has forgotten it: "
+                f"{self._directory.parent} {OLDER_COPY}"
             ) from None
         agreed = _Agreed(key, round_number, self._roster.hash)
         content = {**_content(agreed), "confirmation": confirmation.hex()}

@@ -33,7 +33,7 @@ except ImportError:  # Windows has no flock; two processes in one directory are 
     fcntl = None  # type: ignore[assignment]  # a module cannot be typed as optional
 
 OLDER_COPY = (
-    "is an older copy of itself, whose ledger may have forgotten what was spent since. Restore the newest one; "
+    "is an older copy of itself, whose ledger may have forgotten what was spent since. Restore the newest; "
     "if it is lost, leave this run, as what was spent can no longer be told"
 )
 """What to say of a state directory that does not know what this client has sent."""

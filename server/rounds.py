@@ -224,7 +224,8 @@ def step(state: Round, event: Event, now: float) -> tuple[Round, tuple[Decision,
             absent = state.absent | (state.members - able)
             return replace(state, able=able, absent=absent, deadline=now + state.duration), ()
         case Unable(client):
-            return replace(state, able=state.able - {client}, absent=state.absent | {client}), ()
+            # Not absent: it is there, and the next round begins with a key for it too.
+            return replace(state, able=state.able - {client}), ()
         case Damaged(clients, patience):
             return _reopen(state, clients, now + patience), ()
         case Pushed():
