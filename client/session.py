@@ -86,6 +86,14 @@ class Learner(Protocol):
         """Read what `save` wrote."""
 
 
+class _SealAnewError(Exception):
+    """The server has lost an upload that it acknowledged, and the key epoch of its bytes as well."""
+
+    def __init__(self, upload: Upload) -> None:
+        super().__init__(f"round {upload.round}")
+        self.upload = upload
+
+
 class Session:
     """One client in one run, from enrolment to the last round."""
 
@@ -167,7 +175,10 @@ class Session:
             self._load_trained(round_number)
             return self._push(upload)
         self._progress.stage(round_number, "waiting for the round to open")
-        aggregate = self._pull(round_number)
+        try:
+            aggregate = self._pull(round_number)
+        except _SealAnewError as again:
+            return self._retire(again.upload)
         if aggregate.round > round_number:
             log.warning("round %d closed without us; going on with round %d", round_number, aggregate.round)
         aggregate = self._agree(aggregate, enrolled.rounds)
@@ -213,6 +224,7 @@ class Session:
     def _send_again(self, round_number: int) -> None:
         """The server has lost an upload that it acknowledged: the same bytes again, no new release."""
         self._sent_again.append(round_number)
+        upload = None
         try:
             upload = read_upload(self._state.upload_path(round_number))
             if upload is None:
@@ -221,6 +233,8 @@ class Session:
             self._transport.push(upload)
         except (StateError, Refusal) as error:
             log.warning("round %d: the upload was not taken again: %s", round_number, error)
+            if upload is not None and isinstance(error, Refusal) and error.reason in KEY_REASONS:
+                raise _SealAnewError(upload) from None
 
     def _agree(self, aggregate: Aggregate, rounds: int) -> Aggregate:
         """Agree on the group key of this round's uploads; on failure, wait for the next key epoch.
@@ -325,9 +339,7 @@ class Session:
             if error.reason not in KEY_REASONS:
                 raise
             log.warning("round %d: %s; the adapter is sealed anew", upload.round, error)
-            self._protection.retire(upload.key_epoch)
-            self._state.upload_path(upload.round).unlink(missing_ok=True)
-            return upload.round
+            return self._retire(upload)
         self._state.see(receipt.round, receipt.head)
         if receipt.status is ReceiptStatus.LATE:
             log.warning("round %d closed before our upload arrived; it was not used", upload.round)
@@ -335,3 +347,9 @@ class Session:
             self._releases.profile_acknowledged()
         self._state.complete_round(upload.round, self._learner.save)
         return max(upload.round + 1, receipt.round)
+
+    def _retire(self, upload: Upload) -> int:
+        """Nothing is sealed under its key epoch any more. Returns its round, to take part in with another."""
+        self._protection.retire(upload.key_epoch)
+        self._state.reopen_round(upload.round)
+        return upload.round

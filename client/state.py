@@ -237,6 +237,12 @@ class ClientState:
             if number < round_number:
                 shutil.rmtree(old)
 
+    def reopen_round(self, round_number: int) -> None:
+        """Take back the upload of a round, acknowledged or not; the adapter that was trained stays."""
+        if self.record.completed_round >= round_number:
+            self._write(completed_round=round_number - 1)
+        self.upload_path(round_number).unlink(missing_ok=True)
+
     def forget_uploads(self, before: int) -> None:
         """Remove the uploads of rounds below `before`: these are closed, so nobody asks for them again."""
         for number, old in self._numbered("upload-*.bin"):

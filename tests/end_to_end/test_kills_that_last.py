@@ -218,6 +218,41 @@ def test_an_upload_that_the_server_lost_is_sent_again(
     coordinator.close()
 
 
+def test_a_server_that_forgot_uploads_and_their_key_epoch_gets_them_under_another(tmp_path: Path) -> None:
+    """Its database is of a moment before, in the same round: no head can show that, and all go on."""
+    directory = fv.make_federation(tmp_path / "f", fv.terms("mask", 2))
+    state, copy = directory / "server" / "state", tmp_path / "copy"
+    coordinator = fv.coordinator_of(directory)
+    coordinator.close()
+    shutil.copytree(state, copy)
+    coordinator = fv.coordinator_of(directory)
+    names = ("ada", "ben", "cid", "dee")
+    clients = clients_of(directory)
+    sessions: dict[str, Any] = {}
+    for name, client in clients.items():
+        line: Any = fv.in_process(coordinator, name)
+
+        def dying(upload: Upload, name: str = name, push: Any = line.push, line: Any = line) -> Any:
+            if name not in names:
+                raise Killed
+            line.pull = lambda *_: (_ for _ in ()).throw(Killed())
+            return push(upload)
+
+        line.push = dying
+        sessions[name] = client.session(line)
+    assert {type(error) for error in fv.run_all(sessions).values()} == {Killed}
+    for client in clients.values():
+        client.close()
+    coordinator.close()
+    shutil.rmtree(state)
+    shutil.copytree(copy, state)
+    coordinator = fv.coordinator_of(directory)
+    clients = played(directory, coordinator, {})
+    assert uploaded(coordinator) == [sorted(fv.MEMBERS)] * 2
+    assert all(client.learner.trained == [2] for client in clients.values()), "round 1 was trained once"
+    coordinator.close()
+
+
 @pytest.mark.parametrize("moment", ["at the start", "while waiting", "at the push"])
 def test_an_older_copy_of_the_server_is_noticed(tmp_path: Path, moment: str) -> None:
     directory = fv.make_federation(tmp_path / "f", fv.terms("plain", 3))
