@@ -58,6 +58,7 @@ def test_keys_init_add_revoke_show(tmp_path: Path, capsys: pytest.CaptureFixture
     )
     place = tmp_path / "federation"
     assert cli.main(["keys", "init", str(config), "--out", str(place)]) == 0
+    assert "one member that is away stops all" in " ".join(capsys.readouterr().out.split())
     assert cli.main(["keys", "add", "e", "--directory", str(place)]) == 0
     assert cli.main(["keys", "rotate", "a", "--directory", str(place)]) == 0
     assert cli.main(["keys", "revoke", "b", "--directory", str(place)]) == 0
