@@ -201,12 +201,8 @@ class Coordinator:
         self, client: str, header: UploadHeader, status: ReceiptStatus, content_hash: bytes
     ) -> Receipt:
         if status is ReceiptStatus.ACCEPTED:
-            what = (
-                f"upload of {client} accepted ({header.size} bytes)"
-                if header.sections
-                else f"{client} abstains"
-            )
-            log.info("%s; %s", what, self.state_line())
+            taken = f"upload of {client} accepted ({header.size} bytes)"
+            log.info("%s; %s", taken if header.sections else f"{client} abstains", self.state_line())
         else:
             text = "round %d: upload of %s answered %s; round %d is open"
             log.info(text, header.round, client, status.name, self._round.number)
@@ -229,10 +225,8 @@ class Coordinator:
         return self._downloads.open(client_id, lambda: self._open_round(round_number))
 
     def _open_round(self, least: int) -> OpenRound | None:
-        state = self._round
-        if state.number < least or state.phase is Phase.CLOSED:
-            return None
-        return OpenRound(state.number, self._epoch, self._head)
+        number = self.available_round
+        return None if number < least else OpenRound(number, self._epoch, self._head)
 
     def pull(self, client_id: str, round_number: int) -> Aggregate | None:
         """The aggregate with its payloads in memory; see `open_download`."""
