@@ -28,7 +28,7 @@ from fedmosaic.client.releases import (
 from fedmosaic.client.session import Session
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState
-from fedmosaic.client.statement import build_statement
+from fedmosaic.client.statement import build_statement, with_warning
 from fedmosaic.client.traffic import Traffic
 from fedmosaic.client.transport import GrpcTransport
 from fedmosaic.privacy.accounting import default_delta
@@ -39,12 +39,16 @@ from fedmosaic.privacy.ledger import Ledger, parameters_of, read_ledger
 from fedmosaic.privacy.noise import SecureNoise, SeededTestNoise
 from fedmosaic.privacy.report_costs import shareable
 from fedmosaic.privacy.terminal import guarded
-from fedmosaic.protos.errors import ConfigurationError, LedgerError, ModelError, StateError
+from fedmosaic.protos.errors import NOTHING_EXCHANGED, ConfigurationError, LedgerError, ModelError, StateError
 
 log = logging.getLogger("fedmosaic.client")
 RESULT = "result.json"
 STATEMENT = "statement.json"
 TRAFFIC = "traffic.json"
+NOTHING_RECEIVED = (
+    "YOU RECEIVED NOTHING from the other members in any of the {rounds} rounds: this client trained alone. "
+    "The lines 'no … aggregate' above tell why, round by round; a policy needs enough members that contribute"
+)
 
 
 @dataclass(frozen=True)
@@ -66,12 +70,15 @@ def main(arguments: Sequence[str]) -> int:
     )
     disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     settings = read_configuration(parsed.config, ClientSettings).resolved(parsed.config.parent)
-    run(settings)
-    return 0
+    return 0 if run(settings) else NOTHING_EXCHANGED
 
 
-def run(settings: ClientSettings) -> None:
-    """Take part with these settings; see `fedmosaic.client.session.Session.run` for the errors."""
+def run(settings: ClientSettings) -> bool:
+    """Take part with these settings; see `fedmosaic.client.session.Session.run` for the errors.
+
+    Returns:
+        Whether anything was received from the others, in any round.
+    """
     kit = open_kit(settings.kit)
     client_id = kit.member_id()
     state = ClientState(settings.state_dir, kit.roster.federation, client_id)
@@ -117,10 +124,17 @@ def run(settings: ClientSettings) -> None:
                 smallest_row=state.smallest_row(),
                 clipped_share=releases.clipping.shares(),
             )
-            write_atomically(state.directory / STATEMENT, statement.model_dump_json(indent=2).encode())
+            received, rounds = state.record.received_rounds, kit.roster.terms.schedule.rounds
+            result.put("received_rounds", received)
+            # Whether an aggregate could be used is for this client's own eyes; the server does not learn it.
+            own = statement if received else with_warning(statement, NOTHING_RECEIVED.format(rounds=rounds))
+            write_atomically(state.directory / STATEMENT, own.model_dump_json(indent=2).encode())
             transport.report(shareable(statement).model_dump_json().encode())
             result.put("traffic", transport.traffic().as_dict())
             progress.stage(0, "done")
+            if not received:
+                log.error(NOTHING_RECEIVED.format(rounds=rounds))
+            return received > 0
         finally:
             transport.close()
 

@@ -74,6 +74,14 @@ def build_statement(
     )
 
 
+def with_warning(statement: PrivacyStatement, warning: str) -> PrivacyStatement:
+    """The statement for this client's own eyes with one more warning; not for the one handed over."""
+    clients = tuple(
+        client.model_copy(update={"warnings": (*client.warnings, warning)}) for client in statement.clients
+    )
+    return statement.model_copy(update={"clients": clients})
+
+
 def _encryption(terms: Terms) -> str:
     if not terms.adapter.encrypted:
         return ""

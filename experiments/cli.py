@@ -43,7 +43,10 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status; see `fedmosaic.privacy.terminal.guarded`."""
+    """Run the command line and return the exit status; see `fedmosaic.privacy.terminal.guarded`.
+
+    3 says that a run was finished in which nothing was exchanged.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     words = [word for word in given if word != TRACEBACK_OPTION]
     name = f"fedmosaic {words[0]}" if words and words[0] in COMMANDS else "fedmosaic"

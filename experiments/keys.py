@@ -115,12 +115,14 @@ def main(arguments: Sequence[str]) -> int:
                 f"  {_promise(roster)}",
                 soft_wrap=True,
             )
+            _warn_if_fragile(console, roster)
         case Add(member, directory, family):
             new = validate({"id": member, "family": family}, federation.MemberEntry, "keys add")
             roster = federation.add_member(directory, new)
             _tell_new_roster(console, directory, roster.serial)
         case Revoke(member, directory):
             roster = federation.revoke_member(directory, member)
+            _warn_if_fragile(console, roster)
             _tell_new_roster(console, directory, roster.serial)
         case Rotate(member, directory):
             roster = federation.rotate_member(directory, member)
@@ -150,6 +152,12 @@ def _promise(roster: Roster) -> str:
     if not roster.terms.adapter.private:
         words += "; against more recipients, or over rounds, only adapter.protection 'dp' helps"
     return words
+
+
+def _warn_if_fragile(console: Console, roster: Roster) -> None:
+    problem = federation.fragile(len(roster.members), roster.terms)
+    if problem:
+        console.print(f"[bold yellow]Warning:[/] {problem}.")
 
 
 def _tell_new_roster(console: Console, directory: Path, serial: int) -> None:

@@ -190,6 +190,8 @@ def show(record: RunRecord, console: Console) -> None:
             "Self: accuracy on the client's own test sets. Others: mean over the others' test sets.\n",
             style="dim",
         )
+    for line in alone(record):
+        console.print(Text(f"{line}\n", style="bold red"))
     if record.server.get("results"):
         console.print(relevance_table(record.server))
         console.print(
@@ -220,6 +222,19 @@ def show(record: RunRecord, console: Console) -> None:
             "distils are not among them.\n",
             style="dim",
         )
+
+
+def alone(record: RunRecord) -> list[str]:
+    """Who received nothing from the others although the run is over, one line each."""
+    lines = [
+        f"{name} RECEIVED NOTHING from the others, in any round: it trained alone."
+        for name, result in record.clients.items()
+        if result.get("received_rounds") == 0
+    ]
+    received = record.server.get("received_rounds")
+    if record.server.get("phase") == "finished" and received is not None and not any(received.values()):
+        lines.append("NOTHING WAS EXCHANGED in this run: no member received anything, in any round.")
+    return lines
 
 
 def usable_statements(record: RunRecord) -> tuple[dict[str, PrivacyStatement], dict[str, str]]:

@@ -88,6 +88,18 @@ def _too_few(members: int, terms: Terms) -> str:
     return ""
 
 
+def fragile(members: int, terms: Terms) -> str:
+    """What one absence would stop in a federation that is large enough; empty if the others go on."""
+    needed = terms.policy.minimum_contributors + 1
+    if members > needed:
+        return ""
+    return (
+        f"with {members} members and a policy of {terms.policy.minimum_contributors} contributors other than "
+        "the recipient, one member that is away stops all exchange: the others train alone while it is. Name "
+        f"at least {needed + 1}"
+    )
+
+
 @dataclass(frozen=True)
 class Kit:
     """What one party was handed: its directory, the verified roster, and paths of its keys."""
@@ -362,7 +374,8 @@ def _write_server(kit: Path, authority: identity.Authority, config: FederationCo
         "# The server's configuration; the terms of the federation are in roster.json.\n"
         f'listen = "0.0.0.0:{config.server.port}"\n'
         'state_dir = "state"\n'
-        '# store_url = "postgresql+psycopg://user@host/database"   # default: SQLite in state_dir\n',
+        '# store_url = "postgresql+psycopg://user@host/database"   # default: SQLite in state_dir\n'
+        "# grace_seconds = 600   # after the last round, to wait for statements that are missing\n",
         encoding="utf-8",
     )
 

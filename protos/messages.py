@@ -16,8 +16,11 @@ import numpy.typing as npt
 from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import WireError
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 """Version of the wire; both sides must speak the same."""
+
+NO_HEAD: Final = bytes(bounds.HASH_BYTES)
+"""Head of no run, for answers that are not about one."""
 
 SectionName = Literal["shared", "family"]
 SECTION_NAMES: Final[tuple[SectionName, ...]] = ("shared", "family")
@@ -78,6 +81,7 @@ class Enrolled:
         rounds: how many rounds the run has.
         key_epoch: epoch that an upload of `round` must use.
         members: ids of all members of the roster, sorted.
+        head: hash chain over all rounds below `round`: it differs between a server and an older copy of it.
     """
 
     run_id: str
@@ -85,8 +89,10 @@ class Enrolled:
     rounds: int
     key_epoch: int
     members: tuple[str, ...]
+    head: bytes = NO_HEAD
 
     def __post_init__(self) -> None:
+        bounds.check_hash("enrolled.head", self.head)
         bounds.check_run_id("enrolled.run_id", self.run_id)
         bounds.check_integer("enrolled.rounds", self.rounds, 1, bounds.MAX_ROUNDS)
         bounds.check_integer("enrolled.round", self.round, 1, self.rounds + 1)
@@ -239,13 +245,16 @@ class Receipt:
         status: what became of it.
         round: the round that is open now.
         content_hash: digest of the upload that the answer is about.
+        head: see `Enrolled`.
     """
 
     status: ReceiptStatus
     round: int
     content_hash: bytes
+    head: bytes = NO_HEAD
 
     def __post_init__(self) -> None:
+        bounds.check_hash("receipt.head", self.head)
         bounds.check_integer("receipt.round", self.round, 1, bounds.MAX_ROUNDS + 1)
         bounds.check_hash("receipt.content_hash", self.content_hash)
 
@@ -308,14 +317,17 @@ class Aggregate:
         sections: empty in round 1; afterwards one per section name of the federation.
         key_epoch: epoch of the uploads inside, to decrypt them.
         upload_key_epoch: epoch that the upload of `round` must use.
+        head: see `Enrolled`.
     """
 
     round: int
     sections: tuple[AggregateSection, ...]
     key_epoch: int
     upload_key_epoch: int
+    head: bytes = NO_HEAD
 
     def __post_init__(self) -> None:
+        bounds.check_hash("aggregate.head", self.head)
         bounds.check_integer("aggregate.round", self.round, 1, bounds.MAX_ROUNDS + 1)
         bounds.check_unique("aggregate.sections", [s.name for s in self.sections], len(SECTION_NAMES))
         bounds.check_integer("aggregate.key_epoch", self.key_epoch, 0, bounds.MAX_KEY_EPOCH)
@@ -333,6 +345,7 @@ class RoundStatus:
         waiting_for: clients the round still waits for.
         seconds_left: until the deadline, ≥ 0.
         message: one line for people.
+        head: see `Enrolled`.
     """
 
     round: int
@@ -341,8 +354,10 @@ class RoundStatus:
     waiting_for: tuple[str, ...]
     seconds_left: float
     message: str
+    head: bytes = NO_HEAD
 
     def __post_init__(self) -> None:
+        bounds.check_hash("status.head", self.head)
         bounds.check_integer("status.round", self.round, 1, bounds.MAX_ROUNDS + 1)
         bounds.check_unique("status.arrived", self.arrived, bounds.MAX_MEMBERS)
         bounds.check_unique("status.waiting_for", self.waiting_for, bounds.MAX_MEMBERS)

@@ -76,12 +76,20 @@ def encode_enrolled(enrolled: Enrolled) -> pb.EnrolResponse:
         rounds=enrolled.rounds,
         key_epoch=enrolled.key_epoch,
         members=enrolled.members,
+        head=enrolled.head,
     )
 
 
 def decode_enrolled(message: pb.EnrolResponse) -> Enrolled:
     """Message to answer; WireError names the field that breaks a bound."""
-    return Enrolled(message.run_id, message.round, message.rounds, message.key_epoch, tuple(message.members))
+    return Enrolled(
+        message.run_id,
+        message.round,
+        message.rounds,
+        message.key_epoch,
+        tuple(message.members),
+        message.head,
+    )
 
 
 def encode_profile(profile: Profile) -> pb.Profile:
@@ -130,7 +138,10 @@ def decode_upload_header(message: pb.PushHeader) -> UploadHeader:
 def encode_receipt(receipt: Receipt) -> pb.PushResponse:
     """Receipt to its message."""
     return pb.PushResponse(
-        status=_RECEIPTS[receipt.status], round=receipt.round, content_hash=receipt.content_hash
+        status=_RECEIPTS[receipt.status],
+        round=receipt.round,
+        content_hash=receipt.content_hash,
+        head=receipt.head,
     )
 
 
@@ -139,7 +150,7 @@ def decode_receipt(message: pb.PushResponse) -> Receipt:
     status = _RECEIPTS_BACK.get(int(message.status))
     if status is None:
         raise WireError(f"receipt.status is {int(message.status)}, expected one of {sorted(_RECEIPTS_BACK)}")
-    return Receipt(status, message.round, message.content_hash)
+    return Receipt(status, message.round, message.content_hash, message.head)
 
 
 def encode_status(status: RoundStatus) -> pb.RoundState:
@@ -151,6 +162,7 @@ def encode_status(status: RoundStatus) -> pb.RoundState:
         waiting_for=status.waiting_for,
         seconds_left=status.seconds_left,
         message=status.message,
+        head=status.head,
     )
 
 
@@ -166,6 +178,7 @@ def decode_status(message: pb.RoundState) -> RoundStatus:
         tuple(message.waiting_for),
         message.seconds_left,
         message.message,
+        message.head,
     )
 
 
@@ -211,6 +224,7 @@ def encode_aggregate_header(
         ],
         sha256=sha256,
         resume_offset=resume_offset,
+        head=aggregate.head,
     )
 
 
@@ -250,7 +264,7 @@ def decode_aggregate(header: pb.AggregateHeader, stream: bytes) -> Aggregate:
         payload = stream[start : start + section.size]
         start += section.size
         sections.append(AggregateSection(cast(SectionName, section.name), row, payload, section.refusal))
-    return Aggregate(header.round, tuple(sections), header.key_epoch, header.upload_key_epoch)
+    return Aggregate(header.round, tuple(sections), header.key_epoch, header.upload_key_epoch, header.head)
 
 
 def chunks(payloads: Sequence[bytes | memoryview], offset: int, chunk_bytes: int) -> Iterator[pb.Chunk]:

@@ -84,6 +84,8 @@ class ServerSettings(Frozen):
         encryption: parameters of the back end; they fix the bits of the weights.
         key_rotation_rounds: rounds after which a new group key is agreed on.
         gathering_seconds: how long a step of the key agreement waits for a member.
+        grace_seconds: how long the server stays after the last round for members that have not handed over
+            their statement.
         state_dir: folder of everything that must survive a restart.
         store_url: SQLAlchemy URL; SQLite in `state_dir` by default.
         listen: address and port; port 0 takes a free one.
@@ -111,6 +113,7 @@ class ServerSettings(Frozen):
     encryption: Annotated[Parameters, Field(discriminator="backend")] = PlainParameters()
     key_rotation_rounds: int = Field(default=50, ge=1)
     gathering_seconds: float = Field(default=600.0, gt=0.0, le=1e9)
+    grace_seconds: float = Field(default=600.0, ge=0.0, le=1e9)
     state_dir: Path
     store_url: StoreUrl | None = None
     listen: ListenAddress = "127.0.0.1:7443"

@@ -17,6 +17,7 @@ from fedmosaic.privacy.encryption.records import HEADER_BYTES
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos.errors import StateError
 from fedmosaic.protos.messages import (
+    PROTOCOL_VERSION,
     Phase,
     Profile,
     ReceiptStatus,
@@ -25,8 +26,8 @@ from fedmosaic.protos.messages import (
     UploadHeader,
 )
 from fedmosaic.protos.refusal import Refusal, RefusalKind
-from fedmosaic.server import coordinator as coordinator_module
 from fedmosaic.server import rounds, tables
+from fedmosaic.server import summary as summary_module
 from fedmosaic.server.aggregation import Group, plan
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.relevance import relevance
@@ -135,7 +136,7 @@ def test_below_the_quorum_the_round_goes_on_and_says_so(
 @pytest.mark.parametrize(
     ("change", "reason", "kind"),
     [
-        ({"protocol_version": 2}, "PROTOCOL_VERSION", RefusalKind.PRECONDITION),
+        ({"protocol_version": PROTOCOL_VERSION + 1}, "PROTOCOL_VERSION", RefusalKind.PRECONDITION),
         ({"federation": "other"}, "FEDERATION_DIFFERS", RefusalKind.PRECONDITION),
         ({"roster_hash": bytes(32)}, "ROSTER_DIFFERS", RefusalKind.PRECONDITION),
         ({"adapter_spec_hash": bytes(32)}, "ADAPTER_DIFFERS", RefusalKind.PRECONDITION),
@@ -152,7 +153,7 @@ def test_enrolment_compares_the_terms(
 
 
 def test_a_version_mismatch_names_both_versions(federation: Any, coordinator: Any) -> None:
-    with pytest.raises(Refusal, match=r"client speaks protocol 7, the server 1.*update the server"):
+    with pytest.raises(Refusal, match=r"client speaks protocol 7, the server 2.*update the server"):
         coordinator.enrol("clinic-a", federation.enrolment(protocol_version=7))
 
 
@@ -411,7 +412,7 @@ def test_a_kill_while_a_round_is_aggregated_repeats_it_with_the_same_result(
     class Killed(BaseException):
         pass
 
-    def killed(*_: object) -> None:
+    def killed(*_: object, **__: object) -> None:
         raise Killed
 
     # The payloads of the aggregates are on disk, the row that names them is not.
@@ -480,7 +481,7 @@ def test_long_names_stop_no_run(make_federation: Any, tmp_path: Path, clock: Any
     coordinator.close()
 
 
-def _no_space(*_: object) -> None:
+def _no_space(*_: object, **__: object) -> None:
     raise OSError(28, "No space left on device")
 
 
@@ -602,7 +603,7 @@ def test_the_summary_is_written_once_for_many_reports_and_none_is_lost(
     before = Coordinator(federation.settings(state), clock)
     written: list[int] = []
     monkeypatch.setattr(
-        coordinator_module,
+        summary_module,
         "write_summary",
         lambda place, summary: (written.append(len(summary["statements"])), write_summary(place, summary)),
     )
@@ -627,7 +628,7 @@ def test_a_summary_that_cannot_be_written_stops_no_round(
     federation: Any, coordinator: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(coordinator_module, "write_summary", _no_space)
+        patch.setattr(summary_module, "write_summary", _no_space)
         federation.play(coordinator, 1)
     assert "run.json cannot be written, trying again" in caplog.text
     assert coordinator.status("clinic-a").round == 2
