@@ -9,18 +9,25 @@ generated answer always starts from the prompt's own tokens, and training has to
 """
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
+from weakref import WeakKeyDictionary
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
 IGNORED: Final = -100
 """Label of positions that carry no loss (the value that PyTorch's cross entropy ignores)."""
+
+_PUBLIC_PROMPT: Final = "Does the parcel weigh nine grams?"
+_TAKES_PARTS: Final[WeakKeyDictionary[PreTrainedTokenizerBase, tuple[str, bool]]] = WeakKeyDictionary()
+"""By tokenizer: the chat template that was tried, and whether it wants content as a list of parts."""
 
 
 @dataclass(frozen=True)
@@ -115,16 +122,64 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
     Returns:
         Token ids, without an end-of-sequence token at the end.
+
+    Raises:
+        ModelError: The chat template loses prompts; see `rendered_prompt`.
     """
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-        )
+        text = rendered_prompt(tokenizer, prompt)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     tokens = list(tokenizer(prompt + "\n")["input_ids"])
     if tokens and tokens[-1] == tokenizer.eos_token_id:
         tokens.pop()
     return tokens
+
+
+def rendered_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """A prompt in the tokenizer's chat template, up to where the answer begins.
+
+    Templates of vision-language models go through content part by part and render nothing of a plain text.
+    Which form a template wants is tried once, on a public sentence, so that it is the same for every prompt.
+
+    Args:
+        tokenizer: Tokenizer with a chat template.
+        prompt: Text of the prompt.
+
+    Raises:
+        ModelError: Neither form survives the template, or the turn that it opens stands before the prompt.
+    """
+    template = str(tokenizer.chat_template)
+    tried = _TAKES_PARTS.get(tokenizer)
+    if tried is None or tried[0] != template:
+        tried = (template, _takes_parts(tokenizer))
+        _TAKES_PARTS[tokenizer] = tried
+    return _render(tokenizer, prompt, parts=tried[1])
+
+
+def _takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    problems: list[str] = []
+    for parts in (False, True):
+        try:
+            opened = _render(tokenizer, _PUBLIC_PROMPT, parts=parts)
+            closed = _render(tokenizer, _PUBLIC_PROMPT, parts=parts, turn=False)
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            problems.append(f"{type(error).__name__}: {error}")
+            continue
+        # What both have in common ends where the model's turn begins.
+        if _PUBLIC_PROMPT in os.path.commonprefix([opened, closed]):
+            return parts
+        problems.append("the text is lost" if _PUBLIC_PROMPT not in opened else "the turn precedes it")
+    raise ModelError(
+        f"the tokenizer's chat template does not render a prompt: as text, {problems[0]}; as a list of parts, "
+        f"{problems[1]}. Every question would look the same to the model: mend chat_template.jinja in the "
+        "model's folder, or remove it to give prompts as they are"
+    )
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, prompt: str, *, parts: bool, turn: bool = True) -> str:
+    content = [{"type": "text", "text": prompt}] if parts else prompt
+    messages: list[dict[str, object]] = [{"role": "user", "content": content}]
+    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=turn, tokenize=False))
 
 
 def answer_tokens(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
