@@ -91,7 +91,11 @@ def read_examples(path: Path) -> tuple[Example, ...]:
 
 
 def encode_examples(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    max_length: int,
+    *,
+    setting: str = "max_length",
 ) -> list[EncodedExample]:
     """Turn examples into tokens, prompt cut from the left so that the answer always survives.
 
@@ -99,6 +103,7 @@ def encode_examples(
         tokenizer: Tokenizer with an end-of-sequence token; its chat template is used if it has one.
         examples: At least one example.
         max_length: Most tokens per example, answer and end of sequence included; at least 3.
+        setting: Name of the setting that `max_length` comes from, for messages.
 
     Returns:
         One encoded example per example, in order, each of at most ``max_length`` tokens.
@@ -110,7 +115,10 @@ def encode_examples(
     """
     if not examples:
         raise ConfigurationError("there is no example to encode; give at least one")
-    return [_encode(tokenizer, example, index, max_length) for index, example in enumerate(examples, start=1)]
+    return [
+        _encode(tokenizer, example, index, max_length, setting)
+        for index, example in enumerate(examples, start=1)
+    ]
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -290,7 +298,7 @@ def _parse(line: str, path: Path, number: int) -> Example:
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, example: Example, index: int, max_length: int
+    tokenizer: PreTrainedTokenizerBase, example: Example, index: int, max_length: int, setting: str
 ) -> EncodedExample:
     if not example.prompt.strip() or not example.answer.strip():
         raise ConfigurationError(f"example {index} has an empty prompt or answer; remove or complete it")
@@ -300,8 +308,8 @@ def _encode(
     room = max_length - len(supervised)
     if room < 1:
         raise ConfigurationError(
-            f"the answer of example {index} leaves no room for its prompt within max_length {max_length}; "
-            "raise max_length or shorten the answer"
+            f"the answer of example {index} leaves no room for its prompt within {setting} {max_length}; "
+            f"raise {setting} or shorten the answer"
         )
     context = cut_prompt(tokenizer, prompt_tokens(tokenizer, example.prompt), room)
     return EncodedExample(

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 from peft import PeftModel, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client import private_round
+from fedmosaic.client.acceptance import check_ids, check_length, encoded_ids
 from fedmosaic.client.adapted import agreed_layout, load_adapted
 from fedmosaic.client.colora import (
     copy_branch,
@@ -25,7 +27,6 @@ from fedmosaic.client.colora.aligned import (
     read_embedded,
     write_embedded,
 )
-from fedmosaic.client.evaluation import choice_accuracy
 from fedmosaic.client.examples import (
     EncodedExample,
     Example,
@@ -35,6 +36,7 @@ from fedmosaic.client.examples import (
 )
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import Releases
+from fedmosaic.client.scoring import Score, score_examples
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.training import EpochSampler, train_local
 from fedmosaic.client.vision.sight import Sight, give_sight
@@ -43,7 +45,8 @@ from fedmosaic.protos.errors import StateError
 
 log = logging.getLogger(__name__)
 _ADAPTER = "default"
-_SAMPLER = "sampler.json"
+SAMPLER = "sampler.json"
+"""Beside a saved adapter: where the walk over the examples stood."""
 _FEATURES = "picture-features"
 _EVALUATION_BATCH = 16
 
@@ -71,8 +74,8 @@ class ModelLearner:
                 of one process take turns on one model; loaded from the settings by default.
 
         Raises:
-            ModelError: the model cannot be loaded or adapted.
-            ConfigurationError: the examples cannot be read.
+            ModelError: the model cannot be loaded or adapted, or has no row for a token of the examples.
+            ConfigurationError: the examples cannot be read, or are to be longer than the model's positions.
         """
         self._settings = settings
         self._terms = terms
@@ -80,7 +83,9 @@ class ModelLearner:
         self._progress = progress
         self._model, self._tokenizer = loaded or _load(settings, terms.adapter)
         self._train = read_examples(settings.data.train)
-        self._encoded = encode_examples(self._tokenizer, self._train, settings.training.max_length)
+        check_length(self._model, settings.training.max_length, "training.max_length")
+        self._encoded = encode_examples(self._tokenizer, self._train, settings.training.max_length, setting="training.max_length")
+        check_ids(self._model, encoded_ids(self._encoded), str(settings.data.train), "model.path")
         self._sampler = EpochSampler(len(self._encoded), settings.training.seed)
         if not self._shares_family:
             # Nothing comes back for these layers, so their LoRA is the client's own, at full weight.
@@ -179,17 +184,16 @@ class ModelLearner:
             progress=lambda step, _total, _loss: self._progress.advance(step),
         )
 
-    def evaluate(self) -> dict[str, float]:
-        """Accuracy on the client's own test set ("self") and on the others', by name. Stays local."""
+    def evaluate(self) -> dict[str, Score]:
+        """Score the client's own test set ("self") and the others', by name. Stays local."""
         data = self._settings.data
-        sets = ({"self": data.test} if data.test else {}) | data.others
-        scores: dict[str, float] = {}
+        scores: dict[str, Score] = {}
+        sets = data.test_sets
         self._progress.stage(0, "scoring", len(sets))
         for done, (name, path) in enumerate(sets.items(), start=1):
             examples = read_examples(path)
-            wanted = data.evaluation_examples if name == "self" else data.others_examples
-            limit = wanted or len(examples)
-            scores[name] = choice_accuracy(
+            limit = data.scored(name) or len(examples)
+            scores[name] = score_examples(
                 self._model, self._tokenizer, examples[:limit], _EVALUATION_BATCH,
                 max_length=self._settings.training.max_length,
             )  # fmt: skip
@@ -199,7 +203,7 @@ class ModelLearner:
     def save(self, directory: Path) -> None:
         """Write every branch, the gate, and the sampler's position."""
         self._model.save_pretrained(str(directory))
-        (directory / _SAMPLER).write_text(json.dumps(self._sampler.state_dict()))
+        (directory / SAMPLER).write_text(json.dumps(self._sampler.state_dict()))
 
     def load(self, directory: Path) -> None:
         """Read what `save` wrote.
@@ -209,21 +213,28 @@ class ModelLearner:
         """
         try:
             tensors = load_file(directory / "adapter_model.safetensors")
-            sampler = json.loads((directory / _SAMPLER).read_text())
-        except (OSError, ValueError) as error:
+            order = directory / SAMPLER
+            sampler = json.loads(order.read_text()) if order.exists() else None
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:
             raise StateError(f"{directory}: the saved adapter cannot be read ({error})") from None
         report: Any = set_peft_model_state_dict(self._model, tensors, adapter_name=_ADAPTER)
         if report.unexpected_keys:
             raise StateError(
                 f"{directory}: the saved adapter is of another shape ({report.unexpected_keys[0]})"
             )
-        self._sampler.load_state_dict(sampler)
+        if sampler is None:
+            log.warning("%s is not there; the order of the examples starts over", order)
+            return
+        try:
+            self._sampler.load_state_dict(sampler)
+        except StateError as error:
+            raise StateError(f"{order}: {error}; delete that file, and the order starts over") from None
 
 
 def _load(settings: ClientSettings, adapter: AdapterTerms) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     model, tokenizer = load_adapted(settings.model, adapter)
     data = settings.data
-    files = [path for path in (data.train, data.test, *data.others.values()) if path]
+    files = (data.train, *data.test_sets.values())
     examples = [example for path in files for example in read_examples(path)]
     kept = settings.state_dir / _FEATURES
     sight = Sight(settings.model.path, data.pictures, settings.projector, features=kept)

@@ -22,6 +22,7 @@ from fedmosaic.privacy.mechanism import Float32Array, ReleasedProfile, update_av
 from fedmosaic.privacy.noise import SecureNoise, SeededTestNoise
 from fedmosaic.privacy.planning import noise_multiplier_for
 from fedmosaic.privacy.roster import Terms
+from fedmosaic.privacy.terms_checks import plan_inputs
 from fedmosaic.protos.errors import BudgetExceededError, PrivacyError, StateError
 from fedmosaic.protos.messages import Profile
 
@@ -67,11 +68,8 @@ def plan_adapter(terms: Terms, examples: int, delta: float, target_epsilon: floa
     Raises:
         AccountingError: the profile alone passes the target, or no noise suffices.
     """
-    privacy = terms.adapter_privacy
-    rate = sampling_rate(terms, examples)
-    steps = privacy.steps_per_round * terms.schedule.rounds
-    profile = GaussianEvent(terms.profile.noise_multiplier, terms.profile.sampling_rate, 1)
-    return AdapterPlan(noise_multiplier_for(target_epsilon, delta, [profile], rate, steps), rate)
+    settled, rate, steps = plan_inputs(terms, examples, terms.schedule.rounds)
+    return AdapterPlan(noise_multiplier_for(target_epsilon, delta, settled, rate, steps), rate)
 
 
 class Releases:

@@ -42,17 +42,22 @@ class EpochSampler:
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where another sampler stood.
+        """Go on where another sampler stood; over other examples, at the beginning of the next epoch.
+
+        Args:
+            state: What `state_dict` gave.
 
         Raises:
-            StateError: The state is malformed, or of another number of examples.
+            StateError: The state is malformed.
         """
         try:
             size, seed, epoch, position = (state[key] for key in ("size", "seed", "epoch", "position"))
-        except KeyError as error:
-            raise StateError(f"the sampler's state lacks {error}; start the epoch over") from None
+        except (KeyError, TypeError) as error:
+            raise StateError(f"the sampler's state is malformed ({error})") from None
+        numbers = (size, seed, epoch, position)
+        if not all(type(n) is int and 0 <= n < 2**63 for n in numbers) or position >= size:
+            raise StateError("the sampler's state is out of range")
         if size != self._size:
-            raise StateError("the sampler's state is of another number of examples; start the epoch over")
-        if min(seed, epoch, position) < 0 or position >= size:
-            raise StateError("the sampler's state is out of range; start the epoch over")
+            # Their order within the epoch that was left says nothing about the examples that there are now.
+            epoch, position = epoch + 1, 0
         self._seed, self._epoch, self._position = seed, epoch, position

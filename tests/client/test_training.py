@@ -287,14 +287,24 @@ def test_epochs_have_different_orders() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"size": 6}, {"position": 5}, {"position": -1}, {"epoch": -1}, {"seed": -1}],
+    [{"size": 5.0}, {"position": 5}, {"position": -1}, {"epoch": -1}, {"seed": -1}, {"size": "5"}],
 )
 def test_a_foreign_or_damaged_state_is_refused(change: dict[str, int]) -> None:
     sampler = EpochSampler(5, 0)
     with pytest.raises(StateError):
         sampler.load_state_dict(sampler.state_dict() | change)
-    with pytest.raises(StateError, match="lacks"):
+    with pytest.raises(StateError, match="malformed"):
         sampler.load_state_dict({"size": 5})
+
+
+@pytest.mark.parametrize("before", [4, 6])
+def test_with_examples_added_or_taken_away_the_next_epoch_begins(before: int) -> None:
+    stopped = EpochSampler(before, 1)
+    stopped.take(before + 2)
+    resumed = EpochSampler(5, 1)
+    resumed.load_state_dict(stopped.state_dict())
+    assert sorted(resumed.take(5)) == [0, 1, 2, 3, 4]
+    assert resumed.state_dict() == {"size": 5, "seed": 1, "epoch": 3, "position": 0}
     assert sampler.take(5) == EpochSampler(5, 0).take(5)
 
 
