@@ -34,8 +34,9 @@ _TOKENS: Final = 24
 _LEAK: Final = {"float32": 1e-4, "narrow": 0.05}
 """Most change of earlier logits by later tokens, relative to what those change at their own positions.
 
-Measured on tiny random models: causal ones give 0, with experts up to 8e-7; ones that see later tokens 3e-3 at
-least. Narrow types round experts' products differently with the batch, so there the gradient has to tell."""
+Measured on tiny random models: causal ones give 0, with experts up to 8e-7; ones that see later tokens 3e-3
+at least. Narrow types round experts' products differently with the batch, so there the gradient has to
+tell."""
 
 _GRADIENT_LEAK: Final = 1e-6
 """Most gradient of earlier logits with respect to later tokens, relative to earlier ones: 0 if causal."""
@@ -63,8 +64,8 @@ def check_language_model(source: str, model: nn.Module, tokenizer: PreTrainedTok
         tokenizer: Its tokenizer.
 
     Raises:
-        ModelError: Prompts are lost, the model cannot run on tokens alone, gives no finite logits, or sees the
-            tokens that it is to predict.
+        ModelError: Prompts are lost, the model cannot run on tokens alone, gives no finite logits, or sees
+            the tokens that it is to predict.
     """
     _check_prompts(source, tokenizer)
     first, second = _public_sequences(model, tokenizer)
@@ -75,17 +76,19 @@ def check_language_model(source: str, model: nn.Module, tokenizer: PreTrainedTok
         reach = _gradient_reach(model, first, kept)
     if not bool(torch.isfinite(one).all() and torch.isfinite(other).all()):
         raise ModelError(
-            f"the logits of {source!r} are not finite on public tokens: its weights are damaged, or its dtype is "
-            "too narrow for it; try dtype 'float32'"
+            f"the logits of {source!r} are not finite on public tokens: its weights are damaged, or its "
+            "dtype is too narrow for it; try dtype 'float32'"
         )
     change = (one - other).abs().amax(dim=-1)
     leak, effect = float(change[:kept].max()), float(change[kept:].max())
     narrow = any(parameter.dtype.itemsize < 4 for parameter in model.parameters())
     if leak > _LEAK["narrow" if narrow else "float32"] * effect or reach > _GRADIENT_LEAK:
         raise ModelError(
-            f"{source!r} ({type(model).__name__}) is not causal: its logits depend on later tokens (they change by "
-            f"{leak / max(effect, 1e-30):.1g} of what those change at their own positions), so that it would be "
-            "trained and scored on answers that it can read. Choose a decoder such as Llama, Qwen2 or Mistral"
+            f"{source!r} ({type(model).__name__}) is not causal: its logits depend on later tokens (they "
+            f"change by {leak / max(effect, 1e-30):.1g} of what those change at their own positions), so "
+            "that it would "
+            "be trained and scored on answers that it can read. Choose a decoder such as Llama, Qwen2 or "
+            "Mistral"
         )
 
 
@@ -101,7 +104,7 @@ def check_adapter(model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, priva
         ModelError: A module is not called, or has no finite gradient other than zero; the message names it.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, CoLoraLayer)}
-    adapter = model.active_adapters[0]  # type: ignore[index,union-attr]  # PEFT's, which nn.Module hides
+    adapter = model.active_adapters[0]  # type: ignore[index]  # PEFT's, which nn.Module hides
     moved = {name: _moved(layer, str(adapter)) for name, layer in layers.items()}
     batch = on_device_of(model, _public_batch(model, tokenizer))
     device = next(model.parameters()).device
@@ -126,8 +129,8 @@ def check_adapter(model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, priva
     _check_all_used(still, "has no gradient, so training would not move it")
     if not all(bool(torch.isfinite(g).all()) for g in found if g is not None):
         raise ModelError(
-            "the adapter's gradient is not finite on public tokens: the weights are damaged, or the dtype is too "
-            "narrow for this model; try dtype 'float32'"
+            "the adapter's gradient is not finite on public tokens: the weights are damaged, or the dtype is "
+            "too narrow for this model; try dtype 'float32'"
         )
     if private:
         _check_private(model)
@@ -157,8 +160,8 @@ def check_length(model: nn.Module, length: int, setting: str) -> None:
     most = context_length(model)
     if most is not None and length > most:
         raise ConfigurationError(
-            f"{setting} is {length}, the model {type(model).__name__} has {most} positions; lower it to at most "
-            f"{most}"
+            f"{setting} is {length}, the model {type(model).__name__} has {most} positions; lower it to at "
+            f"most {most}"
         )
 
 
@@ -185,9 +188,9 @@ def check_ids(
     for number, ids in enumerate(tokens, start=1):
         if len(ids) and int(torch.as_tensor(ids).max()) >= table.num_embeddings:
             raise ModelError(
-                f"{what}, example {number}: its text has a token above the {table.num_embeddings} that the model "
-                f"embeds. Its tokenizer knows more tokens than that: name a model and tokenizer that belong "
-                f"together in {setting}, or take the text of that token out of the example"
+                f"{what}, example {number}: its text has a token above the {table.num_embeddings} that the "
+                f"model embeds. Its tokenizer knows more tokens than that: name a model and tokenizer that "
+                f"belong together in {setting}, or take the text of that token out of the example"
             )
 
 
@@ -198,8 +201,8 @@ def _check_prompts(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
         first, second = (encode(tokenizer, word) for word in words)
         if first == second:
             raise ModelError(
-                f"the tokenizer of {source!r} gives the same tokens for different {kind}, so the model could not "
-                "tell them apart; give the tokenizer that belongs to the model"
+                f"the tokenizer of {source!r} gives the same tokens for different {kind}, so the model could "
+                "not tell them apart; give the tokenizer that belongs to the model"
             )
 
 
@@ -228,9 +231,7 @@ def _public_sequences(
     return first, second
 
 
-def _public_ids(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, shape: tuple[int, int]
-) -> torch.Tensor:
+def _public_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase, shape: tuple[int, int]) -> torch.Tensor:
     """Ordinary tokens of a fixed seed: no special ones, which may stand for pictures or end a text."""
     table: Any = model.get_input_embeddings()  # type: ignore[operator]  # nn.Module hides it
     special = set(tokenizer.all_special_ids) | set(_placeholders(getattr(model, "config", None)))
@@ -279,7 +280,9 @@ def _gradient_reach(model: nn.Module, ids: torch.Tensor, kept: int) -> float:
     hook = table.register_forward_hook(cut_graph)
     try:
         with torch.enable_grad():
-            batch = on_device_of(model, {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]})
+            batch = on_device_of(
+                model, {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
+            )
             positions = torch.arange(kept, device=batch["input_ids"].device)
             total = logits_at(model, batch, positions).float().logsumexp(dim=-1).sum()
             if not seen or not total.requires_grad:
@@ -293,7 +296,7 @@ def _gradient_reach(model: nn.Module, ids: torch.Tensor, kept: int) -> float:
     return float(sizes[kept:].max() / sizes[:kept].max().clamp(min=torch.finfo(torch.float32).tiny))
 
 
-def _moved(layer: CoLoraLayer, adapter: str) -> nn.Parameter:
+def _moved(layer: CoLoraLayer, adapter: str) -> torch.Tensor:
     """The tensor of a fresh module that has a gradient: P, or LoRA's B, while A waits for it."""
     if isinstance(layer, CoLoraLinear):
         return layer.core(adapter, "local").weight
@@ -306,9 +309,9 @@ def _check_all_used(unused: set[str], why: str) -> None:
     if unused:
         modules = sorted({name.split(".layers.")[-1].split(".", 1)[-1] for name in unused})
         raise ModelError(
-            f"{len(unused)} adapted module(s) of this model take no part, {', '.join(modules[:4])} for one: each "
-            f"{why}. They would be shared as if trained; leave them out of adapter.target_modules in the "
-            "federation's terms, or choose another model"
+            f"{len(unused)} adapted module(s) of this model take no part, {', '.join(modules[:4])} for one: "
+            f"each {why}. They would be shared as if trained; leave them out of adapter.target_modules in "
+            "the federation's terms, or choose another model"
         )
 
 
@@ -330,8 +333,8 @@ def _refusing(source: str, task: str) -> Iterator[None]:
         raise
     except _FOREIGN_ERRORS as error:
         raise ModelError(
-            f"{source} cannot {task}: {type(error).__name__}: {str(error)[:300]}. Choose a causal language model, "
-            "or a vision-language model that also reads text alone"
+            f"{source} cannot {task}: {type(error).__name__}: {str(error)[:300]}. Choose a causal language "
+            "model, or a vision-language model that also reads text alone"
         ) from error
 
 

@@ -26,8 +26,8 @@ def load_adapted(settings: ModelSettings, adapter: AdapterTerms) -> tuple[PeftMo
         adapter: shape of the adapter.
 
     Raises:
-        ModelError: the model cannot be loaded, lacks modules that the adapter needs or never calls them, or is
-            aligned to another basis than the roster's; see `fedmosaic.client.acceptance`.
+        ModelError: the model cannot be loaded, lacks modules that the adapter needs or never calls them, or
+            is aligned to another basis than the roster's; see `fedmosaic.client.acceptance`.
     """
     _check_basis(settings, adapter)
     base, tokenizer = load_base_model(

@@ -9,11 +9,10 @@ generated answer always starts from the prompt's own tokens, and training has to
 """
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 import torch
@@ -173,20 +172,22 @@ def _takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             problems.append(f"{type(error).__name__}: {error}")
             continue
+        place = opened.find(_PUBLIC_PROMPT)
         # What both have in common ends where the model's turn begins.
-        if _PUBLIC_PROMPT in os.path.commonprefix([opened, closed]):
+        end = place + len(_PUBLIC_PROMPT)
+        if place >= 0 and opened[:end] == closed[:end]:
             return parts
-        problems.append("the text is lost" if _PUBLIC_PROMPT not in opened else "the turn precedes it")
+        problems.append("the text is lost" if place < 0 else "the model's turn stands before it")
     raise ModelError(
-        f"the tokenizer's chat template does not render a prompt: as text, {problems[0]}; as a list of parts, "
-        f"{problems[1]}. Every question would look the same to the model: mend chat_template.jinja in the "
-        "model's folder, or remove it to give prompts as they are"
+        f"the tokenizer's chat template does not render a prompt: as text, {problems[0]}; as a list of "
+        f"parts, {problems[1]}. Every question would look the same to the model: mend chat_template.jinja in "
+        "the model's folder, or remove it to give prompts as they are"
     )
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, prompt: str, *, parts: bool, turn: bool = True) -> str:
     content = [{"type": "text", "text": prompt}] if parts else prompt
-    messages: list[dict[str, object]] = [{"role": "user", "content": content}]
+    messages: Any = [{"role": "user", "content": content}]
     return str(tokenizer.apply_chat_template(messages, add_generation_prompt=turn, tokenize=False))
 
 

@@ -36,7 +36,7 @@ from fedmosaic.client.examples import (
 )
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import Releases
-from fedmosaic.client.scoring import Score, score_examples
+from fedmosaic.client.scoring import Score, check_scorable, score_examples
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.training import EpochSampler, train_local
 from fedmosaic.client.vision.sight import Sight, give_sight
@@ -84,7 +84,9 @@ class ModelLearner:
         self._model, self._tokenizer = loaded or _load(settings, terms.adapter)
         self._train = read_examples(settings.data.train)
         check_length(self._model, settings.training.max_length, "training.max_length")
-        self._encoded = encode_examples(self._tokenizer, self._train, settings.training.max_length, setting="training.max_length")
+        self._encoded = encode_examples(
+            self._tokenizer, self._train, settings.training.max_length, setting="training.max_length"
+        )
         check_ids(self._model, encoded_ids(self._encoded), str(settings.data.train), "model.path")
         self._sampler = EpochSampler(len(self._encoded), settings.training.seed)
         if not self._shares_family:
@@ -199,6 +201,20 @@ class ModelLearner:
             )  # fmt: skip
             self._progress.advance(done)
         return scores
+
+    def check_tests(self, tests: Mapping[str, Sequence[Example]]) -> None:
+        """Refuse test sets that could not be scored after the last round.
+
+        Args:
+            tests: by name, at least one example each.
+
+        Raises:
+            ModelError: a text has a token that the model does not embed, or the model cannot write answers.
+            ConfigurationError: an answer is too long for the model's positions.
+        """
+        length = self._settings.training.max_length
+        for name, examples in tests.items():
+            check_scorable(self._model, self._tokenizer, examples, length, f"test set {name!r}")
 
     def save(self, directory: Path) -> None:
         """Write every branch, the gate, and the sampler's position."""

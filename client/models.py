@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils._validators import validate_repo_id
 from peft import PeftModel, TaskType, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
@@ -88,9 +88,9 @@ def load_base_model(
         The model in evaluation mode, and the tokenizer with a padding token and right padding.
 
     Raises:
-        ModelError: The model cannot be found or read, lacks weights, is of an unsupported kind, has a tokenizer
-            without an end of text, fails `fedmosaic.client.acceptance.check_language_model`, or `keep_layers` or
-            `dtype` make no sense.
+        ModelError: The model cannot be found or read, lacks weights, is of an unsupported kind, has a
+            tokenizer without an end of text, fails `fedmosaic.client.acceptance.check_language_model`, or
+            `keep_layers` or `dtype` make no sense.
     """
     source = str(path_or_hub_id)
     precision = _dtype(dtype)
@@ -268,8 +268,8 @@ def _may_be_an_id(source: str) -> bool:
 def _check_end(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
     if not isinstance(tokenizer.eos_token_id, int):
         raise ModelError(
-            f"The tokenizer of {source!r} has no end-of-text token, with which every answer ends; set eos_token "
-            "in its tokenizer_config.json, or choose a model that was trained to end its texts."
+            f"The tokenizer of {source!r} has no end-of-text token, with which every answer ends; set "
+            "eos_token in its tokenizer_config.json, or choose a model that was trained to end its texts."
         )
 
 
@@ -278,8 +278,8 @@ def _set_padding(source: str, model: PreTrainedModel, tokenizer: PreTrainedToken
     rows = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     if tokenizer.eos_token_id >= rows:
         raise ModelError(
-            f"The end-of-text token of the tokenizer of {source!r} is number {tokenizer.eos_token_id}, the model "
-            f"embeds {rows} tokens. Use the tokenizer that belongs to the model."
+            f"The end-of-text token of the tokenizer of {source!r} is number {tokenizer.eos_token_id}, the "
+            f"model embeds {rows} tokens. Use the tokenizer that belongs to the model."
         )
     # Padding positions are masked in attention and loss, so any token that the model embeds serves.
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:

@@ -78,8 +78,8 @@ def check_probe(probe: Probe, mechanism: ProfileMechanism) -> None:
     if probe.sha256 != mechanism.probe_sha256:
         raise MechanismError(
             f"the probe's weights have fingerprint {probe.sha256[:16]}…, those of {mechanism.probe} in the "
-            f"roster {mechanism.probe_sha256[:16]}…; profiles of different probes cannot be compared: name the "
-            "roster's in [probe] path"
+            f"roster {mechanism.probe_sha256[:16]}…; profiles of different probes cannot be compared: name "
+            "the roster's in [probe] path"
         )
 
 

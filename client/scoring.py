@@ -87,6 +87,41 @@ def score_examples(
     return Score(right / len(examples), measure)
 
 
+def check_scorable(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    max_length: int,
+    what: str,
+) -> None:
+    """Refuse what `score_examples` could not score, without scoring it.
+
+    Args:
+        model: Causal language model.
+        tokenizer: Of the model.
+        examples: At least one.
+        max_length: As for `score_examples`.
+        what: The examples, for messages.
+
+    Raises:
+        ConfigurationError: An answer is too long for the model's positions.
+        ModelError: A token has no row in the embedding, or the model cannot write and would have to.
+    """
+    texts = (
+        [*prompt_tokens(tokenizer, e.prompt), *(t for c in e.choices for t in answer_tokens(tokenizer, c))]
+        for e in examples
+    )
+    check_ids(model, texts, what, "model.path")
+    opened = [example for example in examples if not example.choices]
+    if not opened:
+        return
+    longest = max(len(answer_tokens(tokenizer, example.answer)) for example in opened) + _SPARE_TOKENS
+    _room_to_write(model, max_length, longest)
+    # Three tokens, since the second and third are the first to read what the model has kept.
+    public = [Example("public", "Does the parcel weigh nine grams?", "no")]
+    written_answers(model, tokenizer, public, 1, max_length=max_length, max_new_tokens=min(3, longest))
+
+
 def words(text: str) -> list[str]:
     """Words of a text, without case and punctuation; "don't" and "3.5" are one word each."""
     return _WORD.findall(text.casefold())
@@ -125,13 +160,7 @@ def written_answers(
     """
     if not examples:
         raise ConfigurationError("there is no example to answer; give at least one")
-    most = context_length(model)
-    room = max_length if most is None else min(max_length, most - max_new_tokens)
-    if room < 1:
-        raise ConfigurationError(
-            f"an answer of {max_new_tokens} tokens leaves no room for a prompt within the model's {most} "
-            "positions; shorten the longest answer, or choose a model with more positions"
-        )
+    room = _room_to_write(model, max_length, max_new_tokens)
     pad = padding_token(tokenizer)
     prompts = [cut_prompt(tokenizer, prompt_tokens(tokenizer, e.prompt), room) for e in examples]
     check_ids(model, prompts, "the examples to answer", "model.path")
@@ -143,6 +172,18 @@ def written_answers(
             )
             answers += tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
     return answers
+
+
+def _room_to_write(model: nn.Module, max_length: int, max_new_tokens: int) -> int:
+    """Most tokens of a prompt that leave room for an answer."""
+    most = context_length(model)
+    room = max_length if most is None else min(max_length, most - max_new_tokens)
+    if room < 1:
+        raise ConfigurationError(
+            f"an answer of {max_new_tokens} tokens leaves no room for a prompt within the model's {most} "
+            "positions; shorten the longest answer, or choose a model with more positions"
+        )
+    return room
 
 
 def _generate(
@@ -169,7 +210,7 @@ def _generate(
         )
     except (ValueError, TypeError, AttributeError, LookupError) as error:
         raise ModelError(
-            f"{type(model).__name__} cannot write answers: {type(error).__name__}: {error}; give the test set's "
-            "examples choices, or choose a model that generates text"
+            f"{type(model).__name__} cannot write answers: {type(error).__name__}: {error}; give the test "
+            "set's examples choices, or choose a model that generates text"
         ) from error
     return out, longest

@@ -30,6 +30,7 @@ except ImportError:  # Windows has no flock; two processes in one directory are 
     fcntl = None  # type: ignore[assignment]  # a module cannot be typed as optional
 
 _VERSION = 1
+_SESSION = "session.json"
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,41 @@ def _sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+def read_record(directory: Path) -> SessionRecord | None:
+    """What a state directory says of its run, without taking hold of it; None if there is nothing yet.
+
+    Raises:
+        StateError: the record is damaged.
+    """
+    file = directory / _SESSION
+    if not file.exists():
+        return None
+    try:
+        data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if data.pop("version") != _VERSION:
+            raise ValueError("unknown version")
+        return SessionRecord(**data)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise StateError(
+            f"{file} is damaged ({error}); restore it from a backup, or start over with a new state_dir (the "
+            "privacy ledger in the old one must be kept: what it has spent stays spent)"
+        ) from None
+
+
+def check_run(record: SessionRecord, directory: Path, run_id: str) -> None:
+    """Refuse to go on with another run than the one that a state directory is of.
+
+    Raises:
+        StateError: it is of another run; the remedy is named.
+    """
+    if record.run_id and record.run_id != run_id:
+        raise StateError(
+            f"{directory} holds round {record.completed_round} of run {record.run_id}, but the server is on "
+            f"run {run_id}; to start over, give a new state_dir and copy ledger.sqlite, ledger.sqlite.head "
+            "and profile-*.npy into it: what was spent on the same data stays spent"
+        )
+
+
 class ClientState:
     """The state directory of one client in one federation."""
 
@@ -113,10 +149,8 @@ class ClientState:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock = hold_directory(directory / "lock", "give each client its own state_dir")
-        self._file = directory / "session.json"
-        self.record = SessionRecord(federation, client)
-        if self._file.exists():
-            self.record = self._read()
+        self._file = directory / _SESSION
+        self.record = read_record(directory) or SessionRecord(federation, client)
         if (self.record.federation, self.record.client) != (federation, client):
             raise StateError(
                 f"{directory} belongs to client {self.record.client!r} of federation "
@@ -127,18 +161,6 @@ class ClientState:
     def release(self) -> None:
         """Let another process have the directory; done by the end of the process otherwise."""
         self._lock.close()
-
-    def _read(self) -> SessionRecord:
-        try:
-            data: dict[str, Any] = json.loads(self._file.read_text(encoding="utf-8"))
-            if data.pop("version") != _VERSION:
-                raise ValueError("unknown version")
-            return SessionRecord(**data)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StateError(
-                f"{self._file} is damaged ({error}); restore it from a backup, or start over with a new "
-                "state_dir (the privacy ledger in the old one must be kept: what it has spent stays spent)"
-            ) from None
 
     def _write(self, record: SessionRecord) -> None:
         content = json.dumps({"version": _VERSION, **asdict(record)}, indent=2).encode()
@@ -151,13 +173,7 @@ class ClientState:
         Raises:
             StateError: the state is of another run; the remedy is named.
         """
-        if self.record.run_id and self.record.run_id != run_id:
-            raise StateError(
-                f"{self.directory} holds round {self.record.completed_round} of run {self.record.run_id}, "
-                f"but the server is on run {run_id}; to start over, give a new state_dir and copy "
-                "ledger.sqlite, ledger.sqlite.head and profile-*.npy into it: what was spent on the same "
-                "data stays spent"
-            )
+        check_run(self.record, self.directory, run_id)
         self._write(
             SessionRecord(self.record.federation, self.record.client, run_id, self.record.completed_round)
         )

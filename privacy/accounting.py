@@ -332,7 +332,9 @@ def _prv(events: tuple[GaussianEvent, ...], delta: float) -> float:
                 accountant.get_epsilon(delta, eps_error=_PRV_EPSILON_ERROR, delta_error=delta_error)
             )
     except (RuntimeError, ValueError, OverflowError, MemoryError) as error:
-        raise AccountingError(f"PRV cannot evaluate {events}: {error}; take fewer steps or more noise") from error
+        raise AccountingError(
+            f"PRV cannot evaluate {events}: {error}; take fewer steps or more noise"
+        ) from error
     return max(0.0, value)
 
 

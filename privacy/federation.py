@@ -23,8 +23,8 @@ from pydantic import Field, model_validator
 
 from fedmosaic.privacy import identity
 from fedmosaic.privacy.configuration import Frozen
+from fedmosaic.privacy.projection import check_basis
 from fedmosaic.privacy.roster import Family, Member, MemberId, Roster, Terms
-from fedmosaic.privacy.terms_checks import check_basis, check_plan
 from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import ConfigurationError, IdentityError
 
@@ -162,13 +162,12 @@ def create(config: FederationConfig, directory: Path, basis: Path | None = None)
         The signed roster.
 
     Raises:
-        ConfigurationError: the directory is not empty, the basis is not the one that the terms name, or no
-            client could plan its noise under them; nothing is written then.
+        ConfigurationError: the directory is not empty, or there is no such basis; nothing is written then.
+        MechanismError: the basis is not the one that the terms name; nothing is written then.
     """
     if basis is not None and not basis.is_file():
         raise ConfigurationError(f"{basis}: no such file; give the public basis that the terms name")
-    check_basis(config.terms, basis)
-    check_plan(config.terms)
+    check_basis(config.terms.profile, basis)
     if directory.exists() and any(directory.iterdir()):
         raise ConfigurationError(f"{directory} is not empty; a federation is created in a new directory")
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)

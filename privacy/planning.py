@@ -242,9 +242,7 @@ def _between(low: float, high: float, over: float, under: float) -> float:
     return low + (high - low) * min(0.95, max(0.05, share + 0.01))
 
 
-def _epsilon_or_more(
-    events: list[GaussianEvent], delta: float, accountant: str, target: float
-) -> float:
+def _epsilon_or_more(events: list[GaussianEvent], delta: float, accountant: str, target: float) -> float:
     """ε; where the accountant cannot say it and RDP's bound is above the target anyway, that bound."""
     # RDP first: it decides far-off σ in milliseconds, and there the tight accountants refuse.
     bound = epsilon(events, delta, "rdp")

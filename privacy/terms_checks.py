@@ -1,47 +1,20 @@
-"""What is checked of a federation's terms when it is founded, so that no client finds out after its first round."""
+"""Whether clients can plan their noise under a federation's terms, asked when it is founded."""
 
 import logging
-from pathlib import Path
 from typing import Final
 
 from fedmosaic.privacy.accounting import default_delta
 from fedmosaic.privacy.events import GaussianEvent
 from fedmosaic.privacy.planning import check_plannable
-from fedmosaic.privacy.projection import PublicBasis
 from fedmosaic.privacy.roster import Terms
 from fedmosaic.protos.errors import AccountingError, ConfigurationError
 
 log = logging.getLogger(__name__)
+MOST_STEPS: Final = 500_000
+"""Private steps of a run. One evaluation of ε takes 30 s at 400,000 steps on a processor's core, and every
+round's charge needs one."""
+
 _LARGEST_CLIENT: Final = 1_000_000
-
-
-def check_basis(terms: Terms, basis: Path | None) -> None:
-    """Refuse a public basis other than the one that the terms name by its hash.
-
-    Args:
-        terms: of the federation.
-        basis: file of the public basis; None if there is none.
-
-    Raises:
-        ConfigurationError: it is missing, not needed, or another one.
-        MechanismError: it cannot be read.
-    """
-    agreed = terms.profile.basis_sha256
-    if agreed is None:
-        if basis is not None:
-            raise ConfigurationError(f"the terms' task profile uses no public basis; leave {basis} out")
-        return
-    if basis is None:
-        raise ConfigurationError(
-            f"terms.profile.basis_sha256 names the public basis {agreed[:16]}…, but no file is given: pass the "
-            "one that `fedmosaic probe` wrote with --basis"
-        )
-    found = PublicBasis.load(basis).sha256
-    if found != agreed:
-        raise ConfigurationError(
-            f"{basis} is the public basis {found[:16]}…, terms.profile.basis_sha256 says {agreed[:16]}…: both "
-            "must be of the same run of `fedmosaic probe`, so give its basis or copy the tables it printed anew"
-        )
 
 
 def check_plan(terms: Terms) -> None:
@@ -56,6 +29,14 @@ def check_plan(terms: Terms) -> None:
     """
     if not terms.adapter.private:
         return
+    steps = terms.adapter_privacy.steps_per_round
+    if steps * terms.schedule.rounds > MOST_STEPS:
+        raise ConfigurationError(
+            f"schedule.rounds {terms.schedule.rounds:,} times adapter_privacy.steps_per_round {steps:,} is "
+            f"{steps * terms.schedule.rounds:,} private steps; every charge would take the accountant "
+            f"minutes beyond {MOST_STEPS:,}. Take at most {max(1, MOST_STEPS // steps):,} rounds of "
+            f"{min(steps, MOST_STEPS):,} steps"
+        )
     sizes = sorted({terms.profile.minimum_examples, 1_000, 10_000, 100_000, _LARGEST_CLIENT})
     problems = {n: problem for n in sizes if (problem := _problem(terms, n, terms.schedule.rounds))}
     if not problems:
@@ -65,7 +46,6 @@ def check_plan(terms: Terms) -> None:
         named = ", ".join(f"{n:,}" for n in problems)
         log.warning("a client of %s examples could not plan its noise under these terms: %s", named, reason)
         return
-    steps = terms.adapter_privacy.steps_per_round
     raise ConfigurationError(
         f"no client could plan its noise for {terms.schedule.rounds:,} rounds of {steps:,} private steps: "
         f"{reason}. {_possible(terms, sizes)}"
@@ -91,9 +71,7 @@ def plan_inputs(terms: Terms, examples: int, rounds: int) -> tuple[list[Gaussian
 def _problem(terms: Terms, examples: int, rounds: int) -> str:
     settled, rate, steps = plan_inputs(terms, examples, rounds)
     try:
-        check_plannable(
-            terms.adapter_privacy.target_epsilon, default_delta(examples), settled, rate, steps
-        )
+        check_plannable(terms.adapter_privacy.target_epsilon, default_delta(examples), settled, rate, steps)
     except AccountingError as error:
         return str(error)
     return ""
@@ -106,5 +84,6 @@ def _possible(terms: Terms, sizes: list[int]) -> str:
             return f"Schedule.rounds = {rounds} can be planned, or as much fewer steps_per_round"
         rounds //= 2
     return (
-        "Fewer rounds do not help: raise terms.adapter_privacy.target_epsilon or terms.profile.noise_multiplier"
+        "Fewer rounds do not help: raise terms.adapter_privacy.target_epsilon or "
+        "terms.profile.noise_multiplier"
     )

@@ -116,8 +116,9 @@ class PictureTokenizer:
         """Refuse a word whose id the model would take for a picture's."""
         if self._ids is not None and ids and max(ids) >= self._ids.first:
             raise ModelError(
-                f"a text has a token above the {self._ids.first} that the model embeds, where the ids of pictures "
-                "begin; name a model and tokenizer that belong together, or take that token out of the text"
+                f"a text has a token above the {self._ids.first} that the model embeds, where the ids of "
+                "pictures begin; name a model and tokenizer that belong together, or take that token out of "
+                "the text"
             )
 
     def _leading(self) -> list[int]:

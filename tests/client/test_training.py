@@ -295,6 +295,7 @@ def test_a_foreign_or_damaged_state_is_refused(change: dict[str, int]) -> None:
         sampler.load_state_dict(sampler.state_dict() | change)
     with pytest.raises(StateError, match="malformed"):
         sampler.load_state_dict({"size": 5})
+    assert sampler.take(5) == EpochSampler(5, 0).take(5)
 
 
 @pytest.mark.parametrize("before", [4, 6])
@@ -305,7 +306,6 @@ def test_with_examples_added_or_taken_away_the_next_epoch_begins(before: int) ->
     resumed.load_state_dict(stopped.state_dict())
     assert sorted(resumed.take(5)) == [0, 1, 2, 3, 4]
     assert resumed.state_dict() == {"size": 5, "seed": 1, "epoch": 3, "position": 0}
-    assert sampler.take(5) == EpochSampler(5, 0).take(5)
 
 
 def test_a_sampler_needs_examples() -> None:

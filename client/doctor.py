@@ -1,0 +1,175 @@
+"""`fedmosaic doctor CONFIG`: make every check that a client makes before it enrols, and change nothing."""
+
+import json
+import logging
+import os
+import platform
+import struct
+import tempfile
+import textwrap
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Final
+
+import huggingface_hub.constants
+import torch
+import tyro
+from transformers.utils import logging as transformers_logging
+
+from fedmosaic import __version__
+from fedmosaic.client.preflight import Preflight
+from fedmosaic.client.settings import ClientSettings, ModelSettings
+from fedmosaic.privacy.configuration import read_configuration
+from fedmosaic.protos.errors import FedMosaicError
+from fedmosaic.protos.messages import RoundStatus
+
+_COLUMNS: Final = 80
+_SERVER_PATIENCE_SECONDS: Final = 5.0
+_PACKAGES: Final = ("torch", "transformers", "peft", "opacus", "grpcio")
+_INDENT: Final = " " * 19
+_HEADER_BYTES: Final = 100_000_000
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Check everything that a client needs, without taking part: nothing is spent, sent or changed.
+
+    Only the federation's server is asked, once, whether it would accept this client. Exit status 0 if a
+    client could start, else 1.
+    """
+
+    config: tyro.conf.Positional[Path]
+    """The client's configuration (TOML or JSON); the README shows one."""
+
+
+class _Quiet:
+    """Takes the place of a client's progress."""
+
+    def stage(self, round_number: int, name: str, total: int = 0) -> None: ...
+
+    def advance(self, done: int) -> None: ...
+
+    def waiting(self, status: RoundStatus) -> None: ...
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `fedmosaic doctor` with its arguments."""
+    parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic doctor")
+    _keep_to_this_machine()
+    _tell("versions", "ok", ", ".join(_versions()))
+    try:
+        settings = read_configuration(parsed.config, ClientSettings).resolved(parsed.config.parent)
+    except FedMosaicError as error:
+        _tell("configuration", "WRONG", str(error))
+        return 1
+    _tell("configuration", "ok", str(parsed.config))
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    with tempfile.TemporaryDirectory(prefix="fedmosaic-doctor-") as scratch:
+        preflight = Preflight(
+            settings,
+            _Quiet(),
+            server_patience_seconds=_SERVER_PATIENCE_SECONDS,
+            scratch=Path(scratch),
+        )
+        with closing(preflight):
+            return 0 if _examine(preflight) else 1
+
+
+def _examine(preflight: Preflight) -> bool:
+    """Make every check that can be made; whether all went well."""
+    failed: dict[str, str] = {}
+    for check in preflight.checks():
+        if check.name == "model":
+            _tell("memory", *memory_needed(preflight.settings))
+        cause = next((need for need in check.needs if need in failed), None)
+        if cause is not None:
+            failed[check.name] = cause
+            _tell(check.name, "-", f"not checked, because of {failed.get(cause) or cause}")
+            continue
+        told = len(preflight.warnings)
+        try:
+            _tell(check.name, "ok", check.run())
+        except FedMosaicError as error:
+            failed[check.name] = ""
+            _tell(check.name, "WRONG", str(error))
+        except OSError as error:
+            failed[check.name] = ""
+            _tell(check.name, "WRONG", f"{error.filename or ''}: {error.strerror or error}".lstrip(": "))
+        for warning in preflight.warnings[told:]:
+            _tell("", "note", warning)
+    print()
+    print("a client could start" if not failed else "a client could not start; see the lines marked WRONG")
+    return not failed
+
+
+def memory_needed(settings: ClientSettings) -> tuple[str, str]:
+    """Roughly what the weights of model and probe take, against what is free here.
+
+    Returns:
+        "ok" or "note", and what to say.
+    """
+    weights = [_weight_bytes(model) for model in (settings.model, settings.probe)]
+    free = _free_bytes()
+    if None in weights or free is None:
+        return "note", "what is needed or free here cannot be told beforehand"
+    needed = sum(size for size in weights if size is not None)
+    line = f"about {needed / 2**30:.1f} GiB of weights and training beside them, {free / 2**30:.1f} GiB free"
+    return ("ok", line) if 2 * needed < free else ("note", f"{line}: this may not suffice")
+
+
+def _weight_bytes(model: ModelSettings) -> int | None:
+    """Bytes of a local model's weights in the type that it is loaded in; None if the files do not say."""
+    numbers = 0
+    for file in Path(model.path).glob("*.safetensors") if Path(model.path).is_dir() else ():
+        try:
+            with file.open("rb") as opened:
+                (length,) = struct.unpack("<Q", opened.read(8))
+                header = json.loads(opened.read(min(length, _HEADER_BYTES)))
+            for name, tensor in header.items():
+                size = 1
+                for side in tensor["shape"] if name != "__metadata__" else (0,):
+                    size *= int(side)
+                numbers += size
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError):
+            return None
+    return numbers * (4 if model.dtype == "float32" else 2) or None
+
+
+def _free_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def _versions() -> list[str]:
+    found = [f"fedmosaic {__version__}", f"python {platform.python_version()}"]
+    for name in _PACKAGES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"{name} missing")
+    return found
+
+
+def _keep_to_this_machine() -> None:
+    """No hub is asked: a model that is not here is named as missing, which a client would download."""
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped in transformers
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # untyped in transformers
+    logging.getLogger("fedmosaic").setLevel(logging.ERROR)
+
+
+def _tell(name: str, state: str, text: str) -> None:
+    """One check in lines of at most 80 columns; names of files are not broken."""
+    lines = textwrap.wrap(
+        f"{name:<13} {state:<5}{text}",
+        width=_COLUMNS,
+        subsequent_indent=_INDENT,
+        break_on_hyphens=False,
+    )
+    print("\n".join(lines), flush=True)
