@@ -7,8 +7,8 @@ import platform
 import struct
 import tempfile
 import textwrap
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,7 +29,7 @@ from fedmosaic.protos.messages import RoundStatus
 _COLUMNS: Final = 80
 _SERVER_PATIENCE_SECONDS: Final = 5.0
 _PACKAGES: Final = ("torch", "transformers", "peft", "opacus", "grpcio")
-_INDENT: Final = " " * 19
+_INDENT: Final = " " * 20
 _HEADER_BYTES: Final = 100_000_000
 
 
@@ -58,14 +58,18 @@ class _Quiet:
 def main(arguments: Sequence[str]) -> int:
     """Run `fedmosaic doctor` with its arguments."""
     parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic doctor")
-    _keep_to_this_machine()
+    with _on_this_machine():
+        return _diagnose(parsed.config)
+
+
+def _diagnose(path: Path) -> int:
     _tell("versions", "ok", ", ".join(_versions()))
     try:
-        settings = read_configuration(parsed.config, ClientSettings).resolved(parsed.config.parent)
+        settings = read_configuration(path, ClientSettings).resolved(path.parent)
     except FedMosaicError as error:
         _tell("configuration", "WRONG", str(error))
         return 1
-    _tell("configuration", "ok", str(parsed.config))
+    _tell("configuration", "ok", str(path))
     if settings.threads:
         torch.set_num_threads(settings.threads)
     with tempfile.TemporaryDirectory(prefix="fedmosaic-doctor-") as scratch:
@@ -156,20 +160,37 @@ def _versions() -> list[str]:
     return found
 
 
-def _keep_to_this_machine() -> None:
-    """No hub is asked: a model that is not here is named as missing, which a client would download."""
+@contextmanager
+def _on_this_machine() -> Iterator[None]:
+    """Ask no hub, and be quiet: a model that is not here is named, where a client would download it."""
+    ours = logging.getLogger("fedmosaic")
+    before = (
+        huggingface_hub.constants.HF_HUB_OFFLINE,
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+        ours.level,
+    )
     huggingface_hub.constants.HF_HUB_OFFLINE = True
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped in transformers
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # untyped in transformers
-    logging.getLogger("fedmosaic").setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped in transformers
+    ours.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = before[0]
+        transformers_logging.set_verbosity(before[1])
+        if before[2]:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # likewise
+        ours.setLevel(before[3])
 
 
 def _tell(name: str, state: str, text: str) -> None:
-    """One check in lines of at most 80 columns; names of files are not broken."""
+    """One check in lines of at most 80 columns, unless a file's name is longer, which is not broken."""
     lines = textwrap.wrap(
-        f"{name:<13} {state:<5}{text}",
+        f"{name:<13} {state:<6}{text}",
         width=_COLUMNS,
         subsequent_indent=_INDENT,
         break_on_hyphens=False,
+        break_long_words=False,
     )
     print("\n".join(lines), flush=True)

@@ -94,6 +94,11 @@ def check_plannable(
                 return
             break
         sigma *= 2.0
+    else:
+        # RDP's own floor lies above the target; with next to no adapter the tight accountant decides.
+        settled = epsilon(fixed_events, delta)
+        if settled < target_epsilon and epsilon(events, delta) <= target_epsilon:
+            return
     noise_multiplier_for(target_epsilon, delta, fixed_events, sampling_rate, steps)
 
 
