@@ -116,7 +116,7 @@ def check_adapter(model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, priva
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
             training_mode(model, True),
             torch.enable_grad(),
-            _refusing(type(model).__name__, "be trained on public tokens"),
+            _refusing(_kind(model), "be trained on public tokens"),
         ):
             loss = example_losses(model, batch).sum()
             found = torch.autograd.grad(loss, list(moved.values()), allow_unused=True)
@@ -160,7 +160,7 @@ def check_length(model: nn.Module, length: int, setting: str) -> None:
     most = context_length(model)
     if most is not None and length > most:
         raise ConfigurationError(
-            f"{setting} is {length}, the model {type(model).__name__} has {most} positions; lower it to at "
+            f"{setting} is {length}, the model {_kind(model)} has {most} positions; lower it to at "
             f"most {most}"
         )
 
@@ -219,6 +219,12 @@ def _own_words(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
         if len(found) == 2:
             return found[0], found[1]
     return "parcel", "window"
+
+
+def _kind(model: nn.Module) -> str:
+    """Name of a model's class, without the wrapper of its adapter."""
+    base: Any = getattr(model, "get_base_model", None)
+    return type(model if base is None else base()).__name__
 
 
 def _public_sequences(
