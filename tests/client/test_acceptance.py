@@ -189,6 +189,13 @@ def test_a_module_that_is_never_called_is_refused_by_name() -> None:
     check_adapter(again, make_tokenizer())
 
 
+def test_a_model_whose_kinds_of_layers_follow_from_its_depth_can_be_cut(tmp_path: Path) -> None:
+    mamba = {"vocab_size": ROWS, "hidden_size": 16, "num_hidden_layers": 3, "state_size": 4}
+    make_model("mamba", mamba).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    assert load_base_model(tmp_path, keep_layers=2)[0].config.num_hidden_layers == 2
+
+
 def test_a_module_whose_output_is_thrown_away_is_refused() -> None:
     model = make_model("llama", COMMON)
     last = model.model.layers[-1]

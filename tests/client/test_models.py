@@ -207,6 +207,9 @@ def test_what_cannot_be_found_is_refused(folder: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match=r"'no/such-model' cannot be loaded"):
         load_base_model("no/such-model")
+    for mistyped in ("./no-such-model", "models/of/mine", str(folder / "typo")):
+        with pytest.raises(ModelError, match=f"There is no folder '{mistyped}'"):
+            load_base_model(mistyped)
     with pytest.raises(ModelError, match=r"no file model\.gguf"):
         load_base_model(folder, gguf_file="model.gguf")
     with pytest.raises(ModelError, match="choose one of float32, bfloat16, float16"):
