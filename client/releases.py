@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -21,10 +22,11 @@ from fedmosaic.privacy.events import UNPROTECTED, GaussianEvent
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.ledger import Ledger
 from fedmosaic.privacy.ledger_rows import Channel, Coverage, data_epoch
-from fedmosaic.privacy.mechanism import Float32Array, ReleasedProfile, update_average
+from fedmosaic.privacy.mechanism import Float32Array, ProfileMechanism, ReleasedProfile, update_average
 from fedmosaic.privacy.noise import SecureNoise, SeededTestNoise
 from fedmosaic.privacy.planning import noise_multiplier_for
 from fedmosaic.privacy.roster import Terms
+from fedmosaic.privacy.terms_checks import plan_inputs
 from fedmosaic.protos.errors import BudgetExceededError, PrivacyError, StateError
 from fedmosaic.protos.messages import Profile
 
@@ -82,11 +84,13 @@ def plan_adapter(terms: Terms, examples: int, delta: float, target_epsilon: floa
     Raises:
         AccountingError: the profile alone passes the target, or no noise suffices.
     """
-    privacy = terms.adapter_privacy
-    rate = sampling_rate(terms, examples)
-    steps = privacy.steps_per_round * terms.schedule.rounds
-    profile = GaussianEvent(terms.profile.noise_multiplier, terms.profile.sampling_rate, 1)
-    return AdapterPlan(noise_multiplier_for(target_epsilon, delta, [profile], rate, steps), rate)
+    settled, rate, steps = plan_inputs(terms, examples, terms.schedule.rounds)
+    return AdapterPlan(noise_multiplier_for(target_epsilon, delta, settled, rate, steps), rate)
+
+
+def profile_path(directory: Path, epoch: str, mechanism: ProfileMechanism) -> Path:
+    """Where the noised task profile of a data epoch stands once it was released."""
+    return directory / f"profile-{epoch[:16]}-{mechanism.sha256[:16]}.npy"
 
 
 class Releases:
@@ -241,8 +245,7 @@ class Releases:
 
     def _released_profile(self, round_number: int) -> Float32Array:
         mechanism = self._terms.profile
-        name = f"profile-{self._data_epoch[:16]}-{mechanism.sha256[:16]}.npy"
-        path = self._state.directory / name
+        path = profile_path(self._state.directory, self._data_epoch, mechanism)
         if self._ledger.release_of("profile", round_number, self._data_epoch, mechanism.sha256) is not None:
             return _read_vector(path, self._terms.profile.dimensions)
         pending = self._ledger.pending("profile", round_number, self._data_epoch, mechanism.sha256)

@@ -101,6 +101,43 @@ class _SealAnewError(Exception):
         self.upload = upload
 
 
+def ask_to_enrol(
+    transport: Transport, roster: Roster, adapter_spec_hash: bytes, family: str, *, check_only: bool = False
+) -> Enrolled:
+    """Compare what both sides believe about the federation, and enrol unless it is to be checked only.
+
+    Args:
+        transport: way to the server.
+        roster: this client's.
+        adapter_spec_hash: SHA-256 of the shared layout.
+        family: architecture name; empty if none.
+        check_only: leave the server as it is; a model need not be loaded yet.
+
+    Raises:
+        RefusedError: the server refuses this client; the reason and the remedy are in the message.
+        PolicyError: the server wants another number of rounds than the roster's terms.
+        TransportError: the server cannot be reached for longer than the transport's patience.
+    """
+    enrolled = transport.enrol(
+        Enrolment(
+            protocol_version=PROTOCOL_VERSION,
+            federation=roster.federation,
+            roster_hash=roster.hash,
+            adapter_spec_hash=adapter_spec_hash,
+            family=family,
+            software=f"fedmosaic {__version__}",
+            check_only=check_only,
+        )
+    )
+    agreed = roster.terms.schedule.rounds
+    if enrolled.rounds != agreed:
+        raise PolicyError(
+            f"the server runs {enrolled.rounds} rounds, the signed terms say {agreed}; nothing was sent. "
+            "Ask who runs the server: more rounds are more weight rows, from which recipients learn more"
+        )
+    return enrolled
+
+
 class Session:
     """One client in one run, from enrolment to the last round."""
 
@@ -134,13 +171,9 @@ class Session:
             StateError: the state here is of another run, or the server's is an older copy.
             TransportError: the server cannot be reached for longer than the transport's patience.
         """
-        enrolled = self._enrol()
-        agreed = self._roster.terms.schedule.rounds
-        if enrolled.rounds != agreed:
-            raise PolicyError(
-                f"the server runs {enrolled.rounds} rounds, the signed terms say {agreed}; nothing was sent. "
-                "Ask who runs the server: more rounds are more weight rows, from which recipients learn more"
-            )
+        enrolled = ask_to_enrol(
+            self._transport, self._roster, self._learner.adapter_spec_hash, self._learner.family
+        )
         self._state.join_run(enrolled.run_id)
         self._state.see(enrolled.round, enrolled.head)
         round_number = self._resume(enrolled.round)
@@ -149,18 +182,6 @@ class Session:
         self._state.forget_uploads(enrolled.rounds + 1)
         # Last, so that a crash before it leaves keys that the next start deletes, and never too few.
         self._protection.forget_keys()
-
-    def _enrol(self) -> Enrolled:
-        return self._transport.enrol(
-            Enrolment(
-                protocol_version=PROTOCOL_VERSION,
-                federation=self._roster.federation,
-                roster_hash=self._roster.hash,
-                adapter_spec_hash=self._learner.adapter_spec_hash,
-                family=self._learner.family,
-                software=f"fedmosaic {__version__}",
-            )
-        )
 
     def _resume(self, open_round: int) -> int:
         """Go on from disk. Returns the round to take part in.

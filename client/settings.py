@@ -93,6 +93,15 @@ class DataSettings(Frozen):
     pictures: Path | None = None
     """Folder that the pictures which prompts name lie in."""
 
+    @property
+    def test_sets(self) -> dict[str, Path]:
+        """Every test set by name, the client's own as "self"."""
+        return ({"self": self.test} if self.test else {}) | self.others
+
+    def scored(self, name: str) -> int:
+        """How many examples of a test set are scored; 0 for all."""
+        return self.evaluation_examples if name == "self" else self.others_examples
+
 
 class ClientSettings(Frozen):
     """Everything one client decides for itself. Paths are relative to the file."""

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.encryption.records import row_digest
@@ -49,6 +49,7 @@ OLDER_COPY = (
 )
 """What to say of a state directory that does not know what this client has sent."""
 _VERSION = 1
+_SESSION = "session.json"
 
 
 class SessionRecord(BaseModel):
@@ -110,6 +111,41 @@ def _why_not_held(error: OSError, directory: Path, instead: str) -> str:
     )
 
 
+def read_record(directory: Path) -> SessionRecord | None:
+    """What a state directory says of its run, without taking hold of it; None if there is nothing yet.
+
+    Raises:
+        StateError: the record is damaged.
+    """
+    file = directory / _SESSION
+    if not file.exists():
+        return None
+    try:
+        data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if data.pop("version") != _VERSION:
+            raise ValueError("unknown version")
+        return SessionRecord(**data)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise StateError(
+            f"{file} is damaged ({error}); restore it from a backup, or start over with a new state_dir (the "
+            "privacy ledger in the old one must be kept: what it has spent stays spent)"
+        ) from None
+
+
+def check_run(record: SessionRecord, directory: Path, run_id: str) -> None:
+    """Refuse to go on with another run than the one that a state directory is of.
+
+    Raises:
+        StateError: it is of another run; the remedy is named.
+    """
+    if record.run_id and record.run_id != run_id:
+        raise StateError(
+            f"{directory} holds round {record.completed_round} of run {record.run_id}, but the server is on "
+            f"run {run_id}; to start over, give a new state_dir and copy ledger.sqlite, ledger.sqlite.head "
+            "and profile-*.npy into it: what was spent on the same data stays spent"
+        )
+
+
 class ClientState:
     """The state directory of one client in one federation."""
 
@@ -127,11 +163,9 @@ class ClientState:
         self.directory = directory
         private_directory(directory)
         self._lock = hold_directory(directory / "lock", "give each client its own state_dir")
-        self._file = directory / "session.json"
+        self._file = directory / _SESSION
         self._rows = directory / "rows.json"
-        self.record = SessionRecord(federation=federation, client=client)
-        if self._file.exists():
-            self.record = self._read()
+        self.record = read_record(directory) or SessionRecord(federation=federation, client=client)
         if (self.record.federation, self.record.client) != (federation, client):
             raise StateError(
                 f"{directory} belongs to client {self.record.client!r} of federation "
@@ -142,19 +176,6 @@ class ClientState:
     def release(self) -> None:
         """Let another process have the directory; done by the end of the process otherwise."""
         self._lock.close()
-
-    def _read(self) -> SessionRecord:
-        try:
-            data: dict[str, Any] = parse_json(self._file.read_bytes())
-            if data.pop("version") != _VERSION:
-                raise ValueError("unknown version")
-            return SessionRecord(**data)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            cause = f"{len(error.errors())} wrong fields" if isinstance(error, ValidationError) else error
-            raise StateError(
-                f"{self._file} is damaged ({cause}); restore it from a backup, or start over with a new "
-                "state_dir (the privacy ledger in the old one must be kept: what it has spent stays spent)"
-            ) from None
 
     def _write(self, **changes: object) -> None:
         record = self.record.model_copy(update=changes)
@@ -168,13 +189,7 @@ class ClientState:
         Raises:
             StateError: the state is of another run; the remedy is named.
         """
-        if self.record.run_id and self.record.run_id != run_id:
-            raise StateError(
-                f"{self.directory} holds round {self.record.completed_round} of run {self.record.run_id}, "
-                f"but the server is on run {run_id}; to start over, give a new state_dir and copy "
-                "ledger.sqlite, ledger.sqlite.head and profile-*.npy into it: what was spent on the same "
-                "data stays spent"
-            )
+        check_run(self.record, self.directory, run_id)
         self._write(run_id=run_id)
 
     def contradicts(self, server_round: int, head: bytes) -> bool:

@@ -14,6 +14,7 @@ from fedmosaic.privacy import federation
 from fedmosaic.privacy.configuration import read_configuration, validate
 from fedmosaic.privacy.identity import read_certificate
 from fedmosaic.privacy.roster import Roster
+from fedmosaic.privacy.terms_checks import check_plan
 
 _RENEW_WITHIN = dt.timedelta(days=14)
 
@@ -106,7 +107,9 @@ def main(arguments: Sequence[str]) -> int:
     console = Console()
     match command:
         case Init(config, out, basis):
-            roster = federation.create(read_configuration(config, federation.FederationConfig), out, basis)
+            wanted = read_configuration(config, federation.FederationConfig)
+            check_plan(wanted.terms)
+            roster = federation.create(wanted, out, basis)
             console.print(
                 f"federation {roster.federation!r} with {len(roster.members)} members in {out}/\n"
                 f"  keep      {out}/consortium/   (it can add members and sign rosters)\n"

@@ -284,6 +284,9 @@ def accuracy_table(record: RunRecord) -> Table:
         others = tuple(_others(result[when]) for when in ("before", "after"))
         table.add_row(name, record.tasks.get(name, "-"), *_change(*own), *_change(*others))
         rows.append((*own, *others))
+    measures = {m for result in record.clients.values() for m in result.get("measures", {}).values()}
+    if measures:
+        table.caption = f"what counts as right: {'; '.join(sorted(measures))}"
     complete = [row for row in rows if None not in row]
     if complete:
         means = [fmean(row[i] for row in complete) for i in range(4)]

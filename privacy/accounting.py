@@ -15,7 +15,7 @@ Importing this module is cheap; torch and opacus are imported when an ε is firs
 import logging
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -269,11 +269,11 @@ def _evaluate(events: tuple[GaussianEvent, ...], delta: float, accountant: str) 
     if delta < SMALLEST_DELTA:
         raise AccountingError(
             f"δ = {delta:g} is below {SMALLEST_DELTA:g}, where {accountant}'s numerical errors dominate; "
-            "use accountant 'rdp' or a larger δ"
+            "a larger δ (fewer examples per client) can be accounted for"
         )
     value = _prv(events, delta) if accountant == "prv" else _pld(events, delta)
     if math.isnan(value):
-        raise AccountingError(f"{accountant} returned no number for {events}; use accountant 'rdp'")
+        raise AccountingError(f"{accountant} returned no number for {events}; take fewer steps or more noise")
     return value
 
 
@@ -297,17 +297,30 @@ def _rdp(events: tuple[GaussianEvent, ...], delta: float, *, extended: bool) -> 
     return max(0.0, value)
 
 
+def _prv_cells(events: tuple[GaussianEvent, ...], delta: float) -> float:
+    """Size of the grid on which PRV would compose these events; the formula is Opacus's own."""
+    delta_error = delta / 1000
+    steps = sum(event.steps for event in events)
+    mesh = _PRV_EPSILON_ERROR / math.sqrt(steps * math.log(12 / delta_error) / 2)
+    return 2 * (_rdp(events, delta_error / 4, extended=False) + 3) / mesh
+
+
+def within_resolution(events: Sequence[GaussianEvent], delta: float) -> bool:
+    """Whether the tight accountant can evaluate these events, without evaluating them."""
+    return delta >= SMALLEST_DELTA and _prv_cells(tuple(events), delta) <= _LARGEST_PRV_DOMAIN
+
+
 def _prv(events: tuple[GaussianEvent, ...], delta: float) -> float:
     from opacus.accountants import PRVAccountant
 
     delta_error = delta / 1000
     steps = sum(event.steps for event in events)
-    mesh = _PRV_EPSILON_ERROR / math.sqrt(steps * math.log(12 / delta_error) / 2)
-    cells = 2 * (_rdp(events, delta_error / 4, extended=False) + 3) / mesh
+    cells = _prv_cells(events, delta)
     if cells > _LARGEST_PRV_DOMAIN:
         raise AccountingError(
             f"PRV would need a grid of {cells:.1e} cells for {steps} steps, more than "
-            f"{_LARGEST_PRV_DOMAIN:.1e}; use accountant 'rdp'"
+            f"{_LARGEST_PRV_DOMAIN:.1e}; take fewer steps (schedule.rounds times "
+            "adapter_privacy.steps_per_round), or more noise"
         )
     accountant = PRVAccountant()
     accountant.history = _history(events)
@@ -319,7 +332,9 @@ def _prv(events: tuple[GaussianEvent, ...], delta: float) -> float:
                 accountant.get_epsilon(delta, eps_error=_PRV_EPSILON_ERROR, delta_error=delta_error)
             )
     except (RuntimeError, ValueError, OverflowError, MemoryError) as error:
-        raise AccountingError(f"PRV cannot evaluate {events}: {error}; use accountant 'rdp'") from error
+        raise AccountingError(
+            f"PRV cannot evaluate {events}: {error}; take fewer steps or more noise"
+        ) from error
     return max(0.0, value)
 
 

@@ -53,6 +53,7 @@ class Enrolment:
         adapter_spec_hash: SHA-256 of the adapter spec (rank, blocks, module names).
         family: architecture name as on the roster, or nothing.
         software: name and version of the client, for the server's log.
+        check_only: compare both sides and answer, but enrol nobody: the client has not loaded its model yet.
     """
 
     protocol_version: int
@@ -61,6 +62,7 @@ class Enrolment:
     adapter_spec_hash: bytes
     family: str
     software: str
+    check_only: bool = False
 
     def __post_init__(self) -> None:
         bounds.check_integer("enrolment.protocol_version", self.protocol_version, 0, 2**32 - 1)

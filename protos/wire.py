@@ -53,6 +53,7 @@ def encode_enrolment(enrolment: Enrolment) -> pb.EnrolRequest:
         adapter_spec_hash=enrolment.adapter_spec_hash,
         family=enrolment.family,
         software=enrolment.software,
+        check_only=enrolment.check_only,
     )
 
 
@@ -65,6 +66,7 @@ def decode_enrolment(message: pb.EnrolRequest) -> Enrolment:
         message.adapter_spec_hash,
         message.family,
         message.software,
+        message.check_only,
     )
 
 

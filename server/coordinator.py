@@ -102,14 +102,19 @@ class Coordinator:
     def enrol(self, client_id: str, enrolment: Enrolment) -> Enrolled:
         """Check that a client speaks of the same federation, and tell where the run is.
 
+        A client that only checks is not counted as present: it may have to load its model first, or be told
+        that something there is wrong.
+
         Raises:
             Refusal: protocol, federation, roster, adapter or family differ.
         """
         self._admission.check_enrolment(client_id, enrolment)
-        self._seen(client_id)
+        if not enrolment.check_only:
+            self._seen(client_id)
         with self._lock:
-            self._store.enrol(client_id, enrolment, time.time())
-            log.info("%s enrolled (%s)", client_id, enrolment.software)
+            if not enrolment.check_only:
+                self._store.enrol(client_id, enrolment, time.time())
+                log.info("%s enrolled (%s)", client_id, enrolment.software)
             return Enrolled(
                 self.run_id,
                 self._round.number,

@@ -76,6 +76,7 @@ class EnrolRequest(_message.Message):
     ADAPTER_SPEC_HASH_FIELD_NUMBER: _builtins.int
     FAMILY_FIELD_NUMBER: _builtins.int
     SOFTWARE_FIELD_NUMBER: _builtins.int
+    CHECK_ONLY_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     federation: _builtins.str
     roster_hash: _builtins.bytes
@@ -86,6 +87,8 @@ class EnrolRequest(_message.Message):
     """architecture name as on the roster"""
     software: _builtins.str
     """name and version, for the log"""
+    check_only: _builtins.bool
+    """compare both sides and answer, but enrol nobody"""
     def __init__(
         self,
         *,
@@ -95,10 +98,11 @@ class EnrolRequest(_message.Message):
         adapter_spec_hash: _builtins.bytes = ...,
         family: _builtins.str = ...,
         software: _builtins.str = ...,
+        check_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_spec_hash", b"adapter_spec_hash", "family", b"family", "federation", b"federation", "protocol_version", b"protocol_version", "roster_hash", b"roster_hash", "software", b"software"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_spec_hash", b"adapter_spec_hash", "check_only", b"check_only", "family", b"family", "federation", b"federation", "protocol_version", b"protocol_version", "roster_hash", b"roster_hash", "software", b"software"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

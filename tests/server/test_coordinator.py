@@ -152,6 +152,17 @@ def test_enrolment_compares_the_terms(
     assert error.value.remedy
 
 
+def test_a_client_that_only_checks_is_not_there(federation: Any, coordinator: Any, clock: Any) -> None:
+    enrolled = coordinator.enrol("clinic-e", federation.enrolment(check_only=True))
+    assert (enrolled.round, enrolled.run_id) == (1, coordinator.run_id)
+    with pytest.raises(Refusal, match="roster"):
+        coordinator.enrol("clinic-e", federation.enrolment(check_only=True, roster_hash=bytes(32)))
+    federation.play(coordinator, 1, federation.clients[:4])
+    clock.now += 60
+    coordinator.advance()
+    assert "had not enrolled" in coordinator.pull("clinic-e", 2).sections[0].refusal
+
+
 def test_a_version_mismatch_names_both_versions(federation: Any, coordinator: Any) -> None:
     with pytest.raises(Refusal, match=r"client speaks protocol 7, the server 2.*update the server"):
         coordinator.enrol("clinic-a", federation.enrolment(protocol_version=7))
