@@ -4,11 +4,13 @@
 
 Variants, all on one model with Co-LoRA, the same batch and Adam on the same cores:
 
-* ``plain``: forward, backward, optimizer step.
-* ``closed_form``: the default engine, with clipping on the grid and secure noise.
-* ``opacus_engine``: Opacus's per-sample gradients, with the same clipping and noise.
-* ``opacus_hooks``: Opacus alone, GradSampleModule and DPOptimizer (noise from torch's generator).
-* ``opacus_ghost``: Opacus alone, ghost clipping.
+* ``plain``: forward, backward, optimizer step, on the whole batch.
+* ``private``: the product's step, one example at a time, with clipping on the grid and secure noise.
+* ``opacus_hooks``: Opacus's GradSampleModule and DPOptimizer, on the whole batch; noise of torch's generator.
+* ``opacus_ghost``: the same with Opacus's ghost clipping.
+
+What ``private`` takes over ``opacus_hooks`` is the price of examples that cannot move each other's bits: in a
+batch they do, and with it one example can move the sum by more than the clipping norm.
 
 Times are paired: every repetition runs all variants in a shuffled order, and the ratios to ``plain``
 are taken within a repetition. Memory is the high-water mark of the resident set of a fresh process
@@ -40,14 +42,15 @@ from torch import nn
 
 from fedmosaic.client.colora import CoLoraConfig
 from fedmosaic.client.dp_branch import only_shared_branch
-from fedmosaic.client.dp_engine import ClosedFormEngine, GradientEngine, OpacusEngine, clip_and_sum
+from fedmosaic.client.dp_engine import clip_and_sum, core_parameters, dimensions_of, example_gradient
 from fedmosaic.client.dp_training import noisy_sum, set_gradients
-from fedmosaic.client.examples import IGNORED
+from fedmosaic.client.examples import IGNORED, EncodedExample
 from fedmosaic.client.loss import example_losses
 from fedmosaic.client.models import load_base_model
+from fedmosaic.privacy.mechanism import ClippedSum
 from fedmosaic.privacy.noise import SecureNoise
 
-VARIANTS = ("plain", "closed_form", "opacus_engine", "opacus_hooks", "opacus_ghost")
+VARIANTS = ("plain", "private", "opacus_hooks", "opacus_ghost")
 CLIPPING_NORM = 1.0
 NOISE_MULTIPLIER = 1.0
 LEARNING_RATE = 1e-4
@@ -77,16 +80,13 @@ def make_batch(model: nn.Module, examples: int, tokens: int, answer: int) -> dic
 @contextmanager
 def prepared(variant: str, model: nn.Module, cores: dict[str, nn.Linear], batch: dict) -> Iterator[Step]:
     """Set a variant up, yield one step of it, and take its hooks off again."""
-    parameters = [parameter for core in cores.values() for parameter in core.parameters()]
-    adam = torch.optim.Adam(parameters, lr=LEARNING_RATE)
+    adam = torch.optim.Adam(core_parameters(cores), lr=LEARNING_RATE)
     examples = len(batch["input_ids"])
     if variant == "plain":
         yield lambda: plain_step(model, adam, batch)
-    elif variant == "closed_form":
-        yield lambda: private_step(ClosedFormEngine(model, cores), parameters, adam, batch)
-    elif variant == "opacus_engine":
-        with OpacusEngine(model, cores) as engine:
-            yield lambda: private_step(engine, parameters, adam, batch)
+    elif variant == "private":
+        alone = [EncodedExample("", *row) for row in zip(batch["input_ids"], batch["labels"], strict=True)]
+        yield lambda: private_step(model, cores, adam, alone)
     elif variant == "opacus_hooks":
         wrapped = GradSampleModule(model, strict=False, loss_reduction="mean")
         optimizer = DPOptimizer(
@@ -118,15 +118,17 @@ def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict) 
 
 
 def private_step(
-    engine: GradientEngine,
-    parameters: list[nn.Parameter],
+    model: nn.Module,
+    cores: dict[str, nn.Linear],
     optimizer: torch.optim.Optimizer,
-    batch: dict,
+    examples: list[EncodedExample],
 ) -> None:
     """One step as `fedmosaic.client.dp_training` takes it, its Poisson sampling left out."""
-    total = clip_and_sum(engine.example_gradients(batch), CLIPPING_NORM)
+    total = ClippedSum.empty(dimensions_of(cores))
+    for example in examples:
+        total = total + clip_and_sum(example_gradient(model, cores, example)[None], CLIPPING_NORM)
     noisy = noisy_sum(total, CLIPPING_NORM, NOISE_MULTIPLIER, SecureNoise())
-    set_gradients(parameters, noisy / len(batch["input_ids"]))
+    set_gradients(core_parameters(cores), noisy / len(examples))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
