@@ -39,10 +39,10 @@ ASSUMPTIONS = (
     "Sampling is really Poisson: every example enters each step independently with probability q.",
     "The number of examples counts as public: δ, the sampling rate and the adapter's noise are planned with "
     "it.",
-    "An example's gradient depends on no other example beyond float32 rounding: a model in bfloat16 or "
-    "float16 is given one example at a time. Clipping and noise were computed in float32 or better. Noise "
-    "came from a cryptographically secure generator, every draw a sum of several Gaussians, added on a grid "
-    "of integers, against attacks on floating point.",
+    "An example's gradient depends on no other example: each goes through the model alone, and no layer "
+    "keeps anything of it. Clipping and noise were computed in float32 or better. Noise came from a "
+    "cryptographically secure generator, every draw a sum of several Gaussians, added on a grid of integers, "
+    "against attacks on floating point.",
     "The ledger is the only record of releases: a copy of this data under another ledger, and everything "
     "released from it elsewhere, comes on top.",
     "The client's machine, its operating system's randomness and this software do what they should.",
