@@ -28,14 +28,15 @@ from fedmosaic.client.releases import (
 from fedmosaic.client.session import Session
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState, write_atomically
-from fedmosaic.client.statement import build_statement
+from fedmosaic.client.statement import for_handing_over, statement_inputs
 from fedmosaic.client.transport import GrpcTransport
 from fedmosaic.privacy.accounting import default_delta
 from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.federation import Kit, open_kit
 from fedmosaic.privacy.ledger import Ledger, parameters_of, read_ledger
 from fedmosaic.privacy.noise import SecureNoise, SeededTestNoise
-from fedmosaic.privacy.report_costs import shareable
+from fedmosaic.privacy.report import statement
+from fedmosaic.privacy.report_shareable import shareable
 from fedmosaic.protos.errors import ConfigurationError, FedMosaicError, LedgerError, ModelError
 
 log = logging.getLogger("fedmosaic.client")
@@ -101,11 +102,17 @@ def run(settings: ClientSettings) -> None:
             result.put("seconds", time.monotonic() - started)
             result.put("after", learner.evaluate())
             progress.stage(0, "writing the privacy statement")
-            statement = build_statement(
-                kit.roster, state.record.run_id, ledger, plan, clipped_share=releases.clipping.shares()
+            facts = statement_inputs(
+                kit.roster,
+                state.record.run_id,
+                client_id,
+                ledger,
+                plan,
+                clipped_share=releases.clipping.shares(),
             )
-            write_atomically(state.directory / STATEMENT, statement.model_dump_json(indent=2).encode())
-            transport.report(shareable(statement).model_dump_json().encode())
+            write_atomically(state.directory / STATEMENT, statement(facts).model_dump_json(indent=2).encode())
+            told = shareable(for_handing_over(facts, kit.roster.terms, learner.example_count))
+            transport.report(told.model_dump_json().encode())
             result.put("traffic", transport.traffic().as_dict())
             progress.stage(0, "done")
         finally:

@@ -50,12 +50,12 @@ def budgeted_channels(terms: Terms) -> tuple[Channel, ...]:
     return ("profile", "adapter") if terms.adapter.private else ("profile",)
 
 
-def sampling_rate(terms: Terms, examples: int) -> float:
+def sampling_rate(terms: Terms, examples: float) -> float:
     """Poisson sampling rate q of DP-SGD: the expected batch size over the number of examples."""
     return min(1.0, terms.adapter_privacy.expected_batch_size / examples)
 
 
-def plan_adapter(terms: Terms, examples: int, delta: float, target_epsilon: float) -> AdapterPlan:
+def plan_adapter(terms: Terms, examples: float, delta: float, target_epsilon: float) -> AdapterPlan:
     """Find σ for all rounds from the budget that the profile leaves.
 
     Args:

@@ -23,7 +23,7 @@ from fedmosaic.client.releases import AdapterPlan, Releases, budgeted_channels, 
 from fedmosaic.client.session import Session
 from fedmosaic.client.settings import ClientSettings, DataSettings
 from fedmosaic.client.state import ClientState, write_atomically
-from fedmosaic.client.statement import build_statement
+from fedmosaic.client.statement import statement_inputs
 from fedmosaic.experiments.compute import client_examples, colora_flops, equal_steps, training_cost
 from fedmosaic.experiments.founding import agreed_adapter, fit_profile, found_federation
 from fedmosaic.experiments.hosts import COMPUTE, ModelHost
@@ -49,6 +49,7 @@ from fedmosaic.privacy.accounting import default_delta
 from fedmosaic.privacy.federation import open_kit
 from fedmosaic.privacy.ledger import Ledger
 from fedmosaic.privacy.noise import SecureNoise, SeededTestNoise
+from fedmosaic.privacy.report import statement
 from fedmosaic.privacy.roster import AdapterTerms
 from fedmosaic.protos.errors import ConfigurationError
 from fedmosaic.server.coordinator import Coordinator
@@ -316,9 +317,11 @@ class _Client:
         evaluations = read_evaluations(self.state.directory)
         # One after the other: the accountants remember what they computed, and most clients ask the same.
         with COMPUTE:
-            statement = build_statement(self.kit.roster, self.state.record.run_id, self.ledger, self.plan)
-        statement = statement.model_copy(update={"transport": "in_process"})
-        write_atomically(self.state.directory / STATEMENT, statement.model_dump_json(indent=2).encode())
+            facts = statement_inputs(
+                self.kit.roster, self.state.record.run_id, self.entry.id, self.ledger, self.plan
+            )
+            found = statement(facts.model_copy(update={"transport": "in_process"}))
+        write_atomically(self.state.directory / STATEMENT, found.model_dump_json(indent=2).encode())
         scores = (
             {
                 "before": as_result(self.entry.id, evaluations[0]),
