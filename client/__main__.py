@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from fedmosaic.client.clipping import CLIPPING, ClippingRecord
 from fedmosaic.client.keyring import Keyring
 from fedmosaic.client.learner import ModelLearner
+from fedmosaic.client.ledger import DataLedger
 from fedmosaic.client.probing import ProfileProbe
 from fedmosaic.client.progress import LoggedProgress
 from fedmosaic.client.protection import Identity, Protection
@@ -30,14 +31,13 @@ from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState, write_atomically
 from fedmosaic.client.statement import for_handing_over, statement_inputs
 from fedmosaic.client.transport import GrpcTransport
-from fedmosaic.privacy.accounting import default_delta
 from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.federation import Kit, open_kit
-from fedmosaic.privacy.ledger import Ledger, parameters_of, read_ledger
+from fedmosaic.privacy.ledger import Ledger, data_epoch
 from fedmosaic.privacy.noise import SecureNoise, SeededTestNoise
 from fedmosaic.privacy.report import statement
 from fedmosaic.privacy.report_shareable import shareable
-from fedmosaic.protos.errors import ConfigurationError, FedMosaicError, LedgerError, ModelError
+from fedmosaic.protos.errors import ConfigurationError, FedMosaicError, ModelError
 
 log = logging.getLogger("fedmosaic.client")
 RESULT = "result.json"
@@ -79,7 +79,10 @@ def run(settings: ClientSettings) -> None:
     progress.stage(0, "loading the model")
     learner = ModelLearner(settings, kit.roster.terms, member.family, progress)
     _check_layout(learner, kit)
-    with _open_ledger(settings, kit, client_id, learner.example_count) as ledger:
+    books = DataLedger.of(settings.data.train, settings.data.ledger, settings.state_dir, state.record)
+    channels = budgeted_channels(kit.roster.terms)
+    epoch = data_epoch(learner.example_ids)
+    with books.open(learner.example_count, epoch, _target(settings, kit), channels) as ledger:
         plan = _plan(settings, kit, ledger, learner.example_count)
         releases = _releases(settings, kit, ledger, state, learner, plan)
         transport = GrpcTransport(
@@ -99,6 +102,7 @@ def run(settings: ClientSettings) -> None:
                 result.put("before", learner.evaluate())
             started = time.monotonic()
             Session(identity, kit.roster, transport, learner, state, releases, protection, progress).run()
+            books.remember(ledger)
             result.put("seconds", time.monotonic() - started)
             result.put("after", learner.evaluate())
             progress.stage(0, "writing the privacy statement")
@@ -142,43 +146,14 @@ def _check_layout(learner: ModelLearner, kit: Kit) -> None:
         )
 
 
-def _open_ledger(settings: ClientSettings, kit: Kit, client_id: str, examples: int) -> Ledger:
+def _target(settings: ClientSettings, kit: Kit) -> float:
     agreed = kit.roster.terms.adapter_privacy.target_epsilon
     target = settings.target_epsilon or agreed
     if target > agreed:
         raise ConfigurationError(
             f"target_epsilon is {target}, the federation's is {agreed}; a client may be stricter, not looser"
         )
-    path = settings.state_dir / "ledger.sqlite"
-    return Ledger.open(
-        path,
-        client_id,
-        ledger_delta(path, examples),
-        target,
-        budgeted_channels=budgeted_channels(kit.roster.terms),
-    )
-
-
-def ledger_delta(path: Path, examples: int) -> float:
-    """δ of the ledger that is there, for as long as it is at most 1/n; of a new one, n^-1.1.
-
-    Args:
-        path: the ledger, there or not.
-        examples: n, the client's number of examples now.
-
-    Raises:
-        LedgerError: its δ is above 1/n, or it is damaged.
-    """
-    if not path.exists():
-        return default_delta(examples)
-    delta = parameters_of(read_ledger(path)).delta
-    if delta * examples > 1.0:
-        raise LedgerError(
-            f"{path}: δ = {delta:g} was fixed when there were fewer examples, and {examples} need one below "
-            f"1/{examples}; take part with at most {int(1 / delta)} examples. A fresh ledger would forget "
-            "what this one has spent; it is right only for data that share no example"
-        )
-    return delta
+    return target
 
 
 def _plan(settings: ClientSettings, kit: Kit, ledger: Ledger, examples: int) -> AdapterPlan:

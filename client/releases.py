@@ -8,13 +8,16 @@ stored are sent again as they are, free of charge.
 import hashlib
 import io
 import logging
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from fedmosaic.client.clipping import CLIPPING, ClippingRecord
-from fedmosaic.client.state import ClientState, write_atomically
+from fedmosaic.client.ledger import ServerAnchor
+from fedmosaic.client.state import ClientState, hold_directory, write_atomically
 from fedmosaic.privacy.events import UNPROTECTED, GaussianEvent
 from fedmosaic.privacy.ledger import Ledger
 from fedmosaic.privacy.ledger_rows import Channel, Coverage, data_epoch
@@ -26,6 +29,11 @@ from fedmosaic.protos.errors import BudgetExceededError, PrivacyError, StateErro
 from fedmosaic.protos.messages import Profile
 
 log = logging.getLogger(__name__)
+
+_LOST_PROFILE = (
+    "A fresh draw would cost its ε again: put the file back from a backup of the ledger, or change "
+    "the data by an example, which makes another release that is charged"
+)
 
 Randomness = SecureNoise | SeededTestNoise
 MakeRelease = Callable[[Callable[[], None]], Float32Array]
@@ -106,6 +114,7 @@ class Releases:
         self.receive_only = False
         self.clipping = ClippingRecord(state.directory / CLIPPING)
         self.randomness = randomness
+        self.anchor = ServerAnchor(ledger, state.record)
         self._ledger = ledger
         self._terms = terms
         self._state = state
@@ -207,11 +216,15 @@ class Releases:
             )
             return None
         sent = self._state.directory / "profile-sent"
+        # Another run on the same data may be about to release the same profile, which is charged once.
+        lock = hold_directory(self._ledger.directory / "profile.lock", "", wait=True)
         try:
             released = self._released_profile(round_number)
         except BudgetExceededError as error:
             log.warning("%s; going on without a task profile", error)
             return None
+        finally:
+            lock.close()
         average = self._average(released)
         if sent.exists() and sent.read_text() == average.last_release_sha256:
             return None
@@ -226,9 +239,10 @@ class Releases:
     def _released_profile(self, round_number: int) -> Float32Array:
         mechanism = self._terms.profile
         name = f"profile-{self._data_epoch[:16]}-{mechanism.sha256[:16]}.npy"
-        path = self._state.directory / name
-        if self._ledger.release_of("profile", round_number, self._data_epoch, mechanism.sha256) is not None:
-            return _read_vector(path, self._terms.profile.dimensions)
+        path = self._ledger.directory / name
+        done = self._ledger.release_of("profile", round_number, self._data_epoch, mechanism.sha256)
+        if done is not None:
+            return _read_released(path, self._terms.profile.dimensions, done.payload_digest)
         pending = self._ledger.pending("profile", round_number, self._data_epoch, mechanism.sha256)
         if pending is not None and path.exists():
             # The noisy bytes were stored and the process died before it could say so.
@@ -256,7 +270,7 @@ class Releases:
             )
 
         released = self._make_profile(charge)
-        write_atomically(path, _encode(released))
+        write_atomically(path, _encode(released), private=True)
         self._ledger.released(reserved[0], _digest(released))
         return released
 
@@ -286,7 +300,7 @@ class Releases:
                     int(stored["releases"]),
                     stored["last"].tobytes().hex(),
                 )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise StateError(f"{path} is damaged ({error}); delete it, the ledger stays valid") from None
 
 
@@ -300,13 +314,23 @@ def _digest(vector: Float32Array) -> str:
     return hashlib.sha256(np.ascontiguousarray(vector, dtype="<f4").tobytes()).hexdigest()
 
 
-def _read_vector(path: object, dimensions: int) -> Float32Array:
+def _read_released(path: Path, dimensions: int, digest: str | None) -> Float32Array:
+    vector = _read_vector(path, dimensions)
+    if _digest(vector) != digest:
+        # Sent unnoticed, other bytes would be a release that nobody was charged for.
+        raise StateError(
+            f"{path}: the stored task profile is not the one that was released: its SHA-256 is "
+            f"{_digest(vector)[:12]}…, the privacy ledger has {str(digest)[:12]}…. {_LOST_PROFILE}"
+        )
+    return vector
+
+
+def _read_vector(path: Path, dimensions: int) -> Float32Array:
     try:
         vector: Float32Array = np.load(str(path), allow_pickle=False)
     except (OSError, ValueError) as error:
         raise StateError(
-            f"{path}: the stored task profile cannot be read ({error}). It was released already, and a fresh "
-            "draw would cost its ε again: restore the file, or change the data epoch knowingly"
+            f"{path}: the stored task profile cannot be read ({error}), and was released. {_LOST_PROFILE}"
         ) from None
     if vector.shape != (dimensions,) or vector.dtype != np.float32:
         raise StateError(f"{path}: a profile of shape {vector.shape}, expected ({dimensions},) float32")

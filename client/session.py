@@ -43,6 +43,7 @@ from fedmosaic.protos.messages import (
     Upload,
 )
 from fedmosaic.protos.refusal import Refusal
+from fedmosaic.protos.signing import ledger_digest
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ class Session:
 
         Raises:
             RefusedError: the server refuses this client; the reason and the remedy are in the message.
+            LedgerError: the privacy ledger is behind what the server has kept of it.
             PolicyError: the server wants another number of rounds than the roster's terms.
             TransportError: the server cannot be reached for longer than the transport's patience.
         """
@@ -127,7 +129,11 @@ class Session:
             round_number = self._take_part(enrolled, round_number)
 
     def _enrol(self) -> Enrolled:
-        return self._transport.enrol(
+        head = self._releases.anchor.head()
+        signed = ledger_digest(
+            federation=self._roster.federation, client_id=self._identity.client_id, head=head
+        )
+        enrolled = self._transport.enrol(
             Enrolment(
                 protocol_version=PROTOCOL_VERSION,
                 federation=self._roster.federation,
@@ -135,8 +141,12 @@ class Session:
                 adapter_spec_hash=self._learner.adapter_spec_hash,
                 family=self._learner.family,
                 software=f"fedmosaic {__version__}",
+                ledger_head=head,
+                ledger_signature=self._identity.signing_key.sign(signed),
             )
         )
+        self._releases.anchor.check(enrolled.ledger_head)
+        return enrolled
 
     def _resume(self) -> None:
         """Go on from disk: the adapter of the last completed round, and an upload nobody acknowledged."""
@@ -258,13 +268,19 @@ class Session:
         profile = self._releases.profile(aggregate.round)
         self._progress.stage(aggregate.round, "protecting the adapter")
         vectors = self._releases.adapter(aggregate.round, self._learner.sections())
-        return self._protection.seal(run_id, aggregate.round, aggregate.upload_key_epoch, vectors, profile)
+        claim = self._releases.anchor.claim()
+        return self._protection.seal(
+            run_id, aggregate.round, aggregate.upload_key_epoch, vectors, profile, claim
+        )
 
     def _push(self, upload: Upload) -> int:
         self._progress.stage(upload.round, "sending")
         try:
             receipt = self._transport.push(upload)
         except Refusal as error:
+            if error.reason == "LEDGER_BEHIND":
+                # Sealed anew by the next process, which enrols first and checks what the server has kept.
+                self._state.upload_path(upload.round).unlink(missing_ok=True)
             if error.reason not in KEY_REASONS:
                 raise
             log.warning("round %d: %s; the adapter is sealed anew", upload.round, error)
@@ -274,7 +290,9 @@ class Session:
         late = receipt.status is ReceiptStatus.LATE
         if late:
             log.warning("round %d closed before our upload arrived; it was not used", upload.round)
-        elif upload.profile is not None:
-            self._releases.profile_acknowledged()
+        else:
+            self._releases.anchor.accepted(upload.ledger)
+            if upload.profile is not None:
+                self._releases.profile_acknowledged()
         self._state.complete_round(upload.round, self._learner.save)
         return max(upload.round + 1, receipt.round) if late else upload.round + 1

@@ -3,10 +3,9 @@
     STATE/session.json             which run, and the last round whose push was acknowledged
     STATE/adapter/round-0002/      every adapter branch and the gate after that round
     STATE/upload-0003.bin          bytes of an upload that is not acknowledged yet, re-sent as they are
-    STATE/profile-<data>-<map>.npy a noised task profile release, re-used until data or public map change
     STATE/keys/                    group keys of the current and the previous epoch
     STATE/picture-features/        what the frozen encoder makes of the client's own pictures
-    STATE/ledger.sqlite            the privacy ledger (see `fedmosaic.privacy.ledger`)
+    STATE/ledger.json              which privacy ledger is charged (see `fedmosaic.client.ledger`)
 
 Every file is written beside its place, flushed to the disk, and renamed: a kill at any point leaves
 the old file or the new one, never half of one.
@@ -61,12 +60,13 @@ def write_atomically(path: Path, content: bytes, *, private: bool = False) -> No
     _sync_directory(path.parent)
 
 
-def hold_directory(path: Path, instead: str) -> IO[bytes]:
+def hold_directory(path: Path, instead: str, *, wait: bool = False) -> IO[bytes]:
     """Hold a directory for one process; the operating system lets go when the process ends.
 
     Args:
         path: of a file in the directory, made if absent.
         instead: what to do besides stopping the other process.
+        wait: until the other process lets go, instead of refusing.
 
     Returns:
         The open file; closing it lets go.
@@ -77,7 +77,7 @@ def hold_directory(path: Path, instead: str) -> IO[bytes]:
     file = path.open("ab")
     if fcntl is not None:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
             file.close()
             raise StateError(
@@ -137,7 +137,7 @@ class ClientState:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StateError(
                 f"{self._file} is damaged ({error}); restore it from a backup, or start over with a new "
-                "state_dir (the privacy ledger in the old one must be kept: what it has spent stays spent)"
+                "state_dir (the privacy ledger stays beside the data: what was spent on them stays spent)"
             ) from None
 
     def _write(self, record: SessionRecord) -> None:
@@ -154,9 +154,8 @@ class ClientState:
         if self.record.run_id and self.record.run_id != run_id:
             raise StateError(
                 f"{self.directory} holds round {self.record.completed_round} of run {self.record.run_id}, "
-                f"but the server is on run {run_id}; to start over, give a new state_dir and copy "
-                "ledger.sqlite, ledger.sqlite.head and profile-*.npy into it: what was spent on the same "
-                "data stays spent"
+                f"but the server is on run {run_id}; to start over, give a new state_dir: the privacy "
+                "ledger stands beside the data, and what was spent on them stays spent"
             )
         self._write(
             SessionRecord(self.record.federation, self.record.client, run_id, self.record.completed_round)
@@ -232,5 +231,5 @@ class ClientState:
 
     @property
     def ledger_path(self) -> Path:
-        """Where the privacy ledger stands."""
+        """Where the privacy ledger of a simulated client stands; a real one's is beside its data."""
         return self.directory / "ledger.sqlite"

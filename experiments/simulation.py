@@ -18,6 +18,7 @@ from rich.console import Console
 from fedmosaic.client.adapted import load_adapted
 from fedmosaic.client.colora import family_layout, fix_gate
 from fedmosaic.client.keyring import Keyring
+from fedmosaic.client.ledger import ServerAnchor
 from fedmosaic.client.protection import Identity, Protection
 from fedmosaic.client.releases import AdapterPlan, Releases, budgeted_channels, plan_adapter, sampling_rate
 from fedmosaic.client.session import Session
@@ -298,7 +299,11 @@ class _Client:
 
         if self.stream is None:
             return over(0)
-        return StreamReleases(over, SecureNoise() if seed is None else SeededTestNoise(seed))
+        return StreamReleases(
+            over,
+            SecureNoise() if seed is None else SeededTestNoise(seed),
+            ServerAnchor(self.ledger, self.state.record),
+        )
 
     def _score(self, round_number: int) -> None:
         if round_number in self.parts.scenario.rounds_to_score():

@@ -18,6 +18,7 @@ from fedmosaic.protos.messages import (
     Enrolled,
     Enrolment,
     KeyMessage,
+    LedgerHead,
     Phase,
     Profile,
     Receipt,
@@ -53,6 +54,8 @@ def encode_enrolment(enrolment: Enrolment) -> pb.EnrolRequest:
         adapter_spec_hash=enrolment.adapter_spec_hash,
         family=enrolment.family,
         software=enrolment.software,
+        ledger_head=enrolment.ledger_head,
+        ledger_signature=enrolment.ledger_signature,
     )
 
 
@@ -65,6 +68,8 @@ def decode_enrolment(message: pb.EnrolRequest) -> Enrolment:
         message.adapter_spec_hash,
         message.family,
         message.software,
+        message.ledger_head,
+        message.ledger_signature,
     )
 
 
@@ -76,12 +81,20 @@ def encode_enrolled(enrolled: Enrolled) -> pb.EnrolResponse:
         rounds=enrolled.rounds,
         key_epoch=enrolled.key_epoch,
         members=enrolled.members,
+        ledger_head=enrolled.ledger_head,
     )
 
 
 def decode_enrolled(message: pb.EnrolResponse) -> Enrolled:
     """Message to answer; WireError names the field that breaks a bound."""
-    return Enrolled(message.run_id, message.round, message.rounds, message.key_epoch, tuple(message.members))
+    return Enrolled(
+        message.run_id,
+        message.round,
+        message.rounds,
+        message.key_epoch,
+        tuple(message.members),
+        message.ledger_head,
+    )
 
 
 def encode_profile(profile: Profile) -> pb.Profile:
@@ -111,6 +124,8 @@ def encode_upload_header(header: UploadHeader, resume_offset: int = 0) -> pb.Pus
         profile=None if header.profile is None else encode_profile(header.profile),
         signature=header.signature,
         resume_offset=resume_offset,
+        ledger_head=b"" if header.ledger is None else header.ledger.head,
+        ledger_follows=b"" if header.ledger is None else header.ledger.follows,
     )
 
 
@@ -124,6 +139,9 @@ def decode_upload_header(message: pb.PushHeader) -> UploadHeader:
         tuple(SectionHeader(cast(SectionName, s.name), s.size, s.sha256) for s in message.sections),
         decode_profile(message.profile) if message.HasField("profile") else None,
         message.signature,
+        LedgerHead(message.ledger_head, message.ledger_follows)
+        if message.ledger_head or message.ledger_follows
+        else None,
     )
 
 

@@ -106,13 +106,9 @@ class Coordinator:
         with self._lock:
             self._store.enrol(client_id, enrolment, time.time())
             log.info("%s enrolled (%s)", client_id, enrolment.software)
-            return Enrolled(
-                self.run_id,
-                self._round.number,
-                self.settings.rounds,
-                self._epoch,
-                tuple(sorted(self.settings.members)),
-            )
+            members, kept = tuple(sorted(self.settings.members)), self._store.ledger_head(client_id)
+            number, last = self._round.number, self.settings.rounds
+            return Enrolled(self.run_id, number, last, self._epoch, members, kept)
 
     def announce(self, client_id: str, header: UploadHeader) -> Receipt | Ticket:
         """Judge an upload by its header, before a byte of its payload is accepted.
@@ -191,6 +187,8 @@ class Coordinator:
             raise Refusal(kind, decision.reason, decision.message, decision.remedy)
         if not isinstance(decision, rounds.Answer):
             raise AssertionError(f"a push was decided as {decision}")
+        if decision.status is ReceiptStatus.ACCEPTED:
+            self._admission.check_ledger(header, self._store.ledger_head(client))
         return state, decision.status
 
     def _receipt(

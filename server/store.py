@@ -99,10 +99,17 @@ class Store:
             _put(connection, values)
 
     def enrol(self, client: str, enrolment: Enrolment, now: float) -> None:
-        """Remember that a member has enrolled, and with what."""
+        """Remember that a member has enrolled, and with what; of its ledger, what it enrols with first."""
         row = {"family": enrolment.family, "software": enrolment.software, "enrolled_at": now}
         with self._transaction() as connection:
             _upsert(connection, tables.members, {"client": client}, row)
+            if enrolment.ledger_head and _ledger_head(connection, client) is None:
+                _upsert(connection, tables.ledger_heads, {"client": client}, {"head": enrolment.ledger_head})
+
+    def ledger_head(self, client: str) -> bytes:
+        """The newest head of a member's privacy ledger; empty if it never sent one."""
+        with self._transaction() as connection:
+            return _ledger_head(connection, client) or b""
 
     def enrolled(self) -> frozenset[str]:
         """Members that have ever enrolled."""
@@ -112,7 +119,10 @@ class Store:
     def add_upload(
         self, client: str, header: UploadHeader, content_hash: bytes, now: float, received_bytes: int
     ) -> None:
-        """Store an accepted upload, its profile and the bytes it took; its payloads are in place already."""
+        """Store an accepted upload, its profile, the ledger's head and the bytes it took.
+
+        Its payloads are in place already.
+        """
         sections = json.dumps([[s.name, s.size, s.sha256.hex()] for s in header.sections])
         with self._transaction() as connection:
             connection.execute(
@@ -137,6 +147,8 @@ class Store:
                         releases=header.profile.releases,
                     )
                 )
+            if header.ledger is not None:
+                _upsert(connection, tables.ledger_heads, {"client": client}, {"head": header.ledger.head})
             _add_traffic(connection, client, received_bytes, 0)
 
     def uploads(self, round_number: int) -> dict[str, StoredUpload]:
@@ -329,6 +341,12 @@ def _upsert(
     where = [table.c[column] == value for column, value in key.items()]
     if connection.execute(sa.update(table).where(*where).values(**values)).rowcount == 0:
         connection.execute(sa.insert(table).values(**key, **values))
+
+
+def _ledger_head(connection: sa.Connection, client: str) -> bytes | None:
+    query = sa.select(tables.ledger_heads.c.head).where(tables.ledger_heads.c.client == client)
+    found = connection.scalar(query)
+    return None if found is None else bytes(found)
 
 
 def _add_traffic(connection: sa.Connection, client: str, received: int, sent: int) -> None:

@@ -73,3 +73,9 @@ traffic = sa.Table(
     sa.Column("received", sa.BigInteger, nullable=False),
     sa.Column("sent", sa.BigInteger, nullable=False),
 )
+ledger_heads = sa.Table(
+    "ledger_heads",
+    metadata,
+    sa.Column("client", sa.String(63), primary_key=True),
+    sa.Column("head", sa.LargeBinary(32), nullable=False),
+)
