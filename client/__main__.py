@@ -16,7 +16,8 @@ from transformers.utils.logging import disable_progress_bar
 from fedmosaic.client.clipping import CLIPPING, ClippingRecord
 from fedmosaic.client.keyring import Keyring
 from fedmosaic.client.learner import ModelLearner
-from fedmosaic.client.preflight import LEDGER, Preflight, agreed_epsilon, ledger_delta
+from fedmosaic.client.ledger import DataLedger
+from fedmosaic.client.preflight import Preflight, agreed_epsilon
 from fedmosaic.client.probing import ProfileProbe
 from fedmosaic.client.progress import LoggedProgress
 from fedmosaic.client.protection import Identity, Protection
@@ -25,19 +26,16 @@ from fedmosaic.client.scoring import Score
 from fedmosaic.client.session import Session
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState
-from fedmosaic.client.statement import build_statement, with_warning
+from fedmosaic.client.statement import for_handing_over, statement_inputs, with_warning
 from fedmosaic.privacy.configuration import parse_json, read_configuration
 from fedmosaic.privacy.federation import Kit, open_kit
 from fedmosaic.privacy.files import write_atomically
-from fedmosaic.privacy.ledger import Ledger
+from fedmosaic.privacy.ledger import Ledger, data_epoch
 from fedmosaic.privacy.noise import SecureNoise, SeededTestNoise
-from fedmosaic.privacy.report_costs import shareable
+from fedmosaic.privacy.report import statement
+from fedmosaic.privacy.report_shareable import shareable
 from fedmosaic.privacy.terminal import guarded
-from fedmosaic.protos.errors import (
-    NOTHING_EXCHANGED,
-    ModelError,
-    StateError,
-)
+from fedmosaic.protos.errors import NOTHING_EXCHANGED, ModelError, StateError
 
 log = logging.getLogger("fedmosaic.client")
 RESULT = "result.json"
@@ -91,7 +89,10 @@ def run(settings: ClientSettings) -> bool:
             log.info(
                 "planned σ = %.3f at q = %.4f for the adapter", plan.noise_multiplier, plan.sampling_rate
             )
-        with _open_ledger(settings, kit, client_id, learner.example_count) as ledger:
+        books = DataLedger.of(settings.data.train, settings.data.ledger, settings.state_dir, state.record)
+        channels, target = budgeted_channels(kit.roster.terms), agreed_epsilon(settings, kit)
+        epoch = data_epoch(learner.example_ids)
+        with books.open(learner.example_count, epoch, target, channels) as ledger:
             releases = _releases(settings, kit, ledger, state, learner, plan)
             identity = Identity(client_id, kit.signing_key())
             encrypted = kit.roster.terms.adapter.encrypted
@@ -106,12 +107,14 @@ def run(settings: ClientSettings) -> bool:
                 result.put_scores("before", learner.evaluate())
             started = time.monotonic()
             Session(identity, kit.roster, transport, learner, state, releases, protection, progress).run()
+            books.remember(ledger)
             result.put("seconds", time.monotonic() - started)
             result.put_scores("after", scores_after(learner))
             progress.stage(0, "writing the privacy statement")
-            statement = build_statement(
+            facts = statement_inputs(
                 kit.roster,
                 state.record.run_id,
+                client_id,
                 ledger,
                 plan,
                 smallest_row=state.smallest_row(),
@@ -120,9 +123,11 @@ def run(settings: ClientSettings) -> bool:
             received, rounds = state.record.received_rounds, kit.roster.terms.schedule.rounds
             result.put("received_rounds", received)
             # Whether an aggregate could be used is for this client's own eyes; the server does not learn it.
-            own = statement if received else with_warning(statement, NOTHING_RECEIVED.format(rounds=rounds))
+            own = statement(facts)
+            own = own if received else with_warning(own, NOTHING_RECEIVED.format(rounds=rounds))
             write_atomically(state.directory / STATEMENT, own.model_dump_json(indent=2).encode())
-            transport.report(shareable(statement).model_dump_json().encode())
+            told = shareable(for_handing_over(facts, kit.roster.terms, learner.example_count))
+            transport.report(told.model_dump_json().encode())
             result.put("traffic", transport.traffic().as_dict())
             progress.stage(0, "done")
             if not received:
@@ -168,17 +173,6 @@ def _read_result(path: Path) -> dict[str, object]:
         raise StateError(
             f"{path} is damaged ({error}); delete it: only the scores before training are lost"
         ) from None
-
-
-def _open_ledger(settings: ClientSettings, kit: Kit, client_id: str, examples: int) -> Ledger:
-    path = settings.state_dir / LEDGER
-    return Ledger.open(
-        path,
-        client_id,
-        ledger_delta(path, examples),
-        agreed_epsilon(settings, kit),
-        budgeted_channels=budgeted_channels(kit.roster.terms),
-    )
 
 
 def _releases(

@@ -19,6 +19,7 @@ from fedmosaic.client.clipping import CLIPPING, ClippingRecord
 from fedmosaic.client.connection import check_certificate
 from fedmosaic.client.data_checks import ClientData, read_data, read_share
 from fedmosaic.client.learner import ModelLearner
+from fedmosaic.client.ledger import DataLedger, ledger_delta
 from fedmosaic.client.memory import check_memory
 from fedmosaic.client.models import load_tokenizer
 from fedmosaic.client.probing import ProfileProbe
@@ -36,16 +37,14 @@ from fedmosaic.client.state import SessionRecord, check_run, read_record
 from fedmosaic.client.traffic import Traffic
 from fedmosaic.client.transport import GrpcTransport, TransportOptions
 from fedmosaic.privacy import identity
-from fedmosaic.privacy.accounting import default_delta
 from fedmosaic.privacy.encryption.layout import upload_payload_bytes
 from fedmosaic.privacy.federation import Kit, open_kit
-from fedmosaic.privacy.ledger import LedgerParameters, data_epoch, parameters_of, read_ledger
+from fedmosaic.privacy.ledger import LEDGER, LedgerParameters, data_epoch, read_ledger
 from fedmosaic.privacy.ledger_rules import check_parameters
 from fedmosaic.privacy.noise import SecureNoise
 from fedmosaic.privacy.projection import PublicBasis, PublicMap
-from fedmosaic.protos.errors import ConfigurationError, IdentityError, LedgerError, ModelError, StateError
+from fedmosaic.protos.errors import ConfigurationError, IdentityError, ModelError, StateError
 
-LEDGER: Final = "ledger.sqlite"
 TRAFFIC: Final = "traffic.json"
 _SPARE_BYTES: Final = 1 << 28
 """Room for adapters, ledger and logs beside what is sent and received."""
@@ -136,7 +135,7 @@ class Preflight:
         terms, count = self.kit.roster.terms, len(self.data.train)
         if not terms.adapter.private:
             return AdapterPlan(0.0, sampling_rate(terms, count))
-        delta = ledger_delta(self.settings.state_dir / LEDGER, count)
+        delta = ledger_delta(self._ledger, count)
         return plan_adapter(terms, count, delta, agreed_epsilon(self.settings, self.kit))
 
     @cached_property
@@ -256,7 +255,7 @@ class Preflight:
     def _check_budget(self) -> str:
         kit, count = self.kit, len(self.data.train)
         target = agreed_epsilon(self.settings, kit)
-        path = self.settings.state_dir / LEDGER
+        path = self._ledger
         delta = ledger_delta(path, count)
         if path.exists():
             channels = budgeted_channels(kit.roster.terms)
@@ -275,6 +274,15 @@ class Preflight:
         return words if fits else "this may not suffice"
 
     @property
+    def _ledger(self) -> Path:
+        """The ledger of the data, or the one in the state directory that will be moved there."""
+        settings, member = self.settings, self.kit.member_id()
+        record = self.record or SessionRecord(federation=self.kit.roster.federation, client=member)
+        beside = DataLedger.of(settings.data.train, settings.data.ledger, settings.state_dir, record).place
+        earlier = settings.state_dir / LEDGER
+        return earlier if earlier.exists() and not (beside / LEDGER).exists() else beside / LEDGER
+
+    @property
     def _releases_profile(self) -> bool:
         return len(self.data.train) >= self.kit.roster.terms.profile.minimum_examples
 
@@ -283,7 +291,7 @@ class Preflight:
         if not self._releases_profile:
             return f"not needed: fewer than {mechanism.minimum_examples} examples release no profile"
         epoch = data_epoch(tuple(example.id for example in train))
-        if profile_path(settings.state_dir, epoch, mechanism).exists():
+        if profile_path(self._ledger.parent, epoch, mechanism).exists():
             return "not needed: the profile of these examples was released"
         clipping = ClippingRecord(settings.state_dir / CLIPPING)
         length = settings.profile_max_length
@@ -317,28 +325,6 @@ def agreed_epsilon(settings: ClientSettings, kit: Kit) -> float:
             f"target_epsilon is {target}, the federation's is {agreed}; a client may be stricter, not looser"
         )
     return target
-
-
-def ledger_delta(path: Path, examples: int) -> float:
-    """δ of the ledger that is there, for as long as it is at most 1/n; of a new one, n^-1.1.
-
-    Args:
-        path: the ledger, there or not.
-        examples: n, the client's number of examples now.
-
-    Raises:
-        LedgerError: its δ is above 1/n, or it is damaged.
-    """
-    if not path.exists():
-        return default_delta(examples)
-    delta = parameters_of(read_ledger(path)).delta
-    if delta * examples > 1.0:
-        raise LedgerError(
-            f"{path}: δ = {delta:g} was fixed when there were fewer examples, and {examples} need one below "
-            f"1/{examples}; take part with at most {int(1 / delta)} examples. A fresh ledger would forget "
-            "what this one has spent; it is right only for data that share no example"
-        )
-    return delta
 
 
 def _existing(path: Path) -> Path:

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from fedmosaic.client.clipping import CLIPPING, ClippingRecord
-from fedmosaic.client.state import ClientState
+from fedmosaic.client.ledger import ServerAnchor
+from fedmosaic.client.state import ClientState, hold_directory
 from fedmosaic.privacy.events import UNPROTECTED, GaussianEvent
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.ledger import Ledger
@@ -44,6 +45,11 @@ _ARRAY_ERRORS = (
 )
 """Everything that NumPy says of a file that is no array, or no archive of arrays."""
 
+_LOST_PROFILE = (
+    "A fresh draw would cost its ε again: put the file back from a backup of the ledger, or change "
+    "the data by an example, which makes another release that is charged"
+)
+
 Randomness = SecureNoise | SeededTestNoise
 MakeRelease = Callable[[Callable[[], None]], Float32Array]
 """Makes one release of the profile; calls its argument once, after the private sum and before the noise."""
@@ -67,12 +73,12 @@ def budgeted_channels(terms: Terms) -> tuple[Channel, ...]:
     return ("profile", "adapter") if terms.adapter.private else ("profile",)
 
 
-def sampling_rate(terms: Terms, examples: int) -> float:
+def sampling_rate(terms: Terms, examples: float) -> float:
     """Poisson sampling rate q of DP-SGD: the expected batch size over the number of examples."""
     return min(1.0, terms.adapter_privacy.expected_batch_size / examples)
 
 
-def plan_adapter(terms: Terms, examples: int, delta: float, target_epsilon: float) -> AdapterPlan:
+def plan_adapter(terms: Terms, examples: float, delta: float, target_epsilon: float) -> AdapterPlan:
     """Find σ for all rounds from the budget that the profile leaves.
 
     Args:
@@ -125,6 +131,7 @@ class Releases:
         self.receive_only = False
         self.clipping = ClippingRecord(state.directory / CLIPPING)
         self.randomness = randomness
+        self.anchor = ServerAnchor(ledger, state.record)
         self._ledger = ledger
         self._terms = terms
         self._state = state
@@ -226,11 +233,15 @@ class Releases:
             )
             return None
         sent = self._state.directory / "profile-sent"
+        # Another run on the same data may be about to release the same profile, which is charged once.
+        lock = hold_directory(self._ledger.directory / "profile.lock", "", wait=True)
         try:
             released = self._released_profile(round_number)
         except BudgetExceededError as error:
             log.warning("%s; going on without a task profile", error)
             return None
+        finally:
+            lock.close()
         average = self._average(released)
         # Whatever else the file holds, the profile is sent once more, which costs nothing.
         if sent.exists() and sent.read_bytes() == average.last_release_sha256.encode():
@@ -245,9 +256,10 @@ class Releases:
 
     def _released_profile(self, round_number: int) -> Float32Array:
         mechanism = self._terms.profile
-        path = profile_path(self._state.directory, self._data_epoch, mechanism)
-        if self._ledger.release_of("profile", round_number, self._data_epoch, mechanism.sha256) is not None:
-            return _read_vector(path, self._terms.profile.dimensions)
+        path = profile_path(self._ledger.directory, self._data_epoch, mechanism)
+        done = self._ledger.release_of("profile", round_number, self._data_epoch, mechanism.sha256)
+        if done is not None:
+            return _read_released(path, self._terms.profile.dimensions, done.payload_digest)
         pending = self._ledger.pending("profile", round_number, self._data_epoch, mechanism.sha256)
         if pending is not None and path.exists():
             # The noisy bytes were stored and the process died before it could say so.
@@ -322,13 +334,23 @@ def _digest(vector: Float32Array) -> str:
     return hashlib.sha256(np.ascontiguousarray(vector, dtype="<f4").tobytes()).hexdigest()
 
 
-def _read_vector(path: object, dimensions: int) -> Float32Array:
+def _read_released(path: Path, dimensions: int, digest: str | None) -> Float32Array:
+    vector = _read_vector(path, dimensions)
+    if _digest(vector) != digest:
+        # Sent unnoticed, other bytes would be a release that nobody was charged for.
+        raise StateError(
+            f"{path}: the stored task profile is not the one that was released: its SHA-256 is "
+            f"{_digest(vector)[:12]}…, the privacy ledger has {str(digest)[:12]}…. {_LOST_PROFILE}"
+        )
+    return vector
+
+
+def _read_vector(path: Path, dimensions: int) -> Float32Array:
     try:
         vector: Float32Array = np.load(str(path), allow_pickle=False)
     except _ARRAY_ERRORS as error:
         raise StateError(
-            f"{path}: the stored task profile cannot be read ({error}). It was released already, and a fresh "
-            "draw would cost its ε again: restore the file, or change the data epoch knowingly"
+            f"{path}: the stored task profile cannot be read ({error}), and was released. {_LOST_PROFILE}"
         ) from None
     if vector.shape != (dimensions,) or vector.dtype != np.float32:
         raise StateError(f"{path}: a profile of shape {vector.shape}, expected ({dimensions},) float32")

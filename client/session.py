@@ -48,6 +48,7 @@ from fedmosaic.protos.messages import (
     Upload,
 )
 from fedmosaic.protos.refusal import Refusal
+from fedmosaic.protos.signing import ledger_digest
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,14 @@ class _SealAnewError(Exception):
 
 
 def ask_to_enrol(
-    transport: Transport, roster: Roster, adapter_spec_hash: bytes, family: str, *, check_only: bool = False
+    transport: Transport,
+    roster: Roster,
+    adapter_spec_hash: bytes,
+    family: str,
+    *,
+    check_only: bool = False,
+    ledger_head: bytes = b"",
+    ledger_signature: bytes = b"",
 ) -> Enrolled:
     """Compare what both sides believe about the federation, and enrol unless it is to be checked only.
 
@@ -112,6 +120,8 @@ def ask_to_enrol(
         adapter_spec_hash: SHA-256 of the shared layout.
         family: architecture name; empty if none.
         check_only: leave the server as it is; a model need not be loaded yet.
+        ledger_head: anchor of this client's privacy ledger, for the server to keep; empty for none.
+        ledger_signature: this client's, over `fedmosaic.protos.signing.ledger_digest`.
 
     Raises:
         RefusedError: the server refuses this client; the reason and the remedy are in the message.
@@ -127,6 +137,8 @@ def ask_to_enrol(
             family=family,
             software=f"fedmosaic {__version__}",
             check_only=check_only,
+            ledger_head=ledger_head,
+            ledger_signature=ledger_signature,
         )
     )
     agreed = roster.terms.schedule.rounds
@@ -167,13 +179,12 @@ class Session:
 
         Raises:
             RefusedError: the server refuses this client; the reason and the remedy are in the message.
+            LedgerError: the privacy ledger is behind what the server has kept of it.
             PolicyError: the server wants another number of rounds than the roster's terms.
             StateError: the state here is of another run, or the server's is an older copy.
             TransportError: the server cannot be reached for longer than the transport's patience.
         """
-        enrolled = ask_to_enrol(
-            self._transport, self._roster, self._learner.adapter_spec_hash, self._learner.family
-        )
+        enrolled = self._enrol()
         self._state.join_run(enrolled.run_id)
         self._state.see(enrolled.round, enrolled.head)
         round_number = self._resume(enrolled.round)
@@ -182,6 +193,22 @@ class Session:
         self._state.forget_uploads(enrolled.rounds + 1)
         # Last, so that a crash before it leaves keys that the next start deletes, and never too few.
         self._protection.forget_keys()
+
+    def _enrol(self) -> Enrolled:
+        head = self._releases.anchor.head()
+        signed = ledger_digest(
+            federation=self._roster.federation, client_id=self._identity.client_id, head=head
+        )
+        enrolled = ask_to_enrol(
+            self._transport,
+            self._roster,
+            self._learner.adapter_spec_hash,
+            self._learner.family,
+            ledger_head=head,
+            ledger_signature=self._identity.signing_key.sign(signed),
+        )
+        self._releases.anchor.check(enrolled.ledger_head)
+        return enrolled
 
     def _resume(self, open_round: int) -> int:
         """Go on from disk. Returns the round to take part in.
@@ -358,13 +385,19 @@ class Session:
         profile = self._releases.profile(aggregate.round)
         self._progress.stage(aggregate.round, "protecting the adapter")
         vectors = self._releases.adapter(aggregate.round, self._learner.sections())
-        return self._protection.seal(run_id, aggregate.round, aggregate.upload_key_epoch, vectors, profile)
+        claim = self._releases.anchor.claim()
+        return self._protection.seal(
+            run_id, aggregate.round, aggregate.upload_key_epoch, vectors, profile, claim
+        )
 
     def _push(self, upload: Upload) -> int:
         self._progress.stage(upload.round, "sending")
         try:
             receipt = self._transport.push(upload)
         except Refusal as error:
+            if error.reason == "LEDGER_BEHIND":
+                # Sealed anew by the next process, which enrols first and checks what the server has kept.
+                self._state.upload_path(upload.round).unlink(missing_ok=True)
             if error.reason == "ROUND_NOT_OPEN":
                 self._compare()
             if error.reason == "UPLOAD_DIFFERS":
@@ -376,8 +409,10 @@ class Session:
         self._state.see(receipt.round, receipt.head)
         if receipt.status is ReceiptStatus.LATE:
             log.warning("round %d closed before our upload arrived; it was not used", upload.round)
-        elif upload.profile is not None:
-            self._releases.profile_acknowledged()
+        else:
+            self._releases.anchor.accepted(upload.ledger)
+            if upload.profile is not None:
+                self._releases.profile_acknowledged()
         self._state.complete_round(upload.round, self._learner.save)
         return max(upload.round + 1, receipt.round)
 

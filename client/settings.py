@@ -84,6 +84,9 @@ class DataSettings(Frozen):
     """
 
     train: Path
+    ledger: Path | None = None
+    """Directory of the privacy ledger of `train`; beside it by default, with `.ledger` after its name.
+    Files that share examples have to name one ledger."""
     test: Path | None = None
     others: dict[str, Path] = Field(default_factory=dict)
     evaluation_examples: int = Field(default=0, ge=0)
@@ -129,6 +132,7 @@ class ClientSettings(Frozen):
         data = self.data.model_copy(
             update={
                 "train": base / self.data.train,
+                "ledger": base / self.data.ledger if self.data.ledger else None,
                 "test": base / self.data.test if self.data.test else None,
                 "others": {name: base / path for name, path in self.data.others.items()},
                 "pictures": base / self.data.pictures if self.data.pictures else None,

@@ -5,11 +5,10 @@
     STATE/rows.json                the weight row that was accepted in every round
     STATE/upload-0003.bin          bytes of the newest upload, to send again until its round is closed
     STATE/given-up.json            the last round whose aggregate no training was possible with
-    STATE/profile-<data>-<map>.npy a noised task profile release, re-used until data or public map change
     STATE/keys/                    group keys of the current and the previous epoch, until the run is over
     STATE/picture-features/        what the frozen encoder makes of the client's own pictures
     STATE/traffic.json             bytes sent and received so far
-    STATE/ledger.sqlite            the privacy ledger (see `fedmosaic.privacy.ledger`)
+    STATE/ledger.json              which privacy ledger is charged (see `fedmosaic.client.ledger`)
 
 Every file is written beside its place, flushed to the disk, and renamed: a kill at any point leaves
 the old file or the new one, never half of one. Nobody but the owner can read any of it.
@@ -78,12 +77,13 @@ class SessionRecord(BaseModel):
     server_head: str = ""
 
 
-def hold_directory(path: Path, instead: str) -> IO[bytes]:
+def hold_directory(path: Path, instead: str, *, wait: bool = False) -> IO[bytes]:
     """Hold a directory for one process; the operating system lets go when the process ends.
 
     Args:
         path: of a file in the directory, made if absent.
         instead: what to do besides stopping the other process.
+        wait: until the other process lets go, instead of refusing.
 
     Returns:
         The open file; closing it lets go.
@@ -94,7 +94,7 @@ def hold_directory(path: Path, instead: str) -> IO[bytes]:
     file = open(path, "ab", opener=private_opener)
     if fcntl is not None:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             file.close()
             raise StateError(_why_not_held(error, path.parent, instead)) from None
@@ -361,5 +361,5 @@ class ClientState:
 
     @property
     def ledger_path(self) -> Path:
-        """Where the privacy ledger stands."""
+        """Where the privacy ledger of a simulated client stands; a real one's is beside its data."""
         return self.directory / "ledger.sqlite"

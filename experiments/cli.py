@@ -28,6 +28,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "server": ("fedmosaic.server.__main__", "Start the server of a federation."),
     "client": ("fedmosaic.client.__main__", "Take part in a federation as one client."),
     "doctor": ("fedmosaic.client.doctor", "Check all that a client needs; change and spend nothing."),
+    "ledger": ("fedmosaic.client.ledger", "Move or back up the privacy ledger of a data set."),
     "run": ("fedmosaic.experiments.runner", "Run a scenario file on this machine, with any method."),
     "tasks": ("fedmosaic.experiments.tasks.__main__", "Write the data sets of scenarios."),
     "methods": ("fedmosaic.experiments.methods", "List the methods that a scenario can be run with."),

@@ -35,6 +35,7 @@ __all__ = [
     "epsilon",
     "epsilon_bound",
     "merge_events",
+    "person_epsilon",
 ]
 
 logger = logging.getLogger(__name__)
@@ -164,6 +165,45 @@ def cross_checked_epsilon(events: Iterable[GaussianEvent], delta: float) -> Cros
             break
         pld = _pld(tuple(_toward_more_loss(event) for event in events), delta, finer=4**refinement)
     return check_order(prv, rdp, pld)
+
+
+def person_epsilon(events: Iterable[GaussianEvent], delta: float, examples: int) -> float:
+    """ε at δ of all events for somebody with several examples: all of them added or removed at once.
+
+    Args:
+        events: as for `epsilon`; every example of the person may have taken part in each of them.
+        delta: as for `epsilon`.
+        examples: k ≥ 1, how many examples the person has; with 1 it is the ε of one example.
+
+    Returns:
+        An upper bound by PLD, ≥ 0; ∞ when a step has no noise, or above the ε up to which tight values are
+        computed for one example.
+
+    Raises:
+        AccountingError: an argument is outside its domain.
+
+    Reference:
+        See `fedmosaic.privacy.pld.compose_for_person`.
+    """
+    _check_delta_domain(delta)
+    if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
+        raise AccountingError(f"a person has {examples!r} examples; give a whole number of at least 1")
+    merged = merge_events(events)
+    if not merged:
+        return 0.0
+    if any(event.noise_multiplier < SMALLEST_NOISE_MULTIPLIER * examples for event in merged):
+        return math.inf
+    merged = merge_events(_toward_more_loss(event) for event in merged)
+    if epsilon(merged, delta, "rdp") > LARGEST_TIGHT_EPSILON or delta < SMALLEST_DELTA:
+        return math.inf
+    return _person_epsilon(merged, float(delta), examples)
+
+
+@lru_cache(maxsize=4096)
+def _person_epsilon(events: tuple[GaussianEvent, ...], delta: float, examples: int) -> float:
+    from fedmosaic.privacy import pld
+
+    return float(pld.compose_for_person(events, examples).get_epsilon_for_delta(delta))
 
 
 def check_order(prv: float, rdp: float, pld: float) -> CrossCheck:

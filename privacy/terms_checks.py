@@ -52,7 +52,7 @@ def check_plan(terms: Terms) -> None:
     )
 
 
-def plan_inputs(terms: Terms, examples: int, rounds: int) -> tuple[list[GaussianEvent], float, int]:
+def plan_inputs(terms: Terms, examples: float, rounds: int) -> tuple[list[GaussianEvent], float, int]:
     """What a client of so many examples plans its noise from.
 
     Args:

@@ -54,6 +54,8 @@ class Enrolment:
         family: architecture name as on the roster, or nothing.
         software: name and version of the client, for the server's log.
         check_only: compare both sides and answer, but enrol nobody: the client has not loaded its model yet.
+        ledger_head: anchor of the client's privacy ledger, 32 bytes; empty to have none kept.
+        ledger_signature: Ed25519 signature over `fedmosaic.protos.signing.ledger_digest`.
     """
 
     protocol_version: int
@@ -63,6 +65,8 @@ class Enrolment:
     family: str
     software: str
     check_only: bool = False
+    ledger_head: bytes = b""
+    ledger_signature: bytes = b""
 
     def __post_init__(self) -> None:
         bounds.check_integer("enrolment.protocol_version", self.protocol_version, 0, 2**32 - 1)
@@ -71,6 +75,10 @@ class Enrolment:
         bounds.check_hash("enrolment.adapter_spec_hash", self.adapter_spec_hash)
         bounds.check_family("enrolment.family", self.family)
         bounds.check_text("enrolment.software", self.software, 200)
+        if self.ledger_head or self.ledger_signature:
+            bounds.check_hash("enrolment.ledger_head", self.ledger_head)
+            length = bounds.SIGNATURE_BYTES
+            bounds.check_bytes("enrolment.ledger_signature", self.ledger_signature, length, length)
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,7 @@ class Enrolled:
         key_epoch: epoch that an upload of `round` must use.
         members: ids of all members of the roster, sorted.
         head: hash chain over all rounds below `round`: it differs between a server and an older copy of it.
+        ledger_head: what the server keeps of this client's privacy ledger; empty if nothing.
     """
 
     run_id: str
@@ -92,9 +101,12 @@ class Enrolled:
     key_epoch: int
     members: tuple[str, ...]
     head: bytes = NO_HEAD
+    ledger_head: bytes = b""
 
     def __post_init__(self) -> None:
         bounds.check_hash("enrolled.head", self.head)
+        if self.ledger_head:
+            bounds.check_hash("enrolled.ledger_head", self.ledger_head)
         bounds.check_run_id("enrolled.run_id", self.run_id)
         bounds.check_integer("enrolled.rounds", self.rounds, 1, bounds.MAX_ROUNDS)
         bounds.check_integer("enrolled.round", self.round, 1, self.rounds + 1)
@@ -188,6 +200,24 @@ class Section:
 
 
 @dataclass(frozen=True)
+class LedgerHead:
+    """How far a client's privacy ledger is, as anchors that only the client can read.
+
+    Attributes:
+        head: anchor of its last row.
+        follows: the anchor that the server kept before, and that the ledger was found to hold; empty if none.
+    """
+
+    head: bytes
+    follows: bytes = b""
+
+    def __post_init__(self) -> None:
+        bounds.check_hash("upload.ledger_head", self.head)
+        if self.follows:
+            bounds.check_hash("upload.ledger_follows", self.follows)
+
+
+@dataclass(frozen=True)
 class UploadHeader:
     """An upload without its payloads; see `Upload`."""
 
@@ -197,6 +227,7 @@ class UploadHeader:
     sections: tuple[SectionHeader, ...]
     profile: Profile | None
     signature: bytes
+    ledger: LedgerHead | None = None
 
     def __post_init__(self) -> None:
         bounds.check_integer("upload.round", self.round, 1, bounds.MAX_ROUNDS)
@@ -222,6 +253,7 @@ class Upload:
         sections: at most one of each name; none means "present, but contributes nothing".
         profile: a new task profile, or None to go on with the last one.
         signature: Ed25519 signature over `fedmosaic.protos.signing.upload_digest`.
+        ledger: head of the client's privacy ledger, or None to have none kept.
     """
 
     round: int
@@ -230,12 +262,13 @@ class Upload:
     sections: tuple[Section, ...]
     profile: Profile | None
     signature: bytes
+    ledger: LedgerHead | None = None
 
     def header(self) -> UploadHeader:
         """The upload without its payloads; hashes every payload."""
         sections = tuple(section.header() for section in self.sections)
         return UploadHeader(
-            self.round, self.attempt_id, self.key_epoch, sections, self.profile, self.signature
+            self.round, self.attempt_id, self.key_epoch, sections, self.profile, self.signature, self.ledger
         )
 
 

@@ -18,6 +18,7 @@ from fedmosaic.protos.messages import (
     Enrolled,
     Enrolment,
     KeyMessage,
+    LedgerHead,
     Phase,
     Profile,
     Receipt,
@@ -54,6 +55,8 @@ def encode_enrolment(enrolment: Enrolment) -> pb.EnrolRequest:
         family=enrolment.family,
         software=enrolment.software,
         check_only=enrolment.check_only,
+        ledger_head=enrolment.ledger_head,
+        ledger_signature=enrolment.ledger_signature,
     )
 
 
@@ -67,6 +70,8 @@ def decode_enrolment(message: pb.EnrolRequest) -> Enrolment:
         message.family,
         message.software,
         message.check_only,
+        message.ledger_head,
+        message.ledger_signature,
     )
 
 
@@ -79,6 +84,7 @@ def encode_enrolled(enrolled: Enrolled) -> pb.EnrolResponse:
         key_epoch=enrolled.key_epoch,
         members=enrolled.members,
         head=enrolled.head,
+        ledger_head=enrolled.ledger_head,
     )
 
 
@@ -91,6 +97,7 @@ def decode_enrolled(message: pb.EnrolResponse) -> Enrolled:
         message.key_epoch,
         tuple(message.members),
         message.head,
+        message.ledger_head,
     )
 
 
@@ -121,6 +128,8 @@ def encode_upload_header(header: UploadHeader, resume_offset: int = 0) -> pb.Pus
         profile=None if header.profile is None else encode_profile(header.profile),
         signature=header.signature,
         resume_offset=resume_offset,
+        ledger_head=b"" if header.ledger is None else header.ledger.head,
+        ledger_follows=b"" if header.ledger is None else header.ledger.follows,
     )
 
 
@@ -134,6 +143,9 @@ def decode_upload_header(message: pb.PushHeader) -> UploadHeader:
         tuple(SectionHeader(cast(SectionName, s.name), s.size, s.sha256) for s in message.sections),
         decode_profile(message.profile) if message.HasField("profile") else None,
         message.signature,
+        LedgerHead(message.ledger_head, message.ledger_follows)
+        if message.ledger_head or message.ledger_follows
+        else None,
     )
 
 

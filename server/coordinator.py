@@ -115,6 +115,7 @@ class Coordinator:
             if not enrolment.check_only:
                 self._store.enrol(client_id, enrolment, time.time())
                 log.info("%s enrolled (%s)", client_id, enrolment.software)
+            kept = self._store.ledger_head(client_id)
             return Enrolled(
                 self.run_id,
                 self._round.number,
@@ -122,6 +123,7 @@ class Coordinator:
                 self._epoch,
                 tuple(sorted(self.settings.members)),
                 self._head,
+                kept,
             )
 
     def announce(self, client_id: str, header: UploadHeader) -> Receipt | Ticket:
@@ -200,6 +202,8 @@ class Coordinator:
             raise Refusal(kind, decision.reason, decision.message, decision.remedy)
         if not isinstance(decision, rounds.Answer):
             raise AssertionError(f"a push was decided as {decision}")
+        if decision.status is ReceiptStatus.ACCEPTED:
+            self._admission.check_ledger(header, self._store.ledger_head(client))
         return state, decision.status
 
     def _receipt(

@@ -152,10 +152,18 @@ class Store:
             tables.put(connection, values)
 
     def enrol(self, client: str, enrolment: Enrolment, now: float) -> None:
-        """Remember that a member has enrolled, and with what."""
+        """Remember that a member has enrolled, and with what; of its ledger, what it enrols with first."""
         row = {"family": enrolment.family, "software": enrolment.software, "enrolled_at": now}
         with self._transaction() as connection:
             tables.upsert(connection, tables.members, {"client": client}, row)
+            if enrolment.ledger_head and tables.ledger_head(connection, client) is None:
+                head = {"head": enrolment.ledger_head}
+                tables.upsert(connection, tables.ledger_heads, {"client": client}, head)
+
+    def ledger_head(self, client: str) -> bytes:
+        """The newest head of a member's privacy ledger; empty if it never sent one."""
+        with self._transaction() as connection:
+            return tables.ledger_head(connection, client) or b""
 
     def enrolled(self) -> frozenset[str]:
         """Members that have ever enrolled."""
@@ -165,7 +173,10 @@ class Store:
     def add_upload(
         self, client: str, header: UploadHeader, content_hash: bytes, now: float, received_bytes: int
     ) -> None:
-        """Store an accepted upload, its profile and the bytes it took; its payloads are in place already."""
+        """Store an accepted upload, its profile, the ledger's head and the bytes it took.
+
+        Its payloads are in place already.
+        """
         sections = json.dumps([[s.name, s.size, s.sha256.hex()] for s in header.sections])
         with self._transaction() as connection:
             connection.execute(
@@ -188,6 +199,10 @@ class Store:
                     "releases": header.profile.releases,
                 }
                 tables.upsert(connection, tables.profiles, {"client": client, "round": header.round}, values)
+            if header.ledger is not None:
+                tables.upsert(
+                    connection, tables.ledger_heads, {"client": client}, {"head": header.ledger.head}
+                )
             tables.add_traffic(connection, client, received_bytes, 0)
 
     def uploads(self, round_number: int) -> dict[str, StoredUpload]:

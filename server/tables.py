@@ -80,6 +80,12 @@ traffic = sa.Table(
     sa.Column("received", sa.BigInteger, nullable=False),
     sa.Column("sent", sa.BigInteger, nullable=False),
 )
+ledger_heads = sa.Table(
+    "ledger_heads",
+    metadata,
+    sa.Column("client", sa.String(63), primary_key=True),
+    sa.Column("head", sa.LargeBinary(32), nullable=False),
+)
 
 
 def value(connection: sa.Connection, key: str) -> str | None:
@@ -111,6 +117,12 @@ def add_traffic(connection: sa.Connection, client: str, received: int, sent: int
     )
     if changed.rowcount == 0:
         connection.execute(sa.insert(traffic).values(client=client, received=received, sent=sent))
+
+
+def ledger_head(connection: sa.Connection, client: str) -> bytes | None:
+    """The newest head of a member's privacy ledger; None if it never sent one."""
+    found = connection.scalar(sa.select(ledger_heads.c.head).where(ledger_heads.c.client == client))
+    return None if found is None else bytes(found)
 
 
 def cause(error: Exception) -> str:

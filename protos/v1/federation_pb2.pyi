@@ -77,6 +77,8 @@ class EnrolRequest(_message.Message):
     FAMILY_FIELD_NUMBER: _builtins.int
     SOFTWARE_FIELD_NUMBER: _builtins.int
     CHECK_ONLY_FIELD_NUMBER: _builtins.int
+    LEDGER_HEAD_FIELD_NUMBER: _builtins.int
+    LEDGER_SIGNATURE_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     federation: _builtins.str
     roster_hash: _builtins.bytes
@@ -89,6 +91,10 @@ class EnrolRequest(_message.Message):
     """name and version, for the log"""
     check_only: _builtins.bool
     """compare both sides and answer, but enrol nobody"""
+    ledger_head: _builtins.bytes
+    """anchor of the client's privacy ledger, 32 bytes; absent: none is kept"""
+    ledger_signature: _builtins.bytes
+    """Ed25519 over the digest of protos/signing.py"""
     def __init__(
         self,
         *,
@@ -99,10 +105,12 @@ class EnrolRequest(_message.Message):
         family: _builtins.str = ...,
         software: _builtins.str = ...,
         check_only: _builtins.bool = ...,
+        ledger_head: _builtins.bytes = ...,
+        ledger_signature: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_spec_hash", b"adapter_spec_hash", "check_only", b"check_only", "family", b"family", "federation", b"federation", "protocol_version", b"protocol_version", "roster_hash", b"roster_hash", "software", b"software"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_spec_hash", b"adapter_spec_hash", "check_only", b"check_only", "family", b"family", "federation", b"federation", "ledger_head", b"ledger_head", "ledger_signature", b"ledger_signature", "protocol_version", b"protocol_version", "roster_hash", b"roster_hash", "software", b"software"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -118,6 +126,7 @@ class EnrolResponse(_message.Message):
     KEY_EPOCH_FIELD_NUMBER: _builtins.int
     MEMBERS_FIELD_NUMBER: _builtins.int
     HEAD_FIELD_NUMBER: _builtins.int
+    LEDGER_HEAD_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     round: _builtins.int
     """the open round; rounds + 1 once the run is finished"""
@@ -126,6 +135,8 @@ class EnrolResponse(_message.Message):
     """epoch that an upload of this round must use"""
     head: _builtins.bytes
     """of the run: a hash chain over all rounds below `round`, 32 bytes"""
+    ledger_head: _builtins.bytes
+    """the newest that the server keeps of this client; absent: none"""
     @_builtins.property
     def members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -137,10 +148,11 @@ class EnrolResponse(_message.Message):
         key_epoch: _builtins.int = ...,
         members: _abc.Iterable[_builtins.str] | None = ...,
         head: _builtins.bytes = ...,
+        ledger_head: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["head", b"head", "key_epoch", b"key_epoch", "members", b"members", "round", b"round", "rounds", b"rounds", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["head", b"head", "key_epoch", b"key_epoch", "ledger_head", b"ledger_head", "members", b"members", "round", b"round", "rounds", b"rounds", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -214,6 +226,8 @@ class PushHeader(_message.Message):
     PROFILE_FIELD_NUMBER: _builtins.int
     SIGNATURE_FIELD_NUMBER: _builtins.int
     RESUME_OFFSET_FIELD_NUMBER: _builtins.int
+    LEDGER_HEAD_FIELD_NUMBER: _builtins.int
+    LEDGER_FOLLOWS_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     attempt_id: _builtins.str
     key_epoch: _builtins.int
@@ -221,6 +235,10 @@ class PushHeader(_message.Message):
     """Ed25519 over the digest of protos/signing.py"""
     resume_offset: _builtins.int
     """bytes the server has already"""
+    ledger_head: _builtins.bytes
+    """anchor of the client's privacy ledger; absent: none is kept"""
+    ledger_follows: _builtins.bytes
+    """the head that the server kept before, and the ledger holds"""
     @_builtins.property
     def sections(self) -> _containers.RepeatedCompositeFieldContainer[Global___SectionHeader]:
         """none: the client is present and contributes nothing"""
@@ -239,10 +257,12 @@ class PushHeader(_message.Message):
         profile: Global___Profile | None = ...,
         signature: _builtins.bytes = ...,
         resume_offset: _builtins.int = ...,
+        ledger_head: _builtins.bytes = ...,
+        ledger_follows: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "key_epoch", b"key_epoch", "profile", b"profile", "resume_offset", b"resume_offset", "round", b"round", "sections", b"sections", "signature", b"signature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "key_epoch", b"key_epoch", "ledger_follows", b"ledger_follows", "ledger_head", b"ledger_head", "profile", b"profile", "resume_offset", b"resume_offset", "round", b"round", "sections", b"sections", "signature", b"signature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos.errors import StateError
 from fedmosaic.protos.messages import (
     PROTOCOL_VERSION,
+    LedgerHead,
     Phase,
     Profile,
     ReceiptStatus,
@@ -26,6 +28,7 @@ from fedmosaic.protos.messages import (
     UploadHeader,
 )
 from fedmosaic.protos.refusal import Refusal, RefusalKind
+from fedmosaic.protos.signing import ledger_digest
 from fedmosaic.server import rounds, tables
 from fedmosaic.server import summary as summary_module
 from fedmosaic.server.aggregation import Group, plan
@@ -166,6 +169,58 @@ def test_a_client_that_only_checks_is_not_there(federation: Any, coordinator: An
 def test_a_version_mismatch_names_both_versions(federation: Any, coordinator: Any) -> None:
     with pytest.raises(Refusal, match=r"client speaks protocol 7, the server 2.*update the server"):
         coordinator.enrol("clinic-a", federation.enrolment(protocol_version=7))
+
+
+def _enrolment(federation: Any, head: bytes, key: str = "clinic-a") -> Any:
+    digest = ledger_digest(federation="fed", client_id="clinic-a", head=head)
+    return federation.enrolment(ledger_head=head, ledger_signature=federation.keys[key].sign(digest))
+
+
+def _head(number: int) -> bytes:
+    return bytes([number]) * 32
+
+
+def test_the_newest_head_of_a_ledger_is_kept_and_handed_back(
+    federation: Any, coordinator: Any, clock: Any
+) -> None:
+    assert coordinator.enrol("clinic-a", federation.enrolment()).ledger_head == b""
+    assert coordinator.enrol("clinic-a", _enrolment(federation, _head(1))).ledger_head == _head(1)
+    # Only the client can tell whether another head is a later one; it pushes if it is.
+    assert coordinator.enrol("clinic-a", _enrolment(federation, _head(2))).ledger_head == _head(1)
+    for follows in (b"", _head(2)):
+        upload = federation.upload(coordinator.run_id, "clinic-a", 1, ledger=LedgerHead(_head(3), follows))
+        with refused("LEDGER_BEHIND"):
+            coordinator.push("clinic-a", upload)
+    with refused("LEDGER_BEHIND"):
+        coordinator.push("clinic-a", federation.upload(coordinator.run_id, "clinic-a", 1))
+    upload = federation.upload(coordinator.run_id, "clinic-a", 1, ledger=LedgerHead(_head(3), _head(1)))
+    assert coordinator.push("clinic-a", upload).status is ACCEPTED
+    assert coordinator.push("clinic-a", upload).status is DUPLICATE, "sent again, it follows what it replaced"
+    assert coordinator.enrol("clinic-b", federation.enrolment()).ledger_head == b"", "each member's own"
+    crash(coordinator)
+    again = Coordinator(coordinator.settings, clock)
+    assert again.enrol("clinic-a", federation.enrolment()).ledger_head == _head(3)
+    again.close()
+
+
+def test_the_head_of_a_ledger_is_signed_by_its_client(federation: Any, coordinator: Any) -> None:
+    with refused("SIGNATURE_INVALID"):
+        coordinator.enrol("clinic-a", _enrolment(federation, _head(1), key="clinic-b"))
+    with refused("SIGNATURE_INVALID"):
+        upload = federation.upload(coordinator.run_id, "clinic-a", 1, ledger=LedgerHead(_head(1)))
+        coordinator.push("clinic-a", replace(upload, ledger=LedgerHead(_head(2))))
+    assert coordinator.enrol("clinic-a", federation.enrolment()).ledger_head == b""
+
+
+def test_a_late_upload_moves_no_head(federation: Any, coordinator: Any, clock: Any) -> None:
+    coordinator.enrol("clinic-e", federation.enrolment())
+    for client in federation.clients[:4]:
+        coordinator.push(client, federation.upload(coordinator.run_id, client, 1))
+    clock.now += 60
+    coordinator.advance()
+    late = federation.upload(coordinator.run_id, "clinic-e", 1, ledger=LedgerHead(_head(9)))
+    assert coordinator.push("clinic-e", late).status is LATE
+    assert coordinator.enrol("clinic-e", federation.enrolment()).ledger_head == b""
 
 
 def test_strangers_are_refused_everywhere(federation: Any, coordinator: Any) -> None:
