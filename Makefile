@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint bench bench-encryption protos clean
+.PHONY: demo test test-slow test-gpu lint bench bench-gpu bench-encryption protos clean
 
 demo: $(STAMP)
 	$(BIN)/fedmosaic demo
@@ -18,6 +18,11 @@ test: $(STAMP) lint
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow or hypothesis" --hypothesis-profile searching --timeout 1800
 
+# The privacy tests that touch tensors, on the accelerator of this machine. Where there is none, pytest says so
+# with exit code 5, which is no failure of the tests.
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu || test $$? -eq 5
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -30,6 +35,11 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.colora_step $(MODEL)
 	$(BIN)/python -m benchmarks.profile_cost --model $(MODEL)
 	$(BIN)/python -m benchmarks.dp_step --model model=$(MODEL)
+
+# On an accelerator; MODEL as above, for example the whole SmolLM2 that `make demo` left there.
+bench-gpu: $(STAMP)
+	@test -n "$(MODEL)" || { echo "say make bench-gpu MODEL=/folder/of/a/model"; exit 1; }
+	$(BIN)/python -m benchmarks.gpu --model $(MODEL) --out runs/gpu/figures
 
 bench-encryption: $(STAMP)
 	$(BIN)/python -m benchmarks.encryption --json docs/encryption-benchmark.json --note docs/encryption-benchmark.md

@@ -20,6 +20,7 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 
 from fedmosaic.client.colora import CoLoraConfig, set_active_branches, target_layers
+from fedmosaic.client.hardware import choose_device, synchronise
 from fedmosaic.client.models import load_base_model
 
 BAR = 1.15
@@ -49,7 +50,7 @@ class Timing:
     cpu_ratio: float
 
 
-def build(folder: Path, dtype: str, method: str) -> PeftModel:
+def build(folder: Path, dtype: str, method: str, device: str = "cpu") -> PeftModel:
     """Load a model and adapt the same layers and modules with one method.
 
     Args:
@@ -57,8 +58,9 @@ def build(folder: Path, dtype: str, method: str) -> PeftModel:
         dtype: Type of the frozen weights.
         method: `lora`, `colora` (local and global branch, gate), `colora_personal` (a third branch) or
             `colora_local` (the local branch alone).
+        device: Where to put it, as in `fedmosaic.client.hardware`.
     """
-    model, _ = load_base_model(folder, dtype)
+    model, _ = load_base_model(folder, dtype, device=choose_device(device))
     layers = list(target_layers(model.config.num_hidden_layers, BLOCKS))
     if method == "lora":
         modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -84,10 +86,11 @@ def build(folder: Path, dtype: str, method: str) -> PeftModel:
     return adapted
 
 
-def make_step(model: PeftModel) -> Callable[[], None]:
+def make_step(model: PeftModel, batch: int = BATCH, length: int = LENGTH) -> Callable[[], None]:
     """Return a closure that does one forward, backward and optimizer step on a fixed batch."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(3, model.config.vocab_size, (BATCH, LENGTH), generator=generator)
+    device = next(model.parameters()).device
+    tokens = torch.randint(3, model.config.vocab_size, (batch, length), generator=generator).to(device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     model.train()
 
@@ -95,11 +98,21 @@ def make_step(model: PeftModel) -> Callable[[], None]:
         model(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=tokens).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        synchronise(device)
 
     return step
 
 
-def compare(folder: Path, dtype: str, methods: list[str], repetitions: int) -> list[Timing]:
+def compare(
+    folder: Path,
+    dtype: str,
+    methods: list[str],
+    repetitions: int,
+    *,
+    device: str = "cpu",
+    batch: int = BATCH,
+    length: int = LENGTH,
+) -> list[Timing]:
     """Time all methods on one model, interleaved.
 
     Args:
@@ -107,8 +120,11 @@ def compare(folder: Path, dtype: str, methods: list[str], repetitions: int) -> l
         dtype: Type of the frozen weights.
         methods: Methods as in `build`; `lora` comes first.
         repetitions: Timed steps of each method, after three untimed ones.
+        device: Where to compute.
+        batch: Examples of a step.
+        length: Tokens of each.
     """
-    steps = {method: make_step(build(folder, dtype, method)) for method in methods}
+    steps = {method: make_step(build(folder, dtype, method, device), batch, length) for method in methods}
     wall: dict[str, list[float]] = {method: [] for method in methods}
     cpu: dict[str, list[float]] = {method: [] for method in methods}
     for repetition in range(repetitions + 3):

@@ -5,8 +5,7 @@
 Variants, all on one model with Co-LoRA, the same batch and Adam on the same cores:
 
 * ``plain``: forward, backward, optimizer step.
-* ``closed_form``: the default engine, with clipping on the grid and secure noise.
-* ``opacus_engine``: Opacus's per-sample gradients, with the same clipping and noise.
+* ``private``: one example at a time, with clipping on the grid and secure noise.
 * ``opacus_hooks``: Opacus alone, GradSampleModule and DPOptimizer (noise from torch's generator).
 * ``opacus_ghost``: Opacus alone, ghost clipping.
 
@@ -40,14 +39,16 @@ from torch import nn
 
 from fedmosaic.client.colora import CoLoraConfig
 from fedmosaic.client.dp_branch import only_shared_branch
-from fedmosaic.client.dp_engine import ClosedFormEngine, GradientEngine, OpacusEngine, clip_and_sum
+from fedmosaic.client.dp_engine import clip_and_sum, dimensions_of, example_gradient
 from fedmosaic.client.dp_training import noisy_sum, set_gradients
-from fedmosaic.client.examples import IGNORED
-from fedmosaic.client.loss import example_losses
+from fedmosaic.client.examples import IGNORED, EncodedExample
+from fedmosaic.client.hardware import choose_device, synchronise
+from fedmosaic.client.loss import example_losses, on_device_of
 from fedmosaic.client.models import load_base_model
+from fedmosaic.privacy.mechanism import ClippedSum
 from fedmosaic.privacy.noise import SecureNoise
 
-VARIANTS = ("plain", "closed_form", "opacus_engine", "opacus_hooks", "opacus_ghost")
+VARIANTS = ("plain", "private", "opacus_hooks", "opacus_ghost")
 CLIPPING_NORM = 1.0
 NOISE_MULTIPLIER = 1.0
 LEARNING_RATE = 1e-4
@@ -55,12 +56,12 @@ LEARNING_RATE = 1e-4
 Step = Callable[[], None]
 
 
-def load(path: Path, dtype: str, rank: int) -> nn.Module:
+def load(path: Path, dtype: str, rank: int, device: str = "cpu") -> nn.Module:
     """Load a model folder or a GGUF file, with a Co-LoRA adapter of four blocks on all linear modules."""
     if path.suffix == ".gguf":
-        base, _ = load_base_model(path.parent, dtype, gguf_file=path.name)
+        base, _ = load_base_model(path.parent, dtype, gguf_file=path.name, device=choose_device(device))
     else:
-        base, _ = load_base_model(path, dtype)
+        base, _ = load_base_model(path, dtype, device=choose_device(device))
     return get_peft_model(base, CoLoraConfig(r=rank, alpha=2.0 * rank, task_type="CAUSAL_LM"))
 
 
@@ -71,7 +72,8 @@ def make_batch(model: nn.Module, examples: int, tokens: int, answer: int) -> dic
     input_ids = torch.randint(0, vocabulary, (examples, tokens), generator=generator)
     labels = input_ids.clone()
     labels[:, : tokens - answer] = IGNORED
-    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
+    batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
+    return on_device_of(model, batch)
 
 
 @contextmanager
@@ -82,11 +84,8 @@ def prepared(variant: str, model: nn.Module, cores: dict[str, nn.Linear], batch:
     examples = len(batch["input_ids"])
     if variant == "plain":
         yield lambda: plain_step(model, adam, batch)
-    elif variant == "closed_form":
-        yield lambda: private_step(ClosedFormEngine(model, cores), parameters, adam, batch)
-    elif variant == "opacus_engine":
-        with OpacusEngine(model, cores) as engine:
-            yield lambda: private_step(engine, parameters, adam, batch)
+    elif variant == "private":
+        yield lambda: private_step(model, cores, parameters, adam, batch)
     elif variant == "opacus_hooks":
         wrapped = GradSampleModule(model, strict=False, loss_reduction="mean")
         optimizer = DPOptimizer(
@@ -118,13 +117,17 @@ def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict) 
 
 
 def private_step(
-    engine: GradientEngine,
+    model: nn.Module,
+    cores: dict[str, nn.Linear],
     parameters: list[nn.Parameter],
     optimizer: torch.optim.Optimizer,
     batch: dict,
 ) -> None:
     """One step as `fedmosaic.client.dp_training` takes it, its Poisson sampling left out."""
-    total = clip_and_sum(engine.example_gradients(batch), CLIPPING_NORM)
+    total = ClippedSum.empty(dimensions_of(cores))
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        row = example_gradient(model, cores, EncodedExample("", ids, labels))
+        total = total + clip_and_sum(row[None], CLIPPING_NORM)
     noisy = noisy_sum(total, CLIPPING_NORM, NOISE_MULTIPLIER, SecureNoise())
     set_gradients(parameters, noisy / len(batch["input_ids"]))
     optimizer.step()
@@ -149,6 +152,7 @@ def measure_time(model: nn.Module, batch: dict, repetitions: int) -> dict[str, d
                 with prepared(variant, model, cores, batch) as step:
                     wall, processor = time.perf_counter(), time.process_time()
                     step()
+                    synchronise(batch["input_ids"].device)
                     taken = (time.perf_counter() - wall, time.process_time() - processor)
                 if repetition:  # the first one warms up
                     seconds[variant].append(taken)
@@ -185,7 +189,7 @@ def resident(field: str) -> float:
 def memory_of(variant: str, path: Path, arguments: argparse.Namespace) -> dict[str, float]:
     """Measure a variant's memory in a process of its own, the median of three."""
     command = [sys.executable, __file__, "--memory-of", variant, "--model", f"it={path}"]
-    for name in ("batch", "tokens", "answer_tokens", "rank", "threads", "dtype"):
+    for name in ("batch", "tokens", "answer_tokens", "rank", "threads", "dtype", "device"):
         command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
     # S603: the command is this very file with options that were parsed.
     runs = [
@@ -221,6 +225,7 @@ def main() -> None:
     parser.add_argument("--answer-tokens", type=int, default=16)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--no-memory", action="store_true")
@@ -234,7 +239,7 @@ def main() -> None:
         if not Path(path).exists():
             print(f"{name}: {path} is absent, skipped")
             continue
-        model = load(Path(path), arguments.dtype, arguments.rank)
+        model = load(Path(path), arguments.dtype, arguments.rank, arguments.device)
         batch = make_batch(model, arguments.batch, arguments.tokens, arguments.answer_tokens)
         if arguments.memory_of:
             print(json.dumps(measure_memory(model, batch, arguments.memory_of)))

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmosaic.privacy.encryption.weights import integer_weights
-from fedmosaic.privacy.policy import WeightRow, cap_weights
+from fedmosaic.privacy.policy import WeightRow, cap_weights, spread_weights
 
 MODULES, BLOCKS = 7, 4
 
@@ -169,6 +169,6 @@ def make_work(rank: int, members: int, budget: float) -> Work:
     vectors = generator.normal(size=(members, dimensions)) * 0.02
     shares = np.exp(generator.normal(size=(members, members)))
     np.fill_diagonal(shares, 0.0)
-    shares = np.array([cap_weights(row.tolist(), 0.5) for row in shares])
+    shares = np.array([spread_weights(cap_weights(row.tolist(), 0.5), 0.36, 8) for row in shares])
     names = tuple(f"client-{index:03d}" for index in range(members))
     return Work(rank, names, vectors, shares, budget)

@@ -27,12 +27,13 @@ from fedmosaic.client.releases import (
 )
 from fedmosaic.client.session import Session
 from fedmosaic.client.settings import ClientSettings
-from fedmosaic.client.state import ClientState, write_atomically
+from fedmosaic.client.state import ClientState
 from fedmosaic.client.statement import build_statement
 from fedmosaic.client.transport import GrpcTransport
 from fedmosaic.privacy.accounting import default_delta
 from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.federation import Kit, open_kit
+from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.ledger import Ledger, parameters_of, read_ledger
 from fedmosaic.privacy.noise import SecureNoise, SeededTestNoise
 from fedmosaic.privacy.report_costs import shareable
@@ -99,10 +100,15 @@ def run(settings: ClientSettings) -> None:
             started = time.monotonic()
             Session(identity, kit.roster, transport, learner, state, releases, protection, progress).run()
             result.put("seconds", time.monotonic() - started)
-            result.put("after", learner.evaluate())
+            result.put("after", scores_after(learner))
             progress.stage(0, "writing the privacy statement")
             statement = build_statement(
-                kit.roster, state.record.run_id, ledger, plan, clipped_share=releases.clipping.shares()
+                kit.roster,
+                state.record.run_id,
+                ledger,
+                plan,
+                smallest_row=state.smallest_row(),
+                clipped_share=releases.clipping.shares(),
             )
             write_atomically(state.directory / STATEMENT, statement.model_dump_json(indent=2).encode())
             transport.report(shareable(statement).model_dump_json().encode())
@@ -110,6 +116,15 @@ def run(settings: ClientSettings) -> None:
             progress.stage(0, "done")
         finally:
             transport.close()
+
+
+def scores_after(learner: ModelLearner) -> dict[str, float]:
+    """The scores with what was received; none, and still no other end, if they cannot be computed with it."""
+    try:
+        return learner.evaluate()
+    except ModelError as error:
+        log.error("no scores after the run: %s", error)
+        return {}
 
 
 class _Result:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from fedmosaic.client.colora import CoLoraConfig, shared_layout
 from fedmosaic.client.colora.aligned import aligned_config, basis_name, embedded_layout, load_basis
 from fedmosaic.client.colora.vectors import SharedLayout
-from fedmosaic.client.models import adapt, load_base_model
+from fedmosaic.client.models import adapt, load_model
 from fedmosaic.client.settings import ModelSettings
 from fedmosaic.privacy.roster import AdapterTerms
 from fedmosaic.protos.errors import ModelError
@@ -29,10 +29,8 @@ def load_adapted(settings: ModelSettings, adapter: AdapterTerms) -> tuple[PeftMo
             basis than the roster's.
     """
     _check_basis(settings, adapter)
-    base, tokenizer = load_base_model(
-        settings.path, settings.dtype, gguf_file=settings.gguf_file, keep_layers=settings.keep_layers
-    )
-    model = adapt(base, _adapter_config(settings, adapter))
+    base, tokenizer = load_model(settings)
+    model = adapt(base, adapter_config(settings, adapter))
     if settings.aligned is not None:
         load_basis(model, settings.aligned)
     size = agreed_layout(model, adapter).size
@@ -61,7 +59,12 @@ def _check_basis(settings: ModelSettings, adapter: AdapterTerms) -> None:
         )
 
 
-def _adapter_config(settings: ModelSettings, adapter: AdapterTerms) -> CoLoraConfig:
+def adapter_config(settings: ModelSettings, adapter: AdapterTerms) -> CoLoraConfig:
+    """The configuration of a fresh adapter of the agreed shape, on the basis that the settings name.
+
+    Raises:
+        ModelError: the settings ask for a higher rank than the federation's.
+    """
     common: dict[str, Any] = {
         "other_layers": adapter.other_layers,
         "gate": adapter.gate,

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Final
 
-from fedmosaic.client.state import write_atomically
+from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.ledger_rows import Channel
 from fedmosaic.protos.errors import StateError
 
@@ -26,7 +26,7 @@ class ClippingRecord:
         counts = self._read()
         before = counts.get(channel, (0, 0))
         counts[channel] = (before[0] + clipped, before[1] + examples)
-        write_atomically(self._path, json.dumps(counts).encode(), private=True)
+        write_atomically(self._path, json.dumps(counts).encode())
 
     def shares(self) -> dict[Channel, float]:
         """Share of clipped examples by channel, of the channels that saw any."""

@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from fedmosaic.client.colora import adapted_layers, fix_gate, set_active_branches, set_trainable
+from fedmosaic.client.colora.linear import CoLoraLinear
 from fedmosaic.client.colora.state import find_adapter, shared_modules
 
 
@@ -91,3 +93,31 @@ def only_shared_branch(
         for layer, (active, gate), groups in zip(layers, saved, trainable, strict=True):
             layer.settings[name].active, layer.settings[name].fixed_gate = active, gate
             layer.set_trainable_groups(name, groups)
+
+
+@contextmanager
+def public_branches(model: nn.Module, bound: float = 0.0) -> Iterator[None]:
+    """Put public values in the place of the shared and the received branch while something is checked.
+
+    A check that read what was received could end the process because of it, and the server would see that.
+
+    Args:
+        model: Model, with or without Co-LoRA layers.
+        bound: Entries of the received branch are ± this, with signs of a fixed seed; the shared one is zero.
+    """
+    generator = torch.Generator().manual_seed(0)
+    saved: list[tuple[nn.Parameter, torch.Tensor]] = []
+    try:
+        with torch.no_grad():
+            for layer in (module for module in model.modules() if isinstance(module, CoLoraLinear)):
+                for branch in ("local", "global"):
+                    for core in getattr(layer, f"colora_core_{branch}").values():
+                        for parameter in core.parameters():
+                            saved.append((parameter, parameter.detach().clone()))
+                            signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
+                            parameter.copy_(signs * (bound if branch == "global" else 0.0))
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, values in saved:
+                parameter.copy_(values)

@@ -1,6 +1,7 @@
 """What must hold before the shared branch is trained privately.
 
-Every check runs on public tokens, so that a refusal says nothing about the data and costs no budget.
+Every check runs on public tokens and public values of the adapter's branches, so that a refusal says nothing
+about the data or about what was received, and costs no budget.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,43 +10,42 @@ from typing import Final
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedmosaic.client.dp_engine import GradientEngine
-from fedmosaic.client.examples import IGNORED
-from fedmosaic.client.loss import Batch, ExampleLosses, example_losses, on_device_of, training_mode
+from fedmosaic.client.dp_branch import public_branches
+from fedmosaic.client.dp_engine import core_parameters, example_gradient
+from fedmosaic.client.examples import IGNORED, EncodedExample, collate
+from fedmosaic.client.loss import ExampleLosses, example_losses, on_device_of, training_mode
 from fedmosaic.protos.errors import ModelError, PrivacyError
 
-BATCH_GRADIENT_TOLERANCE: Final = 1e-4
-"""Relative distance allowed between the rows' sum and autograd's gradient of the summed loss."""
+REPEAT_TOLERANCE: Final = 1e-3
+"""Relative distance allowed between two gradients of one example with others computed in between."""
 
-_ALONE_TOLERANCE: Final = 1e-3
-_ALONE_TOLERANCE_NARROW: Final = 0.1
+_NOISE_FACTOR: Final = 10.0
+"""The same, in units of what two computations in a row differ by where the hardware is not repeatable."""
+
+# Share of the bound that the received branch lies at, and the texts' lengths: each time the longest one is
+# longer than all before, so that what is scaled by the longest text so far shows.
+_TRIED: Final = ((0.0, (4, 7, 13)), (1.0, (4, 9, 21)))
 
 
-def public_batch(model: nn.Module, lengths: Sequence[int] = (7, 4)) -> dict[str, torch.Tensor]:
-    """Random token sequences of a fixed seed, right-padded, with the last two tokens as the answer.
+def public_examples(model: nn.Module, lengths: Sequence[int]) -> list[EncodedExample]:
+    """Random token sequences of a fixed seed, with the last two tokens as the answer.
 
     Args:
         model: Language model whose vocabulary is drawn from.
         lengths: Tokens per sequence, each at least 3.
 
     Returns:
-        ``input_ids``, ``attention_mask``, ``labels``, (B, max length) int64 each.
+        One example per length.
     """
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]  # nn.Module hides it
     generator = torch.Generator().manual_seed(0)
-    width = max(lengths)
-    input_ids = torch.randint(0, vocabulary, (len(lengths), width), generator=generator)
-    positions = torch.arange(width).expand(len(lengths), width)
-    ends = torch.tensor(lengths).unsqueeze(1)
-    attention_mask = (positions < ends).long()
-    answer = (positions < ends) & (positions >= ends - 2)
-    return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "labels": torch.where(answer, input_ids, IGNORED),
-    }
+    examples = []
+    for length in lengths:
+        ids = torch.randint(0, vocabulary, (length,), generator=generator)
+        labels = torch.where(torch.arange(length) >= length - 2, ids, IGNORED)
+        examples.append(EncodedExample(f"public-{length}", ids, labels))
+    return examples
 
 
 def assert_only_shared_branch(
@@ -53,7 +53,6 @@ def assert_only_shared_branch(
     cores: Mapping[str, nn.Linear],
     private_parameters: Mapping[str, nn.Parameter],
     *,
-    batch: Batch | None = None,
     losses: ExampleLosses = example_losses,
 ) -> None:
     """Prove that nothing but the cores is trained and that no private tensor reaches the loss.
@@ -66,7 +65,6 @@ def assert_only_shared_branch(
         cores: Cores of the shared branch.
         private_parameters: Every tensor that was or will be trained without differential privacy
             (personal branch, other LoRA tensors, gates), by name.
-        batch: Public tokens to try with; `public_batch` by default.
         losses: Loss of each example.
 
     Raises:
@@ -82,8 +80,9 @@ def assert_only_shared_branch(
     suspects = {name: p for name, p in private_parameters.items() if id(p) not in of_cores}
     if not suspects:
         return
-    tried = on_device_of(model, public_batch(model) if batch is None else batch)
-    with training_mode(model, False), _differentiable(suspects.values()):
+    (example,) = public_examples(model, (7,))
+    tried = on_device_of(model, collate([example], pad_token_id=0))
+    with public_branches(model), training_mode(model, False), _differentiable(suspects.values()):
         total = losses(model, tried).sum()
         if not total.requires_grad:
             return
@@ -97,68 +96,64 @@ def assert_only_shared_branch(
 
 
 def check_engine(
-    engine: GradientEngine,
     model: nn.Module,
+    cores: Mapping[str, nn.Linear],
     *,
-    batch: Batch | None = None,
+    clip: float,
     losses: ExampleLosses = example_losses,
-    narrow: bool = False,
 ) -> None:
-    """Compare an engine's rows with autograd: added up, and one example at a time.
+    """Try on public texts of several lengths that every core learns, and that no example moves another's row.
 
-    The first comparison finds hooks that miss a core or a call; the second finds a loss or a layer that
-    mixes examples, whose gradients no clipping can bound.
+    To be called once, before anything private or received is in the model. Rows are tried with a received
+    branch of zeros and with one whose every entry lies at the bound of what can be received, which
+    amplifies the least dependence.
 
     Args:
-        engine: The engine about to be used.
         model: The model as it is about to be trained.
-        batch: At least two public examples of different lengths; `public_batch` by default.
+        cores: Cores of the shared branch.
+        clip: Bound on the entries of what can be received.
         losses: Loss of each example.
-        narrow: Whether the loss computes in less than float32, as the model itself may; see `is_narrow`.
 
     Raises:
-        ModelError: A comparison fails, all gradients are zero, or a layer mixes examples while it trains.
+        ModelError: A core takes no part in the loss, a gradient is zero or not finite, something in the
+            model carries one example to the next, or dropout cannot be switched off.
     """
-    mixing = next((name for name, m in model.named_modules() if isinstance(m, _BatchNorm)), None)
-    if mixing is not None:
-        raise ModelError(
-            f"layer {mixing} normalises over the batch while it trains, so an example's gradient cannot be "
-            "clipped alone; give a model without batch normalisation"
-        )
-    tried = on_device_of(model, public_batch(model) if batch is None else batch)
+    refuse_state(model)
+    device = next(model.parameters()).device
+    generator = _generator_state(device)
     with training_mode(model, False):
-        rows_BD = engine.example_gradients(tried)
-        expected_D = _batch_gradient(engine.cores, model, tried, losses)
-        scale = float(expected_D.norm())
-        if not scale > 0.0 or not torch.isfinite(rows_BD).all():
-            raise ModelError(
-                "the shared branch has no finite gradient other than zero, so training would move nothing; "
-                "check the adapter's bases and the model's weights"
-            )
-        error = float((rows_BD.sum(dim=0) - expected_D).norm()) / scale
-        if not error <= BATCH_GRADIENT_TOLERANCE:
-            raise ModelError(
-                f"per-example gradients do not add up to the batch gradient (relative error {error:.1e}, "
-                f"allowed {BATCH_GRADIENT_TOLERANCE:.0e}); a core is called where the hooks cannot see it"
-            )
-        narrow = narrow or is_narrow(model, autocast=False)
-        _check_alone(engine, tried, rows_BD, _ALONE_TOLERANCE_NARROW if narrow else _ALONE_TOLERANCE)
+        for bound, lengths in _TRIED:
+            with public_branches(model, clip * bound):
+                rows = _check_alone(model, cores, public_examples(model, lengths), losses)
+                if not bound:
+                    _check_moves(model, cores, rows, losses)
+    if not torch.equal(_generator_state(device), generator):
+        raise ModelError(
+            "the model draws random numbers although it does not train, from a stream that all examples "
+            "share; set its dropout to 0 in config.json"
+        )
 
 
-def is_narrow(model: nn.Module, *, autocast: bool) -> bool:
-    """Whether a model computes in less than float32 somewhere.
+def refuse_state(model: nn.Module) -> None:
+    """Refuse layers that are known to compute an example with what they kept of earlier ones.
 
-    The rounding of such a product depends on the padding and on the rest of the batch, by up to per cents of
-    an example's gradient and with one sign for all of them, so that the sum over a batch would move by more
-    than the clipping norm when one example is added: examples have to be alone in their batch. The same
-    holds for float32 products that PyTorch may compute in TF32 or bfloat16.
-
-    Args:
-        model: The model.
-        autocast: Whether the loss runs under bfloat16 autocast.
+    Raises:
+        ModelError: A layer scales its positions by the longest text so far, or was compiled for the shapes
+            that it has met.
     """
-    fast = torch.get_float32_matmul_precision() != "highest"
-    return autocast or fast or any(parameter.dtype.itemsize < 4 for parameter in model.parameters())
+    for name, module in model.named_modules():
+        kinds = getattr(module, "rope_type", None)
+        if any("dynamic" in str(kind) for kind in (kinds.values() if isinstance(kinds, dict) else [kinds])):
+            raise ModelError(
+                f"layer {name} scales its rotary positions by the longest text so far (rope_type dynamic), "
+                "so an example's gradient depends on those before it; write rope_type default into the "
+                "model's config.json: up to its max_position_embeddings both are the same"
+            )
+        if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
+            raise ModelError(
+                f"layer {name or type(module).__name__} is compiled, and compiled code depends on the "
+                "lengths of earlier texts; give the model as it was before torch.compile"
+            )
 
 
 @contextmanager
@@ -173,21 +168,55 @@ def _differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def _batch_gradient(
-    cores: Mapping[str, nn.Linear], model: nn.Module, batch: Batch, losses: ExampleLosses
-) -> torch.Tensor:
-    parameters = [parameter for core in cores.values() for parameter in (core.weight, core.bias)]
-    gradients = torch.autograd.grad(losses(model, batch).sum(), parameters)
-    return torch.cat([gradient.flatten() for gradient in gradients])
+def _generator_state(device: torch.device) -> torch.Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def _check_alone(engine: GradientEngine, batch: Batch, rows: torch.Tensor, tolerance: float) -> None:
-    scale = float(rows.norm(dim=1).max())
-    for index, row in enumerate(rows):
-        alone = engine.example_gradients({name: tensor[index : index + 1] for name, tensor in batch.items()})
-        error = float((alone[0] - row).norm()) / scale
-        if not error <= tolerance:
+def _check_moves(
+    model: nn.Module, cores: Mapping[str, nn.Linear], rows: Sequence[torch.Tensor], losses: ExampleLosses
+) -> None:
+    (example,) = public_examples(model, _TRIED[0][1][-1:])
+    loss = losses(model, on_device_of(model, collate([example], pad_token_id=0))).sum()
+    parameters = core_parameters(cores)
+    gradients = (
+        torch.autograd.grad(loss, parameters, allow_unused=True)
+        if loss.requires_grad
+        else [None] * len(parameters)
+    )
+    used = {id(p) for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+    missing = sorted(name for name, core in cores.items() if id(core.weight) not in used)
+    if missing:
+        raise ModelError(
+            f"{len(missing)} core(s) take no part in the loss (first: {', '.join(missing[:3])}); switch the "
+            "adapter and its shared branch on"
+        )
+    if not all(bool(row.any()) for row in rows):
+        raise ModelError(
+            "the shared branch has no finite gradient other than zero, so training would move nothing; "
+            "check the adapter's bases and the model's weights"
+        )
+
+
+def _check_alone(
+    model: nn.Module,
+    cores: Mapping[str, nn.Linear],
+    examples: Sequence[EncodedExample],
+    losses: ExampleLosses,
+) -> list[torch.Tensor]:
+    def row(example: EncodedExample) -> torch.Tensor:
+        gradient = example_gradient(model, cores, example, losses)
+        # As the clipping has it: what is not finite counts as zero.
+        return gradient if bool(torch.isfinite(gradient).all()) else torch.zeros_like(gradient)
+
+    rows = [row(example) for example in examples]
+    for example, before in reversed(list(zip(examples, rows, strict=True))):
+        after, again = row(example), row(example)
+        allowed = max(REPEAT_TOLERANCE * float(before.norm()), _NOISE_FACTOR * float((again - after).norm()))
+        moved = float((after - before).norm())
+        if not moved <= allowed:
             raise ModelError(
-                f"an example's gradient changes by {error:.1e} (relative) with the rest of its batch, "
-                f"allowed {tolerance:.0e}; a layer or the loss mixes examples, so none can be clipped alone"
+                f"a public text's gradient moved by {moved:.1e} where {allowed:.1e} is allowed after texts "
+                "of other lengths; a layer or the loss keeps something of earlier examples, so none can be "
+                "clipped alone: give a model whose layers keep no state between calls"
             )
+    return rows

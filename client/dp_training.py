@@ -11,11 +11,12 @@ g̃ is post-processing, so the cores after the round are a release with the cost
 provided that the values they started from were public or an earlier release, and that no other
 private tensor takes part in the forward pass (`fedmosaic.client.dp_checks`).
 
-Clipping and noise live on the integer grid of `fedmosaic.privacy.mechanism`, where the noisy sum is a
-function of the exact Gaussian mechanism's output and its low bits tell nothing more. Two things remain
-outside the guarantee. The time of a step grows with the size of its sample. And an example's float32
-gradient may differ in its last bits with the batch it is computed in. In bfloat16 it would differ by per
-cents, so a model that computes in less than float32 is given one example at a time.
+Every example goes through the model alone, in every number format, and clipping and noise live on the integer
+grid of `fedmosaic.privacy.mechanism`: one example moves the sum by at most C whatever it is, whatever the
+others are, and whatever was received (`fedmosaic.client.dp_engine` says why). The model is in evaluation mode
+throughout: dropout draws from one stream for all examples, and a layer with running statistics carries one
+example to the next. One thing remains outside the guarantee: the time of a step grows with the size of its
+sample.
 
 The number of examples itself is treated as public: the sampling rate, and with it the planned noise, comes
 from it (`fedmosaic.client.releases.plan_adapter`).
@@ -25,8 +26,8 @@ Reference:
     Zhang 2019, "Rényi differential privacy of the sampled Gaussian mechanism".
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -35,22 +36,23 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from fedmosaic.client.dp_checks import assert_only_shared_branch, check_engine, is_narrow
+from fedmosaic.client.dp_checks import assert_only_shared_branch
 from fedmosaic.client.dp_engine import (
-    ClosedFormEngine,
-    EngineName,
-    GradientEngine,
-    OpacusEngine,
+    check_cores,
     clip_and_sum,
+    core_parameters,
     dimensions_of,
+    example_gradient,
 )
-from fedmosaic.client.examples import EncodedExample, collate, length_buckets
+from fedmosaic.client.examples import EncodedExample
 from fedmosaic.client.loss import ExampleLosses, example_losses, in_bfloat16, training_mode
 from fedmosaic.privacy.configuration import Frozen
 from fedmosaic.privacy.events import GaussianEvent
 from fedmosaic.privacy.mechanism import GRID, ClippedSum
 from fedmosaic.privacy.noise import BitSource, NoiseSource, SecureNoise, poisson_sample
-from fedmosaic.protos.errors import ConfigurationError, ModelError
+from fedmosaic.protos.errors import ConfigurationError
+
+log = logging.getLogger(__name__)
 
 Charge = Callable[[GaussianEvent], None]
 """Books an event durably, or raises (`BudgetExceededError`) to refuse it."""
@@ -71,9 +73,6 @@ class PrivateTrainingSettings(Frozen):
         expected_batch_size: Public divisor of the noisy sum, of the federation's terms.
         max_grad_norm: Clipping norm C of one example's gradient over all cores, from public data.
         noise_multiplier: σ, the noise's standard deviation over C.
-        physical_batch_size: Most examples per forward pass; changes memory, not the result. A model that
-            computes in less than float32 gets one.
-        engine: ``closed_form``, or ``opacus`` for Opacus's per-sample gradients.
         bf16: Wide products in bfloat16; gradients of the cores, clipping and noise are exact as ever.
     """
 
@@ -84,8 +83,6 @@ class PrivateTrainingSettings(Frozen):
     expected_batch_size: int = Field(default=32, ge=1)
     max_grad_norm: float = Field(default=1.0, gt=1e-6, le=1e6, allow_inf_nan=False)
     noise_multiplier: float = Field(default=1.0, gt=0.0, le=1e6, allow_inf_nan=False)
-    physical_batch_size: int = Field(default=16, ge=1)
-    engine: EngineName = "closed_form"
     bf16: bool = False
 
 
@@ -120,7 +117,6 @@ def train_private(
     examples: Sequence[EncodedExample],
     settings: PrivateTrainingSettings,
     *,
-    pad_token_id: int,
     charge: Charge,
     private_parameters: Mapping[str, nn.Parameter],
     randomness: Randomness | None = None,
@@ -129,15 +125,17 @@ def train_private(
 ) -> PrivateTrainingReport:
     """Train the cores with DP-SGD; the new values in them are one release.
 
-    Everything that can be refused is checked on public tokens, then the planned steps are charged in
-    full, and only then is the data touched. A failure afterwards leaves the charge standing.
+    What takes part is checked on public tokens, with public values in the place of what was received; then
+    the planned steps are charged in full, and only then is the data touched. A failure afterwards leaves the
+    charge standing. No value that was received, or is private, can end the training: a gradient that is not
+    finite counts as zero. That the model has gradients to clip is tried before, once, by
+    `fedmosaic.client.dp_checks.check_engine`.
 
     Args:
         model: Model that holds the cores; all its other parameters frozen.
         cores: Cores by name, with starting values that are public or an earlier release.
         examples: Encoded examples of the client.
         settings: Public parameters of the mechanism and the optimizer.
-        pad_token_id: Token to pad batches with.
         charge: Called once, with the planned event, before anything is drawn.
         private_parameters: Tensors that private data reaches without noise; must be out of the forward pass.
         randomness: Source of samples and noise; `SecureNoise` if None. Seeded ones void the guarantee.
@@ -150,26 +148,26 @@ def train_private(
     Raises:
         ConfigurationError: There is no example.
         PrivacyError: A private tensor takes part, or ``charge`` refused.
-        ModelError: Per-example gradients are wrong or missing, or the first step moved no weight.
+        ModelError: The cores cannot be trained privately.
     """
     if not examples:
         raise ConfigurationError("there is no example to train on; give at least one")
     source: Randomness = SecureNoise() if randomness is None else randomness
     loss_of = in_bfloat16(losses) if settings.bf16 else losses
-    with _engine(model, cores, settings.engine, loss_of) as engine:
-        assert_only_shared_branch(model, cores, private_parameters, losses=loss_of)
-        narrow = is_narrow(model, autocast=settings.bf16)
-        check_engine(engine, model, losses=loss_of, narrow=narrow)
-        if narrow:
-            settings = settings.model_copy(update={"physical_batch_size": 1})
-        event = GaussianEvent(
-            noise_multiplier=settings.noise_multiplier,
-            sampling_rate=settings.sampling_rate,
-            steps=settings.steps,
-        )
-        charge(event)
-        with training_mode(model, True):
-            total = _steps(engine, examples, settings, pad_token_id, source, progress)
+    check_cores(cores)
+    assert_only_shared_branch(model, cores, private_parameters, losses=loss_of)
+    event = GaussianEvent(
+        noise_multiplier=settings.noise_multiplier,
+        sampling_rate=settings.sampling_rate,
+        steps=settings.steps,
+    )
+    charge(event)
+
+    def gradient(example: EncodedExample) -> torch.Tensor:
+        return example_gradient(model, cores, example, loss_of)
+
+    with training_mode(model, False):
+        total = _steps(cores, gradient, examples, settings, source, progress)
     return PrivateTrainingReport(
         events=(event,),
         is_test=source.is_test,
@@ -210,24 +208,22 @@ def set_gradients(parameters: Sequence[nn.Parameter], flat: torch.Tensor) -> Non
 
 
 def _steps(
-    engine: GradientEngine,
+    cores: Mapping[str, nn.Linear],
+    gradient: Callable[[EncodedExample], torch.Tensor],
     examples: Sequence[EncodedExample],
     settings: PrivateTrainingSettings,
-    pad_token_id: int,
     source: Randomness,
     progress: Callable[[int, int], None] | None,
 ) -> ClippedSum:
-    parameters = [parameter for core in engine.cores.values() for parameter in core.parameters()]
+    parameters = core_parameters(cores)
     optimizer = _optimizer(parameters, settings)
     before = [parameter.detach().clone() for parameter in parameters]
     # Only the counts of this running total are used, so its own sum may stay zero.
     counts = ClippedSum.empty(0)
     for step in range(1, settings.steps + 1):
-        sample = poisson_sample(len(examples), settings.sampling_rate, source)
-        total = ClippedSum.empty(dimensions_of(engine.cores))
-        for batch in _physical_batches([examples[index] for index in sample], settings.physical_batch_size):
-            rows_BD = engine.example_gradients(collate(batch, pad_token_id))
-            total = total + clip_and_sum(rows_BD, settings.max_grad_norm)
+        total = ClippedSum.empty(dimensions_of(cores))
+        for index in poisson_sample(len(examples), settings.sampling_rate, source):
+            total = total + clip_and_sum(gradient(examples[index])[None], settings.max_grad_norm)
         noisy_D = noisy_sum(total, settings.max_grad_norm, settings.noise_multiplier, source)
         set_gradients(parameters, noisy_D / settings.expected_batch_size)
         optimizer.step()
@@ -238,16 +234,12 @@ def _steps(
             counts.rejected + total.rejected,
             counts.rows + total.rows,
         )
-        if step == 1 and all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True)):
-            raise ModelError("the first private step moved no weight; raise the learning rate")
         if progress is not None:
             progress(step, settings.steps)
+    if all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True)):
+        # No error: how large the weights are that a step is too small for may come from what was received.
+        log.error("private training moved no weight; raise the learning rate of the shared branch")
     return counts
-
-
-def _physical_batches(sample: list[EncodedExample], batch_size: int) -> Iterator[list[EncodedExample]]:
-    for bucket in length_buckets([len(example.input_ids) for example in sample], batch_size):
-        yield [sample[index] for index in bucket]
 
 
 def _optimizer(
@@ -256,14 +248,3 @@ def _optimizer(
     if settings.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=settings.learning_rate)
     return torch.optim.Adam(parameters, lr=settings.learning_rate)
-
-
-@contextmanager
-def _engine(
-    model: nn.Module, cores: Mapping[str, nn.Linear], name: EngineName, losses: ExampleLosses
-) -> Iterator[GradientEngine]:
-    if name == "closed_form":
-        yield ClosedFormEngine(model, cores, losses)
-    else:
-        with OpacusEngine(model, cores, losses) as engine:
-            yield engine

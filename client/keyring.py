@@ -13,9 +13,9 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedmosaic.client.state import write_atomically
 from fedmosaic.client.transport import Transport
 from fedmosaic.privacy.encryption.ciphers import generate_group_secret, group_secret_bytes
+from fedmosaic.privacy.files import private_directory, sync_directory, write_atomically
 from fedmosaic.privacy.group_key import GroupKey
 from fedmosaic.privacy.key_agreement import MINIMUM_MEMBERS, KeyAgreement, plan_epoch
 from fedmosaic.privacy.nonces import NonceCounter, rotation_reason
@@ -48,7 +48,8 @@ class Keyring:
     """Agrees on one key per epoch and remembers the two newest.
 
     Keys are on this client's disk (mode 0600), so that a restarted process can go on in its epoch. A key
-    older than the previous epoch is deleted: what it could read is not needed any more.
+    older than the previous epoch is deleted, and all of them at the end of the run (`forget`): what they
+    could read is not needed any more.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Keyring:
         self._roster = roster
         self._transport = transport
         self._directory = directory
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_directory(directory)
         self.counter = NonceCounter(directory / "counter.json", roster.federation)
         self._keys: dict[int, _Agreed] = {}
         self._retired = -1
@@ -96,6 +97,20 @@ class Keyring:
     def retire(self, epoch: int) -> None:
         """Encrypt nothing more under this epoch and earlier ones; decrypting goes on."""
         self._retired = max(self._retired, epoch)
+
+    def forget(self) -> None:
+        """Delete every key, also half-written ones. The counter stays: no epoch is ever opened again.
+
+        Right once the last round's upload is acknowledged: the aggregate of the round before was opened
+        before that upload was made, and of the last round none is made. Doing it again does nothing.
+        """
+        self._keys.clear()
+        kept = list(self._directory.glob("epoch-*"))
+        for path in kept:
+            path.unlink(missing_ok=True)
+        if kept:
+            sync_directory(self._directory)
+            log.info("the run is over: %d group key file(s) deleted", len(kept))
 
     def _expired(self, agreed: _Agreed, round_number: int) -> str | None:
         if agreed.key.epoch <= self._retired:
@@ -221,7 +236,7 @@ class Keyring:
             "roster_hash": agreed.roster_hash.hex(),
             "key": key.dump().decode(),
         }
-        write_atomically(self._path(key.epoch), json.dumps(content).encode(), private=True)
+        write_atomically(self._path(key.epoch), json.dumps(content).encode())
         self._keys[key.epoch] = agreed
         for path in sorted(self._directory.glob("epoch-*.json"))[:-_KEPT_EPOCHS]:
             path.unlink()

@@ -2,11 +2,12 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
@@ -33,13 +34,14 @@ from fedmosaic.client.examples import (
     padding_token,
     read_examples,
 )
+from fedmosaic.client.preflight import check_memory
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.training import EpochSampler, train_local
 from fedmosaic.client.vision.sight import Sight, give_sight
 from fedmosaic.privacy.roster import AdapterTerms, Terms
-from fedmosaic.protos.errors import StateError
+from fedmosaic.protos.errors import StateError, TrainingError
 
 log = logging.getLogger(__name__)
 _ADAPTER = "default"
@@ -71,7 +73,8 @@ class ModelLearner:
                 of one process take turns on one model; loaded from the settings by default.
 
         Raises:
-            ModelError: the model cannot be loaded or adapted.
+            ModelError: the model cannot be loaded or adapted, or not trained as the terms want it.
+            PrivacyError: a tensor that sees private data would take part in private training.
             ConfigurationError: the examples cannot be read.
         """
         self._settings = settings
@@ -82,6 +85,9 @@ class ModelLearner:
         self._train = read_examples(settings.data.train)
         self._encoded = encode_examples(self._tokenizer, self._train, settings.training.max_length)
         self._sampler = EpochSampler(len(self._encoded), settings.training.seed)
+        self._received: set[str] = set()
+        if terms.adapter.private:
+            private_round.check_model(self._model, terms, settings.training)
         if not self._shares_family:
             # Nothing comes back for these layers, so their LoRA is the client's own, at full weight.
             self._own_family_layers()
@@ -125,20 +131,17 @@ class ModelLearner:
         return tuple(example.id for example in self._train)
 
     def load_global(self, section: str, vector: np.ndarray) -> None:
-        """Load an aggregate into the frozen global branch, of a lower rank its leading block.
-
-        The local branch is moved towards it by `training.blend_received`.
-        """
+        """Load an aggregate into the frozen global branch, of a lower rank its leading block."""
         if section == "shared":
             write_embedded(self._model, vector, self._terms.adapter.rank)
         else:
             write_family(self._model, vector, "global")
-        if share := self._settings.training.blend_received:
-            copy_branch(self._model, "global", "local", share=share, layers=section)
+        self._received.add(section)
 
     def keep_own(self, section: str) -> None:
         """Without an aggregate the global branch is a copy of the local one (released code, §2.6)."""
         copy_branch(self._model, "local", "global", layers=section)
+        self._received.discard(section)
 
     def sections(self) -> Mapping[str, np.ndarray]:
         """What is shared now, by section name."""
@@ -149,16 +152,20 @@ class ModelLearner:
         """What to train on in a round, and in which order; here all examples in every round."""
         return self._encoded, self._sampler
 
-    def train(self, round_number: int, releases: Releases) -> None:
-        """Train one round; see `fedmosaic.client.session.Learner.train`."""
-        steps = self._settings.training.steps
-        if self._terms.adapter.private:
+    def train(self, round_number: int, releases: Releases, give_up: Callable[[], None]) -> None:
+        """Train one round; see `fedmosaic.client.session.Learner.train`.
+
+        Raises:
+            TrainingError: training fails in round 1 of a run without DP, in which nothing was received yet.
+        """
+        private = self._terms.adapter.private
+        if private:
+            self._blend_received()
             private_round.train_shared(
                 self._model,
                 self._encoded,
                 self._terms.adapter_privacy,
                 self._settings.training,
-                pad_token_id=padding_token(self._tokenizer),
                 releases=releases,
                 round_number=round_number,
                 progress=self._progress,
@@ -168,16 +175,59 @@ class ModelLearner:
             set_trainable(self._model, {"local", "gate"})
         if not self._shares_family:
             self._own_family_layers()
+        # What the server sees of a failure tells about the data, and about what was decrypted.
+        may_fail = round_number == 1 and not private
+        self._train_locally(round_number, None if may_fail else give_up)
+
+    def _train_locally(self, round_number: int, give_up: Callable[[], None] | None) -> None:
+        """Train whatever is trainable, for as many steps as ever, also where some of them fail."""
+        before = {name: p.detach().clone() for name, p in self._model.named_parameters() if p.requires_grad}
+        if not self._terms.adapter.private:
+            self._blend_received()
+        steps = self._settings.training.steps
         self._progress.stage(round_number, "training", steps)
         examples, order = self.training_data(round_number)
-        train_local(
-            self._model,
-            examples,
-            self._settings.training,
-            pad_token_id=padding_token(self._tokenizer),
-            sampler=order,
-            progress=lambda step, _total, _loss: self._progress.advance(step),
-        )
+        done = 0
+
+        def advance(step: int, _total: int, _loss: float) -> None:
+            self._progress.advance(done + step)
+
+        while done < steps:
+            try:
+                train_local(
+                    self._model,
+                    examples,
+                    self._settings.training.model_copy(update={"steps": steps - done}),
+                    pad_token_id=padding_token(self._tokenizer),
+                    sampler=order,
+                    progress=advance,
+                )
+                return
+            except TrainingError as error:
+                if give_up is None:
+                    raise
+                done += error.steps
+                log.error(
+                    "round %d: %s. What was received is given up, and what was trained in this round; "
+                    "%d of %d steps are left",
+                    round_number, error, steps - done, steps,
+                )  # fmt: skip
+                self._go_back(before)
+                give_up()
+
+    def _blend_received(self) -> None:
+        """Move the local branch towards what was received, by `training.blend_received`."""
+        if share := self._settings.training.blend_received:
+            for section in sorted(self._received):
+                copy_branch(self._model, "global", "local", share=share, layers=section)
+
+    @torch.no_grad()
+    def _go_back(self, before: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self._model.named_parameters():
+            if name in before:
+                parameter.copy_(before[name])
+        for section in self.sections():
+            self.keep_own(section)
 
     def evaluate(self) -> dict[str, float]:
         """Accuracy on the client's own test set ("self") and on the others', by name. Stays local."""
@@ -221,6 +271,7 @@ class ModelLearner:
 
 
 def _load(settings: ClientSettings, adapter: AdapterTerms) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    check_memory(settings, adapter)
     model, tokenizer = load_adapted(settings.model, adapter)
     data = settings.data
     files = [path for path in (data.train, data.test, *data.others.values()) if path]

@@ -1,5 +1,6 @@
 """Loading of base models and tokenizers, from a local folder or a hub, whole or cut in depth."""
 
+import importlib.util
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -27,9 +29,9 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging
 
 from fedmosaic.client.colora import CoLoraConfig, find_decoder_layers
+from fedmosaic.client.hardware import choose_device, choose_dtype, exact_products
+from fedmosaic.client.settings import ModelSettings
 from fedmosaic.protos.errors import ModelError
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _LOADING_HEADING = "## Loading this adapter"
 _LOADING_NOTE = f"""
@@ -48,6 +50,46 @@ The files hold all branches, the personal one and the gate included, which were 
 """
 
 
+def load_model(settings: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load what the settings name, on the device and in the type that they ask for.
+
+    Raises:
+        ModelError: see `load_base_model`; or this machine has no such device.
+    """
+    device = choose_device(settings.device)
+    return load_base_model(
+        settings.path,
+        choose_dtype(settings.dtype, device),
+        gguf_file=settings.gguf_file,
+        keep_layers=settings.keep_layers,
+        device=device,
+        quantization=settings.quantization,
+    )
+
+
+def empty_model(settings: ModelSettings) -> PreTrainedModel:
+    """The model that the settings name, with shapes and types but no weights (on the device `meta`).
+
+    Weights are in the type that `load_model` would give them, dense whatever the quantisation.
+
+    Raises:
+        ModelError: its configuration cannot be read, or it is of an unsupported kind.
+    """
+    options = _options(settings.path, settings.gguf_file, None)
+    try:
+        config = AutoConfig.from_pretrained(settings.path, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"The configuration of {settings.path!r} cannot be read: {type(error).__name__}: {error}."
+        ) from error
+    _cut_config(config, settings.keep_layers)
+    dtype = choose_dtype(settings.dtype, choose_device(settings.device))
+    build: Any = _model_class(config).from_config
+    with torch.device("meta"):
+        empty: PreTrainedModel = build(config, dtype=dtype)
+    return empty
+
+
 def load_base_model(
     path_or_hub_id: str | Path,
     dtype: torch.dtype | str = torch.float32,
@@ -55,6 +97,8 @@ def load_base_model(
     gguf_file: str | None = None,
     keep_layers: int | None = None,
     revision: str | None = None,
+    device: torch.device | str = "cpu",
+    quantization: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model, or a LLaVA-style vision-language model, and its tokenizer.
 
@@ -68,16 +112,21 @@ def load_base_model(
         keep_layers: Keep only the first n decoder layers, at least 1; None for all. The final norm and the
             output head stay.
         revision: Branch, tag or commit on the hub.
+        device: Where the weights go; attention is PyTorch's fused one (SDPA) where the model has it.
+        quantization: `nf4` keeps the decoder's linear weights in 4 bits, to be used in `dtype`; None for all
+            of them in `dtype`.
 
     Returns:
         The model in evaluation mode, and the tokenizer with a padding token and right padding.
 
     Raises:
         ModelError: The model cannot be found or read, lacks weights, is of an unsupported kind, does not
-            fit its tokenizer, or `keep_layers` or `dtype` make no sense.
+            fit its tokenizer, or `keep_layers` or `dtype` make no sense; or bitsandbytes is not installed.
     """
+    exact_products()
     source = str(path_or_hub_id)
-    precision = _dtype(dtype)
+    place = torch.device(device)
+    precision = choose_dtype(dtype, place)
     options = _options(source, gguf_file, revision)
     try:
         config = AutoConfig.from_pretrained(source, **options)
@@ -89,7 +138,7 @@ def load_base_model(
                 config=config,
                 dtype=precision,
                 output_loading_info=True,
-                **_weight_options(gguf_file),
+                **_weight_options(gguf_file, quantization, precision, place),
                 **options,
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
@@ -102,6 +151,14 @@ def load_base_model(
     _check_complete(source, model, tokenizer, report)
     _set_padding(source, model, tokenizer)
     model.train(False)
+    if quantization is None:
+        cast(nn.Module, model).to(place)
+    linear: Any
+    for linear in model.modules():
+        # On a processor bitsandbytes repacks weights when they are first evaluated, for products that have no
+        # way back: training afterwards would lose, without a word, all gradients through these layers.
+        if hasattr(linear, "support_avx512bf16_for_cpu"):
+            linear.support_avx512bf16_for_cpu = False
     return model, tokenizer
 
 
@@ -152,13 +209,6 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
         card.write_text(text.rstrip("\n") + "\n" + _LOADING_NOTE, encoding="utf-8")
 
 
-def _dtype(dtype: torch.dtype | str) -> torch.dtype:
-    chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen is None or chosen not in _DTYPES.values():
-        raise ModelError(f"dtype is {dtype}; choose one of {', '.join(_DTYPES)}.")
-    return chosen
-
-
 def _options(source: str, gguf_file: str | None, revision: str | None) -> dict[str, Any]:
     is_folder = Path(source).is_dir()
     options: dict[str, Any] = {"local_files_only": is_folder, "trust_remote_code": False}
@@ -171,11 +221,27 @@ def _options(source: str, gguf_file: str | None, revision: str | None) -> dict[s
     return options
 
 
-def _weight_options(gguf_file: str | None) -> dict[str, Any]:
-    if gguf_file is None:
-        return {"use_safetensors": True}
-    # Packed weights would save memory, but a merged adapter needs dense ones.
-    return {"quantization_config": GgufConfig(dequantize=True)}
+def _weight_options(
+    gguf_file: str | None, quantization: str | None, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    if gguf_file is not None:
+        # Packed weights would save memory, but a merged adapter needs dense ones.
+        return {"quantization_config": GgufConfig(dequantize=True)}
+    if quantization is None:
+        # Weights go straight to an accelerator, so that the processor's memory never holds them all.
+        return {"use_safetensors": True} | ({} if device.type == "cpu" else {"device_map": {"": device}})
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"quantization is {quantization!r}, which needs bitsandbytes; install fedmosaic[quantization], "
+            "or leave quantization out"
+        )
+    four_bits = BitsAndBytesConfig(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"use_safetensors": True, "device_map": {"": device}, "quantization_config": four_bits}
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
-from fedmosaic.client.state import write_atomically
+from fedmosaic.privacy.files import write_atomically
 from fedmosaic.protos.errors import StateError, WireError
 from fedmosaic.protos.messages import Section, Upload
 from fedmosaic.protos.v1 import federation_pb2

@@ -12,12 +12,15 @@ from torch import nn
 
 from fedmosaic.client.colora import set_active_branches, set_trainable
 from fedmosaic.client.dp_branch import only_shared_branch, private_parameters
+from fedmosaic.client.dp_checks import assert_only_shared_branch, check_engine
+from fedmosaic.client.dp_engine import check_cores
 from fedmosaic.client.dp_training import PrivateTrainingSettings, train_private
 from fedmosaic.client.examples import EncodedExample
+from fedmosaic.client.loss import example_losses, in_bfloat16
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.training import TrainingSettings
-from fedmosaic.privacy.roster import AdapterPrivacyTerms, AdapterTerms
+from fedmosaic.privacy.roster import AdapterPrivacyTerms, AdapterTerms, Terms
 from fedmosaic.protos.errors import BudgetExceededError
 
 log = logging.getLogger(__name__)
@@ -27,13 +30,33 @@ log = logging.getLogger(__name__)
 GLOBAL_WEIGHT = 0.5
 
 
+def check_model(model: nn.Module, terms: Terms, training: TrainingSettings) -> None:
+    """Try on public values that the model can be trained privately; to be called before anything is received.
+
+    Args:
+        model: the adapted model, fresh.
+        terms: what the members agreed on.
+        training: number format.
+
+    Raises:
+        ModelError: it has no gradient, or something in it carries one example to the next.
+        PrivacyError: a tensor that will see private data takes part in the private step.
+    """
+    losses = in_bfloat16() if training.bf16 else example_losses
+    # As in every round but the first: the personal branches are open when the private step begins.
+    open_personal_branches(model, terms.adapter)
+    with only_shared_branch(model, global_weight=GLOBAL_WEIGHT) as cores:
+        check_cores(cores)
+        assert_only_shared_branch(model, cores, private_parameters(model), losses=losses)
+        check_engine(model, cores, clip=terms.encryption.clip, losses=losses)
+
+
 def train_shared(
     model: nn.Module,
     examples: Sequence[EncodedExample],
     terms: AdapterPrivacyTerms,
     training: TrainingSettings,
     *,
-    pad_token_id: int,
     releases: Releases,
     round_number: int,
     progress: Progress,
@@ -44,8 +67,7 @@ def train_shared(
         model: the adapted model.
         examples: the client's encoded examples.
         terms: the federation's DP-SGD parameters.
-        training: learning rate and physical batch size.
-        pad_token_id: token to pad with.
+        training: learning rate and number format.
         releases: plans the noise, and charges before any is drawn.
         round_number: for the ledger.
         progress: told of every step.
@@ -60,7 +82,6 @@ def train_shared(
         expected_batch_size=terms.expected_batch_size,
         max_grad_norm=terms.clipping_norm,
         noise_multiplier=plan.noise_multiplier,
-        physical_batch_size=training.per_device_train_batch_size,
         bf16=training.bf16,
     )
     progress.stage(round_number, "private training", terms.steps_per_round)
@@ -71,7 +92,6 @@ def train_shared(
                 cores,
                 examples,
                 settings,
-                pad_token_id=pad_token_id,
                 charge=lambda event: releases.charge_adapter(round_number, event),
                 private_parameters=private_parameters(model),
                 randomness=releases.randomness,

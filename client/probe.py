@@ -9,11 +9,14 @@ carries δ_t unchanged to the final RMSNorm, so it follows from the logits alone
     u_t = γ ⊙ Wᵀ e_t
     δ_t = ρ_t u_t - (ρ_t³ / d) h_t ⟨h_t, u_t⟩
 
-Shape suffixes: B batch, L length, T supervised positions, D hidden size, F intermediate size, V vocabulary.
+Every example goes through decoder and head by itself: no padding, and no product of matrices that two
+examples share, so that an example's gradient has the same bits in any company.
+
+Shape suffixes: L length, T supervised positions, D hidden size, F intermediate size, V vocabulary.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,18 +25,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedmosaic.client.dp_checks import refuse_state
 from fedmosaic.client.examples import IGNORED, EncodedExample
 from fedmosaic.privacy.projection import GradientFactors
 from fedmosaic.protos.errors import ModelError
 
-TOKENS_PER_BATCH = 4096
-"""Padded tokens in one forward pass."""
-
 VOCABULARY_PER_CHUNK = 2**11
 """Rows of the output head that are worked on at once: few enough to stay in a processor's cache."""
-
-ROWS_PER_BLOCK = 256
-"""Positions that go through the output head together."""
 
 # A half-precision autograd graph is itself only good to a few per cent.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -89,9 +87,11 @@ def open_probe(model: nn.Module) -> Probe:
         The probe. It keeps references to the model's modules and owns no weights.
 
     Raises:
-        ModelError: a part is missing, or the closed form does not hold for this architecture.
+        ModelError: a part is missing, the closed form does not hold for this architecture, or a layer keeps
+            something of earlier examples.
     """
     base = _base_model(model)
+    refuse_state(base)
     try:
         decoder = base.get_decoder()
         block = decoder.layers[-1]
@@ -123,33 +123,21 @@ def adapters_disabled(model: nn.Module) -> AbstractContextManager[object]:
     return context
 
 
-def gradient_factors(
-    probe: Probe,
-    examples: Sequence[EncodedExample],
-    *,
-    alone: bool = False,
-    tokens_per_batch: int = TOKENS_PER_BATCH,
-) -> Iterator[tuple[int, GradientFactors]]:
+def gradient_factors(probe: Probe, examples: Iterable[EncodedExample]) -> Iterator[GradientFactors]:
     """Yield every example's gradient as factors; no hidden_size × intermediate_size matrix is formed.
 
     Args:
         probe: the probe; adapters on it must be switched off (`adapters_disabled`).
-        examples: n encoded examples; labels of -100 are not supervised.
-        alone: put every example through the decoder by itself. In a batch, its neighbours decide padding
-            and the order of additions, and with them its last bits; alone, nothing but itself does.
-        tokens_per_batch: bound on padded tokens that are worked on together, at least 1.
+        examples: encoded examples; labels of -100 are not supervised.
 
     Yields:
-        (index into `examples`, its factors), in an order that suits padding. Factors are float32 on the
-        CPU whatever the model's dtype and device; an example without a supervised token has T = 0.
+        Each example's factors, in order: float32 on the CPU whatever the model's dtype and device; an example
+        without a supervised token has T = 0.
     """
-    for indices in _batches(examples, tokens_per_batch):
-        batch = [examples[index] for index in indices]
+    for example in examples:
         with torch.inference_mode(), _evaluation_mode(probe.decoder):
-            delta_TD, inputs_TF, counts = _batch_factors(probe, batch, alone)
-        pieces = zip(torch.split(delta_TD, counts), torch.split(inputs_TF, counts), strict=True)
-        for index, (delta, inputs) in zip(indices, pieces, strict=True):
-            yield index, GradientFactors(delta.numpy(), inputs.numpy())
+            delta_TD, inputs_TF = _factors(probe, example)
+        yield GradientFactors(delta_TD.numpy(), inputs_TF.numpy())
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -190,63 +178,25 @@ def _weight(module: nn.Module) -> torch.Tensor:
     return weight
 
 
-def _batches(examples: Sequence[EncodedExample], tokens_per_batch: int) -> Iterator[list[int]]:
-    lengths = [len(example.input_ids) for example in examples]
-    batch: list[int] = []
-    for index in sorted(range(len(examples)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > tokens_per_batch:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-def _batch_factors(
-    probe: Probe, batch: Sequence[EncodedExample], alone: bool
-) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    parts = [[example] for example in batch] if alone else [batch]
-    passes = [_forward(probe, part) for part in parts]
-    hidden_TD, inputs_TF, targets_T, counts_B = (torch.cat(column) for column in zip(*passes, strict=True))
-    shares_T = counts_B.clamp(min=1).reciprocal().repeat_interleave(counts_B)
-    delta_TD = _delta(probe, hidden_TD, targets_T, shares_T)
-    return delta_TD.cpu(), inputs_TF.float().cpu(), counts_B.tolist()
-
-
-def _forward(
-    probe: Probe, batch: Sequence[EncodedExample]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Residual stream, inputs of `down_proj` and targets at supervised positions, and their counts."""
+def _factors(probe: Probe, example: EncodedExample) -> tuple[torch.Tensor, torch.Tensor]:
     device = _weight(probe.norm).device
-    pad = nn.utils.rnn.pad_sequence
-    ids_BL = pad([example.input_ids for example in batch], batch_first=True).to(device)
-    labels_BL = pad([example.labels for example in batch], batch_first=True, padding_value=IGNORED)
-    targets_BL = torch.full_like(labels_BL, IGNORED)
-    targets_BL[:, :-1] = labels_BL[:, 1:]
-    targets_BL = targets_BL.to(device)
-    chosen_BL = targets_BL != IGNORED
-    # Padding stands on the right and attention is causal, so no mask is needed, and none is faster.
+    targets_L = torch.full_like(example.labels, IGNORED)
+    targets_L[:-1] = example.labels[1:]
+    targets_L = targets_L.to(device)
+    chosen_L = targets_L != IGNORED
     with _captured(probe.down_proj) as inputs, _captured(probe.norm) as hidden:
-        probe.decoder(input_ids=ids_BL, use_cache=False)
-    return hidden[0][chosen_BL].float(), inputs[0][chosen_BL], targets_BL[chosen_BL], chosen_BL.sum(1)
+        probe.decoder(input_ids=example.input_ids[None].to(device), use_cache=False)
+    delta_TD = _delta(probe, hidden[0][0, chosen_L].float(), targets_L[chosen_L])
+    return delta_TD.cpu(), inputs[0][0, chosen_L].float().cpu()
 
 
-def _delta(
-    probe: Probe, hidden_TD: torch.Tensor, targets_T: torch.Tensor, shares_T: torch.Tensor
-) -> torch.Tensor:
+def _delta(probe: Probe, hidden_TD: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
+    if not len(targets_T):
+        return hidden_TD
     gamma_D = _weight(probe.norm).float()
     rho_T = (hidden_TD.square().mean(1) + probe.epsilon).rsqrt()
-    normed_TD = hidden_TD * rho_T[:, None] * gamma_D
-    # Blocks of one size, filled up with zeros: a matrix product then treats a row alike whatever the others
-    # are and however many, so that probing alone stays exact here too.
-    missing = -len(targets_T) % ROWS_PER_BLOCK
-    blocks = zip(
-        torch.split(nn.functional.pad(normed_TD, (0, 0, 0, missing)), ROWS_PER_BLOCK),
-        torch.split(nn.functional.pad(targets_T, (0, missing)), ROWS_PER_BLOCK),
-        strict=True,
-    )
-    errors = [_through_head(probe.head, rows, targets) for rows, targets in blocks]
-    upstream_TD = torch.cat(errors)[: len(targets_T)] * shares_T[:, None] * gamma_D
+    errors_TD = _through_head(probe.head, hidden_TD * rho_T[:, None] * gamma_D, targets_T)
+    upstream_TD = errors_TD * (gamma_D / len(targets_T))
     radial_T = (hidden_TD * upstream_TD).mean(1)
     return rho_T[:, None] * upstream_TD - (rho_T**3 * radial_T)[:, None] * hidden_TD
 
@@ -306,7 +256,7 @@ def _evaluation_mode(module: nn.Module) -> Iterator[None]:
 def _check_closed_form(probe: Probe, base: Any) -> None:
     ids = torch.arange(4) % len(_weight(probe.head))
     with torch.no_grad():
-        delta_TD, _, _ = _batch_factors(probe, [EncodedExample("closed-form check", ids, ids)], alone=True)
+        delta_TD, _ = _factors(probe, EncodedExample("closed-form check", ids, ids))
     leaves: list[torch.Tensor] = []
 
     def cut_graph(_module: nn.Module, _arguments: object, output: torch.Tensor) -> torch.Tensor:

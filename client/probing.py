@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fedmosaic.client.clipping import ClippingRecord
 from fedmosaic.client.examples import Example, encode_examples
-from fedmosaic.client.models import load_base_model
+from fedmosaic.client.models import load_model
 from fedmosaic.client.probe import open_probe
 from fedmosaic.client.profile import release_profile
 from fedmosaic.client.releases import Randomness
@@ -38,9 +38,7 @@ class ProfileProbe:
     def __call__(self, charge: Callable[[], None]) -> Float32Array:
         """Make one release; the probe's memory is free again afterwards."""
         settings = self._settings
-        model, tokenizer = load_base_model(
-            settings.path, settings.dtype, gguf_file=settings.gguf_file, keep_layers=settings.keep_layers
-        )
+        model, tokenizer = load_model(settings)
         # The probe reads the words alone: nothing of a picture is in a profile, and any language model can be
         # the probe. Clients that ask the same about other pictures look alike to it.
         questions = [without_pictures(example) for example in self._examples]

@@ -4,9 +4,9 @@ The order is the guarantee's: the clipped sum is finished first, then the releas
 durable ledger, and only then is noise drawn. A refused charge therefore draws none, and a crash after
 it can waste budget but never forget any.
 
-Every example goes through the probe alone. In a batch its neighbours decide the padding and the order of
-additions, so leaving one example out would move the last bits of all others, which the bound of one
-clipping norm does not allow for: harmless in float32, not in bfloat16 times a thousand examples.
+Every example goes through the probe and the public map alone. In a batch its neighbours decide the padding
+and the order of additions, so leaving one example out would move the last bits of all others, which the bound
+of one clipping norm does not allow for.
 """
 
 import logging
@@ -62,7 +62,7 @@ def clipped_profile(
     sample = poisson_sample(len(examples), mechanism.sampling_rate, randomness)
     total = ClippedSum.empty(mechanism.dimensions)
     chosen = [examples[index] for index in sample]
-    for _, gradient in gradient_factors(probe, chosen, alone=True):
+    for gradient in gradient_factors(probe, chosen):
         total += clipped_sum(public_map.rows([gradient]), mechanism)
     if total.rejected:
         logger.warning("%d examples gave no finite gradient and were left out of the profile", total.rejected)

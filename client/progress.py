@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Protocol
 
+from fedmosaic.privacy.files import private_opener
 from fedmosaic.protos.messages import RoundStatus
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class LoggedProgress:
     """Writes log lines for a person and, if a file is given, JSON lines for whoever follows it."""
 
     def __init__(self, file: Path | None = None) -> None:
-        self._file = file.open("a", encoding="utf-8") if file is not None else None
+        self._file = open(file, "a", encoding="utf-8", opener=private_opener) if file is not None else None
         self._current: dict[str, object] = {}
         self._last_record = 0.0
         self._last_wait_line = 0.0

@@ -66,6 +66,11 @@ class Protection:
         if self._keyring is not None:
             self._keyring.retire(key_epoch)
 
+    def forget_keys(self) -> None:
+        """Delete the group keys of a run that is over; see `Keyring.forget`."""
+        if self._keyring is not None:
+            self._keyring.forget()
+
     def open(self, section: AggregateSection, row: WeightRow, key_epoch: int, size: int) -> np.ndarray:
         """Check and decrypt one section of an aggregate.
 

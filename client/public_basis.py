@@ -180,7 +180,7 @@ def _factors_of(
     width = probe.hidden_size + probe.intermediate_size
 
     def factors() -> Iterator[GradientFactors]:
-        return (gradient for _, gradient in gradient_factors(probe, public_examples))
+        return gradient_factors(probe, public_examples)
 
     if 4 * tokens * width > KEPT_BYTES:
         return factors

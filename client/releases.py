@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedmosaic.client.clipping import CLIPPING, ClippingRecord
-from fedmosaic.client.state import ClientState, write_atomically
+from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.events import UNPROTECTED, GaussianEvent
+from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.ledger import Ledger
 from fedmosaic.privacy.ledger_rows import Channel, Coverage, data_epoch
 from fedmosaic.privacy.mechanism import Float32Array, ReleasedProfile, update_average

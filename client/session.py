@@ -6,12 +6,15 @@
     profile   release the task profile, once per data epoch
     push      the protected adapter and the profile; after any failure, the same bytes again
 
+Nothing that the server can see depends on what was decrypted: an aggregate that cannot be opened, or cannot
+be trained with, is left out, the reason stays at home, and the calls to the transport are those of any round.
+
 Everything that a crash could lose is on disk before the next step depends on it.
 """
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -69,8 +72,12 @@ class Learner(Protocol):
     def keep_own(self, section: str) -> None:
         """No aggregate: the global branch becomes a copy of the local one (released code, §2.6 step 1)."""
 
-    def train(self, round_number: int, releases: Releases) -> None:
-        """Train for one round; under DP, charge through `releases` before any noise is drawn."""
+    def train(self, round_number: int, releases: Releases, give_up: Callable[[], None]) -> None:
+        """Train for one round; under DP, charge through `releases` before any noise is drawn.
+
+        Whatever was received, it ends, and takes the steps of any round. Where nothing can be trained beside
+        what was received, it calls `give_up` and goes on as after `keep_own`.
+        """
 
     def sections(self) -> Mapping[str, np.ndarray]:
         """What is shared now: section name → float32 vector."""
@@ -125,6 +132,8 @@ class Session:
         round_number = max(enrolled.round, self._state.record.completed_round + 1)
         while round_number <= enrolled.rounds:
             round_number = self._take_part(enrolled, round_number)
+        # Last, so that a crash before it leaves keys that the next start deletes, and never too few.
+        self._protection.forget_keys()
 
     def _enrol(self) -> Enrolled:
         return self._transport.enrol(
@@ -202,9 +211,12 @@ class Session:
         for name, vector in self._learner.sections().items():
             section = next((s for s in aggregate.sections if s.name == name), None)
             try:
+                if aggregate.round == 1:
+                    raise PolicyError("nothing was shared before round 2")
                 if section is None or section.row is None:
-                    reason = section.refusal if section is not None else "nothing was shared before round 2"
-                    raise PolicyError(reason or "the server gave no reason")
+                    raise PolicyError((section and section.refusal) or "the server gave no reason")
+                if self._state.gave_up(aggregate.round):
+                    raise PolicyError("training failed with it before the restart")
                 self._learner.load_global(name, self._open(section, aggregate, vector.size))
             except (PolicyError, EncryptionError) as error:
                 # The recipient trains alone this round; the reason is for its operator, and stays here.
@@ -243,7 +255,7 @@ class Session:
         if self._load_trained(round_number):
             log.info("round %d: training was finished before the restart", round_number)
             return
-        self._learner.train(round_number, self._releases)
+        self._learner.train(round_number, self._releases, lambda: self._state.give_up(round_number))
         self._state.save_adapter(round_number, self._learner.save)
 
     def _load_trained(self, round_number: int) -> bool:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from fedmosaic.client.hardware import DeviceName, DtypeName
 from fedmosaic.client.training import TrainingSettings
 from fedmosaic.privacy.configuration import Frozen
 
@@ -20,10 +21,24 @@ class ModelSettings(Frozen):
     path: str = Field(min_length=1)
     gguf_file: str | None = None
     keep_layers: int | None = Field(default=None, ge=1)
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: DeviceName = "auto"
+    """`auto` takes CUDA, then MPS, then the processor; or `cpu`, `mps`, `cuda`, `cuda:1`."""
+    dtype: DtypeName = "float32"
+    """Of the frozen weights; `auto` takes bfloat16 where the device is faster in it."""
+    quantization: Literal["nf4"] | None = None
+    """Frozen linear weights in 4 bits (bitsandbytes); `dtype` is then the type that products are in."""
     aligned: str | None = Field(default=None, min_length=1)
     rank: int | None = Field(default=None, ge=1, le=1024)
     """Rank of this client's adapter on an aligned basis, at most the federation's; the same by default."""
+
+    @model_validator(mode="after")
+    def _quantised_once(self) -> "ModelSettings":
+        if self.quantization is not None and self.gguf_file is not None:
+            raise ValueError(
+                f"quantization is {self.quantization!r} and gguf_file {self.gguf_file!r}: a GGUF file is "
+                "quantised already and would be quantised twice; leave one of them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _rank_needs_a_basis(self) -> "ModelSettings":
@@ -45,13 +60,18 @@ class ModelSettings(Frozen):
         return self.model_copy(update={"path": place(self.path), "aligned": aligned})
 
 
-def _without_adapter(settings: ModelSettings) -> ModelSettings:
+def _as_probe(settings: ModelSettings) -> ModelSettings:
     if settings.aligned is not None:
         raise ValueError(f"the probe has no adapter, so leave out aligned (it is {settings.aligned!r})")
+    if settings.quantization is not None:
+        raise ValueError(
+            "the members' probes must be the same to the last weight, so leave out quantization "
+            f"(it is {settings.quantization!r}); keep_layers or dtype = 'bfloat16' make a probe smaller"
+        )
     return settings
 
 
-ProbeModelSettings = Annotated[ModelSettings, AfterValidator(_without_adapter)]
+ProbeModelSettings = Annotated[ModelSettings, AfterValidator(_as_probe)]
 """Where the probe comes from; it has no adapter."""
 
 

@@ -2,14 +2,16 @@
 
     STATE/session.json             which run, and the last round whose push was acknowledged
     STATE/adapter/round-0002/      every adapter branch and the gate after that round
+    STATE/rows.json                the weight row that was accepted in every round
     STATE/upload-0003.bin          bytes of an upload that is not acknowledged yet, re-sent as they are
+    STATE/given-up.json            the last round whose aggregate no training was possible with
     STATE/profile-<data>-<map>.npy a noised task profile release, re-used until data or public map change
-    STATE/keys/                    group keys of the current and the previous epoch
+    STATE/keys/                    group keys of the current and the previous epoch, until the run is over
     STATE/picture-features/        what the frozen encoder makes of the client's own pictures
     STATE/ledger.sqlite            the privacy ledger (see `fedmosaic.privacy.ledger`)
 
 Every file is written beside its place, flushed to the disk, and renamed: a kill at any point leaves
-the old file or the new one, never half of one.
+the old file or the new one, never half of one. Nobody but the owner can read any of it.
 """
 
 import json
@@ -21,6 +23,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from fedmosaic.privacy.encryption.records import row_digest
+from fedmosaic.privacy.files import (
+    make_private,
+    private_directory,
+    private_opener,
+    sync_directory,
+    write_atomically,
+)
 from fedmosaic.privacy.policy import WeightRow
 from fedmosaic.protos.errors import PolicyError, StateError
 
@@ -49,18 +58,6 @@ class SessionRecord:
     completed_round: int = 0
 
 
-def write_atomically(path: Path, content: bytes, *, private: bool = False) -> None:
-    """Replace `path` by `content` so that a crash leaves the old or the new file, never a mixture."""
-    temporary = path.with_name(path.name + ".new")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o644)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync_directory(path.parent)
-
-
 def hold_directory(path: Path, instead: str) -> IO[bytes]:
     """Hold a directory for one process; the operating system lets go when the process ends.
 
@@ -74,7 +71,7 @@ def hold_directory(path: Path, instead: str) -> IO[bytes]:
     Raises:
         StateError: another process holds the directory.
     """
-    file = path.open("ab")
+    file = open(path, "ab", opener=private_opener)
     if fcntl is not None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -86,16 +83,6 @@ def hold_directory(path: Path, instead: str) -> IO[bytes]:
     return file
 
 
-def _sync_directory(directory: Path) -> None:
-    if os.name != "posix":
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class ClientState:
     """The state directory of one client in one federation."""
 
@@ -103,7 +90,7 @@ class ClientState:
         """Open or create the state.
 
         Args:
-            directory: created with mode 0700 if missing.
+            directory: made if missing; closed to other users if it is open to them.
             federation: name of the federation.
             client: this client's id.
 
@@ -111,9 +98,10 @@ class ClientState:
             StateError: the directory belongs to another federation or client, or is damaged.
         """
         self.directory = directory
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_directory(directory)
         self._lock = hold_directory(directory / "lock", "give each client its own state_dir")
         self._file = directory / "session.json"
+        self._rows = directory / "rows.json"
         self.record = SessionRecord(federation, client)
         if self._file.exists():
             self.record = self._read()
@@ -185,14 +173,15 @@ class ClientState:
         temporary = place.with_name("saving")
         if temporary.exists():
             shutil.rmtree(temporary)
-        temporary.mkdir(parents=True, mode=0o700)
+        private_directory(temporary)
         save(temporary)
+        make_private(temporary)
         for file in temporary.rglob("*"):
             if file.is_file():
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
         temporary.rename(place)
-        _sync_directory(place.parent)
+        sync_directory(place.parent)
 
     def adapter_path(self, round_number: int) -> Path:
         """Where the adapter after `round_number` is stored."""
@@ -218,17 +207,51 @@ class ClientState:
 
         Raises:
             PolicyError: another row was accepted for this section and round before.
+            StateError: the record is damaged.
         """
-        path = self.directory / "rows.json"
-        accepted: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
-        label = f"{row.round}/{section}"
+        accepted = self._accepted_rows()
         digest = row_digest(row).hex()
-        if accepted.setdefault(label, digest) != digest:
+        contributors = sum(weight > 0 for weight in row.weights)
+        before, _ = accepted.setdefault(f"{row.round}/{section}", (digest, contributors))
+        if before != digest:
             raise PolicyError(
                 f"a different weight row of section {section!r} was already accepted for round {row.round}: "
                 "one row per recipient and round is allowed"
             )
-        write_atomically(path, json.dumps(accepted, indent=0).encode())
+        write_atomically(self._rows, json.dumps(accepted, indent=0).encode())
+
+    def smallest_row(self) -> int | None:
+        """Fewest contributors of any row that was accepted; None before the first.
+
+        Raises:
+            StateError: the record is damaged.
+        """
+        return min((count for _, count in self._accepted_rows().values()), default=None)
+
+    def _accepted_rows(self) -> dict[str, tuple[str, int]]:
+        """Digest and number of contributors of every accepted row, by round and section."""
+        if not self._rows.exists():
+            return {}
+        try:
+            found = json.loads(self._rows.read_text(encoding="utf-8"))
+            return {str(label): (str(digest), int(count)) for label, (digest, count) in found.items()}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise StateError(
+                f"{self._rows} is damaged ({error}); restore it from a backup, or start over with a new "
+                "state_dir (the privacy ledger in the old one must be kept: what it has spent stays spent)"
+            ) from None
+
+    def give_up(self, round_number: int) -> None:
+        """Remember that a round's aggregate is not to be loaded again: training failed with it."""
+        write_atomically(self._given_up, json.dumps(round_number).encode())
+
+    def gave_up(self, round_number: int) -> bool:
+        """Whether a round's aggregate was given up, by this process or an earlier one."""
+        return self._given_up.exists() and json.loads(self._given_up.read_text()) == round_number
+
+    @property
+    def _given_up(self) -> Path:
+        return self.directory / "given-up.json"
 
     @property
     def ledger_path(self) -> Path:

@@ -4,6 +4,7 @@ import datetime as dt
 from collections.abc import Mapping
 
 from fedmosaic.client.releases import AdapterPlan
+from fedmosaic.privacy.coalitions import counted_coalition
 from fedmosaic.privacy.ledger import Ledger
 from fedmosaic.privacy.ledger_rows import Channel
 from fedmosaic.privacy.report import statement
@@ -23,6 +24,7 @@ def build_statement(
     ledger: Ledger,
     plan: AdapterPlan,
     *,
+    smallest_row: int | None,
     clipped_share: Mapping[Channel, float] | None = None,
     metrics_shared: bool = False,
 ) -> PrivacyStatement:
@@ -33,6 +35,7 @@ def build_statement(
         run_id: the server's run.
         ledger: this client's ledger.
         plan: q of the adapter channel, to tell what DP would have cost where there is none.
+        smallest_row: fewest contributors of any weight row that this client accepted; None if none was.
         clipped_share: share of clipped examples by channel, for this client's own eyes.
         metrics_shared: whether accuracies or losses left this client.
 
@@ -58,9 +61,14 @@ def build_statement(
             roster_sha256=roster.hash.hex(),
             key_holders="clients" if terms.adapter.encrypted else "nobody",
             encryption=_encryption(terms),
-            minimum_contributors=terms.policy.minimum_contributors,
+            minimum_contributors=terms.policy.fewest_contributors,
             weight_cap=terms.policy.weight_cap,
-            coalition_rows=coalition_rows(len(roster.members), terms.schedule.rounds),
+            squares_cap=terms.policy.squares_cap,
+            rounds=terms.schedule.rounds,
+            smallest_row=smallest_row,
+            coalition_rows=coalition_rows(
+                smallest_row or terms.policy.fewest_contributors, terms.schedule.rounds
+            ),
             metrics_shared=metrics_shared,
         )
     )
@@ -72,22 +80,22 @@ def _encryption(terms: Terms) -> str:
     return f"{terms.encryption.backend}, parameters {terms.encryption.digest().hex()[:16]}"
 
 
-def coalition_rows(members: int, rounds: int) -> tuple[CoalitionRows, ...]:
-    """What k colluding recipients can solve for, if adapters hardly move between rounds.
+def coalition_rows(contributors: int, rounds: int) -> tuple[CoalitionRows, ...]:
+    """What k recipients hold together, up to the first k that solves with the rows of one round.
 
-    Every recipient holds one weight row per round from the second on; rows over the same adapters are
-    linear equations in them, and at most as many are independent as there are adapters outside the
-    coalition.
+    Every recipient holds one weight row per round from the second on. Rows over the same adapters are linear
+    equations in them; recipients that are one another's contributors know their own adapters, which leaves
+    contributors - (k - 1) unknown.
 
     Args:
-        members: N.
-        rounds: R; there are R - 1 aggregates.
+        contributors: adapters in the smallest row.
+        rounds: R; there are R - 1 aggregates, whose equations add up if adapters hardly move.
     """
     return tuple(
         CoalitionRows(
             colluding_recipients=size,
-            independent_rows=min(size * (rounds - 1), members - size),
-            contributors=members - size,
+            independent_rows=min(size * (rounds - 1), contributors - size + 1),
+            contributors=contributors - size + 1,
         )
-        for size in range(1, members)
+        for size in range(1, counted_coalition(contributors, 1) + 1)
     )

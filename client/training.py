@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from fedmosaic.client.loss import (
 )
 from fedmosaic.client.sampling import EpochSampler
 from fedmosaic.privacy.configuration import Frozen
-from fedmosaic.protos.errors import ConfigurationError, ModelError
+from fedmosaic.protos.errors import ConfigurationError, ModelError, TrainingError
 
 __all__ = [
     "EpochSampler",
@@ -54,7 +54,9 @@ class TrainingSettings(Frozen):
         gate_learning_rate: Of the gates.
         steps: Optimizer steps of one round.
         per_device_train_batch_size: Examples per forward pass.
-        gradient_accumulation: Forward passes per optimizer step.
+        gradient_accumulation_steps: Forward passes per optimizer step; private steps divide by themselves.
+        gradient_checkpointing: Compute the layers' activations a second time on the way back, for about a
+            third more time, instead of keeping them. A private step holds those of one example anyway.
         max_length: Most tokens per example; for whoever encodes the examples.
         blend_received: Share of what is received in what the local branch begins a round with; 0 as in the
             paper, where it goes on from itself. Under ``dp`` both are sums of private releases, so that it
@@ -71,7 +73,8 @@ class TrainingSettings(Frozen):
     gate_learning_rate: float = Field(default=1e-3, gt=0.0, le=10.0, allow_inf_nan=False)
     steps: int = Field(default=100, ge=1)
     per_device_train_batch_size: int = Field(default=8, ge=1)
-    gradient_accumulation: int = Field(default=1, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    gradient_checkpointing: bool = False
     max_length: int = Field(default=256, ge=3)
     blend_received: float = Field(default=0.0, ge=0.0, le=1.0)
     warmup: int = Field(default=0, ge=0)
@@ -172,7 +175,8 @@ def train_local(
 
     Raises:
         ConfigurationError: There is no example.
-        ModelError: Nothing is trainable, a loss or gradient is not finite, or no weight changed.
+        ModelError: Nothing is trainable.
+        TrainingError: A loss or gradient is not finite, or no weight changed. Nothing is put back.
     """
     if not examples:
         raise ConfigurationError("there is no example to train on; give at least one")
@@ -186,11 +190,15 @@ def train_local(
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     loss_of = in_bfloat16(losses) if settings.bf16 else losses
     history: list[float] = []
-    with training_mode(model, True), _seeded(settings.seed, order, model):
+    with (
+        training_mode(model, True),
+        checkpointing(model, settings.gradient_checkpointing),
+        _seeded(settings.seed, order, model),
+    ):
         for step in range(1, settings.steps + 1):
             batches = (
                 collate([examples[i] for i in order.take(settings.per_device_train_batch_size)], pad_token_id)
-                for _ in range(settings.gradient_accumulation)
+                for _ in range(settings.gradient_accumulation_steps)
             )
             history.append(_accumulate(model, batches, settings, loss_of, step))
             _clip(trained.values(), settings.max_grad_norm, step)
@@ -200,6 +208,37 @@ def train_local(
             if progress is not None:
                 progress(step, settings.steps, history[-1])
     return _report(trained, before, history)
+
+
+@contextmanager
+def checkpointing(model: nn.Module, active: bool) -> Iterator[None]:
+    """Run the body with gradient checkpointing (not the reentrant kind, which hooks cannot see through).
+
+    Args:
+        model: of transformers, bare or wrapped by PEFT.
+        active: whether to; the body runs as it is otherwise.
+
+    Raises:
+        ModelError: the model has no checkpointing.
+    """
+    if not active:
+        yield
+        return
+    unwrap = getattr(model, "get_base_model", None)
+    base: Any = unwrap() if callable(unwrap) else model
+    # The older name goes with transformers 6, the newer one is not in all that may be installed here.
+    name = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
+    try:
+        getattr(base, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    except (AttributeError, ValueError) as error:
+        raise ModelError(
+            f"{type(base).__name__} cannot recompute its activations ({error}); set "
+            "training.gradient_checkpointing = false, and lower training.per_device_train_batch_size instead"
+        ) from error
+    try:
+        yield
+    finally:
+        getattr(base, f"{name}_checkpointing_disable")()
 
 
 def _optimizer(groups: dict[Role, dict[str, nn.Parameter]], settings: TrainingSettings) -> torch.optim.AdamW:
@@ -223,7 +262,8 @@ def _seeded(seed: int, order: EpochSampler, model: nn.Module) -> Iterator[None]:
     state = order.state_dict()
     sequence = np.random.SeedSequence([seed, state["epoch"], state["position"]])
     device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    devices, kind = ([], "cuda") if device.type == "cpu" else ([device.index or 0], device.type)
+    with torch.random.fork_rng(devices=devices, device_type=kind):
         torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
         yield
 
@@ -233,10 +273,10 @@ def _accumulate(
 ) -> float:
     total = 0.0
     for batch in batches:
-        loss = losses(model, on_device_of(model, batch)).mean() / settings.gradient_accumulation
+        loss = losses(model, on_device_of(model, batch)).mean() / settings.gradient_accumulation_steps
         if not bool(torch.isfinite(loss)):
-            raise ModelError(
-                f"the loss of step {step} is not finite; lower the learning rates, or switch bf16 off"
+            raise TrainingError(
+                f"the loss of step {step} is not finite; lower the learning rates, or switch bf16 off", step
             )
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
         total += float(loss.detach())
@@ -247,8 +287,8 @@ def _clip(parameters: Iterable[nn.Parameter], max_grad_norm: float, step: int) -
     bound = max_grad_norm if max_grad_norm > 0.0 else math.inf
     norm = torch.nn.utils.clip_grad_norm_(list(parameters), bound)
     if not bool(torch.isfinite(norm)):
-        raise ModelError(
-            f"the gradient of step {step} is not finite; lower the learning rates, or switch bf16 off"
+        raise TrainingError(
+            f"the gradient of step {step} is not finite; lower the learning rates, or switch bf16 off", step
         )
 
 
@@ -257,9 +297,10 @@ def _report(
 ) -> TrainingReport:
     unmoved = tuple(name for name, parameter in trained.items() if torch.equal(parameter, before[name]))
     if len(unmoved) == len(trained):
-        raise ModelError(
+        raise TrainingError(
             f"training changed none of the {len(trained)} trainable tensors; check that the adapter is "
-            "active and its branches take part in the forward pass"
+            "active and its branches take part in the forward pass",
+            len(history),
         )
     count = min(_AVERAGED_STEPS, len(history))
     return TrainingReport(

@@ -16,9 +16,9 @@ import torch
 
 from fedmosaic.client.adapted import load_adapted
 from fedmosaic.client.dp_branch import only_shared_branch
-from fedmosaic.client.dp_engine import ClosedFormEngine, clip_and_sum
+from fedmosaic.client.dp_engine import clip_and_sum, example_gradient
 from fedmosaic.client.dp_training import noisy_sum
-from fedmosaic.client.examples import EncodedExample, Example, collate, encode_examples, padding_token
+from fedmosaic.client.examples import Example, encode_examples
 from fedmosaic.client.loss import training_mode
 from fedmosaic.client.settings import ModelSettings
 from fedmosaic.experiments.attack_profile import DELTA, noise_multiplier
@@ -37,7 +37,6 @@ from fedmosaic.privacy.roster import AdapterTerms
 
 MEMBERSHIP: Final = "Membership in a P, Q update"
 WORDS: Final = "Words of the training texts from a P, Q update"
-_BATCH: Final = 8
 _SCORED: Final = 16
 _RIDGE: Final = 1.0
 _LEAST_WORD_LENGTH: Final = 4
@@ -70,11 +69,10 @@ def adapter_rows(
     model, tokenizer = load_adapted(settings.model_copy(update={"dtype": "float32"}), terms)
     found = []
     with only_shared_branch(model) as cores, training_mode(model, False):
-        engine = ClosedFormEngine(model, cores)
         for examples in groups:
             encoded = encode_examples(tokenizer, examples, max_length)
-            rows = _rows(engine, encoded, padding_token(tokenizer))
-            found.append(AdapterRows(rows, tuple(example.prompt for example in examples)))
+            rows = torch.stack([example_gradient(model, cores, example) for example in encoded])
+            found.append(AdapterRows(rows.cpu().numpy(), tuple(example.prompt for example in examples)))
     return found
 
 
@@ -200,14 +198,6 @@ def word_results(
         )
         for name, words, setting, epsilon in cases
     ]
-
-
-def _rows(engine: ClosedFormEngine, encoded: Sequence[EncodedExample], pad: int) -> np.ndarray:
-    parts = []
-    for start in range(0, len(encoded), _BATCH):
-        rows = engine.example_gradients(collate(encoded[start : start + _BATCH], pad))
-        parts.append(rows.detach().numpy())
-    return np.concatenate(parts)
 
 
 def _dp_step(rows: np.ndarray, bound: float, sigma: float, noise: NoiseSource) -> np.ndarray:

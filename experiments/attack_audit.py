@@ -60,10 +60,6 @@ class CanaryModel(nn.Module):
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The size of the vocabulary, from which `train_private` makes its public test batch."""
-        return nn.Embedding(self.rank * len(self.cores), 1, device="meta")
-
     def named_cores(self) -> dict[str, nn.Linear]:
         """The cores by name."""
         return {name: core for name, core in self.cores.items() if isinstance(core, nn.Linear)}
@@ -116,7 +112,6 @@ def one_run(
         model.named_cores(),
         examples,
         settings,
-        pad_token_id=0,
         charge=charged.append,
         private_parameters={},
         randomness=randomness,

@@ -23,7 +23,7 @@ from fedmosaic.protos.errors import FedMosaicError
 
 _MEMBERS: Final = ("ada", "ben", "cid", "dee", "eva")
 _SIZE: Final = 272
-_NO_POLICY: Final = AggregationPolicy(minimum_contributors=1, weight_cap=1.0)
+_NO_POLICY: Final = AggregationPolicy(minimum_contributors=1, weight_cap=1.0, squares_cap=1.0)
 
 
 def claimed_row_result(policy: AggregationPolicy, seed: int) -> AttackResult:

@@ -7,10 +7,18 @@ from typing import Any, Final
 import numpy as np
 
 from fedmosaic.experiments.attack_profile import DELTA, EPSILONS, noise_multiplier
-from fedmosaic.privacy.attacks.collusion import equations, independent_equations, recovery_error, solve
+from fedmosaic.privacy.attacks.collusion import (
+    equations,
+    independent_equations,
+    recovery_error,
+    smallest_coalition,
+    solve,
+)
 from fedmosaic.privacy.attacks.empirical import gaussian_epsilon
 from fedmosaic.privacy.attacks.results import CONFIDENCE, AttackResult, Figure, Setting
 from fedmosaic.privacy.attacks.roc import clopper_pearson
+from fedmosaic.privacy.coalitions import SOLVED, estimate_errors
+from fedmosaic.privacy.encryption.weights import integer_weights
 from fedmosaic.privacy.mechanism import (
     ClippedSum,
     Float32Array,
@@ -19,9 +27,14 @@ from fedmosaic.privacy.mechanism import (
     release,
 )
 from fedmosaic.privacy.noise import NoiseSource
-from fedmosaic.privacy.policy import AggregationPolicy, WeightRow, check_row
+from fedmosaic.privacy.policy import (
+    AggregationPolicy,
+    WeightRow,
+    cap_weights,
+    check_row,
+    spread_weights,
+)
 from fedmosaic.privacy.roster import RelevanceTerms
-from fedmosaic.protos.errors import PolicyError
 from fedmosaic.protos.messages import Profile
 from fedmosaic.server.aggregation import Group, plan
 from fedmosaic.server.relevance import relevance
@@ -31,6 +44,8 @@ SPOOFING: Final = "Relevance spoofing: pulling or poisoning a victim's aggregate
 TASK: Final = "Task inference from the profile"
 _BITS: Final = 12
 _DIMENSIONS: Final = 256
+_ALL_COALITIONS: Final = 12
+"""Members up to which every coalition is tried."""
 _PHRASE: Final = "share of the victim's aggregate"
 
 
@@ -114,14 +129,15 @@ def collusion_results(
                 figures.append(_spread(f"error, {size} of {members}, {rounds} aggregate(s) each", errors))
         results.append(_collusion(source, words, figures, "product" if not noise else "variant"))
     figures = [
-        Figure(
-            name=f"independent rows, {size} of {members} ({members - size} unknown)", value=v, low=v, high=v
+        _exact(
+            f"independent rows, {size} of {members} ({members - size} unknown)", float(_rows(weights, size))
         )
         for size in range(1, members)
-        for v in [float(_rows(weights, size))]
     ]
     results.append(_collusion(source, "exact count of independent rows", figures, "product"))
-    return [*results, *_chosen_rows(policy)]
+    if members <= _ALL_COALITIONS:
+        results.append(_smallest(weights, source))
+    return [*results, _chosen_rows(members - 1, policy)]
 
 
 def spoofing_results(
@@ -139,7 +155,7 @@ def spoofing_results(
         tasks: task by client.
         mechanism: for the noise variance.
         terms: similarity and temperature.
-        policy: the weight cap.
+        policy: the caps.
         clip_bound: largest absolute value of an uploaded number.
     """
     shares: dict[int, list[float]] = {}
@@ -159,7 +175,8 @@ def spoofing_results(
     for count, found in shares.items():
         name = "one copy of the victim's profile" if count == 1 else f"{count} copies (Sybils)"
         figure = _spread(name, found)
-        bound = min(1.0, count * cap)
+        # count shares with Σ w² ≤ s sum to at most √(count · s).
+        bound = min(1.0, count * cap, math.sqrt(count * policy.squares_cap))
         figures.append(figure.model_copy(update={"bound": bound, "broken": figure.high > bound + 1e-9}))
     return [
         AttackResult(
@@ -167,7 +184,8 @@ def spoofing_results(
             adversary="clients that know or guess the victim's profile",
             sees="the victim's released profile (worst case: told by the server)",
             statistic=_PHRASE,
-            release=f"temperature {terms.temperature:g}, weight cap {policy.weight_cap:g}",
+            release=f"temperature {terms.temperature:g}, weight cap {policy.weight_cap:g}, squares cap "
+            f"{policy.squares_cap:g}",
             setting="product",
             figures=tuple(figures),
             note="value: mean over victims; low and high: least and most. The cap bounds one client, not a "
@@ -257,54 +275,64 @@ def _recovery_errors(
     return errors
 
 
-def _chosen_rows(policy: AggregationPolicy) -> list[AttackResult]:
-    """A server that chooses the rows itself, with and without the policy that clients enforce."""
+def _smallest(weights: Sequence[np.ndarray], source: str) -> AttackResult:
+    """The true number of recipients that suffices; nobody's guess from the size of the roster."""
     figures = []
-    others = policy.minimum_contributors
-    for size in range(1, others + 2):
-        error = 0.0 if _single_unknown(size, policy) else 1.0
-        figures.append(
-            Figure(
-                name=f"server and {size} recipient(s)' aggregates, no key, policy on",
-                value=error,
-                low=error,
-                high=error,
-            )
-        )
-    figures.append(
-        Figure(
-            name="server and 1 recipient's aggregate, no policy (one-hot row)", value=0.0, low=0.0, high=0.0
-        )
+    for words, rounds in (("one round", weights[:1]), (f"{len(weights)} rounds, adapters at rest", weights)):
+        size = float(smallest_coalition(rounds) or math.inf)
+        figures.append(_exact(f"recipients that suffice, {words}", size))
+    return _collusion(
+        source,
+        "smallest coalition that solves for an adapter",
+        figures,
+        "product",
+        f"all coalitions tried; solved is an error below {SOLVED:g}, adapters taken for unrelated",
     )
-    return [
-        _collusion(
-            "rows chosen by a malicious server; nobody gives it the group key",
-            "what one aggregate alone reveals, exact",
-            figures,
-            "product",
-            "all rows with least squares are about what the aggregates alone reveal: the colluders pass on "
-            "what they decrypted and keep their group key to themselves. Error 0: the victim's adapter is "
-            "had exactly, from one row that keeps every rule. The policy holds against a server with fewer "
-            f"than {others} such recipients, and no rule on rows can hold against more: then only DP on the "
-            "adapter protects",
-        )
+
+
+def _chosen_rows(others: int, policy: AggregationPolicy) -> AttackResult:
+    """A server that chooses the rows itself, with and without the policy that clients enforce."""
+    alone, first, second = _rows_against(others, policy)
+    cases = (
+        ("1 recipient's aggregate, no key, policy on", [alone]),
+        ("1 recipient's aggregates of 2 rounds, adapters at rest, no key, policy on", [first, second]),
+        ("2 recipients' aggregates, no key, policy on", [first, second]),
+    )
+    figures = [
+        _exact(f"server and {words}", float(estimate_errors(np.array(rows))[0])) for words, rows in cases
     ]
+    figures.append(_exact("server and 1 recipient's aggregate, no policy (one-hot row)", 0.0))
+    return _collusion(
+        "rows chosen by a malicious server; nobody gives it the group key",
+        "what aggregates alone reveal, exact",
+        figures,
+        "product",
+        "all rows with least squares are about what the aggregates alone reveal: the colluders pass on what "
+        "they decrypted and keep their group key to themselves. Error 0: the victim's adapter is had "
+        "exactly, from rows that each keep every rule: the others have equal weights in both, and the "
+        "victim's differ. The policy holds against such a server with one recipient and one round, and no "
+        "rule on single rows can hold against more: then only DP on the adapter protects",
+    )
 
 
-def _single_unknown(size: int, policy: AggregationPolicy) -> bool:
-    """Whether a row with one victim and colluding contributors only passes the clients' own check."""
-    colluders = [f"colluder-{number}" for number in range(size)]
+def _rows_against(others: int, policy: AggregationPolicy) -> list[list[float]]:
+    """The most one-sided row that a client accepts, and two that differ in the victim's weight only."""
     total = 1 << _BITS
-    share = int(policy.weight_cap * total)
-    rest = (total - share) // max(1, size - 1)
-    weights = [share, *([rest] * (size - 1))]
-    weights[-1] += total - sum(weights)
-    row = WeightRow(1, colluders[0], ("victim", *colluders[1:]), tuple(weights), _BITS)
-    try:
-        check_row(colluders[0], row, policy)
-    except PolicyError:
-        return False
-    return True
+    heavy = spread_weights(
+        cap_weights([1.0, *([1e-6] * (others - 1))], policy.weight_cap), policy.squares_cap, _BITS
+    )
+    even = total // others
+    equal = [[total - (others - 1) * each, *([each] * (others - 1))] for each in (even, even - even // 8)]
+    names = tuple(f"member-{number}" for number in range(others))
+    found = []
+    for weights in (integer_weights(np.array(heavy), _BITS).tolist(), *equal):
+        check_row("recipient", WeightRow(1, "recipient", names, tuple(weights), _BITS), policy)
+        found.append([weight / total for weight in weights])
+    return found
+
+
+def _exact(name: str, value: float) -> Figure:
+    return Figure(name=name, value=value, low=value, high=value)
 
 
 def _spread(name: str, values: Sequence[float]) -> Figure:

@@ -1,11 +1,13 @@
 """A server and one single member: the member hands over its group key, and the server reads every upload.
 
 All members of a key epoch hold one key, so this is no flaw of a back end but what `encrypted` means: it
-keeps the server out as long as every member keeps the key to itself. Carried out with the server's own
-stored uploads and the member's own keyring: for a run, on what the run left behind; and once more for both
-back ends, on a federation of this process with real sessions, key agreement and encryption.
+keeps the server out as long as every member keeps the key to itself. Carried out for both back ends with
+the server's own stored uploads and the member's own keyring, on a federation of this process with real
+sessions, key agreement and encryption. The member hands the key over while the run lasts: keys are deleted
+at its end, so a run that is over, whose members were honest, is not read this way.
 """
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmosaic.client.keyring import Keyring
 from fedmosaic.experiments.attack_federation import COLLUSION
-from fedmosaic.experiments.attack_received import saved_adapter, shared_vector
 from fedmosaic.experiments.attack_stand_in import MEMBERS, ROUNDS, configuration, run_sessions
-from fedmosaic.experiments.attack_target import Target
 from fedmosaic.experiments.in_process import InProcessTransport
 from fedmosaic.experiments.quiet_log import quiet_log
 from fedmosaic.privacy import federation
@@ -26,13 +26,13 @@ from fedmosaic.privacy.attacks.collusion import recovery_error
 from fedmosaic.privacy.attacks.results import AttackResult, Figure
 from fedmosaic.privacy.encryption.aggregators import create_aggregator
 from fedmosaic.privacy.encryption.ciphers import create_cipher
-from fedmosaic.privacy.encryption.layout import upload_payload_bytes
 from fedmosaic.privacy.encryption.parameters import CkksParameters, MaskParameters, Parameters
-from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
+from fedmosaic.privacy.encryption.records import RoundContext
 from fedmosaic.privacy.group_key import GroupKey
 from fedmosaic.privacy.policy import AggregationPolicy, WeightRow
 from fedmosaic.privacy.roster import Roster
 from fedmosaic.protos.errors import ConfigurationError
+from fedmosaic.protos.messages import Receipt, Upload
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.from_kit import settings_from_kit
 
@@ -42,7 +42,7 @@ HEADLINE: Final = (
     "the same key, and no policy on weights is in the way. Against that only DP on the adapter (`dp`, "
     "`dp+encrypted`) protects"
 )
-_NO_POLICY: Final = AggregationPolicy(minimum_contributors=1, weight_cap=1.0)
+_NO_POLICY: Final = AggregationPolicy(minimum_contributors=1, weight_cap=1.0, squares_cap=1.0)
 
 
 class _NoNetwork:
@@ -52,17 +52,30 @@ class _NoNetwork:
         raise ConfigurationError(f"a key that is on the disk needs no {name}")
 
 
-def group_key_results(target: Target) -> list[AttackResult]:
-    """Read uploads with one member's key: those of the run, if it was encrypted, and a stand-in's.
+class _Leaking(InProcessTransport):
+    """The line of a member that hands its keys over with every upload."""
 
-    Args:
-        target: a run or scenario.
+    def __init__(self, coordinator: Coordinator, member: str, keys: Path, to: Path) -> None:
+        super().__init__(coordinator, member, patience_seconds=60.0)
+        self._keys, self._to = keys, to
+
+    def push(self, upload: Upload) -> Receipt:
+        """Copy the keyring, then push."""
+        shutil.copytree(self._keys, self._to, dirs_exist_ok=True)
+        return super().push(upload)
+
+
+def group_key_results() -> list[AttackResult]:
+    """Read the uploads of a stand-in's run with one member's key, for both back ends.
+
+    Returns:
+        One result, with a figure per back end.
     """
     figures = [
         Figure(
             name=f"server and 1 member that gives it the group key: {words}", value=mean, low=low, high=high
         )
-        for words, errors in (*_of_run(target), *_of_stand_in())
+        for words, errors in _of_stand_in()
         for mean, low, high in [(float(np.mean(errors)), min(errors), max(errors))]
     ]
     return [
@@ -98,39 +111,6 @@ def open_upload(
     return np.asarray(create_cipher(parameters, member, _NO_POLICY).decrypt(record, key, context, row))
 
 
-def _of_run(target: Target) -> Iterator[tuple[str, list[float]]]:
-    """Every other member's last upload, with the key of the first member."""
-    place = target.directory / "federation" if target.directory is not None else None
-    results = target.server_run.get("results", [])
-    member = min(victim.client_id for victim in target.victims)
-    if place is None or not results or not (place / "clients" / member / "state/keys").is_dir():
-        return
-    kit = federation.open_kit(place / "clients" / member)
-    keys = place / "clients" / member / "state/keys"
-    key = _key(member, kit.roster, keys, int(results[-1]["key_epoch"]))
-    number = int(results[-1]["round"])
-    errors = []
-    for victim in target.victims:
-        stored = place / f"server/state/uploads/{number:06d}/{victim.client_id}.bin"
-        saved = saved_adapter(victim)
-        if victim.client_id == member or not stored.is_file() or saved is None:
-            continue
-        truth = np.clip(shared_vector(saved), -_clip(kit.roster), _clip(kit.roster)).astype(np.float64)
-        context = RoundContext(kit.roster.federation, key.epoch, number, "shared", truth.size)
-        parameters = kit.roster.terms.encryption
-        # Sections lie end to end, the shared one first.
-        upload = stored.read_bytes()[: HEADER_BYTES + upload_payload_bytes(parameters, truth.size)]
-        found = open_upload(parameters, key, member, victim.client_id, upload, context)
-        errors.append(recovery_error(found, truth))
-    if errors:
-        backend = kit.roster.terms.encryption.backend
-        yield f"this run's own uploads, {backend}, key of {member}, {len(errors)} uploads read", errors
-
-
-def _clip(roster: Roster) -> float:
-    return float(roster.terms.encryption.clip)
-
-
 def _of_stand_in() -> Iterator[tuple[str, list[float]]]:
     for parameters in (CkksParameters(), MaskParameters()):
         with quiet_log():
@@ -146,15 +126,20 @@ def _stand_in(parameters: Parameters) -> list[float]:
         (directory / "server/server.toml").write_text('listen = "127.0.0.1:0"\nstate_dir = "state"\n')
         settings = settings_from_kit(directory / "server").model_copy(update={"durable": False})
         coordinator = Coordinator(settings)
-        learners, failed = run_sessions(
-            directory, lambda name: InProcessTransport(coordinator, name, patience_seconds=60.0)
-        )
+        keys, leaked = directory / "clients" / member / "state/keys", Path(place) / "leaked"
+
+        def line(name: str) -> InProcessTransport:
+            if name == member:
+                return _Leaking(coordinator, name, keys, leaked)
+            return InProcessTransport(coordinator, name, patience_seconds=60.0)
+
+        learners, failed = run_sessions(directory, line)
         epoch = int(_last(coordinator)["key_epoch"])
         coordinator.close()
         if failed:
             raise ConfigurationError(f"the federation for the group key did not run: {'; '.join(failed)}")
         kit = federation.open_kit(directory / "clients" / member)
-        key = _key(member, kit.roster, directory / "clients" / member / "state/keys", epoch)
+        key = _key(member, kit.roster, leaked, epoch)
         errors = []
         for victim in MEMBERS[1:]:
             truth = learners[victim].sections()["shared"].astype(np.float64)

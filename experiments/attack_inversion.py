@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client.colora import read_shared
 from fedmosaic.client.dp_branch import only_shared_branch
-from fedmosaic.client.dp_engine import ClosedFormEngine, clip_and_sum
+from fedmosaic.client.dp_engine import clip_and_sum, example_gradient
 from fedmosaic.client.dp_training import noisy_sum
-from fedmosaic.client.examples import IGNORED, EncodedExample, collate, padding_token
+from fedmosaic.client.examples import IGNORED, EncodedExample, padding_token
 from fedmosaic.client.loss import training_mode
 from fedmosaic.client.training import TrainingSettings, train_local
 from fedmosaic.experiments.attack_decoding import Unknown, decode, decode_all
@@ -102,9 +102,9 @@ def inversion_results(
     updates = [_update(model, [text], material.training, pad) for text in attacked]
     together = _update(model, material.texts, material.training, pad)
     with only_shared_branch(model) as cores, training_mode(model, False):
-        engine, reader = ClosedFormEngine(model, cores), TermReader(model, cores)
+        reader = TermReader(model, cores)
         rows, others = (
-            torch.cat([engine.example_gradients(collate([text], pad)).detach() for text in texts])
+            torch.stack([example_gradient(model, cores, text).cpu() for text in texts])
             for texts in (material.texts, material.others)
         )
         public = reader.public_terms([tokens[:_PUBLIC_TOKENS] for tokens in material.public])

@@ -167,6 +167,7 @@ AGGREGATE_ATTACKS: Final[Mapping[str, TamperAggregate]] = {
     "two contributors": _row({"ben": 0.5, "cid": 0.5}),
     "a weight above the cap": _row({"ben": 0.8, "cid": 0.1, "dee": 0.1}),
     "one large weight, the others one unit": _row({"ben": 1 - 2**-11, "cid": 2**-12, "dee": 2**-12}),
+    "two weights of nearly one half, the other one small": _row({"ben": 0.4995, "cid": 0.4995, "dee": 0.001}),
     "the recipient in its own row": _row({"ada": 0.4, "ben": 0.2, "cid": 0.2, "dee": 0.2}),
     "a fake member in the row": _row({"ben": 0.4, "cid": 0.3, "mallory": 0.3}),
     "another row than the sum was made with": _other_row,

@@ -154,7 +154,6 @@ def _dp_settings(target: Target, examples: int) -> Iterator[tuple[str, PrivateTr
     )
     as_planned = PrivateTrainingSettings(
         optimizer="sgd",
-        physical_batch_size=512,
         steps=_steps(target),
         sampling_rate=rate,
         expected_batch_size=privacy.expected_batch_size,
@@ -193,7 +192,7 @@ def federation(target: Target, prober: Prober, sizes: Sizes, skipped: list[str])
         weights = attack_federation.simulated_weights(
             max(_LEAST_MEMBERS, len(names)), _SIMULATED_ROUNDS, scenario.relevance, scenario.policy, seed
         )
-    results = group_key_results(target)
+    results = group_key_results()
     results += attack_federation.collusion_results(
         weights, scenario.policy, source=source, dp_noise=noise, seed=seed
     )

@@ -19,7 +19,7 @@ from peft import PeftModel
 from fedmosaic.client.adapted import load_adapted
 from fedmosaic.client.colora import read_shared, write_shared
 from fedmosaic.client.dp_branch import only_shared_branch, private_parameters
-from fedmosaic.client.dp_engine import ClosedFormEngine
+from fedmosaic.client.dp_engine import example_gradient
 from fedmosaic.client.dp_training import PrivateTrainingSettings, train_private
 from fedmosaic.client.examples import EncodedExample, Example, collate, encode_examples, padding_token
 from fedmosaic.client.loss import example_losses, training_mode
@@ -135,11 +135,10 @@ class _Trainer:
             expected_batch_size=_EXPECTED_BATCH,
             max_grad_norm=1.0,
             noise_multiplier=event.noise_multiplier,
-            physical_batch_size=_BATCH,
         )
         with only_shared_branch(self.model) as cores:
             train_private(
-                self.model, cores, examples, settings, pad_token_id=self._pad, charge=lambda _event: None,
+                self.model, cores, examples, settings, charge=lambda _event: None,
                 private_parameters=private_parameters(self.model), randomness=SecureNoise(),
             )  # fmt: skip
         return np.asarray(read_shared(self.model), dtype=np.float64)
@@ -157,12 +156,9 @@ class _Trainer:
 
     def _directions(self) -> np.ndarray:
         """Unit gradients of the candidates at the public starting point, downhill."""
-        rows = []
         with only_shared_branch(self.model) as cores, training_mode(self.model, False):
-            engine = ClosedFormEngine(self.model, cores)
-            for batch in _batches(self.candidates):
-                rows.append(engine.example_gradients(collate(batch, self._pad)).detach().double().numpy())
-        found = -np.concatenate(rows)
+            rows = [example_gradient(self.model, cores, example) for example in self.candidates]
+        found = -torch.stack(rows).double().cpu().numpy()
         return np.asarray(found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-300))
 
     @torch.no_grad()

@@ -65,7 +65,7 @@ class VectorLearner:
     def keep_own(self, section: str) -> None:
         """Nothing to keep."""
 
-    def train(self, round_number: int, releases: Releases) -> None:
+    def train(self, round_number: int, releases: Releases, give_up: Callable[[], None]) -> None:
         """Draw the vector of a round."""
         self._round = round_number
         draw = np.random.default_rng([self.seed, round_number]).normal(0, 0.3, self._local.size)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedmosaic.client.examples import EncodedExample, Example, encode_examples, read_examples
-from fedmosaic.client.models import load_base_model
+from fedmosaic.client.models import load_model
 from fedmosaic.client.probe import Probe, gradient_factors, open_probe
 from fedmosaic.client.public_basis import BasisSettings, fit_mechanism
 from fedmosaic.client.settings import ModelSettings
@@ -144,8 +144,7 @@ class Prober:
 
     def factors(self, examples: Sequence[Example]) -> list[GradientFactors]:
         """Gradients of examples as factors, in order."""
-        found = dict(gradient_factors(self.probe, self.encode(examples)))
-        return [found[index] for index in range(len(examples))]
+        return list(gradient_factors(self.probe, self.encode(examples)))
 
 
 def open_prober(target: Target, other: ModelSettings | None = None) -> Prober:
@@ -159,9 +158,7 @@ def open_prober(target: Target, other: ModelSettings | None = None) -> Prober:
         ModelError: the probe cannot be loaded.
     """
     settings, profile = other or target.scenario.probe, target.scenario.profile
-    model, tokenizer = load_base_model(
-        settings.path, settings.dtype, gguf_file=settings.gguf_file, keep_layers=settings.keep_layers
-    )
+    model, tokenizer = load_model(settings)
     probe = open_probe(model)
     fitted = target.directory / "profile" if target.directory is not None else None
     if other is None and fitted is not None and (fitted / _PROFILE).is_file():

@@ -107,8 +107,7 @@ def text_results(
         noise: of the product's release.
         seed: of the references' noise.
     """
-    found = dict(gradient_factors(probe, texts))
-    factors = [found[index] for index in range(len(texts))]
+    factors = list(gradient_factors(probe, texts))
     generator = np.random.default_rng(seed)
     releases = [
         *_references(factors, generator),

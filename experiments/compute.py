@@ -75,7 +75,7 @@ def colora_flops(
 def client_examples(scenario: Scenario, client: ScenarioClient, host: ModelHost) -> list[EncodedExample]:
     """As many of a client's examples as the measurement looks at, in their order."""
     training = scenario.training
-    wanted = MEASURED_STEPS * training.per_device_train_batch_size * training.gradient_accumulation
+    wanted = MEASURED_STEPS * training.per_device_train_batch_size * training.gradient_accumulation_steps
     examples = [example for task in training_examples(client) for example in task][:wanted]
     return encode_examples(host.tokenizer, examples, training.max_length)
 

@@ -18,7 +18,7 @@ from fedmosaic.client.assets import cache_directory
 from fedmosaic.client.settings import ModelSettings
 from fedmosaic.client.training import TrainingSettings
 from fedmosaic.experiments.demo_data import DemoData, build_demo_data
-from fedmosaic.experiments.demo_models import faster_dtype, shallow_demo_models
+from fedmosaic.experiments.demo_models import shallow_demo_models
 from fedmosaic.experiments.report import read_run, show
 from fedmosaic.experiments.runner import run
 from fedmosaic.experiments.scenario import Scenario, ScenarioClient, ScenarioProfile
@@ -83,11 +83,10 @@ def demo_scenario(arguments: Arguments, models: Mapping[int, Path], data: DemoDa
     """
     encrypted = arguments.protection in ("encrypted", "dp+encrypted")
     backends = {"ckks": CkksParameters(), "mask": MaskParameters()}
-    dtype = faster_dtype()
     return Scenario(
         name="demo",
         description=__doc__ or "",
-        probe=ModelSettings(path=str(models[min(models)]), dtype=dtype),
+        probe=ModelSettings(path=str(models[min(models)]), dtype="auto"),
         profile=ScenarioProfile(public_data=data.public, max_length=_MAX_LENGTH),
         adapter=AdapterTerms(protection=arguments.protection),
         adapter_privacy=AdapterPrivacyTerms(
@@ -111,7 +110,7 @@ def demo_scenario(arguments: Arguments, models: Mapping[int, Path], data: DemoDa
                 id=client.client,
                 task=client.task,
                 family=f"smollm2-135m-cut{_LAYERS[client.client]}",
-                model=ModelSettings(path=str(models[_LAYERS[client.client]]), dtype=dtype),
+                model=ModelSettings(path=str(models[_LAYERS[client.client]]), dtype="auto"),
                 train=client.train,
                 test=client.test,
             )

@@ -12,15 +12,13 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import torch
 from rich.console import Console
-from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -160,16 +158,6 @@ def write_model_folder(
     (folder / _MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def faster_dtype() -> Literal["float32", "bfloat16"]:
-    """The floating point type in which this machine multiplies matrices faster, measured in a moment.
-
-    Processors with bfloat16 units (AVX-512 BF16, AMX) are two to three times as fast in bfloat16; those
-    without are about ten times as slow. A processor's name does not tell which, a product does.
-    """
-    seconds = {dtype: _product_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    return "bfloat16" if seconds[torch.bfloat16] < seconds[torch.float32] else "float32"
-
-
 @contextmanager
 def _working(console: Console | None, note: str) -> Iterator[None]:
     """Shows one line while work goes on, in place of the progress bars of transformers."""
@@ -181,17 +169,6 @@ def _working(console: Console | None, note: str) -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # likewise
-
-
-def _product_seconds(dtype: torch.dtype) -> float:
-    """Best of several products of the size of a small decoder's."""
-    inputs, weight = torch.zeros(128, 576, dtype=dtype), torch.zeros(1536, 576, dtype=dtype)
-    best = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        functional.linear(inputs, weight)
-        best = min(best, time.perf_counter() - start)
-    return best
 
 
 def _recipe_digest() -> str:

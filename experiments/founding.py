@@ -35,6 +35,7 @@ def fit_profile(
     console.print("fitting the public basis of the task profile on public data")
     arguments = {
         "--probe": scenario.probe.path,
+        "--device": scenario.probe.device,
         "--dtype": scenario.probe.dtype,
         "--public": str(scenario.profile.public_data),
         "--kind": scenario.profile.kind,

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from fedmosaic.privacy import federation
 from fedmosaic.privacy.configuration import read_configuration, validate
+from fedmosaic.privacy.roster import Roster
 
 _RENEW_WITHIN = dt.timedelta(days=14)
 
@@ -97,6 +98,7 @@ def main(arguments: Sequence[str]) -> int:
             console.print(f"  keep      {out}/consortium/   (it can add members and sign rosters)")
             console.print(f"  hand out  {out}/server/       to whoever runs the server")
             console.print(f"  hand out  {out}/clients/<id>/ to each client, over a channel you both trust")
+            console.print(f"  {_promise(roster)}")
         case Add(member, directory, family):
             entry = validate({"id": member, "family": family}, federation.MemberEntry, "keys add")
             roster = federation.add_member(directory, entry)
@@ -110,6 +112,20 @@ def main(arguments: Sequence[str]) -> int:
         case Show(directory):
             _show(console, directory)
     return 0
+
+
+def _promise(roster: Roster) -> str:
+    """What these terms promise, and do not, of recipients who put their aggregates together."""
+    policy, members = roster.terms.policy, len(roster.members)
+    words = (
+        f"with the aggregates of one round, {policy.withstands} recipient(s) of the {members} members solve "
+        f"for no adapter, {policy.withstands + 1} may"
+    )
+    if policy.withstands < 2 and members > 4:
+        words += "; policy.minimum_contributors = 4 would withstand two"
+    if not roster.terms.adapter.private:
+        words += "; against more recipients, or over rounds, only adapter.protection 'dp' helps"
+    return words
 
 
 def _tell_new_roster(console: Console, directory: Path, serial: int) -> None:

@@ -13,9 +13,9 @@ from typing import Any, Final
 
 from rich.table import Table
 
-from fedmosaic.client.state import write_atomically
 from fedmosaic.experiments.participants import as_result
 from fedmosaic.experiments.scenario import Scenario
+from fedmosaic.privacy.files import write_atomically
 from fedmosaic.protos.errors import ConfigurationError
 
 NEWCOMERS: Final = "newcomers.json"

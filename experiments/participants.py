@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client.evaluation import choice_accuracy
 from fedmosaic.client.examples import Example, read_examples
-from fedmosaic.client.state import write_atomically
 from fedmosaic.experiments.scenario import Scenario, ScenarioClient
 from fedmosaic.experiments.scoring import mean_word_f1, written_answers
 from fedmosaic.experiments.streams import Stream, make_stream
+from fedmosaic.privacy.files import write_atomically
 from fedmosaic.protos.errors import ConfigurationError
 
 EVALUATIONS = "evaluations.json"
@@ -42,7 +42,7 @@ def client_stream(scenario: Scenario, index: int) -> Stream | None:
         training_examples(scenario.clients[index]),
         scenario.schedule.rounds,
         scenario.stream,
-        training.steps * training.gradient_accumulation,
+        training.steps * training.gradient_accumulation_steps,
         training.per_device_train_batch_size,
         client_seed(scenario, index),
     )

@@ -10,9 +10,11 @@ from typing import Literal
 import tyro
 
 from fedmosaic.client.examples import encode_examples, read_examples
-from fedmosaic.client.models import load_base_model
+from fedmosaic.client.hardware import DeviceName, DtypeName
+from fedmosaic.client.models import load_model
 from fedmosaic.client.probe import open_probe
 from fedmosaic.client.public_basis import BasisSettings, fit_mechanism
+from fedmosaic.client.settings import ModelSettings
 from fedmosaic.privacy.federation import BASIS
 from fedmosaic.privacy.mechanism import ProfileMechanism, Reduction
 
@@ -41,7 +43,9 @@ class Arguments:
     """Directions of the output gradient that `kronecker` keeps; of the input it keeps dimensions / left."""
     noise_multiplier: float = 8.0
     """σ, the noise's standard deviation over the clipping norm. 8 costs ε = 0.43 at δ = 1e-5 by itself."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: DeviceName = "auto"
+    """Where the probe computes."""
+    dtype: DtypeName = "float32"
     """Weights of the probe in memory."""
     keep_layers: int | None = None
     """Cut the probe to its first layers."""
@@ -53,7 +57,14 @@ class Arguments:
 
 def fit(arguments: Arguments) -> ProfileMechanism:
     """Fit the map and write it; see `Arguments`."""
-    model, tokenizer = load_base_model(arguments.probe, arguments.dtype, keep_layers=arguments.keep_layers)
+    model, tokenizer = load_model(
+        ModelSettings(
+            path=arguments.probe,
+            device=arguments.device,
+            dtype=arguments.dtype,
+            keep_layers=arguments.keep_layers,
+        )
+    )
     probe = open_probe(model)
     standardise: Literal["none", "whiten"] = "none" if arguments.kind == "coordinates" else "whiten"
     mechanism, basis = fit_mechanism(

@@ -125,8 +125,7 @@ def cached_factors(probe: Probe, examples: Sequence[EncodedExample], cache: Path
     """
     path = cache / f"{_key(probe, examples)}.safetensors"
     if not path.exists():
-        found = dict(gradient_factors(probe, examples))
-        ordered = [found[index] for index in range(len(examples))]
+        ordered = list(gradient_factors(probe, examples))
         cache.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         arrays = {

@@ -241,7 +241,9 @@ def merged_statement(record: RunRecord) -> PrivacyStatement | None:
     statements = list(usable_statements(record)[0].values())
     if not statements:
         return None
-    return statements[0].model_copy(
+    # Of what coalitions can solve for, the worst that any of them saw.
+    worst = min(statements, key=lambda s: s.coalition_rows[0].contributors if s.coalition_rows else 0)
+    return worst.model_copy(
         update={
             "clients": tuple(client for s in statements for client in s.clients),
             "no_guarantee": any(s.no_guarantee for s in statements),

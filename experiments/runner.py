@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from transformers.utils.logging import disable_progress_bar
 
-from fedmosaic.client.state import hold_directory, write_atomically
+from fedmosaic.client.state import hold_directory
 from fedmosaic.experiments.client_processes import check_as_processes, client_process
 from fedmosaic.experiments.founding import fit_profile, found_federation
 from fedmosaic.experiments.methods import simulate_method
@@ -34,6 +34,7 @@ from fedmosaic.experiments.processes import (
 from fedmosaic.experiments.report import read_run, show
 from fedmosaic.experiments.scenario import Scenario
 from fedmosaic.privacy.configuration import read_configuration, validate
+from fedmosaic.privacy.files import write_atomically
 from fedmosaic.protos.errors import ConfigurationError
 
 _SCENARIO, _RUN = "scenario.json", "run.json"

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedmosaic.client.examples import Example, encode_examples
-from fedmosaic.client.models import load_base_model
+from fedmosaic.client.models import load_model
 from fedmosaic.client.probe import open_probe
 from fedmosaic.client.profile import release_profile
 from fedmosaic.client.releases import MakeRelease, Randomness
@@ -29,9 +29,7 @@ class SharedProbe:
             basis: file of the public basis, if the mechanism names one.
             max_length: tokens of an example that are read.
         """
-        model, self._tokenizer = load_base_model(
-            settings.path, settings.dtype, gguf_file=settings.gguf_file, keep_layers=settings.keep_layers
-        )
+        model, self._tokenizer = load_model(settings)
         self._probe = open_probe(model)
         self._map = PublicMap(mechanism, PublicBasis.load(basis) if mechanism.basis_sha256 else None)
         self._max_length = max_length

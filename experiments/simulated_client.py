@@ -113,10 +113,10 @@ class TurnTakingLearner:
         with self._host.lent_to(self.tenant):
             self.inner.keep_own(section)
 
-    def train(self, round_number: int, releases: Releases) -> None:
+    def train(self, round_number: int, releases: Releases, give_up: Callable[[], None]) -> None:
         """See `fedmosaic.client.session.Learner`; then score, if this round is to be scored."""
         with self._host.lent_to(self.tenant):
-            self.inner.train(round_number, releases)
+            self.inner.train(round_number, releases, give_up)
             self._scored(round_number)
 
     def sections(self) -> Mapping[str, np.ndarray]:

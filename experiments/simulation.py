@@ -22,7 +22,7 @@ from fedmosaic.client.protection import Identity, Protection
 from fedmosaic.client.releases import AdapterPlan, Releases, budgeted_channels, plan_adapter, sampling_rate
 from fedmosaic.client.session import Session
 from fedmosaic.client.settings import ClientSettings, DataSettings
-from fedmosaic.client.state import ClientState, write_atomically
+from fedmosaic.client.state import ClientState
 from fedmosaic.client.statement import build_statement
 from fedmosaic.experiments.compute import client_examples, colora_flops, equal_steps, training_cost
 from fedmosaic.experiments.founding import agreed_adapter, fit_profile, found_federation
@@ -47,6 +47,7 @@ from fedmosaic.experiments.simulated_client import StreamLearner, StreamReleases
 from fedmosaic.experiments.simulated_newcomers import Federation, adapt_newcomers
 from fedmosaic.privacy.accounting import default_delta
 from fedmosaic.privacy.federation import open_kit
+from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.ledger import Ledger
 from fedmosaic.privacy.noise import SecureNoise, SeededTestNoise
 from fedmosaic.privacy.roster import AdapterTerms
@@ -316,7 +317,13 @@ class _Client:
         evaluations = read_evaluations(self.state.directory)
         # One after the other: the accountants remember what they computed, and most clients ask the same.
         with COMPUTE:
-            statement = build_statement(self.kit.roster, self.state.record.run_id, self.ledger, self.plan)
+            statement = build_statement(
+                self.kit.roster,
+                self.state.record.run_id,
+                self.ledger,
+                self.plan,
+                smallest_row=self.state.smallest_row(),
+            )
         statement = statement.model_copy(update={"transport": "in_process"})
         write_atomically(self.state.directory / STATEMENT, statement.model_dump_json(indent=2).encode())
         scores = (

@@ -73,11 +73,11 @@ class FederationConfig(Frozen):
 
 def _too_few(members: int, terms: Terms) -> str:
     """What so many members cannot do under these terms; empty if they can."""
-    needed = terms.policy.minimum_contributors + 1
+    needed = terms.policy.fewest_contributors + 1
     if members < needed:
         return (
             f"{members} members cannot receive anything under a policy of "
-            f"{terms.policy.minimum_contributors} contributors other than the recipient: name at "
+            f"{terms.policy.fewest_contributors} contributors other than the recipient: name at "
             f"least {needed}"
         )
     if terms.schedule.quorum > members:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from fedmosaic.privacy.files import private_opener, sync_directory, write_atomically
 from fedmosaic.privacy.ledger_rows import LedgerRow, charges, check_chain, check_seen, epoch_of_hashes
 from fedmosaic.protos.errors import LedgerError
 
@@ -61,9 +62,9 @@ class LedgerStore:
                 + "; restore it, because what it says is spent stays spent"
             )
         if not existed:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-            _sync_directory(path.parent)
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            os.close(private_opener(str(path), os.O_CREAT | os.O_RDWR))
+            sync_directory(path.parent)
         with self._reported():
             uri = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rw'}"
             self._connection = sqlite3.connect(
@@ -150,16 +151,8 @@ class LedgerStore:
 
     def write_head(self, row: LedgerRow) -> None:
         """Replace the head file durably by this row's sequence and hash."""
-        temporary = self.head_path.with_name(self.head_path.name + ".new")
         content = json.dumps({"sequence": row.sequence, "hash": row.hash}).encode()
-        descriptor = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
-        try:
-            os.write(descriptor, content)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        temporary.replace(self.head_path)
-        _sync_directory(self.path.parent)
+        write_atomically(self.head_path, content)
 
     def read_head(self) -> tuple[int, str] | None:
         """Sequence and hash of the last row when the head file was written; None when there is none.
@@ -286,13 +279,3 @@ def _row(values: Sequence[object]) -> LedgerRow:
             f"the privacy ledger is damaged at row {fields['sequence']}: impossible {where}; restore it "
             "from a copy"
         ) from None
-
-
-def _sync_directory(path: Path) -> None:
-    if os.name == "nt":  # Windows has no directory handles to sync
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fedmosaic.privacy.files import write_atomically
 from fedmosaic.protos.errors import EncryptionError, StateError
 
 NONCE_BYTES = 16
@@ -109,19 +110,7 @@ class NonceCounter:
         return state
 
     def _write(self, state: _State) -> None:
-        temporary = self._path.with_name(self._path.name + ".new")
-        with open(temporary, "wb") as file:
-            file.write(json.dumps(state.model_dump(), sort_keys=True).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self._path)
-        if os.name == "posix":
-            # The new name is durable only when the folder is.
-            folder = os.open(self._path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        write_atomically(self._path, json.dumps(state.model_dump(), sort_keys=True).encode() + b"\n")
         self._state = state
 
 

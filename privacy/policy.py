@@ -4,12 +4,17 @@ The output of an aggregation leaks whatever its cryptography: with two contribut
 *is* the adapter of the other. The rules here are the only protection against that, so the party that can
 refuse, the client, checks them itself; the server checks them as a courtesy, to fail early.
 
+A client sees its own row only. What several rows tell together (`fedmosaic.privacy.coalitions`) the server
+has to plan for, and a server that does not keep its word, with two recipients, has any adapter it likes:
+rows (v, x, x) and (v', x', x') each keep every rule, and a difference of them is V alone.
+
 Family sharing averages over a subgroup; its rows are `WeightRow`s of their own and pass the same checks.
 """
 
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -24,12 +29,32 @@ class AggregationPolicy(BaseModel):
     Attributes:
         minimum_contributors: Least number of members other than the recipient with a weight above zero.
         weight_cap: Largest share of one contributor, in (0, 1].
+        squares_cap: Largest sum Σ w² of the squared shares, in (0, 1]; 1 / Σ w² is the effective number of
+            contributors. Two shares together are at most √(2 · squares_cap): by default 0.85 of any row, and
+            0.8 of a row of three.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     minimum_contributors: int = Field(default=3, ge=1)
     weight_cap: float = Field(default=0.5, gt=0.0, le=1.0, allow_inf_nan=False)
+    squares_cap: float = Field(default=0.36, gt=0.0, le=1.0, allow_inf_nan=False)
+
+    @property
+    def fewest_contributors(self) -> int:
+        """Contributors other than the recipient without which no row can keep all limits."""
+        by_weight, by_squares = _fewest_under(self.weight_cap), math.ceil(1 / Fraction(self.squares_cap))
+        return max(self.minimum_contributors, by_weight, by_squares)
+
+    @property
+    def withstands(self) -> int:
+        """Recipients who, put together, solve for no adapter with the rows of one round.
+
+        Promised where the server keeps to its plan: k recipients that are one another's contributors hold
+        k equations in at least `fewest_contributors` − (k − 1) unknown adapters. Two is as far as rows are
+        planned.
+        """
+        return min(2, self.fewest_contributors // 2)
 
 
 @dataclass(frozen=True)
@@ -109,10 +134,10 @@ def cap_weights(weights: Sequence[float], cap: float) -> tuple[float, ...]:
     positive = sorted(
         (index for index, weight in enumerate(weights) if weight > 0.0), key=lambda i: -weights[i]
     )
-    if len(positive) * cap < 1.0 - 1e-12:
+    if len(positive) < _fewest_under(cap):
         raise PolicyError(
             f"{len(positive)} contributors with a weight above zero cannot each stay at or below {cap}: "
-            f"at least {math.ceil(1.0 / cap - 1e-12)} are needed; the recipient gets no aggregate this round"
+            f"at least {_fewest_under(cap)} are needed; the recipient gets no aggregate this round"
         )
     shares = [0.0] * len(weights)
     remaining, budget = positive, 1.0
@@ -128,6 +153,44 @@ def cap_weights(weights: Sequence[float], cap: float) -> tuple[float, ...]:
         remaining = remaining[1:]
         budget = 1.0 - (len(positive) - len(remaining)) * cap
     return tuple(shares)
+
+
+def spread_weights(shares: Sequence[float], squares_cap: float, bits: int) -> tuple[float, ...]:
+    """Mix shares with equal ones, as little as possible, until the sum of their squares keeps a cap.
+
+    With s = Σ w² over n shares above zero, (1 − λ) w + λ / n has the sum 1/n + (1 − λ)² (s − 1/n). It is the
+    nearest row, in Euclidean distance, that keeps the cap; the order of the shares is kept, and zeros stay.
+
+    Args:
+        shares: (m,) ≥ 0 that sum to 1, as `cap_weights` gives.
+        squares_cap: Largest sum of squares, in (0, 1].
+        bits: Precision to which the row is rounded afterwards; room for that is left.
+
+    Returns:
+        (m,) shares that sum to 1.
+
+    Raises:
+        PolicyError: If too few are above zero for the cap to hold.
+    """
+    count = sum(share > 0.0 for share in shares)
+    if count * Fraction(squares_cap) < 1:
+        raise PolicyError(
+            f"the squared weights of {count} contributors cannot sum to {squares_cap} or less: at least "
+            f"{math.ceil(1 / Fraction(squares_cap))} are needed; the recipient gets no aggregate this round"
+        )
+    even = 1.0 / count
+    # Rounding moves every share by less than a unit u = 2^-bits, so Σ w² by less than 2 u Σ w + n u².
+    limit = max(even, squares_cap - math.ldexp(2.0, -bits) - math.ldexp(count, -2 * bits))
+    squares = math.fsum(share * share for share in shares)
+    if squares <= limit:
+        return tuple(shares)
+    kept = math.sqrt((limit - even) / (squares - even))
+    return tuple(kept * share + (1.0 - kept) * even if share > 0.0 else 0.0 for share in shares)
+
+
+def _fewest_under(cap: float) -> int:
+    """Shares of at most `cap` that are needed to make up a whole; a cap of 1/3 in float64 is met by three."""
+    return math.ceil(1.0 / cap - 1e-12)
 
 
 def _check_shape(row: WeightRow) -> frozenset[str]:
@@ -167,4 +230,11 @@ def _check_limits(row: WeightRow, names: frozenset[str], policy: AggregationPoli
             f"contributor {row.contributors[row.weights.index(largest)]!r} has a share of "
             f"{largest / (1 << row.bits):.4f}, above the cap of "
             f"{policy.weight_cap}: cap and renormalise the row"
+        )
+    squares = Fraction(sum(weight * weight for weight in row.weights), 1 << 2 * row.bits)
+    if squares > Fraction(policy.squares_cap):
+        raise PolicyError(
+            f"the squared weights of the row sum to {float(squares):.4f}, above the cap of "
+            f"{policy.squares_cap}: {float(1 / squares):.2f} contributors in effect, where "
+            f"{1 / policy.squares_cap:.2f} are required; spread the row"
         )

@@ -97,6 +97,12 @@ class StatementInputs(Frozen):
     """Contributors other than the recipient that every aggregate needs."""
     weight_cap: float = Field(default=0.5, gt=0.0, le=1.0)
     """Largest share of one contributor in an aggregate."""
+    squares_cap: float = Field(default=0.36, gt=0.0, le=1.0)
+    """Largest sum of the squared shares of an aggregate."""
+    rounds: int = Field(default=2, ge=1)
+    """Rounds of the run; a recipient receives one aggregate in each but the first."""
+    smallest_row: int | None = Field(default=None, ge=1)
+    """Fewest contributors of any aggregate that the clients accepted; None where they accepted none."""
     coalition_rows: tuple[CoalitionRows, ...] = ()
     """Independent rows per coalition size."""
     metrics_shared: bool = False

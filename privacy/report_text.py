@@ -258,7 +258,12 @@ def _coalitions(statement: PrivacyStatement) -> RenderableType:
             f"{rows.colluding_recipients} recipient(s) hold at most {rows.independent_rows} independent "
             f"combinations of {rows.contributors} adapters"
             + (
-                ": enough to solve for every one of them"
+                ": enough to solve for every one of them, "
+                + (
+                    "with the rows of one round"
+                    if rows.colluding_recipients >= rows.contributors
+                    else "if adapters hardly move between rounds"
+                )
                 if rows.independent_rows >= rows.contributors
                 else ""
             )

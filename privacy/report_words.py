@@ -6,6 +6,7 @@ They are those of the project's threat model, and no stronger.
 from collections.abc import Iterable
 from typing import Literal
 
+from fedmosaic.privacy.coalitions import counted_coalition
 from fedmosaic.privacy.report_models import (
     Adversary,
     Cover,
@@ -169,14 +170,38 @@ def leaks(inputs: StatementInputs, any_unprotected: bool) -> tuple[str, ...]:
         found.insert(0, METRICS_LEAK)
     found.append(
         f"Every aggregate combines at least {inputs.minimum_contributors} contributors other than the "
-        f"recipient, each with a weight of at most {inputs.weight_cap:g}. That hides no single adapter from "
-        "recipients who put several rows together"
-        + (
-            "; nothing but DP on the adapter would, and there is none."
-            if any_unprotected
-            else "; DP bounds it."
-        )
+        f"recipient, each with a weight of at most {inputs.weight_cap:g}, and squared weights that sum to at "
+        f"most {inputs.squares_cap:g}. " + _collusion(inputs, any_unprotected)
     )
     if inputs.encryption.startswith("ckks"):
         found.append(UNCHECKED_ROWS_LEAK)
     return tuple(found)
+
+
+def _collusion(inputs: StatementInputs, any_unprotected: bool) -> str:
+    """The true number of recipients that suffices, from the smallest set of contributors that occurred."""
+    fewest = inputs.minimum_contributors
+    smallest = fewest if inputs.smallest_row is None else inputs.smallest_row
+    aggregates = inputs.rounds - 1
+    seen = f"the smallest aggregate received here had {smallest}"
+    if inputs.smallest_row is None:
+        seen = f"none was received here, the least allowed is {smallest}"
+    words = (
+        f"That hides no single adapter from recipients who put rows together: {seen}, and "
+        f"{counted_coalition(smallest, 1)} recipient(s) solve for those with one row each"
+    )
+    if aggregates > 1:
+        words += (
+            f", {counted_coalition(smallest, aggregates)} with the {aggregates} rows of the run if adapters "
+            "hardly move"
+        )
+    if smallest > fewest:
+        words += (
+            f"; aggregates of others, not seen here, may have {fewest}: then {counted_coalition(fewest, 1)}"
+        )
+    words += "; two suffice, whatever the number, if a malicious server chooses their rows"
+    return words + (
+        ". Nothing but DP on the adapter would help, and there is none."
+        if any_unprotected
+        else ". DP bounds it."
+    )

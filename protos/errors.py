@@ -18,6 +18,7 @@
     │   └── CiphertextError     an encrypted record is malformed, altered, stale or foreign
     ├── StateError              state on disk is missing, damaged or of another run
     └── ModelError              a model or adapter cannot be used as configured
+        └── TrainingError       training left the finite numbers, or moved nothing
 
 Messages say what was wrong, the value, what would be right, and what to do next. They never
 contain private values: no examples, no gradients, no keys.
@@ -94,3 +95,15 @@ class StateError(FedMosaicError):
 
 class ModelError(FedMosaicError):
     """A model or an adapter cannot be used as configured."""
+
+
+class TrainingError(ModelError):
+    """Training left the finite numbers, or moved nothing.
+
+    Attributes:
+        steps: Optimizer steps that were spent, the failing one included.
+    """
+
+    def __init__(self, message: str, steps: int) -> None:
+        super().__init__(message)
+        self.steps = steps

@@ -1,19 +1,36 @@
 """Who gets which combination of the uploads, and when a combination is refused.
 
-From relevance to integer weight rows that keep the policy. The sums themselves are the back end's work;
-blocks of different architectures are matched by their index in the shared vector's layout.
+From relevance to integer weight rows that keep the policy, and of which no two solve for a single adapter
+where that can be had. The sums themselves are the back end's work; blocks of different architectures are
+matched by their index in the shared vector's layout.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+import hashlib
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
+from fedmosaic.privacy.coalitions import SOLVED, estimate_errors, pair_errors
 from fedmosaic.privacy.encryption.weights import integer_weights
-from fedmosaic.privacy.policy import AggregationPolicy, WeightRow, cap_weights, check_row
+from fedmosaic.privacy.policy import (
+    AggregationPolicy,
+    WeightRow,
+    cap_weights,
+    check_row,
+    spread_weights,
+)
 from fedmosaic.protos.errors import PolicyError
 from fedmosaic.protos.messages import SectionName
 from fedmosaic.server.relevance import FloatArray, Relevance, softmax_weights
+
+_TILTS: Final = 10
+"""Rows that are tried for a recipient beside the one that relevance asks for."""
+_TILT: Final = 0.025
+"""How much further each of them moves a weight at most; the last one by a quarter."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +65,14 @@ class Plan:
         group: the group.
         rows: one weight row per recipient that gets an aggregate, by recipient.
         refusals: why a recipient gets none, by recipient.
+        smallest_coalition: recipients who together solve for an adapter with these rows: 1, 2, or None where
+            that takes more.
     """
 
     group: Group
     rows: Mapping[str, WeightRow]
     refusals: Mapping[str, str]
+    smallest_coalition: int | None
 
 
 def section_label(section: SectionName, family: str) -> str:
@@ -99,8 +119,13 @@ def plan(
 ) -> Plan:
     """Weight rows of one group.
 
-    Every recipient's softmax runs over the group's contributors but itself, is capped, and is rounded to
-    integers that sum to 2**bits. Contributors whose weight rounds to zero are left out of the row.
+    Every recipient's softmax runs over the group's contributors but itself, is capped and spread, and is
+    rounded to integers that sum to 2**bits. Contributors whose weight rounds to zero are left out of the row.
+
+    A row that, with the row of an earlier recipient (by name), solves for a single adapter is tilted: each
+    weight is moved by up to some per cent, up or down, until no pair does. Between four members nothing
+    helps, two equations being enough for two unknowns. Where the policy promises more than one recipient
+    (`AggregationPolicy.withstands`), the later of the two is then refused.
 
     Args:
         group: who contributes and who receives.
@@ -119,14 +144,79 @@ def plan(
     weights_NN = softmax_weights(relevance, temperature, present, wanted)
     rows: dict[str, WeightRow] = {}
     refusals: dict[str, str] = {}
-    for index, recipient in enumerate(clients):
-        if not wanted[index]:
-            continue
+    order: list[int] = []
+    shares_RN = np.zeros((len(clients), len(clients)))
+    smallest: int | None = None
+    for index in sorted(np.flatnonzero(wanted).tolist(), key=lambda i: clients[i]):
+        recipient = clients[index]
         try:
-            rows[recipient] = _row(recipient, weights_NN[index], clients, policy, bits, round_number)
+            row, solved = _separate_row(
+                index, weights_NN[index], clients, policy, bits, round_number, order, shares_RN[: len(order)]
+            )
         except PolicyError as error:
             refusals[recipient] = f"round {round_number}, {group.label}: {error}"
-    return Plan(group, rows, refusals)
+            continue
+        rows[recipient], shares_RN[len(order)] = row, _shares(row, clients)
+        order.append(index)
+        if solved:
+            smallest = 2
+    if any(estimate_errors(row_N[None, :]).min() < SOLVED for row_N in shares_RN[: len(order)]):
+        smallest = 1
+    return Plan(group, rows, refusals, smallest)
+
+
+def _separate_row(
+    index: int,
+    weights_N: FloatArray,
+    clients: Sequence[str],
+    policy: AggregationPolicy,
+    bits: int,
+    round_number: int,
+    others: Sequence[int],
+    others_RN: FloatArray,
+) -> tuple[WeightRow, bool]:
+    """A row with which no pair of recipients solves for an adapter, if there is one; and whether one does."""
+    candidates = _candidates(clients[index], weights_N, clients, policy, bits, round_number)
+    first = next(candidates)
+    for row in itertools.chain((first,), candidates):
+        if pair_errors(index, _shares(row, clients), others, others_RN).min(initial=1.0) >= SOLVED:
+            return row, False
+    if policy.withstands > 1:
+        raise PolicyError(
+            f"{policy.withstands} recipients together must not solve for an adapter, and no row of this one "
+            "was found with which none could: more contributors are needed"
+        )
+    return first, True
+
+
+def _candidates(
+    recipient: str,
+    weights_N: FloatArray,
+    clients: Sequence[str],
+    policy: AggregationPolicy,
+    bits: int,
+    round_number: int,
+) -> Iterator[WeightRow]:
+    """The row that relevance asks for, then tilted ones; a tilted one that breaks the policy is left out."""
+    yield _row(recipient, weights_N, clients, policy, bits, round_number)
+    for step in range(1, _TILTS + 1):
+        with suppress(PolicyError):
+            yield _row(
+                recipient, weights_N * _tilt(recipient, clients, step), clients, policy, bits, round_number
+            )
+
+
+def _tilt(recipient: str, clients: Sequence[str], step: int) -> FloatArray:
+    """(N,) factors around 1, by names and so the same on every machine."""
+    digests = (hashlib.sha256(f"{recipient}/{client}/{step}".encode()).digest() for client in clients)
+    signs_N = np.array([int.from_bytes(digest[:4], "little") / 2**31 - 1.0 for digest in digests])
+    return 1.0 + _TILT * step * signs_N
+
+
+def _shares(row: WeightRow, clients: Sequence[str]) -> FloatArray:
+    """(N,) shares of a row in the order of the clients; zeros for those it leaves out."""
+    found = dict(zip(row.contributors, row.weights, strict=True))
+    return np.array([found.get(client, 0) for client in clients]) / 2.0**row.bits
 
 
 def _row(
@@ -144,7 +234,7 @@ def _row(
             f"{policy.minimum_contributors} are required"
         )
     shares = cap_weights(weights_N[weights_N > 0.0].tolist(), policy.weight_cap)
-    integers = integer_weights(np.array(shares), bits)
+    integers = integer_weights(np.array(spread_weights(shares, policy.squares_cap, bits)), bits)
     kept = [(name, int(w)) for name, w in zip(contributors, integers, strict=True) if w > 0]
     row = WeightRow(round_number, recipient, tuple(name for name, _ in kept), tuple(w for _, w in kept), bits)
     check_row(recipient, row, policy, round_number=round_number)

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Final, Literal
 
+from fedmosaic.privacy.files import private_directory, private_opener, sync_directory, write_atomically
 from fedmosaic.protos.errors import StateError
 
 Area = Literal["uploads", "aggregates"]
@@ -31,7 +32,7 @@ class Blobs:
         """Open or create the folder.
 
         Args:
-            root: the server's state folder, created with mode 0700.
+            root: the server's state folder, made if missing; closed to other users if it is open to them.
             durable: False skips fsync.
 
         Raises:
@@ -39,13 +40,13 @@ class Blobs:
         """
         self._root = root
         self._durable = durable
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_directory(root)
         self._lock = self._take_lock()
         for name in ("spool", "uploads", "aggregates"):
-            (root / name).mkdir(exist_ok=True, mode=0o700)
+            private_directory(root / name)
 
     def _take_lock(self) -> IO[bytes]:
-        lock = (self._root / "lock").open("ab")
+        lock = open(self._root / "lock", "ab", opener=private_opener)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -75,12 +76,7 @@ class Blobs:
         """Write a blob; one of this name is replaced."""
         path = self.path(area, round_number, name)
         self._ensure(path.parent)
-        temporary = path.with_suffix(".new")
-        with temporary.open("wb") as file:
-            file.write(content)
-            self._flush(file)
-        temporary.replace(path)
-        self._flush_directory(path.parent)
+        write_atomically(path, content, durable=self._durable)
 
     def adopt(self, spooled: Path, round_number: int, client: str) -> None:
         """Move an upload that has arrived into its place."""
@@ -122,13 +118,8 @@ class Blobs:
             os.fsync(file.fileno())
 
     def _flush_directory(self, folder: Path) -> None:
-        if not self._durable:
-            return
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        if self._durable:
+            sync_directory(folder)
 
 
 def map_file(path: Path) -> memoryview:

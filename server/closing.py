@@ -83,6 +83,7 @@ def close_round(
         "uniform_weights_for": unsure,
         "weights": {p.group.label: {r: _shares(row) for r, row in p.rows.items()} for p in plans},
         "refusals": {p.group.label: dict(p.refusals) for p in plans},
+        "smallest_coalition": {p.group.label: p.smallest_coalition for p in plans},
         "seconds_aggregating": round(time.perf_counter() - started, 6),
     }
     lines = [f"{recipient} trains alone: {why}" for p in plans for recipient, why in p.refusals.items()]

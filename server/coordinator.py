@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Literal
 
 from fedmosaic.privacy.encryption.aggregators import create_aggregator
+from fedmosaic.privacy.files import private_opener
 from fedmosaic.protos.messages import (
     Aggregate,
     Enrolled,
@@ -175,9 +176,8 @@ class Coordinator:
         ticket = self.announce(client_id, header)
         if isinstance(ticket, Receipt):
             return ticket
-        with ticket.spool.open("wb") as file:
-            for section in upload.sections:
-                file.write(section.payload)
+        with open(ticket.spool, "wb", opener=private_opener) as file:
+            file.writelines(section.payload for section in upload.sections)
         return self.commit(client_id, header, ticket)
 
     def _judge(

@@ -13,6 +13,7 @@ import grpc
 from google.protobuf.message import Message
 from grpc import aio
 
+from fedmosaic.privacy.files import private_opener
 from fedmosaic.protos import bounds, wire
 from fedmosaic.protos.errors import FedMosaicError, WireError
 from fedmosaic.protos.messages import Receipt, UploadHeader
@@ -215,7 +216,7 @@ class FederationService(rpc.FederationServicer):
         position, counted = offset, 0
         if ticket.size == 0:
             return 0
-        with ticket.spool.open("r+b" if ticket.spool.exists() else "wb") as spool:
+        with open(ticket.spool, "r+b" if ticket.spool.exists() else "wb", opener=private_opener) as spool:
             spool.truncate(offset)
             spool.seek(offset)
             while position < ticket.size:

@@ -21,6 +21,7 @@ from fedmosaic.protos.errors import ConfigurationError, FedMosaicError
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
 from fedmosaic.server.coordinator import Coordinator
+from fedmosaic.server.limits import CallLimit, channel_options
 from fedmosaic.server.service import FederationService
 from fedmosaic.server.settings import ServerSettings, TlsFiles
 from fedmosaic.server.waiting import Changes
@@ -64,7 +65,8 @@ async def running(settings: ServerSettings) -> AsyncIterator[int]:
     coordinator = await asyncio.to_thread(Coordinator, settings)
     changes = Changes()
     coordinator.subscribe(changes.notify)
-    server = aio.server(options=_OPTIONS)
+    options = (*_OPTIONS, *channel_options(len(settings.members)))
+    server = aio.server(interceptors=(CallLimit(),), options=options)
     checks = health.aio.HealthServicer()
     rpc.add_FederationServicer_to_server(FederationService(coordinator, changes), server)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)

@@ -109,7 +109,7 @@ class ServerSettings(Frozen):
         if self.minimum_epoch_members > len(self.members):
             raise ValueError(
                 f"{len(self.members)} members cannot receive anything under a policy of "
-                f"{self.policy.minimum_contributors} contributors other than the recipient"
+                f"{self.policy.fewest_contributors} contributors other than the recipient"
             )
         return self
 
@@ -121,7 +121,7 @@ class ServerSettings(Frozen):
     @property
     def minimum_epoch_members(self) -> int:
         """Fewest members of a key epoch: with fewer, no recipient could receive anything."""
-        return self.policy.minimum_contributors + 1
+        return self.policy.fewest_contributors + 1
 
     def family(self, client: str) -> str:
         """Family in which a member shares the LoRA of its other layers; empty if it shares none."""

@@ -5,6 +5,7 @@ Payloads are files (`blobs`); profiles, weights and key messages are small and s
 """
 
 import json
+import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 import sqlalchemy as sa
 
+from fedmosaic.privacy.files import private_opener
 from fedmosaic.protos.errors import StateError
 from fedmosaic.protos.messages import Enrolment, KeyMessage, Profile, SectionHeader, UploadHeader
 from fedmosaic.server import tables
@@ -62,12 +64,13 @@ class Store:
         try:
             self._engine = sa.create_engine(url)
             if self._engine.dialect.name == "sqlite":
+                _make_private(self._engine.url.database)
                 _configure_sqlite(self._engine, durable=durable)
             tables.metadata.create_all(self._engine)
             version = self.get("schema")
             if version is None:
                 self.put({"schema": _SCHEMA_VERSION})
-        except (sa.exc.SQLAlchemyError, ImportError) as error:
+        except (sa.exc.SQLAlchemyError, ImportError, OSError) as error:
             raise StateError(
                 f"the server's database cannot be opened ({type(error).__name__}: {error}); check "
                 "store_url, and that the database runs"
@@ -306,6 +309,12 @@ class Store:
 def default_url(state_dir: Path) -> str:
     """SQLite inside the state folder."""
     return f"sqlite:///{state_dir / 'server.db'}"
+
+
+def _make_private(database: str | None) -> None:
+    """Make the file of a database before SQLite does, with a mode that its journals then take over."""
+    if database and database != ":memory:":
+        os.close(private_opener(database, os.O_CREAT | os.O_RDWR))
 
 
 def _configure_sqlite(engine: sa.Engine, *, durable: bool) -> None:

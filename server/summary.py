@@ -1,13 +1,13 @@
 """The server's account of a run, `run.json` in its state folder. It holds no key and no payload."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic_core import from_json
 
 from fedmosaic import __version__
+from fedmosaic.privacy.files import write_atomically
 from fedmosaic.protos.messages import PROTOCOL_VERSION
 from fedmosaic.server.rounds import Round
 from fedmosaic.server.settings import ServerSettings
@@ -65,10 +65,5 @@ def _statements(store: Store) -> tuple[dict[str, object], list[str]]:
 
 def write_summary(state_dir: Path, summary: Mapping[str, object]) -> None:
     """Replace `run.json`, so that a reader sees the old or the new one."""
-    path = state_dir / FILE
-    temporary = path.with_suffix(".new")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump(summary, file, indent=1)
-        file.write("\n")
-    temporary.replace(path)
+    content = json.dumps(summary, indent=1).encode() + b"\n"
+    write_atomically(state_dir / FILE, content, durable=False)

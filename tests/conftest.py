@@ -1,6 +1,12 @@
-"""How property tests draw their examples: the same ones on every machine, and without a clock."""
+"""What all tests share: the devices of this machine, and how property tests draw their examples."""
 
+from collections.abc import Iterator
+
+import pytest
+import torch
 from hypothesis import HealthCheck, settings
+
+import devices
 
 # A slow or busy machine says nothing about the code, so no example has a deadline.
 settings.register_profile(
@@ -9,3 +15,20 @@ settings.register_profile(
 # `make test-slow` looks for new counterexamples, and prints how to repeat the one it finds.
 settings.register_profile("searching", settings.get_profile("repeatable"), derandomize=False, print_blob=True)
 settings.load_profile("repeatable")
+
+
+def _devices() -> Iterator[object]:
+    yield pytest.param("cpu", id="cpu")
+    # The marks let `make test-gpu` run these alone.
+    if torch.cuda.is_available():
+        yield pytest.param("cuda:0", id="cuda", marks=pytest.mark.gpu)
+    if torch.backends.mps.is_available():
+        yield pytest.param("mps", id="mps", marks=pytest.mark.gpu)
+
+
+@pytest.fixture(scope="session", params=list(_devices()))
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device that this machine has: a privacy test that touches tensors runs on all of them."""
+    chosen = torch.device(request.param)
+    devices.choose(chosen)
+    return chosen

@@ -270,14 +270,23 @@ class CoLoraLayer(nn.Module, BaseTunerLayer):
             self.linear.register_parameter("bias", None)
             self._bias_was_added = False
 
+    def check_mergeable(self) -> None:
+        """Refuse quantised base weights.
+
+        Raises:
+            ModelError: the weights are no floating point numbers, so that a small change cannot be added.
+        """
+        if not self.linear.weight.is_floating_point():
+            raise ModelError(
+                f"The base weights are quantised ({self.linear.weight.dtype}), so an adapter cannot be "
+                "merged into them: a change smaller than a step of their grid would be lost. Load the model "
+                "without quantization, in float32 or bfloat16, to merge."
+            )
+
     @torch.no_grad()
     def _add_to_base(self, delta: MergeDelta, *, sign: float, safe: bool) -> None:
+        self.check_mergeable()
         base = self.linear
-        if not base.weight.is_floating_point():
-            raise ModelError(
-                f"The base weights are quantised ({base.weight.dtype}), so an adapter cannot be merged into "
-                "them. Load the model in float32 or bfloat16 to merge."
-            )
         wide = torch.promote_types(base.weight.dtype, torch.float32)
         weight = base.weight.to(wide) + sign * (delta.left @ delta.right).to(wide)
         bias: torch.Tensor | None = None if base.bias is None else base.bias.to(wide)

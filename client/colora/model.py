@@ -111,6 +111,7 @@ class CoLoraModel(BaseTuner):
         # Ask every module before any is changed, so that a refusal leaves the model whole.
         for module in self.model.modules():
             if isinstance(module, CoLoraLayer):
+                module.check_mergeable()
                 for name in module.active_adapters:
                     if name in module.settings:
                         module.merge_delta(name)

@@ -107,4 +107,4 @@ def put_pictures(model: nn.Module, source: PictureSource, each: int) -> None:
         words = words.words
     if type(words) is not nn.Embedding:
         raise ModelError(f"{type(base).__name__} embeds words with {type(words).__name__}; a table is needed")
-    base.set_input_embeddings(PictureEmbedding(words, source, each))
+    base.set_input_embeddings(PictureEmbedding(words, source, each).to(words.weight.device))

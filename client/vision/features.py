@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from fedmosaic.client.assets import cache_directory
 from fedmosaic.client.vision.efficientnet import CHANNELS, LITE0, EfficientNetLite0, load_efficientnet
+from fedmosaic.privacy.files import private_directory
 from fedmosaic.protos.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
@@ -134,9 +135,10 @@ def picture_features(
         log.info("encoding %d pictures, once; their features are kept in %s", len(distinct), stored.parent)
         encoder = load_efficientnet(place)
         features = _encode(encoder, [first[digest] for digest in distinct], size, grid, console)
-        stored.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_directory(stored.parent)
         partial = stored.with_name(f"{stored.name}.{os.getpid()}")
         save_file({"features": features}, partial)
+        partial.chmod(0o600)
         os.replace(partial, stored)
     if kept is not None:
         # Also where these were there already: a kill may have come before the removal.

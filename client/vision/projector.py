@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fedmosaic.client.state import write_atomically
+from fedmosaic.privacy.files import write_atomically
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
 _WEIGHTS: Final = "projector.safetensors"

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 
 from fedmosaic.client.examples import EncodedExample, encode_examples, padding_token, read_examples
 from fedmosaic.client.sampling import EpochSampler
-from fedmosaic.client.state import write_atomically
 from fedmosaic.client.traffic import Traffic
 from fedmosaic.experiments.compute import client_examples, equal_steps, training_cost
 from fedmosaic.experiments.hosts import ModelHost, Tenant
@@ -42,6 +41,7 @@ from fedmosaic.experiments.run_progress import RunProgress
 from fedmosaic.experiments.scenario import Scenario, ScenarioClient
 from fedmosaic.experiments.sight import give_client_sight
 from fedmosaic.experiments.streams import InOrder, Stream
+from fedmosaic.privacy.files import write_atomically
 
 _SERVER = "server.safetensors"
 

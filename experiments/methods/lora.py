@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client.colora import find_decoder_layers
 from fedmosaic.client.loss import logits_at
-from fedmosaic.client.models import load_base_model, without_rename_notice
+from fedmosaic.client.models import load_model, without_rename_notice
 from fedmosaic.client.settings import ModelSettings
 from fedmosaic.client.vision.tower import has_tower
 from fedmosaic.privacy.roster import AdapterTerms
@@ -46,9 +46,7 @@ def load_with_lora(
     Raises:
         ModelError: the model cannot be loaded, or lacks the modules.
     """
-    base, tokenizer = load_base_model(
-        settings.path, settings.dtype, gguf_file=settings.gguf_file, keep_layers=settings.keep_layers
-    )
+    base, tokenizer = load_model(settings)
     config = LoraConfig(
         r=rank,
         lora_alpha=terms.alpha / terms.rank * rank,  # type: ignore[arg-type]  # PEFT divides it only

@@ -7,11 +7,14 @@ round adds equations in the same unknowns; the movement is the error of the solu
 Shape legend: E equations, N members, U members outside the coalition, D numbers of an adapter.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from fedmosaic.privacy.coalitions import SOLVED, estimate_errors
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -72,6 +75,27 @@ def equations(
         np.array(right).reshape(len(rows), width),
         np.array(rounds, dtype=np.int64),
     )
+
+
+def smallest_coalition(weights_RNN: Sequence[FloatArray]) -> int | None:
+    """Size of the smallest coalition whose rows of all these rounds solve for an adapter that stands still.
+
+    Tries every coalition, so it is for small federations: 2^N of them.
+
+    Args:
+        weights_RNN: per round, row i is what member i received; give one round for what that alone reveals.
+
+    Returns:
+        The size, or None if no coalition does.
+    """
+    members = len(weights_RNN[0])
+    for size in range(1, members):
+        for coalition in itertools.combinations(range(members), size):
+            others = [index for index in range(members) if index not in coalition]
+            rows = np.concatenate([weights_NN[np.ix_(coalition, others)] for weights_NN in weights_RNN])
+            if estimate_errors(rows).min() < SOLVED:
+                return size
+    return None
 
 
 def solve(held: Equations, movement: float = 0.0) -> FloatArray:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -9,16 +10,23 @@ from peft import get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from devices import here
 from fedmosaic.client.colora import CoLoraConfig, adapted_layers, fix_gate, set_active_branches, set_trainable
-from fedmosaic.client.dp_branch import only_shared_branch, private_parameters, shared_cores
-from fedmosaic.client.dp_checks import assert_only_shared_branch, check_engine, is_narrow, public_batch
-from fedmosaic.client.dp_engine import ClosedFormEngine, OpacusEngine
+from fedmosaic.client.dp_branch import only_shared_branch, private_parameters, public_branches, shared_cores
+from fedmosaic.client.dp_checks import assert_only_shared_branch, check_engine, public_examples, refuse_state
 from fedmosaic.client.examples import IGNORED
-from fedmosaic.client.loss import Batch, example_losses
+from fedmosaic.client.loss import in_bfloat16
 from fedmosaic.protos.errors import ModelError, PrivacyError
 
+pytestmark = pytest.mark.usefixtures("device")
 
-def make_model(dtype: torch.dtype = torch.float32, gate: str = "scalar", **options: str) -> nn.Module:
+
+def make_model(
+    dtype: torch.dtype = torch.float32,
+    gate: str = "scalar",
+    rope: dict[str, Any] | None = None,
+    **options: str,
+) -> nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=61,
@@ -28,9 +36,10 @@ def make_model(dtype: torch.dtype = torch.float32, gate: str = "scalar", **optio
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
+        rope_parameters=rope or {"rope_type": "default", "rope_theta": 1e4},
     )
     return get_peft_model(
-        LlamaForCausalLM(config).to(dtype),
+        here(LlamaForCausalLM(config).to(dtype)),
         CoLoraConfig(
             r=4, alpha=8, blocks=2, personal_branch=True, gate=gate, task_type="CAUSAL_LM", **options
         ),
@@ -38,7 +47,7 @@ def make_model(dtype: torch.dtype = torch.float32, gate: str = "scalar", **optio
 
 
 @pytest.fixture
-def model() -> nn.Module:
+def model(device: torch.device) -> nn.Module:
     return make_model()
 
 
@@ -48,9 +57,8 @@ def test_a_shared_branch_alone_passes(dtype: torch.dtype, global_weight: float |
     model = make_model(dtype)
     with only_shared_branch(model, global_weight=global_weight) as cores:
         assert_only_shared_branch(model, cores, private_parameters(model))
-        check_engine(ClosedFormEngine(model, cores), model)
-        with OpacusEngine(model, cores) as engine:
-            check_engine(engine, model)
+        check_engine(model, cores, clip=4.0)
+        check_engine(model, cores, clip=4.0, losses=in_bfloat16())
 
 
 def personal_branch_on(model: nn.Module) -> None:
@@ -161,44 +169,103 @@ def test_switches_are_given_back_even_after_a_failure(model: nn.Module) -> None:
     assert switches() == before
 
 
-def token_mean(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """The usual loss: its mean runs over the batch's tokens, so examples share a denominator."""
-    tokens = (batch["labels"][:, 1:] != IGNORED).sum(1)
-    return example_losses(model, batch) * tokens / tokens.sum()
-
-
-def test_a_mean_over_the_tokens_of_the_batch_is_refused(model: nn.Module) -> None:
-    with only_shared_branch(model) as cores:
-        engine = ClosedFormEngine(model, cores, token_mean)
-        with pytest.raises(ModelError, match="mixes examples"):
-            check_engine(engine, model, losses=token_mean)
-
-
 @contextmanager
-def centred(model: nn.Module) -> Iterator[None]:
-    """A layer that subtracts the batch's mean, as batch normalisation does."""
-    norm = model.get_base_model().model.norm
-    handle = norm.register_forward_hook(lambda _, __, output: output - output.mean(0, keepdim=True))
+def hooked(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    handle = module.register_forward_hook(lambda _module, _arguments, output: change(output))
     yield
     handle.remove()
 
 
-def test_a_layer_that_mixes_examples_is_refused(model: nn.Module) -> None:
-    with only_shared_branch(model) as cores, centred(model):
-        with pytest.raises(ModelError, match="mixes examples"):
-            check_engine(ClosedFormEngine(model, cores), model)
+class Remembers:
+    """What layers do that keep a running mean, or scale by the longest text so far."""
+
+    def __init__(self, strength: float) -> None:
+        self.strength, self.longest = strength, 0
+
+    def __call__(self, output: torch.Tensor) -> torch.Tensor:
+        self.longest = max(self.longest, output.shape[1])
+        return output * (1.0 + self.strength * self.longest)
 
 
-class Wrong(ClosedFormEngine):
-    def example_gradients(self, batch: Batch) -> torch.Tensor:
-        rows = super().example_gradients(batch)
-        return torch.cat([rows[:, :-1], 0.0 * rows[:, -1:]], dim=1)
+@pytest.mark.parametrize("strength", [0.1, 1e-4])
+def test_a_layer_that_remembers_the_longest_text_is_found(model: nn.Module, strength: float) -> None:
+    layer = model.get_base_model().model.layers[0]
+    with only_shared_branch(model, global_weight=0.5) as cores, hooked(layer, Remembers(strength)):
+        with pytest.raises(ModelError, match="keeps something of earlier examples"):
+            check_engine(model, cores, clip=4.0)
 
 
-def test_rows_that_do_not_add_up_are_refused(model: nn.Module) -> None:
+def test_a_received_branch_at_the_bound_finds_what_zeros_hide(model: nn.Module) -> None:
+    """A layer that keeps something only where its inputs are large, as any received branch can make them."""
+    layer, longest = model.get_base_model().model.layers[1], Remembers(1e-2)
+
+    def change(output: torch.Tensor) -> torch.Tensor:
+        return longest(output) if float(output.detach().abs().max()) > 1.0 else output
+
+    with only_shared_branch(model, global_weight=0.5) as cores, hooked(layer, change):
+        check_engine(model, cores, clip=0.0)
+        with pytest.raises(ModelError, match="keeps something of earlier examples"):
+            check_engine(model, cores, clip=4.0)
+
+
+def test_rotary_positions_that_follow_the_longest_text_are_refused() -> None:
+    model = make_model(rope={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    with only_shared_branch(model) as cores, pytest.raises(ModelError, match="rope_type default"):
+        check_engine(model, cores, clip=4.0)
+
+
+def test_a_compiled_model_is_refused(model: nn.Module) -> None:
+    model.get_base_model().model.layers[1].compile(backend="eager")
+    with pytest.raises(ModelError, match="is compiled"):
+        refuse_state(model)
+    with pytest.raises(ModelError, match="is compiled"):
+        refuse_state(torch.compile(nn.Linear(2, 2), backend="eager"))
+
+
+def test_dropout_that_stays_on_is_refused(model: nn.Module) -> None:
+    layer = model.get_base_model().model.layers[0]
+    with (
+        only_shared_branch(model) as cores,
+        hooked(layer, lambda output: nn.functional.dropout(output, 1e-6)),
+    ):
+        with pytest.raises(ModelError, match="draws random numbers"):
+            check_engine(model, cores, clip=4.0)
+
+
+def test_a_core_outside_the_loss_is_refused(model: nn.Module) -> None:
+    spare = here(nn.Linear(4, 4))
     with only_shared_branch(model) as cores:
-        with pytest.raises(ModelError, match="do not add up"):
-            check_engine(Wrong(model, cores), model)
+        with pytest.raises(ModelError, match=r"1 core\(s\) take no part in the loss \(first: spare\)"):
+            check_engine(model, {**cores, "spare": spare}, clip=4.0)
+
+
+def test_public_values_stand_in_for_what_was_received_and_give_it_back(model: nn.Module) -> None:
+    values = {}
+    with torch.no_grad():
+        for layer in adapted_layers(model, "shared"):
+            for branch in ("local", "global", "personal"):
+                for name, parameter in layer.core("default", branch).named_parameters():
+                    parameter.normal_()
+                    values[id(parameter)] = (branch, name, parameter, parameter.detach().clone())
+    with public_branches(model, 4.0):
+        for branch, _, parameter, before in values.values():
+            if branch == "local":
+                assert not parameter.any()
+            elif branch == "global":
+                assert torch.equal(parameter.abs(), torch.full_like(parameter, 4.0))
+            else:
+                assert torch.equal(parameter, before)
+    assert all(torch.equal(parameter, before) for _, _, parameter, before in values.values())
+
+
+@pytest.mark.parametrize("value", [float("nan"), 4.0])
+def test_no_check_reads_what_was_received(model: nn.Module, value: float) -> None:
+    with torch.no_grad():
+        for layer in adapted_layers(model, "shared"):
+            layer.core("default", "global").weight.fill_(value)
+    with only_shared_branch(model, global_weight=0.5) as cores:
+        assert_only_shared_branch(model, cores, private_parameters(model))
+        check_engine(model, cores, clip=4.0)
 
 
 def test_a_gradient_of_zero_is_refused(model: nn.Module) -> None:
@@ -207,44 +274,20 @@ def test_a_gradient_of_zero_is_refused(model: nn.Module) -> None:
             for layer in adapted_layers(model, "shared"):
                 layer.colora_B["default"].zero_()
         with pytest.raises(ModelError, match="would move nothing"):
-            check_engine(ClosedFormEngine(model, cores), model)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_computes_in_less_than_float32_is_narrow(dtype: torch.dtype) -> None:
-    model = make_model(dtype)
-    assert is_narrow(model, autocast=False) == (dtype != torch.float32)
-    assert is_narrow(model, autocast=True)
-
-
-def test_float32_products_of_lower_precision_are_narrow(model: nn.Module) -> None:
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("high")
-        assert is_narrow(model, autocast=False)
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert not is_narrow(model, autocast=False)
-
-
-def test_batch_normalisation_is_refused(model: nn.Module) -> None:
-    # In evaluation mode, in which the engine is tried, such a layer mixes nothing; while training it does.
-    model.get_base_model().model.norm = nn.Sequential(nn.BatchNorm1d(7))
-    with only_shared_branch(model) as cores, pytest.raises(ModelError, match="batch normalisation"):
-        check_engine(ClosedFormEngine(model, cores), model)
+            check_engine(model, cores, clip=4.0)
 
 
 def test_the_check_works_in_training_mode_with_dropout(model: nn.Module) -> None:
     model.get_base_model().config.attention_dropout = 0.5
     model.train()
     with only_shared_branch(model) as cores:
-        check_engine(ClosedFormEngine(model, cores), model)
+        check_engine(model, cores, clip=4.0)
     assert model.training
 
 
 def test_public_tokens_are_the_same_every_time(model: nn.Module) -> None:
-    first, second = public_batch(model), public_batch(model)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert first["attention_mask"].sum(1).tolist() == [7, 4]
-    assert ((first["labels"] != IGNORED).sum(1) == 2).all()
-    assert (first["labels"][first["attention_mask"] == 0] == IGNORED).all()
+    first, second = public_examples(model, (4, 19, 7)), public_examples(model, (4, 19, 7))
+    assert [len(example.input_ids) for example in first] == [4, 19, 7]
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one.input_ids, other.input_ids)
+        assert (one.labels != IGNORED).tolist() == [False] * (len(one.labels) - 2) + [True] * 2

@@ -1,7 +1,7 @@
-"""Per-example gradients of the cores: against autograd, against Opacus, and under attack."""
+"""One example's gradient of the cores: against Opacus, in any company, and under attack."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -14,22 +14,22 @@ from peft import get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from devices import here
 from fedmosaic.client.colora import CoLoraConfig
-from fedmosaic.client.dp_branch import only_shared_branch
+from fedmosaic.client.dp_branch import only_shared_branch, public_branches
 from fedmosaic.client.dp_engine import (
-    ClosedFormEngine,
-    GradientEngine,
-    OpacusEngine,
     check_cores,
     clip_and_sum,
+    core_parameters,
     dimensions_of,
+    example_gradient,
 )
 from fedmosaic.client.examples import IGNORED, EncodedExample, collate
-from fedmosaic.client.loss import Batch, example_losses
+from fedmosaic.client.loss import Batch, example_losses, on_device_of
 from fedmosaic.privacy.mechanism import GRID
 from fedmosaic.protos.errors import ModelError
 
-ENGINES = [ClosedFormEngine, OpacusEngine]
+pytestmark = pytest.mark.usefixtures("device")
 VOCABULARY = 61
 
 
@@ -46,7 +46,7 @@ def make_model(dtype: torch.dtype = torch.float32) -> nn.Module:
         max_position_embeddings=64,
     )
     model = get_peft_model(
-        LlamaForCausalLM(config).to(dtype),
+        here(LlamaForCausalLM(config).to(dtype)),
         CoLoraConfig(r=4, alpha=8, blocks=2, personal_branch=True, task_type="CAUSAL_LM"),
     )
     with only_shared_branch(model) as cores, torch.no_grad():
@@ -67,69 +67,61 @@ def make_examples(lengths: list[int], seed: int = 1) -> list[EncodedExample]:
     return examples
 
 
-def one_by_one(
-    model: nn.Module, cores: Mapping[str, nn.Linear], examples: list[EncodedExample]
+def rows_of(
+    model: nn.Module, cores: Mapping[str, nn.Linear], examples: Sequence[EncodedExample]
 ) -> torch.Tensor:
-    """The oracle: autograd on one example at a time, without padding, no hooks."""
-    rows = []
-    for example in examples:
-        loss = example_losses(model, collate([example], 0)).sum()
-        parameters = [parameter for core in cores.values() for parameter in (core.weight, core.bias)]
-        rows.append(torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)]))
-    return torch.stack(rows)
+    return torch.stack([example_gradient(model, cores, example) for example in examples])
 
 
-def release_hooks(engine: GradientEngine) -> None:
-    if isinstance(engine, OpacusEngine):
-        engine.close()
+def rows_of_opacus(
+    model: nn.Module, cores: Mapping[str, nn.Linear], examples: Sequence[EncodedExample]
+) -> torch.Tensor:
+    """The oracle: Opacus's hooks on one padded batch, an independent implementation of the same rows."""
+    wrapped = GradSampleModule(nn.ModuleList(cores.values()), loss_reduction="sum")
+    try:
+        wrapped.train()
+        example_losses(model, on_device_of(model, collate(examples, 0))).sum().backward()
+        return torch.cat([p.grad_sample.flatten(1) for p in core_parameters(cores)], dim=1)
+    finally:
+        wrapped.zero_grad(set_to_none=True)
+        wrapped.to_standard_module()
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
+    found, expected = found.cpu().double(), expected.cpu().double()
+    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.fixture(scope="module")
-def model() -> nn.Module:
+def model(device: torch.device) -> nn.Module:
     return make_model()
 
 
-@pytest.mark.parametrize("kind", ENGINES)
 @settings(max_examples=15, deadline=None)
 @given(lengths=st.lists(st.integers(2, 20), min_size=1, max_size=6))
-def test_rows_equal_autograd_one_example_at_a_time(
-    model: nn.Module, kind: type[ClosedFormEngine], lengths: list[int]
-) -> None:
+def test_rows_equal_those_of_opacus(model: nn.Module, lengths: list[int]) -> None:
     examples = make_examples(lengths)
     with only_shared_branch(model) as cores:
-        engine = kind(model, cores)
-        rows = engine.example_gradients(collate(examples, 0))
-        release_hooks(engine)
-        expected = one_by_one(model, cores, examples)
+        rows = rows_of(model, cores, examples)
+        oracle = rows_of_opacus(model, cores, examples)
+        assert rows.shape == (len(lengths), dimensions_of(cores))
     assert rows.dtype == torch.float32
-    assert rows.shape == (len(lengths), dimensions_of(cores))
-    for row, oracle in zip(rows, expected, strict=True):
-        assert relative(row, oracle) < 1e-5
+    assert not rows.requires_grad
+    for row, expected in zip(rows, oracle, strict=True):
+        assert relative(row, expected) < 1e-5
 
 
-def test_the_clipped_sum_equals_opacus_optimizer_and_a_loop(model: nn.Module) -> None:
+def test_the_clipped_sum_equals_that_of_opacus_optimizer(model: nn.Module) -> None:
     examples = make_examples([5, 9, 14, 3, 8, 11, 6])
-    batch = collate(examples, 0)
     with only_shared_branch(model) as cores:
-        oracle = one_by_one(model, cores, examples)
-        # Half way between two lengths: a row as long as the bound is cut or not by the last bit of its norm.
-        below, above = oracle.norm(dim=1).sort().values[3:5].tolist()
-        assert above > 1.01 * below
-        bound = (below + above) / 2
-        loop = sum(row * min(1.0, bound / float(row.norm())) for row in oracle)
-        by_engine = {}
-        for kind in ENGINES:
-            engine = kind(model, cores)
-            total = clip_and_sum(engine.example_gradients(batch), bound)
-            release_hooks(engine)
-            by_engine[kind] = torch.from_numpy(total.units * (bound / GRID))
-            assert (total.rows, total.clipped, total.rejected) == (7, 3, 0)
+        rows = rows_of(model, cores, examples)
+        norms = sorted(float(row.norm()) for row in rows)
+        # Half-way between two norms, so that no last bit decides what is clipped.
+        assert norms[4] > 1.01 * norms[3]
+        bound = (norms[3] + norms[4]) / 2
+        total = clip_and_sum(rows, bound)
         wrapped = GradSampleModule(model, strict=False, loss_reduction="sum")
-        parameters = [parameter for core in cores.values() for parameter in core.parameters()]
+        parameters = core_parameters(cores)
         optimizer = DPOptimizer(
             torch.optim.SGD(parameters, lr=1.0),
             noise_multiplier=0.0,
@@ -137,103 +129,61 @@ def test_the_clipped_sum_equals_opacus_optimizer_and_a_loop(model: nn.Module) ->
             expected_batch_size=1,
             loss_reduction="sum",
         )
-        example_losses(wrapped, batch).sum().backward()
+        example_losses(wrapped, on_device_of(model, collate(examples, 0))).sum().backward()
         optimizer.clip_and_accumulate()
         by_opacus = torch.cat([parameter.summed_grad.flatten() for parameter in parameters])
         wrapped.to_standard_module()
         model.zero_grad(set_to_none=True)
-    assert relative(by_engine[ClosedFormEngine], loop) < 1e-5
-    assert relative(by_engine[OpacusEngine], by_engine[ClosedFormEngine]) < 1e-5
-    assert relative(by_engine[ClosedFormEngine], by_opacus) < 1e-5
+    assert (total.rows, total.clipped, total.rejected) == (7, 3, 0)
+    assert relative(torch.from_numpy(total.units * (bound / GRID)), by_opacus) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ENGINES)
-def test_a_bfloat16_model_has_float32_rows_that_equal_autograd(kind: type[ClosedFormEngine]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bound", [0.0, 4.0])
+def test_a_row_has_the_same_bits_in_any_company_and_order(dtype: torch.dtype, bound: float) -> None:
+    """Also with a received branch at the bound of what can be received, which amplifies every last bit."""
+    model = make_model(dtype)
+    examples = make_examples([5, 17, 4, 9, 17, 30, 3])
+    with only_shared_branch(model, global_weight=0.5) as cores, public_branches(model, bound):
+        together = rows_of(model, cores, examples)
+        backwards = rows_of(model, cores, examples[::-1]).flip(0)
+        fewer = rows_of(model, cores, examples[1::2])
+    assert torch.equal(together, backwards)
+    assert torch.equal(together[1::2], fewer)
+
+
+def test_a_bfloat16_model_has_float32_rows() -> None:
     model = make_model(torch.bfloat16)
-    examples = make_examples([9, 9, 9])
-    batch = collate(examples, 0)
+    (example,) = make_examples([9])
     with only_shared_branch(model) as cores:
-        parameters = [parameter for core in cores.values() for parameter in (core.weight, core.bias)]
-        gradients = torch.autograd.grad(example_losses(model, batch).sum(), parameters)
-        engine = kind(model, cores)
-        rows = engine.example_gradients(batch)
-        release_hooks(engine)
-    assert rows.dtype == torch.float32
-    assert relative(rows.sum(0), torch.cat([part.flatten() for part in gradients])) < 1e-5
+        expected = torch.autograd.grad(
+            example_losses(model, on_device_of(model, collate([example], 0))).sum(), core_parameters(cores)
+        )
+        row = example_gradient(model, cores, example)
+    assert row.dtype == torch.float32
+    assert torch.equal(row, torch.cat([part.flatten() for part in expected]))
 
 
-@pytest.mark.parametrize("kind", ENGINES)
-def test_nothing_private_and_no_hook_is_left_behind(kind: type[ClosedFormEngine]) -> None:
+def test_nothing_private_is_left_behind() -> None:
     model = make_model()
     with only_shared_branch(model) as cores:
-        before = {id(core): set(vars(core)) for core in cores.values()}
-        engine = kind(model, cores)
-        engine.example_gradients(collate(make_examples([4, 6]), 0))
-        for core in cores.values():
-            for parameter in core.parameters():
-                assert parameter.grad is None
-                assert getattr(parameter, "grad_sample", None) is None
-        release_hooks(engine)
-        for core in cores.values():
-            assert not core._forward_hooks
-            assert not core._backward_hooks
-            assert set(vars(core)) == before[id(core)]
-            assert not any(hasattr(parameter, "grad_sample") for parameter in core.parameters())
+        rows_of(model, cores, make_examples([4, 6]))
+        assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("kind", ENGINES)
-def test_a_failed_call_does_not_reach_the_next_one(model: nn.Module, kind: type[ClosedFormEngine]) -> None:
-    fail = True
-
-    def losses(model: nn.Module, batch: Batch) -> torch.Tensor:
-        result = example_losses(model, batch)
-        if fail:
-            raise RuntimeError("out of memory")
-        return result
-
-    examples = make_examples([5, 7])
-    with only_shared_branch(model) as cores:
-        engine = kind(model, cores, losses)
-        with pytest.raises(RuntimeError, match="memory"):
-            engine.example_gradients(collate(make_examples([9, 9, 9], seed=2), 0))
-        fail = False
-        rows = engine.example_gradients(collate(examples, 0))
-        release_hooks(engine)
-        assert relative(rows, one_by_one(model, cores, examples)) < 1e-5
-
-
-def test_recomputed_activations_change_nothing() -> None:
-    model = make_model()
-    batch = collate(make_examples([6, 9, 4]), 0)
-    with only_shared_branch(model) as cores:
-        plain = ClosedFormEngine(model, cores).example_gradients(batch)
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-        model.train()
-        recomputed = ClosedFormEngine(model, cores).example_gradients(batch)
-    assert relative(recomputed, plain) < 1e-5
-
-
-@pytest.mark.parametrize("kind", ENGINES)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_one_broken_example_spoils_neither_the_others_nor_the_sum(
-    model: nn.Module, kind: type[ClosedFormEngine], value: float
-) -> None:
-    def losses(model: nn.Module, batch: Batch) -> torch.Tensor:
-        scale = torch.ones(len(batch["input_ids"]))
-        scale[1] = value
-        return example_losses(model, batch) * scale
+def test_one_broken_example_spoils_neither_the_others_nor_the_sum(model: nn.Module, value: float) -> None:
+    def broken(model: nn.Module, batch: Batch) -> torch.Tensor:
+        return example_losses(model, batch) * value
 
     examples = make_examples([5, 7, 6])
     with only_shared_branch(model) as cores:
-        engine = kind(model, cores, losses)
-        rows = engine.example_gradients(collate(examples, 0))
-        release_hooks(engine)
-        expected = one_by_one(model, cores, [examples[0], examples[2]])
-    assert relative(rows[[0, 2]], expected) < 1e-5
+        expected = rows_of(model, cores, [examples[0], examples[2]])
+        bad = example_gradient(model, cores, examples[1], broken)
+        rows = torch.stack([expected[0], bad, expected[1]])
     total = clip_and_sum(rows, 1.0)
-    assert total.rejected == 1
-    assert relative(torch.from_numpy(total.units * (1.0 / GRID)), expected.sum(0)) < 1e-3
+    assert (total.rejected, total.rows) == (1, 3)
+    assert np.array_equal(total.units, clip_and_sum(expected, 1.0).units)
 
 
 rows_of_floats = st.lists(
@@ -265,21 +215,12 @@ def test_removing_any_example_moves_the_sum_by_at_most_the_bound(
 
 @settings(deadline=None)
 @given(values=rows_of_floats, cut=st.integers(0, 6))
-def test_the_split_into_physical_batches_changes_no_bit(values: list[list[float]], cut: int) -> None:
+def test_the_order_of_the_rows_changes_no_bit(values: list[list[float]], cut: int) -> None:
     rows = torch.tensor(values, dtype=torch.float32)
     parts = clip_and_sum(rows[:cut], 1.0) + clip_and_sum(rows[cut:], 1.0)
     whole = clip_and_sum(rows.flip(0), 1.0)
     assert np.array_equal(parts.units, whole.units)
     assert (parts.rows, parts.clipped, parts.rejected) == (whole.rows, whole.clipped, whole.rejected)
-
-
-def test_wide_rows_are_clipped_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
-    whole = clip_and_sum(rows, 1.0)
-    monkeypatch.setattr("fedmosaic.client.dp_engine._CLIPPED_AT_ONCE", 10)
-    parts = clip_and_sum(rows, 1.0)
-    assert np.array_equal(parts.units, whole.units)
-    assert (parts.rows, parts.clipped) == (whole.rows, whole.clipped)
 
 
 class Toy(nn.Module):
@@ -301,10 +242,8 @@ class Toy(nn.Module):
             return self.core(hidden.flatten(0, 1)).view_as(hidden).square().mean((1, 2))
         if self.way == "by weight":
             return nn.functional.linear(hidden, self.core.weight, self.core.bias).square().mean((1, 2))
-        if self.way == "result unused":
-            return (hidden + 0.0 * self.core.weight.sum() + self.core(hidden).detach()).square().mean((1, 2))
-        if self.way == "pooled":
-            return self.core(hidden.mean(1)).square().mean(1)
+        if self.way == "unused":
+            return (hidden + self.core(hidden).detach()).square().mean((1, 2))
         return self.core(hidden).square().mean()
 
 
@@ -313,41 +252,32 @@ def toy_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
     return losses
 
 
-TOY_BATCH = {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]])}
+TOY_EXAMPLE = EncodedExample("toy", torch.tensor([1, 2, 3]), torch.tensor([1, 2, 3]))
 
 
-@pytest.mark.parametrize("kind", ENGINES)
-@pytest.mark.parametrize("way", ["twice", "pooled"])
-def test_cores_outside_colora(kind: type[ClosedFormEngine], way: str) -> None:
+@pytest.mark.parametrize("way", ["twice", "flattened", "by weight"])
+def test_a_core_may_be_called_in_any_way(way: str) -> None:
     toy = Toy(way)
-    engine = kind(toy, {"core": toy.core}, toy_losses)
-    rows = engine.example_gradients(TOY_BATCH)
-    release_hooks(engine)
-    for index, row in enumerate(rows):
-        alone = torch.autograd.grad(
-            toy(TOY_BATCH["input_ids"][index : index + 1]).sum(), toy.core.parameters()
-        )
-        assert relative(row, torch.cat([part.flatten() for part in alone])) < 1e-5
+    row = example_gradient(toy, {"core": toy.core}, TOY_EXAMPLE, toy_losses)
+    step = 1e-2
+    with torch.no_grad():
+        ids = TOY_EXAMPLE.input_ids[None]
+        toy.core.bias[2] += step
+        higher = float(toy(ids))
+        toy.core.bias[2] -= 2 * step
+        lower = float(toy(ids))
+    assert float(row[16 + 2]) == pytest.approx((higher - lower) / (2 * step), rel=1e-2)
 
 
-@pytest.mark.parametrize("kind", ENGINES)
-@pytest.mark.parametrize(
-    ("way", "message"),
-    [
-        ("flattened", "first axis"),
-        ("by weight", "no part in the loss"),
-        ("result unused", "no part in the loss"),
-        ("mean over the batch", "one loss per example"),
-    ],
-)
-def test_cores_that_cannot_be_separated_are_refused(
-    kind: type[ClosedFormEngine], way: str, message: str
-) -> None:
-    toy = Toy(way)
-    engine = kind(toy, {"core": toy.core}, toy_losses)
-    with pytest.raises(ModelError, match=message):
-        engine.example_gradients(TOY_BATCH)
-    release_hooks(engine)
+def test_a_core_that_takes_no_part_has_a_row_of_zeros() -> None:
+    toy = Toy("unused")
+    assert not example_gradient(toy, {"core": toy.core}, TOY_EXAMPLE, toy_losses).any()
+
+
+def test_a_loss_that_is_no_number_per_example_is_refused() -> None:
+    toy = Toy("mean over the batch")
+    with pytest.raises(ModelError, match="one loss per example"):
+        example_gradient(toy, {"core": toy.core}, TOY_EXAMPLE, toy_losses)
 
 
 def test_unfit_cores_are_refused() -> None:

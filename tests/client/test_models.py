@@ -199,9 +199,9 @@ def test_what_cannot_be_found_is_refused(folder: Path, monkeypatch: pytest.Monke
         load_base_model("no/such-model")
     with pytest.raises(ModelError, match=r"no file model\.gguf"):
         load_base_model(folder, gguf_file="model.gguf")
-    with pytest.raises(ModelError, match="choose one of float32, bfloat16, float16"):
+    with pytest.raises(ModelError, match="choose one of float32, bfloat16, float16 or auto"):
         load_base_model(folder, "int8")
-    with pytest.raises(ModelError, match="choose one of float32, bfloat16, float16"):
+    with pytest.raises(ModelError, match="choose one of float32, bfloat16, float16 or auto"):
         load_base_model(folder, torch.int32)
 
 

@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from devices import here
 from fedmosaic.client.examples import IGNORED, EncodedExample
 from fedmosaic.client.probe import Probe, gradient_factors, open_probe
 from fedmosaic.client.profile import clipped_profile, release_profile
@@ -17,23 +18,24 @@ from fedmosaic.privacy.noise import SecureNoise, SeededTestNoise
 from fedmosaic.privacy.projection import PublicMap
 from fedmosaic.protos.errors import BudgetExceededError, MechanismError, PrivacyError
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def tiny_model(seed: int = 0, hidden: int = 16) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=hidden,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            vocab_size=40,
-            initializer_range=0.3,
-        )
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=40,
+        initializer_range=0.3,
     )
+    return here(LlamaForCausalLM(config))
 
 
 @pytest.fixture(scope="module")
-def probe() -> Probe:
+def probe(device: torch.device) -> Probe:
     return open_probe(tiny_model())
 
 
@@ -105,7 +107,7 @@ def test_no_noise_is_drawn_once_the_budget_is_spent(probe: Probe) -> None:
 def test_release_is_the_clipped_sum_of_the_exact_gradients_plus_noise(probe: Probe) -> None:
     examples, public_map = dataset(80), PublicMap(mechanism(probe, noise_multiplier=0.0))
     released = release_profile(probe, examples, public_map, SecureNoise(), lambda: None)
-    rows = public_map.rows([factors for _, factors in gradient_factors(probe, examples)])
+    rows = public_map.rows(list(gradient_factors(probe, examples)))
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1.0, rtol=1e-6)
     np.testing.assert_allclose(released, 0.5 * rows.sum(axis=0), atol=1e-4)
 
@@ -208,7 +210,7 @@ def test_another_probe_than_the_agreed_one_is_refused(probe: Probe) -> None:
 
 def test_rows_really_were_clipped(probe: Probe) -> None:
     public_map = PublicMap(mechanism(probe))
-    rows = public_map.rows([factors for _, factors in gradient_factors(probe, dataset(60))])
+    rows = public_map.rows(list(gradient_factors(probe, dataset(60))))
     units, shortened = clip(rows, 0.5)
     assert shortened.all()
     np.testing.assert_allclose(np.linalg.norm(units / GRID, axis=1), 1.0, rtol=1e-6)

@@ -169,7 +169,7 @@ def test_accumulation_equals_one_large_batch() -> None:
     for batch_size, accumulation in ((8, 1), (2, 4)):
         model = make_model()
         options = TrainingSettings(
-            steps=3, per_device_train_batch_size=batch_size, gradient_accumulation=accumulation
+            steps=3, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation
         )
         report = train_local(model, make_examples(11), options, pad_token_id=0)
         results.append((report, adapter(model)))

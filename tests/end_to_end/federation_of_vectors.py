@@ -11,7 +11,7 @@ import numpy as np
 
 from fedmosaic.client.keyring import Keyring
 from fedmosaic.client.protection import Identity, Protection
-from fedmosaic.client.releases import AdapterPlan, Releases
+from fedmosaic.client.releases import AdapterPlan, Releases, budgeted_channels
 from fedmosaic.client.session import Session
 from fedmosaic.client.state import ClientState
 from fedmosaic.client.transport import Transport
@@ -96,7 +96,7 @@ class VectorLearner:
     def keep_own(self, section: str) -> None:
         self.global_branch = self.local.copy()
 
-    def train(self, round_number: int, releases: Releases) -> None:
+    def train(self, round_number: int, releases: Releases, give_up: Callable[[], None]) -> None:
         self.trained.append(round_number)
         own = np.random.default_rng([self.seed, round_number]).normal(0, 0.5, self.local.size)
         self.local = (0.5 * self.local + 0.25 * self.global_branch + own).astype(np.float32)
@@ -140,6 +140,7 @@ class Client:
     learner: Any = field(init=False)
     ledger: Ledger | None = None
     state: ClientState | None = None
+    plan: AdapterPlan = field(default_factory=lambda: AdapterPlan(0.0, 0.1))
 
     @property
     def noise(self) -> SecureNoise | SeededTestNoise:
@@ -153,9 +154,13 @@ class Client:
         agreed = kit.roster.terms
         self.learner = self.make_learner(agreed)
         self.state = ClientState(kit.directory / "state", kit.roster.federation, self.name)
-        channels = ("profile",)
         self.ledger = Ledger.open(
-            self.state.ledger_path, self.name, 1e-5, 8.0, accountant="rdp", budgeted_channels=channels
+            self.state.ledger_path,
+            self.name,
+            1e-5,
+            8.0,
+            accountant="rdp",
+            budgeted_channels=budgeted_channels(agreed),
         )
         identity = Identity(self.name, kit.signing_key())
         keyring = None
@@ -176,7 +181,7 @@ class Client:
                 tuple(f"{self.name}-{i}" for i in range(100)),
                 self._profile,
                 self.noise,
-                AdapterPlan(0.0, 0.1),
+                self.plan,
             ),
             Protection(identity, kit.roster, kit.roster.member(self.name).family, keyring),
             Silent(),

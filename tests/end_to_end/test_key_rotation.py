@@ -24,6 +24,12 @@ def _no_long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_session, "_SECONDS_BETWEEN_EPOCHS", 0.1)
 
 
+@pytest.fixture
+def _stopped_before_the_keys_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients whose process ends after the last round and before it deletes the keys."""
+    monkeypatch.setattr(Keyring, "forget", lambda self: None)
+
+
 def _federation(tmp_path: Path, **schedule: float) -> Path:
     return fv.make_federation(tmp_path / "f", fv.terms("mask", **schedule))
 
@@ -53,6 +59,7 @@ def _epochs(directory: Path, name: str = "ada") -> list[int]:
     return sorted(int(path.stem.removeprefix("epoch-")) for path in keys.glob("epoch-*.json"))
 
 
+@pytest.mark.usefixtures("_stopped_before_the_keys_go")
 def test_keys_rotate_after_the_agreed_number_of_rounds(tmp_path: Path) -> None:
     directory = _federation(tmp_path, rounds=5, rotate_key_every=2)
     coordinator = fv.coordinator_of(directory)
@@ -100,7 +107,7 @@ def test_a_round_that_is_over_is_not_encrypted_again(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def after_one_round(tmp_path: Path) -> Path:
+def after_one_round(tmp_path: Path, _stopped_before_the_keys_go: None) -> Path:
     directory = _federation(tmp_path, rounds=1)
     coordinator = fv.coordinator_of(directory)
     assert _run(coordinator, _clients(directory)) == {}
@@ -158,6 +165,45 @@ def test_a_damaged_key_file_is_refused(after_one_round: Path, damage: Any) -> No
         _keyring(after_one_round).encryption_key(1, 2)
 
 
+def _key_bytes(directory: Path) -> list[bytes]:
+    stored = json.loads(next((directory / "clients/ada/state/keys").glob("epoch-*.json")).read_text())["key"]
+    return [json.loads(stored)[name].encode() for name in ("master", "fingerprint")]
+
+
+def test_no_client_holds_a_group_key_when_its_run_is_over(tmp_path: Path) -> None:
+    directory = _federation(tmp_path, rounds=2)
+    coordinator = fv.coordinator_of(directory)
+    assert _run(coordinator, _clients(directory)) == {}
+    for name in fv.MEMBERS:
+        kept = directory / "clients" / name / "state" / "keys"
+        assert [path.name for path in kept.iterdir()] == ["counter.json"]
+    # Started once more, a client finds nothing to do and nothing missing.
+    assert _run(coordinator, _clients(directory)) == {}
+    coordinator.close()
+    with pytest.raises(KeyAgreementError, match="was not part of key epoch 1"):
+        _keyring(directory).key(1)
+
+
+def test_a_client_that_was_killed_before_it_deleted_its_keys_does_so_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = _federation(tmp_path, rounds=2)
+    coordinator = fv.coordinator_of(directory)
+    with monkeypatch.context() as patch:
+        patch.setattr(Keyring, "forget", lambda self: None)
+        assert _run(coordinator, _clients(directory)) == {}
+    keys = directory / "clients/ada/state/keys"
+    secrets = _key_bytes(directory)
+    # Half of a file, as a kill in the middle of writing leaves it, holds the key as well.
+    half = keys / "epoch-0000000009.json.new"
+    half.write_bytes(b"".join(secrets))
+    assert _run(coordinator, _clients(directory)) == {}
+    coordinator.close()
+    for path in (directory / "clients/ada/state").rglob("*"):
+        if path.is_file():
+            assert not any(secret in path.read_bytes() for secret in secrets), path
+
+
 class _Killed(BaseException):
     """Stands for the end of a process."""
 
@@ -182,6 +228,7 @@ class _Dying:
         return self._inner.pull(round_number, on_wait)
 
 
+@pytest.mark.usefixtures("_stopped_before_the_keys_go")
 @pytest.mark.parametrize("sent", [(), ("ada", "ben"), ("ada", "ben", "cid", "dee")])
 def test_a_member_leaves_while_a_round_is_open(
     tmp_path: Path, sent: tuple[str, ...], caplog: pytest.LogCaptureFixture

@@ -94,7 +94,7 @@ def tiny_scenario(tiny_folder: Path) -> Any:
             "adapter": {"rank": 2, "blocks": 2, "protection": "none"},
             "encryption": {"backend": "plain"},
             "allow_plaintext": True,
-            "policy": {"minimum_contributors": 2, "weight_cap": 0.6},
+            "policy": {"minimum_contributors": 2, "weight_cap": 0.6, "squares_cap": 1.0},
             "schedule": {"rounds": 2, "quorum": 4},
             "training": {
                 "steps": 3,

@@ -15,9 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedmosaic.client import dp_training
 from fedmosaic.client.colora import CoLoraConfig, set_active_branches
 from fedmosaic.client.dp_branch import only_shared_branch, private_parameters
-from fedmosaic.client.dp_engine import ClosedFormEngine, clip_and_sum
+from fedmosaic.client.dp_engine import clip_and_sum, example_gradient
 from fedmosaic.client.dp_training import PrivateTrainingSettings, noisy_sum, train_private
-from fedmosaic.client.examples import IGNORED, EncodedExample, collate
+from fedmosaic.client.examples import IGNORED, EncodedExample
 from fedmosaic.experiments.attack_audit import audit_result, one_run
 from fedmosaic.experiments.attack_profile import audit_result as audit_profile
 from fedmosaic.privacy.attacks.empirical import audit_figures, gaussian_epsilon, repeat_releases
@@ -171,7 +171,7 @@ def test_a_batch_size_that_divides_the_sum_leaks_an_example_without_any_gradient
 
 SETTINGS = PrivateTrainingSettings(
     optimizer="sgd", learning_rate=1e-3, steps=4, sampling_rate=1.0, expected_batch_size=100,
-    max_grad_norm=0.5, noise_multiplier=4.0, physical_batch_size=256,
+    max_grad_norm=0.5, noise_multiplier=4.0,
 )  # fmt: skip
 
 
@@ -250,7 +250,7 @@ def test_a_personal_branch_left_in_the_forward_pass_is_caught() -> None:
     trained = {
         name: value + 0.5 * torch.randn(value.shape, generator=generator) for name, value in memory.items()
     }
-    batch = collate(text_examples(24), 0)
+    examples = text_examples(24)
 
     def summed(with_canary: bool, leave_in: bool) -> ClippedSum:
         for name, parameter in private.items():
@@ -258,7 +258,8 @@ def test_a_personal_branch_left_in_the_forward_pass_is_caught() -> None:
         with only_shared_branch(model) as cores:
             if leave_in:
                 set_active_branches(model, {"local", "personal"}, layers="shared")
-            return clip_and_sum(ClosedFormEngine(model, cores).example_gradients(batch), 1.0)
+            rows = torch.stack([example_gradient(model, cores, example) for example in examples])
+            return clip_and_sum(rows, 1.0)
 
     sigma, noise = sigma_for(3.0), SeededTestNoise(8)
     claimed = gaussian_epsilon(1 / sigma, DELTA)
@@ -284,7 +285,7 @@ def test_the_product_refuses_to_train_with_the_personal_branch_in_the_forward_pa
         private = private_parameters(model)
         with pytest.raises(PrivacyError, match="take part in the forward pass"):
             train_private(
-                model, cores, text_examples(4), SETTINGS, pad_token_id=0, charge=lambda _event: None,
+                model, cores, text_examples(4), SETTINGS, charge=lambda _event: None,
                 private_parameters=private, randomness=SeededTestNoise(0),
             )  # fmt: skip
 

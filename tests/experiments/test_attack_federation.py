@@ -50,15 +50,20 @@ def profiles() -> dict[str, np.ndarray]:
 def test_all_but_one_recover_the_last_adapter_exactly_and_movement_or_dp_prevents_it() -> None:
     weights = simulated_weights(5, 3, TERMS, POLICY, 0)
     results = collusion_results(weights, POLICY, source="test", dp_noise=0.5, trials=4)
-    rest, moving, private, counts, chosen = results
+    rest, moving, private, counts, smallest, chosen = results
     assert value(rest, "error, 4 of 5, 1 aggregate(s) each") < 1e-3
     assert value(rest, "error, 1 of 5, 1 aggregate(s) each") > 0.3
     assert value(moving, "error, 3 of 5, 1 aggregate(s) each") >= 0.0
     assert value(private, "error, 4 of 5, 1 aggregate(s) each") > 0.3
     assert value(counts, "independent rows, 4 of 5 (1 unknown)") == 1
     assert value(counts, "independent rows, 1 of 5 (4 unknown)") == 2
-    assert value(chosen, "server and 2 recipient(s)' aggregates, no key, policy on") == 1.0
-    assert value(chosen, "server and 3 recipient(s)' aggregates, no key, policy on") == 0.0
+    assert value(smallest, "recipients that suffice, one round") == 3
+    assert value(smallest, "recipients that suffice, 2 rounds, adapters at rest") == 2
+    # One recipient's single aggregate hides the victim; a second row of anybody's takes the others off.
+    assert value(chosen, "server and 1 recipient's aggregate, no key, policy on") > 0.3
+    two_rounds = "server and 1 recipient's aggregates of 2 rounds, adapters at rest, no key, policy on"
+    assert value(chosen, two_rounds) < 1e-6
+    assert value(chosen, "server and 2 recipients' aggregates, no key, policy on") < 1e-6
 
 
 def test_mask_binds_a_sum_to_its_row_and_ckks_does_not() -> None:
@@ -86,7 +91,7 @@ def test_a_copied_profile_gets_at_most_the_cap_and_sybils_get_more() -> None:
 
 
 def test_a_cap_that_is_not_kept_breaks_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    loose = AggregationPolicy(weight_cap=1.0)
+    loose = AggregationPolicy(weight_cap=1.0, squares_cap=1.0)
 
     def uncapped(vectors: object, variance: float, terms: RelevanceTerms, _policy: object) -> object:
         return planned_rows(vectors, variance, RelevanceTerms(temperature=0.15), loose)  # type: ignore[arg-type]

@@ -111,7 +111,7 @@ def test_gram_matrices_of_factors_are_those_of_the_gradients() -> None:
 
 def test_membership_is_certain_without_protection_and_at_its_ceiling_with_it() -> None:
     probe = tiny_probe()
-    found = dict(gradient_factors(probe, random_texts(60, 6)))
+    found = list(gradient_factors(probe, random_texts(60, 6)))
     factors = [found[index] for index in range(60)]
     reduction = Reduction(hidden_size=64, intermediate_size=96, projection_dimensions=128)
     mechanism = ProfileMechanism(probe="tiny", probe_sha256=probe.sha256, reduction=reduction)

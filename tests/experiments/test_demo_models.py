@@ -27,7 +27,6 @@ from fedmosaic.experiments.demo_models import (
     CHAT_TEMPLATE,
     SMOLLM2,
     demo_model,
-    faster_dtype,
     shallow_demo_models,
     write_model_folder,
 )
@@ -163,22 +162,6 @@ def test_shallow_models_are_cut_once_each(
     monkeypatch.setattr(demo_models, "fit_readouts", None)
     assert shallow_demo_models(tmp_path / "cache", [1]) == {1: folders[1]}
     assert len(conversions) == 1
-
-
-@pytest.mark.parametrize(
-    ("bfloat16_seconds", "faster"), [(1.0, "bfloat16"), (3.0, "float32"), (2.0, "float32")]
-)
-def test_the_faster_type_is_the_one_that_takes_less_time(
-    monkeypatch: pytest.MonkeyPatch, bfloat16_seconds: float, faster: str
-) -> None:
-    seconds = {torch.float32: 2.0, torch.bfloat16: bfloat16_seconds}
-    monkeypatch.setattr(demo_models, "_product_seconds", seconds.__getitem__)
-    assert faster_dtype() == faster
-
-
-def test_the_faster_type_is_really_measured() -> None:
-    assert faster_dtype() in ("float32", "bfloat16")
-    assert demo_models._product_seconds(torch.float32) > 0
 
 
 @pytest.mark.real_models

@@ -194,7 +194,7 @@ def test_a_made_up_drake_runs_with_a_tower(
     assert [task.metric for task in scenario.clients[0].task_list] == ["accuracy", "f1"]
     content = scenario.model_dump(mode="json") | {
         "schedule": {"rounds": 1, "quorum": 2},
-        "policy": {"minimum_contributors": 1, "weight_cap": 1.0},
+        "policy": {"minimum_contributors": 1, "weight_cap": 1.0, "squares_cap": 1.0},
         "method": "fedavg",
     }
     content["adapter"] |= {"rank": 2, "blocks": 2}

@@ -187,7 +187,7 @@ def test_factors_come_from_the_cache_only_for_the_same_question(tmp_path: Path) 
     probe = open_probe(tiny_model())
     examples = encode(tokenizer(), texts(30, 0), 32)
     first = cached_factors(probe, examples, tmp_path)
-    direct = dict(gradient_factors(probe, examples))
+    direct = list(gradient_factors(probe, examples))
     again = cached_factors(probe, examples, tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
     for index, (one, two) in enumerate(zip(first, again, strict=True)):
@@ -200,7 +200,7 @@ def test_factors_come_from_the_cache_only_for_the_same_question(tmp_path: Path) 
 
 def test_smaller_designs_use_the_leading_directions() -> None:
     probe = open_probe(tiny_model())
-    public = [factors for _, factors in gradient_factors(probe, encode(tokenizer(), texts(40, 0), 32))]
+    public = list(gradient_factors(probe, encode(tokenizer(), texts(40, 0), 32)))
     wide = fit_sides(probe, public, (8, 12))
     narrow = Design("kronecker", 12, left=3).own_sides(wide)
     again = fit_sides(probe, public, (3, 4))

@@ -82,21 +82,25 @@ def test_the_same_seed_gives_the_same_adapters_and_another_seed_others(
 def test_a_blended_branch_begins_half_way_to_what_is_received(
     tmp_path: Path, tiny_scenario: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train = StreamLearner.train
+    train, blend = StreamLearner.train, StreamLearner._blend_received
     ends: dict[str, np.ndarray] = {}
     moved: list[int] = []
 
-    def watched(self: StreamLearner, round_number: int, releases: Any) -> None:
+    def blended(self: StreamLearner) -> None:
+        blend(self)
         begins, received = (read_shared(self._model, branch) for branch in ("local", "global"))
         client = self.example_ids[0]
         if client in ends:
             half_way = (ends[client] + received) / 2
             np.testing.assert_allclose(begins, half_way, rtol=1e-5, atol=1e-8)
             moved.append(not np.allclose(begins, ends[client]))
-        train(self, round_number, releases)
-        ends[client] = read_shared(self._model, "local")
+
+    def watched(self: StreamLearner, *arguments: Any) -> None:
+        train(self, *arguments)
+        ends[self.example_ids[0]] = read_shared(self._model, "local")
 
     monkeypatch.setattr(StreamLearner, "train", watched)
+    monkeypatch.setattr(StreamLearner, "_blend_received", blended)
     scenario = tiny_scenario(method="fedmosaic-blend", schedule={"rounds": 2, "quorum": 4})
     runner.run_here(scenario, tmp_path, tmp_path, _console())
     assert moved == [True] * 4
@@ -124,10 +128,10 @@ def test_a_stopped_run_goes_on_to_the_same_result(
     whole = _adapters(runner.run_here(scenario, tmp_path / "whole", tmp_path / "whole", _console()))
     train = StreamLearner.train
 
-    def dies(self: StreamLearner, round_number: int, releases: Any) -> None:
+    def dies(self: StreamLearner, round_number: int, *others: Any) -> None:
         if round_number == 2 and self.family == "small":
             raise RuntimeError("the machine was switched off")
-        train(self, round_number, releases)
+        train(self, round_number, *others)
 
     monkeypatch.setattr(StreamLearner, "train", dies)
     with pytest.raises(RunFailedError, match="switched off"):

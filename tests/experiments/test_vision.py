@@ -375,7 +375,7 @@ def seeing(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, t
         settings = {
             "clients": clients,
             "pictures": str(tmp_path),
-            "policy": {"minimum_contributors": 1, "weight_cap": 1.0},
+            "policy": {"minimum_contributors": 1, "weight_cap": 1.0, "squares_cap": 1.0},
             "schedule": {"rounds": 1, "quorum": 2},
         }
         return tiny_scenario(**settings | changes)

@@ -49,7 +49,8 @@ class Federation:
     context: RoundContext
     key: GroupKey | None
 
-    policy = AggregationPolicy()
+    # Rows here are as uneven as the arithmetic allows; the limit on squares has tests of its own.
+    policy = AggregationPolicy(squares_cap=1.0)
 
     def cipher(self, member: str) -> ClientCipher[Any]:
         return create_cipher(self.parameters, member, self.policy, allow_plaintext=True)
@@ -390,7 +391,7 @@ def test_mask_detects_a_server_that_lies_about_the_row_it_used() -> None:
     vectors = vectors_for(f)
     uploads = f.encrypt(vectors)
     honest = even_row(f)
-    greedy = AggregationPolicy(minimum_contributors=1, weight_cap=1.0)
+    greedy = AggregationPolicy(minimum_contributors=1, weight_cap=1.0, squares_cap=1.0)
     one_hot = f.row("member-0", {"member-1": 1.0})
     stolen = bytes(create_aggregator(f.parameters, greedy).aggregate(uploads, [one_hot], f.context)[0])
     template = bytes(f.aggregator().aggregate(uploads, [honest], f.context)[0])

@@ -2,12 +2,20 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fedmosaic.privacy.policy import AggregationPolicy, WeightRow, cap_weights, check_row
+from fedmosaic.privacy.encryption.weights import integer_weights
+from fedmosaic.privacy.policy import (
+    AggregationPolicy,
+    WeightRow,
+    cap_weights,
+    check_row,
+    spread_weights,
+)
 from fedmosaic.protos.errors import PolicyError
 
 POLICY = AggregationPolicy()
@@ -19,7 +27,7 @@ def row(**changes: object) -> WeightRow:
         "round": 3,
         "recipient": "a",
         "contributors": ("b", "c", "d"),
-        "weights": (1024, 2048, 1024),
+        "weights": (1229, 1638, 1229),
         "bits": 12,
     }
     return WeightRow(**(fields | changes))  # type: ignore[arg-type]  # one mistyped field per test is the point
@@ -40,8 +48,8 @@ def test_a_good_row_passes() -> None:
         ({"weights": (2048, 2048)}, "2 weights for 3 contributors"),
         ({"contributors": ("b", "c", "c")}, "names a contributor twice"),
         ({"weights": (-1, 2049, 2048)}, "outside 0 … 4096"),
-        ({"weights": (1024, 2048, 1023)}, "sum to 4095, expected exactly 4096"),
-        ({"weights": (1024, 2048, 1025)}, "sum to 4097, expected exactly 4096"),
+        ({"weights": (1229, 1638, 1228)}, "sum to 4095, expected exactly 4096"),
+        ({"weights": (1229, 1638, 1230)}, "sum to 4097, expected exactly 4096"),
         ({"contributors": (), "weights": ()}, "sum to 0"),
         ({"contributors": ("b", "c", "x")}, "outside the roster: x"),
         ({"contributors": ("a", "c", "d")}, "its own weight must be 0"),
@@ -49,6 +57,9 @@ def test_a_good_row_passes() -> None:
         ({"weights": (2048, 2048, 0)}, "has 2 contributors"),
         ({"weights": (4094, 1, 1)}, "above the cap of 0.5"),
         ({"weights": (2049, 2046, 1)}, "above the cap of 0.5"),
+        # Each below one half, and two make up all of it but a four-thousandth.
+        ({"weights": (2048, 2047, 1)}, r"sum to 0\.4998, above the cap of 0\.36: 2\.00 contributors"),
+        ({"weights": (2048, 1024, 1024)}, r"sum to 0\.3750, above the cap of 0\.36"),
     ],
 )
 def test_each_violation_is_named(changes: dict[str, object], message: str) -> None:
@@ -65,7 +76,7 @@ def test_federation_of_two_and_one_hot_rows_get_nothing() -> None:
 
 
 def test_own_contribution_of_weight_zero_does_not_count() -> None:
-    with_self = row(contributors=("a", "b", "c", "d"), weights=(0, 1024, 2048, 1024))
+    with_self = row(contributors=("a", "b", "c", "d"), weights=(0, 1229, 1638, 1229))
     check_row("a", with_self, POLICY, members=MEMBERS)
     too_few = row(contributors=("a", "b", "c"), weights=(0, 2048, 2048))
     with pytest.raises(PolicyError, match="has 2 contributors"):
@@ -73,14 +84,22 @@ def test_own_contribution_of_weight_zero_does_not_count() -> None:
 
 
 def test_a_share_rounded_up_at_the_cap_passes() -> None:
-    policy = AggregationPolicy(weight_cap=0.4)
+    policy = AggregationPolicy(weight_cap=0.4, squares_cap=0.5)
     check_row("a", row(weights=(1639, 1639, 818)), policy)  # 0.4 · 4096 = 1638.4
     with pytest.raises(PolicyError, match=r"'b' has a share of 0\.4004"):
         check_row("a", row(weights=(1640, 1639, 817)), policy)
 
 
 @pytest.mark.parametrize(
-    "field", [{"weight_cap": 0.0}, {"weight_cap": 1.5}, {"minimum_contributors": 0}, {"x": 1}]
+    "field",
+    [
+        {"weight_cap": 0.0},
+        {"weight_cap": 1.5},
+        {"squares_cap": 0.0},
+        {"squares_cap": math.nan},
+        {"minimum_contributors": 0},
+        {"x": 1},
+    ],
 )
 def test_a_policy_that_cannot_hold_is_refused(field: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
@@ -146,3 +165,55 @@ def test_a_cap_outside_its_range_is_refused(cap: float) -> None:
 def test_two_contributors_can_never_meet_a_cap_below_a_half() -> None:
     with pytest.raises(PolicyError, match="at least 3 are needed"):
         cap_weights([1.0, 1.0], 0.49)
+
+
+def test_two_contributors_never_make_up_more_than_their_share_of_squares() -> None:
+    """The heaviest pair that any row of three may hold is 0.8 of it; of many, √(2 · 0.36) = 0.85."""
+    for count, most in ((3, 0.8), (10, 0.85), (100, 0.85)):
+        shares = cap_weights([1.0, 1.0, *([1e-9] * (count - 2))], 0.5)
+        spread = spread_weights(shares, 0.36, 12)
+        assert spread[0] == pytest.approx(spread[1])
+        assert most - 0.03 < spread[0] + spread[1] < most
+        assert spread[2] > 0.0
+
+
+@settings(deadline=None)
+@given(weights=st.lists(st.floats(1e-6, 1e6), min_size=3, max_size=40), bits=st.sampled_from((8, 12, 15, 20)))
+def test_spread_and_rounded_rows_pass_the_clients_check(weights: list[float], bits: int) -> None:
+    shares = cap_weights(weights, 0.5)
+    spread = spread_weights(shares, 0.36, bits)
+    assert math.isclose(math.fsum(spread), 1.0, abs_tol=1e-9)
+    assert min(spread) >= min(shares) - 1e-9
+    order = np.argsort(shares, kind="stable")
+    assert (np.diff(np.array(spread)[order]) >= -1e-12).all()
+    names = tuple(f"c{number}" for number in range(len(weights)))
+    integers = tuple(int(weight) for weight in integer_weights(np.array(spread), bits))
+    check_row("a", WeightRow(0, "a", names, integers, bits), AggregationPolicy(minimum_contributors=1))
+
+
+def test_a_row_within_the_limit_is_left_as_it_is() -> None:
+    assert spread_weights((0.35, 0.33, 0.32), 0.36, 12) == (0.35, 0.33, 0.32)
+    assert spread_weights((0.5, 0.5, 0.0), 1.0, 12) == (0.5, 0.5, 0.0)
+
+
+def test_two_can_never_keep_a_limit_that_three_need() -> None:
+    with pytest.raises(PolicyError, match="at least 3 are needed"):
+        spread_weights((0.5, 0.5, 0.0), 0.36, 12)
+
+
+@pytest.mark.parametrize(
+    ("policy", "fewest", "withstands"),
+    [
+        (AggregationPolicy(), 3, 1),
+        (AggregationPolicy(minimum_contributors=1), 3, 1),
+        (AggregationPolicy(minimum_contributors=1, weight_cap=1.0, squares_cap=1.0), 1, 0),
+        (AggregationPolicy(weight_cap=0.2), 5, 2),
+        (AggregationPolicy(weight_cap=1 / 3), 3, 1),
+        (AggregationPolicy(squares_cap=0.24), 5, 2),
+        (AggregationPolicy(minimum_contributors=9), 9, 2),
+    ],
+)
+def test_the_limits_together_say_how_many_must_contribute(
+    policy: AggregationPolicy, fewest: int, withstands: int
+) -> None:
+    assert (policy.fewest_contributors, policy.withstands) == (fewest, withstands)

@@ -277,6 +277,21 @@ def test_budget_and_refusals_are_told(tmp_path: Path) -> None:
     assert client.channels[1].reservations_never_released == 1
 
 
+def test_the_number_of_recipients_that_suffice_is_that_of_the_smallest_row(tmp_path: Path) -> None:
+    client = make_client(tmp_path, "none")
+    (told,) = [line for line in make(client, smallest_row=3, rounds=2).leaks if "put rows together" in line]
+    assert "the smallest aggregate received here had 3, and 2 recipient(s) solve for those" in told
+    assert "hardly move" not in told
+    assert "two suffice, whatever the number, if a malicious server chooses their rows" in told
+    (told,) = [line for line in make(client, smallest_row=11, rounds=6).leaks if "put rows together" in line]
+    assert (
+        "had 11, and 6 recipient(s) solve for those with one row each, 2 with the 5 rows of the run" in told
+    )
+    assert "aggregates of others, not seen here, may have 3: then 2" in told
+    (told,) = [line for line in make(client, smallest_row=None).leaks if "put rows together" in line]
+    assert "none was received here, the least allowed is 3, and 2 recipient(s)" in told
+
+
 def test_an_in_process_run_has_no_network(tmp_path: Path) -> None:
     (client,) = make(make_client(tmp_path, "dp"), transport="in_process").clients
     assert guarantee(client, "joint", "network").cover == "nothing_sent"

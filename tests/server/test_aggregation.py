@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from fedmosaic.privacy.attacks.collusion import smallest_coalition
+from fedmosaic.privacy.encryption.weights import integer_weights
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.server.aggregation import Group, groups, plan, section_label
-from fedmosaic.server.relevance import corrected_cosine, plain_cosine, softmax_weights
+from fedmosaic.server.relevance import Relevance, corrected_cosine, plain_cosine, softmax_weights
 
 NAMES = ("a", "b", "c", "d", "e")
 POLICY = AggregationPolicy(minimum_contributors=3, weight_cap=0.5)
@@ -33,14 +35,35 @@ def planned(found: Group, policy: AggregationPolicy = POLICY, bits: int = 15, te
     )
 
 
-def test_rows_are_the_rounded_softmax_where_no_cap_bites() -> None:
-    exact = softmax_weights(plain_cosine(vectors()), 0.5, np.ones(5, dtype=bool))
-    result = planned(group(), AggregationPolicy(weight_cap=1.0))
+def planned_for(names, found: Relevance, policy: AggregationPolicy, bits: int = 15, temperature: float = 0.5):
+    everybody = Group("shared", "", 10, frozenset(names), frozenset(names))
+    return plan(everybody, names, found, round_number=4, temperature=temperature, policy=policy, bits=bits)
+
+
+def matrix(names, result) -> np.ndarray:
+    rows = np.zeros((len(names), len(names)))
+    for recipient, row in result.rows.items():
+        for contributor, weight in zip(row.contributors, row.weights, strict=True):
+            rows[names.index(recipient), names.index(contributor)] = weight / 2**row.bits
+    return rows
+
+
+def profiles_of_tasks(count: int, seed: int) -> np.ndarray:
+    """Clients in pairs of one task each."""
+    rng = np.random.default_rng(seed)
+    return np.repeat(rng.normal(size=(count, 64)), 2, axis=0)[:count] + 0.8 * rng.normal(size=(count, 64))
+
+
+def test_rows_are_the_rounded_softmax_where_no_limit_bites() -> None:
+    names = tuple("abcdefghi")
+    exact = softmax_weights(plain_cosine(vectors(9)), 2.0, np.ones(9, dtype=bool))
+    result = planned_for(names, plain_cosine(vectors(9)), POLICY, temperature=2.0)
     assert not result.refusals
-    for i, recipient in enumerate(NAMES):
+    assert result.smallest_coalition is None
+    for i, recipient in enumerate(names):
         row = result.rows[recipient]
         assert (row.recipient, row.round, row.bits) == (recipient, 4, 15)
-        assert row.contributors == tuple(n for n in NAMES if n != recipient)
+        assert row.contributors == tuple(n for n in names if n != recipient)
         shares = np.array(row.weights) / 2**15
         np.testing.assert_allclose(shares, np.delete(exact[i], i), atol=2.0**-15)
 
@@ -104,9 +127,9 @@ def test_too_few_contributors_are_a_refusal_in_words() -> None:
 
 
 def test_a_weight_that_vanishes_does_not_count_as_a_contributor() -> None:
-    result = planned(group(), AggregationPolicy(minimum_contributors=4), bits=8, temperature=0.02)
-    assert result.refusals
-    assert all("contributors other than the recipient" in text for text in result.refusals.values())
+    policy = AggregationPolicy(minimum_contributors=4, squares_cap=1.0)
+    result = planned(group(), policy, bits=8, temperature=0.02)
+    assert any("has 3 contributors other than the recipient" in text for text in result.refusals.values())
 
 
 def test_a_cap_that_cannot_hold_is_a_refusal() -> None:
@@ -143,3 +166,55 @@ def test_a_small_family_never_receives_a_single_member() -> None:
 )
 def test_labels_bind_a_record_to_its_vector(section: str, family: str, label: str) -> None:
     assert section_label(section, family) == label  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("count", [6, 8, 12])
+def test_equal_weights_give_no_adapter_to_two_through_their_rounding(count: int) -> None:
+    """Rounded to 12 bits, two recipients' equal rows differ by a unit in one place: one adapter, alone."""
+    names = tuple(f"c{number:02d}" for number in range(count))
+    rows = np.zeros((count, count))
+    for i in range(count):
+        others = np.arange(count) != i
+        rows[i, others] = integer_weights(np.full(count - 1, 1 / (count - 1)), 12) / 4096
+    assert smallest_coalition([rows]) == 2
+    silent = plain_cosine(np.zeros((count, 4)))
+    result = planned_for(names, silent, POLICY, bits=12)
+    assert result.smallest_coalition is None
+    found = matrix(names, result)
+    assert found.any(axis=1).all()
+    assert (found[found > 0] < 1.3 / (count - 1)).all()
+    exact = smallest_coalition([found])
+    assert exact is not None
+    assert exact > 2
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_with_four_contributors_no_two_recipients_solve_or_one_of_them_gets_nothing(seed: int) -> None:
+    policy = AggregationPolicy(minimum_contributors=4)
+    result = planned_for(NAMES, plain_cosine(profiles_of_tasks(5, seed)), policy, bits=12)
+    assert result.smallest_coalition is None
+    exact = smallest_coalition([matrix(NAMES, result)])
+    assert exact is None or exact > 2
+    assert all("2 recipients together must not solve" in text for text in result.refusals.values())
+    assert len(result.rows) >= 3
+
+
+def test_among_four_members_two_recipients_suffice_and_the_plan_says_so() -> None:
+    names = NAMES[:4]
+    result = planned_for(names, plain_cosine(profiles_of_tasks(4, 0)), POLICY, bits=12)
+    assert set(result.rows) == set(names)
+    assert result.smallest_coalition == 2 == smallest_coalition([matrix(names, result)])
+
+
+@pytest.mark.parametrize("count", [5, 6, 12])
+def test_weights_still_follow_similarity(count: int) -> None:
+    """Of every recipient, the member of the same task weighs most, by a wide margin over the mean."""
+    names = tuple(f"c{number:02d}" for number in range(count))
+    for seed in range(4):
+        found = matrix(
+            names, planned_for(names, plain_cosine(profiles_of_tasks(count, seed)), POLICY, bits=12)
+        )
+        for i in range(count - count % 2):
+            if found[i].any():
+                assert found[i].argmax() == i ^ 1
+                assert found[i].max() > 1.4 / (count - 1)

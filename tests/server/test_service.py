@@ -1,5 +1,6 @@
 """A real gRPC server with mutual TLS: calls, waiting, resuming, refusals, hostile clients."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -439,18 +440,19 @@ def test_two_hundred_clients_wait_at_once(
     server = start_server(
         federation.settings(tmp_path / "many", tls=authority.server(), listen="127.0.0.1:0", quorum=4)
     )
-    certificate, key = authority.client("c000")
-    credentials = grpc.ssl_channel_credentials(
-        authority.certificate.read_bytes(), key.read_bytes(), certificate.read_bytes()
-    )
-    with grpc.secure_channel(server.address, credentials) as channel:
-        stub = rpc.FederationStub(channel)
-        calls = [
-            stub.Pull(pb.PullRequest(round=2, wait_milliseconds=60_000), timeout=120) for _ in range(200)
-        ]
+    with contextlib.ExitStack() as stack:
+        stubs = []
+        for name in names:
+            certificate, key = authority.client(name)
+            credentials = grpc.ssl_channel_credentials(
+                authority.certificate.read_bytes(), key.read_bytes(), certificate.read_bytes()
+            )
+            channel = stack.enter_context(grpc.secure_channel(server.address, credentials))
+            stubs.append(rpc.FederationStub(channel))
+        calls = [s.Pull(pb.PullRequest(round=2, wait_milliseconds=60_000), timeout=120) for s in stubs]
         first = [next(call) for call in calls]
         assert all(part.HasField("waiting") for part in first)
-        status = stub.RoundStatus(pb.RoundStatusRequest(), timeout=60)
+        status = stubs[0].RoundStatus(pb.RoundStatusRequest(), timeout=60)
         assert status.state.round == 1
         assert not any(call.done() for call in calls), "another call is answered while two hundred wait"
         for call in calls:

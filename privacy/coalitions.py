@@ -1,0 +1,88 @@
+"""What recipients who put their aggregates together know about single adapters.
+
+An aggregate is one linear equation in the adapters of the others. A coalition knows its own adapters and
+all its rows, so its equations are the rows without its own columns. Its best linear estimate of the
+adapters outside is their projection onto the space that these rows span: with P the projector, the estimate
+of adapter j has the relative error √(1 − P_jj), if adapters are unrelated and of one size. Error 0 means
+that adapter j is solved for; an error that is merely small is hardly better, so both count.
+
+Rows are numbers of few bits, so even rows that are meant to be alike differ by a unit here and there: the
+difference of two such rows is an equation in the few adapters where they do.
+
+Shape legend: E equations, R rows, N members, U members outside the coalition.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+
+SOLVED: Final = 0.1
+"""Relative error below which an adapter counts as solved for."""
+_PARALLEL: Final = 1e-6
+"""Sine of the angle below which two rows count as one: their difference drowns in float32."""
+
+_TINY: Final = 1e-300
+
+
+def estimate_errors(weights_EU: FloatArray) -> FloatArray:
+    """Relative error of the best linear estimate of every adapter outside a coalition.
+
+    Args:
+        weights_EU: the coalition's rows without its own columns.
+
+    Returns:
+        (U,) from 0, solved for, to 1, nothing known.
+    """
+    _, values, directions = np.linalg.svd(weights_EU, full_matrices=False)
+    kept = directions[values > _PARALLEL * values.max(initial=0.0)]
+    return np.asarray(np.sqrt(np.maximum(0.0, 1.0 - np.einsum("eu,eu->u", kept, kept))))
+
+
+def pair_errors(member: int, row_N: FloatArray, others: Sequence[int], rows_RN: FloatArray) -> FloatArray:
+    """What one recipient and each of some others solve for, two at a time.
+
+    `estimate_errors` of two rows in closed form: with a, b the rows without the pair's own columns,
+    P_jj = a_j² / ⟨a,a⟩ + (b_j − s a_j)² / (⟨b,b⟩ − s² ⟨a,a⟩), where s = ⟨a,b⟩ / ⟨a,a⟩.
+
+    Args:
+        member: index of the recipient.
+        row_N: its weights; its own is 0.
+        others: indices of the other recipients.
+        rows_RN: their weights, each one's own 0.
+
+    Returns:
+        (R,) the least error over all adapters outside the pair.
+    """
+    square_N = row_N * row_N
+    aa_R = np.maximum(square_N.sum() - square_N[others], _TINY)
+    bb_R = np.einsum("rn,rn->r", rows_RN, rows_RN) - rows_RN[:, member] ** 2
+    slope_R = rows_RN @ row_N / aa_R
+    rest_R = bb_R - slope_R * slope_R * aa_R
+    apart_R = rest_R > _PARALLEL**2 * bb_R
+    known_RN = rows_RN - slope_R[:, None] * row_N
+    known_RN *= known_RN
+    known_RN *= np.where(apart_R, 1.0 / np.where(apart_R, rest_R, 1.0), 0.0)[:, None]
+    known_RN += square_N / aa_R[:, None]
+    known_RN[:, member] = 0.0
+    known_RN[np.arange(len(others)), others] = 0.0
+    return np.asarray(np.sqrt(np.maximum(0.0, 1.0 - known_RN.max(axis=1, initial=0.0))))
+
+
+def counted_coalition(contributors: int, rows: int) -> int:
+    """Size of the smallest coalition that has as many equations as unknown adapters, in general position.
+
+    k recipients that are one another's contributors hold `rows` equations each in the other
+    contributors − (k − 1) adapters. Rows in a special position, chosen so or by chance, need only two.
+
+    Args:
+        contributors: c, adapters in the smallest row.
+        rows: R, rows of each recipient over the same adapters: 1 in one round; more where they hardly move.
+
+    Returns:
+        ⌈(c + 1) / (R + 1)⌉.
+    """
+    return -(-(contributors + 1) // (rows + 1))

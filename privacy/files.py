@@ -1,0 +1,88 @@
+"""Files that only their owner can read, and that a crash leaves whole.
+
+Whatever a client or the server writes goes through here: mode 0600, in directories of mode 0700, whatever
+the umask is and whoever made the directory. Windows has no such modes; there the rules of the folder hold.
+"""
+
+import logging
+import os
+from pathlib import Path
+from typing import Final
+
+from fedmosaic.protos.errors import StateError
+
+log = logging.getLogger(__name__)
+
+_POSIX: Final = os.name == "posix"
+_OTHERS: Final = 0o077
+
+
+def write_atomically(path: Path, content: bytes | memoryview, *, durable: bool = True) -> None:
+    """Replace `path` by `content` so that a crash leaves the old or the new file, never a mixture.
+
+    Args:
+        path: the file; only its owner can read it afterwards.
+        content: all of it.
+        durable: False does not wait for the disk.
+    """
+    temporary = path.with_name(path.name + ".new")
+    with open(temporary, "wb", opener=private_opener) as file:
+        file.write(content)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    temporary.replace(path)
+    if durable:
+        sync_directory(path.parent)
+
+
+def private_opener(path: str, flags: int) -> int:
+    """Opener for `open`: the file is readable by its owner only, also if it was there before."""
+    descriptor = os.open(path, flags, 0o600)
+    if _POSIX:
+        os.fchmod(descriptor, 0o600)
+    return descriptor
+
+
+def private_directory(directory: Path) -> None:
+    """Make a directory that only its owner can enter, and those above it; close one that is open to others.
+
+    What stands above and was there before is left as it is.
+
+    Raises:
+        StateError: it is open to others and belongs to somebody else.
+    """
+    for place in reversed((directory, *directory.parents)):
+        if not place.exists():
+            place.mkdir(exist_ok=True, mode=0o700)
+    mode = directory.stat().st_mode
+    if not _POSIX or not mode & _OTHERS:
+        return
+    try:
+        directory.chmod(0o700)
+    except OSError as error:
+        raise StateError(
+            f"{directory} can be entered by other users (mode {mode & 0o777:04o}) and belongs to somebody "
+            f"else ({error.strerror}): give a directory of your own"
+        ) from None
+    log.warning("%s could be entered by other users (mode %04o); it is 0700 now", directory, mode & 0o777)
+
+
+def make_private(directory: Path) -> None:
+    """Take a directory, and all that a library wrote into it, from everybody but the owner."""
+    if not _POSIX:
+        return
+    for place in (directory, *directory.rglob("*")):
+        if not place.is_symlink():
+            place.chmod(0o700 if place.is_dir() else 0o600)
+
+
+def sync_directory(directory: Path) -> None:
+    """Wait until the names in a directory are on the disk."""
+    if not _POSIX:
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

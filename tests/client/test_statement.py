@@ -1,0 +1,55 @@
+"""What the statement says of coalitions: from the rows that were accepted, never from the roster's size."""
+
+from pathlib import Path
+
+import pytest
+
+from fedmosaic.client.state import ClientState
+from fedmosaic.client.statement import coalition_rows
+from fedmosaic.privacy.policy import WeightRow
+from fedmosaic.protos.errors import PolicyError, StateError
+
+
+def row(round_number: int, weights: tuple[int, ...]) -> WeightRow:
+    names = tuple("bcdefgh"[: len(weights)])
+    return WeightRow(round_number, "a", names, weights, 4)
+
+
+def test_the_smallest_row_that_was_accepted_is_remembered_over_restarts(tmp_path: Path) -> None:
+    state = ClientState(tmp_path / "state", "f", "a")
+    assert state.smallest_row() is None
+    state.accept_row("shared", row(1, (4, 4, 4, 4)))
+    state.accept_row("family", row(1, (6, 5, 5)))
+    # A contributor of weight zero contributes nothing.
+    state.accept_row("shared", row(2, (4, 4, 4, 4, 0)))
+    assert state.smallest_row() == 3
+    with pytest.raises(PolicyError, match="a different weight row"):
+        state.accept_row("shared", row(1, (8, 8)))
+    state.release()
+    again = ClientState(tmp_path / "state", "f", "a")
+    assert again.smallest_row() == 3
+    again.release()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"1/shared": "digest"}', '{"1/shared": ["digest", "x"]}'])
+def test_a_damaged_record_of_rows_is_refused(tmp_path: Path, content: str) -> None:
+    state = ClientState(tmp_path / "state", "f", "a")
+    (tmp_path / "state" / "rows.json").write_text(content)
+    for ask in (state.smallest_row, lambda: state.accept_row("shared", row(1, (8, 8)))):
+        with pytest.raises(StateError, match=r"rows\.json is damaged"):
+            ask()
+    state.release()
+
+
+def test_two_recipients_solve_for_what_rows_of_three_hide() -> None:
+    """The true number of a federation of any size in which one row had three contributors."""
+    assert [(r.colluding_recipients, r.independent_rows, r.contributors) for r in coalition_rows(3, 2)] == [
+        (1, 1, 3),
+        (2, 2, 2),
+    ]
+
+
+def test_rows_of_several_rounds_add_up_and_the_table_ends_where_one_round_suffices() -> None:
+    found = [(r.colluding_recipients, r.independent_rows, r.contributors) for r in coalition_rows(11, 4)]
+    assert found == [(1, 3, 11), (2, 6, 10), (3, 9, 9), (4, 8, 8), (5, 7, 7), (6, 6, 6)]
+    assert coalition_rows(3, 1)[0].independent_rows == 0

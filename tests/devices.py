@@ -1,0 +1,19 @@
+"""The device that a test of privacy computes on now; the fixture `device` goes through all there are."""
+
+from typing import Final, TypeVar
+
+import torch
+from torch import nn
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+_chosen: Final = [torch.device("cpu")]
+
+
+def choose(device: torch.device) -> None:
+    """Compute on this device from now on."""
+    _chosen[0] = device
+
+
+def here(module: AnyModule) -> AnyModule:
+    """The module, moved to the device."""
+    return module.to(_chosen[0])

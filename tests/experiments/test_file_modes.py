@@ -1,0 +1,151 @@
+"""Only the owner reads what a client or the server writes: whatever the umask, whoever made the folder."""
+
+import asyncio
+import os
+import queue
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fedmosaic.client import __main__ as client
+from fedmosaic.client.settings import ClientSettings
+from fedmosaic.client.transport import GrpcTransport
+from fedmosaic.experiments.client_processes import client_process
+from fedmosaic.experiments.founding import fit_profile, found_federation
+from fedmosaic.privacy.configuration import read_configuration
+from fedmosaic.server.from_kit import settings_from_kit
+from fedmosaic.server.serving import running
+from fedmosaic.server.settings import ServerSettings
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="modes of files are POSIX's")
+
+
+@pytest.fixture(params=[0o000, 0o022], ids=["umask 000", "umask 022"])
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def open_to_others(place: Path) -> dict[str, str]:
+    """Files and folders that somebody else may use, with their modes."""
+    found = {}
+    for path in (place, *place.rglob("*")):
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if mode & 0o077:
+            found[str(path.relative_to(place))] = f"{mode:04o}"
+    return found
+
+
+@contextmanager
+def served(settings: ServerSettings) -> Iterator[int]:
+    """A real server in a thread; gives its port."""
+    ready: queue.SimpleQueue[int] = queue.SimpleQueue()
+    loop, stop = asyncio.new_event_loop(), asyncio.Event()
+
+    async def serve() -> None:
+        async with running(settings) as port:
+            ready.put(port)
+            await stop.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),), daemon=True)
+    thread.start()
+    try:
+        yield ready.get(timeout=60)
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(60)
+        loop.close()
+
+
+@pytest.mark.usefixtures("umask")
+def test_a_whole_run_leaves_nothing_that_others_can_read(
+    tiny_scenario: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenario = tiny_scenario(
+        adapter={"rank": 2, "blocks": 2, "protection": "encrypted"},
+        encryption={"backend": "mask"},
+        allow_plaintext=False,
+        policy={},
+    )
+    found_federation(
+        scenario, fit_profile(scenario, tmp_path, Console(quiet=True), own_process=False), tmp_path, 7443
+    )
+    kits = tmp_path / "federation"
+    states = {c.id: kits / "clients" / c.id / "state" for c in scenario.clients} | {
+        "server": kits / "server/state"
+    }
+    for state in states.values():
+        state.mkdir(mode=0o755)
+    seen: dict[str, set[str]] = {name: set() for name in states}
+    bad: dict[str, dict[str, str]] = {}
+
+    def look() -> None:
+        for name, state in states.items():
+            for path in list(state.rglob("*")):
+                seen[name].add(path.name)
+            bad.setdefault(name, {}).update(_while_others_write(state))
+
+    push = GrpcTransport.push
+
+    def watched(self: GrpcTransport, upload: Any) -> Any:
+        look()
+        return push(self, upload)
+
+    monkeypatch.setattr(GrpcTransport, "push", watched)
+    settings = settings_from_kit(kits / "server").model_copy(update={"listen": "127.0.0.1:0"})
+    with served(settings) as port:
+        errors: list[BaseException] = []
+
+        def take_part(entry: Any) -> None:
+            client_process(scenario, entry, tmp_path, port)
+            path = kits / "clients" / entry.id / "client.json"
+            try:
+                client.run(read_configuration(path, ClientSettings).resolved(path.parent))
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=take_part, args=(c,), daemon=True) for c in scenario.clients]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        assert errors == []
+        look()
+    for name, state in states.items():
+        assert bad[name] == {}, name
+        assert open_to_others(state) == {}, name
+    for name in states.keys() - {"server"}:
+        assert seen[name] >= {
+            "session.json", "rows.json", "progress.jsonl", "result.json", "statement.json", "lock",
+            "ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "ledger.sqlite.head",
+            "profile-average.npz", "clipping.json", "counter.json", "epoch-0000000001.json",
+            "upload-0002.bin", "adapter_model.safetensors", "adapter_config.json",
+        }  # fmt: skip
+    assert seen["server"] >= {
+        "server.db",
+        "server.db-wal",
+        "server.db-shm",
+        "run.json",
+        "lock",
+        "client-0.bin",
+    }
+
+
+def _while_others_write(state: Path) -> dict[str, str]:
+    """As `open_to_others`, while files come and go; what PEFT is writing stands in a closed folder."""
+    found = {}
+    for path in (state, *list(state.rglob("*"))):
+        try:
+            mode = stat.S_IMODE(path.stat().st_mode)
+        except FileNotFoundError:
+            continue
+        if mode & 0o077 and "saving" not in path.parts:
+            found[str(path.relative_to(state))] = f"{mode:04o}"
+    return found
