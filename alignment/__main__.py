@@ -21,7 +21,8 @@ from fedmosaic.alignment.report import print_report
 from fedmosaic.alignment.settings import AlignmentSettings
 from fedmosaic.alignment.sources import parse_source
 from fedmosaic.alignment.tokens import PublicText
-from fedmosaic.protos.errors import ConfigurationError, FedMosaicError
+from fedmosaic.privacy.terminal import guarded
+from fedmosaic.protos.errors import ConfigurationError
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except FedMosaicError as error:
-        print(f"fedmosaic align: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(guarded("fedmosaic align", lambda: main(sys.argv[1:])))

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedmosaic.alignment.tokens import PublicText
 from fedmosaic.client.examples import padding_token
+from fedmosaic.privacy.configuration import decode_text, parse_json
 from fedmosaic.protos.errors import ConfigurationError
 
 Synthetic = Literal["generated", "random_tokens"]
@@ -46,11 +47,13 @@ def read_public_text(path: Path, samples: int) -> tuple[PublicText, ...]:
     if samples < 1:
         raise ConfigurationError(f"samples is {samples}; alignment needs at least 1 public text.")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = decode_text(path.read_bytes()).splitlines()
+    except OSError as error:
         raise ConfigurationError(
-            f"The public text {path} cannot be read ({type(error).__name__}); give UTF-8 text or JSON lines."
-        ) from error
+            f"The public text {path} cannot be read ({error.strerror}); give UTF-8 text or JSON lines."
+        ) from None
+    except ValueError as error:
+        raise ConfigurationError(f"The public text {path} cannot be read: {error}.") from None
     if path.suffix == ".jsonl":
         found = [_parse(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
     else:
@@ -154,9 +157,9 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) 
 def _parse(line: str, path: Path, number: int) -> PublicText:
     where = f"{path}, line {number}"
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
-        raise ConfigurationError(f"{where} is not JSON; write one JSON object per line.") from None
+        record = parse_json(line)
+    except ValueError as error:
+        raise ConfigurationError(f"{where} is not JSON ({error}); write one JSON object per line.") from None
     if not isinstance(record, dict):
         raise ConfigurationError(f"{where} is a {type(record).__name__}; write a JSON object.")
     text, prompt = record.get("answer", record.get("text")), record.get("prompt", "")

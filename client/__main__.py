@@ -29,19 +29,22 @@ from fedmosaic.client.session import Session
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState
 from fedmosaic.client.statement import build_statement
+from fedmosaic.client.traffic import Traffic
 from fedmosaic.client.transport import GrpcTransport
 from fedmosaic.privacy.accounting import default_delta
-from fedmosaic.privacy.configuration import read_configuration
+from fedmosaic.privacy.configuration import parse_json, read_configuration
 from fedmosaic.privacy.federation import Kit, open_kit
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.ledger import Ledger, parameters_of, read_ledger
 from fedmosaic.privacy.noise import SecureNoise, SeededTestNoise
 from fedmosaic.privacy.report_costs import shareable
-from fedmosaic.protos.errors import ConfigurationError, FedMosaicError, LedgerError, ModelError
+from fedmosaic.privacy.terminal import guarded
+from fedmosaic.protos.errors import ConfigurationError, LedgerError, ModelError, StateError
 
 log = logging.getLogger("fedmosaic.client")
 RESULT = "result.json"
 STATEMENT = "statement.json"
+TRAFFIC = "traffic.json"
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,11 @@ def run(settings: ClientSettings) -> None:
         plan = _plan(settings, kit, ledger, learner.example_count)
         releases = _releases(settings, kit, ledger, state, learner, plan)
         transport = GrpcTransport(
-            settings.server, authority=kit.authority, certificate=kit.tls_certificate, private_key=kit.tls_key
+            settings.server,
+            authority=kit.authority,
+            certificate=kit.tls_certificate,
+            private_key=kit.tls_key,
+            traffic=Traffic(settings.state_dir / TRAFFIC),
         )
         try:
             identity = Identity(client_id, kit.signing_key())
@@ -132,7 +139,7 @@ class _Result:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._content: dict[str, object] = json.loads(path.read_text()) if path.exists() else {}
+        self._content = _read_result(path) if path.exists() else {}
 
     def has(self, key: str) -> bool:
         return key in self._content
@@ -140,6 +147,18 @@ class _Result:
     def put(self, key: str, value: object) -> None:
         self._content[key] = value
         write_atomically(self._path, json.dumps(self._content, indent=2).encode())
+
+
+def _read_result(path: Path) -> dict[str, object]:
+    try:
+        content = parse_json(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+        return content
+    except (OSError, ValueError) as error:
+        raise StateError(
+            f"{path} is damaged ({error}); delete it: only the scores before training are lost"
+        ) from None
 
 
 def _check_layout(learner: ModelLearner, kit: Kit) -> None:
@@ -225,8 +244,4 @@ def _releases(
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except FedMosaicError as error:
-        log.error("%s", error)
-        sys.exit(2)
+    sys.exit(guarded("fedmosaic client", lambda: main(sys.argv[1:])))

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Final
 
+from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.ledger_rows import Channel
 from fedmosaic.protos.errors import StateError
@@ -38,7 +39,7 @@ class ClippingRecord:
         if not self._path.exists():
             return {}
         try:
-            stored = json.loads(self._path.read_text(encoding="utf-8"))
+            stored = parse_json(self._path.read_bytes())
             return {channel: (int(clipped), int(examples)) for channel, (clipped, examples) in stored.items()}
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise StateError(

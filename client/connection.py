@@ -12,8 +12,11 @@ from typing import Final, TypeVar
 import grpc
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
 
-from fedmosaic.privacy.identity import read_private
+from fedmosaic.client.causes import explain
+from fedmosaic.privacy.identity import check_pair, read_certificate
+from fedmosaic.privacy.names import is_local
 from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import IdentityError, TransportError
 from fedmosaic.protos.refusal import Refusal, from_rpc_error
@@ -39,21 +42,21 @@ def open_channel(address: str, authority: Path, certificate: Path, private_key: 
     """Open a channel that shows this client's certificate and accepts only the federation's server.
 
     Args:
-        address: host and port of the server.
+        address: host and port of the server, as `fedmosaic.privacy.names.address` gives it.
         authority: PEM certificate of the federation's authority.
         certificate: PEM certificate of this client.
         private_key: its key.
 
     Raises:
-        IdentityError: a file is missing, or the certificate is expired or not from this authority.
+        IdentityError: a file is missing or damaged, key and certificate are no pair, or the certificate is
+            expired or not from this authority.
     """
-    try:
-        authority_pem, certificate_pem = authority.read_bytes(), certificate.read_bytes()
-    except OSError as error:
-        raise IdentityError(f"{error.filename}: cannot read this certificate: {error.strerror}") from None
+    certificate_pem, key_pem = check_pair(certificate, private_key)
+    authority_pem = read_certificate(authority).public_bytes(serialization.Encoding.PEM)
     check_certificate(certificate_pem, authority_pem, str(certificate))
-    credentials = grpc.ssl_channel_credentials(authority_pem, read_private(private_key), certificate_pem)
-    return grpc.secure_channel(address, credentials, options=_OPTIONS)
+    credentials = grpc.ssl_channel_credentials(authority_pem, key_pem, certificate_pem)
+    direct = (("grpc.enable_http_proxy", 0),) if is_local(address) else ()
+    return grpc.secure_channel(address, credentials, options=(*_OPTIONS, *direct))
 
 
 def check_certificate(
@@ -117,7 +120,7 @@ class Patience:
 
         Raises:
             Refusal: the server refused.
-            IdentityError: the server is not the federation's.
+            IdentityError: the server is not the federation's, which no patience cures.
             TransportError: the patience is over.
         """
         started, reached, delay = time.monotonic(), progress(), _FIRST_DELAY_SECONDS
@@ -128,20 +131,14 @@ class Patience:
                 problem = from_rpc_error(error, call)
             if isinstance(problem, Refusal):
                 raise problem
-            text = str(problem)
-            if "CERTIFICATE_VERIFY_FAILED" in text:
-                raise IdentityError(
-                    f"{self.address} has no certificate of this federation's authority for that name: "
-                    "check the address, and that the kit is of this federation"
-                )
+            cause = explain(str(problem), self.address)
+            if cause.final:
+                raise IdentityError(f"{self.address}: {cause.words}")
             if progress() > reached:
                 started, reached, delay = time.monotonic(), progress(), _FIRST_DELAY_SECONDS
             waited = time.monotonic() - started
             if waited + delay > self.seconds:
-                raise TransportError(
-                    f"{self.address} could not be reached for {waited:.0f} s ({text}); check the address "
-                    "and that the server runs; if it does, its log says whether it refuses this certificate"
-                )
-            log.warning("%s; trying again in %.1f s", text, delay)
+                raise TransportError(f"{self.address} could not be reached for {waited:.0f} s: {cause.words}")
+            log.warning("%s: %s; trying again in %.1f s", call, cause.words, delay)
             time.sleep(delay * (0.5 + secrets.randbelow(1000) / 2000))
             delay = min(2.0 * delay, _LONGEST_DELAY_SECONDS)

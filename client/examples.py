@@ -8,7 +8,7 @@ border, so tokenising the joined text would let the tokens of the prompt depend 
 generated answer always starts from the prompt's own tokens, and training has to look the same.
 """
 
-import json
+import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +17,15 @@ from typing import Final
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from fedmosaic.privacy.configuration import decode_text, parse_json
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
+_KEYS: Final = ("id", "prompt", "answer", "choices")
+_CUSTOMARY: Final = frozenset(
+    "completion context input instruction label messages options output question response source target text "
+    "title".split()
+)
+"""Fields that other programs' data sets have."""
 IGNORED: Final = -100
 """Label of positions that carry no loss (the value that PyTorch's cross entropy ignores)."""
 
@@ -59,7 +66,7 @@ def read_examples(path: Path) -> tuple[Example, ...]:
     """Read JSON lines with the keys ``id``, ``prompt``, ``answer`` and, optionally, ``choices``.
 
     Args:
-        path: UTF-8 file, one JSON object per line; blank lines are skipped.
+        path: UTF-8 file, one JSON object per line; blank lines and a byte order mark are skipped.
 
     Returns:
         The examples in file order.
@@ -68,19 +75,42 @@ def read_examples(path: Path) -> tuple[Example, ...]:
         ConfigurationError: The file is missing or empty, a line is malformed, an id occurs twice, or an
             answer is not among its choices. The message names the line, never its contents.
     """
+    return _read(path, named=True)
+
+
+def read_public_examples(path: Path) -> tuple[Example, ...]:
+    """Read public examples: as ``read_examples``, but an example without an ``id`` is named by its line.
+
+    Private examples need ids of their own, because the ledger tells data sets apart by them.
+    """
+    return _read(path, named=False)
+
+
+def _read(path: Path, *, named: bool) -> tuple[Example, ...]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = decode_text(path.read_bytes()).split("\n")
+    except OSError as error:
         raise ConfigurationError(
-            f"cannot read the examples in {path}: {error.__class__.__name__}; "
-            "give a readable UTF-8 file of JSON lines"
-        ) from error
-    examples = tuple(_parse(line, path, number) for number, line in enumerate(lines, 1) if line.strip())
+            f"cannot read the examples in {path}: {error.strerror}; give a readable UTF-8 file of JSON lines"
+        ) from None
+    except ValueError as error:
+        raise ConfigurationError(f"cannot read the examples in {path}: {error}") from None
+    examples: list[Example] = []
+    first: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        # Files of Windows that were laid end to end have a byte order mark in the middle, too.
+        example = _parse(line.removeprefix("\ufeff"), path, number, named=named)
+        earlier = first.setdefault(example.id, number)
+        if earlier != number:
+            raise ConfigurationError(
+                f"{path}, line {number} has the id of line {earlier}; every example needs its own id"
+            )
+        examples.append(example)
     if not examples:
         raise ConfigurationError(f"{path} holds no example; give at least one JSON line")
-    if len({example.id for example in examples}) != len(examples):
-        raise ConfigurationError(f"{path} holds an id twice; every example needs its own id")
-    return examples
+    return tuple(examples)
 
 
 def encode_examples(
@@ -209,20 +239,17 @@ def length_buckets(lengths: Sequence[int], batch_size: int) -> Iterator[list[int
         yield order[start : start + batch_size]
 
 
-def _parse(line: str, path: Path, number: int) -> Example:
+def _parse(line: str, path: Path, number: int, *, named: bool) -> Example:
     where = f"{path}, line {number}"
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
-        # The decoder's own error would carry the line, which is private, in the traceback.
-        raise ConfigurationError(f"{where} is not JSON; write one JSON object per line") from None
+        record = parse_json(line)
+    except ValueError as error:
+        raise ConfigurationError(f"{where} is not JSON ({error}); write one JSON object per line") from None
     if not isinstance(record, dict):
         raise ConfigurationError(f"{where} is a {type(record).__name__}; write a JSON object")
-    unknown = sorted(set(record) - {"id", "prompt", "answer", "choices"})
-    if unknown:
-        raise ConfigurationError(
-            f"{where} has {len(unknown)} unknown key(s); use id, prompt, answer and choices only"
-        )
+    _check_keys(record, where)
+    if not named:
+        record.setdefault("id", f"line-{number}")
     for key in ("id", "prompt", "answer"):
         if not isinstance(record.get(key), str) or not record[key].strip():
             raise ConfigurationError(f"{where}: {key!r} must be a text that is not empty")
@@ -232,6 +259,17 @@ def _parse(line: str, path: Path, number: int) -> Example:
     if choices and (record["answer"] not in choices or len(set(choices)) != len(choices)):
         raise ConfigurationError(f"{where}: 'choices' must differ from each other and contain the answer")
     return Example(record["id"], record["prompt"], record["answer"], tuple(choices))
+
+
+def _check_keys(record: dict[str, object], where: str) -> None:
+    for position, key in enumerate(record, 1):
+        if key in _KEYS:
+            continue
+        near = difflib.get_close_matches(key.lower(), _KEYS, n=1)
+        # A key may be a piece of somebody's text: only a customary name is shown, any other by its place.
+        shown = f"key {key!r}" if near or key.lower() in _CUSTOMARY else f"key number {position}"
+        hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(_KEYS)} only"
+        raise ConfigurationError(f"{where} has the unknown {shown}; {hint}")
 
 
 def _encode(

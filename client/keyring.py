@@ -14,6 +14,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmosaic.client.transport import Transport
+from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.encryption.ciphers import generate_group_secret, group_secret_bytes
 from fedmosaic.privacy.files import private_directory, sync_directory, write_atomically
 from fedmosaic.privacy.group_key import GroupKey
@@ -261,7 +262,7 @@ class Keyring:
                 f"this client was not part of key epoch {epoch} and cannot read its uploads"
             )
         try:
-            stored = json.loads(path.read_text())
+            stored = parse_json(path.read_bytes())
             key = GroupKey.load(stored["key"].encode())
             agreed = _Agreed(key, int(stored["first_round"]), bytes.fromhex(stored["roster_hash"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
@@ -40,6 +41,7 @@ from fedmosaic.client.releases import Releases
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.training import EpochSampler, train_local
 from fedmosaic.client.vision.sight import Sight, give_sight
+from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.roster import AdapterTerms, Terms
 from fedmosaic.protos.errors import StateError, TrainingError
 
@@ -259,15 +261,17 @@ class ModelLearner:
         """
         try:
             tensors = load_file(directory / "adapter_model.safetensors")
-            sampler = json.loads((directory / _SAMPLER).read_text())
-        except (OSError, ValueError) as error:
-            raise StateError(f"{directory}: the saved adapter cannot be read ({error})") from None
-        report: Any = set_peft_model_state_dict(self._model, tensors, adapter_name=_ADAPTER)
-        if report.unexpected_keys:
+            sampler = parse_json((directory / _SAMPLER).read_bytes())
+            report: Any = set_peft_model_state_dict(self._model, tensors, adapter_name=_ADAPTER)
+            if report.unexpected_keys:
+                raise ValueError(f"it is of another shape ({report.unexpected_keys[0]})")
+            self._sampler.load_state_dict(sampler)
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StateError) as error:
             raise StateError(
-                f"{directory}: the saved adapter is of another shape ({report.unexpected_keys[0]})"
-            )
-        self._sampler.load_state_dict(sampler)
+                f"{directory}: the saved adapter cannot be read ({str(error)[:200]}); restore the folder "
+                "from a backup, or delete it: the client then goes on with a fresh adapter, and what the "
+                "ledger has spent stays spent"
+            ) from None
 
 
 def _load(settings: ClientSettings, adapter: AdapterTerms) -> tuple[PeftModel, PreTrainedTokenizerBase]:

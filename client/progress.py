@@ -57,7 +57,8 @@ class LoggedProgress:
         now = time.monotonic()
         if now - self._last_wait_line >= _SECONDS_BETWEEN_WAIT_LINES:
             self._last_wait_line = now
-            log.info("round %d: %s", status.round, status.message)
+            # The server's words name the round themselves.
+            log.info("%s", status.message)
 
     def _record(self, *, force: bool) -> None:
         now = time.monotonic()

@@ -8,6 +8,8 @@ stored are sent again as they are, free of charge.
 import hashlib
 import io
 import logging
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -27,6 +29,18 @@ from fedmosaic.protos.errors import BudgetExceededError, PrivacyError, StateErro
 from fedmosaic.protos.messages import Profile
 
 log = logging.getLogger(__name__)
+_ARRAY_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    MemoryError,
+    NotImplementedError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""Everything that NumPy says of a file that is no array, or no archive of arrays."""
 
 Randomness = SecureNoise | SeededTestNoise
 MakeRelease = Callable[[Callable[[], None]], Float32Array]
@@ -214,7 +228,8 @@ class Releases:
             log.warning("%s; going on without a task profile", error)
             return None
         average = self._average(released)
-        if sent.exists() and sent.read_text() == average.last_release_sha256:
+        # Whatever else the file holds, the profile is sent once more, which costs nothing.
+        if sent.exists() and sent.read_bytes() == average.last_release_sha256.encode():
             return None
         return Profile(average.vector.astype(np.float32), average.noise_variance, average.releases)
 
@@ -281,13 +296,16 @@ class Releases:
             return None
         try:
             with np.load(path, allow_pickle=False) as stored:
-                return ReleasedProfile(
+                average = ReleasedProfile(
                     stored["vector"],
                     float(stored["noise_variance"]),
                     int(stored["releases"]),
                     stored["last"].tobytes().hex(),
                 )
-        except (OSError, ValueError, KeyError) as error:
+            if average.vector.shape != (self._terms.profile.dimensions,) or average.releases < 1:
+                raise ValueError("it is of another shape")
+            return average
+        except _ARRAY_ERRORS as error:
             raise StateError(f"{path} is damaged ({error}); delete it, the ledger stays valid") from None
 
 
@@ -304,7 +322,7 @@ def _digest(vector: Float32Array) -> str:
 def _read_vector(path: object, dimensions: int) -> Float32Array:
     try:
         vector: Float32Array = np.load(str(path), allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except _ARRAY_ERRORS as error:
         raise StateError(
             f"{path}: the stored task profile cannot be read ({error}). It was released already, and a fresh "
             "draw would cost its ε again: restore the file, or change the data epoch knowingly"

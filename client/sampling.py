@@ -44,15 +44,17 @@ class EpochSampler:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where another sampler stood.
 
+        Over another number of examples, the next epoch begins: where the old walk stood means nothing then.
+
         Raises:
-            StateError: The state is malformed, or of another number of examples.
+            StateError: The state is malformed.
         """
-        try:
-            size, seed, epoch, position = (state[key] for key in ("size", "seed", "epoch", "position"))
-        except KeyError as error:
-            raise StateError(f"the sampler's state lacks {error}; start the epoch over") from None
-        if size != self._size:
-            raise StateError("the sampler's state is of another number of examples; start the epoch over")
-        if min(seed, epoch, position) < 0 or position >= size:
-            raise StateError("the sampler's state is out of range; start the epoch over")
-        self._seed, self._epoch, self._position = seed, epoch, position
+        names = ("size", "seed", "epoch", "position")
+        values = [state.get(name) for name in names] if isinstance(state, dict) else []
+        if not values or any(type(value) is not int or value < 0 for value in values):
+            raise StateError(f"the sampler's state must hold {', '.join(names)}, none below 0")
+        size, seed, epoch, position = (int(state[name]) for name in names)
+        if position >= size:
+            raise StateError(f"the sampler's state is at example {position} of {size}")
+        self._seed = seed
+        self._epoch, self._position = (epoch, position) if size == self._size else (epoch + 1, 0)

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 from fedmosaic.client.hardware import DeviceName, DtypeName
 from fedmosaic.client.training import TrainingSettings
 from fedmosaic.privacy.configuration import Frozen
+from fedmosaic.privacy.names import Address
 
 
 class ModelSettings(Frozen):
@@ -97,7 +98,7 @@ class ClientSettings(Frozen):
     """Everything one client decides for itself. Paths are relative to the file."""
 
     kit: Path
-    server: str = Field(pattern=r"^[^:]+:\d{1,5}$|^\[[0-9a-fA-F:]+\]:\d{1,5}$")
+    server: Address
     state_dir: Path
     model: ModelSettings
     probe: ProbeModelSettings

@@ -14,6 +14,7 @@ Every file is written beside its place, flushed to the disk, and renamed: a kill
 the old file or the new one, never half of one. Nobody but the owner can read any of it.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.encryption.records import row_digest
 from fedmosaic.privacy.files import (
     make_private,
@@ -69,18 +71,26 @@ def hold_directory(path: Path, instead: str) -> IO[bytes]:
         The open file; closing it lets go.
 
     Raises:
-        StateError: another process holds the directory.
+        StateError: another process holds the directory, or its file system has no locks.
     """
     file = open(path, "ab", opener=private_opener)
     if fcntl is not None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             file.close()
-            raise StateError(
-                f"{path.parent} is in use by another process; stop that one first, or {instead}"
-            ) from None
+            raise StateError(_why_not_held(error, path.parent, instead)) from None
     return file
+
+
+def _why_not_held(error: OSError, directory: Path, instead: str) -> str:
+    # flock(2): EWOULDBLOCK is the only word for a lock that somebody else has.
+    if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+        return f"{directory} is in use by another process; stop that one first, or {instead}"
+    return (
+        f"{directory} is on a file system that has no locks ({error.strerror}), so nothing would keep two "
+        "processes apart, and the privacy ledger needs locks as well; give a directory on a local disk"
+    )
 
 
 class ClientState:
@@ -118,11 +128,15 @@ class ClientState:
 
     def _read(self) -> SessionRecord:
         try:
-            data: dict[str, Any] = json.loads(self._file.read_text(encoding="utf-8"))
+            data: dict[str, Any] = parse_json(self._file.read_bytes())
             if data.pop("version") != _VERSION:
                 raise ValueError("unknown version")
-            return SessionRecord(**data)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            record = SessionRecord(**data)
+            names = (record.federation, record.client, record.run_id)
+            if not all(isinstance(name, str) for name in names) or type(record.completed_round) is not int:
+                raise ValueError("a value has another type")
+            return record
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StateError(
                 f"{self._file} is damaged ({error}); restore it from a backup, or start over with a new "
                 "state_dir (the privacy ledger in the old one must be kept: what it has spent stays spent)"
@@ -233,7 +247,7 @@ class ClientState:
         if not self._rows.exists():
             return {}
         try:
-            found = json.loads(self._rows.read_text(encoding="utf-8"))
+            found = parse_json(self._rows.read_bytes())
             return {str(label): (str(digest), int(count)) for label, (digest, count) in found.items()}
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise StateError(

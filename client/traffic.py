@@ -1,8 +1,14 @@
 """How many bytes this client sent and received, by channel."""
 
+import json
 import threading
 from collections import Counter
+from pathlib import Path
 from typing import Final, Literal
+
+from fedmosaic.privacy.configuration import parse_json
+from fedmosaic.privacy.files import write_atomically
+from fedmosaic.protos.errors import StateError
 
 Channel = Literal["adapter", "profile", "keys", "control"]
 CHANNELS: Final[tuple[Channel, ...]] = ("adapter", "profile", "keys", "control")
@@ -15,10 +21,37 @@ class Traffic:
     agreement, `control` everything else.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path | None = None) -> None:
+        """Begin to count, or go on where the last process stopped.
+
+        Args:
+            path: where `save` keeps the counts over restarts; by default nowhere.
+
+        Raises:
+            StateError: the file is damaged.
+        """
         self._lock = threading.Lock()
         self._sent: Counter[Channel] = Counter()
         self._received: Counter[Channel] = Counter()
+        self._path = path
+        if path is not None and path.exists():
+            self._read(path)
+
+    def _read(self, path: Path) -> None:
+        try:
+            stored = parse_json(path.read_bytes())
+            for channel in CHANNELS:
+                self._sent[channel] = int(stored[channel]["sent"])
+                self._received[channel] = int(stored[channel]["received"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StateError(
+                f"{path} is damaged ({error}); delete it: only the count of bytes is lost"
+            ) from None
+
+    def save(self) -> None:
+        """Store the counts, if there is a file for them."""
+        if self._path is not None:
+            write_atomically(self._path, json.dumps(self.as_dict()).encode())
 
     def sent(self, channel: Channel, size: int) -> None:
         """Count bytes that were sent."""

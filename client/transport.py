@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 from fedmosaic.client.connection import Patience, open_channel
 from fedmosaic.client.traffic import Traffic
@@ -23,6 +23,7 @@ from fedmosaic.protos.refusal import Refusal
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
 
+T = TypeVar("T")
 OnWait = Callable[[RoundStatus], None]
 _LARGE_BYTES: Final = 1 << 20
 _SHORTEST_POLL_SECONDS: Final = 0.5
@@ -105,6 +106,7 @@ class GrpcTransport:
         certificate: Path,
         private_key: Path,
         options: TransportOptions | None = None,
+        traffic: Traffic | None = None,
     ) -> None:
         """Prepare a connection; it is opened by the first call.
 
@@ -114,6 +116,7 @@ class GrpcTransport:
             certificate: PEM certificate of this client.
             private_key: its key, readable by its owner only.
             options: times and sizes.
+            traffic: counts on; by default from nothing.
 
         Raises:
             IdentityError: a file is missing or not acceptable.
@@ -122,7 +125,13 @@ class GrpcTransport:
         self._channel = open_channel(address, authority, certificate, private_key)
         self._stub = rpc.FederationStub(self._channel)
         self._patience = Patience(address, self._options.retry_seconds)
-        self._traffic = Traffic()
+        self._traffic = traffic or Traffic()
+
+    def _call(self, name: str, attempt: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
+        try:
+            return self._patience.retry(name, attempt, progress)
+        finally:
+            self._traffic.save()
 
     def enrol(self, enrolment: Enrolment) -> Enrolled:
         """See `Transport.enrol`."""
@@ -132,7 +141,7 @@ class GrpcTransport:
             self._traffic.sent("control", request.ByteSize())
             return self._stub.Enrol(request, timeout=self._options.call_timeout_seconds)
 
-        response = self._patience.retry("enrol", attempt)
+        response = self._call("enrol", attempt)
         self._traffic.received("control", response.ByteSize())
         return wire.decode_enrolled(response)
 
@@ -165,7 +174,7 @@ class GrpcTransport:
 
         while True:
             asked = time.monotonic()
-            if self._patience.retry("pull", attempt, lambda: download.messages):
+            if self._call("pull", attempt, lambda: download.messages):
                 return download.aggregate()
             # A server that is stopping answers at once that it has nothing.
             time.sleep(max(0.0, _SHORTEST_POLL_SECONDS - (time.monotonic() - asked)))
@@ -207,12 +216,12 @@ class GrpcTransport:
             return self._stub.Push(messages(), timeout=self._options.call_timeout_seconds)
 
         try:
-            response = self._patience.retry("push", attempt, lambda: furthest)
+            response = self._call("push", attempt, lambda: furthest)
         except Refusal as refusal:
             if refusal.reason != "PAYLOAD_DIFFERS" or offset == 0:
                 raise
             # The server lost part of what had arrived, in a crash of its machine; it starts from nothing.
-            response = self._patience.retry("push", attempt, lambda: furthest)
+            response = self._call("push", attempt, lambda: furthest)
         self._traffic.received("control", response.ByteSize())
         return wire.decode_receipt(response)
 
@@ -222,7 +231,7 @@ class GrpcTransport:
         def attempt() -> pb.RoundStatusResponse:
             return self._stub.RoundStatus(pb.RoundStatusRequest(), timeout=self._options.call_timeout_seconds)
 
-        response = self._patience.retry("status", attempt)
+        response = self._call("status", attempt)
         self._traffic.received("control", response.ByteSize())
         return wire.decode_status(response.state)
 
@@ -235,7 +244,7 @@ class GrpcTransport:
             self._traffic.sent("control", request.ByteSize())
             return self._stub.Report(request, timeout=self._options.call_timeout_seconds)
 
-        self._patience.retry("report", attempt)
+        self._call("report", attempt)
 
     def post_key_message(self, message: KeyMessage) -> None:
         """See `Transport.post_key_message`."""
@@ -245,7 +254,7 @@ class GrpcTransport:
             self._traffic.sent("keys", request.ByteSize())
             return self._stub.PostKeyMessage(request, timeout=self._options.call_timeout_seconds)
 
-        self._patience.retry("post key message", attempt)
+        self._call("post key message", attempt)
 
     def read_key_messages(
         self, epoch: int, stage: str, expected: int, timeout_seconds: float
@@ -271,7 +280,7 @@ class GrpcTransport:
 
         while True:
             asked = time.monotonic()
-            found = self._patience.retry("read key messages", attempt)
+            found = self._call("read key messages", attempt)
             if len(found) >= max(1, expected) or time.monotonic() >= deadline:
                 return found
             time.sleep(max(0.0, _SHORTEST_POLL_SECONDS - (time.monotonic() - asked)))

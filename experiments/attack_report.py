@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmosaic.privacy.attacks.results import AttackReport, AttackResult, Figure, LaterRun
+from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.protos.errors import ConfigurationError
 
 JSON: Final = "attacks.json"
@@ -48,7 +49,7 @@ def write(report: AttackReport, directory: Path) -> None:
 def read(directory: Path) -> AttackReport | None:
     """The attack section that `write` left in a directory; None if there is none."""
     path = directory / JSON
-    return AttackReport.model_validate_json(path.read_text(encoding="utf-8")) if path.exists() else None
+    return read_configuration(path, AttackReport) if path.exists() else None
 
 
 def markdown(report: AttackReport) -> str:

@@ -8,7 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from fedmosaic.client.examples import EncodedExample, Example, encode_examples, read_examples
+from fedmosaic.client.examples import (
+    EncodedExample,
+    Example,
+    encode_examples,
+    read_examples,
+    read_public_examples,
+)
 from fedmosaic.client.models import load_model
 from fedmosaic.client.probe import Probe, gradient_factors, open_probe
 from fedmosaic.client.public_basis import BasisSettings, fit_mechanism
@@ -120,7 +126,8 @@ def _target(scenario: Scenario, directory: Path | None) -> Target:
             )
         )
     name = directory.resolve().name if directory is not None else scenario.name
-    return Target(name, scenario, directory, tuple(victims), read_examples(scenario.profile.public_data))
+    public = read_public_examples(scenario.profile.public_data)
+    return Target(name, scenario, directory, tuple(victims), public)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from fedmosaic import __version__
-from fedmosaic.protos.errors import FedMosaicError
+from fedmosaic.privacy.terminal import TRACEBACK_OPTION, TRACEBACK_VARIABLE, WRONG_INPUT, guarded
 
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "demo": (
@@ -40,31 +40,28 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     ),
     "experiments": ("fedmosaic.experiments.studies", "Rerun a study behind a figure in the documentation."),
 }
-_ERROR_EXIT = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status: 0 done, 1 the run failed, 2 wrong input."""
+    """Run the command line and return the exit status; see `fedmosaic.privacy.terminal.guarded`."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    words = [word for word in given if word != TRACEBACK_OPTION]
+    name = f"fedmosaic {words[0]}" if words and words[0] in COMMANDS else "fedmosaic"
+    return guarded(name, lambda: _run(words), trace=words != given)
+
+
+def _run(given: Sequence[str]) -> int:
     if not given or given[0] in ("-h", "--help", "help"):
         _print_help()
         return 0
     if given[0] in ("--version", "version"):
         print(f"fedmosaic {__version__}")
         return 0
-    name, rest = given[0], given[1:]
-    if name not in COMMANDS:
-        print(f"fedmosaic: no command {name!r}; `fedmosaic --help` lists them", file=sys.stderr)
-        return _ERROR_EXIT
-    module = importlib.import_module(COMMANDS[name][0])
-    try:
-        return int(module.main(rest) or 0)
-    except FedMosaicError as error:
-        print(f"fedmosaic {name}: {error}", file=sys.stderr)
-        return _ERROR_EXIT
-    except KeyboardInterrupt:
-        print(f"fedmosaic {name}: stopped by the keyboard", file=sys.stderr)
-        return 130
+    if given[0] not in COMMANDS:
+        print(f"fedmosaic: no command {given[0]!r}; `fedmosaic --help` lists them", file=sys.stderr)
+        return WRONG_INPUT
+    module = importlib.import_module(COMMANDS[given[0]][0])
+    return int(module.main(given[1:]) or 0)
 
 
 def _print_help() -> None:
@@ -73,6 +70,7 @@ def _print_help() -> None:
     print("usage: fedmosaic COMMAND [options]      (fedmosaic COMMAND --help explains one)\n")
     for name, (_, line) in COMMANDS.items():
         print(f"  {name:<{width}}  {line}")
+    print(f"\n{TRACEBACK_OPTION}, or {TRACEBACK_VARIABLE}=1, shows where in the program an error was found.")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Several runs side by side: methods × scenarios, with intervals over seeds and ε beside every accuracy."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 from fedmosaic.experiments.metrics import Interval, Pair, Summary, interval, mean_summary, summarise_client
 from fedmosaic.experiments.participants import read_evaluations
 from fedmosaic.experiments.relevance_measure import area_under_curve
+from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.protos.errors import ConfigurationError
 
 FIGURES: Final = ("Self A_last", "Self A_AUC", "Others A_last", "Others A_AUC")
@@ -226,7 +226,9 @@ def _epsilon(
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
     except (OSError, ValueError) as error:
         raise ConfigurationError(
             f"{path} cannot be read ({error}); give directories of finished runs"

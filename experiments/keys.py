@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from cryptography import x509
 from rich.console import Console
 from rich.table import Table
 
 from fedmosaic.privacy import federation
 from fedmosaic.privacy.configuration import read_configuration, validate
+from fedmosaic.privacy.identity import read_certificate
 from fedmosaic.privacy.roster import Roster
 
 _RENEW_WITHIN = dt.timedelta(days=14)
@@ -66,9 +66,21 @@ class Rotate:
 
 
 @dataclass(frozen=True)
+class RotateServer:
+    """Give the server a new key and certificate, before the old one expires or for other names."""
+
+    hosts: tuple[str, ...] = ()
+    """Names and addresses that clients will use; by default those that the certificate has."""
+    directory: Path = Path("federation")
+    """Directory that `keys init` made."""
+
+
+@dataclass(frozen=True)
 class Show:
     """List the members, the days their certificates are still good for, and the roster's fingerprint."""
 
+    place: tyro.conf.Positional[Path | None] = None
+    """Directory that `keys init` made; the same as --directory."""
     directory: Path = Path("federation")
     """Directory that `keys init` made."""
 
@@ -78,13 +90,14 @@ Command = (
     | Annotated[Add, tyro.conf.subcommand("add")]
     | Annotated[Revoke, tyro.conf.subcommand("revoke")]
     | Annotated[Rotate, tyro.conf.subcommand("rotate")]
+    | Annotated[RotateServer, tyro.conf.subcommand("rotate-server")]
     | Annotated[Show, tyro.conf.subcommand("show")]
 )
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run `fedmosaic keys` with its arguments."""
-    command: Init | Add | Revoke | Rotate | Show = tyro.cli(
+    command: Init | Add | Revoke | Rotate | RotateServer | Show = tyro.cli(
         Command,
         args=list(arguments),
         prog="fedmosaic keys",
@@ -94,14 +107,17 @@ def main(arguments: Sequence[str]) -> int:
     match command:
         case Init(config, out, basis):
             roster = federation.create(read_configuration(config, federation.FederationConfig), out, basis)
-            console.print(f"federation {roster.federation!r} with {len(roster.members)} members in {out}/")
-            console.print(f"  keep      {out}/consortium/   (it can add members and sign rosters)")
-            console.print(f"  hand out  {out}/server/       to whoever runs the server")
-            console.print(f"  hand out  {out}/clients/<id>/ to each client, over a channel you both trust")
-            console.print(f"  {_promise(roster)}")
+            console.print(
+                f"federation {roster.federation!r} with {len(roster.members)} members in {out}/\n"
+                f"  keep      {out}/consortium/   (it can add members and sign rosters)\n"
+                f"  hand out  {out}/server/       to whoever runs the server\n"
+                f"  hand out  {out}/clients/<id>/ to each client, over a channel you both trust\n"
+                f"  {_promise(roster)}",
+                soft_wrap=True,
+            )
         case Add(member, directory, family):
-            entry = validate({"id": member, "family": family}, federation.MemberEntry, "keys add")
-            roster = federation.add_member(directory, entry)
+            new = validate({"id": member, "family": family}, federation.MemberEntry, "keys add")
+            roster = federation.add_member(directory, new)
             _tell_new_roster(console, directory, roster.serial)
         case Revoke(member, directory):
             roster = federation.revoke_member(directory, member)
@@ -109,8 +125,16 @@ def main(arguments: Sequence[str]) -> int:
         case Rotate(member, directory):
             roster = federation.rotate_member(directory, member)
             _tell_new_roster(console, directory, roster.serial)
-        case Show(directory):
-            _show(console, directory)
+        case RotateServer(hosts, directory):
+            entry = validate({"hosts": hosts} if hosts else {}, federation.ServerEntry, "keys rotate-server")
+            names = federation.rotate_server(directory, entry.hosts if hosts else ())
+            console.print(
+                f"{directory}/server has a new certificate for {', '.join(names)}: hand tls.pem and tls.key "
+                "to whoever runs the server, who restarts it; the clients need nothing",
+                soft_wrap=True,
+            )
+        case Show(place, directory):
+            _show(console, place or directory)
     return 0
 
 
@@ -131,7 +155,8 @@ def _promise(roster: Roster) -> str:
 def _tell_new_roster(console: Console, directory: Path, serial: int) -> None:
     console.print(
         f"roster {serial} is in {directory}/roster.json and in every kit: give it to the server and to every "
-        "client and restart them; they refuse to work with anyone who has another roster"
+        "client and restart them; they refuse to work with anyone who has another roster",
+        soft_wrap=True,
     )
 
 
@@ -144,16 +169,16 @@ def _show(console: Console, directory: Path) -> None:
     for member in roster.members:
         certificate = directory / "clients" / member.id / federation.TLS_CERTIFICATE
         table.add_row(member.id, member.family or "-", member.identity_key[:16], _validity(certificate))
-    table.add_row("(server)", "-", "-", _validity(kit.tls_certificate))
+    table.add_row("(server)", "-", "-", _validity(kit.tls_certificate, "rotate-server"))
     console.print(table)
     console.print(f"roster fingerprint {roster.hash.hex()}")
 
 
-def _validity(path: Path) -> str:
+def _validity(path: Path, command: str = "rotate") -> str:
     if not path.exists():
         return "kit not here"
-    left = x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc - dt.datetime.now(dt.UTC)
+    left = read_certificate(path).not_valid_after_utc - dt.datetime.now(dt.UTC)
     if left <= dt.timedelta():
-        return "EXPIRED: run `fedmosaic keys rotate`"
+        return f"EXPIRED: run `fedmosaic keys {command}`"
     days = f"{left.days} days left"
-    return f"{days}: rotate soon" if left < _RENEW_WITHIN else days
+    return f"{days}: {command} soon" if left < _RENEW_WITHIN else days

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from fedmosaic.experiments.participants import as_result
 from fedmosaic.experiments.scenario import Scenario
+from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.protos.errors import ConfigurationError
 
@@ -77,8 +78,8 @@ def read_newcomers(directory: Path) -> tuple[Newcomer, ...]:
     if not path.exists():
         return ()
     try:
-        return tuple(_newcomer(record) for record in json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return tuple(_newcomer(record) for record in parse_json(path.read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigurationError(f"{path} is damaged ({error}); delete it and go on with the run") from None
 
 

@@ -15,6 +15,7 @@ from fedmosaic.client.examples import Example, read_examples
 from fedmosaic.experiments.scenario import Scenario, ScenarioClient
 from fedmosaic.experiments.scoring import mean_word_f1, written_answers
 from fedmosaic.experiments.streams import Stream, make_stream
+from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.protos.errors import ConfigurationError
 
@@ -163,12 +164,12 @@ def read_evaluations(directory: Path) -> dict[int, dict[str, float]]:
     if not path.exists():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
         return {
             int(record["round"]): {str(label): float(score) for label, score in record["scores"].items()}
             for record in content
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigurationError(f"{path} is damaged ({error}); restore it, or delete the run") from None
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import tyro
 
-from fedmosaic.client.examples import encode_examples, read_examples
+from fedmosaic.client.examples import encode_examples, read_public_examples
 from fedmosaic.client.hardware import DeviceName, DtypeName
 from fedmosaic.client.models import load_model
 from fedmosaic.client.probe import open_probe
@@ -17,6 +17,7 @@ from fedmosaic.client.public_basis import BasisSettings, fit_mechanism
 from fedmosaic.client.settings import ModelSettings
 from fedmosaic.privacy.federation import BASIS
 from fedmosaic.privacy.mechanism import ProfileMechanism, Reduction
+from fedmosaic.privacy.terminal import guarded
 
 PROFILE = "profile.json"
 
@@ -70,7 +71,7 @@ def fit(arguments: Arguments) -> ProfileMechanism:
     mechanism, basis = fit_mechanism(
         probe,
         Path(arguments.probe).name,
-        encode_examples(tokenizer, read_examples(arguments.public), arguments.max_length),
+        encode_examples(tokenizer, read_public_examples(arguments.public), arguments.max_length),
         Reduction(
             kind=arguments.kind,
             hidden_size=probe.hidden_size,
@@ -114,4 +115,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(guarded("fedmosaic probe", lambda: main(sys.argv[1:])))

@@ -21,6 +21,7 @@ from fedmosaic.experiments.comparison_page import page
 from fedmosaic.experiments.comparison_tables import terminal_tables
 from fedmosaic.experiments.newcomers import newcomers_table, read_newcomers
 from fedmosaic.experiments.privacy_figure import privacy_figure
+from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.received_statement import check_received
 from fedmosaic.privacy.report_costs import costs_at_epsilon
 from fedmosaic.privacy.report_models import ChannelCost, PrivacyStatement
@@ -171,9 +172,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{path} is damaged: {error}") from None
+        content = parse_json(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"{path} is damaged: {error}; restore it from a backup, or move it away and see the rest"
+        ) from None
     return content
 
 

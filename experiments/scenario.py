@@ -14,11 +14,11 @@ from fedmosaic.client.settings import ModelSettings, ProbeModelSettings
 from fedmosaic.client.training import TrainingSettings
 from fedmosaic.privacy.configuration import Frozen
 from fedmosaic.privacy.encryption.parameters import CkksParameters, Parameters
+from fedmosaic.privacy.names import Family, MemberId
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.privacy.roster import (
     AdapterPrivacyTerms,
     AdapterTerms,
-    MemberId,
     RelevanceTerms,
     ScheduleTerms,
 )
@@ -57,7 +57,7 @@ class ScenarioClient(Frozen):
     test: Path | None = None
     tasks: tuple[ScenarioTask, ...] = ()
     model: ModelSettings
-    family: str = ""
+    family: Family = ""
     group: str = ""
     """Clients of one group have tasks alike, as the experimenter knows; relevance is scored by it."""
     rank: int | None = Field(default=None, ge=1, le=1024)

@@ -2,10 +2,12 @@
 
 import difflib
 import json
+import math
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -13,6 +15,9 @@ from fedmosaic.protos.errors import ConfigurationError
 
 Model = TypeVar("Model", bound=BaseModel)
 _SHOWN = 200
+_MOST_DIGITS = 400
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_CREDENTIALS = re.compile(r"://[^/@\s]+@")
 
 
 class Frozen(BaseModel):
@@ -36,8 +41,8 @@ def read_configuration(path: Path, model: type[Model]) -> Model:
             problem is named with its key, its value and, for an unknown key, the nearest valid one.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        content = path.read_bytes()
+        data = parse_json(content) if path.suffix == ".json" else _parse_toml(content)
     except FileNotFoundError:
         raise ConfigurationError(
             f"{path}: no such file; give the path of a TOML or JSON configuration"
@@ -46,9 +51,75 @@ def read_configuration(path: Path, model: type[Model]) -> Model:
         raise ConfigurationError(
             f"{path}: cannot be read ({error.strerror}); give the path of a TOML or JSON configuration"
         ) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigurationError(f"{path}: not valid {path.suffix[1:].upper() or 'TOML'}: {error}") from None
     return validate(data, model, str(path))
+
+
+def decode_text(content: bytes) -> str:
+    """UTF-8 text, with or without the byte order mark that some editors write.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError("the text is in UTF-16; save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the text is not UTF-8 at byte {error.start}; save it as UTF-8") from None
+
+
+def parse_json(content: str | bytes) -> Any:
+    """Parse JSON that somebody else wrote; whatever is wrong with it is a ValueError.
+
+    Python's own decoder lets numbers that are not finite and halves of characters pass, and fails on deep
+    nesting with an error of another family.
+
+    Args:
+        content: one JSON value; bytes are UTF-8.
+
+    Raises:
+        ValueError: it is no JSON, is nested too deeply, or holds what JSON cannot. Nothing is quoted.
+    """
+    text = decode_text(content) if isinstance(content, bytes) else content
+    try:
+        value = json.loads(text, parse_constant=_not_finite, parse_float=_finite, parse_int=_whole)
+    except json.JSONDecodeError as error:
+        # The decoder's own error carries the whole text, which may be private.
+        raise ValueError(f"{error.msg} in line {error.lineno}, column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a character is cut in half (a lone surrogate)") from None
+    return value
+
+
+def _not_finite(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no JSON number")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError("a number is too large")
+    return value
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits")
+    return int(digits)
+
+
+def _parse_toml(content: bytes) -> dict[str, Any]:
+    try:
+        return tomllib.loads(decode_text(content))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def validate(data: object, model: type[Model], source: str) -> Model:
@@ -61,22 +132,28 @@ def validate(data: object, model: type[Model], source: str) -> Model:
 
 
 def _explain(error: ValidationError, model: type[BaseModel]) -> Iterable[str]:
-    for problem in error.errors():
-        location = ".".join(str(part) for part in problem["loc"]) or "(whole file)"
+    problems = error.errors()
+    for problem in problems:
+        place, reason = problem["loc"], problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "too_short" and any(
+            other["loc"][: len(place)] == place and other is not problem for other in problems
+        ):
+            continue  # what pydantic says of a list whose items it has refused
+        location = ".".join(str(part) for part in place) or "(whole file)"
         if problem["type"] == "extra_forbidden":
-            known = _keys_beside(model, problem["loc"])
-            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+            known = _keys_beside(model, place)
+            near = difflib.get_close_matches(str(place[-1]), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
             yield f"{location}: unknown key; {hint}"
         elif problem["type"] == "missing":
             yield f"{location}: missing"
         elif isinstance(problem["input"], dict):
             # A rule over several keys; the whole table would hide it, and may hold a password.
-            yield f"{location}: {problem['msg']}"
+            yield f"{location}: {reason}"
         else:
-            shown = repr(problem["input"])
+            shown = _CREDENTIALS.sub("://***@", repr(problem["input"]))
             shown = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 1]}…"
-            yield f"{location}: {problem['msg']} (got {shown})"
+            yield f"{location}: {reason} (got {shown})"
 
 
 def _keys_beside(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

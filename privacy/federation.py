@@ -12,10 +12,11 @@ the receiver trusts, to the one party it is for:
 import datetime as dt
 import os
 import shutil
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -23,7 +24,9 @@ from pydantic import Field, model_validator
 
 from fedmosaic.privacy import identity
 from fedmosaic.privacy.configuration import Frozen
-from fedmosaic.privacy.roster import Family, Member, MemberId, Roster, Terms
+from fedmosaic.privacy.mechanism import ProfileMechanism
+from fedmosaic.privacy.names import Family, Host, MemberId, Port
+from fedmosaic.privacy.roster import Member, Roster, Terms
 from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import ConfigurationError, IdentityError
 
@@ -47,8 +50,8 @@ class MemberEntry(Frozen):
 class ServerEntry(Frozen):
     """Where the server will listen, and under which names it is reached."""
 
-    hosts: tuple[str, ...] = Field(default=("localhost", "127.0.0.1"), min_length=1)
-    port: int = Field(default=7443, ge=1, le=65535)
+    hosts: tuple[Host, ...] = Field(default=("localhost", "127.0.0.1"), min_length=1)
+    port: Port = 7443
 
 
 class FederationConfig(Frozen):
@@ -119,7 +122,7 @@ class Kit:
 
     def member_id(self) -> str:
         """The id that this kit's certificate carries; IdentityError if it names another federation."""
-        uris = _certificate_uris(self.tls_certificate)
+        uris = identity.certificate_uris(self.tls_certificate)
         if len(uris) != 1:
             raise IdentityError(f"{self.tls_certificate}: expected one SPIFFE URI, found {len(uris)}")
         federation, client = identity.parse_spiffe_id(uris[0])
@@ -140,7 +143,7 @@ def open_kit(directory: Path) -> Kit:
     """
     pinned = directory / CONSORTIUM_KEY
     try:
-        key = identity.public_from_hex(pinned.read_text(encoding="ascii"), str(pinned))
+        key = identity.public_from_hex(pinned.read_text(encoding="utf-8", errors="replace"), str(pinned))
     except OSError as error:
         raise IdentityError(
             f"{pinned}: cannot read the consortium's public key ({error.strerror}); is {directory} a kit "
@@ -152,6 +155,9 @@ def open_kit(directory: Path) -> Kit:
 def create(config: FederationConfig, directory: Path, basis: Path | None = None) -> Roster:
     """Make the authority, every kit and the first roster.
 
+    All of it is made beside its place and moved there in one step, so that a founding that was stopped
+    leaves nothing that looks like a federation.
+
     Args:
         config: the founding configuration.
         directory: must not exist yet, or be empty.
@@ -161,13 +167,59 @@ def create(config: FederationConfig, directory: Path, basis: Path | None = None)
         The signed roster.
 
     Raises:
-        ConfigurationError: the directory is not empty, or there is no such basis; nothing is written then.
+        ConfigurationError: the directory is not empty, or the basis is not there; nothing is written then.
+        MechanismError: the basis is damaged, or not the one that the terms name; nothing is written then.
     """
-    if basis is not None and not basis.is_file():
+    _check_basis(config.terms.profile, basis)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ConfigurationError(
+            f"{directory} is there already and not empty; give a new directory, or move that one away"
+        )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    making = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        roster = _make(config, making, basis)
+        _sync(making)
+        making.rename(directory)
+    except BaseException:
+        shutil.rmtree(making, ignore_errors=True)
+        raise
+    return roster
+
+
+def _check_basis(mechanism: ProfileMechanism, basis: Path | None) -> None:
+    if basis is None:
+        if mechanism.basis_sha256:
+            raise ConfigurationError(
+                "the terms name a public basis (terms.profile.basis_sha256); give its file with --basis; "
+                "`fedmosaic probe` wrote it beside the terms"
+            )
+        return
+    if not basis.is_file():
         raise ConfigurationError(f"{basis}: no such file; give the public basis that the terms name")
-    if directory.exists() and any(directory.iterdir()):
-        raise ConfigurationError(f"{directory} is not empty; a federation is created in a new directory")
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    from fedmosaic.privacy.projection import PublicBasis  # reads tensors, which a server never does
+
+    found = PublicBasis.load(basis).sha256
+    if found != mechanism.basis_sha256:
+        raise ConfigurationError(
+            f"{basis} has hash {found}, terms.profile.basis_sha256 is {mechanism.basis_sha256}; take "
+            "the terms and the basis from one run of `fedmosaic probe`"
+        )
+
+
+def _sync(directory: Path) -> None:
+    """Have every file and folder on the disk before its name is."""
+    if os.name != "posix":
+        return
+    for path in (*directory.rglob("*"), directory, directory.parent):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _make(config: FederationConfig, directory: Path, basis: Path | None) -> Roster:
     authority = identity.create_authority(config.federation)
     _write_authority(directory / "consortium", authority)
     _write_server(directory / "server", authority, config)
@@ -230,6 +282,28 @@ def rotate_member(directory: Path, member_id: str) -> Roster:
     return _reissue(directory, authority, roster, members)
 
 
+def rotate_server(directory: Path, hosts: Sequence[str] = ()) -> tuple[str, ...]:
+    """Give the server a new key and certificate; the roster does not name it, so clients notice nothing.
+
+    Args:
+        directory: of the federation.
+        hosts: names and addresses as in `ServerEntry`; by default those of the certificate that it has.
+
+    Returns:
+        The names in the new certificate.
+    """
+    authority, _ = _open_consortium(directory)
+    kit = directory / "server"
+    names = tuple(hosts or identity.certificate_names(identity.read_certificate(kit / TLS_CERTIFICATE)))
+    making = Path(tempfile.mkdtemp(prefix=".server-", dir=directory))
+    _write_tls(making, identity.issue_server(authority, names))
+    # A stop in between leaves a pair that is none, which the server names; done again, it is whole.
+    for name in (TLS_KEY, TLS_CERTIFICATE):
+        (making / name).replace(kit / name)
+    making.rmdir()
+    return names
+
+
 def _reissue(
     directory: Path, authority: identity.Authority, roster: Roster, members: tuple[Member, ...]
 ) -> Roster:
@@ -270,13 +344,10 @@ def _write_authority(place: Path, authority: identity.Authority) -> None:
 
 def _open_consortium(directory: Path) -> tuple[identity.Authority, Roster]:
     place = directory / "consortium"
-    try:
-        certificate = x509.load_pem_x509_certificate((place / AUTHORITY_CERTIFICATE).read_bytes())
-    except (OSError, ValueError) as error:
-        raise IdentityError(
-            f"{place}: no consortium here ({error}); give the directory of `keys init`"
-        ) from None
-    key = serialization.load_pem_private_key(identity.read_private(place / "authority.key"), password=None)
+    if not place.is_dir():
+        raise IdentityError(f"{place}: no consortium here; give the directory of `fedmosaic keys init`")
+    certificate = identity.read_certificate(place / AUTHORITY_CERTIFICATE)
+    key = identity.read_private_key(place / "authority.key")
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise IdentityError(f"{place / 'authority.key'}: expected a P-256 key, got {type(key).__name__}")
     signing_key = identity.read_signing_key(place / "roster.key")
@@ -300,11 +371,14 @@ def _write_client(
     directory: Path, authority: identity.Authority, federation: str, entry: MemberEntry
 ) -> Member:
     kit = directory / "clients" / entry.id
-    kit.mkdir(parents=True, mode=0o700)
+    making = kit.with_name(f".{entry.id}")
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir(parents=True, mode=0o700)
     tls = identity.issue_client(authority, federation, entry.id)
-    _write_tls(kit, tls)
+    _write_tls(making, tls)
     signing_key = Ed25519PrivateKey.generate()
-    identity.write_private(kit / IDENTITY_KEY, identity.private_pem(signing_key))
+    identity.write_private(making / IDENTITY_KEY, identity.private_pem(signing_key))
+    making.rename(kit)
     return Member(
         id=entry.id,
         identity_key=identity.public_hex(signing_key.public_key()),
@@ -317,12 +391,3 @@ def _write_tls(kit: Path, tls: identity.TlsIdentity) -> None:
     (kit / TLS_CERTIFICATE).write_bytes(tls.certificate_pem)
     os.chmod(kit / TLS_CERTIFICATE, 0o644)
     identity.write_private(kit / TLS_KEY, tls.key_pem)
-
-
-def _certificate_uris(path: Path) -> list[str]:
-    try:
-        certificate = x509.load_pem_x509_certificate(path.read_bytes())
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
-    except (OSError, ValueError, x509.ExtensionNotFound) as error:
-        raise IdentityError(f"{path}: not a certificate of this federation ({error})") from None
-    return names.value.get_values_for_type(x509.UniformResourceIdentifier)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.key_agreement_messages import sha256
 from fedmosaic.protos.errors import StateError
 
@@ -69,7 +70,7 @@ class GroupKey:
             StateError: If it is damaged, or its secrets do not match its fingerprint.
         """
         try:
-            found = json.loads(content)
+            found = parse_json(content)
             key = cls(
                 federation=str(found["federation"]),
                 epoch=int(found["epoch"]),

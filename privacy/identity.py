@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedmosaic.protos.errors import IdentityError
@@ -65,7 +67,13 @@ def create_authority(federation: str, now: dt.datetime | None = None) -> Authori
     """Make a new certificate authority and roster-signing key for a federation."""
     now = now or dt.datetime.now(dt.UTC)
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"FedMosaic consortium {federation}")])
+    # A common name has at most 64 characters (RFC 5280, appendix A), so the federation stands by itself.
+    name = x509.Name(
+        [
+            x509.NameAttribute(NameOID.ORGANIZATION_NAME, federation),
+            x509.NameAttribute(NameOID.COMMON_NAME, "FedMosaic consortium"),
+        ]
+    )
     certificate = (
         x509.CertificateBuilder()
         .subject_name(name)
@@ -94,7 +102,8 @@ def issue_server(
             names.append(x509.IPAddress(ipaddress.ip_address(host)))
         except ValueError:
             names.append(x509.DNSName(host))
-    return _issue(authority, hosts[0], names, ExtendedKeyUsageOID.SERVER_AUTH, days, now)
+    # Clients compare the names above (RFC 9525, §6.2); a host name may be too long for a common name.
+    return _issue(authority, "FedMosaic server", names, ExtendedKeyUsageOID.SERVER_AUTH, days, now)
 
 
 def issue_client(
@@ -172,6 +181,58 @@ def certificate_key_sha256(pem: bytes) -> str:
         raise IdentityError(f"not a PEM certificate: {error}") from None
 
 
+def read_certificate(path: Path) -> x509.Certificate:
+    """Read a PEM certificate.
+
+    Raises:
+        IdentityError: it cannot be read, or is no PEM certificate.
+    """
+    try:
+        return x509.load_pem_x509_certificate(path.read_bytes())
+    except OSError as error:
+        raise IdentityError(f"{path}: cannot read this certificate: {error.strerror}") from None
+    except ValueError:
+        raise IdentityError(f"{path}: not a PEM certificate; take it from the kit again") from None
+
+
+def certificate_names(certificate: x509.Certificate) -> list[str]:
+    """Names and addresses of the server that a certificate is for; empty if it names none."""
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (x509.ExtensionNotFound, ValueError):
+        return []
+    addresses = names.get_values_for_type(x509.IPAddress)
+    return [*names.get_values_for_type(x509.DNSName), *map(str, addresses)]
+
+
+def certificate_uris(path: Path) -> list[str]:
+    """The URIs that a client's certificate names; IdentityError if it cannot be read or names nothing."""
+    try:
+        names = read_certificate(path).extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    except (ValueError, x509.ExtensionNotFound) as error:
+        raise IdentityError(f"{path}: not a certificate of this federation ({error})") from None
+    return names.value.get_values_for_type(x509.UniformResourceIdentifier)
+
+
+def check_pair(certificate: Path, key: Path) -> tuple[bytes, bytes]:
+    """Read a certificate and its private key, and see that they belong together.
+
+    gRPC ends the whole process, or blames the port, when it is given a pair that is none.
+
+    Returns:
+        Both, PEM.
+
+    Raises:
+        IdentityError: one of them is missing, damaged or open to others, or they are not a pair.
+    """
+    public = read_certificate(certificate).public_key()
+    private = read_private_key(key)
+    encoding = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    if private.public_key().public_bytes(*encoding) != public.public_bytes(*encoding):
+        raise IdentityError(f"{key} is not the key of {certificate}; take both from one kit")
+    return certificate.read_bytes(), read_private(key)
+
+
 def private_pem(key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey) -> bytes:
     """PKCS#8 PEM without a passphrase; written only by `write_private`."""
     return key.private_bytes(
@@ -226,12 +287,24 @@ def read_private(path: Path) -> bytes:
     return content
 
 
+def read_private_key(path: Path) -> PrivateKeyTypes:
+    """Read a private key (PEM without a passphrase).
+
+    Raises:
+        IdentityError: the file is missing, open to others, damaged, or has a passphrase.
+    """
+    try:
+        return serialization.load_pem_private_key(read_private(path), password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise IdentityError(
+            f"{path}: not a private key in PEM without a passphrase; take it from the kit again, or have the "
+            "consortium make a new one (`fedmosaic keys rotate`, for the server `rotate-server`)"
+        ) from None
+
+
 def read_signing_key(path: Path) -> Ed25519PrivateKey:
     """Read an Ed25519 private key (PKCS#8 PEM)."""
-    try:
-        key = serialization.load_pem_private_key(read_private(path), password=None)
-    except ValueError as error:
-        raise IdentityError(f"{path}: not a private key: {error}") from None
+    key = read_private_key(path)
     if not isinstance(key, Ed25519PrivateKey):
         raise IdentityError(f"{path}: expected an Ed25519 key, got {type(key).__name__}")
     return key

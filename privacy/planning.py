@@ -11,6 +11,7 @@ from fedmosaic.protos.errors import AccountingError
 _RELATIVE_PRECISION = 1e-3
 _LARGEST_FACTOR = 1e6
 _SMALLEST_FACTOR = 1e-2
+_MOST_TIGHT_STEPS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +154,28 @@ def plan_budget(
     return BudgetPlan(profile, adapter, epsilon([profile, adapter], delta), delta)
 
 
+class _NoTightBoundError(AccountingError):
+    """The accountant cannot evaluate these releases, for example because there are too many steps."""
+
+
 def _smallest_factor(
+    target: float,
+    delta: float,
+    fixed: Sequence[GaussianEvent],
+    events_at: Callable[[float], list[GaussianEvent]],
+    accountant: str,
+) -> float:
+    # Where a tight value takes minutes, or cannot be had, the looser bound plans a little more noise. The
+    # ledger, too, goes on with it then (`fedmosaic.privacy.accounting.epsilon_bound`).
+    if sum(event.steps for event in events_at(1.0)) > _MOST_TIGHT_STEPS:
+        accountant = "rdp"
+    try:
+        return _search(target, delta, fixed, events_at, accountant)
+    except _NoTightBoundError:
+        return _search(target, delta, fixed, events_at, "rdp")
+
+
+def _search(
     target: float,
     delta: float,
     fixed: Sequence[GaussianEvent],
@@ -165,7 +187,7 @@ def _smallest_factor(
             f"target ε is {target}; it must be in (0, {LARGEST_TIGHT_EPSILON:.0f}], "
             "and below about 10 to mean anything"
         )
-    spent = epsilon(fixed, delta, accountant)
+    spent = _epsilon_or_infinity(list(fixed), delta, accountant)
     if spent >= target:
         raise AccountingError(
             f"the settled releases alone cost ε = {spent:.3f} of a target of {target:g}; raise their noise, "
@@ -212,6 +234,10 @@ def _between(low: float, high: float, over: float, under: float) -> float:
 
 def _epsilon_or_infinity(events: list[GaussianEvent], delta: float, accountant: str) -> float:
     # RDP first: it decides far-off σ in milliseconds, and there the tight accountants refuse.
-    if epsilon(events, delta, "rdp") > LARGEST_TIGHT_EPSILON:
+    rdp = epsilon(events, delta, "rdp")
+    if rdp > LARGEST_TIGHT_EPSILON:
         return math.inf
-    return epsilon(events, delta, accountant)
+    try:
+        return epsilon(events, delta, accountant)
+    except AccountingError as error:
+        raise _NoTightBoundError(str(error)) from error

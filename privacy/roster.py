@@ -16,9 +16,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from pydantic import Field, StringConstraints, model_validator
 
 from fedmosaic.privacy.adapter_spec import shared_spec_hash
-from fedmosaic.privacy.configuration import Frozen, validate
+from fedmosaic.privacy.configuration import Frozen, parse_json, validate
 from fedmosaic.privacy.encryption.parameters import CkksParameters, Parameters
 from fedmosaic.privacy.mechanism import ProfileMechanism
+from fedmosaic.privacy.names import Family, MemberId
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import ConfigurationError, IdentityError
@@ -26,9 +27,6 @@ from fedmosaic.protos.errors import ConfigurationError, IdentityError
 Protection = Literal["none", "encrypted", "dp", "dp+encrypted"]
 """How the shared adapter is protected; see `AdapterTerms.protection`."""
 
-MemberId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
-Family = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9][A-Za-z0-9._:/-]{0,127})?$")]
-"""As `fedmosaic.protos.bounds.check_family` has it."""
 Hex32 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Seconds = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 
@@ -251,8 +249,10 @@ class Roster(Frozen):
         return {member.id: bytes.fromhex(member.identity_key) for member in self.members}
 
     def write(self, path: Path) -> None:
-        """Write as indented JSON."""
-        path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        """Replace the file by this roster as indented JSON, in one step."""
+        fresh = path.with_name(f"{path.name}.new")
+        fresh.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        fresh.replace(path)
 
     @classmethod
     def read(cls, path: Path, consortium: Ed25519PublicKey) -> "Roster":
@@ -267,9 +267,11 @@ class Roster(Frozen):
             IdentityError: not signed by the pinned key.
         """
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = parse_json(path.read_bytes())
         except (OSError, ValueError) as error:
-            raise ConfigurationError(f"{path}: cannot be read as a roster: {error}") from None
+            raise ConfigurationError(
+                f"{path}: cannot be read as a roster ({error}); take roster.json from the consortium again"
+            ) from None
         roster = validate(data, cls, str(path))
         roster.verify(consortium)
         return roster

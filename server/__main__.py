@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedmosaic.privacy.configuration import read_configuration
+from fedmosaic.privacy.terminal import guarded
 from fedmosaic.protos.errors import FedMosaicError
 from fedmosaic.server.from_kit import settings_from_kit
 from fedmosaic.server.native_log import translated_native_log
@@ -73,4 +74,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded("fedmosaic server", main))

@@ -2,17 +2,16 @@
 
 from pathlib import Path
 
-from pydantic import Field
-
 from fedmosaic.privacy.configuration import Frozen, read_configuration, validate
 from fedmosaic.privacy.federation import SERVER_SETTINGS, Kit, open_kit
+from fedmosaic.privacy.names import ListenAddress
 from fedmosaic.server.settings import ServerSettings, TlsFiles
 
 
 class OperatorSettings(Frozen):
     """`server.toml`: what the server's operator decides. Paths are relative to the kit."""
 
-    listen: str = Field(default="127.0.0.1:7443", pattern=r"^.+:\d{1,5}$")
+    listen: ListenAddress = "127.0.0.1:7443"
     """Address and port; port 0 takes a free one."""
     state_dir: Path = Path("state")
     store_url: str | None = None

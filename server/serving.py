@@ -1,13 +1,16 @@
 """Run the server: TLS, health, the clockwork that closes rounds, and a graceful end."""
 
 import asyncio
+import errno
 import logging
 import signal
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
 import grpc
+from cryptography.hazmat.primitives import serialization
 from grpc import aio
 from grpc_health.v1 import (  # type: ignore[import-untyped]  # its stubs are a package of their own
     health,
@@ -15,7 +18,7 @@ from grpc_health.v1 import (  # type: ignore[import-untyped]  # its stubs are a 
     health_pb2_grpc,
 )
 
-from fedmosaic.privacy.identity import read_private
+from fedmosaic.privacy.identity import check_pair, read_certificate
 from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import ConfigurationError, FedMosaicError
 from fedmosaic.protos.v1 import federation_pb2 as pb
@@ -32,6 +35,11 @@ _TICK_SECONDS: Final = 1.0
 _RETRY_SECONDS: Final = 5.0
 _GRACE_SECONDS: Final = 5.0
 _STATUS_LINE_SECONDS: Final = 30.0
+_BIND_PROBLEMS: Final = {
+    errno.EADDRINUSE: "another program uses the port; stop it, or set another port in server.toml",
+    errno.EADDRNOTAVAIL: "the address is not this machine's; set one of its own in server.toml, or 0.0.0.0",
+    errno.EACCES: "ports below 1024 are the administrator's; set another port in server.toml",
+}
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", bounds.MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", bounds.MAX_MESSAGE_BYTES),
@@ -57,6 +65,7 @@ async def running(settings: ServerSettings) -> AsyncIterator[int]:
 
     Raises:
         ConfigurationError: no TLS files, or the address cannot be listened on.
+        IdentityError: a certificate or the key is missing or damaged, or they are no pair.
         StateError: the state is in use or of another run.
     """
     if settings.tls is None:
@@ -74,10 +83,7 @@ async def running(settings: ServerSettings) -> AsyncIterator[int]:
         port = server.add_secure_port(settings.listen, credentials)
     except RuntimeError:
         await asyncio.to_thread(coordinator.close)
-        raise ConfigurationError(
-            f"cannot listen on {settings.listen}: another program uses the port, or the address is not this "
-            "machine's"
-        ) from None
+        raise ConfigurationError(f"cannot listen on {settings.listen}: {_why_not(settings.listen)}") from None
     await server.start()
     for name in ("", SERVICE):
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -112,16 +118,24 @@ async def serve(settings: ServerSettings, ready: Callable[[int], None] | None = 
         log.info("stopping")
 
 
-def _credentials(tls: TlsFiles) -> grpc.ServerCredentials:
+def _why_not(listen: str) -> str:
+    """Why an address cannot be listened on, which gRPC does not tell."""
+    name, _, port = listen.rpartition(":")
     try:
-        certificate, authority = tls.certificate.read_bytes(), tls.authority.read_bytes()
+        found = socket.getaddrinfo(name.strip("[]"), int(port), type=socket.SOCK_STREAM)
+        with socket.socket(*found[0][:3]) as attempt:
+            attempt.bind(found[0][4])
+    except socket.gaierror:
+        return "no machine has this name; give an address of this machine, or 0.0.0.0 for all of them"
     except OSError as error:
-        raise ConfigurationError(
-            f"{error.filename}: cannot read this certificate: {error.strerror}"
-        ) from None
-    return grpc.ssl_server_credentials(
-        [(read_private(tls.private_key), certificate)], authority, require_client_auth=True
-    )
+        return _BIND_PROBLEMS.get(error.errno or 0, str(error.strerror))
+    return "the port was taken a moment ago; start again"
+
+
+def _credentials(tls: TlsFiles) -> grpc.ServerCredentials:
+    certificate, key = check_pair(tls.certificate, tls.private_key)
+    authority = read_certificate(tls.authority).public_bytes(serialization.Encoding.PEM)
+    return grpc.ssl_server_credentials([(key, certificate)], authority, require_client_auth=True)
 
 
 async def _advance(coordinator: Coordinator, changes: Changes) -> None:

@@ -7,8 +7,9 @@ from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from fedmosaic.privacy.configuration import Frozen
 from fedmosaic.privacy.encryption.parameters import Parameters, PlainParameters
+from fedmosaic.privacy.names import ListenAddress, MemberId
 from fedmosaic.privacy.policy import AggregationPolicy
-from fedmosaic.privacy.roster import Hex32, MemberId
+from fedmosaic.privacy.roster import Hex32
 from fedmosaic.protos import bounds
 from fedmosaic.protos.messages import SectionName
 
@@ -93,7 +94,7 @@ class ServerSettings(Frozen):
     gathering_seconds: float = Field(default=600.0, gt=0.0, le=1e9)
     state_dir: Path
     store_url: str | None = None
-    listen: str = "127.0.0.1:7443"
+    listen: ListenAddress = "127.0.0.1:7443"
     tls: TlsFiles | None = None
     upload_limit_bytes: int = Field(default=bounds.MAX_PAYLOAD_BYTES, ge=1, le=bounds.MAX_PAYLOAD_BYTES)
     durable: bool = True

@@ -92,9 +92,10 @@ def load_basis(model: nn.Module, folder: str | Path, *, adapter_name: str | None
     place, config = _checkpoint(folder)
     try:
         tensors = load_file(place / _TENSORS)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
-            f"The aligned checkpoint {folder} cannot be read ({type(error).__name__})."
+            f"The aligned checkpoint {folder} cannot be read ({type(error).__name__}); copy it again from "
+            "where `fedmosaic align` wrote it."
         ) from None
     bases = {}
     for name, (a, _) in get_basis(model, adapter_name).items():
@@ -188,7 +189,7 @@ def _checkpoint(source: str | Path) -> tuple[Path, CoLoraConfig]:
         raise ModelError(f"{folder} holds no aligned checkpoint; give a folder that `fedmosaic align` wrote.")
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, KeyError, ConfigurationError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, ConfigurationError) as error:
         raise ModelError(f"{folder}: the checkpoint's configuration cannot be read ({error}).") from None
     if not isinstance(config, CoLoraConfig) or not (config.basis_label or "").startswith("aligned:"):
         raise ModelError(f"The checkpoint in {folder} was not aligned; run `fedmosaic align` on its model.")

@@ -233,7 +233,8 @@ def plan_placements(
         if block is not None and missing:
             raise ModelError(
                 f"Layer {index} should carry Co-LoRA but lacks {', '.join(missing)}; all Co-LoRA layers need "
-                "the same modules. Choose other shared_layers or fewer target_modules."
+                "the same modules. Leave them out of target_modules (in a federation, of terms.adapter), or "
+                "choose another layer_rule."
             )
         if block is None and not family:
             continue

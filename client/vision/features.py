@@ -172,7 +172,7 @@ def _stored(path: Path, shape: tuple[int, ...]) -> torch.Tensor | None:
         return None
     try:
         features = load_file(path)["features"]
-    except (OSError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigurationError(f"{path} is damaged ({error}); delete it") from None
     if features.shape != shape or features.dtype != torch.float16:
         raise ConfigurationError(f"{path} is damaged (it holds {tuple(features.shape)}); delete it")

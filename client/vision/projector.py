@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
@@ -94,7 +95,7 @@ def load_projector(folder: Path) -> tuple[Projector, ProjectorRecord]:
         ModelError: its weights are of another shape than its record says, or not finite.
     """
     try:
-        record = ProjectorRecord(**json.loads((folder / _RECORD).read_text(encoding="utf-8")))
+        record = ProjectorRecord(**parse_json((folder / _RECORD).read_bytes()))
         tensors = load_file(folder / _WEIGHTS)
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise ConfigurationError(

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file as load_vectors
 from safetensors.numpy import save_file as save_vectors
 from safetensors.torch import load_file, save_file
 
-from fedmosaic.client.examples import EncodedExample, encode_examples, padding_token, read_examples
+from fedmosaic.client.examples import EncodedExample, encode_examples, padding_token, read_public_examples
 from fedmosaic.client.sampling import EpochSampler
 from fedmosaic.client.traffic import Traffic
 from fedmosaic.experiments.compute import client_examples, equal_steps, training_cost
@@ -254,7 +254,7 @@ def _share(
     strategy: Strategy, scenario: Scenario, members: list[_Member], uploads: Mapping[str, Vector]
 ) -> None:
     """Let the server do its part, and hand out what it gives."""
-    public = read_examples(scenario.profile.public_data)
+    public = read_public_examples(scenario.profile.public_data)
     servers: dict[str, ServerSide] = {}
     with ExitStack() as lent:
         for key in sorted({_architecture(member.entry) for member in members}):

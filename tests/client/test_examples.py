@@ -20,6 +20,7 @@ from fedmosaic.client.examples import (
     padding_token,
     prompt_tokens,
     read_examples,
+    read_public_examples,
 )
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
@@ -200,3 +201,68 @@ def test_buckets_are_a_partition_sorted_by_length(lengths: list[int], batch_size
 def test_buckets_need_a_size() -> None:
     with pytest.raises(ConfigurationError, match="batch_size is 0"):
         list(length_buckets([1], 0))
+
+
+GOOD = b'{"id":"a","prompt":"p","answer":"b"}'
+BAD_LINES = {
+    "half a character": b'{"id":"a","prompt":"secret \\ud83d","answer":"x"}',
+    "half a character in the id": b'{"id":"a\\ud83d","prompt":"secret","answer":"x"}',
+    "5,000 digits": b'{"id":"a","prompt":"secret","answer":"b","choices":[' + b"9" * 5000 + b"]}",
+    "deep nesting": b'{"id":"a","prompt":"secret","answer":"b","choices":' + b"[" * 100_000,
+    "NaN": b'{"id":"a","prompt":"secret","answer":NaN}',
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES.keys())
+def test_lines_that_the_decoder_refuses_in_its_own_ways_are_named(line: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(GOOD.replace(b'"a"', b'"0"') + b"\n" + line)
+    with pytest.raises(ConfigurationError, match=r"x\.jsonl, line 2 is not JSON") as error:
+        read_examples(tmp_path / "x.jsonl")
+    assert "secret" not in str(error.value)
+
+
+def test_byte_order_marks_are_no_part_of_the_data(tmp_path: Path) -> None:
+    second = GOOD.replace(b'"a"', b'"c"')
+    (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD + b"\r\n\xef\xbb\xbf" + second + b"\r\n")
+    assert [example.id for example in read_examples(tmp_path / "x.jsonl")] == ["a", "c"]
+
+
+@pytest.mark.parametrize("content", [GOOD.decode().encode("utf-16"), b"\xff" * 9, b"", b"\n\n"], ids=repr)
+def test_what_is_no_text_names_the_file(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(content)
+    with pytest.raises(ConfigurationError, match=r"x\.jsonl"):
+        read_examples(tmp_path / "x.jsonl")
+    with pytest.raises(ConfigurationError, match="Is a directory"):
+        read_examples(tmp_path)
+
+
+def test_a_repeated_id_is_named_by_both_lines(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(GOOD + b"\n\n" + GOOD)
+    with pytest.raises(ConfigurationError, match="line 3 has the id of line 1"):
+        read_examples(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("Answers", "unknown key 'Answers'; did you mean 'answer'"),
+        ("label", "unknown key 'label'; use id, prompt, answer, choices only"),
+        ("Mrs Smith", "unknown key number 4; use id, prompt, answer, choices only"),
+    ],
+)
+def test_an_unknown_key_is_named_where_it_is_nobody_s_text(key: str, words: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", {"id": "1", "prompt": "p", "answer": "a", key: 1})
+    with pytest.raises(ConfigurationError, match=words):
+        read_examples(path)
+
+
+def test_public_examples_need_no_id(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "x.jsonl",
+        {"prompt": "2+2?", "answer": "4"},
+        {"prompt": "3+3?", "answer": "6"},
+        {"id": "mine", "prompt": "4+4?", "answer": "8"},
+    )
+    assert [example.id for example in read_public_examples(path)] == ["line-1", "line-2", "mine"]
+    with pytest.raises(ConfigurationError, match="line 1: 'id' must be a text"):
+        read_examples(path)

@@ -1,6 +1,7 @@
 """Plain local training: groups of learning rate, order, determinism, loud failures."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -287,15 +288,34 @@ def test_epochs_have_different_orders() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"size": 6}, {"position": 5}, {"position": -1}, {"epoch": -1}, {"seed": -1}],
+    [
+        {"size": 0},
+        {"position": 5},
+        {"position": -1},
+        {"epoch": -1},
+        {"seed": -1},
+        {"seed": "1"},
+        {"epoch": 0.5},
+    ],
 )
-def test_a_foreign_or_damaged_state_is_refused(change: dict[str, int]) -> None:
+def test_a_damaged_state_is_refused(change: dict[str, Any]) -> None:
     sampler = EpochSampler(5, 0)
     with pytest.raises(StateError):
         sampler.load_state_dict(sampler.state_dict() | change)
-    with pytest.raises(StateError, match="lacks"):
-        sampler.load_state_dict({"size": 5})
+    for damaged in ({"size": 5}, {}, [], None):
+        with pytest.raises(StateError, match="must hold size, seed, epoch, position"):
+            sampler.load_state_dict(damaged)  # type: ignore[arg-type]  # as a damaged file may hold it
     assert sampler.take(5) == EpochSampler(5, 0).take(5)
+
+
+def test_other_data_begin_the_next_epoch() -> None:
+    stopped = EpochSampler(5, 3)
+    stopped.take(7)
+    grown = EpochSampler(6, 0)
+    grown.load_state_dict(stopped.state_dict())
+    fresh = EpochSampler(6, 3)
+    fresh.take(12)
+    assert grown.take(6) == fresh.take(6)
 
 
 def test_a_sampler_needs_examples() -> None:

@@ -1,0 +1,188 @@
+"""Damaged files of a client's state: each is named, and what the message says to do puts the client right."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedmosaic.client import state as state_module
+from fedmosaic.client.__main__ import _Result
+from fedmosaic.client.clipping import ClippingRecord
+from fedmosaic.client.releases import AdapterPlan, Releases
+from fedmosaic.client.state import ClientState
+from fedmosaic.client.traffic import Traffic
+from fedmosaic.privacy.group_key import GroupKey
+from fedmosaic.privacy.ledger import Ledger
+from fedmosaic.privacy.mechanism import ClippedSum, Float32Array, ProfileMechanism, Reduction, release
+from fedmosaic.privacy.noise import SecureNoise
+from fedmosaic.privacy.policy import WeightRow
+from fedmosaic.privacy.roster import Terms
+from fedmosaic.protos.errors import StateError
+
+DAMAGE = {
+    "empty": b"",
+    "cut": b'{"a',
+    "binary": bytes(range(256)),
+    "another type": b"[1]",
+    "deep": b"[" * 100_000,
+    "NaN": b'{"a": NaN}',
+    "archive": b"PK\x03\x04" + bytes(60),
+    "array": b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 60,
+}
+damaged = pytest.mark.parametrize("content", DAMAGE.values(), ids=DAMAGE.keys())
+MECHANISM = ProfileMechanism(
+    probe="none",
+    probe_sha256="0" * 64,
+    reduction=Reduction(hidden_size=8, intermediate_size=16, projection_dimensions=32),
+)
+ROW = WeightRow(1, "ada", ("ben", "cid", "dee"), (2, 3, 3), 3)
+
+
+@damaged
+def test_a_damaged_session_is_named(content: bytes, tmp_path: Path) -> None:
+    ClientState(tmp_path, "f", "ada").release()
+    (tmp_path / "session.json").write_bytes(content)
+    with pytest.raises(StateError, match=r"session\.json is damaged.*new state_dir"):
+        ClientState(tmp_path, "f", "ada")
+    # The remedy: a new directory with the ledger of the old one.
+    state = ClientState(tmp_path / "new", "f", "ada")
+    state.join_run("0" * 32)
+
+
+@damaged
+def test_damaged_rows_are_named_and_can_be_deleted(content: bytes, tmp_path: Path) -> None:
+    state = ClientState(tmp_path, "f", "ada")
+    state.accept_row("shared", ROW)
+    (tmp_path / "rows.json").write_bytes(content)
+    with pytest.raises(StateError, match=r"rows\.json is damaged.*delete it"):
+        state.accept_row("shared", ROW)
+    (tmp_path / "rows.json").unlink()
+    state.accept_row("shared", ROW)
+
+
+@damaged
+def test_small_records_are_named_and_can_be_deleted(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    opened: tuple[Callable[[], object], ...] = (
+        lambda: _Result(path),
+        lambda: Traffic(path),
+        lambda: ClippingRecord(path).shares(),
+    )
+    for opening in opened:
+        path.write_bytes(content)
+        with pytest.raises(StateError, match=r"x\.json is damaged.*delete it"):
+            opening()
+        path.unlink()
+        opening()
+
+
+@damaged
+def test_a_damaged_group_key_is_named(content: bytes) -> None:
+    with pytest.raises(StateError, match="stored group key is damaged"):
+        GroupKey.load(content)
+
+
+def releases(place: Path) -> tuple[Releases, Ledger, ClientState]:
+    def make(charge: Callable[[], None]) -> Float32Array:
+        charge()
+        total = ClippedSum(np.ones(MECHANISM.dimensions, dtype=np.int64), 0, 0, 60)
+        return release(total, MECHANISM, SecureNoise())
+
+    terms = Terms.model_validate(
+        {
+            "profile": MECHANISM,
+            "adapter": {"protection": "none"},
+            "encryption": {"backend": "plain"},
+            "allow_plaintext": True,
+        }
+    )
+    state = ClientState(place, "f", "ada")
+    ledger = Ledger.open(state.ledger_path, "ada", 1e-3, None, accountant="rdp")
+    ids = tuple(f"e{number}" for number in range(60))
+    return Releases(ledger, terms, state, ids, make, SecureNoise(), AdapterPlan(0.0, 1.0)), ledger, state
+
+
+@damaged
+def test_a_damaged_average_is_named_and_costs_nothing_to_delete(content: bytes, tmp_path: Path) -> None:
+    made, ledger, state = releases(tmp_path)
+    first = made.profile(1)
+    spent = ledger.epsilon()
+    average = tmp_path / "profile-average.npz"
+    average.write_bytes(content)
+    with pytest.raises(StateError, match=r"profile-average\.npz is damaged.*delete it"):
+        made.profile(2)
+    average.unlink()
+    again = made.profile(2)
+    assert first is not None
+    assert again is not None
+    assert np.array_equal(first.vector, again.vector)
+    assert ledger.epsilon() == spent
+    ledger.close()
+    state.release()
+
+
+@damaged
+def test_a_damaged_note_of_what_was_sent_costs_a_message_and_no_privacy(
+    content: bytes, tmp_path: Path
+) -> None:
+    made, ledger, state = releases(tmp_path)
+    made.profile(1)
+    made.profile_acknowledged()
+    assert made.profile(2) is None
+    spent = ledger.epsilon()
+    (tmp_path / "profile-sent").write_bytes(content)
+    assert made.profile(2) is not None
+    assert ledger.epsilon() == spent
+    stored = next(tmp_path.glob("profile-*-*.npy"))
+    stored.write_bytes(content)
+    with pytest.raises(StateError, match="cannot be read"):
+        made.profile(3)
+    ledger.close()
+    state.release()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_not_another_process(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(state_module.fcntl, "flock", refuse)
+    with pytest.raises(StateError, match=r"has no locks .*a directory on a local disk"):
+        ClientState(tmp_path, "f", "ada")
+
+
+def test_a_directory_in_use_says_so(tmp_path: Path) -> None:
+    first = ClientState(tmp_path, "f", "ada")
+    with pytest.raises(StateError, match="in use by another process"):
+        ClientState(tmp_path, "f", "ada")
+    first.release()
+    ClientState(tmp_path, "f", "ada").release()
+
+
+def test_bytes_are_counted_over_restarts(tmp_path: Path) -> None:
+    first = Traffic(tmp_path / "traffic.json")
+    first.sent("adapter", 5)
+    first.received("keys", 2)
+    first.save()
+    second = Traffic(tmp_path / "traffic.json")
+    second.sent("adapter", 1)
+    assert second.as_dict()["adapter"] == {"sent": 6, "received": 0}
+    assert second.as_dict()["keys"] == {"sent": 0, "received": 2}
+
+
+def test_a_deleted_adapter_is_a_fresh_one(tmp_path: Path) -> None:
+    state = ClientState(tmp_path, "f", "ada")
+    state.complete_round(1, lambda place: (place / "x").write_text("x") and None)
+    place = state.latest_adapter()
+    assert place is not None
+    shutil.rmtree(place)
+    assert state.latest_adapter() is None
+    assert json.loads((tmp_path / "session.json").read_text())["completed_round"] == 1
+    state.release()
