@@ -8,8 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedmosaic.client.colora import CoLoraConfig, read_shared
 from fedmosaic.client.dp_branch import only_shared_branch
-from fedmosaic.client.dp_engine import ClosedFormEngine
-from fedmosaic.client.examples import IGNORED, EncodedExample, collate
+from fedmosaic.client.dp_engine import example_gradient
+from fedmosaic.client.examples import IGNORED, EncodedExample
 from fedmosaic.client.loss import training_mode
 from fedmosaic.client.models import adapt
 from fedmosaic.client.training import TrainingSettings
@@ -68,7 +68,7 @@ def test_the_terms_of_a_text_add_up_to_the_products_own_gradient() -> None:
     model, (text,) = tiny(), texts(1, 1)
     with only_shared_branch(model) as cores, training_mode(model, False):
         reader = TermReader(model, cores)
-        gradient = ClosedFormEngine(model, cores).example_gradients(collate([text], 0))[0].detach().numpy()
+        gradient = example_gradient(model, cores, text).numpy()
         total = np.zeros(len(reader.columns))
         ids = text.input_ids.tolist()
         for place in range(KNOWN, KNOWN + LENGTH):
@@ -93,7 +93,7 @@ def test_public_terms_are_in_the_same_order_as_the_gradient() -> None:
     with only_shared_branch(model) as cores, training_mode(model, False):
         reader = TermReader(model, cores)
         terms = reader.public_terms([tokens, tokens[:2]])
-        gradient = ClosedFormEngine(model, cores).example_gradients(collate([text], 0))[0].detach().numpy()
+        gradient = example_gradient(model, cores, text).numpy()
     assert terms.shape == (18, len(reader.columns))
     np.testing.assert_allclose(
         terms.mean(axis=0), gradient[reader.columns], atol=2e-5 * np.abs(gradient).max()
@@ -137,7 +137,7 @@ def test_another_texts_gradient_tells_nothing() -> None:
         reader = TermReader(model, cores)
         terms = reader.public_terms(public())
         background = fit_background(terms, np.full(len(reader.columns), 1e-4 * terms.std()))
-        rows = ClosedFormEngine(model, cores).example_gradients(collate([text, other], 0)).detach().numpy()
+        rows = np.stack([example_gradient(model, cores, one).numpy() for one in (text, other)])
         known = Unknown(tuple(text.input_ids[:KNOWN].tolist()), LENGTH)
         own, foreign = (
             decode(reader, background, background.coordinates(LENGTH * row), known, 0.0, beams=2).tokens
