@@ -10,12 +10,13 @@ demo: $(STAMP)
 	$(BIN)/fedmosaic demo
 
 # The whole fast suite: style, types, layering, then the tests. OpenMP is held to one thread per
-# worker so that the two workers do not fight over the cores.
+# worker so that the two workers do not fight over the cores; texts are UTF-8 whatever the locale.
 test: $(STAMP) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 PYTHONUTF8=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
+# The slow tests, and the property tests with examples that nobody has tried yet.
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow --timeout 1800
+	$(BIN)/python -m pytest -m "slow or hypothesis" --hypothesis-profile searching --timeout 1800
 
 # The privacy tests that touch tensors, on the accelerator of this machine. Where there is none, pytest says so
 # with exit code 5, which is no failure of the tests.
@@ -49,7 +50,7 @@ protos: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "FedMosaic needs Python 3.11 or newer; run make PYTHON=/path/to/python3.11"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 

@@ -169,7 +169,7 @@ def open_prober(target: Target, other: ModelSettings | None = None) -> Prober:
     probe = open_probe(model)
     fitted = target.directory / "profile" if target.directory is not None else None
     if other is None and fitted is not None and (fitted / _PROFILE).is_file():
-        mechanism = ProfileMechanism.model_validate_json((fitted / _PROFILE).read_text())
+        mechanism = ProfileMechanism.model_validate_json((fitted / _PROFILE).read_text(encoding="utf-8"))
         basis = PublicBasis.load(fitted / BASIS) if mechanism.basis_sha256 else None
         return Prober(probe, tokenizer, PublicMap(mechanism, basis), basis, profile.max_length)
     reduction = Reduction.model_validate(

@@ -32,7 +32,7 @@ def fit_profile(
     fitted = directory / "profile"
     stored = fitted / PROFILE
     if stored.exists():
-        return ProfileMechanism.model_validate_json(stored.read_text())
+        return ProfileMechanism.model_validate_json(stored.read_text(encoding="utf-8"))
     console.print("fitting the public basis of the task profile on public data")
     arguments = {
         "--probe": scenario.probe.path,
@@ -60,7 +60,7 @@ def fit_profile(
         raise RunFailedError(
             f"fitting the public basis failed; {process.log} ends with:\n{process.last_lines()}"
         )
-    return ProfileMechanism.model_validate_json(stored.read_text())
+    return ProfileMechanism.model_validate_json(stored.read_text(encoding="utf-8"))
 
 
 def agreed_adapter(scenario: Scenario) -> AdapterTerms:

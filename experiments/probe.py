@@ -86,7 +86,7 @@ def fit(arguments: Arguments) -> ProfileMechanism:
     )
     mechanism = mechanism.model_copy(update={"minimum_examples": arguments.minimum_examples})
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / PROFILE).write_text(mechanism.model_dump_json(indent=2) + "\n")
+    (arguments.out / PROFILE).write_text(mechanism.model_dump_json(indent=2) + "\n", encoding="utf-8")
     if basis is not None:
         basis.save(arguments.out / BASIS)
     return mechanism

@@ -183,7 +183,7 @@ def _make_directory(scenario: Scenario, output_dir: Path, *, processes: bool = F
 
 def _begin(scenario: Scenario, directory: Path, *, processes: bool) -> None:
     started = dt.datetime.now(dt.UTC).strftime("%Y%m%d-%H%M%S")
-    (directory / _SCENARIO).write_text(scenario.model_dump_json(indent=2) + "\n")
+    (directory / _SCENARIO).write_text(scenario.model_dump_json(indent=2) + "\n", encoding="utf-8")
     (directory / _RUN).write_text(json.dumps({"started": started, "processes": processes}) + "\n")
 
 

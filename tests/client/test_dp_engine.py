@@ -78,6 +78,7 @@ def rows_of_opacus(
 ) -> torch.Tensor:
     """The oracle: Opacus's hooks on one padded batch, an independent implementation of the same rows."""
     wrapped = GradSampleModule(nn.ModuleList(cores.values()), loss_reduction="sum")
+    model.enable_input_require_grads()  # Opacus's hooks want a gradient of every core's input
     try:
         wrapped.train()
         example_losses(model, on_device_of(model, collate(examples, 0))).sum().backward()
@@ -85,6 +86,7 @@ def rows_of_opacus(
     finally:
         wrapped.zero_grad(set_to_none=True)
         wrapped.to_standard_module()
+        model.disable_input_require_grads()
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -129,7 +131,9 @@ def test_the_clipped_sum_equals_that_of_opacus_optimizer(model: nn.Module) -> No
             expected_batch_size=1,
             loss_reduction="sum",
         )
+        model.enable_input_require_grads()
         example_losses(wrapped, on_device_of(model, collate(examples, 0))).sum().backward()
+        model.disable_input_require_grads()
         optimizer.clip_and_accumulate()
         by_opacus = torch.cat([parameter.summed_grad.flatten() for parameter in parameters])
         wrapped.to_standard_module()
