@@ -27,6 +27,7 @@ from fedmosaic.client.session import Session
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState
 from fedmosaic.client.statement import for_handing_over, statement_inputs, with_warning
+from fedmosaic.client.traffic import Traffic
 from fedmosaic.privacy.configuration import parse_json, read_configuration
 from fedmosaic.privacy.federation import Kit, open_kit
 from fedmosaic.privacy.files import write_atomically
@@ -82,7 +83,8 @@ def run(settings: ClientSettings) -> bool:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     member = kit.roster.member(client_id)
-    with closing(Preflight(settings, progress)) as checked:
+    counted = Traffic(settings.state_dir / TRAFFIC)
+    with closing(Preflight(settings, progress, traffic=counted)) as checked:
         checked.require(log.warning)
         learner, plan, transport = checked.learner, checked.plan, checked.transport
         if kit.roster.terms.adapter.private:

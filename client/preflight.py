@@ -45,7 +45,6 @@ from fedmosaic.privacy.noise import SecureNoise
 from fedmosaic.privacy.projection import PublicBasis, PublicMap
 from fedmosaic.protos.errors import ConfigurationError, IdentityError, ModelError, StateError
 
-TRAFFIC: Final = "traffic.json"
 _SPARE_BYTES: Final = 1 << 28
 """Room for adapters, ledger and logs beside what is sent and received."""
 
@@ -75,6 +74,7 @@ class Preflight:
         *,
         server_patience_seconds: float = 300.0,
         scratch: Path | None = None,
+        traffic: Traffic | None = None,
     ) -> None:
         """Prepare; nothing is read yet.
 
@@ -83,12 +83,14 @@ class Preflight:
             progress: told of what takes long.
             server_patience_seconds: how long to wait for the server.
             scratch: where the model's side may write instead of the state directory; None for a client.
+            traffic: counts the bytes of the connection; a count of its own by default.
         """
         self.settings = settings
         self.warnings: list[str] = []
         self._progress = progress
         self._patience = server_patience_seconds
         self._scratch = scratch
+        self._traffic = traffic or Traffic()
 
     def checks(self) -> tuple[Check, ...]:
         """All checks, in order."""
@@ -158,7 +160,7 @@ class Preflight:
             certificate=kit.tls_certificate,
             private_key=kit.tls_key,
             options=TransportOptions(retry_seconds=self._patience),
-            traffic=Traffic(None if self._scratch is not None else self.settings.state_dir / TRAFFIC),
+            traffic=self._traffic,
         )
 
     @cached_property

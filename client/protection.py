@@ -136,6 +136,27 @@ class Protection:
             attempt_id=uuid.uuid4().hex,
         )
 
+    def claim_anew(self, run_id: str, upload: Upload, ledger: LedgerHead) -> Upload:
+        """The same sealed bytes with another head of the privacy ledger; nothing is encrypted again.
+
+        Args:
+            run_id: the server's run.
+            upload: sealed before.
+            ledger: the head to send with it.
+        """
+        return sign_upload(
+            self._identity.signing_key,
+            federation=self._roster.federation,
+            run_id=run_id,
+            round_number=upload.round,
+            client_id=self._identity.client_id,
+            key_epoch=upload.key_epoch,
+            sections=upload.sections,
+            profile=upload.profile,
+            ledger=ledger,
+            attempt_id=upload.attempt_id,
+        )
+
     def _context(self, section: str, key_epoch: int, round_number: int, size: int) -> RoundContext:
         label = section if section == "shared" else f"family:{self._family}"
         return RoundContext(self._roster.federation, key_epoch, round_number, label, size)

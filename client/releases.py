@@ -310,7 +310,7 @@ class Releases:
         if not path.exists():
             return None
         try:
-            with np.load(path, allow_pickle=False) as stored:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 average = ReleasedProfile(
                     stored["vector"],
                     float(stored["noise_variance"]),
@@ -347,7 +347,8 @@ def _read_released(path: Path, dimensions: int, digest: str | None) -> Float32Ar
 
 def _read_vector(path: Path, dimensions: int) -> Float32Array:
     try:
-        vector: Float32Array = np.load(str(path), allow_pickle=False)
+        with path.open("rb") as file:
+            vector: Float32Array = np.load(file, allow_pickle=False)
     except _ARRAY_ERRORS as error:
         raise StateError(
             f"{path}: the stored task profile cannot be read ({error}), and was released. {_LOST_PROFILE}"

@@ -165,10 +165,17 @@ class ClientState:
         self._lock = hold_directory(directory / "lock", "give each client its own state_dir")
         self._file = directory / _SESSION
         self._rows = directory / "rows.json"
-        self.record = read_record(directory) or SessionRecord(federation=federation, client=client)
+        try:
+            self.record = read_record(directory) or SessionRecord(federation=federation, client=client)
+            self._check_owner(federation, client)
+        except StateError:
+            self._lock.close()
+            raise
+
+    def _check_owner(self, federation: str, client: str) -> None:
         if (self.record.federation, self.record.client) != (federation, client):
             raise StateError(
-                f"{directory} belongs to client {self.record.client!r} of federation "
+                f"{self.directory} belongs to client {self.record.client!r} of federation "
                 f"{self.record.federation!r}, not to {client!r} of {federation!r}; give each client its own "
                 "state_dir"
             )
@@ -343,8 +350,8 @@ class ClientState:
             return {str(label): (str(digest), int(count)) for label, (digest, count) in found.items()}
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise StateError(
-                f"{self._rows} is damaged ({error}); restore it from a backup, or start over with a new "
-                "state_dir (the privacy ledger in the old one must be kept: what it has spent stays spent)"
+                f"{self._rows} is damaged, or of a version before ({error}); restore it from a backup, or "
+                "delete it: a second weight row of the rounds so far would then not be told from the first"
             ) from None
 
     def give_up(self, round_number: int) -> None:

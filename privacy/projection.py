@@ -131,8 +131,8 @@ def check_basis(mechanism: ProfileMechanism, basis: Path | None) -> None:
     if found != agreed:
         raise MechanismError(
             f"{basis} is the public basis {found[:16]}…, terms.profile.basis_sha256 says {agreed[:16]}…: "
-            "both "
-            "must be of the same run of `fedmosaic probe`, so give its basis or copy the tables it printed "
+            "both must "
+            "be of the same run of `fedmosaic probe`, so give its basis or copy the tables it printed "
             "anew"
         )
 

@@ -115,8 +115,11 @@ class Admission:
             self._check_signature(client, signed, enrolment.ledger_signature)
 
     def check_ledger(self, header: UploadHeader, kept: bytes) -> None:
-        """Refuse an upload from a ledger that is not known to hold what was kept of it."""
-        if kept and (header.ledger is None or header.ledger.follows != kept):
+        """Refuse an upload from a ledger that is not known to hold what was kept of it.
+
+        What an upload that was lost here left behind is its own head; the same bytes bring it again.
+        """
+        if kept and (header.ledger is None or kept not in (header.ledger.follows, header.ledger.head)):
             raise _differs(
                 "LEDGER_BEHIND",
                 "the upload comes from a privacy ledger that was not checked against the newest head that is "

@@ -62,6 +62,13 @@ class Coordinator:
         self._lock = threading.RLock()
         self._listeners: list[Callable[[Topic], None]] = []
         self._blobs = Blobs(settings.state_dir, durable=settings.durable)
+        try:
+            self._open_run(settings)
+        except BaseException:
+            self._blobs.close()
+            raise
+
+    def _open_run(self, settings: ServerSettings) -> None:
         self._store = Store(settings.store_url or default_url(settings.state_dir), durable=settings.durable)
         self._store.hold(self._blobs.mark(MARK) if settings.store_url else None)
         self._account = Account(settings.state_dir, self._store)
@@ -73,8 +80,9 @@ class Coordinator:
         self.run_id = open_run(settings, self._store, new=self._blobs.empty)
         self._head = stored_head(self._store, self.run_id)
         self._admission = Admission(settings, self.run_id, self._aggregator)
-        self._keys = KeyRelay(settings, self._store, clock()) if settings.encrypted else None
-        self._round = resume_round(settings, self._store, self._keys, clock())
+        now = self._clock()
+        self._keys = KeyRelay(settings, self._store, now) if settings.encrypted else None
+        self._round = resume_round(settings, self._store, self._keys, now)
 
     def subscribe(self, listener: Callable[[Topic], None]) -> None:
         """Call `listener`, from any thread, whenever somebody who waits should look again."""

@@ -32,7 +32,7 @@ class Site:
     ) -> DataLedger:
         directory = self.place / state
         directory.mkdir(exist_ok=True)
-        record = SessionRecord("clinics", "north", run)
+        record = SessionRecord(federation="clinics", client="north", run_id=run)
         return DataLedger.of(train or self.train, named, directory, record)
 
     def open(self, state: str = "state", **options: object) -> Ledger:

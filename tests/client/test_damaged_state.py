@@ -182,9 +182,9 @@ def test_bytes_are_counted_over_restarts(tmp_path: Path) -> None:
 def test_a_deleted_adapter_is_a_fresh_one(tmp_path: Path) -> None:
     state = ClientState(tmp_path, "f", "ada")
     state.complete_round(1, lambda place: (place / "x").write_text("x") and None)
-    place = state.latest_adapter()
-    assert place is not None
-    shutil.rmtree(place)
+    newest = state.latest_adapter()
+    assert newest is not None
+    shutil.rmtree(newest[1])
     assert state.latest_adapter() is None
     assert json.loads((tmp_path / "session.json").read_text())["completed_round"] == 1
     state.release()

@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import ValidationError
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -53,7 +54,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(place)
     special = {"unk_token": "<unk>", "eos_token": "<end>"}
-    words = Tokenizer(WordLevel({"<unk>": 0, "<end>": 1}, unk_token=special["unk_token"]))
+    names = ["<unk>", "<end>", *(f"w{number}" for number in range(2, VOCABULARY))]
+    words = Tokenizer(WordLevel({name: place for place, name in enumerate(names)}, unk_token=names[0]))
+    words.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(place)
     return place
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedmosaic.client import preflight
+from fedmosaic.client import memory
 from fedmosaic.client.adapted import adapter_config
 from fedmosaic.client.examples import IGNORED, EncodedExample
 from fedmosaic.client.memory import MemoryNeed, memory_need
@@ -69,7 +69,7 @@ def test_a_step_is_what_a_real_one_holds(folder: Path) -> None:
     labels = torch.where(torch.arange(64) < 56, IGNORED, ids)
     examples = [EncodedExample(str(i), *pair) for i, pair in enumerate(zip(ids, labels, strict=True))]
     settings = TrainingSettings(steps=2, per_device_train_batch_size=4, max_length=64)
-    with preflight._Meter() as meter:
+    with memory._Meter() as meter:
         train_local(model, examples, settings, pad_token_id=0)
     assert need(folder).training == pytest.approx(meter.peak, rel=0.15)
 
@@ -87,7 +87,7 @@ def test_what_is_said_to_help_does(folder: Path) -> None:
 def test_what_does_not_fit_is_said_with_a_remedy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert need(folder).fits
     assert "change" not in need(folder).words()
-    monkeypatch.setattr(preflight, "free_memory", lambda _: (1 << 20, 8 << 20))
+    monkeypatch.setattr(memory, "free_memory", lambda _: (1 << 20, 8 << 20))
     found = need(folder)
     assert not found.fits
     for remedy in ("model.dtype = 'bfloat16'", "quantization = 'nf4'", "gradient_checkpointing = true"):

@@ -171,8 +171,8 @@ def test_what_was_trained_and_sent_before_a_kill_is_gone_on_from(tmp_path: Path,
         dies_after_the_receipt(session, transport)
         train = session._learner.train
 
-        def training(number: int, releases: Any) -> None:
-            train(number, releases)
+        def training(number: int, releases: Any, give_up: Any) -> None:
+            train(number, releases, give_up)
             before["local"] = session._learner.local.copy()
 
         session._learner.train = training

@@ -21,14 +21,14 @@ from fedmosaic.client import __main__ as client
 from fedmosaic.client import doctor
 from fedmosaic.client.learner import SAMPLER
 from fedmosaic.client.models import load_base_model
-from fedmosaic.client.preflight import LEDGER, Preflight
+from fedmosaic.client.preflight import Preflight
 from fedmosaic.client.probe import open_probe
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy import federation
 from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.federation import FederationConfig, MemberEntry
-from fedmosaic.privacy.ledger import Ledger, read_ledger
+from fedmosaic.privacy.ledger import LEDGER, Ledger, read_ledger
 from fedmosaic.privacy.mechanism import ProfileMechanism, Reduction
 from fedmosaic.privacy.roster import AdapterPrivacyTerms, AdapterTerms, ScheduleTerms, Terms
 from fedmosaic.protos.errors import FedMosaicError
@@ -283,7 +283,7 @@ def other_key(config: Path) -> None:
 def other_ledger(config: Path) -> None:
     (config.parent / "state").mkdir()
     Ledger.open(
-        config.parent / "state" / LEDGER, "somebody", 1e-3, 8.0, budgeted_channels=("profile",)
+        config.parent / "state" / LEDGER, "somebody", 1e-3, 4.0, budgeted_channels=("profile",)
     ).close()
 
 
@@ -332,7 +332,7 @@ def test_the_client_itself_stops_before_it_loads_trains_or_charges(
     monkeypatch.setattr(client, "Session", None)
     with pytest.raises(FedMosaicError, match="different probes"):
         client.main([str(config)])
-    assert not (config.parent / "state" / LEDGER).exists()
+    assert not list(config.parent.rglob(LEDGER))
 
 
 def test_the_doctor_goes_on_with_what_can_still_be_checked(
@@ -428,4 +428,5 @@ def test_a_whole_run_tells_how_it_was_scored(config: Path, served: tuple[Path, i
     result = json.loads((config.parent / "a" / "result.json").read_text())
     assert result["measures"] == {"self": "written answer, same words"}
     assert 0.0 <= result["after"]["self"] <= 1.0
-    assert read_ledger(config.parent / "a" / LEDGER)
+    (ledger,) = config.parent.rglob(LEDGER)
+    assert read_ledger(ledger)

@@ -130,7 +130,7 @@ def test_a_whole_run_leaves_nothing_that_others_can_read(
     for name in states.keys() - {"server"}:
         assert seen[name] >= {
             "session.json", "rows.json", "progress.jsonl", "result.json", "statement.json", "lock",
-            "ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "ledger.sqlite.head",
+            "ledger.json",
             "profile-average.npz", "clipping.json", "counter.json", "epoch-0000000001.json",
             "upload-0002.bin", "adapter_model.safetensors", "adapter_config.json",
         }  # fmt: skip

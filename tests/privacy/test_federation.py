@@ -15,7 +15,7 @@ from fedmosaic.privacy.federation import FederationConfig, MemberEntry
 from fedmosaic.privacy.mechanism import ProfileMechanism, Reduction
 from fedmosaic.privacy.roster import Roster, Terms
 from fedmosaic.protos import bounds
-from fedmosaic.protos.errors import ConfigurationError, IdentityError, WireError
+from fedmosaic.protos.errors import ConfigurationError, IdentityError, MechanismError, WireError
 
 PROFILE = ProfileMechanism(
     probe="tiny",
@@ -186,7 +186,7 @@ def test_every_family_of_the_wire_can_be_on_a_roster(family: str) -> None:
 def test_a_member_named_twice_or_a_missing_basis_leaves_no_directory(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="member id b appears more than once"):
         config("a", "b", "c", "d", "b")
-    with pytest.raises(ConfigurationError, match="no such file"):
+    with pytest.raises(MechanismError, match="uses no public basis"):
         federation.create(config("a", "b", "c", "d"), tmp_path / "f", tmp_path / "none")
     assert not (tmp_path / "f").exists()
 

@@ -229,9 +229,9 @@ def test_another_basis_than_the_terms_name_founds_nothing(tmp_path: Path) -> Non
     basis = PublicBasis(centre=np.zeros(32, dtype=np.float32))
     basis.save(tmp_path / "basis")
     other = PROFILE.model_copy(update={"standardise": "centre", "basis_sha256": "1" * 64})
-    with pytest.raises(ConfigurationError, match="from one run of `fedmosaic probe`"):
+    with pytest.raises(MechanismError, match="same run of `fedmosaic probe`"):
         federation.create(founding(profile=other), tmp_path / "f", tmp_path / "basis")
-    with pytest.raises(ConfigurationError, match="--basis"):
+    with pytest.raises(MechanismError, match="--basis"):
         federation.create(founding(profile=other), tmp_path / "f")
     (tmp_path / "basis").write_bytes(b"\xff" * 100)
     with pytest.raises(MechanismError, match="no readable public basis"):

@@ -70,6 +70,7 @@ enrolments = st.builds(
     hashes,
     families,
     texts,
+    st.booleans(),
     hashes,
     st.binary(min_size=64, max_size=64),
 )
@@ -81,6 +82,7 @@ enrolled = st.integers(1, 50).flatmap(
         st.just(n),
         epochs,
         names,
+        hashes,
         st.just(b"") | hashes,
     )
 )

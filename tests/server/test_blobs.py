@@ -56,8 +56,10 @@ def test_a_spool_that_vanished_is_not_adopted_as_an_empty_upload(tmp_path: Path)
 
 
 def test_a_missing_blob_is_a_state_error(tmp_path: Path) -> None:
+    blobs = Blobs(tmp_path / "state", durable=False)
     with pytest.raises(StateError, match="restore state_dir and database together"):
-        Blobs(tmp_path / "state", durable=False).read("uploads", 1, "a")
+        blobs.read("uploads", 1, "a")
+    blobs.close()
 
 
 def test_old_rounds_are_removed(tmp_path: Path) -> None:

@@ -240,7 +240,7 @@ def test_the_server_waits_for_statements_as_long_as_it_is_told(
     server = launch(rounds=2, grace_seconds=4.0)
     finish(federation, connect, server, silent=("clinic-b",))
     assert server.process.wait(60) == 0
-    assert server.log.count("waiting for the statements of clinic-b") == 1
+    assert len(re.findall(r"waiting for the statements of clinic-b, [\d.]+ s left", server.log)) == 1
     assert "statements of 4 members, none of clinic-b" in server.log
 
 
@@ -266,7 +266,7 @@ def test_a_hangup_does_not_stop_the_server(launch: Any, authority: Any) -> None:
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [("", "holds no private key"), ("another", "is not the key of")],
+    [("", "private key"), ("another", "is not the key of")],
 )
 def test_a_wrong_key_is_not_called_a_port_in_use(
     launch: Any, authority: Any, make_authority: Any, content: str, says: str
