@@ -123,6 +123,7 @@ def run(settings: ClientSettings) -> None:
             progress.stage(0, "done")
         finally:
             transport.close()
+            state.release()
 
 
 def scores_after(learner: ModelLearner) -> dict[str, float]:

@@ -298,6 +298,7 @@ def _rdp(events: tuple[GaussianEvent, ...], delta: float, *, extended: bool) -> 
 
 
 def _prv(events: tuple[GaussianEvent, ...], delta: float) -> float:
+    import numpy as np
     from opacus.accountants import PRVAccountant
 
     delta_error = delta / 1000
@@ -312,9 +313,8 @@ def _prv(events: tuple[GaussianEvent, ...], delta: float) -> float:
     accountant = PRVAccountant()
     accountant.history = _history(events)
     try:
-        with warnings.catch_warnings():
-            # q = 1 takes log(0) on purpose; the branch is discarded by numpy.where.
-            warnings.simplefilter("ignore")
+        # q = 1 takes log(0) on purpose; the branch is discarded by numpy.where.
+        with np.errstate(divide="ignore", invalid="ignore"):
             value = float(
                 accountant.get_epsilon(delta, eps_error=_PRV_EPSILON_ERROR, delta_error=delta_error)
             )
