@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
+from fedmosaic.client.examples import rendered_prompt
 from fedmosaic.protos.errors import ModelError
 
 CharacterRange = tuple[int, int]
@@ -190,11 +191,7 @@ def _tokenise_prompt(
 ) -> tuple[tuple[int, ...], tuple[CharacterRange | None, ...]]:
     if not tokenizer.chat_template:
         return _tokenise(tokenizer, prompt + "\n", special=True)
-    text = str(
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-        )
-    )
+    text = rendered_prompt(tokenizer, prompt)
     ids, ranges = _tokenise(tokenizer, text, special=False)
     # A template may strip what it wraps; the last occurrence is the user's turn, not a system prompt.
     content = prompt.strip()

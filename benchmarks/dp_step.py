@@ -4,10 +4,13 @@
 
 Variants, all on one model with Co-LoRA, the same batch and Adam on the same cores:
 
-* ``plain``: forward, backward, optimizer step.
-* ``private``: one example at a time, with clipping on the grid and secure noise.
-* ``opacus_hooks``: Opacus alone, GradSampleModule and DPOptimizer (noise from torch's generator).
-* ``opacus_ghost``: Opacus alone, ghost clipping.
+* ``plain``: forward, backward, optimizer step, on the whole batch.
+* ``private``: the product's step, one example at a time, with clipping on the grid and secure noise.
+* ``opacus_hooks``: Opacus's GradSampleModule and DPOptimizer, on the whole batch; noise of torch's generator.
+* ``opacus_ghost``: the same with Opacus's ghost clipping.
+
+What ``private`` takes over ``opacus_hooks`` is the price of examples that cannot move each other's bits: in a
+batch they do, and with it one example can move the sum by more than the clipping norm.
 
 Times are paired: every repetition runs all variants in a shuffled order, and the ratios to ``plain``
 are taken within a repetition. Memory is the high-water mark of the resident set of a fresh process
@@ -39,7 +42,7 @@ from torch import nn
 
 from fedmosaic.client.colora import CoLoraConfig
 from fedmosaic.client.dp_branch import only_shared_branch
-from fedmosaic.client.dp_engine import clip_and_sum, dimensions_of, example_gradient
+from fedmosaic.client.dp_engine import clip_and_sum, core_parameters, dimensions_of, example_gradient
 from fedmosaic.client.dp_training import noisy_sum, set_gradients
 from fedmosaic.client.examples import IGNORED, EncodedExample
 from fedmosaic.client.hardware import choose_device, synchronise
@@ -79,13 +82,13 @@ def make_batch(model: nn.Module, examples: int, tokens: int, answer: int) -> dic
 @contextmanager
 def prepared(variant: str, model: nn.Module, cores: dict[str, nn.Linear], batch: dict) -> Iterator[Step]:
     """Set a variant up, yield one step of it, and take its hooks off again."""
-    parameters = [parameter for core in cores.values() for parameter in core.parameters()]
-    adam = torch.optim.Adam(parameters, lr=LEARNING_RATE)
+    adam = torch.optim.Adam(core_parameters(cores), lr=LEARNING_RATE)
     examples = len(batch["input_ids"])
     if variant == "plain":
         yield lambda: plain_step(model, adam, batch)
     elif variant == "private":
-        yield lambda: private_step(model, cores, parameters, adam, batch)
+        alone = [EncodedExample("", *row) for row in zip(batch["input_ids"], batch["labels"], strict=True)]
+        yield lambda: private_step(model, cores, adam, alone)
     elif variant == "opacus_hooks":
         wrapped = GradSampleModule(model, strict=False, loss_reduction="mean")
         optimizer = DPOptimizer(
@@ -119,17 +122,15 @@ def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict) 
 def private_step(
     model: nn.Module,
     cores: dict[str, nn.Linear],
-    parameters: list[nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    batch: dict,
+    examples: list[EncodedExample],
 ) -> None:
     """One step as `fedmosaic.client.dp_training` takes it, its Poisson sampling left out."""
     total = ClippedSum.empty(dimensions_of(cores))
-    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
-        row = example_gradient(model, cores, EncodedExample("", ids, labels))
-        total = total + clip_and_sum(row[None], CLIPPING_NORM)
+    for example in examples:
+        total = total + clip_and_sum(example_gradient(model, cores, example)[None], CLIPPING_NORM)
     noisy = noisy_sum(total, CLIPPING_NORM, NOISE_MULTIPLIER, SecureNoise())
-    set_gradients(parameters, noisy / len(batch["input_ids"]))
+    set_gradients(core_parameters(cores), noisy / len(examples))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from fedmosaic.client.adapted import adapter_config
 from fedmosaic.client.examples import IGNORED, EncodedExample
 from fedmosaic.client.hardware import choose_device, synchronise
+from fedmosaic.client.memory import memory_need
 from fedmosaic.client.models import adapt, load_model
-from fedmosaic.client.preflight import memory_need
 from fedmosaic.client.settings import ClientSettings, DataSettings, ModelSettings
 from fedmosaic.client.training import TrainingSettings, train_local
 from fedmosaic.privacy.roster import AdapterTerms

@@ -4,7 +4,8 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,36 +16,35 @@ from transformers.utils.logging import disable_progress_bar
 from fedmosaic.client.clipping import CLIPPING, ClippingRecord
 from fedmosaic.client.keyring import Keyring
 from fedmosaic.client.learner import ModelLearner
+from fedmosaic.client.ledger import DataLedger
+from fedmosaic.client.preflight import Preflight, agreed_epsilon
 from fedmosaic.client.probing import ProfileProbe
 from fedmosaic.client.progress import LoggedProgress
 from fedmosaic.client.protection import Identity, Protection
-from fedmosaic.client.releases import (
-    AdapterPlan,
-    Releases,
-    budgeted_channels,
-    plan_adapter,
-    sampling_rate,
-)
+from fedmosaic.client.releases import AdapterPlan, Releases, budgeted_channels
+from fedmosaic.client.scoring import Score
 from fedmosaic.client.session import Session
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState
-from fedmosaic.client.statement import build_statement
-from fedmosaic.client.traffic import Traffic
-from fedmosaic.client.transport import GrpcTransport
-from fedmosaic.privacy.accounting import default_delta
+from fedmosaic.client.statement import for_handing_over, statement_inputs, with_warning
 from fedmosaic.privacy.configuration import parse_json, read_configuration
 from fedmosaic.privacy.federation import Kit, open_kit
 from fedmosaic.privacy.files import write_atomically
-from fedmosaic.privacy.ledger import Ledger, parameters_of, read_ledger
+from fedmosaic.privacy.ledger import Ledger, data_epoch
 from fedmosaic.privacy.noise import SecureNoise, SeededTestNoise
-from fedmosaic.privacy.report_costs import shareable
+from fedmosaic.privacy.report import statement
+from fedmosaic.privacy.report_shareable import shareable
 from fedmosaic.privacy.terminal import guarded
-from fedmosaic.protos.errors import ConfigurationError, LedgerError, ModelError, StateError
+from fedmosaic.protos.errors import NOTHING_EXCHANGED, ModelError, StateError
 
 log = logging.getLogger("fedmosaic.client")
 RESULT = "result.json"
 STATEMENT = "statement.json"
 TRAFFIC = "traffic.json"
+NOTHING_RECEIVED = (
+    "YOU RECEIVED NOTHING from the other members in any of the {rounds} rounds: this client trained alone. "
+    "The lines 'no … aggregate' above tell why, round by round; a policy needs enough members that contribute"
+)
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,15 @@ def main(arguments: Sequence[str]) -> int:
     )
     disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     settings = read_configuration(parsed.config, ClientSettings).resolved(parsed.config.parent)
-    run(settings)
-    return 0
+    return 0 if run(settings) else NOTHING_EXCHANGED
 
 
-def run(settings: ClientSettings) -> None:
-    """Take part with these settings; see `fedmosaic.client.session.Session.run` for the errors."""
+def run(settings: ClientSettings) -> bool:
+    """Take part with these settings; see `fedmosaic.client.session.Session.run` for the errors.
+
+    Returns:
+        Whether anything was received from the others, in any round.
+    """
     kit = open_kit(settings.kit)
     client_id = kit.member_id()
     state = ClientState(settings.state_dir, kit.roster.federation, client_id)
@@ -79,20 +82,19 @@ def run(settings: ClientSettings) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     member = kit.roster.member(client_id)
-    progress.stage(0, "loading the model")
-    learner = ModelLearner(settings, kit.roster.terms, member.family, progress)
-    _check_layout(learner, kit)
-    with _open_ledger(settings, kit, client_id, learner.example_count) as ledger:
-        plan = _plan(settings, kit, ledger, learner.example_count)
-        releases = _releases(settings, kit, ledger, state, learner, plan)
-        transport = GrpcTransport(
-            settings.server,
-            authority=kit.authority,
-            certificate=kit.tls_certificate,
-            private_key=kit.tls_key,
-            traffic=Traffic(settings.state_dir / TRAFFIC),
-        )
-        try:
+    with closing(Preflight(settings, progress)) as checked, ExitStack() as held:
+        held.callback(state.release)
+        checked.require(log.warning)
+        learner, plan, transport = checked.learner, checked.plan, checked.transport
+        if kit.roster.terms.adapter.private:
+            log.info(
+                "planned σ = %.3f at q = %.4f for the adapter", plan.noise_multiplier, plan.sampling_rate
+            )
+        books = DataLedger.of(settings.data.train, settings.data.ledger, settings.state_dir, state.record)
+        channels, target = budgeted_channels(kit.roster.terms), agreed_epsilon(settings, kit)
+        epoch = data_epoch(learner.example_ids)
+        with books.open(learner.example_count, epoch, target, channels) as ledger:
+            releases = _releases(settings, kit, ledger, state, learner, plan)
             identity = Identity(client_id, kit.signing_key())
             encrypted = kit.roster.terms.adapter.encrypted
             keyring = (
@@ -103,30 +105,38 @@ def run(settings: ClientSettings) -> None:
             protection = Protection(identity, kit.roster, member.family, keyring)
             result = _Result(state.directory / RESULT)
             if not result.has("before"):
-                result.put("before", learner.evaluate())
+                result.put_scores("before", learner.evaluate())
             started = time.monotonic()
             Session(identity, kit.roster, transport, learner, state, releases, protection, progress).run()
+            books.remember(ledger)
             result.put("seconds", time.monotonic() - started)
-            result.put("after", scores_after(learner))
+            result.put_scores("after", scores_after(learner))
             progress.stage(0, "writing the privacy statement")
-            statement = build_statement(
+            facts = statement_inputs(
                 kit.roster,
                 state.record.run_id,
+                client_id,
                 ledger,
                 plan,
                 smallest_row=state.smallest_row(),
                 clipped_share=releases.clipping.shares(),
             )
-            write_atomically(state.directory / STATEMENT, statement.model_dump_json(indent=2).encode())
-            transport.report(shareable(statement).model_dump_json().encode())
+            received, rounds = state.record.received_rounds, kit.roster.terms.schedule.rounds
+            result.put("received_rounds", received)
+            # Whether an aggregate could be used is for this client's own eyes; the server does not learn it.
+            own = statement(facts)
+            own = own if received else with_warning(own, NOTHING_RECEIVED.format(rounds=rounds))
+            write_atomically(state.directory / STATEMENT, own.model_dump_json(indent=2).encode())
+            told = shareable(for_handing_over(facts, kit.roster.terms, learner.example_count))
+            transport.report(told.model_dump_json().encode())
             result.put("traffic", transport.traffic().as_dict())
             progress.stage(0, "done")
-        finally:
-            transport.close()
-            state.release()
+            if not received:
+                log.error(NOTHING_RECEIVED.format(rounds=rounds))
+            return received > 0
 
 
-def scores_after(learner: ModelLearner) -> dict[str, float]:
+def scores_after(learner: ModelLearner) -> dict[str, Score]:
     """The scores with what was received; none, and still no other end, if they cannot be computed with it."""
     try:
         return learner.evaluate()
@@ -149,6 +159,10 @@ class _Result:
         self._content[key] = value
         write_atomically(self._path, json.dumps(self._content, indent=2).encode())
 
+    def put_scores(self, when: str, scores: Mapping[str, Score]) -> None:
+        self.put(when, {name: score.value for name, score in scores.items()})
+        self.put("measures", {name: score.measure for name, score in scores.items()})
+
 
 def _read_result(path: Path) -> dict[str, object]:
     try:
@@ -160,63 +174,6 @@ def _read_result(path: Path) -> dict[str, object]:
         raise StateError(
             f"{path} is damaged ({error}); delete it: only the scores before training are lost"
         ) from None
-
-
-def _check_layout(learner: ModelLearner, kit: Kit) -> None:
-    if learner.adapter_spec_hash != kit.roster.terms.adapter.spec_hash:
-        raise ModelError(
-            "this model's adapter has another layout than the roster's: compare adapter.target_modules, "
-            "rank, alpha, blocks, basis and basis_seed with the linear modules of this model's decoder layers"
-        )
-
-
-def _open_ledger(settings: ClientSettings, kit: Kit, client_id: str, examples: int) -> Ledger:
-    agreed = kit.roster.terms.adapter_privacy.target_epsilon
-    target = settings.target_epsilon or agreed
-    if target > agreed:
-        raise ConfigurationError(
-            f"target_epsilon is {target}, the federation's is {agreed}; a client may be stricter, not looser"
-        )
-    path = settings.state_dir / "ledger.sqlite"
-    return Ledger.open(
-        path,
-        client_id,
-        ledger_delta(path, examples),
-        target,
-        budgeted_channels=budgeted_channels(kit.roster.terms),
-    )
-
-
-def ledger_delta(path: Path, examples: int) -> float:
-    """δ of the ledger that is there, for as long as it is at most 1/n; of a new one, n^-1.1.
-
-    Args:
-        path: the ledger, there or not.
-        examples: n, the client's number of examples now.
-
-    Raises:
-        LedgerError: its δ is above 1/n, or it is damaged.
-    """
-    if not path.exists():
-        return default_delta(examples)
-    delta = parameters_of(read_ledger(path)).delta
-    if delta * examples > 1.0:
-        raise LedgerError(
-            f"{path}: δ = {delta:g} was fixed when there were fewer examples, and {examples} need one below "
-            f"1/{examples}; take part with at most {int(1 / delta)} examples. A fresh ledger would forget "
-            "what this one has spent; it is right only for data that share no example"
-        )
-    return delta
-
-
-def _plan(settings: ClientSettings, kit: Kit, ledger: Ledger, examples: int) -> AdapterPlan:
-    terms = kit.roster.terms
-    if not terms.adapter.private:
-        return AdapterPlan(0.0, sampling_rate(terms, examples))
-    target = settings.target_epsilon or terms.adapter_privacy.target_epsilon
-    plan = plan_adapter(terms, examples, ledger.parameters.delta, target)
-    log.info("planned σ = %.3f at q = %.4f for the adapter", plan.noise_multiplier, plan.sampling_rate)
-    return plan
 
 
 def _releases(

@@ -8,6 +8,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from fedmosaic.client.acceptance import check_adapter
 from fedmosaic.client.colora import CoLoraConfig, shared_layout
 from fedmosaic.client.colora.aligned import aligned_config, basis_name, embedded_layout, load_basis
 from fedmosaic.client.colora.vectors import SharedLayout
@@ -25,8 +26,8 @@ def load_adapted(settings: ModelSettings, adapter: AdapterTerms) -> tuple[PeftMo
         adapter: shape of the adapter.
 
     Raises:
-        ModelError: the model cannot be loaded, lacks modules that the adapter needs, or is aligned to another
-            basis than the roster's.
+        ModelError: the model cannot be loaded, lacks modules that the adapter needs or never calls them, or
+            is aligned to another basis than the roster's; see `fedmosaic.client.acceptance`.
     """
     _check_basis(settings, adapter)
     base, tokenizer = load_model(settings)
@@ -40,6 +41,7 @@ def load_adapted(settings: ModelSettings, adapter: AdapterTerms) -> tuple[PeftMo
             f"{adapter.shared_dimensions}; it lacks some of the {adapter.blocks} blocks of modules "
             f"{', '.join(adapter.target_modules)}"
         )
+    check_adapter(model, tokenizer)
     return model, tokenizer
 
 

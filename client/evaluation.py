@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from fedmosaic.client.acceptance import check_ids, context_length
 from fedmosaic.client.examples import (
     IGNORED,
     EncodedExample,
@@ -112,6 +113,8 @@ def most_likely_choices(
     questions = [
         _question(tokenizer, example, index, room) for index, example in enumerate(examples, start=1)
     ]
+    tokens = ([*question.prompt, *(t for c in question.choices for t in c)] for question in questions)
+    check_ids(model, tokens, "the examples to score", "model.path")
     by_first_token = [scoring == "auto" and question.first_tokens_differ for question in questions]
     scores: dict[int, list[float]] = {}
     # Not inference mode: buffers that a model caches there could never be trained through again.
@@ -128,8 +131,8 @@ def most_likely_choices(
 
 
 def _context_length(model: nn.Module) -> int:
-    length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if not isinstance(length, int):
+    length = context_length(model)
+    if length is None:
         raise ConfigurationError("the model does not state its context length; give max_length")
     return length
 
@@ -137,7 +140,7 @@ def _context_length(model: nn.Module) -> int:
 def _question(tokenizer: PreTrainedTokenizerBase, example: Example, index: int, room: int) -> _Question:
     if len(example.choices) < 2 or example.answer not in example.choices:
         raise ConfigurationError(
-            f"example {index} has {len(example.choices)} choices or an answer outside them; "
+            f"example {index}, {example.id!r}, has {len(example.choices)} choices or an answer outside them; "
             "give two or more choices with the answer among them"
         )
     choices = [answer_tokens(tokenizer, choice) for choice in example.choices]

@@ -12,9 +12,11 @@ import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.privacy.configuration import decode_text, parse_json
@@ -28,6 +30,10 @@ _CUSTOMARY: Final = frozenset(
 """Fields that other programs' data sets have."""
 IGNORED: Final = -100
 """Label of positions that carry no loss (the value that PyTorch's cross entropy ignores)."""
+
+_PUBLIC_PROMPT: Final = "Does the parcel weigh nine grams?"
+_TAKES_PARTS: Final[WeakKeyDictionary[PreTrainedTokenizerBase, tuple[str, bool]]] = WeakKeyDictionary()
+"""By tokenizer: the chat template that was tried, and whether it wants content as a list of parts."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,11 @@ def _read(path: Path, *, named: bool) -> tuple[Example, ...]:
 
 
 def encode_examples(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    max_length: int,
+    *,
+    setting: str = "max_length",
 ) -> list[EncodedExample]:
     """Turn examples into tokens, prompt cut from the left so that the answer always survives.
 
@@ -122,6 +132,7 @@ def encode_examples(
         tokenizer: Tokenizer with an end-of-sequence token; its chat template is used if it has one.
         examples: At least one example.
         max_length: Most tokens per example, answer and end of sequence included; at least 3.
+        setting: Name of the setting that `max_length` comes from, for messages.
 
     Returns:
         One encoded example per example, in order, each of at most ``max_length`` tokens.
@@ -133,7 +144,10 @@ def encode_examples(
     """
     if not examples:
         raise ConfigurationError("there is no example to encode; give at least one")
-    return [_encode(tokenizer, example, index, max_length) for index, example in enumerate(examples, start=1)]
+    return [
+        _encode(tokenizer, example, index, max_length, setting)
+        for index, example in enumerate(examples, start=1)
+    ]
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -145,16 +159,66 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
     Returns:
         Token ids, without an end-of-sequence token at the end.
+
+    Raises:
+        ModelError: The chat template loses prompts; see `rendered_prompt`.
     """
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-        )
+        text = rendered_prompt(tokenizer, prompt)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     tokens = list(tokenizer(prompt + "\n")["input_ids"])
     if tokens and tokens[-1] == tokenizer.eos_token_id:
         tokens.pop()
     return tokens
+
+
+def rendered_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """A prompt in the tokenizer's chat template, up to where the answer begins.
+
+    Templates of vision-language models go through content part by part and render nothing of a plain text.
+    Which form a template wants is tried once, on a public sentence, so that it is the same for every prompt.
+
+    Args:
+        tokenizer: Tokenizer with a chat template.
+        prompt: Text of the prompt.
+
+    Raises:
+        ModelError: Neither form survives the template, or the turn that it opens stands before the prompt.
+    """
+    template = str(tokenizer.chat_template)
+    tried = _TAKES_PARTS.get(tokenizer)
+    if tried is None or tried[0] != template:
+        tried = (template, _takes_parts(tokenizer))
+        _TAKES_PARTS[tokenizer] = tried
+    return _render(tokenizer, prompt, parts=tried[1])
+
+
+def _takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    problems: list[str] = []
+    for parts in (False, True):
+        try:
+            opened = _render(tokenizer, _PUBLIC_PROMPT, parts=parts)
+            closed = _render(tokenizer, _PUBLIC_PROMPT, parts=parts, turn=False)
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            problems.append(f"{type(error).__name__}: {error}")
+            continue
+        place = opened.find(_PUBLIC_PROMPT)
+        # What both have in common ends where the model's turn begins.
+        end = place + len(_PUBLIC_PROMPT)
+        if place >= 0 and opened[:end] == closed[:end]:
+            return parts
+        problems.append("the text is lost" if place < 0 else "the model's turn stands before it")
+    raise ModelError(
+        f"the tokenizer's chat template does not render a prompt: as text, {problems[0]}; as a list of "
+        f"parts, {problems[1]}. Every question would look the same to the model: mend chat_template.jinja in "
+        "the model's folder, or remove it to give prompts as they are"
+    )
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, prompt: str, *, parts: bool, turn: bool = True) -> str:
+    content = [{"type": "text", "text": prompt}] if parts else prompt
+    messages: Any = [{"role": "user", "content": content}]
+    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=turn, tokenize=False))
 
 
 def answer_tokens(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
@@ -273,7 +337,7 @@ def _check_keys(record: dict[str, object], where: str) -> None:
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, example: Example, index: int, max_length: int
+    tokenizer: PreTrainedTokenizerBase, example: Example, index: int, max_length: int, setting: str
 ) -> EncodedExample:
     if not example.prompt.strip() or not example.answer.strip():
         raise ConfigurationError(f"example {index} has an empty prompt or answer; remove or complete it")
@@ -283,8 +347,8 @@ def _encode(
     room = max_length - len(supervised)
     if room < 1:
         raise ConfigurationError(
-            f"the answer of example {index} leaves no room for its prompt within max_length {max_length}; "
-            "raise max_length or shorten the answer"
+            f"the answer of example {index} leaves no room for its prompt within {setting} {max_length}; "
+            f"raise {setting} or shorten the answer"
         )
     context = cut_prompt(tokenizer, prompt_tokens(tokenizer, example.prompt), room)
     return EncodedExample(

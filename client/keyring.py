@@ -10,24 +10,34 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from fedmosaic.client.state import OLDER_COPY
 from fedmosaic.client.transport import Transport
 from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.encryption.ciphers import generate_group_secret, group_secret_bytes
 from fedmosaic.privacy.files import private_directory, sync_directory, write_atomically
 from fedmosaic.privacy.group_key import GroupKey
-from fedmosaic.privacy.key_agreement import MINIMUM_MEMBERS, KeyAgreement, plan_epoch
+from fedmosaic.privacy.key_agreement import (
+    MINIMUM_MEMBERS,
+    KeyAgreement,
+    check_confirmations,
+    plan_epoch,
+)
+from fedmosaic.privacy.key_agreement_messages import Epoch
 from fedmosaic.privacy.nonces import NonceCounter, rotation_reason
 from fedmosaic.privacy.roster import Roster
 from fedmosaic.protos.errors import EncryptionError, KeyAgreementError, KeyExpiredError, StateError
 from fedmosaic.protos.messages import KeyMessage
+from fedmosaic.protos.refusal import Refusal
 
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 20.0
 _KEPT_EPOCHS = 2
+_UNCONFIRMED = "epoch-unconfirmed.json"
 
 
 @dataclass(frozen=True)
@@ -48,8 +58,9 @@ class _Agreed:
 class Keyring:
     """Agrees on one key per epoch and remembers the two newest.
 
-    Keys are on this client's disk (mode 0600), so that a restarted process can go on in its epoch. A key
-    older than the previous epoch is deleted, and all of them at the end of the run (`forget`): what they
+    Keys are on this client's disk (mode 0600), so that a restarted process can go on in its epoch: a key
+    is there before this client confirms that it holds it, and is used once all members have confirmed. A
+    key older than the previous epoch is deleted, and all of them at the end of the run (`forget`): what they
     could read is not needed any more.
     """
 
@@ -131,8 +142,17 @@ class Keyring:
         return reason
 
     def has(self, epoch: int) -> bool:
-        """Whether the key of an epoch is here."""
-        return epoch in self._keys or self._path(epoch).exists()
+        """Whether the key of an epoch is here, and can be read."""
+        if epoch in self._keys:
+            return True
+        if not self._path(epoch).exists():
+            return False
+        try:
+            self._agreed(epoch)
+        except KeyAgreementError as error:
+            log.error("%s", error)
+            return False
+        return True
 
     def agree(self, epoch: int, round_number: int) -> GroupKey:
         """Agree on the key of an epoch with the other members, or return it if that was done.
@@ -147,11 +167,21 @@ class Keyring:
             RefusedError: the server refuses, for example because the epoch was replaced.
         """
         if self.has(epoch):
+            if epoch <= self._retired or epoch != self.counter.epoch:
+                # The server, or the counter on this disk, has forgotten something of the agreement.
+                raise self._without_key(epoch, f"key epoch {epoch} is not the one this client can use")
             return self.encryption_key(epoch, round_number)
+        agreed, confirmation = self._unconfirmed(epoch) or self._take_part(epoch, round_number)
+        self._confirm(agreed, confirmation)
+        self._store(agreed)
+        return agreed.key
+
+    def _take_part(self, epoch: int, round_number: int) -> tuple[_Agreed, bytes]:
+        """Join an epoch and agree on its key. Returns it, stored but not confirmed, and our confirmation."""
         try:
             self.counter.open_epoch(epoch)
         except EncryptionError as error:
-            raise KeyAgreementError(f"{error}; waiting for the server to begin a newer epoch") from None
+            raise self._without_key(epoch, str(error)) from None
         self._post(epoch, "join", "", b"here")
         patience = self._roster.terms.schedule.gathering_seconds + _POLL_SECONDS
         members = self._read(epoch, "join", MINIMUM_MEMBERS, patience, lambda m: len(m) >= MINIMUM_MEMBERS)
@@ -160,23 +190,36 @@ class Keyring:
                 f"the server left this client out of key epoch {epoch}: {sorted(members)}"
             )
         self._note_change(epoch, members)
-        agreed = _Agreed(self._run(epoch, members), round_number, self._roster.hash)
-        self._store(agreed)
-        return agreed.key
+        try:
+            key, confirmation = self._run(epoch, members)
+        except Refusal as refusal:
+            if refusal.reason != "KEY_MESSAGE_DIFFERS":
+                raise
+            raise StateError(
+                f"this client took part in key epoch {epoch} before and has forgotten it: "
+                f"{self._directory.parent} {OLDER_COPY}"
+            ) from None
+        agreed = _Agreed(key, round_number, self._roster.hash)
+        content = {**_content(agreed), "confirmation": confirmation.hex()}
+        write_atomically(self._directory / _UNCONFIRMED, json.dumps(content).encode())
+        return agreed, confirmation
 
-    def _run(self, epoch: int, members: Collection[str]) -> GroupKey:
+    def _without_key(self, epoch: int, reason: str) -> KeyAgreementError:
+        """Tell the server that this client can have no part in an epoch: nobody is to wait for it there."""
+        self._post(epoch, "lost", "", b"")
+        return KeyAgreementError(f"{reason}; the server was asked for a new key epoch")
+
+    def _plan(self, epoch: int, members: Collection[str]) -> Epoch:
+        roster = self._roster
+        keys, digest = roster.identity_keys(), roster.terms.encryption.digest()
+        return plan_epoch(roster.federation, epoch, members, keys, roster.hash, digest)
+
+    def _run(self, epoch: int, members: Collection[str]) -> tuple[GroupKey, bytes]:
         parameters = self._roster.terms.encryption
         agreement = KeyAgreement(
             self._signing_key,
             self._client_id,
-            plan_epoch(
-                self._roster.federation,
-                epoch,
-                members,
-                self._roster.identity_keys(),
-                self._roster.hash,
-                parameters.digest(),
-            ),
+            self._plan(epoch, members),
             lambda: generate_group_secret(parameters),
             group_secret_bytes(parameters),
         )
@@ -191,8 +234,37 @@ class Keyring:
             if leader is None or leader not in received:
                 raise KeyAgreementError(f"the leader {leader!r} of key epoch {epoch} sent no key")
             agreement.accept_box(received[leader])
-        self._post(epoch, "confirmation", "", agreement.confirmation())
-        return agreement.accept_confirmations(self._all(epoch, "confirmation", members))
+        return agreement.unconfirmed(), agreement.confirmation()
+
+    def _confirm(self, agreed: _Agreed, confirmation: bytes) -> None:
+        """Say that we hold the key, and check that all other members do; until then it encrypts nothing."""
+        key = agreed.key
+        self._post(key.epoch, "confirmation", "", confirmation)
+        received = self._all(key.epoch, "confirmation", key.members)
+        missing = sorted(set(key.members) - set(received))
+        if missing:
+            raise KeyAgreementError(f"confirmations of members are missing: {', '.join(missing)}")
+        try:
+            check_confirmations(self._plan(key.epoch, key.members), key, received)
+        except KeyAgreementError:
+            (self._directory / _UNCONFIRMED).unlink(missing_ok=True)
+            raise
+
+    def _unconfirmed(self, epoch: int) -> tuple[_Agreed, bytes] | None:
+        """What an earlier process, or an attempt that waited in vain, held of this epoch."""
+        path = self._directory / _UNCONFIRMED
+        try:
+            agreed, stored = self._read_key(path)
+            confirmation = bytes.fromhex(str(stored.get("confirmation")))
+        except FileNotFoundError:
+            return None
+        except (KeyAgreementError, ValueError) as error:
+            log.error("%s: %s", path, error)
+            return None
+        if agreed.key.epoch != epoch or agreed.roster_hash != self._roster.hash:
+            return None
+        log.info("key epoch %d: going on with the confirmations", epoch)
+        return agreed, confirmation
 
     @property
     def _patience(self) -> float:
@@ -232,12 +304,8 @@ class Keyring:
 
     def _store(self, agreed: _Agreed) -> None:
         key = agreed.key
-        content = {
-            "first_round": agreed.first_round,
-            "roster_hash": agreed.roster_hash.hex(),
-            "key": key.dump().decode(),
-        }
-        write_atomically(self._path(key.epoch), json.dumps(content).encode())
+        write_atomically(self._path(key.epoch), json.dumps(_content(agreed)).encode())
+        (self._directory / _UNCONFIRMED).unlink(missing_ok=True)
         self._keys[key.epoch] = agreed
         for path in sorted(self._directory.glob("epoch-*.json"))[:-_KEPT_EPOCHS]:
             path.unlink()
@@ -257,16 +325,34 @@ class Keyring:
 
     def _load(self, epoch: int) -> _Agreed:
         path = self._path(epoch)
-        if not path.exists():
+        try:
+            agreed, _ = self._read_key(path)
+        except FileNotFoundError:
             raise KeyAgreementError(
                 f"this client was not part of key epoch {epoch} and cannot read its uploads"
-            )
+            ) from None
+        if agreed.key.epoch != epoch:
+            raise KeyAgreementError(f"{path} holds the key of epoch {agreed.key.epoch}")
+        return agreed
+
+    def _read_key(self, path: Path) -> tuple[_Agreed, dict[str, Any]]:
+        text = path.read_bytes()
         try:
-            stored = parse_json(path.read_bytes())
+            stored = parse_json(text)
             key = GroupKey.load(stored["key"].encode())
             agreed = _Agreed(key, int(stored["first_round"]), bytes.fromhex(stored["roster_hash"]))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StateError(f"{path} is damaged ({type(error).__name__}); wait for the next epoch") from None
-        if (key.federation, key.epoch) != (self._roster.federation, epoch):
-            raise StateError(f"{path} holds the key of another epoch or federation; wait for the next epoch")
-        return agreed
+        except (StateError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise KeyAgreementError(
+                f"{path} is damaged ({type(error).__name__}): its key is lost, the next epoch has another"
+            ) from None
+        if key.federation != self._roster.federation:
+            raise KeyAgreementError(f"{path} holds a key of federation {key.federation!r}")
+        return agreed, stored
+
+
+def _content(agreed: _Agreed) -> dict[str, object]:
+    return {
+        "first_round": agreed.first_round,
+        "roster_hash": agreed.roster_hash.hex(),
+        "key": agreed.key.dump().decode(),
+    }

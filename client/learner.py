@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client import private_round
+from fedmosaic.client.acceptance import check_ids, check_length, encoded_ids
 from fedmosaic.client.adapted import agreed_layout, load_adapted
 from fedmosaic.client.colora import (
     copy_branch,
@@ -27,7 +28,6 @@ from fedmosaic.client.colora.aligned import (
     read_embedded,
     write_embedded,
 )
-from fedmosaic.client.evaluation import choice_accuracy
 from fedmosaic.client.examples import (
     EncodedExample,
     Example,
@@ -35,9 +35,9 @@ from fedmosaic.client.examples import (
     padding_token,
     read_examples,
 )
-from fedmosaic.client.preflight import check_memory
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import Releases
+from fedmosaic.client.scoring import Score, check_scorable, score_examples
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.training import EpochSampler, train_local
 from fedmosaic.client.vision.sight import Sight, give_sight
@@ -47,7 +47,8 @@ from fedmosaic.protos.errors import StateError, TrainingError
 
 log = logging.getLogger(__name__)
 _ADAPTER = "default"
-_SAMPLER = "sampler.json"
+SAMPLER = "sampler.json"
+"""Beside a saved adapter: where the walk over the examples stood."""
 _FEATURES = "picture-features"
 _EVALUATION_BATCH = 16
 
@@ -75,9 +76,10 @@ class ModelLearner:
                 of one process take turns on one model; loaded from the settings by default.
 
         Raises:
-            ModelError: the model cannot be loaded or adapted, or not trained as the terms want it.
+            ModelError: the model cannot be loaded or adapted, has no row for a token of the examples, or
+                cannot be trained as the terms want it.
             PrivacyError: a tensor that sees private data would take part in private training.
-            ConfigurationError: the examples cannot be read.
+            ConfigurationError: the examples cannot be read, or are to be longer than the model's positions.
         """
         self._settings = settings
         self._terms = terms
@@ -85,7 +87,11 @@ class ModelLearner:
         self._progress = progress
         self._model, self._tokenizer = loaded or _load(settings, terms.adapter)
         self._train = read_examples(settings.data.train)
-        self._encoded = encode_examples(self._tokenizer, self._train, settings.training.max_length)
+        check_length(self._model, settings.training.max_length, "training.max_length")
+        self._encoded = encode_examples(
+            self._tokenizer, self._train, settings.training.max_length, setting="training.max_length"
+        )
+        check_ids(self._model, encoded_ids(self._encoded), str(settings.data.train), "model.path")
         self._sampler = EpochSampler(len(self._encoded), settings.training.seed)
         self._received: set[str] = set()
         if terms.adapter.private:
@@ -231,27 +237,47 @@ class ModelLearner:
         for section in self.sections():
             self.keep_own(section)
 
-    def evaluate(self) -> dict[str, float]:
-        """Accuracy on the client's own test set ("self") and on the others', by name. Stays local."""
+    def evaluate(self) -> dict[str, Score]:
+        """Score the client's own test set ("self") and the others', by name. Stays local."""
         data = self._settings.data
-        sets = ({"self": data.test} if data.test else {}) | data.others
-        scores: dict[str, float] = {}
+        scores: dict[str, Score] = {}
+        sets = data.test_sets
         self._progress.stage(0, "scoring", len(sets))
         for done, (name, path) in enumerate(sets.items(), start=1):
             examples = read_examples(path)
-            wanted = data.evaluation_examples if name == "self" else data.others_examples
-            limit = wanted or len(examples)
-            scores[name] = choice_accuracy(
+            limit = data.scored(name) or len(examples)
+            scores[name] = score_examples(
                 self._model, self._tokenizer, examples[:limit], _EVALUATION_BATCH,
                 max_length=self._settings.training.max_length,
             )  # fmt: skip
             self._progress.advance(done)
         return scores
 
+    def check_tests(self, tests: Mapping[str, Sequence[Example]]) -> None:
+        """Refuse test sets that could not be scored after the last round.
+
+        Args:
+            tests: by name, at least one example each.
+
+        Raises:
+            ModelError: a text has a token that the model does not embed, or the model cannot write answers.
+            ConfigurationError: an answer is too long for the model's positions.
+        """
+        length = self._settings.training.max_length
+        for name, examples in tests.items():
+            check_scorable(self._model, self._tokenizer, examples, length, f"test set {name!r}")
+
     def save(self, directory: Path) -> None:
-        """Write every branch, the gate, and the sampler's position."""
-        self._model.save_pretrained(str(directory))
-        (directory / _SAMPLER).write_text(json.dumps(self._sampler.state_dict()))
+        """Write every branch, the gate, and the sampler's position; StateError if the disk takes them not."""
+        try:
+            self._model.save_pretrained(str(directory))
+        except SafetensorError as error:
+            # It wraps what the operating system said, and names no file.
+            raise StateError(
+                f"{directory}: the adapter cannot be written ({error}); see that there is room, and start "
+                "again: what was stored before is kept"
+            ) from None
+        (directory / SAMPLER).write_text(json.dumps(self._sampler.state_dict()))
 
     def load(self, directory: Path) -> None:
         """Read what `save` wrote.
@@ -261,24 +287,30 @@ class ModelLearner:
         """
         try:
             tensors = load_file(directory / "adapter_model.safetensors")
-            sampler = parse_json((directory / _SAMPLER).read_bytes())
+            order = directory / SAMPLER
+            sampler = parse_json(order.read_bytes()) if order.exists() else None
             report: Any = set_peft_model_state_dict(self._model, tensors, adapter_name=_ADAPTER)
             if report.unexpected_keys:
                 raise ValueError(f"it is of another shape ({report.unexpected_keys[0]})")
-            self._sampler.load_state_dict(sampler)
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StateError) as error:
             raise StateError(
                 f"{directory}: the saved adapter cannot be read ({str(error)[:200]}); restore the folder "
                 "from a backup, or delete it: the client then goes on with a fresh adapter, and what the "
                 "ledger has spent stays spent"
             ) from None
+        if sampler is None:
+            log.warning("%s is not there; the order of the examples starts over", order)
+            return
+        try:
+            self._sampler.load_state_dict(sampler)
+        except StateError as error:
+            raise StateError(f"{order}: {error}; delete that file, and the order starts over") from None
 
 
 def _load(settings: ClientSettings, adapter: AdapterTerms) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    check_memory(settings, adapter)
     model, tokenizer = load_adapted(settings.model, adapter)
     data = settings.data
-    files = [path for path in (data.train, data.test, *data.others.values()) if path]
+    files = (data.train, *data.test_sets.values())
     examples = [example for path in files for example in read_examples(path)]
     kept = settings.state_dir / _FEATURES
     sight = Sight(settings.model.path, data.pictures, settings.projector, features=kept)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils._validators import validate_repo_id
 from peft import PeftModel, TaskType, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
@@ -28,10 +30,24 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging
 
+from fedmosaic.client.acceptance import check_language_model
 from fedmosaic.client.colora import CoLoraConfig, find_decoder_layers
 from fedmosaic.client.hardware import choose_device, choose_dtype, exact_products
 from fedmosaic.client.settings import ModelSettings
 from fedmosaic.protos.errors import ModelError
+
+_LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+    RecursionError,
+)
+"""What transformers and its readers raise for files that they cannot use."""
 
 _LOADING_HEADING = "## Loading this adapter"
 _LOADING_NOTE = f"""
@@ -120,8 +136,9 @@ def load_base_model(
         The model in evaluation mode, and the tokenizer with a padding token and right padding.
 
     Raises:
-        ModelError: The model cannot be found or read, lacks weights, is of an unsupported kind, does not
-            fit its tokenizer, or `keep_layers` or `dtype` make no sense; or bitsandbytes is not installed.
+        ModelError: The model cannot be found or read, lacks weights, is of an unsupported kind, has a
+            tokenizer without an end of text, fails `fedmosaic.client.acceptance.check_language_model`, or
+            `keep_layers` or `dtype` make no sense; or bitsandbytes is not installed.
     """
     exact_products()
     source = str(path_or_hub_id)
@@ -141,14 +158,11 @@ def load_base_model(
                 **_weight_options(gguf_file, quantization, precision, place),
                 **options,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise ModelError(
-            f"The model {source!r} cannot be loaded: {type(error).__name__}: {error}. Give a folder with "
-            "config.json, safetensors weights and a tokenizer, or a hub id that can be reached from here."
-        ) from error
+    except _LOADING_ERRORS as error:
+        raise _cannot_load(source, error) from error
     # With output_loading_info a pair comes back, which the annotations of transformers leave out.
     model, report = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
-    _check_complete(source, model, tokenizer, report)
+    _check_complete(source, model, report)
     _set_padding(source, model, tokenizer)
     model.train(False)
     if quantization is None:
@@ -159,7 +173,25 @@ def load_base_model(
         # way back: training afterwards would lose, without a word, all gradients through these layers.
         if hasattr(linear, "support_avx512bf16_for_cpu"):
             linear.support_avx512bf16_for_cpu = False
+    check_language_model(source, model, tokenizer)
     return model, tokenizer
+
+
+def load_tokenizer(
+    path_or_hub_id: str | Path, *, gguf_file: str | None = None, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer alone, to look at texts before the model itself is loaded.
+
+    Raises:
+        ModelError: It cannot be found or read, or has no end-of-text token.
+    """
+    source = str(path_or_hub_id)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **_options(source, gguf_file, revision))
+    except _LOADING_ERRORS as error:
+        raise _cannot_load(source, error) from error
+    _check_end(source, tokenizer)
+    return cast(PreTrainedTokenizerBase, tokenizer)
 
 
 def adapt(model: PreTrainedModel, config: CoLoraConfig, adapter_name: str = "default") -> PeftModel:
@@ -275,14 +307,14 @@ def _cut_config(config: PretrainedConfig, keep_layers: int | None) -> None:
     depth = text_config.num_hidden_layers
     if not 1 <= keep_layers <= depth:
         raise ModelError(f"keep_layers is {keep_layers}; the model has {depth} layers, choose 1 to {depth}.")
+    kinds = getattr(text_config, "layer_types", None)
     text_config.num_hidden_layers = keep_layers
-    if getattr(text_config, "layer_types", None):
-        text_config.layer_types = text_config.layer_types[:keep_layers]
+    # Where the kinds follow from the depth and cannot be set, they have followed already.
+    if kinds and len(text_config.layer_types) != keep_layers:
+        text_config.layer_types = kinds[:keep_layers]
 
 
-def _check_complete(
-    source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, report: dict[str, Any]
-) -> None:
+def _check_complete(source: str, model: PreTrainedModel, report: dict[str, Any]) -> None:
     # transformers fills missing weights with random numbers and only logs it.
     lacking = sorted(report.get("missing_keys", ()))
     if lacking:
@@ -290,20 +322,46 @@ def _check_complete(
             f"{source!r} lacks {len(lacking)} weights of {type(model).__name__}, the first is {lacking[0]}. "
             "The files are incomplete or belong to another model."
         )
-    rows = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
-    if len(tokenizer) > rows:
-        raise ModelError(
-            f"The tokenizer of {source!r} has {len(tokenizer)} tokens but the model embeds only {rows}. "
-            "Use the tokenizer that belongs to the model."
-        )
     find_decoder_layers(model)
 
 
+def _cannot_load(source: str, error: Exception) -> ModelError:
+    if not Path(source).is_dir() and not _may_be_an_id(source):
+        return ModelError(f"There is no folder {source!r}. Give the model's folder, or its id on a hub.")
+    found = "" if Path(source).is_dir() else f" There is no folder of that name in {Path.cwd()}."
+    return ModelError(
+        f"The model {source!r} cannot be loaded: {type(error).__name__}: {error}.{found} Give a folder with "
+        "config.json, safetensors weights and a tokenizer, or a hub id that can be reached from here."
+    )
+
+
+def _may_be_an_id(source: str) -> bool:
+    """Whether a hub could have a model of that name; a path it answers with its rules for names."""
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _check_end(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise ModelError(
+            f"The tokenizer of {source!r} has no end-of-text token, with which every answer ends; set "
+            "eos_token in its tokenizer_config.json, or choose a model that was trained to end its texts."
+        )
+
+
 def _set_padding(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    if tokenizer.pad_token is None:
-        # Padding positions are masked in attention and loss, so any existing token serves.
-        if tokenizer.eos_token is None:
-            raise ModelError(f"The tokenizer of {source!r} has neither a padding nor an end-of-text token.")
+    _check_end(source, tokenizer)
+    rows = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    if tokenizer.eos_token_id >= rows:
+        raise ModelError(
+            f"The end-of-text token of the tokenizer of {source!r} is number {tokenizer.eos_token_id}, the "
+            f"model embeds {rows} tokens. Use the tokenizer that belongs to the model."
+        )
+    # Padding positions are masked in attention and loss, so any token that the model embeds serves.
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     model.config.pad_token_id = tokenizer.pad_token_id

@@ -51,5 +51,11 @@ def read_upload(path: Path) -> Upload | None:
             f"{path} is damaged ({error}); delete it: the round is then sealed again from the trained adapter"
         ) from None
     return Upload(
-        header.round, header.attempt_id, header.key_epoch, tuple(sections), header.profile, header.signature
+        header.round,
+        header.attempt_id,
+        header.key_epoch,
+        tuple(sections),
+        header.profile,
+        header.signature,
+        header.ledger,
     )

@@ -1,322 +1,336 @@
-"""What a run will need of a device's memory, worked out before anything is loaded.
+"""Everything that can be found out before a client enrols, cheap things first.
 
-The model is built without weights, from its configuration alone, and one step of training is run on fake
-tensors: every operation happens in shape and type only, and what would lie in memory at each moment is added
-up. So the figure follows the architecture, the adapter and the settings, with no formula of its own.
+A client runs it before its first round, so that nothing is refused after training that could have been
+refused before; `fedmosaic doctor` runs the same and goes on where a check fails. Nothing is spent or changed
+here, and nothing sent but one question: whether the server would enrol this client.
 """
 
-import logging
-import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+import os
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from functools import cached_property
+from pathlib import Path
+from typing import Final
 
-import psutil
-import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from cryptography import x509
 
-from fedmosaic.client.adapted import adapter_config
-from fedmosaic.client.hardware import choose_device
-from fedmosaic.client.loss import training_mode
-from fedmosaic.client.models import adapt, empty_model
-from fedmosaic.client.probe import VOCABULARY_PER_CHUNK
-from fedmosaic.client.settings import ClientSettings, ModelSettings
-from fedmosaic.client.training import checkpointing
-from fedmosaic.privacy.roster import AdapterTerms
-from fedmosaic.protos.errors import ModelError
+from fedmosaic.client.clipping import CLIPPING, ClippingRecord
+from fedmosaic.client.connection import check_certificate
+from fedmosaic.client.data_checks import ClientData, read_data, read_share
+from fedmosaic.client.learner import ModelLearner
+from fedmosaic.client.ledger import DataLedger, ledger_delta
+from fedmosaic.client.memory import check_memory
+from fedmosaic.client.models import load_tokenizer
+from fedmosaic.client.probing import ProfileProbe
+from fedmosaic.client.progress import Progress
+from fedmosaic.client.releases import (
+    AdapterPlan,
+    budgeted_channels,
+    plan_adapter,
+    profile_path,
+    sampling_rate,
+)
+from fedmosaic.client.session import ask_to_enrol
+from fedmosaic.client.settings import ClientSettings
+from fedmosaic.client.state import SessionRecord, check_run, read_record
+from fedmosaic.client.traffic import Traffic
+from fedmosaic.client.transport import GrpcTransport, TransportOptions
+from fedmosaic.privacy import identity
+from fedmosaic.privacy.encryption.layout import upload_payload_bytes
+from fedmosaic.privacy.federation import Kit, open_kit
+from fedmosaic.privacy.ledger import LEDGER, LedgerParameters, data_epoch, read_ledger
+from fedmosaic.privacy.ledger_rules import check_parameters
+from fedmosaic.privacy.noise import SecureNoise
+from fedmosaic.privacy.projection import PublicBasis, PublicMap
+from fedmosaic.protos.errors import ConfigurationError, IdentityError, ModelError, StateError
 
-_KEPT_PER_TRAINED: Final = 3
-"""AdamW's two moments, and the values before training that its report compares with."""
-
-_NF4_BYTES: Final = 0.5 + 1.0 / 64 + 4.0 / (64 * 256)
-"""Of one weight: 4 bits, 8 bits for the scale of 64, 32 bits for the scale of 256 scales."""
-
-_CUDA_CONTEXT: Final = 600 << 20
-"""Of the driver, its kernels and cuBLAS's workspace; PyTorch does not count it as its own."""
-
-
-_SMALL: Final = 500
-"""How often a model's weights fit into what is free where it is not worth a second to work out the rest."""
-
-log = logging.getLogger(__name__)
+TRAFFIC: Final = "traffic.json"
+_SPARE_BYTES: Final = 1 << 28
+"""Room for adapters, ledger and logs beside what is sent and received."""
 
 
 @dataclass(frozen=True)
-class MemoryNeed:
-    """Bytes that a client needs on its device at most, by what for.
+class Check:
+    """One thing that is checked.
 
     Attributes:
-        device: name of the device.
-        weights: of the frozen model.
-        adapter: its tensors.
-        training: optimizer, gradients and activations at the most crowded moment of a step.
-        probe: the probe's weights and its pass over one example; 0 if it computes on another device.
-        context: what the device's driver takes for itself.
-        free: bytes that the device has free now.
-        total: bytes that it has.
-        remedies: what would make it less, by setting.
+        name: for people.
+        needs: names of the checks without whose success this one cannot be made.
+        run: makes it; returns what was found in a few words, or raises what is wrong.
     """
 
-    device: str
-    weights: int
-    adapter: int
-    training: int
-    probe: int
-    context: int
-    free: int
-    total: int
-    remedies: tuple[str, ...]
+    name: str
+    needs: tuple[str, ...]
+    run: Callable[[], str]
+
+
+class Preflight:
+    """The checks of one client, and what they have read and loaded on the way."""
+
+    def __init__(
+        self,
+        settings: ClientSettings,
+        progress: Progress,
+        *,
+        server_patience_seconds: float = 300.0,
+        scratch: Path | None = None,
+    ) -> None:
+        """Prepare; nothing is read yet.
+
+        Args:
+            settings: of the client, paths resolved.
+            progress: told of what takes long.
+            server_patience_seconds: how long to wait for the server.
+            scratch: where the model's side may write instead of the state directory; None for a client.
+        """
+        self.settings = settings
+        self.warnings: list[str] = []
+        self._progress = progress
+        self._patience = server_patience_seconds
+        self._scratch = scratch
+
+    def checks(self) -> tuple[Check, ...]:
+        """All checks, in order."""
+        return (
+            Check("kit", (), self._check_kit),
+            Check("certificate", ("kit",), self._check_certificate),
+            Check("state", ("kit",), self._check_state),
+            Check("disk", ("kit",), self._check_disk),
+            Check("data", (), self._check_data),
+            Check("texts", ("data",), self._check_texts),
+            Check("server", ("kit", "certificate", "state"), self._check_server),
+            Check("budget", ("kit", "data"), self._check_budget),
+            Check("memory", ("kit",), self._check_memory),
+            Check("probe", ("kit", "data", "texts"), self._check_probe),
+            Check("model", ("kit", "data", "texts"), self._check_model),
+        )
+
+    def require(self, warn: Callable[[str], None]) -> None:
+        """Make every check; the first that fails raises.
+
+        Args:
+            warn: told each warning, one line.
+        """
+        for check in self.checks():
+            self._progress.stage(0, f"checking {check.name}")
+            told = len(self.warnings)
+            check.run()
+            for warning in self.warnings[told:]:
+                warn(warning)
+
+    @cached_property
+    def kit(self) -> Kit:
+        """The kit, its roster verified."""
+        return open_kit(self.settings.kit)
+
+    @cached_property
+    def data(self) -> ClientData:
+        """The client's examples."""
+        return read_data(self.settings.data)
+
+    @cached_property
+    def plan(self) -> AdapterPlan:
+        """DP-SGD parameters of this client; AccountingError if there are none."""
+        terms, count = self.kit.roster.terms, len(self.data.train)
+        if not terms.adapter.private:
+            return AdapterPlan(0.0, sampling_rate(terms, count))
+        delta = ledger_delta(self._ledger, count)
+        return plan_adapter(terms, count, delta, agreed_epsilon(self.settings, self.kit))
+
+    @cached_property
+    def learner(self) -> ModelLearner:
+        """The model with a fresh adapter, and the encoded examples."""
+        roster = self.kit.roster
+        settings = self.settings
+        if self._scratch is not None:
+            settings = settings.model_copy(update={"state_dir": self._scratch})
+        family = roster.member(self.kit.member_id()).family
+        return ModelLearner(settings, roster.terms, family, self._progress)
+
+    @cached_property
+    def transport(self) -> GrpcTransport:
+        """The way to the server; whoever asks for it closes it."""
+        kit = self.kit
+        return GrpcTransport(
+            self.settings.server,
+            authority=kit.authority,
+            certificate=kit.tls_certificate,
+            private_key=kit.tls_key,
+            options=TransportOptions(retry_seconds=self._patience),
+            traffic=Traffic(None if self._scratch is not None else self.settings.state_dir / TRAFFIC),
+        )
+
+    @cached_property
+    def record(self) -> SessionRecord | None:
+        """How far an earlier process got; None before the first."""
+        return read_record(self.settings.state_dir)
+
+    def close(self) -> None:
+        """Close the connection, if one was made."""
+        if "transport" in self.__dict__:
+            self.transport.close()
+
+    def _check_kit(self) -> str:
+        kit, roster = self.kit, self.kit.roster
+        member = roster.member(kit.member_id())
+        if identity.public_hex(kit.signing_key().public_key()) != member.identity_key:
+            raise IdentityError(
+                f"the identity key in {kit.directory} is not the one that roster {roster.serial} names for "
+                f"{member.id!r}; take all files from the newest kit"
+            )
+        profile = roster.terms.profile
+        PublicMap(profile, PublicBasis.load(kit.basis) if profile.basis_sha256 else None)
+        return (
+            f"{member.id} of federation {roster.federation}, roster {roster.serial}, protection "
+            f"{roster.terms.adapter.protection!r}, {roster.terms.schedule.rounds} rounds"
+        )
+
+    def _check_certificate(self) -> str:
+        path = self.kit.tls_certificate
+        check_certificate(path.read_bytes(), self.kit.authority.read_bytes(), str(path))
+        identity.read_private(self.kit.tls_key)
+        end = x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
+        return f"valid until {end:%Y-%m-%d}"
+
+    def _check_state(self) -> str:
+        directory, roster = self.settings.state_dir, self.kit.roster
+        place = _existing(directory)
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            raise StateError(f"{place} cannot be written to; give a state_dir that this user may write")
+        record = self.record
+        if record is None:
+            return f"{directory} will be made" if place != directory else f"{directory} is fresh"
+        if (record.federation, record.client) != (roster.federation, self.kit.member_id()):
+            raise StateError(
+                f"{directory} belongs to client {record.client!r} of federation {record.federation!r}; give "
+                "each client its own state_dir"
+            )
+        return f"{directory} is at round {record.completed_round} of {roster.terms.schedule.rounds}"
+
+    def _check_disk(self) -> str:
+        terms = self.kit.roster.terms
+        sections = [terms.adapter.shared_dimensions, *terms.adapter.family_dimensions.values()]
+        needed = _SPARE_BYTES + sum(3 * upload_payload_bytes(terms.encryption, n) + 12 * n for n in sections)
+        place = _existing(self.settings.state_dir)
+        free = shutil.disk_usage(place).free
+        if free < needed:
+            raise StateError(
+                f"{place} has {_size(free)} free, and a round needs about {_size(needed)}; make room, or "
+                "give a state_dir on another disk"
+            )
+        return f"{_size(free)} free, about {_size(needed)} needed"
+
+    def _check_data(self) -> str:
+        data = self.data
+        self.warnings += data.warnings
+        tests = sum(map(len, data.tests.values()))
+        return f"{len(data.train):,} training examples, {tests:,} to score"
+
+    def _check_texts(self) -> str:
+        settings, data = self.settings, self.data
+        model = load_tokenizer(settings.model.path, gguf_file=settings.model.gguf_file)
+        probe = load_tokenizer(settings.probe.path, gguf_file=settings.probe.gguf_file)
+        files = {settings.data.train: data.train} | {
+            path: data.tests[name] for name, path in settings.data.test_sets.items()
+        }
+        reads = [(model, p, e, settings.training.max_length, "training.max_length") for p, e in files.items()]
+        if self._releases_profile:
+            train = settings.data.train
+            reads.append((probe, train, data.train, settings.profile_max_length, "profile_max_length"))
+        cut = [line for read in reads if (line := read_share(*read))]
+        self.warnings += cut
+        lengths = f"training.max_length {settings.training.max_length}, profile_max_length "
+        return f"{lengths}{settings.profile_max_length}: " + ("some prompts are cut" if cut else "all fit")
+
+    def _check_server(self) -> str:
+        roster = self.kit.roster
+        family = roster.member(self.kit.member_id()).family
+        adapter = roster.terms.adapter
+        enrolled = ask_to_enrol(self.transport, roster, adapter.spec_hash, family, check_only=True)
+        if self.record is not None:
+            check_run(self.record, self.settings.state_dir, enrolled.run_id)
+        return f"{self.settings.server} accepts us; round {enrolled.round} of {enrolled.rounds}"
+
+    def _check_budget(self) -> str:
+        kit, count = self.kit, len(self.data.train)
+        target = agreed_epsilon(self.settings, kit)
+        path = self._ledger
+        delta = ledger_delta(path, count)
+        if path.exists():
+            channels = budgeted_channels(kit.roster.terms)
+            wanted = LedgerParameters(kit.member_id(), delta, target, budgeted_channels=channels)
+            check_parameters(wanted, read_ledger(path))
+        plan = self.plan
+        budget = f"ε = {target:g} at δ = {delta:.1e}"
+        if not kit.roster.terms.adapter.private:
+            return f"{budget}, for the task profile"
+        return f"{budget}; planned σ = {plan.noise_multiplier:.3f} at q = {plan.sampling_rate:.4f}"
+
+    def _check_memory(self) -> str:
+        words, fits = check_memory(self.settings, self.kit.roster.terms.adapter)
+        if not fits:
+            self.warnings.append(words)
+        return words if fits else "this may not suffice"
 
     @property
-    def needed(self) -> int:
-        """Bytes at the most crowded moment: training and probing take turns."""
-        return self.weights + self.adapter + max(self.training, self.probe) + self.context
+    def _ledger(self) -> Path:
+        """The ledger of the data, or the one in the state directory that will be moved there."""
+        settings, member = self.settings, self.kit.member_id()
+        record = self.record or SessionRecord(federation=self.kit.roster.federation, client=member)
+        beside = DataLedger.of(settings.data.train, settings.data.ledger, settings.state_dir, record).place
+        earlier = settings.state_dir / LEDGER
+        return earlier if earlier.exists() and not (beside / LEDGER).exists() else beside / LEDGER
 
     @property
-    def fits(self) -> bool:
-        """Whether that much is free now."""
-        return self.needed <= self.free
+    def _releases_profile(self) -> bool:
+        return len(self.data.train) >= self.kit.roster.terms.profile.minimum_examples
 
-    def words(self) -> str:
-        """The figures in a line, and what to change where they do not fit."""
-        parts = {
-            "weights": self.weights,
-            "adapter": self.adapter,
-            "training step": self.training,
-            "probe": self.probe,
-            "driver": self.context,
-        }
-        shown = ", ".join(f"{name} {_mib(size)}" for name, size in parts.items() if size)
-        line = f"memory on {self.device}: {_mib(self.needed)} needed, {_mib(self.free)} free ({shown})"
-        if self.fits or not self.remedies:
-            return line
-        return f"{line}; change {', or '.join(self.remedies)}"
+    def _check_probe(self) -> str:
+        settings, mechanism, train = self.settings, self.kit.roster.terms.profile, self.data.train
+        if not self._releases_profile:
+            return f"not needed: fewer than {mechanism.minimum_examples} examples release no profile"
+        epoch = data_epoch(tuple(example.id for example in train))
+        if profile_path(self._ledger.parent, epoch, mechanism).exists():
+            return "not needed: the profile of these examples was released"
+        clipping = ClippingRecord(settings.state_dir / CLIPPING)
+        length = settings.profile_max_length
+        ProfileProbe(
+            settings.probe, mechanism, self.kit.basis, train, length, SecureNoise(), clipping
+        ).check()
+        return f"{mechanism.probe}, fingerprint {mechanism.probe_sha256[:16]}…"
 
-
-def check_memory(settings: ClientSettings, adapter: AdapterTerms) -> None:
-    """Log what a client needs, as a warning where it is more than is free.
-
-    Args:
-        settings: the client's.
-        adapter: shape of the adapter, as on the roster.
-
-    Raises:
-        ModelError: the weights alone are more than the device has, or see `memory_need`.
-    """
-    free, _ = free_memory(choose_device(settings.model.device))
-    if _SMALL * weight_bytes(empty_model(settings.model), settings.model) < free:
-        return
-    need = memory_need(settings, adapter)
-    log.log(logging.INFO if need.fits else logging.WARNING, "%s", need.words())
-    if need.weights > need.total:
-        raise ModelError(f"the model cannot be loaded; {need.words()}")
+    def _check_model(self) -> str:
+        learner, adapter = self.learner, self.kit.roster.terms.adapter
+        if learner.adapter_spec_hash != adapter.spec_hash:
+            raise ModelError(
+                "this model's adapter has another layout than the roster's: compare adapter.target_modules, "
+                "rank, alpha, blocks, basis and basis_seed with the linear modules of this model's decoder "
+                "layers"
+            )
+        learner.check_tests(self.data.tests)
+        return f"{self.settings.model.path}, adapter of {adapter.shared_dimensions:,} values"
 
 
-def memory_need(
-    settings: ClientSettings, adapter: AdapterTerms, *, longest: int = 0, supervised: int = 0
-) -> MemoryNeed:
-    """Work out what a client needs. No weight is read, and nothing is put on the device.
-
-    Args:
-        settings: the client's; of its models only the configurations are read.
-        adapter: shape of the adapter, as on the roster.
-        longest: tokens of the longest example; `training.max_length` if 0.
-        supervised: answer tokens of the examples of a batch, at most; a quarter of `longest` if 0.
+def agreed_epsilon(settings: ClientSettings, kit: Kit) -> float:
+    """The client's budget for the whole run.
 
     Raises:
-        ModelError: a configuration cannot be read, the model cannot carry the adapter, or the device is
-            not there.
+        ConfigurationError: the client wants a looser one than the federation's.
     """
-    device = choose_device(settings.model.device)
-    training = settings.training
-    model = adapt(empty_model(settings.model), adapter_config(settings.model, adapter))
-    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    length = longest or training.max_length
-    step = training_peak(
-        model,
-        batch=training.per_device_train_batch_size,
-        length=length,
-        supervised=supervised or max(1, length // 4),
-        checkpoint=training.gradient_checkpointing,
-        bf16=training.bf16,
-    )
-    if settings.model.quantization is not None:
-        step += _unpacked_bytes(model)
-    free, total = free_memory(device)
-    return MemoryNeed(
-        device=str(device),
-        weights=weight_bytes(model, settings.model),
-        adapter=sum(tensor.nbytes for name, tensor in _tensors(model) if "colora_" in name),
-        training=_KEPT_PER_TRAINED * trained + step,
-        probe=_probe_bytes(settings) if choose_device(settings.probe.device) == device else 0,
-        context=_CUDA_CONTEXT if device.type == "cuda" else 0,
-        free=free,
-        total=total,
-        remedies=_remedies(settings),
-    )
+    agreed = kit.roster.terms.adapter_privacy.target_epsilon
+    target = settings.target_epsilon or agreed
+    if target > agreed:
+        raise ConfigurationError(
+            f"target_epsilon is {target}, the federation's is {agreed}; a client may be stricter, not looser"
+        )
+    return target
 
 
-def training_peak(
-    model: nn.Module, *, batch: int, length: int, supervised: int, checkpoint: bool, bf16: bool = False
-) -> int:
-    """Bytes beyond weights, adapter and optimizer at the most crowded moment of a training step.
-
-    Args:
-        model: without weights (on the device `meta`), adapted.
-        batch: examples of a forward pass.
-        length: tokens of each.
-        supervised: positions that carry loss.
-        checkpoint: with gradient checkpointing.
-        bf16: under autocast to bfloat16.
-    """
-    step = _TrainingStep(model, (batch, length), supervised, bf16)
-    with training_mode(model, True), checkpointing(model, checkpoint):
-        return _peak(step)
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next((place for place in (path, *path.absolute().parents) if place.exists()), path)
 
 
-def weight_bytes(model: nn.Module, settings: ModelSettings) -> int:
-    """Bytes of a model's frozen weights, without an adapter that may be on it.
-
-    Args:
-        model: without weights.
-        settings: say whether its linear weights will be packed into 4 bits.
-    """
-    size = sum(tensor.nbytes for name, tensor in _tensors(model) if "colora_" not in name)
-    if settings.quantization is None:
-        return size
-    packed = _packed(model)
-    return round(size + sum(_NF4_BYTES * weight.numel() - weight.nbytes for weight in packed))
-
-
-def free_memory(device: torch.device) -> tuple[int, int]:
-    """Bytes that a device has free now, and in all."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return free, total
-    if device.type == "mps":
-        total = int(torch.mps.recommended_max_memory())
-        return total - int(torch.mps.driver_allocated_memory()), total
-    memory = psutil.virtual_memory()
-    return memory.available, memory.total
-
-
-class _TrainingStep(nn.Module):
-    """Forward and backward as `train_local` does them; a module, so that its tensors can be replaced."""
-
-    def __init__(self, model: nn.Module, shape: tuple[int, int], supervised: int, bf16: bool) -> None:
-        super().__init__()
-        self.model = model
-        self._shape, self._supervised, self._bf16 = shape, supervised, bf16
-
-    def forward(self) -> object:
-        ids_BT = torch.zeros(self._shape, dtype=torch.int64)
-        with torch.autocast("cpu", dtype=torch.bfloat16) if self._bf16 else nullcontext():
-            logits_BKV = self.model(
-                input_ids=ids_BT, use_cache=False, logits_to_keep=torch.arange(self._supervised)
-            ).logits[:, : self._supervised]
-            targets_BK = torch.zeros(logits_BKV.shape[:2], dtype=torch.int64)
-            loss = nn.functional.cross_entropy(logits_BKV.flatten(0, 1).float(), targets_BK.flatten())
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        # While the replaced tensors are in place: recomputed activations need them too.
-        return torch.autograd.grad(loss, trained, allow_unused=True)
-
-
-class _ProbePass(nn.Module):
-    """One example through a probe's decoder, and its positions through a chunk of the head."""
-
-    def __init__(self, model: Any, length: int) -> None:
-        super().__init__()
-        self.model = model
-        self._length = length
-
-    def forward(self) -> object:
-        with torch.no_grad():
-            hidden = self.model.get_decoder()(
-                input_ids=torch.zeros((1, self._length), dtype=torch.int64), use_cache=False
-            ).last_hidden_state
-            chunk = hidden.new_empty((VOCABULARY_PER_CHUNK, hidden.shape[-1]), dtype=torch.float32)
-            return (hidden[0].float() @ chunk.T).exp() @ chunk
-
-
-class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    """Adds up the storages that come into being, and takes them off when they go."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # likewise
-        self.held = self.peak = 0
-        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-
-    def __torch_dispatch__(
-        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        produced = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(produced):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self._known:
-                self._take(tensor.untyped_storage())
-        return produced
-
-    def _take(self, storage: torch.UntypedStorage) -> None:
-        self._known.add(storage)
-        self.held += storage.nbytes()
-        self.peak = max(self.peak, self.held)
-        weakref.finalize(storage, self._drop, storage.nbytes())
-
-    def _drop(self, size: int) -> None:
-        self.held -= size
-
-
-def _peak(work: nn.Module) -> int:
-    with FakeTensorMode():
-        tensors = {
-            name: torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=tensor.requires_grad)
-            for name, tensor in _tensors(work)
-        }
-        with _Meter() as meter:
-            torch.func.functional_call(work, tensors, ())
-    return int(meter.peak)
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
-def _packed(model: nn.Module) -> list[torch.Tensor]:
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]  # nn.Module hides it
-    return [
-        module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and "colora_" not in name
-    ]
-
-
-def _unpacked_bytes(model: nn.Module) -> int:
-    # A product in 4 bits unpacks the weight of its layer first.
-    return max(weight.nbytes for weight in _packed(model))
-
-
-def _probe_bytes(settings: ClientSettings) -> int:
-    probe = empty_model(settings.probe)
-    return weight_bytes(probe, settings.probe) + _peak(_ProbePass(probe, settings.profile_max_length))
-
-
-def _remedies(settings: ClientSettings) -> tuple[str, ...]:
-    model, training = settings.model, settings.training
-    possible = {
-        "model.dtype = 'bfloat16' (half the weights)": model.dtype == "float32",
-        "model.quantization = 'nf4' (a quarter of bfloat16's)": not (model.quantization or model.gguf_file),
-        "training.gradient_checkpointing = true": not training.gradient_checkpointing,
-        "training.per_device_train_batch_size lower and gradient_accumulation_steps higher": (
-            training.per_device_train_batch_size > 1
-        ),
-        f"training.max_length below {training.max_length}": True,
-    }
-    return tuple(words for words, useful in possible.items() if useful)
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.0f} MiB"
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"

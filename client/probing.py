@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fedmosaic.client.acceptance import check_ids, check_length, encoded_ids
 from fedmosaic.client.clipping import ClippingRecord
-from fedmosaic.client.examples import Example, encode_examples
+from fedmosaic.client.examples import EncodedExample, Example, encode_examples
 from fedmosaic.client.models import load_model
-from fedmosaic.client.probe import open_probe
-from fedmosaic.client.profile import release_profile
+from fedmosaic.client.probe import Probe, open_probe
+from fedmosaic.client.profile import check_probe, release_profile
 from fedmosaic.client.releases import Randomness
 from fedmosaic.client.settings import ModelSettings
 from fedmosaic.client.vision.words import without_pictures
@@ -37,15 +38,30 @@ class ProfileProbe:
 
     def __call__(self, charge: Callable[[], None]) -> Float32Array:
         """Make one release; the probe's memory is free again afterwards."""
+        probe, encoded = self._open()
+        return release_profile(probe, encoded, self._map, self._randomness, charge, self._count_clipped)
+
+    def check(self) -> None:
+        """Find out now what would stop a release: nothing is probed, drawn or charged.
+
+        Raises:
+            ModelError: the probe cannot be loaded, or has no row for a token of the examples.
+            MechanismError: it is not the roster's.
+            ConfigurationError: an answer leaves no room for its prompt within `profile_max_length`.
+        """
+        probe, _ = self._open()
+        check_probe(probe, self._map.mechanism)
+
+    def _open(self) -> tuple[Probe, list[EncodedExample]]:
         settings = self._settings
         model, tokenizer = load_model(settings)
         # The probe reads the words alone: nothing of a picture is in a profile, and any language model can be
         # the probe. Clients that ask the same about other pictures look alike to it.
         questions = [without_pictures(example) for example in self._examples]
-        encoded = encode_examples(tokenizer, questions, self._max_length)
-        return release_profile(
-            open_probe(model), encoded, self._map, self._randomness, charge, self._count_clipped
-        )
+        check_length(model, self._max_length, "profile_max_length")
+        encoded = encode_examples(tokenizer, questions, self._max_length, setting="profile_max_length")
+        check_ids(model, encoded_ids(encoded), "the training examples", "[probe] path")
+        return open_probe(model), encoded
 
     def _count_clipped(self, total: ClippedSum) -> None:
         self._clipping.add("profile", total.clipped, total.rows)

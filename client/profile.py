@@ -47,6 +47,27 @@ def clipped_profile(
     """
     mechanism = public_map.mechanism
     _check_data(examples, mechanism)
+    check_probe(probe, mechanism)
+    sample = poisson_sample(len(examples), mechanism.sampling_rate, randomness)
+    total = ClippedSum.empty(mechanism.dimensions)
+    chosen = [examples[index] for index in sample]
+    for gradient in gradient_factors(probe, chosen):
+        total += clipped_sum(public_map.rows([gradient]), mechanism)
+    if total.rejected:
+        logger.warning("%d examples gave no finite gradient and were left out of the profile", total.rejected)
+    return total
+
+
+def check_probe(probe: Probe, mechanism: ProfileMechanism) -> None:
+    """Refuse a probe that is not the mechanism's.
+
+    Args:
+        probe: the probe that was loaded.
+        mechanism: the roster's.
+
+    Raises:
+        MechanismError: its gradient has another shape, or its weights another fingerprint.
+    """
     shape = (probe.hidden_size, probe.intermediate_size)
     if shape != (mechanism.reduction.hidden_size, mechanism.reduction.intermediate_size):
         raise MechanismError(
@@ -57,16 +78,9 @@ def clipped_profile(
     if probe.sha256 != mechanism.probe_sha256:
         raise MechanismError(
             f"the probe's weights have fingerprint {probe.sha256[:16]}…, those of {mechanism.probe} in the "
-            f"roster {mechanism.probe_sha256[:16]}…; profiles of different probes cannot be compared"
+            f"roster {mechanism.probe_sha256[:16]}…; profiles of different probes cannot be compared: name "
+            "the roster's in [probe] path"
         )
-    sample = poisson_sample(len(examples), mechanism.sampling_rate, randomness)
-    total = ClippedSum.empty(mechanism.dimensions)
-    chosen = [examples[index] for index in sample]
-    for gradient in gradient_factors(probe, chosen):
-        total += clipped_sum(public_map.rows([gradient]), mechanism)
-    if total.rejected:
-        logger.warning("%d examples gave no finite gradient and were left out of the profile", total.rejected)
-    return total
 
 
 def release_profile(

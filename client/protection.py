@@ -16,7 +16,7 @@ from fedmosaic.privacy.encryption.records import NONCE_BYTES, RoundContext
 from fedmosaic.privacy.group_key import GroupKey
 from fedmosaic.privacy.policy import WeightRow
 from fedmosaic.privacy.roster import Roster
-from fedmosaic.protos.messages import SECTION_NAMES, AggregateSection, Profile, Section, Upload
+from fedmosaic.protos.messages import SECTION_NAMES, AggregateSection, LedgerHead, Profile, Section, Upload
 from fedmosaic.protos.signing import sign_upload
 
 log = logging.getLogger(__name__)
@@ -96,6 +96,7 @@ class Protection:
         key_epoch: int,
         vectors: Mapping[str, np.ndarray],
         profile: Profile | None,
+        ledger: LedgerHead | None = None,
     ) -> Upload:
         """Encrypt and sign one upload. What is sealed once is stored and re-sent, never sealed again.
 
@@ -105,6 +106,7 @@ class Protection:
             key_epoch: epoch of the group key.
             vectors: section name → finite vector; empty to abstain.
             profile: a new task profile or None.
+            ledger: head of the privacy ledger, for the server to keep.
 
         Raises:
             KeyExpiredError: the epoch is over by the roster's terms; nothing was encrypted.
@@ -130,6 +132,7 @@ class Protection:
             key_epoch=key_epoch,
             sections=tuple(sections),
             profile=profile,
+            ledger=ledger,
             attempt_id=uuid.uuid4().hex,
         )
 

@@ -12,19 +12,22 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from fedmosaic.client.clipping import CLIPPING, ClippingRecord
-from fedmosaic.client.state import ClientState
+from fedmosaic.client.ledger import ServerAnchor
+from fedmosaic.client.state import ClientState, hold_directory
 from fedmosaic.privacy.events import UNPROTECTED, GaussianEvent
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.ledger import Ledger
 from fedmosaic.privacy.ledger_rows import Channel, Coverage, data_epoch
-from fedmosaic.privacy.mechanism import Float32Array, ReleasedProfile, update_average
+from fedmosaic.privacy.mechanism import Float32Array, ProfileMechanism, ReleasedProfile, update_average
 from fedmosaic.privacy.noise import SecureNoise, SeededTestNoise
 from fedmosaic.privacy.planning import noise_multiplier_for
 from fedmosaic.privacy.roster import Terms
+from fedmosaic.privacy.terms_checks import plan_inputs
 from fedmosaic.protos.errors import BudgetExceededError, PrivacyError, StateError
 from fedmosaic.protos.messages import Profile
 
@@ -41,6 +44,11 @@ _ARRAY_ERRORS = (
     zlib.error,
 )
 """Everything that NumPy says of a file that is no array, or no archive of arrays."""
+
+_LOST_PROFILE = (
+    "A fresh draw would cost its ε again: put the file back from a backup of the ledger, or change "
+    "the data by an example, which makes another release that is charged"
+)
 
 Randomness = SecureNoise | SeededTestNoise
 MakeRelease = Callable[[Callable[[], None]], Float32Array]
@@ -65,12 +73,12 @@ def budgeted_channels(terms: Terms) -> tuple[Channel, ...]:
     return ("profile", "adapter") if terms.adapter.private else ("profile",)
 
 
-def sampling_rate(terms: Terms, examples: int) -> float:
+def sampling_rate(terms: Terms, examples: float) -> float:
     """Poisson sampling rate q of DP-SGD: the expected batch size over the number of examples."""
     return min(1.0, terms.adapter_privacy.expected_batch_size / examples)
 
 
-def plan_adapter(terms: Terms, examples: int, delta: float, target_epsilon: float) -> AdapterPlan:
+def plan_adapter(terms: Terms, examples: float, delta: float, target_epsilon: float) -> AdapterPlan:
     """Find σ for all rounds from the budget that the profile leaves.
 
     Args:
@@ -82,11 +90,13 @@ def plan_adapter(terms: Terms, examples: int, delta: float, target_epsilon: floa
     Raises:
         AccountingError: the profile alone passes the target, or no noise suffices.
     """
-    privacy = terms.adapter_privacy
-    rate = sampling_rate(terms, examples)
-    steps = privacy.steps_per_round * terms.schedule.rounds
-    profile = GaussianEvent(terms.profile.noise_multiplier, terms.profile.sampling_rate, 1)
-    return AdapterPlan(noise_multiplier_for(target_epsilon, delta, [profile], rate, steps), rate)
+    settled, rate, steps = plan_inputs(terms, examples, terms.schedule.rounds)
+    return AdapterPlan(noise_multiplier_for(target_epsilon, delta, settled, rate, steps), rate)
+
+
+def profile_path(directory: Path, epoch: str, mechanism: ProfileMechanism) -> Path:
+    """Where the noised task profile of a data epoch stands once it was released."""
+    return directory / f"profile-{epoch[:16]}-{mechanism.sha256[:16]}.npy"
 
 
 class Releases:
@@ -121,6 +131,7 @@ class Releases:
         self.receive_only = False
         self.clipping = ClippingRecord(state.directory / CLIPPING)
         self.randomness = randomness
+        self.anchor = ServerAnchor(ledger, state.record)
         self._ledger = ledger
         self._terms = terms
         self._state = state
@@ -222,11 +233,15 @@ class Releases:
             )
             return None
         sent = self._state.directory / "profile-sent"
+        # Another run on the same data may be about to release the same profile, which is charged once.
+        lock = hold_directory(self._ledger.directory / "profile.lock", "", wait=True)
         try:
             released = self._released_profile(round_number)
         except BudgetExceededError as error:
             log.warning("%s; going on without a task profile", error)
             return None
+        finally:
+            lock.close()
         average = self._average(released)
         # Whatever else the file holds, the profile is sent once more, which costs nothing.
         if sent.exists() and sent.read_bytes() == average.last_release_sha256.encode():
@@ -241,10 +256,10 @@ class Releases:
 
     def _released_profile(self, round_number: int) -> Float32Array:
         mechanism = self._terms.profile
-        name = f"profile-{self._data_epoch[:16]}-{mechanism.sha256[:16]}.npy"
-        path = self._state.directory / name
-        if self._ledger.release_of("profile", round_number, self._data_epoch, mechanism.sha256) is not None:
-            return _read_vector(path, self._terms.profile.dimensions)
+        path = profile_path(self._ledger.directory, self._data_epoch, mechanism)
+        done = self._ledger.release_of("profile", round_number, self._data_epoch, mechanism.sha256)
+        if done is not None:
+            return _read_released(path, self._terms.profile.dimensions, done.payload_digest)
         pending = self._ledger.pending("profile", round_number, self._data_epoch, mechanism.sha256)
         if pending is not None and path.exists():
             # The noisy bytes were stored and the process died before it could say so.
@@ -319,13 +334,23 @@ def _digest(vector: Float32Array) -> str:
     return hashlib.sha256(np.ascontiguousarray(vector, dtype="<f4").tobytes()).hexdigest()
 
 
-def _read_vector(path: object, dimensions: int) -> Float32Array:
+def _read_released(path: Path, dimensions: int, digest: str | None) -> Float32Array:
+    vector = _read_vector(path, dimensions)
+    if _digest(vector) != digest:
+        # Sent unnoticed, other bytes would be a release that nobody was charged for.
+        raise StateError(
+            f"{path}: the stored task profile is not the one that was released: its SHA-256 is "
+            f"{_digest(vector)[:12]}…, the privacy ledger has {str(digest)[:12]}…. {_LOST_PROFILE}"
+        )
+    return vector
+
+
+def _read_vector(path: Path, dimensions: int) -> Float32Array:
     try:
         vector: Float32Array = np.load(str(path), allow_pickle=False)
     except _ARRAY_ERRORS as error:
         raise StateError(
-            f"{path}: the stored task profile cannot be read ({error}). It was released already, and a fresh "
-            "draw would cost its ε again: restore the file, or change the data epoch knowingly"
+            f"{path}: the stored task profile cannot be read ({error}), and was released. {_LOST_PROFILE}"
         ) from None
     if vector.shape != (dimensions,) or vector.dtype != np.float32:
         raise StateError(f"{path}: a profile of shape {vector.shape}, expected ({dimensions},) float32")

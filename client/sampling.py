@@ -42,7 +42,10 @@ class EpochSampler:
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where another sampler stood.
+        """Go on where another sampler stood; over other examples, at the beginning of the next epoch.
+
+        Args:
+            state: What `state_dict` gave.
 
         Over another number of examples, the next epoch begins: where the old walk stood means nothing then.
 
@@ -56,5 +59,6 @@ class EpochSampler:
         size, seed, epoch, position = (int(state[name]) for name in names)
         if position >= size:
             raise StateError(f"the sampler's state is at example {position} of {size}")
+        # Their order within the epoch that was left says nothing about the examples that there are now.
         self._seed = seed
         self._epoch, self._position = (epoch, position) if size == self._size else (epoch + 1, 0)

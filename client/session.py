@@ -25,7 +25,7 @@ from fedmosaic.client.outbox import read_upload, write_upload
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.protection import Identity, Protection
 from fedmosaic.client.releases import Releases
-from fedmosaic.client.state import ClientState
+from fedmosaic.client.state import OLDER_COPY, ClientState
 from fedmosaic.client.transport import Transport
 from fedmosaic.privacy.policy import WeightRow, check_row
 from fedmosaic.privacy.roster import Roster
@@ -42,17 +42,22 @@ from fedmosaic.protos.messages import (
     AggregateSection,
     Enrolled,
     Enrolment,
+    Phase,
     ReceiptStatus,
+    RoundStatus,
     Upload,
 )
 from fedmosaic.protos.refusal import Refusal
+from fedmosaic.protos.signing import ledger_digest
 
 log = logging.getLogger(__name__)
 
-KEY_REASONS = frozenset({"KEY_EPOCH_REPLACED", "KEY_EPOCH_CLOSED", "NOT_IN_KEY_EPOCH"})
+KEY_REASONS = frozenset({"KEY_EPOCH_REPLACED", "KEY_EPOCH_CLOSED", "NOT_IN_KEY_EPOCH", "KEY_NOT_AGREED"})
 """Reasons of refusals that the next key epoch may cure."""
 
 _SECONDS_BETWEEN_EPOCHS = 2.0
+_SENT_AGAIN = 3
+"""How often a round's acknowledged upload is sent again when the server asks; more would be a fault of it."""
 
 
 class Learner(Protocol):
@@ -89,6 +94,62 @@ class Learner(Protocol):
         """Read what `save` wrote."""
 
 
+class _SealAnewError(Exception):
+    """The server has lost an upload that it acknowledged, and the key epoch of its bytes as well."""
+
+    def __init__(self, upload: Upload) -> None:
+        super().__init__(f"round {upload.round}")
+        self.upload = upload
+
+
+def ask_to_enrol(
+    transport: Transport,
+    roster: Roster,
+    adapter_spec_hash: bytes,
+    family: str,
+    *,
+    check_only: bool = False,
+    ledger_head: bytes = b"",
+    ledger_signature: bytes = b"",
+) -> Enrolled:
+    """Compare what both sides believe about the federation, and enrol unless it is to be checked only.
+
+    Args:
+        transport: way to the server.
+        roster: this client's.
+        adapter_spec_hash: SHA-256 of the shared layout.
+        family: architecture name; empty if none.
+        check_only: leave the server as it is; a model need not be loaded yet.
+        ledger_head: anchor of this client's privacy ledger, for the server to keep; empty for none.
+        ledger_signature: this client's, over `fedmosaic.protos.signing.ledger_digest`.
+
+    Raises:
+        RefusedError: the server refuses this client; the reason and the remedy are in the message.
+        PolicyError: the server wants another number of rounds than the roster's terms.
+        TransportError: the server cannot be reached for longer than the transport's patience.
+    """
+    enrolled = transport.enrol(
+        Enrolment(
+            protocol_version=PROTOCOL_VERSION,
+            federation=roster.federation,
+            roster_hash=roster.hash,
+            adapter_spec_hash=adapter_spec_hash,
+            family=family,
+            software=f"fedmosaic {__version__}",
+            check_only=check_only,
+            ledger_head=ledger_head,
+            ledger_signature=ledger_signature,
+        )
+    )
+    agreed = roster.terms.schedule.rounds
+    if enrolled.rounds != agreed:
+        raise PolicyError(
+            f"the server runs {enrolled.rounds} rounds, the signed terms say {agreed}; nothing was sent. "
+            "Ask who runs the server: more rounds are more weight rows, from which recipients learn more"
+        )
+    return enrolled
+
+
 class Session:
     """One client in one run, from enrolment to the last round."""
 
@@ -111,48 +172,56 @@ class Session:
         self._releases = releases
         self._protection = protection
         self._progress = progress
+        self._sent_again: list[int] = []
 
     def run(self) -> None:
         """Take part until the run is finished.
 
         Raises:
             RefusedError: the server refuses this client; the reason and the remedy are in the message.
+            LedgerError: the privacy ledger is behind what the server has kept of it.
             PolicyError: the server wants another number of rounds than the roster's terms.
+            StateError: the state here is of another run, or the server's is an older copy.
             TransportError: the server cannot be reached for longer than the transport's patience.
         """
         enrolled = self._enrol()
-        agreed = self._roster.terms.schedule.rounds
-        if enrolled.rounds != agreed:
-            raise PolicyError(
-                f"the server runs {enrolled.rounds} rounds, the signed terms say {agreed}; nothing was sent. "
-                "Ask who runs the server: more rounds are more weight rows, from which recipients learn more"
-            )
         self._state.join_run(enrolled.run_id)
-        self._resume()
-        round_number = max(enrolled.round, self._state.record.completed_round + 1)
+        self._state.see(enrolled.round, enrolled.head)
+        round_number = self._resume(enrolled.round)
         while round_number <= enrolled.rounds:
             round_number = self._take_part(enrolled, round_number)
+        self._state.forget_uploads(enrolled.rounds + 1)
         # Last, so that a crash before it leaves keys that the next start deletes, and never too few.
         self._protection.forget_keys()
 
     def _enrol(self) -> Enrolled:
-        return self._transport.enrol(
-            Enrolment(
-                protocol_version=PROTOCOL_VERSION,
-                federation=self._roster.federation,
-                roster_hash=self._roster.hash,
-                adapter_spec_hash=self._learner.adapter_spec_hash,
-                family=self._learner.family,
-                software=f"fedmosaic {__version__}",
-            )
+        head = self._releases.anchor.head()
+        signed = ledger_digest(
+            federation=self._roster.federation, client_id=self._identity.client_id, head=head
         )
+        enrolled = ask_to_enrol(
+            self._transport,
+            self._roster,
+            self._learner.adapter_spec_hash,
+            self._learner.family,
+            ledger_head=head,
+            ledger_signature=self._identity.signing_key.sign(signed),
+        )
+        self._releases.anchor.check(enrolled.ledger_head)
+        return enrolled
 
-    def _resume(self) -> None:
-        """Go on from disk: the adapter of the last completed round, and an upload nobody acknowledged."""
-        adapter = self._state.latest_adapter()
-        if adapter is not None:
-            self._learner.load(adapter)
-            log.info("resumed after round %d", self._state.record.completed_round)
+    def _resume(self, open_round: int) -> int:
+        """Go on from disk. Returns the round to take part in.
+
+        That is the round of an upload that nobody acknowledged, if there is one, even if it is over: the
+        server may have taken it, and only its answer tells.
+        """
+        newest = self._state.latest_adapter()
+        if newest is not None:
+            self._learner.load(newest[1])
+            log.info("resumed after round %d", newest[0])
+        completed = self._state.record.completed_round
+        return self._state.unacknowledged_round() or max(open_round, completed + 1)
 
     def _take_part(self, enrolled: Enrolled, round_number: int) -> int:
         """One round. Returns the number of the next round to take part in."""
@@ -163,7 +232,10 @@ class Session:
             self._load_trained(round_number)
             return self._push(upload)
         self._progress.stage(round_number, "waiting for the round to open")
-        aggregate = self._pull(round_number)
+        try:
+            aggregate = self._pull(round_number)
+        except _SealAnewError as again:
+            return self._retire(again.upload)
         if aggregate.round > round_number:
             log.warning("round %d closed without us; going on with round %d", round_number, aggregate.round)
         aggregate = self._agree(aggregate, enrolled.rounds)
@@ -176,13 +248,50 @@ class Session:
         return self._push(upload)
 
     def _pull(self, round_number: int) -> Aggregate:
-        aggregate = self._transport.pull(round_number, self._progress.waiting)
+        aggregate = self._transport.pull(round_number, self._waiting)
         if aggregate.round < round_number:
             raise StateError(
                 f"the server opened round {aggregate.round} where round {round_number} was due: a round "
                 "that is over is never encrypted again; restore the server's state, or begin a new run"
             )
+        self._state.see(aggregate.round, aggregate.head)
         return aggregate
+
+    def _waiting(self, status: RoundStatus) -> None:
+        """Told now and then what the server waits for: sees whether it is still the server we know."""
+        self._progress.waiting(status)
+        if self._state.contradicts(status.round, status.head) or self._wanted_again(status):
+            # It may have waited in a buffer since before another answer, so it alone proves nothing.
+            status = self._compare()
+            if self._wanted_again(status):
+                self._send_again(status.round)
+
+    def _compare(self) -> RoundStatus:
+        """Ask the server where it is; StateError if that cannot be."""
+        status = self._transport.status()
+        self._state.see(status.round, status.head)
+        return status
+
+    def _wanted_again(self, status: RoundStatus) -> bool:
+        """Whether the server waits for an upload that it has acknowledged."""
+        done = self._state.record.completed_round
+        waited_for = status.phase is Phase.OPEN and self._identity.client_id in status.waiting_for
+        return waited_for and status.round == done and self._sent_again.count(done) < _SENT_AGAIN
+
+    def _send_again(self, round_number: int) -> None:
+        """The server has lost an upload that it acknowledged: the same bytes again, no new release."""
+        self._sent_again.append(round_number)
+        upload = None
+        try:
+            upload = read_upload(self._state.upload_path(round_number))
+            if upload is None:
+                return
+            log.warning("round %d: the server has lost our upload; sending it again as it was", round_number)
+            self._transport.push(upload)
+        except (StateError, Refusal) as error:
+            log.warning("round %d: the upload was not taken again: %s", round_number, error)
+            if upload is not None and isinstance(error, Refusal) and error.reason in KEY_REASONS:
+                raise _SealAnewError(upload) from None
 
     def _agree(self, aggregate: Aggregate, rounds: int) -> Aggregate:
         """Agree on the group key of this round's uploads; on failure, wait for the next key epoch.
@@ -191,6 +300,7 @@ class Session:
             KeyExpiredError: the server has kept a key in use that the roster's terms have ended.
         """
         patience = time.monotonic() + self._roster.terms.schedule.key_patience_seconds
+        told = ""
         while aggregate.round <= rounds:
             try:
                 self._progress.stage(aggregate.round, "agreeing on the group key")
@@ -201,13 +311,16 @@ class Session:
                     raise
                 if isinstance(error, Refusal) and error.reason not in KEY_REASONS:
                     raise
-                log.warning("key epoch %d: %s", aggregate.upload_key_epoch, error)
+                if str(error) != told:
+                    log.warning("key epoch %d: %s", aggregate.upload_key_epoch, error)
+                told = str(error)
             time.sleep(_SECONDS_BETWEEN_EPOCHS)
             aggregate = self._pull(aggregate.round)
         return aggregate
 
     def _receive(self, aggregate: Aggregate) -> None:
         self._progress.stage(aggregate.round, "receiving the aggregate")
+        received = False
         for name, vector in self._learner.sections().items():
             section = next((s for s in aggregate.sections if s.name == name), None)
             try:
@@ -218,11 +331,13 @@ class Session:
                 if self._state.gave_up(aggregate.round):
                     raise PolicyError("training failed with it before the restart")
                 self._learner.load_global(name, self._open(section, aggregate, vector.size))
+                received = True
             except (PolicyError, EncryptionError) as error:
                 # The recipient trains alone this round; the reason is for its operator, and stays here.
                 if aggregate.round > 1:
                     log.warning("round %d: no %s aggregate: %s", aggregate.round, name, error)
                 self._learner.keep_own(name)
+        self._state.note_received(aggregate.round, received=received)
 
     def _open(self, section: AggregateSection, aggregate: Aggregate, size: int) -> np.ndarray:
         weights = section.row
@@ -270,23 +385,39 @@ class Session:
         profile = self._releases.profile(aggregate.round)
         self._progress.stage(aggregate.round, "protecting the adapter")
         vectors = self._releases.adapter(aggregate.round, self._learner.sections())
-        return self._protection.seal(run_id, aggregate.round, aggregate.upload_key_epoch, vectors, profile)
+        claim = self._releases.anchor.claim()
+        return self._protection.seal(
+            run_id, aggregate.round, aggregate.upload_key_epoch, vectors, profile, claim
+        )
 
     def _push(self, upload: Upload) -> int:
         self._progress.stage(upload.round, "sending")
         try:
             receipt = self._transport.push(upload)
         except Refusal as error:
+            if error.reason == "LEDGER_BEHIND":
+                # Sealed anew by the next process, which enrols first and checks what the server has kept.
+                self._state.upload_path(upload.round).unlink(missing_ok=True)
+            if error.reason == "ROUND_NOT_OPEN":
+                self._compare()
+            if error.reason == "UPLOAD_DIFFERS":
+                raise StateError(f"{error.message}; {self._state.directory} {OLDER_COPY}") from None
             if error.reason not in KEY_REASONS:
                 raise
             log.warning("round %d: %s; the adapter is sealed anew", upload.round, error)
-            self._protection.retire(upload.key_epoch)
-            self._state.upload_path(upload.round).unlink(missing_ok=True)
-            return upload.round
-        late = receipt.status is ReceiptStatus.LATE
-        if late:
+            return self._retire(upload)
+        self._state.see(receipt.round, receipt.head)
+        if receipt.status is ReceiptStatus.LATE:
             log.warning("round %d closed before our upload arrived; it was not used", upload.round)
-        elif upload.profile is not None:
-            self._releases.profile_acknowledged()
+        else:
+            self._releases.anchor.accepted(upload.ledger)
+            if upload.profile is not None:
+                self._releases.profile_acknowledged()
         self._state.complete_round(upload.round, self._learner.save)
-        return max(upload.round + 1, receipt.round) if late else upload.round + 1
+        return max(upload.round + 1, receipt.round)
+
+    def _retire(self, upload: Upload) -> int:
+        """Nothing is sealed under its key epoch any more. Returns its round, to take part in with another."""
+        self._protection.retire(upload.key_epoch)
+        self._state.reopen_round(upload.round)
+        return upload.round

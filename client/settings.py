@@ -84,6 +84,9 @@ class DataSettings(Frozen):
     """
 
     train: Path
+    ledger: Path | None = None
+    """Directory of the privacy ledger of `train`; beside it by default, with `.ledger` after its name.
+    Files that share examples have to name one ledger."""
     test: Path | None = None
     others: dict[str, Path] = Field(default_factory=dict)
     evaluation_examples: int = Field(default=0, ge=0)
@@ -92,6 +95,15 @@ class DataSettings(Frozen):
     """The same for the sets in `others`."""
     pictures: Path | None = None
     """Folder that the pictures which prompts name lie in."""
+
+    @property
+    def test_sets(self) -> dict[str, Path]:
+        """Every test set by name, the client's own as "self"."""
+        return ({"self": self.test} if self.test else {}) | self.others
+
+    def scored(self, name: str) -> int:
+        """How many examples of a test set are scored; 0 for all."""
+        return self.evaluation_examples if name == "self" else self.others_examples
 
 
 class ClientSettings(Frozen):
@@ -120,6 +132,7 @@ class ClientSettings(Frozen):
         data = self.data.model_copy(
             update={
                 "train": base / self.data.train,
+                "ledger": base / self.data.ledger if self.data.ledger else None,
                 "test": base / self.data.test if self.data.test else None,
                 "others": {name: base / path for name, path in self.data.others.items()},
                 "pictures": base / self.data.pictures if self.data.pictures else None,

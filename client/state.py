@@ -1,14 +1,14 @@
 """What one client keeps on disk, so that a restart goes on where the last process stopped.
 
-    STATE/session.json             which run, and the last round whose push was acknowledged
+    STATE/session.json             which run, the last acknowledged round, what the server said
     STATE/adapter/round-0002/      every adapter branch and the gate after that round
     STATE/rows.json                the weight row that was accepted in every round
-    STATE/upload-0003.bin          bytes of an upload that is not acknowledged yet, re-sent as they are
+    STATE/upload-0003.bin          bytes of the newest upload, to send again until its round is closed
     STATE/given-up.json            the last round whose aggregate no training was possible with
-    STATE/profile-<data>-<map>.npy a noised task profile release, re-used until data or public map change
     STATE/keys/                    group keys of the current and the previous epoch, until the run is over
     STATE/picture-features/        what the frozen encoder makes of the client's own pictures
-    STATE/ledger.sqlite            the privacy ledger (see `fedmosaic.privacy.ledger`)
+    STATE/traffic.json             bytes sent and received so far
+    STATE/ledger.json              which privacy ledger is charged (see `fedmosaic.client.ledger`)
 
 Every file is written beside its place, flushed to the disk, and renamed: a kill at any point leaves
 the old file or the new one, never half of one. Nobody but the owner can read any of it.
@@ -19,14 +19,16 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.encryption.records import row_digest
 from fedmosaic.privacy.files import (
     make_private,
+    naming,
     private_directory,
     private_opener,
     sync_directory,
@@ -40,11 +42,16 @@ try:
 except ImportError:  # Windows has no flock; two processes in one directory are then not detected.
     fcntl = None  # type: ignore[assignment]  # a module cannot be typed as optional
 
+OLDER_COPY = (
+    "is an older copy of itself, whose ledger may have forgotten what was spent since. Restore the newest; "
+    "if it is lost, leave this run, as what was spent can no longer be told"
+)
+"""What to say of a state directory that does not know what this client has sent."""
 _VERSION = 1
+_SESSION = "session.json"
 
 
-@dataclass(frozen=True)
-class SessionRecord:
+class SessionRecord(BaseModel):
     """Which run this state belongs to and how far it got.
 
     Attributes:
@@ -52,20 +59,31 @@ class SessionRecord:
         client: this client's id.
         run_id: the server's run; empty before the first enrolment.
         completed_round: last round whose upload the server acknowledged; 0 before any.
+        received_round: last round that began with an aggregate of the others; 0 before any.
+        received_rounds: how many rounds did.
+        server_round: newest round that the server said was open; 0 before any.
+        server_head: hexadecimal, what the server said of all rounds before that one.
     """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     federation: str
     client: str
     run_id: str = ""
-    completed_round: int = 0
+    completed_round: int = Field(default=0, ge=0)
+    received_round: int = Field(default=0, ge=0)
+    received_rounds: int = Field(default=0, ge=0)
+    server_round: int = Field(default=0, ge=0)
+    server_head: str = ""
 
 
-def hold_directory(path: Path, instead: str) -> IO[bytes]:
+def hold_directory(path: Path, instead: str, *, wait: bool = False) -> IO[bytes]:
     """Hold a directory for one process; the operating system lets go when the process ends.
 
     Args:
         path: of a file in the directory, made if absent.
         instead: what to do besides stopping the other process.
+        wait: until the other process lets go, instead of refusing.
 
     Returns:
         The open file; closing it lets go.
@@ -76,7 +94,7 @@ def hold_directory(path: Path, instead: str) -> IO[bytes]:
     file = open(path, "ab", opener=private_opener)
     if fcntl is not None:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             file.close()
             raise StateError(_why_not_held(error, path.parent, instead)) from None
@@ -91,6 +109,41 @@ def _why_not_held(error: OSError, directory: Path, instead: str) -> str:
         f"{directory} is on a file system that has no locks ({error.strerror}), so nothing would keep two "
         "processes apart, and the privacy ledger needs locks as well; give a directory on a local disk"
     )
+
+
+def read_record(directory: Path) -> SessionRecord | None:
+    """What a state directory says of its run, without taking hold of it; None if there is nothing yet.
+
+    Raises:
+        StateError: the record is damaged.
+    """
+    file = directory / _SESSION
+    if not file.exists():
+        return None
+    try:
+        data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if data.pop("version") != _VERSION:
+            raise ValueError("unknown version")
+        return SessionRecord(**data)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise StateError(
+            f"{file} is damaged ({error}); restore it from a backup, or start over with a new state_dir (the "
+            "privacy ledger in the old one must be kept: what it has spent stays spent)"
+        ) from None
+
+
+def check_run(record: SessionRecord, directory: Path, run_id: str) -> None:
+    """Refuse to go on with another run than the one that a state directory is of.
+
+    Raises:
+        StateError: it is of another run; the remedy is named.
+    """
+    if record.run_id and record.run_id != run_id:
+        raise StateError(
+            f"{directory} holds round {record.completed_round} of run {record.run_id}, but the server is on "
+            f"run {run_id}; to start over, give a new state_dir and copy ledger.sqlite, ledger.sqlite.head "
+            "and profile-*.npy into it: what was spent on the same data stays spent"
+        )
 
 
 class ClientState:
@@ -110,11 +163,9 @@ class ClientState:
         self.directory = directory
         private_directory(directory)
         self._lock = hold_directory(directory / "lock", "give each client its own state_dir")
-        self._file = directory / "session.json"
+        self._file = directory / _SESSION
         self._rows = directory / "rows.json"
-        self.record = SessionRecord(federation, client)
-        if self._file.exists():
-            self.record = self._read()
+        self.record = read_record(directory) or SessionRecord(federation=federation, client=client)
         if (self.record.federation, self.record.client) != (federation, client):
             raise StateError(
                 f"{directory} belongs to client {self.record.client!r} of federation "
@@ -126,24 +177,9 @@ class ClientState:
         """Let another process have the directory; done by the end of the process otherwise."""
         self._lock.close()
 
-    def _read(self) -> SessionRecord:
-        try:
-            data: dict[str, Any] = parse_json(self._file.read_bytes())
-            if data.pop("version") != _VERSION:
-                raise ValueError("unknown version")
-            record = SessionRecord(**data)
-            names = (record.federation, record.client, record.run_id)
-            if not all(isinstance(name, str) for name in names) or type(record.completed_round) is not int:
-                raise ValueError("a value has another type")
-            return record
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StateError(
-                f"{self._file} is damaged ({error}); restore it from a backup, or start over with a new "
-                "state_dir (the privacy ledger in the old one must be kept: what it has spent stays spent)"
-            ) from None
-
-    def _write(self, record: SessionRecord) -> None:
-        content = json.dumps({"version": _VERSION, **asdict(record)}, indent=2).encode()
+    def _write(self, **changes: object) -> None:
+        record = self.record.model_copy(update=changes)
+        content = json.dumps({"version": _VERSION, **record.model_dump()}, indent=2).encode()
         write_atomically(self._file, content)
         self.record = record
 
@@ -153,15 +189,50 @@ class ClientState:
         Raises:
             StateError: the state is of another run; the remedy is named.
         """
-        if self.record.run_id and self.record.run_id != run_id:
-            raise StateError(
-                f"{self.directory} holds round {self.record.completed_round} of run {self.record.run_id}, "
-                f"but the server is on run {run_id}; to start over, give a new state_dir and copy "
-                "ledger.sqlite, ledger.sqlite.head and profile-*.npy into it: what was spent on the same "
-                "data stays spent"
+        check_run(self.record, self.directory, run_id)
+        self._write(run_id=run_id)
+
+    def contradicts(self, server_round: int, head: bytes) -> bool:
+        """Whether what the server says now cannot follow on what it said before.
+
+        Args:
+            server_round: the round that it says is open.
+            head: what it says of all rounds before; 32 bytes.
+        """
+        record = self.record
+        if server_round == record.server_round:
+            return head.hex() != record.server_head
+        return server_round < record.server_round
+
+    def see(self, server_round: int, head: bytes) -> None:
+        """Remember where the server says the run is; arguments as of `contradicts`.
+
+        Raises:
+            StateError: the server is an older copy of the one we know, or one with another past.
+        """
+        record = self.record
+        if self.contradicts(server_round, head):
+            what = (
+                f"is at round {server_round}, but was at round {record.server_round} before: it runs on an "
+                "older copy of its state"
+                if server_round < record.server_round
+                else f"tells another past of round {server_round}: it runs on another copy of its state"
             )
+            raise StateError(
+                f"the server {what}. Nothing was sent to it. Its operator has to restore the newest "
+                "state_dir with its database. If they are lost, begin a new run: a new state_dir at "
+                "the server and at every client, with ledger.sqlite, ledger.sqlite.head and profile-*.npy "
+                "copied into each"
+            )
+        if server_round > record.server_round:
+            self._write(server_round=server_round, server_head=head.hex())
+
+    def note_received(self, round_number: int, *, received: bool) -> None:
+        """Remember whether a round began with an aggregate of the others; takes the same time if not."""
+        news = received and round_number > self.record.received_round
         self._write(
-            SessionRecord(self.record.federation, self.record.client, run_id, self.record.completed_round)
+            received_round=round_number if news else self.record.received_round,
+            received_rounds=self.record.received_rounds + news,
         )
 
     def complete_round(self, round_number: int, save_adapter: Callable[[Path], None]) -> None:
@@ -172,12 +243,23 @@ class ClientState:
             save_adapter: writes the adapter into the directory that it is given.
         """
         self.save_adapter(round_number, save_adapter)
-        record = self.record
-        self._write(SessionRecord(record.federation, record.client, record.run_id, round_number))
-        self.upload_path(round_number).unlink(missing_ok=True)
-        for old in self._adapters():
-            if int(old.name.removeprefix("round-")) < round_number:
+        self._write(completed_round=round_number)
+        self.forget_uploads(round_number)
+        for number, old in self._numbered("adapter/round-*"):
+            if number < round_number:
                 shutil.rmtree(old)
+
+    def reopen_round(self, round_number: int) -> None:
+        """Take back the upload of a round, acknowledged or not; the adapter that was trained stays."""
+        if self.record.completed_round >= round_number:
+            self._write(completed_round=round_number - 1)
+        self.upload_path(round_number).unlink(missing_ok=True)
+
+    def forget_uploads(self, before: int) -> None:
+        """Remove the uploads of rounds below `before`: these are closed, so nobody asks for them again."""
+        for number, old in self._numbered("upload-*.bin"):
+            if number < before:
+                old.unlink()
 
     def save_adapter(self, round_number: int, save: Callable[[Path], None]) -> None:
         """Store the adapter after a round's training, in a directory renamed into place."""
@@ -188,7 +270,8 @@ class ClientState:
         if temporary.exists():
             shutil.rmtree(temporary)
         private_directory(temporary)
-        save(temporary)
+        with naming(place):
+            save(temporary)
         make_private(temporary)
         for file in temporary.rglob("*"):
             if file.is_file():
@@ -201,16 +284,25 @@ class ClientState:
         """Where the adapter after `round_number` is stored."""
         return self.directory / "adapter" / f"round-{round_number:04d}"
 
-    def latest_adapter(self) -> Path | None:
-        """The adapter of the last completed round, or None before any."""
-        place = self.adapter_path(self.record.completed_round)
-        return place if place.exists() else None
+    def latest_adapter(self) -> tuple[int, Path] | None:
+        """The newest adapter and its round, or None before any.
 
-    def _adapters(self) -> list[Path]:
-        return sorted((self.directory / "adapter").glob("round-*"))
+        It is of the last completed round or of a later one, trained but not acknowledged: what was released
+        or charged is gone on from, never dropped.
+        """
+        return max(self._numbered("adapter/round-*"), default=None)
+
+    def unacknowledged_round(self) -> int | None:
+        """The round of a stored upload that the server has not acknowledged, or None."""
+        rounds = [number for number, _ in self._numbered("upload-*.bin")]
+        return next((number for number in sorted(rounds) if number > self.record.completed_round), None)
+
+    def _numbered(self, pattern: str) -> list[tuple[int, Path]]:
+        found = ((path.stem.rpartition("-")[2], path) for path in self.directory.glob(pattern))
+        return [(int(number), path) for number, path in found if number.isdecimal()]
 
     def upload_path(self, round_number: int) -> Path:
-        """Where the bytes of a round's upload wait for their acknowledgement."""
+        """Where the bytes of a round's upload are, until the round is closed."""
         return self.directory / f"upload-{round_number:04d}.bin"
 
     def accept_row(self, section: str, row: WeightRow) -> None:
@@ -269,5 +361,5 @@ class ClientState:
 
     @property
     def ledger_path(self) -> Path:
-        """Where the privacy ledger stands."""
+        """Where the privacy ledger of a simulated client stands; a real one's is beside its data."""
         return self.directory / "ledger.sqlite"

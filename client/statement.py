@@ -3,11 +3,11 @@
 import datetime as dt
 from collections.abc import Mapping
 
-from fedmosaic.client.releases import AdapterPlan
+from fedmosaic.client.releases import AdapterPlan, plan_adapter
 from fedmosaic.privacy.coalitions import counted_coalition
-from fedmosaic.privacy.ledger import Ledger
+from fedmosaic.privacy.ledger import Ledger, parameters_of
 from fedmosaic.privacy.ledger_rows import Channel
-from fedmosaic.privacy.report import statement
+from fedmosaic.privacy.report_costs import round_down
 from fedmosaic.privacy.report_models import (
     ClientInputs,
     CoalitionRows,
@@ -15,63 +15,99 @@ from fedmosaic.privacy.report_models import (
     PrivacyStatement,
     StatementInputs,
 )
+from fedmosaic.privacy.report_shareable import cell, rounded_delta
 from fedmosaic.privacy.roster import Roster, Terms
+from fedmosaic.protos.errors import AccountingError
+
+_PLANNING_MARGIN = 0.98
+"""Two planned σ may differ by more than the planner's 0.1 % where they ought to be equal."""
 
 
-def build_statement(
+def statement_inputs(
     roster: Roster,
     run_id: str,
+    client_id: str,
     ledger: Ledger,
     plan: AdapterPlan,
     *,
     smallest_row: int | None,
     clipped_share: Mapping[Channel, float] | None = None,
     metrics_shared: bool = False,
-) -> PrivacyStatement:
-    """Make the statement of one client.
+) -> StatementInputs:
+    """What the statements of one client are made from: its own, and the one to hand over.
 
     Args:
         roster: terms and members.
         run_id: the server's run.
-        ledger: this client's ledger.
+        client_id: of this client on the roster.
+        ledger: of the data that this client trains on.
         plan: q of the adapter channel, to tell what DP would have cost where there is none.
         smallest_row: fewest contributors of any weight row that this client accepted; None if none was.
         clipped_share: share of clipped examples by channel, for this client's own eyes.
         metrics_shared: whether accuracies or losses left this client.
 
     Returns:
-        The full statement, for this client's own eyes; `fedmosaic.privacy.report_costs.shareable` makes
-        the one to hand over.
+        Facts for `fedmosaic.privacy.report.statement`, and for
+        `fedmosaic.privacy.report_shareable.shareable` once `for_handing_over` has seen them.
     """
     terms = roster.terms
     steps = terms.adapter_privacy.steps_per_round * terms.schedule.rounds
-    return statement(
-        StatementInputs(
-            run_id=run_id,
-            created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-            clients=(
-                ClientInputs(
-                    ledger=tuple(ledger.export()),
-                    adapter_protection=terms.adapter.protection,
-                    family_protection=terms.adapter.protection if terms.adapter.family_dimensions else None,
-                    clipped_share=dict(clipped_share or {}),
-                    planned={"adapter": PlannedChannel(sampling_rate=plan.sampling_rate, steps=steps)},
-                ),
+    return StatementInputs(
+        run_id=run_id,
+        created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        clients=(
+            ClientInputs(
+                ledger=tuple(ledger.export()),
+                client_id=client_id,
+                adapter_protection=terms.adapter.protection,
+                family_protection=terms.adapter.protection if terms.adapter.family_dimensions else None,
+                clipped_share=dict(clipped_share or {}),
+                planned={"adapter": PlannedChannel(sampling_rate=plan.sampling_rate, steps=steps)},
+                expected_batch_size=terms.adapter_privacy.expected_batch_size,
             ),
-            roster_sha256=roster.hash.hex(),
-            key_holders="clients" if terms.adapter.encrypted else "nobody",
-            encryption=_encryption(terms),
-            minimum_contributors=terms.policy.fewest_contributors,
-            weight_cap=terms.policy.weight_cap,
-            squares_cap=terms.policy.squares_cap,
-            rounds=terms.schedule.rounds,
-            smallest_row=smallest_row,
-            coalition_rows=coalition_rows(
-                smallest_row or terms.policy.fewest_contributors, terms.schedule.rounds
-            ),
-            metrics_shared=metrics_shared,
-        )
+        ),
+        roster_sha256=roster.hash.hex(),
+        key_holders="clients" if terms.adapter.encrypted else "nobody",
+        encryption=_encryption(terms),
+        minimum_contributors=terms.policy.fewest_contributors,
+        weight_cap=terms.policy.weight_cap,
+        squares_cap=terms.policy.squares_cap,
+        rounds=terms.schedule.rounds,
+        smallest_row=smallest_row,
+        coalition_rows=coalition_rows(
+            smallest_row or terms.policy.fewest_contributors, terms.schedule.rounds
+        ),
+        metrics_shared=metrics_shared,
     )
+
+
+def for_handing_over(inputs: StatementInputs, terms: Terms, examples: int) -> StatementInputs:
+    """The same facts with the least σ that the terms plan for any client of about this size.
+
+    Args:
+        inputs: of one client.
+        terms: the roster's.
+        examples: n, the client's number of examples.
+    """
+    (client,) = inputs.clients
+    if not terms.adapter.private:
+        return inputs
+    _, high = cell(examples)
+    delta = rounded_delta(parameters_of(client.ledger).delta)
+    try:
+        planned = plan_adapter(terms, high, delta, terms.adapter_privacy.target_epsilon).noise_multiplier
+    except AccountingError:
+        return inputs  # not planned by these terms; a coarse grid of σ is used
+    least = round_down(planned * _PLANNING_MARGIN, 3)
+    return inputs.model_copy(update={"clients": (client.model_copy(update={"least_noise": least}),)})
+
+
+def with_warning(statement: PrivacyStatement, warning: str) -> PrivacyStatement:
+    """The statement for this client's own eyes with one more warning; not for the one handed over."""
+    clients = tuple(
+        client.model_copy(update={"warnings": (*client.warnings, warning)}) for client in statement.clients
+    )
+    return statement.model_copy(update={"clients": clients})
 
 
 def _encryption(terms: Terms) -> str:

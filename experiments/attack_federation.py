@@ -168,15 +168,12 @@ def spoofing_results(
             sybils = {f"sybil-{number}": profiles[victim] for number in range(count)}
             rows = planned_rows({**profiles, **sybils}, mechanism.noise_variance, terms, policy)
             shares.setdefault(count, []).append(sum(rows.get(victim, {}).get(name, 0.0) for name in sybils))
-    # Rounding to integers may lift one share above the cap by one unit.
-    cap = policy.weight_cap + 2.0**-_BITS
     figures = [_spread("honest client of another task", strangers)] if strangers else []
     figures += [_spread("honest client of the same task", honest)] if honest else []
     for count, found in shares.items():
         name = "one copy of the victim's profile" if count == 1 else f"{count} copies (Sybils)"
         figure = _spread(name, found)
-        # count shares with Σ w² ≤ s sum to at most √(count · s).
-        bound = min(1.0, count * cap, math.sqrt(count * policy.squares_cap))
+        bound = _largest_share(count, policy)
         figures.append(figure.model_copy(update={"bound": bound, "broken": figure.high > bound + 1e-9}))
     return [
         AttackResult(
@@ -194,6 +191,13 @@ def spoofing_results(
             f"{clip_bound:g}·s",
         )
     ]
+
+
+def _largest_share(count: int, policy: AggregationPolicy) -> float:
+    """What so many contributors have at most together: shares with Σ w² ≤ s sum to at most √(count · s)."""
+    # Rounding to integers may lift one share above the cap by one unit.
+    cap = policy.weight_cap + 2.0**-_BITS
+    return min(1.0, count * cap, math.sqrt(count * policy.squares_cap))
 
 
 def task_results(

@@ -27,6 +27,8 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     ),
     "server": ("fedmosaic.server.__main__", "Start the server of a federation."),
     "client": ("fedmosaic.client.__main__", "Take part in a federation as one client."),
+    "doctor": ("fedmosaic.client.doctor", "Check all that a client needs; change and spend nothing."),
+    "ledger": ("fedmosaic.client.ledger", "Move or back up the privacy ledger of a data set."),
     "run": ("fedmosaic.experiments.runner", "Run a scenario file on this machine, with any method."),
     "tasks": ("fedmosaic.experiments.tasks.__main__", "Write the data sets of scenarios."),
     "methods": ("fedmosaic.experiments.methods", "List the methods that a scenario can be run with."),
@@ -43,7 +45,10 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status; see `fedmosaic.privacy.terminal.guarded`."""
+    """Run the command line and return the exit status; see `fedmosaic.privacy.terminal.guarded`.
+
+    3 says that a run was finished in which nothing was exchanged.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     words = [word for word in given if word != TRACEBACK_OPTION]
     name = f"fedmosaic {words[0]}" if words and words[0] in COMMANDS else "fedmosaic"

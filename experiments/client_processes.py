@@ -68,6 +68,8 @@ def client_process(scenario: Scenario, client: ScenarioClient, directory: Path, 
         **({"projector": str(client.projector)} if client.projector else {}),
         "data": {
             "train": str(_data_file(client, "train", several, 0, directory)),
+            # Every run of a scenario is an experiment of its own, on data that many of them share.
+            "ledger": str(place / "ledger"),
             "test": str(_data_file(client, "test", several, scenario.evaluation_examples, directory)),
             "others": _others(scenario, client, directory),
             # A limit is for each task: where clients have several, their files are cut already.

@@ -12,6 +12,7 @@ from fedmosaic.experiments.scenario import Scenario
 from fedmosaic.privacy import federation
 from fedmosaic.privacy.mechanism import ProfileMechanism
 from fedmosaic.privacy.roster import AdapterTerms, Terms
+from fedmosaic.privacy.terms_checks import check_plan
 
 
 def fit_profile(
@@ -108,5 +109,6 @@ def found_federation(
             allow_plaintext=scenario.allow_plaintext,
         ),
     )
+    check_plan(config.terms)
     basis = directory / "profile" / federation.BASIS
     federation.create(config, directory / "federation", basis if basis.exists() else None)

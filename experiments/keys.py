@@ -14,6 +14,7 @@ from fedmosaic.privacy import federation
 from fedmosaic.privacy.configuration import read_configuration, validate
 from fedmosaic.privacy.identity import read_certificate
 from fedmosaic.privacy.roster import Roster
+from fedmosaic.privacy.terms_checks import check_plan
 
 _RENEW_WITHIN = dt.timedelta(days=14)
 
@@ -106,7 +107,9 @@ def main(arguments: Sequence[str]) -> int:
     console = Console()
     match command:
         case Init(config, out, basis):
-            roster = federation.create(read_configuration(config, federation.FederationConfig), out, basis)
+            wanted = read_configuration(config, federation.FederationConfig)
+            check_plan(wanted.terms)
+            roster = federation.create(wanted, out, basis)
             console.print(
                 f"federation {roster.federation!r} with {len(roster.members)} members in {out}/\n"
                 f"  keep      {out}/consortium/   (it can add members and sign rosters)\n"
@@ -115,12 +118,14 @@ def main(arguments: Sequence[str]) -> int:
                 f"  {_promise(roster)}",
                 soft_wrap=True,
             )
+            _warn_if_fragile(console, roster)
         case Add(member, directory, family):
             new = validate({"id": member, "family": family}, federation.MemberEntry, "keys add")
             roster = federation.add_member(directory, new)
             _tell_new_roster(console, directory, roster.serial)
         case Revoke(member, directory):
             roster = federation.revoke_member(directory, member)
+            _warn_if_fragile(console, roster)
             _tell_new_roster(console, directory, roster.serial)
         case Rotate(member, directory):
             roster = federation.rotate_member(directory, member)
@@ -150,6 +155,12 @@ def _promise(roster: Roster) -> str:
     if not roster.terms.adapter.private:
         words += "; against more recipients, or over rounds, only adapter.protection 'dp' helps"
     return words
+
+
+def _warn_if_fragile(console: Console, roster: Roster) -> None:
+    problem = federation.fragile(len(roster.members), roster.terms)
+    if problem:
+        console.print(f"[bold yellow]Warning:[/] {problem}.")
 
 
 def _tell_new_roster(console: Console, directory: Path, serial: int) -> None:

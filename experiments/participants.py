@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client.evaluation import choice_accuracy
 from fedmosaic.client.examples import Example, read_examples
+from fedmosaic.client.scoring import written_answers
 from fedmosaic.experiments.scenario import Scenario, ScenarioClient
-from fedmosaic.experiments.scoring import mean_word_f1, written_answers
+from fedmosaic.experiments.scoring import mean_word_f1
 from fedmosaic.experiments.streams import Stream, make_stream
 from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.files import write_atomically

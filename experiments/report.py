@@ -190,6 +190,8 @@ def show(record: RunRecord, console: Console) -> None:
             "Self: accuracy on the client's own test sets. Others: mean over the others' test sets.\n",
             style="dim",
         )
+    for line in alone(record):
+        console.print(Text(f"{line}\n", style="bold red"))
     if record.server.get("results"):
         console.print(relevance_table(record.server))
         console.print(
@@ -220,6 +222,19 @@ def show(record: RunRecord, console: Console) -> None:
             "distils are not among them.\n",
             style="dim",
         )
+
+
+def alone(record: RunRecord) -> list[str]:
+    """Who received nothing from the others although the run is over, one line each."""
+    lines = [
+        f"{name} RECEIVED NOTHING from the others, in any round: it trained alone."
+        for name, result in record.clients.items()
+        if result.get("received_rounds") == 0
+    ]
+    received = record.server.get("received_rounds")
+    if record.server.get("phase") == "finished" and received is not None and not any(received.values()):
+        lines.append("NOTHING WAS EXCHANGED in this run: no member received anything, in any round.")
+    return lines
 
 
 def usable_statements(record: RunRecord) -> tuple[dict[str, PrivacyStatement], dict[str, str]]:
@@ -269,6 +284,9 @@ def accuracy_table(record: RunRecord) -> Table:
         others = tuple(_others(result[when]) for when in ("before", "after"))
         table.add_row(name, record.tasks.get(name, "-"), *_change(*own), *_change(*others))
         rows.append((*own, *others))
+    measures = {m for result in record.clients.values() for m in result.get("measures", {}).values()}
+    if measures:
+        table.caption = f"what counts as right: {'; '.join(sorted(measures))}"
     complete = [row for row in rows if None not in row]
     if complete:
         means = [fmean(row[i] for row in complete) for i in range(4)]

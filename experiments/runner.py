@@ -35,11 +35,13 @@ from fedmosaic.experiments.report import read_run, show
 from fedmosaic.experiments.scenario import Scenario
 from fedmosaic.privacy.configuration import read_configuration, validate
 from fedmosaic.privacy.files import write_atomically
-from fedmosaic.protos.errors import ConfigurationError
+from fedmosaic.protos.errors import NOTHING_EXCHANGED, ConfigurationError
 
 _SCENARIO, _RUN = "scenario.json", "run.json"
 _SERVER_START_SECONDS = 20.0
 _POLL_SECONDS = 0.25
+_OVER = (0, NOTHING_EXCHANGED)
+"""Statuses with which a process ends when its run is over."""
 
 
 @dataclass(frozen=True)
@@ -281,7 +283,7 @@ def _watch(
     with Progress(*columns, console=console, disable=plain is not None) as progress:
         tasks = {c.name: progress.add_task("starting", name=c.name, total=1.0) for c in clients}
         while any(client.running for client in clients):
-            if not server.running:
+            if not server.running and server.process.returncode not in _OVER:
                 raise RunFailedError(
                     f"the server ended early; {server.log} ends with:\n{server.last_lines()}"
                 )
@@ -292,10 +294,13 @@ def _watch(
             _check_clients(clients)
             time.sleep(_POLL_SECONDS)
     _check_clients(clients)
+    alone = [client.name for client in clients if client.process.returncode == NOTHING_EXCHANGED]
+    if alone:
+        console.print(f"[bold red]received nothing, in any round: {', '.join(alone)}[/]; their logs tell why")
 
 
 def _check_clients(clients: Sequence[ManagedProcess]) -> None:
-    failed = [c for c in clients if not c.running and c.process.returncode != 0]
+    failed = [c for c in clients if not c.running and c.process.returncode not in _OVER]
     if failed:
         client = failed[0]
         raise RunFailedError(

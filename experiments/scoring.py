@@ -5,21 +5,10 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 
-import torch
-from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from fedmosaic.client.examples import Example
+from fedmosaic.client.scoring import words
 
-from fedmosaic.client.examples import Example, cut_prompt, padding_token, prompt_tokens
-from fedmosaic.client.loss import training_mode
-from fedmosaic.protos.errors import ConfigurationError
-
-_WORD = re.compile(r"\w+(?:['’.,]\w+)*")
 _LETTER = re.compile(r"^(?:\(([a-z])\)|([a-z])[.:)]|([a-z])$)")
-
-
-def words(text: str) -> list[str]:
-    """Words of a text, without case and punctuation; "don't" and "3.5" are one word each."""
-    return _WORD.findall(text.casefold())
 
 
 def word_f1(prediction: str, answer: str) -> float:
@@ -71,53 +60,6 @@ def _holds(sequence: list[str], part: list[str]) -> bool:
     return bool(part) and any(
         sequence[start : start + len(part)] == part for start in range(len(sequence) - len(part) + 1)
     )
-
-
-def written_answers(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    batch_size: int,
-    *,
-    max_length: int,
-    max_new_tokens: int = 16,
-) -> list[str]:
-    """Let the model answer, greedily.
-
-    Args:
-        model: causal language model; its training mode is restored.
-        tokenizer: of the model.
-        examples: at least one.
-        batch_size: prompts per batch.
-        max_length: most tokens of a prompt, cut from the left.
-        max_new_tokens: most tokens of an answer.
-
-    Raises:
-        ConfigurationError: there is no example.
-    """
-    if not examples:
-        raise ConfigurationError("there is no example to answer; give at least one")
-    pad = padding_token(tokenizer)
-    prompts = [cut_prompt(tokenizer, prompt_tokens(tokenizer, e.prompt), max_length) for e in examples]
-    answers: list[str] = []
-    device = next(model.parameters()).device
-    with training_mode(model, False), torch.no_grad():
-        for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            longest = max(map(len, batch))
-            # Left padding, so that every answer begins right after its prompt.
-            ids = torch.tensor([[pad] * (longest - len(p)) + p for p in batch], device=device)
-            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch], device=device)
-            out = model.generate(  # type: ignore[no-untyped-call]  # PEFT leaves it untyped
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=pad,
-                eos_token_id=tokenizer.eos_token_id,
-            )
-            answers += tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
-    return answers
 
 
 def mean_word_f1(predictions: Sequence[str], examples: Sequence[Example]) -> float:

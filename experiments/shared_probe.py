@@ -3,10 +3,11 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fedmosaic.client.acceptance import check_length
 from fedmosaic.client.examples import Example, encode_examples
 from fedmosaic.client.models import load_model
 from fedmosaic.client.probe import open_probe
-from fedmosaic.client.profile import release_profile
+from fedmosaic.client.profile import check_probe, release_profile
 from fedmosaic.client.releases import MakeRelease, Randomness
 from fedmosaic.client.settings import ModelSettings
 from fedmosaic.client.vision.words import without_pictures
@@ -30,7 +31,9 @@ class SharedProbe:
             max_length: tokens of an example that are read.
         """
         model, self._tokenizer = load_model(settings)
+        check_length(model, max_length, "profile.max_length")
         self._probe = open_probe(model)
+        check_probe(self._probe, mechanism)
         self._map = PublicMap(mechanism, PublicBasis.load(basis) if mechanism.basis_sha256 else None)
         self._max_length = max_length
 

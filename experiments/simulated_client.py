@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from fedmosaic.client.examples import EncodedExample
 from fedmosaic.client.learner import ModelLearner
+from fedmosaic.client.ledger import ServerAnchor
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import Randomness, Releases
 from fedmosaic.client.sampling import EpochSampler
@@ -152,16 +153,20 @@ class StreamReleases(Releases):
     together with its round of arrival.
     """
 
-    def __init__(self, of_round: Callable[[int], Releases], randomness: Randomness) -> None:
+    def __init__(
+        self, of_round: Callable[[int], Releases], randomness: Randomness, anchor: ServerAnchor
+    ) -> None:
         """Begin.
 
         Args:
             of_round: makes the releases of one round's data epoch.
             randomness: as that of every round.
+            anchor: of the ledger that all rounds share.
         """
         # The state of a data epoch, which the base class sets up, is that of the round's own releases.
         self.receive_only = False
         self.randomness = randomness
+        self.anchor = anchor
         self._of_round = of_round
         self._current: tuple[int, Releases] | None = None
 

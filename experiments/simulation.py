@@ -18,12 +18,13 @@ from rich.console import Console
 from fedmosaic.client.adapted import load_adapted
 from fedmosaic.client.colora import family_layout, fix_gate
 from fedmosaic.client.keyring import Keyring
+from fedmosaic.client.ledger import ServerAnchor
 from fedmosaic.client.protection import Identity, Protection
 from fedmosaic.client.releases import AdapterPlan, Releases, budgeted_channels, plan_adapter, sampling_rate
 from fedmosaic.client.session import Session
 from fedmosaic.client.settings import ClientSettings, DataSettings
 from fedmosaic.client.state import ClientState
-from fedmosaic.client.statement import build_statement
+from fedmosaic.client.statement import statement_inputs
 from fedmosaic.experiments.compute import client_examples, colora_flops, equal_steps, training_cost
 from fedmosaic.experiments.founding import agreed_adapter, fit_profile, found_federation
 from fedmosaic.experiments.hosts import COMPUTE, ModelHost
@@ -50,6 +51,7 @@ from fedmosaic.privacy.federation import open_kit
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.ledger import Ledger
 from fedmosaic.privacy.noise import SecureNoise, SeededTestNoise
+from fedmosaic.privacy.report import statement
 from fedmosaic.privacy.roster import AdapterTerms
 from fedmosaic.protos.errors import ConfigurationError
 from fedmosaic.server.coordinator import Coordinator
@@ -298,7 +300,11 @@ class _Client:
 
         if self.stream is None:
             return over(0)
-        return StreamReleases(over, SecureNoise() if seed is None else SeededTestNoise(seed))
+        return StreamReleases(
+            over,
+            SecureNoise() if seed is None else SeededTestNoise(seed),
+            ServerAnchor(self.ledger, self.state.record),
+        )
 
     def _score(self, round_number: int) -> None:
         if round_number in self.parts.scenario.rounds_to_score():
@@ -317,15 +323,16 @@ class _Client:
         evaluations = read_evaluations(self.state.directory)
         # One after the other: the accountants remember what they computed, and most clients ask the same.
         with COMPUTE:
-            statement = build_statement(
+            facts = statement_inputs(
                 self.kit.roster,
                 self.state.record.run_id,
+                self.entry.id,
                 self.ledger,
                 self.plan,
                 smallest_row=self.state.smallest_row(),
             )
-        statement = statement.model_copy(update={"transport": "in_process"})
-        write_atomically(self.state.directory / STATEMENT, statement.model_dump_json(indent=2).encode())
+            found = statement(facts.model_copy(update={"transport": "in_process"}))
+        write_atomically(self.state.directory / STATEMENT, found.model_dump_json(indent=2).encode())
         scores = (
             {
                 "before": as_result(self.entry.id, evaluations[0]),

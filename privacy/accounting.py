@@ -15,7 +15,7 @@ Importing this module is cheap; torch and opacus are imported when an ε is firs
 import logging
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -35,6 +35,7 @@ __all__ = [
     "epsilon",
     "epsilon_bound",
     "merge_events",
+    "person_epsilon",
 ]
 
 logger = logging.getLogger(__name__)
@@ -166,6 +167,45 @@ def cross_checked_epsilon(events: Iterable[GaussianEvent], delta: float) -> Cros
     return check_order(prv, rdp, pld)
 
 
+def person_epsilon(events: Iterable[GaussianEvent], delta: float, examples: int) -> float:
+    """ε at δ of all events for somebody with several examples: all of them added or removed at once.
+
+    Args:
+        events: as for `epsilon`; every example of the person may have taken part in each of them.
+        delta: as for `epsilon`.
+        examples: k ≥ 1, how many examples the person has; with 1 it is the ε of one example.
+
+    Returns:
+        An upper bound by PLD, ≥ 0; ∞ when a step has no noise, or above the ε up to which tight values are
+        computed for one example.
+
+    Raises:
+        AccountingError: an argument is outside its domain.
+
+    Reference:
+        See `fedmosaic.privacy.pld.compose_for_person`.
+    """
+    _check_delta_domain(delta)
+    if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
+        raise AccountingError(f"a person has {examples!r} examples; give a whole number of at least 1")
+    merged = merge_events(events)
+    if not merged:
+        return 0.0
+    if any(event.noise_multiplier < SMALLEST_NOISE_MULTIPLIER * examples for event in merged):
+        return math.inf
+    merged = merge_events(_toward_more_loss(event) for event in merged)
+    if epsilon(merged, delta, "rdp") > LARGEST_TIGHT_EPSILON or delta < SMALLEST_DELTA:
+        return math.inf
+    return _person_epsilon(merged, float(delta), examples)
+
+
+@lru_cache(maxsize=4096)
+def _person_epsilon(events: tuple[GaussianEvent, ...], delta: float, examples: int) -> float:
+    from fedmosaic.privacy import pld
+
+    return float(pld.compose_for_person(events, examples).get_epsilon_for_delta(delta))
+
+
 def check_order(prv: float, rdp: float, pld: float) -> CrossCheck:
     """Refuse figures that cannot all be upper bounds of one ε.
 
@@ -269,11 +309,11 @@ def _evaluate(events: tuple[GaussianEvent, ...], delta: float, accountant: str) 
     if delta < SMALLEST_DELTA:
         raise AccountingError(
             f"δ = {delta:g} is below {SMALLEST_DELTA:g}, where {accountant}'s numerical errors dominate; "
-            "use accountant 'rdp' or a larger δ"
+            "a larger δ (fewer examples per client) can be accounted for"
         )
     value = _prv(events, delta) if accountant == "prv" else _pld(events, delta)
     if math.isnan(value):
-        raise AccountingError(f"{accountant} returned no number for {events}; use accountant 'rdp'")
+        raise AccountingError(f"{accountant} returned no number for {events}; take fewer steps or more noise")
     return value
 
 
@@ -297,29 +337,45 @@ def _rdp(events: tuple[GaussianEvent, ...], delta: float, *, extended: bool) -> 
     return max(0.0, value)
 
 
+def _prv_cells(events: tuple[GaussianEvent, ...], delta: float) -> float:
+    """Size of the grid on which PRV would compose these events; the formula is Opacus's own."""
+    delta_error = delta / 1000
+    steps = sum(event.steps for event in events)
+    mesh = _PRV_EPSILON_ERROR / math.sqrt(steps * math.log(12 / delta_error) / 2)
+    return 2 * (_rdp(events, delta_error / 4, extended=False) + 3) / mesh
+
+
+def within_resolution(events: Sequence[GaussianEvent], delta: float) -> bool:
+    """Whether the tight accountant can evaluate these events, without evaluating them."""
+    return delta >= SMALLEST_DELTA and _prv_cells(tuple(events), delta) <= _LARGEST_PRV_DOMAIN
+
+
 def _prv(events: tuple[GaussianEvent, ...], delta: float) -> float:
     import numpy as np
     from opacus.accountants import PRVAccountant
 
     delta_error = delta / 1000
     steps = sum(event.steps for event in events)
-    mesh = _PRV_EPSILON_ERROR / math.sqrt(steps * math.log(12 / delta_error) / 2)
-    cells = 2 * (_rdp(events, delta_error / 4, extended=False) + 3) / mesh
+    cells = _prv_cells(events, delta)
     if cells > _LARGEST_PRV_DOMAIN:
         raise AccountingError(
             f"PRV would need a grid of {cells:.1e} cells for {steps} steps, more than "
-            f"{_LARGEST_PRV_DOMAIN:.1e}; use accountant 'rdp'"
+            f"{_LARGEST_PRV_DOMAIN:.1e}; take fewer steps (schedule.rounds times "
+            "adapter_privacy.steps_per_round), or more noise"
         )
     accountant = PRVAccountant()
     accountant.history = _history(events)
     try:
-        # q = 1 takes log(0) on purpose; the branch is discarded by numpy.where.
-        with np.errstate(divide="ignore", invalid="ignore"):
+        # q = 1 takes log(0) on purpose; the branch is discarded by numpy.where. The second is as for RDP.
+        with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             value = float(
                 accountant.get_epsilon(delta, eps_error=_PRV_EPSILON_ERROR, delta_error=delta_error)
             )
     except (RuntimeError, ValueError, OverflowError, MemoryError) as error:
-        raise AccountingError(f"PRV cannot evaluate {events}: {error}; use accountant 'rdp'") from error
+        raise AccountingError(
+            f"PRV cannot evaluate {events}: {error}; take fewer steps or more noise"
+        ) from error
     return max(0.0, value)
 
 

@@ -24,7 +24,6 @@ from pydantic import Field, model_validator
 
 from fedmosaic.privacy import identity
 from fedmosaic.privacy.configuration import Frozen
-from fedmosaic.privacy.mechanism import ProfileMechanism
 from fedmosaic.privacy.names import Family, Host, MemberId, Port
 from fedmosaic.privacy.roster import Member, Roster, Terms
 from fedmosaic.protos import bounds
@@ -86,6 +85,18 @@ def _too_few(members: int, terms: Terms) -> str:
     if terms.schedule.quorum > members:
         return f"terms.schedule.quorum is {terms.schedule.quorum} with {members} members"
     return ""
+
+
+def fragile(members: int, terms: Terms) -> str:
+    """What one absence would stop in a federation that is large enough; empty if the others go on."""
+    needed = terms.policy.minimum_contributors + 1
+    if members > needed:
+        return ""
+    return (
+        f"with {members} members and a policy of {terms.policy.minimum_contributors} contributors other than "
+        "the recipient, one member that is away stops all exchange: the others train alone while it is. Name "
+        f"at least {needed + 1}"
+    )
 
 
 @dataclass(frozen=True)
@@ -170,7 +181,9 @@ def create(config: FederationConfig, directory: Path, basis: Path | None = None)
         ConfigurationError: the directory is not empty, or the basis is not there; nothing is written then.
         MechanismError: the basis is damaged, or not the one that the terms name; nothing is written then.
     """
-    _check_basis(config.terms.profile, basis)
+    from fedmosaic.privacy.projection import check_basis  # reads tensors, which a server never does
+
+    check_basis(config.terms.profile, basis)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ConfigurationError(
             f"{directory} is there already and not empty; give a new directory, or move that one away"
@@ -185,26 +198,6 @@ def create(config: FederationConfig, directory: Path, basis: Path | None = None)
         shutil.rmtree(making, ignore_errors=True)
         raise
     return roster
-
-
-def _check_basis(mechanism: ProfileMechanism, basis: Path | None) -> None:
-    if basis is None:
-        if mechanism.basis_sha256:
-            raise ConfigurationError(
-                "the terms name a public basis (terms.profile.basis_sha256); give its file with --basis; "
-                "`fedmosaic probe` wrote it beside the terms"
-            )
-        return
-    if not basis.is_file():
-        raise ConfigurationError(f"{basis}: no such file; give the public basis that the terms name")
-    from fedmosaic.privacy.projection import PublicBasis  # reads tensors, which a server never does
-
-    found = PublicBasis.load(basis).sha256
-    if found != mechanism.basis_sha256:
-        raise ConfigurationError(
-            f"{basis} has hash {found}, terms.profile.basis_sha256 is {mechanism.basis_sha256}; take "
-            "the terms and the basis from one run of `fedmosaic probe`"
-        )
 
 
 def _sync(directory: Path) -> None:
@@ -362,7 +355,8 @@ def _write_server(kit: Path, authority: identity.Authority, config: FederationCo
         "# The server's configuration; the terms of the federation are in roster.json.\n"
         f'listen = "0.0.0.0:{config.server.port}"\n'
         'state_dir = "state"\n'
-        '# store_url = "postgresql+psycopg://user@host/database"   # default: SQLite in state_dir\n',
+        '# store_url = "postgresql+psycopg://user@host/database"   # default: SQLite in state_dir\n'
+        "# grace_seconds = 600   # after the last round, to wait for statements that are missing\n",
         encoding="utf-8",
     )
 

@@ -6,6 +6,8 @@ the umask is and whoever made the directory. Windows has no such modes; there th
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +19,17 @@ _POSIX: Final = os.name == "posix"
 _OTHERS: Final = 0o077
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the operating system name the file: a write that finds the disk full does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def write_atomically(path: Path, content: bytes | memoryview, *, durable: bool = True) -> None:
     """Replace `path` by `content` so that a crash leaves the old or the new file, never a mixture.
 
@@ -26,7 +39,7 @@ def write_atomically(path: Path, content: bytes | memoryview, *, durable: bool =
         durable: False does not wait for the disk.
     """
     temporary = path.with_name(path.name + ".new")
-    with open(temporary, "wb", opener=private_opener) as file:
+    with naming(path), open(temporary, "wb", opener=private_opener) as file:
         file.write(content)
         if durable:
             file.flush()

@@ -97,7 +97,8 @@ class _Stage(enum.Enum):
 class KeyAgreement:
     """One member's part in one epoch. Holds secrets in memory only; after any error it is of no more use.
 
-    A process that restarts in the middle starts again with the next epoch number.
+    A process that restarts before it held the key starts again with another epoch number. One that held it
+    stores `unconfirmed`, confirms as before, and holds the others to `check_confirmations`.
 
     Args:
         identity: Long-term key of this member.
@@ -151,7 +152,7 @@ class KeyAgreement:
             KeyAgreementError: If a member is missing, added or swapped, or a message is not acceptable.
         """
         with self._step(_Stage.OPENED):
-            self._expect_members("openings", openings)
+            _expect_members(self.epoch, "openings", openings)
             if openings[self.member] != self._opening:
                 raise KeyAgreementError(
                     f"the relayed opening of {self.member!r} is not the one this member sent: it was replayed"
@@ -165,9 +166,7 @@ class KeyAgreement:
                 _shared_secret(self._ephemeral, public_key, f"ephemeral key of {name!r}")
             parts = [openings[name] for name in self.epoch.members]
             self._transcript = sha256(b"transcript", self.epoch.terms_hash(), *parts)
-            self.leader = min(
-                self.epoch.members, key=lambda name: sha256(b"leader", self._transcript, name.encode())
-            )
+            self.leader = _leader(self.epoch, self._transcript)
             if self.leader != self.member:
                 self._stage = _Stage.WAITS_FOR_BOX
                 return None
@@ -218,12 +217,19 @@ class KeyAgreement:
 
     def confirmation(self) -> bytes:
         """Return this member's signed confirmation, of `CONFIRMATION_BYTES` bytes."""
+        key = self.unconfirmed()
+        tag = _tag(key, self.member)
+        return write_confirmation(self._transcript, self.member, key.fingerprint, tag, self._identity)
+
+    def unconfirmed(self) -> GroupKey:
+        """Return the key before the others have confirmed it: to store, and to encrypt nothing with.
+
+        Raises:
+            KeyAgreementError: If no key is held yet, or not any more.
+        """
         if self._key is None:
-            raise KeyAgreementError(
-                f"member {self.member!r} holds no key to confirm: {self._stage.value} first"
-            )
-        tag = self._tag(self._key, self.member)
-        return write_confirmation(self._transcript, self.member, self._key.fingerprint, tag, self._identity)
+            raise KeyAgreementError(f"member {self.member!r} holds no key: {self._stage.value} first")
+        return self._key
 
     def accept_confirmations(self, confirmations: Mapping[str, bytes]) -> GroupKey:
         """Check that every member holds the same key, and release it for use.
@@ -241,18 +247,7 @@ class KeyAgreement:
             key = self._key
             if key is None:
                 raise KeyAgreementError("no key to confirm")
-            self._expect_members("confirmations", confirmations)
-            for name in self.epoch.members:
-                commitment, tag = read_confirmation(
-                    self._transcript, name, self.epoch.identity_keys[name], confirmations[name]
-                )
-                if commitment != key.fingerprint:
-                    raise KeyAgreementError(
-                        f"{name!r} holds another key than {self.member!r}: the leader {self.leader!r} handed "
-                        "out different keys"
-                    )
-                if not hmac.compare_digest(tag, self._tag(key, name)):
-                    raise KeyAgreementError(f"{name!r} confirms a key that it cannot prove to hold")
+            check_confirmations(self.epoch, key, confirmations)
             self._key = None
             self._stage = _Stage.DONE
             return key
@@ -271,16 +266,6 @@ class KeyAgreement:
             if not done:
                 self._stage = _Stage.FAILED
                 self._ephemeral = self._key = None
-
-    def _expect_members(self, what: str, messages: Mapping[str, bytes]) -> None:
-        missing = sorted(set(self.epoch.members) - set(messages))
-        if missing:
-            raise KeyAgreementError(f"{what} of members are missing: {', '.join(missing)}")
-        added = sorted(set(messages) - set(self.epoch.members))
-        if added:
-            raise KeyAgreementError(
-                f"{what} came from outside the agreed list of members: {', '.join(added)}"
-            )
 
     def _new_key(self, master: bytes, ckks_secret: bytes) -> GroupKey:
         if len(ckks_secret) != self._secret_bytes:
@@ -326,9 +311,49 @@ class KeyAgreement:
         number = self.epoch.number.to_bytes(8, "little")
         return sha256(b"box", self._transcript, number, leader, recipient.encode(), commitment)
 
-    def _tag(self, key: GroupKey, member: str) -> bytes:
-        content = sha256(b"confirmed", self._transcript, member.encode(), key.fingerprint)
-        return hmac.digest(key.subkey(b"confirm"), content, "sha256")
+
+def check_confirmations(epoch: Epoch, key: GroupKey, confirmations: Mapping[str, bytes]) -> None:
+    """Check that every member of an epoch holds the same key.
+
+    Args:
+        epoch: From `plan_epoch`.
+        key: As agreed on in this epoch.
+        confirmations: Confirmation by member, as relayed.
+
+    Raises:
+        KeyAgreementError: If a member is missing or added, holds another key, or cannot prove it.
+    """
+    _expect_members(epoch, "confirmations", confirmations)
+    for name in epoch.members:
+        commitment, tag = read_confirmation(
+            key.transcript, name, epoch.identity_keys[name], confirmations[name]
+        )
+        if commitment != key.fingerprint:
+            leader = _leader(epoch, key.transcript)
+            raise KeyAgreementError(
+                f"{name!r} holds another key than this member: the leader {leader!r} handed out "
+                "different keys"
+            )
+        if not hmac.compare_digest(tag, _tag(key, name)):
+            raise KeyAgreementError(f"{name!r} confirms a key that it cannot prove to hold")
+
+
+def _expect_members(epoch: Epoch, what: str, messages: Mapping[str, bytes]) -> None:
+    missing = sorted(set(epoch.members) - set(messages))
+    if missing:
+        raise KeyAgreementError(f"{what} of members are missing: {', '.join(missing)}")
+    added = sorted(set(messages) - set(epoch.members))
+    if added:
+        raise KeyAgreementError(f"{what} came from outside the agreed list of members: {', '.join(added)}")
+
+
+def _leader(epoch: Epoch, transcript: bytes) -> str:
+    return min(epoch.members, key=lambda name: sha256(b"leader", transcript, name.encode()))
+
+
+def _tag(key: GroupKey, member: str) -> bytes:
+    content = sha256(b"confirmed", key.transcript, member.encode(), key.fingerprint)
+    return hmac.digest(key.subkey(b"confirm"), content, "sha256")
 
 
 def _shared_secret(private_key: X25519PrivateKey | None, public_key: bytes, what: str) -> bytes:

@@ -11,9 +11,11 @@ The budget is a filter. Its parameters are fixed when the ledger is opened for t
 release that would pass the target ε is refused before noise is drawn.
 
 What the chain shows and what it does not: a changed, removed, added or moved row, and a cut tail, are
-found on every opening. Whoever can write the ledger *and* its head file can rewrite both; an `anchor`
-kept by somebody else finds that too. It is keyed with the ledger's secret salt, so its keeper learns the
-number of rows and nothing else.
+found on every opening. Whoever can write the ledger *and* its head file can rewrite both, or put older
+ones back; an `anchor` that somebody else keeps finds that too.
+
+There is one ledger per data set, whichever client, run or federation releases from it: ε adds up over all of
+them. It stands in a directory of its own (`LEDGER`), with the noised profiles that may be sent again.
 """
 
 import datetime as dt
@@ -41,27 +43,34 @@ from fedmosaic.privacy.ledger_rows import (
     example_hashes,
 )
 from fedmosaic.privacy.ledger_rules import (
-    Anchor,
     LedgerParameters,
     advice,
-    anchor_at,
+    anchor_of,
     bound_of,
     check_anchor,
+    check_open,
     check_parameters,
     check_request,
     exceeds,
     matching,
     parameters_of,
+    release_among,
     reservation_at,
 )
 from fedmosaic.privacy.ledger_store import LedgerStore, read_ledger
 from fedmosaic.protos.errors import BudgetExceededError, LedgerError
 
-__all__ = ["Anchor", "Ledger", "LedgerParameters", "data_epoch", "parameters_of", "read_ledger"]
+__all__ = ["LEDGER", "Ledger", "LedgerParameters", "data_epoch", "parameters_of", "read_ledger"]
+
+LEDGER = "ledger.sqlite"
+"""Name of the file in its directory."""
 
 
 class Ledger:
-    """One client's open ledger. Safe for several threads, and several processes may open one file."""
+    """An open ledger. Safe for several threads, and for several processes that have one file open.
+
+    Every append is one transaction that excludes all others, over all rows that they have written.
+    """
 
     def __init__(self, log: LedgerLog, parameters: LedgerParameters) -> None:
         self.parameters = parameters
@@ -85,7 +94,7 @@ class Ledger:
 
         Args:
             path: the SQLite file; `<path>.head` stands beside it.
-            client_id: whose releases these are.
+            client_id: who releases now; the data's releases under another name are charged here as well.
             delta: δ in (0, 1/n] of every ε in the ledger.
             target_epsilon: budget for all budgeted channels together; None records without refusing.
             accountant: "prv" (default), "rdp" or "pld".
@@ -100,7 +109,7 @@ class Ledger:
             The verified ledger.
 
         Raises:
-            LedgerError: the ledger is damaged, or was opened first with other parameters.
+            LedgerError: the ledger is damaged or closed, or was opened first with other parameters.
             AccountingError: δ (above 1/n, for one) or the accountant is not acceptable.
         """
         parameters = LedgerParameters(
@@ -116,6 +125,7 @@ class Ledger:
                     opening = parameters.canonical(secrets.token_hex(32))
                     log.append("OPENED", bound=EpsilonBound(0.0, accountant), mechanism=opening, unit=unit)
             log.verify()
+            check_open(log.rows)
             check_parameters(parameters, log.rows)
             store.write_head(log.rows[-1])
         except BaseException:
@@ -197,7 +207,7 @@ class Ledger:
         check_request(fields, event)
         hashes = None if example_ids is None else example_hashes(example_ids)
         with self._log.appending() as rows:
-            done = _release(rows, channel, round, data_epoch, context)
+            done = release_among(rows, channel, round, data_epoch, context)
             if done is not None:
                 raise LedgerError(
                     f"this {channel} release was made already (reservation {done.reference}, bytes "
@@ -234,7 +244,7 @@ class Ledger:
         """
         with self._log.appending() as rows:
             reservation = reservation_at(rows, sequence)
-            before = _release(
+            before = release_among(
                 rows, reservation.channel, reservation.round, reservation.data_epoch, reservation.context
             )
             if before is not None and (before.reference, before.payload_digest) == (sequence, digest):
@@ -280,7 +290,7 @@ class Ledger:
         A profile is released once per data epoch and mechanism, so its round does not matter.
         """
         with self._log.reading() as rows:
-            return _release(rows, channel, round, data_epoch, context)
+            return release_among(rows, channel, round, data_epoch, context)
 
     def refused(self, channel: Channel, round: int, data_epoch: str, context: str = "") -> bool:
         """Whether the budget refused this release and nothing was reserved for it."""
@@ -295,7 +305,7 @@ class Ledger:
         anew under a new reservation.
         """
         with self._log.reading() as rows:
-            if _release(rows, channel, round, data_epoch, context) is not None:
+            if release_among(rows, channel, round, data_epoch, context) is not None:
                 return None
             return next(reversed(matching(rows, "RESERVED", channel, round, data_epoch, context)), None)
 
@@ -312,36 +322,30 @@ class Ledger:
         charged = charges(self.export(), channel and (channel,))
         return bound_of(charged, self.parameters.delta, self.parameters.accountant).epsilon
 
-    def fits(self, channel: Channel, event: GaussianEvent) -> bool:
-        """Whether such a release would be within the budget now; records nothing.
+    @property
+    def directory(self) -> Path:
+        """Where the ledger stands, and what belongs to it."""
+        return self._log.store.path.parent
+
+    def anchor(self, keeper: str) -> bytes:
+        """What somebody else may keep (32 bytes), to find a ledger that was put back from an older copy.
 
         Args:
-            channel: where it would be released.
-            event: (σ, q, steps); taken to concern every example, as without a proof of disjointness.
+            keeper: for whom; see `fedmosaic.privacy.ledger_rules.anchor_of`.
         """
-        if self.parameters.target_epsilon is None or channel not in self.parameters.budgeted_channels:
-            return True
-        with self._log.reading() as rows:
-            bound = self._bound_after(rows, channel, event, None)
-        return not exceeds(bound.epsilon, self.parameters.target_epsilon)
+        return anchor_of(self.export(), keeper)
 
-    def anchor(self) -> Anchor:
-        """The last row's sequence and hash, to be kept by somebody else and given to `verify` later."""
-        rows = self.export()
-        return anchor_at(rows, rows[-1].sequence)
+    def check_anchor(self, keeper: str, anchor: bytes, source: str) -> None:
+        """Refuse to be behind an anchor; see `fedmosaic.privacy.ledger_rules.check_anchor`."""
+        check_anchor(self.export(), keeper, anchor, source)
 
-    def verify(self, anchor: Anchor | None = None) -> None:
-        """Read everything again and check it against itself, the head file and an anchor.
-
-        Args:
-            anchor: a row that somebody else has seen.
+    def verify(self) -> None:
+        """Read everything again and check it against itself and the head file.
 
         Raises:
             LedgerError: names the first row that was changed, removed, added or moved.
         """
         self._log.verify()
-        if anchor is not None:
-            check_anchor(self.export(), anchor)
 
     def export(self) -> list[LedgerRow]:
         """All rows in order. They hold data epochs and the salt: for this machine, not for sending."""
@@ -388,13 +392,3 @@ class Ledger:
                 "an example of this data epoch is also in an earlier one; they do not compose in parallel: "
                 "leave out the examples that were used, or reserve without example_ids and pay for both"
             )
-
-
-def _release(
-    rows: Sequence[LedgerRow],
-    channel: str | None,
-    round: int | None,
-    epoch: str | None,
-    context: str | None,
-) -> LedgerRow | None:
-    return next(iter(matching(rows, "RELEASED", channel, round, epoch, context)), None)

@@ -8,6 +8,7 @@ from typing import Any
 
 from fedmosaic.privacy.accounting import EpsilonBound
 from fedmosaic.privacy.ledger_rows import Kind, LedgerRow
+from fedmosaic.privacy.ledger_rules import check_open
 from fedmosaic.privacy.ledger_store import LedgerStore
 from fedmosaic.protos.errors import LedgerError
 
@@ -38,21 +39,32 @@ class LedgerLog:
             yield self.rows
 
     @contextmanager
-    def appending(self) -> Iterator[list[LedgerRow]]:
+    def appending(self, *, closed: bool = False) -> Iterator[list[LedgerRow]]:
         """All rows so far, while nobody else appends; what is appended inside is durable afterwards.
 
+        Args:
+            closed: append also to a ledger that was closed.
+
         Raises:
-            LedgerError: the file cannot be written, or a new row does not continue the chain.
+            LedgerError: the file cannot be written, a new row does not continue the chain, or the ledger was
+                closed, perhaps by another process while this one had it open.
         """
         with self._lock:
-            with self.store.transaction():
-                self._refresh()
-                yield self.rows
-            self._refresh()
+            known = len(self.rows)
+            try:
+                with self.store.transaction():
+                    self._refresh()
+                    known = len(self.rows)
+                    if not closed:
+                        check_open(self.rows)
+                    yield self.rows
+            except BaseException:
+                del self.rows[known:]
+                raise
             self.store.write_head(self.rows[-1])
 
     def append(self, kind: Kind, *, bound: EpsilonBound, **fields: Any) -> LedgerRow:
-        """Write the next row; at most one per `appending`.
+        """Write the next row, inside `appending`.
 
         Args:
             kind: of the row.
@@ -73,6 +85,7 @@ class LedgerLog:
             **fields,
         )
         self.store.append(row)
+        self.rows.append(row)
         return row
 
     def running_bound(self) -> EpsilonBound:

@@ -24,13 +24,15 @@ from fedmosaic.privacy.events import GaussianEvent
 from fedmosaic.protos.errors import LedgerError
 
 Channel = Literal["profile", "adapter", "family"]
-Kind = Literal["OPENED", "RESERVED", "RELEASED", "RESENT", "REFUSED"]
+Kind = Literal["OPENED", "RESERVED", "RELEASED", "RESENT", "REFUSED", "CLOSED", "RESUMED", "MOVED"]
 Coverage = Literal["dp", "cryptography", "nothing"]
 Unit = Literal["example", "user", "client"]
 
 CHANNELS: tuple[Channel, ...] = ("profile", "adapter", "family")
 FIRST_PREVIOUS_HASH = "0" * 64
 NEIGHBOURING_RELATION = "add or remove one"
+RESTORE = "move it away and put the newest backup in its place with `fedmosaic ledger move BACKUP PLACE`"
+"""What to do about a ledger that cannot be used any more; `fedmosaic ledger backup` makes backups."""
 
 _Hex64 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -56,14 +58,16 @@ class LedgerRow(BaseModel):
         sequence: 0 for the opening row, then without gaps.
         time: UTC, ISO 8601.
         kind: OPENED fixes the parameters; RESERVED charges, whatever happens afterwards; RELEASED and RESENT
-            charge nothing; REFUSED records a release that the budget did not allow.
+            charge nothing; REFUSED records a release that the budget did not allow. CLOSED ends a ledger that
+            is moved away or is a backup, MOVED says that its move is finished, RESUMED that it goes on here.
         channel: what is released.
         round: round of the federation.
         context: what tells releases of one channel, round and data epoch apart: the run, or for a profile
             its mechanism. Empty where there is but one.
         attempt: 1 for the first reservation (or sending) of this release, then 2, …
         reference: sequence of the RESERVED row that a RELEASED or RESENT row is about.
-        mechanism: canonical JSON; of an OPENED row the ledger's parameters.
+        mechanism: canonical JSON; of an OPENED row the ledger's parameters, of a CLOSED or MOVED row where it
+            went, of a RESUMED row where it came from.
         noise_multiplier: σ of the event; 0 when nothing but cryptography, or nothing, protects it.
         sampling_rate: q of the event.
         steps: number of releases in the event.
@@ -244,6 +248,7 @@ def check_chain(rows: Sequence[LedgerRow]) -> None:
     previous = FIRST_PREVIOUS_HASH
     reserved: dict[int, LedgerRow] = {}
     released: dict[int, str | None] = {}
+    before: Kind | None = None
     for index, row in enumerate(rows):
         if row.sequence != index:
             raise _broken(index, f"row {row.sequence} stands in its place; a row was removed, added or moved")
@@ -253,8 +258,12 @@ def check_chain(rows: Sequence[LedgerRow]) -> None:
             raise _broken(index, "its content does not match its hash")
         if (row.kind == "OPENED") != (index == 0):
             raise _broken(index, "a ledger is opened once, in its first row")
+        if before == "MOVED" or (before == "CLOSED" and row.kind not in ("RESUMED", "MOVED")):
+            raise _broken(index, "it follows the row that closed the ledger")
+        if row.kind == "MOVED" and before != "CLOSED":
+            raise _broken(index, "a ledger is closed before it is moved")
         _check_story(row, reserved, released)
-        previous = row.hash
+        previous, before = row.hash, row.kind
 
 
 def check_seen(rows: Sequence[LedgerRow], sequence: int, digest: str, source: str) -> None:
@@ -272,12 +281,12 @@ def check_seen(rows: Sequence[LedgerRow], sequence: int, digest: str, source: st
     if sequence >= len(rows):
         raise LedgerError(
             f"the privacy ledger ends at row {len(rows) - 1}, but {source} has seen row {sequence}: rows "
-            f"were cut off, first of them row {len(rows)}. Restore the ledger; what it forgot is still spent"
+            f"were cut off, first of them row {len(rows)}. What it forgot is still spent; {RESTORE}"
         )
     if rows[sequence].hash != digest:
         raise LedgerError(
             f"the privacy ledger was rewritten: row {sequence} is not the row that {source} has seen; "
-            "restore it from a copy"
+            f"{RESTORE}"
         )
 
 
@@ -298,6 +307,6 @@ def _check_story(row: LedgerRow, reserved: dict[int, LedgerRow], released: dict[
 
 def _broken(sequence: int, reason: str) -> LedgerError:
     return LedgerError(
-        f"the privacy ledger is damaged at row {sequence}: {reason}. What was spent can no longer be shown; "
-        "restore the ledger from a copy, and do not release anything from this data before"
+        f"the privacy ledger is damaged at row {sequence}: {reason}. What was spent can no longer be shown: "
+        f"{RESTORE}, and do not release anything from this data before"
     )

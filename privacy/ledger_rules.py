@@ -1,11 +1,11 @@
 """The rules of the ledger as pure functions: parameters, what may be asked, what it comes to."""
 
-import hashlib
 import hmac
 import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from fedmosaic.privacy.accounting import EpsilonBound, epsilon, epsilon_bound
@@ -18,12 +18,12 @@ from fedmosaic.privacy.ledger_rows import (
     LedgerRow,
     Unit,
     canonical_json,
-    check_seen,
     compositions,
 )
 from fedmosaic.protos.errors import LedgerError
 
 _LONGEST_MECHANISM = 64 * 1024
+_ANCHOR_LABEL = b"fedmosaic/ledger-anchor/v1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,8 @@ class LedgerParameters:
     """What was fixed when the ledger was opened for the first time.
 
     Attributes:
-        client_id: whose releases these are.
+        client_id: who opened it. The same data may be released by a member of another federation under
+            another name, and are charged to the same ledger; so this may change.
         delta: δ of every ε in the ledger.
         target_epsilon: the budget; None records without refusing.
         accountant: "prv", "rdp" or "pld".
@@ -92,36 +93,63 @@ def parameters_of(rows: Sequence[LedgerRow]) -> LedgerParameters:
         ) from None
 
 
-@dataclass(frozen=True, slots=True)
-class Anchor:
-    """A ledger's last row, as somebody else may keep it: its sequence, and its hash under a secret key."""
+def anchor_of(rows: Sequence[LedgerRow], keeper: str) -> bytes:
+    """What somebody else may keep of a ledger: HMAC-SHA-256 of its last row's hash under the ledger's salt.
 
-    sequence: int
-    hash: str
-
-
-def anchor_at(rows: Sequence[LedgerRow], sequence: int) -> Anchor:
-    """Anchor of one row: HMAC-SHA-256 of its hash under the ledger's salt.
-
-    A bare row hash would let its keeper test guesses of the row (its data epoch, its digest) against the
-    hash of the row before.
+    It tells its keeper nothing but whether anything was recorded since, not the number of rows either.
+    Keepers who compare theirs cannot tell that they are of one ledger, since each has its own.
 
     Args:
         rows: the whole ledger.
-        sequence: which row.
+        keeper: for whom.
+
+    Returns:
+        32 bytes.
     """
-    salt = bytes.fromhex(json.loads(rows[0].mechanism or "{}")["salt"])
-    return Anchor(sequence, hmac.new(salt, rows[sequence].hash.encode(), hashlib.sha256).hexdigest())
+    return _anchor(_salt(rows), rows[-1].hash, keeper)
 
 
-def check_anchor(rows: Sequence[LedgerRow], anchor: Anchor) -> None:
-    """Check that a ledger still holds the row that somebody else has seen.
+def keeper(federation: str, client: str) -> str:
+    """For whom a member's anchors are: its own side and the server of one federation."""
+    return f"{federation}/{client}"
+
+
+def check_anchor(rows: Sequence[LedgerRow], keeper: str, anchor: bytes, source: str) -> None:
+    """Check that a ledger holds the row that was its last when an anchor was made.
+
+    Args:
+        rows: the whole ledger.
+        keeper: as in `anchor_of`.
+        anchor: as kept.
+        source: who kept it, for the message.
 
     Raises:
-        LedgerError: the row is missing or is another one.
+        LedgerError: it does not, so it is behind, or is another ledger.
     """
-    held = 0 <= anchor.sequence < len(rows) and anchor_at(rows, anchor.sequence) == anchor
-    check_seen(rows, anchor.sequence, rows[anchor.sequence].hash if held else "", "the keeper of the anchor")
+    salt = _salt(rows)
+    own = ((salt, row.hash) for row in reversed(rows))
+    carried = (
+        (bytes.fromhex(told["salt"]), digest)
+        for told in (json.loads(row.mechanism or "{}") for row in rows if row.kind == "RESUMED")
+        for digest in told.get("carried", ())
+    )
+    if any(hmac.compare_digest(_anchor(*each, keeper), anchor) for each in chain(own, carried)):
+        return
+    raise LedgerError(
+        f"LEDGER_BEHIND: this privacy ledger does not hold the row that {source} has seen last: it is an "
+        "older copy, or the ledger of other data, and what it does not know of is still spent. Go on with "
+        "the newest ledger of these data: name its directory in data.ledger, or put the newest backup back "
+        "with `fedmosaic ledger move BACKUP PLACE`. Other data in the same run are charged to its ledger"
+    )
+
+
+def _salt(rows: Sequence[LedgerRow]) -> bytes:
+    return bytes.fromhex(json.loads(rows[0].mechanism or "{}")["salt"])
+
+
+def _anchor(salt: bytes, digest: str, keeper: str) -> bytes:
+    # A bare row hash would let its keeper test guesses of the row (its data epoch) against the row before.
+    return hmac.digest(salt, b"\x00".join((_ANCHOR_LABEL, keeper.encode(), digest.encode())), "sha256")
 
 
 def check_parameters(wanted: LedgerParameters, rows: Sequence[LedgerRow]) -> None:
@@ -136,13 +164,18 @@ def check_parameters(wanted: LedgerParameters, rows: Sequence[LedgerRow]) -> Non
     differing = [
         f"{name} was {getattr(opened, name)!r} and is now {getattr(wanted, name)!r}"
         for name in LedgerParameters.__dataclass_fields__
-        if getattr(opened, name) != getattr(wanted, name) and not _stricter(name, opened, wanted)
+        if name != "client_id"
+        and getattr(opened, name) != getattr(wanted, name)
+        and not _stricter(name, opened, wanted)
     ]
     if differing:
         raise LedgerError(
             f"the ledger was opened with other parameters: {'; '.join(differing)}. A budget bounds "
-            "something only while it is fixed: go on with the first parameters. A fresh ledger would forget "
-            "what this one has spent; it is right for another client, or for data that share no example"
+            "something only while it is fixed: go on with the first parameters (for target_epsilon, set the "
+            "first one in client.toml; a federation that releases a budgeted channel without differential "
+            "privacy passes any budget, and can only have other data). A fresh ledger would forget what this "
+            "one has spent, whichever client or federation it is for; only data that share no example with "
+            "these may have their own"
         )
 
 
@@ -152,6 +185,31 @@ def _stricter(name: str, opened: LedgerParameters, wanted: LedgerParameters) -> 
     if name == "target_epsilon" and wanted.target_epsilon is not None:
         return opened.target_epsilon is None or wanted.target_epsilon < opened.target_epsilon
     return False
+
+
+def check_open(rows: Sequence[LedgerRow]) -> None:
+    """Refuse a ledger that was closed.
+
+    Raises:
+        LedgerError: says where it went, or that it is a backup.
+    """
+    last = rows[-1]
+    if last.kind not in ("CLOSED", "MOVED"):
+        return
+    place = json.loads(last.mechanism or "{}").get("moved_to", "")
+    if last.kind == "MOVED":
+        raise LedgerError(
+            f"this privacy ledger was closed and moved to {place}; name that directory in data.ledger"
+        )
+    if place:
+        raise LedgerError(
+            f"this privacy ledger was closed to be moved to {place}, and the move was not finished; finish "
+            f"it with `fedmosaic ledger move OLD {place}`, where OLD is the directory of this one"
+        )
+    raise LedgerError(
+        "this privacy ledger is a backup; if the ledger itself is lost, put it back with "
+        "`fedmosaic ledger move BACKUP PLACE`"
+    )
 
 
 def check_request(fields: dict[str, Any], event: GaussianEvent) -> None:
@@ -215,6 +273,17 @@ def matching(
         and row.context == context
         and (channel == "profile" or row.round == round)
     ]
+
+
+def release_among(
+    rows: Iterable[LedgerRow],
+    channel: str | None,
+    round: int | None,
+    data_epoch: str | None,
+    context: str | None,
+) -> LedgerRow | None:
+    """The RELEASED row of a release, if it was made; see `matching`."""
+    return next(iter(matching(rows, "RELEASED", channel, round, data_epoch, context)), None)
 
 
 def bound_of(charged: Iterable[Charge], delta: float, accountant: str) -> EpsilonBound:

@@ -3,21 +3,28 @@
 Every append is one transaction, fsynced before the call returns (WAL, synchronous=FULL). After it the
 head file, `<ledger>.head`, is replaced by the new last row's sequence and hash. A ledger whose tail was
 cut off, or which was put back from an older copy without its head file, is shorter than its head says.
-Whoever can replace both files together (a rolled-back disk image) can only be caught by an anchor kept
-elsewhere; see `Ledger.anchor`.
+Both files replaced together (a rolled-back disk image) are only caught by an anchor kept elsewhere; see
+`Ledger.anchor`.
 """
 
 import json
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from fedmosaic.privacy.files import private_opener, sync_directory, write_atomically
-from fedmosaic.privacy.ledger_rows import LedgerRow, charges, check_chain, check_seen, epoch_of_hashes
+from fedmosaic.privacy.ledger_rows import (
+    RESTORE,
+    LedgerRow,
+    charges,
+    check_chain,
+    check_seen,
+    epoch_of_hashes,
+)
 from fedmosaic.protos.errors import LedgerError
 
 _SCHEMA_VERSION = 2
@@ -59,7 +66,7 @@ class LedgerStore:
             raise LedgerError(
                 f"{path}: the ledger is missing"
                 + (f" although {self.head_path.name} shows there was one" if self.head_path.exists() else "")
-                + "; restore it, because what it says is spent stays spent"
+                + f"; what it says is spent stays spent: {RESTORE}"
             )
         if not existed:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -74,6 +81,19 @@ class LedgerStore:
                 self._connection.execute("PRAGMA journal_mode = WAL")
                 self._connection.execute("PRAGMA synchronous = FULL")
                 self._connection.execute("PRAGMA fullfsync = ON")
+
+    def copy_to(self, path: Path) -> None:
+        """Write everything that is committed to a new file, whoever writes to this one meanwhile.
+
+        A copy of the file alone may lack the newest rows, which SQLite keeps beside it until they are merged.
+
+        Raises:
+            LedgerError: the copy cannot be written.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        with self._reported(), closing(sqlite3.connect(path)) as copy:
+            self._connection.backup(copy)
 
     def close(self) -> None:
         """Close the file; the store cannot be used afterwards."""
@@ -137,7 +157,7 @@ class LedgerStore:
         head = self.read_head()
         rows = self.rows()
         if not rows:
-            raise LedgerError(f"{self.path} holds no rows, not even the opening one; restore it from a copy")
+            raise LedgerError(f"{self.path} holds no rows, not even the opening one; {RESTORE}")
         check_chain(rows)
         self.check_head(head, rows)
         self.check_examples({c.disjoint_epoch for c in charges(rows) if c.disjoint_epoch is not None})
@@ -167,7 +187,8 @@ class LedgerStore:
             return None
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise LedgerError(
-                f"{self.head_path} cannot be read ({error!r}); restore it from a copy"
+                f"{self.head_path} cannot be read ({error!r}), so it cannot be shown that no row was cut off "
+                f"the ledger's end; {RESTORE}"
             ) from None
 
     def check_head(self, head: tuple[int, str] | None, rows: Sequence[LedgerRow]) -> None:
@@ -184,7 +205,7 @@ class LedgerStore:
         elif len(rows) > 1:
             raise LedgerError(
                 f"{self.head_path} is missing, so it cannot be shown that no row was cut off the ledger's "
-                "end; restore it from a copy"
+                f"end; {RESTORE}"
             )
 
     def overlaps(self, epoch: str, hashes: Sequence[str]) -> bool:
@@ -233,7 +254,7 @@ class LedgerStore:
                 if epoch_of_hashes(value for (value,) in stored) != epoch:
                     raise LedgerError(
                         "the ledger's evidence of disjoint data epochs is damaged: the examples stored for "
-                        "an epoch are not those it was named after; restore the ledger from a copy"
+                        f"an epoch are not those it was named after; {RESTORE}"
                     )
 
     @contextmanager
@@ -276,6 +297,5 @@ def _row(values: Sequence[object]) -> LedgerRow:
     except ValidationError as error:
         where = ", ".join(str(problem["loc"][0]) for problem in error.errors() if problem["loc"])
         raise LedgerError(
-            f"the privacy ledger is damaged at row {fields['sequence']}: impossible {where}; restore it "
-            "from a copy"
+            f"the privacy ledger is damaged at row {fields['sequence']}: impossible {where}; {RESTORE}"
         ) from None

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fedmosaic.privacy.accounting import LARGEST_TIGHT_EPSILON, epsilon
+from fedmosaic.privacy.accounting import LARGEST_TIGHT_EPSILON, epsilon, within_resolution
 from fedmosaic.privacy.events import GaussianEvent
 from fedmosaic.protos.errors import AccountingError
 
@@ -64,6 +64,43 @@ def noise_multiplier_for(
         return [*fixed_events, GaussianEvent(sigma, sampling_rate, steps)]
 
     return _smallest_factor(target_epsilon, delta, fixed_events, events_at, accountant)
+
+
+def check_plannable(
+    target_epsilon: float,
+    delta: float,
+    fixed_events: Sequence[GaussianEvent],
+    sampling_rate: float,
+    steps: int,
+) -> None:
+    """Refuse what `noise_multiplier_for` cannot plan; in milliseconds where it could.
+
+    RDP bounds ε from above: a σ that suffices by it suffices by PRV, if PRV can evaluate it.
+
+    Args:
+        target_epsilon: ε of everything together, in (0, 100].
+        delta: δ in (0, 1).
+        fixed_events: releases whose noise is settled.
+        sampling_rate: q of the releases to plan, in (0, 1].
+        steps: number of releases to plan, ≥ 1.
+
+    Raises:
+        AccountingError: as for `noise_multiplier_for`.
+    """
+    sigma = 1.0
+    while sigma <= _LARGEST_FACTOR:
+        events = [*fixed_events, GaussianEvent(sigma, sampling_rate, steps)]
+        if epsilon(events, delta, "rdp") <= target_epsilon:
+            if within_resolution(events, delta):
+                return
+            break
+        sigma *= 2.0
+    else:
+        # RDP's own floor lies above the target; with next to no adapter the tight accountant decides.
+        settled = epsilon(fixed_events, delta)
+        if settled < target_epsilon and epsilon(events, delta) <= target_epsilon:
+            return
+    noise_multiplier_for(target_epsilon, delta, fixed_events, sampling_rate, steps)
 
 
 def noise_factor_for(
@@ -187,7 +224,7 @@ def _search(
             f"target ε is {target}; it must be in (0, {LARGEST_TIGHT_EPSILON:.0f}], "
             "and below about 10 to mean anything"
         )
-    spent = _epsilon_or_infinity(list(fixed), delta, accountant)
+    spent = _epsilon_or_more(list(fixed), delta, accountant, target)
     if spent >= target:
         raise AccountingError(
             f"the settled releases alone cost ε = {spent:.3f} of a target of {target:g}; raise their noise, "
@@ -196,7 +233,7 @@ def _search(
     room = target - spent
 
     def excess(factor: float) -> float:
-        return _epsilon_or_infinity(events_at(factor), delta, accountant) - target
+        return _epsilon_or_more(events_at(factor), delta, accountant, target) - target
 
     low, high = _bracket(excess)
     if high > _LARGEST_FACTOR:
@@ -232,7 +269,8 @@ def _between(low: float, high: float, over: float, under: float) -> float:
     return low + (high - low) * min(0.95, max(0.05, share + 0.01))
 
 
-def _epsilon_or_infinity(events: list[GaussianEvent], delta: float, accountant: str) -> float:
+def _epsilon_or_more(events: list[GaussianEvent], delta: float, accountant: str, target: float) -> float:
+    """ε; where the accountant cannot say it and RDP's bound is above the target anyway, that bound."""
     # RDP first: it decides far-off σ in milliseconds, and there the tight accountants refuse.
     rdp = epsilon(events, delta, "rdp")
     if rdp > LARGEST_TIGHT_EPSILON:
@@ -240,4 +278,7 @@ def _epsilon_or_infinity(events: list[GaussianEvent], delta: float, accountant: 
     try:
         return epsilon(events, delta, accountant)
     except AccountingError as error:
+        if rdp > target:
+            # The search goes on among larger σ, and settles on none whose ε was not evaluated.
+            return rdp
         raise _NoTightBoundError(str(error)) from error

@@ -107,6 +107,36 @@ class PublicBasis:
         return {name: array for name, array in present.items() if array is not None}
 
 
+def check_basis(mechanism: ProfileMechanism, basis: Path | None) -> None:
+    """Refuse a public basis other than the one that the terms name by its hash.
+
+    Args:
+        mechanism: of the federation's terms.
+        basis: file of the public basis; None if there is none.
+
+    Raises:
+        MechanismError: it is missing, not needed, another one, or cannot be read.
+    """
+    agreed = mechanism.basis_sha256
+    if agreed is None:
+        if basis is not None:
+            raise MechanismError(f"the terms' task profile uses no public basis; leave {basis} out")
+        return
+    if basis is None:
+        raise MechanismError(
+            f"terms.profile.basis_sha256 names the public basis {agreed[:16]}…, but no file is given: pass "
+            "the one that `fedmosaic probe` wrote with --basis"
+        )
+    found = PublicBasis.load(basis).sha256
+    if found != agreed:
+        raise MechanismError(
+            f"{basis} is the public basis {found[:16]}…, terms.profile.basis_sha256 says {agreed[:16]}…: "
+            "both "
+            "must be of the same run of `fedmosaic probe`, so give its basis or copy the tables it printed "
+            "anew"
+        )
+
+
 class Projection:
     """The reduction of a mechanism, ready to use: project, sample dimensions, normalise.
 

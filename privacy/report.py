@@ -6,9 +6,15 @@ reported. A statement whose accountants contradict each other is not made: `Acco
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from fedmosaic.privacy.accounting import EpsilonBound, cross_checked_epsilon, epsilon, epsilon_bound
+from fedmosaic.privacy.accounting import (
+    EpsilonBound,
+    cross_checked_epsilon,
+    epsilon,
+    epsilon_bound,
+    person_epsilon,
+)
 from fedmosaic.privacy.events import GaussianEvent
 from fedmosaic.privacy.ledger_rows import (
     NEIGHBOURING_RELATION,
@@ -22,6 +28,7 @@ from fedmosaic.privacy.ledger_rows import (
 from fedmosaic.privacy.ledger_rules import LedgerParameters, bound_of, parameters_of
 from fedmosaic.privacy.report_models import (
     ADVERSARIES,
+    PERSON_EXAMPLES,
     AccountantFigures,
     Adversary,
     AttackFigures,
@@ -31,6 +38,7 @@ from fedmosaic.privacy.report_models import (
     Cover,
     Guarantee,
     Mechanism,
+    PersonFigure,
     PrivacyStatement,
     Protection,
     StatementChannel,
@@ -110,6 +118,8 @@ def statement(inputs: StatementInputs) -> PrivacyStatement:
 def _client(inputs: ClientInputs, run: StatementInputs) -> ClientStatement:
     check_chain(inputs.ledger)
     parameters = parameters_of(inputs.ledger)
+    if inputs.client_id:
+        parameters = replace(parameters, client_id=inputs.client_id)
     channels, warnings = _channels(inputs)
     client = _Client(parameters, inputs, run, channels)
     spent = bound_of(
@@ -348,6 +358,18 @@ def _guarantee(
         accountant=bound.accountant,
         cryptography_only=cryptography_only,
         attack=_attack(compositions(charged), parameters.delta, applies) if stated else None,
+        persons=_persons(charged, parameters) if math.isfinite(bound.epsilon) else (),
         test_noise=test_noise,
         words=f"{name}: {words}",
+    )
+
+
+def _persons(charged: Sequence[Charge], parameters: LedgerParameters) -> tuple[PersonFigure, ...]:
+    # One person's examples may lie in several data epochs, so these do not compose in parallel here.
+    events = [charge.event for charge in charged]
+    if parameters.unit != "example":
+        return ()
+    return tuple(
+        PersonFigure(examples=count, epsilon=person_epsilon(events, parameters.delta, count))
+        for count in PERSON_EXAMPLES
     )

@@ -1,29 +1,20 @@
-"""What a statement's releases would have cost: the noise for another ε, and a version to hand on."""
+"""What a statement's releases would have cost: the noise for another ε."""
 
 import math
-from collections.abc import Callable, Sequence, Set
-from typing import Any, TypeVar
-
-from pydantic import BaseModel
+from collections.abc import Callable, Sequence
 
 from fedmosaic.privacy.accounting import epsilon
 from fedmosaic.privacy.events import GaussianEvent
 from fedmosaic.privacy.planning import noise_factor_for, noise_multiplier_for
 from fedmosaic.privacy.report_models import (
-    AccountantFigures,
-    AttackFigures,
     ChannelCost,
     ChannelStatement,
     ClientStatement,
-    Mechanism,
-    PlannedChannel,
     PrivacyStatement,
     StatementChannel,
 )
 from fedmosaic.privacy.report_words import CHANNEL_NAMES
 from fedmosaic.protos.errors import AccountingError
-
-Model = TypeVar("Model", bound=BaseModel)
 
 
 def costs_at_epsilon(statement: PrivacyStatement, target_epsilon: float) -> tuple[ChannelCost, ...]:
@@ -140,87 +131,6 @@ def _answer(
         needed_noise_multipliers=needed,
         words=f"{client.client_id}, {CHANNEL_NAMES[name]}, ε = {target:g}: {words}",
     )
-
-
-def shareable(statement: PrivacyStatement) -> PrivacyStatement:
-    """The statement without what was computed from private data without noise.
-
-    Shares of clipped examples are removed. δ, sampling rates and every ε are rounded up, and noise
-    multipliers that were planned for the client's own data are rounded down (values on that side of each
-    are true as well), so that they tell the order of a client's number of examples but not the number.
-
-    Args:
-        statement: as `statement` made it.
-    """
-    clients = tuple(_shareable_client(client) for client in statement.clients)
-    return _changed(statement, clients=clients, shareable=True)
-
-
-def _shareable_client(client: ClientStatement) -> ClientStatement:
-    remaining = client.remaining_epsilon
-    agreed = {m for channel in client.channels if channel.channel == "profile" for m in channel.mechanisms}
-    return _changed(
-        client,
-        delta=round_up(client.delta, 1),
-        spent_epsilon=round_up(client.spent_epsilon, 2),
-        remaining_epsilon=None if remaining is None else math.floor(remaining * 10) / 10,
-        channels=tuple(_shareable_channel(channel, agreed) for channel in client.channels),
-        guarantees=tuple(
-            _changed(
-                guarantee,
-                delta=round_up(guarantee.delta, 1),
-                epsilon=None if guarantee.epsilon is None else round_up(guarantee.epsilon, 2),
-                attack=None if guarantee.attack is None else _shareable_attack(guarantee.attack),
-            )
-            for guarantee in client.guarantees
-        ),
-    )
-
-
-def _shareable_channel(channel: ChannelStatement, agreed: Set[Mechanism]) -> ChannelStatement:
-    figures = channel.accountants
-    return _changed(
-        channel,
-        epsilon=round_up(channel.epsilon, 2),
-        nominal_epsilon=round_up(channel.nominal_epsilon, 2),
-        clipped_share=None,
-        attack=_shareable_attack(channel.attack),
-        accountants=None if figures is None else _rounded(figures, AccountantFigures.model_fields),
-        mechanisms=tuple(_shareable_mechanism(each, each in agreed) for each in channel.mechanisms),
-        planned=None if channel.planned is None else _shareable_rate(channel.planned),
-    )
-
-
-def _shareable_mechanism(mechanism: Mechanism, agreed: bool) -> Mechanism:
-    # The profile's σ stands in the roster; the adapter's follows from ε, q and δ, and with them from n.
-    noise = mechanism.noise_multiplier if agreed else round_down(mechanism.noise_multiplier, 1)
-    return _shareable_rate(_changed(mechanism, noise_multiplier=noise))
-
-
-RateModel = TypeVar("RateModel", Mechanism, PlannedChannel)
-
-
-def _shareable_rate(model: RateModel) -> RateModel:
-    return _changed(model, sampling_rate=min(1.0, round_up(model.sampling_rate, 1)))
-
-
-def _shareable_attack(attack: AttackFigures) -> AttackFigures:
-    rounded = _rounded(attack, AttackFigures.model_fields)
-    shares = {
-        name: min(1.0, getattr(rounded, name)) for name in AttackFigures.model_fields if name != "gaussian_mu"
-    }
-    return _changed(rounded, **shares)
-
-
-def _rounded(model: Model, names: Any) -> Model:
-    values = {name: getattr(model, name) for name in names}
-    return _changed(
-        model, **{name: round_up(value, 2) for name, value in values.items() if isinstance(value, float)}
-    )
-
-
-def _changed(model: Model, **values: Any) -> Model:
-    return type(model).model_validate({**{n: getattr(model, n) for n in type(model).model_fields}, **values})
 
 
 def round_up(value: float, digits: int) -> float:

@@ -54,7 +54,9 @@ class ClientInputs(Frozen):
     """What a statement needs to know about one client."""
 
     ledger: tuple[LedgerRow, ...] = Field(min_length=1)
-    """The client's whole ledger; it holds id, δ, budget and accountant."""
+    """The client's whole ledger; it holds δ, budget and accountant."""
+    client_id: str = ""
+    """Who the client is in this run; whoever opened the ledger first if empty."""
     adapter_protection: Protection
     """How P and Q leave the client."""
     family_protection: Protection | None = None
@@ -63,6 +65,10 @@ class ClientInputs(Frozen):
     """Share of clipped examples; not noised, so for the client's own eyes."""
     planned: dict[Literal["profile", "adapter", "family"], PlannedChannel] = Field(default_factory=dict)
     """Schedules of channels without DP, to answer what DP would have cost."""
+    expected_batch_size: int | None = Field(default=None, ge=1)
+    """B of q = B/n in this run's terms, public; a shareable statement rounds with it."""
+    least_noise: float | None = Field(default=None, gt=0.0)
+    """Least σ that this run's terms give to any client of about this size; as above."""
 
 
 class CoalitionRows(Frozen):
@@ -196,6 +202,19 @@ class ChannelStatement(Frozen):
     """Schedule, for what DP would have cost."""
 
 
+class PersonFigure(Frozen):
+    """ε of somebody with several examples: all of them added or removed at once."""
+
+    examples: int = Field(ge=2)
+    """How many examples the person has."""
+    epsilon: Epsilon
+    """ε at the δ beside it; "infinity" also where it is beyond what is computed."""
+
+
+PERSON_EXAMPLES = (2, 5, 10)
+"""For so many examples of one person a statement has figures."""
+
+
 class Guarantee(Frozen):
     """What holds for one client, on one channel, against one adversary."""
 
@@ -219,6 +238,8 @@ class Guarantee(Frozen):
     """Channels for which this guarantee also needs the encryption to hold."""
     attack: AttackFigures | None
     """Bounds for this adversary; None where only cryptography covers."""
+    persons: tuple[PersonFigure, ...] = ()
+    """ε of somebody with several examples, where `epsilon` is one example's and finite."""
     test_noise: bool
     """Differential privacy was claimed, but its noise came from a test generator and counts for nothing."""
     words: str
@@ -282,7 +303,7 @@ class PrivacyStatement(Frozen):
     leaks: tuple[str, ...]
     """What is disclosed whatever the protection."""
     shareable: bool = False
-    """Whether figures computed from private data without noise were removed."""
+    """Whether it is the one to hand over: made from rounded numbers, without unnoised figures."""
 
 
 class ChannelCost(Frozen):

@@ -48,7 +48,7 @@ def render(statement: PrivacyStatement) -> RenderableType:
     parts: list[RenderableType] = [_headline(statement)]
     for client in statement.clients:
         parts.extend(_client(client))
-    parts.append(_legend())
+    parts.append(_legend(statement.shareable))
     if statement.coalition_rows:
         parts.append(_coalitions(statement))
     parts.append(_bullets("This holds if", statement.assumptions))
@@ -135,11 +135,27 @@ def _client(client: ClientStatement) -> Iterable[RenderableType]:
         cells = (_cell(found[adversary, c.channel], c.protection) for c in client.channels)
         grid.add_row(_NAMES[adversary], *cells)
     yield grid
+    yield from _persons(client)
     yield _figures(client)
     for line in _notes(client):
         yield Padding(Text(line), (0, 0, 0, 2))
     for warning in client.warnings:
         yield Padding(Text(f"Warning: {warning}", style="bold yellow"), (0, 0, 0, 2))
+
+
+def _persons(client: ClientStatement) -> Iterable[RenderableType]:
+    found = [g for g in client.guarantees if g.channel == "joint" and g.persons]
+    if not found:
+        return
+    title = Text("ε of a person, by how many examples are that person's, all channels together", style="bold")
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", expand=False)
+    table.add_column("against", no_wrap=True)
+    for count in (1, *(figure.examples for figure in found[0].persons)):
+        table.add_column("1 example" if count == 1 else f"{count} examples", justify="right")
+    for guarantee in found:
+        values = (guarantee.epsilon, *(figure.epsilon for figure in guarantee.persons))
+        table.add_row(_NAMES[guarantee.adversary], *(_epsilon(value) for value in values))
+    yield table
 
 
 def _cell(guarantee: Guarantee, protection: Protection | None) -> Text:
@@ -242,9 +258,14 @@ def _notes(client: ClientStatement) -> Iterable[str]:
         yield f"{name}: {'; '.join(details)}."
 
 
-def _legend() -> RenderableType:
+def _legend(shareable: bool) -> RenderableType:
+    rounded = (
+        "Handed over: δ, q and σ are rounded towards more loss and every figure is computed from them; an ε "
+        "within the budget is told as at most the budget. "
+    )
     return Text(
-        "σ noise over clipping norm C; q sampling rate; μ equivalent Gaussian; adv. and TPR: at most this "
+        (rounded if shareable else "")
+        + "σ noise over clipping norm C; q sampling rate; μ equivalent Gaussian; adv. and TPR: at most this "
         "TPR - FPR, and this true positive rate at 1 % and 0.1 % false positives, for any membership "
         "attacker who reads the channel in the clear. In brackets: what it would be without test noise.",
         style="dim",

@@ -39,18 +39,19 @@ ASSUMPTIONS = (
     "Sampling is really Poisson: every example enters each step independently with probability q.",
     "The number of examples counts as public: δ, the sampling rate and the adapter's noise are planned with "
     "it.",
-    "An example's gradient depends on no other example beyond float32 rounding: a model in bfloat16 or "
-    "float16 is given one example at a time. Clipping and noise were computed in float32 or better. Noise "
-    "came from a cryptographically secure generator, every draw a sum of several Gaussians, added on a grid "
-    "of integers, against attacks on floating point.",
+    "An example's gradient depends on no other example: each goes through the model alone, and no layer "
+    "keeps anything of it. Clipping and noise were computed in float32 or better. Noise came from a "
+    "cryptographically secure generator, every draw a sum of several Gaussians, added on a grid of integers, "
+    "against attacks on floating point.",
     "The ledger is the only record of releases: a copy of this data under another ledger, and everything "
     "released from it elsewhere, comes on top.",
     "The client's machine, its operating system's randomness and this software do what they should.",
 )
 UNIT_ASSUMPTIONS = {
     "example": (
-        "The unit of privacy is one example of one client, added or removed. Several examples of one person "
-        "or with one picture are protected less, and copies of an example under another id are others."
+        "The unit of privacy is one example of one client, added or removed. A person with several examples "
+        "is protected less, as the table for 2, 5 and 10 says, and so is a picture in several. Copies of an "
+        "example under another id are others."
     ),
     "user": "The unit of privacy is everything that one user gave to one client, added or removed.",
     "client": "The unit of privacy is everything that one client holds, added or removed.",
@@ -75,11 +76,12 @@ LEAKS = (
     "That a client takes part, when, for how long, and the sizes of its messages and of its model.",
     "What its task is about: the profile exists to tell the server which clients' tasks are alike. DP hides "
     "single examples, not the nature of the data.",
-    "δ, sampling rate and ε together tell the reader of this statement about how many examples the client "
-    "has.",
+    "δ, sampling rate and noise follow from the number of the client's examples. Its own statement tells it; "
+    "the one handed over, made from rounded numbers, to within a factor of 1.5.",
     "Whether a client has the examples that a profile needs at least, and how often its data changed: it "
     "then sends a new profile.",
-    "How long a private step takes, which grows with the size of its random sample.",
+    "How long a private step takes, which grows with the size of its random sample, and how long a task "
+    "profile and an evaluation take, which grows with the number of examples.",
     "Poisoning and free-riding are not a question of privacy and are not covered here.",
 )
 UNCHECKED_ROWS_LEAK = (

@@ -24,6 +24,11 @@ Messages say what was wrong, the value, what would be right, and what to do next
 contain private values: no examples, no gradients, no keys.
 """
 
+from typing import Final
+
+NOTHING_EXCHANGED: Final = 3
+"""Exit status, of server and client, of a run that is over and brought nothing from the others."""
+
 
 class FedMosaicError(Exception):
     """Root of every error raised on purpose by this package."""

@@ -16,8 +16,11 @@ import numpy.typing as npt
 from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import WireError
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 """Version of the wire; both sides must speak the same."""
+
+NO_HEAD: Final = bytes(bounds.HASH_BYTES)
+"""Head of no run, for answers that are not about one."""
 
 SectionName = Literal["shared", "family"]
 SECTION_NAMES: Final[tuple[SectionName, ...]] = ("shared", "family")
@@ -50,6 +53,9 @@ class Enrolment:
         adapter_spec_hash: SHA-256 of the adapter spec (rank, blocks, module names).
         family: architecture name as on the roster, or nothing.
         software: name and version of the client, for the server's log.
+        check_only: compare both sides and answer, but enrol nobody: the client has not loaded its model yet.
+        ledger_head: anchor of the client's privacy ledger, 32 bytes; empty to have none kept.
+        ledger_signature: Ed25519 signature over `fedmosaic.protos.signing.ledger_digest`.
     """
 
     protocol_version: int
@@ -58,6 +64,9 @@ class Enrolment:
     adapter_spec_hash: bytes
     family: str
     software: str
+    check_only: bool = False
+    ledger_head: bytes = b""
+    ledger_signature: bytes = b""
 
     def __post_init__(self) -> None:
         bounds.check_integer("enrolment.protocol_version", self.protocol_version, 0, 2**32 - 1)
@@ -66,6 +75,10 @@ class Enrolment:
         bounds.check_hash("enrolment.adapter_spec_hash", self.adapter_spec_hash)
         bounds.check_family("enrolment.family", self.family)
         bounds.check_text("enrolment.software", self.software, 200)
+        if self.ledger_head or self.ledger_signature:
+            bounds.check_hash("enrolment.ledger_head", self.ledger_head)
+            length = bounds.SIGNATURE_BYTES
+            bounds.check_bytes("enrolment.ledger_signature", self.ledger_signature, length, length)
 
 
 @dataclass(frozen=True)
@@ -78,6 +91,8 @@ class Enrolled:
         rounds: how many rounds the run has.
         key_epoch: epoch that an upload of `round` must use.
         members: ids of all members of the roster, sorted.
+        head: hash chain over all rounds below `round`: it differs between a server and an older copy of it.
+        ledger_head: what the server keeps of this client's privacy ledger; empty if nothing.
     """
 
     run_id: str
@@ -85,8 +100,13 @@ class Enrolled:
     rounds: int
     key_epoch: int
     members: tuple[str, ...]
+    head: bytes = NO_HEAD
+    ledger_head: bytes = b""
 
     def __post_init__(self) -> None:
+        bounds.check_hash("enrolled.head", self.head)
+        if self.ledger_head:
+            bounds.check_hash("enrolled.ledger_head", self.ledger_head)
         bounds.check_run_id("enrolled.run_id", self.run_id)
         bounds.check_integer("enrolled.rounds", self.rounds, 1, bounds.MAX_ROUNDS)
         bounds.check_integer("enrolled.round", self.round, 1, self.rounds + 1)
@@ -180,6 +200,24 @@ class Section:
 
 
 @dataclass(frozen=True)
+class LedgerHead:
+    """How far a client's privacy ledger is, as anchors that only the client can read.
+
+    Attributes:
+        head: anchor of its last row.
+        follows: the anchor that the server kept before, and that the ledger was found to hold; empty if none.
+    """
+
+    head: bytes
+    follows: bytes = b""
+
+    def __post_init__(self) -> None:
+        bounds.check_hash("upload.ledger_head", self.head)
+        if self.follows:
+            bounds.check_hash("upload.ledger_follows", self.follows)
+
+
+@dataclass(frozen=True)
 class UploadHeader:
     """An upload without its payloads; see `Upload`."""
 
@@ -189,6 +227,7 @@ class UploadHeader:
     sections: tuple[SectionHeader, ...]
     profile: Profile | None
     signature: bytes
+    ledger: LedgerHead | None = None
 
     def __post_init__(self) -> None:
         bounds.check_integer("upload.round", self.round, 1, bounds.MAX_ROUNDS)
@@ -214,6 +253,7 @@ class Upload:
         sections: at most one of each name; none means "present, but contributes nothing".
         profile: a new task profile, or None to go on with the last one.
         signature: Ed25519 signature over `fedmosaic.protos.signing.upload_digest`.
+        ledger: head of the client's privacy ledger, or None to have none kept.
     """
 
     round: int
@@ -222,12 +262,13 @@ class Upload:
     sections: tuple[Section, ...]
     profile: Profile | None
     signature: bytes
+    ledger: LedgerHead | None = None
 
     def header(self) -> UploadHeader:
         """The upload without its payloads; hashes every payload."""
         sections = tuple(section.header() for section in self.sections)
         return UploadHeader(
-            self.round, self.attempt_id, self.key_epoch, sections, self.profile, self.signature
+            self.round, self.attempt_id, self.key_epoch, sections, self.profile, self.signature, self.ledger
         )
 
 
@@ -239,13 +280,16 @@ class Receipt:
         status: what became of it.
         round: the round that is open now.
         content_hash: digest of the upload that the answer is about.
+        head: see `Enrolled`.
     """
 
     status: ReceiptStatus
     round: int
     content_hash: bytes
+    head: bytes = NO_HEAD
 
     def __post_init__(self) -> None:
+        bounds.check_hash("receipt.head", self.head)
         bounds.check_integer("receipt.round", self.round, 1, bounds.MAX_ROUNDS + 1)
         bounds.check_hash("receipt.content_hash", self.content_hash)
 
@@ -308,14 +352,17 @@ class Aggregate:
         sections: empty in round 1; afterwards one per section name of the federation.
         key_epoch: epoch of the uploads inside, to decrypt them.
         upload_key_epoch: epoch that the upload of `round` must use.
+        head: see `Enrolled`.
     """
 
     round: int
     sections: tuple[AggregateSection, ...]
     key_epoch: int
     upload_key_epoch: int
+    head: bytes = NO_HEAD
 
     def __post_init__(self) -> None:
+        bounds.check_hash("aggregate.head", self.head)
         bounds.check_integer("aggregate.round", self.round, 1, bounds.MAX_ROUNDS + 1)
         bounds.check_unique("aggregate.sections", [s.name for s in self.sections], len(SECTION_NAMES))
         bounds.check_integer("aggregate.key_epoch", self.key_epoch, 0, bounds.MAX_KEY_EPOCH)
@@ -333,6 +380,7 @@ class RoundStatus:
         waiting_for: clients the round still waits for.
         seconds_left: until the deadline, ≥ 0.
         message: one line for people.
+        head: see `Enrolled`.
     """
 
     round: int
@@ -341,8 +389,10 @@ class RoundStatus:
     waiting_for: tuple[str, ...]
     seconds_left: float
     message: str
+    head: bytes = NO_HEAD
 
     def __post_init__(self) -> None:
+        bounds.check_hash("status.head", self.head)
         bounds.check_integer("status.round", self.round, 1, bounds.MAX_ROUNDS + 1)
         bounds.check_unique("status.arrived", self.arrived, bounds.MAX_MEMBERS)
         bounds.check_unique("status.waiting_for", self.waiting_for, bounds.MAX_MEMBERS)

@@ -12,9 +12,24 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedmosaic.protos.errors import IdentityError
-from fedmosaic.protos.messages import Profile, Section, SectionHeader, Upload
+from fedmosaic.protos.messages import LedgerHead, Profile, Section, SectionHeader, Upload
 
 _LABEL = b"fedmosaic/upload/v1"
+_LEDGER_LABEL = b"fedmosaic/ledger-head/v1"
+
+
+def ledger_digest(*, federation: str, client_id: str, head: bytes) -> bytes:
+    """Digest of the head of a privacy ledger that a client enrols with.
+
+    Args:
+        federation: id of the federation.
+        client_id: client that signs.
+        head: 32 bytes.
+
+    Returns:
+        SHA-256, 32 bytes.
+    """
+    return _digest([_LEDGER_LABEL, federation.encode(), client_id.encode(), head])
 
 
 def upload_digest(
@@ -26,6 +41,7 @@ def upload_digest(
     key_epoch: int,
     sections: Sequence[SectionHeader],
     profile: Profile | None,
+    ledger: LedgerHead | None = None,
 ) -> bytes:
     """Digest of one upload.
 
@@ -39,6 +55,7 @@ def upload_digest(
         key_epoch: epoch the sections are encrypted under.
         sections: announced sections, in the order they are sent.
         profile: the profile sent along, or None.
+        ledger: head of the client's privacy ledger, or None.
 
     Returns:
         SHA-256, 32 bytes.
@@ -48,7 +65,9 @@ def upload_digest(
     for section in sections:
         fields += [section.name.encode(), _number(section.size), section.sha256]
     fields.append(b"" if profile is None else profile.digest())
-    return hashlib.sha256(b"".join(_number(len(field)) + field for field in fields)).digest()
+    if ledger is not None:
+        fields += [ledger.head, ledger.follows]
+    return _digest(fields)
 
 
 def sign_upload(
@@ -62,6 +81,7 @@ def sign_upload(
     attempt_id: str,
     sections: tuple[Section, ...],
     profile: Profile | None,
+    ledger: LedgerHead | None = None,
 ) -> Upload:
     """Build an upload and sign its digest; see `upload_digest` and `Upload` for the arguments."""
     digest = upload_digest(
@@ -72,8 +92,9 @@ def sign_upload(
         key_epoch=key_epoch,
         sections=[section.header() for section in sections],
         profile=profile,
+        ledger=ledger,
     )
-    return Upload(round_number, attempt_id, key_epoch, sections, profile, key.sign(digest))
+    return Upload(round_number, attempt_id, key_epoch, sections, profile, key.sign(digest), ledger)
 
 
 def verify_digest(public_key: bytes, digest: bytes, signature: bytes, client_id: str) -> None:
@@ -95,6 +116,10 @@ def verify_digest(public_key: bytes, digest: bytes, signature: bytes, client_id:
             f"the upload is not signed by the identity key of {client_id!r} for this federation, run, round "
             "and key epoch: sign it again with the key the roster names, after enrolling in the present run"
         ) from None
+
+
+def _digest(fields: Sequence[bytes]) -> bytes:
+    return hashlib.sha256(b"".join(_number(len(field)) + field for field in fields)).digest()
 
 
 def _number(value: int) -> bytes:

@@ -18,6 +18,7 @@ from fedmosaic.protos.messages import (
     Enrolled,
     Enrolment,
     KeyMessage,
+    LedgerHead,
     Phase,
     Profile,
     Receipt,
@@ -53,6 +54,9 @@ def encode_enrolment(enrolment: Enrolment) -> pb.EnrolRequest:
         adapter_spec_hash=enrolment.adapter_spec_hash,
         family=enrolment.family,
         software=enrolment.software,
+        check_only=enrolment.check_only,
+        ledger_head=enrolment.ledger_head,
+        ledger_signature=enrolment.ledger_signature,
     )
 
 
@@ -65,6 +69,9 @@ def decode_enrolment(message: pb.EnrolRequest) -> Enrolment:
         message.adapter_spec_hash,
         message.family,
         message.software,
+        message.check_only,
+        message.ledger_head,
+        message.ledger_signature,
     )
 
 
@@ -76,12 +83,22 @@ def encode_enrolled(enrolled: Enrolled) -> pb.EnrolResponse:
         rounds=enrolled.rounds,
         key_epoch=enrolled.key_epoch,
         members=enrolled.members,
+        head=enrolled.head,
+        ledger_head=enrolled.ledger_head,
     )
 
 
 def decode_enrolled(message: pb.EnrolResponse) -> Enrolled:
     """Message to answer; WireError names the field that breaks a bound."""
-    return Enrolled(message.run_id, message.round, message.rounds, message.key_epoch, tuple(message.members))
+    return Enrolled(
+        message.run_id,
+        message.round,
+        message.rounds,
+        message.key_epoch,
+        tuple(message.members),
+        message.head,
+        message.ledger_head,
+    )
 
 
 def encode_profile(profile: Profile) -> pb.Profile:
@@ -111,6 +128,8 @@ def encode_upload_header(header: UploadHeader, resume_offset: int = 0) -> pb.Pus
         profile=None if header.profile is None else encode_profile(header.profile),
         signature=header.signature,
         resume_offset=resume_offset,
+        ledger_head=b"" if header.ledger is None else header.ledger.head,
+        ledger_follows=b"" if header.ledger is None else header.ledger.follows,
     )
 
 
@@ -124,13 +143,19 @@ def decode_upload_header(message: pb.PushHeader) -> UploadHeader:
         tuple(SectionHeader(cast(SectionName, s.name), s.size, s.sha256) for s in message.sections),
         decode_profile(message.profile) if message.HasField("profile") else None,
         message.signature,
+        LedgerHead(message.ledger_head, message.ledger_follows)
+        if message.ledger_head or message.ledger_follows
+        else None,
     )
 
 
 def encode_receipt(receipt: Receipt) -> pb.PushResponse:
     """Receipt to its message."""
     return pb.PushResponse(
-        status=_RECEIPTS[receipt.status], round=receipt.round, content_hash=receipt.content_hash
+        status=_RECEIPTS[receipt.status],
+        round=receipt.round,
+        content_hash=receipt.content_hash,
+        head=receipt.head,
     )
 
 
@@ -139,7 +164,7 @@ def decode_receipt(message: pb.PushResponse) -> Receipt:
     status = _RECEIPTS_BACK.get(int(message.status))
     if status is None:
         raise WireError(f"receipt.status is {int(message.status)}, expected one of {sorted(_RECEIPTS_BACK)}")
-    return Receipt(status, message.round, message.content_hash)
+    return Receipt(status, message.round, message.content_hash, message.head)
 
 
 def encode_status(status: RoundStatus) -> pb.RoundState:
@@ -151,6 +176,7 @@ def encode_status(status: RoundStatus) -> pb.RoundState:
         waiting_for=status.waiting_for,
         seconds_left=status.seconds_left,
         message=status.message,
+        head=status.head,
     )
 
 
@@ -166,6 +192,7 @@ def decode_status(message: pb.RoundState) -> RoundStatus:
         tuple(message.waiting_for),
         message.seconds_left,
         message.message,
+        message.head,
     )
 
 
@@ -211,6 +238,7 @@ def encode_aggregate_header(
         ],
         sha256=sha256,
         resume_offset=resume_offset,
+        head=aggregate.head,
     )
 
 
@@ -250,7 +278,7 @@ def decode_aggregate(header: pb.AggregateHeader, stream: bytes) -> Aggregate:
         payload = stream[start : start + section.size]
         start += section.size
         sections.append(AggregateSection(cast(SectionName, section.name), row, payload, section.refusal))
-    return Aggregate(header.round, tuple(sections), header.key_epoch, header.upload_key_epoch)
+    return Aggregate(header.round, tuple(sections), header.key_epoch, header.upload_key_epoch, header.head)
 
 
 def chunks(payloads: Sequence[bytes | memoryview], offset: int, chunk_bytes: int) -> Iterator[pb.Chunk]:

@@ -1,4 +1,4 @@
-"""`python -m fedmosaic.server`: run the server of a federation until it is told to stop."""
+"""`python -m fedmosaic.server`: run the server of a federation until its run is over, or until told."""
 
 import argparse
 import asyncio
@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: command line without the program's name; `sys.argv` by default.
 
     Returns:
-        Exit status: 0 after SIGTERM or SIGINT, 1 if the server could not start.
+        Exit status: 0 when the run is over or after SIGTERM or SIGINT, 1 if the server could not start or go
+        on, 3 when the run is over and nothing was exchanged.
     """
     parser = argparse.ArgumentParser(prog="fedmosaic server", description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
@@ -66,11 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 settings = settings_from_kit(parsed.kit)
             else:
                 settings = read_configuration(parsed.settings, ServerSettings)
-            asyncio.run(serve(settings))
+            return asyncio.run(serve(settings))
         except FedMosaicError as error:
             log.error("%s", error)
             return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import EncryptionError, IdentityError, PrivacyError
 from fedmosaic.protos.messages import PROTOCOL_VERSION, Enrolment, Profile, UploadHeader
 from fedmosaic.protos.refusal import Refusal, RefusalKind
-from fedmosaic.protos.signing import upload_digest, verify_digest
+from fedmosaic.protos.signing import ledger_digest, upload_digest, verify_digest
 from fedmosaic.server.aggregation import section_label
 from fedmosaic.server.blobs import map_file, section_hashes
 from fedmosaic.server.settings import ServerSettings
@@ -108,6 +108,21 @@ class Admission:
                 f"{client!r} enrols with family {enrolment.family!r}, the roster says {family!r}",
                 "use the model the roster names, or have the roster changed",
             )
+        if enrolment.ledger_head:
+            signed = ledger_digest(
+                federation=settings.federation, client_id=client, head=enrolment.ledger_head
+            )
+            self._check_signature(client, signed, enrolment.ledger_signature)
+
+    def check_ledger(self, header: UploadHeader, kept: bytes) -> None:
+        """Refuse an upload from a ledger that is not known to hold what was kept of it."""
+        if kept and (header.ledger is None or header.ledger.follows != kept):
+            raise _differs(
+                "LEDGER_BEHIND",
+                "the upload comes from a privacy ledger that was not checked against the newest head that is "
+                "kept here; another process of this client has gone on with it, or with a copy of it",
+                "stop all other processes of this client and start it again: it then checks its ledger",
+            )
 
     def check_upload(self, client: str, header: UploadHeader) -> bytes:
         """Refuse an upload that is too large, misshapen or not signed by its client.
@@ -127,12 +142,16 @@ class Admission:
             key_epoch=header.key_epoch,
             sections=header.sections,
             profile=header.profile,
+            ledger=header.ledger,
         )
+        self._check_signature(client, content_hash, header.signature)
+        return content_hash
+
+    def _check_signature(self, client: str, digest: bytes, signature: bytes) -> None:
         try:
-            verify_digest(self._settings.members[client], content_hash, header.signature, client)
+            verify_digest(self._settings.members[client], digest, signature, client)
         except IdentityError as error:
             raise Refusal(RefusalKind.NOT_PERMITTED, "SIGNATURE_INVALID", str(error), "") from None
-        return content_hash
 
     def _check_sizes(self, client: str, header: UploadHeader) -> None:
         limit = self._settings.upload_limit_bytes

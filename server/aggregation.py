@@ -121,7 +121,6 @@ def plan(
 
     Every recipient's softmax runs over the group's contributors but itself, is capped and spread, and is
     rounded to integers that sum to 2**bits. Contributors whose weight rounds to zero are left out of the row.
-
     A row that, with the row of an earlier recipient (by name), solves for a single adapter is tilted: each
     weight is moved by up to some per cent, up or down, until no pair does. Between four members nothing
     helps, two equations being enough for two unknowns. Where the policy promises more than one recipient
@@ -146,7 +145,7 @@ def plan(
     refusals: dict[str, str] = {}
     order: list[int] = []
     shares_RN = np.zeros((len(clients), len(clients)))
-    smallest: int | None = None
+    pair_solves = False
     for index in sorted(np.flatnonzero(wanted).tolist(), key=lambda i: clients[i]):
         recipient = clients[index]
         try:
@@ -158,11 +157,9 @@ def plan(
             continue
         rows[recipient], shares_RN[len(order)] = row, _shares(row, clients)
         order.append(index)
-        if solved:
-            smallest = 2
-    if any(estimate_errors(row_N[None, :]).min() < SOLVED for row_N in shares_RN[: len(order)]):
-        smallest = 1
-    return Plan(group, rows, refusals, smallest)
+        pair_solves |= solved
+    one_solves = any(estimate_errors(row_N[None, :]).min() < SOLVED for row_N in shares_RN[: len(order)])
+    return Plan(group, rows, refusals, 1 if one_solves else 2 if pair_solves else None)
 
 
 def _separate_row(

@@ -1,6 +1,7 @@
 """Payloads as files: written beside their place, flushed to the disk, renamed into it.
 
     ROOT/lock                              held by the one server that uses this state
+    ROOT/mark                              tells which database goes with this folder, if it stands elsewhere
     ROOT/spool/<client>.<hash>.part        an upload that is still arriving
     ROOT/uploads/000003/<client>.bin       sections of a stored upload, laid end to end
     ROOT/aggregates/000004/<client>.<section>.bin   what a client may load before round 4
@@ -13,12 +14,18 @@ import hashlib
 import mmap
 import os
 import shutil
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Final, Literal
 
 from fedmosaic.privacy.files import private_directory, private_opener, sync_directory, write_atomically
 from fedmosaic.protos.errors import StateError
+
+
+class MissingBlobError(StateError):
+    """A file that the database names is not there: the folder was changed by hand, or its disk is failing."""
+
 
 Area = Literal["uploads", "aggregates"]
 _MAP_ABOVE: Final = 1 << 24
@@ -60,6 +67,24 @@ class Blobs:
         """Let another server use the folder."""
         self._lock.close()
 
+    def mark(self, name: str) -> str:
+        """What is written in the file that marks this folder; made up at the first time."""
+        path = self._root / name
+        if not path.exists():
+            temporary = path.with_suffix(".new")
+            with temporary.open("w", encoding="ascii") as file:
+                file.write(uuid.uuid4().hex)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            self._flush_directory(self._root)
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+
+    @property
+    def empty(self) -> bool:
+        """Whether the folder holds no payload."""
+        return not any(any((self._root / area).iterdir()) for area in ("uploads", "aggregates"))
+
     def path(self, area: Area, round_number: int, name: str) -> Path:
         """Where a blob stands."""
         return self._root / area / f"{round_number:06d}" / f"{name}.bin"
@@ -91,13 +116,13 @@ class Blobs:
         """Content of a blob; a large one is mapped, not copied.
 
         Raises:
-            StateError: the file is missing: the folder was changed by hand.
+            MissingBlobError: the file is missing.
         """
         path = self.path(area, round_number, name)
         try:
             return map_file(path)
         except FileNotFoundError:
-            raise StateError(
+            raise MissingBlobError(
                 f"{path} is missing although the database names it; restore state_dir and database together"
             ) from None
 

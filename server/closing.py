@@ -2,23 +2,28 @@
 
 import hashlib
 import json
+import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from fedmosaic.privacy.encryption.aggregator import Aggregator
 from fedmosaic.privacy.encryption.records import RoundContext
 from fedmosaic.privacy.policy import WeightRow
+from fedmosaic.protos.errors import StateError, WireError
 from fedmosaic.protos.messages import AggregateSection, SectionName, SectionWeights
-from fedmosaic.server.aggregation import Group, Plan, groups, plan
+from fedmosaic.server.aggregation import Group, Plan, groups, plan, section_label
 from fedmosaic.server.blobs import Blobs
 from fedmosaic.server.relevance import FloatArray, relevance
 from fedmosaic.server.settings import ServerSettings
 from fedmosaic.server.store import Store, StoredAggregate, StoredUpload
 
+log = logging.getLogger(__name__)
 _BATCH_BYTES = 1 << 28
+Payloads = Mapping[str, Mapping[SectionName, bytes]]
+"""Sections of uploads by client and name."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,21 @@ class ClosedRound:
     refusals: Sequence[str]
 
 
+class DamagedUploadsError(StateError):
+    """Payloads on the server's disk are not what their clients sent and signed.
+
+    Attributes:
+        clients: whose they are.
+    """
+
+    def __init__(self, round_number: int, clients: Collection[str]) -> None:
+        super().__init__(
+            f"round {round_number}: the stored upload of {', '.join(sorted(clients))} is damaged or missing "
+            "and is left out: check the server's disk"
+        )
+        self.clients = frozenset(clients)
+
+
 def close_round(
     settings: ServerSettings, store: Store, blobs: Blobs, aggregator: Aggregator[Any], round_number: int
 ) -> ClosedRound:
@@ -49,10 +69,14 @@ def close_round(
         blobs: payloads of the uploads; receives those of the aggregates.
         aggregator: server side of the back end.
         round_number: the round to close.
+
+    Raises:
+        DamagedUploadsError: payloads are not what was accepted; nothing was aggregated.
     """
     started = time.perf_counter()
     clients = sorted(settings.members)
     uploads = {c: u for c, u in store.uploads(round_number).items() if c in settings.members}
+    payloads = _payloads(blobs, uploads, round_number)
     profiles = store.profiles()
     related = relevance([profiles.get(client) for client in clients], settings.similarity)
     plans = [
@@ -68,7 +92,7 @@ def close_round(
         for group in _groups(settings, store, uploads)
     ]
     epoch = next((upload.key_epoch for upload in uploads.values() if upload.sections), 0)
-    aggregates = _combine(settings, blobs, aggregator, plans, uploads, round_number, epoch)
+    aggregates = _combine(settings, blobs, aggregator, plans, payloads, round_number, epoch)
     unsure = [c for c, significant in zip(clients, related.significant, strict=True) if not significant]
     result = {
         "round": round_number,
@@ -107,7 +131,7 @@ def _combine(
     blobs: Blobs,
     aggregator: Aggregator[Any],
     plans: Sequence[Plan],
-    uploads: Mapping[str, StoredUpload],
+    payloads: Payloads,
     round_number: int,
     epoch: int,
 ) -> dict[str, StoredAggregate]:
@@ -115,9 +139,7 @@ def _combine(
     sizes: dict[tuple[str, SectionName], int] = {}
     for p in plans:
         context = RoundContext(settings.federation, epoch, round_number, p.group.label, p.group.dimensions)
-        records = {
-            c: _section(blobs, uploads[c], round_number, p.group.section) for c in p.group.contributors
-        }
+        records = {c: payloads[c][p.group.section] for c in p.group.contributors}
         for batch in _batches(p, records):
             for row, payload in zip(batch, aggregator.aggregate(records, batch, context), strict=True):
                 blobs.write("aggregates", round_number + 1, f"{row.recipient}.{p.group.section}", payload)
@@ -143,15 +165,92 @@ def _combine(
     return stored
 
 
-def _section(blobs: Blobs, upload: StoredUpload, round_number: int, name: SectionName) -> bytes:
-    view, start = blobs.read("uploads", round_number, upload.client), 0
-    for section in upload.sections:
-        if section.name == name:
-            piece = view[start : start + section.size]
+def _payloads(blobs: Blobs, uploads: Mapping[str, StoredUpload], round_number: int) -> Payloads:
+    """Sections of stored uploads, after a look whether they still are what was accepted."""
+    payloads: dict[str, dict[SectionName, bytes]] = {}
+    for client, upload in uploads.items():
+        if not upload.sections:
+            continue
+        try:
+            view = blobs.read("uploads", round_number, client)
+        except (OSError, StateError) as error:
+            log.error("%s", error)
+            continue
+        pieces, start = {}, 0
+        for section in upload.sections:
             # Back ends read through the buffer protocol only; a view of a mapped file is not copied.
-            return cast(bytes, piece)
-        start += section.size
-    raise KeyError(name)
+            pieces[section.name] = cast(bytes, view[start : start + section.size])
+            start += section.size
+        digests = [hashlib.sha256(piece).digest() for piece in pieces.values()]
+        if start == len(view) and digests == [section.sha256 for section in upload.sections]:
+            payloads[client] = pieces
+    damaged = {client for client, upload in uploads.items() if upload.sections} - payloads.keys()
+    if damaged:
+        raise DamagedUploadsError(round_number, damaged)
+    return payloads
+
+
+def repair_aggregate(
+    settings: ServerSettings,
+    store: Store,
+    blobs: Blobs,
+    aggregator: Aggregator[Any],
+    round_number: int,
+    recipient: str,
+) -> None:
+    """Make a damaged aggregate anew, from the uploads of the round before and the weight rows that were used.
+
+    Where the uploads are damaged too, the recipient is refused it, and trains one round alone.
+
+    Args:
+        settings: of the run.
+        store: rows and digests.
+        blobs: payloads.
+        aggregator: server side of the back end.
+        round_number: the open round, which the aggregate is for.
+        recipient: whose it is.
+    """
+    stored = store.aggregate(round_number, recipient)
+    if stored is None:
+        return
+    sections, _ = read_sections(stored)
+    try:
+        made = _remake(settings, store, blobs, aggregator, stored, round_number, recipient)
+    except (DamagedUploadsError, KeyError) as error:
+        log.error("the aggregate of %s cannot be made anew: %s", recipient, error)
+        why = "the server's copy was damaged and could not be made anew"
+        refused = [{"name": s.name, "size": 0, "row": None, "refusal": s.refusal or why} for s in sections]
+        store.replace_aggregate(round_number, recipient, json.dumps(refused), hashlib.sha256().digest())
+        return
+    for name, payload in made.items():
+        blobs.write("aggregates", round_number, f"{recipient}.{name}", payload)
+    # Of a sum of real numbers the last digits depend on how many rows were summed at once.
+    digest = hashlib.sha256(b"".join(made.values())).digest()
+    store.replace_aggregate(round_number, recipient, stored.sections, digest)
+
+
+def _remake(
+    settings: ServerSettings,
+    store: Store,
+    blobs: Blobs,
+    aggregator: Aggregator[Any],
+    stored: StoredAggregate,
+    round_number: int,
+    recipient: str,
+) -> dict[SectionName, bytes]:
+    closed, uploads = round_number - 1, store.uploads(round_number - 1)
+    rows = {section.name: section.row for section in read_sections(stored)[0] if section.row is not None}
+    used = {name for row in rows.values() for name in row.contributors}
+    payloads = _payloads(blobs, {name: uploads[name] for name in used}, closed)
+    made: dict[SectionName, bytes] = {}
+    for name, weights in rows.items():
+        label, size = section_label(name, settings.family(recipient)), settings.dimensions(recipient)[name]
+        context = RoundContext(settings.federation, stored.key_epoch, closed, label, size)
+        row = WeightRow(closed, recipient, weights.contributors, weights.weights, weights.bits)
+        records = {client: payloads[client][name] for client in weights.contributors}
+        (payload,) = aggregator.aggregate(records, [row], context)
+        made[name] = bytes(payload)
+    return made
 
 
 def _batches(p: Plan, records: Mapping[str, bytes]) -> Iterator[list[WeightRow]]:
@@ -174,17 +273,26 @@ def read_sections(stored: StoredAggregate) -> tuple[list[AggregateSection], list
 
     Args:
         stored: as `close_round` made it.
+
+    Raises:
+        StateError: it is damaged.
     """
     sections, sizes = [], []
-    for record in json.loads(stored.sections):
-        row = record["row"]
-        weights = (
-            None
-            if row is None
-            else SectionWeights(tuple(row["contributors"]), tuple(row["weights"]), row["bits"])
-        )
-        sections.append(AggregateSection(record["name"], weights, b"", record["refusal"]))
-        sizes.append(int(record["size"]))
+    try:
+        for record in json.loads(stored.sections):
+            row = record["row"]
+            weights = (
+                None
+                if row is None
+                else SectionWeights(tuple(row["contributors"]), tuple(row["weights"]), row["bits"])
+            )
+            sections.append(AggregateSection(record["name"], weights, b"", record["refusal"]))
+            sizes.append(int(record["size"]))
+    except (ValueError, KeyError, TypeError, WireError) as error:
+        raise StateError(
+            f"the server's database is damaged: a stored aggregate cannot be read ({error}); restore a "
+            "backup of state_dir and database together"
+        ) from None
     return sections, sizes
 
 

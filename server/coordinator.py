@@ -4,7 +4,6 @@ The gRPC service and in-process simulations call the same methods. Nothing here 
 while a round is not open, and `advance` lets time pass.
 """
 
-import json
 import logging
 import threading
 import time
@@ -30,15 +29,17 @@ from fedmosaic.protos.refusal import Refusal, RefusalKind
 from fedmosaic.server import rounds
 from fedmosaic.server.admission import Admission
 from fedmosaic.server.blobs import Blobs
-from fedmosaic.server.closing import ClosedRound, close_round
-from fedmosaic.server.downloads import Download, open_stored
-from fedmosaic.server.key_relay import KeyRelay, check_key_epoch
-from fedmosaic.server.run import Ticket, open_run, resume_round
+from fedmosaic.server.closing import ClosedRound, DamagedUploadsError, close_round
+from fedmosaic.server.downloads import Download, Downloads, OpenRound
+from fedmosaic.server.key_relay import KeyRelay, check_key_epoch, required
+from fedmosaic.server.run import Ticket, next_round, open_run, resume_round, stored_head
 from fedmosaic.server.settings import ServerSettings
-from fedmosaic.server.store import Store, default_url
-from fedmosaic.server.summary import FILE, summarise, write_summary
+from fedmosaic.server.store import MARK, Store, default_url
+from fedmosaic.server.summary import Account, last_words, summarise
 
 log = logging.getLogger(__name__)
+_SECONDS_TO_SEND_AGAIN = 60.0
+"""How long a member has to send an upload again that this server has lost."""
 Topic = Literal["upload", "round", "keys"]
 """What a listener is told: an upload is stored, a round has opened, the key board has changed."""
 
@@ -59,16 +60,18 @@ class Coordinator:
         self.settings = settings
         self._clock = clock
         self._lock = threading.RLock()
-        self._summary_lock = threading.Lock()
-        self._summary_due = True  # a killed server may have owed one
         self._listeners: list[Callable[[Topic], None]] = []
         self._blobs = Blobs(settings.state_dir, durable=settings.durable)
         self._store = Store(settings.store_url or default_url(settings.state_dir), durable=settings.durable)
+        self._store.hold(self._blobs.mark(MARK) if settings.store_url else None)
+        self._account = Account(settings.state_dir, self._store)
         allow_plaintext = not settings.encrypted  # whoever built the settings has asked for it by name
         self._aggregator = create_aggregator(
             settings.encryption, settings.policy, allow_plaintext=allow_plaintext
         )
-        self.run_id = open_run(settings, self._store)
+        self._downloads = Downloads(settings, self._store, self._blobs, self._aggregator, self._lock)
+        self.run_id = open_run(settings, self._store, new=self._blobs.empty)
+        self._head = stored_head(self._store, self.run_id)
         self._admission = Admission(settings, self.run_id, self._aggregator)
         self._keys = KeyRelay(settings, self._store, clock()) if settings.encrypted else None
         self._round = resume_round(settings, self._store, self._keys, clock())
@@ -99,20 +102,28 @@ class Coordinator:
     def enrol(self, client_id: str, enrolment: Enrolment) -> Enrolled:
         """Check that a client speaks of the same federation, and tell where the run is.
 
+        A client that only checks is not counted as present: it may have to load its model first, or be told
+        that something there is wrong.
+
         Raises:
             Refusal: protocol, federation, roster, adapter or family differ.
         """
         self._admission.check_enrolment(client_id, enrolment)
-        self._seen(client_id)
+        if not enrolment.check_only:
+            self._seen(client_id)
         with self._lock:
-            self._store.enrol(client_id, enrolment, time.time())
-            log.info("%s enrolled (%s)", client_id, enrolment.software)
+            if not enrolment.check_only:
+                self._store.enrol(client_id, enrolment, time.time())
+                log.info("%s enrolled (%s)", client_id, enrolment.software)
+            kept = self._store.ledger_head(client_id)
             return Enrolled(
                 self.run_id,
                 self._round.number,
                 self.settings.rounds,
                 self._epoch,
                 tuple(sorted(self.settings.members)),
+                self._head,
+                kept,
             )
 
     def announce(self, client_id: str, header: UploadHeader) -> Receipt | Ticket:
@@ -191,22 +202,20 @@ class Coordinator:
             raise Refusal(kind, decision.reason, decision.message, decision.remedy)
         if not isinstance(decision, rounds.Answer):
             raise AssertionError(f"a push was decided as {decision}")
+        if decision.status is ReceiptStatus.ACCEPTED:
+            self._admission.check_ledger(header, self._store.ledger_head(client))
         return state, decision.status
 
     def _receipt(
         self, client: str, header: UploadHeader, status: ReceiptStatus, content_hash: bytes
     ) -> Receipt:
         if status is ReceiptStatus.ACCEPTED:
-            what = (
-                f"upload of {client} accepted ({header.size} bytes)"
-                if header.sections
-                else f"{client} abstains"
-            )
-            log.info("%s; %s", what, self.state_line())
+            taken = f"upload of {client} accepted ({header.size} bytes)"
+            log.info("%s; %s", taken if header.sections else f"{client} abstains", self.state_line())
         else:
             text = "round %d: upload of %s answered %s; round %d is open"
             log.info(text, header.round, client, status.name, self._round.number)
-        return Receipt(status, self._round.number, content_hash)
+        return Receipt(status, self._round.number, content_hash, self._head)
 
     def open_download(self, client_id: str, round_number: int) -> Download | None:
         """What a client may load before the open round; None while that is below `round_number`.
@@ -222,11 +231,11 @@ class Coordinator:
                 "enrol again to learn where the run is",
             )
         self._seen(client_id)
-        with self._lock:
-            state = self._round
-            if state.number < round_number or state.phase is Phase.CLOSED:
-                return None
-            return open_stored(self.settings, self._store, self._blobs, client_id, state.number, self._epoch)
+        return self._downloads.open(client_id, lambda: self._open_round(round_number))
+
+    def _open_round(self, least: int) -> OpenRound | None:
+        number = self.available_round
+        return None if number < least else OpenRound(number, self._epoch, self._head)
 
     def pull(self, client_id: str, round_number: int) -> Aggregate | None:
         """The aggregate with its payloads in memory; see `open_download`."""
@@ -249,7 +258,7 @@ class Coordinator:
         """What the server is waiting for."""
         with self._lock:
             now = self._clock()
-            status = rounds.describe(self._round, now)
+            status = replace(rounds.describe(self._round, now), head=self._head)
             if self._keys is None or self._keys.ready or self._round.phase is not Phase.OPEN:
                 return status
             waiting, left, text = self._keys.describe(self._round.members - self._round.absent, now)
@@ -272,7 +281,9 @@ class Coordinator:
 
         Raises:
             FedMosaicError: the round could not be aggregated; it stays open and can be tried again.
+            StoreTakenError: another server has taken the database over; this one has to stop.
         """
+        self._store.check_hold()
         with self._lock:
             keys_changed = self._advance_keys()
             if self._keys is not None and not self._keys.ready:
@@ -285,12 +296,7 @@ class Coordinator:
                 log.warning("%s", decision.message)
             elif isinstance(decision, rounds.CloseRound):
                 self._close(number)
-        if self._summary_due:
-            try:
-                self._write_summary()
-            except OSError as error:
-                self._summary_due = True
-                log.error("%s cannot be written, trying again: %s", FILE, error)
+        self._account.keep_up(self.summary)
         if any(isinstance(decision, rounds.CloseRound) for decision in decisions):
             self._changed("round")
         if keys_changed:
@@ -308,6 +314,9 @@ class Coordinator:
             closed = close_round(self.settings, self._store, self._blobs, self._aggregator, number)
             with self._lock:
                 self._open_next(number, closed)
+        except DamagedUploadsError as error:
+            self._ask_again(number, error)
+            return
         except BaseException:
             with self._lock:
                 if self._round.number == number:
@@ -317,25 +326,29 @@ class Coordinator:
             log.warning("%s", line)
         log.info("%s", self.state_line())
 
+    def _ask_again(self, number: int, damaged: DamagedUploadsError) -> None:
+        """Open the round again for those whose upload this server has lost; they have it still."""
+        with self._lock:
+            self._round = replace(self._round, phase=Phase.OPEN)
+            self._store.drop_uploads(number, damaged.clients)
+            event = rounds.Damaged(damaged.clients, _SECONDS_TO_SEND_AGAIN)
+            self._round, _ = rounds.step(self._round, event, self._clock())
+        log.error("%s. They are asked to send it again, for %.0f s", damaged, _SECONDS_TO_SEND_AGAIN)
+
     def _open_next(self, number: int, closed: ClosedRound) -> None:
+        """Close a round and open the next, with the key epoch that is due for it, in one transaction."""
         now = self._clock()
         state, _ = rounds.step(self._round, rounds.Aggregated(), now)
-        metadata = {"round": str(state.number), "absent": json.dumps(sorted(state.absent))}
+        opening = next_round(self._store, self._keys, self._round, state, closed.aggregates, self._head, now)
         result = {**closed.result, "closed_at": time.time(), "extensions": self._round.extensions}
-        self._store.close_round(number, result, closed.aggregates, metadata)
-        self._round, self._summary_due = state, True
-        if self._keys is not None and state.phase is not Phase.FINISHED:
-            self._renew_key(self._keys, state, now)
+        self._store.close_round(
+            number, result, closed.aggregates, opening.metadata, key_epoch=opening.key_epoch
+        )
+        self._round, self._head, self._account.due = state, opening.head, True
+        if self._keys is not None and opening.board is not None:
+            self._keys.adopt(opening.board)
         self._blobs.remove_before("aggregates", state.number)
         self._blobs.remove_before("uploads", number)
-
-    def _renew_key(self, keys: KeyRelay, state: rounds.Round, now: float) -> None:
-        enrolled = self._store.enrolled() & state.members
-        newcomers = enrolled - state.absent - keys.holders
-        due = (state.number - 1) % self.settings.key_rotation_rounds == 0
-        if due or newcomers or self._store.get("rotate") == "1":
-            keys.next_epoch(now)
-            self._store.put({"rotate": "0"})
 
     def report(self, client_id: str, statement: bytes) -> None:
         """Store a client's privacy statement.
@@ -346,55 +359,51 @@ class Coordinator:
         self._admission.check_statement(client_id, statement)
         with self._lock:
             self._store.add_report(client_id, statement, time.time())
-            self._summary_due = True
+            self._account.due = True
 
     def post_key_message(self, client_id: str, message: KeyMessage) -> None:
         """Relay a message of the key agreement; the first one in its place counts."""
         self._seen(client_id)
         with self._lock:
-            keys = self._key_relay()
-            was_ready = keys.ready
-            keys.post(client_id, message, self._clock())
+            keys = required(self._keys, self.settings)
+            was_ready, held, now = keys.ready, keys.holders, self._clock()
+            unused = self._round.phase is Phase.OPEN and not self._round.arrived
+            keys.post(client_id, message, now, unused=unused)
             if keys.ready and not was_ready:
-                self._round, _ = rounds.step(self._round, rounds.KeyReady(keys.holders), self._clock())
+                self._round, _ = rounds.step(self._round, rounds.KeyReady(keys.holders), now)
+            elif keys.ready and keys.holders != held:
+                self._round, _ = rounds.step(self._round, rounds.Unable(client_id), now)
         self._changed("keys")
 
     def read_key_messages(self, client_id: str, epoch: int, stage: str) -> dict[str, bytes]:
         """Messages of a stage that a client may read, by sender; empty while they are not open yet."""
         self._seen(client_id)
         with self._lock:
-            return self._key_relay().read(client_id, epoch, stage)
-
-    def _key_relay(self) -> KeyRelay:
-        if self._keys is None:
-            raise Refusal(
-                RefusalKind.PRECONDITION,
-                "NOTHING_ENCRYPTED",
-                f"back end {self.settings.encryption.backend!r} needs no group key",
-                "compare the roster's encryption terms on both sides",
-            )
-        return self._keys
+            return required(self._keys, self.settings).read(client_id, epoch, stage)
 
     def count_traffic(self, client_id: str, received: int, sent: int) -> None:
         """Add to the bytes that were received from and sent to a client."""
-        with self._lock:
-            self._store.add_traffic(client_id, received, sent)
+        self._account.count(client_id, received, sent)
 
     def summary(self) -> Mapping[str, object]:
         """Relevance, weights, refusals, traffic and statements of the run; JSON-compatible."""
         with self._lock:
+            self._account.flush()
             return summarise(self.settings, self._store, self._round)
 
-    def _write_summary(self) -> None:
-        """Write what the store holds; in a large federation it is much, so not for every report."""
-        with self._summary_lock:
-            with self._lock:
-                summary = self.summary()
-                self._summary_due = False
-            write_summary(self.settings.state_dir, summary)
+    def silent_members(self) -> tuple[str, ...] | None:
+        """Who took part and has not handed over a statement, once all rounds are over; None before."""
+        if self._round.phase is not Phase.FINISHED:
+            return None
+        return tuple(sorted(self._store.enrolled() - self._store.reports().keys()))
+
+    def last_words(self) -> tuple[list[str], bool]:
+        """What to say when the run is over, and whether anybody received anything."""
+        return last_words(self.settings, self._store)
 
     def close(self) -> None:
-        """Write the summary and let go of the state."""
-        self._write_summary()
+        """Write the summary, as far as that is possible, and let go of the state."""
+        self._account.due = True
+        self._account.keep_up(self.summary)
         self._store.close()
         self._blobs.close()

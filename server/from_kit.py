@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+from pydantic import Field
+
 from fedmosaic.privacy.configuration import Frozen, read_configuration, validate
 from fedmosaic.privacy.federation import SERVER_SETTINGS, Kit, open_kit
 from fedmosaic.privacy.names import ListenAddress
-from fedmosaic.server.settings import ServerSettings, TlsFiles
+from fedmosaic.server.settings import ServerSettings, StoreUrl, TlsFiles
 
 
 class OperatorSettings(Frozen):
@@ -14,8 +16,10 @@ class OperatorSettings(Frozen):
     listen: ListenAddress = "127.0.0.1:7443"
     """Address and port; port 0 takes a free one."""
     state_dir: Path = Path("state")
-    store_url: str | None = None
+    store_url: StoreUrl | None = None
     """SQLAlchemy URL of the database; SQLite in `state_dir` by default."""
+    grace_seconds: float = Field(default=600.0, ge=0.0, le=1e9)
+    """After the last round, how long the server stays for members that have not handed over a statement."""
 
 
 def settings_from_kit(directory: Path) -> ServerSettings:
@@ -56,6 +60,7 @@ def _settings(kit: Kit, operator: OperatorSettings) -> ServerSettings:
         "encryption": terms.encryption,
         "key_rotation_rounds": terms.schedule.rotate_key_every,
         "gathering_seconds": terms.schedule.gathering_seconds,
+        "grace_seconds": operator.grace_seconds,
         "state_dir": kit.directory / operator.state_dir,
         "store_url": operator.store_url,
         "listen": operator.listen,

@@ -13,6 +13,10 @@ open, and the board cannot see it. So from the second failure in a row on, half 
 each time, wait for one epoch, and nobody can be in all of them. No list is ever left with fewer members than
 an epoch needs.
 
+A member that was killed in the middle may have lost its part in an epoch, or the epoch's key. It says so
+(LOST): the epoch is begun anew if nothing is encrypted under it yet, for each member once in a round, so that
+nobody can keep the others agreeing for ever. Otherwise the others go on without it until the next round.
+
 Pure: time is passed in, and nothing here does any input or output. What the messages mean is between the
 clients (`fedmosaic.privacy.key_agreement`): a server that tells different members different lists
 gets different epochs, whose messages do not verify.
@@ -28,7 +32,8 @@ JOIN: Final = "join"
 OPENING: Final = "opening"
 BOX: Final = "box"
 CONFIRMATION: Final = "confirmation"
-STAGES: Final = (JOIN, OPENING, BOX, CONFIRMATION)
+LOST: Final = "lost"
+STAGES: Final = (JOIN, OPENING, BOX, CONFIRMATION, LOST)
 
 
 class BoardPhase(enum.Enum):
@@ -64,6 +69,9 @@ class KeyBoard:
         confirmations: who has posted a confirmation.
         excluded: who may not join this epoch.
         failures: how many epochs before this one failed in a row.
+        first_round: round for which the first of these epochs was begun.
+        lost: who cannot have the key of this epoch any more.
+        pardoned: for whose sake an epoch was begun anew in this round.
         patience_seconds: length of a phase.
         minimum_members: an epoch with fewer is not closed.
     """
@@ -79,6 +87,9 @@ class KeyBoard:
     confirmations: frozenset[str] = frozenset()
     excluded: frozenset[str] = frozenset()
     failures: int = 0
+    first_round: int = 1
+    lost: frozenset[str] = frozenset()
+    pardoned: frozenset[str] = frozenset()
 
     def post(self, sender: str, epoch: int, stage: str, now: float) -> tuple["KeyBoard", Answer]:
         """Take note of a message.
@@ -99,7 +110,7 @@ class KeyBoard:
                 return self, Answer.REPEATED
             if self.phase is not BoardPhase.JOINING:
                 return self, Answer.CLOSED
-            if sender in self.excluded:
+            if sender in self.excluded | self.lost:
                 return self, Answer.EXCLUDED
             return replace(self, joined=self.joined | {sender}), Answer.ACCEPTED
         if sender not in self.members:
@@ -115,6 +126,27 @@ class KeyBoard:
             confirmed = replace(confirmed, phase=BoardPhase.READY, deadline=now)
         return confirmed, Answer.ACCEPTED
 
+    def lose(self, sender: str, epoch: int, now: float, *, unused: bool) -> tuple["KeyBoard", Answer]:
+        """Take note that a member has lost its part in an epoch, or the epoch's key.
+
+        Args:
+            sender: member of the roster, from its certificate.
+            epoch: epoch that it lost.
+            now: current time.
+            unused: nothing of the open round is stored, so the epoch may be replaced.
+
+        Returns:
+            The board afterwards, of a new epoch where that helps, and whether the message counts.
+        """
+        if epoch != self.epoch:
+            return self, Answer.REPLACED
+        if self.phase is not BoardPhase.JOINING and sender not in self.members:
+            return self, Answer.NOT_A_MEMBER
+        if unused and sender not in self.pardoned:
+            anew = self.next_epoch(now)
+            return replace(anew, failures=self.failures, pardoned=self.pardoned | {sender}), Answer.ACCEPTED
+        return replace(self, lost=self.lost | {sender}, joined=self.joined - {sender}), Answer.ACCEPTED
+
     def advance(self, expected: Collection[str], now: float) -> "KeyBoard":
         """Close the list when all expected members have joined, or act on a missed deadline.
 
@@ -127,7 +159,7 @@ class KeyBoard:
         """
         if self.phase is BoardPhase.JOINING:
             enough = len(self.joined) >= self.minimum_members
-            awaited = set(expected) - self.excluded
+            awaited = set(expected) - self.excluded - self.lost
             complete = bool(awaited) and awaited <= self.joined
             if enough and (complete or now >= self.deadline):
                 return replace(
@@ -136,7 +168,7 @@ class KeyBoard:
                     members=tuple(sorted(self.joined)),
                     deadline=now + self.patience_seconds,
                 )
-            if now >= self.deadline and self.excluded:
+            if now >= self.deadline and self.excluded | self.lost:
                 # A client joins an epoch once, so those who were turned away need a new one.
                 return replace(self.next_epoch(now), failures=self.failures)
             if now >= self.deadline:
@@ -167,7 +199,15 @@ class KeyBoard:
             deadline=now + self.patience_seconds,
             patience_seconds=self.patience_seconds,
             minimum_members=self.minimum_members,
+            first_round=self.first_round,
+            pardoned=self.pardoned,
         )
+
+    def for_round(self, round_number: int, *, renew: bool, now: float) -> "KeyBoard":
+        """The board when a round opens: of a new epoch if `renew`, else of the same one."""
+        if not renew:
+            return replace(self, pardoned=frozenset())
+        return replace(self.next_epoch(now), first_round=round_number, pardoned=frozenset())
 
     def readable(self, epoch: int, stage: str) -> bool:
         """Whether a stage's messages may be read now: who joined, only once the list is closed."""
@@ -176,7 +216,7 @@ class KeyBoard:
     def waiting_for(self, expected: Collection[str]) -> tuple[str, ...]:
         """Members whose message the board waits for, sorted."""
         if self.phase is BoardPhase.JOINING:
-            return tuple(sorted(set(expected) - self.excluded - self.joined))
+            return tuple(sorted(set(expected) - self.excluded - self.lost - self.joined))
         if self.phase is BoardPhase.AGREEING:
             return tuple(sorted(set(self.members) - self.confirmations))
         return ()
@@ -204,6 +244,9 @@ def to_record(board: KeyBoard) -> dict[str, object]:
         "confirmations": sorted(board.confirmations),
         "excluded": sorted(board.excluded),
         "failures": board.failures,
+        "first_round": board.first_round,
+        "lost": sorted(board.lost),
+        "pardoned": sorted(board.pardoned),
     }
 
 
@@ -228,4 +271,7 @@ def from_record(
         confirmations=frozenset(names("confirmations")),
         excluded=frozenset(names("excluded")),
         failures=int(str(record.get("failures", 0))),
+        first_round=int(str(record.get("first_round", 0))),
+        lost=frozenset(names("lost")),
+        pardoned=frozenset(names("pardoned")),
     )

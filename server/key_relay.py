@@ -2,9 +2,10 @@
 
 import json
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from fedmosaic.privacy.key_agreement import MINIMUM_MEMBERS
+from fedmosaic.protos.errors import StateError
 from fedmosaic.protos.messages import KeyMessage, UploadHeader
 from fedmosaic.protos.refusal import Refusal, RefusalKind
 from fedmosaic.server import key_board
@@ -31,12 +32,19 @@ class KeyRelay:
         """
         self._store = store
         patience, fewest = settings.gathering_seconds, max(settings.minimum_epoch_members, MINIMUM_MEMBERS)
-        stored = store.get(_KEY)
+        self._rotation = settings.key_rotation_rounds
+        stored = store.get_json(_KEY)
         if stored is None:
             self._board = key_board.first_epoch(now, patience, fewest)
-            store.put(self._record(self._board))
+            store.put(self.record(self._board))
         else:
-            self._board = key_board.from_record(json.loads(stored), now, patience, fewest)
+            try:
+                self._board = key_board.from_record(stored, now, patience, fewest)
+            except (KeyError, TypeError, ValueError, AttributeError):
+                raise StateError(
+                    "the server's database is damaged: its key board cannot be read; restore a backup of "
+                    "state_dir and database together"
+                ) from None
 
     @property
     def epoch(self) -> int:
@@ -50,11 +58,21 @@ class KeyRelay:
 
     @property
     def holders(self) -> frozenset[str]:
-        """Members of the epoch; empty while they join."""
-        return frozenset(self._board.members)
+        """Members of the epoch but those who have lost its key; empty while they join."""
+        return frozenset(self._board.members) - self._board.lost
 
-    def post(self, sender: str, message: KeyMessage, now: float) -> None:
+    def due(self, round_number: int) -> bool:
+        """Whether the epoch has served the rounds it may, before this one."""
+        return round_number - self._board.first_round >= self._rotation
+
+    def post(self, sender: str, message: KeyMessage, now: float, *, unused: bool) -> None:
         """Store a message.
+
+        Args:
+            sender: who sends it.
+            message: as received.
+            now: seconds.
+            unused: nothing of the open round is stored yet.
 
         Raises:
             Refusal: it is for another epoch or stage, too late, or differs from one that is stored.
@@ -84,7 +102,10 @@ class KeyRelay:
         if stored is not None and message.epoch == self.epoch:
             self._check_repeat(stored, sender, message)
             return
-        board, answer = self._board.post(sender, message.epoch, message.stage, now)
+        if message.stage == key_board.LOST:
+            board, answer = self._board.lose(sender, message.epoch, now, unused=unused)
+        else:
+            board, answer = self._board.post(sender, message.epoch, message.stage, now)
         if answer is not Answer.ACCEPTED:
             raise Refusal(
                 RefusalKind.PRECONDITION,
@@ -92,9 +113,15 @@ class KeyRelay:
                 f"the {message.stage} for key epoch {message.epoch} does not count: {answer.value}",
                 _ENROL_AGAIN,
             )
-        self._store.add_key_message(sender, message, self._record(board))
+        if board.epoch != self.epoch:
+            log.warning("%s has lost key epoch %d; epoch %d begins", sender, self.epoch, board.epoch)
+            self.begin(board, {})
+            return
+        self._store.add_key_message(sender, message, self.record(board))
         self._board = board
-        if self.ready:
+        if message.stage == key_board.LOST:
+            log.warning("%s has lost key epoch %d; the others go on without it", sender, board.epoch)
+        elif self.ready and message.stage == key_board.CONFIRMATION:
             log.info("key epoch %d: confirmed by all %d members", board.epoch, len(board.members))
 
     def _check_repeat(self, stored: bytes, sender: str, message: KeyMessage) -> None:
@@ -141,22 +168,30 @@ class KeyRelay:
                 board.epoch,
                 f" without {', '.join(sorted(board.excluded))}" if board.excluded else "",
             )
-            self._store.replace_key_epoch(board.epoch, self._record(board))
+            self._store.replace_key_epoch(board.epoch, self.record(board))
         elif board.phase is not self._board.phase:
             log.info("key epoch %d: agreeing among %s", board.epoch, ", ".join(board.members))
-            self._store.put(self._record(board))
+            self._store.put(self.record(board))
         else:
             missing = ", ".join(self._board.waiting_for(expected))
             log.warning("key epoch %d: still waiting for %s to join", board.epoch, missing)
         self._board = board
         return True
 
-    def next_epoch(self, now: float) -> None:
-        """Begin a new epoch: at a rotation or a change of membership."""
-        board = self._board.next_epoch(now)
-        self._store.replace_key_epoch(board.epoch, self._record(board))
+    def for_round(self, round_number: int, *, renew: bool, now: float) -> key_board.KeyBoard:
+        """The board for a round that is about to open; `begin` or `adopt` makes it the present one."""
+        return self._board.for_round(round_number, renew=renew or self.due(round_number), now=now)
+
+    def begin(self, board: key_board.KeyBoard, metadata: Mapping[str, str]) -> None:
+        """Store a board, with other values that change with it, and go on with it."""
+        self._store.replace_key_epoch(board.epoch, {**self.record(board), **metadata})
+        self.adopt(board)
+
+    def adopt(self, board: key_board.KeyBoard) -> None:
+        """Go on with a board that is stored."""
+        if board.epoch != self.epoch:
+            log.info("key epoch %d begins", board.epoch)
         self._board = board
-        log.info("key epoch %d begins", board.epoch)
 
     def describe(self, expected: Collection[str], now: float) -> tuple[tuple[str, ...], float, str]:
         """Whom the agreement waits for, for how many seconds, and what is going on."""
@@ -168,7 +203,8 @@ class KeyRelay:
         return waiting, left, f"{text}, {left:.0f} s left"
 
     @staticmethod
-    def _record(board: key_board.KeyBoard) -> dict[str, str]:
+    def record(board: key_board.KeyBoard) -> dict[str, str]:
+        """What the store keeps of a board."""
         return {_KEY: json.dumps(key_board.to_record(board))}
 
 
@@ -197,3 +233,15 @@ def check_key_epoch(keys: KeyRelay | None, header: UploadHeader) -> None:
             f"key epoch {epoch} is not confirmed by all its members yet",
             "finish the key agreement before encrypting",
         )
+
+
+def required(keys: KeyRelay | None, settings: ServerSettings) -> KeyRelay:
+    """The key agreement of a run; Refusal where nothing is encrypted."""
+    if keys is None:
+        raise Refusal(
+            RefusalKind.PRECONDITION,
+            "NOTHING_ENCRYPTED",
+            f"back end {settings.encryption.backend!r} needs no group key",
+            "compare the roster's encryption terms on both sides",
+        )
+    return keys

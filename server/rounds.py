@@ -36,6 +36,8 @@ class Round:
         absent: members that are not waited for, because they missed a round and were not seen since.
         able: members that can upload at all; without the group key of the epoch a member cannot.
         extensions: how often the deadline of this round was extended.
+        asked: members whose stored upload of this round was damaged, and who were asked for it again.
+        given_up: those of them who did not send it in time; this round goes on without them.
     """
 
     number: int
@@ -50,13 +52,15 @@ class Round:
     absent: frozenset[str] = frozenset()
     able: frozenset[str] = frozenset()
     extensions: int = 0
+    asked: frozenset[str] = frozenset()
+    given_up: frozenset[str] = frozenset()
 
     @property
     def waiting_for(self) -> frozenset[str]:
         """Members whose upload would let the round close at once."""
         if self.phase is not Phase.OPEN:
             return frozenset()
-        return self.able - self.absent - self.arrived.keys()
+        return self.able - self.absent - self.given_up - self.arrived.keys()
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,26 @@ class KeyReady:
 
 
 @dataclass(frozen=True)
+class Unable:
+    """A member has lost the group key of the epoch, so it is not waited for."""
+
+    client: str
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """Stored uploads of the closed round are not what their clients sent; it opens again for these.
+
+    Attributes:
+        clients: whose they are.
+        patience: seconds in which they are to send them again.
+    """
+
+    clients: frozenset[str]
+    patience: float
+
+
+@dataclass(frozen=True)
 class Tick:
     """Time has passed, or something has changed."""
 
@@ -106,7 +130,7 @@ class Aggregated:
     """The aggregates of the closed round are stored."""
 
 
-Event = Pushed | Seen | KeyReady | Tick | Aggregated
+Event = Pushed | Seen | KeyReady | Unable | Damaged | Tick | Aggregated
 
 
 @dataclass(frozen=True)
@@ -199,6 +223,11 @@ def step(state: Round, event: Event, now: float) -> tuple[Round, tuple[Decision,
             able = state.members & holders
             absent = state.absent | (state.members - able)
             return replace(state, able=able, absent=absent, deadline=now + state.duration), ()
+        case Unable(client):
+            # Not absent: it is there, and the next round begins with a key for it too.
+            return replace(state, able=state.able - {client}), ()
+        case Damaged(clients, patience):
+            return _reopen(state, clients, now + patience), ()
         case Pushed():
             return _push(state, event)
         case Tick():
@@ -238,11 +267,24 @@ def _push(state: Round, event: Pushed) -> tuple[Round, tuple[Decision, ...]]:
     return accepted, (Answer(ReceiptStatus.ACCEPTED),)
 
 
+def _reopen(state: Round, damaged: frozenset[str], deadline: float) -> Round:
+    return replace(
+        state,
+        phase=Phase.OPEN,
+        deadline=deadline,
+        arrived={client: digest for client, digest in state.arrived.items() if client not in damaged},
+        contributors=state.contributors - damaged,
+        asked=state.asked | damaged,
+    )
+
+
 def _tick(state: Round, now: float) -> tuple[Round, tuple[Decision, ...]]:
     if state.phase is not Phase.OPEN:
         return state, ()
+    if now >= state.deadline and state.asked:
+        state = replace(state, given_up=state.asked - state.arrived.keys(), asked=frozenset())
     enough = len(state.contributors) >= state.quorum
-    everybody = state.able <= state.arrived.keys()
+    everybody = state.able - state.given_up <= state.arrived.keys()
     # With everybody here no upload can come any more, so a quorum out of reach is not waited for either.
     if everybody or (enough and (not state.waiting_for or now >= state.deadline)):
         return replace(state, phase=Phase.CLOSED), (CloseRound(state.contributors),)
@@ -268,6 +310,8 @@ def _next_round(state: Round, now: float) -> tuple[Round, tuple[Decision, ...]]:
         contributors=frozenset(),
         absent=(state.absent | state.able) - state.arrived.keys(),
         extensions=0,
+        asked=frozenset(),
+        given_up=frozenset(),
     )
     return opened, (OpenRound(number),)
 

@@ -1,18 +1,23 @@
 """Begin a run or go on with a stored one; and where an upload is sent to."""
 
+import hashlib
 import json
 import logging
+import struct
 import time
 import uuid
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import StateError
 from fedmosaic.protos.messages import Phase
 from fedmosaic.server import rounds
+from fedmosaic.server.key_board import KeyBoard
 from fedmosaic.server.key_relay import KeyRelay
 from fedmosaic.server.settings import ServerSettings
-from fedmosaic.server.store import Store
+from fedmosaic.server.store import Store, StoredAggregate
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +39,16 @@ class Ticket:
     content_hash: bytes
 
 
-def open_run(settings: ServerSettings, store: Store) -> str:
+def open_run(settings: ServerSettings, store: Store, *, new: bool) -> str:
     """Id of the stored run, which must fit the settings, or of a new one.
 
+    Args:
+        settings: of the run.
+        store: of the run.
+        new: whether a run may begin here; not where payloads of one are stored.
+
     Raises:
-        StateError: the stored run has other terms.
+        StateError: the stored run has other terms, or is missing.
     """
     terms = {
         "federation": settings.federation,
@@ -46,8 +56,13 @@ def open_run(settings: ServerSettings, store: Store) -> str:
         "profile": settings.profile_dimensions,
         "encryption": settings.encryption.digest().hex(),
     }
-    stored = store.get("run")
-    if stored is None:
+    run = store.get_json("run")
+    if run is None and not new:
+        raise StateError(
+            f"{settings.state_dir} holds payloads of a run that its database does not know; restore a backup "
+            "of both together, or give a new run its own state_dir (and database)"
+        )
+    if run is None:
         run_id = uuid.uuid4().hex
         store.put(
             {
@@ -55,21 +70,106 @@ def open_run(settings: ServerSettings, store: Store) -> str:
                 "roster": settings.roster_hash.hex(),
                 "round": "1",
                 "absent": "[]",
+                "head": first_head(run_id).hex(),
             }
         )
         log.info("run %s of federation %s begins", run_id, settings.federation)
         return run_id
-    run = json.loads(stored)
-    changed = [name for name, value in terms.items() if run["terms"].get(name) != value]
+    try:
+        run_id, agreed = str(run["id"]), dict(run["terms"])
+    except (KeyError, TypeError, ValueError):
+        raise StateError(
+            f"the database of {settings.state_dir} is damaged: it does not say which run it holds; restore a "
+            "backup of both together"
+        ) from None
+    changed = [name for name, value in terms.items() if agreed.get(name) != value]
     if changed:
         raise StateError(
-            f"{settings.state_dir} holds run {run['id']}, whose {' and '.join(changed)} differ from the "
+            f"{settings.state_dir} holds run {run_id}, whose {' and '.join(changed)} differ from the "
             "settings; give the new run its own state_dir (and database), or restore the old settings"
         )
     if store.get("roster") != settings.roster_hash.hex():
         log.warning("the roster has changed; a new group key is agreed on before anybody encrypts again")
         store.put({"roster": settings.roster_hash.hex(), "rotate": "1"})
-    return str(run["id"])
+    return run_id
+
+
+def first_head(run_id: str) -> bytes:
+    """Head of a run before any round is closed, 32 bytes."""
+    return hashlib.sha256(b"fedmosaic/run/v1\x00" + run_id.encode()).digest()
+
+
+def next_head(head: bytes, round_number: int, digests: Iterable[bytes]) -> bytes:
+    """Head of a run after one more round: of the head before, and what the round took and made.
+
+    Args:
+        head: 32 bytes, before the round was closed.
+        round_number: the round.
+        digests: 32 bytes each, in an order that a repetition keeps.
+    """
+    return hashlib.sha256(b"".join([head, struct.pack("<Q", round_number), *digests])).digest()
+
+
+def stored_head(store: Store, run_id: str) -> bytes:
+    """Head of the stored run; a run that an older program began has none yet."""
+    try:
+        head = bytes.fromhex(store.get("head") or "")
+    except ValueError:
+        head = b""
+    return head if len(head) == bounds.HASH_BYTES else first_head(run_id)
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What is stored together when a round closes and the next one opens.
+
+    Attributes:
+        head: of the run.
+        board: key board for the round; None where nothing is encrypted, or no round follows.
+        key_epoch: of the board, else 0.
+        metadata: all of it, and where the run is, for the store.
+    """
+
+    head: bytes
+    board: KeyBoard | None
+    key_epoch: int
+    metadata: Mapping[str, str]
+
+
+def next_round(
+    store: Store,
+    keys: KeyRelay | None,
+    closed: rounds.Round,
+    opened: rounds.Round,
+    aggregates: Mapping[str, StoredAggregate],
+    head: bytes,
+    now: float,
+) -> Opening:
+    """Everything that changes with the round: a server killed at any time has all of it, or nothing.
+
+    Args:
+        store: of the run.
+        keys: the key agreement, if anything is encrypted.
+        closed: the round that was aggregated.
+        opened: the one after it.
+        aggregates: what was made, by recipient.
+        head: of the run, before the round was closed.
+        now: seconds, in the clock of the rounds.
+    """
+    digests = [digest for _, digest in sorted(closed.arrived.items())]
+    digests += [aggregate.sha256 for _, aggregate in sorted(aggregates.items())]
+    head = next_head(head, closed.number, digests)
+    metadata = {
+        "round": str(opened.number),
+        "absent": json.dumps(sorted(opened.absent)),
+        "head": head.hex(),
+    }
+    if keys is None or opened.phase is Phase.FINISHED:
+        return Opening(head, None, 0, metadata)
+    newcomers = (store.enrolled() & opened.members) - opened.absent - keys.holders
+    renew = bool(newcomers) or store.get("rotate") == "1"
+    board = keys.for_round(opened.number, renew=renew, now=now)
+    return Opening(head, board, board.epoch, {**metadata, **KeyRelay.record(board), "rotate": "0"})
 
 
 def resume_round(settings: ServerSettings, store: Store, keys: KeyRelay | None, now: float) -> rounds.Round:
@@ -84,28 +184,27 @@ def resume_round(settings: ServerSettings, store: Store, keys: KeyRelay | None, 
     first = rounds.first_round(
         settings.members, settings.quorum, settings.rounds, settings.round_deadline_seconds, now
     )
-    number = min(int(store.get("round") or "1"), settings.rounds + 1)
+    number = min(int(store.get_json("round") or 1), settings.rounds + 1)
     stored = {c: u for c, u in store.uploads(number).items() if c in settings.members}
     state = rounds.resume_round(
         first,
         number,
         {client: upload.content_hash for client, upload in stored.items()},
         (client for client, upload in stored.items() if upload.sections),
-        json.loads(store.get("absent") or "[]"),
+        store.get_json("absent") or [],
     )
-    if keys is not None and store.get("rotate") == "1":
-        state = _under_new_roster(state, store, keys, now)
+    if state.phase is Phase.OPEN and keys is not None and (store.get("rotate") == "1" or keys.due(number)):
+        state = _under_new_key(state, keys, now)
     elif keys is not None and keys.ready:
         state = replace(state, able=state.members & keys.holders)
     log.info("%s", rounds.describe(state, now).message)
     return state
 
 
-def _under_new_roster(state: rounds.Round, store: Store, keys: KeyRelay, now: float) -> rounds.Round:
+def _under_new_key(state: rounds.Round, keys: KeyRelay, now: float) -> rounds.Round:
     """Nobody encrypts under the old key any more: change it now, or close the round with what is there."""
-    if state.phase is Phase.OPEN and not state.contributors:
-        keys.next_epoch(now)
-        store.put({"rotate": "0"})
+    if not state.arrived:
+        keys.begin(keys.for_round(state.number, renew=True, now=now), {"rotate": "0"})
         return state
     # The uploads are under the old key. A round has one key, so the others wait for the next round.
     return replace(state, able=frozenset(state.arrived))

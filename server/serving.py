@@ -7,7 +7,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import Final, TypeVar
 
 import grpc
 from cryptography.hazmat.primitives import serialization
@@ -20,16 +20,18 @@ from grpc_health.v1 import (  # type: ignore[import-untyped]  # its stubs are a 
 
 from fedmosaic.privacy.identity import check_pair, read_certificate
 from fedmosaic.protos import bounds
-from fedmosaic.protos.errors import ConfigurationError, FedMosaicError
+from fedmosaic.protos.errors import NOTHING_EXCHANGED, ConfigurationError, FedMosaicError
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.limits import CallLimit, channel_options
 from fedmosaic.server.service import FederationService
 from fedmosaic.server.settings import ServerSettings, TlsFiles
+from fedmosaic.server.store import StoreTakenError
 from fedmosaic.server.waiting import Changes
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["Federation"].full_name
 _TICK_SECONDS: Final = 1.0
 _RETRY_SECONDS: Final = 5.0
@@ -54,11 +56,13 @@ _OPTIONS: Final = (
 
 
 @asynccontextmanager
-async def running(settings: ServerSettings) -> AsyncIterator[int]:
+async def running(settings: ServerSettings, over: "asyncio.Future[int] | None" = None) -> AsyncIterator[int]:
     """Serve while the context is open.
 
     Args:
         settings: of the run; `tls` must be given.
+        over: gets the exit status when there is nothing left to serve: the run is over, or the database
+            belongs to another server now.
 
     Yields:
         The port that is listened on.
@@ -88,7 +92,12 @@ async def running(settings: ServerSettings) -> AsyncIterator[int]:
     for name in ("", SERVICE):
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
     log.info("listening on %s, port %d", settings.listen, port)
-    clockwork = asyncio.create_task(_advance(coordinator, changes))
+    if len(settings.members) == settings.minimum_epoch_members:
+        log.warning(
+            "%d members are as few as the policy needs: while one is away, nobody receives anything",
+            len(settings.members),
+        )
+    clockwork = asyncio.create_task(_Clockwork(coordinator, changes, over).run())
     try:
         yield port
     finally:
@@ -97,25 +106,41 @@ async def running(settings: ServerSettings) -> AsyncIterator[int]:
         await clockwork
         await server.stop(_GRACE_SECONDS)
         await asyncio.to_thread(coordinator.close)
-        log.info("stopped; the run goes on when the server starts again with the same state_dir")
+        if coordinator.available_round <= settings.rounds:
+            log.info("stopped; the run goes on when the server starts again with the same state_dir")
+        else:
+            log.info("stopped; all rounds are over")
 
 
-async def serve(settings: ServerSettings, ready: Callable[[int], None] | None = None) -> None:
-    """Serve until SIGTERM or SIGINT; see `running` for the errors.
+async def serve(settings: ServerSettings, ready: Callable[[int], None] | None = None) -> int:
+    """Serve until the run is over and all have reported, or until SIGTERM or SIGINT.
 
     Args:
         settings: of the run.
         ready: called with the port once clients can connect.
+
+    Returns:
+        Exit status: 0, or `NOTHING_EXCHANGED`.
+
+    Raises:
+        ConfigurationError, StateError: as `running`; StateError too when another server takes the database.
     """
-    stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    over: asyncio.Future[int] = loop.create_future()
+
+    def stop() -> None:
+        if not over.done():
+            log.info("stopping")
+            over.set_result(0)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    async with running(settings) as port:
+        loop.add_signal_handler(number, stop)
+    # A terminal that closes, or a rotation of logs that means well, is no reason to stop.
+    loop.add_signal_handler(signal.SIGHUP, log.info, "SIGHUP is ignored; configuration is read at the start")
+    async with running(settings, over) as port:
         if ready is not None:
             ready(port)
-        await stop.wait()
-        log.info("stopping")
+        return await over
 
 
 def _why_not(listen: str) -> str:
@@ -138,24 +163,72 @@ def _credentials(tls: TlsFiles) -> grpc.ServerCredentials:
     return grpc.ssl_server_credentials([(key, certificate)], authority, require_client_auth=True)
 
 
-async def _advance(coordinator: Coordinator, changes: Changes) -> None:
-    """Close rounds when it is time, and say now and then what the server waits for."""
-    loop = asyncio.get_running_loop()
-    last_line = loop.time()
-    while not changes.stopping:
-        seen = changes.work
-        try:
-            moved = await asyncio.to_thread(coordinator.advance)
-        except Exception as error:
-            expected = isinstance(error, FedMosaicError | OSError)
-            text = "the round could not be closed, trying again in %.0f s: %s"
-            log.error(text, _RETRY_SECONDS, error, exc_info=not expected)
-            await changes.until("round", lambda: False, _RETRY_SECONDS)
-            continue
-        if moved:
-            last_line = loop.time()
-            continue
-        if loop.time() - last_line >= _STATUS_LINE_SECONDS:
-            last_line = loop.time()
-            log.info("%s", coordinator.state_line())
-        await changes.next_work(seen, _TICK_SECONDS)
+class _Clockwork:
+    """Closes rounds when it is time, says now and then what the server waits for, and ends with the run."""
+
+    def __init__(
+        self, coordinator: Coordinator, changes: Changes, over: "asyncio.Future[int] | None"
+    ) -> None:
+        self._coordinator = coordinator
+        self._changes = changes
+        self._over = over
+        self._loop = asyncio.get_running_loop()
+        self._last_line = self._loop.time()
+        self._finished: float | None = None
+        self._silent: tuple[str, ...] | None = None
+
+    async def run(self) -> None:
+        """Work until the server stops."""
+        while not self._changes.stopping:
+            seen = self._changes.work
+            try:
+                moved = await asyncio.to_thread(self._coordinator.advance)
+                silent = await asyncio.to_thread(self._coordinator.silent_members)
+            except StoreTakenError as error:
+                self._end(error)
+                return
+            except Exception as error:
+                expected = isinstance(error, FedMosaicError | OSError)
+                text = "the round could not be closed, trying again in %.0f s: %s"
+                log.error(text, _RETRY_SECONDS, error, exc_info=not expected)
+                await self._changes.until("round", lambda: False, _RETRY_SECONDS)
+                continue
+            if silent is not None and self._over is not None and await self._is_over(silent):
+                return
+            if moved:
+                self._last_line = self._loop.time()
+                continue
+            if silent is None and self._loop.time() - self._last_line >= _STATUS_LINE_SECONDS:
+                self._last_line = self._loop.time()
+                log.info("%s", self._coordinator.state_line())
+            await self._changes.next_work(seen, _TICK_SECONDS)
+
+    async def _is_over(self, silent: tuple[str, ...]) -> bool:
+        """All rounds are: whether all have reported too, or have had the time for it."""
+        now = self._loop.time()
+        self._finished = now if self._finished is None else self._finished
+        left = self._finished + self._coordinator.settings.grace_seconds - now
+        if silent and left > 0.0:
+            if silent != self._silent:
+                log.info(
+                    "all rounds are over; waiting for the statements of %s, %.0f s left",
+                    ", ".join(silent),
+                    left,
+                )
+            self._silent = silent
+            return False
+        lines, exchanged = await asyncio.to_thread(self._coordinator.last_words)
+        for line in lines[:1]:
+            log.info("%s", line)
+        for line in lines[1:]:
+            log.error("%s", line)
+        self._end(0 if exchanged else NOTHING_EXCHANGED)
+        return True
+
+    def _end(self, how: int | Exception) -> None:
+        if self._over is None or self._over.done():
+            return
+        if isinstance(how, Exception):
+            self._over.set_exception(how)
+        else:
+            self._over.set_result(how)

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
 
 from fedmosaic.privacy.configuration import Frozen
 from fedmosaic.privacy.encryption.parameters import Parameters, PlainParameters
@@ -25,6 +27,23 @@ Bytes32 = Annotated[
     PlainSerializer(lambda value: value.hex(), return_type=str),
 ]
 """32 bytes; 64 hexadecimal digits in files."""
+
+
+def _store_url(text: str) -> str:
+    try:
+        backend = make_url(text).get_backend_name()
+    except (ArgumentError, ValueError):
+        backend = ""
+    if backend not in ("sqlite", "postgresql"):
+        raise ValueError(
+            "this is no URL of a database that is known; write postgresql+psycopg://user@host/database, or "
+            "sqlite:////folder/server.db"
+        )
+    return text
+
+
+StoreUrl = Annotated[str, AfterValidator(_store_url)]
+"""SQLAlchemy URL of a SQLite or PostgreSQL database."""
 
 
 class TlsFiles(Frozen):
@@ -65,6 +84,8 @@ class ServerSettings(Frozen):
         encryption: parameters of the back end; they fix the bits of the weights.
         key_rotation_rounds: rounds after which a new group key is agreed on.
         gathering_seconds: how long a step of the key agreement waits for a member.
+        grace_seconds: how long the server stays after the last round for members that have not handed over
+            their statement.
         state_dir: folder of everything that must survive a restart.
         store_url: SQLAlchemy URL; SQLite in `state_dir` by default.
         listen: address and port; port 0 takes a free one.
@@ -92,8 +113,9 @@ class ServerSettings(Frozen):
     encryption: Annotated[Parameters, Field(discriminator="backend")] = PlainParameters()
     key_rotation_rounds: int = Field(default=50, ge=1)
     gathering_seconds: float = Field(default=600.0, gt=0.0, le=1e9)
+    grace_seconds: float = Field(default=600.0, ge=0.0, le=1e9)
     state_dir: Path
-    store_url: str | None = None
+    store_url: StoreUrl | None = None
     listen: ListenAddress = "127.0.0.1:7443"
     tls: TlsFiles | None = None
     upload_limit_bytes: int = Field(default=bounds.MAX_PAYLOAD_BYTES, ge=1, le=bounds.MAX_PAYLOAD_BYTES)

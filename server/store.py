@@ -5,7 +5,7 @@ Payloads are files (`blobs`); profiles, weights and key messages are small and s
 """
 
 import json
-import os
+import uuid
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +15,13 @@ from typing import Any, Final
 import numpy as np
 import sqlalchemy as sa
 
-from fedmosaic.privacy.files import private_opener
-from fedmosaic.protos.errors import StateError
+from fedmosaic.protos.errors import StateError, WireError
 from fedmosaic.protos.messages import Enrolment, KeyMessage, Profile, SectionHeader, UploadHeader
 from fedmosaic.server import tables
 
 _SCHEMA_VERSION: Final = "1"
+MARK: Final = "mark"
+"""File in the state folder that tells which database goes with it."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class StoredAggregate:
     sha256: bytes
 
 
+class StoreTakenError(StateError):
+    """Another server has taken the database over; this one has to stop."""
+
+
 class Store:
     """The database. Every method is one transaction; the caller serialises writers."""
 
@@ -61,24 +66,54 @@ class Store:
         Raises:
             StateError: the database cannot be opened, or is of another version.
         """
+        self._holder = ""
+        self._taken = False
         try:
-            self._engine = sa.create_engine(url)
+            self._engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
             if self._engine.dialect.name == "sqlite":
-                _make_private(self._engine.url.database)
-                _configure_sqlite(self._engine, durable=durable)
+                tables.prepare_sqlite(self._engine, durable=durable)
             tables.metadata.create_all(self._engine)
-            version = self.get("schema")
-            if version is None:
-                self.put({"schema": _SCHEMA_VERSION})
         except (sa.exc.SQLAlchemyError, ImportError, OSError) as error:
             raise StateError(
-                f"the server's database cannot be opened ({type(error).__name__}: {error}); check "
-                "store_url, and that the database runs"
+                f"the server's database cannot be opened ({tables.cause(error)}); check store_url, and that "
+                "the database runs"
             ) from error
+        version = self.get("schema")
+        if version is None:
+            self.put({"schema": _SCHEMA_VERSION})
         if version not in (None, _SCHEMA_VERSION):
             raise StateError(
                 f"the server's database has schema {version}, this program writes {_SCHEMA_VERSION}; finish "
                 "the run with the program that began it"
+            )
+
+    def hold(self, folder: str | None) -> None:
+        """Take the database for this server: whoever held it before can write nothing any more.
+
+        Args:
+            folder: mark of the state folder, which has the payloads that the database names; None where the
+                database stands in that folder.
+
+        Raises:
+            StateError: the database goes with another state folder.
+        """
+        known = self.get("folder")
+        if folder is not None and known not in (None, folder):
+            raise StateError(
+                f"the database at store_url goes with another state_dir (its mark is {known}, this one's is "
+                f"{folder}): two servers would take each other's uploads. Give this server a database of its "
+                "own, or stop the other one and use its state_dir; if that folder is lost, write the mark "
+                f"{known} into the file {MARK} of this one"
+            )
+        holder = uuid.uuid4().hex
+        self.put({"holder": holder} if folder is None else {"holder": holder, "folder": folder})
+        self._holder = holder
+
+    def check_hold(self) -> None:
+        """Raise StoreTakenError once another server is known to have taken the database over."""
+        if self._taken:
+            raise StoreTakenError(
+                "another server has taken this database over, so this one stops: one server at a time"
             )
 
     def close(self) -> None:
@@ -87,25 +122,48 @@ class Store:
 
     @contextmanager
     def _transaction(self) -> Iterator[sa.Connection]:
-        with self._engine.begin() as connection:
-            yield connection
+        try:
+            with self._engine.begin() as connection:
+                self._taken |= bool(self._holder) and tables.value(connection, "holder") != self._holder
+                self.check_hold()
+                yield connection
+        except sa.exc.SQLAlchemyError as error:
+            raise StateError(f"the server's database failed: {tables.cause(error)}") from error
 
     def get(self, key: str) -> str | None:
         """A value of the run's metadata."""
         with self._transaction() as connection:
-            value = connection.scalar(sa.select(tables.meta.c.value).where(tables.meta.c.key == key))
-        return None if value is None else str(value)
+            return tables.value(connection, key)
+
+    def get_json(self, key: str) -> Any:
+        """A value of the run's metadata that is JSON; None if there is none.
+
+        Raises:
+            StateError: it is damaged.
+        """
+        value = self.get(key)
+        if value is None:
+            return None
+        return _loads(value, f"the entry {key!r}")
 
     def put(self, values: Mapping[str, str]) -> None:
         """Set values of the run's metadata."""
         with self._transaction() as connection:
-            _put(connection, values)
+            tables.put(connection, values)
 
     def enrol(self, client: str, enrolment: Enrolment, now: float) -> None:
-        """Remember that a member has enrolled, and with what."""
+        """Remember that a member has enrolled, and with what; of its ledger, what it enrols with first."""
         row = {"family": enrolment.family, "software": enrolment.software, "enrolled_at": now}
         with self._transaction() as connection:
-            _upsert(connection, tables.members, {"client": client}, row)
+            tables.upsert(connection, tables.members, {"client": client}, row)
+            if enrolment.ledger_head and tables.ledger_head(connection, client) is None:
+                head = {"head": enrolment.ledger_head}
+                tables.upsert(connection, tables.ledger_heads, {"client": client}, head)
+
+    def ledger_head(self, client: str) -> bytes:
+        """The newest head of a member's privacy ledger; empty if it never sent one."""
+        with self._transaction() as connection:
+            return tables.ledger_head(connection, client) or b""
 
     def enrolled(self) -> frozenset[str]:
         """Members that have ever enrolled."""
@@ -115,7 +173,10 @@ class Store:
     def add_upload(
         self, client: str, header: UploadHeader, content_hash: bytes, now: float, received_bytes: int
     ) -> None:
-        """Store an accepted upload, its profile and the bytes it took; its payloads are in place already."""
+        """Store an accepted upload, its profile, the ledger's head and the bytes it took.
+
+        Its payloads are in place already.
+        """
         sections = json.dumps([[s.name, s.size, s.sha256.hex()] for s in header.sections])
         with self._transaction() as connection:
             connection.execute(
@@ -131,16 +192,18 @@ class Store:
                 )
             )
             if header.profile is not None:
-                connection.execute(
-                    sa.insert(tables.profiles).values(
-                        client=client,
-                        round=header.round,
-                        vector=header.profile.vector.astype("<f4").tobytes(),
-                        noise_variance=header.profile.noise_variance,
-                        releases=header.profile.releases,
-                    )
+                # There is one already where the upload was damaged here and is sent again.
+                values = {
+                    "vector": header.profile.vector.astype("<f4").tobytes(),
+                    "noise_variance": header.profile.noise_variance,
+                    "releases": header.profile.releases,
+                }
+                tables.upsert(connection, tables.profiles, {"client": client, "round": header.round}, values)
+            if header.ledger is not None:
+                tables.upsert(
+                    connection, tables.ledger_heads, {"client": client}, {"head": header.ledger.head}
                 )
-            _add_traffic(connection, client, received_bytes, 0)
+            tables.add_traffic(connection, client, received_bytes, 0)
 
     def uploads(self, round_number: int) -> dict[str, StoredUpload]:
         """Stored uploads of a round, by client."""
@@ -153,10 +216,19 @@ class Store:
                 row.client,
                 bytes(row.content_hash),
                 row.key_epoch,
-                tuple(SectionHeader(n, s, bytes.fromhex(h)) for n, s, h in json.loads(row.sections)),
+                _section_headers(row.sections, row.client),
             )
             for row in rows
         }
+
+    def drop_uploads(self, round_number: int, clients: Collection[str]) -> None:
+        """Forget uploads whose payloads are damaged; their profiles are in the database and stay."""
+        with self._transaction() as connection:
+            connection.execute(
+                sa.delete(tables.uploads).where(
+                    tables.uploads.c.round == round_number, tables.uploads.c.client.in_(clients)
+                )
+            )
 
     def content_hash(self, round_number: int, client: str) -> bytes | None:
         """Digest of the stored upload of a client for a round."""
@@ -193,14 +265,17 @@ class Store:
         result: Mapping[str, object],
         aggregates: Mapping[str, StoredAggregate],
         metadata: Mapping[str, str],
+        *,
+        key_epoch: int = 0,
     ) -> None:
-        """Record the end of a round and the opening of the next, in one transaction.
+        """Record the end of a round and the opening of the next, with its key epoch, in one transaction.
 
         Args:
             round_number: the round that was aggregated.
             result: what the summary tells of it; JSON-compatible.
             aggregates: by client, for round_number + 1.
             metadata: values of the run that change with it.
+            key_epoch: of the next round; the key messages of earlier ones are forgotten.
         """
         with self._transaction() as connection:
             connection.execute(
@@ -221,7 +296,8 @@ class Store:
             if rows:
                 connection.execute(sa.insert(tables.aggregates), rows)
             connection.execute(sa.delete(tables.aggregates).where(tables.aggregates.c.round <= round_number))
-            _put(connection, metadata)
+            connection.execute(sa.delete(tables.key_messages).where(tables.key_messages.c.epoch < key_epoch))
+            tables.put(connection, metadata)
 
     def aggregate(self, round_number: int, client: str) -> StoredAggregate | None:
         """What a client may load before a round; None if nothing was made for it."""
@@ -232,11 +308,20 @@ class Store:
             row = connection.execute(query).one_or_none()
         return None if row is None else StoredAggregate(row.key_epoch, row.sections, bytes(row.sha256))
 
+    def replace_aggregate(self, round_number: int, client: str, sections: str, sha256: bytes) -> None:
+        """Store another description of a client's aggregate, whose payload was damaged."""
+        with self._transaction() as connection:
+            connection.execute(
+                sa.update(tables.aggregates)
+                .where(tables.aggregates.c.round == round_number, tables.aggregates.c.client == client)
+                .values(sections=sections, sha256=sha256)
+            )
+
     def results(self) -> list[dict[str, Any]]:
         """What was recorded at the end of every round, in order."""
         with self._transaction() as connection:
             rows = connection.scalars(sa.select(tables.rounds.c.result).order_by(tables.rounds.c.round)).all()
-        return [json.loads(row) for row in rows]
+        return [_loads(row, "the result of a round") for row in rows]
 
     def add_key_message(self, sender: str, message: KeyMessage, metadata: Mapping[str, str]) -> None:
         """Store a message of a key agreement together with the board's new state."""
@@ -250,7 +335,7 @@ class Store:
                     payload=message.payload,
                 )
             )
-            _put(connection, metadata)
+            tables.put(connection, metadata)
 
     def key_message(self, sender: str, message: KeyMessage) -> bytes | None:
         """Payload that is stored in the place of a message."""
@@ -278,12 +363,12 @@ class Store:
         """Forget the messages of all epochs below `epoch` and store the board's new state."""
         with self._transaction() as connection:
             connection.execute(sa.delete(tables.key_messages).where(tables.key_messages.c.epoch < epoch))
-            _put(connection, metadata)
+            tables.put(connection, metadata)
 
     def add_report(self, client: str, statement: bytes, now: float) -> None:
         """Store a client's privacy statement; a later one replaces it."""
         with self._transaction() as connection:
-            _upsert(
+            tables.upsert(
                 connection, tables.reports, {"client": client}, {"statement": statement, "received_at": now}
             )
 
@@ -293,10 +378,11 @@ class Store:
             rows = connection.execute(sa.select(tables.reports.c.client, tables.reports.c.statement)).all()
         return {row.client: bytes(row.statement) for row in rows}
 
-    def add_traffic(self, client: str, received: int, sent: int) -> None:
-        """Add to the bytes received from and sent to a client."""
+    def add_traffic(self, counted: Mapping[str, tuple[int, int]]) -> None:
+        """Add to the bytes received from and sent to clients."""
         with self._transaction() as connection:
-            _add_traffic(connection, client, received, sent)
+            for client, (received, sent) in counted.items():
+                tables.add_traffic(connection, client, received, sent)
 
     def traffic(self, clients: Collection[str]) -> dict[str, dict[str, int]]:
         """Bytes received from and sent to every client."""
@@ -306,44 +392,24 @@ class Store:
         return {client: known.get(client, {"received": 0, "sent": 0}) for client in sorted(clients)}
 
 
+def _loads(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise StateError(
+            f"the server's database is damaged: {what} is not JSON ({error}); restore a backup of state_dir, "
+            "database and payloads together"
+        ) from None
+
+
+def _section_headers(text: str, client: str) -> tuple[SectionHeader, ...]:
+    what = f"the sections of an upload of {client}"
+    try:
+        return tuple(SectionHeader(n, s, bytes.fromhex(h)) for n, s, h in _loads(text, what))
+    except (WireError, ValueError, TypeError) as error:
+        raise StateError(f"the server's database is damaged: {what}: {error}") from None
+
+
 def default_url(state_dir: Path) -> str:
     """SQLite inside the state folder."""
     return f"sqlite:///{state_dir / 'server.db'}"
-
-
-def _make_private(database: str | None) -> None:
-    """Make the file of a database before SQLite does, with a mode that its journals then take over."""
-    if database and database != ":memory:":
-        os.close(private_opener(database, os.O_CREAT | os.O_RDWR))
-
-
-def _configure_sqlite(engine: sa.Engine, *, durable: bool) -> None:
-    @sa.event.listens_for(engine, "connect")
-    def _pragmas(connection: Any, _record: object) -> None:
-        cursor = connection.cursor()
-        cursor.execute("PRAGMA journal_mode=WAL")
-        cursor.execute(f"PRAGMA synchronous={'FULL' if durable else 'OFF'}")
-        cursor.execute("PRAGMA busy_timeout=10000")
-        cursor.close()
-
-
-def _put(connection: sa.Connection, values: Mapping[str, str]) -> None:
-    for key, value in values.items():
-        _upsert(connection, tables.meta, {"key": key}, {"value": value})
-
-
-def _upsert(
-    connection: sa.Connection, table: sa.Table, key: Mapping[str, object], values: Mapping[str, object]
-) -> None:
-    where = [table.c[column] == value for column, value in key.items()]
-    if connection.execute(sa.update(table).where(*where).values(**values)).rowcount == 0:
-        connection.execute(sa.insert(table).values(**key, **values))
-
-
-def _add_traffic(connection: sa.Connection, client: str, received: int, sent: int) -> None:
-    added = sa.update(tables.traffic).where(tables.traffic.c.client == client)
-    changed = connection.execute(
-        added.values(received=tables.traffic.c.received + received, sent=tables.traffic.c.sent + sent)
-    )
-    if changed.rowcount == 0:
-        connection.execute(sa.insert(tables.traffic).values(client=client, received=received, sent=sent))

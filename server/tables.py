@@ -1,6 +1,13 @@
-"""Tables of the server's database."""
+"""Tables of the server's database, and what its methods share: writes, SQLite's ways, texts of errors."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
 
 import sqlalchemy as sa
+
+from fedmosaic.privacy.files import private_opener
+from fedmosaic.protos.errors import StateError
 
 metadata = sa.MetaData()
 meta = sa.Table(
@@ -73,3 +80,74 @@ traffic = sa.Table(
     sa.Column("received", sa.BigInteger, nullable=False),
     sa.Column("sent", sa.BigInteger, nullable=False),
 )
+ledger_heads = sa.Table(
+    "ledger_heads",
+    metadata,
+    sa.Column("client", sa.String(63), primary_key=True),
+    sa.Column("head", sa.LargeBinary(32), nullable=False),
+)
+
+
+def value(connection: sa.Connection, key: str) -> str | None:
+    """A value of `meta`; None if there is none."""
+    found = connection.scalar(sa.select(meta.c.value).where(meta.c.key == key))
+    return None if found is None else str(found)
+
+
+def put(connection: sa.Connection, values: Mapping[str, str]) -> None:
+    """Set values of `meta`."""
+    for key, text in values.items():
+        upsert(connection, meta, {"key": key}, {"value": text})
+
+
+def upsert(
+    connection: sa.Connection, table: sa.Table, key: Mapping[str, object], values: Mapping[str, object]
+) -> None:
+    """Update the row of a key, or insert it."""
+    where = [table.c[column] == part for column, part in key.items()]
+    if connection.execute(sa.update(table).where(*where).values(**values)).rowcount == 0:
+        connection.execute(sa.insert(table).values(**key, **values))
+
+
+def add_traffic(connection: sa.Connection, client: str, received: int, sent: int) -> None:
+    """Add to the bytes of a client."""
+    added = sa.update(traffic).where(traffic.c.client == client)
+    changed = connection.execute(
+        added.values(received=traffic.c.received + received, sent=traffic.c.sent + sent)
+    )
+    if changed.rowcount == 0:
+        connection.execute(sa.insert(traffic).values(client=client, received=received, sent=sent))
+
+
+def ledger_head(connection: sa.Connection, client: str) -> bytes | None:
+    """The newest head of a member's privacy ledger; None if it never sent one."""
+    found = connection.scalar(sa.select(ledger_heads.c.head).where(ledger_heads.c.client == client))
+    return None if found is None else bytes(found)
+
+
+def cause(error: Exception) -> str:
+    """What the database said, on one line, without the statement and its parameters."""
+    return " ".join(str(getattr(error, "orig", None) or error).split()) or type(error).__name__
+
+
+def prepare_sqlite(engine: sa.Engine, *, durable: bool) -> None:
+    """Set how SQLite writes, and look through the file; StateError if it is damaged."""
+    if (database := engine.url.database) and database != ":memory:":
+        # Made before SQLite does, with a mode that its journals then take over.
+        os.close(private_opener(database, os.O_CREAT | os.O_RDWR))
+
+    @sa.event.listens_for(engine, "connect")
+    def _pragmas(connection: Any, _record: object) -> None:
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA journal_mode=WAL")
+        cursor.execute(f"PRAGMA synchronous={'FULL' if durable else 'OFF'}")
+        cursor.execute("PRAGMA busy_timeout=10000")
+        cursor.close()
+
+    with engine.connect() as connection:
+        found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
+    if found != "ok":
+        raise StateError(
+            f"the server's database {engine.url.database} is damaged ({found}); restore a backup of "
+            "state_dir: database and payloads together"
+        )

@@ -108,6 +108,8 @@ def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     depth = _configured_depth(model)
     get_decoder = getattr(model, "get_decoder", None)
     decoder = get_decoder() if callable(get_decoder) else model
+    if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
+        decoder = model  # some models call their output head so
     inside_decoder = {id(module) for module in decoder.modules()}
     found = {
         name: module
@@ -189,6 +191,14 @@ def select_modules(available: Sequence[str], wanted: Sequence[str] | None) -> tu
     return tuple(sorted(name for name in available if any(_fits(name, want) for want in wanted)))
 
 
+def _shared_by_all(layers: nn.ModuleList, shared_layers: Sequence[int]) -> str:
+    """What can be adapted instead, as advice."""
+    common = set.intersection(*(set(linear_names(layers[index])) for index in shared_layers))
+    if not common:
+        return "these layers have no linear module in common, so this model cannot take part with them"
+    return f"all {len(shared_layers)} layers have {', '.join(sorted(common))}"
+
+
 def _fits(name: str, wanted: str) -> bool:
     return name == wanted or name.endswith(f".{wanted}")
 
@@ -233,8 +243,8 @@ def plan_placements(
         if block is not None and missing:
             raise ModelError(
                 f"Layer {index} should carry Co-LoRA but lacks {', '.join(missing)}; all Co-LoRA layers need "
-                "the same modules. Leave them out of target_modules (in a federation, of terms.adapter), or "
-                "choose another layer_rule."
+                "the same modules. Leave those out of target_modules (in a federation, of terms.adapter): "
+                f"{_shared_by_all(layers, shared_layers)}."
             )
         if block is None and not family:
             continue

@@ -14,7 +14,7 @@ from typing import Any, Final, cast
 from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client.examples import Example
-from fedmosaic.protos.errors import ConfigurationError
+from fedmosaic.protos.errors import ConfigurationError, ModelError
 
 _MARKER: Final = re.compile(r"<image:([^<>\n]+)>")
 
@@ -98,15 +98,28 @@ class PictureTokenizer:
     def __call__(self, text: str, *, add_special_tokens: bool = True, **options: Any) -> Any:
         """Ids of one text, `{"input_ids": …}`; without markers, all that the tokenizer wrapped gives."""
         if _MARKER.search(text) is None:
-            return self._base(text, add_special_tokens=add_special_tokens, **options)
+            encoded = self._base(text, add_special_tokens=add_special_tokens, **options)
+            self._check_words(encoded["input_ids"])
+            return encoded
         tokens = self._leading() if add_special_tokens else []
         # Texts and paths alternate.
         for place, part in enumerate(_MARKER.split(text)):
             if place % 2:
                 tokens += self._ids.of(part) if self._ids is not None else []
             elif part.strip():
-                tokens += cast(list[int], self._base(part, add_special_tokens=False)["input_ids"])
+                words = cast(list[int], self._base(part, add_special_tokens=False)["input_ids"])
+                self._check_words(words)
+                tokens += words
         return {"input_ids": tokens}
+
+    def _check_words(self, ids: list[int]) -> None:
+        """Refuse a word whose id the model would take for a picture's."""
+        if self._ids is not None and ids and max(ids) >= self._ids.first:
+            raise ModelError(
+                f"a text has a token above the {self._ids.first} that the model embeds, where the ids of "
+                "pictures begin; name a model and tokenizer that belong together, or take that token out of "
+                "the text"
+            )
 
     def _leading(self) -> list[int]:
         """Special tokens that begin a text; one that ends a text would end it before its answer."""

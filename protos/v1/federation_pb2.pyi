@@ -76,6 +76,9 @@ class EnrolRequest(_message.Message):
     ADAPTER_SPEC_HASH_FIELD_NUMBER: _builtins.int
     FAMILY_FIELD_NUMBER: _builtins.int
     SOFTWARE_FIELD_NUMBER: _builtins.int
+    CHECK_ONLY_FIELD_NUMBER: _builtins.int
+    LEDGER_HEAD_FIELD_NUMBER: _builtins.int
+    LEDGER_SIGNATURE_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     federation: _builtins.str
     roster_hash: _builtins.bytes
@@ -86,6 +89,12 @@ class EnrolRequest(_message.Message):
     """architecture name as on the roster"""
     software: _builtins.str
     """name and version, for the log"""
+    check_only: _builtins.bool
+    """compare both sides and answer, but enrol nobody"""
+    ledger_head: _builtins.bytes
+    """anchor of the client's privacy ledger, 32 bytes; absent: none is kept"""
+    ledger_signature: _builtins.bytes
+    """Ed25519 over the digest of protos/signing.py"""
     def __init__(
         self,
         *,
@@ -95,10 +104,13 @@ class EnrolRequest(_message.Message):
         adapter_spec_hash: _builtins.bytes = ...,
         family: _builtins.str = ...,
         software: _builtins.str = ...,
+        check_only: _builtins.bool = ...,
+        ledger_head: _builtins.bytes = ...,
+        ledger_signature: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_spec_hash", b"adapter_spec_hash", "family", b"family", "federation", b"federation", "protocol_version", b"protocol_version", "roster_hash", b"roster_hash", "software", b"software"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_spec_hash", b"adapter_spec_hash", "check_only", b"check_only", "family", b"family", "federation", b"federation", "ledger_head", b"ledger_head", "ledger_signature", b"ledger_signature", "protocol_version", b"protocol_version", "roster_hash", b"roster_hash", "software", b"software"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -113,12 +125,18 @@ class EnrolResponse(_message.Message):
     ROUNDS_FIELD_NUMBER: _builtins.int
     KEY_EPOCH_FIELD_NUMBER: _builtins.int
     MEMBERS_FIELD_NUMBER: _builtins.int
+    HEAD_FIELD_NUMBER: _builtins.int
+    LEDGER_HEAD_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     round: _builtins.int
     """the open round; rounds + 1 once the run is finished"""
     rounds: _builtins.int
     key_epoch: _builtins.int
     """epoch that an upload of this round must use"""
+    head: _builtins.bytes
+    """of the run: a hash chain over all rounds below `round`, 32 bytes"""
+    ledger_head: _builtins.bytes
+    """the newest that the server keeps of this client; absent: none"""
     @_builtins.property
     def members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -129,10 +147,12 @@ class EnrolResponse(_message.Message):
         rounds: _builtins.int = ...,
         key_epoch: _builtins.int = ...,
         members: _abc.Iterable[_builtins.str] | None = ...,
+        head: _builtins.bytes = ...,
+        ledger_head: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key_epoch", b"key_epoch", "members", b"members", "round", b"round", "rounds", b"rounds", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["head", b"head", "key_epoch", b"key_epoch", "ledger_head", b"ledger_head", "members", b"members", "round", b"round", "rounds", b"rounds", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -206,6 +226,8 @@ class PushHeader(_message.Message):
     PROFILE_FIELD_NUMBER: _builtins.int
     SIGNATURE_FIELD_NUMBER: _builtins.int
     RESUME_OFFSET_FIELD_NUMBER: _builtins.int
+    LEDGER_HEAD_FIELD_NUMBER: _builtins.int
+    LEDGER_FOLLOWS_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     attempt_id: _builtins.str
     key_epoch: _builtins.int
@@ -213,6 +235,10 @@ class PushHeader(_message.Message):
     """Ed25519 over the digest of protos/signing.py"""
     resume_offset: _builtins.int
     """bytes the server has already"""
+    ledger_head: _builtins.bytes
+    """anchor of the client's privacy ledger; absent: none is kept"""
+    ledger_follows: _builtins.bytes
+    """the head that the server kept before, and the ledger holds"""
     @_builtins.property
     def sections(self) -> _containers.RepeatedCompositeFieldContainer[Global___SectionHeader]:
         """none: the client is present and contributes nothing"""
@@ -231,10 +257,12 @@ class PushHeader(_message.Message):
         profile: Global___Profile | None = ...,
         signature: _builtins.bytes = ...,
         resume_offset: _builtins.int = ...,
+        ledger_head: _builtins.bytes = ...,
+        ledger_follows: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "key_epoch", b"key_epoch", "profile", b"profile", "resume_offset", b"resume_offset", "round", b"round", "sections", b"sections", "signature", b"signature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "key_epoch", b"key_epoch", "ledger_follows", b"ledger_follows", "ledger_head", b"ledger_head", "profile", b"profile", "resume_offset", b"resume_offset", "round", b"round", "sections", b"sections", "signature", b"signature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -297,20 +325,24 @@ class PushResponse(_message.Message):
     STATUS_FIELD_NUMBER: _builtins.int
     ROUND_FIELD_NUMBER: _builtins.int
     CONTENT_HASH_FIELD_NUMBER: _builtins.int
+    HEAD_FIELD_NUMBER: _builtins.int
     status: Global___ReceiptStatus.ValueType
     round: _builtins.int
     """the round that is open now"""
     content_hash: _builtins.bytes
+    head: _builtins.bytes
+    """of the run: a hash chain over all rounds below `round`, 32 bytes"""
     def __init__(
         self,
         *,
         status: Global___ReceiptStatus.ValueType = ...,
         round: _builtins.int = ...,
         content_hash: _builtins.bytes = ...,
+        head: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_hash", b"content_hash", "round", b"round", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_hash", b"content_hash", "head", b"head", "round", b"round", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -464,6 +496,7 @@ class AggregateHeader(_message.Message):
     SECTIONS_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
     RESUME_OFFSET_FIELD_NUMBER: _builtins.int
+    HEAD_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     key_epoch: _builtins.int
     """of the uploads inside"""
@@ -473,6 +506,8 @@ class AggregateHeader(_message.Message):
     """of all payloads, laid end to end"""
     resume_offset: _builtins.int
     """where the first chunk starts"""
+    head: _builtins.bytes
+    """of the run: a hash chain over all rounds below `round`, 32 bytes"""
     @_builtins.property
     def sections(self) -> _containers.RepeatedCompositeFieldContainer[Global___AggregateSection]: ...
     def __init__(
@@ -484,10 +519,11 @@ class AggregateHeader(_message.Message):
         sections: _abc.Iterable[Global___AggregateSection] | None = ...,
         sha256: _builtins.bytes = ...,
         resume_offset: _builtins.int = ...,
+        head: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key_epoch", b"key_epoch", "resume_offset", b"resume_offset", "round", b"round", "sections", b"sections", "sha256", b"sha256", "upload_key_epoch", b"upload_key_epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["head", b"head", "key_epoch", b"key_epoch", "resume_offset", b"resume_offset", "round", b"round", "sections", b"sections", "sha256", b"sha256", "upload_key_epoch", b"upload_key_epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -503,10 +539,13 @@ class RoundState(_message.Message):
     WAITING_FOR_FIELD_NUMBER: _builtins.int
     SECONDS_LEFT_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    HEAD_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     phase: Global___Phase.ValueType
     seconds_left: _builtins.float
     message: _builtins.str
+    head: _builtins.bytes
+    """of the run: a hash chain over all rounds below `round`, 32 bytes"""
     @_builtins.property
     def arrived(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -520,10 +559,11 @@ class RoundState(_message.Message):
         waiting_for: _abc.Iterable[_builtins.str] | None = ...,
         seconds_left: _builtins.float = ...,
         message: _builtins.str = ...,
+        head: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "message", b"message", "phase", b"phase", "round", b"round", "seconds_left", b"seconds_left", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "head", b"head", "message", b"message", "phase", b"phase", "round", b"round", "seconds_left", b"seconds_left", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,13 +1,175 @@
-"""δ of a ledger that is kept while the data changes a little."""
+"""Where a client's ledger stands, that no fresh one forgets what was spent, and its δ while data change."""
 
+import logging
+import shutil
 from pathlib import Path
 
 import pytest
 
-from fedmosaic.client.__main__ import ledger_delta
+from fedmosaic.client.ledger import DataLedger, ledger_delta, main
+from fedmosaic.client.state import SessionRecord
 from fedmosaic.privacy.accounting import default_delta
-from fedmosaic.privacy.ledger import Ledger
+from fedmosaic.privacy.events import GaussianEvent
+from fedmosaic.privacy.ledger import LEDGER, Ledger, data_epoch, read_ledger
+from fedmosaic.privacy.ledger_move import back_up, move
 from fedmosaic.protos.errors import LedgerError
+
+IDS = [f"e{index}" for index in range(400)]
+EPOCH = data_epoch(IDS)
+PROFILE = GaussianEvent(8.0, 1.0, 1)
+
+
+class Site:
+    """One member's machine: a data file, and state directories of its runs."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.train = place / "train.jsonl"
+        self.train.write_text("")
+
+    def books(
+        self, state: str = "state", *, named: Path | None = None, run: str = "", train: Path | None = None
+    ) -> DataLedger:
+        directory = self.place / state
+        directory.mkdir(exist_ok=True)
+        record = SessionRecord("clinics", "north", run)
+        return DataLedger.of(train or self.train, named, directory, record)
+
+    def open(self, state: str = "state", **options: object) -> Ledger:
+        return self.books(state, **options).open(len(IDS), EPOCH, 8.0, ("profile", "adapter"))  # type: ignore[arg-type]  # by keyword
+
+
+def of_before(state: Path) -> Ledger:
+    """A ledger as it stood in the state directory."""
+    channels = ("profile", "adapter")
+    return Ledger.open(state / LEDGER, "north", default_delta(400), 8.0, budgeted_channels=channels)  # type: ignore[arg-type]  # literals
+
+
+def spend(ledger: Ledger, run: str) -> None:
+    ledger.reserve(
+        "adapter",
+        1,
+        PROFILE,
+        data_epoch=EPOCH,
+        secure_noise=True,
+        clipping_norm=1.0,
+        dimensions=8,
+        context=run,
+    )
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+def test_every_state_directory_opens_the_ledger_beside_the_data(site: Site) -> None:
+    for run in ("first", "second"):
+        with site.open(run) as ledger:
+            spend(ledger, run)
+    with site.open("third") as ledger:
+        assert ledger.directory == site.place / "train.jsonl.ledger"
+        assert ledger.events() == [PROFILE, PROFILE]
+    assert {path.parent.name for path in site.place.glob("*/*.sqlite*")} == {"train.jsonl.ledger"}
+
+
+def test_two_names_of_one_file_are_one_data_set(site: Site) -> None:
+    link = site.place / "link.jsonl"
+    link.symlink_to(site.train)
+    with site.open() as ledger:
+        spend(ledger, "first")
+    with site.open("second", train=link) as ledger:
+        assert ledger.events() == [PROFILE]
+
+
+def test_a_ledger_of_a_version_before_is_moved_beside_the_data(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    state = site.place / "state"
+    with of_before(state) as ledger:
+        spend(ledger, "first")
+    (state / "profile-1-2.npy").write_bytes(b"noise")
+    with site.open(run="0" * 32) as ledger:
+        assert ledger.events() == [PROFILE]
+        assert (ledger.directory / "profile-1-2.npy").exists()
+    assert "now stands in" in caplog.text
+    with site.open(run="0" * 32), pytest.raises(LedgerError, match="closed and moved"):
+        of_before(state)
+
+
+def test_a_second_copy_of_a_version_before_is_joined_by_the_command_that_is_named(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with of_before(site.place / "first") as ledger:
+        spend(ledger, "first")
+    shutil.copytree(site.place / "first", site.place / "second")
+    with of_before(site.place / "second") as ledger:
+        spend(ledger, "second")
+    site.open("first").close()
+    with pytest.raises(LedgerError, match=r"fedmosaic ledger move \S+second \S+train.jsonl.ledger"):
+        site.open("second")
+    assert main(["move", str(site.place / "second"), str(site.train) + ".ledger"]) == 0
+    assert "1 release(s)" in capsys.readouterr().out
+    with site.open("second") as ledger:
+        assert ledger.events() == [PROFILE, PROFILE]
+
+
+@pytest.mark.parametrize("loss", ["the ledger", "the ledger of before", "the place"])
+def test_no_fresh_ledger_where_this_state_has_charged_another(site: Site, loss: str) -> None:
+    if loss == "the ledger of before":
+        # Joined a run, and neither a ledger nor a note of one is left.
+        with pytest.raises(LedgerError, match="which is gone"):
+            site.open(run="0" * 32)
+        return
+    with site.open() as ledger:
+        spend(ledger, "first")
+    if loss == "the ledger":
+        shutil.rmtree(ledger.directory)
+        with pytest.raises(LedgerError, match="A fresh ledger would forget it"):
+            site.open()
+    else:
+        with pytest.raises(LedgerError, match="A fresh ledger would forget it"):
+            site.open(named=site.place / "other")
+    assert not (site.place / "other").exists()
+
+
+def test_renamed_data_find_their_ledger(site: Site) -> None:
+    with site.open() as ledger:
+        spend(ledger, "first")
+    renamed = site.train.rename(site.place / "renamed.jsonl")
+    with pytest.raises(LedgerError, match="exactly these example ids"):
+        site.open("second", train=renamed)
+    move(site.place / "train.jsonl.ledger", site.place / "renamed.jsonl.ledger")
+    with site.open("second", train=renamed) as ledger:
+        assert ledger.events() == [PROFILE]
+
+
+def test_an_older_ledger_put_back_is_behind_what_the_state_has_seen(site: Site) -> None:
+    site.open().close()
+    place = site.place / "train.jsonl.ledger"
+    back_up(place, site.place / "backup")
+    with site.open() as ledger:
+        spend(ledger, "first")
+        site.books().remember(ledger)
+    shutil.rmtree(place)
+    move(site.place / "backup", place)
+    with pytest.raises(LedgerError, match=r"LEDGER_BEHIND.*state directory"):
+        site.open()
+
+
+def test_a_place_that_cannot_be_written_is_named_with_what_to_set(site: Site) -> None:
+    (site.place / "file").write_text("")
+    with pytest.raises(LedgerError, match=r"data\.ledger"):
+        site.open(named=site.place / "file" / "ledger")
+
+
+def test_backup_by_the_command_line(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    with site.open() as ledger:
+        spend(ledger, "first")
+        assert main(["backup", str(ledger.directory), str(site.place / "out")]) == 0
+    assert "fedmosaic ledger move" in capsys.readouterr().out
+    assert read_ledger(site.place / "out" / LEDGER)[-1].kind == "CLOSED"
 
 
 def test_a_new_ledger_gets_the_default(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from fedmosaic.client import state as state_module
 from fedmosaic.client.__main__ import _Result
 from fedmosaic.client.clipping import ClippingRecord
+from fedmosaic.client.progress import LoggedProgress
 from fedmosaic.client.releases import AdapterPlan, Releases
 from fedmosaic.client.state import ClientState
 from fedmosaic.client.traffic import Traffic
@@ -23,6 +24,7 @@ from fedmosaic.privacy.noise import SecureNoise
 from fedmosaic.privacy.policy import WeightRow
 from fedmosaic.privacy.roster import Terms
 from fedmosaic.protos.errors import StateError
+from fedmosaic.protos.messages import Phase, RoundStatus
 
 DAMAGE = {
     "empty": b"",
@@ -186,3 +188,10 @@ def test_a_deleted_adapter_is_a_fresh_one(tmp_path: Path) -> None:
     assert state.latest_adapter() is None
     assert json.loads((tmp_path / "session.json").read_text())["completed_round"] == 1
     state.release()
+
+
+def test_a_line_of_the_log_names_its_round_once(caplog: pytest.LogCaptureFixture) -> None:
+    status = RoundStatus(1, Phase.OPEN, ("a",), ("b",), 5.0, "round 1: 1 of 2 uploads, waiting for b")
+    with caplog.at_level("INFO"):
+        LoggedProgress().waiting(status)
+    assert caplog.messages == ["round 1: 1 of 2 uploads, waiting for b"]

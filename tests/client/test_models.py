@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     BertConfig,
@@ -53,6 +53,13 @@ def save_tokenizer(folder: Path, special: dict[str, str] | None = None, *, token
     tokenizer = Tokenizer(WordLevel(vocabulary, **unknown))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **unknown, **(special or {})).save_pretrained(folder)
+
+
+def save_letters(folder: Path) -> None:
+    """For models whose type gives them a byte-level tokenizer, whatever the file says that there is."""
+    vocabulary = {"</s>": 0, **{letter: i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz", 1)}}
+    letters = Tokenizer(BPE(vocabulary, []))
+    PreTrainedTokenizerFast(tokenizer_object=letters, **EOS).save_pretrained(folder)
 
 
 @pytest.fixture
@@ -98,7 +105,10 @@ def test_keep_layers_keeps_the_first_and_is_usable(tmp_path: Path, kind: str, ke
         LlamaForCausalLM(LlamaConfig(**SMALL)) if kind == "llama" else Qwen2ForCausalLM(Qwen2Config(**SMALL))
     )
     whole.eval().save_pretrained(tmp_path)
-    save_tokenizer(tmp_path, EOS)
+    if kind == "llama":
+        save_tokenizer(tmp_path, EOS)
+    else:
+        save_letters(tmp_path)
     model, _ = load_base_model(tmp_path, keep_layers=keep)
     assert len(find_decoder_layers(model)[1]) == model.config.num_hidden_layers == keep
     whole.model.layers = whole.model.layers[:keep]
@@ -182,8 +192,9 @@ def drop_the_tokenizer(folder: Path) -> None:
         ("safetensors", offer_only_a_pickle),
         ("neither causal language models", make_it_an_encoder),
         ("cannot be loaded", drop_the_tokenizer),
-        ("40 tokens but the model embeds only 32", lambda f: save_tokenizer(f, EOS, tokens=40)),
-        ("neither a padding nor an end-of-text token", save_tokenizer),
+        ("no end-of-text token", save_tokenizer),
+        ("no end-of-text token", lambda f: save_tokenizer(f, {"pad_token": "<s>"})),
+        ("is number 39, the model embeds 32", lambda f: save_tokenizer(f, {"eos_token": "w39"}, tokens=40)),
         ("cannot be loaded", lambda f: (f / "config.json").write_text("{")),
     ],
 )
@@ -197,6 +208,9 @@ def test_what_cannot_be_found_is_refused(folder: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match=r"'no/such-model' cannot be loaded"):
         load_base_model("no/such-model")
+    for mistyped in ("./no-such-model", "models/of/mine", str(folder / "typo")):
+        with pytest.raises(ModelError, match=f"There is no folder '{mistyped}'"):
+            load_base_model(mistyped)
     with pytest.raises(ModelError, match=r"no file model\.gguf"):
         load_base_model(folder, gguf_file="model.gguf")
     with pytest.raises(ModelError, match="choose one of float32, bfloat16, float16 or auto"):

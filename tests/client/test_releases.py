@@ -1,6 +1,7 @@
 """The accounting rules where they are enforced: one charge per draw, before it, none for a resend."""
 
-import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from fedmosaic.client.releases import AdapterPlan, Releases, budgeted_channels, 
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.accounting import epsilon
 from fedmosaic.privacy.events import GaussianEvent
-from fedmosaic.privacy.ledger import Ledger, read_ledger
+from fedmosaic.privacy.ledger import LEDGER, Ledger, read_ledger
 from fedmosaic.privacy.mechanism import ClippedSum, Float32Array, ProfileMechanism, Reduction, release
 from fedmosaic.privacy.noise import SecureNoise
 from fedmosaic.privacy.roster import AdapterPrivacyTerms, AdapterTerms, Protection, ScheduleTerms, Terms
@@ -43,10 +44,13 @@ def terms(protection: Protection = "dp", **changes: object) -> Terms:
 
 
 class Client:
-    """A client on one disk; every `opened` is a new process."""
+    """A client on one disk; every `opened` is a new process. The ledger stands beside the data."""
 
-    def __init__(self, place: Path, agreed: Terms, target: float | None = 8.0) -> None:
+    def __init__(
+        self, place: Path, agreed: Terms, target: float | None = 8.0, books: Path | None = None
+    ) -> None:
         self.place = place
+        self.books = books or place.with_name("train.jsonl.ledger")
         self.terms = agreed
         self.target = target
         self.draws = 0
@@ -69,7 +73,7 @@ class Client:
     ) -> Iterator[Releases]:
         state = ClientState(self.place, "f", "ada")
         ledger = Ledger.open(
-            state.ledger_path,
+            self.books / LEDGER,
             "ada",
             DELTA,
             self.target,
@@ -93,7 +97,7 @@ class Client:
             state.release()
 
     def reserved(self, channel: str) -> list[GaussianEvent]:
-        rows = read_ledger(self.place / "ledger.sqlite")
+        rows = read_ledger(self.books / LEDGER)
         return [
             GaussianEvent(row.noise_multiplier or 0.0, row.sampling_rate or 0.0, row.steps or 0)
             for row in rows
@@ -128,12 +132,8 @@ def test_later_rounds_and_restarts_reuse_the_release_of_a_data_epoch(client: Cli
 
 
 def _second_run(client: Client) -> Client:
-    """The same client with a new state directory, into which ledger and profiles were copied."""
-    second = Client(client.place.with_name("second"), client.terms, client.target)
-    second.place.mkdir()
-    for file in (*client.place.glob("ledger.sqlite*"), *client.place.glob("profile-*.npy")):
-        shutil.copy(file, second.place)
-    return second
+    """The same client and data with a new state directory."""
+    return Client(client.place.with_name("second"), client.terms, client.target, client.books)
 
 
 def _join(client: Client, run: str) -> None:
@@ -226,7 +226,7 @@ def test_bytes_stored_by_a_process_that_died_are_released_as_they_are(client: Cl
         with pytest.raises(Killed):
             releases.profile(1)
         releases._ledger.released = original  # type: ignore[method-assign]  # put back
-    stored = np.load(next(client.place.glob("profile-*.npy")))
+    stored = np.load(next(client.books.glob("profile-*.npy")))
     with client.opened() as releases:
         profile = releases.profile(1)
     assert profile is not None
@@ -253,10 +253,58 @@ def test_a_draw_that_was_lost_before_it_was_stored_stays_charged_beside_the_new_
 def test_a_release_whose_stored_bytes_are_lost_is_not_drawn_again(client: Client) -> None:
     with client.opened() as releases:
         releases.profile(1)
-    next(client.place.glob("profile-*.npy")).unlink()
-    with client.opened() as releases, pytest.raises(StateError, match="released already"):
+    next(client.books.glob("profile-*.npy")).unlink()
+    with (
+        client.opened() as releases,
+        pytest.raises(StateError, match="and was released"),
+    ):
         releases.profile(2)
     assert client.draws == 1
+
+
+@pytest.mark.parametrize("change", ["one value", "another draw", "another shape"])
+def test_a_stored_profile_that_is_not_the_released_one_is_not_sent(client: Client, change: str) -> None:
+    with client.opened() as releases:
+        releases.profile(1)
+    (path,) = client.books.glob("profile-*.npy")
+    vector = np.load(path)
+    if change == "one value":
+        vector[3] = np.nextafter(vector[3], np.float32(np.inf))
+    elif change == "another draw":
+        vector = vector + np.random.default_rng(0).normal(size=vector.shape).astype(np.float32)
+    else:
+        vector = vector[:-1]
+    np.save(path, vector)
+    with client.opened() as releases, pytest.raises(StateError, match=r"not the one that was released|shape"):
+        releases.profile(2)
+    assert client.draws == 1
+    assert len(client.reserved("profile")) == 1
+
+
+def test_two_runs_at_once_release_one_profile_and_both_send_it(tmp_path: Path) -> None:
+    first = Client(tmp_path / "first", terms("none"))
+    second = _second_run(first)
+    begun, sent = threading.Event(), {}
+
+    def slow(charge: Callable[[], None]) -> Float32Array:
+        begun.set()
+        time.sleep(0.2)  # the other run asks meanwhile
+        return first.make_profile(charge)
+
+    def run(client: Client) -> None:
+        with client.opened(make=slow) as releases:
+            profile = releases.profile(1)
+            assert profile is not None
+            sent[client.place] = profile.vector
+
+    threads = [threading.Thread(target=run, args=(client,)) for client in (first, second)]
+    threads[0].start()
+    begun.wait(30)
+    threads[1].start()
+    for thread in threads:
+        thread.join(60)
+    np.testing.assert_array_equal(sent[first.place], sent[second.place])
+    assert first.draws == len(first.reserved("profile")) == 1
 
 
 def test_a_private_adapter_that_was_not_charged_may_not_leave(client: Client) -> None:
@@ -321,7 +369,7 @@ def test_an_adapter_without_dp_is_recorded_as_infinite_with_what_covers_it(
     client = Client(tmp_path / "state", agreed)
     with client.opened() as releases:
         releases.adapter(1, {"shared": np.ones(4, dtype=np.float32)})
-    rows = [row for row in read_ledger(client.place / "ledger.sqlite") if row.kind == "RESERVED"]
+    rows = [row for row in read_ledger(client.books / LEDGER) if row.kind == "RESERVED"]
     assert [(row.channel, row.covered_by) for row in rows] == [("adapter", covered)]
 
 

@@ -158,7 +158,9 @@ def transport(servicer: Servicer, files: dict[str, Path]) -> Iterator[GrpcTransp
     server.stop(0)
 
 
-ENROLLED = pb.EnrolResponse(run_id="0" * 32, round=1, rounds=3, key_epoch=1, members=["a", "b"])
+ENROLLED = pb.EnrolResponse(
+    run_id="0" * 32, round=1, rounds=3, key_epoch=1, members=["a", "b"], head=bytes(32)
+)
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED])

@@ -13,9 +13,11 @@ from end_to_end import federation_of_vectors as fv
 from fedmosaic.client.keyring import Keyring
 from fedmosaic.privacy import federation
 from fedmosaic.privacy.ledger import read_ledger
-from fedmosaic.protos.errors import StateError
+from fedmosaic.privacy.ledger_move import back_up, move
+from fedmosaic.protos.errors import LedgerError, StateError
 from fedmosaic.protos.messages import Upload
 from fedmosaic.protos.refusal import Refusal
+from fedmosaic.server import tables
 
 
 def _run(tmp_path: Path, backend: str, rounds: int = 3) -> dict[str, Any]:
@@ -157,4 +159,63 @@ def test_a_client_with_another_roster_is_refused_by_name(tmp_path: Path) -> None
     with pytest.raises(Refusal) as refused:
         client.session(fv.in_process(coordinator, "ada")).run()
     assert refused.value.reason == "ROSTER_DIFFERS"
+    coordinator.close()
+
+
+def _others(coordinator: Any, clients: dict[str, fv.Client]) -> dict[str, Any]:
+    return {n: c.session(fv.in_process(coordinator, n)) for n, c in clients.items() if n != "cid"}
+
+
+def test_a_client_whose_ledger_was_put_back_from_an_older_copy_is_refused_by_name(tmp_path: Path) -> None:
+    directory = fv.make_federation(tmp_path / "f", fv.terms("plain", 2))
+    coordinator = fv.coordinator_of(directory)
+    clients = {name: fv.Client(directory, name, seed) for seed, name in enumerate(fv.MEMBERS)}
+    victim, state = clients["cid"], directory / "clients" / "cid" / "state"
+
+    class Restored:
+        def run(self) -> None:
+            session = victim.session(_CutBeforePush(fv.in_process(coordinator, "cid"), 2))
+            back_up(state, tmp_path / "older")
+            with pytest.raises(ConnectionResetError):
+                session.run()
+            victim.close()
+            shutil.copytree(state, tmp_path / "newest")
+            for file in state.glob("ledger.sqlite*"):
+                file.unlink()
+            move(tmp_path / "older", tmp_path / "put-back")
+            for file in (tmp_path / "put-back").glob("ledger.sqlite*"):
+                shutil.copy(file, state)
+            with pytest.raises(LedgerError, match="LEDGER_BEHIND"):
+                victim.session(fv.in_process(coordinator, "cid")).run()
+            victim.close()
+            for file in (tmp_path / "newest").glob("ledger.sqlite*"):
+                shutil.copy(file, state)
+            victim.session(fv.in_process(coordinator, "cid")).run()
+
+    sessions = _others(coordinator, clients) | {"cid": Restored()}
+    assert fv.run_all(sessions) == {}
+    coordinator.close()
+
+
+def test_two_copies_of_a_ledger_in_one_run_are_found_at_the_push(tmp_path: Path) -> None:
+    directory = fv.make_federation(tmp_path / "f", fv.terms("plain", 2))
+    coordinator = fv.coordinator_of(directory)
+    client = fv.Client(directory, "ada", 0)
+    state = directory / "clients" / "ada" / "state"
+    session = client.session(fv.in_process(coordinator, "ada"))
+    original = coordinator.push
+
+    def push(name: str, upload: Upload) -> Any:
+        # Another process of this member, on a copy of its ledger, was faster.
+        with coordinator._store._transaction() as connection:
+            connection.execute(tables.ledger_heads.update().values(head=bytes(32)))
+        return original(name, upload)
+
+    coordinator.push = push  # type: ignore[method-assign]  # in between enrolment and push
+    with pytest.raises(Refusal) as refused:
+        session.run()
+    assert refused.value.reason == "LEDGER_BEHIND"
+    assert "start it again" in refused.value.remedy
+    assert not list(state.glob("upload-*.bin")), "the next process seals anew what it may send"
+    client.close()
     coordinator.close()

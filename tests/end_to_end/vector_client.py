@@ -19,6 +19,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from end_to_end import federation_of_vectors as fv  # after the path it is found on
+from fedmosaic.client.session import ask_to_enrol
 from fedmosaic.client.transport import GrpcTransport, TransportOptions
 from fedmosaic.privacy import identity
 from fedmosaic.privacy.federation import open_kit
@@ -36,9 +37,9 @@ def poison(payload: bytes) -> bytes:
     return payload[: -len(nan)] + nan
 
 
-def announce_two_gibibytes(session: object, transport: GrpcTransport, client: fv.Client, kit: Path) -> int:
+def announce_two_gibibytes(transport: GrpcTransport, client: fv.Client, kit: Path) -> int:
     """Announce, correctly signed, an upload of 2 GiB, and print the server's answer."""
-    enrolled = session._enrol()
+    enrolled = ask_to_enrol(transport, open_kit(kit).roster, client.learner.adapter_spec_hash, "")
     section = SectionHeader("shared", 2**31, bytes(32))
     digest = upload_digest(
         federation="vectors",
@@ -101,7 +102,7 @@ def main() -> int:
         seal = session._protection._cipher.encrypt
         session._protection._cipher.encrypt = lambda *a, **k: poison(seal(*a, **k))
     if fault == "huge":
-        return announce_two_gibibytes(session, transport, client, kit)
+        return announce_two_gibibytes(transport, client, kit)
     marker = kit / "killed-once"
     if fault == "kill" and not marker.exists():
         train = client.learner.train

@@ -67,6 +67,7 @@ def test_keys_init_add_revoke_show(tmp_path: Path, capsys: pytest.CaptureFixture
     told = " ".join(capsys.readouterr().out.split())
     assert "1 recipient(s) of the 4 members solve for no adapter, 2 may;" in told
     assert "only adapter.protection 'dp' helps" in told
+    assert "one member that is away stops all" in told
     assert cli.main(["keys", "add", "e", "--directory", str(place)]) == 0
     assert cli.main(["keys", "rotate", "a", "--directory", str(place)]) == 0
     assert cli.main(["keys", "revoke", "b", "--directory", str(place)]) == 0

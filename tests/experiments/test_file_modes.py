@@ -64,6 +64,26 @@ def served(settings: ServerSettings) -> Iterator[int]:
         loop.close()
 
 
+def take_part(scenario: Any, directory: Path, port: int) -> list[BaseException]:
+    """Run every client as `fedmosaic client` does, each in a thread; returns what they raised."""
+    errors: list[BaseException] = []
+
+    def run(entry: Any) -> None:
+        client_process(scenario, entry, directory, port)
+        path = directory / "federation" / "clients" / entry.id / "client.json"
+        try:
+            client.run(read_configuration(path, ClientSettings).resolved(path.parent))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(entry,), daemon=True) for entry in scenario.clients]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    return errors
+
+
 @pytest.mark.usefixtures("umask")
 def test_a_whole_run_leaves_nothing_that_others_can_read(
     tiny_scenario: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -101,21 +121,7 @@ def test_a_whole_run_leaves_nothing_that_others_can_read(
     monkeypatch.setattr(GrpcTransport, "push", watched)
     settings = settings_from_kit(kits / "server").model_copy(update={"listen": "127.0.0.1:0"})
     with served(settings) as port:
-        errors: list[BaseException] = []
-
-        def take_part(entry: Any) -> None:
-            client_process(scenario, entry, tmp_path, port)
-            path = kits / "clients" / entry.id / "client.json"
-            try:
-                client.run(read_configuration(path, ClientSettings).resolved(path.parent))
-            except BaseException as error:
-                errors.append(error)
-
-        threads = [threading.Thread(target=take_part, args=(c,), daemon=True) for c in scenario.clients]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(120)
+        errors = take_part(scenario, tmp_path, port)
         assert errors == []
         look()
     for name, state in states.items():

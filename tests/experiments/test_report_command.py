@@ -108,3 +108,27 @@ def test_figures_that_no_accountant_takes_cost_one_client_its_line(
     text = shown(tmp_path, {"ada": honest["ada"], "ben": bad}, capsys, "--at-epsilon", "2")
     assert "No costs for ben: noise_multiplier is inf" in text
     assert "Noise for another ε" in text
+
+
+def test_a_run_that_brought_nothing_is_reported_as_one(
+    tmp_path: Path, honest: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = {"before": {}, "after": {}, "received_rounds": 0}
+    (tmp_path / "result.json").write_text(json.dumps(alone))
+    (tmp_path / "session.json").write_text(json.dumps({"client": "ada"}))
+    (tmp_path / "statement.json").write_text(json.dumps(honest["ada"]))
+    assert report.main([str(tmp_path)]) == 0
+    assert "ada RECEIVED NOTHING from the others" in capsys.readouterr().out
+    (tmp_path / "result.json").write_text(json.dumps(alone | {"received_rounds": 2}))
+    assert report.main([str(tmp_path)]) == 0
+    assert "RECEIVED NOTHING" not in capsys.readouterr().out
+
+
+def test_a_server_tells_that_nothing_was_exchanged(
+    tmp_path: Path, honest: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = {"run_id": RUN, "roster_hash": ROSTER, "results": [], "statements": {"ada": honest["ada"]}}
+    over = record | {"phase": "finished", "received_rounds": {"ada": 0, "ben": 0}}
+    (tmp_path / "run.json").write_text(json.dumps(over))
+    assert report.main([str(tmp_path)]) == 0
+    assert "NOTHING WAS EXCHANGED" in capsys.readouterr().out

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmosaic.experiments.scoring import parse_option, word_f1, words
+from fedmosaic.client.scoring import words
+from fedmosaic.experiments.scoring import parse_option, word_f1
 
 
 @pytest.mark.parametrize(

@@ -438,7 +438,7 @@ def test_features_of_a_clients_own_pictures_stay_in_its_state(seeing: Any, tmp_p
     features_before = set((tmp_path / "cache" / "pictures").iterdir())
     terms = Terms.model_construct(adapter=adapter)
     learner = ModelLearner(settings, terms, client.family, LoggedProgress(tmp_path / "progress.jsonl"))
-    assert 0.0 <= learner.evaluate()["self"] <= 1.0
+    assert 0.0 <= learner.evaluate()["self"].value <= 1.0
     (kept,) = (tmp_path / "state" / "picture-features").iterdir()
     assert kept.stat().st_mode & 0o077 == 0
     assert kept.parent.stat().st_mode & 0o077 == 0

@@ -21,6 +21,7 @@ from fedmosaic.privacy.accounting import (
     default_delta,
     epsilon,
     epsilon_bound,
+    person_epsilon,
 )
 from fedmosaic.privacy.events import GaussianEvent, merge_events
 from fedmosaic.protos.errors import AccountingError
@@ -337,3 +338,43 @@ def test_the_test_oracles_agree_with_each_other() -> None:
         gaussian_delta(1.0, mu), rel=1e-6
     )
     assert ndtri(ndtr(-1.3)) == pytest.approx(-1.3)
+
+
+@pytest.mark.parametrize(("examples", "expected"), [(1, 2.96), (2, 6.46), (5, 19.1), (10, 46.7)])
+def test_a_person_with_several_examples_of_a_sampled_run(examples: int, expected: float) -> None:
+    # By dp_accounting's MixtureOfGaussiansDpEvent, self-composed, on a finer grid.
+    found = person_epsilon([GaussianEvent(0.907, 0.016, 600)], DELTA, examples)
+    assert found == pytest.approx(expected, rel=3e-3)
+
+
+def test_one_example_of_a_person_costs_what_one_example_costs() -> None:
+    for events in ([PROFILE], [GaussianEvent(2.0, 0.1, 20)], [PROFILE, GaussianEvent(2.0, 0.1, 20)]):
+        pld = epsilon(events, DELTA, "pld")
+        assert pld - 1e-3 <= person_epsilon(events, DELTA, 1) <= pld + 0.02
+
+
+def test_without_sampling_a_person_is_a_gaussian_with_their_own_sensitivity() -> None:
+    # k examples move the sum by at most k clipping norms; several releases add their squares.
+    events = [PROFILE, GaussianEvent(20.0, 1.0, 5)]
+    for examples in (1, 2, 5, 10):
+        mu = examples * math.sqrt(1 / 64 + 5 / 400)
+        exact = gaussian_epsilon(mu, DELTA)
+        assert exact - 1e-6 <= person_epsilon(events, DELTA, examples) <= exact + 0.02
+
+
+def test_more_examples_of_one_person_never_cost_less_and_both_channels_count() -> None:
+    adapter = GaussianEvent(1.5, 0.05, 20)
+    alone = [person_epsilon([adapter], DELTA, examples) for examples in (1, 2, 3, 5, 10)]
+    both = [person_epsilon([adapter, PROFILE], DELTA, examples) for examples in (1, 2, 3, 5, 10)]
+    assert alone == sorted(set(alone))
+    assert both == sorted(set(both))
+    assert all(more > less for more, less in zip(both, alone, strict=True))
+
+
+def test_a_person_is_promised_nothing_where_one_example_is_not() -> None:
+    assert person_epsilon([], DELTA, 10) == 0.0
+    assert person_epsilon([PROFILE, UNPROTECTED], DELTA, 2) == math.inf
+    assert person_epsilon([GaussianEvent(0.03, 1.0, 1)], DELTA, 10) == math.inf
+    for examples in (0, -1, True):
+        with pytest.raises(AccountingError, match="examples"):
+            person_epsilon([PROFILE], DELTA, examples)

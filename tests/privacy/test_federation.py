@@ -119,6 +119,12 @@ def test_too_few_members_for_the_policy_is_a_clear_error() -> None:
         config("a", "b", "c")
 
 
+def test_as_few_members_as_the_policy_needs_are_warned_of() -> None:
+    agreed = config("a", "b", "c", "d").terms
+    assert "one member that is away stops all exchange" in federation.fragile(4, agreed)
+    assert federation.fragile(5, agreed) == ""
+
+
 def test_nobody_is_revoked_without_whom_the_others_could_not_go_on(made: Path) -> None:
     before = (made / "roster.json").read_bytes()
     with pytest.raises(ConfigurationError, match=r"without 'd', 3 members cannot receive.*keys add"):

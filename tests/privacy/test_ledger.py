@@ -153,9 +153,7 @@ def test_a_release_beyond_the_budget_is_refused_recorded_and_not_charged(path: P
     target = rdp(STEP, STEP) * 1.001
     with open_ledger(path, target) as ledger:
         reserve(ledger, round=0)
-        assert ledger.fits("adapter", STEP)
         reserve(ledger, round=1)
-        assert not ledger.fits("adapter", STEP)
         with pytest.raises(
             BudgetExceededError, match=r"above the target .* nothing was charged.*receive-only"
         ):
@@ -180,8 +178,6 @@ def test_budget_parameters_are_fixed_by_the_first_opening(path: Path) -> None:
     open_ledger(path, 3.0).close()
     with pytest.raises(LedgerError, match=r"target_epsilon was 3\.0 and is now 8\.0"):
         open_ledger(path, 8.0)
-    with pytest.raises(LedgerError, match="client_id was 'clinic-a'"):
-        Ledger.open(path, "clinic-b", DELTA, 3.0, "rdp")
     with pytest.raises(LedgerError, match="delta was"):
         Ledger.open(path, "clinic-a", 1e-4, 3.0, "rdp")
     with pytest.raises(LedgerError, match="budgeted_channels was"):

@@ -10,7 +10,6 @@ import pytest
 from fedmosaic.privacy.events import GaussianEvent
 from fedmosaic.privacy.ledger import Ledger, data_epoch, read_ledger
 from fedmosaic.privacy.ledger_rows import LedgerRow
-from fedmosaic.privacy.ledger_rules import Anchor
 from fedmosaic.protos.errors import LedgerError
 
 EPOCH = data_epoch(["a", "b"])
@@ -193,16 +192,16 @@ def test_a_rewritten_chain_is_found_through_the_head_file(path: Path) -> None:
 
 def test_a_rewritten_chain_with_its_head_is_found_through_an_anchor_only(path: Path) -> None:
     with Ledger.open(path, "clinic-a", 1e-5, None, "rdp") as ledger:
-        anchor = ledger.anchor()
-        ledger.verify(anchor)
+        anchor = ledger.anchor("keeper")
+        ledger.check_anchor("keeper", anchor, "the keeper")
     rewrite(path, noise_multiplier=80.0)
     last = max(json.dumps({"sequence": LAST, "hash": row[0]}) for row in _hashes(path))
     path.with_name(path.name + ".head").write_text(last)
     with (
         Ledger.open(path, "clinic-a", 1e-5, None, "rdp") as ledger,
-        pytest.raises(LedgerError, match="rewritten"),
+        pytest.raises(LedgerError, match="the keeper has seen last"),
     ):
-        ledger.verify(anchor)
+        ledger.check_anchor("keeper", anchor, "the keeper")
 
 
 def _hashes(path: Path) -> list[tuple[str]]:
@@ -219,17 +218,28 @@ def test_a_rolled_back_copy_is_found_through_an_anchor(path: Path, tmp_path: Pat
         shutil.copy(file, image / file.name)
     with Ledger.open(path, "clinic-a", 1e-5, None, "rdp") as ledger:
         ledger.resent(1, f"{0:064x}")
-        anchor = ledger.anchor()
+        anchor = ledger.anchor("keeper")
     with Ledger.open(image / path.name, "clinic-a", 1e-5, None, "rdp") as ledger:
-        with pytest.raises(LedgerError, match="rows were cut off"):
-            ledger.verify(anchor)
-        with pytest.raises(LedgerError):
-            ledger.verify(Anchor(-1, anchor.hash))
+        with pytest.raises(LedgerError, match="LEDGER_BEHIND"):
+            ledger.check_anchor("keeper", anchor, "the keeper")
+
+
+def test_an_anchor_holds_for_the_rows_after_it_and_for_its_own_keeper_only(path: Path) -> None:
+    with Ledger.open(path, "clinic-a", 1e-5, None, "rdp") as ledger:
+        one, other = ledger.anchor("federation/a"), ledger.anchor("federation/b")
+        ledger.resent(1, f"{0:064x}")
+        ledger.check_anchor("federation/a", one, "the keeper")
+        assert ledger.anchor("federation/a") != one != other, (
+            "two keepers cannot tell that they keep one ledger"
+        )
+        for wrong in (other, bytes(32), b""):
+            with pytest.raises(LedgerError, match="LEDGER_BEHIND"):
+                ledger.check_anchor("federation/a", wrong, "the keeper")
 
 
 def test_an_anchor_is_no_plain_hash_of_a_row(path: Path) -> None:
     with Ledger.open(path, "clinic-a", 1e-5, None, "rdp") as ledger:
-        assert ledger.anchor().hash not in {row.hash for row in ledger.export()}
+        assert ledger.anchor("keeper").hex() not in {row.hash for row in ledger.export()}
 
 
 def test_sqlite_itself_refuses_changes_and_deletions(path: Path) -> None:

@@ -140,6 +140,18 @@ def test_a_bad_listen_address_is_refused_by_its_key(listen: str, tmp_path: Path)
         settings_from_kit(tmp_path / "f" / "server")
 
 
+@pytest.mark.parametrize("url", ["", "postgres.example", "mysql://u:secret@h/d", "postgres://u:secret@h/d"])
+def test_a_store_that_is_none_is_refused_by_its_key(url: str, tmp_path: Path) -> None:
+    federation.create(founding(), tmp_path / "f")
+    (tmp_path / "f" / "server" / "server.toml").write_text(f'store_url = "{url}"\n')
+    with pytest.raises(ConfigurationError, match=r"store_url: .*postgresql\+psycopg://") as error:
+        settings_from_kit(tmp_path / "f" / "server")
+    assert "secret" not in str(error.value)
+    for good in ("postgresql+psycopg://me@host/d", "postgresql://me@host/d", "sqlite:////tmp/x.db"):
+        (tmp_path / "f" / "server" / "server.toml").write_text(f'store_url = "{good}"\n')
+        assert settings_from_kit(tmp_path / "f" / "server").store_url == good
+
+
 @pytest.mark.parametrize(
     ("server", "local"),
     [

@@ -68,3 +68,10 @@ def test_the_split_gives_the_profile_its_rule_and_the_adapter_the_rest() -> None
     # Full-batch Gaussians add up in 1/σ²: 1/16² + 3/σ² = 1/3.731² at ε = 1, less PRV's margin of 0.01.
     assert plan.adapter.noise_multiplier == pytest.approx((3 / (3.731**-2 - 16.0**-2)) ** 0.5, rel=0.015)
     assert plan.epsilon == epsilon([plan.profile, plan.adapter], DELTA) <= 1.0
+
+
+def test_so_many_steps_that_no_tight_accountant_follows_are_planned_with_the_looser_bound() -> None:
+    # 100,000 rounds of 20 steps, half of a small data set each.
+    sigma = noise_multiplier_for(8.0, 0.01, [PROFILE], 0.5, 2_000_000)
+    events = [PROFILE, GaussianEvent(sigma, 0.5, 2_000_000)]
+    assert 7.9 < epsilon(events, 0.01, "rdp") <= 8.0

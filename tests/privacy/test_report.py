@@ -9,11 +9,11 @@ import pytest
 from pydantic import ValidationError
 
 from fedmosaic.privacy import accounting, report_text
-from fedmosaic.privacy.accounting import UNPROTECTED, epsilon
+from fedmosaic.privacy.accounting import UNPROTECTED, epsilon, person_epsilon
 from fedmosaic.privacy.events import GaussianEvent
 from fedmosaic.privacy.ledger import Ledger, data_epoch
 from fedmosaic.privacy.report import statement
-from fedmosaic.privacy.report_costs import costs_at_epsilon, round_down, round_up, shareable
+from fedmosaic.privacy.report_costs import costs_at_epsilon, round_down, round_up
 from fedmosaic.privacy.report_models import (
     ADVERSARIES,
     Adversary,
@@ -184,6 +184,49 @@ def test_figures_come_from_the_cross_checked_accountants_and_the_trade_off_curve
     assert (profile.resends, profile.reservations_never_released) == (1, 0)
 
 
+def test_a_person_with_several_examples_is_told_against_everybody_who_reads(
+    statements: dict[str, PrivacyStatement],
+) -> None:
+    for mode, found in statements.items():
+        (client,) = found.clients
+        for each in client.guarantees:
+            stated = each.epsilon is not None and math.isfinite(each.epsilon)
+            assert [figure.examples for figure in each.persons] == ([2, 5, 10] if stated else []), mode
+    (client,) = statements["dp"].clients
+    joint = guarantee(client, "joint", "server_honest_but_curious")
+    assert [figure.epsilon for figure in joint.persons] == [
+        person_epsilon([PROFILE, *[STEP] * 3], DELTA, count) for count in (2, 5, 10)
+    ]
+    assert joint.epsilon is not None
+    assert joint.epsilon < joint.persons[0].epsilon
+    (encrypted,) = statements["encrypted"].clients
+    of_profile = guarantee(encrypted, "joint", "server_malicious").persons
+    assert of_profile[0].epsilon == person_epsilon([PROFILE], DELTA, 2), "what is only encrypted is in no ε"
+    text = report_text.to_text(report_text.render(statements["dp"]))
+    assert "10 examples" in text
+    assert f"{math.ceil(joint.persons[-1].epsilon * 1000) / 1000:.3f}" in text
+
+
+def test_examples_of_a_person_may_lie_in_several_disjoint_epochs(tmp_path: Path) -> None:
+    with Ledger.open(tmp_path / "l.sqlite", "a", DELTA, None, "rdp") as ledger:
+        for number, ids in enumerate((["a", "b"], ["c", "d"])):
+            ledger.reserve(
+                "profile",
+                number,
+                PROFILE,
+                data_epoch=data_epoch(ids),
+                secure_noise=True,
+                clipping_norm=1.0,
+                dimensions=8,
+                example_ids=ids,
+            )
+        rows = tuple(ledger.export())
+    (client,) = make(ClientInputs(ledger=rows, adapter_protection="dp")).clients
+    found = guarantee(client, "profile", "recipient")
+    assert found.epsilon == pytest.approx(epsilon([PROFILE], DELTA, "rdp"))
+    assert found.persons[0].epsilon == person_epsilon([PROFILE, PROFILE], DELTA, 2)
+
+
 def test_contradicting_accountants_make_no_statement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     client = make_client(tmp_path, "dp")
     accounting._evaluate.cache_clear()
@@ -351,36 +394,6 @@ def test_no_private_hash_or_salt_is_in_a_statement(tmp_path: Path) -> None:
     salt = json.loads(client.ledger[0].mechanism or "")["salt"]
     for secret in (EPOCH, salt, *(row.hash for row in client.ledger), "a" * 64):
         assert secret not in text
-
-
-def test_a_shareable_statement_keeps_nothing_exact(tmp_path: Path) -> None:
-    client = make_client(tmp_path, "dp", clipped_share={"profile": 0.912}, target=8.0)
-    found = make(client)
-    assert found.clients[0].channels[0].clipped_share == 0.912
-    shared = shareable(found)
-    text = shared.model_dump_json()
-    assert shared.shareable
-    assert "0.912" not in text
-    assert str(DELTA) not in text
-    assert PrivacyStatement.model_validate_json(text) == shared
-    for exact, rounded in zip(found.clients[0].guarantees, shared.clients[0].guarantees, strict=True):
-        assert rounded.delta >= exact.delta
-        assert (rounded.epsilon is None) == (exact.epsilon is None)
-        assert rounded.epsilon is None or exact.epsilon is None or rounded.epsilon >= exact.epsilon
-    assert shareable(shared) == shared
-
-
-def test_planned_noise_does_not_tell_the_number_of_examples(tmp_path: Path) -> None:
-    # σ planned for ε = 8 with 300 and with 301 examples.
-    told = []
-    for number, sigma in enumerate((0.68654709, 0.68567325)):
-        client = make_client(tmp_path, "dp", name=str(number), step=GaussianEvent(sigma, 0.1, 15))
-        (shared,) = shareable(make(client)).clients
-        assert str(sigma)[:5] not in shared.model_dump_json()
-        told.append([each.noise_multiplier for channel in shared.channels for each in channel.mechanisms])
-    assert told[0] == told[1]
-    assert min(told[0]) == 0.6
-    assert PROFILE.noise_multiplier in told[0]
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmosaic.protos.errors import IdentityError
-from fedmosaic.protos.messages import Profile, Section, SectionHeader
-from fedmosaic.protos.signing import sign_upload, upload_digest, verify_digest
+from fedmosaic.protos.messages import LedgerHead, Profile, Section, SectionHeader
+from fedmosaic.protos.signing import ledger_digest, sign_upload, upload_digest, verify_digest
 
 PROFILE = Profile(np.array([1.0, -2.0], dtype=np.float32), 0.25, 3)
 SECTION = SectionHeader("shared", 3, hashlib.sha256(b"abc").digest())
@@ -64,11 +64,25 @@ def test_digest_is_the_documented_encoding() -> None:
         {"profile": Profile(PROFILE.vector, 0.25, 4)},
         {"profile": Profile(PROFILE.vector, 0.5, 3)},
         {"profile": Profile(-PROFILE.vector, 0.25, 3)},
+        {"ledger": LedgerHead(bytes(32))},
     ],
     ids=lambda change: next(iter(change)),
 )
 def test_no_part_can_be_changed_without_changing_the_digest(change: dict[str, object]) -> None:
     assert upload_digest(**(BASE | change)) != upload_digest(**BASE)  # type: ignore[arg-type]
+
+
+def test_both_heads_of_the_ledger_are_signed() -> None:
+    heads = [LedgerHead(bytes(32)), LedgerHead(bytes([1]) * 32), LedgerHead(bytes(32), bytes([1]) * 32)]
+    digests = {upload_digest(**(BASE | {"ledger": head})) for head in heads}  # type: ignore[arg-type]
+    assert len(digests) == 3
+    enrolments = {
+        ledger_digest(federation=federation, client_id=client, head=head)
+        for federation in ("fed", "fee")
+        for client in ("clinic-a", "clinic-b")
+        for head in (bytes(32), bytes([1]) * 32)
+    }
+    assert len(enrolments) == 8
 
 
 def test_fields_cannot_run_into_each_other() -> None:

@@ -19,6 +19,7 @@ from fedmosaic.protos.messages import (
     Enrolled,
     Enrolment,
     KeyMessage,
+    LedgerHead,
     Phase,
     Profile,
     Receipt,
@@ -57,8 +58,21 @@ upload_headers = st.builds(
     section_headers,
     st.none() | profiles,
     st.binary(min_size=64, max_size=64),
+    st.none() | st.builds(LedgerHead, hashes, st.just(b"") | hashes),
 )
-enrolments = st.builds(Enrolment, st.integers(0, 2**32 - 1), ids, hashes, hashes, families, texts)
+enrolments = st.builds(
+    Enrolment, st.integers(0, 2**32 - 1), ids, hashes, hashes, families, texts
+) | st.builds(
+    Enrolment,
+    st.integers(0, 2**32 - 1),
+    ids,
+    hashes,
+    hashes,
+    families,
+    texts,
+    hashes,
+    st.binary(min_size=64, max_size=64),
+)
 enrolled = st.integers(1, 50).flatmap(
     lambda n: st.builds(
         Enrolled,
@@ -67,6 +81,7 @@ enrolled = st.integers(1, 50).flatmap(
         st.just(n),
         epochs,
         names,
+        st.just(b"") | hashes,
     )
 )
 receipts = st.builds(Receipt, st.sampled_from(ReceiptStatus), rounds, hashes)

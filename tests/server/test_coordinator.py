@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from fedmosaic.privacy.encryption.records import HEADER_BYTES
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos.errors import StateError
 from fedmosaic.protos.messages import (
+    PROTOCOL_VERSION,
+    LedgerHead,
     Phase,
     Profile,
     ReceiptStatus,
@@ -25,8 +28,9 @@ from fedmosaic.protos.messages import (
     UploadHeader,
 )
 from fedmosaic.protos.refusal import Refusal, RefusalKind
-from fedmosaic.server import coordinator as coordinator_module
+from fedmosaic.protos.signing import ledger_digest
 from fedmosaic.server import rounds, tables
+from fedmosaic.server import summary as summary_module
 from fedmosaic.server.aggregation import Group, plan
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.relevance import relevance
@@ -135,7 +139,7 @@ def test_below_the_quorum_the_round_goes_on_and_says_so(
 @pytest.mark.parametrize(
     ("change", "reason", "kind"),
     [
-        ({"protocol_version": 2}, "PROTOCOL_VERSION", RefusalKind.PRECONDITION),
+        ({"protocol_version": PROTOCOL_VERSION + 1}, "PROTOCOL_VERSION", RefusalKind.PRECONDITION),
         ({"federation": "other"}, "FEDERATION_DIFFERS", RefusalKind.PRECONDITION),
         ({"roster_hash": bytes(32)}, "ROSTER_DIFFERS", RefusalKind.PRECONDITION),
         ({"adapter_spec_hash": bytes(32)}, "ADAPTER_DIFFERS", RefusalKind.PRECONDITION),
@@ -151,9 +155,72 @@ def test_enrolment_compares_the_terms(
     assert error.value.remedy
 
 
+def test_a_client_that_only_checks_is_not_there(federation: Any, coordinator: Any, clock: Any) -> None:
+    enrolled = coordinator.enrol("clinic-e", federation.enrolment(check_only=True))
+    assert (enrolled.round, enrolled.run_id) == (1, coordinator.run_id)
+    with pytest.raises(Refusal, match="roster"):
+        coordinator.enrol("clinic-e", federation.enrolment(check_only=True, roster_hash=bytes(32)))
+    federation.play(coordinator, 1, federation.clients[:4])
+    clock.now += 60
+    coordinator.advance()
+    assert "had not enrolled" in coordinator.pull("clinic-e", 2).sections[0].refusal
+
+
 def test_a_version_mismatch_names_both_versions(federation: Any, coordinator: Any) -> None:
-    with pytest.raises(Refusal, match=r"client speaks protocol 7, the server 1.*update the server"):
+    with pytest.raises(Refusal, match=r"client speaks protocol 7, the server 2.*update the server"):
         coordinator.enrol("clinic-a", federation.enrolment(protocol_version=7))
+
+
+def _enrolment(federation: Any, head: bytes, key: str = "clinic-a") -> Any:
+    digest = ledger_digest(federation="fed", client_id="clinic-a", head=head)
+    return federation.enrolment(ledger_head=head, ledger_signature=federation.keys[key].sign(digest))
+
+
+def _head(number: int) -> bytes:
+    return bytes([number]) * 32
+
+
+def test_the_newest_head_of_a_ledger_is_kept_and_handed_back(
+    federation: Any, coordinator: Any, clock: Any
+) -> None:
+    assert coordinator.enrol("clinic-a", federation.enrolment()).ledger_head == b""
+    assert coordinator.enrol("clinic-a", _enrolment(federation, _head(1))).ledger_head == _head(1)
+    # Only the client can tell whether another head is a later one; it pushes if it is.
+    assert coordinator.enrol("clinic-a", _enrolment(federation, _head(2))).ledger_head == _head(1)
+    for follows in (b"", _head(2)):
+        upload = federation.upload(coordinator.run_id, "clinic-a", 1, ledger=LedgerHead(_head(3), follows))
+        with refused("LEDGER_BEHIND"):
+            coordinator.push("clinic-a", upload)
+    with refused("LEDGER_BEHIND"):
+        coordinator.push("clinic-a", federation.upload(coordinator.run_id, "clinic-a", 1))
+    upload = federation.upload(coordinator.run_id, "clinic-a", 1, ledger=LedgerHead(_head(3), _head(1)))
+    assert coordinator.push("clinic-a", upload).status is ACCEPTED
+    assert coordinator.push("clinic-a", upload).status is DUPLICATE, "sent again, it follows what it replaced"
+    assert coordinator.enrol("clinic-b", federation.enrolment()).ledger_head == b"", "each member's own"
+    crash(coordinator)
+    again = Coordinator(coordinator.settings, clock)
+    assert again.enrol("clinic-a", federation.enrolment()).ledger_head == _head(3)
+    again.close()
+
+
+def test_the_head_of_a_ledger_is_signed_by_its_client(federation: Any, coordinator: Any) -> None:
+    with refused("SIGNATURE_INVALID"):
+        coordinator.enrol("clinic-a", _enrolment(federation, _head(1), key="clinic-b"))
+    with refused("SIGNATURE_INVALID"):
+        upload = federation.upload(coordinator.run_id, "clinic-a", 1, ledger=LedgerHead(_head(1)))
+        coordinator.push("clinic-a", replace(upload, ledger=LedgerHead(_head(2))))
+    assert coordinator.enrol("clinic-a", federation.enrolment()).ledger_head == b""
+
+
+def test_a_late_upload_moves_no_head(federation: Any, coordinator: Any, clock: Any) -> None:
+    coordinator.enrol("clinic-e", federation.enrolment())
+    for client in federation.clients[:4]:
+        coordinator.push(client, federation.upload(coordinator.run_id, client, 1))
+    clock.now += 60
+    coordinator.advance()
+    late = federation.upload(coordinator.run_id, "clinic-e", 1, ledger=LedgerHead(_head(9)))
+    assert coordinator.push("clinic-e", late).status is LATE
+    assert coordinator.enrol("clinic-e", federation.enrolment()).ledger_head == b""
 
 
 def test_strangers_are_refused_everywhere(federation: Any, coordinator: Any) -> None:
@@ -411,7 +478,7 @@ def test_a_kill_while_a_round_is_aggregated_repeats_it_with_the_same_result(
     class Killed(BaseException):
         pass
 
-    def killed(*_: object) -> None:
+    def killed(*_: object, **__: object) -> None:
         raise Killed
 
     # The payloads of the aggregates are on disk, the row that names them is not.
@@ -480,7 +547,7 @@ def test_long_names_stop_no_run(make_federation: Any, tmp_path: Path, clock: Any
     coordinator.close()
 
 
-def _no_space(*_: object) -> None:
+def _no_space(*_: object, **__: object) -> None:
     raise OSError(28, "No space left on device")
 
 
@@ -602,7 +669,7 @@ def test_the_summary_is_written_once_for_many_reports_and_none_is_lost(
     before = Coordinator(federation.settings(state), clock)
     written: list[int] = []
     monkeypatch.setattr(
-        coordinator_module,
+        summary_module,
         "write_summary",
         lambda place, summary: (written.append(len(summary["statements"])), write_summary(place, summary)),
     )
@@ -627,7 +694,7 @@ def test_a_summary_that_cannot_be_written_stops_no_round(
     federation: Any, coordinator: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(coordinator_module, "write_summary", _no_space)
+        patch.setattr(summary_module, "write_summary", _no_space)
         federation.play(coordinator, 1)
     assert "run.json cannot be written, trying again" in caplog.text
     assert coordinator.status("clinic-a").round == 2

@@ -29,4 +29,4 @@ def test_a_roster_below_its_quorum_is_a_clear_error(tmp_path: Path, monkeypatch:
     with pytest.raises(ConfigurationError) as error:
         settings_from_kit(place / "server")
     message = f"the roster of {place / 'server'} is not a valid ServerSettings:"
-    assert str(error.value) == f"{message}\n  (whole file): Value error, quorum is 4 with 3 members"
+    assert str(error.value) == f"{message}\n  (whole file): quorum is 4 with 3 members"

@@ -1,5 +1,6 @@
 """The key board behind the coordinator: one epoch per round, nothing before all hold the key."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -290,3 +291,119 @@ def test_a_plain_run_has_no_board(federation: Any, tmp_path: Path, clock: Any) -
     with refused("NOTHING_ENCRYPTED"):
         post(plain, "clinic-a", "join")
     plain.close()
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def killed(*_: object, **__: object) -> None:
+    raise Killed
+
+
+def crash(coordinator: Coordinator) -> None:
+    coordinator._store.close()
+    coordinator._blobs.close()
+
+
+@pytest.fixture
+def encrypted(federation: Any, tmp_path: Path) -> Any:
+    return federation.settings(
+        tmp_path / "state",
+        encryption=MaskParameters(),
+        gathering_seconds=30.0,
+        key_rotation_rounds=2,
+        rounds=4,
+    )
+
+
+def play(federation: Any, coordinator: Any, number: int, epoch: int) -> None:
+    for client in federation.clients:
+        coordinator.enrol(client, federation.enrolment())
+        coordinator.push(client, upload(federation, coordinator, client, number, epoch))
+    coordinator.advance()
+
+
+def test_a_kill_after_the_commit_that_closes_a_round_leaves_the_key_epoch_that_is_due(
+    federation: Any, encrypted: Any, clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = Coordinator(encrypted, clock)
+    agree(before, federation.clients)
+    play(federation, before, 1, 1)
+    monkeypatch.setattr(before._keys, "adopt", killed)
+    with pytest.raises(Killed):
+        play(federation, before, 2, 1)
+    crash(before)
+    after = Coordinator(encrypted, clock)
+    assert after.status("clinic-a").round == 3
+    assert after.enrol("clinic-a", federation.enrolment()).key_epoch == 2
+    agree(after, federation.clients, 2)
+    play(federation, after, 3, 2)
+    assert after.status("clinic-a").round == 4
+    after.close()
+
+
+def test_a_round_that_an_older_server_left_without_its_key_epoch_gets_it(
+    federation: Any, encrypted: Any, clock: Any
+) -> None:
+    before = Coordinator(encrypted, clock)
+    agree(before, federation.clients)
+    play(federation, before, 1, 1)
+    board = json.loads(before._store.get("key_board") or "")
+    play(federation, before, 2, 1)
+    del board["first_round"]  # it was not stored then
+    before._store.put({"key_board": json.dumps(board)})
+    crash(before)
+    after = Coordinator(encrypted, clock)
+    assert after.enrol("clinic-a", federation.enrolment()).key_epoch == 2
+    after.close()
+
+
+def test_a_member_that_lost_its_key_is_not_waited_for_and_has_one_in_the_next_round(
+    federation: Any, encrypted: Any, clock: Any
+) -> None:
+    coordinator = Coordinator(encrypted, clock)
+    agree(coordinator, federation.clients)
+    for client in federation.clients[:-1]:
+        coordinator.enrol(client, federation.enrolment())
+        coordinator.push(client, upload(federation, coordinator, client, 1, 1))
+    coordinator.enrol("clinic-e", federation.enrolment())
+    assert not coordinator.advance()
+    post(coordinator, "clinic-e", "lost")
+    post(coordinator, "clinic-e", "lost")  # said twice, it is still one
+    assert coordinator.advance(), "nobody else is waited for"
+    assert coordinator.status("clinic-a").round == 2
+    assert coordinator.enrol("clinic-e", federation.enrolment()).key_epoch == 2
+    assert coordinator.status("clinic-a").waiting_for == federation.clients
+    coordinator.close()
+
+
+def test_before_anything_is_encrypted_a_lost_key_begins_a_new_epoch_once_for_each_member(
+    federation: Any, encrypted: Any, clock: Any
+) -> None:
+    coordinator = Coordinator(encrypted, clock)
+    agree(coordinator, federation.clients)
+    post(coordinator, "clinic-e", "lost")
+    agree(coordinator, federation.clients, 2)
+    post(coordinator, "clinic-d", "lost", 2)
+    agree(coordinator, federation.clients, 3)
+    # Nobody can keep the others agreeing: the second time in a round they go on without it.
+    post(coordinator, "clinic-e", "lost", 3)
+    assert coordinator.enrol("clinic-a", federation.enrolment()).key_epoch == 3
+    assert coordinator.status("clinic-a").waiting_for == federation.clients[:-1]
+    coordinator.close()
+
+
+@pytest.mark.parametrize("posted", [0, 1, 5])
+def test_an_agreement_that_a_member_lost_begins_again_at_once(
+    federation: Any, encrypted: Any, clock: Any, posted: int
+) -> None:
+    coordinator = Coordinator(encrypted, clock)
+    for member in federation.clients[: max(1, posted)]:
+        post(coordinator, member, "join")
+    coordinator.advance()
+    post(coordinator, "clinic-a", "lost")
+    assert coordinator.enrol("clinic-a", federation.enrolment()).key_epoch == 2
+    agree(coordinator, federation.clients, 2)
+    assert "agreeing" not in coordinator.status("clinic-a").message
+    coordinator.close()

@@ -139,7 +139,7 @@ def test_a_kill_in_the_middle_of_a_round_loses_nothing_acknowledged(
         assert transports[client].push(uploads[client]).status is ReceiptStatus.ACCEPTED
     assert transports["clinic-b"].pull(2).sections[0].row is not None
     assert server.stop() == 0
-    assert "the run goes on when the server starts again" in server.log
+    assert "stopped; all rounds are over" in server.log
     assert server.log.count("upload of clinic-a accepted") == 1
 
 
@@ -208,3 +208,75 @@ def test_an_own_expired_certificate_is_noticed_before_connecting(authority: Any,
         GrpcTransport(
             "localhost:1", authority=authority.certificate, certificate=certificate, private_key=key
         )
+
+
+def finish(federation: Any, connect: Any, server: Process, silent: tuple[str, ...] = ()) -> None:
+    """Play two rounds over the network, and hand over all statements but some."""
+    transports = {c: connect(server, c, retry_seconds=120.0) for c in federation.clients}
+    for transport in transports.values():
+        run_id = transport.enrol(federation.enrolment()).run_id
+    for number in (1, 2):
+        for client, transport in transports.items():
+            transport.push(federation.upload(run_id, client, number))
+        transports["clinic-a"].pull(number + 1)
+    for client in federation.clients:
+        if client not in silent:
+            transports[client].report(federation.statement(run_id, client))
+
+
+def test_the_server_ends_with_its_run(federation: Any, launch: Any, connect: Any) -> None:
+    server = launch(rounds=2, grace_seconds=300.0)
+    finish(federation, connect, server)
+    assert server.process.wait(60) == 0
+    assert server.log.count("the run is over: 2 rounds with 10 uploads") == 1
+    assert "the run goes on" not in server.log
+    server.start()
+    assert server.process.wait(60) == 0, "a run that is over has nothing to serve"
+
+
+def test_the_server_waits_for_statements_as_long_as_it_is_told(
+    federation: Any, launch: Any, connect: Any
+) -> None:
+    server = launch(rounds=2, grace_seconds=4.0)
+    finish(federation, connect, server, silent=("clinic-b",))
+    assert server.process.wait(60) == 0
+    assert server.log.count("waiting for the statements of clinic-b") == 1
+    assert "statements of 4 members, none of clinic-b" in server.log
+
+
+def test_a_run_that_exchanged_nothing_ends_with_a_status_of_its_own(
+    federation: Any, launch: Any, connect: Any
+) -> None:
+    server = launch(rounds=1, grace_seconds=0.0)
+    transports = {c: connect(server, c, retry_seconds=120.0) for c in federation.clients}
+    for client, transport in transports.items():
+        run_id = transport.enrol(federation.enrolment()).run_id
+        transport.push(federation.upload(run_id, client, 1))
+    assert server.process.wait(60) == 3
+    assert server.log.count("NOTHING WAS EXCHANGED") == 1
+
+
+def test_a_hangup_does_not_stop_the_server(launch: Any, authority: Any) -> None:
+    server = launch()
+    healthy(server, authority)
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_for("SIGHUP is ignored")
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [("", "holds no private key"), ("another", "is not the key of")],
+)
+def test_a_wrong_key_is_not_called_a_port_in_use(
+    launch: Any, authority: Any, make_authority: Any, content: str, says: str
+) -> None:
+    server = launch()
+    server.stop(signal.SIGKILL)
+    key = server.settings.tls.private_key
+    key.write_bytes(make_authority("other").server().private_key.read_bytes() if content else b"")
+    server.start()
+    assert server.process.wait(60) == 1
+    assert says in server.log
+    assert "port" not in server.log.splitlines()[-1]
+    assert "Traceback" not in server.log

@@ -9,8 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedmosaic.client import preflight
 from fedmosaic.client.adapted import adapter_config
 from fedmosaic.client.examples import IGNORED, EncodedExample
+from fedmosaic.client.memory import MemoryNeed, memory_need
 from fedmosaic.client.models import adapt
-from fedmosaic.client.preflight import MemoryNeed, memory_need
 from fedmosaic.client.settings import ClientSettings, DataSettings, ModelSettings
 from fedmosaic.client.training import TrainingSettings, train_local
 from fedmosaic.privacy.roster import AdapterTerms

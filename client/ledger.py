@@ -1,0 +1,267 @@
+"""The privacy ledger of a client's data: where it stands, how it is opened, and `fedmosaic ledger`.
+
+    DATA.jsonl                     the client's training examples (`data.train`)
+    DATA.jsonl.ledger/             or the directory that `data.ledger` names
+        ledger.sqlite              every release from these data, by any run, client and federation
+        ledger.sqlite.head         the last row that was written
+        profile-<data>-<map>.npy   a noised task profile, sent again free of charge until data or map change
+    STATE/ledger.json              which ledger a state directory charges, and its last row as seen there
+
+Every run on the data opens the same ledger, also two at once. A ledger in a state directory, where versions
+before kept it, is moved beside the data.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Final
+
+import tyro
+
+from fedmosaic.client.state import SessionRecord
+from fedmosaic.privacy.accounting import default_delta
+from fedmosaic.privacy.files import write_atomically
+from fedmosaic.privacy.ledger import LEDGER, Ledger, parameters_of, read_ledger
+from fedmosaic.privacy.ledger_move import back_up, move
+from fedmosaic.privacy.ledger_rows import Channel
+from fedmosaic.privacy.ledger_rules import keeper
+from fedmosaic.protos.errors import LedgerError, StateError
+from fedmosaic.protos.messages import LedgerHead
+
+log = logging.getLogger("fedmosaic.client.ledger")
+SEEN: Final = "ledger.json"
+SUFFIX: Final = ".ledger"
+
+
+class ServerAnchor:
+    """What the server keeps of this client's ledger, so that one put back from an older copy is noticed.
+
+    The server hands back what it has kept, and the client looks for it in its own ledger: a client is honest
+    about its budget, but may have lost some of it. A server that lies can only make a client refuse.
+
+    Args:
+        ledger: of the data.
+        record: federation and client.
+    """
+
+    def __init__(self, ledger: Ledger, record: SessionRecord) -> None:
+        self._ledger = ledger
+        self._keeper = keeper(record.federation, record.client)
+        self._kept = b""
+
+    def head(self) -> bytes:
+        """Anchor of the ledger's last row; see `fedmosaic.privacy.ledger_rules.anchor_of`."""
+        return self._ledger.anchor(self._keeper)
+
+    def check(self, kept: bytes) -> None:
+        """Refuse to go on with a ledger that does not hold what the server has kept of it.
+
+        Args:
+            kept: 32 bytes, or none where the server keeps nothing.
+
+        Raises:
+            LedgerError: the ledger is behind, or another one.
+        """
+        if kept:
+            self._ledger.check_anchor(self._keeper, kept, "the server")
+        self._kept = kept
+
+    def claim(self) -> LedgerHead:
+        """The head to send with an upload, and the one that it was checked to follow."""
+        return LedgerHead(self.head(), self._kept)
+
+    def accepted(self, claim: LedgerHead | None) -> None:
+        """The server has stored an upload, and with it this head."""
+        if claim is not None:
+            self._kept = claim.head
+
+
+@dataclass(frozen=True)
+class DataLedger:
+    """The one ledger of a data set, as one client of one federation sees it.
+
+    Attributes:
+        place: its directory.
+        named: whether the configuration names it (`data.ledger`).
+        state: the client's state directory.
+        record: which federation and client, and how far they got.
+    """
+
+    place: Path
+    named: bool
+    state: Path
+    record: SessionRecord
+
+    @classmethod
+    def of(cls, train: Path, named: Path | None, state: Path, record: SessionRecord) -> "DataLedger":
+        """The ledger beside the data, or where the configuration says."""
+        data = train.resolve()  # two links to one file are one data set
+        place = named.resolve() if named else data.with_name(data.name + SUFFIX)
+        return cls(place, named is not None, state, record)
+
+    def open(self, examples: int, epoch: str, target: float, channels: Sequence[Channel]) -> Ledger:
+        """Open the ledger, or make the first one of data that nothing was released from.
+
+        Args:
+            examples: n, the client's number of examples.
+            epoch: hash of their ids.
+            target: ε, the budget.
+            channels: that it bounds.
+
+        Raises:
+            LedgerError: it cannot be used, is behind what this state has seen, or a fresh one would forget.
+        """
+        self._adopt()
+        path = self.place / LEDGER
+        seen = self._seen()
+        if not path.exists():
+            self._check_fresh(seen, epoch)
+            log.info("a new privacy ledger begins in %s; every run on these data has to use it", self.place)
+        delta = ledger_delta(path, examples)
+        try:
+            ledger = Ledger.open(path, self.record.client, delta, target, budgeted_channels=channels)
+        except OSError as error:
+            raise LedgerError(
+                f"no privacy ledger can be kept in {self.place} ({error.strerror}); make it writable, or "
+                "name another directory in data.ledger, for every run on these data"
+            ) from None
+        try:
+            if seen is not None:
+                ledger.check_anchor(self._keeper, seen[1], f"the state directory {self.state}")
+            self.remember(ledger)
+        except BaseException:
+            ledger.close()
+            raise
+        return ledger
+
+    def remember(self, ledger: Ledger) -> None:
+        """Note in the state directory how far the ledger is."""
+        content = {"ledger": str(self.place), "anchor": ledger.anchor(self._keeper).hex()}
+        write_atomically(self.state / SEEN, json.dumps(content).encode())
+
+    @property
+    def _keeper(self) -> str:
+        return keeper(self.record.federation, self.record.client)
+
+    def _seen(self) -> tuple[str, bytes] | None:
+        path = self.state / SEEN
+        if not path.exists():
+            return None
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return str(content["ledger"]), bytes.fromhex(content["anchor"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StateError(
+                f"{path} is damaged ({error!r}); give a new state_dir, and name the ledger of these data in "
+                "data.ledger"
+            ) from None
+
+    def _adopt(self) -> None:
+        """Move a ledger that stands in the state directory beside the data."""
+        path = self.state / LEDGER
+        if self.place == self.state.resolve() or not (
+            path.exists() or path.with_name(f"{LEDGER}.head").exists()
+        ):
+            return
+        rows = read_ledger(path)
+        if rows[-1].kind == "MOVED":
+            return
+        if (self.place / LEDGER).exists() and rows[-1].kind != "CLOSED":
+            raise LedgerError(
+                f"there is a privacy ledger in {self.state} and one in {self.place}; releases from the same "
+                f"data have to be charged to one. Join them with `fedmosaic ledger move {self.state} "
+                f"{self.place}`, or, if the second is of other data, name another directory in data.ledger"
+            )
+        move(self.state, self.place)
+        log.warning("the privacy ledger of %s now stands in %s, for every run", self.state, self.place)
+
+    def _check_fresh(self, seen: tuple[str, bytes] | None, epoch: str) -> None:
+        if seen is not None or self.record.run_id:
+            where = f"the one in {seen[0]}" if seen is not None else f"that of {self.state}, which is gone"
+            raise LedgerError(
+                f"{self.place} holds no privacy ledger, and what {self.state} has released was charged to "
+                f"{where}. A fresh ledger would forget it: name the right directory in data.ledger, or put a "
+                f"backup back with `fedmosaic ledger move BACKUP {self.place}`. For data that share no "
+                "example with those, take a new state_dir"
+            )
+        if self.named:
+            return
+        for other in sorted(self.place.parent.glob(f"*{SUFFIX}/{LEDGER}")):
+            rows = read_ledger(other)
+            if rows[-1].kind not in ("CLOSED", "MOVED") and any(row.data_epoch == epoch for row in rows):
+                raise LedgerError(
+                    f"{other.parent} is the privacy ledger of a data set with exactly these example ids. If "
+                    f"the data were renamed, `fedmosaic ledger move {other.parent} {self.place}`; if they "
+                    "are other data with the same ids, name a directory for their ledger in data.ledger"
+                )
+
+
+def ledger_delta(path: Path, examples: int) -> float:
+    """δ of the ledger that is there, for as long as it is at most 1/n; of a new one, n^-1.1.
+
+    Args:
+        path: the ledger, there or not.
+        examples: n, the client's number of examples now.
+
+    Raises:
+        LedgerError: its δ is above 1/n, or it is damaged.
+    """
+    if not path.exists():
+        return default_delta(examples)
+    delta = parameters_of(read_ledger(path)).delta
+    if delta * examples > 1.0:
+        raise LedgerError(
+            f"{path}: δ = {delta:g} was fixed when there were fewer examples, and {examples} need one below "
+            f"1/{examples}; take part with at most {int(1 / delta)} examples. A fresh ledger would forget "
+            "what this one has spent; it is right only for data that share no example with these"
+        )
+    return delta
+
+
+@dataclass(frozen=True)
+class Move:
+    """Close the ledger in OLD and go on with it in NEW; run it again if it was interrupted.
+
+    NEW is made, or is another ledger of the same data, to which everything that only OLD holds is charged.
+    OLD refuses to open afterwards. A backup is put back in the same way, if the ledger itself is lost.
+    """
+
+    old: tyro.conf.Positional[Path]
+    """Directory of the ledger; a state directory of a version before is one."""
+    new: tyro.conf.Positional[Path]
+    """Directory where it goes on: beside the data, DATA.jsonl.ledger, or what data.ledger names."""
+
+
+@dataclass(frozen=True)
+class Backup:
+    """Write a backup of a ledger and its profiles; runs may go on meanwhile. Copying files is none."""
+
+    ledger: tyro.conf.Positional[Path]
+    """Directory of the ledger."""
+    out: tyro.conf.Positional[Path]
+    """Directory to be made."""
+
+
+Command = Annotated[Move, tyro.conf.subcommand("move")] | Annotated[Backup, tyro.conf.subcommand("backup")]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `fedmosaic ledger` with its arguments."""
+    command: Move | Backup = tyro.cli(
+        Command,
+        args=list(arguments),
+        prog="fedmosaic ledger",
+        description="Move or back up the privacy ledger of a data set.",
+    )
+    match command:
+        case Move(old, new):
+            carried = move(old, new)
+            print(f"{old} is closed; its ledger goes on in {new}")
+            if carried:
+                print(f"{carried} release(s) that only {old} held are charged there as well")
+        case Backup(ledger, out):
+            back_up(ledger, out)
+            print(f"{out} is a backup; if {ledger} is lost: fedmosaic ledger move {out} {ledger}")
+    return 0

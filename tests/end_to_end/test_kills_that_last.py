@@ -1,0 +1,359 @@
+"""Clients killed between two durable steps, servers that lose or forget: the run goes on, or says why not."""
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from end_to_end import federation_of_vectors as fv
+from fedmosaic.client.keyring import Keyring
+from fedmosaic.client.outbox import read_upload
+from fedmosaic.protos.errors import KeyAgreementError, StateError
+from fedmosaic.protos.messages import KeyMessage, ReceiptStatus, Upload
+from fedmosaic.server.coordinator import Coordinator
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def clients_of(directory: Path, names: tuple[str, ...] = fv.MEMBERS) -> dict[str, fv.Client]:
+    return {name: fv.Client(directory, name, fv.MEMBERS.index(name)) for name in names}
+
+
+class Restarted:
+    """A session whose process is killed once, and started again."""
+
+    def __init__(
+        self, client: fv.Client, coordinator: Coordinator, kill: Callable[[Any, Any], None], pause: Any = None
+    ) -> None:
+        self._client, self._coordinator, self._kill, self._pause = client, coordinator, kill, pause
+
+    def run(self) -> None:
+        transport = fv.in_process(self._coordinator, self._client.name)
+        session = self._client.session(transport)
+        self._kill(session, transport)
+        with pytest.raises(Killed):
+            session.run()
+        self._client.close()
+        if self._pause is not None:
+            self._pause()
+        self._client.session(fv.in_process(self._coordinator, self._client.name)).run()
+
+
+def played(
+    directory: Path, coordinator: Coordinator, kills: dict[str, Callable[[Any, Any], None]], pause: Any = None
+) -> dict[str, fv.Client]:
+    """Run all clients, those in `kills` with a kill, until the end of the run."""
+    clients = clients_of(directory)
+    sessions: dict[str, Any] = {}
+    for name, client in clients.items():
+        if name in kills:
+            sessions[name] = Restarted(client, coordinator, kills[name], pause)
+        else:
+            sessions[name] = client.session(fv.in_process(coordinator, name))
+    assert fv.run_all(sessions) == {}
+    for client in clients.values():
+        client.close()
+    return clients
+
+
+def uploaded(coordinator: Coordinator) -> list[list[str]]:
+    results: Any = coordinator.summary()["results"]
+    return [result["uploaded"] for result in results]
+
+
+def _dies_before_its_key_is_confirmed(session: Any, _: Any) -> None:
+    def store(_agreed: object) -> None:
+        raise Killed
+
+    session._protection._keyring._store = store
+
+
+def _dies_in_the_agreement(session: Any, transport: Any) -> None:
+    post = transport.post_key_message
+
+    def posting(message: KeyMessage) -> None:
+        post(message)
+        if message.stage == "opening":
+            raise Killed
+
+    transport.post_key_message = posting
+
+
+def test_a_client_killed_after_its_confirmation_is_in_the_epoch_when_it_comes_back(tmp_path: Path) -> None:
+    directory = fv.make_federation(tmp_path / "f", fv.terms("mask", 2))
+    coordinator = fv.coordinator_of(directory)
+    kills = dict.fromkeys(("ada", "ben"), _dies_before_its_key_is_confirmed)
+    played(directory, coordinator, kills)
+    assert uploaded(coordinator) == [sorted(fv.MEMBERS)] * 2
+    assert coordinator._epoch == 1
+    coordinator.close()
+
+
+def test_a_client_killed_before_it_held_the_key_asks_for_another_epoch(tmp_path: Path) -> None:
+    directory = fv.make_federation(tmp_path / "f", fv.terms("mask", 2))
+    coordinator = fv.coordinator_of(directory)
+    played(directory, coordinator, {"ada": _dies_in_the_agreement})
+    assert uploaded(coordinator) == [sorted(fv.MEMBERS)] * 2
+    assert coordinator._epoch == 2
+    coordinator.close()
+
+
+def test_a_key_that_is_not_confirmed_by_all_encrypts_nothing(tmp_path: Path) -> None:
+    directory = fv.make_federation(tmp_path / "f", fv.terms("mask", 1))
+    coordinator = fv.coordinator_of(directory)
+    clients = clients_of(directory)
+    keyrings: dict[str, Keyring] = {}
+    for name, client in clients.items():
+        session = client.session(fv.in_process(coordinator, name))
+        session._enrol()
+        keyring: Any = session._protection._keyring
+        keyrings[name] = keyring
+        confirm = keyring._confirm
+
+        def killed(agreed: Any, confirmation: bytes, name: str = name, confirm: Any = confirm) -> None:
+            if name == "ada":
+                raise Killed
+            # The others wait for ada's confirmation, and not for long; the model is frozen.
+            keyrings[name]._roster.terms.schedule.__dict__["key_patience_seconds"] = 1.0
+            confirm(agreed, confirmation)
+
+        keyring._confirm = killed
+
+    class Agreeing:
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        def run(self) -> None:
+            keyrings[self._name].agree(1, 1)
+
+    agreeing: Any = {name: Agreeing(name) for name in clients}
+    errors = fv.run_all(agreeing)
+    assert isinstance(errors.pop("ada"), Killed)
+    for name, error in errors.items():
+        assert isinstance(error, KeyAgreementError)
+        assert "confirmations of members are missing: ada" in str(error)
+        assert (directory / "clients" / name / "state" / "keys" / "epoch-unconfirmed.json").exists()
+        assert not keyrings[name].has(1)
+        with pytest.raises(KeyAgreementError):
+            keyrings[name].encryption_key(1, 1)
+    for client in clients.values():
+        client.close()
+    coordinator.close()
+
+
+@pytest.mark.parametrize("backend", ["plain", "mask"])
+def test_what_was_trained_and_sent_before_a_kill_is_gone_on_from(tmp_path: Path, backend: str) -> None:
+    """Killed after the receipt of round 1, back in round 2: that begins from the adapter of round 1."""
+    directory = fv.make_federation(tmp_path / "f", fv.terms(backend, 2, quorum=4, round_deadline_seconds=60))
+    coordinator = fv.coordinator_of(directory)
+
+    def dies_after_the_receipt(session: Any, transport: Any) -> None:
+        push = transport.push
+
+        def pushing(upload: Upload) -> None:
+            push(upload)
+            raise Killed
+
+        transport.push = pushing
+
+    def until_round_two() -> None:
+        transport = fv.in_process(coordinator, "ada")
+        transport.pull(2)
+
+    before: dict[str, Any] = {}
+
+    def remember(session: Any, transport: Any) -> None:
+        dies_after_the_receipt(session, transport)
+        train = session._learner.train
+
+        def training(number: int, releases: Any) -> None:
+            train(number, releases)
+            before["local"] = session._learner.local.copy()
+
+        session._learner.train = training
+
+    loaded: list[Any] = []
+    load = fv.VectorLearner.load
+
+    def loading(self: Any, place: Path) -> None:
+        load(self, place)
+        if self.seed == 0:
+            loaded.append(self.local.copy())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fv.VectorLearner, "load", loading)
+        clients = played(directory, coordinator, {"ada": remember}, until_round_two)
+    assert uploaded(coordinator) == [sorted(fv.MEMBERS)] * 2
+    assert clients["ada"].learner.trained == [2]
+    assert (loaded[-1] == before["local"]).all()
+    assert not list((directory / "clients" / "ada" / "state").glob("upload-*.bin"))
+    coordinator.close()
+
+
+def test_an_upload_that_the_server_lost_is_sent_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = fv.make_federation(tmp_path / "f", fv.terms("mask", 3))
+    coordinator = fv.coordinator_of(directory)
+    adopt, damaged = coordinator._blobs.adopt, []
+
+    def damaging(spooled: Path, round_number: int, client: str) -> None:
+        adopt(spooled, round_number, client)
+        if (client, round_number) == ("ben", 2) and not damaged:
+            damaged.append(client)
+            path = coordinator._blobs.path("uploads", round_number, client)
+            path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+
+    coordinator._blobs.adopt = damaging  # type: ignore[method-assign]  # a disk that fails once
+    clients = played(directory, coordinator, {})
+    assert damaged == ["ben"]
+    assert uploaded(coordinator) == [sorted(fv.MEMBERS)] * 3
+    assert clients["ben"].learner.trained == [1, 2, 3], "nothing was trained or released again"
+    assert "the server has lost our upload" in caplog.text
+    coordinator.close()
+
+
+def test_a_server_that_forgot_uploads_and_their_key_epoch_gets_them_under_another(tmp_path: Path) -> None:
+    """Its database is of a moment before, in the same round: no head can show that, and all go on."""
+    directory = fv.make_federation(tmp_path / "f", fv.terms("mask", 2))
+    state, copy = directory / "server" / "state", tmp_path / "copy"
+    coordinator = fv.coordinator_of(directory)
+    coordinator.close()
+    shutil.copytree(state, copy)
+    coordinator = fv.coordinator_of(directory)
+    names = ("ada", "ben", "cid", "dee")
+    clients = clients_of(directory)
+    sessions: dict[str, Any] = {}
+    for name, client in clients.items():
+        line: Any = fv.in_process(coordinator, name)
+
+        def dying(upload: Upload, name: str = name, push: Any = line.push, line: Any = line) -> Any:
+            if name not in names:
+                raise Killed
+            line.pull = lambda *_: (_ for _ in ()).throw(Killed())
+            return push(upload)
+
+        line.push = dying
+        sessions[name] = client.session(line)
+    assert {type(error) for error in fv.run_all(sessions).values()} == {Killed}
+    for client in clients.values():
+        client.close()
+    coordinator.close()
+    shutil.rmtree(state)
+    shutil.copytree(copy, state)
+    coordinator = fv.coordinator_of(directory)
+    clients = played(directory, coordinator, {})
+    assert uploaded(coordinator) == [sorted(fv.MEMBERS)] * 2
+    assert all(client.learner.trained == [2] for client in clients.values()), "round 1 was trained once"
+    coordinator.close()
+
+
+@pytest.mark.parametrize("moment", ["at the start", "while waiting", "at the push"])
+def test_an_older_copy_of_the_server_is_noticed(tmp_path: Path, moment: str) -> None:
+    directory = fv.make_federation(tmp_path / "f", fv.terms("plain", 3))
+    state, copy = directory / "server" / "state", tmp_path / "copy"
+    coordinator = fv.coordinator_of(directory)
+
+    def dies_before_the_push_of(number: int, transport: Any) -> None:
+        push = transport.push
+
+        def pushing(upload: Upload) -> Any:
+            if upload.round == number:
+                raise Killed
+            return push(upload)
+
+        transport.push = pushing
+
+    for number in (2, 3):
+        clients = clients_of(directory)
+        sessions = {}
+        for name, client in clients.items():
+            transport = fv.in_process(coordinator, name)
+            dies_before_the_push_of(number, transport)
+            sessions[name] = client.session(transport)
+        assert {type(error) for error in fv.run_all(sessions).values()} == {Killed}
+        for client in clients.values():
+            client.close()
+        if number == 2:
+            coordinator.close()
+            shutil.copytree(state, copy)
+            coordinator = fv.coordinator_of(directory)
+    client = fv.Client(directory, "ada", 0)
+    line: Any = fv.in_process(coordinator, "ada")
+    session = client.session(line)
+    enrolled = session._enrol()
+    session._resume(enrolled.round)
+    upload = read_upload(session._state.upload_path(3))
+    assert upload is not None
+    coordinator.close()
+    shutil.rmtree(state)
+    shutil.copytree(copy, state)
+    older = fv.coordinator_of(directory)
+    line._coordinator = older
+    calls: dict[str, Callable[[], Any]] = {
+        "at the start": session.run,
+        "while waiting": lambda: session._pull(3),
+        "at the push": lambda: session._push(upload),
+    }
+    with pytest.raises(StateError, match=r"is at round 2, but was at round 3 before.*older copy"):
+        calls[moment]()
+    older.close()
+    client.close()
+
+
+def test_a_run_that_brought_nothing_is_known_at_the_members_and_at_the_server(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    terms = fv.terms("plain", 2, quorum=3, round_deadline_seconds=1)
+    directory = fv.make_federation(tmp_path / "f", terms)
+    coordinator = fv.coordinator_of(directory)
+    clients = clients_of(directory, ("ada", "ben", "cid"))
+    sessions = {name: c.session(fv.in_process(coordinator, name)) for name, c in clients.items()}
+    assert fv.run_all(sessions) == {}
+    for client in clients.values():
+        state: Any = client.state
+        assert state.record.completed_round == 2
+        assert state.record.received_rounds == 0
+        client.close()
+    lines, exchanged = coordinator.last_words()
+    assert not exchanged
+    assert "NOTHING WAS EXCHANGED" in lines[-1]
+    coordinator.close()
+
+
+def test_receipts_of_a_round_that_is_over_are_asked_for(tmp_path: Path) -> None:
+    """An upload that was never acknowledged and whose round closed without it: late, and gone on from."""
+    directory = fv.make_federation(tmp_path / "f", fv.terms("plain", 2, quorum=4, round_deadline_seconds=1))
+    coordinator = fv.coordinator_of(directory)
+    statuses: list[ReceiptStatus] = []
+
+    def dies_before_its_push(_: Any, transport: Any) -> None:
+        def pushing(_upload: Upload) -> None:
+            raise Killed
+
+        transport.push = pushing
+
+    push = coordinator.push
+
+    def noting(client: str, upload: Upload) -> Any:
+        receipt = push(client, upload)
+        if client == "ada":
+            statuses.append(receipt.status)
+        return receipt
+
+    coordinator.push = noting  # type: ignore[method-assign]  # to see the answers
+    clients = played(
+        directory,
+        coordinator,
+        {"ada": dies_before_its_push},
+        lambda: fv.in_process(coordinator, "ben").pull(2),
+    )
+    assert statuses[0] is ReceiptStatus.LATE
+    assert clients["ada"].learner.trained in ([2], [])
+    coordinator.close()

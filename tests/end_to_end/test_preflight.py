@@ -1,0 +1,431 @@
+"""Before a client enrols: what is wrong is found, by the client and by the doctor, and nothing is changed."""
+
+import asyncio
+import json
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from end_to_end import federation_of_vectors as fv
+from fedmosaic.client import __main__ as client
+from fedmosaic.client import doctor
+from fedmosaic.client.learner import SAMPLER
+from fedmosaic.client.models import load_base_model
+from fedmosaic.client.preflight import LEDGER, Preflight
+from fedmosaic.client.probe import open_probe
+from fedmosaic.client.settings import ClientSettings
+from fedmosaic.client.state import ClientState
+from fedmosaic.privacy import federation
+from fedmosaic.privacy.configuration import read_configuration
+from fedmosaic.privacy.federation import FederationConfig, MemberEntry
+from fedmosaic.privacy.ledger import Ledger, read_ledger
+from fedmosaic.privacy.mechanism import ProfileMechanism, Reduction
+from fedmosaic.privacy.roster import AdapterPrivacyTerms, AdapterTerms, ScheduleTerms, Terms
+from fedmosaic.protos.errors import FedMosaicError
+from fedmosaic.server.from_kit import settings_from_kit
+from fedmosaic.server.serving import running
+
+UNKNOWN = {"unk_token": "<unk>"}
+SPECIAL = {**UNKNOWN, "eos_token": "</s>", "pad_token": "<pad>"}
+WORDS = ["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(40)), "yes", "no"]
+MEMBERS = ("a", "b", "c", "d")
+
+
+def save_model(folder: Path, seed: int, **changes: Any) -> Path:
+    torch.manual_seed(seed)
+    shape = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
+        "initializer_range": 0.2,
+    }  # fmt: skip
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), **{**shape, **changes})).save_pretrained(folder)
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, **UNKNOWN))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=raw, **SPECIAL).save_pretrained(folder)
+    return folder
+
+
+def rows(count: int, start: int = 0, **changes: Any) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": f"e{i}",
+            "prompt": f"w{i % 40} w{i // 40}",
+            "answer": "yes",
+            "choices": ["yes", "no"],
+            **changes,
+        }
+        for i in range(start, start + count)
+    ]
+
+
+def write(path: Path, lines: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+class Server:
+    """A real server in a thread."""
+
+    def __init__(self, kit: Path) -> None:
+        settings = settings_from_kit(kit).model_copy(update={"durable": False})
+        self.port = 0
+        self._ready, self._loop, self._stop = threading.Event(), asyncio.new_event_loop(), asyncio.Event()
+
+        async def serve() -> None:
+            async with running(settings) as self.port:
+                self._ready.set()
+                await self._stop.wait()
+
+        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(serve(),), daemon=True)
+        self._thread.start()
+        assert self._ready.wait(60)
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(60)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("preflight")
+    save_model(folder / "model", 0)
+    save_model(folder / "other", 1)
+    write(folder / "train.jsonl", rows(60))
+    write(folder / "test.jsonl", rows(8, 200))
+    return folder
+
+
+def found(place: Path, name: str, protection: str = "none", **schedule: int) -> Path:
+    probe = open_probe(load_base_model(place / "model")[0])
+    mechanism = ProfileMechanism(
+        probe="tiny",
+        probe_sha256=probe.sha256,
+        reduction=Reduction(hidden_size=16, intermediate_size=24, projection_dimensions=32),
+    )
+    terms = Terms(
+        adapter=AdapterTerms(rank=2, blocks=2, protection=protection),
+        # Every example in the one step of a round: what the accountant is quickest with.
+        adapter_privacy=AdapterPrivacyTerms(expected_batch_size=100, steps_per_round=1),
+        profile=mechanism,
+        schedule=ScheduleTerms(**{"rounds": 2, "quorum": 4, **schedule}),
+        encryption={"backend": "plain"},
+        allow_plaintext=True,
+    )
+    config = FederationConfig(federation="f", members=tuple(MemberEntry(id=m) for m in MEMBERS), terms=terms)
+    federation.create(config, place / name)
+    (place / name / "server" / "server.toml").write_text('listen = "127.0.0.1:0"\nstate_dir = "state"\n')
+    return place / name
+
+
+@pytest.fixture(scope="module")
+def served(place: Path) -> Iterator[tuple[Path, int]]:
+    directory = found(place, "federation")
+    server = Server(directory / "server")
+    yield directory, server.port
+    server.close()
+
+
+@pytest.fixture
+def config(served: tuple[Path, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A client.toml with everything right."""
+    directory, port = served
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    place = directory.parent
+    for name in ("train.jsonl", "test.jsonl"):
+        shutil.copy(place / name, tmp_path)
+    text = f"""
+kit = "{directory / "clients" / "a"}"
+server = "127.0.0.1:{port}"
+state_dir = "state"
+profile_max_length = 32
+[model]
+path = "{place / "model"}"
+[probe]
+path = "{place / "model"}"
+[data]
+train = "train.jsonl"
+test = "test.jsonl"
+[training]
+steps = 1
+max_length = 32
+"""
+    path = tmp_path / "client.toml"
+    path.write_text(text)
+    return path
+
+
+def preflight(config: Path) -> Preflight:
+    settings = read_configuration(config, ClientSettings).resolved(config.parent)
+    return Preflight(settings, fv.Silent(), server_patience_seconds=1.0)
+
+
+def required(config: Path) -> list[str]:
+    warnings: list[str] = []
+    checked = preflight(config)
+    try:
+        checked.require(warnings.append)
+    finally:
+        checked.close()
+    return warnings
+
+
+def change(config: Path, before: str, after: str) -> None:
+    text = config.read_text()
+    assert before in text
+    config.write_text(text.replace(before, after))
+
+
+def test_all_is_well_and_nothing_was_changed(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(config.parent.rglob("*"))
+    assert doctor.main([str(config)]) == 0
+    shown = capsys.readouterr().out
+    assert sorted(config.parent.rglob("*")) == before
+    assert all(len(line) <= 80 for line in shown.splitlines() if "/" not in line)
+    for name in (
+        "kit",
+        "certificate",
+        "state",
+        "disk",
+        "data",
+        "texts",
+        "server",
+        "budget",
+        "probe",
+        "model",
+    ):
+        assert re.search(rf"^{name} +ok\s", shown, re.MULTILINE), shown
+    assert "memory" in shown
+    assert "transformers" in shown
+    assert required(config) == []
+
+
+def test_the_question_to_the_server_enrols_nobody(config: Path, served: tuple[Path, int]) -> None:
+    import sqlite3
+
+    required(config)
+    with sqlite3.connect(served[0] / "server" / "state" / "server.db") as store:
+        tables = {row[0] for row in store.execute("select name from sqlite_master where type='table'")}
+        (name,) = (table for table in tables if "client" in table or "member" in table or "enrol" in table)
+        assert store.execute(f"select count(*) from {name}").fetchone() == (0,)  # noqa: S608  # a table's name
+
+
+Damage = Callable[[Path], None]
+
+
+def other_probe(config: Path) -> None:
+    change(config, '[probe]\npath = "', '[probe]\npath = "other')
+    text = config.read_text()
+    config.write_text(re.sub(r'path = "other(.*)/model"', r'path = "\1/other"', text))
+
+
+def no_probe(config: Path) -> None:
+    config.write_text(re.sub(r'(\[probe\]\npath = ").*/model"', r'\1../nowhere/probe"', config.read_text()))
+
+
+def long_answers(config: Path) -> None:
+    change(config, "max_length = 32\n[model]", "max_length = 8\n[model]")
+    write(config.parent / "train.jsonl", rows(60, answer="w1 " * 9, choices=[]))
+
+
+def long_for_the_model(config: Path) -> None:
+    change(config, "steps = 1\nmax_length = 32", "steps = 1\nmax_length = 65")
+
+
+def long_for_the_probe(config: Path) -> None:
+    change(config, "profile_max_length = 32", "profile_max_length = 65")
+
+
+def same_data(config: Path) -> None:
+    change(config, 'test = "test.jsonl"', 'test = "train.jsonl"')
+
+
+def one_choice(config: Path) -> None:
+    write(config.parent / "test.jsonl", rows(2, 200, choices=["yes"]))
+
+
+def no_server(config: Path) -> None:
+    config.write_text(re.sub(r'server = "127.0.0.1:\d+"', 'server = "127.0.0.1:9"', config.read_text()))
+
+
+def looser_budget(config: Path) -> None:
+    change(config, "profile_max_length", "target_epsilon = 100\nprofile_max_length")
+
+
+def foreign_state(config: Path) -> None:
+    state = ClientState(config.parent / "state", "elsewhere", "a")
+    state.join_run("0" * 32)
+    state.release()
+
+
+def other_run(config: Path) -> None:
+    state = ClientState(config.parent / "state", "f", "a")
+    state.join_run("0" * 32)
+    state.release()
+
+
+def other_key(config: Path) -> None:
+    kit = Path(re.search(r'kit = "(.*)"', config.read_text()).group(1))  # type: ignore[union-attr]
+    mixed = shutil.copytree(kit, config.parent / "kit")
+    shutil.copy(kit.parent / "b" / "identity.key", mixed)
+    config.write_text(re.sub(r'kit = ".*"', 'kit = "kit"', config.read_text()))
+
+
+def other_ledger(config: Path) -> None:
+    (config.parent / "state").mkdir()
+    Ledger.open(
+        config.parent / "state" / LEDGER, "somebody", 1e-3, 8.0, budgeted_channels=("profile",)
+    ).close()
+
+
+def bigger_ledger(config: Path) -> None:
+    (config.parent / "state").mkdir()
+    Ledger.open(config.parent / "state" / LEDGER, "a", 0.1, 8.0, budgeted_channels=("profile",)).close()
+
+
+@pytest.mark.parametrize(
+    ("damage", "check", "reason"),
+    [
+        (other_key, "kit", "identity key"),
+        (foreign_state, "state", "'elsewhere'"),
+        (same_data, "data", "all 60 examples"),
+        (one_choice, "data", "example 1 has 1 choice"),
+        (long_answers, "texts", "raise profile_max_length to 11"),
+        (no_probe, "texts", "There is no folder '../nowhere/probe'"),
+        (no_server, "server", "could not be reached"),
+        (other_run, "server", "but the server is on run"),
+        (looser_budget, "budget", "a client may be stricter, not looser"),
+        (other_ledger, "budget", "opened with other parameters"),
+        (bigger_ledger, "budget", "at most 10 examples"),
+        (other_probe, "probe", "profiles of different probes cannot be compared"),
+        (long_for_the_probe, "probe", "profile_max_length is 65.*64 positions"),
+        (long_for_the_model, "model", "training.max_length is 65.*64 positions"),
+    ],
+)
+def test_what_is_wrong_is_found_before_enrolment(
+    config: Path, damage: Damage, check: str, reason: str
+) -> None:
+    damage(config)
+    checked = preflight(config)
+    names = [each.name for each in checked.checks()]
+    with closing(checked):
+        *sound, wrong = checked.checks()[: names.index(check) + 1]
+        for each in sound:
+            each.run()
+        with pytest.raises(FedMosaicError, match=reason):
+            wrong.run()
+
+
+def test_the_client_itself_stops_before_it_loads_trains_or_charges(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other_probe(config)
+    monkeypatch.setattr(client, "Session", None)
+    with pytest.raises(FedMosaicError, match="different probes"):
+        client.main([str(config)])
+    assert not (config.parent / "state" / LEDGER).exists()
+
+
+def test_the_doctor_goes_on_with_what_can_still_be_checked(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_SERVER_PATIENCE_SECONDS", 0.5)
+    no_server(config)
+    one_choice(config)
+    assert doctor.main([str(config)]) == 1
+    shown = capsys.readouterr().out
+    assert re.search(r"^kit +ok ", shown, re.MULTILINE)
+    assert re.search(r"^data +WRONG\s", shown, re.MULTILINE)
+    assert re.search(r"^server +WRONG\s", shown, re.MULTILINE)
+    assert re.search(r"^model +- +not checked, because of data", shown, re.MULTILINE)
+    assert "a client could not start" in shown
+
+
+def test_the_doctor_explains_a_wrong_configuration(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(config, "steps = 1", "stepz = 1")
+    assert doctor.main([str(config)]) == 1
+    assert "did you mean 'steps'" in re.sub(r"\s+", " ", capsys.readouterr().out)
+
+
+def test_prompts_that_are_cut_are_told_with_both_settings(config: Path) -> None:
+    long = [row | {"prompt": f"{row['prompt']} " * 50} for row in rows(60)]
+    write(config.parent / "train.jsonl", long)
+    first, second = required(config)
+    assert "60 of 60 examples are longer than training.max_length = 32" in first
+    assert "longer than profile_max_length = 32" in second
+    assert "not read" in first
+
+
+def test_free_answers_need_no_choices(config: Path) -> None:
+    write(config.parent / "test.jsonl", rows(4, 200, choices=[]))
+    assert required(config) == []
+
+
+def test_a_saved_state_of_fewer_examples_goes_on_with_the_next_epoch(config: Path) -> None:
+    checked = preflight(config)
+    learner = checked.learner
+    learner._sampler.take(30)
+    saved = config.parent / "saved"
+    saved.mkdir()
+    learner.save(saved)
+    write(config.parent / "train.jsonl", rows(61))
+    later = preflight(config).learner
+    later.load(saved)
+    assert later._sampler.state_dict() == {"size": 61, "seed": 0, "epoch": 1, "position": 0}
+    (saved / SAMPLER).write_text("{}")
+    with pytest.raises(FedMosaicError, match=rf"{SAMPLER}.*delete that file"):
+        later.load(saved)
+    (saved / SAMPLER).unlink()
+    later.load(saved)
+
+
+def test_a_private_client_is_told_its_plan(place: Path, config: Path, served: tuple[Path, int]) -> None:
+    directory = found(place, "private", "dp")
+    config.write_text(config.read_text().replace(str(served[0]), str(directory)))
+    checked = preflight(config)
+    told = dict((check.name, check.run()) for check in checked.checks() if check.name in ("kit", "budget"))
+    assert "protection 'dp'" in told["kit"]
+    assert re.search(r"planned σ = \d", told["budget"])
+    assert not (config.parent / "state").exists()
+
+
+def test_a_whole_run_tells_how_it_was_scored(config: Path, served: tuple[Path, int], place: Path) -> None:
+    directory = found(place, "whole", rounds=1)
+    server = Server(directory / "server")
+    write(config.parent / "test.jsonl", rows(4, 200, choices=[]))
+    settings = read_configuration(config, ClientSettings).resolved(config.parent)
+    errors: list[BaseException] = []
+
+    def take_part(member: str) -> None:
+        own = settings.model_copy(
+            update={
+                "kit": directory / "clients" / member,
+                "server": f"127.0.0.1:{server.port}",
+                "state_dir": config.parent / member,
+            }
+        )
+        try:
+            client.run(own)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=take_part, args=(member,), daemon=True) for member in MEMBERS]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    server.close()
+    assert not errors
+    result = json.loads((config.parent / "a" / "result.json").read_text())
+    assert result["measures"] == {"self": "written answer, same words"}
+    assert 0.0 <= result["after"]["self"] <= 1.0
+    assert read_ledger(config.parent / "a" / LEDGER)

@@ -1,0 +1,101 @@
+"""A client's saved adapter that is damaged, and a client's log that has no warnings of libraries."""
+
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedmosaic.client.learner import ModelLearner
+from fedmosaic.client.progress import LoggedProgress
+from fedmosaic.client.settings import ClientSettings
+from fedmosaic.client.state import ClientState, write_atomically
+from fedmosaic.privacy.mechanism import ProfileMechanism, Reduction
+from fedmosaic.privacy.roster import Terms
+from fedmosaic.protos.errors import StateError
+
+TERMS = {
+    "profile": ProfileMechanism(
+        probe="none",
+        probe_sha256="0" * 64,
+        reduction=Reduction(hidden_size=8, intermediate_size=16, projection_dimensions=32),
+    ),
+    "adapter": {"rank": 2, "blocks": 2, "protection": "none"},
+    "encryption": {"backend": "plain"},
+    "allow_plaintext": True,
+}
+
+
+@pytest.fixture
+def learner(tiny_folder: Path, tmp_path: Path) -> Callable[[str], ModelLearner]:
+    def make(model: str = "small") -> ModelLearner:
+        settings: dict[str, Any] = {
+            "kit": tmp_path,
+            "server": "localhost:1",
+            "state_dir": tmp_path / "state",
+            "model": {"path": str(tiny_folder / model)},
+            "probe": {"path": str(tiny_folder / "small")},
+            "data": {"train": tiny_folder / "train-0.jsonl"},
+            "training": {"max_length": 16},
+        }
+        terms = Terms.model_validate(TERMS)
+        return ModelLearner(ClientSettings.model_validate(settings), terms, "", LoggedProgress())
+
+    return make
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 100, b"[" * 100_000, b"{}"], ids=["0", "ff", "[", "{}"])
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "sampler.json"])
+def test_a_damaged_adapter_is_named_with_its_folder(
+    name: str, content: bytes, learner: Callable[[], ModelLearner], tmp_path: Path
+) -> None:
+    made = learner()
+    made.save(tmp_path / "round-0001")
+    made.load(tmp_path / "round-0001")
+    damaged = tmp_path / "round-0001" / name
+    assert damaged.exists()
+    damaged.write_bytes(content)
+    with pytest.raises(StateError, match=r"round-0001: the saved adapter cannot be read .*or delete it"):
+        made.load(tmp_path / "round-0001")
+
+
+def test_an_adapter_of_another_model_is_refused(
+    learner: Callable[[str], ModelLearner], tmp_path: Path
+) -> None:
+    learner("large").save(tmp_path / "round-0001")
+    with pytest.raises(StateError, match="round-0001: the saved adapter cannot be read"):
+        learner("small").load(tmp_path / "round-0001")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs limits of file sizes")
+def test_a_disk_that_takes_no_more_is_named(learner: Callable[[], ModelLearner], tmp_path: Path) -> None:
+    import resource
+
+    state = ClientState(tmp_path / "state", "f", "ada")
+    made, (soft, hard) = learner(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises((StateError, OSError)) as error:
+            state.save_adapter(1, made.save)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "state/adapter" in str(error.value)
+    state.save_adapter(1, made.save)
+    made.load(state.adapter_path(1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*/upload'"):
+            write_atomically(tmp_path / "upload", bytes(1000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    state.release()
+
+
+def test_loading_a_model_says_nothing_about_other_people_s_code(
+    learner: Callable[[], ModelLearner],
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        learner()

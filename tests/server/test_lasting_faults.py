@@ -1,0 +1,263 @@
+"""A kill, a damaged file, an older copy: what the server does so that no harm lasts."""
+
+import logging
+import shutil
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedmosaic.protos.errors import StateError
+from fedmosaic.protos.messages import Phase, ReceiptStatus
+from fedmosaic.server.coordinator import Coordinator
+from fedmosaic.server.store import StoreTakenError
+
+
+def crash(coordinator: Coordinator) -> None:
+    """Let go of the state without a word, as a killed process would."""
+    coordinator._store.close()
+    coordinator._blobs.close()
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+DAMAGES = pytest.mark.parametrize("damage", [flip, cut, empty, Path.unlink])
+Damage = Callable[[Path], None]
+
+
+@DAMAGES
+def test_a_damaged_upload_is_left_out_named_and_asked_for_again(
+    federation: Any, coordinator: Any, tmp_path: Path, damage: Damage, caplog: pytest.LogCaptureFixture
+) -> None:
+    for client in federation.clients:
+        coordinator.enrol(client, federation.enrolment())
+        coordinator.push(client, federation.upload(coordinator.run_id, client, 1))
+    damage(tmp_path / "state" / "uploads" / "000001" / "clinic-b.bin")
+    coordinator.advance()
+    assert "stored upload of clinic-b is damaged" in caplog.text
+    status = coordinator.status("clinic-b")
+    assert (status.round, status.phase, status.waiting_for) == (1, Phase.OPEN, ("clinic-b",))
+    receipt = coordinator.push("clinic-b", federation.upload(coordinator.run_id, "clinic-b", 1))
+    assert receipt.status is ReceiptStatus.ACCEPTED
+    coordinator.advance()
+    (section,) = coordinator.pull("clinic-a", 2).sections
+    shares = dict(zip(section.row.contributors, section.row.weights, strict=True))
+    assert "clinic-b" in shares
+    expected = sum(w / 2**section.row.bits * federation.vector(c, 1) for c, w in shares.items())
+    np.testing.assert_allclose(federation.values(section.payload), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("quorum", [4, 5])
+def test_a_damaged_upload_that_does_not_come_again_stops_nobody(
+    federation: Any, tmp_path: Path, clock: Any, quorum: int
+) -> None:
+    coordinator = Coordinator(federation.settings(tmp_path / "state", quorum=quorum), clock)
+    for client in federation.clients:
+        coordinator.enrol(client, federation.enrolment())
+        coordinator.push(client, federation.upload(coordinator.run_id, client, 1))
+    cut(tmp_path / "state" / "uploads" / "000001" / "clinic-b.bin")
+    coordinator.advance()
+    assert not coordinator.advance()
+    clock.now += 61.0
+    coordinator.advance()
+    (result,) = coordinator.summary()["results"]
+    assert result["uploaded"] == ["clinic-a", "clinic-c", "clinic-d", "clinic-e"]
+    assert coordinator.status("clinic-a").waiting_for == federation.clients[:1] + federation.clients[2:]
+    coordinator.close()
+
+
+@DAMAGES
+def test_a_damaged_aggregate_is_made_anew(
+    federation: Any, coordinator: Any, tmp_path: Path, damage: Damage
+) -> None:
+    federation.play(coordinator, 1)
+    path = tmp_path / "state" / "aggregates" / "000002" / "clinic-a.shared.bin"
+    right = federation.values(path.read_bytes())
+    damage(path)
+    (section,) = coordinator.pull("clinic-a", 2).sections
+    np.testing.assert_allclose(federation.values(section.payload), right, atol=1e-6)
+    assert path.read_bytes() == section.payload
+
+
+def test_an_aggregate_that_cannot_be_made_anew_is_refused_and_stops_nobody(
+    federation: Any, coordinator: Any, tmp_path: Path
+) -> None:
+    federation.play(coordinator, 1)
+    flip(tmp_path / "state" / "aggregates" / "000002" / "clinic-a.shared.bin")
+    for client in federation.clients:
+        flip(tmp_path / "state" / "uploads" / "000001" / f"{client}.bin")
+    (section,) = coordinator.pull("clinic-a", 2).sections
+    assert section.row is None
+    assert "could not be made anew" in section.refusal
+    assert coordinator.pull("clinic-b", 2).sections[0].row is not None
+
+
+def test_every_answer_carries_the_head_of_the_run(federation: Any, coordinator: Any, clock: Any) -> None:
+    heads = []
+    for number in (1, 2):
+        enrolled = coordinator.enrol("clinic-a", federation.enrolment())
+        receipt = coordinator.push("clinic-a", federation.upload(coordinator.run_id, "clinic-a", number))
+        status = coordinator.status("clinic-a")
+        pulled = coordinator.pull("clinic-a", number)
+        assert enrolled.head == receipt.head == status.head == pulled.head
+        heads.append(enrolled.head)
+        federation.play(coordinator, number)
+    crash(coordinator)
+    again = Coordinator(coordinator.settings, clock)
+    heads.append(again.enrol("clinic-a", federation.enrolment()).head)
+    assert len(set(heads)) == 3, "each round changes it"
+    again.close()
+
+
+def test_statistics_that_cannot_be_stored_break_no_call(
+    federation: Any, coordinator: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    federation.play(coordinator, 1)
+    coordinator.advance()
+
+    def full(*_: object) -> None:
+        raise StateError("the server's database failed: database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(coordinator._store, "add_traffic", full)
+        monkeypatch.setattr("fedmosaic.server.summary._SECONDS_COUNTED", -1.0)
+        for _ in range(50):
+            coordinator.count_traffic("clinic-a", 7, 0)
+            coordinator.advance()
+    assert caplog.text.count("cannot be written, trying again") == 1
+    received = coordinator.summary()["traffic"]["clinic-a"]["received"]
+    assert received == 350 + federation.upload(coordinator.run_id, "clinic-a", 1).header().size
+
+
+def test_a_database_that_goes_with_another_folder_is_refused(
+    federation: Any, tmp_path: Path, clock: Any
+) -> None:
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    first = Coordinator(federation.settings(tmp_path / "one", store_url=url), clock)
+    with pytest.raises(StateError, match="goes with another state_dir"):
+        Coordinator(federation.settings(tmp_path / "two", store_url=url), clock)
+    federation.play(first, 1)
+    assert first.status("clinic-a").round == 2
+    first.close()
+
+
+def test_of_two_servers_on_copies_of_one_folder_the_older_stops(
+    federation: Any, tmp_path: Path, clock: Any
+) -> None:
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    older = Coordinator(federation.settings(tmp_path / "one", store_url=url), clock)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    newer = Coordinator(federation.settings(tmp_path / "two", store_url=url), clock)
+    federation.play(newer, 1)
+    with pytest.raises(StoreTakenError, match="one server at a time"):
+        older.enrol("clinic-a", federation.enrolment())
+    with pytest.raises(StoreTakenError):
+        older.advance()
+    assert newer.status("clinic-a").round == 2
+    older.close()
+    newer.close()
+
+
+def after_one_round(federation: Any, tmp_path: Path, clock: Any) -> Path:
+    coordinator = Coordinator(federation.settings(tmp_path / "state"), clock)
+    federation.play(coordinator, 1)
+    coordinator.close()
+    return tmp_path / "state" / "server.db"
+
+
+def scramble(database: Path) -> None:
+    content = bytearray(database.read_bytes())
+    content[4096 : 3 * 4096] = b"\xa5" * 2 * 4096
+    database.write_bytes(content)
+
+
+def spoil(key: str, value: str) -> Damage:
+    def change(database: Path) -> None:
+        connection = sqlite3.connect(database)
+        connection.execute("update meta set value = ? where key = ?", (value, key))
+        connection.commit()
+        connection.close()
+
+    change.__name__ = f"{key} {value}"
+    return change
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        scramble,
+        empty,
+        Path.unlink,
+        spoil("run", "{"),
+        spoil("run", "[]"),
+        spoil("round", "x"),
+        spoil("absent", "{"),
+    ],
+)
+def test_a_damaged_database_is_one_clear_error(
+    federation: Any, tmp_path: Path, clock: Any, damage: Damage
+) -> None:
+    damage(after_one_round(federation, tmp_path, clock))
+    with pytest.raises(StateError, match=r"damaged|cannot be opened|does not know|database failed"):
+        Coordinator(federation.settings(tmp_path / "state"), clock)
+
+
+def test_a_server_whose_database_is_away_stops_without_a_traceback(
+    federation: Any, coordinator: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    federation.play(coordinator, 1)
+
+    def away() -> None:
+        raise StateError("the server's database failed: connection refused")
+
+    monkeypatch.setattr(coordinator._store, "results", away)
+    coordinator.close()
+    assert "run.json cannot be written" in caplog.text
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_the_last_words_tell_who_received_and_who_is_silent(
+    federation: Any, coordinator: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    federation.play(coordinator, 1)
+    assert coordinator.silent_members() is None
+    federation.play(coordinator, 2)
+    federation.play(coordinator, 3)
+    coordinator.report("clinic-a", federation.statement(coordinator.run_id, "clinic-a"))
+    assert coordinator.silent_members() == federation.clients[1:]
+    (line,), exchanged = coordinator.last_words()
+    assert exchanged
+    assert "3 rounds with 15 uploads" in line
+    assert "clinic-a 2, clinic-b 2" in line
+    assert "none of clinic-b" in line
+
+
+def test_a_run_without_any_aggregate_says_so(federation: Any, tmp_path: Path, clock: Any) -> None:
+    few = federation.clients[:3]
+    coordinator = Coordinator(federation.settings(tmp_path / "state", quorum=3, rounds=2), clock)
+    for number in (1, 2):
+        federation.play(coordinator, number, few)
+        clock.now += 61.0
+        coordinator.advance()
+    lines, exchanged = coordinator.last_words()
+    assert not exchanged
+    assert "NOTHING WAS EXCHANGED" in lines[1]
+    assert "at least 3 are required" in lines[1]
+    assert set(coordinator.summary()["received_rounds"].values()) == {0}
+    coordinator.close()
