@@ -5,7 +5,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,7 +84,8 @@ def run(settings: ClientSettings) -> bool:
         torch.set_num_threads(settings.threads)
     member = kit.roster.member(client_id)
     counted = Traffic(settings.state_dir / TRAFFIC)
-    with closing(Preflight(settings, progress, traffic=counted)) as checked:
+    with closing(Preflight(settings, progress, traffic=counted)) as checked, ExitStack() as held:
+        held.callback(state.release)
         checked.require(log.warning)
         learner, plan, transport = checked.learner, checked.plan, checked.transport
         if kit.roster.terms.adapter.private:

@@ -34,7 +34,7 @@ class LoggedProgress:
     """Writes log lines for a person and, if a file is given, JSON lines for whoever follows it."""
 
     def __init__(self, file: Path | None = None) -> None:
-        self._file = open(file, "a", encoding="utf-8", opener=private_opener) if file is not None else None
+        self._file = file
         self._current: dict[str, object] = {}
         self._last_record = 0.0
         self._last_wait_line = 0.0
@@ -65,5 +65,5 @@ class LoggedProgress:
         if self._file is None or not (force or now - self._last_record >= _SECONDS_BETWEEN_RECORDS):
             return
         self._last_record = now
-        self._file.write(json.dumps({"time": time.time(), **self._current}) + "\n")
-        self._file.flush()
+        with open(self._file, "a", encoding="utf-8", opener=private_opener) as file:
+            file.write(json.dumps({"time": time.time(), **self._current}) + "\n")

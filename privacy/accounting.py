@@ -351,6 +351,7 @@ def within_resolution(events: Sequence[GaussianEvent], delta: float) -> bool:
 
 
 def _prv(events: tuple[GaussianEvent, ...], delta: float) -> float:
+    import numpy as np
     from opacus.accountants import PRVAccountant
 
     delta_error = delta / 1000
@@ -365,8 +366,8 @@ def _prv(events: tuple[GaussianEvent, ...], delta: float) -> float:
     accountant = PRVAccountant()
     accountant.history = _history(events)
     try:
-        with warnings.catch_warnings():
-            # q = 1 takes log(0) on purpose; the branch is discarded by numpy.where.
+        # q = 1 takes log(0) on purpose; the branch is discarded by numpy.where. The second is as for RDP.
+        with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             value = float(
                 accountant.get_epsilon(delta, eps_error=_PRV_EPSILON_ERROR, delta_error=delta_error)

@@ -6,6 +6,7 @@ the umask is and whoever made the directory. Windows has no such modes; there th
 
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,7 +39,8 @@ def write_atomically(path: Path, content: bytes | memoryview, *, durable: bool =
         content: all of it.
         durable: False does not wait for the disk.
     """
-    temporary = path.with_name(path.name + ".new")
+    # A name of its own, since two runs may write the head of one ledger at once.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.new")
     with naming(path), open(temporary, "wb", opener=private_opener) as file:
         file.write(content)
         if durable:

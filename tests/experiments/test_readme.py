@@ -80,9 +80,7 @@ def test_the_files_of_the_page_are_valid() -> None:
     commented = re.findall(r"^# (\w+ = \S+) ", FILES[1], re.MULTILINE)
     assert commented, "settings that are shown as comments"
     for line in commented:
-        content = tomllib.loads(FILES[1])
-        content["training"] |= tomllib.loads(line)
-        validate(content, ClientSettings, "client.toml")
+        validate(tomllib.loads(FILES[1].replace(f"# {line}", line)), ClientSettings, "client.toml")
 
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS)))

@@ -95,7 +95,7 @@ def test_less_private_claims_and_smaller_chances_force_less(
     right: int, mu: float, more: float, chance: float
 ) -> None:
     total = least_total(60, 40, right, chance, Ceiling(mu=mu))
-    assert total >= chance
+    assert total >= chance * (1 - 1e-12)
     # Both may stop at the first tail above 1.
     assert min(1.0, least_total(60, 40, right, chance, Ceiling(mu=mu + more))) <= min(1.0, total) + 1e-9
     assert min(1.0, least_total(60, 40, right, chance / 2, Ceiling(mu=mu))) <= min(1.0, total) + 1e-9
@@ -106,7 +106,8 @@ def test_a_mechanism_that_sometimes_tells_everything_is_not_called_worse_than_it
     included = np.random.default_rng(0).random(200) < 0.5
     for delta in (0.02, 0.2):
         claim = lines((0.0, delta))
-        assert f_dp_p_value(50, 50, 50, claim) >= delta
+        # Equal in theory.
+        assert f_dp_p_value(50, 50, 50, claim) >= delta * (1 - 1e-9)
         assert not refutes(included.astype(float), included, claim, delta)
     assert refutes(included.astype(float), included, lines((0.0, 0.02)), 0.5)
 
