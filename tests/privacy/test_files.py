@@ -26,7 +26,7 @@ def _no_umask() -> Iterator[None]:
 
 def test_an_older_file_that_others_could_read_is_closed_when_it_is_written(tmp_path: Path) -> None:
     private_directory(tmp_path)
-    for name in ("whole", "whole.new", "growing"):
+    for name in ("whole", "growing"):
         (tmp_path / name).write_text("old")
         (tmp_path / name).chmod(0o666)
     write_atomically(tmp_path / "whole", b"new")
