@@ -20,8 +20,8 @@ from fedmosaic.alignment.pairing import PairedBatch, Spans, TokenBatch, paired_b
 from fedmosaic.alignment.tokens import PublicText
 from fedmosaic.client.colora import find_decoder_layers
 from fedmosaic.client.colora.placement import plan_placements
-from fedmosaic.client.examples import IGNORED
-from fedmosaic.client.loss import logits_at
+from fedmosaic.client.model.examples import IGNORED
+from fedmosaic.client.model.loss import logits_at
 from fedmosaic.protos.errors import ModelError
 
 ModuleKey = tuple[int, str]

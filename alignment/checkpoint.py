@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from fedmosaic.alignment.activations import ModuleKey, Side
 from fedmosaic.alignment.anchor import BasisPair
 from fedmosaic.client.colora import CoLoraConfig, get_basis, set_basis
-from fedmosaic.client.models import adapt, save_adapter
+from fedmosaic.client.model.load import adapt, save_adapter
 from fedmosaic.protos.errors import StateError
 
 MANIFEST: Final = "manifest.json"

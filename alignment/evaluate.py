@@ -36,11 +36,11 @@ from fedmosaic.client.colora import (
     write_shared,
 )
 from fedmosaic.client.colora.basis import draw_orthonormal
-from fedmosaic.client.evaluation import choice_accuracy
-from fedmosaic.client.examples import Example, collate, encode_examples, padding_token, read_examples
-from fedmosaic.client.loss import example_losses, on_device_of, training_mode
-from fedmosaic.client.models import without_rename_notice
-from fedmosaic.client.training import TrainingSettings, train_local
+from fedmosaic.client.model.evaluation import choice_accuracy
+from fedmosaic.client.model.examples import Example, collate, encode_examples, padding_token, read_examples
+from fedmosaic.client.model.load import without_rename_notice
+from fedmosaic.client.model.loss import example_losses, on_device_of, training_mode
+from fedmosaic.client.model.training import TrainingSettings, train_local
 from fedmosaic.protos.errors import ConfigurationError, StateError
 
 _SCORED_AT_ONCE: Final = 16

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.alignment.tokens import PublicText, Rendering, SpanPair, align, render
-from fedmosaic.client.examples import IGNORED, length_buckets, padding_token
+from fedmosaic.client.model.examples import IGNORED, length_buckets, padding_token
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedmosaic.alignment.tokens import PublicText
-from fedmosaic.client.examples import padding_token
+from fedmosaic.client.model.examples import padding_token
 from fedmosaic.privacy.configuration import decode_text, parse_json
 from fedmosaic.protos.errors import ConfigurationError
 

@@ -7,7 +7,7 @@ from typing import Final
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fedmosaic.client.models import load_base_model
+from fedmosaic.client.model.load import load_base_model
 from fedmosaic.protos.errors import ConfigurationError
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
-from fedmosaic.client.examples import rendered_prompt
+from fedmosaic.client.model.examples import rendered_prompt
 from fedmosaic.protos.errors import ModelError
 
 CharacterRange = tuple[int, int]
@@ -55,7 +55,7 @@ class Rendering:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, sample: PublicText, max_length: int) -> Rendering:
-    """Tokenises a public text as `fedmosaic.client.examples` does, and keeps the character ranges.
+    """Tokenises a public text as `fedmosaic.client.model.examples` does, and keeps the character ranges.
 
     Args:
         tokenizer: Fast tokenizer; its chat template is used for a prompt if it has one.

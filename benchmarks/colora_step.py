@@ -20,8 +20,8 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 
 from fedmosaic.client.colora import CoLoraConfig, set_active_branches, target_layers
-from fedmosaic.client.hardware import choose_device, synchronise
-from fedmosaic.client.models import load_base_model
+from fedmosaic.client.model.hardware import choose_device, synchronise
+from fedmosaic.client.model.load import load_base_model
 
 BAR = 1.15
 BATCH, LENGTH, RANK, BLOCKS = 8, 48, 16, 4
@@ -58,7 +58,7 @@ def build(folder: Path, dtype: str, method: str, device: str = "cpu") -> PeftMod
         dtype: Type of the frozen weights.
         method: `lora`, `colora` (local and global branch, gate), `colora_personal` (a third branch) or
             `colora_local` (the local branch alone).
-        device: Where to put it, as in `fedmosaic.client.hardware`.
+        device: Where to put it, as in `fedmosaic.client.model.hardware`.
     """
     model, _ = load_base_model(folder, dtype, device=choose_device(device))
     layers = list(target_layers(model.config.num_hidden_layers, BLOCKS))

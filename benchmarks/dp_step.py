@@ -41,15 +41,15 @@ from peft import get_peft_model
 from torch import nn
 
 from fedmosaic.client.colora import CoLoraConfig
-from fedmosaic.client.dp_branch import only_shared_branch
-from fedmosaic.client.dp_engine import clip_and_sum, core_parameters, dimensions_of, example_gradient
-from fedmosaic.client.dp_training import noisy_sum, set_gradients
-from fedmosaic.client.examples import IGNORED, EncodedExample
-from fedmosaic.client.hardware import choose_device, synchronise
-from fedmosaic.client.loss import example_losses, on_device_of
-from fedmosaic.client.models import load_base_model
-from fedmosaic.privacy.mechanism import ClippedSum
-from fedmosaic.privacy.noise import SecureNoise
+from fedmosaic.client.dp.branch import only_shared_branch
+from fedmosaic.client.dp.engine import clip_and_sum, core_parameters, dimensions_of, example_gradient
+from fedmosaic.client.dp.training import noisy_sum, set_gradients
+from fedmosaic.client.model.examples import IGNORED, EncodedExample
+from fedmosaic.client.model.hardware import choose_device, synchronise
+from fedmosaic.client.model.load import load_base_model
+from fedmosaic.client.model.loss import example_losses, on_device_of
+from fedmosaic.privacy.mechanism.noise import SecureNoise
+from fedmosaic.privacy.mechanism.profile import ClippedSum
 
 VARIANTS = ("plain", "private", "opacus_hooks", "opacus_ghost")
 CLIPPING_NORM = 1.0
@@ -125,7 +125,7 @@ def private_step(
     optimizer: torch.optim.Optimizer,
     examples: list[EncodedExample],
 ) -> None:
-    """One step as `fedmosaic.client.dp_training` takes it, its Poisson sampling left out."""
+    """One step as `fedmosaic.client.dp.training` takes it, its Poisson sampling left out."""
     total = ClippedSum.empty(dimensions_of(cores))
     for example in examples:
         total = total + clip_and_sum(example_gradient(model, cores, example)[None], CLIPPING_NORM)

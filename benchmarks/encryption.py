@@ -40,10 +40,10 @@ from benchmarks.encryption_peers import PEERS
 from benchmarks.encryption_work import Cell, Timing, Work, keep_memory, make_work
 from fedmosaic.privacy.encryption.aggregators import create_aggregator
 from fedmosaic.privacy.encryption.ciphers import create_cipher, generate_group_secret
-from fedmosaic.privacy.encryption.expansion import expand_seed
+from fedmosaic.privacy.encryption.ckks.expansion import expand_seed
+from fedmosaic.privacy.encryption.ckks.modular import modular_matrix_product
 from fedmosaic.privacy.encryption.layout import ring_blocks
-from fedmosaic.privacy.encryption.mask_aggregation import WordProduct
-from fedmosaic.privacy.encryption.modular import modular_matrix_product
+from fedmosaic.privacy.encryption.mask.aggregation import WordProduct
 from fedmosaic.privacy.encryption.parameters import (
     CkksParameters,
     MaskParameters,
@@ -51,7 +51,7 @@ from fedmosaic.privacy.encryption.parameters import (
     PlainParameters,
 )
 from fedmosaic.privacy.encryption.records import RoundContext
-from fedmosaic.privacy.group_key import GroupKey
+from fedmosaic.privacy.groupkey.key import GroupKey
 from fedmosaic.privacy.policy import AggregationPolicy, WeightRow
 
 OURS: tuple[Parameters, ...] = (CkksParameters(), MaskParameters(), PlainParameters())

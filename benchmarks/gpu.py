@@ -43,7 +43,7 @@ def versions(_: argparse.Namespace, record: Record) -> None:
 
     import torch
 
-    from fedmosaic.client.hardware import choose_device, choose_dtype
+    from fedmosaic.client.model.hardware import choose_device, choose_dtype
 
     device = choose_device("auto")
     record("python", platform.python_version())
@@ -140,7 +140,7 @@ def many(arguments: argparse.Namespace, record: Record) -> None:
 
 
 def _fedmosaic(arguments: argparse.Namespace, name: str, *words: str) -> None:
-    command = [sys.executable, "-m", "fedmosaic.experiments.cli", *words]
+    command = [sys.executable, "-m", "fedmosaic.cli", *words]
     with (arguments.out / f"{name}.log").open("wb") as log:
         subprocess.run(  # noqa: S603  # our own command
             [*command, "--output-dir", str(arguments.work / name)],

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from fedmosaic.client.assets import cache_directory
-from fedmosaic.experiments.demo_data import build_demo_data
+from fedmosaic.experiments.demo.data import build_demo_data
 
 
 def write_scenario(folder: Path, model: Path, *, clients: int, rounds: int) -> Path:

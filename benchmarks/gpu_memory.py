@@ -11,14 +11,14 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fedmosaic.client.adapted import adapter_config
-from fedmosaic.client.examples import IGNORED, EncodedExample
-from fedmosaic.client.hardware import choose_device, synchronise
-from fedmosaic.client.memory import memory_need
-from fedmosaic.client.models import adapt, load_model
+from fedmosaic.client.model.adapted import adapter_config
+from fedmosaic.client.model.examples import IGNORED, EncodedExample
+from fedmosaic.client.model.hardware import choose_device, synchronise
+from fedmosaic.client.model.load import adapt, load_model
+from fedmosaic.client.model.training import TrainingSettings, train_local
+from fedmosaic.client.preflight.memory import memory_need
 from fedmosaic.client.settings import ClientSettings, DataSettings, ModelSettings
-from fedmosaic.client.training import TrainingSettings, train_local
-from fedmosaic.privacy.roster import AdapterTerms
+from fedmosaic.privacy.federation.roster import AdapterTerms
 
 BATCH, TOKENS, ANSWER, STEPS = 4, 512, 64, 4
 MIB = 2**20

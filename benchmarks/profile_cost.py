@@ -18,15 +18,15 @@ from typing import Literal
 import torch
 import tyro
 
-from fedmosaic.client.examples import IGNORED, EncodedExample
-from fedmosaic.client.hardware import choose_device, synchronise
-from fedmosaic.client.models import load_base_model
-from fedmosaic.client.probe import open_probe
-from fedmosaic.client.profile import release_profile
-from fedmosaic.client.public_basis import BasisSettings, fit_mechanism
-from fedmosaic.privacy.mechanism import Reduction
-from fedmosaic.privacy.noise import SecureNoise
-from fedmosaic.privacy.projection import PublicMap
+from fedmosaic.client.model.examples import IGNORED, EncodedExample
+from fedmosaic.client.model.hardware import choose_device, synchronise
+from fedmosaic.client.model.load import load_base_model
+from fedmosaic.client.profile.basis import BasisSettings, fit_mechanism
+from fedmosaic.client.profile.probe import open_probe
+from fedmosaic.client.profile.release import release_profile
+from fedmosaic.privacy.mechanism.noise import SecureNoise
+from fedmosaic.privacy.mechanism.profile import Reduction
+from fedmosaic.privacy.mechanism.projection import PublicMap
 
 _TOKENS_PER_BATCH = 4096
 """Of the plain forward pass."""

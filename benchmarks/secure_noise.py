@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from fedmosaic.privacy.noise import SecureNoise
+from fedmosaic.privacy.mechanism.noise import SecureNoise
 
 SIZES = (256, 7_616, 29_568, 462_336)
 REPETITIONS = 7

@@ -17,24 +17,24 @@ from fedmosaic.client.clipping import CLIPPING, ClippingRecord
 from fedmosaic.client.keyring import Keyring
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.ledger import DataLedger
-from fedmosaic.client.preflight import Preflight, agreed_epsilon
-from fedmosaic.client.probing import ProfileProbe
+from fedmosaic.client.model.scoring import Score
+from fedmosaic.client.preflight.checks import Preflight, agreed_epsilon
+from fedmosaic.client.profile.maker import ProfileProbe
 from fedmosaic.client.progress import LoggedProgress
 from fedmosaic.client.protection import Identity, Protection
 from fedmosaic.client.releases import AdapterPlan, Releases, budgeted_channels
-from fedmosaic.client.scoring import Score
 from fedmosaic.client.session import Session
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState
 from fedmosaic.client.statement import for_handing_over, statement_inputs, with_warning
-from fedmosaic.client.traffic import Traffic
+from fedmosaic.client.transport.traffic import Traffic
 from fedmosaic.privacy.configuration import parse_json, read_configuration
-from fedmosaic.privacy.federation import Kit, open_kit
+from fedmosaic.privacy.federation.kits import Kit, open_kit
 from fedmosaic.privacy.files import write_atomically
-from fedmosaic.privacy.ledger import Ledger, data_epoch
-from fedmosaic.privacy.noise import SecureNoise, SeededTestNoise
-from fedmosaic.privacy.report import statement
-from fedmosaic.privacy.report_shareable import shareable
+from fedmosaic.privacy.ledger.ledger import Ledger, data_epoch
+from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
+from fedmosaic.privacy.statement.build import statement
+from fedmosaic.privacy.statement.shareable import shareable
 from fedmosaic.privacy.terminal import guarded
 from fedmosaic.protos.errors import NOTHING_EXCHANGED, ModelError, StateError
 

@@ -10,7 +10,7 @@ from typing import Final
 
 from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.files import write_atomically
-from fedmosaic.privacy.ledger_rows import Channel
+from fedmosaic.privacy.ledger.rows import Channel
 from fedmosaic.protos.errors import StateError
 
 CLIPPING: Final = "clipping.json"

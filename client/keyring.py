@@ -15,20 +15,20 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmosaic.client.state import OLDER_COPY
-from fedmosaic.client.transport import Transport
+from fedmosaic.client.transport.grpc import Transport
 from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.encryption.ciphers import generate_group_secret, group_secret_bytes
+from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.files import private_directory, sync_directory, write_atomically
-from fedmosaic.privacy.group_key import GroupKey
-from fedmosaic.privacy.key_agreement import (
+from fedmosaic.privacy.groupkey.agreement import (
     MINIMUM_MEMBERS,
     KeyAgreement,
     check_confirmations,
     plan_epoch,
 )
-from fedmosaic.privacy.key_agreement_messages import Epoch
-from fedmosaic.privacy.nonces import NonceCounter, rotation_reason
-from fedmosaic.privacy.roster import Roster
+from fedmosaic.privacy.groupkey.key import GroupKey
+from fedmosaic.privacy.groupkey.messages import Epoch
+from fedmosaic.privacy.groupkey.nonces import NonceCounter, rotation_reason
 from fedmosaic.protos.errors import EncryptionError, KeyAgreementError, KeyExpiredError, StateError
 from fedmosaic.protos.messages import KeyMessage
 from fedmosaic.protos.refusal import Refusal

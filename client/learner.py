@@ -13,9 +13,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from fedmosaic.client import private_round
-from fedmosaic.client.acceptance import check_ids, check_length, encoded_ids
-from fedmosaic.client.adapted import agreed_layout, load_adapted
 from fedmosaic.client.colora import (
     copy_branch,
     family_layout,
@@ -28,21 +25,24 @@ from fedmosaic.client.colora.aligned import (
     read_embedded,
     write_embedded,
 )
-from fedmosaic.client.examples import (
+from fedmosaic.client.dp import round as private_round
+from fedmosaic.client.model.acceptance import check_ids, check_length, encoded_ids
+from fedmosaic.client.model.adapted import agreed_layout, load_adapted
+from fedmosaic.client.model.examples import (
     EncodedExample,
     Example,
     encode_examples,
     padding_token,
     read_examples,
 )
+from fedmosaic.client.model.scoring import Score, check_scorable, score_examples
+from fedmosaic.client.model.training import EpochSampler, train_local
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import Releases
-from fedmosaic.client.scoring import Score, check_scorable, score_examples
 from fedmosaic.client.settings import ClientSettings
-from fedmosaic.client.training import EpochSampler, train_local
 from fedmosaic.client.vision.sight import Sight, give_sight
 from fedmosaic.privacy.configuration import parse_json
-from fedmosaic.privacy.roster import AdapterTerms, Terms
+from fedmosaic.privacy.federation.roster import AdapterTerms, Terms
 from fedmosaic.protos.errors import StateError, TrainingError
 
 log = logging.getLogger(__name__)

@@ -21,12 +21,12 @@ from typing import Annotated, Final
 import tyro
 
 from fedmosaic.client.state import SessionRecord
-from fedmosaic.privacy.accounting import default_delta
+from fedmosaic.privacy.accounting.epsilon import default_delta
 from fedmosaic.privacy.files import write_atomically
-from fedmosaic.privacy.ledger import LEDGER, Ledger, parameters_of, read_ledger
-from fedmosaic.privacy.ledger_move import back_up, move
-from fedmosaic.privacy.ledger_rows import Channel
-from fedmosaic.privacy.ledger_rules import keeper
+from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, parameters_of, read_ledger
+from fedmosaic.privacy.ledger.move import back_up, move
+from fedmosaic.privacy.ledger.rows import Channel
+from fedmosaic.privacy.ledger.rules import keeper
 from fedmosaic.protos.errors import LedgerError, StateError
 from fedmosaic.protos.messages import LedgerHead
 
@@ -52,7 +52,7 @@ class ServerAnchor:
         self._kept = b""
 
     def head(self) -> bytes:
-        """Anchor of the ledger's last row; see `fedmosaic.privacy.ledger_rules.anchor_of`."""
+        """Anchor of the ledger's last row; see `fedmosaic.privacy.ledger.rules.anchor_of`."""
         return self._ledger.anchor(self._keeper)
 
     def check(self, kept: bytes) -> None:

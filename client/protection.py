@@ -13,9 +13,9 @@ from fedmosaic.client.keyring import Keyring
 from fedmosaic.privacy.encryption.cipher import ClientCipher
 from fedmosaic.privacy.encryption.ciphers import create_cipher
 from fedmosaic.privacy.encryption.records import NONCE_BYTES, RoundContext
-from fedmosaic.privacy.group_key import GroupKey
+from fedmosaic.privacy.federation.roster import Roster
+from fedmosaic.privacy.groupkey.key import GroupKey
 from fedmosaic.privacy.policy import WeightRow
-from fedmosaic.privacy.roster import Roster
 from fedmosaic.protos.messages import SECTION_NAMES, AggregateSection, LedgerHead, Profile, Section, Upload
 from fedmosaic.protos.signing import sign_upload
 

@@ -19,15 +19,20 @@ import numpy as np
 from fedmosaic.client.clipping import CLIPPING, ClippingRecord
 from fedmosaic.client.ledger import ServerAnchor
 from fedmosaic.client.state import ClientState, hold_directory
-from fedmosaic.privacy.events import UNPROTECTED, GaussianEvent
+from fedmosaic.privacy.accounting.calibrate import noise_multiplier_for
+from fedmosaic.privacy.accounting.events import UNPROTECTED, GaussianEvent
+from fedmosaic.privacy.federation.roster import Terms
+from fedmosaic.privacy.federation.terms_checks import plan_inputs
 from fedmosaic.privacy.files import write_atomically
-from fedmosaic.privacy.ledger import Ledger
-from fedmosaic.privacy.ledger_rows import Channel, Coverage, data_epoch
-from fedmosaic.privacy.mechanism import Float32Array, ProfileMechanism, ReleasedProfile, update_average
-from fedmosaic.privacy.noise import SecureNoise, SeededTestNoise
-from fedmosaic.privacy.planning import noise_multiplier_for
-from fedmosaic.privacy.roster import Terms
-from fedmosaic.privacy.terms_checks import plan_inputs
+from fedmosaic.privacy.ledger.ledger import Ledger
+from fedmosaic.privacy.ledger.rows import Channel, Coverage, data_epoch
+from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
+from fedmosaic.privacy.mechanism.profile import (
+    Float32Array,
+    ProfileMechanism,
+    ReleasedProfile,
+    update_average,
+)
 from fedmosaic.protos.errors import BudgetExceededError, PrivacyError, StateError
 from fedmosaic.protos.messages import Profile
 

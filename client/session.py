@@ -26,9 +26,9 @@ from fedmosaic.client.progress import Progress
 from fedmosaic.client.protection import Identity, Protection
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.state import OLDER_COPY, ClientState
-from fedmosaic.client.transport import Transport
+from fedmosaic.client.transport.grpc import Transport
+from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.policy import WeightRow, check_row
-from fedmosaic.privacy.roster import Roster
 from fedmosaic.protos.errors import (
     EncryptionError,
     KeyAgreementError,

@@ -5,10 +5,10 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from fedmosaic.client.hardware import DeviceName, DtypeName
-from fedmosaic.client.training import TrainingSettings
+from fedmosaic.client.model.hardware import DeviceName, DtypeName
+from fedmosaic.client.model.training import TrainingSettings
 from fedmosaic.privacy.configuration import Frozen
-from fedmosaic.privacy.names import Address
+from fedmosaic.privacy.federation.names import Address
 
 
 class ModelSettings(Frozen):

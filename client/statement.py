@@ -5,18 +5,18 @@ from collections.abc import Mapping
 
 from fedmosaic.client.releases import AdapterPlan, plan_adapter
 from fedmosaic.privacy.coalitions import counted_coalition
-from fedmosaic.privacy.ledger import Ledger, parameters_of
-from fedmosaic.privacy.ledger_rows import Channel
-from fedmosaic.privacy.report_costs import round_down
-from fedmosaic.privacy.report_models import (
+from fedmosaic.privacy.federation.roster import Roster, Terms
+from fedmosaic.privacy.ledger.ledger import Ledger, parameters_of
+from fedmosaic.privacy.ledger.rows import Channel
+from fedmosaic.privacy.statement.costs import round_down
+from fedmosaic.privacy.statement.models import (
     ClientInputs,
     CoalitionRows,
     PlannedChannel,
     PrivacyStatement,
     StatementInputs,
 )
-from fedmosaic.privacy.report_shareable import cell, rounded_delta
-from fedmosaic.privacy.roster import Roster, Terms
+from fedmosaic.privacy.statement.shareable import cell, rounded_delta
 from fedmosaic.protos.errors import AccountingError
 
 _PLANNING_MARGIN = 0.98
@@ -47,8 +47,8 @@ def statement_inputs(
         metrics_shared: whether accuracies or losses left this client.
 
     Returns:
-        Facts for `fedmosaic.privacy.report.statement`, and for
-        `fedmosaic.privacy.report_shareable.shareable` once `for_handing_over` has seen them.
+        Facts for `fedmosaic.privacy.statement.build.statement`, and for
+        `fedmosaic.privacy.statement.shareable.shareable` once `for_handing_over` has seen them.
     """
     terms = roster.terms
     steps = terms.adapter_privacy.steps_per_round * terms.schedule.rounds

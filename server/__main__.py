@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Read by gRPC when it is first imported, hence the import below. TLS 1.3 suites are not chosen by this
     # list; for TLS 1.2 it leaves only one that a P-256 certificate cannot serve, so that nobody falls back.
     os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-RSA-AES256-GCM-SHA384"
-    from fedmosaic.server.serving import serve
+    from fedmosaic.server.network.serving import serve
 
     with translated_native_log() as stream:
         handler = logging.StreamHandler(stream)

@@ -8,15 +8,15 @@ from pydantic_core import from_json
 from fedmosaic.privacy.encryption.aggregator import Aggregator
 from fedmosaic.privacy.encryption.layout import upload_payload_bytes
 from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
-from fedmosaic.privacy.received_statement import check_received
+from fedmosaic.privacy.statement.check import check_received
 from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import EncryptionError, IdentityError, PrivacyError
 from fedmosaic.protos.messages import PROTOCOL_VERSION, Enrolment, Profile, UploadHeader
 from fedmosaic.protos.refusal import Refusal, RefusalKind
 from fedmosaic.protos.signing import ledger_digest, upload_digest, verify_digest
-from fedmosaic.server.aggregation import section_label
-from fedmosaic.server.blobs import map_file, section_hashes
+from fedmosaic.server.round.weights import section_label
 from fedmosaic.server.settings import ServerSettings
+from fedmosaic.server.storage.blobs import map_file, section_hashes
 
 _NOISE_TOLERANCE = 1e-5
 

@@ -26,15 +26,15 @@ from fedmosaic.protos.messages import (
     UploadHeader,
 )
 from fedmosaic.protos.refusal import Refusal, RefusalKind
-from fedmosaic.server import rounds
 from fedmosaic.server.admission import Admission
-from fedmosaic.server.blobs import Blobs
-from fedmosaic.server.closing import ClosedRound, DamagedUploadsError, close_round
 from fedmosaic.server.downloads import Download, Downloads, OpenRound
-from fedmosaic.server.key_relay import KeyRelay, check_key_epoch, required
+from fedmosaic.server.keys.relay import KeyRelay, check_key_epoch, required
+from fedmosaic.server.round import state as rounds
+from fedmosaic.server.round.close import ClosedRound, DamagedUploadsError, close_round
 from fedmosaic.server.run import Ticket, next_round, open_run, resume_round, stored_head
 from fedmosaic.server.settings import ServerSettings
-from fedmosaic.server.store import MARK, Store, default_url
+from fedmosaic.server.storage.blobs import Blobs
+from fedmosaic.server.storage.store import MARK, Store, default_url
 from fedmosaic.server.summary import Account, last_words, summarise
 
 log = logging.getLogger(__name__)

@@ -9,10 +9,10 @@ from typing import Any
 
 from fedmosaic.privacy.encryption.aggregator import Aggregator
 from fedmosaic.protos.messages import Aggregate, AggregateSection
-from fedmosaic.server.blobs import Blobs, MissingBlobError
-from fedmosaic.server.closing import read_sections, repair_aggregate
+from fedmosaic.server.round.close import read_sections, repair_aggregate
 from fedmosaic.server.settings import ServerSettings
-from fedmosaic.server.store import Store
+from fedmosaic.server.storage.blobs import Blobs, MissingBlobError
+from fedmosaic.server.storage.store import Store
 
 log = logging.getLogger(__name__)
 _NO_BYTES = hashlib.sha256().digest()

@@ -5,8 +5,8 @@ from pathlib import Path
 from pydantic import Field
 
 from fedmosaic.privacy.configuration import Frozen, read_configuration, validate
-from fedmosaic.privacy.federation import SERVER_SETTINGS, Kit, open_kit
-from fedmosaic.privacy.names import ListenAddress
+from fedmosaic.privacy.federation.kits import SERVER_SETTINGS, Kit, open_kit
+from fedmosaic.privacy.federation.names import ListenAddress
 from fedmosaic.server.settings import ServerSettings, StoreUrl, TlsFiles
 
 

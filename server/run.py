@@ -13,11 +13,11 @@ from pathlib import Path
 from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import StateError
 from fedmosaic.protos.messages import Phase
-from fedmosaic.server import rounds
-from fedmosaic.server.key_board import KeyBoard
-from fedmosaic.server.key_relay import KeyRelay
+from fedmosaic.server.keys.board import KeyBoard
+from fedmosaic.server.keys.relay import KeyRelay
+from fedmosaic.server.round import state as rounds
 from fedmosaic.server.settings import ServerSettings
-from fedmosaic.server.store import Store, StoredAggregate
+from fedmosaic.server.storage.store import Store, StoredAggregate
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from sqlalchemy.exc import ArgumentError
 
 from fedmosaic.privacy.configuration import Frozen
 from fedmosaic.privacy.encryption.parameters import Parameters, PlainParameters
-from fedmosaic.privacy.names import ListenAddress, MemberId
+from fedmosaic.privacy.federation.names import ListenAddress, MemberId
+from fedmosaic.privacy.federation.roster import Hex32
 from fedmosaic.privacy.policy import AggregationPolicy
-from fedmosaic.privacy.roster import Hex32
 from fedmosaic.protos import bounds
 from fedmosaic.protos.messages import SectionName
 

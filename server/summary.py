@@ -17,9 +17,9 @@ from fedmosaic import __version__
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.protos.errors import StateError
 from fedmosaic.protos.messages import PROTOCOL_VERSION
-from fedmosaic.server.rounds import Round
+from fedmosaic.server.round.state import Round
 from fedmosaic.server.settings import ServerSettings
-from fedmosaic.server.store import Store
+from fedmosaic.server.storage.store import Store
 
 log = logging.getLogger(__name__)
 FILE = "run.json"

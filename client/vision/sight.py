@@ -9,8 +9,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fedmosaic.client.examples import Example, answer_tokens, prompt_tokens
-from fedmosaic.client.probe import fingerprint
+from fedmosaic.client.model.examples import Example, answer_tokens, prompt_tokens
+from fedmosaic.client.profile.probe import fingerprint
 from fedmosaic.client.vision.embedding import PictureSource, ProjectedFeatures, put_pictures
 from fedmosaic.client.vision.features import forget_features, picture_features
 from fedmosaic.client.vision.projector import load_projector

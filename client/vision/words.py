@@ -13,7 +13,7 @@ from typing import Any, Final, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from fedmosaic.client.examples import Example
+from fedmosaic.client.model.examples import Example
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
 _MARKER: Final = re.compile(r"<image:([^<>\n]+)>")

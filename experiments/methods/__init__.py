@@ -22,8 +22,8 @@ from fedmosaic.experiments.methods.strategies import (
     Strategy,
 )
 from fedmosaic.experiments.methods.transfer import FedMd, FedMkt, Takfl
-from fedmosaic.experiments.scenario import Scenario
-from fedmosaic.experiments.simulation import simulate
+from fedmosaic.experiments.scenario.terms import Scenario
+from fedmosaic.experiments.simulation.simulate import simulate
 from fedmosaic.privacy.configuration import validate
 from fedmosaic.protos.errors import ConfigurationError
 

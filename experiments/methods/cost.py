@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 
-from fedmosaic.client.examples import EncodedExample, padding_token
-from fedmosaic.client.sampling import EpochSampler
-from fedmosaic.client.training import TrainingSettings
-from fedmosaic.experiments.compute import client_examples, counted
-from fedmosaic.experiments.hosts import ModelHost, Tenant
+from fedmosaic.client.model.examples import EncodedExample, padding_token
+from fedmosaic.client.model.sampling import EpochSampler
+from fedmosaic.client.model.training import TrainingSettings
 from fedmosaic.experiments.methods.lora import load_with_lora
 from fedmosaic.experiments.methods.strategies import LocalOnly, Strategy, Trainer
-from fedmosaic.experiments.scenario import Scenario, ScenarioClient
-from fedmosaic.experiments.sight import give_client_sight
+from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient
+from fedmosaic.experiments.simulation.compute import client_examples, counted
+from fedmosaic.experiments.simulation.hosts import ModelHost, Tenant
+from fedmosaic.experiments.simulation.sight import give_client_sight
 
 
 def baseline_flops(

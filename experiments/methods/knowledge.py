@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fedmosaic.client.examples import IGNORED, answer_tokens, collate
-from fedmosaic.client.loss import Batch, ExampleLosses, on_device_of, training_mode
-from fedmosaic.client.sampling import EpochSampler
-from fedmosaic.client.training import train_local
+from fedmosaic.client.model.examples import IGNORED, answer_tokens, collate
+from fedmosaic.client.model.loss import Batch, ExampleLosses, on_device_of, training_mode
+from fedmosaic.client.model.sampling import EpochSampler
+from fedmosaic.client.model.training import train_local
 from fedmosaic.experiments.methods.lora import Vector, read_adapter, using, write_adapter
 from fedmosaic.experiments.methods.server_side import TEACHER
 from fedmosaic.experiments.methods.strategies import SHARED, ServerSide, answer_logits

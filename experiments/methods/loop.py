@@ -18,16 +18,19 @@ from safetensors.numpy import load_file as load_vectors
 from safetensors.numpy import save_file as save_vectors
 from safetensors.torch import load_file, save_file
 
-from fedmosaic.client.examples import EncodedExample, encode_examples, padding_token, read_public_examples
-from fedmosaic.client.sampling import EpochSampler
-from fedmosaic.client.traffic import Traffic
-from fedmosaic.experiments.compute import client_examples, equal_steps, training_cost
-from fedmosaic.experiments.hosts import ModelHost, Tenant
+from fedmosaic.client.model.examples import (
+    EncodedExample,
+    encode_examples,
+    padding_token,
+    read_public_examples,
+)
+from fedmosaic.client.model.sampling import EpochSampler
+from fedmosaic.client.transport.traffic import Traffic
 from fedmosaic.experiments.methods.cost import baseline_flops, reference_flops
 from fedmosaic.experiments.methods.lora import Vector, load_with_lora
 from fedmosaic.experiments.methods.strategies import ServerSide, Strategy, Trainer
-from fedmosaic.experiments.newcomers import adapt, add_newcomer, read_newcomers
-from fedmosaic.experiments.participants import (
+from fedmosaic.experiments.scenario.newcomers import adapt, add_newcomer, read_newcomers
+from fedmosaic.experiments.scenario.participants import (
     Board,
     add_evaluation,
     as_result,
@@ -37,10 +40,12 @@ from fedmosaic.experiments.participants import (
     read_evaluations,
     training_examples,
 )
-from fedmosaic.experiments.run_progress import RunProgress
-from fedmosaic.experiments.scenario import Scenario, ScenarioClient
-from fedmosaic.experiments.sight import give_client_sight
-from fedmosaic.experiments.streams import InOrder, Stream
+from fedmosaic.experiments.scenario.streams import InOrder, Stream
+from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient
+from fedmosaic.experiments.simulation.compute import client_examples, equal_steps, training_cost
+from fedmosaic.experiments.simulation.hosts import ModelHost, Tenant
+from fedmosaic.experiments.simulation.progress import RunProgress
+from fedmosaic.experiments.simulation.sight import give_client_sight
 from fedmosaic.privacy.files import write_atomically
 
 _SERVER = "server.safetensors"

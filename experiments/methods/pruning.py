@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedmosaic.client.loss import Batch, ExampleLosses, example_losses
+from fedmosaic.client.model.loss import Batch, ExampleLosses, example_losses
 from fedmosaic.experiments.methods.lora import Vector, factors, using
 from fedmosaic.experiments.methods.server_side import HetLora, Matrices, pack, unpack
 from fedmosaic.experiments.methods.strategies import SHARED, Exchange, ServerSide, Trainer

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fedmosaic.client.examples import IGNORED
-from fedmosaic.client.loss import Batch, ExampleLosses
-from fedmosaic.client.training import train_local
+from fedmosaic.client.model.examples import IGNORED
+from fedmosaic.client.model.loss import Batch, ExampleLosses
+from fedmosaic.client.model.training import train_local
 from fedmosaic.experiments.methods.lora import Vector, factors, read_adapter, using, write_adapter
 from fedmosaic.experiments.methods.strategies import (
     DISTILLATION_TEMPERATURE,

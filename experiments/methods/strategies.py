@@ -16,10 +16,10 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from fedmosaic.client.examples import IGNORED, EncodedExample, Example
-from fedmosaic.client.loss import Batch, ExampleLosses, example_losses, logits_at
-from fedmosaic.client.sampling import EpochSampler
-from fedmosaic.client.training import TrainingSettings, train_local
+from fedmosaic.client.model.examples import IGNORED, EncodedExample, Example
+from fedmosaic.client.model.loss import Batch, ExampleLosses, example_losses, logits_at
+from fedmosaic.client.model.sampling import EpochSampler
+from fedmosaic.client.model.training import TrainingSettings, train_local
 from fedmosaic.experiments.methods.lora import (
     SummedLogits,
     Vector,

@@ -87,7 +87,7 @@ def answer_spans(
     Args:
         source: fast tokenizer.
         target: fast tokenizer.
-        answer: its tokens are those that `fedmosaic.client.examples.answer_tokens` gives.
+        answer: its tokens are those that `fedmosaic.client.model.examples.answer_tokens` gives.
 
     Returns:
         Pairs of positions, from 0 at the answer's first token. The end of sequence is not among them.

@@ -12,17 +12,17 @@ from rich.console import Console
 from rich.table import Table
 
 from fedmosaic.client.assets import cache_directory
-from fedmosaic.client.examples import Example, read_examples
-from fedmosaic.client.models import load_base_model
-from fedmosaic.client.training import TrainingSettings
+from fedmosaic.client.model.examples import Example, read_examples
+from fedmosaic.client.model.load import load_base_model
+from fedmosaic.client.model.training import TrainingSettings
 from fedmosaic.client.vision.projector import save_projector
-from fedmosaic.experiments.streams import dirichlet_shares
-from fedmosaic.experiments.tasks.drake_files import DrakeFiles, write_drake
+from fedmosaic.experiments.scenario.streams import dirichlet_shares
+from fedmosaic.experiments.tasks.drake.files import DrakeFiles, write_drake
 from fedmosaic.experiments.tasks.labelled import write_examples
-from fedmosaic.experiments.tasks.picture_sets import write_pictures
-from fedmosaic.experiments.tasks.picture_words import easy_vqa
-from fedmosaic.experiments.tasks.projector_training import PublicPictures, train_projector
-from fedmosaic.experiments.tasks.text_sets import write_set
+from fedmosaic.experiments.tasks.pictures.projector_training import PublicPictures, train_projector
+from fedmosaic.experiments.tasks.pictures.sets import write_pictures
+from fedmosaic.experiments.tasks.pictures.words import easy_vqa
+from fedmosaic.experiments.tasks.texts.sets import write_set
 from fedmosaic.protos.errors import ConfigurationError
 
 _PROJECTOR_LENGTH: Final = 96

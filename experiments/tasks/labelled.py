@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fedmosaic.client.examples import Example
+from fedmosaic.client.model.examples import Example
 from fedmosaic.protos.errors import ConfigurationError
 
 
@@ -144,7 +144,7 @@ def split(
 
 
 def write_examples(path: Path, examples: Sequence[Example]) -> None:
-    """Writes JSON lines that ``fedmosaic.client.examples.read_examples`` reads back unchanged."""
+    """Writes JSON lines that ``fedmosaic.client.model.examples.read_examples`` reads back unchanged."""
     lines = (json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples)
     path.write_text("".join(lines), encoding="utf-8")
 

@@ -3,15 +3,15 @@
 from typing import Any
 
 from fedmosaic.privacy.encryption.aggregator import Aggregator
-from fedmosaic.privacy.encryption.ckks_aggregation import CkksAggregator
-from fedmosaic.privacy.encryption.mask_aggregation import MaskAggregator
+from fedmosaic.privacy.encryption.ckks.aggregation import CkksAggregator
+from fedmosaic.privacy.encryption.mask.aggregation import MaskAggregator
 from fedmosaic.privacy.encryption.parameters import (
     CkksParameters,
     MaskParameters,
     Parameters,
     check_plaintext_allowed,
 )
-from fedmosaic.privacy.encryption.plain_aggregation import PlainAggregator
+from fedmosaic.privacy.encryption.plain.aggregation import PlainAggregator
 from fedmosaic.privacy.policy import AggregationPolicy
 
 

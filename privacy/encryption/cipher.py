@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from fedmosaic.privacy.encryption.layout import aggregate_header, aggregate_payload_bytes, upload_header
 from fedmosaic.privacy.encryption.parameters import CkksParameters, MaskParameters, PlainParameters
 from fedmosaic.privacy.encryption.records import RoundContext, read_record, row_digest
-from fedmosaic.privacy.group_key import GroupKey
+from fedmosaic.privacy.groupkey.key import GroupKey
 from fedmosaic.privacy.policy import AggregationPolicy, WeightRow, check_row
 from fedmosaic.protos.errors import CiphertextError, EncryptionError, PolicyError
 

@@ -3,15 +3,15 @@
 from typing import Any
 
 from fedmosaic.privacy.encryption.cipher import ClientCipher
-from fedmosaic.privacy.encryption.ckks import CkksCipher, generate_secret, secret_bytes
-from fedmosaic.privacy.encryption.mask import MaskCipher
+from fedmosaic.privacy.encryption.ckks.cipher import CkksCipher, generate_secret, secret_bytes
+from fedmosaic.privacy.encryption.mask.cipher import MaskCipher
 from fedmosaic.privacy.encryption.parameters import (
     CkksParameters,
     MaskParameters,
     Parameters,
     check_plaintext_allowed,
 )
-from fedmosaic.privacy.encryption.plain import PlainCipher
+from fedmosaic.privacy.encryption.plain.cipher import PlainCipher
 from fedmosaic.privacy.policy import AggregationPolicy
 
 

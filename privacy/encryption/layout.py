@@ -1,7 +1,7 @@
 """How long each record is, and the header it must carry, from public facts alone."""
 
-from fedmosaic.privacy.encryption.expansion import SEED_BYTES
-from fedmosaic.privacy.encryption.modular import WORD_BYTES
+from fedmosaic.privacy.encryption.ckks.expansion import SEED_BYTES
+from fedmosaic.privacy.encryption.ckks.modular import WORD_BYTES
 from fedmosaic.privacy.encryption.parameters import (
     CkksParameters,
     MaskParameters,

@@ -31,7 +31,7 @@ from fedmosaic.client.colora.aligned import (
     write_embedded,
 )
 from fedmosaic.client.colora.basis import orthonormality_error
-from fedmosaic.client.models import adapt, load_base_model
+from fedmosaic.client.model.load import adapt, load_base_model
 from fedmosaic.protos.errors import ConfigurationError, ModelError, StateError
 
 WORDS = [*"abcdefghijklmnopqrst", "yes", "no", "?"]

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fedmosaic.alignment.tokens import PublicText, align, align_ranges, render, shared_text
-from fedmosaic.client.examples import Example, encode_examples
+from fedmosaic.client.model.examples import Example, encode_examples
 from fedmosaic.protos.errors import ModelError
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}

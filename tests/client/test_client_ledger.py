@@ -8,10 +8,10 @@ import pytest
 
 from fedmosaic.client.ledger import DataLedger, ledger_delta, main
 from fedmosaic.client.state import SessionRecord
-from fedmosaic.privacy.accounting import default_delta
-from fedmosaic.privacy.events import GaussianEvent
-from fedmosaic.privacy.ledger import LEDGER, Ledger, data_epoch, read_ledger
-from fedmosaic.privacy.ledger_move import back_up, move
+from fedmosaic.privacy.accounting.epsilon import default_delta
+from fedmosaic.privacy.accounting.events import GaussianEvent
+from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, data_epoch, read_ledger
+from fedmosaic.privacy.ledger.move import back_up, move
 from fedmosaic.protos.errors import LedgerError
 
 IDS = [f"e{index}" for index in range(400)]

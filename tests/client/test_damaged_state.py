@@ -16,13 +16,13 @@ from fedmosaic.client.clipping import ClippingRecord
 from fedmosaic.client.progress import LoggedProgress
 from fedmosaic.client.releases import AdapterPlan, Releases
 from fedmosaic.client.state import ClientState
-from fedmosaic.client.traffic import Traffic
-from fedmosaic.privacy.group_key import GroupKey
-from fedmosaic.privacy.ledger import Ledger
-from fedmosaic.privacy.mechanism import ClippedSum, Float32Array, ProfileMechanism, Reduction, release
-from fedmosaic.privacy.noise import SecureNoise
+from fedmosaic.client.transport.traffic import Traffic
+from fedmosaic.privacy.federation.roster import Terms
+from fedmosaic.privacy.groupkey.key import GroupKey
+from fedmosaic.privacy.ledger.ledger import Ledger
+from fedmosaic.privacy.mechanism.noise import SecureNoise
+from fedmosaic.privacy.mechanism.profile import ClippedSum, Float32Array, ProfileMechanism, Reduction, release
 from fedmosaic.privacy.policy import WeightRow
-from fedmosaic.privacy.roster import Terms
 from fedmosaic.protos.errors import StateError
 from fedmosaic.protos.messages import Phase, RoundStatus
 

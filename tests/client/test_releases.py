@@ -11,12 +11,18 @@ import pytest
 
 from fedmosaic.client.releases import AdapterPlan, Releases, budgeted_channels, plan_adapter, sampling_rate
 from fedmosaic.client.state import ClientState
-from fedmosaic.privacy.accounting import epsilon
-from fedmosaic.privacy.events import GaussianEvent
-from fedmosaic.privacy.ledger import LEDGER, Ledger, read_ledger
-from fedmosaic.privacy.mechanism import ClippedSum, Float32Array, ProfileMechanism, Reduction, release
-from fedmosaic.privacy.noise import SecureNoise
-from fedmosaic.privacy.roster import AdapterPrivacyTerms, AdapterTerms, Protection, ScheduleTerms, Terms
+from fedmosaic.privacy.accounting.epsilon import epsilon
+from fedmosaic.privacy.accounting.events import GaussianEvent
+from fedmosaic.privacy.federation.roster import (
+    AdapterPrivacyTerms,
+    AdapterTerms,
+    Protection,
+    ScheduleTerms,
+    Terms,
+)
+from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, read_ledger
+from fedmosaic.privacy.mechanism.noise import SecureNoise
+from fedmosaic.privacy.mechanism.profile import ClippedSum, Float32Array, ProfileMechanism, Reduction, release
 from fedmosaic.protos.errors import BudgetExceededError, LedgerError, PrivacyError, StateError
 
 DELTA = 1e-5

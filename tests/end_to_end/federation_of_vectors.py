@@ -14,14 +14,14 @@ from fedmosaic.client.protection import Identity, Protection
 from fedmosaic.client.releases import AdapterPlan, Releases, budgeted_channels
 from fedmosaic.client.session import Session
 from fedmosaic.client.state import ClientState
-from fedmosaic.client.transport import Transport
-from fedmosaic.experiments.in_process import InProcessTransport
-from fedmosaic.privacy import federation
-from fedmosaic.privacy.federation import FederationConfig, MemberEntry, open_kit
-from fedmosaic.privacy.ledger import Ledger
-from fedmosaic.privacy.mechanism import ClippedSum, Float32Array, ProfileMechanism, Reduction, release
-from fedmosaic.privacy.noise import SecureNoise, SeededTestNoise
-from fedmosaic.privacy.roster import AdapterTerms, ScheduleTerms, Terms
+from fedmosaic.client.transport.grpc import Transport
+from fedmosaic.experiments.simulation.transport import InProcessTransport
+from fedmosaic.privacy.federation import kits as federation
+from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry, open_kit
+from fedmosaic.privacy.federation.roster import AdapterTerms, ScheduleTerms, Terms
+from fedmosaic.privacy.ledger.ledger import Ledger
+from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
+from fedmosaic.privacy.mechanism.profile import ClippedSum, Float32Array, ProfileMechanism, Reduction, release
 from fedmosaic.protos.messages import RoundStatus
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.from_kit import settings_from_kit

@@ -22,9 +22,9 @@ from fedmosaic.client.__main__ import scores_after
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.releases import AdapterPlan, Releases
 from fedmosaic.client.settings import ClientSettings
-from fedmosaic.privacy.events import GaussianEvent
-from fedmosaic.privacy.noise import SeededTestNoise
-from fedmosaic.privacy.roster import AdapterTerms, Terms
+from fedmosaic.privacy.accounting.events import GaussianEvent
+from fedmosaic.privacy.federation.roster import AdapterTerms, Terms
+from fedmosaic.privacy.mechanism.noise import SeededTestNoise
 from fedmosaic.protos.errors import TrainingError
 from fedmosaic.protos.messages import Aggregate, AggregateSection, SectionWeights
 

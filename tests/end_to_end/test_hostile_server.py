@@ -11,8 +11,8 @@ import pytest
 
 from end_to_end import federation_of_vectors as fv
 from fedmosaic.client.state import ClientState
+from fedmosaic.privacy.federation.roster import Terms
 from fedmosaic.privacy.policy import WeightRow
-from fedmosaic.privacy.roster import Terms
 from fedmosaic.protos.errors import PolicyError
 from fedmosaic.protos.messages import Aggregate, AggregateSection, SectionWeights
 from fedmosaic.server.coordinator import Coordinator

@@ -11,8 +11,8 @@ import pytest
 from end_to_end import federation_of_vectors as fv
 from fedmosaic.client import session as client_session
 from fedmosaic.client.keyring import Keyring
-from fedmosaic.privacy import federation
-from fedmosaic.privacy.federation import open_kit
+from fedmosaic.privacy.federation import kits as federation
+from fedmosaic.privacy.federation.kits import open_kit
 from fedmosaic.protos.errors import KeyAgreementError, KeyExpiredError, StateError
 from fedmosaic.protos.messages import Upload
 from fedmosaic.server.coordinator import Coordinator

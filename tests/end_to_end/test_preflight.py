@@ -18,22 +18,22 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from end_to_end import federation_of_vectors as fv
 from fedmosaic.client import __main__ as client
-from fedmosaic.client import doctor
 from fedmosaic.client.learner import SAMPLER
-from fedmosaic.client.models import load_base_model
-from fedmosaic.client.preflight import Preflight
-from fedmosaic.client.probe import open_probe
+from fedmosaic.client.model.load import load_base_model
+from fedmosaic.client.preflight import doctor
+from fedmosaic.client.preflight.checks import Preflight
+from fedmosaic.client.profile.probe import open_probe
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState
-from fedmosaic.privacy import federation
 from fedmosaic.privacy.configuration import read_configuration
-from fedmosaic.privacy.federation import FederationConfig, MemberEntry
-from fedmosaic.privacy.ledger import LEDGER, Ledger, read_ledger
-from fedmosaic.privacy.mechanism import ProfileMechanism, Reduction
-from fedmosaic.privacy.roster import AdapterPrivacyTerms, AdapterTerms, ScheduleTerms, Terms
+from fedmosaic.privacy.federation import kits as federation
+from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
+from fedmosaic.privacy.federation.roster import AdapterPrivacyTerms, AdapterTerms, ScheduleTerms, Terms
+from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, read_ledger
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos.errors import FedMosaicError
 from fedmosaic.server.from_kit import settings_from_kit
-from fedmosaic.server.serving import running
+from fedmosaic.server.network.serving import running
 
 UNKNOWN = {"unk_token": "<unk>"}
 SPECIAL = {**UNKNOWN, "eos_token": "</s>", "pad_token": "<pad>"}

@@ -20,11 +20,11 @@ import pytest
 from end_to_end import federation_of_vectors as fv
 from end_to_end.ports import free_port
 from end_to_end.test_faults import ENVIRONMENT, PATIENCE
-from fedmosaic.client.transport import GrpcTransport
+from fedmosaic.client.transport.grpc import GrpcTransport
 from fedmosaic.privacy.encryption.ciphers import create_cipher
 from fedmosaic.privacy.encryption.records import RoundContext
-from fedmosaic.privacy.federation import open_kit
-from fedmosaic.privacy.group_key import GroupKey
+from fedmosaic.privacy.federation.kits import open_kit
+from fedmosaic.privacy.groupkey.key import GroupKey
 from fedmosaic.privacy.policy import WeightRow
 from fedmosaic.protos.errors import CiphertextError, EncryptionError
 from fedmosaic.protos.messages import Aggregate, KeyMessage, Receipt, Upload

@@ -11,13 +11,13 @@ import pytest
 
 from end_to_end import federation_of_vectors as fv
 from fedmosaic.client.keyring import Keyring
-from fedmosaic.privacy import federation
-from fedmosaic.privacy.ledger import read_ledger
-from fedmosaic.privacy.ledger_move import back_up, move
+from fedmosaic.privacy.federation import kits as federation
+from fedmosaic.privacy.ledger.ledger import read_ledger
+from fedmosaic.privacy.ledger.move import back_up, move
 from fedmosaic.protos.errors import LedgerError, StateError
 from fedmosaic.protos.messages import Upload
 from fedmosaic.protos.refusal import Refusal
-from fedmosaic.server import tables
+from fedmosaic.server.storage import tables
 
 
 def _run(tmp_path: Path, backend: str, rounds: int = 3) -> dict[str, Any]:

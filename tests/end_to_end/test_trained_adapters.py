@@ -25,8 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from end_to_end import federation_of_vectors as fv
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.settings import ClientSettings
-from fedmosaic.privacy.noise import SeededTestNoise
-from fedmosaic.privacy.roster import AdapterTerms, Terms
+from fedmosaic.privacy.federation.roster import AdapterTerms, Terms
+from fedmosaic.privacy.mechanism.noise import SeededTestNoise
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.from_kit import settings_from_kit
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from fedmosaic.experiments.scenario import Scenario
+from fedmosaic.experiments.scenario.terms import Scenario
 
 _SPECIAL = ["<unk>", "</s>"]
 _WORDS = [f"w{i}" for i in range(40)] + ["yes", "no", "red", "blue"]

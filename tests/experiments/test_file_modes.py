@@ -15,12 +15,12 @@ from rich.console import Console
 
 from fedmosaic.client import __main__ as client
 from fedmosaic.client.settings import ClientSettings
-from fedmosaic.client.transport import GrpcTransport
-from fedmosaic.experiments.client_processes import client_process
-from fedmosaic.experiments.founding import fit_profile, found_federation
+from fedmosaic.client.transport.grpc import GrpcTransport
+from fedmosaic.experiments.runs.client_processes import client_process
+from fedmosaic.experiments.scenario.founding import fit_profile, found_federation
 from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.server.from_kit import settings_from_kit
-from fedmosaic.server.serving import running
+from fedmosaic.server.network.serving import running
 from fedmosaic.server.settings import ServerSettings
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="modes of files are POSIX's")

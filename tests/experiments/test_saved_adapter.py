@@ -12,8 +12,8 @@ from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.progress import LoggedProgress
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState, write_atomically
-from fedmosaic.privacy.mechanism import ProfileMechanism, Reduction
-from fedmosaic.privacy.roster import Terms
+from fedmosaic.privacy.federation.roster import Terms
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos.errors import StateError
 
 TERMS = {

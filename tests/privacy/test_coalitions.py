@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fedmosaic.privacy.attacks.collusion import smallest_coalition
+from fedmosaic.experiments.attacks.statistics.collusion import smallest_coalition
 from fedmosaic.privacy.coalitions import SOLVED, counted_coalition, estimate_errors, pair_errors
 
 

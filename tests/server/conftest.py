@@ -14,17 +14,17 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedmosaic.client.transport import GrpcTransport, TransportOptions
-from fedmosaic.privacy import identity
+from fedmosaic.client.transport.grpc import GrpcTransport, TransportOptions
 from fedmosaic.privacy.encryption.layout import upload_header
 from fedmosaic.privacy.encryption.parameters import PlainParameters
 from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
+from fedmosaic.privacy.federation import identity
 from fedmosaic.privacy.policy import AggregationPolicy
-from fedmosaic.privacy.report_models import ADVERSARIES, PrivacyStatement
+from fedmosaic.privacy.statement.models import ADVERSARIES, PrivacyStatement
 from fedmosaic.protos.messages import PROTOCOL_VERSION, Enrolment, Profile, Section, Upload
 from fedmosaic.protos.signing import sign_upload
 from fedmosaic.server.coordinator import Coordinator
-from fedmosaic.server.serving import running
+from fedmosaic.server.network.serving import running
 from fedmosaic.server.settings import ServerSettings, TlsFiles
 
 CLIENTS = ("clinic-a", "clinic-b", "clinic-c", "clinic-d", "clinic-e")

@@ -29,11 +29,12 @@ from fedmosaic.protos.messages import (
 )
 from fedmosaic.protos.refusal import Refusal, RefusalKind
 from fedmosaic.protos.signing import ledger_digest
-from fedmosaic.server import rounds, tables
 from fedmosaic.server import summary as summary_module
-from fedmosaic.server.aggregation import Group, plan
 from fedmosaic.server.coordinator import Coordinator
-from fedmosaic.server.relevance import relevance
+from fedmosaic.server.round import state as rounds
+from fedmosaic.server.round.relevance import relevance
+from fedmosaic.server.round.weights import Group, plan
+from fedmosaic.server.storage import tables
 from fedmosaic.server.summary import write_summary
 
 POSTGRESQL = os.environ.get("FEDMOSAIC_TEST_POSTGRESQL", "")

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from fedmosaic.privacy import federation
-from fedmosaic.privacy.federation import FederationConfig, MemberEntry
-from fedmosaic.privacy.mechanism import ProfileMechanism, Reduction
-from fedmosaic.privacy.roster import Terms
+from fedmosaic.privacy.federation import kits as federation
+from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
+from fedmosaic.privacy.federation.roster import Terms
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos.errors import ConfigurationError
 from fedmosaic.server.from_kit import settings_from_kit
 

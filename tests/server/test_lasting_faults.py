@@ -13,7 +13,7 @@ import pytest
 from fedmosaic.protos.errors import StateError
 from fedmosaic.protos.messages import Phase, ReceiptStatus
 from fedmosaic.server.coordinator import Coordinator
-from fedmosaic.server.store import StoreTakenError
+from fedmosaic.server.storage.store import StoreTakenError
 
 
 def crash(coordinator: Coordinator) -> None:

@@ -22,7 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from end_to_end.ports import free_port
 from fedmosaic.protos.errors import IdentityError
 from fedmosaic.protos.messages import ReceiptStatus
-from fedmosaic.server.serving import SERVICE
+from fedmosaic.server.network.serving import SERVICE
 
 
 class Process:
@@ -113,7 +113,7 @@ def test_the_server_is_healthy_without_much_work(launch: Any, authority: Any) ->
 
 def test_the_server_imports_no_model_library_and_no_homomorphic_one() -> None:
     code = (
-        "import sys, json, fedmosaic.server.__main__, fedmosaic.server.serving\n"
+        "import sys, json, fedmosaic.server.__main__, fedmosaic.server.network.serving\n"
         "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -201,7 +201,7 @@ def test_wrong_settings_end_with_a_message_and_a_status(launch: Any, authority: 
 
 
 def test_an_own_expired_certificate_is_noticed_before_connecting(authority: Any, launch: Any) -> None:
-    from fedmosaic.client.transport import GrpcTransport
+    from fedmosaic.client.transport.grpc import GrpcTransport
 
     certificate, key = authority.client("clinic-a", age_days=120)
     with pytest.raises(IdentityError, match=r"expired on \d{4}-.*keys rotate"):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from fedmosaic.privacy.attacks.roc import area_under_curve
-from fedmosaic.privacy.attacks.shadow import LEAST_RUNS, calibrated_scores
+from fedmosaic.experiments.attacks.statistics.roc import area_under_curve
+from fedmosaic.experiments.attacks.statistics.shadow import LEAST_RUNS, calibrated_scores
 
 
 def simulated(

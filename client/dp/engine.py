@@ -1,0 +1,127 @@
+"""The gradient of one example with respect to the shared branch's cores, clipped and summed.
+
+A core is a linear module r → r with weight P and bias Q. Every example goes through the model by itself, a
+batch of one: there is no padding, no product of matrices that two examples share, and so no rounding that
+depends on a neighbour. In a padded batch there is, in every number format, and whoever chooses the received
+branch can make it as large as the gradients: one example more then moves the sum of all others.
+
+The row of an example is a function of that example, the public parameters and the received branch, and of
+whatever decides its last bits on this hardware (the number of threads, the kernel for a shape, the order in
+which a GPU adds), ω. That ω is drawn without regard to the other examples, which makes it harmless: for every
+fixed ω the sum moves by at most C when an example is added, so the noisy sum is a Gaussian mechanism, and a
+mixture of (ε, δ)-private mechanisms with weights that do not depend on the data is (ε, δ)-private. What could
+carry one example to the next, state in the model, is refused (`fedmosaic.client.dp.checks`).
+
+Clipping is done by `fedmosaic.privacy.mechanism.profile`: a row is brought to an integer grid within the
+clipping norm, a row that is not finite becomes zero (its contribution is then within the bound like any
+other's, and no NaN can reach the release). Sums of integers are exact, so their order changes no bit.
+
+Legend of axes: B examples, D all numbers of all cores.
+
+Reference:
+    Abadi et al., "Deep learning with differential privacy", CCS 2016, algorithm 1.
+"""
+
+from collections.abc import Mapping
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from fedmosaic.client.model.examples import EncodedExample, collate
+from fedmosaic.client.model.loss import ExampleLosses, example_losses, on_device_of
+from fedmosaic.privacy.mechanism.profile import ClippedSum, clip
+from fedmosaic.protos.errors import ModelError
+
+MAXIMUM_DIMENSIONS: Final = 2**20
+"""Most coordinates for which the margin of `fedmosaic.privacy.mechanism.profile.clip` is proved."""
+
+
+def example_gradient(
+    model: nn.Module,
+    cores: Mapping[str, nn.Linear],
+    example: EncodedExample,
+    losses: ExampleLosses = example_losses,
+) -> torch.Tensor:
+    """Gradient of one example's loss with respect to all cores.
+
+    Args:
+        model: Model that holds the cores.
+        cores: The cores by name; the order fixes the order of the coordinates.
+        example: The example, alone.
+        losses: Loss of each example.
+
+    Returns:
+        (D,) float32; the cores in order, P row by row, then Q. Zero where a core takes no part in the loss.
+
+    Raises:
+        ModelError: The loss is not one number.
+    """
+    loss = losses(model, on_device_of(model, collate([example], pad_token_id=0)))
+    if loss.shape != (1,):
+        raise ModelError(
+            f"the loss of one example has shape {tuple(loss.shape)}; return one loss per example, here (1,)"
+        )
+    parameters = core_parameters(cores)
+    if not loss.requires_grad:
+        return torch.zeros(dimensions_of(cores), device=parameters[0].device)
+    gradients = torch.autograd.grad(loss.sum(), parameters, allow_unused=True, materialize_grads=True)
+    return torch.cat([gradient.float().flatten() for gradient in gradients])
+
+
+def clip_and_sum(rows: torch.Tensor, max_grad_norm: float) -> ClippedSum:
+    """Clip every row to a norm of at most ``max_grad_norm`` and adds the rows up.
+
+    Args:
+        rows: (B, D) gradients, any values; a row that is not finite counts as zero.
+        max_grad_norm: Bound C > 0 on the L2 norm of a row.
+
+    Returns:
+        The private sum in units of C / 2²⁴, D entries.
+    """
+    values: npt.NDArray[np.float32] = rows.detach().float().cpu().numpy()
+    units, shortened = clip(values, max_grad_norm)
+    rejected = int((~np.isfinite(values).all(axis=1)).sum())
+    return ClippedSum(units.sum(axis=0), int(shortened.sum()), rejected, len(values))
+
+
+def core_parameters(cores: Mapping[str, nn.Linear]) -> list[nn.Parameter]:
+    """P and Q of every core, in the order of the coordinates."""
+    return [parameter for core in cores.values() for parameter in core.parameters()]
+
+
+def dimensions_of(cores: Mapping[str, nn.Linear]) -> int:
+    """Number D of coordinates of all cores together."""
+    return sum(parameter.numel() for parameter in core_parameters(cores))
+
+
+def check_cores(cores: Mapping[str, nn.Linear]) -> None:
+    """Refuse cores that cannot be trained privately.
+
+    Args:
+        cores: Cores by name.
+
+    Raises:
+        ModelError: There is none, one is no trainable float32 ``nn.Linear`` with a bias, two names share
+            a core, or there are too many coordinates.
+    """
+    if not cores:
+        raise ModelError("there is no core to train; add a Co-LoRA adapter to the model first")
+    for name, core in cores.items():
+        if type(core) is not nn.Linear or core.bias is None:
+            raise ModelError(f"core {name} is a {type(core).__name__}; it must be nn.Linear with a bias")
+        if not all(parameter.requires_grad for parameter in core.parameters()):
+            raise ModelError(f"core {name} is frozen; make the shared branch trainable first")
+        if any(parameter.dtype != torch.float32 for parameter in core.parameters()):
+            raise ModelError(
+                f"core {name} has dtype {core.weight.dtype}; keep cores in float32, whatever the model's"
+            )
+    if len({id(core) for core in cores.values()}) != len(cores):
+        raise ModelError("two names stand for one core; name every core once")
+    if dimensions_of(cores) > MAXIMUM_DIMENSIONS:
+        raise ModelError(
+            f"the cores have {dimensions_of(cores)} coordinates, more than {MAXIMUM_DIMENSIONS}; "
+            "lower the rank"
+        )

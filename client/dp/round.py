@@ -1,0 +1,120 @@
+"""One round of training under `dp` or `dp+encrypted`: the shared branch privately, the rest on top.
+
+First P and Q alone, with DP-SGD, everything that has ever seen private data without noise out of the
+forward pass. Then the personal branch, the other layers' LoRA and the gate, without DP; none of them
+ever leaves. The order is the guarantee: what is trained second cannot reach what is released.
+"""
+
+import logging
+from collections.abc import Sequence
+
+from torch import nn
+
+from fedmosaic.client.colora import set_active_branches, set_trainable
+from fedmosaic.client.dp.branch import only_shared_branch, private_parameters
+from fedmosaic.client.dp.checks import assert_only_shared_branch, check_engine
+from fedmosaic.client.dp.engine import check_cores
+from fedmosaic.client.dp.training import PrivateTrainingSettings, train_private
+from fedmosaic.client.model.examples import EncodedExample
+from fedmosaic.client.model.loss import example_losses, in_bfloat16
+from fedmosaic.client.model.training import TrainingSettings
+from fedmosaic.client.progress import Progress
+from fedmosaic.client.releases import Releases
+from fedmosaic.privacy.federation.roster import AdapterPrivacyTerms, AdapterTerms, Terms
+from fedmosaic.protos.errors import BudgetExceededError
+
+log = logging.getLogger(__name__)
+
+# The received branch has this constant share while the local one is trained: the learnt gate has seen
+# private data, so it may not take part.
+GLOBAL_WEIGHT = 0.5
+
+
+def check_model(model: nn.Module, terms: Terms, training: TrainingSettings) -> None:
+    """Try on public values that the model can be trained privately; to be called before anything is received.
+
+    Args:
+        model: the adapted model, fresh.
+        terms: what the members agreed on.
+        training: number format.
+
+    Raises:
+        ModelError: it has no gradient, or something in it carries one example to the next.
+        PrivacyError: a tensor that will see private data takes part in the private step.
+    """
+    losses = in_bfloat16() if training.bf16 else example_losses
+    # As in every round but the first: the personal branches are open when the private step begins.
+    open_personal_branches(model, terms.adapter)
+    with only_shared_branch(model, global_weight=GLOBAL_WEIGHT) as cores:
+        check_cores(cores)
+        assert_only_shared_branch(model, cores, private_parameters(model), losses=losses)
+        check_engine(model, cores, clip=terms.encryption.clip, losses=losses)
+
+
+def train_shared(
+    model: nn.Module,
+    examples: Sequence[EncodedExample],
+    terms: AdapterPrivacyTerms,
+    training: TrainingSettings,
+    *,
+    releases: Releases,
+    round_number: int,
+    progress: Progress,
+) -> None:
+    """Train P and Q privately, or go on without if the budget does not allow it.
+
+    Args:
+        model: the adapted model.
+        examples: the client's encoded examples.
+        terms: the federation's DP-SGD parameters.
+        training: learning rate and number format.
+        releases: plans the noise, and charges before any is drawn.
+        round_number: for the ledger.
+        progress: told of every step.
+    """
+    if releases.receive_only:
+        return
+    plan = releases.adapter_plan
+    settings = PrivateTrainingSettings(
+        learning_rate=training.shared_learning_rate,
+        steps=terms.steps_per_round,
+        sampling_rate=plan.sampling_rate,
+        expected_batch_size=terms.expected_batch_size,
+        max_grad_norm=terms.clipping_norm,
+        noise_multiplier=plan.noise_multiplier,
+        bf16=training.bf16,
+    )
+    progress.stage(round_number, "private training", terms.steps_per_round)
+    try:
+        with only_shared_branch(model, global_weight=GLOBAL_WEIGHT) as cores:
+            report = train_private(
+                model,
+                cores,
+                examples,
+                settings,
+                charge=lambda event: releases.charge_adapter(round_number, event),
+                private_parameters=private_parameters(model),
+                randomness=releases.randomness,
+                progress=lambda step, _total: progress.advance(step),
+            )
+    except BudgetExceededError as error:
+        releases.receive_only = True
+        log.warning("round %d: %s; going on in receive-only mode", round_number, error)
+        return
+    releases.clipping.add("adapter", report.clipped, report.sampled)
+    if report.clipped_share is not None:
+        log.info("round %d: %.0f %% of the gradients were clipped", round_number, 100 * report.clipped_share)
+
+
+def open_personal_branches(model: nn.Module, terms: AdapterTerms) -> None:
+    """Take every branch into the forward pass and train only what never leaves.
+
+    Args:
+        model: the adapted model, with a personal branch.
+        terms: whether the other layers have LoRA.
+    """
+    set_active_branches(model, {"local", "global", "personal"}, layers="shared")
+    set_trainable(model, {"personal", "gate"}, layers="shared")
+    if terms.other_layers == "lora":
+        set_active_branches(model, {"local"}, layers="family")
+        set_trainable(model, {"local"}, layers="family")

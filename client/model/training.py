@@ -1,0 +1,312 @@
+"""Plain local fine-tuning, without differential privacy: what it trains must not leave unprotected."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import nn
+
+from fedmosaic.client.colora.layer import GATE, CoLoraLayer
+from fedmosaic.client.colora.linear import CoLoraLinear
+from fedmosaic.client.model.examples import EncodedExample, collate
+from fedmosaic.client.model.loss import (
+    Batch,
+    ExampleLosses,
+    example_losses,
+    in_bfloat16,
+    on_device_of,
+    training_mode,
+)
+from fedmosaic.client.model.sampling import EpochSampler
+from fedmosaic.privacy.configuration import Frozen
+from fedmosaic.protos.errors import ConfigurationError, ModelError, TrainingError
+
+__all__ = [
+    "EpochSampler",
+    "Progress",
+    "TrainingReport",
+    "TrainingSettings",
+    "train_local",
+    "trainable_by_role",
+]
+
+Role = Literal["adapter", "shared", "gate"]
+Progress = Callable[[int, int, float], None]
+"""Called after every optimizer step with the step (from 1), the planned steps and the step's mean loss.
+
+The loss is a function of private examples: show it to the client's own people, send it nowhere.
+"""
+
+_AVERAGED_STEPS: Final = 10
+
+
+class TrainingSettings(Frozen):
+    """How a client trains locally; names as in ``transformers.TrainingArguments``.
+
+    Attributes:
+        learning_rate: Of LoRA's A and B, and of any other trainable tensor.
+        shared_learning_rate: Of the Co-LoRA cores P and Q.
+        gate_learning_rate: Of the gates.
+        steps: Optimizer steps of one round.
+        per_device_train_batch_size: Examples per forward pass.
+        gradient_accumulation_steps: Forward passes per optimizer step; private steps divide by themselves.
+        gradient_checkpointing: Compute the layers' activations a second time on the way back, for about a
+            third more time, instead of keeping them. A private step holds those of one example anyway.
+        max_length: Most tokens per example; for whoever encodes the examples.
+        blend_received: Share of what is received in what the local branch begins a round with; 0 as in the
+            paper, where it goes on from itself. Under ``dp`` both are sums of private releases, so that it
+            costs no privacy.
+        warmup: Optimizer steps over which the learning rates rise linearly; constant afterwards.
+        weight_decay: AdamW's, on all but the gates.
+        max_grad_norm: Bound on the L2 norm of an optimizer step's whole gradient; 0 for none.
+        seed: Of dropout, and by default of the order of the examples.
+        bf16: Wide products in bfloat16; the adapter, its gradients and the optimizer stay in float32.
+    """
+
+    learning_rate: float = Field(default=1e-3, gt=0.0, le=10.0, allow_inf_nan=False)
+    shared_learning_rate: float = Field(default=1e-3, gt=0.0, le=10.0, allow_inf_nan=False)
+    gate_learning_rate: float = Field(default=1e-3, gt=0.0, le=10.0, allow_inf_nan=False)
+    steps: int = Field(default=100, ge=1)
+    per_device_train_batch_size: int = Field(default=8, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    gradient_checkpointing: bool = False
+    max_length: int = Field(default=256, ge=3)
+    blend_received: float = Field(default=0.0, ge=0.0, le=1.0)
+    warmup: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0.0, le=1.0, allow_inf_nan=False)
+    max_grad_norm: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
+    seed: int = Field(default=0, ge=0, le=2**63 - 1)
+    bf16: bool = False
+
+    def learning_rate_of(self, role: Role) -> float:
+        """The learning rate of one group of tensors."""
+        return {
+            "adapter": self.learning_rate,
+            "shared": self.shared_learning_rate,
+            "gate": self.gate_learning_rate,
+        }[role]
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What one call of `train_local` did. Losses and counts depend on private data and stay here.
+
+    Attributes:
+        steps: Optimizer steps taken.
+        first_loss: Mean loss (nats per token) of the first steps, at most ten.
+        last_loss: Mean loss of the last steps, at most ten.
+        weights_moved: Trainable tensors that changed.
+        weights_unmoved: Names of the trainable tensors that did not.
+    """
+
+    steps: int
+    first_loss: float = field(repr=False)
+    last_loss: float = field(repr=False)
+    weights_moved: int
+    weights_unmoved: tuple[str, ...]
+
+
+def trainable_by_role(model: nn.Module) -> dict[Role, dict[str, nn.Parameter]]:
+    """Sort every trainable tensor into exactly one group of learning rate.
+
+    The groups follow the tensors themselves, not their names: a module named ``gate_proj`` is no gate.
+
+    Args:
+        model: Model, with or without Co-LoRA layers.
+
+    Returns:
+        Per role the trainable tensors by name.
+
+    Raises:
+        ModelError: Nothing is trainable.
+    """
+    of_gates: set[int] = set()
+    of_cores: set[int] = set()
+    for module in model.modules():
+        if not isinstance(module, CoLoraLayer):
+            continue
+        for group, containers in module.group_containers.items():
+            for container in containers:
+                members = {id(parameter) for parameter in getattr(module, container).parameters()}
+                if group == GATE:
+                    of_gates |= members
+                elif isinstance(module, CoLoraLinear):
+                    of_cores |= members
+    groups: dict[Role, dict[str, nn.Parameter]] = {"adapter": {}, "shared": {}, "gate": {}}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            role: Role = (
+                "gate" if id(parameter) in of_gates else "shared" if id(parameter) in of_cores else "adapter"
+            )
+            groups[role][name] = parameter
+    if not any(groups.values()):
+        raise ModelError("nothing in the model is trainable; add an adapter or call set_trainable first")
+    return groups
+
+
+def train_local(
+    model: nn.Module,
+    examples: Sequence[EncodedExample],
+    settings: TrainingSettings,
+    *,
+    pad_token_id: int,
+    sampler: EpochSampler | None = None,
+    losses: ExampleLosses = example_losses,
+    progress: Progress | None = None,
+) -> TrainingReport:
+    """Fine-tunes whatever is trainable in the model with AdamW; deterministic by seed.
+
+    Args:
+        model: Model whose trainable tensors are changed in place; its training mode is restored.
+        examples: Encoded examples.
+        settings: Steps, batch sizes, learning rates.
+        pad_token_id: Token to pad batches with.
+        sampler: Order of the examples, moved on by this call; a fresh one of the settings' seed if None.
+        losses: Loss of each example.
+        progress: Called after every optimizer step.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ConfigurationError: There is no example.
+        ModelError: Nothing is trainable.
+        TrainingError: A loss or gradient is not finite, or no weight changed. Nothing is put back.
+    """
+    if not examples:
+        raise ConfigurationError("there is no example to train on; give at least one")
+    order = EpochSampler(len(examples), settings.seed) if sampler is None else sampler
+    groups = trainable_by_role(model)
+    optimizer = _optimizer(groups, settings)
+    warmup = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / max(1, settings.warmup))
+    )
+    trained = {name: parameter for group in groups.values() for name, parameter in group.items()}
+    before = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    loss_of = in_bfloat16(losses) if settings.bf16 else losses
+    history: list[float] = []
+    with (
+        training_mode(model, True),
+        checkpointing(model, settings.gradient_checkpointing),
+        _seeded(settings.seed, order, model),
+    ):
+        for step in range(1, settings.steps + 1):
+            batches = (
+                collate([examples[i] for i in order.take(settings.per_device_train_batch_size)], pad_token_id)
+                for _ in range(settings.gradient_accumulation_steps)
+            )
+            history.append(_accumulate(model, batches, settings, loss_of, step))
+            _clip(trained.values(), settings.max_grad_norm, step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            warmup.step()
+            if progress is not None:
+                progress(step, settings.steps, history[-1])
+    return _report(trained, before, history)
+
+
+@contextmanager
+def checkpointing(model: nn.Module, active: bool) -> Iterator[None]:
+    """Run the body with gradient checkpointing (not the reentrant kind, which hooks cannot see through).
+
+    Args:
+        model: of transformers, bare or wrapped by PEFT.
+        active: whether to; the body runs as it is otherwise.
+
+    Raises:
+        ModelError: the model has no checkpointing.
+    """
+    if not active:
+        yield
+        return
+    unwrap = getattr(model, "get_base_model", None)
+    base: Any = unwrap() if callable(unwrap) else model
+    # The older name goes with transformers 6, the newer one is not in all that may be installed here.
+    name = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
+    try:
+        getattr(base, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    except (AttributeError, ValueError) as error:
+        raise ModelError(
+            f"{type(base).__name__} cannot recompute its activations ({error}); set "
+            "training.gradient_checkpointing = false, and lower training.per_device_train_batch_size instead"
+        ) from error
+    try:
+        yield
+    finally:
+        getattr(base, f"{name}_checkpointing_disable")()
+
+
+def _optimizer(groups: dict[Role, dict[str, nn.Parameter]], settings: TrainingSettings) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        [
+            {
+                "params": list(group.values()),
+                "lr": settings.learning_rate_of(role),
+                # Decay would pull a gate's logit towards 0, that is its weight towards one half.
+                "weight_decay": 0.0 if role == "gate" else settings.weight_decay,
+            }
+            for role, group in groups.items()
+            if group
+        ]
+    )
+
+
+@contextmanager
+def _seeded(seed: int, order: EpochSampler, model: nn.Module) -> Iterator[None]:
+    # Another place in the data gives other dropout masks, so that rounds do not repeat theirs.
+    state = order.state_dict()
+    sequence = np.random.SeedSequence([seed, state["epoch"], state["position"]])
+    device = next(model.parameters()).device
+    devices, kind = ([], "cuda") if device.type == "cpu" else ([device.index or 0], device.type)
+    with torch.random.fork_rng(devices=devices, device_type=kind):
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
+        yield
+
+
+def _accumulate(
+    model: nn.Module, batches: Iterable[Batch], settings: TrainingSettings, losses: ExampleLosses, step: int
+) -> float:
+    total = 0.0
+    for batch in batches:
+        loss = losses(model, on_device_of(model, batch)).mean() / settings.gradient_accumulation_steps
+        if not bool(torch.isfinite(loss)):
+            raise TrainingError(
+                f"the loss of step {step} is not finite; lower the learning rates, or switch bf16 off", step
+            )
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
+        total += float(loss.detach())
+    return total
+
+
+def _clip(parameters: Iterable[nn.Parameter], max_grad_norm: float, step: int) -> None:
+    bound = max_grad_norm if max_grad_norm > 0.0 else math.inf
+    norm = torch.nn.utils.clip_grad_norm_(list(parameters), bound)
+    if not bool(torch.isfinite(norm)):
+        raise TrainingError(
+            f"the gradient of step {step} is not finite; lower the learning rates, or switch bf16 off", step
+        )
+
+
+def _report(
+    trained: dict[str, nn.Parameter], before: dict[str, torch.Tensor], history: list[float]
+) -> TrainingReport:
+    unmoved = tuple(name for name, parameter in trained.items() if torch.equal(parameter, before[name]))
+    if len(unmoved) == len(trained):
+        raise TrainingError(
+            f"training changed none of the {len(trained)} trainable tensors; check that the adapter is "
+            "active and its branches take part in the forward pass",
+            len(history),
+        )
+    count = min(_AVERAGED_STEPS, len(history))
+    return TrainingReport(
+        steps=len(history),
+        first_loss=math.fsum(history[:count]) / count,
+        last_loss=math.fsum(history[-count:]) / count,
+        weights_moved=len(trained) - len(unmoved),
+        weights_unmoved=unmoved,
+    )

@@ -1,0 +1,338 @@
+"""Everything that can be found out before a client enrols, cheap things first.
+
+A client runs it before its first round, so that nothing is refused after training that could have been
+refused before; `fedmosaic doctor` runs the same and goes on where a check fails. Nothing is spent or changed
+here, and nothing sent but one question: whether the server would enrol this client.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Final
+
+from cryptography import x509
+
+from fedmosaic.client.clipping import CLIPPING, ClippingRecord
+from fedmosaic.client.learner import ModelLearner
+from fedmosaic.client.ledger import DataLedger, ledger_delta
+from fedmosaic.client.model.load import load_tokenizer
+from fedmosaic.client.preflight.data import ClientData, read_data, read_share
+from fedmosaic.client.preflight.memory import check_memory
+from fedmosaic.client.profile.maker import ProfileProbe
+from fedmosaic.client.progress import Progress
+from fedmosaic.client.releases import (
+    AdapterPlan,
+    budgeted_channels,
+    plan_adapter,
+    profile_path,
+    sampling_rate,
+)
+from fedmosaic.client.session import ask_to_enrol
+from fedmosaic.client.settings import ClientSettings
+from fedmosaic.client.state import SessionRecord, check_run, read_record
+from fedmosaic.client.transport.connection import check_certificate
+from fedmosaic.client.transport.grpc import GrpcTransport, TransportOptions
+from fedmosaic.client.transport.traffic import Traffic
+from fedmosaic.privacy.encryption.layout import upload_payload_bytes
+from fedmosaic.privacy.federation import identity
+from fedmosaic.privacy.federation.kits import Kit, open_kit
+from fedmosaic.privacy.ledger.ledger import LEDGER, LedgerParameters, data_epoch, read_ledger
+from fedmosaic.privacy.ledger.rules import check_parameters
+from fedmosaic.privacy.mechanism.noise import SecureNoise
+from fedmosaic.privacy.mechanism.projection import PublicBasis, PublicMap
+from fedmosaic.protos.errors import ConfigurationError, IdentityError, ModelError, StateError
+
+_SPARE_BYTES: Final = 1 << 28
+"""Room for adapters, ledger and logs beside what is sent and received."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that is checked.
+
+    Attributes:
+        name: for people.
+        needs: names of the checks without whose success this one cannot be made.
+        run: makes it; returns what was found in a few words, or raises what is wrong.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    run: Callable[[], str]
+
+
+class Preflight:
+    """The checks of one client, and what they have read and loaded on the way."""
+
+    def __init__(
+        self,
+        settings: ClientSettings,
+        progress: Progress,
+        *,
+        server_patience_seconds: float = 300.0,
+        scratch: Path | None = None,
+        traffic: Traffic | None = None,
+    ) -> None:
+        """Prepare; nothing is read yet.
+
+        Args:
+            settings: of the client, paths resolved.
+            progress: told of what takes long.
+            server_patience_seconds: how long to wait for the server.
+            scratch: where the model's side may write instead of the state directory; None for a client.
+            traffic: counts the bytes of the connection; a count of its own by default.
+        """
+        self.settings = settings
+        self.warnings: list[str] = []
+        self._progress = progress
+        self._patience = server_patience_seconds
+        self._scratch = scratch
+        self._traffic = traffic or Traffic()
+
+    def checks(self) -> tuple[Check, ...]:
+        """All checks, in order."""
+        return (
+            Check("kit", (), self._check_kit),
+            Check("certificate", ("kit",), self._check_certificate),
+            Check("state", ("kit",), self._check_state),
+            Check("disk", ("kit",), self._check_disk),
+            Check("data", (), self._check_data),
+            Check("texts", ("data",), self._check_texts),
+            Check("server", ("kit", "certificate", "state"), self._check_server),
+            Check("budget", ("kit", "data"), self._check_budget),
+            Check("memory", ("kit",), self._check_memory),
+            Check("probe", ("kit", "data", "texts"), self._check_probe),
+            Check("model", ("kit", "data", "texts"), self._check_model),
+        )
+
+    def require(self, warn: Callable[[str], None]) -> None:
+        """Make every check; the first that fails raises.
+
+        Args:
+            warn: told each warning, one line.
+        """
+        for check in self.checks():
+            self._progress.stage(0, f"checking {check.name}")
+            told = len(self.warnings)
+            check.run()
+            for warning in self.warnings[told:]:
+                warn(warning)
+
+    @cached_property
+    def kit(self) -> Kit:
+        """The kit, its roster verified."""
+        return open_kit(self.settings.kit)
+
+    @cached_property
+    def data(self) -> ClientData:
+        """The client's examples."""
+        return read_data(self.settings.data)
+
+    @cached_property
+    def plan(self) -> AdapterPlan:
+        """DP-SGD parameters of this client; AccountingError if there are none."""
+        terms, count = self.kit.roster.terms, len(self.data.train)
+        if not terms.adapter.private:
+            return AdapterPlan(0.0, sampling_rate(terms, count))
+        delta = ledger_delta(self._ledger, count)
+        return plan_adapter(terms, count, delta, agreed_epsilon(self.settings, self.kit))
+
+    @cached_property
+    def learner(self) -> ModelLearner:
+        """The model with a fresh adapter, and the encoded examples."""
+        roster = self.kit.roster
+        settings = self.settings
+        if self._scratch is not None:
+            settings = settings.model_copy(update={"state_dir": self._scratch})
+        family = roster.member(self.kit.member_id()).family
+        return ModelLearner(settings, roster.terms, family, self._progress)
+
+    @cached_property
+    def transport(self) -> GrpcTransport:
+        """The way to the server; whoever asks for it closes it."""
+        kit = self.kit
+        return GrpcTransport(
+            self.settings.server,
+            authority=kit.authority,
+            certificate=kit.tls_certificate,
+            private_key=kit.tls_key,
+            options=TransportOptions(retry_seconds=self._patience),
+            traffic=self._traffic,
+        )
+
+    @cached_property
+    def record(self) -> SessionRecord | None:
+        """How far an earlier process got; None before the first."""
+        return read_record(self.settings.state_dir)
+
+    def close(self) -> None:
+        """Close the connection, if one was made."""
+        if "transport" in self.__dict__:
+            self.transport.close()
+
+    def _check_kit(self) -> str:
+        kit, roster = self.kit, self.kit.roster
+        member = roster.member(kit.member_id())
+        if identity.public_hex(kit.signing_key().public_key()) != member.identity_key:
+            raise IdentityError(
+                f"the identity key in {kit.directory} is not the one that roster {roster.serial} names for "
+                f"{member.id!r}; take all files from the newest kit"
+            )
+        profile = roster.terms.profile
+        PublicMap(profile, PublicBasis.load(kit.basis) if profile.basis_sha256 else None)
+        return (
+            f"{member.id} of federation {roster.federation}, roster {roster.serial}, protection "
+            f"{roster.terms.adapter.protection!r}, {roster.terms.schedule.rounds} rounds"
+        )
+
+    def _check_certificate(self) -> str:
+        path = self.kit.tls_certificate
+        check_certificate(path.read_bytes(), self.kit.authority.read_bytes(), str(path))
+        identity.read_private(self.kit.tls_key)
+        end = x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
+        return f"valid until {end:%Y-%m-%d}"
+
+    def _check_state(self) -> str:
+        directory, roster = self.settings.state_dir, self.kit.roster
+        place = _existing(directory)
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            raise StateError(f"{place} cannot be written to; give a state_dir that this user may write")
+        record = self.record
+        if record is None:
+            return f"{directory} will be made" if place != directory else f"{directory} is fresh"
+        if (record.federation, record.client) != (roster.federation, self.kit.member_id()):
+            raise StateError(
+                f"{directory} belongs to client {record.client!r} of federation {record.federation!r}; give "
+                "each client its own state_dir"
+            )
+        return f"{directory} is at round {record.completed_round} of {roster.terms.schedule.rounds}"
+
+    def _check_disk(self) -> str:
+        terms = self.kit.roster.terms
+        sections = [terms.adapter.shared_dimensions, *terms.adapter.family_dimensions.values()]
+        needed = _SPARE_BYTES + sum(3 * upload_payload_bytes(terms.encryption, n) + 12 * n for n in sections)
+        place = _existing(self.settings.state_dir)
+        free = shutil.disk_usage(place).free
+        if free < needed:
+            raise StateError(
+                f"{place} has {_size(free)} free, and a round needs about {_size(needed)}; make room, or "
+                "give a state_dir on another disk"
+            )
+        return f"{_size(free)} free, about {_size(needed)} needed"
+
+    def _check_data(self) -> str:
+        data = self.data
+        self.warnings += data.warnings
+        tests = sum(map(len, data.tests.values()))
+        return f"{len(data.train):,} training examples, {tests:,} to score"
+
+    def _check_texts(self) -> str:
+        settings, data = self.settings, self.data
+        model = load_tokenizer(settings.model.path, gguf_file=settings.model.gguf_file)
+        probe = load_tokenizer(settings.probe.path, gguf_file=settings.probe.gguf_file)
+        files = {settings.data.train: data.train} | {
+            path: data.tests[name] for name, path in settings.data.test_sets.items()
+        }
+        reads = [(model, p, e, settings.training.max_length, "training.max_length") for p, e in files.items()]
+        if self._releases_profile:
+            train = settings.data.train
+            reads.append((probe, train, data.train, settings.profile_max_length, "profile_max_length"))
+        cut = [line for read in reads if (line := read_share(*read))]
+        self.warnings += cut
+        lengths = f"training.max_length {settings.training.max_length}, profile_max_length "
+        return f"{lengths}{settings.profile_max_length}: " + ("some prompts are cut" if cut else "all fit")
+
+    def _check_server(self) -> str:
+        roster = self.kit.roster
+        family = roster.member(self.kit.member_id()).family
+        adapter = roster.terms.adapter
+        enrolled = ask_to_enrol(self.transport, roster, adapter.spec_hash, family, check_only=True)
+        if self.record is not None:
+            check_run(self.record, self.settings.state_dir, enrolled.run_id)
+        return f"{self.settings.server} accepts us; round {enrolled.round} of {enrolled.rounds}"
+
+    def _check_budget(self) -> str:
+        kit, count = self.kit, len(self.data.train)
+        target = agreed_epsilon(self.settings, kit)
+        path = self._ledger
+        delta = ledger_delta(path, count)
+        if path.exists():
+            channels = budgeted_channels(kit.roster.terms)
+            wanted = LedgerParameters(kit.member_id(), delta, target, budgeted_channels=channels)
+            check_parameters(wanted, read_ledger(path))
+        plan = self.plan
+        budget = f"ε = {target:g} at δ = {delta:.1e}"
+        if not kit.roster.terms.adapter.private:
+            return f"{budget}, for the task profile"
+        return f"{budget}; planned σ = {plan.noise_multiplier:.3f} at q = {plan.sampling_rate:.4f}"
+
+    def _check_memory(self) -> str:
+        words, fits = check_memory(self.settings, self.kit.roster.terms.adapter)
+        if not fits:
+            self.warnings.append(words)
+        return words if fits else "this may not suffice"
+
+    @property
+    def _ledger(self) -> Path:
+        """The ledger of the data, or the one in the state directory that will be moved there."""
+        settings, member = self.settings, self.kit.member_id()
+        record = self.record or SessionRecord(federation=self.kit.roster.federation, client=member)
+        beside = DataLedger.of(settings.data.train, settings.data.ledger, settings.state_dir, record).place
+        earlier = settings.state_dir / LEDGER
+        return earlier if earlier.exists() and not (beside / LEDGER).exists() else beside / LEDGER
+
+    @property
+    def _releases_profile(self) -> bool:
+        return len(self.data.train) >= self.kit.roster.terms.profile.minimum_examples
+
+    def _check_probe(self) -> str:
+        settings, mechanism, train = self.settings, self.kit.roster.terms.profile, self.data.train
+        if not self._releases_profile:
+            return f"not needed: fewer than {mechanism.minimum_examples} examples release no profile"
+        epoch = data_epoch(tuple(example.id for example in train))
+        if profile_path(self._ledger.parent, epoch, mechanism).exists():
+            return "not needed: the profile of these examples was released"
+        clipping = ClippingRecord(settings.state_dir / CLIPPING)
+        length = settings.profile_max_length
+        ProfileProbe(
+            settings.probe, mechanism, self.kit.basis, train, length, SecureNoise(), clipping
+        ).check()
+        return f"{mechanism.probe}, fingerprint {mechanism.probe_sha256[:16]}…"
+
+    def _check_model(self) -> str:
+        learner, adapter = self.learner, self.kit.roster.terms.adapter
+        if learner.adapter_spec_hash != adapter.spec_hash:
+            raise ModelError(
+                "this model's adapter has another layout than the roster's: compare adapter.target_modules, "
+                "rank, alpha, blocks, basis and basis_seed with the linear modules of this model's decoder "
+                "layers"
+            )
+        learner.check_tests(self.data.tests)
+        return f"{self.settings.model.path}, adapter of {adapter.shared_dimensions:,} values"
+
+
+def agreed_epsilon(settings: ClientSettings, kit: Kit) -> float:
+    """The client's budget for the whole run.
+
+    Raises:
+        ConfigurationError: the client wants a looser one than the federation's.
+    """
+    agreed = kit.roster.terms.adapter_privacy.target_epsilon
+    target = settings.target_epsilon or agreed
+    if target > agreed:
+        raise ConfigurationError(
+            f"target_epsilon is {target}, the federation's is {agreed}; a client may be stricter, not looser"
+        )
+    return target
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next((place for place in (path, *path.absolute().parents) if place.exists()), path)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"

@@ -1,0 +1,284 @@
+"""Exact per-example gradients of a frozen probe model, as factors, from one forward pass.
+
+The loss of one example is the mean cross entropy over its answer tokens. Its gradient with respect to
+the weight of the last block's `down_proj` is Σ_t δ_t x_tᵀ over the positions t whose next token is
+supervised, where x_t is the input of `down_proj` and δ_t the gradient at its output. The residual path
+carries δ_t unchanged to the final RMSNorm, so it follows from the logits alone:
+
+    e_t = (softmax(W γ⊙ρ_t h_t) - onehot(y_t)) / T,     ρ_t = (mean(h_t²) + ε)^(-1/2)
+    u_t = γ ⊙ Wᵀ e_t
+    δ_t = ρ_t u_t - (ρ_t³ / d) h_t ⟨h_t, u_t⟩
+
+Every example goes through decoder and head by itself: no padding, and no product of matrices that two
+examples share, so that an example's gradient has the same bits in any company.
+
+Shape suffixes: L length, T supervised positions, D hidden size, F intermediate size, V vocabulary.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedmosaic.client.dp.checks import refuse_state
+from fedmosaic.client.model.examples import IGNORED, EncodedExample
+from fedmosaic.privacy.mechanism.projection import GradientFactors
+from fedmosaic.protos.errors import ModelError
+
+VOCABULARY_PER_CHUNK = 2**11
+"""Rows of the output head that are worked on at once: few enough to stay in a processor's cache."""
+
+# A half-precision autograd graph is itself only good to a few per cent.
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+_HALF_TOLERANCE = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """The parts of a causal language model that the closed form needs; build it with `open_probe`.
+
+    Attributes:
+        base: the whole transformers model.
+        decoder: the stack of blocks with the final norm, without the head.
+        down_proj: the last block's down projection; an adapter may be wrapped round it.
+        norm: the final RMSNorm.
+        head: the output embedding, tied or not.
+        epsilon: ε of the norm.
+    """
+
+    base: nn.Module
+    decoder: nn.Module
+    down_proj: nn.Module
+    norm: nn.Module
+    head: nn.Module
+    epsilon: float
+
+    @cached_property
+    def sha256(self) -> str:
+        """`fingerprint` of the model's weights, taken once: the probe is frozen."""
+        return fingerprint(self.base)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width D of the residual stream."""
+        return int(_weight(self.norm).shape[0])
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width F of the input of `down_proj`."""
+        layer: Any = getattr(self.down_proj, "base_layer", self.down_proj)
+        return int(layer.in_features)
+
+
+def open_probe(model: nn.Module) -> Probe:
+    """Find the parts of a model and check the closed form against autograd on four tokens.
+
+    Args:
+        model: a causal language model of the Llama form (Llama, Qwen2, Qwen3, Mistral, SmolLM ...): last
+            block with `mlp.down_proj`, added to the residual stream without further scaling, a final
+            RMSNorm, a linear head. Any dtype; a peft wrapper is looked through, its adapters switched off.
+
+    Returns:
+        The probe. It keeps references to the model's modules and owns no weights.
+
+    Raises:
+        ModelError: a part is missing, the closed form does not hold for this architecture, or a layer keeps
+            something of earlier examples.
+    """
+    base = _base_model(model)
+    refuse_state(base)
+    try:
+        decoder = base.get_decoder()
+        block = decoder.layers[-1]
+        down_proj, norm = block.mlp.down_proj, decoder.norm
+        head = base.get_output_embeddings()
+        epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    except (AttributeError, TypeError, IndexError) as error:
+        raise ModelError(
+            f"{type(base).__name__} cannot be a probe: {error}. A probe needs blocks in .layers, the last "
+            "with .mlp.down_proj, a final .norm and an output embedding, as Llama, Qwen2 and Mistral have"
+        ) from error
+    if "RMSNorm" not in type(norm).__name__ or epsilon is None or head is None:
+        raise ModelError(
+            f"{type(base).__name__} cannot be a probe: its final norm is {type(norm).__name__} and its head "
+            f"{type(head).__name__}. A probe needs an RMSNorm and a linear head"
+        )
+    probe = Probe(base, decoder, down_proj, norm, head, float(epsilon))
+    with adapters_disabled(model), _evaluation_mode(decoder):
+        _check_closed_form(probe, base)
+    return probe
+
+
+def adapters_disabled(model: nn.Module) -> AbstractContextManager[object]:
+    """Switch a peft model's adapters off for a while, so that its frozen base can serve as the probe."""
+    disable = getattr(model, "disable_adapter", None)
+    if disable is None:
+        return nullcontext()
+    context: AbstractContextManager[object] = disable()
+    return context
+
+
+def gradient_factors(probe: Probe, examples: Iterable[EncodedExample]) -> Iterator[GradientFactors]:
+    """Yield every example's gradient as factors; no hidden_size × intermediate_size matrix is formed.
+
+    Args:
+        probe: the probe; adapters on it must be switched off (`adapters_disabled`).
+        examples: encoded examples; labels of -100 are not supervised.
+
+    Yields:
+        Each example's factors, in order: float32 on the CPU whatever the model's dtype and device; an example
+        without a supervised token has T = 0.
+    """
+    for example in examples:
+        with torch.inference_mode(), _evaluation_mode(probe.decoder):
+            delta_TD, inputs_TF = _factors(probe, example)
+        yield GradientFactors(delta_TD.numpy(), inputs_TF.numpy())
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash a model's own weights, so that a federation can agree on a probe.
+
+    Weights count with their value in bfloat16, so that a checkpoint has one fingerprint in float32,
+    float16 and bfloat16. Adapters and the wrappers round adapted layers are left out.
+
+    Args:
+        model: a transformers model, bare or wrapped by peft.
+
+    Returns:
+        SHA-256, hexadecimal.
+    """
+    base = _base_model(model)
+    adapted = tuple(f"{name}." for name, module in base.named_modules() if hasattr(module, "base_layer"))
+    digest = hashlib.sha256(b"fedmosaic probe 1\n")
+    weights = dict(base.named_parameters())
+    for name in sorted(weights, key=lambda full: full.replace(".base_layer.", ".")):
+        if name.startswith(adapted) and ".base_layer." not in name:
+            continue
+        weight = weights[name].detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(f"{name.replace('.base_layer.', '.')} {list(weight.shape)}\n".encode())
+        digest.update(weight.view(torch.int16).numpy().astype("<i2", copy=False).data)
+    return digest.hexdigest()
+
+
+def _base_model(model: nn.Module) -> Any:
+    """The transformers model inside a peft wrapper; its methods are found at run time only."""
+    find: Any = getattr(model, "get_base_model", None)
+    return model if find is None else find()
+
+
+def _weight(module: nn.Module) -> torch.Tensor:
+    weight = getattr(module, "base_layer", module).weight
+    if not isinstance(weight, torch.Tensor):
+        raise ModelError(f"{type(module).__name__} has no weight tensor; it cannot be part of a probe")
+    return weight
+
+
+def _factors(probe: Probe, example: EncodedExample) -> tuple[torch.Tensor, torch.Tensor]:
+    device = _weight(probe.norm).device
+    targets_L = torch.full_like(example.labels, IGNORED)
+    targets_L[:-1] = example.labels[1:]
+    targets_L = targets_L.to(device)
+    chosen_L = targets_L != IGNORED
+    with _captured(probe.down_proj) as inputs, _captured(probe.norm) as hidden:
+        probe.decoder(input_ids=example.input_ids[None].to(device), use_cache=False)
+    delta_TD = _delta(probe, hidden[0][0, chosen_L].float(), targets_L[chosen_L])
+    return delta_TD.cpu(), inputs[0][0, chosen_L].float().cpu()
+
+
+def _delta(probe: Probe, hidden_TD: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
+    if not len(targets_T):
+        return hidden_TD
+    gamma_D = _weight(probe.norm).float()
+    rho_T = (hidden_TD.square().mean(1) + probe.epsilon).rsqrt()
+    errors_TD = _through_head(probe.head, hidden_TD * rho_T[:, None] * gamma_D, targets_T)
+    upstream_TD = errors_TD * (gamma_D / len(targets_T))
+    radial_T = (hidden_TD * upstream_TD).mean(1)
+    return rho_T[:, None] * upstream_TD - (rho_T**3 * radial_T)[:, None] * hidden_TD
+
+
+def _through_head(head: nn.Module, normed_TD: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
+    """Gradients of the tokens' cross entropies with respect to the head's input, in float32.
+
+    The softmax is taken chunk by chunk over the vocabulary with a running maximum, so every row of the
+    head is read (and, in half precision, converted) once, and no more than a chunk of logits is held.
+
+    Reference:
+        Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
+    """
+    weight_VD = _weight(head)
+    bias_V = getattr(head, "bias", None)
+    maximum_T = normed_TD.new_full((len(normed_TD), 1), -torch.inf)
+    normaliser_T = torch.zeros_like(maximum_T)
+    expected_TD = torch.zeros_like(normed_TD)
+    for start in range(0, len(weight_VD), VOCABULARY_PER_CHUNK):
+        chunk = slice(start, start + VOCABULARY_PER_CHUNK)
+        weight_CD = weight_VD[chunk].float()
+        scores_TC = normed_TD @ weight_CD.T
+        if bias_V is not None:
+            scores_TC += bias_V[chunk]
+        raised_T = torch.maximum(maximum_T, scores_TC.amax(1, keepdim=True))
+        scores_TC.sub_(raised_T).exp_()
+        decay_T = (maximum_T - raised_T).exp_()
+        normaliser_T.mul_(decay_T).add_(scores_TC.sum(1, keepdim=True))
+        expected_TD.mul_(decay_T).addmm_(scores_TC, weight_CD)
+        maximum_T = raised_T
+    return expected_TD / normaliser_T - weight_VD[targets_T].float()
+
+
+@contextmanager
+def _captured(module: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collect the first argument of every call of a module."""
+    seen: list[torch.Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _module, arguments: seen.append(arguments[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Switch dropout off, and put every module back into the mode it was in."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def _check_closed_form(probe: Probe, base: Any) -> None:
+    ids = torch.arange(4) % len(_weight(probe.head))
+    with torch.no_grad():
+        delta_TD, _ = _factors(probe, EncodedExample("closed-form check", ids, ids))
+    leaves: list[torch.Tensor] = []
+
+    def cut_graph(_module: nn.Module, _arguments: object, output: torch.Tensor) -> torch.Tensor:
+        leaves.append(output.detach().requires_grad_())
+        return leaves[0]
+
+    handle = probe.down_proj.register_forward_hook(cut_graph)
+    try:
+        with torch.enable_grad():
+            # The whole model, so that scaled or capped logits are found out.
+            logits_LV = base(input_ids=ids[None].to(_weight(probe.norm).device), use_cache=False).logits[
+                0, :-1
+            ]
+            loss = nn.functional.cross_entropy(logits_LV.float(), ids[1:].to(logits_LV.device))
+            (expected_BLD,) = torch.autograd.grad(loss, leaves)
+    finally:
+        handle.remove()
+    expected_TD = expected_BLD[0, :-1].float().cpu()
+    error = ((delta_TD - expected_TD).norm() / expected_TD.norm()).item()
+    if not error <= _TOLERANCE.get(_weight(probe.norm).dtype, _HALF_TOLERANCE):
+        raise ModelError(
+            f"{type(base).__name__} cannot be a probe: its gradient is off the closed form by {error:.2g} "
+            "(relative). The final norm must be γ·h/rms(h), down_proj must be added to the residual stream "
+            "unscaled, and the head must give the logits without scaling or capping"
+        )

@@ -1,0 +1,143 @@
+"""A client's task profile: probe its examples, clip, charge, add noise.
+
+The order is the guarantee's: the clipped sum is finished first, then the release is charged to the
+durable ledger, and only then is noise drawn. A refused charge therefore draws none, and a crash after
+it can waste budget but never forget any.
+
+Every example goes through the probe and the public map alone. In a batch its neighbours decide the padding
+and the order of additions, so leaving one example out would move the last bits of all others, which the bound
+of one clipping norm does not allow for.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from fedmosaic.client.model.examples import EncodedExample
+from fedmosaic.client.profile.probe import Probe, gradient_factors
+from fedmosaic.privacy.mechanism.noise import BitSource, NoiseSource, poisson_sample
+from fedmosaic.privacy.mechanism.profile import (
+    ClippedSum,
+    Float32Array,
+    ProfileMechanism,
+    clipped_sum,
+    release,
+)
+from fedmosaic.privacy.mechanism.projection import PublicMap
+from fedmosaic.protos.errors import MechanismError, PrivacyError
+
+logger = logging.getLogger(__name__)
+
+
+class ReleaseRandomness(NoiseSource, BitSource, Protocol):
+    """What a release draws from: noise, and words for the Poisson sample."""
+
+
+def clipped_profile(
+    probe: Probe, examples: Sequence[EncodedExample], public_map: PublicMap, randomness: BitSource
+) -> ClippedSum:
+    """Probe a Poisson sample of the examples and sum their clipped gradients. Private, not a release.
+
+    Args:
+        probe: the probe that the mechanism names, adapters switched off.
+        examples: the client's data set of this data epoch; every id at most once.
+        public_map: the public map of the roster's mechanism.
+        randomness: decides who is in the sample if the sampling rate is below 1.
+
+    Returns:
+        The sum, zero if the sample is empty.
+
+    Raises:
+        MechanismError: the probe is not the mechanism's.
+        PrivacyError: there are too few examples, or an id occurs twice.
+    """
+    mechanism = public_map.mechanism
+    _check_data(examples, mechanism)
+    check_probe(probe, mechanism)
+    sample = poisson_sample(len(examples), mechanism.sampling_rate, randomness)
+    total = ClippedSum.empty(mechanism.dimensions)
+    chosen = [examples[index] for index in sample]
+    for gradient in gradient_factors(probe, chosen):
+        total += clipped_sum(public_map.rows([gradient]), mechanism)
+    if total.rejected:
+        logger.warning("%d examples gave no finite gradient and were left out of the profile", total.rejected)
+    return total
+
+
+def check_probe(probe: Probe, mechanism: ProfileMechanism) -> None:
+    """Refuse a probe that is not the mechanism's.
+
+    Args:
+        probe: the probe that was loaded.
+        mechanism: the roster's.
+
+    Raises:
+        MechanismError: its gradient has another shape, or its weights another fingerprint.
+    """
+    shape = (probe.hidden_size, probe.intermediate_size)
+    if shape != (mechanism.reduction.hidden_size, mechanism.reduction.intermediate_size):
+        raise MechanismError(
+            f"the probe's gradient has shape {shape}, the mechanism's "
+            f"{(mechanism.reduction.hidden_size, mechanism.reduction.intermediate_size)}; "
+            f"load {mechanism.probe}"
+        )
+    if probe.sha256 != mechanism.probe_sha256:
+        raise MechanismError(
+            f"the probe's weights have fingerprint {probe.sha256[:16]}…, those of {mechanism.probe} in the "
+            f"roster {mechanism.probe_sha256[:16]}…; profiles of different probes cannot be compared: name "
+            "the roster's in [probe] path"
+        )
+
+
+def release_profile(
+    probe: Probe,
+    examples: Sequence[EncodedExample],
+    public_map: PublicMap,
+    noise: ReleaseRandomness,
+    charge: Callable[[], None],
+    observe: Callable[[ClippedSum], None] = lambda _: None,
+) -> Float32Array:
+    """Make one differentially private release of the task profile.
+
+    A new call is a new event with a new charge. To send a release again, send the stored bytes.
+
+    Args:
+        probe: the probe that the mechanism names, adapters switched off.
+        examples: the client's data set of this data epoch; every id at most once.
+        public_map: the public map of the roster's mechanism.
+        noise: `SecureNoise()` in real runs.
+        charge: reserves this release in the ledger, durably, or raises BudgetExceededError; called exactly
+            once, after the clipped sum is known and before any noise is drawn.
+        observe: told of the clipped sum, for counts that stay with the client.
+
+    Returns:
+        (k,) float32, the noisy sum; `release_profile` keeps no copy.
+
+    Raises:
+        BudgetExceededError: from `charge`; no noise has been drawn.
+        MechanismError: the probe is not the mechanism's.
+        PrivacyError: there are too few examples, or an id occurs twice.
+    """
+    total = clipped_profile(probe, examples, public_map, noise)
+    observe(total)
+    charge()
+    return release(total, public_map.mechanism, noise)
+
+
+def _check_data(examples: Sequence[EncodedExample], mechanism: ProfileMechanism) -> None:
+    count = len(examples)
+    if count < mechanism.minimum_examples:
+        raise PrivacyError(
+            f"a task profile needs at least {mechanism.minimum_examples} examples, this client has fewer; "
+            "it can take part without a profile and gets uniform weights"
+        )
+    if len({example.id for example in examples}) != count:
+        raise PrivacyError(
+            "some example ids occur more than once, and the unit of privacy is one example; give every "
+            "example its own id and list it once"
+        )
+    if count < mechanism.warn_below:
+        logger.warning(
+            "a task profile from fewer than %d examples is mostly noise; relevance may not be found",
+            mechanism.warn_below,
+        )

@@ -1,0 +1,144 @@
+"""A mutually authenticated channel to the server, and the patience to try again."""
+
+import datetime as dt
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeVar
+
+import grpc
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
+
+from fedmosaic.client.transport.causes import explain
+from fedmosaic.privacy.federation.identity import check_pair, read_certificate
+from fedmosaic.privacy.federation.names import is_local
+from fedmosaic.protos import bounds
+from fedmosaic.protos.errors import IdentityError, TransportError
+from fedmosaic.protos.refusal import Refusal, from_rpc_error
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+_FIRST_DELAY_SECONDS: Final = 0.25
+_LONGEST_DELAY_SECONDS: Final = 10.0
+_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", bounds.MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", bounds.MAX_MESSAGE_BYTES),
+    # gRPC's own retries stop silently above 256 KiB; `Patience` does them, and uploads are resumed.
+    ("grpc.enable_retries", 0),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+)
+
+
+def open_channel(address: str, authority: Path, certificate: Path, private_key: Path) -> grpc.Channel:
+    """Open a channel that shows this client's certificate and accepts only the federation's server.
+
+    Args:
+        address: host and port of the server, as `fedmosaic.privacy.federation.names.address` gives it.
+        authority: PEM certificate of the federation's authority.
+        certificate: PEM certificate of this client.
+        private_key: its key.
+
+    Raises:
+        IdentityError: a file is missing or damaged, key and certificate are no pair, or the certificate is
+            expired or not from this authority.
+    """
+    certificate_pem, key_pem = check_pair(certificate, private_key)
+    authority_pem = read_certificate(authority).public_bytes(serialization.Encoding.PEM)
+    check_certificate(certificate_pem, authority_pem, str(certificate))
+    credentials = grpc.ssl_channel_credentials(authority_pem, key_pem, certificate_pem)
+    direct = (("grpc.enable_http_proxy", 0),) if is_local(address) else ()
+    return grpc.secure_channel(address, credentials, options=(*_OPTIONS, *direct))
+
+
+def check_certificate(
+    certificate_pem: bytes, authority_pem: bytes, source: str, now: dt.datetime | None = None
+) -> None:
+    """Refuse a certificate that the server would refuse: TLS would only say that the connection closed.
+
+    Args:
+        certificate_pem: this client's certificate.
+        authority_pem: certificate of the federation's authority.
+        source: name of the file, for the message.
+        now: present time, with a time zone; the clock by default.
+
+    Raises:
+        IdentityError: it is expired, not valid yet, or not from this authority.
+    """
+    now = now or dt.datetime.now(dt.UTC)
+    try:
+        certificate = x509.load_pem_x509_certificate(certificate_pem)
+        authority = x509.load_pem_x509_certificate(authority_pem)
+    except ValueError as error:
+        raise IdentityError(f"{source}: not a PEM certificate, or its authority's is not: {error}") from None
+    if now >= certificate.not_valid_after_utc:
+        raise IdentityError(
+            f"{source} expired on {certificate.not_valid_after_utc:%Y-%m-%d}; ask the consortium for a new "
+            "kit (`fedmosaic keys rotate`)"
+        )
+    if now < certificate.not_valid_before_utc:
+        raise IdentityError(
+            f"{source} is valid from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC; check this clock"
+        )
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        raise IdentityError(
+            f"{source} was not issued by the authority beside it; take all files from one kit"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a client tries again when the server cannot be reached.
+
+    Attributes:
+        address: of the server, for messages.
+        seconds: give up after so long without any progress.
+    """
+
+    address: str
+    seconds: float
+
+    def retry(self, call: str, attempt: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
+        """Repeat an attempt while it fails for reasons that time may cure.
+
+        Delays grow exponentially and are jittered, so that clients do not come back in step.
+
+        Args:
+            call: name of the call, for messages.
+            attempt: what to do; an `grpc.RpcError` means that it failed.
+            progress: a number that grows whenever something was achieved; growth renews the patience.
+
+        Raises:
+            Refusal: the server refused.
+            IdentityError: the server is not the federation's, which no patience cures.
+            TransportError: the patience is over.
+        """
+        started, reached, delay = time.monotonic(), progress(), _FIRST_DELAY_SECONDS
+        while True:
+            try:
+                return attempt()
+            except grpc.RpcError as error:
+                problem = from_rpc_error(error, call)
+            if isinstance(problem, Refusal):
+                raise problem
+            cause = explain(str(problem), self.address)
+            if cause.final:
+                raise IdentityError(f"{self.address}: {cause.words}")
+            if progress() > reached:
+                started, reached, delay = time.monotonic(), progress(), _FIRST_DELAY_SECONDS
+            waited = time.monotonic() - started
+            if waited + delay > self.seconds:
+                raise TransportError(f"{self.address} could not be reached for {waited:.0f} s: {cause.words}")
+            log.warning("%s: %s; trying again in %.1f s", call, cause.words, delay)
+            time.sleep(delay * (0.5 + secrets.randbelow(1000) / 2000))
+            delay = min(2.0 * delay, _LONGEST_DELAY_SECONDS)

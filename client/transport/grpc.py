@@ -1,0 +1,335 @@
+"""What a session asks of the server, and the gRPC transport that carries it."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol, TypeVar
+
+from fedmosaic.client.transport.connection import Patience, open_channel
+from fedmosaic.client.transport.traffic import Traffic
+from fedmosaic.protos import bounds, wire
+from fedmosaic.protos.errors import WireError
+from fedmosaic.protos.messages import (
+    Aggregate,
+    Enrolled,
+    Enrolment,
+    KeyMessage,
+    Receipt,
+    RoundStatus,
+    Upload,
+)
+from fedmosaic.protos.refusal import Refusal
+from fedmosaic.protos.v1 import federation_pb2 as pb
+from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
+
+T = TypeVar("T")
+OnWait = Callable[[RoundStatus], None]
+_LARGE_BYTES: Final = 1 << 20
+_SHORTEST_POLL_SECONDS: Final = 0.5
+
+
+class Transport(Protocol):
+    """One client's way to the server. Every call raises `Refusal` where the server refuses."""
+
+    def enrol(self, enrolment: Enrolment) -> Enrolled:
+        """Compare the terms of both sides and learn where the run is."""
+        ...
+
+    def pull(self, round_number: int, on_wait: OnWait | None = None) -> Aggregate:
+        """Wait until a round is open and return what to load before it.
+
+        Args:
+            round_number: least round of interest, 1 … rounds + 1; a later one may be open already.
+            on_wait: told now and then what the server waits for.
+        """
+        ...
+
+    def push(self, upload: Upload) -> Receipt:
+        """Send an upload; sending the same one again is harmless."""
+        ...
+
+    def status(self) -> RoundStatus:
+        """What the server waits for."""
+        ...
+
+    def report(self, statement: bytes) -> None:
+        """Hand over the privacy statement, a JSON object."""
+        ...
+
+    def post_key_message(self, message: KeyMessage) -> None:
+        """Leave a message of the key agreement; leaving the same one again is harmless."""
+        ...
+
+    def read_key_messages(
+        self, epoch: int, stage: str, expected: int, timeout_seconds: float
+    ) -> dict[str, bytes]:
+        """Messages of a stage by sender: once there are `expected`, or what is there at the timeout."""
+        ...
+
+    def traffic(self) -> Traffic:
+        """Bytes sent and received so far."""
+        ...
+
+    def close(self) -> None:
+        """Close the connection."""
+        ...
+
+
+@dataclass(frozen=True)
+class TransportOptions:
+    """Times and sizes of a `GrpcTransport`.
+
+    Attributes:
+        call_timeout_seconds: deadline of a call that does not wait; of one that waits, on top of its wait.
+        wait_seconds: how long one call waits at the server, at most 60.
+        retry_seconds: give up when the server could not be reached for so long.
+        chunk_bytes: payload bytes per message.
+        payload_limit_bytes: largest aggregate that is accepted.
+    """
+
+    call_timeout_seconds: float = 30.0
+    wait_seconds: float = 25.0
+    retry_seconds: float = 300.0
+    chunk_bytes: int = 1 << 18
+    payload_limit_bytes: int = bounds.MAX_PAYLOAD_BYTES
+
+
+class GrpcTransport:
+    """`Transport` over gRPC with mutual TLS. Blocking; one per client process."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        authority: Path,
+        certificate: Path,
+        private_key: Path,
+        options: TransportOptions | None = None,
+        traffic: Traffic | None = None,
+    ) -> None:
+        """Prepare a connection; it is opened by the first call.
+
+        Args:
+            address: host and port of the server.
+            authority: PEM certificate of the federation's authority.
+            certificate: PEM certificate of this client.
+            private_key: its key, readable by its owner only.
+            options: times and sizes.
+            traffic: counts on; by default from nothing.
+
+        Raises:
+            IdentityError: a file is missing or not acceptable.
+        """
+        self._options = options or TransportOptions()
+        self._channel = open_channel(address, authority, certificate, private_key)
+        self._stub = rpc.FederationStub(self._channel)
+        self._patience = Patience(address, self._options.retry_seconds)
+        self._traffic = traffic or Traffic()
+
+    def _call(self, name: str, attempt: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
+        try:
+            return self._patience.retry(name, attempt, progress)
+        finally:
+            self._traffic.save()
+
+    def enrol(self, enrolment: Enrolment) -> Enrolled:
+        """See `Transport.enrol`."""
+        request = wire.encode_enrolment(enrolment)
+
+        def attempt() -> pb.EnrolResponse:
+            self._traffic.sent("control", request.ByteSize())
+            return self._stub.Enrol(request, timeout=self._options.call_timeout_seconds)
+
+        response = self._call("enrol", attempt)
+        self._traffic.received("control", response.ByteSize())
+        return wire.decode_enrolled(response)
+
+    def pull(self, round_number: int, on_wait: OnWait | None = None) -> Aggregate:
+        """See `Transport.pull`."""
+        download = _Download(self._options.payload_limit_bytes)
+
+        def attempt() -> bool:
+            request = pb.PullRequest(
+                round=round_number,
+                wait_milliseconds=int(self._options.wait_seconds * 1000),
+                resume_offset=len(download.received),
+                resume_sha256=download.sha256,
+            )
+            self._traffic.sent("control", request.ByteSize())
+            timeout = self._options.wait_seconds + self._options.call_timeout_seconds
+            for part in self._stub.Pull(request, timeout=timeout):
+                download.messages += 1
+                if part.HasField("waiting"):
+                    self._traffic.received("control", part.ByteSize())
+                    if on_wait is not None:
+                        on_wait(wire.decode_status(part.waiting))
+                elif part.HasField("header"):
+                    self._traffic.received("control", part.ByteSize())
+                    download.begin(part.header)
+                else:
+                    self._traffic.received("adapter", part.ByteSize())
+                    download.append(part.chunk)
+            return download.complete
+
+        while True:
+            asked = time.monotonic()
+            if self._call("pull", attempt, lambda: download.messages):
+                return download.aggregate()
+            # A server that is stopping answers at once that it has nothing.
+            time.sleep(max(0.0, _SHORTEST_POLL_SECONDS - (time.monotonic() - asked)))
+
+    def push(self, upload: Upload) -> Receipt:
+        """See `Transport.push`."""
+        header = upload.header()
+        payloads = [section.payload for section in upload.sections]
+        profile = wire.encode_profile(upload.profile).ByteSize() if upload.profile is not None else 0
+        offset = 0
+        # What a stopped process had sent is worth asking for only if it was much.
+        ask = header.size > _LARGE_BYTES
+        furthest = 0
+
+        def messages() -> Iterator[pb.PushRequest]:
+            nonlocal furthest
+            first = pb.PushRequest(header=wire.encode_upload_header(header, offset))
+            self._traffic.sent("profile", profile)
+            self._traffic.sent("control", first.ByteSize() - profile)
+            yield first
+            for chunk in wire.chunks(payloads, offset, self._options.chunk_bytes):
+                message = pb.PushRequest(chunk=chunk)
+                self._traffic.sent("adapter", message.ByteSize())
+                yield message
+
+        def attempt() -> pb.PushResponse:
+            nonlocal ask, offset, furthest
+            if ask:
+                request = pb.UploadStatusRequest(header=wire.encode_upload_header(header))
+                self._traffic.sent("control", request.ByteSize())
+                status = self._stub.UploadStatus(request, timeout=self._options.call_timeout_seconds)
+                self._traffic.received("control", status.ByteSize())
+                if status.HasField("receipt"):
+                    return status.receipt
+                bounds.check_integer("upload_status.received", status.received, 0, header.size)
+                offset = status.received
+                furthest = max(furthest, offset)
+            ask = True
+            return self._stub.Push(messages(), timeout=self._options.call_timeout_seconds)
+
+        try:
+            response = self._call("push", attempt, lambda: furthest)
+        except Refusal as refusal:
+            if refusal.reason != "PAYLOAD_DIFFERS" or offset == 0:
+                raise
+            # The server lost part of what had arrived, in a crash of its machine; it starts from nothing.
+            response = self._call("push", attempt, lambda: furthest)
+        self._traffic.received("control", response.ByteSize())
+        return wire.decode_receipt(response)
+
+    def status(self) -> RoundStatus:
+        """See `Transport.status`."""
+
+        def attempt() -> pb.RoundStatusResponse:
+            return self._stub.RoundStatus(pb.RoundStatusRequest(), timeout=self._options.call_timeout_seconds)
+
+        response = self._call("status", attempt)
+        self._traffic.received("control", response.ByteSize())
+        return wire.decode_status(response.state)
+
+    def report(self, statement: bytes) -> None:
+        """See `Transport.report`."""
+        bounds.check_bytes("report.statement", statement, 2, bounds.MAX_STATEMENT_BYTES)
+        request = pb.ReportRequest(statement=statement)
+
+        def attempt() -> pb.ReportResponse:
+            self._traffic.sent("control", request.ByteSize())
+            return self._stub.Report(request, timeout=self._options.call_timeout_seconds)
+
+        self._call("report", attempt)
+
+    def post_key_message(self, message: KeyMessage) -> None:
+        """See `Transport.post_key_message`."""
+        request = wire.encode_key_message(message)
+
+        def attempt() -> pb.PostKeyMessageResponse:
+            self._traffic.sent("keys", request.ByteSize())
+            return self._stub.PostKeyMessage(request, timeout=self._options.call_timeout_seconds)
+
+        self._call("post key message", attempt)
+
+    def read_key_messages(
+        self, epoch: int, stage: str, expected: int, timeout_seconds: float
+    ) -> dict[str, bytes]:
+        """See `Transport.read_key_messages`."""
+        deadline = time.monotonic() + timeout_seconds
+
+        def attempt() -> dict[str, bytes]:
+            wait = min(self._options.wait_seconds, max(0.0, deadline - time.monotonic()))
+            request = pb.ReadKeyMessagesRequest(
+                epoch=epoch, stage=stage, expected=expected, wait_milliseconds=int(wait * 1000)
+            )
+            self._traffic.sent("keys", request.ByteSize())
+            found: dict[str, bytes] = {}
+            timeout = wait + self._options.call_timeout_seconds
+            for message in self._stub.ReadKeyMessages(request, timeout=timeout):
+                self._traffic.received("keys", message.ByteSize())
+                bounds.check_identifier("key_message.sender", message.sender)
+                bounds.check_bytes("key_message.payload", message.payload, 0, bounds.MAX_KEY_PAYLOAD_BYTES)
+                found[message.sender] = message.payload
+                bounds.check_unique("key_messages", found, bounds.MAX_MEMBERS)
+            return found
+
+        while True:
+            asked = time.monotonic()
+            found = self._call("read key messages", attempt)
+            if len(found) >= max(1, expected) or time.monotonic() >= deadline:
+                return found
+            time.sleep(max(0.0, _SHORTEST_POLL_SECONDS - (time.monotonic() - asked)))
+
+    def traffic(self) -> Traffic:
+        """See `Transport.traffic`."""
+        return self._traffic
+
+    def close(self) -> None:
+        """See `Transport.close`."""
+        self._channel.close()
+
+
+class _Download:
+    """An aggregate that is arriving, over as many calls as it takes."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._header: pb.AggregateHeader | None = None
+        self._size = 0
+        self.received = bytearray()
+        self.messages = 0
+
+    @property
+    def sha256(self) -> bytes:
+        return b"" if self._header is None else self._header.sha256
+
+    @property
+    def complete(self) -> bool:
+        return self._header is not None and len(self.received) == self._size
+
+    def begin(self, header: pb.AggregateHeader) -> None:
+        size = wire.announced_size(header)
+        if size > self._limit:
+            raise WireError(f"an aggregate of {size} bytes was announced, at most {self._limit} are accepted")
+        if header.sha256 != self.sha256:
+            self.received.clear()
+        if header.resume_offset > len(self.received):
+            raise WireError(
+                f"the aggregate goes on at byte {header.resume_offset}, {len(self.received)} are here"
+            )
+        del self.received[header.resume_offset :]
+        self._header, self._size = header, size
+
+    def append(self, chunk: pb.Chunk) -> None:
+        wire.check_chunk(chunk, len(self.received), self._size)
+        self.received += chunk.data
+
+    def aggregate(self) -> Aggregate:
+        if self._header is None:
+            raise WireError("the server sent chunks without a header")
+        return wire.decode_aggregate(self._header, bytes(self.received))

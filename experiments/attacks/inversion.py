@@ -1,0 +1,296 @@
+"""Gradient inversion for the shared adapter: texts, word by word, from an update of P and Q.
+
+The easiest case for the attacker: the update is of one text or a few, each of which the model learns to write
+but for its first words, and the attacker knows the model, the starting point, the first words and the length.
+Terms of single tokens (`attack_terms`) are fitted to what it sees, from the first token to the last
+(`attack_decoding`). All rows are about the same texts.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from fedmosaic.client.colora import read_shared
+from fedmosaic.client.dp.branch import only_shared_branch
+from fedmosaic.client.dp.engine import clip_and_sum, example_gradient
+from fedmosaic.client.dp.training import noisy_sum
+from fedmosaic.client.model.examples import IGNORED, EncodedExample, padding_token
+from fedmosaic.client.model.loss import training_mode
+from fedmosaic.client.model.training import TrainingSettings, train_local
+from fedmosaic.experiments.attacks.decoding import Unknown, decode, decode_all
+from fedmosaic.experiments.attacks.profile import DELTA, noise_multiplier
+from fedmosaic.experiments.attacks.statistics.pursuit import Background, FloatArray, fit_background
+from fedmosaic.experiments.attacks.statistics.results import CONFIDENCE, AttackResult, Figure, Setting
+from fedmosaic.experiments.attacks.statistics.roc import clopper_pearson
+from fedmosaic.experiments.attacks.terms import TermReader
+from fedmosaic.privacy.mechanism.noise import NoiseSource
+from fedmosaic.protos.errors import ConfigurationError
+
+INVERSION: Final = "Texts from a P, Q update: gradient inversion"
+EPSILON: Final = 8.0
+STEPS: Final = 4
+_BEAMS: Final = 3
+_PUBLIC_TOKENS: Final = 48
+_FLOOR: Final = 1e-4
+_RESAMPLES: Final = 2000
+_NOTE: Final = (
+    "the easiest case for the attacker: texts that the model learns to write. Texts that it only reads "
+    "(prompts) were not decoded, which is no evidence that they cannot be. What leaves in a run is an update "
+    "over all of a client's texts, so that the rows with several texts are nearer to it. The authors' code "
+    "sends P and Q as they are, so that the rows without sanitiser are theirs too. Intervals resample the "
+    "texts, and have no width where all fare alike. A lower bound: a better search recovers more"
+)
+# A normal number of which only the sign is left: the best linear guess, and what that misses.
+_SIGN_MEAN: Final = math.sqrt(2.0 / math.pi)
+_SIGN_REST: Final = math.sqrt(1.0 - 2.0 / math.pi)
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """What is attacked, and what the attacker knows.
+
+    Attributes:
+        texts: that the client trains on, of one length, their first words not supervised; the first
+            `attacked` of them are to be recovered, the others stand beside them in the larger batch.
+        others: two texts of other contributors, of the same length.
+        public: (T,) tokens of public texts.
+        attacked: how many texts are to be recovered, at least 2.
+        training: how the client trains.
+    """
+
+    texts: tuple[EncodedExample, ...]
+    others: tuple[EncodedExample, ...]
+    public: tuple[torch.Tensor, ...]
+    attacked: int
+    training: TrainingSettings
+
+
+def inversion_results(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    material: Material,
+    noise: NoiseSource,
+    seed: int,
+) -> Iterator[AttackResult]:
+    """Recover texts from gradients, from updates by several steps, from an aggregate and under DP.
+
+    Args:
+        model: the client's model with a fresh adapter; it is put back to that afterwards.
+        tokenizer: its tokenizer.
+        material: texts and settings.
+        noise: of the DP step.
+        seed: of the intervals' resamples.
+
+    Raises:
+        ConfigurationError: there are too few texts.
+    """
+    if material.attacked < 2 or len(material.texts) < material.attacked or len(material.others) < 2:
+        raise ConfigurationError(
+            f"gradient inversion needs at least 2 texts of the client and 2 of others that are long enough; "
+            f"there are {len(material.texts)} and {len(material.others)}"
+        )
+    pad = padding_token(tokenizer)
+    attacked = material.texts[: material.attacked]
+    updates = [_update(model, [text], material.training, pad) for text in attacked]
+    together = _update(model, material.texts, material.training, pad)
+    with only_shared_branch(model) as cores, training_mode(model, False):
+        reader = TermReader(model, cores)
+        rows, others = (
+            torch.stack([example_gradient(model, cores, text).cpu() for text in texts])
+            for texts in (material.texts, material.others)
+        )
+        public = reader.public_terms([tokens[:_PUBLIC_TOKENS] for tokens in material.public])
+        attack = _Attack(reader, material, public, rows.double().numpy(), others.double().numpy())
+        for words, adversary, setting, epsilon, decoded in attack.cases(updates, together, noise):
+            figures = _figures(attacked, decoded(), seed)
+            yield _result(words, adversary, setting, epsilon, figures)
+
+
+_Decoded = list[tuple[int, ...]]
+_Case = tuple[str, str, Setting, float | None, Callable[[], _Decoded]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Attack:
+    """What all cases use: terms, and gradients of P and Q, each the mean over a text's tokens."""
+
+    reader: TermReader
+    material: Material
+    public: FloatArray
+    rows: FloatArray
+    others: FloatArray
+
+    @cached_property
+    def unknown(self) -> list[Unknown]:
+        """What is known of the attacked texts."""
+        return [_unknown(text) for text in self.material.texts[: self.material.attacked]]
+
+    @cached_property
+    def totals(self) -> FloatArray:
+        """(texts, D) sums of each text's terms."""
+        return np.asarray(self.unknown[0].length * self.rows[:, self.reader.columns])
+
+    @cached_property
+    def exact(self) -> Background:
+        """For a release without noise, but that of rounding."""
+        floor = _FLOOR * float(np.sqrt(np.mean(self.public**2)))
+        return fit_background(self.public, np.full(self.public.shape[1], floor))
+
+    def cases(self, updates: Sequence[np.ndarray], together: np.ndarray, noise: NoiseSource) -> list[_Case]:
+        """Every kind of release."""
+        count = len(self.rows)
+        return [
+            ("none: the gradient of one text", "server", "no_sanitiser", math.inf, self.single),
+            ("none: the mean gradient of 2 texts", "server", "no_sanitiser", math.inf, self.pairs),
+            (
+                f"none: the mean gradient of {count} texts",
+                "server", "no_sanitiser", math.inf, self.batch,
+            ),
+            (
+                f"none: the update after {STEPS} steps of AdamW on one text",
+                "server", "no_sanitiser", math.inf, lambda: self.signs(updates, 0),
+            ),
+            (
+                f"none: the update after {STEPS} steps of AdamW on {count} texts",
+                "server", "no_sanitiser", math.inf,
+                lambda: self.signs([together] * len(self.unknown), count - 1),
+            ),
+            (
+                "none or encrypted: an aggregate in which the gradient of one text has 0.5, two others' 0.25",
+                "recipient", "product", math.inf, self.aggregate,
+            ),
+            (
+                f"dp: one step on one text at ε = {EPSILON:g}",
+                "server or recipient", "variant", EPSILON, lambda: self.private(noise),
+            ),
+            (
+                "no update at all: the language model's own guess",
+                "server", "no_sanitiser", None, self.guess,
+            ),
+        ]  # fmt: skip
+
+    def guess(self) -> _Decoded:
+        """Without any release."""
+        return [decode(self.reader, self.exact, None, text, 0.0, _BEAMS).tokens for text in self.unknown]
+
+    def single(self) -> _Decoded:
+        """From each text's own gradient."""
+        return self._each(self.exact, self.totals[: len(self.unknown)], 0.0)
+
+    def pairs(self) -> _Decoded:
+        """From the mean of two texts' gradients."""
+        found: _Decoded = []
+        for start in range(0, len(self.unknown), 2):
+            # The last text of an odd number stands beside the first one.
+            places = [start, start + 1 if start + 1 < len(self.unknown) else 0]
+            texts = [self.unknown[place] for place in places]
+            total = self.totals[places].sum(axis=0)
+            found += [g.tokens for g in decode_all(self.reader, self.exact, total, texts, _BEAMS)]
+        return found[: len(self.unknown)]
+
+    def batch(self) -> _Decoded:
+        """From the mean of all texts' gradients, each decoded by itself."""
+        total = np.tile(self.totals.sum(axis=0), (len(self.unknown), 1))
+        return self._each(self.exact, total, float((len(self.rows) - 1) * self.unknown[0].length))
+
+    def aggregate(self) -> _Decoded:
+        """From a weighted sum with others' gradients: at half the weight, a quarter of the energy each."""
+        length = self.unknown[0].length
+        beside = 0.5 * length * self.others[:2, self.reader.columns].sum(axis=0)
+        return self._each(self.exact, self.totals[: len(self.unknown)] + beside, 0.5 * length)
+
+    def signs(self, updates: Sequence[np.ndarray], beside: int) -> _Decoded:
+        """From steps of AdamW, which keeps little more of a gradient than its signs; `beside` other texts."""
+        tokens = self.unknown[0].length * (1 + beside)
+        energy = tokens * self.public.var(axis=0) + (tokens * self.public.mean(axis=0)) ** 2
+        size = np.sqrt(np.maximum(energy, _FLOOR**2 * energy.mean()))
+        background = fit_background(self.public, _SIGN_REST * size)
+        totals = _SIGN_MEAN * size * np.clip(np.stack(updates)[:, self.reader.columns], -1.0, 1.0)
+        return self._each(background, totals, float(tokens - self.unknown[0].length))
+
+    def private(self, noise: NoiseSource) -> _Decoded:
+        """From one step of DP-SGD that no text is shortened in."""
+        length, sigma = self.unknown[0].length, noise_multiplier(EPSILON)
+        rows = torch.from_numpy(self.rows[: len(self.unknown)]).float()
+        bound = float(rows.norm(dim=1).max())
+        seen = np.stack(
+            [noisy_sum(clip_and_sum(row[None], bound), bound, sigma, noise).numpy() for row in rows]
+        )
+        deviation = np.full(len(self.reader.columns), length * sigma * bound)
+        background = fit_background(self.public, deviation)
+        return self._each(background, length * seen[:, self.reader.columns], 0.0)
+
+    def _each(self, background: Background, totals: FloatArray, others: float) -> _Decoded:
+        return [
+            decode(self.reader, background, background.coordinates(total), text, others, _BEAMS).tokens
+            for total, text in zip(totals, self.unknown, strict=True)
+        ]
+
+
+def _unknown(text: EncodedExample) -> Unknown:
+    supervised = text.labels != IGNORED
+    return Unknown(tuple(text.input_ids[~supervised].tolist()), int(supervised.sum()))
+
+
+def _update(
+    model: PeftModel, texts: Sequence[EncodedExample], training: TrainingSettings, pad: int
+) -> np.ndarray:
+    """How far P and Q went uphill in the product's training, in units of its steps; (d,) within about ±1."""
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    before = {name: value.detach().clone() for name, value in trained.items()}
+    start = read_shared(model).astype(np.float64)
+    settings = training.model_copy(update={"steps": STEPS, "per_device_train_batch_size": len(texts)})
+    train_local(model, texts, settings, pad_token_id=pad)
+    moved = read_shared(model) - start
+    with torch.no_grad():
+        for name, value in trained.items():
+            value.copy_(before[name])
+    return np.asarray(-moved / (STEPS * settings.shared_learning_rate))
+
+
+def _figures(texts: Sequence[EncodedExample], found: _Decoded, seed: int) -> tuple[Figure, ...]:
+    """Share of tokens in place, share of the bag of tokens, and texts that are right to the last token."""
+    truths = [text.input_ids[text.labels != IGNORED].tolist() for text in texts]
+    in_place = [float(np.mean(np.equal(t, f))) for t, f in zip(truths, found, strict=True)]
+    # Both bags have one size, so that precision, recall and F1 are one number.
+    bags = [(Counter(t) & Counter(f)).total() / len(t) for t, f in zip(truths, found, strict=True)]
+    exact = sum(value == 1.0 for value in in_place)
+    low, high = clopper_pearson(exact, len(texts), CONFIDENCE)
+    return (
+        _mean("tokens in place", in_place, seed),
+        _mean("bag of tokens, F1", bags, seed),
+        Figure(name=f"texts exact (of {len(texts)})", value=exact / len(texts), low=low, high=high),
+    )
+
+
+def _mean(name: str, values: Sequence[float], seed: int) -> Figure:
+    """Mean with the percentile interval of resampled texts."""
+    drawn = np.random.default_rng(seed).integers(0, len(values), (_RESAMPLES, len(values)))
+    low, high = np.quantile(np.asarray(values)[drawn].mean(axis=1), [0.025, 0.975])
+    return Figure(name=name, value=float(np.mean(values)), low=float(low), high=float(high))
+
+
+def _result(
+    words: str, adversary: str, setting: Setting, epsilon: float | None, figures: tuple[Figure, ...]
+) -> AttackResult:
+    return AttackResult(
+        attack=INVERSION,
+        adversary=f"{adversary}, knowing how the texts begin and how long they are",
+        sees="P and Q of the first round, or their gradient; model, bases and starting point are public",
+        statistic="exact terms of every next token in the last adapted layer, background of public texts, "
+        "language model, beam",
+        release=words,
+        setting=setting,
+        epsilon=epsilon,
+        delta=DELTA if epsilon is not None else None,
+        figures=figures,
+        note=_NOTE,
+    )

@@ -1,0 +1,1 @@
+"""Hostile messages, keys and statements, and whether the product refuses them."""

@@ -1,0 +1,124 @@
+"""A server that cheats in the key agreement, and one that asks for a second row: all must be refused."""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from fedmosaic.client.state import ClientState
+from fedmosaic.experiments.attacks.statistics.results import RefusalResult
+from fedmosaic.privacy.groupkey.agreement import KeyAgreement, plan_epoch
+from fedmosaic.privacy.groupkey.messages import Epoch, write_opening
+from fedmosaic.privacy.groupkey.nonces import NonceCounter
+from fedmosaic.privacy.policy import WeightRow
+from fedmosaic.protos.errors import FedMosaicError
+
+_MEMBERS: Final = ("ada", "ben", "cid", "dee", "eva")
+_VICTIM, _OTHER = _MEMBERS[:2]
+_SECRET: Final = bytes(64)
+
+Openings = dict[str, bytes]
+
+
+class _Epochs:
+    """Identities and plans of one federation."""
+
+    def __init__(self) -> None:
+        self.identities = {name: Ed25519PrivateKey.generate() for name in (*_MEMBERS, "mallory")}
+
+    def plan(self, number: int = 2, members: tuple[str, ...] = _MEMBERS) -> Epoch:
+        keys = {name: self.identities[name].public_key().public_bytes_raw() for name in _MEMBERS}
+        return plan_epoch("attempts", number, members, keys, b"R" * 32, b"P" * 32)
+
+    def opening(self, name: str, epoch: Epoch, signer: str = "") -> bytes:
+        public = X25519PrivateKey.generate().public_key().public_bytes_raw()
+        return write_opening(epoch, name, public, self.identities[signer or name])
+
+    def agreement(self, name: str) -> KeyAgreement:
+        return KeyAgreement(self.identities[name], name, self.plan(), lambda: _SECRET, len(_SECRET))
+
+
+def _swap(epochs: _Epochs, openings: Openings) -> Openings:
+    return openings | {_OTHER: epochs.opening(_OTHER, epochs.plan(), signer="mallory")}
+
+
+def _add(epochs: _Epochs, openings: Openings) -> Openings:
+    return openings | {"mallory": openings[_OTHER]}
+
+
+def _drop(epochs: _Epochs, openings: Openings) -> Openings:
+    return {name: opening for name, opening in openings.items() if name != _OTHER}
+
+
+def _replay(epochs: _Epochs, openings: Openings) -> Openings:
+    return openings | {_OTHER: epochs.opening(_OTHER, epochs.plan(1))}
+
+
+def _exchange(epochs: _Epochs, openings: Openings) -> Openings:
+    return openings | {_OTHER: openings["cid"], "cid": openings[_OTHER]}
+
+
+def _own(epochs: _Epochs, openings: Openings) -> Openings:
+    return openings | {_VICTIM: epochs.opening(_VICTIM, epochs.plan())}
+
+
+_OPENINGS: Final[Mapping[str, Callable[[_Epochs, Openings], Openings]]] = {
+    "key agreement: a member's key swapped for the server's": _swap,
+    "key agreement: a fake member added": _add,
+    "key agreement: a member left out silently": _drop,
+    "key agreement: an opening of an earlier epoch replayed": _replay,
+    "key agreement: the keys of two members exchanged": _exchange,
+    "key agreement: the victim's own key replaced": _own,
+}
+
+
+def key_refusals() -> tuple[RefusalResult, ...]:
+    """Carry out every attempt against a member's real key agreement and state."""
+    found = []
+    for words, tamper in _OPENINGS.items():
+        epochs = _Epochs()
+        sides = {name: epochs.agreement(name) for name in _MEMBERS}
+        openings = {name: side.opening() for name, side in sides.items()}
+        relayed = tamper(epochs, openings)
+        found.append(_attempt(words, partial(sides[_VICTIM].accept_openings, relayed)))
+    epochs = _Epochs()
+    found.append(
+        _attempt("key agreement: an epoch with three members", lambda: epochs.plan(members=_MEMBERS[:3]))
+    )
+    found.append(
+        _attempt(
+            "key agreement: an epoch with a member outside the roster",
+            lambda: epochs.plan(members=(*_MEMBERS[:4], "mallory")),
+        )
+    )
+    with tempfile.TemporaryDirectory() as place:
+        found += _state_refusals(Path(place))
+    return tuple(found)
+
+
+def _state_refusals(place: Path) -> list[RefusalResult]:
+    counter = NonceCounter(place / "counter.json", "attempts")
+    counter.open_epoch(5)
+    state = ClientState(place / "state", "attempts", _VICTIM)
+    row = WeightRow(1, _VICTIM, ("ben", "cid", "dee"), (2048, 1024, 1024), 12)
+    other = WeightRow(1, _VICTIM, ("ben", "cid", "dee"), (1024, 2048, 1024), 12)
+    try:
+        state.accept_row("shared", row)
+        return [
+            _attempt("a second, different row for one round", lambda: state.accept_row("shared", other)),
+            _attempt("an old key epoch opened again", lambda: counter.open_epoch(4)),
+        ]
+    finally:
+        state.release()
+
+
+def _attempt(words: str, carry_out: Callable[[], object]) -> RefusalResult:
+    try:
+        carry_out()
+    except FedMosaicError as error:
+        return RefusalResult(attempt=words, party="server", tried=1, refused=1, answer=str(error))
+    return RefusalResult(attempt=words, party="server", tried=1, refused=0, answer="accepted")

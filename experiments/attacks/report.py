@@ -1,0 +1,307 @@
+"""The attack section of the privacy report: JSON, Markdown with a ROC figure, and tables for a terminal."""
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Final
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fedmosaic.experiments.attacks.statistics.results import AttackReport, AttackResult, Figure, LaterRun
+from fedmosaic.privacy.configuration import read_configuration
+from fedmosaic.protos.errors import ConfigurationError
+
+JSON: Final = "attacks.json"
+MARKDOWN: Final = "attacks.md"
+ROC: Final = "attacks-roc.svg"
+
+_SETTINGS: Final = {
+    "product": "**product**",
+    "no_sanitiser": "no sanitiser",
+    "authors": "authors' sanitiser",
+    "variant": "variant",
+}
+_LEAST_RATE: Final = 1e-4
+_LEAST_DECIMAL: Final = 5e-5
+
+
+def write(report: AttackReport, directory: Path) -> None:
+    """Write the report as JSON and Markdown, and the ROC figure where there are curves.
+
+    Args:
+        report: what was found.
+        directory: made if absent.
+
+    Raises:
+        ConfigurationError: matplotlib is not installed; JSON and Markdown are written first.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / JSON).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    (directory / MARKDOWN).write_text(markdown(report), encoding="utf-8")
+    if any(result.curve for result in report.results):
+        draw(report, directory / ROC)
+
+
+def read(directory: Path) -> AttackReport | None:
+    """The attack section that `write` left in a directory; None if there is none."""
+    path = directory / JSON
+    return read_configuration(path, AttackReport) if path.exists() else None
+
+
+def markdown(report: AttackReport) -> str:
+    """The report as a Markdown page."""
+    alarms = report.alarms
+    lines = [
+        "# Attacks",
+        "",
+        f"Run `{report.run}`. Made by `{report.command}` on {report.machine}, {report.created}, "
+        f"in {_duration(report)}. Do not edit: the command writes this page. "
+        "What the figures mean, in plain words: [attacks-explained.md](attacks-explained.md).",
+        "",
+        *_later_lines(report),
+        "Square brackets hold 95 % intervals unless a note says otherwise; δ = 1e-5 throughout. What follows "
+        "“≤” is what the claimed guarantee allows. A figure breaks its bound only if it is above it at a "
+        "confidence of 99.99 %, because the strongest attacks sit exactly at their bound. "
+        + _above_words(report),
+        "",
+        f"**{_verdict(report)}**"
+        if not alarms
+        else "**BROKEN. Either an attack or a guarantee is wrong:**\n\n"
+        + "\n".join(f"- {a}" for a in alarms),
+        "",
+    ]
+    if any(result.curve for result in report.results):
+        lines += [f"![ROC curves of the membership attacks]({ROC})", ""]
+    for attack, group in groupby(report.results, key=lambda result: result.attack):
+        lines += _attack_lines(attack, list(group))
+    if report.refusals:
+        lines += _refusal_lines(report)
+    if report.skipped:
+        lines += ["## Not carried out", "", *(f"- {reason}" for reason in report.skipped), ""]
+    return "\n".join(lines)
+
+
+def render(report: AttackReport) -> RenderableType:
+    """The report as tables for a terminal."""
+    parts: list[RenderableType] = []
+    for attack, group in groupby(report.results, key=lambda result: result.attack):
+        result_group = list(group)
+        table = Table(title=attack, box=box.SIMPLE_HEAD, title_justify="left")
+        for heading in ("release", "statistic", "ε", "figure", "value", "bound"):
+            table.add_column(heading, overflow="fold")
+        for result in result_group:
+            for number, figure in enumerate(result.figures):
+                first = (
+                    (result.release, result.statistic, _epsilon(result.epsilon)) if not number else ("",) * 3
+                )
+                style = "bold white on red" if figure.broken else ""
+                table.add_row(*first, figure.name, _value(figure), _bound(figure), style=style)
+        parts.append(table)
+        parts += [Text(f"{headline}.\n", style="bold red") for headline in _headlines(result_group)]
+    tried = sum(refusal.tried for refusal in report.refusals)
+    refused = sum(refusal.refused for refusal in report.refusals)
+    if tried:
+        parts.append(Text(f"Attempts that must be refused: {refused} of {tried} were.\n"))
+    parts += [Text(f"not carried out: {reason}", style="dim") for reason in report.skipped]
+    for alarm in report.alarms:
+        parts.append(Text(f"BROKEN: {alarm}", style="bold white on red"))
+    if not report.alarms:
+        parts.append(Text(_verdict(report), style="bold"))
+    return Group(*parts)
+
+
+def draw(report: AttackReport, path: Path) -> None:
+    """Draw the ROC curves of each attack on logarithmic axes, one panel per statistic.
+
+    Args:
+        report: with curves.
+        path: file to write; its suffix chooses the format.
+
+    Raises:
+        ConfigurationError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure as Canvas
+    except ImportError as error:
+        raise ConfigurationError(
+            "the ROC figure needs matplotlib; install fedmosaic[dev] (the tables are written)"
+        ) from error
+    mpl.rcParams["svg.hashsalt"] = "fedmosaic"
+    panels: dict[tuple[str, str], list[AttackResult]] = {}
+    for result in report.results:
+        if result.curve:
+            panels.setdefault((result.attack, result.statistic), []).append(result)
+    canvas = Canvas(figsize=(5.2 * len(panels), 5.4), layout="constrained")
+    axes = canvas.subplots(1, len(panels), squeeze=False)[0]
+    for axis, ((attack, statistic), results) in zip(axes, panels.items(), strict=True):
+        for result in results:
+            points = [p for p in result.curve if p.false_positive_rate >= _LEAST_RATE]
+            axis.plot(
+                [p.false_positive_rate for p in points],
+                [max(_LEAST_RATE, p.true_positive_rate) for p in points],
+                label=result.release,
+                linewidth=2.2 if result.setting == "product" else 1.1,
+                linestyle="--" if result.setting in ("no_sanitiser", "authors") else "-",
+            )
+        axis.plot([_LEAST_RATE, 1.0], [_LEAST_RATE, 1.0], color="grey", linewidth=0.8, linestyle=":")
+        axis.set(xscale="log", yscale="log", xlabel="false positive rate", ylabel="true positive rate")
+        axis.set_title(f"{attack}:\n{statistic}", fontsize=9)
+        axis.grid(alpha=0.3)
+        axis.legend(loc="lower right", fontsize=6)
+    # Without a date, the same figures give the same bytes.
+    canvas.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _later_lines(report: AttackReport) -> list[str]:
+    lines = []
+    for run in report.later:
+        lines += [
+            f"Made later, by `{run.command}` on {run.machine}, {run.created}, in {_duration(run)}: "
+            f"{'; '.join(run.attacks) or 'nothing'}.",
+            "",
+        ]
+    return lines
+
+
+def _duration(report: AttackReport | LaterRun) -> str:
+    words = f"{report.seconds / 60:.1f} minutes"
+    if report.processor_seconds is not None:
+        words += f" ({report.processor_seconds / 60:.1f} minutes of one core)"
+    return words
+
+
+def _above_words(report: AttackReport) -> str:
+    """How many intervals lie wholly above their ceiling, beside how many do so by chance alone."""
+    bounded = [
+        (result, figure)
+        for result in report.results
+        for figure in result.figures
+        # Other low ends, such as those of a certified ε, are no ends of an interval.
+        if figure.bound is not None and figure.name.startswith(("AUC", "TPR"))
+    ]
+    above = [
+        (result, figure)
+        for result, figure in bounded
+        if figure.bound is not None and figure.low > figure.bound
+    ]
+    if not bounded:
+        return ""
+    words = (
+        f"{len(above)} of {len(bounded)} intervals here lie wholly above their ceiling; where an attack "
+        "reaches its ceiling, one in forty does by chance"
+    )
+    named = "; ".join(
+        f"{figure.name} of {result.statistic} on {result.release}: {_value(figure)}, ceiling "
+        f"{_number(figure.bound)}"
+        for result, figure in above
+        if figure.bound is not None
+    )
+    return words + (f". They are: {named}." if named else ".")
+
+
+def _verdict(report: AttackReport) -> str:
+    """What may be said of a report without alarms; never more than was tried."""
+    if not report.results and not report.refusals:
+        return "Nothing was carried out, so nothing is shown."
+    said = ["No bound is broken"] if report.results else []
+    if report.refusals:
+        said.append(f"all {sum(refusal.tried for refusal in report.refusals)} attempts were refused")
+    return ", and ".join(said) + "."
+
+
+def _attack_lines(attack: str, results: Sequence[AttackResult]) -> list[str]:
+    lines = [f"## {attack}", ""]
+    for headline in _headlines(results):
+        lines += [f"**{headline}.**", ""]
+    for adversary, sees in dict.fromkeys((result.adversary, result.sees) for result in results):
+        lines.append(f"- Adversary: {adversary}. Sees: {sees}.")
+    if any(result.by_design for result in results):
+        lines.append("- Success here is by design: it is what the release is for.")
+    lines.append("")
+    names = list(dict.fromkeys(figure.name for result in results for figure in result.figures))
+    wide = len(names) <= 3
+    for statistic in dict.fromkeys(result.statistic for result in results):
+        group = [result for result in results if result.statistic == statistic]
+        lines += [f"Statistic: {statistic}.", "", *(_wide if wide else _long)(group, names), ""]
+    for note in dict.fromkeys(result.note for result in results if result.note):
+        lines += [f"{note[0].upper()}{note[1:]}.", ""]
+    return lines
+
+
+def _headlines(results: Iterable[AttackResult]) -> list[str]:
+    return list(dict.fromkeys(result.headline for result in results if result.headline))
+
+
+def _wide(results: Sequence[AttackResult], names: Sequence[str]) -> list[str]:
+    lines = [_row(["release", "", "ε", *names]), _row(["---"] * (3 + len(names)))]
+    for result in results:
+        figures = {figure.name: figure for figure in result.figures}
+        cells = [_cell(figures[name]) if name in figures else "-" for name in names]
+        lines.append(_row([result.release, _SETTINGS[result.setting], _epsilon(result.epsilon), *cells]))
+    return lines
+
+
+def _long(results: Sequence[AttackResult], _names: Sequence[str]) -> list[str]:
+    lines = [_row(["release", "", "figure", "value"]), _row(["---"] * 4)]
+    for result in results:
+        for number, figure in enumerate(result.figures):
+            first = ["", ""] if number else [result.release, _SETTINGS[result.setting]]
+            lines.append(_row([*first, figure.name, _cell(figure)]))
+    return lines
+
+
+def _refusal_lines(report: AttackReport) -> list[str]:
+    lines = [
+        "## Attempts that must be refused",
+        "",
+        "Carried out against the real sessions, key agreement and coordinator; only the model is replaced.",
+        "",
+        _row(["who", "attempt", "refused", "answer"]),
+        _row(["---"] * 4),
+    ]
+    for refusal in report.refusals:
+        count = f"{refusal.refused} of {refusal.tried}" + (" **BROKEN**" if refusal.broken else "")
+        answer = refusal.answer.replace("|", "/").replace("\n", " ")
+        lines.append(_row([refusal.party, refusal.attempt, count, answer]))
+    return [*lines, ""]
+
+
+def _row(values: Iterable[str]) -> str:
+    return "| " + " | ".join(values) + " |"
+
+
+def _cell(figure: Figure) -> str:
+    bound = f" ≤ {_number(figure.bound)}" if figure.bound is not None else ""
+    return _value(figure) + bound + (" **BROKEN**" if figure.broken else "")
+
+
+def _value(figure: Figure) -> str:
+    if figure.low == figure.value == figure.high:
+        return _number(figure.value)
+    high = "-" if figure.high >= 1e3 else _number(figure.high)
+    return f"{_number(figure.value)} [{_number(figure.low)}, {high}]"
+
+
+def _bound(figure: Figure) -> str:
+    return "-" if figure.bound is None else f"≤ {_number(figure.bound)}"
+
+
+def _number(value: float) -> str:
+    if math.isinf(value):
+        return "∞"
+    if value == int(value) and abs(value) < 1e6:
+        return str(int(value))
+    if abs(value) < _LEAST_DECIMAL:
+        return f"{value:.0e}"
+    return f"{value:.4f}" if abs(value) < 0.01 else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def _epsilon(epsilon: float | None) -> str:
+    if epsilon is None:
+        return "-"
+    return "∞" if math.isinf(epsilon) else f"{epsilon:.2g}" if epsilon < 1.0 else f"{epsilon:.3g}"

@@ -1,0 +1,1 @@
+"""The statistics of attacks: membership, audits, collusion, intervals. Knows no models and no runs."""

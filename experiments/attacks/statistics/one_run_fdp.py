@@ -1,0 +1,183 @@
+"""One-run audit against a whole trade-off curve: the f-DP successor of `one_run`.
+
+Of m canaries, each included by a fair coin, r are guessed. Let p_c be the chance of exactly c right
+guesses, and F(x) the largest true positive rate at the false positive rate x that the claim allows. Take a
+random canary. With its coin turned, a right guess on it is a wrong one and there is one right guess less,
+so for every c
+
+    Σ_{i≥c} (i/m) p_i  ≤  F( Σ_{i≥c} ((r-i+1)/m) p_{i-1} ),
+
+because F bounds each canary by itself and is concave. In terms of the tails s_c = Σ_{i≥c} p_i both sums have
+coefficients of one sign:
+
+    (r-c+1) s_{c-1}  ≥  m F⁻¹( (c s_c + s_{c+1} + … + s_r)/m ) + s_c + … + s_r,        s_{c-1} ≥ s_c.
+
+So the least tails that go with a given s_v, the chance of v or more right guesses, follow one after the
+other, from zeros above v downwards, and they grow with s_v. If s_v = level forces s_0 above 1, then v or more
+right guesses have a chance below the level under the claim, and v right guesses refute it. Nothing else is
+assumed: no δ, no shape.
+
+To name an ε, the claim is embedded in a family of claims with the noise s times as large. The least s that is
+refuted is certified: the release is not as private as that member of the family. The ε of it is a lower bound
+for a release whose own curve belongs to the family, as the curve of a Gaussian mechanism with another noise
+does.
+
+Reference:
+    Mahloujifar, Melis and Chaudhuri 2024, "Auditing f-differential privacy in one run" (arXiv:2410.22235).
+    The argument above is a proof of the part that is used; tests hold it against a linear programme.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from fedmosaic.experiments.attacks.statistics.one_run import right_guesses
+from fedmosaic.experiments.attacks.statistics.results import ALARM_LEVEL, CONFIDENCE, Figure
+from fedmosaic.experiments.attacks.statistics.roc import Ceiling
+
+FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+Family = Callable[[float], Ceiling]
+"""Maps a factor s > 0 on the noise to the trade-off curve of the claim with s times the noise."""
+
+GUESSED_SHARES = (0.1, 0.2, 0.4)
+"""Shares of the canaries that are guessed, fixed before the run; every one of them costs confidence."""
+
+_SMALLEST_FACTOR, _LARGEST_FACTOR = 2.0**-4, 2.0**10
+_HALVINGS = 12
+
+
+def least_total(canaries: int, guesses: int, right: int, chance: float, ceiling: Ceiling) -> float:
+    """Least total probability that goes with a chance of so many right guesses; above 1 is impossible.
+
+    Args:
+        canaries: m, each included with probability 1/2.
+        guesses: r ≤ m, fixed in advance.
+        right: v ≤ r.
+        chance: of v or more right guesses, in [0, 1].
+        ceiling: the claim.
+
+    Returns:
+        s_0, or the first tail above 1.
+
+    Raises:
+        ValueError: the counts contradict each other.
+    """
+    if not 0 <= right <= guesses <= canaries or not 0.0 <= chance <= 1.0:
+        raise ValueError(
+            f"{right} right of {guesses} guesses on {canaries} canaries is no outcome of an audit"
+        )
+    # The tail s_c, and the sum of all tails above c; a tail above v is zero.
+    tail, above = chance, 0.0
+    for count in range(right, 0, -1):
+        hit = (count * tail + above) / canaries
+        above += tail
+        needed = (canaries * ceiling.false_positive_rate(min(1.0, hit)) + above) / (guesses - count + 1)
+        if needed <= tail:
+            # Nothing forces this tail up, so nothing forces the next one, which has more room still.
+            return tail
+        tail = needed
+        if tail > 1.0:
+            return tail
+    return tail
+
+
+def f_dp_p_value(canaries: int, guesses: int, right: int, ceiling: Ceiling) -> float:
+    """Upper bound on the chance of so many right guesses under a claim; arguments as of `least_total`."""
+    if least_total(canaries, guesses, right, 1.0, ceiling) <= 1.0:
+        return 1.0
+    low, high = -700.0, 0.0
+    for _ in range(60):
+        middle = (low + high) / 2.0
+        possible = least_total(canaries, guesses, right, math.exp(middle), ceiling) <= 1.0
+        low, high = (middle, high) if possible else (low, middle)
+    return math.exp(high)
+
+
+def refutes(
+    scores: FloatArray,
+    included: BoolArray,
+    ceiling: Ceiling,
+    level: float,
+    shares: Sequence[float] = GUESSED_SHARES,
+) -> bool:
+    """Whether the scores of one run refute a claim.
+
+    Args:
+        scores: (m,) larger where a canary looks included.
+        included: (m,) the coins.
+        ceiling: the claim.
+        level: chance with which a true claim is refuted.
+        shares: shares of canaries to guess, fixed before the run.
+    """
+    each = level / len(shares)
+    for share in shares:
+        guesses = 2 * max(1, min(scores.size // 2, round(share * scores.size / 2.0)))
+        right = right_guesses(scores, included, guesses)
+        if least_total(scores.size, guesses, right, each, ceiling) > 1.0:
+            return True
+    return False
+
+
+def refuted_factor(scores: FloatArray, included: BoolArray, family: Family, level: float) -> float:
+    """The least factor on the noise whose claim the scores refute.
+
+    Args:
+        scores: (m,) larger where a canary looks included.
+        included: (m,) the coins.
+        family: claims by the factor on their noise, more private as it grows.
+        level: chance with which the factor is below that of the true claim.
+
+    Returns:
+        The factor, to a relative accuracy of 5 %, rounded up; infinity if no claim is refuted.
+    """
+    low, high = 0.0, math.inf
+    factor = 1.0
+    while high == math.inf or low == 0.0:
+        if refutes(scores, included, family(factor), level):
+            high = factor
+            if factor <= _SMALLEST_FACTOR:
+                return high
+            factor /= 2.0
+        else:
+            low = factor
+            if factor >= _LARGEST_FACTOR:
+                return math.inf
+            factor *= 2.0
+    for _ in range(_HALVINGS):
+        if high <= 1.05 * low:
+            break
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if refutes(scores, included, family(middle), level) else (middle, high)
+    return high
+
+
+def one_run_fdp_figure(
+    scores: FloatArray, included: BoolArray, family: Family, epsilon_at: Callable[[float], float]
+) -> Figure:
+    """The ε that the whole trade-off curve certifies, with the claimed one as its bound.
+
+    `value` is certified at 95 %, `low` at the confidence of the alarm. The alarm itself asks whether the
+    claimed curve is refuted, which assumes nothing.
+
+    Args:
+        scores: (m,) larger where a canary looks included.
+        included: (m,) the coins.
+        family: claims by the factor on their noise; 1 is what is claimed.
+        epsilon_at: ε of the claim with that factor.
+    """
+    found = []
+    for level in (1.0 - CONFIDENCE, ALARM_LEVEL):
+        factor = refuted_factor(scores, included, family, level)
+        found.append(0.0 if math.isinf(factor) else epsilon_at(factor))
+    shown, sure = found
+    return Figure(
+        name="certified ε, one run, f-DP",
+        value=shown,
+        low=min(shown, sure),
+        high=max(shown, 1e3),
+        bound=epsilon_at(1.0),
+        broken=refutes(scores, included, family(1.0), ALARM_LEVEL),
+    )

@@ -1,0 +1,271 @@
+"""How well scores tell members from others, with intervals, against the ceiling that a guarantee sets.
+
+Scores of one release share its noise, so they are not independent: variances are taken over releases.
+Rates are shown for the threshold that has exactly the wanted false positive rate on all scores. Whether a
+bound is broken is decided otherwise: a threshold is chosen on one half of the releases and judged on the
+other, where both rates have exact intervals.
+
+Ceilings hold for pooled scores too: the trade-off curve of a guarantee is concave, so rates averaged
+over candidates and over what else was in the data keep below it.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import ndtr, ndtri
+from scipy.stats import beta, norm
+
+from fedmosaic.experiments.attacks.statistics.results import ALARM_LEVEL, CONFIDENCE, CurvePoint, Figure
+from fedmosaic.privacy.accounting.epsilon import SMALLEST_NOISE_MULTIPLIER
+from fedmosaic.privacy.accounting.events import GaussianEvent, merge_events
+from fedmosaic.privacy.accounting.tradeoff import PrivacyCurve, gaussian_true_positive_rate, privacy_curve
+
+FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+IntArray = npt.NDArray[np.int64]
+
+RATES = (0.01, 0.001)
+"""False positive rates at which the true positive rate is reported."""
+
+_BLOCKS = 20
+_LEAST_FALSE_RELEASES = 20
+"""Releases that the false positives must come from, at least, for a rate to be shown."""
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """The best that any membership test can do against a guarantee.
+
+    Attributes:
+        mu: μ of Gaussian differential privacy, exact for full-batch Gaussian releases; else None.
+        curve: δ(ε) of any other composition; None if μ is given, or if nothing is promised.
+    """
+
+    mu: float | None = None
+    curve: PrivacyCurve | None = None
+
+    @property
+    def promises(self) -> bool:
+        """Whether there is a ceiling below 1 at all."""
+        return self.mu is not None or self.curve is not None
+
+    def true_positive_rate(self, false_positive_rate: float) -> float:
+        """Largest true positive rate at a false positive rate in [0, 1]."""
+        if self.mu is not None:
+            return gaussian_true_positive_rate(self.mu, false_positive_rate)
+        if self.curve is not None:
+            return self.curve.true_positive_rate(false_positive_rate)
+        return 1.0
+
+    def false_positive_rate(self, true_positive_rate: float) -> float:
+        """Smallest false positive rate at which a true positive rate in [0, 1] can be reached."""
+        if self.mu is not None:
+            return float(ndtr(ndtri(true_positive_rate) - self.mu))
+        if self.curve is None:
+            return 0.0
+        # Each line of `PrivacyCurve.true_positive_rate`, solved for the false positive rate.
+        with np.errstate(over="ignore", invalid="ignore"):
+            direct = (true_positive_rate - self.curve.deltas) * np.exp(-self.curve.epsilons)
+            dual = 1.0 - self.curve.deltas - np.exp(self.curve.epsilons) * (1.0 - true_positive_rate)
+        return min(true_positive_rate, max(0.0, float(direct.max()), float(dual.max())))
+
+    @property
+    def area(self) -> float:
+        """Largest area under the ROC curve."""
+        if self.mu is not None:
+            return float(ndtr(self.mu / math.sqrt(2.0)))
+        if self.curve is None:
+            return 1.0
+        rates = np.concatenate([[0.0], np.geomspace(1e-6, 1.0, 400)])
+        heights = np.array([self.curve.true_positive_rate(float(rate)) for rate in rates])
+        # Right ends of a rising curve: an upper sum.
+        return float(np.sum(np.diff(rates) * heights[1:]))
+
+
+def ceiling_of(events: Iterable[GaussianEvent]) -> Ceiling:
+    """Ceiling of all releases together; one that promises nothing if a release has no noise."""
+    merged = merge_events(events)
+    if not merged:
+        return Ceiling(mu=0.0)
+    if any(event.noise_multiplier < SMALLEST_NOISE_MULTIPLIER for event in merged):
+        return Ceiling()
+    if all(event.sampling_rate == 1.0 for event in merged):
+        return Ceiling(mu=math.sqrt(sum(event.steps / event.noise_multiplier**2 for event in merged)))
+    return Ceiling(curve=privacy_curve(merged))
+
+
+def membership_figures(
+    scores: FloatArray, members: BoolArray, ceiling: Ceiling, releases: IntArray | None = None
+) -> tuple[Figure, ...]:
+    """AUC and true positive rates at fixed false positive rates.
+
+    Args:
+        scores: (n,) larger where the attacker believes in membership; not NaN.
+        members: (n,) the truth.
+        ceiling: what the guarantee allows.
+        releases: (n,) which release a score belongs to; None if every score has noise of its own.
+
+    Returns:
+        AUC, and the true positive rate at every rate of `RATES` for which there are enough scores of
+        non-members to set a threshold, from enough releases that one draw of noise does not decide it.
+
+    Raises:
+        ValueError: there are no members or no others, or a score is NaN.
+    """
+    if np.isnan(scores).any() or not members.any() or members.all():
+        raise ValueError("scores must not be NaN, and there must be members and others")
+    groups = np.arange(scores.size) if releases is None else releases
+    figures = [_area_figure(scores, members, groups, ceiling)]
+    for rate in RATES:
+        found = _rate_figure(scores, members, groups, ceiling, rate)
+        if found is not None:
+            figures.append(found)
+    return tuple(figures)
+
+
+def area_under_curve(scores: FloatArray, members: BoolArray, groups: IntArray) -> tuple[float, float]:
+    """Area under the ROC curve and its standard error over groups of dependent scores.
+
+    Reference:
+        Obuchowski 1997, "Nonparametric analysis of clustered ROC curve data", Biometrics 53.
+    """
+    inside, outside = np.sort(scores[members]), np.sort(scores[~members])
+    won = _share_below(outside, scores[members])
+    lost = 1.0 - _share_below(inside, scores[~members])
+    area = float(won.mean())
+    influence = np.zeros(scores.size)
+    influence[members] = (won - area) / won.size
+    influence[~members] = (lost - area) / lost.size
+    _, index = np.unique(groups, return_inverse=True)
+    sums = np.bincount(index, weights=influence)
+    correction = sums.size / max(1, sums.size - 1)
+    return area, math.sqrt(correction * float(np.sum(sums**2)))
+
+
+def roc_points(scores: FloatArray, members: BoolArray, count: int = 120) -> tuple[CurvePoint, ...]:
+    """The empirical ROC curve at false positive rates spread over the logarithmic scale."""
+    outside = np.sort(scores[~members])[::-1]
+    inside = np.sort(scores[members])
+    ranks = np.unique(np.round(np.geomspace(1, outside.size, count)).astype(int)) - 1
+    points = {}
+    for rank in ranks:
+        threshold = outside[rank]
+        false = float(np.count_nonzero(outside > threshold)) / outside.size
+        true = 1.0 - float(np.searchsorted(inside, threshold, side="right")) / inside.size
+        points[false] = true
+    points[1.0] = 1.0
+    return tuple(CurvePoint(false_positive_rate=f, true_positive_rate=t) for f, t in sorted(points.items()))
+
+
+def rate_interval(
+    hits: BoolArray, groups: IntArray, confidence: float, *, cautious: bool = False
+) -> tuple[float, float]:
+    """Clopper-Pearson interval of a share, with the effective number of independent observations.
+
+    Args:
+        hits: (n,) n ≥ 1 outcomes.
+        groups: (n,) which outcomes may depend on each other.
+        confidence: of the two-sided interval.
+        cautious: where all outcomes agree, which tells nothing of their dependence, count groups only.
+
+    Returns:
+        Lower and upper end.
+
+    Reference:
+        Korn and Graubard 1998, "Confidence intervals for proportions with small expected number of
+        positive counts estimated from survey data", Survey Methodology 24.
+    """
+    share, size = float(hits.mean()), float(hits.size)
+    if 0.0 < share < 1.0:
+        _, index = np.unique(groups, return_inverse=True)
+        sums = np.bincount(index, weights=(hits - share) / hits.size)
+        variance = sums.size / max(1, sums.size - 1) * float(np.sum(sums**2))
+        if variance > 0.0:
+            size = min(size, max(1.0, share * (1.0 - share) / variance))
+    elif cautious:
+        size = float(np.unique(groups).size)
+    return clopper_pearson(share * size, size, confidence)
+
+
+def clopper_pearson(hits: float, size: float, confidence: float) -> tuple[float, float]:
+    """Exact two-sided interval of a binomial share; sizes need not be whole numbers."""
+    tail = (1.0 - confidence) / 2.0
+    low = 0.0 if hits <= 0.0 else float(beta.ppf(tail, hits, size - hits + 1.0))
+    high = 1.0 if hits >= size else float(beta.ppf(1.0 - tail, hits + 1.0, size - hits))
+    return low, high
+
+
+def _share_below(ordered: FloatArray, values: FloatArray) -> FloatArray:
+    below = np.searchsorted(ordered, values, side="left") + np.searchsorted(ordered, values, side="right")
+    return np.asarray(below / (2.0 * ordered.size), dtype=np.float64)
+
+
+def _area_figure(scores: FloatArray, members: BoolArray, groups: IntArray, ceiling: Ceiling) -> Figure:
+    area, error = area_under_curve(scores, members, groups)
+    reach = float(norm.ppf(0.5 + CONFIDENCE / 2.0)) * error
+    bound = ceiling.area if ceiling.promises else None
+    broken = bound is not None and area - float(norm.isf(ALARM_LEVEL)) * error > bound + 1e-9
+    low, high = max(0.0, area - reach), min(1.0, area + reach)
+    return Figure(name="AUC", value=area, low=low, high=high, bound=bound, broken=broken)
+
+
+def _rate_figure(
+    scores: FloatArray, members: BoolArray, groups: IntArray, ceiling: Ceiling, rate: float
+) -> Figure | None:
+    _, index = np.unique(groups, return_inverse=True)
+    judged = index % 2 == 1
+    reference = np.sort(scores[~judged & ~members])[::-1]
+    if reference.size * rate < 1.0 or not (judged & members).any() or not (judged & ~members).any():
+        return None
+    threshold = reference[int(reference.size * rate)]
+    hits, false = scores[judged & members] > threshold, scores[judged & ~members] > threshold
+    hit_groups, false_groups = groups[judged & members], groups[judged & ~members]
+    bound = ceiling.true_positive_rate(rate) if ceiling.promises else None
+    # Both rates are uncertain; each gets half of the level, on one side.
+    surely, _ = rate_interval(hits, hit_groups, 1.0 - ALARM_LEVEL, cautious=True)
+    _, at_most = rate_interval(false, false_groups, 1.0 - ALARM_LEVEL, cautious=True)
+    broken = bound is not None and surely > ceiling.true_positive_rate(at_most) + 1e-9
+    value, low, high = _rate_estimate(scores, members, groups, rate)
+    # Where all members, or none, are above every threshold of this kind, it does not matter which one it is.
+    chancy = _false_releases(scores, members, groups, rate) < _LEAST_FALSE_RELEASES and 0.0 < value < 1.0
+    if chancy and not broken:
+        return None
+    name = f"TPR at {rate:.1%} FPR".replace(".0%", " %").replace("0.1%", "0.1 %")
+    return Figure(name=name, value=value, low=low, high=high, bound=bound, broken=broken)
+
+
+def _false_releases(scores: FloatArray, members: BoolArray, groups: IntArray, rate: float) -> int:
+    """How many releases the false positives at this rate come from; with few, one draw of noise decides."""
+    outside, of_release = scores[~members], groups[~members]
+    highest = np.argsort(-outside, kind="stable")[: max(1, int(outside.size * rate))]
+    return int(np.unique(of_release[highest]).size)
+
+
+def _rate_estimate(
+    scores: FloatArray, members: BoolArray, groups: IntArray, rate: float
+) -> tuple[float, float, float]:
+    """True positive rate at exactly this false positive rate on all scores, and its interval.
+
+    The threshold is an estimate too, so the interval comes from leaving out a block of releases at a time.
+    """
+    _, index = np.unique(groups, return_inverse=True)
+    value = _true_positive_rate(scores, members, rate)
+    blocks = min(_BLOCKS, int(index.max()) + 1)
+    left_out = [
+        _true_positive_rate(scores[index % blocks != b], members[index % blocks != b], rate)
+        for b in range(blocks)
+    ]
+    error = math.sqrt((blocks - 1) * float(np.var(left_out)))
+    if error == 0.0:
+        hits = np.full(int(members.sum()), value > 0.5)
+        return value, *rate_interval(hits, groups[members], CONFIDENCE)
+    reach = float(norm.ppf(0.5 + CONFIDENCE / 2.0)) * error
+    return value, max(0.0, value - reach), min(1.0, value + reach)
+
+
+def _true_positive_rate(scores: FloatArray, members: BoolArray, rate: float) -> float:
+    outside = np.sort(scores[~members])[::-1]
+    return float(np.mean(scores[members] > outside[min(outside.size - 1, int(outside.size * rate))]))

@@ -1,0 +1,277 @@
+"""Text recovery from the task profile: both spans of the gradient, exact δ per token, a beam.
+
+The attacker holds one release and knows how a text begins. For every next token of the vocabulary it computes
+the exact δ that this token would have given and tests it against the left span; the state that follows
+is tested against the right span; the language model's own probability breaks ties. Tokens stand in the
+prefix as they are found, so an error early in a text spoils the rest: what is found is a lower bound.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from fedmosaic.client.model.examples import IGNORED, EncodedExample, Example
+from fedmosaic.client.profile.probe import Probe, gradient_factors
+from fedmosaic.experiments.attacks.profile import (
+    AUTHORS_NOISE,
+    AUTHORS_SHARE,
+    DELTA,
+    noise_multiplier,
+)
+from fedmosaic.experiments.attacks.statistics.membership import gram_matrix
+from fedmosaic.experiments.attacks.statistics.results import CONFIDENCE, AttackResult, Figure, Setting
+from fedmosaic.experiments.attacks.statistics.roc import clopper_pearson
+from fedmosaic.experiments.attacks.statistics.spans import Spans, evidence, spans_of
+from fedmosaic.privacy.mechanism.noise import NoiseSource
+from fedmosaic.privacy.mechanism.profile import clipped_sum, release
+from fedmosaic.privacy.mechanism.projection import GradientFactors, PublicBasis, PublicMap
+
+TEXT: Final = "Text recovery from the profile"
+BEAMS: Final = 2
+CANDIDATES: Final = 5
+LIKELY_TOKENS: Final = 20_000
+_KNOWN_WORDS: Final = 3
+_FLOOR: Final = 1e-3
+_WEIGHT: Final = 8.0
+
+
+@dataclass(frozen=True, eq=False)
+class Release:
+    """One release as a matrix, and how the attacker's own vectors get into its coordinates.
+
+    Attributes:
+        spans: what stands out of its noise; None to decode with the language model alone.
+        left: maps (n, D) gradients δ to the matrix's rows.
+        right: maps (n, F) inputs x to its columns.
+        words: what it is.
+        setting: what it is filed under.
+        epsilon: claimed ε.
+    """
+
+    spans: Spans | None
+    left: Callable[[np.ndarray], np.ndarray]
+    right: Callable[[np.ndarray], np.ndarray]
+    words: str
+    setting: Setting
+    epsilon: float | None
+
+
+def continuations(
+    examples: Sequence[Example], tokenizer: Any, count: int, tokens: int
+) -> list[EncodedExample]:
+    """Texts of a client, as examples that continue their first words.
+
+    Args:
+        examples: their prompts' first lines are the texts.
+        tokenizer: of the probe.
+        count: number of texts.
+        tokens: most tokens to continue with.
+
+    Returns:
+        At most `count` examples with at least six tokens to recover.
+    """
+    found: list[EncodedExample] = []
+    for example in examples:
+        words = example.prompt.split("\n", 1)[0].split(" ")
+        known = tokenizer(" ".join(words[:_KNOWN_WORDS]), add_special_tokens=True)["input_ids"]
+        rest = tokenizer(" " + " ".join(words[_KNOWN_WORDS:]), add_special_tokens=False)["input_ids"][:tokens]
+        if len(rest) >= 6:
+            ids = torch.tensor([*known, *rest], dtype=torch.int64)
+            labels = torch.tensor([IGNORED] * len(known) + rest, dtype=torch.int64)
+            found.append(EncodedExample(example.id, ids, labels))
+        if len(found) == count:
+            break
+    return found
+
+
+def text_results(
+    probe: Probe,
+    texts: Sequence[EncodedExample],
+    public_map: PublicMap,
+    basis: PublicBasis | None,
+    noise: NoiseSource,
+    seed: int,
+) -> list[AttackResult]:
+    """Recover texts from one release of them: the authors' sanitiser, DP in its place, and the product.
+
+    Args:
+        probe: the public probe model.
+        texts: what is in the release.
+        public_map: the product's map.
+        basis: its basis, which the attacker has too.
+        noise: of the product's release.
+        seed: of the references' noise.
+    """
+    factors = list(gradient_factors(probe, texts))
+    generator = np.random.default_rng(seed)
+    releases = [
+        *_references(factors, generator),
+        *_product(factors, public_map, basis, noise),
+        Release(
+            None, _same, _same, "no release at all: the language model's own guess", "no_sanitiser", None
+        ),
+    ]
+    return [_result(probe, texts, released) for released in releases]
+
+
+def decode(probe: Probe, known: Sequence[int], length: int, released: Release) -> list[int]:
+    """The most plausible continuation of known tokens under a release.
+
+    Args:
+        probe: the public probe model.
+        known: tokens that the attacker knows.
+        length: number of tokens to recover.
+        released: what it holds.
+    """
+    beams: list[tuple[float, list[int]]] = [(0.0, [])]
+    states = _states(probe, [list(known)])
+    for _ in range(length):
+        grown: list[tuple[float, list[int]]] = []
+        for (score, tokens), (hidden, _) in zip(beams, states, strict=True):
+            scores = _token_scores(probe, hidden, released)
+            best = np.argpartition(scores, -CANDIDATES)[-CANDIDATES:]
+            grown += [(score + float(scores[token]), [*tokens, int(token)]) for token in best]
+        after = _states(probe, [[*known, *tokens] for _, tokens in grown])
+        if released.spans is not None:
+            inputs = released.right(np.stack([state for _, state in after]))
+            fits = _weight(released.spans) * evidence(inputs, released.spans.right, _FLOOR)
+            grown = [(score + float(fit), tokens) for (score, tokens), fit in zip(grown, fits, strict=True)]
+        order = sorted(range(len(grown)), key=lambda index: -grown[index][0])[:BEAMS]
+        beams, states = [grown[index] for index in order], [after[index] for index in order]
+    return beams[0][1]
+
+
+def _references(factors: Sequence[GradientFactors], generator: np.random.Generator) -> Iterator[Release]:
+    rows = int(AUTHORS_SHARE * factors[0].delta.shape[1])
+    matrices = [factor.delta[:, :rows].T.astype(np.float64) @ factor.inputs for factor in factors]
+    tokens = sum(len(factor.delta) for factor in factors)
+    count = len(factors)
+
+    def kept(delta: np.ndarray) -> np.ndarray:
+        return delta[:, :rows]
+
+    spread = AUTHORS_NOISE / math.sqrt(count)
+    mean = np.mean(matrices, axis=0) + spread * generator.standard_normal(matrices[0].shape)
+    words = f"first 40 % of rows, noise 1e-4, no clipping, mean of {count} texts"
+    yield Release(spans_of(mean, spread, tokens), kept, _same, words, "authors", math.inf)
+    norms = np.sqrt(np.diag(gram_matrix(factors, AUTHORS_SHARE)))
+    bound = float(norms.min())
+    deviation = noise_multiplier(8.0) * bound
+    total = np.sum([m * min(1.0, bound / n) for m, n in zip(matrices, norms, strict=True)], axis=0)
+    total = total + deviation * generator.standard_normal(total.shape)
+    words = f"first 40 % of rows, clipped, ε = 8, sum of {count} texts"
+    yield Release(spans_of(total, deviation, tokens), kept, _same, words, "variant", 8.0)
+
+
+def _product(
+    factors: Sequence[GradientFactors], public_map: PublicMap, basis: PublicBasis | None, noise: NoiseSource
+) -> Iterator[Release]:
+    """The product's release, its whitening taken off again: a small matrix between public directions."""
+    mechanism = public_map.mechanism
+    whole = mechanism.reduction.coordinate_share == 1.0
+    if basis is None or basis.left is None or basis.right is None or not whole:
+        return
+    left, right = basis.left.astype(np.float64), basis.right.astype(np.float64)
+    total = clipped_sum(public_map.rows(factors), mechanism)
+    vector = release(total, mechanism, noise).astype(np.float64)
+    if basis.whitening is not None:
+        vector = np.asarray(np.linalg.solve(basis.whitening.astype(np.float64), vector), dtype=np.float64)
+    if basis.centre is not None:
+        vector = vector + len(factors) * basis.centre
+    matrix = vector.reshape(left.shape[1], right.shape[1])
+    tokens = sum(len(factor.delta) for factor in factors)
+    spans = spans_of(matrix, 0.0, min(tokens, min(matrix.shape) // 2))
+    sigma = mechanism.noise_multiplier
+    words = f"kronecker, {mechanism.dimensions} numbers, σ = {sigma:.3g}, sum of {len(factors)} texts"
+    yield Release(spans, lambda d: d @ left, lambda x: x @ right, words, "product", None)
+
+
+def _same(vectors: np.ndarray) -> np.ndarray:
+    return vectors
+
+
+def _result(probe: Probe, texts: Sequence[EncodedExample], released: Release) -> AttackResult:
+    right, total, verbatim = 0, 0, 0
+    for text in texts:
+        supervised = text.labels != IGNORED
+        truth = text.input_ids[supervised].tolist()
+        found = decode(probe, text.input_ids[~supervised].tolist(), len(truth), released)
+        matches = sum(a == b for a, b in zip(truth, found, strict=True))
+        right, total, verbatim = right + matches, total + len(truth), verbatim + (matches == len(truth))
+    return AttackResult(
+        attack=TEXT,
+        adversary="server that knows how the texts begin",
+        sees="one release; the probe model is public",
+        statistic="both spans by SVD, exact δ of every token, language model, beam",
+        release=released.words,
+        setting=released.setting,
+        epsilon=released.epsilon,
+        delta=DELTA if released.epsilon is not None else None,
+        figures=(
+            _share("tokens recovered", right, total),
+            _share("texts recovered verbatim", verbatim, len(texts)),
+        ),
+        note="a lower bound: a better search recovers more. Compare with the language model's own guess",
+    )
+
+
+def _share(name: str, right: int, total: int) -> Figure:
+    low, high = clopper_pearson(right, total, CONFIDENCE)
+    return Figure(name=f"{name} (of {total})", value=right / total, low=low, high=high)
+
+
+def _weight(spans: Spans) -> float:
+    """How far the spans are to be trusted against the language model."""
+    return _WEIGHT * (1.0 - spans.noise_share)
+
+
+def _token_scores(probe: Probe, hidden: np.ndarray, released: Release) -> np.ndarray:
+    """Evidence for every token of the vocabulary: left span and log-probability."""
+    weights: Any = probe.head.weight  # (V, D)
+    gain: Any = probe.norm.weight
+    head, gamma = weights.detach().float().numpy(), gain.detach().float().numpy()
+    scale = 1.0 / math.sqrt(float(np.mean(hidden**2)) + probe.epsilon)
+    logits = head @ (hidden * scale * gamma)
+    logits -= logits.max()
+    log_probability = logits - math.log(float(np.exp(logits).sum()))
+    if released.spans is None:
+        return np.asarray(log_probability)
+    # Tokens that the model thinks next to impossible are left out; it saves nearly all of the time.
+    kept = np.argsort(log_probability)[-LIKELY_TOKENS:]
+    upstream = (np.exp(log_probability) @ head - head[kept]) * gamma
+    along = upstream @ hidden / len(hidden)
+    delta = scale * upstream - scale**3 * np.outer(along, hidden)
+    fits = evidence(released.left(delta), released.spans.left.astype(np.float32), _FLOOR)
+    scores = np.full(len(head), -np.inf)
+    scores[kept] = log_probability[kept] + _weight(released.spans) * fits
+    return scores
+
+
+def _states(probe: Probe, sequences: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Residual stream and input of `down_proj` at the last position of sequences of one length."""
+    seen: dict[str, torch.Tensor] = {}
+    with (
+        _capture(probe.down_proj, seen, "inputs"),
+        _capture(probe.norm, seen, "hidden"),
+        torch.inference_mode(),
+    ):
+        probe.decoder(input_ids=torch.tensor(sequences), use_cache=False)
+    hidden, inputs = seen["hidden"][:, -1].float().numpy(), seen["inputs"][:, -1].float().numpy()
+    return list(zip(hidden, inputs, strict=True))
+
+
+@contextmanager
+def _capture(module: torch.nn.Module, seen: dict[str, torch.Tensor], name: str) -> Iterator[None]:
+    def keep(_module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        seen[name] = arguments[0]
+
+    handle = module.register_forward_pre_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()

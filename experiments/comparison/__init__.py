@@ -1,0 +1,1 @@
+"""Runs side by side: tables, figures and the page of `fedmosaic report`."""

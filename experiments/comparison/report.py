@@ -1,0 +1,363 @@
+"""`fedmosaic report PATH`: what a run did, what it is good for, and who learnt what."""
+
+import json
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedmosaic.experiments.attacks import report as attack_report
+from fedmosaic.experiments.comparison.figure import privacy_figure
+from fedmosaic.experiments.comparison.page import page
+from fedmosaic.experiments.comparison.runs import REFERENCE, compared_run, group_runs
+from fedmosaic.experiments.comparison.tables import terminal_tables
+from fedmosaic.experiments.scenario.newcomers import newcomers_table, read_newcomers
+from fedmosaic.privacy.configuration import parse_json
+from fedmosaic.privacy.statement.check import check_received
+from fedmosaic.privacy.statement.costs import costs_at_epsilon
+from fedmosaic.privacy.statement.models import ChannelCost, PrivacyStatement
+from fedmosaic.privacy.statement.render import WIDTH, render, render_costs
+from fedmosaic.protos.errors import AccountingError, ConfigurationError, PrivacyError
+
+_CHANNELS = ("adapter", "profile", "keys", "control")
+_RESULT, _STATEMENT, _SERVER_RUN = "result.json", "statement.json", "run.json"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Read a run: accuracy per client, relevance, privacy statement, bytes sent.
+
+    PATH is the directory of a run made by `fedmosaic run` or `fedmosaic demo`, a client's state directory,
+    or the server's. With several runs, their methods are compared, with intervals over seeds.
+    """
+
+    path: tyro.conf.Positional[tuple[Path, ...]]
+    """Where to read from."""
+    html: Path | None = None
+    """Write the comparison of one or several runs as one self-contained page."""
+    against: str = REFERENCE
+    """The method that the others are compared with, seed by seed."""
+    privacy_figure: Path | None = None
+    """Write accuracy and relevance over ε, by protection, as an SVG figure; for runs of one scenario."""
+    at_epsilon: float | None = None
+    """Also say what noise every channel would have needed for this total ε."""
+    json: bool = False
+    """Print everything as JSON instead of tables."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything that is left of a run, as far as it is here.
+
+    Attributes:
+        directory: where it was read.
+        clients: results by client id; empty when only the server's side is here.
+        statements: privacy statements by client id.
+        server: the server's `run.json`, or nothing.
+        tasks: task of every client, where a scenario says so.
+    """
+
+    directory: Path
+    clients: Mapping[str, Mapping[str, Any]]
+    statements: Mapping[str, Mapping[str, Any]]
+    server: Mapping[str, Any]
+    tasks: Mapping[str, str]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `fedmosaic report` with its arguments."""
+    parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic report")
+    if not parsed.path:
+        raise ConfigurationError("give the directory of a run, or of several")
+    if len(parsed.path) > 1 or parsed.html is not None or parsed.privacy_figure is not None:
+        compare(parsed, shlex.join(["fedmosaic", "report", *arguments]))
+        return 0
+    record = read_run(parsed.path[0])
+    if parsed.json:
+        print(
+            json.dumps({"clients": record.clients, "statements": record.statements, "server": record.server})
+        )
+        return 0
+    # Without a terminal there is no width to respect, and the tables need WIDTH columns.
+    console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
+    show(record, console)
+    merged = merged_statement(record)
+    if parsed.at_epsilon is not None and merged is not None:
+        console.print(render_costs(_costs(merged, parsed.at_epsilon, console)))
+    return 0
+
+
+def _costs(statement: PrivacyStatement, target: float, console: Console) -> list[ChannelCost]:
+    """Costs for every client whose figures allow them; the others are named."""
+    costs: list[ChannelCost] = []
+    failed: list[AccountingError] = []
+    for client in statement.clients:
+        try:
+            costs.extend(costs_at_epsilon(statement.model_copy(update={"clients": (client,)}), target))
+        except AccountingError as error:
+            failed.append(error)
+            console.print(Text(f"No costs for {client.client_id}: {error}", style="bold yellow"))
+    if not costs:
+        raise failed[0]
+    return costs
+
+
+def compare(arguments: Arguments, command: str) -> None:
+    """Print the comparison of several runs, and write it as a page where one is asked for.
+
+    Raises:
+        ConfigurationError: a run is not finished or has no scores by round, or an option is for one run only.
+    """
+    if arguments.json or arguments.at_epsilon is not None:
+        raise ConfigurationError("--json and --at-epsilon are for one run; give one, without --html")
+    groups = group_runs([compared_run(path) for path in arguments.path])
+    methods = sorted({group.method for group in groups})
+    if arguments.against not in (REFERENCE, *methods):
+        raise ConfigurationError(f"there is no run of {arguments.against!r}; there are {', '.join(methods)}")
+    console = Console()
+    console.print(*terminal_tables(groups, arguments.against), sep="\n")
+    if arguments.html is not None:
+        arguments.html.write_text(page(groups, command, arguments.against), encoding="utf-8")
+        console.print(f"the page is {arguments.html}")
+    if arguments.privacy_figure is not None:
+        arguments.privacy_figure.write_text(privacy_figure(groups, command), encoding="utf-8")
+        console.print(f"the figure is {arguments.privacy_figure}")
+
+
+def read_run(path: Path) -> RunRecord:
+    """Read what a run left behind.
+
+    Raises:
+        ConfigurationError: there is nothing of a run at this path.
+    """
+    if (path / "federation").is_dir():
+        kits = sorted((path / "federation" / "clients").iterdir())
+        states = {kit.name: kit / "state" for kit in kits}
+        server = _read_json(path / "federation" / "server" / "state" / _SERVER_RUN)
+        scenario = _read_json(path / "scenario.json")
+        tasks = {client["id"]: client["task"] for client in scenario.get("clients", [])}
+    elif (path / _RESULT).exists():
+        states = {_read_json(path / "session.json").get("client", path.name): path}
+        server, tasks = {}, {}
+    elif (path / _SERVER_RUN).exists():
+        states, server, tasks = {}, _read_json(path / _SERVER_RUN), {}
+    else:
+        raise ConfigurationError(
+            f"{path}: no run here; give the directory that `fedmosaic run` printed, or the state directory "
+            "of a client or a server"
+        )
+    found = {name: _read_json(state / _STATEMENT) for name, state in states.items()}
+    statements = {name: content for name, content in found.items() if content}
+    if not states:
+        statements = server.get("statements", {})
+    return RunRecord(
+        path,
+        {name: _read_json(state / _RESULT) for name, state in states.items()},
+        statements,
+        server,
+        tasks,
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        content = parse_json(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"{path} is damaged: {error}; restore it from a backup, or move it away and see the rest"
+        ) from None
+    return content
+
+
+def show(record: RunRecord, console: Console) -> None:
+    """Print the tables of a run."""
+    if any("after" in result for result in record.clients.values()):
+        console.print(accuracy_table(record))
+        console.print(
+            "Self: accuracy on the client's own test sets. Others: mean over the others' test sets.\n",
+            style="dim",
+        )
+    for line in alone(record):
+        console.print(Text(f"{line}\n", style="bold red"))
+    if record.server.get("results"):
+        console.print(relevance_table(record.server))
+        console.print(
+            "Similarity of the noisy task profiles, corrected for the known noise; +1 is the same task.\n",
+            style="dim",
+        )
+        console.print(weights_table(record.server))
+        console.print("How much of each column's adapter the row's client received.\n", style="dim")
+    merged = merged_statement(record)
+    if merged is not None:
+        console.print(render(merged))
+    for name, reason in usable_statements(record)[1].items():
+        console.print(Text(f"The privacy statement of {name} is left out: {reason}.\n", style="bold yellow"))
+    attacked = attack_report.read(record.directory / "attacks")
+    if attacked is not None:
+        console.print(attack_report.render(attacked))
+    if any("traffic" in result for result in record.clients.values()):
+        console.print(traffic_table(record))
+        console.print("Bytes of messages, without what HTTP/2 and TLS add.\n", style="dim")
+    newcomers = read_newcomers(record.directory)
+    if newcomers:
+        console.print(newcomers_table(newcomers))
+        console.print("Clients that came when the last round was over.\n", style="dim")
+    if any("training_flops" in result for result in record.clients.values()):
+        console.print(cost_table(record))
+        console.print(
+            "Operations of the clients' own training steps, measured; scoring, profiles and what a server "
+            "distils are not among them.\n",
+            style="dim",
+        )
+
+
+def alone(record: RunRecord) -> list[str]:
+    """Who received nothing from the others although the run is over, one line each."""
+    lines = [
+        f"{name} RECEIVED NOTHING from the others, in any round: it trained alone."
+        for name, result in record.clients.items()
+        if result.get("received_rounds") == 0
+    ]
+    received = record.server.get("received_rounds")
+    if record.server.get("phase") == "finished" and received is not None and not any(received.values()):
+        lines.append("NOTHING WAS EXCHANGED in this run: no member received anything, in any round.")
+    return lines
+
+
+def usable_statements(record: RunRecord) -> tuple[dict[str, PrivacyStatement], dict[str, str]]:
+    """The statements of a run that can be shown together, and why the others cannot, by client id."""
+    usable: dict[str, PrivacyStatement] = {}
+    left_out = dict.fromkeys(
+        record.server.get("unreadable_statements", ()), "the server could not read what it had stored"
+    )
+    for name, content in record.statements.items():
+        try:
+            usable[name] = check_received(content, name, record.server.get("run_id"))
+        except PrivacyError as error:
+            left_out[name] = str(error)
+    terms = Counter((s.run_id, s.roster_sha256) for s in usable.values())
+    for name, statement in list(usable.items()):
+        if (statement.run_id, statement.roster_sha256) != terms.most_common(1)[0][0]:
+            left_out[name] = "it is about another run or roster than the others"
+            del usable[name]
+    return usable, left_out
+
+
+def merged_statement(record: RunRecord) -> PrivacyStatement | None:
+    """One statement over all clients whose own is here and usable; None if there is none."""
+    statements = list(usable_statements(record)[0].values())
+    if not statements:
+        return None
+    # Of what coalitions can solve for, the worst that any of them saw.
+    worst = min(statements, key=lambda s: s.coalition_rows[0].contributors if s.coalition_rows else 0)
+    return worst.model_copy(
+        update={
+            "clients": tuple(client for s in statements for client in s.clients),
+            "no_guarantee": any(s.no_guarantee for s in statements),
+        }
+    )
+
+
+def accuracy_table(record: RunRecord) -> Table:
+    """Accuracy before and after, on the own task and on the others'."""
+    table = Table(title="Accuracy before → after")
+    for column in ("client", "task", "Self", "gain", "Others", "gain"):
+        table.add_column(column, justify="left" if column in ("client", "task") else "right")
+    rows = []
+    for name, result in record.clients.items():
+        if "before" not in result or "after" not in result:
+            continue
+        own = (result["before"].get("self"), result["after"].get("self"))
+        others = tuple(_others(result[when]) for when in ("before", "after"))
+        table.add_row(name, record.tasks.get(name, "-"), *_change(*own), *_change(*others))
+        rows.append((*own, *others))
+    measures = {m for result in record.clients.values() for m in result.get("measures", {}).values()}
+    if measures:
+        table.caption = f"what counts as right: {'; '.join(sorted(measures))}"
+    complete = [row for row in rows if None not in row]
+    if complete:
+        means = [fmean(row[i] for row in complete) for i in range(4)]
+        table.add_section()
+        table.add_row("mean", "", *_change(*means[:2]), *_change(*means[2:]))
+    return table
+
+
+def _others(scores: Mapping[str, float]) -> float | None:
+    values = [score for name, score in scores.items() if name != "self"]
+    return fmean(values) if values else None
+
+
+def _change(before: float | None, after: float | None) -> tuple[str, str]:
+    if before is None or after is None:
+        return "-", "-"
+    return f"{before:.2f} → {after:.2f}", f"{after - before:+.2f}"
+
+
+def relevance_table(server: Mapping[str, Any]) -> Table:
+    """Similarity of the task profiles in the last closed round."""
+    last = server["results"][-1]
+    clients = last["clients"]
+    table = Table(title=f"Relevance matrix, round {last['round']}")
+    table.add_column("")
+    for client in clients:
+        table.add_column(client, justify="right", no_wrap=True)
+    for name, row in zip(clients, last["similarity"], strict=True):
+        table.add_row(name, *("-" if value is None else f"{value:+.2f}" for value in row))
+    return table
+
+
+def weights_table(server: Mapping[str, Any]) -> Table:
+    """Share of every contributor in every recipient's aggregate of the last closed round."""
+    last = server["results"][-1]
+    clients = last["clients"]
+    table = Table(title=f"Shares of the aggregates, round {last['round']}")
+    table.add_column("recipient")
+    for client in clients:
+        table.add_column(client, justify="right", no_wrap=True)
+    for recipient in clients:
+        row = last["weights"].get("shared", {}).get(recipient)
+        if row is None:
+            table.add_row(recipient, last["refusals"].get("shared", {}).get(recipient, "none"))
+        else:
+            table.add_row(recipient, *(f"{row[c]:.2f}" if c in row else "-" for c in clients))
+    return table
+
+
+def traffic_table(record: RunRecord) -> Table:
+    """Bytes each client sent, by what they were for, and received."""
+    table = Table(title="Bytes each client sent and received")
+    for column in ("client", "adapter", "profile", "group key", "control", "all sent", "received"):
+        table.add_column(column, justify="left" if column == "client" else "right", no_wrap=True)
+    for name, result in record.clients.items():
+        channels = result.get("traffic")
+        if not channels:
+            continue
+        sent = [channels[c]["sent"] for c in _CHANNELS]
+        received = sum(channels[c]["received"] for c in _CHANNELS)
+        table.add_row(name, *(f"{count:,}" for count in (*sent, sum(sent), received)))
+    return table
+
+
+def cost_table(record: RunRecord) -> Table:
+    """Steps, floating point operations and seconds of every client."""
+    table = Table(title="What training cost")
+    for column in ("client", "steps", "TFLOP", "seconds from start to end"):
+        table.add_column(column, justify="left" if column == "client" else "right", no_wrap=True)
+    for name, result in record.clients.items():
+        if "training_flops" in result:
+            operations = f"{result['training_flops'] / 1e12:,.4g}"
+            table.add_row(name, f"{result['training_steps']:,}", operations, f"{result['seconds']:.0f}")
+    return table

@@ -1,0 +1,1 @@
+"""Texts of the demo, from corpora that wheels carry."""

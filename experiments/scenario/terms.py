@@ -1,0 +1,243 @@
+"""A scenario: who is in a federation, with which model, data and privacy.
+
+Paths in a scenario file are relative to the file; `$NAME` in them is taken from the environment.
+"""
+
+import os
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from fedmosaic.client.model.training import TrainingSettings
+from fedmosaic.client.settings import ModelSettings, ProbeModelSettings
+from fedmosaic.privacy.configuration import Frozen
+from fedmosaic.privacy.encryption.parameters import CkksParameters, Parameters
+from fedmosaic.privacy.federation.names import Family, MemberId
+from fedmosaic.privacy.federation.roster import (
+    AdapterPrivacyTerms,
+    AdapterTerms,
+    RelevanceTerms,
+    ScheduleTerms,
+)
+from fedmosaic.privacy.policy import AggregationPolicy
+from fedmosaic.protos.errors import ConfigurationError
+
+
+class ScenarioProfile(Frozen):
+    """The task profile, before the probe's fingerprint and the public basis are known."""
+
+    public_data: Path
+    kind: str = "kronecker"
+    dimensions: int = Field(default=128, ge=1)
+    left: int = Field(default=4, ge=1)
+    noise_multiplier: float = Field(default=8.0, ge=0)
+    max_length: int = Field(default=96, ge=8)
+    minimum_examples: int = Field(default=50, ge=1)
+    """A client with fewer releases no profile; below 50 it would be mostly noise, if there is any noise."""
+
+
+class ScenarioTask(Frozen):
+    """One task of a client, in the form of `fedmosaic.client.model.examples.read_examples`."""
+
+    name: str = Field(min_length=1)
+    train: Path
+    test: Path
+    metric: Literal["accuracy", "f1"] = "accuracy"
+    """`accuracy` picks the most likely choice; `f1` lets the model write and compares words."""
+
+
+class ScenarioClient(Frozen):
+    """One client: its model and its own tasks, either one (`task`, `train`, `test`) or several in order."""
+
+    id: MemberId
+    task: str = ""
+    train: Path | None = None
+    test: Path | None = None
+    tasks: tuple[ScenarioTask, ...] = ()
+    model: ModelSettings
+    family: Family = ""
+    group: str = ""
+    """Clients of one group have tasks alike, as the experimenter knows; relevance is scored by it."""
+    rank: int | None = Field(default=None, ge=1, le=1024)
+    """Rank of this client's LoRA, for the methods whose ranks may differ; adapter.rank by default."""
+    projector: Path | None = None
+    """Folder of the projector that lets a language model read pictures; `fedmosaic tasks projector`."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "ScenarioClient":
+        single = (bool(self.task), self.train is not None, self.test is not None)
+        if self.tasks and any(single):
+            raise ValueError(f"client {self.id} names both tasks and a single task; choose one form")
+        if not self.tasks and not all(single):
+            raise ValueError(f"client {self.id} needs task, train and test, or a list of tasks")
+        names = [task.name for task in self.task_list]
+        if len(set(names)) != len(names):
+            raise ValueError(f"client {self.id} names a task twice: {names}")
+        return self
+
+    def resolved(self, base: Path) -> "ScenarioClient":
+        """The same client with absolute paths; see `Scenario.resolved`."""
+        return self.model_copy(
+            update={
+                "train": self.train and _located(base, self.train),
+                "test": self.test and _located(base, self.test),
+                "model": _model(base, self.model),
+                "projector": self.projector and _located(base, self.projector),
+                "tasks": tuple(
+                    task.model_copy(
+                        update={"train": _located(base, task.train), "test": _located(base, task.test)}
+                    )
+                    for task in self.tasks
+                ),
+            }
+        )
+
+    @property
+    def task_list(self) -> tuple[ScenarioTask, ...]:
+        """The client's tasks in order."""
+        if self.train is None or self.test is None:
+            return self.tasks
+        return (ScenarioTask(name=self.task, train=self.train, test=self.test),)
+
+    @property
+    def domain(self) -> str:
+        """The client's tasks in one word or several."""
+        return self.task or ", ".join(task.name for task in self.tasks)
+
+
+class Scenario(Frozen):
+    """Everything `fedmosaic run` needs to run a federation on one machine."""
+
+    name: MemberId
+    description: str = ""
+    probe: ProbeModelSettings
+    profile: ScenarioProfile
+    adapter: AdapterTerms = AdapterTerms()
+    adapter_privacy: AdapterPrivacyTerms = AdapterPrivacyTerms()
+    policy: AggregationPolicy = AggregationPolicy()
+    relevance: RelevanceTerms = RelevanceTerms()
+    schedule: ScheduleTerms = ScheduleTerms()
+    encryption: Annotated[Parameters, Field(discriminator="backend")] = CkksParameters()
+    allow_plaintext: bool = False
+    training: TrainingSettings = TrainingSettings()
+    clients: tuple[ScenarioClient, ...] = Field(min_length=1)
+    evaluation_examples: int = Field(default=0, ge=0)
+    """At most this many examples of each of a client's own test sets; 0 takes all."""
+    others_examples: int = Field(default=0, ge=0)
+    """The same for every other client's test sets."""
+    evaluate_every: int = Field(default=0, ge=0)
+    """Score after every so many rounds and after the last; 0 scores after the last only."""
+    score: Literal["all", "own", "nothing"] = "all"
+    """What a client's model is scored on: all test sets (N² of them), its own, or none."""
+    stream: Literal["all", "static", "dynamic"] = "all"
+    """When a client's examples arrive: all at the start, mixed in equal parts per round, or task by task."""
+    method: str = "fedmosaic"
+    """See `fedmosaic methods`; all but `fedmosaic` and its ablations are baselines without privacy."""
+    family_sharing: bool = False
+    """Clients of one family also share the LoRA of their other layers."""
+    fixed_gate: float | None = Field(default=None, ge=0.0, le=1.0)
+    """Weight of the received branch, in place of the learnt gate."""
+    discard_received: bool = False
+    """Go on as if the policy had refused every aggregate: what the same adapter does without the others."""
+    unseen: tuple[ScenarioClient, ...] = ()
+    """Clients that come when the last round is over, and begin with what the federation gives them."""
+    adaptation_steps: tuple[int, ...] = (0, 25, 50)
+    """After how many steps of its own an unseen client is scored."""
+    equal_compute: bool = False
+    """Take as many steps as cost what `training.steps` of local LoRA cost, by measured operations."""
+    pictures: Path | None = None
+    """Folder that the pictures which prompts name lie in."""
+    question_only: bool = False
+    """Leave every picture out: what the questions alone give away."""
+    variant: str = ""
+    """Words for the tables that tell this run from others of the same method."""
+    seed: int = Field(default=0, ge=0, le=2**31)
+    """Of the order of the examples, the streams and the adapters' start. The noise is never seeded by it."""
+    unsafe_test_noise_seed: int | None = None
+    """Makes the noise predictable, for reruns bit by bit; the statement then says that no guarantee holds."""
+
+    @model_validator(mode="after")
+    def _distinct_clients(self) -> "Scenario":
+        ids = [client.id for client in (*self.clients, *self.unseen)]
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"client ids must differ, got {ids}")
+        return self
+
+    @model_validator(mode="after")
+    def _streams_are_not_private(self) -> "Scenario":
+        if self.stream != "all" and self.adapter.private:
+            raise ValueError(
+                f"stream {self.stream!r} with adapter.protection {self.adapter.protection!r}: the noise is "
+                "planned for one set of examples; choose stream 'all', or protection 'none' or 'encrypted'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _newcomers_begin_in_the_clear(self) -> "Scenario":
+        steps = self.adaptation_steps
+        if not steps or steps[0] < 0 or any(a >= b for a, b in pairwise(steps)):
+            raise ValueError(f"adaptation_steps must rise from 0 or more, got {steps}")
+        if self.unseen and self.adapter.private:
+            raise ValueError(
+                f"unseen clients with adapter.protection {self.adapter.protection!r}: what they begin with "
+                "is not planned for there; choose protection 'none' or 'encrypted'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cost_is_measured_without_noise(self) -> "Scenario":
+        if self.equal_compute and self.adapter.private:
+            raise ValueError(
+                f"equal_compute with adapter.protection {self.adapter.protection!r}: the private steps are "
+                "planned with the noise and cannot be changed; choose protection 'none' or 'encrypted'"
+            )
+        return self
+
+    def rounds_to_score(self) -> tuple[int, ...]:
+        """Rounds after which every client is scored, the last one among them."""
+        if self.score == "nothing":
+            return ()
+        rounds = self.schedule.rounds
+        every = self.evaluate_every or rounds
+        return tuple(sorted({*range(every, rounds + 1, every), rounds}))
+
+    def resolved(self, base: Path) -> "Scenario":
+        """The same scenario with absolute paths.
+
+        Args:
+            base: directory of the scenario file. A model path that is no folder there stays as it is: it
+                may be the id of a model on a hub.
+
+        Raises:
+            ConfigurationError: a path needs an environment variable that is not set.
+        """
+        public = _located(base, self.profile.public_data)
+        return self.model_copy(
+            update={
+                "clients": tuple(client.resolved(base) for client in self.clients),
+                "unseen": tuple(client.resolved(base) for client in self.unseen),
+                "probe": _model(base, self.probe),
+                "pictures": self.pictures and _located(base, self.pictures),
+                "profile": self.profile.model_copy(update={"public_data": public}),
+            }
+        )
+
+
+def _located(base: Path, path: Path) -> Path:
+    return (base / _expanded(str(path))).resolve()
+
+
+def _model(base: Path, settings: ModelSettings) -> ModelSettings:
+    changes = {"path": _expanded(settings.path)}
+    if settings.aligned is not None:
+        changes["aligned"] = _expanded(settings.aligned)
+    return settings.model_copy(update=changes).located(base)
+
+
+def _expanded(path: str) -> str:
+    text = os.path.expandvars(path)
+    if "$" in text:
+        raise ConfigurationError(f"{path}: set the environment variable that this path begins with")
+    return text

@@ -1,0 +1,1 @@
+"""All clients of a federation in one process, over the same session, server and privacy code."""

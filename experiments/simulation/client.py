@@ -1,0 +1,193 @@
+"""The client's own classes where several clients share one process: streams, turns on the model, scores."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fedmosaic.client.learner import ModelLearner
+from fedmosaic.client.ledger import ServerAnchor
+from fedmosaic.client.model.examples import EncodedExample
+from fedmosaic.client.model.sampling import EpochSampler
+from fedmosaic.client.progress import Progress
+from fedmosaic.client.releases import Randomness, Releases
+from fedmosaic.client.settings import ClientSettings
+from fedmosaic.experiments.scenario.streams import InOrder, Stream
+from fedmosaic.experiments.simulation.hosts import ModelHost, Tenant
+from fedmosaic.privacy.accounting.events import GaussianEvent
+from fedmosaic.privacy.federation.roster import Terms
+from fedmosaic.protos.errors import StateError
+from fedmosaic.protos.messages import Profile
+
+_ADAPTER: Final = "adapter_model.safetensors"
+_ORDER: Final = "sampler.json"
+
+
+class StreamLearner(ModelLearner):
+    """A learner whose examples may arrive over the rounds."""
+
+    def __init__(
+        self,
+        settings: ClientSettings,
+        terms: Terms,
+        family: str,
+        progress: Progress,
+        host: ModelHost,
+        stream: Stream | None,
+    ) -> None:
+        """As `ModelLearner`, on the model of a host.
+
+        Args:
+            settings: model, data and training of this client.
+            terms: what the members agreed on.
+            family: architecture name.
+            progress: told of every step.
+            host: whose model to use.
+            stream: what arrives when, or None to have all examples from the start.
+        """
+        super().__init__(settings, terms, family, progress, loaded=(host.model, host.tokenizer))
+        self._stream = stream
+        self._by_id = {example.id: example for example in self._encoded}
+
+    @property
+    def order(self) -> EpochSampler:
+        """Order of the examples where all are there from the start."""
+        return self._sampler
+
+    def training_data(self, round_number: int) -> tuple[Sequence[EncodedExample], EpochSampler]:
+        """What the replay draws in this round, in its order."""
+        if self._stream is None:
+            return super().training_data(round_number)
+        drawn = [self._by_id[example.id] for example in self._stream.training(round_number)]
+        return drawn, InOrder(len(drawn), self._settings.training.seed, round_number)
+
+
+class TurnTakingLearner:
+    """Gives a learner the host's model for the length of every call; the session's side of it."""
+
+    def __init__(
+        self,
+        make: Callable[[], StreamLearner],
+        host: ModelHost,
+        scored: Callable[[int], None],
+        *,
+        discard: bool = False,
+    ) -> None:
+        """Make the learner.
+
+        Args:
+            make: builds it on the host's model.
+            host: of the model.
+            discard: do not use what is received, as if the policy had refused it.
+            scored: called after every round's training, while the model still holds this client's adapter.
+        """
+        self._host, self.tenant = host, Tenant()
+        self._discard, self._scored = discard, scored
+        with host.lent_to(self.tenant):
+            self.inner = make()
+            self._spec_hash, self._family = self.inner.adapter_spec_hash, self.inner.family
+
+    @property
+    def adapter_spec_hash(self) -> bytes:
+        """See `fedmosaic.client.session.Learner`."""
+        return self._spec_hash
+
+    @property
+    def family(self) -> str:
+        """See `fedmosaic.client.session.Learner`."""
+        return self._family
+
+    def load_global(self, section: str, vector: np.ndarray) -> None:
+        """See `fedmosaic.client.session.Learner`."""
+        if self._discard:
+            self.keep_own(section)
+            return
+        with self._host.lent_to(self.tenant):
+            self.inner.load_global(section, vector)
+
+    def keep_own(self, section: str) -> None:
+        """See `fedmosaic.client.session.Learner`."""
+        with self._host.lent_to(self.tenant):
+            self.inner.keep_own(section)
+
+    def train(self, round_number: int, releases: Releases, give_up: Callable[[], None]) -> None:
+        """See `fedmosaic.client.session.Learner`; then score, if this round is to be scored."""
+        with self._host.lent_to(self.tenant):
+            self.inner.train(round_number, releases, give_up)
+            self._scored(round_number)
+
+    def sections(self) -> Mapping[str, np.ndarray]:
+        """See `fedmosaic.client.session.Learner`."""
+        with self._host.lent_to(self.tenant):
+            return self.inner.sections()
+
+    def save(self, directory: Path) -> None:
+        """See `fedmosaic.client.session.Learner`; without the model card of a client process."""
+        save_file(self._host.read(self.tenant), directory / _ADAPTER)
+        (directory / _ORDER).write_text(json.dumps(self.inner.order.state_dict()))
+
+    def load(self, directory: Path) -> None:
+        """Read what `save` wrote.
+
+        Raises:
+            StateError: the files are missing, damaged, or of another adapter.
+        """
+        try:
+            tensors = load_file(directory / _ADAPTER)
+            order = json.loads((directory / _ORDER).read_text())
+        except (OSError, ValueError, SafetensorError) as error:
+            raise StateError(f"{directory}: the saved adapter cannot be read ({error})") from None
+        self._host.write(self.tenant, tensors)
+        self.inner.order.load_state_dict(order)
+
+
+class StreamReleases(Releases):
+    """Releases of a client whose examples arrive over the rounds: a data epoch of its own for each round.
+
+    A round's task profile is over the examples that arrive in it, and over no others. The ledger checks that
+    the slices share no example and composes them in parallel; neighbouring data sets differ in one example
+    together with its round of arrival.
+    """
+
+    def __init__(
+        self, of_round: Callable[[int], Releases], randomness: Randomness, anchor: ServerAnchor
+    ) -> None:
+        """Begin.
+
+        Args:
+            of_round: makes the releases of one round's data epoch.
+            randomness: as that of every round.
+            anchor: of the ledger that all rounds share.
+        """
+        # The state of a data epoch, which the base class sets up, is that of the round's own releases.
+        self.receive_only = False
+        self.randomness = randomness
+        self.anchor = anchor
+        self._of_round = of_round
+        self._current: tuple[int, Releases] | None = None
+
+    def _round(self, round_number: int) -> Releases:
+        if self._current is None or self._current[0] != round_number:
+            self._current = (round_number, self._of_round(round_number))
+        return self._current[1]
+
+    def charge_adapter(self, round_number: int, event: GaussianEvent) -> None:
+        """See `Releases.charge_adapter`."""
+        self._round(round_number).charge_adapter(round_number, event)
+
+    def adapter(self, round_number: int, vectors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """See `Releases.adapter`."""
+        return self._round(round_number).adapter(round_number, vectors)
+
+    def profile(self, round_number: int) -> Profile | None:
+        """See `Releases.profile`."""
+        return self._round(round_number).profile(round_number)
+
+    def profile_acknowledged(self) -> None:
+        """See `Releases.profile_acknowledged`."""
+        if self._current is not None:
+            self._current[1].profile_acknowledged()

@@ -1,0 +1,29 @@
+"""The sight of a scenario's clients; those of one architecture share a model, which knows all pictures."""
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from fedmosaic.client.model.examples import read_examples
+from fedmosaic.client.vision.sight import Sight, give_sight
+from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient
+
+
+def give_client_sight(
+    scenario: Scenario, client: ScenarioClient, model: PeftModel, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedTokenizerBase:
+    """Let a client's model read the pictures of all the scenario's examples; see `give_sight` for the errors.
+
+    Args:
+        scenario: paths resolved.
+        client: the first of those that use the model.
+        model: adapted; its input embedding is changed.
+        tokenizer: of the model.
+
+    Returns:
+        A tokenizer that knows the pictures; the one given if the scenario has none.
+    """
+    sight = Sight(client.model.path, scenario.pictures, client.projector, scenario.question_only)
+    tasks = [task for entry in (*scenario.clients, *scenario.unseen) for task in entry.task_list]
+    files = [file for task in tasks for file in (task.train, task.test)]
+    examples = [example for file in files for example in read_examples(file)]
+    return give_sight(sight, model, tokenizer, examples, scenario.training.max_length)

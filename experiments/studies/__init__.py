@@ -1,0 +1,1 @@
+"""Studies behind a figure in the documentation, each rerun by one command."""

@@ -1,0 +1,197 @@
+"""The profile designs that the relevance study compares, and the rows they give for texts."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from transformers import PreTrainedTokenizerBase
+
+from fedmosaic.client.model.examples import (
+    IGNORED,
+    EncodedExample,
+    Example,
+    answer_tokens,
+    cut_prompt,
+    prompt_tokens,
+)
+from fedmosaic.client.profile.basis import BasisSettings, fit_basis, standardise_rows
+from fedmosaic.client.profile.probe import Probe, gradient_factors
+from fedmosaic.privacy.mechanism.profile import Float64Array, ProfileMechanism, Reduction
+from fedmosaic.privacy.mechanism.projection import GradientFactors, Projection, PublicBasis, PublicMap
+
+Rows = dict[str, Float64Array]
+
+
+@dataclass(frozen=True)
+class Design:
+    """One way to make a profile.
+
+    Attributes:
+        kind: the reduction.
+        dimensions: its output.
+        normalise: whether every example's row gets unit norm.
+        standardise: what follows.
+        coordinate_share: share that random dimension sampling keeps.
+        left: directions of δ of a Kronecker reduction; those of x follow from `dimensions`.
+    """
+
+    kind: Literal["coordinates", "tensor_sketch", "kronecker"]
+    dimensions: int
+    normalise: bool = True
+    standardise: Literal["none", "centre", "whiten"] = "none"
+    coordinate_share: float = 1.0
+    left: int = 16
+
+    def reduction(self, probe: Probe) -> Reduction:
+        """The reduction for a probe's gradient."""
+        return Reduction(
+            kind=self.kind,
+            hidden_size=probe.hidden_size,
+            intermediate_size=probe.intermediate_size,
+            projection_dimensions=self.dimensions,
+            coordinate_share=self.coordinate_share,
+            normalise=self.normalise,
+        )
+
+    @property
+    def rows_name(self) -> str:
+        """Name of the rows before standardisation, which several designs may share."""
+        return f"{self.kind}-{self.dimensions}-{self.left}-{self.coordinate_share}-{self.normalise}"
+
+    def own_sides(self, sides: PublicBasis) -> PublicBasis:
+        """The leading directions that this design uses; none unless it is a Kronecker reduction."""
+        if self.kind != "kronecker" or sides.left is None or sides.right is None:
+            return PublicBasis()
+        right = self.dimensions // self.left
+        return PublicBasis(
+            left=np.ascontiguousarray(sides.left[:, : self.left]),
+            right=np.ascontiguousarray(sides.right[:, :right]),
+        )
+
+
+DESIGNS: Final[Mapping[str, Design]] = {
+    "1,024 sampled coordinates": Design("coordinates", 1024, normalise=False),
+    "1,024 sampled coordinates, unit norm": Design("coordinates", 1024),
+    "tensor sketch 256, unit norm": Design("tensor_sketch", 256),
+    "tensor sketch 256, centred": Design("tensor_sketch", 256, standardise="centre"),
+    "tensor sketch 1,024, centred": Design("tensor_sketch", 1024, standardise="centre"),
+    "kronecker 16 × 16, centred": Design("kronecker", 256, standardise="centre"),
+    "kronecker 16 × 16, whitened": Design("kronecker", 256, standardise="whiten"),
+    "kronecker 16 × 16, half sampled, whitened": Design(
+        "kronecker", 256, standardise="whiten", coordinate_share=0.5
+    ),
+    "kronecker 4 × 32, whitened": Design("kronecker", 128, standardise="whiten", left=4),
+}
+SIDES: Final = (16, 32)
+"""Directions of δ and of x that suffice for every design."""
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
+) -> list[EncodedExample]:
+    """Encode as the product does, but cut answers to half of `max_length` instead of refusing long ones."""
+    end = int(tokenizer.eos_token_id)
+    encoded = []
+    for example in examples:
+        supervised = [*answer_tokens(tokenizer, example.answer), end][: max_length // 2]
+        prompt = prompt_tokens(tokenizer, example.prompt)
+        context = cut_prompt(tokenizer, prompt, max_length - len(supervised))
+        encoded.append(
+            EncodedExample(
+                example.id,
+                torch.tensor([*context, *supervised], dtype=torch.int64),
+                torch.tensor([IGNORED] * len(context) + supervised, dtype=torch.int64),
+            )
+        )
+    return encoded
+
+
+def cached_factors(probe: Probe, examples: Sequence[EncodedExample], cache: Path) -> list[GradientFactors]:
+    """Probe examples, once: factors are kept on disk, since probing takes longer than all the rest.
+
+    Args:
+        probe: the probe.
+        examples: encoded examples.
+        cache: folder for the factors, keyed by the probe, its dtype and the tokens.
+
+    Returns:
+        One gradient per example, in order.
+    """
+    path = cache / f"{_key(probe, examples)}.safetensors"
+    if not path.exists():
+        ordered = list(gradient_factors(probe, examples))
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        arrays = {
+            "delta": np.concatenate([gradient.delta for gradient in ordered]),
+            "inputs": np.concatenate([gradient.inputs for gradient in ordered]),
+            "lengths": np.array([len(gradient.delta) for gradient in ordered]),
+        }
+        save_file(arrays, partial)
+        partial.rename(path)
+    stored = load_file(path)
+    ends = np.cumsum(stored["lengths"])[:-1]
+    pieces = zip(np.split(stored["delta"], ends), np.split(stored["inputs"], ends), strict=True)
+    return [GradientFactors(delta, inputs) for delta, inputs in pieces]
+
+
+def fit_sides(probe: Probe, public: Sequence[GradientFactors], shape: tuple[int, int]) -> PublicBasis:
+    """Fit the two sides of a Kronecker reduction on public gradients."""
+    reduction = Design("kronecker", shape[0] * shape[1]).reduction(probe)
+    settings = BasisSettings(standardise="none", kronecker_shape=shape)
+    return fit_basis(lambda: public, reduction, settings).basis
+
+
+def reduced_rows(
+    probe: Probe, factors: Sequence[GradientFactors], designs: Iterable[Design], sides: PublicBasis
+) -> Rows:
+    """Reduce gradients for every design.
+
+    Args:
+        probe: the probe.
+        factors: n gradients.
+        designs: which rows are needed.
+        sides: enough directions of δ and x for the largest Kronecker design, strongest first.
+
+    Returns:
+        (n, k) rows before standardisation, by `Design.rows_name`.
+    """
+    projections = {
+        design.rows_name: Projection(design.reduction(probe), design.own_sides(sides)) for design in designs
+    }
+    return {name: projection.rows(factors) for name, projection in projections.items()}
+
+
+def complete_map(
+    design: Design, probe: Probe, probe_name: str, sides: PublicBasis, public_rows: Float64Array
+) -> PublicMap:
+    """The mechanism of a design without noise, its basis and clipping norm fitted on public rows."""
+    settings = BasisSettings(standardise=design.standardise)
+    fitted = standardise_rows(public_rows, design.own_sides(sides), settings)
+    bare = design.kind != "kronecker" and design.standardise == "none"
+    mechanism = ProfileMechanism(
+        probe=probe_name,
+        probe_sha256=probe.sha256,
+        reduction=design.reduction(probe),
+        standardise=design.standardise,
+        basis_sha256=None if bare else fitted.basis.sha256,
+        clipping_norm=fitted.clipping_norm,
+        noise_multiplier=0.0,
+    )
+    return PublicMap(mechanism, None if bare else fitted.basis)
+
+
+def _key(probe: Probe, examples: Sequence[EncodedExample]) -> str:
+    dtype = next(probe.base.parameters()).dtype
+    digest = hashlib.sha256(json.dumps([probe.sha256, str(dtype)]).encode())
+    for example in examples:
+        for tensor in (example.input_ids, example.labels):
+            digest.update(tensor.numpy().astype("<i8").tobytes())
+            digest.update(b"|")
+    return digest.hexdigest()[:32]

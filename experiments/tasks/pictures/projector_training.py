@@ -1,0 +1,131 @@
+"""Training a projector once, on public pictures, with everything else frozen."""
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fedmosaic.client.model.evaluation import choice_accuracy
+from fedmosaic.client.model.examples import Example, encode_examples, padding_token
+from fedmosaic.client.model.training import TrainingReport, TrainingSettings, train_local
+from fedmosaic.client.profile.probe import fingerprint
+from fedmosaic.client.vision.efficientnet import CHANNELS
+from fedmosaic.client.vision.embedding import ProjectedFeatures, put_pictures
+from fedmosaic.client.vision.features import GRID, SIZE, picture_features
+from fedmosaic.client.vision.projector import Projector, ProjectorRecord
+from fedmosaic.client.vision.sight import located
+from fedmosaic.client.vision.words import number_pictures, tokenizer_with_pictures
+from fedmosaic.protos.errors import ModelError
+
+_SCORED_BATCH = 32
+
+
+@dataclass(frozen=True)
+class PublicPictures:
+    """Questions about public pictures.
+
+    Attributes:
+        name: of the data, for the record.
+        folder: of the pictures.
+        train: examples to learn from.
+        test: examples of other pictures; each with choices.
+    """
+
+    name: str
+    folder: Path
+    train: Sequence[Example]
+    test: Sequence[Example]
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """A trained projector.
+
+    Attributes:
+        projector: it.
+        record: what it is for and how it was trained.
+        accuracy: on the test examples, with it.
+        question_only: the same model on the test examples without their pictures.
+    """
+
+    projector: Projector
+    record: ProjectorRecord
+    accuracy: float
+    question_only: float
+
+
+def train_projector(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    public: PublicPictures,
+    settings: TrainingSettings,
+    cache: Path,
+    console: Console,
+) -> Pretraining:
+    """Train a projector for a language model.
+
+    Args:
+        model: bare and frozen by this call; its input embedding is changed.
+        tokenizer: of the model.
+        public: what to train on.
+        settings: steps, batch size, learning rate; `max_length` must hold an example with its picture.
+        cache: of features.
+        console: where progress is shown.
+
+    Raises:
+        ModelError: the model embeds words in another way than a table.
+    """
+    model.requires_grad_(False)
+    identity = fingerprint(model)
+    words = model.get_input_embeddings()
+    if not isinstance(words, nn.Embedding):
+        raise ModelError(
+            f"{type(model).__name__} embeds words with {type(words).__name__}; a table is needed"
+        )
+    scale = float(words.weight.float().square().mean().sqrt())
+    ids = number_pictures((*public.train, *public.test), words.num_embeddings, GRID**2)
+    paths = [located(public.folder, path) for path in ids.numbers]
+    features = picture_features(paths, cache=cache, console=console)
+    projector = Projector(CHANNELS, words.embedding_dim, scale)
+    put_pictures(model, ProjectedFeatures(features, projector), ids.each)
+    seeing = tokenizer_with_pictures(tokenizer, ids)
+    started = time.monotonic()
+    report = _train(model, seeing, public.train, settings, console)
+    seconds = time.monotonic() - started
+    projector.requires_grad_(False)
+    scores = [
+        choice_accuracy(model, t, public.test, _SCORED_BATCH, max_length=settings.max_length)
+        for t in (seeing, tokenizer_with_pictures(tokenizer, None))
+    ]
+    record = ProjectorRecord(
+        identity, CHANNELS, words.embedding_dim, SIZE, GRID, public.name, report.steps, seconds,
+        report.first_loss, report.last_loss,
+    )  # fmt: skip
+    return Pretraining(projector, record, *scores)
+
+
+def _train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    settings: TrainingSettings,
+    console: Console,
+) -> TrainingReport:
+    shuffled = list(examples)
+    random.Random(settings.seed).shuffle(shuffled)  # noqa: S311 (public data, no secret)
+    needed = shuffled[: settings.steps * settings.per_device_train_batch_size]
+    with Progress(console=console) as progress:
+        task = progress.add_task("training the projector", total=settings.steps)
+        return train_local(
+            model,
+            encode_examples(tokenizer, needed, settings.max_length),
+            settings,
+            pad_token_id=padding_token(tokenizer),
+            progress=lambda step, _total, _loss: progress.update(task, completed=step),
+        )

@@ -1,0 +1,1 @@
+"""Text tasks: sources and sets."""

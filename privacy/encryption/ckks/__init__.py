@@ -1,0 +1,1 @@
+"""Scheme `ckks`: approximate homomorphic encryption; clients through SEAL, the server in numpy."""

@@ -1,0 +1,176 @@
+"""Back end `ckks`, client side: approximate homomorphic encryption through `tenseal.sealapi`.
+
+SEAL makes keys, encodes, samples errors, encrypts, decrypts and decodes. Two things are done around it:
+
+*Seeded uploads.* SEAL's ciphertext (c0, c1) has the phase v = c0 + c1·s, the message plus a fresh error. The
+upload is (v − a·s, a) with a uniform `a` expanded from a fresh 32-byte seed. It has the same phase, hence the
+same message and error, and the distribution of a fresh symmetric encryption, since `a` is uniform and
+independent of v. Only the first polynomial and the seed travel. SEAL can write seeded ciphertexts too, but
+only inside a compressed stream, with a generator that the server would have to rebuild from SEAL's sources.
+
+*Complex slots.* Value pairs (x, y) become slots x + iy. Weights are real, so both parts stay apart, and one
+ciphertext carries n values.
+
+Decryptions are approximate: together with its ciphertext, one exact decrypted vector reveals the secret key.
+What `decrypt` returns must stay in the process. Reference: Li and Micciancio, "On the security of homomorphic
+encryption on approximate numbers" (EUROCRYPT 2021); Cheon, Kim, Kim and Song (ASIACRYPT 2017).
+"""
+
+import functools
+import os
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmosaic.privacy.encryption.cipher import RANGE_TOLERANCE, ClientCipher, out_of_range
+from fedmosaic.privacy.encryption.ckks.expansion import SEED_BYTES, expand_seed
+from fedmosaic.privacy.encryption.ckks.modular import (
+    WORD_BYTES,
+    modular_multiply,
+    modular_subtract,
+    pack_words,
+    unpack_words,
+)
+from fedmosaic.privacy.encryption.ckks.seal_format import SealFile, SealFormat, seal_file
+from fedmosaic.privacy.encryption.layout import ring_blocks
+from fedmosaic.privacy.encryption.parameters import CkksParameters
+from fedmosaic.privacy.encryption.records import RoundContext
+from fedmosaic.privacy.groupkey.key import GroupKey
+from fedmosaic.privacy.policy import WeightRow
+from fedmosaic.protos.errors import CiphertextError, EncryptionError
+
+
+def generate_secret(parameters: CkksParameters) -> bytes:
+    """Return a fresh ternary secret in evaluation form, 6 bytes a residue.
+
+    Args:
+        parameters: Agreed parameters; decide the length.
+
+    Returns:
+        `secret_bytes(parameters)` bytes that only members may see.
+    """
+    seal = _engine(parameters)
+    # `data` refers into the key, which has to outlive it.
+    key = seal.api.KeyGenerator(seal.context).secret_key()
+    return _packed(_residues(key.data(), parameters.ring_degree))
+
+
+def secret_bytes(parameters: CkksParameters) -> int:
+    """Return the length of a secret."""
+    return parameters.ring_degree * WORD_BYTES
+
+
+class CkksCipher(ClientCipher[CkksParameters]):
+    """Client side of the back end `ckks`."""
+
+    def _seal(self, values: NDArray[np.float64], key: GroupKey | None, header: bytes, nonce: bytes) -> bytes:
+        seal, secret = _engine(self.parameters), self._secret(key)
+        degree, modulus = self.parameters.ring_degree, self.parameters.modulus
+        blocks = ring_blocks(self.parameters, values.size)
+        padded = np.zeros(blocks * degree)
+        padded[: values.size] = values
+        parts = padded.reshape(blocks, 2, degree // 2)
+        slots = parts[:, 0] + 1j * parts[:, 1]
+        seed = os.urandom(SEED_BYTES)
+        uniform = np.empty((blocks, degree), dtype=np.uint64)
+        expand_seed(seed, 0, uniform.reshape(-1), modulus)
+        with seal_file() as file:
+            secret_key = seal.secret_key(secret, file)
+        encryptor = seal.api.Encryptor(seal.context, secret_key)
+        decryptor = seal.api.Decryptor(seal.context, secret_key)
+        plaintext, ciphertext, phase = seal.api.Plaintext(), seal.api.Ciphertext(), seal.api.Plaintext()
+        first = np.empty((blocks, degree), dtype=np.uint64)
+        for block in range(blocks):
+            seal.encoder.encode(slots[block].tolist(), 2.0**self.parameters.scale_bits, plaintext)
+            encryptor.encrypt_symmetric(plaintext, ciphertext)
+            decryptor.decrypt(ciphertext, phase)
+            masked = modular_multiply(uniform[block], secret, modulus)
+            first[block] = modular_subtract(_residues(phase, degree), masked, modulus)
+        return seed + _packed(first)
+
+    def _open(
+        self, payload: memoryview, key: GroupKey | None, context: RoundContext, row: WeightRow
+    ) -> NDArray[np.float64]:
+        seal, secret = _engine(self.parameters), self._secret(key)
+        degree = self.parameters.ring_degree
+        words = np.empty((2, ring_blocks(self.parameters, context.dimensions), degree), dtype=np.uint64)
+        unpack_words(bytes(2) + payload, 2, words.reshape(-1))
+        if (words >= np.uint64(self.parameters.modulus)).any():
+            raise CiphertextError("the aggregate holds residues that are not below the modulus")
+        if not words[1].any(axis=1).all():
+            raise CiphertextError(
+                "the aggregate has a second polynomial of zero: whoever made it used no upload and no key"
+            )
+        scale = 2.0 ** (self.parameters.scale_bits + self.parameters.weight_bits)
+        values = np.empty((words.shape[1], 2, degree // 2))
+        ciphertext, plaintext = seal.api.Ciphertext(), seal.api.Plaintext()
+        with seal_file() as file:
+            decryptor = seal.api.Decryptor(seal.context, seal.secret_key(secret, file))
+            for block in range(words.shape[1]):
+                container = seal.format.ciphertext(words[:, block].ravel(), scale)
+                file.load(ciphertext, seal.context, container)
+                decryptor.decrypt(ciphertext, plaintext)
+                slots = np.array(seal.encoder.decode_complex(plaintext))
+                values[block, 0], values[block, 1] = slots.real, slots.imag
+        flat = values.ravel()
+        padding = flat[context.dimensions :]
+        # Padding was encrypted as zeros; anything else means altered words or another key.
+        if padding.size and not np.abs(padding).max() <= RANGE_TOLERANCE:
+            raise out_of_range(context, self.parameters.clip)
+        return flat[: context.dimensions]
+
+    def _secret(self, key: GroupKey | None) -> NDArray[np.uint64]:
+        if key is None or len(key.ckks_secret) != secret_bytes(self.parameters):
+            raise EncryptionError("back end 'ckks' needs a group key that was agreed with a CKKS secret")
+        residues = np.empty(self.parameters.ring_degree, dtype=np.uint64)
+        unpack_words(bytes(2) + key.ckks_secret, 2, residues)
+        if (residues >= np.uint64(self.parameters.modulus)).any():
+            raise EncryptionError("the group's CKKS secret holds residues that are not below the modulus")
+        return residues
+
+
+class _Engine:
+    """SEAL's objects that depend on public parameters only."""
+
+    def __init__(self, parameters: CkksParameters) -> None:
+        # Imported here so that only a client that encrypts loads the library.
+        from tenseal import sealapi
+
+        self.api: Any = sealapi
+        settings = sealapi.EncryptionParameters(sealapi.SCHEME_TYPE.CKKS)
+        settings.set_poly_modulus_degree(parameters.ring_degree)
+        moduli = sealapi.CoeffModulus.Create(parameters.ring_degree, [parameters.modulus.bit_length()])
+        if [modulus.value() for modulus in moduli] != [parameters.modulus]:
+            raise EncryptionError(
+                f"the installed SEAL chooses other primes than {parameters.modulus}: install tenseal 0.3.x"
+            )
+        settings.set_coeff_modulus(moduli)
+        self.context: Any = sealapi.SEALContext(settings, True, sealapi.SEC_LEVEL_TYPE.TC128)
+        if not self.context.parameters_set():
+            raise EncryptionError(f"SEAL refuses the parameters: {self.context.parameters_error_message()}")
+        self.encoder: Any = sealapi.CKKSEncoder(self.context)
+        with seal_file() as file:
+            version = file.version(settings)
+        self.format = SealFormat(version, self.context.first_parms_id(), parameters.ring_degree)
+
+    def secret_key(self, residues: NDArray[np.uint64], file: SealFile) -> Any:
+        """Return SEAL's secret key for (n,) residues of a secret in evaluation form."""
+        key = self.api.SecretKey()
+        file.load(key, self.context, self.format.plaintext(residues))
+        return key
+
+
+@functools.lru_cache(maxsize=4)
+def _engine(parameters: CkksParameters) -> _Engine:
+    return _Engine(parameters)
+
+
+def _residues(plaintext: Any, degree: int) -> NDArray[np.uint64]:
+    return np.fromiter(map(plaintext.__getitem__, range(degree)), dtype=np.uint64, count=degree)
+
+
+def _packed(residues: NDArray[np.uint64]) -> bytes:
+    packed = np.empty((1, residues.size * WORD_BYTES // 8), dtype="<u8")
+    pack_words(residues.reshape(1, -1), packed)
+    return packed.tobytes()

@@ -1,0 +1,1 @@
+"""Scheme `mask`: an additively homomorphic stream cipher over 32-bit words."""

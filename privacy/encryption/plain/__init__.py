@@ -1,0 +1,1 @@
+"""Scheme `plain`: no encryption."""

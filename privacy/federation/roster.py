@@ -1,0 +1,277 @@
+"""The roster: who is in a federation and on which terms, signed by the consortium.
+
+Every member pins the consortium's Ed25519 key out of band and refuses any roster it did not
+sign. The hash of the roster is exchanged on enrolment, signed into the group key and written into
+the privacy statement, so that client, server and report speak of the same terms.
+"""
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from pydantic import Field, StringConstraints, model_validator
+
+from fedmosaic.privacy.configuration import Frozen, parse_json, validate
+from fedmosaic.privacy.encryption.parameters import CkksParameters, Parameters
+from fedmosaic.privacy.federation.adapter_spec import shared_spec_hash
+from fedmosaic.privacy.federation.names import Family, MemberId
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism
+from fedmosaic.privacy.policy import AggregationPolicy
+from fedmosaic.protos import bounds
+from fedmosaic.protos.errors import ConfigurationError, IdentityError
+
+Protection = Literal["none", "encrypted", "dp", "dp+encrypted"]
+"""How the shared adapter is protected; see `AdapterTerms.protection`."""
+
+Hex32 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Seconds = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+
+_LARGEST_PLANNED_EPSILON = 100.0
+"""`fedmosaic.privacy.accounting.calibrate` finds no noise for more."""
+
+DEFAULT_TARGET_MODULES = (
+    "mlp.down_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "self_attn.k_proj",
+    "self_attn.o_proj",
+    "self_attn.q_proj",
+    "self_attn.v_proj",
+)
+"""All linear layers of a Llama or Qwen2 decoder block, as in the authors' released code."""
+
+
+class AdapterTerms(Frozen):
+    """What every client shares: the shape of P and Q, and how they are protected on their way.
+
+    `protection` decides who can read the shared adapter: `none` (everybody who handles it),
+    `encrypted` (members only, as a weighted sum), `dp` (everybody, but as a differentially private
+    release), `dp+encrypted` (both).
+    """
+
+    rank: int = Field(default=16, ge=1, le=1024)
+    alpha: float = Field(default=32.0, gt=0, allow_inf_nan=False)
+    blocks: int = Field(default=4, ge=1, le=256)
+    layer_rule: Literal["relative_depth", "authors", "first"] = "relative_depth"
+    target_modules: tuple[str, ...] = Field(default=DEFAULT_TARGET_MODULES, min_length=1)
+    other_layers: Literal["lora", "none"] = "lora"
+    gate: Literal["scalar", "pooled"] = "scalar"
+    basis_seed: int = Field(default=0, ge=0)
+    basis: str = Field(default="", pattern=r"^(aligned:[0-9a-f]{32})?$")
+    """Name of the aligned basis in all clients' checkpoints; empty for one drawn from `basis_seed`."""
+    family_dimensions: dict[Family, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    """Families that also share the LoRA of their other layers, and the length of that vector."""
+    protection: Protection = "encrypted"
+
+    @property
+    def shared_dimensions(self) -> int:
+        """Length d of the shared adapter vector: blocks · modules · (rank² + rank)."""
+        return self.blocks * len(self.target_modules) * (self.rank**2 + self.rank)
+
+    @property
+    def spec_hash(self) -> bytes:
+        """SHA-256 of the shared layout, which every client's model must give as well."""
+        return shared_spec_hash(self.rank, self.alpha, self.blocks, self.target_modules, self.basis_name)
+
+    @property
+    def basis_name(self) -> str:
+        """Name of the frozen basis A, B, as it goes into the layout's hash."""
+        return self.basis or f"seed:{self.basis_seed}"
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether uploads are encrypted before they leave the client."""
+        return self.protection in ("encrypted", "dp+encrypted")
+
+    @property
+    def private(self) -> bool:
+        """Whether the shared branch is trained with differential privacy."""
+        return self.protection in ("dp", "dp+encrypted")
+
+
+class AdapterPrivacyTerms(Frozen):
+    """DP-SGD on P and Q. All of it is public and fixed before any private data is seen.
+
+    `target_epsilon` is each client's budget for the whole experiment, both channels together.
+    The noise multiplier follows from it, from the schedule and from the client's own number of
+    examples. `expected_batch_size` is the divisor of the noisy sum and, over the number of
+    examples, the Poisson sampling rate.
+    """
+
+    target_epsilon: float = Field(default=8.0, gt=0, allow_inf_nan=False)
+    clipping_norm: float = Field(default=1.0, gt=1e-6, le=1e6, allow_inf_nan=False)
+    expected_batch_size: int = Field(default=32, ge=1)
+    steps_per_round: int = Field(default=20, ge=1)
+
+
+class RelevanceTerms(Frozen):
+    """How the server turns task profiles into weights (paper, RELA)."""
+
+    similarity: Literal["corrected", "cosine"] = "corrected"
+    temperature: float = Field(default=0.5, gt=0, allow_inf_nan=False)
+    average_decay: float = Field(default=0.5, ge=0, lt=1)
+
+
+class ScheduleTerms(Frozen):
+    """Rounds, and how long anybody waits for anybody."""
+
+    rounds: int = Field(default=3, ge=1, le=100_000)
+    quorum: int = Field(default=4, ge=1)
+    round_deadline_seconds: Seconds = 3600
+    gathering_seconds: Seconds = 600
+    key_patience_seconds: Seconds = 120
+    rotate_key_every: int = Field(default=50, ge=1)
+
+
+class Terms(Frozen):
+    """Everything the members agree on before the first round."""
+
+    adapter: AdapterTerms = AdapterTerms()
+    adapter_privacy: AdapterPrivacyTerms = AdapterPrivacyTerms()
+    profile: ProfileMechanism
+    policy: AggregationPolicy = AggregationPolicy()
+    relevance: RelevanceTerms = RelevanceTerms()
+    schedule: ScheduleTerms = ScheduleTerms()
+    encryption: Annotated[Parameters, Field(discriminator="backend")] = CkksParameters()
+    allow_plaintext: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Terms":
+        plain = self.encryption.backend == "plain"
+        if self.adapter.encrypted and plain:
+            raise ValueError(
+                f"adapter.protection is {self.adapter.protection!r} but encryption.backend is 'plain'; "
+                "choose 'ckks' or 'mask', or adapter.protection 'none' or 'dp'"
+            )
+        if not self.adapter.encrypted and not plain:
+            raise ValueError(
+                f"adapter.protection is {self.adapter.protection!r}, so nothing is encrypted: say so with "
+                "encryption.backend = 'plain' and allow_plaintext = true"
+            )
+        if plain and not self.allow_plaintext:
+            raise ValueError("encryption.backend 'plain' needs allow_plaintext = true")
+        if self.adapter.private and self.adapter.family_dimensions:
+            raise ValueError(
+                "adapter.family_dimensions shares LoRA that is not trained with differential privacy; with "
+                f"adapter.protection {self.adapter.protection!r} leave it out"
+            )
+        epsilon = self.adapter_privacy.target_epsilon
+        if self.adapter.private and epsilon > _LARGEST_PLANNED_EPSILON:
+            raise ValueError(
+                f"adapter_privacy.target_epsilon is {epsilon:g}; noise is planned for at most "
+                f"{_LARGEST_PLANNED_EPSILON:g}, and more protects nothing"
+            )
+        if self.profile.dimensions > bounds.MAX_PROFILE_DIMENSIONS:
+            raise ValueError(
+                f"the task profile has {self.profile.dimensions} values, at most "
+                f"{bounds.MAX_PROFILE_DIMENSIONS} can be sent; reduce it to fewer"
+            )
+        return self
+
+
+class Member(Frozen):
+    """One client of the federation, as the consortium vouches for it."""
+
+    id: MemberId
+    identity_key: Hex32
+    """Ed25519 public key that signs uploads and key-agreement messages."""
+    tls_key_sha256: Hex32
+    """SHA-256 of the DER SubjectPublicKeyInfo of its TLS certificate's key."""
+    family: Family = ""
+    """Architecture name; members of one family may share the LoRA of the other layers."""
+
+
+class Roster(Frozen):
+    """Members and terms, with the consortium's signature over all of it."""
+
+    version: Literal[1] = 1
+    federation: MemberId
+    serial: int = Field(ge=1)
+    issued: str
+    members: tuple[Member, ...] = Field(min_length=1, max_length=bounds.MAX_MEMBERS)
+    terms: Terms
+    signature: str = ""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Roster":
+        for what, values in (
+            ("member id", [m.id for m in self.members]),
+            ("identity key", [m.identity_key for m in self.members]),
+            ("TLS key", [m.tls_key_sha256 for m in self.members]),
+        ):
+            twice = sorted({value for value in values if values.count(value) > 1})
+            if twice:
+                raise ValueError(f"{what} {twice[0]} appears more than once")
+        return self
+
+    @property
+    def hash(self) -> bytes:
+        """SHA-256 (32 bytes) over the canonical JSON of everything but the signature."""
+        return hashlib.sha256(self._canonical()).digest()
+
+    def _canonical(self) -> bytes:
+        content = self.model_dump(mode="json", exclude={"signature"})
+        return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+    def signed(self, consortium: Ed25519PrivateKey) -> "Roster":
+        """This roster with the consortium's Ed25519 signature over its canonical JSON."""
+        signature = base64.b64encode(consortium.sign(self._canonical())).decode()
+        return self.model_copy(update={"signature": signature})
+
+    def verify(self, consortium: Ed25519PublicKey) -> None:
+        """Check the consortium's signature.
+
+        Raises:
+            IdentityError: the signature is missing or not by this key.
+        """
+        try:
+            consortium.verify(base64.b64decode(self.signature, validate=True), self._canonical())
+        except (InvalidSignature, ValueError):
+            raise IdentityError(
+                f"the roster of federation {self.federation!r} (serial {self.serial}) is not signed by the "
+                "consortium key that is pinned here; get the current roster from the consortium, over a "
+                "channel you trust"
+            ) from None
+
+    def member(self, member_id: str) -> Member:
+        """The member with this id; IdentityError if there is none."""
+        for member in self.members:
+            if member.id == member_id:
+                return member
+        raise IdentityError(f"{member_id!r} is not on the roster of federation {self.federation!r}")
+
+    def identity_keys(self) -> dict[str, bytes]:
+        """Raw Ed25519 public keys (32 bytes) by member id."""
+        return {member.id: bytes.fromhex(member.identity_key) for member in self.members}
+
+    def write(self, path: Path) -> None:
+        """Replace the file by this roster as indented JSON, in one step."""
+        fresh = path.with_name(f"{path.name}.new")
+        fresh.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        fresh.replace(path)
+
+    @classmethod
+    def read(cls, path: Path, consortium: Ed25519PublicKey) -> "Roster":
+        """Read and verify a roster.
+
+        Args:
+            path: `roster.json`.
+            consortium: the pinned key.
+
+        Raises:
+            ConfigurationError: no such file, or not a roster.
+            IdentityError: not signed by the pinned key.
+        """
+        try:
+            data = parse_json(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(
+                f"{path}: cannot be read as a roster ({error}); take roster.json from the consortium again"
+            ) from None
+        roster = validate(data, cls, str(path))
+        roster.verify(consortium)
+        return roster

@@ -1,0 +1,89 @@
+"""Whether clients can plan their noise under a federation's terms, asked when it is founded."""
+
+import logging
+from typing import Final
+
+from fedmosaic.privacy.accounting.calibrate import check_plannable
+from fedmosaic.privacy.accounting.epsilon import default_delta
+from fedmosaic.privacy.accounting.events import GaussianEvent
+from fedmosaic.privacy.federation.roster import Terms
+from fedmosaic.protos.errors import AccountingError, ConfigurationError
+
+log = logging.getLogger(__name__)
+MOST_STEPS: Final = 500_000
+"""Private steps of a run. One evaluation of ε takes 30 s at 400,000 steps on a processor's core, and every
+round's charge needs one."""
+
+_LARGEST_CLIENT: Final = 1_000_000
+
+
+def check_plan(terms: Terms) -> None:
+    """Refuse terms under which no client's noise can be planned; warn where some clients' cannot.
+
+    Args:
+        terms: of the federation; tried for clients of `profile.minimum_examples` to a million examples, each
+            with the default δ.
+
+    Raises:
+        ConfigurationError: no number of examples can be planned for; what would be possible is named.
+    """
+    if not terms.adapter.private:
+        return
+    steps = terms.adapter_privacy.steps_per_round
+    if steps * terms.schedule.rounds > MOST_STEPS:
+        raise ConfigurationError(
+            f"schedule.rounds {terms.schedule.rounds:,} times adapter_privacy.steps_per_round {steps:,} is "
+            f"{steps * terms.schedule.rounds:,} private steps; every charge would take the accountant "
+            f"minutes beyond {MOST_STEPS:,}. Take at most {max(1, MOST_STEPS // steps):,} rounds of "
+            f"{min(steps, MOST_STEPS):,} steps"
+        )
+    sizes = sorted({terms.profile.minimum_examples, 1_000, 10_000, 100_000, _LARGEST_CLIENT})
+    problems = {n: problem for n in sizes if (problem := _problem(terms, n, terms.schedule.rounds))}
+    if not problems:
+        return
+    reason = next(iter(problems.values()))
+    if len(problems) < len(sizes):
+        named = ", ".join(f"{n:,}" for n in problems)
+        log.warning("a client of %s examples could not plan its noise under these terms: %s", named, reason)
+        return
+    raise ConfigurationError(
+        f"no client could plan its noise for {terms.schedule.rounds:,} rounds of {steps:,} private steps: "
+        f"{reason}. {_possible(terms, sizes)}"
+    )
+
+
+def plan_inputs(terms: Terms, examples: float, rounds: int) -> tuple[list[GaussianEvent], float, int]:
+    """What a client of so many examples plans its noise from.
+
+    Args:
+        terms: schedule, batch size, profile mechanism.
+        examples: n of the client.
+        rounds: R; the terms' own, or fewer.
+
+    Returns:
+        The profile's release, the sampling rate q of a private step, and the number of steps.
+    """
+    privacy = terms.adapter_privacy
+    profile = GaussianEvent(terms.profile.noise_multiplier, terms.profile.sampling_rate, 1)
+    return [profile], min(1.0, privacy.expected_batch_size / examples), privacy.steps_per_round * rounds
+
+
+def _problem(terms: Terms, examples: int, rounds: int) -> str:
+    settled, rate, steps = plan_inputs(terms, examples, rounds)
+    try:
+        check_plannable(terms.adapter_privacy.target_epsilon, default_delta(examples), settled, rate, steps)
+    except AccountingError as error:
+        return str(error)
+    return ""
+
+
+def _possible(terms: Terms, sizes: list[int]) -> str:
+    rounds = terms.schedule.rounds // 2
+    while rounds:
+        if not all(_problem(terms, n, rounds) for n in sizes):
+            return f"Schedule.rounds = {rounds} can be planned, or as much fewer steps_per_round"
+        rounds //= 2
+    return (
+        "Fewer rounds do not help: raise terms.adapter_privacy.target_epsilon or "
+        "terms.profile.noise_multiplier"
+    )

@@ -1,0 +1,365 @@
+"""Agree on the group key of one epoch: exactly the pinned members, through a server that learns nothing.
+
+    1. every member   opening()               signed ephemeral X25519 key
+    2. every member   accept_openings(all)    all signatures against the pinned roster; the transcript hash H
+                                              elects the leader, who draws the key and returns sealed boxes
+    3. others         accept_box(box)         open, compare with the leader's signed commitment
+    4. every member   confirmation()          signed commitment, and a tag that only holders can make
+    5. every member   accept_confirmations()  all tags and commitments agree: the key may be used
+
+The server can delay or refuse, which all members notice. It cannot add, drop or swap a member or replay an
+epoch, nor can a leader hand out different keys: each ends in a `KeyAgreementError` that says which.
+
+Every member can decrypt every upload, so one member together with the server reads everything. That is the
+price of a shared key, and why the roster is pinned end to end.
+
+Reference: X25519, RFC 7748; HKDF, RFC 5869; AES-GCM, NIST SP 800-38D; Ed25519, RFC 8032.
+"""
+
+import enum
+import hmac
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from fedmosaic.privacy.groupkey.key import KEY_BYTES, GroupKey, commitment_to
+from fedmosaic.privacy.groupkey.messages import (
+    Epoch,
+    read_box,
+    read_confirmation,
+    read_opening,
+    sha256,
+    write_box,
+    write_confirmation,
+    write_opening,
+)
+from fedmosaic.protos.errors import KeyAgreementError
+
+MINIMUM_MEMBERS = 4
+_TAG_BYTES = 16
+
+
+def plan_epoch(
+    federation: str,
+    number: int,
+    members: Collection[str],
+    roster_keys: Mapping[str, bytes],
+    roster_hash: bytes,
+    parameters_hash: bytes,
+) -> Epoch:
+    """Fix who takes part in an epoch, and on which terms.
+
+    Args:
+        federation: Name of the federation.
+        number: Number of the epoch, as checked by `NonceCounter.open_epoch`.
+        members: Ids that take part, the caller's own among them.
+        roster_keys: Raw Ed25519 public key (32 bytes) of every member of the pinned roster.
+        roster_hash: 32 bytes, hash of the signed roster.
+        parameters_hash: 32 bytes, digest of the encryption parameters.
+
+    Raises:
+        KeyAgreementError: If the list is too short, repeats a member or names one outside the roster.
+    """
+    if len(set(members)) != len(members):
+        raise KeyAgreementError("the list of members names one twice")
+    foreign = sorted(set(members) - set(roster_keys))
+    if foreign:
+        raise KeyAgreementError(f"members outside the pinned roster: {', '.join(foreign)}")
+    if len(members) < MINIMUM_MEMBERS:
+        raise KeyAgreementError(
+            f"{len(members)} members take part, at least {MINIMUM_MEMBERS} are required: with fewer, an "
+            "aggregate reveals single adapters"
+        )
+    if len(roster_hash) != 32 or len(parameters_hash) != 32:
+        raise KeyAgreementError("hashes of roster and parameters must have 32 bytes each")
+    if not 0 <= number < 1 << 64:
+        raise KeyAgreementError(f"epoch is {number}, expected 0 to 2^64 − 1")
+    chosen = tuple(sorted(members))
+    keys = {member: bytes(roster_keys[member]) for member in chosen}
+    return Epoch(federation, number, roster_hash, parameters_hash, chosen, keys)
+
+
+class _Stage(enum.Enum):
+    OPENED = "accept_openings"
+    WAITS_FOR_BOX = "accept_box"
+    HAS_KEY = "accept_confirmations"
+    DONE = "no further step"
+    FAILED = "a new epoch"
+
+
+class KeyAgreement:
+    """One member's part in one epoch. Holds secrets in memory only; after any error it is of no more use.
+
+    A process that restarts before it held the key starts again with another epoch number. One that held it
+    stores `unconfirmed`, confirms as before, and holds the others to `check_confirmations`.
+
+    Args:
+        identity: Long-term key of this member.
+        member: Its id.
+        epoch: From `plan_epoch`; all members must plan the same.
+        generate_secret: Draws the CKKS secret, called at the leader only; `generate_group_secret`.
+        secret_bytes: Length of that secret; `group_secret_bytes`.
+    """
+
+    def __init__(
+        self,
+        identity: Ed25519PrivateKey,
+        member: str,
+        epoch: Epoch,
+        generate_secret: Callable[[], bytes],
+        secret_bytes: int,
+    ) -> None:
+        if member not in epoch.members:
+            raise KeyAgreementError(f"{member!r} does not take part in epoch {epoch.number}")
+        if identity.public_key().public_bytes_raw() != epoch.identity_keys[member]:
+            raise KeyAgreementError(
+                f"the roster pins another identity key for {member!r} than the one held here"
+            )
+        self.epoch = epoch
+        self.member = member
+        self.leader: str | None = None
+        self._identity = identity
+        self._generate_secret = generate_secret
+        self._secret_bytes = secret_bytes
+        self._ephemeral: X25519PrivateKey | None = X25519PrivateKey.generate()
+        public_key = self._ephemeral.public_key().public_bytes_raw()
+        self._opening = write_opening(epoch, member, public_key, identity)
+        self._transcript = b""
+        self._key: GroupKey | None = None
+        self._stage = _Stage.OPENED
+
+    def opening(self) -> bytes:
+        """Return this member's signed opening, of `OPENING_BYTES` bytes; the same at every call."""
+        return self._opening
+
+    def accept_openings(self, openings: Mapping[str, bytes]) -> dict[str, bytes] | None:
+        """Check the openings of all members and elect the leader.
+
+        Args:
+            openings: Opening by member, as relayed.
+
+        Returns:
+            At the leader, one sealed box per other member; elsewhere None.
+
+        Raises:
+            KeyAgreementError: If a member is missing, added or swapped, or a message is not acceptable.
+        """
+        with self._step(_Stage.OPENED):
+            _expect_members(self.epoch, "openings", openings)
+            if openings[self.member] != self._opening:
+                raise KeyAgreementError(
+                    f"the relayed opening of {self.member!r} is not the one this member sent: it was replayed"
+                )
+            public_keys = {
+                name: read_opening(self.epoch, name, openings[name]) for name in self.epoch.members
+            }
+            if len(set(public_keys.values())) != len(public_keys):
+                raise KeyAgreementError("two members opened with the same ephemeral key")
+            for name, public_key in public_keys.items():
+                _shared_secret(self._ephemeral, public_key, f"ephemeral key of {name!r}")
+            parts = [openings[name] for name in self.epoch.members]
+            self._transcript = sha256(b"transcript", self.epoch.terms_hash(), *parts)
+            self.leader = _leader(self.epoch, self._transcript)
+            if self.leader != self.member:
+                self._stage = _Stage.WAITS_FOR_BOX
+                return None
+            self._key = self._new_key(os.urandom(KEY_BYTES), self._generate_secret())
+            self._ephemeral = None
+            self._stage = _Stage.HAS_KEY
+            return {
+                name: self._sealed(name, public_key)
+                for name, public_key in public_keys.items()
+                if name != self.member
+            }
+
+    def accept_box(self, box: bytes) -> None:
+        """Open the leader's box for this member.
+
+        Args:
+            box: As relayed.
+
+        Raises:
+            KeyAgreementError: If it is not the leader's, was altered, or does not hold what was committed to.
+        """
+        with self._step(_Stage.WAITS_FOR_BOX):
+            leader = self.leader
+            if leader is None or self._ephemeral is None:
+                raise KeyAgreementError("no leader is elected yet")
+            commitment, public_key, ciphertext = read_box(
+                self._transcript,
+                self.member,
+                leader,
+                self.epoch.identity_keys[leader],
+                box,
+                KEY_BYTES + self._secret_bytes + _TAG_BYTES,
+            )
+            own = self._ephemeral.public_key().public_bytes_raw()
+            sealing = self._sealing_key(self._ephemeral, public_key, self.member, public_key + own)
+            try:
+                secrets = AESGCM(sealing).decrypt(bytes(12), ciphertext, self._bound(self.member, commitment))
+            except InvalidTag:
+                raise KeyAgreementError(
+                    f"the sealed key of leader {leader!r} does not open: it was sealed for another key"
+                ) from None
+            key = self._new_key(secrets[:KEY_BYTES], secrets[KEY_BYTES:])
+            if key.fingerprint != commitment:
+                raise KeyAgreementError(f"leader {leader!r} sealed another key than it committed to")
+            self._key = key
+            self._ephemeral = None
+            self._stage = _Stage.HAS_KEY
+
+    def confirmation(self) -> bytes:
+        """Return this member's signed confirmation, of `CONFIRMATION_BYTES` bytes."""
+        key = self.unconfirmed()
+        tag = _tag(key, self.member)
+        return write_confirmation(self._transcript, self.member, key.fingerprint, tag, self._identity)
+
+    def unconfirmed(self) -> GroupKey:
+        """Return the key before the others have confirmed it: to store, and to encrypt nothing with.
+
+        Raises:
+            KeyAgreementError: If no key is held yet, or not any more.
+        """
+        if self._key is None:
+            raise KeyAgreementError(f"member {self.member!r} holds no key: {self._stage.value} first")
+        return self._key
+
+    def accept_confirmations(self, confirmations: Mapping[str, bytes]) -> GroupKey:
+        """Check that every member holds the same key, and release it for use.
+
+        Args:
+            confirmations: Confirmation by member, as relayed.
+
+        Returns:
+            The key of the epoch.
+
+        Raises:
+            KeyAgreementError: If a member is missing or added, holds another key, or cannot prove it.
+        """
+        with self._step(_Stage.HAS_KEY):
+            key = self._key
+            if key is None:
+                raise KeyAgreementError("no key to confirm")
+            check_confirmations(self.epoch, key, confirmations)
+            self._key = None
+            self._stage = _Stage.DONE
+            return key
+
+    @contextmanager
+    def _step(self, expected: _Stage) -> Iterator[None]:
+        if self._stage is not expected:
+            raise KeyAgreementError(
+                f"{expected.value} is out of turn in epoch {self.epoch.number}: next is {self._stage.value}"
+            )
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            if not done:
+                self._stage = _Stage.FAILED
+                self._ephemeral = self._key = None
+
+    def _new_key(self, master: bytes, ckks_secret: bytes) -> GroupKey:
+        if len(ckks_secret) != self._secret_bytes:
+            raise KeyAgreementError(
+                f"CKKS secret has {len(ckks_secret)} bytes, expected {self._secret_bytes}"
+            )
+        fingerprint = commitment_to(self._transcript, master, ckks_secret)
+        epoch = self.epoch
+        return GroupKey(
+            epoch.federation,
+            epoch.number,
+            epoch.members,
+            epoch.parameters_hash,
+            self._transcript,
+            fingerprint,
+            master,
+            ckks_secret,
+        )
+
+    def _sealed(self, recipient: str, recipient_key: bytes) -> bytes:
+        key = self._key
+        if key is None:
+            raise KeyAgreementError("no key to seal")
+        ephemeral = X25519PrivateKey.generate()
+        public_key = ephemeral.public_key().public_bytes_raw()
+        sealing = self._sealing_key(ephemeral, recipient_key, recipient, public_key + recipient_key)
+        bound = self._bound(recipient, key.fingerprint)
+        # The sealing key is used once, so the nonce may be zero.
+        ciphertext = AESGCM(sealing).encrypt(bytes(12), key.master + key.ckks_secret, bound)
+        return write_box(self._transcript, recipient, key.fingerprint, public_key, ciphertext, self._identity)
+
+    def _sealing_key(
+        self, private_key: X25519PrivateKey, peer_key: bytes, recipient: str, public_keys: bytes
+    ) -> bytes:
+        shared = _shared_secret(private_key, peer_key, f"ephemeral key in the box for {recipient!r}")
+        info = sha256(b"sealing", self._bound(recipient, b""), public_keys)
+        return HKDF(algorithm=hashes.SHA256(), length=KEY_BYTES, salt=self._transcript, info=info).derive(
+            shared
+        )
+
+    def _bound(self, recipient: str, commitment: bytes) -> bytes:
+        leader = (self.leader or "").encode()
+        number = self.epoch.number.to_bytes(8, "little")
+        return sha256(b"box", self._transcript, number, leader, recipient.encode(), commitment)
+
+
+def check_confirmations(epoch: Epoch, key: GroupKey, confirmations: Mapping[str, bytes]) -> None:
+    """Check that every member of an epoch holds the same key.
+
+    Args:
+        epoch: From `plan_epoch`.
+        key: As agreed on in this epoch.
+        confirmations: Confirmation by member, as relayed.
+
+    Raises:
+        KeyAgreementError: If a member is missing or added, holds another key, or cannot prove it.
+    """
+    _expect_members(epoch, "confirmations", confirmations)
+    for name in epoch.members:
+        commitment, tag = read_confirmation(
+            key.transcript, name, epoch.identity_keys[name], confirmations[name]
+        )
+        if commitment != key.fingerprint:
+            leader = _leader(epoch, key.transcript)
+            raise KeyAgreementError(
+                f"{name!r} holds another key than this member: the leader {leader!r} handed out "
+                "different keys"
+            )
+        if not hmac.compare_digest(tag, _tag(key, name)):
+            raise KeyAgreementError(f"{name!r} confirms a key that it cannot prove to hold")
+
+
+def _expect_members(epoch: Epoch, what: str, messages: Mapping[str, bytes]) -> None:
+    missing = sorted(set(epoch.members) - set(messages))
+    if missing:
+        raise KeyAgreementError(f"{what} of members are missing: {', '.join(missing)}")
+    added = sorted(set(messages) - set(epoch.members))
+    if added:
+        raise KeyAgreementError(f"{what} came from outside the agreed list of members: {', '.join(added)}")
+
+
+def _leader(epoch: Epoch, transcript: bytes) -> str:
+    return min(epoch.members, key=lambda name: sha256(b"leader", transcript, name.encode()))
+
+
+def _tag(key: GroupKey, member: str) -> bytes:
+    content = sha256(b"confirmed", key.transcript, member.encode(), key.fingerprint)
+    return hmac.digest(key.subkey(b"confirm"), content, "sha256")
+
+
+def _shared_secret(private_key: X25519PrivateKey | None, public_key: bytes, what: str) -> bytes:
+    if private_key is None:
+        raise KeyAgreementError("this member's ephemeral key is gone: start a new epoch")
+    try:
+        return private_key.exchange(X25519PublicKey.from_public_bytes(public_key))
+    except ValueError:
+        raise KeyAgreementError(f"{what} is a point of small order, which gives no secret") from None

@@ -1,0 +1,312 @@
+"""Rows of the privacy ledger as plain data: their hashes, what they charge, how they compose.
+
+Pure functions over rows, so that a report or an auditor can read an exported ledger without the file.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    WithJsonSchema,
+)
+
+from fedmosaic.privacy.accounting.events import GaussianEvent
+from fedmosaic.protos.errors import LedgerError
+
+Channel = Literal["profile", "adapter", "family"]
+Kind = Literal["OPENED", "RESERVED", "RELEASED", "RESENT", "REFUSED", "CLOSED", "RESUMED", "MOVED"]
+Coverage = Literal["dp", "cryptography", "nothing"]
+Unit = Literal["example", "user", "client"]
+
+CHANNELS: tuple[Channel, ...] = ("profile", "adapter", "family")
+FIRST_PREVIOUS_HASH = "0" * 64
+NEIGHBOURING_RELATION = "add or remove one"
+RESTORE = "move it away and put the newest backup in its place with `fedmosaic ledger move BACKUP PLACE`"
+"""What to do about a ledger that cannot be used any more; `fedmosaic ledger backup` makes backups."""
+
+_Hex64 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def _read_infinity(value: object) -> object:
+    return math.inf if value == "infinity" else value
+
+
+Epsilon = Annotated[
+    float,
+    Field(ge=0.0),
+    BeforeValidator(_read_infinity),
+    PlainSerializer(lambda value: "infinity" if value == math.inf else value, when_used="json"),
+    WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"const": "infinity"}]}),
+]
+"""ε ≥ 0. JSON has no infinity, and null would read as "not applicable", so ∞ is the string "infinity"."""
+
+
+class LedgerRow(BaseModel):
+    """One entry of the ledger. Fields that do not apply to its kind are None.
+
+    Attributes:
+        sequence: 0 for the opening row, then without gaps.
+        time: UTC, ISO 8601.
+        kind: OPENED fixes the parameters; RESERVED charges, whatever happens afterwards; RELEASED and RESENT
+            charge nothing; REFUSED records a release that the budget did not allow. CLOSED ends a ledger that
+            is moved away or is a backup, MOVED says that its move is finished, RESUMED that it goes on here.
+        channel: what is released.
+        round: round of the federation.
+        context: what tells releases of one channel, round and data epoch apart: the run, or for a profile
+            its mechanism. Empty where there is but one.
+        attempt: 1 for the first reservation (or sending) of this release, then 2, …
+        reference: sequence of the RESERVED row that a RELEASED or RESENT row is about.
+        mechanism: canonical JSON; of an OPENED row the ledger's parameters, of a CLOSED or MOVED row where it
+            went, of a RESUMED row where it came from.
+        noise_multiplier: σ of the event; 0 when nothing but cryptography, or nothing, protects it.
+        sampling_rate: q of the event.
+        steps: number of releases in the event.
+        clipping_norm: C, in the unit of what is clipped.
+        dimensions: length of the released vector.
+        unit: unit of privacy.
+        neighbouring_relation: always add or remove one unit.
+        covered_by: what stands between an outsider and the private data.
+        secure_noise: False when noise came from a seeded generator of a test: then no guarantee holds.
+        data_epoch: hash of the set of example ids. It could be guessed, so it stays with the client.
+        disjoint: whether the ledger proved that no example of this epoch is in another disjoint epoch.
+        payload_digest: SHA-256 of the bytes that left.
+        epsilon: ε of the budgeted channels after this row (for REFUSED: what it would have become).
+        accountant: which accountant `epsilon` comes from.
+        previous_hash: hash of the row before.
+        hash: SHA-256 over the previous hash and this row.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    sequence: int = Field(ge=0)
+    time: str = Field(min_length=20, max_length=40)
+    kind: Kind
+    channel: Channel | None = None
+    round: int | None = Field(default=None, ge=0)
+    context: str | None = Field(default=None, max_length=128)
+    attempt: int | None = Field(default=None, ge=1)
+    reference: int | None = Field(default=None, ge=1)
+    mechanism: str | None = None
+    noise_multiplier: float | None = Field(default=None, ge=0.0, allow_inf_nan=False)
+    sampling_rate: float | None = Field(default=None, gt=0.0, le=1.0, allow_inf_nan=False)
+    steps: int | None = Field(default=None, ge=1)
+    clipping_norm: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    dimensions: int | None = Field(default=None, ge=1)
+    unit: Unit
+    neighbouring_relation: Literal["add or remove one"] = "add or remove one"
+    covered_by: Coverage | None = None
+    secure_noise: bool | None = None
+    data_epoch: _Hex64 | None = None
+    disjoint: bool = False
+    payload_digest: _Hex64 | None = None
+    epsilon: Epsilon = 0.0
+    accountant: Literal["prv", "rdp", "pld"]
+    previous_hash: _Hex64 = FIRST_PREVIOUS_HASH
+    hash: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
+
+    def event(self) -> GaussianEvent:
+        """The event of a RESERVED or REFUSED row.
+
+        Raises:
+            LedgerError: a row of this kind has no event, or part of it is missing.
+        """
+        if self.noise_multiplier is None or self.sampling_rate is None or self.steps is None:
+            raise LedgerError(f"row {self.sequence} ({self.kind}) of the ledger holds no complete event")
+        return GaussianEvent(self.noise_multiplier, self.sampling_rate, self.steps)
+
+    def computed_hash(self) -> str:
+        """SHA-256 (hexadecimal) over the previous hash and the canonical JSON of everything but `hash`."""
+        content = canonical_json(self.model_dump(mode="json", exclude={"hash"}))
+        return hashlib.sha256(self.previous_hash.encode() + content.encode()).hexdigest()
+
+    @classmethod
+    def sealed(cls, **fields: Any) -> "LedgerRow":
+        """A new row with its hash filled in.
+
+        Raises:
+            LedgerError: a field is missing or impossible.
+        """
+        try:
+            row = cls(**fields)
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise LedgerError(f"the ledger cannot record this: {problems}") from None
+        return row.model_copy(update={"hash": row.computed_hash()})
+
+
+def canonical_json(value: object) -> str:
+    """JSON with one spelling per value: sorted keys, no blanks, shortest floats, no NaN.
+
+    Raises:
+        LedgerError: the value is no JSON.
+    """
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise LedgerError(
+            f"a mechanism's description must be plain JSON without NaN or infinity: {error}"
+        ) from None
+
+
+def example_hashes(example_ids: Iterable[str]) -> list[str]:
+    """Sorted SHA-256 hashes of example ids.
+
+    Raises:
+        LedgerError: an id occurs twice (the unit of privacy is one example, listed once), or there is none.
+    """
+    hashes = [hashlib.sha256(b"fedmosaic/example/v1\x00" + name.encode()).hexdigest() for name in example_ids]
+    if not hashes or len(set(hashes)) != len(hashes):
+        raise LedgerError("a data epoch needs at least one example id, and every id only once")
+    return sorted(hashes)
+
+
+def data_epoch(example_ids: Iterable[str]) -> str:
+    """Hash (hexadecimal) of the set of example ids; order does not matter.
+
+    It names one state of a client's data. It stays on the client: who guesses the ids can test the guess.
+    """
+    return epoch_of_hashes(example_hashes(example_ids))
+
+
+def epoch_of_hashes(hashes: Iterable[str]) -> str:
+    """`data_epoch` from what `example_hashes` returned."""
+    return hashlib.sha256(b"fedmosaic/data-epoch/v1\x00" + "\n".join(sorted(hashes)).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """What one reservation costs, and whom.
+
+    Attributes:
+        event: the release.
+        disjoint_epoch: the data epoch, if the ledger proved that no other such epoch shares an example.
+    """
+
+    event: GaussianEvent
+    disjoint_epoch: str | None = None
+
+
+def charges(rows: Iterable[LedgerRow], channels: Iterable[str] | None = None) -> list[Charge]:
+    """What a ledger has charged: every reservation, released or not.
+
+    Args:
+        rows: of one ledger.
+        channels: only these; all when None.
+    """
+    wanted = None if channels is None else frozenset(channels)
+    return [
+        Charge(row.event(), row.data_epoch if row.disjoint else None)
+        for row in rows
+        if row.kind == "RESERVED" and (wanted is None or row.channel in wanted)
+    ]
+
+
+def compositions(charged: Iterable[Charge]) -> list[tuple[GaussianEvent, ...]]:
+    """What one example can at most have gone through, one tuple of events per possibility.
+
+    An example is in at most one of the epochs that were proved disjoint, so these compose in parallel:
+    ε is the largest over the tuples. Every other release may have used every example and is in all tuples.
+
+    Args:
+        charged: of one ledger, or one of its channels.
+
+    Returns:
+        At least one tuple; a single one when nothing was proved disjoint.
+
+    Reference:
+        McSherry 2009, "Privacy integrated queries", theorem 4 (parallel composition).
+    """
+    everywhere: list[GaussianEvent] = []
+    by_epoch: dict[str, list[GaussianEvent]] = {}
+    for charge in charged:
+        if charge.disjoint_epoch is None:
+            everywhere.append(charge.event)
+        else:
+            by_epoch.setdefault(charge.disjoint_epoch, []).append(charge.event)
+    return [(*everywhere, *part) for part in by_epoch.values()] or [tuple(everywhere)]
+
+
+def check_chain(rows: Sequence[LedgerRow]) -> None:
+    """Check that rows are complete, unaltered, in order, and tell one possible story.
+
+    Args:
+        rows: the whole ledger from row 0.
+
+    Raises:
+        LedgerError: names the first row that does not fit, and why.
+    """
+    previous = FIRST_PREVIOUS_HASH
+    reserved: dict[int, LedgerRow] = {}
+    released: dict[int, str | None] = {}
+    before: Kind | None = None
+    for index, row in enumerate(rows):
+        if row.sequence != index:
+            raise _broken(index, f"row {row.sequence} stands in its place; a row was removed, added or moved")
+        if row.previous_hash != previous:
+            raise _broken(index, "it does not continue the row before it")
+        if row.hash != row.computed_hash():
+            raise _broken(index, "its content does not match its hash")
+        if (row.kind == "OPENED") != (index == 0):
+            raise _broken(index, "a ledger is opened once, in its first row")
+        if before == "MOVED" or (before == "CLOSED" and row.kind not in ("RESUMED", "MOVED")):
+            raise _broken(index, "it follows the row that closed the ledger")
+        if row.kind == "MOVED" and before != "CLOSED":
+            raise _broken(index, "a ledger is closed before it is moved")
+        _check_story(row, reserved, released)
+        previous, before = row.hash, row.kind
+
+
+def check_seen(rows: Sequence[LedgerRow], sequence: int, digest: str, source: str) -> None:
+    """Check that rows still contain a row that was seen before.
+
+    Args:
+        rows: the whole ledger.
+        sequence: of the row seen before.
+        digest: its hash.
+        source: who saw it, for the message.
+
+    Raises:
+        LedgerError: the row is missing or is another one.
+    """
+    if sequence >= len(rows):
+        raise LedgerError(
+            f"the privacy ledger ends at row {len(rows) - 1}, but {source} has seen row {sequence}: rows "
+            f"were cut off, first of them row {len(rows)}. What it forgot is still spent; {RESTORE}"
+        )
+    if rows[sequence].hash != digest:
+        raise LedgerError(
+            f"the privacy ledger was rewritten: row {sequence} is not the row that {source} has seen; "
+            f"{RESTORE}"
+        )
+
+
+def _check_story(row: LedgerRow, reserved: dict[int, LedgerRow], released: dict[int, str | None]) -> None:
+    if row.kind == "RESERVED":
+        row.event()
+        reserved[row.sequence] = row
+    elif row.kind in ("RELEASED", "RESENT"):
+        if row.reference is None or row.reference not in reserved:
+            raise _broken(row.sequence, "it is about a reservation that does not exist")
+        if row.kind == "RELEASED":
+            if row.reference in released:
+                raise _broken(row.sequence, f"reservation {row.reference} was released before")
+            released[row.reference] = row.payload_digest
+        elif row.reference not in released or released[row.reference] != row.payload_digest:
+            raise _broken(row.sequence, "it re-sends other bytes than were released")
+
+
+def _broken(sequence: int, reason: str) -> LedgerError:
+    return LedgerError(
+        f"the privacy ledger is damaged at row {sequence}: {reason}. What was spent can no longer be shown: "
+        f"{RESTORE}, and do not release anything from this data before"
+    )

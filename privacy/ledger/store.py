@@ -1,0 +1,301 @@
+"""The file under the privacy ledger: SQLite that only grows, and a head file beside it.
+
+Every append is one transaction, fsynced before the call returns (WAL, synchronous=FULL). After it the
+head file, `<ledger>.head`, is replaced by the new last row's sequence and hash. A ledger whose tail was
+cut off, or which was put back from an older copy without its head file, is shorter than its head says.
+Both files replaced together (a rolled-back disk image) are only caught by an anchor kept elsewhere; see
+`Ledger.anchor`.
+"""
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from fedmosaic.privacy.files import private_opener, sync_directory, write_atomically
+from fedmosaic.privacy.ledger.rows import (
+    RESTORE,
+    LedgerRow,
+    charges,
+    check_chain,
+    check_seen,
+    epoch_of_hashes,
+)
+from fedmosaic.protos.errors import LedgerError
+
+_SCHEMA_VERSION = 2
+_WAIT_SECONDS = 60.0
+_COLUMNS = tuple(LedgerRow.model_fields)
+_BOOLEANS = ("secure_noise", "disjoint")
+_TYPES = {"sequence": "INTEGER PRIMARY KEY", "epsilon": "REAL NOT NULL", "hash": "TEXT NOT NULL UNIQUE"}
+_SCHEMA = (
+    f"CREATE TABLE rows ({', '.join(f'{name} {_TYPES.get(name, str())}' for name in _COLUMNS)})",
+    "CREATE TABLE epoch_examples (data_epoch TEXT NOT NULL, example_hash TEXT NOT NULL, "
+    "PRIMARY KEY (data_epoch, example_hash)) WITHOUT ROWID",
+    "CREATE INDEX examples_by_hash ON epoch_examples (example_hash)",
+    *(
+        f"CREATE TRIGGER {table}_keep_{verb.lower()} BEFORE {verb} ON {table} "
+        "BEGIN SELECT RAISE(ABORT, 'the privacy ledger only grows'); END"
+        for table in ("rows", "epoch_examples")
+        for verb in ("UPDATE", "DELETE")
+    ),
+    f"PRAGMA user_version = {_SCHEMA_VERSION}",
+)
+
+
+class LedgerStore:
+    """Rows on disk. Knows nothing of budgets; `fedmosaic.privacy.ledger.ledger.Ledger` does.
+
+    Args:
+        path: the SQLite file; made, readable by its owner only, when missing.
+        read_only: open for reading an existing file.
+
+    Raises:
+        LedgerError: the file is missing (read_only), no ledger, or gone while its head file remains.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self.path = path
+        self.head_path = path.with_name(path.name + ".head")
+        existed = path.exists()
+        if not existed and (read_only or self.head_path.exists()):
+            raise LedgerError(
+                f"{path}: the ledger is missing"
+                + (f" although {self.head_path.name} shows there was one" if self.head_path.exists() else "")
+                + f"; what it says is spent stays spent: {RESTORE}"
+            )
+        if not existed:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            os.close(private_opener(str(path), os.O_CREAT | os.O_RDWR))
+            sync_directory(path.parent)
+        with self._reported():
+            uri = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rw'}"
+            self._connection = sqlite3.connect(
+                uri, uri=True, isolation_level=None, timeout=_WAIT_SECONDS, check_same_thread=False
+            )
+            if not read_only:
+                self._connection.execute("PRAGMA journal_mode = WAL")
+                self._connection.execute("PRAGMA synchronous = FULL")
+                self._connection.execute("PRAGMA fullfsync = ON")
+
+    def copy_to(self, path: Path) -> None:
+        """Write everything that is committed to a new file, whoever writes to this one meanwhile.
+
+        A copy of the file alone may lack the newest rows, which SQLite keeps beside it until they are merged.
+
+        Raises:
+            LedgerError: the copy cannot be written.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        with self._reported(), closing(sqlite3.connect(path)) as copy:
+            self._connection.backup(copy)
+
+    def close(self) -> None:
+        """Close the file; the store cannot be used afterwards."""
+        self._connection.close()
+
+    def prepare(self) -> bool:
+        """Create the tables when there are none; call inside a transaction.
+
+        Returns:
+            Whether they were created.
+
+        Raises:
+            LedgerError: the file is of another version, or no ledger.
+        """
+        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        if version == _SCHEMA_VERSION:
+            return False
+        (tables,) = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if version or tables:
+            raise LedgerError(
+                f"{self.path} is no privacy ledger of version {_SCHEMA_VERSION} (found version {version}); "
+                "give another path, or open it with the version of fedmosaic that wrote it"
+            )
+        for statement in _SCHEMA:
+            self._connection.execute(statement)
+        return True
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """One write transaction that excludes every other process; committed and fsynced at the end."""
+        with self._reported():
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                with suppress(sqlite3.Error):
+                    self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+
+    def rows(self, start: int = 0) -> list[LedgerRow]:
+        """Rows from `start` on, in order of sequence.
+
+        Raises:
+            LedgerError: a row holds something that no row may hold.
+        """
+        with self._reported():
+            cursor = self._connection.execute(
+                f"SELECT {', '.join(_COLUMNS)} FROM rows WHERE sequence >= ? ORDER BY sequence",  # noqa: S608  # the columns are this module's own
+                (start,),
+            )
+            return [_row(values) for values in cursor]
+
+    def verified_rows(self) -> list[LedgerRow]:
+        """All rows, after checking chain, head file and evidence.
+
+        Raises:
+            LedgerError: names the first row that was changed, removed, added or moved.
+        """
+        # The head first: a row that another process appends in between must not look cut off.
+        head = self.read_head()
+        rows = self.rows()
+        if not rows:
+            raise LedgerError(f"{self.path} holds no rows, not even the opening one; {RESTORE}")
+        check_chain(rows)
+        self.check_head(head, rows)
+        self.check_examples({c.disjoint_epoch for c in charges(rows) if c.disjoint_epoch is not None})
+        return rows
+
+    def append(self, row: LedgerRow) -> None:
+        """Add a sealed row; call inside a transaction."""
+        values = [getattr(row, name) for name in _COLUMNS]
+        marks = ", ".join("?" for _ in _COLUMNS)
+        self._connection.execute(f"INSERT INTO rows ({', '.join(_COLUMNS)}) VALUES ({marks})", values)  # noqa: S608  # the columns are this module's own
+
+    def write_head(self, row: LedgerRow) -> None:
+        """Replace the head file durably by this row's sequence and hash."""
+        content = json.dumps({"sequence": row.sequence, "hash": row.hash}).encode()
+        write_atomically(self.head_path, content)
+
+    def read_head(self) -> tuple[int, str] | None:
+        """Sequence and hash of the last row when the head file was written; None when there is none.
+
+        Raises:
+            LedgerError: the head file cannot be read.
+        """
+        try:
+            head = json.loads(self.head_path.read_bytes())
+            return int(head["sequence"]), str(head["hash"])
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise LedgerError(
+                f"{self.head_path} cannot be read ({error!r}), so it cannot be shown that no row was cut off "
+                f"the ledger's end; {RESTORE}"
+            ) from None
+
+    def check_head(self, head: tuple[int, str] | None, rows: Sequence[LedgerRow]) -> None:
+        """Compare rows with the head file, which was read before them.
+
+        A head that is behind is what a crash between commit and head leaves; the next append moves it on.
+        A head that is ahead means that rows were lost.
+
+        Raises:
+            LedgerError: rows are missing at the end, or were replaced, or the head file is gone.
+        """
+        if head is not None:
+            check_seen(rows, *head, str(self.head_path))
+        elif len(rows) > 1:
+            raise LedgerError(
+                f"{self.head_path} is missing, so it cannot be shown that no row was cut off the ledger's "
+                f"end; {RESTORE}"
+            )
+
+    def overlaps(self, epoch: str, hashes: Sequence[str]) -> bool:
+        """Whether any other stored epoch shares an example; call inside a transaction.
+
+        Args:
+            epoch: hash of the set.
+            hashes: its example hashes.
+        """
+        run = self._connection.execute
+        run("CREATE TEMP TABLE IF NOT EXISTS candidate (example_hash TEXT PRIMARY KEY) WITHOUT ROWID")
+        run("DELETE FROM temp.candidate")
+        self._connection.executemany("INSERT INTO temp.candidate VALUES (?)", ((value,) for value in hashes))
+        shared = run(
+            "SELECT 1 FROM temp.candidate JOIN epoch_examples USING (example_hash) "
+            "WHERE data_epoch <> ? LIMIT 1",
+            (epoch,),
+        ).fetchone()
+        run("DELETE FROM temp.candidate")
+        return shared is not None
+
+    def keep_examples(self, epoch: str, hashes: Sequence[str]) -> None:
+        """Store the examples of an epoch, once; call inside a transaction, after `overlaps`."""
+        self._connection.executemany(
+            "INSERT OR IGNORE INTO epoch_examples VALUES (?, ?)", ((epoch, value) for value in hashes)
+        )
+
+    def check_examples(self, epochs: Iterable[str]) -> None:
+        """Check that the stored evidence still proves these epochs disjoint.
+
+        Raises:
+            LedgerError: the examples of an epoch are not those its hash was made of, or two share one.
+        """
+        with self._reported():
+            twice = self._connection.execute(
+                "SELECT 1 FROM epoch_examples GROUP BY example_hash HAVING count(*) > 1 LIMIT 1"
+            ).fetchone()
+            if twice is not None:
+                raise LedgerError(
+                    "the ledger's evidence of disjoint data epochs is damaged: two epochs overlap"
+                )
+            for epoch in epochs:
+                stored = self._connection.execute(
+                    "SELECT example_hash FROM epoch_examples WHERE data_epoch = ?", (epoch,)
+                )
+                if epoch_of_hashes(value for (value,) in stored) != epoch:
+                    raise LedgerError(
+                        "the ledger's evidence of disjoint data epochs is damaged: the examples stored for "
+                        f"an epoch are not those it was named after; {RESTORE}"
+                    )
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise LedgerError(
+                f"{self.path}: the ledger cannot be read or written ({error}); nothing may be released "
+                "until it can"
+            ) from error
+
+
+def read_ledger(path: Path) -> list[LedgerRow]:
+    """Read and verify a ledger without writing to it, for reports and audits.
+
+    Args:
+        path: the SQLite file.
+
+    Returns:
+        All rows in order; `parameters_of` tells the parameters.
+
+    Raises:
+        LedgerError: it is missing or damaged.
+    """
+    store = LedgerStore(path, read_only=True)
+    try:
+        return store.verified_rows()
+    finally:
+        store.close()
+
+
+def _row(values: Sequence[object]) -> LedgerRow:
+    fields = dict(zip(_COLUMNS, values, strict=True))
+    for name in _BOOLEANS:
+        if fields[name] in (0, 1):
+            fields[name] = bool(fields[name])
+    try:
+        return LedgerRow.model_validate(fields)
+    except ValidationError as error:
+        where = ", ".join(str(problem["loc"][0]) for problem in error.errors() if problem["loc"])
+        raise LedgerError(
+            f"the privacy ledger is damaged at row {fields['sequence']}: impossible {where}; {RESTORE}"
+        ) from None

@@ -1,0 +1,369 @@
+"""Public maps: from the factors of a per-example gradient to the few coordinates that are clipped.
+
+A per-example gradient comes as its factors: G = Σ_t δ_t x_tᵀ, and no map here ever forms G. Everything
+random in a map comes from SHAKE-256 over a label and the public seed, read as little-endian 64-bit
+words, so any platform and any library version rebuilds the same map from the mechanism alone.
+
+The guarantee does not rest on these maps: rows are clipped after them, whatever they are. Usefulness
+does, and comparability between clients.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save_file
+
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
+from fedmosaic.protos.errors import MechanismError
+
+Float32Array = npt.NDArray[np.float32]
+Float64Array = npt.NDArray[np.float64]
+FloatArray = npt.NDArray[np.floating]
+IntArray = npt.NDArray[np.int64]
+
+MAXIMUM_BASIS_BYTES: Final = 256 * 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class GradientFactors:
+    """One example's gradient as a sum of outer products: G = Σ_t delta[t] ⊗ inputs[t].
+
+    Attributes:
+        delta: (T, hidden_size) float32, gradients at the output of the layer, mean over tokens included.
+        inputs: (T, intermediate_size) float32, inputs of the layer. T = 0 means no gradient is defined.
+    """
+
+    delta: Float32Array
+    inputs: Float32Array
+
+
+@dataclass(frozen=True, eq=False)
+class PublicBasis:
+    """What a map takes from public data rather than from a seed; absent parts are None.
+
+    Attributes:
+        left: (hidden_size, r1) float32, directions of δ.
+        right: (intermediate_size, r2) float32, directions of x.
+        centre: (k,) float32, mean of the public rows.
+        whitening: (k, k) float32, applied to centred rows from the left.
+    """
+
+    left: Float32Array | None = None
+    right: Float32Array | None = None
+    centre: Float32Array | None = None
+    whitening: Float32Array | None = None
+
+    @property
+    def sha256(self) -> str:
+        """Hash (hexadecimal) over the names, shapes and little-endian contents of the arrays."""
+        digest = hashlib.sha256(b"fedmosaic public basis 1\n")
+        for name, array in sorted(self._arrays().items()):
+            digest.update(json.dumps([name, list(array.shape)]).encode() + b"\n")
+            digest.update(np.ascontiguousarray(array, dtype="<f4").tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write as safetensors."""
+        save_file({name: np.ascontiguousarray(array) for name, array in self._arrays().items()}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "PublicBasis":
+        """Read a basis; whether it is the agreed one is decided by `PublicMap.build`, by its hash.
+
+        Raises:
+            MechanismError: the file cannot be read, is no safetensors file, is too large, holds unknown
+                arrays, or numbers that are not finite float32.
+        """
+        try:
+            if path.stat().st_size > MAXIMUM_BASIS_BYTES:
+                raise MechanismError(
+                    f"{path} is larger than {MAXIMUM_BASIS_BYTES} bytes; that is no public basis"
+                )
+            arrays = load_safetensors(path.read_bytes())
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            raise MechanismError(
+                f"{path} is no readable public basis ({type(error).__name__}); get it from the consortium"
+            ) from error
+        unknown = sorted(set(arrays) - {field.name for field in fields(cls)})
+        if unknown:
+            raise MechanismError(
+                f"{path} holds unknown arrays {unknown}; a public basis has none of that name"
+            )
+        for name, array in arrays.items():
+            if array.dtype != np.float32 or not np.isfinite(array).all():
+                raise MechanismError(f"{path}: {name} must hold finite float32 numbers")
+        return cls(**arrays)
+
+    def _arrays(self) -> dict[str, Float32Array]:
+        present = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: array for name, array in present.items() if array is not None}
+
+
+def check_basis(mechanism: ProfileMechanism, basis: Path | None) -> None:
+    """Refuse a public basis other than the one that the terms name by its hash.
+
+    Args:
+        mechanism: of the federation's terms.
+        basis: file of the public basis; None if there is none.
+
+    Raises:
+        MechanismError: it is missing, not needed, another one, or cannot be read.
+    """
+    agreed = mechanism.basis_sha256
+    if agreed is None:
+        if basis is not None:
+            raise MechanismError(f"the terms' task profile uses no public basis; leave {basis} out")
+        return
+    if basis is None:
+        raise MechanismError(
+            f"terms.profile.basis_sha256 names the public basis {agreed[:16]}…, but no file is given: pass "
+            "the one that `fedmosaic probe` wrote with --basis"
+        )
+    found = PublicBasis.load(basis).sha256
+    if found != agreed:
+        raise MechanismError(
+            f"{basis} is the public basis {found[:16]}…, terms.profile.basis_sha256 says {agreed[:16]}…: "
+            "both must "
+            "be of the same run of `fedmosaic probe`, so give its basis or copy the tables it printed "
+            "anew"
+        )
+
+
+class Projection:
+    """The reduction of a mechanism, ready to use: project, sample dimensions, normalise.
+
+    Args:
+        reduction: its description.
+        basis: gives `left` and `right` to a Kronecker reduction; other reductions ignore it.
+
+    Raises:
+        MechanismError: a Kronecker reduction has no directions, or they have the wrong shape.
+    """
+
+    def __init__(self, reduction: Reduction, basis: PublicBasis | None = None) -> None:
+        self.reduction = reduction
+        self._basis = basis
+        hidden, inner = reduction.hidden_size, reduction.intermediate_size
+        if reduction.kind == "coordinates":
+            places = _distinct(reduction, "entries", hidden * inner, reduction.projection_dimensions)
+            self._entry_rows, self._entry_columns = np.divmod(places, inner)
+        elif reduction.kind == "tensor_sketch":
+            self._sketches = (
+                _count_sketch(reduction, "delta", hidden),
+                _count_sketch(reduction, "inputs", inner),
+            )
+        else:
+            left, right = _kronecker_sides(reduction, basis)
+            self._left, self._right = np.ascontiguousarray(left.T), np.ascontiguousarray(right.T)
+        self._kept = np.sort(
+            _distinct(reduction, "kept dimensions", reduction.projection_dimensions, reduction.dimensions)
+        )
+
+    def rows(self, factors: Iterable[GradientFactors]) -> Float64Array:
+        """Reduce gradients, one row each.
+
+        Args:
+            factors: n gradients.
+
+        Returns:
+            (n, k) float64, of unit L2 norm (or zero) if the reduction normalises. A gradient without tokens
+            gives a row of NaN, which clipping rejects.
+
+        Raises:
+            MechanismError: the factors' shapes do not fit.
+        """
+        reduced = [self._project(gradient)[self._kept] for gradient in factors]
+        if not reduced:
+            return np.zeros((0, self.reduction.dimensions))
+        rows = np.stack(reduced).astype(np.float64)
+        return _unit(rows) if self.reduction.normalise else rows
+
+    def _project(self, factors: GradientFactors) -> Float32Array:
+        delta, inputs = factors.delta, factors.inputs
+        expected = (self.reduction.hidden_size, self.reduction.intermediate_size)
+        if (delta.shape[1], inputs.shape[1]) != expected or delta.shape[0] != inputs.shape[0]:
+            raise MechanismError(
+                f"factors of shapes {delta.shape} and {inputs.shape} do not fit a reduction of a gradient of "
+                f"shape {expected}; is this the probe model of the mechanism?"
+            )
+        if delta.shape[0] == 0:
+            return np.full(self.reduction.projection_dimensions, np.nan, dtype=np.float32)
+        # A gradient that overflows is rejected by the clipping; it needs no warning on the way there.
+        with np.errstate(over="ignore", invalid="ignore"):
+            if self.reduction.kind == "coordinates":
+                entries = delta[:, self._entry_rows] * inputs[:, self._entry_columns]
+                return np.asarray(entries.sum(axis=0))
+            if self.reduction.kind == "kronecker":
+                return np.asarray((_along(delta, self._left).T @ _along(inputs, self._right)).ravel())
+            return self._tensor_sketch(delta, inputs)
+
+    def _tensor_sketch(self, delta: Float32Array, inputs: Float32Array) -> Float32Array:
+        """Sum over tokens of the circular convolution of two count sketches.
+
+        Reference:
+            Pham and Pagh 2013, "Fast and scalable polynomial kernels via explicit feature maps".
+        """
+        spectra = [
+            np.fft.rfft(side @ sketch, axis=1)
+            for side, sketch in zip((delta, inputs), self._sketches, strict=True)
+        ]
+        # The transform is linear, so tokens are added before it is inverted.
+        spectrum = (spectra[0] * spectra[1]).sum(axis=0)
+        return np.fft.irfft(spectrum, n=self.reduction.projection_dimensions).astype(np.float32)
+
+
+class PublicMap:
+    """The whole public part of a mechanism: projection, normalisation, centre and whitening.
+
+    Args:
+        mechanism: the agreed description.
+        basis: the public basis with the hash that the mechanism names; None if it names none.
+
+    Raises:
+        MechanismError: the basis is missing, another one, or does not fit.
+    """
+
+    def __init__(self, mechanism: ProfileMechanism, basis: PublicBasis | None = None) -> None:
+        found = None if basis is None else basis.sha256
+        if found != mechanism.basis_sha256:
+            raise MechanismError(
+                f"the public basis has hash {found}, the mechanism names {mechanism.basis_sha256}; use the "
+                "basis that belongs to the roster"
+            )
+        self.mechanism = mechanism
+        self.projection = Projection(mechanism.reduction, basis)
+        self._centre, self._whitening = _standardisation(mechanism, basis)
+
+    def rows(self, factors: Iterable[GradientFactors]) -> Float64Array:
+        """Reduce, normalise and standardise gradients, ready for `clipped_sum`.
+
+        Args:
+            factors: n gradients.
+
+        Returns:
+            (n, k) float64.
+
+        Raises:
+            MechanismError: the factors' shapes do not fit.
+        """
+        return self.standardise(self.projection.rows(factors))
+
+    def standardise(self, rows: Float64Array) -> Float64Array:
+        """Centre and whiten rows as the mechanism says.
+
+        Args:
+            rows: (n, k) rows of `projection.rows`.
+
+        Returns:
+            (n, k) float64.
+        """
+        if self._centre is None:
+            return rows
+        centred = rows - self._centre
+        if self._whitening is None:
+            return centred
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.asarray(centred @ self._whitening.T)
+
+
+def _along(side: Float32Array, directions: Float32Array) -> Float32Array:
+    """Scalar products of every token with every direction: (T, size) and (k, size) to (T, k).
+
+    One by one, as the threads that BLAS starts for a product of this size cost many times the product where
+    other processes use the cores.
+    """
+    return np.asarray(np.vecdot(side[:, None, :], directions[None, :, :]))
+
+
+def _unit(rows: Float64Array) -> Float64Array:
+    with np.errstate(invalid="ignore"):
+        largest = np.abs(rows).max(axis=1, keepdims=True)
+        scaled = rows / np.where(largest > 0.0, largest, 1.0)
+    norms = np.linalg.norm(scaled, axis=1, keepdims=True)
+    return np.asarray(scaled / np.where(norms > 0.0, norms, 1.0))
+
+
+def _standardisation(
+    mechanism: ProfileMechanism, basis: PublicBasis | None
+) -> tuple[Float64Array | None, Float64Array | None]:
+    if mechanism.standardise == "none":
+        return None, None
+    size = mechanism.dimensions
+    centre = None if basis is None else basis.centre
+    if centre is None or centre.shape != (size,):
+        raise MechanismError(
+            f"standardise {mechanism.standardise!r} needs a centre of {size} numbers in the public basis; "
+            "fit the basis for this reduction"
+        )
+    if mechanism.standardise == "centre":
+        return centre.astype(np.float64), None
+    whitening = None if basis is None else basis.whitening
+    if whitening is None or whitening.shape != (size, size):
+        raise MechanismError(
+            f"standardise 'whiten' needs a whitening matrix of {size} × {size} in the public basis; "
+            "fit the basis for this reduction"
+        )
+    return centre.astype(np.float64), whitening.astype(np.float64)
+
+
+def _kronecker_sides(reduction: Reduction, basis: PublicBasis | None) -> tuple[Float32Array, Float32Array]:
+    left = None if basis is None else basis.left
+    right = None if basis is None else basis.right
+    if left is None or right is None:
+        raise MechanismError(
+            "a kronecker reduction needs a public basis with both sides; fit one on public data"
+        )
+    fits = (
+        left.ndim == right.ndim == 2
+        and left.shape[0] == reduction.hidden_size
+        and right.shape[0] == reduction.intermediate_size
+        and left.shape[1] * right.shape[1] == reduction.projection_dimensions
+    )
+    if not fits:
+        raise MechanismError(
+            f"directions of shapes {left.shape} and {right.shape} do not fit a kronecker reduction of a "
+            f"({reduction.hidden_size}, {reduction.intermediate_size}) gradient to "
+            f"{reduction.projection_dimensions} dimensions"
+        )
+    return left, right
+
+
+def _words(reduction: Reduction, purpose: str, count: int) -> npt.NDArray[np.uint64]:
+    """The public random words of one purpose: SHAKE-256 (FIPS 202) over a label that no other map shares."""
+    label = json.dumps(["fedmosaic public map 1", purpose, reduction.public_seed])
+    stream = hashlib.shake_256(label.encode()).digest(8 * count)
+    return np.frombuffer(stream, dtype="<u8").astype(np.uint64)
+
+
+def _distinct(reduction: Reduction, purpose: str, population: int, count: int) -> IntArray:
+    """`count` distinct numbers below `population`, in the order in which the words name them."""
+    if count == population:
+        return np.arange(population, dtype=np.int64)
+    length = 2 * count + 64
+    while True:
+        values = (_words(reduction, purpose, length) % np.uint64(population)).astype(np.int64)
+        chosen, first = np.unique(values, return_index=True)
+        if chosen.size >= count:
+            return np.asarray(chosen[np.argsort(first)][:count])
+        length *= 2
+
+
+def _count_sketch(reduction: Reduction, side: str, size: int) -> Float32Array:
+    """A dense (size, m) count sketch: one signed one per row.
+
+    Dense because a product with it then runs at matrix speed; it is smaller than the model's own head.
+    """
+    words = _words(reduction, f"sketch of {side}", size)
+    signs = 1.0 - 2.0 * (words >> np.uint64(63)).astype(np.float32)
+    buckets = (words % np.uint64(reduction.projection_dimensions)).astype(np.int64)
+    sketch = np.zeros((size, reduction.projection_dimensions), dtype=np.float32)
+    sketch[np.arange(size), buckets] = signs
+    return sketch

@@ -1,0 +1,375 @@
+"""Build the privacy statement of a run from its clients' ledgers.
+
+The ledger says what happened, and where it and the configuration disagree the worse of the two is
+reported. A statement whose accountants contradict each other is not made: `AccountingError`.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from fedmosaic.privacy.accounting.epsilon import (
+    EpsilonBound,
+    cross_checked_epsilon,
+    epsilon,
+    epsilon_bound,
+    person_epsilon,
+)
+from fedmosaic.privacy.accounting.events import GaussianEvent
+from fedmosaic.privacy.accounting.tradeoff import UNBOUNDED, attack_bounds
+from fedmosaic.privacy.ledger.rows import (
+    NEIGHBOURING_RELATION,
+    Channel,
+    Charge,
+    LedgerRow,
+    charges,
+    check_chain,
+    compositions,
+)
+from fedmosaic.privacy.ledger.rules import LedgerParameters, bound_of, parameters_of
+from fedmosaic.privacy.statement.models import (
+    ADVERSARIES,
+    PERSON_EXAMPLES,
+    AccountantFigures,
+    Adversary,
+    AttackFigures,
+    ChannelStatement,
+    ClientInputs,
+    ClientStatement,
+    Cover,
+    Guarantee,
+    Mechanism,
+    PersonFigure,
+    PrivacyStatement,
+    Protection,
+    StatementChannel,
+    StatementInputs,
+)
+from fedmosaic.privacy.statement.words import (
+    ADVERSARY_NAMES,
+    CHANNEL_NAMES,
+    assumptions,
+    coverage,
+    leaks,
+)
+
+NO_GUARANTEE = "no guarantee: the noise came from a seeded test generator"
+
+
+@dataclass(frozen=True, slots=True)
+class _ChannelFacts:
+    """One channel of one client, as far as the ledger and the configuration tell."""
+
+    channel: Channel
+    configured: Protection
+    protection: Protection
+    rows: tuple[LedgerRow, ...]
+    test_noise: bool
+
+    @property
+    def private(self) -> bool:
+        return "dp" in self.protection.split("+") and not self.test_noise
+
+
+@dataclass(frozen=True, slots=True)
+class _Client:
+    """What is needed again and again while one client's part is made."""
+
+    parameters: LedgerParameters
+    inputs: ClientInputs
+    run: StatementInputs
+    channels: tuple[_ChannelFacts, ...]
+
+    def charges(self, names: Iterable[str]) -> list[Charge]:
+        return charges(self.inputs.ledger, names)
+
+
+def statement(inputs: StatementInputs) -> PrivacyStatement:
+    """Make the privacy statement of a run.
+
+    Args:
+        inputs: ledgers and the run's facts.
+
+    Returns:
+        The statement.
+
+    Raises:
+        LedgerError: a ledger was altered.
+        AccountingError: accountants contradict each other, so no ε can be reported.
+    """
+    clients = tuple(_client(client, inputs) for client in inputs.clients)
+    modes = {c.protection for client in clients for c in client.channels if c.protection is not None}
+    return PrivacyStatement(
+        run_id=inputs.run_id,
+        created=inputs.created,
+        roster_sha256=inputs.roster_sha256,
+        transport=inputs.transport,
+        encryption=inputs.encryption,
+        no_guarantee=any(client.test_noise for client in clients),
+        clients=clients,
+        coalition_rows=inputs.coalition_rows,
+        assumptions=assumptions(
+            inputs, (client.unit for client in clients), any("encrypted" in mode for mode in modes)
+        ),
+        leaks=leaks(inputs, bool(modes & {"none", "encrypted"})),
+    )
+
+
+def _client(inputs: ClientInputs, run: StatementInputs) -> ClientStatement:
+    check_chain(inputs.ledger)
+    parameters = parameters_of(inputs.ledger)
+    if inputs.client_id:
+        parameters = replace(parameters, client_id=inputs.client_id)
+    channels, warnings = _channels(inputs)
+    client = _Client(parameters, inputs, run, channels)
+    spent = bound_of(
+        client.charges(parameters.budgeted_channels), parameters.delta, parameters.accountant
+    ).epsilon
+    target = parameters.target_epsilon
+    return ClientStatement(
+        client_id=parameters.client_id,
+        delta=parameters.delta,
+        unit=parameters.unit,
+        neighbouring_relation=NEIGHBOURING_RELATION,
+        target_epsilon=target,
+        budgeted_channels=parameters.budgeted_channels,
+        spent_epsilon=spent,
+        remaining_epsilon=None if target is None else max(0.0, target - spent),
+        refusals=sum(row.kind == "REFUSED" for row in inputs.ledger),
+        test_noise=any(facts.test_noise for facts in channels),
+        channels=(*(_channel(facts, client) for facts in channels), _joint(client)),
+        guarantees=tuple(_guarantees(client)),
+        warnings=tuple(warnings),
+    )
+
+
+def _channels(inputs: ClientInputs) -> tuple[tuple[_ChannelFacts, ...], list[str]]:
+    configured: dict[Channel, Protection | None] = {
+        "profile": "dp",
+        "adapter": inputs.adapter_protection,
+        "family": inputs.family_protection,
+    }
+    found, warnings = [], []
+    for channel, mode in configured.items():
+        rows = tuple(row for row in inputs.ledger if row.channel == channel)
+        reserved = [row for row in rows if row.kind == "RESERVED"]
+        if mode is None and not reserved:
+            continue
+        actual = _actual_protection(mode, reserved)
+        if actual != mode:
+            warnings.append(
+                f"{CHANNEL_NAMES[channel]}: configured as {mode or 'not sent'!r}, but the ledger shows "
+                f"releases that were protected by {actual!r} only; the latter is reported"
+            )
+        test_noise = any(row.secure_noise is False for row in reserved)
+        found.append(_ChannelFacts(channel, mode or actual, actual, rows, test_noise))
+    return tuple(found), warnings
+
+
+def _actual_protection(configured: Protection | None, reserved: Sequence[LedgerRow]) -> Protection:
+    covers = {row.covered_by for row in reserved}
+    if configured is None:
+        configured = "dp"
+    private = "dp" in configured.split("+") and covers <= {"dp"}
+    encrypted = "encrypted" in configured and "nothing" not in covers
+    if not private and covers == {"cryptography"} and configured == "dp":
+        encrypted = True
+    if private:
+        return "dp+encrypted" if encrypted else "dp"
+    return "encrypted" if encrypted else "none"
+
+
+def _channel(facts: _ChannelFacts, client: _Client) -> ChannelStatement:
+    charged = client.charges((facts.channel,))
+    bound = _bound(charged, client, private="dp" in facts.protection.split("+"))
+    events = compositions(charged)
+    kinds = [row.kind for row in facts.rows]
+    return ChannelStatement(
+        channel=facts.channel,
+        protection=facts.protection,
+        epsilon=math.inf if facts.test_noise else bound.epsilon,
+        nominal_epsilon=bound.epsilon,
+        accountant=bound.accountant,
+        accountants=_accountants(events, client.parameters.delta, bound),
+        attack=_attack(events, client.parameters.delta, facts.private),
+        mechanisms=_mechanisms(facts.rows),
+        parallel_composition=len(events) > 1,
+        reservations_never_released=_never_released(facts.rows),
+        resends=kinds.count("RESENT"),
+        refusals=kinds.count("REFUSED"),
+        clipped_share=client.inputs.clipped_share.get(facts.channel),
+        planned=client.inputs.planned.get(facts.channel),
+    )
+
+
+def _joint(client: _Client) -> ChannelStatement:
+    charged = client.charges([facts.channel for facts in client.channels])
+    private = all("dp" in facts.protection.split("+") for facts in client.channels)
+    test_noise = any(facts.test_noise for facts in client.channels)
+    bound = _bound(charged, client, private)
+    events = compositions(charged)
+    kinds = [row.kind for row in client.inputs.ledger]
+    return ChannelStatement(
+        channel="joint",
+        protection=None,
+        epsilon=math.inf if test_noise else bound.epsilon,
+        nominal_epsilon=bound.epsilon,
+        accountant=bound.accountant,
+        accountants=_accountants(events, client.parameters.delta, bound),
+        attack=_attack(events, client.parameters.delta, private and not test_noise),
+        mechanisms=_mechanisms(client.inputs.ledger),
+        parallel_composition=len(events) > 1,
+        reservations_never_released=_never_released(client.inputs.ledger),
+        resends=kinds.count("RESENT"),
+        refusals=kinds.count("REFUSED"),
+        clipped_share=None,
+        planned=None,
+    )
+
+
+def _never_released(rows: Sequence[LedgerRow]) -> int:
+    released = {row.reference for row in rows if row.kind == "RELEASED"}
+    return sum(row.kind == "RESERVED" and row.sequence not in released for row in rows)
+
+
+def _bound(charged: Sequence[Charge], client: _Client, private: bool) -> EpsilonBound:
+    if not private:
+        return EpsilonBound(math.inf, client.parameters.accountant)
+    return bound_of(charged, client.parameters.delta, client.parameters.accountant)
+
+
+def _accountants(
+    events: Sequence[tuple[GaussianEvent, ...]], delta: float, bound: EpsilonBound
+) -> AccountantFigures | None:
+    if not math.isfinite(bound.epsilon):
+        return None
+    if any(epsilon_bound(each, delta).accountant == "rdp" for each in events):
+        return AccountantFigures(
+            rdp=max(epsilon(each, delta, "rdp") for each in events),
+            note="PRV and PLD cannot be evaluated at this ε or δ; RDP is an upper bound by itself",
+        )
+    checks = [cross_checked_epsilon(each, delta) for each in events]
+    return AccountantFigures(
+        prv=max(check.prv for check in checks),
+        rdp=max(check.rdp for check in checks),
+        pld=max(check.pld for check in checks),
+    )
+
+
+def _attack(events: Sequence[tuple[GaussianEvent, ...]], delta: float, private: bool) -> AttackFigures:
+    found = [attack_bounds(each, delta) for each in events] if private else [UNBOUNDED]
+    return AttackFigures(
+        gaussian_mu=max(each.gaussian_mu for each in found),
+        advantage=max(each.advantage for each in found),
+        true_positive_rate_at_1_percent=max(each.true_positive_rate_at_1_percent for each in found),
+        true_positive_rate_at_0_1_percent=max(each.true_positive_rate_at_0_1_percent for each in found),
+    )
+
+
+def _mechanisms(rows: Iterable[LedgerRow]) -> tuple[Mechanism, ...]:
+    groups: dict[tuple[float, float, float | None, int | None], list[GaussianEvent]] = {}
+    for row in rows:
+        if row.kind == "RESERVED":
+            event = row.event()
+            key = (event.noise_multiplier, event.sampling_rate, row.clipping_norm, row.dimensions)
+            groups.setdefault(key, []).append(event)
+    return tuple(
+        Mechanism(
+            noise_multiplier=sigma,
+            sampling_rate=rate,
+            steps=sum(event.steps for event in events),
+            clipping_norm=norm,
+            dimensions=dimensions,
+            releases=len(events),
+        )
+        for (sigma, rate, norm, dimensions), events in groups.items()
+    )
+
+
+def _guarantees(client: _Client) -> Iterable[Guarantee]:
+    for adversary in ADVERSARIES:
+        found = [_single(facts, adversary, client) for facts in client.channels]
+        yield from found
+        yield _together(found, adversary, client)
+
+
+def _single(facts: _ChannelFacts, adversary: Adversary, client: _Client) -> Guarantee:
+    cover, words = coverage(facts.channel, facts.protection, adversary, client.run)
+    void = facts.test_noise and cover in ("dp", "dp_and_cryptography")
+    if void:
+        # What is left once noise that can be taken off again is left out.
+        cover = "nothing" if cover == "dp" else "cryptography_only"
+        words = f"{words}; {NO_GUARANTEE}"
+    private = (facts.channel,) if cover in ("dp", "dp_and_cryptography") else ()
+    return _guarantee(client, facts.channel, adversary, cover, private, (), void, words)
+
+
+def _together(found: Sequence[Guarantee], adversary: Adversary, client: _Client) -> Guarantee:
+    covers = {guarantee.cover for guarantee in found}
+    private = tuple(g.channel for g in found if g.cover in ("dp", "dp_and_cryptography"))
+    only = tuple(g.channel for g in found if g.cover == "cryptography_only")
+    void = any(g.test_noise for g in found)
+    cover: Cover
+    if "nothing" in covers:
+        bare = [CHANNEL_NAMES[g.channel] for g in found if g.cover == "nothing"]
+        cover, words = "nothing", f"nothing but trust protects: {', '.join(bare)}"
+    elif covers == {"nothing_sent"}:
+        cover, words = "nothing_sent", "nothing is sent where this adversary could look"
+    elif not private:
+        cover, words = "cryptography_only", "cryptography only, so ε does not apply"
+    elif only:
+        named = ", ".join(CHANNEL_NAMES[name] for name in only)
+        words = f"ε is of the differentially private channels; cryptography only covers: {named}"
+        cover = "mixed"
+    else:
+        cover, words = ("dp" if "dp" in covers else "dp_and_cryptography"), "composed over all channels"
+    if void:
+        words = f"{words}; {NO_GUARANTEE}"
+    return _guarantee(client, "joint", adversary, cover, private, only, void, words)
+
+
+def _guarantee(
+    client: _Client,
+    channel: StatementChannel,
+    adversary: Adversary,
+    cover: Cover,
+    private: Sequence[StatementChannel],
+    cryptography_only: tuple[StatementChannel, ...],
+    test_noise: bool,
+    words: str,
+) -> Guarantee:
+    parameters = client.parameters
+    bare = cover == "nothing"
+    applies = bool(private) and not bare
+    charged = client.charges(private)
+    bound = EpsilonBound(math.inf, parameters.accountant)
+    if applies:
+        bound = bound_of(charged, parameters.delta, parameters.accountant)
+    stated = applies or bare
+    name = f"{parameters.client_id}, {CHANNEL_NAMES[channel]}, against {ADVERSARY_NAMES[adversary]}"
+    return Guarantee(
+        channel=channel,
+        adversary=adversary,
+        cover=cover,
+        epsilon=bound.epsilon if stated else None,
+        delta=parameters.delta,
+        unit=parameters.unit,
+        neighbouring_relation=NEIGHBOURING_RELATION,
+        accountant=bound.accountant,
+        cryptography_only=cryptography_only,
+        attack=_attack(compositions(charged), parameters.delta, applies) if stated else None,
+        persons=_persons(charged, parameters) if math.isfinite(bound.epsilon) else (),
+        test_noise=test_noise,
+        words=f"{name}: {words}",
+    )
+
+
+def _persons(charged: Sequence[Charge], parameters: LedgerParameters) -> tuple[PersonFigure, ...]:
+    # One person's examples may lie in several data epochs, so these do not compose in parallel here.
+    events = [charge.event for charge in charged]
+    if parameters.unit != "example":
+        return ()
+    return tuple(
+        PersonFigure(examples=count, epsilon=person_epsilon(events, parameters.delta, count))
+        for count in PERSON_EXAMPLES
+    )

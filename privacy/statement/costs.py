@@ -1,0 +1,151 @@
+"""What a statement's releases would have cost: the noise for another ε."""
+
+import math
+from collections.abc import Callable, Sequence
+
+from fedmosaic.privacy.accounting.calibrate import noise_factor_for, noise_multiplier_for
+from fedmosaic.privacy.accounting.epsilon import epsilon
+from fedmosaic.privacy.accounting.events import GaussianEvent
+from fedmosaic.privacy.statement.models import (
+    ChannelCost,
+    ChannelStatement,
+    ClientStatement,
+    PrivacyStatement,
+    StatementChannel,
+)
+from fedmosaic.privacy.statement.words import CHANNEL_NAMES
+from fedmosaic.protos.errors import AccountingError
+
+
+def costs_at_epsilon(statement: PrivacyStatement, target_epsilon: float) -> tuple[ChannelCost, ...]:
+    """The σ with which each client's releases, on the same schedule, would have met a target ε.
+
+    Parallel composition is not used: the figures are for releases that may concern every example.
+
+    Args:
+        statement: as `statement` made it, or read back from JSON.
+        target_epsilon: ε asked for, in (0, 100], against a reader of the plaintext.
+
+    Returns:
+        One answer per client and channel, and one for all its channels together, in which the profile
+        keeps its noise if it can and the other channels share one σ per mechanism.
+
+    Raises:
+        AccountingError: the target is outside its domain.
+    """
+    if not 0.0 < target_epsilon <= 100.0:
+        raise AccountingError(f"target ε is {target_epsilon}; it must be in (0, 100]")
+    return tuple(
+        cost
+        for client in statement.clients
+        for cost in (
+            *(_channel_cost(channel, client, target_epsilon) for channel in client.channels[:-1]),
+            _joint_cost(client, target_epsilon),
+        )
+    )
+
+
+def _channel_cost(channel: ChannelStatement, client: ClientStatement, target: float) -> ChannelCost:
+    events, protected = _schedule(channel)
+    if not events:
+        return _answer(
+            channel, client, target, (), None, "nothing was released, or its schedule is not known"
+        )
+    current = tuple(event.noise_multiplier if protected else 0.0 for event in events)
+    try:
+        if protected:
+            factor = noise_factor_for(target, client.delta, [], events)
+            needed = tuple(event.noise_multiplier * factor for event in events)
+        else:
+            (event,) = events
+            needed = (noise_multiplier_for(target, client.delta, [], event.sampling_rate, event.steps),)
+    except AccountingError as error:
+        return _answer(channel, client, target, current, None, str(error))
+    return _answer(channel, client, target, current, needed, _change(current, needed))
+
+
+def _joint_cost(client: ClientStatement, target: float) -> ChannelCost:
+    joint = client.channels[-1]
+    parts = [(channel, *_schedule(channel)) for channel in client.channels[:-1]]
+    unknown = [
+        CHANNEL_NAMES[channel.channel] for channel, events, _ in parts if not events and channel.mechanisms
+    ]
+    if unknown:
+        return _answer(joint, client, target, (), None, f"no schedule is known for: {', '.join(unknown)}")
+    profile = [event for channel, events, _ in parts if channel.channel == "profile" for event in events]
+    others = [event for channel, events, _ in parts if channel.channel != "profile" for event in events]
+    protected = all(each for channel, events, each in parts if events)
+    keep = bool(others) and epsilon(profile, client.delta) < target
+    scaled = others if keep else profile + others
+    if not scaled:
+        return _answer(joint, client, target, (), None, "nothing was released")
+    current = tuple(event.noise_multiplier if protected else 0.0 for event in scaled)
+    try:
+        factor = noise_factor_for(target, client.delta, profile if keep else [], scaled)
+    except AccountingError as error:
+        return _answer(joint, client, target, current, None, str(error))
+    needed = tuple(event.noise_multiplier * factor for event in scaled)
+    kept = "with the profile's noise as it was, " if keep and profile else ""
+    return _answer(joint, client, target, current, needed, kept + _change(current, needed))
+
+
+def _schedule(channel: ChannelStatement) -> tuple[list[GaussianEvent], bool]:
+    """Events of a channel; for one without DP, those that were planned, at σ = 1 to scale from."""
+    protected = all(mechanism.noise_multiplier > 0 for mechanism in channel.mechanisms)
+    if protected and channel.mechanisms:
+        return [GaussianEvent(m.noise_multiplier, m.sampling_rate, m.steps) for m in channel.mechanisms], True
+    if channel.planned is None:
+        return [], protected
+    return [GaussianEvent(1.0, channel.planned.sampling_rate, channel.planned.steps)], False
+
+
+def _change(current: Sequence[float], needed: Sequence[float]) -> str:
+    if not all(current):
+        return f"σ = {_list(needed)} where there was no noise"
+    factor = needed[0] / current[0]
+    direction = "more" if factor > 1 else "less"
+    times = max(factor, 1 / factor)
+    return f"σ = {_list(needed)} instead of {_list(current)}: {times:.2f} times {direction} noise"
+
+
+def _list(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.3g}" for value in values)
+
+
+def _answer(
+    channel: ChannelStatement,
+    client: ClientStatement,
+    target: float,
+    current: tuple[float, ...],
+    needed: tuple[float, ...] | None,
+    words: str,
+) -> ChannelCost:
+    name: StatementChannel = channel.channel
+    return ChannelCost(
+        client_id=client.client_id,
+        channel=name,
+        target_epsilon=target,
+        delta=client.delta,
+        current_epsilon=channel.epsilon,
+        current_noise_multipliers=current,
+        needed_noise_multipliers=needed,
+        words=f"{client.client_id}, {CHANNEL_NAMES[name]}, ε = {target:g}: {words}",
+    )
+
+
+def round_up(value: float, digits: int) -> float:
+    """The smallest number of `digits` significant decimal digits that is not below `value` (≥ 0)."""
+    return _rounded_to(value, digits, math.ceil)
+
+
+def round_down(value: float, digits: int) -> float:
+    """The largest number of `digits` significant decimal digits that is not above `value` (≥ 0)."""
+    return _rounded_to(value, digits, math.floor)
+
+
+def _rounded_to(value: float, digits: int, towards: Callable[[float], int]) -> float:
+    if value == 0 or not math.isfinite(value):
+        return value
+    exponent = digits - 1 - math.floor(math.log10(value))
+    scaled = towards(round(value * 10.0**exponent, 9))
+    return float(f"{scaled}e{-exponent}")

@@ -1,0 +1,332 @@
+"""The privacy statement as data: what is told, per client, channel and adversary.
+
+Versioned, with a JSON schema (`statement_schema`). No ε stands alone: every figure sits inside a client,
+a channel and an adversary, beside its δ, unit and accountant.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fedmosaic.privacy.ledger.rows import Epsilon, LedgerRow, Unit
+
+SCHEMA_VERSION = 1
+
+Protection = Literal["none", "encrypted", "dp", "dp+encrypted"]
+StatementChannel = Literal["profile", "adapter", "family", "joint"]
+Adversary = Literal[
+    "network",
+    "server_honest_but_curious",
+    "server_malicious",
+    "recipient",
+    "colluding_recipients",
+    "colluding_recipients_with_server",
+]
+ADVERSARIES: tuple[Adversary, ...] = (
+    "network",
+    "server_honest_but_curious",
+    "server_malicious",
+    "recipient",
+    "colluding_recipients",
+    "colluding_recipients_with_server",
+)
+Cover = Literal["dp", "dp_and_cryptography", "mixed", "cryptography_only", "nothing", "nothing_sent"]
+"""What a protection rests on; "mixed": DP for some channels, cryptography only for others."""
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Frozen(BaseModel):
+    """Immutable, strict about unknown keys; descriptions of fields go into the schema."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class PlannedChannel(Frozen):
+    """The schedule of a channel, from which the cost of protecting it with DP can be told."""
+
+    sampling_rate: float = Field(gt=0.0, le=1.0)
+    """q of one step."""
+    steps: int = Field(ge=1)
+    """Steps of the whole run."""
+
+
+class ClientInputs(Frozen):
+    """What a statement needs to know about one client."""
+
+    ledger: tuple[LedgerRow, ...] = Field(min_length=1)
+    """The client's whole ledger; it holds δ, budget and accountant."""
+    client_id: str = ""
+    """Who the client is in this run; whoever opened the ledger first if empty."""
+    adapter_protection: Protection
+    """How P and Q leave the client."""
+    family_protection: Protection | None = None
+    """How the other layers' LoRA leaves the client; None when it does not."""
+    clipped_share: dict[Literal["profile", "adapter", "family"], Share] = Field(default_factory=dict)
+    """Share of clipped examples; not noised, so for the client's own eyes."""
+    planned: dict[Literal["profile", "adapter", "family"], PlannedChannel] = Field(default_factory=dict)
+    """Schedules of channels without DP, to answer what DP would have cost."""
+    expected_batch_size: int | None = Field(default=None, ge=1)
+    """B of q = B/n in this run's terms, public; a shareable statement rounds with it."""
+    least_noise: float | None = Field(default=None, gt=0.0)
+    """Least σ that this run's terms give to any client of about this size; as above."""
+
+
+class CoalitionRows(Frozen):
+    """What a coalition of recipients can solve for."""
+
+    colluding_recipients: int = Field(ge=1)
+    """Size of the coalition."""
+    independent_rows: int = Field(ge=0)
+    """Linearly independent weight rows that it holds at most."""
+    contributors: int = Field(ge=1)
+    """Adapters that those rows combine."""
+
+
+class StatementInputs(Frozen):
+    """Everything that a statement is made from."""
+
+    run_id: str = Field(min_length=1, max_length=200)
+    """Name of the run."""
+    created: str = Field(default="", max_length=40)
+    """Time of making, ISO 8601; empty where the statement must be reproducible."""
+    clients: tuple[ClientInputs, ...] = Field(min_length=1)
+    """The clients that the reader may know of."""
+    roster_sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
+    """Hash of the roster that fixed the terms."""
+    transport: Literal["mutual_tls", "in_process"] = "mutual_tls"
+    """Whether bytes crossed a network, and how."""
+    key_holders: Literal["nobody", "clients", "committee"] = "nobody"
+    """Who can decrypt aggregates: nobody (nothing is encrypted), every client, or a quorum of them."""
+    encryption: str = Field(default="", max_length=200)
+    """Name of the encryption scheme and its parameters."""
+    minimum_contributors: int = Field(default=3, ge=1)
+    """Contributors other than the recipient that every aggregate needs."""
+    weight_cap: float = Field(default=0.5, gt=0.0, le=1.0)
+    """Largest share of one contributor in an aggregate."""
+    squares_cap: float = Field(default=0.36, gt=0.0, le=1.0)
+    """Largest sum of the squared shares of an aggregate."""
+    rounds: int = Field(default=2, ge=1)
+    """Rounds of the run; a recipient receives one aggregate in each but the first."""
+    smallest_row: int | None = Field(default=None, ge=1)
+    """Fewest contributors of any aggregate that the clients accepted; None where they accepted none."""
+    coalition_rows: tuple[CoalitionRows, ...] = ()
+    """Independent rows per coalition size."""
+    metrics_shared: bool = False
+    """Whether losses, accuracies or counts of private data left any client."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "StatementInputs":
+        modes = [c.adapter_protection for c in self.clients]
+        modes += [c.family_protection for c in self.clients if c.family_protection is not None]
+        if self.key_holders == "nobody" and any("encrypted" in mode for mode in modes):
+            raise ValueError(
+                "an adapter is said to be encrypted, but key_holders is 'nobody'; say who can decrypt: "
+                "'clients' for a key that all members share, 'committee' for a threshold key"
+            )
+        return self
+
+
+class AttackFigures(Frozen):
+    """What any membership attacker achieves at most, from the whole trade-off curve."""
+
+    gaussian_mu: Epsilon
+    """μ of the Gaussian mechanism that is at most as private, at every ε down to the stated δ."""
+    advantage: Share
+    """Largest TPR - FPR."""
+    true_positive_rate_at_1_percent: Share
+    """Largest TPR at a false positive rate of 1 %."""
+    true_positive_rate_at_0_1_percent: Share
+    """Largest TPR at a false positive rate of 0.1 %."""
+
+
+class AccountantFigures(Frozen):
+    """The same composition by independent accountants."""
+
+    prv: Epsilon | None = None
+    """Opacus PRV; None where it cannot be evaluated."""
+    rdp: Epsilon
+    """Opacus RDP with extended orders."""
+    pld: Epsilon | None = None
+    """Google dp-accounting PLD; None where it cannot be evaluated."""
+    note: str = ""
+    """Why a figure is missing."""
+
+
+class Mechanism(Frozen):
+    """Releases with the same noise."""
+
+    noise_multiplier: float = Field(ge=0.0)
+    """σ: noise standard deviation over clipping norm; 0 without differential privacy."""
+    sampling_rate: float = Field(gt=0.0, le=1.0)
+    """q: probability with which an example enters a step."""
+    steps: int = Field(ge=1)
+    """Steps in all releases together."""
+    clipping_norm: float | None
+    """C, in the unit of what is clipped."""
+    dimensions: int | None
+    """Length of the released vector."""
+    releases: int = Field(ge=1)
+    """Reservations that were charged."""
+
+
+class ChannelStatement(Frozen):
+    """What one client released on one channel (or on all, `joint`), whoever reads it."""
+
+    channel: StatementChannel
+    """Which channel."""
+    protection: Protection | None
+    """Configured protection; None for `joint`."""
+    epsilon: Epsilon
+    """ε of this channel alone towards a reader of its plaintext."""
+    nominal_epsilon: Epsilon
+    """What `epsilon` would be with secure noise; equal to it in a real run."""
+    accountant: Literal["prv", "rdp", "pld"]
+    """Accountant of `epsilon`."""
+    accountants: AccountantFigures | None
+    """Cross-check; None when a release had no noise."""
+    attack: AttackFigures
+    """Bounds for an attacker who reads the plaintext."""
+    mechanisms: tuple[Mechanism, ...]
+    """What was released with which noise."""
+    parallel_composition: bool
+    """Whether releases over data epochs that share no example were proved and composed in parallel."""
+    reservations_never_released: int
+    """Charged, but never recorded as sent (a crash)."""
+    resends: int
+    """The same bytes sent again, at no cost."""
+    refusals: int
+    """Releases that the budget did not allow."""
+    clipped_share: Share | None
+    """Share of clipped examples; local, removed from a shareable statement."""
+    planned: PlannedChannel | None
+    """Schedule, for what DP would have cost."""
+
+
+class PersonFigure(Frozen):
+    """ε of somebody with several examples: all of them added or removed at once."""
+
+    examples: int = Field(ge=2)
+    """How many examples the person has."""
+    epsilon: Epsilon
+    """ε at the δ beside it; "infinity" also where it is beyond what is computed."""
+
+
+PERSON_EXAMPLES = (2, 5, 10)
+"""For so many examples of one person a statement has figures."""
+
+
+class Guarantee(Frozen):
+    """What holds for one client, on one channel, against one adversary."""
+
+    channel: StatementChannel
+    """Which channel."""
+    adversary: Adversary
+    """Against whom."""
+    cover: Cover
+    """What the protection rests on."""
+    epsilon: Epsilon | None
+    """ε against this adversary; None where only cryptography covers, and ε does not apply."""
+    delta: float = Field(gt=0.0, lt=1.0)
+    """δ of `epsilon`."""
+    unit: Unit
+    """What is protected: one example, unless said otherwise."""
+    neighbouring_relation: str
+    """In which sense two data sets differ by one unit."""
+    accountant: Literal["prv", "rdp", "pld"]
+    """Accountant of `epsilon`."""
+    cryptography_only: tuple[StatementChannel, ...]
+    """Channels for which this guarantee also needs the encryption to hold."""
+    attack: AttackFigures | None
+    """Bounds for this adversary; None where only cryptography covers."""
+    persons: tuple[PersonFigure, ...] = ()
+    """ε of somebody with several examples, where `epsilon` is one example's and finite."""
+    test_noise: bool
+    """Differential privacy was claimed, but its noise came from a test generator and counts for nothing."""
+    words: str
+    """The same in a sentence."""
+
+
+class ClientStatement(Frozen):
+    """Everything about one client."""
+
+    client_id: str
+    """Which client."""
+    delta: float = Field(gt=0.0, lt=1.0)
+    """δ of every ε."""
+    unit: Unit
+    """Unit of privacy."""
+    neighbouring_relation: str
+    """In which sense two data sets differ by one unit."""
+    target_epsilon: float | None
+    """Budget; None without one."""
+    budgeted_channels: tuple[str, ...]
+    """Channels that the budget bounds together."""
+    spent_epsilon: Epsilon
+    """ε of the budgeted channels so far."""
+    remaining_epsilon: Epsilon | None
+    """Target less spent; ε does not add up, so this is no allowance for a single release."""
+    refusals: int
+    """Releases that the budget did not allow."""
+    test_noise: bool
+    """Some noise came from a seeded generator: no guarantee holds."""
+    channels: tuple[ChannelStatement, ...]
+    """Per channel, and jointly."""
+    guarantees: tuple[Guarantee, ...]
+    """Per channel and adversary."""
+    warnings: tuple[str, ...]
+    """What the ledger shows that the configuration does not."""
+
+
+class PrivacyStatement(Frozen):
+    """The privacy statement of a run."""
+
+    schema_version: Literal[1] = 1
+    """Version of this format."""
+    run_id: str
+    """Name of the run."""
+    created: str
+    """Time of making."""
+    roster_sha256: str
+    """Hash of the roster that fixed the terms."""
+    transport: Literal["mutual_tls", "in_process"]
+    """Whether bytes crossed a network, and how."""
+    encryption: str
+    """Name of the encryption scheme and its parameters."""
+    no_guarantee: bool
+    """True when any client's noise was a test's: then nothing here holds for it."""
+    clients: tuple[ClientStatement, ...]
+    """One per client."""
+    coalition_rows: tuple[CoalitionRows, ...]
+    """Independent rows per coalition size."""
+    assumptions: tuple[str, ...]
+    """What has to be true for the figures to hold."""
+    leaks: tuple[str, ...]
+    """What is disclosed whatever the protection."""
+    shareable: bool = False
+    """Whether it is the one to hand over: made from rounded numbers, without unnoised figures."""
+
+
+class ChannelCost(Frozen):
+    """The noise with which one client's releases on one channel would have met a target ε."""
+
+    client_id: str
+    """Which client."""
+    channel: StatementChannel
+    """Which channel; `joint` keeps the profile's noise, if it can, and changes the rest."""
+    target_epsilon: float
+    """ε asked for, against a reader of the plaintext."""
+    delta: float
+    """δ of it."""
+    current_epsilon: Epsilon
+    """ε as it was."""
+    current_noise_multipliers: tuple[float, ...]
+    """σ as they were, one per mechanism that changes; 0 without DP."""
+    needed_noise_multipliers: tuple[float, ...] | None
+    """σ that the same schedule needs; None when it cannot be told."""
+    words: str
+    """The same in a sentence."""
+
+
+def statement_schema() -> dict[str, Any]:
+    """JSON schema of `PrivacyStatement` as it is written."""
+    return PrivacyStatement.model_json_schema(mode="serialization")

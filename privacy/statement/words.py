@@ -1,0 +1,209 @@
+"""The words of the privacy statement: who is covered by what, under which assumptions, what leaks anyway.
+
+They are those of the project's threat model, and no stronger.
+"""
+
+from collections.abc import Iterable
+from typing import Literal
+
+from fedmosaic.privacy.coalitions import counted_coalition
+from fedmosaic.privacy.statement.models import (
+    Adversary,
+    Cover,
+    Protection,
+    StatementChannel,
+    StatementInputs,
+)
+
+ADVERSARY_NAMES: dict[Adversary, str] = {
+    "network": "the network",
+    "server_honest_but_curious": "the server, honest but curious",
+    "server_malicious": "the server, malicious",
+    "recipient": "one recipient",
+    "colluding_recipients": "colluding recipients",
+    "colluding_recipients_with_server": "colluding recipients with the server",
+}
+CHANNEL_NAMES: dict[StatementChannel, str] = {
+    "profile": "task profile",
+    "adapter": "shared adapter (P, Q)",
+    "family": "family's LoRA",
+    "joint": "all channels together",
+}
+SERVERS: tuple[Adversary, ...] = ("server_honest_but_curious", "server_malicious")
+
+ASSUMPTIONS = (
+    "The public map, clipping norm and probe model come from public data or public seeds, the same for all "
+    "clients, and from no private data of any client.",
+    "Noise multipliers, sampling rates and the number of steps were fixed before the run, not chosen after "
+    "looking at private results. Tuning on private data is a release that is not in this statement.",
+    "Sampling is really Poisson: every example enters each step independently with probability q.",
+    "The number of examples counts as public: δ, the sampling rate and the adapter's noise are planned with "
+    "it.",
+    "An example's gradient depends on no other example: each goes through the model alone, and no layer "
+    "keeps anything of it. Clipping and noise were computed in float32 or better. Noise came from a "
+    "cryptographically secure generator, every draw a sum of several Gaussians, added on a grid of integers, "
+    "against attacks on floating point.",
+    "The ledger is the only record of releases: a copy of this data under another ledger, and everything "
+    "released from it elsewhere, comes on top.",
+    "The client's machine, its operating system's randomness and this software do what they should.",
+)
+UNIT_ASSUMPTIONS = {
+    "example": (
+        "The unit of privacy is one example of one client, added or removed. A person with several examples "
+        "is protected less, as the table for 2, 5 and 10 says, and so is a picture in several. Copies of an "
+        "example under another id are others."
+    ),
+    "user": "The unit of privacy is everything that one user gave to one client, added or removed.",
+    "client": "The unit of privacy is everything that one client holds, added or removed.",
+}
+SHARED_KEY_ASSUMPTION = (
+    "The aggregation key is shared by the clients: one client together with the server reads every upload. "
+    "Members check each other's signatures against pinned identities, so the server cannot add members."
+)
+COMMITTEE_ASSUMPTION = (
+    "Aggregates are decrypted by a committee of clients, which refuses rows that break the aggregation "
+    "policy; a quorum of the committee together with the server reads every upload."
+)
+APPROXIMATE_DECRYPTION_ASSUMPTION = (
+    "A decrypted aggregate never leaves the client: with approximate homomorphic encryption it would reveal "
+    "the key (Li and Micciancio 2021)."
+)
+NO_METRICS_ASSUMPTION = (
+    "No metric, loss curve, number of examples or tuning decision that depends on private data left a client."
+)
+
+LEAKS = (
+    "That a client takes part, when, for how long, and the sizes of its messages and of its model.",
+    "What its task is about: the profile exists to tell the server which clients' tasks are alike. DP hides "
+    "single examples, not the nature of the data.",
+    "δ, sampling rate and noise follow from the number of the client's examples. Its own statement tells it; "
+    "the one handed over, made from rounded numbers, to within a factor of 1.5.",
+    "Whether a client has the examples that a profile needs at least, and how often its data changed: it "
+    "then sends a new profile.",
+    "How long a private step takes, which grows with the size of its random sample, and how long a task "
+    "profile and an evaluation take, which grows with the number of examples.",
+    "Poisoning and free-riding are not a question of privacy and are not covered here.",
+)
+UNCHECKED_ROWS_LEAK = (
+    "Under ckks a recipient checks the row of weights that it is told, but not that the sum was made with "
+    "it: a malicious server can hand it a single adapter in place of a sum. Only DP bounds what that reveals "
+    "to the recipient; the back end mask notices."
+)
+METRICS_LEAK = (
+    "Metrics of private data left the clients. They are releases without noise, not in any ε of this "
+    "statement."
+)
+
+
+def coverage(
+    channel: Literal["profile", "adapter", "family"],
+    protection: Protection,
+    adversary: Adversary,
+    inputs: StatementInputs,
+) -> tuple[Cover, str]:
+    """What protects one channel against one adversary, and the sentence that says so.
+
+    Args:
+        channel: "profile", "adapter" or "family".
+        protection: how the channel leaves the client; the profile's is always "dp".
+        adversary: who looks.
+        inputs: transport and key holders of the run.
+
+    Returns:
+        The cover and its words.
+    """
+    private, encrypted = "dp" in protection.split("+"), "encrypted" in protection
+    sees = _what_is_seen(channel, encrypted, adversary, inputs)
+    if adversary == "network" and inputs.transport == "in_process":
+        return "nothing_sent", "no network was used: the simulation ran in one process"
+    hidden = adversary == "network" or (encrypted and adversary in SERVERS)
+    if private and hidden:
+        return "dp_and_cryptography", f"{sees}; what is inside is differentially private besides"
+    if private:
+        return "dp", f"{sees}, differentially private before it left the client"
+    if hidden:
+        return "cryptography_only", f"{sees}; cryptography only, so ε does not apply"
+    return "nothing", f"{sees}, without differential privacy: ε = ∞"
+
+
+def _what_is_seen(channel: str, encrypted: bool, adversary: Adversary, inputs: StatementInputs) -> str:
+    if adversary == "network":
+        return "sees TLS 1.3 records only"
+    if channel == "profile":
+        if adversary in SERVERS or adversary.endswith("with_server"):
+            return "reads the noisy profile"
+        return "sees weights and aggregates that derive from the noisy profile"
+    if adversary in SERVERS:
+        if not encrypted:
+            return "reads the tensors"
+        seen = "sees size and timing of ciphertexts"
+        if adversary == "server_malicious":
+            seen += (
+                ", and choosing rows, replaying or dropping does not decrypt them while members check each "
+                "other against pinned identities"
+            )
+        return seen
+    if adversary == "recipient":
+        return "receives a weighted sum of adapters"
+    if adversary == "colluding_recipients":
+        return "hold several weighted sums, and can solve for single adapters"
+    if encrypted and inputs.key_holders == "committee":
+        return "hold several weighted sums, and as a quorum of the committee decrypt every upload"
+    if encrypted:
+        return "share the key, so with the server they decrypt every upload"
+    return "read the tensors"
+
+
+def assumptions(inputs: StatementInputs, units: Iterable[str], any_encrypted: bool) -> tuple[str, ...]:
+    """Everything that the figures of this run rest on."""
+    found = [*(UNIT_ASSUMPTIONS[unit] for unit in sorted(set(units))), *ASSUMPTIONS]
+    if any_encrypted:
+        found.append(COMMITTEE_ASSUMPTION if inputs.key_holders == "committee" else SHARED_KEY_ASSUMPTION)
+        found.append(APPROXIMATE_DECRYPTION_ASSUMPTION)
+    if not inputs.metrics_shared:
+        found.append(NO_METRICS_ASSUMPTION)
+    return tuple(found)
+
+
+def leaks(inputs: StatementInputs, any_unprotected: bool) -> tuple[str, ...]:
+    """What this run discloses whatever its protection."""
+    found = list(LEAKS)
+    if inputs.metrics_shared:
+        found.insert(0, METRICS_LEAK)
+    found.append(
+        f"Every aggregate combines at least {inputs.minimum_contributors} contributors other than the "
+        f"recipient, each with a weight of at most {inputs.weight_cap:g}, and squared weights that sum to at "
+        f"most {inputs.squares_cap:g}. " + _collusion(inputs, any_unprotected)
+    )
+    if inputs.encryption.startswith("ckks"):
+        found.append(UNCHECKED_ROWS_LEAK)
+    return tuple(found)
+
+
+def _collusion(inputs: StatementInputs, any_unprotected: bool) -> str:
+    """The true number of recipients that suffices, from the smallest set of contributors that occurred."""
+    fewest = inputs.minimum_contributors
+    smallest = fewest if inputs.smallest_row is None else inputs.smallest_row
+    aggregates = inputs.rounds - 1
+    seen = f"the smallest aggregate received here had {smallest}"
+    if inputs.smallest_row is None:
+        seen = f"none was received here, the least allowed is {smallest}"
+    words = (
+        f"That hides no single adapter from recipients who put rows together: {seen}, and "
+        f"{counted_coalition(smallest, 1)} recipient(s) solve for those with one row each"
+    )
+    if aggregates > 1:
+        words += (
+            f", {counted_coalition(smallest, aggregates)} with the {aggregates} rows of the run if adapters "
+            "hardly move"
+        )
+    if smallest > fewest:
+        words += (
+            f"; aggregates of others, not seen here, may have {fewest}: then {counted_coalition(fewest, 1)}"
+        )
+    words += "; two suffice, whatever the number, if a malicious server chooses their rows"
+    return words + (
+        ". Nothing but DP on the adapter would help, and there is none."
+        if any_unprotected
+        else ". DP bounds it."
+    )

@@ -1,0 +1,307 @@
+"""The gRPC servicer: bytes in and out, and waiting. Every decision is the coordinator's.
+
+CPU and disk work runs in threads; waiting costs none, so hundreds of clients may wait at once.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any, Final, NoReturn, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+from grpc import aio
+
+from fedmosaic.privacy.files import private_opener
+from fedmosaic.protos import bounds, wire
+from fedmosaic.protos.errors import FedMosaicError, WireError
+from fedmosaic.protos.messages import Receipt, UploadHeader
+from fedmosaic.protos.refusal import Refusal, RefusalKind, to_status
+from fedmosaic.protos.v1 import federation_pb2 as pb
+from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
+from fedmosaic.server.coordinator import Coordinator
+from fedmosaic.server.downloads import Download
+from fedmosaic.server.network.peers import identify
+from fedmosaic.server.network.waiting import Changes
+from fedmosaic.server.run import Ticket
+
+log = logging.getLogger(__name__)
+_STATUS_SECONDS: Final = 2.0
+"""How often a waiting client is told what it waits for."""
+_STATUS_AGE_SECONDS: Final = 0.5
+"""How old that may be, so that a thousand waiting clients cost one look."""
+_CHUNK_SECONDS: Final = 30.0
+"""How long the server waits for the next message of an upload."""
+_SEND_BYTES: Final = 1 << 18
+T = TypeVar("T")
+M = TypeVar("M", bound=Message)
+Context = aio.ServicerContext[Any, Any]
+
+
+class FederationService(rpc.FederationServicer):
+    """Translates calls into the coordinator's methods, and their refusals into status codes."""
+
+    def __init__(self, coordinator: Coordinator, changes: Changes) -> None:
+        self._coordinator = coordinator
+        self._changes = changes
+        self._pushing: dict[str, asyncio.Task[Receipt]] = {}
+        self._superseded: set[asyncio.Task[Receipt]] = set()
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._status: tuple[float, pb.PullResponse] = (-1.0, pb.PullResponse())
+
+    async def Enrol(self, request: pb.EnrolRequest, context: Context) -> pb.EnrolResponse:
+        """See `Coordinator.enrol`."""
+
+        def enrol(client: str) -> pb.EnrolResponse:
+            return wire.encode_enrolled(self._coordinator.enrol(client, wire.decode_enrolment(request)))
+
+        return await self._unary(context, "enrolment", request, enrol)
+
+    async def UploadStatus(
+        self, request: pb.UploadStatusRequest, context: Context
+    ) -> pb.UploadStatusResponse:
+        """Judge a header as `Push` would, and tell how much of its payload is here."""
+
+        def progress(client: str) -> pb.UploadStatusResponse:
+            answer = self._coordinator.announce(client, wire.decode_upload_header(request.header))
+            if isinstance(answer, Receipt):
+                return pb.UploadStatusResponse(receipt=wire.encode_receipt(answer))
+            return pb.UploadStatusResponse(received=answer.received)
+
+        return await self._unary(context, "upload status", request, progress)
+
+    async def RoundStatus(self, request: pb.RoundStatusRequest, context: Context) -> pb.RoundStatusResponse:
+        """See `Coordinator.status`."""
+
+        def status(client: str) -> pb.RoundStatusResponse:
+            return pb.RoundStatusResponse(state=wire.encode_status(self._coordinator.status(client)))
+
+        return await self._unary(context, "round status", request, status)
+
+    async def Report(self, request: pb.ReportRequest, context: Context) -> pb.ReportResponse:
+        """See `Coordinator.report`."""
+
+        def report(client: str) -> pb.ReportResponse:
+            self._coordinator.report(client, request.statement)
+            return pb.ReportResponse()
+
+        return await self._unary(context, "report", request, report)
+
+    async def PostKeyMessage(
+        self, request: pb.PostKeyMessageRequest, context: Context
+    ) -> pb.PostKeyMessageResponse:
+        """See `Coordinator.post_key_message`."""
+
+        def post(client: str) -> pb.PostKeyMessageResponse:
+            self._coordinator.post_key_message(client, wire.decode_key_message(request))
+            return pb.PostKeyMessageResponse()
+
+        return await self._unary(context, "key message", request, post)
+
+    async def ReadKeyMessages(
+        self, request: pb.ReadKeyMessagesRequest, context: Context
+    ) -> AsyncIterator[pb.ReadKeyMessagesResponse]:
+        """Wait until as many senders are there as expected, then send what may be read."""
+        client = await self._identify(context, "key messages")
+        deadline = time.monotonic() + _wait_seconds(request.wait_milliseconds)
+        # So many readers ask again after every message; in a large federation they ask less often.
+        breath = min(0.5, 0.005 * len(self._coordinator.settings.members))
+
+        def read() -> dict[str, bytes]:
+            bounds.check_integer("epoch", request.epoch, 0, bounds.MAX_KEY_EPOCH)
+            bounds.check_stage("stage", request.stage)
+            return self._coordinator.read_key_messages(client, request.epoch, request.stage)
+
+        while True:
+            found = await self._guarded(context, "key messages", client, asyncio.to_thread(read))
+            left = deadline - time.monotonic()
+            if len(found) >= max(1, request.expected) or left <= 0.0 or self._changes.stopping:
+                break
+            posted = _once_false()
+            await self._changes.until("keys", posted, left)
+            await asyncio.sleep(min(breath, max(0.0, deadline - time.monotonic())))
+        sent = 0
+        for sender, payload in sorted(found.items()):
+            message = pb.ReadKeyMessagesResponse(sender=sender, payload=payload)
+            sent += message.ByteSize()
+            yield message
+        await asyncio.to_thread(self._coordinator.count_traffic, client, request.ByteSize(), sent)
+
+    async def Pull(self, request: pb.PullRequest, context: Context) -> AsyncIterator[pb.PullResponse]:
+        """Tell what is being waited for until the round is open, then send the aggregate."""
+        client = await self._identify(context, "pull")
+        deadline = time.monotonic() + _wait_seconds(request.wait_milliseconds)
+        sent = 0
+
+        def opened() -> bool:
+            return self._coordinator.available_round >= request.round
+
+        def look() -> Download | None:
+            bounds.check_integer("round", request.round, 1, bounds.MAX_ROUNDS + 1)
+            return self._coordinator.open_download(client, request.round)
+
+        while True:
+            download = await self._guarded(context, "pull", client, asyncio.to_thread(look))
+            if download is not None:
+                for message in _download_messages(request, download):
+                    sent += message.ByteSize()
+                    yield message
+                break
+            while not opened() and not self._changes.stopping and time.monotonic() < deadline:
+                waiting = self._waiting()
+                sent += waiting.ByteSize()
+                yield waiting
+                left = deadline - time.monotonic()
+                await self._changes.until("round", opened, min(_STATUS_SECONDS, left))
+            if not opened():
+                break
+        await asyncio.to_thread(self._coordinator.count_traffic, client, request.ByteSize(), sent)
+
+    def _waiting(self) -> pb.PullResponse:
+        made, message = self._status
+        now = time.monotonic()
+        if made < 0.0 or now - made > _STATUS_AGE_SECONDS:
+            message = pb.PullResponse(waiting=wire.encode_status(self._coordinator.describe()))
+            self._status = (now, message)
+        return message
+
+    async def Push(
+        self, request_iterator: AsyncIterator[pb.PushRequest], context: Context
+    ) -> pb.PushResponse:
+        """Judge the header, then append chunks to the spool file until the upload is complete."""
+        client = await self._identify(context, "push")
+        earlier = self._pushing.get(client)
+        if earlier is not None:
+            # Its connection is dead, or the client has changed its mind: the newest push counts.
+            log.info("an earlier push of %s is superseded by a new one", client)
+            self._superseded.add(earlier)
+            earlier.cancel()
+        async with self._locks.setdefault(client, asyncio.Lock()):
+            work = asyncio.ensure_future(self._receive(client, request_iterator))
+            self._pushing[client] = work
+            try:
+                receipt = await self._guarded(context, "push", client, work)
+            except asyncio.CancelledError:
+                if work in self._superseded:
+                    await context.abort(grpc.StatusCode.ABORTED, "a newer push of this client has begun")
+                raise
+            finally:
+                self._superseded.discard(work)
+                if self._pushing.get(client) is work:
+                    del self._pushing[client]
+        return wire.encode_receipt(receipt)
+
+    async def _receive(self, client: str, requests: AsyncIterator[pb.PushRequest]) -> Receipt:
+        first = await _next(requests)
+        if first is None or not first.HasField("header"):
+            raise WireError("an upload must begin with its header")
+        header = await asyncio.to_thread(wire.decode_upload_header, first.header)
+        ticket = await asyncio.to_thread(self._coordinator.announce, client, header)
+        if isinstance(ticket, Receipt):
+            return ticket
+        offset = int(first.header.resume_offset)
+        if offset > ticket.received:
+            raise Refusal(
+                RefusalKind.TOO_LARGE,
+                "WRONG_OFFSET",
+                f"the upload is resumed at byte {offset}, {ticket.received} bytes are here",
+                "ask for the upload status and resume from there",
+            )
+        received = first.ByteSize() + await self._append(ticket, offset, requests)
+        return await self._finish(client, header, ticket, received)
+
+    async def _append(self, ticket: Ticket, offset: int, requests: AsyncIterator[pb.PushRequest]) -> int:
+        """Append chunks until the announced size is reached; returns the bytes of their messages."""
+        position, counted = offset, 0
+        if ticket.size == 0:
+            return 0
+        with open(ticket.spool, "r+b" if ticket.spool.exists() else "wb", opener=private_opener) as spool:
+            spool.truncate(offset)
+            spool.seek(offset)
+            while position < ticket.size:
+                message = await _next(requests)
+                if message is None:
+                    raise WireError(f"the upload ended after {position} of {ticket.size} bytes")
+                wire.check_chunk(message.chunk, position, ticket.size)
+                await asyncio.to_thread(spool.write, message.chunk.data)
+                position += len(message.chunk.data)
+                counted += message.ByteSize()
+        return counted
+
+    async def _finish(self, client: str, header: UploadHeader, ticket: Ticket, received: int) -> Receipt:
+        commit = asyncio.ensure_future(
+            asyncio.to_thread(self._coordinator.commit, client, header, ticket, received)
+        )
+        try:
+            return await asyncio.shield(commit)
+        except asyncio.CancelledError:
+            # The connection broke, but the thread goes on with the spool file: keep the lock till then.
+            await asyncio.wait({commit})
+            raise
+
+    async def _unary(self, context: Context, call: str, request: Message, method: Callable[[str], M]) -> M:
+        client = await self._identify(context, call)
+        response = await self._guarded(context, call, client, asyncio.to_thread(method, client))
+        await asyncio.to_thread(
+            self._coordinator.count_traffic, client, request.ByteSize(), response.ByteSize()
+        )
+        return response
+
+    async def _identify(self, context: Context, call: str) -> str:
+        try:
+            return identify(context.auth_context(), self._coordinator.settings)
+        except Refusal as refusal:
+            await _refuse(context, call, context.peer() or "unknown peer", refusal)
+
+    async def _guarded(self, context: Context, call: str, client: str, work: Awaitable[T]) -> T:
+        """Await work; answer errors with a status, and give each one line in the log."""
+        try:
+            return await work
+        except Refusal as refusal:
+            await _refuse(context, call, client, refusal)
+        except WireError as error:
+            await _refuse(context, call, client, Refusal(RefusalKind.INVALID, "MALFORMED", str(error), ""))
+        except TimeoutError:
+            log.warning("%s of %s: nothing came for %.0f s; it can be resumed", call, client, _CHUNK_SECONDS)
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"nothing came for {_CHUNK_SECONDS:.0f} s")
+        except (FedMosaicError, OSError) as error:
+            log.error("%s of %s failed: %s", call, client, error)
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the server has a fault of its own; try again")
+        except Exception:
+            log.exception("%s of %s failed", call, client)
+            await context.abort(grpc.StatusCode.INTERNAL, "the server has a fault of its own; see its log")
+
+
+async def _refuse(context: Context, call: str, who: str, refusal: Refusal) -> NoReturn:
+    log.warning("refused %s of %s: %s: %s", call, who, refusal.reason, refusal)
+    await context.abort_with_status(to_status(refusal))
+    raise AssertionError("abort returns by raising")
+
+
+async def _next(requests: AsyncIterator[pb.PushRequest]) -> pb.PushRequest | None:
+    async with asyncio.timeout(_CHUNK_SECONDS):
+        return await anext(requests, None)
+
+
+def _once_false() -> Callable[[], bool]:
+    """A condition that holds from the second time it is asked: after the next change."""
+    asked = iter((False,))
+    return lambda: next(asked, True)
+
+
+def _wait_seconds(milliseconds: int) -> float:
+    return min(milliseconds, bounds.MAX_WAIT_MILLISECONDS) / 1000.0
+
+
+def _download_messages(request: pb.PullRequest, download: Download) -> Iterator[pb.PullResponse]:
+    """Header and chunks of an aggregate, from where the client left off if it is the same one."""
+    size = sum(len(payload) for payload in download.payloads)
+    resumed = request.resume_sha256 == download.sha256 and request.resume_offset <= size
+    offset = int(request.resume_offset) if resumed else 0
+    sizes = [len(payload) for payload in download.payloads] or [0] * len(download.aggregate.sections)
+    yield pb.PullResponse(
+        header=wire.encode_aggregate_header(download.aggregate, sizes, download.sha256, offset)
+    )
+    for chunk in wire.chunks(download.payloads, offset, _SEND_BYTES):
+        yield pb.PullResponse(chunk=chunk)

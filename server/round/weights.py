@@ -1,0 +1,238 @@
+"""Who gets which combination of the uploads, and when a combination is refused.
+
+From relevance to integer weight rows that keep the policy, and of which no two solve for a single adapter
+where that can be had. The sums themselves are the back end's work; blocks of different architectures are
+matched by their index in the shared vector's layout.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from fedmosaic.privacy.coalitions import SOLVED, estimate_errors, pair_errors
+from fedmosaic.privacy.encryption.weights import integer_weights
+from fedmosaic.privacy.policy import (
+    AggregationPolicy,
+    WeightRow,
+    cap_weights,
+    check_row,
+    spread_weights,
+)
+from fedmosaic.protos.errors import PolicyError
+from fedmosaic.protos.messages import SectionName
+from fedmosaic.server.round.relevance import FloatArray, Relevance, softmax_weights
+
+_TILTS: Final = 10
+"""Rows that are tried for a recipient beside the one that relevance asks for."""
+_TILT: Final = 0.025
+"""How much further each of them moves a weight at most; the last one by a quarter."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Members that share one section: everybody, or one family.
+
+    Attributes:
+        section: "shared" or "family".
+        family: name of the family; empty for the shared section.
+        dimensions: length of the vector.
+        contributors: who uploaded it in this round.
+        recipients: who is to receive it.
+    """
+
+    section: SectionName
+    family: str
+    dimensions: int
+    contributors: frozenset[str]
+    recipients: frozenset[str]
+
+    @property
+    def label(self) -> str:
+        """Name of the vector: "shared", or "family:" and the family."""
+        return f"family:{self.family}" if self.family else self.section
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a group will receive.
+
+    Attributes:
+        group: the group.
+        rows: one weight row per recipient that gets an aggregate, by recipient.
+        refusals: why a recipient gets none, by recipient.
+        smallest_coalition: recipients who together solve for an adapter with these rows: 1, 2, or None where
+            that takes more.
+    """
+
+    group: Group
+    rows: Mapping[str, WeightRow]
+    refusals: Mapping[str, str]
+    smallest_coalition: int | None
+
+
+def section_label(section: SectionName, family: str) -> str:
+    """Name under which a back end binds a vector: "shared", or "family:" and the family."""
+    return "shared" if section == "shared" else f"family:{family}"
+
+
+def groups(
+    uploaded: Mapping[str, Collection[SectionName]],
+    recipients: Collection[str],
+    families: Mapping[str, str],
+    shared_dimensions: int,
+    family_dimensions: Mapping[str, int],
+) -> list[Group]:
+    """The shared section, and one group for every family that shares.
+
+    Args:
+        uploaded: section names of every client's upload of this round.
+        recipients: everybody who is to receive.
+        families: family in which a client shares, by client.
+        shared_dimensions: length of the shared vector.
+        family_dimensions: length of each sharing family's vector.
+    """
+    everybody = frozenset(client for client, sections in uploaded.items() if "shared" in sections)
+    found = [Group("shared", "", shared_dimensions, everybody, frozenset(recipients))]
+    for family in sorted(family_dimensions):
+        kin = {client for client, name in families.items() if name == family}
+        contributors = frozenset(c for c, sections in uploaded.items() if "family" in sections and c in kin)
+        found.append(
+            Group("family", family, family_dimensions[family], contributors, frozenset(kin & set(recipients)))
+        )
+    return found
+
+
+def plan(
+    group: Group,
+    clients: Sequence[str],
+    relevance: Relevance,
+    *,
+    round_number: int,
+    temperature: float,
+    policy: AggregationPolicy,
+    bits: int,
+) -> Plan:
+    """Weight rows of one group.
+
+    Every recipient's softmax runs over the group's contributors but itself, is capped and spread, and is
+    rounded to integers that sum to 2**bits. Contributors whose weight rounds to zero are left out of the row.
+    A row that, with the row of an earlier recipient (by name), solves for a single adapter is tilted: each
+    weight is moved by up to some per cent, up or down, until no pair does. Between four members nothing
+    helps, two equations being enough for two unknowns. Where the policy promises more than one recipient
+    (`AggregationPolicy.withstands`), the later of the two is then refused.
+
+    Args:
+        group: who contributes and who receives.
+        clients: order of the rows and columns of `relevance`.
+        relevance: similarity of all clients.
+        round_number: round of the uploads.
+        temperature: τ of the softmax.
+        policy: limits on every row.
+        bits: precision of the weights.
+
+    Returns:
+        Rows, and refusals where the policy cannot be kept.
+    """
+    present = np.array([client in group.contributors for client in clients], dtype=bool)
+    wanted = np.array([client in group.recipients for client in clients], dtype=bool)
+    weights_NN = softmax_weights(relevance, temperature, present, wanted)
+    rows: dict[str, WeightRow] = {}
+    refusals: dict[str, str] = {}
+    order: list[int] = []
+    shares_RN = np.zeros((len(clients), len(clients)))
+    pair_solves = False
+    for index in sorted(np.flatnonzero(wanted).tolist(), key=lambda i: clients[i]):
+        recipient = clients[index]
+        try:
+            row, solved = _separate_row(
+                index, weights_NN[index], clients, policy, bits, round_number, order, shares_RN[: len(order)]
+            )
+        except PolicyError as error:
+            refusals[recipient] = f"round {round_number}, {group.label}: {error}"
+            continue
+        rows[recipient], shares_RN[len(order)] = row, _shares(row, clients)
+        order.append(index)
+        pair_solves |= solved
+    one_solves = any(estimate_errors(row_N[None, :]).min() < SOLVED for row_N in shares_RN[: len(order)])
+    return Plan(group, rows, refusals, 1 if one_solves else 2 if pair_solves else None)
+
+
+def _separate_row(
+    index: int,
+    weights_N: FloatArray,
+    clients: Sequence[str],
+    policy: AggregationPolicy,
+    bits: int,
+    round_number: int,
+    others: Sequence[int],
+    others_RN: FloatArray,
+) -> tuple[WeightRow, bool]:
+    """A row with which no pair of recipients solves for an adapter, if there is one; and whether one does."""
+    candidates = _candidates(clients[index], weights_N, clients, policy, bits, round_number)
+    first = next(candidates)
+    for row in itertools.chain((first,), candidates):
+        if pair_errors(index, _shares(row, clients), others, others_RN).min(initial=1.0) >= SOLVED:
+            return row, False
+    if policy.withstands > 1:
+        raise PolicyError(
+            f"{policy.withstands} recipients together must not solve for an adapter, and no row of this one "
+            "was found with which none could: more contributors are needed"
+        )
+    return first, True
+
+
+def _candidates(
+    recipient: str,
+    weights_N: FloatArray,
+    clients: Sequence[str],
+    policy: AggregationPolicy,
+    bits: int,
+    round_number: int,
+) -> Iterator[WeightRow]:
+    """The row that relevance asks for, then tilted ones; a tilted one that breaks the policy is left out."""
+    yield _row(recipient, weights_N, clients, policy, bits, round_number)
+    for step in range(1, _TILTS + 1):
+        with suppress(PolicyError):
+            yield _row(
+                recipient, weights_N * _tilt(recipient, clients, step), clients, policy, bits, round_number
+            )
+
+
+def _tilt(recipient: str, clients: Sequence[str], step: int) -> FloatArray:
+    """(N,) factors around 1, by names and so the same on every machine."""
+    digests = (hashlib.sha256(f"{recipient}/{client}/{step}".encode()).digest() for client in clients)
+    signs_N = np.array([int.from_bytes(digest[:4], "little") / 2**31 - 1.0 for digest in digests])
+    return 1.0 + _TILT * step * signs_N
+
+
+def _shares(row: WeightRow, clients: Sequence[str]) -> FloatArray:
+    """(N,) shares of a row in the order of the clients; zeros for those it leaves out."""
+    found = dict(zip(row.contributors, row.weights, strict=True))
+    return np.array([found.get(client, 0) for client in clients]) / 2.0**row.bits
+
+
+def _row(
+    recipient: str,
+    weights_N: FloatArray,
+    clients: Sequence[str],
+    policy: AggregationPolicy,
+    bits: int,
+    round_number: int,
+) -> WeightRow:
+    contributors = [client for client, weight in zip(clients, weights_N, strict=True) if weight > 0.0]
+    if len(contributors) < policy.minimum_contributors:
+        raise PolicyError(
+            f"{len(contributors)} contributors other than the recipient, at least "
+            f"{policy.minimum_contributors} are required"
+        )
+    shares = cap_weights(weights_N[weights_N > 0.0].tolist(), policy.weight_cap)
+    integers = integer_weights(np.array(spread_weights(shares, policy.squares_cap, bits)), bits)
+    kept = [(name, int(w)) for name, w in zip(contributors, integers, strict=True) if w > 0]
+    row = WeightRow(round_number, recipient, tuple(name for name, _ in kept), tuple(w for _, w in kept), bits)
+    check_row(recipient, row, policy, round_number=round_number)
+    return row

@@ -1,0 +1,474 @@
+"""Co-LoRA under everything users do with a PEFT method."""
+
+import copy
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from opacus import GradSampleModule
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from fedmosaic.client.colora import (
+    CoLoraConfig,
+    CoLoraLayer,
+    fix_gate,
+    read_family,
+    read_shared,
+    set_active_branches,
+    set_basis,
+    set_trainable,
+)
+from fedmosaic.client.colora.basis import draw_orthonormal
+from fedmosaic.client.colora.state import get_basis
+from fedmosaic.protos.errors import ModelError
+
+IDS = torch.arange(20).view(2, 10) % 64
+SHARED = Path(__file__).parents[3].parent / "shared"
+
+
+def tiny(kind: str = "llama", hidden: int = 32, depth: int = 3, **options: object) -> PreTrainedModel:
+    torch.manual_seed(7)
+    shape = {
+        "vocab_size": 64,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": depth,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        **options,
+    }
+    model = (
+        LlamaForCausalLM(LlamaConfig(**shape)) if kind == "llama" else Qwen2ForCausalLM(Qwen2Config(**shape))
+    )
+    return model.eval()
+
+
+def config(**changes: object) -> CoLoraConfig:
+    return CoLoraConfig(**{"r": 4, "blocks": 2, "task_type": "CAUSAL_LM", **changes})
+
+
+def fill(model: nn.Module, scale: float = 0.2) -> None:
+    """Put numbers into every branch and gate."""
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if "colora_" in name:
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def train(model: nn.Module, steps: int = 3) -> list[float]:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    losses = []
+    model.train()
+    for _ in range(steps):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    model.eval()
+    return losses
+
+
+def flags(model: nn.Module) -> dict[str, bool]:
+    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_starts_as_the_base_model_and_then_learns(kind: str, dtype: torch.dtype) -> None:
+    base = tiny(kind).to(dtype)
+    before = base(IDS).logits
+    model = get_peft_model(base, config(personal_branch=True))
+    assert torch.equal(model(IDS).logits, before)
+    losses = train(model, 5)
+    assert losses[-1] < losses[0] - 0.01
+    assert read_shared(model).any()
+    assert read_family(model).any()
+    assert not read_shared(model, "global").any()
+
+
+def test_only_the_adapter_is_trained_and_the_global_branch_is_not() -> None:
+    model = get_peft_model(tiny(), config(personal_branch=True))
+    trained = {name for name, flag in flags(model).items() if flag}
+    assert trained
+    assert all("colora_" in name and "global" not in name for name in trained)
+    base_and_global = {name: p.clone() for name, p in model.named_parameters() if name not in trained}
+    train(model)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, base_and_global[name]) if name in base_and_global else True
+
+
+@pytest.mark.parametrize("depth", [2, 5])
+def test_layers_are_chosen_by_relative_depth_and_written_into_the_configuration(depth: int) -> None:
+    given = config()
+    model = get_peft_model(tiny(depth=depth), given)
+    resolved = model.peft_config["default"]
+    assert resolved.shared_layers == ([0, 1] if depth == 2 else [2, 4])
+    assert resolved.model_depth == depth
+    assert "self_attn.q_proj" in resolved.target_modules
+    assert given.shared_layers is None, "the caller's configuration stays usable for another model"
+    with_core = {n.split(".")[4] for n, _ in model.named_parameters() if "colora_core" in n}
+    with_lora = {n.split(".")[4] for n, _ in model.named_parameters() if "colora_lora" in n}
+    assert with_core == {str(layer) for layer in resolved.shared_layers}
+    assert with_lora == {str(layer) for layer in range(depth)} - with_core
+
+
+def test_other_layers_may_be_left_alone() -> None:
+    model = get_peft_model(tiny(), config(other_layers="none"))
+    assert not [name for name, _ in model.named_parameters() if "colora_lora" in name]
+
+
+def test_unknown_modules_are_refused_with_what_exists() -> None:
+    with pytest.raises(ModelError, match=r"\['c_attn'\].*self_attn\.v_proj"):
+        get_peft_model(tiny(), config(target_modules=["c_attn"]))
+    with pytest.raises(ModelError, match="fewer than the 4 blocks"):
+        get_peft_model(tiny(), config(blocks=4))
+    with pytest.raises(ModelError, match="Rank 40"):
+        get_peft_model(tiny(), config(r=40))
+
+
+@pytest.mark.parametrize("gate", ["scalar", "pooled"])
+def test_saving_and_loading_keeps_every_tensor(tmp_path: Path, gate: str) -> None:
+    model = get_peft_model(tiny("qwen2"), config(gate=gate, personal_branch=True, alpha=7.0))
+    fill(model)
+    fresh = {
+        name: (draw_orthonormal(a.shape[1], 4, 50).T, draw_orthonormal(b.shape[0], 4, 51))
+        for name, (a, b) in get_basis(model).items()
+    }
+    set_basis(model, fresh, label="aligned:test")
+    model.save_pretrained(tmp_path)
+    on_disk = load_file(tmp_path / "adapter_model.safetensors")
+    assert {"colora_A", "colora_B", "colora_gate"} <= {key.split(".")[-1] for key in on_disk}
+    loaded = PeftModel.from_pretrained(tiny("qwen2"), tmp_path)
+    theirs = get_peft_model_state_dict(loaded)
+    ours = get_peft_model_state_dict(model)
+    assert ours.keys() == theirs.keys() == on_disk.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert torch.equal(model(IDS).logits, loaded(IDS).logits)
+    assert loaded.peft_config["default"].basis_label == "aligned:test"
+    assert isinstance(PeftConfig.from_pretrained(tmp_path), CoLoraConfig)
+    assert not any(flags(loaded).values()), "an adapter loaded for inference is frozen"
+    resumed = PeftModel.from_pretrained(tiny("qwen2"), tmp_path, is_trainable=True)
+    assert flags(resumed) == flags(model)
+
+
+def test_loading_with_meta_tensors_first_gives_the_same(tmp_path: Path) -> None:
+    model = get_peft_model(tiny(), config(personal_branch=True))
+    fill(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny(), tmp_path, low_cpu_mem_usage=True)
+    assert torch.equal(model(IDS).logits, loaded(IDS).logits)
+    assert not any(parameter.is_meta for parameter in loaded.parameters())
+
+
+def test_auto_classes_load_base_and_adapter(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path / "base")
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "base"), config())
+    fill(model)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_an_adapter_of_another_depth_is_refused(tmp_path: Path) -> None:
+    get_peft_model(tiny(depth=3), config()).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="3 decoder layers, this one has 4"):
+        PeftModel.from_pretrained(tiny(depth=4), tmp_path)
+
+
+def test_the_saved_configuration_is_plain_json(tmp_path: Path) -> None:
+    get_peft_model(tiny(), config()).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["peft_type"] == "COLORA"
+    assert saved["shared_layers"] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "groups", [set(), {"local"}, {"personal", "gate"}, {"global"}, {"local", "global", "personal", "gate"}]
+)
+def test_leaving_disable_adapter_changes_nothing(groups: set[str]) -> None:
+    base = tiny()
+    before = base(IDS).logits
+    model = get_peft_model(base, config(personal_branch=True))
+    fill(model)
+    set_trainable(model, groups)
+    set_active_branches(model, {"local", "personal"}, layers="shared")
+    adapted, trained = model(IDS).logits, flags(model)
+    with model.disable_adapter():
+        assert torch.equal(model(IDS).logits, before)
+        assert flags(model) == trained
+    assert flags(model) == trained
+    assert torch.equal(model(IDS).logits, adapted)
+    assert not torch.allclose(adapted, before)
+
+
+def test_disable_adapter_does_not_unfreeze_an_adapter_loaded_for_inference(tmp_path: Path) -> None:
+    get_peft_model(tiny(), config()).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny(), tmp_path)
+    with model.disable_adapter():
+        model(IDS)
+    assert not any(flags(model).values())
+
+
+def test_two_adapters_are_separate_and_can_be_summed() -> None:
+    model = get_peft_model(tiny(), config())
+    fill(model)
+    first = model(IDS).logits
+    model.add_adapter("other", config(personal_branch=True, r=2))
+    assert torch.equal(model(IDS).logits, first), "a new adapter is not active"
+    model.set_adapter("other")
+    assert all("other" in name for name, flag in flags(model).items() if flag)
+    assert not torch.allclose(model(IDS).logits, first)
+    train(model)
+    second = model(IDS).logits
+    model.set_adapter("default")
+    assert torch.equal(model(IDS).logits, first)
+    assert all("default" in name and "global" not in name for name, flag in flags(model).items() if flag)
+    model.base_model.set_adapter(["default", "other"])
+    both = model(IDS).logits
+    assert not torch.allclose(both, first)
+    assert not torch.allclose(both, second)
+    with pytest.raises(ModelError, match="2 adapters are active"):
+        read_shared(model)
+    assert read_shared(model, adapter_name="other").shape == (2 * 7 * (4 + 2),)
+    model.delete_adapter("other")
+    model.set_adapter("default")
+    assert torch.equal(model(IDS).logits, first)
+
+
+def test_the_choice_of_what_is_trained_survives_switching_adapters() -> None:
+    model = get_peft_model(tiny(), config(personal_branch=True))
+    set_trainable(model, {"personal"})
+    before = flags(model)
+    model.add_adapter("other", config())
+    model.set_adapter("other")
+    model.set_adapter("default")
+    after = flags(model)
+    assert {name: after[name] for name in before} == before
+
+
+def test_adapters_that_disagree_on_the_kind_of_a_layer_are_refused() -> None:
+    model = get_peft_model(tiny(), config())
+    with pytest.raises(ModelError, match="Co-LoRA in one adapter and ordinary LoRA in another"):
+        model.add_adapter("other", config(shared_layers=[0, 1]))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_merge_and_unload_is_equivalent(kind: str) -> None:
+    model = get_peft_model(tiny(kind), config(personal_branch=True))
+    fill(model, 0.1)
+    before = model(IDS).logits
+    with pytest.warns(UserWarning, match="gave biases to linear modules"):
+        merged = model.merge_and_unload(safe_merge=True)
+    torch.testing.assert_close(merged(IDS).logits, before, rtol=1e-3, atol=1e-4)
+    assert not [module for module in merged.modules() if isinstance(module, CoLoraLayer)]
+
+
+def test_merging_an_adapter_that_learned_nothing_changes_nothing_and_warns_of_nothing() -> None:
+    base = tiny()
+    keys = set(base.state_dict())
+    model = get_peft_model(base, config())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        merged = model.merge_and_unload()
+    assert set(merged.state_dict()) == keys
+
+
+def test_merge_and_unmerge_in_place() -> None:
+    model = get_peft_model(tiny(), config())
+    fill(model, 0.1)
+    base = {name: t.clone() for name, t in model.state_dict().items() if "base_layer" in name}
+    before = model(IDS).logits
+    model.merge_adapter()
+    torch.testing.assert_close(model(IDS).logits, before, rtol=1e-3, atol=1e-4)
+    for act in (
+        lambda: fix_gate(model, 0.5),
+        lambda: set_active_branches(model, {"local"}),
+    ):
+        with pytest.raises(ModelError, match="merged"):
+            act()
+    model.unmerge_adapter()
+    after = {name: t for name, t in model.state_dict().items() if "base_layer" in name}
+    assert after.keys() == base.keys()
+    assert all(torch.allclose(after[name], base[name], atol=1e-6) for name in base)
+    torch.testing.assert_close(model(IDS).logits, before, rtol=1e-4, atol=1e-5)
+
+
+def test_disabling_a_merged_adapter_gives_the_base_model() -> None:
+    base = tiny()
+    before = base(IDS).logits
+    model = get_peft_model(base, config())
+    fill(model, 0.1)
+    model.merge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(model(IDS).logits, before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_refused_merge_leaves_the_whole_model_as_it_was() -> None:
+    model = get_peft_model(tiny(), config(gate="pooled"))
+    fill(model)
+    # Only the last module has the gate in use, so that a naive merge would get far before it fails.
+    fix_gate(model, 0.5)
+    last = [module for module in model.modules() if isinstance(module, CoLoraLayer)][-1]
+    last.settings["default"].fixed_gate = None
+    base = {name: t.clone() for name, t in model.state_dict().items()}
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ModelError, match="pooled gate"):
+            merge()
+        assert all(torch.equal(t, base[name]) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("gate", ["scalar", "pooled"])
+def test_generate(gate: str) -> None:
+    model = get_peft_model(tiny(), config(gate=gate))
+    fill(model)
+    out = model.generate(input_ids=IDS, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert out.shape == (2, 14)
+    if gate == "scalar":  # the pooled gate sees other positions with a cache than without
+        plain = model.generate(
+            input_ids=IDS, max_new_tokens=4, do_sample=False, pad_token_id=0, use_cache=False
+        )
+        assert torch.equal(out, plain)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = get_peft_model(tiny(), config(personal_branch=True))
+        fill(model)
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        model.train()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert all(gradient is not None for gradient in gradients[1].values())
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_print_trainable_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    model = get_peft_model(tiny(), config(other_layers="none"))
+    model.print_trainable_parameters()
+    trained = 2 * 7 * (4 * 4 + 4 + 1)
+    assert f"trainable params: {trained:,}" in capsys.readouterr().out
+    assert model.get_model_status().trainable_params == trained
+
+
+def test_per_sample_gradients_of_opacus_are_those_of_single_examples() -> None:
+    model = get_peft_model(tiny(), config(personal_branch=True))
+    fill(model)
+    set_trainable(model, {"local"}, layers="shared")
+    set_trainable(model, set(), layers="family")
+    set_active_branches(model, {"local", "global"}, layers="shared")
+    set_active_branches(model, set(), layers="family")
+    fix_gate(model, 0.5)
+    trained = [name for name, flag in flags(model).items() if flag]
+    assert trained
+    assert all("colora_core_local" in name for name in trained)
+    single: dict[str, list[torch.Tensor]] = {name: [] for name in trained}
+    ids = torch.randint(0, 64, (5, 12), generator=torch.Generator().manual_seed(0))
+    for row in ids:
+        model.zero_grad()
+        model(input_ids=row[None], labels=row[None]).loss.backward()
+        for name in trained:
+            gradient = model.get_parameter(name).grad
+            assert gradient is not None
+            single[name].append(gradient.clone())
+    model.zero_grad()
+    model.enable_input_require_grads()  # Opacus's hooks want a gradient of every module's input
+    wrapped = GradSampleModule(model, loss_reduction="mean")
+    wrapped(input_ids=ids, labels=ids).loss.backward()
+    for name in trained:
+        expected = torch.stack(single[name])
+        actual = wrapped._module.get_parameter(name).grad_sample
+        assert float((actual - expected).abs().max()) <= 1e-5 * float(expected.abs().max()), name
+    assert read_shared(wrapped).shape == (2 * 7 * 20,), "vectors are read through the wrapper too"
+
+
+def test_private_training_of_the_shared_branch_reads_nothing_private() -> None:
+    model = get_peft_model(tiny(), config(personal_branch=True))
+    fill(model)
+    set_trainable(model, {"local"}, layers="shared")
+    set_trainable(model, set(), layers="family")
+    set_active_branches(model, {"local", "global"}, layers="shared")
+    set_active_branches(model, set(), layers="family")
+    fix_gate(model, 0.5)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if "personal" in name or "colora_lora" in name or "colora_gate" in name:
+                parameter.fill_(float("nan"))
+    train(model)
+    train(other)
+    assert (read_shared(model) == read_shared(other)).all()
+
+
+def test_llava_trains_its_language_part_only() -> None:
+    torch.manual_seed(0)
+    text = tiny().config
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    base = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=vision,
+            text_config=text,
+            image_token_index=63,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="default",
+        )
+    )
+    model = get_peft_model(base, config())
+    trained = [name for name, flag in flags(model).items() if flag]
+    assert trained
+    assert all(".language_model.layers." in name for name in trained)
+    ids = torch.tensor([[1, 63, 63, 63, 63, 5, 6]])
+    pixels = torch.randn(1, 3, 8, 8)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    losses = []
+    for _ in range(4):
+        loss = model(input_ids=ids, pixel_values=pixels, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.real_models
+@pytest.mark.skipif(not (SHARED / "models").is_dir(), reason="no folder ../shared with pretrained models")
+def test_a_pretrained_model_learns_and_round_trips(tmp_path: Path) -> None:
+    folder = SHARED / "models" / "stories-260k"
+    model = get_peft_model(
+        LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), config(r=16, blocks=4)
+    )
+    losses = train(model, 6)
+    assert losses[-1] < losses[0] - 0.05
+    model.save_pretrained(tmp_path)
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits)
+    assert read_shared(loaded).shape == (7616,)

@@ -1,0 +1,300 @@
+"""One example's gradient of the cores: against Opacus, in any company, and under attack."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from opacus import GradSampleModule
+from opacus.optimizers import DPOptimizer
+from peft import get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from devices import here
+from fedmosaic.client.colora import CoLoraConfig
+from fedmosaic.client.dp.branch import only_shared_branch, public_branches
+from fedmosaic.client.dp.engine import (
+    check_cores,
+    clip_and_sum,
+    core_parameters,
+    dimensions_of,
+    example_gradient,
+)
+from fedmosaic.client.model.examples import IGNORED, EncodedExample, collate
+from fedmosaic.client.model.loss import Batch, example_losses, on_device_of
+from fedmosaic.privacy.mechanism.profile import GRID
+from fedmosaic.protos.errors import ModelError
+
+pytestmark = pytest.mark.usefixtures("device")
+VOCABULARY = 61
+
+
+def make_model(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A Llama with Co-LoRA whose cores are not at zero, so that gradients reach below the last one."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    model = get_peft_model(
+        here(LlamaForCausalLM(config).to(dtype)),
+        CoLoraConfig(r=4, alpha=8, blocks=2, personal_branch=True, task_type="CAUSAL_LM"),
+    )
+    with only_shared_branch(model) as cores, torch.no_grad():
+        for core in cores.values():
+            core.weight.normal_(std=0.3)
+            core.bias.normal_(std=0.3)
+    return model
+
+
+def make_examples(lengths: list[int], seed: int = 1) -> list[EncodedExample]:
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for index, length in enumerate(lengths):
+        ids = torch.randint(0, VOCABULARY, (length,), generator=generator)
+        labels = ids.clone()
+        labels[: max(1, length - 1 - index % 3)] = IGNORED
+        examples.append(EncodedExample(str(index), ids, labels))
+    return examples
+
+
+def rows_of(
+    model: nn.Module, cores: Mapping[str, nn.Linear], examples: Sequence[EncodedExample]
+) -> torch.Tensor:
+    return torch.stack([example_gradient(model, cores, example) for example in examples])
+
+
+def rows_of_opacus(
+    model: nn.Module, cores: Mapping[str, nn.Linear], examples: Sequence[EncodedExample]
+) -> torch.Tensor:
+    """The oracle: Opacus's hooks on one padded batch, an independent implementation of the same rows."""
+    wrapped = GradSampleModule(nn.ModuleList(cores.values()), loss_reduction="sum")
+    model.enable_input_require_grads()  # Opacus's hooks want a gradient of every core's input
+    try:
+        wrapped.train()
+        example_losses(model, on_device_of(model, collate(examples, 0))).sum().backward()
+        return torch.cat([p.grad_sample.flatten(1) for p in core_parameters(cores)], dim=1)
+    finally:
+        wrapped.zero_grad(set_to_none=True)
+        wrapped.to_standard_module()
+        model.disable_input_require_grads()
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    found, expected = found.cpu().double(), expected.cpu().double()
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.fixture(scope="module")
+def model(device: torch.device) -> nn.Module:
+    return make_model()
+
+
+@settings(max_examples=15, deadline=None)
+@given(lengths=st.lists(st.integers(2, 20), min_size=1, max_size=6))
+def test_rows_equal_those_of_opacus(model: nn.Module, lengths: list[int]) -> None:
+    examples = make_examples(lengths)
+    with only_shared_branch(model) as cores:
+        rows = rows_of(model, cores, examples)
+        oracle = rows_of_opacus(model, cores, examples)
+        assert rows.shape == (len(lengths), dimensions_of(cores))
+    assert rows.dtype == torch.float32
+    assert not rows.requires_grad
+    for row, expected in zip(rows, oracle, strict=True):
+        assert relative(row, expected) < 1e-5
+
+
+def test_the_clipped_sum_equals_that_of_opacus_optimizer(model: nn.Module) -> None:
+    examples = make_examples([5, 9, 14, 3, 8, 11, 6])
+    with only_shared_branch(model) as cores:
+        rows = rows_of(model, cores, examples)
+        norms = sorted(float(row.norm()) for row in rows)
+        # Half-way between two norms, so that no last bit decides what is clipped.
+        assert norms[4] > 1.01 * norms[3]
+        bound = (norms[3] + norms[4]) / 2
+        total = clip_and_sum(rows, bound)
+        wrapped = GradSampleModule(model, strict=False, loss_reduction="sum")
+        parameters = core_parameters(cores)
+        optimizer = DPOptimizer(
+            torch.optim.SGD(parameters, lr=1.0),
+            noise_multiplier=0.0,
+            max_grad_norm=bound,
+            expected_batch_size=1,
+            loss_reduction="sum",
+        )
+        model.enable_input_require_grads()
+        example_losses(wrapped, on_device_of(model, collate(examples, 0))).sum().backward()
+        model.disable_input_require_grads()
+        optimizer.clip_and_accumulate()
+        by_opacus = torch.cat([parameter.summed_grad.flatten() for parameter in parameters])
+        wrapped.to_standard_module()
+        model.zero_grad(set_to_none=True)
+    assert (total.rows, total.clipped, total.rejected) == (7, 3, 0)
+    assert relative(torch.from_numpy(total.units * (bound / GRID)), by_opacus) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bound", [0.0, 4.0])
+def test_a_row_has_the_same_bits_in_any_company_and_order(dtype: torch.dtype, bound: float) -> None:
+    """Also with a received branch at the bound of what can be received, which amplifies every last bit."""
+    model = make_model(dtype)
+    examples = make_examples([5, 17, 4, 9, 17, 30, 3])
+    with only_shared_branch(model, global_weight=0.5) as cores, public_branches(model, bound):
+        together = rows_of(model, cores, examples)
+        backwards = rows_of(model, cores, examples[::-1]).flip(0)
+        fewer = rows_of(model, cores, examples[1::2])
+    assert torch.equal(together, backwards)
+    assert torch.equal(together[1::2], fewer)
+
+
+def test_a_bfloat16_model_has_float32_rows() -> None:
+    model = make_model(torch.bfloat16)
+    (example,) = make_examples([9])
+    with only_shared_branch(model) as cores:
+        expected = torch.autograd.grad(
+            example_losses(model, on_device_of(model, collate([example], 0))).sum(), core_parameters(cores)
+        )
+        row = example_gradient(model, cores, example)
+    assert row.dtype == torch.float32
+    assert torch.equal(row, torch.cat([part.flatten() for part in expected]))
+
+
+def test_nothing_private_is_left_behind() -> None:
+    model = make_model()
+    with only_shared_branch(model) as cores:
+        rows_of(model, cores, make_examples([4, 6]))
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_one_broken_example_spoils_neither_the_others_nor_the_sum(model: nn.Module, value: float) -> None:
+    def broken(model: nn.Module, batch: Batch) -> torch.Tensor:
+        return example_losses(model, batch) * value
+
+    examples = make_examples([5, 7, 6])
+    with only_shared_branch(model) as cores:
+        expected = rows_of(model, cores, [examples[0], examples[2]])
+        bad = example_gradient(model, cores, examples[1], broken)
+        rows = torch.stack([expected[0], bad, expected[1]])
+    total = clip_and_sum(rows, 1.0)
+    assert (total.rejected, total.rows) == (1, 3)
+    assert np.array_equal(total.units, clip_and_sum(expected, 1.0).units)
+
+
+rows_of_floats = st.lists(
+    st.lists(
+        st.one_of(
+            st.floats(width=32, allow_nan=True, allow_infinity=True),
+            st.floats(-1.0, 1.0, width=32),
+        ),
+        min_size=3,
+        max_size=3,
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(deadline=None)
+@given(values=rows_of_floats, bound=st.floats(1e-3, 1e3))
+def test_removing_any_example_moves_the_sum_by_at_most_the_bound(
+    values: list[list[float]], bound: float
+) -> None:
+    rows = torch.tensor(values, dtype=torch.float32)
+    whole = clip_and_sum(rows, bound).units
+    for index in range(len(rows)):
+        rest = clip_and_sum(torch.cat([rows[:index], rows[index + 1 :]]), bound).units
+        difference = [int(part) for part in whole - rest]
+        assert sum(part * part for part in difference) <= GRID**2
+
+
+@settings(deadline=None)
+@given(values=rows_of_floats, cut=st.integers(0, 6))
+def test_the_order_of_the_rows_changes_no_bit(values: list[list[float]], cut: int) -> None:
+    rows = torch.tensor(values, dtype=torch.float32)
+    parts = clip_and_sum(rows[:cut], 1.0) + clip_and_sum(rows[cut:], 1.0)
+    whole = clip_and_sum(rows.flip(0), 1.0)
+    assert np.array_equal(parts.units, whole.units)
+    assert (parts.rows, parts.clipped, parts.rejected) == (whole.rows, whole.clipped, whole.rejected)
+
+
+class Toy(nn.Module):
+    """Cores outside Co-LoRA, with one way of calling them per name."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(11, 4)
+        self.core = nn.Linear(4, 4)
+        self.way = way
+        self.embedding.requires_grad_(False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embedding(ids)
+        if self.way == "twice":
+            return self.core(torch.tanh(self.core(hidden))).square().mean((1, 2))
+        if self.way == "flattened":
+            return self.core(hidden.flatten(0, 1)).view_as(hidden).square().mean((1, 2))
+        if self.way == "by weight":
+            return nn.functional.linear(hidden, self.core.weight, self.core.bias).square().mean((1, 2))
+        if self.way == "unused":
+            return (hidden + self.core(hidden).detach()).square().mean((1, 2))
+        return self.core(hidden).square().mean()
+
+
+def toy_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
+    losses: torch.Tensor = model(batch["input_ids"])
+    return losses
+
+
+TOY_EXAMPLE = EncodedExample("toy", torch.tensor([1, 2, 3]), torch.tensor([1, 2, 3]))
+
+
+@pytest.mark.parametrize("way", ["twice", "flattened", "by weight"])
+def test_a_core_may_be_called_in_any_way(way: str) -> None:
+    toy = Toy(way)
+    row = example_gradient(toy, {"core": toy.core}, TOY_EXAMPLE, toy_losses)
+    step = 1e-2
+    with torch.no_grad():
+        ids = TOY_EXAMPLE.input_ids[None]
+        toy.core.bias[2] += step
+        higher = float(toy(ids))
+        toy.core.bias[2] -= 2 * step
+        lower = float(toy(ids))
+    assert float(row[16 + 2]) == pytest.approx((higher - lower) / (2 * step), rel=1e-2)
+
+
+def test_a_core_that_takes_no_part_has_a_row_of_zeros() -> None:
+    toy = Toy("unused")
+    assert not example_gradient(toy, {"core": toy.core}, TOY_EXAMPLE, toy_losses).any()
+
+
+def test_a_loss_that_is_no_number_per_example_is_refused() -> None:
+    toy = Toy("mean over the batch")
+    with pytest.raises(ModelError, match="one loss per example"):
+        example_gradient(toy, {"core": toy.core}, TOY_EXAMPLE, toy_losses)
+
+
+def test_unfit_cores_are_refused() -> None:
+    core = nn.Linear(2, 2)
+    with pytest.raises(ModelError, match="no core"):
+        check_cores({})
+    with pytest.raises(ModelError, match="with a bias"):
+        check_cores({"a": nn.Linear(2, 2, bias=False)})
+    with pytest.raises(ModelError, match="bfloat16"):
+        check_cores({"a": nn.Linear(2, 2).to(torch.bfloat16)})
+    with pytest.raises(ModelError, match="frozen"):
+        check_cores({"a": nn.Linear(2, 2).requires_grad_(False)})
+    with pytest.raises(ModelError, match="two names"):
+        check_cores({"a": core, "b": core})
+    with pytest.raises(ModelError, match="lower the rank"):
+        check_cores({"a": nn.Linear(1025, 1025)})

@@ -1,0 +1,542 @@
+"""DP-SGD on the shared branch: what is drawn, charged, divided by, and what reaches the release."""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from peft import get_peft_model
+from pydantic import ValidationError
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from devices import here
+from fedmosaic.client.colora import (
+    CoLoraConfig,
+    adapted_layers,
+    read_shared,
+    set_active_branches,
+    write_shared,
+)
+from fedmosaic.client.dp.branch import only_shared_branch, private_parameters
+from fedmosaic.client.dp.engine import dimensions_of, example_gradient
+from fedmosaic.client.dp.training import (
+    PrivateTrainingReport,
+    PrivateTrainingSettings,
+    noisy_sum,
+    train_private,
+)
+from fedmosaic.client.model.examples import IGNORED, EncodedExample, collate
+from fedmosaic.client.model.loss import Batch, ExampleLosses, example_losses, on_device_of
+from fedmosaic.privacy.accounting.events import GaussianEvent
+from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
+from fedmosaic.privacy.mechanism.profile import GRID, ClippedSum
+from fedmosaic.protos.errors import BudgetExceededError, ConfigurationError, PrivacyError
+
+pytestmark = pytest.mark.usefixtures("device")
+VOCABULARY = 61
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
+    return get_peft_model(
+        here(LlamaForCausalLM(config)),
+        CoLoraConfig(r=4, alpha=8, blocks=2, personal_branch=True, task_type="CAUSAL_LM"),
+    )
+
+
+def make_examples(count: int) -> list[EncodedExample]:
+    generator = torch.Generator().manual_seed(1)
+    examples = []
+    for index in range(count):
+        length = int(torch.randint(4, 14, (1,), generator=generator))
+        ids = torch.randint(0, VOCABULARY, (length,), generator=generator)
+        labels = ids.clone()
+        labels[: length - 2] = IGNORED
+        examples.append(EncodedExample(str(index), ids, labels))
+    return examples
+
+
+class Script:
+    """Randomness that takes all examples or none, adds no noise, and writes down what was asked of it."""
+
+    is_test = True
+
+    def __init__(self, everyone: bool = True, level: float = 0.0) -> None:
+        self.word = np.uint64(0 if everyone else 2**64 - 1)
+        self.level = level
+        self.log: list[tuple[str, int, float]] = []
+
+    def words(self, size: int) -> npt.NDArray[np.uint64]:
+        self.log.append(("words", size, 0.0))
+        return np.full(size, self.word)
+
+    def gaussian(self, size: int, standard_deviation: float) -> npt.NDArray[np.float64]:
+        self.log.append(("gaussian", size, standard_deviation))
+        return np.full(size, self.level * standard_deviation)
+
+
+def receive(model: nn.Module, bound: float) -> None:
+    """Load a received branch of ± bound with random signs, which may be no finite number."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for layer in adapted_layers(model, "shared"):
+            for parameter in layer.core("default", "global").parameters():
+                signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2.0 - 1.0
+                parameter.copy_(signs * bound)
+
+
+SETTINGS = PrivateTrainingSettings(
+    learning_rate=1.0,
+    optimizer="sgd",
+    steps=3,
+    sampling_rate=0.5,
+    expected_batch_size=7,
+    max_grad_norm=0.05,
+    noise_multiplier=1.5,
+)
+
+
+def change(settings: PrivateTrainingSettings = SETTINGS, **values: object) -> PrivateTrainingSettings:
+    return PrivateTrainingSettings(**(settings.model_dump() | values))
+
+
+def train(
+    model: nn.Module,
+    examples: list[EncodedExample],
+    settings: PrivateTrainingSettings,
+    randomness: Script | SeededTestNoise | SecureNoise | None,
+    losses: ExampleLosses = example_losses,
+    charged: list[GaussianEvent] | None = None,
+) -> PrivateTrainingReport:
+    with only_shared_branch(model, global_weight=0.5) as cores:
+        return train_private(
+            model,
+            cores,
+            examples,
+            settings,
+            charge=([] if charged is None else charged).append,
+            private_parameters=private_parameters(model),
+            randomness=randomness,
+            losses=losses,
+        )
+
+
+def test_a_step_is_the_clipped_sum_over_the_public_divisor() -> None:
+    examples = make_examples(9)
+    model = make_model()
+    with only_shared_branch(model, global_weight=0.5) as cores:
+        rows = torch.stack([example_gradient(model, cores, example) for example in examples]).cpu().double()
+    factors = (0.05 / rows.norm(dim=1)).clamp(max=1.0)
+    assert 0 < int((factors < 1).sum())
+    expected = -(factors @ rows) / 7
+    train(model, examples, change(steps=1), Script())
+    moved = torch.from_numpy(read_shared(model)).double()
+    assert float((moved - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_nothing_divides_by_the_size_of_the_sample_or_of_the_data() -> None:
+    examples = make_examples(5)
+    once, twice = make_model(), make_model()
+    train(once, examples, change(steps=1), Script())
+    train(twice, examples + examples, change(steps=1), Script())
+    # Of the whole vector: a coordinate near zero has no digits to compare.
+    left = read_shared(twice) - 2.0 * read_shared(once)
+    assert np.linalg.norm(left) < 1e-3 * np.linalg.norm(read_shared(once))
+
+
+def test_noise_is_drawn_once_per_step_over_all_coordinates() -> None:
+    model, script = make_model(), Script()
+    train(model, make_examples(9), SETTINGS, script)
+    with only_shared_branch(model) as cores:
+        dimensions = dimensions_of(cores)
+    assert script.log == 3 * [("words", 9, 0.0), ("gaussian", dimensions, 1.5 * GRID)]
+
+
+def test_an_empty_sample_releases_noise_and_is_charged() -> None:
+    model, script = make_model(), Script(everyone=False, level=1.0)
+    charged: list[GaussianEvent] = []
+    report = train(model, make_examples(9), SETTINGS, script, charged=charged)
+    # Every step moves every coordinate by −lr · σC / expected batch size: noise alone.
+    assert np.allclose(read_shared(model), -3 * 1.0 * 1.5 * 0.05 / 7, rtol=1e-4)
+    assert charged == [GaussianEvent(1.5, 0.5, 3)]
+    assert report.events == (GaussianEvent(1.5, 0.5, 3),)
+    assert report.clipped_share is None
+
+
+def test_empty_and_full_samples_ask_for_the_same_randomness() -> None:
+    empty, full = Script(everyone=False, level=0.1), Script(level=0.1)
+    train(make_model(), make_examples(9), SETTINGS, full)
+    train(make_model(), make_examples(9), SETTINGS, empty)
+    assert empty.log == full.log
+
+
+def test_training_that_moves_nothing_is_told_at_home_and_ends_as_any_other(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    settings = change(learning_rate=1e-45)
+    report = train(make_model(), make_examples(9), settings, Script(everyone=False, level=0.1))
+    assert report.events == (GaussianEvent(1.5, 0.5, 3),)
+    assert "moved no weight" in caplog.text
+
+
+def test_noisy_sum_has_the_stated_distribution() -> None:
+    total = ClippedSum(np.full(40_000, 3 * GRID, dtype=np.int64), 0, 0, 5)
+    draws = noisy_sum(total, 0.5, 2.0, SecureNoise()).numpy() / 0.5
+    # Six standard deviations are passed by chance in two of a billion runs.
+    assert abs(draws.mean() - 3.0) < 6 * 2.0 / math.sqrt(40_000)
+    assert abs(draws.std() / 2.0 - 1.0) < 6 / math.sqrt(2 * 40_000)
+    # On the grid: the low bits are those of an integer, whatever the data.
+    assert np.array_equal(draws * GRID, np.rint(draws * GRID))
+
+
+def test_charged_in_full_before_anything_is_drawn() -> None:
+    script = Script()
+    model = make_model()
+    seen: list[tuple[GaussianEvent, int]] = []
+    with only_shared_branch(model) as cores:
+        train_private(
+            model,
+            cores,
+            make_examples(9),
+            SETTINGS,
+            charge=lambda event: seen.append((event, len(script.log))),
+            private_parameters={},
+            randomness=script,
+        )
+    assert seen == [(GaussianEvent(1.5, 0.5, 3), 0)]
+
+
+def test_a_refused_charge_draws_nothing_and_leaves_everything_as_it_was() -> None:
+    script, model = Script(), make_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def refuse(_: GaussianEvent) -> None:
+        raise BudgetExceededError("the budget is spent")
+
+    with only_shared_branch(model) as cores, pytest.raises(BudgetExceededError):
+        train_private(
+            model,
+            cores,
+            make_examples(9),
+            SETTINGS,
+            charge=refuse,
+            private_parameters={},
+            randomness=script,
+        )
+    assert script.log == []
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_wrong_model_is_refused_before_it_is_charged() -> None:
+    model = make_model()
+    charged: list[GaussianEvent] = []
+    with only_shared_branch(model) as cores:
+        set_active_branches(model, {"local", "personal"}, layers="shared")
+        with pytest.raises(PrivacyError):
+            train_private(
+                model,
+                cores,
+                make_examples(9),
+                SETTINGS,
+                charge=charged.append,
+                private_parameters=private_parameters(model),
+                randomness=Script(),
+            )
+    assert charged == []
+
+
+def disturb_private_tensors(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for parameter in private_parameters(model).values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+
+def test_the_release_does_not_depend_on_any_private_tensor() -> None:
+    examples = make_examples(12)
+    settings = change(optimizer="adam", learning_rate=0.01)
+    clean, disturbed = make_model(), make_model()
+    disturb_private_tensors(disturbed)
+    train(clean, examples, settings, SeededTestNoise(4))
+    train(disturbed, examples, settings, SeededTestNoise(4))
+    assert np.array_equal(read_shared(clean), read_shared(disturbed))
+    assert np.abs(read_shared(clean)).min() > 0
+
+
+@pytest.mark.parametrize("active", [{"local", "personal"}, {"local", "global", "personal"}])
+def test_without_the_guard_a_personal_branch_would_reach_the_release(active: set[str]) -> None:
+    """The negative of the test above: the same run with the branch left in, its tensors not declared."""
+    released = []
+    for disturb in (False, True):
+        model = make_model()
+        if disturb:
+            disturb_private_tensors(model)
+        with only_shared_branch(model, global_weight=0.5) as cores:
+            set_active_branches(model, active, layers="shared")
+            train_private(
+                model,
+                cores,
+                make_examples(12),
+                SETTINGS,
+                charge=lambda _: None,
+                private_parameters={},
+                randomness=SeededTestNoise(4),
+            )
+        released.append(read_shared(model))
+    assert not np.array_equal(*released)
+
+
+def test_only_the_cores_change() -> None:
+    model = make_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    train(model, make_examples(9), SETTINGS, SeededTestNoise(0))
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert all("colora_core_local" in name for name in changed)
+    assert len(changed) == 2 * len(adapted_layers(model, "shared"))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_repeatable_by_seed_and_marked_as_a_test() -> None:
+    first, second, other = make_model(), make_model(), make_model()
+    report = train(first, make_examples(9), SETTINGS, SeededTestNoise(1))
+    train(second, make_examples(9), SETTINGS, SeededTestNoise(1))
+    train(other, make_examples(9), SETTINGS, SeededTestNoise(2))
+    assert np.array_equal(read_shared(first), read_shared(second))
+    assert not np.array_equal(read_shared(first), read_shared(other))
+    assert report.is_test
+
+
+def test_real_runs_draw_securely_and_never_twice_alike() -> None:
+    first, second = make_model(), make_model()
+    report = train(first, make_examples(9), SETTINGS, None)
+    train(second, make_examples(9), SETTINGS, None)
+    assert not report.is_test
+    assert not np.array_equal(read_shared(first), read_shared(second))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+def test_a_broken_example_moves_the_release_by_no_more_than_the_bound(value: float) -> None:
+    examples = make_examples(6)
+    broken = len(examples[2].input_ids)
+    examples = [example for example in examples if len(example.input_ids) != broken or example is examples[2]]
+
+    def losses(model: nn.Module, batch: Batch) -> torch.Tensor:
+        scale = torch.where(batch["attention_mask"].sum(1) == broken, value, 1.0)
+        return example_losses(model, batch) * scale
+
+    with_it, without_it = make_model(), make_model()
+    settings = change(steps=1, sampling_rate=1.0)
+    report = train(with_it, examples, settings, SeededTestNoise(5), losses)
+    rest = [example for example in examples if len(example.input_ids) != broken]
+    train(without_it, rest, settings, SeededTestNoise(5), losses)
+    moved = np.linalg.norm(read_shared(with_it).astype(float) - read_shared(without_it))
+    assert np.isfinite(read_shared(with_it)).all()
+    assert moved <= 0.05 / 7 * (1 + 1e-4)
+    assert report.rejected == (0 if math.isfinite(value) else 1)
+
+
+def test_reports_keep_private_counts_out_of_sight() -> None:
+    report = train(make_model(), make_examples(12), change(max_grad_norm=1e-3), SeededTestNoise(1))
+    assert report.clipped_share == 1.0
+    assert report.rejected == 0
+    assert "clipped" not in repr(report)
+    assert "rejected" not in repr(report)
+    assert not any("batch" in name or "loss" in name for name in PrivateTrainingReport.__dataclass_fields__)
+
+
+def test_it_learns_when_the_noise_is_small() -> None:
+    examples = make_examples(8)
+    for example in examples:
+        example.input_ids[-2:] = torch.tensor([5, 6])
+        example.labels[-2:] = torch.tensor([5, 6])
+    model = make_model()
+    settings = change(
+        optimizer="adam",
+        learning_rate=0.1,
+        steps=20,
+        sampling_rate=1.0,
+        expected_batch_size=8,
+        max_grad_norm=1.0,
+        noise_multiplier=0.05,
+    )
+    with only_shared_branch(model, global_weight=0.5):
+        before = float(example_losses(model, on_device_of(model, collate(examples, 0))).mean().detach())
+    train(model, examples, settings, SeededTestNoise(0))
+    with only_shared_branch(model, global_weight=0.5):
+        after = float(example_losses(model, on_device_of(model, collate(examples, 0))).mean().detach())
+    assert after < before - 0.3
+
+
+def test_bfloat16_products_release_float32_of_the_same_size() -> None:
+    wide, narrow = make_model(), make_model()
+    settings = change(noise_multiplier=1e-6, sampling_rate=1.0)
+    train(wide, make_examples(8), settings, SeededTestNoise(0))
+    train(narrow, make_examples(8), change(settings, bf16=True), SeededTestNoise(0))
+    assert read_shared(narrow).dtype == np.float32
+    difference = np.linalg.norm(read_shared(wide) - read_shared(narrow)) / np.linalg.norm(read_shared(wide))
+    assert 0 < difference < 0.1
+
+
+def summed(
+    monkeypatch: pytest.MonkeyPatch, model: nn.Module, examples: list[EncodedExample], **values: object
+) -> list[int]:
+    """The sum of one step over all examples, before noise, in units of C / 2²⁴."""
+    seen: list[ClippedSum] = []
+
+    def watch(total: ClippedSum, *others: object) -> torch.Tensor:
+        seen.append(total)
+        return noisy_sum(total, *others)  # type: ignore[arg-type]  # as they come
+
+    monkeypatch.setattr("fedmosaic.client.dp.training.noisy_sum", watch)
+    train(model, examples, change(steps=1, sampling_rate=1.0, max_grad_norm=1e-2, **values), Script())
+    (total,) = seen
+    return [int(unit) for unit in total.units]
+
+
+def neighbours() -> tuple[list[EncodedExample], EncodedExample]:
+    """31 copies of one text, and one longer text to add: in padded batches it would turn all the copies."""
+    long = torch.arange(16)
+    return [make_examples(2)[1]] * 31, EncodedExample("long", long, torch.where(long < 14, IGNORED, long))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("bound", [0.3, 1.0, 4.0])
+def test_one_example_moves_the_sum_by_no_more_than_the_clipping_norm(
+    monkeypatch: pytest.MonkeyPatch, bf16: bool, bound: float
+) -> None:
+    """Exactly, on the integer grid, with a received branch up to the bound of what can be received."""
+    copies, added = neighbours()
+    sums = []
+    for examples in ([*copies, added], copies, [added]):
+        model = make_model()
+        receive(model, bound)
+        sums.append(summed(monkeypatch, model, examples, bf16=bf16))
+    both, without, alone = sums
+    moved = [one - other for one, other in zip(both, without, strict=True)]
+    assert moved == alone
+    assert 0 < sum(unit**2 for unit in moved) <= GRID**2
+
+
+def test_the_order_of_the_examples_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = make_examples(12)
+    sums = []
+    for order in (examples, examples[::-1], examples[5:] + examples[:5]):
+        model = make_model()
+        receive(model, 4.0)
+        sums.append(summed(monkeypatch, model, order))
+    assert sums[0] == sums[1] == sums[2]
+
+
+def test_dropout_does_not_act_and_nothing_is_drawn_from_the_generator_of_torch() -> None:
+    """Its stream is one for all examples, so that one more would give all the others another mask."""
+    quiet, noisy = make_model(), make_model()
+    for layer in noisy.get_base_model().model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    noisy.train()
+    state = torch.get_rng_state()
+    for model in (quiet, noisy):
+        train(model, make_examples(9), SETTINGS, SeededTestNoise(1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert np.array_equal(read_shared(quiet), read_shared(noisy))
+    assert noisy.training
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e38, 4.0])
+def test_what_was_received_cannot_end_the_training(value: float) -> None:
+    model, script = make_model(), Script(level=0.1)
+    receive(model, value)
+    report = train(model, make_examples(9), SETTINGS, script)
+    honest = Script(level=0.1)
+    train(make_model(), make_examples(9), SETTINGS, honest)
+    assert script.log == honest.log
+    assert report.events == (GaussianEvent(1.5, 0.5, 3),)
+    assert np.isfinite(read_shared(model)).all()
+    assert report.rejected == (0 if value == 4.0 else report.sampled)
+
+
+def test_mode_and_progress() -> None:
+    model = make_model().eval()
+    seen: list[tuple[int, int]] = []
+    with only_shared_branch(model) as cores:
+        train_private(
+            model,
+            cores,
+            make_examples(4),
+            SETTINGS,
+            charge=lambda _: None,
+            private_parameters={},
+            randomness=SeededTestNoise(0),
+            progress=lambda step, steps: seen.append((step, steps)),
+        )
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert not any(module.training for module in model.modules())
+
+
+def test_no_example_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="no example"):
+        train(make_model(), [], SETTINGS, None)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"noise_multiplier": 0.0},
+        {"noise_multiplier": math.nan},
+        {"noise_multiplier": math.inf},
+        {"sampling_rate": 0.0},
+        {"sampling_rate": 1.5},
+        {"max_grad_norm": math.inf},
+        {"max_grad_norm": 0.0},
+        {"expected_batch_size": 0},
+        {"steps": 0},
+        {"batch_size": 8},
+    ],
+)
+def test_settings_without_a_guarantee_are_refused(values: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        change(**values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_search_finds_no_received_branch_by_which_one_example_moves_the_others(
+    monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Hill climbing over what is received. In padded batches some of thirty candidates pass C."""
+    copies, added = neighbours()
+    model = make_model()
+    generator = np.random.default_rng(seed)
+
+    def sensitivity(received: np.ndarray) -> int:
+        """The squared distance of the two sums, in units of the grid."""
+        sums = []
+        for examples in ([*copies, added], copies):
+            write_shared(model, np.zeros_like(received), "local")
+            write_shared(model, received, "global")
+            sums.append(summed(monkeypatch, model, examples))
+        return sum((one - other) ** 2 for one, other in zip(*sums, strict=True))
+
+    best = (4.0 * generator.choice([-1.0, 1.0], read_shared(model).size)).astype(np.float32)
+    highest = sensitivity(best)
+    for _ in range(30):
+        chosen = generator.random(best.size) < generator.choice([0.02, 0.1, 0.5])
+        signs = generator.choice([-1.0, 1.0], best.size) * generator.choice([0.1, 0.5, 1.0, 2.0, 4.0])
+        step = best + generator.standard_normal(best.size) if generator.random() < 0.5 else signs
+        candidate = np.where(chosen, step, best).clip(-4.0, 4.0).astype(np.float32)
+        if (found := sensitivity(candidate)) > highest:
+            best, highest = candidate, found
+        assert found <= GRID**2
+    assert highest > 0

@@ -1,0 +1,313 @@
+"""One model on every device present: the same rows, the same state, the same noise; and on a 4-bit base."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from opacus import PrivacyEngine
+from opacus.validators import ModuleValidator
+from peft import LoraConfig, PeftModel, get_peft_model
+from pydantic import ValidationError
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from devices import here
+from fedmosaic.client.colora import CoLoraConfig, read_shared, write_shared
+from fedmosaic.client.dp.branch import only_shared_branch
+from fedmosaic.client.dp.checks import check_engine
+from fedmosaic.client.dp.engine import clip_and_sum, core_parameters, example_gradient
+from fedmosaic.client.dp.training import noisy_sum, set_gradients
+from fedmosaic.client.model import hardware
+from fedmosaic.client.model.examples import IGNORED, EncodedExample, collate
+from fedmosaic.client.model.hardware import choose_device, choose_dtype, exact_products, product_seconds
+from fedmosaic.client.model.load import adapt, load_base_model, load_model
+from fedmosaic.client.model.loss import example_losses, on_device_of
+from fedmosaic.client.model.training import TrainingSettings, train_local
+from fedmosaic.client.settings import ClientSettings, ModelSettings
+from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
+from fedmosaic.protos.errors import ModelError
+
+VOCABULARY = 61
+HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
+needs_bitsandbytes = pytest.mark.skipif(not HAS_BITSANDBYTES, reason="fedmosaic[quantization] is not there")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama on disk; its rows are whole blocks of 4-bit weights."""
+    torch.manual_seed(0)
+    place = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(place)
+    special = {"unk_token": "<unk>", "eos_token": "<end>"}
+    names = ["<unk>", "<end>", *(f"w{number}" for number in range(2, VOCABULARY))]
+    words = Tokenizer(WordLevel({name: place for place, name in enumerate(names)}, unk_token=names[0]))
+    words.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(place)
+    return place
+
+
+def adapted(folder: Path, device: torch.device, quantization: str | None = None) -> PeftModel:
+    """A model with Co-LoRA whose cores are not at zero, the same on every device."""
+    settings = ModelSettings(path=str(folder), device=str(device), quantization=quantization)
+    config = CoLoraConfig(r=4, alpha=8, blocks=2, personal_branch=True)
+    model = adapt(load_model(settings)[0], config)
+    size = len(read_shared(model))
+    write_shared(model, np.random.default_rng(0).normal(0, 0.3, size).astype(np.float32), "local")
+    return model
+
+
+def make_examples(count: int) -> list[EncodedExample]:
+    generator = torch.Generator().manual_seed(1)
+    examples = []
+    for index in range(count):
+        ids = torch.randint(0, VOCABULARY, (5 + index % 9,), generator=generator)
+        examples.append(
+            EncodedExample(str(index), ids, torch.where(torch.arange(len(ids)) < 3, IGNORED, ids))
+        )
+    return examples
+
+
+def rows_of(model: nn.Module) -> torch.Tensor:
+    with only_shared_branch(model) as cores:
+        return torch.stack([example_gradient(model, cores, one) for one in make_examples(6)]).cpu()
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def test_a_model_lies_where_the_settings_say_and_attends_by_the_fused_kernel(
+    folder: Path, device: torch.device
+) -> None:
+    model = adapted(folder, device)
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {device.type}
+    assert model.get_base_model().config._attn_implementation == "sdpa"
+
+
+def test_rows_are_the_same_as_on_the_processor(folder: Path, device: torch.device) -> None:
+    assert relative(rows_of(adapted(folder, device)), rows_of(adapted(folder, torch.device("cpu")))) < 1e-4
+
+
+def test_products_are_exact_whatever_was_set_before(folder: Path, device: torch.device) -> None:
+    """With TF32 the product below is off by 1e-4 and more; and so would gradients be."""
+    torch.set_float32_matmul_precision("medium")
+    load_base_model(folder)
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(256, 256, generator=generator), torch.randn(256, 256, generator=generator)
+    product = (left.to(device) @ right.to(device)).cpu().double()
+    assert relative(product, left.double() @ right.double()) < 1e-6
+
+
+def test_noise_is_drawn_on_the_processor_and_is_the_same_everywhere(
+    folder: Path, device: torch.device
+) -> None:
+    model = adapted(folder, device)
+    accelerator = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    with only_shared_branch(model) as cores:
+        total = clip_and_sum(
+            torch.zeros(1, sum(p.numel() for p in core_parameters(cores)), device=device), 1.0
+        )
+        noisy = noisy_sum(total, 1.0, 2.0, SeededTestNoise(3))
+        set_gradients(core_parameters(cores), noisy)
+        placed = torch.cat([p.grad.flatten() for p in core_parameters(cores)]).cpu()
+    assert noisy.device.type == "cpu"
+    assert np.array_equal(placed.numpy(), noisy.numpy().astype(np.float32))
+    assert noisy_sum(total, 1.0, 2.0, SecureNoise()).device.type == "cpu"
+    after = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    assert torch.equal(after, accelerator)
+
+
+def test_what_one_device_saved_another_goes_on_with(
+    folder: Path, device: torch.device, tmp_path: Path
+) -> None:
+    model = adapted(folder, device)
+    settings = TrainingSettings(steps=2, per_device_train_batch_size=2, learning_rate=1e-2)
+    train_local(model, make_examples(6), settings, pad_token_id=0)
+    model.save_pretrained(str(tmp_path))
+    for other in {torch.device("cpu"), device}:
+        base, _ = load_model(ModelSettings(path=str(folder), device=str(other)))
+        read = PeftModel.from_pretrained(base, str(tmp_path), is_trainable=True)
+        for name, tensor in read.state_dict().items():
+            assert torch.equal(tensor.cpu(), model.state_dict()[name].cpu()), name
+        train_local(read, make_examples(6), settings, pad_token_id=0)
+        assert {tensor.device.type for tensor in read.state_dict().values()} == {other.type}
+
+
+def test_recomputed_activations_train_alike(folder: Path, device: torch.device) -> None:
+    plain, recomputed = adapted(folder, device), adapted(folder, device)
+    settings = TrainingSettings(steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    train_local(plain, make_examples(6), settings, pad_token_id=0)
+    again = settings.model_copy(update={"gradient_checkpointing": True})
+    train_local(recomputed, make_examples(6), again, pad_token_id=0)
+    assert not recomputed.get_base_model().is_activation_checkpointing
+    for name, tensor in recomputed.named_parameters():
+        assert torch.allclose(tensor, plain.get_parameter(name), atol=1e-5), name
+
+
+@pytest.mark.parametrize("moved", ["before", "after"])
+def test_an_optimizer_made_for_a_model_trains_it_wherever_it_was_moved(
+    device: torch.device, moved: str
+) -> None:
+    """Moving a wrapped model must not leave the optimizer with tensors that nobody computes with.
+
+    So ended DP-LoRA with Opacus in users' hands (opacus issue 820): loss and ε looked normal, and the model
+    that was saved had learnt nothing.
+    """
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+    )
+    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    if moved == "before":
+        model = here(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    start = [parameter.detach().cpu().clone() for parameter in trained]
+    assert not ModuleValidator.validate(model.train(), strict=False)
+    loader = torch.utils.data.DataLoader(make_examples(8), batch_size=4, collate_fn=lambda rows: rows)
+    model.enable_input_require_grads()  # Opacus's hooks want a gradient of every module's input
+    with pytest.warns(UserWarning, match="Secure RNG turned off"):
+        engine = PrivacyEngine()
+    private, optimizer, _ = engine.make_private(
+        module=model, optimizer=torch.optim.SGD(trained, lr=1.0), data_loader=loader,
+        noise_multiplier=0.1, max_grad_norm=1.0, poisson_sampling=False, loss_reduction="sum",
+    )  # fmt: skip
+    if moved == "after":
+        private = here(private)
+    batch = on_device_of(private, collate(make_examples(4), 0))
+    example_losses(private, batch).sum().backward()
+    optimizer.step()
+    now = [p.detach().cpu() for name, p in private.named_parameters() if p.requires_grad]
+    assert all(not torch.equal(one, other) for one, other in zip(now, start, strict=True))
+
+
+@pytest.mark.parametrize("moved", ["before", "after"])
+def test_our_private_step_trains_what_is_saved_wherever_the_model_was_moved(
+    folder: Path, device: torch.device, moved: str
+) -> None:
+    cpu = torch.device("cpu")
+    model = adapted(folder, device if moved == "before" else cpu)
+    with only_shared_branch(model) as cores:
+        optimizer = torch.optim.SGD(core_parameters(cores), lr=1.0)
+        model.to(device)
+        check_engine(model, cores, clip=1.0)
+        start = read_shared(model)
+        row = example_gradient(model, cores, make_examples(1)[0])
+        noisy = noisy_sum(clip_and_sum(row[None], 1.0), 1.0, 1.0, SeededTestNoise(0))
+        set_gradients(core_parameters(cores), noisy)
+        optimizer.step()
+    assert np.allclose(read_shared(model), start - noisy.numpy(), atol=1e-5)
+
+
+@needs_bitsandbytes
+def test_on_a_base_of_4_bits_rows_equal_those_on_the_same_base_unpacked(
+    folder: Path, device: torch.device
+) -> None:
+    """Also after an evaluation, when bitsandbytes would repack the weights on some processors."""
+    model = adapted(folder, device, "nf4")
+    linear = model.get_base_model().model.layers[0].mlp.down_proj.base_layer
+    assert linear.weight.dtype == torch.uint8
+    dense = adapted(folder, device)
+    # The same base with its weights unpacked: what the 4 bits stand for, in dense products.
+    import bitsandbytes
+
+    for name, module in model.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            weight = module.weight
+            unpacked = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+            dense.get_submodule(name).weight.data = unpacked.to(torch.float32)
+    assert relative(rows_of(model), rows_of(dense)) < 1e-4
+    with torch.no_grad():
+        model(input_ids=torch.arange(8, device=device)[None])
+    assert relative(rows_of(model), rows_of(dense)) < 1e-4, "evaluating changed what is trained"
+    with only_shared_branch(model) as cores:
+        check_engine(model, cores, clip=4.0)
+    report = train_local(
+        model, make_examples(6), TrainingSettings(steps=2, per_device_train_batch_size=2), pad_token_id=0
+    )
+    assert report.weights_moved
+
+
+@needs_bitsandbytes
+def test_an_adapter_is_not_merged_into_4_bits(folder: Path, device: torch.device) -> None:
+    model = adapted(folder, device, "nf4")
+    with pytest.raises(ModelError, match=r"quantised \(torch.uint8\)"):
+        model.merge_and_unload()
+    assert rows_of(model).isfinite().all()
+
+
+def test_4_bits_without_the_extra_name_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name)
+    )
+    with pytest.raises(ModelError, match=r"install fedmosaic\[quantization\]"):
+        load_model(ModelSettings(path=str(folder), device="cpu", quantization="nf4"))
+
+
+def test_settings_that_contradict_each_other_are_refused(folder: Path) -> None:
+    with pytest.raises(ValidationError, match="quantised already"):
+        ModelSettings(path=str(folder), gguf_file="a.gguf", quantization="nf4")
+    probe = ClientSettings.model_fields["probe"]
+    with pytest.raises(ValidationError, match="the same to the last weight"):
+        ClientSettings.__pydantic_validator__.validate_assignment(
+            ClientSettings.model_construct(), "probe", {"path": str(folder), "quantization": "nf4"}
+        )
+    assert probe is not None
+    with pytest.raises(ValidationError, match="pattern"):
+        ModelSettings(path=str(folder), device="gpu")
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    with pytest.raises(ModelError, match=rf"'cuda:{count}', which this machine does not have; .*cpu"):
+        choose_device(f"cuda:{count}")
+    assert choose_device("cpu") == torch.device("cpu")
+
+
+def test_auto_takes_what_is_there(device: torch.device) -> None:
+    assert choose_device("auto").type in {"cuda", "mps", "cpu"}
+    if device.type == "cuda":
+        assert choose_device("auto") == device
+        assert choose_device("cuda") == device
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen"), [(1.0, torch.bfloat16), (3.0, torch.float32), (2.0, torch.float32)]
+)
+def test_the_faster_type_is_the_one_that_takes_less_time(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, seconds: float, chosen: torch.dtype
+) -> None:
+    times = {torch.float32: 2.0, torch.bfloat16: seconds}
+    monkeypatch.setattr(hardware, "product_seconds", lambda dtype, _: times[dtype])
+    with caplog.at_level("INFO"):
+        assert choose_dtype("auto", torch.device("cpu")) == chosen
+    assert "since a small product took" in caplog.text
+
+
+def test_the_faster_type_is_really_measured(device: torch.device) -> None:
+    exact_products()
+    assert choose_dtype("auto", device) in {torch.float32, torch.bfloat16}
+    assert product_seconds(torch.float32, device) > 0

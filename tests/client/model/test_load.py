@@ -1,0 +1,263 @@
+"""Loading of base models."""
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from fedmosaic.client.colora import CoLoraConfig, find_decoder_layers, read_shared
+from fedmosaic.client.model.load import adapt, load_base_model, save_adapter
+from fedmosaic.protos.errors import ModelError
+
+SHARED_MODELS = Path(__file__).parents[3].parent / "shared" / "models"
+SMALL = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32,
+}
+
+
+EOS = {"eos_token": "</s>"}
+
+
+def save_tokenizer(folder: Path, special: dict[str, str] | None = None, *, tokens: int = 30) -> None:
+    vocabulary = {"<s>": 0, "</s>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, tokens)}}
+    unknown = {"unk_token": "<unk>"}
+    tokenizer = Tokenizer(WordLevel(vocabulary, **unknown))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **unknown, **(special or {})).save_pretrained(folder)
+
+
+def save_letters(folder: Path) -> None:
+    """For models whose type gives them a byte-level tokenizer, whatever the file says that there is."""
+    vocabulary = {"</s>": 0, **{letter: i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz", 1)}}
+    letters = Tokenizer(BPE(vocabulary, []))
+    PreTrainedTokenizerFast(tokenizer_object=letters, **EOS).save_pretrained(folder)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SMALL, pad_token_id=None)).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, EOS)
+    return tmp_path
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, "bfloat16"])
+def test_a_folder_is_loaded_as_it_was_saved(folder: Path, dtype: torch.dtype | str) -> None:
+    model, tokenizer = load_base_model(folder, dtype)
+    expected = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    saved = load_file(folder / "model.safetensors")
+    assert {p.dtype for p in model.parameters()} == {expected}
+    for name, tensor in saved.items():
+        assert torch.equal(model.get_parameter(name), tensor.to(expected))
+    assert not model.training
+    assert tokenizer("w5 w6")["input_ids"] == [5, 6]
+
+
+def test_a_missing_padding_token_is_set_and_padding_is_on_the_right(folder: Path) -> None:
+    model, tokenizer = load_base_model(folder)
+    assert tokenizer.pad_token == "</s>"  # noqa: S105  # a token of text
+    assert model.config.pad_token_id == model.generation_config.pad_token_id == 1
+    batch = tokenizer(["w5 w6 w7", "w5"], padding=True, return_tensors="pt")
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [5, 1, 1]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_an_existing_padding_token_is_kept(folder: Path) -> None:
+    save_tokenizer(folder, {**EOS, "pad_token": "<s>"})
+    model, tokenizer = load_base_model(folder)
+    assert (tokenizer.pad_token, model.config.pad_token_id) == ("<s>", 0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("keep", [1, 3, 4])
+def test_keep_layers_keeps_the_first_and_is_usable(tmp_path: Path, kind: str, keep: int) -> None:
+    torch.manual_seed(0)
+    whole = (
+        LlamaForCausalLM(LlamaConfig(**SMALL)) if kind == "llama" else Qwen2ForCausalLM(Qwen2Config(**SMALL))
+    )
+    whole.eval().save_pretrained(tmp_path)
+    if kind == "llama":
+        save_tokenizer(tmp_path, EOS)
+    else:
+        save_letters(tmp_path)
+    model, _ = load_base_model(tmp_path, keep_layers=keep)
+    assert len(find_decoder_layers(model)[1]) == model.config.num_hidden_layers == keep
+    whole.model.layers = whole.model.layers[:keep]
+    ids = torch.arange(6)[None]
+    torch.testing.assert_close(model(ids).logits, whole(ids, use_cache=False).logits)
+    assert model.generate(ids, max_new_tokens=2, do_sample=False).shape == (1, 8)
+
+
+def test_cutting_layers_does_not_report_the_cut_ones(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    transformers_logger = logging.getLogger("transformers")
+    before = transformers_logger.level
+    transformers_logger.addHandler(caplog.handler)
+    try:
+        load_base_model(folder, keep_layers=2)
+    finally:
+        transformers_logger.removeHandler(caplog.handler)
+    assert "UNEXPECTED" not in caplog.text
+    assert transformers_logger.level == before
+
+
+@pytest.mark.parametrize("keep", [0, -1, 5])
+def test_keep_layers_outside_the_model_is_refused(folder: Path, keep: int) -> None:
+    with pytest.raises(ModelError, match="choose 1 to 4"):
+        load_base_model(folder, keep_layers=keep)
+
+
+def test_a_llava_model_is_loaded_with_its_vision_tower_and_cut_in_its_language_part(tmp_path: Path) -> None:
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**SMALL), image_token_index=31)
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, EOS)
+    model, _ = load_base_model(tmp_path, keep_layers=2)
+    assert isinstance(model, LlavaForConditionalGeneration)
+    name, layers = find_decoder_layers(model)
+    assert ("language_model" in name, len(layers)) == (True, 2)
+    adapted = adapt(model, CoLoraConfig(r=2, blocks=2))
+    assert read_shared(adapted).shape == (2 * 7 * 6,)
+
+
+def remove_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.2.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def damage_the_weights(folder: Path) -> None:
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+def offer_only_a_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def make_it_an_encoder(folder: Path) -> None:
+    BertModel(
+        BertConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    ).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = "vit"
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def drop_the_tokenizer(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("message", "damage"),
+    [
+        (r"lacks 1 weights.*layers\.2\.mlp\.up_proj", remove_a_weight),
+        ("cannot be loaded", damage_the_weights),
+        ("safetensors", offer_only_a_pickle),
+        ("neither causal language models", make_it_an_encoder),
+        ("cannot be loaded", drop_the_tokenizer),
+        ("no end-of-text token", save_tokenizer),
+        ("no end-of-text token", lambda f: save_tokenizer(f, {"pad_token": "<s>"})),
+        ("is number 39, the model embeds 32", lambda f: save_tokenizer(f, {"eos_token": "w39"}, tokens=40)),
+        ("cannot be loaded", lambda f: (f / "config.json").write_text("{")),
+    ],
+)
+def test_a_broken_model_is_refused(folder: Path, message: str, damage: Callable[[Path], object]) -> None:
+    damage(folder)
+    with pytest.raises(ModelError, match=message):
+        load_base_model(folder)
+
+
+def test_what_cannot_be_found_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"'no/such-model' cannot be loaded"):
+        load_base_model("no/such-model")
+    for mistyped in ("./no-such-model", "models/of/mine", str(folder / "typo")):
+        with pytest.raises(ModelError, match=f"There is no folder '{mistyped}'"):
+            load_base_model(mistyped)
+    with pytest.raises(ModelError, match=r"no file model\.gguf"):
+        load_base_model(folder, gguf_file="model.gguf")
+    with pytest.raises(ModelError, match="choose one of float32, bfloat16, float16 or auto"):
+        load_base_model(folder, "int8")
+    with pytest.raises(ModelError, match="choose one of float32, bfloat16, float16 or auto"):
+        load_base_model(folder, torch.int32)
+
+
+def test_adapt_freezes_the_base_and_fills_in_the_task(folder: Path) -> None:
+    model, _ = load_base_model(folder)
+    adapted = adapt(model, CoLoraConfig(r=2, blocks=2), "mine")
+    assert adapted.active_adapters == ["mine"]
+    assert all("colora_" in name for name, p in adapted.named_parameters() if p.requires_grad)
+    assert adapted.peft_config["mine"].task_type == "CAUSAL_LM"
+
+
+def test_an_adapter_is_put_on_without_a_warning(folder: Path) -> None:
+    model, _ = load_base_model(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapt(model, CoLoraConfig(r=2, blocks=2))
+
+
+def test_a_saved_adapter_says_once_how_to_load_it(folder: Path, tmp_path: Path) -> None:
+    adapted = adapt(load_base_model(folder)[0], CoLoraConfig(r=2, blocks=2))
+    for _ in range(2):
+        save_adapter(adapted, tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert card.count("## Loading this adapter") == 1
+    assert "import fedmosaic.client.colora" in card
+
+
+@pytest.mark.slow
+def test_the_recipe_of_the_card_works_in_a_fresh_process(folder: Path, tmp_path: Path) -> None:
+    save_adapter(adapt(load_base_model(folder)[0], CoLoraConfig(r=2, blocks=2)), tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    recipe = card.split("## Loading this adapter")[1].split("```python")[1].split("```")[0]
+    recipe = recipe.replace("path/to/this/folder", str(tmp_path / "adapter"))
+    run = subprocess.run([sys.executable, "-c", recipe], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.real_models
+@pytest.mark.skipif(not SHARED_MODELS.is_dir(), reason="no folder ../shared with pretrained models")
+def test_pretrained_weights_speak(tmp_path: Path) -> None:
+    shutil.copytree(SHARED_MODELS / "stories-260k", tmp_path / "model")
+    model, tokenizer = load_base_model(tmp_path / "model")
+    prompt = tokenizer("Once upon a time, there was a little", return_tensors="pt")
+    out = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+    assert "girl" in tokenizer.decode(out[0])

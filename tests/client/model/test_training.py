@@ -1,0 +1,351 @@
+"""Plain local training: groups of learning rate, order, determinism, loud failures."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import get_peft_model
+from pydantic import ValidationError
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fedmosaic.client.colora import CoLoraConfig, set_active_branches, set_trainable
+from fedmosaic.client.model.examples import IGNORED, EncodedExample, collate
+from fedmosaic.client.model.loss import Batch, example_losses
+from fedmosaic.client.model.training import EpochSampler, TrainingSettings, train_local, trainable_by_role
+from fedmosaic.protos.errors import ConfigurationError, ModelError, StateError
+
+VOCABULARY = 61
+
+
+def make_model(gate: str = "scalar") -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
+    return get_peft_model(
+        LlamaForCausalLM(config), CoLoraConfig(r=4, alpha=8, blocks=2, gate=gate, task_type="CAUSAL_LM")
+    )
+
+
+def make_examples(count: int) -> list[EncodedExample]:
+    generator = torch.Generator().manual_seed(1)
+    examples = []
+    for index in range(count):
+        length = int(torch.randint(4, 14, (1,), generator=generator))
+        ids = torch.randint(0, VOCABULARY, (length,), generator=generator)
+        ids[-2:] = torch.tensor([5, 6])
+        labels = ids.clone()
+        labels[: length - 2] = IGNORED
+        examples.append(EncodedExample(str(index), ids, labels))
+    return examples
+
+
+def adapter(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if "colora_" in name}
+
+
+def test_every_trainable_tensor_is_in_the_group_that_it_is() -> None:
+    model = make_model()
+    groups = trainable_by_role(model)
+    names = {name for group in groups.values() for name in group}
+    assert names == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert sum(len(group) for group in groups.values()) == len(names)
+    assert all("colora_gate" in name for name in groups["gate"])
+    assert len(groups["gate"]) == 3 * 7
+    assert all("colora_core_local" in name for name in groups["shared"])
+    assert len(groups["shared"]) == 2 * 7 * 2
+    assert all("colora_lora_" in name for name in groups["adapter"])
+    # Co-LoRA on gate_proj is no gate: a group test by substring would say so.
+    assert any("gate_proj" in name for name in groups["shared"])
+
+
+@pytest.mark.parametrize("gate", ["scalar", "pooled"])
+@pytest.mark.parametrize(
+    ("fast", "marker"),
+    [
+        ("learning_rate", "colora_lora_B"),
+        ("shared_learning_rate", "colora_core_local"),
+        ("gate_learning_rate", "colora_gate"),
+    ],
+)
+def test_each_group_moves_at_its_own_rate(gate: str, fast: str, marker: str) -> None:
+    model = make_model(gate)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "colora_core_" in name or "colora_lora_B" in name:  # else the gate has nothing to weigh
+                parameter.normal_(std=0.1)
+    before = adapter(model)
+    rates = dict.fromkeys(("learning_rate", "shared_learning_rate", "gate_learning_rate"), 1e-9) | {
+        fast: 1e-2
+    }
+    train_local(model, make_examples(8), TrainingSettings(steps=1, **rates), pad_token_id=0)
+    moved = {name: float((tensor - before[name]).abs().max()) for name, tensor in adapter(model).items()}
+    # Adam's first step is the learning rate itself wherever the gradient is not zero.
+    assert max(value for name, value in moved.items() if marker in name) == pytest.approx(1e-2, rel=0.01)
+    slow = [
+        value
+        for name, value in moved.items()
+        if marker not in name and not ("lora_A" in name and "lora_B" in marker)
+    ]
+    assert max(slow) < 1e-7
+
+
+def test_the_loss_falls_and_the_report_says_so() -> None:
+    model = make_model()
+    seen: list[tuple[int, int, float]] = []
+    report = train_local(
+        model,
+        make_examples(16),
+        TrainingSettings(steps=25, learning_rate=0.02, shared_learning_rate=0.02),
+        pad_token_id=0,
+        progress=lambda *values: seen.append(values),
+    )
+    assert report.steps == 25
+    assert report.last_loss < report.first_loss - 0.5
+    assert [(step, steps) for step, steps, _ in seen] == [(step, 25) for step in range(1, 26)]
+    assert report.first_loss == pytest.approx(sum(loss for *_, loss in seen[:10]) / 10)
+    assert report.last_loss == pytest.approx(sum(loss for *_, loss in seen[-10:]) / 10)
+    assert "loss" not in repr(report)
+    assert report.weights_moved + len(report.weights_unmoved) == sum(
+        parameter.requires_grad for parameter in model.parameters()
+    )
+
+
+def test_only_trainable_tensors_move() -> None:
+    model = make_model()
+    set_trainable(model, {"gate"}, layers="shared")
+    set_trainable(model, set(), layers="family")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "colora_core_" in name:
+                parameter.normal_(std=0.1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = train_local(model, make_examples(4), TrainingSettings(steps=2), pad_token_id=0)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert all("colora_gate" in name for name in changed)
+    assert report.weights_moved == len(changed)
+
+
+def test_equal_seeds_give_equal_weights_and_leave_the_global_generator_alone() -> None:
+    results = []
+    for seed in (3, 3, 4):
+        model = make_model()
+        torch.manual_seed(100 + len(results))
+        state = torch.get_rng_state()
+        # Four of nine examples, so that the order matters.
+        options = TrainingSettings(steps=2, seed=seed, per_device_train_batch_size=2)
+        train_local(model, make_examples(9), options, pad_token_id=0)
+        assert torch.equal(torch.get_rng_state(), state)
+        results.append(adapter(model))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    assert not all(torch.equal(results[0][name], results[2][name]) for name in results[0])
+
+
+def test_dropout_follows_the_seed_and_the_place_in_the_data() -> None:
+    def run(sampler: EpochSampler) -> dict[str, torch.Tensor]:
+        model = make_model()
+        model.get_base_model().model.layers[0].self_attn.attention_dropout = 0.5
+        options = TrainingSettings(steps=1, per_device_train_batch_size=4)
+        train_local(model, make_examples(4), options, pad_token_id=0, sampler=sampler)
+        return adapter(model)
+
+    first, again = run(EpochSampler(4, 0)), run(EpochSampler(4, 0))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_accumulation_equals_one_large_batch() -> None:
+    results = []
+    for batch_size, accumulation in ((8, 1), (2, 4)):
+        model = make_model()
+        options = TrainingSettings(
+            steps=3, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation
+        )
+        report = train_local(model, make_examples(11), options, pad_token_id=0)
+        results.append((report, adapter(model)))
+    (first, wide), (second, narrow) = results
+    assert first.last_loss == pytest.approx(second.last_loss, abs=1e-5)
+    for name in wide:
+        assert torch.allclose(wide[name], narrow[name], atol=2e-5)
+
+
+def test_warmup_starts_small() -> None:
+    moved = []
+    for warmup in (0, 10):
+        model = make_model()
+        before = adapter(model)
+        train_local(model, make_examples(4), TrainingSettings(steps=1, warmup=warmup), pad_token_id=0)
+        moved.append(
+            max(float((tensor - before[name]).abs().max()) for name, tensor in adapter(model).items())
+        )
+    assert moved[1] == pytest.approx(moved[0] / 10, rel=1e-3)
+
+
+def test_bfloat16_keeps_the_adapter_in_float32_and_differs_little() -> None:
+    results = []
+    for bf16 in (False, True):
+        model = make_model()
+        report = train_local(model, make_examples(8), TrainingSettings(steps=3, bf16=bf16), pad_token_id=0)
+        assert all(tensor.dtype == torch.float32 for tensor in adapter(model).values())
+        results.append(report.last_loss)
+    assert results[0] != results[1]
+    assert results[0] == pytest.approx(results[1], rel=0.02)
+
+
+def test_the_mode_is_given_back() -> None:
+    model = make_model().eval()
+    model.get_base_model().model.norm.train()
+    train_local(model, make_examples(4), TrainingSettings(steps=1), pad_token_id=0)
+    assert not model.training
+    assert model.get_base_model().model.norm.training
+
+
+def broken_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
+    return example_losses(model, batch) * math.nan
+
+
+def infinite_gradient(model: nn.Module, batch: Batch) -> torch.Tensor:
+    losses = example_losses(model, batch)
+    return losses.detach() + (losses - losses.detach()).abs().sqrt()
+
+
+@pytest.mark.parametrize("losses", [broken_losses, infinite_gradient])
+def test_what_is_not_finite_stops_training_before_a_weight_changes(losses: object) -> None:
+    model = make_model()
+    before = adapter(model)
+    with pytest.raises(ModelError, match="step 1 is not finite"):
+        train_local(model, make_examples(4), TrainingSettings(steps=1), pad_token_id=0, losses=losses)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapter(model).items())
+
+
+def test_training_that_changes_nothing_is_loud() -> None:
+    model = make_model()
+    set_active_branches(model, {"global"})
+    model.get_base_model().lm_head.weight.requires_grad_(True)
+    with torch.no_grad():
+        model.get_base_model().lm_head.weight.zero_()
+        model.get_base_model().model.norm.weight.zero_()
+    with pytest.raises(ModelError, match="changed none of the"):
+        train_local(model, make_examples(4), TrainingSettings(steps=2), pad_token_id=0)
+
+
+def test_nothing_trainable_and_no_example_are_refused() -> None:
+    model = make_model()
+    with pytest.raises(ConfigurationError, match="no example"):
+        train_local(model, [], TrainingSettings(), pad_token_id=0)
+    model.requires_grad_(False)
+    with pytest.raises(ModelError, match="nothing in the model is trainable"):
+        train_local(model, make_examples(2), TrainingSettings(), pad_token_id=0)
+
+
+@pytest.mark.parametrize(
+    "values", [{"steps": 0}, {"learning_rate": 0.0}, {"learning_rate": math.nan}, {"lr": 1.0}, {"seed": -1}]
+)
+def test_senseless_settings_are_refused(values: dict[str, float]) -> None:
+    with pytest.raises(ValidationError):
+        TrainingSettings(**values)
+
+
+@given(size=st.integers(1, 20), counts=st.lists(st.integers(0, 9), max_size=12), seed=st.integers(0, 5))
+def test_the_sampler_takes_every_example_once_per_epoch(size: int, counts: list[int], seed: int) -> None:
+    sampler = EpochSampler(size, seed)
+    taken = [index for count in counts for index in sampler.take(count)]
+    assert len(taken) == sum(counts)
+    for start in range(0, len(taken), size):
+        epoch = taken[start : start + size]
+        assert len(set(epoch)) == len(epoch)
+        assert set(epoch) <= set(range(size))
+
+
+@given(size=st.integers(1, 20), first=st.integers(0, 45), second=st.integers(0, 45))
+def test_a_resumed_sampler_goes_on_as_if_never_stopped(size: int, first: int, second: int) -> None:
+    whole = EpochSampler(size, 1).take(first + second)
+    stopped = EpochSampler(size, 1)
+    before = stopped.take(first)
+    state = stopped.state_dict()
+    assert all(type(value) is int for value in state.values())
+    resumed = EpochSampler(size, 99)
+    resumed.load_state_dict(state)
+    assert before + resumed.take(second) == whole
+
+
+def test_epochs_have_different_orders() -> None:
+    sampler = EpochSampler(30, 0)
+    assert sampler.take(30) != sampler.take(30)
+    assert EpochSampler(30, 0).take(30) != EpochSampler(30, 1).take(30)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size": 0},
+        {"position": 5},
+        {"position": -1},
+        {"epoch": -1},
+        {"seed": -1},
+        {"seed": "1"},
+        {"epoch": 0.5},
+    ],
+)
+def test_a_damaged_state_is_refused(change: dict[str, Any]) -> None:
+    sampler = EpochSampler(5, 0)
+    with pytest.raises(StateError):
+        sampler.load_state_dict(sampler.state_dict() | change)
+    for damaged in ({"size": 5}, {}, [], None):
+        with pytest.raises(StateError, match="must hold size, seed, epoch, position"):
+            sampler.load_state_dict(damaged)  # type: ignore[arg-type]  # as a damaged file may hold it
+    assert sampler.take(5) == EpochSampler(5, 0).take(5)
+
+
+def test_other_data_begin_the_next_epoch() -> None:
+    stopped = EpochSampler(5, 3)
+    stopped.take(7)
+    grown = EpochSampler(6, 0)
+    grown.load_state_dict(stopped.state_dict())
+    fresh = EpochSampler(6, 3)
+    fresh.take(12)
+    assert grown.take(6) == fresh.take(6)
+
+
+def test_a_sampler_needs_examples() -> None:
+    with pytest.raises(ConfigurationError):
+        EpochSampler(0, 0)
+    with pytest.raises(ConfigurationError):
+        EpochSampler(3, -1)
+
+
+@settings(max_examples=10, deadline=None)
+@given(order=st.permutations(range(4)))
+def test_the_loss_of_an_example_does_not_depend_on_its_batch(order: list[int]) -> None:
+    model = make_model().eval()
+    examples = make_examples(4)
+    with torch.no_grad():
+        alone = torch.stack([example_losses(model, collate([example], 0))[0] for example in examples])
+        together = example_losses(model, collate([examples[index] for index in order], 0))
+    assert torch.allclose(together, alone[list(order)], atol=1e-5)
+
+
+def test_the_loss_is_the_mean_over_the_answer_tokens() -> None:
+    model = make_model().eval()
+    (example,) = make_examples(1)
+    with torch.no_grad():
+        logits = model(example.input_ids.unsqueeze(0)).logits[0].log_softmax(-1)
+        expected = -(logits[-3, 5] + logits[-2, 6]) / 2
+        assert float(example_losses(model, collate([example], 0))) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_an_example_without_answer_is_refused() -> None:
+    example = EncodedExample("1", torch.tensor([1, 2]), torch.tensor([IGNORED, IGNORED]))
+    with pytest.raises(ModelError, match="no answer token"):
+        example_losses(make_model(), collate([example, *make_examples(1)], 0))

@@ -1,0 +1,108 @@
+"""What a client's people are told about their examples before a model is loaded."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from fedmosaic.client.model.examples import Example
+from fedmosaic.client.preflight.data import read_data, read_share
+from fedmosaic.client.settings import DataSettings
+from fedmosaic.protos.errors import ConfigurationError
+
+UNKNOWN = {"unk_token": "<unk>"}
+SPECIAL = {**UNKNOWN, "eos_token": "</s>"}
+
+
+def row(number: int, **changes: object) -> dict[str, object]:
+    return {"id": f"e{number}", "prompt": f"what is {number}", "answer": "yes", **changes}
+
+
+def write(path: Path, *rows: dict[str, object]) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Path:
+    return write(tmp_path / "train.jsonl", *(row(i) for i in range(10)))
+
+
+def test_a_sound_data_set_gives_no_warning(train: Path, tmp_path: Path) -> None:
+    test = write(tmp_path / "test.jsonl", row(20), row(21, choices=["yes", "no"]))
+    data = read_data(DataSettings(train=train, test=test, others={"b": test}))
+    assert (len(data.train), sorted(data.tests), data.warnings) == (10, ["b", "self"], ())
+
+
+@pytest.mark.parametrize("name", ["test", "others"])
+def test_a_test_set_of_training_examples_alone_is_refused(train: Path, tmp_path: Path, name: str) -> None:
+    same = write(tmp_path / "copy.jsonl", *(row(i, id=f"other{i}") for i in (3, 1)))
+    for file in (train, same):
+        tests: object = file if name == "test" else {"b": file}
+        settings = DataSettings.model_validate({"train": train, name: tests})
+        with pytest.raises(ConfigurationError, match="are training examples too"):
+            read_data(settings)
+
+
+def test_an_overlap_is_told_with_its_count(train: Path, tmp_path: Path) -> None:
+    test = write(tmp_path / "test.jsonl", *(row(i) for i in range(8, 13)))
+    (line,) = read_data(DataSettings(train=train, test=test)).warnings
+    assert "test.jsonl: 2 of 5 test examples are training examples too" in line
+
+
+def test_repeated_rows_are_told_with_what_they_mean(tmp_path: Path) -> None:
+    train = write(tmp_path / "train.jsonl", row(1), row(1, id="again"), row(1, id="more"), row(2))
+    (line,) = read_data(DataSettings(train=train)).warnings
+    assert "2 of 4 rows repeat" in line
+    assert "less protected" in line
+
+
+def test_one_choice_is_refused_with_file_example_and_remedy(train: Path, tmp_path: Path) -> None:
+    test = write(tmp_path / "test.jsonl", row(20), row(21, choices=["yes"]))
+    with pytest.raises(ConfigurationError, match=r"test\.jsonl, example 2 has 1 choice; .*leave choices out"):
+        read_data(DataSettings(train=train, test=test))
+
+
+def test_another_set_must_not_take_the_name_of_the_own(train: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r'data\.others names a set "self"'):
+        read_data(DataSettings(train=train, others={"self": train}))
+
+
+def test_pictures_are_looked_for(train: Path, tmp_path: Path) -> None:
+    test = write(tmp_path / "test.jsonl", row(20), row(21, prompt="<image:a.png> what?"))
+    with pytest.raises(ConfigurationError, match=r"example 2 names the picture 'a\.png'.*data\.pictures"):
+        read_data(DataSettings(train=train, test=test))
+    with pytest.raises(ConfigurationError, match=r"no picture 'a\.png'"):
+        read_data(DataSettings(train=train, test=test, pictures=tmp_path))
+    (tmp_path / "a.png").touch()
+    read_data(DataSettings(train=train, test=test, pictures=tmp_path))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    raw = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2, "b": 3}, **UNKNOWN))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, **SPECIAL)
+
+
+def test_the_share_that_is_cut_is_told_with_its_setting(tokenizer: PreTrainedTokenizerFast) -> None:
+    # 98 prompt tokens in all; of 90 + 2 for its answer, 12 fit into 14.
+    examples = [Example("1", "a " * 8, "b"), Example("2", "a " * 90, "b")]
+    line = read_share(tokenizer, Path("train.jsonl"), examples, 14, "profile_max_length")
+    assert line.startswith("train.jsonl: 1 of 2 examples are longer than profile_max_length = 14 tokens")
+    assert "the longest has 92" in line
+    assert "80 % of their prompts' tokens are not read" in line
+    assert read_share(tokenizer, Path("train.jsonl"), examples, 92, "profile_max_length") == ""
+
+
+@pytest.mark.parametrize("choices", [(), ("b", "b " * 12)])
+def test_an_answer_without_room_is_refused_with_file_example_and_setting(
+    tokenizer: PreTrainedTokenizerFast, choices: tuple[str, ...]
+) -> None:
+    answer = "b" if choices else "b " * 12
+    examples = [Example("1", "a", "b"), Example("2", "a", answer, choices)]
+    with pytest.raises(ConfigurationError, match=r"t\.jsonl, example 2: .*raise profile_max_length to 14"):
+        read_share(tokenizer, Path("t.jsonl"), examples, 13, "profile_max_length")
+    read_share(tokenizer, Path("t.jsonl"), examples, 14, "profile_max_length")

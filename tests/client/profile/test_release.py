@@ -1,0 +1,216 @@
+"""A release charges before it draws, draws once, and is refused where it would not be private."""
+
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from devices import here
+from fedmosaic.client.model.examples import IGNORED, EncodedExample
+from fedmosaic.client.profile.probe import Probe, gradient_factors, open_probe
+from fedmosaic.client.profile.release import clipped_profile, release_profile
+from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
+from fedmosaic.privacy.mechanism.profile import GRID, Float64Array, ProfileMechanism, Reduction, clip
+from fedmosaic.privacy.mechanism.projection import PublicMap
+from fedmosaic.protos.errors import BudgetExceededError, MechanismError, PrivacyError
+
+pytestmark = pytest.mark.usefixtures("device")
+
+
+def tiny_model(seed: int = 0, hidden: int = 16) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=40,
+        initializer_range=0.3,
+    )
+    return here(LlamaForCausalLM(config))
+
+
+@pytest.fixture(scope="module")
+def probe(device: torch.device) -> Probe:
+    return open_probe(tiny_model())
+
+
+def dataset(count: int, seed: int = 0) -> list[EncodedExample]:
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for index in range(count):
+        ids = torch.randint(3, 40, (4 + index % 5,), generator=generator)
+        labels = ids.clone()
+        labels[:2] = IGNORED
+        examples.append(EncodedExample(f"example-{index}", ids, labels))
+    return examples
+
+
+def mechanism(probe: Probe, **changes: object) -> ProfileMechanism:
+    fields: dict[str, object] = {
+        "probe": "tiny",
+        "probe_sha256": probe.sha256,
+        "reduction": Reduction(
+            kind="tensor_sketch", hidden_size=16, intermediate_size=24, projection_dimensions=32
+        ),
+        "noise_multiplier": 2.0,
+        "clipping_norm": 0.5,
+    }
+    return ProfileMechanism.model_validate(fields | changes)
+
+
+class Recorder:
+    """Test noise that writes down when it is drawn, together with the charges."""
+
+    is_test = True
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.source = SeededTestNoise(5)
+
+    def gaussian(self, size: int, standard_deviation: float) -> Float64Array:
+        self.events.append("noise")
+        return self.source.gaussian(size, standard_deviation)
+
+    def words(self, size: int) -> np.ndarray:
+        self.events.append("sample")
+        return self.source.words(size)
+
+    def charge(self) -> None:
+        self.events.append("charge")
+
+    def refuse(self) -> None:
+        self.events.append("refusal")
+        raise BudgetExceededError("the budget of this client is spent")
+
+
+def test_charge_comes_once_and_before_noise(probe: Probe) -> None:
+    recorder = Recorder()
+    public_map = PublicMap(mechanism(probe, sampling_rate=0.5))
+    released = release_profile(probe, dataset(60), public_map, recorder, recorder.charge)
+    assert recorder.events == ["sample", "charge", "noise"]
+    assert released.shape == (32,)
+    assert released.dtype == np.float32
+
+
+def test_no_noise_is_drawn_once_the_budget_is_spent(probe: Probe) -> None:
+    recorder = Recorder()
+    with pytest.raises(BudgetExceededError):
+        release_profile(probe, dataset(60), PublicMap(mechanism(probe)), recorder, recorder.refuse)
+    assert recorder.events == ["refusal"]
+
+
+def test_release_is_the_clipped_sum_of_the_exact_gradients_plus_noise(probe: Probe) -> None:
+    examples, public_map = dataset(80), PublicMap(mechanism(probe, noise_multiplier=0.0))
+    released = release_profile(probe, examples, public_map, SecureNoise(), lambda: None)
+    rows = public_map.rows(list(gradient_factors(probe, examples)))
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(released, 0.5 * rows.sum(axis=0), atol=1e-4)
+
+
+def test_noise_has_the_standard_deviation_of_the_mechanism(probe: Probe) -> None:
+    examples, public_map = dataset(60), PublicMap(mechanism(probe))
+    quiet = PublicMap(mechanism(probe, noise_multiplier=0.0))
+    clean = release_profile(probe, examples, quiet, SecureNoise(), lambda: None)
+    noise = [
+        release_profile(probe, examples, public_map, SecureNoise(), lambda: None) - clean for _ in range(40)
+    ]
+    assert stats.kstest(np.ravel(noise) / 1.0, "norm").pvalue > 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_removing_any_example_moves_the_sum_by_exactly_its_own_row(dtype: torch.dtype) -> None:
+    """In particular, padding and batches must not let an example change the others' last bits."""
+    probe = open_probe(tiny_model().to(dtype))
+    examples, public_map = dataset(53), PublicMap(mechanism(probe, minimum_examples=1))
+    whole = clipped_profile(probe, examples, public_map, SecureNoise()).units
+    for removed in (0, 17, 52):
+        rest = examples[:removed] + examples[removed + 1 :]
+        difference = whole - clipped_profile(probe, rest, public_map, SecureNoise()).units
+        own = clipped_profile(probe, [examples[removed]], public_map, SecureNoise()).units
+        assert np.array_equal(difference, own)
+        assert 0 < sum(int(value) ** 2 for value in difference) <= GRID**2
+
+
+def test_poisson_sample_decides_who_is_summed(probe: Probe) -> None:
+    examples = dataset(100)
+    public_map = PublicMap(mechanism(probe, sampling_rate=0.3))
+    totals = [clipped_profile(probe, examples, public_map, SeededTestNoise(seed)) for seed in range(8)]
+    counts = [total.rows for total in totals]
+    assert len(set(counts)) > 1
+    assert 10 < np.mean(counts) < 50
+    included = SeededTestNoise(3).words(100) < np.uint64(math.floor(0.3 * 2**64))
+    assert totals[3].rows == np.count_nonzero(included)
+
+
+def test_an_empty_sample_is_charged_and_released_as_noise(probe: Probe) -> None:
+    recorder = Recorder()
+    public_map = PublicMap(mechanism(probe, sampling_rate=1e-12))
+    released = release_profile(probe, dataset(60), public_map, recorder, recorder.charge)
+    assert recorder.events == ["sample", "charge", "noise"]
+    assert np.all(released != 0)
+
+
+def test_examples_without_a_finite_gradient_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_parameter("model.embed_tokens.weight")[39] = math.nan
+    broken = open_probe(model)
+    examples = [
+        EncodedExample(example.id, example.input_ids.clamp(max=38), example.labels.clamp(max=38))
+        for example in dataset(60)
+    ]
+    # The head is tied to the embedding here, so keep the poisoned row out of the logits.
+    assert not model.config.tie_word_embeddings
+    public_map = PublicMap(mechanism(broken))
+    clean = clipped_profile(broken, examples, public_map, SecureNoise())
+    ids = torch.tensor([39, 5, 6])
+    poisoned = [*examples, EncodedExample("poison", ids, torch.tensor([IGNORED, 5, 6]))]
+    with caplog.at_level(logging.WARNING):
+        total = clipped_profile(broken, poisoned, public_map, SecureNoise())
+    assert (total.rejected, total.rows) == (1, 61)
+    assert np.array_equal(total.units, clean.units)
+    assert "1 examples gave no finite gradient" in caplog.text
+    assert "poison" not in caplog.text
+
+
+def test_small_data_sets_are_refused_or_warned_about(probe: Probe, caplog: pytest.LogCaptureFixture) -> None:
+    public_map = PublicMap(mechanism(probe))
+    recorder = Recorder()
+    with pytest.raises(PrivacyError, match="at least 50 examples"):
+        release_profile(probe, dataset(49), public_map, recorder, recorder.charge)
+    assert recorder.events == []
+    with caplog.at_level(logging.WARNING):
+        release_profile(probe, dataset(50), public_map, SecureNoise(), lambda: None)
+    assert "fewer than 300" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        release_profile(probe, dataset(300), public_map, SecureNoise(), lambda: None)
+    assert caplog.text == ""
+
+
+def test_an_example_listed_twice_is_refused_without_naming_it(probe: Probe) -> None:
+    examples = dataset(60)
+    with pytest.raises(PrivacyError, match="more than once") as caught:
+        clipped_profile(probe, [*examples, examples[7]], PublicMap(mechanism(probe)), SecureNoise())
+    assert "example-7" not in str(caught.value)
+
+
+def test_another_probe_than_the_agreed_one_is_refused(probe: Probe) -> None:
+    public_map = PublicMap(mechanism(probe))
+    with pytest.raises(MechanismError, match="fingerprint"):
+        clipped_profile(open_probe(tiny_model(seed=1)), dataset(60), public_map, SecureNoise())
+    with pytest.raises(MechanismError, match=r"\(32, 24\)"):
+        clipped_profile(open_probe(tiny_model(hidden=32)), dataset(60), public_map, SecureNoise())
+
+
+def test_rows_really_were_clipped(probe: Probe) -> None:
+    public_map = PublicMap(mechanism(probe))
+    rows = public_map.rows(list(gradient_factors(probe, dataset(60))))
+    units, shortened = clip(rows, 0.5)
+    assert shortened.all()
+    np.testing.assert_allclose(np.linalg.norm(units / GRID, axis=1), 1.0, rtol=1e-6)

@@ -1,0 +1,516 @@
+"""The transport against servers that fail, lie and stop; with the real server in tests/server."""
+
+import datetime as dt
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedmosaic.client.transport import connection
+from fedmosaic.client.transport.connection import Patience, check_certificate
+from fedmosaic.client.transport.grpc import GrpcTransport, TransportOptions
+from fedmosaic.client.transport.traffic import Traffic
+from fedmosaic.privacy.federation import identity
+from fedmosaic.protos import bounds, wire
+from fedmosaic.protos.errors import IdentityError, TransportError, WireError
+from fedmosaic.protos.messages import (
+    Aggregate,
+    AggregateSection,
+    Enrolment,
+    KeyMessage,
+    Phase,
+    Profile,
+    Receipt,
+    ReceiptStatus,
+    RoundStatus,
+    Section,
+    SectionWeights,
+)
+from fedmosaic.protos.refusal import Refusal, RefusalKind, to_status
+from fedmosaic.protos.signing import sign_upload
+from fedmosaic.protos.v1 import federation_pb2 as pb
+from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
+
+ENROLMENT = Enrolment(1, "fed", bytes(32), bytes(32), "", "test")
+PAYLOAD = np.random.default_rng(0).integers(0, 256, 700_000, dtype=np.uint8).tobytes()
+ROW = SectionWeights(("a", "b", "c"), (2, 3, 3), 3)
+AGGREGATE = Aggregate(2, (AggregateSection("shared", ROW, PAYLOAD),), 1, 1)
+STATUS = RoundStatus(1, Phase.OPEN, ("a",), ("b",), 5.0, "round 1: 1 of 2 uploads, waiting for b, 5 s left")
+
+
+class Servicer(rpc.FederationServicer):
+    """Does what a test tells it: every call takes the next entry of its script."""
+
+    def __init__(self) -> None:
+        self.script: dict[str, list[Callable[..., Any]]] = {}
+        self.calls: list[tuple[str, Any]] = []
+
+    def _next(self, name: str, request: Any, context: Any) -> Any:
+        self.calls.append((name, request))
+        steps = self.script[name]
+        return (steps.pop(0) if len(steps) > 1 else steps[0])(request, context)
+
+    def Enrol(self, request: Any, context: Any) -> Any:
+        return self._next("Enrol", request, context)
+
+    def Pull(self, request: Any, context: Any) -> Any:
+        yield from self._next("Pull", request, context)
+
+    def UploadStatus(self, request: Any, context: Any) -> Any:
+        return self._next("UploadStatus", request, context)
+
+    def Push(self, request_iterator: Any, context: Any) -> Any:
+        return self._next("Push", request_iterator, context)
+
+    def RoundStatus(self, request: Any, context: Any) -> Any:
+        return self._next("RoundStatus", request, context)
+
+    def Report(self, request: Any, context: Any) -> Any:
+        return self._next("Report", request, context)
+
+    def PostKeyMessage(self, request: Any, context: Any) -> Any:
+        return self._next("PostKeyMessage", request, context)
+
+    def ReadKeyMessages(self, request: Any, context: Any) -> Any:
+        yield from self._next("ReadKeyMessages", request, context)
+
+    def named(self, name: str) -> list[Any]:
+        return [request for called, request in self.calls if called == name]
+
+
+def fail(code: grpc.StatusCode) -> Callable[..., Any]:
+    def step(_: Any, context: Any) -> Any:
+        context.abort(code, "as the test wants it")
+
+    return step
+
+
+def refuse(refusal: Refusal) -> Callable[..., Any]:
+    def step(_: Any, context: Any) -> Any:
+        context.abort_with_status(to_status(refusal))
+
+    return step
+
+
+def answer(message: Any) -> Callable[..., Any]:
+    return lambda *_: message
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "_FIRST_DELAY_SECONDS", 0.02)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("certificates")
+    authority = identity.create_authority("fed")
+    paths = {
+        name: folder / name for name in ("authority", "server.pem", "server.key", "client.pem", "client.key")
+    }
+    paths["authority"].write_bytes(authority.certificate.public_bytes(serialization.Encoding.PEM))
+    for name, issued in (
+        ("server", identity.issue_server(authority, ["localhost"])),
+        ("client", identity.issue_client(authority, "fed", "clinic-a")),
+    ):
+        paths[f"{name}.pem"].write_bytes(issued.certificate_pem)
+        identity.write_private(paths[f"{name}.key"], issued.key_pem)
+    return paths
+
+
+@pytest.fixture
+def servicer() -> Servicer:
+    return Servicer()
+
+
+@pytest.fixture
+def transport(servicer: Servicer, files: dict[str, Path]) -> Iterator[GrpcTransport]:
+    server = grpc.server(ThreadPoolExecutor(4))
+    rpc.add_FederationServicer_to_server(servicer, server)
+    credentials = grpc.ssl_server_credentials(
+        [(files["server.key"].read_bytes(), files["server.pem"].read_bytes())],
+        files["authority"].read_bytes(),
+        True,
+    )
+    port = server.add_secure_port("localhost:0", credentials)
+    server.start()
+    made = GrpcTransport(
+        f"localhost:{port}",
+        authority=files["authority"],
+        certificate=files["client.pem"],
+        private_key=files["client.key"],
+        options=TransportOptions(
+            call_timeout_seconds=30.0, wait_seconds=1.0, retry_seconds=30.0, chunk_bytes=100_000
+        ),
+    )
+    yield made
+    made.close()
+    server.stop(0)
+
+
+ENROLLED = pb.EnrolResponse(
+    run_id="0" * 32, round=1, rounds=3, key_epoch=1, members=["a", "b"], head=bytes(32)
+)
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED])
+def test_what_time_may_cure_is_tried_again(
+    servicer: Servicer, transport: GrpcTransport, code: grpc.StatusCode
+) -> None:
+    servicer.script["Enrol"] = [fail(code), fail(code), answer(ENROLLED)]
+    assert transport.enrol(ENROLMENT).members == ("a", "b")
+    assert len(servicer.calls) == 3
+
+
+def test_a_refusal_is_not_tried_again(servicer: Servicer, transport: GrpcTransport) -> None:
+    sent = Refusal(RefusalKind.PRECONDITION, "ROSTER_DIFFERS", "roster is a, expected b", "get the newest")
+    servicer.script["Enrol"] = [refuse(sent)]
+    with pytest.raises(Refusal, match="roster is a, expected b; get the newest") as error:
+        transport.enrol(ENROLMENT)
+    assert error.value.reason == "ROSTER_DIFFERS"
+    assert len(servicer.calls) == 1
+
+
+def test_patience_ends_with_a_message_that_names_the_address(
+    servicer: Servicer, transport: GrpcTransport
+) -> None:
+    transport._patience = replace(transport._patience, seconds=2.0)
+    servicer.script["RoundStatus"] = [fail(grpc.StatusCode.UNAVAILABLE)]
+    started = time.monotonic()
+    with pytest.raises(TransportError, match=r"localhost:\d+ could not be reached"):
+        transport.status()
+    assert 0.5 < time.monotonic() - started < 60.0
+    assert len(servicer.calls) > 1
+
+
+def parts(start: int = 0, stop: int | None = None, offset: int | None = None) -> list[pb.PullResponse]:
+    """Header and chunks of AGGREGATE from byte `start` to `stop`."""
+    digest = hashlib.sha256(PAYLOAD).digest()
+    header = wire.encode_aggregate_header(
+        AGGREGATE, [len(PAYLOAD)], digest, start if offset is None else offset
+    )
+    found = [pb.PullResponse(header=header)]
+    for chunk in wire.chunks([PAYLOAD[:stop]], start, 100_000):
+        found.append(pb.PullResponse(chunk=chunk))
+    return found
+
+
+def cut(messages: list[pb.PullResponse]) -> Callable[..., Any]:
+    def step(_: Any, context: Any) -> Any:
+        yield from messages
+        context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
+
+    return step
+
+
+def test_a_cut_download_goes_on_where_it_stopped(servicer: Servicer, transport: GrpcTransport) -> None:
+    servicer.script["Pull"] = [
+        cut(parts(stop=250_000)),
+        cut(parts(250_000, 350_000)),
+        answer(parts(350_000)),
+    ]
+    assert transport.pull(2) == AGGREGATE
+    assert [request.resume_offset for request in servicer.named("Pull")] == [0, 250_000, 350_000]
+    received = transport.traffic().as_dict()["adapter"]["received"]
+    assert len(PAYLOAD) < received < len(PAYLOAD) + 1000
+
+
+def test_another_aggregate_starts_from_its_first_byte(servicer: Servicer, transport: GrpcTransport) -> None:
+    other = parts(stop=250_000)
+    other[0].header.sha256 = bytes(32)
+    servicer.script["Pull"] = [cut(other), answer(parts())]
+    assert transport.pull(2) == AGGREGATE
+
+
+def test_progress_renews_the_patience(servicer: Servicer, transport: GrpcTransport) -> None:
+    def slow(start: int) -> Callable[..., Any]:
+        def step(_: Any, context: Any) -> Any:
+            yield from parts(start, start + 100_000)
+            time.sleep(0.6)
+            context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
+
+        return step
+
+    # Six times 0.6 s, with a patience of less.
+    transport._patience = replace(transport._patience, seconds=3.5)
+    servicer.script["Pull"] = [*(slow(s) for s in range(0, 600_000, 100_000)), answer(parts(600_000))]
+    assert transport.pull(2) == AGGREGATE
+
+
+def test_waiting_is_told_and_repeated(servicer: Servicer, transport: GrpcTransport) -> None:
+    waiting = [pb.PullResponse(waiting=wire.encode_status(STATUS))]
+    servicer.script["Pull"] = [answer(waiting), answer(waiting), answer(parts())]
+    heard: list[RoundStatus] = []
+    assert transport.pull(2, heard.append).round == 2
+    assert heard == [STATUS, STATUS]
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        (lambda: parts()[1:], "beyond"),
+        (lambda: [parts()[0], parts()[2]], "starts at byte"),
+        (lambda: parts(offset=5), "goes on at byte 5"),
+        (lambda: [*parts()[:-1], _spoiled(parts()[-1])], "damaged"),
+    ],
+    ids=["no header", "gap", "wrong offset", "altered"],
+)
+def test_a_server_that_sends_nonsense_is_not_believed(
+    servicer: Servicer, transport: GrpcTransport, messages: Callable[[], Any], words: str
+) -> None:
+    servicer.script["Pull"] = [answer(messages())]
+    with pytest.raises(WireError, match=words):
+        transport.pull(2)
+
+
+def _spoiled(part: pb.PullResponse) -> pb.PullResponse:
+    data = bytearray(part.chunk.data)
+    data[0] ^= 1
+    part.chunk.data = bytes(data)
+    return part
+
+
+def test_an_aggregate_that_is_too_large_is_refused_by_its_header(
+    servicer: Servicer, transport: GrpcTransport
+) -> None:
+    huge = parts()[:1]
+    huge[0].header.sections[0].size = 2 << 30
+    servicer.script["Pull"] = [answer(huge)]
+    with pytest.raises(WireError, match="aggregate size"):
+        transport.pull(2)
+
+
+def upload(size: int = 700_000) -> Any:
+    return sign_upload(
+        Ed25519PrivateKey.generate(),
+        federation="fed",
+        run_id="0" * 32,
+        round_number=1,
+        client_id="clinic-a",
+        key_epoch=1,
+        attempt_id="a",
+        sections=(Section("shared", PAYLOAD[:size]), Section("family", PAYLOAD[-1000:])),
+        profile=Profile(np.ones(16, dtype=np.float32), 0.0, 1),
+    )
+
+
+RECEIPT = wire.encode_receipt(Receipt(ReceiptStatus.ACCEPTED, 1, bytes(32)))
+
+
+class Taker:
+    """Takes uploads like a server that keeps what it got."""
+
+    def __init__(self) -> None:
+        self.got = bytearray()
+        self.offsets: list[int] = []
+
+    def take(self, limit: int | None = None) -> Callable[..., Any]:
+        def step(messages: Any, context: Any) -> Any:
+            first = next(messages)
+            self.offsets.append(first.header.resume_offset)
+            del self.got[first.header.resume_offset :]
+            for message in messages:
+                assert message.chunk.offset == len(self.got)
+                self.got += message.chunk.data
+                if limit is not None and len(self.got) >= limit:
+                    context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
+            return RECEIPT
+
+        return step
+
+
+def test_an_upload_arrives_whole_and_is_counted_by_channel(
+    servicer: Servicer, transport: GrpcTransport
+) -> None:
+    taker = Taker()
+    servicer.script["Push"] = [taker.take()]
+    sent = upload()
+    assert transport.push(sent).status is ReceiptStatus.ACCEPTED
+    assert bytes(taker.got) == b"".join(section.payload for section in sent.sections)
+    traffic = transport.traffic().as_dict()
+    assert 0 < traffic["adapter"]["sent"] - len(taker.got) < 200
+    assert 64 <= traffic["profile"]["sent"] < 100
+    assert 100 < traffic["control"]["sent"] < 400
+    assert not servicer.named("UploadStatus")
+
+
+def test_a_cut_upload_goes_on_where_the_server_has_it(servicer: Servicer, transport: GrpcTransport) -> None:
+    taker = Taker()
+    servicer.script["Push"] = [taker.take(200_000), taker.take(500_000), taker.take()]
+    servicer.script["UploadStatus"] = [lambda *_: pb.UploadStatusResponse(received=len(taker.got))]
+    sent = upload()
+    assert transport.push(sent).status is ReceiptStatus.ACCEPTED
+    assert taker.offsets[0] == 0
+    assert taker.offsets[1] >= 200_000
+    assert taker.offsets[2] >= 500_000
+    assert bytes(taker.got) == b"".join(section.payload for section in sent.sections)
+
+
+def test_a_lost_answer_is_asked_for_and_nothing_is_sent_twice(
+    servicer: Servicer, transport: GrpcTransport
+) -> None:
+    def lose(messages: Any, context: Any) -> Any:
+        for _ in messages:
+            pass
+        context.abort(grpc.StatusCode.UNAVAILABLE, "the answer got lost")
+
+    duplicate = wire.encode_receipt(Receipt(ReceiptStatus.DUPLICATE, 1, bytes(32)))
+    servicer.script["Push"] = [lose]
+    servicer.script["UploadStatus"] = [answer(pb.UploadStatusResponse(receipt=duplicate))]
+    assert transport.push(upload()).status is ReceiptStatus.DUPLICATE
+    assert len(servicer.named("Push")) == 1
+
+
+def test_a_large_upload_asks_first_what_is_there(servicer: Servicer, transport: GrpcTransport) -> None:
+    late = wire.encode_receipt(Receipt(ReceiptStatus.LATE, 5, bytes(32)))
+    servicer.script["UploadStatus"] = [answer(pb.UploadStatusResponse(receipt=late))]
+    sections = (Section("shared", PAYLOAD * 2),)
+    big = upload().__class__(1, "a", 1, sections, None, bytes(64))
+    assert transport.push(big).status is ReceiptStatus.LATE
+    assert not servicer.named("Push")
+
+
+def test_a_server_that_lost_bytes_gets_all_of_them_again(
+    servicer: Servicer, transport: GrpcTransport
+) -> None:
+    taker = Taker()
+    differs = Refusal(RefusalKind.INVALID, "PAYLOAD_DIFFERS", "another SHA-256", "send it again")
+    servicer.script["Push"] = [taker.take(300_000), refuse(differs), taker.take()]
+    servicer.script["UploadStatus"] = [
+        answer(pb.UploadStatusResponse(received=300_000)),
+        answer(pb.UploadStatusResponse(received=0)),
+    ]
+    assert transport.push(upload()).status is ReceiptStatus.ACCEPTED
+    assert taker.offsets[-1] == 0
+
+
+def test_a_payload_that_differs_from_the_start_is_the_clients_fault(
+    servicer: Servicer, transport: GrpcTransport
+) -> None:
+    servicer.script["Push"] = [refuse(Refusal(RefusalKind.INVALID, "PAYLOAD_DIFFERS", "no", ""))]
+    with pytest.raises(Refusal):
+        transport.push(upload())
+    assert len(servicer.named("Push")) == 1
+
+
+def test_key_messages_are_polled_until_enough_are_there(servicer: Servicer, transport: GrpcTransport) -> None:
+    def some(*names: str) -> Callable[..., Any]:
+        return answer([pb.ReadKeyMessagesResponse(sender=n, payload=n.encode()) for n in names])
+
+    servicer.script["ReadKeyMessages"] = [some(), some("a"), some("a", "b")]
+    assert transport.read_key_messages(1, "opening", 2, 10.0) == {"a": b"a", "b": b"b"}
+    servicer.script["ReadKeyMessages"] = [some("a")]
+    started = time.monotonic()
+    assert transport.read_key_messages(1, "opening", 2, 0.7) == {"a": b"a"}
+    assert 0.5 < time.monotonic() - started < 60.0
+
+
+def test_hostile_key_messages_are_refused(servicer: Servicer, transport: GrpcTransport) -> None:
+    servicer.script["ReadKeyMessages"] = [answer([pb.ReadKeyMessagesResponse(sender="../../x", payload=b"")])]
+    with pytest.raises(WireError, match="sender"):
+        transport.read_key_messages(1, "opening", 1, 1.0)
+
+
+def test_small_calls(servicer: Servicer, transport: GrpcTransport) -> None:
+    servicer.script["RoundStatus"] = [answer(pb.RoundStatusResponse(state=wire.encode_status(STATUS)))]
+    servicer.script["Report"] = [answer(pb.ReportResponse())]
+    servicer.script["PostKeyMessage"] = [answer(pb.PostKeyMessageResponse())]
+    assert transport.status() == STATUS
+    transport.report(b"{}")
+    transport.post_key_message(KeyMessage(1, "box", "b", b"x"))
+    with pytest.raises(WireError, match="statement"):
+        transport.report(bytes(bounds.MAX_STATEMENT_BYTES + 1))
+    assert servicer.named("PostKeyMessage")[0].recipient == "b"
+
+
+def issued(now: dt.datetime | None = None) -> tuple[bytes, bytes]:
+    authority = identity.create_authority("fed")
+    certificate = identity.issue_client(authority, "fed", "clinic-a", now=now).certificate_pem
+    return certificate, authority.certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def test_own_certificates_are_checked_before_the_server_sees_them() -> None:
+    now = dt.datetime.now(dt.UTC)
+    certificate, authority = issued()
+    check_certificate(certificate, authority, "tls.pem")
+    for then, words in (
+        (now + dt.timedelta(days=91), "expired on"),
+        (now - dt.timedelta(days=1), "is valid from"),
+    ):
+        with pytest.raises(IdentityError, match=words):
+            check_certificate(certificate, authority, "tls.pem", then)
+    _, other = issued()
+    with pytest.raises(IdentityError, match="take all files from one kit"):
+        check_certificate(certificate, other, "tls.pem")
+    with pytest.raises(IdentityError, match="not a PEM certificate"):
+        check_certificate(b"rubbish", authority, "tls.pem")
+
+
+def test_missing_and_open_key_files_are_named(files: dict[str, Path], tmp_path: Path) -> None:
+    def connect(**changes: Path) -> None:
+        paths = {
+            "authority": files["authority"],
+            "certificate": files["client.pem"],
+            "private_key": files["client.key"],
+        }
+        GrpcTransport("localhost:1", **(paths | changes))
+
+    with pytest.raises(IdentityError, match="nowhere"):
+        connect(authority=tmp_path / "nowhere")
+    loose = tmp_path / "loose.key"
+    loose.write_bytes(files["client.key"].read_bytes())
+    loose.chmod(0o644)
+    with pytest.raises(IdentityError, match="can be read by other users"):
+        connect(private_key=loose)
+
+
+def test_delays_grow_and_are_jittered(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    clock = [0.0]
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        clock[0] += seconds
+
+    monkeypatch.setattr(connection.time, "sleep", sleep)
+    monkeypatch.setattr(connection.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(connection, "_FIRST_DELAY_SECONDS", 0.25)
+
+    def attempt() -> None:
+        raise grpc.RpcError
+
+    with pytest.raises(TransportError, match="could not be reached for"):
+        Patience("host:1", 60.0).retry("call", attempt)
+    nominal = [min(0.25 * 2**i, 10.0) for i in range(len(slept))]
+    assert all(0.5 * n <= s <= n for s, n in zip(slept, nominal, strict=True))
+    assert len({round(s / n, 6) for s, n in zip(slept, nominal, strict=True)}) > 3
+    assert 40.0 < clock[0] <= 60.0
+
+
+def test_traffic_is_counted_from_many_threads() -> None:
+    traffic = Traffic()
+
+    def count() -> None:
+        for _ in range(1000):
+            traffic.sent("adapter", 3)
+            traffic.received("keys", 2)
+
+    threads = [threading.Thread(target=count) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    counted = traffic.as_dict()
+    assert counted["adapter"] == {"sent": 24_000, "received": 0}
+    assert counted["keys"] == {"sent": 0, "received": 16_000}
+    assert set(counted) == {"adapter", "profile", "keys", "control"}

@@ -1,0 +1,354 @@
+"""ROC figures, ceilings, empirical and one-run ε: closed forms, and truths that are never passed."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import norm
+
+from fedmosaic.experiments.attacks.statistics.collusion import (
+    equations,
+    independent_equations,
+    recovery_error,
+    solve,
+)
+from fedmosaic.experiments.attacks.statistics.empirical import (
+    CanaryScores,
+    clopper_pearson_ceiling,
+    clopper_pearson_lower_bound,
+    gaussian_epsilon,
+    gaussian_lower_bound,
+    gaussian_mu,
+)
+from fedmosaic.experiments.attacks.statistics.membership import (
+    draw_members,
+    likelihood_ratio_scores,
+    scored_candidates,
+    simulated_inner_products,
+)
+from fedmosaic.experiments.attacks.statistics.one_run import (
+    one_run_epsilon,
+    one_run_figure,
+    one_run_lower_bound,
+    one_run_p_value,
+    right_guesses,
+)
+from fedmosaic.experiments.attacks.statistics.results import AttackReport, AttackResult, Figure, RefusalResult
+from fedmosaic.experiments.attacks.statistics.roc import (
+    Ceiling,
+    area_under_curve,
+    ceiling_of,
+    clopper_pearson,
+    membership_figures,
+    rate_interval,
+    roc_points,
+)
+from fedmosaic.privacy.accounting.epsilon import epsilon
+from fedmosaic.privacy.accounting.events import GaussianEvent
+
+DELTA = 1e-5
+
+
+def gaussian_scores(mu: float, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    members = np.arange(2 * size) < size
+    return generator.standard_normal(2 * size) + mu * members, members
+
+
+@given(
+    inside=st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=8),
+    outside=st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=8),
+)
+def test_area_is_the_share_of_pairs_won(inside: list[float], outside: list[float]) -> None:
+    scores = np.array([*inside, *outside])
+    members = np.arange(scores.size) < len(inside)
+    area, _ = area_under_curve(scores, members, np.arange(scores.size))
+    wins = sum((i > o) + 0.5 * (i == o) for i in inside for o in outside)
+    assert area == pytest.approx(wins / (len(inside) * len(outside)))
+
+
+def test_the_standard_error_of_the_area_is_that_of_repetitions_with_shared_noise() -> None:
+    """50 releases of 20 scores with a common part: ignoring the groups would halve the error."""
+    generator = np.random.default_rng(0)
+    groups = np.repeat(np.arange(50), 20)
+    members = np.tile(np.arange(20) < 10, 50)
+    # The common part moves members only, so that it does not cancel between the two classes.
+    areas, errors = [], []
+    for _ in range(200):
+        common = generator.standard_normal(50)[groups] * members
+        scores = generator.standard_normal(1000) + common + members
+        area, error = area_under_curve(scores, members, groups)
+        areas.append(area)
+        errors.append(error)
+    assert np.mean(errors) == pytest.approx(np.std(areas), rel=0.15)
+    _, naive = area_under_curve(scores, members, np.arange(1000))
+    assert np.mean(errors) > 1.3 * naive
+
+
+@pytest.mark.parametrize("mu", [0.2, 0.72, 1.667])
+def test_figures_of_the_gaussian_mechanism_lie_at_their_ceiling_and_are_not_broken(mu: float) -> None:
+    scores, members = gaussian_scores(mu, 50_000, 1)
+    area, one, tenth = membership_figures(scores, members, Ceiling(mu=mu))
+    assert (area.name, one.name, tenth.name) == ("AUC", "TPR at 1 % FPR", "TPR at 0.1 % FPR")
+    assert area.value == pytest.approx(norm.cdf(mu / math.sqrt(2)), abs=0.006)
+    assert one.bound == pytest.approx(norm.cdf(norm.ppf(0.01) + mu))
+    assert tenth.bound == pytest.approx(norm.cdf(norm.ppf(0.001) + mu))
+    for figure in (area, one, tenth):
+        assert figure.value == pytest.approx(figure.bound, rel=0.25, abs=1e-3)
+        assert not figure.broken
+
+
+def test_the_interval_of_a_rate_covers_the_truth_although_its_threshold_is_estimated() -> None:
+    truth = norm.cdf(norm.ppf(0.01) + 1.0)
+    covered = []
+    for seed in range(60):
+        figure = membership_figures(*gaussian_scores(1.0, 3000, seed), Ceiling(mu=1.0))[1]
+        covered.append(figure.low <= truth <= figure.high)
+    assert np.mean(covered) > 0.85
+
+
+def alike(releases: int, scored: int, seed: int) -> tuple[Figure, ...]:
+    """Figures of the strongest attack on candidates that hardly differ, so that a release's scores agree."""
+    generator = np.random.default_rng(seed)
+    rows = generator.standard_normal(64) + 0.35 * generator.standard_normal((40, 64))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    members = draw_members(releases, 40, 0.25, generator)
+    inner = simulated_inner_products(rows @ rows.T, members, 0.6, generator)
+    scores = likelihood_ratio_scores(inner, rows @ rows.T, members, 0.6)
+    used = scored_candidates(releases, 40, scored, generator)
+    return membership_figures(scores[used], members[used], Ceiling(mu=1 / 0.6), np.nonzero(used)[0])
+
+
+def test_rare_false_positives_of_dependent_scores_need_many_releases() -> None:
+    """200 releases of 40 scores each are not 8,000 trials: one draw of noise would decide the rate."""
+    few = alike(200, 40, 0)
+    assert [figure.name for figure in few] == ["AUC", "TPR at 1 % FPR"][: len(few)]
+    covered = []
+    for seed in range(3):
+        _, one, tenth = alike(12_000, 8, seed)
+        covered += [figure.low <= figure.bound <= figure.high for figure in (one, tenth)]
+    assert sum(covered) >= 5
+
+
+def test_a_correct_mechanism_is_hardly_ever_called_broken() -> None:
+    broken = [
+        figure.broken
+        for seed in range(300)
+        for figure in membership_figures(*gaussian_scores(1.0, 1000, seed), Ceiling(mu=1.0))
+    ]
+    assert sum(broken) == 0
+
+
+def test_a_mechanism_with_less_noise_than_claimed_is_broken() -> None:
+    area, one, _ = membership_figures(*gaussian_scores(1.5, 20_000, 3), Ceiling(mu=1.0))
+    assert area.broken
+    assert one.broken
+
+
+def test_too_few_scores_give_no_rate_and_no_promise_gives_no_bound() -> None:
+    (area,) = membership_figures(*gaussian_scores(1.0, 30, 0), Ceiling())
+    assert area.bound is None
+    assert not area.broken
+    with pytest.raises(ValueError, match="members and others"):
+        membership_figures(np.zeros(4), np.ones(4, dtype=bool), Ceiling())
+    with pytest.raises(ValueError, match="NaN"):
+        membership_figures(np.full(4, np.nan), np.array([True, False, True, False]), Ceiling())
+
+
+def test_ceilings_follow_the_events() -> None:
+    assert ceiling_of([]).true_positive_rate(0.01) == pytest.approx(0.01)
+    assert ceiling_of([GaussianEvent(2.0, 1.0, 4)]).mu == pytest.approx(1.0)
+    assert not ceiling_of([GaussianEvent(0.0, 1.0, 1)]).promises
+    sampled = ceiling_of([GaussianEvent(1.0, 0.1, 10)])
+    whole = ceiling_of([GaussianEvent(1.0, 1.0, 10)])
+    for rate in (0.001, 0.1):
+        assert rate < sampled.true_positive_rate(rate) < whole.true_positive_rate(rate)
+    assert 0.5 < sampled.area < whole.area
+
+
+def test_the_area_of_a_numerical_curve_is_an_upper_bound_and_close() -> None:
+    from fedmosaic.privacy.accounting.tradeoff import privacy_curve
+
+    curve = Ceiling(curve=privacy_curve([GaussianEvent(1.0, 1.0, 1)]))
+    exact = Ceiling(mu=1.0).area
+    assert exact <= curve.area <= exact + 0.02
+
+
+def test_intervals_of_a_share_are_exact_and_widen_with_dependence() -> None:
+    assert clopper_pearson(0, 10, 0.95) == (0.0, pytest.approx(1 - 0.025 ** (1 / 10)))
+    hits = np.repeat([True, False], 50)
+    alone = rate_interval(hits, np.arange(100), 0.95)
+    together = rate_interval(hits, np.repeat(np.arange(10), 10), 0.95)
+    assert together[0] < alone[0] < 0.5 < alone[1] < together[1]
+    never, groups = np.zeros(100, dtype=bool), np.repeat(np.arange(10), 10)
+    assert rate_interval(never, groups, 0.95, cautious=True) == clopper_pearson(0, 10, 0.95)
+    assert rate_interval(never, groups, 0.95) == clopper_pearson(0, 100, 0.95)
+
+
+def test_curve_points_rise_from_corner_to_corner() -> None:
+    points = roc_points(*gaussian_scores(1.0, 2000, 0))
+    rates = [(p.false_positive_rate, p.true_positive_rate) for p in points]
+    assert rates == sorted(rates)
+    assert rates[-1] == (1.0, 1.0)
+    assert all(true >= false - 0.03 for false, true in rates)
+
+
+def test_epsilon_of_mu_is_the_accountants() -> None:
+    for sigma in (0.6, 1.391, 3.731):
+        found = gaussian_epsilon(1 / sigma, DELTA)
+        assert found == pytest.approx(epsilon([GaussianEvent(sigma, 1.0, 1)], DELTA, "pld"), rel=1e-3)
+    assert gaussian_epsilon(0.0, DELTA) == 0.0
+    assert gaussian_epsilon(math.inf, DELTA) == math.inf
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.27, 1.667])
+def test_certified_mu_passes_the_truth_no_more_often_than_it_says(mu: float) -> None:
+    generator = np.random.default_rng(5)
+    passed = [
+        gaussian_mu(CanaryScores(generator.standard_normal(500) + mu, generator.standard_normal(500)), 0.95)
+        > mu
+        for _ in range(2000)
+    ]
+    assert np.mean(passed) < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 2000)
+    if mu:
+        assert np.mean(passed) > 0.03, "a bound that is never passed would be a weak one"
+
+
+def test_certified_epsilon_without_assumptions_stays_below_the_truth_and_its_ceiling() -> None:
+    generator = np.random.default_rng(6)
+    truth = gaussian_epsilon(1.667, DELTA)
+    found = [
+        clopper_pearson_lower_bound(
+            CanaryScores(generator.standard_normal(1000) + 1.667, generator.standard_normal(1000)),
+            DELTA,
+            0.95,
+        )
+        for _ in range(30)
+    ]
+    assert max(found) < truth
+    assert np.median(found) > 1.5
+    certain = CanaryScores(np.ones(1000), np.zeros(1000))
+    ceiling = clopper_pearson_ceiling(2000, DELTA, 0.95)
+    assert clopper_pearson_lower_bound(certain, DELTA, 0.95) == pytest.approx(ceiling)
+    assert ceiling == pytest.approx(4.9, abs=0.2)
+
+
+def test_one_run_without_delta_is_the_binomial_tail() -> None:
+    assert one_run_p_value(100, 10, 10, 0.0, 0.0) == pytest.approx(2.0**-10)
+    assert one_run_p_value(100, 10, 0, 1.0, 0.0) == 1.0
+    with pytest.raises(ValueError, match="no outcome"):
+        one_run_p_value(10, 11, 5, 0.0, 0.0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(right=st.integers(0, 60), epsilon_=st.floats(0, 5), delta=st.floats(0, 1e-2))
+def test_one_run_p_value_grows_with_epsilon_and_delta(right: int, epsilon_: float, delta: float) -> None:
+    base = one_run_p_value(100, 60, right, epsilon_, delta)
+    assert base <= one_run_p_value(100, 60, right, epsilon_ + 0.1, delta) + 1e-12
+    assert base <= one_run_p_value(100, 60, right, epsilon_, delta * 2) + 1e-12
+
+
+@pytest.mark.parametrize("truth", [0.5, 1.0, 3.0])
+def test_one_run_never_passes_randomised_response(truth: float) -> None:
+    """The mechanism for which the theorem is tight: every guess is right with probability q exactly."""
+    generator = np.random.default_rng(7)
+    rights = generator.binomial(200, 1 / (1 + math.exp(-truth)), size=2000)
+    bounds = {right: one_run_epsilon(200, 200, right, 0.0, 0.95) for right in set(rights.tolist())}
+    passed = np.mean([bounds[right] > truth for right in rights.tolist()])
+    assert 0.01 < passed < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 2000)
+
+
+def test_one_run_allows_for_delta() -> None:
+    """With probability δ a canary is revealed: certifying at δ = 0 passes ε, at the true δ it does not."""
+    generator = np.random.default_rng(8)
+    truth, delta, canaries = 0.1, 0.15, 400
+    lucky = generator.random((100, canaries)) < delta
+    response = generator.random((100, canaries)) < 1 / (1 + math.exp(-truth))
+    rights = (lucky | response).sum(axis=1)
+    blind = [one_run_epsilon(canaries, canaries, int(right), 0.0, 0.95) for right in rights]
+    aware = [one_run_epsilon(canaries, canaries, int(right), delta, 0.95) for right in rights]
+    assert np.mean(np.array(blind) > truth) > 0.5
+    assert np.mean(np.array(aware) > truth) <= 0.05
+
+
+@pytest.mark.parametrize("sigma", [0.6, 1.391, 3.731])
+def test_one_run_never_passes_a_gaussian_release(sigma: float) -> None:
+    generator = np.random.default_rng(9)
+    truth, found = gaussian_epsilon(1 / sigma, DELTA), []
+    for _ in range(20):
+        included = generator.random(1000) < 0.5
+        scores = included + sigma * generator.standard_normal(1000)
+        found.append(one_run_lower_bound(scores, included, DELTA, 0.95))
+    assert np.mean(np.array(found) > truth) <= 0.1
+    assert np.median(found) > 0.15 * truth
+
+
+def test_one_run_catches_noise_that_is_far_too_small() -> None:
+    generator = np.random.default_rng(10)
+    included = generator.random(1000) < 0.5
+    scores = included + 0.2 * generator.standard_normal(1000)
+    figure = one_run_figure(scores, included, lambda delta: gaussian_epsilon(0.268, delta), DELTA)
+    assert figure.broken
+    assert figure.value > 3.0
+
+
+def test_guesses_are_counted_at_both_ends() -> None:
+    scores = np.array([0.0, 1.0, 2.0, 3.0])
+    assert right_guesses(scores, np.array([False, True, False, True]), 2) == 2
+    assert right_guesses(scores, np.array([True, False, True, False]), 2) == 0
+    assert gaussian_lower_bound(CanaryScores(scores, scores), DELTA, 0.95) == 0.0
+
+
+def test_enough_equations_give_the_adapters_and_too_few_do_not() -> None:
+    generator = np.random.default_rng(11)
+    adapters = generator.standard_normal((6, 40))
+    rounds = [generator.random((6, 6)) * (1 - np.eye(6)) for _ in range(5)]
+    rounds = [weights / weights.sum(axis=1, keepdims=True) for weights in rounds]
+    held = equations(rounds[:2], [adapters] * 2, [0])
+    assert independent_equations(held.weights_EU) == 2
+    assert recovery_error(solve(held)[0], adapters[1]) > 0.5
+    held = equations(rounds, [adapters] * 5, [0])
+    assert independent_equations(held.weights_EU) == 5
+    assert recovery_error(solve(held)[0], adapters[1]) < 1e-3
+
+
+def test_a_coalition_that_allows_for_movement_loses_nothing_by_more_rounds() -> None:
+    generator = np.random.default_rng(12)
+    one, many = [], []
+    for _ in range(40):
+        rounds = [generator.random((5, 5)) * (1 - np.eye(5)) for _ in range(4)]
+        over_rounds = [generator.standard_normal((5, 60))]
+        for _ in range(3):
+            over_rounds.append(over_rounds[-1] + 0.3 * generator.standard_normal((5, 60)))
+        first = equations(rounds[:1], over_rounds[:1], [0, 1])
+        every = equations(rounds, over_rounds, [0, 1])
+        one.append(recovery_error(solve(first, 0.3)[0], over_rounds[0][2]))
+        many.append(recovery_error(solve(every, 0.3)[0], over_rounds[0][2]))
+    assert np.mean(many) < 0.9 * np.mean(one)
+
+
+def test_repeated_rows_are_no_new_equations_and_missing_rows_are_none() -> None:
+    weights = np.array([[0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]])
+    adapters = np.eye(3)
+    assert independent_equations(equations([weights] * 4, [adapters] * 4, [0]).weights_EU) == 1
+    none = equations([np.zeros((3, 3))], [adapters], [0])
+    assert independent_equations(none.weights_EU) == 0
+    assert (solve(none) == 0).all()
+
+
+def test_a_report_names_what_is_broken() -> None:
+    result = AttackResult(
+        attack="membership", adversary="server", sees="profile", statistic="likelihood ratio",
+        release="σ = 8", setting="product", epsilon=1.0, delta=DELTA,
+        figures=(Figure(name="AUC", value=0.9, low=0.89, high=0.91, bound=0.6, broken=True),),
+    )  # fmt: skip
+    refusal = RefusalResult(attempt="one-hot row", party="server", tried=3, refused=2)
+    report = AttackReport(
+        run="r", created="", seconds=1.0, command="", machine="", results=(result,), refusals=(refusal,)
+    )
+    assert len(report.alarms) == 2
+    assert "AUC is 0.9" in report.alarms[0]
+    assert "1 of 3 attempts went through" in report.alarms[1]
+    assert AttackReport.model_validate_json(report.model_dump_json()) == report

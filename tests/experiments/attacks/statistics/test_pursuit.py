@@ -1,0 +1,86 @@
+"""Taking sums of terms apart: against the dense formula, and with noise above the terms it finds nothing."""
+
+import math
+
+import numpy as np
+import pytest
+
+from fedmosaic.experiments.attacks.statistics.pursuit import (
+    Background,
+    fit_background,
+    log_likelihoods,
+    unexplained_terms,
+)
+from fedmosaic.protos.errors import ConfigurationError
+
+SIZE, CANDIDATES, LENGTH = 40, 30, 5
+
+
+def terms(count: int, seed: int) -> np.ndarray:
+    """Correlated terms with a common part."""
+    mixing = np.random.default_rng(99).standard_normal((SIZE, SIZE)) / math.sqrt(SIZE)
+    return 0.3 + np.random.default_rng(seed).standard_normal((count, SIZE)) @ mixing
+
+
+def background(noise: float) -> Background:
+    return fit_background(terms(4000, 0), np.full(SIZE, noise))
+
+
+def test_scores_are_those_of_the_dense_formula() -> None:
+    public, generator = terms(500, 1), np.random.default_rng(2)
+    noise = generator.uniform(0.5, 2.0, SIZE)
+    found = fit_background(public, noise, shrinkage=1e-9)
+    left, atoms = generator.standard_normal(SIZE), generator.standard_normal((3, SIZE))
+    coefficients = generator.standard_normal((6, 3))
+    scores = log_likelihoods(
+        found.coordinates(left), found.coordinates(atoms), coefficients, found, remaining=7.0
+    )
+    inverse = np.linalg.inv(7.0 * np.cov(public.T, bias=True) + np.diag(noise**2))
+    rest = left - 7.0 * public.mean(axis=0) - coefficients @ atoms
+    expected = -0.5 * SIZE * np.log(np.einsum("vd,de,ve->v", rest, inverse, rest))
+    np.testing.assert_allclose(scores, expected, rtol=1e-6)
+
+
+def decoded(noise: float) -> int:
+    """How many of the terms of a sum are found, one after the other, among candidates of their own."""
+    known = background(max(noise, 1e-4))
+    choices = terms(LENGTH * CANDIDATES, 3).reshape(LENGTH, CANDIDATES, SIZE)
+    truth = np.random.default_rng(4).integers(0, CANDIDATES, LENGTH)
+    total = choices[np.arange(LENGTH), truth].sum(axis=0)
+    left = known.coordinates(total + noise * np.random.default_rng(5).standard_normal(SIZE))
+    right = 0
+    for step in range(LENGTH):
+        atoms = known.coordinates(choices[step])
+        best = int(np.argmax(log_likelihoods(left, atoms, np.eye(CANDIDATES), known, LENGTH - step - 1)))
+        right += best == truth[step]
+        left = left - atoms[best]
+    return right
+
+
+def test_terms_are_found_without_noise_and_not_under_much_of_it() -> None:
+    assert decoded(0.0) == LENGTH
+    assert decoded(100.0) <= 2
+
+
+def test_the_number_of_terms_is_read_off_the_energy_that_is_left() -> None:
+    known = background(0.01)
+    for count in (1, 10, 60):
+        found = [
+            unexplained_terms(known.coordinates(terms(count, 10 + seed).sum(axis=0)), known)
+            for seed in range(60)
+        ]
+        assert np.mean(found) == pytest.approx(count, rel=0.25)
+    assert unexplained_terms(np.zeros(SIZE), known) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("public", "noise"),
+    [
+        (terms(1, 0), np.ones(SIZE)),
+        (terms(5, 0), np.zeros(SIZE)),
+        (np.full((5, SIZE), np.nan), np.ones(SIZE)),
+    ],
+)
+def test_a_background_of_nothing_is_refused(public: np.ndarray, noise: np.ndarray) -> None:
+    with pytest.raises(ConfigurationError, match="two finite terms and noise above 0"):
+        fit_background(public, noise)

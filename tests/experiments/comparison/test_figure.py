@@ -1,0 +1,89 @@
+"""The privacy figure is well formed, says every reader's ε and puts points where the ledgers put them."""
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from xml.parsers import expat
+
+import pytest
+
+from fedmosaic.experiments.comparison.figure import privacy_figure
+from fedmosaic.experiments.comparison.page import page
+from fedmosaic.experiments.comparison.runs import Run, group_runs
+from fedmosaic.experiments.scenario.metrics import Pair, Summary
+from fedmosaic.protos.errors import ConfigurationError
+
+
+def _run(
+    seed: int, method: str, own: float, protection: str, epsilon: float | None, profile: float | None
+) -> Run:
+    summary = Summary(Pair(own, own / 2), Pair(own, own / 2))
+    return Run(
+        directory=Path("x"),
+        scenario="s, all",
+        method=method,
+        seed=seed,
+        summary=summary,
+        clients={"a": summary},
+        curve={1: Pair(own, own / 2)},
+        epsilon={"server": epsilon, "recipients": epsilon},
+        sent=1.0,
+        seconds=1.0,
+        protection=protection,
+        profile_epsilon=profile,
+        relevance=0.9 if protection else None,
+    )
+
+
+def _runs() -> list[Run]:
+    return [
+        run
+        for seed in (0, 1)
+        for run in (
+            _run(seed, "fedmosaic dp 1", 0.5 + seed / 100, "dp", 1.0, 0.1),
+            _run(seed, "fedmosaic dp 8", 0.6 + seed / 100, "dp", 7.9, 0.1),
+            _run(seed, "fedmosaic <clear>", 0.7 + seed / 100, "none", math.inf, math.inf),
+            _run(seed, "fedmosaic encrypted", 0.7, "encrypted", math.inf, 0.4),
+            _run(seed, "local", 0.4, "", 0.0, None),
+        )
+    ]
+
+
+def test_the_figure_is_well_formed_and_names_every_epsilon() -> None:
+    svg = privacy_figure(group_runs(_runs()), "fedmosaic report <x>")
+    expat.ParserCreate().Parse(svg, True)
+    assert len(svg) < 150_000
+    for words in (
+        "7.90",
+        "1.00",
+        "∞",
+        "adapter: ciphertext; profile 0.40",
+        "local: nothing leaves",
+        "&lt;clear&gt;",
+    ):
+        assert words in svg
+    assert not re.findall(r"(?:href|src)=", svg)
+
+
+def test_a_smaller_epsilon_stands_further_left_and_a_better_score_higher() -> None:
+    svg = privacy_figure(group_runs(_runs()), "x")
+    circles = [(float(x), float(y)) for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)]
+    first, second = circles[0], circles[1]
+    assert first[0] < second[0]
+    assert first[1] > second[1]
+
+
+def test_runs_that_do_not_belong_together_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="0 private methods"):
+        privacy_figure(group_runs([_run(0, "local", 0.4, "", 0.0, None)]), "x")
+    other = replace(_runs()[0], scenario="t, all")
+    with pytest.raises(ConfigurationError, match="on 2 scenarios"):
+        privacy_figure(group_runs([*_runs(), other]), "x")
+
+
+def test_a_page_shows_the_figure_where_protections_differ() -> None:
+    text = page(group_runs(_runs()), "c")
+    assert text.count("Privacy against utility") >= 1
+    assert "http" not in text
+    assert "Privacy against utility" not in page(group_runs([_runs()[4]]), "c")

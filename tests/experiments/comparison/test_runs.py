@@ -1,0 +1,253 @@
+"""Comparisons count what they say, show ε beside accuracy, and the page needs nothing from elsewhere."""
+
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fedmosaic.experiments.comparison import report
+from fedmosaic.experiments.comparison import runs as comparison
+from fedmosaic.experiments.comparison.page import page
+from fedmosaic.experiments.comparison.runs import Group, Run, group_runs, relevance_quality
+from fedmosaic.experiments.comparison.tables import (
+    costs,
+    epsilon_text,
+    gains,
+    markdown,
+    overview,
+    percent,
+    pooled,
+    terminal_tables,
+)
+from fedmosaic.experiments.runs import command as runner
+from fedmosaic.experiments.scenario.metrics import Interval, Pair, Summary
+from fedmosaic.protos.errors import ConfigurationError
+
+
+def _run(seed: int, own: float, method: str = "fedavg", epsilon: float | None = math.inf) -> Run:
+    summary = Summary(Pair(own, own / 2), Pair(own / 2, None))
+    return Run(
+        directory=Path("x"),
+        scenario="s, all",
+        method=method,
+        seed=seed,
+        summary=summary,
+        clients={"a": summary},
+        curve={0: Pair(0.1, 0.1), 1: Pair(own, own / 2)},
+        epsilon={"server": epsilon, "recipients": math.inf},
+        sent=1000.0,
+        seconds=2.0,
+    )
+
+
+def test_seeds_of_one_method_form_a_group_with_an_interval() -> None:
+    groups = group_runs([_run(0, 0.4), _run(1, 0.6), _run(0, 0.5, "local <x>")])
+    assert [(g.method, len(g.runs)) for g in groups] == [("fedavg", 2), ("local <x>", 1)]
+    last, auc, others, others_auc = groups[0].figures()
+    assert last is not None
+    assert others is not None
+    assert last.mean == pytest.approx(0.5)
+    # t(0.975, 1) = 12.706; standard error = 0.1.
+    assert last.half_width == pytest.approx(1.2706, rel=1e-4)
+    assert (others.mean, others_auc) == (pytest.approx(0.25), None)
+    assert auc is not None
+
+
+def test_one_seed_twice_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="one seed"):
+        group_runs([_run(0, 0.4), _run(0, 0.4)])
+
+
+def test_words_for_figures() -> None:
+    assert percent(Interval(0.5, None, 1)) == "50.0"
+    assert percent(Interval(0.5, 0.021, 3)) == "50.0 ± 2.1"
+    assert percent(None) == "-"
+    assert [epsilon_text(value) for value in (None, math.inf, 1.234)] == ["cryptography", "∞", "1.23"]
+
+
+def test_the_largest_epsilon_of_the_runs_is_shown() -> None:
+    group = Group("s", "m", (_run(0, 0.4, epsilon=1.0), _run(1, 0.4, epsilon=3.0)))
+    assert group.epsilon("server") == 3.0
+    assert Group("s", "m", (_run(0, 0.4, epsilon=None),)).epsilon("server") is None
+
+
+def test_relevance_is_the_share_of_pairs_in_the_right_order() -> None:
+    similarity = [[1.0, 0.9, 0.1, 0.5], [0.9, 1.0, 0.5, None], [0.1, 0.5, 1.0, 0.4], [0.5, None, 0.4, 1.0]]
+    # Pairs of one group: 0.9 and 0.4. Of two: 0.1, 0.5, 0.5, and 0 for the unknown one.
+    assert relevance_quality(["a", "a", "b", "b"], similarity) == pytest.approx((4 + 2) / 8)
+    assert relevance_quality(["a", "a", "", ""], similarity) is None
+    assert relevance_quality(["", "", "", ""], similarity) is None
+
+
+def test_markdown_has_a_table_per_scenario() -> None:
+    text = markdown(group_runs([_run(0, 0.4), _run(1, 0.6), replace(_run(0, 0.5), scenario="t, static")]))
+    assert text.count("| method | seeds |") == 2
+    assert "| `fedavg` | 2 | ∞ | ∞ | 50.0 ± 127.1 |" in text
+
+
+def test_the_overview_has_methods_by_scenarios() -> None:
+    static = replace(_run(0, 0.5), scenario="t, static")
+    runs = [_run(0, 0.4), _run(1, 0.6), static, replace(_run(0, 0.3, "local"), scenario="t, static")]
+    groups = group_runs(runs)
+    tables = overview(groups)
+    assert [name for name, _, _ in tables] == ["Self A_last", "Self A_AUC", "Others A_last", "Others A_AUC"]
+    _, heads, rows = tables[0]
+    assert heads[:2] == ("ε server", "ε recipients")
+    assert set(heads[2:]) == {groups[0].scenario, "t, static"}
+    found = {method: dict(zip(heads, cells, strict=True)) for method, cells in rows}
+    assert found["local"] == {
+        "ε server": "∞", "ε recipients": "∞", groups[0].scenario: "-", "t, static": "30.0",
+    }  # fmt: skip
+    assert found["fedavg"]["t, static"] == "50.0"
+    assert "**Self A_last, %**" in markdown(groups)
+    assert overview([group for group in groups if group.scenario == "t, static"]) == []
+
+
+def test_gains_are_paired_by_seed() -> None:
+    runs = [_run(0, 0.4), _run(1, 0.6), _run(2, 0.9), _run(0, 0.3, "local"), _run(1, 0.5, "local")]
+    groups = group_runs(runs)
+    last, _, others, others_auc = groups[0].gains(groups[1])
+    # The third seed has no partner; the two others differ by the same 0.1, so nothing is left of the spread.
+    assert last is not None
+    assert others is not None
+    assert (last.mean, last.count) == (pytest.approx(0.1), 2)
+    assert last.half_width == pytest.approx(0.0, abs=1e-9)
+    assert (others.mean, others_auc) == (pytest.approx(0.05), None)
+    assert gains(groups) == [("fedavg", ("+10.0 ± 0.0", "+5.0 ± 0.0", "+5.0 ± 0.0", "-"))]
+    assert gains(groups[:1]) == []
+    assert gains(groups, "fedavg") == [("local", ("-10.0 ± 0.0", "-5.0 ± 0.0", "-5.0 ± 0.0", "-"))]
+    assert "| `fedavg` | +10.0 ± 0.0 |" in markdown(groups)
+    assert "Against" not in markdown(groups[:1])
+
+
+def test_gains_over_several_scenarios_are_paired_within_each() -> None:
+    second = [
+        replace(_run(0, own, method), scenario="t, static") for own, method in ((0.9, "a"), (0.6, "local"))
+    ]
+    groups = group_runs([_run(0, 0.4, "a"), _run(0, 0.3, "local"), *second])
+    together = pooled(groups)
+    assert [len(group.runs) for group in together] == [2, 2]
+    # 0.1 in one scenario and 0.3 in the other; across them it would be 0.6 and -0.2.
+    ((method, (last, *_)),) = gains(together)
+    assert (method, last.split(" ")[0]) == ("a", "+20.0")
+    assert "all scenarios together" in markdown(groups)
+    assert pooled(groups[:1]) == []
+
+
+def test_no_figure_is_cut_in_a_narrow_terminal() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(*terminal_tables(group_runs([_run(0, 0.4), _run(1, 0.6), _run(0, 0.3, "local")])))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+    assert "…" not in shown
+    assert "-" in shown
+    assert "local" in shown
+
+
+class _Elements(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.counts: dict[str, int] = {}
+        self.attributes: list[tuple[str, str | None]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+        self.attributes += attrs
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def _page() -> str:
+    return page(group_runs([_run(0, 0.4), _run(1, 0.6), _run(0, 0.5, "local <x>")]), "fedmosaic report a b")
+
+
+def test_the_page_is_well_formed_and_self_contained() -> None:
+    text = _page()
+    elements = _Elements()
+    elements.feed(text)
+    assert elements.open == []
+    assert elements.counts["figure"] == elements.counts["figcaption"] == elements.counts["svg"] == 4
+    assert "local &lt;x&gt;" in text
+    assert "<x>" not in text
+    names = {name for name, _ in elements.attributes}
+    assert not names & {"src", "href", "onload", "xlink:href"}
+    assert "http" not in text
+    assert "url(" not in text
+    assert "@media print" in text
+    assert "fedmosaic report a b" in text
+    assert re.search(r"accuracy, %", text)
+
+
+def test_bars_stay_within_the_picture() -> None:
+    text = page(group_runs([_run(0, 1.0), _run(1, 0.9)]), "c")
+    right = [float(x) for x in re.findall(r"H(\d+\.?\d*)M", text)]
+    assert right
+    assert max(right) <= 760
+
+
+def test_finished_runs_are_compared_on_the_command_line(tmp_path: Path, tiny_scenario: Any) -> None:
+    schedule = {"rounds": 1, "quorum": 4}
+    places = [
+        runner.run_here(
+            tiny_scenario(method=method, schedule=schedule), tmp_path, tmp_path, Console(file=io.StringIO())
+        )
+        for method in ("local", "fedavg", "fedmosaic")
+    ]
+    with pytest.raises(ConfigurationError, match="there is no run of 'ditto'"):
+        report.main([*map(str, places), "--against", "ditto"])
+    target = tmp_path / "page.html"
+    assert report.main([*map(str, places), "--html", str(target)]) == 0
+    text = target.read_text(encoding="utf-8")
+    for method in ("local", "fedavg", "fedmosaic"):
+        assert f"<td>{method}</td>" in text
+    by_method = {run.method: run for run in map(comparison.compared_run, places)}
+    assert by_method["local"].epsilon == {"server": 0.0, "recipients": 0.0}
+    assert by_method["local"].sent == 0
+    assert by_method["fedavg"].epsilon["recipients"] == math.inf
+    assert by_method["fedmosaic"].epsilon["server"] == math.inf
+    assert by_method["fedmosaic"].sent > 0
+    local = by_method["local"].training_flops
+    assert local == by_method["fedavg"].training_flops, "sharing costs no training"
+    assert local is not None
+    assert float(costs(group_runs([by_method["local"]])[0])[1]) == pytest.approx(local / 1e12, rel=0.01)
+    assert set(by_method["fedavg"].curve) == {0, 1}
+
+
+def test_a_run_without_scores_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "scenario.json").write_text(json.dumps({"clients": [{"id": "a"}]}))
+    with pytest.raises(ConfigurationError, match="no scores by round"):
+        comparison.compared_run(tmp_path)
+    with pytest.raises(ConfigurationError):
+        comparison.compared_run(tmp_path / "nowhere")
+
+
+_BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
+)
+
+
+@pytest.mark.skipif(_BROWSER is None, reason="no Chromium on this machine")
+def test_the_page_prints_in_a_browser(tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(_page(), encoding="utf-8")
+    command = [
+        str(_BROWSER), "--headless", "--no-sandbox", f"--print-to-pdf={tmp_path / 'page.pdf'}",
+        (tmp_path / "page.html").as_uri(),
+    ]  # fmt: skip
+    subprocess.run(command, check=True, timeout=120, capture_output=True)
+    assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")

@@ -1,0 +1,58 @@
+"""Words, F1 and options: nothing may depend on a tokenizer, and "no" must not be found in "not"."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmosaic.client.model.scoring import words
+from fedmosaic.experiments.scenario.scoring import parse_option, word_f1
+
+
+@pytest.mark.parametrize(
+    ("text", "choices", "expected"),
+    [
+        ("not sure", ("yes", "no"), None),
+        ("No.", ("yes", "no"), 1),
+        ("it is not, no", ("yes", "no"), 1),
+        ("10", ("1", "10"), 1),
+        ("the answer is 10", ("1", "10"), 1),
+        ("I live in New York", ("York", "New York"), 1),
+        ("York", ("York", "New York"), 0),
+        ("(B)", ("red", "blue"), 1),
+        ("B. blue", ("red", "blue"), 1),
+        ("b", ("red", "blue"), 1),
+        ("A big blue box", ("red", "blue"), 1),
+        ("(D)", ("red", "blue"), None),
+        ("red or blue", ("red", "blue"), None),
+        ("", ("red", "blue"), None),
+        ("A", ("B", "A"), 1),
+    ],
+)
+def test_options_are_found_as_whole_words(text: str, choices: tuple[str, ...], expected: int | None) -> None:
+    assert parse_option(text, choices) == expected
+
+
+def test_f1_of_a_known_pair() -> None:
+    # 2 of 3 written words are right, 2 of 4 right words are written: F1 = 2·2/(3+4).
+    assert word_f1("The red box", "a red box here") == pytest.approx(4 / 7)
+
+
+def test_repeated_words_count_as_often_as_they_are_right() -> None:
+    assert word_f1("red red red", "red") == pytest.approx(2 / 4)
+
+
+def test_empty_answers() -> None:
+    assert word_f1("", "") == 1.0
+    assert word_f1("", "red") == 0.0
+    assert word_f1("...", "red") == 0.0
+
+
+@given(st.text(max_size=40), st.text(max_size=40))
+def test_f1_is_symmetric_and_within_bounds(first: str, second: str) -> None:
+    assert 0.0 <= word_f1(first, second) <= 1.0
+    assert word_f1(first, second) == word_f1(second, first)
+    assert word_f1(first, first) == 1.0
+
+
+def test_words_keep_contractions_and_decimals_together() -> None:
+    assert words("Don't pay 3.5, OK?") == ["don't", "pay", "3.5", "ok"]

@@ -1,0 +1,286 @@
+"""A scenario in one process: real sessions and server, resumable, and the same result for the same seed."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.numpy import load_file
+
+from fedmosaic.client.colora import read_shared
+from fedmosaic.client.model.examples import read_examples
+from fedmosaic.client.settings import ClientSettings
+from fedmosaic.client.state import hold_directory
+from fedmosaic.experiments.comparison.report import merged_statement, read_run, show
+from fedmosaic.experiments.comparison.runs import compared_run
+from fedmosaic.experiments.runs import command as runner
+from fedmosaic.experiments.runs.client_processes import check_as_processes, client_process
+from fedmosaic.experiments.scenario.participants import Board, read_evaluations
+from fedmosaic.experiments.scenario.processes import RunFailedError
+from fedmosaic.experiments.scenario.terms import ScenarioClient, ScenarioTask
+from fedmosaic.experiments.simulation import simulate as simulation
+from fedmosaic.experiments.simulation.client import StreamLearner
+from fedmosaic.experiments.simulation.hosts import ModelHost, Tenant
+from fedmosaic.experiments.simulation.progress import RunProgress
+from fedmosaic.privacy.configuration import read_configuration
+from fedmosaic.privacy.ledger.ledger import read_ledger
+from fedmosaic.protos.errors import ConfigurationError, StateError
+
+
+def _console() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def _adapters(directory: Path) -> dict[str, np.ndarray]:
+    """The last adapter of every client, as saved."""
+    found = {}
+    for place in sorted((directory / "federation" / "clients").iterdir()):
+        (last,) = (place / "state" / "adapter").iterdir()
+        tensors = load_file(last / "adapter_model.safetensors")
+        found[place.name] = np.concatenate([tensors[name].reshape(-1) for name in sorted(tensors)])
+    return found
+
+
+def _state(directory: Path, client: str) -> Path:
+    return directory / "federation" / "clients" / client / "state"
+
+
+def test_a_run_in_one_process_leaves_what_the_report_reads(tmp_path: Path, tiny_scenario: Any) -> None:
+    console = _console()
+    directory = runner.run_here(tiny_scenario(evaluate_every=1), tmp_path, tmp_path, console)
+    record = read_run(directory)
+    assert set(record.clients) == {f"client-{n}" for n in range(4)}
+    for result in record.clients.values():
+        assert set(result) >= {"before", "after", "traffic", "seconds"}
+        assert len(result["after"]) == 4
+        assert result["traffic"]["adapter"]["sent"] > 0
+    statement = merged_statement(record)
+    assert statement is not None
+    assert statement.transport == "in_process"
+    assert len(record.server["results"]) == 2
+    assert sorted(read_evaluations(_state(directory, "client-0"))) == [0, 1, 2]
+    show(record, console)
+    assert "left" in console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+
+
+def test_the_same_seed_gives_the_same_adapters_and_another_seed_others(
+    tmp_path: Path, tiny_scenario: Any
+) -> None:
+    def run(seed: int) -> dict[str, np.ndarray]:
+        scenario = tiny_scenario(seed=seed, unsafe_test_noise_seed=5)
+        return _adapters(runner.run_here(scenario, tmp_path, tmp_path, _console()))
+
+    first, again, other = run(0), run(0), run(1)
+    for name, adapter in first.items():
+        np.testing.assert_array_equal(adapter, again[name])
+        assert not np.array_equal(adapter, other[name])
+
+
+def test_a_blended_branch_begins_half_way_to_what_is_received(
+    tmp_path: Path, tiny_scenario: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, blend = StreamLearner.train, StreamLearner._blend_received
+    ends: dict[str, np.ndarray] = {}
+    moved: list[int] = []
+
+    def blended(self: StreamLearner) -> None:
+        blend(self)
+        begins, received = (read_shared(self._model, branch) for branch in ("local", "global"))
+        client = self.example_ids[0]
+        if client in ends:
+            half_way = (ends[client] + received) / 2
+            np.testing.assert_allclose(begins, half_way, rtol=1e-5, atol=1e-8)
+            moved.append(not np.allclose(begins, ends[client]))
+
+    def watched(self: StreamLearner, *arguments: Any) -> None:
+        train(self, *arguments)
+        ends[self.example_ids[0]] = read_shared(self._model, "local")
+
+    monkeypatch.setattr(StreamLearner, "train", watched)
+    monkeypatch.setattr(StreamLearner, "_blend_received", blended)
+    scenario = tiny_scenario(method="fedmosaic-blend", schedule={"rounds": 2, "quorum": 4})
+    runner.run_here(scenario, tmp_path, tmp_path, _console())
+    assert moved == [True] * 4
+
+
+def test_a_blended_branch_is_trained_privately_within_the_budget(tmp_path: Path, tiny_scenario: Any) -> None:
+    scenario = tiny_scenario(
+        method="fedmosaic-blend",
+        schedule={"rounds": 2, "quorum": 4},
+        adapter={"rank": 2, "blocks": 2, "protection": "dp"},
+        adapter_privacy={"target_epsilon": 8.0, "expected_batch_size": 8, "steps_per_round": 2},
+    )
+    directory = runner.run_here(scenario, tmp_path, tmp_path, _console())
+    assert 7.0 < (compared_run(directory).epsilon["server"] or 0.0) <= 8.0
+
+
+@pytest.mark.parametrize("blend", [0.0, 0.5])
+def test_a_stopped_run_goes_on_to_the_same_result(
+    tmp_path: Path, tiny_scenario: Any, monkeypatch: pytest.MonkeyPatch, blend: float
+) -> None:
+    schedule = {"rounds": 3, "quorum": 4}
+    scenario = tiny_scenario(unsafe_test_noise_seed=5, schedule=schedule, stream="dynamic")
+    training = scenario.training.model_copy(update={"blend_received": blend})
+    scenario = scenario.model_copy(update={"training": training})
+    whole = _adapters(runner.run_here(scenario, tmp_path / "whole", tmp_path / "whole", _console()))
+    train = StreamLearner.train
+
+    def dies(self: StreamLearner, round_number: int, *others: Any) -> None:
+        if round_number == 2 and self.family == "small":
+            raise RuntimeError("the machine was switched off")
+        train(self, round_number, *others)
+
+    monkeypatch.setattr(StreamLearner, "train", dies)
+    with pytest.raises(RunFailedError, match="switched off"):
+        runner.run_here(scenario, tmp_path / "cut", tmp_path / "cut", _console())
+    monkeypatch.undo()
+    (directory,) = (tmp_path / "cut").iterdir()
+    runner.resume(directory, _console())
+    for name, adapter in _adapters(directory).items():
+        np.testing.assert_array_equal(adapter, whole[name])
+
+
+def test_two_processes_cannot_run_in_one_directory(tmp_path: Path, tiny_scenario: Any) -> None:
+    # A baseline has no client's state directory, which would be held as well.
+    scenario = tiny_scenario(method="local", schedule={"rounds": 1, "quorum": 4})
+    directory = tmp_path / "run"
+    directory.mkdir()
+    with (
+        hold_directory(directory / "run.lock", ""),
+        pytest.raises(StateError, match="in use by another process"),
+    ):
+        runner.run_at(scenario, directory, _console())
+    runner.run_at(scenario, directory, _console())
+    assert read_run(directory).clients
+
+
+def test_encrypted_runs_work_in_one_process(tmp_path: Path, tiny_scenario: Any) -> None:
+    scenario = tiny_scenario(
+        adapter={"rank": 2, "blocks": 2, "protection": "encrypted"},
+        encryption={"backend": "mask"},
+        allow_plaintext=False,
+    )
+    directory = runner.run_here(scenario, tmp_path, tmp_path, _console())
+    weights = read_run(directory).server["results"][-1]["weights"]["shared"]
+    assert set(weights) == {f"client-{n}" for n in range(4)}
+
+
+def test_a_stream_releases_one_profile_per_round_which_compose_in_parallel(
+    tmp_path: Path, tiny_scenario: Any
+) -> None:
+    directory = runner.run_here(tiny_scenario(stream="dynamic"), tmp_path, tmp_path, _console())
+    rows = read_ledger(_state(directory, "client-1") / "ledger.sqlite")
+    released = [row for row in rows if row.channel == "profile" and row.kind == "RELEASED"]
+    assert len(released) == 2
+    statement = json.loads((_state(directory, "client-1") / "statement.json").read_text())
+    (channel,) = (c for c in statement["clients"][0]["channels"] if c["channel"] == "profile")
+    one = tiny_scenario(stream="all")
+    directory = runner.run_here(one, tmp_path / "all", tmp_path / "all", _console())
+    single = json.loads((_state(directory, "client-1") / "statement.json").read_text())
+    (alone,) = (c for c in single["clients"][0]["channels"] if c["channel"] == "profile")
+    # The rounds share no example, so each example pays for one of the two releases.
+    assert channel["epsilon"] == pytest.approx(alone["epsilon"], rel=1e-6)
+    assert all(row.disjoint for row in rows if row.channel == "profile" and row.kind == "RESERVED")
+
+
+def test_a_host_keeps_the_clients_apart(tiny_scenario: Any) -> None:
+    hosts, _ = simulation.make_hosts(tiny_scenario())
+    host: ModelHost = next(iter(hosts.values()))
+    first, second = Tenant(), Tenant()
+    with host.lent_to(first) as model, torch.no_grad():
+        for parameter in host._adapter.values():
+            parameter.fill_(1.0)
+    with host.lent_to(second) as model:
+        assert not read_shared(model).any()
+    with host.lent_to(first) as model:
+        assert (read_shared(model) == 1.0).all()
+
+
+def test_a_test_prompt_in_training_is_refused(tiny_scenario: Any, tiny_folder: Path) -> None:
+    scenario = tiny_scenario()
+    leaking = scenario.clients[0].model_copy(update={"train": tiny_folder / "test-3.jsonl"})
+    with pytest.raises(ConfigurationError, match="test prompt"):
+        Board(scenario.model_copy(update={"clients": (leaking, *scenario.clients[1:])}))
+
+
+def test_processes_refuse_what_they_do_not_know(tiny_scenario: Any) -> None:
+    with pytest.raises(ConfigurationError, match="fedavg"):
+        check_as_processes(tiny_scenario(method="fedavg", stream="static"))
+    with pytest.raises(ConfigurationError, match="discard_received"):
+        check_as_processes(tiny_scenario(discard_received=True))
+    check_as_processes(tiny_scenario())
+
+
+def _with_two_tasks(scenario: Any) -> Any:
+    """Client 0 has client 1's task besides its own."""
+    first, second, *rest = scenario.clients
+    tasks = [ScenarioTask(name=c.task, train=c.train, test=c.test) for c in (first, second)]
+    both = ScenarioClient(id=first.id, tasks=tuple(tasks), model=first.model, family=first.family)
+    return scenario.model_copy(update={"clients": (both, second, *rest)})
+
+
+def test_a_process_has_all_its_tasks_in_one_file(tiny_scenario: Any, tmp_path: Path) -> None:
+    scenario = _with_two_tasks(tiny_scenario(evaluation_examples=5, others_examples=2))
+    settings = {}
+    for client in scenario.clients:
+        kit = tmp_path / "federation" / "clients" / client.id
+        kit.mkdir(parents=True)
+        client_process(scenario, client, tmp_path, 7443)
+        settings[client.id] = read_configuration(kit / "client.json", ClientSettings)
+    first, last = settings["client-0"].data, settings["client-3"].data
+    parts = [read_examples(task.train) for task in scenario.clients[0].task_list]
+    merged = read_examples(first.train)
+    assert len(merged) == sum(map(len, parts))
+    assert [example.prompt for example in merged[:2]] == [part[0].prompt for part in parts]
+    assert [example.id.partition("/")[0] for example in merged[:2]] == ["task-0", "task-1"]
+    # Limits are for each task, and the files are cut to them.
+    assert (first.evaluation_examples, first.others_examples) == (0, 0)
+    assert first.test is not None
+    assert len(read_examples(first.test)) == 10
+    assert {name: len(read_examples(path)) for name, path in last.others.items()} == {
+        "client-0": 4, "task-1": 2, "task-2": 2,
+    }  # fmt: skip
+    assert last.train == scenario.clients[3].train
+
+
+def test_private_training_of_a_stream_is_refused(tiny_scenario: Any) -> None:
+    with pytest.raises(ValueError, match="stream"):
+        tiny_scenario(stream="dynamic", adapter={"rank": 2, "blocks": 2, "protection": "dp"})
+
+
+def test_the_time_left_follows_the_pace() -> None:
+    now = [0.0]
+    progress = RunProgress(_console(), 100, clock=lambda: now[0])
+    assert progress.left() == "unknown time"
+    progress.skip(40)
+    now[0] = 99.0
+    progress.add(1, "ada", 1)
+    assert progress.left() == "unknown time"
+    now[0] = 109.0
+    progress.add(20, "ada", 1)
+    # 20 steps took 10 s and 40 are left; the 40 that an earlier process did say nothing about the pace.
+    assert progress.seconds_left() == pytest.approx(19.5)
+
+
+def test_changes_on_the_command_line_are_checked(tiny_scenario: Any) -> None:
+    arguments = runner.Arguments(Path("x.toml"), set=("relevance.temperature=0.2", "stream=static"), seed=3)
+    changed = runner._changed(tiny_scenario(), arguments)
+    assert (changed.relevance.temperature, changed.stream, changed.seed) == (0.2, "static", 3)
+    assert changed.variant == "relevance.temperature=0.2 stream=static"
+    for wrong in ("temperature", "relevance.temprature=1", "nothing.here=1"):
+        with pytest.raises(ConfigurationError):
+            runner._changed(tiny_scenario(), runner.Arguments(Path("x.toml"), set=(wrong,)))
+
+
+@pytest.mark.slow
+def test_processes_still_run_a_scenario(tmp_path: Path, tiny_scenario: Any) -> None:
+    directory = runner.run(_with_two_tasks(tiny_scenario()), tmp_path, tmp_path, _console())
+    record = read_run(directory)
+    assert set(record.clients) == {f"client-{n}" for n in range(4)}
+    assert all("after" in result for result in record.clients.values())
+    with pytest.raises(ConfigurationError, match="no run of one process"):
+        runner.resume(directory, _console())

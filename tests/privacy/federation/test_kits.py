@@ -1,0 +1,277 @@
+"""Federations on disk: kits, rosters, and every way they can be wrong."""
+
+import datetime as dt
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedmosaic.privacy.configuration import read_configuration, validate
+from fedmosaic.privacy.federation import identity
+from fedmosaic.privacy.federation import kits as federation
+from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
+from fedmosaic.privacy.federation.roster import Roster, Terms
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
+from fedmosaic.protos import bounds
+from fedmosaic.protos.errors import ConfigurationError, IdentityError, MechanismError, WireError
+
+PROFILE = ProfileMechanism(
+    probe="tiny",
+    probe_sha256="0" * 64,
+    reduction=Reduction(hidden_size=8, intermediate_size=16, projection_dimensions=32),
+)
+
+
+def config(*ids: str) -> FederationConfig:
+    return FederationConfig(
+        federation="clinics",
+        members=tuple(MemberEntry(id=i) for i in ids),
+        terms=Terms(profile=PROFILE),
+    )
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    place = tmp_path / "federation"
+    federation.create(config("a", "b", "c", "d"), place)
+    return place
+
+
+def test_a_kit_opens_and_names_its_owner(made: Path) -> None:
+    kit = federation.open_kit(made / "clients" / "b")
+    assert kit.member_id() == "b"
+    assert {m.id for m in kit.roster.members} == {"a", "b", "c", "d"}
+    member = kit.roster.member("b")
+    assert identity.public_hex(kit.signing_key().public_key()) == member.identity_key
+    assert identity.certificate_key_sha256(kit.tls_certificate.read_bytes()) == member.tls_key_sha256
+
+
+def test_no_kit_holds_the_keys_of_another_party(made: Path) -> None:
+    secrets = {p.relative_to(made) for p in made.rglob("*.key")}
+    expected = {Path("consortium/authority.key"), Path("consortium/roster.key"), Path("server/tls.key")}
+    for client in "abcd":
+        expected |= {Path(f"clients/{client}/tls.key"), Path(f"clients/{client}/identity.key")}
+    assert secrets == expected
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes are a POSIX notion")
+def test_private_keys_are_readable_by_their_owner_only(made: Path) -> None:
+    for path in made.rglob("*.key"):
+        assert path.stat().st_mode & 0o777 == 0o600, path
+    loose = made / "clients" / "a" / "identity.key"
+    loose.chmod(0o640)
+    with pytest.raises(IdentityError, match="chmod 600"):
+        federation.open_kit(made / "clients" / "a").signing_key()
+
+
+def test_a_changed_roster_is_refused(made: Path) -> None:
+    path = made / "clients" / "a" / "roster.json"
+    content = json.loads(path.read_text())
+    content["terms"]["policy"]["minimum_contributors"] = 1
+    path.write_text(json.dumps(content))
+    with pytest.raises(IdentityError, match="not signed by the consortium key"):
+        federation.open_kit(made / "clients" / "a")
+
+
+def test_a_roster_signed_by_another_consortium_is_refused(made: Path, tmp_path: Path) -> None:
+    federation.create(config("a", "b", "c", "d"), tmp_path / "other")
+    foreign = (tmp_path / "other" / "roster.json").read_bytes()
+    (made / "clients" / "a" / "roster.json").write_bytes(foreign)
+    with pytest.raises(IdentityError, match="not signed"):
+        federation.open_kit(made / "clients" / "a")
+
+
+def test_a_certificate_of_another_federation_is_refused(made: Path) -> None:
+    authority = identity.create_authority("banks")
+    tls = identity.issue_client(authority, "banks", "a")
+    (made / "clients" / "a" / "tls.pem").write_bytes(tls.certificate_pem)
+    with pytest.raises(IdentityError, match="'banks'"):
+        federation.open_kit(made / "clients" / "a").member_id()
+
+
+def test_adding_and_revoking_changes_the_roster_hash_and_serial(made: Path) -> None:
+    before = federation.open_kit(made / "server").roster
+    added = federation.add_member(made, MemberEntry(id="e"))
+    assert federation.open_kit(made / "clients" / "e").member_id() == "e"
+    revoked = federation.revoke_member(made, "e")
+    assert [before.serial, added.serial, revoked.serial] == [1, 2, 3]
+    assert len({before.hash, added.hash, revoked.hash}) == 3
+    assert all(m.id != "e" for m in revoked.members)
+
+
+def test_rotation_replaces_both_keys(made: Path) -> None:
+    before = federation.open_kit(made / "server").roster.member("c")
+    after = federation.rotate_member(made, "c").member("c")
+    assert before.identity_key != after.identity_key
+    assert before.tls_key_sha256 != after.tls_key_sha256
+    assert federation.open_kit(made / "clients" / "c").member_id() == "c"
+
+
+def test_a_member_cannot_be_added_twice(made: Path) -> None:
+    with pytest.raises(ConfigurationError, match="rotate"):
+        federation.add_member(made, MemberEntry(id="a"))
+
+
+def test_too_few_members_for_the_policy_is_a_clear_error() -> None:
+    with pytest.raises(ValueError, match="name at least 4"):
+        config("a", "b", "c")
+
+
+def test_as_few_members_as_the_policy_needs_are_warned_of() -> None:
+    agreed = config("a", "b", "c", "d").terms
+    assert "one member that is away stops all exchange" in federation.fragile(4, agreed)
+    assert federation.fragile(5, agreed) == ""
+
+
+def test_nobody_is_revoked_without_whom_the_others_could_not_go_on(made: Path) -> None:
+    before = (made / "roster.json").read_bytes()
+    with pytest.raises(ConfigurationError, match=r"without 'd', 3 members cannot receive.*keys add"):
+        federation.revoke_member(made, "d")
+    assert (made / "roster.json").read_bytes() == before
+    federation.add_member(made, MemberEntry(id="e"))
+    assert len(federation.revoke_member(made, "d").members) == 4
+    with pytest.raises(ConfigurationError, match="former member"):
+        federation.add_member(made, MemberEntry(id="d"))
+
+
+def test_a_quorum_holds_members_as_well(tmp_path: Path) -> None:
+    terms = Terms.model_validate({"profile": PROFILE, "schedule": {"quorum": 5}})
+    entries = tuple(MemberEntry(id=name) for name in "abcde")
+    federation.create(FederationConfig(federation="f", members=entries, terms=terms), tmp_path / "f")
+    with pytest.raises(ConfigurationError, match=r"quorum is 5 with 4 members"):
+        federation.revoke_member(tmp_path / "f", "e")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"adapter_privacy": {"clipping_norm": math.inf}},
+        {"adapter_privacy": {"clipping_norm": 1e7}},
+        {"adapter_privacy": {"clipping_norm": 1e-7}},
+        {"adapter_privacy": {"target_epsilon": math.inf}},
+        {"adapter_privacy": {"target_epsilon": 101.0}, "adapter": {"protection": "dp+encrypted"}},
+        {"adapter": {"alpha": math.inf}},
+        {"adapter": {"family_dimensions": {"llama": 0}}},
+        {"adapter": {"family_dimensions": {"Llama 3 (1B)": 5}}},
+        {"relevance": {"temperature": math.inf}},
+        {"schedule": {"round_deadline_seconds": math.inf}},
+        {"schedule": {"gathering_seconds": 1e10}},
+        {"schedule": {"key_patience_seconds": math.nan}},
+        {"profile": PROFILE.model_copy(update={"reduction": Reduction(
+            hidden_size=1024, intermediate_size=512, projection_dimensions=2**17)})},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_terms_that_nobody_could_run_are_refused_before_they_are_signed(changes: dict[str, object]) -> None:
+    with pytest.raises(ConfigurationError):
+        validate({"profile": PROFILE} | changes, Terms, "terms")
+
+
+@pytest.mark.parametrize("family", ["Llama 3 (1B)", "-x", "x\n", "x" * 129])
+def test_a_family_is_named_as_the_wire_carries_it(family: str) -> None:
+    with pytest.raises(WireError):
+        bounds.check_family("family", family)
+    with pytest.raises(ConfigurationError, match="family"):
+        validate({"id": "a", "family": family}, MemberEntry, "member")
+
+
+@pytest.mark.parametrize("family", ["", "Llama-3.2:1B/x_y", "x" * 128])
+def test_every_family_of_the_wire_can_be_on_a_roster(family: str) -> None:
+    bounds.check_family("family", family)
+    assert validate({"id": "a", "family": family}, MemberEntry, "member").family == family
+
+
+def test_a_member_named_twice_or_a_missing_basis_leaves_no_directory(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="member id b appears more than once"):
+        config("a", "b", "c", "d", "b")
+    with pytest.raises(MechanismError, match="uses no public basis"):
+        federation.create(config("a", "b", "c", "d"), tmp_path / "f", tmp_path / "none")
+    assert not (tmp_path / "f").exists()
+
+
+def test_a_directory_is_no_configuration(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        read_configuration(tmp_path, FederationConfig)
+    deep = tmp_path / "deep.json"
+    deep.write_text("[" * 100_000)
+    with pytest.raises(ConfigurationError, match="not valid JSON"):
+        read_configuration(deep, FederationConfig)
+
+
+def test_an_existing_directory_is_not_overwritten(made: Path) -> None:
+    with pytest.raises(ConfigurationError, match="not empty"):
+        federation.create(config("a", "b", "c", "d"), made)
+
+
+def test_two_members_with_one_identity_key_are_refused(made: Path) -> None:
+    roster = federation.open_kit(made / "server").roster
+    content = roster.model_dump()
+    content["members"][0]["identity_key"] = content["members"][1]["identity_key"]
+    with pytest.raises(ValueError, match=r"identity key .* appears more than once"):
+        Roster.model_validate(content)
+
+
+def test_certificates_carry_the_strict_usages() -> None:
+    from cryptography import x509
+
+    authority = identity.create_authority("clinics")
+    now = dt.datetime(2030, 1, 1, tzinfo=dt.UTC)
+    client = x509.load_pem_x509_certificate(
+        identity.issue_client(authority, "clinics", "a", days=7, now=now).certificate_pem
+    )
+    usage = client.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    assert [u.dotted_string for u in usage] == [x509.oid.ExtendedKeyUsageOID.CLIENT_AUTH.dotted_string]
+    assert client.not_valid_after_utc == now + dt.timedelta(days=7)
+    assert not client.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+
+
+def test_encryption_and_protection_have_to_agree() -> None:
+    for protection, backend, allow, fits in [
+        ("encrypted", "plain", True, False),
+        ("none", "ckks", False, False),
+        ("none", "plain", False, False),
+        ("none", "plain", True, True),
+        ("dp+encrypted", "mask", False, True),
+    ]:
+        data = {
+            "profile": PROFILE,
+            "adapter": {"protection": protection},
+            "encryption": {"backend": backend},
+            "allow_plaintext": allow,
+        }
+        if fits:
+            Terms.model_validate(data)
+        else:
+            with pytest.raises(ValueError, match="plain"):
+                Terms.model_validate(data)
+
+
+def test_an_unknown_key_names_its_nearest_neighbour(tmp_path: Path) -> None:
+    path = tmp_path / "federation.toml"
+    path.write_text('federation = "x"\n[[members]]\nid = "a"\nfamly = "llama"\n')
+    with pytest.raises(ConfigurationError, match=r"did you mean .family.") as error:
+        read_configuration(path, FederationConfig)
+    assert "terms: missing" in str(error.value)
+
+
+def test_broken_toml_and_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="no such file"):
+        read_configuration(tmp_path / "none.toml", FederationConfig)
+    (tmp_path / "bad.toml").write_text("a = ")
+    with pytest.raises(ConfigurationError, match="not valid TOML"):
+        read_configuration(tmp_path / "bad.toml", FederationConfig)
+
+
+def test_validation_reports_the_value_that_is_wrong() -> None:
+    with pytest.raises(ConfigurationError, match=r"adapter.rank: .*got 0"):
+        validate({"profile": PROFILE.model_dump(), "adapter": {"rank": 0}}, Terms, "terms")
+
+
+def test_the_hash_ignores_the_signature_and_nothing_else(made: Path) -> None:
+    roster = federation.open_kit(made / "server").roster
+    assert roster.signed(Ed25519PrivateKey.generate()).hash == roster.hash
+    changed = roster.model_copy(update={"issued": "2020-01-01"})
+    assert changed.hash != roster.hash

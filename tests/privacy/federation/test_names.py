@@ -1,0 +1,264 @@
+"""Names, hosts and addresses are held to what they mean, and a federation is founded whole or not at all."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+
+from fedmosaic.client.settings import ClientSettings
+from fedmosaic.privacy.configuration import validate
+from fedmosaic.privacy.federation import identity, names
+from fedmosaic.privacy.federation import kits as federation
+from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry, ServerEntry
+from fedmosaic.privacy.federation.roster import Terms
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
+from fedmosaic.privacy.mechanism.projection import PublicBasis
+from fedmosaic.protos.errors import ConfigurationError, MechanismError
+from fedmosaic.server.from_kit import settings_from_kit
+
+PROFILE = ProfileMechanism(
+    probe="tiny",
+    probe_sha256="0" * 64,
+    reduction=Reduction(hidden_size=8, intermediate_size=16, projection_dimensions=32),
+)
+BALANCER = "internal-fedmosaic-prod-alb-1234567890.eu-central-1.elb.amazonaws.com"
+
+
+def founding(name: str = "clinics", *hosts: str, profile: ProfileMechanism = PROFILE) -> FederationConfig:
+    return validate(
+        {
+            "federation": name,
+            "members": [{"id": member} for member in ("a", "b", "c", "m" * 63)],
+            "server": {"hosts": hosts or ("localhost",)},
+            "terms": Terms(profile=profile).model_dump(mode="json"),
+        },
+        FederationConfig,
+        "federation.toml",
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("fl.example.org", "fl.example.org"),
+        ("FL.Example.ORG.", "fl.example.org"),
+        ("localhost", "localhost"),
+        ("fl_server", "fl_server"),
+        ("xn--mosaque-rza.example", "xn--mosaque-rza.example"),
+        (BALANCER, BALANCER),
+        (".".join(["a" * 63] * 3), ".".join(["a" * 63] * 3)),
+        ("192.0.2.1", "192.0.2.1"),
+        ("2001:DB8:0:0::1", "2001:db8::1"),
+    ],
+)
+def test_a_host_is_given_back_as_it_is_signed_and_dialled(given: str, meant: str) -> None:
+    assert names.host(given) == meant
+    assert names.host(meant) == meant
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("", "no host name"),
+        (".", "no host name"),
+        ("a..b", "no host name"),
+        ("-a.example", "no host name"),
+        ("fl example", "no host name"),
+        ("*.example.org", "no host name"),
+        ("a" * 64, "no host name"),
+        (".".join(["a" * 63] * 4), "no host name"),
+        ("fl.example.org\n", "no host name"),
+        ("fl.example.org:7443", "without a port"),
+        ("[::1]", "without brackets"),
+        ("https://fl.example.org", "a URL"),
+        ("fl.example.org/path", "a URL"),
+        ("mosaïque.example", "xn--mosaque-rza.example"),
+        ("1.2.3", "complete address"),
+        ("256.1.1.1", "complete address"),
+        ("0.0.0.0", "not an address that clients can reach"),  # noqa: S104
+        ("::", "not an address that clients can reach"),
+        ("224.0.0.1", "not an address that clients can reach"),
+        ("fe80::1%eth0", "zone"),
+    ],
+)
+def test_what_no_client_can_reach_is_not_signed(given: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"server\.hosts\.0: ") as error:
+        founding("clinics", given)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("FL.example.org:7443", "fl.example.org:7443"),
+        ("127.0.0.1:1", "127.0.0.1:1"),
+        ("[0:0::1]:65535", "[::1]:65535"),
+    ],
+)
+def test_an_address_is_host_and_port(given: str, meant: str) -> None:
+    assert names.address(given) == meant
+    assert names.listen_address(given) == meant
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("localhost:99999", "at most 65535"),
+        ("localhost:0", "port 0"),
+        ("localhost:", "at most 65535"),
+        ("localhost:٧", "at most 65535"),
+        ("localhost", "no port"),
+        ("[::1]", "brackets and with its port"),
+        ("::1:7443", "brackets"),
+        ("[localhost]:7443", "only an IPv6 address"),
+        ("https://fl.example.org:7443", "a URL"),
+        ("0.0.0.0:7443", "clients can reach"),
+        (":7443", "no host name"),
+    ],
+)
+def test_what_is_no_address_is_refused_before_it_is_dialled(given: str, words: str) -> None:
+    settings = {
+        "kit": "kit", "server": given, "state_dir": "state",
+        "model": {"path": "m"}, "probe": {"path": "p"}, "data": {"train": "t"},
+    }  # fmt: skip
+    with pytest.raises(ConfigurationError, match="server: ") as error:
+        validate(settings, ClientSettings, "client.toml")
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("given", ["0.0.0.0:7443", "[::]:0", "127.0.0.1:0", "localhost:7443"])
+def test_a_server_listens_where_clients_cannot_connect_to(given: str) -> None:
+    assert names.listen_address(given) == given
+
+
+@pytest.mark.parametrize("listen", ["::7443", "127.0.0.1:99999", "https://x:1", "7443"])
+def test_a_bad_listen_address_is_refused_by_its_key(listen: str, tmp_path: Path) -> None:
+    federation.create(founding(), tmp_path / "f")
+    (tmp_path / "f" / "server" / "server.toml").write_text(f'listen = "{listen}"\n')
+    with pytest.raises(ConfigurationError, match="listen: "):
+        settings_from_kit(tmp_path / "f" / "server")
+
+
+@pytest.mark.parametrize("url", ["", "postgres.example", "mysql://u:secret@h/d", "postgres://u:secret@h/d"])
+def test_a_store_that_is_none_is_refused_by_its_key(url: str, tmp_path: Path) -> None:
+    federation.create(founding(), tmp_path / "f")
+    (tmp_path / "f" / "server" / "server.toml").write_text(f'store_url = "{url}"\n')
+    with pytest.raises(ConfigurationError, match=r"store_url: .*postgresql\+psycopg://") as error:
+        settings_from_kit(tmp_path / "f" / "server")
+    assert "secret" not in str(error.value)
+    for good in ("postgresql+psycopg://me@host/d", "postgresql://me@host/d", "sqlite:////tmp/x.db"):
+        (tmp_path / "f" / "server" / "server.toml").write_text(f'store_url = "{good}"\n')
+        assert settings_from_kit(tmp_path / "f" / "server").store_url == good
+
+
+@pytest.mark.parametrize(
+    ("server", "local"),
+    [
+        ("localhost:1", True),
+        ("127.0.0.1:1", True),
+        ("[::1]:1", True),
+        ("10.1.2.3:1", True),
+        ("fl-server:1", True),
+        ("box.local:1", True),
+        ("fl.example.org:1", False),
+        ("8.8.8.8:1", False),
+    ],
+)
+def test_this_machine_and_private_networks_are_local(server: str, local: bool) -> None:
+    assert names.is_local(server) is local
+
+
+def test_the_longest_names_can_be_founded(tmp_path: Path) -> None:
+    name = "rare-disease-imaging-consortium-northern-europe-and-baltics-eeu"
+    assert len(name) == 63
+    federation.create(founding(name, BALANCER, "2001:db8::1"), tmp_path / "f")
+    kit = federation.open_kit(tmp_path / "f" / "clients" / ("m" * 63))
+    assert kit.member_id() == "m" * 63
+    certificate = x509.load_pem_x509_certificate((tmp_path / "f" / "server" / "tls.pem").read_bytes())
+    assert identity.certificate_names(certificate) == [BALANCER, "2001:db8::1"]
+
+
+@pytest.mark.parametrize("name", ["", "Clinics", "a b", "x" * 64, "-x", "clinics\n"])
+def test_a_name_that_no_message_can_carry_is_refused(name: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"federation: .*1 to 63 of a-z"):
+        founding(name)
+
+
+def test_a_founding_that_is_stopped_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(federation, "_publish", stop)
+    with pytest.raises(KeyboardInterrupt):
+        federation.create(founding(), tmp_path / "f")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_founding_that_is_killed_leaves_nothing_that_looks_founded(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        federation._publish = lambda *_: os._exit(9)  # type: ignore[assignment]  # the moment of the kill
+        federation.create(founding(), tmp_path / "f")
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert not (tmp_path / "f").exists()
+    federation.create(founding(), tmp_path / "f")
+    assert federation.open_kit(tmp_path / "f" / "clients" / "a").member_id() == "a"
+
+
+def test_a_kit_that_was_half_made_does_not_block_the_next_try(tmp_path: Path) -> None:
+    federation.create(founding(), tmp_path / "f")
+    (tmp_path / "f" / "clients" / ".e").mkdir()
+    (tmp_path / "f" / "clients" / ".e" / "tls.key").write_text("half")
+    federation.add_member(tmp_path / "f", MemberEntry(id="e"))
+    assert federation.open_kit(tmp_path / "f" / "clients" / "e").member_id() == "e"
+
+
+def test_a_file_in_the_place_of_the_federation_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "f").write_text("mine")
+    with pytest.raises(ConfigurationError, match="there already"):
+        federation.create(founding(), tmp_path / "f")
+    assert (tmp_path / "f").read_text() == "mine"
+
+
+def test_another_basis_than_the_terms_name_founds_nothing(tmp_path: Path) -> None:
+    import numpy as np
+
+    basis = PublicBasis(centre=np.zeros(32, dtype=np.float32))
+    basis.save(tmp_path / "basis")
+    other = PROFILE.model_copy(update={"standardise": "centre", "basis_sha256": "1" * 64})
+    with pytest.raises(MechanismError, match="same run of `fedmosaic probe`"):
+        federation.create(founding(profile=other), tmp_path / "f", tmp_path / "basis")
+    with pytest.raises(MechanismError, match="--basis"):
+        federation.create(founding(profile=other), tmp_path / "f")
+    (tmp_path / "basis").write_bytes(b"\xff" * 100)
+    with pytest.raises(MechanismError, match="no readable public basis"):
+        federation.create(founding(profile=other), tmp_path / "f", tmp_path / "basis")
+    assert not (tmp_path / "f").exists()
+
+
+def test_the_server_entry_knows_ports() -> None:
+    with pytest.raises(ValueError, match="port"):
+        ServerEntry(port=65536)
+
+
+@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"\xff\xfe{", b'{"a": NaN}', b"{}"], ids=repr)
+def test_a_damaged_roster_or_key_is_named(content: bytes, tmp_path: Path) -> None:
+    federation.create(founding(), tmp_path / "f")
+    kit = tmp_path / "f" / "server"
+    (kit / "roster.json").write_bytes(content)
+    with pytest.raises(ConfigurationError, match=r"roster\.json"):
+        federation.open_kit(kit)
+    (kit / "consortium.pub").write_bytes(content or b"\xe9")
+    with pytest.raises(Exception, match=r"consortium\.pub: not an Ed25519 public key"):
+        federation.open_kit(kit)
+
+
+def test_what_is_signed_is_what_was_meant(tmp_path: Path) -> None:
+    federation.create(founding("clinics", "FL.Example.org."), tmp_path / "f")
+    certificate = x509.load_pem_x509_certificate((tmp_path / "f" / "server" / "tls.pem").read_bytes())
+    assert identity.certificate_names(certificate) == ["fl.example.org"]
+    assert json.loads((tmp_path / "f" / "roster.json").read_text())["federation"] == "clinics"

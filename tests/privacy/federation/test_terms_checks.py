@@ -1,0 +1,113 @@
+"""Founding terms that no client could plan its noise under are refused, with a remedy that works."""
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedmosaic import cli
+from fedmosaic.privacy.accounting.calibrate import check_plannable
+from fedmosaic.privacy.accounting.epsilon import default_delta, epsilon, within_resolution
+from fedmosaic.privacy.accounting.events import GaussianEvent
+from fedmosaic.privacy.federation import kits as federation
+from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
+from fedmosaic.privacy.federation.roster import Terms
+from fedmosaic.privacy.federation.terms_checks import check_plan
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
+from fedmosaic.privacy.mechanism.projection import PublicBasis
+from fedmosaic.protos.errors import AccountingError, ConfigurationError, MechanismError
+
+REDUCTION = Reduction(hidden_size=8, intermediate_size=16, projection_dimensions=32)
+
+
+def terms(
+    rounds: int = 3, target: float = 8.0, profile: dict[str, Any] | None = None, **adapter: Any
+) -> Terms:
+    mechanism = ProfileMechanism.model_validate(
+        {"probe": "tiny", "probe_sha256": "0" * 64, "reduction": REDUCTION, **(profile or {})}
+    )
+    return Terms.model_validate(
+        {
+            "adapter": {"protection": "dp", **adapter},
+            "adapter_privacy": {"target_epsilon": target},
+            "profile": mechanism,
+            "schedule": {"rounds": rounds},
+            "encryption": {"backend": "plain"},
+            "allow_plaintext": True,
+        }
+    )
+
+
+def test_usual_terms_pass() -> None:
+    check_plan(terms())
+    check_plan(terms(rounds=1000))
+    check_plan(terms(rounds=100_000, protection="none"))
+
+
+def test_more_steps_than_can_be_accounted_for_are_refused_with_a_number_that_passes() -> None:
+    with pytest.raises(ConfigurationError, match=r"2,000,000 private steps") as refused:
+        check_plan(terms(rounds=100_000))
+    possible = re.search(r"at most ([\d,]+) rounds", str(refused.value))
+    assert possible is not None
+    check_plan(terms(rounds=int(possible.group(1).replace(",", ""))))
+
+
+def test_a_profile_that_spends_the_budget_is_refused_with_what_to_raise() -> None:
+    with pytest.raises(ConfigurationError, match=r"noise_multiplier") as refused:
+        check_plan(terms(target=0.5, profile={"noise_multiplier": 1.0}))
+    assert "Fewer rounds do not help" in str(refused.value)
+
+
+def test_terms_that_suit_some_clients_only_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    check_plan(terms(target=0.5))
+    assert "1,000,000 examples could not plan" in caplog.text
+
+
+def test_what_is_plannable_is_decided_without_the_slow_accountant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "fedmosaic.privacy.accounting.epsilon._prv", lambda *_: pytest.fail("PRV was evaluated")
+    )
+    check_plannable(8.0, default_delta(1000), [GaussianEvent(8.0, 1.0, 1)], 0.032, 60)
+
+
+def test_resolution_is_the_accountants_own() -> None:
+    few, many = [GaussianEvent(2.0, 0.5, 100)], [GaussianEvent(2.0, 0.5, 10**9)]
+    assert within_resolution(few, 1e-5)
+    assert not within_resolution(few, 1e-13)
+    assert not within_resolution(many, 1e-5)
+    with pytest.raises(AccountingError, match=r"schedule\.rounds"):
+        epsilon([GaussianEvent(4000.0, 0.5, 10**9)], 1e-5)
+
+
+def founding(profile: dict[str, Any] | None = None) -> FederationConfig:
+    members = tuple(MemberEntry(id=name) for name in "abcd")
+    return FederationConfig(federation="f", members=members, terms=terms(protection="none", profile=profile))
+
+
+def test_another_basis_than_the_terms_name_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    agreed, other = (PublicBasis(centre=np.full(32, value, dtype=np.float32)) for value in (1.0, 2.0))
+    for name, basis in (("agreed", agreed), ("other", other)):
+        basis.save(tmp_path / name)
+    config = founding({"standardise": "centre", "basis_sha256": agreed.sha256})
+    for basis_file, reason in ((tmp_path / "other", "says"), (None, "no file is given")):
+        with pytest.raises(MechanismError, match=reason):
+            federation.create(config, tmp_path / "made", basis_file)
+    assert not (tmp_path / "made").exists()
+    federation.create(config, tmp_path / "made", tmp_path / "agreed")
+    with pytest.raises(MechanismError, match="uses no public basis"):
+        federation.create(founding(), tmp_path / "second", tmp_path / "agreed")
+
+
+def test_keys_init_refuses_terms_that_cannot_be_planned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "federation.json"
+    config = founding().model_copy(update={"terms": terms(rounds=100_000)})
+    file.write_text(config.model_dump_json(exclude_none=True))
+    assert cli.main(["keys", "init", str(file), "--out", str(tmp_path / "made")]) == 2
+    assert "rounds" in capsys.readouterr().err
+    assert not (tmp_path / "made").exists()

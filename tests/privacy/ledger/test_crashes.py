@@ -1,0 +1,145 @@
+"""Killed at any step, a client never finds less charged than noise it may have drawn."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from fedmosaic.privacy.accounting.events import GaussianEvent
+from fedmosaic.privacy.ledger.ledger import Ledger, data_epoch
+from fedmosaic.protos.errors import LedgerError
+
+EPOCH = data_epoch(["a"])
+EVENT = GaussianEvent(8.0, 1.0, 1)
+
+CLIENT = textwrap.dedent("""
+    import hashlib, os, pathlib, signal, sys
+    from fedmosaic.privacy.ledger import store as ledger_store
+    from fedmosaic.privacy.accounting.events import GaussianEvent
+    from fedmosaic.privacy.ledger.ledger import Ledger, data_epoch
+    from fedmosaic.privacy.accounting.epsilon import epsilon
+    epsilon([GaussianEvent(8.0, 1.0, 1)], 1e-5, "rdp")     # import everything before the forks
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def release(directory, step):
+        ledger = Ledger.open(directory / "ledger.sqlite", "clinic-a", 1e-5, None, "rdp")
+        if step == "before the row is committed":
+            ledger_store.LedgerStore.append = lambda self, row: die()
+        if step == "before the head is written":
+            ledger_store.LedgerStore.write_head = lambda self, row: die()
+        sequence = ledger.reserve("adapter", 0, GaussianEvent(8.0, 1.0, 1), data_epoch=data_epoch(["a"]),
+                                  secure_noise=True, clipping_norm=1.0, dimensions=4)
+        if step == "before noise is drawn": die()
+        (directory / "drawn").touch()
+        noise = os.urandom(32)
+        if step == "before the bytes are stored": die()
+        (directory / "bytes").write_bytes(noise)
+        if step == "before the release is recorded": die()
+        ledger.released(sequence, hashlib.sha256(noise).hexdigest())
+        if step == "before the bytes are sent": die()
+        (directory / "sent").write_bytes(noise)
+        die()
+
+    for directory, step in zip(sys.argv[1::2], sys.argv[2::2]):
+        directory = pathlib.Path(directory)
+        Ledger.open(directory / "ledger.sqlite", "clinic-a", 1e-5, None, "rdp").close()
+        child = os.fork()
+        if not child:
+            release(directory, step)
+        _, status = os.waitpid(child, 0)
+        assert os.WTERMSIG(status) == signal.SIGKILL, (step, status)
+""")
+
+STEPS = (
+    "before the row is committed",
+    "before the head is written",
+    "before noise is drawn",
+    "before the bytes are stored",
+    "before the release is recorded",
+    "before the bytes are sent",
+    "never",
+)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    directories = {step: tmp_path_factory.mktemp(step.replace(" ", "_")) for step in STEPS}
+    arguments = [str(part) for step, directory in directories.items() for part in (directory, step)]
+    subprocess.run([sys.executable, "-c", CLIENT, *arguments], check=True, timeout=120)
+    return directories
+
+
+def reopened(directory: Path) -> Ledger:
+    return Ledger.open(directory / "ledger.sqlite", "clinic-a", 1e-5, None, "rdp")
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_what_was_drawn_is_charged(killed: dict[str, Path], step: str) -> None:
+    with reopened(killed[step]) as ledger:
+        charged = len(ledger.events())
+        drawn = (killed[step] / "drawn").exists()
+        assert charged >= drawn
+        assert charged == (step != STEPS[0]), "and nothing is charged before the row is durable"
+        ledger.verify()
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_what_was_sent_is_recorded_with_its_digest(killed: dict[str, Path], step: str) -> None:
+    with reopened(killed[step]) as ledger:
+        found = ledger.release_of("adapter", 0, EPOCH)
+        assert (found is not None) == (step in STEPS[-2:])
+        assert not (killed[step] / "sent").exists() or found is not None
+
+
+def test_going_on_after_a_crash_costs_what_the_rules_say(killed: dict[str, Path]) -> None:
+    def reserve(ledger: Ledger) -> int:
+        return ledger.reserve(
+            "adapter", 0, EVENT, data_epoch=EPOCH, secure_noise=True, clipping_norm=1.0, dimensions=4
+        )
+
+    with reopened(killed["before the bytes are stored"]) as ledger:
+        reserve(ledger)
+        assert len(ledger.events()) == 2, "the lost draw stays charged, the fresh one is charged as well"
+    with reopened(killed["before the release is recorded"]) as ledger:
+        pending = ledger.pending("adapter", 0, EPOCH)
+        assert pending is not None
+        ledger.released(pending.sequence, "c" * 64)
+        assert len(ledger.events()) == 1, "stored bytes are recorded late, at no further cost"
+    with reopened(killed["before the bytes are sent"]) as ledger:
+        with pytest.raises(LedgerError, match="send the stored bytes again"):
+            reserve(ledger)
+        assert len(ledger.events()) == 1
+
+
+LOOP = textwrap.dedent("""
+    import pathlib, sys
+    from fedmosaic.privacy.accounting.events import GaussianEvent
+    from fedmosaic.privacy.ledger.ledger import Ledger, data_epoch
+    ledger = Ledger.open(pathlib.Path(sys.argv[1]), "clinic-a", 1e-5, None, "rdp")
+    for round in range(len(ledger.export()), 10**6):
+        ledger.reserve("adapter", round, GaussianEvent(8.0, 1.0, 1), data_epoch=data_epoch(["a"]),
+                       secure_noise=True, clipping_norm=1.0, dimensions=4)
+        print("drawn", flush=True)
+""")
+
+
+def test_killed_in_the_middle_of_many_releases_no_draw_is_uncharged(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    with subprocess.Popen(
+        [sys.executable, "-c", LOOP, str(path)], stdout=subprocess.PIPE, text=True
+    ) as client:
+        assert client.stdout is not None
+        client.stdout.readline()
+        time.sleep(0.3)
+        os.kill(client.pid, signal.SIGKILL)
+        drawn = 1 + client.stdout.read().count("drawn")
+    with reopened(tmp_path) as ledger:
+        ledger.verify()
+        assert drawn <= len(ledger.events()) <= drawn + 1

@@ -1,0 +1,255 @@
+"""A ledger that exists twice forgets: moves, joins and backups leave one that knows of everything."""
+
+import shutil
+import sqlite3
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from fedmosaic.privacy.accounting.epsilon import epsilon
+from fedmosaic.privacy.accounting.events import GaussianEvent
+from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, data_epoch, read_ledger
+from fedmosaic.privacy.ledger.move import back_up, move
+from fedmosaic.protos.errors import LedgerError
+
+DELTA = 1e-5
+STEP = GaussianEvent(10.0, 1.0, 5)
+EPOCH = data_epoch(["a", "b", "c"])
+
+
+def opened(directory: Path, client: str = "clinic-a") -> Ledger:
+    return Ledger.open(directory / LEDGER, client, DELTA, None, "rdp")
+
+
+def spend(ledger: Ledger, run: str, rounds: int = 1, first: int = 1) -> None:
+    for number in range(first, first + rounds):
+        sequence = ledger.reserve(
+            "adapter",
+            number,
+            STEP,
+            data_epoch=EPOCH,
+            secure_noise=True,
+            clipping_norm=1.0,
+            dimensions=8,
+            context=run,
+        )
+        ledger.released(sequence, f"{len(ledger.export()):064x}")
+
+
+def cost(releases: int) -> float:
+    return epsilon([STEP] * releases, DELTA, "rdp")
+
+
+def copied_by_hand(directory: Path, to: Path) -> Path:
+    to.mkdir()
+    for file in directory.iterdir():
+        shutil.copy(file, to / file.name)
+    return to
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    with opened(tmp_path / "old") as ledger:
+        spend(ledger, "first", 3)
+    (tmp_path / "old" / "profile-1-2.npy").write_bytes(b"noise")
+    return tmp_path / "old"
+
+
+def test_a_moved_ledger_goes_on_in_its_new_place_and_refuses_to_open_in_the_old(
+    old: Path, tmp_path: Path
+) -> None:
+    with opened(old) as ledger:
+        anchor = ledger.anchor("server")
+    new = tmp_path / "data" / "train.jsonl.ledger"
+    assert move(old, new) == 0
+    with pytest.raises(LedgerError, match=f"closed and moved to {new}"):
+        opened(old)
+    with opened(new) as ledger:
+        assert ledger.epsilon() == cost(3)
+        ledger.check_anchor("server", anchor, "the server")
+        spend(ledger, "second")
+        assert ledger.epsilon() == cost(4)
+    assert (new / "profile-1-2.npy").read_bytes() == b"noise"
+    with pytest.raises(LedgerError, match="closed and moved"):
+        move(old, tmp_path / "elsewhere")
+    assert move(new, tmp_path / "again") == 0
+    with opened(tmp_path / "again") as ledger:
+        assert ledger.epsilon() == cost(4)
+
+
+def test_a_process_that_has_it_open_charges_nothing_to_a_ledger_that_was_moved(
+    old: Path, tmp_path: Path
+) -> None:
+    with opened(old) as ledger:
+        spend(ledger, "second")
+        move(old, tmp_path / "new")
+        with pytest.raises(LedgerError, match="closed and moved"):
+            spend(ledger, "second", first=2)
+    with opened(tmp_path / "new") as ledger:
+        assert ledger.epsilon() == cost(4)
+
+
+@pytest.mark.parametrize("step", ["closed", "resumed"])
+def test_a_move_that_was_interrupted_charges_to_neither_and_is_finished_by_the_same_command(
+    old: Path, tmp_path: Path, step: str
+) -> None:
+    program = textwrap.dedent(f"""
+        import os, pathlib, signal
+        from fedmosaic.privacy.ledger.move import move
+        def die(step):
+            if step == {step!r}:
+                os.kill(os.getpid(), signal.SIGKILL)
+        move(pathlib.Path({str(old)!r}), pathlib.Path({str(tmp_path / "new")!r}), die)
+    """)
+    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=120).returncode < 0
+    with pytest.raises(LedgerError, match="move was not finished"):
+        opened(old)
+    assert (tmp_path / "new").exists() == (step == "resumed")
+    with pytest.raises(LedgerError, match="move was not finished"):
+        move(old, tmp_path / "third")
+    assert move(old, tmp_path / "new") == 0
+    with pytest.raises(LedgerError, match="closed and moved"):
+        opened(old)
+    with opened(tmp_path / "new") as ledger:
+        assert ledger.epsilon() == cost(3)
+        ledger.verify()
+
+
+def test_nothing_is_closed_where_nothing_can_be_made(old: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "other").write_text("something")
+    for place in (tmp_path / "file", tmp_path / "full", tmp_path / "file" / "below", old):
+        with pytest.raises(LedgerError, match=r"not free|cannot be made"):
+            move(old, place)
+    with pytest.raises(LedgerError, match="holds no"):
+        move(tmp_path / "nowhere", tmp_path / "new")
+    with opened(old) as ledger:
+        assert ledger.epsilon() == cost(3)
+
+
+def test_ledgers_that_were_copied_are_joined_with_every_draw_counted_once(old: Path, tmp_path: Path) -> None:
+    copies = [copied_by_hand(old, tmp_path / f"copy{number}") for number in (1, 2)]
+    for number, place in enumerate((old, *copies)):
+        with opened(place) as ledger:
+            spend(ledger, f"run {number}", number + 1)
+    with opened(copies[1]) as ledger:
+        seen = ledger.anchor("server")
+    new = tmp_path / "new"
+    assert [move(place, new) for place in (old, *copies)] == [0, 2, 3]
+    with opened(new) as ledger:
+        assert ledger.epsilon() == cost(3 + 1 + 2 + 3)
+        assert ledger.release_of("adapter", 3, EPOCH, "run 2") is not None
+        ledger.check_anchor("server", seen, "the server")
+        ledger.verify()
+
+
+def test_a_reservation_that_two_copies_both_released_is_two_draws(old: Path, tmp_path: Path) -> None:
+    with opened(old) as ledger:
+        pending = ledger.reserve(
+            "profile", 1, STEP, data_epoch=EPOCH, secure_noise=True, clipping_norm=1.0, dimensions=8
+        )
+    copy = copied_by_hand(old, tmp_path / "copy")
+    for place, digest in ((old, "a" * 64), (copy, "b" * 64)):
+        with opened(place) as ledger:
+            ledger.released(pending, digest)
+    move(old, tmp_path / "new")
+    assert move(copy, tmp_path / "new") == 1
+    with opened(tmp_path / "new") as ledger:
+        assert ledger.epsilon() == cost(5)
+
+
+def test_joining_twice_or_a_copy_that_knows_nothing_more_charges_nothing(old: Path, tmp_path: Path) -> None:
+    copy = copied_by_hand(old, tmp_path / "copy")
+    twin = copied_by_hand(old, tmp_path / "twin")
+    with opened(copy) as ledger:
+        spend(ledger, "second")
+    shutil.rmtree(twin)
+    move(old, tmp_path / "new")
+    crashed = copied_by_hand(copy, tmp_path / "crashed")
+    assert move(copy, tmp_path / "new") == 1
+    assert move(crashed, tmp_path / "new") == 0, "the same rows from another copy"
+    with opened(tmp_path / "new") as ledger:
+        assert ledger.epsilon() == cost(4)
+
+
+def test_another_client_of_the_same_data_is_charged_to_the_same_ledger(old: Path) -> None:
+    with opened(old, "north-of-another-federation") as ledger:
+        spend(ledger, "elsewhere")
+        assert ledger.epsilon() == cost(4)
+    with pytest.raises(LedgerError, match="only data that share no example") as refused:
+        Ledger.open(old / LEDGER, "north", 1e-4, None, "rdp")
+    assert "right for another client" not in str(refused.value)
+
+
+def test_a_backup_is_whole_while_runs_go_on_and_is_put_back_by_moving_it(old: Path, tmp_path: Path) -> None:
+    out = tmp_path / "backup"
+    with opened(old) as ledger:
+        spend(ledger, "second")  # in the write-ahead log, not in the file
+        back_up(old, out)
+        spend(ledger, "second", first=2)
+        after = ledger.anchor("server")
+    with pytest.raises(LedgerError, match="is a backup"):
+        opened(out)
+    with pytest.raises(LedgerError, match="exists already"):
+        back_up(old, out)
+    shutil.rmtree(old)
+    assert move(out, old) == 0
+    with opened(old) as ledger:
+        assert ledger.epsilon() == cost(4)
+        assert (old / "profile-1-2.npy").exists()
+        with pytest.raises(LedgerError, match="LEDGER_BEHIND"):
+            ledger.check_anchor("server", after, "the server")
+    with pytest.raises(LedgerError, match="closed and moved"):
+        move(out, tmp_path / "second-life")
+
+
+def test_a_row_after_the_closing_one_is_found(old: Path, tmp_path: Path) -> None:
+    move(old, tmp_path / "new")
+    rows = read_ledger(old / LEDGER)
+    assert [row.kind for row in rows[-2:]] == ["CLOSED", "MOVED"]
+    with sqlite3.connect(old / LEDGER) as connection:
+        connection.execute("DROP TRIGGER rows_keep_delete")
+        connection.execute("DELETE FROM rows WHERE sequence >= ?", (len(rows) - 2,))
+    with pytest.raises(LedgerError, match="rows were cut off"):
+        opened(old)
+
+
+def test_copies_of_one_run_cost_what_three_runs_cost(tmp_path: Path) -> None:
+    """Three runs one after the other, and two at once, on one ledger: what was spent is what is reported."""
+    event = GaussianEvent(0.8, 0.016, 100)
+    path = tmp_path / "train.jsonl.ledger" / LEDGER
+    delta, channels = 2000**-1.1, ("adapter",)
+
+    def charge(ledger: Ledger, run: str, number: int) -> None:
+        ledger.reserve(
+            "adapter",
+            number,
+            event,
+            data_epoch=EPOCH,
+            secure_noise=True,
+            clipping_norm=1.0,
+            dimensions=8,
+            context=run,
+        )
+
+    def open_run() -> Ledger:
+        return Ledger.open(path, "north", delta, None, "rdp", budgeted_channels=channels)  # type: ignore[arg-type]  # literals
+
+    with open_run() as first:
+        for number in range(1, 3):
+            charge(first, "run 1", number)
+    with open_run() as second:
+        for number in range(1, 5):
+            charge(second, "run 2", number)
+    with open_run() as first, open_run() as third:
+        for number in range(1, 5):
+            charge(third, "run 3", number)
+            if number > 2:
+                charge(first, "run 1", number)
+        spent = {first.epsilon(), third.epsilon()}
+    # By PRV 4.35; RDP is looser, and fast enough for a bound after every one of these rows.
+    assert spent == {epsilon([GaussianEvent(0.8, 0.016, 100 * 12)], delta, "rdp")}

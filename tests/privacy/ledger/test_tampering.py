@@ -1,0 +1,280 @@
+"""Every change to a written ledger shows, and the first wrong row is named."""
+
+import json
+import shutil
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from fedmosaic.privacy.accounting.events import GaussianEvent
+from fedmosaic.privacy.ledger.ledger import Ledger, data_epoch, read_ledger
+from fedmosaic.privacy.ledger.rows import LedgerRow
+from fedmosaic.protos.errors import LedgerError
+
+EPOCH = data_epoch(["a", "b"])
+LAST = 9
+# One value of the right type and one of a wrong type per column.
+OTHER_VALUES: dict[str, tuple[object, object]] = {
+    "time": ("2020-01-01T00:00:00.000000+00:00", 5),
+    "kind": ("RESENT", "FORGOTTEN"),
+    "channel": ("family", 7),
+    "round": (41, "x"),
+    "context": ("another run", 7),
+    "attempt": (41, -1),
+    "reference": (1, "x"),
+    "mechanism": ('{"kind":"other"}', 1.5),
+    "noise_multiplier": (80.0, -1.0),
+    "sampling_rate": (0.001, 2.0),
+    "steps": (1000, 1.5),
+    "clipping_norm": (9.0, "x"),
+    "dimensions": (9, 0),
+    "unit": ("client", "world"),
+    "neighbouring_relation": ("replace one", None),
+    "covered_by": ("cryptography", "magic"),
+    "secure_noise": (0, "x"),
+    "data_epoch": ("0" * 64, "x"),
+    "disjoint": (1, "x"),
+    "payload_digest": ("1" * 64, "x"),
+    "epsilon": (0.001, None),
+    "accountant": ("pld", "gdp"),
+    "previous_hash": ("2" * 64, "x"),
+    "hash": ("3" * 64, "x"),
+}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("written") / "ledger.sqlite"
+    with Ledger.open(path, "clinic-a", 1e-5, None, "rdp") as ledger:
+        for round in range(3):
+            sequence = ledger.reserve(
+                "adapter",
+                round,
+                GaussianEvent(8.0, 1.0, 2),
+                data_epoch=EPOCH,
+                secure_noise=True,
+                mechanism={"kind": "test"},
+                clipping_norm=1.0,
+                dimensions=4,
+            )
+            ledger.released(sequence, f"{round:064x}")
+            ledger.resent(sequence, f"{round:064x}")
+    return path
+
+
+@pytest.fixture
+def path(written: Path, tmp_path: Path) -> Path:
+    for source in written.parent.iterdir():
+        shutil.copy(source, tmp_path / source.name)
+    return tmp_path / written.name
+
+
+def execute(path: Path, *statements: str, values: tuple[object, ...] = ()) -> None:
+    """Change the file behind the ledger's back, as somebody with an SQLite shell can."""
+    connection = sqlite3.connect(path)
+    for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+        connection.execute(f"DROP TRIGGER {name}")
+    for statement in statements:
+        connection.execute(statement, values)
+    connection.commit()
+    connection.close()
+
+
+def reopen(path: Path) -> None:
+    Ledger.open(path, "clinic-a", 1e-5, None, "rdp").close()
+
+
+def test_the_untouched_copy_verifies(path: Path) -> None:
+    assert len(read_ledger(path)) == LAST + 1
+    reopen(path)
+
+
+def test_every_column_is_tried() -> None:
+    assert set(OTHER_VALUES) == set(LedgerRow.model_fields) - {"sequence"}
+
+
+@pytest.mark.parametrize("column", OTHER_VALUES)
+@pytest.mark.parametrize("row", [0, 1, 5, LAST])
+def test_a_changed_value_names_its_row(path: Path, column: str, row: int) -> None:
+    found = 0
+    for value in OTHER_VALUES[column]:
+        before = getattr(read_ledger(path)[row], column)
+        if before == value:
+            continue
+        try:
+            execute(path, f"UPDATE rows SET {column} = ? WHERE sequence = {row}", values=(value,))  # noqa: S608  # a test
+        except sqlite3.IntegrityError:
+            continue
+        with pytest.raises(LedgerError, match=rf"row {row}\b"):
+            reopen(path)
+        found += 1
+        execute(path, f"UPDATE rows SET {column} = ? WHERE sequence = {row}", values=(before,))  # noqa: S608  # a test
+    assert found
+
+
+@pytest.mark.parametrize("row", range(LAST))
+def test_a_removed_row_is_missed(path: Path, row: int) -> None:
+    execute(path, f"DELETE FROM rows WHERE sequence = {row}")  # noqa: S608  # a test
+    with pytest.raises(LedgerError, match=rf"row {row}\b"):
+        reopen(path)
+
+
+def test_a_removed_row_is_missed_even_after_renumbering(path: Path) -> None:
+    execute(
+        path,
+        "DELETE FROM rows WHERE sequence = 4",
+        "UPDATE rows SET sequence = sequence - 1 WHERE sequence > 4",
+    )
+    with pytest.raises(LedgerError, match=r"row 4\b"):
+        reopen(path)
+
+
+def test_swapped_rows_are_found(path: Path) -> None:
+    execute(
+        path,
+        "UPDATE rows SET sequence = 100 WHERE sequence = 2",
+        "UPDATE rows SET sequence = 2 WHERE sequence = 5",
+        "UPDATE rows SET sequence = 5 WHERE sequence = 100",
+    )
+    with pytest.raises(LedgerError, match=r"row 2\b"):
+        reopen(path)
+
+
+@pytest.mark.parametrize("kept", [1, 4, LAST])
+def test_a_cut_tail_is_found_through_the_head_file(path: Path, kept: int) -> None:
+    execute(path, f"DELETE FROM rows WHERE sequence >= {kept}")  # noqa: S608  # a test
+    with pytest.raises(LedgerError, match=rf"first of them row {kept}\b"):
+        reopen(path)
+
+
+def test_the_whole_ledger_gone_is_found_while_its_head_remains(path: Path) -> None:
+    for file in path.parent.iterdir():
+        if not file.name.endswith(".head"):
+            file.unlink()
+    with pytest.raises(LedgerError, match="the ledger is missing although"):
+        reopen(path)
+
+
+def test_a_missing_or_unreadable_head_is_reported(path: Path) -> None:
+    head = path.with_name(path.name + ".head")
+    for content in (b"", b"{}", b'{"sequence": "x", "hash": ""}', b"\xff"):
+        head.write_bytes(content)
+        with pytest.raises(LedgerError, match="cannot be read"):
+            reopen(path)
+    head.unlink()
+    with pytest.raises(LedgerError, match="is missing"):
+        reopen(path)
+
+
+def rewrite(path: Path, **changes: object) -> None:
+    """Change row 1 and give every row after it a fitting hash, as an informed forger would."""
+    rows = read_ledger(path)
+    previous = rows[0].hash
+    for row in rows[1:]:
+        fields = (
+            row.model_dump()
+            | {"previous_hash": previous, "hash": ""}
+            | (changes if row.sequence == 1 else {})
+        )
+        forged = LedgerRow.sealed(**fields)
+        columns = ", ".join(f"{name} = ?" for name in LedgerRow.model_fields)
+        values = tuple(getattr(forged, name) for name in LedgerRow.model_fields)
+        execute(path, f"UPDATE rows SET {columns} WHERE sequence = {row.sequence}", values=values)  # noqa: S608  # a test
+        previous = forged.hash
+
+
+def test_a_rewritten_chain_is_found_through_the_head_file(path: Path) -> None:
+    rewrite(path, noise_multiplier=80.0)
+    with pytest.raises(LedgerError, match=rf"rewritten: row {LAST}\b"):
+        reopen(path)
+
+
+def test_a_rewritten_chain_with_its_head_is_found_through_an_anchor_only(path: Path) -> None:
+    with Ledger.open(path, "clinic-a", 1e-5, None, "rdp") as ledger:
+        anchor = ledger.anchor("keeper")
+        ledger.check_anchor("keeper", anchor, "the keeper")
+    rewrite(path, noise_multiplier=80.0)
+    last = max(json.dumps({"sequence": LAST, "hash": row[0]}) for row in _hashes(path))
+    path.with_name(path.name + ".head").write_text(last)
+    with (
+        Ledger.open(path, "clinic-a", 1e-5, None, "rdp") as ledger,
+        pytest.raises(LedgerError, match="the keeper has seen last"),
+    ):
+        ledger.check_anchor("keeper", anchor, "the keeper")
+
+
+def _hashes(path: Path) -> list[tuple[str]]:
+    connection = sqlite3.connect(path)
+    rows = connection.execute("SELECT hash FROM rows WHERE sequence = ?", (LAST,)).fetchall()
+    connection.close()
+    return rows
+
+
+def test_a_rolled_back_copy_is_found_through_an_anchor(path: Path, tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.mkdir()
+    for file in (path, path.with_name(path.name + ".head")):
+        shutil.copy(file, image / file.name)
+    with Ledger.open(path, "clinic-a", 1e-5, None, "rdp") as ledger:
+        ledger.resent(1, f"{0:064x}")
+        anchor = ledger.anchor("keeper")
+    with Ledger.open(image / path.name, "clinic-a", 1e-5, None, "rdp") as ledger:
+        with pytest.raises(LedgerError, match="LEDGER_BEHIND"):
+            ledger.check_anchor("keeper", anchor, "the keeper")
+
+
+def test_an_anchor_holds_for_the_rows_after_it_and_for_its_own_keeper_only(path: Path) -> None:
+    with Ledger.open(path, "clinic-a", 1e-5, None, "rdp") as ledger:
+        one, other = ledger.anchor("federation/a"), ledger.anchor("federation/b")
+        ledger.resent(1, f"{0:064x}")
+        ledger.check_anchor("federation/a", one, "the keeper")
+        assert ledger.anchor("federation/a") != one != other, (
+            "two keepers cannot tell that they keep one ledger"
+        )
+        for wrong in (other, bytes(32), b""):
+            with pytest.raises(LedgerError, match="LEDGER_BEHIND"):
+                ledger.check_anchor("federation/a", wrong, "the keeper")
+
+
+def test_an_anchor_is_no_plain_hash_of_a_row(path: Path) -> None:
+    with Ledger.open(path, "clinic-a", 1e-5, None, "rdp") as ledger:
+        assert ledger.anchor("keeper").hex() not in {row.hash for row in ledger.export()}
+
+
+def test_sqlite_itself_refuses_changes_and_deletions(path: Path) -> None:
+    connection = sqlite3.connect(path)
+    for statement in ("UPDATE rows SET epsilon = 0", "DELETE FROM rows", "DELETE FROM epoch_examples"):
+        if "epoch" in statement:
+            connection.execute("INSERT INTO epoch_examples VALUES ('x', 'y')")
+        with pytest.raises(sqlite3.IntegrityError, match="only grows"):
+            connection.execute(statement)
+    connection.close()
+
+
+def test_damaged_evidence_of_disjointness_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    with Ledger.open(path, "clinic-a", 1e-5, None, "rdp") as ledger:
+        for round, ids in enumerate((["a", "b"], ["c", "d"])):
+            ledger.reserve(
+                "adapter",
+                round,
+                GaussianEvent(8.0, 1.0, 1),
+                data_epoch=data_epoch(ids),
+                secure_noise=True,
+                clipping_norm=1.0,
+                dimensions=4,
+                example_ids=ids,
+            )
+    reopen(path)
+    execute(
+        path, "DELETE FROM epoch_examples WHERE example_hash = (SELECT min(example_hash) FROM epoch_examples)"
+    )
+    with pytest.raises(LedgerError, match="evidence of disjoint data epochs is damaged"):
+        reopen(path)
+
+
+def test_impossible_stories_are_refused_even_with_fitting_hashes(path: Path) -> None:
+    rewrite(path, kind="REFUSED")
+    with pytest.raises(LedgerError, match=r"row 2\b.*reservation that does not exist"):
+        reopen(path)

@@ -1,0 +1,300 @@
+"""The mechanism's guarantee: one example moves the clipped sum by at most C, whatever it is."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from pydantic import ValidationError
+from scipy import stats
+
+from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
+from fedmosaic.privacy.mechanism.profile import (
+    GRID,
+    ClippedSum,
+    Float32Array,
+    Float64Array,
+    ProfileMechanism,
+    Reduction,
+    ReleasedProfile,
+    clip,
+    clipped_sum,
+    release,
+    update_average,
+)
+from fedmosaic.privacy.mechanism.projection import GradientFactors, Projection
+from fedmosaic.protos.errors import MechanismError
+
+
+def mechanism(
+    dimensions: int = 4, *, clipping_norm: float = 1.0, noise_multiplier: float = 1.0, seed: int = 0
+) -> ProfileMechanism:
+    reduction = Reduction(
+        hidden_size=8, intermediate_size=16, projection_dimensions=dimensions, public_seed=seed
+    )
+    return ProfileMechanism(
+        probe="tiny",
+        probe_sha256="0" * 64,
+        reduction=reduction,
+        clipping_norm=clipping_norm,
+        noise_multiplier=noise_multiplier,
+    )
+
+
+def exact_norm_squared(units: np.ndarray) -> int:
+    return sum(int(value) ** 2 for value in units)
+
+
+any_double = st.floats(allow_nan=True, allow_infinity=True, width=64)
+hostile_rows = arrays(np.float64, array_shapes(min_dims=2, max_dims=2, max_side=6), elements=any_double)
+norms = st.floats(1e-5, 1e5)
+
+
+@settings(max_examples=300)
+@given(rows=hostile_rows, clipping_norm=norms)
+def test_every_row_is_within_the_bound_in_exact_arithmetic(rows: Float64Array, clipping_norm: float) -> None:
+    units, _ = clip(rows, clipping_norm)
+    assert all(exact_norm_squared(row) <= GRID**2 for row in units)
+
+
+@settings(max_examples=100)
+@given(rows=hostile_rows, clipping_norm=norms, data=st.data())
+def test_removing_any_example_moves_the_sum_by_at_most_c(
+    rows: Float64Array, clipping_norm: float, data: st.DataObject
+) -> None:
+    described = mechanism(rows.shape[1], clipping_norm=clipping_norm)
+    removed = data.draw(st.integers(0, len(rows) - 1))
+    whole = clipped_sum(rows, described)
+    rest = clipped_sum(np.delete(rows, removed, axis=0), described)
+    assert exact_norm_squared(whole.units - rest.units) <= GRID**2
+    assert whole.rows == rest.rows + 1
+
+
+@pytest.mark.parametrize("size", [3, 1000, 2**16])
+def test_long_rows_stay_within_the_bound(size: int) -> None:
+    rows = np.random.default_rng(0).standard_normal((3, size)) * [[1e3], [1e-3], [1e300]]
+    units, _ = clip(rows, 1e-2)
+    assert all(exact_norm_squared(row) <= GRID**2 for row in units)
+    # And use the bound: a row that is clipped keeps its length but for truncation.
+    assert exact_norm_squared(units[0]) >= (GRID - math.sqrt(size) - 1) ** 2
+
+
+@settings(max_examples=100)
+@given(
+    rows=arrays(np.float64, (3, 5), elements=st.floats(-1e3, 1e3, allow_subnormal=False)),
+    clipping_norm=st.floats(0.1, 10),
+)
+def test_clip_against_the_textbook(rows: Float64Array, clipping_norm: float) -> None:
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    expected = rows / np.maximum(1.0, lengths / clipping_norm) / clipping_norm
+    units, shortened = clip(rows, clipping_norm)
+    np.testing.assert_allclose(units / GRID, expected, atol=1.1 / GRID)
+    far = np.abs(lengths[:, 0] / clipping_norm - 1) > 1e-9
+    assert np.array_equal(shortened[far], lengths[far, 0] > clipping_norm)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_row_that_is_not_finite_counts_as_zero(bad: float) -> None:
+    good = np.array([[0.1, 0.2, 0.0, 0.0], [0.0, 0.0, 0.3, 0.0]])
+    rows = np.vstack([good, [[bad, 1.0, 1.0, 1.0]]])
+    total = clipped_sum(rows, mechanism())
+    assert np.array_equal(total.units, clipped_sum(good, mechanism()).units)
+    assert (total.rejected, total.clipped, total.rows) == (1, 0, 3)
+
+
+def test_the_sum_does_not_depend_on_order_or_batches() -> None:
+    rows = np.random.default_rng(1).standard_normal((100, 4)) * 10.0 ** np.arange(-4, 0)
+    whole = clipped_sum(rows, mechanism())
+    parts = [clipped_sum(part, mechanism()) for part in np.array_split(rows[::-1], 7)]
+    total = ClippedSum.empty(4)
+    for part in parts:
+        total += part
+    assert np.array_equal(total.units, whole.units)
+    assert (total.rows, total.clipped) == (whole.rows, whole.clipped)
+
+
+def test_no_examples_give_a_zero_sum_and_still_noise() -> None:
+    total = clipped_sum(np.zeros((0, 4)), mechanism())
+    assert np.array_equal(total.units, np.zeros(4))
+    assert np.all(release(total, mechanism(), SecureNoise()) != 0)
+
+
+def test_the_release_is_a_sum_and_not_divided_by_a_count() -> None:
+    row = np.array([[0.25, 0.0, 0.0, 0.0]])
+    quiet = mechanism(noise_multiplier=0.0)
+    once = release(clipped_sum(row, quiet), quiet, SeededTestNoise(0))
+    often = release(clipped_sum(np.repeat(row, 400, axis=0), quiet), quiet, SeededTestNoise(0))
+    np.testing.assert_allclose(often, 400 * once, rtol=1e-6)
+    assert abs(once[0] - 0.25) < 1e-6
+
+
+def test_noise_does_not_shrink_with_the_number_of_examples() -> None:
+    described = mechanism(4, clipping_norm=0.5, noise_multiplier=3.0)
+    for count in (1, 1000):
+        total = clipped_sum(np.ones((count, 4)), described)
+        source = SeededTestNoise(count)
+        noise = np.array([release(total, described, source) for _ in range(2000)])
+        noise -= total.units * (0.5 / GRID)
+        assert stats.kstest(noise.ravel() / 1.5, "norm").pvalue > 1e-6
+
+
+def test_clipping_before_the_reduction_would_break_the_bound() -> None:
+    """Where a map stretches, a gradient clipped first grows again; clipping last holds regardless."""
+    gradient = np.array([[1.0, 0.0, 0.0, 0.0]])
+    stretch = 3.0 * np.eye(4)
+    described = mechanism()
+    last = clipped_sum(gradient @ stretch, described).units
+    first = (clip(gradient, 1.0)[0] @ stretch)[0]
+    assert exact_norm_squared(last) <= GRID**2 < exact_norm_squared(first.astype(int))
+
+
+class FixedNoise:
+    """Noise that an adversarial test chooses."""
+
+    is_test = True
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def gaussian(self, size: int, standard_deviation: float) -> Float64Array:
+        return np.full(size, self.value * standard_deviation)
+
+
+def test_the_release_is_on_the_public_grid_whatever_the_data() -> None:
+    """Low bits must not tell the sum (Mironov 2012): every release is an integer times C / 2^24."""
+    described = mechanism(clipping_norm=0.5, noise_multiplier=1.0)
+    for sums in ([0, 0, 0, 0], [1, 2, 3, 4], [-GRID, GRID // 3, 7, 0]):
+        total = ClippedSum(np.array(sums, dtype=np.int64), 0, 0, 1)
+        released = release(total, described, FixedNoise(math.pi / 8))
+        steps = released.astype(np.float64) * GRID / 0.5
+        assert np.array_equal(steps, np.rint(steps))
+        # Adding to the integer sum first and rounding then gives the same: nothing but post-processing.
+        expected = np.rint(np.array(sums) + math.pi / 8 * GRID) * (0.5 / GRID)
+        assert np.array_equal(released, expected.astype(np.float32))
+
+
+def test_secure_releases_have_the_promised_variance() -> None:
+    described = mechanism(4, clipping_norm=2.0, noise_multiplier=1.5)
+    total = ClippedSum.empty(4)
+    draws = np.array([release(total, described, SecureNoise()) for _ in range(3000)]).ravel()
+    assert draws.dtype == np.float32
+    assert stats.kstest(draws / described.noise_standard_deviation, "norm").pvalue > 1e-9
+    assert described.noise_variance == 9.0
+
+
+def test_shapes_are_checked() -> None:
+    with pytest.raises(MechanismError, match=r"\(n, 4\)"):
+        clipped_sum(np.zeros((3, 5)), mechanism())
+    with pytest.raises(MechanismError, match=r"\(4,\)"):
+        release(ClippedSum.empty(5), mechanism(), SecureNoise())
+
+
+def test_description_is_frozen_and_hashed_over_every_field() -> None:
+    described = mechanism()
+    with pytest.raises(ValidationError):
+        described.clipping_norm = 2.0  # type: ignore[misc]  # the point of the test
+    changes: list[dict[str, object]] = [
+        {"probe": "other"},
+        {"probe_sha256": "1" * 64},
+        {"clipping_norm": 2.0},
+        {"noise_multiplier": 2.0},
+        {"sampling_rate": 0.5},
+        {"expected_batch_size": 10},
+        {"minimum_examples": 51},
+        {"warn_below": 301},
+        {"reduction": mechanism(seed=1).reduction},
+    ]
+    hashes = {described.model_copy(update=change).sha256 for change in changes}
+    assert len(hashes | {described.sha256}) == len(changes) + 1
+    again = ProfileMechanism.model_validate_json(described.model_dump_json())
+    assert again == described
+    assert again.sha256 == described.sha256
+
+
+def test_hash_is_the_same_everywhere() -> None:
+    # Golden value: SHA-256 of the JSON text with sorted keys and no spaces.
+    assert mechanism().sha256 == "60de6a6fbd868da4cfff5ddf2efeffcd34c454ef238b417dbfc20b4c4f79ebcc"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"standardise": "whiten"}, "needs basis_sha256"),
+        ({"basis_sha256": "0" * 64}, "nothing in this mechanism uses a basis"),
+        ({"clipping_norm": math.nan}, "clipping_norm"),
+        ({"clipping_norm": 0.0}, "clipping_norm"),
+        ({"noise_multiplier": -1.0}, "noise_multiplier"),
+        ({"noise_multiplier": math.inf}, "noise_multiplier"),
+        ({"sampling_rate": 0.0}, "sampling_rate"),
+        ({"probe_sha256": "xyz"}, "probe_sha256"),
+        ({"surprise": 1}, "surprise"),
+    ],
+)
+def test_wrong_descriptions_are_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ProfileMechanism.model_validate(mechanism().model_dump() | change)
+
+
+def test_a_reduction_cannot_have_more_dimensions_than_the_gradient() -> None:
+    with pytest.raises(ValidationError, match="128 entries"):
+        Reduction(hidden_size=8, intermediate_size=16, projection_dimensions=129)
+
+
+# --- the average over releases
+
+
+def released(*values: float) -> Float32Array:
+    return np.array(values, dtype=np.float32)
+
+
+def test_first_release_is_its_own_average() -> None:
+    described = mechanism(2, noise_multiplier=3.0, clipping_norm=2.0)
+    profile = update_average(None, released(1, -2), described, 0.5)
+    assert profile.vector.tolist() == [1.0, -2.0]
+    assert (profile.noise_variance, profile.releases) == (36.0, 1)
+
+
+@given(decay=st.floats(0, 0.99), count=st.integers(1, 12))
+def test_average_and_its_variance_in_closed_form(decay: float, count: int) -> None:
+    described = mechanism(1, noise_multiplier=2.0)
+    values = np.random.default_rng(count).standard_normal(count).astype(np.float32)
+    profile: ReleasedProfile | None = None
+    for value in values:
+        profile = update_average(profile, released(float(value)), described, decay)
+    assert profile is not None
+    weights = np.array([(1 - decay) * decay ** (count - 1 - index) for index in range(count)])
+    weights[0] = decay ** (count - 1)
+    assert math.isclose(weights.sum(), 1.0)
+    np.testing.assert_allclose(profile.vector[0], weights @ values, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(profile.noise_variance, 4.0 * (weights**2).sum(), rtol=1e-12)
+    assert profile.releases == count
+
+
+def test_resent_release_is_averaged_once() -> None:
+    described = mechanism(2)
+    first = update_average(None, released(1, 1), described, 0.5)
+    second = update_average(first, released(3, 3), described, 0.5)
+    assert update_average(second, released(3, 3), described, 0.5) is second
+
+
+def test_average_refuses_foreign_or_broken_releases() -> None:
+    described = mechanism(2)
+    first = update_average(None, released(1, 1), described, 0.5)
+    for bad in (released(1, 2, 3), released(math.nan, 1), released(math.inf, 1)):
+        with pytest.raises(MechanismError, match="2 finite numbers"):
+            update_average(first, bad, described, 0.5)
+    for decay in (-0.1, 1.0, math.nan):
+        with pytest.raises(MechanismError, match="decay"):
+            update_average(first, released(1, 1), described, decay)
+    with pytest.raises(MechanismError, match="changed mechanism"):
+        update_average(first, released(1, 1, 1), mechanism(3), 0.5)
+
+
+def test_a_gradient_without_tokens_is_rejected_by_the_clipping() -> None:
+    described = mechanism()
+    empty = GradientFactors(np.zeros((0, 8), np.float32), np.zeros((0, 16), np.float32))
+    total = clipped_sum(Projection(described.reduction).rows([empty]), described)
+    assert total.rejected == 1
+    assert not total.units.any()

@@ -1,0 +1,524 @@
+"""The statement: every promise of the threat model's tables, and none that the ledger does not support."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from fedmosaic.privacy.accounting import epsilon as accounting
+from fedmosaic.privacy.accounting.epsilon import UNPROTECTED, epsilon, person_epsilon
+from fedmosaic.privacy.accounting.events import GaussianEvent
+from fedmosaic.privacy.accounting.tradeoff import attack_bounds
+from fedmosaic.privacy.ledger.ledger import Ledger, data_epoch
+from fedmosaic.privacy.statement import render as report_text
+from fedmosaic.privacy.statement.build import statement
+from fedmosaic.privacy.statement.costs import costs_at_epsilon, round_down, round_up
+from fedmosaic.privacy.statement.models import (
+    ADVERSARIES,
+    Adversary,
+    ClientInputs,
+    ClientStatement,
+    CoalitionRows,
+    Guarantee,
+    PlannedChannel,
+    PrivacyStatement,
+    StatementChannel,
+    StatementInputs,
+    statement_schema,
+)
+from fedmosaic.protos.errors import AccountingError, BudgetExceededError, LedgerError
+
+DELTA = 2.7e-5
+PROFILE = GaussianEvent(8.0, 1.0, 1)
+STEP = GaussianEvent(20.0, 1.0, 5)
+EPOCH = data_epoch(["a", "b"])
+READERS: tuple[Adversary, ...] = ("recipient", "colluding_recipients", "colluding_recipients_with_server")
+SERVERS: tuple[Adversary, ...] = ("server_honest_but_curious", "server_malicious")
+COVERED = {"none": "nothing", "encrypted": "cryptography", "dp": "dp", "dp+encrypted": "dp"}
+
+
+def make_client(
+    directory: Path,
+    protection: str,
+    *,
+    name: str = "clinic-a",
+    secure: bool = True,
+    family: str | None = None,
+    target: float | None = None,
+    rounds: int = 3,
+    step: GaussianEvent | None = None,
+    **facts: object,
+) -> ClientInputs:
+    private = COVERED[protection] == "dp"
+    budgeted = ("profile", "adapter") if private else ("profile",)
+    with Ledger.open(directory / f"{name}.sqlite", name, DELTA, target, budgeted_channels=budgeted) as ledger:
+
+        def release(channel: str, round: int, event: GaussianEvent, covered_by: str) -> None:
+            sequence = ledger.reserve(
+                channel,  # type: ignore[arg-type]  # a literal, by parametrisation
+                round,
+                event,
+                data_epoch=EPOCH,
+                secure_noise=secure,
+                clipping_norm=0.5,
+                dimensions=256,
+                covered_by=covered_by,  # type: ignore[arg-type]  # as above
+            )
+            ledger.released(sequence, "a" * 64)
+
+        release("profile", 0, PROFILE, "dp")
+        ledger.resent(1, "a" * 64, 1)
+        for round in range(rounds):
+            release("adapter", round, (step or STEP) if private else UNPROTECTED, COVERED[protection])
+            if family:
+                release("family", round, STEP if COVERED[family] == "dp" else UNPROTECTED, COVERED[family])
+        rows = tuple(ledger.export())
+    return ClientInputs(
+        ledger=rows,
+        adapter_protection=protection,  # type: ignore[arg-type]  # as above
+        family_protection=family,  # type: ignore[arg-type]  # as above
+        **facts,  # type: ignore[arg-type]  # by keyword
+    )
+
+
+def make(*clients: ClientInputs, **facts: object) -> PrivacyStatement:
+    encrypted = any("encrypted" in c.adapter_protection for c in clients)
+    options: dict[str, object] = {"key_holders": "clients" if encrypted else "nobody"} | facts
+    return statement(StatementInputs(run_id="run-1", clients=clients, **options))  # type: ignore[arg-type]  # as above
+
+
+def guarantee(client: ClientStatement, channel: StatementChannel, adversary: Adversary) -> Guarantee:
+    (found,) = [g for g in client.guarantees if (g.channel, g.adversary) == (channel, adversary)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def statements(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PrivacyStatement]:
+    directory = tmp_path_factory.mktemp("ledgers")
+    return {mode: make(make_client(directory, mode, name=f"c{i}")) for i, mode in enumerate(COVERED)}
+
+
+def test_every_client_channel_and_adversary_has_exactly_one_guarantee(
+    statements: dict[str, PrivacyStatement],
+) -> None:
+    for found in statements.values():
+        (client,) = found.clients
+        pairs = [(g.channel, g.adversary) for g in client.guarantees]
+        assert sorted(pairs) == sorted(itertools.product(("profile", "adapter", "joint"), ADVERSARIES))
+        for each in client.guarantees:
+            assert (each.unit, each.neighbouring_relation, each.delta) == (
+                "example",
+                "add or remove one",
+                DELTA,
+            )
+            assert client.client_id in each.words
+
+
+@pytest.mark.parametrize("mode", COVERED)
+def test_the_profile_is_private_against_everybody(statements: dict[str, PrivacyStatement], mode: str) -> None:
+    (client,) = statements[mode].clients
+    for adversary in ADVERSARIES:
+        found = guarantee(client, "profile", adversary)
+        assert found.epsilon == epsilon([PROFILE], DELTA)
+        assert found.cover == ("dp_and_cryptography" if adversary == "network" else "dp")
+
+
+@pytest.mark.parametrize(
+    ("mode", "server", "reader"),
+    [
+        ("none", ("nothing", math.inf), ("nothing", math.inf)),
+        ("encrypted", ("cryptography_only", None), ("nothing", math.inf)),
+        ("dp", ("dp", 1.0), ("dp", 1.0)),
+        ("dp+encrypted", ("dp_and_cryptography", 1.0), ("dp", 1.0)),
+    ],
+)
+def test_the_adapters_table_of_the_threat_model(
+    statements: dict[str, PrivacyStatement], mode: str, server: tuple[str, float], reader: tuple[str, float]
+) -> None:
+    (client,) = statements[mode].clients
+    alone = epsilon([STEP] * 3, DELTA)
+    for adversaries, (cover, value) in ((SERVERS, server), (READERS, reader)):
+        for adversary in adversaries:
+            found = guarantee(client, "adapter", adversary)
+            assert found.cover == cover
+            assert found.epsilon == (alone if value == 1.0 else value)
+    network = guarantee(client, "adapter", "network")
+    assert network.cover == ("dp_and_cryptography" if "dp" in mode else "cryptography_only")
+
+
+def test_the_joint_guarantee_composes_what_each_adversary_can_read(
+    statements: dict[str, PrivacyStatement],
+) -> None:
+    joint = epsilon([PROFILE, STEP, STEP, STEP], DELTA)
+    (private,) = statements["dp"].clients
+    assert guarantee(private, "joint", "recipient").epsilon == joint
+    assert joint < epsilon([PROFILE], DELTA) + epsilon([STEP] * 3, DELTA)
+    (encrypted,) = statements["encrypted"].clients
+    server = guarantee(encrypted, "joint", "server_honest_but_curious")
+    assert (server.cover, server.cryptography_only) == ("mixed", ("adapter",))
+    assert server.epsilon == epsilon([PROFILE], DELTA)
+    assert guarantee(encrypted, "joint", "recipient").epsilon == math.inf
+    (clear,) = statements["none"].clients
+    for adversary in (*SERVERS, *READERS):
+        assert guarantee(clear, "joint", adversary).epsilon == math.inf
+
+
+def test_figures_come_from_the_cross_checked_accountants_and_the_trade_off_curve(
+    statements: dict[str, PrivacyStatement],
+) -> None:
+    (client,) = statements["dp"].clients
+    profile, adapter, joint = client.channels
+    for channel, events in ((profile, [PROFILE]), (adapter, [STEP] * 3), (joint, [PROFILE, *[STEP] * 3])):
+        figures = channel.accountants
+        assert figures is not None
+        assert figures.prv == channel.epsilon == epsilon(events, DELTA)
+        assert figures.pld is not None
+        assert figures.pld <= figures.prv <= figures.rdp + 0.011
+        assert channel.attack.gaussian_mu == attack_bounds(events, DELTA).gaussian_mu
+    assert joint.attack.gaussian_mu == pytest.approx(math.sqrt(1 / 64 + 15 / 400))
+    (mechanism,) = adapter.mechanisms
+    assert (mechanism.noise_multiplier, mechanism.steps, mechanism.releases) == (20.0, 15, 3)
+    assert (mechanism.clipping_norm, mechanism.dimensions) == (0.5, 256)
+    assert (profile.resends, profile.reservations_never_released) == (1, 0)
+
+
+def test_a_person_with_several_examples_is_told_against_everybody_who_reads(
+    statements: dict[str, PrivacyStatement],
+) -> None:
+    for mode, found in statements.items():
+        (client,) = found.clients
+        for each in client.guarantees:
+            stated = each.epsilon is not None and math.isfinite(each.epsilon)
+            assert [figure.examples for figure in each.persons] == ([2, 5, 10] if stated else []), mode
+    (client,) = statements["dp"].clients
+    joint = guarantee(client, "joint", "server_honest_but_curious")
+    assert [figure.epsilon for figure in joint.persons] == [
+        person_epsilon([PROFILE, *[STEP] * 3], DELTA, count) for count in (2, 5, 10)
+    ]
+    assert joint.epsilon is not None
+    assert joint.epsilon < joint.persons[0].epsilon
+    (encrypted,) = statements["encrypted"].clients
+    of_profile = guarantee(encrypted, "joint", "server_malicious").persons
+    assert of_profile[0].epsilon == person_epsilon([PROFILE], DELTA, 2), "what is only encrypted is in no ε"
+    text = report_text.to_text(report_text.render(statements["dp"]))
+    assert "10 examples" in text
+    assert f"{math.ceil(joint.persons[-1].epsilon * 1000) / 1000:.3f}" in text
+
+
+def test_examples_of_a_person_may_lie_in_several_disjoint_epochs(tmp_path: Path) -> None:
+    with Ledger.open(tmp_path / "l.sqlite", "a", DELTA, None, "rdp") as ledger:
+        for number, ids in enumerate((["a", "b"], ["c", "d"])):
+            ledger.reserve(
+                "profile",
+                number,
+                PROFILE,
+                data_epoch=data_epoch(ids),
+                secure_noise=True,
+                clipping_norm=1.0,
+                dimensions=8,
+                example_ids=ids,
+            )
+        rows = tuple(ledger.export())
+    (client,) = make(ClientInputs(ledger=rows, adapter_protection="dp")).clients
+    found = guarantee(client, "profile", "recipient")
+    assert found.epsilon == pytest.approx(epsilon([PROFILE], DELTA, "rdp"))
+    assert found.persons[0].epsilon == person_epsilon([PROFILE, PROFILE], DELTA, 2)
+
+
+def test_contradicting_accountants_make_no_statement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = make_client(tmp_path, "dp")
+    accounting._evaluate.cache_clear()
+    monkeypatch.setattr(accounting, "_pld", lambda events, delta, finer=1: 50.0)
+    with pytest.raises(AccountingError, match="below PLD"):
+        make(client)
+    accounting._evaluate.cache_clear()
+
+
+def test_an_altered_ledger_makes_no_statement(tmp_path: Path) -> None:
+    client = make_client(tmp_path, "dp")
+    rows = list(client.ledger)
+    rows[1] = rows[1].model_copy(update={"noise_multiplier": 80.0})
+    with pytest.raises(LedgerError, match="row 1"):
+        make(client.model_copy(update={"ledger": tuple(rows)}))
+    with pytest.raises(LedgerError, match="row 1"):
+        make(client.model_copy(update={"ledger": (rows[0], *rows[2:])}))
+
+
+def test_the_worse_of_configuration_and_ledger_is_reported(tmp_path: Path) -> None:
+    clear = make_client(tmp_path, "none", name="a")
+    for claimed in ("encrypted", "dp", "dp+encrypted"):
+        (client,) = make(
+            clear.model_copy(update={"adapter_protection": claimed}), key_holders="clients"
+        ).clients
+        assert guarantee(client, "adapter", "server_honest_but_curious").epsilon == math.inf
+        assert "the ledger shows releases" in client.warnings[0]
+    hidden = make_client(tmp_path, "encrypted", name="b")
+    (client,) = make(
+        hidden.model_copy(update={"adapter_protection": "dp+encrypted"}), key_holders="clients"
+    ).clients
+    assert guarantee(client, "adapter", "recipient").epsilon == math.inf
+    private = make_client(tmp_path, "dp", name="c")
+    (client,) = make(private.model_copy(update={"adapter_protection": "none"})).clients
+    assert guarantee(client, "adapter", "recipient").epsilon == math.inf
+
+
+def test_an_unprotected_adapter_is_infinite_even_before_it_was_sent(tmp_path: Path) -> None:
+    (client,) = make(make_client(tmp_path, "none", rounds=0)).clients
+    assert guarantee(client, "adapter", "server_honest_but_curious").epsilon == math.inf
+    (client,) = make(make_client(tmp_path, "dp", rounds=0, name="b")).clients
+    assert guarantee(client, "adapter", "server_honest_but_curious").epsilon == 0.0
+
+
+def test_a_family_without_dp_undoes_a_private_adapter(tmp_path: Path) -> None:
+    (client,) = make(make_client(tmp_path, "dp", family="none")).clients
+    assert [channel.channel for channel in client.channels] == ["profile", "adapter", "family", "joint"]
+    assert guarantee(client, "adapter", "recipient").epsilon == epsilon([STEP] * 3, DELTA)
+    assert guarantee(client, "family", "recipient").epsilon == math.inf
+    assert guarantee(client, "joint", "recipient").epsilon == math.inf
+    assert client.channels[-1].epsilon == math.inf
+
+
+def test_test_noise_voids_every_guarantee(tmp_path: Path) -> None:
+    found = make(make_client(tmp_path, "dp+encrypted", secure=False), make_client(tmp_path, "dp", name="b"))
+    assert found.no_guarantee
+    tested, real = found.clients
+    assert (tested.test_noise, real.test_noise) == (True, False)
+    for adversary in READERS:
+        for channel in ("profile", "adapter", "joint"):
+            voided = guarantee(tested, channel, adversary)
+            assert (voided.epsilon, voided.test_noise) == (math.inf, True)
+            assert "no guarantee" in voided.words
+    assert tested.channels[0].epsilon == math.inf
+    assert tested.channels[0].nominal_epsilon == epsilon([PROFILE], DELTA)
+    assert guarantee(tested, "adapter", "server_malicious").cover == "cryptography_only"
+    assert guarantee(real, "joint", "recipient").epsilon == epsilon([PROFILE, *[STEP] * 3], DELTA)
+
+
+def test_budget_and_refusals_are_told(tmp_path: Path) -> None:
+    target = epsilon([PROFILE, STEP, STEP], DELTA) + 1e-6
+    with pytest.raises(BudgetExceededError):
+        make_client(tmp_path, "dp", target=target)
+    with Ledger.open(
+        tmp_path / "clinic-a.sqlite", "clinic-a", DELTA, target, budgeted_channels=("profile", "adapter")
+    ) as ledger:
+        ledger.reserve(
+            "adapter",
+            7,
+            GaussianEvent(1e4, 1.0, 1),
+            data_epoch=EPOCH,
+            secure_noise=True,
+            clipping_norm=1.0,
+            dimensions=1,
+        )
+        rows = tuple(ledger.export())
+    (client,) = make(ClientInputs(ledger=rows, adapter_protection="dp")).clients
+    assert client.target_epsilon == target
+    assert client.spent_epsilon == epsilon([PROFILE, STEP, STEP, GaussianEvent(1e4, 1.0, 1)], DELTA) <= target
+    assert client.refusals == client.channels[1].refusals == 1
+    assert client.channels[1].reservations_never_released == 1
+
+
+def test_the_number_of_recipients_that_suffice_is_that_of_the_smallest_row(tmp_path: Path) -> None:
+    client = make_client(tmp_path, "none")
+    (told,) = [line for line in make(client, smallest_row=3, rounds=2).leaks if "put rows together" in line]
+    assert "the smallest aggregate received here had 3, and 2 recipient(s) solve for those" in told
+    assert "hardly move" not in told
+    assert "two suffice, whatever the number, if a malicious server chooses their rows" in told
+    (told,) = [line for line in make(client, smallest_row=11, rounds=6).leaks if "put rows together" in line]
+    assert (
+        "had 11, and 6 recipient(s) solve for those with one row each, 2 with the 5 rows of the run" in told
+    )
+    assert "aggregates of others, not seen here, may have 3: then 2" in told
+    (told,) = [line for line in make(client, smallest_row=None).leaks if "put rows together" in line]
+    assert "none was received here, the least allowed is 3, and 2 recipient(s)" in told
+
+
+def test_an_in_process_run_has_no_network(tmp_path: Path) -> None:
+    (client,) = make(make_client(tmp_path, "dp"), transport="in_process").clients
+    assert guarantee(client, "joint", "network").cover == "nothing_sent"
+    assert guarantee(client, "joint", "network").epsilon is None
+
+
+def test_assumptions_and_leaks_follow_the_run(tmp_path: Path) -> None:
+    clear = make_client(tmp_path, "none", name="a")
+    shared = make(make_client(tmp_path, "encrypted", name="b"))
+    committee = make(make_client(tmp_path, "dp+encrypted", name="c"), key_holders="committee")
+    assert any("one client together with the server" in line for line in shared.assumptions)
+    assert any("quorum of the committee" in line for line in committee.assumptions)
+    assert not any("key" in line for line in make(clear).assumptions)
+    assert any("No metric" in line for line in make(clear).assumptions)
+    told = make(clear, metrics_shared=True)
+    assert any("Metrics of private data left" in line for line in told.leaks)
+    assert not any("No metric" in line for line in told.assumptions)
+    with pytest.raises(ValidationError, match="key_holders"):
+        make(clear.model_copy(update={"adapter_protection": "encrypted"}), key_holders="nobody")
+
+
+def test_only_ckks_leaves_the_sum_unbound_to_the_row(tmp_path: Path) -> None:
+    client = make_client(tmp_path, "encrypted")
+    words = {name: " ".join(make(client, encryption=name).leaks) for name in ("ckks, ring 2048", "mask", "")}
+    assert "a malicious server can hand it a single adapter" in words.pop("ckks, ring 2048")
+    assert not any("single adapter in place" in text for text in words.values())
+
+
+def test_json_is_versioned_fits_its_schema_and_reads_back(statements: dict[str, PrivacyStatement]) -> None:
+    for found in statements.values():
+        text = found.model_dump_json()
+        assert "null" not in json.dumps(
+            [
+                g["epsilon"]
+                for c in json.loads(text)["clients"]
+                for g in c["guarantees"]
+                if g["cover"] in ("dp", "nothing")
+            ]
+        )
+        assert "Infinity" not in text
+        assert "NaN" not in text
+        assert json.loads(text)["schema_version"] == 1
+        assert PrivacyStatement.model_validate_json(text) == found
+    schema = statement_schema()
+    assert schema["additionalProperties"] is False
+    assert schema["properties"]["schema_version"]["const"] == 1
+    channel_epsilon = schema["$defs"]["ChannelStatement"]["properties"]["epsilon"]
+    assert {"const": "infinity"} in channel_epsilon["anyOf"]
+    assert all(value.get("description") for value in schema["$defs"]["Guarantee"]["properties"].values())
+    with pytest.raises(ValidationError):
+        PrivacyStatement.model_validate_json('{"schema_version": 2}')
+
+
+def test_no_private_hash_or_salt_is_in_a_statement(tmp_path: Path) -> None:
+    client = make_client(tmp_path, "dp")
+    text = make(client).model_dump_json()
+    salt = json.loads(client.ledger[0].mechanism or "")["salt"]
+    for secret in (EPOCH, salt, *(row.hash for row in client.ledger), "a" * 64):
+        assert secret not in text
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "expected"),
+    [(2.7e-5, 1, 3e-5), (3e-5, 1, 3e-5), (0.991, 2, 1.0), (2.4416, 2, 2.5), (0.0, 2, 0.0), (123.0, 1, 200.0)],
+)
+def test_rounding_up_keeps_upper_bounds(value: float, digits: int, expected: float) -> None:
+    assert round_up(value, digits) == expected
+    assert round_up(math.inf, 2) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(0.6865, 0.6), (8.0, 8.0), (0.3, 0.3), (12.8, 10.0), (0.0, 0.0)]
+)
+def test_rounding_down_keeps_lower_bounds(value: float, expected: float) -> None:
+    assert round_down(value, 1) == expected
+
+
+def test_what_another_epsilon_would_have_cost(tmp_path: Path) -> None:
+    planned = {"adapter": PlannedChannel(sampling_rate=1.0, steps=15)}
+    found = make(
+        make_client(tmp_path, "dp", name="a"),
+        make_client(tmp_path, "none", name="b", planned=planned),
+        make_client(tmp_path, "none", name="c"),
+    )
+    costs = {(c.client_id, c.channel): c for c in costs_at_epsilon(found, 1.0)}
+    assert len(costs) == 9
+    profile = costs["a", "profile"].needed_noise_multipliers
+    assert profile is not None
+    assert 0.98 <= epsilon([GaussianEvent(profile[0], 1.0, 1)], DELTA) <= 1.0
+    for name in ("a", "b"):
+        joint = costs[name, "joint"].needed_noise_multipliers
+        assert joint is not None
+        assert 0.98 <= epsilon([PROFILE, GaussianEvent(joint[0], 1.0, 15)], DELTA) <= 1.0
+    assert costs["a", "joint"].current_noise_multipliers == (20.0,)
+    assert costs["b", "joint"].current_noise_multipliers == (0.0,)
+    assert "where there was no noise" in costs["b", "adapter"].words
+    assert costs["c", "adapter"].needed_noise_multipliers is None
+    assert "no schedule is known" in costs["c", "joint"].words
+    (tight,) = [c for c in costs_at_epsilon(found, 0.2) if (c.client_id, c.channel) == ("a", "joint")]
+    assert tight.needed_noise_multipliers is not None
+    assert len(tight.needed_noise_multipliers) == 2, "below the profile's own ε both channels need more noise"
+    for target in (0.0, math.nan, 101.0):
+        with pytest.raises(AccountingError, match="target"):
+            costs_at_epsilon(found, target)
+    text = report_text.to_text(report_text.render_costs(tuple(costs.values())))
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_the_statement_can_be_priced_after_reading_it_back(statements: dict[str, PrivacyStatement]) -> None:
+    found = statements["dp"]
+    again = PrivacyStatement.model_validate_json(found.model_dump_json())
+    assert costs_at_epsilon(again, 2.0) == costs_at_epsilon(found, 2.0)
+
+
+def test_the_text_fits_100_columns_and_names_everybody(tmp_path: Path) -> None:
+    found = make(
+        make_client(tmp_path, "dp", name="a", family="dp", target=8.0, clipped_share={"profile": 0.9}),
+        make_client(tmp_path, "dp+encrypted", name="a-client-with-quite-a-long-name-of-its-own-0123456789"),
+        make_client(tmp_path, "encrypted", name="c"),
+        make_client(tmp_path, "dp", name="d", secure=False),
+        coalition_rows=(CoalitionRows(colluding_recipients=2, independent_rows=6, contributors=4),),
+        encryption="CKKS",
+        created="2026-05-04T10:30:00Z",
+    )
+    text = report_text.to_text(report_text.render(found))
+    assert max(map(len, text.splitlines())) <= 100
+    assert "…" not in text
+    assert "\x1b" not in text
+    for words in ("server, honest but curious", "server, malicious", "recipients + server", "the network"):
+        assert text.count(words) >= 4
+    assert "2 recipient(s) hold at most 6 independent combinations of 4 adapters: enough" in text
+    assert "NO GUARANTEE HOLDS" in text
+    for line in (*found.assumptions, *found.leaks):
+        assert line.split()[0] in text
+
+
+def test_in_the_clear_cannot_be_missed(tmp_path: Path) -> None:
+    found = make(make_client(tmp_path, "none"))
+    text = report_text.to_text(report_text.render(found))
+    assert (
+        "IN THE CLEAR: the shared adapter is not protected from the server or the recipients: ε = ∞." in text
+    )
+    assert text.count("ε = ∞ IN THE CLEAR") == 5
+    private = report_text.to_text(report_text.render(make(make_client(tmp_path, "dp", name="b"))))
+    assert "IN THE CLEAR" not in private
+    assert "∞" not in private
+
+
+def test_in_the_clear_is_red_on_a_terminal(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    console = Console(width=100, force_terminal=True, color_system="standard")
+    with console.capture() as captured:
+        console.print(report_text.render(make(make_client(tmp_path, "none"))))
+    assert "\x1b[1;37;41mIN THE CLEAR" in captured.get()
+
+
+def test_a_printed_statement_does_not_tell_delta_exactly(tmp_path: Path) -> None:
+    text = report_text.to_text(report_text.render(make(make_client(tmp_path, "dp"))))
+    assert "δ = 3e-05" in text
+    assert "2.7e-05" not in text
+
+
+def test_subsampled_adapter_and_parallel_composition(tmp_path: Path) -> None:
+    with Ledger.open(tmp_path / "l.sqlite", "a", DELTA, None, "rdp") as ledger:
+        for round, ids in enumerate((["a", "b"], ["c"])):
+            for channel, event in (("profile", PROFILE), ("adapter", GaussianEvent(1.0, 0.016, 50))):
+                ledger.reserve(
+                    channel,  # type: ignore[arg-type]  # a literal
+                    round,
+                    event,
+                    data_epoch=data_epoch(ids),
+                    secure_noise=True,
+                    clipping_norm=1.0,
+                    dimensions=4,
+                    example_ids=ids,
+                )
+        rows = tuple(ledger.export())
+    (client,) = make(ClientInputs(ledger=rows, adapter_protection="dp")).clients
+    joint = client.channels[-1]
+    events = [PROFILE, GaussianEvent(1.0, 0.016, 50)]
+    assert joint.parallel_composition
+    assert joint.epsilon == epsilon(events, DELTA, "rdp")
+    assert joint.accountant == "rdp"
+    assert joint.attack.advantage == attack_bounds(events, DELTA).advantage
+    assert 0 < joint.attack.gaussian_mu < 1

@@ -1,0 +1,567 @@
+"""A real gRPC server with mutual TLS: calls, waiting, resuming, refusals, hostile clients."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from end_to_end.ports import free_port
+from fedmosaic.client.transport.grpc import GrpcTransport, TransportOptions
+from fedmosaic.privacy.federation import identity
+from fedmosaic.protos import bounds, wire
+from fedmosaic.protos.errors import ConfigurationError, IdentityError, TransportError
+from fedmosaic.protos.messages import KeyMessage, Phase, ReceiptStatus, Section
+from fedmosaic.protos.refusal import Refusal, from_rpc_error
+from fedmosaic.protos.v1 import federation_pb2 as pb
+from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
+from fedmosaic.server.network import service
+from fedmosaic.server.network.serving import SERVICE
+
+
+@pytest.fixture
+def settings(federation: Any, authority: Any, tmp_path: Path) -> Any:
+    return federation.settings(tmp_path / "state", tls=authority.server(), listen="127.0.0.1:0")
+
+
+@pytest.fixture
+def server(settings: Any, start_server: Any) -> Any:
+    return start_server(settings)
+
+
+@pytest.fixture
+def stub(server: Any, authority: Any) -> Iterator[Any]:
+    """A stub without the care of a transport, to send what a transport would not."""
+    certificate, key = authority.client("clinic-a")
+    credentials = grpc.ssl_channel_credentials(
+        authority.certificate.read_bytes(), key.read_bytes(), certificate.read_bytes()
+    )
+    with grpc.secure_channel(server.address, credentials) as channel:
+        yield rpc.FederationStub(channel)
+
+
+def refusal_of(call: Any) -> Refusal:
+    with pytest.raises(grpc.RpcError) as error:
+        call()
+    found = from_rpc_error(error.value, "call")
+    assert isinstance(found, Refusal), found
+    return found
+
+
+def wait_until(condition: Callable[[], Any]) -> None:
+    """Wait for what must have happened before the test goes on."""
+    deadline = time.monotonic() + 60.0
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def run_id_of(federation: Any, *transports: Any) -> str:
+    """Enrol all and return the id of the run."""
+    (run_id,) = {transport.enrol(federation.enrolment()).run_id for transport in transports}
+    return str(run_id)
+
+
+def test_a_run_of_five_clients(federation: Any, server: Any, connect: Any) -> None:
+    results: dict[str, Any] = {}
+
+    def live(client: str) -> None:
+        transport = connect(server, client)
+        enrolled = transport.enrol(federation.enrolment())
+        for number in range(1, enrolled.rounds + 1):
+            assert transport.pull(number).round == number
+            upload = federation.upload(enrolled.run_id, client, number)
+            assert transport.push(upload).status is ReceiptStatus.ACCEPTED
+            assert transport.push(upload).status is ReceiptStatus.DUPLICATE
+        last = transport.pull(enrolled.rounds + 1)
+        transport.report(federation.statement(enrolled.run_id, client))
+        results[client] = (last, transport.status(), transport.traffic().as_dict())
+
+    threads = [threading.Thread(target=live, args=(client,)) for client in federation.clients]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert set(results) == set(federation.clients)
+    for last, status, traffic in results.values():
+        (section,) = last.sections
+        uploads = np.stack([federation.vector(c, 3) for c in section.row.contributors])
+        expected = np.array(section.row.weights) / 2**section.row.bits @ uploads
+        np.testing.assert_allclose(federation.values(section.payload), expected, atol=1e-6)
+        assert status.phase is Phase.FINISHED
+        assert traffic["adapter"]["sent"] > 3 * 4 * federation.dimensions
+        assert traffic["profile"]["sent"] > 3 * 4 * 8
+    server.stop()
+    summary = json.loads((server.settings.state_dir / "run.json").read_text())
+    assert set(summary["statements"]) == set(federation.clients)
+    assert all(t["received"] > 0 < t["sent"] for t in summary["traffic"].values())
+
+
+def test_a_waiting_client_is_told_for_whom_and_is_served_at_once(
+    federation: Any, server: Any, connect: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "_STATUS_SECONDS", 600.0)  # only the opening of the round can wake it
+    transports = {client: connect(server, client, wait_seconds=60.0) for client in federation.clients}
+    run_id = run_id_of(federation, *transports.values())
+    heard: list[str] = []
+    opened: list[int] = []
+
+    def wait() -> None:
+        opened.append(transports["clinic-a"].pull(2, lambda status: heard.append(status.message)).round)
+
+    for client in federation.clients[:4]:
+        transports[client].push(federation.upload(run_id, client, 1))
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    wait_until(lambda: heard)
+    transports["clinic-e"].push(federation.upload(run_id, "clinic-e", 1))
+    waiting.join(40)
+    assert "round 1: 4 of 5 uploads, waiting for clinic-e" in heard[0]
+    assert opened == [2], "the call would have ended of itself after a minute"
+
+
+def test_a_poll_that_ends_is_repeated_until_the_round_opens(
+    federation: Any, server: Any, connect: Any
+) -> None:
+    patient = connect(server, "clinic-a", wait_seconds=0.2)
+    run_id = run_id_of(federation, patient)
+    others = {c: connect(server, c) for c in federation.clients}
+    timer = threading.Timer(1.5, lambda: [t.push(federation.upload(run_id, c, 1)) for c, t in others.items()])
+    timer.start()
+    assert patient.pull(2).round == 2
+    timer.join()
+
+
+def test_the_client_is_whom_its_certificate_names(federation: Any, server: Any, connect: Any) -> None:
+    transport = connect(server, "clinic-b")
+    run_id = run_id_of(federation, transport)
+    with pytest.raises(Refusal) as error:
+        transport.push(federation.upload(run_id, "clinic-a", 1))
+    assert error.value.reason == "SIGNATURE_INVALID"
+
+
+def test_certificates_that_are_not_on_the_roster(
+    federation: Any, server: Any, connect: Any, authority: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING), pytest.raises(Refusal) as error:
+        connect(server, "mallory").enrol(federation.enrolment())
+    assert error.value.reason == "NOT_ON_ROSTER"
+    assert caplog.text.count("refused enrolment") == 1
+    certificate, key = authority.client("clinic-c", federation="elsewhere")
+    foreign = GrpcTransport(
+        server.address, authority=authority.certificate, certificate=certificate, private_key=key
+    )
+    with pytest.raises(Refusal, match="federation 'elsewhere', this is 'fed'"):
+        foreign.status()
+    foreign.close()
+
+
+def test_a_pinned_key_makes_an_older_certificate_worthless(
+    federation: Any, settings: Any, start_server: Any, connect: Any, authority: Any
+) -> None:
+    certificate, key = authority.client("clinic-a")
+    pins = {"clinic-a": identity.certificate_key_sha256(certificate.read_bytes())}
+    server = start_server(settings.model_copy(update={"tls_key_sha256": pins}))
+    pinned = GrpcTransport(
+        server.address, authority=authority.certificate, certificate=certificate, private_key=key
+    )
+    assert pinned.status().round == 1
+    pinned.close()
+    with pytest.raises(Refusal, match="another key than the roster pins"):
+        connect(server, "clinic-a").status()
+
+
+def test_tls_ends_connections_without_an_acceptable_certificate(
+    federation: Any, server: Any, authority: Any, make_authority: Any
+) -> None:
+    foreign = make_authority("foreign")
+    old_certificate, old_key = authority.client("clinic-b", age_days=200)
+    cases = [
+        foreign.client("clinic-a"),
+        (old_certificate, old_key),
+        (server.settings.tls.certificate, server.settings.tls.private_key),
+        None,
+    ]
+    for case in cases:
+        pair = (None, None) if case is None else (case[1].read_bytes(), case[0].read_bytes())
+        credentials = grpc.ssl_channel_credentials(authority.certificate.read_bytes(), *pair)
+        with grpc.secure_channel(server.address, credentials) as channel:
+            with pytest.raises(grpc.RpcError) as error:
+                rpc.FederationStub(channel).RoundStatus(pb.RoundStatusRequest(), timeout=60)
+            assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_client_with_a_foreign_kit_learns_that_this_is_not_its_server(
+    federation: Any, server: Any, make_authority: Any
+) -> None:
+    foreign = make_authority("foreign")
+    certificate, key = foreign.client("clinic-a")
+    transport = GrpcTransport(
+        server.address, authority=foreign.certificate, certificate=certificate, private_key=key
+    )
+    with pytest.raises(IdentityError, match="no certificate of this federation's authority"):
+        transport.status()
+    transport.close()
+
+
+def test_health_needs_tls_but_no_membership(server: Any, authority: Any) -> None:
+    certificate, key = authority.client("a-load-balancer")
+    credentials = grpc.ssl_channel_credentials(
+        authority.certificate.read_bytes(), key.read_bytes(), certificate.read_bytes()
+    )
+    with grpc.secure_channel(server.address, credentials) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for name in ("", SERVICE):
+            answer = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=60)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.RpcError) as error:
+            channel.unary_unary("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo")(b"", timeout=60)
+        assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def announced(federation: Any, run_id: str, size: int) -> pb.PushRequest:
+    header = wire.encode_upload_header(federation.upload(run_id, "clinic-a", 1).header())
+    header.sections[0].size = size
+    return pb.PushRequest(header=header)
+
+
+def test_two_gibibytes_are_refused_at_once_with_one_line(
+    federation: Any, server: Any, stub: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    chunks = 0
+
+    def endless() -> Iterator[pb.PushRequest]:
+        nonlocal chunks
+        yield announced(federation, "0" * 32, 2 << 30)
+        while True:
+            chunks += 1
+            yield pb.PushRequest(chunk=pb.Chunk(data=bytes(1 << 18)))
+
+    with caplog.at_level(logging.WARNING):
+        refusal = refusal_of(lambda: stub.Push(endless(), timeout=60))
+    assert chunks << 18 < 1 << 28, "no more than what was under way is sent"
+    assert refusal.reason == "UPLOAD_TOO_LARGE"
+    assert "2147483648 bytes" in refusal.message
+    lines = [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(lines) == 1
+    assert "refused push of clinic-a: UPLOAD_TOO_LARGE" in lines[0].getMessage()
+
+
+def test_nan_in_a_profile_names_the_field_and_leaves_others_alone(
+    federation: Any, server: Any, stub: Any, connect: Any
+) -> None:
+    transport = connect(server, "clinic-b")
+    run_id = run_id_of(federation, transport)
+    message = wire.encode_upload_header(federation.upload(run_id, "clinic-a", 1).header())
+    values = np.frombuffer(message.profile.vector, dtype="<f4").copy()
+    values[2] = np.nan
+    message.profile.vector = values.tobytes()
+    refusal = refusal_of(lambda: stub.Push(iter([pb.PushRequest(header=message)]), timeout=60))
+    assert "profile.vector has 1 of 8 values that are NaN" in refusal.message
+    assert transport.push(federation.upload(run_id, "clinic-b", 1)).status is ReceiptStatus.ACCEPTED
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda h, c: [], "must begin with its header"),
+        (lambda h, c: [c(0, b"x")], "must begin with its header"),
+        (lambda h, c: [h, c(5, b"x" * 10)], "chunk starts at byte 5"),
+        (lambda h, c: [h, h], "chunk has 0 bytes"),
+        (lambda h, c: [h, c(0, b"x" * 100_000)], "beyond the"),
+        (lambda h, c: [h, c(0, b"x" * 10)], "ended after 10 of"),
+    ],
+    ids=["nothing", "no header", "gap", "two headers", "too much", "too little"],
+)
+def test_streams_out_of_order_are_refused(
+    federation: Any, stub: Any, server: Any, connect: Any, make: Any, words: str
+) -> None:
+    run_id = run_id_of(federation, connect(server, "clinic-a"))
+    header = pb.PushRequest(
+        header=wire.encode_upload_header(federation.upload(run_id, "clinic-a", 1).header())
+    )
+
+    def chunk(offset: int, data: bytes) -> pb.PushRequest:
+        return pb.PushRequest(chunk=pb.Chunk(offset=offset, data=data))
+
+    refusal = refusal_of(lambda: stub.Push(iter(make(header, chunk)), timeout=60))
+    assert words in refusal.message
+
+
+def test_a_message_above_one_mebibyte_is_refused(server: Any, stub: Any) -> None:
+    with pytest.raises(grpc.RpcError) as error:
+        stub.Report(pb.ReportRequest(statement=bytes(bounds.MAX_MESSAGE_BYTES)), timeout=60)
+    assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+LARGE = 1_000_000
+
+
+@pytest.fixture
+def large(make_federation: Any, authority: Any, tmp_path: Path, start_server: Any) -> tuple[Any, Any]:
+    federation = make_federation(dimensions=LARGE)
+    settings = federation.settings(tmp_path / "large", tls=authority.server(), listen="127.0.0.1:0")
+    return federation, start_server(settings)
+
+
+def test_a_cut_upload_goes_on_where_it_stopped(large: Any, authority: Any, connect: Any) -> None:
+    federation, server = large
+    transport = connect(server, "clinic-a", chunk_bytes=1 << 16)
+    upload = federation.upload(run_id_of(federation, transport), "clinic-a", 1)
+    header = upload.header()
+    certificate, key = authority.folder / "clinic-a.pem", authority.folder / "clinic-a.key"
+    credentials = grpc.ssl_channel_credentials(
+        authority.certificate.read_bytes(), key.read_bytes(), certificate.read_bytes()
+    )
+
+    def part() -> Iterator[pb.PushRequest]:
+        yield pb.PushRequest(header=wire.encode_upload_header(header))
+        for chunk in wire.chunks([upload.sections[0].payload[:1_500_000]], 0, 1 << 16):
+            yield pb.PushRequest(chunk=chunk)
+        cut.wait(60)
+
+    def status() -> pb.UploadStatusResponse:
+        request = pb.UploadStatusRequest(header=wire.encode_upload_header(header))
+        return stub.UploadStatus(request, timeout=60)
+
+    cut = threading.Event()
+    with grpc.secure_channel(server.address, credentials) as channel:
+        stub = rpc.FederationStub(channel)
+        call = stub.Push.future(part(), timeout=60)
+        wait_until(lambda: status().received)
+        call.cancel()
+        cut.set()
+        left = status()
+    assert 0 < left.received <= 1_500_000
+    assert not left.HasField("receipt")
+    assert transport.push(upload).status is ReceiptStatus.ACCEPTED
+    sent = transport.traffic().as_dict()["adapter"]["sent"]
+    assert sent < header.size - left.received + 20_000
+    spooled = server.settings.state_dir / "uploads" / "000001" / "clinic-a.bin"
+    assert hashlib.sha256(spooled.read_bytes()).digest() == header.sections[0].sha256
+
+
+def test_a_download_goes_on_where_it_stopped(large: Any, connect: Any, authority: Any) -> None:
+    federation, server = large
+    transports = {c: connect(server, c) for c in federation.clients}
+    run_id = run_id_of(federation, *transports.values())
+    for client, transport in transports.items():
+        transport.push(federation.upload(run_id, client, 1))
+    whole = transports["clinic-a"].pull(2).sections[0].payload
+    certificate, key = authority.folder / "clinic-a.pem", authority.folder / "clinic-a.key"
+    credentials = grpc.ssl_channel_credentials(
+        authority.certificate.read_bytes(), key.read_bytes(), certificate.read_bytes()
+    )
+    with grpc.secure_channel(server.address, credentials) as channel:
+        stub = rpc.FederationStub(channel)
+        header, *chunks = list(stub.Pull(pb.PullRequest(round=2), timeout=60))
+        digest = header.header.sha256
+        assert hashlib.sha256(whole).digest() == digest
+        rest = list(
+            stub.Pull(pb.PullRequest(round=2, resume_offset=3_000_001, resume_sha256=digest), timeout=60)
+        )
+        assert rest[0].header.resume_offset == 3_000_001
+        assert b"".join(part.chunk.data for part in rest[1:]) == whole[3_000_001:]
+        again = list(
+            stub.Pull(pb.PullRequest(round=2, resume_offset=77, resume_sha256=bytes(32)), timeout=60)
+        )
+        assert again[0].header.resume_offset == 0
+        assert len(again) == 1 + len(chunks)
+        assert max(part.ByteSize() for part in again) < bounds.MAX_MESSAGE_BYTES
+
+
+def test_a_second_push_replaces_one_that_hangs(
+    large: Any, connect: Any, authority: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        service, "_CHUNK_SECONDS", 600.0
+    )  # the server would wait, and the second push with it
+    federation, server = large
+    transport = connect(server, "clinic-a")
+    upload = federation.upload(run_id_of(federation, transport), "clinic-a", 1)
+    certificate, key = authority.folder / "clinic-a.pem", authority.folder / "clinic-a.key"
+    credentials = grpc.ssl_channel_credentials(
+        authority.certificate.read_bytes(), key.read_bytes(), certificate.read_bytes()
+    )
+    hanging = threading.Event()
+
+    def hang() -> Iterator[pb.PushRequest]:
+        yield pb.PushRequest(header=wire.encode_upload_header(upload.header()))
+        yield pb.PushRequest(chunk=pb.Chunk(data=b"not the payload"))
+        hanging.wait(120)
+
+    with grpc.secure_channel(server.address, credentials) as channel:
+        call = rpc.FederationStub(channel).Push.future(hang(), timeout=120)
+        wait_until(lambda: list(server.settings.state_dir.rglob("clinic-a.*.part")))
+        assert transport.push(upload).status is ReceiptStatus.ACCEPTED
+        assert not hanging.is_set()
+        hanging.set()
+        with pytest.raises(grpc.RpcError, match="a newer push of this client has begun"):
+            call.result(timeout=60)
+
+
+def test_a_restart_in_the_middle_of_a_round_is_survived_by_waiting_clients(
+    federation: Any, settings: Any, start_server: Any, connect: Any
+) -> None:
+    settings = settings.model_copy(update={"listen": f"127.0.0.1:{free_port()}"})
+    first = start_server(settings)
+    transports = {c: connect(first, c, retry_seconds=120.0) for c in federation.clients}
+    run_id = run_id_of(federation, *transports.values())
+    for client in federation.clients[:3]:
+        transports[client].push(federation.upload(run_id, client, 1))
+    got: list[Any] = []
+    waiting = threading.Thread(target=lambda: got.append(transports["clinic-a"].pull(2)))
+    waiting.start()
+    time.sleep(0.3)
+    first.stop()
+    second = start_server(settings)
+    assert second.port == first.port
+    for client in federation.clients[3:]:
+        assert transports[client].push(federation.upload(run_id, client, 1)).status is ReceiptStatus.ACCEPTED
+    waiting.join(60)
+    assert got
+    assert got[0].round == 2
+
+
+def test_two_hundred_clients_wait_at_once(
+    make_federation: Any, authority: Any, tmp_path: Path, start_server: Any
+) -> None:
+    names = tuple(f"c{i:03d}" for i in range(200))
+    federation = make_federation(clients=names)
+    server = start_server(
+        federation.settings(tmp_path / "many", tls=authority.server(), listen="127.0.0.1:0", quorum=4)
+    )
+    with contextlib.ExitStack() as stack:
+        stubs = []
+        for name in names:
+            certificate, key = authority.client(name)
+            credentials = grpc.ssl_channel_credentials(
+                authority.certificate.read_bytes(), key.read_bytes(), certificate.read_bytes()
+            )
+            channel = stack.enter_context(grpc.secure_channel(server.address, credentials))
+            stubs.append(rpc.FederationStub(channel))
+        calls = [s.Pull(pb.PullRequest(round=2, wait_milliseconds=60_000), timeout=120) for s in stubs]
+        first = [next(call) for call in calls]
+        assert all(part.HasField("waiting") for part in first)
+        status = stubs[0].RoundStatus(pb.RoundStatusRequest(), timeout=60)
+        assert status.state.round == 1
+        assert not any(call.done() for call in calls), "another call is answered while two hundred wait"
+        for call in calls:
+            call.cancel()
+
+
+def test_key_messages_wait_for_their_readers(
+    make_federation: Any, federation: Any, authority: Any, tmp_path: Path, start_server: Any, connect: Any
+) -> None:
+    from fedmosaic.privacy.encryption.parameters import MaskParameters
+
+    server = start_server(
+        federation.settings(
+            tmp_path / "sealed", tls=authority.server(), listen="127.0.0.1:0", encryption=MaskParameters()
+        )
+    )
+    transports = {c: connect(server, c) for c in federation.clients}
+    found: dict[str, dict[str, bytes]] = {}
+
+    def agree(client: str) -> None:
+        transport = transports[client]
+        transport.enrol(federation.enrolment())
+        transport.post_key_message(KeyMessage(1, "join", "", b"here"))
+        members = transport.read_key_messages(1, "join", 4, 20.0)
+        transport.post_key_message(KeyMessage(1, "opening", "", client.encode()))
+        found[client] = transport.read_key_messages(1, "opening", len(members), 20.0)
+
+    threads = [threading.Thread(target=agree, args=(c,)) for c in federation.clients]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    expected = {c: c.encode() for c in federation.clients}
+    assert all(found[c] == expected for c in federation.clients)
+    started = time.monotonic()
+    assert transports["clinic-a"].read_key_messages(1, "confirmation", 5, 0.6) == {}
+    assert 0.5 < time.monotonic() - started < 60.0
+    with pytest.raises(Refusal) as error:
+        transports["clinic-a"].post_key_message(KeyMessage(1, "opening", "", b"another"))
+    assert error.value.reason == "KEY_MESSAGE_DIFFERS"
+
+
+def test_an_address_in_use_is_a_clear_error(
+    federation: Any, server: Any, start_server: Any, tmp_path: Path
+) -> None:
+    settings = server.settings.model_copy(
+        update={"state_dir": tmp_path / "second", "listen": f"127.0.0.1:{server.port}"}
+    )
+    with pytest.raises(ConfigurationError, match="another program uses the port"):
+        start_server(settings)
+
+
+def test_a_server_without_certificates_does_not_start(
+    federation: Any, start_server: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigurationError, match=r"needs tls\.certificate"):
+        start_server(federation.settings(tmp_path / "bare"))
+
+
+def test_a_server_that_is_not_there_is_given_up_after_the_patience(federation: Any, authority: Any) -> None:
+    certificate, key = authority.client("clinic-a")
+    transport = GrpcTransport(
+        f"localhost:{free_port()}",
+        authority=authority.certificate,
+        certificate=certificate,
+        private_key=key,
+        options=TransportOptions(retry_seconds=1.0),
+    )
+    started = time.monotonic()
+    with pytest.raises(TransportError, match="could not be reached") as error:
+        transport.status()
+    assert not isinstance(error.value, Refusal)
+    assert time.monotonic() - started < 60.0
+    transport.close()
+
+
+def test_an_upload_that_is_only_a_header_is_an_abstention(federation: Any, server: Any, connect: Any) -> None:
+    transport = connect(server, "clinic-a")
+    upload = federation.upload(run_id_of(federation, transport), "clinic-a", 1, sections=())
+    assert transport.push(upload).status is ReceiptStatus.ACCEPTED
+    assert transport.push(upload).status is ReceiptStatus.DUPLICATE
+    assert transport.status().arrived == ("clinic-a",)
+
+
+def test_a_family_section_travels_too(
+    make_federation: Any, authority: Any, tmp_path: Path, start_server: Any, connect: Any
+) -> None:
+    federation = make_federation()
+    families = dict.fromkeys(federation.clients, "llama")
+    server = start_server(
+        federation.settings(
+            tmp_path / "families",
+            tls=authority.server(),
+            listen="127.0.0.1:0",
+            families=families,
+            family_dimensions={"llama": 300_000},
+        )
+    )
+    transports = {c: connect(server, c, chunk_bytes=100_000) for c in federation.clients}
+    for client, transport in transports.items():
+        run_id = transport.enrol(federation.enrolment(family="llama")).run_id
+        big = federation.vector(client + "f", 1, 300_000)
+        sections = (
+            Section("shared", federation.record(client, 1, federation.vector(client, 1))),
+            Section("family", federation.record(client, 1, big, "family:llama")),
+        )
+        transport.push(federation.upload(run_id, client, 1, sections=sections))
+    shared, family = transports["clinic-c"].pull(2).sections
+    assert federation.values(shared.payload).size == federation.dimensions
+    vectors = np.stack([federation.vector(c + "f", 1, 300_000) for c in family.row.contributors])
+    expected = np.array(family.row.weights, dtype=np.float64) / 2**family.row.bits @ vectors
+    np.testing.assert_allclose(federation.values(family.payload), expected, atol=1e-6)

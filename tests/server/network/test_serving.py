@@ -1,0 +1,78 @@
+"""What keeps a server from listening is told apart: its key, its certificate, its port, its address."""
+
+import asyncio
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedmosaic.protos.errors import ConfigurationError, FedMosaicError, IdentityError
+from fedmosaic.server.network.serving import running
+from fedmosaic.server.settings import ServerSettings
+
+
+def start(settings: ServerSettings) -> FedMosaicError:
+    async def main() -> None:
+        async with running(settings):
+            raise AssertionError("the server has started")
+
+    with pytest.raises(FedMosaicError) as error:
+        asyncio.run(main())
+    return error.value
+
+
+@pytest.fixture
+def settings(federation: Any, authority: Any, tmp_path: Path) -> Callable[[str], ServerSettings]:
+    def make(listen: str = "127.0.0.1:0") -> ServerSettings:
+        made: ServerSettings = federation.settings(tmp_path / "state", tls=authority.server(), listen=listen)
+        return made
+
+    return make
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"-----BEGIN PRIVATE KEY-----\nAAAA\n"], ids=repr)
+@pytest.mark.parametrize("part", ["private_key", "certificate", "authority"])
+def test_a_damaged_file_is_named_and_the_port_is_not_blamed(
+    part: str, content: bytes, settings: Callable[[str], ServerSettings]
+) -> None:
+    made = settings()
+    assert made.tls is not None
+    path: Path = getattr(made.tls, part)
+    path.write_bytes(content)
+    error = start(made)
+    assert isinstance(error, IdentityError)
+    assert str(error).startswith(str(path))
+
+
+def test_a_key_of_another_certificate_is_named(
+    settings: Callable[[str], ServerSettings], authority: Any
+) -> None:
+    made = settings()
+    assert made.tls is not None
+    certificate = made.tls.certificate.read_bytes()
+    authority.server()
+    made.tls.certificate.write_bytes(certificate)
+    assert "is not the key of" in str(start(made))
+
+
+@pytest.mark.parametrize(
+    ("listen", "words"),
+    [
+        ("203.0.113.5:7443", "not this machine's"),
+        ("no-such-host.invalid:7443", "no machine has this name"),
+    ],
+)
+def test_an_address_that_is_not_this_machine_s_is_named(
+    listen: str, words: str, settings: Callable[[str], ServerSettings]
+) -> None:
+    error = start(settings(listen))
+    assert isinstance(error, ConfigurationError)
+    assert words in str(error)
+
+
+def test_a_port_that_is_taken_is_named(settings: Callable[[str], ServerSettings]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        error = start(settings(f"127.0.0.1:{taken.getsockname()[1]}"))
+    assert "another program uses the port; stop it, or set another port" in str(error)

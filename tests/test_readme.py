@@ -1,0 +1,248 @@
+"""The README is a program: its commands and its files are taken from the page and tried."""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import tyro
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fedmosaic import cli
+from fedmosaic.client.settings import ClientSettings
+from fedmosaic.experiments.scenario.processes import free_port
+from fedmosaic.privacy.configuration import validate
+from fedmosaic.privacy.federation.kits import FederationConfig
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+FILES = [text for language, text in BLOCKS if language == "toml"]
+COMMANDS = [
+    line.partition("#")[0].strip()
+    for language, text in BLOCKS
+    if not language
+    for line in text.splitlines()
+    if line.startswith(("fedmosaic ", "make "))
+]
+INLINE = sorted({found for found in re.findall(r"`(fedmosaic [a-z][^`]*)`", README) if "…" not in found})
+PROFILE = {
+    "probe": "tiny",
+    "probe_sha256": "0" * 64,
+    "reduction": {"hidden_size": 8, "intermediate_size": 16, "projection_dimensions": 32},
+}
+
+
+class ParsedError(BaseException):
+    """A command line was understood; its work is not for this test."""
+
+
+@pytest.fixture
+def parsing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop_after(parse: Callable[..., Any]) -> Callable[..., Any]:
+        def parse_and_stop(*arguments: Any, **options: Any) -> Any:
+            parse(*arguments, **options)
+            raise ParsedError
+
+        return parse_and_stop
+
+    monkeypatch.setattr(tyro, "cli", stop_after(tyro.cli))
+    command = tyro.extras.subcommand_cli_from_dict
+    monkeypatch.setattr(tyro.extras, "subcommand_cli_from_dict", stop_after(command))
+    parse_args = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop_after(parse_args))
+
+
+def test_the_page_has_what_the_other_tests_read() -> None:
+    assert len(FILES) == 2
+    assert len(COMMANDS) >= 8
+    assert len(INLINE) >= 8
+
+
+def test_the_files_of_the_page_are_valid() -> None:
+    founding = tomllib.loads(FILES[0])
+    founding["terms"]["profile"] = PROFILE
+    validate(founding, FederationConfig, "federation.toml")
+    validate(tomllib.loads(FILES[1]), ClientSettings, "client.toml")
+    commented = re.findall(r"^# (\w+ = \S+) ", FILES[1], re.MULTILINE)
+    assert commented, "settings that are shown as comments"
+    for line in commented:
+        validate(tomllib.loads(FILES[1].replace(f"# {line}", line)), ClientSettings, "client.toml")
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS)))
+@pytest.mark.usefixtures("parsing")
+def test_every_command_of_the_page_is_understood(command: str) -> None:
+    program, *words = shlex.split(command)
+    if program == "make":
+        assert re.search(rf"^{re.escape(words[0])}:", (ROOT / "Makefile").read_text(), re.MULTILINE), command
+        return
+    with pytest.raises(ParsedError):
+        cli.main(words)
+
+
+@pytest.mark.parametrize("command", INLINE)
+@pytest.mark.usefixtures("parsing")
+def test_every_command_in_the_text_is_understood(command: str) -> None:
+    words = shlex.split(command)[1:]
+    with pytest.raises((ParsedError, SystemExit)) as ended:
+        cli.main(words)
+    if isinstance(ended.value, SystemExit):
+        # Named without what it needs: then it has to explain itself, under this very name.
+        assert not any(word.startswith("-") for word in words), command
+        with pytest.raises((ParsedError, SystemExit)) as explained:
+            cli.main([*words, "--help"])
+        assert isinstance(explained.value, SystemExit)
+        assert explained.value.code == 0, command
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\(((?!http)[^)#]+)\)", README))
+def test_every_page_that_is_named_is_there(target: str) -> None:
+    assert (ROOT / target).exists()
+
+
+def save_tiny_model(folder: Path) -> None:
+    """A causal model wide enough for the default task profile, with random weights."""
+    unknown, end = "<unk>", "</s>"
+    words = [unknown, end, "yes", "no", *(f"w{i}" for i in range(60))]
+    raw = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=unknown))
+    raw.pre_tokenizer = Whitespace()  # type: ignore[assignment]  # a read-only property in the stubs only
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=end, pad_token=end, unk_token=unknown)
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        eos_token_id=1,
+        bos_token_id=1,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def fedmosaic(command: str, place: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "fedmosaic.cli", *shlex.split(command)[1:]]
+    return subprocess.run(words, cwd=place, capture_output=True, text=True, check=False, **options)
+
+
+def command_with(start: str) -> str:
+    return next(command for command in COMMANDS if command.startswith(start))
+
+
+def write_lines(path: Path, name: str, count: int, public: bool = False) -> None:
+    lines = []
+    for number in range(count):
+        record: dict[str, Any] = {
+            "prompt": f"w{number % 60} w{number * 7 % 60}",
+            "answer": ("yes", "no")[number % 2],
+        }
+        if not public:
+            record |= {"id": f"{name}-{number}", "choices": ["yes", "no"]}
+        lines.append(json.dumps(record))
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.slow
+def test_the_steps_of_the_page_lead_to_a_report(tmp_path: Path) -> None:
+    model, port = tmp_path / "model", free_port()
+    save_tiny_model(model)
+    write_lines(tmp_path / "public.jsonl", "public", 300, public=True)
+    # Step 1.
+    probe = command_with("fedmosaic probe").replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(model))
+    fitted = fedmosaic(probe, tmp_path)
+    assert fitted.returncode == 0, fitted.stderr
+    # Step 2.
+    founding = FILES[0]
+    for old, new in (
+        ('"fl.example.org"', '"localhost", "127.0.0.1"'),
+        ("port = 7443", f"port = {port}"),
+        ("rounds = 20", "rounds = 2"),
+        ("# [terms.profile] … as printed by `fedmosaic probe`\n", fitted.stdout),
+    ):
+        assert old in founding, old
+        founding = founding.replace(old, new)
+    (tmp_path / "federation.toml").write_text(founding, encoding="utf-8")
+    made = fedmosaic(command_with("fedmosaic keys init"), tmp_path)
+    assert made.returncode == 0, made.stderr
+    # Step 3.
+    words = [sys.executable, "-m", "fedmosaic.cli"]
+    server = subprocess.Popen(
+        [*words, *shlex.split(command_with("fedmosaic server"))[1:]],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=(tmp_path / "server.log").open("wb"),
+    )
+    clients: list[subprocess.Popen[bytes]] = []
+    try:
+        # Step 4.
+        for name in ("north", "south", "east", "west"):
+            place = tmp_path / name
+            shutil.copytree(tmp_path / "federation" / "clients" / name, place / "kit")
+            settings = FILES[1]
+            for old, new in (
+                ("fl.example.org:7443", f"localhost:{port}"),
+                ("Qwen/Qwen2.5-0.5B-Instruct", str(model)),
+                ("HuggingFaceTB/SmolLM2-135M-Instruct", str(model)),
+                ("steps = 100", "steps = 2"),
+            ):
+                assert old in settings, old
+                settings = settings.replace(old, new)
+            (place / "client.toml").write_text(settings, encoding="utf-8")
+            write_lines(place / "train.jsonl", name, 60)
+            write_lines(place / "test.jsonl", f"{name}-test", 8)
+            clients.append(
+                subprocess.Popen(
+                    [*words, *shlex.split(command_with("fedmosaic client"))[1:]],
+                    cwd=place,
+                    stdout=subprocess.DEVNULL,
+                    stderr=(place / "log").open("wb"),
+                    # A proxy of the surroundings stands in nobody's way to this machine.
+                    env={**os.environ, "http_proxy": "http://127.0.0.1:1", "OMP_NUM_THREADS": "1"},
+                )
+            )
+        for name, client in zip(("north", "south", "east", "west"), clients, strict=True):
+            assert client.wait(600) == 0, (tmp_path / name / "log").read_text()
+    finally:
+        for process in (*clients, server):
+            if process.poll() is None:
+                process.terminate()
+                process.wait(30)
+    log = (tmp_path / "north" / "log").read_text()
+    assert "Warning" not in log
+    assert not re.search(r"round \d+: round \d+", log)
+    # Step 5.
+    reports = re.findall(r"`(fedmosaic report [a-z/]+)`", README.partition("**5.")[2])[:2]
+    for command, place in zip(reports, (tmp_path / "north", tmp_path), strict=True):
+        shown = fedmosaic(command, place)
+        assert shown.returncode == 0, shown.stderr
+        assert "Privacy statement" in shown.stdout
+    shown = fedmosaic(f"{reports[0]} --at-epsilon 1", tmp_path / "north")
+    assert shown.returncode == 0, shown.stderr
+    # "Keys": the certificates can be renewed by the commands that the page names.
+    for command in (
+        "keys show",
+        "keys rotate north",
+        "keys rotate-server",
+        "keys add new",
+        "keys revoke east",
+    ):
+        done = fedmosaic(f"fedmosaic {command}", tmp_path)
+        assert done.returncode == 0, (command, done.stderr)
