@@ -247,14 +247,14 @@ class _Run:
         return kept
 
     def _draw(self, source: ModelSource, similarity: LayerSimilarity, layers: Sequence[int]) -> None:
-        picture = heat_map(
+        heat_map(
             similarity.cka_LM,
             anchor=self._source.name,
             model=source.name,
             pairs=list(zip(self._anchor.layers, layers, strict=True)),
             mean_deviation=similarity.mean_deviation(),
+            path=self._out / f"cka-{source.name}.svg",
         )
-        (self._out / f"cka-{source.name}.svg").write_text(picture, encoding="utf-8")
 
     def finish(self) -> Manifest:
         """Turn the latent, write what is not written yet, and remove what was kept for that."""

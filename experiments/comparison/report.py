@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmosaic.experiments.attacks import report as attack_report
-from fedmosaic.experiments.comparison.figure import privacy_figure
+from fedmosaic.experiments.comparison.figures import privacy_figure
 from fedmosaic.experiments.comparison.page import page
 from fedmosaic.experiments.comparison.runs import REFERENCE, compared_run, group_runs
 from fedmosaic.experiments.comparison.tables import terminal_tables
@@ -129,7 +129,7 @@ def compare(arguments: Arguments, command: str) -> None:
         arguments.html.write_text(page(groups, command, arguments.against), encoding="utf-8")
         console.print(f"the page is {arguments.html}")
     if arguments.privacy_figure is not None:
-        arguments.privacy_figure.write_text(privacy_figure(groups, command), encoding="utf-8")
+        arguments.privacy_figure.write_text(privacy_figure(groups), encoding="utf-8")
         console.print(f"the figure is {arguments.privacy_figure}")
 
 

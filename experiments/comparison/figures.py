@@ -1,0 +1,194 @@
+"""Figures of a comparison as SVG: methods side by side, accuracy over the rounds, privacy against utility."""
+
+import io
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fedmosaic.experiments.comparison.runs import FIGURES, Group, Run
+from fedmosaic.experiments.comparison.tables import epsilon_text, percent
+from fedmosaic.experiments.scenario.metrics import Interval, interval
+from fedmosaic.protos.errors import ConfigurationError
+
+_COLOURS: Final = ("#0b5fa5", "#c2571a", "#2f7d4f", "#8a3b8f", "#8c6d1f", "#5a5a5a", "#b3263a", "#1b8a8a")
+_DASHES: Final = ("-", "--", ":", "-.")
+_PROTECTIONS: Final = {
+    "none": ("#0b5fa5", "s", "none: adapter in the clear"),
+    "encrypted": ("#1b8a8a", "D", "encrypted: server sees ciphertext"),
+    "dp": ("#c2571a", "o", "dp: noise on all that leaves"),
+    "dp+encrypted": ("#8a3b8f", "^", "dp+encrypted: both"),
+}
+"""Colour, mark and words of every protection."""
+_REFERENCES: Final = {"local": (":", "local: nothing leaves, ε = 0"), "fedavg": ("--", "fedavg: ε = ∞")}
+_PANELS: Final[tuple[tuple[str, Callable[[Run], float | None]], ...]] = (
+    ("Self A_last, %", lambda run: run.summary.last.own),
+    ("Others A_last, %", lambda run: run.summary.last.others),
+    ("relevance, AUC in %", lambda run: run.relevance),
+)
+
+
+def bars(groups: Sequence[Group], figure: str) -> str:
+    """Horizontal bars from 0, with the interval over seeds and ε towards recipients.
+
+    Args:
+        groups: of one scenario.
+        figure: one of `FIGURES`.
+
+    Returns:
+        An SVG document.
+    """
+    place = FIGURES.index(figure)
+    with _drawing(7.6, 0.45 * len(groups) + 0.9) as drawn:
+        axes = drawn.subplots()
+        for number, group in enumerate(groups):
+            found = group.figures()[place]
+            if found is None:
+                axes.text(0.5, number, "not scored", va="center")
+                continue
+            half = found.half_width
+            axes.barh(
+                number,
+                100 * found.mean,
+                xerr=None if half is None else 100 * half,
+                color=_COLOURS[number % len(_COLOURS)],
+                capsize=3,
+            )
+            words = f"{percent(found)}, ε {epsilon_text(group.epsilon('recipients'))}"
+            axes.text(100 * (found.mean + (half or 0.0)) + 1, number, words, va="center")
+        axes.set_yticks(range(len(groups)), [group.method for group in groups])
+        axes.invert_yaxis()
+        axes.set_xlim(0, 130)
+        axes.set_xticks(range(0, 101, 20))
+        axes.set_xlabel("accuracy, %")
+        return _svg(drawn)
+
+
+def curves(groups: Sequence[Group], *, own: bool) -> str:
+    """Accuracy over the rounds, means over clients and seeds.
+
+    Args:
+        groups: of one scenario.
+        own: Self; Others else.
+
+    Returns:
+        An SVG document.
+    """
+    with _drawing(7.6, 3.2 + 0.2 * len(groups)) as drawn:
+        axes = drawn.subplots()
+        for number, group in enumerate(groups):
+            points = list(_curve(group, own))
+            axes.plot(
+                [place for place, _ in points],
+                [100 * value for _, value in points],
+                color=_COLOURS[number % len(_COLOURS)],
+                linestyle=_DASHES[number // len(_COLOURS) % len(_DASHES)],
+                label=group.method,
+            )
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("round")
+        axes.set_ylabel(f"{'Self' if own else 'Others'}, %")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+        return _svg(drawn)
+
+
+def _curve(group: Group, own: bool) -> Iterator[tuple[int, float]]:
+    for number in sorted(set.intersection(*(set(run.curve) for run in group.runs))):
+        pairs = [run.curve[number] for run in group.runs]
+        values = [value for pair in pairs if (value := pair.own if own else pair.others) is not None]
+        if values:
+            yield number, sum(values) / len(values)
+
+
+def privacy_figure(groups: Sequence[Group]) -> str:
+    """Accuracy and relevance over ε, by how the adapter is protected.
+
+    What stands on the axis is not the target but the ε that the clients' ledgers came to: the largest of any
+    client, both channels together, towards another member. Without differential privacy on the adapter that
+    is ∞, on the right.
+
+    Args:
+        groups: runs of FedMosaic that differ in protection and noise, and of `local` and `fedavg` for lines.
+
+    Returns:
+        An SVG document.
+
+    Raises:
+        ConfigurationError: no run has a server of FedMosaic's, or the runs are of several scenarios.
+    """
+    private = [group for group in groups if group.runs[0].protection]
+    scenarios = {group.scenario for group in groups}
+    if not private or len(scenarios) != 1:
+        raise ConfigurationError(
+            f"a privacy figure of {len(private)} private methods on {len(scenarios)} scenarios; give runs of "
+            "fedmosaic on one scenario"
+        )
+    with _drawing(9.6, 4.2) as drawn:
+        panels = drawn.subplots(1, len(_PANELS))
+        finite = [value for group in private if (value := _epsilon(group)) < math.inf]
+        end = 4 * max(finite, default=1.0)
+        for number, (axes, (title, _)) in enumerate(zip(panels, _PANELS, strict=True)):
+            _panel(axes, number, groups, end, infinite=len(finite) < len(private))
+            axes.set_title(title, fontsize=11)
+            axes.set_xlabel("ε (small: more private)")
+        handles, labels = panels[0].get_legend_handles_labels()
+        drawn.legend(handles, labels, loc="lower center", ncols=2, frameon=False, bbox_to_anchor=(0.5, -0.18))
+        drawn.suptitle(f"Privacy against utility: {next(iter(scenarios))}")
+        return _svg(drawn)
+
+
+def _epsilon(group: Group) -> float:
+    found = group.epsilon("recipients")
+    return math.inf if found is None else found
+
+
+def _panel(axes: Axes, number: int, groups: Sequence[Group], end: float, *, infinite: bool) -> None:
+    for name, (dash, words) in _REFERENCES.items():
+        for group in groups:
+            figure = _figure(group, number)
+            if group.method == name and figure is not None:
+                axes.axhline(100 * figure.mean, color="#5a5a5a", linestyle=dash, label=words)
+    for protection, (colour, mark, words) in _PROTECTIONS.items():
+        own = [group for group in groups if group.runs[0].protection == protection]
+        points = [(min(_epsilon(g), end), f) for g in own if (f := _figure(g, number)) is not None]
+        points.sort(key=lambda point: point[0])
+        if points:
+            axes.errorbar(
+                [epsilon for epsilon, _ in points],
+                [100 * figure.mean for _, figure in points],
+                yerr=[100 * (figure.half_width or 0.0) for _, figure in points],
+                color=colour,
+                marker=mark,
+                capsize=2,
+                label=words,
+            )
+    axes.set_xscale("log")
+    ticks = [tick for tick in (0.1, 0.3, 1, 3, 8, 20, 50) if tick <= end / 2]
+    axes.set_xticks([*ticks, *([end] if infinite else [])], [*map(str, ticks), *(["∞"] if infinite else [])])
+    axes.minorticks_off()
+
+
+def _figure(group: Group, number: int) -> Interval | None:
+    values = [_PANELS[number][1](run) for run in group.runs]
+    return None if None in values else interval([value for value in values if value is not None])
+
+
+@contextmanager
+def _drawing(width: float, height: float) -> Iterator[Figure]:
+    """A figure whose letters stay letters; closed with the block, never part of pyplot's state."""
+    with mpl.rc_context(
+        {"svg.fonttype": "none", "axes.grid": True, "grid.color": "#ddd", "axes.axisbelow": True}
+    ):
+        yield Figure(figsize=(width, height), layout="constrained")
+
+
+def _svg(figure: Figure) -> str:
+    """The figure without what changes from day to day."""
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": "fedmosaic"}):
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
