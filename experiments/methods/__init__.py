@@ -1,86 +1,35 @@
-"""The methods that a scenario can be run with: FedMosaic, its ablations, and what it is compared with."""
+"""The methods that a scenario can be run with.
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+A baseline is a file with a `Strategy` and a line in `BASELINES`; a variant is a line in `VARIANTS`.
+"""
+
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 from rich.console import Console
 from rich.table import Table
 
 from fedmosaic.experiments.methods.cost import reference_flops
+from fedmosaic.experiments.methods.ditto import Ditto
+from fedmosaic.experiments.methods.fedavg import FedAvg
+from fedmosaic.experiments.methods.feddat import FedDat
+from fedmosaic.experiments.methods.feddpa import FedDpa
+from fedmosaic.experiments.methods.fedmd import FedMd
+from fedmosaic.experiments.methods.fedmkt import FedMkt
+from fedmosaic.experiments.methods.fedsim import FedSim
+from fedmosaic.experiments.methods.flexlora import FlexLora
+from fedmosaic.experiments.methods.hetlora import HetLora
+from fedmosaic.experiments.methods.hetlora_pruned import HetLoraPruned
+from fedmosaic.experiments.methods.local import LocalOnly
 from fedmosaic.experiments.methods.loop import run_baseline
-from fedmosaic.experiments.methods.pruning import HetLoraPruned
-from fedmosaic.experiments.methods.server_side import FlexLora, HetLora, PerAda
-from fedmosaic.experiments.methods.strategies import (
-    Ditto,
-    FedAvg,
-    FedDat,
-    FedDpa,
-    FedSim,
-    LocalOnly,
-    Strategy,
-)
-from fedmosaic.experiments.methods.transfer import FedMd, FedMkt, Takfl
+from fedmosaic.experiments.methods.perada import PerAda
+from fedmosaic.experiments.methods.strategy import Strategy
+from fedmosaic.experiments.methods.takfl import Takfl
+from fedmosaic.experiments.methods.variants import VARIANTS, with_variant
 from fedmosaic.experiments.scenario.terms import Scenario
 from fedmosaic.experiments.simulation.simulate import simulate
-from fedmosaic.privacy.configuration import validate
 from fedmosaic.protos.errors import ConfigurationError
-
-UNIFORM_TEMPERATURE: Final = 1e9
-"""A softmax over similarities in [-1, 1] at this temperature is uniform to nine digits."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """FedMosaic with something changed.
-
-    Attributes:
-        description: what is changed.
-        changes: to the scenario, as nested tables.
-        aligned: whether aligned checkpoints stay: "as_named"; "left_out", where the scenario must name some;
-            "refused", where they would undo the change.
-    """
-
-    description: str
-    changes: Mapping[str, object]
-    aligned: Literal["as_named", "left_out", "refused"] = "as_named"
-
-
-VARIANTS: Final[dict[str, Variant]] = {
-    "fedmosaic": Variant("Co-LoRA and relevance weights, as the scenario says", {}),
-    "fedmosaic-uniform": Variant(
-        "without relevance: every other client has the same weight",
-        {"relevance": {"temperature": UNIFORM_TEMPERATURE}},
-    ),
-    "fedmosaic-fixed-gate": Variant("the received branch always has weight 1/2", {"fixed_gate": 0.5}),
-    "fedmosaic-family": Variant(
-        "clients of one architecture also share LoRA of other layers", {"family_sharing": True}
-    ),
-    "fedmosaic-cosine": Variant(
-        "the paper's cosine of noisy profiles, not corrected", {"relevance": {"similarity": "cosine"}}
-    ),
-    "fedmosaic-first-layers": Variant(
-        "without block alignment: the first layers share, whatever the model's depth",
-        {"adapter": {"layer_rule": "first"}},
-        aligned="refused",
-    ),
-    "fedmosaic-unaligned": Variant(
-        "without weight alignment: random bases in place of the aligned checkpoints",
-        {"adapter": {"basis": ""}},
-        aligned="left_out",
-    ),
-    "fedmosaic-blend": Variant(
-        "the local branch begins every round half way to what is received (not in the paper)",
-        {"training": {"blend_received": 0.5}},
-    ),
-    "fedmosaic-family-blend": Variant(
-        "the same with family sharing", {"family_sharing": True, "training": {"blend_received": 0.5}}
-    ),
-    "fedmosaic-alone": Variant(
-        "the same adapter and training, but what is received is not used", {"discard_received": True}
-    ),
-}
 
 BASELINES: Final[dict[str, tuple[str, Callable[[], Strategy]]]] = {
     "local": ("LoRA, every client alone", LocalOnly),
@@ -121,29 +70,6 @@ def simulate_method(scenario: Scenario, directory: Path, console: Console) -> No
     if strategy.shares and not isinstance(strategy, HetLora | FlexLora):
         _refuse_ranks(scenario, scenario.method)
     run_baseline(strategy, scenario, directory, console)
-
-
-def with_variant(scenario: Scenario) -> Scenario:
-    """The scenario with the changes of the variant that it names."""
-    variant = VARIANTS[scenario.method]
-    content = scenario.model_dump(mode="json")
-    named = [
-        client["model"] for client in (*content["clients"], *content["unseen"]) if client["model"]["aligned"]
-    ]
-    if variant.aligned == "refused" and named:
-        raise ConfigurationError(
-            f"{scenario.method} with aligned checkpoints: they fix which layers share; leave them out"
-        )
-    if variant.aligned == "left_out":
-        if not named:
-            raise ConfigurationError(
-                f"{scenario.method} leaves aligned checkpoints out, and scenario {scenario.name} names none"
-            )
-        for model in named:
-            model |= {"aligned": None, "rank": None}
-    for key, change in variant.changes.items():
-        content[key] = {**content[key], **change} if isinstance(change, dict) else change
-    return validate(content, Scenario, f"scenario {scenario.name} as {scenario.method}")
 
 
 def _refuse_ranks(scenario: Scenario, method: str) -> None:

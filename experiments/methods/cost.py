@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from fedmosaic.client.model.examples import EncodedExample, padding_token
 from fedmosaic.client.model.sampling import EpochSampler
 from fedmosaic.client.model.training import TrainingSettings
+from fedmosaic.experiments.methods.local import LocalOnly
 from fedmosaic.experiments.methods.lora import load_with_lora
-from fedmosaic.experiments.methods.strategies import LocalOnly, Strategy, Trainer
+from fedmosaic.experiments.methods.strategy import Strategy, Trainer
 from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient
 from fedmosaic.experiments.simulation.compute import client_examples, counted
 from fedmosaic.experiments.simulation.hosts import ModelHost, Tenant

@@ -15,9 +15,9 @@ from fedmosaic.client.model.examples import IGNORED, answer_tokens, collate
 from fedmosaic.client.model.loss import Batch, ExampleLosses, on_device_of, training_mode
 from fedmosaic.client.model.sampling import EpochSampler
 from fedmosaic.client.model.training import train_local
+from fedmosaic.experiments.methods.distillation import answer_labels, answer_logits
 from fedmosaic.experiments.methods.lora import Vector, read_adapter, using, write_adapter
-from fedmosaic.experiments.methods.server_side import TEACHER
-from fedmosaic.experiments.methods.strategies import SHARED, ServerSide, answer_logits
+from fedmosaic.experiments.methods.strategy import SHARED, TEACHER, ServerSide
 from fedmosaic.experiments.methods.vocabulary import VocabularyMap, answer_spans
 from fedmosaic.protos.errors import ModelError
 
@@ -94,13 +94,6 @@ def _mean_logits(server: ServerSide, adapters: Sequence[Vector], batch: Batch) -
             logits = answer_logits(server.model, batch) / len(adapters)
         total = logits if total is None else total + logits
     return torch.as_tensor(total)
-
-
-def answer_labels(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Labels (B, K) at the positions that `answer_logits` looks at, and which of them are an answer's."""
-    labels_BT = batch["labels"][:, 1:]
-    labels_BK = labels_BT[:, (labels_BT != IGNORED).any(dim=0)]
-    return labels_BK, labels_BK != IGNORED
 
 
 class Translator:

@@ -28,7 +28,7 @@ from fedmosaic.client.model.sampling import EpochSampler
 from fedmosaic.client.transport.traffic import Traffic
 from fedmosaic.experiments.methods.cost import baseline_flops, reference_flops
 from fedmosaic.experiments.methods.lora import Vector, load_with_lora
-from fedmosaic.experiments.methods.strategies import ServerSide, Strategy, Trainer
+from fedmosaic.experiments.methods.strategy import ServerSide, Strategy, Trainer
 from fedmosaic.experiments.scenario.newcomers import adapt, add_newcomer, read_newcomers
 from fedmosaic.experiments.scenario.participants import (
     Board,

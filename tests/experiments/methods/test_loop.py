@@ -16,6 +16,15 @@ from fedmosaic.client.model.sampling import EpochSampler
 from fedmosaic.client.model.training import TrainingSettings
 from fedmosaic.experiments import methods
 from fedmosaic.experiments.comparison.report import read_run
+from fedmosaic.experiments.methods.distillation import answer_logits, distilled
+from fedmosaic.experiments.methods.ditto import Ditto
+from fedmosaic.experiments.methods.fedavg import FedAvg
+from fedmosaic.experiments.methods.feddat import FedDat
+from fedmosaic.experiments.methods.feddpa import FedDpa
+from fedmosaic.experiments.methods.fedsim import FedSim
+from fedmosaic.experiments.methods.flexlora import FlexLora
+from fedmosaic.experiments.methods.hetlora import HetLora
+from fedmosaic.experiments.methods.hetlora_pruned import HetLoraPruned, live_rank, tail_size
 from fedmosaic.experiments.methods.lora import (
     SummedLogits,
     factors,
@@ -25,22 +34,8 @@ from fedmosaic.experiments.methods.lora import (
     using,
     write_adapter,
 )
-from fedmosaic.experiments.methods.pruning import HetLoraPruned, live_rank, tail_size
-from fedmosaic.experiments.methods.server_side import FlexLora, HetLora, pack, unpack
-from fedmosaic.experiments.methods.strategies import (
-    PERSONAL,
-    RECEIVED,
-    SHARED,
-    Ditto,
-    FedAvg,
-    FedDat,
-    FedDpa,
-    FedSim,
-    ServerSide,
-    Trainer,
-    answer_logits,
-    distilled,
-)
+from fedmosaic.experiments.methods.matrices import pack, unpack
+from fedmosaic.experiments.methods.strategy import PERSONAL, RECEIVED, SHARED, ServerSide, Trainer
 from fedmosaic.experiments.runs import command as runner
 from fedmosaic.experiments.scenario.participants import read_evaluations
 from fedmosaic.protos.errors import ConfigurationError, ModelError
@@ -225,7 +220,7 @@ def test_dittos_two_adapters_see_the_same_batches_and_do_not_mix(two: Any) -> No
 
 def test_dittos_pull_is_towards_what_was_received(two: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = two[0]
-    monkeypatch.setattr("fedmosaic.experiments.methods.strategies.PROXIMITY", 1e4)
+    monkeypatch.setattr("fedmosaic.experiments.methods.ditto.PROXIMITY", 1e4)
     anchor = _random(model, SHARED, 3)
     write_adapter(model, PERSONAL, anchor + np.float32(0.1))
     trainer = _trainer(two)

@@ -19,7 +19,10 @@ from fedmosaic.client.model.examples import Example, collate, encode_examples, p
 from fedmosaic.client.model.loss import example_losses
 from fedmosaic.client.model.training import TrainingSettings
 from fedmosaic.experiments.comparison.report import read_run
-from fedmosaic.experiments.methods import transfer
+from fedmosaic.experiments.methods import fedmkt, takfl
+from fedmosaic.experiments.methods.distillation import answer_logits
+from fedmosaic.experiments.methods.fedmd import FedMd
+from fedmosaic.experiments.methods.fedmkt import FedMkt, better_known
 from fedmosaic.experiments.methods.knowledge import (
     Knowledge,
     Lesson,
@@ -30,8 +33,8 @@ from fedmosaic.experiments.methods.knowledge import (
     mean_knowledge,
 )
 from fedmosaic.experiments.methods.lora import load_with_lora, read_adapter, using, write_adapter
-from fedmosaic.experiments.methods.strategies import SHARED, ServerSide, answer_logits
-from fedmosaic.experiments.methods.transfer import FedMd, FedMkt, Takfl, better_known
+from fedmosaic.experiments.methods.strategy import SHARED, ServerSide
+from fedmosaic.experiments.methods.takfl import Takfl
 from fedmosaic.experiments.methods.vocabulary import VocabularyMap, edit_distances
 from fedmosaic.experiments.runs import command as runner
 from fedmosaic.experiments.scenario.participants import read_evaluations
@@ -254,7 +257,7 @@ def test_takfl_adds_the_mean_of_its_task_vectors_and_none_is_zero(
         ends.append(result)
         return result
 
-    monkeypatch.setattr(transfer, "learn", watched)
+    monkeypatch.setattr(takfl, "learn", watched)
     exchanged = Takfl().exchange(uploads, servers)
     mean = np.mean([uploads["small-a"], uploads["small-b"]], axis=0)
     # Two teachers for each of two students, every lesson from the student's mean.
@@ -312,7 +315,7 @@ def test_architectures_teach_each_other_for_a_round(method: str, tmp_path: Path,
 def test_a_server_that_remembers_goes_on_where_it_stopped(
     tmp_path: Path, tiny_scenario: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfer, "learn", partial(learn, steps=2))
+    monkeypatch.setattr(fedmkt, "learn", partial(learn, steps=2))
     scenario = tiny_scenario(method="fedmkt", schedule={"rounds": 2, "quorum": 4}, score="own")
     scenario = scenario.model_copy(update={"clients": scenario.clients[1:3]})
     whole = runner.run_here(scenario, tmp_path, tmp_path / "a", _console())

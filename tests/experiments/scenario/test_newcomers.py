@@ -10,8 +10,10 @@ import pytest
 from rich.console import Console
 
 from fedmosaic.experiments.comparison.report import read_run, show
-from fedmosaic.experiments.methods.strategies import FedAvg, LocalOnly
-from fedmosaic.experiments.methods.transfer import FedMd, FedMkt
+from fedmosaic.experiments.methods.fedavg import FedAvg
+from fedmosaic.experiments.methods.fedmd import FedMd
+from fedmosaic.experiments.methods.fedmkt import FedMkt
+from fedmosaic.experiments.methods.local import LocalOnly
 from fedmosaic.experiments.runs import command as runner
 from fedmosaic.experiments.runs.client_processes import check_as_processes
 from fedmosaic.experiments.scenario.newcomers import Newcomer, add_newcomer, newcomers_table, read_newcomers

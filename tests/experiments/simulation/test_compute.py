@@ -13,8 +13,11 @@ from torch import nn
 from fedmosaic.client.model.training import TrainingSettings
 from fedmosaic.experiments.comparison.report import read_run, show
 from fedmosaic.experiments.methods.cost import baseline_flops, reference_flops
+from fedmosaic.experiments.methods.ditto import Ditto
+from fedmosaic.experiments.methods.feddat import FedDat
+from fedmosaic.experiments.methods.local import LocalOnly
 from fedmosaic.experiments.methods.lora import load_with_lora
-from fedmosaic.experiments.methods.strategies import Ditto, FedDat, LocalOnly, Strategy
+from fedmosaic.experiments.methods.strategy import Strategy
 from fedmosaic.experiments.runs import command as runner
 from fedmosaic.experiments.runs.client_processes import check_as_processes
 from fedmosaic.experiments.scenario.participants import read_evaluations

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from fedmosaic.client.model.loss import Batch, ExampleLosses, example_losses
+from fedmosaic.experiments.methods.hetlora import HetLora
 from fedmosaic.experiments.methods.lora import Vector, factors, using
-from fedmosaic.experiments.methods.server_side import HetLora, Matrices, pack, unpack
-from fedmosaic.experiments.methods.strategies import SHARED, Exchange, ServerSide, Trainer
+from fedmosaic.experiments.methods.matrices import Matrices, pack, unpack
+from fedmosaic.experiments.methods.strategy import SHARED, Exchange, ServerSide, Trainer
 
 Factors = Sequence[tuple[torch.Tensor, torch.Tensor]]
 """(A (r, d_in), B (d_out, r)) of every module."""

@@ -1,7 +1,7 @@
-"""The baselines, each as what a client trains, what it shares, how that is combined and what is scored.
+"""What a method is: what a client trains, what it shares, how that is combined, and what is scored.
 
-Each class names its paper; where the release of FedMosaic's authors departs from the published
-method (personal adapters averaged, for one), the published method is what stands here.
+Each baseline is a subclass in a file of its own and a line of the registry in `experiments/methods/__init__.py`.
+Where the release of FedMosaic's authors departs from a published method, the published one stands here.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,32 +10,24 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
-import torch
 from peft import PeftModel
 from torch import nn
-from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from fedmosaic.client.model.examples import IGNORED, EncodedExample, Example
-from fedmosaic.client.model.loss import Batch, ExampleLosses, example_losses, logits_at
+from fedmosaic.client.model.examples import EncodedExample, Example
+from fedmosaic.client.model.loss import ExampleLosses, example_losses
 from fedmosaic.client.model.sampling import EpochSampler
 from fedmosaic.client.model.training import TrainingSettings, train_local
 from fedmosaic.experiments.methods.lora import (
-    SummedLogits,
     Vector,
-    factors,
     read_adapter,
     using,
     write_adapter,
 )
 from fedmosaic.protos.errors import ModelError
 
-SHARED, PERSONAL, RECEIVED = "shared", "personal", "received"
-
-PROXIMITY = 0.001
-"""Ditto's pull of the personal adapter towards the received one, on the squared distance."""
-
-DISTILLATION_TEMPERATURE = 2.0
+SHARED, PERSONAL, RECEIVED, TEACHER = "shared", "personal", "received", "teacher"
+"""Names of the LoRA adapters on a client's model."""
 
 
 @dataclass
@@ -216,167 +208,3 @@ def check_uploads(uploads: Mapping[str, Vector]) -> None:
     bad = sorted(name for name, vector in uploads.items() if not np.isfinite(vector).all())
     if bad or not uploads:
         raise ModelError(f"uploads that are not finite: {', '.join(bad) or 'none, but there is no upload'}")
-
-
-class LocalOnly(Strategy):
-    """Every client alone."""
-
-
-class FedAvg(Strategy):
-    """FedIT: all of LoRA averaged in every round, trained on from there."""
-
-    shares = True
-
-
-class Ditto(Strategy):
-    """A shared adapter as in FedAvg, and a personal one held near it that never leaves.
-
-    Reference: Li et al. (2021), arXiv 2012.04221, with the proximity weight of the authors' comparison.
-    """
-
-    adapters: ClassVar[tuple[str, ...]] = (SHARED, PERSONAL)
-    shares = True
-    passes = 2
-
-    def train(self, trainer: Trainer) -> None:
-        """The personal adapter towards the received one, then the shared one, on the same batches."""
-        anchor = [part.detach().clone() for pair in factors(trainer.model, SHARED) for part in pair]
-        with using(trainer.model, [PERSONAL], [PERSONAL]):
-            trainer.fit(_near(anchor), again=True)
-        with using(trainer.model, [SHARED], [SHARED]):
-            trainer.fit()
-
-    @contextmanager
-    def scored(self, model: PeftModel) -> Iterator[nn.Module]:
-        """The personal adapter alone."""
-        with using(model, [PERSONAL]):
-            yield model
-
-
-def _near(anchor: Sequence[torch.Tensor]) -> ExampleLosses:
-    def losses(model: nn.Module, batch: Batch) -> torch.Tensor:
-        parts = [part for pair in factors(model, PERSONAL) for part in pair]
-        distance = torch.stack(
-            [(part - fixed).float().square().sum() for part, fixed in zip(parts, anchor, strict=True)]
-        ).sum()
-        return example_losses(model, batch) + PROXIMITY * distance
-
-    return losses
-
-
-class FedDpa(Strategy):
-    """Dual personalising adapters: the shared one first, then the personal one beside it.
-
-    Half of the steps each; scored with the mean of both. The instance-wise weights of the original are not
-    here, as they are not in the authors' comparison.
-
-    Reference: Yang et al. (2024), arXiv 2403.19211.
-    """
-
-    adapters: ClassVar[tuple[str, ...]] = (SHARED, PERSONAL)
-    shares = True
-
-    def train(self, trainer: Trainer) -> None:
-        """An odd step goes to the personal adapter."""
-        half = trainer.settings.steps // 2
-        with using(trainer.model, [SHARED], [SHARED]):
-            trainer.fit(steps=half)
-        with using(trainer.model, [SHARED, PERSONAL], [PERSONAL], scale=0.5):
-            trainer.fit(steps=trainer.settings.steps - half)
-
-    @contextmanager
-    def scored(self, model: PeftModel) -> Iterator[nn.Module]:
-        """The mean of both adapters."""
-        with using(model, [SHARED, PERSONAL], scale=0.5):
-            yield model
-
-
-class FedSim(Strategy):
-    """Simultaneous partial personalisation: one loss on the summed logits trains both adapters.
-
-    Reference: Pillutla et al. (2022), arXiv 2204.03809.
-    """
-
-    adapters: ClassVar[tuple[str, ...]] = (SHARED, PERSONAL)
-    shares = True
-    alike = False
-
-    def train(self, trainer: Trainer) -> None:
-        """Both adapters at once."""
-        summed = SummedLogits(trainer.model, self.adapters, self.adapters)
-        with using(trainer.model, self.adapters, self.adapters):
-            trainer.fit(lambda _model, batch: example_losses(summed, batch))
-
-    @contextmanager
-    def scored(self, model: PeftModel) -> Iterator[nn.Module]:
-        """The sum of both adapters' logits."""
-        yield SummedLogits(model, self.adapters)
-
-
-class FedDat(Strategy):
-    """Dual adapter teacher: shared and personal adapters teach each other beside the frozen received one.
-
-    Reference: Chen et al. (2024), arXiv 2308.12305.
-    """
-
-    adapters: ClassVar[tuple[str, ...]] = (SHARED, PERSONAL, RECEIVED)
-    shares = True
-
-    def train(self, trainer: Trainer) -> None:
-        """Per batch: the shared adapter learns from the pair, the personal one from the shared one."""
-        write_adapter(trainer.model, RECEIVED, read_adapter(trainer.model, SHARED))
-        with using(trainer.model, self.adapters, [SHARED, PERSONAL]):
-            trainer.fit(_mutual(trainer.model))
-
-    @contextmanager
-    def scored(self, model: PeftModel) -> Iterator[nn.Module]:
-        """The mean of the received and the personal adapter."""
-        with using(model, [RECEIVED, PERSONAL], scale=0.5):
-            yield model
-
-
-def _mutual(model: PeftModel) -> ExampleLosses:
-    def losses(_model: nn.Module, batch: Batch) -> torch.Tensor:
-        def shared_logits() -> torch.Tensor:
-            with using(model, [SHARED], [SHARED]):
-                return answer_logits(model, batch)
-
-        def pair_logits() -> torch.Tensor:
-            with using(model, [RECEIVED, PERSONAL], [PERSONAL], scale=0.5):
-                return answer_logits(model, batch)
-
-        shared, pair = shared_logits(), pair_logits()
-        return distilled(shared, pair.detach(), batch) + distilled(pair, shared.detach(), batch)
-
-    return losses
-
-
-def answer_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Logits (B, K, V), float32, at every position that is an answer's in some row."""
-    positions = (batch["labels"][:, 1:] != IGNORED).any(dim=0).nonzero().squeeze(1)
-    return logits_at(model, batch, positions).float()
-
-
-def distilled(student: torch.Tensor, teacher: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """½ (cross entropy + T² KL(teacher ‖ student)) per example, each a mean over its answer tokens.
-
-    Args:
-        student: (B, K, V) from `answer_logits`.
-        teacher: the same, without gradient.
-        batch: with labels.
-
-    Returns:
-        (B,) losses.
-    """
-    labels_BT = batch["labels"][:, 1:]
-    labels_BK = labels_BT[:, (labels_BT != IGNORED).any(dim=0)]
-    mask_BK = labels_BK != IGNORED
-    hard_BK = functional.cross_entropy(
-        student.flatten(0, 1), labels_BK.flatten(), ignore_index=IGNORED, reduction="none"
-    ).view_as(labels_BK)
-    t = DISTILLATION_TEMPERATURE
-    soft_BK = functional.kl_div(
-        (student / t).log_softmax(-1), (teacher / t).log_softmax(-1), reduction="none", log_target=True
-    ).sum(-1)
-    both_BK = 0.5 * (hard_BK + t * t * soft_BK) * mask_BK
-    return both_BK.sum(dim=1) / mask_BK.sum(dim=1)

@@ -1,0 +1,38 @@
+"""FedDPA: a shared adapter, then a personal one beside it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar
+
+from peft import PeftModel
+from torch import nn
+
+from fedmosaic.experiments.methods.lora import using
+from fedmosaic.experiments.methods.strategy import PERSONAL, SHARED, Strategy, Trainer
+
+
+class FedDpa(Strategy):
+    """Dual personalising adapters: the shared one first, then the personal one beside it.
+
+    Half of the steps each; scored with the mean of both. The instance-wise weights of the original are not
+    here, as they are not in the authors' comparison.
+
+    Reference: Yang et al. (2024), arXiv 2403.19211.
+    """
+
+    adapters: ClassVar[tuple[str, ...]] = (SHARED, PERSONAL)
+    shares = True
+
+    def train(self, trainer: Trainer) -> None:
+        """An odd step goes to the personal adapter."""
+        half = trainer.settings.steps // 2
+        with using(trainer.model, [SHARED], [SHARED]):
+            trainer.fit(steps=half)
+        with using(trainer.model, [SHARED, PERSONAL], [PERSONAL], scale=0.5):
+            trainer.fit(steps=trainer.settings.steps - half)
+
+    @contextmanager
+    def scored(self, model: PeftModel) -> Iterator[nn.Module]:
+        """The mean of both adapters."""
+        with using(model, [SHARED, PERSONAL], scale=0.5):
+            yield model

@@ -1,0 +1,54 @@
+"""HETLoRA: ranks differ; padded with zeros and weighted by norm."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from fedmosaic.experiments.methods.fedavg import FedAvg
+from fedmosaic.experiments.methods.lora import (
+    Vector,
+)
+from fedmosaic.experiments.methods.matrices import pack, pad, unpack
+from fedmosaic.experiments.methods.strategy import ServerSide, check_uploads
+
+
+class HetLora(FedAvg):
+    """Ranks differ: smaller adapters are padded with zeros, and weighted by the norm of what they add.
+
+    Every client receives the first of the rows and columns. The original's pruning of ranks while training
+    is in `hetlora_pruned`.
+
+    Reference: Cho et al. (2024), arXiv 2401.06432.
+    """
+
+    def combine(self, uploads: Mapping[str, Vector], server: ServerSide) -> Mapping[str, Vector]:
+        """Weights are ‖BA‖ over all modules, normalised over the clients; uniform while all are zero."""
+        check_uploads(uploads)
+        names = sorted(uploads)
+        parts = {name: unpack(uploads[name], server, name) for name in names}
+        norms = np.array([np.sqrt(sum(_squared_norm(a, b) for a, b in parts[name])) for name in names])
+        weights = norms / norms.sum() if norms.sum() > 0 else np.full(len(names), 1 / len(names))
+        largest = max(server.ranks[name] for name in names)
+        padded = [
+            sum(w * pad(parts[name][m], largest)[0] for w, name in zip(weights, names, strict=True))
+            for m in range(len(parts[names[0]]))
+        ]
+        ups = [
+            sum(w * pad(parts[name][m], largest)[1] for w, name in zip(weights, names, strict=True))
+            for m in range(len(parts[names[0]]))
+        ]
+        return {
+            name: pack(
+                [
+                    (a[: server.ranks[name]], b[:, : server.ranks[name]])
+                    for a, b in zip(padded, ups, strict=True)
+                ]
+            )
+            for name in names
+        }
+
+
+def _squared_norm(a: np.ndarray, b: np.ndarray) -> float:
+    """‖BA‖² from the small Gram matrices: tr((BᵀB)(AAᵀ))."""
+    wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
+    return float(max(0.0, np.sum((wide_b.T @ wide_b) * (wide_a @ wide_a.T))))

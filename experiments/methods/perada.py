@@ -1,0 +1,71 @@
+"""PerAda: Ditto, and the server distils the clients' logits on public data."""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from fedmosaic.client.model.loss import Batch, ExampleLosses
+from fedmosaic.client.model.training import train_local
+from fedmosaic.experiments.methods.distillation import (
+    DISTILLATION_TEMPERATURE,
+    answer_labels,
+    answer_logits,
+    soft_divergence,
+)
+from fedmosaic.experiments.methods.ditto import Ditto
+from fedmosaic.experiments.methods.lora import Vector, read_adapter, using, write_adapter
+from fedmosaic.experiments.methods.strategy import (
+    PERSONAL,
+    SHARED,
+    TEACHER,
+    ServerSide,
+)
+from fedmosaic.protos.errors import ModelError
+
+
+class PerAda(Ditto):
+    """Ditto's client; the server distils the clients' mean logits on public examples into the average.
+
+    Teachers are the clients of the same architecture, whose vocabulary is the student's.
+
+    Reference: Xie et al. (2024), arXiv 2302.06637.
+    """
+
+    adapters: ClassVar[tuple[str, ...]] = (SHARED, PERSONAL, TEACHER)
+    steps: ClassVar[int] = 10
+    """Optimizer steps of the server in a round."""
+
+    def combine(self, uploads: Mapping[str, Vector], server: ServerSide) -> Mapping[str, Vector]:
+        """The mean, then distillation."""
+        mean = super().combine(uploads, server)
+        write_adapter(server.model, SHARED, next(iter(mean.values())))
+        with using(server.model, [SHARED], [SHARED]):
+            train_local(
+                server.model,
+                server.public,
+                server.settings.model_copy(update={"steps": self.steps}),
+                pad_token_id=server.pad_token_id,
+                losses=_from_teachers([uploads[name] for name in sorted(uploads)], server),
+            )
+        return dict.fromkeys(uploads, read_adapter(server.model, SHARED))
+
+
+def _from_teachers(uploads: Sequence[Vector], server: ServerSide) -> ExampleLosses:
+    def losses(model: nn.Module, batch: Batch) -> torch.Tensor:
+        teacher: torch.Tensor | None = None
+        with torch.no_grad():
+            for vector in uploads:
+                write_adapter(server.model, TEACHER, vector)
+                with using(server.model, [TEACHER]):
+                    logits = answer_logits(server.model, batch) / len(uploads)
+                teacher = logits if teacher is None else teacher + logits
+        if teacher is None:
+            raise ModelError("there is no teacher; every architecture has one client at least")
+        student = answer_logits(model, batch)
+        _, mask_BK = answer_labels(batch)
+        soft_BK = soft_divergence(student, teacher, DISTILLATION_TEMPERATURE)
+        return (soft_BK * mask_BK).sum(dim=1) / mask_BK.sum(dim=1)
+
+    return losses

@@ -1,0 +1,65 @@
+"""TAKFL: architectures teach each other, and the task vectors are averaged."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+
+from fedmosaic.experiments.methods.fedavg import FedAvg
+from fedmosaic.experiments.methods.knowledge import (
+    Lesson,
+    Translator,
+    by_architecture,
+    knowledge_of,
+    learn,
+)
+from fedmosaic.experiments.methods.lora import (
+    Vector,
+)
+from fedmosaic.experiments.methods.strategy import SHARED, TEACHER, Exchange, ServerSide, check_uploads
+
+
+class Takfl(FedAvg):
+    """The clients of each architecture teach every architecture's mean; what each lesson changed is added up.
+
+    For every student and every teaching architecture (the student's own among them) distillation begins at
+    the student's mean adapter; the task vectors, result less mean, are averaged and added to the mean. The
+    release of FedMosaic's authors subtracts a result from itself, so its task vectors are zero.
+
+    Reference: Morafah et al. (2024), arXiv 2409.18461, with the temperatures of the authors' comparison.
+    """
+
+    adapters: ClassVar[tuple[str, ...]] = (SHARED, TEACHER)
+    temperature: ClassVar[float] = 3.0
+    anchor_temperature: ClassVar[float] = 20.0
+    anchor_weight: ClassVar[float] = 0.01
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._translate = Translator()
+
+    def exchange(self, uploads: Mapping[str, Vector], servers: Mapping[str, ServerSide]) -> Exchange:
+        """One student per architecture, taught by all."""
+        check_uploads(uploads)
+        groups = list(by_architecture(uploads, servers))
+        lessons = [knowledge_of(server, list(own.values()), self.temperature) for server, own in groups]
+        received: dict[str, Vector] = {}
+        for student, own in groups:
+            mean = next(iter(self.combine(own, student).values()))
+            vectors = [
+                learn(
+                    student,
+                    mean,
+                    Lesson(
+                        self._translate(lesson, teacher, student),
+                        temperature=self.temperature,
+                        anchor_weight=self.anchor_weight,
+                        anchor_temperature=self.anchor_temperature,
+                    ),
+                )
+                - mean
+                for (teacher, _), lesson in zip(groups, lessons, strict=True)
+            ]
+            moved = (mean + np.mean(vectors, axis=0, dtype=np.float64)).astype(np.float32)
+            received |= dict.fromkeys(own, moved)
+        return Exchange.of_adapters(uploads, received)
