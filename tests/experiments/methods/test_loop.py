@@ -36,6 +36,7 @@ from fedmosaic.experiments.methods.lora import (
 )
 from fedmosaic.experiments.methods.matrices import pack, unpack
 from fedmosaic.experiments.methods.strategy import PERSONAL, RECEIVED, SHARED, ServerSide, Trainer
+from fedmosaic.experiments.methods.variants import UNIFORM_TEMPERATURE
 from fedmosaic.experiments.runs import command as runner
 from fedmosaic.experiments.scenario.participants import read_evaluations
 from fedmosaic.protos.errors import ConfigurationError, ModelError
@@ -70,7 +71,7 @@ def test_an_unknown_method_is_refused_by_name(tmp_path: Path, tiny_scenario: Any
 
 def test_variants_change_what_they_say(tiny_scenario: Any) -> None:
     changed = methods.with_variant(tiny_scenario(method="fedmosaic-uniform"))
-    assert changed.relevance.temperature == methods.UNIFORM_TEMPERATURE
+    assert changed.relevance.temperature == UNIFORM_TEMPERATURE
     assert changed.relevance.average_decay == tiny_scenario().relevance.average_decay
     assert methods.with_variant(tiny_scenario(method="fedmosaic-fixed-gate")).fixed_gate == 0.5
 
