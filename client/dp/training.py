@@ -11,12 +11,12 @@ g̃ is post-processing, so the cores after the round are a release with the cost
 provided that the values they started from were public or an earlier release, and that no other
 private tensor takes part in the forward pass (`fedmosaic.client.dp.checks`).
 
-Every example goes through the model alone, in every number format, and clipping and noise live on the integer
-grid of `fedmosaic.privacy.mechanism.profile`: one example moves the sum by at most C whatever it is, whatever
-the others are, and whatever was received (`fedmosaic.client.dp.engine` says why). The model is in evaluation
-mode throughout: dropout draws from one stream for all examples, and a layer with running statistics carries one
-example to the next. One thing remains outside the guarantee: the time of a step grows with the size of its
-sample.
+Every example goes through the model alone, in every number format, and clipping and noise live on the
+integer grid of `fedmosaic.privacy.mechanism.profile`: one example moves the sum by at most C whatever it
+is, whatever the others are, and whatever was received (`fedmosaic.client.dp.engine` says why). The model is
+in evaluation mode throughout: dropout draws from one stream for all examples, and a layer with running
+statistics carries one example to the next. One thing remains outside the guarantee: the time of a step
+grows with the size of its sample.
 
 The number of examples itself is treated as public: the sampling rate, and with it the planned noise, comes
 from it (`fedmosaic.client.releases.plan_adapter`).

@@ -137,8 +137,8 @@ def load_base_model(
 
     Raises:
         ModelError: The model cannot be found or read, lacks weights, is of an unsupported kind, has a
-            tokenizer without an end of text, fails `acceptance.check_language_model`, `keep_layers` or `dtype`
-            make no sense, or bitsandbytes is not installed.
+            tokenizer without an end of text, fails `acceptance.check_language_model`, `keep_layers` or
+            `dtype` make no sense, or bitsandbytes is not installed.
     """
     exact_products()
     source = str(path_or_hub_id)
