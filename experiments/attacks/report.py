@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmosaic.experiments.attacks.statistics.results import AttackReport, AttackResult, Figure, LaterRun
+from fedmosaic.experiments.scenario.metrics import markdown_table
 from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.protos.errors import ConfigurationError
 
@@ -224,10 +225,14 @@ def _attack_lines(attack: str, results: Sequence[AttackResult]) -> list[str]:
         lines.append("- Success here is by design: it is what the release is for.")
     lines.append("")
     names = list(dict.fromkeys(figure.name for result in results for figure in result.figures))
-    wide = len(names) <= 3
     for statistic in dict.fromkeys(result.statistic for result in results):
         group = [result for result in results if result.statistic == statistic]
-        lines += [f"Statistic: {statistic}.", "", *(_wide if wide else _long)(group, names), ""]
+        lines += [
+            f"Statistic: {statistic}.",
+            "",
+            *(_wide(group, names) if len(names) <= 3 else _long(group)),
+            "",
+        ]
     for note in dict.fromkeys(result.note for result in results if result.note):
         lines += [f"{note[0].upper()}{note[1:]}.", ""]
     return lines
@@ -238,41 +243,37 @@ def _headlines(results: Iterable[AttackResult]) -> list[str]:
 
 
 def _wide(results: Sequence[AttackResult], names: Sequence[str]) -> list[str]:
-    lines = [_row(["release", "", "ε", *names]), _row(["---"] * (3 + len(names)))]
+    rows = []
     for result in results:
         figures = {figure.name: figure for figure in result.figures}
         cells = [_cell(figures[name]) if name in figures else "-" for name in names]
-        lines.append(_row([result.release, _SETTINGS[result.setting], _epsilon(result.epsilon), *cells]))
-    return lines
+        rows.append([result.release, _SETTINGS[result.setting], _epsilon(result.epsilon), *cells])
+    return markdown_table(["release", "", "ε", *names], rows)
 
 
-def _long(results: Sequence[AttackResult], _names: Sequence[str]) -> list[str]:
-    lines = [_row(["release", "", "figure", "value"]), _row(["---"] * 4)]
+def _long(results: Sequence[AttackResult]) -> list[str]:
+    rows = []
     for result in results:
         for number, figure in enumerate(result.figures):
             first = ["", ""] if number else [result.release, _SETTINGS[result.setting]]
-            lines.append(_row([*first, figure.name, _cell(figure)]))
-    return lines
+            rows.append([*first, figure.name, _cell(figure)])
+    return markdown_table(["release", "", "figure", "value"], rows)
 
 
 def _refusal_lines(report: AttackReport) -> list[str]:
-    lines = [
+    rows = []
+    for refusal in report.refusals:
+        count = f"{refusal.refused} of {refusal.tried}" + (" **BROKEN**" if refusal.broken else "")
+        answer = refusal.answer.replace("|", "/").replace("\n", " ")
+        rows.append([refusal.party, refusal.attempt, count, answer])
+    return [
         "## Attempts that must be refused",
         "",
         "Carried out against the real sessions, key agreement and coordinator; only the model is replaced.",
         "",
-        _row(["who", "attempt", "refused", "answer"]),
-        _row(["---"] * 4),
+        *markdown_table(["who", "attempt", "refused", "answer"], rows),
+        "",
     ]
-    for refusal in report.refusals:
-        count = f"{refusal.refused} of {refusal.tried}" + (" **BROKEN**" if refusal.broken else "")
-        answer = refusal.answer.replace("|", "/").replace("\n", " ")
-        lines.append(_row([refusal.party, refusal.attempt, count, answer]))
-    return [*lines, ""]
-
-
-def _row(values: Iterable[str]) -> str:
-    return "| " + " | ".join(values) + " |"
 
 
 def _cell(figure: Figure) -> str:

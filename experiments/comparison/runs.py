@@ -7,18 +7,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
 
-import numpy as np
-
 from fedmosaic.experiments.scenario.metrics import (
     Interval,
     Pair,
     Summary,
+    area_under_curve,
     interval,
     mean_summary,
     summarise_client,
 )
 from fedmosaic.experiments.scenario.participants import read_evaluations
-from fedmosaic.experiments.studies.relevance.measure import area_under_curve
 from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.protos.errors import ConfigurationError
 
@@ -203,7 +201,7 @@ def relevance_quality(groups: Sequence[str], similarity: Sequence[Sequence[float
                 pairs[one == other].append(0.0 if value is None else value)
     if not pairs[True] or not pairs[False]:
         return None
-    return area_under_curve(np.array(pairs[True]), np.array(pairs[False]))
+    return area_under_curve(pairs[True], pairs[False])
 
 
 def _label(label: str) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from typing import Final
 from rich.table import Table
 
 from fedmosaic.experiments.comparison.runs import FIGURES, REFERENCE, Group
-from fedmosaic.experiments.scenario.metrics import Interval
+from fedmosaic.experiments.scenario.metrics import Interval, markdown_table
 
 ACCURACY_HEADS: Final = ("seeds", "ε server", "ε recipients", *FIGURES)
 """Heads of `accuracies` after the method."""
@@ -172,11 +172,9 @@ def markdown(groups: Sequence[Group], reference: str = REFERENCE) -> str:
 
 
 def _markdown(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
-    return [
-        f"| method | {' | '.join(heads)} |",
-        "| --- |" + " ---: |" * len(heads),
-        *(f"| `{method}` | {' | '.join(cells)} |" for method, cells in rows),
-    ]
+    return markdown_table(
+        ("method", *heads), [(f"`{method}`", *cells) for method, cells in rows], numbers=True
+    )
 
 
 def percent(figure: Interval | None, sign: str = "") -> str:

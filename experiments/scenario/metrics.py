@@ -1,4 +1,4 @@
-"""Self and Others, A_last and A_AUC, and intervals over seeds. Pure functions.
+"""Self and Others, A_last and A_AUC, intervals over seeds, areas and tables. Pure functions.
 
 a_ijk(t) is the score of client i's model after its local training of round t on task k of client j:
 
@@ -15,7 +15,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+import numpy as np
+import numpy.typing as npt
 from scipy.special import stdtrit
+from scipy.stats import rankdata
 
 from fedmosaic.protos.errors import ConfigurationError
 
@@ -125,6 +128,32 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
     quantile = float(stdtrit(count - 1, 0.5 + confidence / 2.0))
     return Interval(mean, quantile * math.sqrt(variance / count), count)
+
+
+def area_under_curve(positive: npt.ArrayLike, negative: npt.ArrayLike) -> float:
+    """Probability that a positive scores above a negative, ties counting half (Mann and Whitney 1947).
+
+    Args:
+        positive: (P,) finite scores.
+        negative: (N,) finite scores.
+    """
+    count = np.size(positive)
+    ranks = rankdata(np.concatenate([np.ravel(positive), np.ravel(negative)]))[:count]
+    return float((ranks.sum() - count * (count + 1) / 2) / (count * np.size(negative)))
+
+
+def markdown_table(
+    heads: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False
+) -> list[str]:
+    """Lines of a Markdown table.
+
+    Args:
+        heads: of the columns.
+        rows: cells, as many in each row as there are heads.
+        numbers: whether all columns but the first are set to the right.
+    """
+    rule = ["---", *(["---:" if numbers else "---"] * (len(heads) - 1))]
+    return [f"| {' | '.join(cells)} |" for cells in (heads, rule, *rows)]
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

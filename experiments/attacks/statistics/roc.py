@@ -126,7 +126,7 @@ def membership_figures(
     return tuple(figures)
 
 
-def area_under_curve(scores: FloatArray, members: BoolArray, groups: IntArray) -> tuple[float, float]:
+def area_with_error(scores: FloatArray, members: BoolArray, groups: IntArray) -> tuple[float, float]:
     """Area under the ROC curve and its standard error over groups of dependent scores.
 
     Reference:
@@ -204,7 +204,7 @@ def _share_below(ordered: FloatArray, values: FloatArray) -> FloatArray:
 
 
 def _area_figure(scores: FloatArray, members: BoolArray, groups: IntArray, ceiling: Ceiling) -> Figure:
-    area, error = area_under_curve(scores, members, groups)
+    area, error = area_with_error(scores, members, groups)
     reach = float(norm.ppf(0.5 + CONFIDENCE / 2.0)) * error
     bound = ceiling.area if ceiling.promises else None
     broken = bound is not None and area - float(norm.isf(ALARM_LEVEL)) * error > bound + 1e-9

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import rankdata
 
+from fedmosaic.experiments.scenario.metrics import area_under_curve
 from fedmosaic.privacy.mechanism.noise import SeededTestNoise
 from fedmosaic.privacy.mechanism.profile import ClippedSum, Float64Array, IntArray, ProfileMechanism, release
 from fedmosaic.server.round.relevance import corrected_cosine, plain_cosine
@@ -75,13 +75,6 @@ def measure(
             released = [release(ClippedSum(total, 0, 0, n), mechanism, noise) for total in sums]
             results.append(_figures(np.array(released, dtype=np.float64), mechanism.noise_variance, labels_C))
     return [_average(np.array(results), bootstrapped) for results in trial_rows]
-
-
-def area_under_curve(positive: Float64Array, negative: Float64Array) -> float:
-    """Probability that a positive scores above a negative, ties counting half (Mann and Whitney 1947)."""
-    ranks = rankdata(np.concatenate([positive, negative]))[: len(positive)]
-    wins = ranks.sum() - len(positive) * (len(positive) + 1) / 2
-    return float(wins / (len(positive) * len(negative)))
 
 
 def top_match(similarity: Float64Array, labels: npt.NDArray[np.int64]) -> float:

