@@ -23,7 +23,6 @@ from fedmosaic.privacy.federation.roster import RelevanceTerms
 from fedmosaic.privacy.mechanism.noise import NoiseSource
 from fedmosaic.privacy.mechanism.profile import (
     ClippedSum,
-    Float32Array,
     ProfileMechanism,
     clip,
     release,
@@ -379,8 +378,3 @@ def _task(
         by_design=True,
         note="the task is what a profile is released for; ε protects single examples, not the task",
     )
-
-
-def released_profiles(vectors: Mapping[str, Float32Array | None]) -> dict[str, np.ndarray]:
-    """The profiles of those clients that released one."""
-    return {name: vector for name, vector in vectors.items() if vector is not None}

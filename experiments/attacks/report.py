@@ -6,6 +6,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Final
 
+import matplotlib as mpl
+from matplotlib.figure import Figure as Canvas
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -14,7 +16,6 @@ from rich.text import Text
 from fedmosaic.experiments.attacks.statistics.results import AttackReport, AttackResult, Figure, LaterRun
 from fedmosaic.experiments.scenario.metrics import markdown_table
 from fedmosaic.privacy.configuration import read_configuration
-from fedmosaic.protos.errors import ConfigurationError
 
 JSON: Final = "attacks.json"
 MARKDOWN: Final = "attacks.md"
@@ -36,9 +37,6 @@ def write(report: AttackReport, directory: Path) -> None:
     Args:
         report: what was found.
         directory: made if absent.
-
-    Raises:
-        ConfigurationError: matplotlib is not installed; JSON and Markdown are written first.
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / JSON).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -121,17 +119,7 @@ def draw(report: AttackReport, path: Path) -> None:
     Args:
         report: with curves.
         path: file to write; its suffix chooses the format.
-
-    Raises:
-        ConfigurationError: matplotlib is not installed.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure as Canvas
-    except ImportError as error:
-        raise ConfigurationError(
-            "the ROC figure needs matplotlib; install fedmosaic[dev] (the tables are written)"
-        ) from error
     mpl.rcParams["svg.hashsalt"] = "fedmosaic"
     panels: dict[tuple[str, str], list[AttackResult]] = {}
     for result in report.results:

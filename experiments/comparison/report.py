@@ -18,10 +18,9 @@ from rich.text import Text
 from fedmosaic.experiments.attacks import report as attack_report
 from fedmosaic.experiments.comparison.figures import privacy_figure
 from fedmosaic.experiments.comparison.page import page
-from fedmosaic.experiments.comparison.runs import REFERENCE, compared_run, group_runs
+from fedmosaic.experiments.comparison.runs import REFERENCE, compared_run, group_runs, read_object
 from fedmosaic.experiments.comparison.tables import terminal_tables
 from fedmosaic.experiments.scenario.newcomers import newcomers_table, read_newcomers
-from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.statement.check import check_received
 from fedmosaic.privacy.statement.costs import costs_at_epsilon
 from fedmosaic.privacy.statement.models import ChannelCost, PrivacyStatement
@@ -169,17 +168,7 @@ def read_run(path: Path) -> RunRecord:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        content = parse_json(path.read_bytes())
-        if not isinstance(content, dict):
-            raise ValueError("it is no JSON object")
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"{path} is damaged: {error}; restore it from a backup, or move it away and see the rest"
-        ) from None
-    return content
+    return read_object(path, "restore it, or move it away and see the rest") if path.exists() else {}
 
 
 def show(record: RunRecord, console: Console) -> None:

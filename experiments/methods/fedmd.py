@@ -7,9 +7,9 @@ from fedmosaic.experiments.methods.knowledge import (
     Lesson,
     Translator,
     by_architecture,
-    knowledge_of,
     learn,
     mean_knowledge,
+    told,
 )
 from fedmosaic.experiments.methods.lora import Vector
 from fedmosaic.experiments.methods.strategy import (
@@ -42,11 +42,7 @@ class FedMd(Strategy):
         """Consensus, then every client digests it."""
         check_uploads(uploads)
         groups = list(by_architecture(uploads, servers))
-        said = {
-            name: (server, knowledge_of(server, [vector]))
-            for server, own in groups
-            for name, vector in own.items()
-        }
+        said = told(groups)
         received: dict[str, Vector] = {}
         got: dict[str, int] = {}
         for student, own in groups:

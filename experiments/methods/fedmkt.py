@@ -10,6 +10,7 @@ from fedmosaic.experiments.methods.knowledge import (
     by_architecture,
     knowledge_of,
     learn,
+    told,
 )
 from fedmosaic.experiments.methods.lora import Vector, read_adapter
 from fedmosaic.experiments.methods.strategy import (
@@ -45,11 +46,7 @@ class FedMkt(Strategy):
         """From the clients to the server's models, and back."""
         check_uploads(uploads)
         groups = list(by_architecture(uploads, servers))
-        said = {
-            name: (server, knowledge_of(server, [vector]))
-            for server, own in groups
-            for name, vector in own.items()
-        }
+        said = told(groups)
         received: dict[str, Vector] = {}
         got: dict[str, int] = {}
         for server, own in groups:

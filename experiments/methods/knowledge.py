@@ -3,7 +3,7 @@
 Shape suffixes: B batch, T answer tokens (with the end of sequence), V vocabulary, N most likely tokens.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -292,3 +292,14 @@ def by_architecture(
     """Every architecture with its clients' adapters."""
     for server in servers.values():
         yield server, {name: uploads[name] for name in sorted(server.ranks)}
+
+
+def told(
+    groups: Iterable[tuple[ServerSide, Mapping[str, Vector]]],
+) -> dict[str, tuple[ServerSide, list[Knowledge]]]:
+    """What every client's adapter says about the public examples, with the server's side that read it."""
+    return {
+        name: (server, knowledge_of(server, [vector]))
+        for server, own in groups
+        for name, vector in own.items()
+    }

@@ -84,18 +84,6 @@ def least_total(canaries: int, guesses: int, right: int, chance: float, ceiling:
     return tail
 
 
-def f_dp_p_value(canaries: int, guesses: int, right: int, ceiling: Ceiling) -> float:
-    """Upper bound on the chance of so many right guesses under a claim; arguments as of `least_total`."""
-    if least_total(canaries, guesses, right, 1.0, ceiling) <= 1.0:
-        return 1.0
-    low, high = -700.0, 0.0
-    for _ in range(60):
-        middle = (low + high) / 2.0
-        possible = least_total(canaries, guesses, right, math.exp(middle), ceiling) <= 1.0
-        low, high = (middle, high) if possible else (low, middle)
-    return math.exp(high)
-
-
 def refutes(
     scores: FloatArray,
     included: BoolArray,

@@ -20,14 +20,6 @@ PLOT_OR_OPINION: Final = ClassificationTask(
 )
 """Does a sentence tell what happens in a film, or what someone thinks of it?"""
 
-SENTIMENT: Final = ClassificationTask(
-    name="film-review",
-    opening="Film review",
-    question="Positive or negative?",
-    choices=("positive", "negative"),
-)
-"""Does a review quote recommend the film?"""
-
 _MIN_CHARACTERS: Final = 40
 _MAX_CHARACTERS: Final = 120
 _MAX_UNPACKED: Final = 16 << 20
@@ -48,20 +40,6 @@ def plot_or_opinion(packed: bytes) -> Iterator[LabelledText]:
                 yield from _of_length(sentence, "plot", film)
         else:
             yield from _of_length(text, "opinion", film)
-
-
-def sentiment(packed: bytes) -> Iterator[LabelledText]:
-    """Review quotes of 40 to 120 characters, grouped by film.
-
-    Args:
-        packed: The corpus, CSV packed with bzip2.
-
-    Raises:
-        ConfigurationError: The corpus is not readable.
-    """
-    for category, text, film in _records(packed):
-        if category != "plot":
-            yield from _of_length(text, "positive" if category == "fresh" else "negative", film)
 
 
 def _of_length(text: str, label: str, film: str) -> Iterator[LabelledText]:

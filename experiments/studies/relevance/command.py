@@ -94,7 +94,7 @@ def run(settings: Settings) -> list[Cell]:
         All cells.
 
     Raises:
-        ConfigurationError: data is missing, or matplotlib for the figure.
+        ConfigurationError: data is missing.
         ModelError: a probe cannot be loaded or used.
     """
     torch.set_num_threads(settings.threads)

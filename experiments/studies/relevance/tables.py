@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
 from fedmosaic.experiments.scenario.metrics import markdown_table
 from fedmosaic.experiments.studies.relevance.measure import Recovery
-from fedmosaic.protos.errors import ConfigurationError
 
 
 @dataclass(frozen=True)
@@ -69,17 +71,7 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
     Args:
         cells: all cells.
         path: file to write; its suffix chooses the format.
-
-    Raises:
-        ConfigurationError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigurationError(
-            "the figure needs matplotlib; install fedmosaic[dev] (the table and results.json are written)"
-        ) from error
     rows = list(dict.fromkeys((cell.probe, cell.task_set) for cell in cells))
     sizes = sorted({cell.n for cell in cells})
     epsilons = sorted({cell.epsilon for cell in cells})

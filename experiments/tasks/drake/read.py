@@ -1,9 +1,7 @@
-"""Read data sets in the layout of DRAKE and HFLB, and its scenario files.
+"""Read data sets in the layout of DRAKE and HFLB, and its scenarios.
 
     DIR/<dataset>/train/dataset-<id>.json     {"id", "image"?, "conversations": [{"from", "value"}, …]}
     DIR/<dataset>/test/dataset-<id>.json      `image` is a path or a list of paths, one per `<image>` marker
-
-A scenario file is a list of clients, each with an ordered list of data sets and a model.
 
 Records are read, checked and kept as `PictureExample`; `fedmosaic.experiments.tasks.drake.files` turns them
 into the files of a scenario.
@@ -152,34 +150,6 @@ def _with(options: list[str], answer: str) -> tuple[str, ...]:
     return distinct if len(distinct) > 1 and answer in distinct else ()
 
 
-def read_scenario_file(path: Path) -> tuple[DrakeClient, ...]:
-    """Read a scenario file of the authors' repository (JSON).
-
-    Raises:
-        ConfigurationError: it is not in that form.
-    """
-    content = _json(path)
-    try:
-        clients = tuple(
-            DrakeClient(
-                int(client["client_id"]),
-                str(client["model_id"]),
-                tuple(_task(task) for task in client["datasets"] if task["dataset"] != "dummy"),
-            )
-            for client in content
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigurationError(f"{path} is no scenario file: {error!r}") from None
-    if [client.number for client in clients] != list(range(len(clients))) or not clients:
-        raise ConfigurationError(f"{path}: client_id must be 0, 1, 2, … in order")
-    return clients
-
-
-def _task(task: Any) -> DrakeTask:
-    metric: Metric = "f1" if task.get("metric") in ("F1", "RougeL") else "accuracy"
-    return DrakeTask(str(task["dataset"]), int(task["subset_id"]), metric)
-
-
 def drake_scenario(name: str) -> tuple[DrakeClient, ...]:
     """One of DRAKE's scenarios, by its name in the authors' repository.
 
@@ -198,11 +168,6 @@ def drake_scenario(name: str) -> tuple[DrakeClient, ...]:
         )
         clients.append(DrakeClient(number, table["models"][model], parsed))
     return tuple(clients)
-
-
-def drake_scenarios() -> tuple[str, ...]:
-    """Names of DRAKE's scenarios."""
-    return tuple(_assignments()["scenarios"])
 
 
 def _split(task: str) -> tuple[str, int]:

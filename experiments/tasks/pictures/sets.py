@@ -19,7 +19,7 @@ from fedmosaic.client.vision.words import pictures_in, without_pictures
 from fedmosaic.experiments.tasks.labelled import normalise, stable_hash, write_examples
 from fedmosaic.experiments.tasks.pictures import sources as source
 from fedmosaic.experiments.tasks.pictures.sources import PictureRow, ReadPictures
-from fedmosaic.experiments.tasks.texts.sets import split_rows, write_public
+from fedmosaic.experiments.tasks.texts.sets import check_enough, read_rows, split_rows, write_public
 from fedmosaic.protos.errors import ConfigurationError
 
 
@@ -205,12 +205,7 @@ def build(
     seen: set[str] = set()
     for client, tasks in PICTURE_SETS[name].items():
         for task_name, task in tasks.items():
-            try:
-                rows = list(task.read(data))
-            except OSError as error:
-                raise ConfigurationError(
-                    f"{error.filename} is missing; task {task_name} needs {task.origin} in the data folder"
-                ) from None
+            rows = read_rows(task_name, task.origin, task.read, data)
             train, test = split_rows(
                 f"{client}/{task_name}",
                 [row.row for row in rows],
@@ -219,9 +214,7 @@ def build(
                 seen,
                 tuning=tuning,
             )
-            if len(train) < 8 or len(test) < 8:
-                sizes = f"{len(train)} training and {len(test)} test rows"
-                raise ConfigurationError(f"task {task_name} has {sizes}; give eight of each")
+            check_enough(task_name, train, test)
             used = {path for example in (*train, *test) for path in pictures_in(example.prompt)}
             made = {path: make for row in rows for path, make in row.pictures.items() if path in used}
             yield WrittenTask(client, task_name, task, train, test, made)

@@ -6,12 +6,12 @@ at two clients.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from string import ascii_lowercase
-from typing import Final
+from typing import Final, TypeVar
 
 from fedmosaic.client.model.examples import Example
 from fedmosaic.experiments.tasks.labelled import normalise, stable_hash, write_examples
@@ -21,6 +21,9 @@ from fedmosaic.experiments.tasks.texts.sources import Read, Row
 from fedmosaic.protos.errors import ConfigurationError
 
 TEST_SHARE: Final = 0.25
+
+
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
@@ -264,18 +267,36 @@ def build(
     seen: set[str] = set()
     for client, tasks in TEXT_SETS[name].items():
         for task, content in tasks.items():
-            try:
-                rows = list(content.read(data))
-            except OSError as error:
-                raise ConfigurationError(
-                    f"{error.filename} is missing; task {task} needs {content.origin} in the data folder"
-                ) from None
+            rows = read_rows(task, content.origin, content.read, data)
             train, test = split_rows(f"{client}/{task}", rows, train_rows, test_rows, seen, tuning=tuning)
-            if len(train) < 8 or len(test) < 8:
-                raise ConfigurationError(
-                    f"task {task} has {len(train)} training and {len(test)} test rows; give eight of each"
-                )
+            check_enough(task, train, test)
             yield client, task, train, test
+
+
+def check_enough(name: str, train: Sequence[Example], test: Sequence[Example]) -> None:
+    """Refuse a task that has fewer than eight training or test examples.
+
+    Raises:
+        ConfigurationError: it has.
+    """
+    if len(train) < 8 or len(test) < 8:
+        raise ConfigurationError(
+            f"task {name} has {len(train)} training and {len(test)} test rows; give eight of each"
+        )
+
+
+def read_rows(name: str, origin: str, read: Callable[[Path], Iterable[Kind]], data: Path) -> list[Kind]:
+    """All rows of a task.
+
+    Raises:
+        ConfigurationError: its data set is missing.
+    """
+    try:
+        return list(read(data))
+    except OSError as error:
+        raise ConfigurationError(
+            f"{error.filename} is missing; task {name} needs {origin} in the data folder"
+        ) from None
 
 
 def split_rows(

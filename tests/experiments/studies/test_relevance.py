@@ -96,7 +96,6 @@ def test_table_shows_every_cell_and_marks_the_bootstrap() -> None:
 
 
 def test_figure_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     draw(cells(), tmp_path / "figure.svg")
     assert "<svg" in (tmp_path / "figure.svg").read_text()
 
@@ -201,7 +200,6 @@ def test_smaller_designs_use_the_leading_directions() -> None:
 
 
 def test_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
     tiny_model().save_pretrained(tmp_path / "probe")
     tokenizer().save_pretrained(tmp_path / "probe")
     monkeypatch.setattr(

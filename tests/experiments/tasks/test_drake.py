@@ -2,6 +2,7 @@
 
 import io
 import json
+import tomllib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,13 @@ from fedmosaic.experiments.tasks.drake.read import (
     DrakeClient,
     DrakeTask,
     drake_scenario,
-    drake_scenarios,
     listed_choices,
     read_dataset,
-    read_scenario_file,
 )
 from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.protos.errors import ConfigurationError
+
+SCENARIOS = Path(__file__).parents[3] / "experiments" / "scenarios"
 
 
 def _write(root: Path, records: Any) -> Path:
@@ -110,8 +111,9 @@ def test_listed_choices(prompt: str, answer: str, expected: tuple[str, ...]) -> 
 
 
 def test_the_scenarios_have_forty_tasks_and_the_published_mixes() -> None:
-    assert len(drake_scenarios()) == 12
-    for name in drake_scenarios():
+    names = tomllib.loads((SCENARIOS / "drake.toml").read_text())["scenarios"]
+    assert len(names) == 12
+    for name in names:
         clients = drake_scenario(name)
         tasks = [task for client in clients for task in client.tasks]
         assert len({task.name for task in tasks}) == len(tasks) == 40
@@ -121,24 +123,6 @@ def test_the_scenarios_have_forty_tasks_and_the_published_mixes() -> None:
     assert drake_scenario("DRAKE_homo_llava_qwen_3B")[2].tasks[0].dataset == "SEED-Bench-2"
     with pytest.raises(ConfigurationError, match="known"):
         drake_scenario("DRAKE")
-
-
-def test_a_scenario_file_of_the_authors(tmp_path: Path) -> None:
-    tasks = [
-        {"dataset": "iconqa", "subset_id": 2, "type": "open-ended", "metric": "F1"},
-        {"dataset": "dummy", "subset_id": 0},
-        {"dataset": "WCVQA", "subset_id": 0, "type": "multi-choice"},
-    ]
-    path = tmp_path / "s.json"
-    path.write_text(json.dumps([{"client_id": 0, "model_id": "m", "datasets": tasks}]))
-    (client,) = read_scenario_file(path)
-    assert [(task.name, task.metric) for task in client.tasks] == [
-        ("iconqa-2", "f1"),
-        ("WCVQA-0", "accuracy"),
-    ]
-    path.write_text(json.dumps([{"client_id": 1, "model_id": "m", "datasets": []}]))
-    with pytest.raises(ConfigurationError, match="client_id"):
-        read_scenario_file(path)
 
 
 def test_questions_without_choices_take_the_answers_of_their_task() -> None:

@@ -12,7 +12,6 @@ from scipy.stats import binom, norm
 from fedmosaic.experiments.attacks.statistics.empirical import gaussian_epsilon
 from fedmosaic.experiments.attacks.statistics.one_run import one_run_lower_bound
 from fedmosaic.experiments.attacks.statistics.one_run_fdp import (
-    f_dp_p_value,
     least_total,
     one_run_fdp_figure,
     refuted_factor,
@@ -52,6 +51,18 @@ def programme(canaries: int, guesses: int, right: int, claim: Ceiling) -> float:
     )  # fmt: skip
     assert found.status == 0
     return float(-found.fun)
+
+
+def f_dp_p_value(canaries: int, guesses: int, right: int, ceiling: Ceiling) -> float:
+    """The largest chance of so many right guesses that `least_total` lets stand."""
+    if least_total(canaries, guesses, right, 1.0, ceiling) <= 1.0:
+        return 1.0
+    low, high = -700.0, 0.0
+    for _ in range(60):
+        middle = (low + high) / 2.0
+        possible = least_total(canaries, guesses, right, math.exp(middle), ceiling) <= 1.0
+        low, high = (middle, high) if possible else (low, middle)
+    return math.exp(high)
 
 
 def run(mu: float, canaries: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
