@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 import torch
 import tyro
@@ -34,10 +34,7 @@ Part = Literal[
     "profile", "tasks", "audit", "federation", "malicious",
     "text", "adapter", "inversion", "received", "shadow",
 ]  # fmt: skip
-PARTS: Final[tuple[Part, ...]] = (
-    "profile", "tasks", "audit", "federation", "malicious",
-    "text", "adapter", "inversion", "received", "shadow",
-)  # fmt: skip
+PARTS: Final[tuple[Part, ...]] = get_args(Part)
 _NEED_THE_PROBE: Final = frozenset({"profile", "tasks", "audit", "federation", "text"})
 _BROKEN_EXIT: Final = 1
 _SCORED: Final = 60

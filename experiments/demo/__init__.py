@@ -1,1 +1,4 @@
-"""`fedmosaic demo`: a federation of real processes, with models and data from package registries."""
+"""`fedmosaic demo`: a federation of real processes, with models and data from package registries.
+
+`data` and `models` fill the cache, `corpora` reads the packages, `command` runs and reports.
+"""

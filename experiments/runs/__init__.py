@@ -1,1 +1,1 @@
-"""`fedmosaic run` and tables of runs."""
+"""`fedmosaic run`: a scenario in one process or in many, and tables of such runs."""

@@ -1,1 +1,4 @@
-"""A scenario: who takes part, with which data in which order, and how it is scored."""
+"""A scenario: who takes part, with which data in which order, and how it is scored.
+
+Imports no other room of the experiments.
+"""

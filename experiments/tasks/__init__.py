@@ -1,1 +1,1 @@
-"""Tasks as JSON lines of examples: converters from the corpora that wheels carry."""
+"""Tasks as JSON lines of examples, written by `fedmosaic tasks`: readers, sets, and one projector."""

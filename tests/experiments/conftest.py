@@ -70,7 +70,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _save_model(folder / "large", 3, 24)
     for number in range(4):
         choices = ("yes", "no") if number < 2 else ("red", "blue")
-        _write(folder / f"train-{number}.jsonl", 110, 10 + number, choices)
+        # A profile is released of no fewer than 50.
+        _write(folder / f"train-{number}.jsonl", 55, 10 + number, choices)
         _write(folder / f"test-{number}.jsonl", 8, 50 + number, choices)
     _write(folder / "public.jsonl", 40, 90, ("yes", "no"))
     return folder

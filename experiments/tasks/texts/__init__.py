@@ -1,1 +1,1 @@
-"""Text tasks: sources and sets."""
+"""Text tasks: `sources` reads data sets, `sets` divides them among clients."""

@@ -113,14 +113,8 @@ def test_a_blended_branch_is_trained_privately_within_the_budget(tmp_path: Path,
         schedule={"rounds": 2, "quorum": 4},
         adapter={"rank": 2, "blocks": 2, "protection": "dp"},
         # As many as a client has: without sampling the accountants have closed forms.
-        adapter_privacy={"target_epsilon": 8.0, "expected_batch_size": 20, "steps_per_round": 1},
+        adapter_privacy={"target_epsilon": 8.0, "expected_batch_size": 55, "steps_per_round": 1},
     )
-    clients = []
-    for client in scenario.clients:
-        few = tmp_path / client.train.name
-        few.write_text("".join(client.train.read_text().splitlines(keepends=True)[:20]))
-        clients.append(client.model_copy(update={"train": few}))
-    scenario = scenario.model_copy(update={"clients": tuple(clients)})
     directory = runner.run_here(scenario, tmp_path, tmp_path, _console())
     assert 7.0 < (compared_run(directory).epsilon["server"] or 0.0) <= 8.0
 
@@ -177,16 +171,26 @@ def test_encrypted_runs_work_in_one_process(tmp_path: Path, tiny_scenario: Any) 
 
 
 def test_a_stream_releases_one_profile_per_round_which_compose_in_parallel(
-    tmp_path: Path, tiny_scenario: Any
+    tmp_path: Path, tiny_scenario: Any, tiny_folder: Path
 ) -> None:
-    directory = runner.run_here(tiny_scenario(stream="dynamic"), tmp_path, tmp_path, _console())
+    # A round's part of the stream must be enough for a profile.
+    pairs = [tiny_folder / f"train-{number}.jsonl" for number in range(4)]
+    both = [tmp_path / f"both-{number}.jsonl" for number in range(2)]
+    for number, path in enumerate(both):
+        path.write_text("".join(pair.read_text() for pair in pairs[2 * number : 2 * number + 2]))
+
+    def scenario(stream: str) -> Any:
+        plain = tiny_scenario(stream=stream)
+        clients = [c.model_copy(update={"train": both[n // 2]}) for n, c in enumerate(plain.clients)]
+        return plain.model_copy(update={"clients": tuple(clients)})
+
+    directory = runner.run_here(scenario("dynamic"), tmp_path, tmp_path, _console())
     rows = read_ledger(_state(directory, "client-1") / "ledger.sqlite")
     released = [row for row in rows if row.channel == "profile" and row.kind == "RELEASED"]
     assert len(released) == 2
     statement = json.loads((_state(directory, "client-1") / "statement.json").read_text())
     (channel,) = (c for c in statement["clients"][0]["channels"] if c["channel"] == "profile")
-    one = tiny_scenario(stream="all")
-    directory = runner.run_here(one, tmp_path / "all", tmp_path / "all", _console())
+    directory = runner.run_here(scenario("all"), tmp_path / "all", tmp_path / "all", _console())
     single = json.loads((_state(directory, "client-1") / "statement.json").read_text())
     (alone,) = (c for c in single["clients"][0]["channels"] if c["channel"] == "profile")
     # The rounds share no example, so each example pays for one of the two releases.

@@ -356,7 +356,7 @@ def seeing(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setenv("FEDMOSAIC_CACHE", str(tmp_path / "cache"))
     generator = np.random.default_rng(0)
     for number in range(2):
-        for part, count in (("train", 100), ("test", 12)):
+        for part, count in (("train", 60), ("test", 12)):
             lines = []
             for n in range(count):
                 answer = ("red", "blue")[n % 2]
@@ -428,7 +428,7 @@ def test_pictures_decide_and_the_question_alone_does_not(seeing: Any, tmp_path: 
 def test_the_adapter_is_trained_privately_on_pictures(seeing: Any, tmp_path: Path) -> None:
     private = {"rank": 2, "blocks": 2, "protection": "dp"}
     # As many as a client has: without sampling the accountants have closed forms.
-    terms = {"target_epsilon": 8.0, "expected_batch_size": 100, "steps_per_round": 1}
+    terms = {"target_epsilon": 8.0, "expected_batch_size": 60, "steps_per_round": 1}
     scenario = seeing(adapter=private, adapter_privacy=terms)
     run = compared_run(runner.run_here(scenario, tmp_path, tmp_path / "runs", _console()))
     assert 7.0 < (run.epsilon["server"] or 0.0) <= 8.0

@@ -140,7 +140,7 @@ def test_what_makes_no_sense_is_refused(arguments: Any, tmp_path: Path) -> None:
     for changes, message in (
         ({"examples": 0}, "examples is 0"),
         ({"steps": 0}, "steps is 0"),
-        ({"examples": 99}, "the task has 110 examples; give at least 198"),
+        ({"examples": 99}, "the task has 55 examples; give at least 198"),
         ({"bases": (f"x={tmp_path}",)}, "holds no alignment"),
         ({"pair": ("small", "deep")}, "no aligned model 'deep'"),
     ):
