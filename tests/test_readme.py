@@ -52,7 +52,7 @@ STUDIES = sorted(
     {
         command.partition("#")[0].strip()
         for name, text in DOCS.items()
-        if name.startswith("experiments")
+        if name.startswith(("experiments", "scenarios"))
         for command in re.findall(
             r"^ {4}(?:[A-Z_]+=\S+ )?(fedmosaic \w+ [^ #].*)$", text.replace("\\\n", ""), re.MULTILINE
         )
