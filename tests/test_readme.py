@@ -5,6 +5,7 @@ What the other pages name, commands, files and tests, has to be there as well.
 
 import argparse
 import ast
+import functools
 import json
 import os
 import re
@@ -152,6 +153,7 @@ def test_every_test_that_a_page_names_is_there(page: str) -> None:
     assert missing == []
 
 
+@functools.cache
 def _tests_of(module: str) -> set[str]:
     parsed = ast.parse((ROOT / module).read_text(encoding="utf-8"))
     return {
