@@ -18,7 +18,7 @@ import torch
 
 from end_to_end import federation_of_vectors as fv
 from end_to_end.test_trained_adapters import SHARED_MODEL, random_model, write_examples
-from fedmosaic.client.__main__ import scores_after
+from fedmosaic.client.client import scores_after
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.releases import AdapterPlan, Releases
 from fedmosaic.client.settings import ClientSettings

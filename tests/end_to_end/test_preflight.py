@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from end_to_end import federation_of_vectors as fv
-from fedmosaic.client import __main__ as client
+from fedmosaic.client import __main__ as command
+from fedmosaic.client import client
 from fedmosaic.client.learner import SAMPLER
 from fedmosaic.client.model.load import load_base_model
 from fedmosaic.client.preflight import doctor
@@ -331,7 +332,7 @@ def test_the_client_itself_stops_before_it_loads_trains_or_charges(
     other_probe(config)
     monkeypatch.setattr(client, "Session", None)
     with pytest.raises(FedMosaicError, match="different probes"):
-        client.main([str(config)])
+        command.main([str(config)])
     assert not list(config.parent.rglob(LEDGER))
 
 
@@ -414,7 +415,7 @@ def test_a_whole_run_tells_how_it_was_scored(config: Path, served: tuple[Path, i
             }
         )
         try:
-            client.run(own)
+            client.Client(own).run()
         except BaseException as error:
             errors.append(error)
 

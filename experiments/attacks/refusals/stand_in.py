@@ -8,8 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from fedmosaic.client.keyring import Keyring
-from fedmosaic.client.protection import Identity, Protection
+from fedmosaic.client.client import Participant
 from fedmosaic.client.releases import AdapterPlan, Releases
 from fedmosaic.client.session import Session
 from fedmosaic.client.state import ClientState
@@ -92,15 +91,12 @@ def open_session(
     roster: Roster = kit.roster
     state = ClientState(kit.directory / "state", roster.federation, name)
     ledger = Ledger.open(state.ledger_path, name, 1e-5, 8.0, accountant="rdp", budgeted_channels=("profile",))
-    identity = Identity(name, kit.signing_key())
-    keyring = Keyring(name, identity.signing_key, roster, transport, state.directory / "keys")
     learner = VectorLearner(seed, roster.terms)
     ids = tuple(f"{name}-{number}" for number in range(100))
     plan = AdapterPlan(0.0, 0.1)
     releases = Releases(ledger, roster.terms, state, ids, _profile(seed), SecureNoise(), plan)
-    protection = Protection(identity, roster, "", keyring)
-    session = Session(identity, roster, transport, learner, state, releases, protection, Silent())
-    return session, learner, ledger, state
+    member = Participant(kit, transport, learner, state, ledger, plan, releases, Silent())
+    return member.session, learner, ledger, state
 
 
 def run_sessions(
