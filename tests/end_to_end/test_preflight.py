@@ -406,12 +406,16 @@ def test_a_whole_run_tells_how_it_was_scored(config: Path, served: tuple[Path, i
     settings = read_configuration(config, ClientSettings).resolved(config.parent)
     errors: list[BaseException] = []
 
-    def take_part(member: str) -> None:
+    def take_part(number: int, member: str) -> None:
+        # Data of its own: on one ledger, the draws of two members would be two draws of one release.
+        train = config.parent / f"{member}.jsonl"
+        write(train, rows(60, 1000 * (1 + number)))
         own = settings.model_copy(
             update={
                 "kit": directory / "clients" / member,
                 "server": f"127.0.0.1:{server.port}",
                 "state_dir": config.parent / member,
+                "data": settings.data.model_copy(update={"train": train}),
             }
         )
         try:
@@ -419,7 +423,7 @@ def test_a_whole_run_tells_how_it_was_scored(config: Path, served: tuple[Path, i
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=take_part, args=(member,), daemon=True) for member in MEMBERS]
+    threads = [threading.Thread(target=take_part, args=item, daemon=True) for item in enumerate(MEMBERS)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -429,5 +433,6 @@ def test_a_whole_run_tells_how_it_was_scored(config: Path, served: tuple[Path, i
     result = json.loads((config.parent / "a" / "result.json").read_text())
     assert result["measures"] == {"self": "written answer, same words"}
     assert 0.0 <= result["after"]["self"] <= 1.0
-    (ledger,) = config.parent.rglob(LEDGER)
-    assert read_ledger(ledger)
+    ledgers = list(config.parent.rglob(LEDGER))
+    assert len(ledgers) == len(MEMBERS)
+    assert all(read_ledger(ledger) for ledger in ledgers)
