@@ -405,6 +405,7 @@ def test_a_whole_run_tells_how_it_was_scored(config: Path, served: tuple[Path, i
     write(config.parent / "test.jsonl", rows(4, 200, choices=[]))
     settings = read_configuration(config, ClientSettings).resolved(config.parent)
     errors: list[BaseException] = []
+    results: dict[str, client.ClientResult] = {}
 
     def take_part(number: int, member: str) -> None:
         # Data of its own: on one ledger, the draws of two members would be two draws of one release.
@@ -419,7 +420,7 @@ def test_a_whole_run_tells_how_it_was_scored(config: Path, served: tuple[Path, i
             }
         )
         try:
-            client.Client(own).run()
+            results[member] = client.Client(own).run()
         except BaseException as error:
             errors.append(error)
 
@@ -433,6 +434,12 @@ def test_a_whole_run_tells_how_it_was_scored(config: Path, served: tuple[Path, i
     result = json.loads((config.parent / "a" / "result.json").read_text())
     assert result["measures"] == {"self": "written answer, same words"}
     assert 0.0 <= result["after"]["self"] <= 1.0
+    own = results["a"]
+    assert (own.before, own.after) == (result["before"], result["after"])
+    assert (own.traffic, own.received_rounds) == (result["traffic"], 0)
+    assert own.statement.model_dump_json(indent=2) == (config.parent / "a" / "statement.json").read_text()
+    assert own.adapter is not None
+    assert (own.adapter / "adapter_model.safetensors").exists()
     ledgers = list(config.parent.rglob(LEDGER))
     assert len(ledgers) == len(MEMBERS)
     assert all(read_ledger(ledger) for ledger in ledgers)
