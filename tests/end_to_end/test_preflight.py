@@ -16,7 +16,6 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from end_to_end import federation_of_vectors as fv
 from fedmosaic.client import __main__ as command
 from fedmosaic.client import client
 from fedmosaic.client.learner import SAMPLER
@@ -24,6 +23,7 @@ from fedmosaic.client.model.load import load_base_model
 from fedmosaic.client.preflight import doctor
 from fedmosaic.client.preflight.checks import Preflight
 from fedmosaic.client.profile.probe import open_probe
+from fedmosaic.client.progress import SilentProgress
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.configuration import read_configuration
@@ -167,7 +167,7 @@ max_length = 32
 
 def preflight(config: Path) -> Preflight:
     settings = read_configuration(config, ClientSettings).resolved(config.parent)
-    return Preflight(settings, fv.Silent(), server_patience_seconds=1.0)
+    return Preflight(settings, SilentProgress(), server_patience_seconds=1.0)
 
 
 def required(config: Path) -> list[str]:
