@@ -27,7 +27,6 @@ _COLUMNS: Final = 80
 _SERVER_PATIENCE_SECONDS: Final = 5.0
 _PACKAGES: Final = ("torch", "transformers", "peft", "opacus", "grpcio")
 _INDENT: Final = " " * 20
-_HEADER_BYTES: Final = 100_000_000
 
 
 @dataclass(frozen=True)
