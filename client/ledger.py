@@ -119,9 +119,8 @@ class DataLedger:
         if not has_begun(path):
             self._check_fresh(seen, epoch)
             log.info("a new privacy ledger begins in %s; every run on these data has to use it", self.place)
-        delta = ledger_delta(path, examples)
         try:
-            ledger = Ledger.open(path, self.record.client, delta, target, budgeted_channels=channels)
+            ledger = open_ledger(path, self.record.client, examples, target, channels)
         except OSError as error:
             raise LedgerError(
                 f"no privacy ledger can be kept in {self.place} ({error.strerror}); make it writable, or "
@@ -196,6 +195,22 @@ class DataLedger:
                     f"the data were renamed, `fedmosaic ledger move {other.parent} {self.place}`; if they "
                     "are other data with the same ids, name a directory for their ledger in data.ledger"
                 )
+
+
+def open_ledger(path: Path, client: str, examples: int, target: float, channels: Sequence[Channel]) -> Ledger:
+    """Open a ledger, or begin one, with the δ of `ledger_delta`.
+
+    Args:
+        path: of the ledger.
+        client: whose it is.
+        examples: n, the client's number of examples.
+        target: ε, the budget.
+        channels: that it bounds.
+
+    Raises:
+        LedgerError: it is damaged, of other parameters, or its δ is too large for so many examples.
+    """
+    return Ledger.open(path, client, ledger_delta(path, examples), target, budgeted_channels=channels)
 
 
 def ledger_delta(path: Path, examples: int) -> float:

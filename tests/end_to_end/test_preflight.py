@@ -16,13 +16,14 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from end_to_end import federation_of_vectors as fv
-from fedmosaic.client import __main__ as client
+from fedmosaic.client import __main__ as command
+from fedmosaic.client import client
 from fedmosaic.client.learner import SAMPLER
 from fedmosaic.client.model.load import load_base_model
 from fedmosaic.client.preflight import doctor
 from fedmosaic.client.preflight.checks import Preflight
 from fedmosaic.client.profile.probe import open_probe
+from fedmosaic.client.progress import SilentProgress
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.configuration import read_configuration
@@ -166,7 +167,7 @@ max_length = 32
 
 def preflight(config: Path) -> Preflight:
     settings = read_configuration(config, ClientSettings).resolved(config.parent)
-    return Preflight(settings, fv.Silent(), server_patience_seconds=1.0)
+    return Preflight(settings, SilentProgress(), server_patience_seconds=1.0)
 
 
 def required(config: Path) -> list[str]:
@@ -331,7 +332,7 @@ def test_the_client_itself_stops_before_it_loads_trains_or_charges(
     other_probe(config)
     monkeypatch.setattr(client, "Session", None)
     with pytest.raises(FedMosaicError, match="different probes"):
-        client.main([str(config)])
+        command.main([str(config)])
     assert not list(config.parent.rglob(LEDGER))
 
 
@@ -404,25 +405,26 @@ def test_a_whole_run_tells_how_it_was_scored(config: Path, served: tuple[Path, i
     write(config.parent / "test.jsonl", rows(4, 200, choices=[]))
     settings = read_configuration(config, ClientSettings).resolved(config.parent)
     errors: list[BaseException] = []
+    results: dict[str, client.ClientResult] = {}
 
-    def take_part(member: str) -> None:
-        # Data of its own: those of one file have one ledger, which charges a round once.
-        data = config.parent / f"{member}.jsonl"
-        shutil.copy(settings.data.train, data)
+    def take_part(number: int, member: str) -> None:
+        # Data of its own: on one ledger, the draws of two members would be two draws of one release.
+        train = config.parent / f"{member}.jsonl"
+        write(train, rows(60, 1000 * (1 + number)))
         own = settings.model_copy(
             update={
                 "kit": directory / "clients" / member,
                 "server": f"127.0.0.1:{server.port}",
                 "state_dir": config.parent / member,
-                "data": settings.data.model_copy(update={"train": data}),
+                "data": settings.data.model_copy(update={"train": train}),
             }
         )
         try:
-            client.run(own)
+            results[member] = client.Client(own).run()
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=take_part, args=(member,), daemon=True) for member in MEMBERS]
+    threads = [threading.Thread(target=take_part, args=item, daemon=True) for item in enumerate(MEMBERS)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -432,6 +434,12 @@ def test_a_whole_run_tells_how_it_was_scored(config: Path, served: tuple[Path, i
     result = json.loads((config.parent / "a" / "result.json").read_text())
     assert result["measures"] == {"self": "written answer, same words"}
     assert 0.0 <= result["after"]["self"] <= 1.0
+    own = results["a"]
+    assert (own.before, own.after) == (result["before"], result["after"])
+    assert (own.traffic, own.received_rounds) == (result["traffic"], 0)
+    assert own.statement.model_dump_json(indent=2) == (config.parent / "a" / "statement.json").read_text()
+    assert own.adapter is not None
+    assert (own.adapter / "adapter_model.safetensors").exists()
     ledgers = list(config.parent.rglob(LEDGER))
     assert len(ledgers) == len(MEMBERS)
     assert all(read_ledger(ledger) for ledger in ledgers)

@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from end_to_end import federation_of_vectors as fv
 from fedmosaic.client.learner import ModelLearner
+from fedmosaic.client.progress import SilentProgress
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.privacy.federation.roster import AdapterTerms, Terms
 from fedmosaic.privacy.mechanism.noise import SeededTestNoise
@@ -118,7 +119,7 @@ class ModelClient(fv.Client):
                 "training": {"steps": 3, "per_device_train_batch_size": 4, "max_length": 64},
             }
         )
-        return self.kind(settings, agreed, "", fv.Silent())
+        return self.kind(settings, agreed, "", SilentProgress())
 
 
 def trained(

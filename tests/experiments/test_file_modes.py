@@ -13,12 +13,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fedmosaic.client import __main__ as client
-from fedmosaic.client.settings import ClientSettings
+from fedmosaic.client.client import Client
 from fedmosaic.client.transport.grpc import GrpcTransport
 from fedmosaic.experiments.runs.client_processes import client_process
 from fedmosaic.experiments.scenario.founding import fit_profile, found_federation
-from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.server.from_kit import settings_from_kit
 from fedmosaic.server.network.serving import running
 from fedmosaic.server.settings import ServerSettings
@@ -72,7 +70,7 @@ def take_part(scenario: Any, directory: Path, port: int) -> list[BaseException]:
         client_process(scenario, entry, directory, port)
         path = directory / "federation" / "clients" / entry.id / "client.json"
         try:
-            client.run(read_configuration(path, ClientSettings).resolved(path.parent))
+            Client(path).run()
         except BaseException as error:
             errors.append(error)
 
