@@ -1,8 +1,7 @@
-"""From a budget to noise: which σ a channel needs, and how a total ε is split over both channels."""
+"""From a budget to noise: which σ a channel needs beside what is settled."""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from fedmosaic.privacy.accounting.epsilon import LARGEST_TIGHT_EPSILON, epsilon, within_resolution
 from fedmosaic.privacy.accounting.events import GaussianEvent
@@ -12,23 +11,6 @@ _RELATIVE_PRECISION = 1e-3
 _LARGEST_FACTOR = 1e6
 _SMALLEST_FACTOR = 1e-2
 _MOST_TIGHT_STEPS = 100_000
-
-
-@dataclass(frozen=True, slots=True)
-class BudgetPlan:
-    """Both channels' events for a whole experiment, and their certified joint ε.
-
-    Attributes:
-        profile: all planned profile releases of one client.
-        adapter: all planned DP-SGD steps of one client.
-        epsilon: joint ε of both, at most the target.
-        delta: δ of `epsilon`.
-    """
-
-    profile: GaussianEvent
-    adapter: GaussianEvent
-    epsilon: float
-    delta: float
 
 
 def noise_multiplier_for(
@@ -140,55 +122,6 @@ def noise_factor_for(
         ]
 
     return _smallest_factor(target_epsilon, delta, fixed_events, events_at, accountant)
-
-
-def default_profile_noise_multiplier(target_epsilon: float, examples: int) -> float:
-    """The stated rule for the profile's share of a budget.
-
-    One profile release at σ = 8 costs ε = 0.43 alone and about 0.05 beside a usual adapter channel, and
-    leaves relevance intact from 300 examples on. Under a tight budget a large client can afford σ = 16.
-
-    Args:
-        target_epsilon: ε of the whole experiment, > 0.
-        examples: number of the client's examples.
-
-    Returns:
-        16 when target_epsilon ≤ 1 and examples ≥ 2,000, else 8.
-    """
-    return 16.0 if target_epsilon <= 1.0 and examples >= 2000 else 8.0
-
-
-def plan_budget(
-    target_epsilon: float,
-    delta: float,
-    examples: int,
-    sampling_rate: float,
-    steps: int,
-    profile_releases: int = 1,
-) -> BudgetPlan:
-    """Split a total ε: the profile by its rule, all that is left to the adapter.
-
-    Args:
-        target_epsilon: ε of the whole experiment, in (0, 100].
-        delta: δ in (0, 1/examples].
-        examples: number of the client's examples; decides the profile's σ, see
-            `default_profile_noise_multiplier`.
-        sampling_rate: q of one DP-SGD step, in (0, 1].
-        steps: DP-SGD steps of the whole experiment, ≥ 1.
-        profile_releases: data epochs that are planned for, ≥ 1.
-
-    Returns:
-        The plan; its ε is at most the target.
-
-    Raises:
-        AccountingError: as for `noise_multiplier_for`.
-    """
-    sigma = default_profile_noise_multiplier(target_epsilon, examples)
-    profile = GaussianEvent(sigma, 1.0, profile_releases)
-    adapter = GaussianEvent(
-        noise_multiplier_for(target_epsilon, delta, [profile], sampling_rate, steps), sampling_rate, steps
-    )
-    return BudgetPlan(profile, adapter, epsilon([profile, adapter], delta), delta)
 
 
 class _NoTightBoundError(AccountingError):
