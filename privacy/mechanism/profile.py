@@ -10,7 +10,6 @@ The bound of one example holds whatever the map does, and cosine similarity is f
 """
 
 import hashlib
-import json
 import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -19,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, StringConstraints, model_validator
 
-from fedmosaic.privacy.configuration import Frozen
+from fedmosaic.privacy.configuration import Frozen, canonical_json
 from fedmosaic.privacy.mechanism import gaussian
 from fedmosaic.privacy.mechanism.gaussian import GRID as GRID
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum as ClippedSum
@@ -127,10 +126,7 @@ class ProfileMechanism(Frozen):
     @property
     def sha256(self) -> str:
         """Hash (hexadecimal) over the canonical JSON of this description."""
-        content = json.dumps(
-            self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False
-        )
-        return hashlib.sha256(content.encode()).hexdigest()
+        return hashlib.sha256(canonical_json(self.model_dump(mode="json")).encode()).hexdigest()
 
 
 def clipped_sum(rows: FloatArray, mechanism: ProfileMechanism) -> ClippedSum:
