@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from fedmosaic.privacy.accounting.epsilon import LARGEST_TIGHT_EPSILON, epsilon, within_resolution
 from fedmosaic.privacy.accounting.events import GaussianEvent
@@ -19,7 +20,6 @@ def noise_multiplier_for(
     fixed_events: Sequence[GaussianEvent],
     sampling_rate: float,
     steps: int,
-    accountant: str = "prv",
 ) -> float:
     """Smallest σ (to 0.1 %) with which `steps` releases fit beside the fixed events.
 
@@ -29,7 +29,6 @@ def noise_multiplier_for(
         fixed_events: releases whose noise is settled, such as the profile channel's.
         sampling_rate: q of the releases to plan, in (0, 1].
         steps: number of releases to plan, ≥ 1.
-        accountant: "prv", "rdp" or "pld".
 
     Returns:
         σ, evaluated and found to give ε ≤ target_epsilon.
@@ -45,7 +44,7 @@ def noise_multiplier_for(
     def events_at(sigma: float) -> list[GaussianEvent]:
         return [*fixed_events, GaussianEvent(sigma, sampling_rate, steps)]
 
-    return _smallest_factor(target_epsilon, delta, fixed_events, events_at, accountant)
+    return _smallest_factor(target_epsilon, delta, fixed_events, events_at)
 
 
 def check_plannable(
@@ -90,7 +89,6 @@ def noise_factor_for(
     delta: float,
     fixed_events: Sequence[GaussianEvent],
     scaled_events: Sequence[GaussianEvent],
-    accountant: str = "prv",
 ) -> float:
     """Factor on every σ of `scaled_events` with which everything together costs the target ε.
 
@@ -99,7 +97,6 @@ def noise_factor_for(
         delta: δ in (0, 1).
         fixed_events: releases that keep their noise.
         scaled_events: releases whose σ > 0 is multiplied by the factor, at least one step.
-        accountant: "prv", "rdp" or "pld".
 
     Returns:
         The factor, to 0.1 %, evaluated and found to give ε ≤ target_epsilon; below 1 when the releases
@@ -121,7 +118,7 @@ def noise_factor_for(
             ),
         ]
 
-    return _smallest_factor(target_epsilon, delta, fixed_events, events_at, accountant)
+    return _smallest_factor(target_epsilon, delta, fixed_events, events_at)
 
 
 class _NoTightBoundError(AccountingError):
@@ -133,16 +130,13 @@ def _smallest_factor(
     delta: float,
     fixed: Sequence[GaussianEvent],
     events_at: Callable[[float], list[GaussianEvent]],
-    accountant: str,
 ) -> float:
     # Where a tight value takes minutes, or cannot be had, the looser bound plans a little more noise. The
     # ledger, too, goes on with it then (`fedmosaic.privacy.accounting.epsilon.epsilon_bound`).
-    if sum(event.steps for event in events_at(1.0)) > _MOST_TIGHT_STEPS:
-        accountant = "rdp"
-    try:
-        return _search(target, delta, fixed, events_at, accountant)
-    except _NoTightBoundError:
-        return _search(target, delta, fixed, events_at, "rdp")
+    if sum(event.steps for event in events_at(1.0)) <= _MOST_TIGHT_STEPS:
+        with suppress(_NoTightBoundError):
+            return _search(target, delta, fixed, events_at, "prv")
+    return _search(target, delta, fixed, events_at, "rdp")
 
 
 def _search(

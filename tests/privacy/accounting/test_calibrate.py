@@ -27,10 +27,9 @@ def test_the_adapter_noise_for_a_total_budget_is_the_studys(target: float, expec
     assert target * 0.995 <= spent <= target
 
 
-def test_the_noise_is_certified_by_the_accountant_asked_for() -> None:
-    for name in ("prv", "rdp", "pld"):
-        sigma = noise_multiplier_for(2.0, DELTA, [], 1.0, 5, accountant=name)
-        assert 1.98 <= epsilon([GaussianEvent(sigma, 1.0, 5)], DELTA, name) <= 2.0
+def test_the_noise_is_certified_by_prv_and_wastes_little() -> None:
+    sigma = noise_multiplier_for(2.0, DELTA, [], 1.0, 5)
+    assert 1.98 <= epsilon([GaussianEvent(sigma, 1.0, 5)], DELTA) <= 2.0
 
 
 def test_a_factor_scales_several_releases_together() -> None:
