@@ -14,7 +14,6 @@ from scipy.special import log_ndtr, ndtr, ndtri
 
 from fedmosaic.privacy.accounting import epsilon as accounting
 from fedmosaic.privacy.accounting.epsilon import (
-    UNPROTECTED,
     check_delta,
     check_order,
     cross_checked_epsilon,
@@ -23,7 +22,7 @@ from fedmosaic.privacy.accounting.epsilon import (
     epsilon_bound,
     person_epsilon,
 )
-from fedmosaic.privacy.accounting.events import GaussianEvent, merge_events
+from fedmosaic.privacy.accounting.events import UNPROTECTED, GaussianEvent, merge_events
 from fedmosaic.protos.errors import AccountingError
 
 DELTA = 1e-5

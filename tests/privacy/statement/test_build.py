@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from rich.console import Console, RenderableType
 
 from fedmosaic.privacy.accounting import epsilon as accounting
-from fedmosaic.privacy.accounting.epsilon import UNPROTECTED, epsilon, person_epsilon
-from fedmosaic.privacy.accounting.events import GaussianEvent
+from fedmosaic.privacy.accounting.epsilon import epsilon, person_epsilon
+from fedmosaic.privacy.accounting.events import UNPROTECTED, GaussianEvent
 from fedmosaic.privacy.accounting.tradeoff import attack_bounds
 from fedmosaic.privacy.ledger.ledger import Ledger, data_epoch
 from fedmosaic.privacy.statement import render as report_text
@@ -491,8 +491,6 @@ def test_in_the_clear_cannot_be_missed(tmp_path: Path) -> None:
 
 
 def test_in_the_clear_is_red_on_a_terminal(tmp_path: Path) -> None:
-    from rich.console import Console
-
     console = Console(width=100, force_terminal=True, color_system="standard")
     with console.capture() as captured:
         console.print(report_text.render(make(make_client(tmp_path, "none"))))
