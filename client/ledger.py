@@ -23,7 +23,7 @@ import tyro
 from fedmosaic.client.state import SessionRecord
 from fedmosaic.privacy.accounting.epsilon import default_delta
 from fedmosaic.privacy.files import write_atomically
-from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, parameters_of, read_ledger
+from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, has_begun, parameters_of, read_ledger
 from fedmosaic.privacy.ledger.move import back_up, move
 from fedmosaic.privacy.ledger.rows import Channel
 from fedmosaic.privacy.ledger.rules import keeper
@@ -116,7 +116,7 @@ class DataLedger:
         self._adopt()
         path = self.place / LEDGER
         seen = self._seen()
-        if not path.exists():
+        if not has_begun(path):
             self._check_fresh(seen, epoch)
             log.info("a new privacy ledger begins in %s; every run on these data has to use it", self.place)
         delta = ledger_delta(path, examples)
@@ -188,7 +188,7 @@ class DataLedger:
             )
         if self.named:
             return
-        for other in sorted(self.place.parent.glob(f"*{SUFFIX}/{LEDGER}")):
+        for other in filter(has_begun, sorted(self.place.parent.glob(f"*{SUFFIX}/{LEDGER}"))):
             rows = read_ledger(other)
             if rows[-1].kind not in ("CLOSED", "MOVED") and any(row.data_epoch == epoch for row in rows):
                 raise LedgerError(
@@ -208,7 +208,7 @@ def ledger_delta(path: Path, examples: int) -> float:
     Raises:
         LedgerError: its δ is above 1/n, or it is damaged.
     """
-    if not path.exists():
+    if not has_begun(path):
         return default_delta(examples)
     delta = parameters_of(read_ledger(path)).delta
     if delta * examples > 1.0:

@@ -21,9 +21,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from end_to_end.ports import free_port
 from fedmosaic import cli
 from fedmosaic.client.settings import ClientSettings
-from fedmosaic.experiments.scenario.processes import free_port
 from fedmosaic.privacy.configuration import validate
 from fedmosaic.privacy.federation.kits import FederationConfig
 

@@ -39,7 +39,7 @@ from fedmosaic.client.transport.traffic import Traffic
 from fedmosaic.privacy.encryption.layout import upload_payload_bytes
 from fedmosaic.privacy.federation import identity
 from fedmosaic.privacy.federation.kits import Kit, open_kit
-from fedmosaic.privacy.ledger.ledger import LEDGER, LedgerParameters, data_epoch, read_ledger
+from fedmosaic.privacy.ledger.ledger import LEDGER, LedgerParameters, data_epoch, has_begun, read_ledger
 from fedmosaic.privacy.ledger.rules import check_parameters
 from fedmosaic.privacy.mechanism.noise import SecureNoise
 from fedmosaic.privacy.mechanism.projection import PublicBasis, PublicMap
@@ -259,7 +259,7 @@ class Preflight:
         target = agreed_epsilon(self.settings, kit)
         path = self._ledger
         delta = ledger_delta(path, count)
-        if path.exists():
+        if has_begun(path):
             channels = budgeted_channels(kit.roster.terms)
             wanted = LedgerParameters(kit.member_id(), delta, target, budgeted_channels=channels)
             check_parameters(wanted, read_ledger(path))

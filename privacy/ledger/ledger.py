@@ -57,10 +57,18 @@ from fedmosaic.privacy.ledger.rules import (
     release_among,
     reservation_at,
 )
-from fedmosaic.privacy.ledger.store import LedgerStore, read_ledger
+from fedmosaic.privacy.ledger.store import LedgerStore, has_begun, read_ledger
 from fedmosaic.protos.errors import BudgetExceededError, LedgerError
 
-__all__ = ["LEDGER", "Ledger", "LedgerParameters", "data_epoch", "parameters_of", "read_ledger"]
+__all__ = [
+    "LEDGER",
+    "Ledger",
+    "LedgerParameters",
+    "data_epoch",
+    "has_begun",
+    "parameters_of",
+    "read_ledger",
+]
 
 LEDGER = "ledger.sqlite"
 """Name of the file in its directory."""

@@ -385,11 +385,15 @@ def test_a_whole_run_tells_how_it_was_scored(config: Path, served: tuple[Path, i
     errors: list[BaseException] = []
 
     def take_part(member: str, port: int) -> None:
+        # Data of its own: those of one file have one ledger, which charges a round once.
+        data = config.parent / f"{member}.jsonl"
+        shutil.copy(settings.data.train, data)
         own = settings.model_copy(
             update={
                 "kit": directory / "clients" / member,
                 "server": f"127.0.0.1:{port}",
                 "state_dir": config.parent / member,
+                "data": settings.data.model_copy(update={"train": data}),
             }
         )
         try:
@@ -407,5 +411,6 @@ def test_a_whole_run_tells_how_it_was_scored(config: Path, served: tuple[Path, i
     result = json.loads((config.parent / "a" / "result.json").read_text())
     assert result["measures"] == {"self": "written answer, same words"}
     assert 0.0 <= result["after"]["self"] <= 1.0
-    (ledger,) = config.parent.rglob(LEDGER)
-    assert read_ledger(ledger)
+    ledgers = list(config.parent.rglob(LEDGER))
+    assert len(ledgers) == len(MEMBERS)
+    assert all(read_ledger(ledger) for ledger in ledgers)
