@@ -19,6 +19,7 @@ import pytest
 from end_to_end import federation_of_vectors as fv
 from end_to_end.ports import free_port
 from end_to_end.vector_client import take_part
+from fedmosaic.client.transport import connection
 
 pytestmark = pytest.mark.timeout(1200)
 CLIENT = Path(__file__).with_name("vector_client.py")
@@ -30,6 +31,11 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 STARTED: list[subprocess.Popen[bytes]] = []
+
+
+@pytest.fixture(autouse=True)
+def _a_server_that_is_back_is_soon_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "_LONGEST_DELAY_SECONDS", 1.0)
 
 
 @pytest.fixture(autouse=True)

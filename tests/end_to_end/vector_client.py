@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from end_to_end import federation_of_vectors as fv  # after the path it is found on
 from fedmosaic.client.session import ask_to_enrol
-from fedmosaic.client.transport import connection
 from fedmosaic.client.transport.grpc import GrpcTransport, TransportOptions
 from fedmosaic.privacy.federation import identity
 from fedmosaic.privacy.federation.kits import open_kit
@@ -89,7 +88,6 @@ def take_part(directory: Path, member: str, address: str, fault: str = "none") -
     kit = directory / "clients" / member
     if fault == "foreign":
         return knock_with_a_foreign_certificate(kit, address)
-    connection._LONGEST_DELAY_SECONDS = 1.0  # a server that was killed is back within seconds
     transport = GrpcTransport(
         address,
         authority=kit / "authority.pem",

@@ -260,21 +260,3 @@ def test_a_hangup_does_not_stop_the_server(launch: Any, authority: Any) -> None:
     server.process.send_signal(signal.SIGHUP)
     server.wait_for("SIGHUP is ignored")
     assert server.stop() == 0
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [("", "private key"), ("another", "is not the key of")],
-)
-def test_a_wrong_key_is_not_called_a_port_in_use(
-    launch: Any, authority: Any, make_authority: Any, content: str, says: str
-) -> None:
-    server = launch()
-    server.stop(signal.SIGKILL)
-    key = server.settings.tls.private_key
-    key.write_bytes(make_authority("other").server().private_key.read_bytes() if content else b"")
-    server.start()
-    assert server.process.wait(60) == 1
-    assert says in server.log
-    assert "port" not in server.log.splitlines()[-1]
-    assert "Traceback" not in server.log

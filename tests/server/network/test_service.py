@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from end_to_end.ports import free_port
 from fedmosaic.client.transport.grpc import GrpcTransport, TransportOptions
+from fedmosaic.privacy.encryption.parameters import MaskParameters
 from fedmosaic.privacy.federation import identity
 from fedmosaic.protos import bounds, wire
 from fedmosaic.protos.errors import ConfigurationError, IdentityError, TransportError
@@ -460,17 +461,15 @@ def test_two_hundred_clients_wait_at_once(
             call.cancel()
 
 
-def test_key_messages_wait_for_their_readers(
-    make_federation: Any, federation: Any, authority: Any, tmp_path: Path, start_server: Any, connect: Any
-) -> None:
-    from fedmosaic.privacy.encryption.parameters import MaskParameters
+@pytest.fixture
+def sealed(federation: Any, authority: Any, tmp_path: Path, start_server: Any) -> Any:
+    """A server of a federation that encrypts."""
+    changes = {"tls": authority.server(), "listen": "127.0.0.1:0", "encryption": MaskParameters()}
+    return start_server(federation.settings(tmp_path / "sealed", **changes))
 
-    server = start_server(
-        federation.settings(
-            tmp_path / "sealed", tls=authority.server(), listen="127.0.0.1:0", encryption=MaskParameters()
-        )
-    )
-    transports = {c: connect(server, c) for c in federation.clients}
+
+def test_key_messages_wait_for_their_readers(federation: Any, sealed: Any, connect: Any) -> None:
+    transports = {c: connect(sealed, c) for c in federation.clients}
     found: dict[str, dict[str, bytes]] = {}
 
     def agree(client: str) -> None:
@@ -497,16 +496,10 @@ def test_key_messages_wait_for_their_readers(
 
 
 def test_a_key_message_that_comes_during_a_look_is_not_waited_for(
-    federation: Any, authority: Any, tmp_path: Path, start_server: Any, connect: Any, monkeypatch: Any
+    federation: Any, sealed: Any, connect: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedmosaic.privacy.encryption.parameters import MaskParameters
-
-    settings = federation.settings(
-        tmp_path / "sealed", tls=authority.server(), listen="127.0.0.1:0", encryption=MaskParameters()
-    )
-    server = start_server(settings)
     for client in federation.clients:
-        transport = connect(server, client, wait_seconds=60.0)
+        transport = connect(sealed, client, wait_seconds=60.0)
         transport.enrol(federation.enrolment())
         transport.post_key_message(KeyMessage(1, "join", "", b"here"))
     assert len(transport.read_key_messages(1, "join", 5, 60.0)) == 5
