@@ -50,7 +50,7 @@ from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
 from fedmosaic.privacy.statement.build import statement
 from fedmosaic.protos.errors import ConfigurationError
 from fedmosaic.server.coordinator import Coordinator
-from fedmosaic.server.from_kit import settings_from_kit
+from fedmosaic.server.settings import settings_from_kit
 
 log = logging.getLogger(__name__)
 

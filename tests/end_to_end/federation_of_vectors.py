@@ -23,7 +23,7 @@ from fedmosaic.privacy.ledger.ledger import Ledger
 from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
 from fedmosaic.privacy.mechanism.profile import ClippedSum, Float32Array, ProfileMechanism, Reduction, release
 from fedmosaic.server.coordinator import Coordinator
-from fedmosaic.server.from_kit import settings_from_kit
+from fedmosaic.server.settings import settings_from_kit
 
 MEMBERS = ("ada", "ben", "cid", "dee", "eva")
 PROFILE = ProfileMechanism(

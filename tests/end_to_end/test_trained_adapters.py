@@ -29,7 +29,7 @@ from fedmosaic.client.settings import ClientSettings
 from fedmosaic.privacy.federation.roster import AdapterTerms, Terms
 from fedmosaic.privacy.mechanism.noise import SeededTestNoise
 from fedmosaic.server.coordinator import Coordinator
-from fedmosaic.server.from_kit import settings_from_kit
+from fedmosaic.server.settings import settings_from_kit
 
 SHARED_MODEL = Path(__file__).parents[2].parent / "shared" / "models" / "stories-260k"
 WEIGHT_BITS = 12
