@@ -406,8 +406,6 @@ def test_a_whole_run_tells_how_it_was_scored(config: Path, served: tuple[Path, i
     with server_of(directory / "server").background() as port:
         members = [(number, name, port) for number, name in enumerate(MEMBERS)]
         threads = [threading.Thread(target=take_part, args=member, daemon=True) for member in members]
-            threading.Thread(target=take_part, args=(*m, port), daemon=True) for m in enumerate(MEMBERS)
-        ]
         for thread in threads:
             thread.start()
         for thread in threads:
