@@ -17,7 +17,7 @@ from fedmosaic.experiments.scenario.terms import Scenario
 from fedmosaic.privacy.federation.kits import open_kit
 from fedmosaic.protos.messages import PROTOCOL_VERSION, Enrolled, Enrolment, Profile
 from fedmosaic.server.coordinator import Coordinator
-from fedmosaic.server.from_kit import settings_from_kit
+from fedmosaic.server.settings import settings_from_kit
 
 _NO_DEADLINE_SECONDS = 1e8
 

@@ -1,1 +1,14 @@
-"""One client: adapter, training, task profile, and its life over the rounds."""
+"""One client of a federation: adapter, training, task profile, and its life over the rounds.
+
+    client                                    the one place where a client is put together
+    preflight                                 what can be found out before enrolling
+    learner, profile, dp                      the model's side of a round
+    vision, model, colora                     models; they know no federation
+    session                                   a round, against a learner and a transport; it sees no model
+    statement, protection, outbox             what is said afterwards; what stands before the wire
+    releases, keyring, ledger, clipping       what is charged, and what may leave
+    transport, state, progress                gRPC, disk, a person
+    settings, assets                          no model is imported to read them
+
+Each line imports lines below it only. Never imports `server`.
+"""

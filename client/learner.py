@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client.colora import (
     copy_branch,
-    family_layout,
     read_family,
     set_active_branches,
     set_trainable,
@@ -117,11 +116,6 @@ class ModelLearner:
     def family(self) -> str:
         """Architecture name, as on the roster."""
         return self._family
-
-    @property
-    def family_dimensions(self) -> int:
-        """Length of the family vector; 0 without family layers."""
-        return family_layout(self._model).size
 
     @property
     def example_count(self) -> int:

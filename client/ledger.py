@@ -23,7 +23,7 @@ import tyro
 from fedmosaic.client.state import SessionRecord
 from fedmosaic.privacy.accounting.epsilon import default_delta
 from fedmosaic.privacy.files import write_atomically
-from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, parameters_of, read_ledger
+from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, has_begun, parameters_of, read_ledger
 from fedmosaic.privacy.ledger.move import back_up, move
 from fedmosaic.privacy.ledger.rows import Channel
 from fedmosaic.privacy.ledger.rules import keeper
@@ -116,12 +116,11 @@ class DataLedger:
         self._adopt()
         path = self.place / LEDGER
         seen = self._seen()
-        if not path.exists():
+        if not has_begun(path):
             self._check_fresh(seen, epoch)
             log.info("a new privacy ledger begins in %s; every run on these data has to use it", self.place)
-        delta = ledger_delta(path, examples)
         try:
-            ledger = Ledger.open(path, self.record.client, delta, target, budgeted_channels=channels)
+            ledger = open_ledger(path, self.record.client, examples, target, channels)
         except OSError as error:
             raise LedgerError(
                 f"no privacy ledger can be kept in {self.place} ({error.strerror}); make it writable, or "
@@ -188,7 +187,7 @@ class DataLedger:
             )
         if self.named:
             return
-        for other in sorted(self.place.parent.glob(f"*{SUFFIX}/{LEDGER}")):
+        for other in filter(has_begun, sorted(self.place.parent.glob(f"*{SUFFIX}/{LEDGER}"))):
             rows = read_ledger(other)
             if rows[-1].kind not in ("CLOSED", "MOVED") and any(row.data_epoch == epoch for row in rows):
                 raise LedgerError(
@@ -196,6 +195,22 @@ class DataLedger:
                     f"the data were renamed, `fedmosaic ledger move {other.parent} {self.place}`; if they "
                     "are other data with the same ids, name a directory for their ledger in data.ledger"
                 )
+
+
+def open_ledger(path: Path, client: str, examples: int, target: float, channels: Sequence[Channel]) -> Ledger:
+    """Open a ledger, or begin one, with the δ of `ledger_delta`.
+
+    Args:
+        path: of the ledger.
+        client: whose it is.
+        examples: n, the client's number of examples.
+        target: ε, the budget.
+        channels: that it bounds.
+
+    Raises:
+        LedgerError: it is damaged, of other parameters, or its δ is too large for so many examples.
+    """
+    return Ledger.open(path, client, ledger_delta(path, examples), target, budgeted_channels=channels)
 
 
 def ledger_delta(path: Path, examples: int) -> float:
@@ -208,7 +223,7 @@ def ledger_delta(path: Path, examples: int) -> float:
     Raises:
         LedgerError: its δ is above 1/n, or it is damaged.
     """
-    if not path.exists():
+    if not has_begun(path):
         return default_delta(examples)
     delta = parameters_of(read_ledger(path)).delta
     if delta * examples > 1.0:

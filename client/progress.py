@@ -30,6 +30,19 @@ class Progress(Protocol):
         ...
 
 
+class SilentProgress:
+    """Nobody watches."""
+
+    def stage(self, round_number: int, name: str, total: int = 0) -> None:
+        """See `Progress.stage`."""
+
+    def advance(self, done: int) -> None:
+        """See `Progress.advance`."""
+
+    def waiting(self, status: RoundStatus) -> None:
+        """See `Progress.waiting`."""
+
+
 class LoggedProgress:
     """Writes log lines for a person and, if a file is given, JSON lines for whoever follows it."""
 

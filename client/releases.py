@@ -92,9 +92,14 @@ def plan_adapter(terms: Terms, examples: float, delta: float, target_epsilon: fl
         delta: δ of the budget.
         target_epsilon: ε of the whole experiment, both channels together.
 
+    Returns:
+        The plan; with σ = 0 where the terms do not train the adapter privately.
+
     Raises:
         AccountingError: the profile alone passes the target, or no noise suffices.
     """
+    if not terms.adapter.private:
+        return AdapterPlan(0.0, sampling_rate(terms, examples))
     settled, rate, steps = plan_inputs(terms, examples, terms.schedule.rounds)
     return AdapterPlan(noise_multiplier_for(target_epsilon, delta, settled, rate, steps), rate)
 

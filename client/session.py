@@ -390,13 +390,13 @@ class Session:
             run_id, aggregate.round, aggregate.upload_key_epoch, vectors, profile, claim
         )
 
-    def _push(self, upload: Upload) -> int:
+    def _push(self, upload: Upload, *, checked: bool = False) -> int:
         self._progress.stage(upload.round, "sending")
         try:
             receipt = self._transport.push(upload)
         except Refusal as error:
-            if error.reason == "LEDGER_BEHIND":
-                return self._push_as_checked(upload, error)
+            if error.reason == "LEDGER_BEHIND" and not checked:
+                return self._push_as_checked(upload)
             if error.reason == "ROUND_NOT_OPEN":
                 self._compare()
             if error.reason == "UPLOAD_DIFFERS":
@@ -415,22 +415,19 @@ class Session:
         self._state.complete_round(upload.round, self._learner.save)
         return max(upload.round + 1, receipt.round)
 
-    def _push_as_checked(self, upload: Upload, refused: Refusal) -> int:
+    def _push_as_checked(self, upload: Upload) -> int:
         """Check the ledger against what the server keeps of it now, and send the same bytes with that.
 
         The server may have been put back to a moment before; whoever is behind is the ledger's own to find.
 
         Raises:
             LedgerError: our ledger does not hold what the server keeps.
-            Refusal: the server refuses the same claim again.
         """
         self._enrol()
         claim = self._releases.anchor.claim()
-        if claim == upload.ledger:
-            raise refused
         upload = self._protection.claim_anew(self._state.record.run_id, upload, claim)
         write_upload(self._state.upload_path(upload.round), upload)
-        return self._push(upload)
+        return self._push(upload, checked=True)
 
     def _retire(self, upload: Upload) -> int:
         """Nothing is sealed under its key epoch any more. Returns its round, to take part in with another."""

@@ -1,14 +1,24 @@
-"""A client's configuration, `client.toml`. What all members agreed on is in the roster, not here."""
+"""A client's configuration, `client.toml`. What all members agreed on is in the roster, not here.
+
+Imports no model and no tensor: a configuration is read and refused before anything large is loaded.
+"""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from fedmosaic.client.model.hardware import DeviceName, DtypeName
-from fedmosaic.client.model.training import TrainingSettings
 from fedmosaic.privacy.configuration import Frozen
 from fedmosaic.privacy.federation.names import Address
+
+DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$")]
+"""`auto` (CUDA, then MPS, then the processor), `cpu`, `mps`, `cuda` or `cuda:1`."""
+
+DtypeName = Literal["auto", "float32", "bfloat16"]
+"""`auto` takes bfloat16 where the device is faster in it, float32 elsewhere."""
+
+Role = Literal["adapter", "shared", "gate"]
+"""Group of trainable tensors with a learning rate of its own."""
 
 
 class ModelSettings(Frozen):
@@ -104,6 +114,53 @@ class DataSettings(Frozen):
     def scored(self, name: str) -> int:
         """How many examples of a test set are scored; 0 for all."""
         return self.evaluation_examples if name == "self" else self.others_examples
+
+
+class TrainingSettings(Frozen):
+    """How a client trains locally; names as in ``transformers.TrainingArguments``.
+
+    Attributes:
+        learning_rate: Of LoRA's A and B, and of any other trainable tensor.
+        shared_learning_rate: Of the Co-LoRA cores P and Q.
+        gate_learning_rate: Of the gates.
+        steps: Optimizer steps of one round.
+        per_device_train_batch_size: Examples per forward pass.
+        gradient_accumulation_steps: Forward passes per optimizer step; private steps divide by themselves.
+        gradient_checkpointing: Compute the layers' activations a second time on the way back, for about a
+            third more time, instead of keeping them. A private step holds those of one example anyway.
+        max_length: Most tokens per example; for whoever encodes the examples.
+        blend_received: Share of what is received in what the local branch begins a round with; 0 as in the
+            paper, where it goes on from itself. Under ``dp`` both are sums of private releases, so that it
+            costs no privacy.
+        warmup: Optimizer steps over which the learning rates rise linearly; constant afterwards.
+        weight_decay: AdamW's, on all but the gates.
+        max_grad_norm: Bound on the L2 norm of an optimizer step's whole gradient; 0 for none.
+        seed: Of dropout, and by default of the order of the examples.
+        bf16: Wide products in bfloat16; the adapter, its gradients and the optimizer stay in float32.
+    """
+
+    learning_rate: float = Field(default=1e-3, gt=0.0, le=10.0, allow_inf_nan=False)
+    shared_learning_rate: float = Field(default=1e-3, gt=0.0, le=10.0, allow_inf_nan=False)
+    gate_learning_rate: float = Field(default=1e-3, gt=0.0, le=10.0, allow_inf_nan=False)
+    steps: int = Field(default=100, ge=1)
+    per_device_train_batch_size: int = Field(default=8, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    gradient_checkpointing: bool = False
+    max_length: int = Field(default=256, ge=3)
+    blend_received: float = Field(default=0.0, ge=0.0, le=1.0)
+    warmup: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0.0, le=1.0, allow_inf_nan=False)
+    max_grad_norm: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
+    seed: int = Field(default=0, ge=0, le=2**63 - 1)
+    bf16: bool = False
+
+    def learning_rate_of(self, role: Role) -> float:
+        """The learning rate of one group of tensors."""
+        return {
+            "adapter": self.learning_rate,
+            "shared": self.shared_learning_rate,
+            "gate": self.gate_learning_rate,
+        }[role]
 
 
 class ClientSettings(Frozen):

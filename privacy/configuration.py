@@ -98,6 +98,19 @@ def parse_json(content: str | bytes) -> Any:
     return value
 
 
+def canonical_json(value: object, *, ascii_only: bool = True) -> str:
+    """JSON with one spelling per value, to hash or sign: sorted keys, no blanks, shortest floats, no NaN.
+
+    Args:
+        value: plain data.
+        ascii_only: escape every other sign.
+
+    Raises:
+        TypeError, ValueError: the value is no JSON.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=ascii_only, allow_nan=False)
+
+
 def _not_finite(word: str) -> NoReturn:
     raise ValueError(f"{word} is no JSON number")
 

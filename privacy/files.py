@@ -93,7 +93,7 @@ def make_private(directory: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Wait until the names in a directory are on the disk."""
+    """Wait until the names in a directory, or the content of a file, are on the disk."""
     if not _POSIX:
         return
     descriptor = os.open(directory, os.O_RDONLY)

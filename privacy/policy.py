@@ -16,14 +16,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from fedmosaic.privacy.configuration import Frozen
 from fedmosaic.protos.errors import PolicyError
 
 MAX_WEIGHT_BITS = 30
 
 
-class AggregationPolicy(BaseModel):
+class AggregationPolicy(Frozen):
     """Limits on every weight row, the same for all recipients and part of the roster's hash.
 
     Attributes:
@@ -33,8 +34,6 @@ class AggregationPolicy(BaseModel):
             contributors. Two shares together are at most √(2 · squares_cap): by default 0.85 of any row, and
             0.8 of a row of three.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     minimum_contributors: int = Field(default=3, ge=1)
     weight_cap: float = Field(default=0.5, gt=0.0, le=1.0, allow_inf_nan=False)
@@ -83,6 +82,7 @@ def check_row(
     *,
     members: Collection[str] | None = None,
     round_number: int | None = None,
+    bits: int | None = None,
 ) -> None:
     """Refuse a row that is malformed, meant for someone else, or reveals too much of one contributor.
 
@@ -92,6 +92,7 @@ def check_row(
         policy: Limits agreed in the roster.
         members: Pinned members of the epoch; when given, every contributor must be one of them.
         round_number: Round that is expected; when given, the row must be of it.
+        bits: Precision of the agreed encryption parameters; when given, the row must have it.
 
     Raises:
         PolicyError: With the name of the rule that is broken.
@@ -103,6 +104,8 @@ def check_row(
         )
     if round_number is not None and row.round != round_number:
         raise PolicyError(f"weight row is of round {row.round}, expected round {round_number}")
+    if bits is not None and row.bits != bits:
+        raise PolicyError(f"weight row has {row.bits} bits, the agreed parameters have {bits}")
     if members is not None:
         foreign = names - members if isinstance(members, frozenset) else names.difference(members)
         if foreign:

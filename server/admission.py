@@ -39,6 +39,16 @@ class Admission:
                 "the consortium can add a member with `fedmosaic keys add`",
             )
 
+    def check_round(self, round_number: int) -> None:
+        """Refuse a round that the run does not have; one above the last stands for its end."""
+        if not 1 <= round_number <= self._settings.rounds + 1:
+            raise Refusal(
+                RefusalKind.TOO_LARGE,
+                "ROUND_OUT_OF_RANGE",
+                f"round {round_number} was asked for, the run has rounds 1 … {self._settings.rounds}",
+                "enrol again to learn where the run is",
+            )
+
     def check_statement(self, client: str, statement: bytes) -> None:
         """Refuse what is not this client's privacy statement of this run and roster."""
         self.check_member(client)

@@ -72,17 +72,14 @@ class Coordinator:
         self._store = Store(settings.store_url or default_url(settings.state_dir), durable=settings.durable)
         self._store.hold(self._blobs.mark(MARK) if settings.store_url else None)
         self._account = Account(settings.state_dir, self._store)
-        allow_plaintext = not settings.encrypted  # whoever built the settings has asked for it by name
-        self._aggregator = create_aggregator(
-            settings.encryption, settings.policy, allow_plaintext=allow_plaintext
-        )
+        plaintext = not settings.encrypted  # whoever built the settings has asked for it by name
+        self._aggregator = create_aggregator(settings.encryption, settings.policy, allow_plaintext=plaintext)
         self._downloads = Downloads(settings, self._store, self._blobs, self._aggregator, self._lock)
         self.run_id = open_run(settings, self._store, new=self._blobs.empty)
         self._head = stored_head(self._store, self.run_id)
         self._admission = Admission(settings, self.run_id, self._aggregator)
-        now = self._clock()
-        self._keys = KeyRelay(settings, self._store, now) if settings.encrypted else None
-        self._round = resume_round(settings, self._store, self._keys, now)
+        self._keys = KeyRelay(settings, self._store, self._clock()) if settings.encrypted else None
+        self._round = resume_round(settings, self._store, self._keys, self._clock())
 
     def subscribe(self, listener: Callable[[Topic], None]) -> None:
         """Call `listener`, from any thread, whenever somebody who waits should look again."""
@@ -123,16 +120,9 @@ class Coordinator:
             if not enrolment.check_only:
                 self._store.enrol(client_id, enrolment, time.time())
                 log.info("%s enrolled (%s)", client_id, enrolment.software)
-            kept = self._store.ledger_head(client_id)
-            return Enrolled(
-                self.run_id,
-                self._round.number,
-                self.settings.rounds,
-                self._epoch,
-                tuple(sorted(self.settings.members)),
-                self._head,
-                kept,
-            )
+            members, kept = tuple(sorted(self.settings.members)), self._store.ledger_head(client_id)
+            here, last = self._round.number, self.settings.rounds
+            return Enrolled(self.run_id, here, last, self._epoch, members, self._head, kept)
 
     def announce(self, client_id: str, header: UploadHeader) -> Receipt | Ticket:
         """Judge an upload by its header, before a byte of its payload is accepted.
@@ -221,8 +211,8 @@ class Coordinator:
             taken = f"upload of {client} accepted ({header.size} bytes)"
             log.info("%s; %s", taken if header.sections else f"{client} abstains", self.state_line())
         else:
-            text = "round %d: upload of %s answered %s; round %d is open"
-            log.info(text, header.round, client, status.name, self._round.number)
+            answer = f"upload of {client} answered {status.name}; round {self._round.number} is open"
+            log.info("round %d: %s", header.round, answer)
         return Receipt(status, self._round.number, content_hash, self._head)
 
     def open_download(self, client_id: str, round_number: int) -> Download | None:
@@ -231,29 +221,22 @@ class Coordinator:
         Raises:
             Refusal: the run has no such round.
         """
-        if not 1 <= round_number <= self.settings.rounds + 1:
-            raise Refusal(
-                RefusalKind.TOO_LARGE,
-                "ROUND_OUT_OF_RANGE",
-                f"round {round_number} was asked for, the run has rounds 1 … {self.settings.rounds}",
-                "enrol again to learn where the run is",
-            )
+        self._admission.check_round(round_number)
         self._seen(client_id)
-        return self._downloads.open(client_id, lambda: self._open_round(round_number))
 
-    def _open_round(self, least: int) -> OpenRound | None:
-        number = self.available_round
-        return None if number < least else OpenRound(number, self._epoch, self._head)
+        def where() -> OpenRound | None:
+            number = self.available_round
+            return None if number < round_number else OpenRound(number, self._epoch, self._head)
+
+        return self._downloads.open(client_id, where)
 
     def pull(self, client_id: str, round_number: int) -> Aggregate | None:
         """The aggregate with its payloads in memory; see `open_download`."""
         download = self.open_download(client_id, round_number)
         if download is None or not download.payloads:
             return None if download is None else download.aggregate
-        sections = tuple(
-            replace(section, payload=bytes(payload))
-            for section, payload in zip(download.aggregate.sections, download.payloads, strict=True)
-        )
+        pairs = zip(download.aggregate.sections, download.payloads, strict=True)
+        sections = tuple(replace(section, payload=bytes(payload)) for section, payload in pairs)
         self.count_traffic(client_id, 0, sum(len(payload) for payload in download.payloads))
         return replace(download.aggregate, sections=sections)
 
@@ -263,7 +246,7 @@ class Coordinator:
         return self.describe()
 
     def describe(self) -> RoundStatus:
-        """What the server is waiting for."""
+        """What the server is waiting for, for whoever may know it."""
         with self._lock:
             now = self._clock()
             status = replace(rounds.describe(self._round, now), head=self._head)
@@ -294,18 +277,18 @@ class Coordinator:
         self._store.check_hold()
         with self._lock:
             keys_changed = self._advance_keys()
-            if self._keys is not None and not self._keys.ready:
-                decisions: tuple[rounds.Decision, ...] = ()
-            else:
+            decisions: tuple[rounds.Decision, ...] = ()
+            if self._keys is None or self._keys.ready:
                 self._round, decisions = rounds.step(self._round, rounds.Tick(), self._clock())
             number = self._round.number
+        closing = any(isinstance(decision, rounds.CloseRound) for decision in decisions)
         for decision in decisions:
             if isinstance(decision, rounds.Extended):
                 log.warning("%s", decision.message)
-            elif isinstance(decision, rounds.CloseRound):
-                self._close(number)
+        if closing:
+            self._close(number)
         self._account.keep_up(self.summary)
-        if any(isinstance(decision, rounds.CloseRound) for decision in decisions):
+        if closing:
             self._changed("round")
         if keys_changed:
             self._changed("keys")

@@ -63,18 +63,7 @@ def open_run(settings: ServerSettings, store: Store, *, new: bool) -> str:
             "of both together, or give a new run its own state_dir (and database)"
         )
     if run is None:
-        run_id = uuid.uuid4().hex
-        store.put(
-            {
-                "run": json.dumps({"id": run_id, "started_at": time.time(), "terms": terms}),
-                "roster": settings.roster_hash.hex(),
-                "round": "1",
-                "absent": "[]",
-                "head": first_head(run_id).hex(),
-            }
-        )
-        log.info("run %s of federation %s begins", run_id, settings.federation)
-        return run_id
+        return _begin_run(settings, store, terms)
     try:
         run_id, agreed = str(run["id"]), dict(run["terms"])
     except (KeyError, TypeError, ValueError):
@@ -91,6 +80,21 @@ def open_run(settings: ServerSettings, store: Store, *, new: bool) -> str:
     if store.get("roster") != settings.roster_hash.hex():
         log.warning("the roster has changed; a new group key is agreed on before anybody encrypts again")
         store.put({"roster": settings.roster_hash.hex(), "rotate": "1"})
+    return run_id
+
+
+def _begin_run(settings: ServerSettings, store: Store, terms: Mapping[str, object]) -> str:
+    run_id = uuid.uuid4().hex
+    store.put(
+        {
+            "run": json.dumps({"id": run_id, "started_at": time.time(), "terms": terms}),
+            "roster": settings.roster_hash.hex(),
+            "round": "1",
+            "absent": "[]",
+            "head": first_head(run_id).hex(),
+        }
+    )
+    log.info("run %s of federation %s begins", run_id, settings.federation)
     return run_id
 
 

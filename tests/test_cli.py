@@ -87,7 +87,7 @@ def test_keys_init_add_revoke_show(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_the_server_command_loads_no_models_library() -> None:
     code = (
-        "import sys\nfrom fedmosaic.experiments import cli\n"
+        "import sys\nfrom fedmosaic import cli\n"
         "import fedmosaic.server.__main__\n"
         "heavy = {'torch', 'transformers', 'peft', 'opacus', 'tenseal'} & set(sys.modules)\n"
         "sys.exit(', '.join(sorted(heavy)) or 0)\n"

@@ -1,6 +1,11 @@
-"""The README is a program: its commands and its files are taken from the page and tried."""
+"""The README is a program: its commands and its files are taken from the page and tried.
+
+What the other pages name, commands, files and tests, has to be there as well.
+"""
 
 import argparse
+import ast
+import functools
 import json
 import os
 import re
@@ -21,16 +26,21 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from end_to_end.ports import free_port
 from fedmosaic import cli
 from fedmosaic.client.settings import ClientSettings
-from fedmosaic.experiments.scenario.processes import free_port
 from fedmosaic.privacy.configuration import validate
 from fedmosaic.privacy.federation.kits import FederationConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+DOCS = {page.name: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
+PAGES = {"README.md": README, **DOCS}
+GUIDE = README + DOCS["operation.md"]
+"""The pages by which somebody works."""
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
 FILES = [text for language, text in BLOCKS if language == "toml"]
+PROGRAMS = [text for language, text in BLOCKS if language == "python"]
 COMMANDS = [
     line.partition("#")[0].strip()
     for language, text in BLOCKS
@@ -38,7 +48,21 @@ COMMANDS = [
     for line in text.splitlines()
     if line.startswith(("fedmosaic ", "make "))
 ]
-INLINE = sorted({found for found in re.findall(r"`(fedmosaic [a-z][^`]*)`", README) if "…" not in found})
+INLINE = sorted({found for found in re.findall(r"`(fedmosaic [a-z][^`]*)`", GUIDE) if "…" not in found})
+STUDIES = sorted(
+    {
+        command.partition("#")[0].strip()
+        for name, text in DOCS.items()
+        if name.startswith(("experiments", "scenarios"))
+        for command in re.findall(
+            r"^ {4}(?:[A-Z_]+=\S+ )?(fedmosaic \w+ [^ #].*)$", text.replace("\\\n", ""), re.MULTILINE
+        )
+    }
+)
+"""Commands by which the tables of experiments are made."""
+MEMBERS = [member["id"] for member in tomllib.loads(FILES[0])["members"]]
+"""All of them start: the key agreement waits ten minutes for one who is away."""
+ROOMS = ("alignment", "benchmarks", "client", "experiments", "privacy", "protos", "server", "tests")
 PROFILE = {
     "probe": "tiny",
     "probe_sha256": "0" * 64,
@@ -70,6 +94,7 @@ def test_the_page_has_what_the_other_tests_read() -> None:
     assert len(FILES) == 2
     assert len(COMMANDS) >= 8
     assert len(INLINE) >= 8
+    assert len(PROGRAMS) == 1
 
 
 def test_the_files_of_the_page_are_valid() -> None:
@@ -83,7 +108,7 @@ def test_the_files_of_the_page_are_valid() -> None:
         validate(tomllib.loads(FILES[1].replace(f"# {line}", line)), ClientSettings, "client.toml")
 
 
-@pytest.mark.parametrize("command", sorted(set(COMMANDS)))
+@pytest.mark.parametrize("command", sorted({*COMMANDS, *STUDIES}))
 @pytest.mark.usefixtures("parsing")
 def test_every_command_of_the_page_is_understood(command: str) -> None:
     program, *words = shlex.split(command)
@@ -109,9 +134,31 @@ def test_every_command_in_the_text_is_understood(command: str) -> None:
         assert explained.value.code == 0, command
 
 
-@pytest.mark.parametrize("target", re.findall(r"\]\(((?!http)[^)#]+)\)", README))
-def test_every_page_that_is_named_is_there(target: str) -> None:
-    assert (ROOT / target).exists()
+@pytest.mark.parametrize("page", PAGES)
+def test_everything_that_a_page_names_is_there(page: str) -> None:
+    text, folder = PAGES[page], ROOT / ("" if page == "README.md" else "docs")
+    links = re.findall(r"\]\(((?!http)[^)#]+)(?:#[^)]*)?\)", text)
+    assert [target for target in links if not (folder / target).exists()] == []
+    files = re.findall(rf"`((?:{'|'.join(ROOMS)})/[\w./-]+)`", text)
+    assert [file for file in files if not (ROOT / file).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_test_that_a_page_names_is_there(page: str) -> None:
+    missing, module = [], ""
+    for named, test in re.findall(r"`((?:[\w/]*/)?test_\w+\.py)?(?:::(test_\w+))?`", PAGES[page]):
+        module = named or module
+        if test and (not (ROOT / module).is_file() or test not in _tests_of(module)):
+            missing.append(f"{module}::{test}")
+    assert missing == []
+
+
+@functools.cache
+def _tests_of(module: str) -> set[str]:
+    parsed = ast.parse((ROOT / module).read_text(encoding="utf-8"))
+    return {
+        node.name for node in ast.walk(parsed) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
 
 
 def save_tiny_model(folder: Path) -> None:
@@ -147,11 +194,11 @@ def command_with(start: str) -> str:
     return next(command for command in COMMANDS if command.startswith(start))
 
 
-def write_lines(path: Path, name: str, count: int, public: bool = False) -> None:
+def write_lines(path: Path, name: str, count: int, *, public: bool = False, shift: int = 0) -> None:
     lines = []
     for number in range(count):
         record: dict[str, Any] = {
-            "prompt": f"w{number % 60} w{number * 7 % 60}",
+            "prompt": f"w{number % 60} w{(number * 7 + shift) % 60}",
             "answer": ("yes", "no")[number % 2],
         }
         if not public:
@@ -193,7 +240,7 @@ def test_the_steps_of_the_page_lead_to_a_report(tmp_path: Path) -> None:
     clients: list[subprocess.Popen[bytes]] = []
     try:
         # Step 4.
-        for name in ("north", "south", "east", "west"):
+        for name in MEMBERS:
             place = tmp_path / name
             shutil.copytree(tmp_path / "federation" / "clients" / name, place / "kit")
             settings = FILES[1]
@@ -207,7 +254,7 @@ def test_the_steps_of_the_page_lead_to_a_report(tmp_path: Path) -> None:
                 settings = settings.replace(old, new)
             (place / "client.toml").write_text(settings, encoding="utf-8")
             write_lines(place / "train.jsonl", name, 60)
-            write_lines(place / "test.jsonl", f"{name}-test", 8)
+            write_lines(place / "test.jsonl", f"{name}-test", 8, shift=1)  # none of the training prompts
             clients.append(
                 subprocess.Popen(
                     [*words, *shlex.split(command_with("fedmosaic client"))[1:]],
@@ -218,7 +265,7 @@ def test_the_steps_of_the_page_lead_to_a_report(tmp_path: Path) -> None:
                     env={**os.environ, "http_proxy": "http://127.0.0.1:1", "OMP_NUM_THREADS": "1"},
                 )
             )
-        for name, client in zip(("north", "south", "east", "west"), clients, strict=True):
+        for name, client in zip(MEMBERS, clients, strict=True):
             assert client.wait(600) == 0, (tmp_path / name / "log").read_text()
     finally:
         for process in (*clients, server):
@@ -236,6 +283,13 @@ def test_the_steps_of_the_page_lead_to_a_report(tmp_path: Path) -> None:
         assert "Privacy statement" in shown.stdout
     shown = fedmosaic(f"{reports[0]} --at-epsilon 1", tmp_path / "north")
     assert shown.returncode == 0, shown.stderr
+    # "Use the result", at the last of the two rounds that were run.
+    assert "round-0020" in PROGRAMS[0]
+    program = PROGRAMS[0].replace("round-0020", "round-0002")
+    used = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path / "north", capture_output=True, text=True, check=False
+    )
+    assert used.returncode == 0, used.stderr
     # "Keys": the certificates can be renewed by the commands that the page names.
     for command in (
         "keys show",

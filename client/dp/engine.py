@@ -12,7 +12,7 @@ fixed ω the sum moves by at most C when an example is added, so the noisy sum i
 mixture of (ε, δ)-private mechanisms with weights that do not depend on the data is (ε, δ)-private. What could
 carry one example to the next, state in the model, is refused (`fedmosaic.client.dp.checks`).
 
-Clipping is done by `fedmosaic.privacy.mechanism.profile`: a row is brought to an integer grid within the
+Clipping is done by `fedmosaic.privacy.mechanism.gaussian`: a row is brought to an integer grid within the
 clipping norm, a row that is not finite becomes zero (its contribution is then within the bound like any
 other's, and no NaN can reach the release). Sums of integers are exact, so their order changes no bit.
 
@@ -23,20 +23,15 @@ Reference:
 """
 
 from collections.abc import Mapping
-from typing import Final
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from fedmosaic.client.model.examples import EncodedExample, collate
 from fedmosaic.client.model.loss import ExampleLosses, example_losses, on_device_of
-from fedmosaic.privacy.mechanism.profile import ClippedSum, clip
+from fedmosaic.privacy.mechanism import gaussian
+from fedmosaic.privacy.mechanism.gaussian import MAXIMUM_DIMENSIONS, ClippedSum
 from fedmosaic.protos.errors import ModelError
-
-MAXIMUM_DIMENSIONS: Final = 2**20
-"""Most coordinates for which the margin of `fedmosaic.privacy.mechanism.profile.clip` is proved."""
 
 
 def example_gradient(
@@ -72,19 +67,8 @@ def example_gradient(
 
 
 def clip_and_sum(rows: torch.Tensor, max_grad_norm: float) -> ClippedSum:
-    """Clip every row to a norm of at most ``max_grad_norm`` and adds the rows up.
-
-    Args:
-        rows: (B, D) gradients, any values; a row that is not finite counts as zero.
-        max_grad_norm: Bound C > 0 on the L2 norm of a row.
-
-    Returns:
-        The private sum in units of C / 2²⁴, D entries.
-    """
-    values: npt.NDArray[np.float32] = rows.detach().float().cpu().numpy()
-    units, shortened = clip(values, max_grad_norm)
-    rejected = int((~np.isfinite(values).all(axis=1)).sum())
-    return ClippedSum(units.sum(axis=0), int(shortened.sum()), rejected, len(values))
+    """Clip (B, D) gradients of any values and add them up; see `gaussian.clipped_sum`."""
+    return gaussian.clipped_sum(rows.detach().float().cpu().numpy(), max_grad_norm)
 
 
 def core_parameters(cores: Mapping[str, nn.Linear]) -> list[nn.Parameter]:

@@ -12,7 +12,7 @@ provided that the values they started from were public or an earlier release, an
 private tensor takes part in the forward pass (`fedmosaic.client.dp.checks`).
 
 Every example goes through the model alone, in every number format, and clipping and noise live on the
-integer grid of `fedmosaic.privacy.mechanism.profile`: one example moves the sum by at most C whatever it
+integer grid of `fedmosaic.privacy.mechanism.gaussian`: one example moves the sum by at most C whatever it
 is, whatever the others are, and whatever was received (`fedmosaic.client.dp.engine` says why). The model is
 in evaluation mode throughout: dropout draws from one stream for all examples, and a layer with running
 statistics carries one example to the next. One thing remains outside the guarantee: the time of a step
@@ -31,7 +31,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import nn
@@ -48,8 +47,9 @@ from fedmosaic.client.model.examples import EncodedExample
 from fedmosaic.client.model.loss import ExampleLosses, example_losses, in_bfloat16, training_mode
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.configuration import Frozen
+from fedmosaic.privacy.mechanism import gaussian
+from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import BitSource, NoiseSource, SecureNoise, poisson_sample
-from fedmosaic.privacy.mechanism.profile import GRID, ClippedSum
 from fedmosaic.protos.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
@@ -180,19 +180,8 @@ def train_private(
 def noisy_sum(
     total: ClippedSum, max_grad_norm: float, noise_multiplier: float, noise: NoiseSource
 ) -> torch.Tensor:
-    """Draw noise and turns a private sum into one that may be used freely.
-
-    Args:
-        total: The private sum of D coordinates in units of C / 2²⁴.
-        max_grad_norm: C.
-        noise_multiplier: σ.
-        noise: Source of the noise.
-
-    Returns:
-        (D,) float64, the sum plus N(0, σ²C²) rounded to the grid.
-    """
-    draws = np.rint(noise.gaussian(len(total.units), noise_multiplier * GRID)).astype(np.int64)
-    return torch.from_numpy((total.units + draws) * (max_grad_norm / GRID))
+    """Draw noise and turn a private sum of D coordinates into (D,) float64; see `gaussian.noisy_sum`."""
+    return torch.from_numpy(gaussian.noisy_sum(total, max_grad_norm, noise_multiplier, noise))
 
 
 def set_gradients(parameters: Sequence[nn.Parameter], flat: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
 """Base models, tokenizers, examples, the loss, and training and scoring without differential privacy.
 
-Knows no federation: nothing here releases anything.
+Stands on `client.colora` and the settings. Knows no federation: nothing here releases anything.
 """

@@ -23,7 +23,6 @@ from fedmosaic.client.colora.layer import CoLoraLayer
 from fedmosaic.client.colora.linear import BranchedLoraLinear
 from fedmosaic.client.model.examples import IGNORED, EncodedExample, answer_tokens, prompt_tokens
 from fedmosaic.client.model.loss import example_losses, logits_at, on_device_of, training_mode
-from fedmosaic.client.vision.embedding import PictureEmbedding
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
 _TOKENS: Final = 24
@@ -178,7 +177,7 @@ def check_ids(
     """
     find_table: Any = getattr(model, "get_input_embeddings", None)
     table = None if find_table is None else find_table()
-    if table is None or isinstance(table, PictureEmbedding):
+    if table is None or getattr(table, "pictures_above_rows", False):
         return  # a tokenizer of pictures has looked already: above the rows stand their ids
     for number, ids in enumerate(tokens, start=1):
         if len(ids) and int(torch.as_tensor(ids).max()) >= table.num_embeddings:

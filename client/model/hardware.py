@@ -2,21 +2,14 @@
 
 import logging
 import time
-from typing import Annotated, Final, Literal
+from typing import Final
 
 import torch
-from pydantic import Field
 from torch.nn import functional
 
 from fedmosaic.protos.errors import ModelError
 
 log = logging.getLogger(__name__)
-
-DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$")]
-"""`auto` (CUDA, then MPS, then the processor), `cpu`, `mps`, `cuda` or `cuda:1`."""
-
-DtypeName = Literal["auto", "float32", "bfloat16"]
-"""`auto` takes bfloat16 where the device is faster in it, float32 elsewhere."""
 
 _PRODUCTS: Final = 4
 
@@ -25,7 +18,7 @@ def choose_device(wanted: str = "auto") -> torch.device:
     """The device that a setting names.
 
     Args:
-        wanted: see `DeviceName`.
+        wanted: see `fedmosaic.client.settings.DeviceName`.
 
     Raises:
         ModelError: this machine has no such device.
@@ -48,7 +41,7 @@ def choose_dtype(wanted: torch.dtype | str, device: torch.device) -> torch.dtype
     """The floating point type of frozen weights that a setting names.
 
     Args:
-        wanted: see `DtypeName`; a `torch.dtype` stays as it is.
+        wanted: see `fedmosaic.client.settings.DtypeName`; a `torch.dtype` stays as it is.
         device: where the model will compute.
 
     Raises:

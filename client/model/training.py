@@ -4,11 +4,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import nn
 
 from fedmosaic.client.colora.layer import GATE, CoLoraLayer
@@ -23,7 +22,7 @@ from fedmosaic.client.model.loss import (
     training_mode,
 )
 from fedmosaic.client.model.sampling import EpochSampler
-from fedmosaic.privacy.configuration import Frozen
+from fedmosaic.client.settings import Role, TrainingSettings
 from fedmosaic.protos.errors import ConfigurationError, ModelError, TrainingError
 
 __all__ = [
@@ -35,7 +34,6 @@ __all__ = [
     "trainable_by_role",
 ]
 
-Role = Literal["adapter", "shared", "gate"]
 Progress = Callable[[int, int, float], None]
 """Called after every optimizer step with the step (from 1), the planned steps and the step's mean loss.
 
@@ -43,53 +41,6 @@ The loss is a function of private examples: show it to the client's own people, 
 """
 
 _AVERAGED_STEPS: Final = 10
-
-
-class TrainingSettings(Frozen):
-    """How a client trains locally; names as in ``transformers.TrainingArguments``.
-
-    Attributes:
-        learning_rate: Of LoRA's A and B, and of any other trainable tensor.
-        shared_learning_rate: Of the Co-LoRA cores P and Q.
-        gate_learning_rate: Of the gates.
-        steps: Optimizer steps of one round.
-        per_device_train_batch_size: Examples per forward pass.
-        gradient_accumulation_steps: Forward passes per optimizer step; private steps divide by themselves.
-        gradient_checkpointing: Compute the layers' activations a second time on the way back, for about a
-            third more time, instead of keeping them. A private step holds those of one example anyway.
-        max_length: Most tokens per example; for whoever encodes the examples.
-        blend_received: Share of what is received in what the local branch begins a round with; 0 as in the
-            paper, where it goes on from itself. Under ``dp`` both are sums of private releases, so that it
-            costs no privacy.
-        warmup: Optimizer steps over which the learning rates rise linearly; constant afterwards.
-        weight_decay: AdamW's, on all but the gates.
-        max_grad_norm: Bound on the L2 norm of an optimizer step's whole gradient; 0 for none.
-        seed: Of dropout, and by default of the order of the examples.
-        bf16: Wide products in bfloat16; the adapter, its gradients and the optimizer stay in float32.
-    """
-
-    learning_rate: float = Field(default=1e-3, gt=0.0, le=10.0, allow_inf_nan=False)
-    shared_learning_rate: float = Field(default=1e-3, gt=0.0, le=10.0, allow_inf_nan=False)
-    gate_learning_rate: float = Field(default=1e-3, gt=0.0, le=10.0, allow_inf_nan=False)
-    steps: int = Field(default=100, ge=1)
-    per_device_train_batch_size: int = Field(default=8, ge=1)
-    gradient_accumulation_steps: int = Field(default=1, ge=1)
-    gradient_checkpointing: bool = False
-    max_length: int = Field(default=256, ge=3)
-    blend_received: float = Field(default=0.0, ge=0.0, le=1.0)
-    warmup: int = Field(default=0, ge=0)
-    weight_decay: float = Field(default=0.0, ge=0.0, le=1.0, allow_inf_nan=False)
-    max_grad_norm: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
-    seed: int = Field(default=0, ge=0, le=2**63 - 1)
-    bf16: bool = False
-
-    def learning_rate_of(self, role: Role) -> float:
-        """The learning rate of one group of tensors."""
-        return {
-            "adapter": self.learning_rate,
-            "shared": self.shared_learning_rate,
-            "gate": self.gate_learning_rate,
-        }[role]
 
 
 @dataclass(frozen=True)

@@ -15,20 +15,18 @@ from typing import Final
 
 from cryptography import x509
 
-from fedmosaic.client.clipping import CLIPPING, ClippingRecord
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.ledger import DataLedger, ledger_delta
 from fedmosaic.client.model.load import load_tokenizer
 from fedmosaic.client.preflight.data import ClientData, read_data, read_share
 from fedmosaic.client.preflight.memory import check_memory
-from fedmosaic.client.profile.maker import ProfileProbe
+from fedmosaic.client.profile.maker import client_probe, public_map
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import (
     AdapterPlan,
     budgeted_channels,
     plan_adapter,
     profile_path,
-    sampling_rate,
 )
 from fedmosaic.client.session import ask_to_enrol
 from fedmosaic.client.settings import ClientSettings
@@ -39,10 +37,9 @@ from fedmosaic.client.transport.traffic import Traffic
 from fedmosaic.privacy.encryption.layout import upload_payload_bytes
 from fedmosaic.privacy.federation import identity
 from fedmosaic.privacy.federation.kits import Kit, open_kit
-from fedmosaic.privacy.ledger.ledger import LEDGER, LedgerParameters, data_epoch, read_ledger
+from fedmosaic.privacy.ledger.ledger import LEDGER, LedgerParameters, data_epoch, has_begun, read_ledger
 from fedmosaic.privacy.ledger.rules import check_parameters
 from fedmosaic.privacy.mechanism.noise import SecureNoise
-from fedmosaic.privacy.mechanism.projection import PublicBasis, PublicMap
 from fedmosaic.protos.errors import ConfigurationError, IdentityError, ModelError, StateError
 
 _SPARE_BYTES: Final = 1 << 28
@@ -135,8 +132,6 @@ class Preflight:
     def plan(self) -> AdapterPlan:
         """DP-SGD parameters of this client; AccountingError if there are none."""
         terms, count = self.kit.roster.terms, len(self.data.train)
-        if not terms.adapter.private:
-            return AdapterPlan(0.0, sampling_rate(terms, count))
         delta = ledger_delta(self._ledger, count)
         return plan_adapter(terms, count, delta, agreed_epsilon(self.settings, self.kit))
 
@@ -181,8 +176,7 @@ class Preflight:
                 f"the identity key in {kit.directory} is not the one that roster {roster.serial} names for "
                 f"{member.id!r}; take all files from the newest kit"
             )
-        profile = roster.terms.profile
-        PublicMap(profile, PublicBasis.load(kit.basis) if profile.basis_sha256 else None)
+        public_map(roster.terms.profile, kit.basis)
         return (
             f"{member.id} of federation {roster.federation}, roster {roster.serial}, protection "
             f"{roster.terms.adapter.protection!r}, {roster.terms.schedule.rounds} rounds"
@@ -259,7 +253,7 @@ class Preflight:
         target = agreed_epsilon(self.settings, kit)
         path = self._ledger
         delta = ledger_delta(path, count)
-        if path.exists():
+        if has_begun(path):
             channels = budgeted_channels(kit.roster.terms)
             wanted = LedgerParameters(kit.member_id(), delta, target, budgeted_channels=channels)
             check_parameters(wanted, read_ledger(path))
@@ -295,11 +289,7 @@ class Preflight:
         epoch = data_epoch(tuple(example.id for example in train))
         if profile_path(self._ledger.parent, epoch, mechanism).exists():
             return "not needed: the profile of these examples was released"
-        clipping = ClippingRecord(settings.state_dir / CLIPPING)
-        length = settings.profile_max_length
-        ProfileProbe(
-            settings.probe, mechanism, self.kit.basis, train, length, SecureNoise(), clipping
-        ).check()
+        client_probe(settings, self.kit, train, SecureNoise()).check()
         return f"{mechanism.probe}, fingerprint {mechanism.probe_sha256[:16]}…"
 
     def _check_model(self) -> str:

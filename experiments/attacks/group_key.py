@@ -34,7 +34,7 @@ from fedmosaic.privacy.policy import AggregationPolicy, WeightRow
 from fedmosaic.protos.errors import ConfigurationError
 from fedmosaic.protos.messages import Receipt, Upload
 from fedmosaic.server.coordinator import Coordinator
-from fedmosaic.server.from_kit import settings_from_kit
+from fedmosaic.server.settings import settings_from_kit
 
 HEADLINE: Final = (
     "Encryption keeps out a server that works alone. A server that gets the group key from ONE SINGLE "

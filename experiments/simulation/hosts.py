@@ -45,11 +45,6 @@ class ModelHost:
         self._fresh = self._read()
         self._occupant: Tenant | None = None
 
-    @property
-    def adapter_values(self) -> int:
-        """Number of values in one client's adapter."""
-        return sum(parameter.numel() for parameter in self._adapter.values())
-
     @contextmanager
     def lent_to(self, tenant: Tenant) -> Iterator[PeftModel]:
         """The model with this client's adapter; everybody else waits. May be nested by one thread."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from fedmosaic.client.colora import copy_branch, set_active_branches, set_trainable
 from fedmosaic.client.colora.aligned import write_embedded
+from fedmosaic.client.ledger import open_ledger
 from fedmosaic.client.model.examples import encode_examples, padding_token
 from fedmosaic.client.model.sampling import EpochSampler
 from fedmosaic.client.model.training import train_local
@@ -18,9 +19,7 @@ from fedmosaic.experiments.scenario.participants import Board, newcomer_seed, tr
 from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient
 from fedmosaic.experiments.simulation.hosts import ModelHost, Tenant
 from fedmosaic.experiments.simulation.probe import SharedProbe
-from fedmosaic.privacy.accounting.epsilon import default_delta
 from fedmosaic.privacy.federation.roster import Terms
-from fedmosaic.privacy.ledger.ledger import Ledger
 from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
 from fedmosaic.protos.messages import Profile
 from fedmosaic.server.round.relevance import relevance
@@ -102,15 +101,10 @@ def _released_profile(federation: Federation, entry: ScenarioClient) -> Profile 
     examples = [example for task in training_examples(entry) for example in task]
     terms, ids = federation.terms, tuple(example.id for example in examples)
     state = ClientState(federation.directory / "newcomers" / entry.id, "newcomers", entry.id)
-    ledger = Ledger.open(
-        state.ledger_path,
-        entry.id,
-        default_delta(len(ids)),
-        terms.adapter_privacy.target_epsilon,
-        budgeted_channels=budgeted_channels(terms),
-    )
+    target, channels = terms.adapter_privacy.target_epsilon, budgeted_channels(terms)
+    ledger = open_ledger(state.ledger_path, entry.id, len(ids), target, channels)
     try:
-        probe = federation.probe.of(examples, randomness)
+        probe = federation.probe.of(examples, randomness, state.directory)
         unprotected = AdapterPlan(0.0, sampling_rate(terms, len(ids)))
         releases = Releases(ledger, terms, state, ids, probe, randomness, unprotected)
         return releases.profile(federation.scenario.schedule.rounds)

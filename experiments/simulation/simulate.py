@@ -15,16 +15,13 @@ from pathlib import Path
 from peft import PeftModel
 from rich.console import Console
 
+from fedmosaic.client.client import RESULT, STATEMENT, Participant
 from fedmosaic.client.colora import family_layout, fix_gate
-from fedmosaic.client.keyring import Keyring
-from fedmosaic.client.ledger import ServerAnchor
+from fedmosaic.client.ledger import ServerAnchor, open_ledger
 from fedmosaic.client.model.adapted import load_adapted
-from fedmosaic.client.protection import Identity, Protection
-from fedmosaic.client.releases import AdapterPlan, Releases, budgeted_channels, plan_adapter, sampling_rate
-from fedmosaic.client.session import Session
+from fedmosaic.client.releases import Releases, budgeted_channels, plan_adapter
 from fedmosaic.client.settings import ClientSettings, DataSettings
 from fedmosaic.client.state import ClientState
-from fedmosaic.client.statement import statement_inputs
 from fedmosaic.experiments.scenario.founding import agreed_adapter, fit_profile, found_federation
 from fedmosaic.experiments.scenario.participants import (
     Board,
@@ -46,20 +43,18 @@ from fedmosaic.experiments.simulation.probe import SharedProbe
 from fedmosaic.experiments.simulation.progress import ClientProgress, RunProgress
 from fedmosaic.experiments.simulation.sight import give_client_sight
 from fedmosaic.experiments.simulation.transport import InProcessTransport
-from fedmosaic.privacy.accounting.epsilon import default_delta
 from fedmosaic.privacy.federation.kits import open_kit
 from fedmosaic.privacy.federation.roster import AdapterTerms
 from fedmosaic.privacy.files import write_atomically
-from fedmosaic.privacy.ledger.ledger import Ledger
 from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
 from fedmosaic.privacy.statement.build import statement
 from fedmosaic.protos.errors import ConfigurationError
 from fedmosaic.server.coordinator import Coordinator
-from fedmosaic.server.from_kit import settings_from_kit
+from fedmosaic.server.settings import settings_from_kit
 
 log = logging.getLogger(__name__)
 
-RESULT, STATEMENT, TRAIN = "result.json", "statement.json", "train.jsonl"
+TRAIN = "train.jsonl"
 _NO_DEADLINE_SECONDS = 1e8
 _POLL_SECONDS = 0.2
 _TICK_SECONDS = 60.0
@@ -223,39 +218,17 @@ class _Client:
             self._score,
             discard=scenario.discard_received,
         )
-        examples = self.learner.inner.examples
-        target = terms.adapter_privacy.target_epsilon
-        self.ledger = Ledger.open(
-            self.state.ledger_path,
-            self.entry.id,
-            default_delta(len(examples)),
-            target,
-            budgeted_channels=budgeted_channels(terms),
+        count, target = self.learner.inner.example_count, terms.adapter_privacy.target_epsilon
+        self.ledger = open_ledger(
+            self.state.ledger_path, self.entry.id, count, target, budgeted_channels(terms)
         )
-        self.plan = (
-            plan_adapter(terms, len(examples), self.ledger.parameters.delta, target)
-            if terms.adapter.private
-            else AdapterPlan(0.0, sampling_rate(terms, len(examples)))
-        )
+        self.plan = plan_adapter(terms, count, self.ledger.parameters.delta, target)
         self.transport = InProcessTransport(
             parts.coordinator, self.entry.id, _NO_DEADLINE_SECONDS, parts.stopped, _TICK_SECONDS
         )
-        identity = Identity(self.entry.id, self.kit.signing_key())
-        keyring = (
-            Keyring(
-                self.entry.id,
-                identity.signing_key,
-                self.kit.roster,
-                self.transport,
-                self.state.directory / "keys",
-            )
-            if terms.adapter.encrypted
-            else None
-        )
-        protection = Protection(identity, self.kit.roster, self.entry.family, keyring)
-        self.session = Session(
-            identity, self.kit.roster, self.transport, self.learner, self.state, self._releases(),
-            protection, progress,
+        self.member = Participant(
+            self.kit, self.transport, self.learner, self.state, self.ledger, self.plan, self._releases(),
+            progress,
         )  # fmt: skip
 
     def _settings(self, index: int) -> ClientSettings:
@@ -285,7 +258,7 @@ class _Client:
             randomness = (
                 SecureNoise() if seed is None else SeededTestNoise(seed + 1_000_003 * round_number + index)
             )
-            make = self.parts.probe.of(examples, randomness)
+            make = self.parts.probe.of(examples, randomness, self.state.directory)
             ids = tuple(example.id for example in examples)
             return Releases(
                 self.ledger,
@@ -319,18 +292,11 @@ class _Client:
     def run(self) -> None:
         """Take part to the end, then write what a client process would write."""
         started = time.monotonic()
-        self.session.run()
+        self.member.session.run()
         evaluations = read_evaluations(self.state.directory)
         # One after the other: the accountants remember what they computed, and most clients ask the same.
         with COMPUTE:
-            facts = statement_inputs(
-                self.kit.roster,
-                self.state.record.run_id,
-                self.entry.id,
-                self.ledger,
-                self.plan,
-                smallest_row=self.state.smallest_row(),
-            )
+            facts = self.member.statement_inputs()
             found = statement(facts.model_copy(update={"transport": "in_process"}))
         write_atomically(self.state.directory / STATEMENT, found.model_dump_json(indent=2).encode())
         scores = (

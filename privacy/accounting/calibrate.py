@@ -1,8 +1,8 @@
-"""From a budget to noise: which σ a channel needs, and how a total ε is split over both channels."""
+"""From a budget to noise: which σ a channel needs beside what is settled."""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 
 from fedmosaic.privacy.accounting.epsilon import LARGEST_TIGHT_EPSILON, epsilon, within_resolution
 from fedmosaic.privacy.accounting.events import GaussianEvent
@@ -14,30 +14,12 @@ _SMALLEST_FACTOR = 1e-2
 _MOST_TIGHT_STEPS = 100_000
 
 
-@dataclass(frozen=True, slots=True)
-class BudgetPlan:
-    """Both channels' events for a whole experiment, and their certified joint ε.
-
-    Attributes:
-        profile: all planned profile releases of one client.
-        adapter: all planned DP-SGD steps of one client.
-        epsilon: joint ε of both, at most the target.
-        delta: δ of `epsilon`.
-    """
-
-    profile: GaussianEvent
-    adapter: GaussianEvent
-    epsilon: float
-    delta: float
-
-
 def noise_multiplier_for(
     target_epsilon: float,
     delta: float,
     fixed_events: Sequence[GaussianEvent],
     sampling_rate: float,
     steps: int,
-    accountant: str = "prv",
 ) -> float:
     """Smallest σ (to 0.1 %) with which `steps` releases fit beside the fixed events.
 
@@ -47,7 +29,6 @@ def noise_multiplier_for(
         fixed_events: releases whose noise is settled, such as the profile channel's.
         sampling_rate: q of the releases to plan, in (0, 1].
         steps: number of releases to plan, ≥ 1.
-        accountant: "prv", "rdp" or "pld".
 
     Returns:
         σ, evaluated and found to give ε ≤ target_epsilon.
@@ -63,7 +44,7 @@ def noise_multiplier_for(
     def events_at(sigma: float) -> list[GaussianEvent]:
         return [*fixed_events, GaussianEvent(sigma, sampling_rate, steps)]
 
-    return _smallest_factor(target_epsilon, delta, fixed_events, events_at, accountant)
+    return _smallest_factor(target_epsilon, delta, fixed_events, events_at)
 
 
 def check_plannable(
@@ -108,7 +89,6 @@ def noise_factor_for(
     delta: float,
     fixed_events: Sequence[GaussianEvent],
     scaled_events: Sequence[GaussianEvent],
-    accountant: str = "prv",
 ) -> float:
     """Factor on every σ of `scaled_events` with which everything together costs the target ε.
 
@@ -117,7 +97,6 @@ def noise_factor_for(
         delta: δ in (0, 1).
         fixed_events: releases that keep their noise.
         scaled_events: releases whose σ > 0 is multiplied by the factor, at least one step.
-        accountant: "prv", "rdp" or "pld".
 
     Returns:
         The factor, to 0.1 %, evaluated and found to give ε ≤ target_epsilon; below 1 when the releases
@@ -139,56 +118,7 @@ def noise_factor_for(
             ),
         ]
 
-    return _smallest_factor(target_epsilon, delta, fixed_events, events_at, accountant)
-
-
-def default_profile_noise_multiplier(target_epsilon: float, examples: int) -> float:
-    """The stated rule for the profile's share of a budget.
-
-    One profile release at σ = 8 costs ε = 0.43 alone and about 0.05 beside a usual adapter channel, and
-    leaves relevance intact from 300 examples on. Under a tight budget a large client can afford σ = 16.
-
-    Args:
-        target_epsilon: ε of the whole experiment, > 0.
-        examples: number of the client's examples.
-
-    Returns:
-        16 when target_epsilon ≤ 1 and examples ≥ 2,000, else 8.
-    """
-    return 16.0 if target_epsilon <= 1.0 and examples >= 2000 else 8.0
-
-
-def plan_budget(
-    target_epsilon: float,
-    delta: float,
-    examples: int,
-    sampling_rate: float,
-    steps: int,
-    profile_releases: int = 1,
-) -> BudgetPlan:
-    """Split a total ε: the profile by its rule, all that is left to the adapter.
-
-    Args:
-        target_epsilon: ε of the whole experiment, in (0, 100].
-        delta: δ in (0, 1/examples].
-        examples: number of the client's examples; decides the profile's σ, see
-            `default_profile_noise_multiplier`.
-        sampling_rate: q of one DP-SGD step, in (0, 1].
-        steps: DP-SGD steps of the whole experiment, ≥ 1.
-        profile_releases: data epochs that are planned for, ≥ 1.
-
-    Returns:
-        The plan; its ε is at most the target.
-
-    Raises:
-        AccountingError: as for `noise_multiplier_for`.
-    """
-    sigma = default_profile_noise_multiplier(target_epsilon, examples)
-    profile = GaussianEvent(sigma, 1.0, profile_releases)
-    adapter = GaussianEvent(
-        noise_multiplier_for(target_epsilon, delta, [profile], sampling_rate, steps), sampling_rate, steps
-    )
-    return BudgetPlan(profile, adapter, epsilon([profile, adapter], delta), delta)
+    return _smallest_factor(target_epsilon, delta, fixed_events, events_at)
 
 
 class _NoTightBoundError(AccountingError):
@@ -200,16 +130,13 @@ def _smallest_factor(
     delta: float,
     fixed: Sequence[GaussianEvent],
     events_at: Callable[[float], list[GaussianEvent]],
-    accountant: str,
 ) -> float:
     # Where a tight value takes minutes, or cannot be had, the looser bound plans a little more noise. The
     # ledger, too, goes on with it then (`fedmosaic.privacy.accounting.epsilon.epsilon_bound`).
-    if sum(event.steps for event in events_at(1.0)) > _MOST_TIGHT_STEPS:
-        accountant = "rdp"
-    try:
-        return _search(target, delta, fixed, events_at, accountant)
-    except _NoTightBoundError:
-        return _search(target, delta, fixed, events_at, "rdp")
+    if sum(event.steps for event in events_at(1.0)) <= _MOST_TIGHT_STEPS:
+        with suppress(_NoTightBoundError):
+            return _search(target, delta, fixed, events_at, "prv")
+    return _search(target, delta, fixed, events_at, "rdp")
 
 
 def _search(

@@ -19,24 +19,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from fedmosaic.privacy.accounting.events import UNPROTECTED, GaussianEvent, merge_events
+from fedmosaic.privacy.accounting.events import GaussianEvent, merge_events
 from fedmosaic.protos.errors import AccountingError
-
-__all__ = [
-    "ACCOUNTANTS",
-    "UNPROTECTED",
-    "CrossCheck",
-    "EpsilonBound",
-    "GaussianEvent",
-    "check_delta",
-    "check_order",
-    "cross_checked_epsilon",
-    "default_delta",
-    "epsilon",
-    "epsilon_bound",
-    "merge_events",
-    "person_epsilon",
-]
 
 logger = logging.getLogger(__name__)
 

@@ -90,13 +90,9 @@ class Aggregator(ABC, Generic[P]):
         recipients = [row.recipient for row in rows]
         if len(set(recipients)) != len(recipients):
             raise PolicyError("a recipient has two weight rows in one round: one is allowed")
+        bits, number = self.parameters.weight_bits, context.round
         for row in rows:
-            check_row(row.recipient, row, self.policy, members=contributors, round_number=context.round)
-            if row.bits != self.parameters.weight_bits:
-                raise PolicyError(
-                    f"weight row has {row.bits} bits, the agreed parameters have "
-                    f"{self.parameters.weight_bits}"
-                )
+            check_row(row.recipient, row, self.policy, members=contributors, round_number=number, bits=bits)
 
     @abstractmethod
     def _check_payload(self, contribution: Contribution, context: RoundContext) -> None:

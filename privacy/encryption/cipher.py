@@ -11,7 +11,7 @@ from fedmosaic.privacy.encryption.parameters import CkksParameters, MaskParamete
 from fedmosaic.privacy.encryption.records import RoundContext, read_record, row_digest
 from fedmosaic.privacy.groupkey.key import GroupKey
 from fedmosaic.privacy.policy import AggregationPolicy, WeightRow, check_row
-from fedmosaic.protos.errors import CiphertextError, EncryptionError, PolicyError
+from fedmosaic.protos.errors import CiphertextError, EncryptionError
 
 # A decrypted sum of clipped values may pass the clip by the noise of approximate decryption, no more.
 RANGE_TOLERANCE = 1e-4
@@ -84,11 +84,8 @@ class ClientCipher(ABC, Generic[P]):
         """
         self._check_key(key, context)
         members = None if key is None else key.members
-        check_row(self.client, row, self.policy, members=members, round_number=context.round)
-        if row.bits != self.parameters.weight_bits:
-            raise PolicyError(
-                f"weight row has {row.bits} bits, the agreed parameters have {self.parameters.weight_bits}"
-            )
+        bits = self.parameters.weight_bits
+        check_row(self.client, row, self.policy, members=members, round_number=context.round, bits=bits)
         header = aggregate_header(self.parameters, context, row)
         digest, payload = read_record(record, header, aggregate_payload_bytes(self.parameters, header))
         if digest != row_digest(row):

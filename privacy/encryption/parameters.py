@@ -2,12 +2,12 @@
 
 import functools
 import hashlib
-import json
 import math
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from fedmosaic.privacy.configuration import Frozen, canonical_json
 from fedmosaic.protos.errors import ConfigurationError
 
 CKKS_RING_DEGREE: Literal[2048] = 2048
@@ -27,9 +27,7 @@ STANDARD_MODULUS_BITS: dict[int, dict[int, int]] = {
 }
 
 
-class _Parameters(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class _Parameters(Frozen):
     format_version: Literal[1] = 1
     clip: float = Field(default=4.0, gt=0.0, le=1024.0, allow_inf_nan=False)
 
@@ -39,7 +37,7 @@ class _Parameters(BaseModel):
 
     @functools.cached_property
     def _digest(self) -> bytes:
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        canonical = canonical_json(self.model_dump(mode="json"))
         return hashlib.sha256(b"fedmosaic/encryption-parameters/v1\n" + canonical.encode()).digest()
 
 

@@ -1,8 +1,9 @@
 """What the numbers of a shared adapter vector mean, as one hash that client and server compare."""
 
 import hashlib
-import json
 from collections.abc import Sequence
+
+from fedmosaic.privacy.configuration import canonical_json
 
 
 def shared_spec_hash(rank: int, alpha: float, blocks: int, modules: Sequence[str], basis: str) -> bytes:
@@ -32,5 +33,4 @@ def shared_spec_hash(rank: int, alpha: float, blocks: int, modules: Sequence[str
 
 def digest(specification: dict[str, object]) -> bytes:
     """SHA-256 (32 bytes) over the canonical JSON of a specification."""
-    canonical = json.dumps(specification, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(canonical.encode()).digest()
+    return hashlib.sha256(canonical_json(specification).encode()).digest()

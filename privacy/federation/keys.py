@@ -10,11 +10,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fedmosaic.privacy.configuration import read_configuration, validate
+from fedmosaic.privacy.configuration import validate
 from fedmosaic.privacy.federation import kits as federation
+from fedmosaic.privacy.federation.founding import create_federation
 from fedmosaic.privacy.federation.identity import read_certificate
 from fedmosaic.privacy.federation.roster import Roster
-from fedmosaic.privacy.federation.terms_checks import check_plan
 
 _RENEW_WITHIN = dt.timedelta(days=14)
 
@@ -107,9 +107,7 @@ def main(arguments: Sequence[str]) -> int:
     console = Console()
     match command:
         case Init(config, out, basis):
-            wanted = read_configuration(config, federation.FederationConfig)
-            check_plan(wanted.terms)
-            roster = federation.create(wanted, out, basis)
+            roster = create_federation(config, out, basis)
             console.print(
                 f"federation {roster.federation!r} with {len(roster.members)} members in {out}/\n"
                 f"  keep      {out}/consortium/   (it can add members and sign rosters)\n"

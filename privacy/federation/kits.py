@@ -26,6 +26,7 @@ from fedmosaic.privacy.configuration import Frozen
 from fedmosaic.privacy.federation import identity
 from fedmosaic.privacy.federation.names import Family, Host, MemberId, Port
 from fedmosaic.privacy.federation.roster import Member, Roster, Terms
+from fedmosaic.privacy.files import sync_directory
 from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import ConfigurationError, IdentityError
 
@@ -202,14 +203,8 @@ def create(config: FederationConfig, directory: Path, basis: Path | None = None)
 
 def _sync(directory: Path) -> None:
     """Have every file and folder on the disk before its name is."""
-    if os.name != "posix":
-        return
     for path in (*directory.rglob("*"), directory, directory.parent):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_directory(path)
 
 
 def _make(config: FederationConfig, directory: Path, basis: Path | None) -> Roster:

@@ -7,7 +7,6 @@ the privacy statement, so that client, server and report speak of the same terms
 
 import base64
 import hashlib
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +14,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from pydantic import Field, StringConstraints, model_validator
 
-from fedmosaic.privacy.configuration import Frozen, parse_json, validate
+from fedmosaic.privacy.configuration import Frozen, canonical_json, parse_json, validate
 from fedmosaic.privacy.encryption.parameters import CkksParameters, Parameters
 from fedmosaic.privacy.federation.adapter_spec import shared_spec_hash
 from fedmosaic.privacy.federation.names import Family, MemberId
@@ -214,8 +213,7 @@ class Roster(Frozen):
         return hashlib.sha256(self._canonical()).digest()
 
     def _canonical(self) -> bytes:
-        content = self.model_dump(mode="json", exclude={"signature"})
-        return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+        return canonical_json(self.model_dump(mode="json", exclude={"signature"})).encode()
 
     def signed(self, consortium: Ed25519PrivateKey) -> "Roster":
         """This roster with the consortium's Ed25519 signature over its canonical JSON."""

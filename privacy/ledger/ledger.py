@@ -35,7 +35,6 @@ from fedmosaic.privacy.ledger.rows import (
     Coverage,
     Kind,
     LedgerRow,
-    Unit,
     canonical_json,
     charges,
     data_epoch,
@@ -57,10 +56,18 @@ from fedmosaic.privacy.ledger.rules import (
     release_among,
     reservation_at,
 )
-from fedmosaic.privacy.ledger.store import LedgerStore, read_ledger
+from fedmosaic.privacy.ledger.store import LedgerStore, has_begun, read_ledger
 from fedmosaic.protos.errors import BudgetExceededError, LedgerError
 
-__all__ = ["LEDGER", "Ledger", "LedgerParameters", "data_epoch", "parameters_of", "read_ledger"]
+__all__ = [
+    "LEDGER",
+    "Ledger",
+    "LedgerParameters",
+    "data_epoch",
+    "has_begun",
+    "parameters_of",
+    "read_ledger",
+]
 
 LEDGER = "ledger.sqlite"
 """Name of the file in its directory."""
@@ -86,7 +93,6 @@ class Ledger:
         accountant: str = "prv",
         *,
         budgeted_channels: Sequence[Channel] = CHANNELS,
-        unit: Unit = "example",
         examples: int | None = None,
         clock: Callable[[], dt.datetime] = lambda: dt.datetime.now(dt.UTC),
     ) -> "Ledger":
@@ -101,7 +107,6 @@ class Ledger:
             budgeted_channels: which channels the budget bounds. A channel whose releases are not
                 differentially private (`adapter.protection` none or encrypted) costs ε = ∞ and must be
                 left out here by name, or nothing can be released on it under a budget.
-            unit: unit of privacy of every release.
             examples: n, the client's number of examples; checked against δ, not stored.
             clock: tells the time.
 
@@ -113,7 +118,7 @@ class Ledger:
             AccountingError: δ (above 1/n, for one) or the accountant is not acceptable.
         """
         parameters = LedgerParameters(
-            client_id, float(delta), target_epsilon, accountant, tuple(budgeted_channels), unit
+            client_id, float(delta), target_epsilon, accountant, tuple(budgeted_channels)
         )
         if examples is not None:
             check_delta(delta, examples)
@@ -123,7 +128,9 @@ class Ledger:
             with store.transaction():
                 if store.prepare():
                     opening = parameters.canonical(secrets.token_hex(32))
-                    log.append("OPENED", bound=EpsilonBound(0.0, accountant), mechanism=opening, unit=unit)
+                    log.append(
+                        "OPENED", bound=EpsilonBound(0.0, accountant), mechanism=opening, unit=parameters.unit
+                    )
             log.verify()
             check_open(log.rows)
             check_parameters(parameters, log.rows)

@@ -17,13 +17,13 @@ it. The next head that the client signs for a server covers it.
 
 import datetime as dt
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from fedmosaic.privacy.files import sync_directory, write_atomically
 from fedmosaic.privacy.ledger.ledger import LEDGER
 from fedmosaic.privacy.ledger.log import LedgerLog
 from fedmosaic.privacy.ledger.rows import Kind, LedgerRow, canonical_json, charges
@@ -207,29 +207,12 @@ def _building(directory: Path) -> Iterator[Path]:
         if directory.exists():
             directory.rmdir()
         temporary.rename(directory)
-        _sync(directory.parent)
+        sync_directory(directory.parent)
     except OSError as error:
         raise LedgerError(f"{directory} cannot be made ({error}); nothing is lost, try again") from error
 
 
 def _copy_profiles(old: Path, new: Path) -> None:
     for file in sorted(old.glob(PROFILES)):
-        place = new / file.name
-        if place.exists():
-            continue
-        temporary = new / f"{file.name}.new"
-        shutil.copyfile(file, temporary)
-        temporary.chmod(0o600)
-        _sync(temporary)
-        temporary.replace(place)
-    _sync(new)
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt":  # Windows has no directory handles to sync
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        if not (new / file.name).exists():
+            write_atomically(new / file.name, file.read_bytes())

@@ -4,7 +4,6 @@ Pure functions over rows, so that a report or an auditor can read an exported le
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,13 +19,14 @@ from pydantic import (
     WithJsonSchema,
 )
 
+from fedmosaic.privacy import configuration
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.protos.errors import LedgerError
 
 Channel = Literal["profile", "adapter", "family"]
 Kind = Literal["OPENED", "RESERVED", "RELEASED", "RESENT", "REFUSED", "CLOSED", "RESUMED", "MOVED"]
 Coverage = Literal["dp", "cryptography", "nothing"]
-Unit = Literal["example", "user", "client"]
+Unit = Literal["example"]
 
 CHANNELS: tuple[Channel, ...] = ("profile", "adapter", "family")
 FIRST_PREVIOUS_HASH = "0" * 64
@@ -145,13 +145,13 @@ class LedgerRow(BaseModel):
 
 
 def canonical_json(value: object) -> str:
-    """JSON with one spelling per value: sorted keys, no blanks, shortest floats, no NaN.
+    """Canonical JSON of what a row holds; signs that are not ASCII stand as they are.
 
     Raises:
         LedgerError: the value is no JSON.
     """
     try:
-        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        return configuration.canonical_json(value, ascii_only=False)
     except (TypeError, ValueError) as error:
         raise LedgerError(
             f"a mechanism's description must be plain JSON without NaN or infinity: {error}"

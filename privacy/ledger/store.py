@@ -99,6 +99,12 @@ class LedgerStore:
         """Close the file; the store cannot be used afterwards."""
         self._connection.close()
 
+    def is_blank(self) -> bool:
+        """Whether nothing was ever committed to the file."""
+        with self._reported():
+            (tables,) = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        return not tables
+
     def prepare(self) -> bool:
         """Create the tables when there are none; call inside a transaction.
 
@@ -111,8 +117,7 @@ class LedgerStore:
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
         if version == _SCHEMA_VERSION:
             return False
-        (tables,) = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if version or tables:
+        if version or not self.is_blank():
             raise LedgerError(
                 f"{self.path} is no privacy ledger of version {_SCHEMA_VERSION} (found version {version}); "
                 "give another path, or open it with the version of fedmosaic that wrote it"
@@ -266,6 +271,20 @@ class LedgerStore:
                 f"{self.path}: the ledger cannot be read or written ({error}); nothing may be released "
                 "until it can"
             ) from error
+
+
+def has_begun(path: Path) -> bool:
+    """Whether a ledger stands at a path; one whose first transaction was not committed holds nothing yet.
+
+    An empty file is what a kill leaves, and what stands there for a moment while another process begins one.
+    """
+    if not path.exists() or path.with_name(path.name + ".head").exists():
+        return path.exists()
+    store = LedgerStore(path, read_only=True)
+    try:
+        return not store.is_blank()
+    finally:
+        store.close()
 
 
 def read_ledger(path: Path) -> list[LedgerRow]:

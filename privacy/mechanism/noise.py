@@ -9,7 +9,7 @@ significance of the least significant bits for differential privacy", CCS 2012):
   from its low bits then means searching the joint space of all their uniforms (Holohan and
   Braghin, "Secure random sampling in differential privacy", ESORICS 2021, section 4; Opacus's
   secure mode does the same).
-* `fedmosaic.privacy.mechanism.profile` adds the noise on a grid of integers, where rounding commutes with
+* `fedmosaic.privacy.mechanism.gaussian` adds the noise on a grid of integers, where rounding commutes with
   the addition; see there.
 """
 

@@ -1,51 +1,37 @@
 """The task profile's mechanism: a frozen description, and the steps that touch private numbers.
 
 Per-example gradients are reduced by a public map (`fedmosaic.privacy.mechanism.projection`), clipped, summed
-over a Poisson sample and released with Gaussian noise:
+over a Poisson sample and released with Gaussian noise (`fedmosaic.privacy.mechanism.gaussian`):
 
     z_i = standardise(normalise(reduce(G_i)))                  public map, fixed before any private data
-    q_i = trunc(2^24 · z_i / max(‖z_i‖, C))                    clip last, on a grid of integers
-    y   = C · 2^-24 · (Σ_{i in B} q_i + round(N(0, (2^24 σ)²)))
+    y   = Σ_{i in B} clip_C(z_i) + N(0, σ²C²)                  clipped last, on a grid of integers
 
-The unit of privacy is one example under add/remove. It changes the sum by at most C in the L2 norm,
-whatever the map does and whatever the example is, so one release is a Gaussian mechanism of noise
-multiplier σ. The sum is released, never a mean: how many examples there are, or were sampled, is
-private under add/remove, and cosine similarity is free of scale.
-
-Arithmetic. Truncation towards zero keeps every ‖q_i‖ within 2^24, and integers add exactly and in any
-order, so the sensitivity does not grow by rounding (Casacuberta et al., "Widespread underestimation
-of sensitivity in differentially private libraries and how to fix it", CCS 2022). For an integer S,
-S + round(G) = round(S + G): the release is a function of the continuous Gaussian mechanism's output
-and keeps its exact (ε, δ), and the set of values it may take does not depend on the data.
+The bound of one example holds whatever the map does, and cosine similarity is free of the sum's scale.
 """
 
 import hashlib
-import json
 import math
 from dataclasses import dataclass
-from typing import Annotated, Final, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field, StringConstraints, model_validator
 
-from fedmosaic.privacy.configuration import Frozen
+from fedmosaic.privacy.configuration import Frozen, canonical_json
+from fedmosaic.privacy.mechanism import gaussian
+from fedmosaic.privacy.mechanism.gaussian import GRID as GRID
+from fedmosaic.privacy.mechanism.gaussian import ClippedSum as ClippedSum
+from fedmosaic.privacy.mechanism.gaussian import FloatArray
+from fedmosaic.privacy.mechanism.gaussian import clip as clip
+from fedmosaic.privacy.mechanism.noise import Float64Array as Float64Array
+from fedmosaic.privacy.mechanism.noise import IntArray as IntArray
 from fedmosaic.privacy.mechanism.noise import NoiseSource
 from fedmosaic.protos.errors import MechanismError
 
 Float32Array = npt.NDArray[np.float32]
-Float64Array = npt.NDArray[np.float64]
-FloatArray = npt.NDArray[np.floating]
-IntArray = npt.NDArray[np.int64]
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-
-GRID: Final = 2**24
-"""Steps of the integer grid per clipping norm."""
-
-# Keeps a row that is clipped within the bound although its norm was computed in doubles: the error of a
-# sum of k squares is below k · 2^-53, and k is at most 2^20.
-_NORM_MARGIN: Final = 1.0 - 2.0**-32
 
 
 class Reduction(Frozen):
@@ -140,76 +126,11 @@ class ProfileMechanism(Frozen):
     @property
     def sha256(self) -> str:
         """Hash (hexadecimal) over the canonical JSON of this description."""
-        content = json.dumps(
-            self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False
-        )
-        return hashlib.sha256(content.encode()).hexdigest()
-
-
-@dataclass(frozen=True, eq=False)
-class ClippedSum:
-    """A sum of clipped rows before noise: private, never to leave the process.
-
-    Attributes:
-        units: (k,) int64, the sum in units of C / 2**24.
-        clipped: number of rows that the bound shortened.
-        rejected: number of rows that were not finite and count as zero.
-        rows: number of rows, rejected ones included.
-    """
-
-    units: IntArray
-    clipped: int
-    rejected: int
-    rows: int
-
-    def __add__(self, other: "ClippedSum") -> "ClippedSum":
-        return ClippedSum(
-            self.units + other.units,
-            self.clipped + other.clipped,
-            self.rejected + other.rejected,
-            self.rows + other.rows,
-        )
-
-    @classmethod
-    def empty(cls, dimensions: int) -> "ClippedSum":
-        """The sum over no example, where every sum and an empty Poisson sample start."""
-        return cls(np.zeros(dimensions, dtype=np.int64), 0, 0, 0)
-
-
-def clip(rows: FloatArray, clipping_norm: float) -> tuple[IntArray, npt.NDArray[np.bool_]]:
-    """Bring every row to the integer grid with an L2 norm of at most one clipping norm.
-
-    Args:
-        rows: (n, k) standardised rows, any values.
-        clipping_norm: bound C > 0, in the unit of `rows`.
-
-    Returns:
-        (n, k) int64 in units of C / 2**24, every row's exact L2 norm at most 2**24; and (n,) bool, which
-        rows the bound shortened. A row with a value that is not finite becomes zero.
-    """
-    finite = np.isfinite(rows).all(axis=1, keepdims=True)
-    values = np.where(finite, rows, 0.0).astype(np.float64)
-    # Divided by its largest entry first, a row of 1e200 has a norm that a double can hold.
-    largest = np.abs(values).max(axis=1, initial=0.0)
-    scaled = values / np.where(largest > 0.0, largest, 1.0)[:, None]
-    scaled_norm = np.linalg.norm(scaled, axis=1)
-    directions = scaled / np.where(scaled_norm > 0.0, scaled_norm, 1.0)[:, None]
-    with np.errstate(over="ignore"):
-        lengths = largest * scaled_norm / clipping_norm
-    shortened = lengths > 1.0
-    units = np.trunc(directions * (np.minimum(lengths, 1.0) * (GRID * _NORM_MARGIN))[:, None])
-    return units.astype(np.int64), shortened
+        return hashlib.sha256(canonical_json(self.model_dump(mode="json")).encode()).hexdigest()
 
 
 def clipped_sum(rows: FloatArray, mechanism: ProfileMechanism) -> ClippedSum:
-    """Clip rows and add them up; sums of parts of the data may be added.
-
-    Args:
-        rows: (n, k) rows of the examples in the Poisson sample, as `PublicMap.rows` gives them.
-        mechanism: for k and the bound.
-
-    Returns:
-        The private sum. Adding or removing any one row changes it by at most C in the L2 norm.
+    """Clip and sum (n, k) rows, as `PublicMap.rows` gives them; see `gaussian.clipped_sum`.
 
     Raises:
         MechanismError: if `rows` does not have k columns.
@@ -218,23 +139,11 @@ def clipped_sum(rows: FloatArray, mechanism: ProfileMechanism) -> ClippedSum:
         raise MechanismError(
             f"rows of shape {rows.shape} do not fit the mechanism; it sums (n, {mechanism.dimensions})"
         )
-    units, shortened = clip(rows, mechanism.clipping_norm)
-    rejected = np.count_nonzero(~np.isfinite(rows).all(axis=1))
-    return ClippedSum(units.sum(axis=0), int(np.count_nonzero(shortened)), int(rejected), rows.shape[0])
+    return gaussian.clipped_sum(rows, mechanism.clipping_norm)
 
 
 def release(total: ClippedSum, mechanism: ProfileMechanism, noise: NoiseSource) -> Float32Array:
-    """Draw noise and turn a private sum into bytes that may leave the client.
-
-    Every call is one more event for the accountant, to be charged before it is made.
-
-    Args:
-        total: the private sum.
-        mechanism: for k, C and σ.
-        noise: `SecureNoise()` in real runs.
-
-    Returns:
-        (k,) float32, the noisy sum in the unit of the standardised rows.
+    """Turn a private sum into (k,) float32 that may leave the client; see `gaussian.noisy_sum`.
 
     Raises:
         MechanismError: if the sum has another length than k.
@@ -243,8 +152,8 @@ def release(total: ClippedSum, mechanism: ProfileMechanism, noise: NoiseSource) 
         raise MechanismError(
             f"a sum of shape {total.units.shape} does not fit the mechanism; it has ({mechanism.dimensions},)"
         )
-    draws = np.rint(noise.gaussian(mechanism.dimensions, mechanism.noise_multiplier * GRID)).astype(np.int64)
-    return ((total.units + draws) * (mechanism.clipping_norm / GRID)).astype(np.float32)
+    noisy = gaussian.noisy_sum(total, mechanism.clipping_norm, mechanism.noise_multiplier, noise)
+    return noisy.astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,13 +21,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save_file
 
-from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
+from fedmosaic.privacy.mechanism.noise import Float64Array, IntArray
+from fedmosaic.privacy.mechanism.profile import Float32Array, ProfileMechanism, Reduction
 from fedmosaic.protos.errors import MechanismError
-
-Float32Array = npt.NDArray[np.float32]
-Float64Array = npt.NDArray[np.float64]
-FloatArray = npt.NDArray[np.floating]
-IntArray = npt.NDArray[np.int64]
 
 MAXIMUM_BASIS_BYTES: Final = 256 * 2**20
 

@@ -66,10 +66,6 @@ class _ChannelFacts:
     rows: tuple[LedgerRow, ...]
     test_noise: bool
 
-    @property
-    def private(self) -> bool:
-        return "dp" in self.protection.split("+") and not self.test_noise
-
 
 @dataclass(frozen=True, slots=True)
 class _Client:
@@ -108,9 +104,7 @@ def statement(inputs: StatementInputs) -> PrivacyStatement:
         no_guarantee=any(client.test_noise for client in clients),
         clients=clients,
         coalition_rows=inputs.coalition_rows,
-        assumptions=assumptions(
-            inputs, (client.unit for client in clients), any("encrypted" in mode for mode in modes)
-        ),
+        assumptions=assumptions(inputs, any("encrypted" in mode for mode in modes)),
         leaks=leaks(inputs, bool(modes & {"none", "encrypted"})),
     )
 
@@ -180,46 +174,42 @@ def _actual_protection(configured: Protection | None, reserved: Sequence[LedgerR
 
 
 def _channel(facts: _ChannelFacts, client: _Client) -> ChannelStatement:
-    charged = client.charges((facts.channel,))
-    bound = _bound(charged, client, private="dp" in facts.protection.split("+"))
-    events = compositions(charged)
-    kinds = [row.kind for row in facts.rows]
-    return ChannelStatement(
-        channel=facts.channel,
-        protection=facts.protection,
-        epsilon=math.inf if facts.test_noise else bound.epsilon,
-        nominal_epsilon=bound.epsilon,
-        accountant=bound.accountant,
-        accountants=_accountants(events, client.parameters.delta, bound),
-        attack=_attack(events, client.parameters.delta, facts.private),
-        mechanisms=_mechanisms(facts.rows),
-        parallel_composition=len(events) > 1,
-        reservations_never_released=_never_released(facts.rows),
-        resends=kinds.count("RESENT"),
-        refusals=kinds.count("REFUSED"),
-        clipped_share=client.inputs.clipped_share.get(facts.channel),
-        planned=client.inputs.planned.get(facts.channel),
-    )
+    found = _released(facts.channel, (facts,), facts.rows, client)
+    own = {
+        "protection": facts.protection,
+        "clipped_share": client.inputs.clipped_share.get(facts.channel),
+        "planned": client.inputs.planned.get(facts.channel),
+    }
+    return found.model_copy(update=own)
 
 
 def _joint(client: _Client) -> ChannelStatement:
-    charged = client.charges([facts.channel for facts in client.channels])
-    private = all("dp" in facts.protection.split("+") for facts in client.channels)
-    test_noise = any(facts.test_noise for facts in client.channels)
-    bound = _bound(charged, client, private)
+    return _released("joint", client.channels, client.inputs.ledger, client)
+
+
+def _released(
+    name: StatementChannel, channels: Sequence[_ChannelFacts], rows: Sequence[LedgerRow], client: _Client
+) -> ChannelStatement:
+    """What was released on these channels together; `rows` are the ledger's about them."""
+    charged = client.charges([facts.channel for facts in channels])
+    private = all("dp" in facts.protection.split("+") for facts in channels)
+    test_noise = any(facts.test_noise for facts in channels)
+    bound = EpsilonBound(math.inf, client.parameters.accountant)
+    if private:
+        bound = bound_of(charged, client.parameters.delta, client.parameters.accountant)
     events = compositions(charged)
-    kinds = [row.kind for row in client.inputs.ledger]
+    kinds = [row.kind for row in rows]
     return ChannelStatement(
-        channel="joint",
+        channel=name,
         protection=None,
         epsilon=math.inf if test_noise else bound.epsilon,
         nominal_epsilon=bound.epsilon,
         accountant=bound.accountant,
         accountants=_accountants(events, client.parameters.delta, bound),
         attack=_attack(events, client.parameters.delta, private and not test_noise),
-        mechanisms=_mechanisms(client.inputs.ledger),
+        mechanisms=_mechanisms(rows),
         parallel_composition=len(events) > 1,
-        reservations_never_released=_never_released(client.inputs.ledger),
+        reservations_never_released=_never_released(rows),
         resends=kinds.count("RESENT"),
         refusals=kinds.count("REFUSED"),
         clipped_share=None,
@@ -230,12 +220,6 @@ def _joint(client: _Client) -> ChannelStatement:
 def _never_released(rows: Sequence[LedgerRow]) -> int:
     released = {row.reference for row in rows if row.kind == "RELEASED"}
     return sum(row.kind == "RESERVED" and row.sequence not in released for row in rows)
-
-
-def _bound(charged: Sequence[Charge], client: _Client, private: bool) -> EpsilonBound:
-    if not private:
-        return EpsilonBound(math.inf, client.parameters.accountant)
-    return bound_of(charged, client.parameters.delta, client.parameters.accountant)
 
 
 def _accountants(
@@ -367,8 +351,6 @@ def _guarantee(
 def _persons(charged: Sequence[Charge], parameters: LedgerParameters) -> tuple[PersonFigure, ...]:
     # One person's examples may lie in several data epochs, so these do not compose in parallel here.
     events = [charge.event for charge in charged]
-    if parameters.unit != "example":
-        return ()
     return tuple(
         PersonFigure(examples=count, epsilon=person_epsilon(events, parameters.delta, count))
         for count in PERSON_EXAMPLES

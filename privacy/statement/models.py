@@ -1,10 +1,10 @@
 """The privacy statement as data: what is told, per client, channel and adversary.
 
-Versioned, with a JSON schema (`statement_schema`). No ε stands alone: every figure sits inside a client,
-a channel and an adversary, beside its δ, unit and accountant.
+Versioned; `PrivacyStatement.model_json_schema(mode="serialization")` is its JSON schema. No ε stands alone:
+every figure sits inside a client, a channel and an adversary, beside its δ, unit and accountant.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -95,8 +95,8 @@ class StatementInputs(Frozen):
     """Hash of the roster that fixed the terms."""
     transport: Literal["mutual_tls", "in_process"] = "mutual_tls"
     """Whether bytes crossed a network, and how."""
-    key_holders: Literal["nobody", "clients", "committee"] = "nobody"
-    """Who can decrypt aggregates: nobody (nothing is encrypted), every client, or a quorum of them."""
+    key_holders: Literal["nobody", "clients"] = "nobody"
+    """Who can decrypt aggregates: nobody (nothing is encrypted), or every client."""
     encryption: str = Field(default="", max_length=200)
     """Name of the encryption scheme and its parameters."""
     minimum_contributors: int = Field(default=3, ge=1)
@@ -120,8 +120,8 @@ class StatementInputs(Frozen):
         modes += [c.family_protection for c in self.clients if c.family_protection is not None]
         if self.key_holders == "nobody" and any("encrypted" in mode for mode in modes):
             raise ValueError(
-                "an adapter is said to be encrypted, but key_holders is 'nobody'; say who can decrypt: "
-                "'clients' for a key that all members share, 'committee' for a threshold key"
+                "an adapter is said to be encrypted, but key_holders is 'nobody'; say 'clients', for a key "
+                "that all members share"
             )
         return self
 
@@ -325,8 +325,3 @@ class ChannelCost(Frozen):
     """σ that the same schedule needs; None when it cannot be told."""
     words: str
     """The same in a sentence."""
-
-
-def statement_schema() -> dict[str, Any]:
-    """JSON schema of `PrivacyStatement` as it is written."""
-    return PrivacyStatement.model_json_schema(mode="serialization")

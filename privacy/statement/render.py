@@ -1,15 +1,14 @@
-"""The privacy statement for people: tables of rich, plain text where there is no terminal.
+"""The privacy statement for people: tables of rich.
 
 A table per client has adversaries as rows and channels as columns, so that no ε ever stands alone.
 Everything fits 100 columns.
 """
 
-import io
 import math
 from collections.abc import Iterable, Sequence
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
@@ -76,19 +75,6 @@ def render_costs(costs: Sequence[ChannelCost]) -> RenderableType:
             cost.words.split(": ", 1)[1],
         )
     return table
-
-
-def to_text(renderable: RenderableType, width: int = WIDTH) -> str:
-    """Plain text of a renderable, without colours or control sequences.
-
-    Args:
-        renderable: what `render` or `render_costs` returned.
-        width: columns.
-    """
-    console = Console(file=io.StringIO(), width=width, force_terminal=False, color_system=None)
-    with console.capture() as captured:
-        console.print(renderable)
-    return captured.get()
 
 
 def _headline(statement: PrivacyStatement) -> RenderableType:

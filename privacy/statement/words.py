@@ -3,7 +3,6 @@
 They are those of the project's threat model, and no stronger.
 """
 
-from collections.abc import Iterable
 from typing import Literal
 
 from fedmosaic.privacy.coalitions import counted_coalition
@@ -32,6 +31,9 @@ CHANNEL_NAMES: dict[StatementChannel, str] = {
 SERVERS: tuple[Adversary, ...] = ("server_honest_but_curious", "server_malicious")
 
 ASSUMPTIONS = (
+    "The unit of privacy is one example of one client, added or removed. A person with several examples "
+    "is protected less, as the table for 2, 5 and 10 says, and so is a picture in several. Copies of an "
+    "example under another id are others.",
     "The public map, clipping norm and probe model come from public data or public seeds, the same for all "
     "clients, and from no private data of any client.",
     "Noise multipliers, sampling rates and the number of steps were fixed before the run, not chosen after "
@@ -47,22 +49,9 @@ ASSUMPTIONS = (
     "released from it elsewhere, comes on top.",
     "The client's machine, its operating system's randomness and this software do what they should.",
 )
-UNIT_ASSUMPTIONS = {
-    "example": (
-        "The unit of privacy is one example of one client, added or removed. A person with several examples "
-        "is protected less, as the table for 2, 5 and 10 says, and so is a picture in several. Copies of an "
-        "example under another id are others."
-    ),
-    "user": "The unit of privacy is everything that one user gave to one client, added or removed.",
-    "client": "The unit of privacy is everything that one client holds, added or removed.",
-}
 SHARED_KEY_ASSUMPTION = (
     "The aggregation key is shared by the clients: one client together with the server reads every upload. "
     "Members check each other's signatures against pinned identities, so the server cannot add members."
-)
-COMMITTEE_ASSUMPTION = (
-    "Aggregates are decrypted by a committee of clients, which refuses rows that break the aggregation "
-    "policy; a quorum of the committee together with the server reads every upload."
 )
 APPROXIMATE_DECRYPTION_ASSUMPTION = (
     "A decrypted aggregate never leaves the client: with approximate homomorphic encryption it would reveal "
@@ -147,19 +136,16 @@ def _what_is_seen(channel: str, encrypted: bool, adversary: Adversary, inputs: S
         return "receives a weighted sum of adapters"
     if adversary == "colluding_recipients":
         return "hold several weighted sums, and can solve for single adapters"
-    if encrypted and inputs.key_holders == "committee":
-        return "hold several weighted sums, and as a quorum of the committee decrypt every upload"
     if encrypted:
         return "share the key, so with the server they decrypt every upload"
     return "read the tensors"
 
 
-def assumptions(inputs: StatementInputs, units: Iterable[str], any_encrypted: bool) -> tuple[str, ...]:
+def assumptions(inputs: StatementInputs, any_encrypted: bool) -> tuple[str, ...]:
     """Everything that the figures of this run rest on."""
-    found = [*(UNIT_ASSUMPTIONS[unit] for unit in sorted(set(units))), *ASSUMPTIONS]
+    found = list(ASSUMPTIONS)
     if any_encrypted:
-        found.append(COMMITTEE_ASSUMPTION if inputs.key_holders == "committee" else SHARED_KEY_ASSUMPTION)
-        found.append(APPROXIMATE_DECRYPTION_ASSUMPTION)
+        found += [SHARED_KEY_ASSUMPTION, APPROXIMATE_DECRYPTION_ASSUMPTION]
     if not inputs.metrics_shared:
         found.append(NO_METRICS_ASSUMPTION)
     return tuple(found)

@@ -77,27 +77,7 @@ class KeyRelay:
         Raises:
             Refusal: it is for another epoch or stage, too late, or differs from one that is stored.
         """
-        if message.stage not in key_board.STAGES:
-            raise Refusal(
-                RefusalKind.INVALID,
-                "UNKNOWN_STAGE",
-                f"key_message.stage is {message.stage!r}",
-                f"use one of {', '.join(key_board.STAGES)}",
-            )
-        if (message.stage == key_board.BOX) != bool(message.recipient):
-            raise Refusal(
-                RefusalKind.INVALID,
-                "WRONG_RECIPIENT",
-                f"key_message.recipient is {message.recipient!r} in stage {message.stage!r}",
-                f"only {key_board.BOX!r} is for one member, everything else is for all",
-            )
-        if message.recipient and message.recipient not in self._board.members:
-            raise Refusal(
-                RefusalKind.PRECONDITION,
-                "NOT_IN_KEY_EPOCH",
-                f"{message.recipient!r} is not a member of key epoch {self.epoch}",
-                "seal boxes for the members of the epoch only",
-            )
+        self._check_form(message)
         stored = self._store.key_message(sender, message)
         if stored is not None and message.epoch == self.epoch:
             self._check_repeat(stored, sender, message)
@@ -123,6 +103,29 @@ class KeyRelay:
             log.warning("%s has lost key epoch %d; the others go on without it", sender, board.epoch)
         elif self.ready and message.stage == key_board.CONFIRMATION:
             log.info("key epoch %d: confirmed by all %d members", board.epoch, len(board.members))
+
+    def _check_form(self, message: KeyMessage) -> None:
+        if message.stage not in key_board.STAGES:
+            raise Refusal(
+                RefusalKind.INVALID,
+                "UNKNOWN_STAGE",
+                f"key_message.stage is {message.stage!r}",
+                f"use one of {', '.join(key_board.STAGES)}",
+            )
+        if (message.stage == key_board.BOX) != bool(message.recipient):
+            raise Refusal(
+                RefusalKind.INVALID,
+                "WRONG_RECIPIENT",
+                f"key_message.recipient is {message.recipient!r} in stage {message.stage!r}",
+                f"only {key_board.BOX!r} is for one member, everything else is for all",
+            )
+        if message.recipient and message.recipient not in self._board.members:
+            raise Refusal(
+                RefusalKind.PRECONDITION,
+                "NOT_IN_KEY_EPOCH",
+                f"{message.recipient!r} is not a member of key epoch {self.epoch}",
+                "seal boxes for the members of the epoch only",
+            )
 
     def _check_repeat(self, stored: bytes, sender: str, message: KeyMessage) -> None:
         if stored != message.payload:

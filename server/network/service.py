@@ -114,12 +114,12 @@ class FederationService(rpc.FederationServicer):
             return self._coordinator.read_key_messages(client, request.epoch, request.stage)
 
         while True:
+            seen = self._changes.work  # before the look: what is posted during it must not be waited for
             found = await self._guarded(context, "key messages", client, asyncio.to_thread(read))
             left = deadline - time.monotonic()
             if len(found) >= max(1, request.expected) or left <= 0.0 or self._changes.stopping:
                 break
-            posted = _once_false()
-            await self._changes.until("keys", posted, left)
+            await self._changes.until("keys", lambda: self._changes.work > seen, left)  # noqa: B023
             await asyncio.sleep(min(breath, max(0.0, deadline - time.monotonic())))
         sent = 0
         for sender, payload in sorted(found.items()):
@@ -282,12 +282,6 @@ async def _refuse(context: Context, call: str, who: str, refusal: Refusal) -> No
 async def _next(requests: AsyncIterator[pb.PushRequest]) -> pb.PushRequest | None:
     async with asyncio.timeout(_CHUNK_SECONDS):
         return await anext(requests, None)
-
-
-def _once_false() -> Callable[[], bool]:
-    """A condition that holds from the second time it is asked: after the next change."""
-    asked = iter((False,))
-    return lambda: next(asked, True)
 
 
 def _wait_seconds(milliseconds: int) -> float:

@@ -14,7 +14,7 @@ from fedmosaic.privacy.encryption.records import RoundContext
 from fedmosaic.privacy.policy import WeightRow
 from fedmosaic.protos.errors import StateError, WireError
 from fedmosaic.protos.messages import AggregateSection, SectionName, SectionWeights
-from fedmosaic.server.round.relevance import FloatArray, relevance
+from fedmosaic.server.round.relevance import FloatArray, Relevance, relevance
 from fedmosaic.server.round.weights import Group, Plan, groups, plan, section_label
 from fedmosaic.server.settings import ServerSettings
 from fedmosaic.server.storage.blobs import Blobs
@@ -99,21 +99,28 @@ def close_round(
         "key_epoch": epoch,
         "clients": clients,
         "uploaded": sorted(uploads),
-        "similarity": _matrix(related.similarity),
-        "standard_error": _matrix(related.standard_error),
         "profiles": {
             c: {"noise_variance": p.noise_variance, "releases": p.releases} for c, p in profiles.items()
         },
         "uniform_weights_for": unsure,
-        "weights": {p.group.label: {r: _shares(row) for r, row in p.rows.items()} for p in plans},
-        "refusals": {p.group.label: dict(p.refusals) for p in plans},
-        "smallest_coalition": {p.group.label: p.smallest_coalition for p in plans},
+        **_told(related, plans),
         "seconds_aggregating": round(time.perf_counter() - started, 6),
     }
     lines = [f"{recipient} trains alone: {why}" for p in plans for recipient, why in p.refusals.items()]
     if uploads and unsure:
         lines.append(f"profile missing or within its noise, uniform weights for: {', '.join(unsure)}")
     return ClosedRound(aggregates, result, lines)
+
+
+def _told(related: Relevance, plans: Sequence[Plan]) -> dict[str, object]:
+    """What the summary tells of relevance and weights."""
+    return {
+        "similarity": _matrix(related.similarity),
+        "standard_error": _matrix(related.standard_error),
+        "weights": {p.group.label: {r: _shares(row) for r, row in p.rows.items()} for p in plans},
+        "refusals": {p.group.label: dict(p.refusals) for p in plans},
+        "smallest_coalition": {p.group.label: p.smallest_coalition for p in plans},
+    }
 
 
 def _groups(settings: ServerSettings, store: Store, uploads: Mapping[str, StoredUpload]) -> list[Group]:

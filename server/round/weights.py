@@ -141,66 +141,89 @@ def plan(
     present = np.array([client in group.contributors for client in clients], dtype=bool)
     wanted = np.array([client in group.recipients for client in clients], dtype=bool)
     weights_NN = softmax_weights(relevance, temperature, present, wanted)
+    made = _Rows(clients, policy, bits, round_number)
     rows: dict[str, WeightRow] = {}
     refusals: dict[str, str] = {}
-    order: list[int] = []
-    shares_RN = np.zeros((len(clients), len(clients)))
     pair_solves = False
     for index in sorted(np.flatnonzero(wanted).tolist(), key=lambda i: clients[i]):
-        recipient = clients[index]
         try:
-            row, solved = _separate_row(
-                index, weights_NN[index], clients, policy, bits, round_number, order, shares_RN[: len(order)]
-            )
+            rows[clients[index]], solved = made.add(index, weights_NN[index])
+            pair_solves |= solved
         except PolicyError as error:
-            refusals[recipient] = f"round {round_number}, {group.label}: {error}"
-            continue
-        rows[recipient], shares_RN[len(order)] = row, _shares(row, clients)
-        order.append(index)
-        pair_solves |= solved
-    one_solves = any(estimate_errors(row_N[None, :]).min() < SOLVED for row_N in shares_RN[: len(order)])
+            refusals[clients[index]] = f"round {round_number}, {group.label}: {error}"
+    one_solves = any(estimate_errors(row_N[None, :]).min() < SOLVED for row_N in made.shares_RN)
     return Plan(group, rows, refusals, 1 if one_solves else 2 if pair_solves else None)
 
 
-def _separate_row(
-    index: int,
-    weights_N: FloatArray,
-    clients: Sequence[str],
-    policy: AggregationPolicy,
-    bits: int,
-    round_number: int,
-    others: Sequence[int],
-    others_RN: FloatArray,
-) -> tuple[WeightRow, bool]:
-    """A row with which no pair of recipients solves for an adapter, if there is one; and whether one does."""
-    candidates = _candidates(clients[index], weights_N, clients, policy, bits, round_number)
-    first = next(candidates)
-    for row in itertools.chain((first,), candidates):
-        if pair_errors(index, _shares(row, clients), others, others_RN).min(initial=1.0) >= SOLVED:
-            return row, False
-    if policy.withstands > 1:
-        raise PolicyError(
-            f"{policy.withstands} recipients together must not solve for an adapter, and no row of this one "
-            "was found with which none could: more contributors are needed"
-        )
-    return first, True
+class _Rows:
+    """Rows of a group that are made one after the other, each with a look at those before it."""
 
+    def __init__(
+        self, clients: Sequence[str], policy: AggregationPolicy, bits: int, round_number: int
+    ) -> None:
+        self._clients = clients
+        self._policy = policy
+        self._bits = bits
+        self._round = round_number
+        self._order: list[int] = []
+        self._table_NN = np.zeros((len(clients), len(clients)))
 
-def _candidates(
-    recipient: str,
-    weights_N: FloatArray,
-    clients: Sequence[str],
-    policy: AggregationPolicy,
-    bits: int,
-    round_number: int,
-) -> Iterator[WeightRow]:
-    """The row that relevance asks for, then tilted ones; a tilted one that breaks the policy is left out."""
-    yield _row(recipient, weights_N, clients, policy, bits, round_number)
-    for step in range(1, _TILTS + 1):
-        with suppress(PolicyError):
-            yield _row(
-                recipient, weights_N * _tilt(recipient, clients, step), clients, policy, bits, round_number
+    @property
+    def shares_RN(self) -> FloatArray:
+        """(R, N) shares of the rows that were made, one a recipient."""
+        return self._table_NN[: len(self._order)]
+
+    def add(self, index: int, weights_N: FloatArray) -> tuple[WeightRow, bool]:
+        """A row with which no pair solves for an adapter, if there is one; and whether a pair does.
+
+        Raises:
+            PolicyError: the policy cannot be kept.
+        """
+        candidates = self._candidates(self._clients[index], weights_N)
+        first = next(candidates)
+        for row in itertools.chain((first,), candidates):
+            shares_N = self._shares(row)
+            if pair_errors(index, shares_N, self._order, self.shares_RN).min(initial=1.0) >= SOLVED:
+                return self._kept(index, row), False
+        if self._policy.withstands > 1:
+            raise PolicyError(
+                f"{self._policy.withstands} recipients together must not solve for an adapter, and no row of "
+                "this one was found with which none could: more contributors are needed"
             )
+        return self._kept(index, first), True
+
+    def _kept(self, index: int, row: WeightRow) -> WeightRow:
+        self._table_NN[len(self._order)] = self._shares(row)
+        self._order.append(index)
+        return row
+
+    def _candidates(self, recipient: str, weights_N: FloatArray) -> Iterator[WeightRow]:
+        """The row that relevance asks for, then tilted ones; one that breaks the policy is left out."""
+        yield self._row(recipient, weights_N)
+        for step in range(1, _TILTS + 1):
+            with suppress(PolicyError):
+                yield self._row(recipient, weights_N * _tilt(recipient, self._clients, step))
+
+    def _row(self, recipient: str, weights_N: FloatArray) -> WeightRow:
+        policy, bits = self._policy, self._bits
+        contributors = [client for client, weight in zip(self._clients, weights_N, strict=True) if weight > 0]
+        if len(contributors) < policy.minimum_contributors:
+            raise PolicyError(
+                f"{len(contributors)} contributors other than the recipient, at least "
+                f"{policy.minimum_contributors} are required"
+            )
+        shares = cap_weights(weights_N[weights_N > 0.0].tolist(), policy.weight_cap)
+        integers = integer_weights(np.array(spread_weights(shares, policy.squares_cap, bits)), bits)
+        kept = [(name, int(w)) for name, w in zip(contributors, integers, strict=True) if w > 0]
+        names, weights = tuple(name for name, _ in kept), tuple(w for _, w in kept)
+        row = WeightRow(self._round, recipient, names, weights, bits)
+        check_row(recipient, row, policy, round_number=self._round)
+        return row
+
+    def _shares(self, row: WeightRow) -> FloatArray:
+        """(N,) shares of a row; zeros for those it leaves out."""
+        found = dict(zip(row.contributors, row.weights, strict=True))
+        return np.array([found.get(client, 0) for client in self._clients]) / 2.0**row.bits
 
 
 def _tilt(recipient: str, clients: Sequence[str], step: int) -> FloatArray:
@@ -208,31 +231,3 @@ def _tilt(recipient: str, clients: Sequence[str], step: int) -> FloatArray:
     digests = (hashlib.sha256(f"{recipient}/{client}/{step}".encode()).digest() for client in clients)
     signs_N = np.array([int.from_bytes(digest[:4], "little") / 2**31 - 1.0 for digest in digests])
     return 1.0 + _TILT * step * signs_N
-
-
-def _shares(row: WeightRow, clients: Sequence[str]) -> FloatArray:
-    """(N,) shares of a row in the order of the clients; zeros for those it leaves out."""
-    found = dict(zip(row.contributors, row.weights, strict=True))
-    return np.array([found.get(client, 0) for client in clients]) / 2.0**row.bits
-
-
-def _row(
-    recipient: str,
-    weights_N: FloatArray,
-    clients: Sequence[str],
-    policy: AggregationPolicy,
-    bits: int,
-    round_number: int,
-) -> WeightRow:
-    contributors = [client for client, weight in zip(clients, weights_N, strict=True) if weight > 0.0]
-    if len(contributors) < policy.minimum_contributors:
-        raise PolicyError(
-            f"{len(contributors)} contributors other than the recipient, at least "
-            f"{policy.minimum_contributors} are required"
-        )
-    shares = cap_weights(weights_N[weights_N > 0.0].tolist(), policy.weight_cap)
-    integers = integer_weights(np.array(spread_weights(shares, policy.squares_cap, bits)), bits)
-    kept = [(name, int(w)) for name, w in zip(contributors, integers, strict=True) if w > 0]
-    row = WeightRow(round_number, recipient, tuple(name for name, _ in kept), tuple(w for _, w in kept), bits)
-    check_row(recipient, row, policy, round_number=round_number)
-    return row

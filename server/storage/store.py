@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 import sqlalchemy as sa
 
-from fedmosaic.protos.errors import StateError, WireError
+from fedmosaic.protos.errors import StateError
 from fedmosaic.protos.messages import Enrolment, KeyMessage, Profile, SectionHeader, UploadHeader
 from fedmosaic.server.storage import tables
 
@@ -144,7 +144,7 @@ class Store:
         value = self.get(key)
         if value is None:
             return None
-        return _loads(value, f"the entry {key!r}")
+        return tables.loads(value, f"the entry {key!r}")
 
     def put(self, values: Mapping[str, str]) -> None:
         """Set values of the run's metadata."""
@@ -216,7 +216,7 @@ class Store:
                 row.client,
                 bytes(row.content_hash),
                 row.key_epoch,
-                _section_headers(row.sections, row.client),
+                tables.section_headers(row.sections, row.client),
             )
             for row in rows
         }
@@ -321,7 +321,7 @@ class Store:
         """What was recorded at the end of every round, in order."""
         with self._transaction() as connection:
             rows = connection.scalars(sa.select(tables.rounds.c.result).order_by(tables.rounds.c.round)).all()
-        return [_loads(row, "the result of a round") for row in rows]
+        return [tables.loads(row, "the result of a round") for row in rows]
 
     def add_key_message(self, sender: str, message: KeyMessage, metadata: Mapping[str, str]) -> None:
         """Store a message of a key agreement together with the board's new state."""
@@ -390,24 +390,6 @@ class Store:
             rows = connection.execute(sa.select(tables.traffic)).all()
         known = {row.client: {"received": row.received, "sent": row.sent} for row in rows}
         return {client: known.get(client, {"received": 0, "sent": 0}) for client in sorted(clients)}
-
-
-def _loads(text: str, what: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise StateError(
-            f"the server's database is damaged: {what} is not JSON ({error}); restore a backup of state_dir, "
-            "database and payloads together"
-        ) from None
-
-
-def _section_headers(text: str, client: str) -> tuple[SectionHeader, ...]:
-    what = f"the sections of an upload of {client}"
-    try:
-        return tuple(SectionHeader(n, s, bytes.fromhex(h)) for n, s, h in _loads(text, what))
-    except (WireError, ValueError, TypeError) as error:
-        raise StateError(f"the server's database is damaged: {what}: {error}") from None
 
 
 def default_url(state_dir: Path) -> str:

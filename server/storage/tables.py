@@ -1,5 +1,6 @@
-"""Tables of the server's database, and what its methods share: writes, SQLite's ways, texts of errors."""
+"""Tables of the server's database, and what its methods share: reads, writes, SQLite's ways."""
 
+import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from fedmosaic.privacy.files import private_opener
-from fedmosaic.protos.errors import StateError
+from fedmosaic.protos.errors import StateError, WireError
+from fedmosaic.protos.messages import SectionHeader
 
 metadata = sa.MetaData()
 meta = sa.Table(
@@ -151,3 +153,23 @@ def prepare_sqlite(engine: sa.Engine, *, durable: bool) -> None:
             f"the server's database {engine.url.database} is damaged ({found}); restore a backup of "
             "state_dir: database and payloads together"
         )
+
+
+def loads(text: str, what: str) -> Any:
+    """JSON of the database; StateError, which says of what, if it is damaged."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise StateError(
+            f"the server's database is damaged: {what} is not JSON ({error}); restore a backup of state_dir, "
+            "database and payloads together"
+        ) from None
+
+
+def section_headers(text: str, client: str) -> tuple[SectionHeader, ...]:
+    """The sections of a stored upload; StateError if they are damaged."""
+    what = f"the sections of an upload of {client}"
+    try:
+        return tuple(SectionHeader(n, s, bytes.fromhex(h)) for n, s, h in loads(text, what))
+    except (WireError, ValueError, TypeError) as error:
+        raise StateError(f"the server's database is damaged: {what}: {error}") from None

@@ -73,6 +73,22 @@ def test_every_state_directory_opens_the_ledger_beside_the_data(site: Site) -> N
     assert {path.parent.name for path in site.place.glob("*/*.sqlite*")} == {"train.jsonl.ledger"}
 
 
+@pytest.mark.parametrize("name", ["train.jsonl", "other.jsonl"])
+def test_a_ledger_that_a_kill_or_another_process_left_unbegun_is_none(site: Site, name: str) -> None:
+    place = site.place / f"{name}.ledger"
+    place.mkdir()
+    (place / LEDGER).touch()
+    with site.open() as ledger:
+        assert ledger.events() == []
+    if name == "train.jsonl":
+        # With a head beside it, it was more.
+        (place / LEDGER).write_bytes(b"")
+        for left in place.glob(f"{LEDGER}-*"):
+            left.unlink()
+        with pytest.raises(LedgerError, match="train"):
+            site.open()
+
+
 def test_two_names_of_one_file_are_one_data_set(site: Site) -> None:
     link = site.place / "link.jsonl"
     link.symlink_to(site.train)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fedmosaic.client import state as state_module
-from fedmosaic.client.__main__ import _Result
+from fedmosaic.client.client import ResultFile
 from fedmosaic.client.clipping import ClippingRecord
 from fedmosaic.client.progress import LoggedProgress
 from fedmosaic.client.releases import AdapterPlan, Releases
@@ -71,7 +71,7 @@ def test_damaged_rows_are_named_and_can_be_deleted(content: bytes, tmp_path: Pat
 def test_small_records_are_named_and_can_be_deleted(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     opened: tuple[Callable[[], object], ...] = (
-        lambda: _Result(path),
+        lambda: ResultFile(path),
         lambda: Traffic(path),
         lambda: ClippingRecord(path).shares(),
     )

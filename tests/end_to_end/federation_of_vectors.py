@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from fedmosaic.client.keyring import Keyring
-from fedmosaic.client.protection import Identity, Protection
+from fedmosaic.client.client import Participant
+from fedmosaic.client.progress import SilentProgress
 from fedmosaic.client.releases import AdapterPlan, Releases, budgeted_channels
 from fedmosaic.client.session import Session
 from fedmosaic.client.state import ClientState
@@ -22,9 +22,8 @@ from fedmosaic.privacy.federation.roster import AdapterTerms, ScheduleTerms, Ter
 from fedmosaic.privacy.ledger.ledger import Ledger
 from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
 from fedmosaic.privacy.mechanism.profile import ClippedSum, Float32Array, ProfileMechanism, Reduction, release
-from fedmosaic.protos.messages import RoundStatus
 from fedmosaic.server.coordinator import Coordinator
-from fedmosaic.server.from_kit import settings_from_kit
+from fedmosaic.server.settings import settings_from_kit
 
 MEMBERS = ("ada", "ben", "cid", "dee", "eva")
 PROFILE = ProfileMechanism(
@@ -57,14 +56,6 @@ def terms(backend: str, rounds: int = 3, **schedule: float) -> Terms:
             "allow_plaintext": plain,
         }
     )
-
-
-class Silent:
-    def stage(self, round_number: int, name: str, total: int = 0) -> None: ...
-
-    def advance(self, done: int) -> None: ...
-
-    def waiting(self, status: RoundStatus) -> None: ...
 
 
 @dataclass
@@ -162,30 +153,11 @@ class Client:
             accountant="rdp",
             budgeted_channels=budgeted_channels(agreed),
         )
-        identity = Identity(self.name, kit.signing_key())
-        keyring = None
-        if agreed.adapter.encrypted:
-            keyring = Keyring(
-                self.name, identity.signing_key, kit.roster, transport, self.state.directory / "keys"
-            )
-        return Session(
-            identity,
-            kit.roster,
-            transport,
-            self.learner,
-            self.state,
-            Releases(
-                self.ledger,
-                agreed,
-                self.state,
-                tuple(f"{self.name}-{i}" for i in range(100)),
-                self._profile,
-                self.noise,
-                self.plan,
-            ),
-            Protection(identity, kit.roster, kit.roster.member(self.name).family, keyring),
-            Silent(),
-        )
+        ids = tuple(f"{self.name}-{i}" for i in range(100))
+        releases = Releases(self.ledger, agreed, self.state, ids, self._profile, self.noise, self.plan)
+        return Participant(
+            kit, transport, self.learner, self.state, self.ledger, self.plan, releases, SilentProgress()
+        ).session
 
     def _profile(self, charge: Callable[[], None]) -> Float32Array:
         units = np.zeros(PROFILE.dimensions, dtype=np.int64)

@@ -18,8 +18,9 @@ import torch
 
 from end_to_end import federation_of_vectors as fv
 from end_to_end.test_trained_adapters import SHARED_MODEL, random_model, write_examples
-from fedmosaic.client.__main__ import scores_after
+from fedmosaic.client.client import scores_after
 from fedmosaic.client.learner import ModelLearner
+from fedmosaic.client.progress import SilentProgress
 from fedmosaic.client.releases import AdapterPlan, Releases
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.privacy.accounting.events import GaussianEvent
@@ -59,7 +60,7 @@ class Overflowing(ModelLearner):
                         parameter.mul_(1e37)
 
 
-class Counting(fv.Silent):
+class Counting(SilentProgress):
     """Counts the steps of training."""
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ from fedmosaic.privacy.policy import WeightRow
 from fedmosaic.protos.errors import PolicyError
 from fedmosaic.protos.messages import Aggregate, AggregateSection, SectionWeights
 from fedmosaic.server.coordinator import Coordinator
-from fedmosaic.server.from_kit import settings_from_kit
+from fedmosaic.server.settings import settings_from_kit
 
 Change = Callable[[AggregateSection], AggregateSection]
 VICTIM = "ada"

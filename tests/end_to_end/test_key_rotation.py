@@ -16,7 +16,7 @@ from fedmosaic.privacy.federation.kits import open_kit
 from fedmosaic.protos.errors import KeyAgreementError, KeyExpiredError, StateError
 from fedmosaic.protos.messages import Upload
 from fedmosaic.server.coordinator import Coordinator
-from fedmosaic.server.from_kit import settings_from_kit
+from fedmosaic.server.settings import settings_from_kit
 
 
 @pytest.fixture(autouse=True)

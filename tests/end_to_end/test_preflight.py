@@ -1,6 +1,5 @@
 """Before a client enrols: what is wrong is found, by the client and by the doctor, and nothing is changed."""
 
-import asyncio
 import json
 import re
 import shutil
@@ -16,13 +15,14 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from end_to_end import federation_of_vectors as fv
-from fedmosaic.client import __main__ as client
+from fedmosaic.client import __main__ as command
+from fedmosaic.client import client
 from fedmosaic.client.learner import SAMPLER
 from fedmosaic.client.model.load import load_base_model
 from fedmosaic.client.preflight import doctor
 from fedmosaic.client.preflight.checks import Preflight
 from fedmosaic.client.profile.probe import open_probe
+from fedmosaic.client.progress import SilentProgress
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.configuration import read_configuration
@@ -32,8 +32,8 @@ from fedmosaic.privacy.federation.roster import AdapterPrivacyTerms, AdapterTerm
 from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, read_ledger
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos.errors import FedMosaicError
-from fedmosaic.server.from_kit import settings_from_kit
-from fedmosaic.server.network.serving import running
+from fedmosaic.server.server import Server
+from fedmosaic.server.settings import settings_from_kit
 
 UNKNOWN = {"unk_token": "<unk>"}
 SPECIAL = {**UNKNOWN, "eos_token": "</s>", "pad_token": "<pad>"}
@@ -73,26 +73,8 @@ def write(path: Path, lines: list[dict[str, Any]]) -> Path:
     return path
 
 
-class Server:
-    """A real server in a thread."""
-
-    def __init__(self, kit: Path) -> None:
-        settings = settings_from_kit(kit).model_copy(update={"durable": False})
-        self.port = 0
-        self._ready, self._loop, self._stop = threading.Event(), asyncio.new_event_loop(), asyncio.Event()
-
-        async def serve() -> None:
-            async with running(settings) as self.port:
-                self._ready.set()
-                await self._stop.wait()
-
-        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(serve(),), daemon=True)
-        self._thread.start()
-        assert self._ready.wait(60)
-
-    def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(60)
+def server_of(kit: Path) -> Server:
+    return Server(settings_from_kit(kit).model_copy(update={"durable": False}))
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +112,8 @@ def found(place: Path, name: str, protection: str = "none", **schedule: int) -> 
 @pytest.fixture(scope="module")
 def served(place: Path) -> Iterator[tuple[Path, int]]:
     directory = found(place, "federation")
-    server = Server(directory / "server")
-    yield directory, server.port
-    server.close()
+    with server_of(directory / "server").background() as port:
+        yield directory, port
 
 
 @pytest.fixture
@@ -166,7 +147,7 @@ max_length = 32
 
 def preflight(config: Path) -> Preflight:
     settings = read_configuration(config, ClientSettings).resolved(config.parent)
-    return Preflight(settings, fv.Silent(), server_patience_seconds=1.0)
+    return Preflight(settings, SilentProgress(), server_patience_seconds=1.0)
 
 
 def required(config: Path) -> list[str]:
@@ -331,7 +312,7 @@ def test_the_client_itself_stops_before_it_loads_trains_or_charges(
     other_probe(config)
     monkeypatch.setattr(client, "Session", None)
     with pytest.raises(FedMosaicError, match="different probes"):
-        client.main([str(config)])
+        command.main([str(config)])
     assert not list(config.parent.rglob(LEDGER))
 
 
@@ -400,33 +381,45 @@ def test_a_private_client_is_told_its_plan(place: Path, config: Path, served: tu
 
 def test_a_whole_run_tells_how_it_was_scored(config: Path, served: tuple[Path, int], place: Path) -> None:
     directory = found(place, "whole", rounds=1)
-    server = Server(directory / "server")
     write(config.parent / "test.jsonl", rows(4, 200, choices=[]))
     settings = read_configuration(config, ClientSettings).resolved(config.parent)
     errors: list[BaseException] = []
+    results: dict[str, client.ClientResult] = {}
 
-    def take_part(member: str) -> None:
+    def take_part(number: int, member: str, port: int) -> None:
+        # Data of its own: on one ledger, the draws of two members would be two draws of one release.
+        train = config.parent / f"{member}.jsonl"
+        write(train, rows(60, 1000 * (1 + number)))
         own = settings.model_copy(
             update={
                 "kit": directory / "clients" / member,
-                "server": f"127.0.0.1:{server.port}",
+                "server": f"127.0.0.1:{port}",
                 "state_dir": config.parent / member,
+                "data": settings.data.model_copy(update={"train": train}),
             }
         )
         try:
-            client.run(own)
+            results[member] = client.Client(own).run()
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=take_part, args=(member,), daemon=True) for member in MEMBERS]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    server.close()
+    with server_of(directory / "server").background() as port:
+        members = [(number, name, port) for number, name in enumerate(MEMBERS)]
+        threads = [threading.Thread(target=take_part, args=member, daemon=True) for member in members]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
     assert not errors
     result = json.loads((config.parent / "a" / "result.json").read_text())
     assert result["measures"] == {"self": "written answer, same words"}
     assert 0.0 <= result["after"]["self"] <= 1.0
-    (ledger,) = config.parent.rglob(LEDGER)
-    assert read_ledger(ledger)
+    own = results["a"]
+    assert (own.before, own.after) == (result["before"], result["after"])
+    assert (own.traffic, own.received_rounds) == (result["traffic"], 0)
+    assert own.statement.model_dump_json(indent=2) == (config.parent / "a" / "statement.json").read_text()
+    assert own.adapter is not None
+    assert (own.adapter / "adapter_model.safetensors").exists()
+    ledgers = list(config.parent.rglob(LEDGER))
+    assert len(ledgers) == len(MEMBERS)
+    assert all(read_ledger(ledger) for ledger in ledgers)

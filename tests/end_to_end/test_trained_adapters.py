@@ -24,11 +24,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from end_to_end import federation_of_vectors as fv
 from fedmosaic.client.learner import ModelLearner
+from fedmosaic.client.progress import SilentProgress
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.privacy.federation.roster import AdapterTerms, Terms
 from fedmosaic.privacy.mechanism.noise import SeededTestNoise
 from fedmosaic.server.coordinator import Coordinator
-from fedmosaic.server.from_kit import settings_from_kit
+from fedmosaic.server.settings import settings_from_kit
 
 SHARED_MODEL = Path(__file__).parents[2].parent / "shared" / "models" / "stories-260k"
 WEIGHT_BITS = 12
@@ -118,7 +119,7 @@ class ModelClient(fv.Client):
                 "training": {"steps": 3, "per_device_train_batch_size": 4, "max_length": 64},
             }
         )
-        return self.kind(settings, agreed, "", fv.Silent())
+        return self.kind(settings, agreed, "", SilentProgress())
 
 
 def trained(

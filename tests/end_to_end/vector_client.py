@@ -1,4 +1,4 @@
-"""One client process of a federation of vectors, over gRPC; run by `test_faults.py`.
+"""One client of a federation of vectors, over gRPC, in a thread or as a process; run by `test_faults.py`.
 
     vector_client.py FEDERATION MEMBER ADDRESS FAULT
 
@@ -83,9 +83,8 @@ def knock_with_a_foreign_certificate(kit: Path, address: str) -> int:
         time.sleep(0.2)
 
 
-def main() -> int:
-    directory, member, address, fault = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+def take_part(directory: Path, member: str, address: str, fault: str = "none") -> int:
+    """One client's whole part; returns 0, or 3 where it was refused and has said so in the log."""
     kit = directory / "clients" / member
     if fault == "foreign":
         return knock_with_a_foreign_certificate(kit, address)
@@ -119,6 +118,11 @@ def main() -> int:
         logging.error("%s: %s", type(error).__name__, error)
         return 3
     return 0
+
+
+def main() -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    return take_part(Path(sys.argv[1]), *sys.argv[2:])
 
 
 if __name__ == "__main__":

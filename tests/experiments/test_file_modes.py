@@ -1,27 +1,21 @@
 """Only the owner reads what a client or the server writes: whatever the umask, whoever made the folder."""
 
-import asyncio
 import os
-import queue
 import stat
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from fedmosaic.client import __main__ as client
-from fedmosaic.client.settings import ClientSettings
+from fedmosaic.client.client import Client
 from fedmosaic.client.transport.grpc import GrpcTransport
 from fedmosaic.experiments.runs.client_processes import client_process
 from fedmosaic.experiments.scenario.founding import fit_profile, found_federation
-from fedmosaic.privacy.configuration import read_configuration
-from fedmosaic.server.from_kit import settings_from_kit
-from fedmosaic.server.network.serving import running
-from fedmosaic.server.settings import ServerSettings
+from fedmosaic.server.server import Server
+from fedmosaic.server.settings import settings_from_kit
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="modes of files are POSIX's")
 
@@ -43,27 +37,6 @@ def open_to_others(place: Path) -> dict[str, str]:
     return found
 
 
-@contextmanager
-def served(settings: ServerSettings) -> Iterator[int]:
-    """A real server in a thread; gives its port."""
-    ready: queue.SimpleQueue[int] = queue.SimpleQueue()
-    loop, stop = asyncio.new_event_loop(), asyncio.Event()
-
-    async def serve() -> None:
-        async with running(settings) as port:
-            ready.put(port)
-            await stop.wait()
-
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),), daemon=True)
-    thread.start()
-    try:
-        yield ready.get(timeout=60)
-    finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join(60)
-        loop.close()
-
-
 def take_part(scenario: Any, directory: Path, port: int) -> list[BaseException]:
     """Run every client as `fedmosaic client` does, each in a thread; returns what they raised."""
     errors: list[BaseException] = []
@@ -72,7 +45,7 @@ def take_part(scenario: Any, directory: Path, port: int) -> list[BaseException]:
         client_process(scenario, entry, directory, port)
         path = directory / "federation" / "clients" / entry.id / "client.json"
         try:
-            client.run(read_configuration(path, ClientSettings).resolved(path.parent))
+            Client(path).run()
         except BaseException as error:
             errors.append(error)
 
@@ -120,7 +93,7 @@ def test_a_whole_run_leaves_nothing_that_others_can_read(
 
     monkeypatch.setattr(GrpcTransport, "push", watched)
     settings = settings_from_kit(kits / "server").model_copy(update={"listen": "127.0.0.1:0"})
-    with served(settings) as port:
+    with Server(settings).background() as port:
         errors = take_part(scenario, tmp_path, port)
         assert errors == []
         look()

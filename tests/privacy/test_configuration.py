@@ -1,10 +1,18 @@
 """Text, JSON and TOML that somebody else wrote: all faults are one family of errors, and quote nothing."""
 
+import math
 from pathlib import Path
 
 import pytest
 
-from fedmosaic.privacy.configuration import Frozen, decode_text, parse_json, read_configuration, validate
+from fedmosaic.privacy.configuration import (
+    Frozen,
+    canonical_json,
+    decode_text,
+    parse_json,
+    read_configuration,
+    validate,
+)
 from fedmosaic.protos.errors import ConfigurationError
 
 
@@ -84,3 +92,10 @@ def test_a_password_in_a_wrong_value_is_not_shown() -> None:
         validate({"store": "postgresql://me:secret@host/db"}, Settings, "server.toml")
     assert "secret" not in str(error.value)
     assert "postgresql://***@host/db" in str(error.value)
+
+
+def test_canonical_json_has_one_spelling_and_no_number_that_is_not_finite() -> None:
+    assert canonical_json({"b": 1.0, "a": ["ε", None]}) == '{"a":["\\u03b5",null],"b":1.0}'
+    assert canonical_json({"a": "ε"}, ascii_only=False) == '{"a":"ε"}'
+    with pytest.raises(ValueError, match="JSON compliant"):
+        canonical_json(math.nan)

@@ -1,10 +1,9 @@
 """A federation made up for tests: settings, keys, uploads. No model and no network."""
 
-import asyncio
 import datetime as dt
 import hashlib
-import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from fedmosaic.privacy.statement.models import ADVERSARIES, PrivacyStatement
 from fedmosaic.protos.messages import PROTOCOL_VERSION, Enrolment, Profile, Section, Upload
 from fedmosaic.protos.signing import sign_upload
 from fedmosaic.server.coordinator import Coordinator
-from fedmosaic.server.network.serving import running
+from fedmosaic.server.server import Server
 from fedmosaic.server.settings import ServerSettings, TlsFiles
 
 CLIENTS = ("clinic-a", "clinic-b", "clinic-c", "clinic-d", "clinic-e")
@@ -219,42 +218,13 @@ class Authority:
 
 
 class ServerThread:
-    """A real server in a thread of its own event loop."""
+    """A real server in a thread, stopped when told."""
 
     def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings
-        self.port = 0
-        self._ready = threading.Event()
-        self._stop: asyncio.Event | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def _run(self) -> None:
-        async def main() -> None:
-            self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-            async with running(self.settings) as self.port:
-                self._ready.set()
-                await self._stop.wait()
-
-        try:
-            asyncio.run(main())
-        except BaseException as error:
-            self._failure = error
-        self._ready.set()
-
-    def start(self) -> "ServerThread":
-        self._thread.start()
-        assert self._ready.wait(60)
-        if self._failure is not None:
-            raise self._failure
-        return self
-
-    def stop(self) -> None:
-        if self._loop is not None and self._stop is not None and self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(60)
-        assert not self._thread.is_alive()
+        self._open = ExitStack()
+        self.port = self._open.enter_context(Server(settings).background())
+        self.stop = self._open.close
 
     @property
     def address(self) -> str:
@@ -273,15 +243,14 @@ def make_authority(tmp_path: Path) -> Callable[..., Authority]:
 
 @pytest.fixture
 def start_server() -> Iterator[Callable[[ServerSettings], ServerThread]]:
-    started: list[ServerThread] = []
+    with ExitStack() as started:
 
-    def start(settings: ServerSettings) -> ServerThread:
-        started.append(ServerThread(settings).start())
-        return started[-1]
+        def start(settings: ServerSettings) -> ServerThread:
+            server = ServerThread(settings)
+            started.callback(server.stop)
+            return server
 
-    yield start
-    for server in started:
-        server.stop()
+        yield start
 
 
 @pytest.fixture

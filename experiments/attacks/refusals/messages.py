@@ -28,7 +28,7 @@ from fedmosaic.privacy.federation import kits as federation
 from fedmosaic.protos.errors import ConfigurationError, FedMosaicError
 from fedmosaic.protos.messages import Aggregate, AggregateSection, RoundStatus, SectionWeights, Upload
 from fedmosaic.server.coordinator import Coordinator
-from fedmosaic.server.from_kit import settings_from_kit
+from fedmosaic.server.settings import settings_from_kit
 
 _VICTIM, _OTHER = MEMBERS[:2]
 _SERVER, _CLIENT = "server", "client"

@@ -8,8 +8,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from fedmosaic.client.keyring import Keyring
-from fedmosaic.client.protection import Identity, Protection
+from fedmosaic.client.client import Participant
+from fedmosaic.client.progress import SilentProgress
 from fedmosaic.client.releases import AdapterPlan, Releases
 from fedmosaic.client.session import Session
 from fedmosaic.client.state import ClientState
@@ -20,24 +20,10 @@ from fedmosaic.privacy.ledger.ledger import Ledger
 from fedmosaic.privacy.mechanism.noise import SecureNoise
 from fedmosaic.privacy.mechanism.profile import ClippedSum, Float32Array, ProfileMechanism, Reduction, release
 from fedmosaic.protos.errors import FedMosaicError
-from fedmosaic.protos.messages import RoundStatus
 
 MEMBERS: Final = ("ada", "ben", "cid", "dee", "eva")
 ROUNDS: Final = 3
 _PATIENCE_SECONDS: Final = 120.0
-
-
-class Silent:
-    """Nobody watches the progress."""
-
-    def stage(self, round_number: int, name: str, total: int = 0) -> None:
-        """See `Progress`."""
-
-    def advance(self, done: int) -> None:
-        """See `Progress`."""
-
-    def waiting(self, status: RoundStatus) -> None:
-        """See `Progress`."""
 
 
 @dataclass
@@ -92,15 +78,12 @@ def open_session(
     roster: Roster = kit.roster
     state = ClientState(kit.directory / "state", roster.federation, name)
     ledger = Ledger.open(state.ledger_path, name, 1e-5, 8.0, accountant="rdp", budgeted_channels=("profile",))
-    identity = Identity(name, kit.signing_key())
-    keyring = Keyring(name, identity.signing_key, roster, transport, state.directory / "keys")
     learner = VectorLearner(seed, roster.terms)
     ids = tuple(f"{name}-{number}" for number in range(100))
     plan = AdapterPlan(0.0, 0.1)
     releases = Releases(ledger, roster.terms, state, ids, _profile(seed), SecureNoise(), plan)
-    protection = Protection(identity, roster, "", keyring)
-    session = Session(identity, roster, transport, learner, state, releases, protection, Silent())
-    return session, learner, ledger, state
+    member = Participant(kit, transport, learner, state, ledger, plan, releases, SilentProgress())
+    return member.session, learner, ledger, state
 
 
 def run_sessions(

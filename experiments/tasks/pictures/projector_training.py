@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedmosaic.client.model.evaluation import choice_accuracy
 from fedmosaic.client.model.examples import Example, encode_examples, padding_token
+from fedmosaic.client.model.fingerprint import fingerprint
 from fedmosaic.client.model.training import TrainingReport, TrainingSettings, train_local
-from fedmosaic.client.profile.probe import fingerprint
 from fedmosaic.client.vision.efficientnet import CHANNELS
 from fedmosaic.client.vision.embedding import ProjectedFeatures, put_pictures
 from fedmosaic.client.vision.features import GRID, SIZE, picture_features

@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from devices import here
 from fedmosaic.client.model.examples import IGNORED, EncodedExample
+from fedmosaic.client.model.fingerprint import fingerprint
 from fedmosaic.client.profile import probe as probe_module
-from fedmosaic.client.profile.probe import adapters_disabled, fingerprint, gradient_factors, open_probe
+from fedmosaic.client.profile.probe import adapters_disabled, gradient_factors, open_probe
 from fedmosaic.privacy.mechanism.projection import GradientFactors
 from fedmosaic.protos.errors import ModelError
 

@@ -61,6 +61,9 @@ def test_a_run_in_one_process_leaves_what_the_report_reads(tmp_path: Path, tiny_
     statement = merged_statement(record)
     assert statement is not None
     assert statement.transport == "in_process"
+    own = json.loads((_state(directory, "client-0") / "statement.json").read_text())
+    (profile,) = (c for c in own["clients"][0]["channels"] if c["channel"] == "profile")
+    assert 0.0 <= profile["clipped_share"] <= 1.0, "counted as in a client's own process"
     assert len(record.server["results"]) == 2
     assert sorted(read_evaluations(_state(directory, "client-0"))) == [0, 1, 2]
     show(record, console)

@@ -22,8 +22,8 @@ from transformers import (
 
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.model.examples import Example, prompt_tokens
+from fedmosaic.client.model.fingerprint import fingerprint
 from fedmosaic.client.model.load import load_base_model
-from fedmosaic.client.profile.probe import fingerprint
 from fedmosaic.client.progress import LoggedProgress
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.vision import efficientnet, features

@@ -16,7 +16,7 @@ from fedmosaic.privacy.federation.roster import Terms
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.privacy.mechanism.projection import PublicBasis
 from fedmosaic.protos.errors import ConfigurationError, MechanismError
-from fedmosaic.server.from_kit import settings_from_kit
+from fedmosaic.server.settings import settings_from_kit
 
 PROFILE = ProfileMechanism(
     probe="tiny",

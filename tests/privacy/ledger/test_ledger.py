@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fedmosaic.privacy.accounting.epsilon import UNPROTECTED, epsilon
-from fedmosaic.privacy.accounting.events import GaussianEvent
+from fedmosaic.privacy.accounting.epsilon import epsilon
+from fedmosaic.privacy.accounting.events import UNPROTECTED, GaussianEvent
 from fedmosaic.privacy.ledger.ledger import Ledger, LedgerParameters, data_epoch, parameters_of, read_ledger
 from fedmosaic.privacy.ledger.rows import Channel, LedgerRow
 from fedmosaic.protos.errors import AccountingError, BudgetExceededError, LedgerError

@@ -4,18 +4,15 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import array_shapes, arrays
 from pydantic import ValidationError
-from scipy import stats
 
 from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
 from fedmosaic.privacy.mechanism.profile import (
     GRID,
     ClippedSum,
     Float32Array,
-    Float64Array,
     ProfileMechanism,
     Reduction,
     ReleasedProfile,
@@ -43,78 +40,6 @@ def mechanism(
     )
 
 
-def exact_norm_squared(units: np.ndarray) -> int:
-    return sum(int(value) ** 2 for value in units)
-
-
-any_double = st.floats(allow_nan=True, allow_infinity=True, width=64)
-hostile_rows = arrays(np.float64, array_shapes(min_dims=2, max_dims=2, max_side=6), elements=any_double)
-norms = st.floats(1e-5, 1e5)
-
-
-@settings(max_examples=300)
-@given(rows=hostile_rows, clipping_norm=norms)
-def test_every_row_is_within_the_bound_in_exact_arithmetic(rows: Float64Array, clipping_norm: float) -> None:
-    units, _ = clip(rows, clipping_norm)
-    assert all(exact_norm_squared(row) <= GRID**2 for row in units)
-
-
-@settings(max_examples=100)
-@given(rows=hostile_rows, clipping_norm=norms, data=st.data())
-def test_removing_any_example_moves_the_sum_by_at_most_c(
-    rows: Float64Array, clipping_norm: float, data: st.DataObject
-) -> None:
-    described = mechanism(rows.shape[1], clipping_norm=clipping_norm)
-    removed = data.draw(st.integers(0, len(rows) - 1))
-    whole = clipped_sum(rows, described)
-    rest = clipped_sum(np.delete(rows, removed, axis=0), described)
-    assert exact_norm_squared(whole.units - rest.units) <= GRID**2
-    assert whole.rows == rest.rows + 1
-
-
-@pytest.mark.parametrize("size", [3, 1000, 2**16])
-def test_long_rows_stay_within_the_bound(size: int) -> None:
-    rows = np.random.default_rng(0).standard_normal((3, size)) * [[1e3], [1e-3], [1e300]]
-    units, _ = clip(rows, 1e-2)
-    assert all(exact_norm_squared(row) <= GRID**2 for row in units)
-    # And use the bound: a row that is clipped keeps its length but for truncation.
-    assert exact_norm_squared(units[0]) >= (GRID - math.sqrt(size) - 1) ** 2
-
-
-@settings(max_examples=100)
-@given(
-    rows=arrays(np.float64, (3, 5), elements=st.floats(-1e3, 1e3, allow_subnormal=False)),
-    clipping_norm=st.floats(0.1, 10),
-)
-def test_clip_against_the_textbook(rows: Float64Array, clipping_norm: float) -> None:
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    expected = rows / np.maximum(1.0, lengths / clipping_norm) / clipping_norm
-    units, shortened = clip(rows, clipping_norm)
-    np.testing.assert_allclose(units / GRID, expected, atol=1.1 / GRID)
-    far = np.abs(lengths[:, 0] / clipping_norm - 1) > 1e-9
-    assert np.array_equal(shortened[far], lengths[far, 0] > clipping_norm)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_row_that_is_not_finite_counts_as_zero(bad: float) -> None:
-    good = np.array([[0.1, 0.2, 0.0, 0.0], [0.0, 0.0, 0.3, 0.0]])
-    rows = np.vstack([good, [[bad, 1.0, 1.0, 1.0]]])
-    total = clipped_sum(rows, mechanism())
-    assert np.array_equal(total.units, clipped_sum(good, mechanism()).units)
-    assert (total.rejected, total.clipped, total.rows) == (1, 0, 3)
-
-
-def test_the_sum_does_not_depend_on_order_or_batches() -> None:
-    rows = np.random.default_rng(1).standard_normal((100, 4)) * 10.0 ** np.arange(-4, 0)
-    whole = clipped_sum(rows, mechanism())
-    parts = [clipped_sum(part, mechanism()) for part in np.array_split(rows[::-1], 7)]
-    total = ClippedSum.empty(4)
-    for part in parts:
-        total += part
-    assert np.array_equal(total.units, whole.units)
-    assert (total.rows, total.clipped) == (whole.rows, whole.clipped)
-
-
 def test_no_examples_give_a_zero_sum_and_still_noise() -> None:
     total = clipped_sum(np.zeros((0, 4)), mechanism())
     assert np.array_equal(total.units, np.zeros(4))
@@ -130,58 +55,14 @@ def test_the_release_is_a_sum_and_not_divided_by_a_count() -> None:
     assert abs(once[0] - 0.25) < 1e-6
 
 
-def test_noise_does_not_shrink_with_the_number_of_examples() -> None:
-    described = mechanism(4, clipping_norm=0.5, noise_multiplier=3.0)
-    for count in (1, 1000):
-        total = clipped_sum(np.ones((count, 4)), described)
-        source = SeededTestNoise(count)
-        noise = np.array([release(total, described, source) for _ in range(2000)])
-        noise -= total.units * (0.5 / GRID)
-        assert stats.kstest(noise.ravel() / 1.5, "norm").pvalue > 1e-6
-
-
 def test_clipping_before_the_reduction_would_break_the_bound() -> None:
     """Where a map stretches, a gradient clipped first grows again; clipping last holds regardless."""
     gradient = np.array([[1.0, 0.0, 0.0, 0.0]])
     stretch = 3.0 * np.eye(4)
     described = mechanism()
     last = clipped_sum(gradient @ stretch, described).units
-    first = (clip(gradient, 1.0)[0] @ stretch)[0]
-    assert exact_norm_squared(last) <= GRID**2 < exact_norm_squared(first.astype(int))
-
-
-class FixedNoise:
-    """Noise that an adversarial test chooses."""
-
-    is_test = True
-
-    def __init__(self, value: float) -> None:
-        self.value = value
-
-    def gaussian(self, size: int, standard_deviation: float) -> Float64Array:
-        return np.full(size, self.value * standard_deviation)
-
-
-def test_the_release_is_on_the_public_grid_whatever_the_data() -> None:
-    """Low bits must not tell the sum (Mironov 2012): every release is an integer times C / 2^24."""
-    described = mechanism(clipping_norm=0.5, noise_multiplier=1.0)
-    for sums in ([0, 0, 0, 0], [1, 2, 3, 4], [-GRID, GRID // 3, 7, 0]):
-        total = ClippedSum(np.array(sums, dtype=np.int64), 0, 0, 1)
-        released = release(total, described, FixedNoise(math.pi / 8))
-        steps = released.astype(np.float64) * GRID / 0.5
-        assert np.array_equal(steps, np.rint(steps))
-        # Adding to the integer sum first and rounding then gives the same: nothing but post-processing.
-        expected = np.rint(np.array(sums) + math.pi / 8 * GRID) * (0.5 / GRID)
-        assert np.array_equal(released, expected.astype(np.float32))
-
-
-def test_secure_releases_have_the_promised_variance() -> None:
-    described = mechanism(4, clipping_norm=2.0, noise_multiplier=1.5)
-    total = ClippedSum.empty(4)
-    draws = np.array([release(total, described, SecureNoise()) for _ in range(3000)]).ravel()
-    assert draws.dtype == np.float32
-    assert stats.kstest(draws / described.noise_standard_deviation, "norm").pvalue > 1e-9
-    assert described.noise_variance == 9.0
+    first = (clip(gradient, 1.0)[0] @ stretch)[0].astype(int)
+    assert last @ last <= GRID**2 < first @ first
 
 
 def test_shapes_are_checked() -> None:

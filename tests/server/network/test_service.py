@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from end_to_end.ports import free_port
 from fedmosaic.client.transport.grpc import GrpcTransport, TransportOptions
+from fedmosaic.privacy.encryption.parameters import MaskParameters
 from fedmosaic.privacy.federation import identity
 from fedmosaic.protos import bounds, wire
 from fedmosaic.protos.errors import ConfigurationError, IdentityError, TransportError
@@ -24,6 +25,7 @@ from fedmosaic.protos.messages import KeyMessage, Phase, ReceiptStatus, Section
 from fedmosaic.protos.refusal import Refusal, from_rpc_error
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
+from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.network import service
 from fedmosaic.server.network.serving import SERVICE
 
@@ -459,17 +461,15 @@ def test_two_hundred_clients_wait_at_once(
             call.cancel()
 
 
-def test_key_messages_wait_for_their_readers(
-    make_federation: Any, federation: Any, authority: Any, tmp_path: Path, start_server: Any, connect: Any
-) -> None:
-    from fedmosaic.privacy.encryption.parameters import MaskParameters
+@pytest.fixture
+def sealed(federation: Any, authority: Any, tmp_path: Path, start_server: Any) -> Any:
+    """A server of a federation that encrypts."""
+    changes = {"tls": authority.server(), "listen": "127.0.0.1:0", "encryption": MaskParameters()}
+    return start_server(federation.settings(tmp_path / "sealed", **changes))
 
-    server = start_server(
-        federation.settings(
-            tmp_path / "sealed", tls=authority.server(), listen="127.0.0.1:0", encryption=MaskParameters()
-        )
-    )
-    transports = {c: connect(server, c) for c in federation.clients}
+
+def test_key_messages_wait_for_their_readers(federation: Any, sealed: Any, connect: Any) -> None:
+    transports = {c: connect(sealed, c) for c in federation.clients}
     found: dict[str, dict[str, bytes]] = {}
 
     def agree(client: str) -> None:
@@ -493,6 +493,31 @@ def test_key_messages_wait_for_their_readers(
     with pytest.raises(Refusal) as error:
         transports["clinic-a"].post_key_message(KeyMessage(1, "opening", "", b"another"))
     assert error.value.reason == "KEY_MESSAGE_DIFFERS"
+
+
+def test_a_key_message_that_comes_during_a_look_is_not_waited_for(
+    federation: Any, sealed: Any, connect: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for client in federation.clients:
+        transport = connect(sealed, client, wait_seconds=60.0)
+        transport.enrol(federation.enrolment())
+        transport.post_key_message(KeyMessage(1, "join", "", b"here"))
+    assert len(transport.read_key_messages(1, "join", 5, 60.0)) == 5
+    read, looks = Coordinator.read_key_messages, []
+
+    def look(self: Coordinator, client: str, epoch: int, stage: str) -> dict[str, bytes]:
+        found = read(self, client, epoch, stage)
+        looks.append(found)
+        if len(looks) == 1:
+            self.post_key_message("clinic-a", KeyMessage(1, "opening", "", b"late"))
+            time.sleep(0.2)  # the news of it is through before the answer
+        return found
+
+    monkeypatch.setattr(Coordinator, "read_key_messages", look)
+    started = time.monotonic()
+    assert transport.read_key_messages(1, "opening", 1, 60.0) == {"clinic-a": b"late"}
+    assert time.monotonic() - started < 30.0
+    assert looks[0] == {}
 
 
 def test_an_address_in_use_is_a_clear_error(

@@ -1,6 +1,5 @@
 """What keeps a server from listening is told apart: its key, its certificate, its port, its address."""
 
-import asyncio
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -9,17 +8,13 @@ from typing import Any
 import pytest
 
 from fedmosaic.protos.errors import ConfigurationError, FedMosaicError, IdentityError
-from fedmosaic.server.network.serving import running
+from fedmosaic.server.server import Server
 from fedmosaic.server.settings import ServerSettings
 
 
 def start(settings: ServerSettings) -> FedMosaicError:
-    async def main() -> None:
-        async with running(settings):
-            raise AssertionError("the server has started")
-
-    with pytest.raises(FedMosaicError) as error:
-        asyncio.run(main())
+    with pytest.raises(FedMosaicError) as error, Server(settings).background():
+        raise AssertionError("the server has started")
     return error.value
 
 

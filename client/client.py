@@ -1,0 +1,267 @@
+"""A client, put together: the one place where kit, keys, ledger, releases and session meet.
+
+    result = Client("client.toml").run()
+
+`Participant` is the part that does not care where its model, its data and its server come from; simulations,
+attacks and tests stand on it. `Client` brings a client's own: its configuration, its model, gRPC.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fedmosaic.client.clipping import CLIPPING, ClippingRecord
+from fedmosaic.client.keyring import Keyring
+from fedmosaic.client.learner import ModelLearner
+from fedmosaic.client.ledger import DataLedger
+from fedmosaic.client.model.scoring import Score
+from fedmosaic.client.preflight.checks import Preflight, agreed_epsilon
+from fedmosaic.client.profile.maker import client_probe
+from fedmosaic.client.progress import LoggedProgress, Progress
+from fedmosaic.client.protection import Identity, Protection
+from fedmosaic.client.releases import AdapterPlan, Releases, budgeted_channels
+from fedmosaic.client.session import Learner, Session
+from fedmosaic.client.settings import ClientSettings
+from fedmosaic.client.state import ClientState
+from fedmosaic.client.statement import for_handing_over, statement_inputs, with_warning
+from fedmosaic.client.transport.grpc import Transport
+from fedmosaic.client.transport.traffic import Traffic
+from fedmosaic.privacy.configuration import parse_json, read_configuration
+from fedmosaic.privacy.federation.kits import Kit, open_kit
+from fedmosaic.privacy.files import write_atomically
+from fedmosaic.privacy.ledger.ledger import Ledger, data_epoch
+from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
+from fedmosaic.privacy.statement.build import statement
+from fedmosaic.privacy.statement.models import PrivacyStatement, StatementInputs
+from fedmosaic.privacy.statement.shareable import shareable
+from fedmosaic.protos.errors import ModelError, StateError
+
+log = logging.getLogger("fedmosaic.client")
+RESULT = "result.json"
+STATEMENT = "statement.json"
+TRAFFIC = "traffic.json"
+NOTHING_RECEIVED = (
+    "YOU RECEIVED NOTHING from the other members in any of the {rounds} rounds: this client trained alone. "
+    "The lines 'no … aggregate' above tell why, round by round; a policy needs enough members that contribute"
+)
+
+
+class Participant:
+    """A member's session in a federation, and what its statement is made from.
+
+    Attributes:
+        session: to be run.
+        state: the member's directory.
+    """
+
+    def __init__(
+        self,
+        kit: Kit,
+        transport: Transport,
+        learner: Learner,
+        state: ClientState,
+        ledger: Ledger,
+        plan: AdapterPlan,
+        releases: Releases,
+        progress: Progress,
+    ) -> None:
+        """Put the session together; nothing is sent yet.
+
+        Args:
+            kit: identity and roster.
+            transport: way to the server.
+            learner: the model's side.
+            state: the member's directory.
+            ledger: of the member's data; the caller closes it.
+            plan: DP-SGD parameters.
+            releases: charged to the ledger.
+            progress: told of every stage.
+        """
+        roster, client_id = kit.roster, kit.member_id()
+        identity = Identity(client_id, kit.signing_key())
+        encrypted = roster.terms.adapter.encrypted
+        keys = state.directory / "keys"
+        keyring = Keyring(client_id, identity.signing_key, roster, transport, keys) if encrypted else None
+        protection = Protection(identity, roster, roster.member(client_id).family, keyring)
+        self.state = state
+        self.session = Session(identity, roster, transport, learner, state, releases, protection, progress)
+        self._roster, self._client_id, self._ledger, self._plan = roster, client_id, ledger, plan
+
+    def statement_inputs(self) -> StatementInputs:
+        """What the statements of this member are made from, as the ledger stands now."""
+        return statement_inputs(
+            self._roster,
+            self.state.record.run_id,
+            self._client_id,
+            self._ledger,
+            self._plan,
+            smallest_row=self.state.smallest_row(),
+            clipped_share=ClippingRecord(self.state.directory / CLIPPING).shares(),
+        )
+
+
+@dataclass(frozen=True)
+class ClientResult:
+    """What a client has after the last round. All of it is for the client's own people.
+
+    Attributes:
+        before: share of right answers before the first round, in [0, 1], by test set; "self" is the own one.
+        after: the same after the last round; empty if no scores could be computed.
+        statement: who learns what about the client's data, at which ε.
+        traffic: bytes sent and received, by channel.
+        received_rounds: rounds that began with an aggregate of the others; 0 if this client trained alone.
+        adapter: folder of the trained adapter, which PEFT loads; None if none was trained.
+    """
+
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    statement: PrivacyStatement
+    traffic: Mapping[str, Mapping[str, int]]
+    received_rounds: int
+    adapter: Path | None
+
+
+class Client:
+    """One client of a federation."""
+
+    def __init__(self, settings: ClientSettings | Path | str) -> None:
+        """Prepare; nothing is opened yet.
+
+        Args:
+            settings: the client's, or the file that they are in (TOML or JSON; its relative paths are taken
+                from the file's directory).
+
+        Raises:
+            ConfigurationError: the file cannot be read, or a setting is wrong.
+        """
+        if not isinstance(settings, ClientSettings):
+            file = Path(settings)
+            settings = read_configuration(file, ClientSettings).resolved(file.parent)
+        self.settings = settings
+
+    def run(self) -> ClientResult:
+        """Take part until the last round, from where an earlier process stopped.
+
+        Raises:
+            FedMosaicError: a check before the first round fails, or see `Session.run`.
+        """
+        settings = self.settings
+        kit = open_kit(settings.kit)
+        state = ClientState(settings.state_dir, kit.roster.federation, kit.member_id())
+        with ExitStack() as held:
+            held.callback(state.release)
+            progress = LoggedProgress(settings.state_dir / "progress.jsonl")
+            if settings.threads:
+                torch.set_num_threads(settings.threads)
+            traffic = Traffic(settings.state_dir / TRAFFIC)
+            checked = held.enter_context(closing(Preflight(settings, progress, traffic=traffic)))
+            checked.require(log.warning)
+            learner, plan = checked.learner, checked.plan
+            if kit.roster.terms.adapter.private:
+                log.info(
+                    "planned σ = %.3f at q = %.4f for the adapter", plan.noise_multiplier, plan.sampling_rate
+                )
+            books = DataLedger.of(settings.data.train, settings.data.ledger, settings.state_dir, state.record)
+            channels, target = budgeted_channels(kit.roster.terms), agreed_epsilon(settings, kit)
+            epoch = data_epoch(learner.example_ids)
+            ledger = held.enter_context(books.open(learner.example_count, epoch, target, channels))
+            releases = self._releases(kit, ledger, state, learner, plan)
+            member = Participant(kit, checked.transport, learner, state, ledger, plan, releases, progress)
+            result = ResultFile(state.directory / RESULT)
+            if not result.has("before"):
+                result.put_scores("before", learner.evaluate())
+            started = time.monotonic()
+            member.session.run()
+            books.remember(ledger)
+            result.put("seconds", time.monotonic() - started)
+            result.put_scores("after", scores_after(learner))
+            progress.stage(0, "writing the privacy statement")
+            found = _conclude(kit, member, learner, checked.transport, result)
+            progress.stage(0, "done")
+            return found
+
+    def _releases(
+        self, kit: Kit, ledger: Ledger, state: ClientState, learner: ModelLearner, plan: AdapterPlan
+    ) -> Releases:
+        seed = self.settings.unsafe_test_noise_seed
+        if seed is not None:
+            log.warning("TEST NOISE from seed %d: predictable, so no privacy guarantee holds", seed)
+        randomness = SecureNoise() if seed is None else SeededTestNoise(seed)
+        probe = client_probe(self.settings, kit, learner.examples, randomness)
+        return Releases(ledger, kit.roster.terms, state, learner.example_ids, probe, randomness, plan)
+
+
+def _conclude(
+    kit: Kit, member: Participant, learner: ModelLearner, transport: Transport, result: "ResultFile"
+) -> ClientResult:
+    """Write the own statement, hand the shareable one over, and say what came of the run."""
+    facts, terms, state = member.statement_inputs(), kit.roster.terms, member.state
+    received, rounds = state.record.received_rounds, terms.schedule.rounds
+    result.put("received_rounds", received)
+    # Whether an aggregate could be used is for this client's own eyes; the server does not learn it.
+    own = statement(facts)
+    own = own if received else with_warning(own, NOTHING_RECEIVED.format(rounds=rounds))
+    write_atomically(state.directory / STATEMENT, own.model_dump_json(indent=2).encode())
+    told = shareable(for_handing_over(facts, terms, learner.example_count))
+    transport.report(told.model_dump_json().encode())
+    traffic = transport.traffic().as_dict()
+    result.put("traffic", traffic)
+    if not received:
+        log.error(NOTHING_RECEIVED.format(rounds=rounds))
+    _, adapter = state.latest_adapter() or (0, None)
+    return ClientResult(result.scores("before"), result.scores("after"), own, traffic, received, adapter)
+
+
+def scores_after(learner: ModelLearner) -> dict[str, Score]:
+    """The scores with what was received; none, and still no other end, if they cannot be computed with it."""
+    try:
+        return learner.evaluate()
+    except ModelError as error:
+        log.error("no scores after the run: %s", error)
+        return {}
+
+
+class ResultFile:
+    """`result.json`: what a client's own people read afterwards; it stays in the state directory."""
+
+    def __init__(self, path: Path) -> None:
+        """Read what an earlier process wrote; StateError if that is damaged."""
+        self._path = path
+        self._content = _read_result(path) if path.exists() else {}
+
+    def has(self, key: str) -> bool:
+        """Whether something was put under this key."""
+        return key in self._content
+
+    def put(self, key: str, value: object) -> None:
+        """Write a value, durably."""
+        self._content[key] = value
+        write_atomically(self._path, json.dumps(self._content, indent=2).encode())
+
+    def put_scores(self, when: str, scores: Mapping[str, Score]) -> None:
+        """Write scores, and what they measure."""
+        self.put(when, {name: score.value for name, score in scores.items()})
+        self.put("measures", {name: score.measure for name, score in scores.items()})
+
+    def scores(self, when: str) -> dict[str, float]:
+        """The scores that were put, by test set."""
+        found = self._content.get(when)
+        return dict(found) if isinstance(found, dict) else {}
+
+
+def _read_result(path: Path) -> dict[str, object]:
+    try:
+        content = parse_json(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+        return content
+    except (OSError, ValueError) as error:
+        raise StateError(
+            f"{path} is damaged ({error}); delete it: only the scores before training are lost"
+        ) from None
