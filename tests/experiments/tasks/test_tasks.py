@@ -162,17 +162,6 @@ def test_plot_summaries_become_sentences_and_quotes_stay_whole() -> None:
     assert {item.group for item in items} == {"film map"}
 
 
-def test_only_quotes_of_fitting_length_have_a_sentiment() -> None:
-    good, bad = (
-        "A film of rare warmth that stays with you for days.",
-        "A film of rare tedium that stays on for days.",
-    )
-    rows = [("fresh", good, "x"), ("rotten", bad, "y"), ("plot", "p" * 60, "x"), ("fresh", "short", "x")]
-    rows.append(("fresh", "l" * 121, "x"))
-    items = list(film.sentiment(packed_films(rows)))
-    assert [(item.label, item.text) for item in items] == [("positive", good), ("negative", bad)]
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -9,7 +9,7 @@ import pytest
 from fedmosaic.client import statement as client_statement
 from fedmosaic.client.releases import AdapterPlan, sampling_rate
 from fedmosaic.client.statement import for_handing_over
-from fedmosaic.privacy.accounting.calibrate import noise_multiplier_for
+from fedmosaic.privacy.accounting import calibrate
 from fedmosaic.privacy.accounting.epsilon import default_delta
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.federation.roster import AdapterPrivacyTerms, AdapterTerms, ScheduleTerms, Terms
@@ -47,12 +47,20 @@ TERMS = Terms.model_validate(
 PROFILE = GaussianEvent(TERMS.profile.noise_multiplier, 1.0, 1)
 
 
+def planned_sigma(target: float, delta: float, rate: float) -> float:
+    """RDP plans as PRV does, with a little more noise, in milliseconds."""
+
+    def events(sigma: float) -> list[GaussianEvent]:
+        return [PROFILE, GaussianEvent(sigma, rate, STEPS * ROUNDS)]
+
+    return calibrate._search(target, delta, [PROFILE], events, "rdp")
+
+
 def facts(directory: Path, examples: int) -> StatementInputs:
     """A whole run of a client with so many examples, planned and charged as the client does it."""
     delta = default_delta(examples)
     rate = sampling_rate(TERMS, examples)
-    # RDP plans as PRV does, with a little more noise, in milliseconds.
-    sigma = noise_multiplier_for(TARGET, delta, [PROFILE], rate, STEPS * ROUNDS, "rdp")
+    sigma = planned_sigma(TARGET, delta, rate)
     with Ledger.open(
         directory / f"{examples}.sqlite",
         "north",
@@ -94,7 +102,7 @@ def planned_with_rdp(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def plan(terms: Terms, examples: float, delta: float, target: float) -> AdapterPlan:
         rate = sampling_rate(terms, examples)
-        return AdapterPlan(noise_multiplier_for(target, delta, [PROFILE], rate, STEPS * ROUNDS, "rdp"), rate)
+        return AdapterPlan(planned_sigma(target, delta, rate), rate)
 
     monkeypatch.setattr(client_statement, "plan_adapter", plan)
 
