@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fedmosaic.client.colora import CoLoraConfig as CoLoraConfig
     from fedmosaic.privacy.federation.founding import create_federation as create_federation
     from fedmosaic.protos.errors import FedMosaicError as FedMosaicError
-    from fedmosaic.server.server import Server as Server  # type: ignore[import-not-found, unused-ignore]
+    from fedmosaic.server.server import Server as Server
 
 __version__ = "0.1.0"
 __all__ = [
