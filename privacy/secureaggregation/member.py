@@ -60,7 +60,7 @@ class _Step(enum.Enum):
 
 
 class SumMember:
-    """One member in one sum. Secrets stay in memory; after an error or a restart it has left this sum for good.
+    """One member in one sum. Secrets stay in memory; after an error or a restart it is out of this sum.
 
     Whoever uses it must not let one vector, or two vectors of one round, enter two sums: the difference of
     two sums over unlike lists is the vector of a few.
