@@ -64,9 +64,12 @@ class SumCollector:
             raise EncryptionError(f"{member!r} sent an envelope that is not of {ENVELOPE_BYTES} bytes")
         _keep(member, self._openings, self._envelopes, dict(envelopes), "set of envelopes")
 
-    def envelopes_for(self, member: str) -> dict[str, bytes]:
-        """Sender → envelope; EncryptionError if too few shared."""
+    def close_envelopes(self) -> None:
+        """EncryptionError if too few shared."""
         check_number("shared their masks", self._envelopes, self._terms)
+
+    def envelopes_for(self, member: str) -> dict[str, bytes]:
+        """Sender → envelope for a member."""
         return {sender: sealed[member] for sender, sealed in self._envelopes.items() if sender != member}
 
     def add_vector(self, member: str, masked: bytes) -> None:

@@ -23,6 +23,7 @@ from fedmosaic.privacy.secureaggregation.terms import SumTerms
 from fedmosaic.protos.errors import EncryptionError
 
 KEY_BYTES = 32
+OPENING_BYTES = 2 * KEY_BYTES + 64
 ENVELOPE_BYTES = 2 * SHARE_BYTES + 16
 # Every envelope has a key of its own, so the nonce may be constant.
 _NONCE = bytes(12)
@@ -36,6 +37,17 @@ class Opening:
     envelope_key: bytes
     signature: bytes
 
+    def encoded(self) -> bytes:
+        """128 bytes."""
+        return self.mask_key + self.envelope_key + self.signature
+
+    @classmethod
+    def decoded(cls, data: bytes) -> "Opening":
+        """What `encoded` gave; EncryptionError for another length."""
+        if len(data) != OPENING_BYTES:
+            raise EncryptionError(f"an opening of {len(data)} bytes, expected {OPENING_BYTES}")
+        return cls(data[:KEY_BYTES], data[KEY_BYTES : 2 * KEY_BYTES], data[2 * KEY_BYTES :])
+
 
 @dataclass(frozen=True)
 class Unmasking:
@@ -43,6 +55,21 @@ class Unmasking:
 
     self_masks: Mapping[str, int]
     mask_keys: Mapping[str, int]
+
+    def encoded(self) -> bytes:
+        """16 bytes per member, in ascending order of names: who contributes says which kind each is."""
+        shares = {**self.self_masks, **self.mask_keys}
+        return b"".join(shares[member].to_bytes(SHARE_BYTES, "little") for member in sorted(shares))
+
+    @classmethod
+    def decoded(cls, data: bytes, shared: Collection[str], survivors: Collection[str]) -> "Unmasking":
+        """What `encoded` gave, of the members that shared; EncryptionError for another length."""
+        shares = dict(zip(sorted(shared), split(data, SHARE_BYTES, len(shared)), strict=True))
+        numbers = {member: int.from_bytes(share, "little") for member, share in shares.items()}
+        return cls(
+            {member: number for member, number in numbers.items() if member in survivors},
+            {member: number for member, number in numbers.items() if member not in survivors},
+        )
 
 
 def sign_opening(
@@ -136,6 +163,13 @@ def check_survivor_signatures(
             f"{len(signatures)} members agree on the contributors, {needed} must: a server could otherwise "
             "open the sums of two lists"
         )
+
+
+def split(data: bytes, size: int, count: int) -> list[bytes]:
+    """Pieces of equal size; EncryptionError if there are not so many."""
+    if len(data) != size * count:
+        raise EncryptionError(f"{len(data)} bytes, expected {count} pieces of {size}")
+    return [data[start : start + size] for start in range(0, len(data), size)]
 
 
 def check_number(what: str, members: Collection[str], terms: SumTerms) -> None:
