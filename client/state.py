@@ -34,8 +34,8 @@ from fedmosaic.privacy.files import (
     sync_directory,
     write_atomically,
 )
-from fedmosaic.privacy.policy import WeightRow
 from fedmosaic.protos.errors import PolicyError, StateError
+from fedmosaic.protos.messages import WeightRow
 
 try:
     import fcntl
@@ -312,8 +312,8 @@ class ClientState:
         """Where the bytes of a round's upload are, until the round is closed."""
         return self.directory / f"upload-{round_number:04d}.bin"
 
-    def accept_row(self, section: str, row: WeightRow) -> None:
-        """Remember the weight row of a section and round, and refuse a second, different one.
+    def accept_row(self, section: str, round_number: int, row: WeightRow) -> None:
+        """Remember the weight row of a section and round of uploads, and refuse a second, different one.
 
         Several rows over the same uploads are equations in the single adapters. The record survives
         restarts, so that asking again does not give a second answer.
@@ -323,13 +323,13 @@ class ClientState:
             StateError: the record is damaged.
         """
         accepted = self._accepted_rows()
-        digest = row_digest(row).hex()
+        digest = row_digest(row, self.record.client, round_number).hex()
         contributors = sum(weight > 0 for weight in row.weights)
-        before, _ = accepted.setdefault(f"{row.round}/{section}", (digest, contributors))
+        before, _ = accepted.setdefault(f"{round_number}/{section}", (digest, contributors))
         if before != digest:
             raise PolicyError(
-                f"a different weight row of section {section!r} was already accepted for round {row.round}: "
-                "one row per recipient and round is allowed"
+                f"a different weight row of section {section!r} was already accepted for round "
+                f"{round_number}: one row per recipient and round is allowed"
             )
         write_atomically(self._rows, json.dumps(accepted, indent=0).encode())
 

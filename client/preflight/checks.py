@@ -15,6 +15,7 @@ from typing import Final
 
 from cryptography import x509
 
+from fedmosaic.client.enrol import ask_to_enrol
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.ledger import DataLedger, ledger_delta
 from fedmosaic.client.model.load import load_tokenizer
@@ -28,7 +29,6 @@ from fedmosaic.client.releases import (
     plan_adapter,
     profile_path,
 )
-from fedmosaic.client.session import ask_to_enrol
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import SessionRecord, check_run, read_record
 from fedmosaic.client.transport.connection import check_certificate

@@ -22,9 +22,8 @@ from fedmosaic.privacy.groupkey.key import GroupKey
 from fedmosaic.privacy.ledger.ledger import Ledger
 from fedmosaic.privacy.mechanism.noise import SecureNoise
 from fedmosaic.privacy.mechanism.profile import ClippedSum, Float32Array, ProfileMechanism, Reduction, release
-from fedmosaic.privacy.policy import WeightRow
 from fedmosaic.protos.errors import StateError
-from fedmosaic.protos.messages import Phase, RoundStatus
+from fedmosaic.protos.messages import Phase, RoundStatus, WeightRow
 
 DAMAGE = {
     "empty": b"",
@@ -42,7 +41,7 @@ MECHANISM = ProfileMechanism(
     probe_sha256="0" * 64,
     reduction=Reduction(hidden_size=8, intermediate_size=16, projection_dimensions=32),
 )
-ROW = WeightRow(1, "ada", ("ben", "cid", "dee"), (2, 3, 3), 3)
+ROW = WeightRow(("ben", "cid", "dee"), (2, 3, 3), 3)
 
 
 @damaged
@@ -59,12 +58,12 @@ def test_a_damaged_session_is_named(content: bytes, tmp_path: Path) -> None:
 @damaged
 def test_damaged_rows_are_named_and_can_be_deleted(content: bytes, tmp_path: Path) -> None:
     state = ClientState(tmp_path, "f", "ada")
-    state.accept_row("shared", ROW)
+    state.accept_row("shared", 1, ROW)
     (tmp_path / "rows.json").write_bytes(content)
     with pytest.raises(StateError, match=r"rows\.json is damaged.*delete it"):
-        state.accept_row("shared", ROW)
+        state.accept_row("shared", 1, ROW)
     (tmp_path / "rows.json").unlink()
-    state.accept_row("shared", ROW)
+    state.accept_row("shared", 1, ROW)
 
 
 @damaged
