@@ -9,8 +9,8 @@ import logging
 from typing import Final
 
 from fedmosaic.client.enrol import Learner, ask_to_enrol
-from fedmosaic.client.outbox import read_upload, write_upload
 from fedmosaic.client.protection import Identity, Protection
+from fedmosaic.client.records import read_upload, write_upload
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.state import OLDER_COPY, ClientState
 from fedmosaic.client.transport.grpc import Transport

@@ -19,9 +19,9 @@ from typing import Final
 import numpy as np
 
 from fedmosaic.client.enrol import Learner
-from fedmosaic.client.outbox import read_upload, write_upload
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.protection import Identity, Protection
+from fedmosaic.client.records import read_upload, write_upload
 from fedmosaic.client.recovery import KEY_REASONS, Recovery, SealAnewError
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.state import ClientState

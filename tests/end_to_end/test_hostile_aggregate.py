@@ -20,8 +20,9 @@ from end_to_end import federation_of_vectors as fv
 from end_to_end.test_trained_adapters import SHARED_MODEL, random_model, write_examples
 from fedmosaic.client.client import scores_after
 from fedmosaic.client.learner import ModelLearner
+from fedmosaic.client.planning import AdapterPlan
 from fedmosaic.client.progress import SilentProgress
-from fedmosaic.client.releases import AdapterPlan, Releases
+from fedmosaic.client.releases import Releases
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.federation.roster import AdapterTerms, Terms

@@ -10,7 +10,7 @@ import pytest
 
 from end_to_end import federation_of_vectors as fv
 from fedmosaic.client.keyring import Keyring
-from fedmosaic.client.outbox import read_upload
+from fedmosaic.client.records import read_upload
 from fedmosaic.protos.errors import KeyAgreementError, StateError
 from fedmosaic.protos.messages import KeyMessage, ReceiptStatus, Upload
 from fedmosaic.server.coordinator import Coordinator

@@ -553,7 +553,7 @@ def _no_space(*_: object, **__: object) -> None:
 
 
 def test_two_servers_cannot_share_a_state(federation: Any, coordinator: Any, clock: Any) -> None:
-    with pytest.raises(StateError, match="in use by another server"):
+    with pytest.raises(StateError, match="in use by another process"):
         Coordinator(coordinator.settings, clock)
 
 
