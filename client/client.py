@@ -13,10 +13,12 @@ from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from fedmosaic.client.enrol import Learner
+from fedmosaic.client.group_session import GroupLearner, GroupSession
 from fedmosaic.client.keyring import Keyring
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.ledger import DataLedger
@@ -92,7 +94,13 @@ class Participant:
         keyring = Keyring(client_id, identity.signing_key, roster, transport, keys) if encrypted else None
         protection = Protection(identity, roster, roster.member(client_id).family, keyring)
         self.state = state
-        self.session = Session(identity, roster, transport, learner, state, releases, protection, progress)
+        parts = (state, releases, protection, progress)
+        if roster.terms.adapter.in_group_sums:
+            self.session: Session = GroupSession(
+                identity, roster, transport, cast(GroupLearner, learner), *parts
+            )
+        else:
+            self.session = Session(identity, roster, transport, learner, *parts)
         self._roster, self._client_id, self._ledger, self._plan = roster, client_id, ledger, plan
 
     def statement_inputs(self) -> StatementInputs:

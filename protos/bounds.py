@@ -23,6 +23,8 @@ MAX_PROFILE_DIMENSIONS: Final = 1 << 16
 MAX_RELEASES: Final = 1 << 20
 MAX_WEIGHT_BITS: Final = 30
 MAX_KEY_PAYLOAD_BYTES: Final = 1 << 16
+"""Largest message of a key agreement; one of a sum (`SUM_STAGES`) may fill a chunk."""
+SUM_STAGES: Final = "sum-"
 MAX_STATEMENT_BYTES: Final = 1 << 19
 MAX_WAIT_MILLISECONDS: Final = 60_000
 """Longest that the server keeps a call that waits."""
@@ -92,6 +94,12 @@ def check_attempt_id(field: str, value: str) -> None:
 def check_stage(field: str, value: str) -> None:
     """Refuse anything but the name of a stage of a key agreement."""
     _check_pattern(field, value, _STAGE, "1 to 32 of a-z, 0-9 and '-'")
+
+
+def check_relayed(stage: str, payload: bytes) -> None:
+    """Refuse a message of the relay that is too long for its stage."""
+    limit = MAX_CHUNK_BYTES if stage.startswith(SUM_STAGES) else MAX_KEY_PAYLOAD_BYTES
+    check_bytes("key_message.payload", payload, 0, limit)
 
 
 def check_family(field: str, value: str) -> None:

@@ -429,4 +429,4 @@ class KeyMessage:
         bounds.check_stage("key_message.stage", self.stage)
         if self.recipient:
             bounds.check_identifier("key_message.recipient", self.recipient)
-        bounds.check_bytes("key_message.payload", self.payload, 0, bounds.MAX_KEY_PAYLOAD_BYTES)
+        bounds.check_relayed(self.stage, self.payload)

@@ -273,7 +273,7 @@ class GrpcTransport:
             for message in self._stub.ReadKeyMessages(request, timeout=timeout):
                 self._traffic.received("keys", message.ByteSize())
                 bounds.check_identifier("key_message.sender", message.sender)
-                bounds.check_bytes("key_message.payload", message.payload, 0, bounds.MAX_KEY_PAYLOAD_BYTES)
+                bounds.check_relayed(stage, message.payload)
                 found[message.sender] = message.payload
                 bounds.check_unique("key_messages", found, bounds.MAX_MEMBERS)
             return found

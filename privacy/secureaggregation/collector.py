@@ -20,6 +20,7 @@ from fedmosaic.privacy.secureaggregation.messages import (
     Opening,
     Unmasking,
     check_number,
+    check_opening,
     check_survivor_signatures,
     transcript,
 )
@@ -44,7 +45,9 @@ class SumCollector:
         self._total: WordArray | None = None
 
     def add_opening(self, member: str, opening: Opening) -> None:
-        """Step 1; a repeated one must be the same."""
+        """Step 1; a repeated one must be the same. One that is not signed for this sum harms nobody else."""
+        if member in self._terms.members:
+            check_opening(self._terms, member, opening)
         _keep(member, self._terms.members, self._openings, opening, "opening")
 
     def close_openings(self) -> dict[str, Opening]:

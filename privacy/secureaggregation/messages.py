@@ -92,15 +92,19 @@ def transcript(terms: SumTerms, openings: Mapping[str, Opening]) -> bytes:
     check_number("opened", openings, terms)
     parts = [terms.digest()]
     for member in sorted(openings):
-        opening = openings[member]
-        keys = (opening.mask_key, opening.envelope_key)
-        signed = sha256(b"secure-sum/opening", terms.digest(), member.encode(), *keys)
-        if any(len(key) != KEY_BYTES for key in keys) or not _verifies(
-            terms.identity_keys[member], opening.signature, signed
-        ):
-            raise EncryptionError(f"the opening of {member!r} is not signed by it for this sum")
-        parts += [member.encode(), *keys]
+        check_opening(terms, member, openings[member])
+        parts += [member.encode(), openings[member].mask_key, openings[member].envelope_key]
     return sha256(b"secure-sum/openings", *parts)
+
+
+def check_opening(terms: SumTerms, member: str, opening: Opening) -> None:
+    """EncryptionError if a member of the group did not sign its opening for this sum."""
+    keys = (opening.mask_key, opening.envelope_key)
+    signed = sha256(b"secure-sum/opening", terms.digest(), member.encode(), *keys)
+    if any(len(key) != KEY_BYTES for key in keys) or not _verifies(
+        terms.identity_keys[member], opening.signature, signed
+    ):
+        raise EncryptionError(f"the opening of {member!r} is not signed by it for this sum")
 
 
 def seal_shares(

@@ -59,6 +59,7 @@ class RoundSums:
         try:
             self._group_of(member).post(member, step, payload)
         except EncryptionError as error:
+            self._group_of(member).refused.add(member)
             raise Refusal(
                 RefusalKind.PRECONDITION,
                 "SUM_REFUSED",
@@ -110,6 +111,7 @@ class _GroupSum:
         self.failure = ""
         self.total = b""
         self.contributors: tuple[str, ...] = ()
+        self.refused: set[str] = set()
         self._collector = SumCollector(terms)
         self._deadline = deadline
         self._patience = patience
@@ -171,9 +173,10 @@ class _GroupSum:
     def _awaited(self, expected: Collection[str]) -> set[str]:
         if self.step == OPEN:
             # Nobody expected is no reason to close at once: members may still be on their way.
-            return (set(self.terms.members) & set(expected)) or set(self.terms.members)
-        before = STEPS[STEPS.index(self.step) - 1]
-        return self._answered[before]
+            awaited = (set(self.terms.members) & set(expected)) or set(self.terms.members)
+        else:
+            awaited = self._answered[STEPS[STEPS.index(self.step) - 1]]
+        return awaited - self.refused
 
     def _close(self) -> None:
         if self.step == OPEN:
