@@ -18,17 +18,19 @@ from typing import Any
 
 import torch
 
-from fedmosaic.client.clipping import CLIPPING, ClippingRecord
+from fedmosaic.client.enrol import Learner
 from fedmosaic.client.keyring import Keyring
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.ledger import NO_LEDGER, DataLedger
 from fedmosaic.client.model.scoring import Score
+from fedmosaic.client.planning import AdapterPlan, budgeted_channels
 from fedmosaic.client.preflight.checks import Given, Preflight, agreed_epsilon
 from fedmosaic.client.profile.maker import client_probe
 from fedmosaic.client.progress import LoggedProgress, Progress
 from fedmosaic.client.protection import Identity, Protection
-from fedmosaic.client.releases import AdapterPlan, Releases, budgeted_channels
-from fedmosaic.client.session import Learner, Session
+from fedmosaic.client.records import CLIPPING, ClippingRecord
+from fedmosaic.client.releases import Releases
+from fedmosaic.client.session import Session
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState
 from fedmosaic.client.statement import for_handing_over, person_words, statement_inputs, with_warning

@@ -3,7 +3,7 @@
 import datetime as dt
 from collections.abc import Mapping
 
-from fedmosaic.client.releases import AdapterPlan, plan_adapter
+from fedmosaic.client.planning import AdapterPlan, plan_adapter
 from fedmosaic.privacy.accounting.epsilon import person_epsilon
 from fedmosaic.privacy.coalitions import counted_coalition
 from fedmosaic.privacy.federation.roster import Roster, Terms
