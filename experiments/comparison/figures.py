@@ -1,4 +1,4 @@
-"""Figures of a comparison as SVG: methods side by side, accuracy over the rounds, privacy against utility."""
+"""Figures of a comparison as SVG: accuracy over the rounds, privacy against utility."""
 
 import io
 import math
@@ -10,8 +10,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fedmosaic.experiments.comparison.runs import FIGURES, Group, Run
-from fedmosaic.experiments.comparison.tables import epsilon_text, percent
+from fedmosaic.experiments.comparison.runs import Group, Run
 from fedmosaic.experiments.scenario.metrics import Interval, interval
 from fedmosaic.protos.errors import ConfigurationError
 
@@ -32,52 +31,8 @@ _PANELS: Final[tuple[tuple[str, Callable[[Run], float | None]], ...]] = (
 )
 
 
-def bars(groups: Sequence[Group], figure: str) -> str:
-    """Horizontal bars from 0, with the interval over seeds and ε towards recipients.
-
-    Args:
-        groups: of one scenario.
-        figure: one of `FIGURES`.
-
-    Returns:
-        An SVG document.
-    """
-    place = FIGURES.index(figure)
-    with _drawing(7.6, 0.45 * len(groups) + 0.9) as drawn:
-        axes = drawn.subplots()
-        for number, group in enumerate(groups):
-            found = group.figures()[place]
-            if found is None:
-                axes.text(0.5, number, "not scored", va="center")
-                continue
-            half = found.half_width
-            axes.barh(
-                number,
-                100 * found.mean,
-                xerr=None if half is None else 100 * half,
-                color=_COLOURS[number % len(_COLOURS)],
-                capsize=3,
-            )
-            words = f"{percent(found)}, ε {epsilon_text(group.epsilon('recipients'))}"
-            axes.text(100 * (found.mean + (half or 0.0)) + 1, number, words, va="center")
-        axes.set_yticks(range(len(groups)), [group.method for group in groups])
-        axes.invert_yaxis()
-        axes.set_xlim(0, 130)
-        axes.set_xticks(range(0, 101, 20))
-        axes.set_xlabel("accuracy, %")
-        return _svg(drawn)
-
-
 def curves(groups: Sequence[Group], *, own: bool) -> str:
-    """Accuracy over the rounds, means over clients and seeds.
-
-    Args:
-        groups: of one scenario.
-        own: Self; Others else.
-
-    Returns:
-        An SVG document.
-    """
+    """Self or Others over the rounds, means over clients and seeds, of one scenario's groups, as SVG."""
     with _drawing(7.6, 3.2 + 0.2 * len(groups)) as drawn:
         axes = drawn.subplots()
         for number, group in enumerate(groups):

@@ -32,37 +32,30 @@ class Run:
     """One run, as far as a comparison needs it.
 
     Attributes:
-        directory: where it was read.
         scenario: its name and its stream.
         method: with the words that tell it from others of the same method.
         seed: of the run.
         summary: means over the clients.
-        clients: of each client.
         curve: Self and Others by scored round, means over the clients.
         epsilon: by reader, the largest over the clients; None where only cryptography protects.
         sent: mean bytes that a client sent in a round.
         seconds: of the whole run.
-        training_flops: floating point operations of all clients' own training steps; None where a client's
-            were not measured.
+        training_flops: of all clients' own training steps; None where a client's were not measured.
         protection: of the adapter, as in a roster; empty for methods without a server of FedMosaic.
-        profile_epsilon: of the profile alone, towards the server, the largest over the clients.
         relevance: how the last round's similarities tell clients of one group from others (area under the
             ROC curve); None without groups or without similarities.
     """
 
-    directory: Path
     scenario: str
     method: str
     seed: int
     summary: Summary
-    clients: Mapping[str, Summary]
     curve: Mapping[int, Pair]
     epsilon: Mapping[str, float | None]
     sent: float
     seconds: float
     training_flops: float | None = None
     protection: str = ""
-    profile_epsilon: float | None = None
     relevance: float | None = None
 
 
@@ -85,19 +78,15 @@ class Group:
     def gains(self, reference: "Group") -> tuple[Interval | None, ...]:
         """What this group has over another one, seed by seed: the mean difference and its interval.
 
-        Pairing takes the luck of a seed, which both had, out of the comparison.
-
-        Args:
-            reference: another group of the same scenario, or of the same scenarios.
-
-        Returns:
-            In the order of `FIGURES`, over the scenarios and seeds that both have; None where a run lacks the
-            figure or there is no such seed.
+        Pairing takes the luck of a seed, which both had, out of the comparison. In the order of `FIGURES`,
+        over the scenarios and seeds that both have; None where a run lacks the figure or there is no such
+        seed.
         """
         others = {(run.scenario, run.seed): _figures(run) for run in reference.runs}
-        keys = [(run.scenario, run.seed) for run in self.runs]
         pairs = [
-            (_figures(run), others[key]) for run, key in zip(self.runs, keys, strict=True) if key in others
+            (_figures(run), others[run.scenario, run.seed])
+            for run in self.runs
+            if (run.scenario, run.seed) in others
         ]
         return tuple(
             _difference([(mine[place], theirs[place]) for mine, theirs in pairs]) for place in range(4)
@@ -126,8 +115,8 @@ def compared_run(directory: Path) -> Run:
         ConfigurationError: there is no finished run with scores by round.
     """
     scenario = read_object(directory / "scenario.json")
-    clients: dict[str, Summary] = {}
-    rounds: dict[int, list[Pair]] = {}
+    summaries: list[Summary] = []
+    rounds: dict[int, list[Summary]] = {}
     results = []
     for client in scenario["clients"]:
         name = client["id"]
@@ -141,35 +130,27 @@ def compared_run(directory: Path) -> Run:
                 f"{directory}: client {name} has no scores by round; compare finished runs of one process "
                 "(`fedmosaic run` without --processes)"
             )
-        clients[name] = summarise_client(name, scored)
+        summaries.append(summarise_client(name, scored))
         for number in scored:
-            rounds.setdefault(number, []).append(summarise_client(name, {1: scored[number]}).last)
+            rounds.setdefault(number, []).append(summarise_client(name, {1: scored[number]}))
         results.append((state, read_object(state / "result.json")))
     sent = [sum(channel["sent"] for channel in result["traffic"].values()) for _, result in results]
+    flops = [result.get("training_flops", math.nan) for _, result in results]
     return Run(
-        directory=directory,
         scenario=f"{scenario['name']}, {scenario['stream']}",
         method=f"{scenario['method']} {scenario['variant']}".strip(),
         seed=int(scenario["seed"]),
-        summary=mean_summary(list(clients.values())),
-        clients=clients,
-        curve={number: _mean(pairs) for number, pairs in sorted(rounds.items())},
+        summary=mean_summary(summaries),
+        curve={number: mean_summary(found).last for number, found in sorted(rounds.items())},
         epsilon={reader: _epsilon(reader, results) for reader in READERS},
         sent=fmean(sent) / scenario["schedule"]["rounds"],
         seconds=float(read_object(directory / "run.json").get("seconds", 0.0)),
-        training_flops=_training_flops(results),
-        **_exchange(directory, scenario, results),
+        training_flops=None if math.isnan(total := math.fsum(flops)) else total,
+        **_exchange(directory, scenario),
     )
 
 
-def _training_flops(results: Sequence[tuple[Path, Mapping[str, Any]]]) -> float | None:
-    measured = [result.get("training_flops") for _, result in results]
-    return None if None in measured else math.fsum(float(value) for value in measured if value is not None)
-
-
-def _exchange(
-    directory: Path, scenario: Mapping[str, Any], results: Sequence[tuple[Path, Mapping[str, Any]]]
-) -> dict[str, Any]:
+def _exchange(directory: Path, scenario: Mapping[str, Any]) -> dict[str, Any]:
     """What only a run with FedMosaic's own server has."""
     server = directory / "federation" / "server" / "state" / "run.json"
     if not server.exists():
@@ -178,7 +159,6 @@ def _exchange(
     last = read_object(server)["results"][-1]
     return {
         "protection": scenario["adapter"]["protection"],
-        "profile_epsilon": _epsilon("server", results, "profile"),
         "relevance": relevance_quality([groups[name] for name in last["clients"]], last["similarity"]),
     }
 
@@ -209,13 +189,7 @@ def _label(label: str) -> tuple[str, str]:
     return owner, task
 
 
-def _mean(pairs: Sequence[Pair]) -> Pair:
-    return mean_summary([Summary(pair, pair) for pair in pairs]).last
-
-
-def _epsilon(
-    reader: str, results: Sequence[tuple[Path, Mapping[str, Any]]], channel: str = "joint"
-) -> float | None:
+def _epsilon(reader: str, results: Sequence[tuple[Path, Mapping[str, Any]]]) -> float | None:
     values: list[float] = []
     for state, result in results:
         if "epsilon" in result:
@@ -223,7 +197,7 @@ def _epsilon(
             continue
         for client in read_object(state / "statement.json")["clients"]:
             for guarantee in client["guarantees"]:
-                if guarantee["channel"] == channel and guarantee["adversary"] == READERS[reader]:
+                if (guarantee["channel"], guarantee["adversary"]) == ("joint", READERS[reader]):
                     epsilon = guarantee["epsilon"]
                     values += [] if epsilon is None else [math.inf if epsilon == "infinity" else epsilon]
     return max(values) if values else None
@@ -232,12 +206,8 @@ def _epsilon(
 def read_object(path: Path, remedy: str = "give directories of finished runs") -> dict[str, Any]:
     """Read a file that holds one JSON object.
 
-    Args:
-        path: the file.
-        remedy: what to do where it cannot be read.
-
     Raises:
-        ConfigurationError: it is missing, damaged or no object.
+        ConfigurationError: it is missing, damaged or no object; the message ends with the remedy.
     """
     try:
         content = parse_json(path.read_bytes())

@@ -10,7 +10,6 @@ from typing import Final
 from rich.console import Console
 from rich.table import Table
 
-from fedmosaic.experiments.methods.cost import reference_flops
 from fedmosaic.experiments.methods.ditto import Ditto
 from fedmosaic.experiments.methods.fedavg import FedAvg
 from fedmosaic.experiments.methods.feddat import FedDat
@@ -22,7 +21,7 @@ from fedmosaic.experiments.methods.flexlora import FlexLora
 from fedmosaic.experiments.methods.hetlora import HetLora
 from fedmosaic.experiments.methods.hetlora_pruned import HetLoraPruned
 from fedmosaic.experiments.methods.local import LocalOnly
-from fedmosaic.experiments.methods.loop import run_baseline
+from fedmosaic.experiments.methods.loop import reference_flops, run_baseline
 from fedmosaic.experiments.methods.perada import PerAda
 from fedmosaic.experiments.methods.strategy import Strategy
 from fedmosaic.experiments.methods.takfl import Takfl

@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import nn
 
 from fedmosaic.client.model.loss import Batch, ExampleLosses
-from fedmosaic.experiments.methods.distillation import answer_logits, distilled
+from fedmosaic.experiments.methods.distillation import answer_logits, label_losses, soft_divergence
 from fedmosaic.experiments.methods.lora import read_adapter, using, write_adapter
 from fedmosaic.experiments.methods.strategy import PERSONAL, RECEIVED, SHARED, Strategy, Trainer
 
@@ -38,15 +38,15 @@ class FedDat(Strategy):
 
 def _mutual(model: PeftModel) -> ExampleLosses:
     def losses(_model: nn.Module, batch: Batch) -> torch.Tensor:
-        def shared_logits() -> torch.Tensor:
-            with using(model, [SHARED], [SHARED]):
-                return answer_logits(model, batch)
-
-        def pair_logits() -> torch.Tensor:
-            with using(model, [RECEIVED, PERSONAL], [PERSONAL], scale=0.5):
-                return answer_logits(model, batch)
-
-        shared, pair = shared_logits(), pair_logits()
+        with using(model, [SHARED], [SHARED]):
+            shared = answer_logits(model, batch)
+        with using(model, [RECEIVED, PERSONAL], [PERSONAL], scale=0.5):
+            pair = answer_logits(model, batch)
         return distilled(shared, pair.detach(), batch) + distilled(pair, shared.detach(), batch)
 
     return losses
+
+
+def distilled(student: torch.Tensor, teacher: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """½ (cross entropy + T² KL(teacher ‖ student)) per example, (B,), of logits (B, K, V)."""
+    return 0.5 * (label_losses(student, batch) + soft_divergence(student, teacher, batch))

@@ -5,9 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from fedmosaic.experiments.methods.fedavg import FedAvg
-from fedmosaic.experiments.methods.lora import (
-    Vector,
-)
+from fedmosaic.experiments.methods.lora import Vector
 from fedmosaic.experiments.methods.matrices import Matrices, pack, pad, unpack
 from fedmosaic.experiments.methods.strategy import ServerSide, check_uploads
 

@@ -18,12 +18,7 @@ from fedmosaic.client.model.examples import EncodedExample, Example
 from fedmosaic.client.model.loss import ExampleLosses, example_losses
 from fedmosaic.client.model.sampling import EpochSampler
 from fedmosaic.client.model.training import TrainingSettings, train_local
-from fedmosaic.experiments.methods.lora import (
-    Vector,
-    read_adapter,
-    using,
-    write_adapter,
-)
+from fedmosaic.experiments.methods.lora import Vector, read_adapter, using, write_adapter
 from fedmosaic.protos.errors import ModelError
 
 SHARED, PERSONAL, RECEIVED, TEACHER = "shared", "personal", "received", "teacher"
@@ -32,16 +27,7 @@ SHARED, PERSONAL, RECEIVED, TEACHER = "shared", "personal", "received", "teacher
 
 @dataclass
 class Trainer:
-    """One client's training in one round.
-
-    Attributes:
-        model: with the client's adapters.
-        examples: what it trains on.
-        order: in which order; moved on by every fit.
-        settings: steps, batch size, learning rates.
-        pad_token_id: token to pad with.
-        step_done: called after every optimizer step.
-    """
+    """One client's training in one round; every fit moves the order of the examples on."""
 
     model: PeftModel
     examples: Sequence[EncodedExample]
@@ -53,12 +39,9 @@ class Trainer:
     def fit(
         self, losses: ExampleLosses = example_losses, steps: int | None = None, *, again: bool = False
     ) -> None:
-        """Train what is trainable.
+        """Train what is trainable, for the steps of the settings by default, none if 0.
 
-        Args:
-            losses: per example.
-            steps: optimizer steps; those of the settings by default, none if 0.
-            again: leave the order of the examples where it was, so that the next fit sees the same batches.
+        `again` leaves the order of the examples where it was, so that the next fit sees the same batches.
         """
         if steps == 0:
             return
@@ -78,17 +61,10 @@ class Trainer:
 
 @dataclass(frozen=True)
 class ServerSide:
-    """What a server that trains has.
+    """What a server that trains has for an architecture: its model with adapters of its own, public examples.
 
-    Attributes:
-        model: of the architecture, with adapters of its own.
-        public: public examples.
-        pad_token_id: token to pad with.
-        settings: learning rates and batch size of the clients.
-        ranks: rank of the LoRA of each client with this architecture.
-        architecture: which one it is.
-        tokenizer: of the model.
-        examples: the public examples as texts.
+    `settings` are those of the clients, `ranks` the ranks of the clients with this architecture, and
+    `examples` the public examples as texts.
     """
 
     model: PeftModel
@@ -103,13 +79,7 @@ class ServerSide:
 
 @dataclass(frozen=True)
 class Exchange:
-    """What a round's exchange leaves each client with, and what it cost.
-
-    Attributes:
-        received: the shared adapter that each client goes on with.
-        sent: bytes that each client sent.
-        got: bytes that each client received.
-    """
+    """The shared adapter that each client goes on with after a round, and the bytes that it sent and got."""
 
     received: Mapping[str, Vector]
     sent: Mapping[str, int]
@@ -171,26 +141,16 @@ class Strategy:
         return dict.fromkeys(uploads, mean.astype(np.float32).reshape(-1))
 
     def exchange(self, uploads: Mapping[str, Vector], servers: Mapping[str, ServerSide]) -> Exchange:
-        """What all clients of all architectures receive; here each architecture by itself.
-
-        Args:
-            uploads: by client.
-            servers: by architecture.
-        """
+        """What all clients of all architectures receive; here each architecture by itself."""
         received: dict[str, Vector] = {}
         for server in servers.values():
             received |= self.combine({name: uploads[name] for name in server.ranks}, server)
         return Exchange.of_adapters(uploads, received)
 
-    def newcomer(self, alike: Mapping[str, Vector], architecture: str) -> Vector | None:
-        """What an unseen client begins with.
+    def for_unseen(self, alike: Mapping[str, Vector], architecture: str) -> Vector | None:
+        """The shared adapter that an unseen client begins with; None for a fresh one.
 
-        Args:
-            alike: what each member of its architecture and rank received last; may be empty.
-            architecture: of the newcomer.
-
-        Returns:
-            Its shared adapter; None for a fresh one.
+        `alike` is what each member of its architecture and rank received last; it may be empty.
         """
         return next(iter(alike.values()), None) if self.shares else None
 

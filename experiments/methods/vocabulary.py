@@ -34,9 +34,8 @@ class VocabularyMap:
         for row, token in enumerate(short):
             self._letters[row, : len(texts[token])] = [ord(letter) for letter in texts[token]]
         self._known: dict[int, int] = {}
-        for ours, theirs in ((source.eos_token_id, target.eos_token_id),):
-            if isinstance(ours, int) and isinstance(theirs, int):
-                self._known[ours] = theirs
+        if isinstance(source.eos_token_id, int) and isinstance(target.eos_token_id, int):
+            self._known[source.eos_token_id] = target.eos_token_id
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens of the source, int64 of any shape, as tokens of the target."""

@@ -31,36 +31,38 @@ def fit_profile(
     """
     fitted = directory / "profile"
     stored = fitted / PROFILE
-    if stored.exists():
-        return ProfileMechanism.model_validate_json(stored.read_text(encoding="utf-8"))
-    console.print("fitting the public basis of the task profile on public data")
-    arguments = {
-        "--probe": scenario.probe.path,
-        "--device": scenario.probe.device,
-        "--dtype": scenario.probe.dtype,
-        "--public": str(scenario.profile.public_data),
-        "--kind": scenario.profile.kind,
-        "--dimensions": str(scenario.profile.dimensions),
-        "--left": str(scenario.profile.left),
-        "--noise-multiplier": str(scenario.profile.noise_multiplier),
-        "--max-length": str(scenario.profile.max_length),
-        "--minimum-examples": str(scenario.profile.minimum_examples),
-        "--out": str(fitted),
-    }
-    if scenario.probe.keep_layers:
-        arguments["--keep-layers"] = str(scenario.probe.keep_layers)
-    words = [word for pair in arguments.items() for word in pair]
-    if not own_process:
-        return fit(tyro.cli(Arguments, args=words))
-    command = python_module("fedmosaic.client.profile.fit", *words)
-    process = ManagedProcess("probe", command, directory / "probe.log")
-    process.start({})
-    process.process.wait()
-    if process.process.returncode:
-        raise RunFailedError(
-            f"fitting the public basis failed; {process.log} ends with:\n{process.last_lines()}"
-        )
+    if not stored.exists():
+        console.print("fitting the public basis of the task profile on public data")
+        words = _fit_arguments(scenario, fitted)
+        if own_process:
+            process = ManagedProcess(
+                "probe", python_module("fedmosaic.client.profile.fit", *words), directory / "probe.log"
+            )
+            process.start({})
+            if process.wait():
+                raise RunFailedError(f"fitting the public basis failed; {process.end()}")
+        else:
+            fit(tyro.cli(Arguments, args=words))
     return ProfileMechanism.model_validate_json(stored.read_text(encoding="utf-8"))
+
+
+def _fit_arguments(scenario: Scenario, out: Path) -> list[str]:
+    probe, profile = scenario.probe, scenario.profile
+    given = {
+        "probe": probe.path,
+        "device": probe.device,
+        "dtype": probe.dtype,
+        "keep-layers": probe.keep_layers,
+        "public": profile.public_data,
+        "kind": profile.kind,
+        "dimensions": profile.dimensions,
+        "left": profile.left,
+        "noise-multiplier": profile.noise_multiplier,
+        "max-length": profile.max_length,
+        "minimum-examples": profile.minimum_examples,
+        "out": out,
+    }
+    return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
 
 
 def agreed_adapter(scenario: Scenario) -> AdapterTerms:
@@ -85,12 +87,12 @@ def found_federation(
     port: int,
     adapter: AdapterTerms | None = None,
 ) -> None:
-    """Make identities, certificates and the roster.
+    """Make identities, certificates and the roster in the run's directory, whose `profile/` holds the basis.
 
     Args:
         scenario: members and terms.
         profile: the fitted mechanism.
-        directory: the run's directory; `profile/` in it holds the basis.
+        directory: of the run.
         port: where the server will listen.
         adapter: the adapter's terms, if other than the scenario's.
     """

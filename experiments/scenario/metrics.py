@@ -13,7 +13,7 @@ A_AUC lies below A_last. Round 0, before any training, belongs to neither.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, stdev
 
 import numpy as np
 import numpy.typing as npt
@@ -44,13 +44,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds with its confidence interval.
-
-    Attributes:
-        mean: of the values.
-        half_width: the interval is mean ± half_width; None for a single value, from which none follows.
-        count: number of values.
-    """
+    """A mean over seeds ± half of its confidence interval; no interval follows from a single value."""
 
     mean: float
     half_width: float | None
@@ -59,13 +53,6 @@ class Interval:
 
 def client_scores(client: str, scores: Scores) -> Pair:
     """Self and Others of one client in one round.
-
-    Args:
-        client: whose model was scored.
-        scores: of its model; at least one.
-
-    Returns:
-        The mean over its own tasks, and the mean over the other clients of the mean over their tasks.
 
     Raises:
         ConfigurationError: nothing was scored, or a score is not finite.
@@ -82,11 +69,7 @@ def client_scores(client: str, scores: Scores) -> Pair:
 
 
 def summarise_client(client: str, rounds: Mapping[int, Scores]) -> Summary:
-    """A_last and A_AUC of one client.
-
-    Args:
-        client: whose model was scored.
-        rounds: scores by round; round 0 is left out, at least one other is needed.
+    """A_last and A_AUC of one client, from its scores by round.
 
     Raises:
         ConfigurationError: no round after training was scored.
@@ -108,26 +91,18 @@ def mean_summary(clients: Sequence[Summary]) -> Summary:
     )
 
 
-def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Student's t interval for the mean of independent runs.
-
-    Args:
-        values: one per seed; at least one, all finite.
-        confidence: within (0, 1).
+def interval(values: Sequence[float]) -> Interval:
+    """Student's 95 % interval for the mean of independent runs, one value per seed.
 
     Raises:
-        ConfigurationError: there is no value, one is not finite, or the confidence is out of range.
+        ConfigurationError: there is no value, or one is not finite.
     """
     if not values or not all(math.isfinite(value) for value in values):
         raise ConfigurationError(f"an interval over {len(values)} values; give one or more, all finite")
-    if not 0.0 < confidence < 1.0:
-        raise ConfigurationError(f"confidence is {confidence}; give a number within (0, 1)")
     mean, count = fmean(values), len(values)
     if count == 1:
         return Interval(mean, None, 1)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
-    quantile = float(stdtrit(count - 1, 0.5 + confidence / 2.0))
-    return Interval(mean, quantile * math.sqrt(variance / count), count)
+    return Interval(mean, float(stdtrit(count - 1, 0.975)) * stdev(values) / math.sqrt(count), count)
 
 
 def area_under_curve(positive: npt.ArrayLike, negative: npt.ArrayLike) -> float:

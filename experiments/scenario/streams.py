@@ -71,14 +71,7 @@ def _slices(examples: Sequence[Example], count: int) -> tuple[tuple[Example, ...
 
 @dataclass(frozen=True)
 class Replay:
-    """Draws batches from all that has arrived, those drawn least first.
-
-    Attributes:
-        arriving: examples that arrive, by round, as counts.
-        batches: batches of each round.
-        batch_size: examples in a batch.
-        seed: of the draws.
-    """
+    """Draws batches from all that has arrived, those drawn least first; `arriving` are counts by round."""
 
     arriving: tuple[int, ...]
     batches: int
@@ -92,9 +85,6 @@ class Replay:
         softmax(-count / 0.125) over what is there, and every drawn example is counted; counts fade by 0.99
         per batch. A memory smaller than a batch is repeated to fill it.
 
-        Args:
-            round_number: from 1 on.
-
         Raises:
             ConfigurationError: nothing has arrived by then.
         """
@@ -103,8 +93,7 @@ class Replay:
         drawn: list[int] = []
         for number in range(1, round_number + 1):
             drawn = []
-            pace = self._pace(self.arriving[number - 1])
-            for arrived, batches in pace:
+            for arrived, batches in self._pace(self.arriving[number - 1]):
                 present += arrived
                 for _ in range(batches):
                     if not present:
@@ -132,12 +121,7 @@ class Replay:
 
 @dataclass(frozen=True)
 class Stream:
-    """One client's stream: what arrives in a round, and what it trains on.
-
-    Attributes:
-        slices: examples that arrive, by round from 1 on.
-        replay: draws from what has arrived.
-    """
+    """One client's stream: what arrives in each round from 1 on, and what is trained on of it."""
 
     slices: tuple[tuple[Example, ...], ...]
     replay: Replay
@@ -176,50 +160,3 @@ class InOrder(EpochSampler):
     def state_dict(self) -> dict[str, int]:
         """Where the walk stands; the round stands for the epoch."""
         return {"size": self._size, "seed": self._seed, "epoch": self._round, "position": self._taken}
-
-
-def dirichlet_shares(
-    labels: Sequence[str], clients: int, concentration: float, seed: int, least: int = 1
-) -> tuple[tuple[int, ...], ...]:
-    """Deal one data set to clients with label shares drawn from a Dirichlet distribution.
-
-    Args:
-        labels: class of each example.
-        clients: at least 1.
-        concentration: α > 0; small values give clients that hold few classes.
-        seed: of the draws; drawn again, at most 100 times, while a client has fewer than `least` examples.
-        least: fewest examples of a client.
-
-    Returns:
-        Indices by client, each index in exactly one list, in increasing order.
-
-    Raises:
-        ConfigurationError: α is not positive, or the examples do not suffice.
-
-    Reference:
-        Hsu, Qi and Brown (2019), arXiv 1909.06335.
-    """
-    if not concentration > 0.0 or not math.isfinite(concentration) or clients < 1:
-        raise ConfigurationError(
-            f"α is {concentration} for {clients} clients; give a finite α above 0 and a client at least"
-        )
-    if len(labels) < clients * least:
-        raise ConfigurationError(f"{len(labels)} examples for {clients} clients of at least {least} each")
-    classes = sorted(set(labels))
-    of_class = {name: [i for i, label in enumerate(labels) if label == name] for name in classes}
-    for attempt in range(100):
-        random = np.random.default_rng([seed, attempt])
-        shares: list[list[int]] = [[] for _ in range(clients)]
-        for name in classes:
-            indices = random.permutation(of_class[name])
-            cuts = (np.cumsum(random.dirichlet(np.full(clients, concentration)))[:-1] * len(indices)).astype(
-                int
-            )
-            for share, part in zip(shares, np.split(indices, cuts), strict=True):
-                share.extend(part.tolist())
-        if min(map(len, shares)) >= least:
-            return tuple(tuple(sorted(share)) for share in shares)
-    raise ConfigurationError(
-        f"100 draws with α = {concentration} left a client with fewer than {least} examples; "
-        "raise α, or lower the least number"
-    )

@@ -20,13 +20,7 @@ class RunProgress:
     def __init__(
         self, console: Console, total_steps: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Begin to count.
-
-        Args:
-            console: where it is shown.
-            total_steps: optimizer steps of all clients in all rounds, at least 1.
-            clock: seconds, monotonic.
-        """
+        """Begin to count the optimizer steps of all clients in all rounds."""
         self._console = console
         self._total = max(1, total_steps)
         self._clock = clock
@@ -85,13 +79,7 @@ class ClientProgress:
     """One client's part in it; see `fedmosaic.client.progress.Progress`."""
 
     def __init__(self, run: RunProgress, client: str, stopped: threading.Event) -> None:
-        """Begin.
-
-        Args:
-            run: the whole.
-            client: whose part this is.
-            stopped: once it is set, the next step of this client is its last.
-        """
+        """Begin; once `stopped` is set, the next step of this client is its last."""
         self._run, self._client, self._stopped = run, client, stopped
         self._round, self._counted, self._trains = 0, 0, False
 

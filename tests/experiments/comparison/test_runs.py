@@ -18,13 +18,12 @@ from fedmosaic.experiments.comparison import runs as comparison
 from fedmosaic.experiments.comparison.page import page
 from fedmosaic.experiments.comparison.runs import Group, Run, group_runs, relevance_quality
 from fedmosaic.experiments.comparison.tables import (
-    costs,
     epsilon_text,
     gains,
     markdown,
-    overview,
     percent,
     pooled,
+    sections,
     terminal_tables,
 )
 from fedmosaic.experiments.runs import command as runner
@@ -35,12 +34,10 @@ from fedmosaic.protos.errors import ConfigurationError
 def _run(seed: int, own: float, method: str = "fedavg", epsilon: float | None = math.inf) -> Run:
     summary = Summary(Pair(own, own / 2), Pair(own / 2, None))
     return Run(
-        directory=Path("x"),
         scenario="s, all",
         method=method,
         seed=seed,
         summary=summary,
-        clients={"a": summary},
         curve={0: Pair(0.1, 0.1), 1: Pair(own, own / 2)},
         epsilon={"server": epsilon, "recipients": math.inf},
         sent=1000.0,
@@ -87,28 +84,23 @@ def test_relevance_is_the_share_of_pairs_in_the_right_order() -> None:
     assert relevance_quality(["", "", "", ""], similarity) is None
 
 
-def test_markdown_has_a_table_per_scenario() -> None:
-    text = markdown(group_runs([_run(0, 0.4), _run(1, 0.6), replace(_run(0, 0.5), scenario="t, static")]))
-    assert text.count("| method | seeds |") == 2
-    assert "| `fedavg` | 2 | ∞ | ∞ | 50.0 ± 127.1 |" in text
-
-
-def test_the_overview_has_methods_by_scenarios() -> None:
+def test_sections_have_methods_by_scenarios_and_a_table_per_scenario() -> None:
     static = replace(_run(0, 0.5), scenario="t, static")
     runs = [_run(0, 0.4), _run(1, 0.6), static, replace(_run(0, 0.3, "local"), scenario="t, static")]
     groups = group_runs(runs)
-    tables = overview(groups)
-    assert [name for name, _, _ in tables] == ["Self A_last", "Self A_AUC", "Others A_last", "Others A_AUC"]
-    _, heads, rows = tables[0]
-    assert heads[:2] == ("ε server", "ε recipients")
-    assert set(heads[2:]) == {groups[0].scenario, "t, static"}
-    found = {method: dict(zip(heads, cells, strict=True)) for method, cells in rows}
+    overview, *_, first, _second, _gains = list(sections(groups))
+    assert overview.title == "Self A_last, %"
+    found = {method: dict(zip(overview.heads, cells, strict=True)) for method, cells in overview.rows}
     assert found["local"] == {
-        "ε server": "∞", "ε recipients": "∞", groups[0].scenario: "-", "t, static": "30.0",
+        "ε server": "∞", "ε recipients": "∞", "s, all": "-", "t, static": "30.0",
     }  # fmt: skip
     assert found["fedavg"]["t, static"] == "50.0"
-    assert "**Self A_last, %**" in markdown(groups)
-    assert overview([group for group in groups if group.scenario == "t, static"]) == []
+    assert first.rows == [("fedavg", ("2", "∞", "∞", *first.rows[0][1][3:7], "1.0", "-", "2"))]
+    assert first.rows[0][1][3] == "50.0 ± 127.1"
+    assert len(list(sections([group for group in groups if group.scenario == "t, static"]))) == 2
+    text = markdown(groups)
+    assert text.count("| method | seeds |") == 2
+    assert "| `fedavg` | 2 | ∞ | ∞ | 50.0 ± 127.1 |" in text
 
 
 def test_gains_are_paired_by_seed() -> None:
@@ -139,7 +131,6 @@ def test_gains_over_several_scenarios_are_paired_within_each() -> None:
     ((method, (last, *_)),) = gains(together)
     assert (method, last.split(" ")[0]) == ("a", "+20.0")
     assert "all scenarios together" in markdown(groups)
-    assert pooled(groups[:1]) == []
 
 
 def test_no_figure_is_cut_in_a_narrow_terminal() -> None:
@@ -181,7 +172,7 @@ def test_the_page_is_well_formed_and_self_contained() -> None:
     elements = _Elements()
     elements.feed(text)
     assert elements.open == []
-    assert elements.counts["figure"] == elements.counts["figcaption"] == elements.counts["img"] == 4
+    assert elements.counts["figure"] == elements.counts["figcaption"] == elements.counts["img"] == 2
     assert "local &lt;x&gt;" in text
     assert "<x>" not in text
     links = [value for name, value in elements.attributes if name in ("src", "href", "xlink:href")]
@@ -216,7 +207,9 @@ def test_finished_runs_are_compared_on_the_command_line(tmp_path: Path, tiny_sce
     local = by_method["local"].training_flops
     assert local == by_method["fedavg"].training_flops, "sharing costs no training"
     assert local is not None
-    assert float(costs(group_runs([by_method["local"]])[0])[1]) == pytest.approx(local / 1e12, rel=0.01)
+    (figures,) = sections(group_runs([by_method["local"]]))
+    shown = dict(zip(figures.heads, figures.rows[0][1], strict=True))
+    assert float(shown["TFLOP"]) == pytest.approx(local / 1e12, rel=0.01)
     assert set(by_method["fedavg"].curve) == {0, 1}
 
 

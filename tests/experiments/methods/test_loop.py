@@ -16,10 +16,10 @@ from fedmosaic.client.model.sampling import EpochSampler
 from fedmosaic.client.model.training import TrainingSettings
 from fedmosaic.experiments import methods
 from fedmosaic.experiments.comparison.report import read_run
-from fedmosaic.experiments.methods.distillation import answer_logits, distilled
+from fedmosaic.experiments.methods.distillation import answer_logits
 from fedmosaic.experiments.methods.ditto import Ditto
 from fedmosaic.experiments.methods.fedavg import FedAvg
-from fedmosaic.experiments.methods.feddat import FedDat
+from fedmosaic.experiments.methods.feddat import FedDat, distilled
 from fedmosaic.experiments.methods.feddpa import FedDpa
 from fedmosaic.experiments.methods.fedsim import FedSim
 from fedmosaic.experiments.methods.flexlora import FlexLora

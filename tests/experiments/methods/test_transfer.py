@@ -19,9 +19,9 @@ from fedmosaic.client.model.examples import Example, collate, encode_examples, p
 from fedmosaic.client.model.loss import example_losses
 from fedmosaic.client.model.training import TrainingSettings
 from fedmosaic.experiments.comparison.report import read_run
-from fedmosaic.experiments.methods import fedmkt, takfl
+from fedmosaic.experiments.methods import fedmkt, knowledge, takfl
 from fedmosaic.experiments.methods.distillation import answer_logits
-from fedmosaic.experiments.methods.fedmd import FedMd
+from fedmosaic.experiments.methods.fedmd import FedMd, mean_knowledge
 from fedmosaic.experiments.methods.fedmkt import FedMkt, better_known
 from fedmosaic.experiments.methods.knowledge import (
     Knowledge,
@@ -30,7 +30,6 @@ from fedmosaic.experiments.methods.knowledge import (
     cross_entropies,
     knowledge_of,
     learn,
-    mean_knowledge,
 )
 from fedmosaic.experiments.methods.lora import load_with_lora, read_adapter, using, write_adapter
 from fedmosaic.experiments.methods.strategy import SHARED, ServerSide
@@ -315,7 +314,8 @@ def test_architectures_teach_each_other_for_a_round(method: str, tmp_path: Path,
 def test_a_server_that_remembers_goes_on_where_it_stopped(
     tmp_path: Path, tiny_scenario: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fedmkt, "learn", partial(learn, steps=2))
+    for place in (fedmkt, knowledge):
+        monkeypatch.setattr(place, "learn", partial(learn, steps=2))
     scenario = tiny_scenario(method="fedmkt", schedule={"rounds": 2, "quorum": 4}, score="own")
     scenario = scenario.model_copy(update={"clients": scenario.clients[1:3]})
     whole = runner.run_here(scenario, tmp_path, tmp_path / "a", _console())

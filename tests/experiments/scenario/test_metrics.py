@@ -77,12 +77,6 @@ def test_an_interval_over_nothing_or_over_nan_is_refused(values: list[float]) ->
         interval(values)
 
 
-@pytest.mark.parametrize("confidence", [0.0, 1.0, -1.0])
-def test_a_confidence_outside_its_range_is_refused(confidence: float) -> None:
-    with pytest.raises(ConfigurationError):
-        interval([1.0, 2.0], confidence)
-
-
 def test_scores_that_are_missing_or_not_finite_are_refused() -> None:
     with pytest.raises(ConfigurationError):
         client_scores("a", {})

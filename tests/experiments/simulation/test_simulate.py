@@ -19,12 +19,12 @@ from fedmosaic.experiments.comparison.report import merged_statement, read_run, 
 from fedmosaic.experiments.comparison.runs import compared_run
 from fedmosaic.experiments.runs import command as runner
 from fedmosaic.experiments.runs.client_processes import check_as_processes, client_process
-from fedmosaic.experiments.scenario.participants import Board, read_evaluations
+from fedmosaic.experiments.scenario.participants import Evaluation, read_evaluations
 from fedmosaic.experiments.scenario.processes import RunFailedError
 from fedmosaic.experiments.scenario.terms import ScenarioClient, ScenarioTask
 from fedmosaic.experiments.simulation import simulate as simulation
 from fedmosaic.experiments.simulation.client import StreamLearner
-from fedmosaic.experiments.simulation.hosts import ModelHost, Tenant
+from fedmosaic.experiments.simulation.models import AdapterState, SharedModel
 from fedmosaic.experiments.simulation.progress import RunProgress
 from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.ledger.ledger import read_ledger
@@ -202,15 +202,15 @@ def test_a_stream_releases_one_profile_per_round_which_compose_in_parallel(
 
 
 def test_a_host_keeps_the_clients_apart(tiny_scenario: Any) -> None:
-    hosts, _ = simulation.make_hosts(tiny_scenario())
-    host: ModelHost = next(iter(hosts.values()))
-    first, second = Tenant(), Tenant()
-    with host.lent_to(first) as model, torch.no_grad():
+    hosts, _ = simulation.make_models(tiny_scenario())
+    host: SharedModel = next(iter(hosts.values()))
+    first, second = AdapterState(), AdapterState()
+    with host.with_adapter(first) as model, torch.no_grad():
         for parameter in host._adapter.values():
             parameter.fill_(1.0)
-    with host.lent_to(second) as model:
+    with host.with_adapter(second) as model:
         assert not read_shared(model).any()
-    with host.lent_to(first) as model:
+    with host.with_adapter(first) as model:
         assert (read_shared(model) == 1.0).all()
 
 
@@ -218,7 +218,7 @@ def test_a_test_prompt_in_training_is_refused(tiny_scenario: Any, tiny_folder: P
     scenario = tiny_scenario()
     leaking = scenario.clients[0].model_copy(update={"train": tiny_folder / "test-3.jsonl"})
     with pytest.raises(ConfigurationError, match="test prompt"):
-        Board(scenario.model_copy(update={"clients": (leaking, *scenario.clients[1:])}))
+        Evaluation(scenario.model_copy(update={"clients": (leaking, *scenario.clients[1:])}))
 
 
 def test_processes_refuse_what_they_do_not_know(tiny_scenario: Any) -> None:
@@ -249,8 +249,8 @@ def test_a_process_has_all_its_tasks_in_one_file(tiny_scenario: Any, tmp_path: P
     parts = [read_examples(task.train) for task in scenario.clients[0].task_list]
     merged = read_examples(first.train)
     assert len(merged) == sum(map(len, parts))
-    assert [example.prompt for example in merged[:2]] == [part[0].prompt for part in parts]
-    assert [example.id.partition("/")[0] for example in merged[:2]] == ["task-0", "task-1"]
+    assert [example.prompt for example in merged] == [e.prompt for part in parts for e in part]
+    assert {example.id.partition("/")[0] for example in merged} == {"task-0", "task-1"}
     # Limits are for each task, and the files are cut to them.
     assert (first.evaluation_examples, first.others_examples) == (0, 0)
     assert first.test is not None
