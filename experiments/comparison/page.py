@@ -13,13 +13,7 @@ from fedmosaic.experiments.comparison.tables import by_scenario, sections
 
 
 def page(groups: Sequence[Group], command: str, reference: str = REFERENCE) -> str:
-    """The page as HTML.
-
-    Args:
-        groups: at least one.
-        command: that makes this page again.
-        reference: the method that the others are compared with seed by seed.
-    """
+    """The page as HTML; `command` is what makes it again, `reference` as of `sections`."""
     environment = Environment(
         loader=PackageLoader("fedmosaic.experiments.comparison", "."),
         autoescape=True,

@@ -10,11 +10,10 @@ from typing import Any, Final
 from fedmosaic.experiments.scenario.metrics import (
     Interval,
     Pair,
-    Summary,
     area_under_curve,
+    client_scores,
     interval,
-    mean_summary,
-    summarise_client,
+    mean_pair,
 )
 from fedmosaic.experiments.scenario.participants import read_evaluations
 from fedmosaic.privacy.configuration import parse_json
@@ -35,28 +34,33 @@ class Run:
         scenario: its name and its stream.
         method: with the words that tell it from others of the same method.
         seed: of the run.
-        summary: means over the clients.
-        curve: Self and Others by scored round, means over the clients.
+        curve: Self and Others by scored round, means over the clients; round 0 is before any training.
         epsilon: by reader, the largest over the clients; None where only cryptography protects.
         sent: mean bytes that a client sent in a round.
         seconds: of the whole run.
-        training_flops: of all clients' own training steps; None where a client's were not measured.
+        training_flops: of all clients' own training steps; NaN where a client's were not measured.
         protection: of the adapter, as in a roster; empty for methods without a server of FedMosaic.
         relevance: how the last round's similarities tell clients of one group from others (area under the
-            ROC curve); None without groups or without similarities.
+            ROC curve); NaN without groups or without similarities.
     """
 
     scenario: str
     method: str
     seed: int
-    summary: Summary
     curve: Mapping[int, Pair]
     epsilon: Mapping[str, float | None]
     sent: float
     seconds: float
-    training_flops: float | None = None
+    training_flops: float = math.nan
     protection: str = ""
-    relevance: float | None = None
+    relevance: float = math.nan
+
+    @property
+    def figures(self) -> tuple[float, ...]:
+        """In the order of `FIGURES`; NaN where nothing of the kind was scored."""
+        scored = {number: pair for number, pair in self.curve.items() if number > 0}
+        last, area = scored[max(scored)], mean_pair(scored.values())
+        return (last.own, area.own, last.others, area.others)
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,7 @@ class Group:
 
     def figures(self) -> tuple[Interval | None, ...]:
         """The four figures in the order of `FIGURES`; None where a run lacks one."""
-        columns = zip(*(_figures(run) for run in self.runs), strict=True)
-        return tuple(
-            interval([v for v in values if v is not None]) if None not in values else None
-            for values in columns
-        )
+        return tuple(map(interval, zip(*(run.figures for run in self.runs), strict=True)))
 
     def gains(self, reference: "Group") -> tuple[Interval | None, ...]:
         """What this group has over another one, seed by seed: the mean difference and its interval.
@@ -82,30 +82,18 @@ class Group:
         over the scenarios and seeds that both have; None where a run lacks the figure or there is no such
         seed.
         """
-        others = {(run.scenario, run.seed): _figures(run) for run in reference.runs}
-        pairs = [
-            (_figures(run), others[run.scenario, run.seed])
+        others = {(run.scenario, run.seed): run.figures for run in reference.runs}
+        differences = [
+            [a - b for a, b in zip(run.figures, others[run.scenario, run.seed], strict=True)]
             for run in self.runs
             if (run.scenario, run.seed) in others
         ]
-        return tuple(
-            _difference([(mine[place], theirs[place]) for mine, theirs in pairs]) for place in range(4)
-        )
+        return tuple(interval([row[place] for row in differences]) for place in range(len(FIGURES)))
 
     def epsilon(self, reader: str) -> float | None:
         """The largest over the runs; None where only cryptography protects in all of them."""
         known = [value for run in self.runs if (value := run.epsilon[reader]) is not None]
         return max(known) if known else None
-
-
-def _figures(run: Run) -> tuple[float | None, ...]:
-    last, area = run.summary.last, run.summary.auc
-    return (last.own, area.own, last.others, area.others)
-
-
-def _difference(pairs: Sequence[tuple[float | None, float | None]]) -> Interval | None:
-    values = [a - b for a, b in pairs if a is not None and b is not None]
-    return interval(values) if values and len(values) == len(pairs) else None
 
 
 def compared_run(directory: Path) -> Run:
@@ -115,24 +103,20 @@ def compared_run(directory: Path) -> Run:
         ConfigurationError: there is no finished run with scores by round.
     """
     scenario = read_object(directory / "scenario.json")
-    summaries: list[Summary] = []
-    rounds: dict[int, list[Summary]] = {}
+    rounds: dict[int, list[Pair]] = {}
     results = []
     for client in scenario["clients"]:
         name = client["id"]
         state = directory / "federation" / "clients" / name / "state"
-        scored = {
-            number: {_label(label): score for label, score in scores.items()}
-            for number, scores in read_evaluations(state).items()
-        }
-        if not (state / "result.json").exists() or not scored:
+        evaluations = read_evaluations(state)
+        if not (state / "result.json").exists() or max(evaluations, default=0) < 1:
             raise ConfigurationError(
                 f"{directory}: client {name} has no scores by round; compare finished runs of one process "
                 "(`fedmosaic run` without --processes)"
             )
-        summaries.append(summarise_client(name, scored))
-        for number in scored:
-            rounds.setdefault(number, []).append(summarise_client(name, {1: scored[number]}))
+        for number, scores in evaluations.items():
+            labelled = {_label(label): score for label, score in scores.items()}
+            rounds.setdefault(number, []).append(client_scores(name, labelled))
         results.append((state, read_object(state / "result.json")))
     sent = [sum(channel["sent"] for channel in result["traffic"].values()) for _, result in results]
     flops = [result.get("training_flops", math.nan) for _, result in results]
@@ -140,12 +124,11 @@ def compared_run(directory: Path) -> Run:
         scenario=f"{scenario['name']}, {scenario['stream']}",
         method=f"{scenario['method']} {scenario['variant']}".strip(),
         seed=int(scenario["seed"]),
-        summary=mean_summary(summaries),
-        curve={number: mean_summary(found).last for number, found in sorted(rounds.items())},
+        curve={number: mean_pair(pairs) for number, pairs in sorted(rounds.items())},
         epsilon={reader: _epsilon(reader, results) for reader in READERS},
         sent=fmean(sent) / scenario["schedule"]["rounds"],
         seconds=float(read_object(directory / "run.json").get("seconds", 0.0)),
-        training_flops=None if math.isnan(total := math.fsum(flops)) else total,
+        training_flops=math.fsum(flops),
         **_exchange(directory, scenario),
     )
 
@@ -163,25 +146,18 @@ def _exchange(directory: Path, scenario: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def relevance_quality(groups: Sequence[str], similarity: Sequence[Sequence[float | None]]) -> float | None:
+def relevance_quality(groups: Sequence[str], similarity: Sequence[Sequence[float | None]]) -> float:
     """Probability that a pair of one group is more similar than a pair of two, ties counted half.
 
-    Args:
-        groups: of every client; "" for a client of unknown group, whose pairs are left out.
-        similarity: (N, N) symmetric; None where nothing is known, which counts as no similarity at all.
-
-    Returns:
-        Area under the ROC curve in [0, 1]; None without pairs of either kind.
+    Pairs of a client of unknown group ("") are left out. In the (N, N) symmetric similarities None, where
+    nothing is known, counts as no similarity at all. NaN without pairs of either kind.
     """
     pairs: dict[bool, list[float]] = {True: [], False: []}
     for i, one in enumerate(groups):
         for j, other in enumerate(groups[:i]):
             if one and other:
-                value = similarity[i][j]
-                pairs[one == other].append(0.0 if value is None else value)
-    if not pairs[True] or not pairs[False]:
-        return None
-    return area_under_curve(pairs[True], pairs[False])
+                pairs[one == other].append(similarity[i][j] or 0.0)
+    return area_under_curve(pairs[True], pairs[False]) if pairs[True] and pairs[False] else math.nan
 
 
 def _label(label: str) -> tuple[str, str]:

@@ -105,13 +105,13 @@ def gains(groups: Sequence[Group], reference: str = REFERENCE) -> Rows:
 
 
 def _figures(group: Group) -> tuple[str, ...]:
-    known = [run.training_flops for run in group.runs if run.training_flops is not None]
+    flops = fmean(run.training_flops for run in group.runs)
     return (
         str(len(group.runs)),
         *(epsilon_text(group.epsilon(reader)) for reader in ("server", "recipients")),
         *(percent(figure) for figure in group.figures()),
         f"{fmean(run.sent for run in group.runs) / 1000:.1f}",
-        f"{fmean(known) / 1e12:.3g}" if len(known) == len(group.runs) else "-",
+        "-" if math.isnan(flops) else f"{flops / 1e12:.3g}",
         f"{fmean(run.seconds for run in group.runs):.0f}",
     )
 

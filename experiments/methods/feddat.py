@@ -1,9 +1,5 @@
 """FedDAT: shared and personal adapter teach each other."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import ClassVar
-
 import torch
 from peft import PeftModel
 from torch import nn
@@ -20,20 +16,16 @@ class FedDat(Strategy):
     Reference: Chen et al. (2024), arXiv 2308.12305.
     """
 
-    adapters: ClassVar[tuple[str, ...]] = (SHARED, PERSONAL, RECEIVED)
+    adapters = (SHARED, PERSONAL, RECEIVED)
     shares = True
+    scored_with = (RECEIVED, PERSONAL)
+    scored_scale = 0.5
 
     def train(self, trainer: Trainer) -> None:
         """Per batch: the shared adapter learns from the pair, the personal one from the shared one."""
         write_adapter(trainer.model, RECEIVED, read_adapter(trainer.model, SHARED))
         with using(trainer.model, self.adapters, [SHARED, PERSONAL]):
             trainer.fit(_mutual(trainer.model))
-
-    @contextmanager
-    def scored(self, model: PeftModel) -> Iterator[nn.Module]:
-        """The mean of the received and the personal adapter."""
-        with using(model, [RECEIVED, PERSONAL], scale=0.5):
-            yield model
 
 
 def _mutual(model: PeftModel) -> ExampleLosses:

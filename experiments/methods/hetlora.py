@@ -7,7 +7,7 @@ import numpy as np
 from fedmosaic.experiments.methods.fedavg import FedAvg
 from fedmosaic.experiments.methods.lora import Vector
 from fedmosaic.experiments.methods.matrices import Matrices, pack, pad, unpack
-from fedmosaic.experiments.methods.strategy import ServerSide, check_uploads
+from fedmosaic.experiments.methods.strategy import ServerSide
 
 
 class HetLora(FedAvg):
@@ -21,7 +21,6 @@ class HetLora(FedAvg):
 
     def combine(self, uploads: Mapping[str, Vector], server: ServerSide) -> Mapping[str, Vector]:
         """Weights are ‖BA‖ over all modules, normalised over the clients; uniform while all are zero."""
-        check_uploads(uploads)
         names = sorted(uploads)
         parts = {name: unpack(uploads[name], server, name) for name in names}
         norms = np.array([np.sqrt(sum(_squared_norm(a, b) for a, b in parts[name])) for name in names])

@@ -6,7 +6,7 @@ Shape suffixes: B batch, T answer tokens (with the end of sequence), V vocabular
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Final
 
 import torch
 from torch import nn
@@ -29,7 +29,6 @@ from fedmosaic.experiments.methods.strategy import (
     Exchange,
     ServerSide,
     Strategy,
-    check_uploads,
 )
 from fedmosaic.experiments.methods.vocabulary import VocabularyMap, answer_spans
 from fedmosaic.protos.errors import ModelError
@@ -263,7 +262,7 @@ def _lesson_losses(server: ServerSide, lesson: Lesson, order: _Remembering) -> E
 class KnowledgeStrategy(Strategy):
     """Clients tell what they say about public examples, and learn from what comes back. No weights leave."""
 
-    adapters: ClassVar[tuple[str, ...]] = (SHARED, TEACHER)
+    adapters = (SHARED, TEACHER)
     shares = True
 
     def __init__(self) -> None:
@@ -280,7 +279,6 @@ class KnowledgeStrategy(Strategy):
 
     def exchange(self, uploads: Mapping[str, Vector], servers: Mapping[str, ServerSide]) -> Exchange:
         """All say what they know; then every architecture's clients get an answer and learn from it."""
-        check_uploads(uploads)
         said = {
             name: (server, knowledge_of(server, [uploads[name]]))
             for server in servers.values()

@@ -26,7 +26,7 @@ from fedmosaic.client.model.training import TrainingSettings
 from fedmosaic.client.transport.traffic import Traffic
 from fedmosaic.experiments.methods.local import LocalOnly
 from fedmosaic.experiments.methods.lora import Vector, load_with_lora
-from fedmosaic.experiments.methods.strategy import ServerSide, Strategy, Trainer
+from fedmosaic.experiments.methods.strategy import ServerSide, Strategy, Trainer, check_uploads
 from fedmosaic.experiments.scenario.participants import (
     Evaluation,
     TestSet,
@@ -70,13 +70,7 @@ class _Member:
 
 
 def run_baseline(strategy: Strategy, scenario: Scenario, directory: Path, console: Console) -> None:
-    """Run a baseline to its end, or go on with it after the last complete round.
-
-    Args:
-        strategy: the method.
-        scenario: paths resolved; adapter.rank is the rank of clients that name none.
-        directory: the run's directory.
-        console: where progress is shown.
+    """Run a baseline to its end, or go on with it after the last complete round in the run's directory.
 
     Raises:
         FedMosaicError: the scenario cannot be run.
@@ -220,6 +214,7 @@ def _share(
     strategy: Strategy, scenario: Scenario, members: Sequence[_Member], uploads: Mapping[str, Vector]
 ) -> None:
     """Let the server do its part, and hand out what it gives."""
+    check_uploads(uploads)
     public = read_public_examples(scenario.profile.public_data)
     servers: dict[str, ServerSide] = {}
     with ExitStack() as lent:

@@ -35,13 +35,8 @@ def load_with_lora(
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load a base model and put LoRA adapters on it that add nothing at first (B = 0).
 
-    Args:
-        settings: where the model comes from.
-        terms: modules to adapt, and α over rank, which every rank keeps.
-        names: of the adapters.
-        rank: of all of them.
-        seed: of the initial A.
-        alike: all adapters start with the same A, else each with its own.
+    α over rank is that of the terms for every rank. The seed is of the initial A; with `alike` all adapters
+    start with the same one.
 
     Raises:
         ModelError: the model cannot be loaded, or lacks the modules.

@@ -88,11 +88,8 @@ class Exchange:
     @classmethod
     def of_adapters(cls, uploads: Mapping[str, Vector], received: Mapping[str, Vector]) -> "Exchange":
         """An exchange in which adapters travel both ways."""
-        return cls(
-            received,
-            {name: vector.nbytes for name, vector in uploads.items()},
-            {name: vector.nbytes for name, vector in received.items()},
-        )
+        sent, got = ({name: v.nbytes for name, v in side.items()} for side in (uploads, received))
+        return cls(received, sent, got)
 
 
 class Strategy:
@@ -104,12 +101,16 @@ class Strategy:
         passes: optimizer steps of a client for every step of the settings.
         alike: whether all adapters start with the same A; they need not where both are trained on one loss,
             which would keep them equal.
+        scored_with: adapters that a model is scored with after a round's training.
+        scored_scale: factor on their outputs.
     """
 
     adapters: ClassVar[tuple[str, ...]] = (SHARED,)
     shares: ClassVar[bool] = False
     passes: ClassVar[int] = 1
     alike: ClassVar[bool] = True
+    scored_with: ClassVar[tuple[str, ...]] = (SHARED,)
+    scored_scale: ClassVar[float] = 1.0
 
     def __init__(self) -> None:
         self.server_state: dict[str, Vector] = {}
@@ -122,8 +123,8 @@ class Strategy:
 
     @contextmanager
     def scored(self, model: PeftModel) -> Iterator[nn.Module]:
-        """The model as it is scored after a round's training."""
-        with using(model, [SHARED]):
+        """The model as it is scored."""
+        with using(model, self.scored_with, scale=self.scored_scale):
             yield model
 
     def upload(self, model: PeftModel) -> Vector:
@@ -131,11 +132,7 @@ class Strategy:
         return read_adapter(model, SHARED)
 
     def combine(self, uploads: Mapping[str, Vector], server: ServerSide) -> Mapping[str, Vector]:
-        """What every client of one architecture receives.
-
-        Uniform mean over the architecture's clients, the recipient among them.
-        """
-        check_uploads(uploads)
+        """What every client of one architecture receives: the uniform mean over all, itself included."""
         stacked = np.stack([uploads[name] for name in sorted(uploads)])
         mean: np.ndarray = stacked.mean(axis=0, dtype=np.float64)
         return dict.fromkeys(uploads, mean.astype(np.float32).reshape(-1))

@@ -53,16 +53,7 @@ class VocabularyMap:
 
 
 def edit_distances(text: str, letters: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Levenshtein's distance of a text to many others.
-
-    Args:
-        text: any.
-        letters: (N, L) code points, filled up with zeros.
-        lengths: (N,) characters of each.
-
-    Returns:
-        (N,) int64 distances.
-    """
+    """Levenshtein's distance (N,) of a text to others: (N, L) code points, zeros behind, and (N,) lengths."""
     count, longest = letters.shape
     row = np.tile(np.arange(longest + 1), (count, 1))
     for number, letter in enumerate(text, start=1):
@@ -83,13 +74,7 @@ def answer_spans(
 ) -> list[SpanPair]:
     """Which tokens of an answer stand for the same characters in two vocabularies.
 
-    Args:
-        source: fast tokenizer.
-        target: fast tokenizer.
-        answer: its tokens are those that `fedmosaic.client.model.examples.answer_tokens` gives.
-
-    Returns:
-        Pairs of positions, from 0 at the answer's first token. The end of sequence is not among them.
+    Pairs of positions, from 0 at the answer's first token. The end of sequence is not among them.
 
     Raises:
         ModelError: a tokenizer is slow.

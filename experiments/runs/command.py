@@ -201,13 +201,9 @@ def run_at(scenario: Scenario, directory: Path, console: Console) -> None:
 
 
 def run(scenario: Scenario, base: Path, output_dir: Path, console: Console) -> Path:
-    """Run a scenario with real processes; gives the run's directory.
+    """Run a scenario with real processes, in a directory below `output_dir`, which is given back.
 
-    Args:
-        scenario: what to run.
-        base: directory that relative paths of the scenario start from.
-        output_dir: parent of the run's directory.
-        console: where progress is shown.
+    Relative paths of the scenario start from `base`.
 
     Raises:
         RunFailedError: a process failed; the message names it and shows the end of its log.

@@ -18,13 +18,9 @@ from fedmosaic.privacy.mechanism.profile import ProfileMechanism
 def fit_profile(
     scenario: Scenario, directory: Path, console: Console, *, own_process: bool
 ) -> ProfileMechanism:
-    """Fit the public basis of the task profile, unless the run's directory holds it already.
+    """Fit the public basis of the task profile, unless the run's `profile/` holds it already.
 
-    Args:
-        scenario: probe and public data, paths resolved.
-        directory: the run's directory; the mechanism and its basis are written below it.
-        console: told what happens.
-        own_process: fit in a process of its own, so that its model's memory is given back.
+    With a process of its own the memory of its model is given back.
 
     Raises:
         RunFailedError: the process failed; the message shows the end of its log.
@@ -68,9 +64,6 @@ def _fit_arguments(scenario: Scenario, out: Path) -> list[str]:
 def agreed_adapter(scenario: Scenario) -> AdapterTerms:
     """The adapter's terms; where clients name aligned checkpoints, with the basis that the first one carries.
 
-    Args:
-        scenario: paths resolved. A basis that it names itself stays as it is.
-
     Raises:
         ModelError: there is no aligned checkpoint where a client names one.
     """
@@ -87,15 +80,7 @@ def found_federation(
     port: int,
     adapter: AdapterTerms | None = None,
 ) -> None:
-    """Make identities, certificates and the roster in the run's directory, whose `profile/` holds the basis.
-
-    Args:
-        scenario: members and terms.
-        profile: the fitted mechanism.
-        directory: of the run.
-        port: where the server will listen.
-        adapter: the adapter's terms, if other than the scenario's.
-    """
+    """Make identities, certificates and the roster in a run's directory, whose `profile/` holds the basis."""
     config = federation.FederationConfig(
         federation=scenario.name,
         members=tuple(federation.MemberEntry(id=c.id, family=c.family) for c in scenario.clients),

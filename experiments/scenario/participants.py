@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client.model.examples import Example, read_examples
 from fedmosaic.client.model.scoring import score_examples
-from fedmosaic.experiments.scenario.streams import Stream, make_stream
+from fedmosaic.experiments.scenario.streams import Stream, arrivals
 from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient
 from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.files import write_atomically
@@ -42,14 +42,10 @@ def client_stream(scenario: Scenario, index: int) -> Stream | None:
     if scenario.stream == "all":
         return None
     training = scenario.training
-    return make_stream(
-        training_tasks(scenario.clients[index]),
-        scenario.schedule.rounds,
-        scenario.stream,
-        training.steps * training.gradient_accumulation_steps,
-        training.per_device_train_batch_size,
-        client_seed(scenario, index),
-    )
+    tasks, seed = training_tasks(scenario.clients[index]), client_seed(scenario, index)
+    slices = arrivals(tasks, scenario.schedule.rounds, scenario.stream, seed)
+    batches = training.steps * training.gradient_accumulation_steps
+    return Stream(slices, batches, training.per_device_train_batch_size, seed)
 
 
 def client_seed(scenario: Scenario, index: int) -> int:
@@ -129,13 +125,7 @@ class Evaluation:
         alike: Mapping[str, Hashable],
         score: Callable[[str, TestSet], float],
     ) -> None:
-        """Score round 0, unless that is done, once per model and test set.
-
-        Args:
-            states: directory of every client.
-            alike: by client; those with the same value start from the same adapter.
-            score: of a client's model on a test set.
-        """
+        """Score round 0, unless that is done, once per test set for all with the same value in `alike`."""
         known: dict[tuple[Hashable, str, int], float] = {}
         for client, state in states.items():
             tests = {(alike[client], t.label, len(t.examples)): t for t in self.sets_of(client)}

@@ -28,17 +28,10 @@ COUNT_TEMPERATURE = 0.125
 def arrivals(
     tasks: Sequence[Sequence[Example]], rounds: int, order: Order, seed: int
 ) -> tuple[tuple[Example, ...], ...]:
-    """Cut a client's tasks into one slice per round; every example arrives exactly once.
+    """Cut a client's tasks into one slice per round, from round 1 on; every example arrives exactly once.
 
-    Args:
-        tasks: examples of each task, tasks in their order.
-        rounds: number of slices.
-        order: "dynamic" lets the tasks arrive one after the other, each over an equal share of the rounds,
-            which may end within a round; "static" mixes all tasks into every round.
-        seed: of the shuffles.
-
-    Returns:
-        Examples by round, from round 1 on; slices differ by at most one example per task.
+    "dynamic" lets the tasks arrive one after the other, each over an equal share of the rounds, which may end
+    within a round; "static" mixes all tasks into every round. Slices differ by at most one example per task.
 
     Raises:
         ConfigurationError: there is no example or no round.
@@ -70,13 +63,25 @@ def _slices(examples: Sequence[Example], count: int) -> tuple[tuple[Example, ...
 
 
 @dataclass(frozen=True)
-class Replay:
-    """Draws batches from all that has arrived, those drawn least first; `arriving` are counts by round."""
+class Stream:
+    """One client's stream: what arrives in each round from 1 on, and batches drawn from what has arrived.
 
-    arriving: tuple[int, ...]
+    Those drawn least come first.
+    """
+
+    slices: tuple[tuple[Example, ...], ...]
     batches: int
     batch_size: int
     seed: int
+
+    def arriving(self, round_number: int) -> tuple[Example, ...]:
+        """Examples that arrive in a round."""
+        return self.slices[round_number - 1]
+
+    def training(self, round_number: int) -> list[Example]:
+        """Examples of a round's batches, end to end; see `drawn`."""
+        arrived = [example for part in self.slices[:round_number] for example in part]
+        return [arrived[index] for index in self.drawn(round_number)]
 
     def drawn(self, round_number: int) -> list[int]:
         """Which examples, numbered by arrival, the batches of a round hold, end to end.
@@ -88,12 +93,12 @@ class Replay:
         Raises:
             ConfigurationError: nothing has arrived by then.
         """
-        counts = np.zeros(sum(self.arriving))
+        counts = np.zeros(sum(map(len, self.slices)))
         present = 0
         drawn: list[int] = []
         for number in range(1, round_number + 1):
             drawn = []
-            for arrived, batches in self._pace(self.arriving[number - 1]):
+            for arrived, batches in self._pace(len(self.arriving(number))):
                 present += arrived
                 for _ in range(batches):
                     if not present:
@@ -117,31 +122,6 @@ class Replay:
         chosen = order[: self.batch_size].tolist()
         counts[chosen] += 1.0
         return [chosen[i % len(chosen)] for i in range(self.batch_size)]
-
-
-@dataclass(frozen=True)
-class Stream:
-    """One client's stream: what arrives in each round from 1 on, and what is trained on of it."""
-
-    slices: tuple[tuple[Example, ...], ...]
-    replay: Replay
-
-    def arriving(self, round_number: int) -> tuple[Example, ...]:
-        """Examples that arrive in a round."""
-        return self.slices[round_number - 1]
-
-    def training(self, round_number: int) -> list[Example]:
-        """Examples of a round's batches, end to end."""
-        arrived = [example for part in self.slices[:round_number] for example in part]
-        return [arrived[index] for index in self.replay.drawn(round_number)]
-
-
-def make_stream(
-    tasks: Sequence[Sequence[Example]], rounds: int, order: Order, batches: int, batch_size: int, seed: int
-) -> Stream:
-    """A client's stream; see `arrivals` and `Replay` for the arguments and errors."""
-    slices = arrivals(tasks, rounds, order, seed)
-    return Stream(slices, Replay(tuple(map(len, slices)), batches, batch_size, seed))
 
 
 class InOrder(EpochSampler):

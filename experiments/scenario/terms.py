@@ -201,11 +201,9 @@ class Scenario(Frozen):
         return tuple(sorted({*range(every, rounds + 1, every), rounds}))
 
     def resolved(self, base: Path) -> "Scenario":
-        """The same scenario with absolute paths.
+        """The same scenario with absolute paths, which start from the directory of the scenario file.
 
-        Args:
-            base: directory of the scenario file. A model path that is no folder there stays as it is: it
-                may be the id of a model on a hub.
+        A model path that is no folder there stays as it is: it may be the id of a model on a hub.
 
         Raises:
             ConfigurationError: a path needs an environment variable that is not set.

@@ -73,13 +73,10 @@ class TurnTakingLearner:
         *,
         discard: bool = False,
     ) -> None:
-        """Make the learner.
+        """Make the learner on the shared model.
 
-        Args:
-            make: builds it on the shared model.
-            shared: the model.
-            scored: called after every round's training, while the model still holds this client's adapter.
-            discard: do not use what is received, as if the policy had refused it.
+        `scored` is called after every round's training, while the model still holds this client's adapter.
+        With `discard` what is received is not used, as if the policy had refused it.
         """
         self._shared, self.adapter = shared, AdapterState()
         self._discard, self._scored = discard, scored
@@ -142,13 +139,7 @@ class StreamReleases(Releases):
     def __init__(
         self, of_round: Callable[[int], Releases], randomness: Randomness, anchor: ServerAnchor
     ) -> None:
-        """Begin.
-
-        Args:
-            of_round: makes the releases of one round's data epoch.
-            randomness: as that of every round.
-            anchor: of the ledger that all rounds share.
-        """
+        """Begin; `of_round` makes the releases of one round's data epoch, on the ledger of the anchor."""
         # The state of a data epoch, which the base class sets up, is that of the round's own releases.
         self.receive_only = False
         self.randomness = randomness

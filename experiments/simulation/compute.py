@@ -64,12 +64,8 @@ def by_client(
 def equal_steps(scenario: Scenario, flops: Mapping[str, float], reference: Mapping[str, float]) -> Scenario:
     """The scenario with as many steps as cost what its steps of the reference method cost.
 
-    One number for all clients: the sum over the clients is what is brought to the reference's.
-
-    Args:
-        scenario: what is to be run.
-        flops: of a step of its method, by client.
-        reference: of a step of the reference method, by client; empty to leave the steps as they are.
+    One number for all clients: the sum over the clients is what is brought to the reference's. Operations of
+    a step are by client; no reference leaves the steps as they are.
     """
     if not reference:
         return scenario

@@ -86,14 +86,7 @@ class SharedModel:
 def shared_model(
     scenario: Scenario, client: ScenarioClient, model: PeftModel, tokenizer: PreTrainedTokenizerBase
 ) -> SharedModel:
-    """A model that can read the images of all the scenario's examples; see `give_sight` for the errors.
-
-    Args:
-        scenario: paths resolved.
-        client: the first of those that use the model.
-        model: adapted; its input embedding is changed if the scenario has images.
-        tokenizer: of the model.
-    """
+    """A model that can read the images of all the scenario's examples; see `give_sight` for the errors."""
     inputs = Sight(client.model.path, scenario.images, client.projector, scenario.question_only)
     tasks = [task for entry in (*scenario.clients, *scenario.unseen) for task in entry.task_list]
     examples = [e for task in tasks for file in (task.train, task.test) for e in read_examples(file)]

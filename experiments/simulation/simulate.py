@@ -89,8 +89,8 @@ def simulate(
         scenario: paths resolved.
         directory: the run's directory; what is there already is kept and gone on with.
         console: where progress is shown.
-        reference: operations of a step of the method that this one is to cost as much as, by client; none
-            to leave the steps as they are.
+        reference: operations of a step of the method that this one is to cost as much as, by client; none to
+            leave the steps as they are.
 
     Raises:
         RunFailedError: a client failed; the message names it.

@@ -51,14 +51,7 @@ def adapt_unseen(
 ) -> None:
     """Let every unseen client begin, train and be scored, unless an earlier process has done it.
 
-    Args:
-        scenario: names the clients, and the numbers of steps after which they are scored.
-        evaluation: its test sets.
-        directory: of the run.
-        model_of: gives the model that a client shares.
-        begin: gives a client what the method has for it.
-        train: a client's training by itself.
-        scored: the model as the method scores it.
+    `train` is a client's training by itself, and `scored` gives the model as the method scores it.
     """
     done = {client.id for client in read_unseen(directory)}
     for number, entry in enumerate(scenario.unseen, start=len(scenario.clients)):
@@ -81,16 +74,7 @@ def adapt_unseen(
 
 @dataclass(frozen=True)
 class Federation:
-    """What a finished federation has for an unseen client.
-
-    Attributes:
-        scenario: with unseen clients.
-        directory: of the run.
-        terms: of the roster.
-        settings: of the server, whose store holds the members' profiles.
-        probe: reads the client's examples.
-        shared: what each member shares, float32 (d,).
-    """
+    """What a finished federation has for an unseen client; `shared`: the members' adapters, float32 (d,)."""
 
     scenario: Scenario
     directory: Path

@@ -55,14 +55,10 @@ class TrainProjector:
     """Folder or hub id of the language model."""
     out: Path
     """Where to write it; `projector` of a scenario's client."""
-    gguf_file: str | None = None
-    """GGUF file inside the folder."""
     keep_layers: int | None = None
     """Keep only so many of the first layers, as the clients do."""
     steps: int = 400
     """Optimizer steps of 16 questions; everything but the projector is frozen."""
-    seed: int = 0
-    """Of the start and of the order of the questions."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -93,20 +89,17 @@ def pretrain(arguments: TrainProjector, console: Console) -> None:
     cache = cache_directory()
     folder, train = easy_vqa(cache, "train")
     _, test = easy_vqa(cache, "test")
-    model, tokenizer = load_base_model(
-        arguments.model, gguf_file=arguments.gguf_file, keep_layers=arguments.keep_layers
-    )
+    model, tokenizer = load_base_model(arguments.model, keep_layers=arguments.keep_layers)
     settings = TrainingSettings(
         steps=arguments.steps,
         per_device_train_batch_size=16,
         learning_rate=1e-3,
         warmup=min(50, arguments.steps),
         max_length=_PROJECTOR_LENGTH,
-        seed=arguments.seed,
     )
     public = PublicImages("easy-VQA 1.0", folder, train, test[:_PROJECTOR_TESTS])
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(arguments.seed)
+        torch.manual_seed(0)
         projector, record, accuracies = train_projector(model, tokenizer, public, settings, cache, console)
     save_projector(projector, record, arguments.out)
     console.print(

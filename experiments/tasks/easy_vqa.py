@@ -25,11 +25,9 @@ _QUESTIONS_BYTES: Final = 4_000_000
 
 
 def easy_vqa(cache: Path, part: str) -> tuple[Path, tuple[Example, ...]]:
-    """Fetch, unpack and read one part of easy-VQA.
+    """Fetch, unpack into the cache and read one part of easy-VQA, "train" or "test".
 
-    Args:
-        cache: directory of fetched packages; the images are unpacked into it too.
-        part: "train" (4,000 images, 38,575 questions) or "test" (1,000 and 9,673).
+    4,000 images with 38,575 questions, and 1,000 with 9,673.
 
     Returns:
         The folder that the images lie in, and the examples, whose choices are all answers of their kind.

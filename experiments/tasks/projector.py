@@ -44,15 +44,9 @@ def train_projector(
     cache: Path,
     console: Console,
 ) -> tuple[Projector, ProjectorRecord, tuple[float, float]]:
-    """Train a projector for a language model.
+    """Train a projector for a bare language model, which is frozen; its input embedding is changed.
 
-    Args:
-        model: bare and frozen by this call; its input embedding is changed.
-        tokenizer: of the model.
-        public: what to train on.
-        settings: steps, batch size, learning rate; `max_length` must hold an example with its image.
-        cache: of features.
-        console: where progress is shown.
+    `max_length` of the settings must hold an example with its image; `cache` is of features.
 
     Returns:
         The projector, its record, and accuracy on the test examples with their images and without.

@@ -61,13 +61,8 @@ def load_task_set(name: str, data: Path, size: int, seed: int) -> dict[str, list
 def load_public(data: Path, size: int, seed: int) -> list[Example]:
     """Read public examples for the basis from data sets that no task set uses.
 
-    Instructions (self-instruct), reasoning (BIG-bench Hard), running text (WikiText-2) and titles
-    (DBpedia abstracts).
-
-    Args:
-        data: folder with the data sets.
-        size: most examples to take from each of the 27 BIG-bench tasks; ten times as many from the others.
-        seed: of the draw.
+    Instructions (self-instruct), reasoning (BIG-bench Hard), running text (WikiText-2) and titles (DBpedia
+    abstracts). At most `size` of each of the 27 BIG-bench tasks, ten times as many of the others.
 
     Raises:
         ConfigurationError: a data set is missing.

@@ -26,14 +26,7 @@ _FEWEST: Final = 8
 
 @dataclass(frozen=True)
 class Size:
-    """How much of a set is written.
-
-    Attributes:
-        train: most training examples per task.
-        test: most test examples per task.
-        public: most public examples.
-        tuning: validation examples in place of test examples, under the same names.
-    """
+    """Most training and test examples per task, and public ones; or validation examples in place of test."""
 
     train: int
     test: int
@@ -82,13 +75,8 @@ def split_rows(
     """Divide the distinct rows of a task by the hash of their group, and take the first by hash of each part.
 
     Validation examples come from the part for training, of groups that no training example is of. The
-    training examples stay the same, and what is tuned on them has seen no test example.
-
-    Args:
-        name: of the task, which the ids of examples begin with.
-        rows: of the task.
-        size: how many to take.
-        seen: normalised prompts that another task uses already; those of this one are added.
+    training examples stay the same, and what is tuned on them has seen no test example. `seen` are normalised
+    prompts that another task uses already; those of this one are added.
 
     Returns:
         Training examples, and test or validation examples.
@@ -130,15 +118,8 @@ def question_only(train: Sequence[Example], test: Sequence[Example]) -> float:
 def write_set(tasks: TaskSet, data: Path, out: Path, size: Size) -> dict[str, dict[str, object]]:
     """Write a set: examples, images, public examples and a table of sizes, origins and licences.
 
-    Args:
-        tasks: of the set.
-        data: folder with the data sets.
-        out: made if absent; `<client>/<task>.train.jsonl`, `<client>/<task>.test.jsonl`, `public.jsonl`,
-            `table.json` and the images are written into it.
-        size: how much.
-
-    Returns:
-        What `table.json` says, by task.
+    `<client>/<task>.train.jsonl`, `<client>/<task>.test.jsonl`, `public.jsonl`, `table.json` and the images
+    go below `out`. Gives what `table.json` says, by task.
     """
     table: dict[str, dict[str, object]] = {}
     for found in split_set(tasks, data, size):

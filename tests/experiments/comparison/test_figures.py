@@ -10,7 +10,7 @@ import pytest
 from fedmosaic.experiments.comparison.figures import privacy_figure
 from fedmosaic.experiments.comparison.page import page
 from fedmosaic.experiments.comparison.runs import Run, group_runs
-from fedmosaic.experiments.scenario.metrics import Pair, Summary
+from fedmosaic.experiments.scenario.metrics import Pair
 from fedmosaic.protos.errors import ConfigurationError
 
 
@@ -19,13 +19,12 @@ def _run(seed: int, method: str, own: float, protection: str, epsilon: float | N
         scenario="s, all",
         method=method,
         seed=seed,
-        summary=Summary(Pair(own, own / 2), Pair(own, own / 2)),
         curve={1: Pair(own, own / 2)},
         epsilon={"server": epsilon, "recipients": epsilon},
         sent=1.0,
         seconds=1.0,
         protection=protection,
-        relevance=0.9 if protection else None,
+        relevance=0.9 if protection else math.nan,
     )
 
 

@@ -12,6 +12,7 @@ from fedmosaic.experiments.runs import table as grid
 from fedmosaic.protos.errors import ConfigurationError
 
 TABLES = Path(__file__).parents[3] / "experiments" / "tables"
+_NOT_ON_THE_PAGE = {"text-siblings-tuning.toml", "vision-siblings-tuning.toml", "text-siblings-many.toml"}
 
 
 @pytest.fixture
@@ -118,3 +119,5 @@ def test_every_table_of_the_repository_names_runs_that_are_possible(
     cells = grid.cells(grid.Arguments(TABLES / name, tmp_path / "out"))
     assert len(cells) > 3
     assert {cell.scenario.method for cell in cells} <= {*VARIANTS, *BASELINES}
+    if name not in _NOT_ON_THE_PAGE:
+        grid._places(TABLES.parents[1] / "docs" / "experiments-tables.md", name)

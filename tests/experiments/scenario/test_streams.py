@@ -7,12 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmosaic.client.model.examples import Example
-from fedmosaic.experiments.scenario.streams import InOrder, Replay, arrivals
+from fedmosaic.experiments.scenario.streams import InOrder, Stream, arrivals
 from fedmosaic.protos.errors import ConfigurationError
 
 
 def _task(name: str, count: int) -> list[Example]:
     return [Example(f"{name}-{i}", "p", "a") for i in range(count)]
+
+
+def _stream(arriving: tuple[int, ...], batches: int, batch_size: int, seed: int) -> Stream:
+    slices = tuple(tuple(_task(str(number), count)) for number, count in enumerate(arriving))
+    return Stream(slices, batches, batch_size, seed)
 
 
 @given(
@@ -50,7 +55,7 @@ def test_static_rounds_mix_all_tasks() -> None:
 
 
 def test_replay_draws_evenly_from_what_has_arrived_and_never_from_the_future() -> None:
-    replay = Replay((6, 6), batches=12, batch_size=2, seed=1)
+    replay = _stream((6, 6), batches=12, batch_size=2, seed=1)
     first, second = replay.drawn(1), replay.drawn(2)
     assert len(first) == len(second) == 24
     assert max(first) < 6
@@ -61,16 +66,16 @@ def test_replay_draws_evenly_from_what_has_arrived_and_never_from_the_future() -
 
 
 def test_replay_of_one_example_fills_its_batches() -> None:
-    assert Replay((1,), batches=2, batch_size=3, seed=0).drawn(1) == [0] * 6
+    assert _stream((1,), batches=2, batch_size=3, seed=0).drawn(1) == [0] * 6
 
 
 def test_replay_before_anything_arrived_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="arrived"):
-        Replay((0, 3), batches=1, batch_size=1, seed=0).drawn(1)
+        _stream((0, 3), batches=1, batch_size=1, seed=0).drawn(1)
 
 
 def test_an_idle_round_replays_the_memory() -> None:
-    drawn = Replay((3, 0), batches=6, batch_size=1, seed=0).drawn(2)
+    drawn = _stream((3, 0), batches=6, batch_size=1, seed=0).drawn(2)
     assert len(drawn) == 6
     assert set(drawn) <= {0, 1, 2}
 

@@ -19,11 +19,10 @@ from fedmosaic.experiments.methods.loop import _by_itself, reference_flops
 from fedmosaic.experiments.methods.lora import load_with_lora
 from fedmosaic.experiments.methods.strategy import Strategy
 from fedmosaic.experiments.runs import command as runner
-from fedmosaic.experiments.runs.client_processes import check_as_processes
 from fedmosaic.experiments.scenario.participants import read_evaluations
 from fedmosaic.experiments.simulation.compute import counted, equal_steps, step_flops
 from fedmosaic.experiments.simulation.models import AdapterState, SharedModel
-from fedmosaic.protos.errors import ConfigurationError, ModelError
+from fedmosaic.protos.errors import ModelError
 
 
 def _console() -> Console:
@@ -90,10 +89,3 @@ def test_a_run_of_equal_compute_costs_what_local_training_costs(
     console = _console()
     show(read_run(directory), console)
     assert "What training cost" in cast(io.StringIO, console.file).getvalue()
-
-
-def test_private_steps_are_not_scaled(tiny_scenario: Any) -> None:
-    with pytest.raises(ValueError, match="equal_compute with adapter"):
-        tiny_scenario(equal_compute=True, adapter={"rank": 2, "blocks": 2, "protection": "dp"})
-    with pytest.raises(ConfigurationError, match="equal compute"):
-        check_as_processes(tiny_scenario(equal_compute=True))

@@ -67,7 +67,7 @@ def test_a_run_in_one_process_leaves_what_the_report_reads(tmp_path: Path, tiny_
     assert len(record.server["results"]) == 2
     assert sorted(read_evaluations(_state(directory, "client-0"))) == [0, 1, 2]
     show(record, console)
-    assert "left" in console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+    assert "100% of the training" in console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
 
 
 def test_the_same_seed_gives_the_same_adapters_and_another_seed_others(
@@ -122,14 +122,13 @@ def test_a_blended_branch_is_trained_privately_within_the_budget(tmp_path: Path,
     assert 7.0 < (compared_run(directory).epsilon["server"] or 0.0) <= 8.0
 
 
-@pytest.mark.parametrize("blend", [0.0, 0.5])
 def test_a_stopped_run_goes_on_to_the_same_result(
-    tmp_path: Path, tiny_scenario: Any, monkeypatch: pytest.MonkeyPatch, blend: float
+    tmp_path: Path, tiny_scenario: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     schedule = {"rounds": 3, "quorum": 4}
-    scenario = tiny_scenario(unsafe_test_noise_seed=5, schedule=schedule, stream="dynamic")
-    training = scenario.training.model_copy(update={"blend_received": blend})
-    scenario = scenario.model_copy(update={"training": training})
+    scenario = tiny_scenario(
+        method="fedmosaic-blend", unsafe_test_noise_seed=5, schedule=schedule, stream="dynamic"
+    )
     whole = _adapters(runner.run_here(scenario, tmp_path / "whole", tmp_path / "whole", _console()))
     train = StreamLearner.train
 
@@ -222,10 +221,9 @@ def test_a_test_prompt_in_training_is_refused(tiny_scenario: Any, tiny_folder: P
 
 
 def test_processes_refuse_what_they_do_not_know(tiny_scenario: Any) -> None:
-    with pytest.raises(ConfigurationError, match="fedavg"):
-        check_as_processes(tiny_scenario(method="fedavg", stream="static"))
-    with pytest.raises(ConfigurationError, match="discard_received"):
-        check_as_processes(tiny_scenario(discard_received=True))
+    changes = {"method": "fedavg", "stream": "static", "discard_received": True, "equal_compute": True}
+    with pytest.raises(ConfigurationError, match="'fedavg', stream 'static', discard_received, equal"):
+        check_as_processes(tiny_scenario(**changes))
     check_as_processes(tiny_scenario())
 
 
@@ -261,23 +259,13 @@ def test_a_process_has_all_its_tasks_in_one_file(tiny_scenario: Any, tmp_path: P
     assert last.train == scenario.clients[3].train
 
 
-def test_private_training_of_a_stream_is_refused(tiny_scenario: Any) -> None:
-    with pytest.raises(ValueError, match="stream"):
-        tiny_scenario(stream="dynamic", adapter={"rank": 2, "blocks": 2, "protection": "dp"})
-
-
-def test_the_time_left_follows_the_pace() -> None:
-    now = [0.0]
-    progress = RunProgress(_console(), 100, clock=lambda: now[0])
-    assert progress.left() == "unknown time"
+def test_what_an_earlier_process_did_is_counted_and_not_shown_as_pace() -> None:
+    console = _console()
+    progress = RunProgress(console, 100)
     progress.skip(40)
-    now[0] = 99.0
-    progress.add(1, "ada", 1)
-    assert progress.left() == "unknown time"
-    now[0] = 109.0
-    progress.add(20, "ada", 1)
-    # 20 steps took 10 s and 40 are left; the 40 that an earlier process did say nothing about the pace.
-    assert progress.seconds_left() == pytest.approx(19.5)
+    progress.add(20, "ada", 2)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+    assert "round 2, ada: 60% of the training" in shown
 
 
 def test_changes_on_the_command_line_are_checked(tiny_scenario: Any) -> None:

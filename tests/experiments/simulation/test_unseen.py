@@ -122,8 +122,12 @@ def test_what_cannot_be_is_refused(tmp_path: Path, tiny_scenario: Any) -> None:
         with pytest.raises(ValueError, match="adaptation_steps must rise"):
             tiny_scenario(adaptation_steps=steps)
     unseen = [tiny_scenario().clients[0].model_dump(mode="json") | {"id": "late"}]
-    with pytest.raises(ValueError, match="unseen clients with"):
-        tiny_scenario(unseen=unseen, adapter={"rank": 2, "blocks": 2, "protection": "dp"})
+    impossible: tuple[dict[str, Any], ...] = (
+        {"unseen": unseen}, {"stream": "dynamic"}, {"equal_compute": True}
+    )  # fmt: skip
+    for asked in impossible:
+        with pytest.raises(ValueError, match="the noise is planned for one set of examples"):
+            tiny_scenario(**asked, adapter={"rank": 2, "blocks": 2, "protection": "dp"})
     with pytest.raises(ValueError, match="ids must differ"):
         tiny_scenario(unseen=[unseen[0] | {"id": "client-0"}])
     with pytest.raises(ConfigurationError, match="unseen clients"):
