@@ -9,7 +9,6 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fedmosaic.client.clipping import CLIPPING, ClippingRecord
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.ledger import ServerAnchor
 from fedmosaic.client.model.examples import EncodedExample, Example
@@ -17,13 +16,15 @@ from fedmosaic.client.model.sampling import EpochSampler
 from fedmosaic.client.profile.maker import ProfileProbe, load_probe, public_map
 from fedmosaic.client.profile.release import check_probe
 from fedmosaic.client.progress import Progress
-from fedmosaic.client.releases import MakeRelease, Randomness, Releases
+from fedmosaic.client.releases import ProfileSum, Randomness, Releases
 from fedmosaic.client.settings import ClientSettings, ModelSettings
 from fedmosaic.experiments.scenario.streams import InOrder, Stream
 from fedmosaic.experiments.simulation.models import COMPUTE, AdapterState, SharedModel
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.federation.roster import Terms
-from fedmosaic.privacy.mechanism.profile import Float32Array, ProfileMechanism
+from fedmosaic.privacy.mechanism.gaussian import ClippedSum
+from fedmosaic.privacy.mechanism.noise import BitSource
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism
 from fedmosaic.protos.errors import StateError
 from fedmosaic.protos.messages import Profile
 
@@ -63,7 +64,7 @@ class StreamLearner(ModelLearner):
 
 
 class TurnTakingLearner:
-    """Lends a learner the shared model for every call; see `fedmosaic.client.session.Learner`."""
+    """Lends a learner the shared model for every call; see `fedmosaic.client.enrol.Learner`."""
 
     def __init__(
         self,
@@ -85,7 +86,7 @@ class TurnTakingLearner:
             self.adapter_spec_hash, self.family = self.inner.adapter_spec_hash, self.inner.family
 
     def load_global(self, section: str, vector: np.ndarray) -> None:
-        """See `fedmosaic.client.session.Learner`."""
+        """See `fedmosaic.client.enrol.Learner`."""
         with self._shared.with_adapter(self.adapter):
             if self._discard:
                 self.inner.keep_own(section)
@@ -93,23 +94,23 @@ class TurnTakingLearner:
                 self.inner.load_global(section, vector)
 
     def keep_own(self, section: str) -> None:
-        """See `fedmosaic.client.session.Learner`."""
+        """See `fedmosaic.client.enrol.Learner`."""
         with self._shared.with_adapter(self.adapter):
             self.inner.keep_own(section)
 
     def train(self, round_number: int, releases: Releases, give_up: Callable[[], None]) -> None:
-        """See `fedmosaic.client.session.Learner`; then score, if this round is to be scored."""
+        """See `fedmosaic.client.enrol.Learner`; then score, if this round is to be scored."""
         with self._shared.with_adapter(self.adapter):
             self.inner.train(round_number, releases, give_up)
             self._scored(round_number)
 
     def sections(self) -> Mapping[str, np.ndarray]:
-        """See `fedmosaic.client.session.Learner`."""
+        """See `fedmosaic.client.enrol.Learner`."""
         with self._shared.with_adapter(self.adapter):
             return self.inner.sections()
 
     def save(self, directory: Path) -> None:
-        """See `fedmosaic.client.session.Learner`; without the model card of a client process."""
+        """See `fedmosaic.client.enrol.Learner`; without the model card of a client process."""
         save_file(self._shared.read(self.adapter), directory / _ADAPTER)
         (directory / _ORDER).write_text(json.dumps(self.inner.order.state_dict()))
 
@@ -171,7 +172,7 @@ class StreamReleases(Releases):
 
 
 class SharedProbe:
-    """Makes releases of anybody's task profile with a probe that is loaded once."""
+    """Sums anybody's task profile with a probe that is loaded once."""
 
     def __init__(
         self, settings: ModelSettings, mechanism: ProfileMechanism, basis: Path, max_length: int
@@ -182,15 +183,14 @@ class SharedProbe:
         self._map = public_map(mechanism, basis)
         self._max_length = max_length
 
-    def of(self, examples: Sequence[Example], randomness: Randomness, state: Path) -> MakeRelease:
-        """The maker of releases over a data epoch's examples; counts clipped rows in the client's state."""
+    def of(self, examples: Sequence[Example], randomness: BitSource) -> ProfileSum:
+        """What sums the profile over a data epoch's examples; the randomness is of the Poisson sample."""
         probe = ProfileProbe(
-            lambda: self._loaded, self._map, examples, self._max_length, randomness,
-            ClippingRecord(state / CLIPPING), setting=_LENGTH_SETTING,
-        )  # fmt: skip
+            lambda: self._loaded, self._map, examples, self._max_length, randomness, setting=_LENGTH_SETTING
+        )
 
-        def make(charge: Callable[[], None]) -> Float32Array:
+        def summed() -> ClippedSum:
             with COMPUTE:
-                return probe(charge)
+                return probe()
 
-        return make
+        return summed

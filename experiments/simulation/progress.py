@@ -21,7 +21,8 @@ class RunProgress:
             TextColumn("{task.description}"), BarColumn(30), TimeElapsedColumn(), TimeRemainingColumn(),
             console=console, disable=not console.is_terminal,
         )  # fmt: skip
-        self._all = self._bar.tasks[self._bar.add_task("starting", total=max(1, total_steps))]
+        self._bar.add_task("starting", total=max(1, total_steps))
+        (self._all,) = self._bar.tasks
         self._lines = -1
 
     def __enter__(self) -> "RunProgress":

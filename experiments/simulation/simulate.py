@@ -21,7 +21,8 @@ from fedmosaic.client.model.adapted import load_adapted
 from fedmosaic.client.model.examples import EncodedExample, Example
 from fedmosaic.client.model.sampling import EpochSampler
 from fedmosaic.client.model.training import TrainingSettings, train_local
-from fedmosaic.client.releases import Releases, budgeted_channels, plan_adapter
+from fedmosaic.client.planning import budgeted_channels, plan_adapter
+from fedmosaic.client.releases import Releases
 from fedmosaic.client.settings import ClientSettings, DataSettings
 from fedmosaic.client.state import ClientState
 from fedmosaic.experiments.scenario.founding import agreed_adapter, fit_profile, found_federation
@@ -257,7 +258,7 @@ class _Client:
             # A seeded stream of noise must be a new one in every round, also after a restart.
             number = None if seed is None else seed + 1_000_003 * round_number + self.index
             randomness = SecureNoise() if number is None else SeededTestNoise(number)
-            make = self.in_run.probe.of(examples, randomness, self.state.directory)
+            make = self.in_run.probe.of(examples, randomness)
             ids = tuple(example.id for example in examples)
             return Releases(
                 self.ledger, self.terms, self.state, ids, make, randomness, self.plan,

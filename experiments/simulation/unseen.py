@@ -19,7 +19,8 @@ from fedmosaic.client.colora.aligned import write_embedded
 from fedmosaic.client.ledger import open_ledger
 from fedmosaic.client.model.examples import encode_examples
 from fedmosaic.client.model.sampling import EpochSampler
-from fedmosaic.client.releases import AdapterPlan, Releases, budgeted_channels, sampling_rate
+from fedmosaic.client.planning import AdapterPlan, budgeted_channels, sampling_rate
+from fedmosaic.client.releases import Releases
 from fedmosaic.client.state import ClientState
 from fedmosaic.experiments.scenario.participants import Evaluation, client_seed, training_examples
 from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient
@@ -133,7 +134,7 @@ class Federation:
         target, channels = terms.adapter_privacy.target_epsilon, budgeted_channels(terms)
         ledger = open_ledger(state.ledger_path, entry.id, len(ids), target, channels)
         try:
-            probe = self.probe.of(examples, randomness, state.directory)
+            probe = self.probe.of(examples, randomness)
             unprotected = AdapterPlan(0.0, sampling_rate(terms, len(ids)))
             releases = Releases(ledger, terms, state, ids, probe, randomness, unprotected)
             return releases.profile(self.scenario.schedule.rounds)
