@@ -1,13 +1,15 @@
 """What has to be there before a scenario's first round: the public basis, identities and the roster."""
 
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 
 from fedmosaic.client.colora.aligned import basis_name
 from fedmosaic.client.profile.fit import PROFILE, Arguments, fit
-from fedmosaic.experiments.scenario.processes import ManagedProcess, RunFailedError, python_module
+from fedmosaic.experiments.scenario.processes import RunFailedError
 from fedmosaic.experiments.scenario.terms import Scenario
 from fedmosaic.privacy.federation import kits as federation
 from fedmosaic.privacy.federation.roster import AdapterTerms, Terms
@@ -23,42 +25,32 @@ def fit_profile(
     With a process of its own the memory of its model is given back.
 
     Raises:
-        RunFailedError: the process failed; the message shows the end of its log.
+        RunFailedError: that process was killed.
+        FedMosaicError: the basis cannot be fitted.
     """
-    fitted = directory / "profile"
-    stored = fitted / PROFILE
-    if not stored.exists():
-        console.print("fitting the public basis of the task profile on public data")
-        words = _fit_arguments(scenario, fitted)
-        if own_process:
-            process = ManagedProcess(
-                "probe", python_module("fedmosaic.client.profile.fit", *words), directory / "probe.log"
-            )
-            process.start({})
-            if process.wait():
-                raise RunFailedError(f"fitting the public basis failed; {process.end()}")
-        else:
-            fit(tyro.cli(Arguments, args=words))
-    return ProfileMechanism.model_validate_json(stored.read_text(encoding="utf-8"))
-
-
-def _fit_arguments(scenario: Scenario, out: Path) -> list[str]:
+    stored = directory / "profile" / PROFILE
+    if stored.exists():
+        return ProfileMechanism.model_validate_json(stored.read_text(encoding="utf-8"))
+    console.print("fitting the public basis of the task profile on public data")
     probe, profile = scenario.probe, scenario.profile
-    given = {
-        "probe": probe.path,
-        "device": probe.device,
-        "dtype": probe.dtype,
-        "keep-layers": probe.keep_layers,
-        "public": profile.public_data,
-        "kind": profile.kind,
-        "dimensions": profile.dimensions,
-        "left": profile.left,
-        "noise-multiplier": profile.noise_multiplier,
-        "max-length": profile.max_length,
-        "minimum-examples": profile.minimum_examples,
-        "out": out,
-    }
-    return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+    arguments = Arguments(
+        probe=probe.path,
+        device=probe.device,
+        dtype=probe.dtype,
+        keep_layers=probe.keep_layers,
+        public=profile.public_data,
+        out=stored.parent,
+        **profile.model_dump(exclude={"public_data"}),
+    )
+    if not own_process:
+        return fit(arguments)
+    try:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            return pool.submit(fit, arguments).result()
+    except BrokenProcessPool:
+        raise RunFailedError(
+            "the process that fits the public basis was killed; give it more memory, or a smaller probe"
+        ) from None
 
 
 def agreed_adapter(scenario: Scenario) -> AdapterTerms:

@@ -51,10 +51,6 @@ class ManagedProcess:
         """With which it ended; None before."""
         return None if self._process is None else self._process.poll()
 
-    def wait(self) -> int | None:
-        """Wait for its end; gives the status."""
-        return None if self._process is None else self._process.wait()
-
     def stop(self) -> None:
         """Ask the process to end, and insist after a while."""
         if self._process is None:

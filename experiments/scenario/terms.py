@@ -32,7 +32,7 @@ class ScenarioProfile(Frozen):
     """The task profile, before the probe's fingerprint and the public basis are known."""
 
     public_data: Path
-    kind: str = "kronecker"
+    kind: Literal["kronecker", "tensor_sketch", "coordinates"] = "kronecker"
     dimensions: int = Field(default=128, ge=1)
     left: int = Field(default=4, ge=1)
     noise_multiplier: float = Field(default=8.0, ge=0)

@@ -3,10 +3,10 @@
 import io
 import json
 import math
+import re
 import shutil
 import subprocess
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -139,44 +139,20 @@ def test_no_figure_is_cut_in_a_narrow_terminal() -> None:
     assert "local" in shown
 
 
-class _Elements(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.counts: dict[str, int] = {}
-        self.attributes: list[tuple[str, str | None]] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.counts[tag] = self.counts.get(tag, 0) + 1
-        self.attributes += attrs
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.counts[tag] = self.counts.get(tag, 0) + 1
-        self.attributes += attrs
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
 def _page() -> str:
     return page(group_runs([_run(0, 0.4), _run(1, 0.6), _run(0, 0.5, "local <x>")]), "fedmosaic report a b")
 
 
-def test_the_page_is_well_formed_and_self_contained() -> None:
+def test_the_page_is_self_contained_and_text_in_it_is_text() -> None:
     text = _page()
-    elements = _Elements()
-    elements.feed(text)
-    assert elements.open == []
-    assert elements.counts["figure"] == elements.counts["figcaption"] == elements.counts["img"] == 2
     assert "local &lt;x&gt;" in text
     assert "<x>" not in text
-    links = [value for name, value in elements.attributes if name in ("src", "href", "xlink:href")]
-    assert all(value is not None and value.startswith("data:image/svg+xml;base64,") for value in links)
-    assert "url(" not in text
-    assert "onload" not in text
-    assert "@media print" in text
+    assert text.count("<figure>") == text.count("</figure>") == 2
+    links = re.findall(r"""(?:src|href)=["']?([^"' >]*)""", text)
+    assert len(links) == 2
+    assert all(link.startswith("data:image/svg+xml;base64,") for link in links)
+    for outside in ("url(", "onload", "<script", "@import"):
+        assert outside not in text
     assert "fedmosaic report a b" in text
 
 
