@@ -22,12 +22,13 @@ import tyro
 
 from fedmosaic.client.state import SessionRecord
 from fedmosaic.privacy.accounting.epsilon import default_delta
+from fedmosaic.privacy.configuration import read_own
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, has_begun, parameters_of, read_ledger
 from fedmosaic.privacy.ledger.move import back_up, move
 from fedmosaic.privacy.ledger.rows import Channel
 from fedmosaic.privacy.ledger.rules import keeper
-from fedmosaic.protos.errors import LedgerError, StateError
+from fedmosaic.protos.errors import LedgerError
 from fedmosaic.protos.messages import LedgerHead
 
 log = logging.getLogger("fedmosaic.client.ledger")
@@ -145,17 +146,11 @@ class DataLedger:
         return keeper(self.record.federation, self.record.client)
 
     def _seen(self) -> tuple[str, bytes] | None:
-        path = self.state / SEEN
-        if not path.exists():
-            return None
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+        def read(content: dict[str, str]) -> tuple[str, bytes]:
             return str(content["ledger"]), bytes.fromhex(content["anchor"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StateError(
-                f"{path} is damaged ({error!r}); give a new state_dir, and name the ledger of these data in "
-                "data.ledger"
-            ) from None
+
+        remedy = "give a new state_dir, and name the ledger of these data in data.ledger"
+        return read_own(self.state / SEEN, read, remedy)
 
     def _adopt(self) -> None:
         """Move a ledger that stands in the state directory beside the data."""
