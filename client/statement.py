@@ -34,7 +34,7 @@ def statement_inputs(
     clipped_share: Mapping[Channel, float] | None = None,
     metrics_shared: bool = False,
 ) -> StatementInputs:
-    """What the statements of one client are made from: its own, and the one to hand over.
+    """What a client's own statement is made from and, after `for_handing_over`, the shared one.
 
     Args:
         roster: terms and members.
@@ -45,10 +45,6 @@ def statement_inputs(
         smallest_row: fewest contributors of any weight row that this client accepted; None if none was.
         clipped_share: share of clipped examples by channel, for this client's own eyes.
         metrics_shared: whether accuracies or losses left this client.
-
-    Returns:
-        Facts for `fedmosaic.privacy.statement.build.statement`, and for
-        `fedmosaic.privacy.statement.shareable.shareable` once `for_handing_over` has seen them.
     """
     terms = roster.terms
     steps = terms.adapter_privacy.steps_per_round * terms.schedule.rounds
@@ -68,7 +64,11 @@ def statement_inputs(
         ),
         roster_sha256=roster.hash.hex(),
         key_holders="clients" if terms.adapter.encrypted else "nobody",
-        encryption=_encryption(terms),
+        encryption=(
+            f"{terms.encryption.backend}, parameters {terms.encryption.digest().hex()[:16]}"
+            if terms.adapter.encrypted
+            else ""
+        ),
         minimum_contributors=terms.policy.fewest_contributors,
         weight_cap=terms.policy.weight_cap,
         squares_cap=terms.policy.squares_cap,
@@ -82,13 +82,7 @@ def statement_inputs(
 
 
 def for_handing_over(inputs: StatementInputs, terms: Terms, examples: int) -> StatementInputs:
-    """The same facts with the least σ that the terms plan for any client of about this size.
-
-    Args:
-        inputs: of one client.
-        terms: the roster's.
-        examples: n, the client's number of examples.
-    """
+    """The same facts of one client with the least σ that the terms plan for any of about n examples."""
     (client,) = inputs.clients
     if not terms.adapter.private:
         return inputs
@@ -108,12 +102,6 @@ def with_warning(statement: PrivacyStatement, warning: str) -> PrivacyStatement:
         client.model_copy(update={"warnings": (*client.warnings, warning)}) for client in statement.clients
     )
     return statement.model_copy(update={"clients": clients})
-
-
-def _encryption(terms: Terms) -> str:
-    if not terms.adapter.encrypted:
-        return ""
-    return f"{terms.encryption.backend}, parameters {terms.encryption.digest().hex()[:16]}"
 
 
 def coalition_rows(contributors: int, rounds: int) -> tuple[CoalitionRows, ...]:
