@@ -16,19 +16,11 @@ from fedmosaic.protos.messages import KeyMessage, ReceiptStatus, Upload
 from fedmosaic.server.coordinator import Coordinator
 
 
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
-def clients_of(directory: Path, names: tuple[str, ...] = fv.MEMBERS) -> dict[str, fv.Client]:
-    return {name: fv.Client(directory, name, fv.MEMBERS.index(name)) for name in names}
-
-
 class Restarted:
     """A session whose process is killed once, and started again."""
 
     def __init__(
-        self, client: fv.Client, coordinator: Coordinator, kill: Callable[[Any, Any], None], pause: Any = None
+        self, client: fv.Client, coordinator: Coordinator, kill: Callable[[Any, Any], Any], pause: Any = None
     ) -> None:
         self._client, self._coordinator, self._kill, self._pause = client, coordinator, kill, pause
 
@@ -36,7 +28,7 @@ class Restarted:
         transport = fv.in_process(self._coordinator, self._client.name)
         session = self._client.session(transport)
         self._kill(session, transport)
-        with pytest.raises(Killed):
+        with pytest.raises(fv.Killed):
             session.run()
         self._client.close()
         if self._pause is not None:
@@ -48,7 +40,7 @@ def played(
     directory: Path, coordinator: Coordinator, kills: dict[str, Callable[[Any, Any], None]], pause: Any = None
 ) -> dict[str, fv.Client]:
     """Run all clients, those in `kills` with a kill, until the end of the run."""
-    clients = clients_of(directory)
+    clients = fv.clients_of(directory)
     sessions: dict[str, Any] = {}
     for name, client in clients.items():
         if name in kills:
@@ -68,7 +60,7 @@ def uploaded(coordinator: Coordinator) -> list[list[str]]:
 
 def _dies_before_its_key_is_confirmed(session: Any, _: Any) -> None:
     def store(_agreed: object) -> None:
-        raise Killed
+        raise fv.Killed
 
     session._protection._keyring._store = store
 
@@ -79,7 +71,7 @@ def _dies_in_the_agreement(session: Any, transport: Any) -> None:
     def posting(message: KeyMessage) -> None:
         post(message)
         if message.stage == "opening":
-            raise Killed
+            raise fv.Killed
 
     transport.post_key_message = posting
 
@@ -106,7 +98,7 @@ def test_a_client_killed_before_it_held_the_key_asks_for_another_epoch(tmp_path:
 def test_a_key_that_is_not_confirmed_by_all_encrypts_nothing(tmp_path: Path) -> None:
     directory = fv.make_federation(tmp_path / "f", fv.terms("mask", 1))
     coordinator = fv.coordinator_of(directory)
-    clients = clients_of(directory)
+    clients = fv.clients_of(directory)
     keyrings: dict[str, Keyring] = {}
     for name, client in clients.items():
         session = client.session(fv.in_process(coordinator, name))
@@ -117,7 +109,7 @@ def test_a_key_that_is_not_confirmed_by_all_encrypts_nothing(tmp_path: Path) -> 
 
         def killed(agreed: Any, confirmation: bytes, name: str = name, confirm: Any = confirm) -> None:
             if name == "ada":
-                raise Killed
+                raise fv.Killed
             # The others wait for ada's confirmation, and not for long; the model is frozen.
             keyrings[name]._roster.terms.schedule.__dict__["key_patience_seconds"] = 1.0
             confirm(agreed, confirmation)
@@ -133,7 +125,7 @@ def test_a_key_that_is_not_confirmed_by_all_encrypts_nothing(tmp_path: Path) -> 
 
     agreeing: Any = {name: Agreeing(name) for name in clients}
     errors = fv.run_all(agreeing)
-    assert isinstance(errors.pop("ada"), Killed)
+    assert isinstance(errors.pop("ada"), fv.Killed)
     for name, error in errors.items():
         assert isinstance(error, KeyAgreementError)
         assert "confirmations of members are missing: ada" in str(error)
@@ -148,7 +140,7 @@ def test_a_key_that_is_not_confirmed_by_all_encrypts_nothing(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("backend", ["plain", "mask"])
 def test_what_was_trained_and_sent_before_a_kill_is_gone_on_from(tmp_path: Path, backend: str) -> None:
-    """Killed after the receipt of round 1, back in round 2: that begins from the adapter of round 1."""
+    """fv.Killed after the receipt of round 1, back in round 2: that begins from the adapter of round 1."""
     directory = fv.make_federation(tmp_path / "f", fv.terms(backend, 2, quorum=4, round_deadline_seconds=60))
     coordinator = fv.coordinator_of(directory)
 
@@ -157,7 +149,7 @@ def test_what_was_trained_and_sent_before_a_kill_is_gone_on_from(tmp_path: Path,
 
         def pushing(upload: Upload) -> None:
             push(upload)
-            raise Killed
+            raise fv.Killed
 
         transport.push = pushing
 
@@ -227,20 +219,20 @@ def test_a_server_that_forgot_uploads_and_their_key_epoch_gets_them_under_anothe
     shutil.copytree(state, copy)
     coordinator = fv.coordinator_of(directory)
     names = ("ada", "ben", "cid", "dee")
-    clients = clients_of(directory)
+    clients = fv.clients_of(directory)
     sessions: dict[str, Any] = {}
     for name, client in clients.items():
         line: Any = fv.in_process(coordinator, name)
 
         def dying(upload: Upload, name: str = name, push: Any = line.push, line: Any = line) -> Any:
             if name not in names:
-                raise Killed
-            line.pull = lambda *_: (_ for _ in ()).throw(Killed())
+                raise fv.Killed
+            line.pull = lambda *_: (_ for _ in ()).throw(fv.Killed())
             return push(upload)
 
         line.push = dying
         sessions[name] = client.session(line)
-    assert {type(error) for error in fv.run_all(sessions).values()} == {Killed}
+    assert {type(error) for error in fv.run_all(sessions).values()} == {fv.Killed}
     for client in clients.values():
         client.close()
     coordinator.close()
@@ -264,19 +256,19 @@ def test_an_older_copy_of_the_server_is_noticed(tmp_path: Path, moment: str) -> 
 
         def pushing(upload: Upload) -> Any:
             if upload.round == number:
-                raise Killed
+                raise fv.Killed
             return push(upload)
 
         transport.push = pushing
 
     for number in (2, 3):
-        clients = clients_of(directory)
+        clients = fv.clients_of(directory)
         sessions = {}
         for name, client in clients.items():
             transport = fv.in_process(coordinator, name)
             dies_before_the_push_of(number, transport)
             sessions[name] = client.session(transport)
-        assert {type(error) for error in fv.run_all(sessions).values()} == {Killed}
+        assert {type(error) for error in fv.run_all(sessions).values()} == {fv.Killed}
         for client in clients.values():
             client.close()
         if number == 2:
@@ -313,7 +305,7 @@ def test_a_run_that_brought_nothing_is_known_at_the_members_and_at_the_server(
     terms = fv.terms("plain", 2, quorum=3, round_deadline_seconds=1)
     directory = fv.make_federation(tmp_path / "f", terms)
     coordinator = fv.coordinator_of(directory)
-    clients = clients_of(directory, ("ada", "ben", "cid"))
+    clients = fv.clients_of(directory, ("ada", "ben", "cid"))
     sessions = {name: c.session(fv.in_process(coordinator, name)) for name, c in clients.items()}
     assert fv.run_all(sessions) == {}
     for client in clients.values():
@@ -335,7 +327,7 @@ def test_receipts_of_a_round_that_is_over_are_asked_for(tmp_path: Path) -> None:
 
     def dies_before_its_push(_: Any, transport: Any) -> None:
         def pushing(_upload: Upload) -> None:
-            raise Killed
+            raise fv.Killed
 
         transport.push = pushing
 
