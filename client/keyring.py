@@ -139,14 +139,11 @@ class Keyring:
 
     def has(self, epoch: int) -> bool:
         """Whether the key of an epoch is here, and can be read."""
-        if epoch in self._keys:
-            return True
-        if not self._path(epoch).exists():
-            return False
         try:
             self._agreed(epoch)
         except KeyAgreementError as error:
-            log.error("%s", error)
+            if self._path(epoch).exists():
+                log.error("%s", error)
             return False
         return True
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from fedmosaic.client import progress
 from fedmosaic.experiments.scenario.processes import RunFailedError
 from fedmosaic.protos.messages import RoundStatus
 
@@ -81,7 +82,7 @@ class RunProgress:
         return f"about {seconds:.0f} s" if seconds < 90 else f"about {seconds / 60:.0f} min"
 
 
-class ClientProgress:
+class ClientProgress(progress.Progress):
     """One client's part in it; see `fedmosaic.client.progress.Progress`."""
 
     def __init__(self, run: RunProgress, client: str, stopped: threading.Event) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from fedmosaic.client.client import Participant
 from fedmosaic.client.planning import AdapterPlan, budgeted_channels
-from fedmosaic.client.progress import SilentProgress
+from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.session import Session
 from fedmosaic.client.state import ClientState
@@ -157,7 +157,7 @@ class Client:
         ids = tuple(f"{self.name}-{i}" for i in range(100))
         releases = Releases(self.ledger, agreed, self.state, ids, self._profile, self.noise, self.plan)
         return Participant(
-            kit, transport, self.learner, self.state, self.ledger, self.plan, releases, SilentProgress()
+            kit, transport, self.learner, self.state, self.ledger, self.plan, releases, Progress()
         ).session
 
     def _profile(self) -> ClippedSum:

@@ -21,7 +21,7 @@ from end_to_end.test_trained_adapters import SHARED_MODEL, ModelClient, random_m
 from fedmosaic.client.client import scores_after
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.planning import AdapterPlan
-from fedmosaic.client.progress import SilentProgress
+from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import Releases
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.federation.roster import AdapterTerms, Terms
@@ -59,7 +59,7 @@ class Overflowing(ModelLearner):
                         parameter.mul_(1e37)
 
 
-class Counting(SilentProgress):
+class Counting(Progress):
     """Counts the steps of training."""
 
     def __init__(self) -> None:

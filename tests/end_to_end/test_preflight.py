@@ -22,7 +22,7 @@ from fedmosaic.client.model.load import load_base_model
 from fedmosaic.client.preflight import doctor
 from fedmosaic.client.preflight.checks import Preflight
 from fedmosaic.client.profile.probe import open_probe
-from fedmosaic.client.progress import SilentProgress
+from fedmosaic.client.progress import Progress
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.configuration import read_configuration
@@ -147,7 +147,7 @@ max_length = 32
 
 def preflight(config: Path) -> Preflight:
     settings = read_configuration(config, ClientSettings).resolved(config.parent)
-    return Preflight(settings, SilentProgress(), server_patience_seconds=1.0)
+    return Preflight(settings, Progress(), server_patience_seconds=1.0)
 
 
 def required(config: Path) -> list[str]:

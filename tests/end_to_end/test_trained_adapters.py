@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from end_to_end import federation_of_vectors as fv
 from fedmosaic.client.learner import ModelLearner
-from fedmosaic.client.progress import Progress, SilentProgress
+from fedmosaic.client.progress import Progress
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.privacy.federation.roster import AdapterTerms, Terms
 from fedmosaic.privacy.mechanism.noise import SeededTestNoise
@@ -100,7 +100,7 @@ class ModelClient(fv.Client):
     kind: Callable[..., ModelLearner] = ModelLearner
     training: dict[str, float] = field(default_factory=lambda: {"steps": 3})
     data: dict[str, Path] = field(default_factory=dict)
-    progress: Progress = field(default_factory=SilentProgress)
+    progress: Progress = field(default_factory=Progress)
 
     @property
     def noise(self) -> SeededTestNoise:
