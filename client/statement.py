@@ -48,6 +48,7 @@ def statement_inputs(
     """
     terms = roster.terms
     steps = terms.adapter_privacy.steps_per_round * terms.schedule.rounds
+    fewest = smallest_row or terms.policy.fewest_contributors
     return StatementInputs(
         run_id=run_id,
         created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
@@ -64,19 +65,13 @@ def statement_inputs(
         ),
         roster_sha256=roster.hash.hex(),
         key_holders="clients" if terms.adapter.encrypted else "nobody",
-        encryption=(
-            f"{terms.encryption.backend}, parameters {terms.encryption.digest().hex()[:16]}"
-            if terms.adapter.encrypted
-            else ""
-        ),
+        encryption=_encryption(terms),
         minimum_contributors=terms.policy.fewest_contributors,
         weight_cap=terms.policy.weight_cap,
         squares_cap=terms.policy.squares_cap,
         rounds=terms.schedule.rounds,
         smallest_row=smallest_row,
-        coalition_rows=coalition_rows(
-            smallest_row or terms.policy.fewest_contributors, terms.schedule.rounds
-        ),
+        coalition_rows=coalition_rows(fewest, terms.schedule.rounds),
         metrics_shared=metrics_shared,
     )
 
@@ -102,6 +97,12 @@ def with_warning(statement: PrivacyStatement, warning: str) -> PrivacyStatement:
         client.model_copy(update={"warnings": (*client.warnings, warning)}) for client in statement.clients
     )
     return statement.model_copy(update={"clients": clients})
+
+
+def _encryption(terms: Terms) -> str:
+    parameters = terms.encryption
+    named = f"{parameters.backend}, parameters {parameters.digest().hex()[:16]}"
+    return named if terms.adapter.encrypted else ""
 
 
 def coalition_rows(contributors: int, rounds: int) -> tuple[CoalitionRows, ...]:
