@@ -9,9 +9,8 @@ from fedmosaic.privacy.encryption.aggregator import Aggregator
 from fedmosaic.privacy.encryption.layout import upload_payload_bytes
 from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
 from fedmosaic.privacy.statement.check import check_received
-from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import EncryptionError, IdentityError, PrivacyError
-from fedmosaic.protos.messages import PROTOCOL_VERSION, Enrolment, Profile, UploadHeader
+from fedmosaic.protos.messages import PROTOCOL_VERSION, Enrolment, Profile, Report, UploadHeader
 from fedmosaic.protos.refusal import Refusal, RefusalKind
 from fedmosaic.protos.signing import ledger_digest, upload_digest, verify_digest
 from fedmosaic.server.round.weights import section_label
@@ -52,7 +51,7 @@ class Admission:
     def check_statement(self, client: str, statement: bytes) -> None:
         """Refuse what is not this client's privacy statement of this run and roster."""
         self.check_member(client)
-        bounds.check_bytes("report.statement", statement, 2, bounds.MAX_STATEMENT_BYTES)
+        Report(statement)  # holds its bounds
         try:
             # Bounds the depth, which the parser of the standard library does not.
             content = from_json(statement, allow_inf_nan=False)

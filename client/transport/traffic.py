@@ -34,10 +34,8 @@ class Traffic:
         self._sent: Counter[Channel] = Counter()
         self._received: Counter[Channel] = Counter()
         self._path = path
-        if path is not None and path.exists():
-            self._read(path)
-
-    def _read(self, path: Path) -> None:
+        if path is None or not path.exists():
+            return
         try:
             stored = parse_json(path.read_bytes())
             for channel in CHANNELS:

@@ -105,13 +105,7 @@ class KeyRelay:
             log.info("key epoch %d: confirmed by all %d members", board.epoch, len(board.members))
 
     def _check_form(self, message: KeyMessage) -> None:
-        if message.stage not in key_board.STAGES:
-            raise Refusal(
-                RefusalKind.INVALID,
-                "UNKNOWN_STAGE",
-                f"key_message.stage is {message.stage!r}",
-                f"use one of {', '.join(key_board.STAGES)}",
-            )
+        _check_stage(message.stage)
         if (message.stage == key_board.BOX) != bool(message.recipient):
             raise Refusal(
                 RefusalKind.INVALID,
@@ -140,8 +134,9 @@ class KeyRelay:
         """Messages of a stage by sender; empty while they may not be read yet.
 
         Raises:
-            Refusal: the epoch was replaced by a newer one.
+            Refusal: there is no such stage, or the epoch was replaced by a newer one.
         """
+        _check_stage(stage)
         if epoch < self.epoch:
             raise Refusal(
                 RefusalKind.PRECONDITION,
@@ -209,6 +204,16 @@ class KeyRelay:
     def record(board: key_board.KeyBoard) -> dict[str, str]:
         """What the store keeps of a board."""
         return {_KEY: json.dumps(key_board.to_record(board))}
+
+
+def _check_stage(stage: str) -> None:
+    if stage not in key_board.STAGES:
+        raise Refusal(
+            RefusalKind.INVALID,
+            "UNKNOWN_STAGE",
+            f"the stage of a key agreement is {stage[:80]!r}",
+            f"use one of {', '.join(key_board.STAGES)}",
+        )
 
 
 def check_key_epoch(keys: KeyRelay | None, header: UploadHeader) -> None:

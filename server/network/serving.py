@@ -18,7 +18,7 @@ from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import ConfigurationError
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
-from fedmosaic.server.network.limits import CallLimit, channel_options
+from fedmosaic.server.network.peers import Gate, channel_options
 from fedmosaic.server.network.service import FederationService
 from fedmosaic.server.settings import TlsFiles
 
@@ -60,7 +60,7 @@ class Listener:
             ConfigurationError: the address cannot be listened on.
         """
         options = (*_OPTIONS, *channel_options(members))
-        self._server = aio.server(interceptors=(CallLimit(),), options=options)
+        self._server = aio.server(interceptors=(Gate(),), options=options)
         self._checks = health.aio.HealthServicer()
         rpc.add_FederationServicer_to_server(service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._checks, self._server)

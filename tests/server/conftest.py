@@ -13,7 +13,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedmosaic.client.transport.grpc import GrpcTransport, TransportOptions
+from fedmosaic.client.transport.grpc import GrpcTransport
 from fedmosaic.privacy.encryption.layout import upload_header
 from fedmosaic.privacy.encryption.parameters import PlainParameters
 from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
@@ -265,7 +265,7 @@ def connect(authority: Authority) -> Iterator[Callable[..., GrpcTransport]]:
                 authority=authority.certificate,
                 certificate=certificate,
                 private_key=key,
-                options=TransportOptions(**({"retry_seconds": 60.0, "wait_seconds": 5.0} | options)),
+                **({"retry_seconds": 60.0, "wait_seconds": 5.0} | options),
             )
         )
         return opened[-1]

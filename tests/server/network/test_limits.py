@@ -1,6 +1,7 @@
 """One peer cannot take all of a server: calls over all its connections, and connections that say nothing."""
 
 import contextlib
+import logging
 import socket
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from fedmosaic.protos.refusal import Refusal, from_rpc_error
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
-from fedmosaic.server.network.limits import CALLS_PER_PEER, channel_options
+from fedmosaic.server.network.peers import CALLS_PER_PEER, channel_options
 
 
 @pytest.fixture
@@ -116,3 +117,22 @@ def test_connections_without_a_handshake_are_limited(server: Any, federation: An
         except grpc.RpcError:
             assert time.monotonic() < deadline
             time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [("Enrol", "unary_unary"), ("Pull", "unary_stream"), ("Push", "stream_unary")],
+)
+def test_bytes_that_are_no_message_are_refused_with_one_line(
+    method: str, kind: str, connections: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    call = getattr(connections("clinic-a"), kind)(f"/fedmosaic.v1.Federation/{method}")
+    noise = b"\xff" * 10
+    caplog.set_level(logging.INFO)
+    with pytest.raises(grpc.RpcError) as error:
+        list(call(iter([noise]) if kind == "stream_unary" else noise, timeout=30))
+    refusal = from_rpc_error(error.value, method)
+    assert isinstance(refusal, Refusal)
+    assert (refusal.reason, "is no request of this call" in refusal.message) == ("MALFORMED", True)
+    assert "Traceback" not in caplog.text
+    assert caplog.text.count("MALFORMED") == 1

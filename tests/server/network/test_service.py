@@ -16,7 +16,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from end_to_end.ports import free_port
-from fedmosaic.client.transport.grpc import GrpcTransport, TransportOptions
+from fedmosaic.client.transport.grpc import GrpcTransport
 from fedmosaic.privacy.encryption.parameters import MaskParameters
 from fedmosaic.privacy.federation import identity
 from fedmosaic.protos import bounds, wire
@@ -317,7 +317,7 @@ def large(make_federation: Any, authority: Any, tmp_path: Path, start_server: An
 
 def test_a_cut_upload_goes_on_where_it_stopped(large: Any, authority: Any, connect: Any) -> None:
     federation, server = large
-    transport = connect(server, "clinic-a", chunk_bytes=1 << 16)
+    transport = connect(server, "clinic-a")
     upload = federation.upload(run_id_of(federation, transport), "clinic-a", 1)
     header = upload.header()
     certificate, key = authority.folder / "clinic-a.pem", authority.folder / "clinic-a.key"
@@ -544,7 +544,7 @@ def test_a_server_that_is_not_there_is_given_up_after_the_patience(federation: A
         authority=authority.certificate,
         certificate=certificate,
         private_key=key,
-        options=TransportOptions(retry_seconds=1.0),
+        retry_seconds=1.0,
     )
     started = time.monotonic()
     with pytest.raises(TransportError, match="could not be reached") as error:
@@ -576,7 +576,7 @@ def test_a_family_section_travels_too(
             family_dimensions={"llama": 300_000},
         )
     )
-    transports = {c: connect(server, c, chunk_bytes=100_000) for c in federation.clients}
+    transports = {c: connect(server, c) for c in federation.clients}
     for client, transport in transports.items():
         run_id = transport.enrol(federation.enrolment(family="llama")).run_id
         big = federation.vector(client + "f", 1, 300_000)
