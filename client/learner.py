@@ -39,7 +39,7 @@ from fedmosaic.client.model.training import EpochSampler, train_local
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.settings import ClientSettings
-from fedmosaic.client.vision.sight import Sight, give_sight
+from fedmosaic.client.vision.inputs import VisionInputs, open_images
 from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.federation.roster import AdapterTerms, Terms
 from fedmosaic.protos.errors import StateError, TrainingError
@@ -307,5 +307,5 @@ def _load(settings: ClientSettings, adapter: AdapterTerms) -> tuple[PeftModel, P
     files = (data.train, *data.test_sets.values())
     examples = [example for path in files for example in read_examples(path)]
     kept = settings.state_dir / _FEATURES
-    sight = Sight(settings.model.path, data.pictures, settings.projector, features=kept)
-    return model, give_sight(sight, model, tokenizer, examples, settings.training.max_length)
+    inputs = VisionInputs(settings.model.path, data.pictures, settings.projector, features=kept)
+    return model, open_images(inputs, model, tokenizer, examples, settings.training.max_length)

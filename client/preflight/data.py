@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client.model.examples import Example, answer_tokens, prompt_tokens, read_examples
 from fedmosaic.client.settings import DataSettings
-from fedmosaic.client.vision.sight import located
-from fedmosaic.client.vision.words import pictures_in, without_pictures
+from fedmosaic.client.vision.inputs import located
+from fedmosaic.client.vision.words import images_in, without_images
 from fedmosaic.protos.errors import ConfigurationError
 
 
@@ -36,7 +36,7 @@ def read_data(settings: DataSettings) -> ClientData:
     """Read every set and check what needs no model.
 
     Raises:
-        ConfigurationError: a file cannot be read, a test example cannot be scored, a picture is missing, or a
+        ConfigurationError: a file cannot be read, a test example cannot be scored, an image is missing, or a
             test set holds nothing but training examples.
     """
     if "self" in settings.others:
@@ -55,7 +55,7 @@ def read_data(settings: DataSettings) -> ClientData:
                     "leave choices out to have the written answer scored"
                 )
     for path, examples in ((settings.train, data.train), *_tests(settings, data)):
-        _check_pictures(settings.pictures, path, examples)
+        _check_images(settings.pictures, path, examples)
     return replace(data, warnings=tuple(_warnings(settings, data)))
 
 
@@ -71,7 +71,7 @@ def read_share(
     Args:
         tokenizer: of the model that reads.
         path: file of the examples, for messages.
-        examples: at least one; pictures in them are not counted.
+        examples: at least one; images in them are not counted.
         max_length: most tokens of an example, answer and end of text included.
         setting: name of that setting.
 
@@ -82,7 +82,7 @@ def read_share(
         ConfigurationError: an answer or choice leaves no room for its prompt; the example is numbered.
     """
     cut = lost = total = longest = 0
-    for number, example in enumerate(map(without_pictures, examples), start=1):
+    for number, example in enumerate(map(without_images, examples), start=1):
         prompt = len(prompt_tokens(tokenizer, example.prompt))
         answers = {example.answer, *example.choices}
         answer = 1 + max(len(answer_tokens(tokenizer, text)) for text in answers)
@@ -114,16 +114,16 @@ def _tests(settings: DataSettings, data: ClientData) -> list[tuple[Path, tuple[E
     return [(path, data.tests[name]) for name, path in settings.test_sets.items()]
 
 
-def _check_pictures(folder: Path | None, path: Path, examples: Sequence[Example]) -> None:
+def _check_images(folder: Path | None, path: Path, examples: Sequence[Example]) -> None:
     for number, example in enumerate(examples, start=1):
-        named = pictures_in(example.prompt)
-        for picture in named:
+        named = images_in(example.prompt)
+        for image in named:
             if folder is None:
                 raise ConfigurationError(
-                    f"{path}, example {number} names the picture {picture!r}; say in data.pictures which "
-                    "folder pictures lie in"
+                    f"{path}, example {number} names the image {image!r}; say in data.pictures which "
+                    "folder images lie in"
                 )
-            located(folder, picture)
+            located(folder, image)
 
 
 def _warnings(settings: DataSettings, data: ClientData) -> list[str]:

@@ -13,7 +13,7 @@ from fedmosaic.client.profile.probe import Probe, open_probe
 from fedmosaic.client.profile.release import check_probe, release_profile
 from fedmosaic.client.releases import Randomness
 from fedmosaic.client.settings import ClientSettings, ModelSettings
-from fedmosaic.client.vision.words import without_pictures
+from fedmosaic.client.vision.words import without_images
 from fedmosaic.privacy.federation.kits import Kit
 from fedmosaic.privacy.mechanism.profile import ClippedSum, Float32Array, ProfileMechanism
 from fedmosaic.privacy.mechanism.projection import PublicBasis, PublicMap
@@ -102,9 +102,9 @@ class ProfileProbe:
 
     def _open(self) -> tuple[Probe, list[EncodedExample]]:
         probe, tokenizer = self._load()
-        # The probe reads the words alone: nothing of a picture is in a profile, and any language model can be
-        # the probe. Clients that ask the same about other pictures look alike to it.
-        questions = [without_pictures(example) for example in self._examples]
+        # The probe reads the words alone: nothing of an image is in a profile, and any language model can be
+        # the probe. Clients that ask the same about other images look alike to it.
+        questions = [without_images(example) for example in self._examples]
         encoded = encode_examples(tokenizer, questions, self._max_length, setting=self._setting)
         check_ids(probe.base, encoded_ids(encoded), "the training examples", "[probe] path")
         return probe, encoded

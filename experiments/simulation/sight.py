@@ -1,17 +1,17 @@
-"""The sight of a scenario's clients; those of one architecture share a model, which knows all pictures."""
+"""The images of a scenario's clients; those of one architecture share a model, which knows all of them."""
 
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client.model.examples import read_examples
-from fedmosaic.client.vision.sight import Sight, give_sight
+from fedmosaic.client.vision.inputs import VisionInputs, open_images
 from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient
 
 
 def give_client_sight(
     scenario: Scenario, client: ScenarioClient, model: PeftModel, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedTokenizerBase:
-    """Let a client's model read the pictures of all the scenario's examples; see `give_sight` for the errors.
+    """Let a client's model read the images of all the scenario's examples; errors as of `open_images`.
 
     Args:
         scenario: paths resolved.
@@ -20,10 +20,10 @@ def give_client_sight(
         tokenizer: of the model.
 
     Returns:
-        A tokenizer that knows the pictures; the one given if the scenario has none.
+        A tokenizer that knows the images; the one given if the scenario has none.
     """
-    sight = Sight(client.model.path, scenario.pictures, client.projector, scenario.question_only)
+    inputs = VisionInputs(client.model.path, scenario.pictures, client.projector, scenario.question_only)
     tasks = [task for entry in (*scenario.clients, *scenario.unseen) for task in entry.task_list]
     files = [file for task in tasks for file in (task.train, task.test)]
     examples = [example for file in files for example in read_examples(file)]
-    return give_sight(sight, model, tokenizer, examples, scenario.training.max_length)
+    return open_images(inputs, model, tokenizer, examples, scenario.training.max_length)

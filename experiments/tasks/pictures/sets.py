@@ -15,7 +15,7 @@ from typing import Final
 from PIL import Image
 
 from fedmosaic.client.model.examples import Example
-from fedmosaic.client.vision.words import pictures_in, without_pictures
+from fedmosaic.client.vision.words import images_in, without_images
 from fedmosaic.experiments.tasks.labelled import normalise, stable_hash, write_examples
 from fedmosaic.experiments.tasks.pictures import sources as source
 from fedmosaic.experiments.tasks.pictures.sources import PictureRow, ReadPictures
@@ -215,7 +215,7 @@ def build(
                 tuning=tuning,
             )
             check_enough(task_name, train, test)
-            used = {path for example in (*train, *test) for path in pictures_in(example.prompt)}
+            used = {path for example in (*train, *test) for path in images_in(example.prompt)}
             made = {path: make for row in rows for path, make in row.pictures.items() if path in used}
             yield WrittenTask(client, task_name, task, train, test, made)
 
@@ -232,11 +232,9 @@ def question_only(train: Sequence[Example], test: Sequence[Example]) -> float:
     """
     answers: dict[str, Counter[str]] = {}
     for example in train:
-        answers.setdefault(without_pictures(example).prompt, Counter())[example.answer] += 1
+        answers.setdefault(without_images(example).prompt, Counter())[example.answer] += 1
     overall = sum(answers.values(), Counter[str]())
-    guesses = [
-        answers.get(without_pictures(example).prompt, overall).most_common(1)[0][0] for example in test
-    ]
+    guesses = [answers.get(without_images(example).prompt, overall).most_common(1)[0][0] for example in test]
     return sum(g == e.answer for g, e in zip(guesses, test, strict=True)) / len(test)
 
 

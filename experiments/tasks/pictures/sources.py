@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 from PIL import Image
 
-from fedmosaic.client.vision.features import open_picture
+from fedmosaic.client.vision.features import open_image
 from fedmosaic.client.vision.words import marker
 from fedmosaic.experiments.tasks.labelled import normalise, stable_hash
 from fedmosaic.experiments.tasks.texts.sets import TEST_SHARE
@@ -117,7 +117,7 @@ def nlvr(pattern: str, *, towers: bool, without: str = "") -> ReadPictures:
 
 def _box(source: Path, number: int) -> Image.Image:
     """One of the three boxes, 100 pixels wide, which stand 50 pixels apart."""
-    return open_picture(source).crop((150 * number, 0, 150 * number + 100, 100))
+    return open_image(source).crop((150 * number, 0, 150 * number + 100, 100))
 
 
 # --- VQA-RAD
@@ -154,7 +154,7 @@ def radiographs(organ: str, kinds: Sequence[str]) -> ReadPictures:
 
 def _radiograph(source: Path) -> Image.Image:
     """Brought to a size that the encoder can use, so that a set of tasks stays small."""
-    picture = open_picture(source)
+    picture = open_image(source)
     picture.thumbnail((_RADIOGRAPH_SIDE, _RADIOGRAPH_SIDE))
     return picture
 

@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from fedmosaic.client.model.examples import Example
-from fedmosaic.client.vision.words import pictures_in
+from fedmosaic.client.vision.words import images_in
 from fedmosaic.experiments.runs import command as runner
 from fedmosaic.experiments.scenario.participants import read_evaluations
 from fedmosaic.experiments.scenario.terms import Scenario
@@ -58,7 +58,7 @@ def test_several_pictures_and_a_choice_list(tmp_path: Path) -> None:
     assert shown.prompt == question.replace("<image>", "<image:x/1.jpg>", 1).replace(
         "<image>", "<image:x/2.jpg>"
     )
-    assert pictures_in(shown.prompt) == ["x/1.jpg", "x/2.jpg"]
+    assert images_in(shown.prompt) == ["x/1.jpg", "x/2.jpg"]
 
 
 def test_a_record_without_pictures_is_an_ordinary_example(tmp_path: Path) -> None:

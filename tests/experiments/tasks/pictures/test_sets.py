@@ -13,7 +13,7 @@ from rich.console import Console
 
 from fedmosaic.client.model.examples import Example, read_examples
 from fedmosaic.client.model.training import TrainingSettings
-from fedmosaic.client.vision.words import marker, pictures_in
+from fedmosaic.client.vision.words import images_in, marker
 from fedmosaic.experiments.tasks import __main__ as commands
 from fedmosaic.experiments.tasks.pictures import sets as picture_sets
 from fedmosaic.experiments.tasks.pictures.sets import (
@@ -97,7 +97,7 @@ def test_what_is_written_is_what_the_questions_name(tiny_set: Path, tmp_path: Pa
     for name in ("what", "above"):
         for part, paths in (("train", trained), ("test", tested)):
             for example in read_examples(out / "shapes" / f"{name}.{part}.jsonl"):
-                paths.update(pictures_in(example.prompt))
+                paths.update(images_in(example.prompt))
     assert trained
     assert tested
     assert not trained & tested
@@ -168,7 +168,7 @@ def test_siblings_have_the_same_tasks_and_no_picture_in_common(
         (f"clothes-{x}", f"clothes-{n}") for x in "abc" for n in (1, 2)
     ]
     parts = [task.train for task in written] + [task.test for task in written]
-    pictures = [path for part in parts for example in part for path in pictures_in(example.prompt)]
+    pictures = [path for part in parts for example in part for path in images_in(example.prompt)]
     assert len(pictures) == len(set(pictures)) == 6 * 36
     tuned = list(build("pictures-siblings", tmp_path, 24, 12, tuning=True))
     assert [task.train for task in tuned] == [task.train for task in written]
@@ -189,7 +189,7 @@ def test_three_boxes_are_cut_from_their_picture() -> None:
     first = next(nlvr("", towers=True)(_DATA))
     boxes = [make() for make in first.pictures.values()]
     assert [box.size for box in boxes] == [(100, 100)] * 3
-    assert len(pictures_in(first.row.prompt)) == 3
+    assert len(images_in(first.row.prompt)) == 3
     # The strips between the boxes are a darker grey; no box shows one.
     assert all(box.getpixel((x, 1)) == (211, 211, 211) for box in boxes for x in (0, 99))
 
@@ -200,7 +200,7 @@ def test_pairs_are_balanced_and_stay_on_one_side() -> None:
     same = [row.row.answer == "yes" for row in rows]
     assert 0.35 < np.mean(same) < 0.65
     for row, alike in zip(rows, same, strict=True):
-        first, second = pictures_in(row.row.prompt)
+        first, second = images_in(row.row.prompt)
         assert first != second
         characters = [f"Greek/{Path(path).name.split('-')[1]}" for path in (first, second)]
         assert (characters[0] == characters[1]) is alike
