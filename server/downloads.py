@@ -43,13 +43,7 @@ class Download:
 
 @dataclass(frozen=True)
 class OpenRound:
-    """Where the run is.
-
-    Attributes:
-        number: the open round, or one above the last.
-        upload_epoch: key epoch of the uploads that are to come.
-        head: of the run.
-    """
+    """Where the run is: its open round, the key epoch of the uploads to come, and its head."""
 
     number: int
     upload_epoch: int
@@ -67,15 +61,7 @@ class Downloads:
         aggregator: Aggregator[Any],
         lock: AbstractContextManager[Any],
     ) -> None:
-        """Prepare.
-
-        Args:
-            settings: of the run.
-            store: of the run.
-            blobs: payloads of uploads and aggregates.
-            aggregator: server side of the back end.
-            lock: held while files are opened; a round opens, and its files are removed, only under it.
-        """
+        """Keep the parts of the run; a round opens, and its files are removed, only under `lock`."""
         self._settings = settings
         self._store = store
         self._blobs = blobs
@@ -83,15 +69,7 @@ class Downloads:
         self._lock = lock
 
     def open(self, client: str, where: Callable[[], OpenRound | None]) -> Download | None:
-        """What a client may load before the open round.
-
-        Args:
-            client: recipient.
-            where: the open round, asked under the lock; None while it is not one of interest.
-
-        Returns:
-            None where `where` says so.
-        """
+        """What a client may load before the round that `where` gives, which is asked under the lock."""
         try:
             with self._lock:
                 now = where()

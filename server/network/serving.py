@@ -48,13 +48,7 @@ class Listener:
     def __init__(
         self, service: FederationService, listen: str, credentials: grpc.ServerCredentials, members: int
     ) -> None:
-        """Take the port; calls are answered once it is open.
-
-        Args:
-            service: answers the calls.
-            listen: address and port; port 0 takes a free one.
-            credentials: of `server_credentials`.
-            members: of the federation; they bound the number of connections.
+        """Take the port; calls are answered once it is open. The number of members bounds the connections.
 
         Raises:
             ConfigurationError: the address cannot be listened on.
@@ -86,9 +80,6 @@ class Listener:
 
 def server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
     """What the server shows, and whom it lets in: only certificates of the federation's authority.
-
-    Args:
-        tls: certificate, key and authority.
 
     Raises:
         IdentityError: a certificate or the key is missing or damaged, or they are no pair.

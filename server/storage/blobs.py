@@ -17,7 +17,7 @@ import shutil
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Final, Literal
+from typing import Final, Literal
 
 from fedmosaic.privacy.files import private_directory, private_opener, sync_directory, write_atomically
 from fedmosaic.protos.errors import StateError
@@ -48,20 +48,16 @@ class Blobs:
         self._root = root
         self._durable = durable
         private_directory(root)
-        self._lock = self._take_lock()
+        self._lock = open(root / "lock", "ab", opener=private_opener)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise StateError(
+                f"{root} is in use by another server; stop that one, or give this one its own state_dir"
+            ) from None
         for name in ("spool", "uploads", "aggregates"):
             private_directory(root / name)
-
-    def _take_lock(self) -> IO[bytes]:
-        lock = open(self._root / "lock", "ab", opener=private_opener)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
-            raise StateError(
-                f"{self._root} is in use by another server; stop that one, or give this one its own state_dir"
-            ) from None
-        return lock
 
     def close(self) -> None:
         """Let another server use the folder."""
@@ -71,13 +67,7 @@ class Blobs:
         """What is written in the file that marks this folder; made up at the first time."""
         path = self._root / name
         if not path.exists():
-            temporary = path.with_suffix(".new")
-            with temporary.open("w", encoding="ascii") as file:
-                file.write(uuid.uuid4().hex)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            self._flush_directory(self._root)
+            write_atomically(path, uuid.uuid4().hex.encode(), durable=True)
         return path.read_text(encoding="utf-8", errors="replace").strip()
 
     @property
@@ -108,7 +98,8 @@ class Blobs:
         path = self.path("uploads", round_number, client)
         self._ensure(path.parent)
         with spooled.open("r+b") as file:
-            self._flush(file)
+            if self._durable:
+                os.fsync(file.fileno())
         spooled.replace(path)
         self._flush_directory(path.parent)
 
@@ -137,11 +128,6 @@ class Blobs:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._flush_directory(folder.parent)
 
-    def _flush(self, file: IO[bytes]) -> None:
-        file.flush()
-        if self._durable:
-            os.fsync(file.fileno())
-
     def _flush_directory(self, folder: Path) -> None:
         if self._durable:
             sync_directory(folder)
@@ -156,15 +142,7 @@ def map_file(path: Path) -> memoryview:
 
 
 def section_hashes(path: Path, sizes: Iterable[int]) -> list[bytes]:
-    """SHA-256 of consecutive pieces of a file.
-
-    Args:
-        path: the file.
-        sizes: length of every piece; a piece beyond the end of the file is cut short.
-
-    Returns:
-        One digest per piece.
-    """
+    """SHA-256 of consecutive pieces of a file; a piece beyond its end is cut short."""
     digests = []
     with path.open("rb") as file:
         for size in sizes:

@@ -38,7 +38,6 @@ from fedmosaic.client.vision.projector import (
 )
 from fedmosaic.client.vision.tower import TowerImages
 from fedmosaic.client.vision.words import (
-    ImageIds,
     images_in,
     marker,
     number_images,
