@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives import serialization
@@ -20,7 +21,7 @@ from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
 from fedmosaic.privacy.federation import identity
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.privacy.statement.models import ADVERSARIES, PrivacyStatement
-from fedmosaic.protos.messages import PROTOCOL_VERSION, Enrolment, Profile, Section, Upload
+from fedmosaic.protos.messages import PROTOCOL_VERSION, Enrolment, Profile, ReceiptStatus, Section, Upload
 from fedmosaic.protos.signing import sign_upload
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.server import Server
@@ -153,14 +154,27 @@ class TestFederation:
         """The vector inside a plain aggregate."""
         return np.frombuffer(payload[HEADER_BYTES:], dtype="<f4")
 
-    def play(
-        self, coordinator: Coordinator, round_number: int, clients: tuple[str, ...] | None = None
+    def push(
+        self, coordinator: Coordinator, round_number: int, clients: tuple[str, ...] = (), **changes: Any
     ) -> None:
-        """Enrol, push and close one round."""
+        """Enrol and push; the changes are to the uploads."""
         for client in clients or self.clients:
             coordinator.enrol(client, self.enrolment())
-            coordinator.push(client, self.upload(coordinator.run_id, client, round_number))
+            receipt = coordinator.push(
+                client, self.upload(coordinator.run_id, client, round_number, **changes)
+            )
+            assert receipt.status is not ReceiptStatus.LATE
+
+    def play(self, coordinator: Coordinator, round_number: int, clients: tuple[str, ...] = ()) -> None:
+        """Enrol, push and close one round."""
+        self.push(coordinator, round_number, clients)
         coordinator.advance()
+
+    @staticmethod
+    def crash(coordinator: Coordinator) -> None:
+        """Let go of the state without a word, as a killed process would."""
+        coordinator._store.close()
+        coordinator._blobs.close()
 
 
 @pytest.fixture
@@ -216,6 +230,14 @@ class Authority:
         federation = changes.get("federation", self.federation)
         return self._files(client, identity.issue_client(self.authority, federation, client, now=then))
 
+    def channel(self, server: Any, client: str, *options: tuple[str, int]) -> grpc.Channel:
+        """A channel with a new certificate of a client."""
+        certificate, key = self.client(client)
+        credentials = grpc.ssl_channel_credentials(
+            self.certificate.read_bytes(), key.read_bytes(), certificate.read_bytes()
+        )
+        return grpc.secure_channel(server.address, credentials, options=options)
+
 
 class ServerThread:
     """A real server in a thread, stopped when told."""
@@ -257,8 +279,8 @@ def start_server() -> Iterator[Callable[[ServerSettings], ServerThread]]:
 def connect(authority: Authority) -> Iterator[Callable[..., GrpcTransport]]:
     opened: list[GrpcTransport] = []
 
-    def make(server: ServerThread, client: str, **options: Any) -> GrpcTransport:
-        certificate, key = authority.client(client)
+    def make(server: ServerThread, client: str, federation: str = "fed", **options: Any) -> GrpcTransport:
+        certificate, key = authority.client(client, federation=federation)
         opened.append(
             GrpcTransport(
                 server.address,

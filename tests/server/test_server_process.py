@@ -20,7 +20,6 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from end_to_end.ports import free_port
-from fedmosaic.protos.errors import IdentityError
 from fedmosaic.protos.messages import ReceiptStatus
 from fedmosaic.server.network.serving import SERVICE
 
@@ -81,12 +80,8 @@ def launch(federation: Any, authority: Any, tmp_path: Path) -> Iterator[Callable
 
 def healthy(process: Process, authority: Any) -> None:
     """Return at the first healthy answer of the process."""
-    certificate, key = authority.client("monitor")
-    credentials = grpc.ssl_channel_credentials(
-        authority.certificate.read_bytes(), key.read_bytes(), certificate.read_bytes()
-    )
-    backoff = [(f"grpc.{name}_reconnect_backoff_ms", 50) for name in ("initial", "min", "max")]
-    with grpc.secure_channel(process.address, credentials, options=backoff) as channel:
+    backoff = [(f"grpc.{name}_reconnect_backoff_ms", 50) for name in ("initial", "max")]
+    with authority.channel(process, "monitor", *backoff) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         while time.monotonic() - process.started < 60:
             assert process.process.poll() is None, process.log
@@ -198,16 +193,6 @@ def test_wrong_settings_end_with_a_message_and_a_status(launch: Any, authority: 
     assert server.process.wait(60) == 1
     assert "can be read by other users" in server.log
     assert "Traceback" not in server.log
-
-
-def test_an_own_expired_certificate_is_noticed_before_connecting(authority: Any, launch: Any) -> None:
-    from fedmosaic.client.transport.grpc import GrpcTransport
-
-    certificate, key = authority.client("clinic-a", age_days=120)
-    with pytest.raises(IdentityError, match=r"expired on \d{4}-.*keys rotate"):
-        GrpcTransport(
-            "localhost:1", authority=authority.certificate, certificate=certificate, private_key=key
-        )
 
 
 def finish(federation: Any, connect: Any, server: Process, silent: tuple[str, ...] = ()) -> None:

@@ -399,7 +399,7 @@ def test_small_calls(servicer: Servicer, transport: GrpcTransport) -> None:
 
 
 def test_own_certificates_are_checked_before_the_server_sees_them(
-    kit: Path, foreign: identity.Authority
+    kit: Path, foreign: identity.Authority, dial: Any
 ) -> None:
     now, certificate, authority = dt.datetime.now(dt.UTC), kit / "tls.pem", kit / "authority.pem"
     assert check_certificate(certificate, authority).subject
@@ -410,9 +410,9 @@ def test_own_certificates_are_checked_before_the_server_sees_them(
         with pytest.raises(IdentityError, match=words):
             check_certificate(certificate, authority, then)
     other = foreign.certificate.public_bytes(serialization.Encoding.PEM)
-    (kit / "other.pem").write_bytes(other)
+    authority.write_bytes(other)
     with pytest.raises(IdentityError, match="take all files from one kit"):
-        check_certificate(certificate, kit / "other.pem")
+        dial("localhost:1")
 
 
 def test_missing_and_open_key_files_are_named(kit: Path, dial: Callable[..., object]) -> None:

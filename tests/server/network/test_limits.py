@@ -27,17 +27,8 @@ def server(federation: Any, authority: Any, tmp_path: Any, start_server: Any) ->
 def connections(server: Any, authority: Any) -> Iterator[Any]:
     """Makes connections of their own, not shared between channels."""
     with contextlib.ExitStack() as stack:
-        files: dict[str, tuple[bytes, bytes]] = {}
-
-        def connect(client: str) -> grpc.Channel:
-            if client not in files:
-                certificate, key = authority.client(client)
-                files[client] = (key.read_bytes(), certificate.read_bytes())
-            credentials = grpc.ssl_channel_credentials(authority.certificate.read_bytes(), *files[client])
-            options = (("grpc.use_local_subchannel_pool", 1),)
-            return stack.enter_context(grpc.secure_channel(server.address, credentials, options))
-
-        yield connect
+        own = ("grpc.use_local_subchannel_pool", 1)
+        yield lambda client: stack.enter_context(authority.channel(server, client, own))
 
 
 def waiting_pull(channel: grpc.Channel) -> Any:
