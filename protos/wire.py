@@ -95,14 +95,7 @@ def decode_upload_header(buffer: pb.PushHeader) -> UploadHeader:
 def encode_aggregate_header(
     aggregate: Aggregate, sizes: Sequence[int], sha256: bytes, resume_offset: int
 ) -> pb.AggregateHeader:
-    """Everything of an aggregate but its payloads.
-
-    Args:
-        aggregate: the aggregate; its payloads are not looked at.
-        sizes: bytes of the payload of every section.
-        sha256: of all payloads, laid end to end.
-        resume_offset: where the first chunk will start.
-    """
+    """Everything of an aggregate but its payloads, of which only sizes and SHA-256 are told."""
     buffer = encode(aggregate, pb.AggregateHeader)
     buffer.sha256, buffer.resume_offset = sha256, resume_offset
     for section, size in zip(buffer.sections, sizes, strict=True):
@@ -124,15 +117,7 @@ def announced_size(header: pb.AggregateHeader) -> int:
 
 
 def decode_aggregate(header: pb.AggregateHeader, stream: bytes) -> Aggregate:
-    """Header and payloads as an aggregate.
-
-    Args:
-        header: as received; its sizes must add up to the stream.
-        stream: all payloads, laid end to end.
-
-    Raises:
-        WireError: a bound is broken, or the stream is not the announced one.
-    """
+    """Header and payloads, laid end to end, as an aggregate; WireError if they are not the announced ones."""
     if announced_size(header) != len(stream) or hashlib.sha256(stream).digest() != header.sha256:
         raise WireError(
             f"the aggregate of round {header.round} arrived damaged: its SHA-256 is not the announced one; "
@@ -150,15 +135,12 @@ def decode_aggregate(header: pb.AggregateHeader, stream: bytes) -> Aggregate:
 def chunks(
     payloads: Sequence[bytes | memoryview], offset: int, chunk_bytes: int = CHUNK_BYTES
 ) -> Iterator[pb.Chunk]:
-    """Cut payloads, laid end to end, into chunks.
+    """Cut payloads, laid end to end, into chunks in order; none of them spans two payloads.
 
     Args:
         payloads: in the order of their header.
         offset: bytes to leave out at the start, because the other side has them.
         chunk_bytes: size of every chunk but the last of a payload, at most MAX_CHUNK_BYTES.
-
-    Yields:
-        Chunks in order; none of them spans two payloads.
     """
     start = 0
     for payload in payloads:
@@ -172,13 +154,7 @@ def chunks(
 
 
 def check_chunk(chunk: pb.Chunk, position: int, size: int) -> None:
-    """Refuse a chunk that is empty, out of order, or goes beyond the announced size.
-
-    Args:
-        chunk: as received.
-        position: bytes received so far.
-        size: bytes announced.
-    """
+    """Refuse a chunk that is empty, out of order after `position` bytes, or beyond the announced size."""
     if not 1 <= len(chunk.data) <= bounds.MAX_CHUNK_BYTES:
         raise WireError(f"chunk has {len(chunk.data)} bytes, expected 1 … {bounds.MAX_CHUNK_BYTES}")
     if chunk.offset != position:

@@ -27,13 +27,13 @@ from fedmosaic.protos.messages import (
 )
 from fedmosaic.protos.refusal import Refusal, RefusalKind
 from fedmosaic.server.admission import Admission
-from fedmosaic.server.downloads import Download, Downloads, OpenRound
+from fedmosaic.server.downloads import Download, read_download
 from fedmosaic.server.keys.relay import KeyRelay, check_key_epoch, required
 from fedmosaic.server.round import state as rounds
-from fedmosaic.server.round.close import ClosedRound, DamagedUploadsError, close_round
+from fedmosaic.server.round.close import ClosedRound, DamagedUploadsError, close_round, repair_aggregate
 from fedmosaic.server.run import Ticket, next_round, open_run, resume_round, stored_head
 from fedmosaic.server.settings import ServerSettings
-from fedmosaic.server.storage.blobs import Blobs
+from fedmosaic.server.storage.blobs import Blobs, MissingBlobError
 from fedmosaic.server.storage.store import MARK, Store, default_url
 from fedmosaic.server.summary import Account, last_words, summarise
 
@@ -74,7 +74,6 @@ class Coordinator:
         self._account = Account(settings.state_dir, self._store)
         plaintext = not settings.encrypted  # whoever built the settings has asked for it by name
         self._aggregator = create_aggregator(settings.encryption, settings.policy, allow_plaintext=plaintext)
-        self._downloads = Downloads(settings, self._store, self._blobs, self._aggregator, self._lock)
         self.run_id = open_run(settings, self._store, new=self._blobs.empty)
         self._head = stored_head(self._store, self.run_id)
         self._admission = Admission(settings, self.run_id, self._aggregator)
@@ -210,12 +209,25 @@ class Coordinator:
         """What a client may load before the open round; None while that is below `round_number`."""
         self._admission.check_round(round_number)
         self._seen(client_id)
+        try:
+            # A round opens, and files of the one before are removed, only under the lock.
+            with self._lock:
+                download = self._read_download(client_id, round_number)
+            if download is None or download.whole:
+                return download
+            log.error("the aggregate of %s for round %d is damaged", client_id, download.aggregate.round)
+        except MissingBlobError as error:
+            log.error("%s", error)
+        with self._lock:
+            parts = self.settings, self._store, self._blobs, self._aggregator
+            repair_aggregate(*parts, self.available_round, client_id)
+            return self._read_download(client_id, round_number)
 
-        def where() -> OpenRound | None:
-            number = self.available_round
-            return None if number < round_number else OpenRound(number, self._epoch, self._head)
-
-        return self._downloads.open(client_id, where)
+    def _read_download(self, client: str, round_number: int) -> Download | None:
+        here = self.available_round
+        if here < round_number:
+            return None
+        return read_download(self.settings, self._store, self._blobs, client, here, self._epoch, self._head)
 
     def pull(self, client_id: str, round_number: int) -> Aggregate | None:
         """The aggregate with its payloads in memory; see `open_download`."""
