@@ -40,46 +40,35 @@ class Transport(Protocol):
 
     def enrol(self, enrolment: Enrolment) -> Enrolled:
         """Compare the terms of both sides and learn where the run is."""
-        ...
 
     def pull(self, round_number: int, on_wait: OnWait | None = None) -> Aggregate:
-        """Wait until a round is open and return what to load before it.
+        """Wait until this round, or a later one, is open and return what to load before it.
 
-        Args:
-            round_number: least round of interest, 1 … rounds + 1; a later one may be open already.
-            on_wait: told now and then what the server waits for.
+        `on_wait` is told now and then what the server waits for.
         """
-        ...
 
     def push(self, upload: Upload) -> Receipt:
         """Send an upload; sending the same one again is harmless."""
-        ...
 
     def status(self) -> RoundStatus:
         """What the server waits for."""
-        ...
 
     def report(self, statement: bytes) -> None:
         """Hand over the privacy statement, a JSON object."""
-        ...
 
     def post_key_message(self, message: KeyMessage) -> None:
         """Leave a message of the key agreement; leaving the same one again is harmless."""
-        ...
 
     def read_key_messages(
         self, epoch: int, stage: str, expected: int, timeout_seconds: float
     ) -> dict[str, bytes]:
         """Messages of a stage by sender: once there are `expected`, or what is there at the timeout."""
-        ...
 
     def traffic(self) -> Traffic:
         """Bytes sent and received so far."""
-        ...
 
     def close(self) -> None:
         """Close the connection."""
-        ...
 
 
 class GrpcTransport:

@@ -2,6 +2,7 @@
 
 import datetime as dt
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+import sqlalchemy as sa
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -26,6 +28,7 @@ from fedmosaic.protos.signing import sign_upload
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.server import Server
 from fedmosaic.server.settings import ServerSettings, TlsFiles
+from fedmosaic.server.storage import tables
 
 CLIENTS = ("clinic-a", "clinic-b", "clinic-c", "clinic-d", "clinic-e")
 DIMENSIONS = 12
@@ -197,6 +200,22 @@ def coordinator(federation: TestFederation, clock: Clock, tmp_path: Path) -> Any
     made = Coordinator(federation.settings(tmp_path / "state"), clock)
     yield made
     made.close()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """An empty database of either kind."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'server.db'}"
+        return
+    url = os.environ.get("FEDMOSAIC_TEST_POSTGRESQL", "")
+    if not url:
+        pytest.skip("FEDMOSAIC_TEST_POSTGRESQL names no server")
+    engine = sa.create_engine(url)
+    tables.metadata.drop_all(engine)
+    yield url
+    tables.metadata.drop_all(engine)
+    engine.dispose()
 
 
 class Authority:
