@@ -90,7 +90,7 @@ class DataSettings(Frozen):
     """The client's own examples, JSON lines of `{"id", "prompt", "answer", "choices"}`.
 
     `test` and `others` are only scored, never trained on, and the scores stay on this machine. Prompts name
-    pictures in place, `<image:PATH>`.
+    images in place, `<image:PATH>`.
     """
 
     train: Path
@@ -104,7 +104,7 @@ class DataSettings(Frozen):
     others_examples: int = Field(default=0, ge=0)
     """The same for the sets in `others`."""
     pictures: Path | None = None
-    """Folder that the pictures which prompts name lie in."""
+    """Folder that the images which prompts name lie in."""
 
     @property
     def test_sets(self) -> dict[str, Path]:
@@ -172,7 +172,7 @@ class ClientSettings(Frozen):
     model: ModelSettings
     probe: ProbeModelSettings
     projector: Path | None = None
-    """Folder of what lets a language model read pictures; `fedmosaic tasks projector` trains one."""
+    """Folder of what lets a language model read images; `fedmosaic tasks projector` trains one."""
     data: DataSettings
     training: TrainingSettings = TrainingSettings()
     threads: int | None = Field(default=None, ge=1)

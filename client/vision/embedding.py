@@ -59,14 +59,14 @@ class ImageEmbedding(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """(…,) int64 ids to (…, D) vectors."""
-        pictured = ids >= self.num_embeddings
-        embedded: torch.Tensor = self.words(ids.masked_fill(pictured, 0))
-        if not bool(pictured.any()):
+        is_image = ids >= self.num_embeddings
+        embedded: torch.Tensor = self.words(ids.masked_fill(is_image, 0))
+        if not bool(is_image.any()):
             return embedded
-        places = ids[pictured] - self.num_embeddings
+        places = ids[is_image] - self.num_embeddings
         numbers, inverse = torch.unique(places // self._each, return_inverse=True)
         vectors = self.source(numbers)[inverse, places % self._each]
-        return embedded.masked_scatter(pictured.unsqueeze(-1), vectors.to(embedded.dtype))
+        return embedded.masked_scatter(is_image.unsqueeze(-1), vectors.to(embedded.dtype))
 
 
 def put_images(model: nn.Module, source: ImageSource, each: int) -> None:

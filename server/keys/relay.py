@@ -81,8 +81,7 @@ class KeyRelay:
         else:
             state, answer = self._present.post(sender, message.epoch, message.stage, now)
         if answer is not Answer.ACCEPTED:
-            raise Refusal(
-                RefusalKind.PRECONDITION,
+            raise _not_now(
                 _REASONS.get(answer, "KEY_EPOCH_CLOSED"),
                 f"the {message.stage} for key epoch {message.epoch} does not count: {answer.value}",
                 _ENROL_AGAIN,
@@ -108,8 +107,7 @@ class KeyRelay:
                 f"only {epochs.BOX!r} is for one member, everything else is for all",
             )
         if message.recipient and message.recipient not in self._present.members:
-            raise Refusal(
-                RefusalKind.PRECONDITION,
+            raise _not_now(
                 "NOT_IN_KEY_EPOCH",
                 f"{message.recipient!r} is not a member of key epoch {self.epoch}",
                 "seal boxes for the members of the epoch only",
@@ -123,8 +121,7 @@ class KeyRelay:
         """
         _check_stage(stage)
         if epoch < self.epoch:
-            raise Refusal(
-                RefusalKind.PRECONDITION,
+            raise _not_now(
                 "KEY_EPOCH_REPLACED",
                 f"key epoch {epoch} was replaced by {self.epoch}",
                 _ENROL_AGAIN,
@@ -203,15 +200,13 @@ def check_key_epoch(keys: KeyRelay | None, header: UploadHeader) -> None:
     """
     epoch = 0 if keys is None else keys.epoch
     if header.key_epoch != epoch:
-        raise Refusal(
-            RefusalKind.PRECONDITION,
+        raise _not_now(
             "KEY_EPOCH_REPLACED",
             f"the upload is encrypted under key epoch {header.key_epoch}, round {header.round} uses {epoch}",
             "enrol again, take part in the agreement of the present epoch, and encrypt anew",
         )
     if keys is not None and not keys.ready:
-        raise Refusal(
-            RefusalKind.PRECONDITION,
+        raise _not_now(
             "KEY_NOT_AGREED",
             f"key epoch {epoch} is not confirmed by all its members yet",
             "finish the key agreement before encrypting",
@@ -221,10 +216,13 @@ def check_key_epoch(keys: KeyRelay | None, header: UploadHeader) -> None:
 def required(keys: KeyRelay | None, settings: ServerSettings) -> KeyRelay:
     """The key agreement of a run; Refusal where nothing is encrypted."""
     if keys is None:
-        raise Refusal(
-            RefusalKind.PRECONDITION,
+        raise _not_now(
             "NOTHING_ENCRYPTED",
             f"back end {settings.encryption.backend!r} needs no group key",
             "compare the roster's encryption terms on both sides",
         )
     return keys
+
+
+def _not_now(reason: str, message: str, remedy: str) -> Refusal:
+    return Refusal(RefusalKind.PRECONDITION, reason, message, remedy)

@@ -56,11 +56,7 @@ class Store:
     """The database. Every method is one transaction; the caller serialises writers."""
 
     def __init__(self, url: str, *, durable: bool) -> None:
-        """Open or create the database.
-
-        Args:
-            url: SQLAlchemy URL.
-            durable: False lets SQLite answer before data is on the disk.
+        """Open or create the database; unless `durable`, SQLite answers before data is on the disk.
 
         Raises:
             StateError: the database cannot be opened, or is of another version.
@@ -91,10 +87,7 @@ class Store:
 
         Args:
             folder: mark of the state folder, which has the payloads that the database names; None where the
-                database stands in that folder.
-
-        Raises:
-            StateError: the database goes with another state folder.
+                database stands in that folder. StateError if the database goes with another one.
         """
         known = self.get("folder")
         if folder is not None and known not in (None, folder):
