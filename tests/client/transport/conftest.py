@@ -1,8 +1,10 @@
 """Servers on loopback that a test scripts, and clients that dial them with the files of a kit."""
 
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +94,28 @@ def dial(kit: Path) -> Iterator[Callable[..., GrpcTransport]]:
             return transport
 
         yield make
+
+
+@pytest.fixture
+def listening() -> Iterator[Callable[[Callable[[socket.socket], None]], int]]:
+    """Opens a port whose connections are handed to a function, one after the other, and closed then."""
+    with ExitStack() as opened:
+
+        def start(meet: Callable[[socket.socket], None]) -> int:
+            listener = opened.enter_context(socket.create_server(("127.0.0.1", 0)))
+            opened.callback(listener.shutdown, socket.SHUT_RDWR)
+
+            def run() -> None:
+                while True:
+                    try:
+                        peer = listener.accept()[0]
+                    except OSError:
+                        return
+                    with suppress(OSError), peer:
+                        meet(peer)
+
+            threading.Thread(target=run, daemon=True).start()
+            port: int = listener.getsockname()[1]
+            return port
+
+        yield start

@@ -7,10 +7,8 @@ import socket
 import ssl
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,24 +81,7 @@ def test_what_is_final_is_not_tried_again(
     assert re.search(words, str(error))
 
 
-@contextmanager
-def closing() -> Iterator[int]:
-    """Something that takes connections and closes them."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def run() -> None:
-            while True:
-                try:
-                    listener.accept()[0].close()
-                except OSError:
-                    return
-
-        threading.Thread(target=run, daemon=True).start()
-        yield listener.getsockname()[1]
-        listener.shutdown(socket.SHUT_RDWR)
-
-
-def test_what_time_may_cure_is_tried_and_told(fails: Any) -> None:
+def test_what_time_may_cure_is_tried_and_told(fails: Any, listening: Any) -> None:
     with socket.socket() as unheard:
         unheard.bind(("127.0.0.1", 0))
         port = unheard.getsockname()[1]
@@ -108,8 +89,8 @@ def test_what_time_may_cure_is_tried_and_told(fails: Any) -> None:
         assert isinstance(error, TransportError)
         assert f"127.0.0.1:{port} could not be reached" in str(error)
         assert "nothing listens there" in str(error)
-    with closing() as port:
-        assert "closed before TLS was agreed" in str(fails(f"127.0.0.1:{port}", 0.3))
+    closed = f"127.0.0.1:{listening(lambda _: None)}"
+    assert "closed before TLS was agreed" in str(fails(closed, 0.3))
     error = fails("no-such-host.invalid:7443", 0.3)
     assert isinstance(error, TransportError)
     assert "the name cannot be found" in str(error)
@@ -150,24 +131,14 @@ def test_a_proxy_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) 
     assert "https_proxy=proxy.example:3128 is set" in explain(REFUSED, "fl.example.org:7443").words
 
 
-def test_a_proxy_that_refuses_is_named(fails: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as proxy:
+def test_a_proxy_that_refuses_is_named(fails: Any, listening: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(peer: socket.socket) -> None:
+        peer.recv(1000)
+        peer.sendall(b"HTTP/1.1 403 Forbidden\r\n\r\n")
+        time.sleep(0.05)
 
-        def refuse() -> None:
-            while True:
-                try:
-                    connection_, _ = proxy.accept()
-                except OSError:
-                    return
-                with connection_:
-                    connection_.recv(1000)
-                    connection_.sendall(b"HTTP/1.1 403 Forbidden\r\n\r\n")
-                    time.sleep(0.05)
-
-        threading.Thread(target=refuse, daemon=True).start()
-        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
-        error = fails("fl.example.org:7443", 0.3)
-        proxy.shutdown(socket.SHUT_RDWR)
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{listening(refuse)}")
+    error = fails("fl.example.org:7443", 0.3)
     assert isinstance(error, TransportError)
     assert "response code 403" in str(error)
     assert "http_proxy=http://127.0.0.1" in str(error)
@@ -204,7 +175,7 @@ GrpcTransport(sys.argv[2], **files, retry_seconds=0.5).status()
 
 
 def test_what_a_server_says_in_parting_commands_no_terminal(
-    kit: Path, authority: Authority, tmp_path: Path
+    kit: Path, authority: Authority, listening: Any, tmp_path: Path
 ) -> None:
     shown = identity.issue_server(authority, ["127.0.0.1"])
     (tmp_path / "server.pem").write_bytes(shown.certificate_pem + shown.key_pem)
@@ -214,21 +185,16 @@ def test_what_a_server_says_in_parting_commands_no_terminal(
     settings, text = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]), b"owned\n\x1b[2J"
     goaway = bytes([0, 0, 8 + len(text), 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2]) + text
 
-    def part() -> None:
-        with suppress(OSError):
-            while True:
-                with context.wrap_socket(listener.accept()[0], server_side=True) as peer:
-                    peer.sendall(settings)
-                    peer.recv(1000)
-                    time.sleep(0.1)
-                    peer.sendall(goaway)
-                    time.sleep(0.1)
+    def part(plain: socket.socket) -> None:
+        with context.wrap_socket(plain, server_side=True) as peer:
+            peer.sendall(settings)
+            peer.recv(1000)
+            time.sleep(0.1)
+            peer.sendall(goaway)
+            time.sleep(0.1)
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        threading.Thread(target=part, daemon=True).start()
-        command = [sys.executable, "-c", DIAL, str(kit), f"127.0.0.1:{listener.getsockname()[1]}"]
-        environment = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
-        said = subprocess.run(command, capture_output=True, env=environment).stderr
-        listener.shutdown(socket.SHUT_RDWR)
+    command = [sys.executable, "-c", DIAL, str(kit), f"127.0.0.1:{listening(part)}"]
+    environment = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    said = subprocess.run(command, capture_output=True, env=environment).stderr
     assert b"Debug Text: owned" in said
     assert b"\x1b" not in said

@@ -5,8 +5,8 @@ import hashlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -95,34 +95,6 @@ def servicer() -> Servicer:
 def transport(servicer: Servicer, serving: Any, dial: Any) -> Any:
     port = serving(servicer=servicer)
     return dial(f"127.0.0.1:{port}", retry_seconds=30.0, wait_seconds=1.0)
-
-
-@contextmanager
-def slow_way_to(port: int, delay: float) -> Iterator[tuple[int, list[socket.socket]]]:
-    """A port that leads to another, whose answers come late; and the connections that were made to it."""
-    taken: list[socket.socket] = []
-
-    def forward(source: socket.socket, target: socket.socket, seconds: float) -> None:
-        with suppress(OSError):
-            while content := source.recv(1 << 16):
-                time.sleep(seconds)
-                target.sendall(content)
-
-    def run() -> None:
-        while True:
-            try:
-                near = listener.accept()[0]
-            except OSError:
-                return
-            far = socket.create_connection(("127.0.0.1", port))
-            taken.append(near)
-            for ends in ((near, far, 0.0), (far, near, delay)):
-                threading.Thread(target=forward, args=ends, daemon=True).start()
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        threading.Thread(target=run, daemon=True).start()
-        yield listener.getsockname()[1], taken
-        listener.shutdown(socket.SHUT_RDWR)
 
 
 ENROLLED = pb.EnrolResponse(
@@ -448,10 +420,24 @@ def test_delays_grow_and_are_jittered(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 40.0 < clock[0] <= 60.0
 
 
-def test_a_slow_way_has_the_time_for_its_first_handshake(servicer: Servicer, serving: Any, dial: Any) -> None:
-    """Every attempt of gRPC's has to have time for TLS, the first one, too."""
+def test_a_slow_way_has_the_time_for_its_first_handshake(
+    servicer: Servicer, serving: Any, dial: Any, listening: Any
+) -> None:
     port = serving(servicer=servicer)
     servicer.script["Enrol"] = [answer(ENROLLED)]
-    with slow_way_to(port, 0.6) as (near, connections):
-        assert dial(f"127.0.0.1:{near}").enrol(ENROLMENT).round == 1
+    connections = []
+
+    def forward(source: socket.socket, target: socket.socket, seconds: float) -> None:
+        with suppress(OSError):
+            while content := source.recv(1 << 16):
+                time.sleep(seconds)
+                target.sendall(content)
+
+    def lead(near: socket.socket) -> None:
+        connections.append(near)
+        with socket.create_connection(("127.0.0.1", port)) as far:
+            threading.Thread(target=forward, args=(far, near, 0.6), daemon=True).start()
+            forward(near, far, 0.0)
+
+    assert dial(f"127.0.0.1:{listening(lead)}").enrol(ENROLMENT).round == 1
     assert len(connections) == 1
