@@ -7,6 +7,7 @@ from typing import Annotated, Any, Final, Self
 from pydantic import (
     AfterValidator,
     ConfigDict,
+    FailFast,
     Field,
     ModelWrapValidatorHandler,
     ValidationError,
@@ -61,7 +62,10 @@ HashOrNothing = Annotated[bytes, Field(strict=True), AfterValidator(_hash_or_not
 Signature = Annotated[bytes, Field(strict=True, min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]
 Identifier = Annotated[str, Field(strict=True, pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 """Id of a client or federation."""
-Identifiers = Annotated[tuple[Identifier, ...], Field(max_length=MAX_MEMBERS), AfterValidator(_unique)]
+# The first that is wrong is enough: a hostile message holds hundreds of thousands.
+Identifiers = Annotated[
+    tuple[Identifier, ...], FailFast(), Field(max_length=MAX_MEMBERS), AfterValidator(_unique)
+]
 RunId = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{32}$")]
 AttemptId = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9-]{1,64}$")]
 Stage = Annotated[str, Field(strict=True, pattern=r"^[a-z0-9-]{1,32}$")]

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import (
     AfterValidator,
+    FailFast,
     Field,
     PlainValidator,
 )
@@ -277,7 +278,7 @@ class SectionWeights(bounds.Message):
     """The weight row of one section: integer shares of the contributors, summing to 2**bits."""
 
     contributors: bounds.Identifiers
-    weights: tuple[Annotated[int, Field(strict=True, ge=0)], ...]
+    weights: Annotated[tuple[Annotated[int, Field(strict=True, ge=0)], ...], FailFast()]
     bits: Annotated[int, Field(strict=True, ge=1, le=bounds.MAX_WEIGHT_BITS)]
 
     def __post_init__(self) -> None:

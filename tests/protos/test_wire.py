@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import itertools
+import tracemalloc
 from functools import partial
 
 import hypothesis.strategies as st
@@ -231,10 +232,16 @@ def test_a_vector_that_is_none_is_refused_with_the_field(vector: bytes, words: s
         wire.decode(pb.Profile(vector=vector, releases=1), Profile)
 
 
-def test_sections_are_counted_before_any_is_unpacked() -> None:
+def test_what_is_too_many_is_refused_before_each_is_looked_at() -> None:
     header = pb.PushHeader(sections=[pb.SectionHeader()] * 3)
     with pytest.raises(WireError, match="has 3 entries, expected at most 2"):
         wire.decode_upload_header(header)
+    state = pb.RoundState(arrived=[""] * (bounds.MAX_MESSAGE_BYTES // 2))
+    tracemalloc.start()
+    with pytest.raises(WireError):
+        wire.decode(state, RoundStatus)
+    assert tracemalloc.get_traced_memory()[1] < 16 * bounds.MAX_MESSAGE_BYTES
+    tracemalloc.stop()
 
 
 def test_the_largest_messages_stay_below_the_message_limit() -> None:
