@@ -398,14 +398,6 @@ def _last_scores(directory: Path) -> dict[str, float]:
     return own
 
 
-def test_a_federation_reads_images(seeing: Any, tmp_path: Path) -> None:
-    directory = runner.run_here(seeing(), tmp_path, tmp_path / "runs", _console())
-    assert set(_last_scores(directory)) == {"client-0", "client-1"}
-    server = json.loads((directory / "federation" / "server" / "state" / "run.json").read_text())
-    # The profiles read the words, which are the same for both clients.
-    assert server["results"][-1]["clients"] == ["client-0", "client-1"]
-
-
 def test_images_decide_and_the_question_alone_does_not(seeing: Any, tmp_path: Path) -> None:
     training = {
         "steps": 60, "per_device_train_batch_size": 8, "max_length": 16, "learning_rate": 0.005,

@@ -66,14 +66,6 @@ def test_all_confirmations_make_an_epoch_ready() -> None:
     assert epoch.advance(NAMES, 1e9) == epoch
 
 
-def test_an_epoch_that_is_not_confirmed_in_time_is_replaced() -> None:
-    epoch = opened().advance(NAMES, 2.0)
-    epoch, _ = epoch.post("a", 1, CONFIRMATION, 3.0)
-    replaced = epoch.advance(NAMES, 62.0)
-    assert (replaced.epoch, replaced.phase, replaced.members) == (2, EpochPhase.JOINING, ())
-    assert replaced.post("a", 1, CONFIRMATION, 63.0)[1] is Answer.REPLACED
-
-
 def agreed(epoch: KeyEpoch, joining: tuple[str, ...], silent: dict[str, set[str]], now: float) -> KeyEpoch:
     """Let all join who may, and post openings and confirmations except those in `silent`."""
     for name in joining:

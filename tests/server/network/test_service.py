@@ -134,18 +134,6 @@ def test_a_waiting_client_is_told_for_whom_and_is_served_at_once(
     assert opened == [2], "the call would have ended of itself after a minute"
 
 
-def test_a_poll_that_ends_is_repeated_until_the_round_opens(
-    federation: Any, server: Any, connect: Any
-) -> None:
-    patient = connect(server, "clinic-a", wait_seconds=0.2)
-    run_id = run_id_of(federation, patient)
-    others = {c: connect(server, c) for c in federation.clients}
-    timer = threading.Timer(1.5, lambda: [t.push(federation.upload(run_id, c, 1)) for c, t in others.items()])
-    timer.start()
-    assert patient.pull(2).round == 2
-    timer.join()
-
-
 def test_the_client_is_whom_its_certificate_names(federation: Any, server: Any, connect: Any) -> None:
     transport = connect(server, "clinic-b")
     run_id = run_id_of(federation, transport)
