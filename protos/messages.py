@@ -274,8 +274,14 @@ class Receipt(bounds.Message):
 
 
 @dataclass(frozen=True)
-class SectionWeights(bounds.Message):
-    """The weight row of one section: integer shares of the contributors, summing to 2**bits."""
+class WeightRow(bounds.Message):
+    """What one recipient receives of one section: an integer share of every contributor.
+
+    Attributes:
+        contributors: clients whose uploads are summed, each named once.
+        weights: one integer in 0 … 2**bits per contributor; they sum to exactly 2**bits.
+        bits: precision; the share of contributor j is weights[j] / 2**bits.
+    """
 
     contributors: bounds.Identifiers
     weights: Annotated[tuple[Annotated[int, Field(strict=True, ge=0)], ...], FailFast()]
@@ -300,7 +306,7 @@ class AggregateSection(bounds.Message):
     """
 
     name: SectionName
-    row: SectionWeights | None
+    row: WeightRow | None
     payload: Annotated[bytes, Field(strict=True)] = dataclasses.field(repr=False)
     refusal: bounds.Text = ""
 

@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass
 
 from fedmosaic.protos.messages import Aggregate, AggregateSection
-from fedmosaic.server.round.close import read_sections
+from fedmosaic.server.round.aggregates import read_sections
 from fedmosaic.server.settings import ServerSettings
 from fedmosaic.server.storage.blobs import Blobs
 from fedmosaic.server.storage.store import Store

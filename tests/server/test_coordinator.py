@@ -472,7 +472,7 @@ def test_a_description_that_fails_stops_no_round(
     federation: Any, coordinator: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(rounds, "describe", _no_space)
+        patch.setattr(rounds.Round, "status", _no_space)
         federation.play(coordinator, 1)
     assert coordinator.status("clinic-a").round == 2
 
