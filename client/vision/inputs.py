@@ -80,7 +80,7 @@ def open_images(
     if inputs.images is None:
         raise ConfigurationError(
             f"example {named[0].id!r} names the image {images_in(named[0].prompt)[0]!r}; name the folder "
-            "that images lie in (pictures)"
+            "that images lie in (data.pictures of a client, images of a scenario)"
         )
     base = cast(PreTrainedModel, model.get_base_model())
     first = cast(nn.Embedding, base.get_input_embeddings()).num_embeddings
