@@ -261,7 +261,6 @@ class Receipt(bounds.Message):
     """The server's answer to an upload.
 
     Attributes:
-        status: what became of it.
         round: the round that is open now.
         content_hash: digest of the upload that the answer is about.
         head: see `Enrolled`.
@@ -299,7 +298,6 @@ class AggregateSection(bounds.Message):
     """One part of what a recipient receives, or the reason why it receives none.
 
     Attributes:
-        name: "shared" or "family".
         row: the weight row that was used; None where the aggregate is refused.
         payload: the weighted sum in the back end's format; empty where it is refused.
         refusal: why there is no aggregate; empty where there is one.

@@ -20,6 +20,7 @@ from fedmosaic.protos.messages import SECTION_NAMES, Aggregate, LedgerHead, Uplo
 from fedmosaic.protos.v1 import federation_pb2 as pb
 
 CHUNK_BYTES: Final = 1 << 18
+_SCALAR: Final = (bool, int, float, str, bytes)
 B = TypeVar("B", bound=Buffer)
 M = TypeVar("M", bound=Message)
 
@@ -69,9 +70,7 @@ def _inward(buffer: Buffer) -> dict[str, Any]:
             known = field.enum_type.values_by_number.get(value)
             content[field.name] = value if known is None else known.name.rpartition("_")[2].lower()
         else:
-            content[field.name] = (
-                value if isinstance(value, bool | int | float | str | bytes) else tuple(value)
-            )
+            content[field.name] = value if isinstance(value, _SCALAR) else tuple(value)
     return content
 
 
