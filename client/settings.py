@@ -153,7 +153,7 @@ class DataSettings(Frozen):
     """The client's own examples, as files, folders of the `datasets` library or splits on a hub.
 
     `test` and `others` are only scored, never trained on, and the scores stay on this machine. Prompts name
-    pictures in place, `<image:PATH>`.
+    images in place, `<image:PATH>`.
     """
 
     train: DataSource | None = None
@@ -174,7 +174,7 @@ class DataSettings(Frozen):
     others_examples: int = Field(default=0, ge=0)
     """The same for the sets in `others`."""
     pictures: Path | None = None
-    """Folder that the pictures which prompts name lie in."""
+    """Folder that the images which prompts name lie in."""
 
     @property
     def test_sets(self) -> dict[str, DataSource]:
@@ -268,7 +268,7 @@ class ClientSettings(Frozen):
     """The frozen model of the task profile, the same for all members. It has no adapter: `aligned`, `rank`
     and `quantization` are not for it."""
     projector: Path | None = None
-    """Folder of what lets a language model read pictures; `fedmosaic tasks projector` trains one."""
+    """Folder of what lets a language model read images; `fedmosaic tasks projector` trains one."""
     data: DataSettings = DataSettings()
     training: TrainingSettings = TrainingSettings()
     threads: int | None = Field(default=None, ge=1)

@@ -12,7 +12,7 @@ from fedmosaic.client.model.load import load_model
 from fedmosaic.client.profile.probe import Probe, open_probe
 from fedmosaic.client.profile.release import check_probe, clipped_profile
 from fedmosaic.client.settings import ClientSettings, ModelSettings
-from fedmosaic.client.vision.words import without_pictures
+from fedmosaic.client.vision.words import without_images
 from fedmosaic.privacy.federation.kits import Kit
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import BitSource
@@ -111,9 +111,9 @@ class ProfileProbe:
 
     def _open(self) -> tuple[Probe, list[EncodedExample]]:
         probe, tokenizer = self._load()
-        # The probe reads the words alone: nothing of a picture is in a profile, and any language model can be
-        # the probe. Clients that ask the same about other pictures look alike to it.
-        questions = read_as_text(tokenizer, [without_pictures(example) for example in self._examples])
+        # The probe reads the words alone: nothing of an image is in a profile, and any language model can be
+        # the probe. Clients that ask the same about other images look alike to it.
+        questions = read_as_text(tokenizer, [without_images(example) for example in self._examples])
         encoded = encode_examples(tokenizer, questions, self._max_length, setting=self._setting)
         check_ids(probe.base, encoded_ids(encoded), "the training examples", "[probe] path")
         return probe, encoded

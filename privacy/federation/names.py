@@ -19,7 +19,7 @@ _IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def member_id(text: str) -> str:
-    """The name of a federation or a member, as `fedmosaic.protos.bounds.check_identifier` has it.
+    """The name of a federation or a member, as `fedmosaic.protos.bounds.Identifier` has it.
 
     Raises:
         ValueError: it has other characters, or is too long.
@@ -69,7 +69,7 @@ def listen_address(text: str) -> str:
 MemberId = Annotated[str, AfterValidator(member_id)]
 """Name of a federation or of a member."""
 Family = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9][A-Za-z0-9._:/-]{0,127})?$")]
-"""As `fedmosaic.protos.bounds.check_family` has it."""
+"""As `fedmosaic.protos.bounds.Family` has it."""
 Host = Annotated[str, AfterValidator(host)]
 """A name or address that a certificate carries and clients reach."""
 Port = Annotated[int, Field(ge=1, le=_HIGHEST_PORT)]

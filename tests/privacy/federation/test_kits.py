@@ -15,8 +15,8 @@ from fedmosaic.privacy.federation import kits as federation
 from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
 from fedmosaic.privacy.federation.roster import AdapterTerms, Roster, Terms
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
-from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import ConfigurationError, IdentityError, MechanismError, WireError
+from fedmosaic.protos.messages import Enrolment
 from fedmosaic.server.settings import settings_from_kit
 
 PROFILE = ProfileMechanism(
@@ -197,14 +197,14 @@ def test_terms_that_nobody_could_run_are_refused_before_they_are_signed(changes:
 @pytest.mark.parametrize("family", ["Llama 3 (1B)", "-x", "x\n", "x" * 129])
 def test_a_family_is_named_as_the_wire_carries_it(family: str) -> None:
     with pytest.raises(WireError):
-        bounds.check_family("family", family)
+        Enrolment(1, "f", bytes(32), bytes(32), family, "")
     with pytest.raises(ConfigurationError, match="family"):
         validate({"id": "a", "family": family}, MemberEntry, "member")
 
 
 @pytest.mark.parametrize("family", ["", "Llama-3.2:1B/x_y", "x" * 128])
 def test_every_family_of_the_wire_can_be_on_a_roster(family: str) -> None:
-    bounds.check_family("family", family)
+    Enrolment(1, "f", bytes(32), bytes(32), family, "")
     assert validate({"id": "a", "family": family}, MemberEntry, "member").family == family
 
 
