@@ -26,23 +26,12 @@ class Unknown:
 
 @dataclass(frozen=True, eq=False)
 class Guess:
-    """A decoded text.
-
-    Attributes:
-        tokens: the continuation.
-        explained: (D,) what it explains of the release, in the background's coordinates.
-    """
+    """A continuation, and what it explains of the release: (D,) in the background's coordinates."""
 
     tokens: tuple[int, ...]
     explained: FloatArray
-
-
-@dataclass(frozen=True, eq=False)
-class _Path:
     log_probability: float
     score: float
-    tokens: tuple[int, ...]
-    explained: FloatArray
 
 
 def decode(
@@ -55,15 +44,10 @@ def decode(
 ) -> Guess:
     """The most plausible continuation of a text, given what is left of a release.
 
-    Args:
-        reader: of the model's terms.
-        background: of terms that are not known.
-        left: (D,) what is left of the release, in the background's coordinates; None to guess without it.
-        text: how it begins, and how long it is.
-        others: number of tokens of other texts that are in `left`.
-        beams: paths that are kept, at least 1.
+    `left` is (D,) in the coordinates of the background of unknown terms, with `others` tokens of other texts
+    in it; None guesses without a release.
     """
-    paths = [_Path(0.0, 0.0, (), np.zeros(len(background.mean)))]
+    paths = [Guess((), np.zeros(len(background.mean)), 0.0, 0.0)]
     for step in range(text.length):
         remaining = text.length - step - 1 + others
         after = reader.after([[*text.known, *path.tokens] for path in paths])
@@ -73,18 +57,18 @@ def decode(
             for longer in _grown(reader, background, left, path, terms, remaining, beams)
         ]
         paths = sorted(grown, key=lambda path: -path.score)[:beams]
-    return Guess(paths[0].tokens, paths[0].explained)
+    return paths[0]
 
 
 def _grown(
     reader: TermReader,
     background: Background,
     left: FloatArray | None,
-    path: _Path,
+    path: Guess,
     terms: NextTerms,
     remaining: float,
     beams: int,
-) -> list[_Path]:
+) -> list[Guess]:
     """The best ways to go on with one path."""
     count = min(LIKELY_TOKENS, len(terms.log_probabilities))
     kept = torch.topk(terms.log_probabilities, count)
@@ -94,11 +78,11 @@ def _grown(
         signals, directions = reader.coefficients(terms, kept.indices), atoms(terms.inputs, background)
         scores = scores + log_likelihoods(left - path.explained, directions, signals, background, remaining)
     return [
-        _Path(
-            path.log_probability + float(kept.values[index]),
-            float(scores[index]),
+        Guess(
             (*path.tokens, int(kept.indices[index])),
             path.explained + signals[index] @ directions,
+            path.log_probability + float(kept.values[index]),
+            float(scores[index]),
         )
         for index in np.argsort(-scores)[:beams]
     ]
@@ -107,15 +91,7 @@ def _grown(
 def decode_all(
     reader: TermReader, background: Background, release: FloatArray, texts: Sequence[Unknown], beams: int
 ) -> list[Guess]:
-    """Every text of a release, one after the other, each with what those before explain taken off.
-
-    Args:
-        reader: of the model's terms.
-        background: of terms that are not known.
-        release: (D,) sum of the terms of all tokens of all texts, with noise.
-        texts: what is known of each.
-        beams: paths that are kept.
-    """
+    """Every text of a (D,) sum of all tokens' terms, each with what those before explain taken off."""
     left = background.coordinates(release)
     guesses: list[Guess] = []
     for number, text in enumerate(texts):

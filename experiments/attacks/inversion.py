@@ -2,8 +2,8 @@
 
 The easiest case for the attacker: the update is of one text or a few, each of which the model learns to write
 but for its first words, and the attacker knows the model, the starting point, the first words and the length.
-Terms of single tokens (`attack_terms`) are fitted to what it sees, from the first token to the last
-(`attack_decoding`). All rows are about the same texts.
+Terms of single tokens (`terms`) are fitted to what it sees, from the first token to the last (`decoding`).
+All rows are about the same texts.
 """
 
 import math
@@ -26,11 +26,11 @@ from fedmosaic.client.model.examples import IGNORED, EncodedExample, padding_tok
 from fedmosaic.client.model.loss import training_mode
 from fedmosaic.client.model.training import TrainingSettings, train_local
 from fedmosaic.experiments.attacks.decoding import Unknown, decode, decode_all
-from fedmosaic.experiments.attacks.profile import DELTA, noise_multiplier
+from fedmosaic.experiments.attacks.profile import noise_multiplier
 from fedmosaic.experiments.attacks.statistics.pursuit import Background, FloatArray, fit_background
-from fedmosaic.experiments.attacks.statistics.results import CONFIDENCE, AttackResult, Figure, Setting
-from fedmosaic.experiments.attacks.statistics.roc import clopper_pearson
+from fedmosaic.experiments.attacks.statistics.results import AttackResult, Figure, Setting
 from fedmosaic.experiments.attacks.terms import TermReader
+from fedmosaic.experiments.attacks.text import OWN_GUESS
 from fedmosaic.privacy.mechanism.noise import NoiseSource
 from fedmosaic.protos.errors import ConfigurationError
 
@@ -82,15 +82,8 @@ def inversion_results(
 ) -> Iterator[AttackResult]:
     """Recover texts from gradients, from updates by several steps, from an aggregate and under DP.
 
-    Args:
-        model: the client's model with a fresh adapter; it is put back to that afterwards.
-        tokenizer: its tokenizer.
-        material: texts and settings.
-        noise: of the DP step.
-        seed: of the intervals' resamples.
-
-    Raises:
-        ConfigurationError: there are too few texts.
+    The model has a fresh adapter, and is put back to that afterwards; the seed is of the intervals'
+    resamples. `ConfigurationError` if there are too few texts.
     """
     if material.attacked < 2 or len(material.texts) < material.attacked or len(material.others) < 2:
         raise ConfigurationError(
@@ -110,8 +103,19 @@ def inversion_results(
         public = reader.public_terms([tokens[:_PUBLIC_TOKENS] for tokens in material.public])
         attack = _Attack(reader, material, public, rows.double().numpy(), others.double().numpy())
         for words, adversary, setting, epsilon, decoded in attack.cases(updates, together, noise):
-            figures = _figures(attacked, decoded(), seed)
-            yield _result(words, adversary, setting, epsilon, figures)
+            yield AttackResult(
+                attack=INVERSION,
+                adversary=f"{adversary}, knowing how the texts begin and how long they are",
+                sees="P and Q of the first round, or their gradient; model, bases and starting point are "
+                "public",
+                statistic="exact terms of every next token in the last adapted layer, background of public "
+                "texts, language model, beam",
+                release=words,
+                setting=setting,
+                epsilon=epsilon,
+                figures=_figures(attacked, decoded(), seed),
+                note=_NOTE,
+            )
 
 
 _Decoded = list[tuple[int, ...]]
@@ -146,36 +150,22 @@ class _Attack:
 
     def cases(self, updates: Sequence[np.ndarray], together: np.ndarray, noise: NoiseSource) -> list[_Case]:
         """Every kind of release."""
-        count = len(self.rows)
+        count, steps = len(self.rows), f"none: the update after {STEPS} steps of AdamW on"
+        unprotected: list[tuple[str, Callable[[], _Decoded]]] = [
+            ("none: the gradient of one text", self.single),
+            ("none: the mean gradient of 2 texts", self.pairs),
+            (f"none: the mean gradient of {count} texts", self.batch),
+            (f"{steps} one text", lambda: self.signs(updates, 0)),
+            (f"{steps} {count} texts", lambda: self.signs([together] * len(self.unknown), count - 1)),
+        ]
+        mixed = "none or encrypted: an aggregate in which the gradient of one text has 0.5, two others' 0.25"
+        private = f"dp: one step on one text at ε = {EPSILON:g}"
         return [
-            ("none: the gradient of one text", "server", "no_sanitiser", math.inf, self.single),
-            ("none: the mean gradient of 2 texts", "server", "no_sanitiser", math.inf, self.pairs),
-            (
-                f"none: the mean gradient of {count} texts",
-                "server", "no_sanitiser", math.inf, self.batch,
-            ),
-            (
-                f"none: the update after {STEPS} steps of AdamW on one text",
-                "server", "no_sanitiser", math.inf, lambda: self.signs(updates, 0),
-            ),
-            (
-                f"none: the update after {STEPS} steps of AdamW on {count} texts",
-                "server", "no_sanitiser", math.inf,
-                lambda: self.signs([together] * len(self.unknown), count - 1),
-            ),
-            (
-                "none or encrypted: an aggregate in which the gradient of one text has 0.5, two others' 0.25",
-                "recipient", "product", math.inf, self.aggregate,
-            ),
-            (
-                f"dp: one step on one text at ε = {EPSILON:g}",
-                "server or recipient", "variant", EPSILON, lambda: self.private(noise),
-            ),
-            (
-                "no update at all: the language model's own guess",
-                "server", "no_sanitiser", None, self.guess,
-            ),
-        ]  # fmt: skip
+            *((words, "server", "no_sanitiser", math.inf, decoded) for words, decoded in unprotected),
+            (mixed, "recipient", "product", math.inf, self.aggregate),
+            (private, "server or recipient", "variant", EPSILON, lambda: self.private(noise)),
+            (OWN_GUESS.format("update"), "server", "no_sanitiser", None, self.guess),
+        ]
 
     def guess(self) -> _Decoded:
         """Without any release."""
@@ -263,11 +253,10 @@ def _figures(texts: Sequence[EncodedExample], found: _Decoded, seed: int) -> tup
     # Both bags have one size, so that precision, recall and F1 are one number.
     bags = [(Counter(t) & Counter(f)).total() / len(t) for t, f in zip(truths, found, strict=True)]
     exact = sum(value == 1.0 for value in in_place)
-    low, high = clopper_pearson(exact, len(texts), CONFIDENCE)
     return (
         _mean("tokens in place", in_place, seed),
         _mean("bag of tokens, F1", bags, seed),
-        Figure(name=f"texts exact (of {len(texts)})", value=exact / len(texts), low=low, high=high),
+        Figure.share(f"texts exact (of {len(texts)})", exact, len(texts)),
     )
 
 
@@ -276,21 +265,3 @@ def _mean(name: str, values: Sequence[float], seed: int) -> Figure:
     drawn = np.random.default_rng(seed).integers(0, len(values), (_RESAMPLES, len(values)))
     low, high = np.quantile(np.asarray(values)[drawn].mean(axis=1), [0.025, 0.975])
     return Figure(name=name, value=float(np.mean(values)), low=float(low), high=float(high))
-
-
-def _result(
-    words: str, adversary: str, setting: Setting, epsilon: float | None, figures: tuple[Figure, ...]
-) -> AttackResult:
-    return AttackResult(
-        attack=INVERSION,
-        adversary=f"{adversary}, knowing how the texts begin and how long they are",
-        sees="P and Q of the first round, or their gradient; model, bases and starting point are public",
-        statistic="exact terms of every next token in the last adapted layer, background of public texts, "
-        "language model, beam",
-        release=words,
-        setting=setting,
-        epsilon=epsilon,
-        delta=DELTA if epsilon is not None else None,
-        figures=figures,
-        note=_NOTE,
-    )

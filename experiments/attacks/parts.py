@@ -18,10 +18,8 @@ from fedmosaic.experiments.attacks import audit as attack_audit
 from fedmosaic.experiments.attacks import federation as attack_federation
 from fedmosaic.experiments.attacks import inversion as attack_inversion
 from fedmosaic.experiments.attacks import profile as attack_profile
-from fedmosaic.experiments.attacks import shadow as attack_shadow
 from fedmosaic.experiments.attacks import text as attack_text
-from fedmosaic.experiments.attacks.claimed_row import claimed_row_result
-from fedmosaic.experiments.attacks.group_key import group_key_results
+from fedmosaic.experiments.attacks.encryption import claimed_row_result, group_key_result
 from fedmosaic.experiments.attacks.statistics.results import AttackResult, Setting
 from fedmosaic.experiments.attacks.target import Prober, Target, Victim, candidates, open_prober
 from fedmosaic.privacy.accounting.calibrate import noise_multiplier_for
@@ -44,8 +42,6 @@ _ADAPTER_RELEASES: Final = 1000
 _WORD_BATCH: Final = 8
 _INVERTED_BATCH: Final = 8
 _PUBLIC_TEXTS: Final = 64
-_SHADOW_POOL: Final = 60
-_SHADOW_TRAINING: Final = {"steps": 20, "per_device_train_batch_size": 16, "max_length": 48}
 
 
 @dataclass(frozen=True)
@@ -62,8 +58,6 @@ class Sizes:
     """Canaries of the one-run audit of DP-SGD."""
     texts: int = 4
     """Texts in the release of the text recovery."""
-    shadow_runs: int = 32
-    """Shadow runs per kind of release."""
     seed: int = 0
     """Of everything random but the product's own noise."""
 
@@ -97,8 +91,7 @@ def profile(prober: Prober, victim: Victim, sizes: Sizes) -> Iterator[AttackResu
     mechanism = prober.public_map.mechanism
     released = victim.released_profile(mechanism.dimensions)
     if released is not None:
-        known = {example.prompt for example in victim.train}
-        everybody = [*victim.train, *(example for example in victim.test if example.prompt not in known)]
+        everybody = [*victim.train, *victim.unseen]
         rows = prober.public_map.rows(prober.factors(everybody))
         members = np.arange(len(everybody)) < len(victim.train)
         if members.all():
@@ -115,14 +108,14 @@ def every_profile(
     for name, each in probers:
         for victim in target.victims:
             pool, _ = candidates(victim, sizes.pool, sizes.seed)
-            yield from attack_profile.brief_results(
+            yield from attack_profile.membership_results(
                 each.factors(pool),
                 each.public_map,
                 SecureNoise(),
-                words=f"{victim.task}, probe {name}",
                 releases=max(1, sizes.releases // 2),
                 rate=min(0.5, _MEMBERS_PER_RELEASE / len(pool)),
                 seed=sizes.seed,
+                brief=f"{victim.task}, probe {name}",
             )
 
 
@@ -183,14 +176,14 @@ def federation(target: Target, prober: Prober, sizes: Sizes, skipped: list[str])
     noise = attack_federation.dp_noise_ratio(
         1.0, rate, _steps(target), examples, scenario.adapter.shared_dimensions
     )
-    weights = attack_federation.weights_of_run(target.server_run, names)
+    weights = target.server_run.weights(names)[:-1]
     source = "this run's own rows"
     if not weights:
         source = "rows that the real planning makes of random profiles"
         weights = attack_federation.simulated_weights(
             max(_LEAST_MEMBERS, len(names)), _SIMULATED_ROUNDS, scenario.relevance, scenario.policy, seed
         )
-    results = group_key_results()
+    results = [group_key_result()]
     results += attack_federation.collusion_results(
         weights, scenario.policy, source=source, dp_noise=noise, seed=seed
     )
@@ -207,9 +200,11 @@ def _spoofing(target: Target, prober: Prober, skipped: list[str]) -> list[Attack
         skipped.append("relevance spoofing needs the released profiles of a finished run")
         return []
     tasks = {victim.client_id: victim.task for victim in target.victims}
-    return attack_federation.spoofing_results(
-        profiles, tasks, mechanism, scenario.relevance, scenario.policy, scenario.encryption.clip
+    variance, clip = mechanism.noise_variance, scenario.encryption.clip
+    found_shares = attack_federation.spoofing_results(
+        profiles, variance, scenario.relevance, scenario.policy, tasks, clip
     )
+    return [found_shares]
 
 
 def _tasks(target: Target, prober: Prober, sizes: Sizes, skipped: list[str]) -> list[AttackResult]:
@@ -245,7 +240,7 @@ def text(prober: Prober, victim: Victim, sizes: Sizes) -> list[AttackResult]:
     )
 
 
-def adapter(target: Target, victim: Victim, sizes: Sizes) -> list[AttackResult]:
+def adapter(target: Target, victim: Victim, sizes: Sizes) -> Iterator[AttackResult]:
     """Membership and words from an update of P and Q."""
     generator = np.random.default_rng(sizes.seed)
     pool, _ = candidates(victim, _ADAPTER_POOL, sizes.seed)
@@ -259,16 +254,10 @@ def adapter(target: Target, victim: Victim, sizes: Sizes) -> list[AttackResult]:
         [pool, others or pool, kin[: 2 * _ADAPTER_POOL] or pool, list(victim.train[:_ADAPTER_POOL])],
         target.scenario.profile.max_length,
     )
-    results = attack_adapter.membership_results(
-        rows[0],
-        rows[1],
-        SecureNoise(),
-        releases=_ADAPTER_RELEASES,
-        rate=0.3,
-        epsilons=attack_profile.EPSILONS,
-        seed=sizes.seed,
+    yield from attack_adapter.membership_results(
+        rows[0], rows[1], SecureNoise(), releases=_ADAPTER_RELEASES, rate=0.3, seed=sizes.seed
     )
-    return results + attack_adapter.word_results(
+    yield from attack_adapter.word_results(
         rows[2], rows[3], SecureNoise(), size=_WORD_BATCH, updates=40, seed=sizes.seed
     )
 
@@ -291,21 +280,3 @@ def inversion(target: Target, victim: Victim, sizes: Sizes) -> Iterator[AttackRe
         training=target.scenario.training,
     )
     yield from attack_inversion.inversion_results(model, tokenizer, material, SecureNoise(), sizes.seed)
-
-
-def shadow(target: Target, victim: Victim, model: Path | None, sizes: Sizes) -> Iterator[AttackResult]:
-    """Shadow runs of a small model on the victim's texts."""
-    if model is None:
-        raise ConfigurationError("shadow runs need a small model; name one with --shadow-model")
-    pool, _ = candidates(victim, _SHADOW_POOL, sizes.seed)
-    others = [example for other in target.victims if other is not victim for example in other.train]
-    order = np.random.default_rng(sizes.seed).permutation(len(others))[: 4 * _SHADOW_POOL]
-    chosen: list[Example] = [others[index] for index in order] or list(victim.test)
-    setup = attack_shadow.Shadow(
-        ModelSettings(path=str(model)),
-        target.scenario.adapter,
-        pool,
-        chosen,
-        target.scenario.training.model_copy(update=_SHADOW_TRAINING),
-    )
-    yield from attack_shadow.shadow_results(setup, runs=sizes.shadow_runs, seed=sizes.seed)

@@ -17,21 +17,16 @@ import torch
 
 from fedmosaic.client.model.examples import IGNORED, EncodedExample, Example
 from fedmosaic.client.profile.probe import Probe, gradient_factors
-from fedmosaic.experiments.attacks.profile import (
-    AUTHORS_NOISE,
-    AUTHORS_SHARE,
-    DELTA,
-    noise_multiplier,
-)
+from fedmosaic.experiments.attacks.profile import AUTHORS_NOISE, AUTHORS_SHARE, noise_multiplier
 from fedmosaic.experiments.attacks.statistics.membership import gram_matrix
-from fedmosaic.experiments.attacks.statistics.results import CONFIDENCE, AttackResult, Figure, Setting
-from fedmosaic.experiments.attacks.statistics.roc import clopper_pearson
+from fedmosaic.experiments.attacks.statistics.results import AttackResult, Figure, Setting
 from fedmosaic.experiments.attacks.statistics.spans import Spans, evidence, spans_of
 from fedmosaic.privacy.mechanism.noise import NoiseSource
 from fedmosaic.privacy.mechanism.profile import clipped_sum, release
 from fedmosaic.privacy.mechanism.projection import GradientFactors, PublicBasis, PublicMap
 
 TEXT: Final = "Text recovery from the profile"
+OWN_GUESS: Final = "no {} at all: the language model's own guess"
 BEAMS: Final = 2
 CANDIDATES: Final = 5
 LIKELY_TOKENS: Final = 20_000
@@ -64,16 +59,9 @@ class Release:
 def continuations(
     examples: Sequence[Example], tokenizer: Any, count: int, tokens: int
 ) -> list[EncodedExample]:
-    """Texts of a client, as examples that continue their first words.
+    """First lines of prompts, as at most `count` examples that continue their first words.
 
-    Args:
-        examples: their prompts' first lines are the texts.
-        tokenizer: of the probe.
-        count: number of texts.
-        tokens: most tokens to continue with.
-
-    Returns:
-        At most `count` examples with at least six tokens to recover.
+    Each has from six to `tokens` tokens to recover.
     """
     found: list[EncodedExample] = []
     for example in examples:
@@ -99,35 +87,20 @@ def text_results(
 ) -> list[AttackResult]:
     """Recover texts from one release of them: the authors' sanitiser, DP in its place, and the product.
 
-    Args:
-        probe: the public probe model.
-        texts: what is in the release.
-        public_map: the product's map.
-        basis: its basis, which the attacker has too.
-        noise: of the product's release.
-        seed: of the references' noise.
+    The attacker has the product's map and its basis too; the seed is of the references' noise.
     """
     factors = list(gradient_factors(probe, texts))
     generator = np.random.default_rng(seed)
     releases = [
         *_references(factors, generator),
         *_product(factors, public_map, basis, noise),
-        Release(
-            None, _same, _same, "no release at all: the language model's own guess", "no_sanitiser", None
-        ),
+        Release(None, _same, _same, OWN_GUESS.format("release"), "no_sanitiser", None),
     ]
     return [_result(probe, texts, released) for released in releases]
 
 
 def decode(probe: Probe, known: Sequence[int], length: int, released: Release) -> list[int]:
-    """The most plausible continuation of known tokens under a release.
-
-    Args:
-        probe: the public probe model.
-        known: tokens that the attacker knows.
-        length: number of tokens to recover.
-        released: what it holds.
-    """
+    """The most plausible continuation, of some length, of the tokens that an attacker knows."""
     beams: list[tuple[float, list[int]]] = [(0.0, [])]
     states = _states(probe, [list(known)])
     for _ in range(length):
@@ -147,14 +120,13 @@ def decode(probe: Probe, known: Sequence[int], length: int, released: Release) -
 
 
 def _references(factors: Sequence[GradientFactors], generator: np.random.Generator) -> Iterator[Release]:
-    rows = int(AUTHORS_SHARE * factors[0].delta.shape[1])
-    matrices = [factor.delta[:, :rows].T.astype(np.float64) @ factor.inputs for factor in factors]
-    tokens = sum(len(factor.delta) for factor in factors)
-    count = len(factors)
+    rows, count = int(AUTHORS_SHARE * factors[0].delta.shape[1]), len(factors)
 
     def kept(delta: np.ndarray) -> np.ndarray:
         return delta[:, :rows]
 
+    matrices = [kept(factor.delta).T.astype(np.float64) @ factor.inputs for factor in factors]
+    tokens = sum(len(factor.delta) for factor in factors)
     spread = AUTHORS_NOISE / math.sqrt(count)
     mean = np.mean(matrices, axis=0) + spread * generator.standard_normal(matrices[0].shape)
     words = f"first 40 % of rows, noise 1e-4, no clipping, mean of {count} texts"
@@ -211,18 +183,12 @@ def _result(probe: Probe, texts: Sequence[EncodedExample], released: Release) ->
         release=released.words,
         setting=released.setting,
         epsilon=released.epsilon,
-        delta=DELTA if released.epsilon is not None else None,
         figures=(
-            _share("tokens recovered", right, total),
-            _share("texts recovered verbatim", verbatim, len(texts)),
+            Figure.share(f"tokens recovered (of {total})", right, total),
+            Figure.share(f"texts recovered verbatim (of {len(texts)})", verbatim, len(texts)),
         ),
         note="a lower bound: a better search recovers more. Compare with the language model's own guess",
     )
-
-
-def _share(name: str, right: int, total: int) -> Figure:
-    low, high = clopper_pearson(right, total, CONFIDENCE)
-    return Figure(name=f"{name} (of {total})", value=right / total, low=low, high=high)
 
 
 def _weight(spans: Spans) -> float:

@@ -17,8 +17,7 @@ from statistics import fmean
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import stdtrit
-from scipy.stats import rankdata
+from scipy.stats import rankdata, sem, t
 
 from fedmosaic.protos.errors import ConfigurationError
 
@@ -125,21 +124,19 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     mean, count = fmean(values), len(values)
     if count == 1:
         return Interval(mean, None, 1)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
-    quantile = float(stdtrit(count - 1, 0.5 + confidence / 2.0))
-    return Interval(mean, quantile * math.sqrt(variance / count), count)
+    return Interval(mean, float(t.ppf(0.5 + confidence / 2.0, count - 1) * sem(values)), count)
+
+
+def placements(these: npt.ArrayLike, others: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Share of the (N,) finite others below each of (P,) finite values, ties counting half."""
+    own = np.ravel(these)
+    below = rankdata(np.concatenate([own, np.ravel(others)]))[: own.size] - rankdata(own)
+    return np.asarray(below / np.size(others))
 
 
 def area_under_curve(positive: npt.ArrayLike, negative: npt.ArrayLike) -> float:
-    """Probability that a positive scores above a negative, ties counting half (Mann and Whitney 1947).
-
-    Args:
-        positive: (P,) finite scores.
-        negative: (N,) finite scores.
-    """
-    count = np.size(positive)
-    ranks = rankdata(np.concatenate([np.ravel(positive), np.ravel(negative)]))[:count]
-    return float((ranks.sum() - count * (count + 1) / 2) / (count * np.size(negative)))
+    """Probability that a positive scores above a negative, ties counting half (Mann and Whitney 1947)."""
+    return float(placements(positive, negative).mean())
 
 
 def markdown_table(

@@ -32,16 +32,10 @@ class Spans:
 
 
 def spans_of(released: FloatArray, noise: float, largest_rank: int) -> Spans:
-    """Singular vectors that stand out of the noise.
+    """Singular vectors of an (m, f) release that stand out of its noise; at least one is kept.
 
-    Args:
-        released: (m, f) the release as a matrix.
-        noise: standard deviation of the noise per entry, 0 for none.
-        largest_rank: most directions to keep; at least one is kept.
-
-    Returns:
-        The spaces. A direction counts if its singular value is above the largest that noise alone has,
-        about s (√m + √f).
+    A direction counts if its singular value is above the largest that noise of the standard deviation s per
+    entry has alone, about s (√m + √f).
     """
     left, values, right = np.linalg.svd(released, full_matrices=False)
     edge = noise * (np.sqrt(released.shape[0]) + np.sqrt(released.shape[1]))
@@ -52,15 +46,10 @@ def spans_of(released: FloatArray, noise: float, largest_rank: int) -> Spans:
 
 
 def evidence(vectors: FloatArray, basis: FloatArray, floor: float) -> FloatArray:
-    """How much better each vector fits into a space than a vector from nowhere would.
+    """How much better each of (n, m) vectors fits into a space than a vector from nowhere would.
 
-    Args:
-        vectors: (n, m) any vectors.
-        basis: (m, r) orthonormal columns.
-        floor: share of a true vector's energy that noise keeps outside, above 0.
-
-    Returns:
-        (n,) -log of the energy outside the space, at most -log(floor); 0 for a vector of zeros.
+    -log of the share of energy outside the space of the (m, r) orthonormal columns, at most -log(floor),
+    where the floor > 0 is what noise keeps outside of a true vector; 0 for a vector of zeros.
     """
     energy = np.einsum("nm,nm->n", vectors, vectors)
     inside = np.einsum("nr,nr->n", vectors @ basis, vectors @ basis)

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -24,7 +23,6 @@ from fedmosaic.experiments.attacks.adapter import AdapterRows, membership_result
 from fedmosaic.experiments.attacks.profile import membership_results as profile_membership
 from fedmosaic.experiments.attacks.received import shared_vector
 from fedmosaic.experiments.attacks.statistics.membership import gram_matrix
-from fedmosaic.experiments.attacks.statistics.results import AttackReport
 from fedmosaic.experiments.attacks.statistics.spans import evidence, spans_of
 from fedmosaic.experiments.attacks.target import candidates, open_prober, read_target
 from fedmosaic.experiments.attacks.text import Release, decode, text_results
@@ -254,9 +252,7 @@ def test_a_broken_bound_ends_the_command_with_an_error(
     monkeypatch.setattr(attack_profile, "release", quiet)
     arguments = [str(scenario), "--output-dir", str(tmp_path / "o"), "--parts", "profile"]
     assert attacks.main([*arguments, "--pool", "40", "--releases", "60"]) == 1
-    page = (tmp_path / "o" / attack_report.MARKDOWN).read_text()
-    assert "BROKEN" in page
-    assert "above its bound" in page
+    assert "BROKEN" in (tmp_path / "o" / attack_report.MARKDOWN).read_text()
 
 
 def finished_run(scenario: Path, place: Path) -> Path:
@@ -308,26 +304,6 @@ def test_a_finished_run_is_attacked_through_its_aggregates_and_releases(
     assert read_target(run).victims[0].released_profile(16) is not None
     page = (run / "attacks" / attack_report.MARKDOWN).read_text()
     assert "this run's own rows" in page
-    again = attacks.main([str(run), "--parts", "received", "--client", "client-2", "--merge"])
-    assert again == 0
-    merged = attack_report.read(run / "attacks")
-    assert merged is not None
-    assert {result.attack for result in merged.results} == set(found)
-    assert [each.attacks for each in merged.later] == [
-        tuple(n for n in found if "Poison" in n or "loss" in n)
-    ]
-
-
-def test_there_must_be_a_report_to_merge_with(scenario: Path, tmp_path: Path) -> None:
-    place = tmp_path / "none"
-    with pytest.raises(ConfigurationError, match="holds no report to merge with"):
-        attacks.main([str(scenario), "--output-dir", str(place), "--parts", "malicious", "--merge"])
-    assert not place.exists()
-
-
-def test_a_report_claims_no_more_than_was_tried() -> None:
-    empty = AttackReport(run="r", created="", seconds=0.0, command="", machine="", results=())
-    assert "nothing is shown" in attack_report.markdown(empty)
 
 
 def test_the_inversion_part_takes_texts_of_one_length_or_says_that_there_are_none(
@@ -360,5 +336,3 @@ def test_a_target_without_that_client_is_refused(scenario: Path) -> None:
     prober = open_prober(target)
     assert prober.with_noise(2.0).mechanism.noise_multiplier == 2.0
     assert math.isclose(prober.public_map.mechanism.noise_multiplier, 8.0)
-    report = attacks.attack(target, attacks.Arguments(scenario, parts=()), Console(quiet=True), "x")
-    assert report.results == ()
