@@ -80,14 +80,8 @@ def membership_results(
 ) -> Iterator[AttackResult]:
     """Who was in a full-batch step on P and Q, as each protection mode shows it.
 
-    Args:
-        candidates: the victim's candidates.
-        others: examples of the other contributors of an aggregate.
-        noise: of the DP steps.
-        releases: simulated updates per mode.
-        rate: chance of a candidate to be in one update.
-        seed: of the memberships.
-        epsilons: of one DP step.
+    A candidate of the victim is in one of the simulated updates with chance `rate`; the others' examples are
+    those of the other contributors of an aggregate; `epsilons` are of one DP step.
     """
     generator = np.random.default_rng(seed)
     rows = candidates.rows.astype(np.float64)

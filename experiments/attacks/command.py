@@ -24,12 +24,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from fedmosaic.experiments.attacks import parts as attack_parts
 from fedmosaic.experiments.attacks import report as attack_report
-from fedmosaic.experiments.attacks.received import received_results
 from fedmosaic.experiments.attacks.refusals.keys import key_refusals
 from fedmosaic.experiments.attacks.refusals.messages import refusals
 from fedmosaic.experiments.attacks.state import is_state, open_state
 from fedmosaic.experiments.attacks.statistics.results import AttackReport, AttackResult, RefusalResult
-from fedmosaic.experiments.attacks.target import open_prober, read_target
+from fedmosaic.experiments.attacks.target import read_target
 from fedmosaic.protos.errors import ConfigurationError
 
 Part = Literal[
@@ -39,9 +38,7 @@ PARTS: Final[tuple[Part, ...]] = get_args(Part)
 Found = Iterable[AttackResult | RefusalResult]
 Runner = Callable[[list[str]], Found]
 """Carries out one part; adds to a list what it had to leave out, with the reason."""
-_NEED_THE_PROBE: Final = frozenset({"profile", "tasks", "audit", "federation", "text"})
 _BROKEN_EXIT: Final = 1
-_SCORED: Final = 60
 
 
 @dataclass(frozen=True)
@@ -102,21 +99,9 @@ def _opened(parsed: Arguments, console: Console) -> tuple[str, Path, Mapping[Par
     target = read_target(parsed.target)
     victim = attack_parts.choose_victim(target, parsed.client)
     console.print(f"attacking {victim.client_id} ({victim.task}) of {target.name}")
-    sizes = parsed.sizes
-    # Read once, and only if a part needs it.
-    prober = open_prober(target) if _NEED_THE_PROBE & set(parsed.parts) else None
-    needed = attack_parts.needed
+    subject = attack_parts.Subject(target, victim, parsed.sizes, parsed.probes)
     place = target.directory / "attacks" if target.directory is not None else Path(f"attacks-{target.name}")
-    runners: dict[Part, Runner] = {
-        "profile": lambda _: attack_parts.profile(needed(prober), victim, sizes),
-        "tasks": lambda _: attack_parts.every_profile(target, needed(prober), sizes, parsed.probes),
-        "audit": lambda _: attack_parts.audit(target, needed(prober), victim, sizes),
-        "federation": lambda skipped: attack_parts.federation(target, needed(prober), sizes, skipped),
-        "text": lambda _: attack_parts.text(needed(prober), victim, sizes),
-        "adapter": lambda _: attack_parts.adapter(target, victim, sizes),
-        "inversion": lambda _: attack_parts.inversion(target, victim, sizes),
-        "received": lambda _: received_results(target, victim, _SCORED),
-    }
+    runners: dict[Part, Runner] = {part: getattr(subject, part) for part in PARTS if part not in malicious}
     return target.name, parsed.output_dir or place, {**runners, **malicious}
 
 
@@ -133,16 +118,7 @@ def carry_out(
     console: Console,
     keep: Callable[[AttackReport], None],
 ) -> AttackReport:
-    """Carry out the chosen attacks.
-
-    Args:
-        name: of what is attacked.
-        parts: which attacks.
-        runners: what carries them out.
-        command: as it was given, for the report.
-        console: where progress is shown.
-        keep: told of the report after every part.
-    """
+    """Carry out the chosen attacks; `keep` is told of the report after every part."""
     started, began = time.monotonic(), time.process_time()
     found: list[AttackResult | RefusalResult] = []
     skipped: list[str] = []

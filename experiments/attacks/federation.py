@@ -90,13 +90,8 @@ def collusion_results(
 ) -> list[AttackResult]:
     """What coalitions of every size recover, for adapters that move little or much between rounds.
 
-    Args:
-        weights: per round, what every member received.
-        policy: limits on rows.
-        source: where the weights come from, in words.
-        dp_noise: least noise of a DP adapter over its signal; None to leave that case out.
-        trials: random adapters per case.
-        seed: of the adapters.
+    The weights are what every member received, per round, and `source` says where they come from. `dp_noise`
+    is the least noise of a DP adapter over its signal; None leaves that case out.
     """
     members = len(weights[0])
     cases = [("adapters at rest", 0.0, 0.0), ("adapters that move 30 % a round", 0.3, 0.0)]
@@ -131,13 +126,8 @@ def spoofing_results(
 ) -> AttackResult:
     """How much of a victim's aggregate clients get that copy its profile, with the server's own planning.
 
-    Args:
-        profiles: released profiles by client.
-        variance: of their noise.
-        terms: similarity and temperature.
-        policy: the caps.
-        tasks: task by client; honest clients are not told apart without.
-        clip_bound: largest absolute value of an uploaded number, if it is known.
+    The variance is that of the profiles' noise. Without tasks, honest clients are not told apart;
+    `clip_bound` is the largest absolute value of an uploaded number, if it is known.
     """
     shares: dict[int, list[float]] = {}
     honest, strangers = [], []

@@ -57,13 +57,9 @@ _SIGN_REST: Final = math.sqrt(1.0 - 2.0 / math.pi)
 class Material:
     """What is attacked, and what the attacker knows.
 
-    Attributes:
-        texts: that the client trains on, of one length, their first words not supervised; the first
-            `attacked` of them are to be recovered, the others stand beside them in the larger batch.
-        others: two texts of other contributors, of the same length.
-        public: (T,) tokens of public texts.
-        attacked: how many texts are to be recovered, at least 2.
-        training: how the client trains.
+    The client's texts are of one length, their first words not supervised; the first `attacked` ≥ 2 of them
+    are to be recovered, the others stand beside them in the larger batch. There are two texts of other
+    contributors, of the same length, and (T,) tokens of public ones.
     """
 
     texts: tuple[EncodedExample, ...]

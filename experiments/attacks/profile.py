@@ -71,14 +71,8 @@ def membership_results(
 ) -> Iterator[AttackResult]:
     """Membership in the profile: without sanitiser, the authors', their map under DP, and the product.
 
-    Args:
-        factors: gradients of N candidates.
-        public_map: the product's map with its σ.
-        noise: of the product's releases.
-        releases: simulated releases per setting.
-        rate: chance of a candidate to be in one release.
-        seed: of memberships and of the references' noise.
-        brief: task and probe, for four settings and the two strong statistics under a heading of their own.
+    Of N candidates each is in one of the simulated releases with chance `rate`. `brief` names task and probe,
+    for four settings and the two strong statistics under a heading of their own.
     """
     generator = np.random.default_rng(seed)
     members = draw_members(releases, len(factors), rate, generator)
@@ -102,11 +96,7 @@ def own_release_result(
 ) -> AttackResult:
     """Dictionary least squares on the (k,) bytes that the run really released: one draw of the noise.
 
-    Args:
-        released: (k,) the release.
-        rows: (N, k) standardised rows of the candidates.
-        is_member: (N,) who is in it.
-        mechanism: of the release.
+    The candidates' rows are (N, k), standardised.
     """
     units, _ = clip(rows, mechanism.clipping_norm)
     values = units * (mechanism.clipping_norm / GRID)
@@ -136,12 +126,7 @@ def audit_result(
 ) -> AttackResult:
     """Repeat the product's release with and without a canary that fills the clipping bound.
 
-    Args:
-        public_map: the map under audit.
-        others: the rest of the data set, in every release.
-        noise: what the release draws from.
-        releases: number of releases.
-        setting: what the result is filed under.
+    The others' examples are the rest of the data set, in every release.
     """
     mechanism = public_map.mechanism
     rest = clipped_sum(public_map.rows(others), mechanism)

@@ -33,13 +33,7 @@ _SESSION: Final = "session.json"
 
 @dataclass(frozen=True)
 class State:
-    """A state directory under attack.
-
-    Attributes:
-        name: of the federation, with the client's.
-        attack: what can be carried out; adds to a list what it had to leave out, with the reason.
-        why_not: why no other attack can.
-    """
+    """A state directory under attack: what can be carried out, and why nothing else can."""
 
     name: str
     attack: Callable[[list[str]], list[AttackResult]]

@@ -213,18 +213,14 @@ def open_prober(target: Target, other: ModelSettings | None = None) -> Prober:
     return Prober(probe, tokenizer, PublicMap(mechanism, basis), basis, profile.max_length)
 
 
-def candidates(victim: Victim, size: int, seed: int = 0) -> tuple[list[Example], np.ndarray]:
-    """At most `size` candidates with distinct prompts, and (n,) bool, which of them the client trains on.
+def candidates(victim: Victim, size: int, seed: int = 0) -> list[Example]:
+    """At most `size` candidates with distinct prompts.
 
-    Half are from its training set, if there are enough others of the same task.
+    Half are from the client's training set, if there are enough others of the same task.
     """
     generator, others = np.random.default_rng(seed), victim.unseen
-    chosen: dict[str, tuple[Example, bool]] = {}
-    for source, member, count in (
-        (others, False, size // 2),
-        (list(victim.train), True, size - min(len(others), size // 2)),
-    ):
+    chosen: dict[str, Example] = {}
+    for source, count in ((others, size // 2), (victim.train, size - min(len(others), size // 2))):
         for index in generator.permutation(len(source))[:count]:
-            chosen.setdefault(source[index].prompt, (source[index], member))
-    examples = [example for example, _ in chosen.values()]
-    return examples, np.array([member for _, member in chosen.values()], dtype=bool)
+            chosen.setdefault(source[index].prompt, source[index])
+    return list(chosen.values())

@@ -33,10 +33,8 @@ _TRIAL_LENGTH: Final = 6
 class NextTerms:
     """Every term that the next token after one prefix could add.
 
-    Attributes:
-        log_probabilities: (V,) of the next token.
-        inputs: reduced input u of every core.
-        response: (H, K) derivative of the head's input by all cores' outputs.
+    (V,) log-probabilities, the reduced input u of every core, and the (H, K) derivative of the head's input
+    by all cores' outputs.
     """
 
     log_probabilities: torch.Tensor

@@ -39,13 +39,8 @@ _WEIGHT: Final = 8.0
 class Release:
     """One release as a matrix, and how the attacker's own vectors get into its coordinates.
 
-    Attributes:
-        spans: what stands out of its noise; None to decode with the language model alone.
-        left: maps (n, D) gradients δ to the matrix's rows.
-        right: maps (n, F) inputs x to its columns.
-        words: what it is.
-        setting: what it is filed under.
-        epsilon: claimed ε.
+    `spans` is what stands out of its noise, None to decode with the language model alone; `left` maps (n, D)
+    gradients δ to the matrix's rows, `right` (n, F) inputs x to its columns.
     """
 
     spans: Spans | None

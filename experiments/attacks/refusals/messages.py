@@ -42,11 +42,8 @@ TamperUpload = Callable[["Line", Upload], Upload]
 class Line(InProcessTransport):
     """The victim's line to the server, in the hands of whoever cheats in the last round.
 
-    Attributes:
-        coordinator: the real server.
-        aggregates: what the victim received in earlier rounds.
-        uploads: what it sent in earlier rounds.
-        refused_upload: the server's answer to a changed upload; empty if it was taken, None if none was sent.
+    It keeps what passed in earlier rounds. `refused_upload` is the server's answer to a changed upload, empty
+    if that was taken, None if none was sent.
     """
 
     def __init__(

@@ -127,15 +127,9 @@ def run_sessions(
     transport_of: Callable[[str], Any],
     at_end: Callable[[Participant], object] = lambda _: None,
 ) -> tuple[dict[str, VectorLearner], list[str]]:
-    """Run every member's session to its end, each in a thread of its own.
+    """Run every member's session to its end, each in a thread of its own; the learners, and what went wrong.
 
-    Args:
-        directory: of the federation.
-        transport_of: a member's line to the server.
-        at_end: called with every member when all are through, before its ledger is closed.
-
-    Returns:
-        The learners by member, and what went wrong, in words.
+    `at_end` is called with every member when all are through, before its ledger is closed.
     """
     opened = {
         name: open_member(directory, name, seed, transport_of(name)) for seed, name in enumerate(MEMBERS)

@@ -24,13 +24,7 @@ _RIDGE = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class Equations:
-    """What a coalition holds.
-
-    Attributes:
-        weights_EU: weights of the members outside the coalition.
-        right_ED: aggregates less the coalition's own parts.
-        rounds_E: round of each equation, from 0.
-    """
+    """What a coalition holds: weights of the others, aggregates less its own parts, and rounds from 0."""
 
     weights_EU: FloatArray
     right_ED: FloatArray
@@ -50,10 +44,7 @@ def equations(
 ) -> Equations:
     """The equations of a coalition over several rounds; a row of zeros (nothing received) is none.
 
-    Args:
-        weights_RNN: per round, row i is what member i received.
-        adapters_RND: per round, the adapters as they were uploaded.
-        coalition: indices of the colluding members.
+    Per round, row i of the weights is what member i received, and the adapters are as they were uploaded.
     """
     members = len(weights_RNN[0])
     others = [index for index in range(members) if index not in set(coalition)]

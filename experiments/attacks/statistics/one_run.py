@@ -128,13 +128,8 @@ def one_run_figure(
     """The ε that one run certifies, with the claimed one as its bound.
 
     `value` is certified at 95 %, `low` at the confidence of the alarm. The alarm itself asks whether the
-    claimed curve is refuted, which assumes nothing.
-
-    Args:
-        scores: (m,) larger where a canary looks included.
-        included: (m,) the coins.
-        family: claims by the factor on their noise; 1 is what is claimed.
-        epsilon_at: ε of the claim with that factor.
+    claimed curve is refuted, which assumes nothing. `family` and `epsilon_at` give curve and ε of the claim
+    with a factor on its noise; 1 is what is claimed.
     """
     factors = [refuted_factor(scores, included, family, level) for level in (1.0 - CONFIDENCE, ALARM_LEVEL)]
     shown, sure = (0.0 if math.isinf(factor) else epsilon_at(factor) for factor in factors)

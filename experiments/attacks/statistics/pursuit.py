@@ -72,15 +72,11 @@ def fit_background(terms: FloatArray, noise: FloatArray, shrinkage: float = 0.05
 def log_likelihoods(
     left: FloatArray, atoms: FloatArray, coefficients: FloatArray, background: Background, remaining: float
 ) -> FloatArray:
-    """Log-likelihood of every candidate term, up to a constant that is the same for all.
+    """(V,) log-likelihood of every candidate term, up to a constant that is the same for all.
 
-    Args:
-        left: (D,) what is left of the release, in the background's coordinates.
-        atoms: (K, D) directions that the candidates are combinations of, in the same coordinates.
-        coefficients: (V, K) of the candidates.
-        background: of the other terms.
-        remaining: number n ≥ 0 of other terms that are still in `left`; need not be whole. Values are
-            comparable between sums with the same.
+    Candidates are combinations (V, K) of atoms (K, D). What is left of the release, (D,), has n ≥ 0 other
+    terms in it, not necessarily whole; both are in the background's coordinates. Values compare between sums
+    of one n.
     """
     weights = 1.0 / (1.0 + remaining * background.spread)
     unexplained = left - remaining * background.mean

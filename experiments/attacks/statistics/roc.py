@@ -107,16 +107,11 @@ def ceiling_of(events: Iterable[GaussianEvent]) -> Ceiling:
 def membership_figures(
     scores: FloatArray, members: BoolArray, ceiling: Ceiling, releases: IntArray | None = None
 ) -> tuple[Figure, ...]:
-    """AUC and true positive rates at fixed false positive rates.
+    """AUC and true positive rates at fixed false positive rates, of (n,) scores that are not NaN.
 
     A rate is left out where there are too few scores of non-members to set a threshold, or where they come
-    from so few releases that one draw of noise decides it. `ValueError` without members or without others.
-
-    Args:
-        scores: (n,) larger where the attacker believes in membership; not NaN.
-        members: (n,) the truth.
-        ceiling: what the guarantee allows.
-        releases: (n,) which release a score belongs to; None if every score has noise of its own.
+    from so few releases that one draw of noise decides it. `releases` says which one a score belongs to; None
+    if every score has noise of its own. `ValueError` without members or without others.
     """
     if np.isnan(scores).any() or not members.any() or members.all():
         raise ValueError("scores must not be NaN, and there must be members and others")
@@ -160,11 +155,8 @@ def rate_interval(
 ) -> tuple[float, float]:
     """Clopper-Pearson interval of a share, with the effective number of independent observations.
 
-    Args:
-        hits: (n,) n ≥ 1 outcomes.
-        groups: (n,) which outcomes may depend on each other.
-        confidence: of the two-sided interval.
-        cautious: where all outcomes agree, which tells nothing of their dependence, count groups only.
+    Groups say which of n ≥ 1 outcomes may depend on each other. Where all outcomes agree, which tells nothing
+    of their dependence, a cautious interval counts groups only.
 
     Reference:
         Korn and Graubard 1998, "Confidence intervals for proportions with small expected number of
