@@ -56,7 +56,13 @@ def markdown(report: AttackReport) -> str:
         f"in {duration}. Do not edit: the command writes this page. "
         "What the figures mean, in plain words: [attacks-explained.md](attacks-explained.md).",
         "",
-        *_verdict_lines(report),
+        "Square brackets hold 95 % intervals unless a note says otherwise; δ = 1e-5 throughout. What follows "
+        "“≤” is what the claimed guarantee allows. A figure breaks its bound only if it is above it at a "
+        "confidence of 99.99 %, because the strongest attacks sit exactly at their bound. "
+        + _above_words(report),
+        "",
+        _verdict(report),
+        "",
     ]
     if any(result.curve for result in report.results):
         lines += [f"![ROC curves of the membership attacks]({ROC})", ""]
@@ -70,8 +76,8 @@ def markdown(report: AttackReport) -> str:
 
 
 def render(report: AttackReport) -> RenderableType:
-    """The page for a terminal; what it ends with is what it has to say first."""
-    return Markdown("\n".join([markdown(report), "", *_verdict_lines(report)]))
+    """The page for a terminal, which ends with the verdict."""
+    return Markdown("\n".join([markdown(report), "", _verdict(report)]))
 
 
 def draw(report: AttackReport, path: Path) -> None:
@@ -102,24 +108,6 @@ def draw(report: AttackReport, path: Path) -> None:
     canvas.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def _verdict_lines(report: AttackReport) -> list[str]:
-    alarms = report.alarms
-    verdict = f"**{_verdict(report)}**"
-    if alarms:
-        verdict = "**BROKEN. Either an attack or a guarantee is wrong:**\n\n" + "\n".join(
-            f"- {alarm}" for alarm in alarms
-        )
-    return [
-        "Square brackets hold 95 % intervals unless a note says otherwise; δ = 1e-5 throughout. What follows "
-        "“≤” is what the claimed guarantee allows. A figure breaks its bound only if it is above it at a "
-        "confidence of 99.99 %, because the strongest attacks sit exactly at their bound. "
-        + _above_words(report),
-        "",
-        verdict,
-        "",
-    ]
-
-
 def _above_words(report: AttackReport) -> str:
     """How many intervals lie wholly above their ceiling, beside how many do so by chance alone."""
     bounded = [
@@ -141,13 +129,16 @@ def _above_words(report: AttackReport) -> str:
 
 
 def _verdict(report: AttackReport) -> str:
-    """What may be said of a report without alarms; never more than was tried."""
+    """What may be said of a report; never more than was tried."""
+    if report.alarms:
+        alarms = "\n".join(f"- {alarm}" for alarm in report.alarms)
+        return f"**BROKEN. Either an attack or a guarantee is wrong:**\n\n{alarms}"
     if not report.results and not report.refusals:
-        return "Nothing was carried out, so nothing is shown."
+        return "**Nothing was carried out, so nothing is shown.**"
     said = ["No bound is broken"] if report.results else []
     if report.refusals:
         said.append(f"all {sum(refusal.tried for refusal in report.refusals)} attempts were refused")
-    return ", and ".join(said) + "."
+    return f"**{', and '.join(said)}.**"
 
 
 def _attack_lines(attack: str, results: Sequence[AttackResult]) -> list[str]:

@@ -5,6 +5,7 @@ claim, its ledger and a count of every accepted row: the claim is held against t
 what the statement says of them. Neither holds texts or models, so all other attacks need a run or a scenario.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,20 +97,16 @@ def _claim(path: Path, statement: PrivacyStatement, skipped: list[str]) -> list[
         return []
     rows = read_ledger(ledger)
     delta = parameters_of(rows).delta
+    channels = statement.clients[0].channels
+    unclaimed = [channel.channel for channel in channels if math.isinf(channel.epsilon)]
     results = []
-    for channel in statement.clients[0].channels:
+    for channel in channels:
+        if channel.channel in unclaimed:
+            continue
         wanted = None if channel.channel == "joint" else (channel.channel,)
         spent = bound_of(charges(rows, wanted), delta, channel.accountant).epsilon
-        # ∞ is no number of a figure; without DP there is a claim of ∞, which nothing can pass.
-        told = min(spent, 1e9)
-        figure = Figure(
-            name="ε of the ledger's rows",
-            value=told,
-            low=told,
-            high=told,
-            bound=channel.epsilon,
-            broken=spent > channel.epsilon * (1.0 + 1e-6),
-        )
+        broken = spent > channel.epsilon * (1.0 + 1e-6)
+        figure = Figure.exact("ε of the ledger's rows", min(spent, 1e6))
         results.append(
             AttackResult(
                 attack=CLAIM,
@@ -118,8 +115,11 @@ def _claim(path: Path, statement: PrivacyStatement, skipped: list[str]) -> list[
                 statistic=f"composition by {channel.accountant} at δ = {delta:.2g}",
                 release=channel.channel,
                 setting="product",
-                figures=(figure,),
-                note="a ledger that other runs on the same data have charged since is above the older claim",
+                epsilon=channel.epsilon,
+                delta=delta,
+                figures=(figure.model_copy(update={"bound": channel.epsilon, "broken": broken}),),
+                note="a ledger that other runs on the same data have charged since is above the older claim"
+                + (f"; no ε is claimed for {', '.join(unclaimed)}" if unclaimed else ""),
             )
         )
     return results

@@ -60,7 +60,7 @@ def test_a_clients_claim_is_held_against_its_ledger_and_its_rows_against_the_sta
     found = by_attack(open_state(federation / "clients/ada/state", 0).attack(skipped))
     assert not skipped
     claims = {result.release: result.figures[0] for result in found.pop(CLAIM)}
-    assert set(claims) >= {"profile", "adapter", "joint"}
+    assert set(claims) == {"profile"}, "of `encrypted` no ε is claimed"
     assert 0 < claims["profile"].value == pytest.approx(claims["profile"].bound)
     (rows,) = (result for results in found.values() for result in results)
     assert rows.figures[0].value == 4
