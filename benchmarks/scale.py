@@ -55,8 +55,6 @@ class Arguments:
     """Numbers in a task profile."""
     server_only: bool = False
     """Random adapters and profiles in place of models: what is left is the server's work."""
-    as_json: Path | None = None
-    """Also write the figures here."""
     only: bool = False
     """Run the first size in this process and print its figures as JSON; used by the command itself."""
 
@@ -92,14 +90,8 @@ def main(arguments: Sequence[str]) -> int:
     if parsed.only:
         print(json.dumps(asdict(measure(parsed, parsed.clients[0]))))
         return 0
-    console = Console()
-    figures = []
-    for count in parsed.clients:
-        console.print(f"{count} clients, {parsed.rounds} rounds …")
-        figures.append(_in_own_process(parsed, count))
+    figures = [_in_own_process(parsed, count) for count in parsed.clients]
     print("\n".join(as_table(figures)))
-    if parsed.as_json is not None:
-        parsed.as_json.write_text(json.dumps([asdict(f) for f in figures], indent=2) + "\n")
     return 0
 
 
