@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedmosaic.alignment.moments import Moments, MomentSums
-from fedmosaic.alignment.pairing import PairedBatch, Spans, paired_batches, run_decoder
+from fedmosaic.alignment.pairing import PairedBatch, Progress, Reading, Spans, paired_batches, run_decoder
 from fedmosaic.alignment.tokens import PublicText
 from fedmosaic.client.colora.placement import plan_placements
 from fedmosaic.client.model.examples import IGNORED
@@ -25,8 +25,6 @@ from fedmosaic.protos.errors import ModelError
 
 ModuleKey = tuple[int, str]
 """Block and name within the decoder layer: what corresponds across architectures."""
-Progress = Callable[[int, int], None]
-"""Called with the number of texts done and of all texts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,14 +45,6 @@ class Side:
         if not isinstance(module, nn.Linear):
             raise ModelError(f"{self.names[key]} is a {type(module).__name__}, not a torch.nn.Linear.")
         return module
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How public text is read: most tokens per text, and texts per forward pass."""
-
-    max_length: int = 96
-    batch_size: int = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,18 +101,11 @@ def collect(
             "--target-modules to modules that all models have."
         )
     sums = _Sums(tuple(anchor.names), outputs=outputs)
-    done = 0
-    batches = paired_batches(
-        anchor.tokenizer, model.tokenizer, texts, max_length=reading.max_length, batch_size=reading.batch_size
-    )
-    for batch in batches:
+    for batch in paired_batches(anchor.tokenizer, model.tokenizer, texts, reading, progress):
         left = _read(anchor, batch.anchor, gradients=gradients)
         right = left if model is anchor else _read(model, batch.model, gradients=gradients)
         sums.update(batch, left, right)
-        done += batch.texts
-        if progress is not None:
-            progress(done, len(texts))
-    return sums.finish(done)
+    return sums.finish(len(texts))
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fedmosaic.alignment.pairing import Spans, paired_batches, run_decoder
+from fedmosaic.alignment.pairing import Progress, Reading, Spans, paired_batches, run_decoder
 from fedmosaic.alignment.tokens import PublicText
 from fedmosaic.client.colora import find_decoder_layers, target_layers
 from fedmosaic.client.model.loss import Batch
@@ -92,25 +92,18 @@ def measure_similarity(
     anchor: tuple[PreTrainedModel, PreTrainedTokenizerBase],
     model: tuple[PreTrainedModel, PreTrainedTokenizerBase],
     texts: Sequence[PublicText],
-    *,
-    max_length: int = 96,
-    batch_size: int = 16,
-    progress: Callable[[int, int], None] | None = None,
+    reading: Reading,
+    progress: Progress | None = None,
 ) -> LayerSimilarity:
     """Linear CKA between the states after all layers of two models, averaged over minibatches.
 
     Both are a model and its tokenizer. `ModelError` if too few positions of the two can be paired.
     """
     total = HsicSums()
-    done = 0
-    batches = paired_batches(anchor[1], model[1], texts, max_length=max_length, batch_size=batch_size)
-    for batch in batches:
+    for batch in paired_batches(anchor[1], model[1], texts, reading, progress):
         left = _layer_states(anchor[0], batch.anchor, batch.anchor_spans)
         right = _layer_states(model[0], batch.model, batch.model_spans)
         total.update(left, right)
-        done += batch.texts
-        if progress is not None:
-            progress(done, len(texts))
     return total.finish()
 
 

@@ -3,7 +3,7 @@
 Axes: B texts, T positions, G aligned spans, H coordinates.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +13,17 @@ from fedmosaic.alignment.tokens import PublicText, Rendering, SpanPair, align, r
 from fedmosaic.client.colora import find_decoder_layers
 from fedmosaic.client.model.examples import IGNORED, EncodedExample, collate, length_buckets, padding_token
 from fedmosaic.client.model.loss import Batch, on_device_of
+
+Progress = Callable[[int, int], None]
+"""Called with the number of texts done and of all texts."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How public text is read: most tokens per text, and texts per forward pass."""
+
+    max_length: int = 96
+    batch_size: int = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,30 +60,31 @@ class PairedBatch:
     model: Batch
     anchor_spans: Spans
     model_spans: Spans
-    texts: int
 
 
 def paired_batches(
     anchor: PreTrainedTokenizerBase,
     model: PreTrainedTokenizerBase,
     texts: Sequence[PublicText],
-    *,
-    max_length: int,
-    batch_size: int,
+    reading: Reading,
+    progress: Progress | None = None,
 ) -> Iterator[PairedBatch]:
-    """Tokenise texts for two models, cut to a number of tokens for each, texts of similar length together."""
+    """Tokenise texts for two models, texts of similar length together; tell progress after each batch."""
     lengths = [len(text.prompt) + len(text.text) for text in texts]
-    for bucket in length_buckets(lengths, batch_size):
-        left = [render(anchor, texts[i], max_length) for i in bucket]
-        right = [render(model, texts[i], max_length) for i in bucket]
+    done = 0
+    for bucket in length_buckets(lengths, reading.batch_size):
+        left = [render(anchor, texts[i], reading.max_length) for i in bucket]
+        right = [render(model, texts[i], reading.max_length) for i in bucket]
         pairs = [align(texts[i], a, m) for i, a, m in zip(bucket, left, right, strict=True)]
         yield PairedBatch(
             anchor=collate([_encoded(row) for row in left], padding_token(anchor)),
             model=collate([_encoded(row) for row in right], padding_token(model)),
             anchor_spans=_spans(pairs, 0, max(len(row.input_ids) for row in left)),
             model_spans=_spans(pairs, 1, max(len(row.input_ids) for row in right)),
-            texts=len(bucket),
         )
+        done += len(bucket)
+        if progress is not None:
+            progress(done, len(texts))
 
 
 def run_decoder(model: PreTrainedModel, batch: Batch) -> None:

@@ -161,9 +161,8 @@ class _Run:
             (self._anchor.model, self._anchor.tokenizer),
             (model, tokenizer),
             self._texts[:_SIMILARITY_TEXTS],
-            max_length=self._settings.max_length,
-            batch_size=self._settings.batch_size,
-            progress=self._stage(f"{source.name}: similarity of layers"),
+            self._settings.reading(),
+            self._stage(f"{source.name}: similarity of layers"),
         )
         layers = choose_layers(
             len(find_decoder_layers(model)[1]), self._anchor.layers, self._settings.layer_rule, similarity

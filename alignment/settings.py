@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedmosaic.alignment.activations import Reading
 from fedmosaic.alignment.anchor import ANCHOR_BASES, AnchorBasis
 from fedmosaic.alignment.blocks import PAIR_RULES
+from fedmosaic.alignment.pairing import Reading
 from fedmosaic.alignment.subspace import INPUT_METHODS, OUTPUT_METHODS, InputMethod, OutputMethod
 from fedmosaic.client.colora import CoLoraConfig
 from fedmosaic.protos.errors import ConfigurationError

@@ -16,10 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedmosaic.alignment import evaluate
 from fedmosaic.alignment.__main__ import Arguments, run
-from fedmosaic.alignment.activations import PairMoments, Reading, collect, open_side
+from fedmosaic.alignment.activations import PairMoments, collect, open_side
 from fedmosaic.alignment.anchor import ANCHOR_BASES, anchor_basis
 from fedmosaic.alignment.checkpoint import Manifest, read_manifest
 from fedmosaic.alignment.evaluate import UNALIGNED, interval, summary
+from fedmosaic.alignment.pairing import Reading
 from fedmosaic.alignment.public_text import generate_text, random_token_text, read_public_text
 from fedmosaic.alignment.settings import AlignmentSettings
 from fedmosaic.alignment.sources import parse_source

@@ -31,7 +31,7 @@ from rich.table import Table
 from torch.nn import functional
 from transformers.utils import logging
 
-from fedmosaic.alignment.activations import ModuleKey, Reading, collect, open_side
+from fedmosaic.alignment.activations import ModuleKey, collect, open_side
 from fedmosaic.alignment.anchor import BasisPair
 from fedmosaic.alignment.checkpoint import Manifest
 from fedmosaic.alignment.evaluate import (
@@ -43,6 +43,7 @@ from fedmosaic.alignment.evaluate import (
     scramble,
 )
 from fedmosaic.alignment.moments import Moments
+from fedmosaic.alignment.pairing import Reading
 from fedmosaic.alignment.subspace import latent_scale
 from fedmosaic.alignment.tokens import PublicText
 from fedmosaic.client.colora import get_basis
