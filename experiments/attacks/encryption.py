@@ -29,9 +29,9 @@ from fedmosaic.privacy.encryption.parameters import CkksParameters, MaskParamete
 from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
 from fedmosaic.privacy.federation.kits import open_kit
 from fedmosaic.privacy.groupkey.key import GroupKey, commitment_to
-from fedmosaic.privacy.policy import AggregationPolicy, WeightRow
+from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos.errors import ConfigurationError, FedMosaicError
-from fedmosaic.protos.messages import Receipt, Upload
+from fedmosaic.protos.messages import Receipt, Upload, WeightRow
 from fedmosaic.server.coordinator import Coordinator
 
 HEADLINE: Final = (
@@ -86,8 +86,8 @@ def open_upload(
     parameters: Parameters, key: GroupKey, member: str, victim: str, upload: bytes, context: RoundContext
 ) -> np.ndarray:
     """A stored upload in the clear, as a sum of that upload alone that a member decrypts without a policy."""
-    row = WeightRow(context.round, member, (victim,), (1 << parameters.weight_bits,), parameters.weight_bits)
-    (record,) = create_aggregator(parameters, _NO_POLICY).aggregate({victim: upload}, [row], context)
+    row = WeightRow((victim,), (1 << parameters.weight_bits,), parameters.weight_bits)
+    (record,) = create_aggregator(parameters, _NO_POLICY).aggregate({victim: upload}, {member: row}, context)
     return np.asarray(create_cipher(parameters, member, _NO_POLICY).decrypt(record, key, context, row))
 
 
@@ -163,11 +163,13 @@ def _sum_of_another_row(parameters: Parameters, policy: AggregationPolicy, seed:
     recipient, *others = MEMBERS
     total = 1 << parameters.weight_bits
     honest, single = (
-        WeightRow(1, recipient, tuple(others), weights, parameters.weight_bits)
+        WeightRow(tuple(others), weights, parameters.weight_bits)
         for weights in ((total // 4,) * 4, (total, 0, 0, 0))
     )
     server = create_aggregator(parameters, _NO_POLICY)
-    told, summed = (bytes(server.aggregate(uploads, [row], context)[0]) for row in (honest, single))
+    told, summed = (
+        bytes(server.aggregate(uploads, {recipient: row}, context)[0]) for row in (honest, single)
+    )
     # Everything that names the row is the honest one's; only the numbers of the sum are the other's.
     numbers = _SIZE * 4 if parameters.backend == "mask" else len(told) - HEADER_BYTES
     forged = told[:-numbers] + summed[-numbers:]

@@ -28,8 +28,8 @@ from fedmosaic.protos.messages import (
     AggregateSection,
     Receipt,
     RoundStatus,
-    SectionWeights,
     Upload,
+    WeightRow,
 )
 from fedmosaic.server.coordinator import Coordinator
 
@@ -89,7 +89,7 @@ def refusals() -> tuple[RefusalResult, ...]:
         )
 
 
-def _section(aggregate: Aggregate) -> tuple[AggregateSection, SectionWeights]:
+def _section(aggregate: Aggregate) -> tuple[AggregateSection, WeightRow]:
     section = aggregate.sections[0]
     if section.row is None:
         raise ConfigurationError(f"the federation refused its own aggregate: {section.refusal}")
@@ -101,7 +101,7 @@ def _with_row(aggregate: Aggregate, shares: Mapping[str, float]) -> Aggregate:
     total = 1 << agreed.bits
     weights = [round(share * total) for share in shares.values()]
     weights[0] += total - sum(weights)
-    row = SectionWeights(tuple(shares), tuple(weights), agreed.bits)
+    row = WeightRow(tuple(shares), tuple(weights), agreed.bits)
     return replace(aggregate, sections=(replace(section, row=row),))
 
 
