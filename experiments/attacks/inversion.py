@@ -2,8 +2,8 @@
 
 The easiest case for the attacker: the update is of one text or a few, each of which the model learns to write
 but for its first words, and the attacker knows the model, the starting point, the first words and the length.
-Terms of single tokens (`terms`) are fitted to what it sees, from the first token to the last (`decoding`).
-All rows are about the same texts.
+Terms of single tokens (`terms`) are fitted to what it sees, from the first token to the last, by a beam. All
+rows are about the same texts.
 """
 
 import math
@@ -25,12 +25,17 @@ from fedmosaic.client.dp.training import noisy_sum
 from fedmosaic.client.model.examples import IGNORED, EncodedExample, padding_token
 from fedmosaic.client.model.loss import training_mode
 from fedmosaic.client.model.training import TrainingSettings, train_local
-from fedmosaic.experiments.attacks.decoding import Unknown, decode, decode_all
 from fedmosaic.experiments.attacks.profile import noise_multiplier
-from fedmosaic.experiments.attacks.statistics.pursuit import Background, FloatArray, fit_background
+from fedmosaic.experiments.attacks.statistics.pursuit import (
+    Background,
+    FloatArray,
+    fit_background,
+    log_likelihoods,
+    unexplained_terms,
+)
 from fedmosaic.experiments.attacks.statistics.results import AttackResult, Figure, Setting
-from fedmosaic.experiments.attacks.terms import TermReader
-from fedmosaic.experiments.attacks.text import OWN_GUESS
+from fedmosaic.experiments.attacks.terms import NextTerms, TermReader, atoms
+from fedmosaic.experiments.attacks.text import LIKELY_TOKENS, OWN_GUESS
 from fedmosaic.privacy.mechanism.noise import NoiseSource
 from fedmosaic.protos.errors import ConfigurationError
 
@@ -51,6 +56,94 @@ _NOTE: Final = (
 # A normal number of which only the sign is left: the best linear guess, and what that misses.
 _SIGN_MEAN: Final = math.sqrt(2.0 / math.pi)
 _SIGN_REST: Final = math.sqrt(1.0 - 2.0 / math.pi)
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """What the attacker knows of one text: how it begins and how long it is."""
+
+    known: tuple[int, ...]
+    length: int
+
+
+@dataclass(frozen=True, eq=False)
+class Guess:
+    """A continuation, and what it explains of the release: (D,) in the background's coordinates."""
+
+    tokens: tuple[int, ...]
+    explained: FloatArray
+    log_probability: float
+    score: float
+
+
+def decode(
+    reader: TermReader,
+    background: Background,
+    left: FloatArray | None,
+    text: Unknown,
+    others: float,
+    beams: int,
+) -> Guess:
+    """The most plausible continuation of a text, given what is left of a release.
+
+    `left` is (D,) in the coordinates of the background of unknown terms, with `others` tokens of other texts
+    in it; None guesses without a release.
+    """
+    paths = [Guess((), np.zeros(len(background.mean)), 0.0, 0.0)]
+    for step in range(text.length):
+        remaining = text.length - step - 1 + others
+        after = reader.after([[*text.known, *path.tokens] for path in paths])
+        grown = [
+            longer
+            for path, terms in zip(paths, after, strict=True)
+            for longer in _grown(reader, background, left, path, terms, remaining, beams)
+        ]
+        paths = sorted(grown, key=lambda path: -path.score)[:beams]
+    return paths[0]
+
+
+def _grown(
+    reader: TermReader,
+    background: Background,
+    left: FloatArray | None,
+    path: Guess,
+    terms: NextTerms,
+    remaining: float,
+    beams: int,
+) -> list[Guess]:
+    """The best ways to go on with one path."""
+    count = min(LIKELY_TOKENS, len(terms.log_probabilities))
+    kept = torch.topk(terms.log_probabilities, count)
+    scores = path.log_probability + kept.values.double().numpy()
+    signals, directions = np.zeros((count, 0)), np.zeros((0, len(background.mean)))
+    if left is not None:
+        signals, directions = reader.coefficients(terms, kept.indices), atoms(terms.inputs, background)
+        scores = scores + log_likelihoods(left - path.explained, directions, signals, background, remaining)
+    return [
+        Guess(
+            (*path.tokens, int(kept.indices[index])),
+            path.explained + signals[index] @ directions,
+            path.log_probability + float(kept.values[index]),
+            float(scores[index]),
+        )
+        for index in np.argsort(-scores)[:beams]
+    ]
+
+
+def decode_all(
+    reader: TermReader, background: Background, release: FloatArray, texts: Sequence[Unknown], beams: int
+) -> list[Guess]:
+    """Every text of a (D,) sum of all tokens' terms, each with what those before explain taken off."""
+    left = background.coordinates(release)
+    guesses: list[Guess] = []
+    for number, text in enumerate(texts):
+        later = sum(other.length for other in texts[number + 1 :])
+        # Errors in the texts that are decoded already leave terms behind.
+        wrong = max(0.0, unexplained_terms(left, background) - text.length - later) if number else 0.0
+        decoded = sum(other.length for other in texts[:number])
+        guesses.append(decode(reader, background, left, text, later + min(wrong, decoded), beams))
+        left = left - guesses[-1].explained
+    return guesses
 
 
 @dataclass(frozen=True, eq=False)

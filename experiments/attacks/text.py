@@ -4,6 +4,13 @@ The attacker holds one release and knows how a text begins. For every next token
 the exact δ that this token would have given and tests it against the left span; the state that follows
 is tested against the right span; the language model's own probability breaks ties. Tokens stand in the
 prefix as they are found, so an error early in a text spoils the rest: what is found is a lower bound.
+
+A gradient G = Σ_t δ_t x_tᵀ over T tokens has rank at most T. While T is below its width, every true δ_t is in
+the space that the leading left singular vectors span, every true x_t in that of the right ones, and almost
+no wrong one does: tokens can be tested one by one.
+
+Reference:
+    Petrov et al. 2024, "DAGER: Exact gradient inversion for large language models" (arXiv:2405.15586).
 """
 
 import math
@@ -20,7 +27,6 @@ from fedmosaic.client.profile.probe import Probe, gradient_factors
 from fedmosaic.experiments.attacks.profile import AUTHORS_NOISE, AUTHORS_SHARE, noise_multiplier
 from fedmosaic.experiments.attacks.statistics.membership import gram_matrix
 from fedmosaic.experiments.attacks.statistics.results import AttackResult, Figure, Setting
-from fedmosaic.experiments.attacks.statistics.spans import Spans, evidence, spans_of
 from fedmosaic.privacy.mechanism.noise import NoiseSource
 from fedmosaic.privacy.mechanism.profile import clipped_sum, release
 from fedmosaic.privacy.mechanism.projection import GradientFactors, PublicBasis, PublicMap
@@ -33,6 +39,47 @@ LIKELY_TOKENS: Final = 20_000
 _KNOWN_WORDS: Final = 3
 _FLOOR: Final = 1e-3
 _WEIGHT: Final = 8.0
+
+
+@dataclass(frozen=True, eq=False)
+class Spans:
+    """Both spaces of a released matrix.
+
+    Attributes:
+        left: (m, r) orthonormal columns.
+        right: (f, r) orthonormal columns.
+        noise_share: share of noise in the middle one of the directions that were kept, in [0, 1).
+    """
+
+    left: np.ndarray
+    right: np.ndarray
+    noise_share: float
+
+
+def spans_of(released: np.ndarray, noise: float, largest_rank: int) -> Spans:
+    """Singular vectors of an (m, f) release that stand out of its noise; at least one is kept.
+
+    A direction counts if its singular value is above the largest that noise of the standard deviation s per
+    entry has alone, about s (√m + √f).
+    """
+    left, values, right = np.linalg.svd(released, full_matrices=False)
+    edge = noise * (np.sqrt(released.shape[0]) + np.sqrt(released.shape[1]))
+    floor = max(1.02 * float(edge), 1e-7 * float(values[0]))
+    rank = max(1, min(largest_rank, int(np.count_nonzero(values > floor))))
+    share = min(0.999, float((edge / max(values[rank // 2], 1e-300)) ** 2))
+    return Spans(left[:, :rank], right[:rank].T, share)
+
+
+def evidence(vectors: np.ndarray, basis: np.ndarray, floor: float) -> np.ndarray:
+    """How much better each of (n, m) vectors fits into a space than a vector from nowhere would.
+
+    -log of the share of energy outside the space of the (m, r) orthonormal columns, at most -log(floor),
+    where the floor > 0 is what noise keeps outside of a true vector; 0 for a vector of zeros.
+    """
+    energy = np.einsum("nm,nm->n", vectors, vectors)
+    inside = np.einsum("nr,nr->n", vectors @ basis, vectors @ basis)
+    outside = 1.0 - inside / np.maximum(energy, 1e-300)
+    return np.asarray(np.where(energy > 0.0, -np.log(np.clip(outside, 0.0, 1.0) + floor), 0.0))
 
 
 @dataclass(frozen=True, eq=False)

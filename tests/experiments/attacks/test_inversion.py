@@ -13,8 +13,7 @@ from fedmosaic.client.model.examples import IGNORED, EncodedExample
 from fedmosaic.client.model.load import adapt
 from fedmosaic.client.model.loss import training_mode
 from fedmosaic.client.model.training import TrainingSettings
-from fedmosaic.experiments.attacks.decoding import Unknown, decode
-from fedmosaic.experiments.attacks.inversion import Material, inversion_results
+from fedmosaic.experiments.attacks.inversion import Material, Unknown, decode, inversion_results
 from fedmosaic.experiments.attacks.statistics.pursuit import fit_background
 from fedmosaic.experiments.attacks.terms import TermReader
 from fedmosaic.privacy.mechanism.noise import SeededTestNoise

@@ -23,9 +23,8 @@ from fedmosaic.experiments.attacks.adapter import AdapterRows, membership_result
 from fedmosaic.experiments.attacks.profile import membership_results as profile_membership
 from fedmosaic.experiments.attacks.received import shared_vector
 from fedmosaic.experiments.attacks.statistics.membership import gram_matrix
-from fedmosaic.experiments.attacks.statistics.spans import evidence, spans_of
 from fedmosaic.experiments.attacks.target import candidates, open_prober, read_target
-from fedmosaic.experiments.attacks.text import Release, decode, text_results
+from fedmosaic.experiments.attacks.text import Release, decode, evidence, spans_of, text_results
 from fedmosaic.privacy.mechanism.noise import SeededTestNoise
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.privacy.mechanism.projection import GradientFactors, PublicMap
