@@ -217,8 +217,8 @@ def _presence(texts: Sequence[str], vocabulary: Sequence[str]) -> np.ndarray:
 
 
 def _mean_figure(name: str, values: Sequence[float]) -> Figure:
-    if len(values) < 2:
-        return Figure(name=name, value=values[0] if values else 0.5, low=0.0, high=1.0)
     found = interval(values)
-    low, high = found.mean - (found.half_width or 0.0), found.mean + (found.half_width or 0.0)
+    if found is None or found.half_width is None:
+        return Figure(name=name, value=values[0] if values else 0.5, low=0.0, high=1.0)
+    low, high = found.mean - found.half_width, found.mean + found.half_width
     return Figure(name=name, value=found.mean, low=max(0.0, low), high=min(1.0, high))
