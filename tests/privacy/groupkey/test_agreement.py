@@ -12,11 +12,12 @@ from fedmosaic.privacy.groupkey import agreement as key_agreement
 from fedmosaic.privacy.groupkey.agreement import KeyAgreement, plan_epoch
 from fedmosaic.privacy.groupkey.key import GroupKey, commitment_to
 from fedmosaic.privacy.groupkey.messages import (
+    CONFIRMATION,
     CONFIRMATION_BYTES,
     OPENING_BYTES,
     Epoch,
     sha256,
-    write_confirmation,
+    write_about_key,
     write_opening,
 )
 from fedmosaic.protos.errors import KeyAgreementError
@@ -274,7 +275,7 @@ def box_attack(tamper: Callable[[Exchange, dict[str, bytes], str], bytes], messa
 
 
 def test_a_box_for_someone_else_is_refused() -> None:
-    box_attack(lambda e, boxes, _: boxes[e.followers[1]], "for another recipient")
+    box_attack(lambda e, boxes, _: boxes[e.followers[1]], "for another member")
 
 
 def test_a_box_of_another_exchange_is_refused() -> None:
@@ -341,6 +342,35 @@ def test_a_leader_that_commits_to_one_key_and_seals_another_is_refused() -> None
     box_attack(sealed_other_key, "sealed another key than it committed to")
 
 
+@pytest.mark.parametrize("part", ["recipient", "epoch", "leader", "transcript"])
+def test_a_box_sealed_for_another_exchange_does_not_open(part: str) -> None:
+    """The leader signs it as if it were for the victim: only what HPKE binds tells."""
+
+    def misdirected(exchange: Exchange, boxes: dict[str, bytes], victim: str) -> bytes:
+        leader = exchange.sides[exchange.leader]
+        recipient_key = exchange.openings()[victim][-96:-64]
+        if part == "recipient":
+            sealed = leader._sealed(exchange.followers[1], recipient_key)
+        else:
+            changed = {
+                "epoch": ("epoch", replace(leader.epoch, number=2)),
+                "leader": ("leader", victim),
+                "transcript": ("_transcript", b"T" * 32),
+            }[part]
+            setattr(leader, *changed)
+            sealed = leader._sealed(victim, recipient_key)
+        return resign(exchange, boxes[victim][:104] + sealed[104:-64])
+
+    box_attack(misdirected, "does not open")
+
+
+def test_a_box_with_an_encapsulated_key_of_small_order_does_not_open() -> None:
+    def weak(exchange: Exchange, boxes: dict[str, bytes], victim: str) -> bytes:
+        return resign(exchange, boxes[victim][:104] + bytes(32) + boxes[victim][136:-64])
+
+    box_attack(weak, "does not open")
+
+
 def test_a_leader_that_hands_out_different_keys_is_found_out() -> None:
     exchange = Exchange()
     boxes = exchange.open()
@@ -368,8 +398,8 @@ def test_members_that_hold_no_key_cannot_confirm() -> None:
     side = exchange.sides[victim]
     key = side._key
     assert key is not None
-    confirmations[liar] = write_confirmation(
-        key.transcript, liar, key.fingerprint, bytes(32), IDENTITIES[liar]
+    confirmations[liar] = write_about_key(
+        CONFIRMATION, key.transcript, liar, key.fingerprint, bytes(32), IDENTITIES[liar]
     )
     with pytest.raises(KeyAgreementError, match="cannot prove to hold"):
         side.accept_confirmations(confirmations)
