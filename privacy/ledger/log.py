@@ -14,12 +14,7 @@ from fedmosaic.protos.errors import LedgerError
 
 
 class LedgerLog:
-    """An append-only sequence of rows that several threads and processes may extend.
-
-    Args:
-        store: the file.
-        clock: tells the time of a row.
-    """
+    """An append-only sequence of rows that several threads and processes may extend."""
 
     def __init__(self, store: LedgerStore, clock: Callable[[], dt.datetime]) -> None:
         self.store = store
@@ -29,11 +24,7 @@ class LedgerLog:
 
     @contextmanager
     def reading(self) -> Iterator[list[LedgerRow]]:
-        """All rows so far, while no other thread appends.
-
-        Raises:
-            LedgerError: a new row does not continue the chain.
-        """
+        """All rows so far, while no other thread appends; LedgerError if one does not continue the chain."""
         with self._lock:
             self._refresh()
             yield self.rows
@@ -64,16 +55,7 @@ class LedgerLog:
             self.store.write_head(self.rows[-1])
 
     def append(self, kind: Kind, *, bound: EpsilonBound, **fields: Any) -> LedgerRow:
-        """Write the next row, inside `appending`.
-
-        Args:
-            kind: of the row.
-            bound: running ε after it.
-            **fields: other fields of `LedgerRow`.
-
-        Raises:
-            LedgerError: a field is missing or impossible.
-        """
+        """Write the next row, inside `appending`; `bound` is the running ε after it."""
         last = self.rows[-1] if self.rows else None
         row = LedgerRow.sealed(
             sequence=last.sequence + 1 if last else 0,
@@ -94,11 +76,7 @@ class LedgerLog:
         return EpsilonBound(row.epsilon, row.accountant)
 
     def verify(self) -> None:
-        """Read everything again and check it against itself and the head file.
-
-        Raises:
-            LedgerError: names the first row that was changed, removed, added or moved.
-        """
+        """Read everything again and check it; see `LedgerStore.verified_rows`."""
         with self._lock:
             self.rows = self.store.verified_rows()
 

@@ -75,13 +75,9 @@ def move(old: Path, new: Path, after: Callable[[str], None] = lambda _: None) ->
 
 
 def back_up(ledger: Path, out: Path) -> None:
-    """Write a backup of a ledger and its profiles, also while runs go on with it.
+    """Write a backup of a ledger and its profiles to a new directory, also while runs go on with it.
 
     The backup is closed, so that nothing is charged to it by mistake; `move` puts it back.
-
-    Args:
-        ledger: directory of the ledger.
-        out: directory to be made.
 
     Raises:
         LedgerError: there is no open ledger, or `out` exists.

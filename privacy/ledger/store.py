@@ -48,11 +48,7 @@ _SCHEMA = (
 
 
 class LedgerStore:
-    """Rows on disk. Knows nothing of budgets; `fedmosaic.privacy.ledger.ledger.Ledger` does.
-
-    Args:
-        path: the SQLite file; made, readable by its owner only, when missing.
-        read_only: open for reading an existing file.
+    """Rows on disk; knows nothing of budgets. A missing file is made, readable by its owner only.
 
     Raises:
         LedgerError: the file is missing (read_only), no ledger, or gone while its head file remains.
@@ -86,9 +82,6 @@ class LedgerStore:
         """Write everything that is committed to a new file, whoever writes to this one meanwhile.
 
         A copy of the file alone may lack the newest rows, which SQLite keeps beside it until they are merged.
-
-        Raises:
-            LedgerError: the copy cannot be written.
         """
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
@@ -106,10 +99,7 @@ class LedgerStore:
         return not tables
 
     def prepare(self) -> bool:
-        """Create the tables when there are none; call inside a transaction.
-
-        Returns:
-            Whether they were created.
+        """Create the tables when there are none, inside a transaction; whether they were created.
 
         Raises:
             LedgerError: the file is of another version, or no ledger.
@@ -140,11 +130,7 @@ class LedgerStore:
             self._connection.execute("COMMIT")
 
     def rows(self, start: int = 0) -> list[LedgerRow]:
-        """Rows from `start` on, in order of sequence.
-
-        Raises:
-            LedgerError: a row holds something that no row may hold.
-        """
+        """Rows from `start` on, in order; LedgerError if one holds something that no row may hold."""
         with self._reported():
             cursor = self._connection.execute(
                 f"SELECT {', '.join(_COLUMNS)} FROM rows WHERE sequence >= ? ORDER BY sequence",  # noqa: S608  # the columns are this module's own
@@ -180,11 +166,7 @@ class LedgerStore:
         write_atomically(self.head_path, content)
 
     def read_head(self) -> tuple[int, str] | None:
-        """Sequence and hash of the last row when the head file was written; None when there is none.
-
-        Raises:
-            LedgerError: the head file cannot be read.
-        """
+        """Sequence and hash in the head file; None when there is none, LedgerError when it cannot be read."""
         try:
             head = json.loads(self.head_path.read_bytes())
             return int(head["sequence"]), str(head["hash"])
@@ -214,12 +196,7 @@ class LedgerStore:
             )
 
     def overlaps(self, epoch: str, hashes: Sequence[str]) -> bool:
-        """Whether any other stored epoch shares an example; call inside a transaction.
-
-        Args:
-            epoch: hash of the set.
-            hashes: its example hashes.
-        """
+        """Whether any other stored epoch shares one of these example hashes; call inside a transaction."""
         run = self._connection.execute
         run("CREATE TEMP TABLE IF NOT EXISTS candidate (example_hash TEXT PRIMARY KEY) WITHOUT ROWID")
         run("DELETE FROM temp.candidate")
@@ -288,13 +265,7 @@ def has_begun(path: Path) -> bool:
 
 
 def read_ledger(path: Path) -> list[LedgerRow]:
-    """Read and verify a ledger without writing to it, for reports and audits.
-
-    Args:
-        path: the SQLite file.
-
-    Returns:
-        All rows in order; `parameters_of` tells the parameters.
+    """All rows of a ledger, verified, without writing to it: for reports and audits.
 
     Raises:
         LedgerError: it is missing or damaged.
