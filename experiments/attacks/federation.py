@@ -20,13 +20,9 @@ from fedmosaic.experiments.attacks.statistics.roc import clopper_pearson
 from fedmosaic.privacy.coalitions import SOLVED, estimate_errors
 from fedmosaic.privacy.encryption.weights import integer_weights
 from fedmosaic.privacy.federation.roster import RelevanceTerms
+from fedmosaic.privacy.mechanism.gaussian import ClippedSum, clip
 from fedmosaic.privacy.mechanism.noise import NoiseSource
-from fedmosaic.privacy.mechanism.profile import (
-    ClippedSum,
-    ProfileMechanism,
-    clip,
-    release,
-)
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism, release
 from fedmosaic.privacy.policy import (
     AggregationPolicy,
     cap_weights,

@@ -8,10 +8,8 @@
     5. every member   accept_confirmations()  all tags and commitments agree: the key may be used
 
 The server can delay or refuse, which all members notice. It cannot add, drop or swap a member or replay an
-epoch, nor can a leader hand out different keys: each ends in a `KeyAgreementError` that says which.
-
-Every member can decrypt every upload, so one member together with the server reads everything. That is the
-price of a shared key, and why the roster is pinned end to end.
+epoch, nor can a leader hand out different keys: each ends in a `KeyAgreementError` that says which. Every
+member can decrypt every upload, so one member together with the server reads everything.
 
 Boxes are sealed by HPKE in base mode: X25519, HKDF-SHA256, AES-256-GCM. Its `info` binds a box to the
 transcript, epoch, leader, recipient and commitment; the leader's signature around it says who sealed it.
@@ -247,14 +245,12 @@ class KeyAgreement:
             raise KeyAgreementError(
                 f"{expected.value} is out of turn in epoch {self.epoch.number}: next is {self._stage.value}"
             )
-        done = False
         try:
             yield
-            done = True
-        finally:
-            if not done:
-                self._stage = _Stage.FAILED
-                self._ephemeral = self._key = None
+        except BaseException:
+            self._stage = _Stage.FAILED
+            self._ephemeral = self._key = None
+            raise
 
     def _new_key(self, master: bytes, ckks_secret: bytes) -> GroupKey:
         if len(ckks_secret) != self._secret_bytes:

@@ -54,14 +54,14 @@ class NonceCounter:
             )
         self._write(_State(federation=self._state.federation, epoch=number))
 
-    def take(self, epoch: int, round_number: int, section: str, *, fresh: bool = False) -> bytes:
+    def take(self, epoch: int, round_number: int, section: str) -> bytes:
         """A nonce (16 random bytes) for one upload, after recording on disk that it was taken.
 
-        A client that repeats a round sends its stored upload again and takes no nonce. Only when the content
-        is new does it ask for a `fresh` second one.
+        A client that repeats a round sends its stored upload again and takes no nonce; it takes another one
+        where a crash lost the upload.
 
         Raises:
-            EncryptionError: The epoch or round is over, or the nonce of this upload was taken.
+            EncryptionError: The epoch or round is over.
         """
         state = self._state
         if state.epoch is None or epoch != state.epoch:
@@ -73,11 +73,6 @@ class NonceCounter:
                 f"round {round_number} is over, round {state.round} has begun: do not encrypt for it"
             )
         uploads = dict(state.uploads) if round_number == state.round else {}
-        if uploads.get(section) and not fresh:
-            raise EncryptionError(
-                f"section {section!r} was encrypted before in epoch {epoch}, round {round_number}: send the "
-                "stored upload again, or take a fresh nonce"
-            )
         uploads[section] = uploads.get(section, 0) + 1
         self._write(_State(federation=state.federation, epoch=epoch, round=round_number, uploads=uploads))
         return os.urandom(NONCE_BYTES)

@@ -1,21 +1,18 @@
 """The ledger of one data set: what was released from it, what that cost, and what may still be released.
 
-Durable, append-only, hash-chained, and on the client's own disk. The order of every release is:
-
     sum, clipped  →  reserve()  →  draw noise  →  store the noisy bytes  →  released()  →  send
 
 `reserve` charges, durably, before any noise exists. A crash after it wastes budget and forgets none: a
-reservation counts whether or not its bytes ever left. Sending stored bytes again is `resent` and free.
+reservation counts whether or not its bytes ever left. Sending stored bytes again is `resent` and free. The
+budget is a filter, fixed when the ledger is opened for the first time: a release that would pass the target
+ε is refused before noise is drawn.
 
-The budget is a filter. Its parameters are fixed when the ledger is opened for the first time, and a
-release that would pass the target ε is refused before noise is drawn.
+A changed, removed, added or moved row, and a cut tail, are found on every opening. Whoever can write the
+ledger *and* its head file can rewrite both, or put older ones back; an `anchor` that somebody else keeps
+finds that too.
 
-What the chain shows and what it does not: a changed, removed, added or moved row, and a cut tail, are
-found on every opening. Whoever can write the ledger *and* its head file can rewrite both, or put older
-ones back; an `anchor` that somebody else keeps finds that too.
-
-There is one ledger per data set, whichever client, run or federation releases from it: ε adds up over all of
-them. It stands in a directory of its own (`LEDGER`), with the noised profiles that may be sent again.
+ε adds up over every client, run and federation that releases from the data, so they share one ledger. It
+stands in a directory of its own (`LEDGER`), with the noised profiles that may be sent again.
 """
 
 import datetime as dt
@@ -26,7 +23,6 @@ from typing import Any
 
 from fedmosaic.privacy.accounting.epsilon import EpsilonBound, check_delta
 from fedmosaic.privacy.accounting.events import GaussianEvent
-from fedmosaic.privacy.ledger.log import LedgerLog
 from fedmosaic.privacy.ledger.rows import (
     CHANNELS,
     Channel,
@@ -53,7 +49,7 @@ from fedmosaic.privacy.ledger.rules import (
     parameters_of,
     reservation_at,
 )
-from fedmosaic.privacy.ledger.store import LedgerStore, has_begun, read_ledger
+from fedmosaic.privacy.ledger.store import LedgerLog, LedgerStore, has_begun, read_ledger
 from fedmosaic.protos.errors import BudgetExceededError, LedgerError
 
 __all__ = [

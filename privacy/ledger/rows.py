@@ -4,23 +4,14 @@ Pure functions over rows, so that a report or an auditor can read an exported le
 """
 
 import hashlib
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    ValidationError,
-    WithJsonSchema,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedmosaic.privacy import configuration
-from fedmosaic.privacy.accounting.events import GaussianEvent
+from fedmosaic.privacy.accounting.events import Epsilon, GaussianEvent
 from fedmosaic.protos.errors import LedgerError
 
 Channel = Literal["profile", "adapter", "family"]
@@ -35,20 +26,6 @@ RESTORE = "move it away and put the newest backup in its place with `fedmosaic l
 """What to do about a ledger that cannot be used any more; `fedmosaic ledger backup` makes backups."""
 
 _Hex64 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-def _read_infinity(value: object) -> object:
-    return math.inf if value == "infinity" else value
-
-
-Epsilon = Annotated[
-    float,
-    Field(ge=0.0),
-    BeforeValidator(_read_infinity),
-    PlainSerializer(lambda value: "infinity" if value == math.inf else value, when_used="json"),
-    WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"const": "infinity"}]}),
-]
-"""ε ≥ 0. JSON has no infinity, and null would read as "not applicable", so ∞ is the string "infinity"."""
 
 
 class LedgerRow(BaseModel):

@@ -7,24 +7,30 @@ Both files replaced together (a rolled-back disk image) are only caught by an an
 `Ledger.anchor`.
 """
 
+import datetime as dt
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
+from fedmosaic.privacy.accounting.epsilon import EpsilonBound
 from fedmosaic.privacy.files import private_opener, sync_directory, write_atomically
 from fedmosaic.privacy.ledger.rows import (
     RESTORE,
+    Kind,
     LedgerRow,
     charges,
     check_chain,
     check_seen,
     epoch_of_hashes,
 )
+from fedmosaic.privacy.ledger.rules import check_open
 from fedmosaic.protos.errors import LedgerError
 
 _SCHEMA_VERSION = 2
@@ -197,16 +203,11 @@ class LedgerStore:
 
     def overlaps(self, epoch: str, hashes: Sequence[str]) -> bool:
         """Whether any other stored epoch shares one of these example hashes; call inside a transaction."""
-        run = self._connection.execute
-        run("CREATE TEMP TABLE IF NOT EXISTS candidate (example_hash TEXT PRIMARY KEY) WITHOUT ROWID")
-        run("DELETE FROM temp.candidate")
-        self._connection.executemany("INSERT INTO temp.candidate VALUES (?)", ((value,) for value in hashes))
-        shared = run(
-            "SELECT 1 FROM temp.candidate JOIN epoch_examples USING (example_hash) "
+        shared = self._connection.execute(
+            "SELECT 1 FROM json_each(?) JOIN epoch_examples ON example_hash = value "
             "WHERE data_epoch <> ? LIMIT 1",
-            (epoch,),
+            (json.dumps(hashes), epoch),
         ).fetchone()
-        run("DELETE FROM temp.candidate")
         return shared is not None
 
     def keep_examples(self, epoch: str, hashes: Sequence[str]) -> None:
@@ -248,6 +249,85 @@ class LedgerStore:
                 f"{self.path}: the ledger cannot be read or written ({error}); nothing may be released "
                 "until it can"
             ) from error
+
+
+class LedgerLog:
+    """An append-only sequence of rows that several threads and processes may extend."""
+
+    def __init__(self, store: LedgerStore, clock: Callable[[], dt.datetime]) -> None:
+        self.store = store
+        self.rows: list[LedgerRow] = []
+        self._clock = clock
+        self._lock = threading.RLock()
+
+    @contextmanager
+    def reading(self) -> Iterator[list[LedgerRow]]:
+        """All rows so far, while no other thread appends; LedgerError if one does not continue the chain."""
+        with self._lock:
+            self._refresh()
+            yield self.rows
+
+    @contextmanager
+    def appending(self, *, closed: bool = False) -> Iterator[list[LedgerRow]]:
+        """All rows so far, while nobody else appends; what is appended inside is durable afterwards.
+
+        Args:
+            closed: append also to a ledger that was closed.
+
+        Raises:
+            LedgerError: the file cannot be written, a new row does not continue the chain, or the ledger was
+                closed, perhaps by another process while this one had it open.
+        """
+        with self._lock:
+            known = len(self.rows)
+            try:
+                with self.store.transaction():
+                    self._refresh()
+                    known = len(self.rows)
+                    if not closed:
+                        check_open(self.rows)
+                    yield self.rows
+            except BaseException:
+                del self.rows[known:]
+                raise
+            self.store.write_head(self.rows[-1])
+
+    def append(self, kind: Kind, *, bound: EpsilonBound, **fields: Any) -> LedgerRow:
+        """Write the next row, inside `appending`; `bound` is the running ε after it."""
+        last = self.rows[-1] if self.rows else None
+        row = LedgerRow.sealed(
+            sequence=last.sequence + 1 if last else 0,
+            time=self._clock().astimezone(dt.UTC).isoformat(timespec="microseconds"),
+            kind=kind,
+            epsilon=bound.epsilon,
+            accountant=bound.accountant,
+            **({"previous_hash": last.hash} if last else {}),
+            **fields,
+        )
+        self.store.append(row)
+        self.rows.append(row)
+        return row
+
+    def running_bound(self) -> EpsilonBound:
+        """ε after the last row that was not a refusal, whose ε is only what it would have become."""
+        row = next(row for row in reversed(self.rows) if row.kind != "REFUSED")
+        return EpsilonBound(row.epsilon, row.accountant)
+
+    def verify(self) -> None:
+        """Read everything again and check it; see `LedgerStore.verified_rows`."""
+        with self._lock:
+            self.rows = self.store.verified_rows()
+
+    def _refresh(self) -> None:
+        for row in self.store.rows(len(self.rows)):
+            previous = self.rows[-1].hash if self.rows else row.previous_hash
+            position = len(self.rows)
+            if (row.sequence, row.previous_hash, row.hash) != (position, previous, row.computed_hash()):
+                raise LedgerError(
+                    f"the privacy ledger is damaged at row {position}: it does not continue the rows before "
+                    "it"
+                )
+            self.rows.append(row)
 
 
 def has_begun(path: Path) -> bool:

@@ -18,8 +18,9 @@ from fedmosaic.privacy.encryption.parameters import MaskParameters, Parameters
 from fedmosaic.privacy.federation import kits as federation
 from fedmosaic.privacy.federation.roster import AdapterTerms, Roster, ScheduleTerms, Terms
 from fedmosaic.privacy.ledger.ledger import Ledger
+from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import SecureNoise
-from fedmosaic.privacy.mechanism.profile import ClippedSum, ProfileMechanism, Reduction
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos.errors import FedMosaicError
 
 MEMBERS: Final = ("ada", "ben", "cid", "dee", "eva")

@@ -10,8 +10,8 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
+from fedmosaic.privacy.accounting.events import Epsilon
 from fedmosaic.privacy.configuration import Frozen
-from fedmosaic.privacy.ledger.rows import Epsilon
 from fedmosaic.protos.errors import ConfigurationError
 
 SCHEMA_VERSION: Final = 1

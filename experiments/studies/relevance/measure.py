@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fedmosaic.experiments.scenario.metrics import area_under_curve
-from fedmosaic.privacy.mechanism.noise import SeededTestNoise
-from fedmosaic.privacy.mechanism.profile import ClippedSum, Float64Array, IntArray, ProfileMechanism, release
+from fedmosaic.privacy.mechanism.gaussian import ClippedSum
+from fedmosaic.privacy.mechanism.noise import Float64Array, IntArray, SeededTestNoise
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism, release
 from fedmosaic.server.round.relevance import corrected_cosine, plain_cosine
 
 CLIENTS_PER_TASK = 2
