@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from fedmosaic.client.enrol import Learner
 from fedmosaic.client.keyring import Keyring
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.ledger import DataLedger
+from fedmosaic.client.membership import Learner
 from fedmosaic.client.model.scoring import Score
 from fedmosaic.client.planning import AdapterPlan, budgeted_channels
 from fedmosaic.client.preflight.checks import Preflight, agreed_epsilon

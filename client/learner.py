@@ -20,10 +20,7 @@ from fedmosaic.client.colora import (
     set_trainable,
     write_family,
 )
-from fedmosaic.client.colora.aligned import (
-    read_embedded,
-    write_embedded,
-)
+from fedmosaic.client.colora.aligned import read_embedded, write_embedded
 from fedmosaic.client.dp import round as private_round
 from fedmosaic.client.model.acceptance import check_ids, check_length, encoded_ids
 from fedmosaic.client.model.adapted import agreed_layout, load_adapted
@@ -155,7 +152,7 @@ class ModelLearner:
         return self._encoded, self._sampler
 
     def train(self, round_number: int, releases: Releases, give_up: Callable[[], None]) -> None:
-        """Train one round; see `fedmosaic.client.enrol.Learner.train`.
+        """Train one round; see `fedmosaic.client.membership.Learner.train`.
 
         Raises:
             TrainingError: training fails in round 1 of a run without DP, in which nothing was received yet.
@@ -248,10 +245,7 @@ class ModelLearner:
         return scores
 
     def check_tests(self, tests: Mapping[str, Sequence[Example]]) -> None:
-        """Refuse test sets that could not be scored after the last round.
-
-        Args:
-            tests: by name, at least one example each.
+        """Refuse test sets, by name, that could not be scored after the last round.
 
         Raises:
             ModelError: a text has a token that the model does not embed, or the model cannot write answers.
@@ -274,11 +268,7 @@ class ModelLearner:
         (directory / SAMPLER).write_text(json.dumps(self._sampler.state_dict()))
 
     def load(self, directory: Path) -> None:
-        """Read what `save` wrote.
-
-        Raises:
-            StateError: the files are missing or damaged.
-        """
+        """Read what `save` wrote; StateError if it is missing or damaged."""
         try:
             tensors = load_file(directory / "adapter_model.safetensors")
             order = directory / SAMPLER

@@ -15,9 +15,9 @@ from typing import Final
 
 from cryptography import x509
 
-from fedmosaic.client.enrol import ask_to_enrol
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.ledger import DataLedger, ledger_delta
+from fedmosaic.client.membership import ask_to_enrol
 from fedmosaic.client.model.load import load_tokenizer
 from fedmosaic.client.planning import AdapterPlan, budgeted_channels, plan_adapter
 from fedmosaic.client.preflight.data import ClientData, read_data, read_share
