@@ -47,8 +47,8 @@ from fedmosaic.client.model.examples import EncodedExample, collate
 from fedmosaic.client.model.hardware import choose_device, synchronise
 from fedmosaic.client.model.load import load_base_model
 from fedmosaic.client.model.loss import example_losses, on_device_of
+from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import SecureNoise
-from fedmosaic.privacy.mechanism.profile import ClippedSum
 
 Variant = Literal["plain", "private", "opacus_hooks", "opacus_ghost"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)

@@ -23,12 +23,7 @@ LoadedProbe = tuple[Probe, PreTrainedTokenizerBase]
 
 
 def load_probe(settings: ModelSettings, max_length: int, setting: str) -> LoadedProbe:
-    """Load the probe.
-
-    Args:
-        settings: where it comes from.
-        max_length: tokens of an example that it is to read.
-        setting: name of the setting that `max_length` comes from, for messages.
+    """Load the probe and try that it can read `max_length` tokens; `setting` names that length in messages.
 
     Raises:
         ModelError: it cannot be loaded, or be a probe.
@@ -51,15 +46,7 @@ def read_as_text(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
 
 
 def public_map(mechanism: ProfileMechanism, basis: Path) -> PublicMap:
-    """The public map of a mechanism.
-
-    Args:
-        mechanism: the roster's.
-        basis: file of the public basis, read if the mechanism names one.
-
-    Raises:
-        MechanismError: the basis is damaged, or another one.
-    """
+    """The public map of the roster's mechanism, with the basis from this file if the mechanism names one."""
     return PublicMap(mechanism, PublicBasis.load(basis) if mechanism.basis_sha256 else None)
 
 
@@ -76,16 +63,7 @@ class ProfileProbe:
         *,
         setting: str = "profile_max_length",
     ) -> None:
-        """Prepare; nothing is loaded yet.
-
-        Args:
-            load: gives the probe, once per sum.
-            public_map: of the roster's mechanism.
-            examples: of the data epoch.
-            max_length: tokens of an example that are read.
-            randomness: of the Poisson sample.
-            setting: name of the setting that `max_length` comes from, for messages.
-        """
+        """Prepare; nothing is loaded yet. `load` gives the probe, once per sum."""
         self._load = load
         self._map = public_map
         self._examples = examples
@@ -122,14 +100,7 @@ class ProfileProbe:
 def client_probe(
     settings: ClientSettings, kit: Kit, examples: Sequence[Example], randomness: BitSource
 ) -> ProfileProbe:
-    """The probe of a client with a process of its own: loaded when a profile is due, then let go.
-
-    Args:
-        settings: of the client, paths resolved.
-        kit: with the roster and its public basis.
-        examples: of the data epoch.
-        randomness: of the Poisson sample.
-    """
+    """The probe of a client with a process of its own: loaded when a profile is due, then let go."""
     length = settings.profile_max_length
     return ProfileProbe(
         lambda: load_probe(settings.probe, length, "profile_max_length"),

@@ -24,15 +24,6 @@ def clipped_profile(
 ) -> ClippedSum:
     """Probe a Poisson sample of the examples and sum their clipped gradients. Private, not a release.
 
-    Args:
-        probe: the probe that the mechanism names, adapters switched off.
-        examples: the client's data set of this data epoch; every id at most once.
-        public_map: the public map of the roster's mechanism.
-        randomness: decides who is in the sample if the sampling rate is below 1.
-
-    Returns:
-        The sum, zero if the sample is empty.
-
     Raises:
         MechanismError: the probe is not the mechanism's.
         PrivacyError: there are too few examples, or an id occurs twice.
@@ -51,15 +42,7 @@ def clipped_profile(
 
 
 def check_probe(probe: Probe, mechanism: ProfileMechanism) -> None:
-    """Refuse a probe that is not the mechanism's.
-
-    Args:
-        probe: the probe that was loaded.
-        mechanism: the roster's.
-
-    Raises:
-        MechanismError: its gradient has another shape, or its weights another fingerprint.
-    """
+    """Refuse, with a MechanismError, a probe whose gradient's shape or weights are not the roster's."""
     shape = (probe.hidden_size, probe.intermediate_size)
     if shape != (mechanism.reduction.hidden_size, mechanism.reduction.intermediate_size):
         raise MechanismError(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedmosaic.client.dp.training import PrivateTrainingSettings, Randomness, train_private
+from fedmosaic.client.dp.training import PrivateTrainingSettings, train_private
 from fedmosaic.client.model.examples import EncodedExample
 from fedmosaic.client.model.loss import Batch
 from fedmosaic.experiments.attacks.statistics.empirical import CanaryScores, audit_figures
@@ -22,6 +22,7 @@ from fedmosaic.experiments.attacks.statistics.results import DELTA, AttackResult
 from fedmosaic.experiments.attacks.statistics.roc import ceiling_of
 from fedmosaic.privacy.accounting.epsilon import epsilon_bound
 from fedmosaic.privacy.accounting.events import GaussianEvent
+from fedmosaic.privacy.mechanism.noise import Randomness
 
 AUDIT: Final = "Empirical ε of the adapter's DP-SGD, one run"
 RANK: Final = 16

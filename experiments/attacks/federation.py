@@ -19,9 +19,15 @@ from fedmosaic.experiments.attacks.statistics.results import AttackResult, Figur
 from fedmosaic.privacy.coalitions import SOLVED, estimate_errors
 from fedmosaic.privacy.encryption.weights import integer_weights
 from fedmosaic.privacy.federation.roster import RelevanceTerms
+from fedmosaic.privacy.mechanism.gaussian import ClippedSum, clip
 from fedmosaic.privacy.mechanism.noise import NoiseSource
-from fedmosaic.privacy.mechanism.profile import ClippedSum, ProfileMechanism, clip, release
-from fedmosaic.privacy.policy import AggregationPolicy, cap_weights, check_row, spread_weights
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism, release
+from fedmosaic.privacy.policy import (
+    AggregationPolicy,
+    cap_weights,
+    check_row,
+    spread_weights,
+)
 from fedmosaic.protos.messages import Profile, WeightRow
 from fedmosaic.server.round.relevance import relevance
 from fedmosaic.server.round.weights import Group, plan

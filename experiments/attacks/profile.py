@@ -25,17 +25,9 @@ from fedmosaic.experiments.attacks.statistics.membership import (
 from fedmosaic.experiments.attacks.statistics.results import DELTA, AttackResult, Setting
 from fedmosaic.experiments.attacks.statistics.roc import Ceiling, membership_figures
 from fedmosaic.privacy.accounting.calibrate import noise_multiplier_for
-from fedmosaic.privacy.mechanism.noise import NoiseSource
-from fedmosaic.privacy.mechanism.profile import (
-    GRID,
-    ClippedSum,
-    Float32Array,
-    Float64Array,
-    ProfileMechanism,
-    clip,
-    clipped_sum,
-    release,
-)
+from fedmosaic.privacy.mechanism.gaussian import GRID, ClippedSum, clip
+from fedmosaic.privacy.mechanism.noise import Float64Array, NoiseSource
+from fedmosaic.privacy.mechanism.profile import Float32Array, ProfileMechanism, clipped_sum, release
 from fedmosaic.privacy.mechanism.projection import GradientFactors, PublicMap
 
 EPSILONS: Final = (8.0, 3.0, 1.0)

@@ -19,8 +19,9 @@ from fedmosaic.privacy.encryption.parameters import MaskParameters, Parameters
 from fedmosaic.privacy.federation import kits
 from fedmosaic.privacy.federation.roster import AdapterTerms, ScheduleTerms, Terms
 from fedmosaic.privacy.ledger.ledger import Ledger
+from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import SecureNoise
-from fedmosaic.privacy.mechanism.profile import ClippedSum, ProfileMechanism, Reduction
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos.errors import FedMosaicError
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.settings import settings_from_kit

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field
 from scipy.stats import beta
 
+from fedmosaic.privacy.accounting.events import Epsilon
 from fedmosaic.privacy.configuration import Frozen
-from fedmosaic.privacy.ledger.rows import Epsilon
 
 CONFIDENCE: Final = 0.95
 ALARM_LEVEL: Final = 1e-4

@@ -34,7 +34,8 @@ from fedmosaic.experiments.studies.relevance.measure import Recovery, measure
 from fedmosaic.experiments.studies.relevance.tables import Cell, draw, markdown
 from fedmosaic.experiments.tasks.relevance_sets import load_public, load_task_set
 from fedmosaic.privacy.accounting.calibrate import noise_multiplier_for
-from fedmosaic.privacy.mechanism.profile import Float64Array, clip
+from fedmosaic.privacy.mechanism.gaussian import clip
+from fedmosaic.privacy.mechanism.noise import Float64Array
 from fedmosaic.privacy.mechanism.projection import PublicMap
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,8 @@ from fedmosaic.client.model.examples import (
 )
 from fedmosaic.client.profile.basis import BasisSettings, fit_basis, standardise_rows
 from fedmosaic.client.profile.probe import Probe
-from fedmosaic.privacy.mechanism.profile import Float64Array, ProfileMechanism, Reduction
+from fedmosaic.privacy.mechanism.noise import Float64Array
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.privacy.mechanism.projection import GradientFactors, Projection, PublicBasis, PublicMap
 
 Rows = dict[str, Float64Array]

@@ -11,8 +11,9 @@ import numpy.typing as npt
 from scipy.stats import sem
 
 from fedmosaic.experiments.scenario.metrics import area_under_curve
-from fedmosaic.privacy.mechanism.noise import SeededTestNoise
-from fedmosaic.privacy.mechanism.profile import ClippedSum, Float64Array, IntArray, ProfileMechanism, release
+from fedmosaic.privacy.mechanism.gaussian import ClippedSum
+from fedmosaic.privacy.mechanism.noise import Float64Array, IntArray, SeededTestNoise
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism, release
 from fedmosaic.server.round.relevance import corrected_cosine
 
 CLIENTS_PER_TASK = 2

@@ -28,10 +28,9 @@ from fedmosaic.experiments.attacks.statistics.empirical import (
 )
 from fedmosaic.experiments.attacks.statistics.results import AttackResult, Figure
 from fedmosaic.privacy.accounting.calibrate import noise_multiplier_for
+from fedmosaic.privacy.mechanism.gaussian import GRID, ClippedSum
 from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
 from fedmosaic.privacy.mechanism.profile import (
-    GRID,
-    ClippedSum,
     ProfileMechanism,
     Reduction,
     clipped_sum,

@@ -19,7 +19,9 @@ from fedmosaic.experiments.studies.relevance.designs import DESIGNS, Design, enc
 from fedmosaic.experiments.studies.relevance.measure import Recovery, measure, top_match
 from fedmosaic.experiments.studies.relevance.tables import Cell, draw, markdown
 from fedmosaic.experiments.tasks.relevance_sets import CLINC_DOMAINS, load_public, load_task_set
-from fedmosaic.privacy.mechanism.profile import GRID, IntArray, ProfileMechanism, Reduction
+from fedmosaic.privacy.mechanism.gaussian import GRID
+from fedmosaic.privacy.mechanism.noise import IntArray
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos.errors import ConfigurationError
 
 DATA = Path(__file__).parents[3].parent / "shared" / "data"

@@ -157,7 +157,7 @@ def test_a_pinned_key_makes_an_older_certificate_worthless(
     federation: Any, settings: Any, start_server: Any, connect: Any, authority: Any
 ) -> None:
     certificate, key = authority.client("clinic-a")
-    pins = {"clinic-a": identity.certificate_key_sha256(certificate.read_bytes())}
+    pins = {"clinic-a": identity.public_key_sha256(identity.read_certificate(certificate))}
     server = start_server(settings.model_copy(update={"tls_key_sha256": pins}))
     pinned = GrpcTransport(
         server.address, authority=authority.certificate, certificate=certificate, private_key=key
