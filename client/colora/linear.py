@@ -49,23 +49,43 @@ class CoLoraLinear(CoLoraLayer):
     def _delta(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor | None:
         basis_in, basis_out = self.colora_A[adapter_name], self.colora_B[adapter_name]
         x = x.to(basis_in.dtype)
+        weights = self._weights(adapter_name, x)
+        if not weights:
+            return None
         reduced = functional.linear(x, basis_in)
-        mixed: torch.Tensor | None = None
-        for branch, weight in self._weights(adapter_name, x).items():
-            part = weight * self.core(adapter_name, branch)(reduced)
-            mixed = part if mixed is None else mixed + part
-        return None if mixed is None else functional.linear(mixed, basis_out)
+        if self._needs_branches_apart(adapter_name, weights):
+            parts = [weight * self.core(adapter_name, branch)(reduced) for branch, weight in weights.items()]
+            return functional.linear(torch.stack(parts).sum(dim=0), basis_out)
+        return functional.linear(
+            functional.linear(reduced, *self._combined(adapter_name, weights)), basis_out
+        )
+
+    def _needs_branches_apart(self, adapter_name: str, weights: Mapping[str, torch.Tensor | float]) -> bool:
+        # With a pooled gate every sequence weighs the branches in its own way; and whoever hooks a core, as
+        # Opacus does for gradients of single examples, is to see it called.
+        cores = [self.core(adapter_name, branch) for branch in weights]
+        pooled = any(isinstance(weight, torch.Tensor) and weight.dim() > 1 for weight in weights.values())
+        return pooled or any(core._forward_hooks or core._forward_pre_hooks for core in cores)
+
+    def _combined(
+        self, adapter_name: str, weights: Mapping[str, torch.Tensor | float]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """P̄ (r, r) and Q̄ (r,), weighted sums over the branches: then positions go through one core."""
+        cores = [(weight, self.core(adapter_name, branch)) for branch, weight in weights.items()]
+        first, *others = [(weight * core.weight, weight * core.bias) for weight, core in cores]
+        core_weight, core_bias = first
+        for weight, bias in others:
+            core_weight, core_bias = core_weight + weight, core_bias + bias
+        return core_weight, core_bias
 
     @torch.no_grad()
     def merge_delta(self, adapter_name: str) -> MergeDelta:
         """Return s·B·P̄·A in factors and s·B·Q̄, with P̄ and Q̄ the gated sums over active branches."""
         basis_in, basis_out = self.colora_A[adapter_name], self.colora_B[adapter_name]
-        rank = self.settings[adapter_name].rank
-        core_weight, core_bias = basis_in.new_zeros(rank, rank), basis_in.new_zeros(rank)
-        for branch, weight in self._weights(adapter_name, None).items():
-            core = self.core(adapter_name, branch)
-            core_weight = core_weight + weight * core.weight
-            core_bias = core_bias + weight * core.bias
+        weights = self._weights(adapter_name, None)
+        if not weights:
+            return MergeDelta(left=basis_out[:, :0], right=basis_in[:0].clone(), bias=None)
+        core_weight, core_bias = self._combined(adapter_name, weights)
         bias = basis_out @ core_bias if core_bias.any() else None
         return MergeDelta(left=basis_out @ core_weight, right=basis_in.clone(), bias=bias)
 
