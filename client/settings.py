@@ -4,7 +4,7 @@ Imports no model and no tensor: a configuration is read and refused before anyth
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -19,6 +19,17 @@ DtypeName = Literal["auto", "float32", "bfloat16"]
 
 Role = Literal["adapter", "shared", "gate"]
 """Group of trainable tensors with a learning rate of its own."""
+
+
+Rate = Annotated[float, Field(gt=0.0, le=10.0, allow_inf_nan=False)]
+"""Learning rate of AdamW."""
+
+CORE_RATE: Final = 10.0
+"""Of P and Q over LoRA's A and B. A core has r² entries where B has d·r: with one rate for both, a step of
+Adam moves the map B P A by √(d/r) less, in r directions of a frozen basis. Measured: docs/experiments.md."""
+
+GATE_RATE: Final = 10.0
+"""Of the gates over LoRA's A and B: with one rate for both, a gate's weight stays at one half in a run."""
 
 
 class ModelSettings(Frozen):
@@ -121,8 +132,9 @@ class TrainingSettings(Frozen):
 
     Attributes:
         learning_rate: Of LoRA's A and B, and of any other trainable tensor.
-        shared_learning_rate: Of the Co-LoRA cores P and Q.
-        gate_learning_rate: Of the gates.
+        shared_learning_rate: Of the Co-LoRA cores P and Q; by default `CORE_RATE` times `learning_rate`, and
+            where their steps are private, `learning_rate` itself, for noise moves them as far as signal does.
+        gate_learning_rate: Of the gates; by default `GATE_RATE` times `learning_rate`.
         steps: Optimizer steps of one round.
         per_device_train_batch_size: Examples per forward pass.
         gradient_accumulation_steps: Forward passes per optimizer step; private steps divide by themselves.
@@ -139,9 +151,9 @@ class TrainingSettings(Frozen):
         bf16: Wide products in bfloat16; the adapter, its gradients and the optimizer stay in float32.
     """
 
-    learning_rate: float = Field(default=1e-3, gt=0.0, le=10.0, allow_inf_nan=False)
-    shared_learning_rate: float = Field(default=1e-3, gt=0.0, le=10.0, allow_inf_nan=False)
-    gate_learning_rate: float = Field(default=1e-3, gt=0.0, le=10.0, allow_inf_nan=False)
+    learning_rate: Rate = 1e-3
+    shared_learning_rate: Rate | None = None
+    gate_learning_rate: Rate | None = None
     steps: int = Field(default=100, ge=1)
     per_device_train_batch_size: int = Field(default=8, ge=1)
     gradient_accumulation_steps: int = Field(default=1, ge=1)
@@ -158,9 +170,14 @@ class TrainingSettings(Frozen):
         """The learning rate of one group of tensors."""
         return {
             "adapter": self.learning_rate,
-            "shared": self.shared_learning_rate,
-            "gate": self.gate_learning_rate,
+            "shared": self.shared_learning_rate or CORE_RATE * self.learning_rate,
+            "gate": self.gate_learning_rate or GATE_RATE * self.learning_rate,
         }[role]
+
+    @property
+    def private_learning_rate(self) -> float:
+        """The learning rate of P and Q in steps with noise."""
+        return self.shared_learning_rate or self.learning_rate
 
 
 class ClientSettings(Frozen):

@@ -64,6 +64,7 @@ class ProfileProbe:
         clipping: ClippingRecord,
         *,
         setting: str = "profile_max_length",
+        advance: Callable[[int], None] = lambda _: None,
     ) -> None:
         """Prepare; nothing is loaded yet.
 
@@ -75,6 +76,7 @@ class ProfileProbe:
             randomness: of the noise.
             clipping: counts the rows that were clipped.
             setting: name of the setting that `max_length` comes from, for messages.
+            advance: told how much of a release is done, in per cent.
         """
         self._load = load
         self._map = public_map
@@ -83,11 +85,14 @@ class ProfileProbe:
         self._randomness = randomness
         self._clipping = clipping
         self._setting = setting
+        self._advance = advance
 
     def __call__(self, charge: Callable[[], None]) -> Float32Array:
         """Make one release; the memory of a probe that was loaded for it is free again afterwards."""
         probe, encoded = self._open()
-        return release_profile(probe, encoded, self._map, self._randomness, charge, self._count_clipped)
+        return release_profile(
+            probe, encoded, self._map, self._randomness, charge, self._count_clipped, self._advance
+        )
 
     def check(self) -> None:
         """Find out now what would stop a release: nothing is probed, drawn or charged.
@@ -114,7 +119,11 @@ class ProfileProbe:
 
 
 def client_probe(
-    settings: ClientSettings, kit: Kit, examples: Sequence[Example], randomness: Randomness
+    settings: ClientSettings,
+    kit: Kit,
+    examples: Sequence[Example],
+    randomness: Randomness,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> ProfileProbe:
     """The probe of a client with a process of its own: loaded when a release is due, then let go.
 
@@ -123,6 +132,7 @@ def client_probe(
         kit: with the roster and its public basis.
         examples: of the data epoch.
         randomness: of the noise.
+        advance: told how much of a release is done, in per cent.
     """
     length = settings.profile_max_length
     return ProfileProbe(
@@ -132,4 +142,5 @@ def client_probe(
         length,
         randomness,
         ClippingRecord(settings.state_dir / CLIPPING),
+        advance=advance,
     )

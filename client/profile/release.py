@@ -29,7 +29,11 @@ class ReleaseRandomness(NoiseSource, BitSource, Protocol):
 
 
 def clipped_profile(
-    probe: Probe, examples: Sequence[EncodedExample], public_map: PublicMap, randomness: BitSource
+    probe: Probe,
+    examples: Sequence[EncodedExample],
+    public_map: PublicMap,
+    randomness: BitSource,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> ClippedSum:
     """Probe a Poisson sample of the examples and sum their clipped gradients. Private, not a release.
 
@@ -38,6 +42,7 @@ def clipped_profile(
         examples: the client's data set of this data epoch; every id at most once.
         public_map: the public map of the roster's mechanism.
         randomness: decides who is in the sample if the sampling rate is below 1.
+        advance: told how much is done, in per cent: it is to say nothing of the number of examples.
 
     Returns:
         The sum, zero if the sample is empty.
@@ -52,8 +57,9 @@ def clipped_profile(
     sample = poisson_sample(len(examples), mechanism.sampling_rate, randomness)
     total = ClippedSum.empty(mechanism.dimensions)
     chosen = [examples[index] for index in sample]
-    for gradient in gradient_factors(probe, chosen):
+    for done, gradient in enumerate(gradient_factors(probe, chosen), start=1):
         total += clipped_sum(public_map.rows([gradient]), mechanism)
+        advance(100 * done // len(chosen))
     if total.rejected:
         logger.warning("%d examples gave no finite gradient and were left out of the profile", total.rejected)
     return total
@@ -91,6 +97,7 @@ def release_profile(
     noise: ReleaseRandomness,
     charge: Callable[[], None],
     observe: Callable[[ClippedSum], None] = lambda _: None,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> Float32Array:
     """Make one differentially private release of the task profile.
 
@@ -104,6 +111,7 @@ def release_profile(
         charge: reserves this release in the ledger, durably, or raises BudgetExceededError; called exactly
             once, after the clipped sum is known and before any noise is drawn.
         observe: told of the clipped sum, for counts that stay with the client.
+        advance: see `clipped_profile`.
 
     Returns:
         (k,) float32, the noisy sum; `release_profile` keeps no copy.
@@ -113,7 +121,7 @@ def release_profile(
         MechanismError: the probe is not the mechanism's.
         PrivacyError: there are too few examples, or an id occurs twice.
     """
-    total = clipped_profile(probe, examples, public_map, noise)
+    total = clipped_profile(probe, examples, public_map, noise, advance)
     observe(total)
     charge()
     return release(total, public_map.mechanism, noise)

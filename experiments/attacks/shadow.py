@@ -129,7 +129,7 @@ class _Trainer:
         """The shared vector after the product's DP-SGD."""
         self._reset()
         settings = PrivateTrainingSettings(
-            learning_rate=self._shadow.training.shared_learning_rate,
+            learning_rate=self._shadow.training.private_learning_rate,
             steps=event.steps,
             sampling_rate=event.sampling_rate,
             expected_batch_size=_EXPECTED_BATCH,

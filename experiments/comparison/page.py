@@ -18,6 +18,7 @@ from fedmosaic.experiments.comparison.tables import (
     by_scenario,
     costs,
     gains,
+    majority_words,
     overview,
     pooled,
 )
@@ -54,6 +55,7 @@ def _scenario(name: str, groups: Sequence[Group], reference: str) -> dict[str, A
     return {
         "name": name,
         "rows": [(group.method, (*accuracies(group), *costs(group))) for group in groups],
+        "majority": majority_words(groups),
         "gains": gains(groups, reference),
         "figures": [(embedded(svg), caption) for svg, caption in _figures(groups)],
     }

@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,7 +18,14 @@ from rich.text import Text
 from fedmosaic.experiments.attacks import report as attack_report
 from fedmosaic.experiments.comparison.figures import privacy_figure
 from fedmosaic.experiments.comparison.page import page
-from fedmosaic.experiments.comparison.runs import REFERENCE, compared_run, group_runs, read_object
+from fedmosaic.experiments.comparison.runs import (
+    REFERENCE,
+    compared_run,
+    group_runs,
+    majorities,
+    mean_majority,
+    read_object,
+)
 from fedmosaic.experiments.comparison.tables import terminal_tables
 from fedmosaic.experiments.scenario.newcomers import newcomers_table, read_newcomers
 from fedmosaic.privacy.statement.check import check_received
@@ -63,6 +70,7 @@ class RunRecord:
         statements: privacy statements by client id.
         server: the server's `run.json`, or nothing.
         tasks: task of every client, where a scenario says so.
+        majority: Self of whoever always gives the most frequent answer, by client, where that is known.
     """
 
     directory: Path
@@ -70,6 +78,7 @@ class RunRecord:
     statements: Mapping[str, Mapping[str, Any]]
     server: Mapping[str, Any]
     tasks: Mapping[str, str]
+    majority: Mapping[str, float | None] = field(default_factory=dict)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -138,12 +147,14 @@ def read_run(path: Path) -> RunRecord:
     Raises:
         ConfigurationError: there is nothing of a run at this path.
     """
+    majority: Mapping[str, float | None] = {}
     if (path / "federation").is_dir():
         kits = sorted((path / "federation" / "clients").iterdir())
         states = {kit.name: kit / "state" for kit in kits}
         server = _read_json(path / "federation" / "server" / "state" / _SERVER_RUN)
         scenario = _read_json(path / "scenario.json")
         tasks = {client["id"]: client["task"] for client in scenario.get("clients", [])}
+        majority = majorities(scenario)
     elif (path / _RESULT).exists():
         states = {_read_json(path / "session.json").get("client", path.name): path}
         server, tasks = {}, {}
@@ -164,6 +175,7 @@ def read_run(path: Path) -> RunRecord:
         statements,
         server,
         tasks,
+        majority,
     )
 
 
@@ -176,7 +188,8 @@ def show(record: RunRecord, console: Console) -> None:
     if any("after" in result for result in record.clients.values()):
         console.print(accuracy_table(record))
         console.print(
-            "Self: accuracy on the client's own test sets. Others: mean over the others' test sets.\n",
+            "Self: accuracy on the client's own test sets; majority: always the most frequent answer there. "
+            "Others: mean over the others' test sets.\n",
             style="dim",
         )
     for line in alone(record):
@@ -263,7 +276,7 @@ def merged_statement(record: RunRecord) -> PrivacyStatement | None:
 def accuracy_table(record: RunRecord) -> Table:
     """Accuracy before and after, on the own task and on the others'."""
     table = Table(title="Accuracy before → after")
-    for column in ("client", "task", "Self", "gain", "Others", "gain"):
+    for column in ("client", "task", "majority", "Self", "gain", "Others", "gain"):
         table.add_column(column, justify="left" if column in ("client", "task") else "right")
     rows = []
     for name, result in record.clients.items():
@@ -271,7 +284,9 @@ def accuracy_table(record: RunRecord) -> Table:
             continue
         own = (result["before"].get("self"), result["after"].get("self"))
         others = tuple(_others(result[when]) for when in ("before", "after"))
-        table.add_row(name, record.tasks.get(name, "-"), *_change(*own), *_change(*others))
+        most = record.majority.get(name)
+        shown = "-" if most is None else f"{most:.2f}"
+        table.add_row(name, record.tasks.get(name, "-"), shown, *_change(*own), *_change(*others))
         rows.append((*own, *others))
     measures = {m for result in record.clients.values() for m in result.get("measures", {}).values()}
     if measures:
@@ -280,7 +295,9 @@ def accuracy_table(record: RunRecord) -> Table:
     if complete:
         means = [fmean(row[i] for row in complete) for i in range(4)]
         table.add_section()
-        table.add_row("mean", "", *_change(*means[:2]), *_change(*means[2:]))
+        most = mean_majority(record.majority) if record.majority else None
+        shown = "-" if most is None else f"{most:.2f}"
+        table.add_row("mean", "", shown, *_change(*means[:2]), *_change(*means[2:]))
     return table
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
 
+from fedmosaic.client.model.examples import read_examples
 from fedmosaic.experiments.scenario.metrics import (
     Interval,
     Pair,
@@ -17,6 +18,7 @@ from fedmosaic.experiments.scenario.metrics import (
     summarise_client,
 )
 from fedmosaic.experiments.scenario.participants import read_evaluations
+from fedmosaic.experiments.scenario.scoring import majority_accuracy
 from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.protos.errors import ConfigurationError
 
@@ -46,6 +48,7 @@ class Run:
             were not measured.
         protection: of the adapter, as in a roster; empty for methods without a server of FedMosaic.
         profile_epsilon: of the profile alone, towards the server, the largest over the clients.
+        majority: Self of whoever always gives a task's most frequent answer; None where answers are written.
         relevance: how the last round's similarities tell clients of one group from others (area under the
             ROC curve); None without groups or without similarities.
     """
@@ -63,6 +66,7 @@ class Run:
     training_flops: float | None = None
     protection: str = ""
     profile_epsilon: float | None = None
+    majority: float | None = None
     relevance: float | None = None
 
 
@@ -158,8 +162,38 @@ def compared_run(directory: Path) -> Run:
         sent=fmean(sent) / scenario["schedule"]["rounds"],
         seconds=float(read_object(directory / "run.json").get("seconds", 0.0)),
         training_flops=_training_flops(results),
+        majority=mean_majority(majorities(scenario)),
         **_exchange(directory, scenario, results),
     )
+
+
+def majorities(scenario: Mapping[str, Any]) -> dict[str, float | None]:
+    """By client, the mean over its tasks of what always giving the task's most frequent answer scores.
+
+    Args:
+        scenario: content of a run's `scenario.json`, whose test files may have gone since.
+
+    Returns:
+        None for a client whose answers are written, or whose files are not there.
+    """
+    limit = scenario.get("evaluation_examples") or None
+    return {client["id"]: _majority(client, limit) for client in scenario.get("clients", [])}
+
+
+def _majority(client: Mapping[str, Any], limit: int | None) -> float | None:
+    files = [Path(task["test"]) for task in (client.get("tasks") or [client])]
+    try:
+        found = [majority_accuracy(read_examples(file)[:limit]) for file in files]
+    except ConfigurationError:
+        return None
+    known = [value for value in found if value is not None]
+    return fmean(known) if known and len(known) == len(found) else None
+
+
+def mean_majority(of_clients: Mapping[str, float | None]) -> float | None:
+    """Mean over the clients; None where one has none."""
+    known = [value for value in of_clients.values() if value is not None]
+    return fmean(known) if known and len(known) == len(of_clients) else None
 
 
 def _training_flops(results: Sequence[tuple[Path, Mapping[str, Any]]]) -> float | None:

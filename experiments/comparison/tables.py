@@ -37,6 +37,7 @@ def terminal_tables(groups: Sequence[Group], reference: str = REFERENCE) -> list
         tables.append(_table(f"{scenario}, % (mean ± 95 % interval over seeds)", ACCURACY_HEADS))
         for group in members:
             tables[-1].add_row(group.method, *accuracies(group))
+        tables[-1].caption = majority_words(members)
         compared = gains(members, reference)
         if compared:
             tables.append(_table(f"{scenario}: against {reference}, seed by seed, points", GAIN_HEADS))
@@ -70,6 +71,12 @@ def accuracies(group: Group) -> tuple[str, ...]:
         epsilon_text(group.epsilon("recipients")),
         *(percent(figure) for figure in group.figures()),
     )
+
+
+def majority_words(groups: Sequence[Group]) -> str:
+    """What no model at all would score on the test sets of one scenario; empty where that is not known."""
+    known = [run.majority for group in groups for run in group.runs if run.majority is not None]
+    return f"always the most frequent answer of a task: Self {100 * fmean(known):.1f}" if known else ""
 
 
 def costs(group: Group) -> tuple[str, ...]:
@@ -165,6 +172,7 @@ def markdown(groups: Sequence[Group], reference: str = REFERENCE) -> str:
     for scenario, members in by_scenario(groups):
         rows = [(group.method, (*accuracies(group), *costs(group))) for group in members]
         lines += [f"**{scenario}**", "", *_markdown((*ACCURACY_HEADS, *COST_HEADS), rows), ""]
+        lines += [f"{words[0].upper()}{words[1:]} %.", ""] if (words := majority_words(members)) else []
         compared = gains(members, reference)
         if compared:
             lines += [f"Against `{reference}`, seed by seed:", "", *_markdown(GAIN_HEADS, compared), ""]

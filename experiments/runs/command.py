@@ -213,7 +213,9 @@ def run_at(scenario: Scenario, directory: Path, console: Console) -> None:
     resume(directory, console)
 
 
-def run(scenario: Scenario, base: Path, output_dir: Path, console: Console) -> Path:
+def run(
+    scenario: Scenario, base: Path, output_dir: Path, console: Console, *, fitted: Path | None = None
+) -> Path:
     """Run a scenario with real processes.
 
     Args:
@@ -221,6 +223,7 @@ def run(scenario: Scenario, base: Path, output_dir: Path, console: Console) -> P
         base: directory that relative paths of the scenario start from.
         output_dir: parent of the run's directory.
         console: where progress is shown.
+        fitted: keeps the fitted public basis for the next run of the same probe, public data and profile.
 
     Returns:
         The run's directory.
@@ -232,7 +235,7 @@ def run(scenario: Scenario, base: Path, output_dir: Path, console: Console) -> P
     scenario = scenario.resolved(base.resolve())
     check_as_processes(scenario)
     directory = _make_directory(scenario, output_dir, processes=True)
-    profile = fit_profile(scenario, directory, console, own_process=True)
+    profile = fit_profile(scenario, directory, console, own_process=True, kept=fitted)
     port = free_port()
     found_federation(scenario, profile, directory, port)
     console.print(

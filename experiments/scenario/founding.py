@@ -1,5 +1,6 @@
 """What has to be there before a scenario's first round: the public basis, identities and the roster."""
 
+import shutil
 from pathlib import Path
 
 import tyro
@@ -12,11 +13,14 @@ from fedmosaic.experiments.scenario.terms import Scenario
 from fedmosaic.privacy.federation import kits as federation
 from fedmosaic.privacy.federation.roster import AdapterTerms, Terms
 from fedmosaic.privacy.federation.terms_checks import check_plan
+from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism
+from fedmosaic.privacy.mechanism.projection import check_basis
+from fedmosaic.protos.errors import MechanismError
 
 
 def fit_profile(
-    scenario: Scenario, directory: Path, console: Console, *, own_process: bool
+    scenario: Scenario, directory: Path, console: Console, *, own_process: bool, kept: Path | None = None
 ) -> ProfileMechanism:
     """Fit the public basis of the task profile, unless the run's directory holds it already.
 
@@ -25,12 +29,15 @@ def fit_profile(
         directory: the run's directory; the mechanism and its basis are written below it.
         console: told what happens.
         own_process: fit in a process of its own, so that its model's memory is given back.
+        kept: folder of what an earlier run fitted to the same probe, data and settings; made if absent.
 
     Raises:
         RunFailedError: the process failed; the message shows the end of its log.
     """
     fitted = directory / "profile"
     stored = fitted / PROFILE
+    if kept is not None and _usable(kept):
+        shutil.copytree(kept, fitted)
     if stored.exists():
         return ProfileMechanism.model_validate_json(stored.read_text(encoding="utf-8"))
     console.print("fitting the public basis of the task profile on public data")
@@ -60,7 +67,22 @@ def fit_profile(
         raise RunFailedError(
             f"fitting the public basis failed; {process.log} ends with:\n{process.last_lines()}"
         )
+    if kept is not None:
+        # The mechanism, which names the basis by its hash, comes last: a copy that was cut off is not used.
+        kept.mkdir(parents=True, exist_ok=True)
+        for name in (federation.BASIS, PROFILE):
+            write_atomically(kept / name, (fitted / name).read_bytes())
     return ProfileMechanism.model_validate_json(stored.read_text(encoding="utf-8"))
+
+
+def _usable(kept: Path) -> bool:
+    """Whether the folder holds a mechanism and the basis that it names."""
+    try:
+        mechanism = ProfileMechanism.model_validate_json((kept / PROFILE).read_bytes())
+        check_basis(mechanism, kept / federation.BASIS)
+    except (OSError, ValueError, MechanismError):
+        return False
+    return True
 
 
 def agreed_adapter(scenario: Scenario) -> AdapterTerms:

@@ -1,4 +1,4 @@
-"""Scoring of answers that a model writes, independent of any tokenizer."""
+"""Scoring of answers that a model writes, independent of any tokenizer; what no model would score."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -28,3 +28,17 @@ def word_f1(prediction: str, answer: str) -> float:
 def mean_word_f1(predictions: Sequence[str], examples: Sequence[Example]) -> float:
     """Mean F1 over examples; every example counts the same."""
     return fmean(word_f1(p, e.answer) for p, e in zip(predictions, examples, strict=True))
+
+
+def majority_accuracy(examples: Sequence[Example]) -> float | None:
+    """Share of examples whose answer is the most frequent one: what always giving that answer would score.
+
+    Args:
+        examples: a test set.
+
+    Returns:
+        Accuracy in [0, 1]; None where an example has no choices, or there is none.
+    """
+    if not examples or not all(example.choices for example in examples):
+        return None
+    return Counter(example.answer for example in examples).most_common(1)[0][1] / len(examples)

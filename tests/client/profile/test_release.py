@@ -97,6 +97,16 @@ def test_charge_comes_once_and_before_noise(probe: Probe) -> None:
     assert released.dtype == np.float32
 
 
+def test_how_far_a_release_is_is_told_in_per_cent_of_nobody_knows_how_many(probe: Probe) -> None:
+    told: list[int] = []
+    data = dataset(70)
+    release_profile(
+        probe, data, PublicMap(mechanism(probe)), SeededTestNoise(1), lambda: None, advance=told.append
+    )
+    assert told == sorted(told)
+    assert (len(told), told[0], told[-1]) == (70, 1, 100)
+
+
 def test_no_noise_is_drawn_once_the_budget_is_spent(probe: Probe) -> None:
     recorder = Recorder()
     with pytest.raises(BudgetExceededError):

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedmosaic.client.model.examples import Example
 from fedmosaic.client.model.scoring import words
-from fedmosaic.experiments.scenario.scoring import word_f1
+from fedmosaic.experiments.scenario.scoring import majority_accuracy, word_f1
 
 
 def test_f1_of_a_known_pair() -> None:
@@ -32,3 +33,11 @@ def test_f1_is_symmetric_and_within_bounds(first: str, second: str) -> None:
 
 def test_words_keep_contractions_and_decimals_together() -> None:
     assert words("Don't pay 3.5, OK?") == ["don't", "pay", "3.5", "ok"]
+
+
+def test_the_majority_is_what_always_the_most_frequent_answer_scores() -> None:
+    answers = ["yes", "yes", "no", "yes"]
+    examples = [Example(str(n), "?", answer, ("no", "yes")) for n, answer in enumerate(answers)]
+    assert majority_accuracy(examples) == 0.75
+    assert majority_accuracy([]) is None
+    assert majority_accuracy([*examples, Example("4", "?", "a written answer")]) is None
