@@ -36,8 +36,8 @@ def fit_profile(
     """
     fitted = directory / "profile"
     stored = fitted / PROFILE
-    if kept is not None and _usable(kept):
-        shutil.copytree(kept, fitted)
+    if kept is not None and not stored.exists() and _usable(kept):
+        shutil.copytree(kept, fitted, dirs_exist_ok=True)
     if stored.exists():
         return ProfileMechanism.model_validate_json(stored.read_text(encoding="utf-8"))
     console.print("fitting the public basis of the task profile on public data")
@@ -57,29 +57,35 @@ def fit_profile(
     if scenario.probe.keep_layers:
         arguments["--keep-layers"] = str(scenario.probe.keep_layers)
     words = [word for pair in arguments.items() for word in pair]
-    if not own_process:
-        return fit(tyro.cli(Arguments, args=words))
-    command = python_module("fedmosaic.client.profile.fit", *words)
-    process = ManagedProcess("probe", command, directory / "probe.log")
+    if own_process:
+        _fit_apart(words, directory / "probe.log")
+    else:
+        fit(tyro.cli(Arguments, args=words))
+    if kept is not None:
+        # The mechanism, which names the basis by its hash, comes last: a copy that was cut off is not used.
+        kept.mkdir(parents=True, exist_ok=True)
+        for name in (federation.BASIS, PROFILE):
+            if (fitted / name).exists():
+                write_atomically(kept / name, (fitted / name).read_bytes())
+    return ProfileMechanism.model_validate_json(stored.read_text(encoding="utf-8"))
+
+
+def _fit_apart(words: list[str], log: Path) -> None:
+    process = ManagedProcess("probe", python_module("fedmosaic.client.profile.fit", *words), log)
     process.start({})
     process.process.wait()
     if process.process.returncode:
         raise RunFailedError(
             f"fitting the public basis failed; {process.log} ends with:\n{process.last_lines()}"
         )
-    if kept is not None:
-        # The mechanism, which names the basis by its hash, comes last: a copy that was cut off is not used.
-        kept.mkdir(parents=True, exist_ok=True)
-        for name in (federation.BASIS, PROFILE):
-            write_atomically(kept / name, (fitted / name).read_bytes())
-    return ProfileMechanism.model_validate_json(stored.read_text(encoding="utf-8"))
 
 
 def _usable(kept: Path) -> bool:
     """Whether the folder holds a mechanism and the basis that it names."""
     try:
         mechanism = ProfileMechanism.model_validate_json((kept / PROFILE).read_bytes())
-        check_basis(mechanism, kept / federation.BASIS)
+        basis = kept / federation.BASIS
+        check_basis(mechanism, basis if basis.exists() else None)
     except (OSError, ValueError, MechanismError):
         return False
     return True
