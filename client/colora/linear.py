@@ -48,46 +48,59 @@ class CoLoraLinear(CoLoraLayer):
 
     def _delta(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor | None:
         basis_in, basis_out = self.colora_A[adapter_name], self.colora_B[adapter_name]
-        x = x.to(basis_in.dtype)
-        weights = self._weights(adapter_name, x)
-        if not weights:
+        settings = self.settings[adapter_name]
+        if not settings.active:
             return None
+        x = x.to(basis_in.dtype)
         reduced = functional.linear(x, basis_in)
-        if self._needs_branches_apart(adapter_name, weights):
-            parts = [weight * self.core(adapter_name, branch)(reduced) for branch, weight in weights.items()]
+        if self._branches_apart(adapter_name):
+            parts = [
+                w * self.core(adapter_name, b)(reduced) for b, w in self._weights(adapter_name, x).items()
+            ]
             return functional.linear(torch.stack(parts).sum(dim=0), basis_out)
-        return functional.linear(
-            functional.linear(reduced, *self._combined(adapter_name, weights)), basis_out
-        )
+        mixed = functional.linear(reduced, *self._combined(adapter_name))
+        return functional.linear(settings.scaling * mixed, basis_out)
 
-    def _needs_branches_apart(self, adapter_name: str, weights: Mapping[str, torch.Tensor | float]) -> bool:
+    def _branches_apart(self, adapter_name: str) -> bool:
         # With a pooled gate every sequence weighs the branches in its own way; and whoever hooks a core, as
         # Opacus does for gradients of single examples, is to see it called.
-        cores = [self.core(adapter_name, branch) for branch in weights]
-        pooled = any(isinstance(weight, torch.Tensor) and weight.dim() > 1 for weight in weights.values())
+        settings = self.settings[adapter_name]
+        cores = [self.core(adapter_name, branch) for branch in settings.active]
+        pooled = settings.gate == "pooled" and settings.fixed_gate is None and len(cores) > 1
         return pooled or any(core._forward_hooks or core._forward_pre_hooks for core in cores)
 
-    def _combined(
-        self, adapter_name: str, weights: Mapping[str, torch.Tensor | float]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """P̄ (r, r) and Q̄ (r,), weighted sums over the branches: then positions go through one core."""
-        cores = [(weight, self.core(adapter_name, branch)) for branch, weight in weights.items()]
-        first, *others = [(weight * core.weight, weight * core.bias) for weight, core in cores]
-        core_weight, core_bias = first
-        for weight, bias in others:
-            core_weight, core_bias = core_weight + weight, core_bias + bias
+    def _combined(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """P̄ (r, r) and Q̄ (r,): the sums over the active branches, so that positions go through one core.
+
+        The products are as many as there are entries of P, and not as there are positions times branches.
+        """
+        settings = self.settings[adapter_name]
+        active = [branch for branch in settings.branches if branch in settings.active]
+        cores = {branch: self.core(adapter_name, branch) for branch in active}
+        if "local" in cores and "global" in cores:
+            one, other = cores.pop("local"), cores.pop("global")
+            gate = self._gate(adapter_name, None)
+            core_weight = torch.lerp(one.weight, other.weight, gate)
+            core_bias = torch.lerp(one.bias, other.bias, gate)
+        else:
+            first = cores.pop(active[0])
+            core_weight, core_bias = first.weight, first.bias
+        for core in cores.values():
+            core_weight, core_bias = core_weight + core.weight, core_bias + core.bias
         return core_weight, core_bias
 
     @torch.no_grad()
     def merge_delta(self, adapter_name: str) -> MergeDelta:
         """Return s·B·P̄·A in factors and s·B·Q̄, with P̄ and Q̄ the gated sums over active branches."""
         basis_in, basis_out = self.colora_A[adapter_name], self.colora_B[adapter_name]
-        weights = self._weights(adapter_name, None)
-        if not weights:
+        settings = self.settings[adapter_name]
+        if not settings.active:
             return MergeDelta(left=basis_out[:, :0], right=basis_in[:0].clone(), bias=None)
-        core_weight, core_bias = self._combined(adapter_name, weights)
-        bias = basis_out @ core_bias if core_bias.any() else None
-        return MergeDelta(left=basis_out @ core_weight, right=basis_in.clone(), bias=bias)
+        core_weight, core_bias = self._combined(adapter_name)
+        bias = basis_out @ (settings.scaling * core_bias) if core_bias.any() else None
+        return MergeDelta(
+            left=basis_out @ (settings.scaling * core_weight), right=basis_in.clone(), bias=bias
+        )
 
 
 class BranchedLoraLinear(CoLoraLayer):
