@@ -58,7 +58,8 @@ def fit_profile(
         arguments["--keep-layers"] = str(scenario.probe.keep_layers)
     words = [word for pair in arguments.items() for word in pair]
     if own_process:
-        _fit_apart(words, directory / "probe.log")
+        with console.status("a pass over every public example"):
+            _fit_apart(words, directory / "probe.log")
     else:
         fit(tyro.cli(Arguments, args=words))
     if kept is not None:
