@@ -24,7 +24,7 @@ Role = Literal["adapter", "shared", "gate"]
 Rate = Annotated[float, Field(gt=0.0, le=10.0, allow_inf_nan=False)]
 """Learning rate of AdamW."""
 
-CORE_RATE: Final = 10.0
+CORE_RATE: Final = 5.0
 """Of P and Q over LoRA's A and B. A core has r² entries where B has d·r: with one rate for both, a step of
 Adam moves the map B P A by √(d/r) less, in r directions of a frozen basis. Measured: docs/experiments.md."""
 
