@@ -74,7 +74,7 @@ def _table(record: RunRecord, by_itself: Scores) -> Table:
     for column in ("majority", "before", "alone", "together", "others before", "after"):
         table.add_column(column, justify="right")
     columns = (
-        {name: value for name, value in record.majority.items() if value is not None},
+        {name: value for name, value in record.majority.items() if not math.isnan(value)},
         _own(record, "before"),
         by_itself,
         _own(record, "after"),
