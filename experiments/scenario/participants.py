@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from fedmosaic.client.data.records import row_of
 from fedmosaic.client.model.examples import Example, read_examples
 from fedmosaic.client.model.scoring import score_examples
 from fedmosaic.experiments.scenario.streams import Stream, arrivals
@@ -58,7 +59,7 @@ def client_seed(scenario: Scenario, index: int) -> int:
 
 def write_examples(path: Path, examples: Sequence[Example]) -> None:
     """Write JSON lines that `fedmosaic.client.model.examples.read_examples` reads back unchanged."""
-    lines = (json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples)
+    lines = (json.dumps(row_of(example), ensure_ascii=False) + "\n" for example in examples)
     path.write_text("".join(lines), encoding="utf-8")
 
 

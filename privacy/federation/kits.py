@@ -44,20 +44,25 @@ class MemberEntry(Frozen):
     """A client as the founding configuration names it."""
 
     id: MemberId
+    """Name of the member: lower-case letters, digits and hyphens."""
     family: Family = ""
+    """Architecture of its model. Members of different families need an aligned basis, see `adapter.basis`."""
 
 
 class ServerEntry(Frozen):
     """Where the server will listen, and under which names it is reached."""
 
     hosts: tuple[Host, ...] = Field(default=("localhost", "127.0.0.1"), min_length=1)
+    """Names and addresses that clients will use; its certificate carries them."""
     port: Port = 7443
+    """Port that it listens on."""
 
 
 class FederationConfig(Frozen):
     """The founding configuration, `federation.toml`."""
 
     federation: MemberId
+    """Name of the federation: lower-case letters, digits and hyphens."""
     members: tuple[MemberEntry, ...] = Field(min_length=1, max_length=bounds.MAX_MEMBERS)
     server: ServerEntry = ServerEntry()
     terms: Terms
@@ -97,6 +102,19 @@ def fragile(members: int, terms: Terms) -> str:
         f"with {members} members and a policy of {terms.policy.minimum_contributors} contributors other than "
         "the recipient, one member that is away stops all exchange: the others train alone while it is. Name "
         f"at least {needed + 1}"
+    )
+
+
+def unaligned(roster: Roster) -> str:
+    """What the adapters of different architectures lack to mean the same; empty if nothing is known to."""
+    families = sorted({member.family for member in roster.members if member.family})
+    if roster.terms.adapter.basis or len(families) < 2:
+        return ""
+    return (
+        f"the roster names models of {len(families)} families ({', '.join(families[:4])}"
+        f"{', …' if len(families) > 4 else ''}) and no aligned basis: what one learns means nothing to "
+        "another, unless they are one model cut to different depths. Align them once with `fedmosaic align`, "
+        "and found the federation with its adapter.basis"
     )
 
 
