@@ -2,7 +2,8 @@
 
     python -m benchmarks.colora_step MODEL_FOLDER [MODEL_FOLDER ...]
 
-The bar for Co-LoRA is 1.15 times LoRA.
+The bar for Co-LoRA is 1.05 times LoRA. With one thread (OMP_NUM_THREADS=1) the processor time is the steadier
+number on a machine that does other work too.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from fedmosaic.client.colora import CoLoraConfig, set_active_branches, target_la
 from fedmosaic.client.model.hardware import choose_device, synchronise
 from fedmosaic.client.model.load import load_base_model
 
-BAR = 1.15
+BAR = 1.05
 BATCH, LENGTH, RANK, BLOCKS = 8, 48, 16, 4
 Method = Literal["lora", "colora", "colora_local", "colora_personal"]
 """`colora` has local and global branch and a gate, `colora_personal` one more, `colora_local` one alone."""

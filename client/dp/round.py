@@ -61,7 +61,7 @@ def train_shared(
         return
     plan = releases.adapter_plan
     settings = PrivateTrainingSettings(
-        learning_rate=training.shared_learning_rate,
+        learning_rate=training.private_learning_rate,
         steps=terms.steps_per_round,
         sampling_rate=plan.sampling_rate,
         expected_batch_size=terms.expected_batch_size,

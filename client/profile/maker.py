@@ -62,19 +62,24 @@ class ProfileProbe:
         randomness: BitSource,
         *,
         setting: str = "profile_max_length",
+        advance: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """Prepare; nothing is loaded yet. `load` gives the probe, once per sum."""
+        """Prepare; nothing is loaded yet. `load` gives the probe, once per sum.
+
+        `advance` is told how much of a sum is done, in per cent.
+        """
         self._load = load
         self._map = public_map
         self._examples = examples
         self._max_length = max_length
         self._randomness = randomness
         self._setting = setting
+        self._advance = advance
 
     def __call__(self) -> ClippedSum:
         """The sum, never to leave; the memory of a probe that was loaded for it is free again afterwards."""
         probe, encoded = self._open()
-        return clipped_profile(probe, encoded, self._map, self._randomness)
+        return clipped_profile(probe, encoded, self._map, self._randomness, self._advance)
 
     def check(self) -> None:
         """Find out now what would stop a release: nothing is probed, drawn or charged.
@@ -98,9 +103,16 @@ class ProfileProbe:
 
 
 def client_probe(
-    settings: ClientSettings, kit: Kit, examples: Sequence[Example], randomness: BitSource
+    settings: ClientSettings,
+    kit: Kit,
+    examples: Sequence[Example],
+    randomness: BitSource,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> ProfileProbe:
-    """The probe of a client with a process of its own: loaded when a profile is due, then let go."""
+    """The probe of a client with a process of its own: loaded when a profile is due, then let go.
+
+    `advance` is told how much of a sum is done, in per cent.
+    """
     length = settings.profile_max_length
     return ProfileProbe(
         lambda: load_probe(settings.probe, length, "profile_max_length"),
@@ -108,4 +120,5 @@ def client_probe(
         examples,
         length,
         randomness,
+        advance=advance,
     )

@@ -6,7 +6,7 @@ of one clipping norm does not allow for.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fedmosaic.client.model.examples import EncodedExample
 from fedmosaic.client.profile.probe import Probe, gradient_factors
@@ -20,9 +20,15 @@ logger = logging.getLogger(__name__)
 
 
 def clipped_profile(
-    probe: Probe, examples: Sequence[EncodedExample], public_map: PublicMap, randomness: BitSource
+    probe: Probe,
+    examples: Sequence[EncodedExample],
+    public_map: PublicMap,
+    randomness: BitSource,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> ClippedSum:
     """Probe a Poisson sample of the examples and sum their clipped gradients. Private, not a release.
+
+    `advance` is told how much is done, in per cent: it is to say nothing of the number of examples.
 
     Raises:
         MechanismError: the probe is not the mechanism's.
@@ -34,8 +40,9 @@ def clipped_profile(
     sample = poisson_sample(len(examples), mechanism.sampling_rate, randomness)
     total = ClippedSum.empty(mechanism.dimensions)
     chosen = [examples[index] for index in sample]
-    for gradient in gradient_factors(probe, chosen):
+    for done, gradient in enumerate(gradient_factors(probe, chosen), start=1):
         total += clipped_sum(public_map.rows([gradient]), mechanism)
+        advance(100 * done // len(chosen))
     if total.rejected:
         logger.warning("%d examples gave no finite gradient and were left out of the profile", total.rejected)
     return total

@@ -332,7 +332,7 @@ def _update(
     with torch.no_grad():
         for name, value in trained.items():
             value.copy_(before[name])
-    return np.asarray(-moved / (STEPS * settings.shared_learning_rate))
+    return np.asarray(-moved / (STEPS * settings.learning_rate_of("shared")))
 
 
 def _figures(texts: Sequence[EncodedExample], found: _Decoded, seed: int) -> tuple[Figure, ...]:

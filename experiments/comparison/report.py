@@ -1,10 +1,11 @@
 """`fedmosaic report PATH`: what a run did, what it is good for, and who learnt what."""
 
+import math
 import shlex
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,6 +17,7 @@ from rich.text import Text
 
 from fedmosaic.experiments.attacks import report as attack_report
 from fedmosaic.experiments.comparison.figures import privacy_figure
+from fedmosaic.experiments.comparison.majority import majorities
 from fedmosaic.experiments.comparison.page import page
 from fedmosaic.experiments.comparison.runs import REFERENCE, compared_run, group_runs, read_object
 from fedmosaic.experiments.comparison.tables import terminal_tables
@@ -59,6 +61,7 @@ class RunRecord:
     statements: Mapping[str, Mapping[str, Any]]
     server: Mapping[str, Any]
     tasks: Mapping[str, str]
+    majority: Mapping[str, float] = field(default_factory=dict)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -122,12 +125,14 @@ def read_run(path: Path) -> RunRecord:
     Raises:
         ConfigurationError: there is nothing of a run at this path.
     """
+    majority: Mapping[str, float] = {}
     if (path / "federation").is_dir():
         kits = sorted((path / "federation" / "clients").iterdir())
         states = {kit.name: kit / "state" for kit in kits}
         server = _read_json(path / "federation" / "server" / "state" / _SERVER_RUN)
         scenario = _read_json(path / "scenario.json")
         tasks = {client["id"]: client["task"] for client in scenario.get("clients", [])}
+        majority = majorities(scenario)
     elif (path / _RESULT).exists():
         states = {_read_json(path / "session.json").get("client", path.name): path}
         server, tasks = {}, {}
@@ -142,9 +147,8 @@ def read_run(path: Path) -> RunRecord:
     statements = {name: content for name, content in found.items() if content}
     if not states:
         statements = server.get("statements", {})
-    return RunRecord(
-        path, {name: _read_json(state / _RESULT) for name, state in states.items()}, statements, server, tasks
-    )
+    clients = {name: _read_json(state / _RESULT) for name, state in states.items()}
+    return RunRecord(path, clients, statements, server, tasks, majority)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -162,7 +166,8 @@ def show(record: RunRecord, console: Console) -> None:
     if any("after" in result for result in results):
         put(
             accuracy_table(record),
-            "Self: accuracy on the client's own test sets. Others: mean over the others' test sets.",
+            "Self: accuracy on the client's own test sets; majority: always the most frequent answer there. "
+            "Others: mean over the others' test sets.",
         )
     for line in alone(record):
         console.print(Text(f"{line}\n", style="bold red"))
@@ -250,14 +255,16 @@ def _table(title: str, heads: Sequence[str], words: int = 1) -> Table:
 
 def accuracy_table(record: RunRecord) -> Table:
     """Accuracy before and after, on the own task and on the others'."""
-    table = _table("Accuracy before → after", ("client", "task", "Self", "gain", "Others", "gain"), 2)
+    heads = ("client", "task", "majority", "Self", "gain", "Others", "gain")
+    table = _table("Accuracy before → after", heads, 2)
     rows = []
     for name, result in record.clients.items():
         if "before" not in result or "after" not in result:
             continue
         own = (result["before"].get("self"), result["after"].get("self"))
         others = tuple(_others(result[when]) for when in ("before", "after"))
-        table.add_row(name, record.tasks.get(name, "-"), *_change(*own), *_change(*others))
+        most = _score(record.majority.get(name, math.nan))
+        table.add_row(name, record.tasks.get(name, "-"), most, *_change(*own), *_change(*others))
         rows.append((*own, *others))
     measures = {m for result in record.clients.values() for m in result.get("measures", {}).values()}
     if measures:
@@ -266,8 +273,13 @@ def accuracy_table(record: RunRecord) -> Table:
     if complete:
         means = [fmean(row[i] for row in complete) for i in range(4)]
         table.add_section()
-        table.add_row("mean", "", *_change(*means[:2]), *_change(*means[2:]))
+        most = _score(fmean(record.majority.values()) if record.majority else math.nan)
+        table.add_row("mean", "", most, *_change(*means[:2]), *_change(*means[2:]))
     return table
+
+
+def _score(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"
 
 
 def _others(scores: Mapping[str, float]) -> float | None:

@@ -96,6 +96,17 @@ def _grid(title: str, first: str) -> Table:
 
 def _client(client: ClientStatement) -> Iterable[RenderableType]:
     yield Text()
+    yield client_grid(client)
+    yield from _persons(client)
+    yield _figures(client)
+    for line in _notes(client):
+        yield Padding(Text(line), (0, 0, 0, 2))
+    for warning in client.warnings:
+        yield Padding(Text(f"Warning: {warning}", style="bold yellow"), (0, 0, 0, 2))
+
+
+def client_grid(client: ClientStatement) -> Table:
+    """The ε of one client: adversaries as rows, channels as columns."""
     subject = f"one {client.unit}, {client.neighbouring_relation}"
     grid = _grid(f"Client {client.client_id}: ε at δ = {_delta(client.delta)}, for {subject}", "against")
     for channel in client.channels:
@@ -104,13 +115,7 @@ def _client(client: ClientStatement) -> Iterable[RenderableType]:
     for adversary in ADVERSARIES:
         cells = (_cell(found[adversary, c.channel], c.protection) for c in client.channels)
         grid.add_row(_NAMES[adversary], *cells)
-    yield grid
-    yield from _persons(client)
-    yield _figures(client)
-    for line in _notes(client):
-        yield Padding(Text(line), (0, 0, 0, 2))
-    for warning in client.warnings:
-        yield Padding(Text(f"Warning: {warning}", style="bold yellow"), (0, 0, 0, 2))
+    return grid
 
 
 def _persons(client: ClientStatement) -> Iterable[RenderableType]:

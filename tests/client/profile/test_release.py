@@ -58,6 +58,13 @@ def mechanism(probe: Probe, **changes: object) -> ProfileMechanism:
     return ProfileMechanism.model_validate(fields | changes)
 
 
+def test_how_far_a_sum_is_is_told_in_per_cent_of_nobody_knows_how_many(probe: Probe) -> None:
+    told: list[int] = []
+    clipped_profile(probe, dataset(70), PublicMap(mechanism(probe)), SeededTestNoise(1), told.append)
+    assert told == sorted(told)
+    assert (len(told), told[0], told[-1]) == (70, 1, 100)
+
+
 def test_release_is_the_clipped_sum_of_the_exact_gradients_plus_noise(probe: Probe) -> None:
     examples, public_map = dataset(80), PublicMap(mechanism(probe, noise_multiplier=0.0))
     released = release(
