@@ -34,6 +34,7 @@ from fedmosaic.client.model.examples import (
     padding_token,
     read_examples,
 )
+from fedmosaic.client.model.load import save_adapter
 from fedmosaic.client.model.scoring import Score, check_scorable, score_examples
 from fedmosaic.client.model.training import EpochSampler, train_local
 from fedmosaic.client.progress import Progress
@@ -264,7 +265,7 @@ class ModelLearner:
     def save(self, directory: Path) -> None:
         """Write every branch, the gate, and the sampler's position; StateError if the disk takes them not."""
         try:
-            self._model.save_pretrained(str(directory))
+            save_adapter(self._model, directory)
         except SafetensorError as error:
             # It wraps what the operating system said, and names no file.
             raise StateError(

@@ -23,11 +23,10 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-from fedmosaic.client.colora.config import CoLoraConfig
+from fedmosaic.client.colora.config import BRANCHES, CoLoraConfig
 from fedmosaic.client.colora.placement import Placement
 from fedmosaic.protos.errors import ModelError
 
-BRANCHES = ("local", "global", "personal")
 GATE = "gate"
 DEFAULT_TRAINABLE = frozenset({"local", "personal", GATE})
 
@@ -143,8 +142,9 @@ class CoLoraLayer(nn.Module, BaseTunerLayer):
             gate=config.gate,
             gate_noise_std=config.gate_noise_std,
             branches=branches,
-            active=frozenset(branches),
+            active=frozenset((config.active_branches or {}).get(placement.kind, branches)) & {*branches},
             trainable=frozenset(),
+            fixed_gate=(config.fixed_gate or {}).get(placement.kind),
         )
         self._create_tensors(adapter_name, config, placement)
         gate_size = 1 if config.gate == "scalar" else self.in_features

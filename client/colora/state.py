@@ -1,8 +1,8 @@
 """What is trained, what takes part in the forward pass, and which basis is used.
 
 All functions take any module that contains Co-LoRA layers: a PEFT model, its base model, or a wrapper
-such as Opacus' GradSampleModule. The switches (trainable groups, active branches, fixed gate) are not
-saved with the adapter; set them again after loading.
+such as Opacus' GradSampleModule. Active branches and fixed gates are saved with an adapter once
+`record_switches` was called; what is trained is not.
 """
 
 import math
@@ -190,6 +190,25 @@ def fix_gate(
         layer.settings[name].fixed_gate = None if value is None else float(value)
 
 
+def record_switches(model: nn.Module, adapter_name: str | None = None) -> None:
+    """Write active branches and fixed gates into the configuration: a saved adapter computes the same."""
+    name = find_adapter(model, adapter_name)
+    active: dict[str, list[str]] = {}
+    fixed: dict[str, float] = {}
+    for layer in adapted_layers(model, "all", name):
+        settings = layer.settings[name]
+        active[settings.placement.kind] = sorted(settings.active)
+        if settings.fixed_gate is not None:
+            fixed[settings.placement.kind] = settings.fixed_gate
+    for config in _configs(model, name):
+        config.active_branches, config.fixed_gate = active, fixed or None
+
+
+def _configs(model: nn.Module, name: str) -> list[CoLoraConfig]:
+    found = (module.peft_config.get(name) for module in model.modules() if isinstance(module, BaseTuner))
+    return [config for config in found if isinstance(config, CoLoraConfig)]
+
+
 def check_not_merged(layers: Collection[CoLoraLayer]) -> None:
     """Refuse to go on while adapters are merged, for the change would have no effect until unmerged.
 
@@ -255,10 +274,8 @@ def set_basis(
         layer.colora_B[name].copy_(checked[key][1])
     for adapted in adapted_layers(model, "all", name):
         adapted.settings[name].basis_label = label
-    for module in model.modules():
-        config = module.peft_config.get(name) if isinstance(module, BaseTuner) else None
-        if isinstance(config, CoLoraConfig):
-            config.basis_label = label
+    for config in _configs(model, name):
+        config.basis_label = label
 
 
 def _checked_basis(
