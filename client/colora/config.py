@@ -104,7 +104,7 @@ class CoLoraConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's, with a name of the method that tells what to import."""
-        content: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]  # PEFT leaves it untyped
+        content: dict[str, Any] = super().to_dict()
         return content | {"peft_type": SPOKEN_TYPE}
 
     def _require(self, name: str, condition: bool, expected: str) -> None:

@@ -15,13 +15,14 @@ from pathlib import Path
 from peft import PeftModel
 from rich.console import Console
 
-from fedmosaic.client.client import RESULT, STATEMENT, Participant
+from fedmosaic.client.client import RESULT, Participant
 from fedmosaic.client.colora import family_layout, fix_gate
 from fedmosaic.client.ledger import ServerAnchor, open_ledger
 from fedmosaic.client.model.adapted import load_adapted
 from fedmosaic.client.releases import Releases, budgeted_channels, plan_adapter
 from fedmosaic.client.settings import ClientSettings, DataSettings
 from fedmosaic.client.state import ClientState
+from fedmosaic.client.statement import STATEMENT
 from fedmosaic.experiments.scenario.founding import agreed_adapter, fit_profile, found_federation
 from fedmosaic.experiments.scenario.participants import (
     Board,

@@ -1,0 +1,203 @@
+"""`model.json` in a state directory: how to load the member's own model again."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, Literal
+
+from peft import PeftModel
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+import fedmosaic.client.colora  # noqa: F401  # registers Co-LoRA with PEFT
+from fedmosaic.client.model.examples import Example
+from fedmosaic.client.model.load import load_model, without_rename_notice
+from fedmosaic.client.settings import ClientSettings, ModelSettings
+from fedmosaic.client.state import newest_adapter
+from fedmosaic.client.vision.sight import Sight, give_sight
+from fedmosaic.privacy.configuration import Frozen, decode_text, parse_json, read_configuration
+from fedmosaic.privacy.federation.kits import open_kit
+from fedmosaic.privacy.federation.roster import Roster
+from fedmosaic.privacy.files import write_atomically
+from fedmosaic.protos.errors import ConfigurationError, FedMosaicError, StateError
+
+RECORD: Final = "model.json"
+
+
+class SavedModel(Frozen):
+    """How a member's model is loaded, and what the federation agreed on about its adapter."""
+
+    version: Literal[1] = 1
+    federation: str
+    client: str
+    rounds: int
+    """Rounds that the members agreed on."""
+    protection: Literal["none", "encrypted", "dp", "dp+encrypted"]
+    backend: str
+    """What encrypts, where the protection does."""
+    blend_received: float
+    """Share of what was received in what the shared branch began its rounds with."""
+    model: ModelSettings
+    max_length: int
+    """Tokens of a prompt and its answer, in training and afterwards."""
+    pictures: Path | None = None
+    projector: Path | None = None
+
+    @classmethod
+    def of(cls, settings: ClientSettings, roster: Roster, client: str) -> "SavedModel":
+        """What is written when a client begins."""
+        terms = roster.terms
+        return cls(
+            federation=roster.federation,
+            client=client,
+            rounds=terms.schedule.rounds,
+            protection=terms.adapter.protection,
+            backend=terms.encryption.backend,
+            blend_received=settings.training.blend_received,
+            model=settings.model,
+            max_length=settings.training.max_length,
+            pictures=settings.data.pictures,
+            projector=settings.projector,
+        )
+
+    def write(self, state: Path) -> None:
+        """Write it into a state directory."""
+        write_atomically(state / RECORD, self.model_dump_json(indent=2).encode())
+
+
+def read_saved(state: Path, config: Path | None = None) -> SavedModel:
+    """Read what a client wrote when it began.
+
+    Args:
+        state: its state directory.
+        config: its `client.toml`, from which the file is written where a version before left none.
+
+    Raises:
+        StateError: there is none, or it is damaged.
+        ConfigurationError: `config` cannot be read, or is of another state directory.
+    """
+    file = state / RECORD
+    if config is not None and not file.exists():
+        settings = read_configuration(config, ClientSettings).resolved(config.parent)
+        if settings.state_dir.resolve() != state.resolve():
+            raise ConfigurationError(
+                f"{config} has state_dir {settings.state_dir}, not {state}; give its own"
+            )
+        kit = open_kit(settings.kit)
+        SavedModel.of(settings, kit.roster, kit.member_id()).write(state)
+    if not file.exists():
+        begun = (state / "session.json").exists()
+        raise StateError(
+            f"{state} has no {RECORD}, which tells the base model: it is of a version before. Give --config "
+            "with the client's client.toml, from which it is written"
+            if begun
+            else f"{state} is no client's state directory; give the state_dir of a client that has begun"
+        )
+    try:
+        return read_configuration(file, SavedModel)
+    except ConfigurationError as error:
+        raise StateError(
+            f"{error}; delete that file and give --config with the client's client.toml"
+        ) from None
+
+
+class OpenedModel:
+    """A member's model, ready to generate.
+
+    Attributes:
+        saved: how it was loaded.
+        round: after which its adapter was stored.
+        adapter: folder of the adapter.
+        model: with the adapter, in evaluation mode.
+        tokenizer: of the model.
+    """
+
+    def __init__(
+        self,
+        state: Path,
+        *,
+        device: str | None = None,
+        base: str | None = None,
+        config: Path | None = None,
+        needs: Sequence[Example] = (),
+    ) -> None:
+        """Load it.
+
+        Args:
+            state: directory of the client.
+            device: instead of the one in the client's settings.
+            base: folder or hub id, where the base model is not where it was.
+            config: see `read_saved`.
+            needs: examples whose pictures it will read.
+
+        Raises:
+            StateError: there is no adapter yet, or it is damaged; see also `read_saved`.
+            ModelError: the base model cannot be loaded, or is another one.
+        """
+        self.saved = read_saved(state, config)
+        newest = newest_adapter(state)
+        if newest is None:
+            raise StateError(f"{state} holds no adapter yet; it is there after the client's first round")
+        self.round, self.adapter = newest
+        changes = {"device": device, "path": base}
+        given = {name: value for name, value in changes.items() if value is not None}
+        try:
+            settings = ModelSettings.model_validate(self.saved.model.model_dump() | given)
+        except ValidationError as error:
+            raise ConfigurationError(f"device is {device!r}: {error.errors()[0]['msg']}") from None
+        disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+        # PEFT would say again, in its own words, what was checked when the adapter was made.
+        logging.getLogger("peft").setLevel(logging.ERROR)
+        loaded, self.tokenizer = load_model(settings)
+        self.settings = settings
+        try:
+            with without_rename_notice():
+                self.model = PeftModel.from_pretrained(loaded, self.adapter)
+        except FedMosaicError:
+            raise
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+            raise StateError(
+                f"{self.adapter}: the adapter cannot be read ({str(error)[:200]}); restore the folder from a "
+                "backup"
+            ) from None
+        self.model.train(False)
+        if any(example.prompt for example in needs):
+            self._see(needs)
+
+    def _see(self, needs: Sequence[Example]) -> None:
+        sight = Sight(self.settings.path, self.saved.pictures, self.saved.projector)
+        self.tokenizer = give_sight(sight, self.model, self.tokenizer, needs, self.saved.max_length)
+
+
+def model_and_tokenizer(state: Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """A member's own model and its tokenizer, from its state directory; errors as of `OpenedModel`."""
+    opened = OpenedModel(state)
+    return opened.model, opened.tokenizer
+
+
+def read_json_lines(path: Path) -> list[dict[str, object]]:
+    """Rows of a JSON lines file, checked by whoever uses them.
+
+    Raises:
+        ConfigurationError: it cannot be read, or a line is no JSON object.
+    """
+    rows: list[dict[str, object]] = []
+    try:
+        text = decode_text(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"{path} cannot be read ({error}); give a UTF-8 file of JSON lines"
+        ) from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise ConfigurationError(f"{path}, line {number} is no JSON object; write one a line")
+        rows.append(row)
+    return rows
