@@ -30,7 +30,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,8 @@ from fedmosaic.privacy.encryption.parameters import (
 )
 from fedmosaic.privacy.encryption.records import RoundContext
 from fedmosaic.privacy.groupkey.key import GroupKey
-from fedmosaic.privacy.policy import AggregationPolicy, WeightRow
+from fedmosaic.privacy.policy import AggregationPolicy
+from fedmosaic.protos.messages import WeightRow
 
 OURS: tuple[Parameters, ...] = (CkksParameters(), MaskParameters(), PlainParameters())
 
@@ -83,7 +84,7 @@ def ours(work: Work, parameters: Parameters) -> Cell:
 
     weights = _matrix(work, rows)
     download = server()[0]
-    found = ciphers[0].decrypt(download, key, context, rows[0])
+    found = ciphers[0].decrypt(download, key, context, rows[work.names[0]])
     clear = np.ldexp(weights[0].astype(np.float64), -parameters.weight_bits) @ work.vectors
     return Cell(
         f"{parameters.backend} (back end)" if parameters.backend == "plain" else parameters.backend,
@@ -96,16 +97,16 @@ def ours(work: Work, parameters: Parameters) -> Cell:
         _arithmetic(work, parameters, weights),
         work.measure(server, 2),
         len(download),
-        work.measure(lambda: ciphers[0].decrypt(download, key, context, rows[0])),
+        work.measure(lambda: ciphers[0].decrypt(download, key, context, rows[work.names[0]])),
         float(np.abs(found - clear).max()),
         server_fresh=work.measure_fresh(server),
     )
 
 
-def _matrix(work: Work, rows: Sequence[WeightRow]) -> np.ndarray:
+def _matrix(work: Work, rows: Mapping[str, WeightRow]) -> np.ndarray:
     column = {name: index for index, name in enumerate(work.names)}
     weights = np.zeros((work.members, work.members), dtype=np.int64)
-    for target, row in zip(weights, rows, strict=True):
+    for target, row in zip(weights, rows.values(), strict=True):
         target[[column[name] for name in row.contributors]] = row.weights
     return weights
 

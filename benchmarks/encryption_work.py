@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmosaic.privacy.encryption.weights import integer_weights
-from fedmosaic.privacy.policy import WeightRow, cap_weights, spread_weights
+from fedmosaic.privacy.policy import cap_weights, spread_weights
+from fedmosaic.protos.messages import WeightRow
 
 MODULES, BLOCKS = 7, 4
 
@@ -128,14 +129,14 @@ class Work:
         """Number d of values in an adapter."""
         return int(self.vectors.shape[1])
 
-    def rows(self, bits: int) -> list[WeightRow]:
+    def rows(self, bits: int) -> dict[str, WeightRow]:
         """Return the integer rows of all recipients at a precision."""
-        result = []
+        result = {}
         for index, recipient in enumerate(self.names):
             others = [i for i in range(self.members) if i != index]
             weights = integer_weights(self.shares[index, others], bits)
             integers = tuple(int(weight) for weight in weights)
-            result.append(WeightRow(0, recipient, tuple(self.names[i] for i in others), integers, bits))
+            result[recipient] = WeightRow(tuple(self.names[i] for i in others), integers, bits)
         return result
 
     def measure_fresh(self, operation: Callable[[], object]) -> Timing:

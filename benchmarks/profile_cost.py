@@ -23,9 +23,9 @@ from fedmosaic.client.model.hardware import choose_device, synchronise
 from fedmosaic.client.model.load import load_base_model
 from fedmosaic.client.profile.basis import BasisSettings, fit_mechanism
 from fedmosaic.client.profile.probe import open_probe
-from fedmosaic.client.profile.release import release_profile
+from fedmosaic.client.profile.release import clipped_profile
 from fedmosaic.privacy.mechanism.noise import SecureNoise
-from fedmosaic.privacy.mechanism.profile import Reduction
+from fedmosaic.privacy.mechanism.profile import Reduction, release
 from fedmosaic.privacy.mechanism.projection import PublicMap
 
 _TOKENS_PER_BATCH = 4096
@@ -105,7 +105,9 @@ def compare(settings: Settings) -> dict[str, float]:
         synchronise(device)
 
     def profile() -> None:
-        release_profile(probe, examples, public_map, SecureNoise(), lambda: None)
+        release(
+            clipped_profile(probe, examples, public_map, SecureNoise()), public_map.mechanism, SecureNoise()
+        )
 
     forward()
     profile()

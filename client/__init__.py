@@ -5,8 +5,10 @@
     learner, profile, dp                      the model's side of a round
     vision, model, colora                     models; they know no federation
     session                                   a round, against a learner and a transport; it sees no model
-    statement, protection, outbox             what is said afterwards; what stands before the wire
-    releases, keyring, ledger, clipping       what is charged, and what may leave
+    recovery, enrol                           a server that has lost something; both sides compared
+    statement, protection                     what is said afterwards; what stands before the wire
+    releases, keyring                         what may leave, and under which key
+    ledger, planning, records                 what is charged, planned, and kept between two steps
     transport, state, progress                gRPC, disk, a person
     settings, assets                          no model is imported to read them
 

@@ -19,19 +19,21 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from fedmosaic.client.clipping import CLIPPING, ClippingRecord
+from fedmosaic.client.enrol import Learner
 from fedmosaic.client.keyring import Keyring
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.ledger import DataLedger
 from fedmosaic.client.model.scoring import Score
+from fedmosaic.client.planning import AdapterPlan, budgeted_channels
 from fedmosaic.client.preflight.checks import Preflight, agreed_epsilon
 from fedmosaic.client.profile.maker import client_probe
 from fedmosaic.client.progress import LoggedProgress, Progress
 from fedmosaic.client.protection import Identity, Protection
-from fedmosaic.client.releases import AdapterPlan, Releases, budgeted_channels
+from fedmosaic.client.records import CLIPPING, ClippingRecord
+from fedmosaic.client.releases import Releases
 from fedmosaic.client.result.comparison import ALONE, BASE, FEDERATED, Comparison, compare
 from fedmosaic.client.result.saved import SavedModel
-from fedmosaic.client.session import Learner, Session
+from fedmosaic.client.session import Session
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState
 from fedmosaic.client.statement import (

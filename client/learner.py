@@ -163,7 +163,7 @@ class ModelLearner:
         return self._encoded, self._sampler
 
     def train(self, round_number: int, releases: Releases, give_up: Callable[[], None]) -> None:
-        """Train one round; see `fedmosaic.client.session.Learner.train`.
+        """Train one round; see `fedmosaic.client.enrol.Learner.train`.
 
         Raises:
             TrainingError: training fails in round 1 of a run without DP, in which nothing was received yet.

@@ -15,8 +15,15 @@ from fedmosaic.privacy.encryption.ciphers import create_cipher
 from fedmosaic.privacy.encryption.records import NONCE_BYTES, RoundContext
 from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.groupkey.key import GroupKey
-from fedmosaic.privacy.policy import WeightRow
-from fedmosaic.protos.messages import SECTION_NAMES, AggregateSection, LedgerHead, Profile, Section, Upload
+from fedmosaic.protos.messages import (
+    SECTION_NAMES,
+    AggregateSection,
+    LedgerHead,
+    Profile,
+    Section,
+    Upload,
+    WeightRow,
+)
 from fedmosaic.protos.signing import sign_upload
 
 log = logging.getLogger(__name__)
@@ -71,13 +78,16 @@ class Protection:
         if self._keyring is not None:
             self._keyring.forget()
 
-    def open(self, section: AggregateSection, row: WeightRow, key_epoch: int, size: int) -> np.ndarray:
+    def open(
+        self, section: AggregateSection, row: WeightRow, key_epoch: int, round_number: int, size: int
+    ) -> np.ndarray:
         """Check and decrypt one section of an aggregate.
 
         Args:
             section: as received.
-            row: its weight row, of the round of the uploads.
+            row: its weight row.
             key_epoch: epoch of the uploads.
+            round_number: round of the uploads.
             size: length that the vector must have.
 
         Returns:
@@ -86,7 +96,7 @@ class Protection:
         Raises:
             PolicyError, CiphertextError, EncryptionError: see `ClientCipher.decrypt`.
         """
-        context = self._context(section.name, key_epoch, row.round, size)
+        context = self._context(section.name, key_epoch, round_number, size)
         return self._cipher.decrypt(section.payload, self._key(key_epoch), context, row)
 
     def seal(

@@ -14,21 +14,20 @@ Everything that a crash could lose is on disk before the next step depends on it
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Protocol
+from typing import Final
 
 import numpy as np
 
-from fedmosaic import __version__
-from fedmosaic.client.outbox import read_upload, write_upload
+from fedmosaic.client.enrol import Learner
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.protection import Identity, Protection
+from fedmosaic.client.records import read_upload, write_upload
+from fedmosaic.client.recovery import KEY_REASONS, Recovery, SealAnewError
 from fedmosaic.client.releases import Releases
-from fedmosaic.client.state import OLDER_COPY, ClientState
+from fedmosaic.client.state import ClientState
 from fedmosaic.client.transport.grpc import Transport
 from fedmosaic.privacy.federation.roster import Roster
-from fedmosaic.privacy.policy import WeightRow, check_row
+from fedmosaic.privacy.policy import check_row
 from fedmosaic.protos.errors import (
     EncryptionError,
     KeyAgreementError,
@@ -37,117 +36,17 @@ from fedmosaic.protos.errors import (
     StateError,
 )
 from fedmosaic.protos.messages import (
-    PROTOCOL_VERSION,
     Aggregate,
     AggregateSection,
     Enrolled,
-    Enrolment,
-    Phase,
     ReceiptStatus,
     RoundStatus,
     Upload,
 )
 from fedmosaic.protos.refusal import Refusal
-from fedmosaic.protos.signing import ledger_digest
 
 log = logging.getLogger(__name__)
-
-KEY_REASONS = frozenset({"KEY_EPOCH_REPLACED", "KEY_EPOCH_CLOSED", "NOT_IN_KEY_EPOCH", "KEY_NOT_AGREED"})
-"""Reasons of refusals that the next key epoch may cure."""
-
-_SECONDS_BETWEEN_EPOCHS = 2.0
-_SENT_AGAIN = 3
-"""How often a round's acknowledged upload is sent again when the server asks; more would be a fault of it."""
-
-
-class Learner(Protocol):
-    """What a session asks of the model side. The session never sees a model, an example or a gradient."""
-
-    @property
-    def adapter_spec_hash(self) -> bytes:
-        """SHA-256 of the shared layout, equal for all members."""
-
-    @property
-    def family(self) -> str:
-        """Architecture name for family sharing; empty if none."""
-
-    def load_global(self, section: str, vector: np.ndarray) -> None:
-        """Load an aggregate into the frozen global branch."""
-
-    def keep_own(self, section: str) -> None:
-        """No aggregate: the global branch becomes a copy of the local one (released code, §2.6 step 1)."""
-
-    def train(self, round_number: int, releases: Releases, give_up: Callable[[], None]) -> None:
-        """Train for one round; under DP, charge through `releases` before any noise is drawn.
-
-        Whatever was received, it ends, and takes the steps of any round. Where nothing can be trained beside
-        what was received, it calls `give_up` and goes on as after `keep_own`.
-        """
-
-    def sections(self) -> Mapping[str, np.ndarray]:
-        """What is shared now: section name → float32 vector."""
-
-    def save(self, directory: Path) -> None:
-        """Write every branch, the gate and the sampler's position."""
-
-    def load(self, directory: Path) -> None:
-        """Read what `save` wrote."""
-
-
-class _SealAnewError(Exception):
-    """The server has lost an upload that it acknowledged, and the key epoch of its bytes as well."""
-
-    def __init__(self, upload: Upload) -> None:
-        super().__init__(f"round {upload.round}")
-        self.upload = upload
-
-
-def ask_to_enrol(
-    transport: Transport,
-    roster: Roster,
-    adapter_spec_hash: bytes,
-    family: str,
-    *,
-    check_only: bool = False,
-    ledger_head: bytes = b"",
-    ledger_signature: bytes = b"",
-) -> Enrolled:
-    """Compare what both sides believe about the federation, and enrol unless it is to be checked only.
-
-    Args:
-        transport: way to the server.
-        roster: this client's.
-        adapter_spec_hash: SHA-256 of the shared layout.
-        family: architecture name; empty if none.
-        check_only: leave the server as it is; a model need not be loaded yet.
-        ledger_head: anchor of this client's privacy ledger, for the server to keep; empty for none.
-        ledger_signature: this client's, over `fedmosaic.protos.signing.ledger_digest`.
-
-    Raises:
-        RefusedError: the server refuses this client; the reason and the remedy are in the message.
-        PolicyError: the server wants another number of rounds than the roster's terms.
-        TransportError: the server cannot be reached for longer than the transport's patience.
-    """
-    enrolled = transport.enrol(
-        Enrolment(
-            protocol_version=PROTOCOL_VERSION,
-            federation=roster.federation,
-            roster_hash=roster.hash,
-            adapter_spec_hash=adapter_spec_hash,
-            family=family,
-            software=f"fedmosaic {__version__}",
-            check_only=check_only,
-            ledger_head=ledger_head,
-            ledger_signature=ledger_signature,
-        )
-    )
-    agreed = roster.terms.schedule.rounds
-    if enrolled.rounds != agreed:
-        raise PolicyError(
-            f"the server runs {enrolled.rounds} rounds, the signed terms say {agreed}; nothing was sent. "
-            "Ask who runs the server: more rounds are more weight rows, from which recipients learn more"
-        )
-    return enrolled
+_SECONDS_BETWEEN_EPOCHS: Final = 2.0
 
 
 class Session:
@@ -164,7 +63,7 @@ class Session:
         protection: Protection,
         progress: Progress,
     ) -> None:
-        self._identity = identity
+        self._client_id = identity.client_id
         self._roster = roster
         self._transport = transport
         self._learner = learner
@@ -172,7 +71,7 @@ class Session:
         self._releases = releases
         self._protection = protection
         self._progress = progress
-        self._sent_again: list[int] = []
+        self._recovery = Recovery(identity, roster, transport, learner, state, releases, protection)
 
     def run(self) -> None:
         """Take part until the run is finished.
@@ -184,31 +83,18 @@ class Session:
             StateError: the state here is of another run, or the server's is an older copy.
             TransportError: the server cannot be reached for longer than the transport's patience.
         """
-        enrolled = self._enrol()
+        enrolled = self._recovery.enrol()
         self._state.join_run(enrolled.run_id)
         self._state.see(enrolled.round, enrolled.head)
         round_number = self._resume(enrolled.round)
         while round_number <= enrolled.rounds:
-            round_number = self._take_part(enrolled, round_number)
+            try:
+                round_number = self._take_part(enrolled, round_number)
+            except SealAnewError as again:
+                round_number = again.round
         self._state.forget_uploads(enrolled.rounds + 1)
         # Last, so that a crash before it leaves keys that the next start deletes, and never too few.
         self._protection.forget_keys()
-
-    def _enrol(self) -> Enrolled:
-        head = self._releases.anchor.head()
-        signed = ledger_digest(
-            federation=self._roster.federation, client_id=self._identity.client_id, head=head
-        )
-        enrolled = ask_to_enrol(
-            self._transport,
-            self._roster,
-            self._learner.adapter_spec_hash,
-            self._learner.family,
-            ledger_head=head,
-            ledger_signature=self._identity.signing_key.sign(signed),
-        )
-        self._releases.anchor.check(enrolled.ledger_head)
-        return enrolled
 
     def _resume(self, open_round: int) -> int:
         """Go on from disk. Returns the round to take part in.
@@ -225,17 +111,13 @@ class Session:
 
     def _take_part(self, enrolled: Enrolled, round_number: int) -> int:
         """One round. Returns the number of the next round to take part in."""
-        path = self._state.upload_path(round_number)
-        upload = read_upload(path)
+        upload = read_upload(self._state.upload_path(round_number))
         if upload is not None:
             log.info("round %d: re-sending the stored upload, byte for byte", round_number)
             self._load_trained(round_number)
             return self._push(upload)
         self._progress.stage(round_number, "waiting for the round to open")
-        try:
-            aggregate = self._pull(round_number)
-        except _SealAnewError as again:
-            return self._retire(again.upload)
+        aggregate = self._pull(round_number)
         if aggregate.round > round_number:
             log.warning("round %d closed without us; going on with round %d", round_number, aggregate.round)
         aggregate = self._agree(aggregate, enrolled.rounds)
@@ -258,40 +140,9 @@ class Session:
         return aggregate
 
     def _waiting(self, status: RoundStatus) -> None:
-        """Told now and then what the server waits for: sees whether it is still the server we know."""
+        """Told now and then what the server waits for."""
         self._progress.waiting(status)
-        if self._state.contradicts(status.round, status.head) or self._wanted_again(status):
-            # It may have waited in a buffer since before another answer, so it alone proves nothing.
-            status = self._compare()
-            if self._wanted_again(status):
-                self._send_again(status.round)
-
-    def _compare(self) -> RoundStatus:
-        """Ask the server where it is; StateError if that cannot be."""
-        status = self._transport.status()
-        self._state.see(status.round, status.head)
-        return status
-
-    def _wanted_again(self, status: RoundStatus) -> bool:
-        """Whether the server waits for an upload that it has acknowledged."""
-        done = self._state.record.completed_round
-        waited_for = status.phase is Phase.OPEN and self._identity.client_id in status.waiting_for
-        return waited_for and status.round == done and self._sent_again.count(done) < _SENT_AGAIN
-
-    def _send_again(self, round_number: int) -> None:
-        """The server has lost an upload that it acknowledged: the same bytes again, no new release."""
-        self._sent_again.append(round_number)
-        upload = None
-        try:
-            upload = read_upload(self._state.upload_path(round_number))
-            if upload is None:
-                return
-            log.warning("round %d: the server has lost our upload; sending it again as it was", round_number)
-            self._transport.push(upload)
-        except (StateError, Refusal) as error:
-            log.warning("round %d: the upload was not taken again: %s", round_number, error)
-            if upload is not None and isinstance(error, Refusal) and error.reason in KEY_REASONS:
-                raise _SealAnewError(upload) from None
+        self._recovery.watch(status)
 
     def _agree(self, aggregate: Aggregate, rounds: int) -> Aggregate:
         """Agree on the group key of this round's uploads; on failure, wait for the next key epoch.
@@ -326,8 +177,8 @@ class Session:
             try:
                 if aggregate.round == 1:
                     raise PolicyError("nothing was shared before round 2")
-                if section is None or section.row is None:
-                    raise PolicyError((section and section.refusal) or "the server gave no reason")
+                if section is None:
+                    raise PolicyError("the server gave no reason")
                 if self._state.gave_up(aggregate.round):
                     raise PolicyError("training failed with it before the restart")
                 self._learner.load_global(name, self._open(section, aggregate, vector.size))
@@ -340,31 +191,20 @@ class Session:
         self._state.note_received(aggregate.round, received=received)
 
     def _open(self, section: AggregateSection, aggregate: Aggregate, size: int) -> np.ndarray:
-        weights = section.row
-        if weights is None:
+        """Check a section's weight row, remember it as the only one of its round, and decrypt."""
+        row, uploaded = section.row, aggregate.round - 1
+        if row is None:
             raise PolicyError(section.refusal)
-        row = WeightRow(
-            round=aggregate.round - 1,
-            recipient=self._identity.client_id,
-            contributors=weights.contributors,
-            weights=weights.weights,
-            bits=weights.bits,
-        )
-        check_row(
-            self._identity.client_id,
-            row,
-            self._roster.terms.policy,
-            members=self._roster.identity_keys().keys(),
-            round_number=aggregate.round - 1,
-        )
+        members = {member.id: member.family for member in self._roster.members}
+        check_row(self._client_id, row, self._roster.terms.policy, members=members.keys())
         if section.name == "family":
-            kin = {member.id for member in self._roster.members if member.family == self._learner.family}
-            strangers = sorted(set(row.contributors) - kin)
+            family = self._learner.family
+            strangers = sorted(name for name in row.contributors if members[name] != family)
             if strangers:
-                family, named = self._learner.family, ", ".join(strangers)
+                named = ", ".join(strangers)
                 raise PolicyError(f"weight row of family {family!r} names members of others: {named}")
-        self._state.accept_row(section.name, row)
-        return self._protection.open(section, row, aggregate.key_epoch, size)
+        self._state.accept_row(section.name, uploaded, row)
+        return self._protection.open(section, row, aggregate.key_epoch, uploaded, size)
 
     def _train(self, round_number: int) -> None:
         if self._load_trained(round_number):
@@ -390,21 +230,13 @@ class Session:
             run_id, aggregate.round, aggregate.upload_key_epoch, vectors, profile, claim
         )
 
-    def _push(self, upload: Upload, *, checked: bool = False) -> int:
+    def _push(self, upload: Upload) -> int:
+        """Send an upload. Returns the number of the next round to take part in."""
         self._progress.stage(upload.round, "sending")
         try:
             receipt = self._transport.push(upload)
-        except Refusal as error:
-            if error.reason == "LEDGER_BEHIND" and not checked:
-                return self._push_as_checked(upload)
-            if error.reason == "ROUND_NOT_OPEN":
-                self._compare()
-            if error.reason == "UPLOAD_DIFFERS":
-                raise StateError(f"{error.message}; {self._state.directory} {OLDER_COPY}") from None
-            if error.reason not in KEY_REASONS:
-                raise
-            log.warning("round %d: %s; the adapter is sealed anew", upload.round, error)
-            return self._retire(upload)
+        except Refusal as refusal:
+            upload, receipt = self._recovery.after_refusal(upload, refusal)
         self._state.see(receipt.round, receipt.head)
         if receipt.status is ReceiptStatus.LATE:
             log.warning("round %d closed before our upload arrived; it was not used", upload.round)
@@ -414,23 +246,3 @@ class Session:
                 self._releases.profile_acknowledged()
         self._state.complete_round(upload.round, self._learner.save)
         return max(upload.round + 1, receipt.round)
-
-    def _push_as_checked(self, upload: Upload) -> int:
-        """Check the ledger against what the server keeps of it now, and send the same bytes with that.
-
-        The server may have been put back to a moment before; whoever is behind is the ledger's own to find.
-
-        Raises:
-            LedgerError: our ledger does not hold what the server keeps.
-        """
-        self._enrol()
-        claim = self._releases.anchor.claim()
-        upload = self._protection.claim_anew(self._state.record.run_id, upload, claim)
-        write_upload(self._state.upload_path(upload.round), upload)
-        return self._push(upload, checked=True)
-
-    def _retire(self, upload: Upload) -> int:
-        """Nothing is sealed under its key epoch any more. Returns its round, to take part in with another."""
-        self._protection.retire(upload.key_epoch)
-        self._state.reopen_round(upload.round)
-        return upload.round

@@ -15,33 +15,27 @@ Every file is written beside its place, flushed to the disk, and renamed: a kill
 the old file or the new one, never half of one. Nobody but the owner can read any of it.
 """
 
-import errno
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.encryption.records import row_digest
 from fedmosaic.privacy.files import (
+    hold_directory,
     make_private,
     naming,
     private_directory,
-    private_opener,
     sync_directory,
     write_atomically,
 )
-from fedmosaic.privacy.policy import WeightRow
 from fedmosaic.protos.errors import PolicyError, StateError
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock; two processes in one directory are then not detected.
-    fcntl = None  # type: ignore[assignment]  # a module cannot be typed as optional
+from fedmosaic.protos.messages import WeightRow
 
 OLDER_COPY = (
     "is an older copy of itself, whose ledger may have forgotten what was spent since. Restore the newest; "
@@ -76,40 +70,6 @@ class SessionRecord(BaseModel):
     received_rounds: int = Field(default=0, ge=0)
     server_round: int = Field(default=0, ge=0)
     server_head: str = ""
-
-
-def hold_directory(path: Path, instead: str, *, wait: bool = False) -> IO[bytes]:
-    """Hold a directory for one process; the operating system lets go when the process ends.
-
-    Args:
-        path: of a file in the directory, made if absent.
-        instead: what to do besides stopping the other process.
-        wait: until the other process lets go, instead of refusing.
-
-    Returns:
-        The open file; closing it lets go.
-
-    Raises:
-        StateError: another process holds the directory, or its file system has no locks.
-    """
-    file = open(path, "ab", opener=private_opener)
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError as error:
-            file.close()
-            raise StateError(_why_not_held(error, path.parent, instead)) from None
-    return file
-
-
-def _why_not_held(error: OSError, directory: Path, instead: str) -> str:
-    # flock(2): EWOULDBLOCK is the only word for a lock that somebody else has.
-    if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
-        return f"{directory} is in use by another process; stop that one first, or {instead}"
-    return (
-        f"{directory} is on a file system that has no locks ({error.strerror}), so nothing would keep two "
-        "processes apart, and the privacy ledger needs locks as well; give a directory on a local disk"
-    )
 
 
 def read_record(directory: Path) -> SessionRecord | None:
@@ -322,8 +282,8 @@ class ClientState:
         """Where the bytes of a round's upload are, until the round is closed."""
         return self.directory / f"upload-{round_number:04d}.bin"
 
-    def accept_row(self, section: str, row: WeightRow) -> None:
-        """Remember the weight row of a section and round, and refuse a second, different one.
+    def accept_row(self, section: str, round_number: int, row: WeightRow) -> None:
+        """Remember the weight row of a section and round of uploads, and refuse a second, different one.
 
         Several rows over the same uploads are equations in the single adapters. The record survives
         restarts, so that asking again does not give a second answer.
@@ -333,13 +293,13 @@ class ClientState:
             StateError: the record is damaged.
         """
         accepted = self._accepted_rows()
-        digest = row_digest(row).hex()
+        digest = row_digest(row, self.record.client, round_number).hex()
         contributors = sum(weight > 0 for weight in row.weights)
-        before, _ = accepted.setdefault(f"{row.round}/{section}", (digest, contributors))
+        before, _ = accepted.setdefault(f"{round_number}/{section}", (digest, contributors))
         if before != digest:
             raise PolicyError(
-                f"a different weight row of section {section!r} was already accepted for round {row.round}: "
-                "one row per recipient and round is allowed"
+                f"a different weight row of section {section!r} was already accepted for round "
+                f"{round_number}: one row per recipient and round is allowed"
             )
         write_atomically(self._rows, json.dumps(accepted, indent=0).encode())
 

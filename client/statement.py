@@ -3,7 +3,7 @@
 import datetime as dt
 from collections.abc import Mapping
 
-from fedmosaic.client.releases import AdapterPlan, plan_adapter
+from fedmosaic.client.planning import AdapterPlan, plan_adapter
 from fedmosaic.privacy.coalitions import counted_coalition
 from fedmosaic.privacy.federation.roster import Roster, Terms
 from fedmosaic.privacy.ledger.ledger import Ledger, parameters_of

@@ -4,15 +4,21 @@ Whatever a client or the server writes goes through here: mode 0600, in director
 the umask is and whoever made the directory. Windows has no such modes; there the rules of the folder hold.
 """
 
+import errno
 import logging
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 from fedmosaic.protos.errors import StateError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; two processes in one directory are then not detected.
+    fcntl = None  # type: ignore[assignment]  # a module cannot be typed as optional
 
 log = logging.getLogger(__name__)
 
@@ -101,3 +107,39 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def hold_directory(path: Path, instead: str, *, wait: bool = False) -> IO[bytes]:
+    """Hold a directory for one process; the operating system lets go when the process ends.
+
+    The library `filelock` will not do: where a file system has no locks it falls back to a file that a
+    killed process leaves behind.
+
+    Args:
+        path: of a file in the directory, made if absent.
+        instead: what to do besides stopping the other process.
+        wait: until the other process lets go, instead of refusing.
+
+    Returns:
+        The open file; closing it lets go.
+
+    Raises:
+        StateError: another process holds the directory, or its file system has no locks.
+    """
+    file = open(path, "ab", opener=private_opener)
+    if fcntl is None:
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        file.close()
+        # flock(2): EWOULDBLOCK is the only word for a lock that somebody else has.
+        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+            raise StateError(
+                f"{path.parent} is in use by another process; stop that one first, or {instead}"
+            ) from None
+        raise StateError(
+            f"{path.parent} is on a file system that has no locks ({error.strerror}), so nothing would keep "
+            "two processes apart; give a directory on a local disk"
+        ) from None
+    return file

@@ -13,15 +13,13 @@ Family sharing averages over a subgroup; its rows are `WeightRow`s of their own 
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 
 from pydantic import Field
 
 from fedmosaic.privacy.configuration import Frozen
 from fedmosaic.protos.errors import PolicyError
-
-MAX_WEIGHT_BITS = 30
+from fedmosaic.protos.messages import WeightRow
 
 
 class AggregationPolicy(Frozen):
@@ -56,62 +54,53 @@ class AggregationPolicy(Frozen):
         return min(2, self.fewest_contributors // 2)
 
 
-@dataclass(frozen=True)
-class WeightRow:
-    """What one recipient receives in one round: an integer share of every contributor.
-
-    Attributes:
-        round: Round the row belongs to, ≥ 0.
-        recipient: Client that receives the weighted sum.
-        contributors: Clients whose uploads are summed, each named once.
-        weights: One integer in 0 … 2**bits per contributor; they sum to exactly 2**bits.
-        bits: Precision of the weights; the share of contributor j is weights[j] / 2**bits.
-    """
-
-    round: int
-    recipient: str
-    contributors: tuple[str, ...]
-    weights: tuple[int, ...]
-    bits: int
-
-
 def check_row(
     recipient: str,
     row: WeightRow,
     policy: AggregationPolicy,
     *,
     members: Collection[str] | None = None,
-    round_number: int | None = None,
     bits: int | None = None,
 ) -> None:
-    """Refuse a row that is malformed, meant for someone else, or reveals too much of one contributor.
+    """Refuse a row that reveals too much of one contributor, or names somebody else.
 
     Args:
         recipient: Client on whose behalf the row is checked.
-        row: Row as received.
+        row: Row as received; its shape was checked when it was made.
         policy: Limits agreed in the roster.
         members: Pinned members of the epoch; when given, every contributor must be one of them.
-        round_number: Round that is expected; when given, the row must be of it.
         bits: Precision of the agreed encryption parameters; when given, the row must have it.
 
     Raises:
         PolicyError: With the name of the rule that is broken.
     """
-    names = _check_shape(row)
-    if row.recipient != recipient:
-        raise PolicyError(
-            f"weight row is for recipient {row.recipient!r}, expected {recipient!r}: refuse the aggregate"
-        )
-    if round_number is not None and row.round != round_number:
-        raise PolicyError(f"weight row is of round {row.round}, expected round {round_number}")
     if bits is not None and row.bits != bits:
         raise PolicyError(f"weight row has {row.bits} bits, the agreed parameters have {bits}")
-    if members is not None:
-        foreign = names - members if isinstance(members, frozenset) else names.difference(members)
-        if foreign:
-            named = ", ".join(sorted(foreign))
-            raise PolicyError(f"weight row names contributors outside the roster: {named}")
-    _check_limits(row, names, policy)
+    if members is not None and (foreign := set(row.contributors).difference(members)):
+        raise PolicyError(f"weight row names contributors outside the roster: {', '.join(sorted(foreign))}")
+    if recipient in row.contributors and row.weights[row.contributors.index(recipient)] > 0:
+        raise PolicyError(f"recipient {recipient!r} is weighted in its own row: its own weight must be 0")
+    contributing = len(row.weights) - row.weights.count(0)
+    if contributing < policy.minimum_contributors:
+        raise PolicyError(
+            f"weight row has {contributing} contributors other than the recipient, at least "
+            f"{policy.minimum_contributors} are required: the aggregate would reveal single adapters"
+        )
+    # Largest-remainder rounding may lift a share at the cap by less than one unit.
+    largest = max(row.weights)
+    if largest > math.ceil(policy.weight_cap * (1 << row.bits)):
+        raise PolicyError(
+            f"contributor {row.contributors[row.weights.index(largest)]!r} has a share of "
+            f"{largest / (1 << row.bits):.4f}, above the cap of "
+            f"{policy.weight_cap}: cap and renormalise the row"
+        )
+    squares = Fraction(sum(weight * weight for weight in row.weights), 1 << 2 * row.bits)
+    if squares > Fraction(policy.squares_cap):
+        raise PolicyError(
+            f"the squared weights of the row sum to {float(squares):.4f}, above the cap of "
+            f"{policy.squares_cap}: {float(1 / squares):.2f} contributors in effect, where "
+            f"{1 / policy.squares_cap:.2f} are required; spread the row"
+        )
 
 
 def cap_weights(weights: Sequence[float], cap: float) -> tuple[float, ...]:
@@ -194,50 +183,3 @@ def spread_weights(shares: Sequence[float], squares_cap: float, bits: int) -> tu
 def _fewest_under(cap: float) -> int:
     """Shares of at most `cap` that are needed to make up a whole; a cap of 1/3 in float64 is met by three."""
     return math.ceil(1.0 / cap - 1e-12)
-
-
-def _check_shape(row: WeightRow) -> frozenset[str]:
-    """Return the names of the contributors."""
-    if row.round < 0:
-        raise PolicyError(f"weight row has round {row.round}, expected 0 or more")
-    if not 1 <= row.bits <= MAX_WEIGHT_BITS:
-        raise PolicyError(f"weight row has {row.bits} bits, expected 1 to {MAX_WEIGHT_BITS}")
-    if len(row.contributors) != len(row.weights):
-        raise PolicyError(
-            f"weight row has {len(row.weights)} weights for {len(row.contributors)} contributors"
-        )
-    names = frozenset(row.contributors)
-    if len(names) != len(row.contributors):
-        raise PolicyError("weight row names a contributor twice: every contributor may appear once")
-    total = 1 << row.bits
-    if sum(row.weights) != total:
-        raise PolicyError(f"weights of the row sum to {sum(row.weights)}, expected exactly {total}")
-    if min(row.weights) < 0:
-        raise PolicyError(f"weight row has a weight outside 0 … {total}")
-    return names
-
-
-def _check_limits(row: WeightRow, names: frozenset[str], policy: AggregationPolicy) -> None:
-    if row.recipient in names and row.weights[row.contributors.index(row.recipient)] > 0:
-        raise PolicyError(f"recipient {row.recipient!r} is weighted in its own row: its own weight must be 0")
-    contributing = len(row.weights) - row.weights.count(0)
-    if contributing < policy.minimum_contributors:
-        raise PolicyError(
-            f"weight row has {contributing} contributors other than the recipient, at least "
-            f"{policy.minimum_contributors} are required: the aggregate would reveal single adapters"
-        )
-    # Largest-remainder rounding may lift a share at the cap by less than one unit.
-    largest = max(row.weights)
-    if largest > math.ceil(policy.weight_cap * (1 << row.bits)):
-        raise PolicyError(
-            f"contributor {row.contributors[row.weights.index(largest)]!r} has a share of "
-            f"{largest / (1 << row.bits):.4f}, above the cap of "
-            f"{policy.weight_cap}: cap and renormalise the row"
-        )
-    squares = Fraction(sum(weight * weight for weight in row.weights), 1 << 2 * row.bits)
-    if squares > Fraction(policy.squares_cap):
-        raise PolicyError(
-            f"the squared weights of the row sum to {float(squares):.4f}, above the cap of "
-            f"{policy.squares_cap}: {float(1 / squares):.2f} contributors in effect, where "
-            f"{1 / policy.squares_cap:.2f} are required; spread the row"
-        )

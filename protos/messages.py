@@ -295,8 +295,14 @@ class Receipt:
 
 
 @dataclass(frozen=True)
-class SectionWeights:
-    """The weight row of one section: integer shares of the contributors, summing to 2**bits."""
+class WeightRow:
+    """What one recipient receives of one section: an integer share of every contributor.
+
+    Attributes:
+        contributors: clients whose uploads are summed, each named once.
+        weights: one integer in 0 … 2**bits per contributor; they sum to exactly 2**bits.
+        bits: precision; the share of contributor j is weights[j] / 2**bits.
+    """
 
     contributors: tuple[str, ...]
     weights: tuple[int, ...]
@@ -327,7 +333,7 @@ class AggregateSection:
     """
 
     name: SectionName
-    row: SectionWeights | None
+    row: WeightRow | None
     payload: bytes = field(repr=False)
     refusal: str = ""
 

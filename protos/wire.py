@@ -26,8 +26,8 @@ from fedmosaic.protos.messages import (
     RoundStatus,
     SectionHeader,
     SectionName,
-    SectionWeights,
     UploadHeader,
+    WeightRow,
 )
 from fedmosaic.protos.v1 import federation_pb2 as pb
 
@@ -272,9 +272,7 @@ def decode_aggregate(header: pb.AggregateHeader, stream: bytes) -> Aggregate:
     for section in header.sections:
         row = None
         if section.HasField("row"):
-            row = SectionWeights(
-                tuple(section.row.contributors), tuple(section.row.weights), section.row.bits
-            )
+            row = WeightRow(tuple(section.row.contributors), tuple(section.row.weights), section.row.bits)
         payload = stream[start : start + section.size]
         start += section.size
         sections.append(AggregateSection(cast(SectionName, section.name), row, payload, section.refusal))

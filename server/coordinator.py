@@ -98,7 +98,7 @@ class Coordinator:
     def _seen(self, client: str) -> None:
         self._admission.check_member(client)
         with self._lock:
-            self._round, _ = rounds.step(self._round, rounds.Seen(client), self._clock())
+            self._round = self._round.seen(client)
 
     @property
     def _epoch(self) -> int:
@@ -193,16 +193,16 @@ class Coordinator:
         self, client: str, header: UploadHeader, content_hash: bytes
     ) -> tuple[rounds.Round, ReceiptStatus]:
         stored = self._store.content_hash(header.round, client)
-        event = rounds.Pushed(client, header.round, content_hash, bool(header.sections), stored)
-        state, (decision,) = rounds.step(self._round, event, self._clock())
-        if isinstance(decision, rounds.Reject):
+        contributes = bool(header.sections)
+        state, status = self._round.judged(
+            client, header.round, content_hash, stored, contributes=contributes
+        )
+        if isinstance(status, rounds.Rejected):
             kind = RefusalKind.CONFLICT if stored is not None else RefusalKind.PRECONDITION
-            raise Refusal(kind, decision.reason, decision.message, decision.remedy)
-        if not isinstance(decision, rounds.Answer):
-            raise AssertionError(f"a push was decided as {decision}")
-        if decision.status is ReceiptStatus.ACCEPTED:
+            raise Refusal(kind, status.reason, status.message, status.remedy)
+        if status is ReceiptStatus.ACCEPTED:
             self._admission.check_ledger(header, self._store.ledger_head(client))
-        return state, decision.status
+        return state, status
 
     def _receipt(
         self, client: str, header: UploadHeader, status: ReceiptStatus, content_hash: bytes
@@ -249,7 +249,7 @@ class Coordinator:
         """What the server is waiting for, for whoever may know it."""
         with self._lock:
             now = self._clock()
-            status = replace(rounds.describe(self._round, now), head=self._head)
+            status = replace(self._round.status(now), head=self._head)
             if self._keys is None or self._keys.ready or self._round.phase is not Phase.OPEN:
                 return status
             waiting, left, text = self._keys.describe(self._round.members - self._round.absent, now)
@@ -277,22 +277,21 @@ class Coordinator:
         self._store.check_hold()
         with self._lock:
             keys_changed = self._advance_keys()
-            decisions: tuple[rounds.Decision, ...] = ()
+            before = self._round
             if self._keys is None or self._keys.ready:
-                self._round, decisions = rounds.step(self._round, rounds.Tick(), self._clock())
-            number = self._round.number
-        closing = any(isinstance(decision, rounds.CloseRound) for decision in decisions)
-        for decision in decisions:
-            if isinstance(decision, rounds.Extended):
-                log.warning("%s", decision.message)
+                self._round = before.ticked(self._clock())
+            after = self._round
+        closing, extended = after.phase is not before.phase, after.extensions > before.extensions
+        if extended:
+            log.warning("%s", after.extended())
         if closing:
-            self._close(number)
+            self._close(after.number)
         self._account.keep_up(self.summary)
         if closing:
             self._changed("round")
         if keys_changed:
             self._changed("keys")
-        return keys_changed or bool(decisions)
+        return keys_changed or closing or extended
 
     def _advance_keys(self) -> bool:
         if self._keys is None or self._round.phase is Phase.FINISHED:
@@ -322,14 +321,13 @@ class Coordinator:
         with self._lock:
             self._round = replace(self._round, phase=Phase.OPEN)
             self._store.drop_uploads(number, damaged.clients)
-            event = rounds.Damaged(damaged.clients, _SECONDS_TO_SEND_AGAIN)
-            self._round, _ = rounds.step(self._round, event, self._clock())
+            self._round = self._round.reopened(damaged.clients, self._clock() + _SECONDS_TO_SEND_AGAIN)
         log.error("%s. They are asked to send it again, for %.0f s", damaged, _SECONDS_TO_SEND_AGAIN)
 
     def _open_next(self, number: int, closed: ClosedRound) -> None:
         """Close a round and open the next, with the key epoch that is due for it, in one transaction."""
         now = self._clock()
-        state, _ = rounds.step(self._round, rounds.Aggregated(), now)
+        state = self._round.following(now)
         opening = next_round(self._store, self._keys, self._round, state, closed.aggregates, self._head, now)
         result = {**closed.result, "closed_at": time.time(), "extensions": self._round.extensions}
         self._store.close_round(
@@ -361,9 +359,9 @@ class Coordinator:
             unused = self._round.phase is Phase.OPEN and not self._round.arrived
             keys.post(client_id, message, now, unused=unused)
             if keys.ready and not was_ready:
-                self._round, _ = rounds.step(self._round, rounds.KeyReady(keys.holders), now)
+                self._round = self._round.key_agreed(keys.holders, now)
             elif keys.ready and keys.holders != held:
-                self._round, _ = rounds.step(self._round, rounds.Unable(client_id), now)
+                self._round = self._round.key_lost(client_id)
         self._changed("keys")
 
     def read_key_messages(self, client_id: str, epoch: int, stage: str) -> dict[str, bytes]:

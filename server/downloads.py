@@ -9,7 +9,8 @@ from typing import Any
 
 from fedmosaic.privacy.encryption.aggregator import Aggregator
 from fedmosaic.protos.messages import Aggregate, AggregateSection
-from fedmosaic.server.round.close import read_sections, repair_aggregate
+from fedmosaic.server.round.aggregates import read_sections
+from fedmosaic.server.round.repair import repair_aggregate
 from fedmosaic.server.settings import ServerSettings
 from fedmosaic.server.storage.blobs import Blobs, MissingBlobError
 from fedmosaic.server.storage.store import Store

@@ -190,8 +190,7 @@ def resume_round(settings: ServerSettings, store: Store, keys: KeyRelay | None, 
     )
     number = min(int(store.get_json("round") or 1), settings.rounds + 1)
     stored = {c: u for c, u in store.uploads(number).items() if c in settings.members}
-    state = rounds.resume_round(
-        first,
+    state = first.resumed(
         number,
         {client: upload.content_hash for client, upload in stored.items()},
         (client for client, upload in stored.items() if upload.sections),
@@ -201,7 +200,7 @@ def resume_round(settings: ServerSettings, store: Store, keys: KeyRelay | None, 
         state = _under_new_key(state, keys, now)
     elif keys is not None and keys.ready:
         state = replace(state, able=state.members & keys.holders)
-    log.info("%s", rounds.describe(state, now).message)
+    log.info("%s", state.status(now).message)
     return state
 
 

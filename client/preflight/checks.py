@@ -15,20 +15,16 @@ from typing import Final
 
 from cryptography import x509
 
+from fedmosaic.client.enrol import ask_to_enrol
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.ledger import DataLedger, ledger_delta
 from fedmosaic.client.model.load import load_tokenizer
+from fedmosaic.client.planning import AdapterPlan, budgeted_channels, plan_adapter
 from fedmosaic.client.preflight.data import ClientData, read_data, read_share
 from fedmosaic.client.preflight.memory import check_memory
 from fedmosaic.client.profile.maker import client_probe, public_map
 from fedmosaic.client.progress import Progress
-from fedmosaic.client.releases import (
-    AdapterPlan,
-    budgeted_channels,
-    plan_adapter,
-    profile_path,
-)
-from fedmosaic.client.session import ask_to_enrol
+from fedmosaic.client.records import profile_path
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import SessionRecord, check_run, read_record
 from fedmosaic.client.transport.connection import check_certificate

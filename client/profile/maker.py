@@ -1,21 +1,21 @@
-"""Load the probe when a task profile is due, release it, and let the model go again."""
+"""Load the probe when a task profile is due, sum its clipped gradients, and let the model go again."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from fedmosaic.client.clipping import CLIPPING, ClippingRecord
 from fedmosaic.client.model.acceptance import check_ids, check_length, encoded_ids
 from fedmosaic.client.model.examples import EncodedExample, Example, encode_examples
 from fedmosaic.client.model.load import load_model
 from fedmosaic.client.profile.probe import Probe, open_probe
-from fedmosaic.client.profile.release import check_probe, release_profile
-from fedmosaic.client.releases import Randomness
+from fedmosaic.client.profile.release import check_probe, clipped_profile
 from fedmosaic.client.settings import ClientSettings, ModelSettings
 from fedmosaic.client.vision.words import without_pictures
 from fedmosaic.privacy.federation.kits import Kit
-from fedmosaic.privacy.mechanism.profile import ClippedSum, Float32Array, ProfileMechanism
+from fedmosaic.privacy.mechanism.gaussian import ClippedSum
+from fedmosaic.privacy.mechanism.noise import BitSource
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism
 from fedmosaic.privacy.mechanism.projection import PublicBasis, PublicMap
 
 LoadedProbe = tuple[Probe, PreTrainedTokenizerBase]
@@ -52,7 +52,7 @@ def public_map(mechanism: ProfileMechanism, basis: Path) -> PublicMap:
 
 
 class ProfileProbe:
-    """Makes releases of one client's task profile; see `fedmosaic.client.profile.release.release_profile`."""
+    """Makes the private sum of one client's task profile; see `clipped_profile`."""
 
     def __init__(
         self,
@@ -60,20 +60,18 @@ class ProfileProbe:
         public_map: PublicMap,
         examples: Sequence[Example],
         max_length: int,
-        randomness: Randomness,
-        clipping: ClippingRecord,
+        randomness: BitSource,
         *,
         setting: str = "profile_max_length",
     ) -> None:
         """Prepare; nothing is loaded yet.
 
         Args:
-            load: gives the probe, once per release.
+            load: gives the probe, once per sum.
             public_map: of the roster's mechanism.
             examples: of the data epoch.
             max_length: tokens of an example that are read.
-            randomness: of the noise.
-            clipping: counts the rows that were clipped.
+            randomness: of the Poisson sample.
             setting: name of the setting that `max_length` comes from, for messages.
         """
         self._load = load
@@ -81,13 +79,12 @@ class ProfileProbe:
         self._examples = examples
         self._max_length = max_length
         self._randomness = randomness
-        self._clipping = clipping
         self._setting = setting
 
-    def __call__(self, charge: Callable[[], None]) -> Float32Array:
-        """Make one release; the memory of a probe that was loaded for it is free again afterwards."""
+    def __call__(self) -> ClippedSum:
+        """The sum, never to leave; the memory of a probe that was loaded for it is free again afterwards."""
         probe, encoded = self._open()
-        return release_profile(probe, encoded, self._map, self._randomness, charge, self._count_clipped)
+        return clipped_profile(probe, encoded, self._map, self._randomness)
 
     def check(self) -> None:
         """Find out now what would stop a release: nothing is probed, drawn or charged.
@@ -109,20 +106,17 @@ class ProfileProbe:
         check_ids(probe.base, encoded_ids(encoded), "the training examples", "[probe] path")
         return probe, encoded
 
-    def _count_clipped(self, total: ClippedSum) -> None:
-        self._clipping.add("profile", total.clipped, total.rows)
-
 
 def client_probe(
-    settings: ClientSettings, kit: Kit, examples: Sequence[Example], randomness: Randomness
+    settings: ClientSettings, kit: Kit, examples: Sequence[Example], randomness: BitSource
 ) -> ProfileProbe:
-    """The probe of a client with a process of its own: loaded when a release is due, then let go.
+    """The probe of a client with a process of its own: loaded when a profile is due, then let go.
 
     Args:
         settings: of the client, paths resolved.
         kit: with the roster and its public basis.
         examples: of the data epoch.
-        randomness: of the noise.
+        randomness: of the Poisson sample.
     """
     length = settings.profile_max_length
     return ProfileProbe(
@@ -131,5 +125,4 @@ def client_probe(
         examples,
         length,
         randomness,
-        ClippingRecord(settings.state_dir / CLIPPING),
     )

@@ -1,8 +1,4 @@
-"""A client's task profile: probe its examples, clip, charge, add noise.
-
-The order is the guarantee's: the clipped sum is finished first, then the release is charged to the
-durable ledger, and only then is noise drawn. A refused charge therefore draws none, and a crash after
-it can waste budget but never forget any.
+"""A client's task profile before noise: probe its examples, clip, sum.
 
 Every example goes through the probe and the public map alone. In a batch its neighbours decide the padding
 and the order of additions, so leaving one example out would move the last bits of all others, which the bound
@@ -10,22 +6,17 @@ of one clipping norm does not allow for.
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 from fedmosaic.client.model.examples import EncodedExample
 from fedmosaic.client.profile.probe import Probe, gradient_factors
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum
-from fedmosaic.privacy.mechanism.noise import BitSource, NoiseSource, poisson_sample
-from fedmosaic.privacy.mechanism.profile import Float32Array, ProfileMechanism, clipped_sum, release
+from fedmosaic.privacy.mechanism.noise import BitSource, poisson_sample
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism, clipped_sum
 from fedmosaic.privacy.mechanism.projection import PublicMap
 from fedmosaic.protos.errors import MechanismError, PrivacyError
 
 logger = logging.getLogger(__name__)
-
-
-class ReleaseRandomness(NoiseSource, BitSource, Protocol):
-    """What a release draws from: noise, and words for the Poisson sample."""
 
 
 def clipped_profile(
@@ -82,41 +73,6 @@ def check_probe(probe: Probe, mechanism: ProfileMechanism) -> None:
             f"roster {mechanism.probe_sha256[:16]}…; profiles of different probes cannot be compared: name "
             "the roster's in [probe] path"
         )
-
-
-def release_profile(
-    probe: Probe,
-    examples: Sequence[EncodedExample],
-    public_map: PublicMap,
-    noise: ReleaseRandomness,
-    charge: Callable[[], None],
-    observe: Callable[[ClippedSum], None] = lambda _: None,
-) -> Float32Array:
-    """Make one differentially private release of the task profile.
-
-    A new call is a new event with a new charge. To send a release again, send the stored bytes.
-
-    Args:
-        probe: the probe that the mechanism names, adapters switched off.
-        examples: the client's data set of this data epoch; every id at most once.
-        public_map: the public map of the roster's mechanism.
-        noise: `SecureNoise()` in real runs.
-        charge: reserves this release in the ledger, durably, or raises BudgetExceededError; called exactly
-            once, after the clipped sum is known and before any noise is drawn.
-        observe: told of the clipped sum, for counts that stay with the client.
-
-    Returns:
-        (k,) float32, the noisy sum; `release_profile` keeps no copy.
-
-    Raises:
-        BudgetExceededError: from `charge`; no noise has been drawn.
-        MechanismError: the probe is not the mechanism's.
-        PrivacyError: there are too few examples, or an id occurs twice.
-    """
-    total = clipped_profile(probe, examples, public_map, noise)
-    observe(total)
-    charge()
-    return release(total, public_map.mechanism, noise)
 
 
 def _check_data(examples: Sequence[EncodedExample], mechanism: ProfileMechanism) -> None:

@@ -18,8 +18,9 @@ from fedmosaic.privacy.encryption.ciphers import create_cipher, generate_group_s
 from fedmosaic.privacy.encryption.parameters import CkksParameters, MaskParameters
 from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
 from fedmosaic.privacy.groupkey.key import GroupKey, commitment_to
-from fedmosaic.privacy.policy import AggregationPolicy, WeightRow
+from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos.errors import FedMosaicError
+from fedmosaic.protos.messages import WeightRow
 
 _MEMBERS: Final = ("ada", "ben", "cid", "dee", "eva")
 _SIZE: Final = 272
@@ -67,11 +68,11 @@ def _attempt(parameters: Any, policy: AggregationPolicy, seed: int) -> tuple[flo
     }
     recipient, victim, *rest = _MEMBERS
     total = 1 << parameters.weight_bits
-    honest = WeightRow(1, recipient, (victim, *rest), (total // 4,) * 4, parameters.weight_bits)
-    single = WeightRow(1, recipient, (victim, *rest), (total, 0, 0, 0), parameters.weight_bits)
+    honest = WeightRow((victim, *rest), (total // 4,) * 4, parameters.weight_bits)
+    single = WeightRow((victim, *rest), (total, 0, 0, 0), parameters.weight_bits)
     server = create_aggregator(parameters, _NO_POLICY)
-    told = bytes(server.aggregate(uploads, [honest], context)[0])
-    summed = bytes(server.aggregate(uploads, [single], context)[0])
+    told = bytes(server.aggregate(uploads, {recipient: honest}, context)[0])
+    summed = bytes(server.aggregate(uploads, {recipient: single}, context)[0])
     # Everything that names the row is the honest one's; only the numbers of the sum are the other's.
     numbers = _SIZE * 4 if parameters.backend == "mask" else len(told) - HEADER_BYTES
     forged = told[:-numbers] + summed[-numbers:]

@@ -29,12 +29,11 @@ from fedmosaic.privacy.mechanism.profile import (
 )
 from fedmosaic.privacy.policy import (
     AggregationPolicy,
-    WeightRow,
     cap_weights,
     check_row,
     spread_weights,
 )
-from fedmosaic.protos.messages import Profile
+from fedmosaic.protos.messages import Profile, WeightRow
 from fedmosaic.server.round.relevance import relevance
 from fedmosaic.server.round.weights import Group, plan
 
@@ -329,7 +328,7 @@ def _rows_against(others: int, policy: AggregationPolicy) -> list[list[float]]:
     names = tuple(f"member-{number}" for number in range(others))
     found = []
     for weights in (integer_weights(np.array(heavy), _BITS).tolist(), *equal):
-        check_row("recipient", WeightRow(1, "recipient", names, tuple(weights), _BITS), policy)
+        check_row("recipient", WeightRow(names, tuple(weights), _BITS), policy)
         found.append([weight / total for weight in weights])
     return found
 

@@ -30,9 +30,9 @@ from fedmosaic.privacy.encryption.records import RoundContext
 from fedmosaic.privacy.federation import kits as federation
 from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.groupkey.key import GroupKey
-from fedmosaic.privacy.policy import AggregationPolicy, WeightRow
+from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos.errors import ConfigurationError
-from fedmosaic.protos.messages import Receipt, Upload
+from fedmosaic.protos.messages import Receipt, Upload, WeightRow
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.settings import settings_from_kit
 
@@ -106,8 +106,8 @@ def open_upload(
         upload: as the server stores it.
         context: round of the upload.
     """
-    row = WeightRow(context.round, member, (victim,), (1 << parameters.weight_bits,), parameters.weight_bits)
-    (record,) = create_aggregator(parameters, _NO_POLICY).aggregate({victim: upload}, [row], context)
+    row = WeightRow((victim,), (1 << parameters.weight_bits,), parameters.weight_bits)
+    (record,) = create_aggregator(parameters, _NO_POLICY).aggregate({victim: upload}, {member: row}, context)
     return np.asarray(create_cipher(parameters, member, _NO_POLICY).decrypt(record, key, context, row))
 
 

@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from transformers.utils.logging import disable_progress_bar
 
-from fedmosaic.client.state import hold_directory
 from fedmosaic.experiments.comparison.report import read_run, show
 from fedmosaic.experiments.methods import simulate_method
 from fedmosaic.experiments.runs.client_processes import check_as_processes, client_process
@@ -34,7 +33,7 @@ from fedmosaic.experiments.scenario.processes import (
 )
 from fedmosaic.experiments.scenario.terms import Scenario
 from fedmosaic.privacy.configuration import read_configuration, validate
-from fedmosaic.privacy.files import write_atomically
+from fedmosaic.privacy.files import hold_directory, write_atomically
 from fedmosaic.protos.errors import NOTHING_EXCHANGED, ConfigurationError
 
 _SCENARIO, _RUN = "scenario.json", "run.json"

@@ -93,16 +93,16 @@ class TurnTakingLearner:
 
     @property
     def adapter_spec_hash(self) -> bytes:
-        """See `fedmosaic.client.session.Learner`."""
+        """See `fedmosaic.client.enrol.Learner`."""
         return self._spec_hash
 
     @property
     def family(self) -> str:
-        """See `fedmosaic.client.session.Learner`."""
+        """See `fedmosaic.client.enrol.Learner`."""
         return self._family
 
     def load_global(self, section: str, vector: np.ndarray) -> None:
-        """See `fedmosaic.client.session.Learner`."""
+        """See `fedmosaic.client.enrol.Learner`."""
         if self._discard:
             self.keep_own(section)
             return
@@ -110,23 +110,23 @@ class TurnTakingLearner:
             self.inner.load_global(section, vector)
 
     def keep_own(self, section: str) -> None:
-        """See `fedmosaic.client.session.Learner`."""
+        """See `fedmosaic.client.enrol.Learner`."""
         with self._host.lent_to(self.tenant):
             self.inner.keep_own(section)
 
     def train(self, round_number: int, releases: Releases, give_up: Callable[[], None]) -> None:
-        """See `fedmosaic.client.session.Learner`; then score, if this round is to be scored."""
+        """See `fedmosaic.client.enrol.Learner`; then score, if this round is to be scored."""
         with self._host.lent_to(self.tenant):
             self.inner.train(round_number, releases, give_up)
             self._scored(round_number)
 
     def sections(self) -> Mapping[str, np.ndarray]:
-        """See `fedmosaic.client.session.Learner`."""
+        """See `fedmosaic.client.enrol.Learner`."""
         with self._host.lent_to(self.tenant):
             return self.inner.sections()
 
     def save(self, directory: Path) -> None:
-        """See `fedmosaic.client.session.Learner`; without the model card of a client process."""
+        """See `fedmosaic.client.enrol.Learner`; without the model card of a client process."""
         save_file(self._host.read(self.tenant), directory / _ADAPTER)
         (directory / _ORDER).write_text(json.dumps(self.inner.order.state_dict()))
 

@@ -12,7 +12,8 @@ from fedmosaic.client.ledger import open_ledger
 from fedmosaic.client.model.examples import encode_examples, padding_token
 from fedmosaic.client.model.sampling import EpochSampler
 from fedmosaic.client.model.training import train_local
-from fedmosaic.client.releases import AdapterPlan, Releases, budgeted_channels, sampling_rate
+from fedmosaic.client.planning import AdapterPlan, budgeted_channels, sampling_rate
+from fedmosaic.client.releases import Releases
 from fedmosaic.client.state import ClientState
 from fedmosaic.experiments.scenario.newcomers import Newcomer, adapt, add_newcomer, read_newcomers
 from fedmosaic.experiments.scenario.participants import Board, newcomer_seed, training_examples
@@ -104,7 +105,7 @@ def _released_profile(federation: Federation, entry: ScenarioClient) -> Profile 
     target, channels = terms.adapter_privacy.target_epsilon, budgeted_channels(terms)
     ledger = open_ledger(state.ledger_path, entry.id, len(ids), target, channels)
     try:
-        probe = federation.probe.of(examples, randomness, state.directory)
+        probe = federation.probe.of(examples, randomness)
         unprotected = AdapterPlan(0.0, sampling_rate(terms, len(ids)))
         releases = Releases(ledger, terms, state, ids, probe, randomness, unprotected)
         return releases.profile(federation.scenario.schedule.rounds)

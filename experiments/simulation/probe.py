@@ -1,22 +1,23 @@
 """The probe of the task profile for many clients of one process: loaded once, used by one at a time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from fedmosaic.client.clipping import CLIPPING, ClippingRecord
 from fedmosaic.client.model.examples import Example
 from fedmosaic.client.profile.maker import ProfileProbe, load_probe, public_map
 from fedmosaic.client.profile.release import check_probe
-from fedmosaic.client.releases import MakeRelease, Randomness
+from fedmosaic.client.releases import ProfileSum
 from fedmosaic.client.settings import ModelSettings
 from fedmosaic.experiments.simulation.hosts import COMPUTE
-from fedmosaic.privacy.mechanism.profile import Float32Array, ProfileMechanism
+from fedmosaic.privacy.mechanism.gaussian import ClippedSum
+from fedmosaic.privacy.mechanism.noise import BitSource
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism
 
 _SETTING = "profile.max_length"
 
 
 class SharedProbe:
-    """Makes releases of anybody's task profile; see `fedmosaic.client.profile.maker.ProfileProbe`."""
+    """Sums anybody's task profile; see `fedmosaic.client.profile.maker.ProfileProbe`."""
 
     def __init__(
         self, settings: ModelSettings, mechanism: ProfileMechanism, basis: Path, max_length: int
@@ -34,22 +35,19 @@ class SharedProbe:
         self._map = public_map(mechanism, basis)
         self._max_length = max_length
 
-    def of(self, examples: Sequence[Example], randomness: Randomness, state: Path) -> MakeRelease:
-        """The maker of releases over these examples.
+    def of(self, examples: Sequence[Example], randomness: BitSource) -> ProfileSum:
+        """What sums the profile over these examples, of one data epoch.
 
         Args:
             examples: of one data epoch.
-            randomness: of the noise.
-            state: directory of the client, where clipped rows are counted.
+            randomness: of the Poisson sample.
         """
-        clipping = ClippingRecord(state / CLIPPING)
         probe = ProfileProbe(
-            lambda: self._loaded, self._map, examples, self._max_length, randomness, clipping,
-            setting=_SETTING,
-        )  # fmt: skip
+            lambda: self._loaded, self._map, examples, self._max_length, randomness, setting=_SETTING
+        )
 
-        def make(charge: Callable[[], None]) -> Float32Array:
+        def summed() -> ClippedSum:
             with COMPUTE:
-                return probe(charge)
+                return probe()
 
-        return make
+        return summed

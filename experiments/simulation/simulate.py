@@ -19,7 +19,8 @@ from fedmosaic.client.client import RESULT, Participant
 from fedmosaic.client.colora import family_layout, fix_gate
 from fedmosaic.client.ledger import ServerAnchor, open_ledger
 from fedmosaic.client.model.adapted import load_adapted
-from fedmosaic.client.releases import Releases, budgeted_channels, plan_adapter
+from fedmosaic.client.planning import budgeted_channels, plan_adapter
+from fedmosaic.client.releases import Releases
 from fedmosaic.client.settings import ClientSettings, DataSettings
 from fedmosaic.client.state import ClientState
 from fedmosaic.client.statement import STATEMENT
@@ -259,7 +260,7 @@ class _Client:
             randomness = (
                 SecureNoise() if seed is None else SeededTestNoise(seed + 1_000_003 * round_number + index)
             )
-            make = self.parts.probe.of(examples, randomness, self.state.directory)
+            make = self.parts.probe.of(examples, randomness)
             ids = tuple(example.id for example in examples)
             return Releases(
                 self.ledger,

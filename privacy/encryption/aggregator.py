@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from fedmosaic.privacy.encryption.layout import aggregate_header, read_upload
 from fedmosaic.privacy.encryption.parameters import CkksParameters, MaskParameters, PlainParameters
 from fedmosaic.privacy.encryption.records import RoundContext, row_digest
-from fedmosaic.privacy.policy import AggregationPolicy, WeightRow, check_row
-from fedmosaic.protos.errors import PolicyError
+from fedmosaic.privacy.policy import AggregationPolicy, check_row
+from fedmosaic.protos.messages import WeightRow
 
 P = TypeVar("P", CkksParameters, MaskParameters, PlainParameters)
 
@@ -58,41 +58,36 @@ class Aggregator(ABC, Generic[P]):
         self._check_payload(Contribution(client, nonce, payload), context)
 
     def aggregate(
-        self, uploads: Mapping[str, bytes | memoryview], rows: Sequence[WeightRow], context: RoundContext
+        self, uploads: Mapping[str, bytes | memoryview], rows: Mapping[str, WeightRow], context: RoundContext
     ) -> list[memoryview]:
         """Form the weighted sum of every row.
 
         Args:
             uploads: Uploads by contributor; may hold more than the rows use.
-            rows: One weight row per recipient, all of the context's round.
+            rows: The weight row of every recipient.
             context: Round of all uploads and rows.
 
         Returns:
             The bytes of one aggregate per row, in the order of the rows.
 
         Raises:
-            PolicyError: If a row breaks the policy or a recipient has two.
+            PolicyError: If a row breaks the policy.
             CiphertextError: If an upload in use is malformed.
         """
-        self._check_rows(rows, frozenset(uploads), context)
+        contributors, bits = frozenset(uploads), self.parameters.weight_bits
+        headers = []
+        for recipient, row in rows.items():
+            check_row(recipient, row, self.policy, members=contributors, bits=bits)
+            header = aggregate_header(self.parameters, context, row, recipient)
+            headers.append(header.encode(row_digest(row, recipient, context.round)))
         if not rows:
             return []
-        names = sorted(frozenset().union(*(row.contributors for row in rows)))
+        ordered = tuple(rows.values())
+        names = sorted(frozenset().union(*(row.contributors for row in ordered)))
         contributions = [
             Contribution(name, *read_upload(self.parameters, context, name, uploads[name])) for name in names
         ]
-        headers = [aggregate_header(self.parameters, context, row).encode(row_digest(row)) for row in rows]
-        return self._combine(contributions, _weight_matrix(rows, names), rows, headers, context)
-
-    def _check_rows(
-        self, rows: Sequence[WeightRow], contributors: frozenset[str], context: RoundContext
-    ) -> None:
-        recipients = [row.recipient for row in rows]
-        if len(set(recipients)) != len(recipients):
-            raise PolicyError("a recipient has two weight rows in one round: one is allowed")
-        bits, number = self.parameters.weight_bits, context.round
-        for row in rows:
-            check_row(row.recipient, row, self.policy, members=contributors, round_number=number, bits=bits)
+        return self._combine(contributions, _weight_matrix(ordered, names), ordered, headers, context)
 
     @abstractmethod
     def _check_payload(self, contribution: Contribution, context: RoundContext) -> None:

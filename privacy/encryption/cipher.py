@@ -10,8 +10,9 @@ from fedmosaic.privacy.encryption.layout import aggregate_header, aggregate_payl
 from fedmosaic.privacy.encryption.parameters import CkksParameters, MaskParameters, PlainParameters
 from fedmosaic.privacy.encryption.records import RoundContext, read_record, row_digest
 from fedmosaic.privacy.groupkey.key import GroupKey
-from fedmosaic.privacy.policy import AggregationPolicy, WeightRow, check_row
+from fedmosaic.privacy.policy import AggregationPolicy, check_row
 from fedmosaic.protos.errors import CiphertextError, EncryptionError
+from fedmosaic.protos.messages import WeightRow
 
 # A decrypted sum of clipped values may pass the clip by the noise of approximate decryption, no more.
 RANGE_TOLERANCE = 1e-4
@@ -85,10 +86,10 @@ class ClientCipher(ABC, Generic[P]):
         self._check_key(key, context)
         members = None if key is None else key.members
         bits = self.parameters.weight_bits
-        check_row(self.client, row, self.policy, members=members, round_number=context.round, bits=bits)
-        header = aggregate_header(self.parameters, context, row)
+        check_row(self.client, row, self.policy, members=members, bits=bits)
+        header = aggregate_header(self.parameters, context, row, self.client)
         digest, payload = read_record(record, header, aggregate_payload_bytes(self.parameters, header))
-        if digest != row_digest(row):
+        if digest != row_digest(row, self.client, context.round):
             raise CiphertextError("the aggregate was made with another weight row than the one received")
         values = self._open(payload, key, context, row)
         # Written so that NaN fails too.

@@ -8,7 +8,7 @@ from fedmosaic.privacy.encryption.parameters import (
     Parameters,
 )
 from fedmosaic.privacy.encryption.records import NONCE_BYTES, Header, Kind, RoundContext, read_record
-from fedmosaic.privacy.policy import WeightRow
+from fedmosaic.protos.messages import WeightRow
 
 FLOAT_BYTES = 4
 
@@ -24,14 +24,14 @@ def upload_header(parameters: Parameters, context: RoundContext, client: str) ->
     return Header(Kind.UPLOAD, parameters.backend, parameters.digest(), context, client, blocks)
 
 
-def aggregate_header(parameters: Parameters, context: RoundContext, row: WeightRow) -> Header:
-    """Return the header the aggregate of a row must carry."""
+def aggregate_header(parameters: Parameters, context: RoundContext, row: WeightRow, recipient: str) -> Header:
+    """Return the header that a recipient's aggregate must carry."""
     count = 0
     if isinstance(parameters, CkksParameters):
         count = ring_blocks(parameters, context.dimensions)
     elif isinstance(parameters, MaskParameters):
         count = len(row.contributors)
-    return Header(Kind.AGGREGATE, parameters.backend, parameters.digest(), context, row.recipient, count)
+    return Header(Kind.AGGREGATE, parameters.backend, parameters.digest(), context, recipient, count)
 
 
 def upload_payload_bytes(parameters: Parameters, dimensions: int) -> int:

@@ -14,8 +14,8 @@ import hashlib
 import struct
 from dataclasses import dataclass
 
-from fedmosaic.privacy.policy import WeightRow
 from fedmosaic.protos.errors import CiphertextError, EncryptionError
+from fedmosaic.protos.messages import WeightRow
 
 FORMAT_VERSION = 1
 NONCE_BYTES = 16
@@ -160,23 +160,15 @@ _FIELDS = (
 )
 
 
-def row_digest(row: WeightRow) -> bytes:
+def row_digest(row: WeightRow, recipient: str, round_number: int) -> bytes:
     """Return 16 bytes that name a weight row: the nonce field of the aggregate made with it.
 
     They keep an aggregate and its row together. They do not prove that the server used the row.
-
-    Raises:
-        EncryptionError: If the row's numbers or names have no canonical form; `check_row` refuses it before.
     """
     count = len(row.contributors)
-    names = "\n".join((row.recipient, *row.contributors))
-    # Every name ends at a line break, so that no two rows have one canonical form.
-    if names.count("\n") != count or len(row.weights) != count:
-        raise EncryptionError("a weight row has a line break in a name, or not one weight per contributor")
-    try:
-        numbers = struct.pack(f"<QII{count}I", row.round, row.bits, count, *row.weights)
-    except struct.error:
-        raise EncryptionError("a weight row holds a number outside 0 … 2^32 − 1") from None
+    # No name holds a line break, so no two rows have one canonical form.
+    names = "\n".join((recipient, *row.contributors))
+    numbers = struct.pack(f"<QII{count}I", round_number, row.bits, count, *row.weights)
     return hashlib.sha256(_ROW_LABEL + numbers + names.encode()).digest()[:NONCE_BYTES]
 
 

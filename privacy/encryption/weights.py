@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmosaic.privacy.policy import MAX_WEIGHT_BITS
+from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import PolicyError
 
 
@@ -24,8 +24,8 @@ def integer_weights(row: NDArray[np.float64], bits: int) -> NDArray[np.int64]:
         PolicyError: If the row is not one of shares.
     """
     shares = np.asarray(row, dtype=np.float64)
-    if not 1 <= bits <= MAX_WEIGHT_BITS:
-        raise PolicyError(f"weights of {bits} bits were asked for, expected 1 to {MAX_WEIGHT_BITS}")
+    if not 1 <= bits <= bounds.MAX_WEIGHT_BITS:
+        raise PolicyError(f"weights of {bits} bits were asked for, expected 1 to {bounds.MAX_WEIGHT_BITS}")
     if shares.ndim != 1 or shares.size == 0:
         raise PolicyError(
             f"a weight row has shape {shares.shape}, expected (m,) with at least one contributor"

@@ -16,15 +16,9 @@ import numpy as np
 
 from fedmosaic.privacy.coalitions import SOLVED, estimate_errors, pair_errors
 from fedmosaic.privacy.encryption.weights import integer_weights
-from fedmosaic.privacy.policy import (
-    AggregationPolicy,
-    WeightRow,
-    cap_weights,
-    check_row,
-    spread_weights,
-)
+from fedmosaic.privacy.policy import AggregationPolicy, cap_weights, check_row, spread_weights
 from fedmosaic.protos.errors import PolicyError
-from fedmosaic.protos.messages import SectionName
+from fedmosaic.protos.messages import SectionName, WeightRow
 from fedmosaic.server.round.relevance import FloatArray, Relevance, softmax_weights
 
 _TILTS: Final = 10
@@ -141,7 +135,7 @@ def plan(
     present = np.array([client in group.contributors for client in clients], dtype=bool)
     wanted = np.array([client in group.recipients for client in clients], dtype=bool)
     weights_NN = softmax_weights(relevance, temperature, present, wanted)
-    made = _Rows(clients, policy, bits, round_number)
+    made = _Rows(clients, policy, bits)
     rows: dict[str, WeightRow] = {}
     refusals: dict[str, str] = {}
     pair_solves = False
@@ -158,13 +152,10 @@ def plan(
 class _Rows:
     """Rows of a group that are made one after the other, each with a look at those before it."""
 
-    def __init__(
-        self, clients: Sequence[str], policy: AggregationPolicy, bits: int, round_number: int
-    ) -> None:
+    def __init__(self, clients: Sequence[str], policy: AggregationPolicy, bits: int) -> None:
         self._clients = clients
         self._policy = policy
         self._bits = bits
-        self._round = round_number
         self._order: list[int] = []
         self._table_NN = np.zeros((len(clients), len(clients)))
 
@@ -216,8 +207,8 @@ class _Rows:
         integers = integer_weights(np.array(spread_weights(shares, policy.squares_cap, bits)), bits)
         kept = [(name, int(w)) for name, w in zip(contributors, integers, strict=True) if w > 0]
         names, weights = tuple(name for name, _ in kept), tuple(w for _, w in kept)
-        row = WeightRow(self._round, recipient, names, weights, bits)
-        check_row(recipient, row, policy, round_number=self._round)
+        row = WeightRow(names, weights, bits)
+        check_row(recipient, row, policy)
         return row
 
     def _shares(self, row: WeightRow) -> FloatArray:

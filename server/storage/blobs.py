@@ -9,7 +9,6 @@
 A kill at any point leaves a file whole or absent; the database row that names it is written afterwards.
 """
 
-import fcntl
 import hashlib
 import mmap
 import os
@@ -19,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Final, Literal
 
-from fedmosaic.privacy.files import private_directory, private_opener, sync_directory, write_atomically
+from fedmosaic.privacy.files import hold_directory, private_directory, sync_directory, write_atomically
 from fedmosaic.protos.errors import StateError
 
 
@@ -48,20 +47,9 @@ class Blobs:
         self._root = root
         self._durable = durable
         private_directory(root)
-        self._lock = self._take_lock()
+        self._lock = hold_directory(root / "lock", "give this server its own state_dir")
         for name in ("spool", "uploads", "aggregates"):
             private_directory(root / name)
-
-    def _take_lock(self) -> IO[bytes]:
-        lock = open(self._root / "lock", "ab", opener=private_opener)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
-            raise StateError(
-                f"{self._root} is in use by another server; stop that one, or give this one its own state_dir"
-            ) from None
-        return lock
 
     def close(self) -> None:
         """Let another server use the folder."""

@@ -10,21 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedmosaic.client import state as state_module
 from fedmosaic.client.client import ResultFile
-from fedmosaic.client.clipping import ClippingRecord
+from fedmosaic.client.planning import AdapterPlan
 from fedmosaic.client.progress import LoggedProgress
-from fedmosaic.client.releases import AdapterPlan, Releases
+from fedmosaic.client.records import ClippingRecord
+from fedmosaic.client.releases import Releases
 from fedmosaic.client.state import ClientState
 from fedmosaic.client.transport.traffic import Traffic
+from fedmosaic.privacy import files
 from fedmosaic.privacy.federation.roster import Terms
 from fedmosaic.privacy.groupkey.key import GroupKey
 from fedmosaic.privacy.ledger.ledger import Ledger
 from fedmosaic.privacy.mechanism.noise import SecureNoise
-from fedmosaic.privacy.mechanism.profile import ClippedSum, Float32Array, ProfileMechanism, Reduction, release
-from fedmosaic.privacy.policy import WeightRow
+from fedmosaic.privacy.mechanism.profile import ClippedSum, ProfileMechanism, Reduction
 from fedmosaic.protos.errors import StateError
-from fedmosaic.protos.messages import Phase, RoundStatus
+from fedmosaic.protos.messages import Phase, RoundStatus, WeightRow
 
 DAMAGE = {
     "empty": b"",
@@ -42,7 +42,7 @@ MECHANISM = ProfileMechanism(
     probe_sha256="0" * 64,
     reduction=Reduction(hidden_size=8, intermediate_size=16, projection_dimensions=32),
 )
-ROW = WeightRow(1, "ada", ("ben", "cid", "dee"), (2, 3, 3), 3)
+ROW = WeightRow(("ben", "cid", "dee"), (2, 3, 3), 3)
 
 
 @damaged
@@ -59,12 +59,12 @@ def test_a_damaged_session_is_named(content: bytes, tmp_path: Path) -> None:
 @damaged
 def test_damaged_rows_are_named_and_can_be_deleted(content: bytes, tmp_path: Path) -> None:
     state = ClientState(tmp_path, "f", "ada")
-    state.accept_row("shared", ROW)
+    state.accept_row("shared", 1, ROW)
     (tmp_path / "rows.json").write_bytes(content)
     with pytest.raises(StateError, match=r"rows\.json is damaged.*delete it"):
-        state.accept_row("shared", ROW)
+        state.accept_row("shared", 1, ROW)
     (tmp_path / "rows.json").unlink()
-    state.accept_row("shared", ROW)
+    state.accept_row("shared", 1, ROW)
 
 
 @damaged
@@ -90,10 +90,8 @@ def test_a_damaged_group_key_is_named(content: bytes) -> None:
 
 
 def releases(place: Path) -> tuple[Releases, Ledger, ClientState]:
-    def make(charge: Callable[[], None]) -> Float32Array:
-        charge()
-        total = ClippedSum(np.ones(MECHANISM.dimensions, dtype=np.int64), 0, 0, 60)
-        return release(total, MECHANISM, SecureNoise())
+    def summed() -> ClippedSum:
+        return ClippedSum(np.ones(MECHANISM.dimensions, dtype=np.int64), 0, 0, 60)
 
     terms = Terms.model_validate(
         {
@@ -106,7 +104,7 @@ def releases(place: Path) -> tuple[Releases, Ledger, ClientState]:
     state = ClientState(place, "f", "ada")
     ledger = Ledger.open(state.ledger_path, "ada", 1e-3, None, accountant="rdp")
     ids = tuple(f"e{number}" for number in range(60))
-    return Releases(ledger, terms, state, ids, make, SecureNoise(), AdapterPlan(0.0, 1.0)), ledger, state
+    return Releases(ledger, terms, state, ids, summed, SecureNoise(), AdapterPlan(0.0, 1.0)), ledger, state
 
 
 @damaged
@@ -155,7 +153,7 @@ def test_a_file_system_without_locks_is_not_another_process(
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(state_module.fcntl, "flock", refuse)
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
     with pytest.raises(StateError, match=r"has no locks .*a directory on a local disk"):
         ClientState(tmp_path, "f", "ada")
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedmosaic.client.releases import AdapterPlan, Releases, budgeted_channels, plan_adapter, sampling_rate
+from fedmosaic.client.planning import AdapterPlan, budgeted_channels, plan_adapter, sampling_rate
+from fedmosaic.client.releases import Releases
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.accounting.epsilon import epsilon
 from fedmosaic.privacy.accounting.events import GaussianEvent
@@ -22,7 +23,7 @@ from fedmosaic.privacy.federation.roster import (
 )
 from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, read_ledger
 from fedmosaic.privacy.mechanism.noise import SecureNoise
-from fedmosaic.privacy.mechanism.profile import ClippedSum, Float32Array, ProfileMechanism, Reduction, release
+from fedmosaic.privacy.mechanism.profile import ClippedSum, Float64Array, ProfileMechanism, Reduction
 from fedmosaic.protos.errors import BudgetExceededError, LedgerError, PrivacyError, StateError
 
 DELTA = 1e-5
@@ -62,18 +63,19 @@ class Client:
         self.draws = 0
         self.charges_before_draws: list[int] = []
 
-    def make_profile(self, charge: Callable[[], None]) -> Float32Array:
-        total = ClippedSum(np.full(MECHANISM.dimensions, 2**20, dtype=np.int64), 0, 0, len(IDS))
-        charge()
+    def profile_sum(self) -> ClippedSum:
+        return ClippedSum(np.full(MECHANISM.dimensions, 2**20, dtype=np.int64), 0, 0, len(IDS))
+
+    def gaussian(self, size: int, standard_deviation: float) -> Float64Array:
         self.charges_before_draws.append(len(self.reserved("profile")))
         self.draws += 1
-        return release(total, MECHANISM, SecureNoise())
+        return SecureNoise().gaussian(size, standard_deviation)
 
     @contextmanager
     def opened(
         self,
         ids: tuple[str, ...] = IDS,
-        make: Callable[[Callable[[], None]], Float32Array] | None = None,
+        summed: Callable[[], ClippedSum] | None = None,
         *,
         disjoint_epochs: bool = False,
     ) -> Iterator[Releases]:
@@ -86,6 +88,8 @@ class Client:
             accountant="rdp",
             budgeted_channels=budgeted_channels(self.terms),
         )
+        noise = SecureNoise()
+        noise.gaussian = self.gaussian  # type: ignore[method-assign]  # counts the draws
         plan = AdapterPlan(1.0 if self.terms.adapter.private else 0.0, 0.02)
         try:
             yield Releases(
@@ -93,8 +97,8 @@ class Client:
                 self.terms,
                 state,
                 ids,
-                make or self.make_profile,
-                SecureNoise(),
+                summed or self.profile_sum,
+                noise,
                 plan,
                 disjoint_epochs=disjoint_epochs,
             )
@@ -200,19 +204,16 @@ def test_an_acknowledged_profile_is_not_sent_again_until_the_data_changes(client
 
 
 def test_the_average_is_taken_over_noised_releases_and_costs_nothing_more(client: Client) -> None:
-    drawn: list[Float32Array] = []
-
-    def make(charge: Callable[[], None]) -> Float32Array:
-        drawn.append(client.make_profile(charge))
-        return drawn[-1]
-
-    with client.opened(make=make) as releases:
-        releases.profile(1)
-    with client.opened(ids=(*IDS, "new"), make=make) as releases:
+    with client.opened() as releases:
+        first = releases.profile(1)
+    with client.opened(ids=(*IDS, "new")) as releases:
         average = releases.profile(2)
+    assert first is not None
+    stored = [np.load(path) for path in client.books.glob("profile-*.npy")]
+    (second,) = (vector for vector in stored if not np.array_equal(vector, first.vector))
     decay = client.terms.relevance.average_decay
     assert average is not None
-    np.testing.assert_allclose(average.vector, decay * drawn[0] + (1 - decay) * drawn[1], rtol=1e-6)
+    np.testing.assert_allclose(average.vector, decay * first.vector + (1 - decay) * second, rtol=1e-6)
     # Noise added to the average instead would leave its variance at σ²C², and cost a release each time.
     expected = (decay**2 + (1 - decay) ** 2) * MECHANISM.noise_variance
     assert average.noise_variance == pytest.approx(expected)
@@ -245,14 +246,17 @@ def test_a_draw_that_was_lost_before_it_was_stored_stays_charged_beside_the_new_
     class Killed(BaseException):
         pass
 
-    def make(charge: Callable[[], None]) -> Float32Array:
-        client.make_profile(charge)
+    def killed(*_: object) -> None:
+        client.draws += 1
         raise Killed
 
-    with client.opened(make=make) as releases, pytest.raises(Killed):
-        releases.profile(1)
+    with client.opened() as releases:
+        releases.randomness.gaussian = killed  # type: ignore[method-assign, assignment]  # a crash
+        with pytest.raises(Killed):
+            releases.profile(1)
     with client.opened() as releases:
         assert releases.profile(1) is not None
+    assert client.draws == 2
     assert len(client.reserved("profile")) == 2
 
 
@@ -292,13 +296,13 @@ def test_two_runs_at_once_release_one_profile_and_both_send_it(tmp_path: Path) -
     second = _second_run(first)
     begun, sent = threading.Event(), {}
 
-    def slow(charge: Callable[[], None]) -> Float32Array:
+    def slow() -> ClippedSum:
         begun.set()
         time.sleep(0.2)  # the other run asks meanwhile
-        return first.make_profile(charge)
+        return first.profile_sum()
 
     def run(client: Client) -> None:
-        with client.opened(make=slow) as releases:
+        with client.opened(summed=slow) as releases:
             profile = releases.profile(1)
             assert profile is not None
             sent[client.place] = profile.vector
@@ -310,7 +314,7 @@ def test_two_runs_at_once_release_one_profile_and_both_send_it(tmp_path: Path) -
     for thread in threads:
         thread.join(60)
     np.testing.assert_array_equal(sent[first.place], sent[second.place])
-    assert first.draws == len(first.reserved("profile")) == 1
+    assert first.draws + second.draws == len(first.reserved("profile")) == 1
 
 
 def test_a_private_adapter_that_was_not_charged_may_not_leave(client: Client) -> None:

@@ -6,25 +6,24 @@ import pytest
 
 from fedmosaic.client.state import ClientState
 from fedmosaic.client.statement import coalition_rows
-from fedmosaic.privacy.policy import WeightRow
 from fedmosaic.protos.errors import PolicyError, StateError
+from fedmosaic.protos.messages import WeightRow
 
 
-def row(round_number: int, weights: tuple[int, ...]) -> WeightRow:
-    names = tuple("bcdefgh"[: len(weights)])
-    return WeightRow(round_number, "a", names, weights, 4)
+def row(*weights: int) -> WeightRow:
+    return WeightRow(tuple("bcdefgh"[: len(weights)]), weights, 4)
 
 
 def test_the_smallest_row_that_was_accepted_is_remembered_over_restarts(tmp_path: Path) -> None:
     state = ClientState(tmp_path / "state", "f", "a")
     assert state.smallest_row() is None
-    state.accept_row("shared", row(1, (4, 4, 4, 4)))
-    state.accept_row("family", row(1, (6, 5, 5)))
+    state.accept_row("shared", 1, row(4, 4, 4, 4))
+    state.accept_row("family", 1, row(6, 5, 5))
     # A contributor of weight zero contributes nothing.
-    state.accept_row("shared", row(2, (4, 4, 4, 4, 0)))
+    state.accept_row("shared", 2, row(4, 4, 4, 4, 0))
     assert state.smallest_row() == 3
     with pytest.raises(PolicyError, match="a different weight row"):
-        state.accept_row("shared", row(1, (8, 8)))
+        state.accept_row("shared", 1, row(8, 8))
     state.release()
     again = ClientState(tmp_path / "state", "f", "a")
     assert again.smallest_row() == 3
@@ -35,7 +34,7 @@ def test_the_smallest_row_that_was_accepted_is_remembered_over_restarts(tmp_path
 def test_a_damaged_record_of_rows_is_refused(tmp_path: Path, content: str) -> None:
     state = ClientState(tmp_path / "state", "f", "a")
     (tmp_path / "state" / "rows.json").write_text(content)
-    for ask in (state.smallest_row, lambda: state.accept_row("shared", row(1, (8, 8)))):
+    for ask in (state.smallest_row, lambda: state.accept_row("shared", 1, row(8, 8))):
         with pytest.raises(StateError, match=r"rows\.json is damaged"):
             ask()
     state.release()

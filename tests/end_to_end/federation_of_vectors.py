@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from fedmosaic.client.client import Participant
+from fedmosaic.client.planning import AdapterPlan, budgeted_channels
 from fedmosaic.client.progress import SilentProgress
-from fedmosaic.client.releases import AdapterPlan, Releases, budgeted_channels
+from fedmosaic.client.releases import Releases
 from fedmosaic.client.session import Session
 from fedmosaic.client.state import ClientState
 from fedmosaic.client.transport.grpc import Transport
@@ -21,7 +22,7 @@ from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry, ope
 from fedmosaic.privacy.federation.roster import AdapterTerms, ScheduleTerms, Terms
 from fedmosaic.privacy.ledger.ledger import Ledger
 from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
-from fedmosaic.privacy.mechanism.profile import ClippedSum, Float32Array, ProfileMechanism, Reduction, release
+from fedmosaic.privacy.mechanism.profile import ClippedSum, ProfileMechanism, Reduction
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.settings import settings_from_kit
 
@@ -159,12 +160,10 @@ class Client:
             kit, transport, self.learner, self.state, self.ledger, self.plan, releases, SilentProgress()
         ).session
 
-    def _profile(self, charge: Callable[[], None]) -> Float32Array:
+    def _profile(self) -> ClippedSum:
         units = np.zeros(PROFILE.dimensions, dtype=np.int64)
         units[self.seed % PROFILE.dimensions] = 100 * 2**24
-        total = ClippedSum(units, 0, 0, 100)
-        charge()
-        return release(total, PROFILE, self.noise)
+        return ClippedSum(units, 0, 0, 100)
 
     def close(self) -> None:
         if self.ledger is not None:

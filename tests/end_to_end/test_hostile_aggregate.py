@@ -20,14 +20,15 @@ from end_to_end import federation_of_vectors as fv
 from end_to_end.test_trained_adapters import SHARED_MODEL, random_model, write_examples
 from fedmosaic.client.client import scores_after
 from fedmosaic.client.learner import ModelLearner
+from fedmosaic.client.planning import AdapterPlan
 from fedmosaic.client.progress import SilentProgress
-from fedmosaic.client.releases import AdapterPlan, Releases
+from fedmosaic.client.releases import Releases
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.federation.roster import AdapterTerms, Terms
 from fedmosaic.privacy.mechanism.noise import SeededTestNoise
 from fedmosaic.protos.errors import TrainingError
-from fedmosaic.protos.messages import Aggregate, AggregateSection, SectionWeights
+from fedmosaic.protos.messages import Aggregate, AggregateSection, WeightRow
 
 VICTIM = "ada"
 ROUNDS = 4
@@ -121,9 +122,9 @@ class Victim(fv.Client):
         session = super().session(transport)
         opened = session._protection.open
 
-        def open_hostile(section: Any, row: Any, key_epoch: int, size: int) -> np.ndarray:
-            found = opened(section, row, key_epoch, size)
-            change = self.received.get(row.round + 1)
+        def open_hostile(section: Any, row: Any, key_epoch: int, uploaded: int, size: int) -> np.ndarray:
+            found = opened(section, row, key_epoch, uploaded, size)
+            change = self.received.get(uploaded + 1)
             return found if change is None else change(size)
 
         session._protection.open = open_hostile
@@ -336,7 +337,7 @@ def test_nothing_is_opened_in_the_first_round(tmp_path: Path, model: Path) -> No
     fv.make_federation(tmp_path / "f", agreed_terms("encrypted"))
     victim = Victim(tmp_path / "f", VICTIM, 0, model=model, received={1: signs(4.0, 0)})
     session = victim.session(None)
-    row = SectionWeights(("ben", "cid", "dee"), (2048, 1024, 1024), 12)
+    row = WeightRow(("ben", "cid", "dee"), (2048, 1024, 1024), 12)
     opened: list[str] = []
     session._protection.open = lambda section, *_: opened.append(section.name)
     session._receive(Aggregate(1, (AggregateSection("shared", row, b"x"),), 0, 0))

@@ -12,9 +12,8 @@ import pytest
 from end_to_end import federation_of_vectors as fv
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.federation.roster import Terms
-from fedmosaic.privacy.policy import WeightRow
 from fedmosaic.protos.errors import PolicyError
-from fedmosaic.protos.messages import Aggregate, AggregateSection, SectionWeights
+from fedmosaic.protos.messages import Aggregate, AggregateSection, WeightRow
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.settings import settings_from_kit
 
@@ -31,7 +30,7 @@ def with_payload(change: Callable[[bytearray], object]) -> Change:
     return changed
 
 
-def with_row(change: Callable[[SectionWeights], SectionWeights]) -> Change:
+def with_row(change: Callable[[WeightRow], WeightRow]) -> Change:
     def changed(section: AggregateSection) -> AggregateSection:
         assert section.row is not None
         return replace(section, row=change(section.row))
@@ -46,18 +45,18 @@ def flip(position: int) -> Change:
     return with_payload(change)
 
 
-def one_hot(row: SectionWeights) -> SectionWeights:
+def one_hot(row: WeightRow) -> WeightRow:
     return replace(row, weights=(1 << row.bits,) + (0,) * (len(row.weights) - 1))
 
 
-def over_the_cap(row: SectionWeights) -> SectionWeights:
+def over_the_cap(row: WeightRow) -> WeightRow:
     total = 1 << row.bits
     rest = len(row.weights) - 1
     small = total // 4 // rest
     return replace(row, weights=(total - rest * small, *[small] * rest))
 
 
-def other_weights(row: SectionWeights) -> SectionWeights:
+def other_weights(row: WeightRow) -> WeightRow:
     first, second, *rest = row.weights
     return replace(row, weights=(first - 1, second + 1, *rest))
 
@@ -257,9 +256,9 @@ def test_a_second_row_for_one_round_is_refused(tmp_path: Path) -> None:
     run_with(tmp_path / "f", "mask", lambda section: section)
     directory = tmp_path / "f" / "clients" / VICTIM / "state"
     state = ClientState(directory, "vectors", VICTIM)
-    row = WeightRow(1, VICTIM, ("ben", "cid", "dee"), (2048, 1024, 1024), 12)
+    row = WeightRow(("ben", "cid", "dee"), (2048, 1024, 1024), 12)
     with pytest.raises(PolicyError, match=r"a different weight row .* was already accepted for round 1"):
-        state.accept_row("shared", row)
-    state.accept_row("family", row)
-    state.accept_row("family", row)
+        state.accept_row("shared", 1, row)
+    state.accept_row("family", 1, row)
+    state.accept_row("family", 1, row)
     state.release()

@@ -10,7 +10,7 @@ import pytest
 
 from end_to_end import federation_of_vectors as fv
 from fedmosaic.client.keyring import Keyring
-from fedmosaic.client.outbox import read_upload
+from fedmosaic.client.records import read_upload
 from fedmosaic.protos.errors import KeyAgreementError, StateError
 from fedmosaic.protos.messages import KeyMessage, ReceiptStatus, Upload
 from fedmosaic.server.coordinator import Coordinator
@@ -110,7 +110,7 @@ def test_a_key_that_is_not_confirmed_by_all_encrypts_nothing(tmp_path: Path) -> 
     keyrings: dict[str, Keyring] = {}
     for name, client in clients.items():
         session = client.session(fv.in_process(coordinator, name))
-        session._enrol()
+        session._recovery.enrol()
         keyring: Any = session._protection._keyring
         keyrings[name] = keyring
         confirm = keyring._confirm
@@ -286,7 +286,7 @@ def test_an_older_copy_of_the_server_is_noticed(tmp_path: Path, moment: str) -> 
     client = fv.Client(directory, "ada", 0)
     line: Any = fv.in_process(coordinator, "ada")
     session = client.session(line)
-    enrolled = session._enrol()
+    enrolled = session._recovery.enrol()
     session._resume(enrolled.round)
     upload = read_upload(session._state.upload_path(3))
     assert upload is not None

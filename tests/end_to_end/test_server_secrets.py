@@ -25,7 +25,6 @@ from fedmosaic.privacy.encryption.ciphers import create_cipher
 from fedmosaic.privacy.encryption.records import RoundContext
 from fedmosaic.privacy.federation.kits import open_kit
 from fedmosaic.privacy.groupkey.key import GroupKey
-from fedmosaic.privacy.policy import WeightRow
 from fedmosaic.protos.errors import CiphertextError, EncryptionError
 from fedmosaic.protos.messages import Aggregate, KeyMessage, Receipt, Upload
 
@@ -190,9 +189,8 @@ def _nothing_can_be_read_without_the_key(directory: Path, aggregate: Aggregate, 
     cipher = create_cipher(terms.encryption, "ada", terms.policy)
     context = RoundContext(kit.roster.federation, 1, 1, "shared", terms.adapter.shared_dimensions)
     (section,) = aggregate.sections
-    weights = section.row
-    assert weights is not None
-    row = WeightRow(1, "ada", weights.contributors, weights.weights, weights.bits)
+    row = section.row
+    assert row is not None
     assert abs(cipher.decrypt(section.payload, real, context, row)).max() > 0.1
     public = {name: getattr(real, name) for name in ("federation", "epoch", "members", "parameters_hash")}
     guess = GroupKey(

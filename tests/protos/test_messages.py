@@ -19,12 +19,12 @@ from fedmosaic.protos.messages import (
     RoundStatus,
     Section,
     SectionHeader,
-    SectionWeights,
     UploadHeader,
+    WeightRow,
 )
 
 HASH = bytes(range(32))
-ROW = SectionWeights(("a", "b", "c"), (2, 3, 3), 3)
+ROW = WeightRow(("a", "b", "c"), (2, 3, 3), 3)
 
 
 def profile(values: object = (1.0, 2.0), variance: float = 0.5, releases: int = 1) -> Profile:
@@ -70,11 +70,14 @@ BROKEN: list[tuple[str, Callable[[], object]]] = [
     ("attempt_id", lambda: header(attempt_id="x" * 65)),
     ("sections", lambda: header(sections=(SectionHeader("shared", 1, HASH),) * 2)),
     ("signature", lambda: header(signature=bytes(63))),
-    ("weights", lambda: SectionWeights(("a", "b"), (1, 1), 3)),
-    ("weights", lambda: SectionWeights(("a", "b"), (9, -1), 3)),
-    ("contributors", lambda: SectionWeights(("a", "a"), (4, 4), 3)),
-    ("2 contributors", lambda: SectionWeights(("a", "b"), (8,), 3)),
-    ("bits", lambda: SectionWeights(("a",), (1,), 0)),
+    ("weights", lambda: WeightRow(("a", "b"), (1, 1), 3)),
+    ("weights", lambda: WeightRow(("a", "b"), (9, -1), 3)),
+    ("contributors", lambda: WeightRow(("a", "a"), (4, 4), 3)),
+    ("2 contributors", lambda: WeightRow(("a", "b"), (8,), 3)),
+    ("contributors", lambda: WeightRow(("a\nb",), (8,), 3)),
+    ("weights sum to 0", lambda: WeightRow((), (), 3)),
+    ("bits", lambda: WeightRow(("a",), (1,), 0)),
+    ("bits", lambda: WeightRow(("a",), (1 << 31,), 31)),
     ("neither", lambda: AggregateSection("shared", None, b"", "")),
     ("row and a refusal", lambda: AggregateSection("shared", ROW, b"x", "because")),
     ("payload", lambda: AggregateSection("shared", None, b"x", "because")),

@@ -26,8 +26,8 @@ from fedmosaic.protos.messages import (
     ReceiptStatus,
     RoundStatus,
     SectionHeader,
-    SectionWeights,
     UploadHeader,
+    WeightRow,
 )
 from fedmosaic.protos.v1 import federation_pb2 as pb
 
@@ -98,13 +98,13 @@ key_messages = st.builds(
 
 
 @st.composite
-def weight_rows(draw: st.DrawFn) -> SectionWeights:
+def weight_rows(draw: st.DrawFn) -> WeightRow:
     contributors = draw(st.lists(ids, unique=True, min_size=1, max_size=8))
     bits = draw(st.integers(4, 20))
     cuts = sorted(draw(st.lists(st.integers(0, 1 << bits), min_size=len(contributors) - 1,
                                 max_size=len(contributors) - 1)))  # fmt: skip
     edges = [0, *cuts, 1 << bits]
-    return SectionWeights(tuple(contributors), tuple(b - a for a, b in itertools.pairwise(edges)), bits)
+    return WeightRow(tuple(contributors), tuple(b - a for a, b in itertools.pairwise(edges)), bits)
 
 
 @st.composite
@@ -200,7 +200,7 @@ def test_arbitrary_bytes_are_a_message_or_a_wire_error(noise: bytes) -> None:
 
 
 def test_a_damaged_aggregate_is_noticed() -> None:
-    row = SectionWeights(("a", "b"), (4, 4), 3)
+    row = WeightRow(("a", "b"), (4, 4), 3)
     value = Aggregate(2, (AggregateSection("shared", row, b"payload"),), 0, 0)
     header = wire.encode_aggregate_header(value, [7], hashlib.sha256(b"payload").digest(), 0)
     with pytest.raises(WireError, match="damaged"):
@@ -244,7 +244,7 @@ def test_nan_on_the_wire_is_refused_with_the_field() -> None:
 def test_the_largest_messages_stay_below_the_message_limit() -> None:
     members = tuple(f"{i:063d}" for i in range(bounds.MAX_MEMBERS))
     share, rest = divmod(1 << 20, len(members))
-    row = SectionWeights(members, (share + rest, *[share] * (len(members) - 1)), 20)
+    row = WeightRow(members, (share + rest, *[share] * (len(members) - 1)), 20)
     section = AggregateSection("shared", row, b"x")
     family = AggregateSection("family", row, b"x")
     aggregate = wire.encode_aggregate_header(Aggregate(2, (section, family), 0, 0), [1, 1], bytes(32), 0)

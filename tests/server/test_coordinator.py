@@ -518,7 +518,7 @@ def test_neither_a_description_nor_a_result_that_fails_leaves_a_round_closed(
 ) -> None:
     with monkeypatch.context() as patch:
         if broken == "describe":
-            patch.setattr(rounds, "describe", _no_space)
+            patch.setattr(rounds.Round, "status", _no_space)
         for client in federation.clients:
             coordinator.enrol(client, federation.enrolment())
             receipt = coordinator.push(client, federation.upload(coordinator.run_id, client, 1))
@@ -553,7 +553,7 @@ def _no_space(*_: object, **__: object) -> None:
 
 
 def test_two_servers_cannot_share_a_state(federation: Any, coordinator: Any, clock: Any) -> None:
-    with pytest.raises(StateError, match="in use by another server"):
+    with pytest.raises(StateError, match="in use by another process"):
         Coordinator(coordinator.settings, clock)
 
 

@@ -14,8 +14,8 @@ from fedmosaic.experiments.attacks.statistics.results import RefusalResult
 from fedmosaic.privacy.groupkey.agreement import KeyAgreement, plan_epoch
 from fedmosaic.privacy.groupkey.messages import Epoch, write_opening
 from fedmosaic.privacy.groupkey.nonces import NonceCounter
-from fedmosaic.privacy.policy import WeightRow
 from fedmosaic.protos.errors import FedMosaicError
+from fedmosaic.protos.messages import WeightRow
 
 _MEMBERS: Final = ("ada", "ben", "cid", "dee", "eva")
 _VICTIM, _OTHER = _MEMBERS[:2]
@@ -104,12 +104,12 @@ def _state_refusals(place: Path) -> list[RefusalResult]:
     counter = NonceCounter(place / "counter.json", "attempts")
     counter.open_epoch(5)
     state = ClientState(place / "state", "attempts", _VICTIM)
-    row = WeightRow(1, _VICTIM, ("ben", "cid", "dee"), (2048, 1024, 1024), 12)
-    other = WeightRow(1, _VICTIM, ("ben", "cid", "dee"), (1024, 2048, 1024), 12)
+    row = WeightRow(("ben", "cid", "dee"), (2048, 1024, 1024), 12)
+    other = WeightRow(("ben", "cid", "dee"), (1024, 2048, 1024), 12)
     try:
-        state.accept_row("shared", row)
+        state.accept_row("shared", 1, row)
         return [
-            _attempt("a second, different row for one round", lambda: state.accept_row("shared", other)),
+            _attempt("a second, different row for one round", lambda: state.accept_row("shared", 1, other)),
             _attempt("an old key epoch opened again", lambda: counter.open_epoch(4)),
         ]
     finally:

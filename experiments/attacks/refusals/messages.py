@@ -26,7 +26,7 @@ from fedmosaic.experiments.scenario.quiet_log import quiet_log
 from fedmosaic.experiments.simulation.transport import InProcessTransport
 from fedmosaic.privacy.federation import kits as federation
 from fedmosaic.protos.errors import ConfigurationError, FedMosaicError
-from fedmosaic.protos.messages import Aggregate, AggregateSection, RoundStatus, SectionWeights, Upload
+from fedmosaic.protos.messages import Aggregate, AggregateSection, RoundStatus, Upload, WeightRow
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.settings import settings_from_kit
 
@@ -102,7 +102,7 @@ def refusals() -> tuple[RefusalResult, ...]:
         )
 
 
-def _section(aggregate: Aggregate) -> tuple[AggregateSection, SectionWeights]:
+def _section(aggregate: Aggregate) -> tuple[AggregateSection, WeightRow]:
     section = aggregate.sections[0]
     if section.row is None:
         raise ConfigurationError(f"the federation refused its own aggregate: {section.refusal}")
@@ -114,7 +114,7 @@ def _with_row(aggregate: Aggregate, shares: Mapping[str, float]) -> Aggregate:
     total = 1 << agreed.bits
     weights = [round(share * total) for share in shares.values()]
     weights[0] += total - sum(weights)
-    row = SectionWeights(tuple(shares), tuple(weights), agreed.bits)
+    row = WeightRow(tuple(shares), tuple(weights), agreed.bits)
     return replace(aggregate, sections=(replace(section, row=row),))
 
 

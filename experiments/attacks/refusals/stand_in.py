@@ -9,8 +9,9 @@ from typing import Any, Final
 import numpy as np
 
 from fedmosaic.client.client import Participant
+from fedmosaic.client.planning import AdapterPlan
 from fedmosaic.client.progress import SilentProgress
-from fedmosaic.client.releases import AdapterPlan, Releases
+from fedmosaic.client.releases import Releases
 from fedmosaic.client.session import Session
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.encryption.parameters import MaskParameters, Parameters
@@ -18,7 +19,7 @@ from fedmosaic.privacy.federation import kits as federation
 from fedmosaic.privacy.federation.roster import AdapterTerms, Roster, ScheduleTerms, Terms
 from fedmosaic.privacy.ledger.ledger import Ledger
 from fedmosaic.privacy.mechanism.noise import SecureNoise
-from fedmosaic.privacy.mechanism.profile import ClippedSum, Float32Array, ProfileMechanism, Reduction, release
+from fedmosaic.privacy.mechanism.profile import ClippedSum, ProfileMechanism, Reduction
 from fedmosaic.protos.errors import FedMosaicError
 
 MEMBERS: Final = ("ada", "ben", "cid", "dee", "eva")
@@ -122,14 +123,13 @@ def run_sessions(
     return learners, errors
 
 
-def _profile(seed: int) -> Callable[[Callable[[], None]], Float32Array]:
-    def make(charge: Callable[[], None]) -> Float32Array:
+def _profile(seed: int) -> Callable[[], ClippedSum]:
+    def summed() -> ClippedSum:
         units = np.zeros(_MECHANISM.dimensions, dtype=np.int64)
         units[seed] = 100 * 2**24
-        charge()
-        return release(ClippedSum(units, 0, 0, 100), _MECHANISM, SecureNoise())
+        return ClippedSum(units, 0, 0, 100)
 
-    return make
+    return summed
 
 
 _MECHANISM: Final = ProfileMechanism(

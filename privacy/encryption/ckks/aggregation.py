@@ -22,8 +22,8 @@ from fedmosaic.privacy.encryption.ckks.modular import (
 from fedmosaic.privacy.encryption.layout import ring_blocks
 from fedmosaic.privacy.encryption.parameters import CkksParameters
 from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
-from fedmosaic.privacy.policy import WeightRow
 from fedmosaic.protos.errors import CiphertextError
+from fedmosaic.protos.messages import WeightRow
 
 # Bounds the memory for the words of all contributors, whatever the length of the vector.
 _BLOCKS_AT_ONCE = 4

@@ -37,8 +37,8 @@ from fedmosaic.privacy.encryption.layout import ring_blocks
 from fedmosaic.privacy.encryption.parameters import CkksParameters
 from fedmosaic.privacy.encryption.records import RoundContext
 from fedmosaic.privacy.groupkey.key import GroupKey
-from fedmosaic.privacy.policy import WeightRow
 from fedmosaic.protos.errors import CiphertextError, EncryptionError
+from fedmosaic.protos.messages import WeightRow
 
 
 def generate_secret(parameters: CkksParameters) -> bytes:

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from fedmosaic.privacy.encryption.aggregator import Aggregator, Contribution
 from fedmosaic.privacy.encryption.parameters import MaskParameters
 from fedmosaic.privacy.encryption.records import RoundContext
-from fedmosaic.privacy.policy import AggregationPolicy, WeightRow
+from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos.errors import EncryptionError
+from fedmosaic.protos.messages import WeightRow
 
 # Doubles in one buffer of a product: two of them stay in the third-level cache.
 _BUFFER = 400_000

@@ -22,8 +22,8 @@ from fedmosaic.privacy.encryption.layout import upload_header
 from fedmosaic.privacy.encryption.parameters import MaskParameters
 from fedmosaic.privacy.encryption.records import NONCE_BYTES, RoundContext
 from fedmosaic.privacy.groupkey.key import GroupKey
-from fedmosaic.privacy.policy import WeightRow
 from fedmosaic.protos.errors import EncryptionError
+from fedmosaic.protos.messages import WeightRow
 
 
 class MaskCipher(ClientCipher[MaskParameters]):

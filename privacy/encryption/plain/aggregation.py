@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from fedmosaic.privacy.encryption.aggregator import Aggregator, Contribution
 from fedmosaic.privacy.encryption.parameters import PlainParameters
 from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
-from fedmosaic.privacy.policy import WeightRow
 from fedmosaic.protos.errors import CiphertextError
+from fedmosaic.protos.messages import WeightRow
 
 
 class PlainAggregator(Aggregator[PlainParameters]):

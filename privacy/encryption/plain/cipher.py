@@ -7,7 +7,7 @@ from fedmosaic.privacy.encryption.cipher import ClientCipher
 from fedmosaic.privacy.encryption.parameters import PlainParameters
 from fedmosaic.privacy.encryption.records import RoundContext
 from fedmosaic.privacy.groupkey.key import GroupKey
-from fedmosaic.privacy.policy import WeightRow
+from fedmosaic.protos.messages import WeightRow
 
 
 class PlainCipher(ClientCipher[PlainParameters]):

@@ -1,4 +1,4 @@
-"""A release charges before it draws, draws once, and is refused where it would not be private."""
+"""The private sum of a profile: exact, one row an example, and refused where it would not be private."""
 
 import logging
 import math
@@ -12,11 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from devices import here
 from fedmosaic.client.model.examples import IGNORED, EncodedExample
 from fedmosaic.client.profile.probe import Probe, gradient_factors, open_probe
-from fedmosaic.client.profile.release import clipped_profile, release_profile
+from fedmosaic.client.profile.release import clipped_profile
 from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
-from fedmosaic.privacy.mechanism.profile import GRID, Float64Array, ProfileMechanism, Reduction, clip
+from fedmosaic.privacy.mechanism.profile import GRID, ProfileMechanism, Reduction, clip, release
 from fedmosaic.privacy.mechanism.projection import PublicMap
-from fedmosaic.protos.errors import BudgetExceededError, MechanismError, PrivacyError
+from fedmosaic.protos.errors import MechanismError, PrivacyError
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -63,62 +63,21 @@ def mechanism(probe: Probe, **changes: object) -> ProfileMechanism:
     return ProfileMechanism.model_validate(fields | changes)
 
 
-class Recorder:
-    """Test noise that writes down when it is drawn, together with the charges."""
-
-    is_test = True
-
-    def __init__(self) -> None:
-        self.events: list[str] = []
-        self.source = SeededTestNoise(5)
-
-    def gaussian(self, size: int, standard_deviation: float) -> Float64Array:
-        self.events.append("noise")
-        return self.source.gaussian(size, standard_deviation)
-
-    def words(self, size: int) -> np.ndarray:
-        self.events.append("sample")
-        return self.source.words(size)
-
-    def charge(self) -> None:
-        self.events.append("charge")
-
-    def refuse(self) -> None:
-        self.events.append("refusal")
-        raise BudgetExceededError("the budget of this client is spent")
-
-
-def test_charge_comes_once_and_before_noise(probe: Probe) -> None:
-    recorder = Recorder()
-    public_map = PublicMap(mechanism(probe, sampling_rate=0.5))
-    released = release_profile(probe, dataset(60), public_map, recorder, recorder.charge)
-    assert recorder.events == ["sample", "charge", "noise"]
-    assert released.shape == (32,)
-    assert released.dtype == np.float32
-
-
-def test_no_noise_is_drawn_once_the_budget_is_spent(probe: Probe) -> None:
-    recorder = Recorder()
-    with pytest.raises(BudgetExceededError):
-        release_profile(probe, dataset(60), PublicMap(mechanism(probe)), recorder, recorder.refuse)
-    assert recorder.events == ["refusal"]
-
-
 def test_release_is_the_clipped_sum_of_the_exact_gradients_plus_noise(probe: Probe) -> None:
     examples, public_map = dataset(80), PublicMap(mechanism(probe, noise_multiplier=0.0))
-    released = release_profile(probe, examples, public_map, SecureNoise(), lambda: None)
+    released = release(
+        clipped_profile(probe, examples, public_map, SecureNoise()), public_map.mechanism, SecureNoise()
+    )
     rows = public_map.rows(list(gradient_factors(probe, examples)))
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1.0, rtol=1e-6)
     np.testing.assert_allclose(released, 0.5 * rows.sum(axis=0), atol=1e-4)
 
 
 def test_noise_has_the_standard_deviation_of_the_mechanism(probe: Probe) -> None:
-    examples, public_map = dataset(60), PublicMap(mechanism(probe))
-    quiet = PublicMap(mechanism(probe, noise_multiplier=0.0))
-    clean = release_profile(probe, examples, quiet, SecureNoise(), lambda: None)
-    noise = [
-        release_profile(probe, examples, public_map, SecureNoise(), lambda: None) - clean for _ in range(40)
-    ]
+    loud = mechanism(probe)
+    total = clipped_profile(probe, dataset(60), PublicMap(loud), SecureNoise())
+    clean = release(total, mechanism(probe, noise_multiplier=0.0), SecureNoise())
+    noise = [release(total, loud, SecureNoise()) - clean for _ in range(40)]
     assert stats.kstest(np.ravel(noise) / 1.0, "norm").pvalue > 1e-9
 
 
@@ -147,12 +106,11 @@ def test_poisson_sample_decides_who_is_summed(probe: Probe) -> None:
     assert totals[3].rows == np.count_nonzero(included)
 
 
-def test_an_empty_sample_is_charged_and_released_as_noise(probe: Probe) -> None:
-    recorder = Recorder()
+def test_an_empty_sample_is_a_sum_of_zeros_and_released_as_noise(probe: Probe) -> None:
     public_map = PublicMap(mechanism(probe, sampling_rate=1e-12))
-    released = release_profile(probe, dataset(60), public_map, recorder, recorder.charge)
-    assert recorder.events == ["sample", "charge", "noise"]
-    assert np.all(released != 0)
+    total = clipped_profile(probe, dataset(60), public_map, SecureNoise())
+    assert total.rows == np.count_nonzero(total.units) == 0
+    assert np.all(release(total, public_map.mechanism, SecureNoise()) != 0)
 
 
 def test_examples_without_a_finite_gradient_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
@@ -180,16 +138,14 @@ def test_examples_without_a_finite_gradient_are_left_out(caplog: pytest.LogCaptu
 
 def test_small_data_sets_are_refused_or_warned_about(probe: Probe, caplog: pytest.LogCaptureFixture) -> None:
     public_map = PublicMap(mechanism(probe))
-    recorder = Recorder()
     with pytest.raises(PrivacyError, match="at least 50 examples"):
-        release_profile(probe, dataset(49), public_map, recorder, recorder.charge)
-    assert recorder.events == []
+        clipped_profile(probe, dataset(49), public_map, SecureNoise())
     with caplog.at_level(logging.WARNING):
-        release_profile(probe, dataset(50), public_map, SecureNoise(), lambda: None)
+        clipped_profile(probe, dataset(50), public_map, SecureNoise())
     assert "fewer than 300" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        release_profile(probe, dataset(300), public_map, SecureNoise(), lambda: None)
+        clipped_profile(probe, dataset(300), public_map, SecureNoise())
     assert caplog.text == ""
 
 

@@ -34,7 +34,7 @@ from fedmosaic.protos.messages import (
     ReceiptStatus,
     RoundStatus,
     Section,
-    SectionWeights,
+    WeightRow,
 )
 from fedmosaic.protos.refusal import Refusal, RefusalKind, to_status
 from fedmosaic.protos.signing import sign_upload
@@ -43,7 +43,7 @@ from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
 
 ENROLMENT = Enrolment(1, "fed", bytes(32), bytes(32), "", "test")
 PAYLOAD = np.random.default_rng(0).integers(0, 256, 700_000, dtype=np.uint8).tobytes()
-ROW = SectionWeights(("a", "b", "c"), (2, 3, 3), 3)
+ROW = WeightRow(("a", "b", "c"), (2, 3, 3), 3)
 AGGREGATE = Aggregate(2, (AggregateSection("shared", ROW, PAYLOAD),), 1, 1)
 STATUS = RoundStatus(1, Phase.OPEN, ("a",), ("b",), 5.0, "round 1: 1 of 2 uploads, waiting for b, 5 s left")
 

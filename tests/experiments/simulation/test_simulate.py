@@ -14,7 +14,6 @@ from safetensors.numpy import load_file
 from fedmosaic.client.colora import read_shared
 from fedmosaic.client.model.examples import read_examples
 from fedmosaic.client.settings import ClientSettings
-from fedmosaic.client.state import hold_directory
 from fedmosaic.experiments.comparison.report import merged_statement, read_run, show
 from fedmosaic.experiments.comparison.runs import compared_run
 from fedmosaic.experiments.runs import command as runner
@@ -27,6 +26,7 @@ from fedmosaic.experiments.simulation.client import StreamLearner
 from fedmosaic.experiments.simulation.hosts import ModelHost, Tenant
 from fedmosaic.experiments.simulation.progress import RunProgress
 from fedmosaic.privacy.configuration import read_configuration
+from fedmosaic.privacy.files import hold_directory
 from fedmosaic.privacy.ledger.ledger import read_ledger
 from fedmosaic.protos.errors import ConfigurationError, StateError
 

@@ -26,8 +26,9 @@ from fedmosaic.privacy.encryption.parameters import (
 from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext, row_digest
 from fedmosaic.privacy.encryption.weights import integer_weights
 from fedmosaic.privacy.groupkey.key import GroupKey
-from fedmosaic.privacy.policy import AggregationPolicy, WeightRow
+from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos.errors import CiphertextError, ConfigurationError, EncryptionError, PolicyError
+from fedmosaic.protos.messages import WeightRow
 
 BACKENDS: dict[str, Parameters] = {
     "ckks": CkksParameters(),
@@ -58,11 +59,11 @@ class Federation:
     def aggregator(self) -> Aggregator[Any]:
         return create_aggregator(self.parameters, self.policy, allow_plaintext=True)
 
-    def row(self, recipient: str, shares: dict[str, float]) -> WeightRow:
+    def row(self, shares: dict[str, float]) -> WeightRow:
         names = tuple(shares)
         weights = integer_weights(np.array(list(shares.values())), self.parameters.weight_bits)
         integers = tuple(int(weight) for weight in weights)
-        return WeightRow(self.context.round, recipient, names, integers, self.parameters.weight_bits)
+        return WeightRow(names, integers, self.parameters.weight_bits)
 
     def encrypt(self, vectors: NDArray[np.float64]) -> dict[str, bytes]:
         return {
@@ -95,7 +96,7 @@ def expected(row: WeightRow, f: Federation, vectors: NDArray[np.float64]) -> NDA
 
 def even_row(f: Federation, recipient: str = "member-0") -> WeightRow:
     others = [member for member in f.members if member != recipient]
-    return f.row(recipient, dict.fromkeys(others, 1 / len(others)))
+    return f.row(dict.fromkeys(others, 1 / len(others)))
 
 
 def uniform(counts: NDArray[np.int64]) -> bool:
@@ -108,7 +109,7 @@ def exchange(f: Federation, vectors: NDArray[np.float64], row: WeightRow) -> tup
     aggregator = f.aggregator()
     for member, upload in uploads.items():
         aggregator.check_upload(upload, f.context, member)
-    return uploads, bytes(aggregator.aggregate(uploads, [row], f.context)[0])
+    return uploads, bytes(aggregator.aggregate(uploads, {"member-0": row}, f.context)[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -116,17 +117,11 @@ def exchange(f: Federation, vectors: NDArray[np.float64], row: WeightRow) -> tup
 def test_aggregates_equal_those_in_the_clear(backend: str, dimensions: int) -> None:
     f = federation(backend, dimensions)
     vectors = vectors_for(f, scale=1.0).clip(-4.0, 4.0)
-    rows = [
-        f.row(
-            member, {m: w for m, w in zip(f.members, (0.4, 0.3, 0.2, 0.1, 0.0), strict=True) if m != member}
-        )
-        if member == "member-4"
-        else even_row(f, member)
-        for member in f.members
-    ]
+    rows = {member: even_row(f, member) for member in f.members}
+    rows["member-4"] = f.row(dict(zip(f.members[:4], (0.4, 0.3, 0.2, 0.1), strict=True)))
     aggregates = f.aggregator().aggregate(f.encrypt(vectors), rows, f.context)
-    for row, record in zip(rows, aggregates, strict=True):
-        values = f.cipher(row.recipient).decrypt(record, f.key, f.context, row)
+    for (recipient, row), record in zip(rows.items(), aggregates, strict=True):
+        values = f.cipher(recipient).decrypt(record, f.key, f.context, row)
         assert values.dtype == np.float64
         np.testing.assert_allclose(values, expected(row, f, vectors), rtol=0, atol=TOLERANCE[backend])
 
@@ -139,7 +134,7 @@ def test_extreme_values_with_extreme_rows_do_not_wrap(backend: str) -> None:
         vectors[:, ::2] *= -1
         half = 1 << (f.parameters.weight_bits - 1)
         weights = (half, half - 1, 1)
-        row = WeightRow(3, "member-0", f.members[1:4], weights, f.parameters.weight_bits)
+        row = WeightRow(f.members[1:4], weights, f.parameters.weight_bits)
         uploads, record = exchange(f, vectors, row)
         values = f.cipher("member-0").decrypt(record, f.key, f.context, row)
         np.testing.assert_allclose(values, vectors[0], rtol=0, atol=TOLERANCE[backend])
@@ -160,7 +155,7 @@ def test_any_row_and_any_vectors(backend: str, data: st.DataObject) -> None:
             lambda w: sum(w) > 0.1 and sum(x / sum(w) > 1e-3 for x in w) >= 3 and max(w) / sum(w) <= 0.5
         )
     )
-    row = f.row("member-0", {m: w / sum(raw) for m, w in zip(f.members[1:], raw, strict=True)})
+    row = f.row({m: w / sum(raw) for m, w in zip(f.members[1:], raw, strict=True)})
     _, record = exchange(f, vectors, row)
     values = f.cipher("member-0").decrypt(record, f.key, f.context, row)
     np.testing.assert_allclose(values, expected(row, f, vectors), rtol=0, atol=TOLERANCE[backend])
@@ -169,7 +164,7 @@ def test_any_row_and_any_vectors(backend: str, data: st.DataObject) -> None:
 def test_mask_sums_are_exact_integers() -> None:
     f = federation("mask", 5000)
     vectors = vectors_for(f, scale=1.0).clip(-4.0, 4.0)
-    row = f.row("member-0", {"member-1": 0.45, "member-2": 0.35, "member-3": 0.2, "member-4": 0.0})
+    row = f.row({"member-1": 0.45, "member-2": 0.35, "member-3": 0.2, "member-4": 0.0})
     _, record = exchange(f, vectors, row)
     values = f.cipher("member-0").decrypt(record, f.key, f.context, row)
     integers = np.rint(vectors * 2**16).astype(np.int64)
@@ -183,7 +178,7 @@ def test_zero_and_tiny_weights_work(backend: str) -> None:
     vectors = vectors_for(f)
     bits = f.parameters.weight_bits
     half = 1 << (bits - 1)
-    row = WeightRow(3, "member-0", f.members[1:], (half, half - 1, 1, 0), bits)
+    row = WeightRow(f.members[1:], (half, half - 1, 1, 0), bits)
     _, record = exchange(f, vectors, row)
     values = f.cipher("member-0").decrypt(record, f.key, f.context, row)
     np.testing.assert_allclose(values, expected(row, f, vectors), rtol=0, atol=TOLERANCE[backend])
@@ -193,10 +188,10 @@ def test_zero_and_tiny_weights_work(backend: str) -> None:
 def test_permuting_members_permutes_nothing_but_the_order(backend: str) -> None:
     f = federation(backend)
     uploads = f.encrypt(vectors_for(f))
-    rows = [even_row(f, member) for member in f.members]
+    rows = {member: even_row(f, member) for member in f.members}
     backwards = dict(reversed(uploads.items()))
     assert (
-        f.aggregator().aggregate(backwards, rows[::-1], f.context)
+        f.aggregator().aggregate(backwards, dict(reversed(rows.items())), f.context)
         == f.aggregator().aggregate(uploads, rows, f.context)[::-1]
     )
 
@@ -206,7 +201,7 @@ def test_records_may_be_views_of_a_mapped_file(backend: str) -> None:
     f = federation(backend)
     uploads, record = exchange(f, vectors_for(f), even_row(f))
     views = {member: memoryview(b"before" + upload + b"after")[6:-5] for member, upload in uploads.items()}
-    assert f.aggregator().aggregate(views, [even_row(f)], f.context) == [record]
+    assert f.aggregator().aggregate(views, {"member-0": even_row(f)}, f.context) == [record]
     f.cipher("member-0").decrypt(memoryview(record), f.key, f.context, even_row(f))
 
 
@@ -274,7 +269,7 @@ def test_clipping_is_done_only_on_request(backend: str) -> None:
     uploads = f.encrypt(np.zeros((5, 100)))
     for member in f.members:
         uploads[member] = f.cipher(member).encrypt(np.full(100, 9.0), f.key, f.context, bytes(16), clip=True)
-    record = bytes(f.aggregator().aggregate(uploads, [even_row(f)], f.context)[0])
+    record = bytes(f.aggregator().aggregate(uploads, {"member-0": even_row(f)}, f.context)[0])
     values = f.cipher("member-0").decrypt(record, f.key, f.context, even_row(f))
     np.testing.assert_allclose(values, 4.0, rtol=0, atol=TOLERANCE[backend])
     with pytest.raises(EncryptionError, match="not finite"):
@@ -349,22 +344,19 @@ def test_each_policy_violation_is_refused_on_both_sides(backend: str) -> None:
     bits = f.parameters.weight_bits
     full = 1 << bits
     violations = {
-        "at least 3": WeightRow(3, "member-0", ("member-1",), (full,), bits),
-        "above the cap": WeightRow(3, "member-0", f.members[1:4], (full - 2, 1, 1), bits),
-        "own weight must be 0": WeightRow(3, "member-0", f.members[:4], (full // 4,) * 4, bits),
-        "expected round 3": replace(even_row(f), round=4),
-        "have 1[25]": WeightRow(3, "member-0", f.members[1:], (1 << (bits - 3),) * 4, bits - 1),
+        "at least 3": WeightRow(("member-1",), (full,), bits),
+        "above the cap": WeightRow(f.members[1:4], (full - 2, 1, 1), bits),
+        "own weight must be 0": WeightRow(f.members[:4], (full // 4,) * 4, bits),
+        "have 1[25]": WeightRow(f.members[1:], (1 << (bits - 3),) * 4, bits - 1),
     }
     for message, row in violations.items():
         with pytest.raises(PolicyError, match=message):
-            f.aggregator().aggregate(uploads, [row], f.context)
+            f.aggregator().aggregate(uploads, {"member-0": row}, f.context)
         with pytest.raises(PolicyError, match=message):
             f.cipher("member-0").decrypt(record, f.key, f.context, row)
-    with pytest.raises(PolicyError, match="two weight rows"):
-        f.aggregator().aggregate(uploads, [even_row(f), even_row(f)], f.context)
     del uploads["member-1"]
     with pytest.raises(PolicyError, match="outside the roster"):
-        f.aggregator().aggregate(uploads, [even_row(f)], f.context)
+        f.aggregator().aggregate(uploads, {"member-0": even_row(f)}, f.context)
 
 
 @pytest.mark.parametrize("backend", ENCRYPTED)
@@ -380,7 +372,7 @@ def test_contributors_without_the_key_are_refused_by_the_client(backend: str) ->
 def test_a_row_that_is_not_the_one_used_is_refused(backend: str) -> None:
     f = federation(backend)
     _, record = exchange(f, vectors_for(f), even_row(f))
-    other = f.row("member-0", dict(zip(f.members[1:], (0.4, 0.3, 0.2, 0.1), strict=True)))
+    other = f.row(dict(zip(f.members[1:], (0.4, 0.3, 0.2, 0.1), strict=True)))
     with pytest.raises(CiphertextError, match="another weight row"):
         f.cipher("member-0").decrypt(record, f.key, f.context, other)
 
@@ -392,9 +384,11 @@ def test_mask_detects_a_server_that_lies_about_the_row_it_used() -> None:
     uploads = f.encrypt(vectors)
     honest = even_row(f)
     greedy = AggregationPolicy(minimum_contributors=1, weight_cap=1.0, squares_cap=1.0)
-    one_hot = f.row("member-0", {"member-1": 1.0})
-    stolen = bytes(create_aggregator(f.parameters, greedy).aggregate(uploads, [one_hot], f.context)[0])
-    template = bytes(f.aggregator().aggregate(uploads, [honest], f.context)[0])
+    one_hot = f.row({"member-1": 1.0})
+    stolen = bytes(
+        create_aggregator(f.parameters, greedy).aggregate(uploads, {"member-0": one_hot}, f.context)[0]
+    )
+    template = bytes(f.aggregator().aggregate(uploads, {"member-0": honest}, f.context)[0])
     forged = template[: HEADER_BYTES + 4 * 16] + stolen[HEADER_BYTES + 16 :]
     with pytest.raises(CiphertextError, match="decrypts outside"):
         f.cipher("member-0").decrypt(forged, f.key, f.context, honest)
@@ -423,7 +417,7 @@ def test_one_altered_upload_ends_at_the_recipient(backend: str) -> None:
     for position in positions:
         altered[position] ^= 0x5A
     uploads["member-1"] = bytes(altered)
-    record = bytes(f.aggregator().aggregate(uploads, [even_row(f)], f.context)[0])
+    record = bytes(f.aggregator().aggregate(uploads, {"member-0": even_row(f)}, f.context)[0])
     with pytest.raises(CiphertextError, match="decrypts outside"):
         f.cipher("member-0").decrypt(record, f.key, f.context, even_row(f))
 
@@ -442,7 +436,9 @@ def test_any_altered_ckks_byte_of_an_aggregate_or_seed_is_noticed(position: int)
             forged = bytes(altered)
         else:
             forged = bytes(
-                f.aggregator().aggregate(uploads | {"member-1": bytes(altered)}, [row], f.context)[0]
+                f.aggregator().aggregate(
+                    uploads | {"member-1": bytes(altered)}, {"member-0": row}, f.context
+                )[0]
             )
         with pytest.raises(CiphertextError, match=r"decrypts outside|not below the modulus"):
             f.cipher("member-0").decrypt(forged, f.key, f.context, row)
@@ -458,7 +454,7 @@ def test_residues_at_or_above_the_modulus_are_refused_on_both_sides() -> None:
         with pytest.raises(CiphertextError, match="upload of 'member-1' holds residues"):
             f.aggregator().check_upload(bad, f.context, "member-1")
         with pytest.raises(CiphertextError, match="upload of 'member-1' holds residues"):
-            f.aggregator().aggregate(uploads | {"member-1": bad}, [even_row(f)], f.context)
+            f.aggregator().aggregate(uploads | {"member-1": bad}, {"member-0": even_row(f)}, f.context)
         with pytest.raises(CiphertextError, match="aggregate holds residues"):
             f.cipher("member-0").decrypt(record[:-6] + word, f.key, f.context, even_row(f))
     largest = (CkksParameters().modulus - 1).to_bytes(6, "little")
@@ -492,13 +488,13 @@ def test_records_of_other_back_ends_do_not_pass(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_rows_give_no_aggregates(backend: str) -> None:
     f = federation(backend)
-    assert f.aggregator().aggregate({}, [], f.context) == []
+    assert f.aggregator().aggregate({}, {}, f.context) == []
 
 
 def test_digest_of_the_row_stands_in_the_aggregate() -> None:
     f = federation("mask")
     _, record = exchange(f, vectors_for(f), even_row(f))
-    assert row_digest(even_row(f)) in record[:HEADER_BYTES]
+    assert row_digest(even_row(f), "member-0", f.context.round) in record[:HEADER_BYTES]
 
 
 def test_the_server_side_needs_no_key_no_cipher_and_no_homomorphic_library() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedmosaic.client import statement as client_statement
-from fedmosaic.client.releases import AdapterPlan, sampling_rate
+from fedmosaic.client.planning import AdapterPlan, sampling_rate
 from fedmosaic.client.statement import for_handing_over
 from fedmosaic.privacy.accounting import calibrate
 from fedmosaic.privacy.accounting.epsilon import default_delta

@@ -62,7 +62,7 @@ def test_rows_are_the_rounded_softmax_where_no_limit_bites() -> None:
     assert result.smallest_coalition is None
     for i, recipient in enumerate(names):
         row = result.rows[recipient]
-        assert (row.recipient, row.round, row.bits) == (recipient, 4, 15)
+        assert row.bits == 15
         assert row.contributors == tuple(n for n in names if n != recipient)
         shares = np.array(row.weights) / 2**15
         np.testing.assert_allclose(shares, np.delete(exact[i], i), atol=2.0**-15)

@@ -17,8 +17,9 @@ from fedmosaic.privacy.encryption.ckks.seal_format import seal_file
 from fedmosaic.privacy.encryption.parameters import CkksParameters
 from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
 from fedmosaic.privacy.groupkey.key import GroupKey
-from fedmosaic.privacy.policy import AggregationPolicy, WeightRow
+from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos.errors import CiphertextError, EncryptionError
+from fedmosaic.protos.messages import WeightRow
 
 PARAMETERS = CkksParameters()
 N, Q = PARAMETERS.ring_degree, PARAMETERS.modulus
@@ -119,16 +120,14 @@ def test_every_upload_carries_a_fresh_error_of_the_standard_size() -> None:
         constant = centred(sum(phase) * pow(N, -1, Q) % Q)
         assert abs(constant) <= 21 + 1
         assert any(phase)
-    rows = [
-        WeightRow(0, "a", ("b", "c", "d"), (2**14, 2**13, 2**13), 15),
-    ]
+    row = WeightRow(("b", "c", "d"), (2**14, 2**13, 2**13), 15)
     uploads = {
         name: create_cipher(PARAMETERS, name, POLICY).encrypt(np.zeros(N), KEY, context(N), bytes(16))
         for name in "bcd"
     }
     aggregator = CkksAggregator(PARAMETERS, POLICY)
-    record = aggregator.aggregate(uploads, rows, context(N))[0]
-    noise = cipher.decrypt(record, KEY, context(N), rows[0])
+    record = aggregator.aggregate(uploads, {"a": row}, context(N))[0]
+    noise = cipher.decrypt(record, KEY, context(N), row)
     # Shares ½, ¼, ¼ of independent errors: factor √(6/16).
     predicted = np.sqrt(N / 2) * np.sqrt(10.5) / 2**29 * np.sqrt(6 / 16)
     assert 0.85 * predicted < float(noise.std()) < 1.15 * predicted
@@ -136,13 +135,13 @@ def test_every_upload_carries_a_fresh_error_of_the_standard_size() -> None:
 
 
 def aggregate_of(vectors: NDArray[np.float64]) -> tuple[bytes, WeightRow, RoundContext]:
-    row = WeightRow(0, "a", ("b", "c", "d"), (2**14, 2**13, 2**13), 15)
+    row = WeightRow(("b", "c", "d"), (2**14, 2**13, 2**13), 15)
     where = context(vectors.shape[1])
     uploads = {
         name: create_cipher(PARAMETERS, name, POLICY).encrypt(vector, KEY, where, bytes(16))
         for name, vector in zip(row.contributors, vectors, strict=True)
     }
-    return bytes(CkksAggregator(PARAMETERS, POLICY).aggregate(uploads, [row], where)[0]), row, where
+    return bytes(CkksAggregator(PARAMETERS, POLICY).aggregate(uploads, {"a": row}, where)[0]), row, where
 
 
 def test_seeds_are_never_used_twice_and_the_first_halves_look_uniform() -> None:
@@ -188,7 +187,7 @@ def test_encoding_never_passes_the_bound_of_the_parameters() -> None:
     """Coefficients of the encoded polynomial stay below clip·√2 times the scale, whatever the values."""
     cipher = create_cipher(PARAMETERS, "a", POLICY)
     generator = np.random.default_rng(1)
-    row = WeightRow(0, "a", ("b", "c", "d"), (2**14, 2**14 - 1, 1), 15)
+    row = WeightRow(("b", "c", "d"), (2**14, 2**14 - 1, 1), 15)
     patterns = [
         np.full(N, 4.0),
         np.repeat([4.0, -4.0], N // 2),
@@ -200,7 +199,7 @@ def test_encoding_never_passes_the_bound_of_the_parameters() -> None:
             name: create_cipher(PARAMETERS, name, POLICY).encrypt(values, KEY, context(N), bytes(16))
             for name in "bcd"
         }
-        record = CkksAggregator(PARAMETERS, POLICY).aggregate(uploads, [row], context(N))[0]
+        record = CkksAggregator(PARAMETERS, POLICY).aggregate(uploads, {"a": row}, context(N))[0]
         found = cipher.decrypt(record, KEY, context(N), row)
         np.testing.assert_allclose(found, values, rtol=0, atol=1e-5)
 
@@ -231,8 +230,8 @@ def test_tenseal_vectors_agree() -> None:
         name: create_cipher(PARAMETERS, name, POLICY).encrypt(vector, KEY, context(300), bytes(16))
         for name, vector in zip(names, vectors, strict=True)
     }
-    row = WeightRow(0, "a", names, weights, 15)
-    record = CkksAggregator(PARAMETERS, POLICY).aggregate(uploads, [row], context(300))[0]
+    row = WeightRow(names, weights, 15)
+    record = CkksAggregator(PARAMETERS, POLICY).aggregate(uploads, {"a": row}, context(300))[0]
     found = create_cipher(PARAMETERS, "a", POLICY).decrypt(record, KEY, context(300), row)
     np.testing.assert_allclose(found, oracle, rtol=0, atol=1e-5)
 

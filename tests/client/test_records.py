@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from fedmosaic.client.clipping import ClippingRecord
+from fedmosaic.client.records import ClippingRecord
 from fedmosaic.protos.errors import StateError
 
 

@@ -1,0 +1,52 @@
+"""What a client plans before its first round: the channels its budget bounds, and σ of DP-SGD."""
+
+from dataclasses import dataclass
+
+from fedmosaic.privacy.accounting.calibrate import noise_multiplier_for
+from fedmosaic.privacy.federation.roster import Terms
+from fedmosaic.privacy.federation.terms_checks import plan_inputs
+from fedmosaic.privacy.ledger.rows import Channel
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """DP-SGD parameters of this client, planned once for the whole run.
+
+    Attributes:
+        noise_multiplier: σ, noise over clipping norm; 0 where the adapter is not trained privately.
+        sampling_rate: q, expected batch size over the number of examples.
+    """
+
+    noise_multiplier: float
+    sampling_rate: float
+
+
+def budgeted_channels(terms: Terms) -> tuple[Channel, ...]:
+    """Channels that a budget can bound: without DP on the adapter, its ε is ∞ whatever the budget."""
+    return ("profile", "adapter") if terms.adapter.private else ("profile",)
+
+
+def sampling_rate(terms: Terms, examples: float) -> float:
+    """Poisson sampling rate q of DP-SGD: the expected batch size over the number of examples."""
+    return min(1.0, terms.adapter_privacy.expected_batch_size / examples)
+
+
+def plan_adapter(terms: Terms, examples: float, delta: float, target_epsilon: float) -> AdapterPlan:
+    """Find σ for all rounds from the budget that the profile leaves.
+
+    Args:
+        terms: schedule, batch size, profile mechanism.
+        examples: number n of the client's examples.
+        delta: δ of the budget.
+        target_epsilon: ε of the whole experiment, both channels together.
+
+    Returns:
+        The plan; with σ = 0 where the terms do not train the adapter privately.
+
+    Raises:
+        AccountingError: the profile alone passes the target, or no noise suffices.
+    """
+    if not terms.adapter.private:
+        return AdapterPlan(0.0, sampling_rate(terms, examples))
+    settled, rate, steps = plan_inputs(terms, examples, terms.schedule.rounds)
+    return AdapterPlan(noise_multiplier_for(target_epsilon, delta, settled, rate, steps), rate)
