@@ -1,6 +1,7 @@
 """A client, put together: the one place where kit, keys, ledger, releases and session meet.
 
     result = Client("client.toml").run()
+    result = Client("client.toml", model=model, tokenizer=tokenizer, examples=rows, ledger="books").run()
 
 `Participant` is the part that does not care where its model, its data and its server come from; simulations,
 attacks and tests stand on it. `Client` brings a client's own: its configuration, its model, gRPC.
@@ -9,7 +10,7 @@ attacks and tests stand on it. `Client` brings a client's own: its configuration
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,10 +23,10 @@ from transformers import PreTrainedTokenizerBase
 from fedmosaic.client.enrol import Learner
 from fedmosaic.client.keyring import Keyring
 from fedmosaic.client.learner import ModelLearner
-from fedmosaic.client.ledger import DataLedger
+from fedmosaic.client.ledger import NO_LEDGER, DataLedger
 from fedmosaic.client.model.scoring import Score
 from fedmosaic.client.planning import AdapterPlan, budgeted_channels
-from fedmosaic.client.preflight.checks import Preflight, agreed_epsilon
+from fedmosaic.client.preflight.checks import Given, Preflight, agreed_epsilon
 from fedmosaic.client.profile.maker import client_probe
 from fedmosaic.client.progress import LoggedProgress, Progress
 from fedmosaic.client.protection import Identity, Protection
@@ -40,6 +41,7 @@ from fedmosaic.client.statement import (
     HANDED_OVER,
     STATEMENT,
     for_handing_over,
+    person_words,
     statement_inputs,
     with_warning,
 )
@@ -53,7 +55,7 @@ from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
 from fedmosaic.privacy.statement.build import statement
 from fedmosaic.privacy.statement.models import PrivacyStatement, StatementInputs
 from fedmosaic.privacy.statement.shareable import shareable
-from fedmosaic.protos.errors import ModelError, StateError
+from fedmosaic.protos.errors import ConfigurationError, ModelError, StateError
 
 log = logging.getLogger("fedmosaic.client")
 RESULT = "result.json"
@@ -150,20 +152,51 @@ class ClientResult:
 class Client:
     """One client of a federation."""
 
-    def __init__(self, settings: ClientSettings | Path | str) -> None:
+    def __init__(
+        self,
+        settings: ClientSettings | Path | str,
+        *,
+        model: Any = None,
+        tokenizer: Any = None,
+        examples: Iterable[Any] | None = None,
+        test: Iterable[Any] | None = None,
+        ledger: Path | str | None = None,
+    ) -> None:
         """Prepare; nothing is opened yet.
+
+        What is handed over passes the same checks as what is read from files.
 
         Args:
             settings: the client's, or the file that they are in (TOML or JSON; its relative paths are taken
                 from the file's directory).
+            model: a loaded causal language model of transformers, instead of `[model] path`. `run` puts
+                adapter layers into this very model and freezes its weights, which stay as they are; it runs
+                on the device and in the type that it has. A model that carries adapters is refused.
+            tokenizer: of the model; it is copied.
+            examples: training examples instead of `data.train`: dictionaries with the columns of a file, or a
+                `datasets.Dataset`.
+            test: examples to score, instead of `data.test`.
+            ledger: directory of the data's privacy ledger, as `data.ledger`; one of them is needed for
+                examples that are handed over.
 
         Raises:
-            ConfigurationError: the file cannot be read, or a setting is wrong.
+            ConfigurationError: the file cannot be read, a setting is wrong or missing, or something is both
+                named and handed over.
         """
         if not isinstance(settings, ClientSettings):
             file = Path(settings)
             settings = read_configuration(file, ClientSettings).resolved(file.parent)
+        if (model is None) != (tokenizer is None):
+            raise ConfigurationError("hand over model and tokenizer together, or name both in [model] path")
+        if ledger is not None:
+            settings = settings.model_copy(
+                update={"data": settings.data.model_copy(update={"ledger": Path(ledger)})}
+            )
+        self._given = Given(None if model is None else (model, tokenizer), examples, test)
         self.settings = settings
+        settings.check_complete(model=model is not None, train=examples is not None, test=test is not None)
+        if examples is not None and settings.data.ledger is None:
+            raise ConfigurationError(NO_LEDGER.format("handed over in Python"))
 
     def run(self) -> ClientResult:
         """Take part until the last round, from where an earlier process stopped.
@@ -180,14 +213,18 @@ class Client:
             if settings.threads:
                 torch.set_num_threads(settings.threads)
             traffic = Traffic(settings.state_dir / TRAFFIC)
-            checked = held.enter_context(closing(Preflight(settings, progress, traffic=traffic)))
+            checked = held.enter_context(
+                closing(Preflight(settings, progress, traffic=traffic, given=self._given))
+            )
             checked.require(log.warning)
+            for line in checked.reading:
+                log.info("%s", line)
             learner, plan = checked.learner, checked.plan
             if kit.roster.terms.adapter.private:
                 log.info(
                     "planned σ = %.3f at q = %.4f for the adapter", plan.noise_multiplier, plan.sampling_rate
                 )
-            books = DataLedger.of(settings.data.train, settings.data.ledger, settings.state_dir, state.record)
+            books = DataLedger.of(settings.data, settings.state_dir, state.record)
             channels, target = budgeted_channels(kit.roster.terms), agreed_epsilon(settings, kit)
             epoch = data_epoch(learner.example_ids)
             ledger = held.enter_context(books.open(learner.example_count, epoch, target, channels))
@@ -203,7 +240,8 @@ class Client:
             result.put("seconds", time.monotonic() - started)
             result.put_scores("after", scores_after(learner))
             progress.stage(0, "writing the privacy statement")
-            own = _conclude(kit, member, learner, checked.transport, result)
+            most = checked.data.train.most_of_one_person
+            own = _conclude(kit, member, learner, checked.transport, result, most)
             # After the last message, so that no time which the server sees depends on it.
             comparison = _compare(result, learner, settings, kit.roster.terms.schedule.rounds)
             progress.stage(0, "done")
@@ -233,7 +271,12 @@ class Client:
 
 
 def _conclude(
-    kit: Kit, member: Participant, learner: ModelLearner, transport: Transport, result: "ResultFile"
+    kit: Kit,
+    member: Participant,
+    learner: ModelLearner,
+    transport: Transport,
+    result: "ResultFile",
+    most: int,
 ) -> PrivacyStatement:
     """Write the own statement, hand the shareable one over, and say what came of the run."""
     facts, terms, state = member.statement_inputs(), kit.roster.terms, member.state
@@ -242,6 +285,8 @@ def _conclude(
     # Whether an aggregate could be used is for this client's own eyes; the server does not learn it.
     own = statement(facts)
     own = own if received else with_warning(own, NOTHING_RECEIVED.format(rounds=rounds))
+    if most > 1:
+        own = with_warning(own, person_words(facts, most))
     write_atomically(state.directory / STATEMENT, own.model_dump_json(indent=2).encode())
     told = shareable(for_handing_over(facts, terms, learner.example_count))
     write_atomically(state.directory / HANDED_OVER, told.model_dump_json(indent=2).encode())

@@ -24,17 +24,12 @@ from fedmosaic.client.colora.aligned import (
     read_embedded,
     write_embedded,
 )
+from fedmosaic.client.data.sets import ClientData, read_sets
 from fedmosaic.client.dp import round as private_round
 from fedmosaic.client.model.acceptance import check_ids, check_length, encoded_ids
 from fedmosaic.client.model.adapted import agreed_layout, load_adapted
-from fedmosaic.client.model.examples import (
-    EncodedExample,
-    Example,
-    encode_examples,
-    padding_token,
-    read_examples,
-)
-from fedmosaic.client.model.load import save_adapter
+from fedmosaic.client.model.examples import EncodedExample, Example, encode_examples, padding_token
+from fedmosaic.client.model.load import LoadedModel, save_adapter
 from fedmosaic.client.model.scoring import Score, check_scorable, score_examples
 from fedmosaic.client.model.training import EpochSampler, train_local
 from fedmosaic.client.progress import Progress
@@ -64,6 +59,8 @@ class ModelLearner:
         progress: Progress,
         *,
         loaded: tuple[PeftModel, PreTrainedTokenizerBase] | None = None,
+        base: LoadedModel | None = None,
+        data: ClientData | None = None,
     ) -> None:
         """Load model and data and put a fresh adapter on.
 
@@ -74,6 +71,8 @@ class ModelLearner:
             progress: told of every step.
             loaded: an adapted model and its tokenizer, as `load_adapted` gives them, where several clients
                 of one process take turns on one model; loaded from the settings by default.
+            base: a base model and its tokenizer that were accepted, instead of what the settings name.
+            data: the examples, if they were read.
 
         Raises:
             ModelError: the model cannot be loaded or adapted, has no row for a token of the examples, or
@@ -85,13 +84,14 @@ class ModelLearner:
         self._terms = terms
         self._family = family
         self._progress = progress
-        self._model, self._tokenizer = loaded or _load(settings, terms.adapter)
-        self._train = read_examples(settings.data.train)
+        self._data = data or read_sets(settings.data)
+        self._model, self._tokenizer = loaded or _load(settings, terms.adapter, base, self._data)
+        self._train = self._data.train.examples
         check_length(self._model, settings.training.max_length, "training.max_length")
         self._encoded = encode_examples(
             self._tokenizer, self._train, settings.training.max_length, setting="training.max_length"
         )
-        check_ids(self._model, encoded_ids(self._encoded), str(settings.data.train), "model.path")
+        check_ids(self._model, encoded_ids(self._encoded), self._data.train.label, "model.path")
         self._sampler = EpochSampler(len(self._encoded), settings.training.seed)
         self._received: set[str] = set()
         self._fresh = self._adapter_tensors() if settings.compare_alone else {}
@@ -211,7 +211,7 @@ class ModelLearner:
 
         while done < steps:
             try:
-                train_local(
+                report = train_local(
                     self._model,
                     examples,
                     self._settings.training.model_copy(update={"steps": steps - done}),
@@ -219,6 +219,11 @@ class ModelLearner:
                     sampler=order,
                     progress=advance,
                 )
+                # For this client's own people alone: a loss is a function of private examples.
+                log.info(
+                    "round %d: training loss %.3f → %.3f nats per token",
+                    round_number, report.first_loss, report.last_loss,
+                )  # fmt: skip
                 return
             except TrainingError as error:
                 if give_up is None:
@@ -248,17 +253,15 @@ class ModelLearner:
 
     def evaluate(self) -> dict[str, Score]:
         """Score the client's own test set ("self") and the others', by name. Stays local."""
-        data = self._settings.data
         scores: dict[str, Score] = {}
-        sets = data.test_sets
+        sets = self._data.tests
         self._progress.stage(0, "scoring", len(sets))
-        for done, (name, path) in enumerate(sets.items(), start=1):
-            scores[name] = self._score(name, path)
+        for done, (name, found) in enumerate(sets.items(), start=1):
+            scores[name] = self._score(name, found.examples)
             self._progress.advance(done)
         return scores
 
-    def _score(self, name: str, path: Path) -> Score:
-        examples = read_examples(path)
+    def _score(self, name: str, examples: Sequence[Example]) -> Score:
         limit = self._settings.data.scored(name) or len(examples)
         return score_examples(
             self._model, self._tokenizer, examples[:limit], _EVALUATION_BATCH,
@@ -281,8 +284,8 @@ class ModelLearner:
         Returns:
             The score; None if there are no own test rows, or training fails.
         """
-        path = self._settings.data.test
-        if path is None:
+        test = self._data.tests.get("self")
+        if test is None:
             return None
         federated, sampler, received = self._adapter_tensors(), self._sampler, self._received
         try:
@@ -296,7 +299,7 @@ class ModelLearner:
                     self.keep_own(section)
                 self._open_personal_parts()
                 self._train_locally(number, None, "training alone, to compare")
-            return self._score("self", path)
+            return self._score("self", test.examples)
         except TrainingError as error:
             log.error("no score of training alone: %s", error)
             return None
@@ -307,19 +310,16 @@ class ModelLearner:
     def _adapter_tensors(self) -> dict[str, torch.Tensor]:
         return {name: tensor.clone() for name, tensor in get_peft_model_state_dict(self._model).items()}
 
-    def check_tests(self, tests: Mapping[str, Sequence[Example]]) -> None:
+    def check_tests(self) -> None:
         """Refuse test sets that could not be scored after the last round.
-
-        Args:
-            tests: by name, at least one example each.
 
         Raises:
             ModelError: a text has a token that the model does not embed, or the model cannot write answers.
             ConfigurationError: an answer is too long for the model's positions.
         """
         length = self._settings.training.max_length
-        for name, examples in tests.items():
-            check_scorable(self._model, self._tokenizer, examples, length, f"test set {name!r}")
+        for name, found in self._data.tests.items():
+            check_scorable(self._model, self._tokenizer, found.examples, length, f"test set {name!r}")
 
     def save(self, directory: Path) -> None:
         """Write every branch, the gate, and the sampler's position; StateError if the disk takes them not."""
@@ -361,11 +361,12 @@ class ModelLearner:
             raise StateError(f"{order}: {error}; delete that file, and the order starts over") from None
 
 
-def _load(settings: ClientSettings, adapter: AdapterTerms) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    model, tokenizer = load_adapted(settings.model, adapter)
-    data = settings.data
-    files = (data.train, *data.test_sets.values())
-    examples = [example for path in files for example in read_examples(path)]
+def _load(
+    settings: ClientSettings, adapter: AdapterTerms, base: LoadedModel | None, data: ClientData
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    model, tokenizer = load_adapted(settings.model, adapter, base)
+    examples = [example for found in (data.train, *data.tests.values()) for example in found.examples]
     kept = settings.state_dir / _FEATURES
-    sight = Sight(settings.model.path, data.pictures, settings.projector, features=kept)
+    source = settings.model.path if base is None else str(base[0].name_or_path)
+    sight = Sight(source, settings.data.pictures, settings.projector, features=kept)
     return model, give_sight(sight, model, tokenizer, examples, settings.training.max_length)

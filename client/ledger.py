@@ -1,7 +1,8 @@
 """The privacy ledger of a client's data: where it stands, how it is opened, and `fedmosaic ledger`.
 
     DATA.jsonl                     the client's training examples (`data.train`)
-    DATA.jsonl.ledger/             or the directory that `data.ledger` names
+    DATA.jsonl.ledger/             or the directory that `data.ledger` names, as it must for data that are no
+                                   file or folder here: of a hub, or handed over in Python
         ledger.sqlite              every release from these data, by any run, client and federation
         ledger.sqlite.head         the last row that was written
         profile-<data>-<map>.npy   a noised task profile, sent again free of charge until data or map change
@@ -20,6 +21,7 @@ from typing import Annotated, Final
 
 import tyro
 
+from fedmosaic.client.settings import DataSettings
 from fedmosaic.client.state import SessionRecord
 from fedmosaic.privacy.accounting.epsilon import default_delta
 from fedmosaic.privacy.files import write_atomically
@@ -27,12 +29,17 @@ from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, has_begun, parameter
 from fedmosaic.privacy.ledger.move import back_up, move
 from fedmosaic.privacy.ledger.rows import Channel
 from fedmosaic.privacy.ledger.rules import keeper
-from fedmosaic.protos.errors import LedgerError, StateError
+from fedmosaic.protos.errors import ConfigurationError, LedgerError, StateError
 from fedmosaic.protos.messages import LedgerHead
 
 log = logging.getLogger("fedmosaic.client.ledger")
 SEEN: Final = "ledger.json"
 SUFFIX: Final = ".ledger"
+NO_LEDGER: Final = (
+    "data.ledger: missing; data {} have no place beside them for their privacy ledger. Name a directory in "
+    "[data] ledger, or Client(…, ledger=…), the same one for every run on these data: a fresh one would "
+    "forget what was spent"
+)
 
 
 class ServerAnchor:
@@ -95,11 +102,19 @@ class DataLedger:
     record: SessionRecord
 
     @classmethod
-    def of(cls, train: Path, named: Path | None, state: Path, record: SessionRecord) -> "DataLedger":
-        """The ledger beside the data, or where the configuration says."""
+    def of(cls, settings: DataSettings, state: Path, record: SessionRecord) -> "DataLedger":
+        """The ledger beside the data, or where the configuration says.
+
+        Raises:
+            ConfigurationError: it says nothing, and nothing here is beside the data.
+        """
+        train, named = settings.train, settings.ledger
+        if named is not None:
+            return cls(named.resolve(), True, state, record)
+        if not isinstance(train, Path):
+            raise ConfigurationError(NO_LEDGER.format("of a hub" if train else "handed over in Python"))
         data = train.resolve()  # two links to one file are one data set
-        place = named.resolve() if named else data.with_name(data.name + SUFFIX)
-        return cls(place, named is not None, state, record)
+        return cls(data.with_name(data.name + SUFFIX), False, state, record)
 
     def open(self, examples: int, epoch: str, target: float, channels: Sequence[Channel]) -> Ledger:
         """Open the ledger, or make the first one of data that nothing was released from.

@@ -4,10 +4,11 @@ import datetime as dt
 from collections.abc import Mapping
 
 from fedmosaic.client.planning import AdapterPlan, plan_adapter
+from fedmosaic.privacy.accounting.epsilon import person_epsilon
 from fedmosaic.privacy.coalitions import counted_coalition
 from fedmosaic.privacy.federation.roster import Roster, Terms
 from fedmosaic.privacy.ledger.ledger import Ledger, parameters_of
-from fedmosaic.privacy.ledger.rows import Channel
+from fedmosaic.privacy.ledger.rows import Channel, charges
 from fedmosaic.privacy.statement.costs import round_down
 from fedmosaic.privacy.statement.models import (
     ClientInputs,
@@ -102,6 +103,23 @@ def for_handing_over(inputs: StatementInputs, terms: Terms, examples: int) -> St
         return inputs  # not planned by these terms; a coarse grid of σ is used
     least = round_down(planned * _PLANNING_MARGIN, 3)
     return inputs.model_copy(update={"clients": (client.model_copy(update={"least_noise": least}),)})
+
+
+def person_words(inputs: StatementInputs, examples: int) -> str:
+    """What the DP releases reveal of the person with most examples, for this client's own eyes.
+
+    Args:
+        inputs: of one client.
+        examples: k ≥ 2, how many of the training examples are that person's. The count is private.
+    """
+    (client,) = inputs.clients
+    events = [charge.event for charge in charges(row for row in client.ledger if row.covered_by == "dp")]
+    delta = parameters_of(client.ledger).delta
+    return (
+        f"one person has {examples} of the training examples. Of that person the releases under differential "
+        f"privacy reveal at most ε = {person_epsilon(events, delta, examples):.3g} at δ = {delta:.1e}, not "
+        "the ε of one example. This line stays here"
+    )
 
 
 def with_warning(statement: PrivacyStatement, warning: str) -> PrivacyStatement:

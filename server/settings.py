@@ -1,5 +1,6 @@
 """Everything the server has to know, fixed when it starts: from a file, or a kit and its roster."""
 
+import logging
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,12 +10,14 @@ from sqlalchemy.exc import ArgumentError
 
 from fedmosaic.privacy.configuration import Frozen, read_configuration, validate
 from fedmosaic.privacy.encryption.parameters import Parameters, PlainParameters
-from fedmosaic.privacy.federation.kits import SERVER_SETTINGS, Kit, open_kit
+from fedmosaic.privacy.federation.kits import SERVER_SETTINGS, Kit, open_kit, unaligned
 from fedmosaic.privacy.federation.names import ListenAddress, MemberId
 from fedmosaic.privacy.federation.roster import Hex32
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos import bounds
 from fedmosaic.protos.messages import SectionName
+
+log = logging.getLogger(__name__)
 
 
 def _from_hex(value: Any) -> Any:
@@ -182,6 +185,8 @@ def settings_from_kit(directory: Path) -> ServerSettings:
         IdentityError: the roster is not signed by the pinned consortium key.
     """
     kit = open_kit(directory)
+    if warning := unaligned(kit.roster):
+        log.warning("%s", warning)
     operator = read_configuration(directory / SERVER_SETTINGS, OperatorSettings)
     return _settings(kit, operator)
 

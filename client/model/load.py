@@ -68,7 +68,11 @@ If the base model was cut in depth, load and cut it first, and give it to `PeftM
 """
 
 
-def load_model(settings: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+LoadedModel = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+"""A base model and its tokenizer."""
+
+
+def load_model(settings: ModelSettings) -> LoadedModel:
     """Load what the settings name, on the device and in the type that they ask for.
 
     Raises:
@@ -102,7 +106,7 @@ def empty_model(settings: ModelSettings) -> PreTrainedModel:
         ) from error
     _cut_config(config, settings.keep_layers)
     dtype = choose_dtype(settings.dtype, choose_device(settings.device))
-    build: Any = _model_class(config).from_config
+    build: Any = model_class(config).from_config
     with torch.device("meta"):
         empty: PreTrainedModel = build(config, dtype=dtype)
     return empty
@@ -152,7 +156,7 @@ def load_base_model(
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         _cut_config(config, keep_layers)
         with _quiet(keep_layers is not None):
-            loaded = _model_class(config).from_pretrained(
+            loaded = model_class(config).from_pretrained(
                 source,
                 config=config,
                 dtype=precision,
@@ -165,16 +169,11 @@ def load_base_model(
     # With output_loading_info a pair comes back, which the annotations of transformers leave out.
     model, report = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     _check_complete(source, model, report)
-    _set_padding(source, model, tokenizer)
+    set_padding(source, model, tokenizer)
     model.train(False)
     if quantization is None:
         cast(nn.Module, model).to(place)
-    linear: Any
-    for linear in model.modules():
-        # On a processor bitsandbytes repacks weights when they are first evaluated, for products that have no
-        # way back: training afterwards would lose, without a word, all gradients through these layers.
-        if hasattr(linear, "support_avx512bf16_for_cpu"):
-            linear.support_avx512bf16_for_cpu = False
+    keep_way_back(model)
     check_language_model(source, model, tokenizer)
     return model, tokenizer
 
@@ -285,7 +284,8 @@ def _quiet(active: bool) -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _model_class(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+def model_class(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    """The class to load a configuration's model with; ModelError if it is of an unsupported kind."""
     # Some vision-language configurations are registered as causal language models too, without vision.
     if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         return AutoModelForImageTextToText
@@ -349,7 +349,20 @@ def _check_end(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _set_padding(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def keep_way_back(model: nn.Module) -> None:
+    """Let gradients through weights in 4 bits on a processor.
+
+    There bitsandbytes repacks weights when they are first evaluated, for products that have no way back:
+    training afterwards would lose, without a word, all gradients through these layers.
+    """
+    linear: Any
+    for linear in model.modules():
+        if hasattr(linear, "support_avx512bf16_for_cpu"):
+            linear.support_avx512bf16_for_cpu = False
+
+
+def set_padding(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have examples padded on the right, with a token that the model embeds; ModelError without an end."""
     _check_end(source, tokenizer)
     rows = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     if tokenizer.eos_token_id >= rows:

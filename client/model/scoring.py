@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client.model.acceptance import check_ids, context_length
 from fedmosaic.client.model.evaluation import most_likely_choices
-from fedmosaic.client.model.examples import Example, answer_tokens, cut_prompt, padding_token, prompt_tokens
+from fedmosaic.client.model.examples import Example, answer_tokens, cut_prompt, padding_token, question_tokens
 from fedmosaic.client.model.loss import training_mode
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
@@ -152,7 +152,7 @@ def check_scorable(
         ModelError: A token has no row in the embedding, or the model cannot write and would have to.
     """
     texts = (
-        [*prompt_tokens(tokenizer, e.prompt), *(t for c in e.choices for t in answer_tokens(tokenizer, c))]
+        [*question_tokens(tokenizer, e), *(t for c in e.choices for t in answer_tokens(tokenizer, c))]
         for e in examples
     )
     check_ids(model, texts, what, "model.path")
@@ -208,7 +208,7 @@ def written_answers(
         raise ConfigurationError("there is no example to answer; give at least one")
     room = _room_to_write(model, max_length, max_new_tokens)
     pad = padding_token(tokenizer)
-    prompts = [cut_prompt(tokenizer, prompt_tokens(tokenizer, e.prompt), room) for e in examples]
+    prompts = [cut_prompt(tokenizer, question_tokens(tokenizer, e), room) for e in examples]
     check_ids(model, prompts, "the examples to answer", "model.path")
     answers: list[str] = []
     with training_mode(model, False), torch.no_grad():

@@ -52,6 +52,7 @@ def _diagnose(path: Path) -> int:
     _tell("versions", "ok", ", ".join(_versions()))
     try:
         settings = read_configuration(path, ClientSettings).resolved(path.parent)
+        settings.check_complete()
     except FedMosaicError as error:
         _tell("configuration", "WRONG", str(error))
         return 1

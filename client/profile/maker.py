@@ -1,6 +1,7 @@
 """Load the probe when a task profile is due, sum its clipped gradients, and let the model go again."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -36,6 +37,17 @@ def load_probe(settings: ModelSettings, max_length: int, setting: str) -> Loaded
     model, tokenizer = load_model(settings)
     check_length(model, max_length, setting)
     return open_probe(model), tokenizer
+
+
+def read_as_text(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> tuple[Example, ...]:
+    """What a probe reads.
+
+    Where it has no chat template it reads a conversation like a prompt and its answer: the texts before the
+    last turn, and that turn.
+    """
+    if tokenizer.chat_template:
+        return tuple(examples)
+    return tuple(replace(example, turns=()) for example in examples)
 
 
 def public_map(mechanism: ProfileMechanism, basis: Path) -> PublicMap:
@@ -101,7 +113,7 @@ class ProfileProbe:
         probe, tokenizer = self._load()
         # The probe reads the words alone: nothing of a picture is in a profile, and any language model can be
         # the probe. Clients that ask the same about other pictures look alike to it.
-        questions = [without_pictures(example) for example in self._examples]
+        questions = read_as_text(tokenizer, [without_pictures(example) for example in self._examples])
         encoded = encode_examples(tokenizer, questions, self._max_length, setting=self._setting)
         check_ids(probe.base, encoded_ids(encoded), "the training examples", "[probe] path")
         return probe, encoded

@@ -2,16 +2,17 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from fedmosaic.client.model.examples import Example
+from fedmosaic.client.data.records import Example, listed
+from fedmosaic.client.data.sources import rows_of
 from fedmosaic.client.model.scoring import answers
-from fedmosaic.client.result.saved import OpenedModel, read_json_lines
+from fedmosaic.client.result.saved import OpenedModel
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.protos.errors import ConfigurationError
 
@@ -23,7 +24,7 @@ class Arguments:
     state: tyro.conf.Positional[Path]
     """The client's state directory."""
     data: Path
-    """JSON lines of {"prompt": …, "choices": […], "id": …}; without choices the model writes."""
+    """Rows with prompt, choices and id, in any format of `data.train`; without choices the model writes."""
     out: Path
     """JSON lines of {"id": …, "answer": …}, in the same order; written when all are answered."""
     batch_size: int = 16
@@ -80,20 +81,24 @@ def read_questions(path: Path) -> list[Example]:
         ConfigurationError: a row has no prompt, or choices that are none. The row is named, not its content.
     """
     rows = []
-    for number, row in enumerate(read_json_lines(path), 1):
-        where = f"{path}, row {number}"
-        prompt, choices, name = row.get("prompt"), row.get("choices") or [], row.get("id", f"row-{number}")
+    for number, (where, row) in enumerate(rows_of(path), 1):
+        if not isinstance(row, Mapping):
+            raise ConfigurationError(f"{where} is a {type(row).__name__}; write an object, columns by name")
+        prompt = row.get("prompt")
         if not isinstance(prompt, str) or not prompt.strip():
             raise ConfigurationError(f"{where}: 'prompt' must be a text that is not empty")
-        rows.append(Example(str(name), prompt, *_choices(choices, where)))
+        rows.append(
+            Example(str(row.get("id", f"row-{number}")), prompt, *_choices(row.get("choices"), where))
+        )
     if not rows:
-        raise ConfigurationError(f"{path} holds no row; give at least one JSON line with a prompt")
+        raise ConfigurationError(f"{path} holds no row; give at least one with a prompt")
     return rows
 
 
-def _choices(choices: Any, where: str) -> tuple[str, tuple[str, ...]]:
+def _choices(given: Any, where: str) -> tuple[str, tuple[str, ...]]:
     """An answer that stands for none, and the choices."""
-    if not choices and isinstance(choices, list):
+    choices: Any = listed(given)
+    if choices == []:
         return "", ()
     texts = isinstance(choices, list) and all(isinstance(choice, str) and choice for choice in choices)
     if not texts or len(set(choices)) != len(choices) or len(choices) < 2:

@@ -8,16 +8,15 @@ from typing import Final, Literal
 from peft import PeftModel
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 import fedmosaic.client.colora  # noqa: F401  # registers Co-LoRA with PEFT
 from fedmosaic.client.model.examples import Example
 from fedmosaic.client.model.load import load_model, without_rename_notice
-from fedmosaic.client.settings import ClientSettings, ModelSettings
+from fedmosaic.client.settings import IN_MEMORY, ClientSettings, ModelSettings
 from fedmosaic.client.state import newest_adapter
 from fedmosaic.client.vision.sight import Sight, give_sight
-from fedmosaic.privacy.configuration import Frozen, decode_text, parse_json, read_configuration
+from fedmosaic.privacy.configuration import Frozen, read_configuration
 from fedmosaic.privacy.federation.kits import open_kit
 from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.files import write_atomically
@@ -141,6 +140,11 @@ class OpenedModel:
         if newest is None:
             raise StateError(f"{state} holds no adapter yet; it is there after the client's first round")
         self.round, self.adapter = newest
+        if base is None and self.saved.model.path == IN_MEMORY.path:
+            raise ConfigurationError(
+                "the client was handed its model in Python, so where that lies is not known here; give --base "
+                "with its folder or hub id, or use the `model` of what `Client.run` returns"
+            )
         changes = {"device": device, "path": base}
         given = {name: value for name, value in changes.items() if value is not None}
         try:
@@ -169,35 +173,3 @@ class OpenedModel:
     def _see(self, needs: Sequence[Example]) -> None:
         sight = Sight(self.settings.path, self.saved.pictures, self.saved.projector)
         self.tokenizer = give_sight(sight, self.model, self.tokenizer, needs, self.saved.max_length)
-
-
-def model_and_tokenizer(state: Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """A member's own model and its tokenizer, from its state directory; errors as of `OpenedModel`."""
-    opened = OpenedModel(state)
-    return opened.model, opened.tokenizer
-
-
-def read_json_lines(path: Path) -> list[dict[str, object]]:
-    """Rows of a JSON lines file, checked by whoever uses them.
-
-    Raises:
-        ConfigurationError: it cannot be read, or a line is no JSON object.
-    """
-    rows: list[dict[str, object]] = []
-    try:
-        text = decode_text(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"{path} cannot be read ({error}); give a UTF-8 file of JSON lines"
-        ) from None
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise ConfigurationError(f"{path}, line {number} is no JSON object; write one a line")
-        rows.append(row)
-    return rows

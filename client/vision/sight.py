@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fedmosaic.client.model.examples import Example, answer_tokens, prompt_tokens
+from fedmosaic.client.model.examples import Example, answer_tokens, question_tokens
 from fedmosaic.client.model.fingerprint import fingerprint
 from fedmosaic.client.vision.embedding import PictureSource, ProjectedFeatures, put_pictures
 from fedmosaic.client.vision.features import forget_features, picture_features
@@ -148,7 +148,7 @@ def _check_lengths(
 ) -> None:
     """Prompts are cut from the left, where the pictures stand: cutting one away would go unnoticed."""
     longest = max(
-        len(prompt_tokens(tokenizer, example.prompt))
+        len(question_tokens(tokenizer, example))
         + 1
         + max(len(answer_tokens(tokenizer, answer)) for answer in (example.answer, *example.choices))
         for example in examples

@@ -40,8 +40,12 @@ def without_pictures(example: Example) -> Example:
     """The question alone; an example that names no picture is given back as it is."""
     if not pictures_in(example.prompt):
         return example
-    prompt = _MARKER.sub(" ", example.prompt).strip()
-    return replace(example, prompt=prompt or "?")
+    prompt, *turns = (
+        _MARKER.sub(" ", text).strip() or "?"
+        for text in (example.prompt, *(turn.content for turn in example.turns))
+    )
+    told = (replace(turn, content=text) for turn, text in zip(example.turns, turns, strict=True))
+    return replace(example, prompt=prompt, turns=tuple(told))
 
 
 @dataclass(frozen=True)

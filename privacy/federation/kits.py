@@ -100,6 +100,19 @@ def fragile(members: int, terms: Terms) -> str:
     )
 
 
+def unaligned(roster: Roster) -> str:
+    """What the adapters of different architectures lack to mean the same; empty if nothing is known to."""
+    families = sorted({member.family for member in roster.members if member.family})
+    if roster.terms.adapter.basis or len(families) < 2:
+        return ""
+    return (
+        f"the roster names models of {len(families)} families ({', '.join(families[:4])}"
+        f"{', …' if len(families) > 4 else ''}) and no aligned basis: what one learns means nothing to "
+        "another, unless they are one model cut to different depths. Align them once with `fedmosaic align`, "
+        "and found the federation with its adapter.basis"
+    )
+
+
 @dataclass(frozen=True)
 class Kit:
     """What one party was handed: its directory, the verified roster, and paths of its keys."""

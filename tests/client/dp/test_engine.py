@@ -113,6 +113,17 @@ def test_rows_equal_those_of_opacus(model: nn.Module, lengths: list[int]) -> Non
         assert relative(row, expected) < 1e-5
 
 
+def test_rows_of_conversations_equal_those_of_opacus(model: nn.Module) -> None:
+    """What is learned of a conversation stands in several places."""
+    examples = make_examples([20, 17, 9])
+    for example, learned in zip(examples, ([3, 4, 9, 18, 19], [2, 15, 16], [4, 8]), strict=True):
+        example.labels.fill_(IGNORED)[learned] = example.input_ids[learned]
+    with only_shared_branch(model) as cores:
+        rows, oracle = rows_of(model, cores, examples), rows_of_opacus(model, cores, examples)
+    for row, expected in zip(rows, oracle, strict=True):
+        assert relative(row, expected) < 1e-5
+
+
 def test_the_clipped_sum_equals_that_of_opacus_optimizer(model: nn.Module) -> None:
     examples = make_examples([5, 9, 14, 3, 8, 11, 6])
     with only_shared_branch(model) as cores:

@@ -43,9 +43,9 @@ def test_rows_with_and_without_choices_are_answered_in_order(leave: Leave, tmp_p
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ('{"prompt": " "}', "row 2: 'prompt' must be a text"),
-        ('{"prompt": "secret", "choices": ["a"]}', "row 2: 'choices' must be a list of two"),
-        ("secret", "line 2 is no JSON object"),
+        ('{"prompt": " "}', "line 2: 'prompt' must be a text"),
+        ('{"prompt": "secret", "choices": ["a"]}', "line 2: 'choices' must be a list of two"),
+        ("secret", "line 2 is not JSON"),
     ],
 )
 def test_a_bad_row_is_named_before_the_model_is_loaded(tmp_path: Path, line: str, reason: str) -> None:
