@@ -142,7 +142,7 @@ class OpenedModel:
         self.round, self.adapter = newest
         if base is None and self.saved.model.path == IN_MEMORY.path:
             raise ConfigurationError(
-                "the client was handed its model in Python, so where that is is not known; give --base, its "
+                "the client was handed its model in Python, so where that is cannot be told; give --base, its "
                 "folder or hub id, or use the `model` of what `Client.run` returns"
             )
         changes = {"device": device, "path": base}
