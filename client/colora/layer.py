@@ -125,13 +125,7 @@ class CoLoraLayer(nn.Module, BaseTunerLayer):
         return linear
 
     def update_layer(self, adapter_name: str, config: CoLoraConfig, placement: Placement) -> None:
-        """Add an adapter to this module.
-
-        Args:
-            adapter_name: Name of the adapter.
-            config: Its configuration.
-            placement: Where the module sits.
-        """
+        """Add an adapter to this module."""
         branches = BRANCHES if config.personal_branch else BRANCHES[:2]
         self.settings[adapter_name] = AdapterSettings(
             placement=placement,
@@ -182,20 +176,11 @@ class CoLoraLayer(nn.Module, BaseTunerLayer):
             container[adapter_name] = container[adapter_name].to(target)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters on or off; never touches what is trainable, unlike PEFT's own.
-
-        Args:
-            enabled: Whether adapters take part in the forward pass.
-        """
+        """Switch all adapters on or off; never touches what is trainable, unlike PEFT's own."""
         self._disable_adapters = not enabled
 
     def set_trainable_groups(self, adapter_name: str, groups: Iterable[str]) -> None:
-        """Choose what is trained while the adapter is active.
-
-        Args:
-            adapter_name: Name of the adapter.
-            groups: Any of the existing branches and `gate`.
-        """
+        """Choose what is trained while the adapter is active: any of its branches and `gate`."""
         settings = self.settings[adapter_name]
         settings.trainable = frozenset(groups)
         # PEFT re-applies this declaration whenever it switches adapters or gradients.

@@ -40,7 +40,7 @@ class Difference(Frozen):
         return (self.low > 0 or self.high < 0) and self.p_value < 1 - _LEVEL
 
     def __str__(self) -> str:
-        return f"{self.mean:+.2f} (95 % interval {self.low:+.2f} to {self.high:+.2f}, {self.rows} rows)"
+        return f"{self.mean:+.2f} (95 % interval {self.low:+.2f} to {self.high:+.2f})"
 
 
 def paired_difference(one: Sequence[bool], other: Sequence[bool]) -> Difference:
@@ -102,7 +102,8 @@ class Comparison(Frozen):
 def _verdict(found: Difference, what: str, than: str) -> str:
     if not found.decided:
         return f"{found.rows} rows cannot tell {what.lower()} from {than}: {found}."
-    return f"{what} {'helps' if found.mean > 0 else 'hurts'} you: {found} against {than}."
+    words = "helps" if found.mean > 0 else "hurts"
+    return f"{what} {words} you: {found} against {than}, on {found.rows} rows."
 
 
 def compare(scores: Mapping[str, Score]) -> Comparison:

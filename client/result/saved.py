@@ -142,8 +142,8 @@ class OpenedModel:
         self.round, self.adapter = newest
         if base is None and self.saved.model.path == IN_MEMORY.path:
             raise ConfigurationError(
-                "the client was handed its model in Python, so where that is cannot be told; give --base, its "
-                "folder or hub id, or use the `model` of what `Client.run` returns"
+                "the client was handed its model in Python, and where that lies is not known; give --base, "
+                "its folder or hub id, or use the `model` of what `Client.run` returns"
             )
         changes = {"device": device, "path": base}
         given = {name: value for name, value in changes.items() if value is not None}
