@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import textwrap
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,7 @@ _KEY: Final = (
     "With CKKS, a decrypted aggregate together with its ciphertext gives away the key of all members, so it "
     "must not leave (Li and Micciancio 2021)"
 )
+_COLUMNS: Final = 80
 _TOLERANCE: Final = 1e-4
 """Of the logits' norm, in float32: more than rounding, less than any adapter that does something."""
 
@@ -67,12 +70,13 @@ def main(arguments: Sequence[str]) -> int:
     """Run `fedmosaic export` with its arguments."""
     parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic export")
     card = export(parsed)
-    print(f"written to {parsed.out}: {card.form}" + (f", rank {card.rank}" if card.rank else ""))
-    print(f"loaded again and compared with what it is of: {card.checked}")
+    lines = [f"written to {parsed.out}: {card.form}" + (f", rank {card.rank}" if card.rank else "")]
+    lines.append(f"loaded again and compared on public prompts: {card.checked}")
     if card.left_out:
-        print(f"without Q: {card.left_out}")
-    who = "anybody may have it" if card.shareable else "keep it inside; the card says why"
-    print(f"{who}: {parsed.out / 'README.md'}")
+        lines.append(f"without Q, against the client's model: {card.left_out}")
+    lines.append(f"{'anybody may have it' if card.shareable else 'keep it inside'}; its README.md says why")
+    for line in lines:
+        print(textwrap.fill(line, _COLUMNS, break_long_words=False, break_on_hyphens=False))
     return 0
 
 
@@ -138,6 +142,8 @@ def _write(arguments: Arguments, opened: OpenedModel, folder: Path, name: str) -
             save_adapter(model, folder)
             _rename_base(folder / "adapter_config.json", name)
         with without_rename_notice():
+            # The card says what PEFT would say here: with a bias that the base has not, it cannot merge.
+            warnings.filterwarnings("ignore", "`lora_bias=True` was passed but")
             again = PeftModel.from_pretrained(cast(PreTrainedModel, model.unload()), str(folder))
     found = deviation(public_logits(again, opened.tokenizer), expected)
     if found.relative > _TOLERANCE and next(again.parameters()).dtype == torch.float32:

@@ -57,7 +57,7 @@ class Deviation:
     def __str__(self) -> str:
         return (
             f"largest difference of a logit {self.absolute:.1e}, {self.relative:.1e} of the logits' norm; "
-            f"another likeliest token at {self.other_tokens:.1%} of the positions"
+            f"another likeliest token at {self.other_tokens:.0%} of the positions"
         )
 
 

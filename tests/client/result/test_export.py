@@ -182,7 +182,8 @@ def test_nothing_is_shared_before_the_statement_was_handed_over(leave: Leave, tm
 def test_leaving_q_out_is_measured(leave: Leave, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     left = leave("llama")
     out = written(left, tmp_path / "out", "--format", "lora", "--without-bias")
-    assert "without Q: largest difference of a logit" in capsys.readouterr().out
+    told = " ".join(capsys.readouterr().out.split())
+    assert "without Q, against the client's model: largest difference of a logit" in told
     assert "Q, the constant part, is left out" in (out / "README.md").read_text()
     assert not PeftConfig.from_pretrained(out).lora_bias
     loaded = PeftModel.from_pretrained(base_of(left), out)
