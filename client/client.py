@@ -239,25 +239,33 @@ class Client:
             books.remember(ledger)
             result.put("seconds", time.monotonic() - started)
             result.put_scores("after", scores_after(learner))
-            progress.stage(0, "writing the privacy statement")
-            most = checked.data.train.most_of_one_person
-            own = _conclude(kit, member, learner, checked.transport, result, most)
-            # After the last message, so that no time which the server sees depends on it.
-            comparison = _compare(result, learner, settings, kit.roster.terms.schedule.rounds)
-            progress.stage(0, "done")
-            newest, (model, tokenizer) = state.latest_adapter(), learner.trained
-            return ClientResult(
-                before=result.scores("before"),
-                after=result.scores("after"),
-                statement=own,
-                traffic=checked.transport.traffic().as_dict(),
-                received_rounds=state.record.received_rounds,
-                adapter=newest[1] if newest else None,
-                state=state.directory,
-                comparison=comparison,
-                model=model,
-                tokenizer=tokenizer,
-            )
+            return self._finish(checked, member, result)
+
+    def _finish(self, checked: Preflight, member: Participant, result: "ResultFile") -> ClientResult:
+        """Statements, the last message to the server, and what this client's own people learn."""
+        learner, state, progress = checked.learner, member.state, checked.progress
+        progress.stage(0, "writing the privacy statement")
+        most = checked.data.train.most_of_one_person
+        own = _conclude(checked.kit, member, learner, checked.transport, result, most)
+        traffic = checked.transport.traffic().as_dict()
+        # The connection is closed first, so that no time which the server sees depends on what follows.
+        checked.close()
+        rounds = checked.kit.roster.terms.schedule.rounds
+        comparison = _compare(result, learner, rounds, alone=self.settings.compare_alone)
+        progress.stage(0, "done")
+        newest, (model, tokenizer) = state.latest_adapter(), learner.trained
+        return ClientResult(
+            before=result.scores("before"),
+            after=result.scores("after"),
+            statement=own,
+            traffic=traffic,
+            received_rounds=state.record.received_rounds,
+            adapter=newest[1] if newest else None,
+            state=state.directory,
+            comparison=comparison,
+            model=model,
+            tokenizer=tokenizer,
+        )
 
     def _releases(
         self, kit: Kit, ledger: Ledger, state: ClientState, learner: ModelLearner, plan: AdapterPlan
@@ -298,22 +306,20 @@ def _conclude(
     return own
 
 
-def _compare(
-    result: "ResultFile", learner: ModelLearner, settings: ClientSettings, rounds: int
-) -> Comparison | None:
+def _compare(result: "ResultFile", learner: ModelLearner, rounds: int, *, alone: bool) -> Comparison | None:
     """Compare base, alone and federated on the own test rows; None without rows that all were scored on."""
-    if settings.compare_alone and result.score(ALONE, "self") is None:
-        alone = learner.score_alone(rounds)
-        if alone is not None:
-            result.put_scores(ALONE, {"self": alone})
-    stored = {BASE: "before", FEDERATED: "after"} | ({ALONE: ALONE} if settings.compare_alone else {})
+    if alone and result.score(ALONE, "self") is None:
+        found = learner.score_alone(rounds)
+        if found is not None:
+            result.put_scores(ALONE, {"self": found})
+    stored = {BASE: "before", FEDERATED: "after"} | ({ALONE: ALONE} if alone else {})
     scores = {name: score for name, when in stored.items() if (score := result.score(when, "self"))}
     if not {BASE, FEDERATED} <= scores.keys() or len({len(score.right) for score in scores.values()}) > 1:
         return None
     ordered = {name: scores[name] for name in (BASE, ALONE, FEDERATED) if name in scores}
-    found = compare(ordered)
-    result.put("comparison", found.model_dump() | {"verdict": found.verdict()})
-    return found
+    comparison = compare(ordered)
+    result.put("comparison", comparison.model_dump() | {"verdict": comparison.verdict()})
+    return comparison
 
 
 def scores_after(learner: ModelLearner) -> dict[str, Score]:

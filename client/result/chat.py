@@ -10,7 +10,7 @@ from transformers import TextStreamer
 
 from fedmosaic.client.model.examples import Example
 from fedmosaic.client.model.scoring import written_answers
-from fedmosaic.client.result.saved import OpenedModel
+from fedmosaic.client.result.saved import open_model
 from fedmosaic.protos.errors import ConfigurationError
 
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic chat")
     if parsed.max_new_tokens < 1:
         raise ConfigurationError(f"--max-new-tokens is {parsed.max_new_tokens}; give at least 1")
-    opened = OpenedModel(parsed.state, device=parsed.device, base=parsed.base, config=parsed.config)
+    opened = open_model(parsed.state, device=parsed.device, base=parsed.base, config=parsed.config)
     saved, terminal = opened.saved, sys.stdin.isatty()
     if terminal:
         print(f"{saved.client} of {saved.federation}, after round {opened.round}. An empty line ends.")

@@ -26,7 +26,7 @@ from fedmosaic.client.result.plain import (
     public_logits,
     write_lora,
 )
-from fedmosaic.client.result.saved import OpenedModel, SavedModel, read_saved
+from fedmosaic.client.result.saved import OpenedModel, SavedModel, open_model, read_saved
 from fedmosaic.client.statement import HANDED_OVER, STATEMENT
 from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.files import make_private, private_directory
@@ -101,7 +101,7 @@ def export(arguments: Arguments) -> Export:
             "this adapter in them would be another model than the trained one; give --format colora or lora, "
             "and load it on the base in 4 bits, as the card says"
         )
-    opened = OpenedModel(
+    opened = open_model(
         arguments.state, device=arguments.device, base=arguments.base, config=arguments.config
     )
     name = arguments.name_base or public_name(opened.settings.path)

@@ -12,7 +12,7 @@ import tyro
 from fedmosaic.client.data.records import Example, listed
 from fedmosaic.client.data.sources import rows_of
 from fedmosaic.client.model.scoring import answers
-from fedmosaic.client.result.saved import OpenedModel
+from fedmosaic.client.result.saved import open_model
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.protos.errors import ConfigurationError
 
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     if parsed.out.resolve() == parsed.data.resolve():
         raise ConfigurationError(f"--out is --data, {parsed.out}; give another file")
     rows = read_questions(parsed.data)
-    opened = OpenedModel(
+    opened = open_model(
         parsed.state, device=parsed.device, base=parsed.base, config=parsed.config, needs=rows
     )
     lines = []

@@ -1,13 +1,14 @@
 """`model.json` in a state directory: how to load the member's own model again."""
 
-import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
 from peft import PeftModel
 from pydantic import ValidationError
 from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 import fedmosaic.client.colora  # noqa: F401  # registers Co-LoRA with PEFT
@@ -37,7 +38,7 @@ class SavedModel(Frozen):
     backend: str
     """What encrypts, where the protection does."""
     blend_received: float
-    """Share of what was received in what the shared branch began its rounds with."""
+    """Largest share, of any start, of what was received in what the shared branch began a round with."""
     model: ModelSettings
     max_length: int
     """Tokens of a prompt and its answer, in training and afterwards."""
@@ -62,8 +63,12 @@ class SavedModel(Frozen):
         )
 
     def write(self, state: Path) -> None:
-        """Write it into a state directory."""
-        write_atomically(state / RECORD, self.model_dump_json(indent=2).encode())
+        """Write it into a state directory, whose adapter may hold what an earlier start blended into it."""
+        most = self.blend_received
+        if (state / RECORD).exists():
+            most = max(most, read_saved(state).blend_received)
+        kept = self.model_copy(update={"blend_received": most})
+        write_atomically(state / RECORD, kept.model_dump_json(indent=2).encode())
 
 
 def read_saved(state: Path, config: Path | None = None) -> SavedModel:
@@ -102,74 +107,78 @@ def read_saved(state: Path, config: Path | None = None) -> SavedModel:
         ) from None
 
 
+@dataclass(frozen=True)
 class OpenedModel:
     """A member's model, ready to generate.
 
     Attributes:
-        saved: how it was loaded.
+        saved: what its state directory says of it.
+        settings: with which its base was loaded.
         round: after which its adapter was stored.
-        adapter: folder of the adapter.
         model: with the adapter, in evaluation mode.
         tokenizer: of the model.
     """
 
-    def __init__(
-        self,
-        state: Path,
-        *,
-        device: str | None = None,
-        base: str | None = None,
-        config: Path | None = None,
-        needs: Sequence[Example] = (),
-    ) -> None:
-        """Load it.
+    saved: SavedModel
+    settings: ModelSettings
+    round: int
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
 
-        Args:
-            state: directory of the client.
-            device: instead of the one in the client's settings.
-            base: folder or hub id, where the base model is not where it was.
-            config: see `read_saved`.
-            needs: examples whose pictures it will read.
 
-        Raises:
-            StateError: there is no adapter yet, or it is damaged; see also `read_saved`.
-            ModelError: the base model cannot be loaded, or is another one.
-        """
-        self.saved = read_saved(state, config)
-        newest = newest_adapter(state)
-        if newest is None:
-            raise StateError(f"{state} holds no adapter yet; it is there after the client's first round")
-        self.round, self.adapter = newest
-        if base is None and self.saved.model.path == IN_MEMORY.path:
-            raise ConfigurationError(
-                "the client was handed its model in Python, and where that lies is not known; give --base, "
-                "its folder or hub id, or use the `model` of what `Client.run` returns"
-            )
-        changes = {"device": device, "path": base}
-        given = {name: value for name, value in changes.items() if value is not None}
-        try:
-            settings = ModelSettings.model_validate(self.saved.model.model_dump() | given)
-        except ValidationError as error:
-            raise ConfigurationError(f"device is {device!r}: {error.errors()[0]['msg']}") from None
-        disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
-        # PEFT would say again, in its own words, what was checked when the adapter was made.
-        logging.getLogger("peft").setLevel(logging.ERROR)
-        loaded, self.tokenizer = load_model(settings)
-        self.settings = settings
-        try:
-            with without_rename_notice():
-                self.model = PeftModel.from_pretrained(loaded, self.adapter)
-        except FedMosaicError:
-            raise
-        except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-            raise StateError(
-                f"{self.adapter}: the adapter cannot be read ({str(error)[:200]}); restore the folder from a "
-                "backup"
-            ) from None
-        self.model.train(False)
-        if any(example.prompt for example in needs):
-            self._see(needs)
+def open_model(
+    state: Path,
+    *,
+    device: str | None = None,
+    base: str | None = None,
+    config: Path | None = None,
+    needs: Sequence[Example] = (),
+) -> OpenedModel:
+    """Load the member's own model from its state directory.
 
-    def _see(self, needs: Sequence[Example]) -> None:
-        sight = Sight(self.settings.path, self.saved.pictures, self.saved.projector)
-        self.tokenizer = give_sight(sight, self.model, self.tokenizer, needs, self.saved.max_length)
+    Args:
+        state: of the client.
+        device: instead of the one in the client's settings.
+        base: folder or hub id, where the base model is not where it was.
+        config: see `read_saved`.
+        needs: examples whose pictures it will read.
+
+    Raises:
+        StateError: there is no adapter yet, or it is damaged; see also `read_saved`.
+        ModelError: the base model cannot be loaded, or is another one.
+        ConfigurationError: there is no such device, or no place of the base model.
+    """
+    saved = read_saved(state, config)
+    newest = newest_adapter(state)
+    if newest is None:
+        raise StateError(f"{state} holds no adapter yet; it is there after the client's first round")
+    settings = _settings(saved.model, device, base)
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    loaded, tokenizer = load_model(settings)
+    try:
+        with without_rename_notice():
+            model = PeftModel.from_pretrained(loaded, newest[1])
+    except FedMosaicError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        raise StateError(
+            f"{newest[1]}: the adapter cannot be read ({str(error)[:200]}); restore the folder from a backup"
+        ) from None
+    model.train(False)
+    if needs:
+        sight = Sight(settings.path, saved.pictures, saved.projector)
+        tokenizer = give_sight(sight, model, tokenizer, needs, saved.max_length)
+    return OpenedModel(saved, settings, newest[0], model, tokenizer)
+
+
+def _settings(model: ModelSettings, device: str | None, base: str | None) -> ModelSettings:
+    if base is None and model.path == IN_MEMORY.path:
+        raise ConfigurationError(
+            "the client was handed its model in Python, and where that lies is not known; give --base, its "
+            "folder or hub id, or use the `model` of what `Client.run` returns"
+        )
+    changes = {name: value for name, value in (("device", device), ("path", base)) if value is not None}
+    try:
+        return ModelSettings.model_validate(model.model_dump() | changes)
+    except ValidationError as error:
+        raise ConfigurationError(f"--device is {device!r}: {error.errors()[0]['msg']}") from None

@@ -71,5 +71,5 @@ def test_a_chat_answers_each_line_as_a_prompt_of_its_own(
 
 def test_a_device_that_is_none_is_refused(leave: Leave) -> None:
     left = leave("llama")
-    with pytest.raises(ConfigurationError, match="device is 'gpu'"):
+    with pytest.raises(ConfigurationError, match="--device is 'gpu'"):
         chat.main([str(left.state), "--device", "gpu"])

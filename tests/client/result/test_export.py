@@ -20,7 +20,8 @@ from fedmosaic.client.colora import CoLoraConfig, read_shared, set_active_branch
 from fedmosaic.client.model.examples import Example
 from fedmosaic.client.model.scoring import written_answers
 from fedmosaic.client.result import export
-from fedmosaic.client.result.saved import OpenedModel
+from fedmosaic.client.result.saved import open_model, read_saved
+from fedmosaic.client.settings import IN_MEMORY
 from fedmosaic.client.statement import HANDED_OVER
 from fedmosaic.protos.errors import ConfigurationError, ModelError, PrivacyError, StateError
 
@@ -63,7 +64,7 @@ def test_every_form_writes_the_text_that_the_client_writes(
         torch.testing.assert_close(loaded(IDS).logits, own, rtol=1e-5, atol=1e-5)
         assert texts(loaded, left) == expected
     assert isinstance(PeftConfig.from_pretrained(tmp_path / "lora"), LoraConfig)
-    opened = OpenedModel(left.state)
+    opened = open_model(left.state)
     assert torch.equal(opened.model(IDS).logits, own)
 
 
@@ -172,6 +173,13 @@ def test_what_is_no_private_release_or_endangers_the_key_is_not_shared(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_an_earlier_start_blended_in_is_not_forgotten(leave: Leave, tmp_path: Path) -> None:
+    left = leave("llama", "dp+encrypted", blend_received=0.5)
+    read_saved(left.state).model_copy(update={"blend_received": 0.0}).write(left.state)
+    with pytest.raises(PrivacyError, match="part of a decrypted aggregate"):
+        export.main([str(left.state), "--out", str(tmp_path / "out"), "--shareable"])
+
+
 def test_nothing_is_shared_before_the_statement_was_handed_over(leave: Leave, tmp_path: Path) -> None:
     left = leave("llama", "dp")
     (left.state / HANDED_OVER).unlink()
@@ -209,4 +217,18 @@ def test_refusals_leave_nothing_behind(leave: Leave, tmp_path: Path) -> None:
     (left.state / "session.json").touch()
     with pytest.raises(StateError, match=r"of a version before.*--config"):
         export.main([str(left.state), "--out", str(tmp_path / "out")])
+    record.write_text("{}")
+    with pytest.raises(StateError, match="delete that file"):
+        export.main([str(left.state), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_was_handed_over_is_loaded_from_where_it_is_said_to_be(leave: Leave) -> None:
+    left = leave("llama")
+    record = left.state / "model.json"
+    content = json.loads(record.read_text()) | {"model": IN_MEMORY.model_dump()}
+    record.write_text(json.dumps(content))
+    with pytest.raises(ConfigurationError, match="give --base"):
+        open_model(left.state)
+    opened = open_model(left.state, base=left.settings.model.path)
+    assert torch.equal(opened.model(IDS).logits, left.model(IDS).logits)
