@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-gpu lint bench bench-gpu bench-encryption protos clean
+.PHONY: demo test test-slow test-gpu lint bench bench-gpu bench-encryption docs protos clean
 
 demo: $(STAMP)
 	$(BIN)/fedmosaic demo
@@ -43,6 +43,10 @@ bench-gpu: $(STAMP)
 
 bench-encryption: $(STAMP)
 	$(BIN)/python -m benchmarks.encryption --json docs/encryption-benchmark.json --note docs/encryption-benchmark.md
+
+# The reference of all settings, from the models that read them.
+docs: $(STAMP)
+	$(BIN)/python docs/configuration.py
 
 protos: $(STAMP)
 	$(BIN)/python protos/generate.py

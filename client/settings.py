@@ -32,8 +32,11 @@ class ModelSettings(Frozen):
     """
 
     path: str = Field(min_length=1)
+    """Folder or hub id of a causal language model, or of a vision-language model."""
     gguf_file: str | None = None
+    """Name of a GGUF file inside the folder, to be read instead of safetensors."""
     keep_layers: int | None = Field(default=None, ge=1)
+    """Keep only so many of the first decoder layers; all by default."""
     device: DeviceName = "auto"
     """`auto` takes CUDA, then MPS, then the processor; or `cpu`, `mps`, `cuda`, `cuda:1`."""
     dtype: DtypeName = "float32"
@@ -41,6 +44,7 @@ class ModelSettings(Frozen):
     quantization: Literal["nf4"] | None = None
     """Frozen linear weights in 4 bits (bitsandbytes); `dtype` is then the type that products are in."""
     aligned: str | None = Field(default=None, min_length=1)
+    """Folder or hub id of what `fedmosaic align` wrote for this model, where the roster names its basis."""
     rank: int | None = Field(default=None, ge=1, le=1024)
     """Rank of this client's adapter on an aligned basis, at most the federation's; the same by default."""
 
@@ -253,10 +257,16 @@ class ClientSettings(Frozen):
     """Everything one client decides for itself. Paths are relative to the file."""
 
     kit: Path
+    """The directory that the consortium handed over: keys, certificate, roster."""
     server: Address
+    """Host and port of the federation's server."""
     state_dir: Path
+    """Directory of all that the client keeps: adapters, keys, results. Guard it like the data."""
     model: ModelSettings = IN_MEMORY
+    """The client's own model. Left out only where `fedmosaic.Client` is handed one."""
     probe: ProbeModelSettings
+    """The frozen model of the task profile, the same for all members. It has no adapter: `aligned`, `rank`
+    and `quantization` are not for it."""
     projector: Path | None = None
     """Folder of what lets a language model read pictures; `fedmosaic tasks projector` trains one."""
     data: DataSettings = DataSettings()

@@ -168,6 +168,7 @@ class OperatorSettings(Frozen):
     listen: ListenAddress = "127.0.0.1:7443"
     """Address and port; port 0 takes a free one."""
     state_dir: Path = Path("state")
+    """Directory of all that must survive a restart."""
     store_url: StoreUrl | None = None
     """SQLAlchemy URL of the database; SQLite in `state_dir` by default."""
     grace_seconds: float = Field(default=600.0, ge=0.0, le=1e9)

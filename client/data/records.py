@@ -57,6 +57,17 @@ class Example:
     person: str = field(default="", repr=False)
 
 
+def row_of(example: Example) -> dict[str, object]:
+    """The row, columns by their usual names, that an example is read from."""
+    row: dict[str, object] = {"id": example.id}
+    if example.turns:
+        row["messages"] = [{"role": turn.role, "content": turn.content} for turn in example.turns]
+    else:
+        row |= {"prompt": example.prompt, "answer": example.answer}
+    row["choices"] = example.choices
+    return row | ({"person": example.person} if example.person else {})
+
+
 @dataclass(frozen=True)
 class ExampleSet:
     """The examples of one source, and how they were read.

@@ -258,7 +258,8 @@ class Preflight:
     def _check_data(self) -> str:
         data = self.data
         self.warnings += check_sets(data, self.settings.data.pictures)
-        return "; ".join(found.words() for found in (data.train, *data.tests.values()))
+        tests = sum(len(found.examples) for found in data.tests.values())
+        return f"{len(data.train.examples):,} training examples, {tests:,} to score"
 
     def _check_texts(self) -> str:
         settings, data = self.settings, self.data

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from fedmosaic.client.data.records import row_of
 from fedmosaic.client.model.evaluation import choice_accuracy
 from fedmosaic.client.model.examples import Example, read_examples
 from fedmosaic.client.model.scoring import written_answers
@@ -143,7 +144,7 @@ class Board:
 
 def write_training_file(path: Path, tasks: Sequence[Sequence[Example]]) -> Path:
     """Write a client's examples of all tasks as one file that `read_examples` reads."""
-    lines = (json.dumps(asdict(example), ensure_ascii=False) for examples in tasks for example in examples)
+    lines = (json.dumps(row_of(example), ensure_ascii=False) for examples in tasks for example in examples)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 

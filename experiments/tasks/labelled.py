@@ -9,9 +9,10 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
+from fedmosaic.client.data.records import row_of
 from fedmosaic.client.model.examples import Example
 from fedmosaic.protos.errors import ConfigurationError
 
@@ -145,7 +146,7 @@ def split(
 
 def write_examples(path: Path, examples: Sequence[Example]) -> None:
     """Writes JSON lines that ``fedmosaic.client.model.examples.read_examples`` reads back unchanged."""
-    lines = (json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples)
+    lines = (json.dumps(row_of(example), ensure_ascii=False) + "\n" for example in examples)
     path.write_text("".join(lines), encoding="utf-8")
 
 

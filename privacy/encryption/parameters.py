@@ -29,7 +29,9 @@ STANDARD_MODULUS_BITS: dict[int, dict[int, int]] = {
 
 class _Parameters(Frozen):
     format_version: Literal[1] = 1
+    """Of this description."""
     clip: float = Field(default=4.0, gt=0.0, le=1024.0, allow_inf_nan=False)
+    """Largest absolute value that is sent."""
 
     def digest(self) -> bytes:
         """Return the SHA-256 of the canonical form: 32 bytes that go into the roster and every record."""
@@ -54,6 +56,7 @@ class CkksParameters(_Parameters):
     """
 
     backend: Literal["ckks"] = "ckks"
+    """Names this back end."""
     ring_degree: Literal[2048] = CKKS_RING_DEGREE
     modulus: Literal[281474976694273] = CKKS_MODULUS
     security_bits: Literal[128] = 128
@@ -85,6 +88,7 @@ class MaskParameters(_Parameters):
     """
 
     backend: Literal["mask"] = "mask"
+    """Names this back end."""
     fraction_bits: int = Field(default=16, ge=8, le=24)
     weight_bits: int = Field(default=12, ge=8, le=20)
 
@@ -109,6 +113,7 @@ class PlainParameters(_Parameters):
     """
 
     backend: Literal["plain"] = "plain"
+    """Names this back end."""
     weight_bits: int = Field(default=15, ge=8, le=20)
 
 

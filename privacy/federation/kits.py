@@ -44,20 +44,25 @@ class MemberEntry(Frozen):
     """A client as the founding configuration names it."""
 
     id: MemberId
+    """Name of the member: lower-case letters, digits and hyphens."""
     family: Family = ""
+    """Architecture of its model. Members of different families need an aligned basis, see `adapter.basis`."""
 
 
 class ServerEntry(Frozen):
     """Where the server will listen, and under which names it is reached."""
 
     hosts: tuple[Host, ...] = Field(default=("localhost", "127.0.0.1"), min_length=1)
+    """Names and addresses that clients will use; its certificate carries them."""
     port: Port = 7443
+    """Port that it listens on."""
 
 
 class FederationConfig(Frozen):
     """The founding configuration, `federation.toml`."""
 
     federation: MemberId
+    """Name of the federation: lower-case letters, digits and hyphens."""
     members: tuple[MemberEntry, ...] = Field(min_length=1, max_length=bounds.MAX_MEMBERS)
     server: ServerEntry = ServerEntry()
     terms: Terms

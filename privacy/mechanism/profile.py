@@ -43,12 +43,19 @@ class Reduction(Frozen):
     """
 
     kind: Literal["coordinates", "tensor_sketch", "kronecker"] = "coordinates"
+    """Which map."""
     hidden_size: int = Field(ge=1, le=2**20)
+    """Rows of the probe's gradient."""
     intermediate_size: int = Field(ge=1, le=2**20)
+    """Columns of the probe's gradient."""
     projection_dimensions: int = Field(default=1024, ge=1, le=2**20)
+    """Coordinates before sampling."""
     coordinate_share: float = Field(default=1.0, gt=0.0, le=1.0, allow_inf_nan=False)
+    """Share of them that is kept."""
     normalise: bool = True
+    """Whether every gradient is scaled to norm 1 first."""
     public_seed: int = Field(default=0, ge=0, le=2**63 - 1)
+    """Seed of every random choice of the map."""
 
     @property
     def dimensions(self) -> int:
@@ -70,6 +77,7 @@ class ProfileMechanism(Frozen):
     over rounds. What it costs is for `fedmosaic.privacy.accounting.epsilon` to say.
 
     Attributes:
+        version: of this description.
         probe: name of the frozen probe model.
         probe_sha256: fingerprint of its weights (`fedmosaic.client.profile.probe.fingerprint`).
         reduction: the public map.

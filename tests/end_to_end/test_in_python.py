@@ -167,6 +167,24 @@ def test_a_model_that_carries_adapters_is_refused(
     assert not list(tmp_path.rglob(LEDGER))
 
 
+def test_a_member_is_told_that_architectures_are_not_aligned(
+    served: tuple[Path, int], place: Path, tmp_path: Path
+) -> None:
+    config = FederationConfig.model_validate(
+        {
+            "federation": "g",
+            "members": [{"id": name, "family": name} for name in MEMBERS],
+            "terms": federation.open_kit(served[0] / "server").roster.terms.model_dump(),
+        }
+    )
+    federation.create(config, tmp_path / "other")
+    own = settings(served, place, kit=tmp_path / "other" / "clients" / "a", model={"path": "m"})
+    checked = Preflight(own, SilentProgress(), given=Given(train=pairs(0)))
+    with closing(checked):
+        next(check for check in checked.checks() if check.name == "kit").run()
+    assert any("4 families (a, b, c, d)" in warning for warning in checked.warnings)
+
+
 def test_the_same_checks_are_made_of_rows_in_a_list(
     served: tuple[Path, int], place: Path, objects: Objects, tmp_path: Path
 ) -> None:

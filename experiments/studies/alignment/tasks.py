@@ -17,13 +17,14 @@ import random
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import tyro
 
 from fedmosaic.alignment.public_text import read_public_text
+from fedmosaic.client.data.records import row_of
 from fedmosaic.client.model.examples import Example
 from fedmosaic.client.model.load import load_base_model
 from fedmosaic.experiments.demo.shallow import cut_model, fit_readouts
@@ -197,7 +198,7 @@ def _json(path: Path) -> Any:
 
 
 def _write(path: Path, examples: Sequence[Example]) -> None:
-    path.write_text("".join(json.dumps(asdict(example)) + "\n" for example in examples), encoding="utf-8")
+    path.write_text("".join(json.dumps(row_of(example)) + "\n" for example in examples), encoding="utf-8")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from fedmosaic.client.data import sources
-from fedmosaic.client.data.records import Example, Turn, read_set
+from fedmosaic.client.data.records import Example, Turn, read_set, row_of
 from fedmosaic.client.ledger import DataLedger
 from fedmosaic.client.settings import ClientSettings, ColumnSettings, DataSettings, HubData
 from fedmosaic.client.state import SessionRecord
@@ -332,3 +332,8 @@ def test_what_is_missing_or_there_twice_is_named(tmp_path: Path) -> None:
             complete(changes, **given)
     with pytest.raises(ConfigurationError, match="column 'text' is named for two parts"):
         complete(model | {"data": {"train": "t", "columns": {"prompt": "text", "answer": "text"}}})
+
+
+def test_an_example_is_read_back_from_its_row() -> None:
+    found = read_set([*ROWS, conversation(("user", "u"), ("assistant", "a"))]).examples
+    assert read_set([row_of(example) for example in found]).examples == found

@@ -13,10 +13,11 @@ from fedmosaic.privacy.configuration import read_configuration, validate
 from fedmosaic.privacy.federation import identity
 from fedmosaic.privacy.federation import kits as federation
 from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
-from fedmosaic.privacy.federation.roster import Roster, Terms
+from fedmosaic.privacy.federation.roster import AdapterTerms, Roster, Terms
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import ConfigurationError, IdentityError, MechanismError, WireError
+from fedmosaic.server.settings import settings_from_kit
 
 PROFILE = ProfileMechanism(
     probe="tiny",
@@ -124,6 +125,29 @@ def test_as_few_members_as_the_policy_needs_are_warned_of() -> None:
     agreed = config("a", "b", "c", "d").terms
     assert "one member that is away stops all exchange" in federation.fragile(4, agreed)
     assert federation.fragile(5, agreed) == ""
+
+
+@pytest.mark.parametrize(
+    ("families", "basis", "warned"),
+    [
+        (("llama", "qwen", "llama", "llama"), "", True),
+        (("llama", "qwen", "llama", "llama"), "aligned:" + "0" * 32, False),
+        (("llama",) * 4, "", False),
+        (("", "", "", ""), "", False),
+    ],
+)
+def test_architectures_without_an_aligned_basis_are_warned_of(
+    families: tuple[str, ...], basis: str, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    terms = Terms(profile=PROFILE, adapter=AdapterTerms(basis=basis))
+    members = tuple(MemberEntry(id=f"m{i}", family=family) for i, family in enumerate(families))
+    founding = FederationConfig(federation="clinics", members=members, terms=terms)
+    roster = federation.create(founding, tmp_path / "federation")
+    words = federation.unaligned(roster)
+    assert ("2 families (llama, qwen)" in words and "`fedmosaic align`" in words) == warned
+    assert (words == "") != warned
+    settings_from_kit(tmp_path / "federation" / "server")
+    assert (words in caplog.messages) == warned
 
 
 def test_nobody_is_revoked_without_whom_the_others_could_not_go_on(made: Path) -> None:
