@@ -61,7 +61,7 @@ private data. `fedmosaic export` writes what can be handed on, with a card that 
 import fedmosaic.client.colora  # registers the method with PEFT
 from peft import AutoPeftModelForCausalLM
 
-model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
+model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder", dtype="float32")
 ```
 
 If the base model was cut in depth, load and cut it first, and give it to `PeftModel.from_pretrained`.

@@ -29,6 +29,7 @@ class Export:
     Attributes:
         form: of the files.
         base: name of the base model for readers: no private path.
+        dtype: of the base's weights, such as float32.
         round: after which the adapter was stored.
         shareable: whether only what is a private release is inside.
         rank: of the LoRA; None for other formats.
@@ -38,6 +39,7 @@ class Export:
 
     form: Format
     base: str
+    dtype: str
     round: int
     shareable: bool
     rank: int | None
@@ -68,11 +70,18 @@ def model_card(export: Export, saved: SavedModel, statement: PrivacyStatement | 
     """
     # Markdown, not HTML: nothing is escaped, and all names come from the roster or this member's settings.
     environment = Environment(  # noqa: S701
-        loader=PackageLoader("fedmosaic.client.result", "."), undefined=StrictUndefined
+        loader=PackageLoader("fedmosaic.client.result", "."),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
     )
     model = saved.model
     gguf = f', gguf_file="{model.gguf_file}"' if model.gguf_file else ""
-    options = (", config=config" if model.keep_layers else "") + (_FOUR_BITS if model.quantization else "")
+    # Without it transformers takes the type that the files are in, which need not be the one trained with.
+    options = (
+        f', dtype="{export.dtype}"'
+        + (", config=config" if model.keep_layers else "")
+        + (_FOUR_BITS if model.quantization else "")
+    )
     names = ["AutoConfig"] * bool(model.keep_layers) + ["AutoModelForCausalLM", "AutoTokenizer"]
     return environment.get_template("card.md.j2").render(
         **asdict(export),

@@ -123,6 +123,7 @@ def _write(arguments: Arguments, opened: OpenedModel, folder: Path, name: str) -
     """Write the model, load it again, and compare it with what it was made from."""
     model = only_released(opened.model) if arguments.shareable else opened.model
     expected = public_logits(model, opened.tokenizer)
+    dtype = str(cast(PreTrainedModel, model.get_base_model()).dtype).removeprefix("torch.")
     left_out = ""
     if arguments.without_bias:
         clear_biases(model)
@@ -151,7 +152,9 @@ def _write(arguments: Arguments, opened: OpenedModel, folder: Path, name: str) -
             f"what would be written is not the client's model ({found}): {arguments.format} does not suit "
             "this architecture; give another --format"
         )
-    return Export(arguments.format, name, opened.round, arguments.shareable, rank, str(found), left_out)
+    return Export(
+        arguments.format, name, dtype, opened.round, arguments.shareable, rank, str(found), left_out
+    )
 
 
 def _rename_base(config: Path, name: str) -> None:

@@ -86,6 +86,7 @@ def test_the_recipe_of_the_card_needs_nothing_of_this_package(
     left = leave("llama", "none")
     out = written(left, tmp_path / form, "--format", form)
     recipe = (out / "README.md").read_text().split("```python")[1].split("```")[0]
+    assert form == "merged" or 'dtype="float32")' in recipe
     code = recipe.replace("path/to/this/folder", str(out)) + (
         "\nimport sys, torch"
         "\nassert not any(name.startswith('fedmosaic') for name in sys.modules)"
