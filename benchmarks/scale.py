@@ -25,8 +25,8 @@ from fedmosaic.client.model.examples import Example
 from fedmosaic.client.model.training import TrainingSettings
 from fedmosaic.client.settings import ModelSettings
 from fedmosaic.experiments.runs.command import run_here
+from fedmosaic.experiments.scenario.participants import write_examples
 from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient, ScenarioProfile
-from fedmosaic.experiments.tasks.labelled import write_examples
 from fedmosaic.privacy.encryption.parameters import PlainParameters
 from fedmosaic.privacy.federation.roster import AdapterTerms, ScheduleTerms
 from fedmosaic.protos.errors import ConfigurationError, FedMosaicError

@@ -50,9 +50,8 @@ from fedmosaic.experiments.comparison.runs import compared_run
 from fedmosaic.experiments.methods.lora import load_with_lora, lora_layers
 from fedmosaic.experiments.runs import command as runner
 from fedmosaic.experiments.runs.client_processes import check_as_processes
-from fedmosaic.experiments.scenario.participants import read_evaluations
-from fedmosaic.experiments.simulation.simulate import make_hosts
-from fedmosaic.experiments.tasks.labelled import write_examples
+from fedmosaic.experiments.scenario.participants import read_evaluations, write_examples
+from fedmosaic.experiments.simulation.simulate import make_models
 from fedmosaic.privacy.federation.roster import AdapterTerms, Terms
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
@@ -389,7 +388,7 @@ def seeing(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, t
         ]
         settings = {
             "clients": clients,
-            "pictures": str(tmp_path),
+            "images": str(tmp_path),
             "policy": {"minimum_contributors": 1, "weight_cap": 1.0, "squares_cap": 1.0},
             "schedule": {"rounds": 1, "quorum": 2},
         }
@@ -449,7 +448,7 @@ def test_features_of_a_clients_own_pictures_stay_in_its_state(seeing: Any, tmp_p
             "training": scenario.training,
         }
     )
-    hosts, adapter = make_hosts(scenario)
+    hosts, adapter = make_models(scenario)
     del hosts
     features_before = set((tmp_path / "cache" / "pictures").iterdir())
     terms = Terms.model_construct(adapter=adapter)
@@ -490,7 +489,7 @@ def test_what_cannot_be_seen_is_refused(seeing: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"raise training\.max_length from 7 to 8"):
         start(seeing(method="local", training=short))
     with pytest.raises(ConfigurationError, match="name the folder"):
-        start(seeing(method="local", pictures=None))
+        start(seeing(method="local", images=None))
     scenario = seeing(method="local")
     blind = [client.model_copy(update={"projector": None}) for client in scenario.clients]
     with pytest.raises(ConfigurationError, match="reads no pictures"):

@@ -1,4 +1,4 @@
-"""Training a projector once, on public pictures, with everything else frozen."""
+"""Training a projector once, on public images, with everything else frozen."""
 
 import random
 import time
@@ -27,15 +27,8 @@ _SCORED_BATCH = 32
 
 
 @dataclass(frozen=True)
-class PublicPictures:
-    """Questions about public pictures.
-
-    Attributes:
-        name: of the data, for the record.
-        folder: of the pictures.
-        train: examples to learn from.
-        test: examples of other pictures; each with choices.
-    """
+class PublicImages:
+    """Questions about the public images of a folder; those for testing have choices and other images."""
 
     name: str
     folder: Path
@@ -43,40 +36,20 @@ class PublicPictures:
     test: Sequence[Example]
 
 
-@dataclass(frozen=True)
-class Pretraining:
-    """A trained projector.
-
-    Attributes:
-        projector: it.
-        record: what it is for and how it was trained.
-        accuracy: on the test examples, with it.
-        question_only: the same model on the test examples without their pictures.
-    """
-
-    projector: Projector
-    record: ProjectorRecord
-    accuracy: float
-    question_only: float
-
-
 def train_projector(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    public: PublicPictures,
+    public: PublicImages,
     settings: TrainingSettings,
     cache: Path,
     console: Console,
-) -> Pretraining:
-    """Train a projector for a language model.
+) -> tuple[Projector, ProjectorRecord, tuple[float, float]]:
+    """Train a projector for a bare language model, which is frozen; its input embedding is changed.
 
-    Args:
-        model: bare and frozen by this call; its input embedding is changed.
-        tokenizer: of the model.
-        public: what to train on.
-        settings: steps, batch size, learning rate; `max_length` must hold an example with its picture.
-        cache: of features.
-        console: where progress is shown.
+    `max_length` of the settings must hold an example with its image; `cache` is of features.
+
+    Returns:
+        The projector, its record, and accuracy on the test examples with their images and without.
 
     Raises:
         ModelError: the model embeds words in another way than a table.
@@ -94,20 +67,20 @@ def train_projector(
     features = picture_features(paths, cache=cache, console=console)
     projector = Projector(CHANNELS, words.embedding_dim, scale)
     put_pictures(model, ProjectedFeatures(features, projector), ids.each)
-    seeing = tokenizer_with_pictures(tokenizer, ids)
+    with_images = tokenizer_with_pictures(tokenizer, ids)
     started = time.monotonic()
-    report = _train(model, seeing, public.train, settings, console)
+    report = _train(model, with_images, public.train, settings, console)
     seconds = time.monotonic() - started
     projector.requires_grad_(False)
-    scores = [
+    seen, blind = (
         choice_accuracy(model, t, public.test, _SCORED_BATCH, max_length=settings.max_length)
-        for t in (seeing, tokenizer_with_pictures(tokenizer, None))
-    ]
+        for t in (with_images, tokenizer_with_pictures(tokenizer, None))
+    )
     record = ProjectorRecord(
         identity, CHANNELS, words.embedding_dim, SIZE, GRID, public.name, report.steps, seconds,
         report.first_loss, report.last_loss,
     )  # fmt: skip
-    return Pretraining(projector, record, *scores)
+    return projector, record, (seen, blind)
 
 
 def _train(

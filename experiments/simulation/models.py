@@ -9,6 +9,9 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from fedmosaic.client.model.examples import padding_token, read_examples
+from fedmosaic.client.vision.sight import Sight, give_sight
+from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient
 from fedmosaic.protos.errors import StateError
 
 COMPUTE = threading.RLock()
@@ -17,17 +20,13 @@ architectures, because PyTorch's generator of random numbers is one for the proc
 
 
 @dataclass(eq=False)
-class Tenant:
-    """A client's adapter while another one is in the model.
-
-    Attributes:
-        tensors: by parameter name; empty before the first turn, which starts from the fresh adapter.
-    """
+class AdapterState:
+    """A client's adapter by parameter name while another is in the model; empty before the first turn."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-class ModelHost:
+class SharedModel:
     """A model with one adapter, lent to one client at a time.
 
     Only the adapter's parameters belong to a client. What the adapter holds as buffers (the frozen bases)
@@ -37,31 +36,32 @@ class ModelHost:
     def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.pad_token_id = padding_token(tokenizer)
         self._adapter = {
             name: parameter
             for name, parameter in model.named_parameters()
             if any(part.startswith(("colora_", "lora_")) for part in name.split("."))
         }
         self._fresh = self._read()
-        self._occupant: Tenant | None = None
+        self._current: AdapterState | None = None
 
     @contextmanager
-    def lent_to(self, tenant: Tenant) -> Iterator[PeftModel]:
+    def with_adapter(self, state: AdapterState) -> Iterator[PeftModel]:
         """The model with this client's adapter; everybody else waits. May be nested by one thread."""
         with COMPUTE:
-            if self._occupant is not tenant:
-                if self._occupant is not None:
-                    self._occupant.tensors = self._read()
-                self._write(tenant.tensors or self._fresh)
-                self._occupant = tenant
+            if self._current is not state:
+                if self._current is not None:
+                    self._current.tensors = self._read()
+                self._write(state.tensors or self._fresh)
+                self._current = state
             yield self.model
 
-    def read(self, tenant: Tenant) -> dict[str, torch.Tensor]:
+    def read(self, state: AdapterState) -> dict[str, torch.Tensor]:
         """A copy of a client's adapter."""
-        with self.lent_to(tenant):
+        with self.with_adapter(state):
             return self._read()
 
-    def write(self, tenant: Tenant, tensors: dict[str, torch.Tensor]) -> None:
+    def write(self, state: AdapterState, tensors: dict[str, torch.Tensor]) -> None:
         """Replace a client's adapter.
 
         Raises:
@@ -70,7 +70,7 @@ class ModelHost:
         expected = {name: parameter.shape for name, parameter in self._adapter.items()}
         if {name: tensor.shape for name, tensor in tensors.items()} != expected:
             raise StateError("the saved adapter is of another shape than this model's; start the run over")
-        with self.lent_to(tenant):
+        with self.with_adapter(state):
             self._write(tensors)
 
     def _read(self) -> dict[str, torch.Tensor]:
@@ -81,3 +81,13 @@ class ModelHost:
         for name, parameter in self._adapter.items():
             parameter.copy_(tensors[name])
             parameter.grad = None
+
+
+def shared_model(
+    scenario: Scenario, client: ScenarioClient, model: PeftModel, tokenizer: PreTrainedTokenizerBase
+) -> SharedModel:
+    """A model that can read the images of all the scenario's examples; see `give_sight` for the errors."""
+    inputs = Sight(client.model.path, scenario.images, client.projector, scenario.question_only)
+    tasks = [task for entry in (*scenario.clients, *scenario.unseen) for task in entry.task_list]
+    examples = [e for task in tasks for file in (task.train, task.test) for e in read_examples(file)]
+    return SharedModel(model, give_sight(inputs, model, tokenizer, examples, scenario.training.max_length))

@@ -1,4 +1,4 @@
-"""Public pictures that a projector is trained on: easy-VQA, coloured shapes with questions in simple words.
+"""Public images that a projector is trained on: easy-VQA, coloured shapes with questions in simple words.
 
 No client's task uses them. They come in a wheel, pinned, and are unpacked into the cache.
 """
@@ -20,26 +20,24 @@ EASY_VQA: Final = Asset(
     size=3215672,
     licence="MIT",
 )
-_PICTURE_BYTES: Final = 100_000
+_IMAGE_BYTES: Final = 100_000
 _QUESTIONS_BYTES: Final = 4_000_000
 
 
 def easy_vqa(cache: Path, part: str) -> tuple[Path, tuple[Example, ...]]:
-    """Fetch, unpack and read one part of easy-VQA.
+    """Fetch, unpack into the cache and read one part of easy-VQA, "train" or "test".
 
-    Args:
-        cache: directory of fetched packages; the pictures are unpacked into it too.
-        part: "train" (4,000 pictures, 38,575 questions) or "test" (1,000 and 9,673).
+    4,000 images with 38,575 questions, and 1,000 with 9,673.
 
     Returns:
-        The folder that the pictures lie in, and the examples, whose choices are all answers of their kind.
+        The folder that the images lie in, and the examples, whose choices are all answers of their kind.
 
     Raises:
         ConfigurationError: the wheel cannot be had, or is not in the form that is known.
     """
     wheel = fetch(EASY_VQA, cache)
     folder = cache / "pictures" / "easy-vqa"
-    for name, content in read_members(wheel, f"easy_vqa/data/{part}/images/", ".png", _PICTURE_BYTES):
+    for name, content in read_members(wheel, f"easy_vqa/data/{part}/images/", ".png", _IMAGE_BYTES):
         place = folder / part / name.rpartition("/")[2]
         if not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
