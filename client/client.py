@@ -20,10 +20,10 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from fedmosaic.client.enrol import Learner
 from fedmosaic.client.keyring import Keyring
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.ledger import NO_LEDGER, DataLedger
+from fedmosaic.client.membership import Learner
 from fedmosaic.client.model.scoring import Score
 from fedmosaic.client.planning import AdapterPlan, budgeted_channels
 from fedmosaic.client.preflight.checks import Given, Preflight, agreed_epsilon

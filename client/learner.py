@@ -20,10 +20,7 @@ from fedmosaic.client.colora import (
     set_trainable,
     write_family,
 )
-from fedmosaic.client.colora.aligned import (
-    read_embedded,
-    write_embedded,
-)
+from fedmosaic.client.colora.aligned import read_embedded, write_embedded
 from fedmosaic.client.data.sets import ClientData, read_sets
 from fedmosaic.client.dp import round as private_round
 from fedmosaic.client.model.acceptance import check_ids, check_length, encoded_ids
@@ -163,7 +160,7 @@ class ModelLearner:
         return self._encoded, self._sampler
 
     def train(self, round_number: int, releases: Releases, give_up: Callable[[], None]) -> None:
-        """Train one round; see `fedmosaic.client.enrol.Learner.train`.
+        """Train one round; see `fedmosaic.client.membership.Learner.train`.
 
         Raises:
             TrainingError: training fails in round 1 of a run without DP, in which nothing was received yet.
@@ -334,11 +331,7 @@ class ModelLearner:
         (directory / SAMPLER).write_text(json.dumps(self._sampler.state_dict()))
 
     def load(self, directory: Path) -> None:
-        """Read what `save` wrote.
-
-        Raises:
-            StateError: the files are missing or damaged.
-        """
+        """Read what `save` wrote; StateError if it is missing or damaged."""
         try:
             tensors = load_file(directory / "adapter_model.safetensors")
             order = directory / SAMPLER

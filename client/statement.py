@@ -37,7 +37,7 @@ def statement_inputs(
     clipped_share: Mapping[Channel, float] | None = None,
     metrics_shared: bool = False,
 ) -> StatementInputs:
-    """What the statements of one client are made from: its own, and the one to hand over.
+    """What a client's own statement is made from and, after `for_handing_over`, the shared one.
 
     Args:
         roster: terms and members.
@@ -48,13 +48,10 @@ def statement_inputs(
         smallest_row: fewest contributors of any weight row that this client accepted; None if none was.
         clipped_share: share of clipped examples by channel, for this client's own eyes.
         metrics_shared: whether accuracies or losses left this client.
-
-    Returns:
-        Facts for `fedmosaic.privacy.statement.build.statement`, and for
-        `fedmosaic.privacy.statement.shareable.shareable` once `for_handing_over` has seen them.
     """
     terms = roster.terms
     steps = terms.adapter_privacy.steps_per_round * terms.schedule.rounds
+    fewest = smallest_row or terms.policy.fewest_contributors
     return StatementInputs(
         run_id=run_id,
         created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
@@ -77,21 +74,13 @@ def statement_inputs(
         squares_cap=terms.policy.squares_cap,
         rounds=terms.schedule.rounds,
         smallest_row=smallest_row,
-        coalition_rows=coalition_rows(
-            smallest_row or terms.policy.fewest_contributors, terms.schedule.rounds
-        ),
+        coalition_rows=coalition_rows(fewest, terms.schedule.rounds),
         metrics_shared=metrics_shared,
     )
 
 
 def for_handing_over(inputs: StatementInputs, terms: Terms, examples: int) -> StatementInputs:
-    """The same facts with the least σ that the terms plan for any client of about this size.
-
-    Args:
-        inputs: of one client.
-        terms: the roster's.
-        examples: n, the client's number of examples.
-    """
+    """The same facts of one client with the least σ that the terms plan for any of about n examples."""
     (client,) = inputs.clients
     if not terms.adapter.private:
         return inputs
@@ -131,9 +120,9 @@ def with_warning(statement: PrivacyStatement, warning: str) -> PrivacyStatement:
 
 
 def _encryption(terms: Terms) -> str:
-    if not terms.adapter.encrypted:
-        return ""
-    return f"{terms.encryption.backend}, parameters {terms.encryption.digest().hex()[:16]}"
+    parameters = terms.encryption
+    named = f"{parameters.backend}, parameters {parameters.digest().hex()[:16]}"
+    return named if terms.adapter.encrypted else ""
 
 
 def coalition_rows(contributors: int, rounds: int) -> tuple[CoalitionRows, ...]:

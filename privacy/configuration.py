@@ -5,15 +5,16 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fedmosaic.protos.errors import ConfigurationError
+from fedmosaic.protos.errors import ConfigurationError, StateError
 
 Model = TypeVar("Model", bound=BaseModel)
+Value = TypeVar("Value")
 _SHOWN = 200
 _MOST_DIGITS = 400
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -54,6 +55,25 @@ def read_configuration(path: Path, model: type[Model]) -> Model:
     except ValueError as error:
         raise ConfigurationError(f"{path}: not valid {path.suffix[1:].upper() or 'TOML'}: {error}") from None
     return validate(data, model, str(path))
+
+
+def read_own(path: Path, read: Callable[[Any], Value], remedy: str) -> Value | None:
+    """What a small JSON file that we wrote ourselves holds; None if there is no such file.
+
+    Args:
+        path: the file.
+        read: makes the value of the parsed JSON, or fails with any error of a wrong type or shape.
+        remedy: what to do with a damaged file.
+
+    Raises:
+        StateError: it is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        return read(parse_json(path.read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StateError(f"{path} is damaged ({error}); {remedy}") from None
 
 
 def decode_text(content: bytes) -> str:

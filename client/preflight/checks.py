@@ -16,9 +16,9 @@ from typing import Any, Final
 from cryptography import x509
 
 from fedmosaic.client.data.sets import ClientData, read_sets
-from fedmosaic.client.enrol import ask_to_enrol
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.ledger import DataLedger, ledger_delta
+from fedmosaic.client.membership import ask_to_enrol
 from fedmosaic.client.model.given import accept_model
 from fedmosaic.client.model.load import LoadedModel, load_tokenizer
 from fedmosaic.client.planning import AdapterPlan, budgeted_channels, plan_adapter

@@ -64,7 +64,7 @@ class StreamLearner(ModelLearner):
 
 
 class TurnTakingLearner:
-    """Lends a learner the shared model for every call; see `fedmosaic.client.enrol.Learner`."""
+    """Lends a learner the shared model for every call; see `fedmosaic.client.membership.Learner`."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class TurnTakingLearner:
             self.adapter_spec_hash, self.family = self.inner.adapter_spec_hash, self.inner.family
 
     def load_global(self, section: str, vector: np.ndarray) -> None:
-        """See `fedmosaic.client.enrol.Learner`."""
+        """See `fedmosaic.client.membership.Learner`."""
         with self._shared.with_adapter(self.adapter):
             if self._discard:
                 self.inner.keep_own(section)
@@ -94,23 +94,23 @@ class TurnTakingLearner:
                 self.inner.load_global(section, vector)
 
     def keep_own(self, section: str) -> None:
-        """See `fedmosaic.client.enrol.Learner`."""
+        """See `fedmosaic.client.membership.Learner`."""
         with self._shared.with_adapter(self.adapter):
             self.inner.keep_own(section)
 
     def train(self, round_number: int, releases: Releases, give_up: Callable[[], None]) -> None:
-        """See `fedmosaic.client.enrol.Learner`; then score, if this round is to be scored."""
+        """See `fedmosaic.client.membership.Learner`; then score, if this round is to be scored."""
         with self._shared.with_adapter(self.adapter):
             self.inner.train(round_number, releases, give_up)
             self._scored(round_number)
 
     def sections(self) -> Mapping[str, np.ndarray]:
-        """See `fedmosaic.client.enrol.Learner`."""
+        """See `fedmosaic.client.membership.Learner`."""
         with self._shared.with_adapter(self.adapter):
             return self.inner.sections()
 
     def save(self, directory: Path) -> None:
-        """See `fedmosaic.client.enrol.Learner`; without the model card of a client process."""
+        """See `fedmosaic.client.membership.Learner`; without the model card of a client process."""
         save_file(self._shared.read(self.adapter), directory / _ADAPTER)
         (directory / _ORDER).write_text(json.dumps(self.inner.order.state_dict()))
 

@@ -5,6 +5,7 @@ import threading
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fedmosaic.client import progress
 from fedmosaic.experiments.scenario.processes import RunFailedError
 from fedmosaic.protos.messages import RoundStatus
 
@@ -48,7 +49,7 @@ class RunProgress:
             self._console.print(f"{text}{estimate}", highlight=False)
 
 
-class ClientProgress:
+class ClientProgress(progress.Progress):
     """One client's part in it; see `fedmosaic.client.progress.Progress`."""
 
     def __init__(self, run: RunProgress, client: str, stopped: threading.Event) -> None:

@@ -25,7 +25,7 @@ from fedmosaic.client.colora.layer import CoLoraLayer
 from fedmosaic.client.model.load import load_base_model
 from fedmosaic.client.preflight.checks import Given, Preflight
 from fedmosaic.client.profile.probe import open_probe
-from fedmosaic.client.progress import SilentProgress
+from fedmosaic.client.progress import Progress
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.privacy.federation import kits as federation
 from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
@@ -161,7 +161,7 @@ def test_a_model_that_carries_adapters_is_refused(
     around = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
     for carrying in (around, around.get_base_model()):
         given = Given((carrying, tokenizer), pairs(0))
-        checked = Preflight(settings(served, place, data={"ledger": tmp_path}), SilentProgress(), given=given)
+        checked = Preflight(settings(served, place, data={"ledger": tmp_path}), Progress(), given=given)
         with closing(checked), pytest.raises(ModelError, match=r"adapters already|without PEFT around it"):
             checked.require(print)
     assert not list(tmp_path.rglob(LEDGER))
@@ -179,7 +179,7 @@ def test_a_member_is_told_that_architectures_are_not_aligned(
     )
     federation.create(config, tmp_path / "other")
     own = settings(served, place, kit=tmp_path / "other" / "clients" / "a", model={"path": "m"})
-    checked = Preflight(own, SilentProgress(), given=Given(train=pairs(0)))
+    checked = Preflight(own, Progress(), given=Given(train=pairs(0)))
     with closing(checked):
         next(check for check in checked.checks() if check.name == "kit").run()
     assert any("4 families (a, b, c, d)" in warning for warning in checked.warnings)
@@ -195,7 +195,7 @@ def test_the_same_checks_are_made_of_rows_in_a_list(
         (Given(objects, [*pairs(0), {"prompt": "w1", "answer": " "}]), "examples, row 61: 'answer' must"),
         (Given(objects, [*chats(0), {"prompt": "w1", "answer": "yes " * 40}]), "raise training.max_length"),
     ):
-        checked = Preflight(bare, SilentProgress(), given=given)
+        checked = Preflight(bare, Progress(), given=given)
         with closing(checked), pytest.raises(FedMosaicError, match=words):
             checked.require(print)
 

@@ -19,7 +19,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from end_to_end import federation_of_vectors as fv  # after the path it is found on
-from fedmosaic.client.enrol import ask_to_enrol
+from fedmosaic.client.membership import ask_to_enrol
 from fedmosaic.client.transport.grpc import GrpcTransport, TransportOptions
 from fedmosaic.privacy.federation import identity
 from fedmosaic.privacy.federation.kits import open_kit

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedmosaic.client.client import Participant
 from fedmosaic.client.planning import AdapterPlan
-from fedmosaic.client.progress import SilentProgress
+from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.session import Session
 from fedmosaic.client.state import ClientState
@@ -83,7 +83,7 @@ def open_session(
     ids = tuple(f"{name}-{number}" for number in range(100))
     plan = AdapterPlan(0.0, 0.1)
     releases = Releases(ledger, roster.terms, state, ids, _profile(seed), SecureNoise(), plan)
-    member = Participant(kit, transport, learner, state, ledger, plan, releases, SilentProgress())
+    member = Participant(kit, transport, learner, state, ledger, plan, releases, Progress())
     return member.session, learner, ledger, state
 
 

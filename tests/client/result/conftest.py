@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from fedmosaic.client.learner import ModelLearner
-from fedmosaic.client.progress import SilentProgress
+from fedmosaic.client.progress import Progress
 from fedmosaic.client.result.saved import SavedModel
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.statement import HANDED_OVER, STATEMENT
@@ -128,7 +128,7 @@ def leave(tmp_path: Path, models_folder: Path) -> Callable[..., Left]:
             }
         )  # fmt: skip
         terms = agreed(protection, family)
-        learner = ModelLearner(settings, terms, family, SilentProgress())
+        learner = ModelLearner(settings, terms, family, Progress())
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
             for name, parameter in sorted(learner.trained[0].named_parameters()):

@@ -1,4 +1,4 @@
-"""What a client does when the server has lost something, or is not the one it was.
+"""A client's standing with the server: enrolment, and what it does when the server has lost something.
 
 A server may be put back to an older copy of its state: it then asks for uploads again that it has
 acknowledged, keeps an older head of the privacy ledger, or knows a key epoch no more. None of that makes a
@@ -6,17 +6,30 @@ client release or charge anything anew: the stored bytes are sent again, or seal
 """
 
 import logging
-from typing import Final
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final, Protocol
 
-from fedmosaic.client.enrol import Learner, ask_to_enrol
+import numpy as np
+
+from fedmosaic import __version__
+from fedmosaic.client.progress import Progress
 from fedmosaic.client.protection import Identity, Protection
 from fedmosaic.client.records import read_upload, write_upload
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.state import OLDER_COPY, ClientState
 from fedmosaic.client.transport.grpc import Transport
 from fedmosaic.privacy.federation.roster import Roster
-from fedmosaic.protos.errors import StateError
-from fedmosaic.protos.messages import Enrolled, Phase, Receipt, RoundStatus, Upload
+from fedmosaic.protos.errors import PolicyError, StateError
+from fedmosaic.protos.messages import (
+    PROTOCOL_VERSION,
+    Enrolled,
+    Enrolment,
+    Phase,
+    Receipt,
+    RoundStatus,
+    Upload,
+)
 from fedmosaic.protos.refusal import Refusal
 from fedmosaic.protos.signing import ledger_digest
 
@@ -31,6 +44,88 @@ _SENT_AGAIN: Final = 3
 """How often a round's acknowledged upload is sent again when the server asks; more would be a fault of it."""
 
 
+class Learner(Protocol):
+    """What a session asks of the model side. The session never sees a model, an example or a gradient."""
+
+    @property
+    def adapter_spec_hash(self) -> bytes:
+        """SHA-256 of the shared layout, equal for all members."""
+
+    @property
+    def family(self) -> str:
+        """Architecture name for family sharing; empty if none."""
+
+    def load_global(self, section: str, vector: np.ndarray) -> None:
+        """Load an aggregate into the frozen global branch."""
+
+    def keep_own(self, section: str) -> None:
+        """No aggregate: the global branch becomes a copy of the local one (released code, §2.6 step 1)."""
+
+    def train(self, round_number: int, releases: Releases, give_up: Callable[[], None]) -> None:
+        """Train for one round; under DP, charge through `releases` before any noise is drawn.
+
+        Whatever was received, it ends, and takes the steps of any round. Where nothing can be trained beside
+        what was received, it calls `give_up` and goes on as after `keep_own`.
+        """
+
+    def sections(self) -> Mapping[str, np.ndarray]:
+        """What is shared now: section name → float32 vector."""
+
+    def save(self, directory: Path) -> None:
+        """Write every branch, the gate and the sampler's position."""
+
+    def load(self, directory: Path) -> None:
+        """Read what `save` wrote."""
+
+
+def ask_to_enrol(
+    transport: Transport,
+    roster: Roster,
+    adapter_spec_hash: bytes,
+    family: str,
+    *,
+    check_only: bool = False,
+    ledger_head: bytes = b"",
+    ledger_signature: bytes = b"",
+) -> Enrolled:
+    """Compare what both sides believe about the federation, and enrol unless it is to be checked only.
+
+    Args:
+        transport: way to the server.
+        roster: this client's.
+        adapter_spec_hash: SHA-256 of the shared layout.
+        family: architecture name; empty if none.
+        check_only: leave the server as it is; a model need not be loaded yet.
+        ledger_head: anchor of this client's privacy ledger, for the server to keep; empty for none.
+        ledger_signature: this client's, over `fedmosaic.protos.signing.ledger_digest`.
+
+    Raises:
+        RefusedError: the server refuses this client; the reason and the remedy are in the message.
+        PolicyError: the server wants another number of rounds than the roster's terms.
+        TransportError: the server cannot be reached for longer than the transport's patience.
+    """
+    enrolled = transport.enrol(
+        Enrolment(
+            protocol_version=PROTOCOL_VERSION,
+            federation=roster.federation,
+            roster_hash=roster.hash,
+            adapter_spec_hash=adapter_spec_hash,
+            family=family,
+            software=f"fedmosaic {__version__}",
+            check_only=check_only,
+            ledger_head=ledger_head,
+            ledger_signature=ledger_signature,
+        )
+    )
+    agreed = roster.terms.schedule.rounds
+    if enrolled.rounds != agreed:
+        raise PolicyError(
+            f"the server runs {enrolled.rounds} rounds, the signed terms say {agreed}; nothing was sent. "
+            "Ask who runs the server: more rounds are more weight rows, from which recipients learn more"
+        )
+    return enrolled
+
+
 class SealAnewError(Exception):
     """The key epoch of an upload is over: its round is to be taken part in again, with the trained adapter.
 
@@ -43,8 +138,8 @@ class SealAnewError(Exception):
         self.round = upload.round
 
 
-class Recovery:
-    """Enrolment, and the answers to a server that is behind what it has said or taken."""
+class Membership:
+    """A member's standing with the server: enrolment, and the answers to one that is behind what it said."""
 
     def __init__(
         self,
@@ -55,19 +150,22 @@ class Recovery:
         state: ClientState,
         releases: Releases,
         protection: Protection,
+        progress: Progress,
     ) -> None:
+        """Put the parts of a client together; nothing is sent yet."""
         self._identity = identity
         self._roster = roster
         self._transport = transport
         self._learner = learner
         self._state = state
-        self._anchor = releases.anchor
+        self._releases = releases
         self._protection = protection
+        self._progress = progress
         self._sent_again: list[int] = []
 
-    def enrol(self) -> Enrolled:
+    def _enrol(self) -> Enrolled:
         """Enrol with the head of the privacy ledger; LedgerError if the server has kept a later one."""
-        head = self._anchor.head()
+        head = self._releases.anchor.head()
         signed = ledger_digest(
             federation=self._roster.federation, client_id=self._identity.client_id, head=head
         )
@@ -79,16 +177,17 @@ class Recovery:
             ledger_head=head,
             ledger_signature=self._identity.signing_key.sign(signed),
         )
-        self._anchor.check(enrolled.ledger_head)
+        self._releases.anchor.check(enrolled.ledger_head)
         return enrolled
 
-    def watch(self, status: RoundStatus) -> None:
-        """See whether the server is still the one we know, and whether it asks for something again.
+    def _waiting(self, status: RoundStatus) -> None:
+        """Told now and then what the server waits for: sees whether it is still the server we know.
 
         Raises:
             StateError: it is an older copy, or one with another past.
             SealAnewError: it has lost an upload, and the key epoch of its bytes as well.
         """
+        self._progress.waiting(status)
         if self._state.contradicts(status.round, status.head) or self._wanted_again(status):
             # It may have waited in a buffer since before another answer, so it alone proves nothing.
             status = self._compare()
@@ -121,7 +220,7 @@ class Recovery:
             if upload is not None and isinstance(error, Refusal) and error.reason in KEY_REASONS:
                 raise self._retired(upload) from None
 
-    def after_refusal(self, upload: Upload, refusal: Refusal) -> tuple[Upload, Receipt]:
+    def _after_refusal(self, upload: Upload, refusal: Refusal) -> tuple[Upload, Receipt]:
         """What can still be done about an upload that was refused.
 
         Returns:
@@ -135,8 +234,8 @@ class Recovery:
         """
         if refusal.reason == "LEDGER_BEHIND":
             # The server may have been put back to a moment before; whoever is behind is the ledger's to find.
-            self.enrol()
-            claim = self._anchor.claim()
+            self._enrol()
+            claim = self._releases.anchor.claim()
             upload = self._protection.claim_anew(self._state.record.run_id, upload, claim)
             write_upload(self._state.upload_path(upload.round), upload)
             try:
