@@ -12,11 +12,13 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client.keyring import Keyring
 from fedmosaic.client.learner import ModelLearner
@@ -30,10 +32,19 @@ from fedmosaic.client.progress import LoggedProgress, Progress
 from fedmosaic.client.protection import Identity, Protection
 from fedmosaic.client.records import CLIPPING, ClippingRecord
 from fedmosaic.client.releases import Releases
+from fedmosaic.client.result.comparison import ALONE, BASE, FEDERATED, Comparison, compare
+from fedmosaic.client.result.saved import SavedModel
 from fedmosaic.client.session import Session
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState
-from fedmosaic.client.statement import for_handing_over, person_words, statement_inputs, with_warning
+from fedmosaic.client.statement import (
+    HANDED_OVER,
+    STATEMENT,
+    for_handing_over,
+    person_words,
+    statement_inputs,
+    with_warning,
+)
 from fedmosaic.client.transport.grpc import Transport
 from fedmosaic.client.transport.traffic import Traffic
 from fedmosaic.privacy.configuration import parse_json, read_configuration
@@ -48,7 +59,6 @@ from fedmosaic.protos.errors import ConfigurationError, ModelError, StateError
 
 log = logging.getLogger("fedmosaic.client")
 RESULT = "result.json"
-STATEMENT = "statement.json"
 TRAFFIC = "traffic.json"
 NOTHING_RECEIVED = (
     "YOU RECEIVED NOTHING from the other members in any of the {rounds} rounds: this client trained alone. "
@@ -121,6 +131,10 @@ class ClientResult:
         traffic: bytes sent and received, by channel.
         received_rounds: rounds that began with an aggregate of the others; 0 if this client trained alone.
         adapter: folder of the trained adapter, which PEFT loads; None if none was trained.
+        state: the state directory, which `fedmosaic report`, `export`, `chat` and `predict` read.
+        comparison: base, alone and federated on the own test rows; None without such rows.
+        model: with the adapter, ready to generate; it stays in memory as long as this result does.
+        tokenizer: of the model.
     """
 
     before: Mapping[str, float]
@@ -129,6 +143,10 @@ class ClientResult:
     traffic: Mapping[str, Mapping[str, int]]
     received_rounds: int
     adapter: Path | None
+    state: Path
+    comparison: Comparison | None
+    model: PeftModel = field(repr=False)
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
 
 
 class Client:
@@ -212,6 +230,7 @@ class Client:
             ledger = held.enter_context(books.open(learner.example_count, epoch, target, channels))
             releases = self._releases(kit, ledger, state, learner, plan, progress)
             member = Participant(kit, checked.transport, learner, state, ledger, plan, releases, progress)
+            SavedModel.of(settings, kit.roster, kit.member_id()).write(state.directory)
             result = ResultFile(state.directory / RESULT)
             if not result.has("before"):
                 result.put_scores("before", learner.evaluate())
@@ -220,11 +239,33 @@ class Client:
             books.remember(ledger)
             result.put("seconds", time.monotonic() - started)
             result.put_scores("after", scores_after(learner))
-            progress.stage(0, "writing the privacy statement")
-            most = checked.data.train.most_of_one_person
-            found = _conclude(kit, member, learner, checked.transport, result, most)
-            progress.stage(0, "done")
-            return found
+            return self._finish(checked, member, result)
+
+    def _finish(self, checked: Preflight, member: Participant, result: "ResultFile") -> ClientResult:
+        """Statements, the last message to the server, and what this client's own people learn."""
+        learner, state, progress = checked.learner, member.state, checked.progress
+        progress.stage(0, "writing the privacy statement")
+        most = checked.data.train.most_of_one_person
+        own = _conclude(checked.kit, member, learner, checked.transport, result, most)
+        traffic = checked.transport.traffic().as_dict()
+        # The connection is closed first, so that no time which the server sees depends on what follows.
+        checked.close()
+        rounds = checked.kit.roster.terms.schedule.rounds
+        comparison = _compare(result, learner, rounds, alone=self.settings.compare_alone)
+        progress.stage(0, "done")
+        newest, (model, tokenizer) = state.latest_adapter(), learner.trained
+        return ClientResult(
+            before=result.scores("before"),
+            after=result.scores("after"),
+            statement=own,
+            traffic=traffic,
+            received_rounds=state.record.received_rounds,
+            adapter=newest[1] if newest else None,
+            state=state.directory,
+            comparison=comparison,
+            model=model,
+            tokenizer=tokenizer,
+        )
 
     def _releases(
         self,
@@ -250,7 +291,7 @@ def _conclude(
     transport: Transport,
     result: "ResultFile",
     most: int,
-) -> ClientResult:
+) -> PrivacyStatement:
     """Write the own statement, hand the shareable one over, and say what came of the run."""
     facts, terms, state = member.statement_inputs(), kit.roster.terms, member.state
     received, rounds = state.record.received_rounds, terms.schedule.rounds
@@ -262,13 +303,29 @@ def _conclude(
         own = with_warning(own, person_words(facts, most))
     write_atomically(state.directory / STATEMENT, own.model_dump_json(indent=2).encode())
     told = shareable(for_handing_over(facts, terms, learner.example_count))
+    write_atomically(state.directory / HANDED_OVER, told.model_dump_json(indent=2).encode())
     transport.report(told.model_dump_json().encode())
     traffic = transport.traffic().as_dict()
     result.put("traffic", traffic)
     if not received:
         log.error(NOTHING_RECEIVED.format(rounds=rounds))
-    _, adapter = state.latest_adapter() or (0, None)
-    return ClientResult(result.scores("before"), result.scores("after"), own, traffic, received, adapter)
+    return own
+
+
+def _compare(result: "ResultFile", learner: ModelLearner, rounds: int, *, alone: bool) -> Comparison | None:
+    """Compare base, alone and federated on the own test rows; None without rows that all were scored on."""
+    if alone and result.score(ALONE, "self") is None:
+        found = learner.score_alone(rounds)
+        if found is not None:
+            result.put_scores(ALONE, {"self": found})
+    stored = {BASE: "before", FEDERATED: "after"} | ({ALONE: ALONE} if alone else {})
+    scores = {name: score for name, when in stored.items() if (score := result.score(when, "self"))}
+    if not {BASE, FEDERATED} <= scores.keys() or len({len(score.right) for score in scores.values()}) > 1:
+        return None
+    ordered = {name: scores[name] for name in (BASE, ALONE, FEDERATED) if name in scores}
+    comparison = compare(ordered)
+    result.put("comparison", comparison.model_dump() | {"verdict": comparison.verdict()})
+    return comparison
 
 
 def scores_after(learner: ModelLearner) -> dict[str, Score]:
@@ -298,14 +355,25 @@ class ResultFile:
         write_atomically(self._path, json.dumps(self._content, indent=2).encode())
 
     def put_scores(self, when: str, scores: Mapping[str, Score]) -> None:
-        """Write scores, and what they measure."""
+        """Write scores, what they measure, and which rows are right."""
         self.put(when, {name: score.value for name, score in scores.items()})
-        self.put("measures", {name: score.measure for name, score in scores.items()})
+        if scores:
+            self.put("measures", {name: score.measure for name, score in scores.items()})
+        rows = {name: asdict(score) for name, score in scores.items()}
+        self.put("rows", self._part("rows") | {when: rows})
+
+    def score(self, when: str, name: str) -> Score | None:
+        """A score row by row, as it was put; None if it was not, or by a version before."""
+        found = self._part("rows").get(when, {}).get(name)
+        return None if found is None else Score(**found | {"right": tuple(found["right"])})
+
+    def _part(self, key: str) -> dict[str, Any]:
+        found = self._content.get(key)
+        return dict(found) if isinstance(found, dict) else {}
 
     def scores(self, when: str) -> dict[str, float]:
         """The scores that were put, by test set."""
-        found = self._content.get(when)
-        return dict(found) if isinstance(found, dict) else {}
+        return self._part(when)
 
 
 def _read_result(path: Path) -> dict[str, object]:

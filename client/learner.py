@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
@@ -26,7 +26,7 @@ from fedmosaic.client.dp import round as private_round
 from fedmosaic.client.model.acceptance import check_ids, check_length, encoded_ids
 from fedmosaic.client.model.adapted import agreed_layout, load_adapted
 from fedmosaic.client.model.examples import EncodedExample, Example, encode_examples, padding_token
-from fedmosaic.client.model.load import LoadedModel
+from fedmosaic.client.model.load import LoadedModel, save_adapter
 from fedmosaic.client.model.scoring import Score, check_scorable, score_examples
 from fedmosaic.client.model.training import EpochSampler, train_local
 from fedmosaic.client.progress import Progress
@@ -91,6 +91,7 @@ class ModelLearner:
         check_ids(self._model, encoded_ids(self._encoded), self._data.train.label, "model.path")
         self._sampler = EpochSampler(len(self._encoded), settings.training.seed)
         self._received: set[str] = set()
+        self._fresh = self._adapter_tensors() if settings.compare_alone else {}
         if terms.adapter.private:
             private_round.check_model(self._model, terms, settings.training)
         if not self._shares_family:
@@ -104,6 +105,12 @@ class ModelLearner:
     def _own_family_layers(self) -> None:
         if self._terms.adapter.other_layers == "lora":
             set_active_branches(self._model, {"local"}, layers="family")
+
+    @property
+    def trained(self) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+        """The model with its adapter, in evaluation mode, and its tokenizer."""
+        self._model.train(False)
+        return self._model, self._tokenizer
 
     @property
     def adapter_spec_hash(self) -> bytes:
@@ -170,22 +177,29 @@ class ModelLearner:
                 round_number=round_number,
                 progress=self._progress,
             )
+        self._open_personal_parts()
+        # What the server sees of a failure tells about the data, and about what was decrypted.
+        may_fail = round_number == 1 and not private
+        self._train_locally(round_number, None if may_fail else give_up)
+
+    def _open_personal_parts(self) -> None:
+        """Train what the second half of a round trains: all without DP, what stays here under it."""
+        if self._terms.adapter.private:
             private_round.open_personal_branches(self._model, self._terms.adapter)
         else:
             set_trainable(self._model, {"local", "gate"})
         if not self._shares_family:
             self._own_family_layers()
-        # What the server sees of a failure tells about the data, and about what was decrypted.
-        may_fail = round_number == 1 and not private
-        self._train_locally(round_number, None if may_fail else give_up)
 
-    def _train_locally(self, round_number: int, give_up: Callable[[], None] | None) -> None:
+    def _train_locally(
+        self, round_number: int, give_up: Callable[[], None] | None, stage: str = "training"
+    ) -> None:
         """Train whatever is trainable, for as many steps as ever, also where some of them fail."""
         before = {name: p.detach().clone() for name, p in self._model.named_parameters() if p.requires_grad}
         if not self._terms.adapter.private:
             self._blend_received()
         steps = self._settings.training.steps
-        self._progress.stage(round_number, "training", steps)
+        self._progress.stage(round_number, stage, steps)
         examples, order = self.training_data(round_number)
         done = 0
 
@@ -240,14 +254,58 @@ class ModelLearner:
         sets = self._data.tests
         self._progress.stage(0, "scoring", len(sets))
         for done, (name, found) in enumerate(sets.items(), start=1):
-            examples = found.examples
-            limit = self._settings.data.scored(name) or len(examples)
-            scores[name] = score_examples(
-                self._model, self._tokenizer, examples[:limit], _EVALUATION_BATCH,
-                max_length=self._settings.training.max_length,
-            )  # fmt: skip
+            scores[name] = self._score(name, found.examples)
             self._progress.advance(done)
         return scores
+
+    def _score(self, name: str, examples: Sequence[Example]) -> Score:
+        limit = self._settings.data.scored(name) or len(examples)
+        return score_examples(
+            self._model, self._tokenizer, examples[:limit], _EVALUATION_BATCH,
+            max_length=self._settings.training.max_length,
+        )  # fmt: skip
+
+    def score_alone(self, rounds: int) -> Score | None:
+        """Train a second adapter without anything received, score it on the own test rows, and forget it.
+
+        Each round does what a round does when no aggregate came. Under DP the shared branch is left out:
+        whoever is alone shares nothing and needs no noise, so the personal parts have all the steps.
+
+        Its training reads private data without noise, and no ledger is charged. That is no release: it begins
+        when the last upload and the statement have been sent, its tensors are dropped here, and its score
+        stays in the state directory, for the client's own people. Whoever hands that score on releases it.
+
+        Args:
+            rounds: of the federation; each trains for as many steps as a round.
+
+        Returns:
+            The score; None if there are no own test rows, or training fails.
+        """
+        test = self._data.tests.get("self")
+        if test is None:
+            return None
+        federated, sampler, received = self._adapter_tensors(), self._sampler, self._received
+        try:
+            set_peft_model_state_dict(self._model, self._fresh, adapter_name=_ADAPTER)
+            self._sampler, self._received = (
+                EpochSampler(len(self._encoded), self._settings.training.seed),
+                set(),
+            )
+            for number in range(1, rounds + 1):
+                for section in self.sections():
+                    self.keep_own(section)
+                self._open_personal_parts()
+                self._train_locally(number, None, "training alone, to compare")
+            return self._score("self", test.examples)
+        except TrainingError as error:
+            log.error("no score of training alone: %s", error)
+            return None
+        finally:
+            set_peft_model_state_dict(self._model, federated, adapter_name=_ADAPTER)
+            self._sampler, self._received = sampler, received
+
+    def _adapter_tensors(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in get_peft_model_state_dict(self._model).items()}
 
     def check_tests(self) -> None:
         """Refuse test sets that could not be scored after the last round.
@@ -263,7 +321,7 @@ class ModelLearner:
     def save(self, directory: Path) -> None:
         """Write every branch, the gate, and the sampler's position; StateError if the disk takes them not."""
         try:
-            self._model.save_pretrained(str(directory))
+            save_adapter(self._model, directory)
         except SafetensorError as error:
             # It wraps what the operating system said, and names no file.
             raise StateError(

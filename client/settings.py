@@ -291,6 +291,8 @@ class ClientSettings(Frozen):
     """A stricter budget than the federation's; a looser one is refused."""
     unsafe_test_noise_seed: int | None = None
     """For tests only: predictable noise. The privacy statement then says that no guarantee holds."""
+    compare_alone: bool = False
+    """Train a second time, alone, after the last round, to tell what sharing adds; costs that time again."""
     profile_max_length: int = Field(default=96, ge=8)
     """Tokens of an example that the task profile reads."""
 

@@ -7,6 +7,7 @@
     STATE/given-up.json            the last round whose aggregate no training was possible with
     STATE/keys/                    group keys of the current and the previous epoch, until the run is over
     STATE/picture-features/        what the frozen encoder makes of the client's own images
+    STATE/model.json               base model and terms, with which the result is loaded again
     STATE/traffic.json             bytes sent and received so far
     STATE/ledger.json              which privacy ledger is charged (see `fedmosaic.client.ledger`)
 
@@ -88,6 +89,16 @@ def read_record(directory: Path) -> SessionRecord | None:
         "must be kept: what it has spent stays spent)"
     )
     return read_own(directory / _SESSION, read, remedy)
+
+
+def newest_adapter(directory: Path) -> tuple[int, Path] | None:
+    """The newest adapter in a state directory and its round, without taking hold of it; None before any."""
+    return max(_numbered(directory, "adapter/round-*"), default=None)
+
+
+def _numbered(directory: Path, pattern: str) -> list[tuple[int, Path]]:
+    found = ((path.stem.rpartition("-")[2], path) for path in directory.glob(pattern))
+    return [(int(number), path) for number, path in found if number.isdecimal()]
 
 
 def check_run(record: SessionRecord, directory: Path, run_id: str) -> None:
@@ -249,7 +260,7 @@ class ClientState:
         It is of the last completed round or of a later one, trained but not acknowledged: what was released
         or charged is gone on from, never dropped.
         """
-        return max(self._numbered("adapter/round-*"), default=None)
+        return newest_adapter(self.directory)
 
     def unacknowledged_round(self) -> int | None:
         """The first round of a stored upload that the server has not acknowledged, or None."""
@@ -257,8 +268,7 @@ class ClientState:
         return min((number for number in rounds if number > self.record.completed_round), default=None)
 
     def _numbered(self, pattern: str) -> list[tuple[int, Path]]:
-        found = ((path.stem.rpartition("-")[2], path) for path in self.directory.glob(pattern))
-        return [(int(number), path) for number, path in found if number.isdecimal()]
+        return _numbered(self.directory, pattern)
 
     def upload_path(self, round_number: int) -> Path:
         """Where the bytes of a round's upload are, until the round is closed."""

@@ -20,6 +20,8 @@ from fedmosaic.privacy.statement.models import (
 from fedmosaic.privacy.statement.shareable import cell, rounded_delta
 from fedmosaic.protos.errors import AccountingError
 
+STATEMENT, HANDED_OVER = "statement.json", "statement-handed-over.json"
+"""In the state directory: the member's own, and the one that was handed over, from rounded numbers."""
 _PLANNING_MARGIN = 0.98
 """Two planned σ may differ by more than the planner's 0.1 % where they ought to be equal."""
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 from fedmosaic.client.colora.basis import derive_seed, draw_orthonormal
-from fedmosaic.client.colora.config import CoLoraConfig
-from fedmosaic.client.colora.layer import BRANCHES, GATE, CoLoraLayer, MergeDelta
+from fedmosaic.client.colora.config import BRANCHES, CoLoraConfig
+from fedmosaic.client.colora.layer import GATE, CoLoraLayer, MergeDelta
 from fedmosaic.client.colora.placement import Placement
 
 

@@ -191,7 +191,7 @@ def _example(record: dict[str, Any], names: ColumnSettings, where: str) -> Examp
     for part in ("id", "prompt", "answer", "person"):
         if part in record or part in ("prompt", "answer"):
             _check_text(record.get(part), getattr(names, part), where)
-    choices = _listed(record.get("choices"))
+    choices = listed(record.get("choices"))
     if not isinstance(choices, list | tuple) or not all(
         isinstance(choice, str) and choice for choice in choices
     ):
@@ -225,7 +225,7 @@ def _check_text(value: object, name: str, where: str) -> None:
         ) from None
 
 
-def _listed(value: object) -> object:
+def listed(value: object) -> object:
     """A list, also one that a format without lists has as text in JSON."""
     if value is None:
         return []
@@ -238,7 +238,7 @@ def _listed(value: object) -> object:
 
 
 def _turns(value: object, name: str, where: str) -> tuple[Turn, ...]:
-    found = _listed(value)
+    found = listed(value)
     if not isinstance(found, list | tuple) or not found:
         raise ConfigurationError(
             f"{where}: {name!r} must be a list of messages, objects with role and content"

@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging
 
 from fedmosaic.client.colora import CoLoraConfig, find_decoder_layers
+from fedmosaic.client.colora.state import record_switches
 from fedmosaic.client.model.acceptance import check_language_model
 from fedmosaic.client.model.hardware import choose_device, choose_dtype, exact_products
 from fedmosaic.client.settings import ModelSettings
@@ -49,20 +50,21 @@ _LOADING_ERRORS = (
 )
 """What transformers and its readers raise for files that they cannot use."""
 
-_LOADING_HEADING = "## Loading this adapter"
-_LOADING_NOTE = f"""
-{_LOADING_HEADING}
+_CARD = """# Co-LoRA adapter of a client of fedmosaic
 
-Co-LoRA is a PEFT method of the package `fedmosaic`, which must be imported first:
+**Keep it inside.** It holds all branches, the personal one and the gate included, which were trained on
+private data. `fedmosaic export` writes what can be handed on, with a card that says to whom.
+
+## Loading this adapter
 
 ```python
 import fedmosaic.client.colora  # registers the method with PEFT
 from peft import AutoPeftModelForCausalLM
 
-model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
+model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder", dtype="float32")
 ```
 
-The files hold all branches, the personal one and the gate included, which were trained on private data.
+If the base model was cut in depth, load and cut it first, and give it to `PeftModel.from_pretrained`.
 """
 
 
@@ -225,19 +227,14 @@ def without_rename_notice() -> Iterator[None]:
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
-    """Save the adapter in PEFT's form, with a model card that says how to load it.
+    """Save the adapter and what of it is in the forward pass, in PEFT's form; the folder is made if absent.
 
     The files hold every branch and the gate: treat them as private unless all was trained privately.
-
-    Args:
-        model: The PEFT model.
-        folder: Where to write; made if absent.
     """
+    record_switches(model)
     model.save_pretrained(str(folder))
-    card = Path(folder) / "README.md"
-    text = card.read_text(encoding="utf-8")
-    if _LOADING_HEADING not in text:
-        card.write_text(text.rstrip("\n") + "\n" + _LOADING_NOTE, encoding="utf-8")
+    # PEFT's own card is empty but for the place of the base model on this machine.
+    (Path(folder) / "README.md").write_text(_CARD, encoding="utf-8")
 
 
 def _options(source: str, gguf_file: str | None, revision: str | None) -> dict[str, Any]:

@@ -113,7 +113,7 @@ class Preflight:
         self.warnings: list[str] = []
         self.reading: list[str] = []
         self._lengths: Lengths | None = None
-        self._progress = progress
+        self.progress = progress
         self._patience = server_patience_seconds
         self._scratch = scratch
         self._traffic = traffic or Traffic()
@@ -141,7 +141,7 @@ class Preflight:
             warn: told each warning, one line.
         """
         for check in self.checks():
-            self._progress.stage(0, f"checking {check.name}")
+            self.progress.stage(0, f"checking {check.name}")
             told = len(self.warnings)
             check.run()
             for warning in self.warnings[told:]:
@@ -177,7 +177,7 @@ class Preflight:
         if self._scratch is not None:
             settings = settings.model_copy(update={"state_dir": self._scratch})
         family = roster.member(self.kit.member_id()).family
-        return ModelLearner(settings, roster.terms, family, self._progress, base=self.base, data=self.data)
+        return ModelLearner(settings, roster.terms, family, self.progress, base=self.base, data=self.data)
 
     @cached_property
     def transport(self) -> GrpcTransport:

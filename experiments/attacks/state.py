@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from fedmosaic.client.client import STATEMENT
 from fedmosaic.client.ledger import SEEN
 from fedmosaic.client.state import read_record
-from fedmosaic.client.statement import coalition_rows
+from fedmosaic.client.statement import STATEMENT, coalition_rows
 from fedmosaic.experiments.attacks.encryption import claimed_row_result, group_key_result
 from fedmosaic.experiments.attacks.federation import COLLUSION, collusion_results, spoofing_results
 from fedmosaic.experiments.attacks.statistics.results import AttackResult, Figure

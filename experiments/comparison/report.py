@@ -1,6 +1,6 @@
 """`fedmosaic report PATH`: what a run did, what it is good for, and who learnt what."""
 
-import math
+import io
 import shlex
 import sys
 from collections import Counter
@@ -13,6 +13,7 @@ from typing import Any
 import tyro
 from rich.console import Console, RenderableType
 from rich.table import Table
+from rich.terminal_theme import DEFAULT_TERMINAL_THEME
 from rich.text import Text
 
 from fedmosaic.experiments.attacks import report as attack_report
@@ -22,6 +23,7 @@ from fedmosaic.experiments.comparison.page import page
 from fedmosaic.experiments.comparison.runs import REFERENCE, compared_run, group_runs, read_object
 from fedmosaic.experiments.comparison.tables import terminal_tables
 from fedmosaic.experiments.scenario.unseen import read_unseen, unseen_table
+from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.statement.check import check_received
 from fedmosaic.privacy.statement.costs import costs_at_epsilon
 from fedmosaic.privacy.statement.models import ChannelCost, PrivacyStatement
@@ -43,7 +45,7 @@ class Arguments:
     path: tyro.conf.Positional[tuple[Path, ...]]
     """Where to read from."""
     html: Path | None = None
-    """Write the comparison of one or several runs as one self-contained page."""
+    """Write one self-contained page: of a client's or server's state, or the comparison of runs."""
     against: str = REFERENCE
     """The method that the others are compared with, seed by seed."""
     privacy_figure: Path | None = None
@@ -69,16 +71,23 @@ def main(arguments: Sequence[str]) -> int:
     parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic report")
     if not parsed.path:
         raise ConfigurationError("give the directory of a run, or of several")
-    if len(parsed.path) > 1 or parsed.html is not None or parsed.privacy_figure is not None:
+    scenarios = [(path / "scenario.json").exists() for path in parsed.path]
+    pages = parsed.html is not None and scenarios[0]
+    if len(parsed.path) > 1 or pages or parsed.privacy_figure is not None:
         compare(parsed, shlex.join(["fedmosaic", "report", *arguments]))
         return 0
     record = read_run(parsed.path[0])
     # Without a terminal there is no width to respect, and the tables need WIDTH columns.
-    console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
+    to_page = parsed.html is not None
+    wide = None if sys.stdout.isatty() and not to_page else WIDTH
+    console = Console(width=wide, record=to_page, file=io.StringIO() if to_page else None)
     show(record, console)
     merged = merged_statement(record)
     if parsed.at_epsilon is not None and merged is not None:
         console.print(render_costs(_costs(merged, parsed.at_epsilon, console)))
+    if parsed.html is not None:
+        write_atomically(parsed.html, console.export_html(theme=DEFAULT_TERMINAL_THEME).encode())
+        print(f"the page is {parsed.html}")
     return 0
 
 
@@ -166,9 +175,12 @@ def show(record: RunRecord, console: Console) -> None:
     if any("after" in result for result in results):
         put(
             accuracy_table(record),
-            "Self: accuracy on the client's own test sets; majority: always the most frequent answer there. "
-            "Others: mean over the others' test sets.",
+            "Self: accuracy on the client's own test sets; majority: always the most frequent answer there; "
+            "alone: a model trained without the others. Others: mean over the others' test sets.",
         )
+    for name, result in record.clients.items():
+        if "comparison" in result:
+            console.print(Text(f"{name}: {result['comparison']['verdict']}\n"))
     for line in alone(record):
         console.print(Text(f"{line}\n", style="bold red"))
     if record.server.get("results"):
@@ -255,7 +267,7 @@ def _table(title: str, heads: Sequence[str], words: int = 1) -> Table:
 
 def accuracy_table(record: RunRecord) -> Table:
     """Accuracy before and after, on the own task and on the others'."""
-    heads = ("client", "task", "majority", "Self", "gain", "Others", "gain")
+    heads = ("client", "task", "majority", "Self", "gain", "alone", "Others", "gain")
     table = _table("Accuracy before → after", heads, 2)
     rows = []
     for name, result in record.clients.items():
@@ -263,8 +275,17 @@ def accuracy_table(record: RunRecord) -> Table:
             continue
         own = (result["before"].get("self"), result["after"].get("self"))
         others = tuple(_others(result[when]) for when in ("before", "after"))
-        most = _score(record.majority.get(name, math.nan))
-        table.add_row(name, record.tasks.get(name, "-"), most, *_change(*own), *_change(*others))
+        compared = result.get("comparison", {})
+        most = record.majority.get(name, compared.get("commonest"))
+        alone_score = compared.get("scores", {}).get("alone")
+        table.add_row(
+            name,
+            record.tasks.get(name, "-"),
+            _share(most),
+            *_change(*own),
+            _share(alone_score),
+            *_change(*others),
+        )
         rows.append((*own, *others))
     measures = {m for result in record.clients.values() for m in result.get("measures", {}).values()}
     if measures:
@@ -273,18 +294,18 @@ def accuracy_table(record: RunRecord) -> Table:
     if complete:
         means = [fmean(row[i] for row in complete) for i in range(4)]
         table.add_section()
-        most = _score(fmean(record.majority.values()) if record.majority else math.nan)
-        table.add_row("mean", "", most, *_change(*means[:2]), *_change(*means[2:]))
+        most = fmean(record.majority.values()) if record.majority else None
+        table.add_row("mean", "", _share(most), *_change(*means[:2]), "", *_change(*means[2:]))
     return table
-
-
-def _score(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.2f}"
 
 
 def _others(scores: Mapping[str, float]) -> float | None:
     values = [score for name, score in scores.items() if name != "self"]
     return fmean(values) if values else None
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _change(before: float | None, after: float | None) -> tuple[str, str]:

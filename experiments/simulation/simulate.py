@@ -14,7 +14,7 @@ from typing import Final
 
 from rich.console import Console
 
-from fedmosaic.client.client import RESULT, STATEMENT, Participant
+from fedmosaic.client.client import RESULT, Participant
 from fedmosaic.client.colora import family_layout, fix_gate, set_active_branches, set_trainable
 from fedmosaic.client.ledger import ServerAnchor, open_ledger
 from fedmosaic.client.model.adapted import load_adapted
@@ -25,6 +25,7 @@ from fedmosaic.client.planning import budgeted_channels, plan_adapter
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.settings import ClientSettings, DataSettings
 from fedmosaic.client.state import ClientState
+from fedmosaic.client.statement import STATEMENT
 from fedmosaic.experiments.scenario.founding import agreed_adapter, fit_profile, found_federation
 from fedmosaic.experiments.scenario.participants import (
     Evaluation,

@@ -23,8 +23,10 @@ from fedmosaic.client.preflight import doctor
 from fedmosaic.client.preflight.checks import Preflight
 from fedmosaic.client.profile.probe import open_probe
 from fedmosaic.client.progress import Progress
+from fedmosaic.client.result.saved import open_model
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState
+from fedmosaic.experiments.comparison import report
 from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.federation import kits as federation
 from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
@@ -395,6 +397,15 @@ def test_a_whole_run_tells_how_it_was_scored(config: Path, served: tuple[Path, i
     assert own.statement.model_dump_json(indent=2) == (config.parent / "a" / "statement.json").read_text()
     assert own.adapter is not None
     assert (own.adapter / "adapter_model.safetensors").exists()
+    assert own.comparison is not None
+    assert own.comparison.scores == {"base": own.before["self"], "federated": own.after["self"]}
+    assert result["comparison"]["verdict"] == own.comparison.verdict()
+    ids = torch.arange(3, 11)[None]
+    assert torch.equal(own.model(ids).logits, open_model(own.state).model(ids).logits)
+    assert report.main([str(own.state), "--html", str(config.parent / "page.html")]) == 0
+    page = (config.parent / "page.html").read_text()
+    assert "cannot tell" in page
+    assert "Privacy statement" in page
     ledgers = list(config.parent.rglob(LEDGER))
     assert len(ledgers) == len(MEMBERS)
     assert all(read_ledger(ledger) for ledger in ledgers)
