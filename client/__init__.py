@@ -5,7 +5,7 @@
     learner, profile, dp                      the model's side of a round
     vision, model, colora                     models; they know no federation
     session                                   a round, against a learner and a transport; it sees no model
-    recovery, enrol                           a server that has lost something; both sides compared
+    membership                                enrolment, and a server that has lost something
     statement, protection                     what is said afterwards; what stands before the wire
     releases, keyring                         what may leave, and under which key
     ledger, planning, records                 what is charged, planned, and kept between two steps
@@ -14,3 +14,9 @@
 
 Each line imports lines below it only. Never imports `server`.
 """
+
+import os
+
+# Read when gRPC is first imported. What it logs below an error quotes the server as it is, signs that command
+# a terminal included; what matters of it, this package says in its own words.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

@@ -10,6 +10,7 @@ import tyro
 from transformers.utils.logging import disable_progress_bar
 
 from fedmosaic.client.client import Client
+from fedmosaic.client.result.ending import last_lines
 from fedmosaic.privacy.terminal import guarded
 from fedmosaic.protos.errors import NOTHING_EXCHANGED
 
@@ -32,7 +33,9 @@ def main(arguments: Sequence[str]) -> int:
         force=True,
     )
     disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
-    return 0 if Client(parsed.config).run().received_rounds else NOTHING_EXCHANGED
+    result = Client(parsed.config).run()
+    print(last_lines(result.state, result.adapter, result.comparison, result.statement))
+    return 0 if result.received_rounds else NOTHING_EXCHANGED
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A client, put together: the one place where kit, keys, ledger, releases and session meet.
 
     result = Client("client.toml").run()
+    result = Client("client.toml", model=model, tokenizer=tokenizer, examples=rows, ledger="books").run()
 
 `Participant` is the part that does not care where its model, its data and its server come from; simulations,
 attacks and tests stand on it. `Client` brings a client's own: its configuration, its model, gRPC.
@@ -9,31 +10,42 @@ attacks and tests stand on it. `Client` brings a client's own: its configuration
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
-from fedmosaic.client.enrol import Learner
 from fedmosaic.client.group_session import GroupLearner, GroupSession
 from fedmosaic.client.keyring import Keyring
 from fedmosaic.client.learner import ModelLearner
-from fedmosaic.client.ledger import DataLedger
+from fedmosaic.client.ledger import NO_LEDGER, DataLedger
+from fedmosaic.client.membership import Learner
 from fedmosaic.client.model.scoring import Score
 from fedmosaic.client.planning import AdapterPlan, budgeted_channels
-from fedmosaic.client.preflight.checks import Preflight, agreed_epsilon
+from fedmosaic.client.preflight.checks import Given, Preflight, agreed_epsilon
 from fedmosaic.client.profile.maker import client_probe
 from fedmosaic.client.progress import LoggedProgress, Progress
 from fedmosaic.client.protection import Identity, Protection
 from fedmosaic.client.records import CLIPPING, ClippingRecord
 from fedmosaic.client.releases import Releases
+from fedmosaic.client.result.comparison import ALONE, BASE, FEDERATED, Comparison, compare
+from fedmosaic.client.result.saved import SavedModel
 from fedmosaic.client.session import Session
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState
-from fedmosaic.client.statement import for_handing_over, statement_inputs, with_warning
+from fedmosaic.client.statement import (
+    HANDED_OVER,
+    STATEMENT,
+    for_handing_over,
+    person_words,
+    statement_inputs,
+    with_warning,
+)
 from fedmosaic.client.transport.grpc import Transport
 from fedmosaic.client.transport.traffic import Traffic
 from fedmosaic.privacy.configuration import parse_json, read_configuration
@@ -44,11 +56,10 @@ from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
 from fedmosaic.privacy.statement.build import statement
 from fedmosaic.privacy.statement.models import PrivacyStatement, StatementInputs
 from fedmosaic.privacy.statement.shareable import shareable
-from fedmosaic.protos.errors import ModelError, StateError
+from fedmosaic.protos.errors import ConfigurationError, ModelError, StateError
 
 log = logging.getLogger("fedmosaic.client")
 RESULT = "result.json"
-STATEMENT = "statement.json"
 TRAFFIC = "traffic.json"
 NOTHING_RECEIVED = (
     "YOU RECEIVED NOTHING from the other members in any of the {rounds} rounds: this client trained alone. "
@@ -127,6 +138,10 @@ class ClientResult:
         traffic: bytes sent and received, by channel.
         received_rounds: rounds that began with an aggregate of the others; 0 if this client trained alone.
         adapter: folder of the trained adapter, which PEFT loads; None if none was trained.
+        state: the state directory, which `fedmosaic report`, `export`, `chat` and `predict` read.
+        comparison: base, alone and federated on the own test rows; None without such rows.
+        model: with the adapter, ready to generate; it stays in memory as long as this result does.
+        tokenizer: of the model.
     """
 
     before: Mapping[str, float]
@@ -135,25 +150,60 @@ class ClientResult:
     traffic: Mapping[str, Mapping[str, int]]
     received_rounds: int
     adapter: Path | None
+    state: Path
+    comparison: Comparison | None
+    model: PeftModel = field(repr=False)
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
 
 
 class Client:
     """One client of a federation."""
 
-    def __init__(self, settings: ClientSettings | Path | str) -> None:
+    def __init__(
+        self,
+        settings: ClientSettings | Path | str,
+        *,
+        model: Any = None,
+        tokenizer: Any = None,
+        examples: Iterable[Any] | None = None,
+        test: Iterable[Any] | None = None,
+        ledger: Path | str | None = None,
+    ) -> None:
         """Prepare; nothing is opened yet.
+
+        What is handed over passes the same checks as what is read from files.
 
         Args:
             settings: the client's, or the file that they are in (TOML or JSON; its relative paths are taken
                 from the file's directory).
+            model: a loaded causal language model of transformers, instead of `[model] path`. `run` puts
+                adapter layers into this very model and freezes its weights, which stay as they are; it runs
+                on the device and in the type that it has. A model that carries adapters is refused.
+            tokenizer: of the model; it is copied.
+            examples: training examples instead of `data.train`: dictionaries with the columns of a file, or a
+                `datasets.Dataset`.
+            test: examples to score, instead of `data.test`.
+            ledger: directory of the data's privacy ledger, as `data.ledger`; one of them is needed for
+                examples that are handed over.
 
         Raises:
-            ConfigurationError: the file cannot be read, or a setting is wrong.
+            ConfigurationError: the file cannot be read, a setting is wrong or missing, or something is both
+                named and handed over.
         """
         if not isinstance(settings, ClientSettings):
             file = Path(settings)
             settings = read_configuration(file, ClientSettings).resolved(file.parent)
+        if (model is None) != (tokenizer is None):
+            raise ConfigurationError("hand over model and tokenizer together, or name both in [model] path")
+        if ledger is not None:
+            settings = settings.model_copy(
+                update={"data": settings.data.model_copy(update={"ledger": Path(ledger)})}
+            )
+        self._given = Given(None if model is None else (model, tokenizer), examples, test)
         self.settings = settings
+        settings.check_complete(model=model is not None, train=examples is not None, test=test is not None)
+        if examples is not None and settings.data.ledger is None:
+            raise ConfigurationError(NO_LEDGER.format("handed over in Python"))
 
     def run(self) -> ClientResult:
         """Take part until the last round, from where an earlier process stopped.
@@ -170,19 +220,24 @@ class Client:
             if settings.threads:
                 torch.set_num_threads(settings.threads)
             traffic = Traffic(settings.state_dir / TRAFFIC)
-            checked = held.enter_context(closing(Preflight(settings, progress, traffic=traffic)))
+            checked = held.enter_context(
+                closing(Preflight(settings, progress, traffic=traffic, given=self._given))
+            )
             checked.require(log.warning)
+            for line in checked.reading:
+                log.info("%s", line)
             learner, plan = checked.learner, checked.plan
             if kit.roster.terms.adapter.private:
                 log.info(
                     "planned σ = %.3f at q = %.4f for the adapter", plan.noise_multiplier, plan.sampling_rate
                 )
-            books = DataLedger.of(settings.data.train, settings.data.ledger, settings.state_dir, state.record)
+            books = DataLedger.of(settings.data, settings.state_dir, state.record)
             channels, target = budgeted_channels(kit.roster.terms), agreed_epsilon(settings, kit)
             epoch = data_epoch(learner.example_ids)
             ledger = held.enter_context(books.open(learner.example_count, epoch, target, channels))
-            releases = self._releases(kit, ledger, state, learner, plan)
+            releases = self._releases(kit, ledger, state, learner, plan, progress)
             member = Participant(kit, checked.transport, learner, state, ledger, plan, releases, progress)
+            SavedModel.of(settings, kit.roster, kit.member_id()).write(state.directory)
             result = ResultFile(state.directory / RESULT)
             if not result.has("before"):
                 result.put_scores("before", learner.evaluate())
@@ -191,25 +246,59 @@ class Client:
             books.remember(ledger)
             result.put("seconds", time.monotonic() - started)
             result.put_scores("after", scores_after(learner))
-            progress.stage(0, "writing the privacy statement")
-            found = _conclude(kit, member, learner, checked.transport, result)
-            progress.stage(0, "done")
-            return found
+            return self._finish(checked, member, result)
+
+    def _finish(self, checked: Preflight, member: Participant, result: "ResultFile") -> ClientResult:
+        """Statements, the last message to the server, and what this client's own people learn."""
+        learner, state, progress = checked.learner, member.state, checked.progress
+        progress.stage(0, "writing the privacy statement")
+        most = checked.data.train.most_of_one_person
+        own = _conclude(checked.kit, member, learner, checked.transport, result, most)
+        traffic = checked.transport.traffic().as_dict()
+        # The connection is closed first, so that no time which the server sees depends on what follows.
+        checked.close()
+        rounds = checked.kit.roster.terms.schedule.rounds
+        comparison = _compare(result, learner, rounds, alone=self.settings.compare_alone)
+        progress.stage(0, "done")
+        newest, (model, tokenizer) = state.latest_adapter(), learner.trained
+        return ClientResult(
+            before=result.scores("before"),
+            after=result.scores("after"),
+            statement=own,
+            traffic=traffic,
+            received_rounds=state.record.received_rounds,
+            adapter=newest[1] if newest else None,
+            state=state.directory,
+            comparison=comparison,
+            model=model,
+            tokenizer=tokenizer,
+        )
 
     def _releases(
-        self, kit: Kit, ledger: Ledger, state: ClientState, learner: ModelLearner, plan: AdapterPlan
+        self,
+        kit: Kit,
+        ledger: Ledger,
+        state: ClientState,
+        learner: ModelLearner,
+        plan: AdapterPlan,
+        progress: Progress,
     ) -> Releases:
         seed = self.settings.unsafe_test_noise_seed
         if seed is not None:
             log.warning("TEST NOISE from seed %d: predictable, so no privacy guarantee holds", seed)
         randomness = SecureNoise() if seed is None else SeededTestNoise(seed)
-        probe = client_probe(self.settings, kit, learner.examples, randomness)
+        probe = client_probe(self.settings, kit, learner.examples, randomness, progress.advance)
         return Releases(ledger, kit.roster.terms, state, learner.example_ids, probe, randomness, plan)
 
 
 def _conclude(
-    kit: Kit, member: Participant, learner: ModelLearner, transport: Transport, result: "ResultFile"
-) -> ClientResult:
+    kit: Kit,
+    member: Participant,
+    learner: ModelLearner,
+    transport: Transport,
+    result: "ResultFile",
+    most: int,
+) -> PrivacyStatement:
     """Write the own statement, hand the shareable one over, and say what came of the run."""
     facts, terms, state = member.statement_inputs(), kit.roster.terms, member.state
     received, rounds = state.record.received_rounds, terms.schedule.rounds
@@ -217,15 +306,33 @@ def _conclude(
     # Whether an aggregate could be used is for this client's own eyes; the server does not learn it.
     own = statement(facts)
     own = own if received else with_warning(own, NOTHING_RECEIVED.format(rounds=rounds))
+    if most > 1:
+        own = with_warning(own, person_words(facts, most))
     write_atomically(state.directory / STATEMENT, own.model_dump_json(indent=2).encode())
     told = shareable(for_handing_over(facts, terms, learner.example_count))
+    write_atomically(state.directory / HANDED_OVER, told.model_dump_json(indent=2).encode())
     transport.report(told.model_dump_json().encode())
     traffic = transport.traffic().as_dict()
     result.put("traffic", traffic)
     if not received:
         log.error(NOTHING_RECEIVED.format(rounds=rounds))
-    _, adapter = state.latest_adapter() or (0, None)
-    return ClientResult(result.scores("before"), result.scores("after"), own, traffic, received, adapter)
+    return own
+
+
+def _compare(result: "ResultFile", learner: ModelLearner, rounds: int, *, alone: bool) -> Comparison | None:
+    """Compare base, alone and federated on the own test rows; None without rows that all were scored on."""
+    if alone and result.score(ALONE, "self") is None:
+        found = learner.score_alone(rounds)
+        if found is not None:
+            result.put_scores(ALONE, {"self": found})
+    stored = {BASE: "before", FEDERATED: "after"} | ({ALONE: ALONE} if alone else {})
+    scores = {name: score for name, when in stored.items() if (score := result.score(when, "self"))}
+    if not {BASE, FEDERATED} <= scores.keys() or len({len(score.right) for score in scores.values()}) > 1:
+        return None
+    ordered = {name: scores[name] for name in (BASE, ALONE, FEDERATED) if name in scores}
+    comparison = compare(ordered)
+    result.put("comparison", comparison.model_dump() | {"verdict": comparison.verdict()})
+    return comparison
 
 
 def scores_after(learner: ModelLearner) -> dict[str, Score]:
@@ -255,14 +362,25 @@ class ResultFile:
         write_atomically(self._path, json.dumps(self._content, indent=2).encode())
 
     def put_scores(self, when: str, scores: Mapping[str, Score]) -> None:
-        """Write scores, and what they measure."""
+        """Write scores, what they measure, and which rows are right."""
         self.put(when, {name: score.value for name, score in scores.items()})
-        self.put("measures", {name: score.measure for name, score in scores.items()})
+        if scores:
+            self.put("measures", {name: score.measure for name, score in scores.items()})
+        rows = {name: asdict(score) for name, score in scores.items()}
+        self.put("rows", self._part("rows") | {when: rows})
+
+    def score(self, when: str, name: str) -> Score | None:
+        """A score row by row, as it was put; None if it was not, or by a version before."""
+        found = self._part("rows").get(when, {}).get(name)
+        return None if found is None else Score(**found | {"right": tuple(found["right"])})
+
+    def _part(self, key: str) -> dict[str, Any]:
+        found = self._content.get(key)
+        return dict(found) if isinstance(found, dict) else {}
 
     def scores(self, when: str) -> dict[str, float]:
         """The scores that were put, by test set."""
-        found = self._content.get(when)
-        return dict(found) if isinstance(found, dict) else {}
+        return self._part(when)
 
 
 def _read_result(path: Path) -> dict[str, object]:

@@ -17,8 +17,8 @@ from typing import Final, Protocol
 import numpy as np
 
 from fedmosaic.client.dp.group_steps import GroupSum, mixed_gradient, shared_branch
-from fedmosaic.client.enrol import Learner
 from fedmosaic.client.group_sum import take_part
+from fedmosaic.client.membership import Learner
 from fedmosaic.client.planning import group_grid
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.protection import Identity, Protection
@@ -69,7 +69,6 @@ class GroupSession(Session):
         progress: Progress,
     ) -> None:
         super().__init__(identity, roster, transport, learner, state, releases, protection, progress)
-        self._identity = identity
         self._group_learner = learner
         self._terms = roster.terms
         self._partition: Partition | None = None
@@ -113,7 +112,7 @@ class GroupSession(Session):
             # Whether others were told the same shows in the next sum, which every member signs with them.
             found = self._read(number, "sum-totals")
             self._totals.append(RoundTotals.from_messages(number, found, len(partition.groups)))
-        mixing = partition.mixing[self._client_id]
+        mixing = partition.mixing[self._identity.client_id]
         gradients = [mixed_gradient(self._sums_of(totals, partition), mixing) for totals in self._totals]
         terms = self._terms
         theta = shared_branch(
@@ -127,7 +126,7 @@ class GroupSession(Session):
         if self._partition is None:
             partition = Partition.decoded(self._read(1, "sum-partition")["server"])
             partition.check(
-                self._client_id,
+                self._identity.client_id,
                 [member.id for member in self._roster.members],
                 self._terms.group_sums.minimum_contributors,
             )
@@ -160,7 +159,7 @@ class GroupSession(Session):
             log.warning("round %d: begun before the restart; its sum is formed without us", round_number)
             return
         partition = self._groups()
-        group = partition.groups[partition.group_of(self._client_id)]
+        group = partition.groups[partition.group_of(self._identity.client_id)]
         share = self._group_learner.group_share(round_number, len(group), self._releases)
         if share is None:
             return
@@ -183,7 +182,7 @@ class GroupSession(Session):
                 terms.adapter.shared_dimensions,
                 terms.group_sums.bits,
             ),
-            self._client_id,
+            self._identity.client_id,
             self._identity.signing_key,
         )
         self._progress.stage(round_number, "adding up with the group")

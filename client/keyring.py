@@ -87,11 +87,7 @@ class Keyring:
         return self._agreed(epoch).key
 
     def encryption_key(self, epoch: int, round_number: int) -> GroupKey:
-        """The key of an epoch, to encrypt in a round.
-
-        Args:
-            epoch: number that the server announced.
-            round_number: the round of the upload.
+        """The key of an epoch that the server announced, to encrypt the upload of a round.
 
         Raises:
             KeyExpiredError: the roster's terms ask for a new key first, whatever the server says.
@@ -143,23 +139,18 @@ class Keyring:
 
     def has(self, epoch: int) -> bool:
         """Whether the key of an epoch is here, and can be read."""
-        if epoch in self._keys:
-            return True
-        if not self._path(epoch).exists():
-            return False
         try:
             self._agreed(epoch)
         except KeyAgreementError as error:
-            log.error("%s", error)
+            if self._path(epoch).exists():
+                log.error("%s", error)
             return False
         return True
 
     def agree(self, epoch: int, round_number: int) -> GroupKey:
         """Agree on the key of an epoch with the other members, or return it if that was done.
 
-        Args:
-            epoch: number that the server announced for the coming uploads.
-            round_number: the open round; the epoch's rounds are counted from here.
+        The epoch's rounds are counted from `round_number`, the open one.
 
         Raises:
             KeyExpiredError: the epoch is over by the roster's terms.

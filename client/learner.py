@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
@@ -20,26 +20,19 @@ from fedmosaic.client.colora import (
     set_trainable,
     write_family,
 )
-from fedmosaic.client.colora.aligned import (
-    read_embedded,
-    write_embedded,
-)
+from fedmosaic.client.colora.aligned import read_embedded, write_embedded
+from fedmosaic.client.data.sets import ClientData, read_sets
 from fedmosaic.client.dp import round as private_round
 from fedmosaic.client.model.acceptance import check_ids, check_length, encoded_ids
 from fedmosaic.client.model.adapted import agreed_layout, load_adapted
-from fedmosaic.client.model.examples import (
-    EncodedExample,
-    Example,
-    encode_examples,
-    padding_token,
-    read_examples,
-)
+from fedmosaic.client.model.examples import EncodedExample, Example, encode_examples, padding_token
+from fedmosaic.client.model.load import LoadedModel, save_adapter
 from fedmosaic.client.model.scoring import Score, check_scorable, score_examples
 from fedmosaic.client.model.training import EpochSampler, train_local
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.settings import ClientSettings
-from fedmosaic.client.vision.sight import Sight, give_sight
+from fedmosaic.client.vision.inputs import VisionInputs, open_images
 from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.federation.roster import AdapterTerms, Terms
 from fedmosaic.protos.errors import StateError, TrainingError
@@ -63,6 +56,8 @@ class ModelLearner:
         progress: Progress,
         *,
         loaded: tuple[PeftModel, PreTrainedTokenizerBase] | None = None,
+        base: LoadedModel | None = None,
+        data: ClientData | None = None,
     ) -> None:
         """Load model and data and put a fresh adapter on.
 
@@ -73,6 +68,8 @@ class ModelLearner:
             progress: told of every step.
             loaded: an adapted model and its tokenizer, as `load_adapted` gives them, where several clients
                 of one process take turns on one model; loaded from the settings by default.
+            base: a base model and its tokenizer that were accepted, instead of what the settings name.
+            data: the examples, if they were read.
 
         Raises:
             ModelError: the model cannot be loaded or adapted, has no row for a token of the examples, or
@@ -84,15 +81,17 @@ class ModelLearner:
         self._terms = terms
         self._family = family
         self._progress = progress
-        self._model, self._tokenizer = loaded or _load(settings, terms.adapter)
-        self._train = read_examples(settings.data.train)
+        self._data = data or read_sets(settings.data)
+        self._model, self._tokenizer = loaded or _load(settings, terms.adapter, base, self._data)
+        self._train = self._data.train.examples
         check_length(self._model, settings.training.max_length, "training.max_length")
         self._encoded = encode_examples(
             self._tokenizer, self._train, settings.training.max_length, setting="training.max_length"
         )
-        check_ids(self._model, encoded_ids(self._encoded), str(settings.data.train), "model.path")
+        check_ids(self._model, encoded_ids(self._encoded), self._data.train.label, "model.path")
         self._sampler = EpochSampler(len(self._encoded), settings.training.seed)
         self._received: set[str] = set()
+        self._fresh = self._adapter_tensors() if settings.compare_alone else {}
         if terms.adapter.private:
             private_round.check_model(self._model, terms, settings.training)
         if not self._shares_family:
@@ -106,6 +105,12 @@ class ModelLearner:
     def _own_family_layers(self) -> None:
         if self._terms.adapter.other_layers == "lora":
             set_active_branches(self._model, {"local"}, layers="family")
+
+    @property
+    def trained(self) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+        """The model with its adapter, in evaluation mode, and its tokenizer."""
+        self._model.train(False)
+        return self._model, self._tokenizer
 
     @property
     def adapter_spec_hash(self) -> bytes:
@@ -155,7 +160,7 @@ class ModelLearner:
         return self._encoded, self._sampler
 
     def train(self, round_number: int, releases: Releases, give_up: Callable[[], None]) -> None:
-        """Train one round; see `fedmosaic.client.enrol.Learner.train`.
+        """Train one round; see `fedmosaic.client.membership.Learner.train`.
 
         Raises:
             TrainingError: training fails in round 1 of a run without DP, in which nothing was received yet.
@@ -172,14 +177,19 @@ class ModelLearner:
                 round_number=round_number,
                 progress=self._progress,
             )
+        self._open_personal_parts()
+        # What the server sees of a failure tells about the data, and about what was decrypted.
+        may_fail = round_number == 1 and not private
+        self._train_locally(round_number, None if may_fail else give_up)
+
+    def _open_personal_parts(self) -> None:
+        """Train what the second half of a round trains: all without DP, what stays here under it."""
+        if self._terms.adapter.private:
             private_round.open_personal_branches(self._model, self._terms.adapter)
         else:
             set_trainable(self._model, {"local", "gate"})
         if not self._shares_family:
             self._own_family_layers()
-        # What the server sees of a failure tells about the data, and about what was decrypted.
-        may_fail = round_number == 1 and not private
-        self._train_locally(round_number, None if may_fail else give_up)
 
     def load_shared(self, vector: np.ndarray) -> None:
         """The shared branch, which is public to the group: local and global branch alike."""
@@ -205,13 +215,15 @@ class ModelLearner:
         self._own_family_layers()
         self._train_locally(round_number, lambda: None)
 
-    def _train_locally(self, round_number: int, give_up: Callable[[], None] | None) -> None:
+    def _train_locally(
+        self, round_number: int, give_up: Callable[[], None] | None, stage: str = "training"
+    ) -> None:
         """Train whatever is trainable, for as many steps as ever, also where some of them fail."""
         before = {name: p.detach().clone() for name, p in self._model.named_parameters() if p.requires_grad}
         if not self._terms.adapter.private:
             self._blend_received()
         steps = self._settings.training.steps
-        self._progress.stage(round_number, "training", steps)
+        self._progress.stage(round_number, stage, steps)
         examples, order = self.training_data(round_number)
         done = 0
 
@@ -220,7 +232,7 @@ class ModelLearner:
 
         while done < steps:
             try:
-                train_local(
+                report = train_local(
                     self._model,
                     examples,
                     self._settings.training.model_copy(update={"steps": steps - done}),
@@ -228,6 +240,11 @@ class ModelLearner:
                     sampler=order,
                     progress=advance,
                 )
+                # For this client's own people alone: a loss is a function of private examples.
+                log.info(
+                    "round %d: training loss %.3f → %.3f nats per token",
+                    round_number, report.first_loss, report.last_loss,
+                )  # fmt: skip
                 return
             except TrainingError as error:
                 if give_up is None:
@@ -257,38 +274,78 @@ class ModelLearner:
 
     def evaluate(self) -> dict[str, Score]:
         """Score the client's own test set ("self") and the others', by name. Stays local."""
-        data = self._settings.data
         scores: dict[str, Score] = {}
-        sets = data.test_sets
+        sets = self._data.tests
         self._progress.stage(0, "scoring", len(sets))
-        for done, (name, path) in enumerate(sets.items(), start=1):
-            examples = read_examples(path)
-            limit = data.scored(name) or len(examples)
-            scores[name] = score_examples(
-                self._model, self._tokenizer, examples[:limit], _EVALUATION_BATCH,
-                max_length=self._settings.training.max_length,
-            )  # fmt: skip
+        for done, (name, found) in enumerate(sets.items(), start=1):
+            scores[name] = self._score(name, found.examples)
             self._progress.advance(done)
         return scores
 
-    def check_tests(self, tests: Mapping[str, Sequence[Example]]) -> None:
-        """Refuse test sets that could not be scored after the last round.
+    def _score(self, name: str, examples: Sequence[Example]) -> Score:
+        limit = self._settings.data.scored(name) or len(examples)
+        return score_examples(
+            self._model, self._tokenizer, examples[:limit], _EVALUATION_BATCH,
+            max_length=self._settings.training.max_length,
+        )  # fmt: skip
+
+    def score_alone(self, rounds: int) -> Score | None:
+        """Train a second adapter without anything received, score it on the own test rows, and forget it.
+
+        Each round does what a round does when no aggregate came. Under DP the shared branch is left out:
+        whoever is alone shares nothing and needs no noise, so the personal parts have all the steps.
+
+        Its training reads private data without noise, and no ledger is charged. That is no release: it begins
+        when the last upload and the statement have been sent, its tensors are dropped here, and its score
+        stays in the state directory, for the client's own people. Whoever hands that score on releases it.
 
         Args:
-            tests: by name, at least one example each.
+            rounds: of the federation; each trains for as many steps as a round.
+
+        Returns:
+            The score; None if there are no own test rows, or training fails.
+        """
+        test = self._data.tests.get("self")
+        if test is None:
+            return None
+        federated, sampler, received = self._adapter_tensors(), self._sampler, self._received
+        try:
+            set_peft_model_state_dict(self._model, self._fresh, adapter_name=_ADAPTER)
+            self._sampler, self._received = (
+                EpochSampler(len(self._encoded), self._settings.training.seed),
+                set(),
+            )
+            for number in range(1, rounds + 1):
+                for section in self.sections():
+                    self.keep_own(section)
+                self._open_personal_parts()
+                self._train_locally(number, None, "training alone, to compare")
+            return self._score("self", test.examples)
+        except TrainingError as error:
+            log.error("no score of training alone: %s", error)
+            return None
+        finally:
+            set_peft_model_state_dict(self._model, federated, adapter_name=_ADAPTER)
+            self._sampler, self._received = sampler, received
+
+    def _adapter_tensors(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in get_peft_model_state_dict(self._model).items()}
+
+    def check_tests(self) -> None:
+        """Refuse test sets that could not be scored after the last round.
 
         Raises:
             ModelError: a text has a token that the model does not embed, or the model cannot write answers.
             ConfigurationError: an answer is too long for the model's positions.
         """
         length = self._settings.training.max_length
-        for name, examples in tests.items():
-            check_scorable(self._model, self._tokenizer, examples, length, f"test set {name!r}")
+        for name, found in self._data.tests.items():
+            check_scorable(self._model, self._tokenizer, found.examples, length, f"test set {name!r}")
 
     def save(self, directory: Path) -> None:
         """Write every branch, the gate, and the sampler's position; StateError if the disk takes them not."""
         try:
-            self._model.save_pretrained(str(directory))
+            save_adapter(self._model, directory)
         except SafetensorError as error:
             # It wraps what the operating system said, and names no file.
             raise StateError(
@@ -298,11 +355,7 @@ class ModelLearner:
         (directory / SAMPLER).write_text(json.dumps(self._sampler.state_dict()))
 
     def load(self, directory: Path) -> None:
-        """Read what `save` wrote.
-
-        Raises:
-            StateError: the files are missing or damaged.
-        """
+        """Read what `save` wrote; StateError if it is missing or damaged."""
         try:
             tensors = load_file(directory / "adapter_model.safetensors")
             order = directory / SAMPLER
@@ -325,11 +378,12 @@ class ModelLearner:
             raise StateError(f"{order}: {error}; delete that file, and the order starts over") from None
 
 
-def _load(settings: ClientSettings, adapter: AdapterTerms) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    model, tokenizer = load_adapted(settings.model, adapter)
-    data = settings.data
-    files = (data.train, *data.test_sets.values())
-    examples = [example for path in files for example in read_examples(path)]
+def _load(
+    settings: ClientSettings, adapter: AdapterTerms, base: LoadedModel | None, data: ClientData
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    model, tokenizer = load_adapted(settings.model, adapter, base)
+    examples = [example for found in (data.train, *data.tests.values()) for example in found.examples]
     kept = settings.state_dir / _FEATURES
-    sight = Sight(settings.model.path, data.pictures, settings.projector, features=kept)
-    return model, give_sight(sight, model, tokenizer, examples, settings.training.max_length)
+    source = settings.model.path if base is None else str(base[0].name_or_path)
+    inputs = VisionInputs(source, settings.data.pictures, settings.projector, features=kept)
+    return model, open_images(inputs, model, tokenizer, examples, settings.training.max_length)

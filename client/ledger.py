@@ -1,7 +1,8 @@
 """The privacy ledger of a client's data: where it stands, how it is opened, and `fedmosaic ledger`.
 
     DATA.jsonl                     the client's training examples (`data.train`)
-    DATA.jsonl.ledger/             or the directory that `data.ledger` names
+    DATA.jsonl.ledger/             or the directory that `data.ledger` names, as it must for data that are no
+                                   file or folder here: of a hub, or handed over in Python
         ledger.sqlite              every release from these data, by any run, client and federation
         ledger.sqlite.head         the last row that was written
         profile-<data>-<map>.npy   a noised task profile, sent again free of charge until data or map change
@@ -20,19 +21,26 @@ from typing import Annotated, Final
 
 import tyro
 
+from fedmosaic.client.settings import DataSettings
 from fedmosaic.client.state import SessionRecord
 from fedmosaic.privacy.accounting.epsilon import default_delta
+from fedmosaic.privacy.configuration import read_own
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, has_begun, parameters_of, read_ledger
 from fedmosaic.privacy.ledger.move import back_up, move
 from fedmosaic.privacy.ledger.rows import Channel
 from fedmosaic.privacy.ledger.rules import keeper
-from fedmosaic.protos.errors import LedgerError, StateError
+from fedmosaic.protos.errors import ConfigurationError, LedgerError
 from fedmosaic.protos.messages import LedgerHead
 
 log = logging.getLogger("fedmosaic.client.ledger")
 SEEN: Final = "ledger.json"
 SUFFIX: Final = ".ledger"
+NO_LEDGER: Final = (
+    "data.ledger: missing; data {} have no place beside them for their privacy ledger. Name a directory in "
+    "[data] ledger, or Client(…, ledger=…), the same one for every run on these data: a fresh one would "
+    "forget what was spent"
+)
 
 
 class ServerAnchor:
@@ -41,9 +49,6 @@ class ServerAnchor:
     The server hands back what it has kept, and the client looks for it in its own ledger: a client is honest
     about its budget, but may have lost some of it. A server that lies can only make a client refuse.
 
-    Args:
-        ledger: of the data.
-        record: federation and client.
     """
 
     def __init__(self, ledger: Ledger, record: SessionRecord) -> None:
@@ -56,14 +61,7 @@ class ServerAnchor:
         return self._ledger.anchor(self._keeper)
 
     def check(self, kept: bytes) -> None:
-        """Refuse to go on with a ledger that does not hold what the server has kept of it.
-
-        Args:
-            kept: 32 bytes, or none where the server keeps nothing.
-
-        Raises:
-            LedgerError: the ledger is behind, or another one.
-        """
+        """LedgerError where the ledger does not hold what the server has kept of it: 32 bytes, or none."""
         if kept:
             self._ledger.check_anchor(self._keeper, kept, "the server")
         self._kept = kept
@@ -95,11 +93,19 @@ class DataLedger:
     record: SessionRecord
 
     @classmethod
-    def of(cls, train: Path, named: Path | None, state: Path, record: SessionRecord) -> "DataLedger":
-        """The ledger beside the data, or where the configuration says."""
+    def of(cls, settings: DataSettings, state: Path, record: SessionRecord) -> "DataLedger":
+        """The ledger beside the data, or where the configuration says.
+
+        Raises:
+            ConfigurationError: it says nothing, and nothing here is beside the data.
+        """
+        train, named = settings.train, settings.ledger
+        if named is not None:
+            return cls(named.resolve(), True, state, record)
+        if not isinstance(train, Path):
+            raise ConfigurationError(NO_LEDGER.format("of a hub" if train else "handed over in Python"))
         data = train.resolve()  # two links to one file are one data set
-        place = named.resolve() if named else data.with_name(data.name + SUFFIX)
-        return cls(place, named is not None, state, record)
+        return cls(data.with_name(data.name + SUFFIX), False, state, record)
 
     def open(self, examples: int, epoch: str, target: float, channels: Sequence[Channel]) -> Ledger:
         """Open the ledger, or make the first one of data that nothing was released from.
@@ -107,8 +113,8 @@ class DataLedger:
         Args:
             examples: n, the client's number of examples.
             epoch: hash of their ids.
-            target: ε, the budget.
-            channels: that it bounds.
+            target: ε, the budget of `channels`.
+            channels: see `open_ledger`.
 
         Raises:
             LedgerError: it cannot be used, is behind what this state has seen, or a fresh one would forget.
@@ -145,17 +151,11 @@ class DataLedger:
         return keeper(self.record.federation, self.record.client)
 
     def _seen(self) -> tuple[str, bytes] | None:
-        path = self.state / SEEN
-        if not path.exists():
-            return None
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+        def read(content: dict[str, str]) -> tuple[str, bytes]:
             return str(content["ledger"]), bytes.fromhex(content["anchor"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StateError(
-                f"{path} is damaged ({error!r}); give a new state_dir, and name the ledger of these data in "
-                "data.ledger"
-            ) from None
+
+        remedy = "give a new state_dir, and name the ledger of these data in data.ledger"
+        return read_own(self.state / SEEN, read, remedy)
 
     def _adopt(self) -> None:
         """Move a ledger that stands in the state directory beside the data."""
@@ -198,14 +198,7 @@ class DataLedger:
 
 
 def open_ledger(path: Path, client: str, examples: int, target: float, channels: Sequence[Channel]) -> Ledger:
-    """Open a ledger, or begin one, with the δ of `ledger_delta`.
-
-    Args:
-        path: of the ledger.
-        client: whose it is.
-        examples: n, the client's number of examples.
-        target: ε, the budget.
-        channels: that it bounds.
+    """Open a client's ledger, or begin one, with the δ of `ledger_delta` and a budget ε of some channels.
 
     Raises:
         LedgerError: it is damaged, of other parameters, or its δ is too large for so many examples.
@@ -214,11 +207,7 @@ def open_ledger(path: Path, client: str, examples: int, target: float, channels:
 
 
 def ledger_delta(path: Path, examples: int) -> float:
-    """δ of the ledger that is there, for as long as it is at most 1/n; of a new one, n^-1.1.
-
-    Args:
-        path: the ledger, there or not.
-        examples: n, the client's number of examples now.
+    """δ of the ledger that is there, for as long as it is at most 1/n for n examples; of a new one, n^-1.1.
 
     Raises:
         LedgerError: its δ is above 1/n, or it is damaged.

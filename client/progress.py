@@ -4,7 +4,6 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import Protocol
 
 from fedmosaic.privacy.files import private_opener
 from fedmosaic.protos.messages import RoundStatus
@@ -14,36 +13,23 @@ _SECONDS_BETWEEN_WAIT_LINES = 15.0
 _SECONDS_BETWEEN_RECORDS = 0.2
 
 
-class Progress(Protocol):
-    """What a session and a learner report while they work. Nothing private passes through here."""
+class Progress:
+    """What a session and a learner report while they work; this one tells nobody.
+
+    Nothing private passes through here.
+    """
 
     def stage(self, round_number: int, name: str, total: int = 0) -> None:
         """A new stage begins; `total` steps are expected, 0 if unknown."""
-        ...
 
     def advance(self, done: int) -> None:
         """`done` steps of the current stage are finished."""
-        ...
 
     def waiting(self, status: RoundStatus) -> None:
         """The server is waited for; `status` says for whom, and how long at most."""
-        ...
 
 
-class SilentProgress:
-    """Nobody watches."""
-
-    def stage(self, round_number: int, name: str, total: int = 0) -> None:
-        """See `Progress.stage`."""
-
-    def advance(self, done: int) -> None:
-        """See `Progress.advance`."""
-
-    def waiting(self, status: RoundStatus) -> None:
-        """See `Progress.waiting`."""
-
-
-class LoggedProgress:
+class LoggedProgress(Progress):
     """Writes log lines for a person and, if a file is given, JSON lines for whoever follows it."""
 
     def __init__(self, file: Path | None = None) -> None:

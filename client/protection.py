@@ -46,14 +46,7 @@ class Protection:
     """Seals what leaves this client and opens what it receives."""
 
     def __init__(self, identity: Identity, roster: Roster, family: str, keyring: Keyring | None) -> None:
-        """Prepare the agreed back end.
-
-        Args:
-            identity: who signs.
-            roster: terms and members.
-            family: architecture name, for the family section.
-            keyring: group keys; None only where nothing is encrypted.
-        """
+        """Prepare the agreed back end; without a keyring only where nothing is encrypted."""
         self._identity = identity
         self._roster = roster
         self._family = family
@@ -130,11 +123,30 @@ class Protection:
         for name in SECTION_NAMES:
             if name in vectors:
                 vector = vectors[name]
-                self._note_clipping(round_number, name, vector)
+                self._warn_of_clipping(round_number, name, vector)
                 context = self._context(name, key_epoch, round_number, vector.size)
                 nonce = self._nonce(key_epoch, round_number, name)
-                payload = self._cipher.encrypt(vector, key, context, nonce, clip=True)
+                payload = self._cipher.encrypt(vector, key, context, nonce)
                 sections.append(Section(name, payload))
+        attempt = uuid.uuid4().hex
+        return self._signed(run_id, round_number, key_epoch, tuple(sections), profile, ledger, attempt)
+
+    def claim_anew(self, run_id: str, upload: Upload, ledger: LedgerHead) -> Upload:
+        """The same sealed bytes with another head of the privacy ledger; nothing is encrypted again."""
+        return self._signed(
+            run_id, upload.round, upload.key_epoch, upload.sections, upload.profile, ledger, upload.attempt_id
+        )
+
+    def _signed(
+        self,
+        run_id: str,
+        round_number: int,
+        key_epoch: int,
+        sections: tuple[Section, ...],
+        profile: Profile | None,
+        ledger: LedgerHead | None,
+        attempt_id: str,
+    ) -> Upload:
         return sign_upload(
             self._identity.signing_key,
             federation=self._roster.federation,
@@ -142,31 +154,10 @@ class Protection:
             round_number=round_number,
             client_id=self._identity.client_id,
             key_epoch=key_epoch,
-            sections=tuple(sections),
+            sections=sections,
             profile=profile,
             ledger=ledger,
-            attempt_id=uuid.uuid4().hex,
-        )
-
-    def claim_anew(self, run_id: str, upload: Upload, ledger: LedgerHead) -> Upload:
-        """The same sealed bytes with another head of the privacy ledger; nothing is encrypted again.
-
-        Args:
-            run_id: the server's run.
-            upload: sealed before.
-            ledger: the head to send with it.
-        """
-        return sign_upload(
-            self._identity.signing_key,
-            federation=self._roster.federation,
-            run_id=run_id,
-            round_number=upload.round,
-            client_id=self._identity.client_id,
-            key_epoch=upload.key_epoch,
-            sections=upload.sections,
-            profile=upload.profile,
-            ledger=ledger,
-            attempt_id=upload.attempt_id,
+            attempt_id=attempt_id,
         )
 
     def _context(self, section: str, key_epoch: int, round_number: int, size: int) -> RoundContext:
@@ -180,9 +171,9 @@ class Protection:
         if self._keyring is None:
             return bytes(NONCE_BYTES)
         # A crash between this and storing the upload costs a nonce; the content is then sealed anew.
-        return self._keyring.counter.take(key_epoch, round_number, section, fresh=True)
+        return self._keyring.counter.take(key_epoch, round_number, section)
 
-    def _note_clipping(self, round_number: int, section: str, vector: np.ndarray) -> None:
+    def _warn_of_clipping(self, round_number: int, section: str, vector: np.ndarray) -> None:
         limit = self._roster.terms.encryption.clip
         outside = int(np.count_nonzero(np.abs(vector) > limit))
         if outside:

@@ -13,12 +13,12 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from fedmosaic.privacy.configuration import parse_json
+from fedmosaic.privacy.configuration import read_own
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.ledger.rows import Channel
 from fedmosaic.privacy.mechanism.profile import Float32Array, ProfileMechanism, ReleasedProfile
@@ -184,12 +184,7 @@ class ClippingRecord:
         }
 
     def _read(self) -> dict[Channel, tuple[int, int]]:
-        if not self._path.exists():
-            return {}
-        try:
-            stored = parse_json(self._path.read_bytes())
+        def read(stored: dict[Channel, Any]) -> dict[Channel, tuple[int, int]]:
             return {channel: (int(clipped), int(examples)) for channel, (clipped, examples) in stored.items()}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise StateError(
-                f"{self._path} is damaged ({error}); delete it, only the share of clipped examples is lost"
-            ) from None
+
+        return read_own(self._path, read, "delete it, only the share of clipped examples is lost") or {}

@@ -18,15 +18,8 @@ from typing import Final
 
 import numpy as np
 
-from fedmosaic.client.enrol import Learner
-from fedmosaic.client.progress import Progress
-from fedmosaic.client.protection import Identity, Protection
+from fedmosaic.client.membership import KEY_REASONS, Membership, SealAnewError
 from fedmosaic.client.records import read_upload, write_upload
-from fedmosaic.client.recovery import KEY_REASONS, Recovery, SealAnewError
-from fedmosaic.client.releases import Releases
-from fedmosaic.client.state import ClientState
-from fedmosaic.client.transport.grpc import Transport
-from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.policy import check_row
 from fedmosaic.protos.errors import (
     EncryptionError,
@@ -40,7 +33,6 @@ from fedmosaic.protos.messages import (
     AggregateSection,
     Enrolled,
     ReceiptStatus,
-    RoundStatus,
     Upload,
 )
 from fedmosaic.protos.refusal import Refusal
@@ -49,29 +41,8 @@ log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_EPOCHS: Final = 2.0
 
 
-class Session:
+class Session(Membership):
     """One client in one run, from enrolment to the last round."""
-
-    def __init__(
-        self,
-        identity: Identity,
-        roster: Roster,
-        transport: Transport,
-        learner: Learner,
-        state: ClientState,
-        releases: Releases,
-        protection: Protection,
-        progress: Progress,
-    ) -> None:
-        self._client_id = identity.client_id
-        self._roster = roster
-        self._transport = transport
-        self._learner = learner
-        self._state = state
-        self._releases = releases
-        self._protection = protection
-        self._progress = progress
-        self._recovery = Recovery(identity, roster, transport, learner, state, releases, protection)
 
     def run(self) -> None:
         """Take part until the run is finished.
@@ -83,7 +54,7 @@ class Session:
             StateError: the state here is of another run, or the server's is an older copy.
             TransportError: the server cannot be reached for longer than the transport's patience.
         """
-        enrolled = self._recovery.enrol()
+        enrolled = self._enrol()
         self._state.join_run(enrolled.run_id)
         self._state.see(enrolled.round, enrolled.head)
         round_number = self._resume(enrolled.round)
@@ -143,11 +114,6 @@ class Session:
         self._state.see(aggregate.round, aggregate.head)
         return aggregate
 
-    def _waiting(self, status: RoundStatus) -> None:
-        """Told now and then what the server waits for."""
-        self._progress.waiting(status)
-        self._recovery.watch(status)
-
     def _agree(self, aggregate: Aggregate, rounds: int) -> Aggregate:
         """Agree on the group key of this round's uploads; on failure, wait for the next key epoch.
 
@@ -200,7 +166,7 @@ class Session:
         if row is None:
             raise PolicyError(section.refusal)
         members = {member.id: member.family for member in self._roster.members}
-        check_row(self._client_id, row, self._roster.terms.policy, members=members.keys())
+        check_row(self._identity.client_id, row, self._roster.terms.policy, members=members.keys())
         if section.name == "family":
             family = self._learner.family
             strangers = sorted(name for name in row.contributors if members[name] != family)
@@ -225,7 +191,7 @@ class Session:
         return True
 
     def _seal(self, run_id: str, aggregate: Aggregate) -> Upload:
-        self._progress.stage(aggregate.round, "releasing the task profile")
+        self._progress.stage(aggregate.round, "releasing the task profile", 100)
         profile = self._releases.profile(aggregate.round)
         self._progress.stage(aggregate.round, "protecting the adapter")
         vectors = self._releases.adapter(aggregate.round, self._learner.sections())
@@ -240,7 +206,7 @@ class Session:
         try:
             receipt = self._transport.push(upload)
         except Refusal as refusal:
-            upload, receipt = self._recovery.after_refusal(upload, refusal)
+            upload, receipt = self._after_refusal(upload, refusal)
         self._state.see(receipt.round, receipt.head)
         if receipt.status is ReceiptStatus.LATE:
             log.warning("round %d closed before our upload arrived; it was not used", upload.round)

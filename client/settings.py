@@ -3,13 +3,15 @@
 Imports no model and no tensor: a configuration is read and refused before anything large is loaded.
 """
 
+import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from fedmosaic.privacy.configuration import Frozen
 from fedmosaic.privacy.federation.names import Address
+from fedmosaic.protos.errors import ConfigurationError
 
 DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$")]
 """`auto` (CUDA, then MPS, then the processor), `cpu`, `mps`, `cuda` or `cuda:1`."""
@@ -21,6 +23,14 @@ Role = Literal["adapter", "shared", "gate"]
 """Group of trainable tensors with a learning rate of its own."""
 
 
+CORE_RATE: Final = 5.0
+"""Of P and Q over LoRA's A and B. A core has r² entries where B has d·r: with one rate for both, a step of
+Adam moves the map B P A by √(d/r) less, in r directions of a frozen basis. Measured: docs/experiments.md."""
+
+GATE_RATE: Final = 10.0
+"""Of the gates over LoRA's A and B: with one rate for both, a gate's weight stays at one half in a run."""
+
+
 class ModelSettings(Frozen):
     """Where a model comes from.
 
@@ -30,8 +40,11 @@ class ModelSettings(Frozen):
     """
 
     path: str = Field(min_length=1)
+    """Folder or hub id of a causal language model, or of a vision-language model."""
     gguf_file: str | None = None
+    """Name of a GGUF file inside the folder, to be read instead of safetensors."""
     keep_layers: int | None = Field(default=None, ge=1)
+    """Keep only so many of the first decoder layers; all by default."""
     device: DeviceName = "auto"
     """`auto` takes CUDA, then MPS, then the processor; or `cpu`, `mps`, `cuda`, `cuda:1`."""
     dtype: DtypeName = "float32"
@@ -39,6 +52,7 @@ class ModelSettings(Frozen):
     quantization: Literal["nf4"] | None = None
     """Frozen linear weights in 4 bits (bitsandbytes); `dtype` is then the type that products are in."""
     aligned: str | None = Field(default=None, min_length=1)
+    """Folder or hub id of what `fedmosaic align` wrote for this model, where the roster names its basis."""
     rank: int | None = Field(default=None, ge=1, le=1024)
     """Rank of this client's adapter on an aligned basis, at most the federation's; the same by default."""
 
@@ -86,28 +100,92 @@ ProbeModelSettings = Annotated[ModelSettings, AfterValidator(_as_probe)]
 """Where the probe comes from; it has no adapter."""
 
 
-class DataSettings(Frozen):
-    """The client's own examples, JSON lines of `{"id", "prompt", "answer", "choices"}`.
+class HubData(Frozen):
+    """A split of a data set on a hub, `hub:NAME:SPLIT` or `hub:NAME:SUBSET:SPLIT`.
 
-    `test` and `others` are only scored, never trained on, and the scores stay on this machine. Prompts name
-    pictures in place, `<image:PATH>`.
+    The prefix is there so that the name of a private file, mistyped, is never sent to a hub.
     """
 
-    train: Path
+    name: str
+    subset: str | None = None
+    split: str
+
+    def __str__(self) -> str:
+        return ":".join(("hub", *filter(None, (self.name, self.subset, self.split))))
+
+
+_HUB: Final = re.compile(
+    r"hub:(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<subset>[\w.-]+))?:(?P<split>\w+(\[[\w:%+-]*\])?)"
+)
+
+
+def _hub_or_file(value: Any) -> Any:
+    if not isinstance(value, str) or not value.startswith("hub:"):
+        return value
+    found = _HUB.fullmatch(value)
+    if found is None:
+        raise ValueError("write hub:NAME:SPLIT, such as hub:owner/name:train, or hub:NAME:SUBSET:SPLIT")
+    return HubData(**found.groupdict())
+
+
+DataSource = Annotated[HubData | Path, BeforeValidator(_hub_or_file)]
+"""A file (JSON lines, JSON, CSV, Parquet), a folder that `datasets` saved, or a split on a hub."""
+
+
+class ColumnSettings(Frozen):
+    """Names of the columns that examples are made of; all other columns are then left out."""
+
+    id: str = Field(default="id", min_length=1)
+    """Name of an example. Without such a column, names are made from what examples say."""
+    prompt: str = Field(default="prompt", min_length=1)
+    """What the model reads."""
+    answer: str = Field(default="answer", min_length=1)
+    """What the model should reply."""
+    choices: str = Field(default="choices", min_length=1)
+    """The closed set of answers; in CSV a list as in JSON, `["yes", "no"]`."""
+    messages: str = Field(default="messages", min_length=1)
+    """Instead of prompt and answer: a conversation, a list of `{"role", "content"}`."""
+    person: str = Field(default="person", min_length=1)
+    """Whose record it is. With it the own statement tells ε for the person with most records."""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "ColumnSettings":
+        names = list(self.model_dump().values())
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"column {twice[0]!r} is named for two parts of an example; name each once")
+        return self
+
+
+class DataSettings(Frozen):
+    """The client's own examples, as files, folders of the `datasets` library or splits on a hub.
+
+    `test` and `others` are only scored, never trained on, and the scores stay on this machine. Prompts name
+    images in place, `<image:PATH>`.
+    """
+
+    train: DataSource | None = None
+    """Examples to train on: a file, a folder, or `hub:NAME:SPLIT`. Left out only where `fedmosaic.Client` is
+    handed examples."""
     ledger: Path | None = None
-    """Directory of the privacy ledger of `train`; beside it by default, with `.ledger` after its name.
-    Files that share examples have to name one ledger."""
-    test: Path | None = None
-    others: dict[str, Path] = Field(default_factory=dict)
+    """Directory of the privacy ledger of `train`; beside a file or folder by default, with `.ledger` after
+    its name. Sources that share examples have to name one ledger; data of a hub or from Python always name
+    one."""
+    test: DataSource | None = None
+    """Examples to score, before the first and after the last round."""
+    others: dict[str, DataSource] = Field(default_factory=dict)
+    """More sets to score, by name."""
+    columns: ColumnSettings | None = None
+    """Which columns are read; by default those of the names in this table, and no other may be there."""
     evaluation_examples: int = Field(default=0, ge=0)
     """At most this many test examples are scored per set; 0 takes all."""
     others_examples: int = Field(default=0, ge=0)
     """The same for the sets in `others`."""
     pictures: Path | None = None
-    """Folder that the pictures which prompts name lie in."""
+    """Folder that the images which prompts name lie in."""
 
     @property
-    def test_sets(self) -> dict[str, Path]:
+    def test_sets(self) -> dict[str, DataSource]:
         """Every test set by name, the client's own as "self"."""
         return ({"self": self.test} if self.test else {}) | self.others
 
@@ -115,14 +193,28 @@ class DataSettings(Frozen):
         """How many examples of a test set are scored; 0 for all."""
         return self.evaluation_examples if name == "self" else self.others_examples
 
+    def located(self, base: Path) -> "DataSettings":
+        """The same with every relative path taken from `base`."""
+
+        def place(source: HubData | Path | None) -> HubData | Path | None:
+            return base / source if isinstance(source, Path) else source
+
+        return self.model_copy(
+            update={
+                **{name: place(getattr(self, name)) for name in ("train", "ledger", "test", "pictures")},
+                "others": {name: place(source) for name, source in self.others.items()},
+            }
+        )
+
 
 class TrainingSettings(Frozen):
     """How a client trains locally; names as in ``transformers.TrainingArguments``.
 
     Attributes:
         learning_rate: Of LoRA's A and B, and of any other trainable tensor.
-        shared_learning_rate: Of the Co-LoRA cores P and Q.
-        gate_learning_rate: Of the gates.
+        shared_learning_rate: Of the Co-LoRA cores P and Q; by default 5 times `learning_rate`; where their
+            steps are private, `learning_rate` itself, for noise moves them as far as signal does.
+        gate_learning_rate: Of the gates; by default 10 times `learning_rate`.
         steps: Optimizer steps of one round.
         per_device_train_batch_size: Examples per forward pass.
         gradient_accumulation_steps: Forward passes per optimizer step; private steps divide by themselves.
@@ -140,8 +232,8 @@ class TrainingSettings(Frozen):
     """
 
     learning_rate: float = Field(default=1e-3, gt=0.0, le=10.0, allow_inf_nan=False)
-    shared_learning_rate: float = Field(default=1e-3, gt=0.0, le=10.0, allow_inf_nan=False)
-    gate_learning_rate: float = Field(default=1e-3, gt=0.0, le=10.0, allow_inf_nan=False)
+    shared_learning_rate: float | None = Field(default=None, gt=0.0, le=10.0, allow_inf_nan=False)
+    gate_learning_rate: float | None = Field(default=None, gt=0.0, le=10.0, allow_inf_nan=False)
     steps: int = Field(default=100, ge=1)
     per_device_train_batch_size: int = Field(default=8, ge=1)
     gradient_accumulation_steps: int = Field(default=1, ge=1)
@@ -158,22 +250,40 @@ class TrainingSettings(Frozen):
         """The learning rate of one group of tensors."""
         return {
             "adapter": self.learning_rate,
-            "shared": self.shared_learning_rate,
-            "gate": self.gate_learning_rate,
+            "shared": self.shared_learning_rate or CORE_RATE * self.learning_rate,
+            "gate": self.gate_learning_rate or GATE_RATE * self.learning_rate,
         }[role]
+
+    @property
+    def private_learning_rate(self) -> float:
+        """The learning rate of P and Q in steps with noise."""
+        return self.shared_learning_rate or self.learning_rate
+
+
+IN_MEMORY: Final = ModelSettings(path="(in memory)")
+"""Stands for a model that `fedmosaic.Client` is handed."""
+
+_OF_LOADING: Final = ("gguf_file", "keep_layers", "device", "dtype", "quantization")
+"""Keys of `[model]` that have no meaning for a model that is loaded already."""
 
 
 class ClientSettings(Frozen):
     """Everything one client decides for itself. Paths are relative to the file."""
 
     kit: Path
+    """The directory that the consortium handed over: keys, certificate, roster."""
     server: Address
+    """Host and port of the federation's server."""
     state_dir: Path
-    model: ModelSettings
+    """Directory of all that the client keeps: adapters, keys, results. Guard it like the data."""
+    model: ModelSettings = IN_MEMORY
+    """The client's own model. Left out only where `fedmosaic.Client` is handed one."""
     probe: ProbeModelSettings
+    """The frozen model of the task profile, the same for all members. It has no adapter: `aligned`, `rank`
+    and `quantization` are not for it."""
     projector: Path | None = None
-    """Folder of what lets a language model read pictures; `fedmosaic tasks projector` trains one."""
-    data: DataSettings
+    """Folder of what lets a language model read images; `fedmosaic tasks projector` trains one."""
+    data: DataSettings = DataSettings()
     training: TrainingSettings = TrainingSettings()
     threads: int | None = Field(default=None, ge=1)
     """Processor threads for the model; all by default."""
@@ -181,27 +291,54 @@ class ClientSettings(Frozen):
     """A stricter budget than the federation's; a looser one is refused."""
     unsafe_test_noise_seed: int | None = None
     """For tests only: predictable noise. The privacy statement then says that no guarantee holds."""
+    compare_alone: bool = False
+    """Train a second time, alone, after the last round, to tell what sharing adds; costs that time again."""
     profile_max_length: int = Field(default=96, ge=8)
     """Tokens of an example that the task profile reads."""
 
     def resolved(self, base: Path) -> "ClientSettings":
         """The same settings with every relative path taken from `base`."""
-        data = self.data.model_copy(
-            update={
-                "train": base / self.data.train,
-                "ledger": base / self.data.ledger if self.data.ledger else None,
-                "test": base / self.data.test if self.data.test else None,
-                "others": {name: base / path for name, path in self.data.others.items()},
-                "pictures": base / self.data.pictures if self.data.pictures else None,
-            }
-        )
         return self.model_copy(
             update={
                 "kit": base / self.kit,
                 "state_dir": base / self.state_dir,
-                "data": data,
+                "data": self.data.located(base),
                 "projector": base / self.projector if self.projector else None,
                 "model": self.model.located(base),
                 "probe": self.probe.located(base),
             }
         )
+
+    def check_complete(self, *, model: bool = False, train: bool = False, test: bool = False) -> None:
+        """Refuse settings that leave something out, or name what is handed over as well.
+
+        Args:
+            model: a model and its tokenizer are handed over.
+            train: training examples are.
+            test: a test set is.
+
+        Raises:
+            ConfigurationError: what is missing, or there twice, is named.
+        """
+        if not model and self.model == IN_MEMORY:
+            raise ConfigurationError(
+                "model: missing; name the model's folder or hub id in [model] path, or hand one over, "
+                "Client(…, model=…, tokenizer=…)"
+            )
+        named = [key for key in _OF_LOADING if key in self.model.model_fields_set]
+        if model and named:
+            raise ConfigurationError(
+                f"model.{named[0]} says how to load a model, and one is handed over that is loaded already; "
+                "leave it out"
+            )
+        if not train and self.data.train is None:
+            raise ConfigurationError(
+                "data.train: missing; name the training examples in [data] train, or hand them over, "
+                "Client(…, examples=…)"
+            )
+        for key, given in (("train", train), ("test", test)):
+            if given and getattr(self.data, key) is not None:
+                raise ConfigurationError(
+                    f"data.{key} is {getattr(self.data, key)}, and examples are handed over for it as well; "
+                    "leave one of them out"
+                )

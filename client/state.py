@@ -6,7 +6,8 @@
     STATE/upload-0003.bin          bytes of the newest upload, to send again until its round is closed
     STATE/given-up.json            the last round whose aggregate no training was possible with
     STATE/keys/                    group keys of the current and the previous epoch, until the run is over
-    STATE/picture-features/        what the frozen encoder makes of the client's own pictures
+    STATE/picture-features/        what the frozen encoder makes of the client's own images
+    STATE/model.json               base model and terms, with which the result is loaded again
     STATE/traffic.json             bytes sent and received so far
     STATE/ledger.json              which privacy ledger is charged (see `fedmosaic.client.ledger`)
 
@@ -19,11 +20,11 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fedmosaic.privacy.configuration import parse_json
+from fedmosaic.privacy.configuration import read_own
 from fedmosaic.privacy.encryption.records import row_digest
 from fedmosaic.privacy.files import (
     hold_directory,
@@ -36,13 +37,13 @@ from fedmosaic.privacy.files import (
 from fedmosaic.protos.errors import PolicyError, StateError
 from fedmosaic.protos.messages import WeightRow
 
-OLDER_COPY = (
+OLDER_COPY: Final = (
     "is an older copy of itself, whose ledger may have forgotten what was spent since. Restore the newest; "
     "if it is lost, leave this run, as what was spent can no longer be told"
 )
 """What to say of a state directory that does not know what this client has sent."""
-_VERSION = 1
-_SESSION = "session.json"
+_VERSION: Final = 1
+_SESSION: Final = "session.json"
 
 
 class SessionRecord(BaseModel):
@@ -77,27 +78,31 @@ def read_record(directory: Path) -> SessionRecord | None:
     Raises:
         StateError: the record is damaged.
     """
-    file = directory / _SESSION
-    if not file.exists():
-        return None
-    try:
-        data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+
+    def read(data: dict[str, Any]) -> SessionRecord:
         if data.pop("version") != _VERSION:
             raise ValueError("unknown version")
         return SessionRecord(**data)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise StateError(
-            f"{file} is damaged ({error}); restore it from a backup, or start over with a new state_dir (the "
-            "privacy ledger in the old one must be kept: what it has spent stays spent)"
-        ) from None
+
+    remedy = (
+        "restore it from a backup, or start over with a new state_dir (the privacy ledger in the old one "
+        "must be kept: what it has spent stays spent)"
+    )
+    return read_own(directory / _SESSION, read, remedy)
+
+
+def newest_adapter(directory: Path) -> tuple[int, Path] | None:
+    """The newest adapter in a state directory and its round, without taking hold of it; None before any."""
+    return max(_numbered(directory, "adapter/round-*"), default=None)
+
+
+def _numbered(directory: Path, pattern: str) -> list[tuple[int, Path]]:
+    found = ((path.stem.rpartition("-")[2], path) for path in directory.glob(pattern))
+    return [(int(number), path) for number, path in found if number.isdecimal()]
 
 
 def check_run(record: SessionRecord, directory: Path, run_id: str) -> None:
-    """Refuse to go on with another run than the one that a state directory is of.
-
-    Raises:
-        StateError: it is of another run; the remedy is named.
-    """
+    """Refuse with StateError to go on with another run than the one that a state directory is of."""
     if record.run_id and record.run_id != run_id:
         raise StateError(
             f"{directory} holds round {record.completed_round} of run {record.run_id}, but the server is on "
@@ -107,7 +112,12 @@ def check_run(record: SessionRecord, directory: Path, run_id: str) -> None:
 
 
 class ClientState:
-    """The state directory of one client in one federation."""
+    """The state directory of one client in one federation.
+
+    Attributes:
+        directory: the directory.
+        record: how far the client got.
+    """
 
     def __init__(self, directory: Path, federation: str, client: str) -> None:
         """Open or create the state.
@@ -118,27 +128,24 @@ class ClientState:
             client: this client's id.
 
         Raises:
-            StateError: the directory belongs to another federation or client, or is damaged.
+            StateError: the directory belongs to another federation or client, is in use, or is damaged.
         """
         self.directory = directory
         private_directory(directory)
         self._lock = hold_directory(directory / "lock", "give each client its own state_dir")
-        self._file = directory / _SESSION
         self._rows = directory / "rows.json"
+        self._given_up = directory / "given-up.json"
         try:
             self.record = read_record(directory) or SessionRecord(federation=federation, client=client)
-            self._check_owner(federation, client)
+            if (self.record.federation, self.record.client) != (federation, client):
+                raise StateError(
+                    f"{directory} belongs to client {self.record.client!r} of federation "
+                    f"{self.record.federation!r}, not to {client!r} of {federation!r}; give each client its "
+                    "own state_dir"
+                )
         except StateError:
             self._lock.close()
             raise
-
-    def _check_owner(self, federation: str, client: str) -> None:
-        if (self.record.federation, self.record.client) != (federation, client):
-            raise StateError(
-                f"{self.directory} belongs to client {self.record.client!r} of federation "
-                f"{self.record.federation!r}, not to {client!r} of {federation!r}; give each client its own "
-                "state_dir"
-            )
 
     def release(self) -> None:
         """Let another process have the directory; done by the end of the process otherwise."""
@@ -147,15 +154,11 @@ class ClientState:
     def _write(self, **changes: object) -> None:
         record = self.record.model_copy(update=changes)
         content = json.dumps({"version": _VERSION, **record.model_dump()}, indent=2).encode()
-        write_atomically(self._file, content)
+        write_atomically(self.directory / _SESSION, content)
         self.record = record
 
     def join_run(self, run_id: str) -> None:
-        """Remember the run, or refuse a state that belongs to another one.
-
-        Raises:
-            StateError: the state is of another run; the remedy is named.
-        """
+        """Remember the run; StateError if the state is of another one."""
         check_run(self.record, self.directory, run_id)
         self._write(run_id=run_id)
 
@@ -177,12 +180,12 @@ class ClientState:
         Raises:
             StateError: the server is an older copy of the one we know, or one with another past.
         """
-        record = self.record
+        before = self.record.server_round
         if self.contradicts(server_round, head):
             what = (
-                f"is at round {server_round}, but was at round {record.server_round} before: it runs on an "
-                "older copy of its state"
-                if server_round < record.server_round
+                f"is at round {server_round}, but was at round {before} before: it runs on an older copy of "
+                "its state"
+                if server_round < before
                 else f"tells another past of round {server_round}: it runs on another copy of its state"
             )
             raise StateError(
@@ -191,7 +194,7 @@ class ClientState:
                 "the server and at every client, with ledger.sqlite, ledger.sqlite.head and profile-*.npy "
                 "copied into each"
             )
-        if server_round > record.server_round:
+        if server_round > before:
             self._write(server_round=server_round, server_head=head.hex())
 
     def note_received(self, round_number: int, *, received: bool) -> None:
@@ -203,12 +206,7 @@ class ClientState:
         )
 
     def complete_round(self, round_number: int, save_adapter: Callable[[Path], None]) -> None:
-        """Record that a round's upload is acknowledged: adapter first, then the record, then clean up.
-
-        Args:
-            round_number: the acknowledged round.
-            save_adapter: writes the adapter into the directory that it is given.
-        """
+        """Record that a round's upload is acknowledged: adapter first, then the record, then clean up."""
         self.save_adapter(round_number, save_adapter)
         self._write(completed_round=round_number)
         self.forget_uploads(round_number)
@@ -229,7 +227,12 @@ class ClientState:
                 old.unlink()
 
     def save_adapter(self, round_number: int, save: Callable[[Path], None]) -> None:
-        """Store the adapter after a round's training, in a directory renamed into place."""
+        """Store the adapter after a round's training, in a directory renamed into place.
+
+        Args:
+            round_number: the round.
+            save: writes the adapter into the directory that it is given.
+        """
         place = self.adapter_path(round_number)
         if place.exists():
             return
@@ -264,16 +267,15 @@ class ClientState:
         It is of the last completed round or of a later one, trained but not acknowledged: what was released
         or charged is gone on from, never dropped.
         """
-        return max(self._numbered("adapter/round-*"), default=None)
+        return newest_adapter(self.directory)
 
     def unacknowledged_round(self) -> int | None:
-        """The round of a stored upload that the server has not acknowledged, or None."""
-        rounds = [number for number, _ in self._numbered("upload-*.bin")]
-        return next((number for number in sorted(rounds) if number > self.record.completed_round), None)
+        """The first round of a stored upload that the server has not acknowledged, or None."""
+        rounds = (number for number, _ in self._numbered("upload-*.bin"))
+        return min((number for number in rounds if number > self.record.completed_round), default=None)
 
     def _numbered(self, pattern: str) -> list[tuple[int, Path]]:
-        found = ((path.stem.rpartition("-")[2], path) for path in self.directory.glob(pattern))
-        return [(int(number), path) for number, path in found if number.isdecimal()]
+        return _numbered(self.directory, pattern)
 
     def upload_path(self, round_number: int) -> Path:
         """Where the bytes of a round's upload are, until the round is closed."""
@@ -310,16 +312,15 @@ class ClientState:
 
     def _accepted_rows(self) -> dict[str, tuple[str, int]]:
         """Digest and number of contributors of every accepted row, by round and section."""
-        if not self._rows.exists():
-            return {}
-        try:
-            found = parse_json(self._rows.read_bytes())
+
+        def read(found: dict[str, Any]) -> dict[str, tuple[str, int]]:
             return {str(label): (str(digest), int(count)) for label, (digest, count) in found.items()}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise StateError(
-                f"{self._rows} is damaged, or of a version before ({error}); restore it from a backup, or "
-                "delete it: a second weight row of the rounds so far would then not be told from the first"
-            ) from None
+
+        remedy = (
+            "it may be of a version before: restore it from a backup, or delete it: a second weight row of "
+            "the rounds so far would then not be told from the first"
+        )
+        return read_own(self._rows, read, remedy) or {}
 
     def give_up(self, round_number: int) -> None:
         """Remember that a round's aggregate is not to be loaded again: training failed with it."""
@@ -327,11 +328,8 @@ class ClientState:
 
     def gave_up(self, round_number: int) -> bool:
         """Whether a round's aggregate was given up, by this process or an earlier one."""
-        return self._given_up.exists() and json.loads(self._given_up.read_text()) == round_number
-
-    @property
-    def _given_up(self) -> Path:
-        return self.directory / "given-up.json"
+        remedy = "delete it: the aggregate that training failed with may then be tried once more"
+        return read_own(self._given_up, int, remedy) == round_number
 
     @property
     def ledger_path(self) -> Path:

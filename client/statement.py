@@ -4,10 +4,11 @@ import datetime as dt
 from collections.abc import Mapping
 
 from fedmosaic.client.planning import AdapterPlan, plan_adapter
+from fedmosaic.privacy.accounting.epsilon import person_epsilon
 from fedmosaic.privacy.coalitions import counted_coalition
 from fedmosaic.privacy.federation.roster import Roster, Terms
 from fedmosaic.privacy.ledger.ledger import Ledger, parameters_of
-from fedmosaic.privacy.ledger.rows import Channel
+from fedmosaic.privacy.ledger.rows import Channel, charges
 from fedmosaic.privacy.statement.costs import round_down
 from fedmosaic.privacy.statement.models import (
     ClientInputs,
@@ -19,6 +20,8 @@ from fedmosaic.privacy.statement.models import (
 from fedmosaic.privacy.statement.shareable import cell, rounded_delta
 from fedmosaic.protos.errors import AccountingError
 
+STATEMENT, HANDED_OVER = "statement.json", "statement-handed-over.json"
+"""In the state directory: the member's own, and the one that was handed over, from rounded numbers."""
 _PLANNING_MARGIN = 0.98
 """Two planned σ may differ by more than the planner's 0.1 % where they ought to be equal."""
 
@@ -34,7 +37,7 @@ def statement_inputs(
     clipped_share: Mapping[Channel, float] | None = None,
     metrics_shared: bool = False,
 ) -> StatementInputs:
-    """What the statements of one client are made from: its own, and the one to hand over.
+    """What a client's own statement is made from and, after `for_handing_over`, the shared one.
 
     Args:
         roster: terms and members.
@@ -45,13 +48,10 @@ def statement_inputs(
         smallest_row: fewest contributors of any weight row that this client accepted; None if none was.
         clipped_share: share of clipped examples by channel, for this client's own eyes.
         metrics_shared: whether accuracies or losses left this client.
-
-    Returns:
-        Facts for `fedmosaic.privacy.statement.build.statement`, and for
-        `fedmosaic.privacy.statement.shareable.shareable` once `for_handing_over` has seen them.
     """
     terms = roster.terms
     steps = terms.adapter_privacy.steps_per_round * terms.schedule.rounds
+    fewest = smallest_row or terms.policy.fewest_contributors
     return StatementInputs(
         run_id=run_id,
         created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
@@ -67,28 +67,19 @@ def statement_inputs(
             ),
         ),
         roster_sha256=roster.hash.hex(),
-        key_holders="clients" if terms.adapter.encrypted else "nobody",
         encryption=_encryption(terms),
         minimum_contributors=terms.policy.fewest_contributors,
         weight_cap=terms.policy.weight_cap,
         squares_cap=terms.policy.squares_cap,
         rounds=terms.schedule.rounds,
         smallest_row=smallest_row,
-        coalition_rows=coalition_rows(
-            smallest_row or terms.policy.fewest_contributors, terms.schedule.rounds
-        ),
+        coalition_rows=coalition_rows(fewest, terms.schedule.rounds),
         metrics_shared=metrics_shared,
     )
 
 
 def for_handing_over(inputs: StatementInputs, terms: Terms, examples: int) -> StatementInputs:
-    """The same facts with the least σ that the terms plan for any client of about this size.
-
-    Args:
-        inputs: of one client.
-        terms: the roster's.
-        examples: n, the client's number of examples.
-    """
+    """The same facts of one client with the least σ that the terms plan for any of about n examples."""
     (client,) = inputs.clients
     if not terms.adapter.private:
         return inputs
@@ -102,6 +93,23 @@ def for_handing_over(inputs: StatementInputs, terms: Terms, examples: int) -> St
     return inputs.model_copy(update={"clients": (client.model_copy(update={"least_noise": least}),)})
 
 
+def person_words(inputs: StatementInputs, examples: int) -> str:
+    """What the DP releases reveal of the person with most examples, for this client's own eyes.
+
+    Args:
+        inputs: of one client.
+        examples: k ≥ 2, how many of the training examples are that person's. The count is private.
+    """
+    (client,) = inputs.clients
+    events = [charge.event for charge in charges(row for row in client.ledger if row.covered_by == "dp")]
+    delta = parameters_of(client.ledger).delta
+    return (
+        f"one person has {examples} of the training examples. Of that person the releases under differential "
+        f"privacy reveal at most ε = {person_epsilon(events, delta, examples):.3g} at δ = {delta:.1e}, not "
+        "the ε of one example. This line stays here"
+    )
+
+
 def with_warning(statement: PrivacyStatement, warning: str) -> PrivacyStatement:
     """The statement for this client's own eyes with one more warning; not for the one handed over."""
     clients = tuple(
@@ -111,9 +119,9 @@ def with_warning(statement: PrivacyStatement, warning: str) -> PrivacyStatement:
 
 
 def _encryption(terms: Terms) -> str:
-    if not terms.adapter.encrypted:
-        return ""
-    return f"{terms.encryption.backend}, parameters {terms.encryption.digest().hex()[:16]}"
+    parameters = terms.encryption
+    named = f"{parameters.backend}, parameters {parameters.digest().hex()[:16]}"
+    return named if terms.adapter.encrypted else ""
 
 
 def coalition_rows(contributors: int, rounds: int) -> tuple[CoalitionRows, ...]:

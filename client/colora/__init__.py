@@ -14,7 +14,7 @@ arXiv 2506.11024, ICLR 2026.
 
 from peft import mapping as _mapping
 
-from fedmosaic.client.colora.config import PEFT_TYPE, CoLoraConfig
+from fedmosaic.client.colora.config import PEFT_TYPE, SPOKEN_TYPE, CoLoraConfig
 from fedmosaic.client.colora.layer import CoLoraLayer
 from fedmosaic.client.colora.linear import BranchedLoraLinear, CoLoraLinear
 from fedmosaic.client.colora.model import CoLoraModel
@@ -41,7 +41,8 @@ from fedmosaic.client.colora.vectors import (
 
 # PEFT's register function refuses names outside its closed enum, but the tables it fills are looked up
 # by string, so that entering the name there is all that registration does.
-_mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = CoLoraConfig  # type: ignore[index]  # keyed by the closed enum
+for _name in (PEFT_TYPE, SPOKEN_TYPE):
+    _mapping.PEFT_TYPE_TO_CONFIG_MAPPING[_name] = CoLoraConfig  # type: ignore[index]  # keyed by the closed enum
 _mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = CoLoraModel  # type: ignore[index]  # keyed by the closed enum
 _mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = CoLoraModel.prefix  # type: ignore[index]  # keyed by the closed enum
 

@@ -62,29 +62,16 @@ def aligned_config(folder: str | Path, *, rank: int | None = None, **changes: An
         raise ModelError(
             f"The rank is {chosen}; the checkpoint {folder} has rank {config.r}, choose 1 to that."
         )
-    kept = {
-        name: getattr(config, name)
-        for name in (
-            "blocks",
-            "layer_rule",
-            "shared_layers",
-            "gate",
-            "basis_seed",
-            "target_modules",
-            "model_depth",
-            "task_type",
-        )
-    }
+    names = "blocks layer_rule shared_layers gate basis_seed target_modules model_depth task_type".split()
+    kept = {name: getattr(config, name) for name in names}
     return CoLoraConfig(r=chosen, **(kept | {"alpha": config.alpha * chosen / config.r} | changes))
 
 
 def load_basis(model: nn.Module, folder: str | Path, *, adapter_name: str | None = None) -> None:
     """Set the frozen bases of a model from an aligned checkpoint; P, Q and all else stay.
 
-    Args:
-        model: Model with Co-LoRA layers, made from `aligned_config`.
-        folder: Folder that `fedmosaic align` wrote for this model, or the id of its copy on a hub.
-        adapter_name: Name of the adapter, or None for the only active one.
+    `model`: Model with Co-LoRA layers, made from `aligned_config`.
+    `folder`: Folder that `fedmosaic align` wrote for this model, or the id of its copy on a hub.
 
     Raises:
         ModelError: The checkpoint is missing or damaged, or belongs to other modules or widths.
@@ -122,28 +109,16 @@ def embedded_layout(layout: SharedLayout, rank: int) -> SharedLayout:
 def read_embedded(
     model: nn.Module, rank: int, branch: str = "local", *, adapter_name: str | None = None
 ) -> Vector:
-    """Read a branch as a vector of the federation's rank, zero outside the client's leading block.
-
-    Args:
-        model: Model with Co-LoRA layers.
-        rank: The federation's rank.
-        branch: `local`, `global` or `personal`.
-        adapter_name: Name of the adapter, or None for the only active one.
-
-    Returns:
-        Array (d,), float32, of the federation's layout.
+    """Read a branch as a vector (d,) of the federation's rank, zero outside the client's leading block.
 
     Raises:
         ModelError: The federation's rank is lower, or the branch does not exist.
     """
     layout = shared_layout(model, find_adapter(model, adapter_name))
     cores, biases = _parts(read_shared(model, branch, adapter_name=adapter_name), layout)
-    wide = embedded_layout(layout, rank)
-    padded_P = np.zeros((len(cores), wide.rank, wide.rank), dtype=np.float32)
-    padded_Q = np.zeros((len(cores), wide.rank), dtype=np.float32)
-    padded_P[:, : layout.rank, : layout.rank] = cores
-    padded_Q[:, : layout.rank] = biases
-    return np.concatenate([padded_P.reshape(len(cores), -1), padded_Q], axis=1).reshape(-1)
+    wider = embedded_layout(layout, rank).rank - layout.rank
+    cores = np.pad(cores, ((0, 0), (0, wider), (0, wider)))
+    return _joined(cores, np.pad(biases, ((0, 0), (0, wider))))
 
 
 def write_embedded(
@@ -154,14 +129,7 @@ def write_embedded(
     *,
     adapter_name: str | None = None,
 ) -> None:
-    """Write the leading block of a vector of the federation's rank into a branch.
-
-    Args:
-        model: Model with Co-LoRA layers.
-        vector: Array (d,) of the federation's layout.
-        rank: The federation's rank.
-        branch: `local`, `global` or `personal`.
-        adapter_name: Name of the adapter, or None for the only active one.
+    """Write the leading block of a vector (d,) of the federation's rank into a branch.
 
     Raises:
         ModelError: The federation's rank is lower, or the vector has another length or bad values.
@@ -172,8 +140,8 @@ def write_embedded(
     if vector.shape != (wide.size,):
         raise ModelError(f"The shared vector has shape {vector.shape}; rank {rank} needs ({wide.size},).")
     cores, biases = _parts(vector, wide)
-    leading = [cores[:, : layout.rank, : layout.rank].reshape(len(cores), -1), biases[:, : layout.rank]]
-    write_shared(model, np.concatenate(leading, axis=1).reshape(-1), branch, adapter_name=adapter_name)
+    leading = _joined(cores[:, : layout.rank, : layout.rank], biases[:, : layout.rank])
+    write_shared(model, leading, branch, adapter_name=adapter_name)
 
 
 def _parts(vector: np.ndarray, layout: SharedLayout) -> tuple[np.ndarray, np.ndarray]:
@@ -181,6 +149,12 @@ def _parts(vector: np.ndarray, layout: SharedLayout) -> tuple[np.ndarray, np.nda
     rows = vector.reshape(layout.blocks * len(layout.modules), layout.rank**2 + layout.rank)
     cores = rows[:, : layout.rank**2].reshape(-1, layout.rank, layout.rank)
     return cores, rows[:, layout.rank**2 :]
+
+
+def _joined(cores: np.ndarray, biases: np.ndarray) -> Vector:
+    """The vector of all P (modules, r, r) and all Q (modules, r)."""
+    joined: Vector = np.concatenate([cores.reshape(len(cores), -1), biases], axis=1).reshape(-1)
+    return joined
 
 
 def _checkpoint(source: str | Path) -> tuple[Path, CoLoraConfig]:

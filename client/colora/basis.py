@@ -9,15 +9,7 @@ from fedmosaic.protos.errors import ModelError
 
 
 def derive_seed(basis_seed: int, *labels: str | int) -> int:
-    """Derive an independent seed for each named tensor from one public seed.
-
-    Args:
-        basis_seed: The configuration's seed.
-        labels: What the seed is for, such as a block index, a module name and a side.
-
-    Returns:
-        A seed in [0, 2**63).
-    """
+    """Derive an independent seed in [0, 2**63) for each tensor, named by labels, from one public seed."""
     digest = hashlib.sha256(json.dumps([basis_seed, *labels]).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -53,11 +45,7 @@ def draw_orthonormal(dimension: int, rank: int, seed: int) -> torch.Tensor:
 
 
 def orthonormality_error(vectors: torch.Tensor) -> float:
-    """Return the largest absolute entry of VᵀV − I.
-
-    Args:
-        vectors: Tensor (dimension, rank), one vector per column.
-    """
+    """Return the largest absolute entry of VᵀV − I for V (dimension, rank), one vector per column."""
     wide = vectors.to(torch.float64)
     identity = torch.eye(wide.shape[1], dtype=torch.float64, device=wide.device)
     return float((wide.T @ wide - identity).abs().max())

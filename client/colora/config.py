@@ -1,7 +1,8 @@
 """Configuration of Co-LoRA as a PEFT method."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 from peft import PeftConfig
 
@@ -9,6 +10,10 @@ from fedmosaic.client.colora.placement import LAYER_RULES
 from fedmosaic.protos.errors import ConfigurationError
 
 PEFT_TYPE = "COLORA"
+SPOKEN_TYPE = "COLORA, a method of the package fedmosaic: import fedmosaic.client.colora before loading"
+"""The method's name in files: PEFT without this package raises KeyError with it, so it says what to do."""
+
+BRANCHES = ("local", "global", "personal")
 
 
 @dataclass
@@ -18,69 +23,45 @@ class CoLoraConfig(PeftConfig):
     Clients that exchange shared adapters must agree on `r`, `alpha`, `blocks`, `target_modules` and the
     basis; the layout's hash guards that (`fedmosaic.client.colora.shared_layout`).
 
+    Attributes:
+        r: Rank: P is (r, r), Q is (r,). At least 1.
+        alpha: The adapter's output is scaled by s = alpha / r. Above 0.
+        blocks: Number of relative-depth blocks N_B = number of Co-LoRA layers.
+        layer_rule: See `placement.target_layers`.
+        shared_layers: 0-based Co-LoRA layers, one per block; overrides layer_rule. Filled in on injection.
+        other_layers: lora: ordinary two-branch LoRA on all other layers; none: leave them alone.
+        gate: scalar: one learnable β per adapted linear module (the paper). pooled: a vector per module, its
+            logits averaged over the sequence's positions (the authors' code); cannot be merged.
+        gate_noise_std: Pooled gate only: std of Gaussian noise on each token's logit in training; 0 is off.
+        personal_branch: Add a third, ungated branch to every adapted module; it never leaves the client.
+        basis_seed: Seed of the frozen A and B, and of LoRA's initial A.
+        basis_label: Name of the basis, hashed into the layout; seed:<basis_seed> unless set_basis names it.
+        target_modules: Linear modules of a decoder layer, such as q_proj; None for all. Filled in on
+            injection.
+        model_depth: Number of decoder layers of the adapted model. Filled in on injection.
+        active_branches: By `shared` and `family`, the branches in the forward pass; all that are not named.
+            Filled in when an adapter is saved.
+        fixed_gate: By `shared` and `family`, a constant in [0, 1] in the gate's place. Filled in likewise.
+
     Raises:
         ConfigurationError: A value lies outside its range.
     """
 
-    r: int = field(default=16, metadata={"help": "Rank: P is (r, r), Q is (r,). At least 1."})
-    alpha: float = field(
-        default=32.0, metadata={"help": "The adapter's output is scaled by s = alpha / r. Above 0."}
-    )
-    blocks: int = field(
-        default=4, metadata={"help": "Number of relative-depth blocks N_B = number of Co-LoRA layers."}
-    )
-    layer_rule: str = field(
-        default="relative_depth",
-        metadata={
-            "help": "relative_depth (nearest layer to k/N_B of the depth) or authors (the released code's)."
-        },
-    )
-    shared_layers: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "0-based Co-LoRA layers, one per block; overrides layer_rule. Filled in on injection."
-        },
-    )
-    other_layers: str = field(
-        default="lora",
-        metadata={"help": "lora: ordinary two-branch LoRA on all other layers; none: leave them alone."},
-    )
-    gate: str = field(
-        default="scalar",
-        metadata={
-            "help": "scalar: one learnable β per adapted linear module (the paper). pooled: a vector per "
-            "module, its logits averaged over the sequence's positions (the authors' code); cannot be merged."
-        },
-    )
-    gate_noise_std: float = field(
-        default=0.0,
-        metadata={
-            "help": "pooled gate only: std of Gaussian noise on each token's logit in training; 0 is off."
-        },
-    )
-    personal_branch: bool = field(
-        default=False,
-        metadata={"help": "Add a third, ungated branch to every adapted module; it never leaves the client."},
-    )
-    basis_seed: int = field(
-        default=0, metadata={"help": "Seed of the frozen A and B, and of LoRA's initial A."}
-    )
-    basis_label: str | None = field(
-        default=None,
-        metadata={
-            "help": "Name of the basis, hashed into the layout; seed:<basis_seed> unless set_basis names it."
-        },
-    )
-    target_modules: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Linear modules of a decoder layer, such as q_proj; None for all. Filled in on injection."
-        },
-    )
-    model_depth: int | None = field(
-        default=None,
-        metadata={"help": "Number of decoder layers of the adapted model. Filled in on injection."},
-    )
+    r: int = 16
+    alpha: float = 32.0
+    blocks: int = 4
+    layer_rule: str = "relative_depth"
+    shared_layers: list[int] | None = None
+    other_layers: str = "lora"
+    gate: str = "scalar"
+    gate_noise_std: float = 0.0
+    personal_branch: bool = False
+    basis_seed: int = 0
+    basis_label: str | None = None
+    target_modules: list[str] | None = None
+    model_depth: int | None = None
+    active_branches: dict[str, list[str]] | None = None
+    fixed_gate: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         """Check every value and name the PEFT method."""
@@ -89,41 +70,47 @@ class CoLoraConfig(PeftConfig):
         self.peft_type = PEFT_TYPE
         if isinstance(self.target_modules, (set, tuple)):
             self.target_modules = sorted(self.target_modules)
-        _require(_is_whole(self.r) and self.r >= 1, "r", self.r, "a whole number of at least 1")
-        _require(_is_finite(self.alpha) and self.alpha > 0, "alpha", self.alpha, "a finite number above 0")
-        _require(
-            _is_whole(self.blocks) and self.blocks >= 1, "blocks", self.blocks, "a whole number of at least 1"
-        )
-        _require(
-            self.layer_rule in LAYER_RULES, "layer_rule", self.layer_rule, f"one of {', '.join(LAYER_RULES)}"
-        )
-        _require(self.other_layers in {"lora", "none"}, "other_layers", self.other_layers, "lora or none")
-        _require(self.gate in {"scalar", "pooled"}, "gate", self.gate, "scalar or pooled")
-        _require(
-            _is_finite(self.gate_noise_std) and self.gate_noise_std >= 0,
-            "gate_noise_std",
-            self.gate_noise_std,
-            "a finite number of at least 0",
-        )
-        _require(
-            self.gate == "pooled" or self.gate_noise_std == 0,
-            "gate_noise_std",
-            self.gate_noise_std,
-            "0 with the scalar gate, which has no noise",
-        )
-        _require(_is_whole(self.basis_seed), "basis_seed", self.basis_seed, "a whole number")
-        _require(
-            self.target_modules is None or isinstance(self.target_modules, list),
+        self._require("r", _is_whole(self.r) and self.r >= 1, "a whole number of at least 1")
+        self._require("alpha", _is_finite(self.alpha) and self.alpha > 0, "a finite number above 0")
+        self._require("blocks", _is_whole(self.blocks) and self.blocks >= 1, "a whole number of at least 1")
+        self._require("layer_rule", self.layer_rule in LAYER_RULES, f"one of {', '.join(LAYER_RULES)}")
+        self._require("other_layers", self.other_layers in {"lora", "none"}, "lora or none")
+        self._require("gate", self.gate in {"scalar", "pooled"}, "scalar or pooled")
+        noise = self.gate_noise_std
+        self._require("gate_noise_std", _is_finite(noise) and noise >= 0, "a finite number of at least 0")
+        without_noise = self.gate == "pooled" or noise == 0
+        self._require("gate_noise_std", without_noise, "0 with the scalar gate, which has no noise")
+        self._require("basis_seed", _is_whole(self.basis_seed), "a whole number")
+        self._require(
             "target_modules",
-            self.target_modules,
+            self.target_modules is None or isinstance(self.target_modules, list),
             'a list of module names such as ["q_proj", "v_proj"], or None for all linear modules',
         )
-        _require(
-            self.shared_layers is None or len(self.shared_layers) == self.blocks,
+        self._require(
             "shared_layers",
-            self.shared_layers,
+            self.shared_layers is None or len(self.shared_layers) == self.blocks,
             f"a list with one layer for each of the {self.blocks} blocks",
         )
+        self._require(
+            "active_branches",
+            _by_kind(self.active_branches, lambda names: isinstance(names, list) and {*names} <= {*BRANCHES}),
+            f"lists of {', '.join(BRANCHES)} by shared and family, or None",
+        )
+        self._require(
+            "fixed_gate",
+            _by_kind(self.fixed_gate, lambda value: _is_finite(value) and 0.0 <= value <= 1.0),
+            "numbers in [0, 1] by shared and family, or None",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT's, with a name of the method that tells what to import."""
+        content: dict[str, Any] = super().to_dict()
+        return content | {"peft_type": SPOKEN_TYPE}
+
+    def _require(self, name: str, condition: bool, expected: str) -> None:
+        if not condition:
+            value = getattr(self, name)
+            raise ConfigurationError(f"CoLoraConfig: {name} is {value!r}; it should be {expected}.")
 
 
 def _is_whole(value: object) -> bool:
@@ -134,6 +121,7 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _require(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ConfigurationError(f"CoLoraConfig: {name} is {value!r}; it should be {expected}.")
+def _by_kind(value: Any, fits: Any) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, dict) and {*value} <= {"shared", "family"} and all(map(fits, value.values()))

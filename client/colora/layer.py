@@ -23,11 +23,10 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-from fedmosaic.client.colora.config import CoLoraConfig
+from fedmosaic.client.colora.config import BRANCHES, CoLoraConfig
 from fedmosaic.client.colora.placement import Placement
 from fedmosaic.protos.errors import ModelError
 
-BRANCHES = ("local", "global", "personal")
 GATE = "gate"
 DEFAULT_TRAINABLE = frozenset({"local", "personal", GATE})
 
@@ -126,13 +125,7 @@ class CoLoraLayer(nn.Module, BaseTunerLayer):
         return linear
 
     def update_layer(self, adapter_name: str, config: CoLoraConfig, placement: Placement) -> None:
-        """Add an adapter to this module.
-
-        Args:
-            adapter_name: Name of the adapter.
-            config: Its configuration.
-            placement: Where the module sits.
-        """
+        """Add an adapter to this module."""
         branches = BRANCHES if config.personal_branch else BRANCHES[:2]
         self.settings[adapter_name] = AdapterSettings(
             placement=placement,
@@ -143,8 +136,9 @@ class CoLoraLayer(nn.Module, BaseTunerLayer):
             gate=config.gate,
             gate_noise_std=config.gate_noise_std,
             branches=branches,
-            active=frozenset(branches),
+            active=frozenset((config.active_branches or {}).get(placement.kind, branches)) & {*branches},
             trainable=frozenset(),
+            fixed_gate=(config.fixed_gate or {}).get(placement.kind),
         )
         self._create_tensors(adapter_name, config, placement)
         gate_size = 1 if config.gate == "scalar" else self.in_features
@@ -182,20 +176,11 @@ class CoLoraLayer(nn.Module, BaseTunerLayer):
             container[adapter_name] = container[adapter_name].to(target)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters on or off; never touches what is trainable, unlike PEFT's own.
-
-        Args:
-            enabled: Whether adapters take part in the forward pass.
-        """
+        """Switch all adapters on or off; never touches what is trainable, unlike PEFT's own."""
         self._disable_adapters = not enabled
 
     def set_trainable_groups(self, adapter_name: str, groups: Iterable[str]) -> None:
-        """Choose what is trained while the adapter is active.
-
-        Args:
-            adapter_name: Name of the adapter.
-            groups: Any of the existing branches and `gate`.
-        """
+        """Choose what is trained while the adapter is active: any of its branches and `gate`."""
         settings = self.settings[adapter_name]
         settings.trainable = frozenset(groups)
         # PEFT re-applies this declaration whenever it switches adapters or gradients.

@@ -10,6 +10,7 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from fedmosaic.client.colora.biases import with_described_biases
 from fedmosaic.client.colora.config import CoLoraConfig
 from fedmosaic.client.colora.layer import CoLoraLayer
 from fedmosaic.client.colora.linear import BranchedLoraLinear, CoLoraLinear
@@ -130,15 +131,18 @@ class CoLoraModel(BaseTuner):
         }
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         unloaded: nn.Module = self.model
-        if merge and any(unloaded.get_submodule(name).bias is not None for name in had_no_bias):
+        if not merge or all(unloaded.get_submodule(name).bias is None for name in had_no_bias):
+            return unloaded
+        described = with_described_biases(unloaded)
+        if described is None:
             warnings.warn(
-                "Merging Q gave biases to linear modules that had none. The merged model works as it is, but "
-                "its configuration does not describe these biases: from_pretrained would drop them after a "
-                "save_pretrained. Store the base model and the adapter instead.",
+                f"Merging Q gave biases to linear modules that have none in a {type(unloaded).__name__}. The "
+                "merged model works as it is, but from_pretrained would drop them after a save_pretrained. "
+                "Store the base model and the adapter instead.",
                 UserWarning,
                 stacklevel=3,
             )
-        return unloaded
+        return described or unloaded
 
 
 def _as_colora(peft_config: PeftConfig) -> CoLoraConfig:

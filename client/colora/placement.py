@@ -19,16 +19,8 @@ LayerKind = Literal["shared", "family"]
 LAYER_RULES: tuple[str, ...] = get_args(LayerRule)
 _LAYER_LIST_NAMES = frozenset({"layers", "h", "blocks"})
 _NOT_LANGUAGE = frozenset(
-    {
-        "vision_tower",
-        "vision_model",
-        "vision_encoder",
-        "image_encoder",
-        "visual",
-        "audio_tower",
-        "multi_modal_projector",
-        "mm_projector",
-    }
+    "vision_tower vision_model vision_encoder image_encoder visual audio_tower multi_modal_projector "
+    "mm_projector".split()
 )
 
 
@@ -147,31 +139,18 @@ def _configured_depth(model: nn.Module) -> int | None:
     return depth if isinstance(depth, int) else None
 
 
-def linear_names(layer: nn.Module) -> tuple[str, ...]:
+def linear_names(layer: nn.Module, prefix: str = "") -> tuple[str, ...]:
     """List the linear modules of one decoder layer, sorted, adapters' own parts left out."""
     names: list[str] = []
-
-    def visit(module: nn.Module, prefix: str) -> None:
-        for child_name, child in module.named_children():
-            name = f"{prefix}{child_name}"
-            if isinstance(child, nn.Linear) or hasattr(child, "base_layer"):
-                names.append(name)
-            else:
-                visit(child, f"{name}.")
-
-    visit(layer, "")
+    for child_name, child in layer.named_children():
+        name = f"{prefix}{child_name}"
+        adaptable = isinstance(child, nn.Linear) or hasattr(child, "base_layer")
+        names += [name] if adaptable else linear_names(child, f"{name}.")
     return tuple(sorted(names))
 
 
 def select_modules(available: Sequence[str], wanted: Sequence[str] | None) -> tuple[str, ...]:
-    """Choose modules of a layer by name.
-
-    Args:
-        available: Names within a decoder layer, such as `self_attn.q_proj`.
-        wanted: Names or their last parts, such as `q_proj`; None for all.
-
-    Returns:
-        The chosen names, sorted.
+    """Choose modules of a decoder layer, sorted, by names or their last parts such as `q_proj`; None for all.
 
     Raises:
         ModelError: Nothing is available, or a wanted name fits nothing; the message lists what exists.
@@ -182,13 +161,14 @@ def select_modules(available: Sequence[str], wanted: Sequence[str] | None) -> tu
         )
     if wanted is None:
         return tuple(sorted(available))
-    unknown = [want for want in wanted if not any(_fits(name, want) for name in available)]
+    fitting = {want: [n for n in available if n == want or n.endswith(f".{want}")] for want in wanted}
+    unknown = [want for want, names in fitting.items() if not names]
     if unknown or not wanted:
         raise ModelError(
             f"target_modules {unknown or list(wanted)!r} name no linear module of a decoder layer. "
             f"Linear modules there: {', '.join(available)}."
         )
-    return tuple(sorted(name for name in available if any(_fits(name, want) for want in wanted)))
+    return tuple(sorted({name for names in fitting.values() for name in names}))
 
 
 def _shared_by_all(layers: nn.ModuleList, shared_layers: Sequence[int]) -> str:
@@ -197,10 +177,6 @@ def _shared_by_all(layers: nn.ModuleList, shared_layers: Sequence[int]) -> str:
     if not common:
         return "these layers have no linear module in common, so this model cannot take part with them"
     return f"all {len(shared_layers)} layers have {', '.join(sorted(common))}"
-
-
-def _fits(name: str, wanted: str) -> bool:
-    return name == wanted or name.endswith(f".{wanted}")
 
 
 def plan_placements(

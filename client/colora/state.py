@@ -1,8 +1,8 @@
 """What is trained, what takes part in the forward pass, and which basis is used.
 
 All functions take any module that contains Co-LoRA layers: a PEFT model, its base model, or a wrapper
-such as Opacus' GradSampleModule. The switches (trainable groups, active branches, fixed gate) are not
-saved with the adapter; set them again after loading.
+such as Opacus' GradSampleModule. Active branches and fixed gates are saved with an adapter once
+`record_switches` was called; what is trained is not. Without `adapter_name` the only active adapter is meant.
 """
 
 import math
@@ -17,6 +17,7 @@ from fedmosaic.client.colora.basis import orthonormality_error
 from fedmosaic.client.colora.config import CoLoraConfig
 from fedmosaic.client.colora.layer import GATE, CoLoraLayer
 from fedmosaic.client.colora.linear import BranchedLoraLinear, CoLoraLinear
+from fedmosaic.client.colora.placement import Placement
 from fedmosaic.protos.errors import ModelError
 
 Basis = tuple[torch.Tensor | np.ndarray, torch.Tensor | np.ndarray]
@@ -25,10 +26,6 @@ ORTHONORMALITY_TOLERANCE = 1e-3
 
 def find_adapter(model: nn.Module, adapter_name: str | None = None) -> str:
     """Return the adapter to work on.
-
-    Args:
-        model: Model with Co-LoRA layers.
-        adapter_name: Name of the adapter, or None for the only active one.
 
     Raises:
         ModelError: There is no Co-LoRA adapter, no such one, or several are active and none was named.
@@ -57,15 +54,9 @@ def find_adapter(model: nn.Module, adapter_name: str | None = None) -> str:
 def adapted_layers(
     model: nn.Module, layers: str = "all", adapter_name: str | None = None
 ) -> list[CoLoraLayer]:
-    """List an adapter's modules in the fixed order of all vectors.
+    """List an adapter's modules in the order of all vectors: by decoder layer, then by name within it.
 
-    Args:
-        model: Model with Co-LoRA layers.
-        layers: `shared` for Co-LoRA modules, `family` for ordinary LoRA, or `all`.
-        adapter_name: Name of the adapter, or None for the only active one.
-
-    Returns:
-        Modules sorted by decoder layer, then by name within the layer.
+    `layers`: `shared` for Co-LoRA modules, `family` for ordinary LoRA, or `all`.
 
     Raises:
         ModelError: The adapter is missing or ambiguous, or `layers` is unknown.
@@ -73,32 +64,25 @@ def adapted_layers(
     if layers not in {"all", "shared", "family"}:
         raise ModelError(f"layers is {layers!r}; choose all, shared or family.")
     name = find_adapter(model, adapter_name)
-    found = [
-        module for module in model.modules() if isinstance(module, CoLoraLayer) and name in module.settings
-    ]
-    chosen = [layer for layer in found if layers in {"all", layer.settings[name].placement.kind}]
-    return sorted(chosen, key=lambda layer: _order(layer, name))
 
+    def place(layer: CoLoraLayer) -> Placement:
+        return layer.settings[name].placement
 
-def _order(layer: CoLoraLayer, adapter_name: str) -> tuple[int, str]:
-    placement = layer.settings[adapter_name].placement
-    return placement.layer, placement.module
+    found = (m for m in model.modules() if isinstance(m, CoLoraLayer) and name in m.settings)
+    chosen = [layer for layer in found if layers in {"all", place(layer).kind}]
+    return sorted(chosen, key=lambda layer: (place(layer).layer, place(layer).module))
 
 
 def shared_modules(model: nn.Module, adapter_name: str | None = None) -> list[CoLoraLinear]:
     """List the Co-LoRA modules: blocks in order, then by module name."""
-    return [
-        layer for layer in adapted_layers(model, "shared", adapter_name) if isinstance(layer, CoLoraLinear)
-    ]
+    found = adapted_layers(model, "shared", adapter_name)
+    return [layer for layer in found if isinstance(layer, CoLoraLinear)]
 
 
 def family_modules(model: nn.Module, adapter_name: str | None = None) -> list[BranchedLoraLinear]:
     """List the modules with ordinary LoRA: layers in order, then by module name."""
-    return [
-        layer
-        for layer in adapted_layers(model, "family", adapter_name)
-        if isinstance(layer, BranchedLoraLinear)
-    ]
+    found = adapted_layers(model, "family", adapter_name)
+    return [layer for layer in found if isinstance(layer, BranchedLoraLinear)]
 
 
 def set_trainable(
@@ -109,11 +93,8 @@ def set_trainable(
     The choice survives `disable_adapter()` and `set_adapter()`; while the adapter is inactive, nothing of
     it is trained.
 
-    Args:
-        model: Model with Co-LoRA layers.
-        groups: Any of `local`, `global`, `personal`, `gate`; empty to freeze all.
-        layers: `shared`, `family` or `all`; the other layers keep their choice.
-        adapter_name: Name of the adapter, or None for the only active one.
+    `groups`: Any of `local`, `global`, `personal`, `gate`; empty to freeze all.
+    `layers`: `shared`, `family` or `all`; the other layers keep their choice.
 
     Raises:
         ModelError: A group does not exist in this adapter.
@@ -134,11 +115,8 @@ def set_active_branches(
     The gate weighs `local` against `global` while both are active; one of them alone has weight 1.
     `personal` is always added ungated.
 
-    Args:
-        model: Model with Co-LoRA layers.
-        branches: Any of `local`, `global`, `personal`; empty for the bare base model on these layers.
-        layers: `shared`, `family` or `all`; the other layers keep their choice.
-        adapter_name: Name of the adapter, or None for the only active one.
+    `branches`: Any of `local`, `global`, `personal`; empty for the bare base model on these layers.
+    `layers`: `shared`, `family` or `all`; the other layers keep their choice.
 
     Raises:
         ModelError: A branch does not exist in this adapter, or the adapter is merged.
@@ -170,11 +148,8 @@ def fix_gate(
     While a constant is set the gate's parameters are not read, so nothing they learned from private
     data flows into the forward pass.
 
-    Args:
-        model: Model with Co-LoRA layers.
-        value: Weight of the global branch in [0, 1]; None to undo.
-        layers: `shared`, `family` or `all`.
-        adapter_name: Name of the adapter, or None for the only active one.
+    `value`: Weight of the global branch in [0, 1]; None to undo.
+    `layers`: `shared`, `family` or `all`.
 
     Raises:
         ModelError: The value is outside [0, 1], or the adapter is merged.
@@ -188,6 +163,25 @@ def fix_gate(
     check_not_merged(chosen)
     for layer in chosen:
         layer.settings[name].fixed_gate = None if value is None else float(value)
+
+
+def record_switches(model: nn.Module, adapter_name: str | None = None) -> None:
+    """Write active branches and fixed gates into the configuration: a saved adapter computes the same."""
+    name = find_adapter(model, adapter_name)
+    active: dict[str, list[str]] = {}
+    fixed: dict[str, float] = {}
+    for layer in adapted_layers(model, "all", name):
+        settings = layer.settings[name]
+        active[settings.placement.kind] = sorted(settings.active)
+        if settings.fixed_gate is not None:
+            fixed[settings.placement.kind] = settings.fixed_gate
+    for config in _configs(model, name):
+        config.active_branches, config.fixed_gate = active, fixed or None
+
+
+def _configs(model: nn.Module, name: str) -> list[CoLoraConfig]:
+    found = (module.peft_config.get(name) for module in model.modules() if isinstance(module, BaseTuner))
+    return [config for config in found if isinstance(config, CoLoraConfig)]
 
 
 def check_not_merged(layers: Collection[CoLoraLayer]) -> None:
@@ -225,14 +219,11 @@ def set_basis(
 ) -> None:
     """Replace the frozen bases of all Co-LoRA modules, as after an alignment between architectures.
 
-    Args:
-        model: Model with Co-LoRA layers.
-        bases: From full module name to A (r, d_in) with orthonormal rows and B (d_out, r) with orthonormal
-            columns; exactly one entry for each Co-LoRA module.
-        label: Name of the basis, part of the layout's hash: equal for all clients aligned to the same
-            anchor, different from every other basis.
-        tolerance: Largest allowed entry of |AAᵀ − I| and |BᵀB − I|.
-        adapter_name: Name of the adapter, or None for the only active one.
+    `bases`: From full module name to A (r, d_in) with orthonormal rows and B (d_out, r) with orthonormal
+    columns; exactly one entry for each Co-LoRA module.
+    `label`: Name of the basis, part of the layout's hash: equal for all clients aligned to the same
+    anchor, different from every other basis.
+    `tolerance`: Largest allowed entry of |AAᵀ − I| and |BᵀB − I|.
 
     Raises:
         ModelError: A module is missing or unknown, a shape is wrong, values are not finite or not
@@ -255,10 +246,8 @@ def set_basis(
         layer.colora_B[name].copy_(checked[key][1])
     for adapted in adapted_layers(model, "all", name):
         adapted.settings[name].basis_label = label
-    for module in model.modules():
-        config = module.peft_config.get(name) if isinstance(module, BaseTuner) else None
-        if isinstance(config, CoLoraConfig):
-            config.basis_label = label
+    for config in _configs(model, name):
+        config.basis_label = label
 
 
 def _checked_basis(

@@ -6,6 +6,8 @@ or depth, so clients of any architecture can be averaged.
 
 Family vector: the other layers in order, within a layer modules sorted by name, for each module A
 (r × d_in, row-major) and then B (d_out × r, row-major). It fits clients of one architecture only.
+
+A branch is `local`, `global` or `personal`; without `adapter_name` the only active adapter is meant.
 """
 
 import hashlib
@@ -109,15 +111,7 @@ def _digest(specification: dict[str, object]) -> str:
 
 
 def shared_layout(model: nn.Module, adapter_name: str | None = None) -> SharedLayout:
-    """Describe the shared vector of a model.
-
-    Args:
-        model: Model with Co-LoRA layers.
-        adapter_name: Name of the adapter, or None for the only active one.
-
-    Raises:
-        ModelError: The adapter is missing or ambiguous.
-    """
+    """Describe the shared vector of a model."""
     name = find_adapter(model, adapter_name)
     settings = [layer.settings[name] for layer in shared_modules(model, name)]
     return SharedLayout(
@@ -130,45 +124,18 @@ def shared_layout(model: nn.Module, adapter_name: str | None = None) -> SharedLa
 
 
 def family_layout(model: nn.Module, adapter_name: str | None = None) -> FamilyLayout:
-    """Describe the family vector of a model; without entries where the other layers have no LoRA.
-
-    Args:
-        model: Model with Co-LoRA layers.
-        adapter_name: Name of the adapter, or None for the only active one.
-
-    Raises:
-        ModelError: The adapter is missing or ambiguous.
-    """
+    """Describe the family vector of a model; without entries where the other layers have no LoRA."""
     name = find_adapter(model, adapter_name)
     settings = adapted_layers(model, "all", name)[0].settings[name]
-    return FamilyLayout(
-        rank=settings.rank,
-        alpha=float(settings.alpha),
-        entries=tuple(
-            (
-                layer.settings[name].placement.layer,
-                layer.settings[name].placement.module,
-                layer.in_features,
-                layer.out_features,
-            )
-            for layer in family_modules(model, name)
-        ),
-    )
+    placed = [(layer.settings[name].placement, layer) for layer in family_modules(model, name)]
+    entries = tuple((at.layer, at.module, each.in_features, each.out_features) for at, each in placed)
+    return FamilyLayout(settings.rank, float(settings.alpha), entries)
 
 
 def branch_tensors(
     model: nn.Module, branch: str, layers: str, adapter_name: str | None = None
 ) -> list[torch.Tensor]:
-    """List a branch's parameters in the order of the vector.
-
-    Args:
-        model: Model with Co-LoRA layers.
-        branch: `local`, `global` or `personal`.
-        layers: `shared`, `family` or `all` (by decoder layer).
-        adapter_name: Name of the adapter, or None for the only active one.
-
-    Returns:
-        The parameters themselves, not copies.
+    """The parameters of a branch themselves, not copies, in the order of the vector.
 
     Raises:
         ModelError: The branch does not exist in this adapter.
@@ -192,19 +159,7 @@ def _tensors_of(layer: CoLoraLayer, branch: str, name: str) -> Iterable[torch.Te
 
 
 def read_shared(model: nn.Module, branch: str = "local", *, adapter_name: str | None = None) -> Vector:
-    """Read a branch of the Co-LoRA layers.
-
-    Args:
-        model: Model with Co-LoRA layers.
-        branch: `local`, `global` or `personal`.
-        adapter_name: Name of the adapter, or None for the only active one.
-
-    Returns:
-        Array (d,), float32, a copy.
-
-    Raises:
-        ModelError: The branch does not exist in this adapter.
-    """
+    """A copy (d,) of a branch of the Co-LoRA layers; see `branch_tensors` for the errors."""
     return _read(branch_tensors(model, branch, "shared", adapter_name))
 
 
@@ -213,11 +168,7 @@ def write_shared(
 ) -> None:
     """Write a branch of the Co-LoRA layers.
 
-    Args:
-        model: Model with Co-LoRA layers.
-        vector: Array (d,), floating point, finite in float32.
-        branch: `local`, `global` or `personal`.
-        adapter_name: Name of the adapter, or None for the only active one.
+    `vector`: Array (d,), floating point, finite in float32.
 
     Raises:
         ModelError: Wrong shape or type, values that are not finite, a missing branch, or a merged adapter.
@@ -280,13 +231,10 @@ def copy_branch(
 ) -> None:
     """Copy one branch over another on the spot, or move the other towards it.
 
-    Args:
-        model: Model with Co-LoRA layers.
-        source: Branch to read.
-        target: Branch to overwrite.
-        share: Of the source in the result, in [0, 1]; the rest is what the target held.
-        layers: `shared`, `family` or `all`.
-        adapter_name: Name of the adapter, or None for the only active one.
+    `source`: Branch to read.
+    `target`: Branch to overwrite.
+    `share`: Of the source in the result, in [0, 1]; the rest is what the target held.
+    `layers`: `shared`, `family` or `all`.
 
     Raises:
         ModelError: A branch does not exist in this adapter, or the adapter is merged.

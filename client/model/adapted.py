@@ -12,26 +12,29 @@ from fedmosaic.client.colora import CoLoraConfig, shared_layout
 from fedmosaic.client.colora.aligned import aligned_config, basis_name, embedded_layout, load_basis
 from fedmosaic.client.colora.vectors import SharedLayout
 from fedmosaic.client.model.acceptance import check_adapter
-from fedmosaic.client.model.load import adapt, load_model
+from fedmosaic.client.model.load import LoadedModel, adapt, load_model
 from fedmosaic.client.settings import ModelSettings
 from fedmosaic.privacy.federation.roster import AdapterTerms
 from fedmosaic.protos.errors import ModelError
 
 
-def load_adapted(settings: ModelSettings, adapter: AdapterTerms) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+def load_adapted(
+    settings: ModelSettings, adapter: AdapterTerms, base: LoadedModel | None = None
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load a base model and put a fresh adapter of the agreed shape on it.
 
     Args:
         settings: where the model comes from.
         adapter: shape of the adapter.
+        base: a model and tokenizer that were accepted, instead; adapter layers go into this very model.
 
     Raises:
         ModelError: the model cannot be loaded, lacks modules that the adapter needs or never calls them, or
             is aligned to another basis than the roster's; see `fedmosaic.client.model.acceptance`.
     """
     _check_basis(settings, adapter)
-    base, tokenizer = load_model(settings)
-    model = adapt(base, adapter_config(settings, adapter))
+    bare, tokenizer = base or load_model(settings)
+    model = adapt(bare, adapter_config(settings, adapter))
     if settings.aligned is not None:
         load_basis(model, settings.aligned)
     size = agreed_layout(model, adapter).size

@@ -24,7 +24,7 @@ from fedmosaic.client.model.examples import (
     cut_prompt,
     length_buckets,
     padding_token,
-    prompt_tokens,
+    question_tokens,
 )
 from fedmosaic.client.model.loss import logits_at, on_device_of, training_mode
 from fedmosaic.protos.errors import ConfigurationError, ModelError
@@ -152,7 +152,7 @@ def _question(tokenizer: PreTrainedTokenizerBase, example: Example, index: int, 
             f"a choice of example {index} leaves no room for the prompt within max_length {room}; "
             "raise max_length or shorten the choice"
         )
-    return _Question(cut_prompt(tokenizer, prompt_tokens(tokenizer, example.prompt), left), choices)
+    return _Question(cut_prompt(tokenizer, question_tokens(tokenizer, example), left), choices)
 
 
 def _first_token_scores(

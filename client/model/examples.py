@@ -1,56 +1,38 @@
-"""Examples on disk, as tokens, and as padded batches.
+"""Examples as tokens, and as padded batches.
 
-A supervised example is a prompt and an answer. The prompt is context only; the answer's tokens and
-the end-of-sequence token after it are what the model is trained on (labels elsewhere are ``IGNORED``).
+A supervised example is a prompt and an answer, or a conversation. The prompt, or what others say, is context
+only. The answer's tokens and the end-of-sequence token after it, or the assistant's turns, are what the model
+is trained on (labels elsewhere are ``IGNORED``).
 
-Prompt and answer are tokenised apart and then joined. A tokenizer may merge characters across a
-border, so tokenising the joined text would let the tokens of the prompt depend on the answer; a
+What is context and what is learned are tokenised apart and then joined. A tokenizer may merge characters
+across a border, so tokenising the joined text would let the tokens of the prompt depend on the answer; a
 generated answer always starts from the prompt's own tokens, and training has to look the same.
 """
 
-import difflib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from fedmosaic.privacy.configuration import decode_text, parse_json
+from fedmosaic.client.data.records import Example as Example
+from fedmosaic.client.data.records import Turn
+from fedmosaic.client.data.records import read_examples as read_examples
+from fedmosaic.client.data.records import read_public_examples as read_public_examples
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
-_KEYS: Final = ("id", "prompt", "answer", "choices")
-_CUSTOMARY: Final = frozenset(
-    "completion context input instruction label messages options output question response source target text "
-    "title".split()
-)
-"""Fields that other programs' data sets have."""
 IGNORED: Final = -100
 """Label of positions that carry no loss (the value that PyTorch's cross entropy ignores)."""
 
+_GENERATION: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PUBLIC_PROMPT: Final = "Does the parcel weigh nine grams?"
 _TAKES_PARTS: Final[WeakKeyDictionary[PreTrainedTokenizerBase, tuple[str, bool]]] = WeakKeyDictionary()
 """By tokenizer: the chat template that was tried, and whether it wants content as a list of parts."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """One supervised example, as text.
-
-    Attributes:
-        id: Name of the example, unique within its data set.
-        prompt: What the model reads; not empty.
-        answer: What the model should reply; not empty.
-        choices: The closed set of answers to choose from, ``answer`` among them; empty for open answers.
-    """
-
-    id: str
-    prompt: str = field(repr=False)
-    answer: str = field(repr=False)
-    choices: tuple[str, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,57 +48,6 @@ class EncodedExample:
     id: str
     input_ids: torch.Tensor = field(repr=False)
     labels: torch.Tensor = field(repr=False)
-
-
-def read_examples(path: Path) -> tuple[Example, ...]:
-    """Read JSON lines with the keys ``id``, ``prompt``, ``answer`` and, optionally, ``choices``.
-
-    Args:
-        path: UTF-8 file, one JSON object per line; blank lines and a byte order mark are skipped.
-
-    Returns:
-        The examples in file order.
-
-    Raises:
-        ConfigurationError: The file is missing or empty, a line is malformed, an id occurs twice, or an
-            answer is not among its choices. The message names the line, never its contents.
-    """
-    return _read(path, named=True)
-
-
-def read_public_examples(path: Path) -> tuple[Example, ...]:
-    """Read public examples: as ``read_examples``, but an example without an ``id`` is named by its line.
-
-    Private examples need ids of their own, because the ledger tells data sets apart by them.
-    """
-    return _read(path, named=False)
-
-
-def _read(path: Path, *, named: bool) -> tuple[Example, ...]:
-    try:
-        lines = decode_text(path.read_bytes()).split("\n")
-    except OSError as error:
-        raise ConfigurationError(
-            f"cannot read the examples in {path}: {error.strerror}; give a readable UTF-8 file of JSON lines"
-        ) from None
-    except ValueError as error:
-        raise ConfigurationError(f"cannot read the examples in {path}: {error}") from None
-    examples: list[Example] = []
-    first: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        # Files of Windows that were laid end to end have a byte order mark in the middle, too.
-        example = _parse(line.removeprefix("\ufeff"), path, number, named=named)
-        earlier = first.setdefault(example.id, number)
-        if earlier != number:
-            raise ConfigurationError(
-                f"{path}, line {number} has the id of line {earlier}; every example needs its own id"
-            )
-        examples.append(example)
-    if not examples:
-        raise ConfigurationError(f"{path} holds no example; give at least one JSON line")
-    return tuple(examples)
 
 
 def encode_examples(
@@ -185,12 +116,16 @@ def rendered_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     Raises:
         ModelError: Neither form survives the template, or the turn that it opens stands before the prompt.
     """
+    return _render(tokenizer, prompt, parts=_wants_parts(tokenizer))
+
+
+def _wants_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
     template = str(tokenizer.chat_template)
     tried = _TAKES_PARTS.get(tokenizer)
     if tried is None or tried[0] != template:
         tried = (template, _takes_parts(tokenizer))
         _TAKES_PARTS[tokenizer] = tried
-    return _render(tokenizer, prompt, parts=tried[1])
+    return tried[1]
 
 
 def _takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -303,37 +238,12 @@ def length_buckets(lengths: Sequence[int], batch_size: int) -> Iterator[list[int
         yield order[start : start + batch_size]
 
 
-def _parse(line: str, path: Path, number: int, *, named: bool) -> Example:
-    where = f"{path}, line {number}"
-    try:
-        record = parse_json(line)
-    except ValueError as error:
-        raise ConfigurationError(f"{where} is not JSON ({error}); write one JSON object per line") from None
-    if not isinstance(record, dict):
-        raise ConfigurationError(f"{where} is a {type(record).__name__}; write a JSON object")
-    _check_keys(record, where)
-    if not named:
-        record.setdefault("id", f"line-{number}")
-    for key in ("id", "prompt", "answer"):
-        if not isinstance(record.get(key), str) or not record[key].strip():
-            raise ConfigurationError(f"{where}: {key!r} must be a text that is not empty")
-    choices = record.get("choices", [])
-    if not isinstance(choices, list) or not all(isinstance(choice, str) and choice for choice in choices):
-        raise ConfigurationError(f"{where}: 'choices' must be a list of texts that are not empty")
-    if choices and (record["answer"] not in choices or len(set(choices)) != len(choices)):
-        raise ConfigurationError(f"{where}: 'choices' must differ from each other and contain the answer")
-    return Example(record["id"], record["prompt"], record["answer"], tuple(choices))
-
-
-def _check_keys(record: dict[str, object], where: str) -> None:
-    for position, key in enumerate(record, 1):
-        if key in _KEYS:
-            continue
-        near = difflib.get_close_matches(key.lower(), _KEYS, n=1)
-        # A key may be a piece of somebody's text: only a customary name is shown, any other by its place.
-        shown = f"key {key!r}" if near or key.lower() in _CUSTOMARY else f"key number {position}"
-        hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(_KEYS)} only"
-        raise ConfigurationError(f"{where} has the unknown {shown}; {hint}")
+def question_tokens(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
+    """Tokens after which the model is to give an example's answer; see `example_pieces` for the errors."""
+    if not example.turns:
+        return prompt_tokens(tokenizer, example.prompt)
+    *context, _ = example_pieces(tokenizer, example)
+    return [token for tokens, _ in context for token in tokens]
 
 
 def _encode(
@@ -343,16 +253,144 @@ def _encode(
         raise ConfigurationError(f"example {index} has an empty prompt or answer; remove or complete it")
     if not isinstance(tokenizer.eos_token_id, int):
         raise ModelError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
-    supervised = [*answer_tokens(tokenizer, example.answer), tokenizer.eos_token_id]
+    *context, (supervised, _) = example_pieces(tokenizer, example, index)
     room = max_length - len(supervised)
     if room < 1:
         raise ConfigurationError(
             f"the answer of example {index} leaves no room for its prompt within {setting} {max_length}; "
             f"raise {setting} or shorten the answer"
         )
-    context = cut_prompt(tokenizer, prompt_tokens(tokenizer, example.prompt), room)
+    ids = [token for tokens, _ in context for token in tokens]
+    labels = [token if learned else IGNORED for tokens, learned in context for token in tokens]
+    kept = cut_prompt(tokenizer, ids, room)
     return EncodedExample(
         example.id,
-        torch.tensor([*context, *supervised], dtype=torch.int64),
-        torch.tensor([IGNORED] * len(context) + supervised, dtype=torch.int64),
+        torch.tensor([*kept, *supervised], dtype=torch.int64),
+        torch.tensor([*_kept_labels(labels, context, len(kept)), *supervised], dtype=torch.int64),
     )
+
+
+def _kept_labels(labels: list[int], context: Sequence["Piece"], kept: int) -> list[int]:
+    """Labels of the last tokens of a context: a turn that was cut through is not learned from its middle."""
+    over = len(labels) - kept
+    if over <= 0:
+        return labels
+    start = 0
+    for tokens, _ in context:
+        if start <= over < start + len(tokens):
+            labels[start : start + len(tokens)] = [IGNORED] * len(tokens)
+        start += len(tokens)
+    cut = labels[over:]
+    # In the first place stands what begins a sequence, and nothing before it from which to predict it.
+    return [IGNORED, *cut[1:]]
+
+
+Piece = tuple[list[int], bool]
+"""Tokens, and whether they are learned."""
+
+
+def example_pieces(tokenizer: PreTrainedTokenizerBase, example: Example, index: int = 1) -> list[Piece]:
+    """An example as tokens without any cut: context and what is learned in turn, the answer last.
+
+    Args:
+        tokenizer: With an end-of-sequence token.
+        example: A prompt and its answer, or a conversation, for which the tokenizer has a chat template.
+        index: Number of the example, for messages.
+
+    Raises:
+        ConfigurationError: The template refuses the conversation.
+        ModelError: There is no template, or what it makes of earlier turns changes with later ones.
+    """
+    end = int(tokenizer.eos_token_id)
+    if not example.turns:
+        answer = [*answer_tokens(tokenizer, example.answer), end]
+        return [(prompt_tokens(tokenizer, example.prompt), False), (answer, True)]
+    try:
+        parts = _conversation(tokenizer, example.turns)
+    except TemplateError as error:
+        raise ConfigurationError(
+            f"example {index}: the model's chat template refuses this conversation ({str(error)[:200]}); "
+            "see which roles it takes, and in which order"
+        ) from None
+    pieces: list[Piece] = []
+    for text, learned in parts:
+        tokens = _tokens(tokenizer, text)
+        last = max((i for i, token in enumerate(tokens) if token == end), default=len(tokens) - 1) + 1
+        # After its end of text nothing of a turn is learned: there the model has stopped.
+        split = last if learned else len(tokens)
+        pieces += [(tokens[:split], learned), (tokens[split:], False)]
+    pieces = [piece for piece in pieces if piece[0]]
+    while pieces and not pieces[-1][1]:
+        pieces.pop()
+    if not pieces:
+        raise ModelError(f"example {index}: the model's chat template leaves out what the assistant says")
+    answer, _ = pieces.pop()
+    return [*pieces, (answer if answer[-1] == end else [*answer, end], True)]
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+
+def _conversation(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> list[tuple[str, bool]]:
+    """A conversation in the tokenizer's chat template, cut where the assistant begins and ends."""
+    whole = _rendered(tokenizer, turns)
+    spans = _marked_spans(tokenizer, turns) or _spans_by_prefix(tokenizer, turns, whole)
+    parts, done = [], 0
+    for start, end in spans:
+        parts += [(whole[done:start], False), (whole[start:end], True)]
+        done = end
+    return [*parts, (whole[done:], False)]
+
+
+def _marked_spans(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> list[tuple[int, int]]:
+    """Where the template itself marks what the assistant says, `{% generation %}`; none if it does not."""
+    template = str(tokenizer.chat_template or "")
+    if _GENERATION.search(template) is None:
+        return []
+    render: Any = render_jinja_template
+    rendered = render(
+        conversations=[_messages(tokenizer, turns)],
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    return [(int(start), int(end)) for start, end in rendered[1][0]]
+
+
+def _spans_by_prefix(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], whole: str
+) -> list[tuple[int, int]]:
+    """From where each of the assistant's turns is asked for to where it is over, a prefix of the whole."""
+    spans = []
+    for number, turn in enumerate(turns):
+        if turn.role != "assistant":
+            continue
+        before = _rendered(tokenizer, turns[:number], turn=True)
+        after = _rendered(tokenizer, turns[: number + 1])
+        if not (whole.startswith(after) and after.startswith(before)):
+            raise ModelError(
+                "the model's chat template renders earlier turns of a conversation in another way once later "
+                "ones follow, so it cannot be told what the assistant says; mark that with "
+                "{% generation %} in chat_template.jinja, or give prompts and answers instead of messages"
+            )
+        spans.append((len(before), len(after)))
+    return spans
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], *, turn: bool = False) -> str:
+    if not tokenizer.chat_template:
+        raise ModelError(
+            "the data hold conversations (messages), and the model's tokenizer has no chat template; choose "
+            "an instruct model, put its chat_template.jinja into the folder, or give prompt and answer"
+        )
+    messages: Any = _messages(tokenizer, turns)
+    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=turn, tokenize=False))
+
+
+def _messages(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    parts = _wants_parts(tokenizer)
+    return [
+        {"role": t.role, "content": [{"type": "text", "text": t.content}] if parts else t.content}
+        for t in turns
+    ]

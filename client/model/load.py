@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging
 
 from fedmosaic.client.colora import CoLoraConfig, find_decoder_layers
+from fedmosaic.client.colora.state import record_switches
 from fedmosaic.client.model.acceptance import check_language_model
 from fedmosaic.client.model.hardware import choose_device, choose_dtype, exact_products
 from fedmosaic.client.settings import ModelSettings
@@ -49,24 +50,29 @@ _LOADING_ERRORS = (
 )
 """What transformers and its readers raise for files that they cannot use."""
 
-_LOADING_HEADING = "## Loading this adapter"
-_LOADING_NOTE = f"""
-{_LOADING_HEADING}
+_CARD = """# Co-LoRA adapter of a client of fedmosaic
 
-Co-LoRA is a PEFT method of the package `fedmosaic`, which must be imported first:
+**Keep it inside.** It holds all branches, the personal one and the gate included, which were trained on
+private data. `fedmosaic export` writes what can be handed on, with a card that says to whom.
+
+## Loading this adapter
 
 ```python
 import fedmosaic.client.colora  # registers the method with PEFT
 from peft import AutoPeftModelForCausalLM
 
-model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
+model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder", dtype="float32")
 ```
 
-The files hold all branches, the personal one and the gate included, which were trained on private data.
+If the base model was cut in depth, load and cut it first, and give it to `PeftModel.from_pretrained`.
 """
 
 
-def load_model(settings: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+LoadedModel = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+"""A base model and its tokenizer."""
+
+
+def load_model(settings: ModelSettings) -> LoadedModel:
     """Load what the settings name, on the device and in the type that they ask for.
 
     Raises:
@@ -100,7 +106,7 @@ def empty_model(settings: ModelSettings) -> PreTrainedModel:
         ) from error
     _cut_config(config, settings.keep_layers)
     dtype = choose_dtype(settings.dtype, choose_device(settings.device))
-    build: Any = _model_class(config).from_config
+    build: Any = model_class(config).from_config
     with torch.device("meta"):
         empty: PreTrainedModel = build(config, dtype=dtype)
     return empty
@@ -150,7 +156,7 @@ def load_base_model(
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         _cut_config(config, keep_layers)
         with _quiet(keep_layers is not None):
-            loaded = _model_class(config).from_pretrained(
+            loaded = model_class(config).from_pretrained(
                 source,
                 config=config,
                 dtype=precision,
@@ -163,16 +169,11 @@ def load_base_model(
     # With output_loading_info a pair comes back, which the annotations of transformers leave out.
     model, report = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     _check_complete(source, model, report)
-    _set_padding(source, model, tokenizer)
+    set_padding(source, model, tokenizer)
     model.train(False)
     if quantization is None:
         cast(nn.Module, model).to(place)
-    linear: Any
-    for linear in model.modules():
-        # On a processor bitsandbytes repacks weights when they are first evaluated, for products that have no
-        # way back: training afterwards would lose, without a word, all gradients through these layers.
-        if hasattr(linear, "support_avx512bf16_for_cpu"):
-            linear.support_avx512bf16_for_cpu = False
+    keep_way_back(model)
     check_language_model(source, model, tokenizer)
     return model, tokenizer
 
@@ -226,19 +227,14 @@ def without_rename_notice() -> Iterator[None]:
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
-    """Save the adapter in PEFT's form, with a model card that says how to load it.
+    """Save the adapter and what of it is in the forward pass, in PEFT's form; the folder is made if absent.
 
     The files hold every branch and the gate: treat them as private unless all was trained privately.
-
-    Args:
-        model: The PEFT model.
-        folder: Where to write; made if absent.
     """
+    record_switches(model)
     model.save_pretrained(str(folder))
-    card = Path(folder) / "README.md"
-    text = card.read_text(encoding="utf-8")
-    if _LOADING_HEADING not in text:
-        card.write_text(text.rstrip("\n") + "\n" + _LOADING_NOTE, encoding="utf-8")
+    # PEFT's own card is empty but for the place of the base model on this machine.
+    (Path(folder) / "README.md").write_text(_CARD, encoding="utf-8")
 
 
 def _options(source: str, gguf_file: str | None, revision: str | None) -> dict[str, Any]:
@@ -288,7 +284,8 @@ def _quiet(active: bool) -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _model_class(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+def model_class(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    """The class to load a configuration's model with; ModelError if it is of an unsupported kind."""
     # Some vision-language configurations are registered as causal language models too, without vision.
     if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         return AutoModelForImageTextToText
@@ -352,7 +349,20 @@ def _check_end(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _set_padding(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def keep_way_back(model: nn.Module) -> None:
+    """Let gradients through weights in 4 bits on a processor.
+
+    There bitsandbytes repacks weights when they are first evaluated, for products that have no way back:
+    training afterwards would lose, without a word, all gradients through these layers.
+    """
+    linear: Any
+    for linear in model.modules():
+        if hasattr(linear, "support_avx512bf16_for_cpu"):
+            linear.support_avx512bf16_for_cpu = False
+
+
+def set_padding(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have examples padded on the right, with a token that the model embeds; ModelError without an end."""
     _check_end(source, tokenizer)
     rows = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     if tokenizer.eos_token_id >= rows:

@@ -5,8 +5,9 @@ Both measures are shares of right examples; which of them a score is stands besi
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client.model.acceptance import check_ids, context_length
 from fedmosaic.client.model.evaluation import most_likely_choices
-from fedmosaic.client.model.examples import Example, answer_tokens, cut_prompt, padding_token, prompt_tokens
+from fedmosaic.client.model.examples import Example, answer_tokens, cut_prompt, padding_token, question_tokens
 from fedmosaic.client.model.loss import training_mode
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
@@ -33,12 +34,19 @@ class Score:
     """How much of a test set is right.
 
     Attributes:
-        value: Share of right examples, in [0, 1].
+        right: Whether each example is, in order. Private.
         measure: What counts as right.
+        commonest: Share of examples that the commonest answer alone gets right; None without choices.
     """
 
-    value: float
+    right: tuple[bool, ...] = field(repr=False)
     measure: str
+    commonest: float | None
+
+    @property
+    def value(self) -> float:
+        """Share of right examples, in [0, 1]."""
+        return sum(self.right) / len(self.right)
 
 
 def score_examples(
@@ -64,27 +72,63 @@ def score_examples(
     """
     if not examples:
         raise ConfigurationError("there is no example to score; give at least one")
-    closed = [example for example in examples if example.choices]
     opened = [example for example in examples if not example.choices]
-    right = 0
-    if closed:
-        chosen = most_likely_choices(model, tokenizer, closed, batch_size, max_length=max_length)
-        right += sum(e.choices[index] == e.answer for e, index in zip(closed, chosen, strict=True))
-    if opened:
-        longest = max(len(answer_tokens(tokenizer, example.answer)) for example in opened)
-        written = written_answers(
-            model,
-            tokenizer,
-            opened,
-            batch_size,
-            max_length=max_length,
-            max_new_tokens=longest + _SPARE_TOKENS,
-        )
-        right += sum(same_words(text, e.answer) for text, e in zip(written, opened, strict=True))
+    longest = max((len(answer_tokens(tokenizer, example.answer)) for example in opened), default=0)
+    given = answers(
+        model,
+        tokenizer,
+        examples,
+        batch_size,
+        max_length=max_length,
+        max_new_tokens=longest + _SPARE_TOKENS,
+    )
+    right = tuple(
+        answer == e.answer if e.choices else same_words(answer, e.answer)
+        for answer, e in zip(given, examples, strict=True)
+    )
+    closed = len(examples) - len(opened)
     measure = BY_CHOICE if not opened else BY_WRITING
     if closed and opened:
-        measure = f"{BY_CHOICE} for {len(closed)} examples, {BY_WRITING} for {len(opened)}"
-    return Score(right / len(examples), measure)
+        measure = f"{BY_CHOICE} for {closed} examples, {BY_WRITING} for {len(opened)}"
+    count = Counter(example.answer for example in examples).most_common(1)[0][1]
+    return Score(right, measure, None if opened else count / len(examples))
+
+
+def answers(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    batch_size: int,
+    *,
+    max_length: int,
+    max_new_tokens: int,
+) -> list[str]:
+    """The most likely choice of every example that has some, and what the model writes for the others.
+
+    Args:
+        model: Causal language model; its training mode is restored.
+        tokenizer: Of the model.
+        examples: In any order; each is answered as if it were alone.
+        batch_size: Sequences per forward pass.
+        max_length: Most tokens of a prompt and a choice, or of a prompt, cut from the left.
+        max_new_tokens: Most tokens to write.
+    """
+    found: list[str] = [""] * len(examples)
+    closed = [index for index, example in enumerate(examples) if example.choices]
+    opened = [index for index, example in enumerate(examples) if not example.choices]
+    if closed:
+        asked = [examples[index] for index in closed]
+        chosen = most_likely_choices(model, tokenizer, asked, batch_size, max_length=max_length)
+        for index, choice in zip(closed, chosen, strict=True):
+            found[index] = examples[index].choices[choice]
+    if opened:
+        asked = [examples[index] for index in opened]
+        written = written_answers(
+            model, tokenizer, asked, batch_size, max_length=max_length, max_new_tokens=max_new_tokens
+        )
+        for index, text in zip(opened, written, strict=True):
+            found[index] = text
+    return found
 
 
 def check_scorable(
@@ -108,7 +152,7 @@ def check_scorable(
         ModelError: A token has no row in the embedding, or the model cannot write and would have to.
     """
     texts = (
-        [*prompt_tokens(tokenizer, e.prompt), *(t for c in e.choices for t in answer_tokens(tokenizer, c))]
+        [*question_tokens(tokenizer, e), *(t for c in e.choices for t in answer_tokens(tokenizer, c))]
         for e in examples
     )
     check_ids(model, texts, what, "model.path")
@@ -142,6 +186,7 @@ def written_answers(
     *,
     max_length: int,
     max_new_tokens: int = 16,
+    streamer: Any = None,
 ) -> list[str]:
     """Let the model answer, greedily.
 
@@ -153,6 +198,7 @@ def written_answers(
         max_length: Most tokens of a prompt, cut from the left; fewer where the model's positions end before
             the answer would.
         max_new_tokens: Most tokens of an answer.
+        streamer: Of transformers, told of every token; for batches of one prompt.
 
     Raises:
         ConfigurationError: There is no example, or the positions leave no room for a prompt.
@@ -162,13 +208,13 @@ def written_answers(
         raise ConfigurationError("there is no example to answer; give at least one")
     room = _room_to_write(model, max_length, max_new_tokens)
     pad = padding_token(tokenizer)
-    prompts = [cut_prompt(tokenizer, prompt_tokens(tokenizer, e.prompt), room) for e in examples]
+    prompts = [cut_prompt(tokenizer, question_tokens(tokenizer, e), room) for e in examples]
     check_ids(model, prompts, "the examples to answer", "model.path")
     answers: list[str] = []
     with training_mode(model, False), torch.no_grad():
         for start in range(0, len(prompts), batch_size):
             out, longest = _generate(
-                model, prompts[start : start + batch_size], pad, tokenizer, max_new_tokens
+                model, prompts[start : start + batch_size], pad, tokenizer, max_new_tokens, streamer
             )
             answers += tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
     return answers
@@ -192,6 +238,7 @@ def _generate(
     pad: int,
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
+    streamer: Any,
 ) -> tuple[torch.Tensor, int]:
     """Prompts and what follows them, and how long the prompts are with their padding."""
     longest = max(map(len, prompts))
@@ -207,6 +254,7 @@ def _generate(
             do_sample=False,
             pad_token_id=pad,
             eos_token_id=tokenizer.eos_token_id,
+            streamer=streamer,
         )
     except (ValueError, TypeError, AttributeError, LookupError) as error:
         raise ModelError(

@@ -49,8 +49,8 @@ class TrainingReport:
 
     Attributes:
         steps: Optimizer steps taken.
-        first_loss: Mean loss (nats per token) of the first steps, at most ten.
-        last_loss: Mean loss of the last steps, at most ten.
+        first_loss: Mean loss (nats per token) of the first steps, at most ten and at most half of all.
+        last_loss: Mean loss of as many last steps.
         weights_moved: Trainable tensors that changed.
         weights_unmoved: Names of the trainable tensors that did not.
     """
@@ -253,7 +253,7 @@ def _report(
             "active and its branches take part in the forward pass",
             len(history),
         )
-    count = min(_AVERAGED_STEPS, len(history))
+    count = max(1, min(_AVERAGED_STEPS, len(history) // 2))
     return TrainingReport(
         steps=len(history),
         first_loss=math.fsum(history[:count]) / count,

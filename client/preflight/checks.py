@@ -7,32 +7,32 @@ here, and nothing sent but one question: whether the server would enrol this cli
 
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from cryptography import x509
-
-from fedmosaic.client.enrol import ask_to_enrol
+from fedmosaic.client.data.sets import ClientData, read_sets
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.ledger import DataLedger, ledger_delta
-from fedmosaic.client.model.load import load_tokenizer
+from fedmosaic.client.membership import ask_to_enrol
+from fedmosaic.client.model.given import accept_model
+from fedmosaic.client.model.load import LoadedModel, load_tokenizer
 from fedmosaic.client.planning import AdapterPlan, budgeted_channels, plan_adapter
-from fedmosaic.client.preflight.data import ClientData, read_data, read_share
+from fedmosaic.client.preflight.data import Lengths, check_sets, read_lengths
 from fedmosaic.client.preflight.memory import check_memory
-from fedmosaic.client.profile.maker import client_probe, public_map
+from fedmosaic.client.profile.maker import client_probe, public_map, read_as_text
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.records import profile_path
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import SessionRecord, check_run, read_record
 from fedmosaic.client.transport.connection import check_certificate
-from fedmosaic.client.transport.grpc import GrpcTransport, TransportOptions
+from fedmosaic.client.transport.grpc import GrpcTransport
 from fedmosaic.client.transport.traffic import Traffic
 from fedmosaic.privacy.encryption.layout import upload_payload_bytes
 from fedmosaic.privacy.federation import identity
-from fedmosaic.privacy.federation.kits import Kit, open_kit
+from fedmosaic.privacy.federation.kits import Kit, open_kit, unaligned
 from fedmosaic.privacy.ledger.ledger import LEDGER, LedgerParameters, data_epoch, has_begun, read_ledger
 from fedmosaic.privacy.ledger.rules import check_parameters
 from fedmosaic.privacy.mechanism.noise import SecureNoise
@@ -57,8 +57,28 @@ class Check:
     run: Callable[[], str]
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a caller in Python hands over instead of naming it in the settings.
+
+    Attributes:
+        model: a causal language model of transformers, loaded, and its tokenizer.
+        train: training examples.
+        test: examples to score.
+    """
+
+    model: tuple[Any, Any] | None = None
+    train: Iterable[Any] | None = None
+    test: Iterable[Any] | None = None
+
+
 class Preflight:
-    """The checks of one client, and what they have read and loaded on the way."""
+    """The checks of one client, and what they have read and loaded on the way.
+
+    Attributes:
+        warnings: what was found that stops nobody, one line each.
+        reading: what was read of the data, one line per set.
+    """
 
     def __init__(
         self,
@@ -68,6 +88,7 @@ class Preflight:
         server_patience_seconds: float = 300.0,
         scratch: Path | None = None,
         traffic: Traffic | None = None,
+        given: Given | None = None,
     ) -> None:
         """Prepare; nothing is read yet.
 
@@ -77,10 +98,22 @@ class Preflight:
             server_patience_seconds: how long to wait for the server.
             scratch: where the model's side may write instead of the state directory; None for a client.
             traffic: counts the bytes of the connection; a count of its own by default.
+            given: what is handed over; by default the settings name all.
+
+        Raises:
+            ConfigurationError: the settings leave something out, or name what is handed over as well.
         """
+        self._given = given or Given()
+        settings.check_complete(
+            model=self._given.model is not None,
+            train=self._given.train is not None,
+            test=self._given.test is not None,
+        )
         self.settings = settings
         self.warnings: list[str] = []
-        self._progress = progress
+        self.reading: list[str] = []
+        self._lengths: Lengths | None = None
+        self.progress = progress
         self._patience = server_patience_seconds
         self._scratch = scratch
         self._traffic = traffic or Traffic()
@@ -108,7 +141,7 @@ class Preflight:
             warn: told each warning, one line.
         """
         for check in self.checks():
-            self._progress.stage(0, f"checking {check.name}")
+            self.progress.stage(0, f"checking {check.name}")
             told = len(self.warnings)
             check.run()
             for warning in self.warnings[told:]:
@@ -122,12 +155,17 @@ class Preflight:
     @cached_property
     def data(self) -> ClientData:
         """The client's examples."""
-        return read_data(self.settings.data)
+        return read_sets(self.settings.data, self._given.train, self._given.test)
+
+    @cached_property
+    def base(self) -> LoadedModel | None:
+        """The model that was handed over; None if the settings name one."""
+        return None if self._given.model is None else accept_model(*self._given.model)
 
     @cached_property
     def plan(self) -> AdapterPlan:
         """DP-SGD parameters of this client; AccountingError if there are none."""
-        terms, count = self.kit.roster.terms, len(self.data.train)
+        terms, count = self.kit.roster.terms, len(self.data.train.examples)
         delta = ledger_delta(self._ledger, count)
         return plan_adapter(terms, count, delta, agreed_epsilon(self.settings, self.kit))
 
@@ -139,7 +177,7 @@ class Preflight:
         if self._scratch is not None:
             settings = settings.model_copy(update={"state_dir": self._scratch})
         family = roster.member(self.kit.member_id()).family
-        return ModelLearner(settings, roster.terms, family, self._progress)
+        return ModelLearner(settings, roster.terms, family, self.progress, base=self.base, data=self.data)
 
     @cached_property
     def transport(self) -> GrpcTransport:
@@ -150,7 +188,7 @@ class Preflight:
             authority=kit.authority,
             certificate=kit.tls_certificate,
             private_key=kit.tls_key,
-            options=TransportOptions(retry_seconds=self._patience),
+            retry_seconds=self._patience,
             traffic=self._traffic,
         )
 
@@ -173,17 +211,17 @@ class Preflight:
                 f"{member.id!r}; take all files from the newest kit"
             )
         public_map(roster.terms.profile, kit.basis)
+        if warning := unaligned(roster):
+            self.warnings.append(warning)
         return (
             f"{member.id} of federation {roster.federation}, roster {roster.serial}, protection "
             f"{roster.terms.adapter.protection!r}, {roster.terms.schedule.rounds} rounds"
         )
 
     def _check_certificate(self) -> str:
-        path = self.kit.tls_certificate
-        check_certificate(path.read_bytes(), self.kit.authority.read_bytes(), str(path))
+        certificate = check_certificate(self.kit.tls_certificate, self.kit.authority)
         identity.read_private(self.kit.tls_key)
-        end = x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
-        return f"valid until {end:%Y-%m-%d}"
+        return f"valid until {certificate.not_valid_after_utc:%Y-%m-%d}"
 
     def _check_state(self) -> str:
         directory, roster = self.settings.state_dir, self.kit.roster
@@ -215,25 +253,27 @@ class Preflight:
 
     def _check_data(self) -> str:
         data = self.data
-        self.warnings += data.warnings
-        tests = sum(map(len, data.tests.values()))
-        return f"{len(data.train):,} training examples, {tests:,} to score"
+        self.warnings += check_sets(data, self.settings.data.pictures)
+        tests = sum(len(found.examples) for found in data.tests.values())
+        return f"{len(data.train.examples):,} training examples, {tests:,} to score"
 
     def _check_texts(self) -> str:
         settings, data = self.settings, self.data
-        model = load_tokenizer(settings.model.path, gguf_file=settings.model.gguf_file)
-        probe = load_tokenizer(settings.probe.path, gguf_file=settings.probe.gguf_file)
-        files = {settings.data.train: data.train} | {
-            path: data.tests[name] for name, path in settings.data.test_sets.items()
-        }
-        reads = [(model, p, e, settings.training.max_length, "training.max_length") for p, e in files.items()]
+        named, probe = settings.model, settings.probe
+        own = self.base[1] if self.base else load_tokenizer(named.path, gguf_file=named.gguf_file)
+        for found in (data.train, *data.tests.values()):
+            read = read_lengths(own, found, settings.training.max_length, "training.max_length")
+            self._lengths = self._lengths or read
+            share = f"{100 * read.cut / len(found.examples):.3g} % of them cut" if read.cut else "none cut"
+            self.reading.append(f"{found.words()}; the longest has {read.longest:,} tokens, {share}")
+            self.warnings += [read.warning] if read.warning else []
         if self._releases_profile:
-            train = settings.data.train
-            reads.append((probe, train, data.train, settings.profile_max_length, "profile_max_length"))
-        cut = [line for read in reads if (line := read_share(*read))]
-        self.warnings += cut
-        lengths = f"training.max_length {settings.training.max_length}, profile_max_length "
-        return f"{lengths}{settings.profile_max_length}: " + ("some prompts are cut" if cut else "all fit")
+            tokenizer = load_tokenizer(probe.path, gguf_file=probe.gguf_file)
+            plain = read_as_text(tokenizer, data.train.examples)
+            told = replace(data.train, examples=plain)
+            read = read_lengths(tokenizer, told, settings.profile_max_length, "profile_max_length")
+            self.warnings += [read.warning] if read.warning else []
+        return "; ".join(self.reading)
 
     def _check_server(self) -> str:
         roster = self.kit.roster
@@ -245,7 +285,7 @@ class Preflight:
         return f"{self.settings.server} accepts us; round {enrolled.round} of {enrolled.rounds}"
 
     def _check_budget(self) -> str:
-        kit, count = self.kit, len(self.data.train)
+        kit, count = self.kit, len(self.data.train.examples)
         target = agreed_epsilon(self.settings, kit)
         path = self._ledger
         delta = ledger_delta(path, count)
@@ -260,7 +300,9 @@ class Preflight:
         return f"{budget}; planned σ = {plan.noise_multiplier:.3f} at q = {plan.sampling_rate:.4f}"
 
     def _check_memory(self) -> str:
-        words, fits = check_memory(self.settings, self.kit.roster.terms.adapter)
+        if self._given.model is not None:
+            return "not worked out: the model that was handed over is in memory already"
+        words, fits = check_memory(self.settings, self.kit.roster.terms.adapter, self._lengths)
         if not fits:
             self.warnings.append(words)
         return words if fits else "this may not suffice"
@@ -270,16 +312,16 @@ class Preflight:
         """The ledger of the data, or the one in the state directory that will be moved there."""
         settings, member = self.settings, self.kit.member_id()
         record = self.record or SessionRecord(federation=self.kit.roster.federation, client=member)
-        beside = DataLedger.of(settings.data.train, settings.data.ledger, settings.state_dir, record).place
+        beside = DataLedger.of(settings.data, settings.state_dir, record).place
         earlier = settings.state_dir / LEDGER
         return earlier if earlier.exists() and not (beside / LEDGER).exists() else beside / LEDGER
 
     @property
     def _releases_profile(self) -> bool:
-        return len(self.data.train) >= self.kit.roster.terms.profile.minimum_examples
+        return len(self.data.train.examples) >= self.kit.roster.terms.profile.minimum_examples
 
     def _check_probe(self) -> str:
-        settings, mechanism, train = self.settings, self.kit.roster.terms.profile, self.data.train
+        settings, mechanism, train = self.settings, self.kit.roster.terms.profile, self.data.train.examples
         if not self._releases_profile:
             return f"not needed: fewer than {mechanism.minimum_examples} examples release no profile"
         epoch = data_epoch(tuple(example.id for example in train))
@@ -296,8 +338,9 @@ class Preflight:
                 "rank, alpha, blocks, basis and basis_seed with the linear modules of this model's decoder "
                 "layers"
             )
-        learner.check_tests(self.data.tests)
-        return f"{self.settings.model.path}, adapter of {adapter.shared_dimensions:,} values"
+        learner.check_tests()
+        path = self.base[0].name_or_path if self.base else self.settings.model.path
+        return f"{path}, adapter of {adapter.shared_dimensions:,} values"
 
 
 def agreed_epsilon(settings: ClientSettings, kit: Kit) -> float:

@@ -4,105 +4,101 @@ Everything here stays with the client: counts and shares are for its own people.
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from fedmosaic.client.model.examples import Example, answer_tokens, prompt_tokens, read_examples
-from fedmosaic.client.settings import DataSettings
-from fedmosaic.client.vision.sight import located
-from fedmosaic.client.vision.words import pictures_in, without_pictures
+from fedmosaic.client.data.records import Example, ExampleSet
+from fedmosaic.client.data.sets import ClientData
+from fedmosaic.client.model.examples import answer_tokens, example_pieces
+from fedmosaic.client.vision.inputs import located
+from fedmosaic.client.vision.words import images_in, without_images
 from fedmosaic.protos.errors import ConfigurationError
 
 
-@dataclass(frozen=True)
-class ClientData:
-    """A client's examples as read, and what its people should know about them.
+def check_sets(data: ClientData, pictures: Path | None) -> list[str]:
+    """Check what needs no model.
 
-    Attributes:
-        train: to be trained on.
-        tests: to be scored, by name of the set.
-        warnings: one line each.
-    """
+    Args:
+        data: as read.
+        pictures: folder that images lie in.
 
-    train: tuple[Example, ...]
-    tests: dict[str, tuple[Example, ...]]
-    warnings: tuple[str, ...] = ()
-
-
-def read_data(settings: DataSettings) -> ClientData:
-    """Read every set and check what needs no model.
+    Returns:
+        Warnings, one line each.
 
     Raises:
-        ConfigurationError: a file cannot be read, a test example cannot be scored, a picture is missing, or a
-            test set holds nothing but training examples.
+        ConfigurationError: a test example cannot be scored, an image is missing, or a test set holds nothing
+            but training examples.
     """
-    if "self" in settings.others:
-        raise ConfigurationError(
-            'data.others names a set "self", the name of data.test; give it another name'
-        )
-    data = ClientData(
-        read_examples(settings.train),
-        {name: read_examples(path) for name, path in settings.test_sets.items()},
-    )
-    for name, path in settings.test_sets.items():
-        for number, example in enumerate(data.tests[name], start=1):
-            if len(example.choices) == 1:
+    for found in (data.train, *data.tests.values()):
+        for number, example in enumerate(found.examples, start=1):
+            where = f"{found.label}, example {number}"
+            if found is not data.train and len(example.choices) == 1:
                 raise ConfigurationError(
-                    f"{path}, example {number} has 1 choice; give two or more with the answer among them, or "
-                    "leave choices out to have the written answer scored"
+                    f"{where} has 1 choice; give two or more with the answer among them, or leave choices "
+                    "out to have the written answer scored"
                 )
-    for path, examples in ((settings.train, data.train), *_tests(settings, data)):
-        _check_pictures(settings.pictures, path, examples)
-    return replace(data, warnings=tuple(_warnings(settings, data)))
+            _check_images(pictures, where, example)
+    return _warnings(data)
 
 
-def read_share(
-    tokenizer: PreTrainedTokenizerBase,
-    path: Path,
-    examples: Sequence[Example],
-    max_length: int,
-    setting: str,
-) -> str:
-    """How much of a set's prompts is read within a length.
+@dataclass(frozen=True)
+class Lengths:
+    """How long a set's examples are in tokens, for one tokenizer.
+
+    Attributes:
+        longest: tokens of the longest example, answer and end of text included; images are not counted.
+        learned: most tokens that carry loss in one example.
+        cut: examples that are longer than what is read.
+        warning: what of them is not read, in one line; empty if nothing.
+    """
+
+    longest: int
+    learned: int
+    cut: int
+    warning: str
+
+
+def read_lengths(
+    tokenizer: PreTrainedTokenizerBase, found: ExampleSet, max_length: int, setting: str
+) -> Lengths:
+    """How much of a set is read within a length.
 
     Args:
         tokenizer: of the model that reads.
-        path: file of the examples, for messages.
-        examples: at least one; pictures in them are not counted.
+        found: the set.
         max_length: most tokens of an example, answer and end of text included.
         setting: name of that setting.
 
-    Returns:
-        One line if prompts are cut, else nothing.
-
     Raises:
-        ConfigurationError: an answer or choice leaves no room for its prompt; the example is numbered.
+        ConfigurationError: an answer or choice leaves no room for its prompt, or the chat template refuses a
+            conversation; the example is numbered.
+        ModelError: conversations cannot be given to this model.
     """
-    cut = lost = total = longest = 0
-    for number, example in enumerate(map(without_pictures, examples), start=1):
-        prompt = len(prompt_tokens(tokenizer, example.prompt))
-        answers = {example.answer, *example.choices}
-        answer = 1 + max(len(answer_tokens(tokenizer, text)) for text in answers)
+    cut = lost = total = longest = learned = 0
+    for number, example in enumerate(map(without_images, found.examples), start=1):
+        *context, (written, _) = example_pieces(tokenizer, example, number)
+        prompt = sum(len(tokens) for tokens, _ in context)
+        answer = max(len(written), *(1 + len(answer_tokens(tokenizer, text)) for text in example.choices), 1)
         if answer >= max_length:
             raise ConfigurationError(
-                f"{path}, example {number}: its answer is {answer} tokens long with its end, {setting} is "
-                f"{max_length} and must leave room for the prompt; raise {setting} to {answer + 1} at least, "
-                "or shorten the answer"
+                f"{found.label}, example {number}: its answer is {answer} tokens long with its end, and "
+                f"{setting} is {max_length} and must leave room for the prompt; raise {setting} to "
+                f"{answer + 1} at least, or shorten the answer"
             )
         over = max(0, prompt + answer - max_length)
         cut, lost, total = cut + bool(over), lost + over, total + prompt
         longest = max(longest, prompt + answer)
-    if not cut:
-        return ""
-    return (
-        f"{path.name}: {cut} of {len(examples)} examples are longer than {setting} = {max_length} tokens "
-        "(the "
-        f"longest has {longest:,}); {_percent(lost, total)} of their prompts' tokens are not read, from the "
-        "left"
+        learned = max(
+            learned, len(written) + sum(len(tokens) for tokens, is_learned in context if is_learned)
+        )
+    warning = (
+        f"{found.label}: {cut} of {len(found.examples)} examples are longer than {setting} = {max_length} "
+        f"tokens (the longest has {longest:,}); {_percent(lost, total)} of their prompts' tokens are not "
+        "read, from the left"
     )
+    return Lengths(longest, learned, cut, warning if cut else "")
 
 
 def _percent(part: int, whole: int) -> str:
@@ -110,41 +106,40 @@ def _percent(part: int, whole: int) -> str:
     return f"{share:.0f} %" if 1 <= share <= 99 else f"{share:.2g} %"
 
 
-def _tests(settings: DataSettings, data: ClientData) -> list[tuple[Path, tuple[Example, ...]]]:
-    return [(path, data.tests[name]) for name, path in settings.test_sets.items()]
+def _check_images(folder: Path | None, where: str, example: Example) -> None:
+    for image in images_in(example.prompt):
+        if folder is None:
+            raise ConfigurationError(
+                f"{where} names the image {image!r}; say in data.pictures which folder images lie in"
+            )
+        located(folder, image)
 
 
-def _check_pictures(folder: Path | None, path: Path, examples: Sequence[Example]) -> None:
-    for number, example in enumerate(examples, start=1):
-        named = pictures_in(example.prompt)
-        for picture in named:
-            if folder is None:
-                raise ConfigurationError(
-                    f"{path}, example {number} names the picture {picture!r}; say in data.pictures which "
-                    "folder pictures lie in"
-                )
-            located(folder, picture)
-
-
-def _warnings(settings: DataSettings, data: ClientData) -> list[str]:
+def _warnings(data: ClientData) -> list[str]:
     lines = []
-    trained = Counter((example.prompt, example.answer) for example in data.train)
-    repeated = sum(count - 1 for count in trained.values())
+    trained = Counter((example.prompt, example.answer) for example in data.train.examples)
+    repeated = len(data.train.examples) - len(trained)
     if repeated:
         lines.append(
-            f"{settings.train.name}: {repeated} of {len(data.train)} rows repeat the prompt and answer of "
-            "another row. The privacy guarantee is for one row: a text that stands twice is less protected"
+            f"{data.train.label}: {repeated} of {len(data.train.examples)} rows repeat the prompt and answer "
+            "of another row. The privacy guarantee is for one row: a text that stands twice is less protected"
         )
-    for path, examples in _tests(settings, data):
-        both = sum((example.prompt, example.answer) in trained for example in examples)
-        if both == len(examples):
+    most = data.train.most_of_one_person
+    if most > 1:
+        lines.append(
+            f"{data.train.label}: one person has {most} of the {len(data.train.examples)} rows. The privacy "
+            "guarantee is for one row: the statement here tells the ε of that person as well"
+        )
+    for found in data.tests.values():
+        both = sum((example.prompt, example.answer) in trained for example in found.examples)
+        if both == len(found.examples):
             raise ConfigurationError(
-                f"all {both} examples of {path} are training examples too, in {settings.train}: a score over "
-                "them measures memory; hold examples back that are not trained on"
+                f"all {both} examples of {found.label} are training examples too, in {data.train.label}: a "
+                "score over them measures memory; hold examples back that are not trained on"
             )
         if both:
             lines.append(
-                f"{path.name}: {both} of {len(examples)} test examples are training examples too, which "
-                "their score will flatter"
+                f"{found.label}: {both} of {len(found.examples)} test examples are training examples too, "
+                "which their score will flatter"
             )
     return lines

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from fedmosaic import __version__
 from fedmosaic.client.preflight.checks import Preflight
-from fedmosaic.client.progress import SilentProgress
+from fedmosaic.client.progress import Progress
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.protos.errors import FedMosaicError
@@ -52,6 +52,7 @@ def _diagnose(path: Path) -> int:
     _tell("versions", "ok", ", ".join(_versions()))
     try:
         settings = read_configuration(path, ClientSettings).resolved(path.parent)
+        settings.check_complete()
     except FedMosaicError as error:
         _tell("configuration", "WRONG", str(error))
         return 1
@@ -61,7 +62,7 @@ def _diagnose(path: Path) -> int:
     with tempfile.TemporaryDirectory(prefix="fedmosaic-doctor-") as scratch:
         preflight = Preflight(
             settings,
-            SilentProgress(),
+            Progress(),
             server_patience_seconds=_SERVER_PATIENCE_SECONDS,
             scratch=Path(scratch),
         )

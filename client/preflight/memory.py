@@ -23,6 +23,7 @@ from fedmosaic.client.model.hardware import choose_device
 from fedmosaic.client.model.load import adapt, empty_model
 from fedmosaic.client.model.loss import training_mode
 from fedmosaic.client.model.training import checkpointing
+from fedmosaic.client.preflight.data import Lengths
 from fedmosaic.client.profile.probe import VOCABULARY_PER_CHUNK
 from fedmosaic.client.settings import ClientSettings, ModelSettings
 from fedmosaic.privacy.federation.roster import AdapterTerms
@@ -94,12 +95,16 @@ class MemoryNeed:
         return f"{line}; change {', or '.join(self.remedies)}"
 
 
-def check_memory(settings: ClientSettings, adapter: AdapterTerms) -> tuple[str, bool]:
+def check_memory(
+    settings: ClientSettings, adapter: AdapterTerms, lengths: Lengths | None = None
+) -> tuple[str, bool]:
     """What a client needs against what its device has, in words, and whether it fits now.
 
     Args:
         settings: the client's.
         adapter: shape of the adapter, as on the roster.
+        lengths: of the training examples, if they were read; else the longest that the settings allow, a
+            quarter of it learned.
 
     Raises:
         ModelError: the weights alone are more than the device has, or see `memory_need`.
@@ -109,7 +114,9 @@ def check_memory(settings: ClientSettings, adapter: AdapterTerms) -> tuple[str, 
     weights = weight_bytes(empty_model(settings.model), settings.model)
     if _SMALL * weights < free:
         return f"{_mib(weights)} of weights, {_mib(free)} free on {device}", True
-    need = memory_need(settings, adapter)
+    longest = min(lengths.longest, settings.training.max_length) if lengths else 0
+    supervised = settings.training.per_device_train_batch_size * lengths.learned if lengths else 0
+    need = memory_need(settings, adapter, longest=longest, supervised=min(supervised, longest))
     if need.weights > need.total:
         raise ModelError(f"the model cannot be loaded; {need.words()}")
     return need.words(), need.fits

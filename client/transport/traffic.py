@@ -6,9 +6,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Final, Literal
 
-from fedmosaic.privacy.configuration import parse_json
+from fedmosaic.privacy.configuration import read_own
 from fedmosaic.privacy.files import write_atomically
-from fedmosaic.protos.errors import StateError
 
 Channel = Literal["adapter", "profile", "keys", "control"]
 CHANNELS: Final[tuple[Channel, ...]] = ("adapter", "profile", "keys", "control")
@@ -34,19 +33,13 @@ class Traffic:
         self._sent: Counter[Channel] = Counter()
         self._received: Counter[Channel] = Counter()
         self._path = path
-        if path is not None and path.exists():
-            self._read(path)
+        if path is not None:
+            read_own(path, self._go_on, "delete it: only the count of bytes is lost")
 
-    def _read(self, path: Path) -> None:
-        try:
-            stored = parse_json(path.read_bytes())
-            for channel in CHANNELS:
-                self._sent[channel] = int(stored[channel]["sent"])
-                self._received[channel] = int(stored[channel]["received"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StateError(
-                f"{path} is damaged ({error}); delete it: only the count of bytes is lost"
-            ) from None
+    def _go_on(self, stored: dict[str, dict[str, int]]) -> None:
+        for channel in CHANNELS:
+            self._sent[channel] = int(stored[channel]["sent"])
+            self._received[channel] = int(stored[channel]["received"])
 
     def save(self) -> None:
         """Store the counts, if there is a file for them."""

@@ -1,4 +1,4 @@
-"""Figures of a comparison as SVG: methods side by side, accuracy over the rounds, privacy against utility."""
+"""Figures of a comparison as SVG: accuracy over the rounds, privacy against utility."""
 
 import io
 import math
@@ -10,9 +10,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fedmosaic.experiments.comparison.runs import FIGURES, Group, Run
-from fedmosaic.experiments.comparison.tables import epsilon_text, percent
-from fedmosaic.experiments.scenario.metrics import Interval, interval
+from fedmosaic.experiments.comparison.runs import Group, Run
+from fedmosaic.experiments.scenario.metrics import Interval, interval, mean_pair
 from fedmosaic.protos.errors import ConfigurationError
 
 _COLOURS: Final = ("#0b5fa5", "#c2571a", "#2f7d4f", "#8a3b8f", "#8c6d1f", "#5a5a5a", "#b3263a", "#1b8a8a")
@@ -25,59 +24,15 @@ _PROTECTIONS: Final = {
 }
 """Colour, mark and words of every protection."""
 _REFERENCES: Final = {"local": (":", "local: nothing leaves, ε = 0"), "fedavg": ("--", "fedavg: ε = ∞")}
-_PANELS: Final[tuple[tuple[str, Callable[[Run], float | None]], ...]] = (
-    ("Self A_last, %", lambda run: run.summary.last.own),
-    ("Others A_last, %", lambda run: run.summary.last.others),
+_PANELS: Final[tuple[tuple[str, Callable[[Run], float]], ...]] = (
+    ("Self A_last, %", lambda run: run.figures[0]),
+    ("Others A_last, %", lambda run: run.figures[2]),
     ("relevance, AUC in %", lambda run: run.relevance),
 )
 
 
-def bars(groups: Sequence[Group], figure: str) -> str:
-    """Horizontal bars from 0, with the interval over seeds and ε towards recipients.
-
-    Args:
-        groups: of one scenario.
-        figure: one of `FIGURES`.
-
-    Returns:
-        An SVG document.
-    """
-    place = FIGURES.index(figure)
-    with _drawing(7.6, 0.45 * len(groups) + 0.9) as drawn:
-        axes = drawn.subplots()
-        for number, group in enumerate(groups):
-            found = group.figures()[place]
-            if found is None:
-                axes.text(0.5, number, "not scored", va="center")
-                continue
-            half = found.half_width
-            axes.barh(
-                number,
-                100 * found.mean,
-                xerr=None if half is None else 100 * half,
-                color=_COLOURS[number % len(_COLOURS)],
-                capsize=3,
-            )
-            words = f"{percent(found)}, ε {epsilon_text(group.epsilon('recipients'))}"
-            axes.text(100 * (found.mean + (half or 0.0)) + 1, number, words, va="center")
-        axes.set_yticks(range(len(groups)), [group.method for group in groups])
-        axes.invert_yaxis()
-        axes.set_xlim(0, 130)
-        axes.set_xticks(range(0, 101, 20))
-        axes.set_xlabel("accuracy, %")
-        return _svg(drawn)
-
-
 def curves(groups: Sequence[Group], *, own: bool) -> str:
-    """Accuracy over the rounds, means over clients and seeds.
-
-    Args:
-        groups: of one scenario.
-        own: Self; Others else.
-
-    Returns:
-        An SVG document.
-    """
+    """Self or Others over the rounds, means over clients and seeds, of one scenario's groups, as SVG."""
     with _drawing(7.6, 3.2 + 0.2 * len(groups)) as drawn:
         axes = drawn.subplots()
         for number, group in enumerate(groups):
@@ -98,24 +53,18 @@ def curves(groups: Sequence[Group], *, own: bool) -> str:
 
 def _curve(group: Group, own: bool) -> Iterator[tuple[int, float]]:
     for number in sorted(set.intersection(*(set(run.curve) for run in group.runs))):
-        pairs = [run.curve[number] for run in group.runs]
-        values = [value for pair in pairs if (value := pair.own if own else pair.others) is not None]
-        if values:
-            yield number, sum(values) / len(values)
+        mean = mean_pair([run.curve[number] for run in group.runs])
+        value = mean.own if own else mean.others
+        if not math.isnan(value):
+            yield number, value
 
 
 def privacy_figure(groups: Sequence[Group]) -> str:
-    """Accuracy and relevance over ε, by how the adapter is protected.
+    """Accuracy and relevance over ε, by how the adapter is protected, as SVG.
 
     What stands on the axis is not the target but the ε that the clients' ledgers came to: the largest of any
     client, both channels together, towards another member. Without differential privacy on the adapter that
-    is ∞, on the right.
-
-    Args:
-        groups: runs of FedMosaic that differ in protection and noise, and of `local` and `fedavg` for lines.
-
-    Returns:
-        An SVG document.
+    is ∞, on the right. Runs of `local` and `fedavg` give lines.
 
     Raises:
         ConfigurationError: no run has a server of FedMosaic's, or the runs are of several scenarios.
@@ -173,8 +122,7 @@ def _panel(axes: Axes, number: int, groups: Sequence[Group], end: float, *, infi
 
 
 def _figure(group: Group, number: int) -> Interval | None:
-    values = [_PANELS[number][1](run) for run in group.runs]
-    return None if None in values else interval([value for value in values if value is not None])
+    return interval([_PANELS[number][1](run) for run in group.runs])
 
 
 @contextmanager

@@ -1,26 +1,29 @@
 """`fedmosaic report PATH`: what a run did, what it is good for, and who learnt what."""
 
-import json
+import io
 import shlex
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import tyro
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
+from rich.terminal_theme import DEFAULT_TERMINAL_THEME
 from rich.text import Text
 
 from fedmosaic.experiments.attacks import report as attack_report
 from fedmosaic.experiments.comparison.figures import privacy_figure
+from fedmosaic.experiments.comparison.majority import majorities
 from fedmosaic.experiments.comparison.page import page
 from fedmosaic.experiments.comparison.runs import REFERENCE, compared_run, group_runs, read_object
 from fedmosaic.experiments.comparison.tables import terminal_tables
-from fedmosaic.experiments.scenario.newcomers import newcomers_table, read_newcomers
+from fedmosaic.experiments.scenario.unseen import read_unseen, unseen_table
+from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.statement.check import check_received
 from fedmosaic.privacy.statement.costs import costs_at_epsilon
 from fedmosaic.privacy.statement.models import ChannelCost, PrivacyStatement
@@ -42,34 +45,25 @@ class Arguments:
     path: tyro.conf.Positional[tuple[Path, ...]]
     """Where to read from."""
     html: Path | None = None
-    """Write the comparison of one or several runs as one self-contained page."""
+    """Write one self-contained page: of a client's or server's state, or the comparison of runs."""
     against: str = REFERENCE
     """The method that the others are compared with, seed by seed."""
     privacy_figure: Path | None = None
     """Write accuracy and relevance over ε, by protection, as an SVG figure; for runs of one scenario."""
     at_epsilon: float | None = None
     """Also say what noise every channel would have needed for this total ε."""
-    json: bool = False
-    """Print everything as JSON instead of tables."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything that is left of a run, as far as it is here.
-
-    Attributes:
-        directory: where it was read.
-        clients: results by client id; empty when only the server's side is here.
-        statements: privacy statements by client id.
-        server: the server's `run.json`, or nothing.
-        tasks: task of every client, where a scenario says so.
-    """
+    """Everything that is left of a run, as far as it is here; by client id, and the server's `run.json`."""
 
     directory: Path
     clients: Mapping[str, Mapping[str, Any]]
     statements: Mapping[str, Mapping[str, Any]]
     server: Mapping[str, Any]
     tasks: Mapping[str, str]
+    majority: Mapping[str, float] = field(default_factory=dict)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -77,21 +71,23 @@ def main(arguments: Sequence[str]) -> int:
     parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic report")
     if not parsed.path:
         raise ConfigurationError("give the directory of a run, or of several")
-    if len(parsed.path) > 1 or parsed.html is not None or parsed.privacy_figure is not None:
+    scenarios = [(path / "scenario.json").exists() for path in parsed.path]
+    pages = parsed.html is not None and scenarios[0]
+    if len(parsed.path) > 1 or pages or parsed.privacy_figure is not None:
         compare(parsed, shlex.join(["fedmosaic", "report", *arguments]))
         return 0
     record = read_run(parsed.path[0])
-    if parsed.json:
-        print(
-            json.dumps({"clients": record.clients, "statements": record.statements, "server": record.server})
-        )
-        return 0
     # Without a terminal there is no width to respect, and the tables need WIDTH columns.
-    console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
+    to_page = parsed.html is not None
+    wide = None if sys.stdout.isatty() and not to_page else WIDTH
+    console = Console(width=wide, record=to_page, file=io.StringIO() if to_page else None)
     show(record, console)
     merged = merged_statement(record)
     if parsed.at_epsilon is not None and merged is not None:
         console.print(render_costs(_costs(merged, parsed.at_epsilon, console)))
+    if parsed.html is not None:
+        write_atomically(parsed.html, console.export_html(theme=DEFAULT_TERMINAL_THEME).encode())
+        print(f"the page is {parsed.html}")
     return 0
 
 
@@ -116,8 +112,8 @@ def compare(arguments: Arguments, command: str) -> None:
     Raises:
         ConfigurationError: a run is not finished or has no scores by round, or an option is for one run only.
     """
-    if arguments.json or arguments.at_epsilon is not None:
-        raise ConfigurationError("--json and --at-epsilon are for one run; give one, without --html")
+    if arguments.at_epsilon is not None:
+        raise ConfigurationError("--at-epsilon is for one run; give one, without --html")
     groups = group_runs([compared_run(path) for path in arguments.path])
     methods = sorted({group.method for group in groups})
     if arguments.against not in (REFERENCE, *methods):
@@ -138,12 +134,14 @@ def read_run(path: Path) -> RunRecord:
     Raises:
         ConfigurationError: there is nothing of a run at this path.
     """
+    majority: Mapping[str, float] = {}
     if (path / "federation").is_dir():
         kits = sorted((path / "federation" / "clients").iterdir())
         states = {kit.name: kit / "state" for kit in kits}
         server = _read_json(path / "federation" / "server" / "state" / _SERVER_RUN)
         scenario = _read_json(path / "scenario.json")
         tasks = {client["id"]: client["task"] for client in scenario.get("clients", [])}
+        majority = majorities(scenario)
     elif (path / _RESULT).exists():
         states = {_read_json(path / "session.json").get("client", path.name): path}
         server, tasks = {}, {}
@@ -158,13 +156,8 @@ def read_run(path: Path) -> RunRecord:
     statements = {name: content for name, content in found.items() if content}
     if not states:
         statements = server.get("statements", {})
-    return RunRecord(
-        path,
-        {name: _read_json(state / _RESULT) for name, state in states.items()},
-        statements,
-        server,
-        tasks,
-    )
+    clients = {name: _read_json(state / _RESULT) for name, state in states.items()}
+    return RunRecord(path, clients, statements, server, tasks, majority)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -173,22 +166,29 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def show(record: RunRecord, console: Console) -> None:
     """Print the tables of a run."""
-    if any("after" in result for result in record.clients.values()):
-        console.print(accuracy_table(record))
-        console.print(
-            "Self: accuracy on the client's own test sets. Others: mean over the others' test sets.\n",
-            style="dim",
+
+    def put(table: RenderableType, words: str) -> None:
+        console.print(table)
+        console.print(f"{words}\n", style="dim")
+
+    results = record.clients.values()
+    if any("after" in result for result in results):
+        put(
+            accuracy_table(record),
+            "Self: accuracy on the client's own test sets; majority: always the most frequent answer there; "
+            "alone: a model trained without the others. Others: mean over the others' test sets.",
         )
+    for name, result in record.clients.items():
+        if "comparison" in result:
+            console.print(Text(f"{name}: {result['comparison']['verdict']}\n"))
     for line in alone(record):
         console.print(Text(f"{line}\n", style="bold red"))
     if record.server.get("results"):
-        console.print(relevance_table(record.server))
-        console.print(
-            "Similarity of the noisy task profiles, corrected for the known noise; +1 is the same task.\n",
-            style="dim",
+        put(
+            relevance_table(record.server),
+            "Similarity of the noisy task profiles, corrected for the known noise; +1 is the same task.",
         )
-        console.print(weights_table(record.server))
-        console.print("How much of each column's adapter the row's client received.\n", style="dim")
+        put(weights_table(record.server), "How much of each column's adapter the row's client received.")
     merged = merged_statement(record)
     if merged is not None:
         console.print(render(merged))
@@ -197,19 +197,16 @@ def show(record: RunRecord, console: Console) -> None:
     attacked = attack_report.read(record.directory / "attacks")
     if attacked is not None:
         console.print(attack_report.render(attacked))
-    if any("traffic" in result for result in record.clients.values()):
-        console.print(traffic_table(record))
-        console.print("Bytes of messages, without what HTTP/2 and TLS add.\n", style="dim")
-    newcomers = read_newcomers(record.directory)
-    if newcomers:
-        console.print(newcomers_table(newcomers))
-        console.print("Clients that came when the last round was over.\n", style="dim")
-    if any("training_flops" in result for result in record.clients.values()):
-        console.print(cost_table(record))
-        console.print(
+    if any("traffic" in result for result in results):
+        put(traffic_table(record), "Bytes of messages, without what HTTP/2 and TLS add.")
+    unseen = read_unseen(record.directory)
+    if unseen:
+        put(unseen_table(unseen), "Clients that came when the last round was over.")
+    if any("training_flops" in result for result in results):
+        put(
+            cost_table(record),
             "Operations of the clients' own training steps, measured; scoring, profiles and what a server "
-            "distils are not among them.\n",
-            style="dim",
+            "distils are not among them.",
         )
 
 
@@ -260,18 +257,35 @@ def merged_statement(record: RunRecord) -> PrivacyStatement | None:
     )
 
 
+def _table(title: str, heads: Sequence[str], words: int = 1) -> Table:
+    """A table whose columns after the first `words` hold numbers."""
+    table = Table(title=title)
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="left" if number < words else "right", no_wrap=number >= words)
+    return table
+
+
 def accuracy_table(record: RunRecord) -> Table:
     """Accuracy before and after, on the own task and on the others'."""
-    table = Table(title="Accuracy before → after")
-    for column in ("client", "task", "Self", "gain", "Others", "gain"):
-        table.add_column(column, justify="left" if column in ("client", "task") else "right")
+    heads = ("client", "task", "majority", "Self", "gain", "alone", "Others", "gain")
+    table = _table("Accuracy before → after", heads, 2)
     rows = []
     for name, result in record.clients.items():
         if "before" not in result or "after" not in result:
             continue
         own = (result["before"].get("self"), result["after"].get("self"))
         others = tuple(_others(result[when]) for when in ("before", "after"))
-        table.add_row(name, record.tasks.get(name, "-"), *_change(*own), *_change(*others))
+        compared = result.get("comparison", {})
+        most = record.majority.get(name, compared.get("commonest"))
+        alone_score = compared.get("scores", {}).get("alone")
+        table.add_row(
+            name,
+            record.tasks.get(name, "-"),
+            _share(most),
+            *_change(*own),
+            _share(alone_score),
+            *_change(*others),
+        )
         rows.append((*own, *others))
     measures = {m for result in record.clients.values() for m in result.get("measures", {}).values()}
     if measures:
@@ -280,13 +294,18 @@ def accuracy_table(record: RunRecord) -> Table:
     if complete:
         means = [fmean(row[i] for row in complete) for i in range(4)]
         table.add_section()
-        table.add_row("mean", "", *_change(*means[:2]), *_change(*means[2:]))
+        most = fmean(record.majority.values()) if record.majority else None
+        table.add_row("mean", "", _share(most), *_change(*means[:2]), "", *_change(*means[2:]))
     return table
 
 
 def _others(scores: Mapping[str, float]) -> float | None:
     values = [score for name, score in scores.items() if name != "self"]
     return fmean(values) if values else None
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _change(before: float | None, after: float | None) -> tuple[str, str]:
@@ -298,12 +317,8 @@ def _change(before: float | None, after: float | None) -> tuple[str, str]:
 def relevance_table(server: Mapping[str, Any]) -> Table:
     """Similarity of the task profiles in the last closed round."""
     last = server["results"][-1]
-    clients = last["clients"]
-    table = Table(title=f"Relevance matrix, round {last['round']}")
-    table.add_column("")
-    for client in clients:
-        table.add_column(client, justify="right", no_wrap=True)
-    for name, row in zip(clients, last["similarity"], strict=True):
+    table = _table(f"Relevance matrix, round {last['round']}", ("", *last["clients"]))
+    for name, row in zip(last["clients"], last["similarity"], strict=True):
         table.add_row(name, *("-" if value is None else f"{value:+.2f}" for value in row))
     return table
 
@@ -312,10 +327,7 @@ def weights_table(server: Mapping[str, Any]) -> Table:
     """Share of every contributor in every recipient's aggregate of the last closed round."""
     last = server["results"][-1]
     clients = last["clients"]
-    table = Table(title=f"Shares of the aggregates, round {last['round']}")
-    table.add_column("recipient")
-    for client in clients:
-        table.add_column(client, justify="right", no_wrap=True)
+    table = _table(f"Shares of the aggregates, round {last['round']}", ("recipient", *clients))
     for recipient in clients:
         row = last["weights"].get("shared", {}).get(recipient)
         if row is None:
@@ -327,24 +339,20 @@ def weights_table(server: Mapping[str, Any]) -> Table:
 
 def traffic_table(record: RunRecord) -> Table:
     """Bytes each client sent, by what they were for, and received."""
-    table = Table(title="Bytes each client sent and received")
-    for column in ("client", "adapter", "profile", "group key", "control", "all sent", "received"):
-        table.add_column(column, justify="left" if column == "client" else "right", no_wrap=True)
+    heads = ("client", "adapter", "profile", "group key", "control", "all sent", "received")
+    table = _table("Bytes each client sent and received", heads)
     for name, result in record.clients.items():
         channels = result.get("traffic")
-        if not channels:
-            continue
-        sent = [channels[c]["sent"] for c in _CHANNELS]
-        received = sum(channels[c]["received"] for c in _CHANNELS)
-        table.add_row(name, *(f"{count:,}" for count in (*sent, sum(sent), received)))
+        if channels:
+            sent = [channels[c]["sent"] for c in _CHANNELS]
+            received = sum(channels[c]["received"] for c in _CHANNELS)
+            table.add_row(name, *(f"{count:,}" for count in (*sent, sum(sent), received)))
     return table
 
 
 def cost_table(record: RunRecord) -> Table:
     """Steps, floating point operations and seconds of every client."""
-    table = Table(title="What training cost")
-    for column in ("client", "steps", "TFLOP", "seconds from start to end"):
-        table.add_column(column, justify="left" if column == "client" else "right", no_wrap=True)
+    table = _table("What training cost", ("client", "steps", "TFLOP", "seconds from start to end"))
     for name, result in record.clients.items():
         if "training_flops" in result:
             operations = f"{result['training_flops'] / 1e12:,.4g}"

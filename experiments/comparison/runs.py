@@ -7,14 +7,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
 
+from fedmosaic.experiments.comparison.majority import majorities
 from fedmosaic.experiments.scenario.metrics import (
     Interval,
     Pair,
-    Summary,
     area_under_curve,
+    client_scores,
     interval,
-    mean_summary,
-    summarise_client,
+    mean_pair,
 )
 from fedmosaic.experiments.scenario.participants import read_evaluations
 from fedmosaic.privacy.configuration import parse_json
@@ -32,38 +32,38 @@ class Run:
     """One run, as far as a comparison needs it.
 
     Attributes:
-        directory: where it was read.
         scenario: its name and its stream.
         method: with the words that tell it from others of the same method.
         seed: of the run.
-        summary: means over the clients.
-        clients: of each client.
-        curve: Self and Others by scored round, means over the clients.
+        curve: Self and Others by scored round, means over the clients; round 0 is before any training.
         epsilon: by reader, the largest over the clients; None where only cryptography protects.
         sent: mean bytes that a client sent in a round.
         seconds: of the whole run.
-        training_flops: floating point operations of all clients' own training steps; None where a client's
-            were not measured.
+        training_flops: of all clients' own training steps; NaN where a client's were not measured.
         protection: of the adapter, as in a roster; empty for methods without a server of FedMosaic.
-        profile_epsilon: of the profile alone, towards the server, the largest over the clients.
+        majority: Self of whoever always gives a task's most frequent answer; NaN where that is not known.
         relevance: how the last round's similarities tell clients of one group from others (area under the
-            ROC curve); None without groups or without similarities.
+            ROC curve); NaN without groups or without similarities.
     """
 
-    directory: Path
     scenario: str
     method: str
     seed: int
-    summary: Summary
-    clients: Mapping[str, Summary]
     curve: Mapping[int, Pair]
     epsilon: Mapping[str, float | None]
     sent: float
     seconds: float
-    training_flops: float | None = None
+    training_flops: float = math.nan
     protection: str = ""
-    profile_epsilon: float | None = None
-    relevance: float | None = None
+    majority: float = math.nan
+    relevance: float = math.nan
+
+    @property
+    def figures(self) -> tuple[float, ...]:
+        """In the order of `FIGURES`; NaN where nothing of the kind was scored."""
+        scored = {number: pair for number, pair in self.curve.items() if number > 0}
+        last, area = scored[max(scored)], mean_pair(scored.values())
+        return (last.own, area.own, last.others, area.others)
 
 
 @dataclass(frozen=True)
@@ -76,47 +76,27 @@ class Group:
 
     def figures(self) -> tuple[Interval | None, ...]:
         """The four figures in the order of `FIGURES`; None where a run lacks one."""
-        columns = zip(*(_figures(run) for run in self.runs), strict=True)
-        return tuple(
-            interval([v for v in values if v is not None]) if None not in values else None
-            for values in columns
-        )
+        return tuple(map(interval, zip(*(run.figures for run in self.runs), strict=True)))
 
     def gains(self, reference: "Group") -> tuple[Interval | None, ...]:
         """What this group has over another one, seed by seed: the mean difference and its interval.
 
-        Pairing takes the luck of a seed, which both had, out of the comparison.
-
-        Args:
-            reference: another group of the same scenario, or of the same scenarios.
-
-        Returns:
-            In the order of `FIGURES`, over the scenarios and seeds that both have; None where a run lacks the
-            figure or there is no such seed.
+        Pairing takes the luck of a seed, which both had, out of the comparison. In the order of `FIGURES`,
+        over the scenarios and seeds that both have; None where a run lacks the figure or there is no such
+        seed.
         """
-        others = {(run.scenario, run.seed): _figures(run) for run in reference.runs}
-        keys = [(run.scenario, run.seed) for run in self.runs]
-        pairs = [
-            (_figures(run), others[key]) for run, key in zip(self.runs, keys, strict=True) if key in others
+        others = {(run.scenario, run.seed): run.figures for run in reference.runs}
+        differences = [
+            [a - b for a, b in zip(run.figures, others[run.scenario, run.seed], strict=True)]
+            for run in self.runs
+            if (run.scenario, run.seed) in others
         ]
-        return tuple(
-            _difference([(mine[place], theirs[place]) for mine, theirs in pairs]) for place in range(4)
-        )
+        return tuple(interval([row[place] for row in differences]) for place in range(len(FIGURES)))
 
     def epsilon(self, reader: str) -> float | None:
         """The largest over the runs; None where only cryptography protects in all of them."""
         known = [value for run in self.runs if (value := run.epsilon[reader]) is not None]
         return max(known) if known else None
-
-
-def _figures(run: Run) -> tuple[float | None, ...]:
-    last, area = run.summary.last, run.summary.auc
-    return (last.own, area.own, last.others, area.others)
-
-
-def _difference(pairs: Sequence[tuple[float | None, float | None]]) -> Interval | None:
-    values = [a - b for a, b in pairs if a is not None and b is not None]
-    return interval(values) if values and len(values) == len(pairs) else None
 
 
 def compared_run(directory: Path) -> Run:
@@ -126,50 +106,42 @@ def compared_run(directory: Path) -> Run:
         ConfigurationError: there is no finished run with scores by round.
     """
     scenario = read_object(directory / "scenario.json")
-    clients: dict[str, Summary] = {}
     rounds: dict[int, list[Pair]] = {}
     results = []
     for client in scenario["clients"]:
         name = client["id"]
         state = directory / "federation" / "clients" / name / "state"
-        scored = {
-            number: {_label(label): score for label, score in scores.items()}
-            for number, scores in read_evaluations(state).items()
-        }
-        if not (state / "result.json").exists() or not scored:
+        evaluations = read_evaluations(state)
+        if not (state / "result.json").exists() or max(evaluations, default=0) < 1:
             raise ConfigurationError(
                 f"{directory}: client {name} has no scores by round; compare finished runs of one process "
                 "(`fedmosaic run` without --processes)"
             )
-        clients[name] = summarise_client(name, scored)
-        for number in scored:
-            rounds.setdefault(number, []).append(summarise_client(name, {1: scored[number]}).last)
+        for number, scores in evaluations.items():
+            labelled = {_label(label): score for label, score in scores.items()}
+            rounds.setdefault(number, []).append(client_scores(name, labelled))
         results.append((state, read_object(state / "result.json")))
     sent = [sum(channel["sent"] for channel in result["traffic"].values()) for _, result in results]
+    flops = [result.get("training_flops", math.nan) for _, result in results]
     return Run(
-        directory=directory,
         scenario=f"{scenario['name']}, {scenario['stream']}",
         method=f"{scenario['method']} {scenario['variant']}".strip(),
         seed=int(scenario["seed"]),
-        summary=mean_summary(list(clients.values())),
-        clients=clients,
-        curve={number: _mean(pairs) for number, pairs in sorted(rounds.items())},
+        curve={number: mean_pair(pairs) for number, pairs in sorted(rounds.items())},
         epsilon={reader: _epsilon(reader, results) for reader in READERS},
         sent=fmean(sent) / scenario["schedule"]["rounds"],
         seconds=float(read_object(directory / "run.json").get("seconds", 0.0)),
-        training_flops=_training_flops(results),
-        **_exchange(directory, scenario, results),
+        training_flops=math.fsum(flops),
+        majority=_mean_of(majorities(scenario)),
+        **_exchange(directory, scenario),
     )
 
 
-def _training_flops(results: Sequence[tuple[Path, Mapping[str, Any]]]) -> float | None:
-    measured = [result.get("training_flops") for _, result in results]
-    return None if None in measured else math.fsum(float(value) for value in measured if value is not None)
+def _mean_of(values: Mapping[str, float]) -> float:
+    return fmean(values.values()) if values else math.nan
 
 
-def _exchange(
-    directory: Path, scenario: Mapping[str, Any], results: Sequence[tuple[Path, Mapping[str, Any]]]
-) -> dict[str, Any]:
+def _exchange(directory: Path, scenario: Mapping[str, Any]) -> dict[str, Any]:
     """What only a run with FedMosaic's own server has."""
     server = directory / "federation" / "server" / "state" / "run.json"
     if not server.exists():
@@ -178,30 +150,22 @@ def _exchange(
     last = read_object(server)["results"][-1]
     return {
         "protection": scenario["adapter"]["protection"],
-        "profile_epsilon": _epsilon("server", results, "profile"),
         "relevance": relevance_quality([groups[name] for name in last["clients"]], last["similarity"]),
     }
 
 
-def relevance_quality(groups: Sequence[str], similarity: Sequence[Sequence[float | None]]) -> float | None:
+def relevance_quality(groups: Sequence[str], similarity: Sequence[Sequence[float | None]]) -> float:
     """Probability that a pair of one group is more similar than a pair of two, ties counted half.
 
-    Args:
-        groups: of every client; "" for a client of unknown group, whose pairs are left out.
-        similarity: (N, N) symmetric; None where nothing is known, which counts as no similarity at all.
-
-    Returns:
-        Area under the ROC curve in [0, 1]; None without pairs of either kind.
+    Pairs of a client of unknown group ("") are left out. In the (N, N) symmetric similarities None, where
+    nothing is known, counts as no similarity at all. NaN without pairs of either kind.
     """
     pairs: dict[bool, list[float]] = {True: [], False: []}
     for i, one in enumerate(groups):
         for j, other in enumerate(groups[:i]):
             if one and other:
-                value = similarity[i][j]
-                pairs[one == other].append(0.0 if value is None else value)
-    if not pairs[True] or not pairs[False]:
-        return None
-    return area_under_curve(pairs[True], pairs[False])
+                pairs[one == other].append(similarity[i][j] or 0.0)
+    return area_under_curve(pairs[True], pairs[False]) if pairs[True] and pairs[False] else math.nan
 
 
 def _label(label: str) -> tuple[str, str]:
@@ -209,13 +173,7 @@ def _label(label: str) -> tuple[str, str]:
     return owner, task
 
 
-def _mean(pairs: Sequence[Pair]) -> Pair:
-    return mean_summary([Summary(pair, pair) for pair in pairs]).last
-
-
-def _epsilon(
-    reader: str, results: Sequence[tuple[Path, Mapping[str, Any]]], channel: str = "joint"
-) -> float | None:
+def _epsilon(reader: str, results: Sequence[tuple[Path, Mapping[str, Any]]]) -> float | None:
     values: list[float] = []
     for state, result in results:
         if "epsilon" in result:
@@ -223,7 +181,7 @@ def _epsilon(
             continue
         for client in read_object(state / "statement.json")["clients"]:
             for guarantee in client["guarantees"]:
-                if guarantee["channel"] == channel and guarantee["adversary"] == READERS[reader]:
+                if (guarantee["channel"], guarantee["adversary"]) == ("joint", READERS[reader]):
                     epsilon = guarantee["epsilon"]
                     values += [] if epsilon is None else [math.inf if epsilon == "infinity" else epsilon]
     return max(values) if values else None
@@ -232,12 +190,8 @@ def _epsilon(
 def read_object(path: Path, remedy: str = "give directories of finished runs") -> dict[str, Any]:
     """Read a file that holds one JSON object.
 
-    Args:
-        path: the file.
-        remedy: what to do where it cannot be read.
-
     Raises:
-        ConfigurationError: it is missing, damaged or no object.
+        ConfigurationError: it is missing, damaged or no object; the message ends with the remedy.
     """
     try:
         content = parse_json(path.read_bytes())

@@ -18,6 +18,7 @@ from rich.console import Console
 from fedmosaic.client.assets import Asset, fetch, read_member, read_members, staging_directory
 from fedmosaic.client.model.examples import Example
 from fedmosaic.experiments.demo.corpora import commands, conversations, film, news
+from fedmosaic.experiments.scenario.participants import write_examples
 from fedmosaic.experiments.tasks.labelled import (
     ClassificationTask,
     LabelledText,
@@ -26,7 +27,6 @@ from fedmosaic.experiments.tasks.labelled import (
     share,
     split,
     stable_hash,
-    write_examples,
 )
 from fedmosaic.protos.errors import ConfigurationError
 
@@ -67,7 +67,7 @@ DATA_ASSETS: Final = (FILM_CORPUS, NEWS_CORPUS, COMMAND_GRAMMAR, CONVERSATIONS)
 RECIPE: Final = 1
 """Raised whenever the rules that make the data change, so that no cache serves old data."""
 
-TRAIN_ROWS: Final = 400
+TRAIN_ROWS: Final = 300
 TEST_ROWS: Final = 100
 PUBLIC_ROWS: Final = 400
 

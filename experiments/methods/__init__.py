@@ -10,7 +10,6 @@ from typing import Final
 from rich.console import Console
 from rich.table import Table
 
-from fedmosaic.experiments.methods.cost import reference_flops
 from fedmosaic.experiments.methods.ditto import Ditto
 from fedmosaic.experiments.methods.fedavg import FedAvg
 from fedmosaic.experiments.methods.feddat import FedDat
@@ -22,7 +21,7 @@ from fedmosaic.experiments.methods.flexlora import FlexLora
 from fedmosaic.experiments.methods.hetlora import HetLora
 from fedmosaic.experiments.methods.hetlora_pruned import HetLoraPruned
 from fedmosaic.experiments.methods.local import LocalOnly
-from fedmosaic.experiments.methods.loop import run_baseline
+from fedmosaic.experiments.methods.loop import reference_flops, run_baseline
 from fedmosaic.experiments.methods.perada import PerAda
 from fedmosaic.experiments.methods.strategy import Strategy
 from fedmosaic.experiments.methods.takfl import Takfl
@@ -49,45 +48,34 @@ BASELINES: Final[dict[str, tuple[str, Callable[[], Strategy]]]] = {
 
 
 def simulate_method(scenario: Scenario, directory: Path, console: Console) -> None:
-    """Run a scenario with the method it names, in this process; resumes what stands in the directory.
-
-    Args:
-        scenario: paths resolved.
-        directory: the run's directory.
-        console: where progress is shown.
+    """Run a scenario with the method it names, in this process; resumes what stands in the run's directory.
 
     Raises:
         ConfigurationError: the method is not known, or not possible in this scenario.
     """
-    if scenario.method in VARIANTS:
-        _refuse_ranks(scenario, scenario.method)
-        simulate(with_variant(scenario), directory, console, reference_flops(scenario))
-        return
-    if scenario.method not in BASELINES:
+    method = scenario.method
+    if method not in VARIANTS and method not in BASELINES:
         known = ", ".join((*VARIANTS, *BASELINES))
-        raise ConfigurationError(f"there is no method {scenario.method!r}; known: {known}")
-    strategy = BASELINES[scenario.method][1]()
-    if strategy.shares and not isinstance(strategy, HetLora | FlexLora):
-        _refuse_ranks(scenario, scenario.method)
-    run_baseline(strategy, scenario, directory, console)
-
-
-def _refuse_ranks(scenario: Scenario, method: str) -> None:
-    named = [client.id for client in scenario.clients if client.rank]
-    if named:
+        raise ConfigurationError(f"there is no method {method!r}; known: {known}")
+    strategy = BASELINES[method][1]() if method in BASELINES else None
+    ranked = [client.id for client in scenario.clients if client.rank]
+    may_differ = strategy is not None and (not strategy.shares or isinstance(strategy, HetLora | FlexLora))
+    if ranked and not may_differ:
         raise ConfigurationError(
-            f"client {named[0]} names a rank of its own, which {method} cannot share; use hetlora or "
+            f"client {ranked[0]} names a rank of its own, which {method} cannot share; use hetlora or "
             "flexlora, or leave it out"
         )
+    if strategy is None:
+        simulate(with_variant(scenario), directory, console, reference_flops(scenario))
+    else:
+        run_baseline(strategy, scenario, directory, console)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run `fedmosaic methods`: list them."""
     if arguments and arguments[0] not in ("-h", "--help"):
         raise ConfigurationError(f"`fedmosaic methods` takes no arguments, got {arguments[0]!r}")
-    table = Table(title="Methods for `fedmosaic run --method NAME`")
-    for column in ("name", "what it is", "runs with"):
-        table.add_column(column)
+    table = Table("name", "what it is", "runs with", title="Methods for `fedmosaic run --method NAME`")
     for name, variant in VARIANTS.items():
         table.add_row(name, variant.description, "sessions, server, privacy")
     for name, (description, _) in BASELINES.items():

@@ -1,11 +1,9 @@
 """Ditto: a shared adapter, and a personal one near it."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from fedmosaic.client.model.loss import Batch, ExampleLosses, example_losses
@@ -24,6 +22,7 @@ class Ditto(Strategy):
 
     adapters: ClassVar[tuple[str, ...]] = (SHARED, PERSONAL)
     shares = True
+    scored_with = (PERSONAL,)
     passes = 2
 
     def train(self, trainer: Trainer) -> None:
@@ -33,12 +32,6 @@ class Ditto(Strategy):
             trainer.fit(_near(anchor), again=True)
         with using(trainer.model, [SHARED], [SHARED]):
             trainer.fit()
-
-    @contextmanager
-    def scored(self, model: PeftModel) -> Iterator[nn.Module]:
-        """The personal adapter alone."""
-        with using(model, [PERSONAL]):
-            yield model
 
 
 def _near(anchor: Sequence[torch.Tensor]) -> ExampleLosses:

@@ -1,15 +1,11 @@
 """FedDAT: shared and personal adapter teach each other."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import ClassVar
-
 import torch
 from peft import PeftModel
 from torch import nn
 
 from fedmosaic.client.model.loss import Batch, ExampleLosses
-from fedmosaic.experiments.methods.distillation import answer_logits, distilled
+from fedmosaic.experiments.methods.distillation import answer_logits, label_losses, soft_divergence
 from fedmosaic.experiments.methods.lora import read_adapter, using, write_adapter
 from fedmosaic.experiments.methods.strategy import PERSONAL, RECEIVED, SHARED, Strategy, Trainer
 
@@ -20,8 +16,10 @@ class FedDat(Strategy):
     Reference: Chen et al. (2024), arXiv 2308.12305.
     """
 
-    adapters: ClassVar[tuple[str, ...]] = (SHARED, PERSONAL, RECEIVED)
+    adapters = (SHARED, PERSONAL, RECEIVED)
     shares = True
+    scored_with = (RECEIVED, PERSONAL)
+    scored_scale = 0.5
 
     def train(self, trainer: Trainer) -> None:
         """Per batch: the shared adapter learns from the pair, the personal one from the shared one."""
@@ -29,24 +27,18 @@ class FedDat(Strategy):
         with using(trainer.model, self.adapters, [SHARED, PERSONAL]):
             trainer.fit(_mutual(trainer.model))
 
-    @contextmanager
-    def scored(self, model: PeftModel) -> Iterator[nn.Module]:
-        """The mean of the received and the personal adapter."""
-        with using(model, [RECEIVED, PERSONAL], scale=0.5):
-            yield model
-
 
 def _mutual(model: PeftModel) -> ExampleLosses:
     def losses(_model: nn.Module, batch: Batch) -> torch.Tensor:
-        def shared_logits() -> torch.Tensor:
-            with using(model, [SHARED], [SHARED]):
-                return answer_logits(model, batch)
-
-        def pair_logits() -> torch.Tensor:
-            with using(model, [RECEIVED, PERSONAL], [PERSONAL], scale=0.5):
-                return answer_logits(model, batch)
-
-        shared, pair = shared_logits(), pair_logits()
+        with using(model, [SHARED], [SHARED]):
+            shared = answer_logits(model, batch)
+        with using(model, [RECEIVED, PERSONAL], [PERSONAL], scale=0.5):
+            pair = answer_logits(model, batch)
         return distilled(shared, pair.detach(), batch) + distilled(pair, shared.detach(), batch)
 
     return losses
+
+
+def distilled(student: torch.Tensor, teacher: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """½ (cross entropy + T² KL(teacher ‖ student)) per example, (B,), of logits (B, K, V)."""
+    return 0.5 * (label_losses(student, batch) + soft_divergence(student, teacher, batch))

@@ -1,12 +1,5 @@
 """FedDPA: a shared adapter, then a personal one beside it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import ClassVar
-
-from peft import PeftModel
-from torch import nn
-
 from fedmosaic.experiments.methods.lora import using
 from fedmosaic.experiments.methods.strategy import PERSONAL, SHARED, Strategy, Trainer
 
@@ -20,8 +13,10 @@ class FedDpa(Strategy):
     Reference: Yang et al. (2024), arXiv 2403.19211.
     """
 
-    adapters: ClassVar[tuple[str, ...]] = (SHARED, PERSONAL)
+    adapters = (SHARED, PERSONAL)
     shares = True
+    scored_with = (SHARED, PERSONAL)
+    scored_scale = 0.5
 
     def train(self, trainer: Trainer) -> None:
         """An odd step goes to the personal adapter."""
@@ -30,9 +25,3 @@ class FedDpa(Strategy):
             trainer.fit(steps=half)
         with using(trainer.model, [SHARED, PERSONAL], [PERSONAL], scale=0.5):
             trainer.fit(steps=trainer.settings.steps - half)
-
-    @contextmanager
-    def scored(self, model: PeftModel) -> Iterator[nn.Module]:
-        """The mean of both adapters."""
-        with using(model, [SHARED, PERSONAL], scale=0.5):
-            yield model

@@ -1,59 +1,40 @@
 """FedMD: clients learn from the mean of what all say about public data."""
 
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
 
-from fedmosaic.experiments.methods.knowledge import (
-    Lesson,
-    Translator,
-    by_architecture,
-    learn,
-    mean_knowledge,
-    told,
-)
+import torch
+
+from fedmosaic.experiments.methods.knowledge import Knowledge, KnowledgeStrategy, Lesson
 from fedmosaic.experiments.methods.lora import Vector
-from fedmosaic.experiments.methods.strategy import (
-    SHARED,
-    TEACHER,
-    Exchange,
-    ServerSide,
-    Strategy,
-    check_uploads,
-)
+from fedmosaic.experiments.methods.strategy import ServerSide
 
 
-class FedMd(Strategy):
+class FedMd(KnowledgeStrategy):
     """Every client tells what it says about public examples and learns from the mean of all.
 
-    No weights leave. Probabilities are averaged, not logits: logits of different vocabularies have no common
-    scale. The first training on the public examples is left out, because the models are pretrained.
+    Probabilities are averaged, not logits: logits of different vocabularies have no common scale. The first
+    training on the public examples is left out, because the models are pretrained.
 
     Reference: Li and Wang (2019), arXiv 1910.03581.
     """
 
-    adapters: ClassVar[tuple[str, ...]] = (SHARED, TEACHER)
-    shares = True
+    def answer(self, server: ServerSide, opinions: Sequence[Sequence[Knowledge]]) -> list[Knowledge]:
+        """The consensus."""
+        return [mean_knowledge(about) for about in zip(*opinions, strict=True)]
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._translate = Translator()
+    def lesson(self, answer: Sequence[Knowledge], own: Sequence[Knowledge]) -> Lesson:
+        """All of it."""
+        return Lesson(answer)
 
-    def exchange(self, uploads: Mapping[str, Vector], servers: Mapping[str, ServerSide]) -> Exchange:
-        """Consensus, then every client digests it."""
-        check_uploads(uploads)
-        groups = list(by_architecture(uploads, servers))
-        said = told(groups)
-        received: dict[str, Vector] = {}
-        got: dict[str, int] = {}
-        for student, own in groups:
-            opinions = [self._translate(items, teacher, student) for teacher, items in said.values()]
-            consensus = [mean_knowledge(about) for about in zip(*opinions, strict=True)]
-            for name, vector in own.items():
-                received[name] = learn(student, vector, Lesson(consensus))
-                got[name] = sum(item.nbytes for item in consensus)
-        sent = {name: sum(item.nbytes for item in items) for name, (_, items) in said.items()}
-        return Exchange(received, sent, got)
-
-    def newcomer(self, alike: Mapping[str, Vector], architecture: str) -> Vector | None:
+    def for_unseen(self, alike: Mapping[str, Vector], architecture: str) -> Vector | None:
         """A fresh adapter: what members go on with is their own."""
         return None
+
+
+def mean_knowledge(items: Sequence[Knowledge]) -> Knowledge:
+    """The mean of several predictions about one answer, all in one vocabulary."""
+    return Knowledge(
+        torch.cat([item.tokens for item in items], dim=1),
+        torch.cat([item.probabilities for item in items], dim=1) / len(items),
+        sum(item.loss for item in items) / len(items),
+    )

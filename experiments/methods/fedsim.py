@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar
 
 from peft import PeftModel
 from torch import nn
@@ -18,7 +17,7 @@ class FedSim(Strategy):
     Reference: Pillutla et al. (2022), arXiv 2204.03809.
     """
 
-    adapters: ClassVar[tuple[str, ...]] = (SHARED, PERSONAL)
+    adapters = (SHARED, PERSONAL)
     shares = True
     alike = False
 

@@ -5,11 +5,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from fedmosaic.experiments.methods.fedavg import FedAvg
-from fedmosaic.experiments.methods.lora import (
-    Vector,
-)
-from fedmosaic.experiments.methods.matrices import pack, pad, unpack
-from fedmosaic.experiments.methods.strategy import ServerSide, check_uploads
+from fedmosaic.experiments.methods.lora import Vector
+from fedmosaic.experiments.methods.matrices import Matrices, pack, pad, unpack
+from fedmosaic.experiments.methods.strategy import ServerSide
 
 
 class HetLora(FedAvg):
@@ -23,29 +21,19 @@ class HetLora(FedAvg):
 
     def combine(self, uploads: Mapping[str, Vector], server: ServerSide) -> Mapping[str, Vector]:
         """Weights are ‖BA‖ over all modules, normalised over the clients; uniform while all are zero."""
-        check_uploads(uploads)
         names = sorted(uploads)
         parts = {name: unpack(uploads[name], server, name) for name in names}
         norms = np.array([np.sqrt(sum(_squared_norm(a, b) for a, b in parts[name])) for name in names])
         weights = norms / norms.sum() if norms.sum() > 0 else np.full(len(names), 1 / len(names))
         largest = max(server.ranks[name] for name in names)
-        padded = [
-            sum(w * pad(parts[name][m], largest)[0] for w, name in zip(weights, names, strict=True))
-            for m in range(len(parts[names[0]]))
-        ]
-        ups = [
-            sum(w * pad(parts[name][m], largest)[1] for w, name in zip(weights, names, strict=True))
-            for m in range(len(parts[names[0]]))
-        ]
-        return {
-            name: pack(
-                [
-                    (a[: server.ranks[name]], b[:, : server.ranks[name]])
-                    for a, b in zip(padded, ups, strict=True)
-                ]
-            )
-            for name in names
-        }
+        received: dict[str, Matrices] = {name: [] for name in names}
+        for module in range(len(parts[names[0]])):
+            padded = [pad(parts[name][module], largest) for name in names]
+            a, b = (np.tensordot(weights, np.stack(side), axes=1) for side in zip(*padded, strict=True))
+            for name in names:
+                rank = server.ranks[name]
+                received[name].append((a[:rank], b[:, :rank]))
+        return {name: pack(matrices) for name, matrices in received.items()}
 
 
 def _squared_norm(a: np.ndarray, b: np.ndarray) -> float:

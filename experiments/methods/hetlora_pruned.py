@@ -62,11 +62,11 @@ class HetLoraPruned(HetLora):
             for server in servers.values()
             for name in server.ranks
         }
-        return Exchange(
-            exchanged.received,
-            {name: round(count * shares[name]) for name, count in exchanged.sent.items()},
-            {name: round(count * shares[name]) for name, count in exchanged.got.items()},
+        sent, got = (
+            {name: round(count * shares[name]) for name, count in side.items()}
+            for side in (exchanged.sent, exchanged.got)
         )
+        return Exchange(exchanged.received, sent, got)
 
 
 def live_rank(matrices: Matrices) -> int:

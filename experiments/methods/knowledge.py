@@ -3,7 +3,8 @@
 Shape suffixes: B batch, T answer tokens (with the end of sequence), V vocabulary, N most likely tokens.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -11,13 +12,24 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fedmosaic.client.model.examples import IGNORED, answer_tokens, collate
+from fedmosaic.client.model.examples import answer_tokens, collate
 from fedmosaic.client.model.loss import Batch, ExampleLosses, on_device_of, training_mode
 from fedmosaic.client.model.sampling import EpochSampler
 from fedmosaic.client.model.training import train_local
-from fedmosaic.experiments.methods.distillation import answer_labels, answer_logits
+from fedmosaic.experiments.methods.distillation import (
+    answer_labels,
+    answer_logits,
+    label_losses,
+    soft_divergence,
+)
 from fedmosaic.experiments.methods.lora import Vector, read_adapter, using, write_adapter
-from fedmosaic.experiments.methods.strategy import SHARED, TEACHER, ServerSide
+from fedmosaic.experiments.methods.strategy import (
+    SHARED,
+    TEACHER,
+    Exchange,
+    ServerSide,
+    Strategy,
+)
 from fedmosaic.experiments.methods.vocabulary import VocabularyMap, answer_spans
 from fedmosaic.protos.errors import ModelError
 
@@ -32,8 +44,6 @@ MOST_LIKELY: Final = 128
 
 _LEAST: Final = 1e-4
 """Of the most likely token's probability; what is below is not told."""
-
-_BYTES: Final = 4 + 4
 
 
 @dataclass(frozen=True)
@@ -53,19 +63,13 @@ class Knowledge:
     @property
     def nbytes(self) -> int:
         """Bytes of this on the way: a token and a probability of four bytes each, and the loss."""
-        return self.tokens.numel() * _BYTES + 4
+        return self.tokens.numel() * 8 + 4
 
 
 def knowledge_of(server: ServerSide, adapters: Sequence[Vector], temperature: float = 1.0) -> list[Knowledge]:
-    """What the mean of several models' logits says about the public examples.
+    """What the mean of several models' logits says about each public example, in order.
 
-    Args:
-        server: of the models' architecture; its teacher adapter is overwritten.
-        adapters: one or more.
-        temperature: of the probabilities; the loss is at temperature 1.
-
-    Returns:
-        One item per public example, in order.
+    The probabilities are at the temperature, the loss at 1. Overwrites the server's teacher adapter.
     """
     found: list[Knowledge] = []
     size = server.settings.per_device_train_batch_size
@@ -73,7 +77,7 @@ def knowledge_of(server: ServerSide, adapters: Sequence[Vector], temperature: fl
     with training_mode(server.model, False), torch.no_grad():
         for start in range(0, len(public), size):
             batch = on_device_of(server.model, collate(public[start : start + size], server.pad_token_id))
-            logits = _mean_logits(server, adapters, batch)
+            logits = mean_logits(server, adapters, batch)
             labels, mask = answer_labels(batch)
             for row in range(len(logits)):
                 own_TV = logits[row, mask[row]].cpu()
@@ -84,16 +88,17 @@ def knowledge_of(server: ServerSide, adapters: Sequence[Vector], temperature: fl
     return found
 
 
-def _mean_logits(server: ServerSide, adapters: Sequence[Vector], batch: Batch) -> torch.Tensor:
-    if not adapters:
-        raise ModelError("there is no model to ask; give one adapter at least")
+def mean_logits(server: ServerSide, adapters: Sequence[Vector], batch: Batch) -> torch.Tensor:
+    """Mean of several models' `answer_logits`; overwrites the server's teacher adapter."""
     total: torch.Tensor | None = None
     for vector in adapters:
         write_adapter(server.model, TEACHER, vector)
         with using(server.model, [TEACHER]):
             logits = answer_logits(server.model, batch) / len(adapters)
         total = logits if total is None else total + logits
-    return torch.as_tensor(total)
+    if total is None:
+        raise ModelError("there is no model to ask; give one adapter at least")
+    return total
 
 
 class Translator:
@@ -110,13 +115,9 @@ class Translator:
         Where both tokenizers cut the characters of an answer at the same places, the first of the target's
         tokens between two cuts gets the mean of the source's predictions there; all others get the token
         that stands there.
-
-        Args:
-            knowledge: of the source, by public example.
-            source: where it comes from.
-            target: whom it is for.
         """
-        if source.architecture == target.architecture or _same_tokens(source, target):
+        same = source.architecture == target.architecture
+        if same or source.tokenizer.get_vocab() == target.tokenizer.get_vocab():
             return list(knowledge)
         key = (source.architecture, target.architecture)
         if key not in self._maps:
@@ -127,14 +128,13 @@ class Translator:
         ]
 
 
-def _same_tokens(source: ServerSide, target: ServerSide) -> bool:
-    return source.tokenizer.get_vocab() == target.tokenizer.get_vocab()
-
-
 def _translated(
     item: Knowledge, answer: str, source: ServerSide, target: ServerSide, mapped: VocabularyMap
 ) -> Knowledge:
-    truth = [*answer_tokens(target.tokenizer, answer), _end(target)]
+    end = target.tokenizer.eos_token_id
+    if not isinstance(end, int):
+        raise ModelError("the tokenizer has no end-of-sequence token")
+    truth = [*answer_tokens(target.tokenizer, answer), end]
     spans = answer_spans(source.tokenizer, target.tokenizer, answer)
     spans.append(((len(item.tokens) - 1,), (len(truth) - 1,)))
     rows: list[dict[int, float]] = [{token: 1.0} for token in truth]
@@ -153,22 +153,6 @@ def _translated(
         tokens_TN[place, : len(row)] = torch.tensor(list(row))
         shares_TN[place, : len(row)] = torch.tensor(list(row.values()))
     return Knowledge(tokens_TN, shares_TN / shares_TN.sum(-1, keepdim=True), item.loss)
-
-
-def _end(server: ServerSide) -> int:
-    end = server.tokenizer.eos_token_id
-    if not isinstance(end, int):
-        raise ModelError("the tokenizer has no end-of-sequence token")
-    return end
-
-
-def mean_knowledge(items: Sequence[Knowledge]) -> Knowledge:
-    """The mean of several predictions about one answer, all in one vocabulary."""
-    return Knowledge(
-        torch.cat([item.tokens for item in items], dim=1),
-        torch.cat([item.probabilities for item in items], dim=1) / len(items),
-        sum(item.loss for item in items) / len(items),
-    )
 
 
 def cross_entropies(
@@ -199,17 +183,16 @@ def cross_entropies(
     return torch.stack(losses)
 
 
-class Remembering(EpochSampler):
+class _Remembering(EpochSampler):
     """Remembers which examples it gave last, so that a loss can look up what belongs to them."""
 
-    def __init__(self, size: int, seed: int) -> None:
-        super().__init__(size, seed)
-        self.latest: list[int] = []
+    latest: Sequence[int] = ()
 
     def take(self, count: int) -> list[int]:
         """See `EpochSampler.take`."""
-        self.latest = super().take(count)
-        return self.latest
+        taken = super().take(count)
+        self.latest = taken
+        return taken
 
 
 @dataclass(frozen=True)
@@ -234,21 +217,14 @@ class Lesson:
 
 
 def learn(server: ServerSide, start: Vector, lesson: Lesson, steps: int = STEPS) -> Vector:
-    """Train an adapter on public examples towards what others said about them.
+    """Train a student's adapter on public examples towards what others said about them.
 
-    Args:
-        server: of the student's architecture; its shared adapter is overwritten.
-        start: the student's adapter.
-        lesson: what to learn.
-        steps: optimizer steps.
-
-    Returns:
-        The student's adapter afterwards; `start` itself where there is nothing to learn from.
+    Overwrites the server's shared and teacher adapters. Gives `start` back where there is nothing to learn.
     """
     if not lesson.label_weight and all(target is None for target in lesson.targets):
         return start
     public = server.public[: len(lesson.targets)]
-    order = Remembering(len(public), server.settings.seed)
+    order = _Remembering(len(public), server.settings.seed)
     write_adapter(server.model, SHARED, start)
     write_adapter(server.model, TEACHER, start)
     with using(server.model, [SHARED], [SHARED]):
@@ -263,43 +239,59 @@ def learn(server: ServerSide, start: Vector, lesson: Lesson, steps: int = STEPS)
     return read_adapter(server.model, SHARED)
 
 
-def _lesson_losses(server: ServerSide, lesson: Lesson, order: Remembering) -> ExampleLosses:
+def _lesson_losses(server: ServerSide, lesson: Lesson, order: _Remembering) -> ExampleLosses:
     def losses(model: nn.Module, batch: Batch) -> torch.Tensor:
-        # First what it said at the start: switching adapters must not come between the loss and its graph.
-        with torch.no_grad(), using(server.model, [TEACHER] if lesson.anchor_weight else []):
-            begun = answer_logits(server.model, batch) if lesson.anchor_weight else None
+        begun: torch.Tensor | None = None
+        if lesson.anchor_weight:
+            # Before the student's: switching adapters must not come between the loss and its graph.
+            with torch.no_grad(), using(server.model, [TEACHER]):
+                begun = answer_logits(server.model, batch)
         logits = answer_logits(model, batch)
         targets = [lesson.targets[i] for i in order.latest]
         total = lesson.weight * cross_entropies(logits, batch, targets, lesson.temperature)
-        labels, mask = answer_labels(batch)
         if begun is not None:
-            t = lesson.anchor_temperature
-            soft = -((begun / t).softmax(-1) * (logits / t).log_softmax(-1)).sum(-1)
-            total = total + lesson.anchor_weight * t * t * (soft * mask).sum(1) / mask.sum(1)
+            kept = soft_divergence(logits, begun, batch, lesson.anchor_temperature)
+            total = total + lesson.anchor_weight * kept
         if lesson.label_weight:
-            hard = functional.cross_entropy(
-                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
-            ).view_as(labels)
-            total = total + lesson.label_weight * (hard * mask).sum(1) / mask.sum(1)
+            total = total + lesson.label_weight * label_losses(logits, batch)
         return total
 
     return losses
 
 
-def by_architecture(
-    uploads: Mapping[str, Vector], servers: Mapping[str, ServerSide]
-) -> Iterator[tuple[ServerSide, dict[str, Vector]]]:
-    """Every architecture with its clients' adapters."""
-    for server in servers.values():
-        yield server, {name: uploads[name] for name in sorted(server.ranks)}
+class KnowledgeStrategy(Strategy):
+    """Clients tell what they say about public examples, and learn from what comes back. No weights leave."""
 
+    adapters = (SHARED, TEACHER)
+    shares = True
 
-def told(
-    groups: Iterable[tuple[ServerSide, Mapping[str, Vector]]],
-) -> dict[str, tuple[ServerSide, list[Knowledge]]]:
-    """What every client's adapter says about the public examples, with the server's side that read it."""
-    return {
-        name: (server, knowledge_of(server, [vector]))
-        for server, own in groups
-        for name, vector in own.items()
-    }
+    def __init__(self) -> None:
+        super().__init__()
+        self._translate = Translator()
+
+    @abstractmethod
+    def answer(self, server: ServerSide, opinions: Sequence[Sequence[Knowledge]]) -> list[Knowledge]:
+        """What the server tells an architecture's clients, from all clients' opinions in its vocabulary."""
+
+    @abstractmethod
+    def lesson(self, answer: Sequence[Knowledge], own: Sequence[Knowledge]) -> Lesson:
+        """What a client learns from the server's answer."""
+
+    def exchange(self, uploads: Mapping[str, Vector], servers: Mapping[str, ServerSide]) -> Exchange:
+        """All say what they know; then every architecture's clients get an answer and learn from it."""
+        said = {
+            name: (server, knowledge_of(server, [uploads[name]]))
+            for server in servers.values()
+            for name in sorted(server.ranks)
+        }
+        received: dict[str, Vector] = {}
+        got: dict[str, int] = {}
+        for server in servers.values():
+            answer = self.answer(
+                server, [self._translate(items, teller, server) for teller, items in said.values()]
+            )
+            for name in sorted(server.ranks):
+                received[name] = learn(server, uploads[name], self.lesson(answer, said[name][1]))
+                got[name] = sum(item.nbytes for item in answer)
+        sent = {name: sum(item.nbytes for item in items) for name, (_, items) in said.items()}
+        return Exchange(received, sent, got)

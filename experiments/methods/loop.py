@@ -7,48 +7,44 @@ of a FedMosaic run.
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
-import torch
+from peft import PeftModel
 from rich.console import Console
 from safetensors.numpy import load_file as load_vectors
 from safetensors.numpy import save_file as save_vectors
 from safetensors.torch import load_file, save_file
 
-from fedmosaic.client.model.examples import (
-    EncodedExample,
-    encode_examples,
-    padding_token,
-    read_public_examples,
-)
+from fedmosaic.client.client import RESULT
+from fedmosaic.client.model.examples import EncodedExample, encode_examples, read_public_examples
 from fedmosaic.client.model.sampling import EpochSampler
+from fedmosaic.client.model.training import TrainingSettings
 from fedmosaic.client.transport.traffic import Traffic
-from fedmosaic.experiments.methods.cost import baseline_flops, reference_flops
+from fedmosaic.experiments.methods.local import LocalOnly
 from fedmosaic.experiments.methods.lora import Vector, load_with_lora
-from fedmosaic.experiments.methods.strategy import ServerSide, Strategy, Trainer
-from fedmosaic.experiments.scenario.newcomers import adapt, add_newcomer, read_newcomers
+from fedmosaic.experiments.methods.strategy import ServerSide, Strategy, Trainer, check_uploads
 from fedmosaic.experiments.scenario.participants import (
-    Board,
+    Evaluation,
+    TestSet,
     add_evaluation,
-    as_result,
+    before_and_after,
     client_seed,
     client_stream,
-    newcomer_seed,
-    read_evaluations,
     training_examples,
 )
 from fedmosaic.experiments.scenario.streams import InOrder, Stream
 from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient
-from fedmosaic.experiments.simulation.compute import client_examples, equal_steps, training_cost
-from fedmosaic.experiments.simulation.hosts import ModelHost, Tenant
+from fedmosaic.experiments.simulation.compute import Train, by_client, equal_steps, step_flops, training_cost
+from fedmosaic.experiments.simulation.models import AdapterState, SharedModel, shared_model
 from fedmosaic.experiments.simulation.progress import RunProgress
-from fedmosaic.experiments.simulation.sight import give_client_sight
+from fedmosaic.experiments.simulation.unseen import FRESH, adapt_unseen
 from fedmosaic.privacy.files import write_atomically
 
-_SERVER = "server.safetensors"
+_SERVER: Final = "server.safetensors"
 
 
 @dataclass
@@ -56,13 +52,13 @@ class _Member:
     """One client of a baseline."""
 
     entry: ScenarioClient
-    host: ModelHost
+    shared: SharedModel
     stream: Stream | None
     encoded: Mapping[str, EncodedExample]
     order: EpochSampler
-    seed: int
+    settings: TrainingSettings
     state: Path
-    tenant: Tenant = field(default_factory=Tenant)
+    adapter: AdapterState = field(default_factory=AdapterState)
     traffic: Traffic = field(default_factory=Traffic)
 
     def data(self, round_number: int) -> tuple[list[EncodedExample], EpochSampler]:
@@ -70,209 +66,169 @@ class _Member:
         if self.stream is None:
             return list(self.encoded.values()), self.order
         drawn = [self.encoded[example.id] for example in self.stream.training(round_number)]
-        return drawn, InOrder(len(drawn), self.seed, round_number)
+        return drawn, InOrder(len(drawn), self.settings.seed, round_number)
 
 
 def run_baseline(strategy: Strategy, scenario: Scenario, directory: Path, console: Console) -> None:
-    """Run a baseline to its end, or go on with it after the last complete round.
-
-    Args:
-        strategy: the method.
-        scenario: paths resolved; adapter.rank is the rank of clients that name none.
-        directory: the run's directory.
-        console: where progress is shown.
+    """Run a baseline to its end, or go on with it after the last complete round in the run's directory.
 
     Raises:
         FedMosaicError: the scenario cannot be run.
     """
     started = time.monotonic()
-    board = Board(scenario)
-    members = _members(strategy, scenario, directory)
-    flops = _measure(strategy, scenario, members)
-    if scenario.equal_compute:
-        # The streams and the progress depend on the number of steps.
-        scenario = equal_steps(scenario, flops, reference_flops(scenario))
-        members = _members(strategy, scenario, directory)
+    evaluation = Evaluation(scenario)
+    models = _models(strategy, scenario)
+    flops = _measure(strategy, scenario, models)
+    # The streams and the progress depend on the number of steps.
+    scenario = equal_steps(scenario, flops, reference_flops(scenario))
+    members = [_member(scenario, models, directory, index) for index in range(len(scenario.clients))]
     first = _resume(directory, members, strategy) + 1
-    steps = scenario.training.steps * strategy.passes
-    with RunProgress(console, steps * scenario.schedule.rounds * len(members)) as progress:
-        progress.skip((first - 1) * steps * len(members))
-        _score_untrained(board, strategy, members)
+    steps = scenario.training.steps * strategy.passes * len(members)
+    with RunProgress(console, steps * scenario.schedule.rounds) as progress:
+        progress.skip((first - 1) * steps)
+        _score_untrained(evaluation, strategy, members)
         for number in range(first, scenario.schedule.rounds + 1):
             uploads: dict[str, Vector] = {}
             for member in members:
-                upload = _take_part(strategy, scenario, board, member, number, progress)
-                if upload is not None:
-                    uploads[member.entry.id] = upload
+                _train(strategy, member, number, progress)
+                if number in scenario.rounds_to_score():
+                    with (
+                        member.shared.with_adapter(member.adapter) as model,
+                        strategy.scored(model) as scored,
+                    ):
+                        scores = evaluation.score(scored, member.shared.tokenizer, member.entry.id)
+                    add_evaluation(member.state, number, scores)
+                if strategy.shares:
+                    uploads[member.entry.id] = _upload(strategy, member)
             if strategy.shares:
                 _share(strategy, scenario, members, uploads)
             _save(directory, number, members, strategy)
     for member in members:
         cost = training_cost(scenario, flops[member.entry.id])
         _write_result(strategy, member, time.monotonic() - started, cost)
-    for number, entry in enumerate(scenario.unseen):
-        _adapt_newcomer(strategy, scenario, board, members, directory, number, entry)
+    _adapt_unseen(strategy, scenario, evaluation, directory, members, models)
 
 
-def _adapt_newcomer(
-    strategy: Strategy,
-    scenario: Scenario,
-    board: Board,
-    members: list[_Member],
-    directory: Path,
-    number: int,
-    entry: ScenarioClient,
-) -> None:
-    """Let an unseen client begin with what the method gives it, unless an earlier process has done it."""
-    if any(newcomer.id == entry.id for newcomer in read_newcomers(directory)):
-        return
-    rank = entry.rank or scenario.adapter.rank
-    alike = [
-        m
-        for m in members
-        if _architecture(m.entry) == _architecture(entry) and (m.entry.rank or scenario.adapter.rank) == rank
-    ]
-    host = alike[0].host if alike else _host(strategy, scenario, entry)
-    received: dict[str, Vector] = {}
-    for member in alike:
-        with member.host.lent_to(member.tenant) as model:
-            received[member.entry.id] = strategy.upload(model)
-    given = strategy.newcomer(received, _architecture(entry))
-    examples = [example for task in training_examples(entry) for example in task]
-    encoded = encode_examples(host.tokenizer, examples, scenario.training.max_length)
-    seed = newcomer_seed(scenario, number)
-    order = EpochSampler(len(encoded), seed)
-    with host.lent_to(Tenant()) as model:
-        if given is not None:
-            strategy.receive(model, given)
+def reference_flops(scenario: Scenario) -> dict[str, float]:
+    """Operations of a step of plain LoRA without any exchange, by client; loads each model once for it.
 
-        def train(steps: int) -> None:
-            settings = scenario.training.model_copy(update={"seed": seed, "steps": steps})
-            strategy.train(Trainer(model, encoded, order, settings, padding_token(host.tokenizer)))
-
-        def score() -> dict[str, float]:
-            with strategy.scored(model) as scored:
-                return board.score(scored, host.tokenizer, board.of_newcomer(entry.id))
-
-        words = "a fresh adapter" if given is None else "the shared adapter of its architecture"
-        add_newcomer(directory, adapt(scenario, entry.id, words, train, score))
+    Empty unless the scenario asks for equal compute.
+    """
+    if not scenario.equal_compute:
+        return {}
+    return _measure(LocalOnly(), scenario, _models(LocalOnly(), scenario))
 
 
-def _host(strategy: Strategy, scenario: Scenario, client: ScenarioClient) -> ModelHost:
-    rank = client.rank or scenario.adapter.rank
-    seed = scenario.adapter.basis_seed + scenario.seed
-    model, tokenizer = load_with_lora(
-        client.model, scenario.adapter, strategy.adapters, rank, seed, alike=strategy.alike
-    )
-    return ModelHost(model, give_client_sight(scenario, client, model, tokenizer))
+def _key(scenario: Scenario, client: ScenarioClient) -> tuple[str, int]:
+    """Clients with the same one share a model; those of one architecture can average their adapters."""
+    return client.architecture, client.rank or scenario.adapter.rank
 
 
-def _members(strategy: Strategy, scenario: Scenario, directory: Path) -> list[_Member]:
-    hosts: dict[tuple[str, int], ModelHost] = {}
-    members = []
-    for index, client in enumerate(scenario.clients):
-        rank = client.rank or scenario.adapter.rank
-        key = (_architecture(client), rank)
-        if key not in hosts:
-            hosts[key] = _host(strategy, scenario, client)
-        tasks = training_examples(client)
-        examples = [example for task in tasks for example in task]
-        encoded = encode_examples(hosts[key].tokenizer, examples, scenario.training.max_length)
-        seed = client_seed(scenario, index)
-        state = directory / "federation" / "clients" / client.id / "state"
-        state.mkdir(parents=True, exist_ok=True)
-        members.append(
-            _Member(
-                client,
-                hosts[key],
-                client_stream(scenario, index),
-                {example.id: example for example in encoded},
-                EpochSampler(len(encoded), seed),
-                seed,
-                state,
+def _models(strategy: Strategy, scenario: Scenario) -> dict[tuple[str, int], SharedModel]:
+    models: dict[tuple[str, int], SharedModel] = {}
+    for client in (*scenario.clients, *scenario.unseen):
+        key = _key(scenario, client)
+        if key not in models:
+            seed = scenario.adapter.basis_seed + scenario.seed
+            loaded = load_with_lora(
+                client.model, scenario.adapter, strategy.adapters, key[1], seed, alike=strategy.alike
             )
-        )
-    return members
+            models[key] = shared_model(scenario, client, *loaded)
+    return models
 
 
-def _measure(strategy: Strategy, scenario: Scenario, members: list[_Member]) -> dict[str, float]:
+def _member(
+    scenario: Scenario, models: Mapping[tuple[str, int], SharedModel], directory: Path, index: int
+) -> _Member:
+    entry, seed = scenario.clients[index], client_seed(scenario, index)
+    shared = models[_key(scenario, entry)]
+    encoded = encode_examples(shared.tokenizer, training_examples(entry), scenario.training.max_length)
+    state = directory / "federation" / "clients" / entry.id / "state"
+    state.mkdir(parents=True, exist_ok=True)
+    return _Member(
+        entry,
+        shared,
+        client_stream(scenario, index),
+        {example.id: example for example in encoded},
+        EpochSampler(len(encoded), seed),
+        scenario.training.model_copy(update={"seed": seed}),
+        state,
+    )
+
+
+def _by_itself(strategy: Strategy) -> Train:
+    def train(
+        shared: SharedModel,
+        examples: Sequence[EncodedExample],
+        order: EpochSampler,
+        settings: TrainingSettings,
+    ) -> None:
+        strategy.train(Trainer(shared.model, examples, order, settings, shared.pad_token_id))
+
+    return train
+
+
+def _measure(
+    strategy: Strategy, scenario: Scenario, models: Mapping[tuple[str, int], SharedModel]
+) -> dict[str, float]:
     """Operations of a training step, by client; measured once per model in memory."""
-    known: dict[int, float] = {}
-    for member in members:
-        if id(member.host) not in known:
-            examples = client_examples(scenario, member.entry, member.host)
-            known[id(member.host)] = baseline_flops(strategy, member.host, examples, scenario.training)
-    return {member.entry.id: known[id(member.host)] for member in members}
+    return by_client(
+        scenario.clients,
+        lambda client: _key(scenario, client),
+        lambda client: step_flops(scenario, client, models[_key(scenario, client)], _by_itself(strategy)),
+    )
 
 
-def _architecture(client: ScenarioClient) -> str:
-    """Clients with the same one can average their adapters."""
-    return f"{client.model.model_dump_json()} {client.projector or ''}"
+def _score_untrained(evaluation: Evaluation, strategy: Strategy, members: Sequence[_Member]) -> None:
+    by_id = {member.entry.id: member for member in members}
+
+    def score(name: str, test: TestSet) -> float:
+        member = by_id[name]
+        with member.shared.with_adapter(member.adapter) as model, strategy.scored(model) as scored:
+            return evaluation.score_set(scored, member.shared.tokenizer, test)
+
+    evaluation.score_untrained(
+        {name: member.state for name, member in by_id.items()},
+        {name: id(member.shared) for name, member in by_id.items()},
+        score,
+    )
 
 
-def _score_untrained(board: Board, strategy: Strategy, members: list[_Member]) -> None:
-    cache: dict[tuple[int, str, int], float] = {}
-    for member in members:
-        if 0 in read_evaluations(member.state) or not board.chosen(member.entry.id):
-            continue
-        scores = {}
-        for test in board.chosen(member.entry.id):
-            place = (id(member.host), test.label, len(test.examples))
-            if place not in cache:
-                with member.host.lent_to(member.tenant) as model, strategy.scored(model) as scored:
-                    cache |= {place: board.score(scored, member.host.tokenizer, [test])[test.label]}
-            scores[test.label] = cache[place]
-        add_evaluation(member.state, 0, scores)
-
-
-def _take_part(
-    strategy: Strategy,
-    scenario: Scenario,
-    board: Board,
-    member: _Member,
-    number: int,
-    progress: RunProgress,
-) -> Vector | None:
-    """One client's round: train, score if due, and what it uploads."""
+def _train(strategy: Strategy, member: _Member, number: int, progress: RunProgress) -> None:
     examples, order = member.data(number)
-    with member.host.lent_to(member.tenant) as model:
+    with member.shared.with_adapter(member.adapter) as model:
         strategy.train(
             Trainer(
-                model,
-                examples,
-                order,
-                scenario.training.model_copy(update={"seed": member.seed}),
-                padding_token(member.host.tokenizer),
+                model, examples, order, member.settings, member.shared.pad_token_id,
                 lambda: progress.add(1, member.entry.id, number),
             )
-        )
-        if number in scenario.rounds_to_score():
-            with strategy.scored(model) as scored:
-                scores = board.score(scored, member.host.tokenizer, board.chosen(member.entry.id))
-            add_evaluation(member.state, number, scores)
-        if not strategy.shares:
-            return None
+        )  # fmt: skip
+
+
+def _upload(strategy: Strategy, member: _Member) -> Vector:
+    with member.shared.with_adapter(member.adapter) as model:
         return strategy.upload(model)
 
 
 def _share(
-    strategy: Strategy, scenario: Scenario, members: list[_Member], uploads: Mapping[str, Vector]
+    strategy: Strategy, scenario: Scenario, members: Sequence[_Member], uploads: Mapping[str, Vector]
 ) -> None:
     """Let the server do its part, and hand out what it gives."""
+    check_uploads(uploads)
     public = read_public_examples(scenario.profile.public_data)
     servers: dict[str, ServerSide] = {}
     with ExitStack() as lent:
-        for key in sorted({_architecture(member.entry) for member in members}):
-            group = [member for member in members if _architecture(member.entry) == key]
-            host = group[0].host
-            servers[key] = ServerSide(
-                lent.enter_context(host.lent_to(Tenant())),
-                encode_examples(host.tokenizer, public, scenario.training.max_length),
-                padding_token(host.tokenizer),
+        for architecture in sorted({member.entry.architecture for member in members}):
+            group = [member for member in members if member.entry.architecture == architecture]
+            shared = group[0].shared
+            servers[architecture] = ServerSide(
+                lent.enter_context(shared.with_adapter(AdapterState())),
+                encode_examples(shared.tokenizer, public, scenario.training.max_length),
+                shared.pad_token_id,
                 scenario.training,
-                {member.entry.id: member.entry.rank or scenario.adapter.rank for member in group},
-                key,
-                host.tokenizer,
+                {member.entry.id: _key(scenario, member.entry)[1] for member in group},
+                architecture,
+                shared.tokenizer,
                 public,
             )
         exchanged = strategy.exchange(uploads, servers)
@@ -280,27 +236,47 @@ def _share(
         name = member.entry.id
         member.traffic.sent("adapter", exchanged.sent[name])
         member.traffic.received("adapter", exchanged.got[name])
-        with member.host.lent_to(member.tenant) as model:
+        with member.shared.with_adapter(member.adapter) as model:
             strategy.receive(model, exchanged.received[name])
+
+
+def _adapt_unseen(
+    strategy: Strategy,
+    scenario: Scenario,
+    evaluation: Evaluation,
+    directory: Path,
+    members: Sequence[_Member],
+    models: Mapping[tuple[str, int], SharedModel],
+) -> None:
+    # Read before an unseen client's own adapter is in the model.
+    received = {member.entry.id: _upload(strategy, member) for member in members if scenario.unseen}
+
+    def begin(model: PeftModel, entry: ScenarioClient) -> str:
+        key = _key(scenario, entry)
+        alike = {m.entry.id: received[m.entry.id] for m in members if _key(scenario, m.entry) == key}
+        given = strategy.for_unseen(alike, entry.architecture)
+        if given is None:
+            return FRESH
+        strategy.receive(model, given)
+        return "the shared adapter of its architecture"
+
+    adapt_unseen(
+        scenario, evaluation, directory, lambda entry: models[_key(scenario, entry)], begin,
+        _by_itself(strategy), strategy.scored,
+    )  # fmt: skip
 
 
 def _place(directory: Path, number: int) -> Path:
     return directory / "baseline" / f"round-{number:04d}"
 
 
-def _save(directory: Path, number: int, members: list[_Member], strategy: Strategy) -> None:
+def _save(directory: Path, number: int, members: Sequence[_Member], strategy: Strategy) -> None:
     """Everything that the next round starts from, in a directory renamed into place."""
     temporary = _place(directory, number).with_name("saving")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for member in members:
-        with member.host.lent_to(member.tenant) as model:
-            tensors = {
-                name: parameter.detach().clone().contiguous()
-                for name, parameter in model.named_parameters()
-                if "lora_" in name
-            }
-        save_file(tensors, temporary / f"{member.entry.id}.safetensors")
+        save_file(member.shared.read(member.adapter), temporary / f"{member.entry.id}.safetensors")
     state = {m.entry.id: {"order": m.order.state_dict(), "traffic": m.traffic.as_dict()} for m in members}
     (temporary / "members.json").write_text(json.dumps(state))
     save_vectors(strategy.server_state, temporary / _SERVER)
@@ -310,8 +286,7 @@ def _save(directory: Path, number: int, members: list[_Member], strategy: Strate
             shutil.rmtree(old)
 
 
-@torch.no_grad()
-def _resume(directory: Path, members: list[_Member], strategy: Strategy) -> int:
+def _resume(directory: Path, members: Sequence[_Member], strategy: Strategy) -> int:
     """Load the last complete round; returns its number, 0 if there is none."""
     found = sorted((directory / "baseline").glob("round-*"))
     if not found:
@@ -320,7 +295,7 @@ def _resume(directory: Path, members: list[_Member], strategy: Strategy) -> int:
     state = json.loads((place / "members.json").read_text())
     for member in members:
         name = member.entry.id
-        member.tenant.tensors = load_file(place / f"{name}.safetensors")
+        member.adapter.tensors = load_file(place / f"{name}.safetensors")
         member.order.load_state_dict(state[name]["order"])
         sums = state[name]["traffic"]["adapter"]
         member.traffic.sent("adapter", sums["sent"])
@@ -330,19 +305,12 @@ def _resume(directory: Path, members: list[_Member], strategy: Strategy) -> int:
 
 
 def _write_result(strategy: Strategy, member: _Member, seconds: float, cost: Mapping[str, float]) -> None:
-    evaluations = read_evaluations(member.state)
-    scores = (
-        {
-            "before": as_result(member.entry.id, evaluations[0]),
-            "after": as_result(member.entry.id, evaluations[max(evaluations)]),
-        }
-        if evaluations
-        else {}
-    )
-    result = {**scores, **cost} | {
+    result = {
+        **before_and_after(member.entry.id, member.state),
+        **cost,
         "seconds": seconds,
         "traffic": member.traffic.as_dict(),
         # What is shared leaves in the clear, and what is not shared does not leave at all.
         "epsilon": "inf" if strategy.shares else "0",
     }
-    write_atomically(member.state / "result.json", json.dumps(result, indent=2).encode())
+    write_atomically(member.state / RESULT, json.dumps(result, indent=2).encode())

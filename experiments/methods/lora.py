@@ -35,13 +35,8 @@ def load_with_lora(
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load a base model and put LoRA adapters on it that add nothing at first (B = 0).
 
-    Args:
-        settings: where the model comes from.
-        terms: modules to adapt, and α over rank, which every rank keeps.
-        names: of the adapters.
-        rank: of all of them.
-        seed: of the initial A.
-        alike: all adapters start with the same A, else each with its own.
+    α over rank is that of the terms for every rank. The seed is of the initial A; with `alike` all adapters
+    start with the same one.
 
     Raises:
         ModelError: the model cannot be loaded, or lacks the modules.
@@ -124,11 +119,7 @@ def using(
 ) -> Iterator[None]:
     """Let some adapters take part in the forward pass, and train some of them; switches back afterwards.
 
-    Args:
-        model: with LoRA adapters.
-        active: adapters whose outputs are added.
-        trainable: adapters that are trained, all others frozen.
-        scale: factor on every active adapter's output; 0.5 makes the sum of two their mean.
+    `scale` is a factor on every active adapter's output; 0.5 makes the sum of two their mean.
     """
     layers = [layer for _, layer in lora_layers(model)]
     before = [(list(layer.active_adapters), dict(layer.scaling)) for layer in layers]
@@ -173,11 +164,8 @@ class SummedLogits(nn.Module):
     ) -> _Output:
         """Logits (B, K, V) at the chosen positions; nothing is cached between adapters."""
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-        total: torch.Tensor | None = None
+        parts = []
         for adapter in self._adapters:
             with using(self.inner, [adapter], self._trainable):
-                part = logits_at(self.inner, batch, logits_to_keep).float()
-            total = part if total is None else total + part
-        if total is None:
-            raise ModelError("no adapter to sum over; name one at least")
-        return _Output(total)
+                parts.append(logits_at(self.inner, batch, logits_to_keep).float())
+        return _Output(torch.stack(parts).sum(dim=0))

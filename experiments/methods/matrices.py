@@ -4,14 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedmosaic.experiments.methods.lora import (
-    Vector,
-    factors,
-)
-from fedmosaic.experiments.methods.strategy import (
-    SHARED,
-    ServerSide,
-)
+from fedmosaic.experiments.methods.lora import Vector, factors
+from fedmosaic.experiments.methods.strategy import SHARED, ServerSide
 from fedmosaic.protos.errors import ModelError
 
 Matrices = list[tuple[np.ndarray, np.ndarray]]

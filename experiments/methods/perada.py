@@ -8,21 +8,11 @@ from torch import nn
 
 from fedmosaic.client.model.loss import Batch, ExampleLosses
 from fedmosaic.client.model.training import train_local
-from fedmosaic.experiments.methods.distillation import (
-    DISTILLATION_TEMPERATURE,
-    answer_labels,
-    answer_logits,
-    soft_divergence,
-)
+from fedmosaic.experiments.methods.distillation import answer_logits, soft_divergence
 from fedmosaic.experiments.methods.ditto import Ditto
+from fedmosaic.experiments.methods.knowledge import mean_logits
 from fedmosaic.experiments.methods.lora import Vector, read_adapter, using, write_adapter
-from fedmosaic.experiments.methods.strategy import (
-    PERSONAL,
-    SHARED,
-    TEACHER,
-    ServerSide,
-)
-from fedmosaic.protos.errors import ModelError
+from fedmosaic.experiments.methods.strategy import PERSONAL, SHARED, TEACHER, ServerSide
 
 
 class PerAda(Ditto):
@@ -54,18 +44,8 @@ class PerAda(Ditto):
 
 def _from_teachers(uploads: Sequence[Vector], server: ServerSide) -> ExampleLosses:
     def losses(model: nn.Module, batch: Batch) -> torch.Tensor:
-        teacher: torch.Tensor | None = None
         with torch.no_grad():
-            for vector in uploads:
-                write_adapter(server.model, TEACHER, vector)
-                with using(server.model, [TEACHER]):
-                    logits = answer_logits(server.model, batch) / len(uploads)
-                teacher = logits if teacher is None else teacher + logits
-        if teacher is None:
-            raise ModelError("there is no teacher; every architecture has one client at least")
-        student = answer_logits(model, batch)
-        _, mask_BK = answer_labels(batch)
-        soft_BK = soft_divergence(student, teacher, DISTILLATION_TEMPERATURE)
-        return (soft_BK * mask_BK).sum(dim=1) / mask_BK.sum(dim=1)
+            teacher = mean_logits(server, uploads, batch)
+        return soft_divergence(answer_logits(model, batch), teacher, batch)
 
     return losses

@@ -18,12 +18,7 @@ from fedmosaic.client.model.examples import EncodedExample, Example
 from fedmosaic.client.model.loss import ExampleLosses, example_losses
 from fedmosaic.client.model.sampling import EpochSampler
 from fedmosaic.client.model.training import TrainingSettings, train_local
-from fedmosaic.experiments.methods.lora import (
-    Vector,
-    read_adapter,
-    using,
-    write_adapter,
-)
+from fedmosaic.experiments.methods.lora import Vector, read_adapter, using, write_adapter
 from fedmosaic.protos.errors import ModelError
 
 SHARED, PERSONAL, RECEIVED, TEACHER = "shared", "personal", "received", "teacher"
@@ -32,16 +27,7 @@ SHARED, PERSONAL, RECEIVED, TEACHER = "shared", "personal", "received", "teacher
 
 @dataclass
 class Trainer:
-    """One client's training in one round.
-
-    Attributes:
-        model: with the client's adapters.
-        examples: what it trains on.
-        order: in which order; moved on by every fit.
-        settings: steps, batch size, learning rates.
-        pad_token_id: token to pad with.
-        step_done: called after every optimizer step.
-    """
+    """One client's training in one round; every fit moves the order of the examples on."""
 
     model: PeftModel
     examples: Sequence[EncodedExample]
@@ -53,12 +39,9 @@ class Trainer:
     def fit(
         self, losses: ExampleLosses = example_losses, steps: int | None = None, *, again: bool = False
     ) -> None:
-        """Train what is trainable.
+        """Train what is trainable, for the steps of the settings by default, none if 0.
 
-        Args:
-            losses: per example.
-            steps: optimizer steps; those of the settings by default, none if 0.
-            again: leave the order of the examples where it was, so that the next fit sees the same batches.
+        `again` leaves the order of the examples where it was, so that the next fit sees the same batches.
         """
         if steps == 0:
             return
@@ -78,17 +61,10 @@ class Trainer:
 
 @dataclass(frozen=True)
 class ServerSide:
-    """What a server that trains has.
+    """What a server that trains has for an architecture: its model with adapters of its own, public examples.
 
-    Attributes:
-        model: of the architecture, with adapters of its own.
-        public: public examples.
-        pad_token_id: token to pad with.
-        settings: learning rates and batch size of the clients.
-        ranks: rank of the LoRA of each client with this architecture.
-        architecture: which one it is.
-        tokenizer: of the model.
-        examples: the public examples as texts.
+    `settings` are those of the clients, `ranks` the ranks of the clients with this architecture, and
+    `examples` the public examples as texts.
     """
 
     model: PeftModel
@@ -103,13 +79,7 @@ class ServerSide:
 
 @dataclass(frozen=True)
 class Exchange:
-    """What a round's exchange leaves each client with, and what it cost.
-
-    Attributes:
-        received: the shared adapter that each client goes on with.
-        sent: bytes that each client sent.
-        got: bytes that each client received.
-    """
+    """The shared adapter that each client goes on with after a round, and the bytes that it sent and got."""
 
     received: Mapping[str, Vector]
     sent: Mapping[str, int]
@@ -118,11 +88,8 @@ class Exchange:
     @classmethod
     def of_adapters(cls, uploads: Mapping[str, Vector], received: Mapping[str, Vector]) -> "Exchange":
         """An exchange in which adapters travel both ways."""
-        return cls(
-            received,
-            {name: vector.nbytes for name, vector in uploads.items()},
-            {name: vector.nbytes for name, vector in received.items()},
-        )
+        sent, got = ({name: v.nbytes for name, v in side.items()} for side in (uploads, received))
+        return cls(received, sent, got)
 
 
 class Strategy:
@@ -134,12 +101,16 @@ class Strategy:
         passes: optimizer steps of a client for every step of the settings.
         alike: whether all adapters start with the same A; they need not where both are trained on one loss,
             which would keep them equal.
+        scored_with: adapters that a model is scored with after a round's training.
+        scored_scale: factor on their outputs.
     """
 
     adapters: ClassVar[tuple[str, ...]] = (SHARED,)
     shares: ClassVar[bool] = False
     passes: ClassVar[int] = 1
     alike: ClassVar[bool] = True
+    scored_with: ClassVar[tuple[str, ...]] = (SHARED,)
+    scored_scale: ClassVar[float] = 1.0
 
     def __init__(self) -> None:
         self.server_state: dict[str, Vector] = {}
@@ -152,8 +123,8 @@ class Strategy:
 
     @contextmanager
     def scored(self, model: PeftModel) -> Iterator[nn.Module]:
-        """The model as it is scored after a round's training."""
-        with using(model, [SHARED]):
+        """The model as it is scored."""
+        with using(model, self.scored_with, scale=self.scored_scale):
             yield model
 
     def upload(self, model: PeftModel) -> Vector:
@@ -161,36 +132,22 @@ class Strategy:
         return read_adapter(model, SHARED)
 
     def combine(self, uploads: Mapping[str, Vector], server: ServerSide) -> Mapping[str, Vector]:
-        """What every client of one architecture receives.
-
-        Uniform mean over the architecture's clients, the recipient among them.
-        """
-        check_uploads(uploads)
+        """What every client of one architecture receives: the uniform mean over all, itself included."""
         stacked = np.stack([uploads[name] for name in sorted(uploads)])
         mean: np.ndarray = stacked.mean(axis=0, dtype=np.float64)
         return dict.fromkeys(uploads, mean.astype(np.float32).reshape(-1))
 
     def exchange(self, uploads: Mapping[str, Vector], servers: Mapping[str, ServerSide]) -> Exchange:
-        """What all clients of all architectures receive; here each architecture by itself.
-
-        Args:
-            uploads: by client.
-            servers: by architecture.
-        """
+        """What all clients of all architectures receive; here each architecture by itself."""
         received: dict[str, Vector] = {}
         for server in servers.values():
             received |= self.combine({name: uploads[name] for name in server.ranks}, server)
         return Exchange.of_adapters(uploads, received)
 
-    def newcomer(self, alike: Mapping[str, Vector], architecture: str) -> Vector | None:
-        """What an unseen client begins with.
+    def for_unseen(self, alike: Mapping[str, Vector], architecture: str) -> Vector | None:
+        """The shared adapter that an unseen client begins with; None for a fresh one.
 
-        Args:
-            alike: what each member of its architecture and rank received last; may be empty.
-            architecture: of the newcomer.
-
-        Returns:
-            Its shared adapter; None for a fresh one.
+        `alike` is what each member of its architecture and rank received last; it may be empty.
         """
         return next(iter(alike.values()), None) if self.shares else None
 

@@ -6,17 +6,9 @@ from typing import ClassVar
 import numpy as np
 
 from fedmosaic.experiments.methods.fedavg import FedAvg
-from fedmosaic.experiments.methods.knowledge import (
-    Lesson,
-    Translator,
-    by_architecture,
-    knowledge_of,
-    learn,
-)
-from fedmosaic.experiments.methods.lora import (
-    Vector,
-)
-from fedmosaic.experiments.methods.strategy import SHARED, TEACHER, Exchange, ServerSide, check_uploads
+from fedmosaic.experiments.methods.knowledge import Lesson, Translator, knowledge_of, learn
+from fedmosaic.experiments.methods.lora import Vector
+from fedmosaic.experiments.methods.strategy import SHARED, TEACHER, Exchange, ServerSide
 
 
 class Takfl(FedAvg):
@@ -29,7 +21,7 @@ class Takfl(FedAvg):
     Reference: Morafah et al. (2024), arXiv 2409.18461, with the temperatures of the authors' comparison.
     """
 
-    adapters: ClassVar[tuple[str, ...]] = (SHARED, TEACHER)
+    adapters = (SHARED, TEACHER)
     temperature: ClassVar[float] = 3.0
     anchor_temperature: ClassVar[float] = 20.0
     anchor_weight: ClassVar[float] = 0.01
@@ -40,12 +32,13 @@ class Takfl(FedAvg):
 
     def exchange(self, uploads: Mapping[str, Vector], servers: Mapping[str, ServerSide]) -> Exchange:
         """One student per architecture, taught by all."""
-        check_uploads(uploads)
-        groups = list(by_architecture(uploads, servers))
-        lessons = [knowledge_of(server, list(own.values()), self.temperature) for server, own in groups]
+        lessons = [
+            (server, knowledge_of(server, [uploads[name] for name in sorted(server.ranks)], self.temperature))
+            for server in servers.values()
+        ]
         received: dict[str, Vector] = {}
-        for student, own in groups:
-            mean = next(iter(self.combine(own, student).values()))
+        for student in servers.values():
+            mean = next(iter(self.combine({name: uploads[name] for name in student.ranks}, student).values()))
             vectors = [
                 learn(
                     student,
@@ -58,8 +51,8 @@ class Takfl(FedAvg):
                     ),
                 )
                 - mean
-                for (teacher, _), lesson in zip(groups, lessons, strict=True)
+                for teacher, lesson in lessons
             ]
             moved = (mean + np.mean(vectors, axis=0, dtype=np.float64)).astype(np.float32)
-            received |= dict.fromkeys(own, moved)
+            received |= dict.fromkeys(student.ranks, moved)
         return Exchange.of_adapters(uploads, received)

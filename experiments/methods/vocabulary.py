@@ -34,9 +34,8 @@ class VocabularyMap:
         for row, token in enumerate(short):
             self._letters[row, : len(texts[token])] = [ord(letter) for letter in texts[token]]
         self._known: dict[int, int] = {}
-        for ours, theirs in ((source.eos_token_id, target.eos_token_id),):
-            if isinstance(ours, int) and isinstance(theirs, int):
-                self._known[ours] = theirs
+        if isinstance(source.eos_token_id, int) and isinstance(target.eos_token_id, int):
+            self._known[source.eos_token_id] = target.eos_token_id
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens of the source, int64 of any shape, as tokens of the target."""
@@ -54,16 +53,7 @@ class VocabularyMap:
 
 
 def edit_distances(text: str, letters: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Levenshtein's distance of a text to many others.
-
-    Args:
-        text: any.
-        letters: (N, L) code points, filled up with zeros.
-        lengths: (N,) characters of each.
-
-    Returns:
-        (N,) int64 distances.
-    """
+    """Levenshtein's distance (N,) of a text to others: (N, L) code points, zeros behind, and (N,) lengths."""
     count, longest = letters.shape
     row = np.tile(np.arange(longest + 1), (count, 1))
     for number, letter in enumerate(text, start=1):
@@ -84,13 +74,7 @@ def answer_spans(
 ) -> list[SpanPair]:
     """Which tokens of an answer stand for the same characters in two vocabularies.
 
-    Args:
-        source: fast tokenizer.
-        target: fast tokenizer.
-        answer: its tokens are those that `fedmosaic.client.model.examples.answer_tokens` gives.
-
-    Returns:
-        Pairs of positions, from 0 at the answer's first token. The end of sequence is not among them.
+    Pairs of positions, from 0 at the answer's first token. The end of sequence is not among them.
 
     Raises:
         ModelError: a tokenizer is slow.

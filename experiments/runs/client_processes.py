@@ -1,19 +1,15 @@
 """The clients of a scenario as processes of their own: what they cannot do, their files, their start."""
 
 import json
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Literal
 
-from fedmosaic.client.model.examples import Example, read_examples
+from fedmosaic.client.model.examples import read_examples
+from fedmosaic.experiments.scenario.participants import write_examples
 from fedmosaic.experiments.scenario.processes import ManagedProcess, python_module
 from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient
-from fedmosaic.experiments.tasks.labelled import write_examples
 from fedmosaic.protos.errors import ConfigurationError
-
-_Part = Literal["train", "test", "others"]
 
 
 def check_as_processes(scenario: Scenario) -> None:
@@ -32,9 +28,6 @@ def check_as_processes(scenario: Scenario) -> None:
         "equal compute": scenario.equal_compute,
         "unseen clients": bool(scenario.unseen),
         "test noise": scenario.unsafe_test_noise_seed is not None,
-        "a metric other than accuracy": any(
-            task.metric != "accuracy" for client in scenario.clients for task in client.task_list
-        ),
         f"seed {scenario.seed}": scenario.seed != 0,
     }
     found = [reason for reason, holds in reasons.items() if holds]
@@ -46,19 +39,14 @@ def check_as_processes(scenario: Scenario) -> None:
 
 
 def client_process(scenario: Scenario, client: ScenarioClient, directory: Path, port: int) -> ManagedProcess:
-    """Write a client's settings into its kit, and its tasks as one file where it has several.
-
-    Args:
-        scenario: paths resolved.
-        client: one of its clients.
-        directory: of the run; the kit is there already.
-        port: of the server on this machine.
-
-    Returns:
-        The process, not started yet.
-    """
+    """Write a client's settings into its kit in the run's directory; gives the process, not started yet."""
     place = directory / "federation" / "clients" / client.id
-    several = _several_tasks(scenario)
+    # Of a task that several clients have there is one test set; a client with several tasks has one for all.
+    others = {
+        other.task or other.id: str(_data_file(other, "others", scenario.others_examples, directory))
+        for other in scenario.clients
+        if other.id != client.id and (not other.task or other.task != client.task)
+    }
     settings = {
         "kit": str(place),
         "server": f"localhost:{port}",
@@ -67,15 +55,12 @@ def client_process(scenario: Scenario, client: ScenarioClient, directory: Path, 
         "probe": scenario.probe.model_dump(exclude_none=True),
         **({"projector": str(client.projector)} if client.projector else {}),
         "data": {
-            "train": str(_data_file(client, "train", several, 0, directory)),
+            "train": str(_data_file(client, "train", 0, directory)),
             # Every run of a scenario is an experiment of its own, on data that many of them share.
             "ledger": str(place / "ledger"),
-            "test": str(_data_file(client, "test", several, scenario.evaluation_examples, directory)),
-            "others": _others(scenario, client, directory),
-            # A limit is for each task: where clients have several, their files are cut already.
-            "evaluation_examples": 0 if several else scenario.evaluation_examples,
-            "others_examples": 0 if several else scenario.others_examples,
-            **({"pictures": str(scenario.pictures)} if scenario.pictures else {}),
+            "test": str(_data_file(client, "test", scenario.evaluation_examples, directory)),
+            "others": others,
+            **({"pictures": str(scenario.images)} if scenario.images else {}),
         },
         "training": scenario.training.model_dump(mode="json", exclude_none=True),
         "profile_max_length": scenario.profile.max_length,
@@ -88,35 +73,17 @@ def client_process(scenario: Scenario, client: ScenarioClient, directory: Path, 
     )
 
 
-def _several_tasks(scenario: Scenario) -> bool:
-    return any(len(client.task_list) > 1 for client in scenario.clients)
-
-
-def _others(scenario: Scenario, client: ScenarioClient, directory: Path) -> dict[str, str]:
-    """Test sets of the others, by task, or by client where that has several; of a task alike there is one."""
-    several, limit = _several_tasks(scenario), scenario.others_examples
-    return {
-        other.task or other.id: str(_data_file(other, "others", several, limit, directory))
-        for other in scenario.clients
-        if other.id != client.id and (not other.task or other.task != client.task)
-    }
-
-
-def _data_file(client: ScenarioClient, part: _Part, several: bool, limit: int, directory: Path) -> Path:
+def _data_file(
+    client: ScenarioClient, part: Literal["train", "test", "others"], limit: int, run: Path
+) -> Path:
     """A client's own file, or one of all its tasks, each cut to its first examples (0 for all)."""
-    paths = [task.train if part == "train" else task.test for task in client.task_list]
-    if len(paths) == 1 and (part == "train" or not several):
-        return paths[0]
-    merged = directory / "data" / f"{client.id}.{part}.jsonl"
-    if not merged.exists():
-        merged.parent.mkdir(exist_ok=True)
-        tasks = [read_examples(path)[: limit or None] for path in paths]
-        names = [task.name for task in client.task_list]
-        write_examples(merged, list(_alternating(names, tasks)))
-    return merged
-
-
-def _alternating(names: Sequence[str], tasks: Sequence[Sequence[Example]]) -> Iterator[Example]:
-    """Examples of the tasks in turn; ids name their task."""
-    named = [[replace(e, id=f"{name}/{e.id}") for e in task] for name, task in zip(names, tasks, strict=True)]
-    return (example for example in chain.from_iterable(zip_longest(*named)) if example is not None)
+    files = [task.train if part == "train" else task.test for task in client.task_list]
+    if len(files) == 1 and not limit:
+        return files[0]
+    path = run / "data" / f"{client.id}.{part}.jsonl"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        named = zip(client.task_list, files, strict=True)
+        cut = [(task.name, e) for task, file in named for e in read_examples(file)[: limit or None]]
+        write_examples(path, [replace(example, id=f"{name}/{example.id}") for name, example in cut])
+    return path

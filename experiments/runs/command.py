@@ -9,14 +9,15 @@ import json
 import sys
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers.utils.logging import disable_progress_bar
 
 from fedmosaic.experiments.comparison.report import read_run, show
@@ -57,10 +58,8 @@ class Arguments:
     """Run this method in place of the scenario's; `fedmosaic methods` lists them."""
     seed: int | None = None
     """Use this seed in place of the scenario's."""
-    rounds: int | None = None
-    """Run so many rounds in place of the scenario's."""
     set: tuple[str, ...] = ()
-    """Other changes, such as `relevance.temperature=0.2`; they are also the run's name in tables."""
+    """Other changes, such as `schedule.rounds=2`; they are also the run's name in tables."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -69,20 +68,13 @@ def main(arguments: Sequence[str]) -> int:
     console = Console()
     disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     if parsed.scenario.is_dir():
-        if (parsed.method, parsed.seed, parsed.rounds, parsed.processes, parsed.set) != (
-            None,
-            None,
-            None,
-            False,
-            (),
-        ):
+        if parsed.method or parsed.seed is not None or parsed.processes or parsed.set:
             raise ConfigurationError(
-                f"{parsed.scenario} is a run to go on with; its method, seed and rounds are in it already"
+                f"{parsed.scenario} is a run to go on with; its method, seed and settings are in it already"
             )
         directory = resume(parsed.scenario, console)
     else:
-        scenario = read_configuration(parsed.scenario, Scenario)
-        scenario = _changed(scenario, parsed).resolved(parsed.scenario.parent.resolve())
+        scenario = _changed(read_configuration(parsed.scenario, Scenario), parsed)
         start = run if parsed.processes else run_here
         directory = start(scenario, parsed.scenario.parent, parsed.output_dir, console)
     show(read_run(directory), console)
@@ -93,18 +85,13 @@ def main(arguments: Sequence[str]) -> int:
 def _changed(scenario: Scenario, arguments: Arguments) -> Scenario:
     changes: dict[str, object] = {"method": arguments.method, "seed": arguments.seed}
     given = [f"{key}={json.dumps(value)}" for key, value in changes.items() if value is not None]
-    if arguments.rounds is not None:
-        given.append(f"schedule.rounds={arguments.rounds}")
     return with_changes(scenario, (*given, *arguments.set), " ".join(arguments.set) or scenario.variant)
 
 
 def with_changes(scenario: Scenario, changes: Sequence[str], variant: str) -> Scenario:
-    """A scenario with some keys changed.
+    """A scenario with some keys changed, each `key.of.a.table=value` with the value in TOML's form.
 
-    Args:
-        scenario: to start from.
-        changes: each `key.of.a.table=value`, the value in TOML's form.
-        variant: words that tell the result from others of its method.
+    The variant are words that tell the result from others of its method.
 
     Raises:
         ConfigurationError: a key is not known, or a value does not fit.
@@ -142,42 +129,46 @@ def run_here(scenario: Scenario, base: Path, output_dir: Path, console: Console)
 def resume(directory: Path, console: Console) -> Path:
     """Go on with a run in one process, or begin it; a finished run is only read.
 
-    Args:
-        directory: with the run's `scenario.json`.
-        console: where progress is shown.
-
     Raises:
         ConfigurationError: there is no run, or it runs as processes.
         StateError: another process is running it.
     """
     directory = directory.resolve()
-    record = directory / _RUN
-    if not record.exists() or json.loads(record.read_text()).get("processes", True):
+    if not (directory / _RUN).exists() or _read(directory).get("processes", True):
         raise ConfigurationError(
             f"{directory} is no run of one process; a run as processes goes on when its server and clients "
             "are started again, each on its own kit"
         )
     with hold_directory(directory / "run.lock", "let it end"):
-        began = json.loads(record.read_text())
         scenario = read_configuration(directory / _SCENARIO, Scenario)
         started = time.monotonic()
         simulate_method(scenario, directory, console)
-        seconds = began.get("seconds", 0.0) + time.monotonic() - started
-        write_atomically(record, json.dumps({**began, "seconds": seconds}).encode())
+        _end(directory, time.monotonic() - started)
     return directory
+
+
+def _read(directory: Path) -> dict[str, Any]:
+    return dict(json.loads((directory / _RUN).read_text()))
+
+
+def _end(directory: Path, seconds: float) -> None:
+    """Write down that a run has ended, and how many seconds it took in all."""
+    began = _read(directory)
+    ended = began | {"seconds": began.get("seconds", 0.0) + seconds}
+    write_atomically(directory / _RUN, json.dumps(ended).encode())
 
 
 def _make_directory(scenario: Scenario, output_dir: Path, *, processes: bool = False) -> Path:
     stamp = dt.datetime.now(dt.UTC).strftime("%Y%m%d-%H%M%S")
-    for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
+    for suffix in chain([""], (f"-{number}" for number in count(2))):
         directory = (output_dir / f"{scenario.name}-{stamp}{suffix}").resolve()
         try:
             directory.mkdir(parents=True)
         except FileExistsError:
             continue
-        _begin(scenario, directory, processes=processes)
-        return directory
-    raise ConfigurationError(f"{output_dir} holds a thousand runs of this second; give another output_dir")
+        break
+    _begin(scenario, directory, processes=processes)
+    return directory
 
 
 def _begin(scenario: Scenario, directory: Path, *, processes: bool) -> None:
@@ -187,24 +178,20 @@ def _begin(scenario: Scenario, directory: Path, *, processes: bool) -> None:
 
 
 def run_at(scenario: Scenario, directory: Path, console: Console) -> None:
-    """Run a scenario in this process in a directory of a given name, or go on with it there.
+    """Run a scenario, its paths resolved, in this process in a directory of its own, or go on with it there.
 
-    Args:
-        scenario: paths resolved.
-        directory: of this run alone; a run that has ended is left as it is.
-        console: where progress is shown.
+    A run that has ended is left as it is.
 
     Raises:
         ConfigurationError: the directory holds a run of another scenario.
     """
-    record, stored = directory / _RUN, directory / _SCENARIO
-    if record.exists():
-        if read_configuration(stored, Scenario) != scenario:
+    if (directory / _RUN).exists():
+        if read_configuration(directory / _SCENARIO, Scenario) != scenario:
             raise ConfigurationError(
                 f"{directory} holds a run of another scenario or of other settings; give another directory, "
                 "or delete it"
             )
-        if "seconds" in json.loads(record.read_text()):
+        if "seconds" in _read(directory):
             return
     else:
         directory.mkdir(parents=True, exist_ok=True)
@@ -212,17 +199,13 @@ def run_at(scenario: Scenario, directory: Path, console: Console) -> None:
     resume(directory, console)
 
 
-def run(scenario: Scenario, base: Path, output_dir: Path, console: Console) -> Path:
-    """Run a scenario with real processes.
+def run(
+    scenario: Scenario, base: Path, output_dir: Path, console: Console, *, fitted: Path | None = None
+) -> Path:
+    """Run a scenario with real processes, in a directory below `output_dir`, which is given back.
 
-    Args:
-        scenario: what to run.
-        base: directory that relative paths of the scenario start from.
-        output_dir: parent of the run's directory.
-        console: where progress is shown.
-
-    Returns:
-        The run's directory.
+    Relative paths of the scenario start from `base`. `fitted` keeps the public basis for the next run of
+    the same probe, public data and profile.
 
     Raises:
         RunFailedError: a process failed; the message names it and shows the end of its log.
@@ -231,18 +214,15 @@ def run(scenario: Scenario, base: Path, output_dir: Path, console: Console) -> P
     scenario = scenario.resolved(base.resolve())
     check_as_processes(scenario)
     directory = _make_directory(scenario, output_dir, processes=True)
-    profile = fit_profile(scenario, directory, console, own_process=True)
+    profile = fit_profile(scenario, directory, console, own_process=True, kept=fitted)
     port = free_port()
     found_federation(scenario, profile, directory, port)
     console.print(
         f"[bold]{scenario.name}[/]: identities, certificates and roster are in {directory}/federation"
     )
     threads = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    server = ManagedProcess(
-        "server",
-        python_module("fedmosaic.server", "--kit", str(directory / "federation" / "server")),
-        directory / "server.log",
-    )
+    command = python_module("fedmosaic.server", "--kit", str(directory / "federation" / "server"))
+    server = ManagedProcess("server", command, directory / "server.log")
     clients = [client_process(scenario, client, directory, port) for client in scenario.clients]
     try:
         server.start({})
@@ -252,11 +232,8 @@ def run(scenario: Scenario, base: Path, output_dir: Path, console: Console) -> P
         _watch(scenario, server, clients, directory, console)
     finally:
         for process in (*clients, server):
-            if hasattr(process, "process"):
-                process.stop()
-    seconds = time.monotonic() - started
-    began = json.loads((directory / _RUN).read_text())
-    write_atomically(directory / _RUN, json.dumps({**began, "seconds": seconds}).encode())
+            process.stop()
+    _end(directory, time.monotonic() - started)
     return directory
 
 
@@ -268,76 +245,60 @@ def _watch(
     console: Console,
 ) -> None:
     """Follow the processes until every client has ended; stop everything if the server ends."""
-    places = {
-        c.name: directory / "federation" / "clients" / c.name / "state" / "progress.jsonl" for c in clients
-    }
-    followers = {name: ProgressFollower(path) for name, path in places.items()}
-    columns = (
-        TextColumn("{task.fields[name]:<16}"),
-        BarColumn(24),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-    )
-    plain = _PlainLines(console) if not console.is_terminal else None
-    with Progress(*columns, console=console, disable=plain is not None) as progress:
-        tasks = {c.name: progress.add_task("starting", name=c.name, total=1.0) for c in clients}
-        while any(client.running for client in clients):
-            if not server.running and server.process.returncode not in _OVER:
-                raise RunFailedError(
-                    f"the server ended early; {server.log} ends with:\n{server.last_lines()}"
-                )
+    kits = directory / "federation" / "clients"
+    followers = {c.name: ProgressFollower(kits / c.name / "state" / "progress.jsonl") for c in clients}
+    with _Shown(console, scenario.schedule.rounds, list(followers)) as shown:
+        going_on = True
+        while going_on:
+            going_on = any(client.running for client in clients)
             for name, follower in followers.items():
-                _show(progress, tasks[name], follower.poll(), scenario.schedule.rounds)
-                if plain:
-                    plain.show(name, follower.latest)
-            _check_clients(clients)
+                shown.show(name, follower.poll())
+            for process in (*clients, *([server] if going_on else [])):
+                if process.status not in (None, *_OVER):
+                    raise RunFailedError(
+                        f"{process.name} ended with status {process.status}; {process.end()}"
+                    )
             time.sleep(_POLL_SECONDS)
-    _check_clients(clients)
-    alone = [client.name for client in clients if client.process.returncode == NOTHING_EXCHANGED]
+    alone = [client.name for client in clients if client.status == NOTHING_EXCHANGED]
     if alone:
         console.print(f"[bold red]received nothing, in any round: {', '.join(alone)}[/]; their logs tell why")
 
 
-def _check_clients(clients: Sequence[ManagedProcess]) -> None:
-    failed = [c for c in clients if not c.running and c.process.returncode not in _OVER]
-    if failed:
-        client = failed[0]
-        raise RunFailedError(
-            f"client {client.name} ended with status {client.process.returncode}; {client.log} ends with:\n"
-            f"{client.last_lines()}"
-        )
+class _Shown:
+    """A bar for every client, or a line for each new stage where no bar can be drawn."""
 
+    def __init__(self, console: Console, rounds: int, clients: Sequence[str]) -> None:
+        self._console, self._rounds = console, rounds
+        self._bars = Progress(
+            TextColumn("{task.fields[name]:<16}"), BarColumn(24), TextColumn("{task.description}"),
+            TimeElapsedColumn(), console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._tasks = {name: self._bars.add_task("starting", name=name, total=1.0) for name in clients}
+        self._lines: dict[str, str] = {}
 
-def _show(progress: Progress, task: TaskID, record: dict[str, object], rounds: int) -> None:
-    if not record:
-        return
-    number, done, total = int(str(record["round"])), int(str(record["done"])), int(str(record["total"]))
-    share = done / total if total else 0.0
-    stage = f"round {number} of {rounds}: {record['stage']}" if number else str(record["stage"])
-    if total:
-        stage += f" {done}/{total}"
-    waiting = record.get("waiting_for")
-    if isinstance(waiting, list) and waiting:
-        stage += f" (for {', '.join(map(str, waiting))})"
-    completed = (
-        (max(number - 1, 0) + share) / rounds if number else (1.0 if record["stage"] == "done" else 0.0)
-    )
-    progress.update(task, completed=completed, description=stage)
+    def __enter__(self) -> "_Shown":
+        self._bars.start()
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
 
-class _PlainLines:
-    """One line per new stage, where no bar can be drawn."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._shown: dict[str, tuple[object, object]] = {}
-
-    def show(self, name: str, record: dict[str, object]) -> None:
-        key = (record.get("round"), record.get("stage"))
-        if record and self._shown.get(name) != key:
-            self._shown[name] = key
-            prefix = f"round {record['round']}: " if record["round"] else ""
-            self._console.print(f"{name}: {prefix}{record['stage']}")
+    def show(self, name: str, record: Mapping[str, Any]) -> None:
+        """Show a client's newest record, if there is one."""
+        if not record:
+            return
+        number, done, total = (int(record[key]) for key in ("round", "done", "total"))
+        stage = f"round {number} of {self._rounds}: {record['stage']}" if number else str(record["stage"])
+        if self._bars.disable:
+            if self._lines.get(name) != stage:
+                self._lines[name] = stage
+                self._console.print(f"{name}: {stage}")
+            return
+        share = max(number - 1, 0) + (done / total if total else 0.0)
+        completed = share / self._rounds if number else float(record["stage"] == "done")
+        waiting = ", ".join(map(str, record.get("waiting_for") or ()))
+        words = f"{stage}{f' {done}/{total}' if total else ''}{f' (for {waiting})' if waiting else ''}"
+        self._bars.update(self._tasks[name], completed=completed, description=words)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,14 @@ it. Every cell is a run of `fedmosaic run`, in a directory of its own name below
 table that was stopped goes on where it stood, and `fedmosaic report OUT/*` reads it like any other runs.
 """
 
+import datetime as dt
+import os
+import platform
 import re
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +21,7 @@ from pydantic import Field
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
+from fedmosaic import __version__
 from fedmosaic.experiments.comparison.runs import compared_run, group_runs
 from fedmosaic.experiments.comparison.tables import markdown, terminal_tables
 from fedmosaic.experiments.runs.command import run_at, with_changes
@@ -37,8 +41,6 @@ class TableMethod(Frozen):
     """Changes to the scenario, as of `fedmosaic run --set`."""
     scenarios: tuple[str, ...] = ()
     """Names of the scenarios that this row is run in; all of them if empty."""
-    seeds: tuple[int, ...] = ()
-    """Seeds of this row, in place of the table's."""
 
 
 class TableFile(Frozen):
@@ -62,23 +64,16 @@ class Arguments:
     """Directory of the runs; made if absent."""
     seeds: tuple[int, ...] = ()
     """Run only these seeds of the file."""
-    only: tuple[str, ...] = ()
-    """Run only these methods of the file."""
+    page: Path | None = None
+    """Also write the table into this page of Markdown, between the lines <!-- NAME --> and
+    <!-- end of NAME -->; NAME is the table file's, such as text-siblings.toml."""
     list: bool = False
     """Print a command for each cell in place of running it."""
-    set: tuple[str, ...] = field(default=())
-    """Further changes to every cell; give another `out` with them."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a table.
-
-    Attributes:
-        name: of its directory.
-        scenario: with everything of the cell in it, paths resolved.
-        command: that runs the same thing alone.
-    """
+    """One run of a table: its directory's name, its scenario, and the command that runs the same alone."""
 
     name: str
     scenario: Scenario
@@ -94,22 +89,57 @@ def main(arguments: Sequence[str]) -> int:
         for cell in every:
             print(cell.command)
         return 0
+    if parsed.page is not None:
+        _places(parsed.page, parsed.table.name)
     console = Console()
+    _run(every, parsed.out, console)
+    groups = group_runs([compared_run(parsed.out / cell.name) for cell in every])
+    console.print(*terminal_tables(groups), sep="\n")
+    print(markdown(groups))
+    if parsed.page is not None:
+        command = shlex.join(["fedmosaic", "experiments", "table", *arguments])
+        origin = (
+            f"Written by `{command}` of fedmosaic {__version__}: {len(every)} runs, {os.cpu_count()} cores, "
+            f"{platform.machine()}, {dt.datetime.now(dt.UTC):%Y-%m-%d}."
+        )
+        write_block(parsed.page, parsed.table.name, f"{markdown(groups)}\n{origin}")
+    return 0
+
+
+def _run(every: Sequence[Cell], out: Path, console: Console) -> None:
     started = time.monotonic()
     ran = 0
     for number, cell in enumerate(every, start=1):
-        place = parsed.out / cell.name
         begun = time.monotonic()
         with quiet_log():
-            run_at(cell.scenario, place.resolve(), Console(quiet=True))
+            run_at(cell.scenario, (out / cell.name).resolve(), Console(quiet=True))
         seconds = time.monotonic() - begun
         ran += seconds > 1.0
         left = (time.monotonic() - started) / max(1, ran) * (len(every) - number) / 60
         console.print(f"{number} of {len(every)}: {cell.name}, {seconds:.0f} s; about {left:.0f} min left")
-    groups = group_runs([compared_run(parsed.out / cell.name) for cell in every])
-    console.print(*terminal_tables(groups), sep="\n")
-    print(markdown(groups))
-    return 0
+
+
+def write_block(page: Path, name: str, content: str) -> None:
+    """Put content in place of what stands between a page's marks of this name.
+
+    Raises:
+        ConfigurationError: the page cannot be read, or does not have the marks once each.
+    """
+    text, start, end = _places(page, name)
+    page.write_text(f"{text[:start]}\n\n{content.strip()}\n\n{text[end:]}", encoding="utf-8")
+
+
+def _places(page: Path, name: str) -> tuple[str, int, int]:
+    """The page's text, where its block of this name begins, and where the mark of its end does."""
+    first, last = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    try:
+        text = page.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{page} cannot be read ({error}); give a page of Markdown") from None
+    start, end = text.find(first), text.find(last)
+    if not 0 <= start < end or text.count(first) != 1 or text.count(last) != 1:
+        raise ConfigurationError(f"{page}: write the lines {first} and {last} where the table is to stand")
+    return text, start + len(first), end
 
 
 def cells(arguments: Arguments) -> list[Cell]:
@@ -125,16 +155,14 @@ def cells(arguments: Arguments) -> list[Cell]:
     result = []
     for path in table.scenarios:
         scenario = read_configuration(base / path, Scenario).resolved((base / path).parent.resolve())
-        for stream in table.streams:
-            for seed in sorted({*table.seeds, *(seed for row in table.methods for seed in row.seeds)}):
-                result += [
-                    _cell(base / path, scenario, stream, seed, row, (*table.set, *row.set, *arguments.set))
-                    for row in table.methods
-                    if (not arguments.only or row.method in arguments.only)
-                    and (not arguments.seeds or seed in arguments.seeds)
-                    and seed in (row.seeds or table.seeds)
-                    and (not row.scenarios or scenario.name in row.scenarios)
-                ]
+        result += [
+            _cell(base / path, scenario, (f'stream="{stream}"', *table.set), seed, row)
+            for stream in table.streams
+            for seed in table.seeds
+            for row in table.methods
+            if seed in (arguments.seeds or table.seeds)
+            and scenario.name in (row.scenarios or (scenario.name,))
+        ]
     names = [cell.name for cell in result]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -142,12 +170,10 @@ def cells(arguments: Arguments) -> list[Cell]:
     return result
 
 
-def _cell(
-    path: Path, scenario: Scenario, stream: str, seed: int, row: TableMethod, changes: tuple[str, ...]
-) -> Cell:
-    every = (f'stream="{stream}"', *changes)
+def _cell(path: Path, scenario: Scenario, changes: tuple[str, ...], seed: int, row: TableMethod) -> Cell:
+    every = (*changes, *row.set)
     own = with_changes(scenario, (*every, f'method="{row.method}"', f"seed={seed}"), row.variant)
     words = ["fedmosaic", "run", str(path), "--method", row.method, "--seed", str(seed), "--set", *every]
     variant = re.sub(r"[^A-Za-z0-9.]+", "-", row.variant).strip("-")
-    parts = (scenario.name, stream, row.method, variant, f"seed-{seed}")
+    parts = (scenario.name, own.stream, row.method, variant, f"seed-{seed}")
     return Cell("-".join(part for part in parts if part), own, shlex.join(words))

@@ -1,20 +1,18 @@
-"""What the clients of a scenario hold: examples, streams and test sets."""
+"""What the clients of a scenario hold (examples, streams, test sets), and what their models score."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from statistics import fmean
 
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fedmosaic.client.model.evaluation import choice_accuracy
+from fedmosaic.client.data.records import row_of
 from fedmosaic.client.model.examples import Example, read_examples
-from fedmosaic.client.model.scoring import written_answers
-from fedmosaic.experiments.scenario.scoring import mean_word_f1
-from fedmosaic.experiments.scenario.streams import Stream, make_stream
+from fedmosaic.client.model.scoring import score_examples
+from fedmosaic.experiments.scenario.streams import Stream, arrivals
 from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient
 from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.files import write_atomically
@@ -24,7 +22,7 @@ EVALUATIONS = "evaluations.json"
 _BATCH = 32
 
 
-def training_examples(client: ScenarioClient) -> tuple[tuple[Example, ...], ...]:
+def training_tasks(client: ScenarioClient) -> tuple[tuple[Example, ...], ...]:
     """A client's training examples by task; with several tasks the ids carry the task's name."""
     of_task = [read_examples(task.train) for task in client.task_list]
     if len(of_task) == 1:
@@ -35,38 +33,42 @@ def training_examples(client: ScenarioClient) -> tuple[tuple[Example, ...], ...]
     )
 
 
+def training_examples(client: ScenarioClient) -> list[Example]:
+    """A client's training examples of all tasks, in order."""
+    return [example for task in training_tasks(client) for example in task]
+
+
 def client_stream(scenario: Scenario, index: int) -> Stream | None:
     """The stream of a client, or None where all its examples are there from the start."""
     if scenario.stream == "all":
         return None
     training = scenario.training
-    return make_stream(
-        training_examples(scenario.clients[index]),
-        scenario.schedule.rounds,
-        scenario.stream,
-        training.steps * training.gradient_accumulation_steps,
-        training.per_device_train_batch_size,
-        client_seed(scenario, index),
-    )
+    tasks, seed = training_tasks(scenario.clients[index]), client_seed(scenario, index)
+    slices = arrivals(tasks, scenario.schedule.rounds, scenario.stream, seed)
+    batches = training.steps * training.gradient_accumulation_steps
+    return Stream(slices, batches, training.per_device_train_batch_size, seed)
 
 
 def client_seed(scenario: Scenario, index: int) -> int:
-    """Seed of one client's training, different for every client and every seed of the scenario."""
+    """Seed of one client's training, different for every client and every seed of the scenario.
+
+    Unseen clients count on after the members.
+    """
     return scenario.training.seed + 100_003 * scenario.seed + index
 
 
-def newcomer_seed(scenario: Scenario, number: int) -> int:
-    """Seed of an unseen client's training, different from every member's."""
-    return client_seed(scenario, len(scenario.clients) + number)
+def write_examples(path: Path, examples: Sequence[Example]) -> None:
+    """Write JSON lines that `fedmosaic.client.model.examples.read_examples` reads back unchanged."""
+    lines = (json.dumps(row_of(example), ensure_ascii=False) + "\n" for example in examples)
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class TestSet:
-    """One task's test examples, and how an answer is scored."""
+    """One client's test examples of one task."""
 
     owner: str
     task: str
-    metric: Literal["accuracy", "f1"]
     examples: tuple[Example, ...]
 
     @property
@@ -75,77 +77,71 @@ class TestSet:
         return f"{self.owner}/{self.task}"
 
 
-class Board:
-    """All test sets of a scenario."""
+class Evaluation:
+    """All test sets of a scenario, and what models score on them."""
 
     def __init__(self, scenario: Scenario) -> None:
         """Read the test sets and make sure that no test example is trained on.
 
         Raises:
-            ConfigurationError: a set cannot be read, or a test prompt is among its client's training prompts.
+            ConfigurationError: a set cannot be read, or a test prompt is among a client's training prompts.
         """
-        self._own, self._others = scenario.evaluation_examples, scenario.others_examples
-        self._score = scenario.score
-        self._max_length = scenario.training.max_length
-        self.sets = tuple(
-            TestSet(client.id, task.name, task.metric, read_examples(task.test))
-            for client in scenario.clients
-            for task in client.task_list
-        )
-        self._newcomers = tuple(
-            TestSet(client.id, task.name, task.metric, read_examples(task.test))
-            for client in scenario.unseen
-            for task in client.task_list
-        )
-        tested = {example.prompt for test in (*self.sets, *self._newcomers) for example in test.examples}
+        self._scenario = scenario
+        self._sets = _test_sets(scenario.clients)
+        self._unseen = _test_sets(scenario.unseen)
+        tested = {example.prompt for test in (*self._sets, *self._unseen) for example in test.examples}
         for client in (*scenario.clients, *scenario.unseen):
-            for examples in training_examples(client):
-                both = sum(example.prompt in tested for example in examples)
-                if both:
-                    raise ConfigurationError(
-                        f"client {client.id} trains on {both} prompts of test sets; split the data so that "
-                        "no test prompt is trained on by anybody"
-                    )
-
-    def chosen(self, client: str) -> list[TestSet]:
-        """What a client is scored on, cut to the scenario's numbers of examples."""
-        wanted = {"all": self.sets, "own": [t for t in self.sets if t.owner == client], "nothing": []}
-        return [
-            replace(test, examples=test.examples[: limit or None])
-            for test in wanted[self._score]
-            for limit in [self._own if test.owner == client else self._others]
-        ]
-
-    def of_newcomer(self, client: str) -> list[TestSet]:
-        """An unseen client's own test sets, cut like a member's."""
-        return [
-            replace(test, examples=test.examples[: self._own or None])
-            for test in self._newcomers
-            if test.owner == client
-        ]
-
-    def score(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, tests: Sequence[TestSet]
-    ) -> dict[str, float]:
-        """Score a model; see `TestSet.label` for the keys."""
-        return {test.label: self._score_set(model, tokenizer, test) for test in tests}
-
-    def _score_set(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, test: TestSet) -> float:
-        if test.metric == "f1":
-            if not isinstance(model, PeftModel):
+            both = sum(example.prompt in tested for example in training_examples(client))
+            if both:
                 raise ConfigurationError(
-                    f"task {test.label} is scored by what is written, and this method's model cannot write"
+                    f"client {client.id} trains on {both} prompts of test sets; split the data so that "
+                    "no test prompt is trained on by anybody"
                 )
-            written = written_answers(model, tokenizer, test.examples, _BATCH, max_length=self._max_length)
-            return mean_word_f1(written, test.examples)
-        return choice_accuracy(model, tokenizer, test.examples, _BATCH, max_length=self._max_length)
+
+    def sets_of(self, client: str) -> list[TestSet]:
+        """What a client is scored on, cut to the scenario's numbers of examples; an unseen one on its own."""
+        unseen = [test for test in self._unseen if test.owner == client]
+        if unseen:
+            return [self._cut(test, client) for test in unseen]
+        wanted = {"all": self._sets, "own": [t for t in self._sets if t.owner == client], "nothing": []}
+        return [self._cut(test, client) for test in wanted[self._scenario.score]]
+
+    def _cut(self, test: TestSet, client: str) -> TestSet:
+        own = test.owner == client
+        limit = self._scenario.evaluation_examples if own else self._scenario.others_examples
+        return replace(test, examples=test.examples[: limit or None])
+
+    def score(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, client: str) -> dict[str, float]:
+        """Score a client's model; see `TestSet.label` for the keys."""
+        return {test.label: self.score_set(model, tokenizer, test) for test in self.sets_of(client)}
+
+    def score_set(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, test: TestSet) -> float:
+        """Share of right answers on one test set; by choices, or by what is written where there are none."""
+        longest = self._scenario.training.max_length
+        return score_examples(model, tokenizer, test.examples, _BATCH, max_length=longest).value
+
+    def score_untrained(
+        self,
+        states: Mapping[str, Path],
+        alike: Mapping[str, Hashable],
+        score: Callable[[str, TestSet], float],
+    ) -> None:
+        """Score round 0, unless that is done, once per test set for all with the same value in `alike`."""
+        known: dict[tuple[Hashable, str, int], float] = {}
+        for client, state in states.items():
+            tests = {(alike[client], t.label, len(t.examples)): t for t in self.sets_of(client)}
+            if not tests or 0 in read_evaluations(state):
+                continue
+            known |= {key: score(client, test) for key, test in tests.items() if key not in known}
+            add_evaluation(state, 0, {test.label: known[key] for key, test in tests.items()})
 
 
-def write_training_file(path: Path, tasks: Sequence[Sequence[Example]]) -> Path:
-    """Write a client's examples of all tasks as one file that `read_examples` reads."""
-    lines = (json.dumps(asdict(example), ensure_ascii=False) for examples in tasks for example in examples)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+def _test_sets(clients: Sequence[ScenarioClient]) -> list[TestSet]:
+    return [
+        TestSet(client.id, task.name, read_examples(task.test))
+        for client in clients
+        for task in client.task_list
+    ]
 
 
 def add_evaluation(directory: Path, round_number: int, scores: Mapping[str, float]) -> None:
@@ -178,4 +174,12 @@ def as_result(client: str, scores: Mapping[str, float]) -> dict[str, float]:
     """Scores in the form of a client process's `result.json`: "self", and the others' by name."""
     own = [value for label, value in scores.items() if label.startswith(f"{client}/")]
     others = {label: value for label, value in scores.items() if not label.startswith(f"{client}/")}
-    return ({"self": sum(own) / len(own)} if own else {}) | others
+    return ({"self": fmean(own)} if own else {}) | others
+
+
+def before_and_after(client: str, directory: Path) -> dict[str, object]:
+    """What a client's `result.json` says of its scores; nothing if nothing was scored."""
+    found = read_evaluations(directory)
+    if not found:
+        return {}
+    return {"before": as_result(client, found[0]), "after": as_result(client, found[max(found)])}

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fedmosaic.protos.errors import FedMosaicError
 
@@ -27,13 +27,13 @@ class ManagedProcess:
     name: str
     command: Sequence[str]
     log: Path
-    process: subprocess.Popen[bytes] = field(init=False)
+    _process: subprocess.Popen[bytes] | None = None
 
     def start(self, environment: Mapping[str, str]) -> None:
         """Start the process; its output goes to the log file only."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(  # noqa: S603  # our own modules, arguments as a list
+            self._process = subprocess.Popen(  # noqa: S603  # our own modules, arguments as a list
                 list(self.command),
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -43,26 +43,32 @@ class ManagedProcess:
 
     @property
     def running(self) -> bool:
-        """Whether the process has not ended yet."""
-        return self.process.poll() is None
+        """Whether the process was started and has not ended yet."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def status(self) -> int | None:
+        """With which it ended; None before."""
+        return None if self._process is None else self._process.poll()
 
     def stop(self) -> None:
         """Ask the process to end, and insist after a while."""
-        if not self.running:
+        if self._process is None:
             return
-        self.process.send_signal(signal.SIGTERM)
+        self._process.terminate()
         try:
-            self.process.wait(_STOP_SECONDS)
+            self._process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+            self._process.kill()
+            self._process.wait()
 
-    def last_lines(self, count: int = 12) -> str:
-        """The end of the log, for an error message."""
+    def end(self) -> str:
+        """Where its log is and what that ends with, for an error message."""
         try:
-            return "\n".join(self.log.read_text(errors="replace").splitlines()[-count:])
+            lines = self.log.read_text(errors="replace").splitlines()[-12:]
         except OSError:
-            return "(no log)"
+            lines = ["(no log)"]
+        return "\n".join((f"{self.log} ends with:", *lines))
 
 
 def python_module(module: str, *arguments: str) -> list[str]:
@@ -86,9 +92,7 @@ def wait_for_port(port: int, process: ManagedProcess, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if not process.running:
-            raise RunFailedError(
-                f"{process.name} ended at its start; {process.log} ends with:\n{process.last_lines()}"
-            )
+            raise RunFailedError(f"{process.name} ended at its start; {process.end()}")
         with socket.socket() as probe:
             probe.settimeout(0.5)
             if probe.connect_ex(("127.0.0.1", port)) == 0:
@@ -105,9 +109,9 @@ class ProgressFollower:
 
     path: Path
     _offset: int = 0
-    latest: dict[str, object] = field(default_factory=dict)
+    latest: dict[str, Any] = field(default_factory=dict)
 
-    def poll(self) -> dict[str, object]:
+    def poll(self) -> dict[str, Any]:
         """The newest record; empty before the first."""
         if self.path.exists():
             with self.path.open("rb") as file:

@@ -28,17 +28,10 @@ COUNT_TEMPERATURE = 0.125
 def arrivals(
     tasks: Sequence[Sequence[Example]], rounds: int, order: Order, seed: int
 ) -> tuple[tuple[Example, ...], ...]:
-    """Cut a client's tasks into one slice per round; every example arrives exactly once.
+    """Cut a client's tasks into one slice per round, from round 1 on; every example arrives exactly once.
 
-    Args:
-        tasks: examples of each task, tasks in their order.
-        rounds: number of slices.
-        order: "dynamic" lets the tasks arrive one after the other, each over an equal share of the rounds,
-            which may end within a round; "static" mixes all tasks into every round.
-        seed: of the shuffles.
-
-    Returns:
-        Examples by round, from round 1 on; slices differ by at most one example per task.
+    "dynamic" lets the tasks arrive one after the other, each over an equal share of the rounds, which may end
+    within a round; "static" mixes all tasks into every round. Slices differ by at most one example per task.
 
     Raises:
         ConfigurationError: there is no example or no round.
@@ -70,20 +63,25 @@ def _slices(examples: Sequence[Example], count: int) -> tuple[tuple[Example, ...
 
 
 @dataclass(frozen=True)
-class Replay:
-    """Draws batches from all that has arrived, those drawn least first.
+class Stream:
+    """One client's stream: what arrives in each round from 1 on, and batches drawn from what has arrived.
 
-    Attributes:
-        arriving: examples that arrive, by round, as counts.
-        batches: batches of each round.
-        batch_size: examples in a batch.
-        seed: of the draws.
+    Those drawn least come first.
     """
 
-    arriving: tuple[int, ...]
+    slices: tuple[tuple[Example, ...], ...]
     batches: int
     batch_size: int
     seed: int
+
+    def arriving(self, round_number: int) -> tuple[Example, ...]:
+        """Examples that arrive in a round."""
+        return self.slices[round_number - 1]
+
+    def training(self, round_number: int) -> list[Example]:
+        """Examples of a round's batches, end to end; see `drawn`."""
+        arrived = [example for part in self.slices[:round_number] for example in part]
+        return [arrived[index] for index in self.drawn(round_number)]
 
     def drawn(self, round_number: int) -> list[int]:
         """Which examples, numbered by arrival, the batches of a round hold, end to end.
@@ -92,19 +90,15 @@ class Replay:
         softmax(-count / 0.125) over what is there, and every drawn example is counted; counts fade by 0.99
         per batch. A memory smaller than a batch is repeated to fill it.
 
-        Args:
-            round_number: from 1 on.
-
         Raises:
             ConfigurationError: nothing has arrived by then.
         """
-        counts = np.zeros(sum(self.arriving))
+        counts = np.zeros(sum(map(len, self.slices)))
         present = 0
         drawn: list[int] = []
         for number in range(1, round_number + 1):
             drawn = []
-            pace = self._pace(self.arriving[number - 1])
-            for arrived, batches in pace:
+            for arrived, batches in self._pace(len(self.arriving(number))):
                 present += arrived
                 for _ in range(batches):
                     if not present:
@@ -130,36 +124,6 @@ class Replay:
         return [chosen[i % len(chosen)] for i in range(self.batch_size)]
 
 
-@dataclass(frozen=True)
-class Stream:
-    """One client's stream: what arrives in a round, and what it trains on.
-
-    Attributes:
-        slices: examples that arrive, by round from 1 on.
-        replay: draws from what has arrived.
-    """
-
-    slices: tuple[tuple[Example, ...], ...]
-    replay: Replay
-
-    def arriving(self, round_number: int) -> tuple[Example, ...]:
-        """Examples that arrive in a round."""
-        return self.slices[round_number - 1]
-
-    def training(self, round_number: int) -> list[Example]:
-        """Examples of a round's batches, end to end."""
-        arrived = [example for part in self.slices[:round_number] for example in part]
-        return [arrived[index] for index in self.replay.drawn(round_number)]
-
-
-def make_stream(
-    tasks: Sequence[Sequence[Example]], rounds: int, order: Order, batches: int, batch_size: int, seed: int
-) -> Stream:
-    """A client's stream; see `arrivals` and `Replay` for the arguments and errors."""
-    slices = arrivals(tasks, rounds, order, seed)
-    return Stream(slices, Replay(tuple(map(len, slices)), batches, batch_size, seed))
-
-
 class InOrder(EpochSampler):
     """Walks over examples as they stand, once; for a list that a replay has already put in order."""
 
@@ -176,50 +140,3 @@ class InOrder(EpochSampler):
     def state_dict(self) -> dict[str, int]:
         """Where the walk stands; the round stands for the epoch."""
         return {"size": self._size, "seed": self._seed, "epoch": self._round, "position": self._taken}
-
-
-def dirichlet_shares(
-    labels: Sequence[str], clients: int, concentration: float, seed: int, least: int = 1
-) -> tuple[tuple[int, ...], ...]:
-    """Deal one data set to clients with label shares drawn from a Dirichlet distribution.
-
-    Args:
-        labels: class of each example.
-        clients: at least 1.
-        concentration: α > 0; small values give clients that hold few classes.
-        seed: of the draws; drawn again, at most 100 times, while a client has fewer than `least` examples.
-        least: fewest examples of a client.
-
-    Returns:
-        Indices by client, each index in exactly one list, in increasing order.
-
-    Raises:
-        ConfigurationError: α is not positive, or the examples do not suffice.
-
-    Reference:
-        Hsu, Qi and Brown (2019), arXiv 1909.06335.
-    """
-    if not concentration > 0.0 or not math.isfinite(concentration) or clients < 1:
-        raise ConfigurationError(
-            f"α is {concentration} for {clients} clients; give a finite α above 0 and a client at least"
-        )
-    if len(labels) < clients * least:
-        raise ConfigurationError(f"{len(labels)} examples for {clients} clients of at least {least} each")
-    classes = sorted(set(labels))
-    of_class = {name: [i for i, label in enumerate(labels) if label == name] for name in classes}
-    for attempt in range(100):
-        random = np.random.default_rng([seed, attempt])
-        shares: list[list[int]] = [[] for _ in range(clients)]
-        for name in classes:
-            indices = random.permutation(of_class[name])
-            cuts = (np.cumsum(random.dirichlet(np.full(clients, concentration)))[:-1] * len(indices)).astype(
-                int
-            )
-            for share, part in zip(shares, np.split(indices, cuts), strict=True):
-                share.extend(part.tolist())
-        if min(map(len, shares)) >= least:
-            return tuple(tuple(sorted(share)) for share in shares)
-    raise ConfigurationError(
-        f"100 draws with α = {concentration} left a client with fewer than {least} examples; "
-        "raise α, or lower the least number"
-    )

@@ -6,7 +6,7 @@ Paths in a scenario file are relative to the file; `$NAME` in them is taken from
 import os
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, model_validator
 
@@ -24,12 +24,15 @@ from fedmosaic.privacy.federation.roster import (
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos.errors import ConfigurationError
 
+_RENAMED: Final = {"pictures": "images"}
+"""Keys of a scenario file that have another name now."""
+
 
 class ScenarioProfile(Frozen):
     """The task profile, before the probe's fingerprint and the public basis are known."""
 
     public_data: Path
-    kind: str = "kronecker"
+    kind: Literal["kronecker", "tensor_sketch", "coordinates"] = "kronecker"
     dimensions: int = Field(default=128, ge=1)
     left: int = Field(default=4, ge=1)
     noise_multiplier: float = Field(default=8.0, ge=0)
@@ -44,8 +47,6 @@ class ScenarioTask(Frozen):
     name: str = Field(min_length=1)
     train: Path
     test: Path
-    metric: Literal["accuracy", "f1"] = "accuracy"
-    """`accuracy` picks the most likely choice; `f1` lets the model write and compares words."""
 
 
 class ScenarioClient(Frozen):
@@ -63,7 +64,7 @@ class ScenarioClient(Frozen):
     rank: int | None = Field(default=None, ge=1, le=1024)
     """Rank of this client's LoRA, for the methods whose ranks may differ; adapter.rank by default."""
     projector: Path | None = None
-    """Folder of the projector that lets a language model read pictures; `fedmosaic tasks projector`."""
+    """Folder of the projector that lets a language model read images; `fedmosaic tasks projector`."""
 
     @model_validator(mode="after")
     def _one_form(self) -> "ScenarioClient":
@@ -79,18 +80,17 @@ class ScenarioClient(Frozen):
 
     def resolved(self, base: Path) -> "ScenarioClient":
         """The same client with absolute paths; see `Scenario.resolved`."""
+        tasks = [
+            task.model_copy(update={"train": _located(base, task.train), "test": _located(base, task.test)})
+            for task in self.tasks
+        ]
         return self.model_copy(
             update={
                 "train": self.train and _located(base, self.train),
                 "test": self.test and _located(base, self.test),
                 "model": _model(base, self.model),
                 "projector": self.projector and _located(base, self.projector),
-                "tasks": tuple(
-                    task.model_copy(
-                        update={"train": _located(base, task.train), "test": _located(base, task.test)}
-                    )
-                    for task in self.tasks
-                ),
+                "tasks": tuple(tasks),
             }
         )
 
@@ -105,6 +105,11 @@ class ScenarioClient(Frozen):
     def domain(self) -> str:
         """The client's tasks in one word or several."""
         return self.task or ", ".join(task.name for task in self.tasks)
+
+    @property
+    def architecture(self) -> str:
+        """Clients with the same one can share a model in memory."""
+        return f"{self.model.model_dump_json()} {self.projector or ''}"
 
 
 class Scenario(Frozen):
@@ -147,10 +152,10 @@ class Scenario(Frozen):
     """After how many steps of its own an unseen client is scored."""
     equal_compute: bool = False
     """Take as many steps as cost what `training.steps` of local LoRA cost, by measured operations."""
-    pictures: Path | None = None
-    """Folder that the pictures which prompts name lie in."""
+    images: Path | None = None
+    """Folder that the images which prompts name lie in."""
     question_only: bool = False
-    """Leave every picture out: what the questions alone give away."""
+    """Leave every image out: what the questions alone give away."""
     variant: str = ""
     """Words for the tables that tell this run from others of the same method."""
     seed: int = Field(default=0, ge=0, le=2**31)
@@ -158,41 +163,33 @@ class Scenario(Frozen):
     unsafe_test_noise_seed: int | None = None
     """Makes the noise predictable, for reruns bit by bit; the statement then says that no guarantee holds."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed_keys(cls, content: Any) -> Any:
+        for old in _RENAMED.keys() & content if isinstance(content, dict) else ():
+            raise ValueError(f"the key {old!r} is now called {_RENAMED[old]!r}; rename it")
+        return content
+
     @model_validator(mode="after")
-    def _distinct_clients(self) -> "Scenario":
+    def _consistent(self) -> "Scenario":
         ids = [client.id for client in (*self.clients, *self.unseen)]
         if len(set(ids)) != len(ids):
             raise ValueError(f"client ids must differ, got {ids}")
-        return self
-
-    @model_validator(mode="after")
-    def _streams_are_not_private(self) -> "Scenario":
-        if self.stream != "all" and self.adapter.private:
-            raise ValueError(
-                f"stream {self.stream!r} with adapter.protection {self.adapter.protection!r}: the noise is "
-                "planned for one set of examples; choose stream 'all', or protection 'none' or 'encrypted'"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _newcomers_begin_in_the_clear(self) -> "Scenario":
         steps = self.adaptation_steps
         if not steps or steps[0] < 0 or any(a >= b for a, b in pairwise(steps)):
             raise ValueError(f"adaptation_steps must rise from 0 or more, got {steps}")
-        if self.unseen and self.adapter.private:
-            raise ValueError(
-                f"unseen clients with adapter.protection {self.adapter.protection!r}: what they begin with "
-                "is not planned for there; choose protection 'none' or 'encrypted'"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _cost_is_measured_without_noise(self) -> "Scenario":
-        if self.equal_compute and self.adapter.private:
-            raise ValueError(
-                f"equal_compute with adapter.protection {self.adapter.protection!r}: the private steps are "
-                "planned with the noise and cannot be changed; choose protection 'none' or 'encrypted'"
-            )
+        impossible = {
+            f"stream {self.stream!r}": self.stream != "all",
+            "unseen clients": bool(self.unseen),
+            "equal_compute": self.equal_compute,
+        }
+        for what, asked in impossible.items() if self.adapter.private else ():
+            if asked:
+                raise ValueError(
+                    f"{what} with adapter.protection {self.adapter.protection!r}: the noise is planned for "
+                    f"one set of examples and so many steps; leave {what} out, or choose protection 'none' "
+                    "or 'encrypted'"
+                )
         return self
 
     def rounds_to_score(self) -> tuple[int, ...]:
@@ -204,11 +201,9 @@ class Scenario(Frozen):
         return tuple(sorted({*range(every, rounds + 1, every), rounds}))
 
     def resolved(self, base: Path) -> "Scenario":
-        """The same scenario with absolute paths.
+        """The same scenario with absolute paths, which start from the directory of the scenario file.
 
-        Args:
-            base: directory of the scenario file. A model path that is no folder there stays as it is: it
-                may be the id of a model on a hub.
+        A model path that is no folder there stays as it is: it may be the id of a model on a hub.
 
         Raises:
             ConfigurationError: a path needs an environment variable that is not set.
@@ -219,7 +214,7 @@ class Scenario(Frozen):
                 "clients": tuple(client.resolved(base) for client in self.clients),
                 "unseen": tuple(client.resolved(base) for client in self.unseen),
                 "probe": _model(base, self.probe),
-                "pictures": self.pictures and _located(base, self.pictures),
+                "images": self.images and _located(base, self.images),
                 "profile": self.profile.model_copy(update={"public_data": public}),
             }
         )

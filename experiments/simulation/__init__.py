@@ -1,4 +1,4 @@
 """All clients of a federation in one process, over the same session, server and privacy code.
 
-No protocol and no accounting of its own: only the transport and the host of the models are of this room.
+No protocol and no accounting of its own: only the transport and the shared models are of this room.
 """

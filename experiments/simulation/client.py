@@ -1,4 +1,4 @@
-"""The client's own classes where several clients share one process: streams, turns on the model, scores."""
+"""The client's own classes where several clients share one process: streams, and turns on model and probe."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -11,24 +11,30 @@ from safetensors.torch import load_file, save_file
 
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.ledger import ServerAnchor
-from fedmosaic.client.model.examples import EncodedExample
+from fedmosaic.client.model.examples import EncodedExample, Example
 from fedmosaic.client.model.sampling import EpochSampler
+from fedmosaic.client.profile.maker import ProfileProbe, load_probe, public_map
+from fedmosaic.client.profile.release import check_probe
 from fedmosaic.client.progress import Progress
-from fedmosaic.client.releases import Randomness, Releases
-from fedmosaic.client.settings import ClientSettings
+from fedmosaic.client.releases import ProfileSum, Randomness, Releases
+from fedmosaic.client.settings import ClientSettings, ModelSettings
 from fedmosaic.experiments.scenario.streams import InOrder, Stream
-from fedmosaic.experiments.simulation.hosts import ModelHost, Tenant
+from fedmosaic.experiments.simulation.models import COMPUTE, AdapterState, SharedModel
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.federation.roster import Terms
+from fedmosaic.privacy.mechanism.gaussian import ClippedSum
+from fedmosaic.privacy.mechanism.noise import BitSource
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism
 from fedmosaic.protos.errors import StateError
 from fedmosaic.protos.messages import Profile
 
 _ADAPTER: Final = "adapter_model.safetensors"
 _ORDER: Final = "sampler.json"
+_LENGTH_SETTING: Final = "profile.max_length"
 
 
 class StreamLearner(ModelLearner):
-    """A learner whose examples may arrive over the rounds."""
+    """A learner on a shared model, whose examples may arrive over the rounds."""
 
     def __init__(
         self,
@@ -36,20 +42,11 @@ class StreamLearner(ModelLearner):
         terms: Terms,
         family: str,
         progress: Progress,
-        host: ModelHost,
+        shared: SharedModel,
         stream: Stream | None,
     ) -> None:
-        """As `ModelLearner`, on the model of a host.
-
-        Args:
-            settings: model, data and training of this client.
-            terms: what the members agreed on.
-            family: architecture name.
-            progress: told of every step.
-            host: whose model to use.
-            stream: what arrives when, or None to have all examples from the start.
-        """
-        super().__init__(settings, terms, family, progress, loaded=(host.model, host.tokenizer))
+        """As `ModelLearner`; without a stream all examples are there from the start."""
+        super().__init__(settings, terms, family, progress, loaded=(shared.model, shared.tokenizer))
         self._stream = stream
         self._by_id = {example.id: example for example in self._encoded}
 
@@ -67,67 +64,54 @@ class StreamLearner(ModelLearner):
 
 
 class TurnTakingLearner:
-    """Gives a learner the host's model for the length of every call; the session's side of it."""
+    """Lends a learner the shared model for every call; see `fedmosaic.client.membership.Learner`."""
 
     def __init__(
         self,
         make: Callable[[], StreamLearner],
-        host: ModelHost,
+        shared: SharedModel,
         scored: Callable[[int], None],
         *,
         discard: bool = False,
     ) -> None:
-        """Make the learner.
+        """Make the learner on the shared model.
 
-        Args:
-            make: builds it on the host's model.
-            host: of the model.
-            discard: do not use what is received, as if the policy had refused it.
-            scored: called after every round's training, while the model still holds this client's adapter.
+        `scored` is called after every round's training, while the model still holds this client's adapter.
+        With `discard` what is received is not used, as if the policy had refused it.
         """
-        self._host, self.tenant = host, Tenant()
+        self._shared, self.adapter = shared, AdapterState()
         self._discard, self._scored = discard, scored
-        with host.lent_to(self.tenant):
+        with shared.with_adapter(self.adapter):
             self.inner = make()
-            self._spec_hash, self._family = self.inner.adapter_spec_hash, self.inner.family
-
-    @property
-    def adapter_spec_hash(self) -> bytes:
-        """See `fedmosaic.client.enrol.Learner`."""
-        return self._spec_hash
-
-    @property
-    def family(self) -> str:
-        """See `fedmosaic.client.enrol.Learner`."""
-        return self._family
+            self.adapter_spec_hash, self.family = self.inner.adapter_spec_hash, self.inner.family
 
     def load_global(self, section: str, vector: np.ndarray) -> None:
-        """See `fedmosaic.client.enrol.Learner`."""
-        if self._discard:
-            self.keep_own(section)
-            return
-        with self._host.lent_to(self.tenant):
-            self.inner.load_global(section, vector)
+        """See `fedmosaic.client.membership.Learner`."""
+        with self._shared.with_adapter(self.adapter):
+            if self._discard:
+                self.inner.keep_own(section)
+            else:
+                self.inner.load_global(section, vector)
 
     def keep_own(self, section: str) -> None:
-        """See `fedmosaic.client.enrol.Learner`."""
-        with self._host.lent_to(self.tenant):
+        """See `fedmosaic.client.membership.Learner`."""
+        with self._shared.with_adapter(self.adapter):
             self.inner.keep_own(section)
 
     def train(self, round_number: int, releases: Releases, give_up: Callable[[], None]) -> None:
-        """See `fedmosaic.client.enrol.Learner`; then score, if this round is to be scored."""
-        with self._host.lent_to(self.tenant):
+        """See `fedmosaic.client.membership.Learner`; then score, if this round is to be scored."""
+        with self._shared.with_adapter(self.adapter):
             self.inner.train(round_number, releases, give_up)
             self._scored(round_number)
 
     def sections(self) -> Mapping[str, np.ndarray]:
-        """See `fedmosaic.client.enrol.Learner`."""
-        with self._host.lent_to(self.tenant):
+        """See `fedmosaic.client.membership.Learner`."""
+        with self._shared.with_adapter(self.adapter):
             return self.inner.sections()
 
     def save(self, directory: Path) -> None:
-        """See `fedmosaic.client.enrol.Learner`; without the model card of a client process."""
-        save_file(self._host.read(self.tenant), directory / _ADAPTER)
+        """See `fedmosaic.client.membership.Learner`; without the model card of a client process."""
+        save_file(self._shared.read(self.adapter), directory / _ADAPTER)
         (directory / _ORDER).write_text(json.dumps(self.inner.order.state_dict()))
 
     def load(self, directory: Path) -> None:
@@ -141,7 +125,7 @@ class TurnTakingLearner:
             order = json.loads((directory / _ORDER).read_text())
         except (OSError, ValueError, SafetensorError) as error:
             raise StateError(f"{directory}: the saved adapter cannot be read ({error})") from None
-        self._host.write(self.tenant, tensors)
+        self._shared.write(self.adapter, tensors)
         self.inner.order.load_state_dict(order)
 
 
@@ -156,13 +140,7 @@ class StreamReleases(Releases):
     def __init__(
         self, of_round: Callable[[int], Releases], randomness: Randomness, anchor: ServerAnchor
     ) -> None:
-        """Begin.
-
-        Args:
-            of_round: makes the releases of one round's data epoch.
-            randomness: as that of every round.
-            anchor: of the ledger that all rounds share.
-        """
+        """Begin; `of_round` makes the releases of one round's data epoch, on the ledger of the anchor."""
         # The state of a data epoch, which the base class sets up, is that of the round's own releases.
         self.receive_only = False
         self.randomness = randomness
@@ -191,3 +169,28 @@ class StreamReleases(Releases):
         """See `Releases.profile_acknowledged`."""
         if self._current is not None:
             self._current[1].profile_acknowledged()
+
+
+class SharedProbe:
+    """Sums anybody's task profile with a probe that is loaded once."""
+
+    def __init__(
+        self, settings: ModelSettings, mechanism: ProfileMechanism, basis: Path, max_length: int
+    ) -> None:
+        """Load the probe; the basis is a file, read if the roster's mechanism names one."""
+        self._loaded = load_probe(settings, max_length, _LENGTH_SETTING)
+        check_probe(self._loaded[0], mechanism)
+        self._map = public_map(mechanism, basis)
+        self._max_length = max_length
+
+    def of(self, examples: Sequence[Example], randomness: BitSource) -> ProfileSum:
+        """What sums the profile over a data epoch's examples; the randomness is of the Poisson sample."""
+        probe = ProfileProbe(
+            lambda: self._loaded, self._map, examples, self._max_length, randomness, setting=_LENGTH_SETTING
+        )
+
+        def summed() -> ClippedSum:
+            with COMPUTE:
+                return probe()
+
+        return summed

@@ -9,15 +9,7 @@ from collections.abc import Callable
 
 from fedmosaic.client.transport.traffic import Traffic
 from fedmosaic.protos.errors import TransportError
-from fedmosaic.protos.messages import (
-    Aggregate,
-    Enrolled,
-    Enrolment,
-    KeyMessage,
-    Receipt,
-    RoundStatus,
-    Upload,
-)
+from fedmosaic.protos.messages import Aggregate, Enrolled, Enrolment, KeyMessage, Receipt, RoundStatus, Upload
 from fedmosaic.server.coordinator import Coordinator, Topic
 
 TICK_SECONDS = 0.25
@@ -25,7 +17,7 @@ TICK_SECONDS = 0.25
 
 
 class InProcessTransport:
-    """One client's line to a coordinator; several may be used from threads of their own."""
+    """One client's way to a coordinator; several may be used from threads of their own."""
 
     def __init__(
         self,
@@ -39,7 +31,7 @@ class InProcessTransport:
 
         Args:
             coordinator: the server.
-            client_id: whose line this is; nobody checks it here.
+            client_id: nobody checks it here.
             patience_seconds: longest wait for a round to open.
             stopped: set by whoever gives the run up, before `wake`; every wait then ends with an error.
             tick_seconds: longest time between two looks at the clock. Hundreds of clients that wait without

@@ -331,7 +331,8 @@ def gains(cells: Sequence[Cell]) -> dict[tuple[Release, float, int], Interval]:
         if cell.release != "alone" and cell.seed in alone:
             gained = found.setdefault((cell.release, cell.epsilon, cell.members), [])
             gained.append(cell.accuracy - alone[cell.seed])
-    return {key: interval(values) for key, values in found.items()}
+    measured = {key: interval(values) for key, values in found.items()}
+    return {key: value for key, value in measured.items() if value is not None}
 
 
 def markdown(cells: Sequence[Cell]) -> str:

@@ -1,10 +1,10 @@
-"""`fedmosaic tasks`: write the data sets of scenarios from the folders that the sources are published in."""
+"""`fedmosaic tasks`: write the data sets of scenarios; train the projector that lets a model read images."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import torch
 import tyro
@@ -12,41 +12,29 @@ from rich.console import Console
 from rich.table import Table
 
 from fedmosaic.client.assets import cache_directory
-from fedmosaic.client.model.examples import Example, read_examples
 from fedmosaic.client.model.load import load_base_model
 from fedmosaic.client.model.training import TrainingSettings
 from fedmosaic.client.vision.projector import save_projector
-from fedmosaic.experiments.scenario.streams import dirichlet_shares
-from fedmosaic.experiments.tasks.drake.files import DrakeFiles, write_drake
-from fedmosaic.experiments.tasks.labelled import write_examples
-from fedmosaic.experiments.tasks.pictures.projector_training import PublicPictures, train_projector
-from fedmosaic.experiments.tasks.pictures.sets import write_pictures
-from fedmosaic.experiments.tasks.pictures.words import easy_vqa
-from fedmosaic.experiments.tasks.texts.sets import write_set
+from fedmosaic.experiments.tasks.easy_vqa import easy_vqa
+from fedmosaic.experiments.tasks.projector import PublicImages, train_projector
+from fedmosaic.experiments.tasks.sets import SETS, Size, write_set
 from fedmosaic.protos.errors import ConfigurationError
 
 _PROJECTOR_LENGTH: Final = 96
 _PROJECTOR_TESTS: Final = 1000
+_COLUMNS: Final = ("train", "test", "images", "most_frequent_answer", "question_only")
 
 
 @dataclass(frozen=True)
-class Text:
-    """Write a text benchmark: one folder per client, public examples, and a table of sizes and licences."""
+class Write:
+    """Write a set of tasks: a folder per client, images, public examples, a table of sizes and licences."""
 
-    set: Literal[
-        "text-ten",
-        "text-pairs",
-        "text-siblings",
-        "text-siblings-many",
-        "text-desks",
-        "text-desks-one-form",
-        "glue",
-    ]
-    """Ten clients with four tasks each; three pairs with related tasks; two trios; two dozens; two trios that
-    contradict each other, in forms of their own or in one; GLUE."""
+    set: tyro.conf.Positional[str]
+    """Its name: text-pairs, text-siblings, text-siblings-many, text-desks, text-desks-one-form, text-four,
+    text-unlike, images-siblings or images-four."""
     data: Path
-    """Folder with the data sets: cl_benchmark_text, llm_adapters_qa, bigbench_subset, clinc150, banking77,
-    self_instruct and wikitext2."""
+    """Folder with the data sets, as published: self_instruct and wikitext2; for texts cl_benchmark_text,
+    clinc150 and banking77; for images omniglot_small, fashion_mnist, shapes_vqa and vqa_rad."""
     out: Path
     """Where to write; made if absent."""
     train_rows: int = 400
@@ -60,155 +48,40 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Write a picture benchmark: one folder per client, the pictures, public examples, and a table."""
-
-    data: Path
-    """Folder with the data sets: omniglot_small, self_instruct and wikitext2; nlvr, shapes_vqa and vqa_rad
-    for pictures-ten, fashion_mnist for pictures-siblings."""
-    out: Path
-    """Where to write; made if absent."""
-    train_rows: int = 240
-    """Most training examples per task."""
-    test_rows: int = 60
-    """Most test examples per task."""
-    public_rows: int = 600
-    """Most public examples, without pictures."""
-    set: Literal["pictures-ten", "pictures-siblings"] = "pictures-ten"
-    """Ten clients with four tasks each; two trios with two tasks each."""
-    tuning: bool = False
-    """Write validation examples, taken from the part for training, in place of the test examples."""
-
-
-@dataclass(frozen=True)
 class TrainProjector:
-    """Train the projector that lets a language model read pictures, on public pictures (easy-VQA)."""
+    """Train the projector that lets a language model read images, on public images (easy-VQA)."""
 
     model: str
     """Folder or hub id of the language model."""
     out: Path
     """Where to write it; `projector` of a scenario's client."""
-    gguf_file: str | None = None
-    """GGUF file inside the folder."""
     keep_layers: int | None = None
     """Keep only so many of the first layers, as the clients do."""
     steps: int = 400
-    """Optimizer steps; everything but the projector is frozen."""
-    batch_size: int = 16
-    """Questions in a step."""
-    learning_rate: float = 1e-3
-    """Of AdamW."""
-    seed: int = 0
-    """Of the start and of the order of the questions."""
-
-
-@dataclass(frozen=True)
-class Drake:
-    """Write a scenario of DRAKE from its downloaded data sets (SNUMPR/DRAKE on the Hugging Face hub)."""
-
-    data: Path
-    """Folder with the data sets, each with train/ and test/."""
-    out: Path
-    """Where to write; made if absent."""
-    public: Path
-    """Public examples, JSON lines, for the basis of the task profile."""
-    scenario: str = "DRAKE_hetero_llava_llama_1B_3B"
-    """Name in the authors' repository; it says which client has which model."""
-    model: str | None = None
-    """Give every client this model, in place of the scenario's."""
-    projector: Path | None = None
-    """Of that model, if it is no vision-language model itself."""
-
-
-@dataclass(frozen=True)
-class Dirichlet:
-    """Deal one data set to clients, with label shares drawn from a Dirichlet distribution."""
-
-    train: Path
-    """Training examples, JSON lines."""
-    test: Path
-    """Test examples, JSON lines; dealt with the same shares of labels as nearly as chance allows."""
-    out: Path
-    """Where to write `client-<n>.train.jsonl` and `client-<n>.test.jsonl`."""
-    clients: int = 10
-    """Number of clients."""
-    alpha: float = 0.5
-    """Concentration; 0.1 gives clients with one or two classes, 1.0 mixed ones."""
-    seed: int = 0
-    """Of the draws."""
-    least: int = 8
-    """Fewest training examples of a client."""
+    """Optimizer steps of 16 questions; everything but the projector is frozen."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run `fedmosaic tasks` with its arguments."""
-    parsed: Text | Pictures | TrainProjector | Drake | Dirichlet = tyro.extras.subcommand_cli_from_dict(
-        {
-            "text": Text,
-            "pictures": Pictures,
-            "projector": TrainProjector,
-            "drake": Drake,
-            "dirichlet": Dirichlet,
-        },
-        args=list(arguments),
-        prog="fedmosaic tasks",
+    parsed: Write | TrainProjector = tyro.extras.subcommand_cli_from_dict(
+        {"write": Write, "projector": TrainProjector}, args=list(arguments), prog="fedmosaic tasks"
     )
-    console = Console()
     if isinstance(parsed, TrainProjector):
-        pretrain(parsed, console)
+        pretrain(parsed, Console())
         return 0
-    if isinstance(parsed, Drake):
-        files = DrakeFiles(
-            parsed.data, parsed.scenario, parsed.public, parsed.out, parsed.model, parsed.projector
-        )
-        console.print(f"{write_drake(files)}; run it with `fedmosaic run`")
-        return 0
-    if isinstance(parsed, Pictures):
-        written = write_pictures(
-            parsed.set,
-            parsed.data,
-            parsed.out,
-            parsed.train_rows,
-            parsed.test_rows,
-            parsed.public_rows,
-            tuning=parsed.tuning,
-        )
-        show_pictures(written, parsed.set, parsed.out, console)
-        return 0
-    if isinstance(parsed, Dirichlet):
-        deal(parsed)
-        console.print(f"{parsed.clients} clients are in {parsed.out}")
-        return 0
-    content = write_set(
-        parsed.set,
-        parsed.data,
-        parsed.out,
-        parsed.train_rows,
-        parsed.test_rows,
-        parsed.public_rows,
-        tuning=parsed.tuning,
-    )
-    table = Table(title=f"{parsed.set}, in {parsed.out}")
-    for column in ("task", "training", "test", "most frequent answer", "origin", "licence"):
-        table.add_column(column)
+    if parsed.set not in SETS:
+        raise ConfigurationError(f"there is no set {parsed.set!r}; known: {', '.join(SETS)}")
+    size = Size(parsed.train_rows, parsed.test_rows, parsed.public_rows, parsed.tuning)
+    content = write_set(SETS[parsed.set], parsed.data, parsed.out, size)
+    heads = (column.replace("_", " ") for column in _COLUMNS)
+    table = Table("task", *heads, title=f"{parsed.set}, in {parsed.out}")
     for task, row in content.items():
-        table.add_row(task, *(str(value) for value in row.values()))
+        table.add_row(task, *(str(row[column]) for column in _COLUMNS))
+    table.caption = "question only: the answer that the same words had most often in training"
+    console = Console()
     console.print(table)
+    console.print(f"origins and licences are in {parsed.out / 'table.json'}")
     return 0
-
-
-def show_pictures(
-    content: Mapping[str, Mapping[str, object]], name: str, out: Path, console: Console
-) -> None:
-    """Print the table of a picture benchmark."""
-    table = Table(title=f"{name}, in {out}")
-    columns = ("domain", "training", "test", "pictures", "most frequent answer", "question only")
-    for column in ("task", *columns, "origin", "licence"):
-        table.add_column(column)
-    for task, row in content.items():
-        table.add_row(task, *(str(value) for value in row.values()))
-    console.print(table)
-    console.print("question only: the answer that the same words had most often in training, no picture seen")
 
 
 def pretrain(arguments: TrainProjector, console: Console) -> None:
@@ -216,60 +89,24 @@ def pretrain(arguments: TrainProjector, console: Console) -> None:
     cache = cache_directory()
     folder, train = easy_vqa(cache, "train")
     _, test = easy_vqa(cache, "test")
-    model, tokenizer = load_base_model(
-        arguments.model, gguf_file=arguments.gguf_file, keep_layers=arguments.keep_layers
-    )
+    model, tokenizer = load_base_model(arguments.model, keep_layers=arguments.keep_layers)
     settings = TrainingSettings(
         steps=arguments.steps,
-        per_device_train_batch_size=arguments.batch_size,
-        learning_rate=arguments.learning_rate,
+        per_device_train_batch_size=16,
+        learning_rate=1e-3,
         warmup=min(50, arguments.steps),
         max_length=_PROJECTOR_LENGTH,
-        seed=arguments.seed,
     )
-    public = PublicPictures("easy-VQA 1.0", folder, train, test[:_PROJECTOR_TESTS])
+    public = PublicImages("easy-VQA 1.0", folder, train, test[:_PROJECTOR_TESTS])
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(arguments.seed)
-        done = train_projector(model, tokenizer, public, settings, cache, console)
-    save_projector(done.projector, done.record, arguments.out)
+        torch.manual_seed(0)
+        projector, record, accuracies = train_projector(model, tokenizer, public, settings, cache, console)
+    save_projector(projector, record, arguments.out)
     console.print(
-        f"{arguments.out}: loss {done.record.first_loss:.2f} to {done.record.last_loss:.2f} nats per token "
-        f"in {done.record.seconds:.0f} s; on {len(public.test)} questions about other pictures "
-        f"{done.accuracy:.3f}, without the pictures {done.question_only:.3f}"
+        f"{arguments.out}: loss {record.first_loss:.2f} to {record.last_loss:.2f} nats per token "
+        f"in {record.seconds:.0f} s; on {len(public.test)} questions about other images "
+        f"{accuracies[0]:.3f}, without the images {accuracies[1]:.3f}"
     )
-
-
-def deal(arguments: Dirichlet) -> None:
-    """Write every client's part; see `dirichlet_shares` for the errors.
-
-    Raises:
-        ConfigurationError: an example has no choices, so that it has no class.
-    """
-    train, test = read_examples(arguments.train), read_examples(arguments.test)
-    if any(not example.choices for example in (*train, *test)):
-        raise ConfigurationError("every example needs choices: its answer is the class that is dealt by")
-    # One draw over both parts gives a client the same shares of the classes in training and in test.
-    both = [*train, *test]
-    shares = dirichlet_shares(
-        [example.answer for example in both],
-        arguments.clients,
-        arguments.alpha,
-        arguments.seed,
-        least=2 * arguments.least,
-    )
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    for number, share in enumerate(shares):
-        parts: dict[str, list[Example]] = {
-            "train": [both[i] for i in share if i < len(train)],
-            "test": [both[i] for i in share if i >= len(train)],
-        }
-        if len(parts["train"]) < arguments.least or not parts["test"]:
-            raise ConfigurationError(
-                f"client {number} got {len(parts['train'])} training and {len(parts['test'])} test examples; "
-                "raise alpha, give more examples, or try another seed"
-            )
-        for name, examples in parts.items():
-            write_examples(arguments.out / f"client-{number}.{name}.jsonl", examples)
 
 
 if __name__ == "__main__":

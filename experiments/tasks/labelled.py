@@ -6,23 +6,21 @@ library versions, platforms or a random generator, and adding a text moves no ot
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 from fedmosaic.client.model.examples import Example
 from fedmosaic.protos.errors import ConfigurationError
 
+_TEST_SHARE = 0.25
+
 
 @dataclass(frozen=True)
 class LabelledText:
-    """One text with its class.
+    """One line of text with its class, one of the task's choices.
 
     Attributes:
-        text: One line of text.
-        label: Its class, one of the task's choices.
         group: What must not be divided between training and test, or between clients: the film that a
             review is about, the article that a headline belongs to, the template of a command.
     """
@@ -34,14 +32,7 @@ class LabelledText:
 
 @dataclass(frozen=True)
 class ClassificationTask:
-    """How a labelled text is put to a model.
-
-    Attributes:
-        name: Name of the task, in lower case with hyphens.
-        opening: Words before the text, such as ``"News"``.
-        question: Words after the text, on a line of their own.
-        choices: The classes, as the model is to write them; at least two, all different.
-    """
+    """How a labelled text is put to a model: `opening: text`, the question below it, two or more choices."""
 
     name: str
     opening: str
@@ -96,57 +87,30 @@ def distinct(items: Iterable[LabelledText], seen: set[str]) -> Iterator[Labelled
 
 
 def share(items: Iterable[LabelledText], clients: int) -> list[list[LabelledText]]:
-    """Deals texts to clients, whole groups at a time.
-
-    Args:
-        items: Texts of one task.
-        clients: Number of clients; at least 1.
-
-    Returns:
-        One list per client; a group lies in exactly one.
-    """
+    """Deals texts to clients, whole groups at a time; one list per client."""
     shares: list[list[LabelledText]] = [[] for _ in range(clients)]
     for item in items:
         shares[stable_hash("client", item.group) % clients].append(item)
     return shares
 
 
-def split(
-    task: ClassificationTask,
-    items: Sequence[LabelledText],
-    train_rows: int,
-    test_rows: int,
-    test_share: float = 0.25,
-) -> Split:
-    """Divides texts into balanced training and test sets, whole groups at a time.
-
-    Args:
-        task: The task.
-        items: Distinct texts of the task.
-        train_rows: Training examples; a multiple of the number of choices.
-        test_rows: Test examples; a multiple of the number of choices.
-        test_share: Share of groups set aside for testing, within (0, 1).
+def split(task: ClassificationTask, items: Sequence[LabelledText], train_rows: int, test_rows: int) -> Split:
+    """Divides distinct texts into balanced training and test sets, whole groups at a time.
 
     Returns:
         Exactly as many examples as asked for, as many of each class, in an order fixed by hashes.
 
     Raises:
-        ConfigurationError: There are too few texts of a class, or a label that is no choice.
+        ConfigurationError: There are too few texts of a class, a label that is no choice, or a number of rows
+            that is no multiple of the number of choices.
     """
-    border = int(test_share * 2**64)
+    border = int(_TEST_SHARE * 2**64)
     ordered = sorted(items, key=lambda item: stable_hash("order", item.text))
     train = [item for item in ordered if stable_hash("test", item.group) >= border]
     test = [item for item in ordered if stable_hash("test", item.group) < border]
     return Split(
-        train=_balanced(task, train, train_rows, "training"),
-        test=_balanced(task, test, test_rows, "test"),
+        train=_balanced(task, train, train_rows, "training"), test=_balanced(task, test, test_rows, "test")
     )
-
-
-def write_examples(path: Path, examples: Sequence[Example]) -> None:
-    """Writes JSON lines that ``fedmosaic.client.model.examples.read_examples`` reads back unchanged."""
-    lines = (json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples)
-    path.write_text("".join(lines), encoding="utf-8")
 
 
 def _balanced(

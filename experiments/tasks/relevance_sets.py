@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fedmosaic.client.model.examples import Example
+from fedmosaic.experiments.tasks.rows import read_json
 from fedmosaic.protos.errors import ConfigurationError
 
 Pairs = list[tuple[str, str]]
@@ -47,16 +48,7 @@ CLINC_DOMAINS: Final[Mapping[str, str]] = {
 
 
 def load_task_set(name: str, data: Path, size: int, seed: int) -> dict[str, list[Example]]:
-    """Read one task set.
-
-    Args:
-        name: `easy`, `hard_news` or `hard_intents`.
-        data: folder with the data sets.
-        size: most examples per task, drawn without replacement.
-        seed: of the draw.
-
-    Returns:
-        Examples by task, ids unique within a task.
+    """Draw at most `size` examples of every task of `easy`, `hard_news` or `hard_intents`, by task.
 
     Raises:
         ConfigurationError: no set has this name, or a data set is missing.
@@ -69,16 +61,8 @@ def load_task_set(name: str, data: Path, size: int, seed: int) -> dict[str, list
 def load_public(data: Path, size: int, seed: int) -> list[Example]:
     """Read public examples for the basis from data sets that no task set uses.
 
-    Instructions (self-instruct), reasoning (BIG-bench Hard), running text (WikiText-2) and titles
-    (DBpedia abstracts).
-
-    Args:
-        data: folder with the data sets.
-        size: most examples to take from each of the 27 BIG-bench tasks; ten times as many from the others.
-        seed: of the draw.
-
-    Returns:
-        Examples with unique ids.
+    Instructions (self-instruct), reasoning (BIG-bench Hard), running text (WikiText-2) and titles (DBpedia
+    abstracts). At most `size` of each of the 27 BIG-bench tasks, ten times as many of the others.
 
     Raises:
         ConfigurationError: a data set is missing.
@@ -133,13 +117,13 @@ def _hard_news(data: Path) -> dict[str, Pairs]:
     topics: dict[str, Pairs] = {}
     for split in ("train", "test"):
         path = data / f"cl_benchmark_text/TC/agnews/{split}.json"
-        for row, pair in zip(_json(path), _titles(path, "Article"), strict=True):
+        for row, pair in zip(read_json(path), _titles(path, "Article"), strict=True):
             topics.setdefault(row["label"], []).append(pair)
     return topics
 
 
 def _hard_intents(data: Path) -> dict[str, Pairs]:
-    splits = _json(data / "clinc150/data_full.json")
+    splits = read_json(data / "clinc150/data_full.json")
     rows = [row for split in ("train", "val", "test") for row in splits[split]]
     domain_of = {intent: domain for domain, intents in CLINC_DOMAINS.items() for intent in intents.split()}
     domains: dict[str, Pairs] = {domain: [] for domain in CLINC_DOMAINS}
@@ -150,7 +134,7 @@ def _hard_intents(data: Path) -> dict[str, Pairs]:
 
 def _public(data: Path) -> dict[str, Pairs]:
     sources: dict[str, Pairs] = {
-        f"bbh-{path.stem}": [(row["input"], row["target"]) for row in _json(path)["examples"]]
+        f"bbh-{path.stem}": [(row["input"], row["target"]) for row in read_json(path)["examples"]]
         for path in sorted((data / "bbh").glob("*.json"))
     }
     for path in sorted((data / "self_instruct").glob("*.jsonl")):
@@ -184,13 +168,13 @@ def _labelled(folder: Path, question: str) -> Pairs:
     return [
         (f"{row['sentence']}\n{question}", row["label"])
         for split in ("train", "test")
-        for row in _json(folder / f"{split}.json")
+        for row in read_json(folder / f"{split}.json")
         if row["label"] != "-"
     ]
 
 
 def _titles(path: Path, kind: str) -> Pairs:
-    parts = (row["sentence"].removeprefix("Title: ").partition("\nText: ") for row in _json(path))
+    parts = (row["sentence"].removeprefix("Title: ").partition("\nText: ") for row in read_json(path))
     return [(f"{kind}: {body}\nHeadline:", title) for title, _, body in parts]
 
 
@@ -198,12 +182,8 @@ def _instructions(folder: Path) -> Pairs:
     return [
         (row["instruction"], row["output"])
         for split in ("train", "test")
-        for row in _json(folder / f"{split}.json")
+        for row in read_json(folder / f"{split}.json")
     ]
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _json_lines(path: Path) -> list[Any]:

@@ -116,14 +116,16 @@ def main(arguments: Sequence[str]) -> int:
                 f"  {_promise(roster)}",
                 soft_wrap=True,
             )
-            _warn_if_fragile(console, roster)
+            _warn(console, federation.fragile(len(roster.members), roster.terms))
+            _warn(console, federation.unaligned(roster))
         case Add(member, directory, family):
             new = validate({"id": member, "family": family}, federation.MemberEntry, "keys add")
             roster = federation.add_member(directory, new)
+            _warn(console, federation.unaligned(roster))
             _tell_new_roster(console, directory, roster.serial)
         case Revoke(member, directory):
             roster = federation.revoke_member(directory, member)
-            _warn_if_fragile(console, roster)
+            _warn(console, federation.fragile(len(roster.members), roster.terms))
             _tell_new_roster(console, directory, roster.serial)
         case Rotate(member, directory):
             roster = federation.rotate_member(directory, member)
@@ -155,8 +157,7 @@ def _promise(roster: Roster) -> str:
     return words
 
 
-def _warn_if_fragile(console: Console, roster: Roster) -> None:
-    problem = federation.fragile(len(roster.members), roster.terms)
+def _warn(console: Console, problem: str) -> None:
     if problem:
         console.print(f"[bold yellow]Warning:[/] {problem}.")
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field, model_validator
 
 from fedmosaic.privacy.configuration import Frozen
@@ -44,20 +44,25 @@ class MemberEntry(Frozen):
     """A client as the founding configuration names it."""
 
     id: MemberId
+    """Name of the member: lower-case letters, digits and hyphens."""
     family: Family = ""
+    """Architecture of its model. Members of different families need an aligned basis, see `adapter.basis`."""
 
 
 class ServerEntry(Frozen):
     """Where the server will listen, and under which names it is reached."""
 
     hosts: tuple[Host, ...] = Field(default=("localhost", "127.0.0.1"), min_length=1)
+    """Names and addresses that clients will use; its certificate carries them."""
     port: Port = 7443
+    """Port that it listens on."""
 
 
 class FederationConfig(Frozen):
     """The founding configuration, `federation.toml`."""
 
     federation: MemberId
+    """Name of the federation: lower-case letters, digits and hyphens."""
     members: tuple[MemberEntry, ...] = Field(min_length=1, max_length=bounds.MAX_MEMBERS)
     server: ServerEntry = ServerEntry()
     terms: Terms
@@ -100,13 +105,25 @@ def fragile(members: int, terms: Terms) -> str:
     )
 
 
+def unaligned(roster: Roster) -> str:
+    """What the adapters of different architectures lack to mean the same; empty if nothing is known to."""
+    families = sorted({member.family for member in roster.members if member.family})
+    if roster.terms.adapter.basis or len(families) < 2:
+        return ""
+    return (
+        f"the roster names models of {len(families)} families ({', '.join(families[:4])}"
+        f"{', …' if len(families) > 4 else ''}) and no aligned basis: what one learns means nothing to "
+        "another, unless they are one model cut to different depths. Align them once with `fedmosaic align`, "
+        "and found the federation with its adapter.basis"
+    )
+
+
 @dataclass(frozen=True)
 class Kit:
     """What one party was handed: its directory, the verified roster, and paths of its keys."""
 
     directory: Path
     roster: Roster
-    consortium_key: Ed25519PublicKey
 
     @property
     def authority(self) -> Path:
@@ -161,22 +178,14 @@ def open_kit(directory: Path) -> Kit:
             f"{pinned}: cannot read the consortium's public key ({error.strerror}); is {directory} a kit "
             "made by `fedmosaic keys init`?"
         ) from None
-    return Kit(directory, Roster.read(directory / ROSTER, key), key)
+    return Kit(directory, Roster.read(directory / ROSTER, key))
 
 
 def create(config: FederationConfig, directory: Path, basis: Path | None = None) -> Roster:
-    """Make the authority, every kit and the first roster.
+    """Make the authority, every kit and the first roster; `basis` is copied into every kit.
 
     All of it is made beside its place and moved there in one step, so that a founding that was stopped
     leaves nothing that looks like a federation.
-
-    Args:
-        config: the founding configuration.
-        directory: must not exist yet, or be empty.
-        basis: file of the public basis that `config.terms.profile` names, copied into every kit.
-
-    Returns:
-        The signed roster.
 
     Raises:
         ConfigurationError: the directory is not empty, or the basis is not there; nothing is written then.
@@ -273,12 +282,7 @@ def rotate_member(directory: Path, member_id: str) -> Roster:
 def rotate_server(directory: Path, hosts: Sequence[str] = ()) -> tuple[str, ...]:
     """Give the server a new key and certificate; the roster does not name it, so clients notice nothing.
 
-    Args:
-        directory: of the federation.
-        hosts: names and addresses as in `ServerEntry`; by default those of the certificate that it has.
-
-    Returns:
-        The names in the new certificate.
+    The names are those of the certificate that it has, unless others are given. Returns the new one's.
     """
     authority, _ = _open_consortium(directory)
     kit = directory / "server"

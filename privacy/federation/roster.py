@@ -16,7 +16,6 @@ from pydantic import Field, StringConstraints, model_validator
 
 from fedmosaic.privacy.configuration import Frozen, canonical_json, parse_json, validate
 from fedmosaic.privacy.encryption.parameters import CkksParameters, Parameters
-from fedmosaic.privacy.federation.adapter_spec import shared_spec_hash
 from fedmosaic.privacy.federation.names import Family, MemberId
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism
 from fedmosaic.privacy.policy import AggregationPolicy
@@ -54,18 +53,27 @@ class AdapterTerms(Frozen):
     """
 
     rank: int = Field(default=16, ge=1, le=1024)
+    """r: a core P is r × r, Q has r values."""
     alpha: float = Field(default=32.0, gt=0, allow_inf_nan=False)
+    """α of the adapter's scale s = α/r."""
     blocks: int = Field(default=4, ge=1, le=256)
+    """Decoder layers whose cores are shared, the same number in every architecture."""
     layer_rule: Literal["relative_depth", "authors", "first"] = "relative_depth"
+    """Which layers these are: equal relative depth, the rule of the authors' code, or the first ones."""
     target_modules: tuple[str, ...] = Field(default=DEFAULT_TARGET_MODULES, min_length=1)
+    """Linear modules within a decoder layer that carry the adapter, by name."""
     other_layers: Literal["lora", "none"] = "lora"
+    """What the layers between carry: LoRA of the client's own, or nothing."""
     gate: Literal["scalar", "pooled"] = "scalar"
+    """Weight β of the global branch: one number per module, or one that follows from its input."""
     basis_seed: int = Field(default=0, ge=0)
+    """Seed of the frozen bases A, B, the same for all members, where there is no aligned basis."""
     basis: str = Field(default="", pattern=r"^(aligned:[0-9a-f]{32})?$")
     """Name of the aligned basis in all clients' checkpoints; empty for one drawn from `basis_seed`."""
     family_dimensions: dict[Family, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
     """Families that also share the LoRA of their other layers, and the length of that vector."""
     protection: Protection = "encrypted"
+    """Who can read what is shared; under `dp` everybody, as a differentially private release."""
 
     @property
     def shared_dimensions(self) -> int:
@@ -74,8 +82,19 @@ class AdapterTerms(Frozen):
 
     @property
     def spec_hash(self) -> bytes:
-        """SHA-256 of the shared layout, which every client's model must give as well."""
-        return shared_spec_hash(self.rank, self.alpha, self.blocks, self.target_modules, self.basis_name)
+        """SHA-256 (32 bytes) of the shared layout, which every client's model must give as well.
+
+        It differs wherever averaging would be meaningless.
+        """
+        layout = {
+            "format": "fedmosaic/shared-adapter/1",
+            "rank": self.rank,
+            "alpha": float(self.alpha),
+            "blocks": self.blocks,
+            "modules": sorted(self.target_modules),
+            "basis": self.basis_name,
+        }
+        return hashlib.sha256(canonical_json(layout).encode()).digest()
 
     @property
     def basis_name(self) -> str:
@@ -108,9 +127,14 @@ class AdapterPrivacyTerms(Frozen):
     """
 
     target_epsilon: float = Field(default=8.0, gt=0, allow_inf_nan=False)
+    """ε of each client's budget for the whole run, task profile and adapter together, at δ = n^-1.1 for n
+    examples. Without DP on the adapter it bounds the profile alone. A client may choose a smaller one."""
     clipping_norm: float = Field(default=1.0, gt=1e-6, le=1e6, allow_inf_nan=False)
+    """C: bound on the L2 norm of one example's gradient in P and Q."""
     expected_batch_size: int = Field(default=32, ge=1)
+    """Mean number of examples in a Poisson sample; over the client's number of examples, its rate q."""
     steps_per_round: int = Field(default=20, ge=1)
+    """Private steps of a round. More steps need more noise."""
 
 
 class GroupSumTerms(Frozen):
@@ -149,19 +173,28 @@ class RelevanceTerms(Frozen):
     """How the server turns task profiles into weights (paper, RELA)."""
 
     similarity: Literal["corrected", "cosine"] = "corrected"
+    """How alike two profiles are: the cosine, `corrected` for the noise in the norms."""
     temperature: float = Field(default=0.5, gt=0, allow_inf_nan=False)
+    """τ of the softmax over similarities; small ones favour the most similar client."""
     average_decay: float = Field(default=0.5, ge=0, lt=1)
+    """Weight of earlier releases in a profile's moving average."""
 
 
 class ScheduleTerms(Frozen):
     """Rounds, and how long anybody waits for anybody."""
 
     rounds: int = Field(default=3, ge=1, le=100_000)
+    """Rounds of the run."""
     quorum: int = Field(default=4, ge=1)
+    """Fewest uploads with which a deadline closes a round."""
     round_deadline_seconds: Seconds = 3600
+    """From the opening of a round to its deadline."""
     gathering_seconds: Seconds = 600
+    """How long a step of the key agreement waits for a member."""
     key_patience_seconds: Seconds = 120
+    """How long a client waits for a message of the key agreement."""
     rotate_key_every: int = Field(default=50, ge=1)
+    """Rounds after which a new group key is agreed on."""
 
 
 class Terms(Frozen):
@@ -176,6 +209,7 @@ class Terms(Frozen):
     schedule: ScheduleTerms = ScheduleTerms()
     encryption: Annotated[Parameters, Field(discriminator="backend")] = CkksParameters()
     allow_plaintext: bool = False
+    """Has to be said where nothing is encrypted (`encryption.backend = "plain"`)."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Terms":
@@ -279,11 +313,7 @@ class Roster(Frozen):
         return self.model_copy(update={"signature": signature})
 
     def verify(self, consortium: Ed25519PublicKey) -> None:
-        """Check the consortium's signature.
-
-        Raises:
-            IdentityError: the signature is missing or not by this key.
-        """
+        """Check the consortium's signature; IdentityError if it is missing or not by this key."""
         try:
             consortium.verify(base64.b64decode(self.signature, validate=True), self._canonical())
         except (InvalidSignature, ValueError):
@@ -312,11 +342,7 @@ class Roster(Frozen):
 
     @classmethod
     def read(cls, path: Path, consortium: Ed25519PublicKey) -> "Roster":
-        """Read and verify a roster.
-
-        Args:
-            path: `roster.json`.
-            consortium: the pinned key.
+        """Read a `roster.json` and verify it by the pinned key.
 
         Raises:
             ConfigurationError: no such file, or not a roster.

@@ -12,7 +12,7 @@ from typing import Any, cast
 from fedmosaic.privacy.encryption.aggregator import Aggregator
 from fedmosaic.privacy.encryption.records import RoundContext
 from fedmosaic.protos.errors import StateError
-from fedmosaic.protos.messages import AggregateSection, SectionName, WeightRow
+from fedmosaic.protos.messages import AggregateSection, Profile, SectionName, WeightRow
 from fedmosaic.server.round.aggregates import stored_aggregate
 from fedmosaic.server.round.relevance import FloatArray, Relevance, relevance
 from fedmosaic.server.round.weights import Group, Plan, groups, plan
@@ -99,11 +99,7 @@ def close_round(
         "key_epoch": epoch,
         "clients": clients,
         "uploaded": sorted(uploads),
-        "profiles": {
-            c: {"noise_variance": p.noise_variance, "releases": p.releases} for c, p in profiles.items()
-        },
-        "uniform_weights_for": unsure,
-        **_told(related, plans),
+        **_told(profiles, related, unsure, plans),
         "seconds_aggregating": round(time.perf_counter() - started, 6),
     }
     lines = [f"{recipient} trains alone: {why}" for p in plans for recipient, why in p.refusals.items()]
@@ -195,9 +191,15 @@ def _batches(p: Plan, records: Mapping[str, bytes]) -> Iterator[dict[str, Weight
         yield {recipient: p.rows[recipient] for recipient in recipients[start : start + count]}
 
 
-def _told(related: Relevance, plans: Sequence[Plan]) -> dict[str, object]:
-    """What the summary tells of relevance and weights."""
+def _told(
+    profiles: Mapping[str, Profile], related: Relevance, unsure: Sequence[str], plans: Sequence[Plan]
+) -> dict[str, object]:
+    """What the summary tells of profiles, relevance and weights."""
     return {
+        "profiles": {
+            c: {"noise_variance": p.noise_variance, "releases": p.releases} for c, p in profiles.items()
+        },
+        "uniform_weights_for": unsure,
         "similarity": _matrix(related.similarity),
         "standard_error": _matrix(related.standard_error),
         "weights": {p.group.label: {r: _shares(row) for r, row in p.rows.items()} for p in plans},

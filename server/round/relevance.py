@@ -39,15 +39,12 @@ class Relevance:
 
 
 def relevance(profiles: Sequence[Profile | None], similarity: Similarity) -> Relevance:
-    """Compare the profiles of all clients.
+    """Compare the profiles of all clients, in their order.
 
     Args:
         profiles: one per client, all of one length; None where a client never sent one.
         similarity: "corrected" takes the known noise out of the norms; "cosine" is the paper's formula on
             the noisy vectors.
-
-    Returns:
-        Matrices in the order of `profiles`.
     """
     dimensions = next((profile.vector.size for profile in profiles if profile is not None), 1)
     vectors_NK = np.full((len(profiles), dimensions), np.nan)
@@ -62,13 +59,9 @@ def relevance(profiles: Sequence[Profile | None], similarity: Similarity) -> Rel
 
 
 def plain_cosine(vectors_NK: FloatArray) -> Relevance:
-    """Cosine of the vectors as they are: S_ij = ⟨y_i, y_j⟩ / (‖y_i‖ ‖y_j‖).
+    """Cosine of the vectors as they are: S_ij = ⟨y_i, y_j⟩ / (‖y_i‖ ‖y_j‖), with a standard error of 0.
 
-    Args:
-        vectors_NK: (N, K); a row with NaN or infinity, or of zeros, counts as no profile.
-
-    Returns:
-        The matrix; its standard error is 0, because the formula knows of no noise.
+    A row of `vectors_NK` with NaN or infinity, or of zeros, counts as no profile.
 
     Reference:
         FedMosaic (arXiv 2506.11024), relevance-guided aggregation, cosine of the sanitised gradients.
@@ -94,11 +87,8 @@ def corrected_cosine(vectors_NK: FloatArray, variances_N: FloatArray) -> Relevan
     Args:
         vectors_NK: (N, K); a row with NaN or infinity, or of zeros, counts as no profile.
         variances_N: (N,) noise variance per coordinate of each client's vector, ≥ 0.
-
-    Returns:
-        The estimate with its standard error and significance.
     """
-    count, dimensions = vectors_NK.shape
+    dimensions = vectors_NK.shape[1]
     usable_N, _ = _unit_rows(vectors_NK)
     usable_N &= np.isfinite(variances_N) & (variances_N >= 0.0)
     # Cosine is free of each client's scale; scaling each by its own keeps all squares in range.
@@ -115,7 +105,7 @@ def corrected_cosine(vectors_NK: FloatArray, variances_N: FloatArray) -> Relevan
     root_N = np.sqrt(floor_N)
     similarity_NN = np.clip((y_NK @ y_NK.T) / root_N[:, None] / root_N[None, :], -1.0, 1.0)
     a_N = np.where(significant_N, v_N / floor_N, np.nan)
-    a_i, a_j = np.broadcast_to(a_N[:, None], (count, count)), np.broadcast_to(a_N[None, :], (count, count))
+    a_i, a_j = a_N[:, None], a_N[None, :]
     square_NN = similarity_NN**2
     error_NN = np.sqrt(
         (1.0 - square_NN) * (a_i + a_j)

@@ -27,6 +27,11 @@ _TILT: Final = 0.025
 """How much further each of them moves a weight at most; the last one by a quarter."""
 
 
+def section_label(section: SectionName, family: str) -> str:
+    """Name under which a back end binds a vector: "shared", or "family:" and the family."""
+    return "shared" if section == "shared" else f"family:{family}"
+
+
 @dataclass(frozen=True)
 class Group:
     """Members that share one section: everybody, or one family.
@@ -48,7 +53,7 @@ class Group:
     @property
     def label(self) -> str:
         """Name of the vector: "shared", or "family:" and the family."""
-        return f"family:{self.family}" if self.family else self.section
+        return section_label(self.section, self.family)
 
 
 @dataclass(frozen=True)
@@ -69,11 +74,6 @@ class Plan:
     smallest_coalition: int | None
 
 
-def section_label(section: SectionName, family: str) -> str:
-    """Name under which a back end binds a vector: "shared", or "family:" and the family."""
-    return "shared" if section == "shared" else f"family:{family}"
-
-
 def groups(
     uploaded: Mapping[str, Collection[SectionName]],
     recipients: Collection[str],
@@ -88,7 +88,7 @@ def groups(
         recipients: everybody who is to receive.
         families: family in which a client shares, by client.
         shared_dimensions: length of the shared vector.
-        family_dimensions: length of each sharing family's vector.
+        family_dimensions: length of each sharing family's.
     """
     everybody = frozenset(client for client, sections in uploaded.items() if "shared" in sections)
     found = [Group("shared", "", shared_dimensions, everybody, frozenset(recipients))]
@@ -124,13 +124,10 @@ def plan(
         group: who contributes and who receives.
         clients: order of the rows and columns of `relevance`.
         relevance: similarity of all clients.
-        round_number: round of the uploads.
+        round_number: round of the uploads, for the refusals.
         temperature: τ of the softmax.
         policy: limits on every row.
         bits: precision of the weights.
-
-    Returns:
-        Rows, and refusals where the policy cannot be kept.
     """
     present = np.array([client in group.contributors for client in clients], dtype=bool)
     wanted = np.array([client in group.recipients for client in clients], dtype=bool)
@@ -170,27 +167,25 @@ class _Rows:
         Raises:
             PolicyError: the policy cannot be kept.
         """
-        candidates = self._candidates(self._clients[index], weights_N)
-        first = next(candidates)
-        for row in itertools.chain((first,), candidates):
-            shares_N = self._shares(row)
-            if pair_errors(index, shares_N, self._order, self.shares_RN).min(initial=1.0) >= SOLVED:
-                return self._kept(index, row), False
-        if self._policy.withstands > 1:
+        recipient = self._clients[index]
+        chosen, solves = self._row(recipient, weights_N), True
+        candidates = itertools.chain((chosen,), self._tilted(recipient, weights_N))
+        for row in candidates:
+            errors = pair_errors(index, self._shares(row), self._order, self.shares_RN)
+            if errors.min(initial=1.0) >= SOLVED:
+                chosen, solves = row, False
+                break
+        if solves and self._policy.withstands > 1:
             raise PolicyError(
                 f"{self._policy.withstands} recipients together must not solve for an adapter, and no row of "
                 "this one was found with which none could: more contributors are needed"
             )
-        return self._kept(index, first), True
-
-    def _kept(self, index: int, row: WeightRow) -> WeightRow:
-        self._table_NN[len(self._order)] = self._shares(row)
+        self._table_NN[len(self._order)] = self._shares(chosen)
         self._order.append(index)
-        return row
+        return chosen, solves
 
-    def _candidates(self, recipient: str, weights_N: FloatArray) -> Iterator[WeightRow]:
-        """The row that relevance asks for, then tilted ones; one that breaks the policy is left out."""
-        yield self._row(recipient, weights_N)
+    def _tilted(self, recipient: str, weights_N: FloatArray) -> Iterator[WeightRow]:
+        """Rows beside the one that relevance asks for; one that breaks the policy is left out."""
         for step in range(1, _TILTS + 1):
             with suppress(PolicyError):
                 yield self._row(recipient, weights_N * _tilt(recipient, self._clients, step))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedmosaic.client.ledger import DataLedger, ledger_delta, main
+from fedmosaic.client.settings import DataSettings
 from fedmosaic.client.state import SessionRecord
 from fedmosaic.privacy.accounting.epsilon import default_delta
 from fedmosaic.privacy.accounting.events import GaussianEvent
@@ -33,7 +34,7 @@ class Site:
         directory = self.place / state
         directory.mkdir(exist_ok=True)
         record = SessionRecord(federation="clinics", client="north", run_id=run)
-        return DataLedger.of(train or self.train, named, directory, record)
+        return DataLedger.of(DataSettings(train=train or self.train, ledger=named), directory, record)
 
     def open(self, state: str = "state", **options: object) -> Ledger:
         return self.books(state, **options).open(len(IDS), EPOCH, 8.0, ("profile", "adapter"))  # type: ignore[arg-type]  # by keyword

@@ -21,8 +21,9 @@ from fedmosaic.privacy import files
 from fedmosaic.privacy.federation.roster import Terms
 from fedmosaic.privacy.groupkey.key import GroupKey
 from fedmosaic.privacy.ledger.ledger import Ledger
+from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import SecureNoise
-from fedmosaic.privacy.mechanism.profile import ClippedSum, ProfileMechanism, Reduction
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos.errors import StateError
 from fedmosaic.protos.messages import Phase, RoundStatus, WeightRow
 
@@ -69,15 +70,17 @@ def test_damaged_rows_are_named_and_can_be_deleted(content: bytes, tmp_path: Pat
 
 @damaged
 def test_small_records_are_named_and_can_be_deleted(content: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "x.json"
+    state = ClientState(tmp_path, "f", "ada")
+    path = tmp_path / "given-up.json"
     opened: tuple[Callable[[], object], ...] = (
         lambda: ResultFile(path),
         lambda: Traffic(path),
         lambda: ClippingRecord(path).shares(),
+        lambda: state.gave_up(1),
     )
     for opening in opened:
         path.write_bytes(content)
-        with pytest.raises(StateError, match=r"x\.json is damaged.*delete it"):
+        with pytest.raises(StateError, match=r"given-up\.json is damaged.*delete it"):
             opening()
         path.unlink()
         opening()

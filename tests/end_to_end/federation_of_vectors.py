@@ -11,7 +11,7 @@ import numpy as np
 
 from fedmosaic.client.client import Participant
 from fedmosaic.client.planning import AdapterPlan, budgeted_channels
-from fedmosaic.client.progress import SilentProgress
+from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.session import Session
 from fedmosaic.client.state import ClientState
@@ -21,8 +21,9 @@ from fedmosaic.privacy.federation import kits as federation
 from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry, open_kit
 from fedmosaic.privacy.federation.roster import AdapterTerms, ScheduleTerms, Terms
 from fedmosaic.privacy.ledger.ledger import Ledger
+from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
-from fedmosaic.privacy.mechanism.profile import ClippedSum, ProfileMechanism, Reduction
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.settings import settings_from_kit
 
@@ -157,7 +158,7 @@ class Client:
         ids = tuple(f"{self.name}-{i}" for i in range(100))
         releases = Releases(self.ledger, agreed, self.state, ids, self._profile, self.noise, self.plan)
         return Participant(
-            kit, transport, self.learner, self.state, self.ledger, self.plan, releases, SilentProgress()
+            kit, transport, self.learner, self.state, self.ledger, self.plan, releases, Progress()
         ).session
 
     def _profile(self) -> ClippedSum:
@@ -170,6 +171,11 @@ class Client:
             self.ledger.close()
         if self.state is not None:
             self.state.release()
+
+
+def clients_of(directory: Path, names: tuple[str, ...] = MEMBERS, kind: type[Any] = Client) -> dict[str, Any]:
+    """The clients of a federation, each with a seed of its own."""
+    return {name: kind(directory, name, MEMBERS.index(name)) for name in names}
 
 
 def run_all(sessions: Mapping[str, Session]) -> dict[str, BaseException]:
@@ -194,3 +200,86 @@ def run_all(sessions: Mapping[str, Session]) -> dict[str, BaseException]:
 
 def in_process(coordinator: Coordinator, name: str) -> InProcessTransport:
     return InProcessTransport(coordinator, name, patience_seconds=60)
+
+
+def play(
+    coordinator: Any, clients: Mapping[str, Client], lines: Mapping[str, Callable[[Any], Any]] | None = None
+) -> dict[str, BaseException]:
+    """Run a process of every client to its end, and close it; returns what they raised.
+
+    Args:
+        coordinator: the server, or what stands in for it.
+        clients: by name.
+        lines: what to put around the transport of some of them.
+    """
+    plain = {name: in_process(coordinator, name) for name in clients}
+    wrapped = {name: (lines or {}).get(name, lambda line: line)(line) for name, line in plain.items()}
+    try:
+        return run_all({name: client.session(wrapped[name]) for name, client in clients.items()})
+    finally:
+        for client in clients.values():
+            client.close()
+
+
+def finish(directory: Path, kind: type[Any] = Client, around: Callable[[Any], Any] | None = None) -> Any:
+    """Run all clients of a federation to the end of its run.
+
+    Returns:
+        The clients by name, and the server's summary.
+    """
+    coordinator = coordinator_of(directory)
+    clients = clients_of(directory, kind=kind)
+    assert play(coordinator if around is None else around(coordinator), clients) == {}
+    summary = coordinator.summary()
+    coordinator.close()
+    return clients, summary
+
+
+class Killed(BaseException):
+    """Stands for the end of a process."""
+
+
+class Dying:
+    """A transport whose process dies before it pushes, or pulls, a round, or after the receipt of one."""
+
+    def __init__(self, inner: Any, *, push: int = 0, pull: int = 0, pushed: int = 0) -> None:
+        self._inner, self._push, self._pull, self._pushed = inner, push, pull, pushed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def push(self, upload: Any) -> Any:
+        if upload.round == self._push:
+            raise Killed
+        receipt = self._inner.push(upload)
+        if upload.round == self._pushed:
+            raise Killed
+        return receipt
+
+    def pull(self, round_number: int, on_wait: Any = None) -> Any:
+        if round_number == self._pull:
+            raise Killed
+        return self._inner.pull(round_number, on_wait)
+
+
+class Listed:
+    """A transport that writes down every call: its name, its round, and how much is sent with it.
+
+    But for those of the key agreement, which begins before anything is received and follows the others' time.
+    """
+
+    def __init__(self, inner: Any, calls: list[str]) -> None:
+        self._inner, self._calls = inner, calls
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._inner, name)
+        if "key" in name:
+            return found
+
+        def listed(*arguments: Any, **named: Any) -> Any:
+            first = arguments[0] if arguments else None
+            sizes = [len(section.payload) for section in getattr(first, "sections", ())]
+            self._calls.append(f"{name} {getattr(first, 'round', first if name == 'pull' else '')} {sizes}")
+            return found(*arguments, **named)
+
+        return listed

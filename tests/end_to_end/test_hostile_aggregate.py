@@ -17,16 +17,14 @@ import pytest
 import torch
 
 from end_to_end import federation_of_vectors as fv
-from end_to_end.test_trained_adapters import SHARED_MODEL, random_model, write_examples
+from end_to_end.test_trained_adapters import SHARED_MODEL, ModelClient, random_model
 from fedmosaic.client.client import scores_after
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.planning import AdapterPlan
-from fedmosaic.client.progress import SilentProgress
+from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import Releases
-from fedmosaic.client.settings import ClientSettings
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.federation.roster import AdapterTerms, Terms
-from fedmosaic.privacy.mechanism.noise import SeededTestNoise
 from fedmosaic.protos.errors import TrainingError
 from fedmosaic.protos.messages import Aggregate, AggregateSection, WeightRow
 
@@ -61,7 +59,7 @@ class Overflowing(ModelLearner):
                         parameter.mul_(1e37)
 
 
-class Counting(SilentProgress):
+class Counting(Progress):
     """Counts the steps of training."""
 
     def __init__(self) -> None:
@@ -87,36 +85,12 @@ class Peer(fv.Client):
 
 
 @dataclass
-class Victim(fv.Client):
+class Victim(ModelClient):
     """A member with a model; `received` gives what the aggregate of a round opens to, None as it is."""
 
-    model: Path = Path()
-    kind: Callable[..., ModelLearner] = ModelLearner
     received: dict[int, Received] = field(default_factory=dict)
-    training: dict[str, float] = field(default_factory=dict)
-    data: dict[str, Path] = field(default_factory=dict)
+    training: dict[str, float] = field(default_factory=lambda: {"steps": STEPS})
     progress: Counting = field(default_factory=Counting)
-
-    @property
-    def noise(self) -> SeededTestNoise:
-        return SeededTestNoise(self.seed)
-
-    def make_learner(self, agreed: Terms) -> ModelLearner:
-        folder = self.directory / "clients" / self.name
-        write_examples(folder / "train.jsonl", 1)
-        settings = ClientSettings.model_validate(
-            {
-                "kit": folder,
-                "server": "127.0.0.1:1",
-                "state_dir": folder / "state",
-                "model": {"path": str(self.model)},
-                "probe": {"path": str(self.model)},
-                "data": {"train": folder / "train.jsonl"} | self.data,
-                "training": {"steps": STEPS, "per_device_train_batch_size": 4, "max_length": 64}
-                | self.training,
-            }
-        )
-        return self.kind(settings, agreed, "", self.progress)
 
     def session(self, transport: Any) -> Any:
         session = super().session(transport)
@@ -129,29 +103,6 @@ class Victim(fv.Client):
 
         session._protection.open = open_hostile
         return session
-
-
-class Listed:
-    """A transport that writes down every call: its name, and how much is sent with it.
-
-    But for those of the key agreement, which begins before anything is received and follows the others' time.
-    """
-
-    def __init__(self, inner: Any, calls: list[str]) -> None:
-        self._inner, self._calls = inner, calls
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._inner, name)
-        if "key" in name:
-            return found
-
-        def listed(*arguments: Any, **named: Any) -> Any:
-            first = arguments[0] if arguments else None
-            sizes = [len(section.payload) for section in getattr(first, "sections", ())]
-            self._calls.append(f"{name} {getattr(first, 'round', first if name == 'pull' else '')} {sizes}")
-            return found(*arguments, **named)
-
-        return listed
 
 
 @dataclass
@@ -199,7 +150,7 @@ def take_part(
     def start() -> Any:
         if victim.state is not None:
             victim.close()
-        return victim.session(Listed(fv.in_process(coordinator, VICTIM), calls))  # type: ignore[arg-type]
+        return victim.session(fv.Listed(fv.in_process(coordinator, VICTIM), calls))  # type: ignore[arg-type]
 
     sessions: dict[str, Any] = {
         name: c.session(fv.in_process(coordinator, name)) for name, c in clients.items() if name != VICTIM
@@ -267,7 +218,7 @@ def test_an_aggregate_that_cannot_be_trained_with_is_left_out_and_told_at_home(
     caplog.set_level(logging.ERROR, "fedmosaic.client.learner")
     outcome = take_part(
         tmp_path / "f", "encrypted", model, kind=Overflowing, received={2: signs(4.0, 0)},
-        training={"blend_received": 0.5},
+        training={"steps": STEPS, "blend_received": 0.5},
     )  # fmt: skip
     assert outcome.errors == {}
     (line,) = caplog.messages

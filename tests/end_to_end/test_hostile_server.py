@@ -97,43 +97,17 @@ class HostileCoordinator:
 
 def run_with(
     directory: Path, backend: str, change: Change, rounds: int = 2
-) -> tuple[dict[str, fv.Client], Any, list[tuple[str, str]]]:
+) -> tuple[dict[str, fv.Client], Any, list[str]]:
     """Run a federation; returns the clients, the summary, and every call that the victim made."""
     fv.make_federation(directory, fv.terms(backend, rounds))
     coordinator = fv.coordinator_of(directory)
-    hostile: Any = HostileCoordinator(coordinator, change)
-    calls: list[tuple[str, str]] = []
-    clients = {name: fv.Client(directory, name, seed) for seed, name in enumerate(fv.MEMBERS)}
-    sessions = {}
-    for name, client in clients.items():
-        line = fv.in_process(hostile, name)
-        sessions[name] = client.session(_Listed(line, calls) if name == VICTIM else line)  # type: ignore[arg-type]  # by name
-    errors = fv.run_all(sessions)
+    calls: list[str] = []
+    clients = fv.clients_of(directory)
+    lines = {VICTIM: lambda line: fv.Listed(line, calls)}
+    assert fv.play(HostileCoordinator(coordinator, change), clients, lines) == {}
     summary = coordinator.summary()
     coordinator.close()
-    for client in clients.values():
-        client.close()
-    assert errors == {}
     return clients, summary, calls
-
-
-class _Listed:
-    """A transport that writes down what is sent: the call and how many bytes."""
-
-    def __init__(self, inner: Any, calls: list[tuple[str, str]]) -> None:
-        self._inner, self._calls = inner, calls
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def push(self, upload: Any) -> Any:
-        sizes = [len(section.payload) for section in upload.sections]
-        self._calls.append(("push", f"round {upload.round}, {sizes}"))
-        return self._inner.push(upload)
-
-    def report(self, statement: bytes) -> None:
-        self._calls.append(("report", statement.decode()))
-        self._inner.report(statement)
 
 
 CASES = [("mask", attack) for attack in ATTACKS] + [
@@ -157,8 +131,9 @@ def test_what_is_not_the_agreed_aggregate_is_refused_and_reported_at_home(
     # about the key from what decrypts and what does not.
     assert clients[VICTIM].learner.received == []
     assert all(len(c.learner.received) == 1 for name, c in clients.items() if name != VICTIM)
-    assert [call for call, _ in calls] == ["push", "push"]
-    assert calls[0][1].removeprefix("round 1") == calls[1][1].removeprefix("round 2")
+    first, second = (call.split(maxsplit=2) for call in calls if call.startswith("push"))
+    assert (first[1], second[1], first[2]) == ("1", "2", second[2])
+    assert not [call for call in calls if call.startswith("report")]
     assert [result["uploaded"] for result in summary["results"]] == [sorted(fv.MEMBERS)] * 2
 
 
@@ -189,17 +164,13 @@ def run_families(directory: Path, change: Change) -> dict[str, FamilyClient]:
         update={"family_dimensions": {"llama": FAMILY_SIZE, "qwen": FAMILY_SIZE}}
     )
     fv.make_federation(directory, terms.model_copy(update={"adapter": adapter}), families=FAMILIES)
-    coordinator = fv.coordinator_of(directory)
-    hostile: Any = HostileCoordinator(
-        coordinator, lambda section: change(section) if section.name == "family" else section
+    clients, _ = fv.finish(
+        directory,
+        FamilyClient,
+        lambda inner: HostileCoordinator(inner, lambda s: change(s) if s.name == "family" else s),
     )
-    clients = {name: FamilyClient(directory, name, seed) for seed, name in enumerate(fv.MEMBERS)}
-    errors = fv.run_all({n: c.session(fv.in_process(hostile, n)) for n, c in clients.items()})
-    coordinator.close()
-    for client in clients.values():
-        client.close()
-    assert errors == {}
-    return clients
+    found: dict[str, FamilyClient] = clients
+    return found
 
 
 def test_families_share_under_the_same_policy(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -237,17 +208,14 @@ def test_a_server_that_wants_more_rounds_than_were_signed_gets_nothing(tmp_path:
     directory = fv.make_federation(tmp_path / "f", fv.terms("plain", rounds=2))
     settings = settings_from_kit(directory / "server")
     greedy = Coordinator(settings.model_copy(update={"durable": False, "rounds": 7}))
-    clients = [fv.Client(directory, name, seed) for seed, name in enumerate(fv.MEMBERS)]
-    sessions = {client.name: client.session(fv.in_process(greedy, client.name)) for client in clients}
-    errors = fv.run_all(sessions)
+    clients = fv.clients_of(directory)
+    errors = fv.play(greedy, clients)
     assert set(errors) == set(fv.MEMBERS)
     for error in errors.values():
         assert isinstance(error, PolicyError)
         assert "runs 7 rounds, the signed terms say 2" in str(error)
     assert greedy.summary()["results"] == []
-    assert all(client.learner.trained == [] for client in clients)
-    for client in clients:
-        client.close()
+    assert all(client.learner.trained == [] for client in clients.values())
     greedy.close()
 
 

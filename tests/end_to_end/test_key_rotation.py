@@ -14,7 +14,6 @@ from fedmosaic.client.keyring import Keyring
 from fedmosaic.privacy.federation import kits as federation
 from fedmosaic.privacy.federation.kits import open_kit
 from fedmosaic.protos.errors import KeyAgreementError, KeyExpiredError, StateError
-from fedmosaic.protos.messages import Upload
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.settings import settings_from_kit
 
@@ -34,19 +33,6 @@ def _federation(tmp_path: Path, **schedule: float) -> Path:
     return fv.make_federation(tmp_path / "f", fv.terms("mask", **schedule))
 
 
-def _clients(directory: Path, names: tuple[str, ...] = fv.MEMBERS) -> dict[str, fv.Client]:
-    return {name: fv.Client(directory, name, seed) for seed, name in enumerate(names)}
-
-
-def _run(coordinator: Coordinator, clients: dict[str, fv.Client]) -> dict[str, BaseException]:
-    sessions = {name: c.session(fv.in_process(coordinator, name)) for name, c in clients.items()}
-    try:
-        return fv.run_all(sessions)
-    finally:
-        for client in clients.values():
-            client.close()
-
-
 def _keyring(directory: Path, name: str = "ada") -> Keyring:
     """The keyring of a client that was restarted with the roster that is in its kit now."""
     kit = open_kit(directory / "clients" / name)
@@ -63,7 +49,7 @@ def _epochs(directory: Path, name: str = "ada") -> list[int]:
 def test_keys_rotate_after_the_agreed_number_of_rounds(tmp_path: Path) -> None:
     directory = _federation(tmp_path, rounds=5, rotate_key_every=2)
     coordinator = fv.coordinator_of(directory)
-    assert _run(coordinator, _clients(directory)) == {}
+    assert fv.play(coordinator, fv.clients_of(directory)) == {}
     results: Any = coordinator.summary()["results"]
     assert len(results) == 5
     coordinator.close()
@@ -75,7 +61,7 @@ def test_a_server_that_keeps_a_key_in_use_is_refused_by_every_client(tmp_path: P
     directory = _federation(tmp_path, rounds=4, rotate_key_every=2, key_patience_seconds=3.0)
     settings = settings_from_kit(directory / "server")
     lazy = Coordinator(settings.model_copy(update={"durable": False, "key_rotation_rounds": 1000}))
-    errors = _run(lazy, _clients(directory))
+    errors = fv.play(lazy, fv.clients_of(directory))
     assert set(errors) == set(fv.MEMBERS)
     for error in errors.values():
         assert isinstance(error, KeyExpiredError)
@@ -98,7 +84,7 @@ def test_a_round_that_is_over_is_not_encrypted_again(tmp_path: Path) -> None:
         return answer if answer is None else replace(answer, round=min(answer.round, 2))
 
     coordinator.pull = round_two_again  # type: ignore[method-assign]  # a server that lies
-    errors = _run(coordinator, _clients(directory))
+    errors = fv.play(coordinator, fv.clients_of(directory))
     coordinator.close()
     assert set(errors) == set(fv.MEMBERS)
     for error in errors.values():
@@ -110,7 +96,7 @@ def test_a_round_that_is_over_is_not_encrypted_again(tmp_path: Path) -> None:
 def after_one_round(tmp_path: Path, _stopped_before_the_keys_go: None) -> Path:
     directory = _federation(tmp_path, rounds=1)
     coordinator = fv.coordinator_of(directory)
-    assert _run(coordinator, _clients(directory)) == {}
+    assert fv.play(coordinator, fv.clients_of(directory)) == {}
     coordinator.close()
     return directory
 
@@ -175,12 +161,12 @@ def _key_bytes(directory: Path) -> list[bytes]:
 def test_no_client_holds_a_group_key_when_its_run_is_over(tmp_path: Path) -> None:
     directory = _federation(tmp_path, rounds=2)
     coordinator = fv.coordinator_of(directory)
-    assert _run(coordinator, _clients(directory)) == {}
+    assert fv.play(coordinator, fv.clients_of(directory)) == {}
     for name in fv.MEMBERS:
         kept = directory / "clients" / name / "state" / "keys"
         assert [path.name for path in kept.iterdir()] == ["counter.json"]
     # Started once more, a client finds nothing to do and nothing missing.
-    assert _run(coordinator, _clients(directory)) == {}
+    assert fv.play(coordinator, fv.clients_of(directory)) == {}
     coordinator.close()
     with pytest.raises(KeyAgreementError, match="was not part of key epoch 1"):
         _keyring(directory).key(1)
@@ -193,41 +179,17 @@ def test_a_client_that_was_killed_before_it_deleted_its_keys_does_so_at_the_next
     coordinator = fv.coordinator_of(directory)
     with monkeypatch.context() as patch:
         patch.setattr(Keyring, "forget", lambda self: None)
-        assert _run(coordinator, _clients(directory)) == {}
+        assert fv.play(coordinator, fv.clients_of(directory)) == {}
     keys = directory / "clients/ada/state/keys"
     secrets = _key_bytes(directory)
     # Half of a file, as a kill in the middle of writing leaves it, holds the key as well.
     half = keys / "epoch-0000000009.json.new"
     half.write_bytes(b"".join(secrets))
-    assert _run(coordinator, _clients(directory)) == {}
+    assert fv.play(coordinator, fv.clients_of(directory)) == {}
     coordinator.close()
     for path in (directory / "clients/ada/state").rglob("*"):
         if path.is_file():
             assert not any(secret in path.read_bytes() for secret in secrets), path
-
-
-class _Killed(BaseException):
-    """Stands for the end of a process."""
-
-
-class _Dying:
-    """A transport whose process dies before it pushes, or pulls, a round."""
-
-    def __init__(self, inner: Any, *, push: int = 0, pull: int = 0) -> None:
-        self._inner, self._push, self._pull = inner, push, pull
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def push(self, upload: Upload) -> Any:
-        if upload.round == self._push:
-            raise _Killed
-        return self._inner.push(upload)
-
-    def pull(self, round_number: int, on_wait: Any = None) -> Any:
-        if round_number == self._pull:
-            raise _Killed
-        return self._inner.pull(round_number, on_wait)
 
 
 @pytest.mark.usefixtures("_stopped_before_the_keys_go")
@@ -239,20 +201,18 @@ def test_a_member_leaves_while_a_round_is_open(
     caplog.set_level(logging.INFO)
     directory = _federation(tmp_path, rounds=3)
     coordinator = fv.coordinator_of(directory)
-    clients = _clients(directory)
-    sessions = {}
-    for name, client in clients.items():
-        inner = fv.in_process(coordinator, name)
-        sessions[name] = client.session(_Dying(inner, pull=3) if name in sent else _Dying(inner, push=2))
-    assert all(isinstance(error, _Killed) for error in fv.run_all(sessions).values())
-    for client in clients.values():
-        client.close()
+    lines = {
+        name: (lambda line: fv.Dying(line, pull=3)) if name in sent else (lambda line: fv.Dying(line, push=2))
+        for name in fv.MEMBERS
+    }
+    errors = fv.play(coordinator, fv.clients_of(directory), lines)
+    assert all(isinstance(error, fv.Killed) for error in errors.values())
     coordinator.close()
 
     federation.revoke_member(directory, "eva")
     coordinator = fv.coordinator_of(directory)
-    staying = _clients(directory, fv.MEMBERS[:-1])
-    assert _run(coordinator, staying) == {}
+    staying = fv.clients_of(directory, fv.MEMBERS[:-1])
+    assert fv.play(coordinator, staying) == {}
     results: Any = coordinator.summary()["results"]
     coordinator.close()
     assert "the roster has changed; a new group key is agreed on" in caplog.text

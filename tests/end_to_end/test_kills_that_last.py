@@ -16,45 +16,46 @@ from fedmosaic.protos.messages import KeyMessage, ReceiptStatus, Upload
 from fedmosaic.server.coordinator import Coordinator
 
 
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
-def clients_of(directory: Path, names: tuple[str, ...] = fv.MEMBERS) -> dict[str, fv.Client]:
-    return {name: fv.Client(directory, name, fv.MEMBERS.index(name)) for name in names}
-
-
 class Restarted:
     """A session whose process is killed once, and started again."""
 
     def __init__(
-        self, client: fv.Client, coordinator: Coordinator, kill: Callable[[Any, Any], None], pause: Any = None
+        self,
+        client: Any,
+        coordinator: Coordinator,
+        line: Callable[[Any], Any],
+        prepare: Callable[[Any], Any],
+        pause: Callable[[], Any],
     ) -> None:
-        self._client, self._coordinator, self._kill, self._pause = client, coordinator, kill, pause
+        self._client, self._coordinator = client, coordinator
+        self._line, self._prepare, self._pause = line, prepare, pause
 
     def run(self) -> None:
-        transport = fv.in_process(self._coordinator, self._client.name)
-        session = self._client.session(transport)
-        self._kill(session, transport)
-        with pytest.raises(Killed):
+        session = self._client.session(self._line(fv.in_process(self._coordinator, self._client.name)))
+        self._prepare(session)
+        with pytest.raises(fv.Killed):
             session.run()
         self._client.close()
-        if self._pause is not None:
-            self._pause()
+        self._pause()
         self._client.session(fv.in_process(self._coordinator, self._client.name)).run()
 
 
 def played(
-    directory: Path, coordinator: Coordinator, kills: dict[str, Callable[[Any, Any], None]], pause: Any = None
-) -> dict[str, fv.Client]:
-    """Run all clients, those in `kills` with a kill, until the end of the run."""
-    clients = clients_of(directory)
-    sessions: dict[str, Any] = {}
-    for name, client in clients.items():
-        if name in kills:
-            sessions[name] = Restarted(client, coordinator, kills[name], pause)
-        else:
-            sessions[name] = client.session(fv.in_process(coordinator, name))
+    directory: Path,
+    coordinator: Coordinator,
+    killed: tuple[str, ...] = (),
+    line: Callable[[Any], Any] = lambda inner: inner,
+    prepare: Callable[[Any], Any] = lambda session: None,
+    pause: Callable[[], Any] = lambda: None,
+) -> dict[str, Any]:
+    """Run all clients until the end of the run; those that are killed start again after a pause."""
+    clients = fv.clients_of(directory)
+    sessions: dict[str, Any] = {
+        name: Restarted(client, coordinator, line, prepare, pause)
+        if name in killed
+        else client.session(fv.in_process(coordinator, name))
+        for name, client in clients.items()
+    }
     assert fv.run_all(sessions) == {}
     for client in clients.values():
         client.close()
@@ -66,58 +67,56 @@ def uploaded(coordinator: Coordinator) -> list[list[str]]:
     return [result["uploaded"] for result in results]
 
 
-def _dies_before_its_key_is_confirmed(session: Any, _: Any) -> None:
+def _dies_before_its_key_is_confirmed(session: Any) -> None:
     def store(_agreed: object) -> None:
-        raise Killed
+        raise fv.Killed
 
     session._protection._keyring._store = store
 
 
-def _dies_in_the_agreement(session: Any, transport: Any) -> None:
-    post = transport.post_key_message
+class DyingInTheAgreement(fv.Dying):
+    """A transport whose process dies after its opening of the key agreement."""
 
-    def posting(message: KeyMessage) -> None:
-        post(message)
+    def post_key_message(self, message: KeyMessage) -> None:
+        self._inner.post_key_message(message)
         if message.stage == "opening":
-            raise Killed
-
-    transport.post_key_message = posting
+            raise fv.Killed
 
 
-def test_a_client_killed_after_its_confirmation_is_in_the_epoch_when_it_comes_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("killed", "line", "prepare", "epoch"),
+    [
+        (("ada", "ben"), lambda inner: inner, _dies_before_its_key_is_confirmed, 1),
+        (("ada",), DyingInTheAgreement, lambda session: None, 2),
+    ],
+    ids=["after its confirmation it is in the epoch", "before it held the key it asks for another"],
+)
+def test_a_client_killed_in_the_key_agreement_comes_back(
+    tmp_path: Path, killed: tuple[str, ...], line: Any, prepare: Any, epoch: int
+) -> None:
     directory = fv.make_federation(tmp_path / "f", fv.terms("mask", 2))
     coordinator = fv.coordinator_of(directory)
-    kills = dict.fromkeys(("ada", "ben"), _dies_before_its_key_is_confirmed)
-    played(directory, coordinator, kills)
+    played(directory, coordinator, killed, line, prepare)
     assert uploaded(coordinator) == [sorted(fv.MEMBERS)] * 2
-    assert coordinator._epoch == 1
-    coordinator.close()
-
-
-def test_a_client_killed_before_it_held_the_key_asks_for_another_epoch(tmp_path: Path) -> None:
-    directory = fv.make_federation(tmp_path / "f", fv.terms("mask", 2))
-    coordinator = fv.coordinator_of(directory)
-    played(directory, coordinator, {"ada": _dies_in_the_agreement})
-    assert uploaded(coordinator) == [sorted(fv.MEMBERS)] * 2
-    assert coordinator._epoch == 2
+    assert coordinator._epoch == epoch
     coordinator.close()
 
 
 def test_a_key_that_is_not_confirmed_by_all_encrypts_nothing(tmp_path: Path) -> None:
     directory = fv.make_federation(tmp_path / "f", fv.terms("mask", 1))
     coordinator = fv.coordinator_of(directory)
-    clients = clients_of(directory)
+    clients = fv.clients_of(directory)
     keyrings: dict[str, Keyring] = {}
     for name, client in clients.items():
         session = client.session(fv.in_process(coordinator, name))
-        session._recovery.enrol()
+        session._enrol()
         keyring: Any = session._protection._keyring
         keyrings[name] = keyring
         confirm = keyring._confirm
 
         def killed(agreed: Any, confirmation: bytes, name: str = name, confirm: Any = confirm) -> None:
             if name == "ada":
-                raise Killed
+                raise fv.Killed
             # The others wait for ada's confirmation, and not for long; the model is frozen.
             keyrings[name]._roster.terms.schedule.__dict__["key_patience_seconds"] = 1.0
             confirm(agreed, confirmation)
@@ -133,7 +132,7 @@ def test_a_key_that_is_not_confirmed_by_all_encrypts_nothing(tmp_path: Path) -> 
 
     agreeing: Any = {name: Agreeing(name) for name in clients}
     errors = fv.run_all(agreeing)
-    assert isinstance(errors.pop("ada"), Killed)
+    assert isinstance(errors.pop("ada"), fv.Killed)
     for name, error in errors.items():
         assert isinstance(error, KeyAgreementError)
         assert "confirmations of members are missing: ada" in str(error)
@@ -148,27 +147,13 @@ def test_a_key_that_is_not_confirmed_by_all_encrypts_nothing(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("backend", ["plain", "mask"])
 def test_what_was_trained_and_sent_before_a_kill_is_gone_on_from(tmp_path: Path, backend: str) -> None:
-    """Killed after the receipt of round 1, back in round 2: that begins from the adapter of round 1."""
+    """fv.Killed after the receipt of round 1, back in round 2: that begins from the adapter of round 1."""
     directory = fv.make_federation(tmp_path / "f", fv.terms(backend, 2, quorum=4, round_deadline_seconds=60))
     coordinator = fv.coordinator_of(directory)
 
-    def dies_after_the_receipt(session: Any, transport: Any) -> None:
-        push = transport.push
-
-        def pushing(upload: Upload) -> None:
-            push(upload)
-            raise Killed
-
-        transport.push = pushing
-
-    def until_round_two() -> None:
-        transport = fv.in_process(coordinator, "ada")
-        transport.pull(2)
-
     before: dict[str, Any] = {}
 
-    def remember(session: Any, transport: Any) -> None:
-        dies_after_the_receipt(session, transport)
+    def remember(session: Any) -> None:
         train = session._learner.train
 
         def training(number: int, releases: Any, give_up: Any) -> None:
@@ -187,7 +172,14 @@ def test_what_was_trained_and_sent_before_a_kill_is_gone_on_from(tmp_path: Path,
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fv.VectorLearner, "load", loading)
-        clients = played(directory, coordinator, {"ada": remember}, until_round_two)
+        clients = played(
+            directory,
+            coordinator,
+            ("ada",),
+            lambda inner: fv.Dying(inner, pushed=1),
+            remember,
+            lambda: fv.in_process(coordinator, "ada").pull(2),
+        )
     assert uploaded(coordinator) == [sorted(fv.MEMBERS)] * 2
     assert clients["ada"].learner.trained == [2]
     assert (loaded[-1] == before["local"]).all()
@@ -210,7 +202,7 @@ def test_an_upload_that_the_server_lost_is_sent_again(
             path.write_bytes(path.read_bytes()[:-1] + b"\x00")
 
     coordinator._blobs.adopt = damaging  # type: ignore[method-assign]  # a disk that fails once
-    clients = played(directory, coordinator, {})
+    clients = played(directory, coordinator)
     assert damaged == ["ben"]
     assert uploaded(coordinator) == [sorted(fv.MEMBERS)] * 3
     assert clients["ben"].learner.trained == [1, 2, 3], "nothing was trained or released again"
@@ -226,28 +218,15 @@ def test_a_server_that_forgot_uploads_and_their_key_epoch_gets_them_under_anothe
     coordinator.close()
     shutil.copytree(state, copy)
     coordinator = fv.coordinator_of(directory)
-    names = ("ada", "ben", "cid", "dee")
-    clients = clients_of(directory)
-    sessions: dict[str, Any] = {}
-    for name, client in clients.items():
-        line: Any = fv.in_process(coordinator, name)
-
-        def dying(upload: Upload, name: str = name, push: Any = line.push, line: Any = line) -> Any:
-            if name not in names:
-                raise Killed
-            line.pull = lambda *_: (_ for _ in ()).throw(Killed())
-            return push(upload)
-
-        line.push = dying
-        sessions[name] = client.session(line)
-    assert {type(error) for error in fv.run_all(sessions).values()} == {Killed}
-    for client in clients.values():
-        client.close()
+    lines = dict.fromkeys(fv.MEMBERS, lambda line: fv.Dying(line, pull=2))
+    lines["eva"] = lambda line: fv.Dying(line, push=1)
+    errors = fv.play(coordinator, fv.clients_of(directory), lines)
+    assert {type(error) for error in errors.values()} == {fv.Killed}
     coordinator.close()
     shutil.rmtree(state)
     shutil.copytree(copy, state)
     coordinator = fv.coordinator_of(directory)
-    clients = played(directory, coordinator, {})
+    clients = played(directory, coordinator)
     assert uploaded(coordinator) == [sorted(fv.MEMBERS)] * 2
     assert all(client.learner.trained == [2] for client in clients.values()), "round 1 was trained once"
     coordinator.close()
@@ -259,26 +238,10 @@ def test_an_older_copy_of_the_server_is_noticed(tmp_path: Path, moment: str) -> 
     state, copy = directory / "server" / "state", tmp_path / "copy"
     coordinator = fv.coordinator_of(directory)
 
-    def dies_before_the_push_of(number: int, transport: Any) -> None:
-        push = transport.push
-
-        def pushing(upload: Upload) -> Any:
-            if upload.round == number:
-                raise Killed
-            return push(upload)
-
-        transport.push = pushing
-
     for number in (2, 3):
-        clients = clients_of(directory)
-        sessions = {}
-        for name, client in clients.items():
-            transport = fv.in_process(coordinator, name)
-            dies_before_the_push_of(number, transport)
-            sessions[name] = client.session(transport)
-        assert {type(error) for error in fv.run_all(sessions).values()} == {Killed}
-        for client in clients.values():
-            client.close()
+        lines = dict.fromkeys(fv.MEMBERS, lambda line, number=number: fv.Dying(line, push=number))
+        errors = fv.play(coordinator, fv.clients_of(directory), lines)
+        assert {type(error) for error in errors.values()} == {fv.Killed}
         if number == 2:
             coordinator.close()
             shutil.copytree(state, copy)
@@ -286,7 +249,7 @@ def test_an_older_copy_of_the_server_is_noticed(tmp_path: Path, moment: str) -> 
     client = fv.Client(directory, "ada", 0)
     line: Any = fv.in_process(coordinator, "ada")
     session = client.session(line)
-    enrolled = session._recovery.enrol()
+    enrolled = session._enrol()
     session._resume(enrolled.round)
     upload = read_upload(session._state.upload_path(3))
     assert upload is not None
@@ -313,14 +276,12 @@ def test_a_run_that_brought_nothing_is_known_at_the_members_and_at_the_server(
     terms = fv.terms("plain", 2, quorum=3, round_deadline_seconds=1)
     directory = fv.make_federation(tmp_path / "f", terms)
     coordinator = fv.coordinator_of(directory)
-    clients = clients_of(directory, ("ada", "ben", "cid"))
-    sessions = {name: c.session(fv.in_process(coordinator, name)) for name, c in clients.items()}
-    assert fv.run_all(sessions) == {}
+    clients = fv.clients_of(directory, ("ada", "ben", "cid"))
+    assert fv.play(coordinator, clients) == {}
     for client in clients.values():
         state: Any = client.state
         assert state.record.completed_round == 2
         assert state.record.received_rounds == 0
-        client.close()
     lines, exchanged = coordinator.last_words()
     assert not exchanged
     assert "NOTHING WAS EXCHANGED" in lines[-1]
@@ -332,12 +293,6 @@ def test_receipts_of_a_round_that_is_over_are_asked_for(tmp_path: Path) -> None:
     directory = fv.make_federation(tmp_path / "f", fv.terms("plain", 2, quorum=4, round_deadline_seconds=1))
     coordinator = fv.coordinator_of(directory)
     statuses: list[ReceiptStatus] = []
-
-    def dies_before_its_push(_: Any, transport: Any) -> None:
-        def pushing(_upload: Upload) -> None:
-            raise Killed
-
-        transport.push = pushing
 
     push = coordinator.push
 
@@ -351,8 +306,9 @@ def test_receipts_of_a_round_that_is_over_are_asked_for(tmp_path: Path) -> None:
     clients = played(
         directory,
         coordinator,
-        {"ada": dies_before_its_push},
-        lambda: fv.in_process(coordinator, "ben").pull(2),
+        ("ada",),
+        lambda inner: fv.Dying(inner, push=1),
+        pause=lambda: fv.in_process(coordinator, "ben").pull(2),
     )
     assert statuses[0] is ReceiptStatus.LATE
     assert clients["ada"].learner.trained in ([2], [])

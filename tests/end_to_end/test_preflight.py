@@ -22,9 +22,11 @@ from fedmosaic.client.model.load import load_base_model
 from fedmosaic.client.preflight import doctor
 from fedmosaic.client.preflight.checks import Preflight
 from fedmosaic.client.profile.probe import open_probe
-from fedmosaic.client.progress import SilentProgress
+from fedmosaic.client.progress import Progress
+from fedmosaic.client.result.saved import open_model
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState
+from fedmosaic.experiments.comparison import report
 from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.federation import kits as federation
 from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
@@ -56,16 +58,8 @@ def save_model(folder: Path, seed: int, **changes: Any) -> Path:
 
 
 def rows(count: int, start: int = 0, **changes: Any) -> list[dict[str, Any]]:
-    return [
-        {
-            "id": f"e{i}",
-            "prompt": f"w{i % 40} w{i // 40}",
-            "answer": "yes",
-            "choices": ["yes", "no"],
-            **changes,
-        }
-        for i in range(start, start + count)
-    ]
+    fixed = {"answer": "yes", "choices": ["yes", "no"], **changes}
+    return [{"id": f"e{i}", "prompt": f"w{i % 40} w{i // 40}", **fixed} for i in range(start, start + count)]
 
 
 def write(path: Path, lines: list[dict[str, Any]]) -> Path:
@@ -147,7 +141,7 @@ max_length = 32
 
 def preflight(config: Path) -> Preflight:
     settings = read_configuration(config, ClientSettings).resolved(config.parent)
-    return Preflight(settings, SilentProgress(), server_patience_seconds=1.0)
+    return Preflight(settings, Progress(), server_patience_seconds=1.0)
 
 
 def required(config: Path) -> list[str]:
@@ -172,18 +166,7 @@ def test_all_is_well_and_nothing_was_changed(config: Path, capsys: pytest.Captur
     shown = capsys.readouterr().out
     assert sorted(config.parent.rglob("*")) == before
     assert all(len(line) <= 80 for line in shown.splitlines() if "/" not in line)
-    for name in (
-        "kit",
-        "certificate",
-        "state",
-        "disk",
-        "data",
-        "texts",
-        "server",
-        "budget",
-        "probe",
-        "model",
-    ):
+    for name in "kit certificate state disk data texts server budget probe model".split():
         assert re.search(rf"^{name} +ok\s", shown, re.MULTILINE), shown
     assert "memory" in shown
     assert "transformers" in shown
@@ -209,6 +192,10 @@ def other_probe(config: Path) -> None:
     config.write_text(re.sub(r'path = "other(.*)/model"', r'path = "\1/other"', text))
 
 
+def changed(before: str, after: str) -> Damage:
+    return lambda config: change(config, before, after)
+
+
 def no_probe(config: Path) -> None:
     config.write_text(re.sub(r'(\[probe\]\npath = ").*/model"', r'\1../nowhere/probe"', config.read_text()))
 
@@ -216,18 +203,6 @@ def no_probe(config: Path) -> None:
 def long_answers(config: Path) -> None:
     change(config, "max_length = 32\n[model]", "max_length = 8\n[model]")
     write(config.parent / "train.jsonl", rows(60, answer="w1 " * 9, choices=[]))
-
-
-def long_for_the_model(config: Path) -> None:
-    change(config, "steps = 1\nmax_length = 32", "steps = 1\nmax_length = 65")
-
-
-def long_for_the_probe(config: Path) -> None:
-    change(config, "profile_max_length = 32", "profile_max_length = 65")
-
-
-def same_data(config: Path) -> None:
-    change(config, 'test = "test.jsonl"', 'test = "train.jsonl"')
 
 
 def one_choice(config: Path) -> None:
@@ -238,20 +213,13 @@ def no_server(config: Path) -> None:
     config.write_text(re.sub(r'server = "127.0.0.1:\d+"', 'server = "127.0.0.1:9"', config.read_text()))
 
 
-def looser_budget(config: Path) -> None:
-    change(config, "profile_max_length", "target_epsilon = 100\nprofile_max_length")
+def state_of(federation: str) -> Damage:
+    def damage(config: Path) -> None:
+        state = ClientState(config.parent / "state", federation, "a")
+        state.join_run("0" * 32)
+        state.release()
 
-
-def foreign_state(config: Path) -> None:
-    state = ClientState(config.parent / "state", "elsewhere", "a")
-    state.join_run("0" * 32)
-    state.release()
-
-
-def other_run(config: Path) -> None:
-    state = ClientState(config.parent / "state", "f", "a")
-    state.join_run("0" * 32)
-    state.release()
+    return damage
 
 
 def other_key(config: Path) -> None:
@@ -261,35 +229,44 @@ def other_key(config: Path) -> None:
     config.write_text(re.sub(r'kit = ".*"', 'kit = "kit"', config.read_text()))
 
 
-def other_ledger(config: Path) -> None:
-    (config.parent / "state").mkdir()
-    Ledger.open(
-        config.parent / "state" / LEDGER, "somebody", 1e-3, 4.0, budgeted_channels=("profile",)
-    ).close()
+def ledger_of(name: str, delta: float, target: float) -> Damage:
+    def damage(config: Path) -> None:
+        (config.parent / "state").mkdir()
+        path = config.parent / "state" / LEDGER
+        Ledger.open(path, name, delta, target, budgeted_channels=("profile",)).close()
 
-
-def bigger_ledger(config: Path) -> None:
-    (config.parent / "state").mkdir()
-    Ledger.open(config.parent / "state" / LEDGER, "a", 0.1, 8.0, budgeted_channels=("profile",)).close()
+    return damage
 
 
 @pytest.mark.parametrize(
     ("damage", "check", "reason"),
     [
         (other_key, "kit", "identity key"),
-        (foreign_state, "state", "'elsewhere'"),
-        (same_data, "data", "all 60 examples"),
+        (state_of("elsewhere"), "state", "'elsewhere'"),
+        (changed('test = "test.jsonl"', 'test = "train.jsonl"'), "data", "all 60 examples"),
         (one_choice, "data", "example 1 has 1 choice"),
         (long_answers, "texts", "raise profile_max_length to 11"),
         (no_probe, "texts", "There is no folder '../nowhere/probe'"),
         (no_server, "server", "could not be reached"),
-        (other_run, "server", "but the server is on run"),
-        (looser_budget, "budget", "a client may be stricter, not looser"),
-        (other_ledger, "budget", "opened with other parameters"),
-        (bigger_ledger, "budget", "at most 10 examples"),
+        (state_of("f"), "server", "but the server is on run"),
+        (
+            changed("profile_max_length", "target_epsilon = 100\nprofile_max_length"),
+            "budget",
+            "a client may be stricter, not looser",
+        ),
+        (ledger_of("somebody", 1e-3, 4.0), "budget", "opened with other parameters"),
+        (ledger_of("a", 0.1, 8.0), "budget", "at most 10 examples"),
         (other_probe, "probe", "profiles of different probes cannot be compared"),
-        (long_for_the_probe, "probe", "profile_max_length is 65.*64 positions"),
-        (long_for_the_model, "model", "training.max_length is 65.*64 positions"),
+        (
+            changed("profile_max_length = 32", "profile_max_length = 65"),
+            "probe",
+            "profile_max_length is 65.*64 positions",
+        ),
+        (
+            changed("steps = 1\nmax_length = 32", "steps = 1\nmax_length = 65"),
+            "model",
+            "training.max_length is 65.*64 positions",
+        ),
     ],
 )
 def test_what_is_wrong_is_found_before_enrolment(
@@ -420,6 +397,15 @@ def test_a_whole_run_tells_how_it_was_scored(config: Path, served: tuple[Path, i
     assert own.statement.model_dump_json(indent=2) == (config.parent / "a" / "statement.json").read_text()
     assert own.adapter is not None
     assert (own.adapter / "adapter_model.safetensors").exists()
+    assert own.comparison is not None
+    assert own.comparison.scores == {"base": own.before["self"], "federated": own.after["self"]}
+    assert result["comparison"]["verdict"] == own.comparison.verdict()
+    ids = torch.arange(3, 11)[None]
+    assert torch.equal(own.model(ids).logits, open_model(own.state).model(ids).logits)
+    assert report.main([str(own.state), "--html", str(config.parent / "page.html")]) == 0
+    page = (config.parent / "page.html").read_text()
+    assert "cannot tell" in page
+    assert "Privacy statement" in page
     ledgers = list(config.parent.rglob(LEDGER))
     assert len(ledgers) == len(MEMBERS)
     assert all(read_ledger(ledger) for ledger in ledgers)

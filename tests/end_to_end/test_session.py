@@ -22,14 +22,7 @@ from fedmosaic.server.storage import tables
 
 def _run(tmp_path: Path, backend: str, rounds: int = 3) -> dict[str, Any]:
     directory = fv.make_federation(tmp_path / backend, fv.terms(backend, rounds))
-    coordinator = fv.coordinator_of(directory)
-    clients = {name: fv.Client(directory, name, seed) for seed, name in enumerate(fv.MEMBERS)}
-    sessions = {name: c.session(fv.in_process(coordinator, name)) for name, c in clients.items()}
-    assert fv.run_all(sessions) == {}
-    summary = coordinator.summary()
-    coordinator.close()
-    for client in clients.values():
-        client.close()
+    clients, summary = fv.finish(directory)
     return {"clients": clients, "summary": summary, "directory": directory}
 
 
@@ -81,19 +74,8 @@ def test_a_profile_is_released_once_while_the_data_stays_the_same(tmp_path: Path
         assert all(row.covered_by == "nothing" for row in adapter)
 
 
-class _CutBeforePush:
-    """A transport that dies, like its process, just before the push of a round."""
-
-    def __init__(self, inner: Any, round_number: int) -> None:
-        self._inner, self._round = inner, round_number
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def push(self, upload: Upload) -> Any:
-        if upload.round == self._round:
-            raise ConnectionResetError("the process was killed")
-        return self._inner.push(upload)
+def _others(coordinator: Any, clients: dict[str, fv.Client]) -> dict[str, Any]:
+    return {n: c.session(fv.in_process(coordinator, n)) for n, c in clients.items() if n != "cid"}
 
 
 @pytest.mark.parametrize("backend", ["plain", "ckks"])
@@ -103,13 +85,13 @@ def test_a_client_killed_before_its_push_resumes_and_sends_the_same_bytes(
     caplog.set_level(logging.INFO)
     directory = fv.make_federation(tmp_path / "f", fv.terms(backend, 3))
     coordinator = fv.coordinator_of(directory)
-    clients = {name: fv.Client(directory, name, seed) for seed, name in enumerate(fv.MEMBERS)}
+    clients = fv.clients_of(directory)
     victim = clients["cid"]
 
     class Restarting:
         def run(self) -> None:
-            transport = _CutBeforePush(fv.in_process(coordinator, "cid"), 2)
-            with pytest.raises(ConnectionResetError):
+            transport = fv.Dying(fv.in_process(coordinator, "cid"), push=2)
+            with pytest.raises(fv.Killed):
                 victim.session(transport).run()
             stored = (directory / "clients" / "cid" / "state" / "upload-0002.bin").read_bytes()
             victim.close()
@@ -117,11 +99,7 @@ def test_a_client_killed_before_its_push_resumes_and_sends_the_same_bytes(
             assert (directory / "clients" / "cid" / "state" / "upload-0002.bin").read_bytes() == stored
             session.run()
 
-    sessions: dict[str, Any] = {
-        name: c.session(fv.in_process(coordinator, name)) for name, c in clients.items() if name != "cid"
-    }
-    sessions["cid"] = Restarting()
-    assert fv.run_all(sessions) == {}
+    assert fv.run_all(_others(coordinator, clients) | {"cid": Restarting()}) == {}
     assert victim.learner.trained == [3], "round 2 was trained before the kill and must not be trained again"
     assert "re-sending the stored upload" in caplog.text
     uploaded = [result["uploaded"] for result in coordinator.summary()["results"]]
@@ -162,21 +140,17 @@ def test_a_client_with_another_roster_is_refused_by_name(tmp_path: Path) -> None
     coordinator.close()
 
 
-def _others(coordinator: Any, clients: dict[str, fv.Client]) -> dict[str, Any]:
-    return {n: c.session(fv.in_process(coordinator, n)) for n, c in clients.items() if n != "cid"}
-
-
 def test_a_client_whose_ledger_was_put_back_from_an_older_copy_is_refused_by_name(tmp_path: Path) -> None:
     directory = fv.make_federation(tmp_path / "f", fv.terms("plain", 2))
     coordinator = fv.coordinator_of(directory)
-    clients = {name: fv.Client(directory, name, seed) for seed, name in enumerate(fv.MEMBERS)}
+    clients = fv.clients_of(directory)
     victim, state = clients["cid"], directory / "clients" / "cid" / "state"
 
     class Restored:
         def run(self) -> None:
-            session = victim.session(_CutBeforePush(fv.in_process(coordinator, "cid"), 2))
+            session = victim.session(fv.Dying(fv.in_process(coordinator, "cid"), push=2))
             back_up(state, tmp_path / "older")
-            with pytest.raises(ConnectionResetError):
+            with pytest.raises(fv.Killed):
                 session.run()
             victim.close()
             shutil.copytree(state, tmp_path / "newest")

@@ -12,7 +12,7 @@ trained adapters no further than that, in root mean square; single values may sc
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from end_to_end import federation_of_vectors as fv
 from fedmosaic.client.learner import ModelLearner
-from fedmosaic.client.progress import SilentProgress
+from fedmosaic.client.progress import Progress
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.privacy.federation.roster import AdapterTerms, Terms
 from fedmosaic.privacy.mechanism.noise import SeededTestNoise
-from fedmosaic.server.coordinator import Coordinator
-from fedmosaic.server.settings import settings_from_kit
 
 SHARED_MODEL = Path(__file__).parents[2].parent / "shared" / "models" / "stories-260k"
 WEIGHT_BITS = 12
@@ -100,6 +98,9 @@ class ModelClient(fv.Client):
 
     model: Path = Path()
     kind: Callable[..., ModelLearner] = ModelLearner
+    training: dict[str, float] = field(default_factory=lambda: {"steps": 3})
+    data: dict[str, Path] = field(default_factory=dict)
+    progress: Progress = field(default_factory=Progress)
 
     @property
     def noise(self) -> SeededTestNoise:
@@ -115,11 +116,11 @@ class ModelClient(fv.Client):
                 "state_dir": folder / "state",
                 "model": {"path": str(self.model)},
                 "probe": {"path": str(self.model)},
-                "data": {"train": folder / "train.jsonl"},
-                "training": {"steps": 3, "per_device_train_batch_size": 4, "max_length": 64},
+                "data": {"train": folder / "train.jsonl"} | self.data,
+                "training": {"per_device_train_batch_size": 4, "max_length": 64} | self.training,
             }
         )
-        return self.kind(settings, agreed, "", SilentProgress())
+        return self.kind(settings, agreed, "", self.progress)
 
 
 def trained(
@@ -131,8 +132,7 @@ def trained(
         (d,) final P and Q by client, float64.
     """
     fv.make_federation(directory, agreed_terms(backend))
-    settings = settings_from_kit(directory / "server").model_copy(update={"durable": False})
-    coordinator = Coordinator(settings)
+    coordinator = fv.coordinator_of(directory)
     clients = {
         name: ModelClient(directory, name, seed, model=model, kind=kind)
         for seed, name in enumerate(fv.MEMBERS)

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -13,11 +15,14 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
     CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -35,6 +40,7 @@ from fedmosaic.client.colora import (
 )
 from fedmosaic.client.colora.basis import draw_orthonormal
 from fedmosaic.client.colora.state import get_basis
+from fedmosaic.client.model.load import save_adapter
 from fedmosaic.protos.errors import ModelError
 
 IDS = torch.arange(20).view(2, 10) % 64
@@ -53,10 +59,13 @@ def tiny(kind: str = "llama", hidden: int = 32, depth: int = 3, **options: objec
         "max_position_embeddings": 64,
         **options,
     }
-    model = (
-        LlamaForCausalLM(LlamaConfig(**shape)) if kind == "llama" else Qwen2ForCausalLM(Qwen2Config(**shape))
-    )
-    return model.eval()
+    kinds = {
+        "llama": (LlamaForCausalLM, LlamaConfig),
+        "qwen2": (Qwen2ForCausalLM, Qwen2Config),
+        "mistral": (MistralForCausalLM, MistralConfig),
+    }
+    architecture, configuration = kinds[kind]
+    return architecture(configuration(**shape)).eval()
 
 
 def config(**changes: object) -> CoLoraConfig:
@@ -187,6 +196,26 @@ def test_auto_classes_load_base_and_adapter(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits)
 
 
+def test_a_saved_adapter_computes_with_the_branches_and_gates_that_it_was_trained_with(
+    tmp_path: Path,
+) -> None:
+    model = get_peft_model(tiny(), config())
+    fill(model)
+    set_active_branches(model, {"local"}, layers="family")
+    fix_gate(model, 0.25, layers="shared")
+    save_adapter(model, tmp_path)
+    loaded = PeftModel.from_pretrained(tiny(), tmp_path)
+    assert torch.equal(model(IDS).logits, loaded(IDS).logits)
+
+
+def test_peft_without_this_package_says_what_to_import(tmp_path: Path) -> None:
+    get_peft_model(tiny(), config()).save_pretrained(tmp_path)
+    code = f"from peft import PeftConfig; PeftConfig.from_pretrained({str(tmp_path)!r})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    assert "import fedmosaic.client.colora" in run.stderr.splitlines()[-1]
+
+
 def test_an_adapter_of_another_depth_is_refused(tmp_path: Path) -> None:
     get_peft_model(tiny(depth=3), config()).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="3 decoder layers, this one has 4"):
@@ -196,7 +225,7 @@ def test_an_adapter_of_another_depth_is_refused(tmp_path: Path) -> None:
 def test_the_saved_configuration_is_plain_json(tmp_path: Path) -> None:
     get_peft_model(tiny(), config()).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert saved["peft_type"] == "COLORA"
+    assert "import fedmosaic.client.colora" in saved["peft_type"], "PEFT alone raises KeyError with this name"
     assert saved["shared_layers"] == [1, 2]
 
 
@@ -270,15 +299,32 @@ def test_adapters_that_disagree_on_the_kind_of_a_layer_are_refused() -> None:
         model.add_adapter("other", config(shared_layers=[0, 1]))
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_merge_and_unload_is_equivalent(kind: str) -> None:
-    model = get_peft_model(tiny(kind), config(personal_branch=True))
+@pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": True}], ids=["", "tied"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral"])
+def test_a_merged_model_keeps_the_biases_of_q_when_it_is_saved(
+    kind: str, options: dict[str, object], tmp_path: Path
+) -> None:
+    model = get_peft_model(tiny(kind, **options), config(personal_branch=True))
     fill(model, 0.1)
     before = model(IDS).logits
-    with pytest.warns(UserWarning, match="gave biases to linear modules"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
         merged = model.merge_and_unload(safe_merge=True)
-    torch.testing.assert_close(merged(IDS).logits, before, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(merged(IDS).logits, before, rtol=1e-4, atol=1e-5)
     assert not [module for module in merged.modules() if isinstance(module, CoLoraLayer)]
+    merged.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(IDS).logits, before, rtol=1e-4, atol=1e-5)
+
+
+def test_merging_warns_where_no_architecture_describes_the_biases() -> None:
+    base = tiny("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=0)
+    model = get_peft_model(base, config())
+    fill(model, 0.1)
+    before = model(IDS).logits
+    with pytest.warns(UserWarning, match="none in a Qwen2ForCausalLM"):
+        merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(IDS).logits, before, rtol=1e-4, atol=1e-5)
 
 
 def test_merging_an_adapter_that_learned_nothing_changes_nothing_and_warns_of_nothing() -> None:

@@ -245,9 +245,9 @@ def test_a_repeated_id_is_named_by_both_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "words"),
     [
-        ("Answers", "unknown key 'Answers'; did you mean 'answer'"),
-        ("label", "unknown key 'label'; use id, prompt, answer, choices only"),
-        ("Mrs Smith", "unknown key number 4; use id, prompt, answer, choices only"),
+        ("Answers", "unknown key 'Answers'; did you mean 'answer'\\? Use id, prompt"),
+        ("label", "unknown key 'label'; use id, prompt, answer, choices, messages, person only"),
+        ("Mrs Smith", "unknown key number 4; use .* or name in \\[data.columns\\] the columns to be read"),
     ],
 )
 def test_an_unknown_key_is_named_where_it_is_nobody_s_text(key: str, words: str, tmp_path: Path) -> None:
@@ -264,5 +264,5 @@ def test_public_examples_need_no_id(tmp_path: Path) -> None:
         {"id": "mine", "prompt": "4+4?", "answer": "8"},
     )
     assert [example.id for example in read_public_examples(path)] == ["line-1", "line-2", "mine"]
-    with pytest.raises(ConfigurationError, match="line 1: 'id' must be a text"):
+    with pytest.raises(ConfigurationError, match="line 3 has an id that rows before it lack; name every"):
         read_examples(path)

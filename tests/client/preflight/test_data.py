@@ -7,8 +7,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fedmosaic.client.model.examples import Example
-from fedmosaic.client.preflight.data import read_data, read_share
+from fedmosaic.client.data.records import Example, ExampleSet
+from fedmosaic.client.data.sets import read_sets
+from fedmosaic.client.preflight.data import check_sets, read_lengths
 from fedmosaic.client.settings import DataSettings
 from fedmosaic.protos.errors import ConfigurationError
 
@@ -25,6 +26,10 @@ def write(path: Path, *rows: dict[str, object]) -> Path:
     return path
 
 
+def warnings(settings: DataSettings) -> list[str]:
+    return check_sets(read_sets(settings), settings.pictures)
+
+
 @pytest.fixture
 def train(tmp_path: Path) -> Path:
     return write(tmp_path / "train.jsonl", *(row(i) for i in range(10)))
@@ -32,8 +37,9 @@ def train(tmp_path: Path) -> Path:
 
 def test_a_sound_data_set_gives_no_warning(train: Path, tmp_path: Path) -> None:
     test = write(tmp_path / "test.jsonl", row(20), row(21, choices=["yes", "no"]))
-    data = read_data(DataSettings(train=train, test=test, others={"b": test}))
-    assert (len(data.train), sorted(data.tests), data.warnings) == (10, ["b", "self"], ())
+    data = read_sets(DataSettings(train=train, test=test, others={"b": test}))
+    assert (len(data.train.examples), sorted(data.tests)) == (10, ["b", "self"])
+    assert check_sets(data, None) == []
 
 
 @pytest.mark.parametrize("name", ["test", "others"])
@@ -43,18 +49,18 @@ def test_a_test_set_of_training_examples_alone_is_refused(train: Path, tmp_path:
         tests: object = file if name == "test" else {"b": file}
         settings = DataSettings.model_validate({"train": train, name: tests})
         with pytest.raises(ConfigurationError, match="are training examples too"):
-            read_data(settings)
+            warnings(settings)
 
 
 def test_an_overlap_is_told_with_its_count(train: Path, tmp_path: Path) -> None:
     test = write(tmp_path / "test.jsonl", *(row(i) for i in range(8, 13)))
-    (line,) = read_data(DataSettings(train=train, test=test)).warnings
+    (line,) = warnings(DataSettings(train=train, test=test))
     assert "test.jsonl: 2 of 5 test examples are training examples too" in line
 
 
 def test_repeated_rows_are_told_with_what_they_mean(tmp_path: Path) -> None:
     train = write(tmp_path / "train.jsonl", row(1), row(1, id="again"), row(1, id="more"), row(2))
-    (line,) = read_data(DataSettings(train=train)).warnings
+    (line,) = warnings(DataSettings(train=train))
     assert "2 of 4 rows repeat" in line
     assert "less protected" in line
 
@@ -62,22 +68,22 @@ def test_repeated_rows_are_told_with_what_they_mean(tmp_path: Path) -> None:
 def test_one_choice_is_refused_with_file_example_and_remedy(train: Path, tmp_path: Path) -> None:
     test = write(tmp_path / "test.jsonl", row(20), row(21, choices=["yes"]))
     with pytest.raises(ConfigurationError, match=r"test\.jsonl, example 2 has 1 choice; .*leave choices out"):
-        read_data(DataSettings(train=train, test=test))
+        warnings(DataSettings(train=train, test=test))
 
 
 def test_another_set_must_not_take_the_name_of_the_own(train: Path) -> None:
     with pytest.raises(ConfigurationError, match=r'data\.others names a set "self"'):
-        read_data(DataSettings(train=train, others={"self": train}))
+        warnings(DataSettings(train=train, others={"self": train}))
 
 
-def test_pictures_are_looked_for(train: Path, tmp_path: Path) -> None:
+def test_images_are_looked_for(train: Path, tmp_path: Path) -> None:
     test = write(tmp_path / "test.jsonl", row(20), row(21, prompt="<image:a.png> what?"))
-    with pytest.raises(ConfigurationError, match=r"example 2 names the picture 'a\.png'.*data\.pictures"):
-        read_data(DataSettings(train=train, test=test))
-    with pytest.raises(ConfigurationError, match=r"no picture 'a\.png'"):
-        read_data(DataSettings(train=train, test=test, pictures=tmp_path))
+    with pytest.raises(ConfigurationError, match=r"example 2 names the image 'a\.png'.*data\.pictures"):
+        warnings(DataSettings(train=train, test=test))
+    with pytest.raises(ConfigurationError, match=r"no image 'a\.png'"):
+        warnings(DataSettings(train=train, test=test, pictures=tmp_path))
     (tmp_path / "a.png").touch()
-    read_data(DataSettings(train=train, test=test, pictures=tmp_path))
+    warnings(DataSettings(train=train, test=test, pictures=tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -87,14 +93,18 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=raw, **SPECIAL)
 
 
+def of(label: str, examples: list[Example]) -> ExampleSet:
+    return ExampleSet(label, tuple(examples), "", True)
+
+
 def test_the_share_that_is_cut_is_told_with_its_setting(tokenizer: PreTrainedTokenizerFast) -> None:
     # 98 prompt tokens in all; of 90 + 2 for its answer, 12 fit into 14.
     examples = [Example("1", "a " * 8, "b"), Example("2", "a " * 90, "b")]
-    line = read_share(tokenizer, Path("train.jsonl"), examples, 14, "profile_max_length")
+    line = read_lengths(tokenizer, of("train.jsonl", examples), 14, "profile_max_length").warning
     assert line.startswith("train.jsonl: 1 of 2 examples are longer than profile_max_length = 14 tokens")
     assert "the longest has 92" in line
     assert "80 % of their prompts' tokens are not read" in line
-    assert read_share(tokenizer, Path("train.jsonl"), examples, 92, "profile_max_length") == ""
+    assert read_lengths(tokenizer, of("train.jsonl", examples), 92, "profile_max_length").warning == ""
 
 
 @pytest.mark.parametrize("choices", [(), ("b", "b " * 12)])
@@ -104,5 +114,5 @@ def test_an_answer_without_room_is_refused_with_file_example_and_setting(
     answer = "b" if choices else "b " * 12
     examples = [Example("1", "a", "b"), Example("2", "a", answer, choices)]
     with pytest.raises(ConfigurationError, match=r"t\.jsonl, example 2: .*raise profile_max_length to 14"):
-        read_share(tokenizer, Path("t.jsonl"), examples, 13, "profile_max_length")
-    read_share(tokenizer, Path("t.jsonl"), examples, 14, "profile_max_length")
+        read_lengths(tokenizer, of("t.jsonl", examples), 13, "profile_max_length")
+    read_lengths(tokenizer, of("t.jsonl", examples), 14, "profile_max_length")

@@ -3,7 +3,6 @@
 import math
 import re
 from dataclasses import replace
-from pathlib import Path
 from xml.parsers import expat
 
 import pytest
@@ -11,28 +10,21 @@ import pytest
 from fedmosaic.experiments.comparison.figures import privacy_figure
 from fedmosaic.experiments.comparison.page import page
 from fedmosaic.experiments.comparison.runs import Run, group_runs
-from fedmosaic.experiments.scenario.metrics import Pair, Summary
+from fedmosaic.experiments.scenario.metrics import Pair
 from fedmosaic.protos.errors import ConfigurationError
 
 
-def _run(
-    seed: int, method: str, own: float, protection: str, epsilon: float | None, profile: float | None
-) -> Run:
-    summary = Summary(Pair(own, own / 2), Pair(own, own / 2))
+def _run(seed: int, method: str, own: float, protection: str, epsilon: float | None) -> Run:
     return Run(
-        directory=Path("x"),
         scenario="s, all",
         method=method,
         seed=seed,
-        summary=summary,
-        clients={"a": summary},
         curve={1: Pair(own, own / 2)},
         epsilon={"server": epsilon, "recipients": epsilon},
         sent=1.0,
         seconds=1.0,
         protection=protection,
-        profile_epsilon=profile,
-        relevance=0.9 if protection else None,
+        relevance=0.9 if protection else math.nan,
     )
 
 
@@ -41,11 +33,11 @@ def _runs() -> list[Run]:
         run
         for seed in (0, 1)
         for run in (
-            _run(seed, "fedmosaic dp 1", 0.5 + seed / 100, "dp", 1.0, 0.1),
-            _run(seed, "fedmosaic dp 8", 0.6 + seed / 100, "dp", 7.9, 0.1),
-            _run(seed, "fedmosaic <clear>", 0.7 + seed / 100, "none", math.inf, math.inf),
-            _run(seed, "fedmosaic encrypted", 0.7, "encrypted", math.inf, 0.4),
-            _run(seed, "local", 0.4, "", 0.0, None),
+            _run(seed, "fedmosaic dp 1", 0.5 + seed / 100, "dp", 1.0),
+            _run(seed, "fedmosaic dp 8", 0.6 + seed / 100, "dp", 7.9),
+            _run(seed, "fedmosaic <clear>", 0.7 + seed / 100, "none", math.inf),
+            _run(seed, "fedmosaic encrypted", 0.7, "encrypted", math.inf),
+            _run(seed, "local", 0.4, "", 0.0),
         )
     ]
 
@@ -70,7 +62,7 @@ def test_a_smaller_epsilon_stands_further_left_and_a_better_score_higher() -> No
 
 def test_runs_that_do_not_belong_together_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="0 private methods"):
-        privacy_figure(group_runs([_run(0, "local", 0.4, "", 0.0, None)]))
+        privacy_figure(group_runs([_run(0, "local", 0.4, "", 0.0)]))
     other = replace(_runs()[0], scenario="t, all")
     with pytest.raises(ConfigurationError, match="on 2 scenarios"):
         privacy_figure(group_runs([*_runs(), other]))

@@ -30,7 +30,7 @@ from fedmosaic.experiments.demo.models import (
     shallow_demo_models,
     write_model_folder,
 )
-from fedmosaic.experiments.tasks.labelled import write_examples
+from fedmosaic.experiments.scenario.participants import write_examples
 
 
 def tiny_model() -> LlamaForCausalLM:

@@ -18,10 +18,9 @@ from transformers import PreTrainedTokenizerFast
 from fedmosaic.client.model.examples import Example, collate, encode_examples, padding_token
 from fedmosaic.client.model.loss import example_losses
 from fedmosaic.client.model.training import TrainingSettings
-from fedmosaic.experiments.comparison.report import read_run
-from fedmosaic.experiments.methods import fedmkt, takfl
+from fedmosaic.experiments.methods import fedmkt, knowledge, takfl
 from fedmosaic.experiments.methods.distillation import answer_logits
-from fedmosaic.experiments.methods.fedmd import FedMd
+from fedmosaic.experiments.methods.fedmd import FedMd, mean_knowledge
 from fedmosaic.experiments.methods.fedmkt import FedMkt, better_known
 from fedmosaic.experiments.methods.knowledge import (
     Knowledge,
@@ -30,7 +29,6 @@ from fedmosaic.experiments.methods.knowledge import (
     cross_entropies,
     knowledge_of,
     learn,
-    mean_knowledge,
 )
 from fedmosaic.experiments.methods.lora import load_with_lora, read_adapter, using, write_adapter
 from fedmosaic.experiments.methods.strategy import SHARED, ServerSide
@@ -301,21 +299,12 @@ def test_fedmkt_keeps_a_model_per_architecture_and_never_averages(servers: dict[
     assert max(distances) < float(np.abs(uploads["small-a"] - uploads["small-b"]).max())
 
 
-@pytest.mark.parametrize("method", ["takfl", "fedmd", "fedmkt"])
-def test_architectures_teach_each_other_for_a_round(method: str, tmp_path: Path, tiny_scenario: Any) -> None:
-    scenario = tiny_scenario(method=method, schedule={"rounds": 1, "quorum": 4}, others_examples=4)
-    scenario = scenario.model_copy(update={"clients": scenario.clients[:2]})
-    directory = runner.run_here(scenario, tmp_path, tmp_path, _console())
-    for result in read_run(directory).clients.values():
-        assert 0.0 <= result["after"]["self"] <= 1.0
-        assert result["traffic"]["adapter"]["sent"] > 0
-
-
 @pytest.mark.slow
 def test_a_server_that_remembers_goes_on_where_it_stopped(
     tmp_path: Path, tiny_scenario: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fedmkt, "learn", partial(learn, steps=2))
+    for place in (fedmkt, knowledge):
+        monkeypatch.setattr(place, "learn", partial(learn, steps=2))
     scenario = tiny_scenario(method="fedmkt", schedule={"rounds": 2, "quorum": 4}, score="own")
     scenario = scenario.model_copy(update={"clients": scenario.clients[1:3]})
     whole = runner.run_here(scenario, tmp_path, tmp_path / "a", _console())

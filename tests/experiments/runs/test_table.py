@@ -12,6 +12,7 @@ from fedmosaic.experiments.runs import table as grid
 from fedmosaic.protos.errors import ConfigurationError
 
 TABLES = Path(__file__).parents[3] / "experiments" / "tables"
+_NOT_ON_THE_PAGE = {"text-siblings-tuning.toml", "vision-siblings-tuning.toml", "text-siblings-many.toml"}
 
 
 @pytest.fixture
@@ -69,8 +70,38 @@ def test_a_table_runs_once_and_goes_on(
     )
     assert grid.main(arguments) == 0
     assert {path: path.stat().st_mtime_ns for path in out.rglob("result.json")} == written
+    table.write_text(table.read_text().replace("training.steps=1", "training.steps=2"))
     with pytest.raises(ConfigurationError, match="other settings"):
-        grid.main([*arguments, "--set", "training.steps=2"])
+        grid.main(arguments)
+
+
+def test_a_page_is_written_between_its_marks(
+    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.md"
+    arguments = [str(table), "--out", str(tmp_path / "out"), "--seeds", "0", "--page", str(page)]
+    for text in (
+        "# No marks\n",
+        "<!-- end of table.toml --> <!-- table.toml -->",
+        "<!-- table.toml --> " * 2,
+    ):
+        page.write_text(text)
+        with pytest.raises(ConfigurationError, match=r"write the lines <!-- table\.toml -->"):
+            grid.main(arguments)
+    assert not (tmp_path / "out").exists(), "refused before anything is run"
+    before, after = "# Kept α\n\n<!-- table.toml -->", "<!-- end of table.toml -->\n\nKept too.\n"
+    page.write_text(f"{before}\nold\n{after}", encoding="utf-8")
+    assert grid.main(arguments) == 0
+    written = page.read_text(encoding="utf-8")
+    assert written.startswith(before)
+    assert written.endswith(after)
+    block = written[len(before) : -len(after)]
+    assert "old" not in block
+    assert "| `fedavg fast, α` | 1 | ∞ | ∞ |" in block
+    assert block.split("\n\nWritten by")[0].strip() in capsys.readouterr().out
+    assert f"Written by `fedmosaic experiments table {table} --out" in block
+    assert grid.main(arguments) == 0
+    assert page.read_text(encoding="utf-8") == written, "the same runs give the same page"
 
 
 def test_one_name_for_two_cells_is_refused(table: Path, tmp_path: Path) -> None:
@@ -88,3 +119,5 @@ def test_every_table_of_the_repository_names_runs_that_are_possible(
     cells = grid.cells(grid.Arguments(TABLES / name, tmp_path / "out"))
     assert len(cells) > 3
     assert {cell.scenario.method for cell in cells} <= {*VARIANTS, *BASELINES}
+    if name not in _NOT_ON_THE_PAGE:
+        grid._places(TABLES.parents[1] / "docs" / "experiments-tables.md", name)

@@ -2,18 +2,22 @@
 
 from collections import Counter
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmosaic.client.model.examples import Example
-from fedmosaic.experiments.scenario.streams import InOrder, Replay, arrivals, dirichlet_shares
+from fedmosaic.experiments.scenario.streams import InOrder, Stream, arrivals
 from fedmosaic.protos.errors import ConfigurationError
 
 
 def _task(name: str, count: int) -> list[Example]:
     return [Example(f"{name}-{i}", "p", "a") for i in range(count)]
+
+
+def _stream(arriving: tuple[int, ...], batches: int, batch_size: int, seed: int) -> Stream:
+    slices = tuple(tuple(_task(str(number), count)) for number, count in enumerate(arriving))
+    return Stream(slices, batches, batch_size, seed)
 
 
 @given(
@@ -51,27 +55,27 @@ def test_static_rounds_mix_all_tasks() -> None:
 
 
 def test_replay_draws_evenly_from_what_has_arrived_and_never_from_the_future() -> None:
-    replay = Replay((6, 6), batches=12, batch_size=2, seed=1)
+    replay = _stream((6, 6), batches=12, batch_size=2, seed=1)
     first, second = replay.drawn(1), replay.drawn(2)
     assert len(first) == len(second) == 24
     assert max(first) < 6
-    # The second round's newcomers were drawn least, so they are drawn first.
+    # What arrived in the second round was drawn least, so it is drawn first.
     counts = Counter(second)
     assert sum(counts[i] for i in range(6, 12)) > sum(counts[i] for i in range(6))
     assert replay.drawn(2) == second
 
 
 def test_replay_of_one_example_fills_its_batches() -> None:
-    assert Replay((1,), batches=2, batch_size=3, seed=0).drawn(1) == [0] * 6
+    assert _stream((1,), batches=2, batch_size=3, seed=0).drawn(1) == [0] * 6
 
 
 def test_replay_before_anything_arrived_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="arrived"):
-        Replay((0, 3), batches=1, batch_size=1, seed=0).drawn(1)
+        _stream((0, 3), batches=1, batch_size=1, seed=0).drawn(1)
 
 
 def test_an_idle_round_replays_the_memory() -> None:
-    drawn = Replay((3, 0), batches=6, batch_size=1, seed=0).drawn(2)
+    drawn = _stream((3, 0), batches=6, batch_size=1, seed=0).drawn(2)
     assert len(drawn) == 6
     assert set(drawn) <= {0, 1, 2}
 
@@ -81,29 +85,3 @@ def test_in_order_walks_as_it_stands() -> None:
     assert order.take(2) == [0, 1]
     assert order.take(2) == [2, 0]
     assert order.state_dict() == {"size": 3, "seed": 7, "epoch": 2, "position": 4}
-
-
-@pytest.mark.parametrize("alpha", [0.1, 0.5, 1.0, 100.0])
-def test_dirichlet_deals_every_example_once(alpha: float) -> None:
-    labels = ["a", "b", "c"] * 100
-    shares = dirichlet_shares(labels, 5, alpha, seed=0)
-    assert sorted(i for share in shares for i in share) == list(range(300))
-
-
-def test_a_small_alpha_is_less_even_than_a_large_one() -> None:
-    labels = ["a", "b", "c", "d"] * 250
-
-    def spread(alpha: float) -> float:
-        shares = dirichlet_shares(labels, 4, alpha, seed=1)
-        table = np.array([[sum(labels[i] == c for i in share) for c in "abcd"] for share in shares])
-        return float(np.abs(table / 250 - 0.25).mean())
-
-    assert spread(0.1) > 2 * spread(100.0)
-
-
-@pytest.mark.parametrize(
-    ("labels", "clients", "alpha"), [(["a"], 2, 1.0), (["a", "b"], 1, 0.0), (["a"], 0, 1.0)]
-)
-def test_impossible_shares_are_refused(labels: list[str], clients: int, alpha: float) -> None:
-    with pytest.raises(ConfigurationError):
-        dirichlet_shares(labels, clients, alpha, seed=0)

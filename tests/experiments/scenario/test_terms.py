@@ -1,71 +1,45 @@
-"""The scenario files that come with the package are valid, and say what they need."""
+"""The scenario files that come with the package are valid, and name what the commands write."""
 
 from pathlib import Path
 
 import pytest
 
 from fedmosaic.experiments.scenario.terms import Scenario
-from fedmosaic.experiments.tasks.pictures.sets import PICTURES_SIBLINGS, PICTURES_TEN
-from fedmosaic.experiments.tasks.texts.sets import TEXT_SETS
+from fedmosaic.experiments.tasks.sets import SETS
 from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.protos.errors import ConfigurationError
 
 SCENARIOS = Path(__file__).parents[3] / "experiments" / "scenarios"
 
 
-@pytest.mark.parametrize("name", ["text-pairs", "text-siblings", "text-siblings-many", "text-ten"])
-def test_scenarios_name_the_files_that_the_command_writes(
+@pytest.mark.parametrize("name", sorted(path.stem for path in SCENARIOS.glob("*.toml")))
+def test_scenarios_name_the_files_that_the_commands_write(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scenario = read_configuration(SCENARIOS / f"{name}.toml", Scenario)
-    monkeypatch.setenv("FEDMOSAIC_TASKS", str(tmp_path))
-    monkeypatch.setenv("FEDMOSAIC_MODELS", str(tmp_path))
-    resolved = scenario.resolved(SCENARIOS)
-    named = {str(task.train.relative_to(tmp_path / name)) for c in resolved.clients for task in c.task_list}
-    tasks = [(client, task) for client, content in TEXT_SETS[name].items() for task in content]
-    assert named == {f"{client}/{task}.train.jsonl" for client, task in tasks}
-    assert [client.id for client in scenario.clients] == list(TEXT_SETS[name])
-
-
-@pytest.mark.parametrize("name", ["vision-four", "vision-ten"])
-def test_picture_scenarios_name_the_files_and_projectors_that_the_commands_write(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scenario = read_configuration(SCENARIOS / f"{name}.toml", Scenario)
     monkeypatch.setenv("FEDMOSAIC_TASKS", str(tmp_path))
     monkeypatch.setenv("FEDMOSAIC_MODELS", str(tmp_path / "models"))
-    resolved = scenario.resolved(SCENARIOS)
-    assert resolved.pictures == tmp_path / "pictures-ten"
-    for client in resolved.clients:
-        assert client.projector == tmp_path / "projectors" / Path(client.family)
-        for task in client.task_list:
-            assert task.name in PICTURES_TEN[client.id]
-            assert task.train == tmp_path / "pictures-ten" / client.id / f"{task.name}.train.jsonl"
-    if name == "vision-ten":
-        named = {client.id: [task.name for task in client.task_list] for client in scenario.clients}
-        assert named == {client: list(tasks) for client, tasks in PICTURES_TEN.items()}
-
-
-@pytest.mark.parametrize("kind", ["", "-depths", "-families"])
-def test_picture_siblings_name_the_files_that_the_commands_write(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scenario = read_configuration(SCENARIOS / f"vision-siblings{kind}.toml", Scenario)
-    monkeypatch.setenv("FEDMOSAIC_TASKS", str(tmp_path))
-    monkeypatch.setenv("FEDMOSAIC_MODELS", str(tmp_path / "models"))
-    resolved = scenario.resolved(SCENARIOS)
-    assert resolved.pictures == tmp_path / "pictures-siblings"
-    named = {client.id: [task.name for task in client.task_list] for client in resolved.clients}
-    assert named == {client: list(tasks) for client, tasks in PICTURES_SIBLINGS.items()}
-    for client in resolved.clients:
-        assert client.projector == tmp_path / "projectors" / Path(client.family)
-        for task in client.task_list:
-            assert task.test == tmp_path / "pictures-siblings" / client.id / f"{task.name}.test.jsonl"
-    families = {client.id: client.family for client in resolved.clients}
-    if kind == "-depths":
-        assert all(len({families[f"{domain}-{x}"] for x in "abc"}) == 3 for domain in ("letters", "clothes"))
-    if kind == "-families":
-        assert all(client.model.aligned is not None for client in resolved.clients)
+    path = SCENARIOS / f"{name}.toml"
+    scenario = read_configuration(path, Scenario).resolved(SCENARIOS)
+    files = [file for c in scenario.clients for task in c.task_list for file in (task.train, task.test)]
+    (folder,) = {file.relative_to(tmp_path).parts[0] for file in files}
+    content = path.read_text(encoding="utf-8")
+    written = next(n for n in sorted(SETS, key=len, reverse=True) if f"fedmosaic tasks write {n} " in content)
+    assert f"--out $FEDMOSAIC_TASKS/{folder}" in content
+    known = {f"{client}/{task}" for client, tasks in SETS[written].items() for task in tasks}
+    named = {file.relative_to(tmp_path / folder).as_posix().split(".")[0] for file in files}
+    assert named <= known
+    if name != "attack-target":
+        assert named == known
+        assert [client.id for client in scenario.clients] == list(SETS[written])
+    if scenario.images is not None:
+        assert scenario.images == tmp_path / folder
+        assert all(c.projector == tmp_path / "projectors" / c.family for c in scenario.clients)
+    families = {client.id: client.family for client in scenario.clients}
+    if "-depths" in name:
+        domains = {client.rpartition("-")[0] for client in families}
+        assert all(len({families[f"{domain}-{x}"] for x in "abc"}) == 3 for domain in domains)
+    if "-families" in name:
+        assert all(client.model.aligned is not None for client in scenario.clients)
         assert set(families.values()) == {"stories-260k", "stories-15m"}
 
 
@@ -78,7 +52,13 @@ def test_a_missing_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_scored_rounds_hold_the_last() -> None:
-    scenario = read_configuration(SCENARIOS / "text-ten.toml", Scenario)
-    assert scenario.rounds_to_score() == (5, 10, 15, 20)
-    odd = scenario.model_copy(update={"evaluate_every": 7})
-    assert odd.rounds_to_score() == (7, 14, 20)
+    scenario = read_configuration(SCENARIOS / "text-siblings.toml", Scenario)
+    assert (scenario.evaluate_every, scenario.schedule.rounds) == (3, 5)
+    assert scenario.rounds_to_score() == (3, 5)
+
+
+def test_a_key_of_before_is_refused_with_its_new_name(tmp_path: Path) -> None:
+    text = (SCENARIOS / "vision-four.toml").read_text(encoding="utf-8")
+    (tmp_path / "old.toml").write_text(text.replace("\nimages = ", "\npictures = "), encoding="utf-8")
+    with pytest.raises(ConfigurationError, match="'pictures' is now called 'images'; rename it"):
+        read_configuration(tmp_path / "old.toml", Scenario)

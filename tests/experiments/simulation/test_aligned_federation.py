@@ -21,7 +21,7 @@ from fedmosaic.experiments.comparison.report import read_run
 from fedmosaic.experiments.runs import command as runner
 from fedmosaic.experiments.scenario.founding import agreed_adapter
 from fedmosaic.experiments.scenario.terms import Scenario
-from fedmosaic.experiments.simulation.simulate import make_hosts
+from fedmosaic.experiments.simulation.simulate import make_models
 from fedmosaic.privacy.federation.kits import open_kit
 from fedmosaic.privacy.federation.roster import AdapterTerms
 from fedmosaic.protos.errors import ModelError
@@ -99,7 +99,7 @@ def test_clients_of_different_ranks_share_one_basis(
 
 def test_a_client_of_a_lower_rank_shares_its_leading_block(tiny_scenario: Any, bases: Path) -> None:
     scenario = _scenario(tiny_scenario, bases)
-    hosts, terms = make_hosts(scenario)
+    hosts, terms = make_models(scenario)
     assert len(hosts) == 3  # two architectures, one of them at two ranks
     ranks = set()
     for host in hosts.values():
@@ -111,7 +111,7 @@ def test_a_client_of_a_lower_rank_shares_its_leading_block(tiny_scenario: Any, b
 
 def test_a_client_aligned_to_another_anchor_is_refused(tiny_scenario: Any, bases: Path) -> None:
     with pytest.raises(ModelError, match=r"theirs/large has the basis aligned:.*the roster's is aligned:"):
-        make_hosts(_scenario(tiny_scenario, bases, stranger=2))
+        make_models(_scenario(tiny_scenario, bases, stranger=2))
 
 
 def test_the_hash_of_the_layout_names_the_basis(tiny_scenario: Any, bases: Path) -> None:

@@ -12,18 +12,17 @@ from torch import nn
 
 from fedmosaic.client.model.training import TrainingSettings
 from fedmosaic.experiments.comparison.report import read_run, show
-from fedmosaic.experiments.methods.cost import baseline_flops, reference_flops
 from fedmosaic.experiments.methods.ditto import Ditto
 from fedmosaic.experiments.methods.feddat import FedDat
 from fedmosaic.experiments.methods.local import LocalOnly
+from fedmosaic.experiments.methods.loop import _by_itself, reference_flops
 from fedmosaic.experiments.methods.lora import load_with_lora
 from fedmosaic.experiments.methods.strategy import Strategy
 from fedmosaic.experiments.runs import command as runner
-from fedmosaic.experiments.runs.client_processes import check_as_processes
 from fedmosaic.experiments.scenario.participants import read_evaluations
-from fedmosaic.experiments.simulation.compute import client_examples, counted, equal_steps
-from fedmosaic.experiments.simulation.hosts import ModelHost
-from fedmosaic.protos.errors import ConfigurationError, ModelError
+from fedmosaic.experiments.simulation.compute import counted, equal_steps, step_flops
+from fedmosaic.experiments.simulation.models import AdapterState, SharedModel
+from fedmosaic.protos.errors import ModelError
 
 
 def _console() -> Console:
@@ -49,14 +48,11 @@ def test_ditto_costs_two_passes_and_measuring_leaves_no_trace(tiny_scenario: Any
 
     def cost(strategy: Strategy) -> float:
         model, tokenizer = load_with_lora(client.model, scenario.adapter, strategy.adapters, 2, 0)
-        host = ModelHost(model, tokenizer)
+        host = SharedModel(model, tokenizer)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        examples = client_examples(scenario, client, host)
-        first = baseline_flops(strategy, host, examples, scenario.training)
-        assert baseline_flops(strategy, host, examples, scenario.training) == first
-        from fedmosaic.experiments.simulation.hosts import Tenant
-
-        with host.lent_to(Tenant()):
+        first = step_flops(scenario, client, host, _by_itself(strategy))
+        assert step_flops(scenario, client, host, _by_itself(strategy)) == first
+        with host.with_adapter(AdapterState()):
             assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
         return first
 
@@ -93,10 +89,3 @@ def test_a_run_of_equal_compute_costs_what_local_training_costs(
     console = _console()
     show(read_run(directory), console)
     assert "What training cost" in cast(io.StringIO, console.file).getvalue()
-
-
-def test_private_steps_are_not_scaled(tiny_scenario: Any) -> None:
-    with pytest.raises(ValueError, match="equal_compute with adapter"):
-        tiny_scenario(equal_compute=True, adapter={"rank": 2, "blocks": 2, "protection": "dp"})
-    with pytest.raises(ConfigurationError, match="equal compute"):
-        check_as_processes(tiny_scenario(equal_compute=True))

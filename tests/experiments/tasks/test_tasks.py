@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fedmosaic.client.model.examples import read_examples
 from fedmosaic.experiments.demo.corpora import commands, conversations, film, news
+from fedmosaic.experiments.scenario.participants import write_examples
 from fedmosaic.experiments.tasks.labelled import (
     ClassificationTask,
     LabelledText,
@@ -20,7 +21,6 @@ from fedmosaic.experiments.tasks.labelled import (
     share,
     shorten,
     split,
-    write_examples,
 )
 from fedmosaic.protos.errors import ConfigurationError
 

@@ -23,21 +23,15 @@ def vectors(count: int = 5) -> np.ndarray:
     return np.random.default_rng(0).normal(size=(count, 6))
 
 
-def planned(found: Group, policy: AggregationPolicy = POLICY, bits: int = 15, temperature: float = 0.5):
-    return plan(
-        found,
-        NAMES,
-        plain_cosine(vectors()),
-        round_number=4,
-        temperature=temperature,
-        policy=policy,
-        bits=bits,
-    )
+def planned(found: Group, policy: AggregationPolicy = POLICY, names=NAMES, similar: Relevance | None = None,
+            bits: int = 15, temperature: float = 0.5):  # fmt: skip
+    similar = plain_cosine(vectors()) if similar is None else similar
+    return plan(found, names, similar, round_number=4, temperature=temperature, policy=policy, bits=bits)
 
 
-def planned_for(names, found: Relevance, policy: AggregationPolicy, bits: int = 15, temperature: float = 0.5):
+def planned_for(names, similar: Relevance, policy: AggregationPolicy, **options):
     everybody = Group("shared", "", 10, frozenset(names), frozenset(names))
-    return plan(everybody, names, found, round_number=4, temperature=temperature, policy=policy, bits=bits)
+    return planned(everybody, policy, names, similar, **options)
 
 
 def matrix(names, result) -> np.ndarray:
@@ -83,7 +77,7 @@ def test_every_row_keeps_the_policy(count: int, temperature: float, cap: float, 
     policy = AggregationPolicy(minimum_contributors=3, weight_cap=cap)
     contributors = frozenset(rng.choice(names, size=rng.integers(1, count + 1), replace=False).tolist())
     everybody = Group("shared", "", 10, contributors, frozenset(names))
-    result = plan(everybody, names, found, round_number=1, temperature=temperature, policy=policy, bits=bits)
+    result = planned(everybody, policy, names, found, bits, temperature)
     assert result.rows.keys() | result.refusals.keys() == set(names)
     assert not result.rows.keys() & result.refusals.keys()
     for recipient, row in result.rows.items():
@@ -101,15 +95,7 @@ def test_permuting_the_clients_permutes_the_rows() -> None:
     order = [3, 0, 4, 1, 2]
     names = [NAMES[i] for i in order]
     there = planned(group())
-    back = plan(
-        group(),
-        names,
-        plain_cosine(vectors()[order]),
-        round_number=4,
-        temperature=0.5,
-        policy=POLICY,
-        bits=15,
-    )
+    back = planned(group(), names=names, similar=plain_cosine(vectors()[order]))
     for recipient in NAMES:
         one = dict(zip(there.rows[recipient].contributors, there.rows[recipient].weights, strict=True))
         two = dict(zip(back.rows[recipient].contributors, back.rows[recipient].weights, strict=True))

@@ -1,0 +1,258 @@
+"""A client's standing with the server: enrolment, and what it does when the server has lost something.
+
+A server may be put back to an older copy of its state: it then asks for uploads again that it has
+acknowledged, keeps an older head of the privacy ledger, or knows a key epoch no more. None of that makes a
+client release or charge anything anew: the stored bytes are sent again, or sealed again under another key.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final, Protocol
+
+import numpy as np
+
+from fedmosaic import __version__
+from fedmosaic.client.progress import Progress
+from fedmosaic.client.protection import Identity, Protection
+from fedmosaic.client.records import read_upload, write_upload
+from fedmosaic.client.releases import Releases
+from fedmosaic.client.state import OLDER_COPY, ClientState
+from fedmosaic.client.transport.grpc import Transport
+from fedmosaic.privacy.federation.roster import Roster
+from fedmosaic.protos.errors import PolicyError, StateError
+from fedmosaic.protos.messages import (
+    PROTOCOL_VERSION,
+    Enrolled,
+    Enrolment,
+    Phase,
+    Receipt,
+    RoundStatus,
+    Upload,
+)
+from fedmosaic.protos.refusal import Refusal
+from fedmosaic.protos.signing import ledger_digest
+
+log = logging.getLogger(__name__)
+
+KEY_REASONS: Final = frozenset(
+    {"KEY_EPOCH_REPLACED", "KEY_EPOCH_CLOSED", "NOT_IN_KEY_EPOCH", "KEY_NOT_AGREED"}
+)
+"""Reasons of refusals that the next key epoch may cure."""
+
+_SENT_AGAIN: Final = 3
+"""How often a round's acknowledged upload is sent again when the server asks; more would be a fault of it."""
+
+
+class Learner(Protocol):
+    """What a session asks of the model side. The session never sees a model, an example or a gradient."""
+
+    @property
+    def adapter_spec_hash(self) -> bytes:
+        """SHA-256 of the shared layout, equal for all members."""
+
+    @property
+    def family(self) -> str:
+        """Architecture name for family sharing; empty if none."""
+
+    def load_global(self, section: str, vector: np.ndarray) -> None:
+        """Load an aggregate into the frozen global branch."""
+
+    def keep_own(self, section: str) -> None:
+        """No aggregate: the global branch becomes a copy of the local one (released code, §2.6 step 1)."""
+
+    def train(self, round_number: int, releases: Releases, give_up: Callable[[], None]) -> None:
+        """Train for one round; under DP, charge through `releases` before any noise is drawn.
+
+        Whatever was received, it ends, and takes the steps of any round. Where nothing can be trained beside
+        what was received, it calls `give_up` and goes on as after `keep_own`.
+        """
+
+    def sections(self) -> Mapping[str, np.ndarray]:
+        """What is shared now: section name → float32 vector."""
+
+    def save(self, directory: Path) -> None:
+        """Write every branch, the gate and the sampler's position."""
+
+    def load(self, directory: Path) -> None:
+        """Read what `save` wrote."""
+
+
+def ask_to_enrol(
+    transport: Transport,
+    roster: Roster,
+    adapter_spec_hash: bytes,
+    family: str,
+    *,
+    check_only: bool = False,
+    ledger_head: bytes = b"",
+    ledger_signature: bytes = b"",
+) -> Enrolled:
+    """Compare what both sides believe about the federation, and enrol unless it is to be checked only.
+
+    Args:
+        transport: way to the server.
+        roster: this client's.
+        adapter_spec_hash: SHA-256 of the shared layout.
+        family: architecture name; empty if none.
+        check_only: leave the server as it is; a model need not be loaded yet.
+        ledger_head: anchor of this client's privacy ledger, for the server to keep; empty for none.
+        ledger_signature: this client's, over `fedmosaic.protos.signing.ledger_digest`.
+
+    Raises:
+        RefusedError: the server refuses this client; the reason and the remedy are in the message.
+        PolicyError: the server wants another number of rounds than the roster's terms.
+        TransportError: the server cannot be reached for longer than the transport's patience.
+    """
+    enrolled = transport.enrol(
+        Enrolment(
+            protocol_version=PROTOCOL_VERSION,
+            federation=roster.federation,
+            roster_hash=roster.hash,
+            adapter_spec_hash=adapter_spec_hash,
+            family=family,
+            software=f"fedmosaic {__version__}",
+            check_only=check_only,
+            ledger_head=ledger_head,
+            ledger_signature=ledger_signature,
+        )
+    )
+    agreed = roster.terms.schedule.rounds
+    if enrolled.rounds != agreed:
+        raise PolicyError(
+            f"the server runs {enrolled.rounds} rounds, the signed terms say {agreed}; nothing was sent. "
+            "Ask who runs the server: more rounds are more weight rows, from which recipients learn more"
+        )
+    return enrolled
+
+
+class SealAnewError(Exception):
+    """The key epoch of an upload is over: its round is to be taken part in again, with the trained adapter.
+
+    Attributes:
+        round: of the upload.
+    """
+
+    def __init__(self, upload: Upload) -> None:
+        super().__init__(f"round {upload.round}")
+        self.round = upload.round
+
+
+class Membership:
+    """A member's standing with the server: enrolment, and the answers to one that is behind what it said."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        roster: Roster,
+        transport: Transport,
+        learner: Learner,
+        state: ClientState,
+        releases: Releases,
+        protection: Protection,
+        progress: Progress,
+    ) -> None:
+        """Put the parts of a client together; nothing is sent yet."""
+        self._identity = identity
+        self._roster = roster
+        self._transport = transport
+        self._learner = learner
+        self._state = state
+        self._releases = releases
+        self._protection = protection
+        self._progress = progress
+        self._sent_again: list[int] = []
+
+    def _enrol(self) -> Enrolled:
+        """Enrol with the head of the privacy ledger; LedgerError if the server has kept a later one."""
+        head = self._releases.anchor.head()
+        signed = ledger_digest(
+            federation=self._roster.federation, client_id=self._identity.client_id, head=head
+        )
+        enrolled = ask_to_enrol(
+            self._transport,
+            self._roster,
+            self._learner.adapter_spec_hash,
+            self._learner.family,
+            ledger_head=head,
+            ledger_signature=self._identity.signing_key.sign(signed),
+        )
+        self._releases.anchor.check(enrolled.ledger_head)
+        return enrolled
+
+    def _waiting(self, status: RoundStatus) -> None:
+        """Told now and then what the server waits for: sees whether it is still the server we know.
+
+        Raises:
+            StateError: it is an older copy, or one with another past.
+            SealAnewError: it has lost an upload, and the key epoch of its bytes as well.
+        """
+        self._progress.waiting(status)
+        if self._state.contradicts(status.round, status.head) or self._wanted_again(status):
+            # It may have waited in a buffer since before another answer, so it alone proves nothing.
+            status = self._compare()
+            if self._wanted_again(status):
+                self._send_again(status.round)
+
+    def _compare(self) -> RoundStatus:
+        """Ask the server where it is; StateError if that cannot be."""
+        status = self._transport.status()
+        self._state.see(status.round, status.head)
+        return status
+
+    def _wanted_again(self, status: RoundStatus) -> bool:
+        """Whether the server waits for an upload that it has acknowledged."""
+        done = self._state.record.completed_round
+        waited_for = status.phase is Phase.OPEN and self._identity.client_id in status.waiting_for
+        return waited_for and status.round == done and self._sent_again.count(done) < _SENT_AGAIN
+
+    def _send_again(self, round_number: int) -> None:
+        self._sent_again.append(round_number)
+        upload = None
+        try:
+            upload = read_upload(self._state.upload_path(round_number))
+            if upload is None:
+                return
+            log.warning("round %d: the server has lost our upload; sending it again as it was", round_number)
+            self._transport.push(upload)
+        except (StateError, Refusal) as error:
+            log.warning("round %d: the upload was not taken again: %s", round_number, error)
+            if upload is not None and isinstance(error, Refusal) and error.reason in KEY_REASONS:
+                raise self._retired(upload) from None
+
+    def _after_refusal(self, upload: Upload, refusal: Refusal) -> tuple[Upload, Receipt]:
+        """What can still be done about an upload that was refused.
+
+        Returns:
+            The upload as it was taken after all, and the receipt.
+
+        Raises:
+            SealAnewError: its key epoch is over.
+            LedgerError: our ledger does not hold what the server keeps of it.
+            StateError: this client's state, or the server's, is an older copy.
+            RefusedError: nothing can be done.
+        """
+        if refusal.reason == "LEDGER_BEHIND":
+            # The server may have been put back to a moment before; whoever is behind is the ledger's to find.
+            self._enrol()
+            claim = self._releases.anchor.claim()
+            upload = self._protection.claim_anew(self._state.record.run_id, upload, claim)
+            write_upload(self._state.upload_path(upload.round), upload)
+            try:
+                return upload, self._transport.push(upload)
+            except Refusal as again:
+                refusal = again
+        if refusal.reason == "ROUND_NOT_OPEN":
+            self._compare()
+        if refusal.reason == "UPLOAD_DIFFERS":
+            raise StateError(f"{refusal.message}; {self._state.directory} {OLDER_COPY}") from None
+        if refusal.reason in KEY_REASONS:
+            log.warning("round %d: %s; the adapter is sealed anew", upload.round, refusal)
+            raise self._retired(upload) from None
+        raise refusal
+
+    def _retired(self, upload: Upload) -> SealAnewError:
+        """Nothing is sealed under its key epoch any more."""
+        self._protection.retire(upload.key_epoch)
+        self._state.reopen_round(upload.round)
+        return SealAnewError(upload)

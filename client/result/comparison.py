@@ -1,0 +1,122 @@
+"""Does sharing help me? Three models on a client's own test rows, compared pair by pair, in words.
+
+Nothing of it leaves the client: scores on private rows are releases that no ledger has charged.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import numpy as np
+from scipy.stats import binomtest
+
+from fedmosaic.client.model.scoring import Score
+from fedmosaic.privacy.configuration import Frozen
+
+_RESAMPLES: Final = 10_000
+_LEVEL: Final = 0.95
+BASE, ALONE, FEDERATED = "base", "alone", "federated"
+
+
+class Difference(Frozen):
+    """How much better one model is than another on the same rows.
+
+    Attributes:
+        mean: difference of the shares of right answers.
+        low: lower end of its 95 % interval.
+        high: upper end.
+        p_value: of the exact sign test on the rows that only one of both has right (McNemar).
+        rows: n.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p_value: float
+    rows: int
+
+    @property
+    def decided(self) -> bool:
+        """Whether the rows tell which model is better. Few rows make a bootstrap too sure, hence both."""
+        return (self.low > 0 or self.high < 0) and self.p_value < 1 - _LEVEL
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f} (95 % interval {self.low:+.2f} to {self.high:+.2f})"
+
+
+def paired_difference(one: Sequence[bool], other: Sequence[bool]) -> Difference:
+    """Compare two models on the same rows by a paired bootstrap.
+
+    A row's difference is -1, 0 or 1, so resampling rows is resampling the counts of these three.
+
+    Args:
+        one: whether each row is right, at least one row.
+        other: the same of the other model.
+
+    Reference:
+        B. Efron and R. Tibshirani, "An Introduction to the Bootstrap", 1993, §13.3 (percentile interval).
+    """
+    rows = len(one)
+    better = sum(a and not b for a, b in zip(one, other, strict=True))
+    worse = sum(b and not a for a, b in zip(one, other, strict=True))
+    shares = np.array([worse, rows - better - worse, better]) / rows
+    counts = np.random.default_rng(0).multinomial(rows, shares, size=_RESAMPLES)
+    means = (counts[:, 2] - counts[:, 0]) / rows
+    low, high = np.quantile(means, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    p_value = float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
+    return Difference(
+        mean=(better - worse) / rows, low=float(low), high=float(high), p_value=p_value, rows=rows
+    )
+
+
+class Comparison(Frozen):
+    """Base, alone and federated on the client's own test rows.
+
+    Attributes:
+        measure: what counts as right.
+        commonest: what the commonest answer alone would score; None where rows have no choices.
+        scores: share of right answers, by model.
+        over_base: federated less base.
+        over_alone: federated less alone; None where that was not trained.
+    """
+
+    measure: str
+    commonest: float | None
+    scores: dict[str, float]
+    over_base: Difference
+    over_alone: Difference | None
+
+    def verdict(self) -> str:
+        """Which is better and by how much, or that the rows cannot tell."""
+        if self.over_alone is None:
+            words = _verdict(self.over_base, "Training in the federation", "the base model")
+            return f"{words} To learn what sharing adds to training alone, set compare_alone = true."
+        return _verdict(self.over_alone, "Sharing", "training alone")
+
+    def warning(self) -> str:
+        """That the score is no better than one answer to everything; empty where it is."""
+        if self.commonest is None or self.scores[FEDERATED] > self.commonest:
+            return ""
+        return f"No better than always giving the commonest answer, which scores {self.commonest:.2f}."
+
+
+def _verdict(found: Difference, what: str, than: str) -> str:
+    if not found.decided:
+        return f"{found.rows} rows cannot tell {what.lower()} from {than}: {found}."
+    words = "helps" if found.mean > 0 else "hurts"
+    return f"{what} {words} you: {found} against {than}, on {found.rows} rows."
+
+
+def compare(scores: Mapping[str, Score]) -> Comparison:
+    """Compare the models on the rows that all were scored on.
+
+    Args:
+        scores: of `base` and `federated`, and of `alone` where that was trained.
+    """
+    federated, alone = scores[FEDERATED], scores.get(ALONE)
+    return Comparison(
+        measure=federated.measure,
+        commonest=federated.commonest,
+        scores={name: score.value for name, score in scores.items()},
+        over_base=paired_difference(federated.right, scores[BASE].right),
+        over_alone=None if alone is None else paired_difference(federated.right, alone.right),
+    )

@@ -1,0 +1,112 @@
+"""`fedmosaic predict STATE --data FILE --out FILE`: the member's model answers rows of a file."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from fedmosaic.client.data.records import Example, listed
+from fedmosaic.client.data.sources import rows_of
+from fedmosaic.client.model.scoring import answers
+from fedmosaic.client.result.saved import open_model
+from fedmosaic.privacy.files import write_atomically
+from fedmosaic.protos.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Answer every row of a file with a client's model: its most likely choice, or free text."""
+
+    state: tyro.conf.Positional[Path]
+    """The client's state directory."""
+    data: Path
+    """Rows with prompt, choices and id, in any format of `data.train`; without choices the model writes."""
+    out: Path
+    """JSON lines of {"id": …, "answer": …}, in the same order; written when all are answered."""
+    batch_size: int = 16
+    """Rows at once."""
+    max_new_tokens: int = 64
+    """Most tokens of a free text."""
+    base: str | None = None
+    """Folder or hub id of the base model, if it is not where the client had it."""
+    device: str | None = None
+    """Where to compute; as in the client's settings if left out."""
+    config: Path | None = None
+    """The client's client.toml, for state directories of versions before."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `fedmosaic predict` with its arguments."""
+    parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic predict")
+    for name in ("batch_size", "max_new_tokens"):
+        if getattr(parsed, name) < 1:
+            raise ConfigurationError(
+                f"--{name.replace('_', '-')} is {getattr(parsed, name)}; give at least 1"
+            )
+    if parsed.out.resolve() == parsed.data.resolve():
+        raise ConfigurationError(f"--out is --data, {parsed.out}; give another file")
+    rows = read_questions(parsed.data)
+    opened = open_model(
+        parsed.state, device=parsed.device, base=parsed.base, config=parsed.config, needs=rows
+    )
+    lines = []
+    for start in range(0, len(rows), parsed.batch_size):
+        batch = rows[start : start + parsed.batch_size]
+        given = answers(
+            opened.model,
+            opened.tokenizer,
+            batch,
+            parsed.batch_size,
+            max_length=opened.saved.max_length,
+            max_new_tokens=parsed.max_new_tokens,
+        )
+        lines += [
+            json.dumps({"id": row.id, "answer": answer}, ensure_ascii=False) + "\n"
+            for row, answer in zip(batch, given, strict=True)
+        ]
+        _tell(start + len(batch), len(rows))
+    write_atomically(parsed.out, "".join(lines).encode())
+    print(f"{len(rows):,} answers in {parsed.out}")
+    return 0
+
+
+def read_questions(path: Path) -> list[Example]:
+    """Read rows to be answered; what they have besides prompt, choices and id is left alone.
+
+    Raises:
+        ConfigurationError: a row has no prompt, or choices that are none. The row is named, not its content.
+    """
+    rows = []
+    for number, (where, row) in enumerate(rows_of(path), 1):
+        if not isinstance(row, Mapping):
+            raise ConfigurationError(f"{where} is a {type(row).__name__}; write an object, columns by name")
+        prompt = row.get("prompt")
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ConfigurationError(f"{where}: 'prompt' must be a text that is not empty")
+        rows.append(
+            Example(str(row.get("id", f"row-{number}")), prompt, *_choices(row.get("choices"), where))
+        )
+    if not rows:
+        raise ConfigurationError(f"{path} holds no row; give at least one with a prompt")
+    return rows
+
+
+def _choices(given: Any, where: str) -> tuple[str, tuple[str, ...]]:
+    """An answer that stands for none, and the choices."""
+    choices: Any = listed(given)
+    if choices == []:
+        return "", ()
+    texts = isinstance(choices, list) and all(isinstance(choice, str) and choice for choice in choices)
+    if not texts or len(set(choices)) != len(choices) or len(choices) < 2:
+        raise ConfigurationError(f"{where}: 'choices' must be a list of two or more different texts")
+    return choices[0], tuple(choices)
+
+
+def _tell(done: int, total: int) -> None:
+    """Progress on a terminal, on one line; a log has no use for it."""
+    if sys.stderr.isatty():
+        print(f"\r{done:,} of {total:,} rows", end="\n" if done == total else "", file=sys.stderr, flush=True)

@@ -1,1 +1,0 @@
-"""DRAKE's layout: read its scenarios, write them as files that `fedmosaic run` takes."""

@@ -1,0 +1,200 @@
+"""Sets of text tasks, from the folders that their data sets are published in. Every question is closed."""
+
+import csv
+import errno
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from string import ascii_lowercase
+from typing import Final
+
+from fedmosaic.experiments.tasks.labelled import shorten, stable_hash
+from fedmosaic.experiments.tasks.relevance_sets import CLINC_DOMAINS
+from fedmosaic.experiments.tasks.rows import Row, Task, TaskSet, part_of, question, read_json
+
+_CHARACTERS: Final = 240
+_ANSWER: Final = 40
+_NEWS: Final = ("World", "Sports", "Business", "Science or Technology")
+_PEOPLE: Final = ("Tom", "Lily", "Ben", "Sue", "Max")
+
+
+def _benchmark(folder: str, asked: str, labels: Sequence[str]) -> Task:
+    """A task of O-LoRA's CL_Benchmark; texts with other labels are left out."""
+
+    def read(data: Path) -> Iterator[Row]:
+        place = data / "cl_benchmark_text" / folder
+        files = [path for name in ("train.json", "test.json") if (path := place / name).exists()]
+        if not files:
+            raise FileNotFoundError(errno.ENOENT, "no train.json or test.json", str(place))
+        for row in (row for path in files for row in read_json(path)):
+            if row["label"] in labels:
+                text = str(row["sentence"]).strip()
+                short = shorten(" ".join(text.split()), _CHARACTERS)
+                yield Row(f"{short}\n{asked}", row["label"], tuple(labels), text)
+
+    return Task(read, f"O-LoRA CL_Benchmark: {folder}", "MIT (collection; each data set by its own terms)")
+
+
+def _news() -> Task:
+    """A third of AG News."""
+    task = _benchmark("TC/agnews", question(_NEWS), _NEWS)
+
+    def read(data: Path) -> Iterator[Row]:
+        return (row for row in task.read(data) if stable_hash("news part", row.group) % 3 == 2)
+
+    return Task(read, task.origin, "non-commercial research")
+
+
+def _clinc(answers: Mapping[str, str], choices: tuple[str, ...], form: str) -> Task:
+    """Requests of CLINC150.
+
+    Args:
+        answers: by intent; other intents are left out.
+        choices: to answer with.
+        form: how a prompt is written, with `{}` for the request.
+    """
+
+    def read(data: Path) -> Iterator[Row]:
+        content = read_json(data / "clinc150" / "data_full.json")
+        for text, intent in (row for part in ("train", "val", "test") for row in content[part]):
+            if intent in answers:
+                yield Row(form.format(text), answers[intent], choices, text)
+
+    return Task(read, "CLINC150", "CC BY 3.0")
+
+
+def _domains(*domains: str) -> Task:
+    """Which of several domains does a request belong to?"""
+    choices = tuple(name.replace("_", " ") for name in domains)
+    named = zip(domains, choices, strict=True)
+    answers = {intent: choice for name, choice in named for intent in CLINC_DOMAINS[name].split()}
+    return _clinc(answers, choices, f"Request: {{}}\n{question(choices)}")
+
+
+def _intents(*names: str) -> Task:
+    """Which of a few intents does a request express? The prompt does not list them."""
+    answers = {name: name.replace("_", " ") for name in names}
+    return _clinc(answers, tuple(answers.values()), "Request: {}\nIntent?")
+
+
+def _desks(names: tuple[str, ...], shift: int, form: str) -> Task:
+    """Who of five people handles a request? The intent at place i belongs to person i + shift."""
+    people = {name: _PEOPLE[(place + shift) % len(_PEOPLE)] for place, name in enumerate(names)}
+    return _clinc(people, _PEOPLE, form)
+
+
+def _banking(*categories: str) -> Task:
+    """A few categories of Banking77."""
+    choices = tuple(category.replace("_", " ") for category in categories)
+
+    def read(data: Path) -> Iterator[Row]:
+        for name in ("train.csv", "test.csv"):
+            with (data / "banking77" / name).open(encoding="utf-8", newline="") as file:
+                for row in csv.DictReader(file):
+                    if row["category"] in categories:
+                        answer = row["category"].replace("_", " ")
+                        yield Row(f"Customer: {row['text']}\nReason?", answer, choices, row["text"])
+
+    return Task(read, "Banking77", "CC BY 4.0")
+
+
+def _part(task: Task, number: int, parts: int) -> Task:
+    return part_of(task, number, parts, "half", lambda row: row.group)
+
+
+FOUR: Final[TaskSet] = {
+    "reviews": {"film-quotes": _benchmark("SC/SST-2", "Good or Bad?", ("Good", "Bad"))},
+    "news": {"topic": _news()},
+    "inference": {
+        "rte": _benchmark("NLI/RTE", "entailment or contradiction?", ("entailment", "contradiction"))
+    },
+    "requests": {"day": _domains("utility", "work")},
+}
+"""Four unlike tasks: what the attacks are measured on."""
+
+UNLIKE: Final[TaskSet] = {
+    **FOUR,
+    "house": {"house": _domains("kitchen_and_dining", "home")},
+    "bank": {"cards": _banking("card_arrival", "card_linking", "card_about_to_expire", "card_not_working")},
+}
+"""Six unlike tasks: what the default rates are held by."""
+
+PAIRS: Final[TaskSet] = {
+    f"{name}-{'ab'[number]}": {f"{name}-{'ab'[number]}": _part(task, number, 2)}
+    for name, task in (
+        ("home", _domains("kitchen_and_dining", "home", "travel", "banking")),
+        ("work", _domains("auto_and_commute", "utility", "work", "credit_cards")),
+        ("bank", _banking("cancel_transfer", "pending_top_up", "lost_or_stolen_card", "exchange_rate")),
+    )
+    for number in (0, 1)
+}
+"""Three pairs of clients that hold halves of one data set each: what relevance should find, if anything."""
+
+_SIBLINGS: Final = {
+    "bank": (
+        ("freeze_account", "routing", "pay_bill", "balance", "interest_rate"),
+        ("account_blocked", "min_payment", "transfer", "order_checks", "spending_history"),
+    ),
+    "travel": (
+        ("plug_type", "translate", "flight_status", "timezone", "lost_luggage"),
+        ("international_visa", "exchange_rate", "vaccines", "book_hotel", "car_rental"),
+    ),
+}
+
+
+def siblings(count: int) -> TaskSet:
+    """So many clients of each of two domains, two tasks of five intents each, in equal parts."""
+    return {
+        f"{name}-{letter}": {
+            f"{name}-{task}": _part(_intents(*names), number, count)
+            for task, names in enumerate(tasks, start=1)
+        }
+        for name, tasks in _SIBLINGS.items()
+        for number, letter in enumerate(ascii_lowercase[:count])
+    }
+
+
+_FORMS: Final = ("Request: {}\nWho?", "A letter says: {}\nIt goes to the desk of")
+
+
+def desks(forms: tuple[str, str] = _FORMS) -> TaskSet:
+    """Two groups of three clients with the same kinds of requests, whose right answers contradict each other.
+
+    Args:
+        forms: of the requests of each group. With one form for both, hardly anything in a profile tells the
+            groups apart: it is a sum over examples with the same requests and as many answers of every kind.
+    """
+    return {
+        f"{group}-{'abc'[number]}": {
+            f"{group}-{task}": _part(_desks(names, shift, form), first + number, 6)
+            for task, names in enumerate(_SIBLINGS["bank"], start=1)
+        }
+        for group, form, shift, first in (("east", forms[0], 0, 0), ("west", forms[1], 2, 3))
+        for number in range(3)
+    }
+
+
+TEXT_SETS: Final[dict[str, TaskSet]] = {
+    "text-four": FOUR,
+    "text-unlike": UNLIKE,
+    "text-pairs": PAIRS,
+    "text-siblings": siblings(3),
+    "text-siblings-many": siblings(12),
+    "text-desks": desks(),
+    "text-desks-one-form": desks((_FORMS[0], _FORMS[0])),
+}
+
+
+def public_texts(data: Path) -> Iterator[tuple[str, str]]:
+    """Public prompts and answers that no task uses: instructions and running text."""
+    for path in sorted((data / "self_instruct").glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            for instance in row["instances"]:
+                prompt = shorten(f"{row['instruction']}\n{instance['input']}".strip(), _CHARACTERS)
+                # A short answer leaves room for its prompt whatever the tokenizer.
+                yield prompt, shorten(" ".join(str(instance["output"]).split()), _ANSWER)
+    for path in sorted((data / "wikitext2").glob("*.txt")):
+        for words in map(str.split, path.read_text(encoding="utf-8").splitlines()):
+            if len(words) >= 48:
+                yield " ".join(words[:24]), shorten(" ".join(words[24:40]), _ANSWER)

@@ -1,1 +1,0 @@
-"""Text tasks: `sources` reads data sets, `sets` divides them among clients."""

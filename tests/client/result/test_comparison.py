@@ -1,0 +1,123 @@
+"""Whether sharing helps: intervals, words, and training alone beside what was trained together."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model_state_dict
+
+from fedmosaic.client.model.scoring import Score
+from fedmosaic.client.result.comparison import compare, paired_difference
+from fedmosaic.client.result.ending import last_lines
+
+
+def score(right: list[bool], commonest: float | None = 0.5) -> Score:
+    return Score(tuple(right), "most likely choice", commonest)
+
+
+def test_an_interval_holds_the_true_difference_about_as_often_as_it_says() -> None:
+    draw = random.Random(4)
+    held = 0
+    for _ in range(200):
+        pairs = [(draw.random() < 0.7, draw.random() < 0.6) for _ in range(80)]
+        found = paired_difference([a for a, _ in pairs], [b for _, b in pairs])
+        held += found.low <= 0.1 <= found.high
+    assert 180 <= held <= 199
+
+
+def test_pairs_decide_where_single_scores_could_not() -> None:
+    base = [True] * 30 + [False] * 30
+    better = [True] * 38 + [False] * 22
+    assert paired_difference(better, base).decided
+    shuffled = [True] * 15 + [False] * 22 + [True] * 23
+    found = paired_difference(shuffled, base)
+    assert found.mean == paired_difference(better, base).mean
+    assert not found.decided
+
+
+def test_three_rows_decide_nothing_however_they_fall() -> None:
+    found = paired_difference([True] * 3, [False] * 3)
+    assert found.low == found.high == 1.0
+    assert not found.decided
+
+
+def test_the_verdict_says_what_helps_what_hurts_and_what_cannot_be_told() -> None:
+    base, good, bad = score([False] * 40), score([True] * 40), score([False] * 39 + [True])
+    assert (
+        "cannot tell sharing from training alone"
+        in compare({"base": base, "alone": bad, "federated": bad}).verdict()
+    )
+    helped = compare({"base": base, "alone": bad, "federated": good})
+    assert helped.verdict().startswith("Sharing helps you: +0.97 (95 % interval")
+    assert (
+        compare({"base": base, "alone": good, "federated": bad}).verdict().startswith("Sharing hurts you: -")
+    )
+    without = compare({"base": base, "federated": good})
+    assert "compare_alone = true" in without.verdict()
+    assert without.warning() == ""
+    assert (
+        "always giving the commonest answer, which scores 0.50"
+        in compare({"base": base, "federated": bad}).warning()
+    )
+
+
+@pytest.mark.parametrize("protection", ["none", "dp"])
+def test_training_alone_repeats_and_leaves_the_client_as_it_was(
+    leave: Callable[..., Any], protection: str
+) -> None:
+    left = leave("llama", protection)
+    learner = left.learner
+    before = {k: v.clone() for k, v in get_peft_model_state_dict(left.model).items()}
+    order = learner._sampler.state_dict()
+    alone = learner.score_alone(2)
+    assert alone is not None
+    assert len(alone.right) == 9
+    assert alone.commonest == pytest.approx(6 / 9)
+    assert learner.score_alone(2) == alone
+    after = get_peft_model_state_dict(left.model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert learner._sampler.state_dict() == order
+
+
+def test_under_dp_training_alone_charges_nothing_and_touches_no_shared_core(
+    leave: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = leave("llama", "dp")
+    learner, seen = left.learner, []
+    train = learner._train_locally
+
+    def watched(*arguments: Any) -> None:
+        train(*arguments)
+        tensors = get_peft_model_state_dict(learner._model)
+        seen.append({name: bool(t.any()) for name, t in tensors.items() if "colora_core" in name})
+
+    monkeypatch.setattr(learner, "_train_locally", watched)
+    learner.score_alone(2)
+    (_, last) = seen
+    assert not any(moved for name, moved in last.items() if "personal" not in name)
+    assert any(last.values())
+
+
+def test_the_last_lines_fit_80_columns_and_name_the_next_commands(leave: Callable[..., Any]) -> None:
+    from fedmosaic.privacy.statement.models import PrivacyStatement
+
+    left = leave("llama", "encrypted")
+    statement = PrivacyStatement.model_validate_json((left.state / "statement.json").read_bytes())
+    found = compare(
+        {"base": score([False] * 40), "alone": score([False] * 40), "federated": score([True] * 40)}
+    )
+    place = left.state.relative_to(left.state.parent)
+    shown = last_lines(place, place / "adapter" / "round-0003", found, statement)
+    assert all(len(line) <= 80 for line in shown.splitlines()), shown
+    for words in (
+        "federated    1.00",
+        "Sharing helps you: +1.00",
+        "∞ towards recipients",
+        "state/adapter/round-0003",
+        "fedmosaic export state",
+        "fedmosaic chat state",
+        "fedmosaic report state",
+    ):
+        assert words in shown

@@ -1,0 +1,262 @@
+"""A client made of a user's own objects: a model in memory, rows in a list, conversations, persons."""
+
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from fedmosaic.client.client import Client, ClientResult
+from fedmosaic.client.colora.layer import CoLoraLayer
+from fedmosaic.client.model.load import load_base_model
+from fedmosaic.client.preflight.checks import Given, Preflight
+from fedmosaic.client.profile.probe import open_probe
+from fedmosaic.client.progress import Progress
+from fedmosaic.client.settings import ClientSettings
+from fedmosaic.privacy.federation import kits as federation
+from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
+from fedmosaic.privacy.federation.roster import AdapterTerms, ScheduleTerms, Terms
+from fedmosaic.privacy.ledger.ledger import LEDGER
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
+from fedmosaic.protos.errors import ConfigurationError, FedMosaicError, ModelError
+from fedmosaic.server.server import Server
+from fedmosaic.server.settings import settings_from_kit
+
+UNKNOWN = {"unk_token": "<unk>"}
+SPECIAL = {**UNKNOWN, "eos_token": "</s>", "pad_token": "<pad>"}
+WORDS = ["<pad>", "</s>", "<unk>", "U", "B", *(f"w{i}" for i in range(40)), "yes", "no"]
+TEMPLATE = (
+    "{% for m in messages %}{{ 'U ' if m.role == 'user' else 'B ' }}{{ m.content }} "
+    "{% if m.role == 'assistant' %}</s> {% endif %}{% endfor %}{% if add_generation_prompt %}B {% endif %}"
+)
+MEMBERS = ("a", "b", "c", "d")
+Objects = tuple[Any, Any]
+
+
+def chats(start: int, count: int = 60) -> list[dict[str, Any]]:
+    return [
+        {
+            "person": f"p{i // 4}",
+            "messages": [
+                {"role": "user", "content": f"w{i % 40} w{i // 40 % 40}"},
+                {"role": "assistant", "content": "yes"},
+                {"role": "user", "content": f"w{(7 * i) % 40}"},
+                {"role": "assistant", "content": "no yes"},
+            ],
+        }
+        for i in range(start, start + count)
+    ]
+
+
+def pairs(start: int, count: int = 60) -> list[dict[str, Any]]:
+    return [
+        {"prompt": f"w{i % 40} w{i // 40 % 40}", "answer": "yes", "choices": ["yes", "no"]}
+        for i in range(start, start + count)
+    ]
+
+
+def save_model(folder: Path) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=16, intermediate_size=24,
+        num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=1, initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, **UNKNOWN))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **SPECIAL)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("in-python")
+    save_model(folder / "model")
+    return folder
+
+
+@pytest.fixture
+def objects(place: Path) -> Objects:
+    return (
+        AutoModelForCausalLM.from_pretrained(place / "model"),
+        AutoTokenizer.from_pretrained(place / "model"),
+    )
+
+
+@pytest.fixture
+def served(place: Path, tmp_path: Path) -> Iterator[tuple[Path, int]]:
+    """A federation of four, and its server."""
+    terms = Terms(
+        adapter=AdapterTerms(rank=2, blocks=2, protection="none"),
+        profile=ProfileMechanism(
+            probe="tiny",
+            probe_sha256=open_probe(load_base_model(place / "model")[0]).sha256,
+            reduction=Reduction(hidden_size=16, intermediate_size=24, projection_dimensions=32),
+        ),
+        schedule=ScheduleTerms(rounds=1, quorum=4),
+        encryption={"backend": "plain"},
+        allow_plaintext=True,
+    )
+    members = tuple(MemberEntry(id=m) for m in MEMBERS)
+    directory = tmp_path / "federation"
+    federation.create(FederationConfig(federation="f", members=members, terms=terms), directory)
+    (directory / "server" / "server.toml").write_text('listen = "127.0.0.1:0"\nstate_dir = "state"\n')
+    settings = settings_from_kit(directory / "server").model_copy(update={"durable": False})
+    with Server(settings).background() as port:
+        yield directory, port
+
+
+def settings(served: tuple[Path, int], place: Path, member: str = "a", **changes: Any) -> ClientSettings:
+    directory, port = served
+    bare = {
+        "kit": directory / "clients" / member,
+        "server": f"127.0.0.1:{port}",
+        "state_dir": directory.parent / member,
+        "probe": {"path": str(place / "model")},
+        "profile_max_length": 32,
+        "training": {"steps": 1, "max_length": 32},
+    }
+    return ClientSettings.model_validate(bare | changes)
+
+
+def test_what_is_left_out_or_twice_is_refused_before_anything_is_read(
+    served: tuple[Path, int], place: Path, objects: Objects
+) -> None:
+    model, tokenizer = objects
+    bare = settings(served, place)
+    for arguments, words in (
+        ({}, "model: missing"),
+        ({"model": model}, "model and tokenizer together"),
+        ({"model": model, "tokenizer": tokenizer}, "data.train: missing"),
+        ({"model": model, "tokenizer": tokenizer, "examples": pairs(0)}, "data.ledger: missing"),
+    ):
+        with pytest.raises(ConfigurationError, match=words):
+            Client(bare, **arguments)
+    named = settings(served, place, data={"train": "train.csv"})
+    with pytest.raises(ConfigurationError, match=r"data\.train is train\.csv"):
+        Client(named, model=model, tokenizer=tokenizer, examples=pairs(0), ledger="books")
+    assert not list(served[0].parent.rglob(LEDGER))
+
+
+def test_a_model_that_carries_adapters_is_refused(
+    served: tuple[Path, int], place: Path, objects: Objects, tmp_path: Path
+) -> None:
+    model, tokenizer = objects
+    around = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    for carrying in (around, around.get_base_model()):
+        given = Given((carrying, tokenizer), pairs(0))
+        checked = Preflight(settings(served, place, data={"ledger": tmp_path}), Progress(), given=given)
+        with closing(checked), pytest.raises(ModelError, match=r"adapters already|without PEFT around it"):
+            checked.require(print)
+    assert not list(tmp_path.rglob(LEDGER))
+
+
+def test_a_member_is_told_that_architectures_are_not_aligned(
+    served: tuple[Path, int], place: Path, tmp_path: Path
+) -> None:
+    config = FederationConfig.model_validate(
+        {
+            "federation": "g",
+            "members": [{"id": name, "family": name} for name in MEMBERS],
+            "terms": federation.open_kit(served[0] / "server").roster.terms.model_dump(),
+        }
+    )
+    federation.create(config, tmp_path / "other")
+    own = settings(served, place, kit=tmp_path / "other" / "clients" / "a", model={"path": "m"})
+    checked = Preflight(own, Progress(), given=Given(train=pairs(0)))
+    with closing(checked):
+        next(check for check in checked.checks() if check.name == "kit").run()
+    assert any("4 families (a, b, c, d)" in warning for warning in checked.warnings)
+
+
+def test_the_same_checks_are_made_of_rows_in_a_list(
+    served: tuple[Path, int], place: Path, objects: Objects, tmp_path: Path
+) -> None:
+    bare = settings(served, place, data={"ledger": tmp_path / "books"})
+    for given, words in (
+        (Given(objects, pairs(0), pairs(0)), "all 60 examples of examples are training examples too"),
+        (Given(objects, pairs(0), [pairs(90)[0] | {"choices": ["yes"]}]), "example 1 has 1 choice"),
+        (Given(objects, [*pairs(0), {"prompt": "w1", "answer": " "}]), "examples, row 61: 'answer' must"),
+        (Given(objects, [*chats(0), {"prompt": "w1", "answer": "yes " * 40}]), "raise training.max_length"),
+    ):
+        checked = Preflight(bare, Progress(), given=given)
+        with closing(checked), pytest.raises(FedMosaicError, match=words):
+            checked.require(print)
+
+
+def test_objects_take_part_with_conversations(
+    served: tuple[Path, int], place: Path, objects: Objects, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every member another way: model and list, model and data set, files, a saved folder."""
+    model, tokenizer = objects
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    template, padding = tokenizer.chat_template, tokenizer.padding_side
+    home, own_model = served[0].parent, {"model": {"path": str(place / "model")}}
+    datasets.Dataset.from_list(chats(6000)).save_to_disk(str(home / "folder"))
+    other = AutoModelForCausalLM.from_pretrained(place / "model")
+    clients = {
+        "a": Client(
+            settings(served, place, "a"), model=model, tokenizer=tokenizer, examples=chats(0),
+            test=chats(90, 4), ledger=home / "books-a",
+        ),
+        "b": Client(
+            settings(served, place, "b", data={"ledger": home / "books-b"}), model=other, tokenizer=tokenizer,
+            examples=datasets.Dataset.from_list(pairs(2000)),
+        ),
+        "c": Client(
+            settings(served, place, "c", **own_model), examples=pairs(4000), ledger=home / "books-c"
+        ),
+        "d": Client(settings(served, place, "d", **own_model, data={"train": home / "folder"})),
+    }  # fmt: skip
+    results: dict[str, ClientResult] = {}
+    errors: list[BaseException] = []
+
+    def run(name: str) -> None:
+        try:
+            results[name] = clients[name].run()
+        except BaseException as error:
+            errors.append(error)
+
+    caplog.set_level("INFO")
+    threads = [threading.Thread(target=run, args=(name,), daemon=True) for name in clients]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not errors
+    for ledger in ("books-a", "books-b", "books-c", "folder.ledger"):
+        assert (home / ledger / LEDGER).is_file()
+    assert "self" in results["a"].after
+    # The user's own weights are as before; what was added is an adapter, as was said.
+    assert any(isinstance(module, CoLoraLayer) for module in model.modules())
+    now = {name.replace(".base_layer", ""): tensor for name, tensor in model.state_dict().items()}
+    assert all(torch.equal(now[name], tensor) for name, tensor in before.items())
+    assert (tokenizer.chat_template, tokenizer.padding_side) == (template, padding)
+    # One person has four of the rows: the own statement says so, the one that left does not.
+    (own,) = results["a"].statement.clients
+    assert any("one person has 4 of the training examples" in warning for warning in own.warnings)
+    shared = [path.read_text() for path in (served[0] / "server").rglob("*.json")]
+    assert not any("one person has" in text for text in shared)
+    told = "\n".join(record.getMessage() for record in caplog.records)
+    assert "examples: 60 rows, columns messages, person" in told
+    assert "15 persons with at most 4 rows; the longest has 12 tokens, none cut" in told
+    assert "training loss" in told
+    shutil.rmtree(home / "a")
+    with pytest.raises(ModelError, match="carries adapters already"):
+        clients["a"].run()
