@@ -83,6 +83,10 @@ def for_handing_over(inputs: StatementInputs, terms: Terms, examples: int) -> St
     (client,) = inputs.clients
     if not terms.adapter.private:
         return inputs
+    if terms.adapter.in_group_sums:
+        # The noise of a sum is a term of the roster, the same for members of every size.
+        known = client.model_copy(update={"least_noise": terms.group_sums.noise_multiplier})
+        return inputs.model_copy(update={"clients": (known,)})
     _, high = cell(examples)
     delta = rounded_delta(parameters_of(client.ledger).delta)
     try:

@@ -4,6 +4,7 @@ The ledger says what happened, and where it and the configuration disagree the w
 reported. A statement whose accountants contradict each other is not made: `AccountingError`.
 """
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from fedmosaic.privacy.accounting.epsilon import (
     person_epsilon,
 )
 from fedmosaic.privacy.accounting.events import AttackBounds, GaussianEvent
+from fedmosaic.privacy.accounting.leverage import effective_noise_multiplier
 from fedmosaic.privacy.accounting.tradeoff import UNBOUNDED, attack_bounds
 from fedmosaic.privacy.ledger.rows import (
     NEIGHBOURING_RELATION,
@@ -30,6 +32,7 @@ from fedmosaic.privacy.ledger.rules import LedgerParameters, bound_of, parameter
 from fedmosaic.privacy.statement.models import (
     ADVERSARIES,
     PERSON_EXAMPLES,
+    PRIVATE,
     AccountantFigures,
     Adversary,
     ChannelStatement,
@@ -74,14 +77,45 @@ class _Client:
     run: StatementInputs
     channels: tuple[_Channel, ...]
 
-    def charges(self, names: Iterable[str]) -> list[Charge]:
-        return charges(self.inputs.ledger, names)
+    def charges(self, names: Iterable[str], adversary: Adversary = "server_malicious") -> list[Charge]:
+        """What was charged on these channels, with the noise that is left against an adversary."""
+        wanted = set(names)
+        found = charges(self.inputs.ledger, wanted - {"adapter"})
+        left = self._noise_left(adversary)
+        for charge in charges(self.inputs.ledger, wanted & {"adapter"}):
+            event = replace(charge.event, noise_multiplier=charge.event.noise_multiplier * left)
+            found.append(replace(charge, event=event))
+        return found
+
+    def _noise_left(self, adversary: Adversary) -> float:
+        """Noise of a group's sum against an adversary, over that of the claim; 1 where there are no groups.
+
+        The ledger holds σ = s·√(m − t), against the server with t members (`privacy.accounting.leverage`).
+        """
+        group = next((found for channel in self.channels if (found := _group(channel))), None)
+        if group is None:
+            return 1.0
+        least, colluders = group
+        claim = effective_noise_multiplier(1.0, least, colluders)
+        known = {"network": 0, "server_honest_but_curious": 0, "server_malicious": colluders, "recipient": 1}
+        return effective_noise_multiplier(1.0, least, known.get(adversary, least - 1)) / claim
 
     def bound(self, charged: Sequence[Charge], *, private: bool = True) -> EpsilonBound:
         """ε of what was charged; ∞ where something besides is not private."""
         if not private:
             return EpsilonBound(math.inf, self.parameters.accountant)
         return bound_of(charged, self.parameters.delta, self.parameters.accountant)
+
+
+def _group(channel: _Channel) -> tuple[int, int] | None:
+    """Least contributors and colluders of the sums that a channel went into, as its ledger has them."""
+    if channel.protection != "distributed-dp":
+        return None
+    for row in channel.rows:
+        found = json.loads(row.mechanism or "{}")
+        if row.kind == "RESERVED" and "minimum_contributors" in found:
+            return int(found["minimum_contributors"]), int(found["colluders"])
+    return None
 
 
 def statement(inputs: StatementInputs) -> PrivacyStatement:
@@ -160,10 +194,12 @@ def _actual_protection(configured: Protection | None, reserved: Sequence[LedgerR
     covers = {row.covered_by for row in reserved}
     if configured is None:
         configured = "dp"
-    private = "dp" in configured.split("+") and covers <= {"dp"}
+    private = configured in PRIVATE and covers <= {"dp"}
     encrypted = "encrypted" in configured and "nothing" not in covers
     if not private and covers == {"cryptography"} and configured == "dp":
         encrypted = True
+    if private and configured == "distributed-dp":
+        return configured
     if private:
         return "dp+encrypted" if encrypted else "dp"
     return "encrypted" if encrypted else "none"
@@ -174,7 +210,7 @@ def _channel(
 ) -> ChannelStatement:
     """What was released on one channel, or jointly on several; `rows` are the ledger's about them."""
     charged = client.charges([channel.name for channel in channels])
-    private = all("dp" in channel.protection.split("+") for channel in channels)
+    private = all(channel.protection in PRIVATE for channel in channels)
     test_noise = any(channel.test_noise for channel in channels)
     bound = client.bound(charged, private=private)
     events = compositions(charged)
@@ -296,7 +332,7 @@ def _guarantee(
     parameters = client.parameters
     applies = bool(private) and cover != "nothing"
     stated = applies or cover == "nothing"
-    charged = client.charges(private)
+    charged = client.charges(private, adversary)
     bound = client.bound(charged, private=applies)
     name = f"{parameters.client_id}, {CHANNEL_NAMES[channel]}, against {ADVERSARY_NAMES[adversary]}"
     return Guarantee(

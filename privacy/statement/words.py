@@ -6,6 +6,7 @@ They are those of the project's threat model, and no stronger.
 from fedmosaic.privacy.coalitions import counted_coalition
 from fedmosaic.privacy.ledger.rows import Channel
 from fedmosaic.privacy.statement.models import (
+    PRIVATE,
     Adversary,
     Cover,
     Protection,
@@ -83,17 +84,36 @@ METRICS_LEAK = (
 )
 
 
+_GROUP_SUMS: dict[Adversary, str] = {
+    "network": "sees TLS 1.3 records only",
+    "server_honest_but_curious": "reads sums of a group, with the noise of all its contributors",
+    "server_malicious": "reads sums of a group; ε is with the noise known to it of as many members as the "
+    "terms allow for",
+    "recipient": "receives sums of a group, and knows its own noise in them",
+    "colluding_recipients": "know their own noise; ε is for more of them than the terms allow for, when only "
+    "a member's own noise is left",
+    "colluding_recipients_with_server": "know their own noise and can open the masks; ε is for more of them "
+    "than the terms allow for, when only a member's own noise is left. With fewer, see the malicious server",
+}
+"""What each adversary sees of the sums of `distributed-dp`."""
+
+
 def coverage(
     channel: Channel, protection: Protection, adversary: Adversary, inputs: StatementInputs
 ) -> tuple[Cover, str]:
     """What protects one channel against one adversary, and the sentence that says so."""
-    private, encrypted = "dp" in protection.split("+"), "encrypted" in protection
-    sees = _what_is_seen(channel, encrypted, adversary, inputs)
+    private, encrypted = protection in PRIVATE, "encrypted" in protection
+    if protection == "distributed-dp" and channel == "adapter":
+        sees = _GROUP_SUMS[adversary]
+    else:
+        sees = _what_is_seen(channel, encrypted, adversary, inputs)
     if adversary == "network" and inputs.transport == "in_process":
         return "nothing_sent", "no network was used: the simulation ran in one process"
     hidden = adversary == "network" or (encrypted and adversary in SERVERS)
     if private and hidden:
         return "dp_and_cryptography", f"{sees}; what is inside is differentially private besides"
+    if private and protection == "distributed-dp" and channel == "adapter":
+        return "dp", sees
     if private:
         return "dp", f"{sees}, differentially private before it left the client"
     if hidden:

@@ -38,7 +38,14 @@ PROFILE = GaussianEvent(8.0, 1.0, 1)
 STEP = GaussianEvent(20.0, 1.0, 5)
 READERS: tuple[Adversary, ...] = ("recipient", "colluding_recipients", "colluding_recipients_with_server")
 SERVERS: tuple[Adversary, ...] = ("server_honest_but_curious", "server_malicious")
-COVERED = {"none": "nothing", "encrypted": "cryptography", "dp": "dp", "dp+encrypted": "dp"}
+COVERED = {
+    "none": "nothing",
+    "encrypted": "cryptography",
+    "dp": "dp",
+    "dp+encrypted": "dp",
+    "distributed-dp": "dp",
+}
+GROUP = {"name": "DP-SGD on P and Q", "minimum_contributors": 9, "colluders": 3}
 
 
 def to_text(renderable: RenderableType) -> str:
@@ -66,6 +73,8 @@ def make_client(
 
         def release(channel: str, round: int, event: GaussianEvent, covered_by: str) -> None:
             options = {"secure_noise": secure, "covered_by": covered_by, "clipping_norm": 0.5}
+            if protection == "distributed-dp" and channel == "adapter":
+                options["mechanism"] = GROUP
             charge(ledger, event, channel, round, digest=DIGEST, dimensions=256, **options)
 
         release("profile", 0, PROFILE, "dp")
@@ -477,3 +486,23 @@ def test_subsampled_adapter_and_parallel_composition(tmp_path: Path) -> None:
     assert joint.accountant == "rdp"
     assert joint.attack.advantage == attack_bounds(events, DELTA).advantage
     assert 0 < joint.attack.gaussian_mu < 1
+
+
+def test_noise_of_a_group_protects_less_the_more_members_are_against_one(tmp_path: Path) -> None:
+    (client,) = make(make_client(tmp_path, "distributed-dp")).clients
+    # At least 9 contributors, 3 of whom the claim allows to help the server: σ = s·√6.
+    left = {
+        "network": 9,
+        "server_honest_but_curious": 9,
+        "recipient": 8,
+        "server_malicious": 6,
+        "colluding_recipients": 1,
+        "colluding_recipients_with_server": 1,
+    }
+    for adversary in ADVERSARIES:
+        event = GaussianEvent(STEP.noise_multiplier * math.sqrt(left[adversary] / 6), 1.0, 5)
+        told = guarantee(client, "adapter", adversary).epsilon
+        assert told == pytest.approx(epsilon([event] * 3, DELTA), rel=1e-9)
+        joint = guarantee(client, "joint", adversary).epsilon
+        assert joint == pytest.approx(epsilon([PROFILE, *[event] * 3], DELTA), rel=1e-9)
+    assert "more of them than the terms allow" in guarantee(client, "adapter", "colluding_recipients").words
