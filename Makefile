@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 .PHONY: demo test test-slow test-gpu lint bench bench-gpu bench-encryption docs protos clean
 
 demo: $(STAMP)
-	$(BIN)/fedmosaic demo
+	@$(BIN)/fedmosaic demo
 
 # The whole fast suite: style, types, layering, then the tests. OpenMP is held to one thread per
 # worker so that the two workers do not fight over the cores; texts are UTF-8 whatever the locale.
@@ -55,7 +55,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "FedMosaic needs Python 3.11 or newer; run make PYTHON=/path/to/python3.11"; exit 1; }
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@echo "installing into $(VENV); the first time about 1 GiB is fetched, PyTorch most of it, in two minutes or more"
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 clean:

@@ -52,11 +52,7 @@ class Arguments:
 
 
 def run(arguments: Arguments, stage: Stage) -> Manifest:
-    """Align; see `Arguments`.
-
-    Raises:
-        FedMosaicError: An option, a file or a model is not usable.
-    """
+    """Align; see `Arguments`."""
     return align_models(
         parse_source(arguments.anchor, arguments.dtype),
         [parse_source(model, arguments.dtype) for model in arguments.model],

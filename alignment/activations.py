@@ -16,29 +16,22 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedmosaic.alignment.moments import Moments, MomentSums
-from fedmosaic.alignment.pairing import PairedBatch, Spans, TokenBatch, paired_batches
+from fedmosaic.alignment.pairing import PairedBatch, Progress, Reading, Spans, paired_batches, run_decoder
 from fedmosaic.alignment.tokens import PublicText
-from fedmosaic.client.colora import find_decoder_layers
 from fedmosaic.client.colora.placement import plan_placements
 from fedmosaic.client.model.examples import IGNORED
-from fedmosaic.client.model.loss import logits_at
+from fedmosaic.client.model.loss import Batch, logits_at, on_device_of
 from fedmosaic.protos.errors import ModelError
 
 ModuleKey = tuple[int, str]
 """Block and name within the decoder layer: what corresponds across architectures."""
-Progress = Callable[[int, int], None]
-"""Called with the number of texts done and of all texts."""
 
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """One model of a pair and its adapted modules.
+    """One model of a pair, without adapters and in evaluation mode.
 
-    Attributes:
-        model: The base model, without adapters, in evaluation mode.
-        tokenizer: Its tokenizer.
-        layers: Its shared layers, one per block.
-        names: Full module name of each adapted module.
+    It has its shared layers, one per block, and the full name of each adapted module.
     """
 
     model: PreTrainedModel = field(repr=False)
@@ -54,29 +47,11 @@ class Side:
         return module
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How public text is read.
-
-    Attributes:
-        max_length: Most tokens per text.
-        batch_size: Texts per forward pass.
-    """
-
-    max_length: int = 96
-    batch_size: int = 16
-
-
 @dataclass(frozen=True, eq=False)
 class PairMoments:
-    """Second moments of a pair of models, by adapted module.
+    """Second moments of a pair of models, by adapted module, over aligned positions of some texts.
 
-    Attributes:
-        inputs: Of the inputs.
-        outputs: Of the outputs; empty unless asked for.
-        gradients: Of the gradients of the loss by the outputs; empty unless asked for.
-        texts: Number of texts read.
-        positions: Number of aligned positions.
+    Outputs, and gradients of the loss by them, are empty unless asked for.
     """
 
     inputs: Mapping[ModuleKey, Moments] = field(repr=False)
@@ -85,6 +60,11 @@ class PairMoments:
     texts: int
     positions: int
 
+    @property
+    def centred_outputs(self) -> Mapping[ModuleKey, Moments]:
+        """Covariances of the outputs."""
+        return {key: moments.centred() for key, moments in self.outputs.items()}
+
 
 def open_side(
     model: PreTrainedModel,
@@ -92,17 +72,7 @@ def open_side(
     layers: Sequence[int],
     target_modules: Sequence[str] | None = None,
 ) -> Side:
-    """Name the adapted modules of a model.
-
-    Args:
-        model: The base model.
-        tokenizer: Its tokenizer.
-        layers: Shared layers, one per block.
-        target_modules: Modules within a decoder layer, None for all linear ones.
-
-    Raises:
-        ModelError: The layers or modules do not exist.
-    """
+    """Name the adapted modules (None: all linear ones) of a model's shared layers, one per block."""
     plan = plan_placements(model, layers, target_modules, family=False)
     names = {(place.block or 0, place.module): name for name, place in plan.items()}
     return Side(model, tokenizer, tuple(layers), names)
@@ -120,18 +90,9 @@ def collect(
 ) -> PairMoments:
     """Read public text with both models and accumulate the moments of their adapted modules.
 
-    Args:
-        anchor: The anchor.
-        model: The other model; the anchor itself gives moments of the anchor alone.
-        texts: Public texts, at least one.
-        reading: Length and batch size.
-        outputs: Also keep the moments of the outputs.
-        gradients: Also differentiate the loss by the outputs; about three times the work.
-        progress: Called after every batch.
-
-    Raises:
-        ModelError: The models do not have the same modules, share no characters on the text, or give
-            activations that are not finite.
+    The anchor as its own model gives moments of the anchor alone. Differentiating the loss by the outputs is
+    about three times the work. `ModelError` if the models do not have the same modules, share no characters
+    on the text, or give activations that are not finite.
     """
     if set(anchor.names) != set(model.names):
         differing = sorted({f"block {b}: {m}" for b, m in set(anchor.names) ^ set(model.names)})
@@ -140,18 +101,11 @@ def collect(
             "--target-modules to modules that all models have."
         )
     sums = _Sums(tuple(anchor.names), outputs=outputs)
-    done = 0
-    batches = paired_batches(
-        anchor.tokenizer, model.tokenizer, texts, max_length=reading.max_length, batch_size=reading.batch_size
-    )
-    for batch in batches:
+    for batch in paired_batches(anchor.tokenizer, model.tokenizer, texts, reading, progress):
         left = _read(anchor, batch.anchor, gradients=gradients)
         right = left if model is anchor else _read(model, batch.model, gradients=gradients)
         sums.update(batch, left, right)
-        done += batch.texts
-        if progress is not None:
-            progress(done, len(texts))
-    return sums.finish(done)
+    return sums.finish(len(texts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,31 +170,23 @@ def _leaders(keys: Sequence[ModuleKey], left: _Captured, right: _Captured) -> di
     }
 
 
-def _read(side: Side, batch: TokenBatch, *, gradients: bool) -> _Captured:
-    device = next(side.model.parameters()).device
-    inputs = {"input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device)}
+def _read(side: Side, batch: Batch, *, gradients: bool) -> _Captured:
     with _tapped(side, gradients=gradients) as captured, torch.set_grad_enabled(gradients):
         if gradients:
-            _loss(side.model, inputs, batch.labels.to(device)).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            _loss(side.model, on_device_of(side.model, batch)).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         else:
-            # Without the output head, whose vocabulary is the widest axis by far.
-            decoder = side.model.get_submodule(find_decoder_layers(side.model)[0].rpartition(".")[0])
-            decoder(**inputs, use_cache=False)
+            run_decoder(side.model, batch)
     return captured
 
 
-def _loss(
-    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], labels_BT: torch.Tensor
-) -> torch.Tensor:
+def _loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Summed, not averaged, so that every token weighs alike whatever its text."""
-    targets_BT = labels_BT[:, 1:]
+    targets_BT = batch["labels"][:, 1:]
     positions_K = (targets_BT != IGNORED).any(dim=0).nonzero().squeeze(1)
-    logits_BKV = logits_at(model, inputs, positions_K)
+    logits_BKV = logits_at(model, batch, positions_K)
+    wanted_BK = targets_BT[:, positions_K]
     return functional.cross_entropy(
-        logits_BKV.flatten(0, 1).float(),
-        targets_BT[:, positions_K].flatten(),
-        ignore_index=IGNORED,
-        reduction="sum",
+        logits_BKV.flatten(0, 1).float(), wanted_BK.flatten(), ignore_index=IGNORED, reduction="sum"
     )
 
 

@@ -23,20 +23,16 @@ BasisPair = tuple[torch.Tensor, torch.Tensor]
 def anchor_basis(
     anchor: Side, rank: int, kind: str, *, moments: PairMoments | None = None, seed: int = 0
 ) -> dict[ModuleKey, BasisPair]:
-    """Choose A and B of every adapted module of the anchor.
+    """Choose A and B, of some rank, of every adapted module of the anchor.
 
     Args:
         anchor: The anchor.
-        rank: r.
+        rank: r; `ModelError` if a module is narrower.
         kind: `random`, Haar-distributed (the paper); `weights`, leading singular vectors of W;
             `activations`, A and B the principal directions of inputs x and of outputs y; `gradients`, A those
             of the inputs, B those of the loss's gradient by the outputs.
         moments: Moments of the anchor with itself; needed but for `random` and `weights`.
         seed: Seed of `random`, which equals the adapter's `basis_seed`.
-
-    Raises:
-        ConfigurationError: The kind is unknown or lacks its moments.
-        ModelError: A module is narrower than the rank.
     """
     if kind not in ANCHOR_BASES:
         raise ConfigurationError(f"The anchor's basis is {kind!r}; choose one of {', '.join(ANCHOR_BASES)}.")
@@ -55,16 +51,12 @@ def anchor_basis(
         raise ConfigurationError(
             f"The anchor's basis {kind!r} needs moments on public text; collect them first."
         )
+    written = moments.gradients if kind == "gradients" else moments.centred_outputs
     # Centred inputs: what is constant over text needs no direction of A, Q stands for it.
     return {
         key: (
             _principal(moments.inputs[key].centred().anchor_DD, rank).T,
-            _principal(
-                moments.gradients[key].anchor_DD
-                if kind == "gradients"
-                else moments.outputs[key].centred().anchor_DD,
-                rank,
-            ),
+            _principal(written[key].anchor_DD, rank),
         )
         for key in anchor.names
     }

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fedmosaic.alignment.pairing import Spans, TokenBatch, paired_batches
+from fedmosaic.alignment.pairing import Progress, Reading, Spans, paired_batches, run_decoder
 from fedmosaic.alignment.tokens import PublicText
 from fedmosaic.client.colora import find_decoder_layers, target_layers
+from fedmosaic.client.model.loss import Batch
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
 CKA_RULE: Final = "cka"
@@ -29,11 +30,9 @@ _FEWEST_ROWS: Final = 4
 
 @dataclass(frozen=True, eq=False)
 class LayerSimilarity:
-    """Linear CKA of all layer pairs of two models.
+    """Linear CKA of all layer pairs of two models, (L, M) float64, over a number of aligned positions.
 
-    Attributes:
-        cka_LM: (L, M) float64, at most 1; an unbiased estimate may fall slightly below 0.
-        rows: Number of aligned positions it rests on.
+    It is at most 1; an unbiased estimate may fall slightly below 0.
     """
 
     cka_LM: torch.Tensor = field(repr=False)
@@ -57,21 +56,11 @@ class LayerSimilarity:
 def choose_layers(
     depth: int, anchor_layers: Sequence[int], rule: str, similarity: LayerSimilarity | None = None
 ) -> tuple[int, ...]:
-    """Choose the layers of a model that correspond to the anchor's shared layers.
+    """One layer per block of a model, strictly increasing, for the anchor's shared layers.
 
-    Args:
-        depth: Number of decoder layers of the model.
-        anchor_layers: Shared layers of the anchor, strictly increasing.
-        rule: `relative_depth` or `authors` (see `fedmosaic.client.colora.target_layers`), or `cka`: the
-            strictly increasing layers with the largest sum of CKA, found by dynamic programming.
-        similarity: Needed by `cka`.
-
-    Returns:
-        One layer per block, strictly increasing.
-
-    Raises:
-        ConfigurationError: The rule is unknown, or `cka` is asked for without a similarity.
-        ModelError: The model has fewer layers than blocks.
+    `relative_depth` or `authors` (see `fedmosaic.client.colora.target_layers`), or `cka`, which needs the
+    similarity: the layers with the largest sum of CKA, by dynamic programming. `ModelError` if the model has
+    fewer layers than blocks.
     """
     if rule not in PAIR_RULES:
         raise ConfigurationError(f"The layer rule is {rule!r}; choose one of {', '.join(PAIR_RULES)}.")
@@ -103,34 +92,18 @@ def measure_similarity(
     anchor: tuple[PreTrainedModel, PreTrainedTokenizerBase],
     model: tuple[PreTrainedModel, PreTrainedTokenizerBase],
     texts: Sequence[PublicText],
-    *,
-    max_length: int = 96,
-    batch_size: int = 16,
-    progress: Callable[[int, int], None] | None = None,
+    reading: Reading,
+    progress: Progress | None = None,
 ) -> LayerSimilarity:
     """Linear CKA between the states after all layers of two models, averaged over minibatches.
 
-    Args:
-        anchor: Model and tokenizer.
-        model: Model and tokenizer.
-        texts: Public texts.
-        max_length: Most tokens per text.
-        batch_size: Texts per forward pass.
-        progress: Called with the texts done and all texts.
-
-    Raises:
-        ModelError: Too few positions of the two models can be paired.
+    Both are a model and its tokenizer. `ModelError` if too few positions of the two can be paired.
     """
     total = HsicSums()
-    done = 0
-    batches = paired_batches(anchor[1], model[1], texts, max_length=max_length, batch_size=batch_size)
-    for batch in batches:
+    for batch in paired_batches(anchor[1], model[1], texts, reading, progress):
         left = _layer_states(anchor[0], batch.anchor, batch.anchor_spans)
         right = _layer_states(model[0], batch.model, batch.model_spans)
         total.update(left, right)
-        done += batch.texts
-        if progress is not None:
-            progress(done, len(texts))
     return total.finish()
 
 
@@ -142,12 +115,7 @@ class HsicSums:
         self._rows = 0
 
     def update(self, left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> None:
-        """Add rows, in minibatches.
-
-        Args:
-            left: L tensors (G, H), states after each layer of the anchor.
-            right: M tensors (G, H) of the same positions.
-        """
+        """Add (G, H) states of the same positions after each of L layers of the anchor and M of the model."""
         rows = len(left[0])
         for start in range(0, rows, _MINIBATCH_ROWS):
             size = min(_MINIBATCH_ROWS, rows - start)
@@ -163,11 +131,11 @@ class HsicSums:
             self._rows += size
 
     def _add(self, left_LNN: torch.Tensor, right_MNN: torch.Tensor) -> None:
-        parts = [
-            _hsic(left_LNN, right_MNN),
-            torch.stack([_hsic(gram[None], gram[None])[0, 0] for gram in left_LNN]),
-            torch.stack([_hsic(gram[None], gram[None])[0, 0] for gram in right_MNN]),
-        ]
+        own_L, own_M = (
+            torch.stack([_hsic(gram[None], gram[None])[0, 0] for gram in grams])
+            for grams in (left_LNN, right_MNN)
+        )
+        parts = [_hsic(left_LNN, right_MNN), own_L, own_M]
         if not self._sums:
             self._sums = parts
             return
@@ -175,11 +143,7 @@ class HsicSums:
             total += part
 
     def finish(self) -> LayerSimilarity:
-        """Return CKA.
-
-        Raises:
-            ModelError: No minibatch was large enough, or a layer's states do not vary.
-        """
+        """CKA; `ModelError` if no minibatch was large enough, or a layer's states do not vary."""
         if not self._sums:
             raise ModelError(
                 "Too few positions of the two models could be paired to compare layers; give more text."
@@ -209,16 +173,10 @@ def _hsic(left_LNN: torch.Tensor, right_MNN: torch.Tensor) -> torch.Tensor:
     return hsic
 
 
-def _layer_states(model: PreTrainedModel, batch: TokenBatch, spans: Spans) -> list[torch.Tensor]:
-    name, layers = find_decoder_layers(model)
-    decoder = model.get_submodule(name.rpartition(".")[0])
-    device = next(model.parameters()).device
+def _layer_states(model: PreTrainedModel, batch: Batch, spans: Spans) -> list[torch.Tensor]:
+    _, layers = find_decoder_layers(model)
     with _captured(dict(enumerate(layers))) as states, torch.no_grad():
-        decoder(
-            input_ids=batch.input_ids.to(device),
-            attention_mask=batch.attention_mask.to(device),
-            use_cache=False,
-        )
+        run_decoder(model, batch)
     return [spans.mean(states[index]) for index in range(len(layers))]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
@@ -17,6 +17,7 @@ from fedmosaic.alignment.activations import ModuleKey, Side
 from fedmosaic.alignment.anchor import BasisPair
 from fedmosaic.client.colora import CoLoraConfig, get_basis, set_basis
 from fedmosaic.client.model.load import adapt, save_adapter
+from fedmosaic.privacy.configuration import Frozen
 from fedmosaic.protos.errors import StateError
 
 MANIFEST: Final = "manifest.json"
@@ -27,7 +28,7 @@ _CHECKPOINT_FILES: Final = frozenset({"adapter_config.json", "adapter_model.safe
 Bases = Mapping[ModuleKey, BasisPair]
 
 
-class Finished(BaseModel):
+class Finished(Frozen):
     """One finished checkpoint.
 
     Attributes:
@@ -38,8 +39,6 @@ class Finished(BaseModel):
         report: Figures of this model's alignment; empty for the anchor.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     model: str
     folder: str
     digest: str
@@ -47,7 +46,7 @@ class Finished(BaseModel):
     report: dict[str, Any] = Field(default_factory=dict)
 
 
-class Manifest(BaseModel):
+class Manifest(Frozen):
     """What an output directory holds.
 
     Attributes:
@@ -58,8 +57,6 @@ class Manifest(BaseModel):
         models: The other checkpoints.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     version: int = 1
     settings: dict[str, Any]
     label: str
@@ -68,11 +65,7 @@ class Manifest(BaseModel):
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """Read the manifest of an output directory, None where there is none.
-
-    Raises:
-        StateError: It is damaged.
-    """
+    """The manifest of an output directory, None where there is none; `StateError` if it is damaged."""
     path = directory / MANIFEST
     if not path.exists():
         return None
@@ -117,11 +110,7 @@ def basis_label(bases: Bases) -> str:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Refuse to write where anything but an earlier checkpoint of this command lies, such as a base model.
-
-    Raises:
-        StateError: Something else is there.
-    """
+    """`StateError` where anything but an earlier checkpoint of this command lies, such as a base model."""
     if not folder.exists():
         return
     foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in _CHECKPOINT_FILES)
@@ -135,12 +124,7 @@ def check_replaceable(folder: Path) -> None:
 def write_checkpoint(folder: Path, side: Side, bases: Bases, config: CoLoraConfig, label: str) -> None:
     """Write a PEFT checkpoint with aligned bases and P = Q = 0, so that it changes nothing yet.
 
-    Args:
-        folder: Where to write; replaced if present.
-        side: The model; it is left without adapter.
-        bases: Bases of all its adapted modules.
-        config: Configuration of the adapter.
-        label: Name of the basis.
+    It replaces one that is there; the model is left without adapter.
     """
     adapted = adapt(side.model, config)
     named = {side.names[key]: (a.float(), b.float()) for key, (a, b) in bases.items()}
@@ -152,11 +136,7 @@ def write_checkpoint(folder: Path, side: Side, bases: Bases, config: CoLoraConfi
 
 
 def read_checkpoint(folder: Path, side: Side, config: CoLoraConfig) -> dict[ModuleKey, BasisPair]:
-    """Read the bases of a checkpoint that `write_checkpoint` wrote.
-
-    Raises:
-        StateError: The files are missing, damaged or of another shape.
-    """
+    """Bases that `write_checkpoint` wrote; `StateError` if files are missing, damaged or of another shape."""
     try:
         tensors = load_file(folder / "adapter_model.safetensors")
     except (OSError, SafetensorError) as error:
@@ -189,14 +169,7 @@ Tensors = Mapping[str, Mapping[ModuleKey, torch.Tensor]]
 
 
 def save_partial(path: Path, digest: str, tensors: Tensors, report: Mapping[str, Any]) -> None:
-    """Keep what was computed for one model until all models are read.
-
-    Args:
-        path: File to write.
-        digest: Digest of everything it depends on.
-        tensors: Bases, and what orders them.
-        report: Figures of this model's alignment.
-    """
+    """Keep what was computed for one model until all are read, with a digest of all that it depends on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     flat = {
         _SEPARATOR.join([purpose, str(block), module]): tensor.contiguous()

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Final
 
 import numpy as np
@@ -20,7 +21,7 @@ import tyro
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
-from scipy import stats
+from scipy.stats import sem, t
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -70,8 +71,6 @@ class Arguments:
     """Only train and score on the source, to compare what bases can learn."""
     seeds: int = 5
     """Number of runs; each has its own order of examples and its own random bases of the control."""
-    first_seed: int = 0
-    """Seed of the first run."""
     steps: int = 100
     """Optimizer steps on the source."""
     learning_rate: float = 5e-3
@@ -88,16 +87,10 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Score:
-    """One score of one model on one task.
+    """One score of a trained or untrained target on one task.
 
-    Attributes:
-        task: Name of the task.
-        source: Model that trained.
-        target: Model that is scored.
-        variant: Label of the alignment, or `unaligned`, `zero-shot`, or `source itself: LABEL`.
-        seed: Seed of the run.
-        loss: Mean loss in nats per answer token.
-        accuracy: Share of right choices.
+    The variant is the label of the alignment, or `unaligned`, `zero-shot`, or `source itself: LABEL`; the
+    loss is a mean in nats per answer token, the accuracy a share of right choices.
     """
 
     task: str
@@ -142,46 +135,32 @@ class LoadedModel:
         finally:
             adapted.unload()
 
+    def train(self, adapted: PeftModel, task: Task, settings: TrainingSettings) -> np.ndarray:
+        """Train the mounted adapter's cores on a task, and return them."""
+        encoded = encode_examples(self.tokenizer, task.train, settings.max_length)
+        train_local(adapted, encoded, settings, pad_token_id=padding_token(self.tokenizer))
+        return read_shared(adapted)
+
     def score(self, model: nn.Module, task: Task, max_length: int) -> tuple[float, float]:
-        """See `score_model`."""
-        return score_model(model, self.tokenizer, task, max_length)
-
-
-def score_model(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int
-) -> tuple[float, float]:
-    """Mean loss (nats per token) and accuracy on a task's test examples.
-
-    Args:
-        model: A base model, or one with an adapter.
-        tokenizer: The model's.
-        task: The task.
-        max_length: Most tokens per example.
-    """
-    encoded = encode_examples(tokenizer, task.test, max_length)
-    pad = padding_token(tokenizer)
-    total = 0.0
-    with training_mode(model, False), torch.no_grad():
-        for start in range(0, len(encoded), _SCORED_AT_ONCE):
-            batch = on_device_of(model, collate(encoded[start : start + _SCORED_AT_ONCE], pad))
-            total += float(example_losses(model, batch).sum())
-    accuracy = choice_accuracy(model, tokenizer, task.test, _SCORED_AT_ONCE, max_length=max_length)
-    return total / len(encoded), accuracy
+        """Mean loss (nats per token) and accuracy on a task's test examples, with or without an adapter."""
+        encoded = encode_examples(self.tokenizer, task.test, max_length)
+        pad = padding_token(self.tokenizer)
+        total = 0.0
+        with training_mode(model, False), torch.no_grad():
+            for start in range(0, len(encoded), _SCORED_AT_ONCE):
+                batch = on_device_of(model, collate(encoded[start : start + _SCORED_AT_ONCE], pad))
+                total += float(example_losses(model, batch).sum())
+        accuracy = choice_accuracy(model, self.tokenizer, task.test, _SCORED_AT_ONCE, max_length=max_length)
+        return total / len(encoded), accuracy
 
 
 def evaluate(arguments: Arguments, console: Console) -> list[Score]:
-    """Measure the transfer; see `Arguments`.
-
-    Raises:
-        ConfigurationError: An alignment, a model or a task is not usable.
-    """
+    """Measure the transfer; see `Arguments`."""
     for name in ("seeds", "steps", "batch_size", "test_examples"):
         if getattr(arguments, name) < 1:
             raise ConfigurationError(f"{name} is {getattr(arguments, name)}; give at least 1.")
-    if not 0.0 < arguments.learning_rate <= 10.0 or arguments.max_length < 8 or arguments.first_seed < 0:
-        raise ConfigurationError(
-            "learning_rate should be above 0 and at most 10, max_length at least 8, first_seed at least 0."
-        )
+    if not 0.0 < arguments.learning_rate <= 10.0 or arguments.max_length < 8:
+        raise ConfigurationError("learning_rate should be above 0 and at most 10, max_length at least 8.")
     folders = {label: Path(folder) for label, folder in map(parse_labelled, arguments.bases)}
     manifests = {label: find_manifest(folder) for label, folder in folders.items()}
     tasks = [read_task(text, arguments.test_examples) for text in arguments.task]
@@ -213,14 +192,19 @@ def _transfers(
     task: Task,
 ) -> Iterator[list[Score]]:
     """The scores of one run after the other."""
+    settings = TrainingSettings(
+        shared_learning_rate=arguments.learning_rate,
+        steps=arguments.steps,
+        per_device_train_batch_size=arguments.batch_size,
+        max_length=arguments.max_length,
+    )
     zero_shot = target.score(target.base, task, arguments.max_length)
-    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
+    for seed in range(arguments.seeds):
         named = [(ZERO_SHOT, zero_shot)]
         for index, (label, folder) in enumerate(folders.items()):
             with source.mounted(folder / source.name) as adapted:
-                _train(arguments, source, adapted, task, seed)
+                core = source.train(adapted, task, settings.model_copy(update={"seed": seed}))
                 named.append((f"{SOURCE}: {label}", source.score(adapted, task, arguments.max_length)))
-                core = read_shared(adapted)
             if arguments.source_only:
                 continue
             with target.mounted(folder / target.name) as adapted:
@@ -238,7 +222,7 @@ def _scaled(
     target: LoadedModel,
     adapted: PeftModel,
     task: Task,
-    core: np.ndarray[tuple[int], np.dtype[np.float32]],
+    core: np.ndarray,
     variant: str,
 ) -> Iterator[tuple[str, tuple[float, float]]]:
     for factor in arguments.core_scales:
@@ -247,25 +231,8 @@ def _scaled(
         yield name, target.score(adapted, task, arguments.max_length)
 
 
-def _train(arguments: Arguments, source: LoadedModel, adapted: PeftModel, task: Task, seed: int) -> None:
-    settings = TrainingSettings(
-        shared_learning_rate=arguments.learning_rate,
-        steps=arguments.steps,
-        per_device_train_batch_size=arguments.batch_size,
-        max_length=arguments.max_length,
-        seed=seed,
-    )
-    encoded = encode_examples(source.tokenizer, task.train, arguments.max_length)
-    train_local(adapted, encoded, settings, pad_token_id=padding_token(source.tokenizer))
-
-
 def scramble(adapted: PeftModel, seed: int) -> None:
-    """Replace the aligned bases by random orthonormal ones, of another draw than any alignment's.
-
-    Args:
-        adapted: Model with a mounted adapter.
-        seed: Seed of the draw; at least 0.
-    """
+    """Replace a mounted adapter's bases by random orthonormal ones, of another draw than any alignment's."""
     fresh = {}
     for index, (name, (a, b)) in enumerate(get_basis(adapted).items()):
         draw = 1_000_003 * (seed + 1) + 2 * index
@@ -279,11 +246,8 @@ def scramble(adapted: PeftModel, seed: int) -> None:
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean, and half the width of its 95 % interval by Student's t; infinite for a single value."""
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return mean, math.inf
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, float(stats.t.ppf(0.975, len(values) - 1)) * math.sqrt(variance / len(values))
+    count = len(values)
+    return fmean(values), float(t.ppf(0.975, count - 1) * sem(values)) if count > 1 else math.inf
 
 
 def summary(scores: Sequence[Score]) -> list[dict[str, Any]]:
@@ -292,16 +256,12 @@ def summary(scores: Sequence[Score]) -> list[dict[str, Any]]:
     for score in scores:
         groups.setdefault((score.task, score.source, score.target, score.variant), []).append(score)
     rows: list[dict[str, Any]] = []
-    for (task, source, target, variant), members in groups.items():
-        loss, loss_half = interval([score.loss for score in members])
-        accuracy, accuracy_half = interval([score.accuracy for score in members])
-        rows.append(
-            {
-                "task": task, "source": source, "target": target, "variant": variant, "seeds": len(members),
-                "loss": loss, "loss_half_width": loss_half,
-                "accuracy": accuracy, "accuracy_half_width": accuracy_half,
-            }
-        )  # fmt: skip
+    for key, members in groups.items():
+        row: dict[str, Any] = dict(zip(("task", "source", "target", "variant"), key, strict=True))
+        row["seeds"] = len(members)
+        for name in ("loss", "accuracy"):
+            row[name], row[f"{name}_half_width"] = interval([getattr(score, name) for score in members])
+        rows.append(row)
     return rows
 
 
@@ -321,11 +281,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def find_model(manifest: Manifest, name: str) -> Finished:
-    """The checkpoint of a model by the name of its folder.
-
-    Raises:
-        ConfigurationError: There is none.
-    """
+    """The checkpoint of a model by the name of its folder."""
     known = {entry.folder: entry for entry in (manifest.anchor, *manifest.models)}
     if name not in known:
         raise ConfigurationError(f"There is no aligned model {name!r}; there are {', '.join(known)}.")
@@ -333,11 +289,7 @@ def find_model(manifest: Manifest, name: str) -> Finished:
 
 
 def find_manifest(folder: Path) -> Manifest:
-    """What a folder of `fedmosaic align` holds.
-
-    Raises:
-        ConfigurationError: It holds no alignment.
-    """
+    """What a folder of `fedmosaic align` holds."""
     manifest = read_manifest(folder)
     if manifest is None:
         raise ConfigurationError(f"{folder} holds no alignment; run `fedmosaic align --out {folder}` first.")
@@ -345,11 +297,7 @@ def find_manifest(folder: Path) -> Manifest:
 
 
 def parse_labelled(text: str) -> tuple[str, str]:
-    """Split `LABEL=VALUE`.
-
-    Raises:
-        ConfigurationError: The text is none.
-    """
+    """Split `LABEL=VALUE`."""
     label, equals, rest = text.partition("=")
     if not equals or not label or not rest:
         raise ConfigurationError(f"{text!r} should be LABEL=VALUE.")
@@ -357,15 +305,7 @@ def parse_labelled(text: str) -> tuple[str, str]:
 
 
 def read_task(text: str, test_examples: int) -> Task:
-    """Read `NAME=TRAIN.jsonl,TEST.jsonl`.
-
-    Args:
-        text: As on the command line.
-        test_examples: Most test examples to keep.
-
-    Raises:
-        ConfigurationError: The text is none, or a file is not usable.
-    """
+    """Read `NAME=TRAIN.jsonl,TEST.jsonl`, with at most so many test examples."""
     name, rest = parse_labelled(text)
     train, comma, test = rest.partition(",")
     if not comma:

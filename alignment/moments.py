@@ -54,15 +54,9 @@ class MomentSums:
         self._sums: list[torch.Tensor] = []
 
     def update(self, anchor_ND: torch.Tensor, model_NE: torch.Tensor) -> None:
-        """Add rows.
+        """Add (N, D) rows of the anchor and (N, E) of the model at the same positions.
 
-        Args:
-            anchor_ND: (N, D) rows of the anchor.
-            model_NE: (N, E) rows of the other model, of the same positions; the same tensor for moments of
-                the anchor alone.
-
-        Raises:
-            ModelError: A value is not finite, or the numbers of rows differ.
+        The same tensor twice gives moments of the anchor alone. `ModelError` if a value is not finite.
         """
         if len(anchor_ND) != len(model_NE):
             raise ModelError(f"{len(anchor_ND)} rows of the anchor and {len(model_NE)} of the model differ.")
@@ -85,11 +79,7 @@ class MomentSums:
             total += part
 
     def finish(self) -> Moments:
-        """Return the moments; the sums are used up, so that nothing is held twice.
-
-        Raises:
-            ModelError: There are fewer than two rows.
-        """
+        """The moments; the sums are used up, so that nothing is held twice. `ModelError` below two rows."""
         if self.count < 2:
             raise ModelError(
                 f"Only {self.count} positions of the two models could be paired on the public text; give "

@@ -3,34 +3,32 @@
 Axes: B texts, T positions, G aligned spans, H coordinates.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedmosaic.alignment.tokens import PublicText, Rendering, SpanPair, align, render
-from fedmosaic.client.model.examples import IGNORED, length_buckets, padding_token
+from fedmosaic.client.colora import find_decoder_layers
+from fedmosaic.client.model.examples import IGNORED, EncodedExample, collate, length_buckets, padding_token
+from fedmosaic.client.model.loss import Batch, on_device_of
+
+Progress = Callable[[int, int], None]
+"""Called with the number of texts done and of all texts."""
 
 
-@dataclass(frozen=True, eq=False)
-class TokenBatch:
-    """Texts as one model reads them, padded on the right.
+@dataclass(frozen=True)
+class Reading:
+    """How public text is read: most tokens per text, and texts per forward pass."""
 
-    Attributes:
-        input_ids: (B, T) int64.
-        attention_mask: (B, T) int64.
-        labels: (B, T) int64, `IGNORED` where the model is not to predict.
-    """
-
-    input_ids: torch.Tensor = field(repr=False)
-    attention_mask: torch.Tensor = field(repr=False)
-    labels: torch.Tensor = field(repr=False)
+    max_length: int = 96
+    batch_size: int = 16
 
 
 @dataclass(frozen=True, eq=False)
 class Spans:
-    """Which positions of a batch make up each aligned span.
+    """Which positions of a batch make up each of G aligned spans.
 
     Attributes:
         positions: (K,) int64 indices into the B·T positions.
@@ -56,74 +54,52 @@ class Spans:
 
 @dataclass(frozen=True, eq=False)
 class PairedBatch:
-    """The same texts for two models, and their aligned spans.
+    """The same texts for two models, padded on the right, and the positions that are the same characters."""
 
-    Attributes:
-        anchor: As the anchor reads them.
-        model: As the other model reads them.
-        anchor_spans: Positions of the anchor.
-        model_spans: Positions of the other model, span by span the same characters.
-        texts: Number of texts.
-    """
-
-    anchor: TokenBatch
-    model: TokenBatch
+    anchor: Batch
+    model: Batch
     anchor_spans: Spans
     model_spans: Spans
-    texts: int
 
 
 def paired_batches(
     anchor: PreTrainedTokenizerBase,
     model: PreTrainedTokenizerBase,
     texts: Sequence[PublicText],
-    *,
-    max_length: int,
-    batch_size: int,
+    reading: Reading,
+    progress: Progress | None = None,
 ) -> Iterator[PairedBatch]:
-    """Tokenise texts for two models, texts of similar length together.
-
-    Args:
-        anchor: The anchor's tokenizer.
-        model: The other model's tokenizer; may be the same.
-        texts: Public texts.
-        max_length: Most tokens per text, for each model.
-        batch_size: Texts per batch.
-
-    Yields:
-        Batches, in an order fixed by the lengths.
-    """
+    """Tokenise texts for two models, texts of similar length together; tell progress after each batch."""
     lengths = [len(text.prompt) + len(text.text) for text in texts]
-    for bucket in length_buckets(lengths, batch_size):
-        left = [render(anchor, texts[i], max_length) for i in bucket]
-        right = [render(model, texts[i], max_length) for i in bucket]
+    done = 0
+    for bucket in length_buckets(lengths, reading.batch_size):
+        left = [render(anchor, texts[i], reading.max_length) for i in bucket]
+        right = [render(model, texts[i], reading.max_length) for i in bucket]
         pairs = [align(texts[i], a, m) for i, a, m in zip(bucket, left, right, strict=True)]
         yield PairedBatch(
-            anchor=token_batch(left, padding_token(anchor)),
-            model=token_batch(right, padding_token(model)),
+            anchor=collate([_encoded(row) for row in left], padding_token(anchor)),
+            model=collate([_encoded(row) for row in right], padding_token(model)),
             anchor_spans=_spans(pairs, 0, max(len(row.input_ids) for row in left)),
             model_spans=_spans(pairs, 1, max(len(row.input_ids) for row in right)),
-            texts=len(bucket),
         )
+        done += len(bucket)
+        if progress is not None:
+            progress(done, len(texts))
 
 
-def token_batch(rows: Sequence[Rendering], pad_token_id: int) -> TokenBatch:
-    """Pad renderings on the right; the model is to predict what follows the prompt.
+def run_decoder(model: PreTrainedModel, batch: Batch) -> None:
+    """Run a model on a batch without its output head, whose vocabulary is the widest axis by far."""
+    decoder = model.get_submodule(find_decoder_layers(model)[0].rpartition(".")[0])
+    inputs = on_device_of(model, batch)
+    decoder(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
 
-    Args:
-        rows: At least one rendering.
-        pad_token_id: Token to fill with.
-    """
-    shape = (len(rows), max(len(row.input_ids) for row in rows))
-    input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, IGNORED, dtype=torch.int64)
-    for index, row in enumerate(rows):
-        ids = torch.tensor(row.input_ids, dtype=torch.int64)
-        input_ids[index, : len(ids)] = ids
-        attention_mask[index, : len(ids)] = 1
-        labels[index, row.supervised_from : len(ids)] = ids[row.supervised_from :]
-    return TokenBatch(input_ids, attention_mask, labels)
+
+def _encoded(rendering: Rendering) -> EncodedExample:
+    """The model is to predict what follows the prompt."""
+    ids = torch.tensor(rendering.input_ids, dtype=torch.int64)
+    labels = ids.clone()
+    labels[: rendering.supervised_from] = IGNORED
+    return EncodedExample("", ids, labels)
 
 
 def _spans(pairs: Sequence[Sequence[SpanPair]], side: int, width: int) -> Spans:

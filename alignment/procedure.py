@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Final
 
 import torch
@@ -35,8 +36,8 @@ from fedmosaic.alignment.checkpoint import (
     write_checkpoint,
     write_manifest,
 )
-from fedmosaic.alignment.heat_map import heat_map
 from fedmosaic.alignment.moments import Moments
+from fedmosaic.alignment.report import heat_map
 from fedmosaic.alignment.settings import AlignmentSettings
 from fedmosaic.alignment.sources import ModelSource
 from fedmosaic.alignment.subspace import (
@@ -73,21 +74,9 @@ def align_models(
 ) -> Manifest:
     """Align models to an anchor and write their checkpoints; what is finished already is kept.
 
-    Args:
-        anchor: The anchor.
-        models: The other models, at least one, with distinct names.
-        texts: Gives the public texts, from the anchor if they are synthetic.
-        out: Directory to write to.
-        settings: Methods and sizes.
-        stage: Told what happens.
-
-    Returns:
-        What the directory holds afterwards.
-
-    Raises:
-        ConfigurationError: There is no model, or two have the same name.
-        StateError: The directory holds an alignment to something else.
-        ModelError: A model cannot be loaded or does not fit the anchor.
+    The public texts come from the anchor if they are synthetic. `ConfigurationError` if two models have one
+    name, `StateError` if the directory holds an alignment to something else, `ModelError` if a model does not
+    fit.
     """
     names = [anchor.name, *(model.name for model in models)]
     if not models or len(set(names)) != len(names):
@@ -172,9 +161,8 @@ class _Run:
             (self._anchor.model, self._anchor.tokenizer),
             (model, tokenizer),
             self._texts[:_SIMILARITY_TEXTS],
-            max_length=self._settings.max_length,
-            batch_size=self._settings.batch_size,
-            progress=self._stage(f"{source.name}: similarity of layers"),
+            self._settings.reading(),
+            self._stage(f"{source.name}: similarity of layers"),
         )
         layers = choose_layers(
             len(find_decoder_layers(model)[1]), self._anchor.layers, self._settings.layer_rule, similarity
@@ -312,20 +300,16 @@ def _quality(
     kept: Mapping[str, Mapping[ModuleKey, torch.Tensor]],
 ) -> dict[str, Any]:
     """Mean squared correlation of aligned directions, by block."""
-    blocks = sorted({block for block, _ in anchor})
-    shares: dict[str, dict[int, list[float]]] = {
-        "inputs": {block: [] for block in blocks},
-        "outputs": {block: [] for block in blocks},
-    }
-    for key, (a, b) in anchor.items():
-        shares["inputs"][key[0]].append(
-            float(prediction_share(moments.inputs[key], a, kept["A"][key]).mean())
-        )
-        shares["outputs"][key[0]].append(
-            float(prediction_share(_effects(moments, key), b.T, kept["B"][key].T).mean())
-        )
+    shares: dict[str, dict[int, list[float]]] = {"inputs": {}, "outputs": {}}
+    for key in sorted(anchor):
+        a, b = anchor[key]
+        for side, found in (
+            ("inputs", prediction_share(moments.inputs[key], a, kept["A"][key])),
+            ("outputs", prediction_share(_effects(moments, key), b.T, kept["B"][key].T)),
+        ):
+            shares[side].setdefault(key[0], []).append(float(found.mean()))
     return {
-        f"{side}_squared_correlation": [round(sum(values) / len(values), 4) for values in by_block.values()]
+        f"{side}_squared_correlation": [round(fmean(values), 4) for values in by_block.values()]
         for side, by_block in shares.items()
     }
 

@@ -33,16 +33,8 @@ _SAMPLED: Final = {
 def read_public_text(path: Path, samples: int) -> tuple[PublicText, ...]:
     """Read public text; which samples are taken depends on their content alone, not on their order.
 
-    Args:
-        path: `.jsonl` with the keys `prompt` and `answer`, or `text`, per line; else plain text, one sample
-            per line, lines of fewer than 20 characters left out.
-        samples: Most samples to take; at least 1.
-
-    Returns:
-        The samples.
-
-    Raises:
-        ConfigurationError: The file cannot be read, a line is malformed, or there is no text.
+    `.jsonl` has the keys `prompt` and `answer`, or `text`, per line; any other file is plain text, one sample
+    per line, lines of fewer than 20 characters left out.
     """
     if samples < 1:
         raise ConfigurationError(f"samples is {samples}; alignment needs at least 1 public text.")
@@ -79,19 +71,8 @@ def generate_text(
 ) -> tuple[PublicText, ...]:
     """Let the anchor write the text: sampled at temperature 1 from a begin token and one random token.
 
-    Args:
-        model: The anchor.
-        tokenizer: Its tokenizer.
-        samples: Number of texts.
-        max_length: Tokens per text.
-        seed: Seed of the sampling.
-        progress: Called with the texts done and all texts.
-
-    Returns:
-        Texts that are not empty; a few fewer than asked for where the anchor ends at once.
-
-    Raises:
-        ConfigurationError: The anchor wrote nothing, or has no token to begin with.
+    A few fewer samples than asked for where the anchor ends at once. `ConfigurationError` if it wrote
+    nothing.
     """
     begin = tokenizer.bos_token_id if isinstance(tokenizer.bos_token_id, int) else tokenizer.eos_token_id
     if not isinstance(begin, int):
@@ -123,13 +104,7 @@ def generate_text(
 def random_token_text(
     tokenizer: PreTrainedTokenizerBase, samples: int, *, seed: int
 ) -> tuple[PublicText, ...]:
-    """Text of uniformly random tokens of the anchor.
-
-    Args:
-        tokenizer: The anchor's tokenizer.
-        samples: Number of texts.
-        seed: Seed of the tokens.
-    """
+    """Text of uniformly random tokens of the anchor."""
     generator = torch.Generator().manual_seed(seed)
     tokens = _ordinary_tokens(tokenizer)
     rows = tokens[torch.randint(len(tokens), (samples, _RANDOM_TOKENS), generator=generator)]

@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedmosaic.alignment.activations import Reading
 from fedmosaic.alignment.anchor import ANCHOR_BASES, AnchorBasis
 from fedmosaic.alignment.blocks import PAIR_RULES
+from fedmosaic.alignment.pairing import Reading
 from fedmosaic.alignment.subspace import INPUT_METHODS, OUTPUT_METHODS, InputMethod, OutputMethod
 from fedmosaic.client.colora import CoLoraConfig
 from fedmosaic.protos.errors import ConfigurationError
@@ -31,9 +31,9 @@ class AlignmentSettings:
     anchor_basis: AnchorBasis = "activations"
     """The anchor's own subspace: random (the paper), weights, activations or gradients."""
     input_method: InputMethod = "ridge"
-    """How A is aligned: ridge, procrustes, correlation, or gradient_descent (the paper)."""
+    """How A is aligned: ridge, or gradient_descent (the paper)."""
     output_method: OutputMethod = "cca"
-    """How B is aligned: cca, regression, gradient, or paper (the released code)."""
+    """How B is aligned: cca, gradient, or paper (the released code)."""
     max_length: int = 96
     """Most tokens of a public text that are read."""
     batch_size: int = 16
@@ -42,11 +42,7 @@ class AlignmentSettings:
     """Seed of random bases and of synthetic text."""
 
     def check(self) -> None:
-        """Refuse sizes and names that make no sense before any model is loaded.
-
-        Raises:
-            ConfigurationError: One does; the message names it.
-        """
+        """`ConfigurationError` for sizes and names that make no sense, before any model is loaded."""
         for name, least in (("rank", 1), ("blocks", 1), ("max_length", 8), ("batch_size", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; give at least {least}.")
@@ -62,10 +58,10 @@ class AlignmentSettings:
             if getattr(self, name) not in known:
                 raise ConfigurationError(f"{name} is {getattr(self, name)!r}; choose {', '.join(known)}.")
         # Gradients point out of the span of the outputs where a module widens; outputs say nothing there.
-        if self.anchor_basis == "gradients" and self.output_method in ("cca", "regression"):
+        if self.anchor_basis == "gradients" and self.output_method == "cca":
             raise ConfigurationError(
-                f"output_method {self.output_method!r} cannot place a B that gradients chose; give "
-                "output_method 'gradient', or anchor_basis 'activations' or 'weights'."
+                "output_method 'cca' cannot place a B that gradients chose; give output_method 'gradient', "
+                "or anchor_basis 'activations' or 'weights'."
             )
 
     def reading(self) -> Reading:

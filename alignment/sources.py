@@ -17,11 +17,8 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 class ModelSource:
     """One model of an alignment.
 
-    Attributes:
-        name: Name of its checkpoint's folder.
-        path: Local folder or hub id.
-        keep_layers: Keep only the first n decoder layers; None for all.
-        dtype: Type of the frozen weights.
+    It has the name of its checkpoint's folder, a local folder or hub id, how many of its first layers to keep
+    (None for all), and the type of its frozen weights.
     """
 
     name: str
@@ -35,26 +32,14 @@ class ModelSource:
         return self.path if self.keep_layers is None else f"{self.path}@{self.keep_layers}"
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Load the base model, frozen, and its tokenizer.
-
-        Raises:
-            ModelError: It cannot be loaded.
-        """
+        """The base model, frozen, and its tokenizer."""
         model, tokenizer = load_base_model(self.path, self.dtype, keep_layers=self.keep_layers)
         model.requires_grad_(False)
         return model, tokenizer
 
 
 def parse_source(text: str, dtype: str = "float32") -> ModelSource:
-    """Parse `[NAME=]PATH_OR_HUB_ID[@LAYERS]`.
-
-    Args:
-        text: Such as `meta-llama/Llama-3.2-1B`, `./models/smol@8` or `small=./models/smol@8`.
-        dtype: Type of the frozen weights.
-
-    Raises:
-        ConfigurationError: The name is not one for a folder, or the number of layers is not one.
-    """
+    """Parse `[NAME=]PATH_OR_HUB_ID[@LAYERS]`, such as `org/Llama-3.2-1B` or `small=./models/smol@8`."""
     label, equals, rest = text.partition("=")
     if not equals:
         label, rest = "", text

@@ -19,8 +19,8 @@ from torch.nn import functional
 from fedmosaic.alignment.moments import Moments
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
-InputMethod = Literal["ridge", "procrustes", "correlation", "gradient_descent"]
-OutputMethod = Literal["regression", "cca", "gradient", "paper"]
+InputMethod = Literal["ridge", "gradient_descent"]
+OutputMethod = Literal["cca", "gradient", "paper"]
 INPUT_METHODS: Final[tuple[str, ...]] = get_args(InputMethod)
 OUTPUT_METHODS: Final[tuple[str, ...]] = get_args(OutputMethod)
 
@@ -28,21 +28,15 @@ RIDGE: Final = 1e-2
 """Ridge relative to the mean eigenvalue: directions far below the average are noise of a finite sample."""
 
 _SMALLEST_SINGULAR_VALUE: Final = 1e-9
-_PROCRUSTES_STEPS: Final = 200
 _PAPER_GAMMA: Final = 1e-4
+_PAPER_LEARNING_RATE: Final = 1e-2
+_PAPER_ORTHOGONALITY: Final = 0.5
 
 
 def nearest_orthonormal_rows(matrix: torch.Tensor) -> torch.Tensor:
-    """The matrix with orthonormal rows that is nearest in Frobenius norm: the polar factor U Vᵀ.
+    """The row-orthonormal matrix that is nearest to an (r, d) one in Frobenius norm: the polar factor U Vᵀ.
 
-    Args:
-        matrix: (r, d) float64 of rank r.
-
-    Returns:
-        (r, d) float64.
-
-    Raises:
-        ModelError: The matrix is not finite or its rank is below r, so that no nearest one is unique.
+    `ModelError` if the matrix is not finite or its rank is below r, so that no nearest one is unique.
     """
     if not bool(torch.isfinite(matrix).all()):
         raise ModelError("An aligned basis is not finite; the public text gave unusable activations.")
@@ -56,89 +50,49 @@ def nearest_orthonormal_rows(matrix: torch.Tensor) -> torch.Tensor:
     return nearest
 
 
-@dataclass(frozen=True)
-class PaperGradientDescent:
-    """How the paper trains A; here on moments, which is its loss over the whole public set at every step.
-
-    Attributes:
-        steps: Steps of Adam; the released script takes 1,250 on four texts each, here each sees all texts.
-        learning_rate: Relative to A's entries.
-        orthogonality: λ, weight of the mean squared cosine between different rows.
-    """
-
-    steps: int = 400
-    learning_rate: float = 1e-2
-    orthogonality: float = 0.5
-
-
 def align_inputs(
     moments: Moments,
     anchor_RD: torch.Tensor,
     method: str = "ridge",
     *,
     ridge: float = RIDGE,
-    descent: PaperGradientDescent | None = None,
+    steps: int = 400,
 ) -> torch.Tensor:
-    """Find A of a model from A of the anchor.
+    """A of a model, (r, E) float64 with orthonormal rows, from the (r, D) A of the anchor.
 
     Args:
         moments: Moments of the inputs (x_a, x_m).
-        anchor_RD: (r, D) A of the anchor, rows orthonormal.
+        anchor_RD: A of the anchor, rows orthonormal.
         method: `ridge`, the regression of A_a x_a on x_m, then the nearest row-orthonormal matrix;
-            `procrustes`, the minimiser of E|ρ A x_m − A_a x_a|² over row-orthonormal A and scales ρ > 0 by
-            majorisation; `correlation`, the row-orthonormal A of the largest E⟨A x_m, A_a x_a⟩;
             `gradient_descent`, the paper's.
-        ridge: Ridge relative to the mean eigenvalue of the model's inputs; above 0.
-        descent: Settings of the paper's gradient descent.
-
-    Returns:
-        (r, E) float64, rows orthonormal.
-
-    Raises:
-        ConfigurationError: The method is unknown.
-        ModelError: The two models share too few directions.
+        ridge: Relative to the mean eigenvalue of the model's inputs; above 0.
+        steps: Of the paper's gradient descent.
     """
     wanted_RE = anchor_RD.double() @ moments.cross_DE
-    if method == "correlation":
-        return nearest_orthonormal_rows(wanted_RE)
-    if method in ("ridge", "procrustes"):
-        start_RE = nearest_orthonormal_rows(_regression(moments.model_EE, wanted_RE, ridge))
-        return start_RE if method == "ridge" else _procrustes(moments.model_EE, wanted_RE, start_RE)
+    if method == "ridge":
+        return nearest_orthonormal_rows(_regression(moments.model_EE, wanted_RE, ridge))
     if method == "gradient_descent":
-        return nearest_orthonormal_rows(
-            _descend(moments.model_EE, wanted_RE, descent or PaperGradientDescent())
-        )
+        return nearest_orthonormal_rows(_descend(moments.model_EE, wanted_RE, steps))
     raise ConfigurationError(f"The method for A is {method!r}; choose one of {', '.join(INPUT_METHODS)}.")
 
 
 def align_outputs(
     moments: Moments, anchor_DR: torch.Tensor, method: str = "cca", *, ridge: float = RIDGE
 ) -> torch.Tensor:
-    """Find B of a model from B of the anchor.
+    """B of a model, (E, r) float64 with orthonormal columns, from the (D, r) B of the anchor.
 
     Args:
         moments: Moments of the outputs (y_a, y_m); of the gradients of the loss by them for `gradient`.
-        anchor_DR: (D, r) B of the anchor, columns orthonormal.
+        anchor_DR: B of the anchor, columns orthonormal.
         method: `cca`, whiten the anchor's outputs, rotate to canonical directions and colour as the model's;
-            `regression`, the same with each canonical direction weighted by its correlation, which is the
-            best linear prediction of the model's outputs from the anchor's; `gradient`, the B_m for which
-            B_mᵀ ∂L/∂y_m predicts B_aᵀ ∂L/∂y_a, so that a core has the same gradient in both models.
-        ridge: Ridge relative to the mean eigenvalue; above 0.
-
-    Returns:
-        (E, r) float64, columns orthonormal.
-
-    Raises:
-        ConfigurationError: The method is unknown.
-        ModelError: The two models share too few directions.
+            `gradient`, the B_m for which B_mᵀ ∂L/∂y_m predicts B_aᵀ ∂L/∂y_a, so that a core has the same
+            gradient in both models.
+        ridge: Relative to the mean eigenvalue; above 0.
     """
     basis_DR = anchor_DR.double()
     if method == "cca":
         mapped = _cca_map(moments.anchor_DD, moments.cross_DE, moments.model_EE, ridge)
         return nearest_orthonormal_rows((mapped @ basis_DR).T).T
-    if method == "regression":
-        coefficients_RE = _regression(moments.anchor_DD, basis_DR.T, ridge) @ moments.cross_DE
-        return nearest_orthonormal_rows(coefficients_RE).T
     if method == "gradient":
         return align_inputs(moments, basis_DR.T, "ridge", ridge=ridge).T
     raise ConfigurationError(f"The method for B is {method!r}; choose one of {', '.join(OUTPUT_METHODS)}.")
@@ -149,18 +103,8 @@ def align_outputs_as_paper(
 ) -> torch.Tensor:
     """Map B as the released code does: canonical correlation of B_a A_a x_a with B_m A_m x_m, P = I, Q = 0.
 
-    Args:
-        inputs: Moments of the inputs (x_a, x_m).
-        anchor_in_RD: (r, D) A of the anchor.
-        model_in_RE: (r, E) A of the model, aligned.
-        model_out: (d_out of the model, r) random B of the model, in whose span the result stays.
-
-    Returns:
-        (d_out of the model, r) float64. The released map leaves it as it is; here the nearest
-        column-orthonormal matrix is taken, without which its scale is arbitrary.
-
-    Raises:
-        ModelError: The result has not full rank.
+    The result stays in the span of the random (d_out, r) B of the model. The released map leaves it as it is;
+    here the nearest column-orthonormal matrix is taken, without which its scale is arbitrary.
     """
     covariance = inputs.centred()
     anchor_a, model_a = anchor_in_RD.double(), model_in_RE.double()
@@ -176,12 +120,7 @@ def align_outputs_as_paper(
 
 
 def prediction_share(moments: Moments, anchor_RD: torch.Tensor, model_RE: torch.Tensor) -> torch.Tensor:
-    """How much of each anchor direction the model's aligned direction explains.
-
-    Args:
-        moments: Moments of (u_a, u_m).
-        anchor_RD: (r, D) rows of the anchor.
-        model_RE: (r, E) rows of the model.
+    """How much of each of r anchor directions the model's aligned direction explains.
 
     Returns:
         (r,) squared correlations in [0, 1]; 0 where a direction does not vary.
@@ -214,29 +153,12 @@ def _regression(gram_EE: torch.Tensor, wanted_RE: torch.Tensor, ridge: float) ->
     return coefficients_RE
 
 
-def _procrustes(gram_EE: torch.Tensor, wanted_RE: torch.Tensor, start_RE: torch.Tensor) -> torch.Tensor:
-    """Minimise ρ² tr(A G Aᵀ) − 2 ρ tr(A Wᵀ) over row-orthonormal A and ρ > 0.
+def _descend(gram_EE: torch.Tensor, wanted_RE: torch.Tensor, steps: int) -> torch.Tensor:
+    """The paper's training of A, on moments, which is its loss over the whole public set at every step.
 
-    For fixed ρ the quadratic term is bounded above by its tangent plane plus a constant (the largest
-    eigenvalue is a Lipschitz bound and |A|_F is fixed), whose minimiser is a polar factor: no step can
-    increase the loss.
+    Adam with a rate relative to A's entries, and λ times the mean squared cosine between different rows. The
+    released script takes 1,250 steps on four texts each; here each step sees all texts.
     """
-    top = float(torch.linalg.eigvalsh(gram_EE)[-1])
-    current = start_RE
-    for _ in range(_PROCRUSTES_STEPS):
-        product_RE = current @ gram_EE
-        scale = float((current * wanted_RE).sum() / (current * product_RE).sum())
-        if not scale > 0.0:
-            return current
-        following = nearest_orthonormal_rows(wanted_RE / scale + top * current - product_RE)
-        done = float((following - current).abs().max()) < 1e-7
-        current = following
-        if done:
-            break
-    return current
-
-
-def _descend(gram_EE: torch.Tensor, wanted_RE: torch.Tensor, settings: PaperGradientDescent) -> torch.Tensor:
     # Scaling the loss by the mean eigenvalue makes one learning rate fit every module.
     unit = float(torch.trace(gram_EE)) / len(gram_EE)
     gram, wanted = (gram_EE / unit).float(), (wanted_RE / unit).float()
@@ -244,14 +166,14 @@ def _descend(gram_EE: torch.Tensor, wanted_RE: torch.Tensor, settings: PaperGrad
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(rank, width, generator=generator) / width**0.5
     matrix.requires_grad_()
-    optimizer = torch.optim.Adam([matrix], lr=settings.learning_rate)
+    optimizer = torch.optim.Adam([matrix], lr=_PAPER_LEARNING_RATE)
     apart = ~torch.eye(rank, dtype=torch.bool)
-    for _ in range(settings.steps):
+    for _ in range(steps):
         fit = ((matrix @ gram) * matrix).sum() - 2.0 * (matrix * wanted).sum()
         rows = functional.normalize(matrix, dim=1)
         penalty = (rows @ rows.T)[apart].square().mean() if rank > 1 else matrix.new_zeros(())
         optimizer.zero_grad()
-        (fit / rank + settings.orthogonality * penalty).backward()
+        (fit / rank + _PAPER_ORTHOGONALITY * penalty).backward()
         optimizer.step()
     trained: torch.Tensor = matrix.detach().double()
     return trained
@@ -291,13 +213,7 @@ class Sharing:
 
 
 def sharing(moments: Moments, rows_RD: torch.Tensor, *, ridge: float = RIDGE) -> Sharing:
-    """Measure how much of an anchor's latent a model shares.
-
-    Args:
-        moments: Moments of (u_a, u_m).
-        rows_RD: (r, D) the anchor's basis as rows.
-        ridge: Ridge relative to the mean eigenvalue; above 0.
-    """
+    """How much of the latent of the anchor's (r, D) basis a model shares."""
     rows = rows_RD.double()
     wanted_RE = rows @ moments.cross_DE
     explained = wanted_RE @ _regression(moments.model_EE, wanted_RE, ridge).T
@@ -311,15 +227,8 @@ def shared_rotation(models: Sequence[Sharing], *, ridge: float = RIDGE) -> torch
     over models decides. Canonical directions are not orthogonal where the latent is not white;
     orthogonalising them in order keeps the span of every leading group.
 
-    Args:
-        models: What each model shares, at least one.
-        ridge: Ridge relative to the mean eigenvalue; above 0.
-
     Returns:
         (r, r) float64 orthogonal; multiply the anchor's rows, and every model's, by it from the left.
-
-    Raises:
-        ConfigurationError: There is no model.
     """
     if not models:
         raise ConfigurationError("There is no model to share with; give at least one besides the anchor.")

@@ -25,12 +25,7 @@ SpanPair = tuple[tuple[int, ...], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class PublicText:
-    """One public sample: a plain text (empty prompt), or a prompt and its answer.
-
-    Attributes:
-        text: The text, or the answer.
-        prompt: What the model reads before it; empty for a plain text.
-    """
+    """One public sample: a plain text, or an answer and the prompt that the model reads before it."""
 
     text: str = field(repr=False)
     prompt: str = field(default="", repr=False)
@@ -55,18 +50,10 @@ class Rendering:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, sample: PublicText, max_length: int) -> Rendering:
-    """Tokenises a public text as `fedmosaic.client.model.examples` does, and keeps the character ranges.
+    """Tokenise a public text as `fedmosaic.client.model.examples` does, and keep the character ranges.
 
-    Args:
-        tokenizer: Fast tokenizer; its chat template is used for a prompt if it has one.
-        sample: The text.
-        max_length: Most tokens; a plain text is cut at its end, a prompt at its beginning. At least 3.
-
-    Returns:
-        The tokens and what they stand for.
-
-    Raises:
-        ModelError: The tokenizer is slow, or the text leaves no token.
+    A chat template is used for a prompt if there is one. Of at least 3 tokens, a plain text is cut at its
+    end, a prompt at its beginning. `ModelError` if the tokenizer is slow, or the text leaves no token.
     """
     if not tokenizer.is_fast:
         raise ModelError(
@@ -103,15 +90,8 @@ def shared_text(sample: PublicText) -> str:
 def align(sample: PublicText, left: Rendering, right: Rendering) -> list[SpanPair]:
     """Positions of both models that stand for the same characters, and the positions that predict the answer.
 
-    The first position of each model is left out: it is an attention sink, whose state is like no other.
-
-    Args:
-        sample: The text.
-        left: As one model reads it.
-        right: As the other model reads it.
-
-    Returns:
-        Pairs of positions, in the order of the text.
+    In the order of the text. The first position of each model is left out: it is an attention sink, whose
+    state is like no other.
     """
     pairs = align_ranges(shared_text(sample), left.ranges, right.ranges)
     if left.landmark is not None and right.landmark is not None:
@@ -123,16 +103,10 @@ def align(sample: PublicText, left: Rendering, right: Rendering) -> list[SpanPai
 def align_ranges(
     text: str, left: Sequence[CharacterRange | None], right: Sequence[CharacterRange | None]
 ) -> list[SpanPair]:
-    """The finest spans of tokens of two sequences that stand for the same characters.
+    """The finest spans of tokens of two sequences that stand for the same characters, in order.
 
-    Args:
-        text: The text that the ranges count.
-        left: Half-open character range of each token, None for tokens that stand for nothing.
-        right: The same for the other sequence.
-
-    Returns:
-        Pairs of positions in the order of the text; tokens of mere space, and tokens whose characters the
-        other sequence does not cover exactly, are in none.
+    Ranges are half-open and count the text, None for tokens that stand for nothing. Tokens of mere space, and
+    tokens whose characters the other sequence does not cover exactly, are in no span.
     """
     intervals = sorted(
         [(*found, 0, position) for found, position in _trimmed(text, left)]

@@ -37,7 +37,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.encryption_peers import PEERS
-from benchmarks.encryption_work import Cell, Timing, Work, keep_memory, make_work
+from benchmarks.encryption_work import NOTHING, Cell, Timing, Work, keep_memory, make_work
+from fedmosaic.experiments.scenario.metrics import markdown_table
 from fedmosaic.privacy.encryption.aggregators import create_aggregator
 from fedmosaic.privacy.encryption.ciphers import create_cipher, generate_group_secret
 from fedmosaic.privacy.encryption.ckks.expansion import expand_seed
@@ -88,9 +89,7 @@ def ours(work: Work, parameters: Parameters) -> Cell:
     clear = np.ldexp(weights[0].astype(np.float64), -parameters.weight_bits) @ work.vectors
     return Cell(
         f"{parameters.backend} (back end)" if parameters.backend == "plain" else parameters.backend,
-        work.rank,
-        work.members,
-        work.dimensions,
+        *work.size,
         work.measure(lambda: ciphers[0].encrypt(work.vectors[0], key, context, bytes(16))),
         len(uploads[work.names[0]]),
         work.measure(check) + _expansion(work, parameters),
@@ -113,7 +112,7 @@ def _matrix(work: Work, rows: Mapping[str, WeightRow]) -> np.ndarray:
 
 def _expansion(work: Work, parameters: Parameters) -> Timing:
     if not isinstance(parameters, CkksParameters):
-        return Timing(0.0, 0.0, 1)
+        return NOTHING
     words = np.empty(ring_blocks(parameters, work.dimensions) * parameters.ring_degree, dtype=np.uint64)
     one = work.measure(lambda: expand_seed(bytes(32), 0, words, parameters.modulus))
     return one.scaled(work.members)
@@ -139,10 +138,7 @@ def _arithmetic(work: Work, parameters: Parameters, weights: np.ndarray) -> Timi
 
 def bars(cells: Sequence[Cell]) -> list[tuple[str, float, str, bool]]:
     """Compare the cells with the figures that were promised: what, value, limit, kept."""
-    by = {(cell.system.split(" ")[0], cell.rank, cell.members): cell for cell in cells}
-    by |= {("raw", c.rank, c.members): c for c in cells if "NVFlare" in c.system}
-    by |= {("plain", c.rank, c.members): c for c in cells if c.system == "plain (back end)"}
-    by |= {("numpy", c.rank, c.members): c for c in cells if "numpy (float32)" in c.system}
+    by = {(cell.system, cell.rank, cell.members): cell for cell in cells}
     found: list[tuple[str, float, str, bool]] = []
 
     def at_most(what: str, value: float, limit: float) -> None:
@@ -151,7 +147,7 @@ def bars(cells: Sequence[Cell]) -> list[tuple[str, float, str, bool]]:
     def at_least(what: str, value: float, limit: float) -> None:
         found.append((what, value, f"≥ {limit:g}", value >= limit))
 
-    ckks, mask, raw = (by.get((name, 16, 10)) for name in ("ckks", "mask", "raw"))
+    ckks, raw = (by.get((name, 16, 10)) for name in ("ckks", "TenSEAL 8192 [60,40,40] (NVFlare's)"))
     if ckks:
         at_most("ckks r16 N10 upload / float32", ckks.upload_bytes / (4 * ckks.dimensions), 1.65)
         at_most("ckks r16 N10 download / float32", ckks.download_bytes / (4 * ckks.dimensions), 3.3)
@@ -163,7 +159,8 @@ def bars(cells: Sequence[Cell]) -> list[tuple[str, float, str, bool]]:
         at_least("ckks r16 N10 server, times faster than TenSEAL's", faster, 20)
         at_least("ckks r16 N10 upload, times smaller than TenSEAL's", raw.upload_bytes / ckks.upload_bytes, 9)
     for members, limit in ((10, 5.0), (100, 2.0)):
-        mask, numpy, plain = (by.get((name, 16, members)) for name in ("mask", "numpy", "plain"))
+        names = ("mask", "plain numpy (float32)", "plain (back end)")
+        mask, numpy, plain = (by.get((name, 16, members)) for name in names)
         if mask and numpy and plain:
             label = f"mask r16 N{members}"
             at_most(f"{label} upload / float32", mask.upload_bytes / (4 * mask.dimensions), 1.02)
@@ -188,45 +185,45 @@ def growth(cells: Sequence[Cell]) -> list[tuple[str, int, int, float]]:
     return result
 
 
-def table(cells: Sequence[Cell]) -> str:
+def table(cells: Sequence[Cell]) -> list[str]:
     """Format cells as a Markdown table."""
 
-    def ms(timing: Timing) -> str:
-        return f"{1e3 * timing.least:.3g} ({1e3 * timing.median:.3g})"
+    def ms(timing: Timing | None) -> str:
+        return f"{1e3 * timing.least:.3g} ({1e3 * timing.median:.3g})" if timing is not None else "–"
 
-    lines = [
-        "| system | r | N | encrypt ms | upload bytes (× float32) | ingest ms | arithmetic ms | server ms "
-        "| server, fresh ms | download bytes (×) | decrypt ms | error |",
-        "| --- " * 12 + "|",
-    ]
-    for cell in cells:
-        size = 4 * cell.dimensions
-        lines.append(
-            f"| {cell.system}{' *' if cell.note else ''} | {cell.rank} | {cell.members} | {ms(cell.encrypt)} "
-            f"| {cell.upload_bytes:,} ({cell.upload_bytes / size:.2f}) | {ms(cell.ingest)} "
-            f"| {ms(cell.arithmetic)} | {ms(cell.server)} "
-            f"| {ms(cell.server_fresh) if cell.server_fresh else '–'} "
-            f"| {cell.download_bytes:,} ({cell.download_bytes / size:.2f}) | {ms(cell.decrypt)} "
-            f"| {cell.error:.1e} |"
-        )
+    heads = [
+        "system", "r", "N", "encrypt ms", "upload bytes (× float32)", "ingest ms", "arithmetic ms",
+        "server ms", "server, fresh ms", "download bytes (×)", "decrypt ms", "error",
+    ]  # fmt: skip
+    rows = [
+        [
+            f"{cell.system}{' *' if cell.note else ''}", str(cell.rank), str(cell.members), ms(cell.encrypt),
+            f"{cell.upload_bytes:,} ({cell.upload_bytes / (4 * cell.dimensions):.2f})", ms(cell.ingest),
+            ms(cell.arithmetic), ms(cell.server), ms(cell.server_fresh),
+            f"{cell.download_bytes:,} ({cell.download_bytes / (4 * cell.dimensions):.2f})",
+            ms(cell.decrypt), f"{cell.error:.1e}",
+        ]
+        for cell in cells
+    ]  # fmt: skip
     notes = [f"* {c.system}, r {c.rank}, N {c.members}: {c.note}" for c in cells if c.note]
-    return "\n".join(lines + (["", *notes] if notes else []))
+    return [*markdown_table(heads, rows), *(["", *notes] if notes else [])]
 
 
 def results(cells: Sequence[Cell]) -> str:
     """Format the table, the figures that were promised, and the growth."""
-    lines = [table(cells), "", "| promised | measured | limit | |", "| --- " * 4 + "|"]
-    lines += [
-        f"| {w} | {v:.3g} | {limit} | {'kept' if k else '**missed**'} |" for w, v, limit, k in bars(cells)
-    ]
-    lines += [
-        "",
-        "Server time per N²·d, relative to the first line of each system (above 1 grows faster):",
-        "",
-    ]
-    lines += ["| system | r | N | |", "| --- " * 4 + "|"]
-    lines += [f"| {system} | {rank} | {n} | {rate:.2f} |" for system, rank, n, rate in growth(cells)]
-    return "\n".join(lines)
+    promised = [[w, f"{v:.3g}", limit, "kept" if k else "**missed**"] for w, v, limit, k in bars(cells)]
+    grown = [[system, str(rank), str(n), f"{rate:.2f}"] for system, rank, n, rate in growth(cells)]
+    return "\n".join(
+        [
+            *table(cells),
+            "",
+            *markdown_table(["promised", "measured", "limit", ""], promised),
+            "",
+            "Server time per N²·d, relative to the first line of each system (above 1 grows faster):",
+            "",
+            *markdown_table(["system", "r", "N", ""], grown),
+        ]
+    )
 
 
 def note(cells: Sequence[Cell], command: str) -> str:

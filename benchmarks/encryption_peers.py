@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,17 +16,8 @@ from benchmarks.encryption_work import NOTHING, Cell, Work
 _DISTINCT_UPLOADS = 10
 
 
-def plain_numpy(work: Work) -> Cell:
-    """Measure the floor: float32 arrays from bytes, one matrix product, float32 bytes, no checks at all."""
-    return _numpy(work, "plain numpy (float32)", np.dtype("<f4"))
-
-
-def plain_numpy_double(work: Work) -> Cell:
-    """Measure the same in float64, the precision that `mask` and `ckks` compute in."""
-    return _numpy(work, "plain numpy (float64)", np.dtype("<f8"))
-
-
-def _numpy(work: Work, name: str, kind: np.dtype) -> Cell:
+def plain_numpy(work: Work, name: str, kind: np.dtype) -> Cell:
+    """Measure the floor: arrays from bytes, one matrix product, bytes, no checks at all."""
     uploads = [vector.astype(kind).tobytes() for vector in work.vectors]
     shares = work.shares.astype(kind)
 
@@ -39,9 +31,7 @@ def _numpy(work: Work, name: str, kind: np.dtype) -> Cell:
     found = np.frombuffer(server()[0], dtype=kind)
     return Cell(
         name,
-        work.rank,
-        work.members,
-        work.dimensions,
+        *work.size,
         work.measure(lambda: work.vectors[0].astype(kind).tobytes()),
         len(uploads[0]),
         work.measure(ingest),
@@ -52,16 +42,6 @@ def _numpy(work: Work, name: str, kind: np.dtype) -> Cell:
         float(np.abs(found - work.shares[0] @ work.vectors).max()),
         server_fresh=work.measure_fresh(server),
     )
-
-
-def tenseal_raw(work: Work) -> Cell:
-    """Measure `CKKSVector` with the parameters of NVFlare's encryption, one vector per adapter."""
-    return _tenseal(work, "TenSEAL 8192 [60,40,40] (NVFlare's)", 8192, [60, 40, 40], 2.0**40, rescale=True)
-
-
-def tenseal_tuned(work: Work) -> Cell:
-    """Measure the smallest and fastest `CKKSVector` whose error stays near 1e-5."""
-    return _tenseal(work, "TenSEAL 4096 [54,55], no rescaling", 4096, [54, 55], 2.0**25, rescale=False)
 
 
 @contextmanager
@@ -84,7 +64,10 @@ def _silence() -> Iterator[None]:
 
 
 @_silence()
-def _tenseal(work: Work, name: str, degree: int, moduli: list[int], scale: float, *, rescale: bool) -> Cell:
+def tenseal_vectors(
+    work: Work, name: str, degree: int, moduli: list[int], scale: float, *, rescale: bool
+) -> Cell:
+    """Measure `CKKSVector`, one vector per adapter, as TenSEAL's users use it."""
     import tenseal
 
     context = tenseal.context(
@@ -128,9 +111,7 @@ def _tenseal(work: Work, name: str, degree: int, moduli: list[int], scale: float
         notes.append(f"{distinct} distinct uploads")
     return Cell(
         name,
-        work.rank,
-        work.members,
-        work.dimensions,
+        *work.size,
         work.measure(lambda: tenseal.ckks_vector(context, work.vectors[0].tolist()).serialize()),
         len(uploads[0]),
         load,
@@ -188,9 +169,7 @@ def flower_masking(work: Work) -> Cell | None:
     server = work.measure(unmask, 1).scaled(work.members)
     return Cell(
         "Flower SecAgg+ masking, once per recipient",
-        work.rank,
-        work.members,
-        work.dimensions,
+        *work.size,
         encrypt,
         len(ndarray_to_bytes(masked[0])) * work.members,
         NOTHING,
@@ -205,9 +184,17 @@ def flower_masking(work: Work) -> Cell | None:
 
 
 PEERS: tuple[Callable[[Work], Cell | None], ...] = (
-    plain_numpy,
-    plain_numpy_double,
-    tenseal_raw,
-    tenseal_tuned,
+    partial(plain_numpy, name="plain numpy (float32)", kind=np.dtype("<f4")),
+    # The precision that `mask` and `ckks` compute in.
+    partial(plain_numpy, name="plain numpy (float64)", kind=np.dtype("<f8")),
+    partial(
+        tenseal_vectors, name="TenSEAL 8192 [60,40,40] (NVFlare's)", degree=8192, moduli=[60, 40, 40],
+        scale=2.0**40, rescale=True,
+    ),
+    # The smallest and fastest whose error stays near 1e-5.
+    partial(
+        tenseal_vectors, name="TenSEAL 4096 [54,55], no rescaling", degree=4096, moduli=[54, 55],
+        scale=2.0**25, rescale=False,
+    ),
     flower_masking,
-)
+)  # fmt: skip

@@ -19,28 +19,20 @@ MODULES, BLOCKS = 7, 4
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of processor time of one operation over repetitions.
-
-    Attributes:
-        least: Fastest repetition.
-        median: Median repetition.
-        repetitions: How many.
-    """
+    """Seconds of processor time of the fastest and of the median repetition of one operation."""
 
     least: float
     median: float
-    repetitions: int
 
     def __add__(self, other: "Timing") -> "Timing":
-        repetitions = min(self.repetitions, other.repetitions)
-        return Timing(self.least + other.least, self.median + other.median, repetitions)
+        return Timing(self.least + other.least, self.median + other.median)
 
     def scaled(self, factor: float) -> "Timing":
         """Extrapolate to `factor` times the work."""
-        return Timing(self.least * factor, self.median * factor, self.repetitions)
+        return Timing(self.least * factor, self.median * factor)
 
 
-NOTHING = Timing(0.0, 0.0, 1 << 30)
+NOTHING = Timing(0.0, 0.0)
 
 
 def keep_memory() -> None:
@@ -52,12 +44,6 @@ def keep_memory() -> None:
     if _GLIBC is not None:
         _GLIBC.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
         _GLIBC.mallopt(_MAPPING_THRESHOLD, 1 << 30)
-
-
-def _hand_back_memory() -> None:
-    """Return every free page to the operating system."""
-    if _GLIBC is not None:
-        _GLIBC.malloc_trim(0)
 
 
 _TRIM_THRESHOLD, _MAPPING_THRESHOLD = -1, -3
@@ -105,12 +91,8 @@ class Cell:
 class Work:
     """Adapters and weights of one cell.
 
-    Attributes:
-        rank: Rank of the adapter.
-        names: N client ids.
-        vectors: (N, d) float64 adapters.
-        shares: (N, N) real weights, zero on the diagonal, rows sum to 1, capped at one half.
-        budget: Seconds to spend on repetitions of one operation.
+    (N, d) float64 adapters of N client ids at a rank; (N, N) real weights, zero on the diagonal, rows sum to
+    1, capped at one half; and the seconds to spend on repetitions of one operation.
     """
 
     rank: int
@@ -129,19 +111,24 @@ class Work:
         """Number d of values in an adapter."""
         return int(self.vectors.shape[1])
 
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Rank, members and dimensions."""
+        return self.rank, self.members, self.dimensions
+
     def rows(self, bits: int) -> dict[str, WeightRow]:
         """Return the integer rows of all recipients at a precision."""
         result = {}
         for index, recipient in enumerate(self.names):
             others = [i for i in range(self.members) if i != index]
-            weights = integer_weights(self.shares[index, others], bits)
-            integers = tuple(int(weight) for weight in weights)
-            result[recipient] = WeightRow(tuple(self.names[i] for i in others), integers, bits)
+            weights = tuple(integer_weights(self.shares[index, others], bits).tolist())
+            result[recipient] = WeightRow(tuple(self.names[i] for i in others), weights, bits)
         return result
 
     def measure_fresh(self, operation: Callable[[], object]) -> Timing:
         """Time an operation as `measure` does, each time after all free memory was handed back."""
-        return self.measure(operation, 2, before=_hand_back_memory)
+        hand_back = (lambda: None) if _GLIBC is None else (lambda: _GLIBC.malloc_trim(0))
+        return self.measure(operation, 2, before=hand_back)
 
     def measure(
         self,
@@ -160,7 +147,7 @@ class Work:
             begun = time.process_time()
             operation()
             seconds.append(time.process_time() - begun)
-        return Timing(min(seconds), statistics.median(seconds), len(seconds))
+        return Timing(min(seconds), statistics.median(seconds))
 
 
 def make_work(rank: int, members: int, budget: float) -> Work:

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.timing import random_examples
 from fedmosaic.client.model.adapted import adapter_config
-from fedmosaic.client.model.examples import IGNORED, EncodedExample
 from fedmosaic.client.model.hardware import choose_device, synchronise
 from fedmosaic.client.model.load import adapt, load_model
 from fedmosaic.client.model.training import TrainingSettings, train_local
@@ -40,7 +41,9 @@ def write_random_model(folder: Path, *, tiny: bool = False) -> None:
     with torch.device(choose_device("auto")):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(folder)
-    tokenizer = Tokenizer(WordLevel({"<unk>": 0, "<end>": 1}, unk_token="<unk>"))  # noqa: S106  # a word
+    words = {word: index for index, word in enumerate(("<unk>", "<end>", "one", "two"))}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))  # noqa: S106  # a word
+    tokenizer.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",  # noqa: S106  # a word
@@ -51,20 +54,12 @@ def write_random_model(folder: Path, *, tiny: bool = False) -> None:
 def measure(
     folder: Path, dtype: str, quantization: str | None, checkpoint: bool, device_name: str
 ) -> dict[str, float | str]:
-    """Load, adapt and train for a few steps.
-
-    Returns:
-        MiB as the preflight says and as measured, and milliseconds of a step.
-    """
+    """Load, adapt and train for a few steps: MiB as the preflight says and as measured, and ms of a step."""
     device = choose_device(device_name)
-    model_settings = ModelSettings(
-        path=str(folder), dtype=dtype, device=device_name, quantization=quantization
-    )
+    path = str(folder)
+    model_settings = ModelSettings(path=path, dtype=dtype, device=device_name, quantization=quantization)
     training = TrainingSettings(
-        steps=STEPS,
-        per_device_train_batch_size=BATCH,
-        max_length=TOKENS,
-        gradient_checkpointing=checkpoint,
+        steps=STEPS, per_device_train_batch_size=BATCH, max_length=TOKENS, gradient_checkpointing=checkpoint
     )
     started = time.perf_counter()
     need = memory_need(_client(folder, model_settings, training), AdapterTerms(), supervised=ANSWER)
@@ -92,11 +87,7 @@ def measure(
 
 def _train(model: torch.nn.Module, training: TrainingSettings, device: torch.device) -> float:
     """Seconds of the last step."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(2, 1000, (2 * BATCH, TOKENS), generator=generator)
-    labels = rows.clone()
-    labels[:, : TOKENS - ANSWER] = IGNORED
-    examples = [EncodedExample(str(i), *pair) for i, pair in enumerate(zip(rows, labels, strict=True))]
+    examples = random_examples(1000, 2 * BATCH, TOKENS, ANSWER)
     times: list[float] = []
 
     def tick(*_: object) -> None:

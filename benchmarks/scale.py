@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.scale_server import run_server
 from fedmosaic.client.model.examples import Example
 from fedmosaic.client.model.training import TrainingSettings
 from fedmosaic.client.settings import ModelSettings
 from fedmosaic.experiments.runs.command import run_here
+from fedmosaic.experiments.scenario.metrics import markdown_table
 from fedmosaic.experiments.scenario.participants import write_examples
 from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient, ScenarioProfile
 from fedmosaic.privacy.encryption.parameters import PlainParameters
@@ -55,8 +55,6 @@ class Arguments:
     """Numbers in a task profile."""
     server_only: bool = False
     """Random adapters and profiles in place of models: what is left is the server's work."""
-    as_json: Path | None = None
-    """Also write the figures here."""
     only: bool = False
     """Run the first size in this process and print its figures as JSON; used by the command itself."""
 
@@ -92,14 +90,8 @@ def main(arguments: Sequence[str]) -> int:
     if parsed.only:
         print(json.dumps(asdict(measure(parsed, parsed.clients[0]))))
         return 0
-    console = Console()
-    figures = []
-    for count in parsed.clients:
-        console.print(f"{count} clients, {parsed.rounds} rounds …")
-        figures.append(_in_own_process(parsed, count))
-    console.print(as_table(figures))
-    if parsed.as_json is not None:
-        parsed.as_json.write_text(json.dumps([asdict(f) for f in figures], indent=2) + "\n")
+    figures = [_in_own_process(parsed, count) for count in parsed.clients]
+    print("\n".join(as_table(figures)))
     return 0
 
 
@@ -124,26 +116,21 @@ def measure(arguments: Arguments, count: int) -> Figures:
         scenario = scale_scenario(arguments, count, place)
         if arguments.server_only:
             seconds, closing = run_server(scenario, place, Console(stderr=True))
-            return _figures(count, seconds, seconds / arguments.rounds, float(np.mean(closing)))
-        directory = run_here(scenario, place, place, Console(stderr=True))
-        server: dict[str, Any] = json.loads(
-            (directory / "federation" / "server" / "state" / "run.json").read_text()
-        )
-    results = server["results"]
-    closed = [result["closed_at"] for result in results]
-    # The first round also holds the probing of every client's examples; it is counted from the start.
-    rounds = np.diff(closed).tolist() or [time.monotonic() - started]
-    server_seconds = float(np.mean([result["seconds_aggregating"] for result in results]))
-    return _figures(count, time.monotonic() - started, float(np.mean(rounds)), server_seconds)
-
-
-def _figures(count: int, seconds: float, round_seconds: float, server_seconds: float) -> Figures:
+            per_round = seconds / arguments.rounds
+        else:
+            directory = run_here(scenario, place, place, Console(stderr=True))
+            server: dict[str, Any] = json.loads((directory / "federation/server/state/run.json").read_text())
+            closing = [result["seconds_aggregating"] for result in server["results"]]
+            seconds = time.monotonic() - started
+            # The first round also holds the probing of every client's examples; it is counted from the start.
+            rounds = np.diff([result["closed_at"] for result in server["results"]])
+            per_round = float(rounds.mean()) if rounds.size else seconds
     return Figures(
         clients=count,
         seconds=seconds,
         processor_seconds=time.process_time(),
-        round_seconds=round_seconds,
-        server_seconds=server_seconds,
+        round_seconds=per_round,
+        server_seconds=float(np.mean(closing)),
         peak_megabytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     )
 
@@ -193,28 +180,23 @@ def _examples(name: str, count: int, task: int) -> list[Example]:
     ]
 
 
-def as_table(figures: Sequence[Figures]) -> Table:
-    """The figures, with how they grow from one size to the next."""
-    table = Table(title="Clients in one process")
-    for column in (
-        "clients",
-        "all, s",
-        "processor, s",
-        "per round, s",
-        "server per round, s",
-        "peak memory, MB",
-    ):
-        table.add_column(column, justify="right")
-    for figure in figures:
-        table.add_row(
-            str(figure.clients),
-            f"{figure.seconds:.0f}",
-            f"{figure.processor_seconds:.0f}",
-            f"{figure.round_seconds:.1f}",
-            f"{figure.server_seconds:.3f}",
-            f"{figure.peak_megabytes:.0f}",
-        )
-    return table
+def as_table(figures: Sequence[Figures]) -> list[str]:
+    """The figures as lines of Markdown."""
+    return markdown_table(
+        ["clients", "all, s", "processor, s", "per round, s", "server per round, s", "peak memory, MB"],
+        [
+            [
+                str(figure.clients),
+                f"{figure.seconds:.0f}",
+                f"{figure.processor_seconds:.0f}",
+                f"{figure.round_seconds:.1f}",
+                f"{figure.server_seconds:.3f}",
+                f"{figure.peak_megabytes:.0f}",
+            ]
+            for figure in figures
+        ],
+        numbers=True,
+    )
 
 
 if __name__ == "__main__":

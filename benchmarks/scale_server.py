@@ -23,15 +23,9 @@ _NO_DEADLINE_SECONDS = 1e8
 
 
 def run_server(scenario: Scenario, directory: Path, console: Console) -> tuple[float, list[float]]:
-    """Found a federation and run its rounds with random uploads.
+    """Found a federation in an empty directory and run its rounds with random uploads.
 
-    Args:
-        scenario: of `scale_scenario`.
-        directory: empty; the federation is made in it.
-        console: told of the founding.
-
-    Returns:
-        Seconds of everything but the founding, and by round the processor seconds of closing it.
+    Returns seconds of everything but the founding, and by round the processor seconds of closing it.
     """
     mechanism = fit_profile(scenario, directory, console, own_process=False)
     found_federation(scenario, mechanism, directory, 7443)

@@ -14,3 +14,9 @@
 
 Each line imports lines below it only. Never imports `server`.
 """
+
+import os
+
+# Read when gRPC is first imported. What it logs below an error quotes the server as it is, signs that command
+# a terminal included; what matters of it, this package says in its own words.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

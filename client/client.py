@@ -228,7 +228,7 @@ class Client:
             channels, target = budgeted_channels(kit.roster.terms), agreed_epsilon(settings, kit)
             epoch = data_epoch(learner.example_ids)
             ledger = held.enter_context(books.open(learner.example_count, epoch, target, channels))
-            releases = self._releases(kit, ledger, state, learner, plan)
+            releases = self._releases(kit, ledger, state, learner, plan, progress)
             member = Participant(kit, checked.transport, learner, state, ledger, plan, releases, progress)
             SavedModel.of(settings, kit.roster, kit.member_id()).write(state.directory)
             result = ResultFile(state.directory / RESULT)
@@ -268,13 +268,19 @@ class Client:
         )
 
     def _releases(
-        self, kit: Kit, ledger: Ledger, state: ClientState, learner: ModelLearner, plan: AdapterPlan
+        self,
+        kit: Kit,
+        ledger: Ledger,
+        state: ClientState,
+        learner: ModelLearner,
+        plan: AdapterPlan,
+        progress: Progress,
     ) -> Releases:
         seed = self.settings.unsafe_test_noise_seed
         if seed is not None:
             log.warning("TEST NOISE from seed %d: predictable, so no privacy guarantee holds", seed)
         randomness = SecureNoise() if seed is None else SeededTestNoise(seed)
-        probe = client_probe(self.settings, kit, learner.examples, randomness)
+        probe = client_probe(self.settings, kit, learner.examples, randomness, progress.advance)
         return Releases(ledger, kit.roster.terms, state, learner.example_ids, probe, randomness, plan)
 
 

@@ -32,7 +32,7 @@ from fedmosaic.client.model.training import EpochSampler, train_local
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.settings import ClientSettings
-from fedmosaic.client.vision.sight import Sight, give_sight
+from fedmosaic.client.vision.inputs import VisionInputs, open_images
 from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.privacy.federation.roster import AdapterTerms, Terms
 from fedmosaic.protos.errors import StateError, TrainingError
@@ -361,5 +361,5 @@ def _load(
     examples = [example for found in (data.train, *data.tests.values()) for example in found.examples]
     kept = settings.state_dir / _FEATURES
     source = settings.model.path if base is None else str(base[0].name_or_path)
-    sight = Sight(source, settings.data.pictures, settings.projector, features=kept)
-    return model, give_sight(sight, model, tokenizer, examples, settings.training.max_length)
+    inputs = VisionInputs(source, settings.data.pictures, settings.projector, features=kept)
+    return model, open_images(inputs, model, tokenizer, examples, settings.training.max_length)

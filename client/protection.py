@@ -124,7 +124,7 @@ class Protection:
                 self._warn_of_clipping(round_number, name, vector)
                 context = self._context(name, key_epoch, round_number, vector.size)
                 nonce = self._nonce(key_epoch, round_number, name)
-                payload = self._cipher.encrypt(vector, key, context, nonce, clip=True)
+                payload = self._cipher.encrypt(vector, key, context, nonce)
                 sections.append(Section(name, payload))
         attempt = uuid.uuid4().hex
         return self._signed(run_id, round_number, key_epoch, tuple(sections), profile, ledger, attempt)
@@ -169,7 +169,7 @@ class Protection:
         if self._keyring is None:
             return bytes(NONCE_BYTES)
         # A crash between this and storing the upload costs a nonce; the content is then sealed anew.
-        return self._keyring.counter.take(key_epoch, round_number, section, fresh=True)
+        return self._keyring.counter.take(key_epoch, round_number, section)
 
     def _warn_of_clipping(self, round_number: int, section: str, vector: np.ndarray) -> None:
         limit = self._roster.terms.encryption.clip

@@ -187,7 +187,7 @@ class Session(Membership):
         return True
 
     def _seal(self, run_id: str, aggregate: Aggregate) -> Upload:
-        self._progress.stage(aggregate.round, "releasing the task profile")
+        self._progress.stage(aggregate.round, "releasing the task profile", 100)
         profile = self._releases.profile(aggregate.round)
         self._progress.stage(aggregate.round, "protecting the adapter")
         vectors = self._releases.adapter(aggregate.round, self._learner.sections())

@@ -23,6 +23,14 @@ Role = Literal["adapter", "shared", "gate"]
 """Group of trainable tensors with a learning rate of its own."""
 
 
+CORE_RATE: Final = 5.0
+"""Of P and Q over LoRA's A and B. A core has r² entries where B has d·r: with one rate for both, a step of
+Adam moves the map B P A by √(d/r) less, in r directions of a frozen basis. Measured: docs/experiments.md."""
+
+GATE_RATE: Final = 10.0
+"""Of the gates over LoRA's A and B: with one rate for both, a gate's weight stays at one half in a run."""
+
+
 class ModelSettings(Frozen):
     """Where a model comes from.
 
@@ -153,7 +161,7 @@ class DataSettings(Frozen):
     """The client's own examples, as files, folders of the `datasets` library or splits on a hub.
 
     `test` and `others` are only scored, never trained on, and the scores stay on this machine. Prompts name
-    pictures in place, `<image:PATH>`.
+    images in place, `<image:PATH>`.
     """
 
     train: DataSource | None = None
@@ -174,7 +182,7 @@ class DataSettings(Frozen):
     others_examples: int = Field(default=0, ge=0)
     """The same for the sets in `others`."""
     pictures: Path | None = None
-    """Folder that the pictures which prompts name lie in."""
+    """Folder that the images which prompts name lie in."""
 
     @property
     def test_sets(self) -> dict[str, DataSource]:
@@ -204,8 +212,9 @@ class TrainingSettings(Frozen):
 
     Attributes:
         learning_rate: Of LoRA's A and B, and of any other trainable tensor.
-        shared_learning_rate: Of the Co-LoRA cores P and Q.
-        gate_learning_rate: Of the gates.
+        shared_learning_rate: Of the Co-LoRA cores P and Q; by default 5 times `learning_rate`; where their
+            steps are private, `learning_rate` itself, for noise moves them as far as signal does.
+        gate_learning_rate: Of the gates; by default 10 times `learning_rate`.
         steps: Optimizer steps of one round.
         per_device_train_batch_size: Examples per forward pass.
         gradient_accumulation_steps: Forward passes per optimizer step; private steps divide by themselves.
@@ -223,8 +232,8 @@ class TrainingSettings(Frozen):
     """
 
     learning_rate: float = Field(default=1e-3, gt=0.0, le=10.0, allow_inf_nan=False)
-    shared_learning_rate: float = Field(default=1e-3, gt=0.0, le=10.0, allow_inf_nan=False)
-    gate_learning_rate: float = Field(default=1e-3, gt=0.0, le=10.0, allow_inf_nan=False)
+    shared_learning_rate: float | None = Field(default=None, gt=0.0, le=10.0, allow_inf_nan=False)
+    gate_learning_rate: float | None = Field(default=None, gt=0.0, le=10.0, allow_inf_nan=False)
     steps: int = Field(default=100, ge=1)
     per_device_train_batch_size: int = Field(default=8, ge=1)
     gradient_accumulation_steps: int = Field(default=1, ge=1)
@@ -241,9 +250,14 @@ class TrainingSettings(Frozen):
         """The learning rate of one group of tensors."""
         return {
             "adapter": self.learning_rate,
-            "shared": self.shared_learning_rate,
-            "gate": self.gate_learning_rate,
+            "shared": self.shared_learning_rate or CORE_RATE * self.learning_rate,
+            "gate": self.gate_learning_rate or GATE_RATE * self.learning_rate,
         }[role]
+
+    @property
+    def private_learning_rate(self) -> float:
+        """The learning rate of P and Q in steps with noise."""
+        return self.shared_learning_rate or self.learning_rate
 
 
 IN_MEMORY: Final = ModelSettings(path="(in memory)")
@@ -268,7 +282,7 @@ class ClientSettings(Frozen):
     """The frozen model of the task profile, the same for all members. It has no adapter: `aligned`, `rank`
     and `quantization` are not for it."""
     projector: Path | None = None
-    """Folder of what lets a language model read pictures; `fedmosaic tasks projector` trains one."""
+    """Folder of what lets a language model read images; `fedmosaic tasks projector` trains one."""
     data: DataSettings = DataSettings()
     training: TrainingSettings = TrainingSettings()
     threads: int | None = Field(default=None, ge=1)

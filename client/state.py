@@ -6,7 +6,7 @@
     STATE/upload-0003.bin          bytes of the newest upload, to send again until its round is closed
     STATE/given-up.json            the last round whose aggregate no training was possible with
     STATE/keys/                    group keys of the current and the previous epoch, until the run is over
-    STATE/picture-features/        what the frozen encoder makes of the client's own pictures
+    STATE/picture-features/        what the frozen encoder makes of the client's own images
     STATE/model.json               base model and terms, with which the result is loaded again
     STATE/traffic.json             bytes sent and received so far
     STATE/ledger.json              which privacy ledger is charged (see `fedmosaic.client.ledger`)

@@ -67,7 +67,6 @@ def statement_inputs(
             ),
         ),
         roster_sha256=roster.hash.hex(),
-        key_holders="clients" if terms.adapter.encrypted else "nobody",
         encryption=_encryption(terms),
         minimum_contributors=terms.policy.fewest_contributors,
         weight_cap=terms.policy.weight_cap,

@@ -73,16 +73,10 @@ def pair_errors(member: int, row_N: FloatArray, others: Sequence[int], rows_RN: 
 
 
 def counted_coalition(contributors: int, rows: int) -> int:
-    """Size of the smallest coalition that has as many equations as unknown adapters, in general position.
+    """Size of the smallest coalition with as many equations as unknown adapters, in general position.
 
     k recipients that are one another's contributors hold `rows` equations each in the other
-    contributors − (k − 1) adapters. Rows in a special position, chosen so or by chance, need only two.
-
-    Args:
-        contributors: c, adapters in the smallest row.
-        rows: R, rows of each recipient over the same adapters: 1 in one round; more where they hardly move.
-
-    Returns:
-        ⌈(c + 1) / (R + 1)⌉.
+    contributors − (k − 1) adapters: k ≥ (contributors + 1) / (rows + 1). Rows in a special position,
+    chosen so or by chance, need only two. Each has 1 row in one round; more where adapters hardly move.
     """
     return -(-(contributors + 1) // (rows + 1))

@@ -28,14 +28,7 @@ class Frozen(BaseModel):
 
 
 def read_configuration(path: Path, model: type[Model]) -> Model:
-    """Read a TOML file, or a JSON file by its ending, into `model`.
-
-    Args:
-        path: the file.
-        model: a pydantic model that forbids unknown keys.
-
-    Returns:
-        The validated model.
+    """Read a TOML file, or a JSON file by its ending, into a model that forbids unknown keys.
 
     Raises:
         ConfigurationError: the file cannot be read, is no TOML, or does not fit the model; every
@@ -77,11 +70,7 @@ def read_own(path: Path, read: Callable[[Any], Value], remedy: str) -> Value | N
 
 
 def decode_text(content: bytes) -> str:
-    """UTF-8 text, with or without the byte order mark that some editors write.
-
-    Raises:
-        ValueError: it is not UTF-8.
-    """
+    """UTF-8 text, with or without the byte order mark that some editors write; ValueError if it is none."""
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError("the text is in UTF-16; save it as UTF-8")
     try:
@@ -91,16 +80,10 @@ def decode_text(content: bytes) -> str:
 
 
 def parse_json(content: str | bytes) -> Any:
-    """Parse JSON that somebody else wrote; whatever is wrong with it is a ValueError.
+    """Parse one JSON value that somebody else wrote; whatever is wrong with it is a ValueError.
 
     Python's own decoder lets numbers that are not finite and halves of characters pass, and fails on deep
-    nesting with an error of another family.
-
-    Args:
-        content: one JSON value; bytes are UTF-8.
-
-    Raises:
-        ValueError: it is no JSON, is nested too deeply, or holds what JSON cannot. Nothing is quoted.
+    nesting with an error of another family. Nothing of the text is quoted.
     """
     text = decode_text(content) if isinstance(content, bytes) else content
     try:
@@ -120,10 +103,6 @@ def parse_json(content: str | bytes) -> Any:
 
 def canonical_json(value: object, *, ascii_only: bool = True) -> str:
     """JSON with one spelling per value, to hash or sign: sorted keys, no blanks, shortest floats, no NaN.
-
-    Args:
-        value: plain data.
-        ascii_only: escape every other sign.
 
     Raises:
         TypeError, ValueError: the value is no JSON.

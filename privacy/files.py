@@ -40,10 +40,7 @@ def naming(path: Path) -> Iterator[None]:
 def write_atomically(path: Path, content: bytes | memoryview, *, durable: bool = True) -> None:
     """Replace `path` by `content` so that a crash leaves the old or the new file, never a mixture.
 
-    Args:
-        path: the file; only its owner can read it afterwards.
-        content: all of it.
-        durable: False does not wait for the disk.
+    Only its owner can read the file afterwards. Unless `durable`, the disk is not waited for.
     """
     # A name of its own, since two runs may write the head of one ledger at once.
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.new")
@@ -68,10 +65,8 @@ def private_opener(path: str, flags: int) -> int:
 def private_directory(directory: Path) -> None:
     """Make a directory that only its owner can enter, and those above it; close one that is open to others.
 
-    What stands above and was there before is left as it is.
-
-    Raises:
-        StateError: it is open to others and belongs to somebody else.
+    What stands above and was there before is left as it is. StateError if it is open to others and belongs
+    to somebody else.
     """
     for place in reversed((directory, *directory.parents)):
         if not place.exists():

@@ -1,12 +1,19 @@
-"""Every bound of the wire, and the checks that hold values to them.
+"""Every bound of the wire: numbers that both sides know, and types that hold a message's fields to them."""
 
-Both sides check before they use a value. A check that fails raises `WireError` naming the field, what
-came and what would be right; text from the network is quoted shortened, payloads are never quoted.
-"""
+import dataclasses
+import enum
+from typing import Annotated, Any, Final, Self
 
-import re
-from collections.abc import Collection
-from typing import Final
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
 
 from fedmosaic.protos.errors import WireError
 
@@ -27,86 +34,74 @@ MAX_STATEMENT_BYTES: Final = 1 << 19
 MAX_WAIT_MILLISECONDS: Final = 60_000
 """Longest that the server keeps a call that waits."""
 MAX_TEXT: Final = 1024
-
 HASH_BYTES: Final = 32
 SIGNATURE_BYTES: Final = 64
 
-_IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
-_RUN_ID = re.compile(r"[0-9a-f]{32}")
-_ATTEMPT_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
-_STAGE = re.compile(r"[a-z0-9-]{1,32}")
-_FAMILY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}|")
+
+def _printable(text: str) -> str:
+    if text and not text.isprintable():
+        raise ValueError("expected printable text")  # anything else could break a line of a log
+    return text
+
+
+def _unique(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) != len(names):
+        raise ValueError("every entry may appear once")
+    return names
+
+
+def _hash_or_nothing(value: bytes) -> bytes:
+    if len(value) not in (0, HASH_BYTES):
+        raise ValueError(f"expected {HASH_BYTES} bytes or none")
+    return value
+
+
+Hash = Annotated[bytes, Field(strict=True, min_length=HASH_BYTES, max_length=HASH_BYTES)]
+"""A SHA-256 digest."""
+HashOrNothing = Annotated[bytes, Field(strict=True), AfterValidator(_hash_or_nothing)]
+Signature = Annotated[bytes, Field(strict=True, min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]
+Identifier = Annotated[str, Field(strict=True, pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+"""Id of a client or federation."""
+# The first that is wrong is enough: a hostile message holds hundreds of thousands.
+Identifiers = Annotated[
+    tuple[Identifier, ...], FailFast(), Field(max_length=MAX_MEMBERS), AfterValidator(_unique)
+]
+RunId = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{32}$")]
+AttemptId = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9-]{1,64}$")]
+Stage = Annotated[str, Field(strict=True, pattern=r"^[a-z0-9-]{1,32}$")]
+"""Name of a stage of a key agreement."""
+Family = Annotated[str, Field(strict=True, pattern=r"^([A-Za-z0-9][A-Za-z0-9._:/-]{0,127})?$")]
+"""Name of an architecture, or nothing."""
+Text = Annotated[str, Field(strict=True, max_length=MAX_TEXT), AfterValidator(_printable)]
+Round = Annotated[int, Field(strict=True, ge=1, le=MAX_ROUNDS + 1)]
+"""Number of a round; one above the last stands for the end of the run."""
+KeyEpoch = Annotated[int, Field(strict=True, ge=0, le=MAX_KEY_EPOCH)]
+KeyPayload = Annotated[bytes, Field(strict=True, max_length=MAX_KEY_PAYLOAD_BYTES)]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Message:
+    """Base of every message: whatever breaks a bound is a `WireError` that names the field and the bound."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _within_bounds(cls, content: Any, build: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return build(content)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+        place = list(problem["loc"])
+        if place and isinstance(place[0], int):  # of an argument without its name
+            place[0] = dataclasses.fields(cls)[place[0]].name
+        field = ".".join(map(str, (cls.__name__, *place)))
+        raise WireError(f"{field} is {_shown(problem['input'])}: {problem['msg']}")
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"
-
-
-def check_integer(field: str, value: int, low: int, high: int) -> None:
-    """Refuse anything but an integer in low … high."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise WireError(f"{field} is {_shown(value)}, expected an integer in {low} … {high}")
-
-
-def check_real(field: str, value: float, low: float, high: float) -> None:
-    """Refuse anything but a finite number in low … high."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise WireError(f"{field} is {_shown(value)}, expected a number in {low:g} … {high:g}")
-
-
-def check_bytes(field: str, value: bytes, low: int, high: int) -> None:
-    """Refuse anything but bytes of a length in low … high."""
-    if not isinstance(value, bytes) or not low <= len(value) <= high:
-        got = f"{len(value)} bytes" if isinstance(value, bytes) else type(value).__name__
-        expected = f"{low}" if low == high else f"{low} … {high}"
-        raise WireError(f"{field} has {got}, expected {expected} bytes")
-
-
-def check_hash(field: str, value: bytes) -> None:
-    """Refuse anything but a SHA-256 digest."""
-    check_bytes(field, value, HASH_BYTES, HASH_BYTES)
-
-
-def check_text(field: str, value: str, limit: int = MAX_TEXT) -> None:
-    """Refuse text that is too long or could break a log line."""
-    if not isinstance(value, str) or len(value) > limit or not (value.isprintable() or not value):
-        raise WireError(f"{field} is {_shown(value)}, expected printable text of at most {limit} characters")
-
-
-def check_identifier(field: str, value: str) -> None:
-    """Refuse anything but a client or federation id."""
-    _check_pattern(field, value, _IDENTIFIER, "1 to 63 of a-z, 0-9 and '-', not starting with '-'")
-
-
-def check_run_id(field: str, value: str) -> None:
-    """Refuse anything but a run id."""
-    _check_pattern(field, value, _RUN_ID, "32 hexadecimal digits")
-
-
-def check_attempt_id(field: str, value: str) -> None:
-    """Refuse anything but an attempt id."""
-    _check_pattern(field, value, _ATTEMPT_ID, "1 to 64 letters, digits and '-'")
-
-
-def check_stage(field: str, value: str) -> None:
-    """Refuse anything but the name of a stage of a key agreement."""
-    _check_pattern(field, value, _STAGE, "1 to 32 of a-z, 0-9 and '-'")
-
-
-def check_family(field: str, value: str) -> None:
-    """Refuse anything but the name of a family, or nothing."""
-    _check_pattern(field, value, _FAMILY, "at most 128 letters, digits and . _ : / -")
-
-
-def check_unique(field: str, values: Collection[object], limit: int) -> None:
-    """Refuse too many names, or one that appears twice."""
-    if len(values) > limit:
-        raise WireError(f"{field} has {len(values)} entries, expected at most {limit}")
-    if len(set(values)) != len(values):
-        raise WireError(f"{field} names something twice; every entry may appear once")
-
-
-def _check_pattern(field: str, value: str, pattern: re.Pattern[str], expected: str) -> None:
-    if not isinstance(value, str) or pattern.fullmatch(value) is None:
-        raise WireError(f"{field} is {_shown(value)}, expected {expected}")
+    """A refused value, shortened; of bytes, which may be a payload, only the length."""
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes"
+    if value is None or isinstance(value, str | int | float | enum.Enum):
+        text = repr(value)
+        return text if len(text) <= 80 else f"{text[:77]}…"
+    return f"a {type(value).__name__}"

@@ -1,25 +1,5 @@
 """The one tree of errors that FedMosaic raises on purpose.
 
-    FedMosaicError
-    ├── ConfigurationError      a file or an option is wrong
-    ├── IdentityError           a certificate, key, signature or roster is not acceptable
-    ├── WireError               bytes from the network break a bound or a format
-    ├── TransportError          the other side cannot be reached, or refused
-    │   └── RefusedError        the server answered with a refusal that retrying cannot change
-    ├── PolicyError             the aggregation policy forbids what was asked for
-    ├── PrivacyError            a privacy rule would be broken
-    │   ├── MechanismError      a mechanism was described or used wrongly
-    │   ├── AccountingError     an ε cannot be computed soundly
-    │   ├── LedgerError         the ledger is damaged or misused
-    │   └── BudgetExceededError a release would pass the budget; raised before noise is drawn
-    ├── EncryptionError         keys or ciphertexts are not acceptable
-    │   ├── KeyAgreementError   the group key could not be agreed on with the pinned members
-    │   │   └── KeyExpiredError the group key may not encrypt any more: too old, or members have changed
-    │   └── CiphertextError     an encrypted record is malformed, altered, stale or foreign
-    ├── StateError              state on disk is missing, damaged or of another run
-    └── ModelError              a model or adapter cannot be used as configured
-        └── TrainingError       training left the finite numbers, or moved nothing
-
 Messages say what was wrong, the value, what would be right, and what to do next. They never
 contain private values: no examples, no gradients, no keys.
 """

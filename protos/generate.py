@@ -12,13 +12,7 @@ OUTPUTS = ("federation_pb2.py", "federation_pb2.pyi", "federation_pb2_grpc.py", 
 
 
 def generate(destination: Path) -> dict[str, bytes]:
-    """Compile the proto file below `destination`.
-
-    Args:
-        destination: existing, empty folder to work in.
-
-    Returns:
-        Content of every stub by file name.
+    """Content of every stub by file name, compiled in an existing, empty folder.
 
     Raises:
         RuntimeError: the compiler reported an error (printed on stderr).

@@ -1,17 +1,24 @@
 """What crosses the border between a client and the server, as frozen data.
 
-Every class checks its own bounds when it is made, on the side that sends and on the side that receives,
-so that an instance is always well-formed. Whether it fits the run is the coordinator's question.
+An instance holds its bounds, on the side that sends and on the side that receives. Whether it fits the run is
+the coordinator's question. Fields have the names that they have in `federation.proto`.
 """
 
+import dataclasses
 import enum
 import hashlib
 import struct
-from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import (
+    AfterValidator,
+    FailFast,
+    Field,
+    PlainValidator,
+)
+from pydantic.dataclasses import dataclass
 
 from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import WireError
@@ -43,12 +50,11 @@ class Phase(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Enrolment:
+class Enrolment(bounds.Message):
     """What a client believes about the federation when it arrives.
 
     Attributes:
         protocol_version: version of this wire that the client speaks.
-        federation: id of the federation.
         roster_hash: SHA-256 of the canonical roster.
         adapter_spec_hash: SHA-256 of the adapter spec (rank, blocks, module names).
         family: architecture name as on the roster, or nothing.
@@ -58,31 +64,26 @@ class Enrolment:
         ledger_signature: Ed25519 signature over `fedmosaic.protos.signing.ledger_digest`.
     """
 
-    protocol_version: int
-    federation: str
-    roster_hash: bytes
-    adapter_spec_hash: bytes
-    family: str
-    software: str
-    check_only: bool = False
-    ledger_head: bytes = b""
-    ledger_signature: bytes = b""
+    protocol_version: Annotated[int, Field(strict=True, ge=0, le=2**32 - 1)]
+    federation: bounds.Identifier
+    roster_hash: bounds.Hash
+    adapter_spec_hash: bounds.Hash
+    family: bounds.Family
+    software: Annotated[bounds.Text, Field(max_length=200)]
+    check_only: Annotated[bool, Field(strict=True)] = False
+    ledger_head: bounds.HashOrNothing = b""
+    ledger_signature: Annotated[bytes, Field(strict=True, max_length=bounds.SIGNATURE_BYTES)] = b""
 
     def __post_init__(self) -> None:
-        bounds.check_integer("enrolment.protocol_version", self.protocol_version, 0, 2**32 - 1)
-        bounds.check_identifier("enrolment.federation", self.federation)
-        bounds.check_hash("enrolment.roster_hash", self.roster_hash)
-        bounds.check_hash("enrolment.adapter_spec_hash", self.adapter_spec_hash)
-        bounds.check_family("enrolment.family", self.family)
-        bounds.check_text("enrolment.software", self.software, 200)
-        if self.ledger_head or self.ledger_signature:
-            bounds.check_hash("enrolment.ledger_head", self.ledger_head)
-            length = bounds.SIGNATURE_BYTES
-            bounds.check_bytes("enrolment.ledger_signature", self.ledger_signature, length, length)
+        expected = bounds.SIGNATURE_BYTES if self.ledger_head else 0
+        if len(self.ledger_signature) != expected:
+            raise WireError(
+                f"Enrolment.ledger_signature has {len(self.ledger_signature)} bytes, not {expected}"
+            )
 
 
 @dataclass(frozen=True)
-class Enrolled:
+class Enrolled(bounds.Message):
     """Where the run is.
 
     Attributes:
@@ -95,29 +96,44 @@ class Enrolled:
         ledger_head: what the server keeps of this client's privacy ledger; empty if nothing.
     """
 
-    run_id: str
-    round: int
-    rounds: int
-    key_epoch: int
-    members: tuple[str, ...]
-    head: bytes = NO_HEAD
-    ledger_head: bytes = b""
+    run_id: bounds.RunId
+    round: bounds.Round
+    rounds: Annotated[int, Field(strict=True, ge=1, le=bounds.MAX_ROUNDS)]
+    key_epoch: bounds.KeyEpoch
+    members: bounds.Identifiers
+    head: bounds.Hash = NO_HEAD
+    ledger_head: bounds.HashOrNothing = b""
 
     def __post_init__(self) -> None:
-        bounds.check_hash("enrolled.head", self.head)
-        if self.ledger_head:
-            bounds.check_hash("enrolled.ledger_head", self.ledger_head)
-        bounds.check_run_id("enrolled.run_id", self.run_id)
-        bounds.check_integer("enrolled.rounds", self.rounds, 1, bounds.MAX_ROUNDS)
-        bounds.check_integer("enrolled.round", self.round, 1, self.rounds + 1)
-        bounds.check_integer("enrolled.key_epoch", self.key_epoch, 0, bounds.MAX_KEY_EPOCH)
-        bounds.check_unique("enrolled.members", self.members, bounds.MAX_MEMBERS)
-        for member in self.members:
-            bounds.check_identifier("enrolled.members", member)
+        if self.round > self.rounds + 1:
+            raise WireError(f"Enrolled.round is {self.round}: expected at most {self.rounds + 1}")
+
+
+def _profile_vector(value: object) -> npt.NDArray[np.float32]:
+    """A read-only copy of a vector, which is little-endian float32 on the wire."""
+    if isinstance(value, bytes):
+        if len(value) % 4:
+            raise WireError(f"profile.vector has {len(value)} bytes, expected a multiple of 4 (float32)")
+        value = np.frombuffer(value, dtype="<f4").astype(np.float32)
+    if not isinstance(value, np.ndarray) or value.dtype != np.float32 or value.ndim != 1:
+        raise WireError("profile.vector has the wrong type, expected a one-dimensional float32 array")
+    if not 1 <= value.size <= bounds.MAX_PROFILE_DIMENSIONS:
+        raise WireError(
+            f"profile.vector has {value.size} values, expected 1 … {bounds.MAX_PROFILE_DIMENSIONS}"
+        )
+    unusable = int(value.size - np.count_nonzero(np.isfinite(value)))
+    if unusable:
+        raise WireError(
+            f"profile.vector has {unusable} of {value.size} values that are NaN or infinite, expected "
+            "finite values: check the probe model's gradients on this client"
+        )
+    owned = np.array(value, dtype=np.float32)
+    owned.flags.writeable = False
+    return owned
 
 
 @dataclass(frozen=True, eq=False)
-class Profile:
+class Profile(bounds.Message):
     """A sanitised task profile: an exponential average of differentially private releases.
 
     Attributes:
@@ -126,29 +142,9 @@ class Profile:
         releases: how many releases were averaged, ≥ 1.
     """
 
-    vector: npt.NDArray[np.float32]
-    noise_variance: float
-    releases: int
-
-    def __post_init__(self) -> None:
-        vector = self.vector
-        if not isinstance(vector, np.ndarray) or vector.dtype != np.float32 or vector.ndim != 1:
-            raise WireError("profile.vector has the wrong type, expected a one-dimensional float32 array")
-        if not 1 <= vector.size <= bounds.MAX_PROFILE_DIMENSIONS:
-            raise WireError(
-                f"profile.vector has {vector.size} values, expected 1 … {bounds.MAX_PROFILE_DIMENSIONS}"
-            )
-        unusable = int(vector.size - np.count_nonzero(np.isfinite(vector)))
-        if unusable:
-            raise WireError(
-                f"profile.vector has {unusable} of {vector.size} values that are NaN or infinite, expected "
-                "finite values: check the probe model's gradients on this client"
-            )
-        bounds.check_real("profile.noise_variance", self.noise_variance, 0.0, 3.4e38)
-        bounds.check_integer("profile.releases", self.releases, 1, bounds.MAX_RELEASES)
-        owned = np.array(vector, dtype=np.float32)
-        owned.flags.writeable = False
-        object.__setattr__(self, "vector", owned)
+    vector: Annotated[npt.NDArray[np.float32], PlainValidator(_profile_vector)]
+    noise_variance: Annotated[float, Field(strict=True, ge=0.0, le=3.4e38)]
+    releases: Annotated[int, Field(strict=True, ge=1, le=bounds.MAX_RELEASES)]
 
     def digest(self) -> bytes:
         """SHA-256 over the vector (little-endian), its noise variance and number of releases."""
@@ -165,24 +161,18 @@ class Profile:
 
 
 @dataclass(frozen=True)
-class SectionHeader:
+class SectionHeader(bounds.Message):
     """A section as announced: its size in bytes and SHA-256, before a byte of it is sent.
 
     The size has no upper bound here: what is too large is for the server to refuse, with a reason.
     """
 
     name: SectionName
-    size: int
-    sha256: bytes
-
-    def __post_init__(self) -> None:
-        if self.name not in SECTION_NAMES:
-            raise WireError(f"section.name is {self.name!r:.80}, expected one of {', '.join(SECTION_NAMES)}")
-        bounds.check_integer(f"section {self.name!r} size", self.size, 1, 2**64 - 1)
-        bounds.check_hash(f"section {self.name!r} sha256", self.sha256)
+    size: Annotated[int, Field(strict=True, ge=1, le=2**64 - 1)]
+    sha256: bounds.Hash
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Section:
     """One part of the adapter, as the back end of the federation wrote it.
 
@@ -192,7 +182,7 @@ class Section:
     """
 
     name: SectionName
-    payload: bytes = field(repr=False)
+    payload: bytes = dataclasses.field(repr=False)
 
     def header(self) -> SectionHeader:
         """Name, size and SHA-256."""
@@ -200,7 +190,7 @@ class Section:
 
 
 @dataclass(frozen=True)
-class LedgerHead:
+class LedgerHead(bounds.Message):
     """How far a client's privacy ledger is, as anchors that only the client can read.
 
     Attributes:
@@ -208,33 +198,27 @@ class LedgerHead:
         follows: the anchor that the server kept before, and that the ledger was found to hold; empty if none.
     """
 
-    head: bytes
-    follows: bytes = b""
+    head: bounds.Hash
+    follows: bounds.HashOrNothing = b""
 
-    def __post_init__(self) -> None:
-        bounds.check_hash("upload.ledger_head", self.head)
-        if self.follows:
-            bounds.check_hash("upload.ledger_follows", self.follows)
+
+def _once_each(sections: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len({section.name for section in sections}) != len(sections):
+        raise ValueError("every section may appear once")
+    return sections
 
 
 @dataclass(frozen=True)
-class UploadHeader:
+class UploadHeader(bounds.Message):
     """An upload without its payloads; see `Upload`."""
 
-    round: int
-    attempt_id: str
-    key_epoch: int
-    sections: tuple[SectionHeader, ...]
+    round: Annotated[int, Field(strict=True, ge=1, le=bounds.MAX_ROUNDS)]
+    attempt_id: bounds.AttemptId
+    key_epoch: bounds.KeyEpoch
+    sections: Annotated[tuple[SectionHeader, ...], AfterValidator(_once_each)]
     profile: Profile | None
-    signature: bytes
+    signature: bounds.Signature
     ledger: LedgerHead | None = None
-
-    def __post_init__(self) -> None:
-        bounds.check_integer("upload.round", self.round, 1, bounds.MAX_ROUNDS)
-        bounds.check_attempt_id("upload.attempt_id", self.attempt_id)
-        bounds.check_integer("upload.key_epoch", self.key_epoch, 0, bounds.MAX_KEY_EPOCH)
-        bounds.check_unique("upload.sections", [s.name for s in self.sections], len(SECTION_NAMES))
-        bounds.check_bytes("upload.signature", self.signature, bounds.SIGNATURE_BYTES, bounds.SIGNATURE_BYTES)
 
     @property
     def size(self) -> int:
@@ -242,7 +226,7 @@ class UploadHeader:
         return sum(section.size for section in self.sections)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Upload:
     """What one client contributes to one round.
 
@@ -273,29 +257,23 @@ class Upload:
 
 
 @dataclass(frozen=True)
-class Receipt:
+class Receipt(bounds.Message):
     """The server's answer to an upload.
 
     Attributes:
-        status: what became of it.
         round: the round that is open now.
         content_hash: digest of the upload that the answer is about.
         head: see `Enrolled`.
     """
 
     status: ReceiptStatus
-    round: int
-    content_hash: bytes
-    head: bytes = NO_HEAD
-
-    def __post_init__(self) -> None:
-        bounds.check_hash("receipt.head", self.head)
-        bounds.check_integer("receipt.round", self.round, 1, bounds.MAX_ROUNDS + 1)
-        bounds.check_hash("receipt.content_hash", self.content_hash)
+    round: bounds.Round
+    content_hash: bounds.Hash
+    head: bounds.Hash = NO_HEAD
 
 
 @dataclass(frozen=True)
-class WeightRow:
+class WeightRow(bounds.Message):
     """What one recipient receives of one section: an integer share of every contributor.
 
     Attributes:
@@ -304,29 +282,22 @@ class WeightRow:
         bits: precision; the share of contributor j is weights[j] / 2**bits.
     """
 
-    contributors: tuple[str, ...]
-    weights: tuple[int, ...]
-    bits: int
+    contributors: bounds.Identifiers
+    weights: Annotated[tuple[Annotated[int, Field(strict=True, ge=0)], ...], FailFast()]
+    bits: Annotated[int, Field(strict=True, ge=1, le=bounds.MAX_WEIGHT_BITS)]
 
     def __post_init__(self) -> None:
-        bounds.check_integer("weights.bits", self.bits, 1, bounds.MAX_WEIGHT_BITS)
-        bounds.check_unique("weights.contributors", self.contributors, bounds.MAX_MEMBERS)
-        for contributor in self.contributors:
-            bounds.check_identifier("weights.contributors", contributor)
         if len(self.weights) != len(self.contributors):
             raise WireError(f"{len(self.weights)} weights for {len(self.contributors)} contributors")
-        for weight in self.weights:
-            bounds.check_integer("weights.weights", weight, 0, 1 << self.bits)
         if sum(self.weights) != 1 << self.bits:
             raise WireError(f"weights sum to {sum(self.weights)}, expected exactly {1 << self.bits}")
 
 
 @dataclass(frozen=True)
-class AggregateSection:
+class AggregateSection(bounds.Message):
     """One part of what a recipient receives, or the reason why it receives none.
 
     Attributes:
-        name: "shared" or "family".
         row: the weight row that was used; None where the aggregate is refused.
         payload: the weighted sum in the back end's format; empty where it is refused.
         refusal: why there is no aggregate; empty where there is one.
@@ -334,13 +305,10 @@ class AggregateSection:
 
     name: SectionName
     row: WeightRow | None
-    payload: bytes = field(repr=False)
-    refusal: str = ""
+    payload: Annotated[bytes, Field(strict=True)] = dataclasses.field(repr=False)
+    refusal: bounds.Text = ""
 
     def __post_init__(self) -> None:
-        if self.name not in SECTION_NAMES:
-            raise WireError(f"section.name is {self.name!r:.80}, expected one of {', '.join(SECTION_NAMES)}")
-        bounds.check_text("aggregate.refusal", self.refusal)
         if (self.row is None) != bool(self.refusal):
             raise WireError(
                 f"aggregate section {self.name!r} has a row and a refusal, or neither; expected one"
@@ -350,7 +318,7 @@ class AggregateSection:
 
 
 @dataclass(frozen=True)
-class Aggregate:
+class Aggregate(bounds.Message):
     """What a client loads before it trains a round, made of the uploads of the round before.
 
     Attributes:
@@ -361,22 +329,15 @@ class Aggregate:
         head: see `Enrolled`.
     """
 
-    round: int
-    sections: tuple[AggregateSection, ...]
-    key_epoch: int
-    upload_key_epoch: int
-    head: bytes = NO_HEAD
-
-    def __post_init__(self) -> None:
-        bounds.check_hash("aggregate.head", self.head)
-        bounds.check_integer("aggregate.round", self.round, 1, bounds.MAX_ROUNDS + 1)
-        bounds.check_unique("aggregate.sections", [s.name for s in self.sections], len(SECTION_NAMES))
-        bounds.check_integer("aggregate.key_epoch", self.key_epoch, 0, bounds.MAX_KEY_EPOCH)
-        bounds.check_integer("aggregate.upload_key_epoch", self.upload_key_epoch, 0, bounds.MAX_KEY_EPOCH)
+    round: bounds.Round
+    sections: Annotated[tuple[AggregateSection, ...], AfterValidator(_once_each)]
+    key_epoch: bounds.KeyEpoch
+    upload_key_epoch: bounds.KeyEpoch
+    head: bounds.Hash = NO_HEAD
 
 
 @dataclass(frozen=True)
-class RoundStatus:
+class RoundStatus(bounds.Message):
     """What the server is waiting for.
 
     Attributes:
@@ -389,27 +350,17 @@ class RoundStatus:
         head: see `Enrolled`.
     """
 
-    round: int
+    round: bounds.Round
     phase: Phase
-    arrived: tuple[str, ...]
-    waiting_for: tuple[str, ...]
-    seconds_left: float
-    message: str
-    head: bytes = NO_HEAD
-
-    def __post_init__(self) -> None:
-        bounds.check_hash("status.head", self.head)
-        bounds.check_integer("status.round", self.round, 1, bounds.MAX_ROUNDS + 1)
-        bounds.check_unique("status.arrived", self.arrived, bounds.MAX_MEMBERS)
-        bounds.check_unique("status.waiting_for", self.waiting_for, bounds.MAX_MEMBERS)
-        for member in (*self.arrived, *self.waiting_for):
-            bounds.check_identifier("status", member)
-        bounds.check_real("status.seconds_left", self.seconds_left, 0.0, 1e12)
-        bounds.check_text("status.message", self.message)
+    arrived: bounds.Identifiers
+    waiting_for: bounds.Identifiers
+    seconds_left: Annotated[float, Field(strict=True, ge=0.0, le=1e12)]
+    message: bounds.Text
+    head: bounds.Hash = NO_HEAD
 
 
 @dataclass(frozen=True)
-class KeyMessage:
+class KeyMessage(bounds.Message):
     """One message of a key agreement; the server relays it and the sender is its certificate's id.
 
     Attributes:
@@ -419,14 +370,22 @@ class KeyMessage:
         payload: sealed or signed by the sender.
     """
 
-    epoch: int
-    stage: str
-    recipient: str
-    payload: bytes = field(repr=False)
+    epoch: bounds.KeyEpoch
+    stage: bounds.Stage
+    recipient: Annotated[str, Field(strict=True, pattern=r"^([a-z0-9][a-z0-9-]{0,62})?$")]
+    payload: bounds.KeyPayload = dataclasses.field(repr=False)
 
-    def __post_init__(self) -> None:
-        bounds.check_integer("key_message.epoch", self.epoch, 0, bounds.MAX_KEY_EPOCH)
-        bounds.check_stage("key_message.stage", self.stage)
-        if self.recipient:
-            bounds.check_identifier("key_message.recipient", self.recipient)
-        bounds.check_bytes("key_message.payload", self.payload, 0, bounds.MAX_KEY_PAYLOAD_BYTES)
+
+@dataclass(frozen=True)
+class RelayedKeyMessage(bounds.Message):
+    """A message of a key agreement as its reader gets it."""
+
+    sender: bounds.Identifier
+    payload: bounds.KeyPayload = dataclasses.field(repr=False)
+
+
+@dataclass(frozen=True)
+class Report(bounds.Message):
+    """A client's privacy statement: a JSON object, which the server checks further."""
+
+    statement: Annotated[bytes, Field(strict=True, min_length=2, max_length=bounds.MAX_STATEMENT_BYTES)]

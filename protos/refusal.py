@@ -71,17 +71,14 @@ def to_status(refusal: Refusal) -> grpc.Status:
 
 
 def from_rpc_error(error: grpc.RpcError, call: str) -> FedMosaicError:
-    """The error that a failed call means.
+    """What a failed call means: `Refusal` where the server refused, else a `TransportError` to try again.
 
     Args:
         error: as raised by a stub; it is a `grpc.Call` too.
         call: name of the call, for the message.
-
-    Returns:
-        `Refusal` where the server refused, else `TransportError`: the call may be tried again.
     """
     if not isinstance(error, grpc.Call):
-        return TransportError(f"{call} failed: {error}")
+        return TransportError(f"{call} failed: {_printable(str(error))}")
     code, text = error.code(), _printable(error.details() or "no details")
     kind = _BY_CODE.get(code)
     if kind is None:

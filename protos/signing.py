@@ -19,16 +19,7 @@ _LEDGER_LABEL = b"fedmosaic/ledger-head/v1"
 
 
 def ledger_digest(*, federation: str, client_id: str, head: bytes) -> bytes:
-    """Digest of the head of a privacy ledger that a client enrols with.
-
-    Args:
-        federation: id of the federation.
-        client_id: client that signs.
-        head: 32 bytes.
-
-    Returns:
-        SHA-256, 32 bytes.
-    """
+    """Digest of the head of a privacy ledger that a client enrols with: SHA-256, 32 bytes."""
     return _digest([_LEDGER_LABEL, federation.encode(), client_id.encode(), head])
 
 
@@ -43,22 +34,9 @@ def upload_digest(
     profile: Profile | None,
     ledger: LedgerHead | None = None,
 ) -> bytes:
-    """Digest of one upload.
+    """Digest of one upload, SHA-256, 32 bytes; the sections in the order in which they are sent.
 
     Every field is preceded by its length, so that no two different uploads have the same encoding.
-
-    Args:
-        federation: id of the federation.
-        run_id: run the upload belongs to.
-        round_number: round the upload belongs to.
-        client_id: client that signs.
-        key_epoch: epoch the sections are encrypted under.
-        sections: announced sections, in the order they are sent.
-        profile: the profile sent along, or None.
-        ledger: head of the client's privacy ledger, or None.
-
-    Returns:
-        SHA-256, 32 bytes.
     """
     fields = [_LABEL, federation.encode(), run_id.encode(), _number(round_number), client_id.encode()]
     fields += [_number(key_epoch), _number(len(sections))]
@@ -98,16 +76,13 @@ def sign_upload(
 
 
 def verify_digest(public_key: bytes, digest: bytes, signature: bytes, client_id: str) -> None:
-    """Check a client's signature over an upload's digest.
+    """Check a client's signature over an upload's digest; IdentityError if it is not by this key over this.
 
     Args:
         public_key: raw Ed25519 public key, 32 bytes, from the roster.
         digest: from `upload_digest`.
         signature: 64 bytes as received.
         client_id: whose key it is, for the message.
-
-    Raises:
-        IdentityError: the signature is not by this key over this digest.
     """
     try:
         Ed25519PublicKey.from_public_bytes(public_key).verify(signature, digest)

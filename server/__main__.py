@@ -34,9 +34,6 @@ class _JsonLines(logging.Formatter):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the server.
 
-    Args:
-        arguments: command line without the program's name; `sys.argv` by default.
-
     Returns:
         Exit status: 0 when the run is over or after SIGTERM or SIGINT, 1 if the server could not start or go
         on, 3 when the run is over and nothing was exchanged.

@@ -9,9 +9,8 @@ from fedmosaic.privacy.encryption.aggregator import Aggregator
 from fedmosaic.privacy.encryption.layout import upload_payload_bytes
 from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
 from fedmosaic.privacy.statement.check import check_received
-from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import EncryptionError, IdentityError, PrivacyError
-from fedmosaic.protos.messages import PROTOCOL_VERSION, Enrolment, Profile, UploadHeader
+from fedmosaic.protos.messages import PROTOCOL_VERSION, Enrolment, Profile, Report, UploadHeader
 from fedmosaic.protos.refusal import Refusal, RefusalKind
 from fedmosaic.protos.signing import ledger_digest, upload_digest, verify_digest
 from fedmosaic.server.round.weights import section_label
@@ -52,13 +51,12 @@ class Admission:
     def check_statement(self, client: str, statement: bytes) -> None:
         """Refuse what is not this client's privacy statement of this run and roster."""
         self.check_member(client)
-        bounds.check_bytes("report.statement", statement, 2, bounds.MAX_STATEMENT_BYTES)
+        Report(statement)  # holds its bounds
         try:
             # Bounds the depth, which the parser of the standard library does not.
             content = from_json(statement, allow_inf_nan=False)
         except ValueError:
-            raise Refusal(
-                RefusalKind.INVALID,
+            raise _invalid(
                 "NOT_JSON",
                 "report.statement is not a JSON object",
                 "send the statement as is",
@@ -66,8 +64,7 @@ class Admission:
         try:
             found = check_received(content, client, self._run_id)
         except PrivacyError as error:
-            raise Refusal(
-                RefusalKind.INVALID,
+            raise _invalid(
                 "STATEMENT_UNUSABLE",
                 f"report.statement of {client!r}: {error}",
                 "send the statement that the client wrote for this run",
@@ -178,8 +175,7 @@ class Admission:
         dimensions = self._settings.dimensions(client)
         for section in header.sections:
             if section.name not in dimensions:
-                raise Refusal(
-                    RefusalKind.INVALID,
+                raise _invalid(
                     "UNEXPECTED_SECTION",
                     f"section {section.name!r} was announced, {client!r} shares {', '.join(dimensions)}",
                     "the roster's family_dimensions say which families share more than P and Q",
@@ -187,8 +183,7 @@ class Admission:
             length = dimensions[section.name]
             expected = HEADER_BYTES + upload_payload_bytes(self._settings.encryption, length)
             if section.size != expected:
-                raise Refusal(
-                    RefusalKind.INVALID,
+                raise _invalid(
                     "WRONG_SIZE",
                     f"section {section.name!r} has {section.size} bytes, expected {expected} for {length} "
                     f"values with back end {self._settings.encryption.backend!r}",
@@ -198,8 +193,7 @@ class Admission:
     def _check_profile(self, profile: Profile) -> None:
         expected = self._settings.profile_dimensions
         if profile.vector.size != expected:
-            raise Refusal(
-                RefusalKind.INVALID,
+            raise _invalid(
                 "PROFILE_DIMENSIONS",
                 f"profile.vector has {profile.vector.size} values, expected {expected}",
                 "use the roster's profile mechanism",
@@ -208,8 +202,7 @@ class Admission:
         fresh = self._settings.profile_noise_variance
         low, high = fresh / profile.releases * (1 - _NOISE_TOLERANCE), fresh * (1 + _NOISE_TOLERANCE)
         if not low <= profile.noise_variance <= high:
-            raise Refusal(
-                RefusalKind.INVALID,
+            raise _invalid(
                 "PROFILE_NOISE",
                 f"profile.noise_variance is {profile.noise_variance:g}, expected {low:g} … {high:g} for an "
                 f"average of {profile.releases} releases of the roster's mechanism",
@@ -223,8 +216,7 @@ class Admission:
         hashes = section_hashes(spool, [section.size for section in header.sections])
         view, start = map_file(spool), 0
         if len(view) != header.size or hashes != [section.sha256 for section in header.sections]:
-            raise Refusal(
-                RefusalKind.INVALID,
+            raise _invalid(
                 "PAYLOAD_DIFFERS",
                 f"{len(view)} of {header.size} bytes arrived, or their SHA-256 is not the announced one",
                 "send the upload again from its first byte",
@@ -240,8 +232,7 @@ class Admission:
                 record = cast(bytes, view[start : start + section.size])
                 self._aggregator.check_upload(record, context, client)
             except EncryptionError as error:
-                raise Refusal(
-                    RefusalKind.INVALID,
+                raise _invalid(
                     "PAYLOAD_UNUSABLE",
                     f"section {section.name!r}: {error}",
                     "check that training did not diverge and that the encryption terms are the roster's",
@@ -251,3 +242,7 @@ class Admission:
 
 def _differs(reason: str, message: str, remedy: str) -> Refusal:
     return Refusal(RefusalKind.PRECONDITION, reason, message, remedy)
+
+
+def _invalid(reason: str, message: str, remedy: str) -> Refusal:
+    return Refusal(RefusalKind.INVALID, reason, message, remedy)

@@ -21,13 +21,7 @@ class Clockwork:
     def __init__(
         self, coordinator: Coordinator, changes: Changes, over: "asyncio.Future[int] | None"
     ) -> None:
-        """Prepare.
-
-        Args:
-            coordinator: of the run.
-            changes: wakes the clockwork, and says when the server stops.
-            over: gets the exit status when there is nothing left to serve; None lets the server stay.
-        """
+        """Prepare; `over` gets the exit status when nothing is left to serve; None lets the server stay."""
         self._coordinator = coordinator
         self._changes = changes
         self._over = over

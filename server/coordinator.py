@@ -1,7 +1,7 @@
 """The server without its network: every request of a client as a method, safe to call from many threads.
 
-The gRPC service and in-process simulations call the same methods. Nothing here waits: `pull` answers None
-while a round is not open, and `advance` lets time pass.
+The gRPC service and in-process simulations call the same methods, which raise `Refusal` with what is wrong.
+Nothing here waits: `pull` answers None while a round is not open, and `advance` lets time pass.
 """
 
 import logging
@@ -27,13 +27,14 @@ from fedmosaic.protos.messages import (
 )
 from fedmosaic.protos.refusal import Refusal, RefusalKind
 from fedmosaic.server.admission import Admission
-from fedmosaic.server.downloads import Download, Downloads, OpenRound
+from fedmosaic.server.downloads import Download, read_download
 from fedmosaic.server.keys.relay import KeyRelay, check_key_epoch, required
 from fedmosaic.server.round import state as rounds
 from fedmosaic.server.round.close import ClosedRound, DamagedUploadsError, close_round
+from fedmosaic.server.round.repair import repair_aggregate
 from fedmosaic.server.run import Ticket, next_round, open_run, resume_round, stored_head
 from fedmosaic.server.settings import ServerSettings
-from fedmosaic.server.storage.blobs import Blobs
+from fedmosaic.server.storage.blobs import Blobs, MissingBlobError
 from fedmosaic.server.storage.store import MARK, Store, default_url
 from fedmosaic.server.summary import Account, last_words, summarise
 
@@ -41,7 +42,7 @@ log = logging.getLogger(__name__)
 _SECONDS_TO_SEND_AGAIN = 60.0
 """How long a member has to send an upload again that this server has lost."""
 Topic = Literal["upload", "round", "keys"]
-"""What a listener is told: an upload is stored, a round has opened, the key board has changed."""
+"""What a listener is told: an upload is stored, a round has opened, the key epoch has changed."""
 
 
 class Coordinator:
@@ -74,7 +75,6 @@ class Coordinator:
         self._account = Account(settings.state_dir, self._store)
         plaintext = not settings.encrypted  # whoever built the settings has asked for it by name
         self._aggregator = create_aggregator(settings.encryption, settings.policy, allow_plaintext=plaintext)
-        self._downloads = Downloads(settings, self._store, self._blobs, self._aggregator, self._lock)
         self.run_id = open_run(settings, self._store, new=self._blobs.empty)
         self._head = stored_head(self._store, self.run_id)
         self._admission = Admission(settings, self.run_id, self._aggregator)
@@ -109,9 +109,6 @@ class Coordinator:
 
         A client that only checks is not counted as present: it may have to load its model first, or be told
         that something there is wrong.
-
-        Raises:
-            Refusal: protocol, federation, roster, adapter or family differ.
         """
         self._admission.check_enrolment(client_id, enrolment)
         if not enrolment.check_only:
@@ -129,9 +126,6 @@ class Coordinator:
 
         Returns:
             A ticket if the payload is wanted, or the final answer if not.
-
-        Raises:
-            Refusal: naming what is wrong with it.
         """
         content_hash = self._admission.check_upload(client_id, header)
         self._seen(client_id)
@@ -155,9 +149,6 @@ class Coordinator:
             header: as announced.
             ticket: from `announce`.
             received_bytes: what the transport counted; the payload's size by default.
-
-        Raises:
-            Refusal: the payload is not the announced one, or the back end cannot use it.
         """
         try:
             self._admission.check_payload(client_id, header, ticket.spool)
@@ -216,19 +207,28 @@ class Coordinator:
         return Receipt(status, self._round.number, content_hash, self._head)
 
     def open_download(self, client_id: str, round_number: int) -> Download | None:
-        """What a client may load before the open round; None while that is below `round_number`.
-
-        Raises:
-            Refusal: the run has no such round.
-        """
+        """What a client may load before the open round; None while that is below `round_number`."""
         self._admission.check_round(round_number)
         self._seen(client_id)
+        try:
+            # A round opens, and files of the one before are removed, only under the lock.
+            with self._lock:
+                download = self._read_download(client_id, round_number)
+            if download is None or download.whole:
+                return download
+            log.error("the aggregate of %s for round %d is damaged", client_id, download.aggregate.round)
+        except MissingBlobError as error:
+            log.error("%s", error)
+        with self._lock:
+            parts = self.settings, self._store, self._blobs, self._aggregator
+            repair_aggregate(*parts, self.available_round, client_id)
+            return self._read_download(client_id, round_number)
 
-        def where() -> OpenRound | None:
-            number = self.available_round
-            return None if number < round_number else OpenRound(number, self._epoch, self._head)
-
-        return self._downloads.open(client_id, where)
+    def _read_download(self, client: str, round_number: int) -> Download | None:
+        here = self.available_round
+        if here < round_number:
+            return None
+        return read_download(self.settings, self._store, self._blobs, client, here, self._epoch, self._head)
 
     def pull(self, client_id: str, round_number: int) -> Aggregate | None:
         """The aggregate with its payloads in memory; see `open_download`."""
@@ -330,21 +330,16 @@ class Coordinator:
         state = self._round.following(now)
         opening = next_round(self._store, self._keys, self._round, state, closed.aggregates, self._head, now)
         result = {**closed.result, "closed_at": time.time(), "extensions": self._round.extensions}
-        self._store.close_round(
-            number, result, closed.aggregates, opening.metadata, key_epoch=opening.key_epoch
-        )
+        key_epoch = 0 if opening.keys is None else opening.keys.epoch
+        self._store.close_round(number, result, closed.aggregates, opening.metadata, key_epoch=key_epoch)
         self._round, self._head, self._account.due = state, opening.head, True
-        if self._keys is not None and opening.board is not None:
-            self._keys.adopt(opening.board)
+        if self._keys is not None and opening.keys is not None:
+            self._keys.adopt(opening.keys)
         self._blobs.remove_before("aggregates", state.number)
         self._blobs.remove_before("uploads", number)
 
     def report(self, client_id: str, statement: bytes) -> None:
-        """Store a client's privacy statement.
-
-        Raises:
-            Refusal: it is not about this client, this run and this roster alone, or cannot be shown.
-        """
+        """Store a client's privacy statement, if it is about this client, this run and this roster alone."""
         self._admission.check_statement(client_id, statement)
         with self._lock:
             self._store.add_report(client_id, statement, time.time())

@@ -13,7 +13,7 @@ from pathlib import Path
 from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import StateError
 from fedmosaic.protos.messages import Phase
-from fedmosaic.server.keys.board import KeyBoard
+from fedmosaic.server.keys.epoch import KeyEpoch
 from fedmosaic.server.keys.relay import KeyRelay
 from fedmosaic.server.round import state as rounds
 from fedmosaic.server.settings import ServerSettings
@@ -40,12 +40,7 @@ class Ticket:
 
 
 def open_run(settings: ServerSettings, store: Store, *, new: bool) -> str:
-    """Id of the stored run, which must fit the settings, or of a new one.
-
-    Args:
-        settings: of the run.
-        store: of the run.
-        new: whether a run may begin here; not where payloads of one are stored.
+    """Id of the stored run, which must fit the settings, or of a new one where one may begin (`new`).
 
     Raises:
         StateError: the stored run has other terms, or is missing.
@@ -104,13 +99,7 @@ def first_head(run_id: str) -> bytes:
 
 
 def next_head(head: bytes, round_number: int, digests: Iterable[bytes]) -> bytes:
-    """Head of a run after one more round: of the head before, and what the round took and made.
-
-    Args:
-        head: 32 bytes, before the round was closed.
-        round_number: the round.
-        digests: 32 bytes each, in an order that a repetition keeps.
-    """
+    """Head of a run after one more round: of the head before, and the digests of what it took and made."""
     return hashlib.sha256(b"".join([head, struct.pack("<Q", round_number), *digests])).digest()
 
 
@@ -129,14 +118,12 @@ class Opening:
 
     Attributes:
         head: of the run.
-        board: key board for the round; None where nothing is encrypted, or no round follows.
-        key_epoch: of the board, else 0.
+        keys: key epoch for the round; None where nothing is encrypted, or no round follows.
         metadata: all of it, and where the run is, for the store.
     """
 
     head: bytes
-    board: KeyBoard | None
-    key_epoch: int
+    keys: KeyEpoch | None
     metadata: Mapping[str, str]
 
 
@@ -158,33 +145,23 @@ def next_round(
         opened: the one after it.
         aggregates: what was made, by recipient.
         head: of the run, before the round was closed.
-        now: seconds, in the clock of the rounds.
+        now: in the clock of the rounds.
     """
     digests = [digest for _, digest in sorted(closed.arrived.items())]
     digests += [aggregate.sha256 for _, aggregate in sorted(aggregates.items())]
     head = next_head(head, closed.number, digests)
-    metadata = {
-        "round": str(opened.number),
-        "absent": json.dumps(sorted(opened.absent)),
-        "head": head.hex(),
-    }
+    absent = json.dumps(sorted(opened.absent))
+    metadata = {"round": str(opened.number), "absent": absent, "head": head.hex()}
     if keys is None or opened.phase is Phase.FINISHED:
-        return Opening(head, None, 0, metadata)
-    newcomers = (store.enrolled() & opened.members) - opened.absent - keys.holders
-    renew = bool(newcomers) or store.get("rotate") == "1"
-    board = keys.for_round(opened.number, renew=renew, now=now)
-    return Opening(head, board, board.epoch, {**metadata, **KeyRelay.record(board), "rotate": "0"})
+        return Opening(head, None, metadata)
+    without_key = (store.enrolled() & opened.members) - opened.absent - keys.holders
+    renew = bool(without_key) or store.get("rotate") == "1"
+    epoch = keys.for_round(opened.number, renew=renew, now=now)
+    return Opening(head, epoch, {**metadata, **KeyRelay.record(epoch), "rotate": "0"})
 
 
 def resume_round(settings: ServerSettings, store: Store, keys: KeyRelay | None, now: float) -> rounds.Round:
-    """The round that the stored run is in, with a full deadline ahead.
-
-    Args:
-        settings: of the run.
-        store: of the run.
-        keys: the key agreement, if anything is encrypted.
-        now: seconds, in the clock of the rounds.
-    """
+    """The round that the stored run is in, with a full deadline ahead of `now`."""
     first = rounds.first_round(
         settings.members, settings.quorum, settings.rounds, settings.round_deadline_seconds, now
     )

@@ -20,9 +20,6 @@ class Server:
     """The server of one federation.
 
     `Server("federation/server").serve()` is what `fedmosaic server --kit federation/server` does.
-
-    Attributes:
-        settings: of the run.
     """
 
     def __init__(self, source: str | Path | ServerSettings) -> None:

@@ -10,7 +10,7 @@ from sqlalchemy.exc import ArgumentError
 
 from fedmosaic.privacy.configuration import Frozen, read_configuration, validate
 from fedmosaic.privacy.encryption.parameters import Parameters, PlainParameters
-from fedmosaic.privacy.federation.kits import SERVER_SETTINGS, Kit, open_kit, unaligned
+from fedmosaic.privacy.federation.kits import SERVER_SETTINGS, open_kit, unaligned
 from fedmosaic.privacy.federation.names import ListenAddress, MemberId
 from fedmosaic.privacy.federation.roster import Hex32
 from fedmosaic.privacy.policy import AggregationPolicy
@@ -28,7 +28,7 @@ Bytes32 = Annotated[
     bytes,
     Field(min_length=32, max_length=32),
     BeforeValidator(_from_hex),
-    PlainSerializer(lambda value: value.hex(), return_type=str),
+    PlainSerializer(bytes.hex, return_type=str),
 ]
 """32 bytes; 64 hexadecimal digits in files."""
 
@@ -51,13 +51,7 @@ StoreUrl = Annotated[str, AfterValidator(_store_url)]
 
 
 class TlsFiles(Frozen):
-    """PEM files of the server's side of mutual TLS.
-
-    Attributes:
-        certificate: the server's certificate.
-        private_key: its key.
-        authority: certificate of the authority that clients' certificates must come from.
-    """
+    """PEM files of the server's side of mutual TLS; clients' certificates must come from the authority."""
 
     certificate: Path
     private_key: Path
@@ -176,10 +170,7 @@ class OperatorSettings(Frozen):
 
 
 def settings_from_kit(directory: Path) -> ServerSettings:
-    """Settings of the run that a server kit describes.
-
-    Args:
-        directory: the server's kit, as `fedmosaic keys init` made it.
+    """Settings of the run that a server kit, as `fedmosaic keys init` made it, describes.
 
     Raises:
         ConfigurationError: `server.toml` or the roster is not valid.
@@ -189,13 +180,11 @@ def settings_from_kit(directory: Path) -> ServerSettings:
     if warning := unaligned(kit.roster):
         log.warning("%s", warning)
     operator = read_configuration(directory / SERVER_SETTINGS, OperatorSettings)
-    return _settings(kit, operator)
-
-
-def _settings(kit: Kit, operator: OperatorSettings) -> ServerSettings:
-    roster = kit.roster
-    terms = roster.terms
+    roster, terms = kit.roster, kit.roster.terms
     content = {
+        **dict(operator),
+        "state_dir": kit.directory / operator.state_dir,
+        "tls": TlsFiles(certificate=kit.tls_certificate, private_key=kit.tls_key, authority=kit.authority),
         "federation": roster.federation,
         "members": roster.identity_keys(),
         "tls_key_sha256": {member.id: member.tls_key_sha256 for member in roster.members},
@@ -215,11 +204,6 @@ def _settings(kit: Kit, operator: OperatorSettings) -> ServerSettings:
         "encryption": terms.encryption,
         "key_rotation_rounds": terms.schedule.rotate_key_every,
         "gathering_seconds": terms.schedule.gathering_seconds,
-        "grace_seconds": operator.grace_seconds,
-        "state_dir": kit.directory / operator.state_dir,
-        "store_url": operator.store_url,
-        "listen": operator.listen,
-        "tls": TlsFiles(certificate=kit.tls_certificate, private_key=kit.tls_key, authority=kit.authority),
     }
     # The roster is signed, but it may be older than a rule of this program.
     return validate(content, ServerSettings, f"the roster of {kit.directory}")

@@ -35,6 +35,7 @@ class Account:
         self._store = store
         self._lock = threading.Lock()
         self._writing = threading.Lock()
+        self._flushing = threading.Lock()
         self._stored = time.monotonic()
         self._counted: dict[str, tuple[int, int]] = {}
         self._failing = False
@@ -48,10 +49,16 @@ class Account:
 
     def flush(self) -> None:
         """Store what was counted; StateError if the database cannot take it now, and it is kept."""
-        with self._lock:
-            if self._counted:
-                self._store.add_traffic(self._counted)
-                self._counted = {}
+        with self._flushing:
+            with self._lock:
+                counted, self._counted = self._counted, {}
+            try:
+                if counted:
+                    self._store.add_traffic(counted)
+            except StateError:
+                for client, (received, sent) in counted.items():
+                    self.count(client, received, sent)
+                raise
             self._stored = time.monotonic()
 
     def keep_up(self, summarise: Callable[[], Mapping[str, object]]) -> None:
@@ -73,12 +80,7 @@ class Account:
 
 
 def received_rounds(settings: ServerSettings, results: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """In how many rounds each member could begin with an aggregate of the others.
-
-    Args:
-        settings: of the run.
-        results: what was recorded at the end of every round; what the last one made is for nobody.
-    """
+    """In how many rounds each member could begin with an aggregate; what the last one made is for nobody."""
     counts = dict.fromkeys(sorted(settings.members), 0)
     for result in results:
         handed = {name for rows in result["weights"].values() for name in rows}
@@ -113,16 +115,7 @@ def last_words(settings: ServerSettings, store: Store) -> tuple[list[str], bool]
 
 
 def summarise(settings: ServerSettings, store: Store, state: Round) -> dict[str, object]:
-    """Everything that the server knows of a run and may tell.
-
-    Args:
-        settings: of the run.
-        store: of the run.
-        state: where the run is.
-
-    Returns:
-        JSON-compatible data.
-    """
+    """Everything that the server knows of a run and may tell; JSON-compatible."""
     run, results = store.get_json("run") or {}, store.results()
     statements, unreadable = _statements(store)
     return {

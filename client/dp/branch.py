@@ -13,15 +13,7 @@ from fedmosaic.client.colora.state import find_adapter, shared_modules
 
 
 def shared_cores(model: nn.Module, adapter_name: str | None = None) -> dict[str, nn.Linear]:
-    """The cores of the local branch, by module name, in the order of the shared vector.
-
-    Args:
-        model: Model with Co-LoRA layers.
-        adapter_name: Name of the adapter, or None for the only active one.
-
-    Returns:
-        From full module name to the core: weight P (r, r), bias Q (r,).
-    """
+    """The cores (weight P, bias Q) of the local branch by full module name, in the shared vector's order."""
     name = find_adapter(model, adapter_name)
     return {
         layer.settings[name].placement.name: layer.core(name, "local")
@@ -30,18 +22,11 @@ def shared_cores(model: nn.Module, adapter_name: str | None = None) -> dict[str,
 
 
 def private_parameters(model: nn.Module, adapter_name: str | None = None) -> dict[str, nn.Parameter]:
-    """Every adapter tensor that private data reaches, or may have reached, without noise.
+    """Every adapter tensor that private data reaches, or may have reached, without noise, by name.
 
     That is all of the adapter but the two branches of the Co-LoRA layers that consist of releases: the
     cores in training, and the received global ones. Other adapters in the model, of any PEFT method,
     count in full. The base model does not: it is public, so it must never have seen private data.
-
-    Args:
-        model: Model with Co-LoRA layers.
-        adapter_name: Name of the adapter, or None for the only active one.
-
-    Returns:
-        The tensors by name.
     """
     name = find_adapter(model, adapter_name)
     released = {
@@ -66,7 +51,7 @@ def private_parameters(model: nn.Module, adapter_name: str | None = None) -> dic
 def only_shared_branch(
     model: nn.Module, *, global_weight: float | None = None, adapter_name: str | None = None
 ) -> Iterator[dict[str, nn.Linear]]:
-    """Leave nothing of the adapter but the shared branch in the model, and undoes that afterwards.
+    """Leave nothing of the adapter but the shared branch in the model, and undo that afterwards.
 
     Args:
         model: Model with Co-LoRA layers.

@@ -29,15 +29,7 @@ _TRIED: Final = ((0.0, (4, 7, 13)), (1.0, (4, 9, 21)))
 
 
 def public_examples(model: nn.Module, lengths: Sequence[int]) -> list[EncodedExample]:
-    """Random token sequences of a fixed seed, with the last two tokens as the answer.
-
-    Args:
-        model: Language model whose vocabulary is drawn from.
-        lengths: Tokens per sequence, each at least 3.
-
-    Returns:
-        One example per length.
-    """
+    """Random token sequences of a fixed seed and these lengths, ≥ 3; the last two are the answer."""
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]  # nn.Module hides it
     generator = torch.Generator().manual_seed(0)
     examples = []
@@ -105,14 +97,8 @@ def check_engine(
     """Try on public texts of several lengths that every core learns, and that no example moves another's row.
 
     To be called once, before anything private or received is in the model. Rows are tried with a received
-    branch of zeros and with one whose every entry lies at the bound of what can be received, which
+    branch of zeros and with one whose every entry lies at the bound of what can be received, `clip`, which
     amplifies the least dependence.
-
-    Args:
-        model: The model as it is about to be trained.
-        cores: Cores of the shared branch.
-        clip: Bound on the entries of what can be received.
-        losses: Loss of each example.
 
     Raises:
         ModelError: A core takes no part in the loss, a gradient is zero or not finite, something in the
@@ -135,12 +121,7 @@ def check_engine(
 
 
 def refuse_state(model: nn.Module) -> None:
-    """Refuse layers that are known to compute an example with what they kept of earlier ones.
-
-    Raises:
-        ModelError: A layer scales its positions by the longest text so far, or was compiled for the shapes
-            that it has met.
-    """
+    """Refuse layers that are known to compute an example with what they kept of earlier ones: ModelError."""
     for name, module in model.named_modules():
         kinds = getattr(module, "rope_type", None)
         if any("dynamic" in str(kind) for kind in (kinds.values() if isinstance(kinds, dict) else [kinds])):

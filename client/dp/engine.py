@@ -40,13 +40,7 @@ def example_gradient(
     example: EncodedExample,
     losses: ExampleLosses = example_losses,
 ) -> torch.Tensor:
-    """Gradient of one example's loss with respect to all cores.
-
-    Args:
-        model: Model that holds the cores.
-        cores: The cores by name; the order fixes the order of the coordinates.
-        example: The example, alone.
-        losses: Loss of each example.
+    """Gradient of one example's loss, of that example alone, with respect to all cores.
 
     Returns:
         (D,) float32; the cores in order, P row by row, then Q. Zero where a core takes no part in the loss.
@@ -83,9 +77,6 @@ def dimensions_of(cores: Mapping[str, nn.Linear]) -> int:
 
 def check_cores(cores: Mapping[str, nn.Linear]) -> None:
     """Refuse cores that cannot be trained privately.
-
-    Args:
-        cores: Cores by name.
 
     Raises:
         ModelError: There is none, one is no trainable float32 ``nn.Linear`` with a bias, two names share

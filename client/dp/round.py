@@ -31,12 +31,7 @@ GLOBAL_WEIGHT = 0.5
 
 
 def check_model(model: nn.Module, terms: Terms, training: TrainingSettings) -> None:
-    """Try on public values that the model can be trained privately; to be called before anything is received.
-
-    Args:
-        model: the adapted model, fresh.
-        terms: what the members agreed on.
-        training: number format.
+    """Try on public values that a fresh adapted model can be trained privately, before anything is received.
 
     Raises:
         ModelError: it has no gradient, or something in it carries one example to the next.
@@ -61,22 +56,12 @@ def train_shared(
     round_number: int,
     progress: Progress,
 ) -> None:
-    """Train P and Q privately, or go on without if the budget does not allow it.
-
-    Args:
-        model: the adapted model.
-        examples: the client's encoded examples.
-        terms: the federation's DP-SGD parameters.
-        training: learning rate and number format.
-        releases: plans the noise, and charges before any is drawn.
-        round_number: for the ledger.
-        progress: told of every step.
-    """
+    """Train P and Q privately, or go on without, in receive-only mode, if the budget does not allow it."""
     if releases.receive_only:
         return
     plan = releases.adapter_plan
     settings = PrivateTrainingSettings(
-        learning_rate=training.shared_learning_rate,
+        learning_rate=training.private_learning_rate,
         steps=terms.steps_per_round,
         sampling_rate=plan.sampling_rate,
         expected_batch_size=terms.expected_batch_size,
@@ -87,7 +72,7 @@ def train_shared(
     progress.stage(round_number, "private training", terms.steps_per_round)
     try:
         with only_shared_branch(model, global_weight=GLOBAL_WEIGHT) as cores:
-            report = train_private(
+            counts = train_private(
                 model,
                 cores,
                 examples,
@@ -101,18 +86,14 @@ def train_shared(
         releases.receive_only = True
         log.warning("round %d: %s; going on in receive-only mode", round_number, error)
         return
-    releases.clipping.add("adapter", report.clipped, report.sampled)
-    if report.clipped_share is not None:
-        log.info("round %d: %.0f %% of the gradients were clipped", round_number, 100 * report.clipped_share)
+    releases.clipping.add("adapter", counts.clipped, counts.rows)
+    if counts.rows:
+        share = 100 * counts.clipped / counts.rows
+        log.info("round %d: %.0f %% of the gradients were clipped", round_number, share)
 
 
 def open_personal_branches(model: nn.Module, terms: AdapterTerms) -> None:
-    """Take every branch into the forward pass and train only what never leaves.
-
-    Args:
-        model: the adapted model, with a personal branch.
-        terms: whether the other layers have LoRA.
-    """
+    """Take every branch into the forward pass and train only what never leaves."""
     set_active_branches(model, {"local", "global", "personal"}, layers="shared")
     set_trainable(model, {"personal", "gate"}, layers="shared")
     if terms.other_layers == "lora":

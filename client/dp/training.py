@@ -5,21 +5,15 @@ clipped gradients up, adds N(0, σ²C²) to every coordinate of the sum, and div
 
     g̃ = ( Σ_{i in B} clip_C(g_i) + N(0, σ²C² I) ) / expected_batch_size
 
-The realised batch size is private under add/remove and divides nothing. An
-empty sample releases noise like any other and is charged like any other. What the optimizer makes of
-g̃ is post-processing, so the cores after the round are a release with the cost of the round's steps,
-provided that the values they started from were public or an earlier release, and that no other
-private tensor takes part in the forward pass (`fedmosaic.client.dp.checks`).
-
-Every example goes through the model alone, in every number format, and clipping and noise live on the
-integer grid of `fedmosaic.privacy.mechanism.gaussian`: one example moves the sum by at most C whatever it
-is, whatever the others are, and whatever was received (`fedmosaic.client.dp.engine` says why). The model is
-in evaluation mode throughout: dropout draws from one stream for all examples, and a layer with running
-statistics carries one example to the next. One thing remains outside the guarantee: the time of a step
-grows with the size of its sample.
-
-The number of examples itself is treated as public: the sampling rate, and with it the planned noise, comes
-from it (`fedmosaic.client.releases.plan_adapter`).
+The realised batch size is private under add/remove and divides nothing. An empty sample releases noise like
+any other and is charged like any other. What the optimizer makes of g̃ is post-processing, so the cores
+after the round are a release with the cost of the round's steps, provided that the values they started from
+were public or an earlier release, and that no other private tensor takes part in the forward pass
+(`fedmosaic.client.dp.checks`). One example moves the sum by at most C whatever it is, whatever the others
+are, and whatever was received (`fedmosaic.client.dp.engine` says why). The model is in evaluation mode
+throughout: dropout draws from one stream for all examples, and a layer with running statistics carries one
+example to the next. One thing remains outside the guarantee: the time of a step grows with the size of its
+sample.
 
 Reference:
     Abadi et al., "Deep learning with differential privacy", CCS 2016, algorithm 1; Mironov, Talwar and
@@ -28,8 +22,8 @@ Reference:
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -49,17 +43,13 @@ from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.configuration import Frozen
 from fedmosaic.privacy.mechanism import gaussian
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum
-from fedmosaic.privacy.mechanism.noise import BitSource, NoiseSource, SecureNoise, poisson_sample
+from fedmosaic.privacy.mechanism.noise import NoiseSource, Randomness, poisson_sample
 from fedmosaic.protos.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
 
 Charge = Callable[[GaussianEvent], None]
 """Books an event durably, or raises (`BudgetExceededError`) to refuse it."""
-
-
-class Randomness(NoiseSource, BitSource, Protocol):
-    """A source of both the Poisson samples and the noise."""
 
 
 class PrivateTrainingSettings(Frozen):
@@ -86,31 +76,6 @@ class PrivateTrainingSettings(Frozen):
     bf16: bool = False
 
 
-@dataclass(frozen=True)
-class PrivateTrainingReport:
-    """What one call of `train_private` did.
-
-    Attributes:
-        events: Gaussian events exactly as executed, for the accountant.
-        is_test: Whether samples or noise came from a seeded source, so that no guarantee holds.
-        sampled: Number of gradients over all steps. Private, like the two below: they may be shown to the
-            client's own people and be sent nowhere.
-        clipped: Number of gradients that were clipped.
-        rejected: Number of sampled gradients that were not finite and counted as zero.
-    """
-
-    events: tuple[GaussianEvent, ...]
-    is_test: bool
-    sampled: int = field(repr=False)
-    clipped: int = field(repr=False)
-    rejected: int = field(repr=False)
-
-    @property
-    def clipped_share(self) -> float | None:
-        """Share of the sampled gradients that were clipped, None if none was ever sampled."""
-        return self.clipped / self.sampled if self.sampled else None
-
-
 def train_private(
     model: nn.Module,
     cores: Mapping[str, nn.Linear],
@@ -119,10 +84,10 @@ def train_private(
     *,
     charge: Charge,
     private_parameters: Mapping[str, nn.Parameter],
-    randomness: Randomness | None = None,
+    randomness: Randomness,
     losses: ExampleLosses = example_losses,
     progress: Callable[[int, int], None] | None = None,
-) -> PrivateTrainingReport:
+) -> ClippedSum:
     """Train the cores with DP-SGD; the new values in them are one release.
 
     What takes part is checked on public tokens, with public values in the place of what was received; then
@@ -138,12 +103,13 @@ def train_private(
         settings: Public parameters of the mechanism and the optimizer.
         charge: Called once, with the planned event, before anything is drawn.
         private_parameters: Tensors that private data reaches without noise; must be out of the forward pass.
-        randomness: Source of samples and noise; `SecureNoise` if None. Seeded ones void the guarantee.
+        randomness: Source of samples and noise; seeded ones void the guarantee.
         losses: Loss of each example, of that example alone.
         progress: Called after each step with the step (from 1) and the planned steps.
 
     Returns:
-        The events, and facts to be kept at home.
+        How many gradients there were over all steps, clipped or rejected ones among them: private, for the
+        client's own people. Its sum is empty.
 
     Raises:
         ConfigurationError: There is no example.
@@ -152,29 +118,16 @@ def train_private(
     """
     if not examples:
         raise ConfigurationError("there is no example to train on; give at least one")
-    source: Randomness = SecureNoise() if randomness is None else randomness
     loss_of = in_bfloat16(losses) if settings.bf16 else losses
     check_cores(cores)
     assert_only_shared_branch(model, cores, private_parameters, losses=loss_of)
-    event = GaussianEvent(
-        noise_multiplier=settings.noise_multiplier,
-        sampling_rate=settings.sampling_rate,
-        steps=settings.steps,
-    )
-    charge(event)
+    charge(GaussianEvent(settings.noise_multiplier, settings.sampling_rate, settings.steps))
 
     def gradient(example: EncodedExample) -> torch.Tensor:
         return example_gradient(model, cores, example, loss_of)
 
     with training_mode(model, False):
-        total = _steps(cores, gradient, examples, settings, source, progress)
-    return PrivateTrainingReport(
-        events=(event,),
-        is_test=source.is_test,
-        sampled=total.rows,
-        clipped=total.clipped,
-        rejected=total.rejected,
-    )
+        return _steps(cores, gradient, examples, settings, randomness, progress)
 
 
 def noisy_sum(
@@ -185,12 +138,7 @@ def noisy_sum(
 
 
 def set_gradients(parameters: Sequence[nn.Parameter], flat: torch.Tensor) -> None:
-    """Give parameters their parts of a flat gradient.
-
-    Args:
-        parameters: Parameters of D numbers together.
-        flat: (D,) gradient in the order of the parameters.
-    """
+    """Give parameters their parts of a flat (D,) gradient, in order."""
     parts = torch.split(flat, [parameter.numel() for parameter in parameters])
     for parameter, part in zip(parameters, parts, strict=True):
         parameter.grad = part.view_as(parameter).to(dtype=parameter.dtype, device=parameter.device)
@@ -201,39 +149,27 @@ def _steps(
     gradient: Callable[[EncodedExample], torch.Tensor],
     examples: Sequence[EncodedExample],
     settings: PrivateTrainingSettings,
-    source: Randomness,
+    randomness: Randomness,
     progress: Callable[[int, int], None] | None,
 ) -> ClippedSum:
     parameters = core_parameters(cores)
-    optimizer = _optimizer(parameters, settings)
+    kind = torch.optim.SGD if settings.optimizer == "sgd" else torch.optim.Adam
+    optimizer = kind(parameters, lr=settings.learning_rate)
     before = [parameter.detach().clone() for parameter in parameters]
-    # Only the counts of this running total are used, so its own sum may stay zero.
+    # Only the counts of this running total are used; it has no coordinates.
     counts = ClippedSum.empty(0)
     for step in range(1, settings.steps + 1):
         total = ClippedSum.empty(dimensions_of(cores))
-        for index in poisson_sample(len(examples), settings.sampling_rate, source):
+        for index in poisson_sample(len(examples), settings.sampling_rate, randomness):
             total = total + clip_and_sum(gradient(examples[index])[None], settings.max_grad_norm)
-        noisy_D = noisy_sum(total, settings.max_grad_norm, settings.noise_multiplier, source)
+        noisy_D = noisy_sum(total, settings.max_grad_norm, settings.noise_multiplier, randomness)
         set_gradients(parameters, noisy_D / settings.expected_batch_size)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        counts = ClippedSum(
-            counts.units,
-            counts.clipped + total.clipped,
-            counts.rejected + total.rejected,
-            counts.rows + total.rows,
-        )
+        counts += replace(total, units=counts.units)
         if progress is not None:
             progress(step, settings.steps)
     if all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True)):
         # No error: how large the weights are that a step is too small for may come from what was received.
         log.error("private training moved no weight; raise the learning rate of the shared branch")
     return counts
-
-
-def _optimizer(
-    parameters: Sequence[nn.Parameter], settings: PrivateTrainingSettings
-) -> torch.optim.Optimizer:
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=settings.learning_rate)
-    return torch.optim.Adam(parameters, lr=settings.learning_rate)

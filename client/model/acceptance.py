@@ -167,7 +167,7 @@ def check_ids(
     A tokenizer may know more tokens than its model embeds, as long as no text uses them.
 
     Args:
-        model: Language model. Where it reads pictures, their ids stand above the rows.
+        model: Language model. Where it reads images, their ids stand above the rows.
         tokens: Ids of each example in turn.
         what: The data, for the message.
         setting: Where the model is named, for the message.
@@ -177,8 +177,8 @@ def check_ids(
     """
     find_table: Any = getattr(model, "get_input_embeddings", None)
     table = None if find_table is None else find_table()
-    if table is None or getattr(table, "pictures_above_rows", False):
-        return  # a tokenizer of pictures has looked already: above the rows stand their ids
+    if table is None or getattr(table, "images_above_rows", False):
+        return  # a tokenizer of images has looked already: above the rows stand their ids
     for number, ids in enumerate(tokens, start=1):
         if len(ids) and int(torch.as_tensor(ids).max()) >= table.num_embeddings:
             raise ModelError(
@@ -232,7 +232,7 @@ def _public_sequences(
 
 
 def _public_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase, shape: tuple[int, int]) -> torch.Tensor:
-    """Ordinary tokens of a fixed seed: no special ones, which may stand for pictures or end a text."""
+    """Ordinary tokens of a fixed seed: no special ones, which may stand for images or end a text."""
     table: Any = model.get_input_embeddings()  # type: ignore[operator]  # nn.Module hides it
     special = set(tokenizer.all_special_ids) | set(_placeholders(getattr(model, "config", None)))
     rows = min(int(table.num_embeddings), max(1, len(tokenizer)))
@@ -242,7 +242,7 @@ def _public_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase, shape: tup
 
 
 def _placeholders(config: Any) -> list[int]:
-    """Ids that a vision-language model's configuration keeps for pictures, sound and video."""
+    """Ids that a vision-language model's configuration keeps for images, sound and video."""
     values = vars(config) if config is not None else {}
     names = [name for name in values if name.endswith(("_token_id", "_token_index"))]
     return [values[name] for name in names if isinstance(values[name], int)]

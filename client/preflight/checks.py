@@ -13,8 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from cryptography import x509
-
 from fedmosaic.client.data.sets import ClientData, read_sets
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.ledger import DataLedger, ledger_delta
@@ -30,7 +28,7 @@ from fedmosaic.client.records import profile_path
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import SessionRecord, check_run, read_record
 from fedmosaic.client.transport.connection import check_certificate
-from fedmosaic.client.transport.grpc import GrpcTransport, TransportOptions
+from fedmosaic.client.transport.grpc import GrpcTransport
 from fedmosaic.client.transport.traffic import Traffic
 from fedmosaic.privacy.encryption.layout import upload_payload_bytes
 from fedmosaic.privacy.federation import identity
@@ -190,7 +188,7 @@ class Preflight:
             authority=kit.authority,
             certificate=kit.tls_certificate,
             private_key=kit.tls_key,
-            options=TransportOptions(retry_seconds=self._patience),
+            retry_seconds=self._patience,
             traffic=self._traffic,
         )
 
@@ -221,11 +219,9 @@ class Preflight:
         )
 
     def _check_certificate(self) -> str:
-        path = self.kit.tls_certificate
-        check_certificate(path.read_bytes(), self.kit.authority.read_bytes(), str(path))
+        certificate = check_certificate(self.kit.tls_certificate, self.kit.authority)
         identity.read_private(self.kit.tls_key)
-        end = x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
-        return f"valid until {end:%Y-%m-%d}"
+        return f"valid until {certificate.not_valid_after_utc:%Y-%m-%d}"
 
     def _check_state(self) -> str:
         directory, roster = self.settings.state_dir, self.kit.roster

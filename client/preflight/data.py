@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from fedmosaic.client.data.records import Example, ExampleSet
 from fedmosaic.client.data.sets import ClientData
 from fedmosaic.client.model.examples import answer_tokens, example_pieces
-from fedmosaic.client.vision.sight import located
-from fedmosaic.client.vision.words import pictures_in, without_pictures
+from fedmosaic.client.vision.inputs import located
+from fedmosaic.client.vision.words import images_in, without_images
 from fedmosaic.protos.errors import ConfigurationError
 
 
@@ -22,13 +22,13 @@ def check_sets(data: ClientData, pictures: Path | None) -> list[str]:
 
     Args:
         data: as read.
-        pictures: folder that pictures lie in.
+        pictures: folder that images lie in.
 
     Returns:
         Warnings, one line each.
 
     Raises:
-        ConfigurationError: a test example cannot be scored, a picture is missing, or a test set holds nothing
+        ConfigurationError: a test example cannot be scored, an image is missing, or a test set holds nothing
             but training examples.
     """
     for found in (data.train, *data.tests.values()):
@@ -39,7 +39,7 @@ def check_sets(data: ClientData, pictures: Path | None) -> list[str]:
                     f"{where} has 1 choice; give two or more with the answer among them, or leave choices "
                     "out to have the written answer scored"
                 )
-            _check_pictures(pictures, where, example)
+            _check_images(pictures, where, example)
     return _warnings(data)
 
 
@@ -48,7 +48,7 @@ class Lengths:
     """How long a set's examples are in tokens, for one tokenizer.
 
     Attributes:
-        longest: tokens of the longest example, answer and end of text included; pictures are not counted.
+        longest: tokens of the longest example, answer and end of text included; images are not counted.
         learned: most tokens that carry loss in one example.
         cut: examples that are longer than what is read.
         warning: what of them is not read, in one line; empty if nothing.
@@ -77,7 +77,7 @@ def read_lengths(
         ModelError: conversations cannot be given to this model.
     """
     cut = lost = total = longest = learned = 0
-    for number, example in enumerate(map(without_pictures, found.examples), start=1):
+    for number, example in enumerate(map(without_images, found.examples), start=1):
         *context, (written, _) = example_pieces(tokenizer, example, number)
         prompt = sum(len(tokens) for tokens, _ in context)
         answer = max(len(written), *(1 + len(answer_tokens(tokenizer, text)) for text in example.choices), 1)
@@ -106,13 +106,13 @@ def _percent(part: int, whole: int) -> str:
     return f"{share:.0f} %" if 1 <= share <= 99 else f"{share:.2g} %"
 
 
-def _check_pictures(folder: Path | None, where: str, example: Example) -> None:
-    for picture in pictures_in(example.prompt):
+def _check_images(folder: Path | None, where: str, example: Example) -> None:
+    for image in images_in(example.prompt):
         if folder is None:
             raise ConfigurationError(
-                f"{where} names the picture {picture!r}; say in data.pictures which folder pictures lie in"
+                f"{where} names the image {image!r}; say in data.pictures which folder images lie in"
             )
-        located(folder, picture)
+        located(folder, image)
 
 
 def _warnings(data: ClientData) -> list[str]:

@@ -17,7 +17,8 @@ import scipy.linalg
 
 from fedmosaic.client.model.examples import IGNORED, EncodedExample
 from fedmosaic.client.profile.probe import Probe, gradient_factors
-from fedmosaic.privacy.mechanism.profile import Float32Array, Float64Array, ProfileMechanism, Reduction
+from fedmosaic.privacy.mechanism.noise import Float64Array
+from fedmosaic.privacy.mechanism.profile import Float32Array, ProfileMechanism, Reduction
 from fedmosaic.privacy.mechanism.projection import GradientFactors, Projection, PublicBasis
 from fedmosaic.protos.errors import MechanismError
 
@@ -77,9 +78,6 @@ def fit_basis(
         reduction: the reduction of the mechanism to be.
         settings: how to fit.
 
-    Returns:
-        The basis and its clipping norm.
-
     Raises:
         MechanismError: the settings contradict the reduction, or there are fewer than 2 usable gradients.
     """
@@ -98,15 +96,7 @@ def fit_basis(
 
 
 def standardise_rows(rows: Float64Array, sides: PublicBasis, settings: BasisSettings) -> FittedBasis:
-    """Find centre, whitening and clipping norm from reduced public rows.
-
-    Args:
-        rows: (n, k) public rows as `Projection.rows` gives them.
-        sides: basis that holds at most `left` and `right`.
-        settings: how to fit.
-
-    Returns:
-        The whole basis and its clipping norm.
+    """Find centre, whitening and clipping norm from (n, k) public rows, beside the sides of a basis.
 
     Raises:
         MechanismError: fewer than 2 rows are finite, or all are zero.
@@ -142,15 +132,7 @@ def fit_mechanism(
     settings: BasisSettings,
     noise_multiplier: float,
 ) -> tuple[ProfileMechanism, PublicBasis | None]:
-    """Probe public examples and describe a complete mechanism.
-
-    Args:
-        probe: the frozen probe, adapters switched off.
-        probe_name: how the federation calls it.
-        public_examples: encoded public examples, better a thousand than a hundred.
-        reduction: the public map, of this probe's shape.
-        settings: how to fit.
-        noise_multiplier: σ of the mechanism.
+    """Probe public examples, better a thousand than a hundred, and describe a complete mechanism.
 
     Returns:
         The mechanism, and the basis to hand to every client with it; None if the mechanism needs none.

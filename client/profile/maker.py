@@ -12,7 +12,7 @@ from fedmosaic.client.model.load import load_model
 from fedmosaic.client.profile.probe import Probe, open_probe
 from fedmosaic.client.profile.release import check_probe, clipped_profile
 from fedmosaic.client.settings import ClientSettings, ModelSettings
-from fedmosaic.client.vision.words import without_pictures
+from fedmosaic.client.vision.words import without_images
 from fedmosaic.privacy.federation.kits import Kit
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import BitSource
@@ -23,12 +23,7 @@ LoadedProbe = tuple[Probe, PreTrainedTokenizerBase]
 
 
 def load_probe(settings: ModelSettings, max_length: int, setting: str) -> LoadedProbe:
-    """Load the probe.
-
-    Args:
-        settings: where it comes from.
-        max_length: tokens of an example that it is to read.
-        setting: name of the setting that `max_length` comes from, for messages.
+    """Load the probe and try that it can read `max_length` tokens; `setting` names that length in messages.
 
     Raises:
         ModelError: it cannot be loaded, or be a probe.
@@ -51,15 +46,7 @@ def read_as_text(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
 
 
 def public_map(mechanism: ProfileMechanism, basis: Path) -> PublicMap:
-    """The public map of a mechanism.
-
-    Args:
-        mechanism: the roster's.
-        basis: file of the public basis, read if the mechanism names one.
-
-    Raises:
-        MechanismError: the basis is damaged, or another one.
-    """
+    """The public map of the roster's mechanism, with the basis from this file if the mechanism names one."""
     return PublicMap(mechanism, PublicBasis.load(basis) if mechanism.basis_sha256 else None)
 
 
@@ -75,16 +62,11 @@ class ProfileProbe:
         randomness: BitSource,
         *,
         setting: str = "profile_max_length",
+        advance: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """Prepare; nothing is loaded yet.
+        """Prepare; nothing is loaded yet. `load` gives the probe, once per sum.
 
-        Args:
-            load: gives the probe, once per sum.
-            public_map: of the roster's mechanism.
-            examples: of the data epoch.
-            max_length: tokens of an example that are read.
-            randomness: of the Poisson sample.
-            setting: name of the setting that `max_length` comes from, for messages.
+        `advance` is told how much of a sum is done, in per cent.
         """
         self._load = load
         self._map = public_map
@@ -92,11 +74,12 @@ class ProfileProbe:
         self._max_length = max_length
         self._randomness = randomness
         self._setting = setting
+        self._advance = advance
 
     def __call__(self) -> ClippedSum:
         """The sum, never to leave; the memory of a probe that was loaded for it is free again afterwards."""
         probe, encoded = self._open()
-        return clipped_profile(probe, encoded, self._map, self._randomness)
+        return clipped_profile(probe, encoded, self._map, self._randomness, self._advance)
 
     def check(self) -> None:
         """Find out now what would stop a release: nothing is probed, drawn or charged.
@@ -111,24 +94,24 @@ class ProfileProbe:
 
     def _open(self) -> tuple[Probe, list[EncodedExample]]:
         probe, tokenizer = self._load()
-        # The probe reads the words alone: nothing of a picture is in a profile, and any language model can be
-        # the probe. Clients that ask the same about other pictures look alike to it.
-        questions = read_as_text(tokenizer, [without_pictures(example) for example in self._examples])
+        # The probe reads the words alone: nothing of an image is in a profile, and any language model can be
+        # the probe. Clients that ask the same about other images look alike to it.
+        questions = read_as_text(tokenizer, [without_images(example) for example in self._examples])
         encoded = encode_examples(tokenizer, questions, self._max_length, setting=self._setting)
         check_ids(probe.base, encoded_ids(encoded), "the training examples", "[probe] path")
         return probe, encoded
 
 
 def client_probe(
-    settings: ClientSettings, kit: Kit, examples: Sequence[Example], randomness: BitSource
+    settings: ClientSettings,
+    kit: Kit,
+    examples: Sequence[Example],
+    randomness: BitSource,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> ProfileProbe:
     """The probe of a client with a process of its own: loaded when a profile is due, then let go.
 
-    Args:
-        settings: of the client, paths resolved.
-        kit: with the roster and its public basis.
-        examples: of the data epoch.
-        randomness: of the Poisson sample.
+    `advance` is told how much of a sum is done, in per cent.
     """
     length = settings.profile_max_length
     return ProfileProbe(
@@ -137,4 +120,5 @@ def client_probe(
         examples,
         length,
         randomness,
+        advance=advance,
     )

@@ -83,9 +83,6 @@ def open_probe(model: nn.Module) -> Probe:
             block with `mlp.down_proj`, added to the residual stream without further scaling, a final
             RMSNorm, a linear head. Any dtype; a peft wrapper is looked through, its adapters switched off.
 
-    Returns:
-        The probe. It keeps references to the model's modules and owns no weights.
-
     Raises:
         ModelError: a part is missing, the closed form does not hold for this architecture, or a layer keeps
             something of earlier examples.
@@ -126,13 +123,8 @@ def adapters_disabled(model: nn.Module) -> AbstractContextManager[object]:
 def gradient_factors(probe: Probe, examples: Iterable[EncodedExample]) -> Iterator[GradientFactors]:
     """Yield every example's gradient as factors; no hidden_size × intermediate_size matrix is formed.
 
-    Args:
-        probe: the probe; adapters on it must be switched off (`adapters_disabled`).
-        examples: encoded examples; labels of -100 are not supervised.
-
-    Yields:
-        Each example's factors, in order: float32 on the CPU whatever the model's dtype and device; an example
-        without a supervised token has T = 0.
+    Adapters on the probe must be switched off (`adapters_disabled`). Factors are float32 on the CPU whatever
+    the model's dtype and device; an example without a supervised token has T = 0.
     """
     for example in examples:
         with torch.inference_mode(), _evaluation_mode(probe.decoder):

@@ -6,7 +6,7 @@ of one clipping norm does not allow for.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fedmosaic.client.model.examples import EncodedExample
 from fedmosaic.client.profile.probe import Probe, gradient_factors
@@ -20,18 +20,15 @@ logger = logging.getLogger(__name__)
 
 
 def clipped_profile(
-    probe: Probe, examples: Sequence[EncodedExample], public_map: PublicMap, randomness: BitSource
+    probe: Probe,
+    examples: Sequence[EncodedExample],
+    public_map: PublicMap,
+    randomness: BitSource,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> ClippedSum:
     """Probe a Poisson sample of the examples and sum their clipped gradients. Private, not a release.
 
-    Args:
-        probe: the probe that the mechanism names, adapters switched off.
-        examples: the client's data set of this data epoch; every id at most once.
-        public_map: the public map of the roster's mechanism.
-        randomness: decides who is in the sample if the sampling rate is below 1.
-
-    Returns:
-        The sum, zero if the sample is empty.
+    `advance` is told how much is done, in per cent: it is to say nothing of the number of examples.
 
     Raises:
         MechanismError: the probe is not the mechanism's.
@@ -43,23 +40,16 @@ def clipped_profile(
     sample = poisson_sample(len(examples), mechanism.sampling_rate, randomness)
     total = ClippedSum.empty(mechanism.dimensions)
     chosen = [examples[index] for index in sample]
-    for gradient in gradient_factors(probe, chosen):
+    for done, gradient in enumerate(gradient_factors(probe, chosen), start=1):
         total += clipped_sum(public_map.rows([gradient]), mechanism)
+        advance(100 * done // len(chosen))
     if total.rejected:
         logger.warning("%d examples gave no finite gradient and were left out of the profile", total.rejected)
     return total
 
 
 def check_probe(probe: Probe, mechanism: ProfileMechanism) -> None:
-    """Refuse a probe that is not the mechanism's.
-
-    Args:
-        probe: the probe that was loaded.
-        mechanism: the roster's.
-
-    Raises:
-        MechanismError: its gradient has another shape, or its weights another fingerprint.
-    """
+    """Refuse, with a MechanismError, a probe whose gradient's shape or weights are not the roster's."""
     shape = (probe.hidden_size, probe.intermediate_size)
     if shape != (mechanism.reduction.hidden_size, mechanism.reduction.intermediate_size):
         raise MechanismError(

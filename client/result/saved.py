@@ -16,7 +16,7 @@ from fedmosaic.client.model.examples import Example
 from fedmosaic.client.model.load import load_model, without_rename_notice
 from fedmosaic.client.settings import IN_MEMORY, ClientSettings, ModelSettings
 from fedmosaic.client.state import newest_adapter
-from fedmosaic.client.vision.sight import Sight, give_sight
+from fedmosaic.client.vision.inputs import VisionInputs, open_images
 from fedmosaic.privacy.configuration import Frozen, read_configuration
 from fedmosaic.privacy.federation.kits import open_kit
 from fedmosaic.privacy.federation.roster import Roster
@@ -141,7 +141,7 @@ def open_model(
         device: instead of the one in the client's settings.
         base: folder or hub id, where the base model is not where it was.
         config: see `read_saved`.
-        needs: examples whose pictures it will read.
+        needs: examples whose images it will read.
 
     Raises:
         StateError: there is no adapter yet, or it is damaged; see also `read_saved`.
@@ -166,8 +166,8 @@ def open_model(
         ) from None
     model.train(False)
     if needs:
-        sight = Sight(settings.path, saved.pictures, saved.projector)
-        tokenizer = give_sight(sight, model, tokenizer, needs, saved.max_length)
+        inputs = VisionInputs(settings.path, saved.pictures, saved.projector)
+        tokenizer = open_images(inputs, model, tokenizer, needs, saved.max_length)
     return OpenedModel(saved, settings, newest[0], model, tokenizer)
 
 

@@ -32,8 +32,8 @@ _OPTIONS: Final = (
     ("grpc.enable_retries", 0),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    # The least of it stays gRPC's 20 s: it is the time that a connection and its handshake have, too.
     ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5_000),
 )
 
@@ -52,33 +52,26 @@ def open_channel(address: str, authority: Path, certificate: Path, private_key: 
             expired or not from this authority.
     """
     certificate_pem, key_pem = check_pair(certificate, private_key)
+    check_certificate(certificate, authority)
     authority_pem = read_certificate(authority).public_bytes(serialization.Encoding.PEM)
-    check_certificate(certificate_pem, authority_pem, str(certificate))
     credentials = grpc.ssl_channel_credentials(authority_pem, key_pem, certificate_pem)
     direct = (("grpc.enable_http_proxy", 0),) if is_local(address) else ()
     return grpc.secure_channel(address, credentials, options=(*_OPTIONS, *direct))
 
 
-def check_certificate(
-    certificate_pem: bytes, authority_pem: bytes, source: str, now: dt.datetime | None = None
-) -> None:
+def check_certificate(source: Path, authority: Path, now: dt.datetime | None = None) -> x509.Certificate:
     """Refuse a certificate that the server would refuse: TLS would only say that the connection closed.
 
     Args:
-        certificate_pem: this client's certificate.
-        authority_pem: certificate of the federation's authority.
-        source: name of the file, for the message.
+        source: this client's certificate, PEM.
+        authority: certificate of the federation's authority, PEM.
         now: present time, with a time zone; the clock by default.
 
     Raises:
         IdentityError: it is expired, not valid yet, or not from this authority.
     """
     now = now or dt.datetime.now(dt.UTC)
-    try:
-        certificate = x509.load_pem_x509_certificate(certificate_pem)
-        authority = x509.load_pem_x509_certificate(authority_pem)
-    except ValueError as error:
-        raise IdentityError(f"{source}: not a PEM certificate, or its authority's is not: {error}") from None
+    certificate = read_certificate(source)
     if now >= certificate.not_valid_after_utc:
         raise IdentityError(
             f"{source} expired on {certificate.not_valid_after_utc:%Y-%m-%d}; ask the consortium for a new "
@@ -89,11 +82,12 @@ def check_certificate(
             f"{source} is valid from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC; check this clock"
         )
     try:
-        certificate.verify_directly_issued_by(authority)
+        certificate.verify_directly_issued_by(read_certificate(authority))
     except (ValueError, TypeError, InvalidSignature):
         raise IdentityError(
             f"{source} was not issued by the authority beside it; take all files from one kit"
         ) from None
+    return certificate
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol, TypeVar
 
+from google.protobuf.message import Message
+
 from fedmosaic.client.transport.connection import Patience, open_channel
-from fedmosaic.client.transport.traffic import Traffic
+from fedmosaic.client.transport.traffic import Channel, Traffic
 from fedmosaic.protos import bounds, wire
 from fedmosaic.protos.errors import WireError
 from fedmosaic.protos.messages import (
@@ -16,6 +17,8 @@ from fedmosaic.protos.messages import (
     Enrolment,
     KeyMessage,
     Receipt,
+    RelayedKeyMessage,
+    Report,
     RoundStatus,
     Upload,
 )
@@ -24,9 +27,12 @@ from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
 
 T = TypeVar("T")
+B = TypeVar("B", bound=Message)
 OnWait = Callable[[RoundStatus], None]
 _LARGE_BYTES: Final = 1 << 20
 _SHORTEST_POLL_SECONDS: Final = 0.5
+_CALL_SECONDS: Final = 30.0
+"""Deadline of a call that does not wait; of one that waits, on top of its wait."""
 
 
 class Transport(Protocol):
@@ -34,65 +40,35 @@ class Transport(Protocol):
 
     def enrol(self, enrolment: Enrolment) -> Enrolled:
         """Compare the terms of both sides and learn where the run is."""
-        ...
 
     def pull(self, round_number: int, on_wait: OnWait | None = None) -> Aggregate:
-        """Wait until a round is open and return what to load before it.
+        """Wait until this round, or a later one, is open and return what to load before it.
 
-        Args:
-            round_number: least round of interest, 1 … rounds + 1; a later one may be open already.
-            on_wait: told now and then what the server waits for.
+        `on_wait` is told now and then what the server waits for.
         """
-        ...
 
     def push(self, upload: Upload) -> Receipt:
         """Send an upload; sending the same one again is harmless."""
-        ...
 
     def status(self) -> RoundStatus:
         """What the server waits for."""
-        ...
 
     def report(self, statement: bytes) -> None:
         """Hand over the privacy statement, a JSON object."""
-        ...
 
     def post_key_message(self, message: KeyMessage) -> None:
         """Leave a message of the key agreement; leaving the same one again is harmless."""
-        ...
 
     def read_key_messages(
         self, epoch: int, stage: str, expected: int, timeout_seconds: float
     ) -> dict[str, bytes]:
         """Messages of a stage by sender: once there are `expected`, or what is there at the timeout."""
-        ...
 
     def traffic(self) -> Traffic:
         """Bytes sent and received so far."""
-        ...
 
     def close(self) -> None:
         """Close the connection."""
-        ...
-
-
-@dataclass(frozen=True)
-class TransportOptions:
-    """Times and sizes of a `GrpcTransport`.
-
-    Attributes:
-        call_timeout_seconds: deadline of a call that does not wait; of one that waits, on top of its wait.
-        wait_seconds: how long one call waits at the server, at most 60.
-        retry_seconds: give up when the server could not be reached for so long.
-        chunk_bytes: payload bytes per message.
-        payload_limit_bytes: largest aggregate that is accepted.
-    """
-
-    call_timeout_seconds: float = 30.0
-    wait_seconds: float = 25.0
-    retry_seconds: float = 300.0
-    chunk_bytes: int = 1 << 18
-    payload_limit_bytes: int = bounds.MAX_PAYLOAD_BYTES
 
 
 class GrpcTransport:
@@ -105,7 +81,8 @@ class GrpcTransport:
         authority: Path,
         certificate: Path,
         private_key: Path,
-        options: TransportOptions | None = None,
+        retry_seconds: float = 300.0,
+        wait_seconds: float = 25.0,
         traffic: Traffic | None = None,
     ) -> None:
         """Prepare a connection; it is opened by the first call.
@@ -115,16 +92,17 @@ class GrpcTransport:
             authority: PEM certificate of the federation's authority.
             certificate: PEM certificate of this client.
             private_key: its key, readable by its owner only.
-            options: times and sizes.
+            retry_seconds: give up when the server could not be reached for so long.
+            wait_seconds: how long one call waits at the server, at most 60.
             traffic: counts on; by default from nothing.
 
         Raises:
             IdentityError: a file is missing or not acceptable.
         """
-        self._options = options or TransportOptions()
         self._channel = open_channel(address, authority, certificate, private_key)
         self._stub = rpc.FederationStub(self._channel)
-        self._patience = Patience(address, self._options.retry_seconds)
+        self._patience = Patience(address, retry_seconds)
+        self._wait = wait_seconds
         self._traffic = traffic or Traffic()
 
     def _call(self, name: str, attempt: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
@@ -133,42 +111,44 @@ class GrpcTransport:
         finally:
             self._traffic.save()
 
+    def _unary(
+        self, name: str, method: Callable[..., B], request: Message, channel: Channel = "control"
+    ) -> B:
+        """One request and its answer, counted."""
+        response = self._call(name, lambda: self._attempt(method, request, channel))
+        self._traffic.received(channel, response.ByteSize())
+        return response
+
+    def _attempt(self, method: Callable[..., B], request: Message, channel: Channel) -> B:
+        self._traffic.sent(channel, request.ByteSize())
+        return method(request, timeout=_CALL_SECONDS)
+
     def enrol(self, enrolment: Enrolment) -> Enrolled:
         """See `Transport.enrol`."""
-        request = wire.encode_enrolment(enrolment)
-
-        def attempt() -> pb.EnrolResponse:
-            self._traffic.sent("control", request.ByteSize())
-            return self._stub.Enrol(request, timeout=self._options.call_timeout_seconds)
-
-        response = self._call("enrol", attempt)
-        self._traffic.received("control", response.ByteSize())
-        return wire.decode_enrolled(response)
+        request = wire.encode(enrolment, pb.EnrolRequest)
+        return wire.decode(self._unary("enrol", self._stub.Enrol, request), Enrolled)
 
     def pull(self, round_number: int, on_wait: OnWait | None = None) -> Aggregate:
         """See `Transport.pull`."""
-        download = _Download(self._options.payload_limit_bytes)
+        download = _Download()
 
         def attempt() -> bool:
             request = pb.PullRequest(
                 round=round_number,
-                wait_milliseconds=int(self._options.wait_seconds * 1000),
+                wait_milliseconds=int(self._wait * 1000),
                 resume_offset=len(download.received),
                 resume_sha256=download.sha256,
             )
             self._traffic.sent("control", request.ByteSize())
-            timeout = self._options.wait_seconds + self._options.call_timeout_seconds
-            for part in self._stub.Pull(request, timeout=timeout):
+            for part in self._stub.Pull(request, timeout=self._wait + _CALL_SECONDS):
                 download.messages += 1
+                self._traffic.received("adapter" if part.HasField("chunk") else "control", part.ByteSize())
                 if part.HasField("waiting"):
-                    self._traffic.received("control", part.ByteSize())
                     if on_wait is not None:
-                        on_wait(wire.decode_status(part.waiting))
+                        on_wait(wire.decode(part.waiting, RoundStatus))
                 elif part.HasField("header"):
-                    self._traffic.received("control", part.ByteSize())
                     download.begin(part.header)
                 else:
-                    self._traffic.received("adapter", part.ByteSize())
                     download.append(part.chunk)
             return download.complete
 
@@ -176,26 +156,23 @@ class GrpcTransport:
             asked = time.monotonic()
             if self._call("pull", attempt, lambda: download.messages):
                 return download.aggregate()
-            # A server that is stopping answers at once that it has nothing.
-            time.sleep(max(0.0, _SHORTEST_POLL_SECONDS - (time.monotonic() - asked)))
+            _breathe(asked)
 
     def push(self, upload: Upload) -> Receipt:
         """See `Transport.push`."""
         header = upload.header()
         payloads = [section.payload for section in upload.sections]
-        profile = wire.encode_profile(upload.profile).ByteSize() if upload.profile is not None else 0
-        offset = 0
+        profile = 0 if upload.profile is None else wire.encode(upload.profile, pb.Profile).ByteSize()
+        offset = furthest = 0
         # What a stopped process had sent is worth asking for only if it was much.
         ask = header.size > _LARGE_BYTES
-        furthest = 0
 
         def messages() -> Iterator[pb.PushRequest]:
-            nonlocal furthest
             first = pb.PushRequest(header=wire.encode_upload_header(header, offset))
             self._traffic.sent("profile", profile)
             self._traffic.sent("control", first.ByteSize() - profile)
             yield first
-            for chunk in wire.chunks(payloads, offset, self._options.chunk_bytes):
+            for chunk in wire.chunks(payloads, offset):
                 message = pb.PushRequest(chunk=chunk)
                 self._traffic.sent("adapter", message.ByteSize())
                 yield message
@@ -204,16 +181,16 @@ class GrpcTransport:
             nonlocal ask, offset, furthest
             if ask:
                 request = pb.UploadStatusRequest(header=wire.encode_upload_header(header))
-                self._traffic.sent("control", request.ByteSize())
-                status = self._stub.UploadStatus(request, timeout=self._options.call_timeout_seconds)
+                status = self._attempt(self._stub.UploadStatus, request, "control")
                 self._traffic.received("control", status.ByteSize())
                 if status.HasField("receipt"):
                     return status.receipt
-                bounds.check_integer("upload_status.received", status.received, 0, header.size)
+                if status.received > header.size:
+                    raise WireError(f"the server has {status.received} bytes of an upload of {header.size}")
                 offset = status.received
                 furthest = max(furthest, offset)
             ask = True
-            return self._stub.Push(messages(), timeout=self._options.call_timeout_seconds)
+            return self._stub.Push(messages(), timeout=_CALL_SECONDS)
 
         try:
             response = self._call("push", attempt, lambda: furthest)
@@ -223,38 +200,21 @@ class GrpcTransport:
             # The server lost part of what had arrived, in a crash of its machine; it starts from nothing.
             response = self._call("push", attempt, lambda: furthest)
         self._traffic.received("control", response.ByteSize())
-        return wire.decode_receipt(response)
+        return wire.decode(response, Receipt)
 
     def status(self) -> RoundStatus:
         """See `Transport.status`."""
-
-        def attempt() -> pb.RoundStatusResponse:
-            return self._stub.RoundStatus(pb.RoundStatusRequest(), timeout=self._options.call_timeout_seconds)
-
-        response = self._call("status", attempt)
-        self._traffic.received("control", response.ByteSize())
-        return wire.decode_status(response.state)
+        response = self._unary("status", self._stub.RoundStatus, pb.RoundStatusRequest())
+        return wire.decode(response.state, RoundStatus)
 
     def report(self, statement: bytes) -> None:
         """See `Transport.report`."""
-        bounds.check_bytes("report.statement", statement, 2, bounds.MAX_STATEMENT_BYTES)
-        request = pb.ReportRequest(statement=statement)
-
-        def attempt() -> pb.ReportResponse:
-            self._traffic.sent("control", request.ByteSize())
-            return self._stub.Report(request, timeout=self._options.call_timeout_seconds)
-
-        self._call("report", attempt)
+        self._unary("report", self._stub.Report, wire.encode(Report(statement), pb.ReportRequest))
 
     def post_key_message(self, message: KeyMessage) -> None:
         """See `Transport.post_key_message`."""
-        request = wire.encode_key_message(message)
-
-        def attempt() -> pb.PostKeyMessageResponse:
-            self._traffic.sent("keys", request.ByteSize())
-            return self._stub.PostKeyMessage(request, timeout=self._options.call_timeout_seconds)
-
-        self._call("post key message", attempt)
+        request = wire.encode(message, pb.PostKeyMessageRequest)
+        self._unary("post key message", self._stub.PostKeyMessage, request, "keys")
 
     def read_key_messages(
         self, epoch: int, stage: str, expected: int, timeout_seconds: float
@@ -263,19 +223,18 @@ class GrpcTransport:
         deadline = time.monotonic() + timeout_seconds
 
         def attempt() -> dict[str, bytes]:
-            wait = min(self._options.wait_seconds, max(0.0, deadline - time.monotonic()))
+            wait = min(self._wait, max(0.0, deadline - time.monotonic()))
             request = pb.ReadKeyMessagesRequest(
                 epoch=epoch, stage=stage, expected=expected, wait_milliseconds=int(wait * 1000)
             )
             self._traffic.sent("keys", request.ByteSize())
             found: dict[str, bytes] = {}
-            timeout = wait + self._options.call_timeout_seconds
-            for message in self._stub.ReadKeyMessages(request, timeout=timeout):
-                self._traffic.received("keys", message.ByteSize())
-                bounds.check_identifier("key_message.sender", message.sender)
-                bounds.check_bytes("key_message.payload", message.payload, 0, bounds.MAX_KEY_PAYLOAD_BYTES)
+            for part in self._stub.ReadKeyMessages(request, timeout=wait + _CALL_SECONDS):
+                self._traffic.received("keys", part.ByteSize())
+                message = wire.decode(part, RelayedKeyMessage)
                 found[message.sender] = message.payload
-                bounds.check_unique("key_messages", found, bounds.MAX_MEMBERS)
+                if len(found) > bounds.MAX_MEMBERS:
+                    raise WireError(f"key messages of more than {bounds.MAX_MEMBERS} senders came")
             return found
 
         while True:
@@ -283,7 +242,7 @@ class GrpcTransport:
             found = self._call("read key messages", attempt)
             if len(found) >= max(1, expected) or time.monotonic() >= deadline:
                 return found
-            time.sleep(max(0.0, _SHORTEST_POLL_SECONDS - (time.monotonic() - asked)))
+            _breathe(asked)
 
     def traffic(self) -> Traffic:
         """See `Transport.traffic`."""
@@ -294,11 +253,15 @@ class GrpcTransport:
         self._channel.close()
 
 
+def _breathe(asked: float) -> None:
+    """A server that is stopping answers at once that it has nothing; ask it no faster than this."""
+    time.sleep(max(0.0, _SHORTEST_POLL_SECONDS - (time.monotonic() - asked)))
+
+
 class _Download:
     """An aggregate that is arriving, over as many calls as it takes."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(self) -> None:
         self._header: pb.AggregateHeader | None = None
         self._size = 0
         self.received = bytearray()
@@ -314,8 +277,6 @@ class _Download:
 
     def begin(self, header: pb.AggregateHeader) -> None:
         size = wire.announced_size(header)
-        if size > self._limit:
-            raise WireError(f"an aggregate of {size} bytes was announced, at most {self._limit} are accepted")
         if header.sha256 != self.sha256:
             self.received.clear()
         if header.resume_offset > len(self.received):

@@ -1,4 +1,4 @@
-"""Pictures for language models: a frozen encoder, a projector, and pictures as words of a prompt.
+"""Images for language models: a frozen encoder, a projector, and images as words of a prompt.
 
-Stands on `client.model`, which knows nothing of pictures; releases nothing.
+Stands on `client.model`, which knows nothing of images; releases nothing.
 """

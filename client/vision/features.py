@@ -1,4 +1,4 @@
-"""Pictures from files, and their features, computed once and kept by what the files hold."""
+"""Images from files, and their features, computed once and kept by what the files hold."""
 
 import hashlib
 import logging
@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError
@@ -24,7 +24,7 @@ from fedmosaic.protos.errors import ConfigurationError
 log = logging.getLogger(__name__)
 
 SIZE: Final = 224
-"""Pixels of a side that a picture is brought to; the encoder was trained at this size."""
+"""Pixels of a side that an image is brought to; the encoder was trained at this size."""
 
 GRID: Final = 3
 """Places of a side: the 7 × 7 places of the encoder are averaged to 3 × 3, which makes nine tokens."""
@@ -35,14 +35,8 @@ _DEEP_MODES: Final = ("I", "F")
 _GREY: Final = (127, 127, 127)
 
 
-def open_picture(path: Path) -> Image.Image:
-    """Read a picture file.
-
-    Args:
-        path: PNG or JPEG.
-
-    Returns:
-        The picture, RGB.
+def open_image(path: Path) -> Image.Image:
+    """Read a PNG or JPEG file, as RGB.
 
     Raises:
         ConfigurationError: it cannot be read, has more than fifty million pixels or 8,192 of a side, or more
@@ -62,19 +56,12 @@ def open_picture(path: Path) -> Image.Image:
                 )
             return ImageOps.exif_transpose(file).convert("RGB")
     # Pillow's parsers raise the last two for some damaged files.
-    except (
-        OSError,
-        UnidentifiedImageError,
-        ValueError,
-        Image.DecompressionBombError,
-        SyntaxError,
-        AssertionError,
-    ) as error:
-        raise ConfigurationError(f"{path} is no PNG or JPEG picture that can be read: {error}") from None
+    except (OSError, ValueError, Image.DecompressionBombError, SyntaxError, AssertionError) as error:
+        raise ConfigurationError(f"{path} is no PNG or JPEG image that can be read: {error}") from None
 
 
-def read_picture(path: Path, size: int = SIZE) -> torch.Tensor:
-    """Read a picture as pixels for the encoder.
+def read_image(path: Path, size: int) -> torch.Tensor:
+    """Read an image as pixels for the encoder.
 
     Args:
         path: of any shape; padded with grey to a square and resized.
@@ -82,20 +69,17 @@ def read_picture(path: Path, size: int = SIZE) -> torch.Tensor:
 
     Returns:
         (3, size, size) float32 in [-1, 1].
-
-    Raises:
-        ConfigurationError: see `open_picture`.
     """
-    picture = open_picture(path)
-    side = max(picture.size)
+    image = open_image(path)
+    side = max(image.size)
     square = Image.new("RGB", (side, side), _GREY)
-    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     resized = square.resize((size, size), Image.Resampling.BICUBIC)
     values = np.asarray(resized, dtype=np.float32).transpose(2, 0, 1)
     return torch.from_numpy(np.ascontiguousarray((values - 127.0) / 128.0))
 
 
-def picture_features(
+def image_features(
     paths: Sequence[Path],
     *,
     size: int = SIZE,
@@ -104,13 +88,13 @@ def picture_features(
     kept: Path | None = None,
     console: Console | None = None,
 ) -> torch.Tensor:
-    """Features of pictures, from files kept earlier or from the encoder.
+    """Features of images, from files kept earlier or from the encoder.
 
-    Files that hold the same bytes are encoded once. Features tell much of a picture: those of private
-    pictures belong beside the client's other state, not into the cache.
+    Files that hold the same bytes are encoded once. Features tell much of an image: those of private images
+    belong beside the client's other state, not into the cache.
 
     Args:
-        paths: n pictures.
+        paths: n images.
         size: pixels of a side.
         grid: places of a side.
         cache: directory of the cache, which the encoder comes from; `cache_directory()` by default.
@@ -122,7 +106,7 @@ def picture_features(
         (n, grid², 1280) float16, places row by row.
 
     Raises:
-        ConfigurationError: a picture cannot be read.
+        ConfigurationError: an image cannot be read.
     """
     place = cache_directory() if cache is None else cache
     digests = [_digest(path) for path in paths]
@@ -130,9 +114,10 @@ def picture_features(
     distinct = sorted(first)
     key = hashlib.sha256("\n".join([LITE0.sha256, f"{size} {grid}", *distinct]).encode()).hexdigest()
     stored = (kept or place / "pictures") / f"{key}.safetensors"
-    features = _stored(stored, (len(distinct), grid * grid, CHANNELS))
-    if features is None:
-        log.info("encoding %d pictures, once; their features are kept in %s", len(distinct), stored.parent)
+    if stored.exists():
+        features = _stored(stored, (len(distinct), grid * grid, CHANNELS))
+    else:
+        log.info("encoding %d images, once; their features are kept in %s", len(distinct), stored.parent)
         encoder = load_efficientnet(place)
         features = _encode(encoder, [first[digest] for digest in distinct], size, grid, console)
         private_directory(stored.parent)
@@ -148,12 +133,7 @@ def picture_features(
 
 
 def forget_features(kept: Path, but: Path | None = None) -> None:
-    """Remove features of pictures that their owner has taken out.
-
-    Args:
-        kept: directory of the features; need not exist.
-        but: the file that stays.
-    """
+    """Remove features of images that their owner has taken out; the file `but` stays."""
     for file in kept.glob("*.safetensors*"):
         if file != but:
             file.unlink()
@@ -164,12 +144,10 @@ def _digest(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise ConfigurationError(f"the picture {path} cannot be read ({error.strerror})") from None
+        raise ConfigurationError(f"the image {path} cannot be read ({error.strerror})") from None
 
 
-def _stored(path: Path, shape: tuple[int, ...]) -> torch.Tensor | None:
-    if not path.exists():
-        return None
+def _stored(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
     try:
         features = load_file(path)["features"]
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -184,9 +162,8 @@ def _encode(
     encoder: EfficientNetLite0, paths: Sequence[Path], size: int, grid: int, console: Console | None
 ) -> torch.Tensor:
     parts = []
-    shown = console or Console(quiet=True)
-    # One at a time: in a batch the last bits of a picture's features depend on its neighbours.
-    for path in track(paths, "encoding pictures", console=shown, disable=console is None):
-        pooled_BCGG = functional.adaptive_avg_pool2d(encoder(read_picture(path, size)[None]), grid)
+    # One at a time: in a batch the last bits of an image's features depend on its neighbours.
+    for path in track(paths, "encoding images", console=console, disable=console is None):
+        pooled_BCGG = functional.adaptive_avg_pool2d(encoder(read_image(path, size)[None]), grid)
         parts.append(pooled_BCGG.flatten(2).transpose(1, 2).half())
-    return torch.cat(parts) if parts else torch.empty(0, grid * grid, CHANNELS, dtype=torch.float16)
+    return torch.cat(parts)

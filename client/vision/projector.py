@@ -1,4 +1,4 @@
-"""The projector between picture features and a language model: LLaVA's, two layers."""
+"""The projector between image features and a language model: LLaVA's, two layers."""
 
 import json
 import math
@@ -20,7 +20,7 @@ _RECORD: Final = "projector.json"
 
 
 class Projector(nn.Module):
-    """Features of a place in a picture to a vector beside the words'.
+    """Features of a place in an image to a vector beside the words'.
 
     Reference: Liu et al. (2024), "Improved Baselines with Visual Instruction Tuning", arXiv 2310.03744.
     """
@@ -58,7 +58,7 @@ class ProjectorRecord:
         model_sha256: `fedmosaic.client.model.fingerprint.fingerprint` of the language model.
         channels: of the features.
         width: of the language model.
-        size: pixels of a side that pictures are brought to.
+        size: pixels of a side that images are brought to.
         grid: places of a side that features are averaged to.
         data: what it was trained on.
         steps: optimizer steps.

@@ -1,8 +1,8 @@
-"""Pictures through a vision-language model's own tower and projector, both frozen.
+"""Images through a vision-language model's own tower and projector, both frozen.
 
-A frozen tower gives a picture the same vectors in every step, so they are computed when a picture is first
-met and kept while there is room. What the language part then reads is what the model's own forward would put
-in the places of its image tokens.
+A frozen tower gives an image the same vectors in every step, so they are computed when an image is first met
+and kept while there is room. What the language part then reads is what the model's own forward would put in
+the places of its image tokens.
 """
 
 from collections import OrderedDict
@@ -14,12 +14,11 @@ import torch
 from torch import nn
 from transformers import AutoImageProcessor
 
-from fedmosaic.client.vision.features import open_picture
+from fedmosaic.client.vision.features import open_image
 from fedmosaic.protos.errors import ModelError
 
 _TYPES: Final = ("llava",)
-"""Types whose pictures are as many tokens each, at positions like any words', under causal attention."""
-
+"""Types whose images are as many tokens each, at positions like any words', under causal attention."""
 _KEPT: Final = 64
 
 
@@ -28,55 +27,56 @@ def has_tower(model: nn.Module) -> bool:
     return callable(getattr(model, "get_image_features", None))
 
 
-class TowerPictures:
-    """Vectors of pictures from a model's own tower; see `fedmosaic.client.vision.embedding`.
+class TowerImages:
+    """Vectors of images from a model's own tower; see `fedmosaic.client.vision.embedding`.
 
     Attributes:
-        each: tokens of a picture.
+        each: tokens of an image.
     """
 
     def __init__(self, model: nn.Module, source: str, paths: Sequence[Path]) -> None:
-        """Find out how many tokens a picture has.
+        """Find out how many tokens an image has.
 
         Args:
             model: of transformers, without PEFT's wrapper; its tower must not be adapted.
             source: folder or hub id that the model came from, for its image processor.
-            paths: of the pictures, by number; at least one.
+            paths: of the images, by number; at least one.
 
         Raises:
             ModelError: the model's type is not known here, or its image processor cannot be loaded.
-            ConfigurationError: a picture cannot be read.
+            ConfigurationError: an image cannot be read.
         """
         kind = getattr(getattr(model, "config", None), "model_type", "")
         if kind not in _TYPES:
-            raise ModelError(f"{source} is of type {kind!r}, whose pictures are not handled; use {_TYPES[0]}")
-        options: dict[str, Any] = {"local_files_only": Path(source).is_dir(), "trust_remote_code": False}
+            raise ModelError(f"{source} is of type {kind!r}, whose images are not handled; use {_TYPES[0]}")
         try:
             load: Any = AutoImageProcessor.from_pretrained
-            self._processor: Any = load(source, **options)
+            self._processor: Any = load(
+                source, local_files_only=Path(source).is_dir(), trust_remote_code=False
+            )
         except (OSError, ValueError, ImportError) as error:
             raise ModelError(f"the image processor of {source} cannot be loaded: {error}") from error
-        # A picture that cannot be read has to be found before privacy is spent on a step that would read it.
+        # An image that cannot be read has to be found before privacy is spent on a step that would read it.
         for path in paths:
-            open_picture(path)
+            open_image(path)
         self._model: Any = model
         self._paths = tuple(paths)
         self._known: OrderedDict[int, torch.Tensor] = OrderedDict()
         self.each = len(self._vectors(0))
 
     def __call__(self, numbers: torch.Tensor) -> torch.Tensor:
-        """See `fedmosaic.client.vision.embedding.PictureSource`."""
+        """See `fedmosaic.client.vision.embedding.ImageSource`."""
         return torch.stack([self._vectors(int(number)) for number in numbers]).to(numbers.device)
 
     def _vectors(self, number: int) -> torch.Tensor:
-        """(K, D) vectors of one picture."""
+        """(K, D) vectors of one image."""
         if number in self._known:
             self._known.move_to_end(number)
             return self._known[number]
-        pixels = self._processor(open_picture(self._paths[number]), return_tensors="pt")["pixel_values"]
+        pixels = self._processor(open_image(self._paths[number]), return_tensors="pt")["pixel_values"]
         table = self._model.get_input_embeddings().weight
-        # Always in the model's own precision: what a picture becomes must not depend on whether it was met in
-        # training or before, and so on which other pictures were drawn.
+        # Always in the model's own precision: what an image becomes must not depend on whether it was met in
+        # training or before, and so on which other images were drawn.
         with torch.no_grad(), torch.autocast(table.device.type, enabled=False):
             output = self._model.get_image_features(
                 pixel_values=pixels.to(table.device, table.dtype), return_dict=True

@@ -1,9 +1,8 @@
-"""Pictures as words: a prompt names pictures in place, and each becomes a few token ids of its own.
+"""Images as words: a prompt names images in place, and each becomes a few token ids of its own.
 
-A prompt holds markers `<image:PATH>`. With n pictures of K tokens each, picture i has the ids
+A prompt holds markers `<image:PATH>`. With n images of K tokens each, image i has the ids
 V + iK … V + iK + K - 1, above the V ids of the vocabulary, so that examples, batches, scoring and generation
-handle pictures like any other words. The model's input embedding knows what stands behind these ids
-(`fedmosaic.client.vision.embedding`).
+handle images like any other words. The model's input embedding knows what stands behind these ids.
 """
 
 import re
@@ -20,25 +19,21 @@ _MARKER: Final = re.compile(r"<image:([^<>\n]+)>")
 
 
 def marker(path: str) -> str:
-    """The marker of a picture.
-
-    Raises:
-        ConfigurationError: the path cannot stand in a marker.
-    """
+    """The marker of an image; ConfigurationError if the path cannot stand in one."""
     text = f"<image:{path}>"
     if _MARKER.fullmatch(text) is None:
         raise ConfigurationError(f"{path!r} cannot be named in a prompt: it holds <, > or a line break")
     return text
 
 
-def pictures_in(text: str) -> list[str]:
-    """Paths of the pictures that a text names, in order."""
+def images_in(text: str) -> list[str]:
+    """Paths of the images that a text names, in order."""
     return _MARKER.findall(text)
 
 
-def without_pictures(example: Example) -> Example:
-    """The question alone; an example that names no picture is given back as it is."""
-    if not pictures_in(example.prompt):
+def without_images(example: Example) -> Example:
+    """The question alone; an example that names no image is given back as it is."""
+    if not images_in(example.prompt):
         return example
     prompt, *turns = (
         _MARKER.sub(" ", text).strip() or "?"
@@ -49,13 +44,13 @@ def without_pictures(example: Example) -> Example:
 
 
 @dataclass(frozen=True)
-class PictureIds:
-    """Which ids stand for which picture.
+class ImageIds:
+    """Which ids stand for which image.
 
     Attributes:
-        numbers: number of each picture, 0 to n - 1, by path.
-        first: first id of picture 0: the rows of the model's embedding.
-        each: ids per picture.
+        numbers: number of each image, 0 to n - 1, by path.
+        first: first id of image 0: the rows of the model's embedding.
+        each: ids per image.
     """
 
     numbers: Mapping[str, int]
@@ -63,34 +58,24 @@ class PictureIds:
     each: int
 
     def of(self, path: str) -> list[int]:
-        """The ids of a picture.
-
-        Raises:
-            ConfigurationError: there is no such picture.
-        """
+        """The ids of an image; ConfigurationError if there is no such image."""
         number = self.numbers.get(path)
         if number is None:
-            raise ConfigurationError(f"a prompt names the picture {path!r}, which was not read")
+            raise ConfigurationError(f"a prompt names the image {path!r}, which was not read")
         start = self.first + number * self.each
         return list(range(start, start + self.each))
 
 
-def number_pictures(examples: Iterable[Example], first: int, each: int) -> PictureIds:
-    """Number the pictures that examples name, in the order of their paths."""
-    paths = sorted({path for example in examples for path in pictures_in(example.prompt)})
-    return PictureIds({path: number for number, path in enumerate(paths)}, first, each)
+def number_images(examples: Iterable[Example], first: int, each: int) -> ImageIds:
+    """Number the images that examples name, in the order of their paths."""
+    paths = sorted({path for example in examples for path in images_in(example.prompt)})
+    return ImageIds({path: number for number, path in enumerate(paths)}, first, each)
 
 
-class PictureTokenizer:
-    """A tokenizer that turns markers into the ids of their pictures; in all else the one it wraps."""
+class ImageTokenizer:
+    """A tokenizer that turns markers into the ids of their images; in all else the one it wraps."""
 
-    def __init__(self, base: PreTrainedTokenizerBase, ids: PictureIds | None) -> None:
-        """Wrap a tokenizer.
-
-        Args:
-            base: of the language model; puts its special tokens before a text, if anywhere.
-            ids: of the pictures; None leaves every marker out, for the question alone.
-        """
+    def __init__(self, base: PreTrainedTokenizerBase, ids: ImageIds | None) -> None:
         self._base, self._ids = base, ids
 
     def __getattr__(self, name: str) -> Any:
@@ -117,11 +102,11 @@ class PictureTokenizer:
         return {"input_ids": tokens}
 
     def _check_words(self, ids: list[int]) -> None:
-        """Refuse a word whose id the model would take for a picture's."""
+        """Refuse a word whose id the model would take for an image's."""
         if self._ids is not None and ids and max(ids) >= self._ids.first:
             raise ModelError(
                 f"a text has a token above the {self._ids.first} that the model embeds, where the ids of "
-                "pictures begin; name a model and tokenizer that belong together, or take that token out of "
+                "images begin; name a model and tokenizer that belong together, or take that token out of "
                 "the text"
             )
 
@@ -133,6 +118,11 @@ class PictureTokenizer:
         return special
 
 
-def tokenizer_with_pictures(base: PreTrainedTokenizerBase, ids: PictureIds | None) -> PreTrainedTokenizerBase:
-    """`PictureTokenizer` under the type that everything that takes a tokenizer asks for."""
-    return cast(PreTrainedTokenizerBase, PictureTokenizer(base, ids))
+def tokenizer_with_images(base: PreTrainedTokenizerBase, ids: ImageIds | None) -> PreTrainedTokenizerBase:
+    """`ImageTokenizer` under the type that everything that takes a tokenizer asks for.
+
+    Args:
+        base: of the language model; puts its special tokens before a text, if anywhere.
+        ids: of the images; None leaves every marker out, for the question alone.
+    """
+    return cast(PreTrainedTokenizerBase, ImageTokenizer(base, ids))

@@ -7,7 +7,8 @@ DP-SGD (`dp`, seen by server and recipients). With `encrypted` the server sees a
 """
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,40 +22,30 @@ from fedmosaic.client.model.adapted import load_adapted
 from fedmosaic.client.model.examples import Example, encode_examples
 from fedmosaic.client.model.loss import training_mode
 from fedmosaic.client.settings import ModelSettings
-from fedmosaic.experiments.attacks.profile import DELTA, noise_multiplier
+from fedmosaic.experiments.attacks.profile import EPSILONS, noise_multiplier
 from fedmosaic.experiments.attacks.statistics.membership import (
     clipped_gram,
     dictionary_scores,
     draw_members,
     likelihood_ratio_scores,
-    scored_candidates,
+    scored,
     simulated_inner_products,
 )
 from fedmosaic.experiments.attacks.statistics.results import AttackResult, Figure, Setting
-from fedmosaic.experiments.attacks.statistics.roc import (
-    Ceiling,
-    membership_figures,
-    roc_points,
-)
-from fedmosaic.experiments.scenario.metrics import area_under_curve
+from fedmosaic.experiments.attacks.statistics.roc import Ceiling
+from fedmosaic.experiments.scenario.metrics import area_under_curve, interval
 from fedmosaic.privacy.federation.roster import AdapterTerms
 from fedmosaic.privacy.mechanism.noise import NoiseSource
 
 MEMBERSHIP: Final = "Membership in a P, Q update"
 WORDS: Final = "Words of the training texts from a P, Q update"
-_SCORED: Final = 16
 _RIDGE: Final = 1.0
 _LEAST_WORD_LENGTH: Final = 4
 
 
 @dataclass(frozen=True, eq=False)
 class AdapterRows:
-    """Per-example gradients of P and Q at the public starting point.
-
-    Attributes:
-        rows: (N, D) float32.
-        texts: the examples.
-    """
+    """(N, D) float32 gradients of P and Q, one per example, at the public starting point; and the texts."""
 
     rows: np.ndarray
     texts: tuple[str, ...]
@@ -63,13 +54,9 @@ class AdapterRows:
 def adapter_rows(
     settings: ModelSettings, terms: AdapterTerms, groups: Sequence[Sequence[Example]], max_length: int
 ) -> list[AdapterRows]:
-    """Gradients of examples with respect to P and Q of a fresh adapter, as every observer can compute them.
+    """Gradients of groups of examples, cut to a number of tokens, by P and Q of a fresh adapter.
 
-    Args:
-        settings: the client's base model, public.
-        terms: the run's adapter.
-        groups: lists of examples; one result each.
-        max_length: tokens per example.
+    Every observer can compute them: base model and terms are public.
     """
     model, tokenizer = load_adapted(settings.model_copy(update={"dtype": "float32"}), terms)
     found = []
@@ -88,30 +75,21 @@ def membership_results(
     *,
     releases: int,
     rate: float,
-    epsilons: Sequence[float],
     seed: int,
-) -> list[AttackResult]:
+    epsilons: Sequence[float] = EPSILONS,
+) -> Iterator[AttackResult]:
     """Who was in a full-batch step on P and Q, as each protection mode shows it.
 
-    Args:
-        candidates: the victim's candidates.
-        others: examples of the other contributors of an aggregate.
-        noise: of the DP steps.
-        releases: simulated updates per mode.
-        rate: chance of a candidate to be in one update.
-        epsilons: of one DP step.
-        seed: of the memberships.
+    A candidate of the victim is in one of the simulated updates with chance `rate`; the others' examples are
+    those of the other contributors of an aggregate; `epsilons` are of one DP step.
     """
     generator = np.random.default_rng(seed)
     rows = candidates.rows.astype(np.float64)
     gram = rows @ rows.T
     members = draw_members(releases, len(rows), rate, generator)
     inner = simulated_inner_products(gram, members, 0.0, generator)
-    results = [
-        _membership(
-            inner, gram, members, 0.0, rate, "none: the update itself", "server", "no_sanitiser", math.inf
-        )
-    ]
+    scores = dictionary_scores(inner, gram, 0.0, rate)
+    yield _membership(scores, members, "none: the update itself", "server", "no_sanitiser")
     # A recipient sees the victim's update beside two others', whose examples are noise to the attacker.
     foreign = others.rows.astype(np.float64)
     chosen = draw_members(releases, len(foreign), rate, generator)
@@ -120,28 +98,18 @@ def membership_results(
         float(np.mean(np.diag(gram)))
     )
     aggregate = inner + chosen @ crossed.T - rate * crossed.sum(axis=1)
-    results.append(
-        _membership(
-            aggregate, gram, members, spread, rate,
-            "none or encrypted: an aggregate with equal weight of other contributors", "recipient",
-            "product", math.inf,
-        )
-    )  # fmt: skip
-    bound = float(np.quantile(np.linalg.norm(rows, axis=1), 0.5))
-    clipped = clipped_gram(gram, bound)
-    scaled = rows * np.minimum(1.0, bound / np.linalg.norm(rows, axis=1))[:, None]
+    words = "none or encrypted: an aggregate with equal weight of other contributors"
+    scores = dictionary_scores(aggregate, gram, spread, rate)
+    yield _membership(scores, members, words, "recipient", "product")
+    norms = np.linalg.norm(rows, axis=1)
+    bound = float(np.quantile(norms, 0.5))
+    clipped, scaled = clipped_gram(gram, bound), rows * np.minimum(1.0, bound / norms)[:, None]
     for epsilon in epsilons:
         sigma = noise_multiplier(epsilon)
-        inner = np.stack(
-            [_dp_step(candidates.rows[chosen_], bound, sigma, noise) @ scaled.T for chosen_ in members]
-        )
-        results.append(
-            _membership(
-                inner, clipped, members, sigma * bound, rate, f"dp: one step at ε = {epsilon:g}",
-                "server or recipient", "variant", epsilon, Ceiling(mu=1.0 / sigma),
-            )
-        )  # fmt: skip
-    return results
+        inner = np.stack([_dp_step(candidates.rows[row], bound, sigma, noise) @ scaled.T for row in members])
+        scores = likelihood_ratio_scores(inner, clipped, members, sigma * bound)
+        words = f"dp: one step at ε = {epsilon:g}"
+        yield _membership(scores, members, words, "server or recipient", "variant", epsilon, sigma)
 
 
 def word_results(
@@ -150,15 +118,8 @@ def word_results(
     """Which words occur in the texts of an update: a ridge map from gradients to words, learnt in public.
 
     Counts of words add up over examples as gradients do, so a linear map learnt on single examples reads the
-    words of a sum. Compared with guessing the words that are frequent in public texts.
-
-    Args:
-        public: gradients and texts of a public set of the same kind.
-        victim: of the client.
-        noise: of the DP step.
-        size: examples per update.
-        updates: number of updates.
-        seed: of the draws.
+    words of a sum. Compared with guessing the words that are frequent in public texts. There are `updates`
+    updates of `size` of the victim's examples each.
     """
     generator = np.random.default_rng(seed)
     vocabulary = _vocabulary(public.texts, victim.texts)
@@ -197,7 +158,6 @@ def word_results(
             release=words,
             setting=setting,
             epsilon=epsilon,
-            delta=DELTA if epsilon is not None else None,
             figures=(_mean_figure("AUC over words", areas[name]),),
             note=f"{len(vocabulary)} words; compare with the row without any update",
         )
@@ -212,54 +172,37 @@ def _dp_step(rows: np.ndarray, bound: float, sigma: float, noise: NoiseSource) -
 
 
 def _membership(
-    inner: np.ndarray,
-    gram: np.ndarray,
+    scores: np.ndarray,
     members: np.ndarray,
-    deviation: float,
-    rate: float,
     words: str,
     adversary: str,
     setting: Setting,
-    epsilon: float,
-    ceiling: Ceiling | None = None,
+    epsilon: float = math.inf,
+    sigma: float = 0.0,
 ) -> AttackResult:
-    strongest = ceiling is not None
-    if strongest:
-        scores = likelihood_ratio_scores(inner, gram, members, deviation)
-    else:
-        scores = dictionary_scores(inner, gram, deviation, rate)
-    used = scored_candidates(
-        len(members), members.shape[1], _SCORED, np.random.default_rng([len(members), _SCORED])
-    )
-    flat, truth, groups = scores[used], members[used], np.nonzero(used)[0]
+    """The result of a likelihood ratio if there is a noise σ, of least squares over a dictionary if not."""
+    figures, curve = scored(scores, members, Ceiling(mu=1.0 / sigma) if sigma else Ceiling())
     return AttackResult(
         attack=MEMBERSHIP,
-        adversary=f"{adversary}, knowing all other members" if strongest else adversary,
+        adversary=f"{adversary}, knowing all other members" if sigma else adversary,
         sees="a full-batch step on P and Q from the public starting point",
-        statistic="likelihood ratio" if strongest else "dictionary least squares",
+        statistic="likelihood ratio" if sigma else "dictionary least squares",
         release=words,
         setting=setting,
         epsilon=epsilon,
-        delta=DELTA,
-        figures=membership_figures(flat, truth, ceiling or Ceiling(), groups),
-        curve=roc_points(flat, truth) if strongest else (),
+        figures=figures,
+        curve=curve if sigma else (),
         note="with `encrypted` alone the server holds a ciphertext, and nothing here applies to it",
     )
 
 
 def _vocabulary(public: Sequence[str], victim: Sequence[str]) -> list[str]:
     """Words that occur in public and in private texts, in neither of them nearly always."""
-    counts: list[dict[str, int]] = []
-    for texts in (public, victim):
-        found: dict[str, int] = {}
-        for text in texts:
-            for word in _words(text):
-                found[word] = found.get(word, 0) + 1
-        counts.append(found)
+    shown, hidden = (Counter(word for text in texts for word in _words(text)) for texts in (public, victim))
     return sorted(
         word
-        for word, count in counts[0].items()
-        if 3 <= count <= 0.5 * len(public) and 1 <= counts[1].get(word, 0) <= 0.5 * len(victim)
+        for word, count in shown.items()
+        if 3 <= count <= 0.5 * len(public) and 1 <= hidden[word] <= 0.5 * len(victim)
     )
 
 
@@ -269,13 +212,13 @@ def _words(text: str) -> set[str]:
 
 
 def _presence(texts: Sequence[str], vocabulary: Sequence[str]) -> np.ndarray:
-    sets = [_words(text) for text in texts]
-    return np.array([[word in words for word in vocabulary] for words in sets], dtype=np.float64)
+    found = [_words(text) for text in texts]
+    return np.array([[word in words for word in vocabulary] for words in found], dtype=np.float64)
 
 
 def _mean_figure(name: str, values: Sequence[float]) -> Figure:
-    if not values:
-        return Figure(name=name, value=0.5, low=0.0, high=1.0)
-    mean = float(np.mean(values))
-    reach = 1.96 * float(np.std(values)) / math.sqrt(len(values))
-    return Figure(name=name, value=mean, low=max(0.0, mean - reach), high=min(1.0, mean + reach))
+    found = interval(values)
+    if found is None or found.half_width is None:
+        return Figure(name=name, value=values[0] if values else 0.5, low=0.0, high=1.0)
+    low, high = found.mean - found.half_width, found.mean + found.half_width
+    return Figure(name=name, value=found.mean, low=max(0.0, low), high=min(1.0, high))

@@ -6,7 +6,6 @@ in a direction of its own. Half of the canaries, by fair coins, are in the data.
 the cores is the sum of all noisy gradients, which is all that an observer of every step can use.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,18 +13,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedmosaic.client.dp.training import PrivateTrainingSettings, Randomness, train_private
+from fedmosaic.client.dp.training import PrivateTrainingSettings, train_private
 from fedmosaic.client.model.examples import EncodedExample
 from fedmosaic.client.model.loss import Batch
 from fedmosaic.experiments.attacks.statistics.empirical import CanaryScores, audit_figures
 from fedmosaic.experiments.attacks.statistics.one_run import one_run_figure
-from fedmosaic.experiments.attacks.statistics.one_run_fdp import one_run_fdp_figure
-from fedmosaic.experiments.attacks.statistics.results import AttackResult, Setting
-from fedmosaic.experiments.attacks.statistics.roc import Ceiling, ceiling_of
+from fedmosaic.experiments.attacks.statistics.results import DELTA, AttackResult, Setting
+from fedmosaic.experiments.attacks.statistics.roc import ceiling_of
 from fedmosaic.privacy.accounting.epsilon import epsilon_bound
 from fedmosaic.privacy.accounting.events import GaussianEvent
+from fedmosaic.privacy.mechanism.noise import Randomness
 
-DELTA: Final = 1e-5
 AUDIT: Final = "Empirical ε of the adapter's DP-SGD, one run"
 RANK: Final = 16
 _GRADIENT: Final = 1e3
@@ -92,22 +90,13 @@ def one_run(
     settings: PrivateTrainingSettings,
     randomness: Randomness,
     coins: np.random.Generator,
-    train: Callable[..., object] = train_private,
 ) -> OneRun:
-    """Train once with half of the canaries and read off every canary's score.
-
-    Args:
-        canaries: m, one per entry of P.
-        settings: of DP-SGD; the optimizer must be sgd.
-        randomness: samples and noise.
-        coins: who is included.
-        train: the training under audit.
-    """
+    """Train once by plain SGD with about half of m canaries, one per entry of P, and read their scores."""
     model = CanaryModel(-(-canaries // RANK**2))
     included = coins.random(canaries) < 0.5
     examples = [example for example, coin in zip(canary_examples(canaries), included, strict=True) if coin]
     charged: list[GaussianEvent] = []
-    train(
+    train_private(
         model,
         model.named_cores(),
         examples,
@@ -123,35 +112,21 @@ def one_run(
 
 
 def audit_result(run: OneRun, *, setting: Setting = "product", words: str = "") -> AttackResult:
-    """The certified ε of one run beside the claimed one.
-
-    Args:
-        run: from `one_run`.
-        setting: what the result is filed under.
-        words: what was audited; its event by default.
-    """
+    """The certified ε of one run beside the claimed one; `words` say what was audited, else its event."""
     event = run.event
-
-    def claimed(delta: float) -> float:
-        return epsilon_bound([event], delta, "pld").epsilon
 
     def scaled(factor: float) -> list[GaussianEvent]:
         return [GaussianEvent(event.noise_multiplier * factor, event.sampling_rate, event.steps)]
 
-    def family(factor: float) -> Ceiling:
-        return ceiling_of(scaled(factor))
-
     def epsilon_at(factor: float) -> float:
         return epsilon_bound(scaled(factor), DELTA, "pld").epsilon
 
-    figures = [
-        one_run_figure(run.scores, run.included, claimed, DELTA),
-        one_run_fdp_figure(run.scores, run.included, family, epsilon_at),
-    ]
+    claimed = epsilon_at(1.0)
+    figures = [one_run_figure(run.scores, run.included, lambda s: ceiling_of(scaled(s)), epsilon_at)]
     if event.sampling_rate == 1.0:
         # Without sampling a score is Gaussian, and canaries in orthogonal directions are independent.
         scores = CanaryScores(run.scores[run.included], run.scores[~run.included])
-        figures.append(audit_figures(scores, claimed(DELTA), DELTA)[0])
+        figures.append(audit_figures(scores, claimed)[0])
     default = f"σ = {event.noise_multiplier:.3g}, q = {event.sampling_rate:.3g}, {event.steps} steps"
     return AttackResult(
         attack=AUDIT,
@@ -160,10 +135,8 @@ def audit_result(run: OneRun, *, setting: Setting = "product", words: str = "") 
         statistic=f"movement along each of {run.scores.size:,} canaries of norm C; guesses at both ends",
         release=words or default,
         setting=setting,
-        epsilon=claimed(DELTA),
-        delta=DELTA,
+        epsilon=claimed,
         figures=tuple(figures),
-        note="one run: Steinke, Nasr and Jagielski 2023, no assumption, high: the most that so many "
-        "canaries can certify. One run, f-DP: Mahloujifar, Melis and Chaudhuri 2024; the value holds for "
-        "trade-off curves of the same kind with another noise, its alarm (the claim is refuted) for any",
+        note="one run, f-DP: Mahloujifar, Melis and Chaudhuri 2024; the value holds for trade-off curves of "
+        "the same kind with another noise, its alarm (the claim is refuted) for any",
     )

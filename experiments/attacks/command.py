@@ -1,4 +1,4 @@
-"""`fedmosaic attack RUN_OR_SCENARIO`: the strongest practical attacks on what a federation releases.
+"""`fedmosaic attack RUN_OR_SCENARIO_OR_STATE`: the strongest practical attacks on what a federation releases.
 
 Adds an attack section to the run's privacy report: every attack with its success, its interval and the bound
 of the claimed ε, beside the same attack without a sanitiser and on the authors' sanitiser. Ends with status 1
@@ -11,8 +11,9 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal, get_args
 
@@ -23,21 +24,21 @@ from transformers.utils.logging import disable_progress_bar
 
 from fedmosaic.experiments.attacks import parts as attack_parts
 from fedmosaic.experiments.attacks import report as attack_report
-from fedmosaic.experiments.attacks.received import received_results
 from fedmosaic.experiments.attacks.refusals.keys import key_refusals
 from fedmosaic.experiments.attacks.refusals.messages import refusals
+from fedmosaic.experiments.attacks.state import is_state, open_state
 from fedmosaic.experiments.attacks.statistics.results import AttackReport, AttackResult, RefusalResult
-from fedmosaic.experiments.attacks.target import Target, open_prober, read_target
+from fedmosaic.experiments.attacks.target import read_target
 from fedmosaic.protos.errors import ConfigurationError
 
 Part = Literal[
-    "profile", "tasks", "audit", "federation", "malicious",
-    "text", "adapter", "inversion", "received", "shadow",
+    "profile", "tasks", "audit", "federation", "malicious", "text", "adapter", "inversion", "received",
 ]  # fmt: skip
 PARTS: Final[tuple[Part, ...]] = get_args(Part)
-_NEED_THE_PROBE: Final = frozenset({"profile", "tasks", "audit", "federation", "text"})
+Found = Iterable[AttackResult | RefusalResult]
+Runner = Callable[[list[str]], Found]
+"""Carries out one part; adds to a list what it had to leave out, with the reason."""
 _BROKEN_EXIT: Final = 1
-_SCORED: Final = 60
 
 
 @dataclass(frozen=True)
@@ -49,19 +50,16 @@ class Arguments:
     """
 
     target: tyro.conf.Positional[Path]
-    """Directory of a run (`fedmosaic run`, `fedmosaic demo`), or a scenario file."""
+    """Directory of a run (`fedmosaic run`, `fedmosaic demo`), a scenario file, or the state directory of a
+    client or server, of which only what it holds can be attacked."""
     output_dir: Path | None = None
-    """Where to write; RUN/attacks by default, and attacks-NAME beside you for a scenario."""
+    """Where to write; RUN/attacks by default, and attacks-NAME beside you for a scenario or a state."""
     parts: tuple[Part, ...] = PARTS
     """Which attacks to carry out."""
-    merge: bool = False
-    """Put what is found in place of the same attacks in the report that is there, and keep the others."""
     client: str = ""
     """Whose data is attacked; by default the client with the longest texts."""
     probes: tuple[Path, ...] = ()
     """Further models, with which the profile attacks are repeated as if they were the federation's probe."""
-    shadow_model: Path | None = None
-    """Small model for the shadow runs; without it they are left out."""
     sizes: tyro.conf.OmitArgPrefixes[attack_parts.Sizes] = field(default_factory=attack_parts.Sizes)
     """How large the attacks are."""
     threads: int = 1
@@ -74,91 +72,82 @@ def main(arguments: Sequence[str]) -> int:
     torch.set_num_threads(parsed.threads)
     disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     console = Console()
-    target = read_target(parsed.target)
-    place = parsed.output_dir or (
-        target.directory / "attacks" if target.directory is not None else Path(f"attacks-{target.name}")
-    )
+    name, place, runners = _opened(parsed, console)
     command = "fedmosaic attack " + shlex.join(arguments)
-    earlier = attack_report.read(place) if parsed.merge else None
-    if parsed.merge and earlier is None:
-        raise ConfigurationError(f"{place} holds no report to merge with; leave --merge out the first time")
-
-    def keep(found: AttackReport) -> None:
-        attack_report.write(found if earlier is None else earlier.updated(found, parsed.parts), place)
-
     # What is found is written after every part, so that a command that is stopped leaves what it had.
-    report = attack(target, parsed, console, command, keep)
+    keep = partial(attack_report.write, directory=place)
+    report = carry_out(name, parsed.parts, runners, command, console, keep)
     console.print(attack_report.render(report))
     console.print(f"written to {place}")
     return _BROKEN_EXIT if report.alarms else 0
 
 
-def attack(
-    target: Target,
-    arguments: Arguments,
-    console: Console,
-    command: str,
-    keep: Callable[[AttackReport], None] = lambda _: None,
-) -> AttackReport:
-    """Carry out the chosen attacks.
-
-    Args:
-        target: what to attack.
-        arguments: which attacks, and how large.
-        console: where progress is shown.
-        command: as it was given, for the report.
-        keep: told of the report after every part.
-    """
-    started, began = time.monotonic(), time.process_time()
-    victim = attack_parts.choose_victim(target, arguments.client)
+def _opened(parsed: Arguments, console: Console) -> tuple[str, Path, Mapping[Part, Runner]]:
+    """Name of the target, where to write, and what can be carried out."""
+    malicious: dict[Part, Runner] = {"malicious": lambda _: [*key_refusals(), *refusals()]}
+    if is_state(parsed.target):
+        if parsed.client or parsed.probes:
+            raise ConfigurationError(
+                f"{parsed.target} is a state directory, which holds no texts and no models; leave --client "
+                "and --probes out, or give a run or a scenario"
+            )
+        state = open_state(parsed.target, parsed.sizes.seed)
+        left_out: dict[Part, Runner] = {part: partial(_cannot, f"{part}: {state.why_not}") for part in PARTS}
+        console.print(f"attacking what {parsed.target} holds")
+        place = parsed.output_dir or Path(f"attacks-{state.name}")
+        return state.name, place, {**left_out, **malicious, "federation": state.attack}
+    target = read_target(parsed.target)
+    victim = attack_parts.choose_victim(target, parsed.client)
     console.print(f"attacking {victim.client_id} ({victim.task}) of {target.name}")
-    results: list[AttackResult] = []
-    refused: list[RefusalResult] = []
+    subject = attack_parts.Subject(target, victim, parsed.sizes, parsed.probes)
+    place = target.directory / "attacks" if target.directory is not None else Path(f"attacks-{target.name}")
+    runners: dict[Part, Runner] = {part: getattr(subject, part) for part in PARTS if part not in malicious}
+    return target.name, parsed.output_dir or place, {**runners, **malicious}
+
+
+def _cannot(reason: str, skipped: list[str]) -> Found:
+    skipped.append(reason)
+    return ()
+
+
+def carry_out(
+    name: str,
+    parts: Sequence[Part],
+    runners: Mapping[Part, Runner],
+    command: str,
+    console: Console,
+    keep: Callable[[AttackReport], None],
+) -> AttackReport:
+    """Carry out the chosen attacks; `keep` is told of the report after every part."""
+    started, began = time.monotonic(), time.process_time()
+    found: list[AttackResult | RefusalResult] = []
     skipped: list[str] = []
-    sizes = arguments.sizes
-    prober = open_prober(target) if _NEED_THE_PROBE & set(arguments.parts) else None
-    needed = attack_parts.needed
-    runners: dict[Part, Callable[[], Iterable[AttackResult]]] = {
-        "profile": lambda: attack_parts.profile(needed(prober), victim, sizes),
-        "tasks": lambda: attack_parts.every_profile(target, needed(prober), sizes, arguments.probes),
-        "audit": lambda: attack_parts.audit(target, needed(prober), victim, sizes),
-        "federation": lambda: attack_parts.federation(target, needed(prober), sizes, skipped),
-        "text": lambda: attack_parts.text(needed(prober), victim, sizes),
-        "adapter": lambda: attack_parts.adapter(target, victim, sizes),
-        "inversion": lambda: attack_parts.inversion(target, victim, sizes),
-        "received": lambda: received_results(target, victim, _SCORED),
-        "shadow": lambda: attack_parts.shadow(target, victim, arguments.shadow_model, sizes),
-    }
 
     def report() -> AttackReport:
         return AttackReport(
-            run=target.name,
+            run=name,
             created=dt.datetime.now(dt.UTC).isoformat(timespec="minutes"),
             seconds=time.monotonic() - started,
             processor_seconds=time.process_time() - began,
             command=command,
             machine=_machine(),
-            results=tuple(results),
-            refusals=tuple(refused),
+            results=tuple(each for each in found if isinstance(each, AttackResult)),
+            refusals=tuple(each for each in found if isinstance(each, RefusalResult)),
             skipped=tuple(skipped),
         )
 
-    for part in arguments.parts:
+    for part in parts:
         since, worked = time.monotonic(), time.process_time()
         try:
-            if part == "malicious":
-                refused += [*key_refusals(), *refusals()]
-            else:
-                results += runners[part]()
+            found += runners[part](skipped)
         except ConfigurationError as error:
             skipped.append(f"{part}: {error}")
         keep(report())
         console.print(
             f"{part}: {time.monotonic() - since:.0f} s, {time.process_time() - worked:.0f} s of one core"
         )
-    found = report()
-    keep(found)
-    return found
+    keep(report())
+    return report()
 
 
 def _machine() -> str:

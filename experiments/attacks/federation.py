@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
-from fedmosaic.experiments.attacks.profile import DELTA, EPSILONS, noise_multiplier
+from fedmosaic.experiments.attacks.profile import EPSILONS, noise_multiplier
 from fedmosaic.experiments.attacks.statistics.collusion import (
     equations,
     independent_equations,
@@ -14,19 +14,14 @@ from fedmosaic.experiments.attacks.statistics.collusion import (
     smallest_coalition,
     solve,
 )
-from fedmosaic.experiments.attacks.statistics.empirical import gaussian_epsilon
-from fedmosaic.experiments.attacks.statistics.results import CONFIDENCE, AttackResult, Figure, Setting
-from fedmosaic.experiments.attacks.statistics.roc import clopper_pearson
+from fedmosaic.experiments.attacks.statistics.empirical import epsilon_of_noise
+from fedmosaic.experiments.attacks.statistics.results import AttackResult, Figure, Setting
 from fedmosaic.privacy.coalitions import SOLVED, estimate_errors
 from fedmosaic.privacy.encryption.weights import integer_weights
 from fedmosaic.privacy.federation.roster import RelevanceTerms
+from fedmosaic.privacy.mechanism.gaussian import ClippedSum, clip
 from fedmosaic.privacy.mechanism.noise import NoiseSource
-from fedmosaic.privacy.mechanism.profile import (
-    ClippedSum,
-    ProfileMechanism,
-    clip,
-    release,
-)
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism, release
 from fedmosaic.privacy.policy import (
     AggregationPolicy,
     cap_weights,
@@ -37,6 +32,9 @@ from fedmosaic.protos.messages import Profile, WeightRow
 from fedmosaic.server.round.relevance import relevance
 from fedmosaic.server.round.weights import Group, plan
 
+Rows = Mapping[str, Mapping[str, float]]
+"""Shares of an aggregate by recipient and contributor."""
+
 COLLUSION: Final = "Collusion: solving for another member's adapter"
 SPOOFING: Final = "Relevance spoofing: pulling or poisoning a victim's aggregate"
 TASK: Final = "Task inference from the profile"
@@ -44,19 +42,11 @@ _BITS: Final = 12
 _DIMENSIONS: Final = 256
 _ALL_COALITIONS: Final = 12
 """Members up to which every coalition is tried."""
-_PHRASE: Final = "share of the victim's aggregate"
 
 
-def weights_of_run(server_run: Mapping[str, Any], members: Sequence[str]) -> list[np.ndarray]:
-    """Weight matrices of the closed rounds of a run, rows are recipients; the last round's is never sent."""
-    matrices = []
-    for result in server_run.get("results", [])[:-1]:
-        matrix = np.zeros((len(members), len(members)))
-        for recipient, row in result["weights"].get("shared", {}).items():
-            for contributor, share in row.items():
-                matrix[members.index(recipient), members.index(contributor)] = share
-        matrices.append(matrix)
-    return matrices
+def weight_matrix(rows: Rows, members: Sequence[str]) -> np.ndarray:
+    """(N, N) shares; row i is what member i received."""
+    return np.array([[rows.get(i, {}).get(j, 0.0) for j in members] for i in members])
 
 
 def simulated_weights(
@@ -69,7 +59,7 @@ def simulated_weights(
     for _ in range(rounds - 1):
         vectors = generator.standard_normal((members, 64)) + 0.7 * generator.standard_normal(64)
         rows = planned_rows(dict(zip(names, vectors, strict=True)), 0.0, terms, policy)
-        matrices.append(np.array([[rows.get(i, {}).get(j, 0.0) for j in names] for i in names]))
+        matrices.append(weight_matrix(rows, names))
     return matrices
 
 
@@ -106,13 +96,8 @@ def collusion_results(
 ) -> list[AttackResult]:
     """What coalitions of every size recover, for adapters that move little or much between rounds.
 
-    Args:
-        weights: per round, what every member received.
-        policy: limits on rows.
-        source: where the weights come from, in words.
-        dp_noise: least noise of a DP adapter over its signal; None to leave that case out.
-        trials: random adapters per case.
-        seed: of the adapters.
+    The weights are what every member received, per round, and `source` says where they come from. `dp_noise`
+    is the least noise of a DP adapter over its signal; None leaves that case out.
     """
     members = len(weights[0])
     cases = [("adapters at rest", 0.0, 0.0), ("adapters that move 30 % a round", 0.3, 0.0)]
@@ -124,13 +109,12 @@ def collusion_results(
         for size in range(1, members):
             for rounds in sorted({1, len(weights)}):
                 errors = _recovery_errors(weights[:rounds], size, movement, noise, trials, seed)
-                figures.append(_spread(f"error, {size} of {members}, {rounds} aggregate(s) each", errors))
+                name = f"error, {size} of {members}, {rounds} aggregate(s) each"
+                figures.append(Figure.spread(name, errors))
         results.append(_collusion(source, words, figures, "product" if not noise else "variant"))
     figures = [
-        _exact(
-            f"independent rows, {size} of {members} ({members - size} unknown)", float(_rows(weights, size))
-        )
-        for size in range(1, members)
+        Figure.exact(f"independent rows, {k} of {members} ({members - k} unknown)", _rows(weights, k))
+        for k in range(1, members)
     ]
     results.append(_collusion(source, "exact count of independent rows", figures, "product"))
     if members <= _ALL_COALITIONS:
@@ -140,55 +124,55 @@ def collusion_results(
 
 def spoofing_results(
     profiles: Mapping[str, np.ndarray],
-    tasks: Mapping[str, str],
-    mechanism: ProfileMechanism,
+    variance: float,
     terms: RelevanceTerms,
     policy: AggregationPolicy,
-    clip_bound: float,
-) -> list[AttackResult]:
+    tasks: Mapping[str, str] | None = None,
+    clip_bound: float | None = None,
+) -> AttackResult:
     """How much of a victim's aggregate clients get that copy its profile, with the server's own planning.
 
-    Args:
-        profiles: released profiles by client.
-        tasks: task by client.
-        mechanism: for the noise variance.
-        terms: similarity and temperature.
-        policy: the caps.
-        clip_bound: largest absolute value of an uploaded number.
+    The variance is that of the profiles' noise. Without tasks, honest clients are not told apart;
+    `clip_bound` is the largest absolute value of an uploaded number, if it is known.
     """
     shares: dict[int, list[float]] = {}
     honest, strangers = [], []
     for victim in profiles:
-        row = planned_rows(profiles, mechanism.noise_variance, terms, policy).get(victim, {})
-        strangers += [share for name, share in row.items() if tasks[name] != tasks[victim]]
-        honest += [share for name, share in row.items() if tasks[name] == tasks[victim]]
+        if tasks is not None:
+            row = planned_rows(profiles, variance, terms, policy).get(victim, {})
+            strangers += [share for name, share in row.items() if tasks[name] != tasks[victim]]
+            honest += [share for name, share in row.items() if tasks[name] == tasks[victim]]
         for count in (1, 2, 3):
             sybils = {f"sybil-{number}": profiles[victim] for number in range(count)}
-            rows = planned_rows({**profiles, **sybils}, mechanism.noise_variance, terms, policy)
+            rows = planned_rows({**profiles, **sybils}, variance, terms, policy)
             shares.setdefault(count, []).append(sum(rows.get(victim, {}).get(name, 0.0) for name in sybils))
-    figures = [_spread("honest client of another task", strangers)] if strangers else []
-    figures += [_spread("honest client of the same task", honest)] if honest else []
+    figures = [Figure.spread("honest client of another task", strangers)] if strangers else []
+    figures += [Figure.spread("honest client of the same task", honest)] if honest else []
     for count, found in shares.items():
         name = "one copy of the victim's profile" if count == 1 else f"{count} copies (Sybils)"
-        figure = _spread(name, found)
+        figure = Figure.spread(name, found)
         bound = _largest_share(count, policy)
         figures.append(figure.model_copy(update={"bound": bound, "broken": figure.high > bound + 1e-9}))
-    return [
-        AttackResult(
-            attack=SPOOFING,
-            adversary="clients that know or guess the victim's profile",
-            sees="the victim's released profile (worst case: told by the server)",
-            statistic=_PHRASE,
-            release=f"temperature {terms.temperature:g}, weight cap {policy.weight_cap:g}, squares cap "
-            f"{policy.squares_cap:g}",
-            setting="product",
-            figures=tuple(figures),
-            note="value: mean over victims; low and high: least and most. The cap bounds one client, not a "
-            "party that enrolled several: who may enrol is for the consortium. Every uploaded number is "
-            f"clipped to ±{clip_bound:g}, so s of an attacker's share moves each number by at most "
-            f"{clip_bound:g}·s",
+    note = (
+        "value: mean over victims; low and high: least and most. The cap bounds one client, not a party that "
+        "enrolled several: who may enrol is for the consortium"
+    )
+    if clip_bound is not None:
+        note += (
+            f". Every uploaded number is clipped to ±{clip_bound:g}, so s of an attacker's share moves each "
+            f"number by at most {clip_bound:g}·s"
         )
-    ]
+    return AttackResult(
+        attack=SPOOFING,
+        adversary="clients that know or guess the victim's profile",
+        sees="the victim's released profile (worst case: told by the server)",
+        statistic="share of the victim's aggregate",
+        release=f"temperature {terms.temperature:g}, weight cap {policy.weight_cap:g}, squares cap "
+        f"{policy.squares_cap:g}",
+        setting="product",
+        figures=tuple(figures),
+        note=note,
+    )
 
 
 def _largest_share(count: int, policy: AggregationPolicy) -> float:
@@ -210,24 +194,18 @@ def task_results(
 ) -> list[AttackResult]:
     """Which task a client has, from one release: the nearest of the tasks' public mean profiles.
 
-    Args:
-        rows_by_task: (n, k) standardised rows of the clients' examples.
-        reference_by_task: (n, k) rows of public examples of the same tasks.
-        mechanism: the product's.
-        noise: of the releases.
-        size: examples per release.
-        releases: releases per task and setting.
-        seed: of the draws.
+    Rows are (n, k), standardised: of the clients' examples, and of public examples of the same tasks. A
+    release is of `size` examples; there are `releases` per task and setting.
     """
     generator = np.random.default_rng(seed)
     names = list(rows_by_task)
-    means = np.stack([_clipped_mean(reference_by_task[name], mechanism) for name in names])
+    means = np.stack([clip(reference_by_task[n], mechanism.clipping_norm)[0].mean(axis=0) for n in names])
     means /= np.linalg.norm(means, axis=1, keepdims=True)
     units = {name: clip(rows, mechanism.clipping_norm)[0] for name, rows in rows_by_task.items()}
-    results = []
     settings: list[tuple[float, Setting]] = [(0.0, "no_sanitiser")]
     settings += [(noise_multiplier(epsilon), "variant") for epsilon in EPSILONS]
     settings += [(mechanism.noise_multiplier, "product")]
+    results = []
     for sigma, setting in settings:
         agreed = mechanism.model_copy(update={"noise_multiplier": sigma})
         right = 0
@@ -236,14 +214,24 @@ def task_results(
                 chosen = generator.permutation(len(units[name]))[:size]
                 total = ClippedSum(units[name][chosen].sum(axis=0), 0, 0, len(chosen))
                 right += int(np.argmax(means @ release(total, agreed, noise)) == number)
-        tried = releases * len(names)
-        low, high = clopper_pearson(right, tried, CONFIDENCE)
-        figures = (
-            Figure(name="right guesses", value=right / tried, low=low, high=high),
-            Figure(name="chance", value=1 / len(names), low=1 / len(names), high=1 / len(names)),
+        examples = min(size, *map(len, units.values()))
+        results.append(
+            AttackResult(
+                attack=TASK,
+                adversary="server, or whoever sees a profile",
+                sees="one release, and public examples of the candidate tasks",
+                statistic="largest cosine with the tasks' mean profiles",
+                release=f"{examples} examples, " + (f"σ = {sigma:.3g}" if sigma else "no noise"),
+                setting=setting,
+                epsilon=epsilon_of_noise(sigma),
+                figures=(
+                    Figure.share("right guesses", right, releases * len(names)),
+                    Figure.exact("chance", 1 / len(names)),
+                ),
+                by_design=True,
+                note="the task is what a profile is released for; ε protects single examples, not the task",
+            )
         )
-        epsilon = gaussian_epsilon(1.0 / sigma if sigma else math.inf, DELTA)
-        results.append(_task(sigma, setting, epsilon, figures, min(size, *map(len, units.values()))))
     return results
 
 
@@ -253,9 +241,8 @@ def dp_noise_ratio(sigma: float, rate: float, steps: int, examples: int, dimensi
 
 
 def _rows(weights: Sequence[np.ndarray], size: int) -> int:
-    members = len(weights[0])
-    coalition, identity = list(range(size)), np.eye(members)
-    return independent_equations(equations(weights, [identity] * len(weights), coalition).weights_EU)
+    held = equations(weights, [np.eye(len(weights[0]))] * len(weights), range(size))
+    return independent_equations(held.weights_EU)
 
 
 def _recovery_errors(
@@ -281,8 +268,9 @@ def _smallest(weights: Sequence[np.ndarray], source: str) -> AttackResult:
     """The true number of recipients that suffices; nobody's guess from the size of the roster."""
     figures = []
     for words, rounds in (("one round", weights[:1]), (f"{len(weights)} rounds, adapters at rest", weights)):
-        size = float(smallest_coalition(rounds) or math.inf)
-        figures.append(_exact(f"recipients that suffice, {words}", size))
+        size = smallest_coalition(rounds)
+        name = "recipients that suffice" if size else "coalitions of any size that suffice"
+        figures.append(Figure.exact(f"{name}, {words}", size or 0))
     return _collusion(
         source,
         "smallest coalition that solves for an adapter",
@@ -301,9 +289,10 @@ def _chosen_rows(others: int, policy: AggregationPolicy) -> AttackResult:
         ("2 recipients' aggregates, no key, policy on", [first, second]),
     )
     figures = [
-        _exact(f"server and {words}", float(estimate_errors(np.array(rows))[0])) for words, rows in cases
+        Figure.exact(f"server and {words}", float(estimate_errors(np.array(rows))[0]))
+        for words, rows in cases
     ]
-    figures.append(_exact("server and 1 recipient's aggregate, no policy (one-hot row)", 0.0))
+    figures.append(Figure.exact("server and 1 recipient's aggregate, no policy (one-hot row)", 0.0))
     return _collusion(
         "rows chosen by a malicious server; nobody gives it the group key",
         "what aggregates alone reveal, exact",
@@ -333,14 +322,6 @@ def _rows_against(others: int, policy: AggregationPolicy) -> list[list[float]]:
     return found
 
 
-def _exact(name: str, value: float) -> Figure:
-    return Figure(name=name, value=value, low=value, high=value)
-
-
-def _spread(name: str, values: Sequence[float]) -> Figure:
-    return Figure(name=name, value=float(np.mean(values)), low=float(min(values)), high=float(max(values)))
-
-
 def _collusion(
     source: str, words: str, figures: Sequence[Figure], setting: Setting, note: str = ""
 ) -> AttackResult:
@@ -353,27 +334,4 @@ def _collusion(
         setting=setting,
         figures=tuple(figures),
         note=note or "value: mean over random adapters; low and high: least and most; 1 is a guess of zero",
-    )
-
-
-def _clipped_mean(rows: np.ndarray, mechanism: ProfileMechanism) -> np.ndarray:
-    units, _ = clip(rows, mechanism.clipping_norm)
-    return np.asarray(units.mean(axis=0))
-
-
-def _task(
-    sigma: float, setting: Setting, epsilon: float, figures: tuple[Figure, ...], size: int
-) -> AttackResult:
-    return AttackResult(
-        attack=TASK,
-        adversary="server, or whoever sees a profile",
-        sees="one release, and public examples of the candidate tasks",
-        statistic="largest cosine with the tasks' mean profiles",
-        release=f"{size} examples, " + (f"σ = {sigma:.3g}" if sigma else "no noise"),
-        setting=setting,
-        epsilon=epsilon,
-        delta=DELTA,
-        figures=figures,
-        by_design=True,
-        note="the task is what a profile is released for; ε protects single examples, not the task",
     )

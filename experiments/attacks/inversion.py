@@ -2,8 +2,8 @@
 
 The easiest case for the attacker: the update is of one text or a few, each of which the model learns to write
 but for its first words, and the attacker knows the model, the starting point, the first words and the length.
-Terms of single tokens (`attack_terms`) are fitted to what it sees, from the first token to the last
-(`attack_decoding`). All rows are about the same texts.
+Terms of single tokens (`terms`) are fitted to what it sees, from the first token to the last, by a beam. All
+rows are about the same texts.
 """
 
 import math
@@ -25,12 +25,17 @@ from fedmosaic.client.dp.training import noisy_sum
 from fedmosaic.client.model.examples import IGNORED, EncodedExample, padding_token
 from fedmosaic.client.model.loss import training_mode
 from fedmosaic.client.model.training import TrainingSettings, train_local
-from fedmosaic.experiments.attacks.decoding import Unknown, decode, decode_all
-from fedmosaic.experiments.attacks.profile import DELTA, noise_multiplier
-from fedmosaic.experiments.attacks.statistics.pursuit import Background, FloatArray, fit_background
-from fedmosaic.experiments.attacks.statistics.results import CONFIDENCE, AttackResult, Figure, Setting
-from fedmosaic.experiments.attacks.statistics.roc import clopper_pearson
-from fedmosaic.experiments.attacks.terms import TermReader
+from fedmosaic.experiments.attacks.profile import noise_multiplier
+from fedmosaic.experiments.attacks.statistics.pursuit import (
+    Background,
+    FloatArray,
+    fit_background,
+    log_likelihoods,
+    unexplained_terms,
+)
+from fedmosaic.experiments.attacks.statistics.results import AttackResult, Figure, Setting
+from fedmosaic.experiments.attacks.terms import NextTerms, TermReader, atoms
+from fedmosaic.experiments.attacks.text import LIKELY_TOKENS, OWN_GUESS
 from fedmosaic.privacy.mechanism.noise import NoiseSource
 from fedmosaic.protos.errors import ConfigurationError
 
@@ -53,17 +58,101 @@ _SIGN_MEAN: Final = math.sqrt(2.0 / math.pi)
 _SIGN_REST: Final = math.sqrt(1.0 - 2.0 / math.pi)
 
 
+@dataclass(frozen=True)
+class Unknown:
+    """What the attacker knows of one text: how it begins and how long it is."""
+
+    known: tuple[int, ...]
+    length: int
+
+
+@dataclass(frozen=True, eq=False)
+class Guess:
+    """A continuation, and what it explains of the release: (D,) in the background's coordinates."""
+
+    tokens: tuple[int, ...]
+    explained: FloatArray
+    log_probability: float
+    score: float
+
+
+def decode(
+    reader: TermReader,
+    background: Background,
+    left: FloatArray | None,
+    text: Unknown,
+    others: float,
+    beams: int,
+) -> Guess:
+    """The most plausible continuation of a text, given what is left of a release.
+
+    `left` is (D,) in the coordinates of the background of unknown terms, with `others` tokens of other texts
+    in it; None guesses without a release.
+    """
+    paths = [Guess((), np.zeros(len(background.mean)), 0.0, 0.0)]
+    for step in range(text.length):
+        remaining = text.length - step - 1 + others
+        after = reader.after([[*text.known, *path.tokens] for path in paths])
+        grown = [
+            longer
+            for path, terms in zip(paths, after, strict=True)
+            for longer in _grown(reader, background, left, path, terms, remaining, beams)
+        ]
+        paths = sorted(grown, key=lambda path: -path.score)[:beams]
+    return paths[0]
+
+
+def _grown(
+    reader: TermReader,
+    background: Background,
+    left: FloatArray | None,
+    path: Guess,
+    terms: NextTerms,
+    remaining: float,
+    beams: int,
+) -> list[Guess]:
+    """The best ways to go on with one path."""
+    count = min(LIKELY_TOKENS, len(terms.log_probabilities))
+    kept = torch.topk(terms.log_probabilities, count)
+    scores = path.log_probability + kept.values.double().numpy()
+    signals, directions = np.zeros((count, 0)), np.zeros((0, len(background.mean)))
+    if left is not None:
+        signals, directions = reader.coefficients(terms, kept.indices), atoms(terms.inputs, background)
+        scores = scores + log_likelihoods(left - path.explained, directions, signals, background, remaining)
+    return [
+        Guess(
+            (*path.tokens, int(kept.indices[index])),
+            path.explained + signals[index] @ directions,
+            path.log_probability + float(kept.values[index]),
+            float(scores[index]),
+        )
+        for index in np.argsort(-scores)[:beams]
+    ]
+
+
+def decode_all(
+    reader: TermReader, background: Background, release: FloatArray, texts: Sequence[Unknown], beams: int
+) -> list[Guess]:
+    """Every text of a (D,) sum of all tokens' terms, each with what those before explain taken off."""
+    left = background.coordinates(release)
+    guesses: list[Guess] = []
+    for number, text in enumerate(texts):
+        later = sum(other.length for other in texts[number + 1 :])
+        # Errors in the texts that are decoded already leave terms behind.
+        wrong = max(0.0, unexplained_terms(left, background) - text.length - later) if number else 0.0
+        decoded = sum(other.length for other in texts[:number])
+        guesses.append(decode(reader, background, left, text, later + min(wrong, decoded), beams))
+        left = left - guesses[-1].explained
+    return guesses
+
+
 @dataclass(frozen=True, eq=False)
 class Material:
     """What is attacked, and what the attacker knows.
 
-    Attributes:
-        texts: that the client trains on, of one length, their first words not supervised; the first
-            `attacked` of them are to be recovered, the others stand beside them in the larger batch.
-        others: two texts of other contributors, of the same length.
-        public: (T,) tokens of public texts.
-        attacked: how many texts are to be recovered, at least 2.
-        training: how the client trains.
+    The client's texts are of one length, their first words not supervised; the first `attacked` ≥ 2 of them
+    are to be recovered, the others stand beside them in the larger batch. There are two texts of other
+    contributors, of the same length, and (T,) tokens of public ones.
     """
 
     texts: tuple[EncodedExample, ...]
@@ -82,15 +171,8 @@ def inversion_results(
 ) -> Iterator[AttackResult]:
     """Recover texts from gradients, from updates by several steps, from an aggregate and under DP.
 
-    Args:
-        model: the client's model with a fresh adapter; it is put back to that afterwards.
-        tokenizer: its tokenizer.
-        material: texts and settings.
-        noise: of the DP step.
-        seed: of the intervals' resamples.
-
-    Raises:
-        ConfigurationError: there are too few texts.
+    The model has a fresh adapter, and is put back to that afterwards; the seed is of the intervals'
+    resamples. `ConfigurationError` if there are too few texts.
     """
     if material.attacked < 2 or len(material.texts) < material.attacked or len(material.others) < 2:
         raise ConfigurationError(
@@ -110,8 +192,19 @@ def inversion_results(
         public = reader.public_terms([tokens[:_PUBLIC_TOKENS] for tokens in material.public])
         attack = _Attack(reader, material, public, rows.double().numpy(), others.double().numpy())
         for words, adversary, setting, epsilon, decoded in attack.cases(updates, together, noise):
-            figures = _figures(attacked, decoded(), seed)
-            yield _result(words, adversary, setting, epsilon, figures)
+            yield AttackResult(
+                attack=INVERSION,
+                adversary=f"{adversary}, knowing how the texts begin and how long they are",
+                sees="P and Q of the first round, or their gradient; model, bases and starting point are "
+                "public",
+                statistic="exact terms of every next token in the last adapted layer, background of public "
+                "texts, language model, beam",
+                release=words,
+                setting=setting,
+                epsilon=epsilon,
+                figures=_figures(attacked, decoded(), seed),
+                note=_NOTE,
+            )
 
 
 _Decoded = list[tuple[int, ...]]
@@ -146,36 +239,22 @@ class _Attack:
 
     def cases(self, updates: Sequence[np.ndarray], together: np.ndarray, noise: NoiseSource) -> list[_Case]:
         """Every kind of release."""
-        count = len(self.rows)
+        count, steps = len(self.rows), f"none: the update after {STEPS} steps of AdamW on"
+        unprotected: list[tuple[str, Callable[[], _Decoded]]] = [
+            ("none: the gradient of one text", self.single),
+            ("none: the mean gradient of 2 texts", self.pairs),
+            (f"none: the mean gradient of {count} texts", self.batch),
+            (f"{steps} one text", lambda: self.signs(updates, 0)),
+            (f"{steps} {count} texts", lambda: self.signs([together] * len(self.unknown), count - 1)),
+        ]
+        mixed = "none or encrypted: an aggregate in which the gradient of one text has 0.5, two others' 0.25"
+        private = f"dp: one step on one text at ε = {EPSILON:g}"
         return [
-            ("none: the gradient of one text", "server", "no_sanitiser", math.inf, self.single),
-            ("none: the mean gradient of 2 texts", "server", "no_sanitiser", math.inf, self.pairs),
-            (
-                f"none: the mean gradient of {count} texts",
-                "server", "no_sanitiser", math.inf, self.batch,
-            ),
-            (
-                f"none: the update after {STEPS} steps of AdamW on one text",
-                "server", "no_sanitiser", math.inf, lambda: self.signs(updates, 0),
-            ),
-            (
-                f"none: the update after {STEPS} steps of AdamW on {count} texts",
-                "server", "no_sanitiser", math.inf,
-                lambda: self.signs([together] * len(self.unknown), count - 1),
-            ),
-            (
-                "none or encrypted: an aggregate in which the gradient of one text has 0.5, two others' 0.25",
-                "recipient", "product", math.inf, self.aggregate,
-            ),
-            (
-                f"dp: one step on one text at ε = {EPSILON:g}",
-                "server or recipient", "variant", EPSILON, lambda: self.private(noise),
-            ),
-            (
-                "no update at all: the language model's own guess",
-                "server", "no_sanitiser", None, self.guess,
-            ),
-        ]  # fmt: skip
+            *((words, "server", "no_sanitiser", math.inf, decoded) for words, decoded in unprotected),
+            (mixed, "recipient", "product", math.inf, self.aggregate),
+            (private, "server or recipient", "variant", EPSILON, lambda: self.private(noise)),
+            (OWN_GUESS.format("update"), "server", "no_sanitiser", None, self.guess),
+        ]
 
     def guess(self) -> _Decoded:
         """Without any release."""
@@ -253,7 +332,7 @@ def _update(
     with torch.no_grad():
         for name, value in trained.items():
             value.copy_(before[name])
-    return np.asarray(-moved / (STEPS * settings.shared_learning_rate))
+    return np.asarray(-moved / (STEPS * settings.learning_rate_of("shared")))
 
 
 def _figures(texts: Sequence[EncodedExample], found: _Decoded, seed: int) -> tuple[Figure, ...]:
@@ -263,11 +342,10 @@ def _figures(texts: Sequence[EncodedExample], found: _Decoded, seed: int) -> tup
     # Both bags have one size, so that precision, recall and F1 are one number.
     bags = [(Counter(t) & Counter(f)).total() / len(t) for t, f in zip(truths, found, strict=True)]
     exact = sum(value == 1.0 for value in in_place)
-    low, high = clopper_pearson(exact, len(texts), CONFIDENCE)
     return (
         _mean("tokens in place", in_place, seed),
         _mean("bag of tokens, F1", bags, seed),
-        Figure(name=f"texts exact (of {len(texts)})", value=exact / len(texts), low=low, high=high),
+        Figure.share(f"texts exact (of {len(texts)})", exact, len(texts)),
     )
 
 
@@ -276,21 +354,3 @@ def _mean(name: str, values: Sequence[float], seed: int) -> Figure:
     drawn = np.random.default_rng(seed).integers(0, len(values), (_RESAMPLES, len(values)))
     low, high = np.quantile(np.asarray(values)[drawn].mean(axis=1), [0.025, 0.975])
     return Figure(name=name, value=float(np.mean(values)), low=float(low), high=float(high))
-
-
-def _result(
-    words: str, adversary: str, setting: Setting, epsilon: float | None, figures: tuple[Figure, ...]
-) -> AttackResult:
-    return AttackResult(
-        attack=INVERSION,
-        adversary=f"{adversary}, knowing how the texts begin and how long they are",
-        sees="P and Q of the first round, or their gradient; model, bases and starting point are public",
-        statistic="exact terms of every next token in the last adapted layer, background of public texts, "
-        "language model, beam",
-        release=words,
-        setting=setting,
-        epsilon=epsilon,
-        delta=DELTA if epsilon is not None else None,
-        figures=figures,
-        note=_NOTE,
-    )

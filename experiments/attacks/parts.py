@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -18,10 +19,9 @@ from fedmosaic.experiments.attacks import audit as attack_audit
 from fedmosaic.experiments.attacks import federation as attack_federation
 from fedmosaic.experiments.attacks import inversion as attack_inversion
 from fedmosaic.experiments.attacks import profile as attack_profile
-from fedmosaic.experiments.attacks import shadow as attack_shadow
 from fedmosaic.experiments.attacks import text as attack_text
-from fedmosaic.experiments.attacks.claimed_row import claimed_row_result
-from fedmosaic.experiments.attacks.group_key import group_key_results
+from fedmosaic.experiments.attacks.encryption import claimed_row_result, group_key_result
+from fedmosaic.experiments.attacks.received import received_results
 from fedmosaic.experiments.attacks.statistics.results import AttackResult, Setting
 from fedmosaic.experiments.attacks.target import Prober, Target, Victim, candidates, open_prober
 from fedmosaic.privacy.accounting.calibrate import noise_multiplier_for
@@ -44,8 +44,7 @@ _ADAPTER_RELEASES: Final = 1000
 _WORD_BATCH: Final = 8
 _INVERTED_BATCH: Final = 8
 _PUBLIC_TEXTS: Final = 64
-_SHADOW_POOL: Final = 60
-_SHADOW_TRAINING: Final = {"steps": 20, "per_device_train_batch_size": 16, "max_length": 48}
+_SCORED: Final = 60
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,6 @@ class Sizes:
     """Canaries of the one-run audit of DP-SGD."""
     texts: int = 4
     """Texts in the release of the text recovery."""
-    shadow_runs: int = 32
-    """Shadow runs per kind of release."""
     seed: int = 0
     """Of everything random but the product's own noise."""
 
@@ -76,236 +73,222 @@ def choose_victim(target: Target, name: str) -> Victim:
     return found[name] if name else max(target.victims, key=lambda v: sum(len(e.prompt) for e in v.train))
 
 
-def needed(prober: Prober | None) -> Prober:
-    """The probe, which was opened if any part needs it."""
-    if prober is None:
-        raise ConfigurationError("this attack needs the probe model")
-    return prober
+@dataclass(frozen=True)
+class Subject:
+    """One client of a federation under attack; every part is a method, which may tell what it left out.
 
+    `further` are models that the profile attacks are repeated with in the probe's place.
+    """
 
-def profile(prober: Prober, victim: Victim, sizes: Sizes) -> Iterator[AttackResult]:
-    """Membership in the victim's profile, in every setting, and in the run's own release."""
-    pool, _ = candidates(victim, sizes.pool, sizes.seed)
-    yield from attack_profile.membership_results(
-        prober.factors(pool),
-        prober.public_map,
-        SecureNoise(),
-        releases=sizes.releases,
-        rate=min(0.5, _MEMBERS_PER_RELEASE / len(pool)),
-        seed=sizes.seed,
-    )
-    mechanism = prober.public_map.mechanism
-    released = victim.released_profile(mechanism.dimensions)
-    if released is not None:
-        known = {example.prompt for example in victim.train}
-        everybody = [*victim.train, *(example for example in victim.test if example.prompt not in known)]
-        rows = prober.public_map.rows(prober.factors(everybody))
-        members = np.arange(len(everybody)) < len(victim.train)
-        if members.all():
-            raise ConfigurationError(f"{victim.client_id} has no text that it does not train on")
-        yield attack_profile.own_release_result(released, rows, members, mechanism)
+    target: Target
+    victim: Victim
+    sizes: Sizes
+    further: Sequence[Path] = ()
 
+    @cached_property
+    def prober(self) -> Prober:
+        """The probe, loaded if a part needs it."""
+        return open_prober(self.target)
 
-def every_profile(
-    target: Target, prober: Prober, sizes: Sizes, further: Sequence[Path]
-) -> Iterator[AttackResult]:
-    """Every client's task, and every further model in the probe's place, in fewer settings."""
-    probers = [(_DIGEST.sub("", Path(target.scenario.probe.path).name), prober)]
-    probers += [(path.name, open_prober(target, ModelSettings(path=str(path)))) for path in further]
-    for name, each in probers:
-        for victim in target.victims:
-            pool, _ = candidates(victim, sizes.pool, sizes.seed)
-            yield from attack_profile.brief_results(
-                each.factors(pool),
-                each.public_map,
-                SecureNoise(),
-                words=f"{victim.task}, probe {name}",
-                releases=max(1, sizes.releases // 2),
-                rate=min(0.5, _MEMBERS_PER_RELEASE / len(pool)),
-                seed=sizes.seed,
+    def profile(self, _: list[str]) -> Iterator[AttackResult]:
+        """Membership in the victim's profile, in every setting, and in the run's own release."""
+        yield from self._membership(self.prober, self.victim, self.sizes.releases)
+        public_map, victim = self.prober.public_map, self.victim
+        released = victim.released_profile(public_map.mechanism.dimensions)
+        if released is not None:
+            if not victim.unseen:
+                raise ConfigurationError(f"{victim.client_id} has no text that it does not train on")
+            everybody = [*victim.train, *victim.unseen]
+            rows = public_map.rows(self.prober.factors(everybody))
+            members = np.arange(len(everybody)) < len(victim.train)
+            yield attack_profile.own_release_result(released, rows, members, public_map.mechanism)
+
+    def tasks(self, _: list[str]) -> Iterator[AttackResult]:
+        """Every client's task, and every further model in the probe's place, in fewer settings."""
+        probers = [(_DIGEST.sub("", Path(self.target.scenario.probe.path).name), self.prober)]
+        for path in self.further:
+            probers.append((path.name, open_prober(self.target, ModelSettings(path=str(path)))))
+        for name, prober in probers:
+            for victim in self.target.victims:
+                brief = f"{victim.task}, probe {name}"
+                yield from self._membership(prober, victim, max(1, self.sizes.releases // 2), brief)
+
+    def _membership(
+        self, prober: Prober, victim: Victim, releases: int, brief: str = ""
+    ) -> Iterator[AttackResult]:
+        pool = candidates(victim, self.sizes.pool, self.sizes.seed)
+        yield from attack_profile.membership_results(
+            prober.factors(pool),
+            prober.public_map,
+            SecureNoise(),
+            releases=releases,
+            rate=min(0.5, _MEMBERS_PER_RELEASE / len(pool)),
+            seed=self.sizes.seed,
+            brief=brief,
+        )
+
+    def audit(self, _: list[str]) -> Iterator[AttackResult]:
+        """Empirical ε of both channels."""
+        others = self.prober.factors(self.victim.train[:_REST_OF_DATA])
+        count = self.sizes.audited_releases
+        for epsilon in attack_profile.EPSILONS:
+            public_map = self.prober.with_noise(attack_profile.noise_multiplier(epsilon))
+            yield attack_profile.audit_result(
+                public_map, others, SecureNoise(), releases=count, setting="variant"
             )
+        yield attack_profile.audit_result(self.prober.public_map, others, SecureNoise(), releases=count)
+        coins = np.random.default_rng(self.sizes.seed)
+        for words, settings, setting in self._dp_settings(len(self.victim.train)):
+            run = attack_audit.one_run(self.sizes.canaries, settings, SecureNoise(), coins)
+            yield attack_audit.audit_result(run, setting=setting, words=words)
 
-
-def audit(target: Target, prober: Prober, victim: Victim, sizes: Sizes) -> Iterator[AttackResult]:
-    """Empirical ε of both channels."""
-    others = prober.factors(victim.train[:_REST_OF_DATA])
-    count = sizes.audited_releases
-    for epsilon in attack_profile.EPSILONS:
-        other_noise = prober.with_noise(attack_profile.noise_multiplier(epsilon))
-        yield attack_profile.audit_result(
-            other_noise, others, SecureNoise(), releases=count, setting="variant"
+    def _dp_settings(self, examples: int) -> Iterator[tuple[str, PrivateTrainingSettings, Setting]]:
+        """DP-SGD as this federation plans it, and a full-batch one, whose audit is far tighter."""
+        scenario = self.target.scenario
+        privacy, steps = scenario.adapter_privacy, self._steps
+        rate = min(1.0, privacy.expected_batch_size / examples)
+        profile = GaussianEvent(max(_LEAST_SIGMA, scenario.profile.noise_multiplier), 1.0, 1)
+        planned = noise_multiplier_for(
+            privacy.target_epsilon, default_delta(examples), [profile], rate, steps
         )
-    yield attack_profile.audit_result(prober.public_map, others, SecureNoise(), releases=count)
-    coins = np.random.default_rng(sizes.seed)
-    for words, settings, setting in _dp_settings(target, len(victim.train)):
-        run = attack_audit.one_run(sizes.canaries, settings, SecureNoise(), coins)
-        yield attack_audit.audit_result(run, setting=setting, words=words)
-
-
-def _dp_settings(target: Target, examples: int) -> Iterator[tuple[str, PrivateTrainingSettings, Setting]]:
-    """DP-SGD as this federation plans it, and a full-batch one, whose audit is far tighter."""
-    scenario, privacy = target.scenario, target.scenario.adapter_privacy
-    rate = min(1.0, privacy.expected_batch_size / examples)
-    profile = GaussianEvent(max(_LEAST_SIGMA, scenario.profile.noise_multiplier), 1.0, 1)
-    planned = noise_multiplier_for(
-        privacy.target_epsilon, default_delta(examples), [profile], rate, _steps(target)
-    )
-    as_planned = PrivateTrainingSettings(
-        optimizer="sgd",
-        steps=_steps(target),
-        sampling_rate=rate,
-        expected_batch_size=privacy.expected_batch_size,
-        max_grad_norm=privacy.clipping_norm,
-        noise_multiplier=planned,
-    )
-    yield (
-        f"planned for ε = {privacy.target_epsilon:g} at this client's own δ: σ = {planned:.3g}, "
-        f"q = {rate:.3g}, {_steps(target)} steps",
-        as_planned,
-        "product" if scenario.adapter.private else "variant",
-    )
-    sigma = math.sqrt(_FULL_BATCH_STEPS) * attack_profile.noise_multiplier(3.0)
-    full = {"steps": _FULL_BATCH_STEPS, "sampling_rate": 1.0, "noise_multiplier": sigma}
-    words = f"all examples in every step: σ = {sigma:.3g}, {_FULL_BATCH_STEPS} steps"
-    yield words, as_planned.model_copy(update=full), "variant"
-
-
-def _steps(target: Target) -> int:
-    return target.scenario.adapter_privacy.steps_per_round * target.scenario.schedule.rounds
-
-
-def federation(target: Target, prober: Prober, sizes: Sizes, skipped: list[str]) -> list[AttackResult]:
-    """The group key, collusion, spoofing and task inference."""
-    scenario, seed = target.scenario, sizes.seed
-    names = sorted(victim.client_id for victim in target.victims)
-    examples = min(len(victim.train) for victim in target.victims)
-    rate = min(1.0, scenario.adapter_privacy.expected_batch_size / examples)
-    noise = attack_federation.dp_noise_ratio(
-        1.0, rate, _steps(target), examples, scenario.adapter.shared_dimensions
-    )
-    weights = attack_federation.weights_of_run(target.server_run, names)
-    source = "this run's own rows"
-    if not weights:
-        source = "rows that the real planning makes of random profiles"
-        weights = attack_federation.simulated_weights(
-            max(_LEAST_MEMBERS, len(names)), _SIMULATED_ROUNDS, scenario.relevance, scenario.policy, seed
+        as_planned = PrivateTrainingSettings(
+            optimizer="sgd",
+            steps=steps,
+            sampling_rate=rate,
+            expected_batch_size=privacy.expected_batch_size,
+            max_grad_norm=privacy.clipping_norm,
+            noise_multiplier=planned,
         )
-    results = group_key_results()
-    results += attack_federation.collusion_results(
-        weights, scenario.policy, source=source, dp_noise=noise, seed=seed
-    )
-    results.append(claimed_row_result(scenario.policy, seed))
-    results += _spoofing(target, prober, skipped)
-    return results + _tasks(target, prober, sizes, skipped)
+        yield (
+            f"planned for ε = {privacy.target_epsilon:g} at this client's own δ: σ = {planned:.3g}, "
+            f"q = {rate:.3g}, {steps} steps",
+            as_planned,
+            "product" if scenario.adapter.private else "variant",
+        )
+        sigma = math.sqrt(_FULL_BATCH_STEPS) * attack_profile.noise_multiplier(3.0)
+        full = {"steps": _FULL_BATCH_STEPS, "sampling_rate": 1.0, "noise_multiplier": sigma}
+        words = f"all examples in every step: σ = {sigma:.3g}, {_FULL_BATCH_STEPS} steps"
+        yield words, as_planned.model_copy(update=full), "variant"
 
+    @property
+    def _steps(self) -> int:
+        scenario = self.target.scenario
+        return scenario.adapter_privacy.steps_per_round * scenario.schedule.rounds
 
-def _spoofing(target: Target, prober: Prober, skipped: list[str]) -> list[AttackResult]:
-    mechanism, scenario = prober.public_map.mechanism, target.scenario
-    found = {victim.client_id: victim.released_profile(mechanism.dimensions) for victim in target.victims}
-    profiles = {name: vector for name, vector in found.items() if vector is not None}
-    if len(profiles) <= scenario.policy.minimum_contributors:
-        skipped.append("relevance spoofing needs the released profiles of a finished run")
-        return []
-    tasks = {victim.client_id: victim.task for victim in target.victims}
-    return attack_federation.spoofing_results(
-        profiles, tasks, mechanism, scenario.relevance, scenario.policy, scenario.encryption.clip
-    )
+    def federation(self, skipped: list[str]) -> list[AttackResult]:
+        """The group key, collusion, spoofing and task inference."""
+        target, scenario, seed = self.target, self.target.scenario, self.sizes.seed
+        names = sorted(victim.client_id for victim in target.victims)
+        examples = min(len(victim.train) for victim in target.victims)
+        rate = min(1.0, scenario.adapter_privacy.expected_batch_size / examples)
+        noise = attack_federation.dp_noise_ratio(
+            1.0, rate, self._steps, examples, scenario.adapter.shared_dimensions
+        )
+        weights = target.server_run.weights(names)[:-1]
+        source = "this run's own rows"
+        if not weights:
+            source = "rows that the real planning makes of random profiles"
+            weights = attack_federation.simulated_weights(
+                max(_LEAST_MEMBERS, len(names)), _SIMULATED_ROUNDS, scenario.relevance, scenario.policy, seed
+            )
+        results = [group_key_result()]
+        results += attack_federation.collusion_results(
+            weights, scenario.policy, source=source, dp_noise=noise, seed=seed
+        )
+        results.append(claimed_row_result(scenario.policy, seed))
+        results += self._spoofing(skipped)
+        return results + self._task_inference(skipped)
 
+    def _spoofing(self, skipped: list[str]) -> list[AttackResult]:
+        mechanism, target, scenario = self.prober.public_map.mechanism, self.target, self.target.scenario
+        found = {victim.client_id: victim.released_profile(mechanism.dimensions) for victim in target.victims}
+        profiles = {name: vector for name, vector in found.items() if vector is not None}
+        if len(profiles) <= scenario.policy.minimum_contributors:
+            skipped.append("relevance spoofing needs the released profiles of a finished run")
+            return []
+        tasks = {victim.client_id: victim.task for victim in target.victims}
+        variance, clip = mechanism.noise_variance, scenario.encryption.clip
+        found_shares = attack_federation.spoofing_results(
+            profiles, variance, scenario.relevance, scenario.policy, tasks, clip
+        )
+        return [found_shares]
 
-def _tasks(target: Target, prober: Prober, sizes: Sizes, skipped: list[str]) -> list[AttackResult]:
-    """One client per task; its test examples stand for what the attacker knows of the task."""
-    by_task: dict[str, Victim] = {}
-    for victim in target.victims:
-        by_task.setdefault(victim.task, victim)
-    if len(by_task) < 2:
-        skipped.append("task inference needs at least two tasks")
-        return []
-    own, reference = {}, {}
-    for task, victim in by_task.items():
-        own[task] = prober.public_map.rows(prober.factors(victim.train[: 2 * _TASK_EXAMPLES]))
-        reference[task] = prober.public_map.rows(prober.factors(victim.test[:_TASK_EXAMPLES]))
-    return attack_federation.task_results(
-        own,
-        reference,
-        prober.public_map.mechanism,
-        SecureNoise(),
-        size=_TASK_EXAMPLES,
-        releases=200,
-        seed=sizes.seed,
-    )
+    def _task_inference(self, skipped: list[str]) -> list[AttackResult]:
+        """One client per task; its test examples stand for what the attacker knows of the task."""
+        by_task: dict[str, Victim] = {}
+        for victim in self.target.victims:
+            by_task.setdefault(victim.task, victim)
+        if len(by_task) < 2:
+            skipped.append("task inference needs at least two tasks")
+            return []
+        prober, own, reference = self.prober, {}, {}
+        for task, victim in by_task.items():
+            own[task] = prober.public_map.rows(prober.factors(victim.train[: 2 * _TASK_EXAMPLES]))
+            reference[task] = prober.public_map.rows(prober.factors(victim.test[:_TASK_EXAMPLES]))
+        return attack_federation.task_results(
+            own,
+            reference,
+            prober.public_map.mechanism,
+            SecureNoise(),
+            size=_TASK_EXAMPLES,
+            releases=200,
+            seed=self.sizes.seed,
+        )
 
+    def text(self, _: list[str]) -> list[AttackResult]:
+        """Text recovery from the profile."""
+        prober, sizes = self.prober, self.sizes
+        texts = attack_text.continuations(self.victim.train, prober.tokenizer, sizes.texts, _TEXT_TOKENS)
+        if not texts:
+            raise ConfigurationError(f"the texts of {self.victim.client_id} are too short to be recovered")
+        return attack_text.text_results(
+            prober.probe, texts, prober.public_map, prober.basis, SecureNoise(), sizes.seed
+        )
 
-def text(prober: Prober, victim: Victim, sizes: Sizes) -> list[AttackResult]:
-    """Text recovery from the profile."""
-    texts = attack_text.continuations(victim.train, prober.tokenizer, sizes.texts, _TEXT_TOKENS)
-    if not texts:
-        raise ConfigurationError(f"the texts of {victim.client_id} are too short to be recovered")
-    return attack_text.text_results(
-        prober.probe, texts, prober.public_map, prober.basis, SecureNoise(), sizes.seed
-    )
+    def adapter(self, _: list[str]) -> Iterator[AttackResult]:
+        """Membership and words from an update of P and Q."""
+        target, victim, seed = self.target, self.victim, self.sizes.seed
+        generator = np.random.default_rng(seed)
+        pool = candidates(victim, _ADAPTER_POOL, seed)
+        foreign = [e for v in target.victims if v.client_id != victim.client_id for e in v.train]
+        others = [foreign[index] for index in generator.permutation(len(foreign))[: 2 * _ADAPTER_POOL]]
+        known = {example.prompt for example in victim.train}
+        kin = [e for v in target.victims if v.task == victim.task for e in v.test if e.prompt not in known]
+        rows = attack_adapter.adapter_rows(
+            victim.model,
+            target.adapter,
+            [pool, others or pool, kin[: 2 * _ADAPTER_POOL] or pool, list(victim.train[:_ADAPTER_POOL])],
+            target.scenario.profile.max_length,
+        )
+        yield from attack_adapter.membership_results(
+            rows[0], rows[1], SecureNoise(), releases=_ADAPTER_RELEASES, rate=0.3, seed=seed
+        )
+        yield from attack_adapter.word_results(
+            rows[2], rows[3], SecureNoise(), size=_WORD_BATCH, updates=40, seed=seed
+        )
 
+    def inversion(self, _: list[str]) -> Iterator[AttackResult]:
+        """Texts from an update of P and Q."""
+        target, victim, sizes = self.target, self.victim, self.sizes
+        settings = victim.model.model_copy(update={"dtype": "float32"})
+        model, tokenizer = load_adapted(settings, target.adapter.model_copy(update={"protection": "none"}))
 
-def adapter(target: Target, victim: Victim, sizes: Sizes) -> list[AttackResult]:
-    """Membership and words from an update of P and Q."""
-    generator = np.random.default_rng(sizes.seed)
-    pool, _ = candidates(victim, _ADAPTER_POOL, sizes.seed)
-    foreign = [e for v in target.victims if v.client_id != victim.client_id for e in v.train]
-    others = [foreign[index] for index in generator.permutation(len(foreign))[: 2 * _ADAPTER_POOL]]
-    known = {example.prompt for example in victim.train}
-    kin = [e for v in target.victims if v.task == victim.task for e in v.test if e.prompt not in known]
-    rows = attack_adapter.adapter_rows(
-        victim.model,
-        target.adapter,
-        [pool, others or pool, kin[: 2 * _ADAPTER_POOL] or pool, list(victim.train[:_ADAPTER_POOL])],
-        target.scenario.profile.max_length,
-    )
-    results = attack_adapter.membership_results(
-        rows[0],
-        rows[1],
-        SecureNoise(),
-        releases=_ADAPTER_RELEASES,
-        rate=0.3,
-        epsilons=attack_profile.EPSILONS,
-        seed=sizes.seed,
-    )
-    return results + attack_adapter.word_results(
-        rows[2], rows[3], SecureNoise(), size=_WORD_BATCH, updates=40, seed=sizes.seed
-    )
+        def long_enough(examples: Sequence[Example], count: int) -> tuple[EncodedExample, ...]:
+            found = attack_text.continuations(examples, tokenizer, len(examples), _TEXT_TOKENS)
+            return tuple(text for text in found if int((text.labels != IGNORED).sum()) == _TEXT_TOKENS)[
+                :count
+            ]
 
+        texts = [f"{example.prompt} {example.answer}" for example in target.public[:_PUBLIC_TEXTS]]
+        material = attack_inversion.Material(
+            texts=long_enough(victim.train, max(sizes.texts, _INVERTED_BATCH)),
+            others=long_enough([e for v in target.victims if v is not victim for e in v.train], 2),
+            public=tuple(tokenizer(text, return_tensors="pt")["input_ids"][0] for text in texts),
+            attacked=sizes.texts,
+            training=target.scenario.training,
+        )
+        yield from attack_inversion.inversion_results(model, tokenizer, material, SecureNoise(), sizes.seed)
 
-def inversion(target: Target, victim: Victim, sizes: Sizes) -> Iterator[AttackResult]:
-    """Texts from an update of P and Q."""
-    settings = victim.model.model_copy(update={"dtype": "float32"})
-    model, tokenizer = load_adapted(settings, target.adapter.model_copy(update={"protection": "none"}))
-
-    def long_enough(examples: Sequence[Example], count: int) -> tuple[EncodedExample, ...]:
-        found = attack_text.continuations(examples, tokenizer, len(examples), _TEXT_TOKENS)
-        return tuple(text for text in found if int((text.labels != IGNORED).sum()) == _TEXT_TOKENS)[:count]
-
-    texts = [f"{example.prompt} {example.answer}" for example in target.public[:_PUBLIC_TEXTS]]
-    material = attack_inversion.Material(
-        texts=long_enough(victim.train, max(sizes.texts, _INVERTED_BATCH)),
-        others=long_enough([e for v in target.victims if v is not victim for e in v.train], 2),
-        public=tuple(tokenizer(text, return_tensors="pt")["input_ids"][0] for text in texts),
-        attacked=sizes.texts,
-        training=target.scenario.training,
-    )
-    yield from attack_inversion.inversion_results(model, tokenizer, material, SecureNoise(), sizes.seed)
-
-
-def shadow(target: Target, victim: Victim, model: Path | None, sizes: Sizes) -> Iterator[AttackResult]:
-    """Shadow runs of a small model on the victim's texts."""
-    if model is None:
-        raise ConfigurationError("shadow runs need a small model; name one with --shadow-model")
-    pool, _ = candidates(victim, _SHADOW_POOL, sizes.seed)
-    others = [example for other in target.victims if other is not victim for example in other.train]
-    order = np.random.default_rng(sizes.seed).permutation(len(others))[: 4 * _SHADOW_POOL]
-    chosen: list[Example] = [others[index] for index in order] or list(victim.test)
-    setup = attack_shadow.Shadow(
-        ModelSettings(path=str(model)),
-        target.scenario.adapter,
-        pool,
-        chosen,
-        target.scenario.training.model_copy(update=_SHADOW_TRAINING),
-    )
-    yield from attack_shadow.shadow_results(setup, runs=sizes.shadow_runs, seed=sizes.seed)
+    def received(self, _: list[str]) -> list[AttackResult]:
+        """What an aggregate does and tells after a finished run."""
+        return received_results(self.target, self.victim, _SCORED)

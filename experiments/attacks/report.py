@@ -1,19 +1,17 @@
-"""The attack section of the privacy report: JSON, Markdown with a ROC figure, and tables for a terminal."""
+"""The attack section of the privacy report: JSON, and Markdown with a ROC figure, for a terminal too."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Final
 
 import matplotlib as mpl
 from matplotlib.figure import Figure as Canvas
-from rich import box
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
+from rich.console import RenderableType
+from rich.markdown import Markdown
 
-from fedmosaic.experiments.attacks.statistics.results import AttackReport, AttackResult, Figure, LaterRun
+from fedmosaic.experiments.attacks.statistics.results import AttackReport, AttackResult, Figure
 from fedmosaic.experiments.scenario.metrics import markdown_table
 from fedmosaic.privacy.configuration import read_configuration
 
@@ -32,12 +30,7 @@ _LEAST_DECIMAL: Final = 5e-5
 
 
 def write(report: AttackReport, directory: Path) -> None:
-    """Write the report as JSON and Markdown, and the ROC figure where there are curves.
-
-    Args:
-        report: what was found.
-        directory: made if absent.
-    """
+    """Write the report as JSON and Markdown, and the ROC figure where there are curves."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / JSON).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
     (directory / MARKDOWN).write_text(markdown(report), encoding="utf-8")
@@ -53,24 +46,22 @@ def read(directory: Path) -> AttackReport | None:
 
 def markdown(report: AttackReport) -> str:
     """The report as a Markdown page."""
-    alarms = report.alarms
+    duration = f"{report.seconds / 60:.1f} minutes"
+    if report.processor_seconds is not None:
+        duration += f" ({report.processor_seconds / 60:.1f} minutes of one core)"
     lines = [
         "# Attacks",
         "",
         f"Run `{report.run}`. Made by `{report.command}` on {report.machine}, {report.created}, "
-        f"in {_duration(report)}. Do not edit: the command writes this page. "
+        f"in {duration}. Do not edit: the command writes this page. "
         "What the figures mean, in plain words: [attacks-explained.md](attacks-explained.md).",
         "",
-        *_later_lines(report),
         "Square brackets hold 95 % intervals unless a note says otherwise; δ = 1e-5 throughout. What follows "
         "“≤” is what the claimed guarantee allows. A figure breaks its bound only if it is above it at a "
         "confidence of 99.99 %, because the strongest attacks sit exactly at their bound. "
         + _above_words(report),
         "",
-        f"**{_verdict(report)}**"
-        if not alarms
-        else "**BROKEN. Either an attack or a guarantee is wrong:**\n\n"
-        + "\n".join(f"- {a}" for a in alarms),
+        _verdict(report),
         "",
     ]
     if any(result.curve for result in report.results):
@@ -85,41 +76,12 @@ def markdown(report: AttackReport) -> str:
 
 
 def render(report: AttackReport) -> RenderableType:
-    """The report as tables for a terminal."""
-    parts: list[RenderableType] = []
-    for attack, group in groupby(report.results, key=lambda result: result.attack):
-        result_group = list(group)
-        table = Table(title=attack, box=box.SIMPLE_HEAD, title_justify="left")
-        for heading in ("release", "statistic", "ε", "figure", "value", "bound"):
-            table.add_column(heading, overflow="fold")
-        for result in result_group:
-            for number, figure in enumerate(result.figures):
-                first = (
-                    (result.release, result.statistic, _epsilon(result.epsilon)) if not number else ("",) * 3
-                )
-                style = "bold white on red" if figure.broken else ""
-                table.add_row(*first, figure.name, _value(figure), _bound(figure), style=style)
-        parts.append(table)
-        parts += [Text(f"{headline}.\n", style="bold red") for headline in _headlines(result_group)]
-    tried = sum(refusal.tried for refusal in report.refusals)
-    refused = sum(refusal.refused for refusal in report.refusals)
-    if tried:
-        parts.append(Text(f"Attempts that must be refused: {refused} of {tried} were.\n"))
-    parts += [Text(f"not carried out: {reason}", style="dim") for reason in report.skipped]
-    for alarm in report.alarms:
-        parts.append(Text(f"BROKEN: {alarm}", style="bold white on red"))
-    if not report.alarms:
-        parts.append(Text(_verdict(report), style="bold"))
-    return Group(*parts)
+    """The page for a terminal, which ends with the verdict."""
+    return Markdown("\n".join([markdown(report), "", _verdict(report)]))
 
 
 def draw(report: AttackReport, path: Path) -> None:
-    """Draw the ROC curves of each attack on logarithmic axes, one panel per statistic.
-
-    Args:
-        report: with curves.
-        path: file to write; its suffix chooses the format.
-    """
+    """Draw the ROC curves of each attack on logarithmic axes, one panel per statistic."""
     mpl.rcParams["svg.hashsalt"] = "fedmosaic"
     panels: dict[tuple[str, str], list[AttackResult]] = {}
     for result in report.results:
@@ -146,66 +108,42 @@ def draw(report: AttackReport, path: Path) -> None:
     canvas.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def _later_lines(report: AttackReport) -> list[str]:
-    lines = []
-    for run in report.later:
-        lines += [
-            f"Made later, by `{run.command}` on {run.machine}, {run.created}, in {_duration(run)}: "
-            f"{'; '.join(run.attacks) or 'nothing'}.",
-            "",
-        ]
-    return lines
-
-
-def _duration(report: AttackReport | LaterRun) -> str:
-    words = f"{report.seconds / 60:.1f} minutes"
-    if report.processor_seconds is not None:
-        words += f" ({report.processor_seconds / 60:.1f} minutes of one core)"
-    return words
-
-
 def _above_words(report: AttackReport) -> str:
     """How many intervals lie wholly above their ceiling, beside how many do so by chance alone."""
     bounded = [
-        (result, figure)
+        (figure.low > figure.bound, f"{figure.name} of {result.statistic} on {result.release}: "
+         f"{_value(figure)}, ceiling {_number(figure.bound)}")
         for result in report.results
         for figure in result.figures
         # Other low ends, such as those of a certified ε, are no ends of an interval.
         if figure.bound is not None and figure.name.startswith(("AUC", "TPR"))
-    ]
-    above = [
-        (result, figure)
-        for result, figure in bounded
-        if figure.bound is not None and figure.low > figure.bound
-    ]
+    ]  # fmt: skip
     if not bounded:
         return ""
-    words = (
+    above = [words for is_above, words in bounded if is_above]
+    return (
         f"{len(above)} of {len(bounded)} intervals here lie wholly above their ceiling; where an attack "
         "reaches its ceiling, one in forty does by chance"
+        + (f". They are: {'; '.join(above)}." if above else ".")
     )
-    named = "; ".join(
-        f"{figure.name} of {result.statistic} on {result.release}: {_value(figure)}, ceiling "
-        f"{_number(figure.bound)}"
-        for result, figure in above
-        if figure.bound is not None
-    )
-    return words + (f". They are: {named}." if named else ".")
 
 
 def _verdict(report: AttackReport) -> str:
-    """What may be said of a report without alarms; never more than was tried."""
+    """What may be said of a report; never more than was tried."""
+    if report.alarms:
+        alarms = "\n".join(f"- {alarm}" for alarm in report.alarms)
+        return f"**BROKEN. Either an attack or a guarantee is wrong:**\n\n{alarms}"
     if not report.results and not report.refusals:
-        return "Nothing was carried out, so nothing is shown."
+        return "**Nothing was carried out, so nothing is shown.**"
     said = ["No bound is broken"] if report.results else []
     if report.refusals:
         said.append(f"all {sum(refusal.tried for refusal in report.refusals)} attempts were refused")
-    return ", and ".join(said) + "."
+    return f"**{', and '.join(said)}.**"
 
 
 def _attack_lines(attack: str, results: Sequence[AttackResult]) -> list[str]:
     lines = [f"## {attack}", ""]
-    for headline in _headlines(results):
+    for headline in dict.fromkeys(result.headline for result in results if result.headline):
         lines += [f"**{headline}.**", ""]
     for adversary, sees in dict.fromkeys((result.adversary, result.sees) for result in results):
         lines.append(f"- Adversary: {adversary}. Sees: {sees}.")
@@ -224,10 +162,6 @@ def _attack_lines(attack: str, results: Sequence[AttackResult]) -> list[str]:
     for note in dict.fromkeys(result.note for result in results if result.note):
         lines += [f"{note[0].upper()}{note[1:]}.", ""]
     return lines
-
-
-def _headlines(results: Iterable[AttackResult]) -> list[str]:
-    return list(dict.fromkeys(result.headline for result in results if result.headline))
 
 
 def _wide(results: Sequence[AttackResult], names: Sequence[str]) -> list[str]:
@@ -274,10 +208,6 @@ def _value(figure: Figure) -> str:
         return _number(figure.value)
     high = "-" if figure.high >= 1e3 else _number(figure.high)
     return f"{_number(figure.value)} [{_number(figure.low)}, {high}]"
-
-
-def _bound(figure: Figure) -> str:
-    return "-" if figure.bound is None else f"≤ {_number(figure.bound)}"
 
 
 def _number(value: float) -> str:

@@ -1,12 +1,13 @@
 """What `fedmosaic attack` works on: a finished run, or a scenario that has not been run."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict
 
 from fedmosaic.client.model.examples import (
     EncodedExample,
@@ -19,30 +20,59 @@ from fedmosaic.client.model.load import load_model
 from fedmosaic.client.profile.basis import BasisSettings, fit_mechanism
 from fedmosaic.client.profile.probe import Probe, gradient_factors, open_probe
 from fedmosaic.client.settings import ModelSettings
+from fedmosaic.experiments.attacks.federation import weight_matrix
 from fedmosaic.experiments.scenario.founding import agreed_adapter
 from fedmosaic.experiments.scenario.terms import Scenario
 from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.federation.kits import BASIS, ROSTER, open_kit
-from fedmosaic.privacy.federation.roster import AdapterTerms
+from fedmosaic.privacy.federation.roster import AdapterTerms, RelevanceTerms
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.privacy.mechanism.projection import GradientFactors, PublicBasis, PublicMap
+from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos.errors import ConfigurationError
 
-_PROFILE = "profile.json"
-_SCENARIO = "scenario.json"
+RUN: Final = "run.json"
+_PROFILE: Final = "profile.json"
+_SCENARIO: Final = "scenario.json"
+
+
+class _RoundResult(BaseModel):
+    """What the server says of a closed round: shares by section, recipient and contributor."""
+
+    weights: dict[str, dict[str, dict[str, float]]]
+
+
+class ServerRun(BaseModel):
+    """What the attacks use of a server's account of a run, its `run.json`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    federation: str = "federation"
+    members: tuple[str, ...] = ()
+    policy: AggregationPolicy = AggregationPolicy()
+    relevance: RelevanceTerms = RelevanceTerms()
+    results: tuple[_RoundResult, ...] = ()
+
+    @property
+    def rows(self) -> list[dict[str, dict[str, float]]]:
+        """Shares of P, Q by round, recipient and contributor; those of the last round are never sent."""
+        return [result.weights.get("shared", {}) for result in self.results]
+
+    def weights(self, members: Sequence[str]) -> list[np.ndarray]:
+        """(N, N) shares per round."""
+        return [weight_matrix(rows, members) for rows in self.rows]
+
+
+def read_server_run(path: Path) -> ServerRun:
+    """Read `run.json`; `ConfigurationError` if it is none."""
+    return read_configuration(path, ServerRun)
 
 
 @dataclass(frozen=True)
 class Victim:
-    """One client under attack.
+    """One client under attack: the examples that it trains on are the secrets, the others are of its task.
 
-    Attributes:
-        client_id: which client.
-        task: its task.
-        train: the examples that it trains on, the secrets.
-        test: examples of the same task that it does not train on.
-        model: its own model.
-        state: its state directory in a finished run; None otherwise.
+    `state` is its state directory in a finished run.
     """
 
     client_id: str
@@ -52,6 +82,12 @@ class Victim:
     model: ModelSettings
     state: Path | None
 
+    @property
+    def unseen(self) -> list[Example]:
+        """Examples of the task with prompts that it does not train on."""
+        known = {example.prompt for example in self.train}
+        return [example for example in self.test if example.prompt not in known]
+
     def released_profile(self, dimensions: int) -> np.ndarray | None:
         """The bytes that really left in the run; None without a run, or if there were several epochs."""
         found = sorted(self.state.glob("profile-*.npy")) if self.state is not None else []
@@ -60,18 +96,15 @@ class Victim:
         vector: np.ndarray = np.load(found[0], allow_pickle=False)
         return vector if vector.shape == (dimensions,) else None
 
+    def saved_adapter(self) -> Path | None:
+        """What it saved after the last round of a finished run; None if there is nothing."""
+        saved = "round-*/adapter_model.safetensors"
+        return max((self.state / "adapter").glob(saved), default=None) if self.state is not None else None
+
 
 @dataclass(frozen=True)
 class Target:
-    """A federation under attack.
-
-    Attributes:
-        name: of the run or scenario.
-        scenario: its settings.
-        directory: the finished run; None for a scenario.
-        victims: its clients.
-        public: public examples.
-    """
+    """A federation under attack; `directory` is the finished run, None for a scenario."""
 
     name: str
     scenario: Scenario
@@ -79,11 +112,11 @@ class Target:
     victims: tuple[Victim, ...]
     public: tuple[Example, ...]
 
-    @property
-    def server_run(self) -> Mapping[str, Any]:
-        """What the server of a finished run wrote; empty without one."""
-        path = self.directory / "federation/server/state/run.json" if self.directory else None
-        return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else {}
+    @cached_property
+    def server_run(self) -> ServerRun:
+        """What the server of a finished run wrote; without rounds where there is none."""
+        path = self.directory / "federation/server/state" / RUN if self.directory else None
+        return read_server_run(path) if path is not None and path.exists() else ServerRun()
 
     @property
     def adapter(self) -> AdapterTerms:
@@ -96,18 +129,14 @@ class Target:
 
 
 def read_target(path: Path) -> Target:
-    """Read a run's directory, or a scenario file.
-
-    Raises:
-        ConfigurationError: there is neither, or its data is missing.
-    """
+    """Read a run's directory or a scenario file; `ConfigurationError` if it is neither, or data lack."""
     if (path / _SCENARIO).is_file():
         return _target(read_configuration(path / _SCENARIO, Scenario).resolved(path.resolve()), path)
     if path.is_file():
         return _target(read_configuration(path, Scenario).resolved(path.parent.resolve()), None)
     raise ConfigurationError(
-        f"{path}: neither a run nor a scenario; give the directory that `fedmosaic run` or `fedmosaic demo` "
-        "printed, or a scenario file"
+        f"{path}: neither a run nor a scenario nor a state directory; give the directory that "
+        "`fedmosaic run` or `fedmosaic demo` printed, a scenario file, or the state_dir of a client or server"
     )
 
 
@@ -155,15 +184,7 @@ class Prober:
 
 
 def open_prober(target: Target, other: ModelSettings | None = None) -> Prober:
-    """Load the probe with the run's own map, or fit a map as `fedmosaic run` would.
-
-    Args:
-        target: a run or scenario.
-        other: another model to take for the probe, with a map fitted for it.
-
-    Raises:
-        ModelError: the probe cannot be loaded.
-    """
+    """Load the probe with the run's own map, or fit a map as `fedmosaic run` would; `other` for the probe."""
     settings, profile = other or target.scenario.probe, target.scenario.profile
     model, tokenizer = load_model(settings)
     probe = open_probe(model)
@@ -172,13 +193,11 @@ def open_prober(target: Target, other: ModelSettings | None = None) -> Prober:
         mechanism = ProfileMechanism.model_validate_json((fitted / _PROFILE).read_text(encoding="utf-8"))
         basis = PublicBasis.load(fitted / BASIS) if mechanism.basis_sha256 else None
         return Prober(probe, tokenizer, PublicMap(mechanism, basis), basis, profile.max_length)
-    reduction = Reduction.model_validate(
-        {
-            "kind": profile.kind,
-            "hidden_size": probe.hidden_size,
-            "intermediate_size": probe.intermediate_size,
-            "projection_dimensions": profile.dimensions,
-        }
+    reduction = Reduction(
+        kind=profile.kind,
+        hidden_size=probe.hidden_size,
+        intermediate_size=probe.intermediate_size,
+        projection_dimensions=profile.dimensions,
     )
     mechanism, basis = fit_mechanism(
         probe,
@@ -194,26 +213,14 @@ def open_prober(target: Target, other: ModelSettings | None = None) -> Prober:
     return Prober(probe, tokenizer, PublicMap(mechanism, basis), basis, profile.max_length)
 
 
-def candidates(victim: Victim, size: int, seed: int = 0) -> tuple[list[Example], np.ndarray]:
-    """A pool of candidates: the client's training examples and others of the same task.
+def candidates(victim: Victim, size: int, seed: int = 0) -> list[Example]:
+    """At most `size` candidates with distinct prompts.
 
-    Args:
-        victim: the client.
-        size: most candidates; half of them from the training set, if there are enough others.
-        seed: of the draw.
-
-    Returns:
-        Candidates with distinct prompts, and (n,) bool, which of them the client really trains on.
+    Half are from the client's training set, if there are enough others of the same task.
     """
-    generator = np.random.default_rng(seed)
-    known = {example.prompt for example in victim.train}
-    others = [example for example in victim.test if example.prompt not in known]
-    chosen: dict[str, tuple[Example, bool]] = {}
-    for source, member, count in (
-        (others, False, size // 2),
-        (list(victim.train), True, size - min(len(others), size // 2)),
-    ):
+    generator, others = np.random.default_rng(seed), victim.unseen
+    chosen: dict[str, Example] = {}
+    for source, count in ((others, size // 2), (victim.train, size - min(len(others), size // 2))):
         for index in generator.permutation(len(source))[:count]:
-            chosen.setdefault(source[index].prompt, (source[index], member))
-    examples = [example for example, _ in chosen.values()]
-    return examples, np.array([member for _, member in chosen.values()], dtype=bool)
+            chosen.setdefault(source[index].prompt, source[index])
+    return list(chosen.values())

@@ -33,10 +33,8 @@ _TRIAL_LENGTH: Final = 6
 class NextTerms:
     """Every term that the next token after one prefix could add.
 
-    Attributes:
-        log_probabilities: (V,) of the next token.
-        inputs: reduced input u of every core.
-        response: (H, K) derivative of the head's input by all cores' outputs.
+    (V,) log-probabilities, the reduced input u of every core, and the (H, K) derivative of the head's input
+    by all cores' outputs.
     """
 
     log_probabilities: torch.Tensor
@@ -45,45 +43,26 @@ class NextTerms:
 
 
 class TermReader:
-    """Computes terms for one model with Co-LoRA cores, all else in it public.
+    """Computes terms for a causal language model with its shared branch alone on, in evaluation mode.
 
-    Args:
-        model: causal language model with its shared branch alone switched on, in evaluation mode.
-        cores: its cores by name, in the order of the shared vector.
-
-    Raises:
-        ModelError: no core acts on its own position alone.
+    Cores are by name in the order of the shared vector. `ModelError` if none acts on its own position alone.
     """
 
     def __init__(self, model: nn.Module, cores: Mapping[str, nn.Linear]) -> None:
         self._model: Any = model
-        head: Any = model.get_output_embeddings()  # type: ignore[operator]  # nn.Module hides it
-        self._head = head
+        self._head: Any = model.get_output_embeddings()  # type: ignore[operator]  # nn.Module hides it
         self._head_weight: torch.Tensor = self._head.weight.detach().float()
         local = self._local(cores)
         if not local:
             raise ModelError("no core of this model acts on its own position alone; adapt its last layer")
         self.cores = {name: core for name, core in cores.items() if name in local}
-        sizes = [dimensions_of({name: core}) for name, core in cores.items()]
-        starts = np.concatenate([[0], np.cumsum(sizes)])
-        self.columns = np.concatenate(
-            [
-                np.arange(start, start + size)
-                for name, start, size in zip(cores, starts, sizes, strict=False)
-                if name in local
-            ]
-        )
+        ends = np.cumsum([dimensions_of({name: core}) for name, core in cores.items()])
+        places = dict(zip(cores, np.split(np.arange(ends[-1]), ends[:-1]), strict=True))
+        self.columns = np.concatenate([places[name] for name in self.cores])
         """Which numbers of the shared vector the terms stand in."""
 
     def public_terms(self, texts: Sequence[torch.Tensor]) -> FloatArray:
-        """Terms of all tokens of public texts but the first two of each.
-
-        Args:
-            texts: (T,) tokens each.
-
-        Returns:
-            (N, D) in the order of `columns`.
-        """
+        """(N, D) terms, in the order of `columns`, of all but the first two of each text's (T,) tokens."""
         parts = []
         for tokens in texts:
             if len(tokens) < 3:
@@ -100,11 +79,7 @@ class TermReader:
         return np.concatenate(parts) if parts else np.zeros((0, len(self.columns)))
 
     def after(self, prefixes: Sequence[Sequence[int]]) -> list[NextTerms]:
-        """What the next token could add after each of some prefixes.
-
-        Args:
-            prefixes: of one length, at least 2.
-        """
+        """What the next token could add after each of some prefixes of one length, at least 2."""
         tokens, cache = torch.tensor(prefixes), DynamicCache()
         with torch.no_grad():
             self._model(input_ids=tokens[:, :-1], past_key_values=cache, use_cache=True)
@@ -120,15 +95,7 @@ class TermReader:
         ]
 
     def coefficients(self, terms: NextTerms, tokens: torch.Tensor) -> np.ndarray:
-        """The signals e of some next tokens.
-
-        Args:
-            terms: of the prefix.
-            tokens: (V,) the tokens.
-
-        Returns:
-            (V, K) float64.
-        """
+        """(V, K) float64 signals e of the (V,) next tokens after a prefix."""
         expected = terms.log_probabilities.exp() @ self._head_weight @ terms.response
         signals = expected - self._head_weight[tokens] @ terms.response
         return np.asarray(signals.double().numpy())
@@ -194,15 +161,7 @@ def _derivative(state: torch.Tensor, outputs: Sequence[torch.Tensor]) -> torch.T
 
 
 def atoms(inputs: Sequence[np.ndarray], background: Background) -> FloatArray:
-    """One term for each number of each core's output, in the background's coordinates.
-
-    Args:
-        inputs: (r,) reduced input of every core.
-        background: of the terms.
-
-    Returns:
-        (K, D).
-    """
+    """(K, D) one term per number of each core's output, whose reduced input is (r,), in the coordinates."""
     parts, start = [], 0
     for reduced in inputs:
         rank = len(reduced)

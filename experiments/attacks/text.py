@@ -4,6 +4,13 @@ The attacker holds one release and knows how a text begins. For every next token
 the exact δ that this token would have given and tests it against the left span; the state that follows
 is tested against the right span; the language model's own probability breaks ties. Tokens stand in the
 prefix as they are found, so an error early in a text spoils the rest: what is found is a lower bound.
+
+A gradient G = Σ_t δ_t x_tᵀ over T tokens has rank at most T. While T is below its width, every true δ_t is in
+the space that the leading left singular vectors span, every true x_t in that of the right ones, and almost
+no wrong one does: tokens can be tested one by one.
+
+Reference:
+    Petrov et al. 2024, "DAGER: Exact gradient inversion for large language models" (arXiv:2405.15586).
 """
 
 import math
@@ -17,21 +24,15 @@ import torch
 
 from fedmosaic.client.model.examples import IGNORED, EncodedExample, Example
 from fedmosaic.client.profile.probe import Probe, gradient_factors
-from fedmosaic.experiments.attacks.profile import (
-    AUTHORS_NOISE,
-    AUTHORS_SHARE,
-    DELTA,
-    noise_multiplier,
-)
+from fedmosaic.experiments.attacks.profile import AUTHORS_NOISE, AUTHORS_SHARE, noise_multiplier
 from fedmosaic.experiments.attacks.statistics.membership import gram_matrix
-from fedmosaic.experiments.attacks.statistics.results import CONFIDENCE, AttackResult, Figure, Setting
-from fedmosaic.experiments.attacks.statistics.roc import clopper_pearson
-from fedmosaic.experiments.attacks.statistics.spans import Spans, evidence, spans_of
+from fedmosaic.experiments.attacks.statistics.results import AttackResult, Figure, Setting
 from fedmosaic.privacy.mechanism.noise import NoiseSource
 from fedmosaic.privacy.mechanism.profile import clipped_sum, release
 from fedmosaic.privacy.mechanism.projection import GradientFactors, PublicBasis, PublicMap
 
 TEXT: Final = "Text recovery from the profile"
+OWN_GUESS: Final = "no {} at all: the language model's own guess"
 BEAMS: Final = 2
 CANDIDATES: Final = 5
 LIKELY_TOKENS: Final = 20_000
@@ -41,16 +42,52 @@ _WEIGHT: Final = 8.0
 
 
 @dataclass(frozen=True, eq=False)
+class Spans:
+    """Both spaces of a released matrix.
+
+    Attributes:
+        left: (m, r) orthonormal columns.
+        right: (f, r) orthonormal columns.
+        noise_share: share of noise in the middle one of the directions that were kept, in [0, 1).
+    """
+
+    left: np.ndarray
+    right: np.ndarray
+    noise_share: float
+
+
+def spans_of(released: np.ndarray, noise: float, largest_rank: int) -> Spans:
+    """Singular vectors of an (m, f) release that stand out of its noise; at least one is kept.
+
+    A direction counts if its singular value is above the largest that noise of the standard deviation s per
+    entry has alone, about s (√m + √f).
+    """
+    left, values, right = np.linalg.svd(released, full_matrices=False)
+    edge = noise * (np.sqrt(released.shape[0]) + np.sqrt(released.shape[1]))
+    floor = max(1.02 * float(edge), 1e-7 * float(values[0]))
+    rank = max(1, min(largest_rank, int(np.count_nonzero(values > floor))))
+    share = min(0.999, float((edge / max(values[rank // 2], 1e-300)) ** 2))
+    return Spans(left[:, :rank], right[:rank].T, share)
+
+
+def evidence(vectors: np.ndarray, basis: np.ndarray, floor: float) -> np.ndarray:
+    """How much better each of (n, m) vectors fits into a space than a vector from nowhere would.
+
+    -log of the share of energy outside the space of the (m, r) orthonormal columns, at most -log(floor),
+    where the floor > 0 is what noise keeps outside of a true vector; 0 for a vector of zeros.
+    """
+    energy = np.einsum("nm,nm->n", vectors, vectors)
+    inside = np.einsum("nr,nr->n", vectors @ basis, vectors @ basis)
+    outside = 1.0 - inside / np.maximum(energy, 1e-300)
+    return np.asarray(np.where(energy > 0.0, -np.log(np.clip(outside, 0.0, 1.0) + floor), 0.0))
+
+
+@dataclass(frozen=True, eq=False)
 class Release:
     """One release as a matrix, and how the attacker's own vectors get into its coordinates.
 
-    Attributes:
-        spans: what stands out of its noise; None to decode with the language model alone.
-        left: maps (n, D) gradients δ to the matrix's rows.
-        right: maps (n, F) inputs x to its columns.
-        words: what it is.
-        setting: what it is filed under.
-        epsilon: claimed ε.
+    `spans` is what stands out of its noise, None to decode with the language model alone; `left` maps (n, D)
+    gradients δ to the matrix's rows, `right` (n, F) inputs x to its columns.
     """
 
     spans: Spans | None
@@ -64,16 +101,9 @@ class Release:
 def continuations(
     examples: Sequence[Example], tokenizer: Any, count: int, tokens: int
 ) -> list[EncodedExample]:
-    """Texts of a client, as examples that continue their first words.
+    """First lines of prompts, as at most `count` examples that continue their first words.
 
-    Args:
-        examples: their prompts' first lines are the texts.
-        tokenizer: of the probe.
-        count: number of texts.
-        tokens: most tokens to continue with.
-
-    Returns:
-        At most `count` examples with at least six tokens to recover.
+    Each has from six to `tokens` tokens to recover.
     """
     found: list[EncodedExample] = []
     for example in examples:
@@ -99,35 +129,20 @@ def text_results(
 ) -> list[AttackResult]:
     """Recover texts from one release of them: the authors' sanitiser, DP in its place, and the product.
 
-    Args:
-        probe: the public probe model.
-        texts: what is in the release.
-        public_map: the product's map.
-        basis: its basis, which the attacker has too.
-        noise: of the product's release.
-        seed: of the references' noise.
+    The attacker has the product's map and its basis too; the seed is of the references' noise.
     """
     factors = list(gradient_factors(probe, texts))
     generator = np.random.default_rng(seed)
     releases = [
         *_references(factors, generator),
         *_product(factors, public_map, basis, noise),
-        Release(
-            None, _same, _same, "no release at all: the language model's own guess", "no_sanitiser", None
-        ),
+        Release(None, _same, _same, OWN_GUESS.format("release"), "no_sanitiser", None),
     ]
     return [_result(probe, texts, released) for released in releases]
 
 
 def decode(probe: Probe, known: Sequence[int], length: int, released: Release) -> list[int]:
-    """The most plausible continuation of known tokens under a release.
-
-    Args:
-        probe: the public probe model.
-        known: tokens that the attacker knows.
-        length: number of tokens to recover.
-        released: what it holds.
-    """
+    """The most plausible continuation, of some length, of the tokens that an attacker knows."""
     beams: list[tuple[float, list[int]]] = [(0.0, [])]
     states = _states(probe, [list(known)])
     for _ in range(length):
@@ -147,14 +162,13 @@ def decode(probe: Probe, known: Sequence[int], length: int, released: Release) -
 
 
 def _references(factors: Sequence[GradientFactors], generator: np.random.Generator) -> Iterator[Release]:
-    rows = int(AUTHORS_SHARE * factors[0].delta.shape[1])
-    matrices = [factor.delta[:, :rows].T.astype(np.float64) @ factor.inputs for factor in factors]
-    tokens = sum(len(factor.delta) for factor in factors)
-    count = len(factors)
+    rows, count = int(AUTHORS_SHARE * factors[0].delta.shape[1]), len(factors)
 
     def kept(delta: np.ndarray) -> np.ndarray:
         return delta[:, :rows]
 
+    matrices = [kept(factor.delta).T.astype(np.float64) @ factor.inputs for factor in factors]
+    tokens = sum(len(factor.delta) for factor in factors)
     spread = AUTHORS_NOISE / math.sqrt(count)
     mean = np.mean(matrices, axis=0) + spread * generator.standard_normal(matrices[0].shape)
     words = f"first 40 % of rows, noise 1e-4, no clipping, mean of {count} texts"
@@ -211,18 +225,12 @@ def _result(probe: Probe, texts: Sequence[EncodedExample], released: Release) ->
         release=released.words,
         setting=released.setting,
         epsilon=released.epsilon,
-        delta=DELTA if released.epsilon is not None else None,
         figures=(
-            _share("tokens recovered", right, total),
-            _share("texts recovered verbatim", verbatim, len(texts)),
+            Figure.share(f"tokens recovered (of {total})", right, total),
+            Figure.share(f"texts recovered verbatim (of {len(texts)})", verbatim, len(texts)),
         ),
         note="a lower bound: a better search recovers more. Compare with the language model's own guess",
     )
-
-
-def _share(name: str, right: int, total: int) -> Figure:
-    low, high = clopper_pearson(right, total, CONFIDENCE)
-    return Figure(name=f"{name} (of {total})", value=right / total, low=low, high=high)
 
 
 def _weight(spans: Spans) -> float:

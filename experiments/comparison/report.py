@@ -1,11 +1,12 @@
 """`fedmosaic report PATH`: what a run did, what it is good for, and who learnt what."""
 
 import io
+import math
 import shlex
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,6 +19,7 @@ from rich.text import Text
 
 from fedmosaic.experiments.attacks import report as attack_report
 from fedmosaic.experiments.comparison.figures import privacy_figure
+from fedmosaic.experiments.comparison.majority import majorities
 from fedmosaic.experiments.comparison.page import page
 from fedmosaic.experiments.comparison.runs import REFERENCE, compared_run, group_runs, read_object
 from fedmosaic.experiments.comparison.tables import terminal_tables
@@ -62,6 +64,7 @@ class RunRecord:
     statements: Mapping[str, Mapping[str, Any]]
     server: Mapping[str, Any]
     tasks: Mapping[str, str]
+    majority: Mapping[str, float] = field(default_factory=dict)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -132,12 +135,14 @@ def read_run(path: Path) -> RunRecord:
     Raises:
         ConfigurationError: there is nothing of a run at this path.
     """
+    majority: Mapping[str, float] = {}
     if (path / "federation").is_dir():
         kits = sorted((path / "federation" / "clients").iterdir())
         states = {kit.name: kit / "state" for kit in kits}
         server = _read_json(path / "federation" / "server" / "state" / _SERVER_RUN)
         scenario = _read_json(path / "scenario.json")
         tasks = {client["id"]: client["task"] for client in scenario.get("clients", [])}
+        majority = majorities(scenario)
     elif (path / _RESULT).exists():
         states = {_read_json(path / "session.json").get("client", path.name): path}
         server, tasks = {}, {}
@@ -152,9 +157,8 @@ def read_run(path: Path) -> RunRecord:
     statements = {name: content for name, content in found.items() if content}
     if not states:
         statements = server.get("statements", {})
-    return RunRecord(
-        path, {name: _read_json(state / _RESULT) for name, state in states.items()}, statements, server, tasks
-    )
+    clients = {name: _read_json(state / _RESULT) for name, state in states.items()}
+    return RunRecord(path, clients, statements, server, tasks, majority)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -172,8 +176,8 @@ def show(record: RunRecord, console: Console) -> None:
     if any("after" in result for result in results):
         put(
             accuracy_table(record),
-            "Self: accuracy on the client's own test sets; beside it, what the commonest answer alone would "
-            "score, and a model trained without the others. Others: mean over the others' test sets.",
+            "Self: accuracy on the client's own test sets; majority: always the most frequent answer there; "
+            "alone: a model trained without the others. Others: mean over the others' test sets.",
         )
     for name, result in record.clients.items():
         if "comparison" in result:
@@ -264,7 +268,7 @@ def _table(title: str, heads: Sequence[str], words: int = 1) -> Table:
 
 def accuracy_table(record: RunRecord) -> Table:
     """Accuracy before and after, on the own task and on the others'."""
-    heads = ("client", "task", "Self", "gain", "one answer", "alone", "Others", "gain")
+    heads = ("client", "task", "majority", "alone", "Self", "gain", "Others", "gain")
     table = _table("Accuracy before → after", heads, 2)
     rows = []
     for name, result in record.clients.items():
@@ -273,9 +277,10 @@ def accuracy_table(record: RunRecord) -> Table:
         own = (result["before"].get("self"), result["after"].get("self"))
         others = tuple(_others(result[when]) for when in ("before", "after"))
         compared = result.get("comparison", {})
-        beside = (compared.get("commonest"), compared.get("scores", {}).get("alone"))
+        most = record.majority.get(name, compared.get("commonest") or math.nan)
+        single = compared.get("scores", {}).get("alone", math.nan)
         table.add_row(
-            name, record.tasks.get(name, "-"), *_change(*own), *map(_share, beside), *_change(*others)
+            name, record.tasks.get(name, "-"), *map(_score, (most, single)), *_change(*own), *_change(*others)
         )
         rows.append((*own, *others))
     measures = {m for result in record.clients.values() for m in result.get("measures", {}).values()}
@@ -285,17 +290,18 @@ def accuracy_table(record: RunRecord) -> Table:
     if complete:
         means = [fmean(row[i] for row in complete) for i in range(4)]
         table.add_section()
-        table.add_row("mean", "", *_change(*means[:2]), "", "", *_change(*means[2:]))
+        most = _score(fmean(record.majority.values()) if record.majority else math.nan)
+        table.add_row("mean", "", most, "", *_change(*means[:2]), *_change(*means[2:]))
     return table
+
+
+def _score(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"
 
 
 def _others(scores: Mapping[str, float]) -> float | None:
     values = [score for name, score in scores.items() if name != "self"]
     return fmean(values) if values else None
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 def _change(before: float | None, after: float | None) -> tuple[str, str]:

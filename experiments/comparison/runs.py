@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
 
+from fedmosaic.experiments.comparison.majority import majorities
 from fedmosaic.experiments.scenario.metrics import (
     Interval,
     Pair,
@@ -40,6 +41,7 @@ class Run:
         seconds: of the whole run.
         training_flops: of all clients' own training steps; NaN where a client's were not measured.
         protection: of the adapter, as in a roster; empty for methods without a server of FedMosaic.
+        majority: Self of whoever always gives a task's most frequent answer; NaN where that is not known.
         relevance: how the last round's similarities tell clients of one group from others (area under the
             ROC curve); NaN without groups or without similarities.
     """
@@ -53,6 +55,7 @@ class Run:
     seconds: float
     training_flops: float = math.nan
     protection: str = ""
+    majority: float = math.nan
     relevance: float = math.nan
 
     @property
@@ -129,8 +132,13 @@ def compared_run(directory: Path) -> Run:
         sent=fmean(sent) / scenario["schedule"]["rounds"],
         seconds=float(read_object(directory / "run.json").get("seconds", 0.0)),
         training_flops=math.fsum(flops),
+        majority=_mean_of(majorities(scenario)),
         **_exchange(directory, scenario),
     )
+
+
+def _mean_of(values: Mapping[str, float]) -> float:
+    return fmean(values.values()) if values else math.nan
 
 
 def _exchange(directory: Path, scenario: Mapping[str, Any]) -> dict[str, Any]:

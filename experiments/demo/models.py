@@ -109,7 +109,7 @@ def shallow_demo_models(
         ConfigurationError: A package cannot be had, or a depth makes no sense.
         ModelError: The weights cannot be read.
     """
-    folders = {depth: cache / "models" / f"smollm2-135m-first{depth}-{_recipe_digest()}" for depth in depths}
+    folders = _folders(cache, depths)
     missing = [depth for depth, folder in folders.items() if not is_complete(folder, _NEEDED)]
     if missing:
         whole = demo_model(cache, console=console)
@@ -128,6 +128,16 @@ def shallow_demo_models(
                 )  # fmt: skip
                 move_into_place(built, folders[depth], _NEEDED)
     return folders
+
+
+def cached_models(cache: Path, depths: Sequence[int]) -> dict[int, Path] | None:
+    """The folders of `shallow_demo_models`, if all of them are in the cache already; else None."""
+    folders = _folders(cache, depths)
+    return folders if all(is_complete(folder, _NEEDED) for folder in folders.values()) else None
+
+
+def _folders(cache: Path, depths: Sequence[int]) -> dict[int, Path]:
+    return {depth: cache / "models" / f"smollm2-135m-first{depth}-{_recipe_digest()}" for depth in depths}
 
 
 def write_model_folder(

@@ -199,10 +199,13 @@ def run_at(scenario: Scenario, directory: Path, console: Console) -> None:
     resume(directory, console)
 
 
-def run(scenario: Scenario, base: Path, output_dir: Path, console: Console) -> Path:
+def run(
+    scenario: Scenario, base: Path, output_dir: Path, console: Console, *, fitted: Path | None = None
+) -> Path:
     """Run a scenario with real processes, in a directory below `output_dir`, which is given back.
 
-    Relative paths of the scenario start from `base`.
+    Relative paths of the scenario start from `base`. `fitted` keeps the public basis for the next run of
+    the same probe, public data and profile.
 
     Raises:
         RunFailedError: a process failed; the message names it and shows the end of its log.
@@ -211,7 +214,7 @@ def run(scenario: Scenario, base: Path, output_dir: Path, console: Console) -> P
     scenario = scenario.resolved(base.resolve())
     check_as_processes(scenario)
     directory = _make_directory(scenario, output_dir, processes=True)
-    profile = fit_profile(scenario, directory, console, own_process=True)
+    profile = fit_profile(scenario, directory, console, own_process=True, kept=fitted)
     port = free_port()
     found_federation(scenario, profile, directory, port)
     console.print(

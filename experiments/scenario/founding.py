@@ -1,5 +1,6 @@
 """What has to be there before a scenario's first round: the public basis, identities and the roster."""
 
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -14,21 +15,27 @@ from fedmosaic.experiments.scenario.terms import Scenario
 from fedmosaic.privacy.federation import kits as federation
 from fedmosaic.privacy.federation.roster import AdapterTerms, Terms
 from fedmosaic.privacy.federation.terms_checks import check_plan
+from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism
+from fedmosaic.privacy.mechanism.projection import check_basis
+from fedmosaic.protos.errors import MechanismError
 
 
 def fit_profile(
-    scenario: Scenario, directory: Path, console: Console, *, own_process: bool
+    scenario: Scenario, directory: Path, console: Console, *, own_process: bool, kept: Path | None = None
 ) -> ProfileMechanism:
     """Fit the public basis of the task profile, unless the run's `profile/` holds it already.
 
-    With a process of its own the memory of its model is given back.
+    With a process of its own the memory of its model is given back. `kept` is the folder of what an earlier
+    run fitted to the same probe, data and settings; it is made if absent.
 
     Raises:
         RunFailedError: that process was killed.
         FedMosaicError: the basis cannot be fitted.
     """
     stored = directory / "profile" / PROFILE
+    if kept is not None and not stored.exists() and _usable(kept):
+        shutil.copytree(kept, stored.parent, dirs_exist_ok=True)
     if stored.exists():
         return ProfileMechanism.model_validate_json(stored.read_text(encoding="utf-8"))
     console.print("fitting the public basis of the task profile on public data")
@@ -42,8 +49,18 @@ def fit_profile(
         out=stored.parent,
         **profile.model_dump(exclude={"public_data"}),
     )
-    if not own_process:
-        return fit(arguments)
+    with console.status("a pass over every public example"):
+        mechanism = _fit_apart(arguments) if own_process else fit(arguments)
+    if kept is not None:
+        # The mechanism, which names the basis by its hash, comes last: a copy that was cut off is not used.
+        kept.mkdir(parents=True, exist_ok=True)
+        for name in (federation.BASIS, PROFILE):
+            if (stored.parent / name).exists():
+                write_atomically(kept / name, (stored.parent / name).read_bytes())
+    return mechanism
+
+
+def _fit_apart(arguments: Arguments) -> ProfileMechanism:
     try:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             return pool.submit(fit, arguments).result()
@@ -51,6 +68,17 @@ def fit_profile(
         raise RunFailedError(
             "the process that fits the public basis was killed; give it more memory, or a smaller probe"
         ) from None
+
+
+def _usable(kept: Path) -> bool:
+    """Whether the folder holds a mechanism and the basis that it names."""
+    try:
+        mechanism = ProfileMechanism.model_validate_json((kept / PROFILE).read_bytes())
+        basis = kept / federation.BASIS
+        check_basis(mechanism, basis if basis.exists() else None)
+    except (OSError, ValueError, MechanismError):
+        return False
+    return True
 
 
 def agreed_adapter(scenario: Scenario) -> AdapterTerms:

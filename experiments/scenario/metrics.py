@@ -13,13 +13,12 @@ A_AUC lies below A_last. Round 0, before any training, belongs to neither.
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import stdtrit
-from scipy.stats import rankdata
+from scipy.stats import rankdata, sem, t
 
 from fedmosaic.protos.errors import ConfigurationError
 
@@ -70,19 +69,19 @@ def interval(values: Sequence[float]) -> Interval | None:
     mean, count = fmean(values), len(values)
     if count == 1:
         return Interval(mean, None, 1)
-    return Interval(mean, float(stdtrit(count - 1, 0.975)) * stdev(values) / math.sqrt(count), count)
+    return Interval(mean, float(t.ppf(0.975, count - 1) * sem(values)), count)
+
+
+def placements(these: npt.ArrayLike, others: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Share of the (N,) finite others below each of (P,) finite values, ties counting half."""
+    own = np.ravel(these)
+    below = rankdata(np.concatenate([own, np.ravel(others)]))[: own.size] - rankdata(own)
+    return np.asarray(below / np.size(others))
 
 
 def area_under_curve(positive: npt.ArrayLike, negative: npt.ArrayLike) -> float:
-    """Probability that a positive scores above a negative, ties counting half (Mann and Whitney 1947).
-
-    Args:
-        positive: (P,) finite scores.
-        negative: (N,) finite scores.
-    """
-    count = np.size(positive)
-    ranks = rankdata(np.concatenate([np.ravel(positive), np.ravel(negative)]))[:count]
-    return float((ranks.sum() - count * (count + 1) / 2) / (count * np.size(negative)))
+    """Probability that a positive scores above a negative, ties counting half (Mann and Whitney 1947)."""
+    return float(placements(positive, negative).mean())
 
 
 def markdown_table(

@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client.model.examples import padding_token, read_examples
-from fedmosaic.client.vision.sight import Sight, give_sight
+from fedmosaic.client.vision.inputs import VisionInputs, open_images
 from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient
 from fedmosaic.protos.errors import StateError
 
@@ -86,8 +86,8 @@ class SharedModel:
 def shared_model(
     scenario: Scenario, client: ScenarioClient, model: PeftModel, tokenizer: PreTrainedTokenizerBase
 ) -> SharedModel:
-    """A model that can read the images of all the scenario's examples; see `give_sight` for the errors."""
-    inputs = Sight(client.model.path, scenario.images, client.projector, scenario.question_only)
+    """A model that can read the images of all the scenario's examples; see `open_images` for the errors."""
+    inputs = VisionInputs(client.model.path, scenario.images, client.projector, scenario.question_only)
     tasks = [task for entry in (*scenario.clients, *scenario.unseen) for task in entry.task_list]
     examples = [e for task in tasks for file in (task.train, task.test) for e in read_examples(file)]
-    return SharedModel(model, give_sight(inputs, model, tokenizer, examples, scenario.training.max_length))
+    return SharedModel(model, open_images(inputs, model, tokenizer, examples, scenario.training.max_length))

@@ -31,7 +31,7 @@ class Write:
 
     set: tyro.conf.Positional[str]
     """Its name: text-pairs, text-siblings, text-siblings-many, text-desks, text-desks-one-form, text-four,
-    images-siblings or images-four."""
+    text-unlike, images-siblings or images-four."""
     data: Path
     """Folder with the data sets, as published: self_instruct and wikitext2; for texts cl_benchmark_text,
     clinc150 and banking77; for images omniglot_small, fashion_mnist, shapes_vqa and vqa_rad."""

@@ -17,7 +17,7 @@ from typing import Final
 import numpy as np
 from PIL import Image
 
-from fedmosaic.client.vision.features import open_picture
+from fedmosaic.client.vision.features import open_image
 from fedmosaic.client.vision.words import marker
 from fedmosaic.experiments.tasks.labelled import stable_hash
 from fedmosaic.experiments.tasks.rows import Row, Task, TaskSet, in_test, part_of, question, read_json
@@ -79,7 +79,7 @@ def radiographs(organ: str, kinds: Sequence[str]) -> Task:
 
 def _radiograph(source: Path) -> Image.Image:
     """Brought to a size that the encoder can use, so that a set of tasks stays small."""
-    image = open_picture(source)
+    image = open_image(source)
     image.thumbnail((_RADIOGRAPH_SIDE, _RADIOGRAPH_SIDE))
     return image
 

@@ -16,11 +16,11 @@ from fedmosaic.client.model.examples import Example, encode_examples, padding_to
 from fedmosaic.client.model.fingerprint import fingerprint
 from fedmosaic.client.model.training import TrainingReport, TrainingSettings, train_local
 from fedmosaic.client.vision.efficientnet import CHANNELS
-from fedmosaic.client.vision.embedding import ProjectedFeatures, put_pictures
-from fedmosaic.client.vision.features import GRID, SIZE, picture_features
+from fedmosaic.client.vision.embedding import ProjectedFeatures, put_images
+from fedmosaic.client.vision.features import GRID, SIZE, image_features
+from fedmosaic.client.vision.inputs import located
 from fedmosaic.client.vision.projector import Projector, ProjectorRecord
-from fedmosaic.client.vision.sight import located
-from fedmosaic.client.vision.words import number_pictures, tokenizer_with_pictures
+from fedmosaic.client.vision.words import number_images, tokenizer_with_images
 from fedmosaic.protos.errors import ModelError
 
 _SCORED_BATCH = 32
@@ -62,19 +62,19 @@ def train_projector(
             f"{type(model).__name__} embeds words with {type(words).__name__}; a table is needed"
         )
     scale = float(words.weight.float().square().mean().sqrt())
-    ids = number_pictures((*public.train, *public.test), words.num_embeddings, GRID**2)
+    ids = number_images((*public.train, *public.test), words.num_embeddings, GRID**2)
     paths = [located(public.folder, path) for path in ids.numbers]
-    features = picture_features(paths, cache=cache, console=console)
+    features = image_features(paths, cache=cache, console=console)
     projector = Projector(CHANNELS, words.embedding_dim, scale)
-    put_pictures(model, ProjectedFeatures(features, projector), ids.each)
-    with_images = tokenizer_with_pictures(tokenizer, ids)
+    put_images(model, ProjectedFeatures(features, projector), ids.each)
+    with_images = tokenizer_with_images(tokenizer, ids)
     started = time.monotonic()
     report = _train(model, with_images, public.train, settings, console)
     seconds = time.monotonic() - started
     projector.requires_grad_(False)
     seen, blind = (
         choice_accuracy(model, t, public.test, _SCORED_BATCH, max_length=settings.max_length)
-        for t in (with_images, tokenizer_with_pictures(tokenizer, None))
+        for t in (with_images, tokenizer_with_images(tokenizer, None))
     )
     record = ProjectorRecord(
         identity, CHANNELS, words.embedding_dim, SIZE, GRID, public.name, report.steps, seconds,

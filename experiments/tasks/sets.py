@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from fedmosaic.client.model.examples import Example
-from fedmosaic.client.vision.words import pictures_in, without_pictures
+from fedmosaic.client.vision.words import images_in, without_images
 from fedmosaic.experiments.scenario.participants import write_examples
 from fedmosaic.experiments.tasks.images import IMAGE_SETS
 from fedmosaic.experiments.tasks.labelled import normalise, stable_hash
@@ -109,9 +109,9 @@ def question_only(train: Sequence[Example], test: Sequence[Example]) -> float:
     """
     answers: dict[str, Counter[str]] = {}
     for example in train:
-        answers.setdefault(without_pictures(example).prompt, Counter())[example.answer] += 1
+        answers.setdefault(without_images(example).prompt, Counter())[example.answer] += 1
     overall = sum(answers.values(), Counter[str]())
-    guesses = [answers.get(without_pictures(e).prompt, overall).most_common(1)[0][0] for e in test]
+    guesses = [answers.get(without_images(e).prompt, overall).most_common(1)[0][0] for e in test]
     return sum(guess == e.answer for guess, e in zip(guesses, test, strict=True)) / len(test)
 
 
@@ -143,7 +143,7 @@ def write_set(tasks: TaskSet, data: Path, out: Path, size: Size) -> dict[str, di
 
 
 def _write_images(found: SplitTask, out: Path) -> int:
-    used = {path for example in (*found.train, *found.test) for path in pictures_in(example.prompt)}
+    used = {path for example in (*found.train, *found.test) for path in images_in(example.prompt)}
     images = {path: make for row in found.rows for path, make in row.images.items() if path in used}
     for path, make in images.items():
         if not (out / path).exists():

@@ -112,6 +112,13 @@ FOUR: Final[TaskSet] = {
 }
 """Four unlike tasks: what the attacks are measured on."""
 
+UNLIKE: Final[TaskSet] = {
+    **FOUR,
+    "house": {"house": _domains("kitchen_and_dining", "home")},
+    "bank": {"cards": _banking("card_arrival", "card_linking", "card_about_to_expire", "card_not_working")},
+}
+"""Six unlike tasks: what the default rates are held by."""
+
 PAIRS: Final[TaskSet] = {
     f"{name}-{'ab'[number]}": {f"{name}-{'ab'[number]}": _part(task, number, 2)}
     for name, task in (
@@ -169,6 +176,7 @@ def desks(forms: tuple[str, str] = _FORMS) -> TaskSet:
 
 TEXT_SETS: Final[dict[str, TaskSet]] = {
     "text-four": FOUR,
+    "text-unlike": UNLIKE,
     "text-pairs": PAIRS,
     "text-siblings": siblings(3),
     "text-siblings-many": siblings(12),

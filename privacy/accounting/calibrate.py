@@ -39,12 +39,8 @@ def noise_multiplier_for(
     """
     if steps < 1:
         raise AccountingError(f"steps is {steps}; plan at least one release")
-    GaussianEvent(1.0, sampling_rate, steps)
-
-    def events_at(sigma: float) -> list[GaussianEvent]:
-        return [*fixed_events, GaussianEvent(sigma, sampling_rate, steps)]
-
-    return _smallest_factor(target_epsilon, delta, fixed_events, events_at)
+    planned = GaussianEvent(1.0, sampling_rate, steps)
+    return noise_factor_for(target_epsilon, delta, fixed_events, [planned])
 
 
 def check_plannable(
@@ -54,19 +50,9 @@ def check_plannable(
     sampling_rate: float,
     steps: int,
 ) -> None:
-    """Refuse what `noise_multiplier_for` cannot plan; in milliseconds where it could.
+    """Refuse what `noise_multiplier_for` cannot plan, with its errors; in milliseconds where it could.
 
     RDP bounds ε from above: a σ that suffices by it suffices by PRV, if PRV can evaluate it.
-
-    Args:
-        target_epsilon: ε of everything together, in (0, 100].
-        delta: δ in (0, 1).
-        fixed_events: releases whose noise is settled.
-        sampling_rate: q of the releases to plan, in (0, 1].
-        steps: number of releases to plan, ≥ 1.
-
-    Raises:
-        AccountingError: as for `noise_multiplier_for`.
     """
     sigma = 1.0
     while sigma <= _LARGEST_FACTOR:
@@ -118,25 +104,16 @@ def noise_factor_for(
             ),
         ]
 
-    return _smallest_factor(target_epsilon, delta, fixed_events, events_at)
-
-
-class _NoTightBoundError(AccountingError):
-    """The accountant cannot evaluate these releases, for example because there are too many steps."""
-
-
-def _smallest_factor(
-    target: float,
-    delta: float,
-    fixed: Sequence[GaussianEvent],
-    events_at: Callable[[float], list[GaussianEvent]],
-) -> float:
     # Where a tight value takes minutes, or cannot be had, the looser bound plans a little more noise. The
     # ledger, too, goes on with it then (`fedmosaic.privacy.accounting.epsilon.epsilon_bound`).
     if sum(event.steps for event in events_at(1.0)) <= _MOST_TIGHT_STEPS:
         with suppress(_NoTightBoundError):
-            return _search(target, delta, fixed, events_at, "prv")
-    return _search(target, delta, fixed, events_at, "rdp")
+            return _search(target_epsilon, delta, fixed_events, events_at, "prv")
+    return _search(target_epsilon, delta, fixed_events, events_at, "rdp")
+
+
+class _NoTightBoundError(AccountingError):
+    """The accountant cannot evaluate these releases, for example because there are too many steps."""
 
 
 def _search(

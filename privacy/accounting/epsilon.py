@@ -1,6 +1,4 @@
-"""ε of composed Gaussian releases: Opacus accountants behind one interface, and their cross-check.
-
-Three accountants bound the same quantity, so they check each other:
+"""ε of composed Gaussian releases, by three accountants that bound the same quantity and check each other.
 
 * "prv": numerical composition of privacy random variables (Opacus), an upper bound that lies its
   numerical error of 0.01 above the truth; the default. No ε below 0.01 can come from it.
@@ -102,14 +100,6 @@ def epsilon(events: Iterable[GaussianEvent], delta: float, accountant: str = "pr
 def epsilon_bound(events: Iterable[GaussianEvent], delta: float, accountant: str = "prv") -> EpsilonBound:
     """`epsilon`, or the RDP bound, named as such, where the accountant cannot evaluate the events.
 
-    Args:
-        events: as for `epsilon`.
-        delta: as for `epsilon`.
-        accountant: the one wanted.
-
-    Returns:
-        The ε and the accountant that it really comes from.
-
     Raises:
         AccountingError: an argument is outside its domain, or RDP fails as well.
     """
@@ -126,18 +116,11 @@ def epsilon_bound(events: Iterable[GaussianEvent], delta: float, accountant: str
 
 
 def cross_checked_epsilon(events: Iterable[GaussianEvent], delta: float) -> CrossCheck:
-    """ε by all three accountants, refused when they contradict each other.
+    """ε by all three accountants, refused when they contradict each other; PRV is the one to report.
 
     PRV is the truth within its error plus that error; PLD is the truth plus a rounding that shrinks
     with its grid. So PRV below PLD means either a wrong PRV or a coarse PLD: the grid is refined
     before the figures are refused.
-
-    Args:
-        events: as for `epsilon`.
-        delta: as for `epsilon`.
-
-    Returns:
-        The three figures; PRV is the one to report.
 
     Raises:
         AccountingError: as for `epsilon`, or PRV < PLD, or RDP < PLD - 0.001.
@@ -160,14 +143,11 @@ def person_epsilon(events: Iterable[GaussianEvent], delta: float, examples: int)
         examples: k ≥ 1, how many examples the person has; with 1 it is the ε of one example.
 
     Returns:
-        An upper bound by PLD, ≥ 0; ∞ when a step has no noise, or above the ε up to which tight values are
-        computed for one example.
+        An upper bound by PLD (`pld.compose_for_person`), ≥ 0; ∞ when a step has no noise, or above the ε
+        up to which tight values are computed for one example.
 
     Raises:
         AccountingError: an argument is outside its domain.
-
-    Reference:
-        See `fedmosaic.privacy.accounting.pld.compose_for_person`.
     """
     _check_delta_domain(delta)
     if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
@@ -191,15 +171,9 @@ def _person_epsilon(events: tuple[GaussianEvent, ...], delta: float, examples: i
 
 
 def check_order(prv: float, rdp: float, pld: float) -> CrossCheck:
-    """Refuse figures that cannot all be upper bounds of one ε.
+    """Refuse figures that cannot all be upper bounds of one ε, of which PLD's is the reference.
 
-    Args:
-        prv: ε by PRV, whose margin of 0.01 keeps it above PLD.
-        rdp: ε by RDP.
-        pld: ε by PLD, the reference; rounding may lift it up to 0.001 above a tight RDP.
-
-    Returns:
-        The figures.
+    PRV's margin of 0.01 keeps it above PLD; rounding may lift PLD up to 0.001 above a tight RDP.
 
     Raises:
         AccountingError: PRV < PLD, RDP < PLD - 0.001, or a figure is not a number.
@@ -220,29 +194,14 @@ def check_order(prv: float, rdp: float, pld: float) -> CrossCheck:
 
 
 def default_delta(examples: int) -> float:
-    """δ = n^-1.1, which is below 1/n for every n ≥ 2.
-
-    Args:
-        examples: n, number of the client's private examples, ≥ 2. The δ printed in a report tells
-            its reader the order of n.
-
-    Returns:
-        δ in (0, 1/n).
-
-    Raises:
-        AccountingError: fewer than two examples.
-    """
+    """δ = n^-1.1, which is below 1/n for every number n ≥ 2 of private examples; it tells the order of n."""
     if isinstance(examples, bool) or not isinstance(examples, int) or examples < 2:
         raise AccountingError("δ = n^-1.1 needs at least 2 examples; a smaller data set cannot be protected")
     return float(examples**-1.1)
 
 
 def check_delta(delta: float, examples: int) -> None:
-    """Refuse a δ that would allow publishing a random example.
-
-    Args:
-        delta: δ in (0, 1).
-        examples: n, number of the client's private examples.
+    """Refuse a δ that would allow publishing a random one of the client's n examples.
 
     Raises:
         AccountingError: δ > 1/n, or outside (0, 1). The message does not tell n.

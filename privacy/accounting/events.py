@@ -1,10 +1,24 @@
-"""What a release spends, as plain data: nothing here needs torch or an accountant."""
+"""What a release spends and allows, as plain data: nothing here needs torch or an accountant."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Annotated
 
+from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
+
+from fedmosaic.privacy.configuration import Frozen
 from fedmosaic.protos.errors import AccountingError
+
+Epsilon = Annotated[
+    float,
+    Field(ge=0.0),
+    BeforeValidator(lambda value: math.inf if value == "infinity" else value),
+    PlainSerializer(lambda value: "infinity" if value == math.inf else value, when_used="json"),
+    WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"const": "infinity"}]}),
+]
+"""ε ≥ 0. JSON has no infinity, and null would read as "not applicable", so ∞ is the string "infinity"."""
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +76,10 @@ UNPROTECTED = GaussianEvent(noise_multiplier=0.0, sampling_rate=1.0, steps=1)
 
 
 def merge_events(events: Iterable[GaussianEvent]) -> tuple[GaussianEvent, ...]:
-    """Add up the steps of events with equal (σ, q), drop empty ones, and sort.
+    """Add up the steps of events with equal (σ, q), drop empty ones, and sort by (σ, q).
 
     Composition does not depend on order (the schedule is fixed in advance), so two histories that
     merge to the same tuple have the same ε. Accountants cost time per distinct row.
-
-    Args:
-        events: any order, from any channels.
-
-    Returns:
-        One event per distinct (σ, q) with at least one step, sorted by (σ, q).
     """
     steps: dict[tuple[float, float], int] = {}
     for event in events:
@@ -79,3 +87,17 @@ def merge_events(events: Iterable[GaussianEvent]) -> tuple[GaussianEvent, ...]:
             key = (event.noise_multiplier, event.sampling_rate)
             steps[key] = steps.get(key, 0) + event.steps
     return tuple(GaussianEvent(sigma, rate, count) for (sigma, rate), count in sorted(steps.items()))
+
+
+class AttackBounds(Frozen):
+    """What any membership attacker achieves at most, from the whole trade-off curve."""
+
+    gaussian_mu: Epsilon
+    """Smallest μ such that the release is at least as private as N(0, 1) against N(μ, 1) at every ε ≥ 0 whose
+    δ is at least the stated one; exact for full-batch Gaussians."""
+    advantage: Share
+    """Largest TPR - FPR."""
+    true_positive_rate_at_1_percent: Share
+    """Largest TPR at a false positive rate of 1 %."""
+    true_positive_rate_at_0_1_percent: Share
+    """Largest TPR at a false positive rate of 0.1 %."""

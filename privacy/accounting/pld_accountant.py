@@ -14,10 +14,7 @@ from fedmosaic.protos.errors import AccountingError
 
 
 class PLDAccountant(IAccountant):  # type: ignore[misc]  # opacus ships no types
-    """Composes the history of an Opacus `PrivacyEngine` through privacy loss distributions.
-
-    Once registered, `PrivacyEngine(accountant="pld")` and `create_accountant("pld")` work.
-    """
+    """Composes the history of an Opacus `PrivacyEngine` through privacy loss distributions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,25 +27,17 @@ class PLDAccountant(IAccountant):  # type: ignore[misc]  # opacus ships no types
                 return
         self.history.append((noise_multiplier, sample_rate, 1))
 
-    def get_epsilon(self, delta: float, *, interval: float | None = None, **kwargs: Any) -> float:
-        """ε at δ: an upper bound up to floating point.
-
-        Args:
-            delta: δ in (0, 1).
-            interval: grid of privacy losses; chosen from the history when not given.
-            **kwargs: options of other accountants that Opacus passes on; not used.
-
-        Returns:
-            ε ≥ 0; 0 for an empty history, ∞ when a step has no noise.
-        """
+    def get_epsilon(self, delta: float, *, interval: float | None = None, **_: Any) -> float:
+        """ε at δ, an upper bound up to floating point; on a grid chosen from the history if none is given."""
         events = merge_events(GaussianEvent(*row) for row in self.history)
         if not events:
             return 0.0
         if not all(event.is_private for event in events):
             return float("inf")
         if interval is None:
-            largest = _largest_loss(events, delta)
-            interval = pld.discretization_interval(events, largest)
+            rdp = create_accountant("rdp")
+            rdp.history = self.history
+            interval = pld.discretization_interval(events, float(rdp.get_epsilon(delta)))
         return float(pld.compose(events, interval).get_epsilon_for_delta(delta))
 
     def __len__(self) -> int:
@@ -60,18 +49,8 @@ class PLDAccountant(IAccountant):  # type: ignore[misc]  # opacus ships no types
         return "pld"
 
 
-def _largest_loss(events: tuple[GaussianEvent, ...], delta: float) -> float:
-    rdp = create_accountant("rdp")
-    rdp.history = [(event.noise_multiplier, event.sampling_rate, event.steps) for event in events]
-    return float(rdp.get_epsilon(delta))
-
-
 def register() -> None:
-    """Make "pld" known to Opacus; calling it again changes nothing.
-
-    Raises:
-        AccountingError: other code has registered a different accountant under this name.
-    """
+    """Make "pld" known to Opacus, once; AccountingError if other code has taken the name."""
     try:
         register_accountant("pld", PLDAccountant)
     except ValueError:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedmosaic.privacy.accounting.epsilon import LARGEST_TIGHT_EPSILON, SMALLEST_NOISE_MULTIPLIER, epsilon
-from fedmosaic.privacy.accounting.events import GaussianEvent, merge_events
+from fedmosaic.privacy.accounting.events import AttackBounds, GaussianEvent, merge_events
 from fedmosaic.protos.errors import AccountingError
 
 FloatArray = npt.NDArray[np.float64]
@@ -40,13 +40,7 @@ class PrivacyCurve:
     deltas: FloatArray
 
     def true_positive_rate(self, false_positive_rate: float) -> float:
-        """Largest true positive rate of any membership test at this false positive rate.
-
-        Args:
-            false_positive_rate: in [0, 1].
-
-        Returns:
-            Upper bound in [false_positive_rate, 1].
+        """Upper bound of the true positive rate of any membership test at this false positive rate.
 
         Reference:
             Kairouz, Oh and Viswanath 2015, theorem 2.1, at every ε; Dong, Roth and Su 2022, proposition 2.12.
@@ -65,25 +59,12 @@ class PrivacyCurve:
         return float(self.deltas[np.searchsorted(self.epsilons, 0.0)])
 
 
-@dataclass(frozen=True, slots=True)
-class AttackBounds:
-    """What any membership attacker achieves at most.
-
-    Attributes:
-        gaussian_mu: smallest μ such that the release is at least as private as N(0, 1) against N(μ, 1) at
-            every ε ≥ 0 whose δ is at least the stated one; exact for full-batch Gaussians.
-        advantage: largest TPR - FPR, in [0, 1].
-        true_positive_rate_at_1_percent: largest TPR at a false positive rate of 1 %.
-        true_positive_rate_at_0_1_percent: largest TPR at a false positive rate of 0.1 %.
-    """
-
-    gaussian_mu: float
-    advantage: float
-    true_positive_rate_at_1_percent: float
-    true_positive_rate_at_0_1_percent: float
-
-
-UNBOUNDED = AttackBounds(math.inf, 1.0, 1.0, 1.0)
+UNBOUNDED = AttackBounds(
+    gaussian_mu=math.inf,
+    advantage=1.0,
+    true_positive_rate_at_1_percent=1.0,
+    true_positive_rate_at_0_1_percent=1.0,
+)
 """Nothing is promised: the attacker may succeed always."""
 
 
@@ -96,9 +77,6 @@ def attack_bounds(events: Iterable[GaussianEvent], delta: float) -> AttackBounds
 
     Returns:
         The bounds; `UNBOUNDED` when a step has no noise or subsampled releases have ε above 100.
-
-    Raises:
-        AccountingError: δ is outside (0, 1).
     """
     epsilon((), delta)
     merged = merge_events(events)
@@ -114,14 +92,9 @@ def attack_bounds(events: Iterable[GaussianEvent], delta: float) -> AttackBounds
 
 
 def gaussian_true_positive_rate(mu: float, false_positive_rate: float) -> float:
-    """Trade-off curve of the Gaussian mechanism: Φ(Φ⁻¹(FPR) + μ).
+    """Trade-off curve of the Gaussian mechanism, the largest true positive rate: Φ(Φ⁻¹(FPR) + μ).
 
-    Args:
-        mu: distance of the two hypotheses in standard deviations, ≥ 0; 1/σ for one full-batch release.
-        false_positive_rate: in [0, 1].
-
-    Returns:
-        The largest true positive rate.
+    μ ≥ 0 is the distance of the two hypotheses in standard deviations, 1/σ for one full-batch release.
 
     Reference:
         Dong, Roth and Su 2022, "Gaussian differential privacy", equation 6.
@@ -133,14 +106,7 @@ def gaussian_true_positive_rate(mu: float, false_positive_rate: float) -> float:
 
 
 def gaussian_delta(mu: FloatArray | float, epsilons: FloatArray) -> FloatArray:
-    """δ(ε) of the Gaussian mechanism: Φ(-ε/μ + μ/2) - e^ε Φ(-ε/μ - μ/2).
-
-    Args:
-        mu: > 0; one value, or one per ε.
-        epsilons: any shape.
-
-    Returns:
-        δ, same shape.
+    """δ(ε) of the Gaussian mechanism, for one μ > 0 or one per ε: Φ(-ε/μ + μ/2) - e^ε Φ(-ε/μ - μ/2).
 
     Reference:
         Balle and Wang 2018 (arXiv:1805.06530), theorem 8.
@@ -153,13 +119,10 @@ def gaussian_delta(mu: FloatArray | float, epsilons: FloatArray) -> FloatArray:
 
 
 def privacy_curve(events: Iterable[GaussianEvent]) -> PrivacyCurve:
-    """δ(ε) of all events together, from their privacy loss distribution.
+    """δ(ε) of all events together, wide enough that δ at its ends is below 1e-8.
 
     Args:
         events: at least one step, every σ ≥ 0.01, ε up to about 100.
-
-    Returns:
-        The curve, wide enough that δ at its ends is below 1e-8.
 
     Raises:
         AccountingError: there is no step, or no noise.

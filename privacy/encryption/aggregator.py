@@ -31,12 +31,28 @@ class Contribution(NamedTuple):
     payload: memoryview
 
 
+class Combination(NamedTuple):
+    """What is summed, and for whom.
+
+    Attributes:
+        contributions: M uploads, in the order of the columns of `weights`.
+        weights: (R, M) integers, each row summing to 2**weight_bits.
+        rows: R weight rows.
+        headers: R encoded headers.
+        context: Round.
+    """
+
+    contributions: Sequence[Contribution]
+    weights: NDArray[np.int64]
+    rows: Sequence[WeightRow]
+    headers: Sequence[bytes]
+    context: RoundContext
+
+
 class Aggregator(ABC, Generic[P]):
     """Checks uploads and forms the weighted sum of every recipient.
 
-    Args:
-        parameters: Agreed parameters of the back end.
-        policy: Limits for weight rows, checked as a courtesy; clients check them again.
+    The policy is checked as a courtesy; clients check rows again.
     """
 
     def __init__(self, parameters: P, policy: AggregationPolicy) -> None:
@@ -60,19 +76,16 @@ class Aggregator(ABC, Generic[P]):
     def aggregate(
         self, uploads: Mapping[str, bytes | memoryview], rows: Mapping[str, WeightRow], context: RoundContext
     ) -> list[memoryview]:
-        """Form the weighted sum of every row.
+        """Form the weighted sum of every row; one aggregate per row, in the order of the rows.
 
         Args:
             uploads: Uploads by contributor; may hold more than the rows use.
             rows: The weight row of every recipient.
             context: Round of all uploads and rows.
 
-        Returns:
-            The bytes of one aggregate per row, in the order of the rows.
-
         Raises:
-            PolicyError: If a row breaks the policy.
-            CiphertextError: If an upload in use is malformed.
+            PolicyError: A row breaks the policy.
+            CiphertextError: An upload in use is malformed.
         """
         contributors, bits = frozenset(uploads), self.parameters.weight_bits
         headers = []
@@ -87,30 +100,16 @@ class Aggregator(ABC, Generic[P]):
         contributions = [
             Contribution(name, *read_upload(self.parameters, context, name, uploads[name])) for name in names
         ]
-        return self._combine(contributions, _weight_matrix(ordered, names), ordered, headers, context)
+        work = Combination(contributions, _weight_matrix(ordered, names), ordered, headers, context)
+        return self._combine(work)
 
     @abstractmethod
     def _check_payload(self, contribution: Contribution, context: RoundContext) -> None:
         """Refuse a payload of the right length whose content is out of range."""
 
     @abstractmethod
-    def _combine(
-        self,
-        contributions: Sequence[Contribution],
-        weights: NDArray[np.int64],
-        rows: Sequence[WeightRow],
-        headers: Sequence[bytes],
-        context: RoundContext,
-    ) -> list[memoryview]:
-        """Return one record per row.
-
-        Args:
-            contributions: M uploads, in the order of the columns of `weights`; content not yet checked.
-            weights: (R, M) integers, each row summing to 2**weight_bits.
-            rows: R weight rows.
-            headers: R encoded headers.
-            context: Round.
-        """
+    def _combine(self, work: Combination) -> list[memoryview]:
+        """Return one record per row; the content of the contributions is not yet checked."""
 
 
 def _weight_matrix(rows: Sequence[WeightRow], names: Sequence[str]) -> NDArray[np.int64]:

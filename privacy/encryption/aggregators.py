@@ -1,32 +1,32 @@
-"""Choose a back end, at the server."""
+"""Choose a back end, at the server; and `plain`, whose aggregates are weighted sums of float32 values."""
 
 from typing import Any
 
-from fedmosaic.privacy.encryption.aggregator import Aggregator
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmosaic.privacy.encryption.aggregator import Aggregator, Combination, Contribution
 from fedmosaic.privacy.encryption.ckks.aggregation import CkksAggregator
 from fedmosaic.privacy.encryption.mask.aggregation import MaskAggregator
 from fedmosaic.privacy.encryption.parameters import (
     CkksParameters,
     MaskParameters,
     Parameters,
+    PlainParameters,
     check_plaintext_allowed,
 )
-from fedmosaic.privacy.encryption.plain.aggregation import PlainAggregator
+from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
 from fedmosaic.privacy.policy import AggregationPolicy
+from fedmosaic.protos.errors import CiphertextError
 
 
 def create_aggregator(
     parameters: Parameters, policy: AggregationPolicy, *, allow_plaintext: bool = False
 ) -> Aggregator[Any]:
-    """Return the server's side of a back end.
-
-    Args:
-        parameters: Agreed parameters; their type names the back end.
-        policy: Limits for weight rows, checked as a courtesy.
-        allow_plaintext: Must be true for `plain`.
+    """The server's side of the back end that the parameters are of.
 
     Raises:
-        ConfigurationError: If the parameters protect nothing and that was not allowed.
+        ConfigurationError: The parameters protect nothing and that was not allowed.
     """
     check_plaintext_allowed(parameters, allow_plaintext=allow_plaintext)
     if isinstance(parameters, CkksParameters):
@@ -34,3 +34,34 @@ def create_aggregator(
     if isinstance(parameters, MaskParameters):
         return MaskAggregator(parameters, policy)
     return PlainAggregator(parameters, policy)
+
+
+class PlainAggregator(Aggregator[PlainParameters]):
+    """Server side of the back end `plain`."""
+
+    def _check_payload(self, contribution: Contribution, context: RoundContext) -> None:
+        self._values(contribution)
+
+    def _combine(self, work: Combination) -> list[memoryview]:
+        values = np.stack([self._values(item) for item in work.contributions])
+        # At most 20 bits: exact in float32.
+        shares = np.ldexp(work.weights.astype(np.float32), -self.parameters.weight_bits)
+        start = HEADER_BYTES // 4
+        records = np.empty((len(work.rows), start + work.context.dimensions), dtype="<f4")
+        records[:, :start] = np.frombuffer(b"".join(work.headers), dtype="<f4").reshape(len(work.rows), -1)
+        records[:, start:] = shares @ values
+        return [record.data.cast("B").toreadonly() for record in records]
+
+    def _values(self, contribution: Contribution) -> NDArray[np.float32]:
+        values = np.frombuffer(contribution.payload, dtype="<f4").astype(np.float32, copy=False)
+        # Written so that NaN fails too.
+        if not (values.min() >= -self.parameters.clip and values.max() <= self.parameters.clip):
+            unusable = int(np.count_nonzero(~np.isfinite(values)))
+            if unusable:
+                raise CiphertextError(
+                    f"upload of {contribution.client!r} holds {unusable} values that are NaN or infinite"
+                )
+            raise CiphertextError(
+                f"upload of {contribution.client!r} holds values outside ±{self.parameters.clip}"
+            )
+        return values

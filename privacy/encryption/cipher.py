@@ -21,13 +21,7 @@ P = TypeVar("P", CkksParameters, MaskParameters, PlainParameters)
 
 
 class ClientCipher(ABC, Generic[P]):
-    """Encrypts uploads; checks and decrypts aggregates. One per client process.
-
-    Args:
-        parameters: Agreed parameters of the back end.
-        client: Id of the client that this process acts for.
-        policy: Limits every weight row must keep.
-    """
+    """Encrypts uploads; checks and decrypts aggregates. One per client process."""
 
     def __init__(self, parameters: P, client: str, policy: AggregationPolicy) -> None:
         self.parameters: P = parameters
@@ -40,48 +34,39 @@ class ClientCipher(ABC, Generic[P]):
         key: GroupKey | None,
         context: RoundContext,
         nonce: bytes,
-        *,
-        clip: bool = False,
     ) -> bytes:
         """Encrypt a vector for the members of the key's epoch.
 
         Args:
-            vector: (d,) finite values in [−clip, clip] of the parameters.
+            vector: (d,) finite values; those outside [−clip, clip] of the parameters are clipped.
             key: Group key of the context's epoch; None only for `plain`.
             context: Round the upload is for; d must be its dimensions.
             nonce: 16 bytes from `NonceCounter.take`, never used before.
-            clip: Clip larger values instead of refusing them.
 
         Returns:
             The upload, of a length that depends on d alone.
 
         Raises:
-            EncryptionError: If the vector or the key is not acceptable.
+            EncryptionError: The vector or the key is not acceptable.
         """
         self._check_key(key, context)
-        values = self._checked(vector, context, clip=clip)
+        values = self._checked(vector, context)
         header = upload_header(self.parameters, context, self.client).encode(nonce)
         return header + self._seal(values, key, header, nonce)
 
     def decrypt(
         self, record: bytes | memoryview, key: GroupKey | None, context: RoundContext, row: WeightRow
     ) -> NDArray[np.float64]:
-        """Check the weight row and the record, then decrypt this client's aggregate.
-
-        Args:
-            record: Aggregate as received.
-            key: Group key of the context's epoch; None only for `plain`.
-            context: Round the aggregate is for.
-            row: Weight row the aggregate was made with, as received.
+        """Check the weight row and the record, both as received, then decrypt this client's aggregate.
 
         Returns:
             (d,) weighted sum. Under `ckks` an approximate decryption and its ciphertext together reveal the
             key: the caller keeps this vector, and whatever determines it, inside the process.
 
         Raises:
-            PolicyError: If the row breaks the policy; nothing is decrypted.
-            CiphertextError: If the record is not the expected one or decrypts out of range.
-            EncryptionError: If the key is not the one for this exchange.
+            PolicyError: The row breaks the policy; nothing is decrypted.
+            CiphertextError: The record is not the expected one or decrypts out of range.
+            EncryptionError: The key is not the one for this exchange.
         """
         self._check_key(key, context)
         members = None if key is None else key.members
@@ -127,9 +112,7 @@ class ClientCipher(ABC, Generic[P]):
         if self.client not in key.members:
             raise EncryptionError(f"client {self.client!r} is not a member of key epoch {key.epoch}")
 
-    def _checked(
-        self, vector: NDArray[np.floating], context: RoundContext, *, clip: bool
-    ) -> NDArray[np.float64]:
+    def _checked(self, vector: NDArray[np.floating], context: RoundContext) -> NDArray[np.float64]:
         values = np.asarray(vector, dtype=np.float64)
         if values.shape != (context.dimensions,):
             raise EncryptionError(f"vector has shape {values.shape}, expected ({context.dimensions},)")
@@ -137,18 +120,11 @@ class ClientCipher(ABC, Generic[P]):
             raise EncryptionError(
                 "vector holds values that are not finite: training diverged, lower the learning rate"
             )
-        limit = self.parameters.clip
-        outside = int(np.count_nonzero(np.abs(values) > limit))
-        if outside and not clip:
-            raise EncryptionError(
-                f"{outside} of {values.size} values lie outside ±{limit}: clip the vector, or pass clip=True "
-                "to accept the loss"
-            )
-        return np.clip(values, -limit, limit) if outside else values
+        return np.clip(values, -self.parameters.clip, self.parameters.clip)
 
 
 def out_of_range(context: RoundContext, clip: float) -> CiphertextError:
-    """Return the error for an aggregate that no honest uploads, weights and key can have produced."""
+    """The error for an aggregate that no honest uploads, weights and key can have produced."""
     return CiphertextError(
         f"the aggregate of round {context.round} decrypts outside ±{clip}: an upload, the weights or the "
         "aggregate were altered, or members hold different keys; drop it, report it, start a new key epoch"

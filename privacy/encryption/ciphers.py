@@ -1,6 +1,12 @@
-"""Choose a back end, at the client. The homomorphic library is loaded when `ckks` first makes use of it."""
+"""Choose a back end, at the client; and `plain`, float32 values that everybody who handles them can read.
+
+The homomorphic library is loaded when `ckks` first makes use of it.
+"""
 
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fedmosaic.privacy.encryption.cipher import ClientCipher
 from fedmosaic.privacy.encryption.ckks.cipher import CkksCipher, generate_secret, secret_bytes
@@ -9,25 +15,22 @@ from fedmosaic.privacy.encryption.parameters import (
     CkksParameters,
     MaskParameters,
     Parameters,
+    PlainParameters,
     check_plaintext_allowed,
 )
-from fedmosaic.privacy.encryption.plain.cipher import PlainCipher
+from fedmosaic.privacy.encryption.records import RoundContext
+from fedmosaic.privacy.groupkey.key import GroupKey
 from fedmosaic.privacy.policy import AggregationPolicy
+from fedmosaic.protos.messages import WeightRow
 
 
 def create_cipher(
     parameters: Parameters, client: str, policy: AggregationPolicy, *, allow_plaintext: bool = False
 ) -> ClientCipher[Any]:
-    """Return the client's side of a back end.
-
-    Args:
-        parameters: Agreed parameters; their type names the back end.
-        client: Id of the client that this process acts for.
-        policy: Limits every weight row must keep.
-        allow_plaintext: Must be true for `plain`.
+    """The client's side of the back end that the parameters are of.
 
     Raises:
-        ConfigurationError: If the parameters protect nothing and that was not allowed.
+        ConfigurationError: The parameters protect nothing and that was not allowed.
     """
     check_plaintext_allowed(parameters, allow_plaintext=allow_plaintext)
     if isinstance(parameters, CkksParameters):
@@ -38,10 +41,22 @@ def create_cipher(
 
 
 def generate_group_secret(parameters: Parameters) -> bytes:
-    """Return what the leader of a key agreement adds to the 32-byte group key: a CKKS secret, or nothing."""
+    """What the leader of a key agreement adds to the 32-byte group key: a CKKS secret, or nothing."""
     return generate_secret(parameters) if isinstance(parameters, CkksParameters) else b""
 
 
 def group_secret_bytes(parameters: Parameters) -> int:
-    """Return the length of `generate_group_secret(parameters)`."""
+    """The length of `generate_group_secret(parameters)`."""
     return secret_bytes(parameters) if isinstance(parameters, CkksParameters) else 0
+
+
+class PlainCipher(ClientCipher[PlainParameters]):
+    """Client side of the back end `plain`."""
+
+    def _seal(self, values: NDArray[np.float64], key: GroupKey | None, header: bytes, nonce: bytes) -> bytes:
+        return values.astype("<f4").tobytes()
+
+    def _open(
+        self, payload: memoryview, key: GroupKey | None, context: RoundContext, row: WeightRow
+    ) -> NDArray[np.float64]:
+        return np.frombuffer(payload, dtype="<f4").astype(np.float64)

@@ -58,7 +58,7 @@ def aggregate_payload_bytes(parameters: Parameters, header: Header) -> int:
 def read_upload(
     parameters: Parameters, context: RoundContext, client: str, upload: bytes | memoryview
 ) -> tuple[bytes, memoryview]:
-    """Check the header and length of an upload; return its nonce and a view of its payload.
+    """Check header and length of an upload; return its nonce and a view of its payload.
 
     Raises:
         CiphertextError: Naming the first field that differs.

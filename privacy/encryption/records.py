@@ -84,11 +84,7 @@ class Header:
     count: int
 
     def encode(self, nonce: bytes) -> bytes:
-        """Return the header's bytes.
-
-        Args:
-            nonce: 16 bytes; fresh for an upload, the row's digest for an aggregate.
-        """
+        """The header's bytes; the nonce is fresh for an upload, the row's digest for an aggregate."""
         if len(nonce) != NONCE_BYTES:
             raise EncryptionError(f"nonce has {len(nonce)} bytes, expected {NONCE_BYTES}")
         return _LAYOUT.pack(
@@ -109,12 +105,7 @@ class Header:
 
 
 def read_record(record: bytes | memoryview, expected: Header, payload_bytes: int) -> tuple[bytes, memoryview]:
-    """Check a record against what it must be and split it.
-
-    Args:
-        record: Bytes from the network.
-        expected: Header the record must carry.
-        payload_bytes: Length the payload must have.
+    """Check a record against the header and payload length it must have, and split it.
 
     Returns:
         The 16-byte nonce and a view of the payload, whose content is still unchecked.
@@ -161,7 +152,7 @@ _FIELDS = (
 
 
 def row_digest(row: WeightRow, recipient: str, round_number: int) -> bytes:
-    """Return 16 bytes that name a weight row: the nonce field of the aggregate made with it.
+    """16 bytes that name a weight row: the nonce field of the aggregate made with it.
 
     They keep an aggregate and its row together. They do not prove that the server used the row.
     """

@@ -8,20 +8,13 @@ from fedmosaic.protos.errors import PolicyError
 
 
 def integer_weights(row: NDArray[np.float64], bits: int) -> NDArray[np.int64]:
-    """Round shares to integers that sum to exactly 2**bits, by largest remainder.
+    """Round (m,) shares ≥ 0 that sum to 1 within 1e-6 to integers that sum to 2**bits, by largest remainder.
 
     Every integer differs from its exact share by less than one; zeros stay zero, equal remainders are served
     in order of position.
 
-    Args:
-        row: (m,) finite shares ≥ 0 that sum to 1 within 1e-6.
-        bits: Precision, 1 to 30.
-
-    Returns:
-        (m,) integers in 0 … 2**bits.
-
     Raises:
-        PolicyError: If the row is not one of shares.
+        PolicyError: The row is not one of shares, or `bits` not in 1 to 30.
     """
     shares = np.asarray(row, dtype=np.float64)
     if not 1 <= bits <= bounds.MAX_WEIGHT_BITS:

@@ -13,15 +13,12 @@ def create_federation(
     out: Path | str = "federation",
     basis: Path | str | None = None,
 ) -> Roster:
-    """Found a federation, as `fedmosaic keys init` does; see `fedmosaic.privacy.federation.kits.create`.
+    """Found a federation, as `fedmosaic keys init` does: make authority, kits and roster.
 
     Args:
         config: the founding configuration, or its file (TOML or JSON).
         out: directory to create; its kits are handed to their owners, its `consortium` stays.
         basis: file of the public basis, if the terms name one.
-
-    Returns:
-        The signed roster.
 
     Raises:
         ConfigurationError: the file is wrong, no client's noise could be planned, or `out` is not empty.

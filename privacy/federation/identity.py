@@ -65,7 +65,6 @@ def parse_spiffe_id(uri: str) -> tuple[str, str]:
 
 def create_authority(federation: str, now: dt.datetime | None = None) -> Authority:
     """Make a new certificate authority and roster-signing key for a federation."""
-    now = now or dt.datetime.now(dt.UTC)
     key = ec.generate_private_key(ec.SECP256R1())
     # A common name has at most 64 characters (RFC 5280, appendix A), so the federation stands by itself.
     name = x509.Name(
@@ -74,20 +73,8 @@ def create_authority(federation: str, now: dt.datetime | None = None) -> Authori
             x509.NameAttribute(NameOID.COMMON_NAME, "FedMosaic consortium"),
         ]
     )
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _CLOCK_SKEW)
-        .not_valid_after(now + dt.timedelta(days=AUTHORITY_DAYS))
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_key_usage(signs_certificates=True), critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    return Authority(certificate, key, Ed25519PrivateKey.generate())
+    builder = _builder(name, name, key, AUTHORITY_DAYS, now, authority=True)
+    return Authority(builder.sign(key, hashes.SHA256()), key, Ed25519PrivateKey.generate())
 
 
 def issue_server(
@@ -126,24 +113,14 @@ def _issue(
     days: int,
     now: dt.datetime | None,
 ) -> TlsIdentity:
-    now = now or dt.datetime.now(dt.UTC)
     key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
+    issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key())
     certificate = (
-        x509.CertificateBuilder()
-        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)]))
-        .issuer_name(authority.certificate.subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _CLOCK_SKEW)
-        .not_valid_after(now + dt.timedelta(days=days))
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_key_usage(signs_certificates=False), critical=True)
+        _builder(subject, authority.certificate.subject, key, days, now, authority=False)
         .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key()), critical=False
-        )
+        .add_extension(issuer, critical=False)
         .sign(authority.key, hashes.SHA256())
     )
     return TlsIdentity(
@@ -151,17 +128,39 @@ def _issue(
     )
 
 
-def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not signs_certificates,
+def _builder(
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePrivateKey,
+    days: int,
+    now: dt.datetime | None,
+    *,
+    authority: bool,
+) -> x509.CertificateBuilder:
+    """What every certificate has: an authority's signs certificates, any other signs handshakes."""
+    now = now or dt.datetime.now(dt.UTC)
+    usage = x509.KeyUsage(
+        digital_signature=not authority,
         content_commitment=False,
         key_encipherment=False,
         data_encipherment=False,
         key_agreement=False,
-        key_cert_sign=signs_certificates,
-        crl_sign=signs_certificates,
+        key_cert_sign=authority,
+        crl_sign=authority,
         encipher_only=False,
         decipher_only=False,
+    )
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _CLOCK_SKEW)
+        .not_valid_after(now + dt.timedelta(days=days))
+        .add_extension(x509.BasicConstraints(authority, 0 if authority else None), critical=True)
+        .add_extension(usage, critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     )
 
 
@@ -173,20 +172,8 @@ def public_key_sha256(certificate: x509.Certificate) -> str:
     return hashlib.sha256(encoded).hexdigest()
 
 
-def certificate_key_sha256(pem: bytes) -> str:
-    """`public_key_sha256` of a PEM certificate; IdentityError if it cannot be parsed."""
-    try:
-        return public_key_sha256(x509.load_pem_x509_certificate(pem))
-    except ValueError as error:
-        raise IdentityError(f"not a PEM certificate: {error}") from None
-
-
 def read_certificate(path: Path) -> x509.Certificate:
-    """Read a PEM certificate.
-
-    Raises:
-        IdentityError: it cannot be read, or is no PEM certificate.
-    """
+    """Read a PEM certificate; IdentityError if it cannot be read, or is none."""
     try:
         return x509.load_pem_x509_certificate(path.read_bytes())
     except OSError as error:
@@ -215,12 +202,9 @@ def certificate_uris(path: Path) -> list[str]:
 
 
 def check_pair(certificate: Path, key: Path) -> tuple[bytes, bytes]:
-    """Read a certificate and its private key, and see that they belong together.
+    """Read a certificate and its private key, both PEM, and see that they belong together.
 
     gRPC ends the whole process, or blames the port, when it is given a pair that is none.
-
-    Returns:
-        Both, PEM.
 
     Raises:
         IdentityError: one of them is missing, damaged or open to others, or they are not a pair.
@@ -269,11 +253,7 @@ def write_private(path: Path, content: bytes) -> None:
 
 
 def read_private(path: Path) -> bytes:
-    """Read a private key file, refusing one that others can read.
-
-    Raises:
-        IdentityError: the file is missing, or its mode gives access to group or others.
-    """
+    """Read a private key file; IdentityError if it is missing, or others can read it."""
     try:
         mode = path.stat().st_mode & 0o777
         content = path.read_bytes()
@@ -288,11 +268,7 @@ def read_private(path: Path) -> bytes:
 
 
 def read_private_key(path: Path) -> PrivateKeyTypes:
-    """Read a private key (PEM without a passphrase).
-
-    Raises:
-        IdentityError: the file is missing, open to others, damaged, or has a passphrase.
-    """
+    """Read a private key; IdentityError if it is missing, open to others, damaged, or has a passphrase."""
     try:
         return serialization.load_pem_private_key(read_private(path), password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm):

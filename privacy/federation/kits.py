@@ -19,7 +19,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field, model_validator
 
 from fedmosaic.privacy.configuration import Frozen
@@ -124,7 +124,6 @@ class Kit:
 
     directory: Path
     roster: Roster
-    consortium_key: Ed25519PublicKey
 
     @property
     def authority(self) -> Path:
@@ -179,22 +178,14 @@ def open_kit(directory: Path) -> Kit:
             f"{pinned}: cannot read the consortium's public key ({error.strerror}); is {directory} a kit "
             "made by `fedmosaic keys init`?"
         ) from None
-    return Kit(directory, Roster.read(directory / ROSTER, key), key)
+    return Kit(directory, Roster.read(directory / ROSTER, key))
 
 
 def create(config: FederationConfig, directory: Path, basis: Path | None = None) -> Roster:
-    """Make the authority, every kit and the first roster.
+    """Make the authority, every kit and the first roster; `basis` is copied into every kit.
 
     All of it is made beside its place and moved there in one step, so that a founding that was stopped
     leaves nothing that looks like a federation.
-
-    Args:
-        config: the founding configuration.
-        directory: must not exist yet, or be empty.
-        basis: file of the public basis that `config.terms.profile` names, copied into every kit.
-
-    Returns:
-        The signed roster.
 
     Raises:
         ConfigurationError: the directory is not empty, or the basis is not there; nothing is written then.
@@ -291,12 +282,7 @@ def rotate_member(directory: Path, member_id: str) -> Roster:
 def rotate_server(directory: Path, hosts: Sequence[str] = ()) -> tuple[str, ...]:
     """Give the server a new key and certificate; the roster does not name it, so clients notice nothing.
 
-    Args:
-        directory: of the federation.
-        hosts: names and addresses as in `ServerEntry`; by default those of the certificate that it has.
-
-    Returns:
-        The names in the new certificate.
+    The names are those of the certificate that it has, unless others are given. Returns the new one's.
     """
     authority, _ = _open_consortium(directory)
     kit = directory / "server"

@@ -19,11 +19,7 @@ _IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def member_id(text: str) -> str:
-    """The name of a federation or a member, as `fedmosaic.protos.bounds.check_identifier` has it.
-
-    Raises:
-        ValueError: it has other characters, or is too long.
-    """
+    """The name of a federation or a member, as `bounds.Identifier` has it; ValueError otherwise."""
     if not _NAME.fullmatch(text):
         raise ValueError("write 1 to 63 of a-z, 0-9 and '-', not starting with '-'")
     return text
@@ -32,8 +28,7 @@ def member_id(text: str) -> str:
 def host(text: str) -> str:
     """A name or address that clients can reach: lower case, without a dot at the end, IPv6 in short form.
 
-    Raises:
-        ValueError: it is no such name or address; what would be right is said.
+    Like the other two below, raises a ValueError that says what would be right.
     """
     found = _ip_address(text)
     if found is None:
@@ -44,11 +39,7 @@ def host(text: str) -> str:
 
 
 def address(text: str) -> str:
-    """Host and port of a server, such as fl.example.org:7443 or [2001:db8::1]:7443.
-
-    Raises:
-        ValueError: a part is missing or impossible; what would be right is said.
-    """
+    """Host and port of a server, such as fl.example.org:7443 or [2001:db8::1]:7443."""
     name, port = _split(text)
     if port == 0:
         raise ValueError("port 0 is no port to connect to; give the one that the server listens on")
@@ -56,11 +47,7 @@ def address(text: str) -> str:
 
 
 def listen_address(text: str) -> str:
-    """Where a server listens: an `address`, or 0.0.0.0 or [::] for all of the machine; port 0 for a free one.
-
-    Raises:
-        ValueError: a part is missing or impossible; what would be right is said.
-    """
+    """Where a server listens: an `address`, 0.0.0.0 or [::] for all of the machine; port 0 for a free one."""
     name, port = _split(text)
     found = _ip_address(name)
     return _joined(host(name) if found is None or not found.is_unspecified else str(found), port)
@@ -69,7 +56,7 @@ def listen_address(text: str) -> str:
 MemberId = Annotated[str, AfterValidator(member_id)]
 """Name of a federation or of a member."""
 Family = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9][A-Za-z0-9._:/-]{0,127})?$")]
-"""As `fedmosaic.protos.bounds.check_family` has it."""
+"""As `fedmosaic.protos.bounds.Family` has it."""
 Host = Annotated[str, AfterValidator(host)]
 """A name or address that a certificate carries and clients reach."""
 Port = Annotated[int, Field(ge=1, le=_HIGHEST_PORT)]

@@ -16,7 +16,6 @@ from pydantic import Field, StringConstraints, model_validator
 
 from fedmosaic.privacy.configuration import Frozen, canonical_json, parse_json, validate
 from fedmosaic.privacy.encryption.parameters import CkksParameters, Parameters
-from fedmosaic.privacy.federation.adapter_spec import shared_spec_hash
 from fedmosaic.privacy.federation.names import Family, MemberId
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism
 from fedmosaic.privacy.policy import AggregationPolicy
@@ -82,8 +81,19 @@ class AdapterTerms(Frozen):
 
     @property
     def spec_hash(self) -> bytes:
-        """SHA-256 of the shared layout, which every client's model must give as well."""
-        return shared_spec_hash(self.rank, self.alpha, self.blocks, self.target_modules, self.basis_name)
+        """SHA-256 (32 bytes) of the shared layout, which every client's model must give as well.
+
+        It differs wherever averaging would be meaningless.
+        """
+        layout = {
+            "format": "fedmosaic/shared-adapter/1",
+            "rank": self.rank,
+            "alpha": float(self.alpha),
+            "blocks": self.blocks,
+            "modules": sorted(self.target_modules),
+            "basis": self.basis_name,
+        }
+        return hashlib.sha256(canonical_json(layout).encode()).digest()
 
     @property
     def basis_name(self) -> str:
@@ -245,11 +255,7 @@ class Roster(Frozen):
         return self.model_copy(update={"signature": signature})
 
     def verify(self, consortium: Ed25519PublicKey) -> None:
-        """Check the consortium's signature.
-
-        Raises:
-            IdentityError: the signature is missing or not by this key.
-        """
+        """Check the consortium's signature; IdentityError if it is missing or not by this key."""
         try:
             consortium.verify(base64.b64decode(self.signature, validate=True), self._canonical())
         except (InvalidSignature, ValueError):
@@ -278,11 +284,7 @@ class Roster(Frozen):
 
     @classmethod
     def read(cls, path: Path, consortium: Ed25519PublicKey) -> "Roster":
-        """Read and verify a roster.
-
-        Args:
-            path: `roster.json`.
-            consortium: the pinned key.
+        """Read a `roster.json` and verify it by the pinned key.
 
         Raises:
             ConfigurationError: no such file, or not a roster.

@@ -20,9 +20,7 @@ _LARGEST_CLIENT: Final = 1_000_000
 def check_plan(terms: Terms) -> None:
     """Refuse terms under which no client's noise can be planned; warn where some clients' cannot.
 
-    Args:
-        terms: of the federation; tried for clients of `profile.minimum_examples` to a million examples, each
-            with the default δ.
+    Tried for clients of `profile.minimum_examples` to a million examples, each with the default δ.
 
     Raises:
         ConfigurationError: no number of examples can be planned for; what would be possible is named.
@@ -53,12 +51,7 @@ def check_plan(terms: Terms) -> None:
 
 
 def plan_inputs(terms: Terms, examples: float, rounds: int) -> tuple[list[GaussianEvent], float, int]:
-    """What a client of so many examples plans its noise from.
-
-    Args:
-        terms: schedule, batch size, profile mechanism.
-        examples: n of the client.
-        rounds: R; the terms' own, or fewer.
+    """What a client of n examples plans its noise for R rounds from.
 
     Returns:
         The profile's release, the sampling rate q of a private step, and the number of steps.

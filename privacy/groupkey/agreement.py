@@ -8,12 +8,13 @@
     5. every member   accept_confirmations()  all tags and commitments agree: the key may be used
 
 The server can delay or refuse, which all members notice. It cannot add, drop or swap a member or replay an
-epoch, nor can a leader hand out different keys: each ends in a `KeyAgreementError` that says which.
+epoch, nor can a leader hand out different keys: each ends in a `KeyAgreementError` that says which. Every
+member can decrypt every upload, so one member together with the server reads everything.
 
-Every member can decrypt every upload, so one member together with the server reads everything. That is the
-price of a shared key, and why the roster is pinned end to end.
+Boxes are sealed by HPKE in base mode: X25519, HKDF-SHA256, AES-256-GCM. Its `info` binds a box to the
+transcript, epoch, leader, recipient and commitment; the leader's signature around it says who sealed it.
 
-Reference: X25519, RFC 7748; HKDF, RFC 5869; AES-GCM, NIST SP 800-38D; Ed25519, RFC 8032.
+Reference: HPKE, RFC 9180; X25519, RFC 7748; Ed25519, RFC 8032.
 """
 
 import enum
@@ -23,27 +24,28 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
 
 from fedmosaic.privacy.groupkey.key import KEY_BYTES, GroupKey, commitment_to
 from fedmosaic.privacy.groupkey.messages import (
+    BOX,
+    CONFIRMATION,
+    TAG_BYTES,
     Epoch,
-    read_box,
-    read_confirmation,
+    read_about_key,
     read_opening,
     sha256,
-    write_box,
-    write_confirmation,
+    write_about_key,
     write_opening,
 )
 from fedmosaic.protos.errors import KeyAgreementError
 
 MINIMUM_MEMBERS = 4
-_TAG_BYTES = 16
+_HPKE = Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
+_SEALING_BYTES = 32 + 16
+"""What HPKE adds: the encapsulated X25519 key before, the tag after the secrets."""
 
 
 def plan_epoch(
@@ -58,14 +60,14 @@ def plan_epoch(
 
     Args:
         federation: Name of the federation.
-        number: Number of the epoch, as checked by `NonceCounter.open_epoch`.
+        number: Of the epoch, as checked by `NonceCounter.open_epoch`.
         members: Ids that take part, the caller's own among them.
         roster_keys: Raw Ed25519 public key (32 bytes) of every member of the pinned roster.
-        roster_hash: 32 bytes, hash of the signed roster.
-        parameters_hash: 32 bytes, digest of the encryption parameters.
+        roster_hash: 32 bytes.
+        parameters_hash: 32 bytes.
 
     Raises:
-        KeyAgreementError: If the list is too short, repeats a member or names one outside the roster.
+        KeyAgreementError: The list is too short, repeats a member or names one outside the roster.
     """
     if len(set(members)) != len(members):
         raise KeyAgreementError("the list of members names one twice")
@@ -136,20 +138,17 @@ class KeyAgreement:
         self._stage = _Stage.OPENED
 
     def opening(self) -> bytes:
-        """Return this member's signed opening, of `OPENING_BYTES` bytes; the same at every call."""
+        """This member's signed opening, of `OPENING_BYTES` bytes; the same at every call."""
         return self._opening
 
     def accept_openings(self, openings: Mapping[str, bytes]) -> dict[str, bytes] | None:
-        """Check the openings of all members and elect the leader.
-
-        Args:
-            openings: Opening by member, as relayed.
+        """Check the openings of all members, as relayed, and elect the leader.
 
         Returns:
             At the leader, one sealed box per other member; elsewhere None.
 
         Raises:
-            KeyAgreementError: If a member is missing, added or swapped, or a message is not acceptable.
+            KeyAgreementError: A member is missing, added or swapped, or a message is not acceptable.
         """
         with self._step(_Stage.OPENED):
             _expect_members(self.epoch, "openings", openings)
@@ -163,7 +162,7 @@ class KeyAgreement:
             if len(set(public_keys.values())) != len(public_keys):
                 raise KeyAgreementError("two members opened with the same ephemeral key")
             for name, public_key in public_keys.items():
-                _shared_secret(self._ephemeral, public_key, f"ephemeral key of {name!r}")
+                _check_order(self._ephemeral, public_key, f"ephemeral key of {name!r}")
             parts = [openings[name] for name in self.epoch.members]
             self._transcript = sha256(b"transcript", self.epoch.terms_hash(), *parts)
             self.leader = _leader(self.epoch, self._transcript)
@@ -180,31 +179,27 @@ class KeyAgreement:
             }
 
     def accept_box(self, box: bytes) -> None:
-        """Open the leader's box for this member.
-
-        Args:
-            box: As relayed.
+        """Open the leader's box for this member, as relayed.
 
         Raises:
-            KeyAgreementError: If it is not the leader's, was altered, or does not hold what was committed to.
+            KeyAgreementError: It is not the leader's, was altered, or does not hold what was committed to.
         """
         with self._step(_Stage.WAITS_FOR_BOX):
             leader = self.leader
             if leader is None or self._ephemeral is None:
                 raise KeyAgreementError("no leader is elected yet")
-            commitment, public_key, ciphertext = read_box(
+            commitment, sealed = read_about_key(
+                f"sealed key of leader {leader!r}",
+                BOX,
                 self._transcript,
                 self.member,
-                leader,
                 self.epoch.identity_keys[leader],
                 box,
-                KEY_BYTES + self._secret_bytes + _TAG_BYTES,
+                KEY_BYTES + self._secret_bytes + _SEALING_BYTES,
             )
-            own = self._ephemeral.public_key().public_bytes_raw()
-            sealing = self._sealing_key(self._ephemeral, public_key, self.member, public_key + own)
             try:
-                secrets = AESGCM(sealing).decrypt(bytes(12), ciphertext, self._bound(self.member, commitment))
-            except InvalidTag:
+                secrets = _HPKE.decrypt(sealed, self._ephemeral, info=self._bound(self.member, commitment))
+            except (InvalidTag, ValueError):
                 raise KeyAgreementError(
                     f"the sealed key of leader {leader!r} does not open: it was sealed for another key"
                 ) from None
@@ -216,33 +211,25 @@ class KeyAgreement:
             self._stage = _Stage.HAS_KEY
 
     def confirmation(self) -> bytes:
-        """Return this member's signed confirmation, of `CONFIRMATION_BYTES` bytes."""
+        """This member's signed confirmation, of `CONFIRMATION_BYTES` bytes."""
         key = self.unconfirmed()
         tag = _tag(key, self.member)
-        return write_confirmation(self._transcript, self.member, key.fingerprint, tag, self._identity)
+        return write_about_key(
+            CONFIRMATION, self._transcript, self.member, key.fingerprint, tag, self._identity
+        )
 
     def unconfirmed(self) -> GroupKey:
-        """Return the key before the others have confirmed it: to store, and to encrypt nothing with.
+        """The key before the others have confirmed it: to store, and to encrypt nothing with.
 
         Raises:
-            KeyAgreementError: If no key is held yet, or not any more.
+            KeyAgreementError: No key is held yet, or not any more.
         """
         if self._key is None:
             raise KeyAgreementError(f"member {self.member!r} holds no key: {self._stage.value} first")
         return self._key
 
     def accept_confirmations(self, confirmations: Mapping[str, bytes]) -> GroupKey:
-        """Check that every member holds the same key, and release it for use.
-
-        Args:
-            confirmations: Confirmation by member, as relayed.
-
-        Returns:
-            The key of the epoch.
-
-        Raises:
-            KeyAgreementError: If a member is missing or added, holds another key, or cannot prove it.
-        """
+        """Check that every member holds the same key, and release it for use; see `check_confirmations`."""
         with self._step(_Stage.HAS_KEY):
             key = self._key
             if key is None:
@@ -258,14 +245,12 @@ class KeyAgreement:
             raise KeyAgreementError(
                 f"{expected.value} is out of turn in epoch {self.epoch.number}: next is {self._stage.value}"
             )
-        done = False
         try:
             yield
-            done = True
-        finally:
-            if not done:
-                self._stage = _Stage.FAILED
-                self._ephemeral = self._key = None
+        except BaseException:
+            self._stage = _Stage.FAILED
+            self._ephemeral = self._key = None
+            raise
 
     def _new_key(self, master: bytes, ckks_secret: bytes) -> GroupKey:
         if len(ckks_secret) != self._secret_bytes:
@@ -289,22 +274,12 @@ class KeyAgreement:
         key = self._key
         if key is None:
             raise KeyAgreementError("no key to seal")
-        ephemeral = X25519PrivateKey.generate()
-        public_key = ephemeral.public_key().public_bytes_raw()
-        sealing = self._sealing_key(ephemeral, recipient_key, recipient, public_key + recipient_key)
-        bound = self._bound(recipient, key.fingerprint)
-        # The sealing key is used once, so the nonce may be zero.
-        ciphertext = AESGCM(sealing).encrypt(bytes(12), key.master + key.ckks_secret, bound)
-        return write_box(self._transcript, recipient, key.fingerprint, public_key, ciphertext, self._identity)
-
-    def _sealing_key(
-        self, private_key: X25519PrivateKey, peer_key: bytes, recipient: str, public_keys: bytes
-    ) -> bytes:
-        shared = _shared_secret(private_key, peer_key, f"ephemeral key in the box for {recipient!r}")
-        info = sha256(b"sealing", self._bound(recipient, b""), public_keys)
-        return HKDF(algorithm=hashes.SHA256(), length=KEY_BYTES, salt=self._transcript, info=info).derive(
-            shared
+        sealed = _HPKE.encrypt(
+            key.master + key.ckks_secret,
+            X25519PublicKey.from_public_bytes(recipient_key),
+            info=self._bound(recipient, key.fingerprint),
         )
+        return write_about_key(BOX, self._transcript, recipient, key.fingerprint, sealed, self._identity)
 
     def _bound(self, recipient: str, commitment: bytes) -> bytes:
         leader = (self.leader or "").encode()
@@ -313,20 +288,21 @@ class KeyAgreement:
 
 
 def check_confirmations(epoch: Epoch, key: GroupKey, confirmations: Mapping[str, bytes]) -> None:
-    """Check that every member of an epoch holds the same key.
-
-    Args:
-        epoch: From `plan_epoch`.
-        key: As agreed on in this epoch.
-        confirmations: Confirmation by member, as relayed.
+    """Check, by their confirmations as relayed, that all members of an epoch hold the same key.
 
     Raises:
-        KeyAgreementError: If a member is missing or added, holds another key, or cannot prove it.
+        KeyAgreementError: A member is missing or added, holds another key, or cannot prove it.
     """
     _expect_members(epoch, "confirmations", confirmations)
     for name in epoch.members:
-        commitment, tag = read_confirmation(
-            key.transcript, name, epoch.identity_keys[name], confirmations[name]
+        commitment, tag = read_about_key(
+            f"confirmation of {name!r}",
+            CONFIRMATION,
+            key.transcript,
+            name,
+            epoch.identity_keys[name],
+            confirmations[name],
+            TAG_BYTES,
         )
         if commitment != key.fingerprint:
             leader = _leader(epoch, key.transcript)
@@ -356,10 +332,10 @@ def _tag(key: GroupKey, member: str) -> bytes:
     return hmac.digest(key.subkey(b"confirm"), content, "sha256")
 
 
-def _shared_secret(private_key: X25519PrivateKey | None, public_key: bytes, what: str) -> bytes:
+def _check_order(private_key: X25519PrivateKey | None, public_key: bytes, what: str) -> None:
     if private_key is None:
         raise KeyAgreementError("this member's ephemeral key is gone: start a new epoch")
     try:
-        return private_key.exchange(X25519PublicKey.from_public_bytes(public_key))
+        private_key.exchange(X25519PublicKey.from_public_bytes(public_key))
     except ValueError:
         raise KeyAgreementError(f"{what} is a point of small order, which gives no secret") from None

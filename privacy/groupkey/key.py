@@ -39,17 +39,12 @@ class GroupKey:
     ckks_secret: bytes = field(repr=False)
 
     def subkey(self, purpose: bytes, salt: bytes = b"") -> bytes:
-        """Derive 32 bytes for one purpose.
-
-        Args:
-            purpose: What the key is for and what it is bound to.
-            salt: Fresh bytes where the purpose alone does not make it unique.
-        """
+        """Derive 32 bytes for one purpose; the salt is fresh where the purpose alone is not unique."""
         info = b"fedmosaic/subkey/v1\n" + self.transcript + purpose
         return HKDF(algorithm=hashes.SHA256(), length=KEY_BYTES, salt=salt, info=info).derive(self.master)
 
     def dump(self) -> bytes:
-        """Return the key in clear, for a file that only its owner can read; `load` reads it back."""
+        """The key in clear, for a file that only its owner can read; `load` reads it back."""
         content = {
             "federation": self.federation,
             "epoch": self.epoch,
@@ -88,5 +83,5 @@ _BINARY_FIELDS = ("parameters_hash", "transcript", "fingerprint", "master", "ckk
 
 
 def commitment_to(transcript: bytes, master: bytes, ckks_secret: bytes) -> bytes:
-    """Return the public commitment to the secrets of an epoch, 32 bytes."""
+    """Public commitment to the secrets of an epoch, 32 bytes."""
     return sha256(b"commitment", transcript, master, hashlib.sha256(ckks_secret).digest())

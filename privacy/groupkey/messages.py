@@ -1,11 +1,11 @@
 """Messages of the key agreement: fixed-length binary, signed, bound to one epoch of one member list.
 
-    opening       body 8+32·5+8 | signature 64          every member to all, through the server
-    sealed box    body | AES-256-GCM ciphertext | signature 64       leader to each member
-    confirmation  body | tag 32 | signature 64          every member to all
+    opening       magic 8, federation, terms, parameters, member 32 each, epoch 8, key 32 | signature 64
+    sealed box    magic 8, transcript, member, commitment 32 each | sealed secrets | signature 64
+    confirmation  magic 8, transcript, member, commitment 32 each | tag 32 | signature 64
 
-Every message starts with its magic and names what it belongs to; every field but the fresh ones is known to
-the reader beforehand and compared. Signatures are Ed25519 over a label and everything before the signature.
+Every field but the fresh ones is known to the reader beforehand and compared. Signatures are Ed25519 over a
+label and everything before the signature.
 """
 
 import hashlib
@@ -19,15 +19,15 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from fedmosaic.protos.errors import KeyAgreementError
 
 SIGNATURE_BYTES = 64
+TAG_BYTES = 32
 _LABEL = b"fedmosaic/key-agreement/v1\n"
 _OPENING = struct.Struct("<8s32s32s32s32sQ32s")
-_BOX = struct.Struct("<8s32s32s32s32s")
-_CONFIRMATION = struct.Struct("<8s32s32s32s32s")
+_ABOUT_KEY = struct.Struct("<8s32s32s32s")
 OPENING_BYTES = _OPENING.size + SIGNATURE_BYTES
-CONFIRMATION_BYTES = _CONFIRMATION.size + SIGNATURE_BYTES
+CONFIRMATION_BYTES = _ABOUT_KEY.size + TAG_BYTES + SIGNATURE_BYTES
 _OPENING_MAGIC = b"FMKOPEN1"
-_BOX_MAGIC = b"FMKSEAL1"
-_CONFIRMATION_MAGIC = b"FMKCONF1"
+BOX = b"FMKSEAL2"
+CONFIRMATION = b"FMKCONF1"
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Epoch:
     identity_keys: Mapping[str, bytes]
 
     def federation_hash(self) -> bytes:
-        """Return the SHA-256 of the federation's name."""
+        """SHA-256 of the federation's name."""
         return sha256(b"federation", self.federation.encode())
 
     def terms_hash(self) -> bytes:
-        """Return the SHA-256 of roster, parameters and the list of members with their identity keys."""
+        """SHA-256 of roster, parameters and the list of members with their identity keys."""
         parts = [self.roster_hash, self.parameters_hash]
         for member in self.members:
             parts += [member.encode(), self.identity_keys[member]]
@@ -63,7 +63,7 @@ class Epoch:
 
 
 def sha256(label: bytes, *parts: bytes) -> bytes:
-    """Return the SHA-256 of a label and parts, each preceded by its length, so that no two inputs collide."""
+    """SHA-256 of a label and parts, each preceded by its length, so that no two inputs collide."""
     state = hashlib.sha256(_LABEL)
     for part in (label, *parts):
         state.update(struct.pack("<Q", len(part)))
@@ -72,13 +72,13 @@ def sha256(label: bytes, *parts: bytes) -> bytes:
 
 
 def write_opening(epoch: Epoch, member: str, public_key: bytes, identity: Ed25519PrivateKey) -> bytes:
-    """Return the signed opening of a member with its ephemeral X25519 key (32 bytes)."""
+    """The signed opening of a member with its ephemeral X25519 key (32 bytes)."""
     body = _OPENING.pack(
         _OPENING_MAGIC,
         epoch.federation_hash(),
         epoch.terms_hash(),
         epoch.parameters_hash,
-        sha256(b"member", member.encode()),
+        _name_hash(member),
         epoch.number,
         public_key,
     )
@@ -96,7 +96,7 @@ def read_opening(epoch: Epoch, member: str, message: bytes) -> bytes:
     magic, federation, terms, parameters, sender, number, public_key = _OPENING.unpack(body)
     _expect(what, "kind of message", magic, _OPENING_MAGIC)
     _expect(what, "federation", federation, epoch.federation_hash())
-    _expect(what, "member", sender, sha256(b"member", member.encode()))
+    _expect(what, "member", sender, _name_hash(member))
     if number != epoch.number:
         raise KeyAgreementError(
             f"{what} is of epoch {number}, expected {epoch.number}: it was replayed or is late"
@@ -106,59 +106,51 @@ def read_opening(epoch: Epoch, member: str, message: bytes) -> bytes:
     return bytes(public_key)
 
 
-def write_box(
+def write_about_key(
+    kind: bytes,
     transcript: bytes,
-    recipient: str,
+    member: str,
     commitment: bytes,
-    public_key: bytes,
-    ciphertext: bytes,
+    content: bytes,
     identity: Ed25519PrivateKey,
 ) -> bytes:
-    """Return the leader's signed box for one member."""
-    name = sha256(b"member", recipient.encode())
-    return _signed(_BOX.pack(_BOX_MAGIC, transcript, name, commitment, public_key) + ciphertext, identity)
+    """A signed message about the agreed key: a `BOX` for a member, or the `CONFIRMATION` of one."""
+    return _signed(_ABOUT_KEY.pack(kind, transcript, _name_hash(member), commitment) + content, identity)
 
 
-def read_box(
-    transcript: bytes, recipient: str, leader: str, leader_key: bytes, message: bytes, ciphertext_bytes: int
-) -> tuple[bytes, bytes, bytes]:
-    """Check the leader's box for a member; return commitment, ephemeral key and ciphertext.
+def read_about_key(
+    what: str,
+    kind: bytes,
+    transcript: bytes,
+    member: str,
+    identity_key: bytes,
+    message: bytes,
+    content_bytes: int,
+) -> tuple[bytes, bytes]:
+    """Check a message about the agreed key; return the commitment and the content, both still unchecked.
+
+    Args:
+        what: Names the message in errors.
+        kind: `BOX` or `CONFIRMATION`.
+        transcript: Of the openings.
+        member: For whom a box is, or whose confirmation it is.
+        identity_key: Ed25519 public key (32 bytes) of whoever must have signed it.
+        message: As relayed.
+        content_bytes: Length that the content must have.
 
     Raises:
         KeyAgreementError: Naming the first thing that is wrong.
     """
-    what = f"sealed key of leader {leader!r}"
-    body = _verified(what, message, _BOX.size + ciphertext_bytes + SIGNATURE_BYTES, leader_key)
-    magic, found, name, commitment, public_key = _BOX.unpack_from(body)
-    _expect(what, "kind of message", magic, _BOX_MAGIC)
+    body = _verified(what, message, _ABOUT_KEY.size + content_bytes + SIGNATURE_BYTES, identity_key)
+    magic, found, name, commitment = _ABOUT_KEY.unpack_from(body)
+    _expect(what, "kind of message", magic, kind)
     _expect(what, "set of openings", found, transcript)
-    _expect(what, "recipient", name, sha256(b"member", recipient.encode()))
-    return commitment, public_key, body[_BOX.size :]
+    _expect(what, "member", name, _name_hash(member))
+    return commitment, body[_ABOUT_KEY.size :]
 
 
-def write_confirmation(
-    transcript: bytes, member: str, commitment: bytes, tag: bytes, identity: Ed25519PrivateKey
-) -> bytes:
-    """Return a member's signed statement of the key it holds: the commitment, and a tag made with the key."""
-    name = sha256(b"member", member.encode())
-    return _signed(_CONFIRMATION.pack(_CONFIRMATION_MAGIC, transcript, name, commitment, tag), identity)
-
-
-def read_confirmation(
-    transcript: bytes, member: str, identity_key: bytes, message: bytes
-) -> tuple[bytes, bytes]:
-    """Check a member's confirmation and return its commitment and tag.
-
-    Raises:
-        KeyAgreementError: Naming the member and the first thing that is wrong.
-    """
-    what = f"confirmation of {member!r}"
-    body = _verified(what, message, CONFIRMATION_BYTES, identity_key)
-    magic, found, name, commitment, tag = _CONFIRMATION.unpack(body)
-    _expect(what, "kind of message", magic, _CONFIRMATION_MAGIC)
-    _expect(what, "member", name, sha256(b"member", member.encode()))
-    _expect(what, "set of openings", found, transcript)
-    return commitment, tag
+def _name_hash(member: str) -> bytes:
+    return sha256(b"member", member.encode())
 
 
 def _signed(body: bytes, identity: Ed25519PrivateKey) -> bytes:

@@ -45,11 +45,8 @@ class NonceCounter:
     def open_epoch(self, number: int) -> None:
         """Claim an epoch before its key agreement starts.
 
-        Args:
-            number: Epoch, larger than every earlier one.
-
         Raises:
-            EncryptionError: If the epoch was claimed before, so messages of it may be replayed.
+            EncryptionError: It, or a later one, was claimed before, so messages of it may be replayed.
         """
         if self._state.epoch is not None and number <= self._state.epoch:
             raise EncryptionError(
@@ -57,23 +54,14 @@ class NonceCounter:
             )
         self._write(_State(federation=self._state.federation, epoch=number))
 
-    def take(self, epoch: int, round_number: int, section: str, *, fresh: bool = False) -> bytes:
-        """Return a nonce for one upload, after recording on disk that it was taken.
+    def take(self, epoch: int, round_number: int, section: str) -> bytes:
+        """A nonce (16 random bytes) for one upload, after recording on disk that it was taken.
 
-        A client that repeats a round sends its stored upload again and takes no nonce. Only when the content
-        is new does it ask for a second one.
-
-        Args:
-            epoch: The epoch opened last.
-            round_number: The current round or a later one.
-            section: Section of the upload.
-            fresh: Allow a second upload for the same epoch, round and section, under a nonce of its own.
-
-        Returns:
-            16 random bytes.
+        A client that repeats a round sends its stored upload again and takes no nonce; it takes another one
+        where a crash lost the upload.
 
         Raises:
-            EncryptionError: If the epoch or round is over, or the nonce of this upload was taken.
+            EncryptionError: The epoch or round is over.
         """
         state = self._state
         if state.epoch is None or epoch != state.epoch:
@@ -85,11 +73,6 @@ class NonceCounter:
                 f"round {round_number} is over, round {state.round} has begun: do not encrypt for it"
             )
         uploads = dict(state.uploads) if round_number == state.round else {}
-        if uploads.get(section) and not fresh:
-            raise EncryptionError(
-                f"section {section!r} was encrypted before in epoch {epoch}, round {round_number}: send the "
-                "stored upload again, or take a fresh nonce"
-            )
         uploads[section] = uploads.get(section, 0) + 1
         self._write(_State(federation=state.federation, epoch=epoch, round=round_number, uploads=uploads))
         return os.urandom(NONCE_BYTES)
@@ -117,16 +100,13 @@ class NonceCounter:
 def rotation_reason(
     key_members: Collection[str], taking_part: Collection[str], rounds_used: int, rotate_every: int
 ) -> str | None:
-    """Say why a new key epoch is due, or None.
+    """Why a new key epoch is due, as a sentence for the log; None while the key may be used.
 
     Args:
         key_members: Members that hold the current key.
         taking_part: Members that take part from now on.
         rounds_used: Rounds the current key has served.
         rotate_every: Rounds one key may serve, ≥ 1.
-
-    Returns:
-        A sentence for the log, or None while the key may be used.
     """
     joined = sorted(set(taking_part) - set(key_members))
     if joined:

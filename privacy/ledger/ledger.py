@@ -1,33 +1,28 @@
-"""The ledger of one client: what it released, what that cost, and what it may still release.
-
-Durable, append-only, hash-chained, and on the client's own disk. The order of every release is:
+"""The ledger of one data set: what was released from it, what that cost, and what may still be released.
 
     sum, clipped  →  reserve()  →  draw noise  →  store the noisy bytes  →  released()  →  send
 
 `reserve` charges, durably, before any noise exists. A crash after it wastes budget and forgets none: a
-reservation counts whether or not its bytes ever left. Sending stored bytes again is `resent` and free.
+reservation counts whether or not its bytes ever left. Sending stored bytes again is `resent` and free. The
+budget is a filter, fixed when the ledger is opened for the first time: a release that would pass the target
+ε is refused before noise is drawn.
 
-The budget is a filter. Its parameters are fixed when the ledger is opened for the first time, and a
-release that would pass the target ε is refused before noise is drawn.
+A changed, removed, added or moved row, and a cut tail, are found on every opening. Whoever can write the
+ledger *and* its head file can rewrite both, or put older ones back; an `anchor` that somebody else keeps
+finds that too.
 
-What the chain shows and what it does not: a changed, removed, added or moved row, and a cut tail, are
-found on every opening. Whoever can write the ledger *and* its head file can rewrite both, or put older
-ones back; an `anchor` that somebody else keeps finds that too.
-
-There is one ledger per data set, whichever client, run or federation releases from it: ε adds up over all of
-them. It stands in a directory of its own (`LEDGER`), with the noised profiles that may be sent again.
+ε adds up over every client, run and federation that releases from the data, so they share one ledger. It
+stands in a directory of its own (`LEDGER`), with the noised profiles that may be sent again.
 """
 
 import datetime as dt
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from fedmosaic.privacy.accounting.epsilon import EpsilonBound, check_delta
 from fedmosaic.privacy.accounting.events import GaussianEvent
-from fedmosaic.privacy.ledger.log import LedgerLog
 from fedmosaic.privacy.ledger.rows import (
     CHANNELS,
     Channel,
@@ -43,6 +38,7 @@ from fedmosaic.privacy.ledger.rows import (
 )
 from fedmosaic.privacy.ledger.rules import (
     LedgerParameters,
+    Release,
     advice,
     anchor_of,
     bound_of,
@@ -50,13 +46,10 @@ from fedmosaic.privacy.ledger.rules import (
     check_open,
     check_parameters,
     check_request,
-    exceeds,
-    matching,
     parameters_of,
-    release_among,
     reservation_at,
 )
-from fedmosaic.privacy.ledger.store import LedgerStore, has_begun, read_ledger
+from fedmosaic.privacy.ledger.store import LedgerLog, LedgerStore, has_begun, read_ledger
 from fedmosaic.protos.errors import BudgetExceededError, LedgerError
 
 __all__ = [
@@ -110,9 +103,6 @@ class Ledger:
             examples: n, the client's number of examples; checked against δ, not stored.
             clock: tells the time.
 
-        Returns:
-            The verified ledger.
-
         Raises:
             LedgerError: the ledger is damaged or closed, or was opened first with other parameters.
             AccountingError: δ (above 1/n, for one) or the accountant is not acceptable.
@@ -143,12 +133,7 @@ class Ledger:
     def __enter__(self) -> "Ledger":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -213,8 +198,9 @@ class Ledger:
         }
         check_request(fields, event)
         hashes = None if example_ids is None else example_hashes(example_ids)
+        release = Release(channel, round, data_epoch, context)
         with self._log.appending() as rows:
-            done = release_among(rows, channel, round, data_epoch, context)
+            done = release.made(rows)
             if done is not None:
                 raise LedgerError(
                     f"this {channel} release was made already (reservation {done.reference}, bytes "
@@ -223,14 +209,15 @@ class Ledger:
                 )
             if hashes is not None:
                 self._prove_disjoint(data_epoch, hashes)
-            fields["attempt"] = 1 + len(matching(rows, "RESERVED", channel, round, data_epoch, context))
+            fields["attempt"] = 1 + len(release.among(rows, "RESERVED"))
             bound = self._bound_after(rows, channel, event, None if hashes is None else data_epoch)
             target = self.parameters.target_epsilon
-            refused = channel in self.parameters.budgeted_channels and exceeds(bound.epsilon, target)
+            # Written so that NaN is refused, too.
+            within = target is None or bound.epsilon <= target
+            refused = channel in self.parameters.budgeted_channels and not within
             if hashes is not None and not refused:
                 self._log.store.keep_examples(data_epoch, hashes)
-            kind: Kind = "REFUSED" if refused else "RESERVED"
-            row = self._log.append(kind, bound=bound, **fields)
+            row = self._log.append("REFUSED" if refused else "RESERVED", bound=bound, **fields)
         if refused:
             raise BudgetExceededError(
                 f"client {self.parameters.client_id!r}: this {channel} release would bring ε to "
@@ -240,20 +227,14 @@ class Ledger:
         return row.sequence
 
     def released(self, sequence: int, digest: str) -> None:
-        """Record that the noisy bytes of a reservation are stored and may be sent.
-
-        Args:
-            sequence: what `reserve` returned.
-            digest: SHA-256 (hexadecimal) of the bytes.
+        """Record that the noisy bytes of a reservation, with this SHA-256, are stored and may be sent.
 
         Raises:
             LedgerError: no such reservation, or its release (or another draw of it) is recorded already.
         """
         with self._log.appending() as rows:
             reservation = reservation_at(rows, sequence)
-            before = release_among(
-                rows, reservation.channel, reservation.round, reservation.data_epoch, reservation.context
-            )
+            before = _release_of(reservation).made(rows)
             if before is not None and (before.reference, before.payload_digest) == (sequence, digest):
                 return
             if before is not None:
@@ -264,11 +245,11 @@ class Ledger:
             self._append_about(reservation, "RELEASED", digest, reservation.attempt, reservation.round)
 
     def resent(self, sequence: int, digest: str, round: int | None = None) -> None:
-        """Record that released bytes were sent once more; costs nothing.
+        """Record that released bytes, of the same SHA-256, were sent once more; costs nothing.
 
         Args:
             sequence: what `reserve` returned.
-            digest: SHA-256 (hexadecimal) of the bytes, the same as in `released`.
+            digest: the same as in `released`.
             round: in which round they were sent again; the reservation's round when None.
 
         Raises:
@@ -297,13 +278,13 @@ class Ledger:
         A profile is released once per data epoch and mechanism, so its round does not matter.
         """
         with self._log.reading() as rows:
-            return release_among(rows, channel, round, data_epoch, context)
+            return Release(channel, round, data_epoch, context).made(rows)
 
     def refused(self, channel: Channel, round: int, data_epoch: str, context: str = "") -> bool:
         """Whether the budget refused this release and nothing was reserved for it."""
-        asked = (channel, round, data_epoch, context)
+        release = Release(channel, round, data_epoch, context)
         with self._log.reading() as rows:
-            return bool(matching(rows, "REFUSED", *asked)) and not matching(rows, "RESERVED", *asked)
+            return bool(release.among(rows, "REFUSED")) and not release.among(rows, "RESERVED")
 
     def pending(self, channel: Channel, round: int, data_epoch: str, context: str = "") -> LedgerRow | None:
         """The last reservation of a release that was never recorded as made, such as after a crash.
@@ -311,21 +292,18 @@ class Ledger:
         If its noisy bytes were stored, `released` may still be called for it; if not, they are to be drawn
         anew under a new reservation.
         """
+        release = Release(channel, round, data_epoch, context)
         with self._log.reading() as rows:
-            if release_among(rows, channel, round, data_epoch, context) is not None:
+            if release.made(rows) is not None:
                 return None
-            return next(reversed(matching(rows, "RESERVED", channel, round, data_epoch, context)), None)
+            return next(reversed(release.among(rows, "RESERVED")), None)
 
     def events(self, channel: Channel | None = None) -> list[GaussianEvent]:
         """Every charged event, of one channel or of all, released or not."""
         return [charge.event for charge in charges(self.export(), channel and (channel,))]
 
     def epsilon(self, channel: Channel | None = None) -> float:
-        """ε at the ledger's δ of one channel alone, or of all channels together (not only the budgeted).
-
-        Returns:
-            ε ≥ 0; ∞ when something was released without differential privacy.
-        """
+        """ε at the ledger's δ of one channel alone, or of all channels together (not only the budgeted)."""
         charged = charges(self.export(), channel and (channel,))
         return bound_of(charged, self.parameters.delta, self.parameters.accountant).epsilon
 
@@ -335,11 +313,7 @@ class Ledger:
         return self._log.store.path.parent
 
     def anchor(self, keeper: str) -> bytes:
-        """What somebody else may keep (32 bytes), to find a ledger that was put back from an older copy.
-
-        Args:
-            keeper: for whom; see `fedmosaic.privacy.ledger.rules.anchor_of`.
-        """
+        """What a keeper may have (32 bytes) to find a ledger put back from an older copy; see `anchor_of`."""
         return anchor_of(self.export(), keeper)
 
     def check_anchor(self, keeper: str, anchor: bytes, source: str) -> None:
@@ -347,11 +321,7 @@ class Ledger:
         check_anchor(self.export(), keeper, anchor, source)
 
     def verify(self) -> None:
-        """Read everything again and check it against itself and the head file.
-
-        Raises:
-            LedgerError: names the first row that was changed, removed, added or moved.
-        """
+        """Read everything again and check it against itself and the head file; LedgerError as at opening."""
         self._log.verify()
 
     def export(self) -> list[LedgerRow]:
@@ -399,3 +369,7 @@ class Ledger:
                 "an example of this data epoch is also in an earlier one; they do not compose in parallel: "
                 "leave out the examples that were used, or reserve without example_ids and pay for both"
             )
+
+
+def _release_of(row: LedgerRow) -> Release:
+    return Release(row.channel, row.round, row.data_epoch, row.context)

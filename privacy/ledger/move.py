@@ -8,11 +8,8 @@ second file closes the first, in the chain itself and durably, before anything c
     OLD  … CLOSED(to NEW) MOVED   NEW … CLOSED RESUMED     finished
 
 A crash after any step leaves OLD closed; the same command finishes the move. Where NEW is a ledger already,
-of the same data, from a time when ledgers were copied, what only OLD holds is charged to NEW as well, before
-its RESUMED row.
-
-The closing row is bound by the chain of hashes, not signed: whoever can write the file can use the key beside
-it. The next head that the client signs for a server covers it.
+of the same data, what only OLD holds is charged to NEW as well, before its RESUMED row. The closing row is
+bound by the chain of hashes, not signed: whoever can write the file can use the key beside it.
 """
 
 import datetime as dt
@@ -25,10 +22,9 @@ from typing import Any
 
 from fedmosaic.privacy.files import sync_directory, write_atomically
 from fedmosaic.privacy.ledger.ledger import LEDGER
-from fedmosaic.privacy.ledger.log import LedgerLog
 from fedmosaic.privacy.ledger.rows import Kind, LedgerRow, canonical_json, charges
 from fedmosaic.privacy.ledger.rules import bound_of, check_open, parameters_of
-from fedmosaic.privacy.ledger.store import LedgerStore
+from fedmosaic.privacy.ledger.store import LedgerLog, LedgerStore
 from fedmosaic.protos.errors import LedgerError
 
 PROFILES = "profile-*.npy"
@@ -75,13 +71,9 @@ def move(old: Path, new: Path, after: Callable[[str], None] = lambda _: None) ->
 
 
 def back_up(ledger: Path, out: Path) -> None:
-    """Write a backup of a ledger and its profiles, also while runs go on with it.
+    """Write a backup of a ledger and its profiles to a new directory, also while runs go on with it.
 
     The backup is closed, so that nothing is charged to it by mistake; `move` puts it back.
-
-    Args:
-        ledger: directory of the ledger.
-        out: directory to be made.
 
     Raises:
         LedgerError: there is no open ledger, or `out` exists.

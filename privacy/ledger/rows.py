@@ -4,23 +4,14 @@ Pure functions over rows, so that a report or an auditor can read an exported le
 """
 
 import hashlib
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    ValidationError,
-    WithJsonSchema,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedmosaic.privacy import configuration
-from fedmosaic.privacy.accounting.events import GaussianEvent
+from fedmosaic.privacy.accounting.events import Epsilon, GaussianEvent
 from fedmosaic.protos.errors import LedgerError
 
 Channel = Literal["profile", "adapter", "family"]
@@ -35,20 +26,6 @@ RESTORE = "move it away and put the newest backup in its place with `fedmosaic l
 """What to do about a ledger that cannot be used any more; `fedmosaic ledger backup` makes backups."""
 
 _Hex64 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-def _read_infinity(value: object) -> object:
-    return math.inf if value == "infinity" else value
-
-
-Epsilon = Annotated[
-    float,
-    Field(ge=0.0),
-    BeforeValidator(_read_infinity),
-    PlainSerializer(lambda value: "infinity" if value == math.inf else value, when_used="json"),
-    WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"const": "infinity"}]}),
-]
-"""ε ≥ 0. JSON has no infinity, and null would read as "not applicable", so ∞ is the string "infinity"."""
 
 
 class LedgerRow(BaseModel):
@@ -115,11 +92,7 @@ class LedgerRow(BaseModel):
     hash: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
 
     def event(self) -> GaussianEvent:
-        """The event of a RESERVED or REFUSED row.
-
-        Raises:
-            LedgerError: a row of this kind has no event, or part of it is missing.
-        """
+        """The event of a RESERVED or REFUSED row; LedgerError where a part of it is missing."""
         if self.noise_multiplier is None or self.sampling_rate is None or self.steps is None:
             raise LedgerError(f"row {self.sequence} ({self.kind}) of the ledger holds no complete event")
         return GaussianEvent(self.noise_multiplier, self.sampling_rate, self.steps)
@@ -131,11 +104,7 @@ class LedgerRow(BaseModel):
 
     @classmethod
     def sealed(cls, **fields: Any) -> "LedgerRow":
-        """A new row with its hash filled in.
-
-        Raises:
-            LedgerError: a field is missing or impossible.
-        """
+        """A new row with its hash filled in; LedgerError if a field is missing or impossible."""
         try:
             row = cls(**fields)
         except ValidationError as error:
@@ -145,11 +114,7 @@ class LedgerRow(BaseModel):
 
 
 def canonical_json(value: object) -> str:
-    """Canonical JSON of what a row holds; signs that are not ASCII stand as they are.
-
-    Raises:
-        LedgerError: the value is no JSON.
-    """
+    """Canonical JSON of what a row holds, in its own signs, not in ASCII; LedgerError if it is no JSON."""
     try:
         return configuration.canonical_json(value, ascii_only=False)
     except (TypeError, ValueError) as error:
@@ -197,12 +162,7 @@ class Charge:
 
 
 def charges(rows: Iterable[LedgerRow], channels: Iterable[str] | None = None) -> list[Charge]:
-    """What a ledger has charged: every reservation, released or not.
-
-    Args:
-        rows: of one ledger.
-        channels: only these; all when None.
-    """
+    """What a ledger has charged, on these channels or on all: every reservation, released or not."""
     wanted = None if channels is None else frozenset(channels)
     return [
         Charge(row.event(), row.data_epoch if row.disjoint else None)
@@ -212,16 +172,10 @@ def charges(rows: Iterable[LedgerRow], channels: Iterable[str] | None = None) ->
 
 
 def compositions(charged: Iterable[Charge]) -> list[tuple[GaussianEvent, ...]]:
-    """What one example can at most have gone through, one tuple of events per possibility.
+    """What one example can at most have gone through, one tuple of events per possibility; at least one.
 
     An example is in at most one of the epochs that were proved disjoint, so these compose in parallel:
     ε is the largest over the tuples. Every other release may have used every example and is in all tuples.
-
-    Args:
-        charged: of one ledger, or one of its channels.
-
-    Returns:
-        At least one tuple; a single one when nothing was proved disjoint.
 
     Reference:
         McSherry 2009, "Privacy integrated queries", theorem 4 (parallel composition).
@@ -237,10 +191,7 @@ def compositions(charged: Iterable[Charge]) -> list[tuple[GaussianEvent, ...]]:
 
 
 def check_chain(rows: Sequence[LedgerRow]) -> None:
-    """Check that rows are complete, unaltered, in order, and tell one possible story.
-
-    Args:
-        rows: the whole ledger from row 0.
+    """Check that the rows of a whole ledger are complete, unaltered, in order, and tell one possible story.
 
     Raises:
         LedgerError: names the first row that does not fit, and why.
@@ -267,13 +218,7 @@ def check_chain(rows: Sequence[LedgerRow]) -> None:
 
 
 def check_seen(rows: Sequence[LedgerRow], sequence: int, digest: str, source: str) -> None:
-    """Check that rows still contain a row that was seen before.
-
-    Args:
-        rows: the whole ledger.
-        sequence: of the row seen before.
-        digest: its hash.
-        source: who saw it, for the message.
+    """Check that rows still contain the one of this sequence and hash that `source` has seen.
 
     Raises:
         LedgerError: the row is missing or is another one.

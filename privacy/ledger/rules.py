@@ -4,9 +4,9 @@ import hmac
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedmosaic.privacy.accounting.epsilon import EpsilonBound, epsilon, epsilon_bound
 from fedmosaic.privacy.accounting.events import GaussianEvent
@@ -59,28 +59,11 @@ class LedgerParameters:
 
     def canonical(self, salt: str) -> str:
         """Canonical JSON for the opening row; the salt keeps the rows' hashes from being guessed."""
-        return canonical_json(
-            {
-                "client_id": self.client_id,
-                "delta": self.delta,
-                "target_epsilon": self.target_epsilon,
-                "accountant": self.accountant,
-                "budgeted_channels": self.budgeted_channels,
-                "unit": self.unit,
-                "salt": salt,
-            }
-        )
+        return canonical_json(asdict(self) | {"salt": salt})
 
 
 def parameters_of(rows: Sequence[LedgerRow]) -> LedgerParameters:
-    """The parameters that a ledger was opened with.
-
-    Args:
-        rows: the whole ledger.
-
-    Raises:
-        LedgerError: the opening row is missing or holds something else.
-    """
+    """The parameters that a ledger was opened with; LedgerError if its opening row cannot be read."""
     try:
         if rows[0].kind != "OPENED":
             raise KeyError("kind")
@@ -94,17 +77,10 @@ def parameters_of(rows: Sequence[LedgerRow]) -> LedgerParameters:
 
 
 def anchor_of(rows: Sequence[LedgerRow], keeper: str) -> bytes:
-    """What somebody else may keep of a ledger: HMAC-SHA-256 of its last row's hash under the ledger's salt.
+    """What a keeper may have of a ledger: HMAC-SHA-256 of its last row's hash under its salt, 32 bytes.
 
     It tells its keeper nothing but whether anything was recorded since, not the number of rows either.
     Keepers who compare theirs cannot tell that they are of one ledger, since each has its own.
-
-    Args:
-        rows: the whole ledger.
-        keeper: for whom.
-
-    Returns:
-        32 bytes.
     """
     return _anchor(_salt(rows), rows[-1].hash, keeper)
 
@@ -188,11 +164,7 @@ def _stricter(name: str, opened: LedgerParameters, wanted: LedgerParameters) -> 
 
 
 def check_open(rows: Sequence[LedgerRow]) -> None:
-    """Refuse a ledger that was closed.
-
-    Raises:
-        LedgerError: says where it went, or that it is a backup.
-    """
+    """Refuse a ledger that was closed; the LedgerError says where it went, or that it is a backup."""
     last = rows[-1]
     if last.kind not in ("CLOSED", "MOVED"):
         return
@@ -213,15 +185,7 @@ def check_open(rows: Sequence[LedgerRow]) -> None:
 
 
 def check_request(fields: dict[str, Any], event: GaussianEvent) -> None:
-    """Refuse a reservation whose arguments contradict each other.
-
-    Args:
-        fields: of the row to be.
-        event: its event.
-
-    Raises:
-        LedgerError: says which rule is broken.
-    """
+    """Refuse a reservation whose arguments, the fields of the row to be, contradict each other."""
     channel, covered_by = fields["channel"], fields["covered_by"]
     if channel not in CHANNELS:
         raise LedgerError(f"channel is {channel!r}; it must be one of {', '.join(CHANNELS)}")
@@ -251,56 +215,40 @@ def check_request(fields: dict[str, Any], event: GaussianEvent) -> None:
         )
 
 
-def matching(
-    rows: Iterable[LedgerRow],
-    kind: Kind,
-    channel: str | None,
-    round: int | None,
-    data_epoch: str | None,
-    context: str | None,
-) -> list[LedgerRow]:
-    """Rows of one kind that are about one release.
+class Release(NamedTuple):
+    """What is released: a profile once per data epoch and mechanism, anything else once per run and round.
 
-    A profile is released once per data epoch and mechanism, whatever the round and the run; any other release
-    once per run, round and epoch.
+    Attributes:
+        context: the run, or for a profile its mechanism, whatever the run and the round.
     """
-    return [
-        row
-        for row in rows
-        if row.kind == kind
-        and row.channel == channel
-        and row.data_epoch == data_epoch
-        and row.context == context
-        and (channel == "profile" or row.round == round)
-    ]
 
+    channel: str | None
+    round: int | None
+    data_epoch: str | None
+    context: str | None
 
-def release_among(
-    rows: Iterable[LedgerRow],
-    channel: str | None,
-    round: int | None,
-    data_epoch: str | None,
-    context: str | None,
-) -> LedgerRow | None:
-    """The RELEASED row of a release, if it was made; see `matching`."""
-    return next(iter(matching(rows, "RELEASED", channel, round, data_epoch, context)), None)
+    def among(self, rows: Iterable[LedgerRow], kind: Kind) -> list[LedgerRow]:
+        """Rows of one kind that are about this release."""
+        return [
+            row
+            for row in rows
+            if row.kind == kind
+            and (row.channel, row.data_epoch, row.context) == (self.channel, self.data_epoch, self.context)
+            and (self.channel == "profile" or row.round == self.round)
+        ]
+
+    def made(self, rows: Iterable[LedgerRow]) -> LedgerRow | None:
+        """The RELEASED row, if it was made."""
+        return next(iter(self.among(rows, "RELEASED")), None)
 
 
 def bound_of(charged: Iterable[Charge], delta: float, accountant: str) -> EpsilonBound:
     """ε of what was charged: the largest over what one example can have gone through.
 
-    Args:
-        charged: of one ledger, or some of its channels.
-        delta: δ.
-        accountant: the one wanted; RDP, named as such, where it fails.
+    By the accountant that is wanted, or by RDP, named as such, where that one fails.
     """
     bounds = [epsilon_bound(events, delta, accountant) for events in compositions(charged)]
     return max(bounds, key=lambda bound: bound.epsilon)
-
-
-def exceeds(value: float, target: float | None) -> bool:
-    """Whether an ε passes a budget; nothing passes no budget."""
-    return target is not None and not value <= target
 
 
 def advice(event: GaussianEvent) -> str:
@@ -314,11 +262,7 @@ def advice(event: GaussianEvent) -> str:
 
 
 def reservation_at(rows: Sequence[LedgerRow], sequence: int) -> LedgerRow:
-    """The RESERVED row of this sequence.
-
-    Raises:
-        LedgerError: there is none.
-    """
+    """The RESERVED row of this sequence; LedgerError if there is none."""
     if 0 <= sequence < len(rows) and rows[sequence].kind == "RESERVED":
         return rows[sequence]
     raise LedgerError(f"row {sequence} is no reservation; give what reserve() returned")

@@ -7,24 +7,30 @@ Both files replaced together (a rolled-back disk image) are only caught by an an
 `Ledger.anchor`.
 """
 
+import datetime as dt
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
+from fedmosaic.privacy.accounting.epsilon import EpsilonBound
 from fedmosaic.privacy.files import private_opener, sync_directory, write_atomically
 from fedmosaic.privacy.ledger.rows import (
     RESTORE,
+    Kind,
     LedgerRow,
     charges,
     check_chain,
     check_seen,
     epoch_of_hashes,
 )
+from fedmosaic.privacy.ledger.rules import check_open
 from fedmosaic.protos.errors import LedgerError
 
 _SCHEMA_VERSION = 2
@@ -48,11 +54,7 @@ _SCHEMA = (
 
 
 class LedgerStore:
-    """Rows on disk. Knows nothing of budgets; `fedmosaic.privacy.ledger.ledger.Ledger` does.
-
-    Args:
-        path: the SQLite file; made, readable by its owner only, when missing.
-        read_only: open for reading an existing file.
+    """Rows on disk; knows nothing of budgets. A missing file is made, readable by its owner only.
 
     Raises:
         LedgerError: the file is missing (read_only), no ledger, or gone while its head file remains.
@@ -86,9 +88,6 @@ class LedgerStore:
         """Write everything that is committed to a new file, whoever writes to this one meanwhile.
 
         A copy of the file alone may lack the newest rows, which SQLite keeps beside it until they are merged.
-
-        Raises:
-            LedgerError: the copy cannot be written.
         """
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
@@ -106,10 +105,7 @@ class LedgerStore:
         return not tables
 
     def prepare(self) -> bool:
-        """Create the tables when there are none; call inside a transaction.
-
-        Returns:
-            Whether they were created.
+        """Create the tables when there are none, inside a transaction; whether they were created.
 
         Raises:
             LedgerError: the file is of another version, or no ledger.
@@ -140,11 +136,7 @@ class LedgerStore:
             self._connection.execute("COMMIT")
 
     def rows(self, start: int = 0) -> list[LedgerRow]:
-        """Rows from `start` on, in order of sequence.
-
-        Raises:
-            LedgerError: a row holds something that no row may hold.
-        """
+        """Rows from `start` on, in order; LedgerError if one holds something that no row may hold."""
         with self._reported():
             cursor = self._connection.execute(
                 f"SELECT {', '.join(_COLUMNS)} FROM rows WHERE sequence >= ? ORDER BY sequence",  # noqa: S608  # the columns are this module's own
@@ -180,11 +172,7 @@ class LedgerStore:
         write_atomically(self.head_path, content)
 
     def read_head(self) -> tuple[int, str] | None:
-        """Sequence and hash of the last row when the head file was written; None when there is none.
-
-        Raises:
-            LedgerError: the head file cannot be read.
-        """
+        """Sequence and hash in the head file; None when there is none, LedgerError when it cannot be read."""
         try:
             head = json.loads(self.head_path.read_bytes())
             return int(head["sequence"]), str(head["hash"])
@@ -214,22 +202,12 @@ class LedgerStore:
             )
 
     def overlaps(self, epoch: str, hashes: Sequence[str]) -> bool:
-        """Whether any other stored epoch shares an example; call inside a transaction.
-
-        Args:
-            epoch: hash of the set.
-            hashes: its example hashes.
-        """
-        run = self._connection.execute
-        run("CREATE TEMP TABLE IF NOT EXISTS candidate (example_hash TEXT PRIMARY KEY) WITHOUT ROWID")
-        run("DELETE FROM temp.candidate")
-        self._connection.executemany("INSERT INTO temp.candidate VALUES (?)", ((value,) for value in hashes))
-        shared = run(
-            "SELECT 1 FROM temp.candidate JOIN epoch_examples USING (example_hash) "
+        """Whether any other stored epoch shares one of these example hashes; call inside a transaction."""
+        shared = self._connection.execute(
+            "SELECT 1 FROM json_each(?) JOIN epoch_examples ON example_hash = value "
             "WHERE data_epoch <> ? LIMIT 1",
-            (epoch,),
+            (json.dumps(hashes), epoch),
         ).fetchone()
-        run("DELETE FROM temp.candidate")
         return shared is not None
 
     def keep_examples(self, epoch: str, hashes: Sequence[str]) -> None:
@@ -273,6 +251,85 @@ class LedgerStore:
             ) from error
 
 
+class LedgerLog:
+    """An append-only sequence of rows that several threads and processes may extend."""
+
+    def __init__(self, store: LedgerStore, clock: Callable[[], dt.datetime]) -> None:
+        self.store = store
+        self.rows: list[LedgerRow] = []
+        self._clock = clock
+        self._lock = threading.RLock()
+
+    @contextmanager
+    def reading(self) -> Iterator[list[LedgerRow]]:
+        """All rows so far, while no other thread appends; LedgerError if one does not continue the chain."""
+        with self._lock:
+            self._refresh()
+            yield self.rows
+
+    @contextmanager
+    def appending(self, *, closed: bool = False) -> Iterator[list[LedgerRow]]:
+        """All rows so far, while nobody else appends; what is appended inside is durable afterwards.
+
+        Args:
+            closed: append also to a ledger that was closed.
+
+        Raises:
+            LedgerError: the file cannot be written, a new row does not continue the chain, or the ledger was
+                closed, perhaps by another process while this one had it open.
+        """
+        with self._lock:
+            known = len(self.rows)
+            try:
+                with self.store.transaction():
+                    self._refresh()
+                    known = len(self.rows)
+                    if not closed:
+                        check_open(self.rows)
+                    yield self.rows
+            except BaseException:
+                del self.rows[known:]
+                raise
+            self.store.write_head(self.rows[-1])
+
+    def append(self, kind: Kind, *, bound: EpsilonBound, **fields: Any) -> LedgerRow:
+        """Write the next row, inside `appending`; `bound` is the running ε after it."""
+        last = self.rows[-1] if self.rows else None
+        row = LedgerRow.sealed(
+            sequence=last.sequence + 1 if last else 0,
+            time=self._clock().astimezone(dt.UTC).isoformat(timespec="microseconds"),
+            kind=kind,
+            epsilon=bound.epsilon,
+            accountant=bound.accountant,
+            **({"previous_hash": last.hash} if last else {}),
+            **fields,
+        )
+        self.store.append(row)
+        self.rows.append(row)
+        return row
+
+    def running_bound(self) -> EpsilonBound:
+        """ε after the last row that was not a refusal, whose ε is only what it would have become."""
+        row = next(row for row in reversed(self.rows) if row.kind != "REFUSED")
+        return EpsilonBound(row.epsilon, row.accountant)
+
+    def verify(self) -> None:
+        """Read everything again and check it; see `LedgerStore.verified_rows`."""
+        with self._lock:
+            self.rows = self.store.verified_rows()
+
+    def _refresh(self) -> None:
+        for row in self.store.rows(len(self.rows)):
+            previous = self.rows[-1].hash if self.rows else row.previous_hash
+            position = len(self.rows)
+            if (row.sequence, row.previous_hash, row.hash) != (position, previous, row.computed_hash()):
+                raise LedgerError(
+                    f"the privacy ledger is damaged at row {position}: it does not continue the rows before "
+                    "it"
+                )
+            self.rows.append(row)
+
+
 def has_begun(path: Path) -> bool:
     """Whether a ledger stands at a path; one whose first transaction was not committed holds nothing yet.
 
@@ -288,13 +345,7 @@ def has_begun(path: Path) -> bool:
 
 
 def read_ledger(path: Path) -> list[LedgerRow]:
-    """Read and verify a ledger without writing to it, for reports and audits.
-
-    Args:
-        path: the SQLite file.
-
-    Returns:
-        All rows in order; `parameters_of` tells the parameters.
+    """All rows of a ledger, verified, without writing to it: for reports and audits.
 
     Raises:
         LedgerError: it is missing or damaged.

@@ -16,7 +16,7 @@ set of values it may take does not depend on the data.
 Between `clipped_sum` and `noisy_sum` the caller charges the release: durably, and before any noise is drawn.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -48,10 +48,10 @@ class ClippedSum:
         rows: number of rows, rejected ones included.
     """
 
-    units: IntArray
-    clipped: int
-    rejected: int
-    rows: int
+    units: IntArray = field(repr=False)
+    clipped: int = field(repr=False)
+    rejected: int = field(repr=False)
+    rows: int = field(repr=False)
 
     def __add__(self, other: "ClippedSum") -> "ClippedSum":
         return ClippedSum(
@@ -93,14 +93,9 @@ def clip(rows: FloatArray, clipping_norm: float) -> tuple[IntArray, npt.NDArray[
 
 
 def clipped_sum(rows: FloatArray, clipping_norm: float) -> ClippedSum:
-    """Clip rows and add them up; sums of parts of the data may be added.
+    """Clip (n, k) rows of any values and add them up; sums of parts of the data may be added.
 
-    Args:
-        rows: (n, k) rows of the examples in the Poisson sample, any values.
-        clipping_norm: bound C > 0, in the unit of `rows`.
-
-    Returns:
-        The private sum. Adding or removing any one row changes it by at most C in the L2 norm.
+    Adding or removing any one row changes the private sum by at most C in the L2 norm.
     """
     units, shortened = clip(rows, clipping_norm)
     rejected = np.count_nonzero(~np.isfinite(rows).all(axis=1))

@@ -2,15 +2,10 @@
 
 Real runs draw from AES-256 in counter mode under a key that is fresh from the operating system for
 every call, so that no state can be repeated by a fork, a thread or a restored snapshot of this
-process. Two things keep the arithmetic of doubles from undoing the guarantee (Mironov, "On
-significance of the least significant bits for differential privacy", CCS 2012):
-
-* Every Gaussian is the sum of four independent Box-Muller variates, halved. Recovering the noise
-  from its low bits then means searching the joint space of all their uniforms (Holohan and
-  Braghin, "Secure random sampling in differential privacy", ESORICS 2021, section 4; Opacus's
-  secure mode does the same).
-* `fedmosaic.privacy.mechanism.gaussian` adds the noise on a grid of integers, where rounding commutes with
-  the addition; see there.
+process. Every Gaussian is the sum of four independent Box-Muller variates, halved: recovering the noise
+from its low bits (Mironov, CCS 2012) then means searching the joint space of all their uniforms (Holohan and
+Braghin, "Secure random sampling in differential privacy", ESORICS 2021, section 4). And
+`fedmosaic.privacy.mechanism.gaussian` adds it on a grid of integers, where rounding commutes with addition.
 """
 
 import math
@@ -39,15 +34,7 @@ class NoiseSource(Protocol):
         ...
 
     def gaussian(self, size: int, standard_deviation: float) -> Float64Array:
-        """Draw independent centred Gaussians.
-
-        Args:
-            size: number of draws, at least 0.
-            standard_deviation: of each draw, in the unit of what it protects, finite, at least 0.
-
-        Returns:
-            Array of shape (size,), float64.
-        """
+        """Draw (size,) independent centred Gaussians, of a finite standard deviation ≥ 0, in float64."""
         ...
 
 
@@ -57,6 +44,10 @@ class BitSource(Protocol):
     def words(self, size: int) -> UInt64Array:
         """Draw words of shape (size,), uniform over [0, 2**64)."""
         ...
+
+
+class Randomness(NoiseSource, BitSource, Protocol):
+    """What a release draws from: noise, and words for the Poisson sample."""
 
 
 class SecureNoise:
@@ -72,22 +63,14 @@ class SecureNoise:
         return False
 
     def words(self, size: int) -> UInt64Array:
-        """Draw words of shape (size,), uniform over [0, 2**64).
-
-        Raises:
-            MechanismError: if `size` is negative.
-        """
+        """Draw words of shape (size,), uniform over [0, 2**64)."""
         _check_size(size)
         # A key serves one call only, so the counter can start at zero.
         stream = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(bytes(16))).encryptor()
         return np.frombuffer(stream.update(bytes(8 * size)), dtype="<u8").astype(np.uint64)
 
     def gaussian(self, size: int, standard_deviation: float) -> Float64Array:
-        """Draw Gaussians of shape (size,); see `NoiseSource.gaussian`.
-
-        Raises:
-            MechanismError: if `size` or `standard_deviation` is negative or not finite.
-        """
+        """Draw Gaussians of shape (size,); see `NoiseSource.gaussian`."""
         _check_size(size)
         _check_standard_deviation(standard_deviation)
         words = self.words(GAUSSIANS_PER_VARIATE * size).reshape(2, GAUSSIANS_PER_VARIATE // 2, size)
@@ -128,22 +111,14 @@ class SeededTestNoise:
 
 
 def poisson_sample(size: int, rate: float, source: BitSource) -> IntArray:
-    """Include each of `size` examples independently with probability `rate`.
+    """Include each of `size` examples independently with probability `rate`; ascending indices, int64.
 
     The probability is rounded down to a multiple of 2**-64, so no example is ever more likely to take
     part than the accountant was told. The sample may be empty: the caller must then release noise
     alone, and pay for it.
 
-    Args:
-        size: number of examples, at least 0.
-        rate: probability of inclusion, in (0, 1].
-        source: where the random words come from; `SecureNoise()` in real runs.
-
-    Returns:
-        Ascending indices of the included examples, int64.
-
     Raises:
-        MechanismError: if `size` is negative or `rate` is outside (0, 1].
+        MechanismError: `size` is negative or `rate` is outside (0, 1].
 
     Reference:
         Mironov, Talwar and Zhang 2019, "Rényi differential privacy of the sampled Gaussian mechanism".

@@ -20,13 +20,8 @@ from pydantic import Field, StringConstraints, model_validator
 
 from fedmosaic.privacy.configuration import Frozen, canonical_json
 from fedmosaic.privacy.mechanism import gaussian
-from fedmosaic.privacy.mechanism.gaussian import GRID as GRID
-from fedmosaic.privacy.mechanism.gaussian import ClippedSum as ClippedSum
-from fedmosaic.privacy.mechanism.gaussian import FloatArray
-from fedmosaic.privacy.mechanism.gaussian import clip as clip
-from fedmosaic.privacy.mechanism.noise import Float64Array as Float64Array
-from fedmosaic.privacy.mechanism.noise import IntArray as IntArray
-from fedmosaic.privacy.mechanism.noise import NoiseSource
+from fedmosaic.privacy.mechanism.gaussian import ClippedSum, FloatArray
+from fedmosaic.privacy.mechanism.noise import Float64Array, NoiseSource
 from fedmosaic.protos.errors import MechanismError
 
 Float32Array = npt.NDArray[np.float32]
@@ -138,11 +133,7 @@ class ProfileMechanism(Frozen):
 
 
 def clipped_sum(rows: FloatArray, mechanism: ProfileMechanism) -> ClippedSum:
-    """Clip and sum (n, k) rows, as `PublicMap.rows` gives them; see `gaussian.clipped_sum`.
-
-    Raises:
-        MechanismError: if `rows` does not have k columns.
-    """
+    """Clip and sum rows as `PublicMap.rows` gives them; MechanismError unless they are (n, k)."""
     if rows.ndim != 2 or rows.shape[1] != mechanism.dimensions:
         raise MechanismError(
             f"rows of shape {rows.shape} do not fit the mechanism; it sums (n, {mechanism.dimensions})"
@@ -151,11 +142,7 @@ def clipped_sum(rows: FloatArray, mechanism: ProfileMechanism) -> ClippedSum:
 
 
 def release(total: ClippedSum, mechanism: ProfileMechanism, noise: NoiseSource) -> Float32Array:
-    """Turn a private sum into (k,) float32 that may leave the client; see `gaussian.noisy_sum`.
-
-    Raises:
-        MechanismError: if the sum has another length than k.
-    """
+    """Turn a private sum into (k,) float32 that may leave the client; MechanismError for another length."""
     if total.units.shape != (mechanism.dimensions,):
         raise MechanismError(
             f"a sum of shape {total.units.shape} does not fit the mechanism; it has ({mechanism.dimensions},)"
@@ -199,7 +186,7 @@ def update_average(
         The new average; `previous` itself if `released` is the release it already ends with.
 
     Raises:
-        MechanismError: if `decay` or the shape of `released` is wrong, or it is not finite.
+        MechanismError: `decay` or the shape of `released` is wrong, or it is not finite.
 
     Reference:
         Co-LoRA (arXiv 2506.11024), the exponential moving average of sanitised gradients.

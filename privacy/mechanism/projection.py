@@ -72,7 +72,7 @@ class PublicBasis:
 
     @classmethod
     def load(cls, path: Path) -> "PublicBasis":
-        """Read a basis; whether it is the agreed one is decided by `PublicMap.build`, by its hash.
+        """Read a basis; whether it is the agreed one is decided by `PublicMap`, by its hash.
 
         Raises:
             MechanismError: the file cannot be read, is no safetensors file, is too large, holds unknown
@@ -104,11 +104,7 @@ class PublicBasis:
 
 
 def check_basis(mechanism: ProfileMechanism, basis: Path | None) -> None:
-    """Refuse a public basis other than the one that the terms name by its hash.
-
-    Args:
-        mechanism: of the federation's terms.
-        basis: file of the public basis; None if there is none.
+    """Refuse a public basis other than the one that the terms name by its hash, None if there is none.
 
     Raises:
         MechanismError: it is missing, not needed, another one, or cannot be read.
@@ -127,18 +123,15 @@ def check_basis(mechanism: ProfileMechanism, basis: Path | None) -> None:
     if found != agreed:
         raise MechanismError(
             f"{basis} is the public basis {found[:16]}…, terms.profile.basis_sha256 says {agreed[:16]}…: "
-            "both must "
-            "be of the same run of `fedmosaic probe`, so give its basis or copy the tables it printed "
-            "anew"
+            "both must be of the same run of `fedmosaic probe`, so give its basis or copy the tables it "
+            "printed anew"
         )
 
 
 class Projection:
     """The reduction of a mechanism, ready to use: project, sample dimensions, normalise.
 
-    Args:
-        reduction: its description.
-        basis: gives `left` and `right` to a Kronecker reduction; other reductions ignore it.
+    Only a Kronecker reduction takes its directions from the basis.
 
     Raises:
         MechanismError: a Kronecker reduction has no directions, or they have the wrong shape.
@@ -164,10 +157,7 @@ class Projection:
         )
 
     def rows(self, factors: Iterable[GradientFactors]) -> Float64Array:
-        """Reduce gradients, one row each.
-
-        Args:
-            factors: n gradients.
+        """Reduce n gradients, one row each.
 
         Returns:
             (n, k) float64, of unit L2 norm (or zero) if the reduction normalises. A gradient without tokens
@@ -219,12 +209,8 @@ class Projection:
 class PublicMap:
     """The whole public part of a mechanism: projection, normalisation, centre and whitening.
 
-    Args:
-        mechanism: the agreed description.
-        basis: the public basis with the hash that the mechanism names; None if it names none.
-
     Raises:
-        MechanismError: the basis is missing, another one, or does not fit.
+        MechanismError: the basis is missing, another one than the mechanism names, or does not fit.
     """
 
     def __init__(self, mechanism: ProfileMechanism, basis: PublicBasis | None = None) -> None:
@@ -239,28 +225,11 @@ class PublicMap:
         self._centre, self._whitening = _standardisation(mechanism, basis)
 
     def rows(self, factors: Iterable[GradientFactors]) -> Float64Array:
-        """Reduce, normalise and standardise gradients, ready for `clipped_sum`.
-
-        Args:
-            factors: n gradients.
-
-        Returns:
-            (n, k) float64.
-
-        Raises:
-            MechanismError: the factors' shapes do not fit.
-        """
+        """Reduce, normalise and standardise n gradients to (n, k) float64, ready for `clipped_sum`."""
         return self.standardise(self.projection.rows(factors))
 
     def standardise(self, rows: Float64Array) -> Float64Array:
-        """Centre and whiten rows as the mechanism says.
-
-        Args:
-            rows: (n, k) rows of `projection.rows`.
-
-        Returns:
-            (n, k) float64.
-        """
+        """Centre and whiten (n, k) rows of `projection.rows` as the mechanism says."""
         if self._centre is None:
             return rows
         centred = rows - self._centre
@@ -293,21 +262,21 @@ def _standardisation(
     if mechanism.standardise == "none":
         return None, None
     size = mechanism.dimensions
-    centre = None if basis is None else basis.centre
-    if centre is None or centre.shape != (size,):
-        raise MechanismError(
-            f"standardise {mechanism.standardise!r} needs a centre of {size} numbers in the public basis; "
-            "fit the basis for this reduction"
-        )
+    centre = _part(
+        basis, "centre", (size,), f"standardise {mechanism.standardise!r} needs a centre of {size}"
+    )
     if mechanism.standardise == "centre":
-        return centre.astype(np.float64), None
-    whitening = None if basis is None else basis.whitening
-    if whitening is None or whitening.shape != (size, size):
-        raise MechanismError(
-            f"standardise 'whiten' needs a whitening matrix of {size} × {size} in the public basis; "
-            "fit the basis for this reduction"
-        )
-    return centre.astype(np.float64), whitening.astype(np.float64)
+        return centre, None
+    return centre, _part(
+        basis, "whitening", (size, size), f"standardise 'whiten' needs a whitening matrix of {size} × {size}"
+    )
+
+
+def _part(basis: PublicBasis | None, name: str, shape: tuple[int, ...], needed: str) -> Float64Array:
+    found: Float32Array | None = getattr(basis, name, None)
+    if found is None or found.shape != shape:
+        raise MechanismError(f"{needed} numbers in the public basis; fit the basis for this reduction")
+    return found.astype(np.float64)
 
 
 def _kronecker_sides(reduction: Reduction, basis: PublicBasis | None) -> tuple[Float32Array, Float32Array]:

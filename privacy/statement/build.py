@@ -15,7 +15,7 @@ from fedmosaic.privacy.accounting.epsilon import (
     epsilon_bound,
     person_epsilon,
 )
-from fedmosaic.privacy.accounting.events import GaussianEvent
+from fedmosaic.privacy.accounting.events import AttackBounds, GaussianEvent
 from fedmosaic.privacy.accounting.tradeoff import UNBOUNDED, attack_bounds
 from fedmosaic.privacy.ledger.rows import (
     NEIGHBOURING_RELATION,
@@ -32,7 +32,6 @@ from fedmosaic.privacy.statement.models import (
     PERSON_EXAMPLES,
     AccountantFigures,
     Adversary,
-    AttackFigures,
     ChannelStatement,
     ClientInputs,
     ClientStatement,
@@ -53,15 +52,14 @@ from fedmosaic.privacy.statement.words import (
     leaks,
 )
 
-NO_GUARANTEE = "no guarantee: the noise came from a seeded test generator"
+_NO_GUARANTEE = "no guarantee: the noise came from a seeded test generator"
 
 
 @dataclass(frozen=True, slots=True)
-class _ChannelFacts:
-    """One channel of one client, as far as the ledger and the configuration tell."""
+class _Channel:
+    """One channel of one client, as the ledger and the configuration tell it."""
 
-    channel: Channel
-    configured: Protection
+    name: Channel
     protection: Protection
     rows: tuple[LedgerRow, ...]
     test_noise: bool
@@ -74,20 +72,20 @@ class _Client:
     parameters: LedgerParameters
     inputs: ClientInputs
     run: StatementInputs
-    channels: tuple[_ChannelFacts, ...]
+    channels: tuple[_Channel, ...]
 
     def charges(self, names: Iterable[str]) -> list[Charge]:
         return charges(self.inputs.ledger, names)
 
+    def bound(self, charged: Sequence[Charge], *, private: bool = True) -> EpsilonBound:
+        """ε of what was charged; ∞ where something besides is not private."""
+        if not private:
+            return EpsilonBound(math.inf, self.parameters.accountant)
+        return bound_of(charged, self.parameters.delta, self.parameters.accountant)
+
 
 def statement(inputs: StatementInputs) -> PrivacyStatement:
     """Make the privacy statement of a run.
-
-    Args:
-        inputs: ledgers and the run's facts.
-
-    Returns:
-        The statement.
 
     Raises:
         LedgerError: a ledger was altered.
@@ -116,10 +114,9 @@ def _client(inputs: ClientInputs, run: StatementInputs) -> ClientStatement:
         parameters = replace(parameters, client_id=inputs.client_id)
     channels, warnings = _channels(inputs)
     client = _Client(parameters, inputs, run, channels)
-    spent = bound_of(
-        client.charges(parameters.budgeted_channels), parameters.delta, parameters.accountant
-    ).epsilon
+    spent = client.bound(client.charges(parameters.budgeted_channels)).epsilon
     target = parameters.target_epsilon
+    joint = _channel("joint", channels, inputs.ledger, client)
     return ClientStatement(
         client_id=parameters.client_id,
         delta=parameters.delta,
@@ -130,33 +127,32 @@ def _client(inputs: ClientInputs, run: StatementInputs) -> ClientStatement:
         spent_epsilon=spent,
         remaining_epsilon=None if target is None else max(0.0, target - spent),
         refusals=sum(row.kind == "REFUSED" for row in inputs.ledger),
-        test_noise=any(facts.test_noise for facts in channels),
-        channels=(*(_channel(facts, client) for facts in channels), _joint(client)),
+        test_noise=any(channel.test_noise for channel in channels),
+        channels=(*(_channel(each.name, (each,), each.rows, client) for each in channels), joint),
         guarantees=tuple(_guarantees(client)),
         warnings=tuple(warnings),
     )
 
 
-def _channels(inputs: ClientInputs) -> tuple[tuple[_ChannelFacts, ...], list[str]]:
+def _channels(inputs: ClientInputs) -> tuple[tuple[_Channel, ...], list[str]]:
     configured: dict[Channel, Protection | None] = {
         "profile": "dp",
         "adapter": inputs.adapter_protection,
         "family": inputs.family_protection,
     }
     found, warnings = [], []
-    for channel, mode in configured.items():
-        rows = tuple(row for row in inputs.ledger if row.channel == channel)
+    for name, mode in configured.items():
+        rows = tuple(row for row in inputs.ledger if row.channel == name)
         reserved = [row for row in rows if row.kind == "RESERVED"]
         if mode is None and not reserved:
             continue
         actual = _actual_protection(mode, reserved)
         if actual != mode:
             warnings.append(
-                f"{CHANNEL_NAMES[channel]}: configured as {mode or 'not sent'!r}, but the ledger shows "
+                f"{CHANNEL_NAMES[name]}: configured as {mode or 'not sent'!r}, but the ledger shows "
                 f"releases that were protected by {actual!r} only; the latter is reported"
             )
-        test_noise = any(row.secure_noise is False for row in reserved)
-        found.append(_ChannelFacts(channel, mode or actual, actual, rows, test_noise))
+        found.append(_Channel(name, actual, rows, any(row.secure_noise is False for row in reserved)))
     return tuple(found), warnings
 
 
@@ -173,35 +169,21 @@ def _actual_protection(configured: Protection | None, reserved: Sequence[LedgerR
     return "encrypted" if encrypted else "none"
 
 
-def _channel(facts: _ChannelFacts, client: _Client) -> ChannelStatement:
-    found = _released(facts.channel, (facts,), facts.rows, client)
-    own = {
-        "protection": facts.protection,
-        "clipped_share": client.inputs.clipped_share.get(facts.channel),
-        "planned": client.inputs.planned.get(facts.channel),
-    }
-    return found.model_copy(update=own)
-
-
-def _joint(client: _Client) -> ChannelStatement:
-    return _released("joint", client.channels, client.inputs.ledger, client)
-
-
-def _released(
-    name: StatementChannel, channels: Sequence[_ChannelFacts], rows: Sequence[LedgerRow], client: _Client
+def _channel(
+    name: StatementChannel, channels: Sequence[_Channel], rows: Sequence[LedgerRow], client: _Client
 ) -> ChannelStatement:
-    """What was released on these channels together; `rows` are the ledger's about them."""
-    charged = client.charges([facts.channel for facts in channels])
-    private = all("dp" in facts.protection.split("+") for facts in channels)
-    test_noise = any(facts.test_noise for facts in channels)
-    bound = EpsilonBound(math.inf, client.parameters.accountant)
-    if private:
-        bound = bound_of(charged, client.parameters.delta, client.parameters.accountant)
+    """What was released on one channel, or jointly on several; `rows` are the ledger's about them."""
+    charged = client.charges([channel.name for channel in channels])
+    private = all("dp" in channel.protection.split("+") for channel in channels)
+    test_noise = any(channel.test_noise for channel in channels)
+    bound = client.bound(charged, private=private)
     events = compositions(charged)
     kinds = [row.kind for row in rows]
+    released = {row.reference for row in rows if row.kind == "RELEASED"}
+    lost = sum(row.kind == "RESERVED" and row.sequence not in released for row in rows)
     return ChannelStatement(
         channel=name,
-        protection=None,
+        protection=None if name == "joint" else channels[0].protection,
         epsilon=math.inf if test_noise else bound.epsilon,
         nominal_epsilon=bound.epsilon,
         accountant=bound.accountant,
@@ -209,17 +191,12 @@ def _released(
         attack=_attack(events, client.parameters.delta, private and not test_noise),
         mechanisms=_mechanisms(rows),
         parallel_composition=len(events) > 1,
-        reservations_never_released=_never_released(rows),
+        reservations_never_released=lost,
         resends=kinds.count("RESENT"),
         refusals=kinds.count("REFUSED"),
-        clipped_share=None,
-        planned=None,
+        clipped_share=None if name == "joint" else client.inputs.clipped_share.get(name),
+        planned=None if name == "joint" else client.inputs.planned.get(name),
     )
-
-
-def _never_released(rows: Sequence[LedgerRow]) -> int:
-    released = {row.reference for row in rows if row.kind == "RELEASED"}
-    return sum(row.kind == "RESERVED" and row.sequence not in released for row in rows)
 
 
 def _accountants(
@@ -240,14 +217,11 @@ def _accountants(
     )
 
 
-def _attack(events: Sequence[tuple[GaussianEvent, ...]], delta: float, private: bool) -> AttackFigures:
-    found = [attack_bounds(each, delta) for each in events] if private else [UNBOUNDED]
-    return AttackFigures(
-        gaussian_mu=max(each.gaussian_mu for each in found),
-        advantage=max(each.advantage for each in found),
-        true_positive_rate_at_1_percent=max(each.true_positive_rate_at_1_percent for each in found),
-        true_positive_rate_at_0_1_percent=max(each.true_positive_rate_at_0_1_percent for each in found),
-    )
+def _attack(events: Sequence[tuple[GaussianEvent, ...]], delta: float, private: bool) -> AttackBounds:
+    if not private:
+        return UNBOUNDED
+    found = [dict(attack_bounds(each, delta)) for each in events]
+    return AttackBounds(**{name: max(each[name] for each in found) for name in AttackBounds.model_fields})
 
 
 def _mechanisms(rows: Iterable[LedgerRow]) -> tuple[Mechanism, ...]:
@@ -272,27 +246,25 @@ def _mechanisms(rows: Iterable[LedgerRow]) -> tuple[Mechanism, ...]:
 
 def _guarantees(client: _Client) -> Iterable[Guarantee]:
     for adversary in ADVERSARIES:
-        found = [_single(facts, adversary, client) for facts in client.channels]
+        found = [_single(channel, adversary, client) for channel in client.channels]
         yield from found
         yield _together(found, adversary, client)
 
 
-def _single(facts: _ChannelFacts, adversary: Adversary, client: _Client) -> Guarantee:
-    cover, words = coverage(facts.channel, facts.protection, adversary, client.run)
-    void = facts.test_noise and cover in ("dp", "dp_and_cryptography")
+def _single(channel: _Channel, adversary: Adversary, client: _Client) -> Guarantee:
+    cover, words = coverage(channel.name, channel.protection, adversary, client.run)
+    void = channel.test_noise and cover in ("dp", "dp_and_cryptography")
     if void:
         # What is left once noise that can be taken off again is left out.
         cover = "nothing" if cover == "dp" else "cryptography_only"
-        words = f"{words}; {NO_GUARANTEE}"
-    private = (facts.channel,) if cover in ("dp", "dp_and_cryptography") else ()
-    return _guarantee(client, facts.channel, adversary, cover, private, (), void, words)
+    private = (channel.name,) if cover in ("dp", "dp_and_cryptography") else ()
+    return _guarantee(client, channel.name, adversary, cover, private, (), void, words)
 
 
 def _together(found: Sequence[Guarantee], adversary: Adversary, client: _Client) -> Guarantee:
     covers = {guarantee.cover for guarantee in found}
     private = tuple(g.channel for g in found if g.cover in ("dp", "dp_and_cryptography"))
     only = tuple(g.channel for g in found if g.cover == "cryptography_only")
-    void = any(g.test_noise for g in found)
     cover: Cover
     if "nothing" in covers:
         bare = [CHANNEL_NAMES[g.channel] for g in found if g.cover == "nothing"]
@@ -307,8 +279,7 @@ def _together(found: Sequence[Guarantee], adversary: Adversary, client: _Client)
         cover = "mixed"
     else:
         cover, words = ("dp" if "dp" in covers else "dp_and_cryptography"), "composed over all channels"
-    if void:
-        words = f"{words}; {NO_GUARANTEE}"
+    void = any(g.test_noise for g in found)
     return _guarantee(client, "joint", adversary, cover, private, only, void, words)
 
 
@@ -323,13 +294,10 @@ def _guarantee(
     words: str,
 ) -> Guarantee:
     parameters = client.parameters
-    bare = cover == "nothing"
-    applies = bool(private) and not bare
+    applies = bool(private) and cover != "nothing"
+    stated = applies or cover == "nothing"
     charged = client.charges(private)
-    bound = EpsilonBound(math.inf, parameters.accountant)
-    if applies:
-        bound = bound_of(charged, parameters.delta, parameters.accountant)
-    stated = applies or bare
+    bound = client.bound(charged, private=applies)
     name = f"{parameters.client_id}, {CHANNEL_NAMES[channel]}, against {ADVERSARY_NAMES[adversary]}"
     return Guarantee(
         channel=channel,
@@ -344,7 +312,7 @@ def _guarantee(
         attack=_attack(compositions(charged), parameters.delta, applies) if stated else None,
         persons=_persons(charged, parameters) if math.isfinite(bound.epsilon) else (),
         test_noise=test_noise,
-        words=f"{name}: {words}",
+        words=f"{name}: {words}" + (f"; {_NO_GUARANTEE}" if test_noise else ""),
     )
 
 

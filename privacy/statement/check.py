@@ -20,12 +20,7 @@ _LARGEST: Final = 1e200
 
 
 def check_received(content: object, client: str, run_id: str | None = None) -> PrivacyStatement:
-    """Check a statement that `client` is said to have made.
-
-    Args:
-        content: parsed JSON.
-        client: id of the member.
-        run_id: of the run that it has to be about; None where that is not known.
+    """Check a statement (parsed JSON) that a member is said to have made, about a run if it is known.
 
     Raises:
         PrivacyError: it is no statement, is of another run or about another client, or cannot be shown; the

@@ -1,9 +1,9 @@
-"""What a statement's releases would have cost: the noise for another ε."""
+"""What a statement's releases would have cost: the noise for another ε; and rounding in one direction."""
 
 import math
 from collections.abc import Callable, Sequence
 
-from fedmosaic.privacy.accounting.calibrate import noise_factor_for, noise_multiplier_for
+from fedmosaic.privacy.accounting.calibrate import noise_factor_for
 from fedmosaic.privacy.accounting.epsilon import epsilon
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.statement.models import (
@@ -11,7 +11,6 @@ from fedmosaic.privacy.statement.models import (
     ChannelStatement,
     ClientStatement,
     PrivacyStatement,
-    StatementChannel,
 )
 from fedmosaic.privacy.statement.words import CHANNEL_NAMES
 from fedmosaic.protos.errors import AccountingError
@@ -48,20 +47,8 @@ def costs_at_epsilon(statement: PrivacyStatement, target_epsilon: float) -> tupl
 def _channel_cost(channel: ChannelStatement, client: ClientStatement, target: float) -> ChannelCost:
     events, protected = _schedule(channel)
     if not events:
-        return _answer(
-            channel, client, target, (), None, "nothing was released, or its schedule is not known"
-        )
-    current = tuple(event.noise_multiplier if protected else 0.0 for event in events)
-    try:
-        if protected:
-            factor = noise_factor_for(target, client.delta, [], events)
-            needed = tuple(event.noise_multiplier * factor for event in events)
-        else:
-            (event,) = events
-            needed = (noise_multiplier_for(target, client.delta, [], event.sampling_rate, event.steps),)
-    except AccountingError as error:
-        return _answer(channel, client, target, current, None, str(error))
-    return _answer(channel, client, target, current, needed, _change(current, needed))
+        return _answer(channel, client, target, "nothing was released, or its schedule is not known")
+    return _scaled(channel, client, target, [], events, protected)
 
 
 def _joint_cost(client: ClientStatement, target: float) -> ChannelCost:
@@ -71,22 +58,17 @@ def _joint_cost(client: ClientStatement, target: float) -> ChannelCost:
         CHANNEL_NAMES[channel.channel] for channel, events, _ in parts if not events and channel.mechanisms
     ]
     if unknown:
-        return _answer(joint, client, target, (), None, f"no schedule is known for: {', '.join(unknown)}")
+        return _answer(joint, client, target, f"no schedule is known for: {', '.join(unknown)}")
     profile = [event for channel, events, _ in parts if channel.channel == "profile" for event in events]
     others = [event for channel, events, _ in parts if channel.channel != "profile" for event in events]
-    protected = all(each for channel, events, each in parts if events)
+    protected = all(each for _, events, each in parts if events)
     keep = bool(others) and epsilon(profile, client.delta) < target
-    scaled = others if keep else profile + others
-    if not scaled:
-        return _answer(joint, client, target, (), None, "nothing was released")
-    current = tuple(event.noise_multiplier if protected else 0.0 for event in scaled)
-    try:
-        factor = noise_factor_for(target, client.delta, profile if keep else [], scaled)
-    except AccountingError as error:
-        return _answer(joint, client, target, current, None, str(error))
-    needed = tuple(event.noise_multiplier * factor for event in scaled)
-    kept = "with the profile's noise as it was, " if keep and profile else ""
-    return _answer(joint, client, target, current, needed, kept + _change(current, needed))
+    if not profile + others:
+        return _answer(joint, client, target, "nothing was released")
+    note = "with the profile's noise as it was, " if keep and profile else ""
+    if keep:
+        return _scaled(joint, client, target, profile, others, protected, note)
+    return _scaled(joint, client, target, [], profile + others, protected)
 
 
 def _schedule(channel: ChannelStatement) -> tuple[list[GaussianEvent], bool]:
@@ -99,13 +81,27 @@ def _schedule(channel: ChannelStatement) -> tuple[list[GaussianEvent], bool]:
     return [GaussianEvent(1.0, channel.planned.sampling_rate, channel.planned.steps)], False
 
 
-def _change(current: Sequence[float], needed: Sequence[float]) -> str:
-    if not all(current):
-        return f"σ = {_list(needed)} where there was no noise"
-    factor = needed[0] / current[0]
-    direction = "more" if factor > 1 else "less"
-    times = max(factor, 1 / factor)
-    return f"σ = {_list(needed)} instead of {_list(current)}: {times:.2f} times {direction} noise"
+def _scaled(
+    channel: ChannelStatement,
+    client: ClientStatement,
+    target: float,
+    kept: Sequence[GaussianEvent],
+    scaled: Sequence[GaussianEvent],
+    protected: bool,
+    note: str = "",
+) -> ChannelCost:
+    current = tuple(event.noise_multiplier if protected else 0.0 for event in scaled)
+    try:
+        factor = noise_factor_for(target, client.delta, kept, scaled)
+    except AccountingError as error:
+        return _answer(channel, client, target, str(error), current)
+    needed = tuple(event.noise_multiplier * factor for event in scaled)
+    if not protected:
+        change = f"σ = {_list(needed)} where there was no noise"
+    else:
+        times = f"{max(factor, 1 / factor):.2f} times {'more' if factor > 1 else 'less'} noise"
+        change = f"σ = {_list(needed)} instead of {_list(current)}: {times}"
+    return _answer(channel, client, target, note + change, current, needed)
 
 
 def _list(values: Sequence[float]) -> str:
@@ -116,20 +112,19 @@ def _answer(
     channel: ChannelStatement,
     client: ClientStatement,
     target: float,
-    current: tuple[float, ...],
-    needed: tuple[float, ...] | None,
     words: str,
+    current: tuple[float, ...] = (),
+    needed: tuple[float, ...] | None = None,
 ) -> ChannelCost:
-    name: StatementChannel = channel.channel
     return ChannelCost(
         client_id=client.client_id,
-        channel=name,
+        channel=channel.channel,
         target_epsilon=target,
         delta=client.delta,
         current_epsilon=channel.epsilon,
         current_noise_multipliers=current,
         needed_noise_multipliers=needed,
-        words=f"{client.client_id}, {CHANNEL_NAMES[name]}, ε = {target:g}: {words}",
+        words=f"{client.client_id}, {CHANNEL_NAMES[channel.channel]}, ε = {target:g}: {words}",
     )
 
 

@@ -4,11 +4,12 @@ Versioned; `PrivacyStatement.model_json_schema(mode="serialization")` is its JSO
 every figure sits inside a client, a channel and an adversary, beside its δ, unit and accountant.
 """
 
-from typing import Annotated, Literal
+from typing import Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
-from fedmosaic.privacy.ledger.rows import Epsilon, LedgerRow, Unit
+from fedmosaic.privacy.accounting.events import AttackBounds, Epsilon, Share
+from fedmosaic.privacy.ledger.rows import Channel, LedgerRow, Unit
 
 SCHEMA_VERSION = 1
 
@@ -22,17 +23,9 @@ Adversary = Literal[
     "colluding_recipients",
     "colluding_recipients_with_server",
 ]
-ADVERSARIES: tuple[Adversary, ...] = (
-    "network",
-    "server_honest_but_curious",
-    "server_malicious",
-    "recipient",
-    "colluding_recipients",
-    "colluding_recipients_with_server",
-)
+ADVERSARIES: tuple[Adversary, ...] = get_args(Adversary)
 Cover = Literal["dp", "dp_and_cryptography", "mixed", "cryptography_only", "nothing", "nothing_sent"]
 """What a protection rests on; "mixed": DP for some channels, cryptography only for others."""
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Frozen(BaseModel):
@@ -45,9 +38,7 @@ class PlannedChannel(Frozen):
     """The schedule of a channel, from which the cost of protecting it with DP can be told."""
 
     sampling_rate: float = Field(gt=0.0, le=1.0)
-    """q of one step."""
     steps: int = Field(ge=1)
-    """Steps of the whole run."""
 
 
 class ClientInputs(Frozen):
@@ -61,9 +52,9 @@ class ClientInputs(Frozen):
     """How P and Q leave the client."""
     family_protection: Protection | None = None
     """How the other layers' LoRA leaves the client; None when it does not."""
-    clipped_share: dict[Literal["profile", "adapter", "family"], Share] = Field(default_factory=dict)
+    clipped_share: dict[Channel, Share] = Field(default_factory=dict)
     """Share of clipped examples; not noised, so for the client's own eyes."""
-    planned: dict[Literal["profile", "adapter", "family"], PlannedChannel] = Field(default_factory=dict)
+    planned: dict[Channel, PlannedChannel] = Field(default_factory=dict)
     """Schedules of channels without DP, to answer what DP would have cost."""
     expected_batch_size: int | None = Field(default=None, ge=1)
     """B of q = B/n in this run's terms, public; a shareable statement rounds with it."""
@@ -83,22 +74,16 @@ class CoalitionRows(Frozen):
 
 
 class StatementInputs(Frozen):
-    """Everything that a statement is made from."""
+    """Everything that a statement is made from; what is not described here is as in `PrivacyStatement`."""
 
     run_id: str = Field(min_length=1, max_length=200)
-    """Name of the run."""
     created: str = Field(default="", max_length=40)
     """Time of making, ISO 8601; empty where the statement must be reproducible."""
     clients: tuple[ClientInputs, ...] = Field(min_length=1)
     """The clients that the reader may know of."""
     roster_sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
-    """Hash of the roster that fixed the terms."""
     transport: Literal["mutual_tls", "in_process"] = "mutual_tls"
-    """Whether bytes crossed a network, and how."""
-    key_holders: Literal["nobody", "clients"] = "nobody"
-    """Who can decrypt aggregates: nobody (nothing is encrypted), or every client."""
     encryption: str = Field(default="", max_length=200)
-    """Name of the encryption scheme and its parameters."""
     minimum_contributors: int = Field(default=3, ge=1)
     """Contributors other than the recipient that every aggregate needs."""
     weight_cap: float = Field(default=0.5, gt=0.0, le=1.0)
@@ -110,33 +95,8 @@ class StatementInputs(Frozen):
     smallest_row: int | None = Field(default=None, ge=1)
     """Fewest contributors of any aggregate that the clients accepted; None where they accepted none."""
     coalition_rows: tuple[CoalitionRows, ...] = ()
-    """Independent rows per coalition size."""
     metrics_shared: bool = False
     """Whether losses, accuracies or counts of private data left any client."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "StatementInputs":
-        modes = [c.adapter_protection for c in self.clients]
-        modes += [c.family_protection for c in self.clients if c.family_protection is not None]
-        if self.key_holders == "nobody" and any("encrypted" in mode for mode in modes):
-            raise ValueError(
-                "an adapter is said to be encrypted, but key_holders is 'nobody'; say 'clients', for a key "
-                "that all members share"
-            )
-        return self
-
-
-class AttackFigures(Frozen):
-    """What any membership attacker achieves at most, from the whole trade-off curve."""
-
-    gaussian_mu: Epsilon
-    """μ of the Gaussian mechanism that is at most as private, at every ε down to the stated δ."""
-    advantage: Share
-    """Largest TPR - FPR."""
-    true_positive_rate_at_1_percent: Share
-    """Largest TPR at a false positive rate of 1 %."""
-    true_positive_rate_at_0_1_percent: Share
-    """Largest TPR at a false positive rate of 0.1 %."""
 
 
 class AccountantFigures(Frozen):
@@ -145,11 +105,9 @@ class AccountantFigures(Frozen):
     prv: Epsilon | None = None
     """Opacus PRV; None where it cannot be evaluated."""
     rdp: Epsilon
-    """Opacus RDP with extended orders."""
     pld: Epsilon | None = None
     """Google dp-accounting PLD; None where it cannot be evaluated."""
     note: str = ""
-    """Why a figure is missing."""
 
 
 class Mechanism(Frozen):
@@ -164,7 +122,6 @@ class Mechanism(Frozen):
     clipping_norm: float | None
     """C, in the unit of what is clipped."""
     dimensions: int | None
-    """Length of the released vector."""
     releases: int = Field(ge=1)
     """Reservations that were charged."""
 
@@ -173,7 +130,6 @@ class ChannelStatement(Frozen):
     """What one client released on one channel (or on all, `joint`), whoever reads it."""
 
     channel: StatementChannel
-    """Which channel."""
     protection: Protection | None
     """Configured protection; None for `joint`."""
     epsilon: Epsilon
@@ -181,10 +137,9 @@ class ChannelStatement(Frozen):
     nominal_epsilon: Epsilon
     """What `epsilon` would be with secure noise; equal to it in a real run."""
     accountant: Literal["prv", "rdp", "pld"]
-    """Accountant of `epsilon`."""
     accountants: AccountantFigures | None
     """Cross-check; None when a release had no noise."""
-    attack: AttackFigures
+    attack: AttackBounds
     """Bounds for an attacker who reads the plaintext."""
     mechanisms: tuple[Mechanism, ...]
     """What was released with which noise."""
@@ -195,7 +150,6 @@ class ChannelStatement(Frozen):
     resends: int
     """The same bytes sent again, at no cost."""
     refusals: int
-    """Releases that the budget did not allow."""
     clipped_share: Share | None
     """Share of clipped examples; local, removed from a shareable statement."""
     planned: PlannedChannel | None
@@ -206,7 +160,6 @@ class PersonFigure(Frozen):
     """ε of somebody with several examples: all of them added or removed at once."""
 
     examples: int = Field(ge=2)
-    """How many examples the person has."""
     epsilon: Epsilon
     """ε at the δ beside it; "infinity" also where it is beyond what is computed."""
 
@@ -236,7 +189,7 @@ class Guarantee(Frozen):
     """Accountant of `epsilon`."""
     cryptography_only: tuple[StatementChannel, ...]
     """Channels for which this guarantee also needs the encryption to hold."""
-    attack: AttackFigures | None
+    attack: AttackBounds | None
     """Bounds for this adversary; None where only cryptography covers."""
     persons: tuple[PersonFigure, ...] = ()
     """ε of somebody with several examples, where `epsilon` is one example's and finite."""
@@ -250,11 +203,8 @@ class ClientStatement(Frozen):
     """Everything about one client."""
 
     client_id: str
-    """Which client."""
     delta: float = Field(gt=0.0, lt=1.0)
-    """δ of every ε."""
     unit: Unit
-    """Unit of privacy."""
     neighbouring_relation: str
     """In which sense two data sets differ by one unit."""
     target_epsilon: float | None
@@ -266,13 +216,10 @@ class ClientStatement(Frozen):
     remaining_epsilon: Epsilon | None
     """Target less spent; ε does not add up, so this is no allowance for a single release."""
     refusals: int
-    """Releases that the budget did not allow."""
     test_noise: bool
     """Some noise came from a seeded generator: no guarantee holds."""
     channels: tuple[ChannelStatement, ...]
-    """Per channel, and jointly."""
     guarantees: tuple[Guarantee, ...]
-    """Per channel and adversary."""
     warnings: tuple[str, ...]
     """What the ledger shows that the configuration does not."""
 
@@ -281,11 +228,8 @@ class PrivacyStatement(Frozen):
     """The privacy statement of a run."""
 
     schema_version: Literal[1] = 1
-    """Version of this format."""
     run_id: str
-    """Name of the run."""
     created: str
-    """Time of making."""
     roster_sha256: str
     """Hash of the roster that fixed the terms."""
     transport: Literal["mutual_tls", "in_process"]
@@ -295,7 +239,6 @@ class PrivacyStatement(Frozen):
     no_guarantee: bool
     """True when any client's noise was a test's: then nothing here holds for it."""
     clients: tuple[ClientStatement, ...]
-    """One per client."""
     coalition_rows: tuple[CoalitionRows, ...]
     """Independent rows per coalition size."""
     assumptions: tuple[str, ...]
@@ -310,13 +253,11 @@ class ChannelCost(Frozen):
     """The noise with which one client's releases on one channel would have met a target ε."""
 
     client_id: str
-    """Which client."""
     channel: StatementChannel
     """Which channel; `joint` keeps the profile's noise, if it can, and changes the rest."""
     target_epsilon: float
     """ε asked for, against a reader of the plaintext."""
     delta: float
-    """δ of it."""
     current_epsilon: Epsilon
     """ε as it was."""
     current_noise_multipliers: tuple[float, ...]
@@ -324,4 +265,3 @@ class ChannelCost(Frozen):
     needed_noise_multipliers: tuple[float, ...] | None
     """σ that the same schedule needs; None when it cannot be told."""
     words: str
-    """The same in a sentence."""

@@ -39,11 +39,7 @@ _NAMES = {**ADVERSARY_NAMES, "colluding_recipients_with_server": "colluding reci
 
 
 def render(statement: PrivacyStatement) -> RenderableType:
-    """The whole statement as one rich renderable.
-
-    Args:
-        statement: as `fedmosaic.privacy.statement.build.statement` made it.
-    """
+    """The whole statement as one rich renderable."""
     parts: list[RenderableType] = [_headline(statement)]
     for client in statement.clients:
         parts.extend(_client(client))
@@ -56,11 +52,7 @@ def render(statement: PrivacyStatement) -> RenderableType:
 
 
 def render_costs(costs: Sequence[ChannelCost]) -> RenderableType:
-    """What another ε would have cost, as a rich renderable.
-
-    Args:
-        costs: from `fedmosaic.privacy.statement.costs.costs_at_epsilon`.
-    """
+    """What another ε would have cost, as a rich renderable."""
     table = Table(
         title="Noise for another ε, on the same schedule", box=box.SIMPLE_HEAD, title_justify="left"
     )
@@ -81,46 +73,30 @@ def _headline(statement: PrivacyStatement) -> RenderableType:
     lines = [Text(f"Privacy statement of run {statement.run_id}", style="bold")]
     if statement.created:
         lines[0].append(f", made {statement.created}", style="dim")
+    alarms = []
     if statement.no_guarantee:
-        lines.append(
-            Text(
-                "NO GUARANTEE HOLDS: this is a test run, its noise came from a seeded generator.",
-                style=_ALARM,
-            )
-        )
-    bare = sorted({name for client in statement.clients for name in _in_the_clear(client)})
-    for name in bare:
-        lines.append(
-            Text(
-                f"IN THE CLEAR: the {name} is not protected from the server or the recipients: ε = ∞.",
-                style=_ALARM,
-            )
-        )
+        alarms.append("NO GUARANTEE HOLDS: this is a test run, its noise came from a seeded generator.")
+    bare = {c.channel for client in statement.clients for c in client.channels if c.protection == "none"}
+    alarms += [
+        f"IN THE CLEAR: the {name} is not protected from the server or the recipients: ε = ∞."
+        for name in sorted(_SHORT_CHANNELS[channel] for channel in bare)
+    ]
+    lines += [Text(line, style=_ALARM) for line in alarms]
     if statement.encryption:
         lines.append(Text(f"Encryption: {statement.encryption}"))
     return Group(*lines)
 
 
-def _in_the_clear(client: ClientStatement) -> Iterable[str]:
-    for channel in client.channels[:-1]:
-        if channel.protection == "none":
-            yield _SHORT_CHANNELS[channel.channel]
+def _grid(title: str, first: str) -> Table:
+    # A Text, as brackets in a string are markup to rich: what a statement says is only ever shown.
+    table = Table(title=Text(title, style="bold"), box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column(first, no_wrap=True)
+    return table
 
 
 def _client(client: ClientStatement) -> Iterable[RenderableType]:
     yield Text()
-    subject = f"one {client.unit}, {client.neighbouring_relation}"
-    # A Text, as brackets in a string are markup to rich: what a statement says is only ever shown.
-    title = Text(f"Client {client.client_id}: ε at δ = {_delta(client.delta)}, for {subject}", style="bold")
-    grid = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", expand=False)
-    grid.add_column("against", no_wrap=True)
-    for channel in client.channels:
-        grid.add_column(_SHORT_CHANNELS[channel.channel], overflow="fold")
-    found = {(g.adversary, g.channel): g for g in client.guarantees}
-    for adversary in ADVERSARIES:
-        cells = (_cell(found[adversary, c.channel], c.protection) for c in client.channels)
-        grid.add_row(_NAMES[adversary], *cells)
-    yield grid
+    yield client_grid(client)
     yield from _persons(client)
     yield _figures(client)
     for line in _notes(client):
@@ -129,13 +105,24 @@ def _client(client: ClientStatement) -> Iterable[RenderableType]:
         yield Padding(Text(f"Warning: {warning}", style="bold yellow"), (0, 0, 0, 2))
 
 
+def client_grid(client: ClientStatement) -> Table:
+    """The ε of one client: adversaries as rows, channels as columns."""
+    subject = f"one {client.unit}, {client.neighbouring_relation}"
+    grid = _grid(f"Client {client.client_id}: ε at δ = {_delta(client.delta)}, for {subject}", "against")
+    for channel in client.channels:
+        grid.add_column(_SHORT_CHANNELS[channel.channel], overflow="fold")
+    found = {(g.adversary, g.channel): g for g in client.guarantees}
+    for adversary in ADVERSARIES:
+        cells = (_cell(found[adversary, c.channel], c.protection) for c in client.channels)
+        grid.add_row(_NAMES[adversary], *cells)
+    return grid
+
+
 def _persons(client: ClientStatement) -> Iterable[RenderableType]:
     found = [g for g in client.guarantees if g.channel == "joint" and g.persons]
     if not found:
         return
-    title = Text("ε of a person, by how many examples are that person's, all channels together", style="bold")
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", expand=False)
-    table.add_column("against", no_wrap=True)
+    table = _grid("ε of a person, by how many examples are that person's, all channels together", "against")
     for count in (1, *(figure.examples for figure in found[0].persons)):
         table.add_column("1 example" if count == 1 else f"{count} examples", justify="right")
     for guarantee in found:
@@ -163,20 +150,7 @@ def _cell(guarantee: Guarantee, protection: Protection | None) -> Text:
 
 def _figures(client: ClientStatement) -> RenderableType:
     table = Table(box=box.SIMPLE_HEAD, padding=0)
-    headings = (
-        "read in clear",
-        "σ",
-        "q",
-        "steps",
-        "C",
-        "ε PRV",
-        "ε RDP",
-        "ε PLD",
-        "μ",
-        "adv.",
-        "TPR1%",
-        "TPR.1%",
-    )
+    headings = "read in clear|σ|q|steps|C|ε PRV|ε RDP|ε PLD|μ|adv.|TPR1%|TPR.1%".split("|")
     for heading in headings:
         # Folded rather than cut, so that no digit is lost on a narrow terminal.
         table.add_column(heading, justify="left" if heading == headings[0] else "right", overflow="fold")
@@ -207,18 +181,12 @@ def _figure_cells(channel: ChannelStatement) -> tuple[str | Text, ...]:
         if channel.epsilon == math.inf:
             # Test noise: what it would have been.
             values = tuple(f"({value})" for value in values)
-    return (
-        *values,
-        _epsilon(attack.gaussian_mu),
-        *(
-            f"{value:.3f}"
-            for value in (
-                attack.advantage,
-                attack.true_positive_rate_at_1_percent,
-                attack.true_positive_rate_at_0_1_percent,
-            )
-        ),
+    rates = (
+        attack.advantage,
+        attack.true_positive_rate_at_1_percent,
+        attack.true_positive_rate_at_0_1_percent,
     )
+    return (*values, _epsilon(attack.gaussian_mu), *(f"{value:.3f}" for value in rates))
 
 
 def _notes(client: ClientStatement) -> Iterable[str]:
@@ -259,24 +227,18 @@ def _legend(shareable: bool) -> RenderableType:
 
 
 def _coalitions(statement: PrivacyStatement) -> RenderableType:
-    return _bullets(
-        "What coalitions of recipients can solve for",
-        [
+    lines = []
+    for rows in statement.coalition_rows:
+        line = (
             f"{rows.colluding_recipients} recipient(s) hold at most {rows.independent_rows} independent "
             f"combinations of {rows.contributors} adapters"
-            + (
-                ": enough to solve for every one of them, "
-                + (
-                    "with the rows of one round"
-                    if rows.colluding_recipients >= rows.contributors
-                    else "if adapters hardly move between rounds"
-                )
-                if rows.independent_rows >= rows.contributors
-                else ""
-            )
-            for rows in statement.coalition_rows
-        ],
-    )
+        )
+        if rows.independent_rows >= rows.contributors:
+            at_once = rows.colluding_recipients >= rows.contributors
+            when = "with the rows of one round" if at_once else "if adapters hardly move between rounds"
+            line += f": enough to solve for every one of them, {when}"
+        lines.append(line)
+    return _bullets("What coalitions of recipients can solve for", lines)
 
 
 def _bullets(title: str, lines: Iterable[str]) -> RenderableType:

@@ -18,10 +18,8 @@ from fedmosaic.privacy.ledger.rules import bound_of, parameters_of
 from fedmosaic.privacy.statement.build import statement
 from fedmosaic.privacy.statement.costs import round_down, round_up
 from fedmosaic.privacy.statement.models import (
-    ChannelStatement,
     ClientInputs,
     ClientStatement,
-    Guarantee,
     PrivacyStatement,
     StatementInputs,
 )
@@ -38,12 +36,6 @@ def shareable(inputs: StatementInputs) -> PrivacyStatement:
 
     Besides rounding, shares of clipped examples are left out, and an ε that the budget bounds is told as at
     most the budget: the rounded numbers alone would allow more.
-
-    Args:
-        inputs: as for `fedmosaic.privacy.statement.build.statement`.
-
-    Raises:
-        LedgerError, AccountingError: as there.
     """
     clients = tuple(_rounded(client) for client in inputs.clients)
     rough = statement(inputs.model_copy(update={"clients": clients}))
@@ -66,12 +58,7 @@ def rounded_delta(delta: float) -> float:
 
 
 def rounded_rate(rate: float, batch: int) -> float:
-    """Q = B/n of the cell's lower end; at least `rate`.
-
-    Args:
-        rate: q in (0, 1].
-        batch: B, the public expected batch size.
-    """
+    """Sampling rate B/n of the cell's lower end, with the public batch size B; at least `rate`."""
     if rate == 1.0:
         return 1.0
     low, _ = cell(batch / rate)
@@ -133,39 +120,33 @@ def _within_budget(found: ClientStatement, client: ClientInputs) -> ClientStatem
     if {channel.channel for channel in found.channels[:-1] if math.isfinite(channel.epsilon)} <= bounded:
         bounded |= {"joint"}
     spent = min(found.spent_epsilon, limit)
+
+    def limited(value: float, channel: str) -> float:
+        # Test noise, or a release without any, is no matter of the budget.
+        return min(value, limit) if channel in bounded and math.isfinite(value) else value
+
+    channels = [
+        channel.model_copy(
+            update={
+                "epsilon": limited(channel.epsilon, channel.channel),
+                "nominal_epsilon": limited(channel.nominal_epsilon, channel.channel),
+                "accountants": channel.accountants
+                and channel.accountants.model_copy(update={"note": channel.accountants.note or _NOTE}),
+            }
+        )
+        for channel in found.channels
+    ]
+    guarantees = [
+        guarantee
+        if guarantee.epsilon is None
+        else guarantee.model_copy(update={"epsilon": limited(guarantee.epsilon, guarantee.channel)})
+        for guarantee in found.guarantees
+    ]
     return found.model_copy(
         update={
             "spent_epsilon": spent,
             "remaining_epsilon": None if target is None else max(0.0, target - spent),
-            "channels": tuple(
-                _limited_channel(channel, limit if channel.channel in bounded else math.inf)
-                for channel in found.channels
-            ),
-            "guarantees": tuple(
-                _limited(guarantee, limit if guarantee.channel in bounded else math.inf)
-                for guarantee in found.guarantees
-            ),
+            "channels": tuple(channels),
+            "guarantees": tuple(guarantees),
         }
     )
-
-
-def _limited_channel(channel: ChannelStatement, limit: float) -> ChannelStatement:
-    figures = channel.accountants
-    return channel.model_copy(
-        update={
-            "epsilon": _least(channel.epsilon, limit),
-            "nominal_epsilon": _least(channel.nominal_epsilon, limit),
-            "accountants": figures and figures.model_copy(update={"note": figures.note or _NOTE}),
-        }
-    )
-
-
-def _limited(guarantee: Guarantee, limit: float) -> Guarantee:
-    if guarantee.epsilon is None:
-        return guarantee
-    return guarantee.model_copy(update={"epsilon": _least(guarantee.epsilon, limit)})
-
-
-def _least(value: float, limit: float) -> float:
-    # Test noise, or a release without any, is no matter of the budget.
-    return min(value, limit) if math.isfinite(value) else value

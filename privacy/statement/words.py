@@ -3,9 +3,8 @@
 They are those of the project's threat model, and no stronger.
 """
 
-from typing import Literal
-
 from fedmosaic.privacy.coalitions import counted_coalition
+from fedmosaic.privacy.ledger.rows import Channel
 from fedmosaic.privacy.statement.models import (
     Adversary,
     Cover,
@@ -85,22 +84,9 @@ METRICS_LEAK = (
 
 
 def coverage(
-    channel: Literal["profile", "adapter", "family"],
-    protection: Protection,
-    adversary: Adversary,
-    inputs: StatementInputs,
+    channel: Channel, protection: Protection, adversary: Adversary, inputs: StatementInputs
 ) -> tuple[Cover, str]:
-    """What protects one channel against one adversary, and the sentence that says so.
-
-    Args:
-        channel: "profile", "adapter" or "family".
-        protection: how the channel leaves the client; the profile's is always "dp".
-        adversary: who looks.
-        inputs: transport and key holders of the run.
-
-    Returns:
-        The cover and its words.
-    """
+    """What protects one channel against one adversary, and the sentence that says so."""
     private, encrypted = "dp" in protection.split("+"), "encrypted" in protection
     sees = _what_is_seen(channel, encrypted, adversary, inputs)
     if adversary == "network" and inputs.transport == "in_process":

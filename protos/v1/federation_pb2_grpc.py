@@ -122,7 +122,7 @@ class FederationServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def PostKeyMessage(self, request, context):
-        """Leaves a message on the key board. The server relays it and understands none of it.
+        """Leaves a message of a key agreement. The server relays it and understands none of it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -49,7 +49,7 @@ class FederationStub:
     Report: _grpc.UnaryUnaryMultiCallable[_federation_pb2.ReportRequest, _federation_pb2.ReportResponse]
     """Hands over the client's privacy statement at the end."""
     PostKeyMessage: _grpc.UnaryUnaryMultiCallable[_federation_pb2.PostKeyMessageRequest, _federation_pb2.PostKeyMessageResponse]
-    """Leaves a message on the key board. The server relays it and understands none of it."""
+    """Leaves a message of a key agreement. The server relays it and understands none of it."""
     ReadKeyMessages: _grpc.UnaryStreamMultiCallable[_federation_pb2.ReadKeyMessagesRequest, _federation_pb2.ReadKeyMessagesResponse]
     """Waits for messages of one stage of a key agreement, then sends those the client may read."""
 
@@ -69,7 +69,7 @@ class FederationAsyncStub(FederationStub):
     Report: _aio.UnaryUnaryMultiCallable[_federation_pb2.ReportRequest, _federation_pb2.ReportResponse]  # type: ignore[assignment]
     """Hands over the client's privacy statement at the end."""
     PostKeyMessage: _aio.UnaryUnaryMultiCallable[_federation_pb2.PostKeyMessageRequest, _federation_pb2.PostKeyMessageResponse]  # type: ignore[assignment]
-    """Leaves a message on the key board. The server relays it and understands none of it."""
+    """Leaves a message of a key agreement. The server relays it and understands none of it."""
     ReadKeyMessages: _aio.UnaryStreamMultiCallable[_federation_pb2.ReadKeyMessagesRequest, _federation_pb2.ReadKeyMessagesResponse]  # type: ignore[assignment]
     """Waits for messages of one stage of a key agreement, then sends those the client may read."""
 
@@ -128,7 +128,7 @@ class FederationServicer(metaclass=_abc_1.ABCMeta):
         request: _federation_pb2.PostKeyMessageRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_federation_pb2.PostKeyMessageResponse, _abc.Awaitable[_federation_pb2.PostKeyMessageResponse]]:
-        """Leaves a message on the key board. The server relays it and understands none of it."""
+        """Leaves a message of a key agreement. The server relays it and understands none of it."""
 
     @_abc_1.abstractmethod
     def ReadKeyMessages(

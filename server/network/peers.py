@@ -1,13 +1,137 @@
-"""Who is calling: the client's id from its certificate, never from a message."""
+"""Who is calling, by its certificate and never by a message; and how much of the server one peer may take.
 
-from collections.abc import Iterable, Mapping
+HTTP/2 limits streams per connection, and a peer may open many. So calls are counted by the identity in the
+certificate; whoever has none does not get past the handshake, whose time and number are limited instead.
+"""
 
+import inspect
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import aclosing
+from typing import Any, Final, NoReturn
+
+import grpc
 from cryptography import x509
+from google.protobuf.message import DecodeError
+from grpc import aio
 
 from fedmosaic.privacy.federation.identity import parse_spiffe_id, public_key_sha256
-from fedmosaic.protos.errors import IdentityError
-from fedmosaic.protos.refusal import Refusal, RefusalKind
+from fedmosaic.protos.errors import IdentityError, WireError
+from fedmosaic.protos.refusal import Refusal, RefusalKind, to_status
 from fedmosaic.server.settings import ServerSettings
+
+log = logging.getLogger(__name__)
+CALLS_PER_PEER: Final = 16
+"""A client has one or two calls open; a restart leaves the old ones until the server notices."""
+_SPARE_CONNECTIONS: Final = 256
+_KINDS: Final = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
+Context = aio.ServicerContext[Any, Any]
+
+
+def channel_options(members: int) -> tuple[tuple[str, int], ...]:
+    """Limits that gRPC keeps itself, for a federation of so many members."""
+    return (
+        # Above what is served, so that one call too many is answered and does not wait for ever.
+        ("grpc.max_concurrent_streams", 2 * CALLS_PER_PEER),
+        ("grpc.max_allowed_incoming_connections", 4 * members + _SPARE_CONNECTIONS),
+        ("grpc.server_handshake_timeout_ms", 10_000),
+        # A connection without a call; a client that is training opens a new one for its next.
+        ("grpc.max_connection_idle_ms", 120_000),
+    )
+
+
+async def refuse(context: Context, call: str, who: str, refusal: Refusal) -> NoReturn:
+    """End a call with a refusal, and give it one line in the log."""
+    log.warning("refused %s of %s: %s: %s", call, who, refusal.reason, refusal)
+    await context.abort_with_status(to_status(refusal))
+    raise AssertionError("abort returns by raising")
+
+
+def malformed(message: str) -> Refusal:
+    """The refusal of bytes that are no message, or of a message that breaks a bound."""
+    return Refusal(RefusalKind.INVALID, "MALFORMED", message, "")
+
+
+class Gate(aio.ServerInterceptor):
+    """Refuses a call of a peer that has `CALLS_PER_PEER` open, and bytes that are no message.
+
+    gRPC itself would answer such bytes with UNKNOWN, and log a traceback for each.
+    """
+
+    def __init__(self) -> None:
+        self._open: Counter[str] = Counter()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Wrap the method of a call, whatever the service, so that the call is counted while it is open."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        kind = next(name for name in _KINDS if getattr(handler, name) is not None)
+        read = _read_stream if handler.request_streaming else _read_one
+        method = self._guarded(getattr(handler, kind), handler.request_deserializer, read)
+        return handler._replace(**{kind: method}, request_deserializer=None)
+
+    def _guarded(
+        self, method: Callable[[Any, Context], Any], parse: Callable[[bytes], Any], read: Callable[..., Any]
+    ) -> Callable[[Any, Context], Any]:
+        async def admitted(request: Any, context: Context) -> Any:
+            who = await self._admit(context)
+            try:
+                return method(read(request, parse), context)
+            except WireError as error:
+                await refuse(context, "a call", who, malformed(str(error)))
+
+        async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
+            async with aclosing(await admitted(request, context)) as messages:
+                async for message in messages:
+                    yield message
+
+        async def single(request: Any, context: Context) -> Any:
+            return await (await admitted(request, context))
+
+        return stream if inspect.isasyncgenfunction(method) else single
+
+    async def _admit(self, context: Context) -> str:
+        names = context.auth_context().get("x509_subject_alternative_name", ())
+        peer = " ".join(name.decode(errors="replace") for name in names) or context.peer()
+        if self._open[peer] >= CALLS_PER_PEER:
+            await context.abort_with_status(
+                to_status(
+                    Refusal(
+                        RefusalKind.EXHAUSTED,
+                        "TOO_MANY_CALLS",
+                        f"{CALLS_PER_PEER} calls with this certificate are open already",
+                        "stop other processes that use the same kit; calls of one that was killed are given "
+                        "up within a minute",
+                    )
+                )
+            )
+        self._open[peer] += 1
+
+        def left(_context: Context) -> None:
+            self._open[peer] -= 1
+            if not self._open[peer]:
+                del self._open[peer]
+
+        context.add_done_callback(left)  # type: ignore[arg-type]  # the stubs want a class that exists nowhere
+        return peer
+
+
+def _read_one(content: bytes, parse: Callable[[bytes], Any]) -> Any:
+    try:
+        return parse(content)
+    except DecodeError:
+        raise WireError(f"a message of {len(content)} bytes is no request of this call") from None
+
+
+async def _read_stream(contents: AsyncIterator[bytes], parse: Callable[[bytes], Any]) -> AsyncIterator[Any]:
+    async for content in contents:
+        yield _read_one(content, parse)
 
 
 def identify(auth: Mapping[str, Iterable[bytes]], settings: ServerSettings) -> str:

@@ -7,22 +7,21 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Final, TypeVar
 
 import grpc
 from google.protobuf.message import Message
-from grpc import aio
 
 from fedmosaic.privacy.files import private_opener
 from fedmosaic.protos import bounds, wire
 from fedmosaic.protos.errors import FedMosaicError, WireError
-from fedmosaic.protos.messages import Receipt, UploadHeader
-from fedmosaic.protos.refusal import Refusal, RefusalKind, to_status
+from fedmosaic.protos.messages import Enrolment, KeyMessage, Receipt, UploadHeader
+from fedmosaic.protos.refusal import Refusal, RefusalKind
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.downloads import Download
-from fedmosaic.server.network.peers import identify
+from fedmosaic.server.network.peers import Context, identify, malformed, refuse
 from fedmosaic.server.network.waiting import Changes
 from fedmosaic.server.run import Ticket
 
@@ -33,10 +32,8 @@ _STATUS_AGE_SECONDS: Final = 0.5
 """How old that may be, so that a thousand waiting clients cost one look."""
 _CHUNK_SECONDS: Final = 30.0
 """How long the server waits for the next message of an upload."""
-_SEND_BYTES: Final = 1 << 18
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
-Context = aio.ServicerContext[Any, Any]
 
 
 class FederationService(rpc.FederationServicer):
@@ -54,7 +51,8 @@ class FederationService(rpc.FederationServicer):
         """See `Coordinator.enrol`."""
 
         def enrol(client: str) -> pb.EnrolResponse:
-            return wire.encode_enrolled(self._coordinator.enrol(client, wire.decode_enrolment(request)))
+            found = self._coordinator.enrol(client, wire.decode(request, Enrolment))
+            return wire.encode(found, pb.EnrolResponse)
 
         return await self._unary(context, "enrolment", request, enrol)
 
@@ -66,7 +64,7 @@ class FederationService(rpc.FederationServicer):
         def progress(client: str) -> pb.UploadStatusResponse:
             answer = self._coordinator.announce(client, wire.decode_upload_header(request.header))
             if isinstance(answer, Receipt):
-                return pb.UploadStatusResponse(receipt=wire.encode_receipt(answer))
+                return pb.UploadStatusResponse(receipt=wire.encode(answer, pb.PushResponse))
             return pb.UploadStatusResponse(received=answer.received)
 
         return await self._unary(context, "upload status", request, progress)
@@ -75,7 +73,7 @@ class FederationService(rpc.FederationServicer):
         """See `Coordinator.status`."""
 
         def status(client: str) -> pb.RoundStatusResponse:
-            return pb.RoundStatusResponse(state=wire.encode_status(self._coordinator.status(client)))
+            return pb.RoundStatusResponse(state=wire.encode(self._coordinator.status(client), pb.RoundState))
 
         return await self._unary(context, "round status", request, status)
 
@@ -94,7 +92,7 @@ class FederationService(rpc.FederationServicer):
         """See `Coordinator.post_key_message`."""
 
         def post(client: str) -> pb.PostKeyMessageResponse:
-            self._coordinator.post_key_message(client, wire.decode_key_message(request))
+            self._coordinator.post_key_message(client, wire.decode(request, KeyMessage))
             return pb.PostKeyMessageResponse()
 
         return await self._unary(context, "key message", request, post)
@@ -107,15 +105,12 @@ class FederationService(rpc.FederationServicer):
         deadline = time.monotonic() + _wait_seconds(request.wait_milliseconds)
         # So many readers ask again after every message; in a large federation they ask less often.
         breath = min(0.5, 0.005 * len(self._coordinator.settings.members))
-
-        def read() -> dict[str, bytes]:
-            bounds.check_integer("epoch", request.epoch, 0, bounds.MAX_KEY_EPOCH)
-            bounds.check_stage("stage", request.stage)
-            return self._coordinator.read_key_messages(client, request.epoch, request.stage)
-
         while True:
             seen = self._changes.work  # before the look: what is posted during it must not be waited for
-            found = await self._guarded(context, "key messages", client, asyncio.to_thread(read))
+            look = asyncio.to_thread(
+                self._coordinator.read_key_messages, client, request.epoch, request.stage
+            )
+            found = await self._guarded(context, "key messages", client, look)
             left = deadline - time.monotonic()
             if len(found) >= max(1, request.expected) or left <= 0.0 or self._changes.stopping:
                 break
@@ -126,7 +121,7 @@ class FederationService(rpc.FederationServicer):
             message = pb.ReadKeyMessagesResponse(sender=sender, payload=payload)
             sent += message.ByteSize()
             yield message
-        await asyncio.to_thread(self._coordinator.count_traffic, client, request.ByteSize(), sent)
+        self._coordinator.count_traffic(client, request.ByteSize(), sent)
 
     async def Pull(self, request: pb.PullRequest, context: Context) -> AsyncIterator[pb.PullResponse]:
         """Tell what is being waited for until the round is open, then send the aggregate."""
@@ -137,12 +132,9 @@ class FederationService(rpc.FederationServicer):
         def opened() -> bool:
             return self._coordinator.available_round >= request.round
 
-        def look() -> Download | None:
-            bounds.check_integer("round", request.round, 1, bounds.MAX_ROUNDS + 1)
-            return self._coordinator.open_download(client, request.round)
-
         while True:
-            download = await self._guarded(context, "pull", client, asyncio.to_thread(look))
+            look = asyncio.to_thread(self._coordinator.open_download, client, request.round)
+            download = await self._guarded(context, "pull", client, look)
             if download is not None:
                 for message in _download_messages(request, download):
                     sent += message.ByteSize()
@@ -156,13 +148,13 @@ class FederationService(rpc.FederationServicer):
                 await self._changes.until("round", opened, min(_STATUS_SECONDS, left))
             if not opened():
                 break
-        await asyncio.to_thread(self._coordinator.count_traffic, client, request.ByteSize(), sent)
+        self._coordinator.count_traffic(client, request.ByteSize(), sent)
 
     def _waiting(self) -> pb.PullResponse:
         made, message = self._status
         now = time.monotonic()
         if made < 0.0 or now - made > _STATUS_AGE_SECONDS:
-            message = pb.PullResponse(waiting=wire.encode_status(self._coordinator.describe()))
+            message = pb.PullResponse(waiting=wire.encode(self._coordinator.describe(), pb.RoundState))
             self._status = (now, message)
         return message
 
@@ -190,7 +182,7 @@ class FederationService(rpc.FederationServicer):
                 self._superseded.discard(work)
                 if self._pushing.get(client) is work:
                     del self._pushing[client]
-        return wire.encode_receipt(receipt)
+        return wire.encode(receipt, pb.PushResponse)
 
     async def _receive(self, client: str, requests: AsyncIterator[pb.PushRequest]) -> Receipt:
         first = await _next(requests)
@@ -243,25 +235,23 @@ class FederationService(rpc.FederationServicer):
     async def _unary(self, context: Context, call: str, request: Message, method: Callable[[str], M]) -> M:
         client = await self._identify(context, call)
         response = await self._guarded(context, call, client, asyncio.to_thread(method, client))
-        await asyncio.to_thread(
-            self._coordinator.count_traffic, client, request.ByteSize(), response.ByteSize()
-        )
+        self._coordinator.count_traffic(client, request.ByteSize(), response.ByteSize())
         return response
 
     async def _identify(self, context: Context, call: str) -> str:
         try:
             return identify(context.auth_context(), self._coordinator.settings)
         except Refusal as refusal:
-            await _refuse(context, call, context.peer() or "unknown peer", refusal)
+            await refuse(context, call, context.peer() or "unknown peer", refusal)
 
     async def _guarded(self, context: Context, call: str, client: str, work: Awaitable[T]) -> T:
         """Await work; answer errors with a status, and give each one line in the log."""
         try:
             return await work
         except Refusal as refusal:
-            await _refuse(context, call, client, refusal)
+            await refuse(context, call, client, refusal)
         except WireError as error:
-            await _refuse(context, call, client, Refusal(RefusalKind.INVALID, "MALFORMED", str(error), ""))
+            await refuse(context, call, client, malformed(str(error)))
         except TimeoutError:
             log.warning("%s of %s: nothing came for %.0f s; it can be resumed", call, client, _CHUNK_SECONDS)
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"nothing came for {_CHUNK_SECONDS:.0f} s")
@@ -271,12 +261,6 @@ class FederationService(rpc.FederationServicer):
         except Exception:
             log.exception("%s of %s failed", call, client)
             await context.abort(grpc.StatusCode.INTERNAL, "the server has a fault of its own; see its log")
-
-
-async def _refuse(context: Context, call: str, who: str, refusal: Refusal) -> NoReturn:
-    log.warning("refused %s of %s: %s: %s", call, who, refusal.reason, refusal)
-    await context.abort_with_status(to_status(refusal))
-    raise AssertionError("abort returns by raising")
 
 
 async def _next(requests: AsyncIterator[pb.PushRequest]) -> pb.PushRequest | None:
@@ -297,5 +281,5 @@ def _download_messages(request: pb.PullRequest, download: Download) -> Iterator[
     yield pb.PullResponse(
         header=wire.encode_aggregate_header(download.aggregate, sizes, download.sha256, offset)
     )
-    for chunk in wire.chunks(download.payloads, offset, _SEND_BYTES):
+    for chunk in wire.chunks(download.payloads, offset):
         yield pb.PullResponse(chunk=chunk)

@@ -18,7 +18,7 @@ from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import ConfigurationError
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
-from fedmosaic.server.network.limits import CallLimit, channel_options
+from fedmosaic.server.network.peers import Gate, channel_options
 from fedmosaic.server.network.service import FederationService
 from fedmosaic.server.settings import TlsFiles
 
@@ -48,19 +48,13 @@ class Listener:
     def __init__(
         self, service: FederationService, listen: str, credentials: grpc.ServerCredentials, members: int
     ) -> None:
-        """Take the port; calls are answered once it is open.
-
-        Args:
-            service: answers the calls.
-            listen: address and port; port 0 takes a free one.
-            credentials: of `server_credentials`.
-            members: of the federation; they bound the number of connections.
+        """Take the port; calls are answered once it is open. The number of members bounds the connections.
 
         Raises:
             ConfigurationError: the address cannot be listened on.
         """
         options = (*_OPTIONS, *channel_options(members))
-        self._server = aio.server(interceptors=(CallLimit(),), options=options)
+        self._server = aio.server(interceptors=(Gate(),), options=options)
         self._checks = health.aio.HealthServicer()
         rpc.add_FederationServicer_to_server(service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._checks, self._server)
@@ -86,9 +80,6 @@ class Listener:
 
 def server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
     """What the server shows, and whom it lets in: only certificates of the federation's authority.
-
-    Args:
-        tls: certificate, key and authority.
 
     Raises:
         IdentityError: a certificate or the key is missing or damaged, or they are no pair.

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
+from typing import get_args
 
 from fedmosaic.server.coordinator import Topic
 
@@ -12,11 +13,7 @@ class Changes:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._events: dict[Topic, asyncio.Event] = {
-            "upload": asyncio.Event(),
-            "round": asyncio.Event(),
-            "keys": asyncio.Event(),
-        }
+        self._events: dict[Topic, asyncio.Event] = {topic: asyncio.Event() for topic in get_args(Topic)}
         self._work_event = asyncio.Event()
         self.work = 0
         """How many uploads and key messages were stored: what may let a round close."""
@@ -42,13 +39,7 @@ class Changes:
             self._wake(topic)
 
     async def until(self, topic: Topic, ready: Callable[[], bool], seconds: float) -> None:
-        """Return once `ready()` holds, after `seconds`, or when the server stops.
-
-        Args:
-            topic: what makes it worth looking again.
-            ready: a cheap question, asked after every change.
-            seconds: longest wait.
-        """
+        """Return once `ready()` holds, asked at every change, after `seconds`, or when the server stops."""
         deadline = time.monotonic() + seconds
         while not self.stopping:
             event = self._events[topic]

@@ -16,7 +16,7 @@ import shutil
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Final, Literal
+from typing import Final, Literal
 
 from fedmosaic.privacy.files import hold_directory, private_directory, sync_directory, write_atomically
 from fedmosaic.protos.errors import StateError
@@ -59,13 +59,7 @@ class Blobs:
         """What is written in the file that marks this folder; made up at the first time."""
         path = self._root / name
         if not path.exists():
-            temporary = path.with_suffix(".new")
-            with temporary.open("w", encoding="ascii") as file:
-                file.write(uuid.uuid4().hex)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            self._flush_directory(self._root)
+            write_atomically(path, uuid.uuid4().hex.encode(), durable=True)
         return path.read_text(encoding="utf-8", errors="replace").strip()
 
     @property
@@ -96,7 +90,8 @@ class Blobs:
         path = self.path("uploads", round_number, client)
         self._ensure(path.parent)
         with spooled.open("r+b") as file:
-            self._flush(file)
+            if self._durable:
+                os.fsync(file.fileno())
         spooled.replace(path)
         self._flush_directory(path.parent)
 
@@ -125,11 +120,6 @@ class Blobs:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._flush_directory(folder.parent)
 
-    def _flush(self, file: IO[bytes]) -> None:
-        file.flush()
-        if self._durable:
-            os.fsync(file.fileno())
-
     def _flush_directory(self, folder: Path) -> None:
         if self._durable:
             sync_directory(folder)
@@ -144,15 +134,7 @@ def map_file(path: Path) -> memoryview:
 
 
 def section_hashes(path: Path, sizes: Iterable[int]) -> list[bytes]:
-    """SHA-256 of consecutive pieces of a file.
-
-    Args:
-        path: the file.
-        sizes: length of every piece; a piece beyond the end of the file is cut short.
-
-    Returns:
-        One digest per piece.
-    """
+    """SHA-256 of consecutive pieces of a file; a piece beyond its end is cut short."""
     digests = []
     with path.open("rb") as file:
         for size in sizes:

@@ -6,16 +6,16 @@ Payloads are files (`blobs`); profiles, weights and key messages are small and s
 
 import json
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import sqlalchemy as sa
 
-from fedmosaic.protos.errors import StateError
+from fedmosaic.protos.errors import StateError, WireError
 from fedmosaic.protos.messages import Enrolment, KeyMessage, Profile, SectionHeader, UploadHeader
 from fedmosaic.server.storage import tables
 
@@ -28,7 +28,6 @@ MARK: Final = "mark"
 class StoredUpload:
     """A stored upload without its payloads and profile."""
 
-    client: str
     content_hash: bytes
     key_epoch: int
     sections: tuple[SectionHeader, ...]
@@ -40,7 +39,7 @@ class StoredAggregate:
 
     Attributes:
         key_epoch: epoch of the uploads inside.
-        sections: JSON of the sections as `closing` wrote it.
+        sections: JSON of the sections as `close_round` wrote it.
         sha256: of all payloads, laid end to end.
     """
 
@@ -57,11 +56,7 @@ class Store:
     """The database. Every method is one transaction; the caller serialises writers."""
 
     def __init__(self, url: str, *, durable: bool) -> None:
-        """Open or create the database.
-
-        Args:
-            url: SQLAlchemy URL.
-            durable: False lets SQLite answer before data is on the disk.
+        """Open or create the database; unless `durable`, SQLite answers before data is on the disk.
 
         Raises:
             StateError: the database cannot be opened, or is of another version.
@@ -75,8 +70,8 @@ class Store:
             tables.metadata.create_all(self._engine)
         except (sa.exc.SQLAlchemyError, ImportError, OSError) as error:
             raise StateError(
-                f"the server's database cannot be opened ({tables.cause(error)}); check store_url, and that "
-                "the database runs"
+                f"the server's database cannot be opened ({_cause(error)}); check store_url, and that the "
+                "database runs"
             ) from error
         version = self.get("schema")
         if version is None:
@@ -92,10 +87,7 @@ class Store:
 
         Args:
             folder: mark of the state folder, which has the payloads that the database names; None where the
-                database stands in that folder.
-
-        Raises:
-            StateError: the database goes with another state folder.
+                database stands in that folder. StateError if the database goes with another one.
         """
         known = self.get("folder")
         if folder is not None and known not in (None, folder):
@@ -124,51 +116,51 @@ class Store:
     def _transaction(self) -> Iterator[sa.Connection]:
         try:
             with self._engine.begin() as connection:
-                self._taken |= bool(self._holder) and tables.value(connection, "holder") != self._holder
+                if self._holder:
+                    self._taken |= connection.scalar(_value("holder")) != self._holder
                 self.check_hold()
                 yield connection
         except sa.exc.SQLAlchemyError as error:
-            raise StateError(f"the server's database failed: {tables.cause(error)}") from error
+            raise StateError(f"the server's database failed: {_cause(error)}") from error
+
+    def _rows(self, query: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
+        with self._transaction() as connection:
+            return connection.execute(query).all()
+
+    def _scalar(self, query: sa.Select[Any]) -> Any:
+        with self._transaction() as connection:
+            return connection.scalar(query)
 
     def get(self, key: str) -> str | None:
         """A value of the run's metadata."""
-        with self._transaction() as connection:
-            return tables.value(connection, key)
+        found: str | None = self._scalar(_value(key))
+        return found
 
     def get_json(self, key: str) -> Any:
-        """A value of the run's metadata that is JSON; None if there is none.
-
-        Raises:
-            StateError: it is damaged.
-        """
+        """A value of the run's metadata that is JSON; None if there is none, StateError if it is damaged."""
         value = self.get(key)
-        if value is None:
-            return None
-        return tables.loads(value, f"the entry {key!r}")
+        return None if value is None else _loads(value, f"the entry {key!r}")
 
     def put(self, values: Mapping[str, str]) -> None:
         """Set values of the run's metadata."""
         with self._transaction() as connection:
-            tables.put(connection, values)
+            _put(connection, values)
 
     def enrol(self, client: str, enrolment: Enrolment, now: float) -> None:
         """Remember that a member has enrolled, and with what; of its ledger, what it enrols with first."""
         row = {"family": enrolment.family, "software": enrolment.software, "enrolled_at": now}
         with self._transaction() as connection:
-            tables.upsert(connection, tables.members, {"client": client}, row)
-            if enrolment.ledger_head and tables.ledger_head(connection, client) is None:
-                head = {"head": enrolment.ledger_head}
-                tables.upsert(connection, tables.ledger_heads, {"client": client}, head)
+            _upsert(connection, tables.members, {"client": client}, row)
+            if enrolment.ledger_head and connection.scalar(_ledger_head(client)) is None:
+                _upsert(connection, tables.ledger_heads, {"client": client}, {"head": enrolment.ledger_head})
 
     def ledger_head(self, client: str) -> bytes:
         """The newest head of a member's privacy ledger; empty if it never sent one."""
-        with self._transaction() as connection:
-            return tables.ledger_head(connection, client) or b""
+        return bytes(self._scalar(_ledger_head(client)) or b"")
 
     def enrolled(self) -> frozenset[str]:
         """Members that have ever enrolled."""
-        with self._transaction() as connection:
-            return frozenset(connection.scalars(sa.select(tables.members.c.client)))
+        return frozenset(row.client for row in self._rows(sa.select(tables.members.c.client)))
 
     def add_upload(
         self, client: str, header: UploadHeader, content_hash: bytes, now: float, received_bytes: int
@@ -177,20 +169,18 @@ class Store:
 
         Its payloads are in place already.
         """
-        sections = json.dumps([[s.name, s.size, s.sha256.hex()] for s in header.sections])
+        row = {
+            "round": header.round,
+            "client": client,
+            "content_hash": content_hash,
+            "attempt_id": header.attempt_id,
+            "key_epoch": header.key_epoch,
+            "sections": json.dumps([[s.name, s.size, s.sha256.hex()] for s in header.sections]),
+            "signature": header.signature,
+            "received_at": now,
+        }
         with self._transaction() as connection:
-            connection.execute(
-                sa.insert(tables.uploads).values(
-                    round=header.round,
-                    client=client,
-                    content_hash=content_hash,
-                    attempt_id=header.attempt_id,
-                    key_epoch=header.key_epoch,
-                    sections=sections,
-                    signature=header.signature,
-                    received_at=now,
-                )
-            )
+            connection.execute(sa.insert(tables.uploads).values(row))
             if header.profile is not None:
                 # There is one already where the upload was damaged here and is sent again.
                 values = {
@@ -198,60 +188,42 @@ class Store:
                     "noise_variance": header.profile.noise_variance,
                     "releases": header.profile.releases,
                 }
-                tables.upsert(connection, tables.profiles, {"client": client, "round": header.round}, values)
+                _upsert(connection, tables.profiles, {"client": client, "round": header.round}, values)
             if header.ledger is not None:
-                tables.upsert(
-                    connection, tables.ledger_heads, {"client": client}, {"head": header.ledger.head}
-                )
-            tables.add_traffic(connection, client, received_bytes, 0)
+                _upsert(connection, tables.ledger_heads, {"client": client}, {"head": header.ledger.head})
+            _add_traffic(connection, client, received_bytes, 0)
 
     def uploads(self, round_number: int) -> dict[str, StoredUpload]:
         """Stored uploads of a round, by client."""
-        with self._transaction() as connection:
-            rows = connection.execute(
-                sa.select(tables.uploads).where(tables.uploads.c.round == round_number)
-            ).all()
+        rows = self._rows(sa.select(tables.uploads).where(tables.uploads.c.round == round_number))
         return {
-            row.client: StoredUpload(
-                row.client,
-                bytes(row.content_hash),
-                row.key_epoch,
-                tables.section_headers(row.sections, row.client),
-            )
+            row.client: StoredUpload(bytes(row.content_hash), row.key_epoch, _section_headers(row))
             for row in rows
         }
 
     def drop_uploads(self, round_number: int, clients: Collection[str]) -> None:
         """Forget uploads whose payloads are damaged; their profiles are in the database and stay."""
+        table = tables.uploads
         with self._transaction() as connection:
             connection.execute(
-                sa.delete(tables.uploads).where(
-                    tables.uploads.c.round == round_number, tables.uploads.c.client.in_(clients)
-                )
+                sa.delete(table).where(table.c.round == round_number, table.c.client.in_(clients))
             )
 
     def content_hash(self, round_number: int, client: str) -> bytes | None:
         """Digest of the stored upload of a client for a round."""
-        query = sa.select(tables.uploads.c.content_hash).where(
-            tables.uploads.c.round == round_number, tables.uploads.c.client == client
+        table = tables.uploads
+        found = self._scalar(
+            sa.select(table.c.content_hash).where(table.c.round == round_number, table.c.client == client)
         )
-        with self._transaction() as connection:
-            value = connection.scalar(query)
-        return None if value is None else bytes(value)
+        return None if found is None else bytes(found)
 
     def profiles(self) -> dict[str, Profile]:
         """The newest profile of every client that ever sent one."""
-        newest = (
-            sa.select(tables.profiles.c.client, sa.func.max(tables.profiles.c.round).label("round"))
-            .group_by(tables.profiles.c.client)
-            .subquery()
-        )
-        query = sa.select(tables.profiles).join(
-            newest,
-            sa.and_(tables.profiles.c.client == newest.c.client, tables.profiles.c.round == newest.c.round),
-        )
-        with self._transaction() as connection:
-            rows = connection.execute(query).all()
+        table = tables.profiles
+        newest = sa.select(table.c.client, sa.func.max(table.c.round).label("round")).group_by(table.c.client)
+        latest = newest.subquery()
+        match = sa.and_(table.c.client == latest.c.client, table.c.round == latest.c.round)
+        rows = self._rows(sa.select(table).join(latest, match))
         return {
             row.client: Profile(
                 np.frombuffer(row.vector, dtype="<f4").astype(np.float32), row.noise_variance, row.releases
@@ -277,117 +249,88 @@ class Store:
             metadata: values of the run that change with it.
             key_epoch: of the next round; the key messages of earlier ones are forgotten.
         """
+        told = {"round": round_number, "result": json.dumps(result, allow_nan=False)}
+        rows = [{"round": round_number + 1, "client": c, **asdict(a)} for c, a in aggregates.items()]
         with self._transaction() as connection:
-            connection.execute(
-                sa.insert(tables.rounds).values(
-                    round=round_number, result=json.dumps(result, allow_nan=False)
-                )
-            )
-            rows = [
-                {
-                    "round": round_number + 1,
-                    "client": client,
-                    "key_epoch": aggregate.key_epoch,
-                    "sections": aggregate.sections,
-                    "sha256": aggregate.sha256,
-                }
-                for client, aggregate in aggregates.items()
-            ]
+            connection.execute(sa.insert(tables.rounds).values(told))
             if rows:
                 connection.execute(sa.insert(tables.aggregates), rows)
             connection.execute(sa.delete(tables.aggregates).where(tables.aggregates.c.round <= round_number))
-            connection.execute(sa.delete(tables.key_messages).where(tables.key_messages.c.epoch < key_epoch))
-            tables.put(connection, metadata)
+            connection.execute(_older_key_messages(key_epoch))
+            _put(connection, metadata)
 
     def aggregate(self, round_number: int, client: str) -> StoredAggregate | None:
         """What a client may load before a round; None if nothing was made for it."""
-        query = sa.select(tables.aggregates).where(
-            tables.aggregates.c.round == round_number, tables.aggregates.c.client == client
-        )
-        with self._transaction() as connection:
-            row = connection.execute(query).one_or_none()
-        return None if row is None else StoredAggregate(row.key_epoch, row.sections, bytes(row.sha256))
+        table = tables.aggregates
+        rows = self._rows(sa.select(table).where(table.c.round == round_number, table.c.client == client))
+        return StoredAggregate(rows[0].key_epoch, rows[0].sections, bytes(rows[0].sha256)) if rows else None
 
     def replace_aggregate(self, round_number: int, client: str, sections: str, sha256: bytes) -> None:
         """Store another description of a client's aggregate, whose payload was damaged."""
+        table, values = tables.aggregates, {"sections": sections, "sha256": sha256}
+        changed = sa.update(table).where(table.c.round == round_number, table.c.client == client)
         with self._transaction() as connection:
-            connection.execute(
-                sa.update(tables.aggregates)
-                .where(tables.aggregates.c.round == round_number, tables.aggregates.c.client == client)
-                .values(sections=sections, sha256=sha256)
-            )
+            connection.execute(changed.values(values))
 
     def results(self) -> list[dict[str, Any]]:
         """What was recorded at the end of every round, in order."""
-        with self._transaction() as connection:
-            rows = connection.scalars(sa.select(tables.rounds.c.result).order_by(tables.rounds.c.round)).all()
-        return [tables.loads(row, "the result of a round") for row in rows]
+        rows = self._rows(sa.select(tables.rounds.c.result).order_by(tables.rounds.c.round))
+        return [_loads(row.result, "the result of a round") for row in rows]
 
     def add_key_message(self, sender: str, message: KeyMessage, metadata: Mapping[str, str]) -> None:
-        """Store a message of a key agreement together with the board's new state."""
+        """Store a message of a key agreement together with the epoch's new state."""
         with self._transaction() as connection:
-            connection.execute(
-                sa.insert(tables.key_messages).values(
-                    epoch=message.epoch,
-                    stage=message.stage,
-                    sender=sender,
-                    recipient=message.recipient,
-                    payload=message.payload,
-                )
-            )
-            tables.put(connection, metadata)
+            connection.execute(sa.insert(tables.key_messages).values(sender=sender, **asdict(message)))
+            _put(connection, metadata)
 
     def key_message(self, sender: str, message: KeyMessage) -> bytes | None:
         """Payload that is stored in the place of a message."""
-        query = sa.select(tables.key_messages.c.payload).where(
-            tables.key_messages.c.epoch == message.epoch,
-            tables.key_messages.c.stage == message.stage,
-            tables.key_messages.c.sender == sender,
-            tables.key_messages.c.recipient == message.recipient,
+        table = tables.key_messages
+        found = self._scalar(
+            sa.select(table.c.payload).where(
+                table.c.epoch == message.epoch,
+                table.c.stage == message.stage,
+                table.c.sender == sender,
+                table.c.recipient == message.recipient,
+            )
         )
-        with self._transaction() as connection:
-            value = connection.scalar(query)
-        return None if value is None else bytes(value)
+        return None if found is None else bytes(found)
 
     def key_messages(self, epoch: int, stage: str, reader: str) -> dict[str, bytes]:
         """Messages of a stage that a client may read, by sender."""
-        query = sa.select(tables.key_messages.c.sender, tables.key_messages.c.payload).where(
-            tables.key_messages.c.epoch == epoch,
-            tables.key_messages.c.stage == stage,
-            tables.key_messages.c.recipient.in_(("", reader)),
+        table = tables.key_messages
+        rows = self._rows(
+            sa.select(table.c.sender, table.c.payload).where(
+                table.c.epoch == epoch, table.c.stage == stage, table.c.recipient.in_(("", reader))
+            )
         )
-        with self._transaction() as connection:
-            return {row.sender: bytes(row.payload) for row in connection.execute(query)}
+        return {row.sender: bytes(row.payload) for row in rows}
 
     def replace_key_epoch(self, epoch: int, metadata: Mapping[str, str]) -> None:
-        """Forget the messages of all epochs below `epoch` and store the board's new state."""
+        """Forget the messages of all epochs below `epoch` and store the new one's state."""
         with self._transaction() as connection:
-            connection.execute(sa.delete(tables.key_messages).where(tables.key_messages.c.epoch < epoch))
-            tables.put(connection, metadata)
+            connection.execute(_older_key_messages(epoch))
+            _put(connection, metadata)
 
     def add_report(self, client: str, statement: bytes, now: float) -> None:
         """Store a client's privacy statement; a later one replaces it."""
+        row = {"statement": statement, "received_at": now}
         with self._transaction() as connection:
-            tables.upsert(
-                connection, tables.reports, {"client": client}, {"statement": statement, "received_at": now}
-            )
+            _upsert(connection, tables.reports, {"client": client}, row)
 
     def reports(self) -> dict[str, bytes]:
         """Privacy statements by client."""
-        with self._transaction() as connection:
-            rows = connection.execute(sa.select(tables.reports.c.client, tables.reports.c.statement)).all()
-        return {row.client: bytes(row.statement) for row in rows}
+        return {row.client: bytes(row.statement) for row in self._rows(sa.select(tables.reports))}
 
     def add_traffic(self, counted: Mapping[str, tuple[int, int]]) -> None:
         """Add to the bytes received from and sent to clients."""
         with self._transaction() as connection:
             for client, (received, sent) in counted.items():
-                tables.add_traffic(connection, client, received, sent)
+                _add_traffic(connection, client, received, sent)
 
     def traffic(self, clients: Collection[str]) -> dict[str, dict[str, int]]:
         """Bytes received from and sent to every client."""
-        with self._transaction() as connection:
-            rows = connection.execute(sa.select(tables.traffic)).all()
+        rows = self._rows(sa.select(tables.traffic))
         known = {row.client: {"received": row.received, "sent": row.sent} for row in rows}
         return {client: known.get(client, {"received": 0, "sent": 0}) for client in sorted(clients)}
 
@@ -395,3 +338,61 @@ class Store:
 def default_url(state_dir: Path) -> str:
     """SQLite inside the state folder."""
     return f"sqlite:///{state_dir / 'server.db'}"
+
+
+def _value(key: str) -> sa.Select[Any]:
+    return sa.select(tables.meta.c.value).where(tables.meta.c.key == key)
+
+
+def _ledger_head(client: str) -> sa.Select[Any]:
+    return sa.select(tables.ledger_heads.c.head).where(tables.ledger_heads.c.client == client)
+
+
+def _older_key_messages(epoch: int) -> sa.Delete:
+    return sa.delete(tables.key_messages).where(tables.key_messages.c.epoch < epoch)
+
+
+def _put(connection: sa.Connection, values: Mapping[str, str]) -> None:
+    for key, text in values.items():
+        _upsert(connection, tables.meta, {"key": key}, {"value": text})
+
+
+def _upsert(
+    connection: sa.Connection, table: sa.Table, key: Mapping[str, object], values: Mapping[str, Any]
+) -> None:
+    """Update the row of a key, or insert it."""
+    where = [table.c[column] == part for column, part in key.items()]
+    if connection.execute(sa.update(table).where(*where).values(values)).rowcount == 0:
+        connection.execute(sa.insert(table).values(**key, **values))
+
+
+def _add_traffic(connection: sa.Connection, client: str, received: int, sent: int) -> None:
+    table = tables.traffic
+    added = {"received": table.c.received + received, "sent": table.c.sent + sent}
+    if connection.execute(sa.update(table).where(table.c.client == client).values(added)).rowcount == 0:
+        connection.execute(sa.insert(table).values(client=client, received=received, sent=sent))
+
+
+def _cause(error: Exception) -> str:
+    """What the database said, on one line, without the statement and its parameters."""
+    return " ".join(str(getattr(error, "orig", None) or error).split()) or type(error).__name__
+
+
+def _loads(text: str, what: str) -> Any:
+    """JSON of the database; StateError, which says of what, if it is damaged."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise StateError(
+            f"the server's database is damaged: {what} is not JSON ({error}); restore a backup of state_dir, "
+            "database and payloads together"
+        ) from None
+
+
+def _section_headers(row: sa.Row[Any]) -> tuple[SectionHeader, ...]:
+    """The sections of a stored upload; StateError if they are damaged."""
+    what = f"the sections of an upload of {row.client}"
+    try:
+        return tuple(SectionHeader(n, s, bytes.fromhex(h)) for n, s, h in _loads(row.sections, what))
+    except (WireError, ValueError, TypeError) as error:
+        raise StateError(f"the server's database is damaged: {what}: {error}") from None

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from fedmosaic.alignment.moments import Moments, MomentSums
 from fedmosaic.alignment.subspace import (
     INPUT_METHODS,
-    PaperGradientDescent,
     align_inputs,
     align_outputs,
     align_outputs_as_paper,
@@ -114,40 +113,15 @@ def test_every_method_gives_orthonormal_rows(method: str) -> None:
     assert found.shape == (RANK, 14)
 
 
-@pytest.mark.parametrize("method", ["ridge", "procrustes", "correlation"])
 @pytest.mark.parametrize("scale", [1.0, 7.0, 0.02])
-def test_a_rotated_and_scaled_model_is_aligned_exactly(method: str, scale: float) -> None:
+def test_a_rotated_and_scaled_model_is_aligned_exactly(scale: float) -> None:
     u, _ = correlated(2)
     rotation = draw_orthonormal(10, 10, 5).double()
     moments = moments_of(u, scale * u @ rotation.T)
     a = basis(10)
-    found = align_inputs(moments, a, method, ridge=1e-10)
-    if method == "correlation":
-        # It weighs directions by their variance, so it is exact only for white inputs.
-        white = torch.linalg.qr(u)[0] * 20
-        found = align_inputs(moments_of(white, scale * white @ rotation.T), a, method)
+    found = align_inputs(moments, a, ridge=1e-10)
     torch.testing.assert_close(found, a @ rotation.T, atol=2e-3, rtol=0)
     assert latent_scale(moments, a, a @ rotation.T) == pytest.approx(1 / scale, rel=1e-4)
-
-
-def loss(moments: Moments, a: torch.Tensor, found: torch.Tensor) -> float:
-    """Min over ρ of E|ρ A x_m − A_a x_a|²."""
-    own = float(((a @ moments.anchor_DD) * a).sum())
-    joint = float(((a @ moments.cross_DE) * found).sum())
-    return own - joint**2 / float(((found @ moments.model_EE) * found).sum())
-
-
-@settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 1000))
-def test_procrustes_never_loses_to_its_start_or_to_neighbours(seed: int) -> None:
-    moments, a = moments_of(*correlated(seed)), basis(10, seed)
-    start, found = align_inputs(moments, a, "ridge"), align_inputs(moments, a, "procrustes")
-    best = loss(moments, a, found)
-    assert best <= loss(moments, a, start) + 1e-9
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(5):
-        step = 0.05 * torch.randn(RANK, 14, generator=generator, dtype=torch.float64)
-        assert best <= loss(moments, a, nearest_orthonormal_rows(found + step)) * 1.01 + 1e-9
 
 
 def test_the_papers_gradient_descent_finds_what_its_closed_form_finds() -> None:
@@ -155,11 +129,11 @@ def test_the_papers_gradient_descent_finds_what_its_closed_form_finds() -> None:
     generator = torch.Generator().manual_seed(3)
     u = torch.randn(2000, 10, generator=generator, dtype=torch.float64)
     moments, a = moments_of(u, u @ draw_orthonormal(10, 10, 5).double().T), basis(10)
-    found = align_inputs(moments, a, "gradient_descent", descent=PaperGradientDescent(800, 1e-2))
+    found = align_inputs(moments, a, "gradient_descent", steps=800)
     torch.testing.assert_close(found, align_inputs(moments, a, "ridge", ridge=1e-9), atol=1e-2, rtol=0)
 
 
-@pytest.mark.parametrize("method", ["cca", "regression", "gradient"])
+@pytest.mark.parametrize("method", ["cca", "gradient"])
 def test_outputs_of_a_rotated_model_are_aligned_exactly(method: str) -> None:
     u, _ = correlated(4)
     rotation = draw_orthonormal(10, 10, 6).double()
@@ -167,12 +141,8 @@ def test_outputs_of_a_rotated_model_are_aligned_exactly(method: str) -> None:
     found = align_outputs(moments_of(u, 3.0 * u @ rotation.T, centred=True), b, method, ridge=1e-10)
     torch.testing.assert_close(found, rotation @ b, atol=2e-3, rtol=0)
     assert orthonormality_error(found.half()) < 1e-3
-
-
-def test_cca_and_regression_are_orthonormal_between_different_widths() -> None:
-    moments = moments_of(*correlated(5), centred=True)
-    for method in ("cca", "regression", "gradient"):
-        assert orthonormality_error(align_outputs(moments, basis(10).T, method)) < 1e-9
+    wider = moments_of(*correlated(5), centred=True)
+    assert orthonormality_error(align_outputs(wider, b, method)) < 1e-9
 
 
 def test_cca_of_noiseless_causes_maps_signal_to_signal() -> None:
@@ -221,7 +191,7 @@ def test_unknown_methods_are_named() -> None:
     moments = moments_of(*correlated(8))
     with pytest.raises(ConfigurationError, match=r"'cka'.*ridge"):
         align_inputs(moments, basis(10), "cka")
-    with pytest.raises(ConfigurationError, match=r"'ridge'.*regression"):
+    with pytest.raises(ConfigurationError, match=r"'ridge'.*gradient"):
         align_outputs(moments, basis(10).T, "ridge")
 
 
@@ -262,11 +232,8 @@ def test_rotating_the_anchor_rotates_the_model(seed: int) -> None:
     moments = moments_of(*correlated(12))
     rotation = draw_orthonormal(RANK, RANK, seed).double()
     a, b = basis(10), basis(10, 2).T
-    for method in ("ridge", "correlation"):
-        torch.testing.assert_close(
-            align_inputs(moments, rotation @ a, method), rotation @ align_inputs(moments, a, method)
-        )
-    for method in ("cca", "regression", "gradient"):
+    torch.testing.assert_close(align_inputs(moments, rotation @ a), rotation @ align_inputs(moments, a))
+    for method in ("cca", "gradient"):
         torch.testing.assert_close(
             align_outputs(moments, b @ rotation.T, method), align_outputs(moments, b, method) @ rotation.T
         )

@@ -21,8 +21,9 @@ from fedmosaic.privacy import files
 from fedmosaic.privacy.federation.roster import Terms
 from fedmosaic.privacy.groupkey.key import GroupKey
 from fedmosaic.privacy.ledger.ledger import Ledger
+from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import SecureNoise
-from fedmosaic.privacy.mechanism.profile import ClippedSum, ProfileMechanism, Reduction
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos.errors import StateError
 from fedmosaic.protos.messages import Phase, RoundStatus, WeightRow
 

@@ -22,8 +22,9 @@ from fedmosaic.privacy.federation.roster import (
     Terms,
 )
 from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, read_ledger
-from fedmosaic.privacy.mechanism.noise import SecureNoise
-from fedmosaic.privacy.mechanism.profile import ClippedSum, Float64Array, ProfileMechanism, Reduction
+from fedmosaic.privacy.mechanism.gaussian import ClippedSum
+from fedmosaic.privacy.mechanism.noise import Float64Array, SecureNoise
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos.errors import BudgetExceededError, LedgerError, PrivacyError, StateError
 
 DELTA = 1e-5

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from end_to_end import federation_of_vectors as fv  # after the path it is found on
 from fedmosaic.client.membership import ask_to_enrol
-from fedmosaic.client.transport.grpc import GrpcTransport, TransportOptions
+from fedmosaic.client.transport.grpc import GrpcTransport
 from fedmosaic.privacy.federation import identity
 from fedmosaic.privacy.federation.kits import open_kit
 from fedmosaic.protos import wire
@@ -93,7 +93,7 @@ def take_part(directory: Path, member: str, address: str, fault: str = "none") -
         authority=kit / "authority.pem",
         certificate=kit / "tls.pem",
         private_key=kit / "tls.key",
-        options=TransportOptions(retry_seconds=120.0),
+        retry_seconds=120.0,
     )
     client = fv.Client(directory, member, fv.MEMBERS.index(member))
     session = client.session(transport)

@@ -2,29 +2,33 @@
 
 import datetime as dt
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
+import sqlalchemy as sa
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedmosaic.client.transport.grpc import GrpcTransport, TransportOptions
+from fedmosaic.client.transport.grpc import GrpcTransport
 from fedmosaic.privacy.encryption.layout import upload_header
 from fedmosaic.privacy.encryption.parameters import PlainParameters
 from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
 from fedmosaic.privacy.federation import identity
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.privacy.statement.models import ADVERSARIES, PrivacyStatement
-from fedmosaic.protos.messages import PROTOCOL_VERSION, Enrolment, Profile, Section, Upload
+from fedmosaic.protos.messages import PROTOCOL_VERSION, Enrolment, Profile, ReceiptStatus, Section, Upload
 from fedmosaic.protos.signing import sign_upload
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.server import Server
 from fedmosaic.server.settings import ServerSettings, TlsFiles
+from fedmosaic.server.storage import tables
 
 CLIENTS = ("clinic-a", "clinic-b", "clinic-c", "clinic-d", "clinic-e")
 DIMENSIONS = 12
@@ -153,14 +157,27 @@ class TestFederation:
         """The vector inside a plain aggregate."""
         return np.frombuffer(payload[HEADER_BYTES:], dtype="<f4")
 
-    def play(
-        self, coordinator: Coordinator, round_number: int, clients: tuple[str, ...] | None = None
+    def push(
+        self, coordinator: Coordinator, round_number: int, clients: tuple[str, ...] = (), **changes: Any
     ) -> None:
-        """Enrol, push and close one round."""
+        """Enrol and push; the changes are to the uploads."""
         for client in clients or self.clients:
             coordinator.enrol(client, self.enrolment())
-            coordinator.push(client, self.upload(coordinator.run_id, client, round_number))
+            receipt = coordinator.push(
+                client, self.upload(coordinator.run_id, client, round_number, **changes)
+            )
+            assert receipt.status is not ReceiptStatus.LATE
+
+    def play(self, coordinator: Coordinator, round_number: int, clients: tuple[str, ...] = ()) -> None:
+        """Enrol, push and close one round."""
+        self.push(coordinator, round_number, clients)
         coordinator.advance()
+
+    @staticmethod
+    def crash(coordinator: Coordinator) -> None:
+        """Let go of the state without a word, as a killed process would."""
+        coordinator._store.close()
+        coordinator._blobs.close()
 
 
 @pytest.fixture
@@ -183,6 +200,22 @@ def coordinator(federation: TestFederation, clock: Clock, tmp_path: Path) -> Any
     made = Coordinator(federation.settings(tmp_path / "state"), clock)
     yield made
     made.close()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """An empty database of either kind."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'server.db'}"
+        return
+    url = os.environ.get("FEDMOSAIC_TEST_POSTGRESQL", "")
+    if not url:
+        pytest.skip("FEDMOSAIC_TEST_POSTGRESQL names no server")
+    engine = sa.create_engine(url)
+    tables.metadata.drop_all(engine)
+    yield url
+    tables.metadata.drop_all(engine)
+    engine.dispose()
 
 
 class Authority:
@@ -215,6 +248,14 @@ class Authority:
         then = dt.datetime.now(dt.UTC) - dt.timedelta(days=age_days)
         federation = changes.get("federation", self.federation)
         return self._files(client, identity.issue_client(self.authority, federation, client, now=then))
+
+    def channel(self, server: Any, client: str, *options: tuple[str, int]) -> grpc.Channel:
+        """A channel with a new certificate of a client."""
+        certificate, key = self.client(client)
+        credentials = grpc.ssl_channel_credentials(
+            self.certificate.read_bytes(), key.read_bytes(), certificate.read_bytes()
+        )
+        return grpc.secure_channel(server.address, credentials, options=options)
 
 
 class ServerThread:
@@ -257,15 +298,15 @@ def start_server() -> Iterator[Callable[[ServerSettings], ServerThread]]:
 def connect(authority: Authority) -> Iterator[Callable[..., GrpcTransport]]:
     opened: list[GrpcTransport] = []
 
-    def make(server: ServerThread, client: str, **options: Any) -> GrpcTransport:
-        certificate, key = authority.client(client)
+    def make(server: ServerThread, client: str, federation: str = "fed", **options: Any) -> GrpcTransport:
+        certificate, key = authority.client(client, federation=federation)
         opened.append(
             GrpcTransport(
                 server.address,
                 authority=authority.certificate,
                 certificate=certificate,
                 private_key=key,
-                options=TransportOptions(**({"retry_seconds": 60.0, "wait_seconds": 5.0} | options)),
+                **({"retry_seconds": 60.0, "wait_seconds": 5.0} | options),
             )
         )
         return opened[-1]

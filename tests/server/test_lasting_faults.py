@@ -16,12 +16,6 @@ from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.storage.store import StoreTakenError
 
 
-def crash(coordinator: Coordinator) -> None:
-    """Let go of the state without a word, as a killed process would."""
-    coordinator._store.close()
-    coordinator._blobs.close()
-
-
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-2] ^= 1
@@ -44,9 +38,7 @@ Damage = Callable[[Path], None]
 def test_a_damaged_upload_is_left_out_named_and_asked_for_again(
     federation: Any, coordinator: Any, tmp_path: Path, damage: Damage, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for client in federation.clients:
-        coordinator.enrol(client, federation.enrolment())
-        coordinator.push(client, federation.upload(coordinator.run_id, client, 1))
+    federation.push(coordinator, 1)
     damage(tmp_path / "state" / "uploads" / "000001" / "clinic-b.bin")
     coordinator.advance()
     assert "stored upload of clinic-b is damaged" in caplog.text
@@ -67,9 +59,7 @@ def test_a_damaged_upload_that_does_not_come_again_stops_nobody(
     federation: Any, tmp_path: Path, clock: Any, quorum: int
 ) -> None:
     coordinator = Coordinator(federation.settings(tmp_path / "state", quorum=quorum), clock)
-    for client in federation.clients:
-        coordinator.enrol(client, federation.enrolment())
-        coordinator.push(client, federation.upload(coordinator.run_id, client, 1))
+    federation.push(coordinator, 1)
     cut(tmp_path / "state" / "uploads" / "000001" / "clinic-b.bin")
     coordinator.advance()
     assert not coordinator.advance()
@@ -117,7 +107,7 @@ def test_every_answer_carries_the_head_of_the_run(federation: Any, coordinator: 
         assert enrolled.head == receipt.head == status.head == pulled.head
         heads.append(enrolled.head)
         federation.play(coordinator, number)
-    crash(coordinator)
+    federation.crash(coordinator)
     again = Coordinator(coordinator.settings, clock)
     heads.append(again.enrol("clinic-a", federation.enrolment()).head)
     assert len(set(heads)) == 3, "each round changes it"

@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedmosaic.client.state import ClientState
+from fedmosaic.experiments.attacks.refusals.stand_in import MEMBERS
 from fedmosaic.experiments.attacks.statistics.results import RefusalResult
 from fedmosaic.privacy.groupkey.agreement import KeyAgreement, plan_epoch
 from fedmosaic.privacy.groupkey.messages import Epoch, write_opening
@@ -17,8 +18,7 @@ from fedmosaic.privacy.groupkey.nonces import NonceCounter
 from fedmosaic.protos.errors import FedMosaicError
 from fedmosaic.protos.messages import WeightRow
 
-_MEMBERS: Final = ("ada", "ben", "cid", "dee", "eva")
-_VICTIM, _OTHER = _MEMBERS[:2]
+_VICTIM, _OTHER = MEMBERS[:2]
 _SECRET: Final = bytes(64)
 
 Openings = dict[str, bytes]
@@ -28,10 +28,10 @@ class _Epochs:
     """Identities and plans of one federation."""
 
     def __init__(self) -> None:
-        self.identities = {name: Ed25519PrivateKey.generate() for name in (*_MEMBERS, "mallory")}
+        self.identities = {name: Ed25519PrivateKey.generate() for name in (*MEMBERS, "mallory")}
 
-    def plan(self, number: int = 2, members: tuple[str, ...] = _MEMBERS) -> Epoch:
-        keys = {name: self.identities[name].public_key().public_bytes_raw() for name in _MEMBERS}
+    def plan(self, number: int = 2, members: tuple[str, ...] = MEMBERS) -> Epoch:
+        keys = {name: self.identities[name].public_key().public_bytes_raw() for name in MEMBERS}
         return plan_epoch("attempts", number, members, keys, b"R" * 32, b"P" * 32)
 
     def opening(self, name: str, epoch: Epoch, signer: str = "") -> bytes:
@@ -42,37 +42,25 @@ class _Epochs:
         return KeyAgreement(self.identities[name], name, self.plan(), lambda: _SECRET, len(_SECRET))
 
 
-def _swap(epochs: _Epochs, openings: Openings) -> Openings:
-    return openings | {_OTHER: epochs.opening(_OTHER, epochs.plan(), signer="mallory")}
-
-
-def _add(epochs: _Epochs, openings: Openings) -> Openings:
-    return openings | {"mallory": openings[_OTHER]}
-
-
-def _drop(epochs: _Epochs, openings: Openings) -> Openings:
-    return {name: opening for name, opening in openings.items() if name != _OTHER}
-
-
-def _replay(epochs: _Epochs, openings: Openings) -> Openings:
-    return openings | {_OTHER: epochs.opening(_OTHER, epochs.plan(1))}
-
-
-def _exchange(epochs: _Epochs, openings: Openings) -> Openings:
-    return openings | {_OTHER: openings["cid"], "cid": openings[_OTHER]}
-
-
-def _own(epochs: _Epochs, openings: Openings) -> Openings:
-    return openings | {_VICTIM: epochs.opening(_VICTIM, epochs.plan())}
+def _without(openings: Openings, name: str) -> Openings:
+    return {member: opening for member, opening in openings.items() if member != name}
 
 
 _OPENINGS: Final[Mapping[str, Callable[[_Epochs, Openings], Openings]]] = {
-    "key agreement: a member's key swapped for the server's": _swap,
-    "key agreement: a fake member added": _add,
-    "key agreement: a member left out silently": _drop,
-    "key agreement: an opening of an earlier epoch replayed": _replay,
-    "key agreement: the keys of two members exchanged": _exchange,
-    "key agreement: the victim's own key replaced": _own,
+    "key agreement: a member's key swapped for the server's": lambda epochs, openings: (
+        openings | {_OTHER: epochs.opening(_OTHER, epochs.plan(), signer="mallory")}
+    ),
+    "key agreement: a fake member added": lambda _, openings: openings | {"mallory": openings[_OTHER]},
+    "key agreement: a member left out silently": lambda _, openings: _without(openings, _OTHER),
+    "key agreement: an opening of an earlier epoch replayed": lambda epochs, openings: (
+        openings | {_OTHER: epochs.opening(_OTHER, epochs.plan(1))}
+    ),
+    "key agreement: the keys of two members exchanged": lambda _, openings: (
+        openings | {_OTHER: openings["cid"], "cid": openings[_OTHER]}
+    ),
+    "key agreement: the victim's own key replaced": lambda epochs, openings: (
+        openings | {_VICTIM: epochs.opening(_VICTIM, epochs.plan())}
+    ),
 }
 
 
@@ -81,20 +69,15 @@ def key_refusals() -> tuple[RefusalResult, ...]:
     found = []
     for words, tamper in _OPENINGS.items():
         epochs = _Epochs()
-        sides = {name: epochs.agreement(name) for name in _MEMBERS}
+        sides = {name: epochs.agreement(name) for name in MEMBERS}
         openings = {name: side.opening() for name, side in sides.items()}
         relayed = tamper(epochs, openings)
         found.append(_attempt(words, partial(sides[_VICTIM].accept_openings, relayed)))
-    epochs = _Epochs()
-    found.append(
-        _attempt("key agreement: an epoch with three members", lambda: epochs.plan(members=_MEMBERS[:3]))
-    )
-    found.append(
-        _attempt(
-            "key agreement: an epoch with a member outside the roster",
-            lambda: epochs.plan(members=(*_MEMBERS[:4], "mallory")),
-        )
-    )
+    for words, members in (
+        ("an epoch with three members", MEMBERS[:3]),
+        ("an epoch with a member outside the roster", (*MEMBERS[:4], "mallory")),
+    ):
+        found.append(_attempt(f"key agreement: {words}", partial(_Epochs().plan, members=members)))
     with tempfile.TemporaryDirectory() as place:
         found += _state_refusals(Path(place))
     return tuple(found)
@@ -120,5 +103,5 @@ def _attempt(words: str, carry_out: Callable[[], object]) -> RefusalResult:
     try:
         carry_out()
     except FedMosaicError as error:
-        return RefusalResult(attempt=words, party="server", tried=1, refused=1, answer=str(error))
-    return RefusalResult(attempt=words, party="server", tried=1, refused=0, answer="accepted")
+        return RefusalResult(attempt=words, party="server", refused=1, answer=str(error))
+    return RefusalResult(attempt=words, party="server", refused=0, answer="accepted")

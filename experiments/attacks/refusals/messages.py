@@ -6,11 +6,9 @@ whether the victim loads what it was given.
 """
 
 import logging
-import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Final
+from dataclasses import replace
+from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -18,81 +16,70 @@ from fedmosaic.experiments.attacks.refusals.stand_in import (
     MEMBERS,
     ROUNDS,
     VectorLearner,
-    configuration,
+    founded,
     run_sessions,
 )
 from fedmosaic.experiments.attacks.statistics.results import RefusalResult
 from fedmosaic.experiments.scenario.quiet_log import quiet_log
 from fedmosaic.experiments.simulation.transport import InProcessTransport
-from fedmosaic.privacy.federation import kits as federation
 from fedmosaic.protos.errors import ConfigurationError, FedMosaicError
-from fedmosaic.protos.messages import Aggregate, AggregateSection, RoundStatus, Upload, WeightRow
+from fedmosaic.protos.messages import (
+    Aggregate,
+    AggregateSection,
+    Receipt,
+    RoundStatus,
+    Upload,
+    WeightRow,
+)
 from fedmosaic.server.coordinator import Coordinator
-from fedmosaic.server.settings import settings_from_kit
 
 _VICTIM, _OTHER = MEMBERS[:2]
-_SERVER, _CLIENT = "server", "client"
 
 TamperAggregate = Callable[["Line", Aggregate], Aggregate]
 TamperUpload = Callable[["Line", Upload], Upload]
 
 
-@dataclass
-class Line:
-    """The victim's line to the server, in the hands of whoever cheats.
+class Line(InProcessTransport):
+    """The victim's line to the server, in the hands of whoever cheats in the last round.
 
-    Attributes:
-        coordinator: the real server.
-        signing_keys: identity key of every member that cheats along.
-        on_aggregate: changes what the victim receives in the last round.
-        on_upload: changes what the client sends in the last round.
-        earlier: what passed in earlier rounds.
-        refused_upload: the server's answer to a changed upload; empty if it was taken.
-        sent: whether a changed upload was sent at all.
+    It keeps what passed in earlier rounds. `refused_upload` is the server's answer to a changed upload, empty
+    if that was taken, None if none was sent.
     """
 
-    coordinator: Coordinator
-    signing_keys: Mapping[str, Ed25519PrivateKey]
-    on_aggregate: TamperAggregate | None = None
-    on_upload: TamperUpload | None = None
-    earlier: list[Any] = field(default_factory=list)
-    refused_upload: str = ""
-    sent: bool = False
-
-
-class _TamperedTransport:
-    """The in-process transport with a cheat on the line."""
-
-    def __init__(self, inner: InProcessTransport, line: Line) -> None:
-        self._inner, self._line = inner, line
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
+    def __init__(
+        self, coordinator: Coordinator, on_aggregate: TamperAggregate | None, on_upload: TamperUpload | None
+    ) -> None:
+        super().__init__(coordinator, _VICTIM, patience_seconds=60.0)
+        self.coordinator = coordinator
+        self.aggregates: list[Aggregate] = []
+        self.uploads: list[Upload] = []
+        self.refused_upload: str | None = None
+        self._on_aggregate, self._on_upload = on_aggregate, on_upload
 
     def pull(self, round_number: int, on_wait: Callable[[RoundStatus], None] | None = None) -> Aggregate:
-        aggregate = self._inner.pull(round_number, on_wait)
-        if aggregate.round == ROUNDS and self._line.on_aggregate is not None:
-            return self._line.on_aggregate(self._line, aggregate)
-        self._line.earlier.append(aggregate)
+        """Change what comes."""
+        aggregate = super().pull(round_number, on_wait)
+        if aggregate.round == ROUNDS and self._on_aggregate is not None:
+            return self._on_aggregate(self, aggregate)
+        self.aggregates.append(aggregate)
         return aggregate
 
-    def push(self, upload: Upload) -> Any:
-        line = self._line
-        if upload.round == ROUNDS and line.on_upload is not None:
-            line.sent = True
+    def push(self, upload: Upload) -> Receipt:
+        """Send a changed upload first, then what is due."""
+        if upload.round == ROUNDS and self._on_upload is not None:
+            self.refused_upload = ""
             try:
-                self._inner.push(line.on_upload(line, upload))
+                super().push(self._on_upload(self, upload))
             except FedMosaicError as error:
-                line.refused_upload = str(error)
-        line.earlier.append(upload)
-        return self._inner.push(upload)
+                self.refused_upload = str(error)
+        self.uploads.append(upload)
+        return super().push(upload)
 
 
 def refusals() -> tuple[RefusalResult, ...]:
     """Carry out every attempt, each in a federation of its own.
 
-    Raises:
-        ConfigurationError: the federation did not run to its end, so that nothing was shown.
+    `ConfigurationError` if a federation did not run to its end, so that nothing was shown.
     """
     with quiet_log(logging.WARNING):
         return (
@@ -125,47 +112,21 @@ def _row(shares: Mapping[str, float]) -> TamperAggregate:
 def _other_row(_line: Line, aggregate: Aggregate) -> Aggregate:
     """A row that keeps the policy, but is not the one that the sum was made with."""
     _, row = _section(aggregate)
-    return _with_row(
-        aggregate, dict(zip(row.contributors, (0.4, 0.3, 0.2, 0.1)[: len(row.weights)], strict=False))
-    )
+    shares = (0.4, 0.3, 0.2, 0.1)[: len(row.weights)]
+    return _with_row(aggregate, dict(zip(row.contributors, shares, strict=False)))
 
 
-def _other_recipient(line: Line, aggregate: Aggregate) -> Aggregate:
+def _theirs(line: Line) -> AggregateSection:
     """What another member was to receive."""
-    theirs = line.coordinator.pull(_OTHER, ROUNDS)
-    if theirs is None:
+    aggregate = line.coordinator.pull(_OTHER, ROUNDS)
+    if aggregate is None:
         raise ConfigurationError("the other member's aggregate is not there yet")
-    return replace(aggregate, sections=theirs.sections)
+    return aggregate.sections[0]
 
 
-def _other_payload(line: Line, aggregate: Aggregate) -> Aggregate:
-    """Another member's sum under the victim's own row."""
-    theirs = line.coordinator.pull(_OTHER, ROUNDS)
+def _with_payload(aggregate: Aggregate, change: Callable[[bytes], bytes]) -> Aggregate:
     section, _ = _section(aggregate)
-    payload = theirs.sections[0].payload if theirs is not None else b""
-    return replace(aggregate, sections=(replace(section, payload=payload),))
-
-
-def _replayed(line: Line, aggregate: Aggregate) -> Aggregate:
-    """The aggregate of the round before."""
-    earlier = next(a for a in line.earlier if isinstance(a, Aggregate) and a.sections)
-    return replace(aggregate, sections=earlier.sections)
-
-
-def _flipped(_line: Line, aggregate: Aggregate) -> Aggregate:
-    section, _ = _section(aggregate)
-    payload = bytearray(section.payload)
-    payload[10] ^= 1
-    return replace(aggregate, sections=(replace(section, payload=bytes(payload)),))
-
-
-def _cut(_line: Line, aggregate: Aggregate) -> Aggregate:
-    section, _ = _section(aggregate)
-    return replace(aggregate, sections=(replace(section, payload=section.payload[:-8]),))
-
-
-def _old_epoch(_line: Line, aggregate: Aggregate) -> Aggregate:
-    return replace(aggregate, key_epoch=aggregate.key_epoch + 1)
+    return replace(aggregate, sections=(replace(section, payload=change(section.payload)),))
 
 
 AGGREGATE_ATTACKS: Final[Mapping[str, TamperAggregate]] = {
@@ -177,70 +138,71 @@ AGGREGATE_ATTACKS: Final[Mapping[str, TamperAggregate]] = {
     "the recipient in its own row": _row({"ada": 0.4, "ben": 0.2, "cid": 0.2, "dee": 0.2}),
     "a fake member in the row": _row({"ben": 0.4, "cid": 0.3, "mallory": 0.3}),
     "another row than the sum was made with": _other_row,
-    "another member's aggregate and row": _other_recipient,
-    "another member's sum under the own row": _other_payload,
-    "the aggregate of an earlier round, replayed": _replayed,
-    "a flipped bit in the header of the sum": _flipped,
-    "a sum cut short": _cut,
-    "a key epoch that was never agreed on": _old_epoch,
+    "another member's aggregate and row": lambda line, aggregate: replace(
+        aggregate, sections=(_theirs(line),)
+    ),
+    "another member's sum under the own row": lambda line, aggregate: _with_payload(
+        aggregate, lambda _: _theirs(line).payload
+    ),
+    "the aggregate of an earlier round, replayed": lambda line, aggregate: replace(
+        aggregate, sections=next(earlier.sections for earlier in line.aggregates if earlier.sections)
+    ),
+    "a flipped bit in the header of the sum": lambda _, aggregate: _with_payload(
+        aggregate, lambda sent: _flipped(sent, 10)
+    ),
+    "a sum cut short": lambda _, aggregate: _with_payload(aggregate, lambda sent: sent[:-8]),
+    "a key epoch that was never agreed on": lambda _, aggregate: replace(
+        aggregate, key_epoch=aggregate.key_epoch + 1
+    ),
 }
 
 
-def _foreign_signature(_line: Line, upload: Upload) -> Upload:
-    return replace(upload, signature=Ed25519PrivateKey.generate().sign(b"upload"), attempt_id="f" * 32)
+def _flipped(payload: bytes, place: int) -> bytes:
+    changed = bytearray(payload)
+    changed[place] ^= 1
+    return bytes(changed)
 
 
-def _old_upload(line: Line, _upload: Upload) -> Upload:
-    earlier = next(u for u in line.earlier if isinstance(u, Upload))
-    return replace(earlier, round=ROUNDS, attempt_id="e" * 32)
-
-
-def _altered_upload(_line: Line, upload: Upload) -> Upload:
+def _altered(upload: Upload) -> Upload:
     section = upload.sections[0]
-    payload = section.payload[:-1] + bytes([section.payload[-1] ^ 1])
-    return replace(upload, sections=(replace(section, payload=payload),), attempt_id="d" * 32)
+    sections = (replace(section, payload=_flipped(section.payload, -1)),)
+    return replace(upload, sections=sections, attempt_id="d" * 32)
 
 
 UPLOAD_ATTACKS: Final[Mapping[str, TamperUpload]] = {
-    "an upload signed with another key": _foreign_signature,
-    "an upload of an earlier round, relabelled": _old_upload,
-    "an upload altered after it was signed": _altered_upload,
+    "an upload signed with another key": lambda _, upload: replace(
+        upload, signature=Ed25519PrivateKey.generate().sign(b"upload"), attempt_id="f" * 32
+    ),
+    "an upload of an earlier round, relabelled": lambda line, _: replace(
+        line.uploads[0], round=ROUNDS, attempt_id="e" * 32
+    ),
+    "an upload altered after it was signed": lambda _, upload: _altered(upload),
 }
 
 
 def _honest() -> RefusalResult:
     """The control: without tampering everything is loaded, so that a refusal means something."""
-    learner, _, answer = _run(None, None)
+    learner, _, answer = _run()
     if learner.received != [2, 3]:
         raise ConfigurationError(f"the federation for the attempts did not run: {answer}")
-    return RefusalResult(
-        attempt="control: nothing tampered with; both aggregates are loaded",
-        party="nobody",
-        tried=1,
-        refused=1,
-    )
+    words = "control: nothing tampered with; both aggregates are loaded"
+    return RefusalResult(attempt=words, party="nobody", refused=1)
 
 
 def _against_client(words: str, tamper: TamperAggregate) -> RefusalResult:
-    learner, _, answer = _run(tamper, None)
+    learner, _, answer = _run(on_aggregate=tamper)
     if 2 not in learner.received:
         raise ConfigurationError(f"{words}: the untampered round 2 was not loaded either: {answer}")
-    return RefusalResult(
-        attempt=words, party=_SERVER, tried=1, refused=int(ROUNDS not in learner.received), answer=answer
-    )
+    refused = ROUNDS not in learner.received
+    return RefusalResult(attempt=words, party="server", refused=int(refused), answer=answer)
 
 
 def _against_server(words: str, tamper: TamperUpload) -> RefusalResult:
-    _, line, answer = _run(None, tamper)
-    if not line.sent:
-        raise ConfigurationError(f"{words}: it was never sent: {answer}")
-    return RefusalResult(
-        attempt=words,
-        party=_CLIENT,
-        tried=1,
-        refused=int(bool(line.refused_upload)),
-        answer=line.refused_upload,
-    )
+    _, line, failure = _run(on_upload=tamper)
+    answer = line.refused_upload
+    if answer is None:
+        raise ConfigurationError(f"{words}: it was never sent: {failure}")
+    return RefusalResult(attempt=words, party="client", refused=int(bool(answer)), answer=answer)
 
 
 class _Answers(logging.Handler):
@@ -257,31 +219,20 @@ class _Answers(logging.Handler):
 
 
 def _run(
-    on_aggregate: TamperAggregate | None, on_upload: TamperUpload | None
+    on_aggregate: TamperAggregate | None = None, on_upload: TamperUpload | None = None
 ) -> tuple[VectorLearner, Line, str]:
     """One federation with one tampered line; returns the victim, the line, and the operator's message."""
     answers = _Answers()
     logger = logging.getLogger("fedmosaic.client.session")
     logger.addHandler(answers)
     try:
-        with tempfile.TemporaryDirectory() as place:
-            directory = Path(place) / "federation"
-            federation.create(configuration(), directory)
-            (directory / "server/server.toml").write_text('listen = "127.0.0.1:0"\nstate_dir = "state"\n')
-            server = settings_from_kit(directory / "server").model_copy(update={"durable": False})
-            coordinator = Coordinator(server)
-            line = Line(coordinator, {}, on_aggregate, on_upload)
-            learner, errors = _sessions(directory, coordinator, line)
-            coordinator.close()
+        with founded() as (directory, coordinator):
+            line = Line(coordinator, on_aggregate, on_upload)
+
+            def transport_of(name: str) -> InProcessTransport:
+                return line if name == _VICTIM else InProcessTransport(coordinator, name, 60.0)
+
+            learners, errors = run_sessions(directory, transport_of)
     finally:
         logger.removeHandler(answers)
-    return learner, line, "; ".join([*answers.lines, *errors])
-
-
-def _sessions(directory: Path, coordinator: Coordinator, line: Line) -> tuple[VectorLearner, list[str]]:
-    def transport_of(name: str) -> Any:
-        inner = InProcessTransport(coordinator, name, patience_seconds=60.0)
-        return _TamperedTransport(inner, line) if name == _VICTIM else inner
-
-    learners, errors = run_sessions(directory, transport_of)
-    return learners[_VICTIM], errors
+    return learners[_VICTIM], line, "; ".join([*answers.lines, *errors])

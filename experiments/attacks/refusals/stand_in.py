@@ -1,7 +1,9 @@
 """A federation for attacks: real sessions, ledgers, keys and encryption; a vector stands in for the model."""
 
+import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -12,19 +14,27 @@ from fedmosaic.client.client import Participant
 from fedmosaic.client.planning import AdapterPlan
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import Releases
-from fedmosaic.client.session import Session
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.encryption.parameters import MaskParameters, Parameters
-from fedmosaic.privacy.federation import kits as federation
-from fedmosaic.privacy.federation.roster import AdapterTerms, Roster, ScheduleTerms, Terms
+from fedmosaic.privacy.federation import kits
+from fedmosaic.privacy.federation.roster import AdapterTerms, ScheduleTerms, Terms
 from fedmosaic.privacy.ledger.ledger import Ledger
+from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import SecureNoise
-from fedmosaic.privacy.mechanism.profile import ClippedSum, ProfileMechanism, Reduction
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos.errors import FedMosaicError
+from fedmosaic.server.coordinator import Coordinator
+from fedmosaic.server.settings import settings_from_kit
 
 MEMBERS: Final = ("ada", "ben", "cid", "dee", "eva")
 ROUNDS: Final = 3
 _PATIENCE_SECONDS: Final = 120.0
+_MECHANISM: Final = ProfileMechanism(
+    probe="none",
+    probe_sha256="0" * 64,
+    reduction=Reduction(hidden_size=8, intermediate_size=16, projection_dimensions=32),
+    noise_multiplier=1.0,
+)
 
 
 @dataclass
@@ -71,77 +81,9 @@ class VectorLearner:
         self._local = np.load(directory / "vector.npy", allow_pickle=False)
 
 
-def open_session(
-    directory: Path, name: str, seed: int, transport: Any
-) -> tuple[Session, VectorLearner, Ledger, ClientState]:
-    """A member's session with what it needs, opened in its kit."""
-    kit = federation.open_kit(directory / "clients" / name)
-    roster: Roster = kit.roster
-    state = ClientState(kit.directory / "state", roster.federation, name)
-    ledger = Ledger.open(state.ledger_path, name, 1e-5, 8.0, accountant="rdp", budgeted_channels=("profile",))
-    learner = VectorLearner(seed, roster.terms)
-    ids = tuple(f"{name}-{number}" for number in range(100))
-    plan = AdapterPlan(0.0, 0.1)
-    releases = Releases(ledger, roster.terms, state, ids, _profile(seed), SecureNoise(), plan)
-    member = Participant(kit, transport, learner, state, ledger, plan, releases, Progress())
-    return member.session, learner, ledger, state
-
-
-def run_sessions(
-    directory: Path, transport_of: Callable[[str], Any]
-) -> tuple[dict[str, VectorLearner], list[str]]:
-    """Run every member's session to its end, each in a thread of its own.
-
-    Args:
-        directory: of the federation.
-        transport_of: a member's line to the server.
-
-    Returns:
-        The learners by member, and what went wrong, in words.
-    """
-    learners: dict[str, VectorLearner] = {}
-    errors: list[str] = []
-    threads, open_things = [], []
-    for seed, name in enumerate(MEMBERS):
-        session, learners[name], ledger, state = open_session(directory, name, seed, transport_of(name))
-        open_things.append((ledger, state))
-
-        def work(name: str = name, session: Session = session) -> None:
-            try:
-                session.run()
-            except FedMosaicError as error:
-                errors.append(f"{name}: {error}")
-
-        threads.append(threading.Thread(target=work, daemon=True))
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(_PATIENCE_SECONDS)
-    for ledger, state in open_things:
-        ledger.close()
-        state.release()
-    return learners, errors
-
-
-def _profile(seed: int) -> Callable[[], ClippedSum]:
-    def summed() -> ClippedSum:
-        units = np.zeros(_MECHANISM.dimensions, dtype=np.int64)
-        units[seed] = 100 * 2**24
-        return ClippedSum(units, 0, 0, 100)
-
-    return summed
-
-
-_MECHANISM: Final = ProfileMechanism(
-    probe="none",
-    probe_sha256="0" * 64,
-    reduction=Reduction(hidden_size=8, intermediate_size=16, projection_dimensions=32),
-    noise_multiplier=1.0,
-)
-
-
-def configuration(encryption: Parameters | None = None) -> federation.FederationConfig:
-    """Terms of a small federation; with the back end `mask` if no other is given."""
+@contextmanager
+def founded(encryption: Parameters | None = None) -> Iterator[tuple[Path, Coordinator]]:
+    """A small federation in a directory of its own, by default with the back end `mask`, and its server."""
     terms = Terms(
         adapter=AdapterTerms(rank=4, blocks=2, target_modules=("a", "b"), protection="encrypted"),
         profile=_MECHANISM,
@@ -154,8 +96,70 @@ def configuration(encryption: Parameters | None = None) -> federation.Federation
         ),
         encryption=encryption or MaskParameters(),
     )
-    return federation.FederationConfig(
-        federation="attempts",
-        members=tuple(federation.MemberEntry(id=member) for member in MEMBERS),
-        terms=terms,
-    )
+    members = tuple(kits.MemberEntry(id=member) for member in MEMBERS)
+    with tempfile.TemporaryDirectory() as place:
+        directory = Path(place) / "federation"
+        kits.create(kits.FederationConfig(federation="attempts", members=members, terms=terms), directory)
+        (directory / "server/server.toml").write_text('listen = "127.0.0.1:0"\nstate_dir = "state"\n')
+        settings = settings_from_kit(directory / "server").model_copy(update={"durable": False})
+        coordinator = Coordinator(settings)
+        try:
+            yield directory, coordinator
+        finally:
+            coordinator.close()
+
+
+def open_member(
+    directory: Path, name: str, seed: int, transport: Any
+) -> tuple[Participant, VectorLearner, Ledger]:
+    """A member with what it needs, opened in its kit; its ledger and state are the caller's to close."""
+    kit = kits.open_kit(directory / "clients" / name)
+    state = ClientState(kit.directory / "state", kit.roster.federation, name)
+    ledger = Ledger.open(state.ledger_path, name, 1e-5, 8.0, accountant="rdp", budgeted_channels=("profile",))
+    learner = VectorLearner(seed, kit.roster.terms)
+    ids = tuple(f"{name}-{number}" for number in range(100))
+    plan = AdapterPlan(0.0, 0.1)
+    releases = Releases(ledger, kit.roster.terms, state, ids, _profile(seed), SecureNoise(), plan)
+    member = Participant(kit, transport, learner, state, ledger, plan, releases, Progress())
+    return member, learner, ledger
+
+
+def run_sessions(
+    directory: Path,
+    transport_of: Callable[[str], Any],
+    at_end: Callable[[Participant], object] = lambda _: None,
+) -> tuple[dict[str, VectorLearner], list[str]]:
+    """Run every member's session to its end, each in a thread of its own; the learners, and what went wrong.
+
+    `at_end` is called with every member when all are through, before its ledger is closed.
+    """
+    opened = {
+        name: open_member(directory, name, seed, transport_of(name)) for seed, name in enumerate(MEMBERS)
+    }
+    errors: list[str] = []
+
+    def work(name: str) -> None:
+        try:
+            opened[name][0].session.run()
+        except FedMosaicError as error:
+            errors.append(f"{name}: {error}")
+
+    threads = [threading.Thread(target=work, args=(name,), daemon=True) for name in MEMBERS]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(_PATIENCE_SECONDS)
+    for member, _, ledger in opened.values():
+        at_end(member)
+        ledger.close()
+        member.state.release()
+    return {name: learner for name, (_, learner, _) in opened.items()}, errors
+
+
+def _profile(seed: int) -> Callable[[], ClippedSum]:
+    def summed() -> ClippedSum:
+        units = np.zeros(_MECHANISM.dimensions, dtype=np.int64)
+        units[seed] = 100 * 2**24
+        return ClippedSum(units, 0, 0, 100)
+
+    return summed

@@ -24,13 +24,7 @@ _RIDGE = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class Equations:
-    """What a coalition holds.
-
-    Attributes:
-        weights_EU: weights of the members outside the coalition.
-        right_ED: aggregates less the coalition's own parts.
-        rounds_E: round of each equation, from 0.
-    """
+    """What a coalition holds: weights of the others, aggregates less its own parts, and rounds from 0."""
 
     weights_EU: FloatArray
     right_ED: FloatArray
@@ -48,15 +42,9 @@ def independent_equations(weights_EU: FloatArray) -> int:
 def equations(
     weights_RNN: Sequence[FloatArray], adapters_RND: Sequence[FloatArray], coalition: Sequence[int]
 ) -> Equations:
-    """Collect the equations of a coalition over several rounds.
+    """The equations of a coalition over several rounds; a row of zeros (nothing received) is none.
 
-    Args:
-        weights_RNN: per round, row i is what member i received.
-        adapters_RND: per round, the adapters as they were uploaded.
-        coalition: indices of the colluding members.
-
-    Returns:
-        Their equations; a row of zeros (a member that received nothing) is none.
+    Per round, row i of the weights is what member i received, and the adapters are as they were uploaded.
     """
     members = len(weights_RNN[0])
     others = [index for index in range(members) if index not in set(coalition)]
@@ -80,13 +68,7 @@ def equations(
 def smallest_coalition(weights_RNN: Sequence[FloatArray]) -> int | None:
     """Size of the smallest coalition whose rows of all these rounds solve for an adapter that stands still.
 
-    Tries every coalition, so it is for small federations: 2^N of them.
-
-    Args:
-        weights_RNN: per round, row i is what member i received; give one round for what that alone reveals.
-
-    Returns:
-        The size, or None if no coalition does.
+    None if no coalition does. Tries every one of the 2^N coalitions, so it is for small federations.
     """
     members = len(weights_RNN[0])
     for size in range(1, members):
@@ -103,10 +85,7 @@ def solve(held: Equations, movement: float = 0.0) -> FloatArray:
 
     Adapters are taken for independent, of unit variance, and for random walks over the rounds, so that the
     error of equation e of round t has the covariance min(t, t') m² ⟨w_e, w_e'⟩ with that of e' in round t'.
-
-    Args:
-        held: the equations.
-        movement: m, standard deviation of a round's movement over that of an adapter.
+    m is the movement: standard deviation of a round's movement over that of an adapter.
 
     Returns:
         (U, D); with no movement, the least-squares solution of least norm.

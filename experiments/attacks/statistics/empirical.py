@@ -18,10 +18,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import brentq
 from scipy.stats import norm
 
-from fedmosaic.experiments.attacks.statistics.results import ALARM_LEVEL, CONFIDENCE, Figure
-from fedmosaic.experiments.attacks.statistics.roc import clopper_pearson
+from fedmosaic.experiments.attacks.statistics.results import (
+    ALARM_LEVEL,
+    CONFIDENCE,
+    DELTA,
+    Figure,
+    clopper_pearson,
+)
 from fedmosaic.privacy.accounting.tradeoff import gaussian_delta
 
 FloatArray = npt.NDArray[np.float64]
@@ -45,15 +51,9 @@ class CanaryScores:
 def repeat_releases(
     release: Callable[[bool], npt.NDArray[np.floating]], direction: FloatArray, releases: int
 ) -> CanaryScores:
-    """Release again and again, in turn with and without the canary.
+    """Release again and again, in turn with (True) and without the canary, by the code under test.
 
-    Args:
-        release: makes one release through the code under test; True puts the canary in.
-        direction: (k,) what to correlate releases with, the canary's row.
-        releases: number of releases, half of them with the canary.
-
-    Returns:
-        Scores in units of the direction's norm.
+    Scores are projections on the (k,) direction, the canary's row, in units of its norm.
     """
     unit = direction / np.linalg.norm(direction)
     scores = np.array([float(release(number % 2 == 0) @ unit) for number in range(releases)])
@@ -61,14 +61,7 @@ def repeat_releases(
 
 
 def gaussian_mu(scores: CanaryScores, confidence: float) -> float:
-    """Lower confidence bound of μ, the distance of two Gaussians of one variance in standard deviations.
-
-    Args:
-        scores: at least 10 on each side.
-        confidence: one-sided.
-
-    Returns:
-        The bound, at least 0.
+    """Lower one-sided confidence bound, ≥ 0, of μ: the distance of two Gaussians of one variance over it.
 
     Reference:
         Hedges and Olkin 1985, "Statistical methods for meta-analysis", chapter 5: the variance of the
@@ -84,21 +77,24 @@ def gaussian_mu(scores: CanaryScores, confidence: float) -> float:
     return max(0.0, distance - float(norm.ppf(confidence)) * math.sqrt(variance))
 
 
-def gaussian_epsilon(mu: float, delta: float) -> float:
-    """ε at δ of N(0, 1) against N(μ, 1), by bisection of the closed form."""
+def gaussian_epsilon(mu: float, delta: float = DELTA) -> float:
+    """ε at δ of N(0, 1) against N(μ, 1), from the closed form of δ(ε)."""
     if math.isinf(mu):
         return math.inf
-    if mu <= 0.0 or float(gaussian_delta(mu, np.array(0.0))) <= delta:
+
+    def excess(epsilon: float) -> float:
+        return float(gaussian_delta(mu, np.array(epsilon))) - delta
+
+    if mu <= 0.0 or excess(0.0) <= 0.0:
         return 0.0
-    low, high = 0.0, 1.0
-    while float(gaussian_delta(mu, np.array(high))) > delta:
-        if high > _LARGEST_EPSILON:
-            return math.inf
-        high *= 2.0
-    for _ in range(80):
-        middle = (low + high) / 2.0
-        low, high = (middle, high) if float(gaussian_delta(mu, np.array(middle))) > delta else (low, middle)
-    return low
+    if excess(2.0 * _LARGEST_EPSILON) > 0.0:
+        return math.inf
+    return float(brentq(excess, 0.0, 2.0 * _LARGEST_EPSILON, xtol=1e-12))
+
+
+def epsilon_of_noise(noise_multiplier: float) -> float:
+    """ε at `DELTA` of one full-batch release with this σ; ∞ for 0."""
+    return gaussian_epsilon(1.0 / noise_multiplier if noise_multiplier else math.inf)
 
 
 def gaussian_lower_bound(scores: CanaryScores, delta: float, confidence: float) -> float:
@@ -109,22 +105,14 @@ def gaussian_lower_bound(scores: CanaryScores, delta: float, confidence: float) 
 def clopper_pearson_lower_bound(scores: CanaryScores, delta: float, confidence: float) -> float:
     """ε that repeated releases certify without any assumption on their scores.
 
-    The threshold comes from the first half of the scores and is judged on the second.
-
-    Args:
-        scores: at least 4 on each side.
-        delta: δ.
-        confidence: one-sided, for both error rates together.
-
-    Returns:
-        The certified ε, at least 0.
+    The threshold comes from the first half of the scores and is judged on the second. The confidence is
+    one-sided, for both error rates together.
     """
-    first, second = _halves(scores)
-    best, threshold = -math.inf, math.inf
-    for candidate in np.quantile(np.concatenate([first.inside, first.outside]), np.linspace(0.0, 1.0, 41)):
-        value = _certified(first, float(candidate), delta, confidence)
-        if value > best:
-            best, threshold = value, float(candidate)
+    inside, outside = scores.inside.size // 2, scores.outside.size // 2
+    first = CanaryScores(scores.inside[:inside], scores.outside[:outside])
+    second = CanaryScores(scores.inside[inside:], scores.outside[outside:])
+    candidates = np.quantile(np.concatenate([first.inside, first.outside]), np.linspace(0.0, 1.0, 41))
+    threshold = max(candidates.tolist(), key=lambda each: _certified(first, each, delta, confidence))
     return max(0.0, _certified(second, threshold, delta, confidence))
 
 
@@ -135,50 +123,31 @@ def clopper_pearson_ceiling(releases: int, delta: float, confidence: float) -> f
     return max(0.0, _certified(perfect, 0.5, delta, confidence))
 
 
-def audit_figures(scores: CanaryScores, claimed_epsilon: float, delta: float) -> tuple[Figure, ...]:
-    """Both lower bounds as figures, with the claimed ε as their bound.
+def audit_figures(scores: CanaryScores, claimed_epsilon: float) -> tuple[Figure, Figure]:
+    """Both lower bounds as figures, with the claimed ε at `DELTA` as their bound.
 
     `value` is the 95 % lower bound; `low` is the bound at the confidence of the alarm, which decides
     whether the claim is broken; `high` is the most that the method could have certified.
     """
-    releases = scores.inside.size + scores.outside.size
-    ceiling = clopper_pearson_ceiling(releases, delta, CONFIDENCE)
-    methods = (
-        ("certified ε, Gaussian scores", gaussian_lower_bound, None),
-        ("certified ε, no assumption", clopper_pearson_lower_bound, ceiling),
-    )
-    return tuple(
-        lower_bound_figure(
-            name,
-            method(scores, delta, CONFIDENCE),
-            method(scores, delta, 1.0 - ALARM_LEVEL),
-            claimed_epsilon,
-            most,
+    ceiling = clopper_pearson_ceiling(scores.inside.size + scores.outside.size, DELTA, CONFIDENCE)
+
+    def figure(name: str, method: Callable[[CanaryScores, float, float], float], most: float) -> Figure:
+        shown, sure = (
+            min(method(scores, DELTA, confidence), _LARGEST_EPSILON)
+            for confidence in (CONFIDENCE, 1.0 - ALARM_LEVEL)
         )
-        for name, method, most in methods
-    )
+        return Figure(
+            name=name,
+            value=shown,
+            low=min(sure, shown),
+            high=max(shown, min(most, _LARGEST_EPSILON)),
+            bound=claimed_epsilon,
+            broken=sure > claimed_epsilon * (1.0 + 1e-9),
+        )
 
-
-def lower_bound_figure(
-    name: str, shown: float, sure: float, claimed_epsilon: float, most: float | None
-) -> Figure:
-    """A certified ε as a figure; see `audit_figures`."""
-    shown, sure = min(shown, _LARGEST_EPSILON), min(sure, _LARGEST_EPSILON)
-    return Figure(
-        name=name,
-        value=shown,
-        low=min(sure, shown),
-        high=max(shown, min(most, _LARGEST_EPSILON)) if most is not None else _LARGEST_EPSILON,
-        bound=claimed_epsilon,
-        broken=sure > claimed_epsilon * (1.0 + 1e-9),
-    )
-
-
-def _halves(scores: CanaryScores) -> tuple[CanaryScores, CanaryScores]:
-    inside, outside = scores.inside.size // 2, scores.outside.size // 2
     return (
-        CanaryScores(scores.inside[:inside], scores.outside[:outside]),
-        CanaryScores(scores.inside[inside:], scores.outside[outside:]),
+        figure("certified ε, Gaussian scores", gaussian_lower_bound, math.inf),
+        figure("certified ε, no assumption", clopper_pearson_lower_bound, ceiling),
     )
 
 

@@ -13,13 +13,18 @@ Shape legend: R releases, N candidates, K coordinates.
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from fedmosaic.experiments.attacks.statistics.results import CurvePoint, Figure
+from fedmosaic.experiments.attacks.statistics.roc import (
+    BoolArray,
+    Ceiling,
+    FloatArray,
+    membership_figures,
+    roc_points,
+)
 from fedmosaic.privacy.mechanism.projection import GradientFactors
 
-FloatArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
-
+_SCORED_PER_RELEASE = 16
 _SMALLEST_RIDGE = 1e-9
 _TOKENS_AT_ONCE = 2048
 
@@ -32,31 +37,29 @@ def draw_members(releases: int, candidates: int, rate: float, generator: np.rand
 def scored_candidates(
     releases: int, candidates: int, count: int, generator: np.random.Generator
 ) -> BoolArray:
-    """A few random candidates per release, whose scores are used.
+    """(R, N) a few random candidates per release, whose scores are used; independent of who is a member.
 
     All scores of a release share its noise, and candidates of one task are alike, so many scores of one
     release say little more than one. Rare false positives need many releases with few scores each.
-
-    Args:
-        releases: R.
-        candidates: N.
-        count: scores per release, at least 1.
-        generator: of the choice, which must not depend on memberships.
-
-    Returns:
-        (R, N) with min(count, N) per row.
     """
     order = np.argsort(generator.random((releases, candidates)), axis=1)
     return np.asarray(order < count)
 
 
-def gram_matrix(factors: Sequence[GradientFactors], kept_share: float = 1.0) -> FloatArray:
-    """Inner products of gradients that are given by their factors.
+def scored(
+    scores: FloatArray, members: BoolArray, ceiling: Ceiling
+) -> tuple[tuple[Figure, ...], tuple[CurvePoint, ...]]:
+    """Figures and ROC of (R, N) scores, on the same few candidates of a release for every attack on it."""
+    choice = np.random.default_rng([len(members), _SCORED_PER_RELEASE])
+    used = scored_candidates(len(members), members.shape[1], _SCORED_PER_RELEASE, choice)
+    flat, truth = scores[used], members[used]
+    return membership_figures(flat, truth, ceiling, np.nonzero(used)[0]), roc_points(flat, truth)
 
-    Args:
-        factors: N gradients Σ_t δ_t x_tᵀ with at least one token each.
-        kept_share: share of the rows of the gradient that is kept, from the first on; the authors'
-            sanitiser keeps 0.4.
+
+def gram_matrix(factors: Sequence[GradientFactors], kept_share: float = 1.0) -> FloatArray:
+    """Inner products of gradients G = Σ_t δ_t x_tᵀ that are given by their factors.
+
+    Only a share of the rows of a gradient is kept, from the first on; the authors' sanitiser keeps 0.4.
 
     Returns:
         (N, N) float64: ⟨G_i, G_j⟩ = Σ_{t,s} ⟨δ_it, δ_js⟩ ⟨x_it, x_js⟩ over the kept rows.
@@ -87,16 +90,9 @@ def simulated_inner_products(
     noise: FloatArray | float,
     generator: np.random.Generator,
 ) -> FloatArray:
-    """Inner products of simulated noisy sums with every candidate, exact in distribution.
+    """(R, N) inner products of simulated noisy sums with every candidate, exact in distribution.
 
-    Args:
-        gram: (N, N) Gram matrix of the candidates.
-        members: (R, N) who is in which sum.
-        noise: standard deviation of the noise per coordinate of the sum, one or (R,).
-        generator: of the noise.
-
-    Returns:
-        (R, N).
+    The noise is the standard deviation per coordinate of the sum, one or (R,).
     """
     values, vectors = np.linalg.eigh(gram)
     root = vectors * np.sqrt(np.clip(values, 0.0, None))
@@ -113,16 +109,8 @@ def dictionary_scores(inner: FloatArray, gram: FloatArray, noise: float, rate: f
     """Which candidates explain the release together: the best linear estimate of all memberships.
 
     Memberships have prior mean p and variance p(1-p), so with λ = s²/(p(1-p)) the estimate is
-    p + (K + λI)⁻¹ (⟨y, g⟩ - p K 1): ridge regression on a dictionary of candidates.
-
-    Args:
-        inner: (R, N) inner products ⟨y, g_c⟩ of the releases as sums.
-        gram: (N, N).
-        noise: standard deviation s per coordinate.
-        rate: p, the adversary's prior.
-
-    Returns:
-        (R, N) estimated memberships.
+    p + (K + λI)⁻¹ (⟨y, g⟩ - p K 1): ridge regression on a dictionary of candidates. `inner` is the (R, N)
+    ⟨y, g_c⟩, the noise s is per coordinate, the rate is p.
     """
     size = len(gram)
     ridge = noise**2 / (rate * (1.0 - rate)) + _SMALLEST_RIDGE * float(np.trace(gram)) / size
@@ -135,16 +123,9 @@ def likelihood_ratio_scores(
 ) -> FloatArray:
     """Log likelihood ratio of every candidate by an adversary who knows all other members.
 
-    The strongest adversary that differential privacy considers: no attack on this release does better.
-
-    Args:
-        inner: (R, N) inner products ⟨y, g_c⟩ of the releases as sums.
-        gram: (N, N).
-        members: (R, N) the truth, of which only the others' part is used for a candidate.
-        noise: standard deviation s per coordinate; 0 for a release without noise.
-
-    Returns:
-        (R, N); without noise, the share of the candidate's gradient in what the others leave unexplained.
+    The strongest adversary that differential privacy considers: no attack on this release does better. Of
+    the (R, N) members only the others' part is used for a candidate. Without noise it is the share of the
+    candidate's gradient in what the others leave unexplained.
     """
     squares = np.maximum(np.diag(gram), 1e-300)
     rest = members @ gram - members * squares

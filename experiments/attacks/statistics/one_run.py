@@ -1,88 +1,48 @@
-"""One-run audit: many canaries in one training run, each included by a fair coin of its own.
+"""One-run audit against a whole trade-off curve: many canaries in one training run, each by a fair coin.
 
-The auditor guesses for some canaries whether they were included and abstains on the others. If the run is
-(ε, δ)-private, guesses are hardly better than randomised response: with q = e^ε / (e^ε + 1),
+Of m canaries, each included by a fair coin, r are guessed. Let p_c be the chance of exactly c right
+guesses, and F(x) the largest true positive rate at the false positive rate x that the claim allows. Take a
+random canary. With its coin turned, a right guess on it is a wrong one and there is one right guess less,
+so for every c
 
-    P[at least v of r guesses right] ≤ P[X ≥ v] + 2 m δ max_{1≤i≤v} P[v > X ≥ v - i] / i,  X ~ Binomial(r, q),
+    Σ_{i≥c} (i/m) p_i  ≤  F( Σ_{i≥c} ((r-i+1)/m) p_{i-1} ),
 
-so a large number of right guesses certifies a lower bound of ε. The bound is written from the theorem, and
-tests hold it against the truth by simulation: public implementations of audits have certified far more
-than was there.
+because F bounds each canary by itself and is concave. In terms of the tails s_c = Σ_{i≥c} p_i both sums have
+coefficients of one sign:
+
+    (r-c+1) s_{c-1}  ≥  m F⁻¹( (c s_c + s_{c+1} + … + s_r)/m ) + s_c + … + s_r,        s_{c-1} ≥ s_c.
+
+So the least tails that go with a given s_v, the chance of v or more right guesses, follow one after the
+other, from zeros above v downwards, and they grow with s_v. If s_v = level forces s_0 above 1, then v or more
+right guesses have a chance below the level under the claim, and v right guesses refute it. Nothing else is
+assumed: no δ, no shape.
+
+To name an ε, the claim is embedded in a family of claims with the noise s times as large. The least s that is
+refuted is certified: the release is not as private as that member of the family. The ε of it is a lower bound
+for a release whose own curve belongs to the family, as the curve of a Gaussian mechanism with another noise
+does.
 
 Reference:
-    Steinke, Nasr and Jagielski 2023, "Privacy auditing with one (1) training run" (arXiv:2305.08846),
-    theorem 5.2.
+    Mahloujifar, Melis and Chaudhuri 2024, "Auditing f-differential privacy in one run" (arXiv:2410.22235).
+    The argument above is a proof of the part that is used; tests hold it against a linear programme.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
-from scipy.stats import binom
 
 from fedmosaic.experiments.attacks.statistics.results import ALARM_LEVEL, CONFIDENCE, Figure
+from fedmosaic.experiments.attacks.statistics.roc import BoolArray, Ceiling, FloatArray
 
-FloatArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
+Family = Callable[[float], Ceiling]
+"""Maps a factor s > 0 on the noise to the trade-off curve of the claim with s times the noise."""
 
-GUESSED_SHARES = (0.02, 0.05, 0.1, 0.3)
+GUESSED_SHARES = (0.1, 0.2, 0.4)
 """Shares of the canaries that are guessed, fixed before the run; every one of them costs confidence."""
 
-_LARGEST_EPSILON = 50.0
-
-
-def one_run_p_value(canaries: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
-    """Upper bound on the chance of so many right guesses against an (ε, δ)-private run.
-
-    Args:
-        canaries: m, each included with probability 1/2.
-        guesses: r ≤ m, the others are abstentions.
-        right: v ≤ r.
-        epsilon: ε ≥ 0 of the null hypothesis.
-        delta: δ in [0, 1] of it.
-
-    Returns:
-        The bound, at most 1.
-
-    Raises:
-        ValueError: the counts contradict each other.
-    """
-    if not 0 <= right <= guesses <= canaries or epsilon < 0.0 or not 0.0 <= delta <= 1.0:
-        raise ValueError(
-            f"{right} right of {guesses} guesses on {canaries} canaries is no outcome of an audit"
-        )
-    accuracy = 1.0 / (1.0 + math.exp(-epsilon))
-    tail = float(binom.sf(right - 1, guesses, accuracy))
-    if right == 0 or delta == 0.0:
-        return min(1.0, tail)
-    below = np.cumsum(binom.pmf(np.arange(right - 1, -1, -1), guesses, accuracy))
-    slope = float(np.max(below / np.arange(1, right + 1)))
-    return min(1.0, tail + 2.0 * canaries * delta * slope)
-
-
-def one_run_epsilon(canaries: int, guesses: int, right: int, delta: float, confidence: float) -> float:
-    """Largest ε that so many right guesses refute.
-
-    Args:
-        canaries: m.
-        guesses: r, fixed in advance.
-        right: v.
-        delta: δ.
-        confidence: one-sided.
-
-    Returns:
-        Lower confidence bound of ε at δ; 0 if nothing can be said.
-    """
-    level = 1.0 - confidence
-    if one_run_p_value(canaries, guesses, right, 0.0, delta) > level:
-        return 0.0
-    low, high = 0.0, _LARGEST_EPSILON
-    for _ in range(30):
-        middle = (low + high) / 2.0
-        refuted = one_run_p_value(canaries, guesses, right, middle, delta) <= level
-        low, high = (middle, high) if refuted else (low, middle)
-    return low
+_SMALLEST_FACTOR, _LARGEST_FACTOR = 2.0**-4, 2.0**10
+_HALVINGS = 12
 
 
 def right_guesses(scores: FloatArray, included: BoolArray, guesses: int) -> int:
@@ -92,62 +52,92 @@ def right_guesses(scores: FloatArray, included: BoolArray, guesses: int) -> int:
     return int(np.count_nonzero(~included[order[:half]]) + np.count_nonzero(included[order[-half:]]))
 
 
-def one_run_lower_bound(
-    scores: FloatArray,
-    included: BoolArray,
-    delta: float,
-    confidence: float,
-    shares: Sequence[float] = GUESSED_SHARES,
-) -> float:
-    """The best certified ε over a few numbers of guesses, each at its part of the level.
+def least_total(canaries: int, guesses: int, right: int, chance: float, ceiling: Ceiling) -> float:
+    """Least total probability s_0 that goes with a chance s_v of so many right guesses.
+
+    Above 1 is impossible; the first tail above 1 is returned then. `ValueError` for counts that contradict
+    each other.
 
     Args:
-        scores: (m,) larger where a canary looks included.
-        included: (m,) the coins.
-        delta: δ.
-        confidence: one-sided, of the result.
-        shares: shares of canaries to guess, fixed before the run.
-
-    Returns:
-        Lower confidence bound of ε.
+        canaries: m, each included with probability 1/2.
+        guesses: r ≤ m, fixed in advance.
+        right: v ≤ r.
+        chance: of v or more right guesses, in [0, 1].
+        ceiling: the claim.
     """
-    each = 1.0 - (1.0 - confidence) / len(shares)
-    found = [0.0]
-    for share in shares:
-        guesses = 2 * max(1, round(share * scores.size / 2.0))
+    if not 0 <= right <= guesses <= canaries or not 0.0 <= chance <= 1.0:
+        raise ValueError(
+            f"{right} right of {guesses} guesses on {canaries} canaries is no outcome of an audit"
+        )
+    # The tail s_c, and the sum of all tails above c; a tail above v is zero.
+    tail, above = chance, 0.0
+    for count in range(right, 0, -1):
+        hit = (count * tail + above) / canaries
+        above += tail
+        needed = (canaries * ceiling.false_positive_rate(min(1.0, hit)) + above) / (guesses - count + 1)
+        if needed <= tail:
+            # Nothing forces this tail up, so nothing forces the next one, which has more room still.
+            return tail
+        tail = needed
+        if tail > 1.0:
+            return tail
+    return tail
+
+
+def refutes(scores: FloatArray, included: BoolArray, ceiling: Ceiling, level: float) -> bool:
+    """Whether the (m,) scores of one run refute a claim, which a true one suffers with chance `level`."""
+    each = level / len(GUESSED_SHARES)
+    for share in GUESSED_SHARES:
+        guesses = 2 * max(1, min(scores.size // 2, round(share * scores.size / 2.0)))
         right = right_guesses(scores, included, guesses)
-        found.append(one_run_epsilon(scores.size, guesses, right, delta, each))
-    return max(found)
+        if least_total(scores.size, guesses, right, each, ceiling) > 1.0:
+            return True
+    return False
 
 
-def one_run_ceiling(canaries: int, delta: float, confidence: float) -> float:
-    """The most that so many canaries can certify, reached if every guess is right."""
-    perfect = np.arange(canaries, dtype=np.float64)
-    included = perfect >= canaries // 2
-    return one_run_lower_bound(perfect, included, delta, confidence)
+def refuted_factor(scores: FloatArray, included: BoolArray, family: Family, level: float) -> float:
+    """The least factor on the noise whose claim the scores refute.
+
+    To a relative accuracy of 5 %, rounded up; infinity if no claim is refuted. It is below that of the true
+    claim with chance `level`.
+    """
+    low, high = 0.0, math.inf
+    factor = 1.0
+    while high == math.inf or low == 0.0:
+        if refutes(scores, included, family(factor), level):
+            high = factor
+            if factor <= _SMALLEST_FACTOR:
+                return high
+            factor /= 2.0
+        else:
+            low = factor
+            if factor >= _LARGEST_FACTOR:
+                return math.inf
+            factor *= 2.0
+    for _ in range(_HALVINGS):
+        if high <= 1.05 * low:
+            break
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if refutes(scores, included, family(middle), level) else (middle, high)
+    return high
 
 
 def one_run_figure(
-    scores: FloatArray, included: BoolArray, claimed_epsilon: Callable[[float], float], delta: float
+    scores: FloatArray, included: BoolArray, family: Family, epsilon_at: Callable[[float], float]
 ) -> Figure:
-    """The certified ε with the claimed one as its bound; see `audit_figures` for low and high.
+    """The ε that one run certifies, with the claimed one as its bound.
 
-    Args:
-        scores: (m,) larger where a canary looks included.
-        included: (m,) the coins.
-        claimed_epsilon: the claimed ε at any δ. The theorem's δ term is as large as 2mδ, more than the
-            level of an alarm, so the alarm compares both at a far smaller δ.
-        delta: δ of what is shown.
+    `value` is certified at 95 %, `low` at the confidence of the alarm. The alarm itself asks whether the
+    claimed curve is refuted, which assumes nothing. `family` and `epsilon_at` give curve and ε of the claim
+    with a factor on its noise; 1 is what is claimed.
     """
-    strict = ALARM_LEVEL / (len(GUESSED_SHARES) * 100.0 * scores.size)
-    shown = one_run_lower_bound(scores, included, delta, CONFIDENCE)
-    sure = one_run_lower_bound(scores, included, strict, 1.0 - ALARM_LEVEL)
-    most = one_run_ceiling(scores.size, delta, CONFIDENCE)
+    factors = [refuted_factor(scores, included, family, level) for level in (1.0 - CONFIDENCE, ALARM_LEVEL)]
+    shown, sure = (0.0 if math.isinf(factor) else epsilon_at(factor) for factor in factors)
     return Figure(
-        name="certified ε, one run",
+        name="certified ε, one run, f-DP",
         value=shown,
         low=min(shown, sure),
-        high=max(shown, most),
-        bound=claimed_epsilon(delta),
-        broken=sure > claimed_epsilon(strict) * (1.0 + 1e-9),
+        high=max(shown, 1e3),
+        bound=epsilon_at(1.0),
+        broken=refutes(scores, included, family(1.0), ALARM_LEVEL),
     )

@@ -52,16 +52,9 @@ class Background:
 
 
 def fit_background(terms: FloatArray, noise: FloatArray, shrinkage: float = 0.05) -> Background:
-    """Mean and covariance of the terms of public texts.
+    """Mean and covariance of the (N, D) terms of public texts; `ConfigurationError` if N < 2.
 
-    Args:
-        terms: (N, D) finite, N ≥ 2.
-        noise: (D,) above 0.
-        shrinkage: share in (0, 1) of the covariance that is spread evenly, for the directions that the
-            public texts do not show.
-
-    Raises:
-        ConfigurationError: there are too few terms, or a noise is not above 0.
+    The share `shrinkage` of the covariance is spread evenly, for directions that these texts do not show.
     """
     if len(terms) < 2 or not bool(np.all(noise > 0.0)) or not bool(np.isfinite(terms).all()):
         raise ConfigurationError(
@@ -79,17 +72,11 @@ def fit_background(terms: FloatArray, noise: FloatArray, shrinkage: float = 0.05
 def log_likelihoods(
     left: FloatArray, atoms: FloatArray, coefficients: FloatArray, background: Background, remaining: float
 ) -> FloatArray:
-    """Log-likelihood of every candidate term, up to a constant that is the same for all.
+    """(V,) log-likelihood of every candidate term, up to a constant that is the same for all.
 
-    Args:
-        left: (D,) what is left of the release, in the background's coordinates.
-        atoms: (K, D) directions that the candidates are combinations of, in the same coordinates.
-        coefficients: (V, K) of the candidates.
-        background: of the other terms.
-        remaining: number n ≥ 0 of other terms that are still in `left`; need not be whole.
-
-    Returns:
-        (V,) values; comparable between sums with the same `remaining`.
+    Candidates are combinations (V, K) of atoms (K, D). What is left of the release, (D,), has n ≥ 0 other
+    terms in it, not necessarily whole; both are in the background's coordinates. Values compare between sums
+    of one n.
     """
     weights = 1.0 / (1.0 + remaining * background.spread)
     unexplained = left - remaining * background.mean
@@ -101,12 +88,7 @@ def log_likelihoods(
 
 
 def unexplained_terms(left: FloatArray, background: Background) -> float:
-    """How many average terms would have as much energy as what is left of a release.
-
-    Args:
-        left: (D,) in the background's coordinates.
-        background: of the terms.
-    """
+    """How many average terms would have as much energy as the (D,) rest of a release."""
     energy = max(0.0, float(left @ left) - len(left))
     common, own = float(background.mean @ background.mean), float(background.spread.sum())
     # n terms have the energy n·own + n²·common on average.

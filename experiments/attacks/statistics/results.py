@@ -6,21 +6,32 @@ their bound: a figure is `broken` only if it lies above its bound at a confidenc
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Final, Literal
+from statistics import fmean
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
+from scipy.stats import beta
 
+from fedmosaic.privacy.accounting.events import Epsilon
 from fedmosaic.privacy.configuration import Frozen
-from fedmosaic.privacy.ledger.rows import Epsilon
-from fedmosaic.protos.errors import ConfigurationError
 
-SCHEMA_VERSION: Final = 1
 CONFIDENCE: Final = 0.95
 ALARM_LEVEL: Final = 1e-4
 """Chance with which one figure of a mechanism that keeps its promise is called broken."""
+DELTA: Final = 1e-5
+"""δ of every ε in a report."""
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Setting = Literal["product", "no_sanitiser", "authors", "variant"]
+"""The product as it runs, without or with the authors' sanitiser, or the product with other parameters."""
+
+
+def clopper_pearson(hits: float, size: float, confidence: float) -> tuple[float, float]:
+    """Exact two-sided interval of a binomial share; sizes need not be whole numbers."""
+    tail = (1.0 - confidence) / 2.0
+    low = 0.0 if hits <= 0.0 else float(beta.ppf(tail, hits, size - hits + 1.0))
+    high = 1.0 if hits >= size else float(beta.ppf(1.0 - tail, hits + 1.0, size - hits))
+    return low, high
 
 
 class Figure(Frozen):
@@ -42,12 +53,32 @@ class Figure(Frozen):
     bound: Epsilon | None = None
     broken: bool = False
 
+    @classmethod
+    def exact(cls, name: str, value: float) -> "Figure":
+        """A number without uncertainty."""
+        return cls(name=name, value=value, low=value, high=value)
+
+    @classmethod
+    def spread(cls, name: str, values: Sequence[float]) -> "Figure":
+        """The mean of some values, between the least and the most of them."""
+        return cls(name=name, value=fmean(values), low=min(values), high=max(values))
+
+    @classmethod
+    def share(cls, name: str, hits: float, size: int) -> "Figure":
+        """A share of independent trials with its exact interval."""
+        low, high = clopper_pearson(hits, size, CONFIDENCE)
+        return cls(name=name, value=hits / size, low=low, high=high)
+
 
 class CurvePoint(Frozen):
     """One point of a ROC curve."""
 
     false_positive_rate: Annotated[float, Field(ge=0.0, le=1.0)]
     true_positive_rate: Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _delta(fields: dict[str, Any]) -> float | None:
+    return DELTA if fields.get("epsilon") is not None else None
 
 
 class AttackResult(Frozen):
@@ -59,8 +90,7 @@ class AttackResult(Frozen):
         sees: what that adversary has.
         statistic: what it computes.
         release: what was attacked, in words.
-        setting: the product as it runs, a reference without or with the authors' sanitiser, or a
-            variant of the product with other parameters.
+        setting: what the result is filed under.
         epsilon: claimed ε of the release at `delta`; None where ε does not apply.
         delta: δ of it.
         figures: what was reached.
@@ -77,7 +107,7 @@ class AttackResult(Frozen):
     release: str
     setting: Setting
     epsilon: Epsilon | None = None
-    delta: float | None = None
+    delta: float | None = Field(default_factory=_delta)
     figures: tuple[Figure, ...]
     curve: tuple[CurvePoint, ...] = ()
     by_design: bool = False
@@ -103,7 +133,7 @@ class RefusalResult(Frozen):
 
     attempt: str
     party: str
-    tried: Annotated[int, Field(ge=1)]
+    tried: Annotated[int, Field(ge=1)] = 1
     refused: Annotated[int, Field(ge=0)]
     answer: str = ""
 
@@ -113,27 +143,7 @@ class RefusalResult(Frozen):
         return self.refused < self.tried
 
 
-class LaterRun(Frozen):
-    """A later run, whose results took the place of earlier ones of the same attacks.
-
-    Attributes:
-        attacks: names of the attacks that it carried out.
-        created: time of making, ISO 8601.
-        seconds: how long it took.
-        processor_seconds: time of all processor cores in it.
-        command: how to make it again.
-        machine: where it was made.
-    """
-
-    attacks: tuple[str, ...]
-    created: str
-    seconds: float
-    processor_seconds: float | None = None
-    command: str
-    machine: str
-
-
-class AttackReport(Frozen):
+class AttackReport(Frozen, extra="ignore"):
     """Section "attacks" of a privacy report.
 
     Attributes:
@@ -147,7 +157,6 @@ class AttackReport(Frozen):
         results: attacks with figures.
         refusals: attempts that must fail outright.
         skipped: attacks that could not be carried out, with the reason; it begins with the part's name.
-        later: runs of some of the attacks after the first run, in order.
     """
 
     schema_version: Literal[1] = 1
@@ -160,43 +169,6 @@ class AttackReport(Frozen):
     results: tuple[AttackResult, ...]
     refusals: tuple[RefusalResult, ...] = ()
     skipped: tuple[str, ...] = ()
-    later: tuple[LaterRun, ...] = ()
-
-    def updated(self, newer: "AttackReport", parts: Sequence[str]) -> "AttackReport":
-        """This report with a newer run of some parts in it, which takes the place of what they gave here.
-
-        A later run of which nothing is left is not named any more.
-
-        Args:
-            newer: of the same run or scenario.
-            parts: names of the parts that were run.
-
-        Raises:
-            ConfigurationError: the newer report is of another run.
-        """
-        if newer.run != self.run:
-            raise ConfigurationError(f"the report is of {self.run!r} and cannot take in one of {newer.run!r}")
-        found: dict[str, list[AttackResult]] = {}
-        for result in newer.results:
-            found.setdefault(result.attack, []).append(result)
-        results: list[AttackResult] = []
-        for result in self.results:
-            # An attack's results stand together, so the first one's place is the place of all.
-            results += found.pop(result.attack, []) if result.attack in _names(newer) else [result]
-        results += [result for group in found.values() for result in group]
-        run = LaterRun(
-            attacks=tuple(dict.fromkeys([*_names(newer), *(["refusals"] if newer.refusals else [])])),
-            **newer.model_dump(include=set(LaterRun.model_fields) - {"attacks"}),
-        )
-        kept = [reason for reason in self.skipped if not reason.startswith(tuple(f"{p}:" for p in parts))]
-        return self.model_copy(
-            update={
-                "results": tuple(results),
-                "refusals": newer.refusals or self.refusals,
-                "skipped": tuple(dict.fromkeys([*kept, *newer.skipped])),
-                "later": (*(each for each in self.later if not set(each.attacks) <= set(run.attacks)), run),
-            }
-        )
 
     @property
     def alarms(self) -> tuple[str, ...]:
@@ -214,7 +186,3 @@ class AttackReport(Frozen):
             if refusal.broken
         ]
         return tuple(found)
-
-
-def _names(report: AttackReport) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(result.attack for result in report.results))

@@ -16,9 +16,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtr, ndtri
-from scipy.stats import beta, norm
+from scipy.stats import norm
 
-from fedmosaic.experiments.attacks.statistics.results import ALARM_LEVEL, CONFIDENCE, CurvePoint, Figure
+from fedmosaic.experiments.attacks.statistics.results import (
+    ALARM_LEVEL,
+    CONFIDENCE,
+    CurvePoint,
+    Figure,
+    clopper_pearson,
+)
+from fedmosaic.experiments.scenario.metrics import placements
 from fedmosaic.privacy.accounting.epsilon import SMALLEST_NOISE_MULTIPLIER
 from fedmosaic.privacy.accounting.events import GaussianEvent, merge_events
 from fedmosaic.privacy.accounting.tradeoff import PrivacyCurve, gaussian_true_positive_rate, privacy_curve
@@ -100,30 +107,20 @@ def ceiling_of(events: Iterable[GaussianEvent]) -> Ceiling:
 def membership_figures(
     scores: FloatArray, members: BoolArray, ceiling: Ceiling, releases: IntArray | None = None
 ) -> tuple[Figure, ...]:
-    """AUC and true positive rates at fixed false positive rates.
+    """AUC and true positive rates at fixed false positive rates, of (n,) scores that are not NaN.
 
-    Args:
-        scores: (n,) larger where the attacker believes in membership; not NaN.
-        members: (n,) the truth.
-        ceiling: what the guarantee allows.
-        releases: (n,) which release a score belongs to; None if every score has noise of its own.
-
-    Returns:
-        AUC, and the true positive rate at every rate of `RATES` for which there are enough scores of
-        non-members to set a threshold, from enough releases that one draw of noise does not decide it.
-
-    Raises:
-        ValueError: there are no members or no others, or a score is NaN.
+    A rate is left out where there are too few scores of non-members to set a threshold, or where they come
+    from so few releases that one draw of noise decides it. `releases` says which one a score belongs to; None
+    if every score has noise of its own. `ValueError` without members or without others.
     """
     if np.isnan(scores).any() or not members.any() or members.all():
         raise ValueError("scores must not be NaN, and there must be members and others")
     groups = np.arange(scores.size) if releases is None else releases
-    figures = [_area_figure(scores, members, groups, ceiling)]
-    for rate in RATES:
-        found = _rate_figure(scores, members, groups, ceiling, rate)
-        if found is not None:
-            figures.append(found)
-    return tuple(figures)
+    rates = (_rate_figure(scores, members, groups, ceiling, rate) for rate in RATES)
+    return (
+        _area_figure(scores, members, groups, ceiling),
+        *(figure for figure in rates if figure is not None),
+    )
 
 
 def area_with_error(scores: FloatArray, members: BoolArray, groups: IntArray) -> tuple[float, float]:
@@ -132,17 +129,13 @@ def area_with_error(scores: FloatArray, members: BoolArray, groups: IntArray) ->
     Reference:
         Obuchowski 1997, "Nonparametric analysis of clustered ROC curve data", Biometrics 53.
     """
-    inside, outside = np.sort(scores[members]), np.sort(scores[~members])
-    won = _share_below(outside, scores[members])
-    lost = 1.0 - _share_below(inside, scores[~members])
+    won = placements(scores[members], scores[~members])
+    lost = 1.0 - placements(scores[~members], scores[members])
     area = float(won.mean())
     influence = np.zeros(scores.size)
     influence[members] = (won - area) / won.size
     influence[~members] = (lost - area) / lost.size
-    _, index = np.unique(groups, return_inverse=True)
-    sums = np.bincount(index, weights=influence)
-    correction = sums.size / max(1, sums.size - 1)
-    return area, math.sqrt(correction * float(np.sum(sums**2)))
+    return area, math.sqrt(_clustered_variance(influence, groups))
 
 
 def roc_points(scores: FloatArray, members: BoolArray, count: int = 120) -> tuple[CurvePoint, ...]:
@@ -150,13 +143,10 @@ def roc_points(scores: FloatArray, members: BoolArray, count: int = 120) -> tupl
     outside = np.sort(scores[~members])[::-1]
     inside = np.sort(scores[members])
     ranks = np.unique(np.round(np.geomspace(1, outside.size, count)).astype(int)) - 1
-    points = {}
-    for rank in ranks:
-        threshold = outside[rank]
+    points = {1.0: 1.0}
+    for threshold in outside[ranks]:
         false = float(np.count_nonzero(outside > threshold)) / outside.size
-        true = 1.0 - float(np.searchsorted(inside, threshold, side="right")) / inside.size
-        points[false] = true
-    points[1.0] = 1.0
+        points[false] = 1.0 - float(np.searchsorted(inside, threshold, side="right")) / inside.size
     return tuple(CurvePoint(false_positive_rate=f, true_positive_rate=t) for f, t in sorted(points.items()))
 
 
@@ -165,14 +155,8 @@ def rate_interval(
 ) -> tuple[float, float]:
     """Clopper-Pearson interval of a share, with the effective number of independent observations.
 
-    Args:
-        hits: (n,) n ≥ 1 outcomes.
-        groups: (n,) which outcomes may depend on each other.
-        confidence: of the two-sided interval.
-        cautious: where all outcomes agree, which tells nothing of their dependence, count groups only.
-
-    Returns:
-        Lower and upper end.
+    Groups say which of n ≥ 1 outcomes may depend on each other. Where all outcomes agree, which tells nothing
+    of their dependence, a cautious interval counts groups only.
 
     Reference:
         Korn and Graubard 1998, "Confidence intervals for proportions with small expected number of
@@ -180,9 +164,7 @@ def rate_interval(
     """
     share, size = float(hits.mean()), float(hits.size)
     if 0.0 < share < 1.0:
-        _, index = np.unique(groups, return_inverse=True)
-        sums = np.bincount(index, weights=(hits - share) / hits.size)
-        variance = sums.size / max(1, sums.size - 1) * float(np.sum(sums**2))
+        variance = _clustered_variance((hits - share) / hits.size, groups)
         if variance > 0.0:
             size = min(size, max(1.0, share * (1.0 - share) / variance))
     elif cautious:
@@ -190,17 +172,11 @@ def rate_interval(
     return clopper_pearson(share * size, size, confidence)
 
 
-def clopper_pearson(hits: float, size: float, confidence: float) -> tuple[float, float]:
-    """Exact two-sided interval of a binomial share; sizes need not be whole numbers."""
-    tail = (1.0 - confidence) / 2.0
-    low = 0.0 if hits <= 0.0 else float(beta.ppf(tail, hits, size - hits + 1.0))
-    high = 1.0 if hits >= size else float(beta.ppf(1.0 - tail, hits + 1.0, size - hits))
-    return low, high
-
-
-def _share_below(ordered: FloatArray, values: FloatArray) -> FloatArray:
-    below = np.searchsorted(ordered, values, side="left") + np.searchsorted(ordered, values, side="right")
-    return np.asarray(below / (2.0 * ordered.size), dtype=np.float64)
+def _clustered_variance(influence: FloatArray, groups: IntArray) -> float:
+    """Variance of a sum of influences of which those of one group depend on each other."""
+    _, index = np.unique(groups, return_inverse=True)
+    sums = np.bincount(index, weights=influence)
+    return sums.size / max(1, sums.size - 1) * float(np.sum(sums**2))
 
 
 def _area_figure(scores: FloatArray, members: BoolArray, groups: IntArray, ceiling: Ceiling) -> Figure:
@@ -230,18 +206,14 @@ def _rate_figure(
     broken = bound is not None and surely > ceiling.true_positive_rate(at_most) + 1e-9
     value, low, high = _rate_estimate(scores, members, groups, rate)
     # Where all members, or none, are above every threshold of this kind, it does not matter which one it is.
-    chancy = _false_releases(scores, members, groups, rate) < _LEAST_FALSE_RELEASES and 0.0 < value < 1.0
-    if chancy and not broken:
-        return None
+    if not broken and 0.0 < value < 1.0:
+        outside, of_release = scores[~members], groups[~members]
+        highest = np.argsort(-outside, kind="stable")[: max(1, int(outside.size * rate))]
+        # With few releases behind the false positives, one draw of noise decides the rate.
+        if np.unique(of_release[highest]).size < _LEAST_FALSE_RELEASES:
+            return None
     name = f"TPR at {rate:.1%} FPR".replace(".0%", " %").replace("0.1%", "0.1 %")
     return Figure(name=name, value=value, low=low, high=high, bound=bound, broken=broken)
-
-
-def _false_releases(scores: FloatArray, members: BoolArray, groups: IntArray, rate: float) -> int:
-    """How many releases the false positives at this rate come from; with few, one draw of noise decides."""
-    outside, of_release = scores[~members], groups[~members]
-    highest = np.argsort(-outside, kind="stable")[: max(1, int(outside.size * rate))]
-    return int(np.unique(of_release[highest]).size)
 
 
 def _rate_estimate(

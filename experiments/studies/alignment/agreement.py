@@ -31,7 +31,7 @@ from rich.table import Table
 from torch.nn import functional
 from transformers.utils import logging
 
-from fedmosaic.alignment.activations import ModuleKey, Reading, collect, open_side
+from fedmosaic.alignment.activations import ModuleKey, collect, open_side
 from fedmosaic.alignment.anchor import BasisPair
 from fedmosaic.alignment.checkpoint import Manifest
 from fedmosaic.alignment.evaluate import (
@@ -43,13 +43,14 @@ from fedmosaic.alignment.evaluate import (
     scramble,
 )
 from fedmosaic.alignment.moments import Moments
+from fedmosaic.alignment.pairing import Reading
 from fedmosaic.alignment.subspace import latent_scale
 from fedmosaic.alignment.tokens import PublicText
-from fedmosaic.client.colora import get_basis, read_shared
+from fedmosaic.client.colora import get_basis
 from fedmosaic.client.colora.state import shared_modules
 from fedmosaic.client.model.examples import Example, collate, encode_examples, padding_token
 from fedmosaic.client.model.loss import example_losses, on_device_of, training_mode
-from fedmosaic.client.model.training import TrainingSettings, train_local
+from fedmosaic.client.model.training import TrainingSettings
 from fedmosaic.protos.errors import ConfigurationError
 
 _AT_ONCE: Final = 16
@@ -83,49 +84,16 @@ class Arguments:
     """Seed of the training, of random cores and of random bases."""
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """Figures of one alignment; correlations and cosines in [−1, 1], means over modules where there are many.
-
-    Attributes:
-        basis: label of the alignment.
-        inputs_random: correlation of P A x for a random P.
-        inputs_core: correlation of P A x for the P that the source learnt.
-        size_ratio: size of P A x in the source over that in the target, geometric mean.
-        loss_halves: cosine of the target's gradients on two halves of the examples, of the answer's loss.
-        loss_gradient: cosine of both models' gradients.
-        loss_unaligned: the same with random bases of the target.
-        choice_halves: as above, of the loss of choosing.
-        choice_gradient: as above.
-        choice_unaligned: as above.
-        core_loss: cosine of the core that the source learnt and the target's descent of the answer's loss.
-        core_choice: the same for the loss of choosing.
-        core_unaligned: the same for the loss of choosing with random bases of the target.
-    """
-
-    basis: str
-    inputs_random: float
-    inputs_core: float
-    size_ratio: float
-    loss_halves: float
-    loss_gradient: float
-    loss_unaligned: float
-    choice_halves: float
-    choice_gradient: float
-    choice_unaligned: float
-    core_loss: float
-    core_choice: float
-    core_unaligned: float
+def _losses(model: LoadedModel, adapted: PeftModel, examples: Sequence[Example], length: int) -> torch.Tensor:
+    encoded = encode_examples(model.tokenizer, examples, length)
+    return example_losses(adapted, on_device_of(adapted, collate(encoded, padding_token(model.tokenizer))))
 
 
 def answer_loss(
     model: LoadedModel, adapted: PeftModel, examples: Sequence[Example], length: int
 ) -> torch.Tensor:
     """Sum of the mean losses of the answers' tokens."""
-    encoded = encode_examples(model.tokenizer, examples, length)
-    return example_losses(
-        adapted, on_device_of(adapted, collate(encoded, padding_token(model.tokenizer)))
-    ).sum()
+    return _losses(model, adapted, examples, length).sum()
 
 
 def choice_loss(
@@ -133,30 +101,19 @@ def choice_loss(
 ) -> torch.Tensor:
     """Sum of the losses of choosing the answer, the choices' mean log-likelihoods taken as logits."""
     rows = [replace(example, answer=choice) for example in examples for choice in example.choices]
-    encoded = encode_examples(model.tokenizer, rows, length)
-    losses = example_losses(adapted, on_device_of(adapted, collate(encoded, padding_token(model.tokenizer))))
-    parts = torch.split(-losses, [len(example.choices) for example in examples])
-    wanted = [example.choices.index(example.answer) for example in examples]
-    return torch.stack(
-        [-functional.log_softmax(part, dim=0)[index] for part, index in zip(parts, wanted, strict=True)]
-    ).sum()
+    sizes = [len(example.choices) for example in examples]
+    parts = torch.split(-_losses(model, adapted, rows, length), sizes)
+    chosen = [
+        functional.log_softmax(part, dim=0)[example.choices.index(example.answer)]
+        for part, example in zip(parts, examples, strict=True)
+    ]
+    return -torch.stack(chosen).sum()
 
 
 def core_gradient(
     model: LoadedModel, adapted: PeftModel, examples: Sequence[Example], objective: Objective, length: int
 ) -> torch.Tensor:
-    """Gradient of the mean loss by P and Q of every module.
-
-    Args:
-        model: the model.
-        adapted: the same with its adapter mounted.
-        examples: at least one example.
-        objective: the loss.
-        length: most tokens per example.
-
-    Returns:
-        (modules, r² + r) float64, in the order of the shared vector.
-    """
+    """(modules, r² + r) float64 gradient of the mean loss by P and Q, in the order of the shared vector."""
     adapted.zero_grad()
     choices = len(examples[0].choices) if objective is choice_loss else 1
     step = max(1, _AT_ONCE // choices)
@@ -181,16 +138,10 @@ def cosine(left: torch.Tensor, right: torch.Tensor) -> float:
 def latent_agreement(
     inputs: Mapping[ModuleKey, Moments], source: Bases, target: Bases, cores_MRR: torch.Tensor
 ) -> tuple[float, float]:
-    """Correlation of P A x of two models, and the ratio of their sizes, mean over modules.
+    """Mean correlation of P A x of two models, and geometric mean of the ratio of their sizes.
 
-    Args:
-        inputs: moments of the modules' inputs (source, target).
-        source: bases of the source.
-        target: bases of the target.
-        cores_MRR: (modules, r, r) one P per module, modules in the order of the shared vector.
-
-    Returns:
-        Mean correlation, and geometric mean of the root mean square in the source over that in the target.
+    There is one P per module, (modules, r, r), modules in the order of the shared vector; sizes are the
+    source's over the target's.
     """
     correlations: list[float] = []
     scales: list[float] = []
@@ -209,11 +160,7 @@ class Pair:
     """Source and target of one comparison, loaded once for all alignments."""
 
     def __init__(self, arguments: Arguments, manifest: Manifest) -> None:
-        """Load both models and the task.
-
-        Raises:
-            ConfigurationError: a name or the task is not usable.
-        """
+        """Load both models and the task."""
         self._arguments = arguments
         self._source, self._target = (LoadedModel(name, manifest) for name in arguments.pair)
         self._task = read_task(arguments.task, 1)
@@ -222,33 +169,37 @@ class Pair:
             raise ConfigurationError(f"the task has {len(self._task.train)} examples; give at least {wanted}")
         self._halves = self._task.train[: arguments.examples], self._task.train[arguments.examples : wanted]
 
-    def compare(self, label: str, folder: Path) -> Agreement:
-        """Figures of one alignment."""
+    def compare(self, label: str, folder: Path) -> dict[str, str | float]:
+        """Figures of one alignment, in [−1, 1] but for `size_ratio`, means over modules where there are many.
+
+        `loss` is the answer's, `choice` that of choosing; `halves` of the target's examples, `gradient` of
+        both models, `unaligned` the same with random bases of the target.
+        """
         arguments = self._arguments
         with self._source.mounted(folder / self._source.name) as adapted:
             own = self._gradients(self._source, adapted, 0)
-            self._train(adapted)
-            core = torch.from_numpy(read_shared(adapted)).double().reshape(own[0].shape)
+            settings = TrainingSettings(
+                shared_learning_rate=arguments.learning_rate,
+                steps=arguments.steps,
+                max_length=arguments.max_length,
+                seed=arguments.seed,
+            )
+            trained = self._source.train(adapted, self._task, settings)
+            core = torch.from_numpy(trained).double().reshape(own[0].shape)
             source = get_basis(adapted)
         with self._target.mounted(folder / self._target.name) as adapted:
             there, other = (self._gradients(self._target, adapted, half) for half in (0, 1))
             target = get_basis(adapted)
             scramble(adapted, arguments.seed)
             random = self._gradients(self._target, adapted, 0)
-        inputs = self._latents(folder, source, target, core)
-        return Agreement(
-            basis=label,
-            **inputs,
-            loss_halves=cosine(there[0], other[0]),
-            loss_gradient=cosine(own[0], there[0]),
-            loss_unaligned=cosine(own[0], random[0]),
-            choice_halves=cosine(there[1], other[1]),
-            choice_gradient=cosine(own[1], there[1]),
-            choice_unaligned=cosine(own[1], random[1]),
-            core_loss=cosine(core, -there[0]),
-            core_choice=cosine(core, -there[1]),
-            core_unaligned=cosine(core, -random[1]),
-        )
+        figures = self._latents(folder, source, target, core)
+        for index, name in enumerate(("loss", "choice")):
+            figures[f"{name}_halves"] = cosine(there[index], other[index])
+            figures[f"{name}_gradient"] = cosine(own[index], there[index])
+            figures[f"{name}_unaligned"] = cosine(own[index], random[index])
+            figures[f"core_{name}"] = cosine(core, -there[index])
+        figures["core_unaligned"] = cosine(core, -random[1])
+        return {"basis": label, **figures}
 
     def _gradients(
         self, model: LoadedModel, adapted: PeftModel, half: int
@@ -258,17 +209,6 @@ class Pair:
             core_gradient(model, adapted, examples, answer_loss, length),
             core_gradient(model, adapted, examples, choice_loss, length),
         )
-
-    def _train(self, adapted: PeftModel) -> None:
-        arguments, tokenizer = self._arguments, self._source.tokenizer
-        settings = TrainingSettings(
-            shared_learning_rate=arguments.learning_rate,
-            steps=arguments.steps,
-            max_length=arguments.max_length,
-            seed=arguments.seed,
-        )
-        encoded = encode_examples(tokenizer, self._task.train, arguments.max_length)
-        train_local(adapted, encoded, settings, pad_token_id=padding_token(tokenizer))
 
     def _latents(
         self,
@@ -301,12 +241,8 @@ class Pair:
         }
 
 
-def compare_all(arguments: Arguments) -> list[Agreement]:
-    """Compare the pair under every alignment; see `Arguments`.
-
-    Raises:
-        ConfigurationError: an option, an alignment or the task is not usable.
-    """
+def compare_all(arguments: Arguments) -> list[dict[str, str | float]]:
+    """Compare the pair under every alignment; see `Arguments`."""
     for name in ("examples", "steps"):
         if getattr(arguments, name) < 1:
             raise ConfigurationError(f"{name} is {getattr(arguments, name)}; give at least 1")
@@ -315,15 +251,12 @@ def compare_all(arguments: Arguments) -> list[Agreement]:
     return [pair.compare(label, folder) for label, folder in folders.items()]
 
 
-def print_table(found: Sequence[Agreement], console: Console) -> None:
+def print_table(found: Sequence[Mapping[str, str | float]], console: Console) -> None:
     """One column per alignment, one row per figure."""
-    table = Table(title="Agreement of source and target")
-    table.add_column("figure")
-    for agreement in found:
-        table.add_column(agreement.basis)
-    columns = [asdict(agreement) for agreement in found]
-    for name in list(columns[0])[1:]:
-        table.add_row(name.replace("_", ", "), *(f"{column[name]:.3f}" for column in columns))
+    names = [str(column["basis"]) for column in found]
+    table = Table("figure", *names, title="Agreement of source and target")
+    for name in list(found[0])[1:]:
+        table.add_row(name.replace("_", ", "), *(f"{column[name]:.3f}" for column in found))
     console.print(table)
 
 
@@ -334,7 +267,7 @@ def main(arguments: Sequence[str]) -> int:
     found = compare_all(parsed)
     if parsed.out is not None:
         parsed.out.parent.mkdir(parents=True, exist_ok=True)
-        content = {"arguments": asdict(parsed), "agreements": [asdict(agreement) for agreement in found]}
+        content = {"arguments": asdict(parsed), "agreements": found}
         parsed.out.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
     print_table(found, Console())
     return 0

@@ -16,7 +16,7 @@ import json
 import random
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -39,6 +39,8 @@ _PUBLIC: Final = (
 )
 _READOUT_TEXTS: Final = 1500
 _DOMAINS: Final = ("banking", "travel", "work", "home")
+Pairs = list[tuple[str, str]]
+"""Prompts and answers."""
 
 
 @dataclass(frozen=True)
@@ -63,17 +65,13 @@ class Arguments:
 
 
 def write_tasks(arguments: Arguments) -> None:
-    """Write the files; see `Arguments`.
-
-    Raises:
-        ConfigurationError: A data set is missing or too small.
-    """
+    """Write the files; see `Arguments`. `ConfigurationError` if a data set is missing or too small."""
     text = arguments.data / "cl_benchmark_text"
     arguments.out.mkdir(parents=True, exist_ok=True)
     try:
         tasks = {
-            "sst2": _splits(text / "SC/SST-2", "Review", "Good or bad?"),
-            "agnews": _splits(
+            "sst2": _sentences(text / "SC/SST-2", "Review", "Good or bad?"),
+            "agnews": _sentences(
                 text / "TC/agnews", "News", "World, sports, business or science or technology?"
             ),
             "clinc": _intents(arguments.data / "clinc150/data_full.json"),
@@ -97,15 +95,7 @@ def write_tasks(arguments: Arguments) -> None:
 
 
 def write_story_model(folder: Path, out: Path) -> None:
-    """Copy a model folder with the token that begins a text as the one that ends it.
-
-    Args:
-        folder: model with tokenizer.
-        out: where to write; replaced if present.
-
-    Raises:
-        ConfigurationError: the folder or its tokenizer cannot be read.
-    """
+    """Copy a model folder, with the token that begins a text as the one that ends it."""
     try:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
@@ -121,14 +111,7 @@ def write_story_model(folder: Path, out: Path) -> None:
 
 
 def write_shallow_model(folder: Path, depth: int, public: Path, out: Path) -> None:
-    """Cut a model to its first layers, with an output head refitted on public text.
-
-    Args:
-        folder: the whole model.
-        depth: layers to keep.
-        public: public text, as for `fedmosaic align`.
-        out: where to write.
-    """
+    """Cut a model to its first layers, with an output head refitted on public text."""
     model, tokenizer = load_base_model(folder)
     texts = [f"{text.prompt}\n{text.text}" for text in read_public_text(public, _READOUT_TEXTS)]
     sequences = [tokenizer(text, truncation=True, max_length=64)["input_ids"] for text in texts]
@@ -137,29 +120,29 @@ def write_shallow_model(folder: Path, depth: int, public: Path, out: Path) -> No
     tokenizer.save_pretrained(str(out))
 
 
-def _splits(folder: Path, opening: str, question: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    def pairs(split: str) -> list[tuple[str, str]]:
-        return [
+def _splits(pairs: Callable[[str], Pairs]) -> tuple[Pairs, Pairs]:
+    return pairs("train"), pairs("test")
+
+
+def _sentences(folder: Path, opening: str, question: str) -> tuple[Pairs, Pairs]:
+    return _splits(
+        lambda split: [
             (f"{opening}: {_short(row['sentence'])}\n{question}", row["label"].lower())
             for row in _json(folder / f"{split}.json")
         ]
+    )
 
-    return pairs("train"), pairs("test")
 
-
-def _intents(path: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+def _intents(path: Path) -> tuple[Pairs, Pairs]:
     domain_of = {intent: name for name in _DOMAINS for intent in CLINC_DOMAINS[name].split()}
     question = f"{', '.join(_DOMAINS[:-1]).capitalize()} or {_DOMAINS[-1]}?"
-
-    def pairs(split: str) -> list[tuple[str, str]]:
-        rows = _json(path)[split]
-        return [
+    return _splits(
+        lambda split: [
             (f"Request: {text}\n{question}", domain_of[intent])
-            for text, intent in rows
+            for text, intent in _json(path)[split]
             if intent in domain_of
         ]
-
-    return pairs("train"), pairs("test")
+    )
 
 
 def _public(text: Path, source: str, opening: str, question: str) -> list[dict[str, str]]:

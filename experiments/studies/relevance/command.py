@@ -20,12 +20,11 @@ import torch
 import tyro
 
 from fedmosaic.client.model.load import load_base_model
-from fedmosaic.client.profile.probe import open_probe
+from fedmosaic.client.profile.probe import gradient_factors, open_probe
 from fedmosaic.experiments.studies.relevance.designs import (
     DESIGNS,
     SIDES,
     Rows,
-    cached_factors,
     complete_map,
     encode,
     fit_sides,
@@ -35,7 +34,8 @@ from fedmosaic.experiments.studies.relevance.measure import Recovery, measure
 from fedmosaic.experiments.studies.relevance.tables import Cell, draw, markdown
 from fedmosaic.experiments.tasks.relevance_sets import load_public, load_task_set
 from fedmosaic.privacy.accounting.calibrate import noise_multiplier_for
-from fedmosaic.privacy.mechanism.profile import Float64Array, clip
+from fedmosaic.privacy.mechanism.gaussian import clip
+from fedmosaic.privacy.mechanism.noise import Float64Array
 from fedmosaic.privacy.mechanism.projection import PublicMap
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class Settings:
     probes: tuple[Path, ...]
     """Probe models: folders, or GGUF files in a folder with nothing else."""
     output_dir: Path = Path("runs/relevance")
-    """Where results go, and the factors (about a gigabyte a probe) that a second run reuses."""
+    """Where results go."""
     task_sets: tuple[str, ...] = ("easy", "hard_news", "hard_intents")
     """What to compare clients on."""
     epsilons: tuple[float, ...] = (math.inf, 8.0, 3.0, 1.0, 0.5)
@@ -85,18 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(settings: Settings) -> list[Cell]:
-    """Measure every cell and write the results.
-
-    Args:
-        settings: what to measure and where to write.
-
-    Returns:
-        All cells.
-
-    Raises:
-        ConfigurationError: data is missing.
-        ModelError: a probe cannot be loaded or used.
-    """
+    """Measure every cell and write the results."""
     torch.set_num_threads(settings.threads)
     cells = [cell for path in settings.probes for cell in _probe_cells(path, settings)]
     settings.output_dir.mkdir(parents=True, exist_ok=True)
@@ -115,13 +104,11 @@ def _probe_cells(path: Path, settings: Settings) -> Iterator[Cell]:
         path.parent if is_file else path, settings.dtype, gguf_file=path.name if is_file else None
     )
     probe, name = open_probe(model), path.stem
-    cache = settings.output_dir / "factors"
-
     public = encode(
         tokenizer, load_public(settings.data, settings.public_size, settings.seed), settings.max_length
     )
     logger.info("%s: fitting the basis on %d public examples", name, len(public))
-    public_factors = cached_factors(probe, public, cache)
+    public_factors = list(gradient_factors(probe, public))
     sides = fit_sides(probe, public_factors, SIDES)
     public_rows = reduced_rows(probe, public_factors, DESIGNS.values(), sides)
     for task_set in settings.task_sets:
@@ -130,7 +117,8 @@ def _probe_cells(path: Path, settings: Settings) -> Iterator[Cell]:
         for task, examples in tasks.items():
             logger.info("%s, %s: probing %d examples of %s", name, task_set, len(examples), task)
             encoded = encode(tokenizer, examples, settings.max_length)
-            rows.append(reduced_rows(probe, cached_factors(probe, encoded, cache), DESIGNS.values(), sides))
+            factors = list(gradient_factors(probe, encoded))
+            rows.append(reduced_rows(probe, factors, DESIGNS.values(), sides))
         for title, design in DESIGNS.items():
             logger.info("%s, %s: measuring %s", name, task_set, title)
             public_map = complete_map(design, probe, name, sides, public_rows[design.rows_name])

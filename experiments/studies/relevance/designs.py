@@ -1,15 +1,11 @@
 """The profile designs that the relevance study compares, and the rows they give for texts."""
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final, Literal
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client.model.examples import (
@@ -21,8 +17,9 @@ from fedmosaic.client.model.examples import (
     prompt_tokens,
 )
 from fedmosaic.client.profile.basis import BasisSettings, fit_basis, standardise_rows
-from fedmosaic.client.profile.probe import Probe, gradient_factors
-from fedmosaic.privacy.mechanism.profile import Float64Array, ProfileMechanism, Reduction
+from fedmosaic.client.profile.probe import Probe
+from fedmosaic.privacy.mechanism.noise import Float64Array
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.privacy.mechanism.projection import GradientFactors, Projection, PublicBasis, PublicMap
 
 Rows = dict[str, Float64Array]
@@ -32,13 +29,9 @@ Rows = dict[str, Float64Array]
 class Design:
     """One way to make a profile.
 
-    Attributes:
-        kind: the reduction.
-        dimensions: its output.
-        normalise: whether every example's row gets unit norm.
-        standardise: what follows.
-        coordinate_share: share that random dimension sampling keeps.
-        left: directions of δ of a Kronecker reduction; those of x follow from `dimensions`.
+    A reduction to some dimensions, whether every example's row gets unit norm, what standardises the rows,
+    the share that random dimension sampling keeps, and how many directions of δ a Kronecker reduction has
+    (those of x follow).
     """
 
     kind: Literal["coordinates", "tensor_sketch", "kronecker"]
@@ -112,35 +105,6 @@ def encode(
     return encoded
 
 
-def cached_factors(probe: Probe, examples: Sequence[EncodedExample], cache: Path) -> list[GradientFactors]:
-    """Probe examples, once: factors are kept on disk, since probing takes longer than all the rest.
-
-    Args:
-        probe: the probe.
-        examples: encoded examples.
-        cache: folder for the factors, keyed by the probe, its dtype and the tokens.
-
-    Returns:
-        One gradient per example, in order.
-    """
-    path = cache / f"{_key(probe, examples)}.safetensors"
-    if not path.exists():
-        ordered = list(gradient_factors(probe, examples))
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        arrays = {
-            "delta": np.concatenate([gradient.delta for gradient in ordered]),
-            "inputs": np.concatenate([gradient.inputs for gradient in ordered]),
-            "lengths": np.array([len(gradient.delta) for gradient in ordered]),
-        }
-        save_file(arrays, partial)
-        partial.rename(path)
-    stored = load_file(path)
-    ends = np.cumsum(stored["lengths"])[:-1]
-    pieces = zip(np.split(stored["delta"], ends), np.split(stored["inputs"], ends), strict=True)
-    return [GradientFactors(delta, inputs) for delta, inputs in pieces]
-
-
 def fit_sides(probe: Probe, public: Sequence[GradientFactors], shape: tuple[int, int]) -> PublicBasis:
     """Fit the two sides of a Kronecker reduction on public gradients."""
     reduction = Design("kronecker", shape[0] * shape[1]).reduction(probe)
@@ -151,16 +115,9 @@ def fit_sides(probe: Probe, public: Sequence[GradientFactors], shape: tuple[int,
 def reduced_rows(
     probe: Probe, factors: Sequence[GradientFactors], designs: Iterable[Design], sides: PublicBasis
 ) -> Rows:
-    """Reduce gradients for every design.
+    """(n, k) rows of n gradients before standardisation, for every design by its `rows_name`.
 
-    Args:
-        probe: the probe.
-        factors: n gradients.
-        designs: which rows are needed.
-        sides: enough directions of δ and x for the largest Kronecker design, strongest first.
-
-    Returns:
-        (n, k) rows before standardisation, by `Design.rows_name`.
+    There have to be enough directions of δ and x for the largest Kronecker design, strongest first.
     """
     projections = {
         design.rows_name: Projection(design.reduction(probe), design.own_sides(sides)) for design in designs
@@ -185,13 +142,3 @@ def complete_map(
         noise_multiplier=0.0,
     )
     return PublicMap(mechanism, None if bare else fitted.basis)
-
-
-def _key(probe: Probe, examples: Sequence[EncodedExample]) -> str:
-    dtype = next(probe.base.parameters()).dtype
-    digest = hashlib.sha256(json.dumps([probe.sha256, str(dtype)]).encode())
-    for example in examples:
-        for tensor in (example.input_ids, example.labels):
-            digest.update(tensor.numpy().astype("<i8").tobytes())
-            digest.update(b"|")
-    return digest.hexdigest()[:32]

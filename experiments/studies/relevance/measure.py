@@ -8,46 +8,38 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import sem
 
 from fedmosaic.experiments.scenario.metrics import area_under_curve
-from fedmosaic.privacy.mechanism.noise import SeededTestNoise
-from fedmosaic.privacy.mechanism.profile import ClippedSum, Float64Array, IntArray, ProfileMechanism, release
-from fedmosaic.server.round.relevance import corrected_cosine, plain_cosine
+from fedmosaic.privacy.mechanism.gaussian import ClippedSum
+from fedmosaic.privacy.mechanism.noise import Float64Array, IntArray, SeededTestNoise
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism, release
+from fedmosaic.server.round.relevance import corrected_cosine
 
 CLIENTS_PER_TASK = 2
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """How clients of one task found each other, averaged over trials.
+    """How clients of one task found each other, by the corrected cosine, averaged over trials.
 
     Attributes:
-        auc: area under the ROC curve of same-task pairs against all others, of the corrected cosine.
+        auc: area under the ROC curve of same-task pairs against all others.
         auc_error: standard error of that average.
         top1: share of clients whose most similar peer has the same task.
-        auc_uncorrected: as `auc`, of the plain cosine of the noisy vectors.
-        top1_uncorrected: as `top1`, of the plain cosine.
-        same_task: mean corrected cosine of same-task pairs.
-        other_task: mean corrected cosine of the other pairs.
-        significant: share of profiles that the server takes for signal.
         bootstrapped: whether n exceeded a client's examples, so that they were drawn with replacement.
     """
 
     auc: float
     auc_error: float
     top1: float
-    auc_uncorrected: float
-    top1_uncorrected: float
-    same_task: float
-    other_task: float
-    significant: float
     bootstrapped: bool
 
 
 def measure(
     units_by_task: Sequence[IntArray], mechanisms: Sequence[ProfileMechanism], n: int, trials: int, seed: int
 ) -> list[Recovery]:
-    """Release profiles of n examples for two clients per task and compare them.
+    """Release profiles of n examples for two clients per task, and compare them; one result per mechanism.
 
     Args:
         units_by_task: per task the clipped rows of its examples, as `clip` gives them; a task's two clients
@@ -56,25 +48,27 @@ def measure(
         n: examples per release.
         trials: repetitions.
         seed: of subsets and noise.
-
-    Returns:
-        One result per mechanism.
     """
     pools = [units[half::CLIENTS_PER_TASK] for units in units_by_task for half in range(CLIENTS_PER_TASK)]
     labels_C = np.arange(len(pools)) // CLIENTS_PER_TASK
     bootstrapped = any(n > len(pool) for pool in pools)
     generator = np.random.default_rng([seed, n])
     noise = SeededTestNoise(int(generator.integers(2**63)))
-    trial_rows: list[list[list[float]]] = [[] for _ in mechanisms]
+    trials_of: list[list[tuple[float, float]]] = [[] for _ in mechanisms]
     for _ in range(trials):
         sums = [
             pool[generator.choice(len(pool), n, replace=n > len(pool))].sum(axis=0, dtype=np.int64)
             for pool in pools
         ]
-        for results, mechanism in zip(trial_rows, mechanisms, strict=True):
+        for found, mechanism in zip(trials_of, mechanisms, strict=True):
             released = [release(ClippedSum(total, 0, 0, n), mechanism, noise) for total in sums]
-            results.append(_figures(np.array(released, dtype=np.float64), mechanism.noise_variance, labels_C))
-    return [_average(np.array(results), bootstrapped) for results in trial_rows]
+            found.append(_figures(np.array(released, dtype=np.float64), mechanism.noise_variance, labels_C))
+    recoveries = []
+    for found in trials_of:
+        areas, tops = np.array(found).T
+        error = float(sem(areas)) if trials > 1 else 0.0
+        recoveries.append(Recovery(float(areas.mean()), error, float(tops.mean()), bootstrapped))
+    return recoveries
 
 
 def top_match(similarity: Float64Array, labels: npt.NDArray[np.int64]) -> float:
@@ -84,24 +78,10 @@ def top_match(similarity: Float64Array, labels: npt.NDArray[np.int64]) -> float:
     return float(np.mean(labels[without_self.argmax(axis=1)] == labels))
 
 
-def _figures(vectors_CK: Float64Array, variance: float, labels_C: npt.NDArray[np.int64]) -> list[float]:
-    corrected = corrected_cosine(vectors_CK, np.full(len(vectors_CK), variance))
-    plain_CC = plain_cosine(vectors_CK).similarity
+def _figures(
+    vectors_CK: Float64Array, variance: float, labels_C: npt.NDArray[np.int64]
+) -> tuple[float, float]:
+    similarity = corrected_cosine(vectors_CK, np.full(len(vectors_CK), variance)).similarity
     rows, columns = np.triu_indices(len(vectors_CK), 1)
-    same = labels_C[rows] == labels_C[columns]
-    corrected_pairs, plain_pairs = corrected.similarity[rows, columns], plain_CC[rows, columns]
-    return [
-        area_under_curve(corrected_pairs[same], corrected_pairs[~same]),
-        top_match(corrected.similarity, labels_C),
-        area_under_curve(plain_pairs[same], plain_pairs[~same]),
-        top_match(plain_CC, labels_C),
-        float(corrected_pairs[same].mean()),
-        float(corrected_pairs[~same].mean()),
-        float(corrected.significant.mean()),
-    ]
-
-
-def _average(results: Float64Array, bootstrapped: bool) -> Recovery:
-    auc, top1, auc_plain, top1_plain, same, other, significant = (float(v) for v in results.mean(axis=0))
-    error = float(results[:, 0].std(ddof=1) / np.sqrt(len(results))) if len(results) > 1 else 0.0
-    return Recovery(auc, error, top1, auc_plain, top1_plain, same, other, significant, bootstrapped)
+    same, pairs = labels_C[rows] == labels_C[columns], similarity[rows, columns]
+    return area_under_curve(pairs[same], pairs[~same]), top_match(similarity, labels_C)

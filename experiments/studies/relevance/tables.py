@@ -15,17 +15,7 @@ from fedmosaic.experiments.studies.relevance.measure import Recovery
 
 @dataclass(frozen=True)
 class Cell:
-    """One measured cell of the study.
-
-    Attributes:
-        probe: name of the probe model.
-        task_set: name of the task set.
-        design: name of the profile's design.
-        dimensions: length k of a release.
-        n: examples per release.
-        epsilon: ε of one release, inf without noise.
-        recovery: what was measured.
-    """
+    """One measured cell: probe, task set, design and its length k, examples n per release, and its ε."""
 
     probe: str
     task_set: str
@@ -39,11 +29,7 @@ class Cell:
 def markdown(cells: Iterable[Cell]) -> str:
     """One table per probe and task set: designs down, n and ε across, AUC / top-1 in the cells.
 
-    Args:
-        cells: all cells, in any order.
-
-    Returns:
-        Markdown text. † marks cells whose examples were drawn with replacement.
+    † marks cells whose examples were drawn with replacement.
     """
     parts = []
     ordered = sorted(cells, key=lambda cell: (cell.probe, cell.task_set))
@@ -66,12 +52,7 @@ def markdown(cells: Iterable[Cell]) -> str:
 
 
 def draw(cells: Sequence[Cell], path: Path) -> None:
-    """Draw AUC against ε, one panel per probe, task set and n, one line per design.
-
-    Args:
-        cells: all cells.
-        path: file to write; its suffix chooses the format.
-    """
+    """Draw AUC against ε, one panel per probe, task set and n, one line per design."""
     rows = list(dict.fromkeys((cell.probe, cell.task_set) for cell in cells))
     sizes = sorted({cell.n for cell in cells})
     epsilons = sorted({cell.epsilon for cell in cells})

@@ -6,12 +6,10 @@ is a ciphertext of the weighted sum; no key, no homomorphic library and no resca
 the network only ever become numpy words that are compared with q.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmosaic.privacy.encryption.aggregator import Aggregator, Contribution
+from fedmosaic.privacy.encryption.aggregator import Aggregator, Combination, Contribution
 from fedmosaic.privacy.encryption.ckks.expansion import SEED_BYTES, expand_seed
 from fedmosaic.privacy.encryption.ckks.modular import (
     WORD_BYTES,
@@ -23,7 +21,6 @@ from fedmosaic.privacy.encryption.layout import ring_blocks
 from fedmosaic.privacy.encryption.parameters import CkksParameters
 from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
 from fedmosaic.protos.errors import CiphertextError
-from fedmosaic.protos.messages import WeightRow
 
 # Bounds the memory for the words of all contributors, whatever the length of the vector.
 _BLOCKS_AT_ONCE = 4
@@ -36,26 +33,21 @@ class CkksAggregator(Aggregator[CkksParameters]):
         count = ring_blocks(self.parameters, context.dimensions) * self.parameters.ring_degree
         self._read_first(contribution, 0, np.empty(count, dtype=np.uint64))
 
-    def _combine(
-        self,
-        contributions: Sequence[Contribution],
-        weights: NDArray[np.int64],
-        rows: Sequence[WeightRow],
-        headers: Sequence[bytes],
-        context: RoundContext,
-    ) -> list[memoryview]:
-        count = ring_blocks(self.parameters, context.dimensions) * self.parameters.ring_degree
+    def _combine(self, work: Combination) -> list[memoryview]:
+        count = ring_blocks(self.parameters, work.context.dimensions) * self.parameters.ring_degree
         header_size, half_size = HEADER_BYTES // 8, count * WORD_BYTES // 8
-        records = np.empty((len(rows), header_size + 2 * half_size), dtype="<u8")
-        records[:, :header_size] = np.frombuffer(b"".join(headers), dtype="<u8").reshape(len(rows), -1)
+        records = np.empty((len(work.rows), header_size + 2 * half_size), dtype="<u8")
+        records[:, :header_size] = np.frombuffer(b"".join(work.headers), dtype="<u8").reshape(
+            len(work.rows), -1
+        )
         step = _BLOCKS_AT_ONCE * self.parameters.ring_degree
-        residues = np.empty((len(contributions), min(step, count)), dtype=np.uint64)
+        residues = np.empty((len(work.contributions), min(step, count)), dtype=np.uint64)
         for start in range(0, count, step):
             now = residues[:, : min(step, count - start)]
             for half, read in enumerate((self._read_first, self._read_second)):
-                for contribution, words in zip(contributions, now, strict=True):
+                for contribution, words in zip(work.contributions, now, strict=True):
                     read(contribution, start, words)
-                sums = modular_matrix_product(weights, now, self.parameters.modulus)
+                sums = modular_matrix_product(work.weights, now, self.parameters.modulus)
                 offset = header_size + half * half_size + start * WORD_BYTES // 8
                 pack_words(sums, records[:, offset : offset + now.shape[1] * WORD_BYTES // 8])
         return [record.data.cast("B").toreadonly() for record in records]

@@ -1,15 +1,10 @@
 """Back end `ckks`, client side: approximate homomorphic encryption through `tenseal.sealapi`.
 
-SEAL makes keys, encodes, samples errors, encrypts, decrypts and decodes. Two things are done around it:
-
-*Seeded uploads.* SEAL's ciphertext (c0, c1) has the phase v = c0 + c1·s, the message plus a fresh error. The
-upload is (v − a·s, a) with a uniform `a` expanded from a fresh 32-byte seed. It has the same phase, hence the
-same message and error, and the distribution of a fresh symmetric encryption, since `a` is uniform and
-independent of v. Only the first polynomial and the seed travel. SEAL can write seeded ciphertexts too, but
-only inside a compressed stream, with a generator that the server would have to rebuild from SEAL's sources.
-
-*Complex slots.* Value pairs (x, y) become slots x + iy. Weights are real, so both parts stay apart, and one
-ciphertext carries n values.
+SEAL makes keys, encodes, samples errors, encrypts, decrypts and decodes. Two things are done around it
+(docs/encryption.md). *Seeded uploads*: the phase v = c0 + c1·s of SEAL's ciphertext is sent as (v − a·s, a)
+with a uniform `a` expanded from a fresh 32-byte seed; it has the distribution of a fresh symmetric
+encryption, since `a` is uniform and independent of v. *Complex slots*: value pairs (x, y) become slots x +
+iy; weights are real, so both parts stay apart, and one ciphertext carries n values.
 
 Decryptions are approximate: together with its ciphertext, one exact decrypted vector reveals the secret key.
 What `decrypt` returns must stay in the process. Reference: Li and Micciancio, "On the security of homomorphic
@@ -42,14 +37,7 @@ from fedmosaic.protos.messages import WeightRow
 
 
 def generate_secret(parameters: CkksParameters) -> bytes:
-    """Return a fresh ternary secret in evaluation form, 6 bytes a residue.
-
-    Args:
-        parameters: Agreed parameters; decide the length.
-
-    Returns:
-        `secret_bytes(parameters)` bytes that only members may see.
-    """
+    """A fresh ternary secret in evaluation form, `secret_bytes` bytes that only members may see."""
     seal = _engine(parameters)
     # `data` refers into the key, which has to outlive it.
     key = seal.api.KeyGenerator(seal.context).secret_key()

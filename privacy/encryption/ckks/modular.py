@@ -42,20 +42,12 @@ def unpack_words(buffer: bytes | memoryview, offset: int, words: NDArray[np.uint
 
 
 def modular_multiply(left: NDArray[np.uint64], right: NDArray[np.uint64], modulus: int) -> NDArray[np.uint64]:
-    """Multiply residues elementwise, exactly.
+    """Multiply (m,) residues modulo q < 2**48 elementwise, exactly.
 
     With the quotient f = ⌊a·b/q⌋ estimated in float64, a·b − f·q is formed modulo 2^64. The estimate is a
     number below 2^48 with a relative error of at most 2^-51, so f is off by at most one and the true
     difference lies in [−q, 2q), far inside the 64-bit range: one conditional addition and one conditional
     subtraction finish the reduction.
-
-    Args:
-        left: (m,) residues below the modulus.
-        right: (m,) residues below the modulus.
-        modulus: q below 2**48.
-
-    Returns:
-        (m,) products modulo q.
     """
     prime = np.uint64(modulus)
     quotient = np.floor(left.astype(np.float64) * right.astype(np.float64) / modulus).astype(np.uint64)
@@ -66,16 +58,7 @@ def modular_multiply(left: NDArray[np.uint64], right: NDArray[np.uint64], modulu
 
 
 def modular_subtract(left: NDArray[np.uint64], right: NDArray[np.uint64], modulus: int) -> NDArray[np.uint64]:
-    """Subtract residues elementwise.
-
-    Args:
-        left: (m,) residues below the modulus.
-        right: (m,) residues below the modulus.
-        modulus: q below 2**48.
-
-    Returns:
-        (m,) differences modulo q.
-    """
+    """Subtract (m,) residues modulo q < 2**48 elementwise."""
     difference = left - right
     reduced: NDArray[np.uint64] = np.minimum(difference, difference + np.uint64(modulus))
     return reduced
@@ -100,7 +83,7 @@ def modular_matrix_product(
         (R, D) sums modulo q.
 
     Raises:
-        EncryptionError: If shapes or bounds do not hold, which would make the result inexact.
+        EncryptionError: Shapes or bounds do not hold, which would make the result inexact.
     """
     if weights.ndim != 2 or residues.ndim != 2 or weights.shape[1] != residues.shape[0]:
         raise EncryptionError(f"cannot multiply weights {weights.shape} with residues {residues.shape}")

@@ -12,7 +12,7 @@ import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +20,6 @@ from numpy.typing import NDArray
 _MAGIC = 0xA15E
 _HEADER = struct.Struct("<HBBBBHQ")
 _NO_COMPRESSION = 0
-
-
-class _Savable(Protocol):
-    def save(self, path: str, /) -> None: ...
 
 
 class SealFile:
@@ -38,7 +34,7 @@ class SealFile:
             file.write(content)
         target.load(context, self._path)
 
-    def version(self, source: _Savable) -> tuple[int, int]:
+    def version(self, source: Any) -> tuple[int, int]:
         """Return the major and minor version that this SEAL writes."""
         source.save(self._path)
         with open(self._path, "rb") as file:
@@ -80,16 +76,12 @@ class SealFormat:
         self._ring_degree = ring_degree
 
     def plaintext(self, residues: NDArray[np.uint64]) -> bytes:
-        """Return a plaintext, or the plaintext inside a secret key, in evaluation form.
-
-        Args:
-            residues: (n,) residues below the modulus.
-        """
+        """A plaintext, or the one in a secret key, of (n,) residues in evaluation form."""
         body = self._parameters_id + struct.pack("<Qd", residues.size, 1.0) + self._array(residues)
         return self._with_header(body)
 
     def ciphertext(self, residues: NDArray[np.uint64], scale: float) -> bytes:
-        """Return a ciphertext of two polynomials over one prime in evaluation form.
+        """A ciphertext of two polynomials over one prime, in evaluation form.
 
         Args:
             residues: (2n,) residues below the modulus, first polynomial first.

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmosaic.privacy.encryption.aggregator import Aggregator, Contribution
+from fedmosaic.privacy.encryption.aggregator import Aggregator, Combination, Contribution
 from fedmosaic.privacy.encryption.parameters import MaskParameters
 from fedmosaic.privacy.encryption.records import RoundContext
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos.errors import EncryptionError
-from fedmosaic.protos.messages import WeightRow
 
 # Doubles in one buffer of a product: two of them stay in the third-level cache.
 _BUFFER = 400_000
@@ -32,26 +31,19 @@ class MaskAggregator(Aggregator[MaskParameters]):
     def _check_payload(self, contribution: Contribution, context: RoundContext) -> None:
         """Every word of the right length is a valid one."""
 
-    def _combine(
-        self,
-        contributions: Sequence[Contribution],
-        weights: NDArray[np.int64],
-        rows: Sequence[WeightRow],
-        headers: Sequence[bytes],
-        context: RoundContext,
-    ) -> list[memoryview]:
-        nonce = {item.client: item.nonce for item in contributions}
+    def _combine(self, work: Combination) -> list[memoryview]:
+        nonce = {item.client: item.nonce for item in work.contributions}
         prefixes = [
             b"".join([header, *map(nonce.__getitem__, row.contributors)])
-            for header, row in zip(headers, rows, strict=True)
+            for header, row in zip(work.headers, work.rows, strict=True)
         ]
-        ends = [*itertools.accumulate(len(prefix) // 4 + context.dimensions for prefix in prefixes)]
+        ends = [*itertools.accumulate(len(prefix) // 4 + work.context.dimensions for prefix in prefixes)]
         memory = np.empty(max(ends[-1], _LARGE_PAGES), dtype="<u4")
         records = [memory[start:end] for start, end in itertools.pairwise([0, *ends])]
         for prefix, record in zip(prefixes, records, strict=True):
             record[: len(prefix) // 4] = np.frombuffer(prefix, dtype="<u4")
-        words = [np.frombuffer(item.payload, dtype="<i4") for item in contributions]
-        self._product(weights, words, [record[-context.dimensions :] for record in records])
+        words = [np.frombuffer(item.payload, dtype="<i4") for item in work.contributions]
+        self._product(work.weights, words, [record[-work.context.dimensions :] for record in records])
         return [record.data.cast("B").toreadonly() for record in records]
 
 
@@ -85,7 +77,7 @@ class WordProduct:
             sums: R vectors (D,), overwritten.
 
         Raises:
-            EncryptionError: If the weights are out of bounds, which would make the result inexact.
+            EncryptionError: The weights are out of bounds, which would make the result inexact.
         """
         if weights.size and (int(weights.min()) < 0 or int(weights.sum(axis=1).max()) > 1 << 20):
             raise EncryptionError("weights must be ≥ 0 with rows that sum to at most 2^20")

@@ -108,6 +108,31 @@ def test_gradient_of_the_core_is_the_closed_form() -> None:
     torch.testing.assert_close(core.bias.grad, SCALE * back.sum(0), rtol=1e-4, atol=1e-5)
 
 
+def test_one_core_for_all_branches_gives_what_the_branches_apart_give() -> None:
+    """A core that somebody hooks is called by itself; nobody may see another output or gradient for it."""
+    together, apart, x = make(), make(), inputs()
+    called: list[str] = []
+    assert isinstance(apart, CoLoraLinear)
+    for branch in ("local", "global", "personal"):
+        apart.core("default", branch).register_forward_hook(lambda *_, name=branch: called.append(name))
+    outputs = [layer(x) for layer in (together, apart)]
+    delta = torch.randn_like(outputs[0])
+    for output in outputs:
+        output.backward(delta)
+    assert called == ["local", "global", "personal"]
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
+    theirs = dict(apart.named_parameters())
+    trained = [name for name, parameter in together.named_parameters() if parameter.grad is not None]
+    assert any("gate" in name for name in trained)
+    assert any("core_local" in name for name in trained)
+    assert not any("core_global" in name for name in trained)
+    for name, parameter in together.named_parameters():
+        if parameter.grad is None:
+            assert theirs[name].grad is None
+        else:
+            torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-4, atol=1e-5)
+
+
 def test_bases_are_orthonormal_and_the_map_is_an_isometry() -> None:
     layer = make()
     a, b = layer.colora_A["default"], layer.colora_B["default"]

@@ -2,59 +2,31 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from devices import here
 from fedmosaic.client.colora import CoLoraConfig, adapted_layers, fix_gate, set_active_branches, set_trainable
 from fedmosaic.client.dp.branch import only_shared_branch, private_parameters, public_branches, shared_cores
-from fedmosaic.client.dp.checks import assert_only_shared_branch, check_engine, public_examples, refuse_state
-from fedmosaic.client.model.examples import IGNORED
+from fedmosaic.client.dp.checks import assert_only_shared_branch, check_engine, refuse_state
 from fedmosaic.client.model.loss import in_bfloat16
 from fedmosaic.protos.errors import ModelError, PrivacyError
+from tiny import tiny_colora
 
 pytestmark = pytest.mark.usefixtures("device")
 
 
-def make_model(
-    dtype: torch.dtype = torch.float32,
-    gate: str = "scalar",
-    rope: dict[str, Any] | None = None,
-    **options: str,
-) -> nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        rope_parameters=rope or {"rope_type": "default", "rope_theta": 1e4},
-    )
-    return get_peft_model(
-        here(LlamaForCausalLM(config).to(dtype)),
-        CoLoraConfig(
-            r=4, alpha=8, blocks=2, personal_branch=True, gate=gate, task_type="CAUSAL_LM", **options
-        ),
-    )
-
-
 @pytest.fixture
 def model(device: torch.device) -> nn.Module:
-    return make_model()
+    return tiny_colora()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("global_weight", [None, 0.0, 0.5])
 def test_a_shared_branch_alone_passes(dtype: torch.dtype, global_weight: float | None) -> None:
-    model = make_model(dtype)
+    model = tiny_colora(dtype)
     with only_shared_branch(model, global_weight=global_weight) as cores:
         assert_only_shared_branch(model, cores, private_parameters(model))
         check_engine(model, cores, clip=4.0)
@@ -99,7 +71,7 @@ def personal_branch_times_zero(model: nn.Module) -> None:
 def test_a_frozen_private_tensor_in_the_forward_pass_is_found(
     leak: Callable[[nn.Module], None], gate: str
 ) -> None:
-    model = make_model(gate=gate)
+    model = tiny_colora(options={"gate": gate})
     with only_shared_branch(model) as cores:
         leak(model)
         trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -135,7 +107,7 @@ def test_everything_but_releases_counts_as_private(model: nn.Module) -> None:
 
 
 def test_the_tensors_of_another_adapter_count_as_private() -> None:
-    model = make_model(other_layers="none")
+    model = tiny_colora(options={"other_layers": "none"})
     before = set(private_parameters(model))
     model.add_adapter("second", CoLoraConfig(r=4, alpha=8, blocks=2, task_type="CAUSAL_LM"))
     model.set_adapter("default")
@@ -209,7 +181,7 @@ def test_a_received_branch_at_the_bound_finds_what_zeros_hide(model: nn.Module) 
 
 
 def test_rotary_positions_that_follow_the_longest_text_are_refused() -> None:
-    model = make_model(rope={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    model = tiny_colora(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     with only_shared_branch(model) as cores, pytest.raises(ModelError, match="rope_type default"):
         check_engine(model, cores, clip=4.0)
 
@@ -283,11 +255,3 @@ def test_the_check_works_in_training_mode_with_dropout(model: nn.Module) -> None
     with only_shared_branch(model) as cores:
         check_engine(model, cores, clip=4.0)
     assert model.training
-
-
-def test_public_tokens_are_the_same_every_time(model: nn.Module) -> None:
-    first, second = public_examples(model, (4, 19, 7)), public_examples(model, (4, 19, 7))
-    assert [len(example.input_ids) for example in first] == [4, 19, 7]
-    for one, other in zip(first, second, strict=True):
-        assert torch.equal(one.input_ids, other.input_ids)
-        assert (one.labels != IGNORED).tolist() == [False] * (len(one.labels) - 2) + [True] * 2

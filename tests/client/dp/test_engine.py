@@ -1,21 +1,15 @@
 """One example's gradient of the cores: against Opacus, in any company, and under attack."""
 
-import math
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer
-from peft import get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from devices import here
-from fedmosaic.client.colora import CoLoraConfig
 from fedmosaic.client.dp.branch import only_shared_branch, public_branches
 from fedmosaic.client.dp.engine import (
     check_cores,
@@ -26,45 +20,21 @@ from fedmosaic.client.dp.engine import (
 )
 from fedmosaic.client.model.examples import IGNORED, EncodedExample, collate
 from fedmosaic.client.model.loss import Batch, example_losses, on_device_of
-from fedmosaic.privacy.mechanism.profile import GRID
+from fedmosaic.privacy.mechanism.gaussian import GRID
 from fedmosaic.protos.errors import ModelError
+from tiny import random_texts, tiny_colora
 
 pytestmark = pytest.mark.usefixtures("device")
-VOCABULARY = 61
 
 
 def make_model(dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A Llama with Co-LoRA whose cores are not at zero, so that gradients reach below the last one."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    model = get_peft_model(
-        here(LlamaForCausalLM(config).to(dtype)),
-        CoLoraConfig(r=4, alpha=8, blocks=2, personal_branch=True, task_type="CAUSAL_LM"),
-    )
+    """Cores that are not at zero, so that gradients reach below the last one."""
+    model = tiny_colora(dtype)
     with only_shared_branch(model) as cores, torch.no_grad():
         for core in cores.values():
             core.weight.normal_(std=0.3)
             core.bias.normal_(std=0.3)
     return model
-
-
-def make_examples(lengths: list[int], seed: int = 1) -> list[EncodedExample]:
-    generator = torch.Generator().manual_seed(seed)
-    examples = []
-    for index, length in enumerate(lengths):
-        ids = torch.randint(0, VOCABULARY, (length,), generator=generator)
-        labels = ids.clone()
-        labels[: max(1, length - 1 - index % 3)] = IGNORED
-        examples.append(EncodedExample(str(index), ids, labels))
-    return examples
 
 
 def rows_of(
@@ -102,7 +72,7 @@ def model(device: torch.device) -> nn.Module:
 @settings(max_examples=15, deadline=None)
 @given(lengths=st.lists(st.integers(2, 20), min_size=1, max_size=6))
 def test_rows_equal_those_of_opacus(model: nn.Module, lengths: list[int]) -> None:
-    examples = make_examples(lengths)
+    examples = random_texts(lengths)
     with only_shared_branch(model) as cores:
         rows = rows_of(model, cores, examples)
         oracle = rows_of_opacus(model, cores, examples)
@@ -115,7 +85,7 @@ def test_rows_equal_those_of_opacus(model: nn.Module, lengths: list[int]) -> Non
 
 def test_rows_of_conversations_equal_those_of_opacus(model: nn.Module) -> None:
     """What is learned of a conversation stands in several places."""
-    examples = make_examples([20, 17, 9])
+    examples = random_texts([20, 17, 9])
     for example, learned in zip(examples, ([3, 4, 9, 18, 19], [2, 15, 16], [4, 8]), strict=True):
         example.labels.fill_(IGNORED)[learned] = example.input_ids[learned]
     with only_shared_branch(model) as cores:
@@ -125,7 +95,7 @@ def test_rows_of_conversations_equal_those_of_opacus(model: nn.Module) -> None:
 
 
 def test_the_clipped_sum_equals_that_of_opacus_optimizer(model: nn.Module) -> None:
-    examples = make_examples([5, 9, 14, 3, 8, 11, 6])
+    examples = random_texts([5, 9, 14, 3, 8, 11, 6])
     with only_shared_branch(model) as cores:
         rows = rows_of(model, cores, examples)
         norms = sorted(float(row.norm()) for row in rows)
@@ -158,7 +128,7 @@ def test_the_clipped_sum_equals_that_of_opacus_optimizer(model: nn.Module) -> No
 def test_a_row_has_the_same_bits_in_any_company_and_order(dtype: torch.dtype, bound: float) -> None:
     """Also with a received branch at the bound of what can be received, which amplifies every last bit."""
     model = make_model(dtype)
-    examples = make_examples([5, 17, 4, 9, 17, 30, 3])
+    examples = random_texts([5, 17, 4, 9, 17, 30, 3])
     with only_shared_branch(model, global_weight=0.5) as cores, public_branches(model, bound):
         together = rows_of(model, cores, examples)
         backwards = rows_of(model, cores, examples[::-1]).flip(0)
@@ -169,7 +139,7 @@ def test_a_row_has_the_same_bits_in_any_company_and_order(dtype: torch.dtype, bo
 
 def test_a_bfloat16_model_has_float32_rows() -> None:
     model = make_model(torch.bfloat16)
-    (example,) = make_examples([9])
+    (example,) = random_texts([9])
     with only_shared_branch(model) as cores:
         expected = torch.autograd.grad(
             example_losses(model, on_device_of(model, collate([example], 0))).sum(), core_parameters(cores)
@@ -177,65 +147,6 @@ def test_a_bfloat16_model_has_float32_rows() -> None:
         row = example_gradient(model, cores, example)
     assert row.dtype == torch.float32
     assert torch.equal(row, torch.cat([part.flatten() for part in expected]))
-
-
-def test_nothing_private_is_left_behind() -> None:
-    model = make_model()
-    with only_shared_branch(model) as cores:
-        rows_of(model, cores, make_examples([4, 6]))
-        assert all(parameter.grad is None for parameter in model.parameters())
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_one_broken_example_spoils_neither_the_others_nor_the_sum(model: nn.Module, value: float) -> None:
-    def broken(model: nn.Module, batch: Batch) -> torch.Tensor:
-        return example_losses(model, batch) * value
-
-    examples = make_examples([5, 7, 6])
-    with only_shared_branch(model) as cores:
-        expected = rows_of(model, cores, [examples[0], examples[2]])
-        bad = example_gradient(model, cores, examples[1], broken)
-        rows = torch.stack([expected[0], bad, expected[1]])
-    total = clip_and_sum(rows, 1.0)
-    assert (total.rejected, total.rows) == (1, 3)
-    assert np.array_equal(total.units, clip_and_sum(expected, 1.0).units)
-
-
-rows_of_floats = st.lists(
-    st.lists(
-        st.one_of(
-            st.floats(width=32, allow_nan=True, allow_infinity=True),
-            st.floats(-1.0, 1.0, width=32),
-        ),
-        min_size=3,
-        max_size=3,
-    ),
-    min_size=1,
-    max_size=6,
-)
-
-
-@settings(deadline=None)
-@given(values=rows_of_floats, bound=st.floats(1e-3, 1e3))
-def test_removing_any_example_moves_the_sum_by_at_most_the_bound(
-    values: list[list[float]], bound: float
-) -> None:
-    rows = torch.tensor(values, dtype=torch.float32)
-    whole = clip_and_sum(rows, bound).units
-    for index in range(len(rows)):
-        rest = clip_and_sum(torch.cat([rows[:index], rows[index + 1 :]]), bound).units
-        difference = [int(part) for part in whole - rest]
-        assert sum(part * part for part in difference) <= GRID**2
-
-
-@settings(deadline=None)
-@given(values=rows_of_floats, cut=st.integers(0, 6))
-def test_the_order_of_the_rows_changes_no_bit(values: list[list[float]], cut: int) -> None:
-    rows = torch.tensor(values, dtype=torch.float32)
-    parts = clip_and_sum(rows[:cut], 1.0) + clip_and_sum(rows[cut:], 1.0)
-    whole = clip_and_sum(rows.flip(0), 1.0)
-    assert np.array_equal(parts.units, whole.units)
-    assert (parts.rows, parts.clipped, parts.rejected) == (whole.rows, whole.clipped, whole.rejected)
 
 
 class Toy(nn.Module):
@@ -297,15 +208,14 @@ def test_a_loss_that_is_no_number_per_example_is_refused() -> None:
 
 def test_unfit_cores_are_refused() -> None:
     core = nn.Linear(2, 2)
-    with pytest.raises(ModelError, match="no core"):
-        check_cores({})
-    with pytest.raises(ModelError, match="with a bias"):
-        check_cores({"a": nn.Linear(2, 2, bias=False)})
-    with pytest.raises(ModelError, match="bfloat16"):
-        check_cores({"a": nn.Linear(2, 2).to(torch.bfloat16)})
-    with pytest.raises(ModelError, match="frozen"):
-        check_cores({"a": nn.Linear(2, 2).requires_grad_(False)})
-    with pytest.raises(ModelError, match="two names"):
-        check_cores({"a": core, "b": core})
-    with pytest.raises(ModelError, match="lower the rank"):
-        check_cores({"a": nn.Linear(1025, 1025)})
+    unfit: dict[str, dict[str, nn.Linear]] = {
+        "no core": {},
+        "with a bias": {"a": nn.Linear(2, 2, bias=False)},
+        "bfloat16": {"a": nn.Linear(2, 2).to(torch.bfloat16)},
+        "frozen": {"a": nn.Linear(2, 2).requires_grad_(False)},
+        "two names": {"a": core, "b": core},
+        "lower the rank": {"a": nn.Linear(1025, 1025)},
+    }
+    for words, cores in unfit.items():
+        with pytest.raises(ModelError, match=words):
+            check_cores(cores)

@@ -1,71 +1,36 @@
 """DP-SGD on the shared branch: what is drawn, charged, divided by, and what reaches the release."""
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from peft import get_peft_model
 from pydantic import ValidationError
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from devices import here
-from fedmosaic.client.colora import (
-    CoLoraConfig,
-    adapted_layers,
-    read_shared,
-    set_active_branches,
-    write_shared,
-)
+from fedmosaic.client.colora import adapted_layers, read_shared, set_active_branches, write_shared
 from fedmosaic.client.dp.branch import only_shared_branch, private_parameters
 from fedmosaic.client.dp.engine import dimensions_of, example_gradient
-from fedmosaic.client.dp.training import (
-    PrivateTrainingReport,
-    PrivateTrainingSettings,
-    noisy_sum,
-    train_private,
-)
-from fedmosaic.client.model.examples import IGNORED, EncodedExample, collate
-from fedmosaic.client.model.loss import Batch, ExampleLosses, example_losses, on_device_of
+from fedmosaic.client.dp.training import Charge, PrivateTrainingSettings, noisy_sum, train_private
+from fedmosaic.client.model.examples import IGNORED, EncodedExample
+from fedmosaic.client.model.loss import Batch, ExampleLosses, example_losses
 from fedmosaic.privacy.accounting.events import GaussianEvent
-from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
-from fedmosaic.privacy.mechanism.profile import GRID, ClippedSum
+from fedmosaic.privacy.mechanism.gaussian import GRID, ClippedSum
+from fedmosaic.privacy.mechanism.noise import Randomness, SecureNoise, SeededTestNoise
 from fedmosaic.protos.errors import BudgetExceededError, ConfigurationError, PrivacyError
+from tiny import random_texts, tiny_colora
 
 pytestmark = pytest.mark.usefixtures("device")
-VOCABULARY = 61
 
 
 def make_model() -> nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-    )
-    return get_peft_model(
-        here(LlamaForCausalLM(config)),
-        CoLoraConfig(r=4, alpha=8, blocks=2, personal_branch=True, task_type="CAUSAL_LM"),
-    )
+    return tiny_colora(initializer_range=0.2)
 
 
 def make_examples(count: int) -> list[EncodedExample]:
-    generator = torch.Generator().manual_seed(1)
-    examples = []
-    for index in range(count):
-        length = int(torch.randint(4, 14, (1,), generator=generator))
-        ids = torch.randint(0, VOCABULARY, (length,), generator=generator)
-        labels = ids.clone()
-        labels[: length - 2] = IGNORED
-        examples.append(EncodedExample(str(index), ids, labels))
-    return examples
+    return random_texts([4 + 7 * index % 10 for index in range(count)])
 
 
 class Script:
@@ -115,21 +80,27 @@ def change(settings: PrivateTrainingSettings = SETTINGS, **values: object) -> Pr
 def train(
     model: nn.Module,
     examples: list[EncodedExample],
-    settings: PrivateTrainingSettings,
-    randomness: Script | SeededTestNoise | SecureNoise | None,
+    settings: PrivateTrainingSettings = SETTINGS,
+    randomness: Randomness | None = None,
     losses: ExampleLosses = example_losses,
-    charged: list[GaussianEvent] | None = None,
-) -> PrivateTrainingReport:
+    charge: Charge = lambda _: None,
+    active: set[str] | None = None,
+    **options: Any,
+) -> ClippedSum:
+    """Train beside a received branch; with `active` branches left in, no private tensor is declared."""
     with only_shared_branch(model, global_weight=0.5) as cores:
+        if active is not None:
+            set_active_branches(model, active, layers="shared")
         return train_private(
             model,
             cores,
             examples,
             settings,
-            charge=([] if charged is None else charged).append,
-            private_parameters=private_parameters(model),
-            randomness=randomness,
+            charge=charge,
+            private_parameters=options.pop("private", {} if active else private_parameters(model)),
+            randomness=randomness or Script(),
             losses=losses,
+            **options,
         )
 
 
@@ -167,54 +138,32 @@ def test_noise_is_drawn_once_per_step_over_all_coordinates() -> None:
 def test_an_empty_sample_releases_noise_and_is_charged() -> None:
     model, script = make_model(), Script(everyone=False, level=1.0)
     charged: list[GaussianEvent] = []
-    report = train(model, make_examples(9), SETTINGS, script, charged=charged)
+    counts = train(model, make_examples(9), SETTINGS, script, charge=charged.append)
     # Every step moves every coordinate by −lr · σC / expected batch size: noise alone.
     assert np.allclose(read_shared(model), -3 * 1.0 * 1.5 * 0.05 / 7, rtol=1e-4)
     assert charged == [GaussianEvent(1.5, 0.5, 3)]
-    assert report.events == (GaussianEvent(1.5, 0.5, 3),)
-    assert report.clipped_share is None
-
-
-def test_empty_and_full_samples_ask_for_the_same_randomness() -> None:
-    empty, full = Script(everyone=False, level=0.1), Script(level=0.1)
+    assert counts.rows == 0
+    full = Script(level=1.0)
     train(make_model(), make_examples(9), SETTINGS, full)
-    train(make_model(), make_examples(9), SETTINGS, empty)
-    assert empty.log == full.log
+    assert script.log == full.log, "a full sample asks for the same randomness"
 
 
 def test_training_that_moves_nothing_is_told_at_home_and_ends_as_any_other(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     settings = change(learning_rate=1e-45)
-    report = train(make_model(), make_examples(9), settings, Script(everyone=False, level=0.1))
-    assert report.events == (GaussianEvent(1.5, 0.5, 3),)
+    train(make_model(), make_examples(9), settings, Script(everyone=False, level=0.1))
     assert "moved no weight" in caplog.text
-
-
-def test_noisy_sum_has_the_stated_distribution() -> None:
-    total = ClippedSum(np.full(40_000, 3 * GRID, dtype=np.int64), 0, 0, 5)
-    draws = noisy_sum(total, 0.5, 2.0, SecureNoise()).numpy() / 0.5
-    # Six standard deviations are passed by chance in two of a billion runs.
-    assert abs(draws.mean() - 3.0) < 6 * 2.0 / math.sqrt(40_000)
-    assert abs(draws.std() / 2.0 - 1.0) < 6 / math.sqrt(2 * 40_000)
-    # On the grid: the low bits are those of an integer, whatever the data.
-    assert np.array_equal(draws * GRID, np.rint(draws * GRID))
 
 
 def test_charged_in_full_before_anything_is_drawn() -> None:
     script = Script()
-    model = make_model()
     seen: list[tuple[GaussianEvent, int]] = []
-    with only_shared_branch(model) as cores:
-        train_private(
-            model,
-            cores,
-            make_examples(9),
-            SETTINGS,
-            charge=lambda event: seen.append((event, len(script.log))),
-            private_parameters={},
-            randomness=script,
-        )
+
+    def charge(event: GaussianEvent) -> None:
+        seen.append((event, len(script.log)))
+
+    train(make_model(), make_examples(9), SETTINGS, script, charge=charge)
     assert seen == [(GaussianEvent(1.5, 0.5, 3), 0)]
 
 
@@ -225,16 +174,8 @@ def test_a_refused_charge_draws_nothing_and_leaves_everything_as_it_was() -> Non
     def refuse(_: GaussianEvent) -> None:
         raise BudgetExceededError("the budget is spent")
 
-    with only_shared_branch(model) as cores, pytest.raises(BudgetExceededError):
-        train_private(
-            model,
-            cores,
-            make_examples(9),
-            SETTINGS,
-            charge=refuse,
-            private_parameters={},
-            randomness=script,
-        )
+    with pytest.raises(BudgetExceededError):
+        train(model, make_examples(9), SETTINGS, script, charge=refuse)
     assert script.log == []
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -242,18 +183,14 @@ def test_a_refused_charge_draws_nothing_and_leaves_everything_as_it_was() -> Non
 def test_a_wrong_model_is_refused_before_it_is_charged() -> None:
     model = make_model()
     charged: list[GaussianEvent] = []
-    with only_shared_branch(model) as cores:
-        set_active_branches(model, {"local", "personal"}, layers="shared")
-        with pytest.raises(PrivacyError):
-            train_private(
-                model,
-                cores,
-                make_examples(9),
-                SETTINGS,
-                charge=charged.append,
-                private_parameters=private_parameters(model),
-                randomness=Script(),
-            )
+    with pytest.raises(PrivacyError):
+        train(
+            model,
+            make_examples(9),
+            charge=charged.append,
+            active={"local", "personal"},
+            private=private_parameters(model),
+        )
     assert charged == []
 
 
@@ -283,17 +220,7 @@ def test_without_the_guard_a_personal_branch_would_reach_the_release(active: set
         model = make_model()
         if disturb:
             disturb_private_tensors(model)
-        with only_shared_branch(model, global_weight=0.5) as cores:
-            set_active_branches(model, active, layers="shared")
-            train_private(
-                model,
-                cores,
-                make_examples(12),
-                SETTINGS,
-                charge=lambda _: None,
-                private_parameters={},
-                randomness=SeededTestNoise(4),
-            )
+        train(model, make_examples(12), SETTINGS, SeededTestNoise(4), active=active)
         released.append(read_shared(model))
     assert not np.array_equal(*released)
 
@@ -309,22 +236,14 @@ def test_only_the_cores_change() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_repeatable_by_seed_and_marked_as_a_test() -> None:
-    first, second, other = make_model(), make_model(), make_model()
-    report = train(first, make_examples(9), SETTINGS, SeededTestNoise(1))
-    train(second, make_examples(9), SETTINGS, SeededTestNoise(1))
-    train(other, make_examples(9), SETTINGS, SeededTestNoise(2))
-    assert np.array_equal(read_shared(first), read_shared(second))
-    assert not np.array_equal(read_shared(first), read_shared(other))
-    assert report.is_test
-
-
-def test_real_runs_draw_securely_and_never_twice_alike() -> None:
-    first, second = make_model(), make_model()
-    report = train(first, make_examples(9), SETTINGS, None)
-    train(second, make_examples(9), SETTINGS, None)
-    assert not report.is_test
-    assert not np.array_equal(read_shared(first), read_shared(second))
+def test_repeatable_by_seed_and_never_twice_alike_in_real_runs() -> None:
+    found = []
+    for noise in (SeededTestNoise(1), SeededTestNoise(1), SeededTestNoise(2), SecureNoise(), SecureNoise()):
+        model = make_model()
+        train(model, make_examples(9), SETTINGS, noise)
+        found.append(read_shared(model).tobytes())
+    assert found[0] == found[1]
+    assert len(set(found)) == 4
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
@@ -348,36 +267,11 @@ def test_a_broken_example_moves_the_release_by_no_more_than_the_bound(value: flo
     assert report.rejected == (0 if math.isfinite(value) else 1)
 
 
-def test_reports_keep_private_counts_out_of_sight() -> None:
-    report = train(make_model(), make_examples(12), change(max_grad_norm=1e-3), SeededTestNoise(1))
-    assert report.clipped_share == 1.0
-    assert report.rejected == 0
-    assert "clipped" not in repr(report)
-    assert "rejected" not in repr(report)
-    assert not any("batch" in name or "loss" in name for name in PrivateTrainingReport.__dataclass_fields__)
-
-
-def test_it_learns_when_the_noise_is_small() -> None:
-    examples = make_examples(8)
-    for example in examples:
-        example.input_ids[-2:] = torch.tensor([5, 6])
-        example.labels[-2:] = torch.tensor([5, 6])
-    model = make_model()
-    settings = change(
-        optimizer="adam",
-        learning_rate=0.1,
-        steps=20,
-        sampling_rate=1.0,
-        expected_batch_size=8,
-        max_grad_norm=1.0,
-        noise_multiplier=0.05,
-    )
-    with only_shared_branch(model, global_weight=0.5):
-        before = float(example_losses(model, on_device_of(model, collate(examples, 0))).mean().detach())
-    train(model, examples, settings, SeededTestNoise(0))
-    with only_shared_branch(model, global_weight=0.5):
-        after = float(example_losses(model, on_device_of(model, collate(examples, 0))).mean().detach())
-    assert after < before - 0.3
+def test_private_counts_are_told_and_stay_out_of_sight() -> None:
+    counts = train(make_model(), make_examples(12), change(max_grad_norm=1e-3), SeededTestNoise(1))
+    assert counts.clipped == counts.rows > 0
+    assert (counts.rejected, counts.units.size) == (0, 0)
+    assert repr(counts) == "ClippedSum()"
 
 
 def test_bfloat16_products_release_float32_of_the_same_size() -> None:
@@ -430,16 +324,6 @@ def test_one_example_moves_the_sum_by_no_more_than_the_clipping_norm(
     assert 0 < sum(unit**2 for unit in moved) <= GRID**2
 
 
-def test_the_order_of_the_examples_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    examples = make_examples(12)
-    sums = []
-    for order in (examples, examples[::-1], examples[5:] + examples[:5]):
-        model = make_model()
-        receive(model, 4.0)
-        sums.append(summed(monkeypatch, model, order))
-    assert sums[0] == sums[1] == sums[2]
-
-
 def test_dropout_does_not_act_and_nothing_is_drawn_from_the_generator_of_torch() -> None:
     """Its stream is one for all examples, so that one more would give all the others another mask."""
     quiet, noisy = make_model(), make_model()
@@ -462,32 +346,21 @@ def test_what_was_received_cannot_end_the_training(value: float) -> None:
     honest = Script(level=0.1)
     train(make_model(), make_examples(9), SETTINGS, honest)
     assert script.log == honest.log
-    assert report.events == (GaussianEvent(1.5, 0.5, 3),)
     assert np.isfinite(read_shared(model)).all()
-    assert report.rejected == (0 if value == 4.0 else report.sampled)
+    assert report.rejected == (0 if value == 4.0 else report.rows)
 
 
 def test_mode_and_progress() -> None:
     model = make_model().eval()
     seen: list[tuple[int, int]] = []
-    with only_shared_branch(model) as cores:
-        train_private(
-            model,
-            cores,
-            make_examples(4),
-            SETTINGS,
-            charge=lambda _: None,
-            private_parameters={},
-            randomness=SeededTestNoise(0),
-            progress=lambda step, steps: seen.append((step, steps)),
-        )
+    train(model, make_examples(4), progress=lambda step, steps: seen.append((step, steps)))
     assert seen == [(1, 3), (2, 3), (3, 3)]
     assert not any(module.training for module in model.modules())
 
 
 def test_no_example_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="no example"):
-        train(make_model(), [], SETTINGS, None)
+        train(make_model(), [])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from fedmosaic.client.model.loss import example_losses
 from fedmosaic.client.model.scoring import check_scorable, score_examples
 from fedmosaic.client.preflight.data import read_lengths
 from fedmosaic.client.profile.maker import read_as_text
-from fedmosaic.client.vision.words import without_pictures
+from fedmosaic.client.vision.words import without_images
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</e>", "pad_token": "<pad>", "unk_token": "<unk>"}
@@ -189,7 +189,7 @@ def test_a_probe_without_a_template_reads_the_texts() -> None:
 
 
 def test_pictures_are_taken_out_of_the_turns_as_well() -> None:
-    found = without_pictures(chat("see <image:p.png> this", "b"))
+    found = without_images(chat("see <image:p.png> this", "b"))
     assert "image" not in found.prompt
     assert [turn.content for turn in found.turns] == ["see   this", "b"]
 

@@ -16,6 +16,7 @@ from fedmosaic.client.colora import CoLoraConfig, set_active_branches, set_train
 from fedmosaic.client.model.examples import IGNORED, EncodedExample, collate
 from fedmosaic.client.model.loss import Batch, example_losses
 from fedmosaic.client.model.training import EpochSampler, TrainingSettings, train_local, trainable_by_role
+from fedmosaic.client.settings import CORE_RATE, GATE_RATE
 from fedmosaic.protos.errors import ConfigurationError, ModelError, StateError
 
 VOCABULARY = 61
@@ -99,6 +100,19 @@ def test_each_group_moves_at_its_own_rate(gate: str, fast: str, marker: str) -> 
         if marker not in name and not ("lora_A" in name and "lora_B" in marker)
     ]
     assert max(slow) < 1e-7
+
+
+def test_rates_that_are_left_out_follow_the_learning_rate() -> None:
+    """With one rate for all, P, Q and the gate hardly move in a short run, and federating costs accuracy."""
+    left_out = TrainingSettings(learning_rate=2e-4)
+    assert left_out.learning_rate_of("adapter") == 2e-4
+    assert left_out.learning_rate_of("shared") == pytest.approx(CORE_RATE * 2e-4)
+    assert left_out.learning_rate_of("gate") == pytest.approx(GATE_RATE * 2e-4)
+    # Noise moves a core as far as the rate, whatever there is to learn.
+    assert left_out.private_learning_rate == 2e-4
+    given = TrainingSettings(learning_rate=2e-4, shared_learning_rate=3e-3, gate_learning_rate=5e-3)
+    assert [given.learning_rate_of(role) for role in ("shared", "gate")] == [3e-3, 5e-3]
+    assert given.private_learning_rate == 3e-3
 
 
 def test_the_loss_falls_and_the_report_says_so() -> None:

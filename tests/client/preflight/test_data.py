@@ -76,11 +76,11 @@ def test_another_set_must_not_take_the_name_of_the_own(train: Path) -> None:
         warnings(DataSettings(train=train, others={"self": train}))
 
 
-def test_pictures_are_looked_for(train: Path, tmp_path: Path) -> None:
+def test_images_are_looked_for(train: Path, tmp_path: Path) -> None:
     test = write(tmp_path / "test.jsonl", row(20), row(21, prompt="<image:a.png> what?"))
-    with pytest.raises(ConfigurationError, match=r"example 2 names the picture 'a\.png'.*data\.pictures"):
+    with pytest.raises(ConfigurationError, match=r"example 2 names the image 'a\.png'.*data\.pictures"):
         warnings(DataSettings(train=train, test=test))
-    with pytest.raises(ConfigurationError, match=r"no picture 'a\.png'"):
+    with pytest.raises(ConfigurationError, match=r"no image 'a\.png'"):
         warnings(DataSettings(train=train, test=test, pictures=tmp_path))
     (tmp_path / "a.png").touch()
     warnings(DataSettings(train=train, test=test, pictures=tmp_path))

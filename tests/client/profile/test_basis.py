@@ -6,7 +6,6 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedmosaic.client.model.examples import EncodedExample
 from fedmosaic.client.profile import basis as public_basis
@@ -15,6 +14,7 @@ from fedmosaic.client.profile.probe import Probe, open_probe
 from fedmosaic.privacy.mechanism.profile import Reduction
 from fedmosaic.privacy.mechanism.projection import GradientFactors, Projection, PublicBasis, PublicMap
 from fedmosaic.protos.errors import MechanismError
+from tiny import tiny_llama
 
 HIDDEN, INNER = 8, 12
 
@@ -154,16 +154,8 @@ def test_a_fitted_mechanism_is_complete(kind: str, standardise: str, has_basis: 
 
 
 def tiny_probe() -> tuple[Probe, list[EncodedExample]]:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        vocab_size=30,
-        initializer_range=0.3,
-    )
-    probe = open_probe(LlamaForCausalLM(config))
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_attention_heads": 2, "vocab_size": 30}
+    probe = open_probe(tiny_llama(num_hidden_layers=1, initializer_range=0.3, **sizes))
     ids = torch.randint(0, 30, (40, 7))
     examples = [EncodedExample(str(index), row, row) for index, row in enumerate(ids)]
     return probe, examples

@@ -7,31 +7,26 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from devices import here
 from fedmosaic.client.model.examples import IGNORED, EncodedExample
 from fedmosaic.client.profile.probe import Probe, gradient_factors, open_probe
 from fedmosaic.client.profile.release import clipped_profile
+from fedmosaic.privacy.mechanism.gaussian import GRID
 from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
-from fedmosaic.privacy.mechanism.profile import GRID, ProfileMechanism, Reduction, clip, release
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction, release
 from fedmosaic.privacy.mechanism.projection import PublicMap
 from fedmosaic.protos.errors import MechanismError, PrivacyError
+from tiny import tiny_llama
 
 pytestmark = pytest.mark.usefixtures("device")
 
 
+SIZES = {"intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40}
+
+
 def tiny_model(seed: int = 0, hidden: int = 16) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        vocab_size=40,
-        initializer_range=0.3,
-    )
-    return here(LlamaForCausalLM(config))
+    return tiny_llama(seed, hidden_size=hidden, initializer_range=0.3, **SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +56,13 @@ def mechanism(probe: Probe, **changes: object) -> ProfileMechanism:
         "clipping_norm": 0.5,
     }
     return ProfileMechanism.model_validate(fields | changes)
+
+
+def test_how_far_a_sum_is_is_told_in_per_cent_of_nobody_knows_how_many(probe: Probe) -> None:
+    told: list[int] = []
+    clipped_profile(probe, dataset(70), PublicMap(mechanism(probe)), SeededTestNoise(1), told.append)
+    assert told == sorted(told)
+    assert (len(told), told[0], told[-1]) == (70, 1, 100)
 
 
 def test_release_is_the_clipped_sum_of_the_exact_gradients_plus_noise(probe: Probe) -> None:
@@ -162,11 +164,3 @@ def test_another_probe_than_the_agreed_one_is_refused(probe: Probe) -> None:
         clipped_profile(open_probe(tiny_model(seed=1)), dataset(60), public_map, SecureNoise())
     with pytest.raises(MechanismError, match=r"\(32, 24\)"):
         clipped_profile(open_probe(tiny_model(hidden=32)), dataset(60), public_map, SecureNoise())
-
-
-def test_rows_really_were_clipped(probe: Probe) -> None:
-    public_map = PublicMap(mechanism(probe))
-    rows = public_map.rows(list(gradient_factors(probe, dataset(60))))
-    units, shortened = clip(rows, 0.5)
-    assert shortened.all()
-    np.testing.assert_allclose(np.linalg.norm(units / GRID, axis=1), 1.0, rtol=1e-6)

@@ -2,11 +2,13 @@
 
 import datetime as dt
 import hashlib
+import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmosaic.client.transport import connection
 from fedmosaic.client.transport.connection import Patience, check_certificate
-from fedmosaic.client.transport.grpc import GrpcTransport, TransportOptions
-from fedmosaic.client.transport.traffic import Traffic
+from fedmosaic.client.transport.grpc import GrpcTransport
 from fedmosaic.privacy.federation import identity
 from fedmosaic.protos import bounds, wire
 from fedmosaic.protos.errors import IdentityError, TransportError, WireError
@@ -39,7 +40,6 @@ from fedmosaic.protos.messages import (
 from fedmosaic.protos.refusal import Refusal, RefusalKind, to_status
 from fedmosaic.protos.signing import sign_upload
 from fedmosaic.protos.v1 import federation_pb2 as pb
-from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
 
 ENROLMENT = Enrolment(1, "fed", bytes(32), bytes(32), "", "test")
 PAYLOAD = np.random.default_rng(0).integers(0, 256, 700_000, dtype=np.uint8).tobytes()
@@ -48,41 +48,21 @@ AGGREGATE = Aggregate(2, (AggregateSection("shared", ROW, PAYLOAD),), 1, 1)
 STATUS = RoundStatus(1, Phase.OPEN, ("a",), ("b",), 5.0, "round 1: 1 of 2 uploads, waiting for b, 5 s left")
 
 
-class Servicer(rpc.FederationServicer):
+class Servicer:
     """Does what a test tells it: every call takes the next entry of its script."""
 
     def __init__(self) -> None:
         self.script: dict[str, list[Callable[..., Any]]] = {}
         self.calls: list[tuple[str, Any]] = []
 
+        for method in pb.DESCRIPTOR.services_by_name["Federation"].methods:
+            setattr(self, method.name, partial(self._next, method.name))
+
     def _next(self, name: str, request: Any, context: Any) -> Any:
         self.calls.append((name, request))
         steps = self.script[name]
-        return (steps.pop(0) if len(steps) > 1 else steps[0])(request, context)
-
-    def Enrol(self, request: Any, context: Any) -> Any:
-        return self._next("Enrol", request, context)
-
-    def Pull(self, request: Any, context: Any) -> Any:
-        yield from self._next("Pull", request, context)
-
-    def UploadStatus(self, request: Any, context: Any) -> Any:
-        return self._next("UploadStatus", request, context)
-
-    def Push(self, request_iterator: Any, context: Any) -> Any:
-        return self._next("Push", request_iterator, context)
-
-    def RoundStatus(self, request: Any, context: Any) -> Any:
-        return self._next("RoundStatus", request, context)
-
-    def Report(self, request: Any, context: Any) -> Any:
-        return self._next("Report", request, context)
-
-    def PostKeyMessage(self, request: Any, context: Any) -> Any:
-        return self._next("PostKeyMessage", request, context)
-
-    def ReadKeyMessages(self, request: Any, context: Any) -> Any:
-        yield from self._next("ReadKeyMessages", request, context)
+        found = (steps.pop(0) if len(steps) > 1 else steps[0])(request, context)
+        return iter(found) if isinstance(found, list) else found
 
     def named(self, name: str) -> list[Any]:
         return [request for called, request in self.calls if called == name]
@@ -106,56 +86,15 @@ def answer(message: Any) -> Callable[..., Any]:
     return lambda *_: message
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "_FIRST_DELAY_SECONDS", 0.02)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("certificates")
-    authority = identity.create_authority("fed")
-    paths = {
-        name: folder / name for name in ("authority", "server.pem", "server.key", "client.pem", "client.key")
-    }
-    paths["authority"].write_bytes(authority.certificate.public_bytes(serialization.Encoding.PEM))
-    for name, issued in (
-        ("server", identity.issue_server(authority, ["localhost"])),
-        ("client", identity.issue_client(authority, "fed", "clinic-a")),
-    ):
-        paths[f"{name}.pem"].write_bytes(issued.certificate_pem)
-        identity.write_private(paths[f"{name}.key"], issued.key_pem)
-    return paths
-
-
 @pytest.fixture
 def servicer() -> Servicer:
     return Servicer()
 
 
 @pytest.fixture
-def transport(servicer: Servicer, files: dict[str, Path]) -> Iterator[GrpcTransport]:
-    server = grpc.server(ThreadPoolExecutor(4))
-    rpc.add_FederationServicer_to_server(servicer, server)
-    credentials = grpc.ssl_server_credentials(
-        [(files["server.key"].read_bytes(), files["server.pem"].read_bytes())],
-        files["authority"].read_bytes(),
-        True,
-    )
-    port = server.add_secure_port("localhost:0", credentials)
-    server.start()
-    made = GrpcTransport(
-        f"localhost:{port}",
-        authority=files["authority"],
-        certificate=files["client.pem"],
-        private_key=files["client.key"],
-        options=TransportOptions(
-            call_timeout_seconds=30.0, wait_seconds=1.0, retry_seconds=30.0, chunk_bytes=100_000
-        ),
-    )
-    yield made
-    made.close()
-    server.stop(0)
+def transport(servicer: Servicer, serving: Any, dial: Any) -> Any:
+    port = serving(servicer=servicer)
+    return dial(f"127.0.0.1:{port}", retry_seconds=30.0, wait_seconds=1.0)
 
 
 ENROLLED = pb.EnrolResponse(
@@ -187,7 +126,7 @@ def test_patience_ends_with_a_message_that_names_the_address(
     transport._patience = replace(transport._patience, seconds=2.0)
     servicer.script["RoundStatus"] = [fail(grpc.StatusCode.UNAVAILABLE)]
     started = time.monotonic()
-    with pytest.raises(TransportError, match=r"localhost:\d+ could not be reached"):
+    with pytest.raises(TransportError, match=r"127.0.0.1:\d+ could not be reached"):
         transport.status()
     assert 0.5 < time.monotonic() - started < 60.0
     assert len(servicer.calls) > 1
@@ -248,7 +187,7 @@ def test_progress_renews_the_patience(servicer: Servicer, transport: GrpcTranspo
 
 
 def test_waiting_is_told_and_repeated(servicer: Servicer, transport: GrpcTransport) -> None:
-    waiting = [pb.PullResponse(waiting=wire.encode_status(STATUS))]
+    waiting = [pb.PullResponse(waiting=wire.encode(STATUS, pb.RoundState))]
     servicer.script["Pull"] = [answer(waiting), answer(waiting), answer(parts())]
     heard: list[RoundStatus] = []
     assert transport.pull(2, heard.append).round == 2
@@ -262,8 +201,9 @@ def test_waiting_is_told_and_repeated(servicer: Servicer, transport: GrpcTranspo
         (lambda: [parts()[0], parts()[2]], "starts at byte"),
         (lambda: parts(offset=5), "goes on at byte 5"),
         (lambda: [*parts()[:-1], _spoiled(parts()[-1])], "damaged"),
+        (lambda: [_huge(parts()[0])], "aggregate size"),
     ],
-    ids=["no header", "gap", "wrong offset", "altered"],
+    ids=["no header", "gap", "wrong offset", "altered", "too large"],
 )
 def test_a_server_that_sends_nonsense_is_not_believed(
     servicer: Servicer, transport: GrpcTransport, messages: Callable[[], Any], words: str
@@ -280,14 +220,9 @@ def _spoiled(part: pb.PullResponse) -> pb.PullResponse:
     return part
 
 
-def test_an_aggregate_that_is_too_large_is_refused_by_its_header(
-    servicer: Servicer, transport: GrpcTransport
-) -> None:
-    huge = parts()[:1]
-    huge[0].header.sections[0].size = 2 << 30
-    servicer.script["Pull"] = [answer(huge)]
-    with pytest.raises(WireError, match="aggregate size"):
-        transport.pull(2)
+def _huge(part: pb.PullResponse) -> pb.PullResponse:
+    part.header.sections[0].size = 2 << 30
+    return part
 
 
 def upload(size: int = 700_000) -> Any:
@@ -304,7 +239,7 @@ def upload(size: int = 700_000) -> Any:
     )
 
 
-RECEIPT = wire.encode_receipt(Receipt(ReceiptStatus.ACCEPTED, 1, bytes(32)))
+RECEIPT = wire.encode(Receipt(ReceiptStatus.ACCEPTED, 1, bytes(32)), pb.PushResponse)
 
 
 class Taker:
@@ -364,7 +299,7 @@ def test_a_lost_answer_is_asked_for_and_nothing_is_sent_twice(
             pass
         context.abort(grpc.StatusCode.UNAVAILABLE, "the answer got lost")
 
-    duplicate = wire.encode_receipt(Receipt(ReceiptStatus.DUPLICATE, 1, bytes(32)))
+    duplicate = wire.encode(Receipt(ReceiptStatus.DUPLICATE, 1, bytes(32)), pb.PushResponse)
     servicer.script["Push"] = [lose]
     servicer.script["UploadStatus"] = [answer(pb.UploadStatusResponse(receipt=duplicate))]
     assert transport.push(upload()).status is ReceiptStatus.DUPLICATE
@@ -372,7 +307,7 @@ def test_a_lost_answer_is_asked_for_and_nothing_is_sent_twice(
 
 
 def test_a_large_upload_asks_first_what_is_there(servicer: Servicer, transport: GrpcTransport) -> None:
-    late = wire.encode_receipt(Receipt(ReceiptStatus.LATE, 5, bytes(32)))
+    late = wire.encode(Receipt(ReceiptStatus.LATE, 5, bytes(32)), pb.PushResponse)
     servicer.script["UploadStatus"] = [answer(pb.UploadStatusResponse(receipt=late))]
     sections = (Section("shared", PAYLOAD * 2),)
     big = upload().__class__(1, "a", 1, sections, None, bytes(64))
@@ -422,7 +357,9 @@ def test_hostile_key_messages_are_refused(servicer: Servicer, transport: GrpcTra
 
 
 def test_small_calls(servicer: Servicer, transport: GrpcTransport) -> None:
-    servicer.script["RoundStatus"] = [answer(pb.RoundStatusResponse(state=wire.encode_status(STATUS)))]
+    servicer.script["RoundStatus"] = [
+        answer(pb.RoundStatusResponse(state=wire.encode(STATUS, pb.RoundState)))
+    ]
     servicer.script["Report"] = [answer(pb.ReportResponse())]
     servicer.script["PostKeyMessage"] = [answer(pb.PostKeyMessageResponse())]
     assert transport.status() == STATUS
@@ -433,45 +370,31 @@ def test_small_calls(servicer: Servicer, transport: GrpcTransport) -> None:
     assert servicer.named("PostKeyMessage")[0].recipient == "b"
 
 
-def issued(now: dt.datetime | None = None) -> tuple[bytes, bytes]:
-    authority = identity.create_authority("fed")
-    certificate = identity.issue_client(authority, "fed", "clinic-a", now=now).certificate_pem
-    return certificate, authority.certificate.public_bytes(serialization.Encoding.PEM)
-
-
-def test_own_certificates_are_checked_before_the_server_sees_them() -> None:
-    now = dt.datetime.now(dt.UTC)
-    certificate, authority = issued()
-    check_certificate(certificate, authority, "tls.pem")
+def test_own_certificates_are_checked_before_the_server_sees_them(
+    kit: Path, foreign: identity.Authority, dial: Any
+) -> None:
+    now, certificate, authority = dt.datetime.now(dt.UTC), kit / "tls.pem", kit / "authority.pem"
+    assert check_certificate(certificate, authority).subject
     for then, words in (
         (now + dt.timedelta(days=91), "expired on"),
         (now - dt.timedelta(days=1), "is valid from"),
     ):
         with pytest.raises(IdentityError, match=words):
-            check_certificate(certificate, authority, "tls.pem", then)
-    _, other = issued()
+            check_certificate(certificate, authority, then)
+    other = foreign.certificate.public_bytes(serialization.Encoding.PEM)
+    authority.write_bytes(other)
     with pytest.raises(IdentityError, match="take all files from one kit"):
-        check_certificate(certificate, other, "tls.pem")
-    with pytest.raises(IdentityError, match="not a PEM certificate"):
-        check_certificate(b"rubbish", authority, "tls.pem")
+        dial("localhost:1")
 
 
-def test_missing_and_open_key_files_are_named(files: dict[str, Path], tmp_path: Path) -> None:
-    def connect(**changes: Path) -> None:
-        paths = {
-            "authority": files["authority"],
-            "certificate": files["client.pem"],
-            "private_key": files["client.key"],
-        }
-        GrpcTransport("localhost:1", **(paths | changes))
-
-    with pytest.raises(IdentityError, match="nowhere"):
-        connect(authority=tmp_path / "nowhere")
-    loose = tmp_path / "loose.key"
-    loose.write_bytes(files["client.key"].read_bytes())
-    loose.chmod(0o644)
+def test_missing_and_open_key_files_are_named(kit: Path, dial: Callable[..., object]) -> None:
+    (kit / "tls.key").chmod(0o644)
     with pytest.raises(IdentityError, match="can be read by other users"):
-        connect(private_key=loose)
+        dial("localhost:1")
+    (kit / "authority.pem").unlink()
+    (kit / "tls.key").chmod(0o600)
+    with pytest.raises(IdentityError, match=r"authority\.pem"):
+        dial("localhost:1")
 
 
 def test_delays_grow_and_are_jittered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -497,20 +420,24 @@ def test_delays_grow_and_are_jittered(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 40.0 < clock[0] <= 60.0
 
 
-def test_traffic_is_counted_from_many_threads() -> None:
-    traffic = Traffic()
+def test_a_slow_way_has_the_time_for_its_first_handshake(
+    servicer: Servicer, serving: Any, dial: Any, listening: Any
+) -> None:
+    port = serving(servicer=servicer)
+    servicer.script["Enrol"] = [answer(ENROLLED)]
+    connections = []
 
-    def count() -> None:
-        for _ in range(1000):
-            traffic.sent("adapter", 3)
-            traffic.received("keys", 2)
+    def forward(source: socket.socket, target: socket.socket, seconds: float) -> None:
+        with suppress(OSError):
+            while content := source.recv(1 << 16):
+                time.sleep(seconds)
+                target.sendall(content)
 
-    threads = [threading.Thread(target=count) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    counted = traffic.as_dict()
-    assert counted["adapter"] == {"sent": 24_000, "received": 0}
-    assert counted["keys"] == {"sent": 0, "received": 16_000}
-    assert set(counted) == {"adapter", "profile", "keys", "control"}
+    def lead(near: socket.socket) -> None:
+        connections.append(near)
+        with socket.create_connection(("127.0.0.1", port)) as far:
+            threading.Thread(target=forward, args=(far, near, 0.6), daemon=True).start()
+            forward(near, far, 0.0)
+
+    assert dial(f"127.0.0.1:{listening(lead)}").enrol(ENROLMENT).round == 1
+    assert len(connections) == 1

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedmosaic.experiments.attacks.claimed_row import claimed_row_result
 from fedmosaic.experiments.attacks.federation import (
     collusion_results,
     dp_noise_ratio,
@@ -13,9 +12,9 @@ from fedmosaic.experiments.attacks.federation import (
     simulated_weights,
     spoofing_results,
     task_results,
-    weights_of_run,
+    weight_matrix,
 )
-from fedmosaic.experiments.attacks.target import read_target
+from fedmosaic.experiments.attacks.target import ServerRun, read_target
 from fedmosaic.experiments.scenario.terms import Scenario
 from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.federation.roster import RelevanceTerms
@@ -66,16 +65,6 @@ def test_all_but_one_recover_the_last_adapter_exactly_and_movement_or_dp_prevent
     assert value(chosen, "server and 2 recipients' aggregates, no key, policy on") < 1e-6
 
 
-def test_mask_binds_a_sum_to_its_row_and_ckks_does_not() -> None:
-    """A known limit, told in docs/encryption.md; should ckks ever refuse, both have to change."""
-    result = claimed_row_result(POLICY, 0)
-    ckks, mask = result.figures
-    assert "ckks" in ckks.name
-    assert ckks.value < 1e-4
-    assert mask.value == 1.0
-    assert "mask: refused" in result.note
-
-
 def test_dp_noise_is_the_ratio_of_noise_to_the_largest_signal() -> None:
     assert dp_noise_ratio(1.0, 0.1, 100, 1000, 10_000) == pytest.approx(100 / (10 * 100))
 
@@ -83,7 +72,7 @@ def test_dp_noise_is_the_ratio_of_noise_to_the_largest_signal() -> None:
 def test_a_copied_profile_gets_at_most_the_cap_and_sybils_get_more() -> None:
     found = profiles()
     tasks = {name: name[0] for name in found}
-    (result,) = spoofing_results(found, tasks, MECHANISM, TERMS, POLICY, 4.0)
+    result = spoofing_results(found, MECHANISM.noise_variance, TERMS, POLICY, tasks, 4.0)
     one, two = (value(result, n) for n in ("one copy of the victim's profile", "2 copies (Sybils)"))
     assert value(result, "honest client of another task") < 0.2 < one <= 0.5 + 2**-12
     assert two > one
@@ -98,9 +87,7 @@ def test_a_cap_that_is_not_kept_breaks_the_bound(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("fedmosaic.experiments.attacks.federation.planned_rows", uncapped)
     found = {f"c{number}": 300 * np.eye(32)[number] for number in range(6)}
-    tasks = {name: name for name in found}
-    (result,) = spoofing_results(found, tasks, MECHANISM, TERMS, POLICY, 4.0)
-    assert result.broken
+    assert spoofing_results(found, MECHANISM.noise_variance, TERMS, POLICY).broken
 
 
 def test_the_task_is_found_whatever_the_noise_and_is_called_by_design() -> None:
@@ -117,15 +104,21 @@ def test_the_task_is_found_whatever_the_noise_and_is_called_by_design() -> None:
 
 
 def test_rows_of_a_run_are_read_without_the_last_round() -> None:
-    run = {
-        "results": [
-            {"weights": {"shared": {"a": {"b": 0.5, "c": 0.5}}}},
-            {"weights": {"shared": {"b": {"a": 1.0}}}},
-        ]
-    }
-    (matrix,) = weights_of_run(run, ["a", "b", "c"])
+    rounds = [{"a": {"b": 0.5, "c": 0.5}}, {"b": {"a": 1.0}}]
+    run = ServerRun.model_validate(
+        {"results": [{"round": 1, "weights": {"shared": rows}} for rows in rounds]}
+    )
+    (matrix,) = run.weights(["a", "b", "c"])[:-1]
     np.testing.assert_array_equal(matrix, [[0, 0.5, 0.5], [0, 0, 0], [0, 0, 0]])
-    assert weights_of_run({}, ["a"]) == []
+    assert ServerRun().weights(["a"]) == []
+
+
+def test_that_no_coalition_suffices_is_told_as_none() -> None:
+    """Where nobody received anything, nobody solves for anything: that is a figure and no error."""
+    weights = [weight_matrix({}, [f"m{number}" for number in range(5)])]
+    results = collusion_results(weights, POLICY, source="test", dp_noise=None, trials=1)
+    smallest = next(r for r in results if r.release.startswith("smallest coalition"))
+    assert value(smallest, "coalitions of any size that suffice, one round") == 0
 
 
 def test_the_scenario_behind_the_page_has_four_tasks_and_two_models(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -24,10 +23,8 @@ from fedmosaic.experiments.attacks.adapter import AdapterRows, membership_result
 from fedmosaic.experiments.attacks.profile import membership_results as profile_membership
 from fedmosaic.experiments.attacks.received import shared_vector
 from fedmosaic.experiments.attacks.statistics.membership import gram_matrix
-from fedmosaic.experiments.attacks.statistics.results import AttackReport
-from fedmosaic.experiments.attacks.statistics.spans import evidence, spans_of
 from fedmosaic.experiments.attacks.target import candidates, open_prober, read_target
-from fedmosaic.experiments.attacks.text import Release, decode, text_results
+from fedmosaic.experiments.attacks.text import Release, decode, evidence, spans_of, text_results
 from fedmosaic.privacy.mechanism.noise import SeededTestNoise
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.privacy.mechanism.projection import GradientFactors, PublicMap
@@ -254,9 +251,7 @@ def test_a_broken_bound_ends_the_command_with_an_error(
     monkeypatch.setattr(attack_profile, "release", quiet)
     arguments = [str(scenario), "--output-dir", str(tmp_path / "o"), "--parts", "profile"]
     assert attacks.main([*arguments, "--pool", "40", "--releases", "60"]) == 1
-    page = (tmp_path / "o" / attack_report.MARKDOWN).read_text()
-    assert "BROKEN" in page
-    assert "above its bound" in page
+    assert "BROKEN" in (tmp_path / "o" / attack_report.MARKDOWN).read_text()
 
 
 def finished_run(scenario: Path, place: Path) -> Path:
@@ -308,26 +303,6 @@ def test_a_finished_run_is_attacked_through_its_aggregates_and_releases(
     assert read_target(run).victims[0].released_profile(16) is not None
     page = (run / "attacks" / attack_report.MARKDOWN).read_text()
     assert "this run's own rows" in page
-    again = attacks.main([str(run), "--parts", "received", "--client", "client-2", "--merge"])
-    assert again == 0
-    merged = attack_report.read(run / "attacks")
-    assert merged is not None
-    assert {result.attack for result in merged.results} == set(found)
-    assert [each.attacks for each in merged.later] == [
-        tuple(n for n in found if "Poison" in n or "loss" in n)
-    ]
-
-
-def test_there_must_be_a_report_to_merge_with(scenario: Path, tmp_path: Path) -> None:
-    place = tmp_path / "none"
-    with pytest.raises(ConfigurationError, match="holds no report to merge with"):
-        attacks.main([str(scenario), "--output-dir", str(place), "--parts", "malicious", "--merge"])
-    assert not place.exists()
-
-
-def test_a_report_claims_no_more_than_was_tried() -> None:
-    empty = AttackReport(run="r", created="", seconds=0.0, command="", machine="", results=())
-    assert "nothing is shown" in attack_report.markdown(empty)
 
 
 def test_the_inversion_part_takes_texts_of_one_length_or_says_that_there_are_none(
@@ -336,20 +311,20 @@ def test_the_inversion_part_takes_texts_of_one_length_or_says_that_there_are_non
     target = read_target(scenario)
     sizes = attack_parts.Sizes(texts=2)
     with pytest.raises(ConfigurationError, match="there are 0 and 0"):
-        list(attack_parts.inversion(target, target.victims[0], sizes))
+        list(attack_parts.Subject(target, target.victims[0], sizes).inversion([]))
     monkeypatch.setattr(attack_parts, "_TEXT_TOKENS", 6)
-    results = list(attack_parts.inversion(target, target.victims[0], sizes))
+    results = list(attack_parts.Subject(target, target.victims[0], sizes).inversion([]))
     assert len(results) == 8
     assert {result.setting for result in results} == {"no_sanitiser", "product", "variant"}
     assert all(0.0 <= figure.value <= 1.0 for result in results for figure in result.figures)
 
 
-def test_candidates_are_distinct_and_labelled(scenario: Path) -> None:
+def test_half_of_the_candidates_are_trained_on_and_all_are_distinct(scenario: Path) -> None:
     victim = read_target(scenario).victims[0]
-    pool, members = candidates(victim, 40)
-    assert len(pool) == len(members) == len({example.prompt for example in pool})
+    pool = candidates(victim, 40)
+    assert len(pool) == 40 == len({example.prompt for example in pool})
     known = {example.prompt for example in victim.train}
-    assert [example.prompt in known for example in pool] == members.tolist()
+    assert sum(example.prompt in known for example in pool) == 20
     assert victim.released_profile(16) is None
 
 
@@ -360,5 +335,3 @@ def test_a_target_without_that_client_is_refused(scenario: Path) -> None:
     prober = open_prober(target)
     assert prober.with_noise(2.0).mechanism.noise_multiplier == 2.0
     assert math.isclose(prober.public_map.mechanism.noise_multiplier, 8.0)
-    report = attacks.attack(target, attacks.Arguments(scenario, parts=()), Console(quiet=True), "x")
-    assert report.results == ()

@@ -28,22 +28,21 @@ from fedmosaic.client.progress import LoggedProgress
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.vision import efficientnet, features
 from fedmosaic.client.vision.efficientnet import EfficientNetLite0
-from fedmosaic.client.vision.embedding import ProjectedFeatures, put_pictures
+from fedmosaic.client.vision.embedding import ProjectedFeatures, put_images
+from fedmosaic.client.vision.inputs import located
 from fedmosaic.client.vision.projector import (
     Projector,
     ProjectorRecord,
     load_projector,
     save_projector,
 )
-from fedmosaic.client.vision.sight import located
-from fedmosaic.client.vision.tower import TowerPictures
+from fedmosaic.client.vision.tower import TowerImages
 from fedmosaic.client.vision.words import (
-    PictureIds,
+    images_in,
     marker,
-    number_pictures,
-    pictures_in,
-    tokenizer_with_pictures,
-    without_pictures,
+    number_images,
+    tokenizer_with_images,
+    without_images,
 )
 from fedmosaic.experiments.comparison.report import read_run
 from fedmosaic.experiments.comparison.runs import compared_run
@@ -85,9 +84,9 @@ def _paint(path: Path, colour: tuple[int, int, int], shape: tuple[int, int] = (2
 def test_markers_become_ids_in_their_place(tiny_folder: Path) -> None:
     base = AutoTokenizer.from_pretrained(tiny_folder / "small")
     examples = [Example(str(n), f"w1 {marker(name)} w2", "yes") for n, name in enumerate(("b.png", "a.png"))]
-    ids = number_pictures(examples, 100, 2)
+    ids = number_images(examples, 100, 2)
     assert dict(ids.numbers) == {"a.png": 0, "b.png": 1}
-    tokenizer = tokenizer_with_pictures(base, ids)
+    tokenizer = tokenizer_with_images(base, ids)
     first, second = (base(word)["input_ids"][0] for word in ("w1", "w2"))
     assert prompt_tokens(tokenizer, examples[0].prompt) == [first, 102, 103, second]
     both = f"{marker('a.png')} w1 {marker('b.png')}"
@@ -97,26 +96,26 @@ def test_markers_become_ids_in_their_place(tiny_folder: Path) -> None:
         tokenizer(marker("c.png"))
 
 
-def test_the_question_alone_has_no_picture(tiny_folder: Path) -> None:
+def test_the_question_alone_has_no_image(tiny_folder: Path) -> None:
     base = AutoTokenizer.from_pretrained(tiny_folder / "small")
-    blind = tokenizer_with_pictures(base, None)
+    blind = tokenizer_with_images(base, None)
     text = f"w1 {marker('a.png')} w2"
     assert blind(text)["input_ids"] == base("w1 w2")["input_ids"]
-    example = without_pictures(Example("1", text, "yes"))
-    assert pictures_in(example.prompt) == []
+    example = without_images(Example("1", text, "yes"))
+    assert images_in(example.prompt) == []
     assert example.prompt.split() == ["w1", "w2"]
-    assert without_pictures(Example("1", marker("a.png"), "yes")).prompt == "?"
+    assert without_images(Example("1", marker("a.png"), "yes")).prompt == "?"
     with pytest.raises(ConfigurationError, match="cannot be named"):
         marker("a>b.png")
 
 
-def test_words_stay_and_pictures_come_from_the_projector() -> None:
+def test_words_stay_and_images_come_from_the_projector() -> None:
     model = LlamaForCausalLM(_text_config())
     words = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
         before = model(words).logits
     projector = Projector(5, 16)
-    put_pictures(model, ProjectedFeatures(torch.randn(3, 2, 5), projector), 2)
+    put_images(model, ProjectedFeatures(torch.randn(3, 2, 5), projector), 2)
     with torch.no_grad():
         assert torch.equal(model(words).logits, before)
     embedding = model.get_input_embeddings()
@@ -126,7 +125,7 @@ def test_words_stay_and_pictures_come_from_the_projector() -> None:
     got.sum().backward()
     assert projector.wide.weight.grad is not None
     # Opening other pictures later replaces the source and wraps the words only once.
-    put_pictures(model, ProjectedFeatures(torch.randn(1, 2, 5), projector), 2)
+    put_images(model, ProjectedFeatures(torch.randn(1, 2, 5), projector), 2)
     assert isinstance(model.get_input_embeddings().words, nn.Embedding)
 
 
@@ -144,7 +143,7 @@ def test_a_tower_gives_what_the_models_own_forward_gives(llava_folder: Path, tmp
     for number, colour in enumerate(((250, 10, 10), (0, 200, 90))):
         _paint(tmp_path / f"{number}.png", colour, (40, 30))
     paths = [tmp_path / "0.png", tmp_path / "1.png"]
-    source = TowerPictures(model, str(llava_folder), paths)
+    source = TowerImages(model, str(llava_folder), paths)
     assert source.each == 4
     pixels = torch.cat(
         [source._processor(Image.open(path), return_tensors="pt")["pixel_values"] for path in paths]
@@ -152,7 +151,7 @@ def test_a_tower_gives_what_the_models_own_forward_gives(llava_folder: Path, tmp
     own_ids = torch.tensor([[5, 3, 3, 3, 3, 6, 3, 3, 3, 3, 7]])
     with torch.no_grad():
         expected = model(input_ids=own_ids, pixel_values=pixels).logits
-        put_pictures(model, source, source.each)
+        put_images(model, source, source.each)
         first = model.get_input_embeddings().num_embeddings
         ids = torch.tensor([[5, *range(first, first + 4), 6, *range(first + 4, first + 8), 7]])
         torch.testing.assert_close(model(input_ids=ids).logits, expected)
@@ -160,17 +159,19 @@ def test_a_tower_gives_what_the_models_own_forward_gives(llava_folder: Path, tmp
         assert not torch.allclose(model(input_ids=swapped).logits, expected)
 
 
-def test_a_tower_refuses_pictures_before_anything_is_trained(llava_folder: Path, tmp_path: Path) -> None:
+def test_a_tower_refuses_images_before_anything_is_trained(llava_folder: Path, tmp_path: Path) -> None:
     model, _ = load_base_model(llava_folder)
     _paint(tmp_path / "0.png", (250, 10, 10))
     with pytest.raises(ConfigurationError, match=r"1\.png"):
-        TowerPictures(model, str(llava_folder), [tmp_path / "0.png", tmp_path / "1.png"])
+        TowerImages(model, str(llava_folder), [tmp_path / "0.png", tmp_path / "1.png"])
+    with pytest.raises(ModelError, match="not handled"):
+        TowerImages(LlamaForCausalLM(_text_config()), "here", [tmp_path / "0.png"])
 
 
 def test_a_tower_gives_the_same_in_training_and_before(llava_folder: Path, tmp_path: Path) -> None:
     model, _ = load_base_model(llava_folder)
     _paint(tmp_path / "0.png", (250, 10, 10))
-    source = TowerPictures(model, str(llava_folder), [tmp_path / "0.png"])
+    source = TowerImages(model, str(llava_folder), [tmp_path / "0.png"])
     before = source(torch.tensor([0]))
     source._known.clear()
     with torch.autocast("cpu", torch.bfloat16):
@@ -185,11 +186,6 @@ def test_baselines_leave_the_tower_alone(llava_folder: Path) -> None:
     names = [name for name, _ in lora_layers(model)]
     assert len(names) == 14
     assert all("language_model" in name for name in names)
-
-
-def test_unknown_kinds_of_towers_are_refused() -> None:
-    with pytest.raises(ModelError, match="not handled"):
-        TowerPictures(LlamaForCausalLM(_text_config()), "here", [Path("a.png")])
 
 
 # --- the encoder and its files
@@ -252,64 +248,60 @@ def test_features_are_computed_once_per_content(tmp_path: Path, monkeypatch: pyt
     for name, colour in (("a", (255, 0, 0)), ("b", (0, 0, 255)), ("c", (255, 0, 0))):
         _paint(tmp_path / f"{name}.png", colour)
     paths = [tmp_path / f"{name}.png" for name in "abc"]
-    found = features.picture_features(paths, size=64, grid=2, cache=tmp_path / "cache")
+    found = features.image_features(paths, size=64, grid=2, cache=tmp_path / "cache")
     assert found.shape == (3, 4, 1280)
     assert torch.equal(found[0], found[2])
     assert not torch.equal(found[0], found[1])
-    again = features.picture_features(paths[::-1], size=64, grid=2, cache=tmp_path / "cache")
+    again = features.image_features(paths[::-1], size=64, grid=2, cache=tmp_path / "cache")
     assert torch.equal(again, found.flip(0))
     assert len(loads) == 1
     # What a picture becomes depends on no other.
-    alone = features.picture_features(paths[:1], size=64, grid=2, cache=tmp_path / "other")
+    alone = features.image_features(paths[:1], size=64, grid=2, cache=tmp_path / "other")
     assert torch.equal(alone[0], found[0])
 
 
-def test_features_of_pictures_taken_out_do_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_of_images_taken_out_do_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "load_efficientnet", _random_encoder)
     for name in "ab":
         _paint(tmp_path / f"{name}.png", (ord(name), 0, 0))
     kept = tmp_path / "kept"
     for names in ("ab", "a"):
         paths = [tmp_path / f"{name}.png" for name in names]
-        features.picture_features(paths, size=64, grid=2, kept=kept)
+        features.image_features(paths, size=64, grid=2, kept=kept)
         (file,) = kept.iterdir()
         assert load_file(file)["features"].shape[0] == len(names)
     (kept / "left.safetensors.7").write_bytes(b"by a kill")
-    features.picture_features(paths, size=64, grid=2, kept=kept)
+    features.image_features(paths, size=64, grid=2, kept=kept)
     assert [*kept.iterdir()] == [file]
 
 
-def test_pixels_are_those_of_the_padded_picture(tmp_path: Path) -> None:
+def test_pixels_are_those_of_the_padded_image(tmp_path: Path) -> None:
     _paint(tmp_path / "wide.png", (255, 127, 0), (40, 20))
-    pixels = features.read_picture(tmp_path / "wide.png", 40)
+    pixels = features.read_image(tmp_path / "wide.png", 40)
     torch.testing.assert_close(pixels[:, 20, 20], torch.tensor([1.0, 0.0, -127 / 128]))
     assert torch.equal(pixels[:, 2], torch.zeros(3, 40))
 
 
-@pytest.mark.parametrize("content", [b"", b"GIF89a", b"\x89PNG\r\n\x1a\n"])
-def test_files_that_are_no_pictures_are_refused(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "x.png").write_bytes(content)
-    with pytest.raises(ConfigurationError, match="no PNG or JPEG"):
-        features.read_picture(tmp_path / "x.png")
-
-
-def test_huge_pictures_are_refused_before_they_are_unpacked(
+def test_files_that_are_no_images_are_refused_before_they_are_unpacked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _paint(tmp_path / "x.png", (0, 0, 0))
-    monkeypatch.setattr(features, "_MOST_PIXELS", 100)
-    with pytest.raises(ConfigurationError, match="pixels; give at most"):
-        features.open_picture(tmp_path / "x.png")
+    path = tmp_path / "x.png"
 
+    def refused(words: str) -> None:
+        with pytest.raises(ConfigurationError, match=words):
+            features.open_image(path)
 
-def test_long_and_deep_pictures_are_refused(tmp_path: Path) -> None:
+    for content in (b"", b"GIF89a", b"\x89PNG\r\n\x1a\n"):
+        path.write_bytes(content)
+        refused("no PNG or JPEG")
     # It would become a square of its longer side.
-    _paint(tmp_path / "long.png", (0, 0, 0), (9000, 1))
-    with pytest.raises(ConfigurationError, match="at most 8192 of a side"):
-        features.open_picture(tmp_path / "long.png")
-    Image.fromarray(np.full((4, 4), 4000, dtype=np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(ConfigurationError, match="eight bits"):
-        features.open_picture(tmp_path / "deep.png")
+    _paint(path, (0, 0, 0), (9000, 1))
+    refused("at most 8192 of a side")
+    Image.fromarray(np.full((4, 4), 4000, dtype=np.uint16)).save(path)
+    refused("eight bits")
+    _paint(path, (0, 0, 0))
+    monkeypatch.setattr(features, "_MOST_PIXELS", 100)
+    refused("pixels; give at most")
 
 
 # --- projectors
@@ -405,15 +397,7 @@ def _last_scores(directory: Path) -> dict[str, float]:
     return own
 
 
-def test_a_federation_reads_pictures(seeing: Any, tmp_path: Path) -> None:
-    directory = runner.run_here(seeing(), tmp_path, tmp_path / "runs", _console())
-    assert set(_last_scores(directory)) == {"client-0", "client-1"}
-    server = json.loads((directory / "federation" / "server" / "state" / "run.json").read_text())
-    # The profiles read the words, which are the same for both clients.
-    assert server["results"][-1]["clients"] == ["client-0", "client-1"]
-
-
-def test_pictures_decide_and_the_question_alone_does_not(seeing: Any, tmp_path: Path) -> None:
+def test_images_decide_and_the_question_alone_does_not(seeing: Any, tmp_path: Path) -> None:
     training = {
         "steps": 60, "per_device_train_batch_size": 8, "max_length": 16, "learning_rate": 0.005,
     }  # fmt: skip
@@ -424,7 +408,7 @@ def test_pictures_decide_and_the_question_alone_does_not(seeing: Any, tmp_path: 
     assert set(_last_scores(unseen).values()) == {0.5}
 
 
-def test_the_adapter_is_trained_privately_on_pictures(seeing: Any, tmp_path: Path) -> None:
+def test_the_adapter_is_trained_privately_on_images(seeing: Any, tmp_path: Path) -> None:
     private = {"rank": 2, "blocks": 2, "protection": "dp"}
     # As many as a client has: without sampling the accountants have closed forms.
     terms = {"target_epsilon": 8.0, "expected_batch_size": 60, "steps_per_round": 1}
@@ -433,7 +417,7 @@ def test_the_adapter_is_trained_privately_on_pictures(seeing: Any, tmp_path: Pat
     assert 7.0 < (run.epsilon["server"] or 0.0) <= 8.0
 
 
-def test_features_of_a_clients_own_pictures_stay_in_its_state(seeing: Any, tmp_path: Path) -> None:
+def test_features_of_a_clients_own_images_stay_in_its_state(seeing: Any, tmp_path: Path) -> None:
     scenario = seeing()
     client = scenario.clients[0]
     settings = ClientSettings.model_validate(
@@ -468,7 +452,7 @@ def test_features_of_a_clients_own_pictures_stay_in_its_state(seeing: Any, tmp_p
 
 
 @pytest.mark.slow
-def test_processes_read_pictures(seeing: Any, llava_folder: Path, tmp_path: Path) -> None:
+def test_processes_read_images(seeing: Any, llava_folder: Path, tmp_path: Path) -> None:
     def seen_by_its_own_tower(client: Any) -> Any:
         model = client.model.model_copy(update={"path": str(llava_folder)})
         return client.model_copy(update={"model": model, "projector": None, "family": "llava"})
@@ -492,7 +476,7 @@ def test_what_cannot_be_seen_is_refused(seeing: Any, tmp_path: Path) -> None:
         start(seeing(method="local", images=None))
     scenario = seeing(method="local")
     blind = [client.model_copy(update={"projector": None}) for client in scenario.clients]
-    with pytest.raises(ConfigurationError, match="reads no pictures"):
+    with pytest.raises(ConfigurationError, match="reads no images"):
         start(scenario.model_copy(update={"clients": tuple(blind)}))
     other = [
         client.model_copy(update={"projector": scenario.clients[1].projector}) for client in scenario.clients
@@ -510,18 +494,12 @@ def test_what_cannot_be_seen_is_refused(seeing: Any, tmp_path: Path) -> None:
     (tmp_path / "train-0.jsonl").write_text(
         json.dumps({"id": "odd", "prompt": "which?", "answer": "blue", "choices": choices})
     )
-    with pytest.raises(ConfigurationError, match="'odd' names a picture in its answer or a choice"):
+    with pytest.raises(ConfigurationError, match="'odd' names an image in its answer or a choice"):
         start(seeing(method="local"))
 
 
 @pytest.mark.parametrize("path", ["a\0b", "x" * 5000, "nothing.png", "pictures"])
 def test_what_is_no_file_is_refused_by_name(tmp_path: Path, path: str) -> None:
     (tmp_path / "pictures").mkdir()
-    with pytest.raises(ConfigurationError, match="there is no picture"):
+    with pytest.raises(ConfigurationError, match="there is no image"):
         located(tmp_path, path)
-
-
-def test_ids_of_a_picture_do_not_overlap() -> None:
-    ids = PictureIds({"a": 0, "b": 1}, 10, 3)
-    assert ids.of("a") == [10, 11, 12]
-    assert ids.of("b") == [13, 14, 15]

@@ -15,11 +15,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from fedmosaic.client.model.examples import IGNORED, Example, encode_examples
 from fedmosaic.client.profile.probe import gradient_factors, open_probe
 from fedmosaic.experiments.studies.relevance import command as relevance
-from fedmosaic.experiments.studies.relevance.designs import DESIGNS, Design, cached_factors, encode, fit_sides
+from fedmosaic.experiments.studies.relevance.designs import DESIGNS, Design, encode, fit_sides
 from fedmosaic.experiments.studies.relevance.measure import Recovery, measure, top_match
 from fedmosaic.experiments.studies.relevance.tables import Cell, draw, markdown
 from fedmosaic.experiments.tasks.relevance_sets import CLINC_DOMAINS, load_public, load_task_set
-from fedmosaic.privacy.mechanism.profile import GRID, IntArray, ProfileMechanism, Reduction
+from fedmosaic.privacy.mechanism.gaussian import GRID
+from fedmosaic.privacy.mechanism.noise import IntArray
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos.errors import ConfigurationError
 
 DATA = Path(__file__).parents[3].parent / "shared" / "data"
@@ -59,8 +61,6 @@ def test_recovery_falls_from_certainty_to_chance_with_the_noise() -> None:
     assert 0.6 < blurred.auc < 1.0
     assert lost.auc == pytest.approx(0.5, abs=0.06)
     assert lost.top1 == pytest.approx(1 / 15, abs=0.06)
-    assert lost.significant < 0.1 < clear.significant == 1.0
-    assert clear.same_task > 0.9 > 0.3 > clear.other_task
     assert lost.auc_error > clear.auc_error == 0.0
 
 
@@ -77,7 +77,7 @@ def test_the_study_can_be_repeated() -> None:
 
 
 def recovery(auc: float, bootstrapped: bool) -> Recovery:
-    return Recovery(auc, 0.01, 0.5, auc, 0.5, 0.9, 0.1, 1.0, bootstrapped)
+    return Recovery(auc, 0.01, 0.5, bootstrapped)
 
 
 def cells() -> list[Cell]:
@@ -169,21 +169,6 @@ def test_encoding_is_the_products_where_nothing_is_cut() -> None:
     (cut,) = encode(tokenizer(), [long], 16)
     assert len(cut.input_ids) == 16
     assert int((cut.labels != IGNORED).sum()) == 8
-
-
-def test_factors_come_from_the_cache_only_for_the_same_question(tmp_path: Path) -> None:
-    probe = open_probe(tiny_model())
-    examples = encode(tokenizer(), texts(30, 0), 32)
-    first = cached_factors(probe, examples, tmp_path)
-    direct = list(gradient_factors(probe, examples))
-    again = cached_factors(probe, examples, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 1
-    for index, (one, two) in enumerate(zip(first, again, strict=True)):
-        np.testing.assert_array_equal(one.delta, direct[index].delta)
-        np.testing.assert_array_equal(one.inputs, direct[index].inputs)
-        np.testing.assert_array_equal(one.delta, two.delta)
-    cached_factors(probe, examples[:-1], tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_smaller_designs_use_the_leading_directions() -> None:

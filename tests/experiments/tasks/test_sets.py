@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from fedmosaic.client.model.examples import Example, read_examples
-from fedmosaic.client.vision.words import marker, pictures_in
+from fedmosaic.client.vision.words import images_in, marker
 from fedmosaic.experiments.tasks import __main__ as commands
 from fedmosaic.experiments.tasks import images, texts
 from fedmosaic.experiments.tasks.labelled import normalise
@@ -164,7 +164,7 @@ def test_what_is_written_is_what_the_questions_name(shapes_only: Path, tmp_path:
             path
             for file in out.rglob(f"*.{part}.jsonl")
             for example in read_examples(file)
-            for path in pictures_in(example.prompt)
+            for path in images_in(example.prompt)
         }
         for part in ("train", "test")
     )
@@ -228,7 +228,7 @@ def test_siblings_have_the_same_tasks_and_no_image_in_common(tmp_path: Path) -> 
         (f"clothes-{x}", f"clothes-{n}") for x in "abc" for n in (1, 2)
     ]
     parts = [task.train for task in written] + [task.test for task in written]
-    found = [path for part in parts for example in part for path in pictures_in(example.prompt)]
+    found = [path for part in parts for example in part for path in images_in(example.prompt)]
     assert len(found) == len(set(found)) == 6 * 36
 
 
@@ -251,7 +251,7 @@ def test_pairs_are_balanced_and_stay_on_one_side() -> None:
         for member in members
     }
     for row, alike in zip(rows, same, strict=True):
-        first, second = (characters[path] for path in pictures_in(row.prompt))
+        first, second = (characters[path] for path in images_in(row.prompt))
         assert first != second
         assert (first.split("/")[0] == second.split("/")[0]) is alike
         assert in_test(first) == in_test(second)

@@ -47,13 +47,6 @@ def test_the_studys_table() -> None:
         assert bounds.true_positive_rate_at_0_1_percent == pytest.approx(at_01, abs=2e-4)
 
 
-def test_epsilon_alone_overstates_the_attacker() -> None:
-    events = [GaussianEvent(3.731, 1.0, 1)]
-    value = epsilon(events, DELTA)
-    from_epsilon = (math.exp(value) - 1 + 2 * DELTA) / (math.exp(value) + 1)
-    assert attack_bounds(events, DELTA).advantage < from_epsilon / 4
-
-
 def test_one_subsampled_step_matches_the_exact_neyman_pearson_test() -> None:
     sigma, q = 0.8, 0.2
     curve = privacy_curve([GaussianEvent(sigma, q, 1)])

@@ -27,18 +27,6 @@ def test_rows_sum_to_the_power_and_stay_close(row: NDArray[np.float64], bits: in
     assert (np.abs(integers - shares * (1 << bits)) < 1.0 + 1e-6).all()
 
 
-@settings(deadline=None)
-@given(row=raw_rows, seed=st.integers(0, 2**32 - 1))
-def test_permuting_contributors_permutes_distinct_weights(row: NDArray[np.float64], seed: int) -> None:
-    row = np.unique(row[row > 0]) + np.arange(np.unique(row[row > 0]).size)
-    shares = row / row.sum()
-    remainders = np.sort(np.modf(shares * 2**15)[0])
-    if row.size > 1 and (np.diff(remainders) < 1e-6).any():
-        return  # equal remainders are served by position
-    order = np.random.default_rng(seed).permutation(row.size)
-    np.testing.assert_array_equal(integer_weights(shares[order], 15), integer_weights(shares, 15)[order])
-
-
 def test_by_hand() -> None:
     assert integer_weights(np.array([1 / 3, 1 / 3, 1 / 3]), 4).tolist() == [6, 5, 5]
     assert integer_weights(np.array([0.5, 0.5, 0.0]), 12).tolist() == [2048, 2048, 0]

@@ -7,36 +7,25 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
+from builders import founding
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.privacy.configuration import validate
 from fedmosaic.privacy.federation import identity, names
 from fedmosaic.privacy.federation import kits as federation
-from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry, ServerEntry
-from fedmosaic.privacy.federation.roster import Terms
-from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
-from fedmosaic.privacy.mechanism.projection import PublicBasis
-from fedmosaic.protos.errors import ConfigurationError, MechanismError
+from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
+from fedmosaic.protos.errors import ConfigurationError
 from fedmosaic.server.settings import settings_from_kit
 
-PROFILE = ProfileMechanism(
-    probe="tiny",
-    probe_sha256="0" * 64,
-    reduction=Reduction(hidden_size=8, intermediate_size=16, projection_dimensions=32),
-)
 BALANCER = "internal-fedmosaic-prod-alb-1234567890.eu-central-1.elb.amazonaws.com"
 
 
-def founding(name: str = "clinics", *hosts: str, profile: ProfileMechanism = PROFILE) -> FederationConfig:
-    return validate(
-        {
-            "federation": name,
-            "members": [{"id": member} for member in ("a", "b", "c", "m" * 63)],
-            "server": {"hosts": hosts or ("localhost",)},
-            "terms": Terms(profile=profile).model_dump(mode="json"),
-        },
-        FederationConfig,
-        "federation.toml",
-    )
+def described(name: str = "clinics", *hosts: str) -> FederationConfig:
+    content = founding().model_dump(mode="json") | {
+        "federation": name,
+        "members": [{"id": member} for member in ("a", "b", "c", "m" * 63)],
+        "server": {"hosts": hosts or ("localhost",)},
+    }
+    return validate(content, FederationConfig, "federation.toml")
 
 
 @pytest.mark.parametrize(
@@ -85,7 +74,7 @@ def test_a_host_is_given_back_as_it_is_signed_and_dialled(given: str, meant: str
 )
 def test_what_no_client_can_reach_is_not_signed(given: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"server\.hosts\.0: ") as error:
-        founding("clinics", given)
+        described("clinics", given)
     assert words in str(error.value)
 
 
@@ -135,7 +124,7 @@ def test_a_server_listens_where_clients_cannot_connect_to(given: str) -> None:
 
 @pytest.mark.parametrize("listen", ["::7443", "127.0.0.1:99999", "https://x:1", "7443"])
 def test_a_bad_listen_address_is_refused_by_its_key(listen: str, tmp_path: Path) -> None:
-    federation.create(founding(), tmp_path / "f")
+    federation.create(described(), tmp_path / "f")
     (tmp_path / "f" / "server" / "server.toml").write_text(f'listen = "{listen}"\n')
     with pytest.raises(ConfigurationError, match="listen: "):
         settings_from_kit(tmp_path / "f" / "server")
@@ -143,7 +132,7 @@ def test_a_bad_listen_address_is_refused_by_its_key(listen: str, tmp_path: Path)
 
 @pytest.mark.parametrize("url", ["", "postgres.example", "mysql://u:secret@h/d", "postgres://u:secret@h/d"])
 def test_a_store_that_is_none_is_refused_by_its_key(url: str, tmp_path: Path) -> None:
-    federation.create(founding(), tmp_path / "f")
+    federation.create(described(), tmp_path / "f")
     (tmp_path / "f" / "server" / "server.toml").write_text(f'store_url = "{url}"\n')
     with pytest.raises(ConfigurationError, match=r"store_url: .*postgresql\+psycopg://") as error:
         settings_from_kit(tmp_path / "f" / "server")
@@ -173,7 +162,7 @@ def test_this_machine_and_private_networks_are_local(server: str, local: bool) -
 def test_the_longest_names_can_be_founded(tmp_path: Path) -> None:
     name = "rare-disease-imaging-consortium-northern-europe-and-baltics-eeu"
     assert len(name) == 63
-    federation.create(founding(name, BALANCER, "2001:db8::1"), tmp_path / "f")
+    federation.create(described(name, BALANCER, "2001:db8::1"), tmp_path / "f")
     kit = federation.open_kit(tmp_path / "f" / "clients" / ("m" * 63))
     assert kit.member_id() == "m" * 63
     certificate = x509.load_pem_x509_certificate((tmp_path / "f" / "server" / "tls.pem").read_bytes())
@@ -183,7 +172,7 @@ def test_the_longest_names_can_be_founded(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["", "Clinics", "a b", "x" * 64, "-x", "clinics\n"])
 def test_a_name_that_no_message_can_carry_is_refused(name: str) -> None:
     with pytest.raises(ConfigurationError, match=r"federation: .*1 to 63 of a-z"):
-        founding(name)
+        described(name)
 
 
 def test_a_founding_that_is_stopped_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +181,7 @@ def test_a_founding_that_is_stopped_leaves_nothing(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(federation, "_publish", stop)
     with pytest.raises(KeyboardInterrupt):
-        federation.create(founding(), tmp_path / "f")
+        federation.create(described(), tmp_path / "f")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -201,16 +190,16 @@ def test_a_founding_that_is_killed_leaves_nothing_that_looks_founded(tmp_path: P
     child = os.fork()
     if child == 0:
         federation._publish = lambda *_: os._exit(9)  # type: ignore[assignment]  # the moment of the kill
-        federation.create(founding(), tmp_path / "f")
+        federation.create(described(), tmp_path / "f")
         os._exit(0)
     os.waitpid(child, 0)
     assert not (tmp_path / "f").exists()
-    federation.create(founding(), tmp_path / "f")
+    federation.create(described(), tmp_path / "f")
     assert federation.open_kit(tmp_path / "f" / "clients" / "a").member_id() == "a"
 
 
 def test_a_kit_that_was_half_made_does_not_block_the_next_try(tmp_path: Path) -> None:
-    federation.create(founding(), tmp_path / "f")
+    federation.create(described(), tmp_path / "f")
     (tmp_path / "f" / "clients" / ".e").mkdir()
     (tmp_path / "f" / "clients" / ".e" / "tls.key").write_text("half")
     federation.add_member(tmp_path / "f", MemberEntry(id="e"))
@@ -220,34 +209,15 @@ def test_a_kit_that_was_half_made_does_not_block_the_next_try(tmp_path: Path) ->
 def test_a_file_in_the_place_of_the_federation_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "f").write_text("mine")
     with pytest.raises(ConfigurationError, match="there already"):
-        federation.create(founding(), tmp_path / "f")
+        federation.create(described(), tmp_path / "f")
     assert (tmp_path / "f").read_text() == "mine"
-
-
-def test_another_basis_than_the_terms_name_founds_nothing(tmp_path: Path) -> None:
-    import numpy as np
-
-    basis = PublicBasis(centre=np.zeros(32, dtype=np.float32))
-    basis.save(tmp_path / "basis")
-    other = PROFILE.model_copy(update={"standardise": "centre", "basis_sha256": "1" * 64})
-    with pytest.raises(MechanismError, match="same run of `fedmosaic probe`"):
-        federation.create(founding(profile=other), tmp_path / "f", tmp_path / "basis")
-    with pytest.raises(MechanismError, match="--basis"):
-        federation.create(founding(profile=other), tmp_path / "f")
-    (tmp_path / "basis").write_bytes(b"\xff" * 100)
-    with pytest.raises(MechanismError, match="no readable public basis"):
-        federation.create(founding(profile=other), tmp_path / "f", tmp_path / "basis")
-    assert not (tmp_path / "f").exists()
-
-
-def test_the_server_entry_knows_ports() -> None:
-    with pytest.raises(ValueError, match="port"):
-        ServerEntry(port=65536)
+    with pytest.raises(ConfigurationError, match="not empty"):
+        federation.create(described(), tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"\xff\xfe{", b'{"a": NaN}', b"{}"], ids=repr)
 def test_a_damaged_roster_or_key_is_named(content: bytes, tmp_path: Path) -> None:
-    federation.create(founding(), tmp_path / "f")
+    federation.create(described(), tmp_path / "f")
     kit = tmp_path / "f" / "server"
     (kit / "roster.json").write_bytes(content)
     with pytest.raises(ConfigurationError, match=r"roster\.json"):
@@ -258,7 +228,7 @@ def test_a_damaged_roster_or_key_is_named(content: bytes, tmp_path: Path) -> Non
 
 
 def test_what_is_signed_is_what_was_meant(tmp_path: Path) -> None:
-    federation.create(founding("clinics", "FL.Example.org."), tmp_path / "f")
+    federation.create(described("clinics", "FL.Example.org."), tmp_path / "f")
     certificate = x509.load_pem_x509_certificate((tmp_path / "f" / "server" / "tls.pem").read_bytes())
     assert identity.certificate_names(certificate) == ["fl.example.org"]
     assert json.loads((tmp_path / "f" / "roster.json").read_text())["federation"] == "clinics"

@@ -8,37 +8,29 @@ from typing import Any
 import numpy as np
 import pytest
 
+from builders import founding, tiny_mechanism
 from fedmosaic import cli
 from fedmosaic.privacy.accounting.calibrate import check_plannable
 from fedmosaic.privacy.accounting.epsilon import default_delta, epsilon, within_resolution
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.federation import kits as federation
-from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
 from fedmosaic.privacy.federation.roster import Terms
 from fedmosaic.privacy.federation.terms_checks import check_plan
-from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.privacy.mechanism.projection import PublicBasis
 from fedmosaic.protos.errors import AccountingError, ConfigurationError, MechanismError
-
-REDUCTION = Reduction(hidden_size=8, intermediate_size=16, projection_dimensions=32)
 
 
 def terms(
     rounds: int = 3, target: float = 8.0, profile: dict[str, Any] | None = None, **adapter: Any
 ) -> Terms:
-    mechanism = ProfileMechanism.model_validate(
-        {"probe": "tiny", "probe_sha256": "0" * 64, "reduction": REDUCTION, **(profile or {})}
-    )
-    return Terms.model_validate(
-        {
-            "adapter": {"protection": "dp", **adapter},
-            "adapter_privacy": {"target_epsilon": target},
-            "profile": mechanism,
-            "schedule": {"rounds": rounds},
-            "encryption": {"backend": "plain"},
-            "allow_plaintext": True,
-        }
-    )
+    return founding(
+        adapter={"protection": "dp", **adapter},
+        adapter_privacy={"target_epsilon": target},
+        profile=tiny_mechanism(**(profile or {})),
+        schedule={"rounds": rounds},
+        encryption={"backend": "plain"},
+        allow_plaintext=True,
+    ).terms
 
 
 def test_usual_terms_pass() -> None:
@@ -83,17 +75,17 @@ def test_resolution_is_the_accountants_own() -> None:
         epsilon([GaussianEvent(4000.0, 0.5, 10**9)], 1e-5)
 
 
-def founding(profile: dict[str, Any] | None = None) -> FederationConfig:
-    members = tuple(MemberEntry(id=name) for name in "abcd")
-    return FederationConfig(federation="f", members=members, terms=terms(protection="none", profile=profile))
-
-
 def test_another_basis_than_the_terms_name_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     agreed, other = (PublicBasis(centre=np.full(32, value, dtype=np.float32)) for value in (1.0, 2.0))
     for name, basis in (("agreed", agreed), ("other", other)):
         basis.save(tmp_path / name)
-    config = founding({"standardise": "centre", "basis_sha256": agreed.sha256})
-    for basis_file, reason in ((tmp_path / "other", "says"), (None, "no file is given")):
+    config = founding(profile=tiny_mechanism(standardise="centre", basis_sha256=agreed.sha256))
+    (tmp_path / "damaged").write_bytes(b"\xff" * 100)
+    for basis_file, reason in (
+        (tmp_path / "other", "same run of `fedmosaic probe`"),
+        (tmp_path / "damaged", "no readable public basis"),
+        (None, "no file is given"),
+    ):
         with pytest.raises(MechanismError, match=reason):
             federation.create(config, tmp_path / "made", basis_file)
     assert not (tmp_path / "made").exists()

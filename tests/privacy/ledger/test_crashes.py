@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from builders import charge
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.ledger.ledger import Ledger, data_epoch
 from fedmosaic.protos.errors import LedgerError
@@ -99,13 +100,8 @@ def test_what_was_sent_is_recorded_with_its_digest(killed: dict[str, Path], step
 
 
 def test_going_on_after_a_crash_costs_what_the_rules_say(killed: dict[str, Path]) -> None:
-    def reserve(ledger: Ledger) -> int:
-        return ledger.reserve(
-            "adapter", 0, EVENT, data_epoch=EPOCH, secure_noise=True, clipping_norm=1.0, dimensions=4
-        )
-
     with reopened(killed["before the bytes are stored"]) as ledger:
-        reserve(ledger)
+        charge(ledger, EVENT, data_epoch=EPOCH)
         assert len(ledger.events()) == 2, "the lost draw stays charged, the fresh one is charged as well"
     with reopened(killed["before the release is recorded"]) as ledger:
         pending = ledger.pending("adapter", 0, EPOCH)
@@ -114,7 +110,7 @@ def test_going_on_after_a_crash_costs_what_the_rules_say(killed: dict[str, Path]
         assert len(ledger.events()) == 1, "stored bytes are recorded late, at no further cost"
     with reopened(killed["before the bytes are sent"]) as ledger:
         with pytest.raises(LedgerError, match="send the stored bytes again"):
-            reserve(ledger)
+            charge(ledger, EVENT, data_epoch=EPOCH)
         assert len(ledger.events()) == 1
 
 

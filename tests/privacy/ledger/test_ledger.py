@@ -5,46 +5,37 @@ import json
 import math
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from builders import DIGEST, EPOCH, charge
 from fedmosaic.privacy.accounting.epsilon import epsilon
 from fedmosaic.privacy.accounting.events import UNPROTECTED, GaussianEvent
 from fedmosaic.privacy.ledger.ledger import Ledger, LedgerParameters, data_epoch, parameters_of, read_ledger
-from fedmosaic.privacy.ledger.rows import Channel, LedgerRow
+from fedmosaic.privacy.ledger.rows import LedgerRow
 from fedmosaic.protos.errors import AccountingError, BudgetExceededError, LedgerError
 
 DELTA = 1e-5
 PROFILE = GaussianEvent(8.0, 1.0, 1)
 STEP = GaussianEvent(10.0, 1.0, 5)
-EPOCH = data_epoch(["a", "b", "c"])
-DIGEST, OTHER = "a" * 64, "b" * 64
+OTHER = "b" * 64
 
 
-def open_ledger(path: Path, target: float | None = None, **options: object) -> Ledger:
+def open_ledger(path: Path, target: float | None = None, **options: Any) -> Ledger:
     # RDP is exact enough here and takes a millisecond for full-batch events.
-    return Ledger.open(path, "clinic-a", DELTA, target, "rdp", **options)  # type: ignore[arg-type]  # by keyword
+    return Ledger.open(path, "clinic-a", DELTA, target, "rdp", **options)
 
 
 def reserve(
-    ledger: Ledger,
-    channel: Channel = "adapter",
-    round: int = 0,
-    event: GaussianEvent = STEP,
-    epoch: str = EPOCH,
-    ids: list[str] | None = None,
+    ledger: Ledger, channel: str = "adapter", round: int = 0, event: GaussianEvent = STEP, **changes: Any
 ) -> int:
-    return ledger.reserve(
-        channel,
-        round,
-        event,
-        data_epoch=data_epoch(ids) if ids else epoch,
-        secure_noise=True,
-        mechanism={"kind": "test"},
-        clipping_norm=1.0,
-        dimensions=256,
-        example_ids=ids,
-    )
+    return charge(ledger, event, channel, round, **changes)
+
+
+def unprotected(ledger: Ledger, channel: str = "adapter", round: int = 0, **changes: Any) -> int:
+    fields = {"clipping_norm": None, "dimensions": None, "covered_by": "nothing"}
+    return charge(ledger, UNPROTECTED, channel, round, **(fields | changes))
 
 
 def rdp(*events: GaussianEvent) -> float:
@@ -54,16 +45,6 @@ def rdp(*events: GaussianEvent) -> float:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "state" / "ledger.sqlite"
-
-
-def test_a_release_is_charged_when_reserved_and_once(path: Path) -> None:
-    with open_ledger(path) as ledger:
-        assert ledger.epsilon() == 0.0
-        sequence = reserve(ledger, "profile", event=PROFILE)
-        assert ledger.epsilon() == rdp(PROFILE)
-        ledger.released(sequence, DIGEST)
-        assert ledger.epsilon() == rdp(PROFILE)
-        assert [row.kind for row in ledger.export()] == ["OPENED", "RESERVED", "RELEASED"]
 
 
 def test_both_channels_compose_jointly_and_can_be_read_alone(path: Path) -> None:
@@ -133,9 +114,7 @@ def test_a_released_round_must_be_resent_not_drawn_again(path: Path) -> None:
         with pytest.raises(LedgerError, match="send the stored bytes again"):
             reserve(ledger)
         assert ledger.epsilon() == rdp(STEP)
-        found = ledger.release_of("adapter", 0, EPOCH)
-        assert found is not None
-        assert found.payload_digest == DIGEST
+        assert getattr(ledger.release_of("adapter", 0, EPOCH), "payload_digest", None) == DIGEST
         assert ledger.release_of("adapter", 1, EPOCH) is None
 
 
@@ -145,7 +124,7 @@ def test_the_profile_is_released_once_per_data_epoch_whatever_the_round(path: Pa
         with pytest.raises(LedgerError, match="made already"):
             reserve(ledger, "profile", 7, PROFILE)
         assert ledger.release_of("profile", 9, EPOCH) is not None
-        reserve(ledger, "profile", 7, PROFILE, epoch=data_epoch(["a", "b", "c", "d"]))
+        reserve(ledger, "profile", 7, PROFILE, data_epoch=data_epoch(["a", "b", "c", "d"]))
         assert ledger.epsilon("profile") == rdp(PROFILE, PROFILE)
 
 
@@ -165,13 +144,6 @@ def test_a_release_beyond_the_budget_is_refused_recorded_and_not_charged(path: P
         small = reserve(ledger, round=3, event=GaussianEvent(1000.0, 1.0, 1))
         ledger.released(small, DIGEST)
         assert ledger.export()[-1].epsilon == ledger.epsilon(), "a refusal's figure is not carried on"
-
-
-def test_the_budget_bounds_both_channels_together(path: Path) -> None:
-    with open_ledger(path, (rdp(PROFILE) + rdp(PROFILE, STEP)) / 2) as ledger:
-        reserve(ledger, "profile", event=PROFILE)
-        with pytest.raises(BudgetExceededError):
-            reserve(ledger)
 
 
 def test_budget_parameters_are_fixed_by_the_first_opening(path: Path) -> None:
@@ -198,28 +170,15 @@ def test_a_stricter_budget_goes_on_and_binds(path: Path) -> None:
 
 
 def test_a_release_in_another_context_is_another_release_and_charged(path: Path) -> None:
-    def again(ledger: Ledger, context: str) -> int:
-        return ledger.reserve(
-            "adapter",
-            1,
-            STEP,
-            data_epoch=EPOCH,
-            secure_noise=True,
-            clipping_norm=1.0,
-            dimensions=256,
-            context=context,
-        )
-
     with open_ledger(path) as ledger:
-        ledger.released(again(ledger, "run 1"), DIGEST)
+        ledger.released(reserve(ledger, round=1, context="run 1"), DIGEST)
         with pytest.raises(LedgerError, match="made already"):
-            again(ledger, "run 1")
+            reserve(ledger, round=1, context="run 1")
         assert ledger.release_of("adapter", 1, EPOCH, "run 2") is None
-        ledger.released(again(ledger, "run 2"), OTHER)
+        ledger.released(reserve(ledger, round=1, context="run 2"), OTHER)
         assert ledger.epsilon() == rdp(STEP, STEP)
         found = ledger.release_of("adapter", 1, EPOCH, "run 1")
-        assert found is not None
-        assert found.payload_digest == DIGEST
+        assert getattr(found, "payload_digest", None) == DIGEST
 
 
 def test_what_the_budget_refused_is_remembered(path: Path) -> None:
@@ -236,18 +195,16 @@ def test_releases_without_dp_cost_infinity_and_say_what_covers_them(path: Path) 
     with open_ledger(path, 1.0, budgeted_channels=("profile",)) as ledger:
         reserve(ledger, "profile", event=PROFILE)
         for round, covered_by in enumerate(("nothing", "cryptography")):
-            ledger.reserve(
-                "adapter",
-                round,
-                UNPROTECTED,
-                data_epoch=EPOCH,
-                secure_noise=True,
-                covered_by=covered_by,  # type: ignore[arg-type]  # a literal
-            )
+            unprotected(ledger, round=round, covered_by=covered_by)
         assert ledger.epsilon("adapter") == ledger.epsilon() == math.inf
         assert ledger.epsilon("profile") == rdp(PROFILE)
         last = ledger.export()[-1]
         assert (last.covered_by, last.noise_multiplier, last.epsilon) == ("cryptography", 0.0, rdp(PROFILE))
+    with open_ledger(path.with_name("no-budget")) as ledger:
+        unprotected(ledger)
+    with open_ledger(path.with_name("no-budget")) as ledger:
+        assert ledger.epsilon() == ledger.export()[-1].epsilon == math.inf
+        assert json.loads(ledger.export()[-1].model_dump_json())["epsilon"] == "infinity"
 
 
 def test_a_budget_over_a_channel_without_dp_refuses_it_with_the_remedy(path: Path) -> None:
@@ -255,25 +212,14 @@ def test_a_budget_over_a_channel_without_dp_refuses_it_with_the_remedy(path: Pat
         open_ledger(path, 8.0) as ledger,
         pytest.raises(BudgetExceededError, match="budgeted_channels by name"),
     ):
-        ledger.reserve("adapter", 0, UNPROTECTED, data_epoch=EPOCH, secure_noise=True, covered_by="nothing")
-
-
-def test_without_a_budget_infinity_is_recorded_and_survives_reopening(path: Path) -> None:
-    with open_ledger(path) as ledger:
-        ledger.reserve("adapter", 0, UNPROTECTED, data_epoch=EPOCH, secure_noise=True, covered_by="nothing")
-        assert ledger.export()[-1].epsilon == math.inf
-    with open_ledger(path) as ledger:
-        assert ledger.epsilon() == math.inf
-        assert json.loads(ledger.export()[-1].model_dump_json())["epsilon"] == "infinity"
+        unprotected(ledger)
 
 
 def test_a_profile_without_noise_is_refused_outside_tests(path: Path) -> None:
     with open_ledger(path) as ledger:
         with pytest.raises(LedgerError, match="differential privacy only"):
-            ledger.reserve(
-                "profile", 0, UNPROTECTED, data_epoch=EPOCH, secure_noise=True, covered_by="nothing"
-            )
-        ledger.reserve("profile", 0, UNPROTECTED, data_epoch=EPOCH, secure_noise=False, covered_by="nothing")
+            unprotected(ledger, "profile")
+        unprotected(ledger, "profile", secure_noise=False)
         assert ledger.epsilon() == math.inf
 
 
@@ -297,23 +243,13 @@ def test_a_profile_without_noise_is_refused_outside_tests(path: Path) -> None:
     ],
 )
 def test_contradictory_reservations_are_refused_and_leave_no_trace(
-    path: Path, changes: dict[str, object], words: str
+    path: Path, changes: dict[str, Any], words: str
 ) -> None:
-    good: dict[str, object] = {
-        "channel": "adapter",
-        "round": 0,
-        "event": STEP,
-        "data_epoch": EPOCH,
-        "secure_noise": True,
-        "mechanism": {},
-        "clipping_norm": 1.0,
-        "dimensions": 8,
-    }
     with open_ledger(path) as ledger:
         with pytest.raises(LedgerError, match=words):
-            ledger.reserve(**(good | changes))  # type: ignore[arg-type]  # wrong on purpose
+            reserve(ledger, **changes)
         assert len(ledger.export()) == 1
-        assert ledger.reserve(**good) == 1  # type: ignore[arg-type]  # as above
+        assert reserve(ledger) == 1
 
 
 def test_released_needs_a_reservation_and_a_digest(path: Path) -> None:
@@ -339,7 +275,7 @@ def test_disjoint_epochs_compose_in_parallel(path: Path) -> None:
 def test_a_release_without_evidence_composes_with_everything(path: Path) -> None:
     with open_ledger(path) as ledger:
         reserve(ledger, "adapter", 0, ids=["a"])
-        reserve(ledger, "adapter", 1, epoch=data_epoch(["b"]))
+        reserve(ledger, "adapter", 1, data_epoch=data_epoch(["b"]))
         reserve(ledger, "adapter", 2, ids=["c"])
         assert ledger.epsilon() == rdp(STEP, STEP)
 
@@ -362,16 +298,7 @@ def test_evidence_must_be_that_of_the_epoch_and_list_examples_once(path: Path) -
             ([], "at least one"),
         ):
             with pytest.raises(LedgerError, match=words):
-                ledger.reserve(
-                    "adapter",
-                    0,
-                    STEP,
-                    data_epoch=EPOCH,
-                    secure_noise=True,
-                    clipping_norm=1.0,
-                    dimensions=1,
-                    example_ids=ids,
-                )
+                reserve(ledger, data_epoch=EPOCH, example_ids=ids)
 
 
 def test_a_refused_release_leaves_no_evidence_behind(path: Path) -> None:
@@ -425,17 +352,11 @@ def test_gdp_and_impossible_parameters_are_refused(path: Path) -> None:
 def test_every_row_holds_what_an_auditor_needs(path: Path) -> None:
     moment = dt.datetime(2026, 5, 4, 12, 30, tzinfo=dt.timezone(dt.timedelta(hours=2)))
     with open_ledger(path, 3.0, clock=lambda: moment) as ledger:
-        reserve(ledger, "profile", 4, PROFILE)
+        reserve(ledger, "profile", 4, PROFILE, mechanism={"kind": "test"})
         row = ledger.export()[1]
     assert row.time == "2026-05-04T10:30:00.000000+00:00"
     assert row.event() == PROFILE
-    assert (row.channel, row.round, row.attempt, row.clipping_norm, row.dimensions) == (
-        "profile",
-        4,
-        1,
-        1.0,
-        256,
-    )
+    assert (row.channel, row.round, row.attempt, row.clipping_norm) == ("profile", 4, 1, 1.0)
     assert (row.unit, row.neighbouring_relation, row.accountant) == ("example", "add or remove one", "rdp")
     assert (row.data_epoch, row.covered_by, row.secure_noise, row.disjoint) == (EPOCH, "dp", True, False)
     assert json.loads(row.mechanism or "") == {"kind": "test"}

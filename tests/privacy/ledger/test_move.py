@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from builders import EPOCH, charge
 from fedmosaic.privacy.accounting.epsilon import epsilon
 from fedmosaic.privacy.accounting.events import GaussianEvent
-from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, data_epoch, read_ledger
+from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, read_ledger
 from fedmosaic.privacy.ledger.move import back_up, move
 from fedmosaic.protos.errors import LedgerError
 
 DELTA = 1e-5
 STEP = GaussianEvent(10.0, 1.0, 5)
-EPOCH = data_epoch(["a", "b", "c"])
 
 
 def opened(directory: Path, client: str = "clinic-a") -> Ledger:
@@ -26,17 +26,7 @@ def opened(directory: Path, client: str = "clinic-a") -> Ledger:
 
 def spend(ledger: Ledger, run: str, rounds: int = 1, first: int = 1) -> None:
     for number in range(first, first + rounds):
-        sequence = ledger.reserve(
-            "adapter",
-            number,
-            STEP,
-            data_epoch=EPOCH,
-            secure_noise=True,
-            clipping_norm=1.0,
-            dimensions=8,
-            context=run,
-        )
-        ledger.released(sequence, f"{len(ledger.export()):064x}")
+        charge(ledger, STEP, round=number, context=run, digest=f"{len(ledger.export()) + 1:064x}")
 
 
 def cost(releases: int) -> float:
@@ -149,9 +139,7 @@ def test_ledgers_that_were_copied_are_joined_with_every_draw_counted_once(old: P
 
 def test_a_reservation_that_two_copies_both_released_is_two_draws(old: Path, tmp_path: Path) -> None:
     with opened(old) as ledger:
-        pending = ledger.reserve(
-            "profile", 1, STEP, data_epoch=EPOCH, secure_noise=True, clipping_norm=1.0, dimensions=8
-        )
+        pending = charge(ledger, STEP, "profile", 1)
     copy = copied_by_hand(old, tmp_path / "copy")
     for place, digest in ((old, "a" * 64), (copy, "b" * 64)):
         with opened(place) as ledger:
@@ -224,32 +212,20 @@ def test_copies_of_one_run_cost_what_three_runs_cost(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl.ledger" / LEDGER
     delta, channels = 2000**-1.1, ("adapter",)
 
-    def charge(ledger: Ledger, run: str, number: int) -> None:
-        ledger.reserve(
-            "adapter",
-            number,
-            event,
-            data_epoch=EPOCH,
-            secure_noise=True,
-            clipping_norm=1.0,
-            dimensions=8,
-            context=run,
-        )
-
     def open_run() -> Ledger:
         return Ledger.open(path, "north", delta, None, "rdp", budgeted_channels=channels)  # type: ignore[arg-type]  # literals
 
     with open_run() as first:
         for number in range(1, 3):
-            charge(first, "run 1", number)
+            charge(first, event, round=number, context="run 1")
     with open_run() as second:
         for number in range(1, 5):
-            charge(second, "run 2", number)
+            charge(second, event, round=number, context="run 2")
     with open_run() as first, open_run() as third:
         for number in range(1, 5):
-            charge(third, "run 3", number)
+            charge(third, event, round=number, context="run 3")
             if number > 2:
-                charge(first, "run 1", number)
+                charge(first, event, round=number, context="run 1")
         spent = {first.epsilon(), third.epsilon()}
     # By PRV 4.35; RDP is looser, and fast enough for a bound after every one of these rows.
     assert spent == {epsilon([GaussianEvent(0.8, 0.016, 100 * 12)], delta, "rdp")}

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from builders import charge
 from fedmosaic.privacy.accounting.events import GaussianEvent
-from fedmosaic.privacy.ledger.ledger import Ledger, data_epoch, read_ledger
+from fedmosaic.privacy.ledger.ledger import Ledger, read_ledger
 from fedmosaic.privacy.ledger.rows import LedgerRow
 from fedmosaic.protos.errors import LedgerError
 
-EPOCH = data_epoch(["a", "b"])
 LAST = 9
 # One value of the right type and one of a wrong type per column.
 OTHER_VALUES: dict[str, tuple[object, object]] = {
@@ -46,20 +46,11 @@ OTHER_VALUES: dict[str, tuple[object, object]] = {
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("written") / "ledger.sqlite"
-    with Ledger.open(path, "clinic-a", 1e-5, None, "rdp") as ledger:
+    with opened(path) as ledger:
         for round in range(3):
-            sequence = ledger.reserve(
-                "adapter",
-                round,
-                GaussianEvent(8.0, 1.0, 2),
-                data_epoch=EPOCH,
-                secure_noise=True,
-                mechanism={"kind": "test"},
-                clipping_norm=1.0,
-                dimensions=4,
-            )
-            ledger.released(sequence, f"{round:064x}")
-            ledger.resent(sequence, f"{round:064x}")
+            digest = f"{round:064x}"
+            sequence = charge(ledger, GaussianEvent(8.0, 1.0, 2), round=round, digest=digest)
+            ledger.resent(sequence, digest)
     return path
 
 
@@ -81,8 +72,12 @@ def execute(path: Path, *statements: str, values: tuple[object, ...] = ()) -> No
     connection.close()
 
 
+def opened(path: Path) -> Ledger:
+    return Ledger.open(path, "clinic-a", 1e-5, None, "rdp")
+
+
 def reopen(path: Path) -> None:
-    Ledger.open(path, "clinic-a", 1e-5, None, "rdp").close()
+    opened(path).close()
 
 
 def test_the_untouched_copy_verifies(path: Path) -> None:
@@ -167,8 +162,8 @@ def test_a_missing_or_unreadable_head_is_reported(path: Path) -> None:
         reopen(path)
 
 
-def rewrite(path: Path, **changes: object) -> None:
-    """Change row 1 and give every row after it a fitting hash, as an informed forger would."""
+def rewrite(path: Path, **changes: object) -> str:
+    """Change row 1 and give every row after it a fitting hash, as an informed forger would; the last hash."""
     rows = read_ledger(path)
     previous = rows[0].hash
     for row in rows[1:]:
@@ -182,6 +177,7 @@ def rewrite(path: Path, **changes: object) -> None:
         values = tuple(getattr(forged, name) for name in LedgerRow.model_fields)
         execute(path, f"UPDATE rows SET {columns} WHERE sequence = {row.sequence}", values=values)  # noqa: S608  # a test
         previous = forged.hash
+    return previous
 
 
 def test_a_rewritten_chain_is_found_through_the_head_file(path: Path) -> None:
@@ -191,24 +187,17 @@ def test_a_rewritten_chain_is_found_through_the_head_file(path: Path) -> None:
 
 
 def test_a_rewritten_chain_with_its_head_is_found_through_an_anchor_only(path: Path) -> None:
-    with Ledger.open(path, "clinic-a", 1e-5, None, "rdp") as ledger:
+    with opened(path) as ledger:
         anchor = ledger.anchor("keeper")
         ledger.check_anchor("keeper", anchor, "the keeper")
-    rewrite(path, noise_multiplier=80.0)
-    last = max(json.dumps({"sequence": LAST, "hash": row[0]}) for row in _hashes(path))
-    path.with_name(path.name + ".head").write_text(last)
+    forged = rewrite(path, noise_multiplier=80.0)
+    last = {"sequence": LAST, "hash": forged}
+    path.with_name(path.name + ".head").write_text(json.dumps(last))
     with (
-        Ledger.open(path, "clinic-a", 1e-5, None, "rdp") as ledger,
+        opened(path) as ledger,
         pytest.raises(LedgerError, match="the keeper has seen last"),
     ):
         ledger.check_anchor("keeper", anchor, "the keeper")
-
-
-def _hashes(path: Path) -> list[tuple[str]]:
-    connection = sqlite3.connect(path)
-    rows = connection.execute("SELECT hash FROM rows WHERE sequence = ?", (LAST,)).fetchall()
-    connection.close()
-    return rows
 
 
 def test_a_rolled_back_copy_is_found_through_an_anchor(path: Path, tmp_path: Path) -> None:
@@ -216,30 +205,26 @@ def test_a_rolled_back_copy_is_found_through_an_anchor(path: Path, tmp_path: Pat
     image.mkdir()
     for file in (path, path.with_name(path.name + ".head")):
         shutil.copy(file, image / file.name)
-    with Ledger.open(path, "clinic-a", 1e-5, None, "rdp") as ledger:
+    with opened(path) as ledger:
         ledger.resent(1, f"{0:064x}")
         anchor = ledger.anchor("keeper")
-    with Ledger.open(image / path.name, "clinic-a", 1e-5, None, "rdp") as ledger:
+    with opened(image / path.name) as ledger:
         with pytest.raises(LedgerError, match="LEDGER_BEHIND"):
             ledger.check_anchor("keeper", anchor, "the keeper")
 
 
 def test_an_anchor_holds_for_the_rows_after_it_and_for_its_own_keeper_only(path: Path) -> None:
-    with Ledger.open(path, "clinic-a", 1e-5, None, "rdp") as ledger:
+    with opened(path) as ledger:
         one, other = ledger.anchor("federation/a"), ledger.anchor("federation/b")
         ledger.resent(1, f"{0:064x}")
         ledger.check_anchor("federation/a", one, "the keeper")
+        assert one.hex() not in {row.hash for row in ledger.export()}, "no plain hash of a row"
         assert ledger.anchor("federation/a") != one != other, (
             "two keepers cannot tell that they keep one ledger"
         )
         for wrong in (other, bytes(32), b""):
             with pytest.raises(LedgerError, match="LEDGER_BEHIND"):
                 ledger.check_anchor("federation/a", wrong, "the keeper")
-
-
-def test_an_anchor_is_no_plain_hash_of_a_row(path: Path) -> None:
-    with Ledger.open(path, "clinic-a", 1e-5, None, "rdp") as ledger:
-        assert ledger.anchor("keeper").hex() not in {row.hash for row in ledger.export()}
 
 
 def test_sqlite_itself_refuses_changes_and_deletions(path: Path) -> None:
@@ -254,18 +239,9 @@ def test_sqlite_itself_refuses_changes_and_deletions(path: Path) -> None:
 
 def test_damaged_evidence_of_disjointness_is_found(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
-    with Ledger.open(path, "clinic-a", 1e-5, None, "rdp") as ledger:
+    with opened(path) as ledger:
         for round, ids in enumerate((["a", "b"], ["c", "d"])):
-            ledger.reserve(
-                "adapter",
-                round,
-                GaussianEvent(8.0, 1.0, 1),
-                data_epoch=data_epoch(ids),
-                secure_noise=True,
-                clipping_norm=1.0,
-                dimensions=4,
-                example_ids=ids,
-            )
+            charge(ledger, GaussianEvent(8.0, 1.0, 1), round=round, ids=ids)
     reopen(path)
     execute(
         path, "DELETE FROM epoch_examples WHERE example_hash = (SELECT min(example_hash) FROM epoch_examples)"

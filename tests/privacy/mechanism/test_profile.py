@@ -1,6 +1,7 @@
 """The mechanism's guarantee: one example moves the clipped sum by at most C, whatever it is."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,15 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from builders import tiny_mechanism
+from fedmosaic.privacy.mechanism.gaussian import GRID, ClippedSum, clip
 from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
 from fedmosaic.privacy.mechanism.profile import (
-    GRID,
-    ClippedSum,
     Float32Array,
     ProfileMechanism,
     Reduction,
     ReleasedProfile,
-    clip,
     clipped_sum,
     release,
     update_average,
@@ -25,19 +25,11 @@ from fedmosaic.privacy.mechanism.projection import GradientFactors, Projection
 from fedmosaic.protos.errors import MechanismError
 
 
-def mechanism(
-    dimensions: int = 4, *, clipping_norm: float = 1.0, noise_multiplier: float = 1.0, seed: int = 0
-) -> ProfileMechanism:
+def mechanism(dimensions: int = 4, *, seed: int = 0, **changes: Any) -> ProfileMechanism:
     reduction = Reduction(
         hidden_size=8, intermediate_size=16, projection_dimensions=dimensions, public_seed=seed
     )
-    return ProfileMechanism(
-        probe="tiny",
-        probe_sha256="0" * 64,
-        reduction=reduction,
-        clipping_norm=clipping_norm,
-        noise_multiplier=noise_multiplier,
-    )
+    return tiny_mechanism(**({"reduction": reduction, "noise_multiplier": 1.0} | changes))
 
 
 def test_no_examples_give_a_zero_sum_and_still_noise() -> None:

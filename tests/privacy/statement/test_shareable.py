@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from builders import DIGEST, charge, founding
 from fedmosaic.client import statement as client_statement
 from fedmosaic.client.planning import AdapterPlan, sampling_rate
 from fedmosaic.client.statement import for_handing_over
 from fedmosaic.privacy.accounting import calibrate
 from fedmosaic.privacy.accounting.epsilon import default_delta
 from fedmosaic.privacy.accounting.events import GaussianEvent
-from fedmosaic.privacy.federation.roster import AdapterPrivacyTerms, AdapterTerms, ScheduleTerms, Terms
+from fedmosaic.privacy.federation.roster import AdapterTerms, Terms
 from fedmosaic.privacy.ledger.ledger import Ledger, data_epoch, parameters_of
-from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.privacy.statement.build import statement
 from fedmosaic.privacy.statement.models import ClientInputs, PlannedChannel, PrivacyStatement, StatementInputs
 from fedmosaic.privacy.statement.shareable import (
@@ -28,22 +28,13 @@ from fedmosaic.privacy.statement.shareable import (
 )
 
 BATCH, STEPS, ROUNDS, TARGET = 32, 10, 2, 2.0
-TERMS = Terms.model_validate(
-    {
-        "adapter": AdapterTerms(rank=4, blocks=2, target_modules=("a",), protection="dp"),
-        "adapter_privacy": AdapterPrivacyTerms(
-            expected_batch_size=BATCH, steps_per_round=STEPS, target_epsilon=TARGET
-        ),
-        "profile": ProfileMechanism(
-            probe="none",
-            probe_sha256="0" * 64,
-            reduction=Reduction(hidden_size=8, intermediate_size=16, projection_dimensions=32),
-        ),
-        "schedule": ScheduleTerms(rounds=ROUNDS),
-        "encryption": {"backend": "plain"},
-        "allow_plaintext": True,
-    }
-)
+TERMS = founding(
+    adapter=AdapterTerms(rank=4, blocks=2, target_modules=("a",), protection="dp"),
+    adapter_privacy={"expected_batch_size": BATCH, "steps_per_round": STEPS, "target_epsilon": TARGET},
+    schedule={"rounds": ROUNDS, "quorum": 1},
+    encryption={"backend": "plain"},
+    allow_plaintext=True,
+).terms
 PROFILE = GaussianEvent(TERMS.profile.noise_multiplier, 1.0, 1)
 
 
@@ -72,19 +63,9 @@ def facts(directory: Path, examples: int) -> StatementInputs:
         epoch = data_epoch(str(index) for index in range(examples))
         events = [GaussianEvent(sigma, rate, STEPS)] * ROUNDS
         for number, event in enumerate((PROFILE, *events)):
-            ledger.released(
-                ledger.reserve(
-                    "adapter" if number else "profile",
-                    number,
-                    event,
-                    data_epoch=epoch,
-                    secure_noise=True,
-                    mechanism={"expected_batch_size": BATCH} if number else {},
-                    clipping_norm=1.0,
-                    dimensions=32,
-                ),
-                "a" * 64,
-            )
+            mechanism = {"expected_batch_size": BATCH} if number else {}
+            channel = "adapter" if number else "profile"
+            charge(ledger, event, channel, number, data_epoch=epoch, mechanism=mechanism, digest=DIGEST)
         rows = tuple(ledger.export())
     client = ClientInputs(
         ledger=rows,

@@ -1,4 +1,4 @@
-"""The key board behind the coordinator: one epoch per round, nothing before all hold the key."""
+"""The key epochs behind the coordinator: one epoch per round, nothing before all hold the key."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,11 @@ def refused(reason: str) -> Any:
 @pytest.fixture
 def settings(federation: Any, tmp_path: Path) -> Any:
     return federation.settings(
-        tmp_path / "state", encryption=MaskParameters(), gathering_seconds=30.0, key_rotation_rounds=2
+        tmp_path / "state",
+        encryption=MaskParameters(),
+        gathering_seconds=30.0,
+        key_rotation_rounds=2,
+        rounds=4,
     )
 
 
@@ -40,17 +44,19 @@ def post(coordinator: Any, sender: str, stage: str, epoch: int = 1, to: str = ""
     coordinator.post_key_message(sender, KeyMessage(epoch, stage, to, text))
 
 
-def agree(coordinator: Any, members: tuple[str, ...], epoch: int = 1) -> None:
+def post_all(coordinator: Any, members: tuple[str, ...], stage: str, epoch: int = 1) -> None:
     for member in members:
-        post(coordinator, member, "join", epoch)
+        post(coordinator, member, stage, epoch)
+
+
+def agree(coordinator: Any, members: tuple[str, ...], epoch: int = 1) -> None:
+    post_all(coordinator, members, "join", epoch)
     coordinator.advance()
     leader = members[0]
-    for member in members:
-        post(coordinator, member, "opening", epoch)
+    post_all(coordinator, members, "opening", epoch)
     for member in members[1:]:
         post(coordinator, leader, "box", epoch, member, f"for {member}".encode())
-    for member in members:
-        post(coordinator, member, "confirmation", epoch)
+    post_all(coordinator, members, "confirmation", epoch)
 
 
 def upload(federation: Any, coordinator: Any, client: str, number: int, epoch: int) -> Any:
@@ -61,6 +67,13 @@ def upload(federation: Any, coordinator: Any, client: str, number: int, epoch: i
     return federation.upload(
         coordinator.run_id, client, number, key_epoch=epoch, sections=(Section("shared", record),)
     )
+
+
+def push(federation: Any, coordinator: Any, number: int, epoch: int, members: tuple[str, ...] = ()) -> None:
+    """Enrol and push."""
+    for client in members or federation.clients:
+        coordinator.enrol(client, federation.enrolment())
+        coordinator.push(client, upload(federation, coordinator, client, number, epoch))
 
 
 def test_uploads_wait_for_the_key_and_the_deadline_waits_too(
@@ -101,15 +114,6 @@ def test_boxes_reach_the_one_they_are_for(federation: Any, coordinator: Any) -> 
     assert set(coordinator.read_key_messages("clinic-b", 1, "confirmation")) == set(federation.clients)
 
 
-def test_who_joined_is_shown_only_once_the_list_is_closed(federation: Any, coordinator: Any) -> None:
-    for member in federation.clients[:4]:
-        post(coordinator, member, "join")
-        assert coordinator.read_key_messages(member, 1, "join") == {}
-    post(coordinator, "clinic-e", "join")
-    coordinator.advance()
-    assert set(coordinator.read_key_messages("clinic-a", 1, "join")) == set(federation.clients)
-
-
 def test_repeats_are_harmless_and_changes_are_refused(federation: Any, coordinator: Any) -> None:
     post(coordinator, "clinic-a", "join")
     post(coordinator, "clinic-a", "join")
@@ -129,14 +133,16 @@ def test_messages_out_of_place_are_refused(federation: Any, coordinator: Any) ->
     ):
         with refused(reason):
             post(coordinator, "clinic-a", stage, epoch, to)
+    for stage, epoch, reason in (("join", 0, "KEY_EPOCH_REPLACED"), ("x\n" * 99, 1, "UNKNOWN_STAGE")):
+        with refused(reason):
+            coordinator.read_key_messages("clinic-a", epoch, stage)
 
 
 def test_a_member_that_does_not_join_is_left_out_and_gets_in_with_the_next_round(
     federation: Any, coordinator: Any, clock: Any
 ) -> None:
     four = federation.clients[:4]
-    for member in four:
-        post(coordinator, member, "join")
+    post_all(coordinator, four, "join")
     clock.now += 30
     coordinator.advance()
     for member in four:
@@ -145,9 +151,7 @@ def test_a_member_that_does_not_join_is_left_out_and_gets_in_with_the_next_round
     with refused("KEY_EPOCH_CLOSED"):
         post(coordinator, "clinic-e", "join")
     coordinator.enrol("clinic-e", federation.enrolment())
-    for member in four:
-        coordinator.enrol(member, federation.enrolment())
-        coordinator.push(member, upload(federation, coordinator, member, 1, 1))
+    push(federation, coordinator, 1, 1, four)
     # Nobody waits for a member that cannot encrypt.
     assert coordinator.advance()
     assert coordinator.status("clinic-a").round == 2
@@ -156,34 +160,9 @@ def test_a_member_that_does_not_join_is_left_out_and_gets_in_with_the_next_round
     with refused("KEY_EPOCH_REPLACED"):
         coordinator.push("clinic-a", upload(federation, coordinator, "clinic-a", 2, 1))
     agree(coordinator, federation.clients, epoch=2)
-    for member in federation.clients:
-        coordinator.push(member, upload(federation, coordinator, member, 2, 2))
+    push(federation, coordinator, 2, 2)
     coordinator.advance()
     assert len(coordinator.pull("clinic-e", 3).sections[0].row.contributors) == 4
-
-
-def test_keys_rotate_at_the_opening_of_a_round(federation: Any, coordinator: Any) -> None:
-    agree(coordinator, federation.clients)
-    epochs = []
-    for number in (1, 2):
-        for client in federation.clients:
-            coordinator.enrol(client, federation.enrolment())
-            coordinator.push(client, upload(federation, coordinator, client, number, 1))
-        coordinator.advance()
-        epochs.append(coordinator.pull("clinic-a", number + 1).upload_key_epoch)
-    assert epochs == [1, 2]
-    with refused("KEY_EPOCH_REPLACED"):
-        coordinator.read_key_messages("clinic-a", 1, "confirmation")
-
-
-def test_an_agreement_that_fails_starts_again(federation: Any, coordinator: Any, clock: Any) -> None:
-    for member in federation.clients:
-        post(coordinator, member, "join")
-    coordinator.advance()
-    clock.now += 30
-    assert coordinator.advance()
-    assert coordinator.enrol("clinic-a", federation.enrolment()).key_epoch == 2
-    assert coordinator.status("clinic-a").round == 1
 
 
 def test_a_member_that_never_confirms_costs_one_epoch(federation: Any, coordinator: Any, clock: Any) -> None:
@@ -192,24 +171,20 @@ def test_a_member_that_never_confirms_costs_one_epoch(federation: Any, coordinat
         coordinator.enrol(member, federation.enrolment())
         post(coordinator, member, "join")
     coordinator.advance()
-    for member in federation.clients:
-        post(coordinator, member, "opening")
-    for member in four:
-        post(coordinator, member, "confirmation")
+    post_all(coordinator, federation.clients, "opening")
+    post_all(coordinator, four, "confirmation")
     clock.now += 30
     coordinator.advance()
     with refused("KEY_EPOCH_CLOSED"):
         post(coordinator, silent, "join", 2)
     agree(coordinator, four, epoch=2)
-    for member in four:
-        coordinator.push(member, upload(federation, coordinator, member, 1, 2))
+    push(federation, coordinator, 1, 2, four)
     coordinator.enrol(silent, federation.enrolment())
     assert coordinator.advance()
     assert coordinator.status("clinic-a").round == 2
     assert coordinator.pull(silent, 2).upload_key_epoch == 3
     agree(coordinator, federation.clients, epoch=3)
-    for member in federation.clients:
-        coordinator.push(member, upload(federation, coordinator, member, 2, 3))
+    push(federation, coordinator, 2, 3)
     assert coordinator.advance()
 
 
@@ -221,8 +196,7 @@ def test_no_epoch_has_fewer_members_than_clients_accept(federation: Any, tmp_pat
         gathering_seconds=30.0,
     )
     coordinator = Coordinator(settings, clock)
-    for member in federation.clients[:3]:
-        post(coordinator, member, "join")
+    post_all(coordinator, federation.clients[:3], "join")
     clock.now += 30
     coordinator.advance()
     assert coordinator.read_key_messages("clinic-a", 1, "join") == {}
@@ -233,7 +207,7 @@ def test_no_epoch_has_fewer_members_than_clients_accept(federation: Any, tmp_pat
     coordinator.close()
 
 
-def test_the_board_survives_a_kill(federation: Any, settings: Any, clock: Any) -> None:
+def test_the_key_epoch_survives_a_kill(federation: Any, settings: Any, clock: Any) -> None:
     before = Coordinator(settings, clock)
     agree(before, federation.clients)
     before.push("clinic-a", upload(federation, before, "clinic-a", 1, 1))
@@ -286,7 +260,7 @@ def test_under_a_changed_roster_a_round_closes_with_the_uploads_it_has(
     after.close()
 
 
-def test_a_plain_run_has_no_board(federation: Any, tmp_path: Path, clock: Any) -> None:
+def test_a_plain_run_has_no_key_epoch(federation: Any, tmp_path: Path, clock: Any) -> None:
     plain = Coordinator(federation.settings(tmp_path / "plain"), clock)
     with refused("NOTHING_ENCRYPTED"):
         post(plain, "clinic-a", "join")
@@ -301,72 +275,51 @@ def killed(*_: object, **__: object) -> None:
     raise Killed
 
 
-def crash(coordinator: Coordinator) -> None:
-    coordinator._store.close()
-    coordinator._blobs.close()
-
-
-@pytest.fixture
-def encrypted(federation: Any, tmp_path: Path) -> Any:
-    return federation.settings(
-        tmp_path / "state",
-        encryption=MaskParameters(),
-        gathering_seconds=30.0,
-        key_rotation_rounds=2,
-        rounds=4,
-    )
-
-
-def play(federation: Any, coordinator: Any, number: int, epoch: int) -> None:
-    for client in federation.clients:
-        coordinator.enrol(client, federation.enrolment())
-        coordinator.push(client, upload(federation, coordinator, client, number, epoch))
-    coordinator.advance()
-
-
 def test_a_kill_after_the_commit_that_closes_a_round_leaves_the_key_epoch_that_is_due(
-    federation: Any, encrypted: Any, clock: Any, monkeypatch: pytest.MonkeyPatch
+    federation: Any, settings: Any, clock: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = Coordinator(encrypted, clock)
+    before = Coordinator(settings, clock)
     agree(before, federation.clients)
-    play(federation, before, 1, 1)
+    push(federation, before, 1, 1)
+    before.advance()
     monkeypatch.setattr(before._keys, "adopt", killed)
+    push(federation, before, 2, 1)
     with pytest.raises(Killed):
-        play(federation, before, 2, 1)
-    crash(before)
-    after = Coordinator(encrypted, clock)
+        before.advance()
+    federation.crash(before)
+    after = Coordinator(settings, clock)
     assert after.status("clinic-a").round == 3
     assert after.enrol("clinic-a", federation.enrolment()).key_epoch == 2
     agree(after, federation.clients, 2)
-    play(federation, after, 3, 2)
+    push(federation, after, 3, 2)
+    after.advance()
     assert after.status("clinic-a").round == 4
     after.close()
 
 
 def test_a_round_that_an_older_server_left_without_its_key_epoch_gets_it(
-    federation: Any, encrypted: Any, clock: Any
+    federation: Any, settings: Any, clock: Any
 ) -> None:
-    before = Coordinator(encrypted, clock)
+    before = Coordinator(settings, clock)
     agree(before, federation.clients)
-    play(federation, before, 1, 1)
+    push(federation, before, 1, 1)
+    before.advance()
     board = json.loads(before._store.get("key_board") or "")
-    play(federation, before, 2, 1)
+    push(federation, before, 2, 1)
+    before.advance()
     del board["first_round"]  # it was not stored then
     before._store.put({"key_board": json.dumps(board)})
-    crash(before)
-    after = Coordinator(encrypted, clock)
+    federation.crash(before)
+    after = Coordinator(settings, clock)
     assert after.enrol("clinic-a", federation.enrolment()).key_epoch == 2
     after.close()
 
 
 def test_a_member_that_lost_its_key_is_not_waited_for_and_has_one_in_the_next_round(
-    federation: Any, encrypted: Any, clock: Any
+    federation: Any, coordinator: Any
 ) -> None:
-    coordinator = Coordinator(encrypted, clock)
     agree(coordinator, federation.clients)
-    for client in federation.clients[:-1]:
-        coordinator.enrol(client, federation.enrolment())
-        coordinator.push(client, upload(federation, coordinator, client, 1, 1))
+    push(federation, coordinator, 1, 1, federation.clients[:-1])
     coordinator.enrol("clinic-e", federation.enrolment())
     assert not coordinator.advance()
     post(coordinator, "clinic-e", "lost")
@@ -375,13 +328,11 @@ def test_a_member_that_lost_its_key_is_not_waited_for_and_has_one_in_the_next_ro
     assert coordinator.status("clinic-a").round == 2
     assert coordinator.enrol("clinic-e", federation.enrolment()).key_epoch == 2
     assert coordinator.status("clinic-a").waiting_for == federation.clients
-    coordinator.close()
 
 
 def test_before_anything_is_encrypted_a_lost_key_begins_a_new_epoch_once_for_each_member(
-    federation: Any, encrypted: Any, clock: Any
+    federation: Any, coordinator: Any
 ) -> None:
-    coordinator = Coordinator(encrypted, clock)
     agree(coordinator, federation.clients)
     post(coordinator, "clinic-e", "lost")
     agree(coordinator, federation.clients, 2)
@@ -391,19 +342,15 @@ def test_before_anything_is_encrypted_a_lost_key_begins_a_new_epoch_once_for_eac
     post(coordinator, "clinic-e", "lost", 3)
     assert coordinator.enrol("clinic-a", federation.enrolment()).key_epoch == 3
     assert coordinator.status("clinic-a").waiting_for == federation.clients[:-1]
-    coordinator.close()
 
 
 @pytest.mark.parametrize("posted", [0, 1, 5])
 def test_an_agreement_that_a_member_lost_begins_again_at_once(
-    federation: Any, encrypted: Any, clock: Any, posted: int
+    federation: Any, coordinator: Any, posted: int
 ) -> None:
-    coordinator = Coordinator(encrypted, clock)
-    for member in federation.clients[: max(1, posted)]:
-        post(coordinator, member, "join")
+    post_all(coordinator, federation.clients[: max(1, posted)], "join")
     coordinator.advance()
     post(coordinator, "clinic-a", "lost")
     assert coordinator.enrol("clinic-a", federation.enrolment()).key_epoch == 2
     agree(coordinator, federation.clients, 2)
     assert "agreeing" not in coordinator.status("clinic-a").message
-    coordinator.close()

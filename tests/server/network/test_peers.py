@@ -1,14 +1,135 @@
-"""Who is calling is read from a verified certificate, and from nothing else."""
+"""Who is calling is read from a verified certificate alone; and one peer cannot take all of a server."""
 
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from cryptography import x509
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fedmosaic.privacy.federation.identity import public_key_sha256
-from fedmosaic.protos.refusal import Refusal
-from fedmosaic.server.network.peers import identify
+from fedmosaic.protos.refusal import Refusal, from_rpc_error
+from fedmosaic.protos.v1 import federation_pb2 as pb
+from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
+from fedmosaic.server.network.peers import CALLS_PER_PEER, channel_options, identify
+
+
+@pytest.fixture
+def server(federation: Any, authority: Any, tmp_path: Any, start_server: Any) -> Any:
+    tls = authority.server()
+    return start_server(federation.settings(tmp_path / "state", tls=tls, listen="127.0.0.1:0"))
+
+
+@pytest.fixture
+def connections(server: Any, authority: Any) -> Iterator[Any]:
+    """Makes connections of their own, not shared between channels."""
+    with contextlib.ExitStack() as stack:
+        own = ("grpc.use_local_subchannel_pool", 1)
+        yield lambda client: stack.enter_context(authority.channel(server, client, own))
+
+
+def waiting_pull(channel: grpc.Channel) -> Any:
+    """A call that the server holds open, and that has been admitted."""
+    call = rpc.FederationStub(channel).Pull(pb.PullRequest(round=2, wait_milliseconds=60_000))
+    assert next(call).HasField("waiting")
+    return call
+
+
+def test_one_member_has_so_many_calls_open_and_no_more_over_all_its_connections(
+    federation: Any, connections: Any
+) -> None:
+    first = connections("clinic-a")
+    rpc.FederationStub(first).RoundStatus(pb.RoundStatusRequest(), timeout=30)
+    calls = [waiting_pull(connections("clinic-a") if n % 4 == 0 else first) for n in range(CALLS_PER_PEER)]
+    for channel in (first, connections("clinic-a")):
+        with pytest.raises(grpc.RpcError) as error:
+            rpc.FederationStub(channel).RoundStatus(pb.RoundStatusRequest(), timeout=30)
+        refusal = from_rpc_error(error.value, "call")
+        assert isinstance(refusal, Refusal)
+        assert refusal.reason == "TOO_MANY_CALLS"
+        assert f"{CALLS_PER_PEER} calls with this certificate are open already" in str(refusal)
+        with pytest.raises(grpc.RpcError) as error:
+            list(health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=30))
+        assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # type: ignore[attr-defined]  # it is a Call
+    # Another member is served meanwhile, and this one again as soon as a call has ended.
+    rpc.FederationStub(connections("clinic-b")).RoundStatus(pb.RoundStatusRequest(), timeout=30)
+    calls.pop().cancel()
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            rpc.FederationStub(first).RoundStatus(pb.RoundStatusRequest(), timeout=30)
+            break
+        except grpc.RpcError:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    for call in calls:
+        call.cancel()
+
+
+def test_watching_the_servers_health_counts_as_a_call(connections: Any) -> None:
+    channel = connections("clinic-a")
+    watches = []
+    for _ in range(CALLS_PER_PEER):
+        call = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
+        assert next(call).status == health_pb2.HealthCheckResponse.SERVING
+        watches.append(call)
+    with pytest.raises(grpc.RpcError) as error:
+        rpc.FederationStub(channel).RoundStatus(pb.RoundStatusRequest(), timeout=30)
+    assert from_rpc_error(error.value, "call").reason == "TOO_MANY_CALLS"  # type: ignore[attr-defined]  # a Refusal
+    for call in watches:
+        call.cancel()
+
+
+def test_connections_without_a_handshake_are_limited(server: Any, federation: Any, connections: Any) -> None:
+    most = dict(channel_options(len(federation.clients)))["grpc.max_allowed_incoming_connections"]
+    with contextlib.ExitStack() as stack:
+        silent = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            for _ in range(most + 20)
+        ]
+        refused = 0
+        for end in reversed(silent):
+            end.settimeout(2.0 if refused < 10 else 0.0)
+            try:
+                refused += end.recv(1) == b""
+            except (ConnectionResetError, TimeoutError, BlockingIOError) as error:
+                refused += isinstance(error, ConnectionResetError)
+            if refused >= 10:
+                break
+        assert refused >= 10
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            rpc.FederationStub(connections("clinic-a")).RoundStatus(pb.RoundStatusRequest(), timeout=10)
+            break
+        except grpc.RpcError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [("Enrol", "unary_unary"), ("Pull", "unary_stream"), ("Push", "stream_unary")],
+)
+def test_bytes_that_are_no_message_are_refused_with_one_line(
+    method: str, kind: str, connections: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    call = getattr(connections("clinic-a"), kind)(f"/fedmosaic.v1.Federation/{method}")
+    noise = b"\xff" * 10
+    caplog.set_level(logging.INFO)
+    with pytest.raises(grpc.RpcError) as error:
+        list(call(iter([noise]) if kind == "stream_unary" else noise, timeout=30))
+    refusal = from_rpc_error(error.value, method)
+    assert isinstance(refusal, Refusal)
+    assert (refusal.reason, "is no request of this call" in refusal.message) == ("MALFORMED", True)
+    assert "Traceback" not in caplog.text
+    assert caplog.text.count("MALFORMED") == 1
 
 
 @pytest.fixture

@@ -16,12 +16,12 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from end_to_end.ports import free_port
-from fedmosaic.client.transport.grpc import GrpcTransport, TransportOptions
+from fedmosaic.client.transport.grpc import GrpcTransport
 from fedmosaic.privacy.encryption.parameters import MaskParameters
 from fedmosaic.privacy.federation import identity
 from fedmosaic.protos import bounds, wire
-from fedmosaic.protos.errors import ConfigurationError, IdentityError, TransportError
-from fedmosaic.protos.messages import KeyMessage, Phase, ReceiptStatus, Section
+from fedmosaic.protos.errors import ConfigurationError
+from fedmosaic.protos.messages import KeyMessage, Phase, ReceiptStatus
 from fedmosaic.protos.refusal import Refusal, from_rpc_error
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
@@ -41,14 +41,17 @@ def server(settings: Any, start_server: Any) -> Any:
 
 
 @pytest.fixture
-def stub(server: Any, authority: Any) -> Iterator[Any]:
-    """A stub without the care of a transport, to send what a transport would not."""
-    certificate, key = authority.client("clinic-a")
-    credentials = grpc.ssl_channel_credentials(
-        authority.certificate.read_bytes(), key.read_bytes(), certificate.read_bytes()
-    )
-    with grpc.secure_channel(server.address, credentials) as channel:
-        yield rpc.FederationStub(channel)
+def dial(authority: Any) -> Iterator[Callable[..., Any]]:
+    """Opens a stub without the care of a transport, to send what a transport would not."""
+    with contextlib.ExitStack() as opened:
+        yield lambda server, client="clinic-a": rpc.FederationStub(
+            opened.enter_context(authority.channel(server, client))
+        )
+
+
+@pytest.fixture
+def stub(server: Any, dial: Any) -> Any:
+    return dial(server)
 
 
 def refusal_of(call: Any) -> Refusal:
@@ -131,18 +134,6 @@ def test_a_waiting_client_is_told_for_whom_and_is_served_at_once(
     assert opened == [2], "the call would have ended of itself after a minute"
 
 
-def test_a_poll_that_ends_is_repeated_until_the_round_opens(
-    federation: Any, server: Any, connect: Any
-) -> None:
-    patient = connect(server, "clinic-a", wait_seconds=0.2)
-    run_id = run_id_of(federation, patient)
-    others = {c: connect(server, c) for c in federation.clients}
-    timer = threading.Timer(1.5, lambda: [t.push(federation.upload(run_id, c, 1)) for c, t in others.items()])
-    timer.start()
-    assert patient.pull(2).round == 2
-    timer.join()
-
-
 def test_the_client_is_whom_its_certificate_names(federation: Any, server: Any, connect: Any) -> None:
     transport = connect(server, "clinic-b")
     run_id = run_id_of(federation, transport)
@@ -152,26 +143,21 @@ def test_the_client_is_whom_its_certificate_names(federation: Any, server: Any, 
 
 
 def test_certificates_that_are_not_on_the_roster(
-    federation: Any, server: Any, connect: Any, authority: Any, caplog: pytest.LogCaptureFixture
+    federation: Any, server: Any, connect: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING), pytest.raises(Refusal) as error:
         connect(server, "mallory").enrol(federation.enrolment())
     assert error.value.reason == "NOT_ON_ROSTER"
     assert caplog.text.count("refused enrolment") == 1
-    certificate, key = authority.client("clinic-c", federation="elsewhere")
-    foreign = GrpcTransport(
-        server.address, authority=authority.certificate, certificate=certificate, private_key=key
-    )
     with pytest.raises(Refusal, match="federation 'elsewhere', this is 'fed'"):
-        foreign.status()
-    foreign.close()
+        connect(server, "clinic-c", federation="elsewhere").status()
 
 
 def test_a_pinned_key_makes_an_older_certificate_worthless(
     federation: Any, settings: Any, start_server: Any, connect: Any, authority: Any
 ) -> None:
     certificate, key = authority.client("clinic-a")
-    pins = {"clinic-a": identity.certificate_key_sha256(certificate.read_bytes())}
+    pins = {"clinic-a": identity.public_key_sha256(identity.read_certificate(certificate))}
     server = start_server(settings.model_copy(update={"tls_key_sha256": pins}))
     pinned = GrpcTransport(
         server.address, authority=authority.certificate, certificate=certificate, private_key=key
@@ -202,25 +188,8 @@ def test_tls_ends_connections_without_an_acceptable_certificate(
             assert error.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
-def test_a_client_with_a_foreign_kit_learns_that_this_is_not_its_server(
-    federation: Any, server: Any, make_authority: Any
-) -> None:
-    foreign = make_authority("foreign")
-    certificate, key = foreign.client("clinic-a")
-    transport = GrpcTransport(
-        server.address, authority=foreign.certificate, certificate=certificate, private_key=key
-    )
-    with pytest.raises(IdentityError, match="no certificate of this federation's authority"):
-        transport.status()
-    transport.close()
-
-
 def test_health_needs_tls_but_no_membership(server: Any, authority: Any) -> None:
-    certificate, key = authority.client("a-load-balancer")
-    credentials = grpc.ssl_channel_credentials(
-        authority.certificate.read_bytes(), key.read_bytes(), certificate.read_bytes()
-    )
-    with grpc.secure_channel(server.address, credentials) as channel:
+    with authority.channel(server, "a-load-balancer") as channel:
         health = health_pb2_grpc.HealthStub(channel)
         for name in ("", SERVICE):
             answer = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=60)
@@ -256,20 +225,6 @@ def test_two_gibibytes_are_refused_at_once_with_one_line(
     lines = [r for r in caplog.records if r.levelno >= logging.WARNING]
     assert len(lines) == 1
     assert "refused push of clinic-a: UPLOAD_TOO_LARGE" in lines[0].getMessage()
-
-
-def test_nan_in_a_profile_names_the_field_and_leaves_others_alone(
-    federation: Any, server: Any, stub: Any, connect: Any
-) -> None:
-    transport = connect(server, "clinic-b")
-    run_id = run_id_of(federation, transport)
-    message = wire.encode_upload_header(federation.upload(run_id, "clinic-a", 1).header())
-    values = np.frombuffer(message.profile.vector, dtype="<f4").copy()
-    values[2] = np.nan
-    message.profile.vector = values.tobytes()
-    refusal = refusal_of(lambda: stub.Push(iter([pb.PushRequest(header=message)]), timeout=60))
-    assert "profile.vector has 1 of 8 values that are NaN" in refusal.message
-    assert transport.push(federation.upload(run_id, "clinic-b", 1)).status is ReceiptStatus.ACCEPTED
 
 
 @pytest.mark.parametrize(
@@ -315,15 +270,11 @@ def large(make_federation: Any, authority: Any, tmp_path: Path, start_server: An
     return federation, start_server(settings)
 
 
-def test_a_cut_upload_goes_on_where_it_stopped(large: Any, authority: Any, connect: Any) -> None:
+def test_a_cut_upload_goes_on_where_it_stopped(large: Any, dial: Any, connect: Any) -> None:
     federation, server = large
-    transport = connect(server, "clinic-a", chunk_bytes=1 << 16)
+    transport = connect(server, "clinic-a")
     upload = federation.upload(run_id_of(federation, transport), "clinic-a", 1)
-    header = upload.header()
-    certificate, key = authority.folder / "clinic-a.pem", authority.folder / "clinic-a.key"
-    credentials = grpc.ssl_channel_credentials(
-        authority.certificate.read_bytes(), key.read_bytes(), certificate.read_bytes()
-    )
+    header, stub, cut = upload.header(), dial(server), threading.Event()
 
     def part() -> Iterator[pb.PushRequest]:
         yield pb.PushRequest(header=wire.encode_upload_header(header))
@@ -335,14 +286,11 @@ def test_a_cut_upload_goes_on_where_it_stopped(large: Any, authority: Any, conne
         request = pb.UploadStatusRequest(header=wire.encode_upload_header(header))
         return stub.UploadStatus(request, timeout=60)
 
-    cut = threading.Event()
-    with grpc.secure_channel(server.address, credentials) as channel:
-        stub = rpc.FederationStub(channel)
-        call = stub.Push.future(part(), timeout=60)
-        wait_until(lambda: status().received)
-        call.cancel()
-        cut.set()
-        left = status()
+    call = stub.Push.future(part(), timeout=60)
+    wait_until(lambda: status().received)
+    call.cancel()
+    cut.set()
+    left = status()
     assert 0 < left.received <= 1_500_000
     assert not left.HasField("receipt")
     assert transport.push(upload).status is ReceiptStatus.ACCEPTED
@@ -352,48 +300,39 @@ def test_a_cut_upload_goes_on_where_it_stopped(large: Any, authority: Any, conne
     assert hashlib.sha256(spooled.read_bytes()).digest() == header.sections[0].sha256
 
 
-def test_a_download_goes_on_where_it_stopped(large: Any, connect: Any, authority: Any) -> None:
+def test_a_download_goes_on_where_it_stopped(large: Any, connect: Any, dial: Any) -> None:
     federation, server = large
     transports = {c: connect(server, c) for c in federation.clients}
     run_id = run_id_of(federation, *transports.values())
     for client, transport in transports.items():
         transport.push(federation.upload(run_id, client, 1))
     whole = transports["clinic-a"].pull(2).sections[0].payload
-    certificate, key = authority.folder / "clinic-a.pem", authority.folder / "clinic-a.key"
-    credentials = grpc.ssl_channel_credentials(
-        authority.certificate.read_bytes(), key.read_bytes(), certificate.read_bytes()
-    )
-    with grpc.secure_channel(server.address, credentials) as channel:
-        stub = rpc.FederationStub(channel)
-        header, *chunks = list(stub.Pull(pb.PullRequest(round=2), timeout=60))
-        digest = header.header.sha256
-        assert hashlib.sha256(whole).digest() == digest
-        rest = list(
-            stub.Pull(pb.PullRequest(round=2, resume_offset=3_000_001, resume_sha256=digest), timeout=60)
-        )
-        assert rest[0].header.resume_offset == 3_000_001
-        assert b"".join(part.chunk.data for part in rest[1:]) == whole[3_000_001:]
-        again = list(
-            stub.Pull(pb.PullRequest(round=2, resume_offset=77, resume_sha256=bytes(32)), timeout=60)
-        )
-        assert again[0].header.resume_offset == 0
-        assert len(again) == 1 + len(chunks)
-        assert max(part.ByteSize() for part in again) < bounds.MAX_MESSAGE_BYTES
+    stub = dial(server)
+
+    def pull(offset: int, digest: bytes) -> list[pb.PullResponse]:
+        request = pb.PullRequest(round=2, resume_offset=offset, resume_sha256=digest)
+        return list(stub.Pull(request, timeout=60))
+
+    header, *chunks = pull(0, b"")
+    digest = header.header.sha256
+    assert hashlib.sha256(whole).digest() == digest
+    rest = pull(3_000_001, digest)
+    assert rest[0].header.resume_offset == 3_000_001
+    assert b"".join(part.chunk.data for part in rest[1:]) == whole[3_000_001:]
+    again = pull(77, bytes(32))
+    assert again[0].header.resume_offset == 0
+    assert len(again) == 1 + len(chunks)
+    assert max(part.ByteSize() for part in again) < bounds.MAX_MESSAGE_BYTES
 
 
 def test_a_second_push_replaces_one_that_hangs(
-    large: Any, connect: Any, authority: Any, monkeypatch: pytest.MonkeyPatch
+    large: Any, connect: Any, dial: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        service, "_CHUNK_SECONDS", 600.0
-    )  # the server would wait, and the second push with it
+    # The server would wait, and the second push with it.
+    monkeypatch.setattr(service, "_CHUNK_SECONDS", 600.0)
     federation, server = large
     transport = connect(server, "clinic-a")
     upload = federation.upload(run_id_of(federation, transport), "clinic-a", 1)
-    certificate, key = authority.folder / "clinic-a.pem", authority.folder / "clinic-a.key"
-    credentials = grpc.ssl_channel_credentials(
-        authority.certificate.read_bytes(), key.read_bytes(), certificate.read_bytes()
-    )
     hanging = threading.Event()
 
     def hang() -> Iterator[pb.PushRequest]:
@@ -401,14 +340,13 @@ def test_a_second_push_replaces_one_that_hangs(
         yield pb.PushRequest(chunk=pb.Chunk(data=b"not the payload"))
         hanging.wait(120)
 
-    with grpc.secure_channel(server.address, credentials) as channel:
-        call = rpc.FederationStub(channel).Push.future(hang(), timeout=120)
-        wait_until(lambda: list(server.settings.state_dir.rglob("clinic-a.*.part")))
-        assert transport.push(upload).status is ReceiptStatus.ACCEPTED
-        assert not hanging.is_set()
-        hanging.set()
-        with pytest.raises(grpc.RpcError, match="a newer push of this client has begun"):
-            call.result(timeout=60)
+    call = dial(server).Push.future(hang(), timeout=120)
+    wait_until(lambda: list(server.settings.state_dir.rglob("clinic-a.*.part")))
+    assert transport.push(upload).status is ReceiptStatus.ACCEPTED
+    assert not hanging.is_set()
+    hanging.set()
+    with pytest.raises(grpc.RpcError, match="a newer push of this client has begun"):
+        call.result(timeout=60)
 
 
 def test_a_restart_in_the_middle_of_a_round_is_survived_by_waiting_clients(
@@ -435,30 +373,20 @@ def test_a_restart_in_the_middle_of_a_round_is_survived_by_waiting_clients(
 
 
 def test_two_hundred_clients_wait_at_once(
-    make_federation: Any, authority: Any, tmp_path: Path, start_server: Any
+    make_federation: Any, authority: Any, tmp_path: Path, start_server: Any, dial: Any
 ) -> None:
     names = tuple(f"c{i:03d}" for i in range(200))
     federation = make_federation(clients=names)
-    server = start_server(
-        federation.settings(tmp_path / "many", tls=authority.server(), listen="127.0.0.1:0", quorum=4)
-    )
-    with contextlib.ExitStack() as stack:
-        stubs = []
-        for name in names:
-            certificate, key = authority.client(name)
-            credentials = grpc.ssl_channel_credentials(
-                authority.certificate.read_bytes(), key.read_bytes(), certificate.read_bytes()
-            )
-            channel = stack.enter_context(grpc.secure_channel(server.address, credentials))
-            stubs.append(rpc.FederationStub(channel))
-        calls = [s.Pull(pb.PullRequest(round=2, wait_milliseconds=60_000), timeout=120) for s in stubs]
-        first = [next(call) for call in calls]
-        assert all(part.HasField("waiting") for part in first)
-        status = stubs[0].RoundStatus(pb.RoundStatusRequest(), timeout=60)
-        assert status.state.round == 1
-        assert not any(call.done() for call in calls), "another call is answered while two hundred wait"
-        for call in calls:
-            call.cancel()
+    changes = {"tls": authority.server(), "listen": "127.0.0.1:0", "quorum": 4}
+    server = start_server(federation.settings(tmp_path / "many", **changes))
+    stubs = [dial(server, name) for name in names]
+    calls = [s.Pull(pb.PullRequest(round=2, wait_milliseconds=60_000), timeout=120) for s in stubs]
+    assert all(next(call).HasField("waiting") for call in calls)
+    status = stubs[0].RoundStatus(pb.RoundStatusRequest(), timeout=60)
+    assert status.state.round == 1
+    assert not any(call.done() for call in calls), "another call is answered while two hundred wait"
+    for call in calls:
+        call.cancel()
 
 
 @pytest.fixture
@@ -520,38 +448,11 @@ def test_a_key_message_that_comes_during_a_look_is_not_waited_for(
     assert looks[0] == {}
 
 
-def test_an_address_in_use_is_a_clear_error(
-    federation: Any, server: Any, start_server: Any, tmp_path: Path
-) -> None:
-    settings = server.settings.model_copy(
-        update={"state_dir": tmp_path / "second", "listen": f"127.0.0.1:{server.port}"}
-    )
-    with pytest.raises(ConfigurationError, match="another program uses the port"):
-        start_server(settings)
-
-
 def test_a_server_without_certificates_does_not_start(
     federation: Any, start_server: Any, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigurationError, match=r"needs tls\.certificate"):
         start_server(federation.settings(tmp_path / "bare"))
-
-
-def test_a_server_that_is_not_there_is_given_up_after_the_patience(federation: Any, authority: Any) -> None:
-    certificate, key = authority.client("clinic-a")
-    transport = GrpcTransport(
-        f"localhost:{free_port()}",
-        authority=authority.certificate,
-        certificate=certificate,
-        private_key=key,
-        options=TransportOptions(retry_seconds=1.0),
-    )
-    started = time.monotonic()
-    with pytest.raises(TransportError, match="could not be reached") as error:
-        transport.status()
-    assert not isinstance(error.value, Refusal)
-    assert time.monotonic() - started < 60.0
-    transport.close()
 
 
 def test_an_upload_that_is_only_a_header_is_an_abstention(federation: Any, server: Any, connect: Any) -> None:
@@ -560,33 +461,3 @@ def test_an_upload_that_is_only_a_header_is_an_abstention(federation: Any, serve
     assert transport.push(upload).status is ReceiptStatus.ACCEPTED
     assert transport.push(upload).status is ReceiptStatus.DUPLICATE
     assert transport.status().arrived == ("clinic-a",)
-
-
-def test_a_family_section_travels_too(
-    make_federation: Any, authority: Any, tmp_path: Path, start_server: Any, connect: Any
-) -> None:
-    federation = make_federation()
-    families = dict.fromkeys(federation.clients, "llama")
-    server = start_server(
-        federation.settings(
-            tmp_path / "families",
-            tls=authority.server(),
-            listen="127.0.0.1:0",
-            families=families,
-            family_dimensions={"llama": 300_000},
-        )
-    )
-    transports = {c: connect(server, c, chunk_bytes=100_000) for c in federation.clients}
-    for client, transport in transports.items():
-        run_id = transport.enrol(federation.enrolment(family="llama")).run_id
-        big = federation.vector(client + "f", 1, 300_000)
-        sections = (
-            Section("shared", federation.record(client, 1, federation.vector(client, 1))),
-            Section("family", federation.record(client, 1, big, "family:llama")),
-        )
-        transport.push(federation.upload(run_id, client, 1, sections=sections))
-    shared, family = transports["clinic-c"].pull(2).sections
-    assert federation.values(shared.payload).size == federation.dimensions
-    vectors = np.stack([federation.vector(c + "f", 1, 300_000) for c in family.row.contributors])
-    expected = np.array(family.row.weights, dtype=np.float64) / 2**family.row.bits @ vectors
-    np.testing.assert_allclose(federation.values(family.payload), expected, atol=1e-6)

@@ -1,39 +1,20 @@
 """The database: what is written is read back, in SQLite and, where one is given, PostgreSQL."""
 
-import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import sqlalchemy as sa
 
 from fedmosaic.protos.errors import StateError
 from fedmosaic.protos.messages import Enrolment, KeyMessage, Profile, SectionHeader, UploadHeader
-from fedmosaic.server.storage import tables
 from fedmosaic.server.storage.store import Store, StoredAggregate, default_url
-
-POSTGRESQL = os.environ.get("FEDMOSAIC_TEST_POSTGRESQL", "")
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    if request.param == "sqlite":
-        yield default_url(tmp_path)
-        return
-    if not POSTGRESQL:
-        pytest.skip("FEDMOSAIC_TEST_POSTGRESQL names no server")
-    engine = sa.create_engine(POSTGRESQL)
-    tables.metadata.drop_all(engine)
-    yield POSTGRESQL
-    tables.metadata.drop_all(engine)
-    engine.dispose()
 
 
 @pytest.fixture
-def store(url: str) -> Iterator[Store]:
-    made = Store(url, durable=True)
+def store(store_url: str) -> Iterator[Store]:
+    made = Store(store_url, durable=True)
     yield made
     made.close()
 
@@ -47,12 +28,12 @@ def profile(value: float) -> Profile:
     return Profile(np.array([value, 1.0], dtype=np.float32), 0.25, 2)
 
 
-def test_uploads_and_profiles(store: Store, url: str) -> None:
+def test_uploads_and_profiles(store: Store, store_url: str) -> None:
     store.add_upload("a", header(1, profile(1.5)), b"h" * 32, 10.0, 100)
     store.add_upload("b", header(1, None), b"i" * 32, 11.0, 50)
     store.add_upload("a", header(2, None), b"j" * 32, 12.0, 1)
     store.close()
-    again = Store(url, durable=True)
+    again = Store(store_url, durable=True)
     assert set(again.uploads(1)) == {"a", "b"}
     stored = again.uploads(1)["a"]
     assert stored.sections == header(1).sections

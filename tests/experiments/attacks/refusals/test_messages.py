@@ -43,9 +43,9 @@ def test_an_attempt_that_goes_through_counts_as_broken() -> None:
 
 
 def test_an_attempt_in_a_federation_that_does_not_run_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = attack_malicious._run(None, None)
+    run = attack_malicious._run()
     run[0].received.clear()
-    monkeypatch.setattr(attack_malicious, "_run", lambda *_: run)
+    monkeypatch.setattr(attack_malicious, "_run", lambda **_: run)
     with pytest.raises(ConfigurationError, match="did not run"):
         attack_malicious._honest()
     with pytest.raises(ConfigurationError, match="not loaded either"):

@@ -1,10 +1,10 @@
-"""ROC figures, ceilings, empirical and one-run ε: closed forms, and truths that are never passed."""
+"""ROC figures, ceilings and empirical ε: closed forms, and truths that are never passed."""
 
 import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import norm
 
@@ -28,19 +28,11 @@ from fedmosaic.experiments.attacks.statistics.membership import (
     scored_candidates,
     simulated_inner_products,
 )
-from fedmosaic.experiments.attacks.statistics.one_run import (
-    one_run_epsilon,
-    one_run_figure,
-    one_run_lower_bound,
-    one_run_p_value,
-    right_guesses,
-)
-from fedmosaic.experiments.attacks.statistics.results import AttackReport, AttackResult, Figure, RefusalResult
+from fedmosaic.experiments.attacks.statistics.results import Figure, clopper_pearson
 from fedmosaic.experiments.attacks.statistics.roc import (
     Ceiling,
     area_with_error,
     ceiling_of,
-    clopper_pearson,
     membership_figures,
     rate_interval,
     roc_points,
@@ -199,6 +191,8 @@ def test_epsilon_of_mu_is_the_accountants() -> None:
     for sigma in (0.6, 1.391, 3.731):
         found = gaussian_epsilon(1 / sigma, DELTA)
         assert found == pytest.approx(epsilon([GaussianEvent(sigma, 1.0, 1)], DELTA, "pld"), rel=1e-3)
+    scores = np.arange(4.0)
+    assert gaussian_lower_bound(CanaryScores(scores, scores), DELTA, 0.95) == 0.0
     assert gaussian_epsilon(0.0, DELTA) == 0.0
     assert gaussian_epsilon(math.inf, DELTA) == math.inf
 
@@ -233,72 +227,6 @@ def test_certified_epsilon_without_assumptions_stays_below_the_truth_and_its_cei
     ceiling = clopper_pearson_ceiling(2000, DELTA, 0.95)
     assert clopper_pearson_lower_bound(certain, DELTA, 0.95) == pytest.approx(ceiling)
     assert ceiling == pytest.approx(4.9, abs=0.2)
-
-
-def test_one_run_without_delta_is_the_binomial_tail() -> None:
-    assert one_run_p_value(100, 10, 10, 0.0, 0.0) == pytest.approx(2.0**-10)
-    assert one_run_p_value(100, 10, 0, 1.0, 0.0) == 1.0
-    with pytest.raises(ValueError, match="no outcome"):
-        one_run_p_value(10, 11, 5, 0.0, 0.0)
-
-
-@settings(max_examples=50, deadline=None)
-@given(right=st.integers(0, 60), epsilon_=st.floats(0, 5), delta=st.floats(0, 1e-2))
-def test_one_run_p_value_grows_with_epsilon_and_delta(right: int, epsilon_: float, delta: float) -> None:
-    base = one_run_p_value(100, 60, right, epsilon_, delta)
-    assert base <= one_run_p_value(100, 60, right, epsilon_ + 0.1, delta) + 1e-12
-    assert base <= one_run_p_value(100, 60, right, epsilon_, delta * 2) + 1e-12
-
-
-@pytest.mark.parametrize("truth", [0.5, 1.0, 3.0])
-def test_one_run_never_passes_randomised_response(truth: float) -> None:
-    """The mechanism for which the theorem is tight: every guess is right with probability q exactly."""
-    generator = np.random.default_rng(7)
-    rights = generator.binomial(200, 1 / (1 + math.exp(-truth)), size=2000)
-    bounds = {right: one_run_epsilon(200, 200, right, 0.0, 0.95) for right in set(rights.tolist())}
-    passed = np.mean([bounds[right] > truth for right in rights.tolist()])
-    assert 0.01 < passed < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 2000)
-
-
-def test_one_run_allows_for_delta() -> None:
-    """With probability δ a canary is revealed: certifying at δ = 0 passes ε, at the true δ it does not."""
-    generator = np.random.default_rng(8)
-    truth, delta, canaries = 0.1, 0.15, 400
-    lucky = generator.random((100, canaries)) < delta
-    response = generator.random((100, canaries)) < 1 / (1 + math.exp(-truth))
-    rights = (lucky | response).sum(axis=1)
-    blind = [one_run_epsilon(canaries, canaries, int(right), 0.0, 0.95) for right in rights]
-    aware = [one_run_epsilon(canaries, canaries, int(right), delta, 0.95) for right in rights]
-    assert np.mean(np.array(blind) > truth) > 0.5
-    assert np.mean(np.array(aware) > truth) <= 0.05
-
-
-@pytest.mark.parametrize("sigma", [0.6, 1.391, 3.731])
-def test_one_run_never_passes_a_gaussian_release(sigma: float) -> None:
-    generator = np.random.default_rng(9)
-    truth, found = gaussian_epsilon(1 / sigma, DELTA), []
-    for _ in range(20):
-        included = generator.random(1000) < 0.5
-        scores = included + sigma * generator.standard_normal(1000)
-        found.append(one_run_lower_bound(scores, included, DELTA, 0.95))
-    assert np.mean(np.array(found) > truth) <= 0.1
-    assert np.median(found) > 0.15 * truth
-
-
-def test_one_run_catches_noise_that_is_far_too_small() -> None:
-    generator = np.random.default_rng(10)
-    included = generator.random(1000) < 0.5
-    scores = included + 0.2 * generator.standard_normal(1000)
-    figure = one_run_figure(scores, included, lambda delta: gaussian_epsilon(0.268, delta), DELTA)
-    assert figure.broken
-    assert figure.value > 3.0
-
-
-def test_guesses_are_counted_at_both_ends() -> None:
-    scores = np.array([0.0, 1.0, 2.0, 3.0])
-    assert right_guesses(scores, np.array([False, True, False, True]), 2) == 2
-    assert right_guesses(scores, np.array([True, False, True, False]), 2) == 0
-    assert gaussian_lower_bound(CanaryScores(scores, scores), DELTA, 0.95) == 0.0
 
 
 def test_enough_equations_give_the_adapters_and_too_few_do_not() -> None:
@@ -336,19 +264,3 @@ def test_repeated_rows_are_no_new_equations_and_missing_rows_are_none() -> None:
     none = equations([np.zeros((3, 3))], [adapters], [0])
     assert independent_equations(none.weights_EU) == 0
     assert (solve(none) == 0).all()
-
-
-def test_a_report_names_what_is_broken() -> None:
-    result = AttackResult(
-        attack="membership", adversary="server", sees="profile", statistic="likelihood ratio",
-        release="σ = 8", setting="product", epsilon=1.0, delta=DELTA,
-        figures=(Figure(name="AUC", value=0.9, low=0.89, high=0.91, bound=0.6, broken=True),),
-    )  # fmt: skip
-    refusal = RefusalResult(attempt="one-hot row", party="server", tried=3, refused=2)
-    report = AttackReport(
-        run="r", created="", seconds=1.0, command="", machine="", results=(result,), refusals=(refusal,)
-    )
-    assert len(report.alarms) == 2
-    assert "AUC is 0.9" in report.alarms[0]
-    assert "1 of 3 attempts went through" in report.alarms[1]
-    assert AttackReport.model_validate_json(report.model_dump_json()) == report

@@ -1,4 +1,4 @@
-"""Taking sums of terms apart: against the dense formula, and with noise above the terms it finds nothing."""
+"""Taking sums of terms apart: against the dense formula, and by the energy that is left."""
 
 import math
 
@@ -13,7 +13,7 @@ from fedmosaic.experiments.attacks.statistics.pursuit import (
 )
 from fedmosaic.protos.errors import ConfigurationError
 
-SIZE, CANDIDATES, LENGTH = 40, 30, 5
+SIZE = 40
 
 
 def terms(count: int, seed: int) -> np.ndarray:
@@ -39,27 +39,6 @@ def test_scores_are_those_of_the_dense_formula() -> None:
     rest = left - 7.0 * public.mean(axis=0) - coefficients @ atoms
     expected = -0.5 * SIZE * np.log(np.einsum("vd,de,ve->v", rest, inverse, rest))
     np.testing.assert_allclose(scores, expected, rtol=1e-6)
-
-
-def decoded(noise: float) -> int:
-    """How many of the terms of a sum are found, one after the other, among candidates of their own."""
-    known = background(max(noise, 1e-4))
-    choices = terms(LENGTH * CANDIDATES, 3).reshape(LENGTH, CANDIDATES, SIZE)
-    truth = np.random.default_rng(4).integers(0, CANDIDATES, LENGTH)
-    total = choices[np.arange(LENGTH), truth].sum(axis=0)
-    left = known.coordinates(total + noise * np.random.default_rng(5).standard_normal(SIZE))
-    right = 0
-    for step in range(LENGTH):
-        atoms = known.coordinates(choices[step])
-        best = int(np.argmax(log_likelihoods(left, atoms, np.eye(CANDIDATES), known, LENGTH - step - 1)))
-        right += best == truth[step]
-        left = left - atoms[best]
-    return right
-
-
-def test_terms_are_found_without_noise_and_not_under_much_of_it() -> None:
-    assert decoded(0.0) == LENGTH
-    assert decoded(100.0) <= 2
 
 
 def test_the_number_of_terms_is_read_off_the_energy_that_is_left() -> None:

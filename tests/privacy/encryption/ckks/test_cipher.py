@@ -120,14 +120,8 @@ def test_every_upload_carries_a_fresh_error_of_the_standard_size() -> None:
         constant = centred(sum(phase) * pow(N, -1, Q) % Q)
         assert abs(constant) <= 21 + 1
         assert any(phase)
-    row = WeightRow(("b", "c", "d"), (2**14, 2**13, 2**13), 15)
-    uploads = {
-        name: create_cipher(PARAMETERS, name, POLICY).encrypt(np.zeros(N), KEY, context(N), bytes(16))
-        for name in "bcd"
-    }
-    aggregator = CkksAggregator(PARAMETERS, POLICY)
-    record = aggregator.aggregate(uploads, {"a": row}, context(N))[0]
-    noise = cipher.decrypt(record, KEY, context(N), row)
+    record, row, where = aggregate_of(np.zeros((3, N)))
+    noise = cipher.decrypt(record, KEY, where, row)
     # Shares ½, ¼, ¼ of independent errors: factor √(6/16).
     predicted = np.sqrt(N / 2) * np.sqrt(10.5) / 2**29 * np.sqrt(6 / 16)
     assert 0.85 * predicted < float(noise.std()) < 1.15 * predicted
@@ -181,27 +175,6 @@ def test_an_aggregate_that_needs_no_key_is_refused() -> None:
         forged = record[:start] + bytes(6 * N) + record[start + 6 * N :]
         with pytest.raises(CiphertextError, match="second polynomial of zero"):
             create_cipher(PARAMETERS, "a", POLICY).decrypt(forged, KEY, where, row)
-
-
-def test_encoding_never_passes_the_bound_of_the_parameters() -> None:
-    """Coefficients of the encoded polynomial stay below clip·√2 times the scale, whatever the values."""
-    cipher = create_cipher(PARAMETERS, "a", POLICY)
-    generator = np.random.default_rng(1)
-    row = WeightRow(("b", "c", "d"), (2**14, 2**14 - 1, 1), 15)
-    patterns = [
-        np.full(N, 4.0),
-        np.repeat([4.0, -4.0], N // 2),
-        4.0 * np.sign(generator.normal(size=N)),
-        4.0 * np.sign(np.cos(np.pi * np.arange(N) * 5 / N)),
-    ]
-    for values in patterns:
-        uploads = {
-            name: create_cipher(PARAMETERS, name, POLICY).encrypt(values, KEY, context(N), bytes(16))
-            for name in "bcd"
-        }
-        record = CkksAggregator(PARAMETERS, POLICY).aggregate(uploads, {"a": row}, context(N))[0]
-        found = cipher.decrypt(record, KEY, context(N), row)
-        np.testing.assert_allclose(found, values, rtol=0, atol=1e-5)
 
 
 def test_tenseal_vectors_agree() -> None:

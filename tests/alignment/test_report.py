@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import torch
 
-from fedmosaic.alignment.heat_map import heat_map
+from fedmosaic.alignment.report import heat_map
 
 
 def test_the_figure_shows_every_pair_and_frames_the_chosen_ones(tmp_path: Path) -> None:

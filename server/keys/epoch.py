@@ -1,4 +1,4 @@
-"""The board on which clients agree on a group key. The server relays; it can read nothing.
+"""An epoch of the group key, as far as the server sees it: who takes part, and which messages are there.
 
 An epoch passes through three phases:
 
@@ -9,7 +9,7 @@ An epoch passes through three phases:
 
 An agreement that passes its deadline starts the next epoch, without the members who did not answer; they
 may join the one after it. Who was silent is not always who is to blame: a leader can seal boxes that do not
-open, and the board cannot see it. So from the second failure in a row on, half of the members, another half
+open, and the server cannot see it. So from the second failure in a row on, half of the members, another half
 each time, wait for one epoch, and nobody can be in all of them. No list is ever left with fewer members than
 an epoch needs.
 
@@ -28,6 +28,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
+from pydantic import TypeAdapter
+
 JOIN: Final = "join"
 OPENING: Final = "opening"
 BOX: Final = "box"
@@ -36,7 +38,7 @@ LOST: Final = "lost"
 STAGES: Final = (JOIN, OPENING, BOX, CONFIRMATION, LOST)
 
 
-class BoardPhase(enum.Enum):
+class EpochPhase(enum.Enum):
     """Where an epoch is."""
 
     JOINING = "joining"
@@ -56,8 +58,8 @@ class Answer(enum.Enum):
 
 
 @dataclass(frozen=True)
-class KeyBoard:
-    """State of the newest epoch.
+class KeyEpoch:
+    """State of an epoch.
 
     Attributes:
         epoch: number of the epoch, from 1.
@@ -77,7 +79,7 @@ class KeyBoard:
     """
 
     epoch: int
-    phase: BoardPhase
+    phase: EpochPhase
     deadline: float
     patience_seconds: float
     minimum_members: int
@@ -91,24 +93,14 @@ class KeyBoard:
     lost: frozenset[str] = frozenset()
     pardoned: frozenset[str] = frozenset()
 
-    def post(self, sender: str, epoch: int, stage: str, now: float) -> tuple["KeyBoard", Answer]:
-        """Take note of a message.
-
-        Args:
-            sender: member of the roster, from its certificate.
-            epoch: epoch that the message is for.
-            stage: one of `STAGES`.
-            now: current time.
-
-        Returns:
-            The board afterwards, and whether the message counts.
-        """
+    def post(self, sender: str, epoch: int, stage: str, now: float) -> tuple["KeyEpoch", Answer]:
+        """Take note of a message: the epoch afterwards, and whether the message counts."""
         if epoch != self.epoch:
             return self, Answer.REPLACED
         if stage == JOIN:
             if sender in self.joined:
                 return self, Answer.REPEATED
-            if self.phase is not BoardPhase.JOINING:
+            if self.phase is not EpochPhase.JOINING:
                 return self, Answer.CLOSED
             if sender in self.excluded | self.lost:
                 return self, Answer.EXCLUDED
@@ -123,58 +115,39 @@ class KeyBoard:
             return self, Answer.REPEATED
         confirmed = replace(self, confirmations=self.confirmations | {sender})
         if confirmed.confirmations == set(self.members):
-            confirmed = replace(confirmed, phase=BoardPhase.READY, deadline=now)
+            confirmed = replace(confirmed, phase=EpochPhase.READY, deadline=now)
         return confirmed, Answer.ACCEPTED
 
-    def lose(self, sender: str, epoch: int, now: float, *, unused: bool) -> tuple["KeyBoard", Answer]:
+    def lose(self, sender: str, epoch: int, now: float, *, unused: bool) -> tuple["KeyEpoch", Answer]:
         """Take note that a member has lost its part in an epoch, or the epoch's key.
 
-        Args:
-            sender: member of the roster, from its certificate.
-            epoch: epoch that it lost.
-            now: current time.
-            unused: nothing of the open round is stored, so the epoch may be replaced.
-
-        Returns:
-            The board afterwards, of a new epoch where that helps, and whether the message counts.
+        `unused` says that nothing of the open round is stored, so that the epoch may be replaced.
         """
         if epoch != self.epoch:
             return self, Answer.REPLACED
-        if self.phase is not BoardPhase.JOINING and sender not in self.members:
+        if self.phase is not EpochPhase.JOINING and sender not in self.members:
             return self, Answer.NOT_A_MEMBER
         if unused and sender not in self.pardoned:
             anew = self.next_epoch(now)
             return replace(anew, failures=self.failures, pardoned=self.pardoned | {sender}), Answer.ACCEPTED
         return replace(self, lost=self.lost | {sender}, joined=self.joined - {sender}), Answer.ACCEPTED
 
-    def advance(self, expected: Collection[str], now: float) -> "KeyBoard":
-        """Close the list when all expected members have joined, or act on a missed deadline.
-
-        Args:
-            expected: members that are known to be there.
-            now: current time.
-
-        Returns:
-            The board afterwards; a new epoch if this one failed.
-        """
-        if self.phase is BoardPhase.JOINING:
+    def advance(self, expected: Collection[str], now: float) -> "KeyEpoch":
+        """Close the list when all expected members have joined, or act on a missed deadline."""
+        if self.phase is EpochPhase.JOINING:
             enough = len(self.joined) >= self.minimum_members
             awaited = set(expected) - self.excluded - self.lost
             complete = bool(awaited) and awaited <= self.joined
             if enough and (complete or now >= self.deadline):
-                return replace(
-                    self,
-                    phase=BoardPhase.AGREEING,
-                    members=tuple(sorted(self.joined)),
-                    deadline=now + self.patience_seconds,
-                )
+                members, deadline = tuple(sorted(self.joined)), now + self.patience_seconds
+                return replace(self, phase=EpochPhase.AGREEING, members=members, deadline=deadline)
             if now >= self.deadline and self.excluded | self.lost:
                 # A client joins an epoch once, so those who were turned away need a new one.
                 return replace(self.next_epoch(now), failures=self.failures)
             if now >= self.deadline:
                 return replace(self, deadline=now + self.patience_seconds)
             return self
-        if self.phase is BoardPhase.AGREEING and now >= self.deadline:
+        if self.phase is EpochPhase.AGREEING and now >= self.deadline:
             excluded, failures = self._left_out(expected), self.failures + 1
             return replace(self.next_epoch(now), excluded=excluded, failures=failures)
         return self
@@ -191,87 +164,49 @@ class KeyBoard:
         drawn = sorted(around, key=lambda name: hashlib.sha256(f"{self.epoch}/{name}".encode()).digest())
         return frozenset(drawn[max(self.minimum_members, (len(drawn) + 1) // 2) :])
 
-    def next_epoch(self, now: float) -> "KeyBoard":
+    def next_epoch(self, now: float) -> "KeyEpoch":
         """Begin a new epoch that everybody may join: at a rotation, or on a change of membership."""
-        return KeyBoard(
-            epoch=self.epoch + 1,
-            phase=BoardPhase.JOINING,
-            deadline=now + self.patience_seconds,
-            patience_seconds=self.patience_seconds,
-            minimum_members=self.minimum_members,
-            first_round=self.first_round,
-            pardoned=self.pardoned,
-        )
+        begun = first_epoch(now, self.patience_seconds, self.minimum_members)
+        return replace(begun, epoch=self.epoch + 1, first_round=self.first_round, pardoned=self.pardoned)
 
-    def for_round(self, round_number: int, *, renew: bool, now: float) -> "KeyBoard":
-        """The board when a round opens: of a new epoch if `renew`, else of the same one."""
+    def for_round(self, round_number: int, *, renew: bool, now: float) -> "KeyEpoch":
+        """The epoch when a round opens: a new one if `renew`."""
         if not renew:
             return replace(self, pardoned=frozenset())
         return replace(self.next_epoch(now), first_round=round_number, pardoned=frozenset())
 
     def readable(self, epoch: int, stage: str) -> bool:
         """Whether a stage's messages may be read now: who joined, only once the list is closed."""
-        return epoch == self.epoch and (stage != JOIN or self.phase is not BoardPhase.JOINING)
+        return epoch == self.epoch and (stage != JOIN or self.phase is not EpochPhase.JOINING)
 
     def waiting_for(self, expected: Collection[str]) -> tuple[str, ...]:
-        """Members whose message the board waits for, sorted."""
-        if self.phase is BoardPhase.JOINING:
+        """Members whose message the epoch waits for, sorted."""
+        if self.phase is EpochPhase.JOINING:
             return tuple(sorted(set(expected) - self.excluded - self.lost - self.joined))
-        if self.phase is BoardPhase.AGREEING:
+        if self.phase is EpochPhase.AGREEING:
             return tuple(sorted(set(self.members) - self.confirmations))
         return ()
 
 
-def first_epoch(now: float, patience_seconds: float, minimum_members: int) -> KeyBoard:
-    """The board of a run that begins now."""
-    return KeyBoard(
-        epoch=1,
-        phase=BoardPhase.JOINING,
-        deadline=now + patience_seconds,
-        patience_seconds=patience_seconds,
-        minimum_members=minimum_members,
-    )
+_NOT_STORED: Final = {"deadline", "patience_seconds", "minimum_members"}
+_STATE: Final = TypeAdapter(KeyEpoch)
 
 
-def to_record(board: KeyBoard) -> dict[str, object]:
+def first_epoch(now: float, patience_seconds: float, minimum_members: int) -> KeyEpoch:
+    """The first epoch of a run that begins now."""
+    return KeyEpoch(1, EpochPhase.JOINING, now + patience_seconds, patience_seconds, minimum_members)
+
+
+def to_record(state: KeyEpoch) -> dict[str, object]:
     """What has to survive a restart; deadlines do not, since the clock starts anew."""
-    return {
-        "epoch": board.epoch,
-        "phase": board.phase.value,
-        "members": list(board.members),
-        "joined": sorted(board.joined),
-        "openings": sorted(board.openings),
-        "confirmations": sorted(board.confirmations),
-        "excluded": sorted(board.excluded),
-        "failures": board.failures,
-        "first_round": board.first_round,
-        "lost": sorted(board.lost),
-        "pardoned": sorted(board.pardoned),
-    }
+    record: dict[str, object] = _STATE.dump_python(state, mode="json", exclude=_NOT_STORED)
+    return record
 
 
 def from_record(
     record: Mapping[str, object], now: float, patience_seconds: float, minimum_members: int
-) -> KeyBoard:
-    """Rebuild a board from `to_record`, with a full deadline ahead."""
-
-    def names(key: str) -> tuple[str, ...]:
-        value = record.get(key)  # an older server did not know of all of them
-        return tuple(str(name) for name in value) if isinstance(value, list) else ()
-
-    return KeyBoard(
-        epoch=int(str(record["epoch"])),
-        phase=BoardPhase(record["phase"]),
-        deadline=now + patience_seconds,
-        patience_seconds=patience_seconds,
-        minimum_members=minimum_members,
-        members=names("members"),
-        joined=frozenset(names("joined")),
-        openings=frozenset(names("openings")),
-        confirmations=frozenset(names("confirmations")),
-        excluded=frozenset(names("excluded")),
-        failures=int(str(record.get("failures", 0))),
-        first_round=int(str(record.get("first_round", 0))),
-        lost=frozenset(names("lost")),
-        pardoned=frozenset(names("pardoned")),
-    )
+) -> KeyEpoch:
+    """Rebuild an epoch from `to_record`, with a full deadline ahead; TypeError or ValueError if damaged."""
+    terms = {"patience_seconds": patience_seconds, "minimum_members": minimum_members}
+    # An older server did not know of all parts, and without a first round an epoch has served its time.
+    return _STATE.validate_python({"first_round": 0, **record, **terms, "deadline": now + patience_seconds})

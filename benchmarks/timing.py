@@ -1,0 +1,77 @@
+"""Paired times of steps, the random examples that they work on, and their table.
+
+Every repetition takes one step of every variant, in a shuffled order, so that whatever slows the machine down
+slows all alike; ratios are taken within a repetition. With one thread (OMP_NUM_THREADS=1) the processor's
+time is the steadier one on a machine that does other work too.
+"""
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+
+from fedmosaic.client.model.examples import IGNORED, EncodedExample
+from fedmosaic.experiments.scenario.metrics import markdown_table
+
+Step = Callable[[], object]
+Summary = dict[str, float]
+"""Medians of seconds, and median and quartiles of the ratio to the first variant, for both clocks."""
+
+
+def paired(
+    variants: Mapping[str, Callable[[], AbstractContextManager[Step]]], repetitions: int, untimed: int = 1
+) -> dict[str, Summary]:
+    """Time a step of every variant; what setting it up and taking it down takes does not count.
+
+    Args:
+        variants: by name; the ratios are to the first.
+        repetitions: timed steps of each.
+        untimed: steps of each before.
+    """
+    order, names = random.Random(0), list(variants)  # noqa: S311  # only the order of timings
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    for repetition in range(repetitions + untimed):
+        for name in order.sample(names, len(names)):
+            with variants[name]() as step:
+                wall, processor = time.perf_counter(), time.process_time()
+                step()
+                taken = (time.perf_counter() - wall, time.process_time() - processor)
+            if repetition >= untimed:
+                seconds[name].append(taken)
+    return {name: _summary(seconds[name], seconds[names[0]]) for name in names}
+
+
+def _summary(taken: Sequence[tuple[float, float]], first: Sequence[tuple[float, float]]) -> Summary:
+    found = {}
+    for index, clock in enumerate(("wall", "processor")):
+        ratios = [one[index] / other[index] for one, other in zip(taken, first, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        found[f"{clock}_seconds"] = statistics.median(one[index] for one in taken)
+        found |= {f"{clock}_ratio": middle, f"{clock}_ratio_low": low, f"{clock}_ratio_high": high}
+    return found
+
+
+def table(name: str, found: Mapping[str, Summary]) -> str:
+    """One row per variant of a model, with memory where it was measured."""
+    heads = [name, "ms", "× wall", "× processor", "peak MiB"]
+    rows = []
+    for variant, row in found.items():
+        spans = [
+            f"{row[f'{clock}_ratio']:.3f} [{row[f'{clock}_ratio_low']:.3f}, {row[f'{clock}_ratio_high']:.3f}]"
+            for clock in ("wall", "processor")
+        ]
+        peak = f"{row['peak_mib']:.0f}" if "peak_mib" in row else ""
+        rows.append([variant, f"{1e3 * row['wall_seconds']:.1f}", *spans, peak])
+    return "\n".join(markdown_table(heads, rows))
+
+
+def random_examples(vocabulary: int, count: int, tokens: int, answer: int) -> list[EncodedExample]:
+    """Examples of random tokens, the last ones supervised; the arithmetic does not depend on which."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (count, tokens), generator=generator)
+    labels = ids.clone()
+    labels[:, : tokens - answer] = IGNORED
+    return [EncodedExample(str(index), *pair) for index, pair in enumerate(zip(ids, labels, strict=True))]

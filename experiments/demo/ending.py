@@ -1,0 +1,141 @@
+"""The demo's last screen: a verdict in words, one table, the worst privacy statement, one next command."""
+
+import math
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fedmosaic.experiments.comparison.report import RunRecord, alone, usable_statements
+from fedmosaic.privacy.statement.models import ClientStatement
+from fedmosaic.privacy.statement.render import client_grid
+
+Scores = Mapping[str, float]
+
+
+def ending(record: RunRecord, by_itself: Scores, texts: int) -> RenderableType:
+    """What came out of the demo, in less than 60 lines of 80 columns.
+
+    Args:
+        record: of the federation.
+        by_itself: accuracy of each client's own task when it was trained alone; empty if that was not run.
+        texts: test texts of each client.
+    """
+    parts: list[RenderableType] = [Text(), verdict(record, by_itself, texts), Text()]
+    parts += [Text(line, style="bold red") for line in alone(record)]
+    parts += [_table(record, by_itself), Text(_found(record.server)), Text()]
+    worst = worst_statement(record)
+    if worst is not None:
+        parts += [Text("Who can learn what about one training text, for the client with most at stake:")]
+        parts += [client_grid(worst)]
+    return Group(*parts)
+
+
+def verdict(record: RunRecord, by_itself: Scores, texts: int) -> Text:
+    """Whether sharing was worth it, in words, with what chance leaves open."""
+    together = _own(record, "after")
+    before, after = (_others(record, when) for when in ("before", "after"))
+    words = f"Together, the clients answer {_mean(together)} of their own test texts right"
+    if not by_itself:
+        words += f"; before training it was {_mean(_own(record, 'before'))}."
+    else:
+        gain, width = _gain(together, by_itself, texts)
+        words += f", each trained alone {_mean(by_itself)}: {100 * gain:+.0f} ± {100 * width:.0f} points. "
+        count = f"{texts * len(together)} test texts"
+        if abs(gain) <= width:
+            words += f"On its own task nobody loses or gains by sharing as far as {count} can tell."
+        else:
+            words += "Sharing paid" if gain > 0 else "Training alone was better"
+            words += f", by more than chance gives on {count}."
+    words += f" On each other's tasks, which none of them has examples of, they went from {_mean(before)} to "
+    words += f"{_mean(after)}."
+    return Text(words, style="bold")
+
+
+def _gain(one: Scores, other: Scores, texts: int) -> tuple[float, float]:
+    """Mean difference over the clients of both, and half of its 95 % interval, as if no text were shared."""
+    names = [name for name in one if name in other]
+    variance = sum(p * (1.0 - p) / texts for name in names for p in (one[name], other[name]))
+    width = 1.96 * math.sqrt(variance) / len(names)
+    return fmean(one[name] - other[name] for name in names), width
+
+
+def _table(record: RunRecord, by_itself: Scores) -> Table:
+    table = Table(title="Accuracy on the own task, and on the tasks of the others")
+    table.add_column("client")
+    for column in ("majority", "before", "alone", "together", "others before", "after"):
+        table.add_column(column, justify="right")
+    columns = (
+        {name: value for name, value in record.majority.items() if not math.isnan(value)},
+        _own(record, "before"),
+        by_itself,
+        _own(record, "after"),
+        _others(record, "before"),
+        _others(record, "after"),
+    )
+    for name in record.clients:
+        table.add_row(name, *(f"{column[name]:.2f}" if name in column else "-" for column in columns))
+    table.add_section()
+    table.add_row("mean", *(f"{fmean(column.values()):.2f}" if column else "-" for column in columns))
+    table.caption = "majority: always the most frequent answer; alone: as many steps, nothing received"
+    return table
+
+
+def _found(server: Mapping[str, Any]) -> str:
+    """Whom the noisy profiles found to be most like each other."""
+    results = server.get("results")
+    if not results:
+        return ""
+    names, rows = results[-1]["clients"], results[-1]["similarity"]
+    nearest = {}
+    for i, name in enumerate(names):
+        known = {names[j]: value for j, value in enumerate(rows[i]) if j != i and value is not None}
+        if known:
+            nearest[name] = max(known, key=known.__getitem__)
+    pairs = [f"{one} and {other}" for one, other in nearest.items() if nearest.get(other) == one < other]
+    return f"Found by their noisy task profiles to be most alike: {'; '.join(pairs)}." if pairs else ""
+
+
+def worst_statement(record: RunRecord) -> ClientStatement | None:
+    """The client's part of a statement with the largest ε, adversary by adversary; None if there is none."""
+    clients = [client for s in usable_statements(record)[0].values() for client in s.clients]
+    return max(clients, key=_epsilons, default=None)
+
+
+def _epsilons(client: ClientStatement) -> list[float]:
+    """From the largest on: the first may be ∞ for all clients, towards a server that members help."""
+    return sorted((g.epsilon for g in client.guarantees if g.epsilon is not None), reverse=True)
+
+
+def _own(record: RunRecord, when: str) -> dict[str, float]:
+    return {n: float(r[when]["self"]) for n, r in record.clients.items() if "self" in r.get(when, {})}
+
+
+def _others(record: RunRecord, when: str) -> dict[str, float]:
+    found = {
+        name: [value for task, value in result.get(when, {}).items() if task != "self"]
+        for name, result in record.clients.items()
+    }
+    return {name: fmean(values) for name, values in found.items() if values}
+
+
+def _mean(scores: Scores) -> str:
+    return f"{100 * fmean(scores.values()):.0f} %" if scores else "unknown"
+
+
+def command_line(*words: str) -> str:
+    """A command of this package as it can be typed here: by name if that is on the path, else by its file."""
+    script = Path(sys.executable).parent / "fedmosaic"
+    found = shutil.which("fedmosaic")
+    if not script.exists() or (found is not None and Path(found).resolve() == script.resolve()):
+        return shlex.join(["fedmosaic", *words])
+    relative = os.path.relpath(script)
+    return shlex.join([relative if not relative.startswith("..") else str(script), *words])

@@ -1,1 +1,0 @@
-"""Scheme `plain`: no encryption."""
