@@ -184,6 +184,23 @@ def check_number(what: str, members: Collection[str], terms: SumTerms) -> None:
         )
 
 
+def check_left(what: str, members: Collection[str], terms: SumTerms, opened: int) -> None:
+    """EncryptionError if fewer members are left than a sum may be formed of, or than open its masks.
+
+    Args:
+        what: they did, for the message.
+        members: who is left.
+        terms: of the sum.
+        opened: members that opened it.
+    """
+    check_number(what, members, terms)
+    needed = terms.threshold(opened)
+    if len(members) < needed:
+        raise EncryptionError(
+            f"{len(members)} members {what}, {needed} of {opened} are needed to take the masks off"
+        )
+
+
 def _envelope_key(agreed: bytes, transcript: bytes, sender: str, recipient: str) -> bytes:
     names = sha256(b"secure-sum/envelope", sender.encode(), recipient.encode())
     return derive(agreed, b"fedmosaic/secure-sum/envelope", transcript, names)
