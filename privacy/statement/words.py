@@ -57,6 +57,12 @@ APPROXIMATE_DECRYPTION_ASSUMPTION = (
     "A decrypted aggregate never leaves the client: with approximate homomorphic encryption it would reveal "
     "the key (Li and Micciancio 2021)."
 )
+GROUP_SUMS_ASSUMPTION = (
+    "Of the contributors of every sum of a group, at most as many work together with the server as the terms "
+    "allow for, and all the others add the noise that the terms ask of them; whoever adds none counts as one "
+    "who works with the server. That nothing but sums is seen rests on cryptography: X25519, Ed25519, "
+    "HKDF-SHA256, AES and Shamir's sharing."
+)
 NO_METRICS_ASSUMPTION = (
     "No metric, loss curve, number of examples or tuning decision that depends on private data left a client."
 )
@@ -147,11 +153,13 @@ def _what_is_seen(channel: str, encrypted: bool, adversary: Adversary, inputs: S
     return "read the tensors"
 
 
-def assumptions(inputs: StatementInputs, any_encrypted: bool) -> tuple[str, ...]:
+def assumptions(inputs: StatementInputs, any_encrypted: bool, group_sums: bool = False) -> tuple[str, ...]:
     """Everything that the figures of this run rest on."""
     found = list(ASSUMPTIONS)
     if any_encrypted:
         found += [SHARED_KEY_ASSUMPTION, APPROXIMATE_DECRYPTION_ASSUMPTION]
+    if group_sums:
+        found.append(GROUP_SUMS_ASSUMPTION)
     if not inputs.metrics_shared:
         found.append(NO_METRICS_ASSUMPTION)
     return tuple(found)
