@@ -166,6 +166,21 @@ def test_a_partition_comes_back_and_its_digest_is_of_all_of_it():
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        b'{"groups": [["a1\\n2026-01-01 all is well", "a2"]], "mixing": {}}',
+        b'{"groups": [["a1", "a2"]], "mixing": {"a2\\u001b[2J": [1.0]}}',
+        b'{"groups": [["a1", "a2"]], "mixing": {"a2": [NaN]}}',
+        b'{"groups": [["a1", "a2"]], "mixing": {"a2": [Infinity]}}',
+    ],
+)
+def test_a_partition_holds_names_of_members_and_finite_weights_alone(content):
+    with pytest.raises(WireError, match="cannot be read") as caught:
+        Partition.decoded(content)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
     ("groups", "mixing", "problem"),
     [
         ([["a1", "a2", "a3"], ["a3", "a4", "a5"]], {}, "overlap"),
