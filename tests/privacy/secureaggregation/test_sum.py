@@ -346,5 +346,9 @@ def test_a_key_of_small_order_is_refused():
     cheat = group.identities["m003"]
     openings = {name: group.members[name].open() for name in group.names}
     openings["m003"] = sign_opening(group.terms, "m003", bytes(32), bytes(32), cheat)
-    with pytest.raises(EncryptionError, match="no usable X25519 key"):
-        group.members["m000"].share(openings)
+    for refusing in (
+        lambda: group.members["m000"].share(openings),
+        lambda: group.server.add_opening("m003", openings["m003"]),
+    ):
+        with pytest.raises(EncryptionError, match="'m003' opened with a key of small order"):
+            refusing()
