@@ -129,6 +129,7 @@ class GroupSession(Session):
                 self._identity.client_id,
                 [member.id for member in self._roster.members],
                 self._terms.group_sums.minimum_contributors,
+                self._terms.group_sums.groups,
             )
             self._partition = partition
         return self._partition

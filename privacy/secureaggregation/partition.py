@@ -52,12 +52,18 @@ class Partition(Frozen):
         """Index of a member's group."""
         return next(index for index, group in enumerate(self.groups) if member in group)
 
-    def check(self, member: str, roster: Collection[str], minimum: int) -> None:
+    def check(self, member: str, roster: Collection[str], minimum: int, most: int) -> None:
         """What a member makes sure of before it takes part in a sum.
 
+        Args:
+            member: own id.
+            roster: ids of all members.
+            minimum: members of a group.
+            most: groups that the terms allow.
+
         Raises:
-            PolicyError: groups overlap, name strangers, leave the member out or are too small, or a mixing
-                weight is negative or missing.
+            PolicyError: groups overlap, name strangers, leave the member out, are too small or too many, or a
+                mixing weight is negative or missing.
         """
         everybody = [name for group in self.groups for name in group]
         strangers = sorted(set(everybody) - set(roster))
@@ -74,6 +80,8 @@ class Partition(Frozen):
         smallest = min(map(len, self.groups))
         if smallest < minimum:
             raise PolicyError(f"the server made a group of {smallest}, the terms say at least {minimum}")
+        if len(self.groups) > most:
+            raise PolicyError(f"the server made {len(self.groups)} groups, the terms say at most {most}")
         weights = np.array(self.mixing.get(member, ()))
         if weights.shape != (len(self.groups),) or (weights < 0.0).any():
             raise PolicyError(

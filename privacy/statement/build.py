@@ -130,7 +130,7 @@ def statement(inputs: StatementInputs) -> PrivacyStatement:
         assumptions=assumptions(
             inputs, any("encrypted" in mode for mode in modes), "distributed-dp" in modes
         ),
-        leaks=leaks(inputs, bool(modes & {"none", "encrypted"})),
+        leaks=leaks(inputs, bool(modes & {"none", "encrypted"}), "distributed-dp" in modes),
     )
 
 

@@ -84,6 +84,10 @@ UNCHECKED_ROWS_LEAK = (
     "it: a malicious server can hand it a single adapter in place of a sum. Only DP bounds what that reveals "
     "to the recipient; the back end mask notices."
 )
+GROUP_SUMS_LEAK = (
+    "The server and all members read every sum of a group, and who contributed to it. What an example does "
+    "to a sum is hidden by the noise alone."
+)
 METRICS_LEAK = (
     "Metrics of private data left the clients. They are releases without noise, not in any ε of this "
     "statement."
@@ -165,11 +169,13 @@ def assumptions(inputs: StatementInputs, any_encrypted: bool, group_sums: bool =
     return tuple(found)
 
 
-def leaks(inputs: StatementInputs, any_unprotected: bool) -> tuple[str, ...]:
+def leaks(inputs: StatementInputs, any_unprotected: bool, group_sums: bool = False) -> tuple[str, ...]:
     """What this run discloses whatever its protection."""
     found = list(LEAKS)
     if inputs.metrics_shared:
         found.insert(0, METRICS_LEAK)
+    if group_sums:
+        return (*found, GROUP_SUMS_LEAK)
     found.append(
         f"Every aggregate combines at least {inputs.minimum_contributors} contributors other than the "
         f"recipient, each with a weight of at most {inputs.weight_cap:g}, and squared weights that sum to at "

@@ -505,10 +505,10 @@ def test_noise_of_a_group_protects_less_the_more_members_are_against_one(tmp_pat
         assert told == pytest.approx(epsilon([event] * 3, DELTA), rel=1e-9)
         joint = guarantee(client, "joint", adversary).epsilon
         assert joint == pytest.approx(epsilon([PROFILE, *[event] * 3], DELTA), rel=1e-9)
-    assert any(
-        "whoever adds none" in each
-        for each in make(make_client(tmp_path, "distributed-dp", name="b")).assumptions
-    )
+    whole = make(make_client(tmp_path, "distributed-dp", name="b"))
+    assert any("whoever adds none" in each for each in whole.assumptions)
+    assert "every sum of a group" in whole.leaks[-1]
+    assert not any("Every aggregate combines" in each for each in whole.leaks), "there are no weight rows"
     assert "more of them than the terms allow" in guarantee(client, "adapter", "colluding_recipients").words
 
 

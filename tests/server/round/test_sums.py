@@ -188,6 +188,11 @@ def test_a_partition_holds_names_of_members_and_finite_weights_alone(content):
         ([["a2", "a3", "a4"]], {}, "leave 'a1' out"),
         ([["a2", "a1", "a3"]], {}, "ascending"),
         ([["a1", "a2", "a3"], ["b1", "b2"]], {}, "a group of 2, the terms say at least 3"),
+        (
+            [["a1", "a2", "a3"], ["a4", "a5", "a6"], ["b1", "b2", "b3"]],
+            {},
+            "3 groups, the terms say at most 2",
+        ),
         ([["a1", "a2", "a3"]], {"a1": (0.5, 0.5)}, "no mixing weights"),
         ([["a1", "a2", "a3"]], {"a1": (-1.0,)}, "no mixing weights"),
         ([["a1", "a2", "a3"]], {}, "no mixing weights"),
@@ -196,7 +201,7 @@ def test_a_partition_holds_names_of_members_and_finite_weights_alone(content):
 def test_a_member_refuses_a_partition_that_does_not_protect_it(groups, mixing, problem):
     partition = Partition(groups=tuple(map(tuple, groups)), mixing=mixing)
     with pytest.raises(PolicyError, match=problem):
-        partition.check("a1", NAMES, 3)
+        partition.check("a1", NAMES, 3, 2)
 
 
 def test_whoever_is_shown_other_sums_or_groups_computes_another_context():
