@@ -141,7 +141,7 @@ def open_model(
         device: instead of the one in the client's settings.
         base: folder or hub id, where the base model is not where it was.
         config: see `read_saved`.
-        needs: examples whose pictures it will read.
+        needs: examples whose images it will read.
 
     Raises:
         StateError: there is no adapter yet, or it is damaged; see also `read_saved`.

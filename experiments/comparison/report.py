@@ -1,6 +1,7 @@
 """`fedmosaic report PATH`: what a run did, what it is good for, and who learnt what."""
 
 import io
+import math
 import shlex
 import sys
 from collections import Counter
@@ -267,7 +268,7 @@ def _table(title: str, heads: Sequence[str], words: int = 1) -> Table:
 
 def accuracy_table(record: RunRecord) -> Table:
     """Accuracy before and after, on the own task and on the others'."""
-    heads = ("client", "task", "majority", "Self", "gain", "alone", "Others", "gain")
+    heads = ("client", "task", "majority", "alone", "Self", "gain", "Others", "gain")
     table = _table("Accuracy before → after", heads, 2)
     rows = []
     for name, result in record.clients.items():
@@ -276,15 +277,10 @@ def accuracy_table(record: RunRecord) -> Table:
         own = (result["before"].get("self"), result["after"].get("self"))
         others = tuple(_others(result[when]) for when in ("before", "after"))
         compared = result.get("comparison", {})
-        most = record.majority.get(name, compared.get("commonest"))
-        alone_score = compared.get("scores", {}).get("alone")
+        most = record.majority.get(name, compared.get("commonest") or math.nan)
+        single = compared.get("scores", {}).get("alone", math.nan)
         table.add_row(
-            name,
-            record.tasks.get(name, "-"),
-            _share(most),
-            *_change(*own),
-            _share(alone_score),
-            *_change(*others),
+            name, record.tasks.get(name, "-"), *map(_score, (most, single)), *_change(*own), *_change(*others)
         )
         rows.append((*own, *others))
     measures = {m for result in record.clients.values() for m in result.get("measures", {}).values()}
@@ -294,18 +290,18 @@ def accuracy_table(record: RunRecord) -> Table:
     if complete:
         means = [fmean(row[i] for row in complete) for i in range(4)]
         table.add_section()
-        most = fmean(record.majority.values()) if record.majority else None
-        table.add_row("mean", "", _share(most), *_change(*means[:2]), "", *_change(*means[2:]))
+        most = _score(fmean(record.majority.values()) if record.majority else math.nan)
+        table.add_row("mean", "", most, "", *_change(*means[:2]), *_change(*means[2:]))
     return table
+
+
+def _score(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"
 
 
 def _others(scores: Mapping[str, float]) -> float | None:
     values = [score for name, score in scores.items() if name != "self"]
     return fmean(values) if values else None
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 def _change(before: float | None, after: float | None) -> tuple[str, str]:

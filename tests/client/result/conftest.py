@@ -101,8 +101,7 @@ def statements(place: Path, protection: str, *, secure: bool = True) -> dict[str
             facts = {"data_epoch": "0" * 64, "secure_noise": secure, "clipping_norm": 1.0, "dimensions": 8}
             book.reserve("adapter", 1, event, **facts)
         client = ClientInputs(ledger=tuple(book.export()), client_id="ada", adapter_protection=protection)
-    holders = "clients" if "encrypted" in protection else "nobody"
-    inputs = StatementInputs(run_id="0" * 32, clients=(client,), roster_sha256="1" * 64, key_holders=holders)
+    inputs = StatementInputs(run_id="0" * 32, clients=(client,), roster_sha256="1" * 64)
     return {STATEMENT: statement(inputs), HANDED_OVER: shareable(inputs)}
 
 
