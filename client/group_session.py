@@ -124,11 +124,12 @@ class GroupSession(Session):
 
     def _groups(self) -> Partition:
         if self._partition is None:
-            partition = Partition.decoded(self._read(1, "sum-partition")["server"])
+            partition = Partition.decoded(self._read(1, "sum-partition").get("server", b""))
             partition.check(
                 self._identity.client_id,
                 [member.id for member in self._roster.members],
                 self._terms.group_sums.minimum_contributors,
+                self._terms.group_sums.groups,
             )
             self._partition = partition
         return self._partition

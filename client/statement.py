@@ -73,7 +73,7 @@ def statement_inputs(
         squares_cap=terms.policy.squares_cap,
         rounds=terms.schedule.rounds,
         smallest_row=smallest_row,
-        coalition_rows=coalition_rows(fewest, terms.schedule.rounds),
+        coalition_rows=(() if terms.adapter.in_group_sums else coalition_rows(fewest, terms.schedule.rounds)),
         metrics_shared=metrics_shared,
     )
 

@@ -31,6 +31,8 @@ MAX_RELEASES: Final = 1 << 20
 MAX_WEIGHT_BITS: Final = 30
 MAX_KEY_PAYLOAD_BYTES: Final = 1 << 16
 """Largest message of a key agreement."""
+MAX_RELAYED_BYTES: Final = MAX_MEMBERS * MAX_KEY_PAYLOAD_BYTES
+"""Most that a reader takes of all messages of one stage."""
 MAX_STATEMENT_BYTES: Final = 1 << 19
 MAX_WAIT_MILLISECONDS: Final = 60_000
 """Longest that the server keeps a call that waits."""

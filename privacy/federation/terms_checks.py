@@ -7,8 +7,10 @@ from typing import Final
 from fedmosaic.privacy.accounting.calibrate import check_plannable, noise_multiplier_for
 from fedmosaic.privacy.accounting.epsilon import default_delta
 from fedmosaic.privacy.accounting.events import GaussianEvent
+from fedmosaic.privacy.accounting.leverage import noise_share
 from fedmosaic.privacy.federation.roster import Terms
-from fedmosaic.protos.errors import AccountingError, ConfigurationError
+from fedmosaic.privacy.mechanism.shares import plan_grid
+from fedmosaic.protos.errors import AccountingError, ConfigurationError, MechanismError
 
 log = logging.getLogger(__name__)
 MOST_STEPS: Final = 500_000
@@ -75,6 +77,22 @@ def with_planned_noise(terms: Terms) -> Terms:
     # Rounded up, so that the roster says what every machine reads.
     planned = sums.model_copy(update={"noise_multiplier": math.ceil(sigma * 1e6) / 1e6})
     return terms.model_copy(update={"group_sums": planned})
+
+
+def check_grid(terms: Terms, members: int) -> None:
+    """Refuse group sums whose integers have no room for a group of all members, before anything is spent.
+
+    Raises:
+        ConfigurationError: `group_sums.bits` are too few.
+    """
+    sums = terms.group_sums
+    if not terms.adapter.in_group_sums:
+        return
+    noise = noise_share(sums.noise_multiplier or 0.0, sums.minimum_contributors, sums.colluders)
+    try:
+        plan_grid(members, terms.adapter_privacy.expected_batch_size, noise, sums.bits)
+    except MechanismError as error:
+        raise ConfigurationError(f"terms.group_sums.bits is {sums.bits}: {error}") from None
 
 
 def plan_inputs(terms: Terms, examples: float, rounds: int) -> tuple[list[GaussianEvent], float, int]:

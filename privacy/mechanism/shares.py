@@ -66,12 +66,13 @@ def plan_grid(members: int, expected_batch_size: int, noise: float, bits: int) -
     steps = GRID
     while steps > 1 and steps * (_ROOM * expected_batch_size + _LARGEST_DRAW * noise) > largest:
         steps //= 2
-    if steps * noise < LEAST_STEPS:
+    room = largest - int(np.ceil(_LARGEST_DRAW * noise * steps))
+    if steps * noise < LEAST_STEPS or room < _ROOM * expected_batch_size * steps:
         raise MechanismError(
-            f"{members} shares of {expected_batch_size} examples in {bits} bits leave {steps * noise:.0f} "
-            f"steps for a standard deviation of the noise, at least {LEAST_STEPS} are needed: use more bits"
+            f"{members} shares of {expected_batch_size} examples and noise {noise:g} do not fit {bits} bits "
+            f"with {LEAST_STEPS} steps for a standard deviation of the noise: use more bits"
         )
-    return ShareGrid(steps, noise, largest - int(np.ceil(_LARGEST_DRAW * noise * steps)), bits)
+    return ShareGrid(steps, noise, room, bits)
 
 
 def noisy_share(total: ClippedSum, grid: ShareGrid, noise: NoiseSource) -> IntArray:

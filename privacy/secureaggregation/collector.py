@@ -19,7 +19,7 @@ from fedmosaic.privacy.secureaggregation.messages import (
     ENVELOPE_BYTES,
     Opening,
     Unmasking,
-    check_number,
+    check_left,
     check_opening,
     check_survivor_signatures,
     transcript,
@@ -69,7 +69,7 @@ class SumCollector:
 
     def close_envelopes(self) -> None:
         """EncryptionError if too few shared."""
-        check_number("shared their masks", self._envelopes, self._terms)
+        check_left("shared their masks", self._envelopes, self._terms, len(self._openings))
 
     def envelopes_for(self, member: str) -> dict[str, bytes]:
         """Sender → envelope for a member."""
@@ -89,10 +89,7 @@ class SumCollector:
         Raises:
             EncryptionError: too few are left to form the sum or to take the masks off.
         """
-        check_number("sent their vectors", self._survivors, self._terms)
-        needed = self._needed
-        if len(self._survivors) < needed:
-            raise EncryptionError(f"{len(self._survivors)} members are left, {needed} are needed")
+        check_left("sent their vectors", self._survivors, self._terms, len(self._openings))
         return tuple(sorted(self._survivors))
 
     def add_signature(self, member: str, signature: bytes) -> None:
@@ -147,8 +144,9 @@ class SumCollector:
             if key.public_key().public_bytes_raw() != self._openings[member].mask_key:
                 raise EncryptionError(f"the shares of {member!r}'s mask key do not fit together")
             for other in self._survivors:
-                pair = pair_mask_key(key, self._openings[other].mask_key, self._transcript)
-                mask = expand(pair, size, bits)
+                pair = (member, other)
+                shared = pair_mask_key(key, self._openings[other].mask_key, self._transcript, pair)
+                mask = expand(shared, size, bits)
                 # What the survivor put in, with its sign.
                 total = total - mask if other < member else total + mask
         return from_words(total, bits)

@@ -9,6 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from fedmosaic.privacy.groupkey.messages import sha256
 from fedmosaic.privacy.secureaggregation.shamir import SHARE_BYTES
 from fedmosaic.protos.errors import EncryptionError
 
@@ -33,13 +34,23 @@ def self_mask_key(seed: int, digest: bytes) -> bytes:
     return derive(seed.to_bytes(SHARE_BYTES, "little"), b"fedmosaic/secure-sum/self-mask", digest)
 
 
-def pair_mask_key(own: X25519PrivateKey, other: bytes, digest: bytes) -> bytes:
+def pair_mask_key(own: X25519PrivateKey, other: bytes, digest: bytes, pair: tuple[str, str]) -> bytes:
     """Key of the mask that two members have in common.
+
+    Their names are in it: a member that opens with another's key has no mask in common with that one, which
+    could take it off with its own.
+
+    Args:
+        own: key for masks.
+        other: the other's public key.
+        digest: of the openings.
+        pair: names of both, in any order.
 
     Raises:
         EncryptionError: the other's key is a point of small order.
     """
-    return derive(agree(own, other), b"fedmosaic/secure-sum/pair-mask", digest)
+    names = sha256(b"secure-sum/pair", *(name.encode() for name in sorted(pair)))
+    return derive(agree(own, other), b"fedmosaic/secure-sum/pair-mask", digest, names)
 
 
 def agree(own: X25519PrivateKey, other: bytes) -> bytes:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from fedmosaic.privacy.groupkey.messages import sha256
-from fedmosaic.privacy.secureaggregation.masks import derive
+from fedmosaic.privacy.secureaggregation.masks import agree, derive
 from fedmosaic.privacy.secureaggregation.shamir import PRIME, SHARE_BYTES
 from fedmosaic.privacy.secureaggregation.terms import SumTerms
 from fedmosaic.protos.errors import EncryptionError
@@ -27,6 +28,8 @@ OPENING_BYTES = 2 * KEY_BYTES + 64
 ENVELOPE_BYTES = 2 * SHARE_BYTES + 16
 # Every envelope has a key of its own, so the nonce may be constant.
 _NONCE = bytes(12)
+# A key of small order agrees on nothing with any other, whichever it is.
+_PROBE = X25519PrivateKey.from_private_bytes(bytes(32))
 
 
 @dataclass(frozen=True)
@@ -98,13 +101,19 @@ def transcript(terms: SumTerms, openings: Mapping[str, Opening]) -> bytes:
 
 
 def check_opening(terms: SumTerms, member: str, opening: Opening) -> None:
-    """EncryptionError if a member of the group did not sign its opening for this sum."""
+    """EncryptionError if a member of the group did not sign its opening for this sum, or with a bad key."""
     keys = (opening.mask_key, opening.envelope_key)
     signed = sha256(b"secure-sum/opening", terms.digest(), member.encode(), *keys)
     if any(len(key) != KEY_BYTES for key in keys) or not _verifies(
         terms.identity_keys[member], opening.signature, signed
     ):
         raise EncryptionError(f"the opening of {member!r} is not signed by it for this sum")
+    try:
+        for key in keys:
+            agree(_PROBE, key)
+    except EncryptionError:
+        # Found later, it would end the sum for everybody but the one who sent it.
+        raise EncryptionError(f"{member!r} opened with a key of small order") from None
 
 
 def seal_shares(
@@ -181,6 +190,23 @@ def check_number(what: str, members: Collection[str], terms: SumTerms) -> None:
     if len(members) < terms.minimum:
         raise EncryptionError(
             f"{len(members)} members {what}, a sum needs {terms.minimum}: with fewer, the noise is too little"
+        )
+
+
+def check_left(what: str, members: Collection[str], terms: SumTerms, opened: int) -> None:
+    """EncryptionError if fewer members are left than a sum may be formed of, or than open its masks.
+
+    Args:
+        what: they did, for the message.
+        members: who is left.
+        terms: of the sum.
+        opened: members that opened it.
+    """
+    check_number(what, members, terms)
+    needed = terms.threshold(opened)
+    if len(members) < needed:
+        raise EncryptionError(
+            f"{len(members)} members {what}, {needed} of {opened} are needed to take the masks off"
         )
 
 

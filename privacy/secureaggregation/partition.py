@@ -3,12 +3,14 @@
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field, ValidationError
 
 from fedmosaic.privacy.configuration import Frozen, canonical_json
 from fedmosaic.privacy.groupkey.messages import sha256
+from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import PolicyError, WireError
 
 NO_ROUND = bytes(32)
@@ -18,9 +20,9 @@ NO_ROUND = bytes(32)
 class Partition(Frozen):
     """Disjoint groups, and how every member mixes their sums; from the server, equal for all members."""
 
-    groups: tuple[tuple[str, ...], ...] = Field(min_length=1)
+    groups: tuple[tuple[bounds.Identifier, ...], ...] = Field(min_length=1)
     """Names in ascending order."""
-    mixing: dict[str, tuple[float, ...]]
+    mixing: dict[bounds.Identifier, tuple[Annotated[float, Field(allow_inf_nan=False)], ...]]
     """Member → one weight per group, not negative."""
 
     @property
@@ -50,12 +52,18 @@ class Partition(Frozen):
         """Index of a member's group."""
         return next(index for index, group in enumerate(self.groups) if member in group)
 
-    def check(self, member: str, roster: Collection[str], minimum: int) -> None:
+    def check(self, member: str, roster: Collection[str], minimum: int, most: int) -> None:
         """What a member makes sure of before it takes part in a sum.
 
+        Args:
+            member: own id.
+            roster: ids of all members.
+            minimum: members of a group.
+            most: groups that the terms allow.
+
         Raises:
-            PolicyError: groups overlap, name strangers, leave the member out or are too small, or a mixing
-                weight is not a finite number of at least 0.
+            PolicyError: groups overlap, name strangers, leave the member out, are too small or too many, or a
+                mixing weight is negative or missing.
         """
         everybody = [name for group in self.groups for name in group]
         strangers = sorted(set(everybody) - set(roster))
@@ -72,8 +80,10 @@ class Partition(Frozen):
         smallest = min(map(len, self.groups))
         if smallest < minimum:
             raise PolicyError(f"the server made a group of {smallest}, the terms say at least {minimum}")
+        if len(self.groups) > most:
+            raise PolicyError(f"the server made {len(self.groups)} groups, the terms say at most {most}")
         weights = np.array(self.mixing.get(member, ()))
-        if weights.shape != (len(self.groups),) or not np.isfinite(weights).all() or (weights < 0.0).any():
+        if weights.shape != (len(self.groups),) or (weights < 0.0).any():
             raise PolicyError(
                 f"the server gave {member!r} no mixing weights for its {len(self.groups)} groups"
             )

@@ -79,26 +79,13 @@ class _Client:
 
     def charges(self, names: Iterable[str], adversary: Adversary = "server_malicious") -> list[Charge]:
         """What was charged on these channels, with the noise that is left against an adversary."""
-        wanted = set(names)
-        found = charges(self.inputs.ledger, wanted - {"adapter"})
-        left = self._noise_left(adversary)
-        for charge in charges(self.inputs.ledger, wanted & {"adapter"}):
-            event = replace(charge.event, noise_multiplier=charge.event.noise_multiplier * left)
-            found.append(replace(charge, event=event))
+        wanted = frozenset(names)
+        found = []
+        for row in self.inputs.ledger:
+            for charge in charges([row], wanted):
+                sigma = charge.event.noise_multiplier * noise_left(row, adversary)
+                found.append(replace(charge, event=replace(charge.event, noise_multiplier=sigma)))
         return found
-
-    def _noise_left(self, adversary: Adversary) -> float:
-        """Noise of a group's sum against an adversary, over that of the claim; 1 where there are no groups.
-
-        The ledger holds σ = s·√(m − t), against the server with t members (`privacy.accounting.leverage`).
-        """
-        group = next((found for channel in self.channels if (found := _group(channel))), None)
-        if group is None:
-            return 1.0
-        least, colluders = group
-        claim = effective_noise_multiplier(1.0, least, colluders)
-        known = {"network": 0, "server_honest_but_curious": 0, "server_malicious": colluders, "recipient": 1}
-        return effective_noise_multiplier(1.0, least, known.get(adversary, least - 1)) / claim
 
     def bound(self, charged: Sequence[Charge], *, private: bool = True) -> EpsilonBound:
         """ε of what was charged; ∞ where something besides is not private."""
@@ -107,15 +94,19 @@ class _Client:
         return bound_of(charged, self.parameters.delta, self.parameters.accountant)
 
 
-def _group(channel: _Channel) -> tuple[int, int] | None:
-    """Least contributors and colluders of the sums that a channel went into, as its ledger has them."""
-    if channel.protection != "distributed-dp":
-        return None
-    for row in channel.rows:
-        found = json.loads(row.mechanism or "{}")
-        if row.kind == "RESERVED" and "minimum_contributors" in found:
-            return int(found["minimum_contributors"]), int(found["colluders"])
-    return None
+def noise_left(row: LedgerRow, adversary: Adversary) -> float:
+    """Noise of one release against an adversary, over that of the row; other than 1 in sums of groups alone.
+
+    The row holds σ = s·√(m − t), against the server with t members (`privacy.accounting.leverage`). Every
+    release has the m and t of its own run's terms: a ledger outlives runs.
+    """
+    group = json.loads(row.mechanism or "{}") if row.channel == "adapter" else {}
+    if "minimum_contributors" not in group:
+        return 1.0
+    least, colluders = int(group["minimum_contributors"]), int(group["colluders"])
+    known = {"network": 0, "server_honest_but_curious": 0, "server_malicious": colluders, "recipient": 1}
+    claim = effective_noise_multiplier(1.0, least, colluders)
+    return effective_noise_multiplier(1.0, least, known.get(adversary, least - 1)) / claim
 
 
 def statement(inputs: StatementInputs) -> PrivacyStatement:
@@ -136,8 +127,10 @@ def statement(inputs: StatementInputs) -> PrivacyStatement:
         no_guarantee=any(client.test_noise for client in clients),
         clients=clients,
         coalition_rows=inputs.coalition_rows,
-        assumptions=assumptions(inputs, any("encrypted" in mode for mode in modes)),
-        leaks=leaks(inputs, bool(modes & {"none", "encrypted"})),
+        assumptions=assumptions(
+            inputs, any("encrypted" in mode for mode in modes), "distributed-dp" in modes
+        ),
+        leaks=leaks(inputs, bool(modes & {"none", "encrypted"}), "distributed-dp" in modes),
     )
 
 

@@ -45,6 +45,12 @@ def test_a_large_group_of_small_noise_needs_more_bits():
     assert plan_grid(1000, 1000, 0.05, 48).steps * 0.05 >= LEAST_STEPS
 
 
+def test_noise_that_no_grid_has_room_for_is_refused():
+    # A step of one clipping norm has 256 steps of this noise, and yet no room for twelve deviations.
+    with pytest.raises(MechanismError, match="use more bits"):
+        plan_grid(100, 1, 300.0, 16)
+
+
 @given(st.integers(0, 2**32), st.sampled_from([2**12, 2**16, 2**20]))
 def test_one_example_moves_a_clamped_sum_by_one_clipping_norm_at_most(seed, steps):
     source = np.random.default_rng(seed)

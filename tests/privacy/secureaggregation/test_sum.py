@@ -13,6 +13,7 @@ from fedmosaic.privacy.secureaggregation.masks import (
     expand,
     from_words,
     pack,
+    pair_mask_key,
     self_mask_key,
     to_words,
     unpack,
@@ -216,6 +217,48 @@ def test_a_server_that_shows_different_openings_is_found_out():
         group.members["m000"].mask({"m001": sealed["m001"]["m000"]}, group.vectors["m000"])
 
 
+def test_masks_of_those_who_are_to_vanish_do_not_hide_a_vector_alone():
+    """The server gives a victim envelopes of members alone whose mask keys it is about to be given.
+
+    The others sign that the victim contributes and that those members vanished: shares of the victim's
+    self-mask and of their mask keys then come, and it has a mask in common with nobody else.
+    """
+    group = Group(20, 6, 2)
+    group.open_and_share()
+    colluders, vanishing = {"m000", "m001"}, {"m016", "m017", "m018"}
+    envelopes = group.server.envelopes_for("m019")
+    few = {name: envelopes[name] for name in colluders | vanishing}
+    assert len(few) + 1 == group.terms.minimum
+    with pytest.raises(EncryptionError, match="6 members shared their masks, 12 of 20 are needed"):
+        group.members["m019"].mask(few, group.vectors["m019"])
+
+
+def test_whom_a_member_shares_masks_with_always_has_an_honest_signer():
+    for count in range(4, 40):
+        for colluders in range(1, (count - 1) // 3 + 1):
+            honest_of_needed = (count + colluders) // 2 + 1 - colluders
+            assert 2 * honest_of_needed > count - colluders
+
+
+def test_a_member_that_opens_with_anothers_key_has_no_mask_of_that_one():
+    group = Group(5, 4, 1)
+    own, copied = group.members["m002"]._mask_key, group.members["m001"]._mask_key
+    honest, copy = (
+        pair_mask_key(own, copied.public_key().public_bytes_raw(), bytes(32), ("m002", other))
+        for other in ("m001", "m003")
+    )
+    assert honest != copy
+    assert honest == pair_mask_key(copied, own.public_key().public_bytes_raw(), bytes(32), ("m001", "m002"))
+
+
+def test_contributors_are_counted_once_each():
+    group = Group(5, 4, 1)
+    group.open_and_share()
+    group.send_vectors()
+    with pytest.raises(EncryptionError, match="a sum needs 4"):
+        group.members["m000"].agree(["m000", "m000", "m001", "m001"])
+
+
 def test_a_repeated_or_early_step_is_refused():
     member = Group(5, 4, 1).members["m000"]
     with pytest.raises(EncryptionError, match="the next is 'open'"):
@@ -303,5 +346,9 @@ def test_a_key_of_small_order_is_refused():
     cheat = group.identities["m003"]
     openings = {name: group.members[name].open() for name in group.names}
     openings["m003"] = sign_opening(group.terms, "m003", bytes(32), bytes(32), cheat)
-    with pytest.raises(EncryptionError, match="no usable X25519 key"):
-        group.members["m000"].share(openings)
+    for refusing in (
+        lambda: group.members["m000"].share(openings),
+        lambda: group.server.add_opening("m003", openings["m003"]),
+    ):
+        with pytest.raises(EncryptionError, match="'m003' opened with a key of small order"):
+            refusing()

@@ -505,4 +505,23 @@ def test_noise_of_a_group_protects_less_the_more_members_are_against_one(tmp_pat
         assert told == pytest.approx(epsilon([event] * 3, DELTA), rel=1e-9)
         joint = guarantee(client, "joint", adversary).epsilon
         assert joint == pytest.approx(epsilon([PROFILE, *[event] * 3], DELTA), rel=1e-9)
+    whole = make(make_client(tmp_path, "distributed-dp", name="b"))
+    assert any("whoever adds none" in each for each in whole.assumptions)
+    assert "every sum of a group" in whole.leaks[-1]
+    assert not any("Every aggregate combines" in each for each in whole.leaks), "there are no weight rows"
     assert "more of them than the terms allow" in guarantee(client, "adapter", "colluding_recipients").words
+
+
+def test_every_release_of_a_ledger_has_the_noise_of_its_own_terms(tmp_path: Path) -> None:
+    """Runs of other terms on the same data: alone, in groups of nine, in groups of twelve."""
+    terms = (None, GROUP, {**GROUP, "minimum_contributors": 12, "colluders": 1})
+    with Ledger.open(tmp_path / "a.sqlite", "a", DELTA, None, budgeted_channels=("adapter",)) as ledger:
+        for number, mechanism in enumerate(terms):
+            charge(ledger, STEP, "adapter", number, digest=DIGEST, mechanism=mechanism)
+        rows = tuple(ledger.export())
+    for protection in ("dp", "distributed-dp"):
+        (client,) = make(ClientInputs(ledger=rows, adapter_protection=protection)).clients  # type: ignore[arg-type]  # as above
+        for adversary, left in {"server_malicious": (1, 1, 1), "colluding_recipients": (1, 6, 11)}.items():
+            events = [GaussianEvent(STEP.noise_multiplier / math.sqrt(part), 1.0, 5) for part in left]
+            told = guarantee(client, "adapter", adversary).epsilon  # type: ignore[arg-type]  # as above
+            assert told == pytest.approx(epsilon(events, DELTA), rel=1e-9)

@@ -166,6 +166,21 @@ def test_a_partition_comes_back_and_its_digest_is_of_all_of_it():
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        b'{"groups": [["a1\\n2026-01-01 all is well", "a2"]], "mixing": {}}',
+        b'{"groups": [["a1", "a2"]], "mixing": {"a2\\u001b[2J": [1.0]}}',
+        b'{"groups": [["a1", "a2"]], "mixing": {"a2": [NaN]}}',
+        b'{"groups": [["a1", "a2"]], "mixing": {"a2": [Infinity]}}',
+    ],
+)
+def test_a_partition_holds_names_of_members_and_finite_weights_alone(content):
+    with pytest.raises(WireError, match="cannot be read") as caught:
+        Partition.decoded(content)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
     ("groups", "mixing", "problem"),
     [
         ([["a1", "a2", "a3"], ["a3", "a4", "a5"]], {}, "overlap"),
@@ -173,6 +188,11 @@ def test_a_partition_comes_back_and_its_digest_is_of_all_of_it():
         ([["a2", "a3", "a4"]], {}, "leave 'a1' out"),
         ([["a2", "a1", "a3"]], {}, "ascending"),
         ([["a1", "a2", "a3"], ["b1", "b2"]], {}, "a group of 2, the terms say at least 3"),
+        (
+            [["a1", "a2", "a3"], ["a4", "a5", "a6"], ["b1", "b2", "b3"]],
+            {},
+            "3 groups, the terms say at most 2",
+        ),
         ([["a1", "a2", "a3"]], {"a1": (0.5, 0.5)}, "no mixing weights"),
         ([["a1", "a2", "a3"]], {"a1": (-1.0,)}, "no mixing weights"),
         ([["a1", "a2", "a3"]], {}, "no mixing weights"),
@@ -181,7 +201,7 @@ def test_a_partition_comes_back_and_its_digest_is_of_all_of_it():
 def test_a_member_refuses_a_partition_that_does_not_protect_it(groups, mixing, problem):
     partition = Partition(groups=tuple(map(tuple, groups)), mixing=mixing)
     with pytest.raises(PolicyError, match=problem):
-        partition.check("a1", NAMES, 3)
+        partition.check("a1", NAMES, 3, 2)
 
 
 def test_whoever_is_shown_other_sums_or_groups_computes_another_context():
