@@ -47,10 +47,8 @@ class Process:
     def start(self) -> None:
         command = [sys.executable, "-m", "fedmosaic.server", "--settings", str(self._file), *self._arguments]
         self.started = time.monotonic()
-        # A client in this process has made gRPC quiet, which a server is not.
-        environment = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
         with self._log.open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         if self.process.poll() is None:

@@ -32,7 +32,7 @@ def statements(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
                 clipping_norm=1.0, dimensions=32,
             )  # fmt: skip
             client = ClientInputs(ledger=tuple(ledger.export()), adapter_protection="encrypted")
-        facts = StatementInputs(run_id="0" * 32, clients=(client,), key_holders="clients")
+        facts = StatementInputs(run_id="0" * 32, clients=(client,))
         made[name] = json.loads(statement(facts).model_dump_json())
     return made
 

@@ -12,7 +12,12 @@ from fedmosaic.experiments.runs import table as grid
 from fedmosaic.protos.errors import ConfigurationError
 
 TABLES = Path(__file__).parents[3] / "experiments" / "tables"
-_NOT_ON_THE_PAGE = {"text-siblings-tuning.toml", "vision-siblings-tuning.toml", "text-siblings-many.toml"}
+_NOT_ON_THE_PAGE = {
+    "defaults.toml",
+    "text-siblings-tuning.toml",
+    "vision-siblings-tuning.toml",
+    "text-siblings-many.toml",
+}
 
 
 @pytest.fixture
@@ -116,6 +121,7 @@ def test_every_table_of_the_repository_names_runs_that_are_possible(
 ) -> None:
     monkeypatch.setenv("FEDMOSAIC_MODELS", str(tmp_path))
     monkeypatch.setenv("FEDMOSAIC_TASKS", str(tmp_path))
+    monkeypatch.setenv("FEDMOSAIC_MODEL", str(tmp_path))
     cells = grid.cells(grid.Arguments(TABLES / name, tmp_path / "out"))
     assert len(cells) > 3
     assert {cell.scenario.method for cell in cells} <= {*VARIANTS, *BASELINES}

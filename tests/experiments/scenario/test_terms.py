@@ -18,6 +18,7 @@ def test_scenarios_name_the_files_that_the_commands_write(
 ) -> None:
     monkeypatch.setenv("FEDMOSAIC_TASKS", str(tmp_path))
     monkeypatch.setenv("FEDMOSAIC_MODELS", str(tmp_path / "models"))
+    monkeypatch.setenv("FEDMOSAIC_MODEL", str(tmp_path / "models"))
     path = SCENARIOS / f"{name}.toml"
     scenario = read_configuration(path, Scenario).resolved(SCENARIOS)
     files = [file for c in scenario.clients for task in c.task_list for file in (task.train, task.test)]
