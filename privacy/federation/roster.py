@@ -123,7 +123,7 @@ class AdapterPrivacyTerms(Frozen):
     """
 
     target_epsilon: float = Field(default=8.0, gt=0, allow_inf_nan=False)
-    """Each client's budget of ε for all that is released from its data, task profile and adapter together, at
+    """ε of each client's budget for all that is released from its data, task profile and adapter together, at
     δ = n^-1.1 for n examples. Without DP on the adapter it bounds the profile alone. A client may choose a
     smaller one."""
     clipping_norm: float = Field(default=1.0, gt=1e-6, le=1e6, allow_inf_nan=False)
