@@ -41,7 +41,7 @@ from fedmosaic.privacy.federation.roster import (
 RECIPE: Final = 1
 """Raised whenever the fitting of the profile's basis changes, so that no cache serves an old one."""
 
-STEPS: Final = 18
+STEPS: Final = 22
 _MAX_LENGTH: Final = 64
 _LAYERS: Final = {"film-north": 8, "film-south": 10, "news-east": 8, "news-west": 10, "home": 8}
 
