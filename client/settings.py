@@ -44,17 +44,17 @@ class ModelSettings(Frozen):
     gguf_file: str | None = None
     """Name of a GGUF file inside the folder, to be read instead of safetensors."""
     keep_layers: int | None = Field(default=None, ge=1)
-    """Keep only so many of the first decoder layers; all by default."""
+    """Number of decoder layers to keep, counted from the first; all by default."""
     device: DeviceName = "auto"
     """`auto` takes CUDA, then MPS, then the processor; or `cpu`, `mps`, `cuda`, `cuda:1`."""
     dtype: DtypeName = "float32"
-    """Of the frozen weights; `auto` takes bfloat16 where the device is faster in it."""
+    """Number format of the frozen weights; `auto` takes bfloat16 where that is faster on the device."""
     quantization: Literal["nf4"] | None = None
-    """Frozen linear weights in 4 bits (bitsandbytes); `dtype` is then the type that products are in."""
+    """Frozen linear weights in 4 bits (bitsandbytes); `dtype` is then the format of the products."""
     aligned: str | None = Field(default=None, min_length=1)
     """Folder or hub id of what `fedmosaic align` wrote for this model, where the roster names its basis."""
     rank: int | None = Field(default=None, ge=1, le=1024)
-    """Rank of this client's adapter on an aligned basis, at most the federation's; the same by default."""
+    """Rank of this client's adapter on an aligned basis; at most the federation's, which is the default."""
 
     @model_validator(mode="after")
     def _quantised_once(self) -> "ModelSettings":
@@ -136,7 +136,7 @@ class ColumnSettings(Frozen):
     """Names of the columns that examples are made of; all other columns are then left out."""
 
     id: str = Field(default="id", min_length=1)
-    """Name of an example. Without such a column, names are made from what examples say."""
+    """Name of an example. Without this column, the name is a hash of the example's content."""
     prompt: str = Field(default="prompt", min_length=1)
     """What the model reads."""
     answer: str = Field(default="answer", min_length=1)
@@ -146,7 +146,8 @@ class ColumnSettings(Frozen):
     messages: str = Field(default="messages", min_length=1)
     """Instead of prompt and answer: a conversation, a list of `{"role", "content"}`."""
     person: str = Field(default="person", min_length=1)
-    """Whose record it is. With it the own statement tells ε for the person with most records."""
+    """The person that the record is about. With this column, the client's own statement gives the ε of the
+    person with most records."""
 
     @model_validator(mode="after")
     def _distinct(self) -> "ColumnSettings":
@@ -169,20 +170,20 @@ class DataSettings(Frozen):
     handed examples."""
     ledger: Path | None = None
     """Directory of the privacy ledger of `train`; beside a file or folder by default, with `.ledger` after
-    its name. Sources that share examples have to name one ledger; data of a hub or from Python always name
-    one."""
+    its name. Sources that share examples must name the same ledger. Data of a hub or from
+    Python must always name one."""
     test: DataSource | None = None
     """Examples to score, before the first and after the last round."""
     others: dict[str, DataSource] = Field(default_factory=dict)
-    """More sets to score, by name."""
+    """More test sets, by name."""
     columns: ColumnSettings | None = None
-    """Which columns are read; by default those of the names in this table, and no other may be there."""
+    """Names of the columns to read. By default the names in this table; any other column is then an error."""
     evaluation_examples: int = Field(default=0, ge=0)
     """At most this many test examples are scored per set; 0 takes all."""
     others_examples: int = Field(default=0, ge=0)
-    """The same for the sets in `others`."""
+    """At most this many examples are scored per set in `others`; 0 takes all."""
     pictures: Path | None = None
-    """Folder that the images which prompts name lie in."""
+    """Folder of the images that prompts name."""
 
     @property
     def test_sets(self) -> dict[str, DataSource]:
@@ -211,24 +212,24 @@ class TrainingSettings(Frozen):
     """How a client trains locally; names as in ``transformers.TrainingArguments``.
 
     Attributes:
-        learning_rate: Of LoRA's A and B, and of any other trainable tensor.
-        shared_learning_rate: Of the Co-LoRA cores P and Q; by default 5 times `learning_rate`; where their
-            steps are private, `learning_rate` itself, for noise moves them as far as signal does.
-        gate_learning_rate: Of the gates; by default 10 times `learning_rate`.
+        learning_rate: Learning rate of LoRA's A and B, and of any other trainable tensor.
+        shared_learning_rate: Learning rate of the Co-LoRA cores P and Q. By default 5 times `learning_rate`;
+            under ``dp`` it is `learning_rate`, because noise moves P and Q as far as signal does.
+        gate_learning_rate: Learning rate of the gates; by default 10 times `learning_rate`.
         steps: Optimizer steps of one round.
         per_device_train_batch_size: Examples per forward pass.
-        gradient_accumulation_steps: Forward passes per optimizer step; private steps divide by themselves.
+        gradient_accumulation_steps: Forward passes per optimizer step; private steps ignore it.
         gradient_checkpointing: Compute the layers' activations a second time on the way back, for about a
             third more time, instead of keeping them. A private step holds those of one example anyway.
-        max_length: Most tokens per example; for whoever encodes the examples.
-        blend_received: Share of what is received in what the local branch begins a round with; 0 as in the
-            paper, where it goes on from itself. Under ``dp`` both are sums of private releases, so that it
-            costs no privacy.
+        max_length: Largest number of tokens per example; longer prompts are cut from the left.
+        blend_received: Share of the received adapter in the values that the local branch starts a round with.
+            0, as in the paper, continues from the client's own values. Under ``dp`` both are private
+            releases, so this costs no privacy.
         warmup: Optimizer steps over which the learning rates rise linearly; constant afterwards.
-        weight_decay: AdamW's, on all but the gates.
+        weight_decay: Weight decay of AdamW, on all tensors except the gates.
         max_grad_norm: Bound on the L2 norm of an optimizer step's whole gradient; 0 for none.
-        seed: Of dropout, and by default of the order of the examples.
-        bf16: Wide products in bfloat16; the adapter, its gradients and the optimizer stay in float32.
+        seed: Seed of dropout and of the order of the examples.
+        bf16: Large matrix products in bfloat16; the adapter, its gradients and the optimizer stay in float32.
     """
 
     learning_rate: float = Field(default=1e-3, gt=0.0, le=10.0, allow_inf_nan=False)
@@ -279,10 +280,10 @@ class ClientSettings(Frozen):
     model: ModelSettings = IN_MEMORY
     """The client's own model. Left out only where `fedmosaic.Client` is handed one."""
     probe: ProbeModelSettings
-    """The frozen model of the task profile, the same for all members. It has no adapter: `aligned`, `rank`
-    and `quantization` are not for it."""
+    """The frozen model of the task profile, the same for all members. It has no adapter, so `aligned`, `rank`
+    and `quantization` do not apply."""
     projector: Path | None = None
-    """Folder of what lets a language model read images; `fedmosaic tasks projector` trains one."""
+    """Folder of a projector, with which a language model reads images; see `fedmosaic tasks projector`."""
     data: DataSettings = DataSettings()
     training: TrainingSettings = TrainingSettings()
     threads: int | None = Field(default=None, ge=1)
@@ -292,9 +293,9 @@ class ClientSettings(Frozen):
     unsafe_test_noise_seed: int | None = None
     """For tests only: predictable noise. The privacy statement then says that no guarantee holds."""
     compare_alone: bool = False
-    """Train a second time, alone, after the last round, to tell what sharing adds; costs that time again."""
+    """After the last round, train a second model alone, to tell what sharing adds. Doubles the time."""
     profile_max_length: int = Field(default=96, ge=8)
-    """Tokens of an example that the task profile reads."""
+    """Number of tokens per example that the task profile reads."""
 
     def resolved(self, base: Path) -> "ClientSettings":
         """The same settings with every relative path taken from `base`."""

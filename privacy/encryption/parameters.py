@@ -23,7 +23,7 @@ CKKS_ERROR_BOUND = 21
 
 class _Parameters(Frozen):
     format_version: Literal[1] = 1
-    """Of this description."""
+    """Version of this table."""
     clip: float = Field(default=4.0, gt=0.0, le=1024.0, allow_inf_nan=False)
     """Largest absolute value that is sent."""
 
@@ -50,7 +50,7 @@ class CkksParameters(_Parameters):
     """
 
     backend: Literal["ckks"] = "ckks"
-    """Names this back end."""
+    """Name of the back end."""
     ring_degree: Literal[2048] = CKKS_RING_DEGREE
     modulus: Literal[281474976694273] = CKKS_MODULUS
     security_bits: Literal[128] = 128
@@ -81,7 +81,7 @@ class MaskParameters(_Parameters):
     """
 
     backend: Literal["mask"] = "mask"
-    """Names this back end."""
+    """Name of the back end."""
     fraction_bits: int = Field(default=16, ge=8, le=24)
     weight_bits: int = Field(default=12, ge=8, le=20)
 
@@ -106,7 +106,7 @@ class PlainParameters(_Parameters):
     """
 
     backend: Literal["plain"] = "plain"
-    """Names this back end."""
+    """Name of the back end."""
     weight_bits: int = Field(default=15, ge=8, le=20)
 
 

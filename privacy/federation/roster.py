@@ -59,21 +59,23 @@ class AdapterTerms(Frozen):
     blocks: int = Field(default=4, ge=1, le=256)
     """Decoder layers whose cores are shared, the same number in every architecture."""
     layer_rule: Literal["relative_depth", "authors", "first"] = "relative_depth"
-    """Which layers these are: equal relative depth, the rule of the authors' code, or the first ones."""
+    """How they are chosen: at equal relative depth, by the rule of the authors' code, or the first ones."""
     target_modules: tuple[str, ...] = Field(default=DEFAULT_TARGET_MODULES, min_length=1)
     """Linear modules within a decoder layer that carry the adapter, by name."""
     other_layers: Literal["lora", "none"] = "lora"
-    """What the layers between carry: LoRA of the client's own, or nothing."""
+    """What all other layers carry: the client's own LoRA, or nothing."""
     gate: Literal["scalar", "pooled"] = "scalar"
-    """Weight β of the global branch: one number per module, or one that follows from its input."""
+    """Weight β of the global branch: one number per module, or a function of the module's input."""
     basis_seed: int = Field(default=0, ge=0)
     """Seed of the frozen bases A, B, the same for all members, where there is no aligned basis."""
     basis: str = Field(default="", pattern=r"^(aligned:[0-9a-f]{32})?$")
     """Name of the aligned basis in all clients' checkpoints; empty for one drawn from `basis_seed`."""
     family_dimensions: dict[Family, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
-    """Families that also share the LoRA of their other layers, and the length of that vector."""
+    """Family sharing: model families that also share the LoRA of their other layers, and the length of that
+    vector."""
     protection: Protection = "encrypted"
-    """Who can read what is shared; under `dp` everybody, as a differentially private release."""
+    """Who can read what is shared. `dp` and `none` also need `encryption.backend = "plain"` and
+    `allow_plaintext = true`."""
 
     @property
     def shared_dimensions(self) -> int:
@@ -120,19 +122,21 @@ class AdapterTerms(Frozen):
 class AdapterPrivacyTerms(Frozen):
     """DP-SGD on P and Q. All of it is public and fixed before any private data is seen.
 
-    `target_epsilon` is each client's budget for the whole experiment, both channels together.
+    `target_epsilon` is each client's budget, both channels together.
     The noise multiplier follows from it, from the schedule and from the client's own number of
     examples. `expected_batch_size` is the divisor of the noisy sum and, over the number of
     examples, the Poisson sampling rate.
     """
 
     target_epsilon: float = Field(default=8.0, gt=0, allow_inf_nan=False)
-    """ε of each client's budget for the whole run, task profile and adapter together, at δ = n^-1.1 for n
-    examples. Without DP on the adapter it bounds the profile alone. A client may choose a smaller one."""
+    """ε of each client's budget for all that is released from its data, task profile and adapter together, at
+    δ = n^-1.1 for n examples. Without DP on the adapter it bounds the profile alone. A client may choose a
+    smaller one."""
     clipping_norm: float = Field(default=1.0, gt=1e-6, le=1e6, allow_inf_nan=False)
     """C: bound on the L2 norm of one example's gradient in P and Q."""
     expected_batch_size: int = Field(default=32, ge=1)
-    """Mean number of examples in a Poisson sample; over the client's number of examples, its rate q."""
+    """Mean number of examples in a Poisson sample. Divided by the client's number of examples, it is the
+    sampling rate q."""
     steps_per_round: int = Field(default=20, ge=1)
     """Private steps of a round. More steps need more noise."""
 
@@ -175,20 +179,20 @@ class RelevanceTerms(Frozen):
     similarity: Literal["corrected", "cosine"] = "corrected"
     """How alike two profiles are: the cosine, `corrected` for the noise in the norms."""
     temperature: float = Field(default=0.5, gt=0, allow_inf_nan=False)
-    """τ of the softmax over similarities; small ones favour the most similar client."""
+    """τ of the softmax over similarities; a small τ favours the most similar client."""
     average_decay: float = Field(default=0.5, ge=0, lt=1)
     """Weight of earlier releases in a profile's moving average."""
 
 
 class ScheduleTerms(Frozen):
-    """Rounds, and how long anybody waits for anybody."""
+    """Number of rounds, and how long server and clients wait."""
 
     rounds: int = Field(default=3, ge=1, le=100_000)
-    """Rounds of the run."""
+    """Number of rounds; a run of R rounds has R - 1 exchanges."""
     quorum: int = Field(default=4, ge=1)
-    """Fewest uploads with which a deadline closes a round."""
+    """Smallest number of uploads with which a round closes at its deadline."""
     round_deadline_seconds: Seconds = 3600
-    """From the opening of a round to its deadline."""
+    """Time from the opening of a round to its deadline."""
     gathering_seconds: Seconds = 600
     """How long a step of the key agreement waits for a member."""
     key_patience_seconds: Seconds = 120
@@ -209,7 +213,7 @@ class Terms(Frozen):
     schedule: ScheduleTerms = ScheduleTerms()
     encryption: Annotated[Parameters, Field(discriminator="backend")] = CkksParameters()
     allow_plaintext: bool = False
-    """Has to be said where nothing is encrypted (`encryption.backend = "plain"`)."""
+    """Must be `true` if nothing is encrypted (`encryption.backend = "plain"`)."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Terms":

@@ -38,15 +38,15 @@ class Reduction(Frozen):
     """
 
     kind: Literal["coordinates", "tensor_sketch", "kronecker"] = "coordinates"
-    """Which map."""
+    """Kind of map; `fedmosaic probe` writes `kronecker` unless told otherwise."""
     hidden_size: int = Field(ge=1, le=2**20)
     """Rows of the probe's gradient."""
     intermediate_size: int = Field(ge=1, le=2**20)
     """Columns of the probe's gradient."""
     projection_dimensions: int = Field(default=1024, ge=1, le=2**20)
-    """Coordinates before sampling."""
+    """Number of coordinates before sampling; `fedmosaic probe` writes 128 unless told otherwise."""
     coordinate_share: float = Field(default=1.0, gt=0.0, le=1.0, allow_inf_nan=False)
-    """Share of them that is kept."""
+    """Share of the coordinates that is kept."""
     normalise: bool = True
     """Whether every gradient is scaled to norm 1 first."""
     public_seed: int = Field(default=0, ge=0, le=2**63 - 1)
@@ -66,22 +66,23 @@ class Reduction(Frozen):
 
 
 class ProfileMechanism(Frozen):
-    """Everything that client, server and report must agree on about a task profile.
+    """How task profiles are made. `fedmosaic probe` prints this table and the one below.
 
     All of it is public, chosen before any private data is seen, the same for all clients and constant
-    over rounds. What it costs is for `fedmosaic.privacy.accounting.epsilon` to say.
+    over rounds.
 
     Attributes:
-        version: of this description.
+        version: version of this table.
         probe: name of the frozen probe model.
         probe_sha256: fingerprint of its weights (`fedmosaic.client.profile.probe.fingerprint`).
         reduction: the public map.
         standardise: `centre` subtracts the public mean, `whiten` also scales by the public covariance.
         basis_sha256: content hash of the public basis, if `reduction` or `standardise` needs one.
         clipping_norm: bound C on the L2 norm of one example, in the unit of the standardised rows.
-        noise_multiplier: σ, the noise's standard deviation over C. 0 releases without protection.
+        noise_multiplier: σ, the noise's standard deviation over C. 0 is refused except in test
+            runs.
         sampling_rate: probability that an example takes part in a release; 1 uses all.
-        expected_batch_size: public forecast of the sample's size for planning; no computation reads it.
+        expected_batch_size: public estimate of the sample's size; no computation uses it.
         minimum_examples: a data set smaller than this releases nothing.
         warn_below: a data set smaller than this gives a profile that is mostly noise.
     """

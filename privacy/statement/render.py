@@ -35,6 +35,10 @@ _SHORT_CHANNELS: dict[StatementChannel, str] = {
     "family": "family's LoRA",
     "joint": "together",
 }
+_CLIPPED = (
+    "A clipped example had a gradient longer than C and counts by its direction alone. A share near 100 % is "
+    "intended at the default C, and ε does not depend on it."
+)
 _NAMES = {**ADVERSARY_NAMES, "colluding_recipients_with_server": "colluding recipients + server"}
 
 
@@ -210,6 +214,8 @@ def _notes(client: ClientStatement) -> Iterable[str]:
         if channel.clipped_share is not None:
             details.append(f"{100 * channel.clipped_share:.0f} % of examples clipped (local figure)")
         yield f"{name}: {'; '.join(details)}."
+    if any(channel.clipped_share is not None for channel in client.channels):
+        yield _CLIPPED
 
 
 def _legend(shareable: bool) -> RenderableType:

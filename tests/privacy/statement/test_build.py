@@ -442,6 +442,8 @@ def test_the_text_fits_100_columns_and_names_everybody(tmp_path: Path) -> None:
     for words in ("server, honest but curious", "server, malicious", "recipients + server", "the network"):
         assert text.count(words) >= 4
     assert "2 recipient(s) hold at most 6 independent combinations of 4 adapters: enough" in text
+    assert text.count("90 % of examples clipped") == 1
+    assert text.count("ε does not depend on it") == 1, "said to the one client whose share is shown"
     assert "NO GUARANTEE HOLDS" in text
     for line in (*found.assumptions, *found.leaks):
         assert line.split()[0] in text
