@@ -8,7 +8,7 @@ import dataclasses
 import enum
 import hashlib
 import struct
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,6 @@ from pydantic import (
     FailFast,
     Field,
     PlainValidator,
-    model_validator,
 )
 from pydantic.dataclasses import dataclass
 
@@ -379,12 +378,12 @@ class KeyMessage(bounds.Message):
     recipient: Annotated[str, Field(strict=True, pattern=r"^([a-z0-9][a-z0-9-]{0,62})?$")]
     payload: bounds.KeyPayload = dataclasses.field(repr=False)
 
-    @model_validator(mode="after")
-    def _short_enough(self) -> Self:
+    def __post_init__(self) -> None:
         limit = bounds.MAX_CHUNK_BYTES if self.stage.startswith(SUM_STAGES) else bounds.MAX_KEY_PAYLOAD_BYTES
         if len(self.payload) > limit:
-            raise ValueError(f"payload is {len(self.payload)} bytes, at most {limit} in stage {self.stage}")
-        return self
+            raise WireError(
+                f"KeyMessage.payload is {len(self.payload)} bytes: at most {limit} in stage {self.stage!r}"
+            )
 
 
 @dataclass(frozen=True)
