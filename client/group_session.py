@@ -16,7 +16,7 @@ from typing import Final, Protocol
 
 import numpy as np
 
-from fedmosaic.client.dp.group_steps import GroupSum, mixed_gradient, shared_branch
+from fedmosaic.client.dp.group_steps import FloatArray, GroupSum, mixed_gradient, shared_branch
 from fedmosaic.client.group_sum import take_part
 from fedmosaic.client.membership import Learner
 from fedmosaic.client.planning import group_grid
@@ -30,7 +30,7 @@ from fedmosaic.client.transport.grpc import Transport
 from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.secureaggregation.masks import from_words, unpack
 from fedmosaic.privacy.secureaggregation.member import SumMember
-from fedmosaic.privacy.secureaggregation.partition import Partition, RoundTotals, chain_of, sum_context
+from fedmosaic.privacy.secureaggregation.partition import NO_ROUND, Partition, RoundTotals, sum_context
 from fedmosaic.privacy.secureaggregation.terms import SumTerms
 from fedmosaic.protos.errors import EncryptionError, StateError
 from fedmosaic.protos.messages import Enrolled, KeyMessage
@@ -72,7 +72,8 @@ class GroupSession(Session):
         self._group_learner = learner
         self._terms = roster.terms
         self._partition: Partition | None = None
-        self._totals: list[RoundTotals] = []
+        self._chain = NO_ROUND
+        self._gradients: list[FloatArray | None] = []
         self._start = learner.sections()["shared"].astype(np.float64)
 
     def _take_part(self, enrolled: Enrolled, round_number: int) -> int:
@@ -108,18 +109,19 @@ class GroupSession(Session):
         """Take the public steps of all rounds before this one."""
         self._progress.stage(round_number, "receiving the sums")
         partition = self._groups()
-        for number in range(2 + len(self._totals), round_number):
+        mixing = partition.mixing[self._identity.client_id]
+        for number in range(2 + len(self._gradients), round_number):
             # Whether others were told the same shows in the next sum, which every member signs with them.
             found = self._read(number, "sum-totals")
-            self._totals.append(RoundTotals.from_messages(number, found, len(partition.groups)))
-        mixing = partition.mixing[self._identity.client_id]
-        gradients = [mixed_gradient(self._sums_of(totals, partition), mixing) for totals in self._totals]
+            totals = RoundTotals.from_messages(number, found, len(partition.groups))
+            self._gradients.append(mixed_gradient(self._sums_of(totals, partition), mixing))
+            self._chain = totals.follow(self._chain)
         terms = self._terms
         theta = shared_branch(
-            self._start, gradients, terms.group_sums.learning_rate, max(1, terms.schedule.rounds - 1)
+            self._start, self._gradients, terms.group_sums.learning_rate, max(1, terms.schedule.rounds - 1)
         )
         self._group_learner.load_shared(theta.astype(np.float32))
-        received = round_number > 2 and gradients[-1] is not None
+        received = round_number > 2 and self._gradients[-1] is not None
         self._state.note_received(round_number, received=received)
 
     def _groups(self) -> Partition:
@@ -161,9 +163,13 @@ class GroupSession(Session):
             return
         partition = self._groups()
         group = partition.groups[partition.group_of(self._identity.client_id)]
-        share = self._group_learner.group_share(round_number, len(group), self._releases)
-        if share is None:
-            return
+
+        def draw() -> np.ndarray | None:
+            share = self._group_learner.group_share(round_number, len(group), self._releases)
+            if share is not None:
+                self._releases.adapter_left(round_number, digest_of(share))
+            return share
+
         keys, terms = self._roster.identity_keys(), self._terms
         context = sum_context(
             self._roster.federation,
@@ -171,7 +177,7 @@ class GroupSession(Session):
             round_number,
             self._roster.hash,
             partition,
-            chain_of(self._totals),
+            self._chain,
         )
         member = SumMember(
             SumTerms(
@@ -191,12 +197,11 @@ class GroupSession(Session):
             take_part(
                 member,
                 _Relay(self._transport, round_number),
-                share,
+                draw,
                 patience_seconds=terms.schedule.round_deadline_seconds,
-                sent=lambda: self._releases.adapter_left(round_number, digest_of(share)),
             )
         except (Refusal, EncryptionError) as error:
-            # Charged and lost. What is told the server is what it knows: that no answer came.
+            # What was charged is lost. What is told the server is what it knows: that no answer came.
             log.warning("round %d: no sum with us in it: %s", round_number, error)
 
     def _read(self, number: int, stage: str) -> Mapping[str, bytes]:

@@ -27,19 +27,18 @@ class Relay(Protocol):
 def take_part(
     member: SumMember,
     relay: Relay,
-    vector: npt.NDArray[np.int64],
+    draw: Callable[[], npt.NDArray[np.int64] | None],
     *,
     patience_seconds: float,
-    sent: Callable[[], None],
 ) -> None:
     """Bring a vector into the group's sum; see `fedmosaic.privacy.secureaggregation.member`.
 
     Args:
         member: fresh, of this round's terms.
         relay: to the server.
-        vector: (D,) this round's share.
+        draw: gives (D,) this round's share, charged and booked, or None to leave the sum; called once, when
+            enough others have proved to take part, so that a sum that never begins costs nothing.
         patience_seconds: longest wait for one step.
-        sent: called when the vector is about to leave, so that no other vector of this round ever does.
 
     Raises:
         EncryptionError: somebody else's message is not acceptable, or a step took too long.
@@ -58,8 +57,10 @@ def take_part(
     openings = answered("sum-open", member.open().encoded())
     sealed = member.share({name: Opening.decoded(data) for name, data in openings.items()})
     envelopes = answered("sum-share", b"".join(sealed[name] for name in sorted(sealed)))
-    masked = member.mask(envelopes, vector)
-    sent()
-    survivors = answered("sum-vector", masked)
+    member.accept(envelopes)
+    vector = draw()
+    if vector is None:
+        return
+    survivors = answered("sum-vector", member.mask(vector))
     signatures = answered("sum-agree", member.agree(tuple(survivors)))
     answered("sum-unmask", member.unmask(signatures).encoded())

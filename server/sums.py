@@ -10,7 +10,7 @@ from fedmosaic.privacy.secureaggregation.terms import SumTerms
 from fedmosaic.protos.refusal import Refusal, RefusalKind
 from fedmosaic.server.round.groups import group_clients, mixing_weights
 from fedmosaic.server.round.relevance import relevance
-from fedmosaic.server.round.sums import STEPS, RoundSums
+from fedmosaic.server.round.sums import AGREE, OPEN, SHARE, STEPS, UNMASK, VECTOR, RoundSums
 from fedmosaic.server.settings import ServerSettings
 from fedmosaic.server.storage.blobs import Blobs, MissingBlobError
 from fedmosaic.server.storage.store import Store
@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 PARTITION: Final = "sum-partition"
 TOTALS: Final = "sum-totals"
 _STORED: Final = "partition"
-# Of a round's deadline: what members have to come with their step, and for each of the four steps after it.
-_SHARE_TO_OPEN, _SHARE_PER_STEP = 0.5, 0.1
+# Of a round's deadline; before the vector is sent, members take the gradients that are in it.
+_SHARE_OF_ROUND: Final = {OPEN: 0.2, SHARE: 0.1, VECTOR: 0.5, AGREE: 0.1, UNMASK: 0.1}
 
 
 class RunSums:
@@ -75,8 +75,8 @@ class RunSums:
             )
             for group in self._partition.groups
         ]
-        limit = settings.round_deadline_seconds
-        self._current = RoundSums(number, sums, now + _SHARE_TO_OPEN * limit, _SHARE_PER_STEP * limit)
+        seconds = {step: share * settings.round_deadline_seconds for step, share in _SHARE_OF_ROUND.items()}
+        self._current = RoundSums(number, sums, seconds, now)
 
     def close_round(self, number: int) -> None:
         """Store what a round brought: the groups after the first, totals after every other one."""

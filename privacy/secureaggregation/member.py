@@ -2,7 +2,8 @@
 
     1. open()              fresh keys, signed
     2. share(openings)     check all signatures; shares of both secrets, sealed for each other member
-    3. mask(envelopes, x)  x + own mask ± a mask with every other member, modulo 2**bits
+    3. accept(envelopes)   the others' shares
+       mask(x)             x + own mask ± a mask with every other member, modulo 2**bits
     4. agree(survivors)    sign whose vectors came
     5. unmask(signatures)  k signatures on one list; then one share per member: of the self-mask of a
                            survivor, of the mask key of one who vanished, and never both
@@ -53,6 +54,7 @@ from fedmosaic.protos.errors import EncryptionError
 class _Step(enum.Enum):
     OPEN = "open"
     SHARE = "share"
+    ACCEPT = "accept"
     MASK = "mask"
     AGREE = "agree"
     UNMASK = "unmask"
@@ -114,7 +116,7 @@ class SumMember:
             EncryptionError: an opening is foreign, forged or malformed, this member's is not there, or too
                 few opened.
         """
-        with self._only(_Step.SHARE, _Step.MASK):
+        with self._only(_Step.SHARE, _Step.ACCEPT):
             digest = transcript(self._terms, openings)
             own = openings.get(self._member)
             if own is None or own.envelope_key != self._envelope_key.public_key().public_bytes_raw():
@@ -133,22 +135,16 @@ class SumMember:
                 sealed[member] = seal_shares(agreed, digest, self._member, member, pair)
             return sealed
 
-    def mask(self, envelopes: Mapping[str, bytes], vector: npt.NDArray[np.int64]) -> bytes:
-        """Step 3: the masked vector, ⌈D·bits/8⌉ bytes.
+    def accept(self, envelopes: Mapping[str, bytes]) -> None:
+        """Open the others' shares; whoever has to pay for a vector does so after this.
 
         Args:
             envelopes: sender → envelope for this member, of every other member that shared.
-            vector: (D,) integers; the sum over all members must lie in [−2**(bits−1), 2**(bits−1)).
 
         Raises:
-            EncryptionError: an envelope is malformed, altered or foreign, too few members are left, or the
-                vector has another shape.
+            EncryptionError: an envelope is malformed, altered or foreign, or too few members are left.
         """
-        with self._only(_Step.MASK, _Step.AGREE):
-            if vector.shape != (self._terms.dimensions,) or vector.dtype != np.int64:
-                raise EncryptionError(
-                    f"a vector of {vector.shape} {vector.dtype}, expected ({self._terms.dimensions},) int64"
-                )
+        with self._only(_Step.ACCEPT, _Step.MASK):
             for sender, envelope in envelopes.items():
                 if sender not in self._openings or sender == self._member:
                     raise EncryptionError(f"an envelope of {sender!r}, who did not open this sum")
@@ -158,6 +154,21 @@ class SumMember:
             # for a vector that is to be alone. Any k have an honest member in common with those who sign the
             # contributors, and its mask stays.
             check_left("shared their masks", self._held, self._terms, len(self._openings))
+
+    def mask(self, vector: npt.NDArray[np.int64]) -> bytes:
+        """Step 3: the masked vector, ⌈D·bits/8⌉ bytes.
+
+        Args:
+            vector: (D,) integers; the sum over all members must lie in [−2**(bits−1), 2**(bits−1)).
+
+        Raises:
+            EncryptionError: the vector has another shape.
+        """
+        with self._only(_Step.MASK, _Step.AGREE):
+            if vector.shape != (self._terms.dimensions,) or vector.dtype != np.int64:
+                raise EncryptionError(
+                    f"a vector of {vector.shape} {vector.dtype}, expected ({self._terms.dimensions},) int64"
+                )
             digest, bits, size = self._transcript, self._terms.bits, self._terms.dimensions
             masked = to_words(vector, bits)
             masked = masked + expand(self_mask_key(self._self_seed, self._terms.digest()), size, bits)

@@ -35,15 +35,15 @@ class RoundSums:
     Args:
         round_number: its number.
         terms: of every group's sum.
-        deadline: until when members may open, in the caller's clock.
-        patience: seconds for every later step.
+        seconds: how long each step waits for a member.
+        now: in the caller's clock.
     """
 
     def __init__(
-        self, round_number: int, terms: Sequence[SumTerms], deadline: float, patience: float
+        self, round_number: int, terms: Sequence[SumTerms], seconds: Mapping[str, float], now: float
     ) -> None:
         self.round = round_number
-        self._groups = [_GroupSum(group, deadline, patience) for group in terms]
+        self._groups = [_GroupSum(group, seconds, now) for group in terms]
 
     @property
     def over(self) -> bool:
@@ -105,7 +105,7 @@ class RoundSums:
 
 
 class _GroupSum:
-    def __init__(self, terms: SumTerms, deadline: float, patience: float) -> None:
+    def __init__(self, terms: SumTerms, seconds: Mapping[str, float], now: float) -> None:
         self.terms = terms
         self.step = OPEN
         self.failure = ""
@@ -113,8 +113,8 @@ class _GroupSum:
         self.contributors: tuple[str, ...] = ()
         self.refused: set[str] = set()
         self._collector = SumCollector(terms)
-        self._deadline = deadline
-        self._patience = patience
+        self._seconds = seconds
+        self._deadline = now + seconds[OPEN]
         self._answered: dict[str, set[str]] = {step: set() for step in STEPS}
         self._openings: Mapping[str, Opening] = {}
 
@@ -167,7 +167,7 @@ class _GroupSum:
             self.failure = f"the sum of {len(self.terms.members)} members was not formed: {error}"
             log.warning("%s", self.failure)
             self.step = _OVER
-        self._deadline = now + self._patience
+        self._deadline = now + self._seconds.get(self.step, 0.0)
         return True
 
     def _awaited(self, expected: Collection[str]) -> set[str]:

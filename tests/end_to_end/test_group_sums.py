@@ -164,7 +164,7 @@ def test_a_server_that_tells_one_member_other_sums_leaves_it_without_one(federat
     assert "m00" not in contributors[3]
 
 
-def test_too_few_members_form_no_sum_and_nothing_is_lost_but_the_charge(federation):
+def test_too_few_members_form_no_sum_and_one_that_does_not_begin_costs_nothing(federation):
     coordinator, clients = federation(group_terms(rounds=3, minimum=9, deadline=3))
     sessions = {name: client.session(in_process(coordinator, name)) for name, client in clients.items()}
     clients["m03"].learner.dies_in = 2
@@ -172,4 +172,6 @@ def test_too_few_members_form_no_sum_and_nothing_is_lost_but_the_charge(federati
     assert all(not any(total.vectors) for total in coordinator._sums._totals)
     first = clients["m00"].learner
     assert not first.local.any(), "no sum, no step"
+    charged = {row.round for row in clients["m00"].ledger.export() if row.channel == "adapter"}
+    assert charged == {2}, "in round 3 too few opened the sum, and nobody paid for it"
     assert first.personal == [3]

@@ -62,8 +62,8 @@ class Group:
 
     def send_vectors(self):
         for name in self.present(3):
-            masked = self.members[name].mask(self.server.envelopes_for(name), self.vectors[name])
-            self.server.add_vector(name, masked)
+            self.members[name].accept(self.server.envelopes_for(name))
+            self.server.add_vector(name, self.members[name].mask(self.vectors[name]))
 
     def unmask(self):
         survivors = self.server.close_vectors()
@@ -138,12 +138,14 @@ def test_what_the_server_sees_before_the_end_says_nothing():
         group = Group(6, 5, 1)
         group.vectors["m000"] = group.vectors["m000"] + shift
         group.open_and_share()
-        masked = group.members["m000"].mask(group.server.envelopes_for("m000"), group.vectors["m000"])
+        group.members["m000"].accept(group.server.envelopes_for("m000"))
+        masked = group.members["m000"].mask(group.vectors["m000"])
         seen.append(unpack(masked, SIZE, 32))
     assert np.array_equal(seen[1] - seen[0], np.full(SIZE, 1000, np.uint32)), "one stream masks both runs"
     fresh = Group(6, 5, 1, seed=1)
     fresh.open_and_share()
-    other = fresh.members["m000"].mask(fresh.server.envelopes_for("m000"), fresh.vectors["m000"])
+    fresh.members["m000"].accept(fresh.server.envelopes_for("m000"))
+    other = fresh.members["m000"].mask(fresh.vectors["m000"])
     assert not np.array_equal(unpack(other, SIZE, 32), seen[0])
 
 
@@ -214,7 +216,7 @@ def test_a_server_that_shows_different_openings_is_found_out():
         name: group.members[name].share(half if name == "m000" else openings) for name in group.names[:6]
     }
     with pytest.raises(EncryptionError, match="of another sum"):
-        group.members["m000"].mask({"m001": sealed["m001"]["m000"]}, group.vectors["m000"])
+        group.members["m000"].accept({"m001": sealed["m001"]["m000"]})
 
 
 def test_masks_of_those_who_are_to_vanish_do_not_hide_a_vector_alone():
@@ -230,7 +232,7 @@ def test_masks_of_those_who_are_to_vanish_do_not_hide_a_vector_alone():
     few = {name: envelopes[name] for name in colluders | vanishing}
     assert len(few) + 1 == group.terms.minimum
     with pytest.raises(EncryptionError, match="6 members shared their masks, 12 of 20 are needed"):
-        group.members["m019"].mask(few, group.vectors["m019"])
+        group.members["m019"].accept(few)
 
 
 def test_whom_a_member_shares_masks_with_always_has_an_honest_signer():
@@ -296,7 +298,7 @@ def test_an_envelope_that_was_altered_is_refused_by_name():
     group.open_and_share()
     envelopes = group.server.envelopes_for("m000")
     with pytest.raises(EncryptionError, match="'m002' was altered"):
-        group.members["m000"].mask(envelopes | {"m002": _changed(envelopes["m002"])}, group.vectors["m000"])
+        group.members["m000"].accept(envelopes | {"m002": _changed(envelopes["m002"])})
 
 
 def test_the_server_refuses_what_does_not_belong_to_the_sum():

@@ -1,6 +1,7 @@
 """Members over a relay and the sums of a round: in step, in spite of those who vanish, refused by name."""
 
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -30,11 +31,15 @@ class Round:
             for group in groups
             for name in group
         }
-        self.sums = RoundSums(2, [self.terms[group[0]] for group in groups], 100.0, 10.0)
+        self.sums = RoundSums(2, [self.terms[group[0]] for group in groups], dict.fromkeys(STEPS, 10.0), 0.0)
         self.expected, self.now = set(names), 0.0
         self.vectors = {name: np.full(SIZE, 3**index) for index, name in enumerate(names)}
         self.changed, self.errors, self.sent = threading.Condition(), {}, []
         self.alive, self.waiting = set(names), set()
+
+    def draw(self, name):
+        self.sent.append(name)
+        return self.vectors[name]
 
     def relay(self, name, vanish_at):
         outer = self
@@ -73,9 +78,7 @@ class Round:
             part = SumMember(self.terms[name], name, self.identities[name])
             try:
                 relay = self.relay(name, (vanish or {}).get(name))
-                take_part(
-                    part, relay, self.vectors[name], patience_seconds=60, sent=lambda: self.sent.append(name)
-                )
+                take_part(part, relay, partial(self.draw, name), patience_seconds=60)
             except (Refusal, EncryptionError, ConnectionError) as error:
                 self.errors[name] = error
             finally:
@@ -125,7 +128,7 @@ def test_a_group_with_too_few_forms_no_sum_and_says_why():
     assert totals.vectors[1] == b""
     assert totals.contributors[0] == tuple(GROUPS[0]), "the other group has its own"
     assert all("a sum needs 5" in str(running.errors[name]) for name in ("b1", "b2", "b4", "b5"))
-    assert not set(running.sent) & set(GROUPS[1]), "no vector had left"
+    assert not set(running.sent) & set(GROUPS[1]), "nobody had paid for a vector"
 
 
 def test_a_late_or_foreign_message_is_refused_by_name():
