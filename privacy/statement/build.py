@@ -55,6 +55,12 @@ from fedmosaic.privacy.statement.words import (
     leaks,
 )
 
+_BEYOND_THE_CLAIM: frozenset[Adversary] = frozenset(
+    {"colluding_recipients", "colluding_recipients_with_server"}
+)
+"""Adversaries of any number of members: against them only a member's own noise is left in a sum."""
+_TELLING = 20.0
+"""Largest ε of one example beside which that of several is worth its minutes."""
 _NO_GUARANTEE = "no guarantee: the noise came from a seeded test generator"
 
 
@@ -101,12 +107,11 @@ def noise_left(row: LedgerRow, adversary: Adversary) -> float:
     release has the m and t of its own run's terms: a ledger outlives runs.
     """
     group = json.loads(row.mechanism or "{}") if row.channel == "adapter" else {}
-    if "minimum_contributors" not in group:
+    if adversary not in _BEYOND_THE_CLAIM or "minimum_contributors" not in group:
+        # Against fewer than the claim is made for, a little more is left; the claim's ε bounds that too.
         return 1.0
     least, colluders = int(group["minimum_contributors"]), int(group["colluders"])
-    known = {"network": 0, "server_honest_but_curious": 0, "server_malicious": colluders, "recipient": 1}
-    claim = effective_noise_multiplier(1.0, least, colluders)
-    return effective_noise_multiplier(1.0, least, known.get(adversary, least - 1)) / claim
+    return 1.0 / effective_noise_multiplier(1.0, least, colluders)
 
 
 def statement(inputs: StatementInputs) -> PrivacyStatement:
@@ -339,7 +344,7 @@ def _guarantee(
         accountant=bound.accountant,
         cryptography_only=cryptography_only,
         attack=_attack(compositions(charged), parameters.delta, applies) if stated else None,
-        persons=_persons(charged, parameters) if math.isfinite(bound.epsilon) else (),
+        persons=_persons(charged, parameters) if bound.epsilon <= _TELLING else (),
         test_noise=test_noise,
         words=f"{name}: {words}" + (f"; {_NO_GUARANTEE}" if test_noise else ""),
     )

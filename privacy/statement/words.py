@@ -96,10 +96,10 @@ METRICS_LEAK = (
 
 _GROUP_SUMS: dict[Adversary, str] = {
     "network": "sees TLS 1.3 records only",
-    "server_honest_but_curious": "reads sums of a group, with the noise of all its contributors",
+    "server_honest_but_curious": "reads sums of a group, with all contributors' noise: at most this ε",
     "server_malicious": "reads sums of a group; ε is with the noise known to it of as many members as the "
     "terms allow for",
-    "recipient": "receives sums of a group, and knows its own noise in them",
+    "recipient": "receives sums of a group, and knows its own noise in them: at most this ε",
     "colluding_recipients": "know their own noise; ε is for more of them than the terms allow for, when only "
     "a member's own noise is left",
     "colluding_recipients_with_server": "know their own noise and can open the masks; ε is for more of them "

@@ -493,16 +493,10 @@ def test_subsampled_adapter_and_parallel_composition(tmp_path: Path) -> None:
 def test_noise_of_a_group_protects_less_the_more_members_are_against_one(tmp_path: Path) -> None:
     (client,) = make(make_client(tmp_path, "distributed-dp")).clients
     # At least 9 contributors, 3 of whom the claim allows to help the server: σ = s·√6.
-    left = {
-        "network": 9,
-        "server_honest_but_curious": 9,
-        "recipient": 8,
-        "server_malicious": 6,
-        "colluding_recipients": 1,
-        "colluding_recipients_with_server": 1,
-    }
+    beyond = ("colluding_recipients", "colluding_recipients_with_server")
     for adversary in ADVERSARIES:
-        event = GaussianEvent(STEP.noise_multiplier * math.sqrt(left[adversary] / 6), 1.0, 5)
+        left = 1 if adversary in beyond else 6
+        event = GaussianEvent(STEP.noise_multiplier * math.sqrt(left / 6), 1.0, 5)
         told = guarantee(client, "adapter", adversary).epsilon
         assert told == pytest.approx(epsilon([event] * 3, DELTA), rel=1e-9)
         joint = guarantee(client, "joint", adversary).epsilon
