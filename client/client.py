@@ -14,12 +14,13 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from fedmosaic.client.group_session import GroupLearner, GroupSession
 from fedmosaic.client.keyring import Keyring
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.ledger import NO_LEDGER, DataLedger
@@ -104,7 +105,13 @@ class Participant:
         keyring = Keyring(client_id, identity.signing_key, roster, transport, keys) if encrypted else None
         protection = Protection(identity, roster, roster.member(client_id).family, keyring)
         self.state = state
-        self.session = Session(identity, roster, transport, learner, state, releases, protection, progress)
+        parts = (state, releases, protection, progress)
+        if roster.terms.adapter.in_group_sums:
+            self.session: Session = GroupSession(
+                identity, roster, transport, cast(GroupLearner, learner), *parts
+            )
+        else:
+            self.session = Session(identity, roster, transport, learner, *parts)
         self._roster, self._client_id, self._ledger, self._plan = roster, client_id, ledger, plan
 
     def statement_inputs(self) -> StatementInputs:

@@ -191,6 +191,30 @@ class ModelLearner:
         if not self._shares_family:
             self._own_family_layers()
 
+    def load_shared(self, vector: np.ndarray) -> None:
+        """The shared branch, which is public to the group: local and global branch alike."""
+        write_embedded(self._model, vector, self._terms.adapter.rank)
+        copy_branch(self._model, "global", "local", layers="shared")
+
+    def group_share(self, round_number: int, members: int, releases: Releases) -> np.ndarray | None:
+        """See `fedmosaic.client.dp.round.group_share`."""
+        return private_round.group_share(
+            self._model,
+            self._encoded,
+            self._terms,
+            self._settings.training,
+            members=members,
+            releases=releases,
+            round_number=round_number,
+            progress=self._progress,
+        )
+
+    def train_personal(self, round_number: int) -> None:
+        """Train what never leaves, on top of the shared branch."""
+        private_round.open_personal_branches(self._model, self._terms.adapter)
+        self._own_family_layers()
+        self._train_locally(round_number, lambda: None)
+
     def _train_locally(
         self, round_number: int, give_up: Callable[[], None] | None, stage: str = "training"
     ) -> None:

@@ -52,8 +52,10 @@ class Protection:
         self._family = family
         self._keyring = keyring
         terms = roster.terms
+        # Where only sums of groups are shared, no adapter is ever sealed.
+        plaintext = terms.allow_plaintext or terms.adapter.in_group_sums
         self._cipher: ClientCipher[Any] = create_cipher(
-            terms.encryption, identity.client_id, terms.policy, allow_plaintext=terms.allow_plaintext
+            terms.encryption, identity.client_id, terms.policy, allow_plaintext=plaintext
         )
 
     def ready(self, key_epoch: int, round_number: int) -> None:

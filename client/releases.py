@@ -89,6 +89,10 @@ class Releases:
         self._evidence = example_ids if disjoint_epochs else None
         self._profile_sum = profile_sum
         self._plan = adapter_plan
+        self._group: dict[str, object] = {}
+        if terms.adapter.in_group_sums:
+            sums = terms.group_sums
+            self._group = {"minimum_contributors": sums.minimum_contributors, "colluders": sums.colluders}
         self._sent = state.directory / "profile-sent"
         self._average = state.directory / "profile-average.npz"
 
@@ -110,12 +114,26 @@ class Releases:
             mechanism={
                 "name": "DP-SGD on P and Q",
                 "expected_batch_size": self._terms.adapter_privacy.expected_batch_size,
+                **self._group,
             },
             clipping_norm=self._terms.adapter_privacy.clipping_norm,
             dimensions=self._terms.adapter.shared_dimensions,
             example_ids=self._evidence,
             context=self._state.record.run_id,
         )
+
+    def adapter_begun(self, round_number: int) -> bool:
+        """Whether this round's release was charged, or refused, before: no other follows it."""
+        ledger, epoch, run = self._ledger, self._data_epoch, self._state.record.run_id
+        return (
+            ledger.release_of("adapter", round_number, epoch, run) is not None
+            or ledger.pending("adapter", round_number, epoch, run) is not None
+            or ledger.refused("adapter", round_number, epoch, run)
+        )
+
+    def adapter_left(self, round_number: int, digest: str) -> None:
+        """Record what is about to enter a secure sum: SHA-256 of this member's share."""
+        self._book("adapter", round_number, digest)
 
     def adapter(self, round_number: int, vectors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """Book the adapter sections that are about to leave.

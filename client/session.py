@@ -63,9 +63,13 @@ class Session(Membership):
                 round_number = self._take_part(enrolled, round_number)
             except SealAnewError as again:
                 round_number = again.round
+        self._after_last_round(enrolled)
         self._state.forget_uploads(enrolled.rounds + 1)
         # Last, so that a crash before it leaves keys that the next start deletes, and never too few.
         self._protection.forget_keys()
+
+    def _after_last_round(self, enrolled: Enrolled) -> None:
+        """What is left to do once all rounds are over."""
 
     def _resume(self, open_round: int) -> int:
         """Go on from disk. Returns the round to take part in.

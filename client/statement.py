@@ -73,7 +73,7 @@ def statement_inputs(
         squares_cap=terms.policy.squares_cap,
         rounds=terms.schedule.rounds,
         smallest_row=smallest_row,
-        coalition_rows=coalition_rows(fewest, terms.schedule.rounds),
+        coalition_rows=(() if terms.adapter.in_group_sums else coalition_rows(fewest, terms.schedule.rounds)),
         metrics_shared=metrics_shared,
     )
 
@@ -83,6 +83,10 @@ def for_handing_over(inputs: StatementInputs, terms: Terms, examples: int) -> St
     (client,) = inputs.clients
     if not terms.adapter.private:
         return inputs
+    if terms.adapter.in_group_sums:
+        # The noise of a sum is a term of the roster, the same for members of every size.
+        known = client.model_copy(update={"least_noise": terms.group_sums.noise_multiplier})
+        return inputs.model_copy(update={"clients": (known,)})
     _, high = cell(examples)
     delta = rounded_delta(parameters_of(client.ledger).delta)
     try:

@@ -30,6 +30,9 @@ MAX_PROFILE_DIMENSIONS: Final = 1 << 16
 MAX_RELEASES: Final = 1 << 20
 MAX_WEIGHT_BITS: Final = 30
 MAX_KEY_PAYLOAD_BYTES: Final = 1 << 16
+"""Largest message of a key agreement."""
+MAX_RELAYED_BYTES: Final = MAX_MEMBERS * MAX_KEY_PAYLOAD_BYTES
+"""Most that a reader takes of all messages of one stage."""
 MAX_STATEMENT_BYTES: Final = 1 << 19
 MAX_WAIT_MILLISECONDS: Final = 60_000
 """Longest that the server keeps a call that waits."""
@@ -76,7 +79,8 @@ Text = Annotated[str, Field(strict=True, max_length=MAX_TEXT), AfterValidator(_p
 Round = Annotated[int, Field(strict=True, ge=1, le=MAX_ROUNDS + 1)]
 """Number of a round; one above the last stands for the end of the run."""
 KeyEpoch = Annotated[int, Field(strict=True, ge=0, le=MAX_KEY_EPOCH)]
-KeyPayload = Annotated[bytes, Field(strict=True, max_length=MAX_KEY_PAYLOAD_BYTES)]
+KeyPayload = Annotated[bytes, Field(strict=True, max_length=MAX_CHUNK_BYTES)]
+"""A relayed message; one of a key agreement has at most `MAX_KEY_PAYLOAD_BYTES`."""
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))

@@ -29,6 +29,9 @@ PROTOCOL_VERSION: Final = 2
 NO_HEAD: Final = bytes(bounds.HASH_BYTES)
 """Head of no run, for answers that are not about one."""
 
+SUM_STAGES: Final = "sum-"
+"""What the stages of a secure sum begin with; such a message may fill a chunk."""
+
 SectionName = Literal["shared", "family"]
 SECTION_NAMES: Final[tuple[SectionName, ...]] = ("shared", "family")
 
@@ -375,10 +378,17 @@ class KeyMessage(bounds.Message):
     recipient: Annotated[str, Field(strict=True, pattern=r"^([a-z0-9][a-z0-9-]{0,62})?$")]
     payload: bounds.KeyPayload = dataclasses.field(repr=False)
 
+    def __post_init__(self) -> None:
+        limit = bounds.MAX_CHUNK_BYTES if self.stage.startswith(SUM_STAGES) else bounds.MAX_KEY_PAYLOAD_BYTES
+        if len(self.payload) > limit:
+            raise WireError(
+                f"KeyMessage.payload is {len(self.payload)} bytes: at most {limit} in stage {self.stage!r}"
+            )
+
 
 @dataclass(frozen=True)
 class RelayedKeyMessage(bounds.Message):
-    """A message of a key agreement as its reader gets it."""
+    """A message of a key agreement, or of a sum, as its reader gets it."""
 
     sender: bounds.Identifier
     payload: bounds.KeyPayload = dataclasses.field(repr=False)

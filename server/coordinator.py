@@ -37,6 +37,7 @@ from fedmosaic.server.settings import ServerSettings
 from fedmosaic.server.storage.blobs import Blobs, MissingBlobError
 from fedmosaic.server.storage.store import MARK, Store, default_url
 from fedmosaic.server.summary import Account, last_words, summarise
+from fedmosaic.server.sums import RunSums, is_sum_step
 
 log = logging.getLogger(__name__)
 _SECONDS_TO_SEND_AGAIN = 60.0
@@ -80,6 +81,9 @@ class Coordinator:
         self._admission = Admission(settings, self.run_id, self._aggregator)
         self._keys = KeyRelay(settings, self._store, self._clock()) if settings.encrypted else None
         self._round = resume_round(settings, self._store, self._keys, self._clock())
+        self._sums: RunSums | None = None
+        if settings.group_sums is not None:
+            self._sums = RunSums(settings, self._store, self._blobs, self.run_id, self._round.number)
 
     def subscribe(self, listener: Callable[[Topic], None]) -> None:
         """Call `listener`, from any thread, whenever somebody who waits should look again."""
@@ -184,7 +188,8 @@ class Coordinator:
         self, client: str, header: UploadHeader, content_hash: bytes
     ) -> tuple[rounds.Round, ReceiptStatus]:
         stored = self._store.content_hash(header.round, client)
-        contributes = bool(header.sections)
+        # In group sums what counts went before the upload, which carries the profile alone.
+        contributes = bool(header.sections) or self._sums is not None
         state, status = self._round.judged(
             client, header.round, content_hash, stored, contributes=contributes
         )
@@ -277,6 +282,8 @@ class Coordinator:
         self._store.check_hold()
         with self._lock:
             keys_changed = self._advance_keys()
+            if self._sums is not None:
+                keys_changed |= self._sums.advance(self._round.members - self._round.absent, self._clock())
             before = self._round
             if self._keys is None or self._keys.ready:
                 self._round = before.ticked(self._clock())
@@ -327,12 +334,16 @@ class Coordinator:
     def _open_next(self, number: int, closed: ClosedRound) -> None:
         """Close a round and open the next, with the key epoch that is due for it, in one transaction."""
         now = self._clock()
+        if self._sums is not None:
+            self._sums.close_round(number)
         state = self._round.following(now)
         opening = next_round(self._store, self._keys, self._round, state, closed.aggregates, self._head, now)
         result = {**closed.result, "closed_at": time.time(), "extensions": self._round.extensions}
         key_epoch = 0 if opening.keys is None else opening.keys.epoch
         self._store.close_round(number, result, closed.aggregates, opening.metadata, key_epoch=key_epoch)
         self._round, self._head, self._account.due = state, opening.head, True
+        if self._sums is not None:
+            self._sums.open_round(state.number, now)
         if self._keys is not None and opening.keys is not None:
             self._keys.adopt(opening.keys)
         self._blobs.remove_before("aggregates", state.number)
@@ -346,9 +357,14 @@ class Coordinator:
             self._account.due = True
 
     def post_key_message(self, client_id: str, message: KeyMessage) -> None:
-        """Relay a message of the key agreement; the first one in its place counts."""
+        """Relay a message of the key agreement, or take one of a sum; the first in its place counts."""
         self._seen(client_id)
         with self._lock:
+            if self._sums is not None and is_sum_step(message.stage):
+                self._sums.post(client_id, message.epoch, message.stage, message.payload)
+                self._sums.advance(self._round.members - self._round.absent, self._clock())
+                self._changed("keys")
+                return
             keys = required(self._keys, self.settings)
             was_ready, held, now = keys.ready, keys.holders, self._clock()
             unused = self._round.phase is Phase.OPEN and not self._round.arrived
@@ -363,6 +379,8 @@ class Coordinator:
         """Messages of a stage that a client may read, by sender; empty while they are not open yet."""
         self._seen(client_id)
         with self._lock:
+            if self._sums is not None and is_sum_step(stage):
+                return self._sums.read(client_id, epoch, stage)
             return required(self._keys, self.settings).read(client_id, epoch, stage)
 
     def count_traffic(self, client_id: str, received: int, sent: int) -> None:

@@ -12,7 +12,7 @@ from fedmosaic.privacy.configuration import Frozen, read_configuration, validate
 from fedmosaic.privacy.encryption.parameters import Parameters, PlainParameters
 from fedmosaic.privacy.federation.kits import SERVER_SETTINGS, open_kit, unaligned
 from fedmosaic.privacy.federation.names import ListenAddress, MemberId
-from fedmosaic.privacy.federation.roster import Hex32
+from fedmosaic.privacy.federation.roster import GroupSumTerms, Hex32
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos import bounds
 from fedmosaic.protos.messages import SectionName
@@ -79,6 +79,7 @@ class ServerSettings(Frozen):
         policy: limits on every weight row.
         temperature: τ of the softmax over similarities.
         similarity: "corrected" takes the noise out of the norms, "cosine" does not.
+        group_sums: terms of the groups' sums, where members share these in place of adapters.
         encryption: parameters of the back end; they fix the bits of the weights.
         key_rotation_rounds: rounds after which a new group key is agreed on.
         gathering_seconds: how long a step of the key agreement waits for a member.
@@ -108,6 +109,7 @@ class ServerSettings(Frozen):
     policy: AggregationPolicy = AggregationPolicy()
     temperature: float = Field(default=0.5, gt=0.0, allow_inf_nan=False)
     similarity: Literal["corrected", "cosine"] = "corrected"
+    group_sums: GroupSumTerms | None = None
     encryption: Annotated[Parameters, Field(discriminator="backend")] = PlainParameters()
     key_rotation_rounds: int = Field(default=50, ge=1)
     gathering_seconds: float = Field(default=600.0, gt=0.0, le=1e9)
@@ -201,6 +203,7 @@ def settings_from_kit(directory: Path) -> ServerSettings:
         "policy": terms.policy,
         "temperature": terms.relevance.temperature,
         "similarity": terms.relevance.similarity,
+        "group_sums": terms.group_sums if terms.adapter.in_group_sums else None,
         "encryption": terms.encryption,
         "key_rotation_rounds": terms.schedule.rotate_key_every,
         "gathering_seconds": terms.schedule.gathering_seconds,

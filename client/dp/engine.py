@@ -60,9 +60,9 @@ def example_gradient(
     return torch.cat([gradient.float().flatten() for gradient in gradients])
 
 
-def clip_and_sum(rows: torch.Tensor, max_grad_norm: float) -> ClippedSum:
+def clip_and_sum(rows: torch.Tensor, max_grad_norm: float, grid: int = gaussian.GRID) -> ClippedSum:
     """Clip (B, D) gradients of any values and add them up; see `gaussian.clipped_sum`."""
-    return gaussian.clipped_sum(rows.detach().float().cpu().numpy(), max_grad_norm)
+    return gaussian.clipped_sum(rows.detach().float().cpu().numpy(), max_grad_norm, grid)
 
 
 def core_parameters(cores: Mapping[str, nn.Linear]) -> list[nn.Parameter]:

@@ -13,14 +13,19 @@ from torch import nn
 from fedmosaic.client.colora import set_active_branches, set_trainable
 from fedmosaic.client.dp.branch import only_shared_branch, private_parameters
 from fedmosaic.client.dp.checks import assert_only_shared_branch, check_engine
-from fedmosaic.client.dp.engine import check_cores
+from fedmosaic.client.dp.engine import check_cores, clip_and_sum, dimensions_of, example_gradient
 from fedmosaic.client.dp.training import PrivateTrainingSettings, train_private
 from fedmosaic.client.model.examples import EncodedExample
-from fedmosaic.client.model.loss import example_losses, in_bfloat16
+from fedmosaic.client.model.loss import example_losses, in_bfloat16, training_mode
 from fedmosaic.client.model.training import TrainingSettings
+from fedmosaic.client.planning import group_grid
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import Releases
+from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.federation.roster import AdapterPrivacyTerms, AdapterTerms, Terms
+from fedmosaic.privacy.mechanism.gaussian import ClippedSum
+from fedmosaic.privacy.mechanism.noise import IntArray, poisson_sample
+from fedmosaic.privacy.mechanism.shares import noisy_share
 from fedmosaic.protos.errors import BudgetExceededError
 
 log = logging.getLogger(__name__)
@@ -90,6 +95,59 @@ def train_shared(
     if counts.rows:
         share = 100 * counts.clipped / counts.rows
         log.info("round %d: %.0f %% of the gradients were clipped", round_number, share)
+
+
+def group_share(
+    model: nn.Module,
+    examples: Sequence[EncodedExample],
+    terms: Terms,
+    training: TrainingSettings,
+    *,
+    members: int,
+    releases: Releases,
+    round_number: int,
+    progress: Progress,
+) -> IntArray | None:
+    """This member's part of its group's noisy sum: one step of DP-SGD on P and Q, not taken.
+
+    Args:
+        model: the adapted model, with the group's shared branch in it.
+        examples: the client's encoded examples.
+        terms: what the members agreed on.
+        training: number format.
+        members: of the group.
+        releases: plans the noise, and charges before any is drawn.
+        round_number: for the ledger.
+        progress: told of every example.
+
+    Returns:
+        (D,) integers for the secure sum alone; None where the budget allows no more.
+
+    Raises:
+        MechanismError: the group is too large for the bits of the terms.
+    """
+    if releases.receive_only:
+        return None
+    plan, grid = releases.adapter_plan, group_grid(terms, members)
+    losses = in_bfloat16() if training.bf16 else example_losses
+    try:
+        with only_shared_branch(model) as cores, training_mode(model, False):
+            check_cores(cores)
+            assert_only_shared_branch(model, cores, private_parameters(model), losses=losses)
+            releases.charge_adapter(round_number, GaussianEvent(plan.noise_multiplier, plan.sampling_rate, 1))
+            chosen = poisson_sample(len(examples), plan.sampling_rate, releases.randomness)
+            progress.stage(round_number, "private gradients", len(chosen))
+            total = ClippedSum.empty(dimensions_of(cores))
+            for done, index in enumerate(chosen, start=1):
+                row = example_gradient(model, cores, examples[index], losses)
+                total = total + clip_and_sum(row[None], terms.adapter_privacy.clipping_norm, grid.steps)
+                progress.advance(done)
+    except BudgetExceededError as error:
+        releases.receive_only = True
+        log.warning("round %d: %s; going on in receive-only mode", round_number, error)
+        return None
+    releases.clipping.add("adapter", total.clipped, total.rows)
+    return noisy_share(total, grid, releases.randomness)
 
 
 def open_personal_branches(model: nn.Module, terms: AdapterTerms) -> None:

@@ -68,7 +68,7 @@ def adapter_config(settings: ModelSettings, adapter: AdapterTerms) -> CoLoraConf
     """The configuration of a fresh adapter of the agreed shape, on the basis that the settings name.
 
     Raises:
-        ModelError: the settings ask for a higher rank than the federation's.
+        ModelError: the settings ask for a higher rank than the federation's, or a lower one in group sums.
     """
     common: dict[str, Any] = {
         "other_layers": adapter.other_layers,
@@ -88,6 +88,11 @@ def adapter_config(settings: ModelSettings, adapter: AdapterTerms) -> CoLoraConf
     rank = settings.rank or adapter.rank
     if rank > adapter.rank:
         raise ModelError(f"model.rank is {rank}, the federation's is {adapter.rank}; take at most that")
+    if adapter.in_group_sums and rank < adapter.rank:
+        raise ModelError(
+            f"model.rank is {rank}, the federation's is {adapter.rank}: sums of groups are of vectors of one "
+            "length, so take the federation's, or leave rank out"
+        )
     # The scale s = α/r is the federation's at every rank.
     scale = adapter.alpha / adapter.rank
     return aligned_config(settings.aligned, rank=rank, alpha=scale * rank, **common)

@@ -19,7 +19,7 @@ from fedmosaic.client.state import newest_adapter
 from fedmosaic.client.vision.inputs import VisionInputs, open_images
 from fedmosaic.privacy.configuration import Frozen, read_configuration
 from fedmosaic.privacy.federation.kits import open_kit
-from fedmosaic.privacy.federation.roster import Roster
+from fedmosaic.privacy.federation.roster import Protection, Roster
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.protos.errors import ConfigurationError, FedMosaicError, StateError
 
@@ -34,7 +34,7 @@ class SavedModel(Frozen):
     client: str
     rounds: int
     """Rounds that the members agreed on."""
-    protection: Literal["none", "encrypted", "dp", "dp+encrypted"]
+    protection: Protection
     backend: str
     """What encrypts, where the protection does."""
     blend_received: float

@@ -14,7 +14,7 @@ from fedmosaic.experiments.scenario.processes import RunFailedError
 from fedmosaic.experiments.scenario.terms import Scenario
 from fedmosaic.privacy.federation import kits as federation
 from fedmosaic.privacy.federation.roster import AdapterTerms, Terms
-from fedmosaic.privacy.federation.terms_checks import check_plan
+from fedmosaic.privacy.federation.terms_checks import check_plan, with_planned_noise
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism
 from fedmosaic.privacy.mechanism.projection import check_basis
@@ -108,6 +108,7 @@ def found_federation(
         terms=Terms(
             adapter=adapter or agreed_adapter(scenario),
             adapter_privacy=scenario.adapter_privacy,
+            group_sums=scenario.group_sums,
             profile=profile,
             policy=scenario.policy,
             relevance=scenario.relevance,
@@ -117,5 +118,6 @@ def found_federation(
         ),
     )
     check_plan(config.terms)
+    config = config.model_copy(update={"terms": with_planned_noise(config.terms)})
     basis = directory / "profile" / federation.BASIS
     federation.create(config, directory / "federation", basis if basis.exists() else None)

@@ -18,6 +18,7 @@ from fedmosaic.privacy.federation.names import Family, MemberId
 from fedmosaic.privacy.federation.roster import (
     AdapterPrivacyTerms,
     AdapterTerms,
+    GroupSumTerms,
     RelevanceTerms,
     ScheduleTerms,
 )
@@ -121,6 +122,7 @@ class Scenario(Frozen):
     profile: ScenarioProfile
     adapter: AdapterTerms = AdapterTerms()
     adapter_privacy: AdapterPrivacyTerms = AdapterPrivacyTerms()
+    group_sums: GroupSumTerms = GroupSumTerms()
     policy: AggregationPolicy = AggregationPolicy()
     relevance: RelevanceTerms = RelevanceTerms()
     schedule: ScheduleTerms = ScheduleTerms()

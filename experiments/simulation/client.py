@@ -104,6 +104,22 @@ class TurnTakingLearner:
             self.inner.train(round_number, releases, give_up)
             self._scored(round_number)
 
+    def load_shared(self, vector: np.ndarray) -> None:
+        """See `fedmosaic.client.group_session.GroupLearner`."""
+        with self._shared.with_adapter(self.adapter):
+            self.inner.load_shared(vector)
+
+    def group_share(self, round_number: int, members: int, releases: Releases) -> np.ndarray | None:
+        """See `fedmosaic.client.group_session.GroupLearner`."""
+        with self._shared.with_adapter(self.adapter):
+            return self.inner.group_share(round_number, members, releases)
+
+    def train_personal(self, round_number: int) -> None:
+        """See `fedmosaic.client.group_session.GroupLearner`; then score."""
+        with self._shared.with_adapter(self.adapter):
+            self.inner.train_personal(round_number)
+            self._scored(round_number)
+
     def sections(self) -> Mapping[str, np.ndarray]:
         """See `fedmosaic.client.membership.Learner`."""
         with self._shared.with_adapter(self.adapter):

@@ -90,6 +90,11 @@ def _too_few(members: int, terms: Terms) -> str:
         )
     if terms.schedule.quorum > members:
         return f"terms.schedule.quorum is {terms.schedule.quorum} with {members} members"
+    least = terms.group_sums.minimum_contributors
+    if terms.adapter.in_group_sums and least > members:
+        return (
+            f"terms.group_sums.minimum_contributors is {least} with {members} members: no sum is ever formed"
+        )
     return ""
 
 

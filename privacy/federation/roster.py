@@ -22,7 +22,7 @@ from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import ConfigurationError, IdentityError
 
-Protection = Literal["none", "encrypted", "dp", "dp+encrypted"]
+Protection = Literal["none", "encrypted", "dp", "dp+encrypted", "distributed-dp"]
 """How the shared adapter is protected; see `AdapterTerms.protection`."""
 
 Hex32 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -48,7 +48,8 @@ class AdapterTerms(Frozen):
 
     `protection` decides who can read the shared adapter: `none` (everybody who handles it),
     `encrypted` (members only, as a weighted sum), `dp` (everybody, but as a differentially private
-    release), `dp+encrypted` (both).
+    release), `dp+encrypted` (both), `distributed-dp` (nobody but through sums of a group, which are
+    differentially private releases; see `GroupSumTerms`).
     """
 
     rank: int = Field(default=16, ge=1, le=1024)
@@ -110,7 +111,12 @@ class AdapterTerms(Frozen):
     @property
     def private(self) -> bool:
         """Whether the shared branch is trained with differential privacy."""
-        return self.protection in ("dp", "dp+encrypted")
+        return self.protection in ("dp", "dp+encrypted", "distributed-dp")
+
+    @property
+    def in_group_sums(self) -> bool:
+        """Whether members share one noisy step per round in sums of their groups, and no adapter."""
+        return self.protection == "distributed-dp"
 
 
 class AdapterPrivacyTerms(Frozen):
@@ -133,6 +139,38 @@ class AdapterPrivacyTerms(Frozen):
     sampling rate q."""
     steps_per_round: int = Field(default=20, ge=1)
     """Private steps of a round. More steps need more noise."""
+
+
+class GroupSumTerms(Frozen):
+    """Sums of groups under `adapter.protection = "distributed-dp"`.
+
+    Each member adds noise s = σ/√(minimum_contributors − colluders) to its part of a sum, so the noise of a
+    group protects every member of it, as long as no more than `colluders` of them help the server.
+    """
+
+    groups: int = Field(default=1, ge=1, le=64)
+    """Groups of members with like task profiles, at most."""
+    minimum_contributors: int = Field(default=6, ge=3)
+    """Members without whom a sum is not formed; noise is planned for so many."""
+    colluders: int = Field(default=1, ge=1)
+    """Members of a sum that may work together with the server."""
+    least_examples: int = Field(default=100, ge=1)
+    """Examples that a member needs to contribute; noise is planned for its sampling rate and δ."""
+    noise_multiplier: float | None = Field(default=None, gt=0.0, le=1e6, allow_inf_nan=False)
+    """σ of a sum against `colluders` members and the server; planned at founding if left out."""
+    learning_rate: float = Field(default=0.03, gt=0.0, le=10.0, allow_inf_nan=False)
+    """Of the public steps on P and Q, falling to 0 over the rounds."""
+    bits: int = Field(default=32, ge=16, le=62)
+    """Of the integers that are added."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "GroupSumTerms":
+        if 3 * self.colluders > self.minimum_contributors:
+            raise ValueError(
+                f"group_sums.colluders is {self.colluders} of at least {self.minimum_contributors} "
+                f"contributors; at most a third may be, here {self.minimum_contributors // 3}"
+            )
+        return self
 
 
 class RelevanceTerms(Frozen):
@@ -168,6 +206,7 @@ class Terms(Frozen):
 
     adapter: AdapterTerms = AdapterTerms()
     adapter_privacy: AdapterPrivacyTerms = AdapterPrivacyTerms()
+    group_sums: GroupSumTerms = GroupSumTerms()
     profile: ProfileMechanism
     policy: AggregationPolicy = AggregationPolicy()
     relevance: RelevanceTerms = RelevanceTerms()
@@ -187,15 +226,18 @@ class Terms(Frozen):
         if not self.adapter.encrypted and not plain:
             raise ValueError(
                 f"adapter.protection is {self.adapter.protection!r}, so nothing is encrypted: say so with "
-                "encryption.backend = 'plain' and allow_plaintext = true"
+                "encryption.backend = 'plain'"
+                + ("" if self.adapter.in_group_sums else " and allow_plaintext = true")
             )
-        if plain and not self.allow_plaintext:
+        if plain and not self.allow_plaintext and not self.adapter.in_group_sums:
             raise ValueError("encryption.backend 'plain' needs allow_plaintext = true")
         if self.adapter.private and self.adapter.family_dimensions:
             raise ValueError(
                 "adapter.family_dimensions shares LoRA that is not trained with differential privacy; with "
                 f"adapter.protection {self.adapter.protection!r} leave it out"
             )
+        if self.adapter.in_group_sums:
+            self._check_group_sums()
         epsilon = self.adapter_privacy.target_epsilon
         if self.adapter.private and epsilon > _LARGEST_PLANNED_EPSILON:
             raise ValueError(
@@ -208,6 +250,19 @@ class Terms(Frozen):
                 f"{bounds.MAX_PROFILE_DIMENSIONS} can be sent; reduce it to fewer"
             )
         return self
+
+    def _check_group_sums(self) -> None:
+        if self.adapter_privacy.steps_per_round != 1:
+            raise ValueError(
+                f"adapter_privacy.steps_per_round is {self.adapter_privacy.steps_per_round}; with "
+                "adapter.protection 'distributed-dp' a round is one step, so write 1 and more schedule.rounds"
+            )
+        size = -(-self.adapter.shared_dimensions * self.group_sums.bits // 8)
+        if size > bounds.MAX_CHUNK_BYTES:
+            raise ValueError(
+                f"a sum has {size:,} bytes, at most {bounds.MAX_CHUNK_BYTES:,} can be sent; lower "
+                "adapter.rank or adapter.blocks"
+            )
 
 
 class Member(Frozen):
@@ -251,7 +306,10 @@ class Roster(Frozen):
         return hashlib.sha256(self._canonical()).digest()
 
     def _canonical(self) -> bytes:
-        return canonical_json(self.model_dump(mode="json", exclude={"signature"})).encode()
+        # Terms of another protection are left out, so that rosters from before they existed keep their hash.
+        unused = set() if self.terms.adapter.in_group_sums else {"group_sums"}
+        content = self.model_dump(mode="json", exclude={"signature": True, "terms": unused})
+        return canonical_json(content).encode()
 
     def signed(self, consortium: Ed25519PrivateKey) -> "Roster":
         """This roster with the consortium's Ed25519 signature over its canonical JSON."""

@@ -1,13 +1,16 @@
 """Whether clients can plan their noise under a federation's terms, asked when it is founded."""
 
 import logging
+import math
 from typing import Final
 
-from fedmosaic.privacy.accounting.calibrate import check_plannable
+from fedmosaic.privacy.accounting.calibrate import check_plannable, noise_multiplier_for
 from fedmosaic.privacy.accounting.epsilon import default_delta
 from fedmosaic.privacy.accounting.events import GaussianEvent
+from fedmosaic.privacy.accounting.leverage import noise_share
 from fedmosaic.privacy.federation.roster import Terms
-from fedmosaic.protos.errors import AccountingError, ConfigurationError
+from fedmosaic.privacy.mechanism.shares import plan_grid
+from fedmosaic.protos.errors import AccountingError, ConfigurationError, MechanismError
 
 log = logging.getLogger(__name__)
 MOST_STEPS: Final = 500_000
@@ -48,6 +51,48 @@ def check_plan(terms: Terms) -> None:
         f"no client could plan its noise for {terms.schedule.rounds:,} rounds of {steps:,} private steps: "
         f"{reason}. {_possible(terms, sizes)}"
     )
+
+
+def with_planned_noise(terms: Terms) -> Terms:
+    """Terms with the noise of group sums written in: equal at all members, so that their integers add up.
+
+    Args:
+        terms: of the federation; returned as they are where nothing is to be planned.
+
+    Raises:
+        ConfigurationError: no noise suffices for a member of `group_sums.least_examples`.
+    """
+    sums = terms.group_sums
+    if not terms.adapter.in_group_sums or sums.noise_multiplier is not None:
+        return terms
+    settled, rate, steps = plan_inputs(terms, sums.least_examples, terms.schedule.rounds)
+    target, delta = terms.adapter_privacy.target_epsilon, default_delta(sums.least_examples)
+    try:
+        sigma = noise_multiplier_for(target, delta, settled, rate, steps)
+    except AccountingError as error:
+        raise ConfigurationError(
+            f"no noise can be planned for members of group_sums.least_examples = "
+            f"{sums.least_examples}: {error}"
+        ) from None
+    # Rounded up, so that the roster says what every machine reads.
+    planned = sums.model_copy(update={"noise_multiplier": math.ceil(sigma * 1e6) / 1e6})
+    return terms.model_copy(update={"group_sums": planned})
+
+
+def check_grid(terms: Terms, members: int) -> None:
+    """Refuse group sums whose integers have no room for a group of all members, before anything is spent.
+
+    Raises:
+        ConfigurationError: `group_sums.bits` are too few.
+    """
+    sums = terms.group_sums
+    if not terms.adapter.in_group_sums:
+        return
+    noise = noise_share(sums.noise_multiplier or 0.0, sums.minimum_contributors, sums.colluders)
+    try:
+        plan_grid(members, terms.adapter_privacy.expected_batch_size, noise, sums.bits)
+    except MechanismError as error:
+        raise ConfigurationError(f"terms.group_sums.bits is {sums.bits}: {error}") from None
 
 
 def plan_inputs(terms: Terms, examples: float, rounds: int) -> tuple[list[GaussianEvent], float, int]:

@@ -42,7 +42,7 @@ class ClippedSum:
     """A sum of clipped rows before noise: private, never to leave the process.
 
     Attributes:
-        units: (k,) int64, the sum in units of C / 2**24.
+        units: (k,) int64, the sum in units of the grid.
         clipped: number of rows that the bound shortened.
         rejected: number of rows that were not finite and count as zero.
         rows: number of rows, rejected ones included.
@@ -67,15 +67,16 @@ class ClippedSum:
         return cls(np.zeros(dimensions, dtype=np.int64), 0, 0, 0)
 
 
-def clip(rows: FloatArray, clipping_norm: float) -> tuple[IntArray, npt.NDArray[np.bool_]]:
+def clip(rows: FloatArray, clipping_norm: float, grid: int = GRID) -> tuple[IntArray, npt.NDArray[np.bool_]]:
     """Bring every row to the integer grid with an L2 norm of at most one clipping norm.
 
     Args:
         rows: (n, k) standardised rows, any values.
         clipping_norm: bound C > 0, in the unit of `rows`.
+        grid: steps g of the grid per clipping norm.
 
     Returns:
-        (n, k) int64 in units of C / 2**24, every row's exact L2 norm at most 2**24; and (n,) bool, which
+        (n, k) int64 in units of C / g, every row's exact L2 norm at most g; and (n,) bool, which
         rows the bound shortened. A row with a value that is not finite becomes zero.
     """
     finite = np.isfinite(rows).all(axis=1, keepdims=True)
@@ -88,16 +89,16 @@ def clip(rows: FloatArray, clipping_norm: float) -> tuple[IntArray, npt.NDArray[
     with np.errstate(over="ignore"):
         lengths = largest * scaled_norm / clipping_norm
     shortened = lengths > 1.0
-    units = np.trunc(directions * (np.minimum(lengths, 1.0) * (GRID * _NORM_MARGIN))[:, None])
+    units = np.trunc(directions * (np.minimum(lengths, 1.0) * (grid * _NORM_MARGIN))[:, None])
     return units.astype(np.int64), shortened
 
 
-def clipped_sum(rows: FloatArray, clipping_norm: float) -> ClippedSum:
+def clipped_sum(rows: FloatArray, clipping_norm: float, grid: int = GRID) -> ClippedSum:
     """Clip (n, k) rows of any values and add them up; sums of parts of the data may be added.
 
     Adding or removing any one row changes the private sum by at most C in the L2 norm.
     """
-    units, shortened = clip(rows, clipping_norm)
+    units, shortened = clip(rows, clipping_norm, grid)
     rejected = np.count_nonzero(~np.isfinite(rows).all(axis=1))
     return ClippedSum(units.sum(axis=0), int(np.count_nonzero(shortened)), int(rejected), len(rows))
 

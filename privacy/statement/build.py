@@ -4,6 +4,7 @@ The ledger says what happened, and where it and the configuration disagree the w
 reported. A statement whose accountants contradict each other is not made: `AccountingError`.
 """
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from fedmosaic.privacy.accounting.epsilon import (
     person_epsilon,
 )
 from fedmosaic.privacy.accounting.events import AttackBounds, GaussianEvent
+from fedmosaic.privacy.accounting.leverage import effective_noise_multiplier
 from fedmosaic.privacy.accounting.tradeoff import UNBOUNDED, attack_bounds
 from fedmosaic.privacy.ledger.rows import (
     NEIGHBOURING_RELATION,
@@ -30,6 +32,7 @@ from fedmosaic.privacy.ledger.rules import LedgerParameters, bound_of, parameter
 from fedmosaic.privacy.statement.models import (
     ADVERSARIES,
     PERSON_EXAMPLES,
+    PRIVATE,
     AccountantFigures,
     Adversary,
     ChannelStatement,
@@ -52,6 +55,12 @@ from fedmosaic.privacy.statement.words import (
     leaks,
 )
 
+_BEYOND_THE_CLAIM: frozenset[Adversary] = frozenset(
+    {"colluding_recipients", "colluding_recipients_with_server"}
+)
+"""Adversaries of any number of members: against them only a member's own noise is left in a sum."""
+_TELLING = 20.0
+"""Largest ε of one example beside which that of several is worth its minutes."""
 _NO_GUARANTEE = "no guarantee: the noise came from a seeded test generator"
 
 
@@ -74,14 +83,35 @@ class _Client:
     run: StatementInputs
     channels: tuple[_Channel, ...]
 
-    def charges(self, names: Iterable[str]) -> list[Charge]:
-        return charges(self.inputs.ledger, names)
+    def charges(self, names: Iterable[str], adversary: Adversary = "server_malicious") -> list[Charge]:
+        """What was charged on these channels, with the noise that is left against an adversary."""
+        wanted = frozenset(names)
+        found = []
+        for row in self.inputs.ledger:
+            for charge in charges([row], wanted):
+                sigma = charge.event.noise_multiplier * noise_left(row, adversary)
+                found.append(replace(charge, event=replace(charge.event, noise_multiplier=sigma)))
+        return found
 
     def bound(self, charged: Sequence[Charge], *, private: bool = True) -> EpsilonBound:
         """ε of what was charged; ∞ where something besides is not private."""
         if not private:
             return EpsilonBound(math.inf, self.parameters.accountant)
         return bound_of(charged, self.parameters.delta, self.parameters.accountant)
+
+
+def noise_left(row: LedgerRow, adversary: Adversary) -> float:
+    """Noise of one release against an adversary, over that of the row; other than 1 in sums of groups alone.
+
+    The row holds σ = s·√(m − t), against the server with t members (`privacy.accounting.leverage`). Every
+    release has the m and t of its own run's terms: a ledger outlives runs.
+    """
+    group = json.loads(row.mechanism or "{}") if row.channel == "adapter" else {}
+    if adversary not in _BEYOND_THE_CLAIM or "minimum_contributors" not in group:
+        # Against fewer than the claim is made for, a little more is left; the claim's ε bounds that too.
+        return 1.0
+    least, colluders = int(group["minimum_contributors"]), int(group["colluders"])
+    return 1.0 / effective_noise_multiplier(1.0, least, colluders)
 
 
 def statement(inputs: StatementInputs) -> PrivacyStatement:
@@ -102,8 +132,10 @@ def statement(inputs: StatementInputs) -> PrivacyStatement:
         no_guarantee=any(client.test_noise for client in clients),
         clients=clients,
         coalition_rows=inputs.coalition_rows,
-        assumptions=assumptions(inputs, any("encrypted" in mode for mode in modes)),
-        leaks=leaks(inputs, bool(modes & {"none", "encrypted"})),
+        assumptions=assumptions(
+            inputs, any("encrypted" in mode for mode in modes), "distributed-dp" in modes
+        ),
+        leaks=leaks(inputs, bool(modes & {"none", "encrypted"}), "distributed-dp" in modes),
     )
 
 
@@ -160,10 +192,12 @@ def _actual_protection(configured: Protection | None, reserved: Sequence[LedgerR
     covers = {row.covered_by for row in reserved}
     if configured is None:
         configured = "dp"
-    private = "dp" in configured.split("+") and covers <= {"dp"}
+    private = configured in PRIVATE and covers <= {"dp"}
     encrypted = "encrypted" in configured and "nothing" not in covers
     if not private and covers == {"cryptography"} and configured == "dp":
         encrypted = True
+    if private and configured == "distributed-dp":
+        return configured
     if private:
         return "dp+encrypted" if encrypted else "dp"
     return "encrypted" if encrypted else "none"
@@ -174,7 +208,7 @@ def _channel(
 ) -> ChannelStatement:
     """What was released on one channel, or jointly on several; `rows` are the ledger's about them."""
     charged = client.charges([channel.name for channel in channels])
-    private = all("dp" in channel.protection.split("+") for channel in channels)
+    private = all(channel.protection in PRIVATE for channel in channels)
     test_noise = any(channel.test_noise for channel in channels)
     bound = client.bound(charged, private=private)
     events = compositions(charged)
@@ -296,7 +330,7 @@ def _guarantee(
     parameters = client.parameters
     applies = bool(private) and cover != "nothing"
     stated = applies or cover == "nothing"
-    charged = client.charges(private)
+    charged = client.charges(private, adversary)
     bound = client.bound(charged, private=applies)
     name = f"{parameters.client_id}, {CHANNEL_NAMES[channel]}, against {ADVERSARY_NAMES[adversary]}"
     return Guarantee(
@@ -310,7 +344,7 @@ def _guarantee(
         accountant=bound.accountant,
         cryptography_only=cryptography_only,
         attack=_attack(compositions(charged), parameters.delta, applies) if stated else None,
-        persons=_persons(charged, parameters) if math.isfinite(bound.epsilon) else (),
+        persons=_persons(charged, parameters) if bound.epsilon <= _TELLING else (),
         test_noise=test_noise,
         words=f"{name}: {words}" + (f"; {_NO_GUARANTEE}" if test_noise else ""),
     )

@@ -13,7 +13,9 @@ from fedmosaic.privacy.ledger.rows import Channel, LedgerRow, Unit
 
 SCHEMA_VERSION = 1
 
-Protection = Literal["none", "encrypted", "dp", "dp+encrypted"]
+Protection = Literal["none", "encrypted", "dp", "dp+encrypted", "distributed-dp"]
+PRIVATE: frozenset[Protection] = frozenset({"dp", "dp+encrypted", "distributed-dp"})
+"""Protections whose releases an ε bounds."""
 StatementChannel = Literal["profile", "adapter", "family", "joint"]
 Adversary = Literal[
     "network",

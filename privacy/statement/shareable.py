@@ -15,9 +15,10 @@ import math
 
 from fedmosaic.privacy.ledger.rows import FIRST_PREVIOUS_HASH, LedgerRow, canonical_json, charges
 from fedmosaic.privacy.ledger.rules import bound_of, parameters_of
-from fedmosaic.privacy.statement.build import statement
+from fedmosaic.privacy.statement.build import noise_left, statement
 from fedmosaic.privacy.statement.costs import round_down, round_up
 from fedmosaic.privacy.statement.models import (
+    ADVERSARIES,
     ClientInputs,
     ClientStatement,
     PrivacyStatement,
@@ -121,6 +122,9 @@ def _within_budget(found: ClientStatement, client: ClientInputs) -> ClientStatem
         bounded |= {"joint"}
     spent = min(found.spent_epsilon, limit)
 
+    # The budget bounds what the ledger charged for: not what more members than the terms allow for learn.
+    claimed = {each for each in ADVERSARIES if all(noise_left(row, each) >= 1.0 for row in client.ledger)}
+
     def limited(value: float, channel: str) -> float:
         # Test noise, or a release without any, is no matter of the budget.
         return min(value, limit) if channel in bounded and math.isfinite(value) else value
@@ -139,6 +143,7 @@ def _within_budget(found: ClientStatement, client: ClientInputs) -> ClientStatem
     guarantees = [
         guarantee
         if guarantee.epsilon is None
+        or (guarantee.adversary not in claimed and guarantee.channel != "profile")
         else guarantee.model_copy(update={"epsilon": limited(guarantee.epsilon, guarantee.channel)})
         for guarantee in found.guarantees
     ]

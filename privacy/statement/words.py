@@ -6,6 +6,7 @@ They are those of the project's threat model, and no stronger.
 from fedmosaic.privacy.coalitions import counted_coalition
 from fedmosaic.privacy.ledger.rows import Channel
 from fedmosaic.privacy.statement.models import (
+    PRIVATE,
     Adversary,
     Cover,
     Protection,
@@ -56,6 +57,12 @@ APPROXIMATE_DECRYPTION_ASSUMPTION = (
     "A decrypted aggregate never leaves the client: with approximate homomorphic encryption it would reveal "
     "the key (Li and Micciancio 2021)."
 )
+GROUP_SUMS_ASSUMPTION = (
+    "Of the contributors of every sum of a group, at most as many work together with the server as the terms "
+    "allow for, and all the others add the noise that the terms ask of them; whoever adds none counts as one "
+    "who works with the server. That nothing but sums is seen rests on cryptography: X25519, Ed25519, "
+    "HKDF-SHA256, AES and Shamir's sharing."
+)
 NO_METRICS_ASSUMPTION = (
     "No metric, loss curve, number of examples or tuning decision that depends on private data left a client."
 )
@@ -77,23 +84,46 @@ UNCHECKED_ROWS_LEAK = (
     "it: a malicious server can hand it a single adapter in place of a sum. Only DP bounds what that reveals "
     "to the recipient; the back end mask notices."
 )
+GROUP_SUMS_LEAK = (
+    "The server and all members read every sum of a group, and who contributed to it. What an example does "
+    "to a sum is hidden by the noise alone."
+)
 METRICS_LEAK = (
     "Metrics of private data left the clients. They are releases without noise, not in any ε of this "
     "statement."
 )
 
 
+_GROUP_SUMS: dict[Adversary, str] = {
+    "network": "sees TLS 1.3 records only",
+    "server_honest_but_curious": "reads sums of a group, with all contributors' noise: at most this ε",
+    "server_malicious": "reads sums of a group; ε is with the noise known to it of as many members as the "
+    "terms allow for",
+    "recipient": "receives sums of a group, and knows its own noise in them: at most this ε",
+    "colluding_recipients": "know their own noise; ε is for more of them than the terms allow for, when only "
+    "a member's own noise is left",
+    "colluding_recipients_with_server": "know their own noise and can open the masks; ε is for more of them "
+    "than the terms allow for, when only a member's own noise is left. With fewer, see the malicious server",
+}
+"""What each adversary sees of the sums of `distributed-dp`."""
+
+
 def coverage(
     channel: Channel, protection: Protection, adversary: Adversary, inputs: StatementInputs
 ) -> tuple[Cover, str]:
     """What protects one channel against one adversary, and the sentence that says so."""
-    private, encrypted = "dp" in protection.split("+"), "encrypted" in protection
-    sees = _what_is_seen(channel, encrypted, adversary, inputs)
+    private, encrypted = protection in PRIVATE, "encrypted" in protection
+    if protection == "distributed-dp" and channel == "adapter":
+        sees = _GROUP_SUMS[adversary]
+    else:
+        sees = _what_is_seen(channel, encrypted, adversary, inputs)
     if adversary == "network" and inputs.transport == "in_process":
         return "nothing_sent", "no network was used: the simulation ran in one process"
     hidden = adversary == "network" or (encrypted and adversary in SERVERS)
     if private and hidden:
         return "dp_and_cryptography", f"{sees}; what is inside is differentially private besides"
+    if private and protection == "distributed-dp" and channel == "adapter":
+        return "dp", sees
     if private:
         return "dp", f"{sees}, differentially private before it left the client"
     if hidden:
@@ -127,21 +157,25 @@ def _what_is_seen(channel: str, encrypted: bool, adversary: Adversary, inputs: S
     return "read the tensors"
 
 
-def assumptions(inputs: StatementInputs, any_encrypted: bool) -> tuple[str, ...]:
+def assumptions(inputs: StatementInputs, any_encrypted: bool, group_sums: bool = False) -> tuple[str, ...]:
     """Everything that the figures of this run rest on."""
     found = list(ASSUMPTIONS)
     if any_encrypted:
         found += [SHARED_KEY_ASSUMPTION, APPROXIMATE_DECRYPTION_ASSUMPTION]
+    if group_sums:
+        found.append(GROUP_SUMS_ASSUMPTION)
     if not inputs.metrics_shared:
         found.append(NO_METRICS_ASSUMPTION)
     return tuple(found)
 
 
-def leaks(inputs: StatementInputs, any_unprotected: bool) -> tuple[str, ...]:
+def leaks(inputs: StatementInputs, any_unprotected: bool, group_sums: bool = False) -> tuple[str, ...]:
     """What this run discloses whatever its protection."""
     found = list(LEAKS)
     if inputs.metrics_shared:
         found.insert(0, METRICS_LEAK)
+    if group_sums:
+        return (*found, GROUP_SUMS_LEAK)
     found.append(
         f"Every aggregate combines at least {inputs.minimum_contributors} contributors other than the "
         f"recipient, each with a weight of at most {inputs.weight_cap:g}, and squared weights that sum to at "

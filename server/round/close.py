@@ -89,7 +89,7 @@ def close_round(
             policy=settings.policy,
             bits=settings.encryption.weight_bits,
         )
-        for group in _groups(settings, store, uploads)
+        for group in ([] if settings.group_sums else _groups(settings, store, uploads))
     ]
     epoch = next((upload.key_epoch for upload in uploads.values() if upload.sections), 0)
     aggregates = _combine(settings, blobs, aggregator, plans, payloads, round_number, epoch)

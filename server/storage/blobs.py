@@ -5,6 +5,7 @@
     ROOT/spool/<client>.<hash>.part        an upload that is still arriving
     ROOT/uploads/000003/<client>.bin       sections of a stored upload, laid end to end
     ROOT/aggregates/000004/<client>.<section>.bin   what a client may load before round 4
+    ROOT/sums/000003/group-<n>.bin         sum of a group in round 3, public to the members
 
 A kill at any point leaves a file whole or absent; the database row that names it is written afterwards.
 """
@@ -26,7 +27,7 @@ class MissingBlobError(StateError):
     """A file that the database names is not there: the folder was changed by hand, or its disk is failing."""
 
 
-Area = Literal["uploads", "aggregates"]
+Area = Literal["uploads", "aggregates", "sums"]
 _MAP_ABOVE: Final = 1 << 24
 _READ_BYTES: Final = 1 << 20
 
@@ -48,7 +49,7 @@ class Blobs:
         self._durable = durable
         private_directory(root)
         self._lock = hold_directory(root / "lock", "give this server its own state_dir")
-        for name in ("spool", "uploads", "aggregates"):
+        for name in ("spool", "uploads", "aggregates", "sums"):
             private_directory(root / name)
 
     def close(self) -> None:

@@ -87,6 +87,7 @@ BROKEN: list[tuple[str, Callable[[], object]]] = [
     ("stage", lambda: KeyMessage(1, "Stage", "", b"x")),
     ("recipient", lambda: KeyMessage(1, "box", "A B", b"x")),
     ("payload", lambda: KeyMessage(1, "box", "a", bytes(bounds.MAX_KEY_PAYLOAD_BYTES + 1))),
+    ("payload", lambda: KeyMessage(1, "sum-vector", "a", bytes(bounds.MAX_CHUNK_BYTES + 1))),
     ("epoch", lambda: KeyMessage(-1, "box", "a", b"x")),
 ]
 

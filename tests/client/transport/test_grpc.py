@@ -356,6 +356,17 @@ def test_hostile_key_messages_are_refused(servicer: Servicer, transport: GrpcTra
         transport.read_key_messages(1, "opening", 1, 1.0)
 
 
+def test_relayed_messages_fill_no_memory(
+    servicer: Servicer, transport: GrpcTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounds, "MAX_RELAYED_BYTES", 100)
+    # Of one sender again and again: the number of senders is no bound then.
+    many = [pb.ReadKeyMessagesResponse(sender="a", payload=bytes(30))] * 4
+    servicer.script["ReadKeyMessages"] = [answer(many)]
+    with pytest.raises(WireError, match="more than 100 bytes"):
+        transport.read_key_messages(1, "sum-totals", 1, 1.0)
+
+
 def test_small_calls(servicer: Servicer, transport: GrpcTransport) -> None:
     servicer.script["RoundStatus"] = [
         answer(pb.RoundStatusResponse(state=wire.encode(STATUS, pb.RoundState)))

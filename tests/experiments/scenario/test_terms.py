@@ -29,7 +29,7 @@ def test_scenarios_name_the_files_that_the_commands_write(
     known = {f"{client}/{task}" for client, tasks in SETS[written].items() for task in tasks}
     named = {file.relative_to(tmp_path / folder).as_posix().split(".")[0] for file in files}
     assert named <= known
-    if name != "attack-target":
+    if name not in ("attack-target", "text-siblings-sums"):
         assert named == known
         assert [client.id for client in scenario.clients] == list(SETS[written])
     if scenario.images is not None:

@@ -15,7 +15,7 @@ from fedmosaic.privacy.accounting.epsilon import default_delta, epsilon, within_
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.federation import kits as federation
 from fedmosaic.privacy.federation.roster import Terms
-from fedmosaic.privacy.federation.terms_checks import check_plan
+from fedmosaic.privacy.federation.terms_checks import check_grid, check_plan
 from fedmosaic.privacy.mechanism.projection import PublicBasis
 from fedmosaic.protos.errors import AccountingError, ConfigurationError, MechanismError
 
@@ -57,6 +57,28 @@ def test_terms_that_suit_some_clients_only_are_told(caplog: pytest.LogCaptureFix
     caplog.set_level(logging.WARNING)
     check_plan(terms(target=0.5))
     assert "1,000,000 examples could not plan" in caplog.text
+
+
+def group_sums(**changes: Any) -> dict[str, Any]:
+    sums = {"minimum_contributors": 4, "noise_multiplier": 1.0, **changes}
+    return {
+        "adapter": {"protection": "distributed-dp"},
+        "adapter_privacy": {"steps_per_round": 1},
+        "encryption": {"backend": "plain"},
+        "group_sums": sums,
+    }
+
+
+def test_integers_with_no_room_for_all_members_are_refused_at_founding() -> None:
+    agreed = founding("a", "b", "c", "d", **group_sums(bits=16)).terms
+    with pytest.raises(ConfigurationError, match=r"group_sums.bits is 16: .*use more bits"):
+        check_grid(agreed, 4)
+    check_grid(founding("a", "b", "c", "d", **group_sums()).terms, 4)
+
+
+def test_fewer_members_than_a_sum_needs_are_refused_at_founding() -> None:
+    with pytest.raises(ValueError, match="minimum_contributors is 6 with 4 members"):
+        founding("a", "b", "c", "d", **group_sums(minimum_contributors=6))
 
 
 def test_what_is_plannable_is_decided_without_the_slow_accountant(monkeypatch: pytest.MonkeyPatch) -> None:

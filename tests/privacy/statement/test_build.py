@@ -38,7 +38,14 @@ PROFILE = GaussianEvent(8.0, 1.0, 1)
 STEP = GaussianEvent(20.0, 1.0, 5)
 READERS: tuple[Adversary, ...] = ("recipient", "colluding_recipients", "colluding_recipients_with_server")
 SERVERS: tuple[Adversary, ...] = ("server_honest_but_curious", "server_malicious")
-COVERED = {"none": "nothing", "encrypted": "cryptography", "dp": "dp", "dp+encrypted": "dp"}
+COVERED = {
+    "none": "nothing",
+    "encrypted": "cryptography",
+    "dp": "dp",
+    "dp+encrypted": "dp",
+    "distributed-dp": "dp",
+}
+GROUP = {"name": "DP-SGD on P and Q", "minimum_contributors": 9, "colluders": 3}
 
 
 def to_text(renderable: RenderableType) -> str:
@@ -66,6 +73,8 @@ def make_client(
 
         def release(channel: str, round: int, event: GaussianEvent, covered_by: str) -> None:
             options = {"secure_noise": secure, "covered_by": covered_by, "clipping_norm": 0.5}
+            if protection == "distributed-dp" and channel == "adapter":
+                options["mechanism"] = GROUP
             charge(ledger, event, channel, round, digest=DIGEST, dimensions=256, **options)
 
         release("profile", 0, PROFILE, "dp")
@@ -479,3 +488,36 @@ def test_subsampled_adapter_and_parallel_composition(tmp_path: Path) -> None:
     assert joint.accountant == "rdp"
     assert joint.attack.advantage == attack_bounds(events, DELTA).advantage
     assert 0 < joint.attack.gaussian_mu < 1
+
+
+def test_noise_of_a_group_protects_less_the_more_members_are_against_one(tmp_path: Path) -> None:
+    (client,) = make(make_client(tmp_path, "distributed-dp")).clients
+    # At least 9 contributors, 3 of whom the claim allows to help the server: σ = s·√6.
+    beyond = ("colluding_recipients", "colluding_recipients_with_server")
+    for adversary in ADVERSARIES:
+        left = 1 if adversary in beyond else 6
+        event = GaussianEvent(STEP.noise_multiplier * math.sqrt(left / 6), 1.0, 5)
+        told = guarantee(client, "adapter", adversary).epsilon
+        assert told == pytest.approx(epsilon([event] * 3, DELTA), rel=1e-9)
+        joint = guarantee(client, "joint", adversary).epsilon
+        assert joint == pytest.approx(epsilon([PROFILE, *[event] * 3], DELTA), rel=1e-9)
+    whole = make(make_client(tmp_path, "distributed-dp", name="b"))
+    assert any("whoever adds none" in each for each in whole.assumptions)
+    assert "every sum of a group" in whole.leaks[-1]
+    assert not any("Every aggregate combines" in each for each in whole.leaks), "there are no weight rows"
+    assert "more of them than the terms allow" in guarantee(client, "adapter", "colluding_recipients").words
+
+
+def test_every_release_of_a_ledger_has_the_noise_of_its_own_terms(tmp_path: Path) -> None:
+    """Runs of other terms on the same data: alone, in groups of nine, in groups of twelve."""
+    terms = (None, GROUP, {**GROUP, "minimum_contributors": 12, "colluders": 1})
+    with Ledger.open(tmp_path / "a.sqlite", "a", DELTA, None, budgeted_channels=("adapter",)) as ledger:
+        for number, mechanism in enumerate(terms):
+            charge(ledger, STEP, "adapter", number, digest=DIGEST, mechanism=mechanism)
+        rows = tuple(ledger.export())
+    for protection in ("dp", "distributed-dp"):
+        (client,) = make(ClientInputs(ledger=rows, adapter_protection=protection)).clients  # type: ignore[arg-type]  # as above
+        for adversary, left in {"server_malicious": (1, 1, 1), "colluding_recipients": (1, 6, 11)}.items():
+            events = [GaussianEvent(STEP.noise_multiplier / math.sqrt(part), 1.0, 5) for part in left]
+            told = guarantee(client, "adapter", adversary).epsilon  # type: ignore[arg-type]  # as above
+            assert told == pytest.approx(epsilon(events, DELTA), rel=1e-9)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from fedmosaic.client import statement as client_statement
 from fedmosaic.client.planning import AdapterPlan, sampling_rate
 from fedmosaic.client.statement import for_handing_over
 from fedmosaic.privacy.accounting import calibrate
-from fedmosaic.privacy.accounting.epsilon import default_delta
+from fedmosaic.privacy.accounting.epsilon import default_delta, epsilon
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.federation.roster import AdapterTerms, Terms
 from fedmosaic.privacy.ledger.ledger import Ledger, data_epoch, parameters_of
@@ -175,3 +176,23 @@ def test_without_dp_the_schedule_is_rounded_as_well(tmp_path: Path) -> None:
         shared.append(shareable(StatementInputs(run_id="r", clients=(client,))).model_dump_json())
     assert shared[0] == shared[1]
     assert json.loads(shared[0])["clients"][0]["channels"][1]["epsilon"] == "infinity"
+
+
+def test_the_budget_caps_no_figure_against_more_members_than_the_terms_allow_for(tmp_path: Path) -> None:
+    """In sums of groups that is the noise of one member alone, of which the ledger's filter knows nothing."""
+    delta, group = default_delta(500), {"minimum_contributors": 9, "colluders": 3}
+    with Ledger.open(
+        tmp_path / "a.sqlite", "north", delta, 2.0, "rdp", budgeted_channels=("profile", "adapter")
+    ) as ledger:
+        charge(ledger, GaussianEvent(3.0, 1.0, 1), digest=DIGEST, mechanism=group)
+        rows = tuple(ledger.export())
+    client = ClientInputs(ledger=rows, adapter_protection="distributed-dp", least_noise=3.0)
+    inputs = StatementInputs(run_id="r", clients=(client,))
+    (handed,) = shareable(inputs).clients
+    told = {g.adversary: g.epsilon for g in handed.guarantees if g.channel == "joint"}
+    of_one = GaussianEvent(3.0 / math.sqrt(6), 1.0, 1)
+    assert told["server_malicious"] == pytest.approx(
+        epsilon([GaussianEvent(3.0, 1.0, 1)], handed.delta, "rdp")
+    )
+    assert told["colluding_recipients"] == pytest.approx(epsilon([of_one], handed.delta, "rdp"))
+    assert told["colluding_recipients"] > 2.0, "more than the budget"

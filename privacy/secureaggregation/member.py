@@ -1,0 +1,226 @@
+"""A member's part in one sum.
+
+    1. open()              fresh keys, signed
+    2. share(openings)     check all signatures; shares of both secrets, sealed for each other member
+    3. accept(envelopes)   the others' shares
+       mask(x)             x + own mask ± a mask with every other member, modulo 2**bits
+    4. agree(survivors)    sign whose vectors came
+    5. unmask(signatures)  k signatures on one list; then one share per member: of the self-mask of a
+                           survivor, of the mask key of one who vanished, and never both
+
+The server and t members learn the sum over one list of at least m_min contributors, and nothing else; a
+vector that comes late stays hidden by its self-mask. Members may vanish between any two steps: as long as k
+are left the sum is formed.
+
+Reference: Bonawitz et al., "Practical secure aggregation for privacy-preserving machine learning", CCS 2017,
+figure 4 with the consistency check for an active server.
+"""
+
+import enum
+import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from fedmosaic.privacy.secureaggregation.masks import (
+    agree,
+    expand,
+    pack,
+    pair_mask_key,
+    private_key,
+    self_mask_key,
+    to_words,
+)
+from fedmosaic.privacy.secureaggregation.messages import (
+    Opening,
+    Unmasking,
+    check_left,
+    check_survivor_signatures,
+    open_shares,
+    seal_shares,
+    sign_opening,
+    survivors_digest,
+    transcript,
+)
+from fedmosaic.privacy.secureaggregation.shamir import RandomBytes, draw_element, share
+from fedmosaic.privacy.secureaggregation.terms import SumTerms
+from fedmosaic.protos.errors import EncryptionError
+
+
+class _Step(enum.Enum):
+    OPEN = "open"
+    SHARE = "share"
+    ACCEPT = "accept"
+    MASK = "mask"
+    AGREE = "agree"
+    UNMASK = "unmask"
+    OVER = "another sum"
+
+
+class SumMember:
+    """One member in one sum. Secrets stay in memory; after an error or a restart it is out of this sum.
+
+    Whoever uses it must not let one vector, or two vectors of one round, enter two sums: the difference of
+    two sums over unlike lists is the vector of a few.
+
+    Args:
+        terms: of the sum.
+        member: own id.
+        identity: own long-term key.
+        random_bytes: source of all secrets; another than the operating system's is for tests.
+    """
+
+    def __init__(
+        self,
+        terms: SumTerms,
+        member: str,
+        identity: Ed25519PrivateKey,
+        random_bytes: RandomBytes = os.urandom,
+    ) -> None:
+        if member not in terms.members:
+            raise EncryptionError(f"{member!r} is not of this group")
+        self._terms = terms
+        self._member = member
+        self._identity = identity
+        self._random = random_bytes
+        self._step = _Step.OPEN
+        self._self_seed = draw_element(random_bytes)
+        self._mask_seed = draw_element(random_bytes)
+        self._mask_key = private_key(self._mask_seed, terms.digest())
+        self._envelope_key = X25519PrivateKey.from_private_bytes(random_bytes(32))
+        self._openings: dict[str, Opening] = {}
+        self._transcript = b""
+        self._held: dict[str, tuple[int, int]] = {}
+        self._survivors: tuple[str, ...] = ()
+
+    def open(self) -> Opening:
+        """Step 1: the keys of this sum."""
+        with self._only(_Step.OPEN, _Step.SHARE):
+            keys = (
+                self._mask_key.public_key().public_bytes_raw(),
+                self._envelope_key.public_key().public_bytes_raw(),
+            )
+            return sign_opening(self._terms, self._member, *keys, self._identity)
+
+    def share(self, openings: Mapping[str, Opening]) -> dict[str, bytes]:
+        """Step 2: recipient → envelope of 48 bytes.
+
+        Args:
+            openings: member → opening, of everybody who opened, this member included.
+
+        Raises:
+            EncryptionError: an opening is foreign, forged or malformed, this member's is not there, or too
+                few opened.
+        """
+        with self._only(_Step.SHARE, _Step.ACCEPT):
+            digest = transcript(self._terms, openings)
+            own = openings.get(self._member)
+            if own is None or own.envelope_key != self._envelope_key.public_key().public_bytes_raw():
+                raise EncryptionError(f"the openings do not hold the one that {self._member!r} sent")
+            self._openings, self._transcript = dict(openings), digest
+            members = sorted(openings)
+            threshold = self._terms.threshold(len(members))
+            self_shares = share(self._self_seed, threshold, len(members), self._random)
+            key_shares = share(self._mask_seed, threshold, len(members), self._random)
+            sealed = {}
+            for member, pair in zip(members, zip(self_shares, key_shares, strict=True), strict=True):
+                if member == self._member:
+                    self._held[member] = pair
+                    continue
+                agreed = agree(self._envelope_key, openings[member].envelope_key)
+                sealed[member] = seal_shares(agreed, digest, self._member, member, pair)
+            return sealed
+
+    def accept(self, envelopes: Mapping[str, bytes]) -> None:
+        """Open the others' shares; whoever has to pay for a vector does so after this.
+
+        Args:
+            envelopes: sender → envelope for this member, of every other member that shared.
+
+        Raises:
+            EncryptionError: an envelope is malformed, altered or foreign, or too few members are left.
+        """
+        with self._only(_Step.ACCEPT, _Step.MASK):
+            for sender, envelope in envelopes.items():
+                if sender not in self._openings or sender == self._member:
+                    raise EncryptionError(f"an envelope of {sender!r}, who did not open this sum")
+                agreed = agree(self._envelope_key, self._openings[sender].envelope_key)
+                self._held[sender] = open_shares(agreed, self._transcript, sender, self._member, envelope)
+            # With fewer than k, the server could pick masks of members that vanish, whose keys it is given,
+            # for a vector that is to be alone. Any k have an honest member in common with those who sign the
+            # contributors, and its mask stays.
+            check_left("shared their masks", self._held, self._terms, len(self._openings))
+
+    def mask(self, vector: npt.NDArray[np.int64]) -> bytes:
+        """Step 3: the masked vector, ⌈D·bits/8⌉ bytes.
+
+        Args:
+            vector: (D,) integers; the sum over all members must lie in [−2**(bits−1), 2**(bits−1)).
+
+        Raises:
+            EncryptionError: the vector has another shape.
+        """
+        with self._only(_Step.MASK, _Step.AGREE):
+            if vector.shape != (self._terms.dimensions,) or vector.dtype != np.int64:
+                raise EncryptionError(
+                    f"a vector of {vector.shape} {vector.dtype}, expected ({self._terms.dimensions},) int64"
+                )
+            digest, bits, size = self._transcript, self._terms.bits, self._terms.dimensions
+            masked = to_words(vector, bits)
+            masked = masked + expand(self_mask_key(self._self_seed, self._terms.digest()), size, bits)
+            for other in sorted(set(self._held) - {self._member}):
+                pair = (self._member, other)
+                key = pair_mask_key(self._mask_key, self._openings[other].mask_key, digest, pair)
+                mask = expand(key, size, bits)
+                masked = masked + mask if self._member < other else masked - mask
+            return pack(masked, bits)
+
+    def agree(self, survivors: Collection[str]) -> bytes:
+        """Step 4: signature on the list of members whose vectors came.
+
+        Raises:
+            EncryptionError: it names somebody who did not share, leaves this member out, or is too short.
+        """
+        with self._only(_Step.AGREE, _Step.UNMASK):
+            survivors = frozenset(survivors)
+            foreign = sorted(survivors - set(self._held))
+            if foreign or self._member not in survivors:
+                raise EncryptionError(
+                    f"the contributors do not include {self._member!r}, whose vector was sent"
+                    if not foreign
+                    else f"contributors who did not share their masks: {', '.join(foreign)}"
+                )
+            check_left("sent their vectors", survivors, self._terms, len(self._openings))
+            self._survivors = tuple(sorted(survivors))
+            return self._identity.sign(survivors_digest(self._transcript, survivors))
+
+    def unmask(self, signatures: Mapping[str, bytes]) -> Unmasking:
+        """Step 5: what the server needs to take the masks off this one sum.
+
+        Args:
+            signatures: survivor → what `agree` returned there.
+
+        Raises:
+            EncryptionError: fewer than k survivors signed the list that this member signed.
+        """
+        with self._only(_Step.UNMASK, _Step.OVER):
+            needed = self._terms.threshold(len(self._openings))
+            check_survivor_signatures(self._terms, self._transcript, self._survivors, signatures, needed)
+            vanished = set(self._held) - set(self._survivors)
+            return Unmasking(
+                self_masks={member: self._held[member][0] for member in self._survivors},
+                mask_keys={member: self._held[member][1] for member in sorted(vanished)},
+            )
+
+    @contextmanager
+    def _only(self, expected: _Step, following: _Step) -> Iterator[None]:
+        """One step, once: it is over whatever happens in it, and after an error so is the sum."""
+        if self._step is not expected:
+            raise EncryptionError(f"step {expected.value!r} was asked for, the next is {self._step.value!r}")
+        self._step = _Step.OVER
+        yield
+        self._step = following

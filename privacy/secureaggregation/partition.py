@@ -1,0 +1,156 @@
+"""Who adds up with whom, what came of every round, and the hash that binds both into the next sum's masks."""
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field, ValidationError
+
+from fedmosaic.privacy.configuration import Frozen, canonical_json
+from fedmosaic.privacy.groupkey.messages import sha256
+from fedmosaic.protos import bounds
+from fedmosaic.protos.errors import PolicyError, WireError
+
+NO_ROUND = bytes(32)
+"""Chain before the first sum."""
+
+
+class Partition(Frozen):
+    """Disjoint groups, and how every member mixes their sums; from the server, equal for all members."""
+
+    groups: tuple[tuple[bounds.Identifier, ...], ...] = Field(min_length=1)
+    """Names in ascending order."""
+    mixing: dict[bounds.Identifier, tuple[Annotated[float, Field(allow_inf_nan=False)], ...]]
+    """Member → one weight per group, not negative."""
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of its canonical JSON."""
+        return hashlib.sha256(self.encoded()).digest()
+
+    def encoded(self) -> bytes:
+        """Canonical JSON."""
+        return canonical_json(self.model_dump(mode="json")).encode()
+
+    @classmethod
+    def decoded(cls, data: bytes) -> "Partition":
+        """Read what the server sent.
+
+        Raises:
+            WireError: it is no partition.
+        """
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            raise WireError(
+                f"the server's partition into groups cannot be read: {error.errors()[0]['msg']}"
+            ) from None
+
+    def group_of(self, member: str) -> int:
+        """Index of a member's group."""
+        return next(index for index, group in enumerate(self.groups) if member in group)
+
+    def check(self, member: str, roster: Collection[str], minimum: int, most: int) -> None:
+        """What a member makes sure of before it takes part in a sum.
+
+        Args:
+            member: own id.
+            roster: ids of all members.
+            minimum: members of a group.
+            most: groups that the terms allow.
+
+        Raises:
+            PolicyError: groups overlap, name strangers, leave the member out, are too small or too many, or a
+                mixing weight is negative or missing.
+        """
+        everybody = [name for group in self.groups for name in group]
+        strangers = sorted(set(everybody) - set(roster))
+        if strangers:
+            raise PolicyError(f"the server's groups name {', '.join(strangers)}, who are not on the roster")
+        if len(everybody) != len(set(everybody)):
+            raise PolicyError(
+                "the server's groups overlap: two sums with one member apart give that one away"
+            )
+        if any(list(group) != sorted(group) for group in self.groups):
+            raise PolicyError("the server's groups are not in ascending order")
+        if member not in everybody:
+            raise PolicyError(f"the server's groups leave {member!r} out")
+        smallest = min(map(len, self.groups))
+        if smallest < minimum:
+            raise PolicyError(f"the server made a group of {smallest}, the terms say at least {minimum}")
+        if len(self.groups) > most:
+            raise PolicyError(f"the server made {len(self.groups)} groups, the terms say at most {most}")
+        weights = np.array(self.mixing.get(member, ()))
+        if weights.shape != (len(self.groups),) or (weights < 0.0).any():
+            raise PolicyError(
+                f"the server gave {member!r} no mixing weights for its {len(self.groups)} groups"
+            )
+
+
+@dataclass(frozen=True)
+class RoundTotals:
+    """What came of one round's sums; public to the members.
+
+    Attributes:
+        round: its number. contributors: of every group; empty where no sum was formed. vectors: packed
+        words of every group (`fedmosaic.privacy.secureaggregation.masks.pack`), empty for none.
+    """
+
+    round: int
+    contributors: tuple[tuple[str, ...], ...]
+    vectors: tuple[bytes, ...]
+
+    def follow(self, chain: bytes) -> bytes:
+        """The chain after this round: 32 bytes over all sums so far."""
+        parts = [chain, self.round.to_bytes(8, "little")]
+        for names, vector in zip(self.contributors, self.vectors, strict=True):
+            parts += [sha256(b"secure-sum/contributors", *(name.encode() for name in names)), vector]
+        return sha256(b"secure-sum/chain", *parts)
+
+    def messages(self) -> dict[str, bytes]:
+        """As messages of the relay, by group."""
+        return {
+            f"group-{index}": b"\n".join([",".join(names).encode(), vector])
+            for index, (names, vector) in enumerate(zip(self.contributors, self.vectors, strict=True))
+        }
+
+    @classmethod
+    def from_messages(cls, round_number: int, messages: Mapping[str, bytes], groups: int) -> "RoundTotals":
+        """What `messages` was made from.
+
+        Raises:
+            WireError: a group is missing or has no list of contributors.
+        """
+        contributors, vectors = [], []
+        for index in range(groups):
+            names, separator, vector = messages.get(f"group-{index}", b"").partition(b"\n")
+            if not separator:
+                raise WireError(f"the server sent no sum of group {index} in round {round_number}")
+            contributors.append(tuple(names.decode("ascii", "replace").split(",")) if names else ())
+            vectors.append(vector)
+        return cls(round_number, tuple(contributors), tuple(vectors))
+
+
+def sum_context(
+    federation: str, run_id: str, round_number: int, roster_hash: bytes, partition: Partition, chain: bytes
+) -> bytes:
+    """32 bytes over all that the members of a round must see alike: different views give noise, not sums."""
+    return sha256(
+        b"secure-sum/context",
+        federation.encode(),
+        run_id.encode(),
+        round_number.to_bytes(8, "little"),
+        roster_hash,
+        partition.digest,
+        chain,
+    )
+
+
+def chain_of(totals: Sequence[RoundTotals]) -> bytes:
+    """The chain over rounds in order."""
+    chain = NO_ROUND
+    for total in totals:
+        chain = total.follow(chain)
+    return chain

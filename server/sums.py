@@ -1,0 +1,159 @@
+"""The sums of a run: groups from the profiles after round 1, one secure sum per group and later round."""
+
+import logging
+from collections.abc import Collection
+from typing import Final
+
+from fedmosaic.privacy.federation.roster import GroupSumTerms
+from fedmosaic.privacy.secureaggregation.partition import Partition, RoundTotals, chain_of, sum_context
+from fedmosaic.privacy.secureaggregation.terms import SumTerms
+from fedmosaic.protos.refusal import Refusal, RefusalKind
+from fedmosaic.server.round.groups import group_clients, mixing_weights
+from fedmosaic.server.round.relevance import relevance
+from fedmosaic.server.round.sums import AGREE, OPEN, SHARE, STEPS, UNMASK, VECTOR, RoundSums
+from fedmosaic.server.settings import ServerSettings
+from fedmosaic.server.storage.blobs import Blobs, MissingBlobError
+from fedmosaic.server.storage.store import Store
+
+log = logging.getLogger(__name__)
+
+PARTITION: Final = "sum-partition"
+TOTALS: Final = "sum-totals"
+_STORED: Final = "partition"
+# Of a round's deadline; before the vector is sent, members take the gradients that are in it.
+_SHARE_OF_ROUND: Final = {OPEN: 0.2, SHARE: 0.1, VECTOR: 0.5, AGREE: 0.1, UNMASK: 0.1}
+
+
+class RunSums:
+    """What members of one run add up; not safe for threads, the coordinator holds its lock."""
+
+    def __init__(
+        self, settings: ServerSettings, store: Store, blobs: Blobs, run_id: str, round_number: int
+    ) -> None:
+        """Begin, or go on with what is stored; a round that a restart cut short forms no sum.
+
+        Args:
+            settings: of the run, with `group_sums`.
+            store: profiles; keeps the partition.
+            blobs: keeps the totals.
+            run_id: of the run.
+            round_number: the open round.
+        """
+        self._settings = settings
+        self._store = store
+        self._blobs = blobs
+        self._run_id = run_id
+        stored = store.get(_STORED)
+        self._partition = None if stored is None else Partition.decoded(stored.encode())
+        self._totals = [self._read(number) for number in range(2, round_number)] if self._partition else []
+        self._current: RoundSums | None = None
+        self._cut_short = round_number if self._partition else 0
+
+    def open_round(self, number: int, now: float) -> None:
+        """Let members open the sums of a round."""
+        if self._partition is None or number > self._settings.rounds or number == self._cut_short:
+            self._current = None
+            return
+        settings, terms = self._settings, self._terms
+        context = sum_context(
+            settings.federation,
+            self._run_id,
+            number,
+            settings.roster_hash,
+            self._partition,
+            chain_of(self._totals),
+        )
+        sums = [
+            SumTerms(
+                context,
+                group,
+                {name: settings.members[name] for name in group},
+                terms.minimum_contributors,
+                terms.colluders,
+                settings.shared_dimensions,
+                terms.bits,
+            )
+            for group in self._partition.groups
+        ]
+        seconds = {step: share * settings.round_deadline_seconds for step, share in _SHARE_OF_ROUND.items()}
+        self._current = RoundSums(number, sums, seconds, now)
+
+    def close_round(self, number: int) -> None:
+        """Store what a round brought: the groups after the first, totals after every other one."""
+        if number == 1:
+            self._divide()
+            return
+        if self._partition is None:
+            return
+        totals = self._read(number) if self._current is None else self._current.totals()
+        for name, content in totals.messages().items():
+            self._blobs.write("sums", number, name, content)
+        self._totals = [total for total in self._totals if total.round != number] + [totals]
+
+    def post(self, member: str, round_number: int, step: str, payload: bytes) -> None:
+        """See `RoundSums.post`; Refusal where the round has no sums."""
+        self._round(round_number).post(member, step, payload)
+
+    def read(self, member: str, round_number: int, step: str) -> dict[str, bytes]:
+        """The partition, a closed round's totals, or what a step of the open one brought; empty if not yet.
+
+        Raises:
+            Refusal: the round has no sums.
+        """
+        if step == PARTITION:
+            return {} if self._partition is None else {"server": self._partition.encoded()}
+        if step == TOTALS:
+            found = [total for total in self._totals if total.round == round_number]
+            return found[0].messages() if found else {}
+        return self._round(round_number).read(member, step)
+
+    def advance(self, expected: Collection[str], now: float) -> bool:
+        """See `RoundSums.advance`."""
+        return self._current is not None and self._current.advance(expected, now)
+
+    @property
+    def _terms(self) -> GroupSumTerms:
+        terms = self._settings.group_sums
+        if terms is None:
+            raise AssertionError("only a run with group sums has them")
+        return terms
+
+    def _divide(self) -> None:
+        clients = sorted(self._settings.members)
+        profiles = self._store.profiles()
+        related = relevance([profiles.get(client) for client in clients], self._settings.similarity)
+        groups = group_clients(clients, related, self._terms.groups, self._terms.minimum_contributors)
+        mixing = mixing_weights(clients, related, groups, self._settings.temperature)
+        self._partition = Partition(groups=groups, mixing=mixing)
+        self._store.put({_STORED: self._partition.encoded().decode()})
+        log.info("groups: %s", "; ".join(", ".join(group) for group in groups))
+
+    def _round(self, number: int) -> RoundSums:
+        if self._current is None or number != self._current.round:
+            raise Refusal(
+                RefusalKind.PRECONDITION,
+                "NO_SUM",
+                f"round {number} has no open sums: it is over, or the server was started again in it",
+                "go on with the next round",
+            )
+        return self._current
+
+    def _read(self, number: int) -> RoundTotals:
+        """What is stored of a round; no sums where nothing is."""
+        if self._partition is None:
+            raise AssertionError("totals without groups")
+        count = len(self._partition.groups)
+        try:
+            found = {
+                name: bytes(self._blobs.read("sums", number, name))
+                for name in (f"group-{index}" for index in range(count))
+            }
+        except MissingBlobError:
+            # Before the round is closed: it was cut short by a restart, or nobody has come yet.
+            return RoundTotals(number, ((),) * count, (b"",) * count)
+        return RoundTotals.from_messages(number, found, count)
+
+
+def is_sum_step(step: str) -> bool:
+    """Whether a message of the relay belongs to a sum."""
+    return step in (*STEPS, PARTITION, TOTALS)

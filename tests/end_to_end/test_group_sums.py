@@ -1,0 +1,177 @@
+"""Federations that share noisy sums of their groups: the real session, server, ledger and secure sums."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from end_to_end.federation_of_vectors import (
+    PROFILE,
+    Client,
+    VectorLearner,
+    coordinator_of,
+    in_process,
+    make_federation,
+    run_all,
+)
+from fedmosaic.client.planning import AdapterPlan, group_grid
+from fedmosaic.privacy.accounting.events import GaussianEvent
+from fedmosaic.privacy.federation.roster import AdapterTerms, GroupSumTerms, ScheduleTerms, Terms
+from fedmosaic.privacy.mechanism.gaussian import clipped_sum
+from fedmosaic.privacy.mechanism.shares import noisy_share
+
+MEMBERS = tuple(f"m{number:02}" for number in range(9))
+SIGMA = 2.0
+
+
+def group_terms(rounds=4, *, groups=1, minimum=6, colluders=1, deadline=60):
+    return Terms.model_validate(
+        {
+            "adapter": AdapterTerms(rank=4, blocks=2, target_modules=("a", "b"), protection="distributed-dp"),
+            "adapter_privacy": {"steps_per_round": 1, "expected_batch_size": 10, "target_epsilon": 50.0},
+            "group_sums": GroupSumTerms(
+                groups=groups,
+                minimum_contributors=minimum,
+                colluders=colluders,
+                noise_multiplier=SIGMA,
+                learning_rate=0.1,
+            ),
+            "profile": PROFILE,
+            "schedule": ScheduleTerms(rounds=rounds, quorum=4, round_deadline_seconds=deadline),
+            "encryption": {"backend": "plain"},
+        }
+    )
+
+
+@dataclass
+class PullingLearner(VectorLearner):
+    """Every example pulls the shared branch towards one point; what it was given is kept."""
+
+    shares: dict[int, np.ndarray] = field(default_factory=dict)
+    branches: list[np.ndarray] = field(default_factory=list)
+    personal: list[int] = field(default_factory=list)
+    dies_in: int = 0
+
+    def load_shared(self, vector):
+        self.local = vector
+        self.branches.append(vector)
+
+    def group_share(self, round_number, members, releases):
+        if round_number == self.dies_in:
+            raise KeyboardInterrupt
+        grid = group_grid(self.terms, members)
+        releases.charge_adapter(round_number, GaussianEvent(SIGMA, 0.1, 1))
+        rows = np.tile(self.local - 1.0, (10, 1))
+        share = noisy_share(clipped_sum(rows, 1.0, grid.steps), grid, releases.randomness)
+        self.shares[round_number] = share
+        return share
+
+    def train_personal(self, round_number):
+        self.personal.append(round_number)
+
+
+@dataclass
+class Member(Client):
+    """A client whose learner pulls."""
+
+    plan: AdapterPlan = field(default_factory=lambda: AdapterPlan(SIGMA, 0.1))
+
+    def make_learner(self, agreed):
+        return PullingLearner(self.seed, agreed)
+
+
+@pytest.fixture
+def federation(tmp_path):
+    made = []
+
+    def make(agreed, members=MEMBERS):
+        directory = make_federation(tmp_path / "federation", agreed, members)
+        coordinator = coordinator_of(directory)
+        clients = {name: Member(directory, name, seed) for seed, name in enumerate(members)}
+        made.extend([coordinator, *clients.values()])
+        return coordinator, clients
+
+    yield make
+    for part in made:
+        part.close()
+
+
+def run(coordinator, clients):
+    return run_all({name: client.session(in_process(coordinator, name)) for name, client in clients.items()})
+
+
+def test_all_members_hold_the_branch_that_the_sums_make(federation):
+    coordinator, clients = federation(group_terms(rounds=6))
+    assert not run(coordinator, clients)
+    learners = [client.learner for client in clients.values()]
+    first = learners[0]
+    assert all(np.array_equal(learner.local, first.local) for learner in learners)
+    assert first.local.mean() > 0.1, "the steps go where the examples pull"
+    assert all(learner.personal == [6] for learner in learners)
+    grid = group_grid(first.terms, len(MEMBERS))
+    for total in coordinator._sums._totals:
+        plain = sum(learner.shares[total.round] for learner in learners)
+        words = np.frombuffer(total.vectors[0], dtype="<i4")
+        assert np.array_equal(words, plain), "the sum is of the shares that were drawn, exactly"
+        assert grid.bits == 32
+    for client in clients.values():
+        rows = [row for row in client.ledger.export() if row.channel == "adapter"]
+        assert [row.kind for row in rows] == ["RESERVED", "RELEASED"] * 5
+        assert {row.event().noise_multiplier for row in rows if row.kind == "RESERVED"} == {SIGMA}
+
+
+def test_a_member_that_is_killed_is_left_out_and_comes_back(federation):
+    coordinator, clients = federation(group_terms(rounds=5, deadline=3))
+    sessions = {name: client.session(in_process(coordinator, name)) for name, client in clients.items()}
+    clients["m03"].learner.dies_in = 3
+    errors = run_all(sessions)
+    assert set(errors) == {"m03"}
+    contributors = {total.round: set(total.contributors[0]) for total in coordinator._sums._totals}
+    assert contributors[2] == set(MEMBERS)
+    assert contributors[4] == set(MEMBERS) - {"m03"}
+    clients["m03"].close()
+    assert not run_all({"m03": clients["m03"].session(in_process(coordinator, "m03"))})
+    assert np.array_equal(clients["m03"].learner.local, clients["m00"].learner.local), "made from the sums"
+
+
+def test_groups_follow_the_profiles_and_mix_their_sums(federation):
+    agreed = group_terms(rounds=3, groups=2, minimum=4)
+    members = tuple(f"m{number:02}" for number in range(8))
+    coordinator, clients = federation(agreed, members)
+    for number, client in enumerate(clients.values()):
+        client.seed = number % 2
+    assert not run(coordinator, clients)
+    partition = coordinator._sums._partition
+    assert partition.groups == (members[0::2], members[1::2])
+    assert all(partition.mixing[name][number % 2] > 0.5 for number, name in enumerate(members))
+
+
+def test_a_server_that_tells_one_member_other_sums_leaves_it_without_one(federation):
+    coordinator, clients = federation(group_terms(rounds=4, deadline=3))
+    honest = coordinator.read_key_messages
+
+    def lying(client, epoch, stage):
+        found = honest(client, epoch, stage)
+        if client == "m00" and stage == "sum-totals" and found:
+            name, content = next(iter(found.items()))
+            return {name: content[:-1] + bytes([content[-1] ^ 1])}
+        return found
+
+    coordinator.read_key_messages = lying
+    assert not run(coordinator, clients)
+    contributors = {total.round: set(total.contributors[0]) for total in coordinator._sums._totals}
+    assert "m00" in contributors[2]
+    assert "m00" not in contributors[3]
+
+
+def test_too_few_members_form_no_sum_and_one_that_does_not_begin_costs_nothing(federation):
+    coordinator, clients = federation(group_terms(rounds=3, minimum=9, deadline=3))
+    sessions = {name: client.session(in_process(coordinator, name)) for name, client in clients.items()}
+    clients["m03"].learner.dies_in = 2
+    assert set(run_all(sessions)) == {"m03"}
+    assert all(not any(total.vectors) for total in coordinator._sums._totals)
+    first = clients["m00"].learner
+    assert not first.local.any(), "no sum, no step"
+    charged = {row.round for row in clients["m00"].ledger.export() if row.channel == "adapter"}
+    assert charged == {2}, "in round 3 too few opened the sum, and nobody paid for it"
+    assert first.personal == [3]

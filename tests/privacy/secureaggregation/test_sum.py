@@ -1,0 +1,356 @@
+"""Secure sums against plain ones, with members that vanish, and against a server that cheats."""
+
+import random
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmosaic.privacy.secureaggregation.collector import SumCollector
+from fedmosaic.privacy.secureaggregation.masks import (
+    expand,
+    from_words,
+    pack,
+    pair_mask_key,
+    self_mask_key,
+    to_words,
+    unpack,
+)
+from fedmosaic.privacy.secureaggregation.member import SumMember
+from fedmosaic.privacy.secureaggregation.messages import Opening, Unmasking, sign_opening
+from fedmosaic.privacy.secureaggregation.shamir import PRIME, combine, lagrange_weights, share
+from fedmosaic.privacy.secureaggregation.terms import SumTerms
+from fedmosaic.protos.errors import EncryptionError
+
+SIZE = 7
+
+
+class Group:
+    """Members and server of one sum in one process, and who vanishes before which step (1 to 5)."""
+
+    def __init__(self, count, minimum, colluders, *, bits=32, size=SIZE, seed=0, vanish=None):
+        self.random = random.Random(seed)
+        self.names = [f"m{number:03}" for number in range(count)]
+        self.identities = {name: Ed25519PrivateKey.from_private_bytes(self.bytes(32)) for name in self.names}
+        keys = {name: key.public_key().public_bytes_raw() for name, key in self.identities.items()}
+        self.terms = SumTerms(bytes(32), tuple(self.names), keys, minimum, colluders, size, bits)
+        self.vanish = vanish or {}
+        self.members = {
+            name: SumMember(self.terms, name, self.identities[name], self.bytes) for name in self.names
+        }
+        self.server = SumCollector(self.terms)
+        numbers = np.random.default_rng(seed)
+        self.vectors = {
+            name: numbers.integers(-(2 ** (bits - 1)) // count, 2 ** (bits - 1) // count, size)
+            for name in self.names
+        }
+
+    def bytes(self, count):
+        return self.random.randbytes(count)
+
+    def present(self, step):
+        return [name for name in self.names if self.vanish.get(name, 6) > step]
+
+    def open_and_share(self):
+        for name in self.present(1):
+            self.server.add_opening(name, self.members[name].open())
+        openings = self.server.close_openings()
+        for name in self.present(2):
+            self.server.add_envelopes(name, self.members[name].share(openings))
+
+    def send_vectors(self):
+        for name in self.present(3):
+            self.members[name].accept(self.server.envelopes_for(name))
+            self.server.add_vector(name, self.members[name].mask(self.vectors[name]))
+
+    def unmask(self):
+        survivors = self.server.close_vectors()
+        for name in self.present(4):
+            self.server.add_signature(name, self.members[name].agree(survivors))
+        for name in self.present(5):
+            self.server.add_unmasking(name, self.members[name].unmask(self.server.signatures()))
+        return survivors, self.server.finish()
+
+    def run(self):
+        self.open_and_share()
+        self.send_vectors()
+        return self.unmask()
+
+
+@given(
+    count=st.integers(4, 9),
+    bits=st.sampled_from([9, 24, 32, 33, 40, 62]),
+    seed=st.integers(0, 2**32),
+    data=st.data(),
+)
+def test_the_sum_is_that_of_the_contributors_whoever_vanishes(count, bits, seed, data):
+    colluders = data.draw(st.integers(1, max(1, (count - 1) // 3)))
+    terms_threshold = (count + colluders) // 2 + 1
+    gone = data.draw(st.integers(0, count - terms_threshold))
+    leavers = data.draw(st.permutations(range(count)))[:gone]
+    vanish = {f"m{number:03}": data.draw(st.integers(2, 5)) for number in leavers}
+    group = Group(count, max(colluders + 1, terms_threshold), colluders, bits=bits, seed=seed, vanish=vanish)
+    survivors, total = group.run()
+    assert survivors == tuple(group.present(3))
+    assert np.array_equal(total, sum(group.vectors[name] for name in survivors))
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
+def test_more_who_vanish_than_the_terms_allow_end_the_sum(step):
+    group = Group(10, 7, 3, vanish={f"m{number:03}": step for number in range(4)})
+    with pytest.raises(EncryptionError, match=r"needs 7|needed|7 must"):
+        group.run()
+
+
+@given(st.integers(0, PRIME - 1), st.integers(1, 8), st.integers(0, 2**32))
+def test_any_k_shares_give_the_secret_and_one_fewer_another_number(secret, threshold, seed):
+    source = random.Random(seed)
+    shares = share(secret, threshold, 8, source.randbytes)
+    points = sorted(source.sample(range(1, 9), threshold))
+    given_ = {point: shares[point - 1] for point in points}
+    assert combine(given_, lagrange_weights(points)) == secret
+    if threshold > 1:
+        fewer = points[1:]
+        assert combine({p: shares[p - 1] for p in fewer}, lagrange_weights(fewer)) != secret
+
+
+@given(st.sampled_from([8, 13, 32, 33, 62]), st.integers(0, 2**32))
+def test_packed_words_come_back(bits, seed):
+    values = np.random.default_rng(seed).integers(-(2 ** (bits - 1)), 2 ** (bits - 1), 11)
+    words = to_words(values, bits)
+    assert len(pack(words, bits)) == (11 * bits + 7) // 8
+    assert np.array_equal(from_words(unpack(pack(words, bits), 11, bits), bits), values)
+
+
+def test_masks_are_uniform_in_every_bit():
+    mask = expand(bytes(range(32)), 20_000, 62)
+    ones = [(mask >> np.uint64(bit) & np.uint64(1)).mean() for bit in range(62)]
+    # Five standard deviations of 20,000 fair bits, rounded up.
+    assert all(abs(share_of_ones - 0.5) < 0.02 for share_of_ones in ones)
+
+
+def test_what_the_server_sees_before_the_end_says_nothing():
+    """Two runs that differ in the data alone send words whose difference is the data only after all masks."""
+    seen = []
+    for shift in (0, 1000):
+        group = Group(6, 5, 1)
+        group.vectors["m000"] = group.vectors["m000"] + shift
+        group.open_and_share()
+        group.members["m000"].accept(group.server.envelopes_for("m000"))
+        masked = group.members["m000"].mask(group.vectors["m000"])
+        seen.append(unpack(masked, SIZE, 32))
+    assert np.array_equal(seen[1] - seen[0], np.full(SIZE, 1000, np.uint32)), "one stream masks both runs"
+    fresh = Group(6, 5, 1, seed=1)
+    fresh.open_and_share()
+    fresh.members["m000"].accept(fresh.server.envelopes_for("m000"))
+    other = fresh.members["m000"].mask(fresh.vectors["m000"])
+    assert not np.array_equal(unpack(other, SIZE, 32), seen[0])
+
+
+def _colluding_shares(group, colluders, kind, victim):
+    """What t members hold of a victim's secret, by point."""
+    order = sorted(group.names)
+    return {order.index(name) + 1: group.members[name]._held[victim][kind] for name in colluders}
+
+
+def test_server_and_t_members_cannot_take_the_masks_off_one_vector():
+    """They have own shares, and what honest members give for one list, and try the victim's self-mask."""
+    group = Group(10, 7, 3)
+    group.open_and_share()
+    group.send_vectors()
+    victim, colluders = "m009", ["m000", "m001", "m002"]
+    # Honest members are told that the victim vanished, so they give shares of its mask key.
+    without = tuple(name for name in group.names if name != victim)
+    signatures = {name: group.members[name].agree(without) for name in without}
+    honest = [name for name in without if name not in colluders]
+    given_ = {name: group.members[name].unmask(signatures) for name in honest}
+    assert all(
+        victim in message.mask_keys and victim not in message.self_masks for message in given_.values()
+    )
+    shares = _colluding_shares(group, colluders, 0, victim)
+    guess = combine(shares, lagrange_weights(list(shares)))
+    assert guess != group.members[victim]._self_seed
+    stripped = expand(self_mask_key(guess, group.terms.digest()), SIZE, 32)
+    actual = expand(self_mask_key(group.members[victim]._self_seed, group.terms.digest()), SIZE, 32)
+    assert not np.array_equal(stripped, actual)
+    # Nor will anybody give the other kind any more.
+    for name in honest:
+        with pytest.raises(EncryptionError, match="step"):
+            group.members[name].unmask(signatures)
+
+
+def test_two_lists_cannot_both_be_signed_by_enough():
+    """Every honest member signs once; a list needs k signatures and t members sign everything."""
+    for count in range(4, 40):
+        for colluders in range(1, (count - 1) // 3 + 1):
+            group_threshold = (count + colluders) // 2 + 1
+            honest = count - colluders
+            assert 2 * (group_threshold - colluders) > honest
+            assert count - group_threshold >= colluders - 1, "that many may vanish"
+
+
+def test_a_server_that_shows_different_lists_gets_nothing():
+    group = Group(10, 7, 3)
+    group.open_and_share()
+    group.send_vectors()
+    first, second = tuple(group.names[:8]), tuple(group.names[2:])
+    signatures = {}
+    for name in group.names:
+        chosen = first if name in first and name not in group.names[5:8] else second
+        if name in chosen:
+            signatures.setdefault(chosen, {})[name] = group.members[name].agree(chosen)
+    for chosen, signed in signatures.items():
+        for name in signed:
+            with pytest.raises(EncryptionError, match="agree on the contributors, 7 must"):
+                group.members[name].unmask(signed)
+        assert len(signed) < group.terms.threshold(10), chosen
+
+
+def test_a_server_that_shows_different_openings_is_found_out():
+    group = Group(8, 5, 1)
+    openings = {name: group.members[name].open() for name in group.names}
+    half = {name: openings[name] for name in group.names[:6]}
+    sealed = {
+        name: group.members[name].share(half if name == "m000" else openings) for name in group.names[:6]
+    }
+    with pytest.raises(EncryptionError, match="of another sum"):
+        group.members["m000"].accept({"m001": sealed["m001"]["m000"]})
+
+
+def test_masks_of_those_who_are_to_vanish_do_not_hide_a_vector_alone():
+    """The server gives a victim envelopes of members alone whose mask keys it is about to be given.
+
+    The others sign that the victim contributes and that those members vanished: shares of the victim's
+    self-mask and of their mask keys then come, and it has a mask in common with nobody else.
+    """
+    group = Group(20, 6, 2)
+    group.open_and_share()
+    colluders, vanishing = {"m000", "m001"}, {"m016", "m017", "m018"}
+    envelopes = group.server.envelopes_for("m019")
+    few = {name: envelopes[name] for name in colluders | vanishing}
+    assert len(few) + 1 == group.terms.minimum
+    with pytest.raises(EncryptionError, match="6 members shared their masks, 12 of 20 are needed"):
+        group.members["m019"].accept(few)
+
+
+def test_whom_a_member_shares_masks_with_always_has_an_honest_signer():
+    for count in range(4, 40):
+        for colluders in range(1, (count - 1) // 3 + 1):
+            honest_of_needed = (count + colluders) // 2 + 1 - colluders
+            assert 2 * honest_of_needed > count - colluders
+
+
+def test_a_member_that_opens_with_anothers_key_has_no_mask_of_that_one():
+    group = Group(5, 4, 1)
+    own, copied = group.members["m002"]._mask_key, group.members["m001"]._mask_key
+    honest, copy = (
+        pair_mask_key(own, copied.public_key().public_bytes_raw(), bytes(32), ("m002", other))
+        for other in ("m001", "m003")
+    )
+    assert honest != copy
+    assert honest == pair_mask_key(copied, own.public_key().public_bytes_raw(), bytes(32), ("m001", "m002"))
+
+
+def test_contributors_are_counted_once_each():
+    group = Group(5, 4, 1)
+    group.open_and_share()
+    group.send_vectors()
+    with pytest.raises(EncryptionError, match="a sum needs 4"):
+        group.members["m000"].agree(["m000", "m000", "m001", "m001"])
+
+
+def test_a_repeated_or_early_step_is_refused():
+    member = Group(5, 4, 1).members["m000"]
+    with pytest.raises(EncryptionError, match="the next is 'open'"):
+        member.agree(["m000"])
+    member.open()
+    with pytest.raises(EncryptionError, match="the next is 'share'"):
+        member.open()
+
+
+def _changed(value):
+    return bytes([value[0] ^ 1]) + value[1:]
+
+
+@pytest.mark.parametrize("field", ["mask_key", "envelope_key", "signature"])
+def test_an_opening_that_its_member_did_not_sign_is_refused_by_name(field):
+    group = Group(5, 4, 1)
+    openings = {name: group.members[name].open() for name in group.names}
+    parts = {key: getattr(openings["m003"], key) for key in ("mask_key", "envelope_key", "signature")}
+    openings["m003"] = Opening(**{**parts, field: _changed(parts[field])})
+    with pytest.raises(EncryptionError, match="'m003' is not signed"):
+        group.members["m000"].share(openings)
+
+
+def test_an_opening_of_another_round_is_refused():
+    group = Group(5, 4, 1)
+    context = SumTerms(b"\1" * 32, group.terms.members, group.terms.identity_keys, 4, 1, SIZE)
+    late = SumMember(context, "m003", group.identities["m003"]).open()
+    openings = {name: group.members[name].open() for name in group.names} | {"m003": late}
+    with pytest.raises(EncryptionError, match="'m003' is not signed by it for this sum"):
+        group.members["m000"].share(openings)
+
+
+def test_an_envelope_that_was_altered_is_refused_by_name():
+    group = Group(5, 4, 1)
+    group.open_and_share()
+    envelopes = group.server.envelopes_for("m000")
+    with pytest.raises(EncryptionError, match="'m002' was altered"):
+        group.members["m000"].accept(envelopes | {"m002": _changed(envelopes["m002"])})
+
+
+def test_the_server_refuses_what_does_not_belong_to_the_sum():
+    group = Group(5, 4, 1)
+    group.open_and_share()
+    with pytest.raises(EncryptionError, match="'m009'"):
+        group.server.add_vector("m009", bytes(4 * SIZE))
+    with pytest.raises(EncryptionError, match="27 bytes, expected 28"):
+        group.server.add_vector("m000", bytes(4 * SIZE - 1))
+    group.send_vectors()
+    with pytest.raises(EncryptionError, match="has sent one"):
+        group.server.add_vector("m000", bytes(4 * SIZE))
+    survivors = group.server.close_vectors()
+    signature = group.members["m000"].agree(survivors)
+    with pytest.raises(EncryptionError, match="'m001' did not sign"):
+        group.server.add_signature("m001", signature)
+    with pytest.raises(EncryptionError, match="other members than those"):
+        group.server.add_unmasking("m000", Unmasking({"m000": 1}, {}))
+
+
+def test_lying_about_a_mask_key_is_noticed():
+    group = Group(10, 7, 3, vanish={"m000": 3})
+    group.open_and_share()
+    group.send_vectors()
+    survivors = group.server.close_vectors()
+    for name in survivors:
+        group.server.add_signature(name, group.members[name].agree(survivors))
+    for name in survivors:
+        honest = group.members[name].unmask(group.server.signatures())
+        lie = {"m000": (honest.mask_keys["m000"] + 1) % PRIME} if name == "m001" else honest.mask_keys
+        group.server.add_unmasking(name, Unmasking(honest.self_masks, lie))
+    with pytest.raises(EncryptionError, match="do not fit together"):
+        group.server.finish()
+
+
+@pytest.mark.parametrize(
+    ("count", "minimum", "colluders"),
+    [(6, 7, 1), (6, 3, 3), (6, 4, 0)],
+)
+def test_terms_that_protect_nobody_are_refused(count, minimum, colluders):
+    with pytest.raises(EncryptionError, match="contributors"):
+        Group(count, minimum, colluders)
+
+
+def test_a_key_of_small_order_is_refused():
+    group = Group(5, 4, 1)
+    cheat = group.identities["m003"]
+    openings = {name: group.members[name].open() for name in group.names}
+    openings["m003"] = sign_opening(group.terms, "m003", bytes(32), bytes(32), cheat)
+    for refusing in (
+        lambda: group.members["m000"].share(openings),
+        lambda: group.server.add_opening("m003", openings["m003"]),
+    ):
+        with pytest.raises(EncryptionError, match="'m003' opened with a key of small order"):
+            refusing()
