@@ -1,4 +1,4 @@
-"""`fedmosaic experiments scale`: how time and memory grow with the number of clients, in one process.
+"""`python -m benchmarks.scale`: how time and memory grow with the number of clients, in one process.
 
 Synthetic examples, a small model, plain back end, no scoring: what is measured is the sessions, the server
 and the swapping of adapters. Each size runs in a process of its own, so that its peak memory is its own.
@@ -81,8 +81,8 @@ class Figures:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run `fedmosaic experiments scale` with its arguments."""
-    parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic experiments scale")
+    """Run the benchmark with its arguments."""
+    parsed = tyro.cli(Arguments, args=list(arguments), prog="python -m benchmarks.scale")
     if min(parsed.clients, default=0) < 4:
         raise ConfigurationError(
             f"clients is {parsed.clients}; give at least 4 clients, which the policy needs"

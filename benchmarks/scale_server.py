@@ -1,4 +1,4 @@
-"""The server's side of `fedmosaic experiments scale`: real rounds of random adapters, without any model.
+"""The server's side of `python -m benchmarks.scale`: real rounds of random adapters, without any model.
 
 Founding, signatures, admission, relevance, weights and sums are those of a federation; only what clients
 would train and probe is drawn at random. It shows how the server's work grows, in seconds per round.

@@ -23,11 +23,11 @@ Role = Literal["adapter", "shared", "gate"]
 """Group of trainable tensors with a learning rate of its own."""
 
 
-CORE_RATE: Final = 5.0
+CORE_RATE: Final = 3.0
 """Of P and Q over LoRA's A and B. A core has r² entries where B has d·r: with one rate for both, a step of
 Adam moves the map B P A by √(d/r) less, in r directions of a frozen basis. Measured: docs/experiments.md."""
 
-GATE_RATE: Final = 10.0
+GATE_RATE: Final = 3.0
 """Of the gates over LoRA's A and B: with one rate for both, a gate's weight stays at one half in a run."""
 
 
@@ -213,9 +213,9 @@ class TrainingSettings(Frozen):
 
     Attributes:
         learning_rate: Learning rate of LoRA's A and B, and of any other trainable tensor.
-        shared_learning_rate: Learning rate of the Co-LoRA cores P and Q. By default 5 times `learning_rate`;
+        shared_learning_rate: Learning rate of the Co-LoRA cores P and Q. By default 3 times `learning_rate`;
             under ``dp`` it is `learning_rate`, because noise moves P and Q as far as signal does.
-        gate_learning_rate: Learning rate of the gates; by default 10 times `learning_rate`.
+        gate_learning_rate: Learning rate of the gates; by default 3 times `learning_rate`.
         steps: Optimizer steps of one round.
         per_device_train_batch_size: Examples per forward pass.
         gradient_accumulation_steps: Forward passes per optimizer step; private steps ignore it.

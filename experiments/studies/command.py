@@ -18,10 +18,6 @@ STUDIES: Final[dict[str, tuple[str, str]]] = {
         "fedmosaic.experiments.studies.sharing",
         "What sharing brings under differential privacy, against the number of members.",
     ),
-    "scale": (
-        "benchmarks.scale",
-        "Seconds, server seconds and memory of 10, 100 and 500 clients in one process.",
-    ),
 }
 
 
