@@ -12,12 +12,13 @@ _COLUMNS = 80
 
 
 def epsilon_line(statement: PrivacyStatement) -> str:
-    """The member's ε over all that it sent, towards the server and towards recipients, in one line."""
+    """The member's ε over all that it sent, towards the server and towards colluding recipients."""
     found = guarantees(statement, "joint")
     server, recipients = found["server_honest_but_curious"].epsilon, found["colluding_recipients"].epsilon
     void = "NO GUARANTEE (test noise): " if statement.no_guarantee else ""
     return (
-        f"{void}ε = {epsilon_text(server)} towards the server, {epsilon_text(recipients)} towards recipients "
+        f"{void}ε = {epsilon_text(server)} towards the server, {epsilon_text(recipients)} towards "
+        f"recipients who work together "
         f"(one example, δ {statement.clients[0].delta:.0e})"
     )
 
