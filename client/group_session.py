@@ -28,6 +28,7 @@ from fedmosaic.client.session import Session
 from fedmosaic.client.state import ClientState
 from fedmosaic.client.transport.grpc import Transport
 from fedmosaic.privacy.federation.roster import Roster
+from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.secureaggregation.masks import from_words, unpack
 from fedmosaic.privacy.secureaggregation.member import SumMember
 from fedmosaic.privacy.secureaggregation.partition import NO_ROUND, Partition, RoundTotals, sum_context
@@ -38,6 +39,8 @@ from fedmosaic.protos.refusal import Refusal
 
 log = logging.getLogger(__name__)
 
+_PERSONAL: Final = "personal-trained"
+"""Empty file of a state directory whose newest adapter has the personal branch of the run's end."""
 _SECONDS_PER_READ: Final = 60.0
 
 
@@ -100,10 +103,14 @@ class GroupSession(Session):
         return self._push(upload)
 
     def _after_last_round(self, enrolled: Enrolled) -> None:
+        done = self._state.directory / _PERSONAL
+        if done.exists():
+            return  # and stands in the adapter that was resumed
         self._pull(enrolled.rounds + 1)
         self._receive_sums(enrolled.rounds + 1)
         self._group_learner.train_personal(enrolled.rounds)
         self._state.replace_adapter(enrolled.rounds, self._learner.save)
+        write_atomically(done, b"")
 
     def _receive_sums(self, round_number: int) -> None:
         """Take the public steps of all rounds before this one."""

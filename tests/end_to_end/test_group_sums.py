@@ -108,6 +108,9 @@ def test_all_members_hold_the_branch_that_the_sums_make(federation):
     assert all(np.array_equal(learner.local, first.local) for learner in learners)
     assert first.local.mean() > 0.1, "the steps go where the examples pull"
     assert all(learner.personal == [6] for learner in learners)
+    clients["m00"].close()
+    clients["m00"].session(in_process(coordinator, "m00")).run()
+    assert clients["m00"].learner.personal == [], "a run that is over trains nothing again"
     grid = group_grid(first.terms, len(MEMBERS))
     for total in coordinator._sums._totals:
         plain = sum(learner.shares[total.round] for learner in learners)
