@@ -27,7 +27,6 @@ from fedmosaic.client.progress import Progress
 from fedmosaic.client.records import profile_path
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import SessionRecord, check_run, read_record
-from fedmosaic.client.transport.connection import check_certificate
 from fedmosaic.client.transport.grpc import GrpcTransport
 from fedmosaic.client.transport.traffic import Traffic
 from fedmosaic.privacy.encryption.layout import upload_payload_bytes
@@ -219,7 +218,7 @@ class Preflight:
         )
 
     def _check_certificate(self) -> str:
-        certificate = check_certificate(self.kit.tls_certificate, self.kit.authority)
+        certificate = identity.check_certificate(self.kit.tls_certificate, self.kit.authority)
         identity.read_private(self.kit.tls_key)
         return f"valid until {certificate.not_valid_after_utc:%Y-%m-%d}"
 

@@ -28,7 +28,7 @@ from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState
 from fedmosaic.experiments.comparison import report
 from fedmosaic.privacy.configuration import read_configuration
-from fedmosaic.privacy.federation import kits as federation
+from fedmosaic.privacy.federation import consortium
 from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
 from fedmosaic.privacy.federation.roster import AdapterPrivacyTerms, AdapterTerms, ScheduleTerms, Terms
 from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, read_ledger
@@ -98,7 +98,7 @@ def found(place: Path, name: str, protection: str = "none", **schedule: int) -> 
         allow_plaintext=True,
     )
     config = FederationConfig(federation="f", members=tuple(MemberEntry(id=m) for m in MEMBERS), terms=terms)
-    federation.create(config, place / name)
+    consortium.create(config, place / name)
     (place / name / "server" / "server.toml").write_text('listen = "127.0.0.1:0"\nstate_dir = "state"\n')
     return place / name
 

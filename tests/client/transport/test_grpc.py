@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmosaic.client.transport import connection
-from fedmosaic.client.transport.connection import Patience, check_certificate
+from fedmosaic.client.transport.connection import Patience
 from fedmosaic.client.transport.grpc import GrpcTransport
 from fedmosaic.privacy.federation import identity
 from fedmosaic.protos import bounds, wire
@@ -385,13 +385,13 @@ def test_own_certificates_are_checked_before_the_server_sees_them(
     kit: Path, foreign: identity.Authority, dial: Any
 ) -> None:
     now, certificate, authority = dt.datetime.now(dt.UTC), kit / "tls.pem", kit / "authority.pem"
-    assert check_certificate(certificate, authority).subject
+    assert identity.check_certificate(certificate, authority).subject
     for then, words in (
         (now + dt.timedelta(days=91), "expired on"),
         (now - dt.timedelta(days=1), "is valid from"),
     ):
         with pytest.raises(IdentityError, match=words):
-            check_certificate(certificate, authority, then)
+            identity.check_certificate(certificate, authority, then)
     other = foreign.certificate.public_bytes(serialization.Encoding.PEM)
     authority.write_bytes(other)
     with pytest.raises(IdentityError, match="take all files from one kit"):
