@@ -99,7 +99,7 @@ class Participant:
             progress: told of every stage.
         """
         roster, client_id = kit.roster, kit.member_id()
-        identity = Identity(client_id, kit.signing_key())
+        identity = Identity.of(kit)
         encrypted = roster.terms.adapter.encrypted
         keys = state.directory / "keys"
         keyring = Keyring(client_id, identity.signing_key, roster, transport, keys) if encrypted else None
@@ -108,16 +108,16 @@ class Participant:
         parts = (state, releases, protection, progress)
         if roster.terms.adapter.in_group_sums:
             self.session: Session = GroupSession(
-                identity, roster, transport, cast(GroupLearner, learner), *parts
+                kit, identity, transport, cast(GroupLearner, learner), *parts
             )
         else:
-            self.session = Session(identity, roster, transport, learner, *parts)
-        self._roster, self._client_id, self._ledger, self._plan = roster, client_id, ledger, plan
+            self.session = Session(kit, identity, transport, learner, *parts)
+        self._client_id, self._ledger, self._plan = client_id, ledger, plan
 
     def statement_inputs(self) -> StatementInputs:
         """What the statements of this member are made from, as the ledger stands now."""
         return statement_inputs(
-            self._roster,
+            self.session.roster,
             self.state.record.run_id,
             self._client_id,
             self._ledger,
