@@ -214,9 +214,9 @@ def _approve(console: Console, command: Approve) -> None:
     requests = [read_request(path) for path in command.requests]
     told = {_digits(text) for text in command.fingerprint}
     for request in requests:
-        console.print(f"{request.who}, fingerprint {request.fingerprint}")
         matching = told & {_digits(request.fingerprint)}
         _compare(request.who, request.fingerprint, next(iter(matching or told), ""))
+        console.print(f"{request.who}: fingerprint {request.fingerprint}, as it was read")
     passphrase = _passphrase(command.directory, command.passphrase_fd)
     approval = consortium.approve(command.directory, requests, passphrase, replace=command.replace)
     if approval.waiting:
