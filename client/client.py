@@ -49,7 +49,6 @@ from fedmosaic.client.statement import (
 from fedmosaic.client.transport.grpc import Transport
 from fedmosaic.client.transport.traffic import Traffic
 from fedmosaic.privacy.configuration import parse_json, read_configuration
-from fedmosaic.privacy.federation.identity import read_certificate
 from fedmosaic.privacy.federation.kits import Kit, open_kit
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.ledger.ledger import Ledger, data_epoch
@@ -62,7 +61,6 @@ from fedmosaic.protos.errors import ConfigurationError, ModelError, StateError
 log = logging.getLogger("fedmosaic.client")
 RESULT = "result.json"
 TRAFFIC = "traffic.json"
-CERTIFICATE_EXPIRES = "certificate_expires"
 NOTHING_RECEIVED = (
     "YOU RECEIVED NOTHING from the other members in any of the {rounds} rounds: this client trained alone. "
     "The lines 'no … aggregate' above tell why, round by round; a policy needs enough members that contribute"
@@ -241,7 +239,7 @@ class Client:
             member = Participant(kit, checked.transport, learner, state, ledger, plan, releases, progress)
             SavedModel.of(settings, kit.roster, kit.member_id()).write(state.directory)
             result = ResultFile(state.directory / RESULT)
-            result.put_expiry(kit)
+            result.put("certificate_expires", kit.expires.isoformat())
             if not result.has("before"):
                 result.put_scores("before", learner.evaluate())
             started = time.monotonic()
@@ -306,7 +304,7 @@ def _conclude(
     facts, terms, state = member.statement_inputs(), kit.roster.terms, member.state
     received, rounds = state.record.received_rounds, terms.schedule.rounds
     result.put("received_rounds", received)
-    result.put_expiry(kit)
+    result.put("certificate_expires", kit.expires.isoformat())
     # Whether an aggregate could be used is for this client's own eyes; the server does not learn it.
     own = statement(facts)
     own = own if received else with_warning(own, NOTHING_RECEIVED.format(rounds=rounds))
@@ -364,10 +362,6 @@ class ResultFile:
         """Write a value, durably."""
         self._content[key] = value
         write_atomically(self._path, json.dumps(self._content, indent=2).encode())
-
-    def put_expiry(self, kit: Kit) -> None:
-        """Write when the certificate that is in the kit now expires."""
-        self.put(CERTIFICATE_EXPIRES, read_certificate(kit.tls_certificate).not_valid_after_utc.isoformat())
 
     def put_scores(self, when: str, scores: Mapping[str, Score]) -> None:
         """Write scores, what they measure, and which rows are right."""

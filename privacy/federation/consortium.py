@@ -70,14 +70,12 @@ class _Office:
     def federation(self) -> str:
         known = self.roster or self.founding
         if known is None:
-            raise ConfigurationError(
-                f"{self.directory} has neither a roster nor {_FOUNDING}; restore a backup"
-            )
+            raise ConfigurationError(f"{self.directory} has no roster and no {_FOUNDING}: restore them")
         return known.federation
 
-    def kept(self, member: str, folder: str = "approved") -> Path:
+    def kept(self, member: str) -> Path:
         """Where the approved request of a member lies, or of the server."""
-        place = self.directory / _PLACE / folder
+        place = self.directory / _PLACE / "approved"
         return place / "clients" / f"{member}.json" if member else place / "server.json"
 
     def approved(self, member: str) -> KeyRequest | None:
@@ -87,10 +85,10 @@ class _Office:
 
     def retire(self, member: str) -> None:
         """Put the approved request of a member aside: its keys are never taken again."""
-        if (path := self.kept(member)).exists():
-            aside = self.kept(f"{member}.until-{self.roster.serial if self.roster else 0}", "former")
-            aside.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(aside)
+        if (old := self.approved(member)) is not None:
+            former = self.directory / _PLACE / "former"
+            former.mkdir(exist_ok=True)
+            self.kept(member).replace(former / f"{old.tls_key_sha256}.json")
 
 
 def begin(
@@ -116,10 +114,7 @@ def begin(
 
 
 def create(config: FederationConfig, directory: Path, basis: Path | None = None) -> Roster:
-    """Found a federation on one machine: the keys of every party are made here, without a passphrase.
-
-    Args, and errors, as of `begin`.
-    """
+    """Found a federation on one machine: all keys are made here, without a passphrase; see `begin`."""
     with _made_at_once(config, directory, basis) as making:
         _begin(config, making, None)
         requests = [make_request(making / "server", config.federation, hosts=config.server.hosts)]
@@ -179,10 +174,8 @@ def _open(directory: Path, passphrase: str | None) -> _Office:
     place = directory / _PLACE
     if is_sealed(directory) and passphrase is None:
         raise IdentityError(f"the keys in {place} are under a passphrase, and none was given")
-    file = directory / kits.AUTHORITY_CERTIFICATE
-    if not file.exists():
-        file = place / kits.AUTHORITY_CERTIFICATE  # as a version before kept it
-    certificate = identity.read_certificate(file)
+    file = place / kits.AUTHORITY_CERTIFICATE  # where a version before kept it
+    certificate = identity.read_certificate(file if file.exists() else directory / kits.AUTHORITY_CERTIFICATE)
     key = identity.read_private_key(place / _AUTHORITY_KEY, passphrase)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise IdentityError(f"{place / _AUTHORITY_KEY}: expected a P-256 key, got {type(key).__name__}")

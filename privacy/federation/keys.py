@@ -288,10 +288,9 @@ def _ask(words: str, *, twice: bool = False) -> str:
 
 
 def _installed(kit: kits.Kit) -> str:
-    certificate = read_certificate(kit.tls_certificate)
     return (
         f"installed in {kit.directory}/: roster {kit.roster.serial} of federation {kit.roster.federation!r}, "
-        f"certificate valid until {certificate.not_valid_after_utc:%Y-%m-%d}\n"
+        f"certificate valid until {kit.expires:%Y-%m-%d}\n"
         f"  it names {len(kit.roster.members)} members; `fedmosaic keys show {kit.directory}` shows their "
         "fingerprints: ring them up and compare, so that nobody poses as one"
     )
@@ -324,18 +323,18 @@ def _tell_roster(console: Console, directory: Path, roster: Roster) -> None:
 
 
 def _show(console: Console, place: Path) -> None:
-    roster = kits.open_kit(place).roster
+    kit = kits.open_kit(place)
+    roster = kit.roster
     table = Table(title=f"federation {roster.federation}, roster {roster.serial} of {roster.issued}")
     for column in ("member", "family", "fingerprint", "certificate"):
         table.add_column(column, no_wrap=column == "fingerprint")
-    own = read_certificate(place / kits.TLS_CERTIFICATE) if (place / kits.TLS_CERTIFICATE).exists() else None
     for member in roster.members:
         shown = member_fingerprint(roster.federation, member.id, member.identity_key, member.tls_key_sha256)
         table.add_row(member.id, member.family or "-", shown, _validity(place, Path("clients", member.id)))
     table.add_row("(server)", "-", "-", _validity(place, Path("server")))
     console.print(table)
-    if own is not None:
-        console.print(f"the certificate here is {_left(own.not_valid_after_utc)}")
+    if kit.tls_certificate.exists():
+        console.print(f"the certificate here is {_left(kit.expires)}")
     console.print(f"consortium's fingerprint {consortium_fingerprint(place)}")
     console.print(f"roster's SHA-256 {roster.hash.hex()}")
 

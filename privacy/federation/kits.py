@@ -9,6 +9,7 @@
 `fedmosaic.privacy.federation.requests` makes the keys, `consortium` signs, `install` takes the answer in.
 """
 
+import datetime as dt
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,6 +144,11 @@ class Kit:
     def basis(self) -> Path:
         """The public basis of the profile mechanism, if it has one."""
         return self.directory / BASIS
+
+    @property
+    def expires(self) -> dt.datetime:
+        """When the certificate does; IdentityError if it cannot be read."""
+        return identity.read_certificate(self.tls_certificate).not_valid_after_utc
 
     def signing_key(self) -> Ed25519PrivateKey:
         """The client's Ed25519 identity key."""
