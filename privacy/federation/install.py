@@ -4,6 +4,7 @@ The answer to a request is public: certificate, roster, and what they are verifi
 have been chosen by somebody else, so nothing of the kit changes before all of it has been checked.
 """
 
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -83,8 +84,9 @@ def install(answer: Path, kit: Path, confirm: Callable[[str], None] | None) -> K
                 write_atomically(kit / name, content, durable=confirm is not None)
     pending = kit / kits.PENDING
     if pending.exists() and not (pending / kits.TLS_KEY).exists():
-        (pending / kits.REQUEST).replace(kit / kits.REQUEST)
-        pending.rmdir()
+        if (pending / kits.REQUEST).exists():
+            (pending / kits.REQUEST).replace(kit / kits.REQUEST)
+        shutil.rmtree(pending)
     return kits.open_kit(kit)
 
 
