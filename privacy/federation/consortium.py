@@ -22,14 +22,13 @@ from pathlib import Path
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedmosaic.privacy.configuration import read_configuration
+from fedmosaic.privacy.configuration import read_configuration, validate
 from fedmosaic.privacy.federation import identity, kits
 from fedmosaic.privacy.federation.install import install
 from fedmosaic.privacy.federation.kits import FederationConfig, ServerEntry, too_few
 from fedmosaic.privacy.federation.requests import KeyRequest, make_request, read_request
 from fedmosaic.privacy.federation.roster import Member, Roster
 from fedmosaic.privacy.files import sync_directory, write_atomically
-from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import ConfigurationError, IdentityError
 
 ANSWERS = "answers"
@@ -245,8 +244,6 @@ def _check_name(office: _Office, request: KeyRequest, *, replace: bool) -> None:
     present: KeyRequest | Member | None = office.approved(request.id)
     if roster is not None:
         present = next((member for member in roster.members if member.id == request.id), None)
-        if present is None and len(roster.members) >= bounds.MAX_MEMBERS:
-            raise ConfigurationError(f"a federation has at most {bounds.MAX_MEMBERS} members")
     elif founding is not None:
         entry = next((member for member in founding.members if member.id == request.id), None)
         if entry is None or (entry.family and entry.family != request.family):
@@ -315,7 +312,7 @@ def _next(roster: Roster, members: tuple[Member, ...]) -> Roster:
     if members == roster.members:
         return roster
     changes = {"serial": roster.serial + 1, "issued": _today(), "members": [dict(m) for m in members]}
-    return Roster.model_validate(roster.model_dump() | changes | {"signature": ""})
+    return validate(roster.model_dump() | changes | {"signature": ""}, Roster, "the new roster")
 
 
 def revoke_member(directory: Path, member_id: str, passphrase: str | None = None) -> Roster:
