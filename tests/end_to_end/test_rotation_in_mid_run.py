@@ -16,13 +16,23 @@ from cryptography import x509
 
 import builders
 from end_to_end import federation_of_vectors as fv
+from fedmosaic.client import membership
+from fedmosaic.client import session as client_session
 from fedmosaic.client.state import ClientState
 from fedmosaic.client.transport.grpc import GrpcTransport
 from fedmosaic.privacy.federation import consortium, identity, kits
 from fedmosaic.privacy.federation.requests import make_request
 from fedmosaic.protos.errors import IdentityError
 from fedmosaic.protos.refusal import Refusal
+from fedmosaic.server import renewal
 from fedmosaic.server.server import Server
+
+
+@pytest.fixture(autouse=True)
+def _no_long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_session, "_SECONDS_BETWEEN_EPOCHS", 0.1)
+    monkeypatch.setattr(membership, "_SECONDS_BETWEEN_LOOKS", 0.1)
+    monkeypatch.setattr(renewal, "_LOOK_SECONDS", 0.1)
 
 
 def until(ready: Callable[[], bool], seconds: float = 60.0) -> None:
@@ -59,7 +69,7 @@ def dial(directory: Path, name: str, port: int) -> GrpcTransport:
         certificate=kit.tls_certificate,
         private_key=kit.tls_key,
         retry_seconds=60.0,
-        wait_seconds=1.0,
+        wait_seconds=0.5,
     )
 
 
