@@ -17,7 +17,7 @@ _LEFT_OUT = ("description", "externalReferences", "properties")
 
 
 def essential(found: dict[str, Any]) -> dict[str, Any]:
-    """The components, their versions, licences and dependencies, without the package itself and the installers."""
+    """Components with versions, licences and dependencies, without the package itself and the installers."""
     own = found["metadata"]["component"]
     parts = [part for part in found["components"] if part["name"] not in {own["name"], *_INSTALLERS}]
     kept = {own["bom-ref"], *(part["bom-ref"] for part in parts)}
