@@ -194,11 +194,11 @@ def check_order(prv: float, rdp: float, pld: float) -> CrossCheck:
     return CrossCheck(prv=prv, rdp=rdp, pld=pld)
 
 
-def default_delta(examples: int) -> float:
-    """δ = n^-1.1, which is below 1/n for every number n ≥ 2 of private examples; it tells the order of n."""
+def default_delta(examples: int, largest: float | None = None) -> float:
+    """The smaller of n^-1.1, which is below 1/n for all numbers n ≥ 2 of examples, and the terms' bound."""
     if isinstance(examples, bool) or not isinstance(examples, int) or examples < 2:
         raise AccountingError("δ = n^-1.1 needs at least 2 examples; a smaller data set cannot be protected")
-    return float(examples**-1.1)
+    return min(float(examples**-1.1), 1.0 if largest is None else largest)
 
 
 def check_delta(delta: float, examples: int) -> None:

@@ -5,7 +5,12 @@ from pathlib import Path
 from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.federation.kits import FederationConfig, create
 from fedmosaic.privacy.federation.roster import Roster
-from fedmosaic.privacy.federation.terms_checks import check_grid, check_plan, with_planned_noise
+from fedmosaic.privacy.federation.terms_checks import (
+    check_grid,
+    check_plan,
+    with_bounded_delta,
+    with_planned_noise,
+)
 
 
 def create_federation(
@@ -26,7 +31,8 @@ def create_federation(
     """
     if not isinstance(config, FederationConfig):
         config = read_configuration(Path(config), FederationConfig)
-    check_plan(config.terms)
-    config = config.model_copy(update={"terms": with_planned_noise(config.terms)})
+    terms = with_bounded_delta(config.terms)
+    check_plan(terms)
+    config = config.model_copy(update={"terms": with_planned_noise(terms)})
     check_grid(config.terms, len(config.members))
     return create(config, Path(out), Path(basis) if basis is not None else None)
