@@ -96,6 +96,14 @@ def verdict(client: ClientStatement) -> tuple[str, ...]:
     return tuple(lines)
 
 
+def person_text(guarantee: Guarantee, examples: int) -> str:
+    """ε of a person with so many examples; a dash where it was not computed or does not apply."""
+    found = {each.examples: each.epsilon for each in guarantee.persons}
+    if examples in found:
+        return epsilon_text(found[examples])
+    return "∞" if guarantee.cover == "nothing" else "-"
+
+
 def reach(guarantee: Guarantee) -> str:
     """What an attacker gets at most who wrongly accuses one in a hundred, from the whole privacy curve."""
     if guarantee.attack is None:

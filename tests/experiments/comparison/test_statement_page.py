@@ -160,7 +160,10 @@ def test_the_registrys_record_has_its_fields_and_is_made_of_what_may_be_handed_o
     worst = plain.worst_first(handed)[0].epsilon
     assert private["privacy_loss"]["privacy_parameters"] == {"epsilon": worst, "delta": 1e-5}
     assert encrypted["privacy_loss"]["privacy_parameters"] == {"delta": 1e-5}, "∞ is no number of the schema"
-    assert "one recipient: ∞" in encrypted["privacy_loss"]["privacy_parameters_details"]
+    assert (
+        "ε = ∞ for north, shared adapter (P, Q), against one recipient"
+        in encrypted["privacy_loss"]["privacy_parameters_details"]
+    )
     own = state_of(tmp_path, "none", handed_over=False)
     with pytest.raises(ConfigurationError, match="may be handed over"):
         report.main([str(own), "--json", str(tmp_path / "own.json")])
