@@ -36,6 +36,8 @@ _COVERED: Final[dict[Cover, str]] = {
     "cryptography_only": "Protected by encryption alone against {who}.",
     "nothing_sent": "Nothing is sent where this could be seen: {who}.",
 }
+_LITTLE: Final = 10.0
+"""Above this ε, differential privacy promises next to nothing."""
 ROUNDING: Final = (
     "Every ε is rounded up to three decimals. In a statement that is handed over, δ, noise and sampling rate "
     "are rounded first, towards more loss, so that it does not tell the number of examples: its ε may be a "
@@ -92,7 +94,9 @@ def verdict(client: ClientStatement) -> tuple[str, ...]:
         who = _listed([ADVERSARY_NAMES[each.adversary] for each in reversed(found)])
         only = _listed([CHANNEL_NAMES[name] for name in found[0].cryptography_only])
         value = f" (ε {'=' if epsilon == math.inf else 'at most'} {epsilon_text(epsilon)})"
-        lines.append(_COVERED[cover].format(who=who, unit=client.unit, value=value, only=only))
+        line = _COVERED[cover].format(who=who, unit=client.unit, value=value, only=only)
+        little = epsilon is not None and _LITTLE < epsilon < math.inf
+        lines.append(line.replace("Protected", "HARDLY protected", 1) if little else line)
     return tuple(lines)
 
 
@@ -159,7 +163,7 @@ def keys(statement: PrivacyStatement) -> tuple[tuple[str, str, str], ...]:
         who = "every member, one key for all; not the server. Deleted at a member when its run is over"
         found.insert(0, ("group key", "decrypts adapters and their sums", who))
     if "distributed-dp" in modes:
-        who = "each pair of members, for one round; the server learns those of members who dropped out"
+        who = "each pair of members, for one round; the server opens those of a member who vanishes"
         found.insert(0, ("mask keys", "hide one member's part of a sum", who))
     return tuple(found)
 

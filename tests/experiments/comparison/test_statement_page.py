@@ -91,7 +91,7 @@ def test_the_page_of_an_encrypted_run_says_first_that_members_are_trusted(tmp_pa
     assert "∞" in rows[1]
     assert "all of them" in rows[1]
     assert "(worst)" not in "".join(rows[2:])
-    for words in ("0.445, and encryption", "0.927", "2.560", "5.680", "1.4 of 100", "δ = 1e-05"):
+    for words in ("0.445 + encryption", "0.927", "2.560", "5.680", "1.4 of 100", "δ = 1e-05"):
         assert words in first
     assert "One recipient alone cannot compute any other member's adapter" in text
     assert "right on 25 of 100 of its own test rows before, 75 after" in " ".join(text.split())
@@ -116,6 +116,8 @@ def test_verdicts_follow_the_protection_and_name_the_worst(tmp_path: Path) -> No
     assert all(
         f"at most {plain.epsilon_text(each.epsilon)}" in " ".join(told) for each in plain.worst_first(sums)
     )
+    loose = tuple(each.model_copy(update={"epsilon": 34.4}) for each in sums.guarantees)
+    assert plain.verdict(sums.model_copy(update={"guarantees": loose}))[0].startswith("HARDLY protected")
     void = sums.model_copy(update={"test_noise": True})
     assert plain.trust(void).startswith("NO GUARANTEE HOLDS")
 
