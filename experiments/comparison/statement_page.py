@@ -160,13 +160,12 @@ def evidence(statement: PrivacyStatement, directory: Path) -> list[tuple[str, st
     seen = directory / SEEN
     if not seen.is_file():
         return [*found, ("privacy ledger", "not here: it stays with each member")]
-    noted, session = parse_json(seen.read_bytes()), parse_json((directory / "session.json").read_bytes())
-    place = Path(str(noted["ledger"]))
-    who = keeper(session["federation"], session["client"])
     try:
-        rows = read_ledger(place / LEDGER)
+        noted, session = (parse_json((directory / name).read_bytes()) for name in (SEEN, "session.json"))
+        rows = read_ledger(Path(noted["ledger"]) / LEDGER)
+        who = keeper(session["federation"], session["client"])
         check_anchor(rows, who, bytes.fromhex(noted["anchor"]), "the state directory")
-    except (FedMosaicError, OSError) as error:
+    except (FedMosaicError, OSError, ValueError, KeyError, TypeError) as error:
         return [*found, ("privacy ledger", f"NOT CHECKED: {error}")]
     since = "nothing was charged since" if anchor_of(rows, who).hex() == noted["anchor"] else (
         "MORE WAS CHARGED SINCE, by another run on the same data: its own statement counts both"

@@ -134,7 +134,8 @@ def coalition_words(rows: Sequence[CoalitionRows]) -> tuple[str, ...]:
         count = each.colluding_recipients
         who = "One recipient alone" if count == 1 else f"{count} recipients together"
         if each.independent_rows < each.contributors:
-            lines.append(f"{who} cannot compute any other member's adapter exactly from what they received.")
+            # No stronger: a server that chooses the weights, or rows in a special position, change it.
+            lines.append(f"{who} cannot in general compute a single adapter, while the server is honest.")
             continue
         at_once = count >= each.contributors
         when = "from one round" if at_once else "over several rounds, if adapters hardly change between them"
