@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, Protocol, TypeVar
 
+import grpc
 from google.protobuf.message import Message
 
 from fedmosaic.client.transport.connection import Patience, open_channel
@@ -29,6 +30,8 @@ from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
 T = TypeVar("T")
 B = TypeVar("B", bound=Message)
 OnWait = Callable[[RoundStatus], None]
+Connect = Callable[[str, Path, Path, Path], grpc.Channel]
+"""Opens the channel to the server: of its address, the authority's certificate, the own one and its key."""
 _LARGE_BYTES: Final = 1 << 20
 _SHORTEST_POLL_SECONDS: Final = 0.5
 _CALL_SECONDS: Final = 30.0
@@ -84,6 +87,7 @@ class GrpcTransport:
         retry_seconds: float = 300.0,
         wait_seconds: float = 25.0,
         traffic: Traffic | None = None,
+        connect: Connect = open_channel,
     ) -> None:
         """Prepare a connection; it is opened by the first call.
 
@@ -95,11 +99,12 @@ class GrpcTransport:
             retry_seconds: give up when the server could not be reached for so long.
             wait_seconds: how long one call waits at the server, at most 60.
             traffic: counts on; by default from nothing.
+            connect: opens the channel; by default straight to the address.
 
         Raises:
             IdentityError: a file is missing or not acceptable.
         """
-        self._channel = open_channel(address, authority, certificate, private_key)
+        self._channel = connect(address, authority, certificate, private_key)
         self._stub = rpc.FederationStub(self._channel)
         self._patience = Patience(address, retry_seconds)
         self._wait = wait_seconds
