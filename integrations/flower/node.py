@@ -5,7 +5,7 @@ import logging
 import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import grpc
 from google.rpc import status_pb2  # type: ignore[import-untyped]  # googleapis-common-protos has no stubs
@@ -17,6 +17,8 @@ from fedmosaic.server.network.peers import Gate
 from fedmosaic.server.network.service import FederationService
 
 log = logging.getLogger(__name__)
+_HELLO: Final = b"\x16"
+"""Type of the record that begins a session: the only one of a client that is not encrypted (RFC 8446, §5)."""
 
 
 async def methods_of(service: FederationService) -> Mapping[str, Any]:
@@ -45,7 +47,7 @@ class _EndedError(Exception):
 
 
 class _Context:
-    """What the service and its gate use of `grpc.aio.ServicerContext`."""
+    """What the service uses of `grpc.aio.ServicerContext`."""
 
     def __init__(self, auth: Mapping[str, list[bytes]], peer: str) -> None:
         self.auth_context, self.peer = lambda: auth, lambda: peer
@@ -82,13 +84,16 @@ class Node:
 
     async def answer(self, records: bytes) -> bytes:
         """What to say next, once there is something or the call needs more; empty asks for the next call."""
-        if records and not self._heard(records):
-            # The client was started anew, if these are the first records of a session.
+        if records[:1] == _HELLO:
             await self.close()
-            if not self._heard(records):
-                farewell = self._secured.take()
-                await self.close()
-                return farewell
+        try:
+            for kind, payload in self._secured.receive(records) if records else ():
+                self._take(kind, payload)
+        except (ssl.SSLError, WireError) as error:
+            log.warning("SuperNode %s: the session ends: %s", self._name, error)
+            farewell = self._secured.take()
+            await self.close()
+            return farewell
         if self._call is not None:
             if not self._requests.empty():
                 self._starved.clear()
@@ -103,15 +108,6 @@ class Node:
             self._call.cancel()
             await asyncio.wait({self._call})
         self._call, self._secured = None, Secured(self._tls)
-
-    def _heard(self, records: bytes) -> bool:
-        try:
-            for kind, payload in self._secured.receive(records):
-                self._take(kind, payload)
-        except (ssl.SSLError, WireError) as error:
-            log.warning("SuperNode %s: the session ends: %s", self._name, error)
-            return False
-        return True
 
     def _take(self, kind: Kind, payload: bytes) -> None:
         running = self._call is not None and not self._call.done()

@@ -10,8 +10,9 @@ import hashlib
 import logging
 import ssl
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, Final
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -37,28 +38,31 @@ _FAREWELL_SECONDS: Final = 60.0
 class Post:
     """The pipes to all nodes, and what is under way to each."""
 
-    def __init__(
-        self, grid: Any, context: ssl.SSLContext, methods: Mapping[str, Any], members: Mapping[str, str]
-    ) -> None:
-        """Prepare; `members` are SPIFFE URIs by SHA-256 of the only nodes to ask, empty for all."""
-        self._grid, self._tls, self._methods, self._members = grid, context, methods, members
-        self._nodes: dict[int, Node] = {}
+    def __init__(self, grid: Any, pipe: Callable[[str, str], Node], members: Mapping[str, str]) -> None:
+        """Prepare.
+
+        Args:
+            grid: Flower's.
+            pipe: makes the pipe to a node, of its name and the only member that it may carry, or "".
+            members: that member, by SHA-256 of the public key of the only nodes to ask; empty: all.
+        """
+        self._grid, self._pipe, self._members = grid, pipe, members
+        self._pipes: dict[int, Node] = {}
         self._to_say: list[tuple[int, bytes]] = []
         self._asked: dict[str, tuple[int, bytes]] = {}
         self._thinking: set[asyncio.Task[None]] = set()
-        self._looked = 0.0
-        self.until = float("inf")
+        self.leave_at: float | None = None
 
-    async def run(self) -> None:
-        """Carry, at the end until the last answers are delivered or `until`, in seconds of this clock."""
-        while (now := time.monotonic()) < self.until:
-            last = self.until < float("inf")
-            if last and not self._thinking and not any(said for _, said in self._to_say):
-                if not any(said for _, said in self._asked.values()):
-                    return
-            elif not last and now - self._looked > _NODES_SECONDS:
-                self._looked = now
+    async def carry(self) -> None:
+        """Carry for ever; once `leave_at` is set, until then or until the last answers are delivered."""
+        looked = 0.0
+        while self.leave_at is None or time.monotonic() < self.leave_at:
+            owed = any(said for _, said in (*self._to_say, *self._asked.values()))
+            if self.leave_at is None and time.monotonic() - looked > _NODES_SECONDS:
+                looked = time.monotonic()
                 await self._meet()
+            elif self.leave_at is not None and not owed and not self._thinking:
+                return
             await self._push()
             ids = list(self._asked)
             for reply in await asyncio.to_thread(self._grid.pull_messages, ids) if ids else ():
@@ -71,53 +75,53 @@ class Post:
     async def _meet(self) -> None:
         for info in await asyncio.to_thread(self._grid.get_nodes):
             key = hashlib.sha256(info.public_key).hexdigest()
-            if info.node_id not in self._nodes and (not self._members or key in self._members):
+            if info.node_id not in self._pipes and (not self._members or key in self._members):
                 log.info("SuperNode %d, key %s, carries calls", info.node_id, key)
-                member = self._members.get(key, "")
-                self._nodes[info.node_id] = Node(self._tls, self._methods, str(info.node_id), member)
+                self._pipes[info.node_id] = self._pipe(str(info.node_id), self._members.get(key, ""))
                 self._to_say.append((info.node_id, b""))
 
     async def _push(self) -> None:
         while batch := self._to_say[:_BATCH]:
             del self._to_say[:_BATCH]
-            records = [RecordDict({RECORD: ConfigRecord({RECORD: said})}) for _, said in batch]
             messages = [
-                Message(record, node, "query", ttl=_ANSWER_SECONDS)
-                for record, (node, _) in zip(records, batch, strict=True)
+                Message(
+                    RecordDict({RECORD: ConfigRecord({RECORD: said})}), node, "query", ttl=_ANSWER_SECONDS
+                )
+                for node, said in batch
             ]
             await asyncio.to_thread(self._grid.push_messages, messages)
-            ids = [message.metadata.message_id for message in messages]
-            self._asked |= dict(zip(ids, batch, strict=True))
+            self._asked |= {
+                message.metadata.message_id: said for message, said in zip(messages, batch, strict=True)
+            }
 
     async def _think(self, node: int, reply: Any) -> None:
         """Answer what a node has brought; an error means that what was under way is lost."""
-        said = b""
         if reply.has_content():
-            said = await self._nodes[node].answer(bytes(reply.content.config_records[RECORD][RECORD]))
-        else:
-            log.warning("SuperNode %d: %s", node, reply.error.reason)
-            await self._nodes[node].close()
-            await asyncio.sleep(_NODES_SECONDS)
-        self._to_say.append((node, said))
+            heard = bytes(reply.content.config_records[RECORD][RECORD])
+            self._to_say.append((node, await self._pipes[node].answer(heard)))
+            return
+        log.warning("SuperNode %d: %s", node, reply.error.reason)
+        await self._pipes[node].close()
+        await asyncio.sleep(_NODES_SECONDS)
+        self._to_say.append((node, b""))
 
 
 async def serve(server: Server, grid: Any, node_keys: Mapping[str, str]) -> int:
     """Serve until the run is over, over the Grid and on the server's own port; returns the exit status."""
     over: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    federation, tls = server.settings.federation, server.settings.tls
-    members = {key: spiffe_id(federation, member) for member, key in node_keys.items()}
+    files: Any = server.settings.tls  # without which no server runs
+    members = {key: spiffe_id(server.settings.federation, member) for member, key in node_keys.items()}
 
     @asynccontextmanager
     async def beside(service: FederationService) -> AsyncIterator[None]:
-        files: Any = tls  # without which no server runs
-        context = tls_context(ssl.PROTOCOL_TLS_SERVER, files.authority, files.certificate, files.private_key)
-        post = Post(grid, context, await methods_of(service), members)
-        work = asyncio.create_task(post.run())
-        work.add_done_callback(lambda done: None if over.done() else over.cancel())
+        tls = tls_context(ssl.PROTOCOL_TLS_SERVER, files.authority, files.certificate, files.private_key)
+        post = Post(grid, partial(Node, tls, await methods_of(service)), members)
+        work = asyncio.create_task(post.carry())
+        work.add_done_callback(lambda _: over.cancel())
         try:
             yield
         finally:
-            post.until = time.monotonic() + _FAREWELL_SECONDS
+            post.leave_at = time.monotonic() + _FAREWELL_SECONDS
             await work
 
     async with server.running(over, beside):
@@ -126,7 +130,8 @@ async def serve(server: Server, grid: Any, node_keys: Mapping[str, str]) -> int:
 
 def main(grid: Grid, context: Context) -> None:
     """Run the server of the kit that the run's configuration names."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s", force=True)
+    logging.getLogger("fedmosaic").setLevel(logging.INFO)
+    logging.getLogger("fedmosaic").addHandler(logging.StreamHandler())
     config = context.run_config
     keys = dict(pair.split("=") for pair in str(config["node-keys"]).split())
     if asyncio.run(serve(Server(str(config["kit"])), grid, keys)) == NOTHING_EXCHANGED:

@@ -1,8 +1,12 @@
 """Calls through a carrier that may read, change and lose all it carries; Flower itself is not needed."""
 
 import asyncio
+import itertools
+import random
 import ssl
+import struct
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
@@ -11,13 +15,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from end_to_end import federation_of_vectors as fv
 from fedmosaic.client.transport.grpc import GrpcTransport
-from fedmosaic.integrations.flower.client import connector
+from fedmosaic.integrations.flower import client as over_flower
+from fedmosaic.integrations.flower import secured
 from fedmosaic.integrations.flower.node import Node, methods_of
-from fedmosaic.integrations.flower.secured import ask, tls_context
+from fedmosaic.integrations.flower.secured import Kind, Secured, tls_context
+from fedmosaic.privacy.federation import identity
 from fedmosaic.privacy.mechanism.noise import SeededTestNoise
+from fedmosaic.protos.errors import IdentityError, TransportError
+from fedmosaic.protos.messages import KeyMessage
+from fedmosaic.protos.refusal import Refusal
 from fedmosaic.server.network.service import FederationService
 from fedmosaic.server.server import Server
 from fedmosaic.server.settings import settings_from_kit
@@ -42,10 +55,10 @@ class Carrier:
         files = {"authority": "authority.pem", "certificate": "tls.pem", "private_key": "tls.key"}
         return GrpcTransport(
             "localhost:1",
-            **{name: kit / file for name, file in files.items()} | options,
-            retry_seconds=3.0,
-            wait_seconds=2.0,
-            connect=connector(self.socket(node or member)),
+            **{name: kit / file for name, file in files.items()}
+            | {"retry_seconds": 3.0, "wait_seconds": 2.0}
+            | options,
+            connect=over_flower.connector(self.socket(node or member)),
         )
 
     def socket(self, member: str) -> Path:
@@ -92,7 +105,7 @@ class Carrier:
                 await asyncio.sleep(0.02)
                 continue
             loop = asyncio.get_running_loop()
-            heard = await loop.run_in_executor(self.askers, ask, str(self.socket(member)), said)
+            heard = await loop.run_in_executor(self.askers, secured.ask, str(self.socket(member)), said)
             self.seen.append(heard)
             said = self.meddle(member, await node.answer(heard))
             self.seen.append(said)
@@ -100,8 +113,8 @@ class Carrier:
 
 @pytest.fixture(autouse=True)
 def _short_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedmosaic.integrations.flower.secured.HOLD_SECONDS", 0.3)
-    monkeypatch.setattr("fedmosaic.integrations.flower.client._PATIENCE_SECONDS", 5.0)
+    monkeypatch.setattr(secured, "HOLD_SECONDS", 0.3)
+    monkeypatch.setattr(over_flower, "_PATIENCE_SECONDS", 5.0)
 
 
 @pytest.fixture
@@ -120,7 +133,7 @@ class SeededClient(fv.Client):
 def play(carrier: Carrier) -> dict[str, Any]:
     clients = fv.clients_of(carrier.directory, kind=SeededClient)
     with carrier.running():
-        transports = {name: carrier.transport(name) for name in clients}
+        transports = {name: carrier.transport(name, retry_seconds=60.0) for name in clients}
         errors = fv.run_all({name: client.session(transports[name]) for name, client in clients.items()})
     for client in clients.values():
         client.close()
@@ -128,12 +141,168 @@ def play(carrier: Carrier) -> dict[str, Any]:
     return clients
 
 
-@pytest.mark.parametrize("backend", ["plain", "mask"])
-def test_a_run_ends_where_it_ends_without_the_pipe(tmp_path: Path, backend: str) -> None:
-    carrier = Carrier(tmp_path, backend)
-    clients = play(carrier)
-    elsewhere = fv.make_federation(tmp_path / "direct", fv.terms(backend, 2))
-    expected, _ = fv.finish(elsewhere, kind=SeededClient)
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The clients of the same federation without a pipe, after the run."""
+    directory = fv.make_federation(tmp_path_factory.mktemp("direct") / "f", fv.terms("mask", 2))
+    return fv.finish(directory, kind=SeededClient)[0]
+
+
+def same(clients: dict[str, Any], others: dict[str, Any]) -> None:
     for name, client in clients.items():
-        assert np.array_equal(client.learner.local, expected[name].learner.local), name
+        assert np.array_equal(client.learner.local, others[name].learner.local), name
         assert len(client.learner.received) == 1
+
+
+def test_a_run_ends_where_it_ends_without_the_pipe_and_the_carrier_sees_tls_alone(
+    tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    carrier = Carrier(tmp_path, "mask")
+    same(play(carrier), undisturbed)
+    carried = b"".join(carrier.seen)
+    assert carried
+    for private in (b"spiffe", b"vectors", b"ada", b"fedmosaic", b"roster"):
+        assert private not in carried
+    for message in carrier.seen:
+        kinds = set()
+        while message:
+            kind, version, size = struct.unpack_from(">BHH", message)
+            assert version in (0x0301, 0x0303)
+            assert len(message) >= 5 + size
+            kinds.add(kind)
+            message = message[5 + size :]
+        assert kinds <= {20, 22, 23}  # change of cipher and hello, then encrypted records; no alert
+
+
+def test_lost_and_changed_messages_and_short_turns_change_no_result(
+    tmp_path: Path, undisturbed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(secured, "TURN_BYTES", 1500)  # not every message of a handshake fits
+    monkeypatch.setattr(over_flower, "TURN_BYTES", 1500)
+    carrier = Carrier(tmp_path, "mask")
+    number = itertools.count()
+
+    def meddle(member: str, records: bytes) -> bytes:
+        turn = next(number) % 40 if records else 0
+        if turn == 17:
+            return b""
+        return records[:-1] + bytes([records[-1] ^ 1]) if turn == 31 else records
+
+    carrier.meddle = meddle
+    same(play(carrier), undisturbed)
+    assert next(number) > 40, "nothing was disturbed"
+
+
+def authority_of(carrier: Carrier) -> identity.Authority:
+    folder = carrier.directory / "consortium"
+    certificate = identity.read_certificate(folder / "authority.pem")
+    key = identity.read_private_key(folder / "authority.key")
+    assert isinstance(key, EllipticCurvePrivateKey)
+    return identity.Authority(certificate, key, Ed25519PrivateKey.generate())
+
+
+def files(folder: Path, issued: identity.TlsIdentity, authority: x509.Certificate) -> dict[str, Path]:
+    """Certificate and key, and the authority to trust, as arguments of a transport."""
+    folder.mkdir()
+    (folder / "tls.pem").write_bytes(issued.certificate_pem)
+    identity.write_private(folder / "tls.key", issued.key_pem)
+    (folder / "authority.pem").write_bytes(authority.public_bytes(serialization.Encoding.PEM))
+    names = {"authority": "authority.pem", "certificate": "tls.pem", "private_key": "tls.key"}
+    return {name: folder / file for name, file in names.items()}
+
+
+def test_a_caller_is_who_its_certificate_says_and_nobody_else(
+    carrier: Carrier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, foreign = authority_of(carrier), identity.create_authority("vectors")
+    remade = identity.issue_client(ours, "vectors", "ben")
+    outsider = identity.issue_client(ours, "vectors", "zoe")
+    stranger = identity.issue_client(foreign, "vectors", "dee")
+    with carrier.running():
+        assert carrier.transport("ada").status().round == 1
+        with pytest.raises(Refusal, match="another key than the roster pins"):
+            carrier.transport("ben", **files(tmp_path / "remade", remade, ours.certificate)).status()
+        with pytest.raises(Refusal, match="'zoe' has a valid certificate but is not on the roster"):
+            carrier.transport("cid", **files(tmp_path / "outsider", outsider, ours.certificate)).status()
+        own = files(tmp_path / "stranger", stranger, foreign.certificate)
+        with pytest.raises(IdentityError, match="no certificate of this federation's authority"):
+            carrier.transport("dee", **own).status()
+        # It trusts the right server now, and shows what that does not accept.
+        own["authority"].write_bytes(ours.certificate.public_bytes(serialization.Encoding.PEM))
+        monkeypatch.setattr(over_flower, "check_certificate", lambda *_: None)
+        with pytest.raises(TransportError, match=r"(?i)alert"):
+            carrier.transport("dee", **own).status()
+
+
+def test_a_node_of_one_member_brings_no_calls_of_another(carrier: Carrier) -> None:
+    carrier.node_members = {"ada": identity.spiffe_id("vectors", "ada")}
+    with carrier.running():
+        assert carrier.transport("ada").status().round == 1
+        with pytest.raises(Refusal, match="this SuperNode is another member's"):
+            carrier.transport("ben", node="ada").status()
+        assert carrier.transport("ben").status().round == 1
+
+
+def test_a_refusal_comes_with_its_reason_and_the_session_goes_on(carrier: Carrier) -> None:
+    with carrier.running():
+        transport = carrier.transport("ada")
+        with pytest.raises(Refusal) as caught:
+            transport.post_key_message(KeyMessage(1, "no-such-stage", "", b"x"))
+        assert caught.value.reason
+        before = len([message for message in carrier.seen if b"\x16\x03" in message[:2]])
+        assert transport.status().round == 1
+        after = len([message for message in carrier.seen if b"\x16\x03" in message[:2]])
+        assert before == after, "there was a second handshake"
+
+
+def test_a_client_that_is_started_again_is_heard_at_once(carrier: Carrier) -> None:
+    with carrier.running():
+        assert carrier.transport("ada").status().round == 1
+        started = time.monotonic()
+        assert carrier.transport("ada").status().round == 1
+        assert time.monotonic() - started < over_flower._PATIENCE_SECONDS
+
+
+def test_without_anybody_who_asks_the_client_says_what_to_look_at(
+    carrier: Carrier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(over_flower, "_PATIENCE_SECONDS", -30.0)
+    with pytest.raises(TransportError, match="check that the run, the SuperLink and this client's"):
+        carrier.transport("ada", retry_seconds=0.0).status()
+
+
+def test_bytes_that_a_node_makes_up_end_its_session_alone(carrier: Carrier) -> None:
+    kit, own = carrier.directory / "server", carrier.directory / "clients" / "ada"
+    server = tls_context(ssl.PROTOCOL_TLS_SERVER, kit / "authority.pem", kit / "tls.pem", kit / "tls.key")
+    caller = tls_context(ssl.PROTOCOL_TLS_CLIENT, own / "authority.pem", own / "tls.pem", own / "tls.key")
+
+    async def attack(say: Callable[[Secured], object]) -> bytes:
+        node, ours = Node(server, {}, "n"), Secured(caller, "localhost")
+        ours.receive(await node.answer(ours.take()))
+        say(ours)
+        await node.answer(ours.take())
+        fresh = Secured(caller, "localhost")
+        return await node.answer(fresh.take())
+
+    def nonsense(ours: Secured) -> None:
+        ours._tls.write(b"\x09\x00\x00\x00\x00")
+
+    def huge(ours: Secured) -> None:
+        ours._tls.write(b"\x01\xff\xff\xff\xff")
+
+    def status(ours: Secured) -> None:
+        ours.send(Kind.STATUS, b"")
+
+    def unknown(ours: Secured) -> None:
+        ours.send(Kind.CALL, b"/no/such\xff")
+        ours.send(Kind.MESSAGE, b"")
+
+    for say in (nonsense, huge, status, unknown):
+        assert asyncio.run(attack(say))[:1] == b"\x16", f"{say.__name__}: no new handshake"
+
+    async def garbage() -> None:
+        node, draw = Node(server, {}, "n"), random.Random(0)
+        for _ in range(100):
+            assert len(await node.answer(draw.randbytes(draw.randrange(1, 200)))) < 100
+
+    asyncio.run(garbage())
