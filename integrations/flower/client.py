@@ -13,6 +13,7 @@ from typing import Any, Final, cast
 
 import grpc
 import tyro
+from google.protobuf.message import DecodeError
 from google.rpc import status_pb2  # type: ignore[import-untyped]  # googleapis-common-protos has no stubs
 
 from fedmosaic.client.__main__ import take_part
@@ -43,7 +44,8 @@ class PipeChannel:
 
         def call(request: Any, timeout: float) -> Iterator[Any]:
             requests = request if isinstance(request, Iterator) else (request,)
-            return map(response_deserializer, self._call(path, map(request_serializer, requests), timeout))
+            for answer in self._call(path, map(request_serializer, requests), timeout):
+                yield _parsed(response_deserializer, answer)
 
         return call
 
@@ -65,33 +67,46 @@ class PipeChannel:
         """The socket stays as long as the process."""
 
     def _call(self, path: str, requests: Iterable[bytes], seconds: float) -> Iterator[bytes]:
-        """The messages of an answer. A call that does not come to its status ends the session.
+        """The messages of an answer, all heard before the first is given: who reads them may call again.
 
         Raises:
             Refusal: the server refused.
-            grpc.RpcError: anything else went wrong; the call may be repeated.
+            grpc.RpcError: anything else went wrong, after the messages that came; the call may be repeated.
         """
-        deadline = time.monotonic() + seconds + _PATIENCE_SECONDS
+        heard: list[bytes] = []
+        fault: grpc.RpcError | None = None
+        status = b""
         with self._one_call:
-            secured, self._secured = self._secured or Secured(self._context, self._server_name), None
-            answers: Frames = []
-            while not secured.agreed:
-                self._exchange(secured, deadline)
-            secured.send(Kind.CALL, path.encode())
-            for request in requests:
-                secured.send(Kind.MESSAGE, request)
-                while secured.pending >= TURN_BYTES and not answers:
-                    answers = self._exchange(secured, deadline, more=True)
-                if answers:
-                    break
-            secured.send(Kind.END)
-            while True:
-                for kind, payload in answers:
-                    if kind is Kind.STATUS:
-                        self._secured = secured
-                        return _check(payload, path)
-                    yield payload
-                answers = self._exchange(secured, deadline)
+            try:
+                status = self._converse(path, requests, time.monotonic() + seconds + _PATIENCE_SECONDS, heard)
+            except grpc.RpcError as error:
+                fault = error
+        yield from heard
+        if fault is not None:
+            raise fault
+        _check(status, path)
+
+    def _converse(self, path: str, requests: Iterable[bytes], deadline: float, heard: list[bytes]) -> bytes:
+        """Make a call; returns its status. One that does not come to it ends the session."""
+        secured, self._secured = self._secured or Secured(self._context, self._server_name), None
+        answers: Frames = []
+        while not secured.agreed:
+            self._exchange(secured, deadline)
+        secured.send(Kind.CALL, path.encode())
+        for request in requests:
+            secured.send(Kind.MESSAGE, request)
+            while secured.pending >= TURN_BYTES and not answers:
+                answers = self._exchange(secured, deadline, more=True)
+            if answers:
+                break
+        secured.send(Kind.END)
+        while True:
+            for kind, payload in answers:
+                if kind is Kind.STATUS:
+                    self._secured = secured
+                    return payload
+                heard.append(payload)
+            answers = self._exchange(secured, deadline)
 
     def _exchange(self, secured: Secured, deadline: float, more: bool = False) -> Frames:
         """Say a turn to whoever asks, and hear what the next one brings: something, or the wish for more."""
@@ -106,8 +121,11 @@ class PipeChannel:
             return secured.receive(records)
         except TimeoutError:
             raise grpc.RpcError(_NOBODY) from None
-        except (OSError, EOFError, WireError) as error:  # an SSLError is an OSError
+        except ssl.SSLCertVerificationError as error:
             raise grpc.RpcError(str(error)) from None
+        except (OSError, EOFError, WireError) as error:  # an SSLError is an OSError
+            # In capitals OpenSSL's other errors would read as a wrong port, which no patience cures.
+            raise grpc.RpcError(f"a message was lost, or changed on its way: {str(error).lower()}") from None
 
     def _await_question(self, deadline: float) -> bytes:
         """The server's records, brought by who is now `_asking`."""
@@ -119,8 +137,15 @@ class PipeChannel:
         return self._asking.recv_bytes(TURN_BYTES)
 
 
+def _parsed(parse: Callable[[bytes], Any], content: bytes) -> Any:
+    try:
+        return parse(content)
+    except DecodeError:
+        raise grpc.RpcError(f"{len(content)} bytes came that are no answer of this call") from None
+
+
 def _check(status: bytes, path: str) -> None:
-    found = status_pb2.Status.FromString(status)
+    found = _parsed(status_pb2.Status.FromString, status)
     code = next((known for known in grpc.StatusCode if known.value[0] == found.code), grpc.StatusCode.UNKNOWN)
     if code is not grpc.StatusCode.OK:
         problem = from_status(code, found.message, found.details, path)

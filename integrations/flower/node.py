@@ -65,9 +65,7 @@ class _Context:
 class Node:
     """One SuperNode. It carries one session at a time, and a session one call at a time."""
 
-    def __init__(
-        self, context: ssl.SSLContext, methods: Mapping[str, Any], name: str, member: str = ""
-    ) -> None:
+    def __init__(self, context: ssl.SSLContext, methods: Mapping[str, Any], name: str, member: str) -> None:
         """Prepare.
 
         Args:

@@ -19,9 +19,9 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from fedmosaic.integrations.flower.node import Node, methods_of
-from fedmosaic.integrations.flower.secured import RECORD, tls_context
+from fedmosaic.integrations.flower.secured import RECORD, TURN_BYTES, tls_context
 from fedmosaic.privacy.federation.identity import spiffe_id
-from fedmosaic.protos.errors import NOTHING_EXCHANGED
+from fedmosaic.protos.errors import NOTHING_EXCHANGED, ConfigurationError
 from fedmosaic.server.network.service import FederationService
 from fedmosaic.server.server import Server
 
@@ -66,10 +66,11 @@ class Post:
             await self._push()
             ids = list(self._asked)
             for reply in await asyncio.to_thread(self._grid.pull_messages, ids) if ids else ():
-                node, _ = self._asked.pop(reply.metadata.reply_to_message_id)
-                task = asyncio.create_task(self._think(node, reply))
-                self._thinking.add(task)
-                task.add_done_callback(self._thinking.discard)
+                asked = self._asked.pop(reply.metadata.reply_to_message_id, None)
+                if asked is not None:
+                    task = asyncio.create_task(self._think(asked[0], reply))
+                    self._thinking.add(task)
+                    task.add_done_callback(self._thinking.discard)
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def _meet(self) -> None:
@@ -96,11 +97,12 @@ class Post:
 
     async def _think(self, node: int, reply: Any) -> None:
         """Answer what a node has brought; an error means that what was under way is lost."""
-        if reply.has_content():
-            heard = bytes(reply.content.config_records[RECORD][RECORD])
+        record = reply.content.config_records.get(RECORD, {}) if reply.has_content() else {}
+        heard = record.get(RECORD)
+        if isinstance(heard, bytes) and len(heard) <= TURN_BYTES:
             self._to_say.append((node, await self._pipes[node].answer(heard)))
             return
-        log.warning("SuperNode %d: %s", node, reply.error.reason)
+        log.warning("SuperNode %d: %r", node, reply.error.reason if reply.has_error() else "no records")
         await self._pipes[node].close()
         await asyncio.sleep(_NODES_SECONDS)
         self._to_say.append((node, b""))
@@ -110,6 +112,12 @@ async def serve(server: Server, grid: Any, node_keys: Mapping[str, str]) -> int:
     """Serve until the run is over, over the Grid and on the server's own port; returns the exit status."""
     over: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     files: Any = server.settings.tls  # without which no server runs
+    for member, key in node_keys.items():
+        if member not in server.settings.members or len(key) != 64:
+            raise ConfigurationError(
+                f"node-keys has {member!r} with {key!r}; write a member of the roster, '=' and the 64 "
+                "hexadecimal digits that this log shows for its SuperNode"
+            )
     members = {key: spiffe_id(server.settings.federation, member) for member, key in node_keys.items()}
 
     @asynccontextmanager
@@ -133,7 +141,8 @@ def main(grid: Grid, context: Context) -> None:
     logging.getLogger("fedmosaic").setLevel(logging.INFO)
     logging.getLogger("fedmosaic").addHandler(logging.StreamHandler())
     config = context.run_config
-    keys = dict(pair.split("=") for pair in str(config["node-keys"]).split())
+    pairs = [pair.partition("=") for pair in str(config["node-keys"]).split()]
+    keys = {member: key for member, _, key in pairs}
     if asyncio.run(serve(Server(str(config["kit"])), grid, keys)) == NOTHING_EXCHANGED:
         raise RuntimeError("the run is over and nothing was exchanged; the lines above say why")
 
