@@ -217,6 +217,17 @@ def test_a_caller_is_who_its_certificate_says_and_nobody_else(
             carrier.transport("dee", **own).status()
 
 
+def test_a_member_cannot_stand_for_the_server(carrier: Carrier) -> None:
+    ada, ben = (carrier.directory / "clients" / name for name in ("ada", "ben"))
+    impostor = tls_context(ssl.PROTOCOL_TLS_SERVER, ada / "authority.pem", ada / "tls.pem", ada / "tls.key")
+    caller = tls_context(ssl.PROTOCOL_TLS_CLIENT, ben / "authority.pem", ben / "tls.pem", ben / "tls.key")
+    theirs, ours = Secured(impostor), Secured(caller, "localhost")
+    theirs.receive(ours.take())
+    with pytest.raises(ssl.SSLCertVerificationError):
+        ours.receive(theirs.take())
+    assert not ours.agreed
+
+
 def test_a_node_of_one_member_brings_no_calls_of_another(carrier: Carrier) -> None:
     carrier.node_members = {"ada": identity.spiffe_id("vectors", "ada")}
     with carrier.running():
