@@ -183,10 +183,12 @@ def spki_sha256(key: PublicKeyTypes) -> str:
 def read_certificate(path: Path) -> x509.Certificate:
     """Read a PEM certificate; IdentityError if it cannot be read, or is none."""
     try:
-        return x509.load_pem_x509_certificate(path.read_bytes())
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+        certificate.public_key()  # decoded when it is asked for, and every reader asks for it
+        return certificate
     except OSError as error:
         raise IdentityError(f"{path}: cannot read this certificate: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, UnsupportedAlgorithm):
         raise IdentityError(f"{path}: not a PEM certificate; take it from the kit again") from None
 
 
