@@ -116,6 +116,7 @@ class _GroupLearner(sums.PullingLearner):
 
 @dataclass
 class _Member(sums.Member):
+    target_epsilon: float = 1000.0  # a kill between charge and noise costs a charge, and must refuse none
     note: Note = lambda *_, **__: None
     grouped: bool = False
 
