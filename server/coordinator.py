@@ -80,7 +80,7 @@ class Coordinator:
         self._head = stored_head(self._store, self.run_id)
         self._admission = Admission(settings, self.run_id, self._aggregator)
         self._keys = KeyRelay(settings, self._store, self._clock()) if settings.encrypted else None
-        self._round = resume_round(settings, self._store, self._keys, self._clock())
+        self._round = resume_round(settings, self._store, self._keys, self.run_id, self._clock())
         self._sums: RunSums | None = None
         if settings.group_sums is not None:
             self._sums = RunSums(settings, self._store, self._blobs, self.run_id, self._round.number)
@@ -89,8 +89,12 @@ class Coordinator:
         """Call `listener`, from any thread, whenever somebody who waits should look again."""
         self._listeners.append(listener)
 
+    def unsubscribe(self, listener: Callable[[Topic], None]) -> None:
+        """Call this listener no more."""
+        self._listeners.remove(listener)
+
     def _changed(self, topic: Topic) -> None:
-        for listener in self._listeners:
+        for listener in tuple(self._listeners):
             listener(topic)
 
     @property
@@ -98,6 +102,10 @@ class Coordinator:
         """The round that can be pulled; 0 while one is being aggregated."""
         state = self._round
         return 0 if state.phase is Phase.CLOSED else state.number
+
+    def taking_part(self, number: int) -> frozenset[str]:
+        """Members that take part in a round."""
+        return self.settings.taking_part(self.run_id, number)
 
     def _seen(self, client: str) -> None:
         self._admission.check_member(client)
@@ -308,7 +316,9 @@ class Coordinator:
     def _close(self, number: int) -> None:
         log.info("%s", self.state_line())
         try:
-            closed = close_round(self.settings, self._store, self._blobs, self._aggregator, number)
+            recipients = None if self.settings.sampled_clients is None else self.taking_part(number + 1)
+            parts = self.settings, self._store, self._blobs, self._aggregator
+            closed = close_round(*parts, number, recipients)
             with self._lock:
                 self._open_next(number, closed)
         except DamagedUploadsError as error:

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from fedmosaic.protos import bounds
@@ -160,11 +161,13 @@ def next_round(
     return Opening(head, epoch, {**metadata, **KeyRelay.record(epoch), "rotate": "0"})
 
 
-def resume_round(settings: ServerSettings, store: Store, keys: KeyRelay | None, now: float) -> rounds.Round:
+def resume_round(
+    settings: ServerSettings, store: Store, keys: KeyRelay | None, run_id: str, now: float
+) -> rounds.Round:
     """The round that the stored run is in, with a full deadline ahead of `now`."""
-    first = rounds.first_round(
-        settings.members, settings.quorum, settings.rounds, settings.round_deadline_seconds, now
-    )
+    draw = None if settings.sampled_clients is None else partial(settings.taking_part, run_id)
+    terms = settings.members, settings.quorum, settings.rounds, settings.round_deadline_seconds
+    first = rounds.first_round(*terms, now, draw)
     number = min(int(store.get_json("round") or 1), settings.rounds + 1)
     stored = {c: u for c, u in store.uploads(number).items() if c in settings.members}
     state = first.resumed(

@@ -13,6 +13,7 @@ from fedmosaic.privacy.encryption.parameters import Parameters, PlainParameters
 from fedmosaic.privacy.federation.kits import SERVER_SETTINGS, open_kit, unaligned
 from fedmosaic.privacy.federation.names import ListenAddress, MemberId
 from fedmosaic.privacy.federation.roster import GroupSumTerms, Hex32
+from fedmosaic.privacy.federation.sampling import taking_part
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos import bounds
 from fedmosaic.protos.messages import SectionName
@@ -75,6 +76,7 @@ class ServerSettings(Frozen):
         profile_noise_variance: noise variance per coordinate of one fresh release, σ²C²; 0 in tests only.
         rounds: number of rounds.
         quorum: least number of contributions with which a deadline closes a round.
+        sampled_clients: members that take part in a round, drawn anew for each; None for all of them.
         round_deadline_seconds: from the opening of a round to its deadline.
         policy: limits on every weight row.
         temperature: τ of the softmax over similarities.
@@ -105,6 +107,7 @@ class ServerSettings(Frozen):
     profile_noise_variance: float = Field(ge=0.0, allow_inf_nan=False)
     rounds: int = Field(ge=1, le=bounds.MAX_ROUNDS)
     quorum: int = Field(ge=1)
+    sampled_clients: int | None = None
     round_deadline_seconds: float = Field(gt=0.0, le=1e9)
     policy: AggregationPolicy = AggregationPolicy()
     temperature: float = Field(default=0.5, gt=0.0, allow_inf_nan=False)
@@ -145,6 +148,10 @@ class ServerSettings(Frozen):
     def minimum_epoch_members(self) -> int:
         """Fewest members of a key epoch: with fewer, no recipient could receive anything."""
         return self.policy.fewest_contributors + 1
+
+    def taking_part(self, run_id: str, number: int) -> frozenset[str]:
+        """Members that take part in a round; see `fedmosaic.privacy.federation.sampling`."""
+        return taking_part(tuple(self.members), self.sampled_clients, run_id, number)
 
     def family(self, client: str) -> str:
         """Family in which a member shares the LoRA of its other layers; empty if it shares none."""
@@ -199,6 +206,7 @@ def settings_from_kit(directory: Path) -> ServerSettings:
         "profile_noise_variance": terms.profile.noise_variance,
         "rounds": terms.schedule.rounds,
         "quorum": terms.schedule.quorum,
+        "sampled_clients": terms.schedule.sampled_clients,
         "round_deadline_seconds": terms.schedule.round_deadline_seconds,
         "policy": terms.policy,
         "temperature": terms.relevance.temperature,

@@ -120,4 +120,4 @@ def found_federation(
     check_plan(config.terms)
     config = config.model_copy(update={"terms": with_planned_noise(config.terms)})
     basis = directory / "profile" / federation.BASIS
-    federation.create(config, directory / "federation", basis if basis.exists() else None)
+    federation.create(config, directory / "federation", basis if basis.exists() else None, stays=True)

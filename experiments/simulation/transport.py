@@ -78,14 +78,19 @@ class InProcessTransport:
             self._check_going_on()
             self._round_changed.clear()
             self._coordinator.advance()
-            aggregate = self._coordinator.pull(self._client_id, round_number)
+            aggregate = self._pulled(round_number)
             if aggregate is not None:
-                self._traffic.received("adapter", sum(len(s.payload) for s in aggregate.sections))
                 return aggregate
             if on_wait is not None:
                 on_wait(self._coordinator.status(self._client_id))
             self._round_changed.wait(self._tick)
         raise TransportError(f"round {round_number} did not open within {self._patience:.0f} s")
+
+    def _pulled(self, round_number: int) -> Aggregate | None:
+        aggregate = self._coordinator.pull(self._client_id, round_number)
+        if aggregate is not None:
+            self._traffic.received("adapter", sum(len(s.payload) for s in aggregate.sections))
+        return aggregate
 
     def push(self, upload: Upload) -> Receipt:
         """See `Coordinator.push`."""
@@ -130,4 +135,38 @@ class InProcessTransport:
         return self._traffic
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Hear of no more changes."""
+        self._coordinator.unsubscribe(self._hear)
+
+
+class TurnOverError(Exception):
+    """The round that a client asks for is not open yet, so its turn is over."""
+
+
+class TurnTransport(InProcessTransport):
+    """The way of a client that goes on when the round has opened, in place of waiting for it."""
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        client_id: str,
+        stopped: threading.Event,
+        tick_seconds: float,
+        traffic: Traffic,
+    ) -> None:
+        """Connect; arguments as of `InProcessTransport`, and what was counted in earlier turns."""
+        super().__init__(coordinator, client_id, stopped=stopped, tick_seconds=tick_seconds)
+        self._traffic = traffic
+
+    def pull(self, round_number: int, on_wait: Callable[[RoundStatus], None] | None = None) -> Aggregate:
+        """What to load before a round.
+
+        Raises:
+            TurnOverError: it is not open yet.
+        """
+        self._check_going_on()
+        self._coordinator.advance()
+        aggregate = self._pulled(round_number)
+        if aggregate is None:
+            raise TurnOverError
+        return aggregate

@@ -13,7 +13,8 @@ import datetime as dt
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,9 +74,9 @@ class FederationConfig(Frozen):
         if problem:
             raise ValueError(problem)
         ids = [member.id for member in self.members]
-        twice = sorted({name for name in ids if ids.count(name) > 1})
-        if twice:
-            raise ValueError(f"member id {twice[0]} appears more than once")
+        if len(set(ids)) < len(ids):
+            twice = min(name for name, times in Counter(ids).items() if times > 1)
+            raise ValueError(f"member id {twice} appears more than once")
         return self
 
 
@@ -90,6 +91,13 @@ def _too_few(members: int, terms: Terms) -> str:
         )
     if terms.schedule.quorum > members:
         return f"terms.schedule.quorum is {terms.schedule.quorum} with {members} members"
+    if members > bounds.MAX_CONTRIBUTORS and terms.schedule.sampled_clients is None:
+        return (
+            f"{members} members in every round are more than {bounds.MAX_CONTRIBUTORS}; name how many take "
+            "part in one in terms.schedule.sampled_clients"
+        )
+    if (terms.schedule.sampled_clients or 0) > members:
+        return f"terms.schedule.sampled_clients is {terms.schedule.sampled_clients} with {members} members"
     least = terms.group_sums.minimum_contributors
     if terms.adapter.in_group_sums and least > members:
         return (
@@ -186,8 +194,12 @@ def open_kit(directory: Path) -> Kit:
     return Kit(directory, Roster.read(directory / ROSTER, key))
 
 
-def create(config: FederationConfig, directory: Path, basis: Path | None = None) -> Roster:
+def create(
+    config: FederationConfig, directory: Path, basis: Path | None = None, *, stays: bool = False
+) -> Roster:
     """Make the authority, every kit and the first roster; `basis` is copied into every kit.
+
+    Where the kits of all stay in one place, as in a simulation, roster and basis are one file of many names.
 
     All of it is made beside its place and moved there in one step, so that a founding that was stopped
     leaves nothing that looks like a federation.
@@ -206,7 +218,7 @@ def create(config: FederationConfig, directory: Path, basis: Path | None = None)
     directory.parent.mkdir(parents=True, exist_ok=True)
     making = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
-        roster = _make(config, making, basis)
+        roster = _make(config, making, basis, stays=stays)
         _sync(making)
         making.rename(directory)
     except BaseException:
@@ -221,7 +233,7 @@ def _sync(directory: Path) -> None:
         sync_directory(path)
 
 
-def _make(config: FederationConfig, directory: Path, basis: Path | None) -> Roster:
+def _make(config: FederationConfig, directory: Path, basis: Path | None, *, stays: bool) -> Roster:
     authority = identity.create_authority(config.federation)
     _write_authority(directory / "consortium", authority)
     _write_server(directory / "server", authority, config)
@@ -233,7 +245,7 @@ def _make(config: FederationConfig, directory: Path, basis: Path | None) -> Rost
         members=members,
         terms=config.terms,
     )
-    return _publish(directory, roster, authority, basis)
+    return _publish(directory, roster, authority, basis, os.link if stays else shutil.copyfile)
 
 
 def add_member(directory: Path, entry: MemberEntry) -> Roster:
@@ -247,6 +259,8 @@ def add_member(directory: Path, entry: MemberEntry) -> Roster:
         raise ConfigurationError(f"{entry.id!r} is on the roster already; use `keys rotate` for new keys")
     if len(roster.members) >= bounds.MAX_MEMBERS:
         raise ConfigurationError(f"a federation has at most {bounds.MAX_MEMBERS} members")
+    if problem := _too_few(len(roster.members) + 1, roster.terms):
+        raise ConfigurationError(problem)
     kit = directory / "clients" / entry.id
     if kit.exists():
         raise ConfigurationError(f"{kit} is the kit of a former member; move it away first")
@@ -315,18 +329,27 @@ def _reissue(
     return _publish(directory, Roster.model_validate(content), authority, basis if basis.exists() else None)
 
 
-def _publish(directory: Path, roster: Roster, authority: identity.Authority, basis: Path | None) -> Roster:
+def _publish(
+    directory: Path,
+    roster: Roster,
+    authority: identity.Authority,
+    basis: Path | None,
+    copy: Callable[[Path, Path], object] = shutil.copyfile,
+) -> Roster:
     signed = roster.signed(authority.signing_key)
     kits = [directory / "server", *(directory / "clients" / m.id for m in signed.members)]
     pinned = identity.public_hex(authority.signing_key.public_key()) + "\n"
     certificate = authority.certificate.public_bytes(serialization.Encoding.PEM)
-    for place in (directory, *kits):
-        signed.write(place / ROSTER)
+    signed.write(directory / ROSTER)
     for kit in kits:
+        # A roster is replaced in one step, never written in place.
+        fresh = kit / f"{ROSTER}.new"
+        copy(directory / ROSTER, fresh)
+        fresh.replace(kit / ROSTER)
         (kit / CONSORTIUM_KEY).write_text(pinned, encoding="ascii")
         (kit / AUTHORITY_CERTIFICATE).write_bytes(certificate)
         if basis is not None and basis != kit / BASIS:
-            shutil.copyfile(basis, kit / BASIS)
+            copy(basis, kit / BASIS)
     return signed
 
 

@@ -57,9 +57,14 @@ class DamagedUploadsError(StateError):
 
 
 def close_round(
-    settings: ServerSettings, store: Store, blobs: Blobs, aggregator: Aggregator[Any], round_number: int
+    settings: ServerSettings,
+    store: Store,
+    blobs: Blobs,
+    aggregator: Aggregator[Any],
+    round_number: int,
+    recipients: Collection[str] | None = None,
 ) -> ClosedRound:
-    """Aggregate the stored uploads of a round for every member that has enrolled.
+    """Aggregate the stored uploads of a round for those who take part in the next one.
 
     Deterministic in what is stored: after a crash in the middle, doing it again gives the same bytes.
 
@@ -69,15 +74,17 @@ def close_round(
         blobs: payloads of the uploads; receives those of the aggregates.
         aggregator: server side of the back end.
         round_number: the round to close.
+        recipients: who is to receive; by default every member that has enrolled.
 
     Raises:
         DamagedUploadsError: payloads are not what was accepted; nothing was aggregated.
     """
     started = time.perf_counter()
-    clients = sorted(settings.members)
     uploads = {c: u for c, u in store.uploads(round_number).items() if c in settings.members}
+    # Of a large federation only those who give or take in this round are looked at, by their last profiles.
+    clients = sorted(settings.members if recipients is None else uploads.keys() | set(recipients))
     payloads = upload_payloads(blobs, uploads, round_number)
-    profiles = store.profiles()
+    profiles = {c: p for c, p in store.profiles().items() if recipients is None or c in clients}
     related = relevance([profiles.get(client) for client in clients], settings.similarity)
     plans = [
         plan(
@@ -89,7 +96,7 @@ def close_round(
             policy=settings.policy,
             bits=settings.encryption.weight_bits,
         )
-        for group in ([] if settings.group_sums else _groups(settings, store, uploads))
+        for group in ([] if settings.group_sums else _groups(settings, store, uploads, recipients))
     ]
     epoch = next((upload.key_epoch for upload in uploads.values() if upload.sections), 0)
     aggregates = _combine(settings, blobs, aggregator, plans, payloads, round_number, epoch)
@@ -139,10 +146,15 @@ def upload_payloads(blobs: Blobs, uploads: Mapping[str, StoredUpload], round_num
     return payloads
 
 
-def _groups(settings: ServerSettings, store: Store, uploads: Mapping[str, StoredUpload]) -> list[Group]:
+def _groups(
+    settings: ServerSettings,
+    store: Store,
+    uploads: Mapping[str, StoredUpload],
+    recipients: Collection[str] | None,
+) -> list[Group]:
     return groups(
         {client: [s.name for s in upload.sections] for client, upload in uploads.items()},
-        store.enrolled() & settings.members.keys(),
+        store.enrolled() & settings.members.keys() if recipients is None else recipients,
         {client: family for client in settings.members if (family := settings.family(client))},
         settings.shared_dimensions,
         settings.family_dimensions,
