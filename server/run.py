@@ -80,7 +80,7 @@ def open_run(settings: ServerSettings, store: Store, *, new: bool) -> str:
 
 
 def _begin_run(settings: ServerSettings, store: Store, terms: Mapping[str, object]) -> str:
-    run_id = uuid.uuid4().hex
+    run_id = settings.run_id or uuid.uuid4().hex
     store.put(
         {
             "run": json.dumps({"id": run_id, "started_at": time.time(), "terms": terms}),

@@ -93,6 +93,7 @@ class ServerSettings(Frozen):
         tls: certificates; without them only in-process use is possible.
         upload_limit_bytes: largest upload that may be announced.
         durable: False skips fsync; for simulations, whose state nobody needs after a crash.
+        run_id: of a new run, 32 hexadecimal digits; for simulations, whose draws follow from it. Drawn by default.
     """
 
     federation: MemberId
@@ -123,6 +124,7 @@ class ServerSettings(Frozen):
     tls: TlsFiles | None = None
     upload_limit_bytes: int = Field(default=bounds.MAX_PAYLOAD_BYTES, ge=1, le=bounds.MAX_PAYLOAD_BYTES)
     durable: bool = True
+    run_id: str | None = Field(default=None, pattern=r"^[0-9a-f]{32}$")
 
     @model_validator(mode="after")
     def _consistent(self) -> "ServerSettings":

@@ -4,7 +4,8 @@ A round is a turn of every client that takes part in it. What the run leaves beh
 processes, so that `fedmosaic report` reads both. Deadlines are lifted: nobody is late here.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
 from pathlib import Path
@@ -41,8 +42,8 @@ _AT_ONCE: Final = 2
 class Engine(Protocol):
     """Whatever runs the turns of a round."""
 
-    def turns(self, indices: Sequence[int]) -> Iterator[int]:
-        """Run a turn of each of these clients of the scenario; gives those whose turn is over.
+    def turns(self, indices: Sequence[int], number: int) -> None:
+        """Run a turn of each of these clients of the scenario, in this round.
 
         Raises:
             RunFailedError: a client failed; the message names it.
@@ -66,10 +67,7 @@ def simulate(
         FedMosaicError: the scenario cannot be run.
     """
     evaluation = Evaluation(scenario)
-    models, adapter = make_models(scenario)
-    flops = {} if adapter.private else _measure(scenario, models, adapter)
-    scenario = equal_steps(scenario, flops, reference or {})
-    settings = found(scenario, directory, adapter, console)
+    scenario, settings, flops, models = prepare(scenario, directory, reference or {}, console)
     coordinator = Coordinator(settings)
     try:
         with run_progress(scenario, directory, console) as progress:
@@ -92,23 +90,44 @@ def simulate(
     )  # fmt: skip
 
 
+def prepare(
+    scenario: Scenario, directory: Path, reference: Mapping[str, float], console: Console
+) -> tuple[Scenario, ServerSettings, dict[str, float], dict[Architecture, SharedModel]]:
+    """Load every model and found the federation, unless that is done; arguments as of `simulate`.
+
+    Returns:
+        The scenario with the steps to take, the server's settings, operations of a step, and the models.
+    """
+    models, adapter = make_models(scenario)
+    flops = {} if adapter.private else _measure(scenario, models, adapter)
+    scenario = equal_steps(scenario, flops, reference)
+    mechanism = fit_profile(scenario, directory, console, own_process=False)
+    place = directory / "federation"
+    if not (place / "roster.json").exists():
+        found_federation(scenario, mechanism, directory, 7443, adapter)
+    changes = {
+        "durable": False,
+        "round_deadline_seconds": _NO_DEADLINE_SECONDS,
+        "gathering_seconds": _NO_DEADLINE_SECONDS,
+        # The same seed draws the same clients.
+        "run_id": hashlib.sha256(f"{scenario.name}/{scenario.seed}".encode()).hexdigest()[:32],
+    }
+    settings = settings_from_kit(place / "server").model_copy(update=changes)
+    return scenario, settings, flops, models
+
+
 def play(scenario: Scenario, directory: Path, coordinator: Coordinator, engine: Engine) -> None:
     """Run the rounds that are left, each with a turn of those who take part in it."""
     coordinator.advance()
     for number in range(coordinator.available_round, scenario.schedule.rounds + 1):
         chosen = coordinator.taking_part(number)
-        _all(engine.turns([i for i, client in enumerate(scenario.clients) if client.id in chosen]))
+        engine.turns([i for i, client in enumerate(scenario.clients) if client.id in chosen], number)
     unfinished = [
         index
         for index, client in enumerate(scenario.clients)
         if (state := state_of(directory, client.id)).exists() and not (state / RESULT).exists()
     ]
-    _all(engine.turns(unfinished))
-
-
-def _all(turns: Iterator[int]) -> None:
-    for _ in turns:
-        pass
+    engine.turns(unfinished, scenario.schedule.rounds + 1)
 
 
 class _Threads:
@@ -117,7 +136,7 @@ class _Threads:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
 
-    def turns(self, indices: Sequence[int]) -> Iterator[int]:
+    def turns(self, indices: Sequence[int], number: int) -> None:
         """See `Engine.turns`; the first error stops all of them."""
         worker, names = self._worker, self._worker.scenario.clients
         left = iter(indices)
@@ -135,7 +154,6 @@ class _Threads:
                         if (error := done.exception()) is not None:
                             raise RunFailedError(f"client {names[index].id}: {error}") from error
                         del running[done]
-                        yield index
             finally:
                 # Also after an interrupt from the keyboard: let those at work finish their step.
                 if running:
@@ -150,10 +168,9 @@ def turns_at_once(scenario: Scenario, count: int) -> int:
 
 def run_progress(scenario: Scenario, directory: Path, console: Console) -> RunProgress:
     """Progress over the training steps of all clients, less what an earlier process of the run has done."""
-    steps, schedule = scenario.training.steps, scenario.schedule
-    total = steps + (scenario.adapter_privacy.steps_per_round if scenario.adapter.private else 0)
+    steps, schedule = steps_of_turn(scenario), scenario.schedule
     turns = schedule.rounds * (schedule.sampled_clients or len(scenario.clients))
-    progress = RunProgress(console, total * turns)
+    progress = RunProgress(console, steps * turns)
     for client in scenario.clients:
         record = read_record(state_of(directory, client.id))
         if record is not None:
@@ -161,14 +178,11 @@ def run_progress(scenario: Scenario, directory: Path, console: Console) -> RunPr
     return progress
 
 
-def found(scenario: Scenario, directory: Path, adapter: AdapterTerms, console: Console) -> ServerSettings:
-    """Found the federation unless an earlier process has, and give the settings of its server."""
-    mechanism = fit_profile(scenario, directory, console, own_process=False)
-    place = directory / "federation"
-    if not (place / "roster.json").exists():
-        found_federation(scenario, mechanism, directory, 7443, adapter)
-    lifted = {"round_deadline_seconds": _NO_DEADLINE_SECONDS, "gathering_seconds": _NO_DEADLINE_SECONDS}
-    return settings_from_kit(place / "server").model_copy(update={"durable": False, **lifted})
+def steps_of_turn(scenario: Scenario) -> int:
+    """Training steps of a client in a round, private ones among them."""
+    return scenario.training.steps + (
+        scenario.adapter_privacy.steps_per_round if scenario.adapter.private else 0
+    )
 
 
 def make_models(scenario: Scenario) -> tuple[dict[Architecture, SharedModel], AdapterTerms]:
