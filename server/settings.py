@@ -93,7 +93,8 @@ class ServerSettings(Frozen):
         tls: certificates; without them only in-process use is possible.
         upload_limit_bytes: largest upload that may be announced.
         durable: False skips fsync; for simulations, whose state nobody needs after a crash.
-        run_id: of a new run, 32 hexadecimal digits; for simulations, whose draws follow from it. Drawn by default.
+        run_id: of a new run, 32 hexadecimal digits, for simulations, whose draws of clients follow from it;
+            random by default.
     """
 
     federation: MemberId

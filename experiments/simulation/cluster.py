@@ -226,7 +226,8 @@ class _Actors:
             "scheduling_strategy": "SPREAD", "max_restarts": _RESTARTS, "max_task_retries": -1,
             "max_concurrency": self._limit, **gpus,
         }  # fmt: skip
-        whole, made = ray.put(scenario), ray.remote(_ClientActor)
+        # Held for as long as the actors: one that is started anew is given it again.
+        self._whole, made = ray.put(scenario), ray.remote(_ClientActor)
         self._actor_of: dict[int, int] = {}
         self._actors: list[Any] = []
         for count, indices in zip(counts, alike.values(), strict=True):
@@ -234,7 +235,7 @@ class _Actors:
                 self._actor_of |= dict.fromkeys(indices[number::count], len(self._actors))
                 name = f"clients {len(self._actors)} of {directory.name}"
                 actor = made.options(name=name, **options)
-                self._actors.append(actor.remote(whole, directory, server, flops, indices[0]))
+                self._actors.append(actor.remote(self._whole, directory, server, flops, indices[0]))
 
     def turns(self, indices: Sequence[int], number: int) -> None:
         """See `Engine.turns`."""

@@ -271,8 +271,8 @@ class Terms(Frozen):
         least = max(self.schedule.quorum, self.policy.fewest_contributors + 1)
         if sampled < least:
             raise ValueError(
-                f"schedule.sampled_clients is {sampled}; with a quorum of {self.schedule.quorum} and a policy of "
-                f"{self.policy.fewest_contributors} contributors other than the recipient, take at least {least}"
+                f"schedule.sampled_clients is {sampled}; the quorum is {self.schedule.quorum} and the policy "
+                f"asks for {self.policy.fewest_contributors} other contributors, so take at least {least}"
             )
 
     def _check_group_sums(self) -> None:

@@ -74,6 +74,7 @@ def two_nodes() -> Iterator[tuple[Any, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_run_that_loses_a_machine_ends_with_the_adapters_of_one_process(
     tmp_path: Path, tiny_scenario: Any, two_nodes: tuple[Any, Any]
 ) -> None:
@@ -91,7 +92,7 @@ def test_a_run_that_loses_a_machine_ends_with_the_adapters_of_one_process(
         time.sleep(0.1)
     assert thread.is_alive(), "the run was over before a machine could be lost"
     machines.remove_node(second, allow_graceful=False)
-    thread.join(240)
+    thread.join(500)
     assert not thread.is_alive()
     (directory,) = apart
     record = read_run(directory)
