@@ -208,15 +208,9 @@ def as_table(figures: Sequence[Figures]) -> list[str]:
     """The figures as lines of Markdown."""
     return markdown_table(
         [
-            "clients",
-            "all, s",
-            "processor, s",
-            "per round, s",
-            "server per round, s",
-            "relevance, s",
-            "its product, s",
-            "peak memory, MB",
-        ],  # fmt: skip
+            *("clients", "all, s", "processor, s", "per round, s", "server per round, s"),
+            *("relevance, s", "its product, s", "peak memory, MB"),
+        ],
         [
             [
                 str(figure.clients),

@@ -18,7 +18,7 @@ FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 Similarity = Literal["corrected", "cosine"]
 
-_BLOCK = 512
+_BLOCK = 256
 """Rows and columns of the similarity matrix that are worked on at once."""
 SIGNIFICANCE_GUARDS = 2.0
 """A profile counts as signal when its corrected squared norm is at least so many guards s."""
