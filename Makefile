@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-gpu lint bench bench-gpu bench-encryption docs protos clean
+.PHONY: demo test test-slow test-gpu test-ray lint bench bench-gpu bench-encryption docs protos clean
 
 demo: $(STAMP)
 	@$(BIN)/fedmosaic demo
@@ -22,6 +22,11 @@ test-slow: $(STAMP)
 # with exit code 5, which is no failure of the tests.
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu || test $$? -eq 5
+
+# A run on a Ray cluster of two nodes on this machine; installs Ray.
+test-ray: $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[ray]'
+	$(BIN)/python -m pytest tests/experiments/simulation/test_cluster.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -62,7 +62,7 @@ def test_what_a_cluster_cannot_run_is_refused(tmp_path: Path, tiny_scenario: Any
 
 @pytest.fixture
 def two_nodes() -> Iterator[tuple[Any, Any]]:
-    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'fedmosaic[ray]'")
+    ray = pytest.importorskip("ray", reason="Ray is not installed; make test-ray installs it")
     from ray.cluster_utils import Cluster as Machines
 
     machines = Machines(initialize_head=True, head_node_args={"num_cpus": 1})
