@@ -223,7 +223,7 @@ class _Actors:
         self._limit = turns_at_once(scenario, len(scenario.clients))
         gpus = {"num_gpus": 1 / cluster.actors_per_gpu} if cluster.actors_per_gpu else {}
         options = {
-            "scheduling_strategy": "SPREAD", "max_restarts": _RESTARTS, "max_task_retries": -1,
+            "max_restarts": _RESTARTS, "max_task_retries": -1,
             "max_concurrency": self._limit, **gpus,
         }  # fmt: skip
         # Held for as long as the actors: one that is started anew is given it again.
@@ -234,8 +234,15 @@ class _Actors:
             for number in range(count):
                 self._actor_of |= dict.fromkeys(indices[number::count], len(self._actors))
                 name = f"clients {len(self._actors)} of {directory.name}"
-                actor = made.options(name=name, **options)
+                place = self._on_node(len(self._actors), "GPU" if gpus else "CPU")
+                actor = made.options(name=name, scheduling_strategy=place, **options)
                 self._actors.append(actor.remote(self._whole, directory, server, flops, indices[0]))
+
+    def _on_node(self, number: int, resource: str) -> Any:
+        """On the nodes in turn, as long as they are there."""
+        nodes = [node for node in _alive(self._ray) if node["Resources"].get(resource)]
+        strategies = self._ray.util.scheduling_strategies
+        return strategies.NodeAffinitySchedulingStrategy(nodes[number % len(nodes)]["NodeID"], soft=True)
 
     def turns(self, indices: Sequence[int], number: int) -> None:
         """See `Engine.turns`."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from rich.console import Console
 from safetensors.numpy import load_file
@@ -91,6 +92,7 @@ def test_a_run_that_loses_a_machine_ends_with_the_adapters_of_one_process(
     while thread.is_alive() and not _begun(tmp_path / "ray"):
         time.sleep(0.1)
     assert thread.is_alive(), "the run was over before a machine could be lost"
+    assert _at_work_on(second), "a machine without clients is no loss"
     machines.remove_node(second, allow_graceful=False)
     thread.join(500)
     assert not thread.is_alive()
@@ -102,6 +104,13 @@ def test_a_run_that_loses_a_machine_ends_with_the_adapters_of_one_process(
     whole = runner.run_here(scenario, tmp_path, tmp_path / "one", _console())
     for name, adapter in _adapters(whole).items():
         np.testing.assert_allclose(_adapters(directory)[name], adapter, rtol=1e-4, atol=1e-6)
+
+
+def _at_work_on(node: Any) -> list[str]:
+    """Titles of the processes of a node that hold clients."""
+    (raylet,) = node.all_processes["raylet"]
+    titles = [child.cmdline()[0] for child in psutil.Process(raylet.process.pid).children()]
+    return [title for title in titles if "client" in title.lower()]
 
 
 def _begun(output: Path) -> bool:
