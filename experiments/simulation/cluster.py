@@ -38,7 +38,6 @@ from fedmosaic.server.settings import ServerSettings
 _RESTARTS: Final = 20
 """How often Ray starts an actor anew."""
 _TICK_SECONDS: Final = 1.0
-_SILENCE_SECONDS: Final = 60.0
 _QUIET: Final = Console(quiet=True)
 
 
@@ -117,9 +116,9 @@ def _simulate(
     )  # fmt: skip
     coordinator = cast(Coordinator, RemoteCoordinator(ray, server))
     with run_progress(scenario, directory, console) as progress:
-        engine = _Actors(ray, cluster, scenario, directory, server, flops, progress)
-        console.print(f"{engine.count} actors on {len(ray.nodes())} nodes")
-        play(scenario, directory, coordinator, engine)
+        actors = _Actors(ray, cluster, scenario, directory, server, flops, progress)
+        console.print(f"{actors.count} actors on {len(ray.nodes())} nodes")
+        play(scenario, directory, coordinator, actors.turns)
     coordinator.close()
 
 
@@ -240,12 +239,12 @@ class _Actors:
 
     def _on_node(self, number: int, resource: str) -> Any:
         """On the nodes in turn, as long as they are there."""
-        nodes = [node for node in _alive(self._ray) if node["Resources"].get(resource)]
+        nodes = [node for node in self._ray.nodes() if node["Alive"] and node["Resources"].get(resource)]
         strategies = self._ray.util.scheduling_strategies
         return strategies.NodeAffinitySchedulingStrategy(nodes[number % len(nodes)]["NodeID"], soft=True)
 
     def turns(self, indices: Sequence[int], number: int) -> None:
-        """See `Engine.turns`."""
+        """See `fedmosaic.experiments.simulation.simulate.Turns`."""
         ray, left = self._ray, defaultdict[int, deque[int]](deque)
         for index in indices:
             left[self._actor_of[index]].append(index)
@@ -261,25 +260,18 @@ class _Actors:
             for _ in range(self._limit):
                 begin(actor)
         while running:
-            done, _ = ray.wait(list(running), timeout=_SILENCE_SECONDS)
-            if not done:
-                self._progress.note(f"{len(running)} turns under way on {len(_alive(ray))} nodes")
-            for turn in done:
-                index = running.pop(turn)
-                name = self._scenario.clients[index].id
-                try:
-                    ray.get(turn)
-                except ray.exceptions.RayTaskError as error:
-                    raise error.cause from None
-                except ray.exceptions.RayError as error:
-                    raise RunFailedError(f"client {name}: its actor is lost ({error})") from error
-                if number <= self._scenario.schedule.rounds:
-                    self._progress.add(steps_of_turn(self._scenario), name, number)
-                begin(self._actor_of[index])
-
-
-def _alive(ray: Any) -> list[Any]:
-    return [node for node in ray.nodes() if node["Alive"]]
+            (done,), _ = ray.wait(list(running))
+            index = running.pop(done)
+            name = self._scenario.clients[index].id
+            try:
+                ray.get(done)
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None
+            except ray.exceptions.RayError as error:
+                raise RunFailedError(f"client {name}: its actor is lost ({error})") from error
+            if number <= self._scenario.schedule.rounds:
+                self._progress.add(steps_of_turn(self._scenario), name, number)
+            begin(self._actor_of[index])
 
 
 def _size(ray: Any, cluster: Cluster, architectures: int) -> int:

@@ -37,10 +37,6 @@ class RunProgress:
         """Steps that an earlier process of this run has done; they say nothing about the pace."""
         self._bar.reset(self._all.id, completed=int(self._all.completed) + steps)
 
-    def note(self, words: str) -> None:
-        """Say something beside the bar."""
-        self._console.print(words, highlight=False)
-
     def add(self, steps: int, client: str, round_number: int) -> None:
         """`steps` more steps are done, by this client."""
         share = (self._all.completed + steps) / (self._all.total or 1.0)

@@ -5,11 +5,12 @@ processes, so that `fedmosaic report` reads both. Deadlines are lifted: nobody i
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from rich.console import Console
 
@@ -39,15 +40,8 @@ _AT_ONCE: Final = 2
 """Turns in a process at once: one computes while the other waits for the disk."""
 
 
-class Engine(Protocol):
-    """Whatever runs the turns of a round."""
-
-    def turns(self, indices: Sequence[int], number: int) -> None:
-        """Run a turn of each of these clients of the scenario, in this round.
-
-        Raises:
-            RunFailedError: a client failed; the message names it.
-        """
+Turns = Callable[[Sequence[int], int], None]
+"""Runs a turn of each of these clients of the scenario in a round, by number; RunFailedError if one fails."""
 
 
 def simulate(
@@ -73,7 +67,7 @@ def simulate(
         with run_progress(scenario, directory, console) as progress:
             worker = Worker(scenario, directory, models, evaluation, coordinator, progress, flops)
             try:
-                play(scenario, directory, coordinator, _Threads(worker))
+                play(scenario, directory, coordinator, partial(_in_threads, worker))
             finally:
                 worker.close()
     finally:
@@ -116,48 +110,40 @@ def prepare(
     return scenario, settings, flops, models
 
 
-def play(scenario: Scenario, directory: Path, coordinator: Coordinator, engine: Engine) -> None:
+def play(scenario: Scenario, directory: Path, coordinator: Coordinator, turns: Turns) -> None:
     """Run the rounds that are left, each with a turn of those who take part in it."""
     coordinator.advance()
     for number in range(coordinator.available_round, scenario.schedule.rounds + 1):
         chosen = coordinator.taking_part(number)
-        engine.turns([i for i, client in enumerate(scenario.clients) if client.id in chosen], number)
+        turns([i for i, client in enumerate(scenario.clients) if client.id in chosen], number)
     unfinished = [
         index
         for index, client in enumerate(scenario.clients)
         if (state := state_of(directory, client.id)).exists() and not (state / RESULT).exists()
     ]
-    engine.turns(unfinished, scenario.schedule.rounds + 1)
+    turns(unfinished, scenario.schedule.rounds + 1)
 
 
-class _Threads:
-    """The turns of all clients in this process, few at once where a client need not talk to the others."""
-
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-
-    def turns(self, indices: Sequence[int], number: int) -> None:
-        """See `Engine.turns`; the first error stops all of them."""
-        worker, names = self._worker, self._worker.scenario.clients
-        left = iter(indices)
-        limit = turns_at_once(worker.scenario, len(indices))
-        with ThreadPoolExecutor(limit) as pool:
-            running: dict[Future[None], int] = {}
-            try:
-                while True:
-                    for index in islice(left, limit - len(running)):
-                        running[pool.submit(worker.turn, index)] = index
-                    if not running:
-                        break
-                    for done in wait(running, return_when=FIRST_COMPLETED).done:
-                        index = running[done]
-                        if (error := done.exception()) is not None:
-                            raise RunFailedError(f"client {names[index].id}: {error}") from error
-                        del running[done]
-            finally:
-                # Also after an interrupt from the keyboard: let those at work finish their step.
-                if running:
-                    worker.stop()
+def _in_threads(worker: Worker, indices: Sequence[int], _: int) -> None:
+    """Turns in this process, few at once where clients need not talk; the first error stops all of them."""
+    left, limit = iter(indices), turns_at_once(worker.scenario, len(indices))
+    running: dict[Future[None], int] = {}
+    with ThreadPoolExecutor(limit) as pool:
+        try:
+            while True:
+                for index in islice(left, limit - len(running)):
+                    running[pool.submit(worker.turn, index)] = index
+                if not running:
+                    return
+                for done in wait(running, return_when=FIRST_COMPLETED).done:
+                    if (error := done.exception()) is not None:
+                        name = worker.scenario.clients[running[done]].id
+                        raise RunFailedError(f"client {name}: {error}") from error
+                    del running[done]
+        finally:
+            # Also after an interrupt from the keyboard: let those at work finish their step.
+            if running:
+                worker.stop()
 
 
 def turns_at_once(scenario: Scenario, count: int) -> int:

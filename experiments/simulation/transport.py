@@ -26,6 +26,7 @@ class InProcessTransport:
         patience_seconds: float = 600.0,
         stopped: threading.Event | None = None,
         tick_seconds: float = TICK_SECONDS,
+        traffic: Traffic | None = None,
     ) -> None:
         """Connect.
 
@@ -34,15 +35,15 @@ class InProcessTransport:
             client_id: nobody checks it here.
             patience_seconds: longest wait for a round to open.
             stopped: set by whoever gives the run up, before `wake`; every wait then ends with an error.
-            tick_seconds: longest time between two looks at the clock. Hundreds of clients that wait without
-                deadlines should look rarely.
+            tick_seconds: longest time between two looks at the clock.
+            traffic: goes on where an earlier process stopped; by default from nothing.
         """
         self._coordinator = coordinator
         self._client_id = client_id
         self._patience = patience_seconds
         self._stopped = stopped or threading.Event()
         self._tick = tick_seconds
-        self._traffic = Traffic()
+        self._traffic = traffic or Traffic()
         self._round_changed = threading.Event()
         self._keys_changed = threading.Event()
         coordinator.subscribe(self._hear)
@@ -145,18 +146,6 @@ class TurnOverError(Exception):
 
 class TurnTransport(InProcessTransport):
     """The way of a client that goes on when the round has opened, in place of waiting for it."""
-
-    def __init__(
-        self,
-        coordinator: Coordinator,
-        client_id: str,
-        stopped: threading.Event,
-        tick_seconds: float,
-        traffic: Traffic,
-    ) -> None:
-        """Connect; arguments as of `InProcessTransport`, and what was counted in earlier turns."""
-        super().__init__(coordinator, client_id, stopped=stopped, tick_seconds=tick_seconds)
-        self._traffic = traffic
 
     def pull(self, round_number: int, on_wait: Callable[[RoundStatus], None] | None = None) -> Aggregate:
         """What to load before a round.

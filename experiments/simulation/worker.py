@@ -191,10 +191,10 @@ class _Client:
             self.state.ledger_path, self.entry.id, count, target, budgeted_channels(self.terms)
         )
         self.plan = plan_adapter(self.terms, count, self.ledger.parameters.delta, target)
-        traffic = Traffic(self.state.directory / TRAFFIC)
         self.transport = TurnTransport(
-            worker.coordinator, self.entry.id, worker.stopped, worker.tick_seconds, traffic
-        )
+            worker.coordinator, self.entry.id, stopped=worker.stopped, tick_seconds=worker.tick_seconds,
+            traffic=Traffic(self.state.directory / TRAFFIC),
+        )  # fmt: skip
         self.member = Participant(
             self.kit, self.transport, self.learner, self.state, self.ledger, self.plan, self._releases(),
             progress,
