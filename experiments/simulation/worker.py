@@ -136,8 +136,7 @@ class Worker:
         with self._lock:
             client = self._kept.pop(index, None)
         if client is None:
-            with COMPUTE:
-                client = _Client(self, index, self._place(self.scenario.clients[index]))
+            client = _Client(self, index, self._place(self.scenario.clients[index]))
         with self._lock:
             self._at_work.add(client)
         return client
@@ -190,7 +189,9 @@ class _Client:
         self.ledger = open_ledger(
             self.state.ledger_path, self.entry.id, count, target, budgeted_channels(self.terms)
         )
-        self.plan = plan_adapter(self.terms, count, self.ledger.parameters.delta, target)
+        # One after the other: the accountants remember what they computed, and most clients ask the same.
+        with COMPUTE:
+            self.plan = plan_adapter(self.terms, count, self.ledger.parameters.delta, target)
         self.transport = TurnTransport(
             worker.coordinator, self.entry.id, stopped=worker.stopped, tick_seconds=worker.tick_seconds,
             traffic=Traffic(self.state.directory / TRAFFIC),
@@ -268,7 +269,6 @@ class _Client:
             return False
         finally:
             self.transport.traffic().save()
-        # One after the other: the accountants remember what they computed, and most clients ask the same.
         with COMPUTE:
             facts = self.member.statement_inputs()
             found = statement(facts.model_copy(update={"transport": "in_process"}))
