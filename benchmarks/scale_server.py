@@ -94,4 +94,4 @@ def _enrol(coordinator: Coordinator, kit: Kit) -> tuple[Enrolled, Protection]:
             software=f"fedmosaic {__version__}",
         ),
     )
-    return enrolled, Protection(Identity(name, kit.signing_key()), kit.roster, "", None)
+    return enrolled, Protection(Identity.of(kit), kit.roster, "", None)
