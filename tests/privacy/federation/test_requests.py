@@ -356,19 +356,17 @@ def test_an_installation_that_was_stopped_is_finished_by_doing_it_again(
 
 
 def test_the_consortium_signs_with_its_passphrase_only(tmp_path: Path) -> None:
-    begun = Founding(tmp_path, WORDS)
-    for path in (begun.office / "consortium").glob("*.key"):
+    office = tmp_path / "office"
+    consortium.begin(founding(*MEMBERS), office, WORDS)
+    for path in (office / "consortium").glob("*.key"):
         assert b"ENCRYPTED" in path.read_bytes()
         with pytest.raises(IdentityError, match="passphrase is not the right one"):
             identity.read_private_key(path)
-    requests = list(begun.requests.values())
-    for passphrase, words in (
-        (None, "none was given"),
-        ("wrong horse battery", "passphrase is not the right one"),
-    ):
+    request = make_request(tmp_path / "a", "clinics", "a")
+    for passphrase, words in ((None, "none was given"), (f"{WORDS} ", "passphrase is not the right one")):
         with pytest.raises(IdentityError, match=words):
-            consortium.approve(begun.office, requests, passphrase)
-    assert begun.approve(*requests).roster is not None
+            consortium.approve(office, [request], passphrase)
+    assert consortium.approve(office, [request], WORDS).waiting == ("b", "c", "d", "(server)")
 
 
 def test_fingerprints_differ_with_every_part() -> None:
