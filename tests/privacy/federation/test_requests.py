@@ -32,12 +32,10 @@ WORDS = "correct horse battery"
 
 
 class Founding:
-    """A founding on five machines: a folder for each."""
+    """A founding on six machines: a folder for each."""
 
-    def __init__(self, place: Path, passphrase: str | None = None) -> None:
-        self.place, self.office, self.passphrase = place, place / "office", passphrase
-        consortium.begin(founding(*MEMBERS, "e"), self.office, passphrase)
-        self.requests = {name: self.ask(name) for name in (*MEMBERS, "e")}
+    def __init__(self, place: Path, requests: dict[str, KeyRequest]) -> None:
+        self.place, self.office, self.requests = place, place / "office", requests
 
     def ask(self, name: str, kit: str = "", **changes: Any) -> KeyRequest:
         hosts = ("fl.example.org",) if not name else ()
@@ -48,7 +46,7 @@ class Founding:
         return self.place / (name or "server")
 
     def approve(self, *requests: KeyRequest, **options: Any) -> consortium.Approval:
-        return consortium.approve(self.office, requests, self.passphrase, **options)
+        return consortium.approve(self.office, requests, **options)
 
     def found(self) -> dict[str, Path]:
         return self.approve(*self.requests.values(), self.ask("")).answers
@@ -58,16 +56,31 @@ class Founding:
         return install(folder, self.kit(name), confirm=lambda shown: None)
 
 
-@pytest.fixture
-def begun(tmp_path: Path) -> Founding:
-    return Founding(tmp_path)
+@pytest.fixture(scope="session")
+def templates(tmp_path_factory: pytest.TempPathFactory) -> tuple[Founding, Founding]:
+    """One that has begun, with all requests there, and one that is done and installed."""
+    begun = Founding(tmp_path_factory.mktemp("begun"), {})
+    consortium.begin(founding(*MEMBERS, "e"), begun.office, None)
+    begun.requests |= {name: begun.ask(name) for name in (*MEMBERS, "e")}
+    done = copied(begun, tmp_path_factory.mktemp("founded"))
+    for name in done.found():
+        done.install(name)
+    return begun, done
+
+
+def copied(made: Founding, place: Path) -> Founding:
+    shutil.copytree(made.place, place, dirs_exist_ok=True)
+    return Founding(place, dict(made.requests))
 
 
 @pytest.fixture
-def founded(begun: Founding) -> Founding:
-    for name in begun.found():
-        begun.install(name)
-    return begun
+def begun(templates: tuple[Founding, Founding], tmp_path: Path) -> Founding:
+    return copied(templates[0], tmp_path)
+
+
+@pytest.fixture
+def founded(templates: tuple[Founding, Founding], tmp_path: Path) -> Founding:
+    return copied(templates[1], tmp_path)
 
 
 def secrets(place: Path) -> set[bytes]:
