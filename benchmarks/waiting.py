@@ -1,12 +1,11 @@
-"""`python -m benchmarks.waiting`: one server process under load, over gRPC and mutual TLS, without any model.
+"""`python -m benchmarks.waiting`: one server process under load, over gRPC and mutual TLS, with no model.
 
-All members but one push and wait in `Pull`; the last one pushes, and the time from its receipt to every answer
-is the round's overhead. With `--pushes`, so many members send adapters of `--mib` MiB at once instead. Clients are
-coroutines of two processes, on the same machine as the server, which takes time from it.
+All members but one push and wait in `Pull`; the last one pushes, and the time from its receipt to every
+answer is the round's overhead. With `--pushes`, so many members send adapters of `--mib` MiB at once instead.
+Clients are coroutines of two processes, on the same machine as the server, which takes time from it.
 """
 
 import asyncio
-import json
 import multiprocessing
 import os
 import resource
@@ -79,7 +78,10 @@ def _measure(count: int, rounds: int, size: int) -> list[list[str]]:
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         members = tuple(f"m{number:04d}" for number in range(count))
-        create(FederationConfig(federation="waiting", members=_entries(members), terms=_terms(rounds, size)), place / "f")
+        create(
+            FederationConfig(federation="waiting", members=_entries(members), terms=_terms(rounds, size)),
+            place / "f",
+        )
         with _server(place) as (process, port):
             workers = [
                 context.Process(
@@ -90,7 +92,9 @@ def _measure(count: int, rounds: int, size: int) -> list[list[str]]:
             ]
             for worker in workers:
                 worker.start()
-            rows = [_round(count, number, process.pid, place, barrier, answers) for number in range(1, rounds + 1)]
+            rows = [
+                _round(count, number, process.pid, place, barrier, answers) for number in range(1, rounds + 1)
+            ]
             for worker in workers:
                 worker.join()
     return rows
@@ -152,11 +156,17 @@ def _round(count: int, number: int, server: int, place: Path, barrier: Any, answ
     after = _usage(server)
     state = place / "f/server/state"
     time.sleep(0.5)
-    size = sum(path.stat().st_size for path in state.rglob("*") if path.is_file() and "spool" not in path.parts)
+    size = sum(
+        path.stat().st_size for path in state.rglob("*") if path.is_file() and "spool" not in path.parts
+    )
     numbers = [times[0], statistics.median(times), times[-1], 1000 * (after["cpu"] - before["cpu"])]
     row = [str(count), str(number), f"{pushed:.1f}", *(f"{value:.0f}" for value in numbers)]
     row += [f"{after['anonymous']:.0f}", f"{after['peak']:.0f}"]
-    row += [f"{(state / 'run.json').stat().st_size / 1000:.0f}", f"{size / 1e6:.1f}", f"{os.getloadavg()[0]:.1f}"]
+    row += [
+        f"{(state / 'run.json').stat().st_size / 1000:.0f}",
+        f"{size / 1e6:.1f}",
+        f"{os.getloadavg()[0]:.1f}",
+    ]
     print(row, file=sys.stderr)
     barrier.wait()
     return row
@@ -220,7 +230,10 @@ class _Member:
         self._signing = kit.signing_key()
         files = (kit.authority, kit.tls_key, kit.tls_certificate)
         credentials = grpc.ssl_channel_credentials(*(path.read_bytes() for path in files))
-        options = (("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", bounds.MAX_MESSAGE_BYTES))
+        options = (
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.max_receive_message_length", bounds.MAX_MESSAGE_BYTES),
+        )
         self.channel = aio.secure_channel(f"localhost:{port}", credentials, options=options)
         self._stub = FederationStub(self.channel)
         self._run = ""
@@ -240,7 +253,9 @@ class _Member:
         """When the aggregate was here, in seconds of the monotonic clock."""
         while True:
             request = pb.PullRequest(round=number, wait_milliseconds=60_000)
-            parts = [part.WhichOneof("part") async for part in self._stub.Pull(request, timeout=_CALL_SECONDS)]
+            parts = [
+                part.WhichOneof("part") async for part in self._stub.Pull(request, timeout=_CALL_SECONDS)
+            ]
             if "header" in parts:
                 return time.monotonic()
 

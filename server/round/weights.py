@@ -106,7 +106,6 @@ def plan(
     clients: Sequence[str],
     relevance: Relevance,
     *,
-    round_number: int,
     temperature: float,
     policy: AggregationPolicy,
     bits: int,
@@ -124,7 +123,6 @@ def plan(
         group: who contributes and who receives.
         clients: order of the rows and columns of `relevance`.
         relevance: similarity of all clients.
-        round_number: round of the uploads, for the refusals.
         temperature: τ of the softmax.
         policy: limits on every row.
         bits: precision of the weights.
@@ -141,7 +139,7 @@ def plan(
             rows[clients[index]], solved = made.add(index, weights_NN[index])
             pair_solves |= solved
         except PolicyError as error:
-            refusals[clients[index]] = f"round {round_number}, {group.label}: {error}"
+            refusals[clients[index]] = str(error)
     one_solves = any(estimate_errors(row_N[None, :]).min() < SOLVED for row_N in made.shares_RN)
     return Plan(group, rows, refusals, 1 if one_solves else 2 if pair_solves else None)
 
