@@ -161,9 +161,11 @@ class Store:
         """Remember that a member has enrolled, and with what; of its ledger, what it enrols with first."""
         row = {"family": enrolment.family, "software": enrolment.software, "enrolled_at": now}
         with self._transaction() as connection:
-            _upsert(connection, tables.members, {"client": client}, row)
+            tables.upsert(connection, tables.members, {"client": client}, row)
             if enrolment.ledger_head and connection.scalar(_ledger_head(client)) is None:
-                _upsert(connection, tables.ledger_heads, {"client": client}, {"head": enrolment.ledger_head})
+                tables.upsert(
+                    connection, tables.ledger_heads, {"client": client}, {"head": enrolment.ledger_head}
+                )
 
     def ledger_head(self, client: str) -> bytes:
         """The newest head of a member's privacy ledger; empty if it never sent one."""
@@ -205,11 +207,11 @@ class Store:
 
     def newest_profiles(self) -> dict[str, int]:
         """Round of the newest profile of every client that ever sent one."""
-        return {row.client: row.round for row in self._rows(_NEWEST_PROFILES)}
+        return {row.client: row.round for row in self._rows(tables.NEWEST_PROFILES)}
 
     def profiles(self) -> dict[str, Profile]:
         """The newest profile of every client that ever sent one."""
-        table, latest = tables.profiles, _NEWEST_PROFILES.subquery()
+        table, latest = tables.profiles, tables.NEWEST_PROFILES.subquery()
         match = sa.and_(table.c.client == latest.c.client, table.c.round == latest.c.round)
         rows = self._rows(sa.select(table).join(latest, match))
         return {
@@ -305,7 +307,7 @@ class Store:
         """Store a client's privacy statement; a later one replaces it."""
         row = {"statement": statement, "received_at": now}
         with self._transaction() as connection:
-            _upsert(connection, tables.reports, {"client": client}, row)
+            tables.upsert(connection, tables.reports, {"client": client}, row)
 
     def reports(self) -> dict[str, bytes]:
         """Privacy statements by client."""
@@ -333,11 +335,6 @@ def _value(key: str) -> sa.Select[Any]:
     return sa.select(tables.meta.c.value).where(tables.meta.c.key == key)
 
 
-_NEWEST_PROFILES: Final = sa.select(
-    tables.profiles.c.client, sa.func.max(tables.profiles.c.round).label("round")
-).group_by(tables.profiles.c.client)
-
-
 def _add_upload(connection: sa.Connection, arrival: Arrival) -> None:
     client, header = arrival.client, arrival.header
     row = {
@@ -358,9 +355,9 @@ def _add_upload(connection: sa.Connection, arrival: Arrival) -> None:
             "noise_variance": header.profile.noise_variance,
             "releases": header.profile.releases,
         }
-        _upsert(connection, tables.profiles, {"client": client, "round": header.round}, values)
+        tables.upsert(connection, tables.profiles, {"client": client, "round": header.round}, values)
     if header.ledger is not None:
-        _upsert(connection, tables.ledger_heads, {"client": client}, {"head": header.ledger.head})
+        tables.upsert(connection, tables.ledger_heads, {"client": client}, {"head": header.ledger.head})
     _add_traffic(connection, client, arrival.received_bytes, 0)
 
 
@@ -374,16 +371,7 @@ def _older_key_messages(epoch: int) -> sa.Delete:
 
 def _put(connection: sa.Connection, values: Mapping[str, str]) -> None:
     for key, text in values.items():
-        _upsert(connection, tables.meta, {"key": key}, {"value": text})
-
-
-def _upsert(
-    connection: sa.Connection, table: sa.Table, key: Mapping[str, object], values: Mapping[str, Any]
-) -> None:
-    """Update the row of a key, or insert it."""
-    where = [table.c[column] == part for column, part in key.items()]
-    if connection.execute(sa.update(table).where(*where).values(values)).rowcount == 0:
-        connection.execute(sa.insert(table).values(**key, **values))
+        tables.upsert(connection, tables.meta, {"key": key}, {"value": text})
 
 
 def _add_traffic(connection: sa.Connection, client: str, received: int, sent: int) -> None:
