@@ -6,8 +6,10 @@ Clients are coroutines of two processes, on the same machine as the server, whic
 """
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
+import queue
 import resource
 import statistics
 import subprocess
@@ -66,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
     else:
         rows = [row for count in parsed.clients for row in _measure(count, parsed.rounds, 0)]
     heads = ["members", "round", "push, s", "first, ms", "median, ms", "last, ms", "server's CPU, ms"]
-    heads += ["anonymous memory, MB", "peak, MB", "run.json, kB", "state, MB", "load"]
+    heads += ["memory at its peak, MB", "run.json, kB", "state, MB", "load"]
     print("\n".join(markdown_table(heads, rows, numbers=True)))
     return 0
 
@@ -141,46 +143,48 @@ def _server(place: Path) -> Iterator[tuple["subprocess.Popen[bytes]", int]]:
     finally:
         process.terminate()
         process.wait(60)
-        if os.environ.get("WAITING_LOG"):
-            Path(os.environ["WAITING_LOG"]).write_text(log.read_text())
 
 
 def _round(count: int, number: int, server: int, place: Path, barrier: Any, answers: Any) -> list[str]:
-    pushed = max(answers.get() for _ in range(_WORKERS))
+    peak = [0.0]
+    pushed = max(_heard(answers, server, peak) for _ in range(_WORKERS))
     time.sleep(_SETTLE_SECONDS)
     before = _usage(server)
     barrier.wait()
-    told = [answers.get() for _ in range(_WORKERS)]
-    receipt = max(ack for ack, _ in told)
-    times = sorted(1000 * (when - receipt) for _, found in told for when in found)
+    told = [_heard(answers, server, peak) for _ in range(_WORKERS)]
     after = _usage(server)
-    state = place / "f/server/state"
+    receipt = max(seconds for seconds, _ in told)
+    times = sorted(1000 * (when - receipt) for _, found in told for when in found)
     time.sleep(0.5)
-    size = sum(
-        path.stat().st_size for path in state.rglob("*") if path.is_file() and "spool" not in path.parts
-    )
-    numbers = [times[0], statistics.median(times), times[-1], 1000 * (after["cpu"] - before["cpu"])]
-    row = [str(count), str(number), f"{pushed:.1f}", *(f"{value:.0f}" for value in numbers)]
-    row += [f"{after['anonymous']:.0f}", f"{after['peak']:.0f}"]
-    row += [
-        f"{(state / 'run.json').stat().st_size / 1000:.0f}",
+    state = place / "f/server/state"
+    size = sum(path.stat().st_size for path in state.rglob("*.*") if "spool" not in path.parts)
+    barrier.wait()
+    numbers = [times[0], statistics.median(times), times[-1], 1000 * (after[0] - before[0]), *peak]
+    numbers.append((state / "run.json").stat().st_size / 1000)
+    told_numbers = [f"{value:.0f}" for value in numbers]
+    return [
+        str(count),
+        str(number),
+        f"{pushed:.1f}",
+        *told_numbers,
         f"{size / 1e6:.1f}",
         f"{os.getloadavg()[0]:.1f}",
     ]
-    print(row, file=sys.stderr)
-    barrier.wait()
-    return row
 
 
-def _usage(process: int) -> dict[str, float]:
-    """Processor seconds, and megabytes of anonymous memory now and of resident memory at its peak."""
+def _heard(answers: Any, server: int, peak: list[float]) -> Any:
+    """What a worker tells; meanwhile the server's memory is watched."""
+    while True:
+        peak[0] = max(peak[0], _usage(server)[1])
+        with contextlib.suppress(queue.Empty):
+            return answers.get(timeout=0.05)
+
+
+def _usage(process: int) -> tuple[float, float]:
+    """Processor seconds, and megabytes of memory beside mapped files, of a process."""
     stat = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
-    return {
-        "cpu": (int(stat[11]) + int(stat[12])) / _TICKS,
-        "anonymous": int(status["RssAnon"].split()[0]) / 1024,
-        "peak": int(status["VmHWM"].split()[0]) / 1024,
-    }
+    return (int(stat[11]) + int(stat[12])) / _TICKS, int(status["RssAnon"].split()[0]) / 1024
 
 
 def _work(
