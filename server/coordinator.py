@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import get_args
 
 from fedmosaic.privacy.files import private_opener
 from fedmosaic.protos.messages import (
@@ -24,6 +25,7 @@ from fedmosaic.protos.messages import (
 from fedmosaic.server.admission import Admission
 from fedmosaic.server.downloads import Download, read_download
 from fedmosaic.server.keys.relay import required
+from fedmosaic.server.rosters import under_roster
 from fedmosaic.server.round import state as rounds
 from fedmosaic.server.round.repair import repair_aggregate
 from fedmosaic.server.rounds import Rounds
@@ -50,12 +52,16 @@ class Coordinator:
         Raises:
             StateError: the state is in use, damaged, or of a run with other terms.
         """
-        self.settings = settings
         self._run = Run(settings, clock)
         self.run_id = self._run.run_id
-        self._admission = Admission(settings, self.run_id, self._run.aggregator)
-        self._uploads = Uploads(self._run, self._admission, self.state_line)
-        self._rounds = Rounds(self._run, self.state_line)
+        self._take_up(settings)
+
+    def _take_up(self, settings: ServerSettings) -> None:
+        run = self._run
+        self._admission = Admission(settings, self.run_id, run.aggregator, run.rosters.known)
+        self._uploads = Uploads(run, self._admission, self.state_line)
+        self._rounds = Rounds(run, self.state_line)
+        self.settings = settings  # last: calls that wait look at it, and then ask again
 
     def subscribe(self, listener: Callable[[Topic], None]) -> None:
         """Call `listener`, from any thread, whenever somebody who waits should look again."""
@@ -67,8 +73,33 @@ class Coordinator:
         state = self._run.round
         return 0 if state.phase is Phase.CLOSED else state.number
 
+    def renew(self, settings: ServerSettings) -> bool:
+        """Go on under another roster of the same terms. Its members enrol again before they do anything else.
+
+        Args:
+            settings: with the new roster. What the server's operator decides stays as it was.
+
+        Returns:
+            False while a round is being aggregated: ask again. When the run is over, nothing changes.
+
+        Raises:
+            IdentityError: the roster cannot follow on the present one.
+            StateError: the run's roster is fixed, or a member has another family on the new one.
+        """
+        run = self._run
+        with run.lock:
+            if run.round.phase is not Phase.OPEN:
+                return run.round.phase is Phase.FINISHED
+            settings = under_roster(self.settings, settings)
+            if run.renew(settings):
+                self._take_up(settings)
+        for topic in get_args(Topic):
+            run.changed(topic)
+        return True
+
     def _seen(self, client: str) -> None:
         self._admission.check_member(client)
+        self._run.rosters.check(client)
         self._run.seen(client)
 
     def enrol(self, client_id: str, enrolment: Enrolment) -> Enrolled:
@@ -77,12 +108,12 @@ class Coordinator:
         A client that only checks is not counted as present: it may have to load its model first, or be told
         that something there is wrong.
         """
-        self._admission.check_enrolment(client_id, enrolment)
         run = self._run
-        if not enrolment.check_only:
-            self._seen(client_id)
         with run.lock:
+            self._admission.check_enrolment(client_id, enrolment)
             if not enrolment.check_only:
+                run.rosters.enrolled(client_id)
+                run.seen(client_id)
                 run.store.enrol(client_id, enrolment, time.time())
                 log.info("%s enrolled (%s)", client_id, enrolment.software)
             members, kept = tuple(sorted(self.settings.members)), run.store.ledger_head(client_id)
@@ -217,9 +248,9 @@ class Coordinator:
 
     def post_key_message(self, client_id: str, message: KeyMessage) -> None:
         """Relay a message of the key agreement, or take one of a sum; the first in its place counts."""
-        self._seen(client_id)
         run = self._run
         with run.lock:
+            self._seen(client_id)
             now = run.clock()
             if run.sums is not None and is_sum_step(message.stage):
                 run.sums.post(client_id, message.epoch, message.stage, message.payload)
@@ -237,9 +268,9 @@ class Coordinator:
 
     def read_key_messages(self, client_id: str, epoch: int, stage: str) -> dict[str, bytes]:
         """Messages of a stage that a client may read, by sender; empty while they are not open yet."""
-        self._seen(client_id)
         run = self._run
         with run.lock:
+            self._seen(client_id)
             if run.sums is not None and is_sum_step(stage):
                 return run.sums.read(client_id, epoch, stage)
             return required(run.keys, self.settings).read(client_id, epoch, stage)
@@ -257,7 +288,8 @@ class Coordinator:
         store = self._run.store
         if self._run.round.phase is not Phase.FINISHED:
             return None
-        return tuple(sorted(store.enrolled() - store.reports().keys()))
+        present = store.enrolled() & self.settings.members.keys()
+        return tuple(sorted(present - store.reports().keys()))
 
     def last_words(self) -> tuple[list[str], bool]:
         """What to say when the run is over, and whether anybody received anything."""

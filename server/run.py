@@ -17,13 +17,14 @@ from fedmosaic.protos.errors import StateError
 from fedmosaic.protos.messages import Phase
 from fedmosaic.server.keys.epoch import KeyEpoch
 from fedmosaic.server.keys.relay import KeyRelay
+from fedmosaic.server.rosters import Rosters
 from fedmosaic.server.round import state as rounds
 from fedmosaic.server.round.aggregates import Offer, stored_offer
 from fedmosaic.server.settings import ServerSettings
 from fedmosaic.server.storage.blobs import Blobs
 from fedmosaic.server.storage.store import MARK, Store, StoredAggregate, default_url
 from fedmosaic.server.summary import Account
-from fedmosaic.server.sums import RunSums
+from fedmosaic.server.sums import PARTITION_FORMED, RunSums
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class Run:
         account: what is told of the run.
         aggregator: server side of the back end.
         run_id: of the run.
+        rosters: which it has had, and who has an older one.
         keys: the key agreement; None where nothing is encrypted.
         sums: sums of groups; None where members share adapters.
         position: where the run is.
@@ -89,6 +91,8 @@ class Run:
         plaintext = not settings.encrypted  # whoever built the settings has asked for it by name
         self.aggregator = create_aggregator(settings.encryption, settings.policy, allow_plaintext=plaintext)
         self.run_id = open_run(settings, self.store, new=self.blobs.empty)
+        self.rosters = Rosters(self.store)
+        self.rosters.take_up(settings, fixed=self._fixed)
         self.keys = KeyRelay(settings, self.store, self.clock()) if settings.encrypted else None
         state = resume_round(settings, self.store, self.keys, self.clock())
         offer = stored_offer(self.store, self.blobs, state.number)
@@ -96,6 +100,20 @@ class Run:
         self.sums: RunSums | None = None
         if settings.group_sums is not None:
             self.sums = RunSums(settings, self.store, self.blobs, self.run_id, state.number)
+
+    @property
+    def _fixed(self) -> bool:
+        return self.store.get(PARTITION_FORMED) is not None
+
+    def renew(self, settings: ServerSettings) -> bool:
+        """Go on under the roster of these settings, with the lock held; whether it is another than before."""
+        if not self.rosters.take_up(settings, fixed=self._fixed):
+            return False
+        self.settings = self.account.settings = settings
+        self.round = resume_round(settings, self.store, self.keys, self.clock())
+        if self.sums is not None:
+            self.sums = RunSums(settings, self.store, self.blobs, self.run_id, self.round.number)
+        return True
 
     @property
     def round(self) -> rounds.Round:
@@ -156,9 +174,6 @@ def open_run(settings: ServerSettings, store: Store, *, new: bool) -> str:
             f"{settings.state_dir} holds run {run_id}, whose {' and '.join(changed)} differ from the "
             "settings; give the new run its own state_dir (and database), or restore the old settings"
         )
-    if store.get("roster") != settings.roster_hash.hex():
-        log.warning("the roster has changed; a new group key is agreed on before anybody encrypts again")
-        store.put({"roster": settings.roster_hash.hex(), "rotate": "1"})
     return run_id
 
 
@@ -167,7 +182,6 @@ def _begin_run(settings: ServerSettings, store: Store, terms: Mapping[str, objec
     store.put(
         {
             "run": json.dumps({"id": run_id, "started_at": time.time(), "terms": terms}),
-            "roster": settings.roster_hash.hex(),
             "round": "1",
             "absent": "[]",
             "head": first_head(run_id).hex(),

@@ -11,14 +11,16 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic_core import from_json
 
 from fedmosaic import __version__
+from fedmosaic.privacy.federation.identity import read_certificate
 from fedmosaic.privacy.files import private_directory, write_atomically
-from fedmosaic.protos.errors import StateError
+from fedmosaic.protos.errors import IdentityError, StateError
 from fedmosaic.protos.messages import PROTOCOL_VERSION
 from fedmosaic.server.round.relations import matrix, shares, unpack
 from fedmosaic.server.round.state import Round
@@ -37,7 +39,7 @@ class Account:
     """Bytes that are not in the database yet, and whether the account is older than the store."""
 
     def __init__(self, settings: ServerSettings, store: Store) -> None:
-        self._settings = settings
+        self.settings = settings
         self._store = store
         self._lock = threading.Lock()
         self._writing = threading.Lock()
@@ -77,8 +79,8 @@ class Account:
                 with self._writing:
                     self._record_rounds()
                     self.flush()
-                    content = summarise(self._settings, self._store, state, self._received)
-                    write_summary(self._settings.state_dir, content)
+                    content = summarise(self.settings, self._store, state, self._received)
+                    write_summary(self.settings.state_dir, content)
             elif time.monotonic() - self._stored > _SECONDS_COUNTED:
                 self.flush()
         except (OSError, StateError) as error:
@@ -91,22 +93,22 @@ class Account:
 
     def _record_rounds(self) -> None:
         """Write the file of every closed round that has none yet, and count who received."""
-        folder = self._settings.state_dir / ROUNDS
+        folder = self.settings.state_dir / ROUNDS
         private_directory(folder)
         for result in self._store.results(after=self._recorded):
             path = folder / f"{result['round']:06d}.json"
             if not path.exists():
                 write_atomically(path, json.dumps(result).encode() + b"\n", durable=False)
-            self._received.update(receivers(self._settings, result))
+            self._received.update(receivers(self.settings, result))
             self._recorded = result["round"]
 
     def whole(self, state: Round) -> dict[str, object]:
         """`run.json` with all that is kept of the rounds in it, as `with_rounds` gives it."""
         self.flush()
         results = self._store.results()
-        received = Counter(name for result in results for name in receivers(self._settings, result))
-        flat = summarise(self._settings, self._store, state, received)
-        return {**flat, "results": _with_relations(results, self._settings.state_dir)}
+        received = Counter(name for result in results for name in receivers(self.settings, result))
+        flat = summarise(self.settings, self._store, state, received)
+        return {**flat, "results": _with_relations(results, self.settings.state_dir)}
 
 
 def receivers(settings: ServerSettings, result: Mapping[str, Any]) -> set[str]:
@@ -185,6 +187,7 @@ def summarise(
         "started_at": run.get("started_at"),
         "federation": settings.federation,
         "roster_hash": settings.roster_hash.hex(),
+        "certificate_expires": _expiry(settings),
         "members": sorted(settings.members),
         "backend": settings.encryption.backend,
         "rounds": settings.rounds,
@@ -197,6 +200,14 @@ def summarise(
         "statements": statements,
         "unreadable_statements": unreadable,
     }
+
+
+def _expiry(settings: ServerSettings) -> str | None:
+    """When the server's certificate expires; None without one, or while it cannot be read."""
+    with suppress(IdentityError):
+        if settings.tls is not None:
+            return read_certificate(settings.tls.certificate).not_valid_after_utc.isoformat()
+    return None
 
 
 def _statements(store: Store) -> tuple[dict[str, object], list[str]]:

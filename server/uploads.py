@@ -62,9 +62,10 @@ class Uploads:
 
     def announce(self, client: str, header: UploadHeader) -> Receipt | Ticket:
         """See `Coordinator.announce`."""
-        content_hash = self._admission.check_upload(client, header)
-        self._run.seen(client)
         with self._run.lock:
+            self._run.rosters.check(client)  # before the signature, whose key another roster may change
+            content_hash = self._admission.check_upload(client, header)
+            self._run.seen(client)
             _, answer = self._judge(client, header, content_hash)
             if answer is not ReceiptStatus.ACCEPTED:
                 return self._receipt(client, header, answer, content_hash)
@@ -124,6 +125,7 @@ class Uploads:
     def _take(self, waiting: _Waiting) -> tuple[rounds.Round, ReceiptStatus]:
         """Judge an upload again, and move its payload into place if it is accepted."""
         client, header = waiting.arrival.client, waiting.arrival.header
+        self._run.rosters.check(client)  # another one may have come since it was announced
         state, answer = self._judge(client, header, waiting.arrival.content_hash)
         if answer is not ReceiptStatus.ACCEPTED:
             waiting.spool.unlink(missing_ok=True)
