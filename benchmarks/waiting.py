@@ -30,7 +30,8 @@ from grpc import aio
 from fedmosaic.experiments.scenario.metrics import markdown_table
 from fedmosaic.privacy.encryption.ciphers import create_cipher
 from fedmosaic.privacy.encryption.records import RoundContext
-from fedmosaic.privacy.federation.kits import FederationConfig, Kit, MemberEntry, create, open_kit
+from fedmosaic.privacy.federation.consortium import create
+from fedmosaic.privacy.federation.kits import FederationConfig, Kit, MemberEntry, open_kit
 from fedmosaic.privacy.federation.roster import Roster, Terms
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos import bounds, wire

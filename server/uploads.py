@@ -125,7 +125,8 @@ class Uploads:
     def _take(self, waiting: _Waiting) -> tuple[rounds.Round, ReceiptStatus]:
         """Judge an upload again, and move its payload into place if it is accepted."""
         client, header = waiting.arrival.client, waiting.arrival.header
-        self._run.rosters.check(client)  # another one may have come since it was announced
+        self._admission.check_member(client)  # another roster may have come since it was announced
+        self._run.rosters.check(client)
         state, answer = self._judge(client, header, waiting.arrival.content_hash)
         if answer is not ReceiptStatus.ACCEPTED:
             waiting.spool.unlink(missing_ok=True)

@@ -212,7 +212,7 @@ def test_the_key_epoch_survives_a_kill(federation: Any, settings: Any, clock: An
     agree(before, federation.clients)
     before.push("clinic-a", upload(federation, before, "clinic-a", 1, 1))
     before._run.store.close()
-    before._blobs.close()
+    before._run.blobs.close()
     after = Coordinator(settings, clock)
     assert set(after.read_key_messages("clinic-a", 1, "confirmation")) == set(federation.clients)
     for client in federation.clients[1:]:
@@ -287,7 +287,7 @@ def test_a_kill_after_the_commit_that_closes_a_round_leaves_the_key_epoch_that_i
     agree(before, federation.clients)
     push(federation, before, 1, 1)
     before.advance()
-    monkeypatch.setattr(before._keys, "adopt", killed)
+    monkeypatch.setattr(before._run.keys, "adopt", killed)
     push(federation, before, 2, 1)
     with pytest.raises(Killed):
         before.advance()
