@@ -18,9 +18,8 @@ from google.rpc import status_pb2  # type: ignore[import-untyped]  # googleapis-
 
 from fedmosaic.client.__main__ import take_part
 from fedmosaic.client.client import Client
-from fedmosaic.client.transport.connection import check_certificate
 from fedmosaic.integrations.flower.secured import TURN_BYTES, Frames, Kind, Secured, tls_context
-from fedmosaic.privacy.federation.identity import check_pair
+from fedmosaic.privacy.federation.identity import check_certificate, check_pair
 from fedmosaic.privacy.terminal import guarded
 from fedmosaic.protos.errors import ConfigurationError, WireError
 from fedmosaic.protos.refusal import Refusal, from_status
@@ -64,7 +63,10 @@ class PipeChannel:
     stream_unary = unary_unary
 
     def close(self) -> None:
-        """The socket stays as long as the process."""
+        """Leave whoever is asking; the socket stays as long as the process."""
+        if self._asking is not None:
+            self._asking.close()
+            self._asking = None
 
     def _call(self, path: str, requests: Iterable[bytes], seconds: float) -> Iterator[bytes]:
         """The messages of an answer, all heard before the first is given: who reads them may call again.
