@@ -32,7 +32,8 @@ from fedmosaic.experiments.simulation.worker import Architecture, Worker, archit
 from fedmosaic.privacy.federation.kits import open_kit
 from fedmosaic.protos.errors import ConfigurationError
 from fedmosaic.protos.refusal import Refusal
-from fedmosaic.server.coordinator import Coordinator, Topic
+from fedmosaic.server.coordinator import Coordinator
+from fedmosaic.server.run import Topic
 from fedmosaic.server.settings import ServerSettings
 
 _RESTARTS: Final = 20
