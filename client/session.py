@@ -173,6 +173,8 @@ class Session(Membership):
             if strangers:
                 named = ", ".join(strangers)
                 raise PolicyError(f"weight row of family {family!r} names members of others: {named}")
+        run = self._state.record.run_id
+        self._protection.check_witnessed(run, section, row, aggregate.key_epoch, uploaded)
         self._state.accept_row(section.name, uploaded, row)
         return self._protection.open(section, row, aggregate.key_epoch, uploaded, size)
 

@@ -32,7 +32,8 @@ from fedmosaic.server.keys.relay import KeyRelay, check_key_epoch, required
 from fedmosaic.server.round import state as rounds
 from fedmosaic.server.round.close import ClosedRound, DamagedUploadsError, close_round
 from fedmosaic.server.round.repair import repair_aggregate
-from fedmosaic.server.run import Ticket, next_round, open_run, resume_round, stored_head
+from fedmosaic.server.round.witness import Witnessing
+from fedmosaic.server.run import UNDER_REVIEW, Ticket, next_round, open_run, resume_round, stored_head
 from fedmosaic.server.settings import ServerSettings
 from fedmosaic.server.storage.blobs import Blobs, MissingBlobError
 from fedmosaic.server.storage.store import MARK, Store, default_url
@@ -81,9 +82,12 @@ class Coordinator:
         self._admission = Admission(settings, self.run_id, self._aggregator)
         self._keys = KeyRelay(settings, self._store, self._clock()) if settings.encrypted else None
         self._round = resume_round(settings, self._store, self._keys, self._clock())
+        self.witnessing = Witnessing(settings, self.run_id, self._blobs, lambda: self._changed("upload"))
         self._sums: RunSums | None = None
         if settings.group_sums is not None:
             self._sums = RunSums(settings, self._store, self._blobs, self.run_id, self._round.number)
+        if self._round.phase is Phase.CLOSED:  # a stopped server had shown it to the witness
+            self._close(self._round.number)
 
     def subscribe(self, listener: Callable[[Topic], None]) -> None:
         """Call `listener`, from any thread, whenever somebody who waits should look again."""
@@ -165,6 +169,7 @@ class Coordinator:
                 if header.sections:
                     check_key_epoch(self._keys, header)
                     self._blobs.adopt(ticket.spool, header.round, client_id)
+                    self.witnessing.keep(client_id, header)
                 size = header.size if received_bytes is None else received_bytes
                 self._store.add_upload(client_id, header, ticket.content_hash, time.time(), size)
                 self._round = state
@@ -254,7 +259,7 @@ class Coordinator:
         """What the server is waiting for, for whoever may know it."""
         with self._lock:
             now = self._clock()
-            status = replace(self._round.status(now), head=self._head)
+            status = self.witnessing.describe(replace(self._round.status(now), head=self._head), now)
             if self._keys is None or self._keys.ready or self._round.phase is not Phase.OPEN:
                 return status
             waiting, left, text = self._keys.describe(self._round.members - self._round.absent, now)
@@ -293,6 +298,9 @@ class Coordinator:
             log.warning("%s", after.extended())
         if closing:
             self._close(after.number)
+        elif (witnessed := self.witnessing.result(self._clock())) is not None:
+            self._finish(*witnessed)
+            closing = True
         self._account.keep_up(self.summary)
         if closing:
             self._changed("round")
@@ -309,8 +317,13 @@ class Coordinator:
         log.info("%s", self.state_line())
         try:
             closed = close_round(self.settings, self._store, self._blobs, self._aggregator, number)
-            with self._lock:
-                self._open_next(number, closed)
+            if self.witnessing.due(number):
+                with self._lock:
+                    self._store.put({UNDER_REVIEW: str(number)})
+                    self.witnessing.begin(number, closed, self._round.contributors, self._clock())
+                log.info("%s", self.state_line())
+                return
+            self._finish(number, closed)
         except DamagedUploadsError as error:
             self._ask_again(number, error)
             return
@@ -319,6 +332,10 @@ class Coordinator:
                 if self._round.number == number:
                     self._round = replace(self._round, phase=Phase.OPEN)
             raise
+
+    def _finish(self, number: int, closed: ClosedRound) -> None:
+        with self._lock:
+            self._open_next(number, closed)
         for line in closed.refusals:
             log.warning("%s", line)
         log.info("%s", self.state_line())
@@ -342,6 +359,7 @@ class Coordinator:
         key_epoch = 0 if opening.keys is None else opening.keys.epoch
         self._store.close_round(number, result, closed.aggregates, opening.metadata, key_epoch=key_epoch)
         self._round, self._head, self._account.due = state, opening.head, True
+        self.witnessing.end()
         if self._sums is not None:
             self._sums.open_round(state.number, now)
         if self._keys is not None and opening.keys is not None:

@@ -20,6 +20,8 @@ from fedmosaic.server.settings import ServerSettings
 from fedmosaic.server.storage.store import Store, StoredAggregate
 
 log = logging.getLogger(__name__)
+UNDER_REVIEW = "under_review"
+"""Entry of the database: the round that the witness was shown last. It takes no other upload."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,8 @@ def resume_round(settings: ServerSettings, store: Store, keys: KeyRelay | None, 
         (client for client, upload in stored.items() if upload.sections),
         store.get_json("absent") or [],
     )
+    if state.phase is Phase.OPEN and store.get(UNDER_REVIEW) == str(number):
+        state = replace(state, phase=Phase.CLOSED)
     if state.phase is Phase.OPEN and keys is not None and (store.get("rotate") == "1" or keys.due(number)):
         state = _under_new_key(state, keys, now)
     elif keys is not None and keys.ready:

@@ -12,7 +12,7 @@ from fedmosaic.privacy.configuration import Frozen, read_configuration, validate
 from fedmosaic.privacy.encryption.parameters import Parameters, PlainParameters
 from fedmosaic.privacy.federation.kits import SERVER_SETTINGS, open_kit, unaligned
 from fedmosaic.privacy.federation.names import ListenAddress, MemberId
-from fedmosaic.privacy.federation.roster import GroupSumTerms, Hex32
+from fedmosaic.privacy.federation.roster import GroupSumTerms, Hex32, Witness
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos import bounds
 from fedmosaic.protos.messages import SectionName
@@ -68,6 +68,7 @@ class ServerSettings(Frozen):
             without an entry need a valid certificate only.
         roster_hash: hash of the roster that all sides must hold.
         adapter_spec_hashes: adapter specs that clients may enrol with.
+        witness: who countersigns every aggregate, if somebody does.
         families: architecture name by member; members without an entry belong to no family.
         shared_dimensions: length d of the shared adapter vector.
         family_dimensions: length of the family's vector by family; families without an entry share none.
@@ -98,6 +99,7 @@ class ServerSettings(Frozen):
     tls_key_sha256: dict[MemberId, Hex32] = Field(default_factory=dict)
     roster_hash: Bytes32
     adapter_spec_hashes: tuple[Bytes32, ...] = Field(min_length=1)
+    witness: Witness | None = None
     families: dict[MemberId, str] = Field(default_factory=dict)
     shared_dimensions: int = Field(ge=1)
     family_dimensions: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
@@ -192,6 +194,7 @@ def settings_from_kit(directory: Path) -> ServerSettings:
         "tls_key_sha256": {member.id: member.tls_key_sha256 for member in roster.members},
         "roster_hash": roster.hash,
         "adapter_spec_hashes": (terms.adapter.spec_hash,),
+        "witness": roster.witness,
         "families": {member.id: member.family for member in roster.members if member.family},
         "shared_dimensions": terms.adapter.shared_dimensions,
         "family_dimensions": terms.adapter.family_dimensions,

@@ -7,6 +7,7 @@ the receiver trusts, to the one party it is for:
     DIR/roster.json       public; every kit has a copy
     DIR/server/           the server's kit
     DIR/clients/<id>/     one client's kit: TLS certificate and key, identity key, roster, pinned keys
+    DIR/witness/          the witness's kit, if there is one
 """
 
 import datetime as dt
@@ -25,7 +26,7 @@ from pydantic import Field, model_validator
 from fedmosaic.privacy.configuration import Frozen
 from fedmosaic.privacy.federation import identity
 from fedmosaic.privacy.federation.names import Family, Host, MemberId, Port
-from fedmosaic.privacy.federation.roster import Member, Roster, Terms
+from fedmosaic.privacy.federation.roster import Member, Roster, Seconds, Terms, Witness, check_witnessed
 from fedmosaic.privacy.files import sync_directory
 from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import ConfigurationError, IdentityError
@@ -38,6 +39,7 @@ TLS_CERTIFICATE = "tls.pem"
 TLS_KEY = "tls.key"
 IDENTITY_KEY = "identity.key"
 SERVER_SETTINGS = "server.toml"
+WITNESS = "witness"
 
 
 class MemberEntry(Frozen):
@@ -47,6 +49,15 @@ class MemberEntry(Frozen):
     """Name of the member: lower-case letters, digits and hyphens."""
     family: Family = ""
     """Architecture of its model. Members of different families need an aligned basis, see `adapter.basis`."""
+
+
+class WitnessEntry(Frozen):
+    """Who recomputes every aggregate from the signed uploads and countersigns it; never a member."""
+
+    id: MemberId
+    """Name of the witness: lower-case letters, digits and hyphens."""
+    seconds: Seconds = 600
+    """How long a round waits for it; whoever then has no countersignature trains the round alone."""
 
 
 class ServerEntry(Frozen):
@@ -65,6 +76,7 @@ class FederationConfig(Frozen):
     """Name of the federation: lower-case letters, digits and hyphens."""
     members: tuple[MemberEntry, ...] = Field(min_length=1, max_length=bounds.MAX_MEMBERS)
     server: ServerEntry = ServerEntry()
+    witness: WitnessEntry | None = None
     terms: Terms
 
     @model_validator(mode="after")
@@ -72,7 +84,9 @@ class FederationConfig(Frozen):
         problem = _too_few(len(self.members), self.terms)
         if problem:
             raise ValueError(problem)
-        ids = [member.id for member in self.members]
+        if self.witness is not None:
+            check_witnessed(self.terms)
+        ids = [member.id for member in (*self.members, *((self.witness,) if self.witness else ()))]
         twice = sorted({name for name in ids if ids.count(name) > 1})
         if twice:
             raise ValueError(f"member id {twice[0]} appears more than once")
@@ -225,13 +239,15 @@ def _make(config: FederationConfig, directory: Path, basis: Path | None) -> Rost
     authority = identity.create_authority(config.federation)
     _write_authority(directory / "consortium", authority)
     _write_server(directory / "server", authority, config)
-    members = tuple(_write_client(directory, authority, config.federation, m) for m in config.members)
+    clients = directory / "clients"
+    members = tuple(_write_client(clients / m.id, authority, config.federation, m) for m in config.members)
     roster = Roster(
         federation=config.federation,
         serial=1,
         issued=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         members=members,
         terms=config.terms,
+        witness=_write_witness(directory / WITNESS, authority, config.federation, config.witness),
     )
     return _publish(directory, roster, authority, basis)
 
@@ -243,14 +259,14 @@ def add_member(directory: Path, entry: MemberEntry) -> Roster:
         ConfigurationError: the id or its directory is taken, or the federation is full.
     """
     authority, roster = _open_consortium(directory)
-    if any(m.id == entry.id for m in roster.members):
+    if any(m.id == entry.id for m in (*roster.members, roster.witness) if m):
         raise ConfigurationError(f"{entry.id!r} is on the roster already; use `keys rotate` for new keys")
     if len(roster.members) >= bounds.MAX_MEMBERS:
         raise ConfigurationError(f"a federation has at most {bounds.MAX_MEMBERS} members")
     kit = directory / "clients" / entry.id
     if kit.exists():
         raise ConfigurationError(f"{kit} is the kit of a former member; move it away first")
-    member = _write_client(directory, authority, roster.federation, entry)
+    member = _write_client(kit, authority, roster.federation, entry)
     return _reissue(directory, authority, roster, (*roster.members, member))
 
 
@@ -273,13 +289,18 @@ def revoke_member(directory: Path, member_id: str) -> Roster:
 
 
 def rotate_member(directory: Path, member_id: str) -> Roster:
-    """Give a client new TLS and identity keys; the old kit is moved aside."""
+    """Give a client, or the witness, new TLS and identity keys; the old kit is moved aside."""
     authority, roster = _open_consortium(directory)
-    old = roster.member(member_id)
-    kit = directory / "clients" / member_id
+    witness = roster.witness if roster.witness and roster.witness.id == member_id else None
+    kit = directory / WITNESS if witness else directory / "clients" / roster.member(member_id).id
     if kit.exists():
-        kit.rename(kit.with_name(f"{member_id}.until-{roster.serial}"))
-    new = _write_client(directory, authority, roster.federation, MemberEntry(id=old.id, family=old.family))
+        kit.rename(kit.with_name(f"{kit.name}.until-{roster.serial}"))
+    if witness:
+        entry = WitnessEntry(id=witness.id, seconds=witness.seconds)
+        renewed = _write_witness(kit, authority, roster.federation, entry)
+        return _reissue(directory, authority, roster.model_copy(update={"witness": renewed}), roster.members)
+    old = roster.member(member_id)
+    new = _write_client(kit, authority, roster.federation, MemberEntry(id=old.id, family=old.family))
     members = tuple(new if m.id == member_id else m for m in roster.members)
     return _reissue(directory, authority, roster, members)
 
@@ -318,6 +339,7 @@ def _reissue(
 def _publish(directory: Path, roster: Roster, authority: identity.Authority, basis: Path | None) -> Roster:
     signed = roster.signed(authority.signing_key)
     kits = [directory / "server", *(directory / "clients" / m.id for m in signed.members)]
+    kits += [directory / WITNESS] if signed.witness else []
     pinned = identity.public_hex(authority.signing_key.public_key()) + "\n"
     certificate = authority.certificate.public_bytes(serialization.Encoding.PEM)
     for place in (directory, *kits):
@@ -365,11 +387,22 @@ def _write_server(kit: Path, authority: identity.Authority, config: FederationCo
     )
 
 
-def _write_client(
-    directory: Path, authority: identity.Authority, federation: str, entry: MemberEntry
-) -> Member:
-    kit = directory / "clients" / entry.id
-    making = kit.with_name(f".{entry.id}")
+def _write_witness(
+    kit: Path, authority: identity.Authority, federation: str, entry: WitnessEntry | None
+) -> Witness | None:
+    if entry is None:
+        return None
+    keys = _write_client(kit, authority, federation, MemberEntry(id=entry.id))
+    return Witness(
+        id=entry.id,
+        identity_key=keys.identity_key,
+        tls_key_sha256=keys.tls_key_sha256,
+        seconds=entry.seconds,
+    )
+
+
+def _write_client(kit: Path, authority: identity.Authority, federation: str, entry: MemberEntry) -> Member:
+    making = kit.with_name(f".{kit.name}")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True, mode=0o700)
     tls = identity.issue_client(authority, federation, entry.id)

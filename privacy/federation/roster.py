@@ -8,7 +8,7 @@ the privacy statement, so that client, server and report speak of the same terms
 import base64
 import hashlib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -277,8 +277,30 @@ class Member(Frozen):
     """Architecture name; members of one family may share the LoRA of the other layers."""
 
 
+def check_witnessed(terms: Terms) -> None:
+    """ValueError where a witness could not recompute the aggregates of these terms bit for bit."""
+    if terms.encryption.backend == "plain":
+        raise ValueError(
+            "encryption.backend is 'plain', whose sums of real numbers depend on their order in the last "
+            "digits, so no witness can recompute them bit for bit; choose 'ckks' or 'mask', or no witness"
+        )
+
+
+class Witness(Frozen):
+    """Who countersigns every aggregate. It holds no group key and is no member; keys as of `Member`."""
+
+    id: MemberId
+    identity_key: Hex32
+    tls_key_sha256: Hex32
+    seconds: Seconds = 600
+    """How long a round waits for it; whoever then has no countersignature trains the round alone."""
+
+
 class Roster(Frozen):
-    """Members and terms, with the consortium's signature over all of it."""
+    """Members and terms, with the consortium's signature over all of it.
+
+    Where a witness is named, a recipient accepts no aggregate that it has not countersigned.
+    """
 
     version: Literal[1] = 1
     federation: MemberId
@@ -286,14 +308,18 @@ class Roster(Frozen):
     issued: str
     members: tuple[Member, ...] = Field(min_length=1, max_length=bounds.MAX_MEMBERS)
     terms: Terms
+    witness: Witness | None = None
     signature: str = ""
 
     @model_validator(mode="after")
     def _distinct(self) -> "Roster":
+        if self.witness is not None:
+            check_witnessed(self.terms)
+        parties = (*self.members, *((self.witness,) if self.witness else ()))
         for what, values in (
-            ("member id", [m.id for m in self.members]),
-            ("identity key", [m.identity_key for m in self.members]),
-            ("TLS key", [m.tls_key_sha256 for m in self.members]),
+            ("member id", [m.id for m in parties]),
+            ("identity key", [m.identity_key for m in parties]),
+            ("TLS key", [m.tls_key_sha256 for m in parties]),
         ):
             twice = sorted({value for value in values if values.count(value) > 1})
             if twice:
@@ -308,7 +334,10 @@ class Roster(Frozen):
     def _canonical(self) -> bytes:
         # Terms of another protection are left out, so that rosters from before they existed keep their hash.
         unused = set() if self.terms.adapter.in_group_sums else {"group_sums"}
-        content = self.model_dump(mode="json", exclude={"signature": True, "terms": unused})
+        exclude: dict[str, Any] = {"signature": True, "terms": unused}
+        if self.witness is None:
+            exclude["witness"] = True
+        content = self.model_dump(mode="json", exclude=exclude)
         return canonical_json(content).encode()
 
     def signed(self, consortium: Ed25519PrivateKey) -> "Roster":

@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedmosaic.privacy.accounting.epsilon import EpsilonBound
+from fedmosaic.privacy.chain import misfit
 from fedmosaic.privacy.files import private_opener, sync_directory, write_atomically
 from fedmosaic.privacy.ledger.rows import (
     RESTORE,
@@ -322,7 +323,7 @@ class LedgerLog:
         for row in self.store.rows(len(self.rows)):
             previous = self.rows[-1].hash if self.rows else row.previous_hash
             position = len(self.rows)
-            if (row.sequence, row.previous_hash, row.hash) != (position, previous, row.computed_hash()):
+            if misfit(row, position, previous):
                 raise LedgerError(
                     f"the privacy ledger is damaged at row {position}: it does not continue the rows before "
                     "it"

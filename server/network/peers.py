@@ -134,12 +134,13 @@ async def _read_stream(contents: AsyncIterator[bytes], parse: Callable[[bytes], 
         yield _read_one(content, parse)
 
 
-def identify(auth: Mapping[str, Iterable[bytes]], settings: ServerSettings) -> str:
-    """Id of the member whose verified certificate opened the connection.
+def identify(auth: Mapping[str, Iterable[bytes]], settings: ServerSettings, *, witness: bool = False) -> str:
+    """Id of the member, or of the witness, whose verified certificate opened the connection.
 
     Args:
         auth: the `auth_context()` of a gRPC call; the certificate in it was verified by TLS.
         settings: federation, members and pinned certificate keys.
+        witness: let in the witness alone, and no member.
 
     Returns:
         The client id in the certificate's SPIFFE URI.
@@ -162,14 +163,22 @@ def identify(auth: Mapping[str, Iterable[bytes]], settings: ServerSettings) -> s
         raise _unauthenticated(
             f"the certificate is for federation {federation!r}, this is {settings.federation!r}"
         )
-    if client not in settings.members:
+    if witness and (settings.witness is None or client != settings.witness.id):
+        raise Refusal(
+            RefusalKind.NOT_PERMITTED,
+            "NOT_THE_WITNESS",
+            f"{client!r} is not the witness of federation {federation!r}",
+            "start it with the witness's kit, and the server with the newest roster",
+        )
+    if not witness and client not in settings.members:
         raise Refusal(
             RefusalKind.NOT_PERMITTED,
             "NOT_ON_ROSTER",
             f"{client!r} has a valid certificate but is not on the roster of federation {federation!r}",
             "it was revoked, or the server has an old roster: ask the consortium",
         )
-    pinned = settings.tls_key_sha256.get(client)
+    named = settings.witness.tls_key_sha256 if witness and settings.witness else None
+    pinned = named or settings.tls_key_sha256.get(client)
     if pinned is not None and public_key_sha256(x509.load_pem_x509_certificate(pem)) != pinned:
         raise _unauthenticated(f"the certificate of {client!r} has another key than the roster pins")
     return client

@@ -6,22 +6,24 @@ CPU and disk work runs in threads; waiting costs none, so hundreds of clients ma
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Final, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
 from fedmosaic.privacy.files import private_opener
-from fedmosaic.protos import bounds, wire
-from fedmosaic.protos.errors import FedMosaicError, WireError
+from fedmosaic.protos import wire
+from fedmosaic.protos.errors import WireError
 from fedmosaic.protos.messages import Enrolment, KeyMessage, Receipt, UploadHeader
 from fedmosaic.protos.refusal import Refusal, RefusalKind
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.downloads import Download
-from fedmosaic.server.network.peers import Context, identify, malformed, refuse
+from fedmosaic.server.network.calls import CHUNK_SECONDS as _CHUNK_SECONDS
+from fedmosaic.server.network.calls import Calls, wait_seconds
+from fedmosaic.server.network.peers import Context
 from fedmosaic.server.network.waiting import Changes
 from fedmosaic.server.run import Ticket
 
@@ -30,18 +32,14 @@ _STATUS_SECONDS: Final = 2.0
 """How often a waiting client is told what it waits for."""
 _STATUS_AGE_SECONDS: Final = 0.5
 """How old that may be, so that a thousand waiting clients cost one look."""
-_CHUNK_SECONDS: Final = 30.0
-"""How long the server waits for the next message of an upload."""
-T = TypeVar("T")
 M = TypeVar("M", bound=Message)
 
 
-class FederationService(rpc.FederationServicer):
+class FederationService(Calls, rpc.FederationServicer):
     """Translates calls into the coordinator's methods, and their refusals into status codes."""
 
     def __init__(self, coordinator: Coordinator, changes: Changes) -> None:
-        self._coordinator = coordinator
-        self._changes = changes
+        super().__init__(coordinator, changes)
         self._pushing: dict[str, asyncio.Task[Receipt]] = {}
         self._superseded: set[asyncio.Task[Receipt]] = set()
         self._locks: dict[str, asyncio.Lock] = {}
@@ -102,7 +100,7 @@ class FederationService(rpc.FederationServicer):
     ) -> AsyncIterator[pb.ReadKeyMessagesResponse]:
         """Wait until as many senders are there as expected, then send what may be read."""
         client = await self._identify(context, "key messages")
-        deadline = time.monotonic() + _wait_seconds(request.wait_milliseconds)
+        deadline = time.monotonic() + wait_seconds(request.wait_milliseconds)
         # So many readers ask again after every message; in a large federation they ask less often.
         breath = min(0.5, 0.005 * len(self._coordinator.settings.members))
         while True:
@@ -126,7 +124,7 @@ class FederationService(rpc.FederationServicer):
     async def Pull(self, request: pb.PullRequest, context: Context) -> AsyncIterator[pb.PullResponse]:
         """Tell what is being waited for until the round is open, then send the aggregate."""
         client = await self._identify(context, "pull")
-        deadline = time.monotonic() + _wait_seconds(request.wait_milliseconds)
+        deadline = time.monotonic() + wait_seconds(request.wait_milliseconds)
         sent = 0
 
         def opened() -> bool:
@@ -238,38 +236,10 @@ class FederationService(rpc.FederationServicer):
         self._coordinator.count_traffic(client, request.ByteSize(), response.ByteSize())
         return response
 
-    async def _identify(self, context: Context, call: str) -> str:
-        try:
-            return identify(context.auth_context(), self._coordinator.settings)
-        except Refusal as refusal:
-            await refuse(context, call, context.peer() or "unknown peer", refusal)
-
-    async def _guarded(self, context: Context, call: str, client: str, work: Awaitable[T]) -> T:
-        """Await work; answer errors with a status, and give each one line in the log."""
-        try:
-            return await work
-        except Refusal as refusal:
-            await refuse(context, call, client, refusal)
-        except WireError as error:
-            await refuse(context, call, client, malformed(str(error)))
-        except TimeoutError:
-            log.warning("%s of %s: nothing came for %.0f s; it can be resumed", call, client, _CHUNK_SECONDS)
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"nothing came for {_CHUNK_SECONDS:.0f} s")
-        except (FedMosaicError, OSError) as error:
-            log.error("%s of %s failed: %s", call, client, error)
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "the server has a fault of its own; try again")
-        except Exception:
-            log.exception("%s of %s failed", call, client)
-            await context.abort(grpc.StatusCode.INTERNAL, "the server has a fault of its own; see its log")
-
 
 async def _next(requests: AsyncIterator[pb.PushRequest]) -> pb.PushRequest | None:
     async with asyncio.timeout(_CHUNK_SECONDS):
         return await anext(requests, None)
-
-
-def _wait_seconds(milliseconds: int) -> float:
-    return min(milliseconds, bounds.MAX_WAIT_MILLISECONDS) / 1000.0
 
 
 def _download_messages(request: pb.PullRequest, download: Download) -> Iterator[pb.PullResponse]:

@@ -25,6 +25,7 @@ def stored_aggregate(
             "size": size,
             "row": None if section.row is None else vars(section.row),
             "refusal": section.refusal,
+            "witness": [section.uploads_sha256.hex(), section.countersignature.hex()],
         }
         for section, size in zip(sections, sizes, strict=True)
     ]
@@ -43,7 +44,9 @@ def read_sections(stored: StoredAggregate) -> tuple[list[AggregateSection], list
             row = record["row"]
             if row is not None:
                 row = WeightRow(tuple(row["contributors"]), tuple(row["weights"]), row["bits"])
-            sections.append(AggregateSection(record["name"], row, b"", record["refusal"]))
+            # A version before knew no witness.
+            witness = [bytes.fromhex(text) for text in record.get("witness", ())]
+            sections.append(AggregateSection(record["name"], row, b"", record["refusal"], *witness))
             sizes.append(int(record["size"]))
     except (ValueError, KeyError, TypeError, WireError) as error:
         raise StateError(
