@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from fedmosaic.client.group_session import GroupLearner, GroupSession
 from fedmosaic.client.keyring import Keyring
 from fedmosaic.client.learner import ModelLearner
-from fedmosaic.client.ledger import NO_LEDGER, DataLedger
+from fedmosaic.client.ledger import NO_LEDGER, DataLedger, audited
 from fedmosaic.client.membership import Learner
 from fedmosaic.client.model.scoring import Score
 from fedmosaic.client.planning import AdapterPlan, budgeted_channels
@@ -48,6 +48,7 @@ from fedmosaic.client.statement import (
 )
 from fedmosaic.client.transport.grpc import Transport
 from fedmosaic.client.transport.traffic import Traffic
+from fedmosaic.privacy.audit import Started
 from fedmosaic.privacy.configuration import parse_json, read_configuration
 from fedmosaic.privacy.federation.kits import Kit, open_kit
 from fedmosaic.privacy.files import write_atomically
@@ -105,6 +106,9 @@ class Participant:
         keyring = Keyring(client_id, identity.signing_key, roster, transport, keys) if encrypted else None
         protection = Protection(identity, roster, roster.member(client_id).family, keyring)
         self.state = state
+        hash_ = roster.hash.hex()
+        state.audit.add(Started(role="client", name=client_id, federation=roster.federation, roster=hash_))
+        ledger.tell(audited(state.audit))
         parts = (state, releases, protection, progress)
         if roster.terms.adapter.in_group_sums:
             self.session: Session = GroupSession(

@@ -14,21 +14,22 @@ before kept it, is moved beside the data.
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import tyro
 
 from fedmosaic.client.settings import DataSettings
 from fedmosaic.client.state import SessionRecord
 from fedmosaic.privacy.accounting.epsilon import default_delta
+from fedmosaic.privacy.audit import AuditLog, Charged
 from fedmosaic.privacy.configuration import read_own
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, has_begun, parameters_of, read_ledger
 from fedmosaic.privacy.ledger.move import back_up, move
-from fedmosaic.privacy.ledger.rows import Channel
+from fedmosaic.privacy.ledger.rows import Channel, LedgerRow
 from fedmosaic.privacy.ledger.rules import keeper
 from fedmosaic.protos.errors import ConfigurationError, LedgerError
 from fedmosaic.protos.messages import LedgerHead
@@ -74,6 +75,23 @@ class ServerAnchor:
         """The server has stored an upload, and with it this head."""
         if claim is not None:
             self._kept = claim.head
+
+
+def audited(audit: AuditLog) -> Callable[[LedgerRow], None]:
+    """What notes the rows of a ledger in the audit log: which row, and its hash."""
+    kinds: dict[str, Literal["charged", "released", "resent", "budget-refused"]] = {
+        "RESERVED": "charged",
+        "RELEASED": "released",
+        "RESENT": "resent",
+        "REFUSED": "budget-refused",
+    }
+
+    def note(row: LedgerRow) -> None:
+        if row.channel is not None and row.kind in kinds:
+            about = {"round": row.round or 0, "row": row.sequence}
+            audit.add(Charged(kind=kinds[row.kind], channel=row.channel, row_hash=row.hash, **about))
+
+    return note
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from fedmosaic.client.records import read_upload, write_upload
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.state import OLDER_COPY, ClientState
 from fedmosaic.client.transport.grpc import Transport
+from fedmosaic.privacy import audit
 from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.protos.errors import PolicyError, StateError
 from fedmosaic.protos.messages import (
@@ -162,6 +163,7 @@ class Membership:
         self._protection = protection
         self._progress = progress
         self._sent_again: list[int] = []
+        self._noted_key_epoch = 0
 
     def _enrol(self) -> Enrolled:
         """Enrol with the head of the privacy ledger; LedgerError if the server has kept a later one."""
@@ -178,6 +180,8 @@ class Membership:
             ledger_signature=self._identity.signing_key.sign(signed),
         )
         self._releases.anchor.check(enrolled.ledger_head)
+        here = audit.Joined(client=self._identity.client_id, run=enrolled.run_id, round=enrolled.round)
+        self._state.audit.add(here)
         return enrolled
 
     def _waiting(self, status: RoundStatus) -> None:
@@ -232,6 +236,7 @@ class Membership:
             StateError: this client's state, or the server's, is an older copy.
             RefusedError: nothing can be done.
         """
+        self._state.audit.refused(self._identity.client_id, "push", refusal.reason)
         if refusal.reason == "LEDGER_BEHIND":
             # The server may have been put back to a moment before; whoever is behind is the ledger's to find.
             self._enrol()

@@ -67,6 +67,10 @@ class Protection:
         if self._keyring is not None:
             self._keyring.agree(key_epoch, round_number)
 
+    def members(self, key_epoch: int) -> tuple[str, ...]:
+        """Members of a key epoch that was agreed on; empty where nothing is encrypted."""
+        return () if self._keyring is None else tuple(sorted(self._keyring.key(key_epoch).members))
+
     def retire(self, key_epoch: int) -> None:
         """Seal nothing more under an epoch that the server has replaced."""
         if self._keyring is not None:

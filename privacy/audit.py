@@ -10,17 +10,19 @@ take them, and what they tell is on record elsewhere (privacy ledger, database).
 Whoever writes holds the state directory's lock, so there is one writer.
 """
 
+import argparse
 import datetime as dt
 import errno
 import logging
+import math
 import os
+import re
 import threading
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Annotated, Final, Literal
 
-import tyro
 from pydantic import Field, ValidationError
 
 from fedmosaic import __version__
@@ -36,7 +38,11 @@ _Hex64 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Round = Annotated[int, Field(ge=0, le=bounds.MAX_ROUNDS + 1)]
 _Section = Literal["shared", "family"]
 _Channel = Literal["profile", "adapter", "family"]
-_Word = Annotated[str, Field(pattern=r"^[A-Za-z_ -]{1,64}$")]
+_WORD: Final = re.compile(r"^[A-Za-z_ -]{1,64}$")
+_UNPRINTABLE: Final = re.compile(r"[^ -~]")
+_Word = Annotated[str, Field(pattern=_WORD)]
+_SECONDS_BETWEEN_REFUSALS: Final = 60.0
+_REFUSALS_KEPT: Final = 1000
 
 
 class Started(Frozen):
@@ -58,7 +64,7 @@ class RosterChanged(Frozen):
     after: _Hex64
 
 
-class Enrolled(Frozen):
+class Joined(Frozen):
     """A client enrolled in a run: at the server, or this one."""
 
     kind: Literal["enrolled"] = "enrolled"
@@ -151,7 +157,7 @@ class Repaired(Frozen):
 
 
 Event = (
-    Started | RosterChanged | Enrolled | Refused | KeyEpoch | Charged | Withheld | RoundClosed | Received
+    Started | RosterChanged | Joined | Refused | KeyEpoch | Charged | Withheld | RoundClosed | Received
     | Countersigned | NotCountersigned | Repaired
 )  # fmt: skip
 DURABLE: Final = (Started, RosterChanged, KeyEpoch, NotCountersigned, Repaired)
@@ -186,6 +192,7 @@ class AuditLog:
         self._next = 0
         self._head = FIRST_PREVIOUS_HASH
         self._roster = ""
+        self._refusals: dict[tuple[str, str, str], float] = {}
 
     def add(self, event: Event) -> None:
         """Write an event; see the module for when it is durable.
@@ -200,6 +207,17 @@ class AuditLog:
             self._write(file, event)
             if isinstance(event, DURABLE):
                 os.fsync(file.fileno())
+
+    def refused(self, who: str, call: str, reason: str) -> None:
+        """Note a refusal; the same one once a minute at most, so that nobody fills the disk."""
+        key, now = (who, call, reason), time.monotonic()
+        if now - self._refusals.get(key, -math.inf) < _SECONDS_BETWEEN_REFUSALS:
+            return
+        if len(self._refusals) >= _REFUSALS_KEPT:
+            self._refusals.clear()
+        self._refusals[key] = now
+        word = reason if _WORD.fullmatch(reason) else "OTHER"
+        self.add(Refused(who=_UNPRINTABLE.sub("?", who)[:200], call=call, reason=word))
 
     def close(self) -> None:
         """Have every line on the disk, and let go of the file."""
@@ -224,8 +242,8 @@ class AuditLog:
         return file
 
     def _write(self, file: IO[bytes], event: Event) -> None:
-        time = self._clock().astimezone(dt.UTC).isoformat(timespec="milliseconds")
-        line = AuditLine(sequence=self._next, time=time, event=event, previous_hash=self._head)
+        now = self._clock().astimezone(dt.UTC).isoformat(timespec="milliseconds")
+        line = AuditLine(sequence=self._next, time=now, event=event, previous_hash=self._head)
         line = line.model_copy(update={"hash": line.computed_hash()})
         content = canonical_json(line.model_dump(mode="json")).encode() + b"\n"
         before = os.fstat(file.fileno()).st_size
@@ -275,23 +293,16 @@ def _broken(path: Path, index: int, reason: str) -> StateError:
     )
 
 
-@dataclass(frozen=True)
-class Verify:
-    """Check the audit log of a state directory: every line, and that each follows the one before.
-
-    A chain does not show that its end was cut off: note the hash that is printed, and compare it later.
-    """
-
-    state: tyro.conf.Positional[Path]
-    """State directory of a server, a client or a witness; it may be running."""
-
-
 def main(arguments: Sequence[str]) -> int:
     """Run `fedmosaic audit` with its arguments."""
-    command: Verify = tyro.extras.subcommand_cli_from_dict(
-        {"verify": Verify}, prog="fedmosaic audit", args=list(arguments)
+    parser = argparse.ArgumentParser(prog="fedmosaic audit", description="Check an audit log.")
+    verify = parser.add_subparsers(required=True).add_parser(
+        "verify",
+        help="check every line, and that each follows the one before",
+        epilog="A chain does not show that its end was cut off: note the hash that is printed.",
     )
-    path = command.state / AUDIT
+    verify.add_argument("state", type=Path, help="state directory of a server, a client or a witness")
+    path = parser.parse_args(arguments).state / AUDIT
     if not path.is_file():
         raise StateError(f"{path}: there is no audit log; give the state directory of a server or client")
     lines, torn = read_audit(path)

@@ -258,6 +258,8 @@ class LedgerLog:
     def __init__(self, store: LedgerStore, clock: Callable[[], dt.datetime]) -> None:
         self.store = store
         self.rows: list[LedgerRow] = []
+        self.told: Callable[[LedgerRow], None] | None = None
+        """Called with every row that this process has appended, once it is durable."""
         self._clock = clock
         self._lock = threading.RLock()
 
@@ -292,6 +294,9 @@ class LedgerLog:
                 del self.rows[known:]
                 raise
             self.store.write_head(self.rows[-1])
+            if self.told is not None:
+                for row in self.rows[known:]:
+                    self.told(row)
 
     def append(self, kind: Kind, *, bound: EpsilonBound, **fields: Any) -> LedgerRow:
         """Write the next row, inside `appending`; `bound` is the running ε after it."""

@@ -16,6 +16,7 @@ from cryptography import x509
 from google.protobuf.message import DecodeError
 from grpc import aio
 
+from fedmosaic.privacy.audit import AuditLog
 from fedmosaic.privacy.federation.identity import parse_spiffe_id, public_key_sha256
 from fedmosaic.protos.errors import IdentityError, WireError
 from fedmosaic.protos.refusal import Refusal, RefusalKind, to_status
@@ -48,6 +49,14 @@ async def refuse(context: Context, call: str, who: str, refusal: Refusal) -> NoR
     raise AssertionError("abort returns by raising")
 
 
+def note_refusal(audit: AuditLog, who: str, call: str, reason: str) -> None:
+    """Have a refusal in the audit log; a disk that is full is no reason not to refuse."""
+    try:
+        audit.refused(who, call, reason)
+    except OSError as error:
+        log.error("the audit log takes nothing: %s", error)
+
+
 def malformed(message: str) -> Refusal:
     """The refusal of bytes that are no message, or of a message that breaks a bound."""
     return Refusal(RefusalKind.INVALID, "MALFORMED", message, "")
@@ -59,7 +68,8 @@ class Gate(aio.ServerInterceptor):
     gRPC itself would answer such bytes with UNKNOWN, and log a traceback for each.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, audit: AuditLog) -> None:
+        self._audit = audit
         self._open: Counter[str] = Counter()
 
     async def intercept_service(
@@ -84,6 +94,7 @@ class Gate(aio.ServerInterceptor):
             try:
                 return method(read(request, parse), context)
             except WireError as error:
+                note_refusal(self._audit, who, "a call", "MALFORMED")
                 await refuse(context, "a call", who, malformed(str(error)))
 
         async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
@@ -100,6 +111,7 @@ class Gate(aio.ServerInterceptor):
         names = context.auth_context().get("x509_subject_alternative_name", ())
         peer = " ".join(name.decode(errors="replace") for name in names) or context.peer()
         if self._open[peer] >= CALLS_PER_PEER:
+            note_refusal(self._audit, peer, "a call", "TOO_MANY_CALLS")
             await context.abort_with_status(
                 to_status(
                     Refusal(

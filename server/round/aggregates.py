@@ -1,10 +1,10 @@
 """Aggregates of a closed round as the database holds them: sections without their payloads, in JSON."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from fedmosaic.protos.errors import StateError, WireError
-from fedmosaic.protos.messages import AggregateSection, WeightRow
+from fedmosaic.protos.messages import AggregateSection, SectionName, WeightRow
 from fedmosaic.server.storage.store import StoredAggregate
 
 
@@ -54,3 +54,11 @@ def read_sections(stored: StoredAggregate) -> tuple[list[AggregateSection], list
             "backup of state_dir and database together"
         ) from None
     return sections, sizes
+
+
+def withheld(aggregates: Mapping[str, StoredAggregate]) -> Iterator[tuple[str, SectionName]]:
+    """Recipients and sections of which there is no aggregate."""
+    for recipient, stored in aggregates.items():
+        for section in read_sections(stored)[0]:
+            if section.row is None:
+                yield recipient, section.name
