@@ -48,7 +48,6 @@ from fedmosaic.client.statement import (
 )
 from fedmosaic.client.transport.grpc import Transport
 from fedmosaic.client.transport.traffic import Traffic
-from fedmosaic.privacy.audit import Started
 from fedmosaic.privacy.configuration import parse_json, read_configuration
 from fedmosaic.privacy.federation.kits import Kit, open_kit
 from fedmosaic.privacy.files import write_atomically
@@ -106,8 +105,8 @@ class Participant:
         keyring = Keyring(client_id, identity.signing_key, roster, transport, keys) if encrypted else None
         protection = Protection(identity, roster, roster.member(client_id).family, keyring)
         self.state = state
-        hash_ = roster.hash.hex()
-        state.audit.add(Started(role="client", name=client_id, federation=roster.federation, roster=hash_))
+        about = {"federation": roster.federation, "roster": roster.hash.hex()}
+        state.audit.add("started", role="client", name=client_id, **about)
         ledger.tell(audited(state.audit))
         parts = (state, releases, protection, progress)
         if roster.terms.adapter.in_group_sums:

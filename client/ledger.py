@@ -17,14 +17,14 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final
 
 import tyro
 
 from fedmosaic.client.settings import DataSettings
 from fedmosaic.client.state import SessionRecord
 from fedmosaic.privacy.accounting.epsilon import default_delta
-from fedmosaic.privacy.audit import AuditLog, Charged
+from fedmosaic.privacy.audit import AuditLog
 from fedmosaic.privacy.configuration import read_own
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, has_begun, parameters_of, read_ledger
@@ -37,6 +37,9 @@ from fedmosaic.protos.messages import LedgerHead
 log = logging.getLogger("fedmosaic.client.ledger")
 SEEN: Final = "ledger.json"
 SUFFIX: Final = ".ledger"
+_AUDITED: Final = {
+    "RESERVED": "charged", "RELEASED": "released", "RESENT": "resent", "REFUSED": "budget-refused",
+}  # fmt: skip
 NO_LEDGER: Final = (
     "data.ledger: missing; data {} have no place beside them for their privacy ledger. Name a directory in "
     "[data] ledger, or Client(…, ledger=…), the same one for every run on these data: a fresh one would "
@@ -79,17 +82,11 @@ class ServerAnchor:
 
 def audited(audit: AuditLog) -> Callable[[LedgerRow], None]:
     """What notes the rows of a ledger in the audit log: which row, and its hash."""
-    kinds: dict[str, Literal["charged", "released", "resent", "budget-refused"]] = {
-        "RESERVED": "charged",
-        "RELEASED": "released",
-        "RESENT": "resent",
-        "REFUSED": "budget-refused",
-    }
 
     def note(row: LedgerRow) -> None:
-        if row.channel is not None and row.kind in kinds:
-            about = {"round": row.round or 0, "row": row.sequence}
-            audit.add(Charged(kind=kinds[row.kind], channel=row.channel, row_hash=row.hash, **about))
+        if row.channel is not None and row.kind in _AUDITED:
+            about = {"round": row.round or 0, "row": row.sequence, "row_hash": row.hash}
+            audit.add(_AUDITED[row.kind], channel=row.channel, **about)
 
     return note
 

@@ -19,7 +19,6 @@ from fedmosaic.client.records import read_upload, write_upload
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.state import OLDER_COPY, ClientState
 from fedmosaic.client.transport.grpc import Transport
-from fedmosaic.privacy import audit
 from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.protos.errors import PolicyError, StateError
 from fedmosaic.protos.messages import (
@@ -180,8 +179,8 @@ class Membership:
             ledger_signature=self._identity.signing_key.sign(signed),
         )
         self._releases.anchor.check(enrolled.ledger_head)
-        here = audit.Joined(client=self._identity.client_id, run=enrolled.run_id, round=enrolled.round)
-        self._state.audit.add(here)
+        where = {"run": enrolled.run_id, "round": enrolled.round}
+        self._state.audit.add("enrolled", client=self._identity.client_id, **where)
         return enrolled
 
     def _waiting(self, status: RoundStatus) -> None:

@@ -20,7 +20,6 @@ import numpy as np
 
 from fedmosaic.client.membership import KEY_REASONS, Membership, SealAnewError
 from fedmosaic.client.records import read_upload, write_upload
-from fedmosaic.privacy.audit import KeyEpoch, Received
 from fedmosaic.privacy.policy import check_row
 from fedmosaic.protos.errors import (
     EncryptionError,
@@ -151,7 +150,7 @@ class Session(Membership):
     def _note_key(self, epoch: int) -> None:
         members = self._protection.members(epoch)
         if members and epoch != self._noted_key_epoch:
-            self._state.audit.add(KeyEpoch(epoch=epoch, members=members))
+            self._state.audit.add("key-epoch", epoch=epoch, members=members)
             self._noted_key_epoch = epoch
 
     def _receive(self, aggregate: Aggregate) -> None:
@@ -177,7 +176,7 @@ class Session(Membership):
                 self._learner.keep_own(name)
             if aggregate.round > 1:
                 # Taken or not, a line is written: what is seen of the time that it takes tells nothing.
-                self._state.audit.add(Received(round=aggregate.round, section=name, outcome=outcome))
+                self._state.audit.add("received", round=aggregate.round, section=name, outcome=outcome)
         self._state.note_received(aggregate.round, received=received)
 
     def _open(self, section: AggregateSection, aggregate: Aggregate, size: int) -> np.ndarray:

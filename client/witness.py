@@ -16,7 +16,7 @@ import tyro
 from pydantic import Field
 
 from fedmosaic.client.transport.connection import Patience, open_channel
-from fedmosaic.privacy.audit import AuditLog, Started
+from fedmosaic.privacy.audit import AuditLog
 from fedmosaic.privacy.configuration import Frozen, read_configuration
 from fedmosaic.privacy.federation.identity import public_hex
 from fedmosaic.privacy.federation.kits import open_kit
@@ -123,14 +123,8 @@ def run(settings: WitnessSettings) -> tuple[int, int]:
     with ExitStack() as held:
         held.enter_context(hold_directory(settings.state_dir / "lock", "give the witness its own state_dir"))
         audit = held.enter_context(closing(AuditLog(settings.state_dir)))
-        audit.add(
-            Started(
-                role="witness",
-                name=witness.id,
-                federation=kit.roster.federation,
-                roster=kit.roster.hash.hex(),
-            )
-        )
+        about = {"federation": kit.roster.federation, "roster": kit.roster.hash.hex()}
+        audit.add("started", role="witness", name=witness.id, **about)
         book = WitnessBook(kit.roster, key, settings.state_dir, audit)
         channel = open_channel(settings.server, kit.authority, kit.tls_certificate, kit.tls_key)
         held.callback(channel.close)

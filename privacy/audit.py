@@ -1,13 +1,10 @@
 """The audit log of a server, a client or a witness: hash-chained JSON lines of what matters to security.
 
-    STATE/audit.jsonl     one line an event; each has the hash of the line before
-
-A line holds what its event below has, and nothing else: never a loss, a count of examples, a score, a value.
-A line is handed to the operating system before the program goes on, so a killed process loses none; those of
-`DURABLE` are on the disk by then. The others get there with the next of these, or at the end: a power cut can
-take them, and what they tell is on record elsewhere (privacy ledger, database).
-
-Whoever writes holds the state directory's lock, so there is one writer.
+A line of STATE/audit.jsonl holds what `FIELDS` has for its event, and nothing else: no loss, count, score or
+value. It is handed to the operating system before the program goes on, so a killed process loses none. Events
+of `DURABLE`, none of which comes with every round, are on the disk by then; the others get there with the
+next of these, or at the end. A power cut can take them; privacy ledger and database, which were flushed
+before, have them too. Whoever writes holds the state directory's lock, so there is one writer.
 """
 
 import argparse
@@ -19,13 +16,12 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Annotated, Final, Literal
+from typing import IO, Annotated, Any, Final, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, create_model, model_validator
 
-from fedmosaic import __version__
 from fedmosaic.privacy.chain import FIRST_PREVIOUS_HASH, chained_hash, misfit
 from fedmosaic.privacy.configuration import Frozen, canonical_json
 from fedmosaic.privacy.files import naming, private_opener, sync_directory
@@ -34,144 +30,68 @@ from fedmosaic.protos.errors import StateError
 
 log = logging.getLogger(__name__)
 AUDIT: Final = "audit.jsonl"
-_Hex64 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-_Round = Annotated[int, Field(ge=0, le=bounds.MAX_ROUNDS + 1)]
-_Section = Literal["shared", "family"]
-_Channel = Literal["profile", "adapter", "family"]
 _WORD: Final = re.compile(r"^[A-Za-z_ -]{1,64}$")
 _UNPRINTABLE: Final = re.compile(r"[^ -~]")
-_Word = Annotated[str, Field(pattern=_WORD)]
 _SECONDS_BETWEEN_REFUSALS: Final = 60.0
 _REFUSALS_KEPT: Final = 1000
-
-
-class Started(Frozen):
-    """A process begins, under a roster."""
-
-    kind: Literal["started"] = "started"
-    role: Literal["server", "client", "witness"]
-    name: bounds.Identifier
-    federation: bounds.Identifier
-    roster: _Hex64
-    software: Annotated[str, Field(max_length=32)] = __version__
-
-
-class RosterChanged(Frozen):
-    """The roster is another one than at the last line that named one."""
-
-    kind: Literal["roster-changed"] = "roster-changed"
-    before: _Hex64
-    after: _Hex64
-
-
-class Joined(Frozen):
-    """A client enrolled in a run: at the server, or this one."""
-
-    kind: Literal["enrolled"] = "enrolled"
-    client: bounds.Identifier
-    run: bounds.RunId
-    round: _Round
-
-
-class Refused(Frozen):
-    """The server refused a call: of `who` at the server, of this client at a client."""
-
-    kind: Literal["refused"] = "refused"
-    who: Annotated[bounds.Text, Field(max_length=200)]
-    call: _Word
-    reason: _Word
-
-
-class KeyEpoch(Frozen):
-    """The members of a key epoch agreed on its key; at a client, the epoch that it seals under."""
-
-    kind: Literal["key-epoch"] = "key-epoch"
-    epoch: bounds.KeyEpoch
-    members: bounds.Identifiers
-
-
-class Charged(Frozen):
-    """The privacy ledger holds a charge, a release, a repetition or a refusal by the budget: its row."""
-
-    kind: Literal["charged", "released", "resent", "budget-refused"]
-    channel: _Channel
-    round: _Round
-    row: Annotated[int, Field(ge=0)]
-    row_hash: _Hex64
-
-
-class Withheld(Frozen):
-    """The policy, or the witness, gives a recipient no aggregate."""
-
-    kind: Literal["withheld"] = "withheld"
-    client: bounds.Identifier
-    round: _Round
-    section: _Section
-
-
-class RoundClosed(Frozen):
-    """The server closed a round; `head` is its hash chain over all uploads and aggregates so far."""
-
-    kind: Literal["round-closed"] = "round-closed"
-    round: _Round
-    head: _Hex64
-
-
-class Received(Frozen):
-    """What a client made of an aggregate: it was taken, or it was refused, by the name of an error."""
-
-    kind: Literal["received"] = "received"
-    round: _Round
-    section: _Section
-    outcome: _Word
-
-
-class Countersigned(Frozen):
-    """The witness countersigned an aggregate."""
-
-    kind: Literal["countersigned"] = "countersigned"
-    run: bounds.RunId
-    round: _Round
-    client: bounds.Identifier
-    section: _Section
-    aggregate: _Hex64
-    uploads: _Hex64
-
-
-class NotCountersigned(Frozen):
-    """The witness did not, for what it found wrong."""
-
-    kind: Literal["not-countersigned"] = "not-countersigned"
-    run: bounds.RunId
-    round: _Round
-    client: bounds.Identifier
-    section: _Section
-    wrong: Literal["upload", "row", "sum"]
-
-
-class Repaired(Frozen):
-    """The end of the file was no whole line, as a kill in the middle of a write leaves it; it was cut off."""
-
-    kind: Literal["repaired"] = "repaired"
-    lost_bytes: Annotated[int, Field(ge=1)]
-
-
-Event = (
-    Started | RosterChanged | Joined | Refused | KeyEpoch | Charged | Withheld | RoundClosed | Received
-    | Countersigned | NotCountersigned | Repaired
-)  # fmt: skip
-DURABLE: Final = (Started, RosterChanged, KeyEpoch, NotCountersigned, Repaired)
-"""Events whose line is on the disk before the program goes on: none of them comes with every round."""
+_Hex64 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_Word = Annotated[str, Field(pattern=_WORD)]
+_Number = Annotated[int, Field(strict=True, ge=0)]
+_ROW: Final = {
+    "channel": Literal["profile", "adapter", "family"], "round": _Number, "row": _Number, "row_hash": _Hex64,
+}  # fmt: skip
+_PART: Final = {"round": _Number, "client": bounds.Identifier, "section": Literal["shared", "family"]}
+_JUDGED: Final = {"run": bounds.RunId, **_PART}
+FIELDS: Final[dict[str, dict[str, Any]]] = {
+    # A process begins, under a roster; `roster` tells that it is another than at the last start.
+    "started": {"role": _Word, "name": bounds.Identifier, "federation": bounds.Identifier, "roster": _Hex64},
+    "roster": {"before": _Hex64, "after": _Hex64},
+    "enrolled": {"client": bounds.Identifier, "run": bounds.RunId, "round": _Number},
+    "refused": {"who": Annotated[bounds.Text, Field(max_length=200)], "call": _Word, "reason": _Word},
+    # The members of a key epoch have agreed on its key.
+    "key-epoch": {"epoch": _Number, "members": bounds.Identifiers},
+    # Rows of the privacy ledger.
+    "charged": _ROW,
+    "released": _ROW,
+    "resent": _ROW,
+    "budget-refused": _ROW,
+    # Policy or witness give a recipient no aggregate; and what a client made of one: the name of an error, or
+    # "taken".
+    "withheld": _PART,
+    "received": {"round": _Number, "section": _PART["section"], "outcome": _Word},
+    # Hash chain over all uploads and aggregates of the run so far.
+    "closed": {"round": _Number, "head": _Hex64},
+    "countersigned": {**_JUDGED, "aggregate": _Hex64, "uploads": _Hex64},
+    "not-countersigned": {**_JUDGED, "wrong": Literal["upload", "row", "sum"]},
+    # The end of the file was no whole line, as a kill in the middle of a write leaves it; it was cut off.
+    "repaired": {"lost_bytes": _Number},
+}
+DURABLE: Final = frozenset({"started", "roster", "key-epoch", "not-countersigned", "repaired"})
+_EVENTS: Final = {
+    name: create_model(name, __base__=Frozen, **{key: (kind, ...) for key, kind in fields.items()})  # type: ignore[call-overload]  # its overloads know no such dictionary
+    for name, fields in FIELDS.items()
+}
 
 
 class AuditLine(Frozen):
-    """One line of the log; see `fedmosaic.privacy.chain.ChainedRow`."""
+    """One line of the log, a row of a chain."""
 
     sequence: int = Field(ge=0)
     time: str = Field(min_length=20, max_length=40)
-    event: Annotated[Event, Field(discriminator="kind")]
+    event: str
+    fields: dict[str, Any]
     previous_hash: _Hex64
     hash: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
+
+    @model_validator(mode="after")
+    def _allowed(self) -> "AuditLine":
+        if self.event not in _EVENTS:
+            raise ValueError(f"there is no event {self.event!r}")
+        try:
+            _EVENTS[self.event].model_validate(self.fields)
+        except ValidationError as error:
+            raise ValueError(f"{self.event}.{_first(error)}") from None
+        return self
 
     def computed_hash(self) -> str:
         """SHA-256 over the previous hash and the canonical JSON of everything but `hash`."""
@@ -180,13 +100,10 @@ class AuditLine(Frozen):
 
 
 class AuditLog:
-    """The log in a state directory whose lock the caller holds; the file is touched by the first event."""
+    """The log in a state directory whose lock the caller holds; the first event opens the file."""
 
-    def __init__(
-        self, directory: Path, clock: Callable[[], dt.datetime] = lambda: dt.datetime.now(dt.UTC)
-    ) -> None:
+    def __init__(self, directory: Path) -> None:
         self._path = directory / AUDIT
-        self._clock = clock
         self._lock = threading.Lock()
         self._file: IO[bytes] | None = None
         self._next = 0
@@ -194,18 +111,14 @@ class AuditLog:
         self._roster = ""
         self._refusals: dict[tuple[str, str, str], float] = {}
 
-    def add(self, event: Event) -> None:
-        """Write an event; see the module for when it is durable.
-
-        Raises:
-            StateError: the log is damaged.
-        """
+    def add(self, event: str, **fields: Any) -> None:
+        """Write an event with its fields, as `FIELDS` has them; StateError if the log is damaged."""
         with self._lock, naming(self._path):
             file = self._file or self._open()
-            if isinstance(event, Started) and self._roster not in ("", event.roster):
-                self._write(file, RosterChanged(before=self._roster, after=event.roster))
-            self._write(file, event)
-            if isinstance(event, DURABLE):
+            if event == "started" and self._roster not in ("", fields["roster"]):
+                self._write(file, "roster", {"before": self._roster, "after": fields["roster"]})
+            self._write(file, event, fields)
+            if event in DURABLE:
                 os.fsync(file.fileno())
 
     def refused(self, who: str, call: str, reason: str) -> None:
@@ -217,7 +130,10 @@ class AuditLog:
             self._refusals.clear()
         self._refusals[key] = now
         word = reason if _WORD.fullmatch(reason) else "OTHER"
-        self.add(Refused(who=_UNPRINTABLE.sub("?", who)[:200], call=call, reason=word))
+        try:
+            self.add("refused", who=_UNPRINTABLE.sub("?", who)[:200], call=call, reason=word)
+        except OSError as error:  # a disk that is full is no reason not to refuse
+            log.error("the audit log takes nothing: %s", error)
 
     def close(self) -> None:
         """Have every line on the disk, and let go of the file."""
@@ -236,33 +152,28 @@ class AuditLog:
             sync_directory(self._path.parent)
         if torn:
             file.truncate(os.fstat(file.fileno()).st_size - torn)
-            self._write(file, Repaired(lost_bytes=torn))
+            self._write(file, "repaired", {"lost_bytes": torn})
             log.warning("%s: the last line was torn; it was cut off, and the log says so", self._path)
         self._file = file
         return file
 
-    def _write(self, file: IO[bytes], event: Event) -> None:
-        now = self._clock().astimezone(dt.UTC).isoformat(timespec="milliseconds")
-        line = AuditLine(sequence=self._next, time=now, event=event, previous_hash=self._head)
+    def _write(self, file: IO[bytes], event: str, fields: dict[str, Any]) -> None:
+        now = dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds")
+        line = AuditLine(sequence=self._next, time=now, event=event, fields=fields, previous_hash=self._head)
         line = line.model_copy(update={"hash": line.computed_hash()})
         content = canonical_json(line.model_dump(mode="json")).encode() + b"\n"
         before = os.fstat(file.fileno()).st_size
         try:
-            written = file.write(content)
+            if file.write(content) != len(content):  # a disk that is nearly full takes a part
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
         except OSError:
             file.truncate(before)
             raise
-        if written != len(content):  # a disk that is nearly full takes a part
-            file.truncate(before)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
         self._follow(line)
 
     def _follow(self, line: AuditLine) -> None:
         self._next, self._head = line.sequence + 1, line.hash
-        if isinstance(line.event, Started):
-            self._roster = line.event.roster
-        elif isinstance(line.event, RosterChanged):
-            self._roster = line.event.after
+        self._roster = line.fields.get("roster", self._roster)
 
 
 def read_audit(path: Path) -> tuple[list[AuditLine], int]:
@@ -276,21 +187,21 @@ def read_audit(path: Path) -> tuple[list[AuditLine], int]:
     for index, content in enumerate(whole):
         try:
             line = AuditLine.model_validate_json(content)
+            reason = misfit(line, index, lines[-1].hash if lines else FIRST_PREVIOUS_HASH)
         except ValidationError as error:
-            problem = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(map(str, problem["loc"]))
-            raise _broken(path, index, f"{where or 'it'}: {problem['msg']}") from None
-        if reason := misfit(line, index, lines[-1].hash if lines else FIRST_PREVIOUS_HASH):
-            raise _broken(path, index, reason)
+            reason = _first(error)
+        if reason:
+            raise StateError(
+                f"{path}: line {index + 1} is broken: {reason}. What follows cannot be trusted: keep the "
+                "file as it is, move it away, and a new one begins"
+            )
         lines.append(line)
     return lines, len(torn)
 
 
-def _broken(path: Path, index: int, reason: str) -> StateError:
-    return StateError(
-        f"{path}: line {index + 1} is broken: {reason}. What follows cannot be trusted: keep the file as it "
-        "is, move it away, and a new one begins"
-    )
+def _first(error: ValidationError) -> str:
+    problem = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, problem['loc'])) or 'it'}: {problem['msg']}"
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Literal
 
-from fedmosaic.privacy.audit import AuditLog, Joined, KeyEpoch, RoundClosed, Started, Withheld
+from fedmosaic.privacy.audit import AuditLog
 from fedmosaic.privacy.encryption.aggregators import create_aggregator
 from fedmosaic.privacy.files import private_opener
 from fedmosaic.protos.messages import (
@@ -81,8 +81,8 @@ class Coordinator:
         self._aggregator = create_aggregator(settings.encryption, settings.policy, allow_plaintext=plaintext)
         self.run_id = open_run(settings, self._store, new=self._blobs.empty)
         self.audit = AuditLog(settings.state_dir)
-        roster = settings.roster_hash.hex()
-        self.audit.add(Started(role="server", name="server", federation=settings.federation, roster=roster))
+        about = {"federation": settings.federation, "roster": settings.roster_hash.hex()}
+        self.audit.add("started", role="server", name="server", **about)
         self._head = stored_head(self._store, self.run_id)
         self._admission = Admission(settings, self.run_id, self._aggregator)
         self._keys = KeyRelay(settings, self._store, self._clock()) if settings.encrypted else None
@@ -130,7 +130,7 @@ class Coordinator:
             if not enrolment.check_only:
                 self._store.enrol(client_id, enrolment, time.time())
                 log.info("%s enrolled (%s)", client_id, enrolment.software)
-                self.audit.add(Joined(client=client_id, run=self.run_id, round=self._round.number))
+                self.audit.add("enrolled", client=client_id, run=self.run_id, round=self._round.number)
             members, kept = tuple(sorted(self.settings.members)), self._store.ledger_head(client_id)
             here, last = self._round.number, self.settings.rounds
             return Enrolled(self.run_id, here, last, self._epoch, members, self._head, kept)
@@ -342,9 +342,9 @@ class Coordinator:
     def _finish(self, number: int, closed: ClosedRound) -> None:
         with self._lock:
             self._open_next(number, closed)
-        self.audit.add(RoundClosed(round=number, head=self._head.hex()))
+        self.audit.add("closed", round=number, head=self._head.hex())
         for recipient, name in withheld(closed.aggregates):
-            self.audit.add(Withheld(client=recipient, round=number, section=name))
+            self.audit.add("withheld", client=recipient, round=number, section=name)
         for line in closed.refusals:
             log.warning("%s", line)
         log.info("%s", self.state_line())
@@ -397,7 +397,7 @@ class Coordinator:
             unused = self._round.phase is Phase.OPEN and not self._round.arrived
             keys.post(client_id, message, now, unused=unused)
             if keys.ready and not was_ready:
-                self.audit.add(KeyEpoch(epoch=keys.epoch, members=tuple(sorted(keys.holders))))
+                self.audit.add("key-epoch", epoch=keys.epoch, members=tuple(sorted(keys.holders)))
                 self._round = self._round.key_agreed(keys.holders, now)
             elif keys.ready and keys.holders != held:
                 self._round = self._round.key_lost(client_id)

@@ -87,6 +87,7 @@ class Server:
         os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-RSA-AES256-GCM-SHA384"
         from fedmosaic.server.clockwork import Clockwork
         from fedmosaic.server.coordinator import Coordinator
+        from fedmosaic.server.network.peers import Gate
         from fedmosaic.server.network.review import WitnessService
         from fedmosaic.server.network.service import FederationService
         from fedmosaic.server.network.serving import Listener, server_credentials
@@ -101,8 +102,10 @@ class Server:
             ending.push_async_callback(asyncio.to_thread, coordinator.close)
             changes = Changes()
             coordinator.subscribe(changes.notify)
-            services = FederationService(coordinator, changes), WitnessService(coordinator, changes)
-            listener = Listener(*services, settings.listen, credentials, len(settings.members))
+            service = FederationService(coordinator, changes)
+            review = WitnessService(service, coordinator, changes)
+            gate = Gate(coordinator.audit)
+            listener = Listener(service, review, gate, settings.listen, credentials, len(settings.members))
             await listener.open()
             ending.push_async_callback(listener.close)
             self._say_hello(listener.port)

@@ -14,7 +14,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedmosaic.privacy.audit import AuditLog, Countersigned, NotCountersigned
+from fedmosaic.privacy.audit import AuditLog
 from fedmosaic.privacy.configuration import read_own
 from fedmosaic.privacy.encryption.aggregators import create_aggregator
 from fedmosaic.privacy.encryption.layout import upload_payload_bytes
@@ -220,26 +220,15 @@ class WitnessBook:
             aggregate_sha256=claim.sha256,
             uploads_sha256=uploads,
         )
-        self._audit.add(
-            Countersigned(
-                run=run_id,
-                round=context.round,
-                client=claim.recipient,
-                section=claim.section,
-                aggregate=claim.sha256.hex(),
-                uploads=uploads.hex(),
-            )
-        )
         about = run_id, context.round, claim.recipient, claim.section
+        hashes = {"aggregate": claim.sha256.hex(), "uploads": uploads.hex()}
+        self._audit.add("countersigned", **_named(about), **hashes)
         return Verdict(*about, uploads, self._key.sign(digest), "")
 
     def _refuse(self, header: ReviewHeader, claim: AggregateClaim, wrong: _WrongError) -> Verdict:
         log.error("round %d, %s: NOT countersigned: %s", header.round, claim.recipient, wrong)
         about = header.run_id, header.round, claim.recipient, claim.section
-        run, number, client, section = about
-        self._audit.add(
-            NotCountersigned(run=run, round=number, client=client, section=section, wrong=wrong.wrong)
-        )
+        self._audit.add("not-countersigned", **_named(about), wrong=wrong.wrong)
         return Verdict(*about, b"", b"", str(wrong)[: bounds.MAX_TEXT])
 
     def _path(self, run_id: str) -> Path:
@@ -265,3 +254,7 @@ class WitnessBook:
         if pins is not None and pins["round"] == header.round:
             return pins
         return {"round": header.round, "uploads": {}, "rows": {}}
+
+
+def _named(about: tuple[str, int, str, SectionName]) -> dict[str, Any]:
+    return dict(zip(("run", "round", "client", "section"), about, strict=True))

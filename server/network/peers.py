@@ -49,14 +49,6 @@ async def refuse(context: Context, call: str, who: str, refusal: Refusal) -> NoR
     raise AssertionError("abort returns by raising")
 
 
-def note_refusal(audit: AuditLog, who: str, call: str, reason: str) -> None:
-    """Have a refusal in the audit log; a disk that is full is no reason not to refuse."""
-    try:
-        audit.refused(who, call, reason)
-    except OSError as error:
-        log.error("the audit log takes nothing: %s", error)
-
-
 def malformed(message: str) -> Refusal:
     """The refusal of bytes that are no message, or of a message that breaks a bound."""
     return Refusal(RefusalKind.INVALID, "MALFORMED", message, "")
@@ -94,7 +86,7 @@ class Gate(aio.ServerInterceptor):
             try:
                 return method(read(request, parse), context)
             except WireError as error:
-                note_refusal(self._audit, who, "a call", "MALFORMED")
+                self._audit.refused(who, "a call", "MALFORMED")
                 await refuse(context, "a call", who, malformed(str(error)))
 
         async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
@@ -111,7 +103,7 @@ class Gate(aio.ServerInterceptor):
         names = context.auth_context().get("x509_subject_alternative_name", ())
         peer = " ".join(name.decode(errors="replace") for name in names) or context.peer()
         if self._open[peer] >= CALLS_PER_PEER:
-            note_refusal(self._audit, peer, "a call", "TOO_MANY_CALLS")
+            self._audit.refused(peer, "a call", "TOO_MANY_CALLS")
             await context.abort_with_status(
                 to_status(
                     Refusal(

@@ -6,24 +6,22 @@ CPU and disk work runs in threads; waiting costs none, so hundreds of clients ma
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Final, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Final, NoReturn, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
 from fedmosaic.privacy.files import private_opener
-from fedmosaic.protos import wire
-from fedmosaic.protos.errors import WireError
+from fedmosaic.protos import bounds, wire
+from fedmosaic.protos.errors import FedMosaicError, WireError
 from fedmosaic.protos.messages import Enrolment, KeyMessage, Receipt, UploadHeader
 from fedmosaic.protos.refusal import Refusal, RefusalKind
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.downloads import Download
-from fedmosaic.server.network.calls import CHUNK_SECONDS as _CHUNK_SECONDS
-from fedmosaic.server.network.calls import Calls, wait_seconds
-from fedmosaic.server.network.peers import Context
+from fedmosaic.server.network.peers import Context, identify, malformed, refuse
 from fedmosaic.server.network.waiting import Changes
 from fedmosaic.server.run import Ticket
 
@@ -32,14 +30,18 @@ _STATUS_SECONDS: Final = 2.0
 """How often a waiting client is told what it waits for."""
 _STATUS_AGE_SECONDS: Final = 0.5
 """How old that may be, so that a thousand waiting clients cost one look."""
+_CHUNK_SECONDS: Final = 30.0
+"""How long the server waits for the next message of an upload."""
+T = TypeVar("T")
 M = TypeVar("M", bound=Message)
 
 
-class FederationService(Calls, rpc.FederationServicer):
+class FederationService(rpc.FederationServicer):
     """Translates calls into the coordinator's methods, and their refusals into status codes."""
 
     def __init__(self, coordinator: Coordinator, changes: Changes) -> None:
-        super().__init__(coordinator, changes)
+        self._coordinator = coordinator
+        self._changes = changes
         self._pushing: dict[str, asyncio.Task[Receipt]] = {}
         self._superseded: set[asyncio.Task[Receipt]] = set()
         self._locks: dict[str, asyncio.Lock] = {}
@@ -99,7 +101,7 @@ class FederationService(Calls, rpc.FederationServicer):
         self, request: pb.ReadKeyMessagesRequest, context: Context
     ) -> AsyncIterator[pb.ReadKeyMessagesResponse]:
         """Wait until as many senders are there as expected, then send what may be read."""
-        client = await self._identify(context, "key messages")
+        client = await self.identify(context, "key messages")
         deadline = time.monotonic() + wait_seconds(request.wait_milliseconds)
         # So many readers ask again after every message; in a large federation they ask less often.
         breath = min(0.5, 0.005 * len(self._coordinator.settings.members))
@@ -108,7 +110,7 @@ class FederationService(Calls, rpc.FederationServicer):
             look = asyncio.to_thread(
                 self._coordinator.read_key_messages, client, request.epoch, request.stage
             )
-            found = await self._guarded(context, "key messages", client, look)
+            found = await self.guarded(context, "key messages", client, look)
             left = deadline - time.monotonic()
             if len(found) >= max(1, request.expected) or left <= 0.0 or self._changes.stopping:
                 break
@@ -123,7 +125,7 @@ class FederationService(Calls, rpc.FederationServicer):
 
     async def Pull(self, request: pb.PullRequest, context: Context) -> AsyncIterator[pb.PullResponse]:
         """Tell what is being waited for until the round is open, then send the aggregate."""
-        client = await self._identify(context, "pull")
+        client = await self.identify(context, "pull")
         deadline = time.monotonic() + wait_seconds(request.wait_milliseconds)
         sent = 0
 
@@ -132,7 +134,7 @@ class FederationService(Calls, rpc.FederationServicer):
 
         while True:
             look = asyncio.to_thread(self._coordinator.open_download, client, request.round)
-            download = await self._guarded(context, "pull", client, look)
+            download = await self.guarded(context, "pull", client, look)
             if download is not None:
                 for message in _download_messages(request, download):
                     sent += message.ByteSize()
@@ -160,7 +162,7 @@ class FederationService(Calls, rpc.FederationServicer):
         self, request_iterator: AsyncIterator[pb.PushRequest], context: Context
     ) -> pb.PushResponse:
         """Judge the header, then append chunks to the spool file until the upload is complete."""
-        client = await self._identify(context, "push")
+        client = await self.identify(context, "push")
         earlier = self._pushing.get(client)
         if earlier is not None:
             # Its connection is dead, or the client has changed its mind: the newest push counts.
@@ -171,7 +173,7 @@ class FederationService(Calls, rpc.FederationServicer):
             work = asyncio.ensure_future(self._receive(client, request_iterator))
             self._pushing[client] = work
             try:
-                receipt = await self._guarded(context, "push", client, work)
+                receipt = await self.guarded(context, "push", client, work)
             except asyncio.CancelledError:
                 if work in self._superseded:
                     await context.abort(grpc.StatusCode.ABORTED, "a newer push of this client has begun")
@@ -231,15 +233,49 @@ class FederationService(Calls, rpc.FederationServicer):
             raise
 
     async def _unary(self, context: Context, call: str, request: Message, method: Callable[[str], M]) -> M:
-        client = await self._identify(context, call)
-        response = await self._guarded(context, call, client, asyncio.to_thread(method, client))
+        client = await self.identify(context, call)
+        response = await self.guarded(context, call, client, asyncio.to_thread(method, client))
         self._coordinator.count_traffic(client, request.ByteSize(), response.ByteSize())
         return response
+
+    async def identify(self, context: Context, call: str, *, witness: bool = False) -> str:
+        """Id of who calls: of a member, or of the witness; whoever else it is is refused."""
+        try:
+            return identify(context.auth_context(), self._coordinator.settings, witness=witness)
+        except Refusal as refusal:
+            await self._refuse(context, call, context.peer() or "unknown peer", refusal)
+
+    async def _refuse(self, context: Context, call: str, who: str, refusal: Refusal) -> NoReturn:
+        self._coordinator.audit.refused(who, call, refusal.reason)
+        await refuse(context, call, who, refusal)
+
+    async def guarded(self, context: Context, call: str, client: str, work: Awaitable[T]) -> T:
+        """Await work; answer errors with a status, and give each one line in the log."""
+        try:
+            return await work
+        except Refusal as refusal:
+            await self._refuse(context, call, client, refusal)
+        except WireError as error:
+            await self._refuse(context, call, client, malformed(str(error)))
+        except TimeoutError:
+            log.warning("%s of %s: nothing came for %.0f s; it can be resumed", call, client, _CHUNK_SECONDS)
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"nothing came for {_CHUNK_SECONDS:.0f} s")
+        except (FedMosaicError, OSError) as error:
+            log.error("%s of %s failed: %s", call, client, error)
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the server has a fault of its own; try again")
+        except Exception:
+            log.exception("%s of %s failed", call, client)
+            await context.abort(grpc.StatusCode.INTERNAL, "the server has a fault of its own; see its log")
 
 
 async def _next(requests: AsyncIterator[pb.PushRequest]) -> pb.PushRequest | None:
     async with asyncio.timeout(_CHUNK_SECONDS):
         return await anext(requests, None)
+
+
+def wait_seconds(milliseconds: int) -> float:
+    """How long a call waits that asked for so much."""
+    return min(milliseconds, bounds.MAX_WAIT_MILLISECONDS) / 1000.0
 
 
 def _download_messages(request: pb.PullRequest, download: Download) -> Iterator[pb.PullResponse]:
