@@ -86,13 +86,6 @@ class Protection:
     ) -> None:
         """Refuse a section that the federation's witness, if it has one, has not countersigned just so.
 
-        Args:
-            run_id: the server's run.
-            section: as received.
-            row: its weight row.
-            key_epoch: epoch of the uploads.
-            round_number: round of the uploads.
-
         Raises:
             WitnessError: no countersignature, or one of another key, run, round, recipient, row or aggregate.
         """

@@ -6,7 +6,7 @@ ciphertexts, rows and signatures.
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,39 +51,13 @@ class WitnessSettings(Frozen):
 
 
 @dataclass
-class _Review:
-    """A round as it arrives."""
+class Review:
+    """A round as the server shows it; or, while none waits, what the server waits for."""
 
     status: RoundStatus | None = None
     header: ReviewHeader | None = None
     uploads: dict[str, tuple[SignedUpload, bytearray]] = field(default_factory=dict)
     claims: list[AggregateClaim] = field(default_factory=list)
-
-    def add(self, part: pb.ReviewResponse, check_size: Callable[[SignedUpload], None], last: str) -> str:
-        """Take a piece; returns whose upload is arriving. WireError if it is out of place."""
-        if part.HasField("waiting"):
-            self.status = wire.decode(part.waiting, RoundStatus)
-        elif part.HasField("header"):
-            self.header = wire.decode(part.header, ReviewHeader)
-        elif part.HasField("upload"):
-            signed = wire.decode(part.upload, SignedUpload)
-            if signed.client in self.uploads:
-                raise WireError(f"the upload of {signed.client!r} came twice")
-            check_size(signed)
-            self.uploads[signed.client] = signed, bytearray()
-            return signed.client
-        elif part.HasField("chunk"):
-            if last not in self.uploads:
-                raise WireError("a chunk of no upload came")
-            signed, payload = self.uploads[last]
-            wire.check_chunk(part.chunk, len(payload), sum(section.size for section in signed.sections))
-            payload += part.chunk.data
-        else:
-            self.claims.append(wire.decode(part.aggregate, AggregateClaim))
-        header = self.header
-        if header is not None and len(self.claims) > header.aggregates:
-            raise WireError(f"more than the announced {header.aggregates} aggregates came")
-        return last
 
     @property
     def complete(self) -> bool:
@@ -92,11 +66,30 @@ class _Review:
         return head is not None and (len(self.uploads), len(self.claims)) == (head.uploads, head.aggregates)
 
 
-def receive(parts: Iterable[pb.ReviewResponse], book: WitnessBook) -> _Review:
-    """Read an answer of the server to its end, and no more than the roster's terms allow."""
-    review, last = _Review(), ""
+def receive(parts: Iterable[pb.ReviewResponse], book: WitnessBook) -> Review:
+    """Read an answer of the server, and no more of it than the terms and its announcement allow.
+
+    Raises:
+        WireError, EncryptionError, IdentityError: a piece is out of place, too large, or of no member.
+    """
+    review, payload, size = Review(), bytearray(), 0
     for part in parts:
-        last = review.add(part, book.check_size, last)
+        if part.HasField("waiting"):
+            review.status = wire.decode(part.waiting, RoundStatus)
+        elif part.HasField("header"):
+            review.header = wire.decode(part.header, ReviewHeader)
+        elif part.HasField("upload"):
+            signed = wire.decode(part.upload, SignedUpload)
+            book.check_size(signed)
+            payload, size = bytearray(), sum(section.size for section in signed.sections)
+            review.uploads[signed.client] = signed, payload
+        elif part.HasField("chunk"):
+            wire.check_chunk(part.chunk, len(payload), size)
+            payload += part.chunk.data
+        else:
+            review.claims.append(wire.decode(part.aggregate, AggregateClaim))
+        if review.header is not None and len(review.claims) > review.header.aggregates:
+            raise WireError(f"more than the announced {review.header.aggregates} aggregates came")
     return review
 
 
@@ -144,10 +137,7 @@ def _witness(stub: rpc.WitnessStub, book: WitnessBook, patience: Patience) -> tu
                 _answer(stub, patience, verdict)
             here = sum(not verdict.refusal for verdict in verdicts)
             signed, refused = signed + here, refused + len(verdicts) - here
-            log.info(
-                "round %d: %d of %d aggregates countersigned in %.2f s",
-                review.header.round, here, len(verdicts), time.monotonic() - asked,
-            )  # fmt: skip
+            log.info("round %d: %d of %d countersigned", review.header.round, here, len(verdicts))
             if review.header.round > judged:
                 judged = review.header.round
                 continue

@@ -1,7 +1,7 @@
 """What a witness is shown of a closed round and what it answers; and the digest that it countersigns.
 
-A witness recomputes every aggregate from the signed uploads. Its signature says: this recipient's aggregate
-of this round is this row applied to these uploads, each of which its client has signed for this round.
+Its signature says: this recipient's aggregate of this round is this row applied to these uploads, each of
+which its client has signed for this round.
 """
 
 from collections.abc import Mapping
@@ -15,19 +15,10 @@ from fedmosaic.protos.errors import WireError
 from fedmosaic.protos.messages import LedgerHead, SectionHeader, SectionName, UploadHeader, WeightRow
 from fedmosaic.protos.signing import fields_digest, number, upload_digest
 
-_LABEL = b"fedmosaic/countersignature/v1"
-_UPLOADS_LABEL = b"fedmosaic/witnessed-uploads/v1"
-
 
 @dataclass(frozen=True)
 class ReviewHeader(bounds.Message):
-    """Which round is to be countersigned, and how much follows.
-
-    Attributes:
-        round: of the uploads.
-        uploads: number of uploads, each with its payload.
-        aggregates: number of aggregates.
-    """
+    """The round of the uploads, and how many of these, with their payloads, and of aggregates follow."""
 
     run_id: bounds.RunId
     round: bounds.Round
@@ -38,14 +29,7 @@ class ReviewHeader(bounds.Message):
 
 @dataclass(frozen=True)
 class SignedUpload(bounds.Message):
-    """What a client signed with an upload, without payloads and without its task profile.
-
-    Attributes:
-        profile_sha256: digest of the profile; empty if there was none.
-        ledger_head: as of `LedgerHead`; empty if none was sent.
-        ledger_follows: as of `LedgerHead`.
-        signature: Ed25519 over `fedmosaic.protos.signing.upload_digest`.
-    """
+    """What a client signed with an upload; of its task profile, if there was one, the digest alone."""
 
     client: bounds.Identifier
     key_epoch: bounds.KeyEpoch
@@ -88,14 +72,7 @@ class AggregateClaim(bounds.Message):
 
 @dataclass(frozen=True)
 class Verdict(bounds.Message):
-    """What the witness says of one claim: a countersignature, or why there is none.
-
-    Attributes:
-        round: of the uploads.
-        uploads_sha256: see `uploads_digest`.
-        signature: over `countersigned_digest`; empty where it is refused.
-        refusal: empty where it is countersigned.
-    """
+    """What the witness says of one claim: `uploads_digest` and a countersignature, or why there is none."""
 
     run_id: bounds.RunId
     round: bounds.Round
@@ -113,7 +90,7 @@ class Verdict(bounds.Message):
 def uploads_digest(row: WeightRow, uploads: Mapping[str, bytes]) -> bytes:
     """SHA-256 that names the uploads of a row's contributors; `uploads` has their content hashes."""
     fields = [part for name in row.contributors for part in (name.encode(), uploads[name])]
-    return fields_digest([_UPLOADS_LABEL, *fields])
+    return fields_digest([b"fedmosaic/witnessed-uploads/v1", *fields])
 
 
 def countersigned_digest(
@@ -130,19 +107,12 @@ def countersigned_digest(
 ) -> bytes:
     """What a witness signs of one aggregate: SHA-256, 32 bytes.
 
-    Args:
-        federation: name.
-        run_id: the server's run.
-        round_number: of the uploads.
-        key_epoch: of the uploads.
-        section: label of the vector, "shared" or "family:" and the family's name.
-        recipient: whose aggregate it is.
-        row: weights that it was made with.
-        aggregate_sha256: of its payload.
-        uploads_sha256: see `uploads_digest`.
+    Round and key epoch are those of the uploads; `section` is the label of the vector, "shared" or "family:"
+    and the family's name; `uploads_sha256` is `uploads_digest`.
     """
-    fields = [_LABEL, federation.encode(), run_id.encode(), number(round_number), number(key_epoch)]
-    fields += [section.encode(), recipient.encode(), number(row.bits), number(len(row.contributors))]
+    fields = [b"fedmosaic/countersignature/v1", federation.encode(), run_id.encode(), number(round_number)]
+    fields += [number(key_epoch), section.encode(), recipient.encode(), number(row.bits)]
+    fields.append(number(len(row.contributors)))
     for name, weight in zip(row.contributors, row.weights, strict=True):
         fields += [name.encode(), number(weight)]
     return fields_digest([*fields, aggregate_sha256, uploads_sha256])

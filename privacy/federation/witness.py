@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -38,16 +38,13 @@ from fedmosaic.protos.witnessing import (
 log = logging.getLogger(__name__)
 _ROWS_AT_ONCE: Final = 64
 """Bounds the memory of the recomputed aggregates."""
+_OTHER_SUM: Final = "the aggregate is not this row applied to the signed uploads"
 Uploads = Mapping[str, tuple[SignedUpload, bytes | bytearray]]
 """What every client has signed, and its payload."""
 
 
 class _WrongError(Exception):
-    """Why a claim is not countersigned."""
-
-    def __init__(self, wrong: Literal["upload", "row", "sum"], words: str) -> None:
-        super().__init__(words)
-        self.wrong: Literal["upload", "row", "sum"] = wrong
+    """Why a claim is not countersigned: what is wrong ("upload", "row" or "sum"), and in words."""
 
 
 class _Checked(NamedTuple):
@@ -115,28 +112,20 @@ class WitnessBook:
             except _WrongError as error:
                 wrong[index] = error
         write_atomically(self._path(header.run_id), json.dumps(pins).encode())
-        sums: dict[int, bytes] = {}
         for context in set(contexts.values()):
-            rows = [index for index, other in contexts.items() if other == context]
-            records = {
-                name: c.sections[context.section]
-                for name, c in checked.items()
-                if context.section in c.sections
-            }
+            label, rows = context.section, [i for i, other in contexts.items() if other == context]
+            records = {n: c.sections[label] for n, c in checked.items() if label in c.sections}
             for start in range(0, len(rows), _ROWS_AT_ONCE):
                 some = rows[start : start + _ROWS_AT_ONCE]
-                named = {claims[index].recipient: claims[index].row for index in some}
-                made = self._aggregator.aggregate(records, named, context)
-                digests = {to: hashlib.sha256(sum_).digest() for to, sum_ in zip(named, made, strict=True)}
-                sums.update((index, digests[claims[index].recipient]) for index in some)
-        for index, digest in sums.items():
-            if digest != claims[index].sha256:
-                wrong[index] = _WrongError(
-                    "sum", "the aggregate is not this row applied to the signed uploads"
-                )
+                named = {claims[i].recipient: claims[i].row for i in some}
+                made = zip(named, self._aggregator.aggregate(records, named, context), strict=True)
+                digests = {recipient: hashlib.sha256(payload).digest() for recipient, payload in made}
+                for index in some:
+                    if digests[claims[index].recipient] != claims[index].sha256:
+                        wrong[index] = _WrongError("sum", _OTHER_SUM)
         hashes = {client: upload.content for client, upload in checked.items()}
         return [
-            self._refuse(header, claim, wrong[index])
+            self._refuse(header, claim, *wrong[index].args)
             if index in wrong
             else self._sign(contexts[index], header.run_id, claim, uploads_digest(claim.row, hashes))
             for index, claim in enumerate(claims)
@@ -220,32 +209,28 @@ class WitnessBook:
             aggregate_sha256=claim.sha256,
             uploads_sha256=uploads,
         )
-        about = run_id, context.round, claim.recipient, claim.section
-        hashes = {"aggregate": claim.sha256.hex(), "uploads": uploads.hex()}
-        self._audit.add("countersigned", **_named(about), **hashes)
-        return Verdict(*about, uploads, self._key.sign(digest), "")
+        self._audit.add(
+            "countersigned",
+            **_about(run_id, context.round, claim),
+            aggregate=claim.sha256.hex(),
+            uploads=uploads.hex(),
+        )
+        where = run_id, context.round, claim.recipient, claim.section
+        return Verdict(*where, uploads, self._key.sign(digest), "")
 
-    def _refuse(self, header: ReviewHeader, claim: AggregateClaim, wrong: _WrongError) -> Verdict:
-        log.error("round %d, %s: NOT countersigned: %s", header.round, claim.recipient, wrong)
-        about = header.run_id, header.round, claim.recipient, claim.section
-        self._audit.add("not-countersigned", **_named(about), wrong=wrong.wrong)
-        return Verdict(*about, b"", b"", str(wrong)[: bounds.MAX_TEXT])
+    def _refuse(self, header: ReviewHeader, claim: AggregateClaim, wrong: str, words: str) -> Verdict:
+        log.error("round %d, %s: NOT countersigned: %s", header.round, claim.recipient, words)
+        self._audit.add("not-countersigned", **_about(header.run_id, header.round, claim), wrong=wrong)
+        where = header.run_id, header.round, claim.recipient, claim.section
+        return Verdict(*where, b"", b"", words[: bounds.MAX_TEXT])
 
     def _path(self, run_id: str) -> Path:
         return self._directory / f"run-{run_id}.json"
 
     def _pins(self, header: ReviewHeader) -> dict[str, Any]:
         """Uploads and rows of the round that were judged before; StateError if a later round was."""
-
-        def read(found: dict[str, Any]) -> dict[str, Any]:
-            return {
-                "round": int(found["round"]),
-                "uploads": dict(found["uploads"]),
-                "rows": dict(found["rows"]),
-            }
-
         remedy = "restore it from a backup, or have the federation begin a new run"
-        pins = read_own(self._path(header.run_id), read, remedy)
+        pins = read_own(self._path(header.run_id), _read_pins, remedy)
         if pins is not None and pins["round"] > header.round:
             raise StateError(
                 f"round {header.round} of run {header.run_id} is to be judged after round {pins['round']}: "
@@ -256,5 +241,9 @@ class WitnessBook:
         return {"round": header.round, "uploads": {}, "rows": {}}
 
 
-def _named(about: tuple[str, int, str, SectionName]) -> dict[str, Any]:
-    return dict(zip(("run", "round", "client", "section"), about, strict=True))
+def _read_pins(found: dict[str, Any]) -> dict[str, Any]:
+    return {"round": int(found["round"]), **{name: dict(found[name]) for name in ("uploads", "rows")}}
+
+
+def _about(run_id: str, round_number: int, claim: AggregateClaim) -> dict[str, Any]:
+    return {"run": run_id, "round": round_number, "client": claim.recipient, "section": claim.section}

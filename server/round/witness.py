@@ -63,13 +63,9 @@ class Witnessing:
         return self._witness is not None and number < self._last
 
     def begin(self, number: int, closed: ClosedRound, uploaded: Collection[str], now: float) -> None:
-        """Begin to wait for the witness of a round that is `due`.
+        """Begin to wait for the witness of a round that is `due`, in which `uploaded` shared something.
 
-        Args:
-            number: the round.
-            closed: what closing it made.
-            uploaded: whose upload has sections.
-            now: seconds, in the clock of all later calls.
+        `now` is in seconds, in the clock of all later calls.
         """
         claims = {
             (recipient, section.name): section
@@ -84,9 +80,10 @@ class Witnessing:
 
     def parts(self) -> Iterator[pb.ReviewResponse]:
         """All that the witness needs, in pieces that each fit a message; nothing while nothing waits."""
-        if self._closed is None:
+        closed = self._closed
+        if closed is None:
             return
-        epoch = next((stored.key_epoch for stored in self._closed.aggregates.values()), 0)
+        epoch = next((stored.key_epoch for stored in closed.aggregates.values()), 0)
         head = ReviewHeader(self._run_id, self._number, epoch, len(self._uploaded), len(self._claims))
         yield pb.ReviewResponse(header=wire.encode(head, pb.ReviewHeader))
         for client in self._uploaded:
@@ -101,11 +98,7 @@ class Witnessing:
                 yield pb.ReviewResponse(aggregate=wire.encode(claim, pb.AggregateClaim))
 
     def take(self, verdict: Verdict) -> None:
-        """Note what the witness says of one aggregate; the first word counts.
-
-        Raises:
-            Refusal: it is about nothing that waits here.
-        """
+        """Note what the witness says of one aggregate, once; Refusal if that does not wait here."""
         key = verdict.recipient, verdict.section
         with self._lock:
             here = (verdict.run_id, verdict.round) == (self._run_id, self._number)
@@ -132,12 +125,9 @@ class Witnessing:
         return replace(status, seconds_left=left, message=f"round {self._number}: {text}")
 
     def result(self, now: float) -> tuple[int, ClosedRound] | None:
-        """The round and its number, once it waits no more; what has no countersignature is withheld.
-
-        `end` is to be called when that is stored.
-        """
+        """A round, once it waits no more, until `end`; what is not countersigned is withheld."""
         with self._lock:
-            if self._closed is None or (len(self._verdicts) < len(self._claims) and now < self._deadline):
+            if self._closed is None or (self.waiting and now < self._deadline):
                 return None
             verdicts, closed = dict(self._verdicts), self._closed
         aggregates, lines = {}, list(closed.refusals)
@@ -153,11 +143,8 @@ class Witnessing:
                     sections[index], sizes[index] = AggregateSection(section.name, None, b"", why), 0
                     lines.append(f"{recipient} trains alone: {why}")
                     continue
-                sections[index] = replace(
-                    section,
-                    uploads_sha256=verdict.uploads_sha256,
-                    countersignature=verdict.signature,
-                )
+                uploads, signature = verdict.uploads_sha256, verdict.signature
+                sections[index] = replace(section, uploads_sha256=uploads, countersignature=signature)
                 digest.update(self._payload(recipient, section.name))
             aggregates[recipient] = stored_aggregate(stored.key_epoch, sections, sizes, digest.digest())
         return self._number, replace(closed, aggregates=aggregates, refusals=lines)
