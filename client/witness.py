@@ -19,7 +19,7 @@ from fedmosaic.client.transport.connection import Patience, open_channel
 from fedmosaic.privacy.audit import AuditLog
 from fedmosaic.privacy.configuration import Frozen, read_configuration
 from fedmosaic.privacy.federation.identity import public_hex
-from fedmosaic.privacy.federation.kits import open_kit
+from fedmosaic.privacy.federation.kits import Kit, open_kit
 from fedmosaic.privacy.federation.names import Address
 from fedmosaic.privacy.federation.witness import WitnessBook
 from fedmosaic.privacy.files import hold_directory, private_directory
@@ -105,50 +105,60 @@ def run(settings: WitnessSettings) -> tuple[int, int]:
         TransportError: the server could not be reached for `retry_seconds`.
         WireError: what the server sends is no review.
     """
-    kit = open_kit(settings.kit)
-    witness, key = kit.roster.witness, kit.signing_key()
-    if witness is None or witness.identity_key != public_hex(key.public_key()):
-        raise IdentityError(
-            f"{settings.kit} is not the kit of the witness that its roster names "
-            f"({witness.id if witness else 'it names none'}); take the kit DIR/witness of the consortium"
-        )
+    kit = _own_kit(settings.kit)
     private_directory(settings.state_dir)
+    patience, signed, refused, judged, told = Patience(settings.server, settings.retry_seconds), 0, 0, 0, ""
     with ExitStack() as held:
         held.enter_context(hold_directory(settings.state_dir / "lock", "give the witness its own state_dir"))
         audit = held.enter_context(closing(AuditLog(settings.state_dir)))
         about = {"federation": kit.roster.federation, "roster": kit.roster.hash.hex()}
-        audit.add("started", role="witness", name=witness.id, **about)
-        book = WitnessBook(kit.roster, key, settings.state_dir, audit)
-        channel = open_channel(settings.server, kit.authority, kit.tls_certificate, kit.tls_key)
-        held.callback(channel.close)
-        return _witness(rpc.WitnessStub(channel), book, Patience(settings.server, settings.retry_seconds))
+        audit.add("started", role="witness", name=kit.member_id(), **about)
+        while True:
+            kit = _own_kit(settings.kit)  # certificate and roster may have been renewed
+            book = WitnessBook(kit.roster, kit.signing_key(), settings.state_dir, audit)
+            asked = time.monotonic()
+            with open_channel(settings.server, kit.authority, kit.tls_certificate, kit.tls_key) as channel:
+                stub = rpc.WitnessStub(channel)
+                review = patience.retry("review", lambda: _review(stub, book))  # noqa: B023
+                for verdict in (verdicts := _judge(book, review)):
+                    _answer(stub, patience, verdict)
+                    signed, refused = signed + (not verdict.refusal), refused + bool(verdict.refusal)
+            if review.header is not None and verdicts:
+                good = sum(not verdict.refusal for verdict in verdicts)
+                log.info("round %d: %d of %d countersigned", review.header.round, good, len(verdicts))
+                if review.header.round > judged:
+                    judged = review.header.round
+                    continue
+            elif review.status is not None:
+                if review.status.phase is Phase.FINISHED:
+                    return signed, refused
+                if review.status.message != told:
+                    log.info("%s", review.status.message)
+                told = review.status.message
+            # A server that is stopping, or shows a round again, is asked no faster than this.
+            time.sleep(max(0.0, _SHORTEST_POLL_SECONDS - (time.monotonic() - asked)))
 
 
-def _witness(stub: rpc.WitnessStub, book: WitnessBook, patience: Patience) -> tuple[int, int]:
-    signed = refused = judged = 0
-    told = ""
-    while True:
-        asked = time.monotonic()
-        request = pb.ReviewRequest(wait_milliseconds=int(_WAIT_SECONDS * 1000))
-        review = patience.retry("review", lambda: receive(stub.Review(request, timeout=_CALL_SECONDS), book))  # noqa: B023
-        if review.header is not None and review.complete:
-            verdicts = book.judge(review.header, review.uploads, review.claims)
-            for verdict in verdicts:
-                _answer(stub, patience, verdict)
-            here = sum(not verdict.refusal for verdict in verdicts)
-            signed, refused = signed + here, refused + len(verdicts) - here
-            log.info("round %d: %d of %d countersigned", review.header.round, here, len(verdicts))
-            if review.header.round > judged:
-                judged = review.header.round
-                continue
-        elif review.status is not None:
-            if review.status.phase is Phase.FINISHED:
-                return signed, refused
-            if review.status.message != told:
-                log.info("%s", review.status.message)
-            told = review.status.message
-        # A server that is stopping, or shows a round again, is asked no faster than this.
-        time.sleep(max(0.0, _SHORTEST_POLL_SECONDS - (time.monotonic() - asked)))
+def _own_kit(directory: Path) -> Kit:
+    kit = open_kit(directory)
+    witness = kit.roster.witness
+    if witness is None or witness.identity_key != public_hex(kit.signing_key().public_key()):
+        raise IdentityError(
+            f"{directory} is not the kit of the witness that its roster names "
+            f"({witness.id if witness else 'it names none'}); take the witness's own"
+        )
+    return kit
+
+
+def _review(stub: rpc.WitnessStub, book: WitnessBook) -> Review:
+    request = pb.ReviewRequest(wait_milliseconds=int(_WAIT_SECONDS * 1000))
+    return receive(stub.Review(request, timeout=_CALL_SECONDS), book)
+
+
+def _judge(book: WitnessBook, review: Review) -> list[Verdict]:
+    if review.header is None or not review.complete:
+        return []
+    return book.judge(review.header, review.uploads, review.claims)
 
 
 def _answer(stub: rpc.WitnessStub, patience: Patience, verdict: Verdict) -> None:

@@ -6,7 +6,9 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,6 +26,7 @@ from fedmosaic.experiments.comparison.page import page
 from fedmosaic.experiments.comparison.runs import REFERENCE, compared_run, group_runs, read_object
 from fedmosaic.experiments.comparison.tables import terminal_tables
 from fedmosaic.experiments.scenario.unseen import read_unseen, unseen_table
+from fedmosaic.privacy.federation.identity import expires_soon
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.statement.check import check_received
 from fedmosaic.privacy.statement.costs import costs_at_epsilon
@@ -184,6 +187,8 @@ def show(record: RunRecord, console: Console) -> None:
             console.print(Text(f"{name}: {result['comparison']['verdict']}\n"))
     for line in alone(record):
         console.print(Text(f"{line}\n", style="bold red"))
+    for line in expiring(record):
+        console.print(Text(f"{line}\n", style="bold yellow"))
     if record.server.get("results"):
         put(
             relevance_table(record.server),
@@ -221,6 +226,18 @@ def alone(record: RunRecord) -> list[str]:
     received = record.server.get("received_rounds")
     if record.server.get("phase") == "finished" and received is not None and not any(received.values()):
         lines.append("NOTHING WAS EXCHANGED in this run: no member received anything, in any round.")
+    return lines
+
+
+def expiring(record: RunRecord) -> list[str]:
+    """Whose certificate is in its last days, one line each; once a run is over, an expired one is no news."""
+    lines = []
+    for name, found in {**record.clients, "the server": record.server}.items():
+        over = "after" in found or found.get("phase") == "finished"
+        with suppress(TypeError, ValueError):
+            expiry = datetime.fromisoformat(found.get("certificate_expires"))  # type: ignore[arg-type]  # or None
+            if (words := expires_soon(expiry)) and not (over and expiry < datetime.now(UTC)):
+                lines.append(f"{name}: {words}.")
     return lines
 
 

@@ -286,12 +286,9 @@ def check_witnessed(terms: Terms) -> None:
         )
 
 
-class Witness(Frozen):
-    """Who countersigns every aggregate. It holds no group key and is no member; keys as of `Member`."""
+class Witness(Member):
+    """Who countersigns every aggregate. It holds no group key and is not of the members."""
 
-    id: MemberId
-    identity_key: Hex32
-    tls_key_sha256: Hex32
     seconds: Seconds = 600
     """How long a round waits for it; whoever then has no countersignature trains the round alone."""
 
@@ -315,16 +312,20 @@ class Roster(Frozen):
     def _distinct(self) -> "Roster":
         if self.witness is not None:
             check_witnessed(self.terms)
-        parties = (*self.members, *((self.witness,) if self.witness else ()))
         for what, values in (
-            ("member id", [m.id for m in parties]),
-            ("identity key", [m.identity_key for m in parties]),
-            ("TLS key", [m.tls_key_sha256 for m in parties]),
+            ("member id", [m.id for m in self.parties]),
+            ("identity key", [m.identity_key for m in self.parties]),
+            ("TLS key", [m.tls_key_sha256 for m in self.parties]),
         ):
             twice = sorted({value for value in values if values.count(value) > 1})
             if twice:
                 raise ValueError(f"{what} {twice[0]} appears more than once")
         return self
+
+    @property
+    def parties(self) -> tuple[Member, ...]:
+        """The members, and the witness if there is one."""
+        return (*self.members, *((self.witness,) if self.witness else ()))
 
     @property
     def hash(self) -> bytes:
@@ -358,10 +359,16 @@ class Roster(Frozen):
 
     def member(self, member_id: str) -> Member:
         """The member with this id; IdentityError if there is none."""
-        for member in self.members:
-            if member.id == member_id:
-                return member
-        raise IdentityError(f"{member_id!r} is not on the roster of federation {self.federation!r}")
+        if self.witness is not None and member_id == self.witness.id:
+            raise IdentityError(f"{member_id!r} is the witness of federation {self.federation!r}, no member")
+        return self.party(member_id)
+
+    def party(self, party_id: str) -> Member:
+        """The member, or the witness, with this id; IdentityError if there is none."""
+        for party in self.parties:
+            if party.id == party_id:
+                return party
+        raise IdentityError(f"{party_id!r} is not on the roster of federation {self.federation!r}")
 
     def identity_keys(self) -> dict[str, bytes]:
         """Raw Ed25519 public keys (32 bytes) by member id."""

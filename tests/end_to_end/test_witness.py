@@ -21,7 +21,7 @@ from fedmosaic.client.witness import WitnessSettings, run
 from fedmosaic.privacy.audit import AUDIT, read_audit
 from fedmosaic.privacy.encryption.aggregators import create_aggregator
 from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
-from fedmosaic.privacy.federation import kits as federation
+from fedmosaic.privacy.federation.consortium import create
 from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry, WitnessEntry, open_kit
 from fedmosaic.protos.errors import IdentityError, WitnessError
 from fedmosaic.protos.messages import AggregateSection, WeightRow
@@ -46,7 +46,7 @@ def found(directory: Path, backend: str, rounds: int, seconds: float = 60.0) -> 
         witness=WitnessEntry(id="notary", seconds=seconds),
         terms=fv.terms(backend, rounds),
     )
-    federation.create(config, directory)
+    create(config, directory)
     (directory / "server" / "server.toml").write_text('listen = "127.0.0.1:0"\nstate_dir = "state"\n')
     return directory
 
@@ -119,7 +119,7 @@ def serving(directory: Path) -> AbstractContextManager[int]:
 def witnessed(directory: Path, port: int) -> Iterator[list[Any]]:
     """A witness in a thread; the list has what it returned, or raised."""
     settings = WitnessSettings(
-        kit=directory / "witness", server=f"localhost:{port}", state_dir=directory / "notes"
+        kit=directory / "clients" / "notary", server=f"localhost:{port}", state_dir=directory / "notes"
     )
     ended: list[Any] = []
 
@@ -205,9 +205,9 @@ def test_a_witness_that_is_away_stops_no_run(tmp_path: Path, caplog: pytest.LogC
 def test_only_the_witness_may_look_and_it_is_no_member(tmp_path: Path) -> None:
     directory = found(tmp_path / "f", "mask", 3)
     with serving(directory) as port:
-        for kit, reason in (("clients/ada", "NOT_THE_WITNESS"), ("witness", "NOT_ON_ROSTER")):
+        for kit, reason in (("ada", "NOT_THE_WITNESS"), ("notary", "NOT_ON_ROSTER")):
             with pytest.raises(Refusal) as refused:
-                ask(directory / kit, port, witness=kit != "witness")
+                ask(directory / "clients" / kit, port, witness=kit == "ada")
             assert refused.value.reason == reason
         settings = WitnessSettings(
             kit=directory / "clients/ada", server=f"localhost:{port}", state_dir=tmp_path / "notes"
@@ -230,7 +230,7 @@ def ask(kit: Path, port: int, *, witness: bool) -> None:
 
 def test_a_countersignature_is_of_one_aggregate_alone(tmp_path: Path) -> None:
     directory = found(tmp_path / "f", "ckks", 3)
-    kit, witness = open_kit(directory / "clients" / "ada"), open_kit(directory / "witness")
+    kit, witness = open_kit(directory / "clients" / "ada"), open_kit(directory / "clients" / "notary")
     protection = Protection(Identity("ada", kit.signing_key()), kit.roster, "", None)
     row = WeightRow(("ben", "cid", "dee"), (16384, 8192, 8192), 15)
     said: dict[str, Any] = {

@@ -13,7 +13,7 @@ from fedmosaic import cli
 from fedmosaic.privacy.accounting.calibrate import check_plannable
 from fedmosaic.privacy.accounting.epsilon import default_delta, epsilon, within_resolution
 from fedmosaic.privacy.accounting.events import GaussianEvent
-from fedmosaic.privacy.federation import kits as federation
+from fedmosaic.privacy.federation import consortium
 from fedmosaic.privacy.federation.roster import Terms
 from fedmosaic.privacy.federation.terms_checks import check_grid, check_plan
 from fedmosaic.privacy.mechanism.projection import PublicBasis
@@ -109,11 +109,11 @@ def test_another_basis_than_the_terms_name_is_refused_before_anything_is_written
         (None, "no file is given"),
     ):
         with pytest.raises(MechanismError, match=reason):
-            federation.create(config, tmp_path / "made", basis_file)
+            consortium.create(config, tmp_path / "made", basis_file)
     assert not (tmp_path / "made").exists()
-    federation.create(config, tmp_path / "made", tmp_path / "agreed")
+    consortium.create(config, tmp_path / "made", tmp_path / "agreed")
     with pytest.raises(MechanismError, match="uses no public basis"):
-        federation.create(founding(), tmp_path / "second", tmp_path / "agreed")
+        consortium.create(founding(), tmp_path / "second", tmp_path / "agreed")
 
 
 def test_keys_init_refuses_terms_that_cannot_be_planned(

@@ -15,16 +15,11 @@ from fedmosaic.privacy.encryption.aggregators import create_aggregator
 from fedmosaic.privacy.encryption.layout import upload_header
 from fedmosaic.privacy.encryption.records import RoundContext
 from fedmosaic.privacy.federation import identity
-from fedmosaic.privacy.federation.kits import (
-    FederationConfig,
-    MemberEntry,
-    WitnessEntry,
-    add_member,
-    create,
-    open_kit,
-    rotate_member,
-)
+from fedmosaic.privacy.federation.consortium import approve, create
+from fedmosaic.privacy.federation.kits import FederationConfig, WitnessEntry, open_kit
+from fedmosaic.privacy.federation.requests import make_request
 from fedmosaic.privacy.federation.roster import Member, Roster, Terms, Witness
+from fedmosaic.privacy.federation.succession import RosterMark
 from fedmosaic.privacy.federation.witness import WitnessBook
 from fedmosaic.protos.errors import ConfigurationError, EncryptionError, IdentityError, StateError
 from fedmosaic.protos.messages import SectionHeader, WeightRow
@@ -141,7 +136,7 @@ def test_a_row_that_the_policy_forbids_is_not_countersigned(consortium: Consorti
     }
     for words, row in rows.items():
         assert words in refusal(consortium.judge(uploads, replace(claim, row=row)))
-    assert "is not on the roster" in refusal(consortium.judge(uploads, replace(claim, recipient="notary")))
+    assert "is the witness of" in refusal(consortium.judge(uploads, replace(claim, recipient="notary")))
     family = replace(claim, section="family")
     assert refusal(consortium.judge(uploads, family)) == "'ada' shares no family section"
 
@@ -176,7 +171,7 @@ def test_sizes_are_known_before_a_byte_is_taken(consortium: Consortium) -> None:
     for sections in ((large,), signed.sections * 2):
         with pytest.raises(EncryptionError, match=f"bytes, expected ({len(payload)}|0)"):
             consortium.book.check_size(replace(signed, sections=sections))
-    with pytest.raises(IdentityError, match="'notary' is not on the roster"):
+    with pytest.raises(IdentityError, match="'notary' is the witness of"):
         consortium.book.check_size(replace(signed, client="notary"))
 
 
@@ -190,18 +185,25 @@ def test_a_witness_is_founded_rotated_and_never_a_member(tmp_path: Path) -> None
         FederationConfig.model_validate(config | {"terms": terms})
     directory = tmp_path / "f"
     create(FederationConfig.model_validate(config), directory)
-    before = open_kit(directory / "witness")
+    kit = directory / "clients" / "notary"
+    before = open_kit(kit)
     assert before.member_id() == "notary"
     assert before.roster.witness is not None
     assert (before.roster.witness.id, before.roster.witness.seconds) == ("notary", 30.0)
-    with pytest.raises(ConfigurationError, match="'notary' is on the roster already"):
-        add_member(directory, MemberEntry(id="notary"))
-    rotate_member(directory, "notary")
-    after = open_kit(directory / "witness").roster
+    with pytest.raises(IdentityError, match="'notary' is the witness of federation 'clinics', no member"):
+        before.roster.member("notary")
+    renewed = make_request(kit, "clinics", "notary")
+    with pytest.raises(ConfigurationError, match="'notary' has other keys already"):
+        approve(directory, [renewed])
+    approve(directory, [renewed], replace=True)
+    after = open_kit(kit).roster
     assert after.witness is not None
-    assert after.witness.identity_key != before.roster.witness.identity_key
-    assert after.witness.seconds == 30.0
-    assert after.members == before.roster.members
+    assert after.witness.identity_key == renewed.identity_key
+    assert (after.witness.seconds, after.members) == (30.0, before.roster.members)
+    RosterMark.of(before.roster).check(after)
+    without = after.model_copy(update={"witness": None, "serial": after.serial + 1})
+    with pytest.raises(IdentityError, match=r"has other terms than roster 2 \(witness\)"):
+        RosterMark.of(after).check(without)
 
 
 def test_a_roster_without_a_witness_keeps_its_hash() -> None:
