@@ -237,7 +237,8 @@ class Client:
             books = DataLedger.of(settings.data, settings.state_dir, state.record)
             channels, target = budgeted_channels(kit.roster.terms), agreed_epsilon(settings, kit)
             epoch = data_epoch(learner.example_ids)
-            ledger = held.enter_context(books.open(learner.example_count, epoch, target, channels))
+            bound = kit.roster.terms.adapter_privacy.largest_delta
+            ledger = held.enter_context(books.open(learner.example_count, epoch, target, channels, bound))
             releases = self._releases(kit, ledger, state, learner, plan, progress)
             member = Participant(kit, checked.transport, learner, state, ledger, plan, releases, progress)
             SavedModel.of(settings, kit.roster, kit.member_id()).write(state.directory)

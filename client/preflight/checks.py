@@ -166,7 +166,7 @@ class Preflight:
     def plan(self) -> AdapterPlan:
         """DP-SGD parameters of this client; AccountingError if there are none."""
         terms, count = self.kit.roster.terms, len(self.data.train.examples)
-        delta = ledger_delta(self._ledger, count)
+        delta = ledger_delta(self._ledger, count, terms.adapter_privacy.largest_delta)
         return plan_adapter(terms, count, delta, agreed_epsilon(self.settings, self.kit))
 
     @cached_property
@@ -285,7 +285,7 @@ class Preflight:
         kit, count = self.kit, len(self.data.train.examples)
         target = agreed_epsilon(self.settings, kit)
         path = self._ledger
-        delta = ledger_delta(path, count)
+        delta = ledger_delta(path, count, kit.roster.terms.adapter_privacy.largest_delta)
         if has_begun(path):
             channels = budgeted_channels(kit.roster.terms)
             wanted = LedgerParameters(kit.member_id(), delta, target, budgeted_channels=channels)

@@ -18,18 +18,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedmosaic.privacy.configuration import read_configuration
+from fedmosaic.privacy.configuration import read_configuration, validate
 from fedmosaic.privacy.federation import identity, kits
 from fedmosaic.privacy.federation.install import install
 from fedmosaic.privacy.federation.kits import FederationConfig, ServerEntry, too_few
 from fedmosaic.privacy.federation.requests import KeyRequest, make_request, read_request
 from fedmosaic.privacy.federation.roster import Member, Roster, Witness
 from fedmosaic.privacy.files import sync_directory, write_atomically
-from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import ConfigurationError, IdentityError
 
 ANSWERS = "answers"
@@ -245,8 +245,6 @@ def _check_name(office: _Office, request: KeyRequest, *, replace: bool) -> None:
     present: KeyRequest | Member | None = office.approved(request.id)
     if roster is not None:
         present = next((party for party in roster.parties if party.id == request.id), None)
-        if present is None and len(roster.members) >= bounds.MAX_MEMBERS:
-            raise ConfigurationError(f"a federation has at most {bounds.MAX_MEMBERS} members")
     elif founding is not None:
         entry = next((party for party in founding.parties if party.id == request.id), None)
         if entry is None or (entry.family and entry.family != request.family):
@@ -286,29 +284,23 @@ def _answer(office: _Office, requests: Sequence[KeyRequest]) -> Approval:
     """Sign the roster where its members change, and write the answers."""
     no_server = () if office.approved("") else ("(server)",)
     if office.roster is None:
-        founding, notary = office.founding, office.founding.witness if office.founding else None
+        founding = office.founding
         names = [party.id for party in founding.parties] if founding else []
         found = {name: office.approved(name) for name in names}
         waiting = tuple(name for name, request in found.items() if request is None)
-        if office.founding is None or waiting:
+        if founding is None or waiting:
             return Approval(None, {}, (*waiting, *no_server))
-        parties = {name: _member(request) for name, request in found.items() if request is not None}
-        keys = dict(parties.pop(notary.id)) if notary else {}
-        first = Roster(
-            federation=office.federation,
-            serial=1,
-            issued=_today(),
-            members=tuple(parties.values()),
-            terms=office.founding.terms,
-            witness=Witness(**keys, seconds=notary.seconds) if notary else None,
-        )
+        parties = {name: _member(request) for name, request in found.items() if request}
+        named: dict[str, Any] = {"federation": office.federation, "serial": 1, "issued": _today()}
+        if (notary := founding.witness) is not None:
+            named["witness"] = Witness(**dict(parties.pop(notary.id)), seconds=notary.seconds)
+        first = Roster(**named, members=tuple(parties.values()), terms=founding.terms)
         return Approval(*_publish(office, first, {"", *names}), no_server)
     new = {request.id: _member(request) for request in requests if request.id}
-    witness = office.roster.witness
-    if witness is not None and witness.id in new:
+    if (witness := office.roster.witness) is not None and witness.id in new:
         witness = Witness(**dict(new.pop(witness.id)), seconds=witness.seconds)
-    kept = {member.id: member for member in office.roster.members}
-    roster = _next(office.roster, tuple((kept | new).values()), witness)
+    members = {member.id: member for member in office.roster.members} | new
+    roster = _next(office.roster, tuple(members.values()), witness)
     return Approval(*_publish(office, roster, {request.id for request in requests}), no_server)
 
 
@@ -327,7 +319,7 @@ def _next(roster: Roster, members: tuple[Member, ...], witness: Witness | None) 
         return roster
     changes = {"serial": roster.serial + 1, "issued": _today(), "members": [dict(m) for m in members]}
     changes["witness"] = witness and dict(witness)
-    return Roster.model_validate(roster.model_dump() | changes | {"signature": ""})
+    return validate(roster.model_dump() | changes | {"signature": ""}, Roster, "the new roster")
 
 
 def revoke_member(directory: Path, member_id: str, passphrase: str | None = None) -> Roster:

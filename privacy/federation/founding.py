@@ -6,7 +6,12 @@ from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.federation.consortium import create
 from fedmosaic.privacy.federation.kits import FederationConfig
 from fedmosaic.privacy.federation.roster import Roster
-from fedmosaic.privacy.federation.terms_checks import check_grid, check_plan, with_planned_noise
+from fedmosaic.privacy.federation.terms_checks import (
+    check_grid,
+    check_plan,
+    with_bounded_delta,
+    with_planned_noise,
+)
 
 
 def create_federation(
@@ -39,7 +44,8 @@ def planned(config: FederationConfig | Path | str) -> FederationConfig:
     """
     if not isinstance(config, FederationConfig):
         config = read_configuration(Path(config), FederationConfig)
-    check_plan(config.terms)
-    config = config.model_copy(update={"terms": with_planned_noise(config.terms)})
+    terms = with_bounded_delta(config.terms)
+    check_plan(terms)
+    config = config.model_copy(update={"terms": with_planned_noise(terms)})
     check_grid(config.terms, len(config.members))
     return config

@@ -129,9 +129,11 @@ class AdapterPrivacyTerms(Frozen):
     """
 
     target_epsilon: float = Field(default=8.0, gt=0, allow_inf_nan=False)
-    """ε of each client's budget for all that is released from its data, task profile and adapter together, at
-    δ = n^-1.1 for n examples. Without DP on the adapter it bounds the profile alone. A client may choose a
-    smaller one."""
+    """ε of each client's budget for all that is released from its data, task profile and adapter together.
+    Without DP on the adapter it bounds the profile alone. A client may choose a smaller one."""
+    largest_delta: float | None = Field(default=None, gt=1e-12, le=1.0)
+    """δ of a client of n examples is the smaller of n^-1.1 and this. Left out, founding writes 1e-5; 1 leaves
+    n^-1.1 alone, which is weak for few examples (1.4e-3 for 400)."""
     clipping_norm: float = Field(default=1.0, gt=1e-6, le=1e6, allow_inf_nan=False)
     """C: bound on the L2 norm of one example's gradient in P and Q."""
     expected_batch_size: int = Field(default=32, ge=1)
@@ -280,10 +282,8 @@ class Member(Frozen):
 def check_witnessed(terms: Terms) -> None:
     """ValueError where a witness could not recompute the aggregates of these terms bit for bit."""
     if terms.encryption.backend == "plain":
-        raise ValueError(
-            "encryption.backend is 'plain', whose sums of real numbers depend on their order in the last "
-            "digits, so no witness can recompute them bit for bit; choose 'ckks' or 'mask', or no witness"
-        )
+        what = "encryption.backend is 'plain', whose sums no witness can recompute bit for bit"
+        raise ValueError(f"{what}; choose 'ckks' or 'mask', or no witness")
 
 
 class Witness(Member):
@@ -333,11 +333,14 @@ class Roster(Frozen):
         return hashlib.sha256(self._canonical()).digest()
 
     def _canonical(self) -> bytes:
-        # Terms of another protection are left out, so that rosters from before they existed keep their hash.
-        unused = set() if self.terms.adapter.in_group_sums else {"group_sums"}
+        # What rosters from before these terms existed do not say is left out, so that they keep their hash.
+        unused: dict[str, bool | set[str]] = {}
+        if not self.terms.adapter.in_group_sums:
+            unused["group_sums"] = True
+        if self.terms.adapter_privacy.largest_delta is None:
+            unused["adapter_privacy"] = {"largest_delta"}
         exclude: dict[str, Any] = {"signature": True, "terms": unused}
-        if self.witness is None:
-            exclude["witness"] = True
+        exclude |= {} if self.witness else {"witness": True}
         content = self.model_dump(mode="json", exclude=exclude)
         return canonical_json(content).encode()
 
@@ -359,16 +362,14 @@ class Roster(Frozen):
 
     def member(self, member_id: str) -> Member:
         """The member with this id; IdentityError if there is none."""
-        if self.witness is not None and member_id == self.witness.id:
-            raise IdentityError(f"{member_id!r} is the witness of federation {self.federation!r}, no member")
-        return self.party(member_id)
+        for member in self.members:
+            if member.id == member_id:
+                return member
+        raise IdentityError(f"{member_id!r} is not on the roster of federation {self.federation!r}")
 
     def party(self, party_id: str) -> Member:
-        """The member, or the witness, with this id; IdentityError if there is none."""
-        for party in self.parties:
-            if party.id == party_id:
-                return party
-        raise IdentityError(f"{party_id!r} is not on the roster of federation {self.federation!r}")
+        """The same, or the witness."""
+        return next((p for p in self.parties if p.id == party_id), None) or self.member(party_id)
 
     def identity_keys(self) -> dict[str, bytes]:
         """Raw Ed25519 public keys (32 bytes) by member id."""

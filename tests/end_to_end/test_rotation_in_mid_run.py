@@ -16,11 +16,23 @@ from cryptography import x509
 
 import builders
 from end_to_end import federation_of_vectors as fv
+from fedmosaic.client import membership
+from fedmosaic.client import session as client_session
+from fedmosaic.client.state import ClientState
 from fedmosaic.client.transport.grpc import GrpcTransport
 from fedmosaic.privacy.federation import consortium, identity, kits
 from fedmosaic.privacy.federation.requests import make_request
+from fedmosaic.protos.errors import IdentityError
 from fedmosaic.protos.refusal import Refusal
+from fedmosaic.server import renewal
 from fedmosaic.server.server import Server
+
+
+@pytest.fixture(autouse=True)
+def _no_long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_session, "_SECONDS_BETWEEN_EPOCHS", 0.1)
+    monkeypatch.setattr(membership, "_SECONDS_BETWEEN_LOOKS", 0.1)
+    monkeypatch.setattr(renewal, "_LOOK_SECONDS", 0.1)
 
 
 def until(ready: Callable[[], bool], seconds: float = 60.0) -> None:
@@ -57,7 +69,7 @@ def dial(directory: Path, name: str, port: int) -> GrpcTransport:
         certificate=kit.tls_certificate,
         private_key=kit.tls_key,
         retry_seconds=60.0,
-        wait_seconds=1.0,
+        wait_seconds=0.5,
     )
 
 
@@ -139,3 +151,23 @@ def test_a_run_goes_on_while_all_of_it_is_changed(
     assert summary["results"][2]["uploaded"] == summary["results"][3]["uploaded"] == staying
     assert summary["results"][3]["key_epoch"] > summary["results"][0]["key_epoch"]
     assert "going on with the connection of before" not in caplog.text
+
+
+def test_a_client_takes_no_older_roster_and_no_other_terms_after_a_restart_either(tmp_path: Path) -> None:
+    directory = fv.make_federation(tmp_path / "f", fv.terms("mask"))
+    first = kits.open_kit(directory / "clients/ada").roster
+    second = consortium.revoke_member(directory, "eva")
+    looser = second.terms.model_copy(
+        update={"adapter_privacy": second.terms.adapter_privacy.model_copy(update={"target_epsilon": 99.0})}
+    )
+    for attempt in range(2):
+        state = ClientState(tmp_path / "state", "vectors", "ada")
+        if attempt == 0:
+            state.follow_roster(first)
+            state.follow_roster(second)
+        with pytest.raises(IdentityError, match="roster 1 of federation 'vectors' is older than roster 2"):
+            state.follow_roster(first)
+        with pytest.raises(IdentityError, match=r"has other terms than roster 2 \(adapter_privacy\)"):
+            state.follow_roster(second.model_copy(update={"serial": 3, "terms": looser}))
+        state.follow_roster(second)
+        state.release()
