@@ -6,12 +6,15 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedmosaic.protos.errors import ConfigurationError
 from fedmosaic.server.settings import ServerSettings, settings_from_kit
+
+if TYPE_CHECKING:
+    from fedmosaic.server.network.service import FederationService
 
 log = logging.getLogger(__name__)
 
@@ -69,12 +72,17 @@ class Server:
             return await over
 
     @asynccontextmanager
-    async def running(self, over: "asyncio.Future[int] | None" = None) -> AsyncIterator[int]:
+    async def running(
+        self,
+        over: "asyncio.Future[int] | None" = None,
+        beside: "Callable[[FederationService], AbstractAsyncContextManager[object]] | None" = None,
+    ) -> AsyncIterator[int]:
         """Serve while the context is open.
 
         Args:
             over: gets the exit status when there is nothing left to serve: the run is over, or the database
                 belongs to another server now.
+            beside: brings calls another way than through the port, while its context is open.
 
         Yields:
             The port that is listened on.
@@ -119,6 +127,8 @@ class Server:
             ending.callback(renewal.cancel)
             ending.callback(changes.stop)
             ending.push_async_callback(listener.take_leave)
+            if beside is not None:
+                await ending.enter_async_context(beside(service))
             yield listener.port
         if coordinator.available_round <= settings.rounds:
             log.info("stopped; the run goes on when the server starts again with the same state_dir")
