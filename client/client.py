@@ -106,9 +106,7 @@ class Participant:
         keyring = Keyring(client_id, identity.signing_key, roster, transport, keys) if encrypted else None
         protection = Protection(identity, roster, roster.member(client_id).family, keyring)
         self.state = state
-        about = {"federation": roster.federation, "roster": roster.hash.hex()}
-        state.audit.add("started", role="client", name=client_id, **about)
-        ledger.tell(audited(state.audit))
+        ledger.tell(audited(state.audit, client_id, roster))
         parts = (state, releases, protection, progress)
         if roster.terms.adapter.in_group_sums:
             self.session: Session = GroupSession(

@@ -26,6 +26,7 @@ from fedmosaic.client.state import SessionRecord
 from fedmosaic.privacy.accounting.epsilon import default_delta
 from fedmosaic.privacy.audit import AuditLog
 from fedmosaic.privacy.configuration import read_own
+from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, has_begun, parameters_of, read_ledger
 from fedmosaic.privacy.ledger.move import back_up, move
@@ -81,8 +82,10 @@ class ServerAnchor:
             self._kept = claim.head
 
 
-def audited(audit: AuditLog) -> Callable[[LedgerRow], None]:
-    """What notes the rows of a ledger in the audit log: which row, and its hash."""
+def audited(audit: AuditLog, client: str, roster: Roster) -> Callable[[LedgerRow], None]:
+    """Note that a client begins; what notes the rows of its ledger: which row, and its hash."""
+    about = {"federation": roster.federation, "roster": roster.hash.hex()}
+    audit.add("started", role="client", name=client, **about)
 
     def note(row: LedgerRow) -> None:
         if row.channel is not None and row.kind in _AUDITED:

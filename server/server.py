@@ -98,7 +98,6 @@ class Server:
         os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-RSA-AES256-GCM-SHA384"
         from fedmosaic.server.clockwork import Clockwork
         from fedmosaic.server.coordinator import Coordinator
-        from fedmosaic.server.network.peers import Gate
         from fedmosaic.server.network.review import WitnessService
         from fedmosaic.server.network.service import FederationService
         from fedmosaic.server.network.serving import Listener, server_credentials
@@ -116,8 +115,7 @@ class Server:
             coordinator.subscribe(changes.notify)
             service = FederationService(coordinator, changes)
             review = WitnessService(service, coordinator, changes)
-            gate = Gate(coordinator.audit)
-            listener = Listener(service, review, gate, settings.listen, credentials, len(settings.members))
+            listener = Listener(service, review, settings.listen, credentials, len(settings.members))
             await listener.open()
             ending.push_async_callback(listener.close)
             self._say_hello(listener.port)

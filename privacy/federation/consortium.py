@@ -284,15 +284,14 @@ def _answer(office: _Office, requests: Sequence[KeyRequest]) -> Approval:
     """Sign the roster where its members change, and write the answers."""
     no_server = () if office.approved("") else ("(server)",)
     if office.roster is None:
-        founding = office.founding
-        names = [party.id for party in founding.parties] if founding else []
+        names = [party.id for party in founding.parties] if (founding := office.founding) else []
         found = {name: office.approved(name) for name in names}
         waiting = tuple(name for name, request in found.items() if request is None)
         if founding is None or waiting:
             return Approval(None, {}, (*waiting, *no_server))
         parties = {name: _member(request) for name, request in found.items() if request}
         named: dict[str, Any] = {"federation": office.federation, "serial": 1, "issued": _today()}
-        if (notary := founding.witness) is not None:
+        if notary := founding.witness:
             named["witness"] = Witness(**dict(parties.pop(notary.id)), seconds=notary.seconds)
         first = Roster(**named, members=tuple(parties.values()), terms=founding.terms)
         return Approval(*_publish(office, first, {"", *names}), no_server)

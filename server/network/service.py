@@ -42,6 +42,7 @@ class FederationService(rpc.FederationServicer):
     def __init__(self, coordinator: Coordinator, changes: Changes) -> None:
         self._coordinator = coordinator
         self._changes = changes
+        self.audit = coordinator.audit
         self._pushing: dict[str, asyncio.Task[Receipt]] = {}
         self._superseded: set[asyncio.Task[Receipt]] = set()
         self._locks: dict[str, asyncio.Lock] = {}
@@ -249,7 +250,7 @@ class FederationService(rpc.FederationServicer):
             await self._refuse(context, call, context.peer() or "unknown peer", refusal)
 
     async def _refuse(self, context: Context, call: str, who: str, refusal: Refusal) -> NoReturn:
-        self._coordinator.audit.refused(who, call, refusal.reason)
+        self.audit.refused(who, call, refusal.reason)
         await refuse(context, call, who, refusal)
 
     async def guarded(self, context: Context, call: str, client: str, work: Awaitable[T]) -> T:

@@ -53,7 +53,6 @@ class Listener:
         self,
         service: FederationService,
         review: WitnessService,
-        gate: Gate,
         listen: str,
         credentials: grpc.ServerCredentials,
         members: int,
@@ -64,7 +63,7 @@ class Listener:
             ConfigurationError: the address cannot be listened on.
         """
         options = (*_OPTIONS, *channel_options(members))
-        self._server = aio.server(interceptors=(gate,), options=options)
+        self._server = aio.server(interceptors=(Gate(service.audit),), options=options)
         self._checks = health.aio.HealthServicer()
         rpc.add_FederationServicer_to_server(service, self._server)
         rpc.add_WitnessServicer_to_server(review, self._server)
