@@ -15,7 +15,7 @@ from fedmosaic.protos.messages import AggregateSection, RoundStatus, SectionName
 from fedmosaic.protos.refusal import Refusal, RefusalKind
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.witnessing import AggregateClaim, ReviewHeader, SignedUpload, Verdict
-from fedmosaic.server.round.aggregates import read_sections, stored_aggregate
+from fedmosaic.server.round.aggregates import Place, stored_aggregate
 from fedmosaic.server.round.close import ClosedRound
 from fedmosaic.server.settings import ServerSettings
 from fedmosaic.server.storage.blobs import Blobs
@@ -35,7 +35,7 @@ class Witnessing:
     ) -> None:
         """Prepare; `answered` is called, from any thread, when the witness has said something."""
         self._witness = settings.witness
-        self._last = settings.rounds
+        self._settings = settings
         self._run_id = run_id
         self._blobs = blobs
         self._answered = answered
@@ -44,7 +44,7 @@ class Witnessing:
         self._number = 0
         self._deadline = 0.0
         self._uploaded: list[str] = []
-        self._claims: dict[_Key, AggregateSection] = {}
+        self._claims: dict[_Key, tuple[AggregateSection, Place]] = {}
         self._verdicts: dict[_Key, Verdict] = {}
 
     @property
@@ -60,7 +60,7 @@ class Witnessing:
 
     def due(self, number: int) -> bool:
         """Whether a round waits for a witness; what the last one makes is handed to nobody."""
-        return self._witness is not None and number < self._last
+        return self._witness is not None and number < self._settings.rounds
 
     def begin(self, number: int, closed: ClosedRound, uploaded: Collection[str], now: float) -> None:
         """Begin to wait for the witness of a round that is `due`, in which `uploaded` shared something.
@@ -68,9 +68,9 @@ class Witnessing:
         `now` is in seconds, in the clock of all later calls.
         """
         claims = {
-            (recipient, section.name): section
-            for recipient, stored in closed.aggregates.items()
-            for section in read_sections(stored)[0]
+            (recipient, section.name): (section, place)
+            for recipient in closed.offer.stored
+            for section, place in closed.offer.sections(self._settings, recipient)
             if section.row is not None
         }
         with self._lock:
@@ -83,7 +83,7 @@ class Witnessing:
         closed = self._closed
         if closed is None:
             return
-        epoch = next((stored.key_epoch for stored in closed.aggregates.values()), 0)
+        epoch = next((stored.key_epoch for stored in closed.offer.stored.values()), 0)
         head = ReviewHeader(self._run_id, self._number, epoch, len(self._uploaded), len(self._claims))
         yield pb.ReviewResponse(header=wire.encode(head, pb.ReviewHeader))
         for client in self._uploaded:
@@ -91,9 +91,9 @@ class Witnessing:
             yield pb.ReviewResponse(upload=pb.SignedUpload.FromString(signed))
             for chunk in wire.chunks([self._blobs.read("uploads", head.round, client)], 0):
                 yield pb.ReviewResponse(chunk=chunk)
-        for (recipient, name), section in self._claims.items():
+        for (recipient, name), (section, place) in self._claims.items():
             if section.row is not None:
-                digest = hashlib.sha256(self._payload(recipient, name)).digest()
+                digest = hashlib.sha256(self._payload(place)).digest()
                 claim = AggregateClaim(recipient, name, section.row, digest)
                 yield pb.ReviewResponse(aggregate=wire.encode(claim, pb.AggregateClaim))
 
@@ -130,24 +130,26 @@ class Witnessing:
             if self._closed is None or (self.waiting and now < self._deadline):
                 return None
             verdicts, closed = dict(self._verdicts), self._closed
-        aggregates, lines = {}, list(closed.refusals)
-        for recipient, stored in closed.aggregates.items():
-            sections, sizes = read_sections(stored)
+        stored, lines = {}, list(closed.refusals)
+        for recipient, before in closed.offer.stored.items():
+            sections, places = [], []
             digest = hashlib.sha256()
-            for index, section in enumerate(sections):
-                if section.row is None:
-                    continue
+            for section, place in closed.offer.sections(self._settings, recipient):
                 verdict = verdicts.get((recipient, section.name))
-                if verdict is None or verdict.refusal:
-                    why = self._why(verdict)
-                    sections[index], sizes[index] = AggregateSection(section.name, None, b"", why), 0
+                if section.row is not None and (verdict is None or verdict.refusal):
+                    why, place = self._why(verdict), Place("", 0, 0)
+                    section = AggregateSection(section.name, None, b"", why)
                     lines.append(f"{recipient} trains alone: {why}")
-                    continue
-                uploads, signature = verdict.uploads_sha256, verdict.signature
-                sections[index] = replace(section, uploads_sha256=uploads, countersignature=signature)
-                digest.update(self._payload(recipient, section.name))
-            aggregates[recipient] = stored_aggregate(stored.key_epoch, sections, sizes, digest.digest())
-        return self._number, replace(closed, aggregates=aggregates, refusals=lines)
+                elif verdict is not None:
+                    uploads, signature = verdict.uploads_sha256, verdict.signature
+                    section = replace(section, uploads_sha256=uploads, countersignature=signature)
+                    digest.update(self._payload(place))
+                sections.append(section)
+                places.append(place)
+            sizes, starts = [p.size for p in places], [p.start for p in places]
+            stored[recipient] = stored_aggregate(before.key_epoch, sections, sizes, digest.digest(), starts)
+        offer = replace(closed.offer, stored=stored)
+        return self._number, replace(closed, offer=offer, refusals=lines)
 
     def end(self) -> None:
         """Wait for nothing any more."""
@@ -160,8 +162,8 @@ class Witnessing:
             return f"round {self._number}: the witness {name} did not countersign it in time"
         return f"round {self._number}: the witness {name} refused it: {verdict.refusal}"[: bounds.MAX_TEXT]
 
-    def _payload(self, recipient: str, section: SectionName) -> memoryview:
-        return self._blobs.read("aggregates", self._number + 1, f"{recipient}.{section}")
+    def _payload(self, place: Place) -> memoryview:
+        return self._blobs.read("aggregates", self._number + 1, place.blob, place.start, place.size)
 
 
 def _signed(client: str) -> str:

@@ -30,6 +30,7 @@ from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
 from fedmosaic.protos.witnessing import countersigned_digest
 from fedmosaic.server import coordinator as coordinators
+from fedmosaic.server import run as runs
 from fedmosaic.server.server import Server
 from fedmosaic.server.settings import settings_from_kit
 
@@ -161,7 +162,7 @@ def test_lies_about_rows_are_caught_and_named(
 ) -> None:
     """Over gRPC, CKKS: four lies to one recipient, and three countersignatures that are none to another."""
     caplog.set_level(logging.INFO, "fedmosaic")
-    monkeypatch.setattr(coordinators, "create_aggregator", LyingAggregator)
+    monkeypatch.setattr(runs, "create_aggregator", LyingAggregator)
     monkeypatch.setattr(coordinators, "read_download", rob(coordinators.read_download))
     directory = found(tmp_path / "f", "ckks", ROUNDS)
     with serving(directory) as port, witnessed(directory, port) as ended:

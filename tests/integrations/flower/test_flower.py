@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from end_to_end.ports import free_port
 from fedmosaic.client.model.load import load_base_model
 from fedmosaic.client.profile.probe import open_probe
-from fedmosaic.privacy.federation import kits
+from fedmosaic.privacy.federation import consortium
 from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
 from fedmosaic.privacy.federation.roster import AdapterTerms, ScheduleTerms, Terms
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
@@ -79,7 +79,7 @@ class Place:
             encryption={"backend": "mask"},
         )
         entries = tuple(MemberEntry(id=member) for member in MEMBERS)
-        kits.create(FederationConfig(federation="f", members=entries, terms=terms), folder / "kits")
+        consortium.create(FederationConfig(federation="f", members=entries, terms=terms), folder / "kits")
         self.kit = folder / "kits" / "server"
         (self.kit / "server.toml").write_text(f'listen = "127.0.0.1:{self.port}"\n')
         for number, member in enumerate(MEMBERS):

@@ -11,6 +11,7 @@ from fedmosaic.protos.messages import Phase, ReceiptStatus
 from fedmosaic.protos.refusal import Refusal
 from fedmosaic.protos.witnessing import AggregateClaim, ReviewHeader, SignedUpload, Verdict
 from fedmosaic.server.coordinator import Coordinator
+from fedmosaic.server.storage.blobs import WHOLE
 
 NOTARY = Witness(id="notary", identity_key="a" * 64, tls_key_sha256="b" * 64, seconds=30.0)
 
@@ -51,7 +52,7 @@ def test_nothing_is_handed_out_before_the_witness_has_spoken_of_all(
     header, uploads, claims = shown(coordinator)
     for client, (signed, payload) in uploads.items():
         upload = federation.upload(coordinator.run_id, client, 1)
-        assert signed.digest("fed", coordinator.run_id, 1) == coordinator._store.content_hash(1, client)
+        assert signed.digest("fed", coordinator.run_id, 1) == coordinator._run.store.content_hash(1, client)
         assert payload == upload.sections[0].payload
     for claim in claims:
         assert coordinator.pull("clinic-a", 2) is None
@@ -124,7 +125,7 @@ def test_an_aggregate_that_is_made_anew_keeps_its_countersignature(
     for claim in claims:
         coordinator.witnessing.take(verdict(header, claim))
     coordinator.advance()
-    coordinator._blobs.path("aggregates", 2, "clinic-a.shared").write_bytes(b"damaged")
+    coordinator._run.blobs.path("aggregates", 2, WHOLE).write_bytes(b"damaged")
     found = coordinator.pull("clinic-a", 2)
     assert found is not None
     assert found.sections[0].countersignature == b"s" * 64
