@@ -62,6 +62,8 @@ class Run:
         account: what is told of the run.
         aggregator: server side of the back end.
         run_id: of the run.
+        audit: the audit log.
+        witnessing: what waits for the witness.
         rosters: which it has had, and who has an older one.
         keys: the key agreement; None where nothing is encrypted.
         sums: sums of groups; None where members share adapters.

@@ -67,9 +67,8 @@ class Offer:
             return AggregateSection(name, None, b"", record["refusal"] or LOST), Place("", 0, 0)
         blob = f"{client}.{name}" if start is None else WHOLE
         signed = (bytes.fromhex(text) for text in record.get("witness", ()))
-        return AggregateSection(name, row, b"", "", *signed), Place(
-            blob, int(start or 0), int(record["size"])
-        )
+        place = Place(blob, int(start or 0), int(record["size"]))
+        return AggregateSection(name, row, b"", "", *signed), place
 
 
 def stored_offer(store: Store, blobs: Blobs, round_number: int) -> Offer:
