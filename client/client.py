@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from fedmosaic.client.group_session import GroupLearner, GroupSession
 from fedmosaic.client.keyring import Keyring
 from fedmosaic.client.learner import ModelLearner
-from fedmosaic.client.ledger import NO_LEDGER, DataLedger
+from fedmosaic.client.ledger import NO_LEDGER, DataLedger, audited
 from fedmosaic.client.membership import Learner
 from fedmosaic.client.model.scoring import Score
 from fedmosaic.client.planning import AdapterPlan, budgeted_channels
@@ -106,6 +106,7 @@ class Participant:
         keyring = Keyring(client_id, identity.signing_key, roster, transport, keys) if encrypted else None
         protection = Protection(identity, roster, roster.member(client_id).family, keyring)
         self.state = state
+        ledger.tell(audited(state.audit, client_id, roster))
         parts = (state, releases, protection, progress)
         if roster.terms.adapter.in_group_sums:
             self.session: Session = GroupSession(
