@@ -41,7 +41,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_else(
         settings.check_complete()
 
 
-@pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
+@pytest.mark.skipif(find_spec("tensorboard") is None, reason="fedmosaic[tracking] is not there")
 def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
