@@ -47,7 +47,8 @@ from fedmosaic.client.statement import (
     with_warning,
 )
 from fedmosaic.client.tracking import Tracker
-from fedmosaic.client.transport.grpc import Transport
+from fedmosaic.client.transport.connection import open_channel
+from fedmosaic.client.transport.grpc import Connect, Transport
 from fedmosaic.client.transport.traffic import Traffic
 from fedmosaic.privacy.configuration import parse_json, read_configuration
 from fedmosaic.privacy.federation.kits import Kit, open_kit
@@ -100,7 +101,7 @@ class Participant:
             progress: told of every stage.
         """
         roster, client_id = kit.roster, kit.member_id()
-        identity = Identity(client_id, kit.signing_key())
+        identity = Identity.of(kit)
         encrypted = roster.terms.adapter.encrypted
         keys = state.directory / "keys"
         keyring = Keyring(client_id, identity.signing_key, roster, transport, keys) if encrypted else None
@@ -109,16 +110,16 @@ class Participant:
         parts = (state, releases, protection, progress)
         if roster.terms.adapter.in_group_sums:
             self.session: Session = GroupSession(
-                identity, roster, transport, cast(GroupLearner, learner), *parts
+                kit, identity, transport, cast(GroupLearner, learner), *parts
             )
         else:
-            self.session = Session(identity, roster, transport, learner, *parts)
-        self._roster, self._client_id, self._ledger, self._plan = roster, client_id, ledger, plan
+            self.session = Session(kit, identity, transport, learner, *parts)
+        self._client_id, self._ledger, self._plan = client_id, ledger, plan
 
     def statement_inputs(self) -> StatementInputs:
         """What the statements of this member are made from, as the ledger stands now."""
         return statement_inputs(
-            self._roster,
+            self.session.roster,
             self.state.record.run_id,
             self._client_id,
             self._ledger,
@@ -169,6 +170,7 @@ class Client:
         examples: Iterable[Any] | None = None,
         test: Iterable[Any] | None = None,
         ledger: Path | str | None = None,
+        connect: Connect = open_channel,
     ) -> None:
         """Prepare; nothing is opened yet.
 
@@ -186,6 +188,7 @@ class Client:
             test: examples to score, instead of `data.test`.
             ledger: directory of the data's privacy ledger, as `data.ledger`; one of them is needed for
                 examples that are handed over.
+            connect: opens the channel to the server, for what carries calls another way than TCP.
 
         Raises:
             ConfigurationError: the file cannot be read, a setting is wrong or missing, or something is both
@@ -200,7 +203,7 @@ class Client:
             settings = settings.model_copy(
                 update={"data": settings.data.model_copy(update={"ledger": Path(ledger)})}
             )
-        self._given = Given(None if model is None else (model, tokenizer), examples, test)
+        self._given = Given(None if model is None else (model, tokenizer), examples, test, connect)
         self.settings = settings
         settings.check_complete(model=model is not None, train=examples is not None, test=test is not None)
         if examples is not None and settings.data.ledger is None:
@@ -237,11 +240,13 @@ class Client:
             books = DataLedger.of(settings.data, settings.state_dir, state.record)
             channels, target = budgeted_channels(kit.roster.terms), agreed_epsilon(settings, kit)
             epoch = data_epoch(learner.example_ids)
-            ledger = held.enter_context(books.open(learner.example_count, epoch, target, channels))
+            bound = kit.roster.terms.adapter_privacy.largest_delta
+            ledger = held.enter_context(books.open(learner.example_count, epoch, target, channels, bound))
             releases = self._releases(kit, ledger, state, learner, plan, progress)
             member = Participant(kit, checked.transport, learner, state, ledger, plan, releases, progress)
             SavedModel.of(settings, kit.roster, kit.member_id()).write(state.directory)
             result = ResultFile(state.directory / RESULT)
+            result.put("certificate_expires", kit.expires.isoformat())
             if not result.has("before"):
                 result.put_scores("before", learner.evaluate())
                 tracker.log_scores(result.scores("before"), 0)
@@ -309,6 +314,7 @@ def _conclude(
     facts, terms, state = member.statement_inputs(), kit.roster.terms, member.state
     received, rounds = state.record.received_rounds, terms.schedule.rounds
     result.put("received_rounds", received)
+    result.put("certificate_expires", kit.expires.isoformat())
     # Whether an aggregate could be used is for this client's own eyes; the server does not learn it.
     own = statement(facts)
     own = own if received else with_warning(own, NOTHING_RECEIVED.format(rounds=rounds))

@@ -30,6 +30,7 @@ from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, has_begun, parameter
 from fedmosaic.privacy.ledger.move import back_up, move
 from fedmosaic.privacy.ledger.rows import Channel
 from fedmosaic.privacy.ledger.rules import keeper
+from fedmosaic.privacy.statement.costs import round_up
 from fedmosaic.protos.errors import ConfigurationError, LedgerError
 from fedmosaic.protos.messages import LedgerHead
 
@@ -107,7 +108,14 @@ class DataLedger:
         data = train.resolve()  # two links to one file are one data set
         return cls(data.with_name(data.name + SUFFIX), False, state, record)
 
-    def open(self, examples: int, epoch: str, target: float, channels: Sequence[Channel]) -> Ledger:
+    def open(
+        self,
+        examples: int,
+        epoch: str,
+        target: float,
+        channels: Sequence[Channel],
+        largest_delta: float | None = None,
+    ) -> Ledger:
         """Open the ledger, or make the first one of data that nothing was released from.
 
         Args:
@@ -115,6 +123,7 @@ class DataLedger:
             epoch: hash of their ids.
             target: ε, the budget of `channels`.
             channels: see `open_ledger`.
+            largest_delta: of the terms.
 
         Raises:
             LedgerError: it cannot be used, is behind what this state has seen, or a fresh one would forget.
@@ -126,7 +135,7 @@ class DataLedger:
             self._check_fresh(seen, epoch)
             log.info("a new privacy ledger begins in %s; every run on these data has to use it", self.place)
         try:
-            ledger = open_ledger(path, self.record.client, examples, target, channels)
+            ledger = open_ledger(path, self.record.client, examples, target, channels, largest_delta)
         except OSError as error:
             raise LedgerError(
                 f"no privacy ledger can be kept in {self.place} ({error.strerror}); make it writable, or "
@@ -197,24 +206,38 @@ class DataLedger:
                 )
 
 
-def open_ledger(path: Path, client: str, examples: int, target: float, channels: Sequence[Channel]) -> Ledger:
+def open_ledger(
+    path: Path,
+    client: str,
+    examples: int,
+    target: float,
+    channels: Sequence[Channel],
+    largest_delta: float | None = None,
+) -> Ledger:
     """Open a client's ledger, or begin one, with the δ of `ledger_delta` and a budget ε of some channels.
 
     Raises:
         LedgerError: it is damaged, of other parameters, or its δ is too large for so many examples.
     """
-    return Ledger.open(path, client, ledger_delta(path, examples), target, budgeted_channels=channels)
+    delta = ledger_delta(path, examples, largest_delta)
+    return Ledger.open(path, client, delta, target, budgeted_channels=channels)
 
 
-def ledger_delta(path: Path, examples: int) -> float:
-    """δ of the ledger that is there, for as long as it is at most 1/n for n examples; of a new one, n^-1.1.
+def ledger_delta(path: Path, examples: int, largest: float | None = None) -> float:
+    """δ of the ledger that is there, or of a new one for n examples under terms that bound δ.
 
     Raises:
-        LedgerError: its δ is above 1/n, or it is damaged.
+        LedgerError: its δ is above 1/n or above the bound, or it is damaged.
     """
     if not has_begun(path):
-        return default_delta(examples)
+        return default_delta(examples, largest)
     delta = parameters_of(read_ledger(path)).delta
+    if largest is not None and delta > largest:
+        raise LedgerError(
+            f"{path}: δ = {delta:.2e} was fixed when this ledger was opened, and this federation's terms "
+            f"allow at most {largest:g} (adapter_privacy.largest_delta). A federation whose terms allow "
+            f"{round_up(delta, 2):g} can take these data; this one only data that share no example with them"
+        )
     if delta * examples > 1.0:
         raise LedgerError(
             f"{path}: δ = {delta:g} was fixed when there were fewer examples, and {examples} need one below "

@@ -6,14 +6,18 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedmosaic.protos.errors import ConfigurationError
 from fedmosaic.server.settings import ServerSettings, settings_from_kit
 
+if TYPE_CHECKING:
+    from fedmosaic.server.network.service import FederationService
+
 log = logging.getLogger(__name__)
+_THREADS = 32
 
 
 class Server:
@@ -32,6 +36,7 @@ class Server:
             ConfigurationError: the kit's `server.toml` or roster is not valid.
             IdentityError: the roster is not signed by the pinned consortium key.
         """
+        self._kit = None if isinstance(source, ServerSettings) else Path(source)
         self.settings = source if isinstance(source, ServerSettings) else settings_from_kit(Path(source))
 
     def serve(self) -> int:
@@ -60,18 +65,25 @@ class Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop)
         # A terminal that closes, or a rotation of logs that means well, is no reason to stop.
-        text = "SIGHUP is ignored; configuration is read at the start"
+        text = (
+            "SIGHUP is ignored; certificates and the roster are read when they change, all else at the start"
+        )
         loop.add_signal_handler(signal.SIGHUP, log.info, text)
         async with self.running(over):
             return await over
 
     @asynccontextmanager
-    async def running(self, over: "asyncio.Future[int] | None" = None) -> AsyncIterator[int]:
+    async def running(
+        self,
+        over: "asyncio.Future[int] | None" = None,
+        beside: "Callable[[FederationService], AbstractAsyncContextManager[object]] | None" = None,
+    ) -> AsyncIterator[int]:
         """Serve while the context is open.
 
         Args:
             over: gets the exit status when there is nothing left to serve: the run is over, or the database
                 belongs to another server now.
+            beside: brings calls another way than through the port, while its context is open.
 
         Yields:
             The port that is listened on.
@@ -85,16 +97,21 @@ class Server:
         # this list; for TLS 1.2 it leaves only one that a P-256 certificate cannot serve, so that nobody
         # falls back.
         os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-RSA-AES256-GCM-SHA384"
+        # Below an error, gRPC's lines quote what a peer says in parting, signs that command a terminal too.
+        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
         from fedmosaic.server.clockwork import Clockwork
         from fedmosaic.server.coordinator import Coordinator
         from fedmosaic.server.network.service import FederationService
         from fedmosaic.server.network.serving import Listener, server_credentials
         from fedmosaic.server.network.waiting import Changes
+        from fedmosaic.server.renewal import Renewal
 
         settings = self.settings
         if settings.tls is None:
             raise ConfigurationError("the server needs tls.certificate, tls.private_key and tls.authority")
         credentials = server_credentials(settings.tls)
+        # Uploads that come together wait for the disk together, each in a thread.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "fedmosaic-work"))
         coordinator = await asyncio.to_thread(Coordinator, settings)
         async with AsyncExitStack() as ending:  # from the last line to the first
             ending.push_async_callback(asyncio.to_thread, coordinator.close)
@@ -107,8 +124,12 @@ class Server:
             self._say_hello(listener.port)
             clockwork = asyncio.create_task(Clockwork(coordinator, changes, over).run())
             ending.push_async_callback(lambda: clockwork)
+            renewal = asyncio.create_task(Renewal(coordinator, self._kit).run())
+            ending.callback(renewal.cancel)
             ending.callback(changes.stop)
             ending.push_async_callback(listener.take_leave)
+            if beside is not None:
+                await ending.enter_async_context(beside(service))
             yield listener.port
         if coordinator.available_round <= settings.rounds:
             log.info("stopped; the run goes on when the server starts again with the same state_dir")

@@ -1,7 +1,7 @@
 """The sums of a run: groups from the profiles after round 1, one secure sum per group and later round."""
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Final
 
 from fedmosaic.privacy.federation.roster import GroupSumTerms
@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 
 PARTITION: Final = "sum-partition"
 TOTALS: Final = "sum-totals"
-_STORED: Final = "partition"
+PARTITION_FORMED: Final = "partition"
+"""Key of the run's metadata."""
 # Of a round's deadline; before the vector is sent, members take the gradients that are in it.
 _SHARE_OF_ROUND: Final = {OPEN: 0.2, SHARE: 0.1, VECTOR: 0.5, AGREE: 0.1, UNMASK: 0.1}
 
@@ -43,7 +44,7 @@ class RunSums:
         self._store = store
         self._blobs = blobs
         self._run_id = run_id
-        stored = store.get(_STORED)
+        stored = store.get(PARTITION_FORMED)
         self._partition = None if stored is None else Partition.decoded(stored.encode())
         self._totals = [self._read(number) for number in range(2, round_number)] if self._partition else []
         self._current: RoundSums | None = None
@@ -79,7 +80,10 @@ class RunSums:
         self._current = RoundSums(number, sums, seconds, now)
 
     def close_round(self, number: int) -> None:
-        """Store what a round brought: the groups after the first, totals after every other one."""
+        """Store what a round brought: the groups after the first, totals after every other one.
+
+        Needs no lock: what others read meanwhile is replaced whole, and nothing is posted to a closed round.
+        """
         if number == 1:
             self._divide()
             return
@@ -111,6 +115,10 @@ class RunSums:
         """See `RoundSums.advance`."""
         return self._current is not None and self._current.advance(expected, now)
 
+    def due(self) -> list[Callable[[], None]]:
+        """See `RoundSums.due`; what it gives is called without the coordinator's lock."""
+        return [] if self._current is None else self._current.due()
+
     @property
     def _terms(self) -> GroupSumTerms:
         terms = self._settings.group_sums
@@ -124,8 +132,9 @@ class RunSums:
         related = relevance([profiles.get(client) for client in clients], self._settings.similarity)
         groups = group_clients(clients, related, self._terms.groups, self._terms.minimum_contributors)
         mixing = mixing_weights(clients, related, groups, self._settings.temperature)
-        self._partition = Partition(groups=groups, mixing=mixing)
-        self._store.put({_STORED: self._partition.encoded().decode()})
+        made = Partition(groups=groups, mixing=mixing)
+        self._store.put({PARTITION_FORMED: made.encoded().decode()})
+        self._partition = made
         log.info("groups: %s", "; ".join(", ".join(group) for group in groups))
 
     def _round(self, number: int) -> RoundSums:

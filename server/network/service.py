@@ -23,13 +23,16 @@ from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.downloads import Download
 from fedmosaic.server.network.peers import Context, identify, malformed, refuse
 from fedmosaic.server.network.waiting import Changes
-from fedmosaic.server.run import Ticket
+from fedmosaic.server.storage.blobs import MissingBlobError
+from fedmosaic.server.uploads import Ticket
 
 log = logging.getLogger(__name__)
 _STATUS_SECONDS: Final = 2.0
 """How often a waiting client is told what it waits for."""
 _STATUS_AGE_SECONDS: Final = 0.5
 """How old that may be, so that a thousand waiting clients cost one look."""
+_SMALL_BYTES: Final = 1 << 16
+"""Aggregates that are read and hashed in less time than a thread takes to begin."""
 _CHUNK_SECONDS: Final = 30.0
 """How long the server waits for the next message of an upload."""
 T = TypeVar("T")
@@ -101,12 +104,12 @@ class FederationService(rpc.FederationServicer):
         self, request: pb.ReadKeyMessagesRequest, context: Context
     ) -> AsyncIterator[pb.ReadKeyMessagesResponse]:
         """Wait until as many senders are there as expected, then send what may be read."""
-        client = await self._identify(context, "key messages")
         deadline = time.monotonic() + _wait_seconds(request.wait_milliseconds)
         # So many readers ask again after every message; in a large federation they ask less often.
         breath = min(0.5, 0.005 * len(self._coordinator.settings.members))
         while True:
             seen = self._changes.work  # before the look: what is posted during it must not be waited for
+            client = await self._identify(context, "key messages")  # a roster may have come meanwhile
             look = asyncio.to_thread(
                 self._coordinator.read_key_messages, client, request.epoch, request.stage
             )
@@ -125,30 +128,46 @@ class FederationService(rpc.FederationServicer):
 
     async def Pull(self, request: pb.PullRequest, context: Context) -> AsyncIterator[pb.PullResponse]:
         """Tell what is being waited for until the round is open, then send the aggregate."""
-        client = await self._identify(context, "pull")
         deadline = time.monotonic() + _wait_seconds(request.wait_milliseconds)
         sent = 0
 
         def opened() -> bool:
             return self._coordinator.available_round >= request.round
 
+        settings = None
         while True:
-            look = asyncio.to_thread(self._coordinator.open_download, client, request.round)
-            download = await self._guarded(context, "pull", client, look)
+            if self._coordinator.settings is not settings:  # at first, and where a roster has come meanwhile
+                settings = self._coordinator.settings
+                client = await self._identify(context, "pull")
+                arriving = asyncio.to_thread(self._coordinator.arrive, client, request.round)
+                await self._guarded(context, "pull", client, arriving)
+            download = await self._guarded(context, "pull", client, self._open(client, request.round))
             if download is not None:
                 for message in _download_messages(request, download):
                     sent += message.ByteSize()
                     yield message
                 break
-            while not opened() and not self._changes.stopping and time.monotonic() < deadline:
+            while not (opened() or self._changes.stopping) and time.monotonic() < deadline:
+                if self._coordinator.settings is not settings:
+                    break
                 waiting = self._waiting()
                 sent += waiting.ByteSize()
                 yield waiting
                 left = deadline - time.monotonic()
                 await self._changes.until("round", opened, min(_STATUS_SECONDS, left))
-            if not opened():
+            if not opened() and self._coordinator.settings is settings:
                 break
         self._coordinator.count_traffic(client, request.ByteSize(), sent)
+
+    async def _open(self, client: str, round_number: int) -> Download | None:
+        """A download that is whole; a small one without a thread, since a round wakes all clients at once."""
+        try:
+            download = self._coordinator.open_download(client, round_number)
+            if download is None or (download.size <= _SMALL_BYTES and download.whole):
+                return download
+        except MissingBlobError:
+            pass  # found, said and mended below
+        return await asyncio.to_thread(self._coordinator.repaired, client, round_number)
 
     def _waiting(self) -> pb.PullResponse:
         made, message = self._status

@@ -7,7 +7,7 @@ group forms no sum in this round. Pure but for the arithmetic: time is passed in
 """
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final
 
 from fedmosaic.privacy.secureaggregation.collector import SumCollector
@@ -87,13 +87,22 @@ class RoundSums:
         """
         return any([group.advance(expected, now) for group in self._groups])
 
+    def due(self) -> list[Callable[[], None]]:
+        """What takes the masks off the sums that have all their shares, each given out once.
+
+        It takes long and needs no lock: of such a sum nothing else changes any more.
+        """
+        due = [group.finish for group in self._groups if group.due]
+        for group in self._groups:
+            group.due = False
+        return due
+
     def totals(self) -> RoundTotals:
         """What came of it."""
-        return RoundTotals(
-            self.round,
-            tuple(group.contributors if group.total else () for group in self._groups),
-            tuple(group.total for group in self._groups),
-        )
+        totals = [
+            (group.contributors, total) if (total := group.total) else ((), b"") for group in self._groups
+        ]
+        return RoundTotals(self.round, tuple(c for c, _ in totals), tuple(total for _, total in totals))
 
     def _group_of(self, member: str) -> "_GroupSum":
         for group in self._groups:
@@ -112,6 +121,7 @@ class _GroupSum:
         self.total = b""
         self.contributors: tuple[str, ...] = ()
         self.refused: set[str] = set()
+        self.due = self._complete = False
         self._collector = SumCollector(terms)
         self._seconds = seconds
         self._deadline = now + seconds[OPEN]
@@ -119,7 +129,9 @@ class _GroupSum:
         self._openings: Mapping[str, Opening] = {}
 
     def post(self, member: str, step: str, payload: bytes) -> None:
-        if member in self._answered.get(step, ()) or (step == UNMASK and self.step == _OVER):
+        if member in self._answered.get(step, ()) or (
+            step == UNMASK and (self.step == _OVER or self._complete)
+        ):
             # A retry, or a share more than was needed. Another vector than the first is not looked at.
             return
         if step != self.step:
@@ -153,7 +165,7 @@ class _GroupSum:
         return {"server": b""}
 
     def advance(self, expected: Collection[str], now: float) -> bool:
-        if self.step == _OVER:
+        if self.step == _OVER or self._complete:
             return False
         if self.step == UNMASK:
             complete = self._collector.can_finish
@@ -161,14 +173,29 @@ class _GroupSum:
             complete = self._awaited(expected) <= self._answered[self.step]
         if not complete and now < self._deadline:
             return False
+        if self.step == UNMASK:
+            self.due = self._complete = True
+            return True
         try:
             self._close()
         except EncryptionError as error:
-            self.failure = f"the sum of {len(self.terms.members)} members was not formed: {error}"
-            log.warning("%s", self.failure)
-            self.step = _OVER
+            self._fail(error)
         self._deadline = now + self._seconds.get(self.step, 0.0)
         return True
+
+    def finish(self) -> None:
+        """Take the masks off."""
+        bits = self.terms.bits
+        try:
+            self.total = pack(to_words(self._collector.finish(), bits), bits)
+            self.step = _OVER
+        except EncryptionError as error:
+            self._fail(error)
+
+    def _fail(self, error: EncryptionError) -> None:
+        self.failure = f"the sum of {len(self.terms.members)} members was not formed: {error}"
+        log.warning("%s", self.failure)
+        self.step = _OVER
 
     def _awaited(self, expected: Collection[str]) -> set[str]:
         if self.step == OPEN:
@@ -185,8 +212,4 @@ class _GroupSum:
             self._collector.close_envelopes()
         elif self.step == VECTOR:
             self.contributors = self._collector.close_vectors()
-        elif self.step == UNMASK:
-            bits = self.terms.bits
-            self.total = pack(to_words(self._collector.finish(), bits), bits)
-        following = STEPS.index(self.step) + 1
-        self.step = STEPS[following] if following < len(STEPS) else _OVER
+        self.step = STEPS[STEPS.index(self.step) + 1]

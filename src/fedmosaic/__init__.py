@@ -2,7 +2,7 @@
 
     import fedmosaic as fm
 
-    fm.create_federation("federation.toml", out="federation")      # once: the kits of server and clients
+    fm.create_federation("federation.toml", out="federation")      # on one machine: every kit, once
     fm.Server("federation/server").serve()                         # whoever runs the server
     result = fm.Client("client.toml").run()                        # every client: scores, statement, adapter
 
@@ -13,7 +13,8 @@
 Importing this loads nothing else; each name is loaded when it is first used.
 
 The sub-packages live in folders at the root of the repository and are linked here: `protos` (the wire),
-`privacy` (mechanisms, accounting, encryption), `client`, `server`, `alignment` and `experiments`.
+`privacy` (mechanisms, accounting, encryption), `client`, `server`, `alignment`, `experiments` and
+`integrations`.
 """
 
 from pathlib import Path as _Path

@@ -1,13 +1,19 @@
 """What keeps a server from listening is told apart: its key, its certificate, its port, its address."""
 
+import datetime as dt
 import socket
+import ssl
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedmosaic.client.transport import connection
+from fedmosaic.privacy.federation import identity
 from fedmosaic.protos.errors import ConfigurationError, FedMosaicError, IdentityError
+from fedmosaic.server.network import serving
 from fedmosaic.server.server import Server
 from fedmosaic.server.settings import ServerSettings
 
@@ -71,3 +77,83 @@ def test_a_port_that_is_taken_is_named(settings: Callable[[str], ServerSettings]
     with socket.create_server(("127.0.0.1", 0)) as taken:
         error = start(settings(f"127.0.0.1:{taken.getsockname()[1]}"))
     assert "another program uses the port; stop it, or set another port" in str(error)
+
+
+def shown(port: int, kit: Any) -> bytes:
+    """The certificate that a new handshake shows, DER."""
+    certificate, key = kit.client("clinic-a")
+    context = ssl.create_default_context(cafile=str(kit.certificate))
+    context.load_cert_chain(certificate, key)
+    with socket.create_connection(("localhost", port)) as plain:
+        with context.wrap_socket(plain, server_hostname="localhost") as connection:
+            found = connection.getpeercert(binary_form=True)
+    assert found is not None
+    return found
+
+
+def test_a_new_certificate_is_shown_at_the_next_handshake_and_half_a_pair_never(
+    settings: Callable[[str], ServerSettings], authority: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = settings()
+    assert made.tls is not None
+    with Server(made).background() as port:
+        first = shown(port, authority)
+        assert shown(port, authority) == first
+        kept = made.tls.private_key.read_bytes()
+        authority.server()
+        new_key = made.tls.private_key.read_bytes()
+        made.tls.private_key.write_bytes(kept)
+        assert shown(port, authority) == first
+        assert "is not the key of" in caplog.text
+        made.tls.private_key.write_bytes(new_key)
+        assert shown(port, authority) != first
+
+
+def test_the_server_announces_its_certificate_in_its_last_days(
+    settings: Callable[[str], ServerSettings],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(identity, "ANNOUNCED_BEFORE", dt.timedelta(days=91))
+    with Server(settings()).background():
+        deadline = time.monotonic() + 30
+        while "server.pem: the certificate expires in 89 days" not in caplog.text:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+class Limits:
+    """Of a process that may open so many files."""
+
+    RLIMIT_NOFILE = 7
+
+    def __init__(self, soft: int, hard: int) -> None:
+        self.now = (soft, hard)
+
+    def getrlimit(self, which: int) -> tuple[int, int]:
+        assert which == self.RLIMIT_NOFILE
+        return self.now
+
+    def setrlimit(self, which: int, limits: tuple[int, int]) -> None:
+        assert which == self.RLIMIT_NOFILE
+        self.now = limits
+
+
+@pytest.mark.parametrize(("members", "warned"), [(5, False), (1000, True)])
+def test_the_limit_of_open_files_is_raised_and_one_that_is_too_low_is_named(
+    members: int, warned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    limits = Limits(256, 1024)
+    monkeypatch.setattr(serving, "resource", limits)
+    free = serving.free_descriptors(members)
+    assert limits.now == (1024, 1024)
+    assert free == max(16, 1024 - 64 - members)
+    assert ("may open 1024 files and 1000 members need 2064" in caplog.text) == warned
+
+
+@pytest.mark.parametrize("options", [serving._OPTIONS, connection._OPTIONS], ids=["server", "client"])
+def test_a_peer_that_vanished_is_noticed_within_a_minute(options: tuple[tuple[str, int], ...]) -> None:
+    # gRPC waits 60 s for the answer to a ping unless it is told otherwise.
+    found = {"grpc.keepalive_timeout_ms": 20_000, "grpc.http2.ping_timeout_ms": 60_000, **dict(options)}
+    patience = max(found["grpc.keepalive_timeout_ms"], found["grpc.http2.ping_timeout_ms"])
+    assert found["grpc.keepalive_time_ms"] + patience <= 60_000
