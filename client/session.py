@@ -106,10 +106,14 @@ class Session(Membership):
             log.info("round %d: re-sending the stored upload, byte for byte", round_number)
             self._load_trained(round_number)
             return self._push(self._as_ours(enrolled.run_id, upload))
+        if not self._takes_part(round_number):
+            return round_number + 1
         self._progress.stage(round_number, "waiting for the round to open")
         aggregate = self._pull(round_number)
         if aggregate.round > round_number:
             log.warning("round %d closed without us; going on with round %d", round_number, aggregate.round)
+            if not self._takes_part(aggregate.round):
+                return aggregate.round + 1
         aggregate = self._agree(aggregate, enrolled.rounds)
         if aggregate.round > enrolled.rounds:
             return aggregate.round
@@ -118,6 +122,17 @@ class Session(Membership):
         upload = self._seal(enrolled.run_id, aggregate)
         write_upload(self._state.upload_path(aggregate.round), upload)
         return self._push(upload)
+
+    def _takes_part(self, number: int) -> bool:
+        """Whether this client takes part in a round; if others were drawn, it waits for one of its own."""
+        drawn = self._identity.client_id in self._drawn(number)
+        if not drawn and number <= self.roster.terms.schedule.rounds:
+            log.info("round %d: others were drawn to take part in it", number)
+            self._progress.stage(number, "waiting for a round that it takes part in")
+        return drawn
+
+    def _drawn(self, number: int) -> frozenset[str]:
+        return self.roster.taking_part(self._state.record.run_id, number)
 
     def _pull(self, round_number: int) -> Aggregate:
         aggregate = self._transport.pull(round_number, self._waiting)
@@ -194,6 +209,10 @@ class Session(Membership):
             raise PolicyError(section.refusal)
         members = {member.id: member.family for member in self.roster.members}
         check_row(self._identity.client_id, row, self.roster.terms.policy, members=members.keys())
+        if away := sorted(set(row.contributors) - self._drawn(uploaded)):
+            raise PolicyError(
+                f"weight row names {', '.join(away)}, who took no part in round {uploaded}: others were drawn"
+            )
         if section.name == "family":
             family = self._learner.family
             strangers = sorted(name for name in row.contributors if members[name] != family)

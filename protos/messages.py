@@ -98,7 +98,7 @@ class Enrolled(bounds.Message):
     round: bounds.Round
     rounds: Annotated[int, Field(strict=True, ge=1, le=bounds.MAX_ROUNDS)]
     key_epoch: bounds.KeyEpoch
-    members: bounds.Identifiers
+    members: bounds.Members
     head: bounds.Hash = NO_HEAD
     ledger_head: bounds.HashOrNothing = b""
 

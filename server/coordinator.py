@@ -69,11 +69,19 @@ class Coordinator:
         """Call `listener`, from any thread, whenever somebody who waits should look again."""
         self._run.listeners.append(listener)
 
+    def unsubscribe(self, listener: Callable[[Topic], None]) -> None:
+        """Call this listener no more."""
+        self._run.listeners.remove(listener)
+
     @property
     def available_round(self) -> int:
         """The round that can be pulled; 0 while one is being aggregated."""
         state = self._run.round
         return 0 if state.phase is Phase.CLOSED else state.number
+
+    def taking_part(self, number: int) -> frozenset[str]:
+        """Members that take part in a round."""
+        return self.settings.taking_part(self.run_id, number)
 
     def renew(self, settings: ServerSettings) -> bool:
         """Go on under another roster of the same terms. Its members enrol again before they do anything else.

@@ -73,7 +73,9 @@ class Rounds:
         run = self._run
         log.info("%s", self._describe())
         try:
-            closed = self._closer.close(number)
+            sampled = run.settings.sampled_clients is not None
+            recipients = run.settings.taking_part(run.run_id, number + 1) if sampled else None
+            closed = self._closer.close(number, recipients)
             if run.sums is not None:
                 run.sums.close_round(number)
             if run.witnessing.due(number):

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from fedmosaic.privacy.audit import AuditLog
@@ -102,7 +103,7 @@ class Run:
         self.rosters = Rosters(self.store)
         self.rosters.take_up(settings, fixed=self._fixed)
         self.keys = KeyRelay(settings, self.store, self.clock()) if settings.encrypted else None
-        state = resume_round(settings, self.store, self.keys, self.clock())
+        state = resume_round(settings, self.store, self.keys, self.run_id, self.clock())
         offer = stored_offer(self.store, self.blobs, state.number)
         self.position = Position(state, stored_head(self.store, self.run_id), offer)
         self.sums: RunSums | None = None
@@ -118,7 +119,7 @@ class Run:
         if not self.rosters.take_up(settings, fixed=self._fixed):
             return False
         self.settings = self.account.settings = settings
-        self.round = resume_round(settings, self.store, self.keys, self.clock())
+        self.round = resume_round(settings, self.store, self.keys, self.run_id, self.clock())
         if self.sums is not None:
             self.sums = RunSums(settings, self.store, self.blobs, self.run_id, self.round.number)
         return True
@@ -134,7 +135,7 @@ class Run:
 
     def changed(self, topic: Topic) -> None:
         """Tell everybody who waits to look again."""
-        for listener in self.listeners:
+        for listener in tuple(self.listeners):
             listener(topic)
 
     def seen(self, client: str) -> None:
@@ -187,7 +188,7 @@ def open_run(settings: ServerSettings, store: Store, *, new: bool) -> str:
 
 
 def _begin_run(settings: ServerSettings, store: Store, terms: Mapping[str, object]) -> str:
-    run_id = uuid.uuid4().hex
+    run_id = settings.run_id or uuid.uuid4().hex
     store.put(
         {
             "run": json.dumps({"id": run_id, "started_at": time.time(), "terms": terms}),
@@ -267,11 +268,13 @@ def next_round(
     return Opening(head, epoch, {**metadata, **KeyRelay.record(epoch), "rotate": "0"})
 
 
-def resume_round(settings: ServerSettings, store: Store, keys: KeyRelay | None, now: float) -> rounds.Round:
+def resume_round(
+    settings: ServerSettings, store: Store, keys: KeyRelay | None, run_id: str, now: float
+) -> rounds.Round:
     """The round that the stored run is in, with a full deadline ahead of `now`."""
-    first = rounds.first_round(
-        settings.members, settings.quorum, settings.rounds, settings.round_deadline_seconds, now
-    )
+    draw = None if settings.sampled_clients is None else partial(settings.taking_part, run_id)
+    terms = settings.members, settings.quorum, settings.rounds, settings.round_deadline_seconds
+    first = rounds.first_round(*terms, now, draw)
     number = min(int(store.get_json("round") or 1), settings.rounds + 1)
     stored = {c: u for c, u in store.uploads(number).items() if c in settings.members}
     state = first.resumed(

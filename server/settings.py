@@ -13,6 +13,7 @@ from fedmosaic.privacy.encryption.parameters import Parameters, PlainParameters
 from fedmosaic.privacy.federation.kits import SERVER_SETTINGS, open_kit, unaligned
 from fedmosaic.privacy.federation.names import ListenAddress, MemberId
 from fedmosaic.privacy.federation.roster import GroupSumTerms, Hex32, Witness
+from fedmosaic.privacy.federation.sampling import taking_part
 from fedmosaic.privacy.federation.succession import RosterMark
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos import bounds
@@ -78,6 +79,7 @@ class ServerSettings(Frozen):
         profile_noise_variance: noise variance per coordinate of one fresh release, σ²C²; 0 in tests only.
         rounds: number of rounds.
         quorum: least number of contributions with which a deadline closes a round.
+        sampled_clients: members that take part in a round, drawn anew for each; None for all of them.
         round_deadline_seconds: from the opening of a round to its deadline.
         policy: limits on every weight row.
         temperature: τ of the softmax over similarities.
@@ -94,6 +96,8 @@ class ServerSettings(Frozen):
         tls: certificates; without them only in-process use is possible.
         upload_limit_bytes: largest upload that may be announced.
         durable: False skips fsync; for simulations, whose state nobody needs after a crash.
+        run_id: of a new run, 32 hexadecimal digits, for simulations, whose draws of clients follow from it;
+            random by default.
     """
 
     federation: MemberId
@@ -110,6 +114,7 @@ class ServerSettings(Frozen):
     profile_noise_variance: float = Field(ge=0.0, allow_inf_nan=False)
     rounds: int = Field(ge=1, le=bounds.MAX_ROUNDS)
     quorum: int = Field(ge=1)
+    sampled_clients: int | None = None
     round_deadline_seconds: float = Field(gt=0.0, le=1e9)
     policy: AggregationPolicy = AggregationPolicy()
     temperature: float = Field(default=0.5, gt=0.0, allow_inf_nan=False)
@@ -125,6 +130,7 @@ class ServerSettings(Frozen):
     tls: TlsFiles | None = None
     upload_limit_bytes: int = Field(default=bounds.MAX_PAYLOAD_BYTES, ge=1, le=bounds.MAX_PAYLOAD_BYTES)
     durable: bool = True
+    run_id: str | None = Field(default=None, pattern=r"^[0-9a-f]{32}$")
 
     @model_validator(mode="after")
     def _consistent(self) -> "ServerSettings":
@@ -150,6 +156,10 @@ class ServerSettings(Frozen):
     def minimum_epoch_members(self) -> int:
         """Fewest members of a key epoch: with fewer, no recipient could receive anything."""
         return self.policy.fewest_contributors + 1
+
+    def taking_part(self, run_id: str, number: int) -> frozenset[str]:
+        """Members that take part in a round; see `fedmosaic.privacy.federation.sampling`."""
+        return taking_part(tuple(self.members), self.sampled_clients, run_id, number)
 
     def family(self, client: str) -> str:
         """Family in which a member shares the LoRA of its other layers; empty if it shares none."""
@@ -206,6 +216,7 @@ def settings_from_kit(directory: Path) -> ServerSettings:
         "profile_noise_variance": terms.profile.noise_variance,
         "rounds": terms.schedule.rounds,
         "quorum": terms.schedule.quorum,
+        "sampled_clients": terms.schedule.sampled_clients,
         "round_deadline_seconds": terms.schedule.round_deadline_seconds,
         "policy": terms.policy,
         "temperature": terms.relevance.temperature,

@@ -121,4 +121,4 @@ def found_federation(
     check_plan(config.terms)
     config = config.model_copy(update={"terms": with_planned_noise(config.terms)})
     basis = directory / "profile" / federation.BASIS
-    consortium.create(config, directory / "federation", basis if basis.exists() else None)
+    consortium.create(config, directory / "federation", basis if basis.exists() else None, simulated=True)

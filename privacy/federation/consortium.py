@@ -12,9 +12,10 @@ DIR/clients/<id>. Whoever has such a directory can pose as any member.
 """
 
 import datetime as dt
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,16 +114,42 @@ def begin(
         _begin(config, making, passphrase)
 
 
-def create(config: FederationConfig, directory: Path, basis: Path | None = None) -> Roster:
-    """Found a federation on one machine: all keys are made here, without a passphrase; see `begin`."""
+def create(
+    config: FederationConfig, directory: Path, basis: Path | None = None, *, simulated: bool = False
+) -> Roster:
+    """Found a federation on one machine: all keys are made here, without a passphrase; see `begin`.
+
+    That of a simulation stays as it is, and in one place: nothing is checked that was made a moment ago, and
+    the kits of thousands share one file of the roster, and of the basis.
+    """
     with _made_at_once(config, directory, basis) as making:
         _begin(config, making, None)
         requests = [make_request(making / "server", config.federation, hosts=config.server.hosts)]
         for member in config.parties:
             kit = making / "clients" / member.id
             requests.append(make_request(kit, config.federation, member.id, member.family))
+        if simulated:
+            return _settle(_open(making, None), config, requests)
         approve(making, requests)
         return kits.open_kit(making / "server").roster
+
+
+def _settle(office: _Office, config: FederationConfig, requests: Sequence[KeyRequest]) -> Roster:
+    """Sign the first roster and fill every kit where it lies."""
+    members = tuple(_member(request) for request in requests if request.id)
+    first = Roster(
+        federation=config.federation, serial=1, issued=_today(), members=members, terms=config.terms
+    )
+    roster = first.signed(office.authority.signing_key)
+    roster.write(office.directory / kits.ROSTER)
+    for request in requests:
+        kit = office.directory / (f"clients/{request.id}" if request.id else "server")
+        _write_answer(office, kit, request, os.link)
+        os.link(office.directory / kits.ROSTER, kit / kits.ROSTER)
+        for made in (kit / kits.PENDING).iterdir():
+            made.replace(kit / made.name)
+        (kit / kits.PENDING).rmdir()
+    return roster
 
 
 @contextmanager
@@ -360,7 +387,8 @@ def _publish(office: _Office, roster: Roster, asked: set[str]) -> tuple[Roster, 
     for name in names:
         party = Path("clients", name) if name else Path("server")
         answer = directory / ANSWERS / party
-        _write_answer(office, answer, roster, office.approved(name) if name in asked else None)
+        _write_answer(office, answer, office.approved(name) if name in asked else None, shutil.copyfile)
+        roster.write(answer / kits.ROSTER)
         # Where the owner of a kit here has made other keys at home, the answer is for the owner.
         with suppress(IdentityError):
             if (directory / party).is_dir():
@@ -372,7 +400,9 @@ def _publish(office: _Office, roster: Roster, asked: set[str]) -> tuple[Roster, 
     return roster, answers
 
 
-def _write_answer(office: _Office, answer: Path, roster: Roster, request: KeyRequest | None) -> None:
+def _write_answer(
+    office: _Office, answer: Path, request: KeyRequest | None, copy: Callable[[Path, Path], object]
+) -> None:
     answer.mkdir(parents=True, exist_ok=True)
     authority = office.authority
     pinned = identity.public_hex(authority.signing_key.public_key()) + "\n"
@@ -380,7 +410,7 @@ def _write_answer(office: _Office, answer: Path, roster: Roster, request: KeyReq
     certificate = authority.certificate.public_bytes(serialization.Encoding.PEM)
     (answer / kits.AUTHORITY_CERTIFICATE).write_bytes(certificate)
     if office.basis is not None:
-        shutil.copyfile(office.basis, answer / kits.BASIS)
+        copy(office.basis, answer / kits.BASIS)
     if request is not None and request.id:
         pem = identity.certify_client(authority, request.tls_key, request.federation, request.id)
         (answer / kits.TLS_CERTIFICATE).write_bytes(pem)
@@ -389,7 +419,6 @@ def _write_answer(office: _Office, answer: Path, roster: Roster, request: KeyReq
         (answer / kits.TLS_CERTIFICATE).write_bytes(pem)
         entry = office.founding.server if office.founding else ServerEntry()
         (answer / kits.SERVER_SETTINGS).write_text(_OPERATOR.format(port=entry.port), encoding="utf-8")
-    roster.write(answer / kits.ROSTER)
 
 
 _OPERATOR = """# The server's configuration; the terms of the federation are in roster.json.

@@ -10,6 +10,7 @@
 """
 
 import datetime as dt
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,9 +86,9 @@ class FederationConfig(Frozen):
         if self.witness is not None:
             check_witnessed(self.terms)
         ids = [party.id for party in self.parties]
-        twice = sorted({name for name in ids if ids.count(name) > 1})
-        if twice:
-            raise ValueError(f"member id {twice[0]} appears more than once")
+        if len(set(ids)) < len(ids):
+            twice = min(name for name, times in Counter(ids).items() if times > 1)
+            raise ValueError(f"member id {twice} appears more than once")
         return self
 
 
@@ -102,6 +103,13 @@ def too_few(members: int, terms: Terms) -> str:
         )
     if terms.schedule.quorum > members:
         return f"terms.schedule.quorum is {terms.schedule.quorum} with {members} members"
+    if members > bounds.MAX_CONTRIBUTORS and terms.schedule.sampled_clients is None:
+        return (
+            f"{members} members in every round are more than {bounds.MAX_CONTRIBUTORS}; name how many take "
+            "part in one in terms.schedule.sampled_clients"
+        )
+    if (terms.schedule.sampled_clients or 0) > members:
+        return f"terms.schedule.sampled_clients is {terms.schedule.sampled_clients} with {members} members"
     least = terms.group_sums.minimum_contributors
     if terms.adapter.in_group_sums and least > members:
         return (

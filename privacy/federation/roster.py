@@ -7,6 +7,7 @@ the privacy statement, so that client, server and report speak of the same terms
 
 import base64
 import hashlib
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ from pydantic import Field, StringConstraints, model_validator
 from fedmosaic.privacy.configuration import Frozen, canonical_json, parse_json, validate
 from fedmosaic.privacy.encryption.parameters import CkksParameters, Parameters
 from fedmosaic.privacy.federation.names import Family, MemberId
+from fedmosaic.privacy.federation.sampling import taking_part
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos import bounds
@@ -201,6 +203,9 @@ class ScheduleTerms(Frozen):
     """How long a client waits for a message of the key agreement."""
     rotate_key_every: int = Field(default=50, ge=1)
     """Rounds after which a new group key is agreed on."""
+    sampled_clients: int | None = Field(default=None, ge=2, le=bounds.MAX_CONTRIBUTORS)
+    """Members that take part in a round, drawn anew for each by a public rule; all of them if left out. Noise
+    is planned as if every member took part in every round. Only with `adapter.protection` `none` or `dp`."""
 
 
 class Terms(Frozen):
@@ -238,6 +243,7 @@ class Terms(Frozen):
                 "adapter.family_dimensions shares LoRA that is not trained with differential privacy; with "
                 f"adapter.protection {self.adapter.protection!r} leave it out"
             )
+        self._check_sampling()
         if self.adapter.in_group_sums:
             self._check_group_sums()
         epsilon = self.adapter_privacy.target_epsilon
@@ -252,6 +258,24 @@ class Terms(Frozen):
                 f"{bounds.MAX_PROFILE_DIMENSIONS} can be sent; reduce it to fewer"
             )
         return self
+
+    def _check_sampling(self) -> None:
+        sampled = self.schedule.sampled_clients
+        if sampled is None:
+            return
+        if self.adapter.protection not in ("none", "dp"):
+            why = "the groups of its sums are" if self.adapter.in_group_sums else "a group key is"
+            raise ValueError(
+                f"schedule.sampled_clients is {sampled} with adapter.protection {self.adapter.protection!r}: "
+                f"{why} agreed on by all members, who then are there in every round; leave it out, or choose "
+                "adapter.protection 'none' or 'dp'"
+            )
+        least = max(self.schedule.quorum, self.policy.fewest_contributors + 1)
+        if sampled < least:
+            raise ValueError(
+                f"schedule.sampled_clients is {sampled}; the quorum is {self.schedule.quorum} and the policy "
+                f"asks for {self.policy.fewest_contributors} other contributors, so take at least {least}"
+            )
 
     def _check_group_sums(self) -> None:
         if self.adapter_privacy.steps_per_round != 1:
@@ -317,9 +341,9 @@ class Roster(Frozen):
             ("identity key", [m.identity_key for m in self.parties]),
             ("TLS key", [m.tls_key_sha256 for m in self.parties]),
         ):
-            twice = sorted({value for value in values if values.count(value) > 1})
-            if twice:
-                raise ValueError(f"{what} {twice[0]} appears more than once")
+            if len(set(values)) < len(values):
+                twice = min(value for value, times in Counter(values).items() if times > 1)
+                raise ValueError(f"{what} {twice} appears more than once")
         return self
 
     @property
@@ -339,6 +363,8 @@ class Roster(Frozen):
             unused["group_sums"] = True
         if self.terms.adapter_privacy.largest_delta is None:
             unused["adapter_privacy"] = {"largest_delta"}
+        if self.terms.schedule.sampled_clients is None:
+            unused["schedule"] = {"sampled_clients"}
         exclude: dict[str, Any] = {"signature": True, "terms": unused}
         exclude |= {} if self.witness else {"witness": True}
         content = self.model_dump(mode="json", exclude=exclude)
@@ -370,6 +396,11 @@ class Roster(Frozen):
     def party(self, party_id: str) -> Member:
         """The same, or the witness."""
         return next((p for p in self.parties if p.id == party_id), None) or self.member(party_id)
+
+    def taking_part(self, run_id: str, number: int) -> frozenset[str]:
+        """Ids of the members that take part in a round; see `fedmosaic.privacy.federation.sampling`."""
+        members = tuple(member.id for member in self.members)
+        return taking_part(members, self.terms.schedule.sampled_clients, run_id, number)
 
     def identity_keys(self) -> dict[str, bytes]:
         """Raw Ed25519 public keys (32 bytes) by member id."""

@@ -93,24 +93,29 @@ class Closer:
         self._aggregator = aggregator
         self._planned: _Planned | None = None
 
-    def close(self, round_number: int) -> ClosedRound:
-        """Aggregate the stored uploads of a round for every member that has enrolled.
+    def close(self, round_number: int, recipients: Collection[str] | None = None) -> ClosedRound:
+        """Aggregate the stored uploads of a round for those who take part in the next one.
 
         Deterministic in what is stored: after a crash in the middle, doing it again gives the same bytes.
+
+        Args:
+            round_number: the round to close.
+            recipients: who is to receive; by default every member that has enrolled.
 
         Raises:
             DamagedUploadsError: payloads are not what was accepted; nothing was aggregated.
         """
         started = time.perf_counter()
         settings = self._settings
-        clients = sorted(settings.members)
         uploads = {c: u for c, u in self._store.uploads(round_number).items() if c in settings.members}
+        # Of a large federation only those who give or take now are looked at, by their last profiles.
+        clients = sorted(settings.members if recipients is None else uploads.keys() | set(recipients))
         try:
             payloads = upload_payloads(self._blobs, uploads, round_number)
         except DamagedUploadsError:
             self._planned = None  # what is sent again may have another profile
             raise
-        planned = self._plan(clients, uploads, round_number)
+        planned = self._plan(clients, uploads, round_number, recipients)
         epoch = next((upload.key_epoch for upload in uploads.values() if upload.sections), 0)
         stored = self._combine(planned.plans, payloads, round_number, epoch)
         unsure = [c for c, sure in zip(clients, planned.related.significant, strict=True) if not sure]
@@ -140,14 +145,19 @@ class Closer:
         return ClosedRound(Offer(round_number + 1, stored, rows), result, lines)
 
     def _plan(
-        self, clients: Sequence[str], uploads: Mapping[str, StoredUpload], round_number: int
+        self,
+        clients: Sequence[str],
+        uploads: Mapping[str, StoredUpload],
+        round_number: int,
+        recipients: Collection[str] | None,
     ) -> _Planned:
         """Relevance and rows; computed, and written, only where something that they follow from is new."""
         settings = self._settings
-        found = [] if settings.group_sums else _groups(settings, self._store, uploads)
+        found = [] if settings.group_sums else _groups(settings, self._store, uploads, recipients)
         basis = (clients, self._store.newest_profiles(), found)
         if self._planned is None or self._planned.basis != basis:
-            profiles, bits = self._store.profiles(), settings.encryption.weight_bits
+            bits, present = settings.encryption.weight_bits, frozenset(clients)
+            profiles = {c: p for c, p in self._store.profiles().items() if c in present}
             related = relevance([profiles.get(client) for client in clients], settings.similarity)
             plans = [
                 plan(
@@ -246,10 +256,15 @@ def upload_payloads(blobs: Blobs, uploads: Mapping[str, StoredUpload], round_num
     return payloads
 
 
-def _groups(settings: ServerSettings, store: Store, uploads: Mapping[str, StoredUpload]) -> list[Group]:
+def _groups(
+    settings: ServerSettings,
+    store: Store,
+    uploads: Mapping[str, StoredUpload],
+    recipients: Collection[str] | None,
+) -> list[Group]:
     return groups(
         {client: [s.name for s in upload.sections] for client, upload in uploads.items()},
-        store.enrolled() & settings.members.keys(),
+        store.enrolled() & settings.members.keys() if recipients is None else recipients,
         {client: family for client in settings.members if (family := settings.family(client))},
         settings.shared_dimensions,
         settings.family_dimensions,
