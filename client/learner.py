@@ -81,6 +81,8 @@ class ModelLearner:
         self._terms = terms
         self._family = family
         self._progress = progress
+        self.track: Callable[[Mapping[str, float], int], None] = lambda figures, step: None
+        """Told the loss of every step of a round. It is private: for the client's own people alone."""
         self._data = data or read_sets(settings.data)
         self._model, self._tokenizer = loaded or _load(settings, terms.adapter, base, self._data)
         self._train = self._data.train.examples
@@ -216,19 +218,21 @@ class ModelLearner:
         self._train_locally(round_number, lambda: None)
 
     def _train_locally(
-        self, round_number: int, give_up: Callable[[], None] | None, stage: str = "training"
+        self, round_number: int, give_up: Callable[[], None] | None, *, alone: bool = False
     ) -> None:
         """Train whatever is trainable, for as many steps as ever, also where some of them fail."""
         before = {name: p.detach().clone() for name, p in self._model.named_parameters() if p.requires_grad}
         if not self._terms.adapter.private:
             self._blend_received()
         steps = self._settings.training.steps
-        self._progress.stage(round_number, stage, steps)
+        self._progress.stage(round_number, "training alone, to compare" if alone else "training", steps)
         examples, order = self.training_data(round_number)
         done = 0
 
-        def advance(step: int, _total: int, _loss: float) -> None:
+        def advance(step: int, _total: int, loss: float) -> None:
             self._progress.advance(done + step)
+            if not alone:
+                self.track({"loss": loss}, (round_number - 1) * steps + done + step)
 
         while done < steps:
             try:
@@ -319,7 +323,7 @@ class ModelLearner:
                 for section in self.sections():
                     self.keep_own(section)
                 self._open_personal_parts()
-                self._train_locally(number, None, "training alone, to compare")
+                self._train_locally(number, None, alone=True)
             return self._score("self", test.examples)
         except TrainingError as error:
             log.error("no score of training alone: %s", error)

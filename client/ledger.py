@@ -14,7 +14,7 @@ before kept it, is moved beside the data.
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final
@@ -24,11 +24,13 @@ import tyro
 from fedmosaic.client.settings import DataSettings
 from fedmosaic.client.state import SessionRecord
 from fedmosaic.privacy.accounting.epsilon import default_delta
+from fedmosaic.privacy.audit import AuditLog
 from fedmosaic.privacy.configuration import read_own
+from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, has_begun, parameters_of, read_ledger
 from fedmosaic.privacy.ledger.move import back_up, move
-from fedmosaic.privacy.ledger.rows import Channel
+from fedmosaic.privacy.ledger.rows import Channel, LedgerRow
 from fedmosaic.privacy.ledger.rules import keeper
 from fedmosaic.privacy.statement.costs import round_up
 from fedmosaic.protos.errors import ConfigurationError, LedgerError
@@ -37,6 +39,9 @@ from fedmosaic.protos.messages import LedgerHead
 log = logging.getLogger("fedmosaic.client.ledger")
 SEEN: Final = "ledger.json"
 SUFFIX: Final = ".ledger"
+_AUDITED: Final = {
+    "RESERVED": "charged", "RELEASED": "released", "RESENT": "resent", "REFUSED": "budget-refused",
+}  # fmt: skip
 NO_LEDGER: Final = (
     "data.ledger: missing; data {} have no place beside them for their privacy ledger. Name a directory in "
     "[data] ledger, or Client(…, ledger=…), the same one for every run on these data: a fresh one would "
@@ -75,6 +80,19 @@ class ServerAnchor:
         """The server has stored an upload, and with it this head."""
         if claim is not None:
             self._kept = claim.head
+
+
+def audited(audit: AuditLog, client: str, roster: Roster) -> Callable[[LedgerRow], None]:
+    """Note that a client begins; what notes the rows of its ledger: which row, and its hash."""
+    about = {"federation": roster.federation, "roster": roster.hash.hex()}
+    audit.add("started", role="client", name=client, **about)
+
+    def note(row: LedgerRow) -> None:
+        if row.channel is not None and row.kind in _AUDITED:
+            about = {"round": row.round or 0, "row": row.sequence, "row_hash": row.hash}
+            audit.add(_AUDITED[row.kind], channel=row.channel, **about)
+
+    return note
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,13 @@ class Session(Membership):
             StateError: the state here is of another run, or the server's is an older copy.
             TransportError: the server cannot be reached for longer than the transport's patience.
         """
+        try:
+            self._run()
+        except Refusal as refusal:
+            self._state.audit.refused(self._identity.client_id, "run", refusal.reason)
+            raise
+
+    def _run(self) -> None:
         self._state.follow_roster(self.roster)
         enrolled = self._enrol()
         self._state.join_run(enrolled.run_id)
@@ -149,6 +156,7 @@ class Session(Membership):
             try:
                 self._progress.stage(aggregate.round, "agreeing on the group key")
                 self._protection.ready(aggregate.upload_key_epoch, aggregate.round)
+                self._note_key(aggregate.upload_key_epoch)
                 return aggregate
             except (KeyAgreementError, Refusal) as error:
                 if isinstance(error, KeyExpiredError) and time.monotonic() > patience:
@@ -162,11 +170,18 @@ class Session(Membership):
             aggregate = self._pull(aggregate.round)
         return aggregate
 
+    def _note_key(self, epoch: int) -> None:
+        members = self._protection.members(epoch)
+        if members and epoch != self._noted_key_epoch:
+            self._state.audit.add("key-epoch", epoch=epoch, members=members)
+            self._noted_key_epoch = epoch
+
     def _receive(self, aggregate: Aggregate) -> None:
         self._progress.stage(aggregate.round, "receiving the aggregate")
         received = False
         for name, vector in self._learner.sections().items():
             section = next((s for s in aggregate.sections if s.name == name), None)
+            outcome = "taken"
             try:
                 if aggregate.round == 1:
                     raise PolicyError("nothing was shared before round 2")
@@ -180,7 +195,11 @@ class Session(Membership):
                 # The recipient trains alone this round; the reason is for its operator, and stays here.
                 if aggregate.round > 1:
                     log.warning("round %d: no %s aggregate: %s", aggregate.round, name, error)
+                outcome = type(error).__name__
                 self._learner.keep_own(name)
+            if aggregate.round > 1:
+                # Taken or not, a line is written: what is seen of the time that it takes tells nothing.
+                self._state.audit.add("received", round=aggregate.round, section=name, outcome=outcome)
         self._state.note_received(aggregate.round, received=received)
 
     def _open(self, section: AggregateSection, aggregate: Aggregate, size: int) -> np.ndarray:
@@ -200,6 +219,8 @@ class Session(Membership):
             if strangers:
                 named = ", ".join(strangers)
                 raise PolicyError(f"weight row of family {family!r} names members of others: {named}")
+        run = self._state.record.run_id
+        self._protection.check_witnessed(run, section, row, aggregate.key_epoch, uploaded)
         self._state.accept_row(section.name, uploaded, row)
         return self._protection.open(section, row, aggregate.key_epoch, uploaded, size)
 

@@ -61,10 +61,17 @@ def _hash_or_nothing(value: bytes) -> bytes:
     return value
 
 
+def _signature_or_nothing(value: bytes) -> bytes:
+    if len(value) not in (0, SIGNATURE_BYTES):
+        raise ValueError(f"expected {SIGNATURE_BYTES} bytes or none")
+    return value
+
+
 Hash = Annotated[bytes, Field(strict=True, min_length=HASH_BYTES, max_length=HASH_BYTES)]
 """A SHA-256 digest."""
 HashOrNothing = Annotated[bytes, Field(strict=True), AfterValidator(_hash_or_nothing)]
 Signature = Annotated[bytes, Field(strict=True, min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]
+SignatureOrNothing = Annotated[bytes, Field(strict=True), AfterValidator(_signature_or_nothing)]
 Identifier = Annotated[str, Field(strict=True, pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 """Id of a client or federation."""
 # The first that is wrong is enough: a hostile message holds hundreds of thousands.

@@ -54,7 +54,9 @@ class Coordinator:
         """
         self._run = Run(settings, clock)
         self.run_id = self._run.run_id
+        self.audit, self.witnessing = self._run.audit, self._run.witnessing
         self._take_up(settings)
+        self._rounds.go_on()
 
     def _take_up(self, settings: ServerSettings) -> None:
         run = self._run
@@ -98,8 +100,9 @@ class Coordinator:
         with run.lock:
             if run.round.phase is not Phase.OPEN:
                 return run.round.phase is Phase.FINISHED
-            settings = under_roster(self.settings, settings)
+            before, settings = self.settings.roster_hash.hex(), under_roster(self.settings, settings)
             if run.renew(settings):
+                self.audit.add("roster", before=before, after=settings.roster_hash.hex())
                 self._take_up(settings)
         for topic in get_args(Topic):
             run.changed(topic)
@@ -124,6 +127,7 @@ class Coordinator:
                 run.seen(client_id)
                 run.store.enrol(client_id, enrolment, time.time())
                 log.info("%s enrolled (%s)", client_id, enrolment.software)
+                self.audit.add("enrolled", client=client_id, run=self.run_id, round=run.round.number)
             members, kept = tuple(sorted(self.settings.members)), run.store.ledger_head(client_id)
             here, last, epoch = run.round.number, self.settings.rounds, run.keys.epoch if run.keys else 0
             return Enrolled(self.run_id, here, last, epoch, members, run.position.head, kept)
@@ -218,7 +222,7 @@ class Coordinator:
         """What the server is waiting for, for whoever may know it; takes no lock."""
         run, now, here = self._run, self._run.clock(), self._run.position
         state = here.round
-        status = replace(state.status(now), head=here.head)
+        status = self.witnessing.describe(replace(state.status(now), head=here.head), now)
         if run.keys is None or run.keys.ready or state.phase is not Phase.OPEN:
             return status
         waiting, left, text = run.keys.describe(state.members - state.absent, now)
@@ -229,8 +233,8 @@ class Coordinator:
         """`describe` for the log; whatever is wrong with the line, it stops no round and no answer."""
         run = self._run
         try:
-            keys = run.keys
-            return run.round.message(run.clock()) if keys is None or keys.ready else self.describe().message
+            plain = (run.keys is None or run.keys.ready) and not self.witnessing.waiting
+            return run.round.message(run.clock()) if plain else self.describe().message
         except Exception:
             log.exception("round %d cannot be described", run.round.number)
             return f"round {run.round.number}"
@@ -269,6 +273,7 @@ class Coordinator:
                 unused = run.round.phase is Phase.OPEN and not run.round.arrived
                 keys.post(client_id, message, now, unused=unused)
                 if keys.ready and not was_ready:
+                    self.audit.add("key-epoch", epoch=keys.epoch, members=tuple(sorted(keys.holders)))
                     run.round = run.round.key_agreed(keys.holders, now)
                 elif keys.ready and keys.holders != held:
                     run.round = run.round.key_lost(client_id)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from fedmosaic.protos.messages import Phase
 from fedmosaic.server.round.close import ClosedRound, Closer, DamagedUploadsError
-from fedmosaic.server.run import Position, Run, next_round
+from fedmosaic.server.run import UNDER_REVIEW, Position, Run, next_round
 
 log = logging.getLogger(__name__)
 _SECONDS_TO_SEND_AGAIN = 60.0
@@ -22,6 +22,11 @@ class Rounds:
         self._run = run
         self._describe = describe
         self._closer = Closer(run.settings, run.store, run.blobs, run.aggregator)
+
+    def go_on(self) -> None:
+        """Show the witness again what a stopped server had shown it."""
+        if self._run.round.phase is Phase.CLOSED:
+            self._close(self._run.round.number)
 
     def advance(self) -> bool:
         """See `Coordinator.advance`."""
@@ -42,9 +47,14 @@ class Rounds:
         closing, extended = after.phase is not before.phase, after.extensions > before.extensions
         if extended:
             log.warning("%s", after.extended())
+        witnessed = None if closing else run.witnessing.result(run.clock())
+        if closing:
+            self._close(after.number)
+        elif witnessed is not None:
+            self._finish(*witnessed)
+            closing = True
         if closing:
             # Whoever waits for the round is told before anything is written about it.
-            self._close(after.number)
             run.changed("round")
         if keys_changed or due:
             run.changed("keys")
@@ -63,15 +73,18 @@ class Rounds:
         run = self._run
         log.info("%s", self._describe())
         try:
-            settings = run.settings
-            sampled = settings.sampled_clients is not None
-            closed = self._closer.close(
-                number, settings.taking_part(run.run_id, number + 1) if sampled else None
-            )
+            sampled = run.settings.sampled_clients is not None
+            recipients = run.settings.taking_part(run.run_id, number + 1) if sampled else None
+            closed = self._closer.close(number, recipients)
             if run.sums is not None:
                 run.sums.close_round(number)
-            with run.lock:
-                self._open_next(number, closed)
+            if run.witnessing.due(number):
+                with run.lock:
+                    run.store.put({UNDER_REVIEW: str(number)})
+                    run.witnessing.begin(number, closed, run.round.contributors, run.clock())
+                log.info("%s", self._describe())
+                return
+            self._finish(number, closed)
         except DamagedUploadsError as error:
             self._ask_again(number, error)
             return
@@ -80,6 +93,16 @@ class Rounds:
                 if run.round.number == number:
                     run.round = replace(run.round, phase=Phase.OPEN)
             raise
+
+    def _finish(self, number: int, closed: ClosedRound) -> None:
+        run = self._run
+        with run.lock:
+            self._open_next(number, closed)
+        run.audit.add("closed", round=number, head=run.position.head.hex())
+        for recipient in closed.offer.stored:
+            for section, _ in closed.offer.sections(run.settings, recipient):
+                if section.row is None:
+                    run.audit.add("withheld", client=recipient, round=number, section=section.name)
         for line in closed.refusals:
             log.warning("%s", line)
         log.info("%s", self._describe())
@@ -108,6 +131,7 @@ class Rounds:
             run.keys.adopt(opening.keys)
         # Last: whoever sees it finds everything else in place.
         run.position, run.account.due = Position(state, opening.head, closed.offer), True
+        run.witnessing.end()
 
     def _remove_old(self) -> None:
         """Remove payloads that nobody asks for any more; uploads of the last closed round may be needed."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
+from fedmosaic.privacy.audit import AuditLog
 from fedmosaic.privacy.encryption.aggregators import create_aggregator
 from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import StateError
@@ -21,6 +22,7 @@ from fedmosaic.server.keys.relay import KeyRelay
 from fedmosaic.server.rosters import Rosters
 from fedmosaic.server.round import state as rounds
 from fedmosaic.server.round.aggregates import Offer, stored_offer
+from fedmosaic.server.round.witness import Witnessing
 from fedmosaic.server.settings import ServerSettings
 from fedmosaic.server.storage.blobs import Blobs
 from fedmosaic.server.storage.store import MARK, Store, StoredAggregate, default_url
@@ -28,8 +30,8 @@ from fedmosaic.server.summary import Account
 from fedmosaic.server.sums import PARTITION_FORMED, RunSums
 
 log = logging.getLogger(__name__)
-
-
+UNDER_REVIEW = "under_review"
+"""Entry of the database: the round that the witness was shown last. It takes no other upload."""
 Topic = Literal["upload", "round", "keys"]
 """What a listener is told: an upload is stored, a round has opened, the key epoch has changed."""
 
@@ -61,6 +63,8 @@ class Run:
         account: what is told of the run.
         aggregator: server side of the back end.
         run_id: of the run.
+        audit: the audit log.
+        witnessing: what waits for the witness.
         rosters: which it has had, and who has an older one.
         keys: the key agreement; None where nothing is encrypted.
         sums: sums of groups; None where members share adapters.
@@ -92,6 +96,10 @@ class Run:
         plaintext = not settings.encrypted  # whoever built the settings has asked for it by name
         self.aggregator = create_aggregator(settings.encryption, settings.policy, allow_plaintext=plaintext)
         self.run_id = open_run(settings, self.store, new=self.blobs.empty)
+        self.audit = AuditLog(settings.state_dir)
+        about = {"federation": settings.federation, "roster": settings.roster_hash.hex()}
+        self.audit.add("started", role="server", name="server", **about)
+        self.witnessing = Witnessing(settings, self.run_id, self.blobs, lambda: self.changed("upload"))
         self.rosters = Rosters(self.store)
         self.rosters.take_up(settings, fixed=self._fixed)
         self.keys = KeyRelay(settings, self.store, self.clock()) if settings.encrypted else None
@@ -139,6 +147,7 @@ class Run:
     def close(self) -> None:
         """Let go of the state."""
         self.store.close()
+        self.audit.close()
         self.blobs.close()
 
 
@@ -274,6 +283,8 @@ def resume_round(
         (client for client, upload in stored.items() if upload.sections),
         store.get_json("absent") or [],
     )
+    if state.phase is Phase.OPEN and store.get(UNDER_REVIEW) == str(number):
+        state = replace(state, phase=Phase.CLOSED)
     if state.phase is Phase.OPEN and keys is not None and (store.get("rotate") == "1" or keys.due(number)):
         state = _under_new_key(state, keys, now)
     elif keys is not None and keys.ready:

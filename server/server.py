@@ -101,6 +101,7 @@ class Server:
         os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
         from fedmosaic.server.clockwork import Clockwork
         from fedmosaic.server.coordinator import Coordinator
+        from fedmosaic.server.network.review import WitnessService
         from fedmosaic.server.network.service import FederationService
         from fedmosaic.server.network.serving import Listener, server_credentials
         from fedmosaic.server.network.waiting import Changes
@@ -118,7 +119,8 @@ class Server:
             changes = Changes()
             coordinator.subscribe(changes.notify)
             service = FederationService(coordinator, changes)
-            listener = Listener(service, settings.listen, credentials, len(settings.members))
+            review = WitnessService(service, coordinator, changes)
+            listener = Listener(service, review, settings.listen, credentials, len(settings.members))
             await listener.open()
             ending.push_async_callback(listener.close)
             self._say_hello(listener.port)

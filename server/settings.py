@@ -12,7 +12,7 @@ from fedmosaic.privacy.configuration import Frozen, read_configuration, validate
 from fedmosaic.privacy.encryption.parameters import Parameters, PlainParameters
 from fedmosaic.privacy.federation.kits import SERVER_SETTINGS, open_kit, unaligned
 from fedmosaic.privacy.federation.names import ListenAddress, MemberId
-from fedmosaic.privacy.federation.roster import GroupSumTerms, Hex32
+from fedmosaic.privacy.federation.roster import GroupSumTerms, Hex32, Witness
 from fedmosaic.privacy.federation.sampling import taking_part
 from fedmosaic.privacy.federation.succession import RosterMark
 from fedmosaic.privacy.policy import AggregationPolicy
@@ -71,6 +71,7 @@ class ServerSettings(Frozen):
         roster_hash: hash of the roster that all sides must hold.
         roster_mark: what a later roster is judged by; None lets any follow.
         adapter_spec_hashes: adapter specs that clients may enrol with.
+        witness: who countersigns every aggregate, if somebody does.
         families: architecture name by member; members without an entry belong to no family.
         shared_dimensions: length d of the shared adapter vector.
         family_dimensions: length of the family's vector by family; families without an entry share none.
@@ -105,6 +106,7 @@ class ServerSettings(Frozen):
     roster_hash: Bytes32
     roster_mark: RosterMark | None = None
     adapter_spec_hashes: tuple[Bytes32, ...] = Field(min_length=1)
+    witness: Witness | None = None
     families: dict[MemberId, str] = Field(default_factory=dict)
     shared_dimensions: int = Field(ge=1)
     family_dimensions: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
@@ -206,6 +208,7 @@ def settings_from_kit(directory: Path) -> ServerSettings:
         "roster_hash": roster.hash,
         "roster_mark": RosterMark.of(roster),
         "adapter_spec_hashes": (terms.adapter.spec_hash,),
+        "witness": roster.witness,
         "families": {member.id: member.family for member in roster.members if member.family},
         "shared_dimensions": terms.adapter.shared_dimensions,
         "family_dimensions": terms.adapter.family_dimensions,

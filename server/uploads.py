@@ -133,6 +133,7 @@ class Uploads:
         elif header.sections:
             check_key_epoch(self._run.keys, header)
             self._run.blobs.adopt(waiting.spool, header.round, client)
+            self._run.witnessing.keep(client, header)
         return state, answer
 
     def _answer(self, waiting: _Waiting, status: ReceiptStatus) -> None:

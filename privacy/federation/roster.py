@@ -9,7 +9,7 @@ import base64
 import hashlib
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -303,8 +303,25 @@ class Member(Frozen):
     """Architecture name; members of one family may share the LoRA of the other layers."""
 
 
+def check_witnessed(terms: Terms) -> None:
+    """ValueError where a witness could not recompute the aggregates of these terms bit for bit."""
+    if terms.encryption.backend == "plain":
+        what = "encryption.backend is 'plain', whose sums no witness can recompute bit for bit"
+        raise ValueError(f"{what}; choose 'ckks' or 'mask', or no witness")
+
+
+class Witness(Member):
+    """Who countersigns every aggregate. It holds no group key and is not of the members."""
+
+    seconds: Seconds = 600
+    """How long a round waits for it; whoever then has no countersignature trains the round alone."""
+
+
 class Roster(Frozen):
-    """Members and terms, with the consortium's signature over all of it."""
+    """Members and terms, with the consortium's signature over all of it.
+
+    Where a witness is named, a recipient accepts no aggregate that it has not countersigned.
+    """
 
     version: Literal[1] = 1
     federation: MemberId
@@ -312,19 +329,27 @@ class Roster(Frozen):
     issued: str
     members: tuple[Member, ...] = Field(min_length=1, max_length=bounds.MAX_MEMBERS)
     terms: Terms
+    witness: Witness | None = None
     signature: str = ""
 
     @model_validator(mode="after")
     def _distinct(self) -> "Roster":
+        if self.witness is not None:
+            check_witnessed(self.terms)
         for what, values in (
-            ("member id", [m.id for m in self.members]),
-            ("identity key", [m.identity_key for m in self.members]),
-            ("TLS key", [m.tls_key_sha256 for m in self.members]),
+            ("member id", [m.id for m in self.parties]),
+            ("identity key", [m.identity_key for m in self.parties]),
+            ("TLS key", [m.tls_key_sha256 for m in self.parties]),
         ):
             if len(set(values)) < len(values):
                 twice = min(value for value, times in Counter(values).items() if times > 1)
                 raise ValueError(f"{what} {twice} appears more than once")
         return self
+
+    @property
+    def parties(self) -> tuple[Member, ...]:
+        """The members, and the witness if there is one."""
+        return (*self.members, *((self.witness,) if self.witness else ()))
 
     @property
     def hash(self) -> bytes:
@@ -340,7 +365,9 @@ class Roster(Frozen):
             unused["adapter_privacy"] = {"largest_delta"}
         if self.terms.schedule.sampled_clients is None:
             unused["schedule"] = {"sampled_clients"}
-        content = self.model_dump(mode="json", exclude={"signature": True, "terms": unused})
+        exclude: dict[str, Any] = {"signature": True, "terms": unused}
+        exclude |= {} if self.witness else {"witness": True}
+        content = self.model_dump(mode="json", exclude=exclude)
         return canonical_json(content).encode()
 
     def signed(self, consortium: Ed25519PrivateKey) -> "Roster":
@@ -365,6 +392,10 @@ class Roster(Frozen):
             if member.id == member_id:
                 return member
         raise IdentityError(f"{member_id!r} is not on the roster of federation {self.federation!r}")
+
+    def party(self, party_id: str) -> Member:
+        """The same, or the witness."""
+        return next((p for p in self.parties if p.id == party_id), None) or self.member(party_id)
 
     def taking_part(self, run_id: str, number: int) -> frozenset[str]:
         """Ids of the members that take part in a round; see `fedmosaic.privacy.federation.sampling`."""

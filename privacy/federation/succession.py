@@ -28,6 +28,8 @@ class RosterMark(Frozen):
         terms = roster.terms.model_dump(mode="json")
         if not roster.terms.adapter.in_group_sums:
             del terms["group_sums"]  # as in the roster's own hash
+        if roster.witness is not None:  # its keys may change, like a member's
+            terms["witness"] = [roster.witness.id, roster.witness.seconds]
         for name, part in terms.items():
             terms[name] = hashlib.sha256(canonical_json(part).encode()).hexdigest()
         return cls(serial=roster.serial, sha256=roster.hash.hex(), terms=terms)

@@ -140,6 +140,10 @@ class Ledger:
         """Close the file."""
         self._log.store.close()
 
+    def tell(self, listener: Callable[[LedgerRow], None]) -> None:
+        """Call `listener` with every row that is appended here from now on, once it is durable."""
+        self._log.told = listener
+
     def reserve(
         self,
         channel: Channel,

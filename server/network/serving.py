@@ -22,6 +22,7 @@ from fedmosaic.protos.errors import ConfigurationError, IdentityError
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
 from fedmosaic.server.network.peers import Gate, channel_options
+from fedmosaic.server.network.review import WitnessService
 from fedmosaic.server.network.service import FederationService
 from fedmosaic.server.settings import TlsFiles
 
@@ -59,7 +60,12 @@ class Listener:
     """One port, and the service and the health that are asked for on it."""
 
     def __init__(
-        self, service: FederationService, listen: str, credentials: grpc.ServerCredentials, members: int
+        self,
+        service: FederationService,
+        review: WitnessService,
+        listen: str,
+        credentials: grpc.ServerCredentials,
+        members: int,
     ) -> None:
         """Take the port; calls are answered once it is open. The number of members bounds the connections.
 
@@ -67,9 +73,10 @@ class Listener:
             ConfigurationError: the address cannot be listened on.
         """
         options = (*_OPTIONS, *channel_options(members, free_descriptors(members)))
-        self._server = aio.server(interceptors=(Gate(),), options=options)
+        self._server = aio.server(interceptors=(Gate(service.audit),), options=options)
         self._checks = health.aio.HealthServicer()
         rpc.add_FederationServicer_to_server(service, self._server)
+        rpc.add_WitnessServicer_to_server(review, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._checks, self._server)
         try:
             self.port = self._server.add_secure_port(listen, credentials)

@@ -66,7 +66,9 @@ class Offer:
         if record["refusal"] or row is None:
             return AggregateSection(name, None, b"", record["refusal"] or LOST), Place("", 0, 0)
         blob = f"{client}.{name}" if start is None else WHOLE
-        return AggregateSection(name, row, b""), Place(blob, int(start or 0), int(record["size"]))
+        signed = (bytes.fromhex(text) for text in record.get("witness", ()))
+        place = Place(blob, int(start or 0), int(record["size"]))
+        return AggregateSection(name, row, b"", "", *signed), place
 
 
 def stored_offer(store: Store, blobs: Blobs, round_number: int) -> Offer:
@@ -102,7 +104,9 @@ def stored_aggregate(
     """
     records = []
     for index, (section, size) in enumerate(zip(sections, sizes, strict=True)):
-        record = {"name": section.name, "size": size, "refusal": section.refusal}
+        record: dict[str, Any] = {"name": section.name, "size": size, "refusal": section.refusal}
+        if section.countersignature:
+            record["witness"] = [section.uploads_sha256.hex(), section.countersignature.hex()]
         alone = None if section.row is None else vars(section.row)
         records.append({**record, "row": alone} if starts is None else {**record, "start": starts[index]})
     return StoredAggregate(key_epoch, json.dumps(records), sha256)

@@ -108,7 +108,7 @@ class Closer:
         started = time.perf_counter()
         settings = self._settings
         uploads = {c: u for c, u in self._store.uploads(round_number).items() if c in settings.members}
-        # Of a large federation only those who give or take are looked at, by their last profiles.
+        # Of a large federation only those who give or take now are looked at, by their last profiles.
         clients = sorted(settings.members if recipients is None else uploads.keys() | set(recipients))
         try:
             payloads = upload_payloads(self._blobs, uploads, round_number)
@@ -156,8 +156,8 @@ class Closer:
         found = [] if settings.group_sums else _groups(settings, self._store, uploads, recipients)
         basis = (clients, self._store.newest_profiles(), found)
         if self._planned is None or self._planned.basis != basis:
-            bits, known = settings.encryption.weight_bits, self._store.profiles()
-            profiles = {client: known[client] for client in clients if client in known}
+            bits, present = settings.encryption.weight_bits, frozenset(clients)
+            profiles = {c: p for c, p in self._store.profiles().items() if c in present}
             related = relevance([profiles.get(client) for client in clients], settings.similarity)
             plans = [
                 plan(

@@ -317,7 +317,7 @@ class Store:
         """Add to the bytes received from and sent to clients."""
         with self._transaction() as connection:
             for client, (received, sent) in counted.items():
-                _add_traffic(connection, client, received, sent)
+                tables.count_traffic(connection, client, received, sent)
 
     def traffic(self, clients: Collection[str]) -> dict[str, dict[str, int]]:
         """Bytes received from and sent to every client."""
@@ -358,7 +358,7 @@ def _add_upload(connection: sa.Connection, arrival: Arrival) -> None:
         tables.upsert(connection, tables.profiles, {"client": client, "round": header.round}, values)
     if header.ledger is not None:
         tables.upsert(connection, tables.ledger_heads, {"client": client}, {"head": header.ledger.head})
-    _add_traffic(connection, client, arrival.received_bytes, 0)
+    tables.count_traffic(connection, client, arrival.received_bytes, 0)
 
 
 def _ledger_head(client: str) -> sa.Select[Any]:
@@ -372,13 +372,6 @@ def _older_key_messages(epoch: int) -> sa.Delete:
 def _put(connection: sa.Connection, values: Mapping[str, str]) -> None:
     for key, text in values.items():
         tables.upsert(connection, tables.meta, {"key": key}, {"value": text})
-
-
-def _add_traffic(connection: sa.Connection, client: str, received: int, sent: int) -> None:
-    table = tables.traffic
-    added = {"received": table.c.received + received, "sent": table.c.sent + sent}
-    if connection.execute(sa.update(table).where(table.c.client == client).values(added)).rowcount == 0:
-        connection.execute(sa.insert(table).values(client=client, received=received, sent=sent))
 
 
 def _cause(error: Exception) -> str:

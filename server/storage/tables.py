@@ -76,6 +76,14 @@ def upsert(
         connection.execute(sa.insert(table).values(**key, **values))
 
 
+def count_traffic(connection: sa.Connection, client: str, received: int, sent: int) -> None:
+    """Add to the bytes received from and sent to a client."""
+    table = traffic
+    added = {"received": table.c.received + received, "sent": table.c.sent + sent}
+    if connection.execute(sa.update(table).where(table.c.client == client).values(added)).rowcount == 0:
+        connection.execute(sa.insert(table).values(client=client, received=received, sent=sent))
+
+
 def prepare_sqlite(engine: sa.Engine, *, durable: bool) -> None:
     """Set how SQLite writes, and look through the file; StateError if it is damaged."""
     if (database := engine.url.database) and database != ":memory:":
