@@ -37,11 +37,11 @@ BIN = Path(sys.executable).parent
 APP = Path(__file__).parents[3] / "integrations" / "flower" / "app"
 MEMBERS = ("ada", "ben", "cid", "dee")
 WORDS = ["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(40)), "yes", "no"]
-# Nothing leaves the machine, and the number of clients is what it says.
+# Nothing leaves the machine, and a Ray that runs there already is let alone.
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "RAY_DISABLE_MEMORY_MONITOR": "1",
+    "RAY_ADDRESS": "local",
     "OMP_NUM_THREADS": "1",
     "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
 }
