@@ -235,9 +235,7 @@ class Client:
             tracker = held.enter_context(closing(Tracker(settings.report_to, settings.state_dir)))
             learner.track = tracker.log
             if kit.roster.terms.adapter.private:
-                log.info(
-                    "planned σ = %.3f at q = %.4f for the adapter", plan.noise_multiplier, plan.sampling_rate
-                )
+                log.info("adapter: planned σ = %.3f, q = %.4f", plan.noise_multiplier, plan.sampling_rate)
             books = DataLedger.of(settings.data, settings.state_dir, state.record)
             channels, target = budgeted_channels(kit.roster.terms), agreed_epsilon(settings, kit)
             epoch = data_epoch(learner.example_ids)
@@ -250,14 +248,13 @@ class Client:
             result.put("certificate_expires", kit.expires.isoformat())
             if not result.has("before"):
                 result.put_scores("before", learner.evaluate())
-                tracker.log_scores(result.scores("before"), 0)
+                tracker.log_scores(result.scores("before"))
             started = time.monotonic()
             member.session.run()
             books.remember(ledger)
             result.put("seconds", time.monotonic() - started)
             result.put_scores("after", scores_after(learner))
-            last = kit.roster.terms.schedule.rounds * settings.training.steps
-            tracker.log_scores(result.scores("after"), last)
+            tracker.log_scores(result.scores("after"))
             return self._finish(checked, member, result)
 
     def _finish(self, checked: Preflight, member: Participant, result: "ResultFile") -> ClientResult:

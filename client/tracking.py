@@ -20,15 +20,17 @@ class Tracker:
         """Open the trackers, whose packages `ClientSettings.check_complete` has looked for."""
         open_ = {"tensorboard": _tensorboard, "mlflow": _mlflow, "wandb": _wandb}
         self._open = [open_[name](state_dir / FOLDER / name) for name in names]
+        self._step = 0
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
         """Write figures by name, at a number of optimizer steps since the first round."""
+        self._step = step
         for log, _ in self._open:
             log(figures, step)
 
-    def log_scores(self, scores: Mapping[str, float], step: int) -> None:
-        """Write the shares of right answers by test set."""
-        self.log({f"score/{name}": value for name, value in scores.items()}, step)
+    def log_scores(self, scores: Mapping[str, float]) -> None:
+        """Write the shares of right answers by test set, at the last step."""
+        self.log({f"score/{name}": value for name, value in scores.items()}, self._step)
 
     def close(self) -> None:
         """Write what is left to write."""

@@ -47,12 +47,12 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
 
     tracker = Tracker(("tensorboard",), tmp_path)
     tracker.log({"loss": 2.5}, 7)
-    tracker.log_scores({"self": 0.75}, 8)
+    tracker.log_scores({"self": 0.75})
     tracker.close()
     found = EventAccumulator(str(tmp_path / "tracking" / "tensorboard"))
     found.Reload()
     values = {name: [(e.step, e.value) for e in found.Scalars(name)] for name in found.Tags()["scalars"]}
-    assert values == {"loss": [(7, 2.5)], "score/self": [(8, 0.75)]}
+    assert values == {"loss": [(7, 2.5)], "score/self": [(7, 0.75)]}
 
 
 def test_no_tracker_follows_its_environment_to_a_server(
