@@ -26,7 +26,7 @@ from fedmosaic.privacy.federation.roster import AdapterPrivacyTerms, AdapterTerm
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import IntArray, poisson_sample
 from fedmosaic.privacy.mechanism.shares import noisy_share
-from fedmosaic.protos.errors import BudgetExceededError
+from fedmosaic.protos.errors import BudgetExceededError, PrivacyError
 
 log = logging.getLogger(__name__)
 
@@ -125,10 +125,16 @@ def group_share(
 
     Raises:
         MechanismError: the group is too large for the bits of the terms.
+        PrivacyError: the plan charges another noise than the terms add.
     """
     if releases.receive_only:
         return None
     plan, grid = releases.adapter_plan, group_grid(terms, members)
+    if plan.noise_multiplier != terms.group_sums.noise_multiplier:
+        raise PrivacyError(
+            f"the ledger would be charged for σ = {plan.noise_multiplier}, the roster's sums have "
+            f"{terms.group_sums.noise_multiplier}: plan from the roster's terms"
+        )
     losses = in_bfloat16() if training.bf16 else example_losses
     try:
         with only_shared_branch(model) as cores, training_mode(model, False):

@@ -5,7 +5,7 @@ from pathlib import Path
 from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.federation.kits import FederationConfig, create
 from fedmosaic.privacy.federation.roster import Roster
-from fedmosaic.privacy.federation.terms_checks import check_grid, check_plan, with_planned_noise
+from fedmosaic.privacy.federation.terms_checks import settled
 
 
 def create_federation(
@@ -26,7 +26,6 @@ def create_federation(
     """
     if not isinstance(config, FederationConfig):
         config = read_configuration(Path(config), FederationConfig)
-    check_plan(config.terms)
-    config = config.model_copy(update={"terms": with_planned_noise(config.terms)})
-    check_grid(config.terms, len(config.members))
+    names = [member.id for member in config.members]
+    config = config.model_copy(update={"terms": settled(config.terms, names)})
     return create(config, Path(out), Path(basis) if basis is not None else None)
