@@ -196,7 +196,17 @@ def main() -> None:
                     + [f"{ratio:.1f}", *flower]
                 )
                 print(rows[-1], flush=True)
-    heads = ["m", "D", "vanished", "bytes up", "÷ 4·D", "member ms", "server ms", "plain ms", "server ÷ plain"]
+    heads = [
+        "m",
+        "D",
+        "vanished",
+        "bytes up",
+        "÷ 4·D",
+        "member ms",
+        "server ms",
+        "plain ms",
+        "server ÷ plain",
+    ]
     heads += ["SecAgg+ bytes up", "SecAgg+ member ms", "SecAgg+ server ms"]
     print("\n".join(markdown_table(heads, rows)))
 

@@ -27,6 +27,7 @@ from fedmosaic.privacy.secureaggregation.messages import (
     seed_check,
     share_check,
     split,
+    survivors_digest,
     transcript,
 )
 from fedmosaic.privacy.secureaggregation.shamir import combine, lagrange_weights
@@ -54,6 +55,7 @@ class SumCollector:
         self._transcript = b""
         self._envelopes: dict[str, bytes] = {}
         self._survivors: set[str] = set()
+        self._listed = b""
         self._signatures: dict[str, bytes] = {}
         self._unmasked: set[str] = set()
         self._shares: dict[str, dict[str, int]] = {}
@@ -61,16 +63,11 @@ class SumCollector:
 
     def add_opening(self, member: str, opening: Opening) -> None:
         """Step 1; a repeated one must be the same. One that is not signed for this sum harms nobody else."""
-        if member in self._terms.members:
-            check_opening(self._terms, member, opening)
+        check_opening(self._terms, member, opening)
         _keep(member, self._terms.members, self._openings, opening, "opening")
 
     def close_openings(self) -> dict[str, Opening]:
-        """Everybody's openings, to be given to everybody.
-
-        Raises:
-            EncryptionError: one is forged, or too few came.
-        """
+        """Everybody's openings, to be given to everybody; EncryptionError if too few came."""
         self._transcript = transcript(self._terms, self._openings)
         self._place = {member: place for place, member in enumerate(sorted(self._openings))}
         return dict(self._openings)
@@ -109,11 +106,12 @@ class SumCollector:
             EncryptionError: too few are left to form the sum or to take the masks off.
         """
         check_left("sent their vectors", self._survivors, self._terms, len(self._openings))
+        self._listed = survivors_digest(self._transcript, self._survivors)
         return tuple(sorted(self._survivors))
 
     def add_signature(self, member: str, signature: bytes) -> None:
         """Step 4; EncryptionError if it is not the member's for this list."""
-        check_survivor_signatures(self._terms, self._transcript, self._survivors, {member: signature}, 1)
+        check_survivor_signatures(self._terms, self._listed, self._survivors, {member: signature}, 1)
         self._signatures[member] = signature
 
     def signatures(self) -> dict[str, bytes]:

@@ -41,6 +41,7 @@ from fedmosaic.privacy.secureaggregation.messages import (
     Opening,
     Unmasking,
     check_left,
+    check_opening,
     check_survivor_signatures,
     open_shares,
     seal_shares,
@@ -122,6 +123,8 @@ class SumMember:
                 few opened.
         """
         with self._only(_Step.SHARE, _Step.ACCEPT):
+            for member, opening in openings.items():
+                check_opening(self._terms, member, opening)
             digest = transcript(self._terms, openings)
             own = openings.get(self._member)
             if own is None or own.envelope_key != self._envelope_key.public_key().public_bytes_raw():
@@ -226,7 +229,8 @@ class SumMember:
         """
         with self._only(_Step.UNMASK, _Step.OVER):
             needed = self._terms.threshold(len(self._openings))
-            check_survivor_signatures(self._terms, self._transcript, self._survivors, signatures, needed)
+            digest = survivors_digest(self._transcript, self._survivors)
+            check_survivor_signatures(self._terms, digest, self._survivors, signatures, needed)
             return Unmasking(
                 {
                     member: None if pair is None else pair[0 if member in self._survivors else 1]

@@ -136,7 +136,7 @@ class _GroupSum:
         self._seconds = seconds
         self._deadline = now + seconds[OPEN]
         self._answered: dict[str, set[str]] = {step: set() for step in STEPS}
-        self._openings: Mapping[str, Opening] = {}
+        self._openings: dict[str, bytes] = {}
 
     def post(self, member: str, step: str, payload: bytes) -> None:
         if member in self._answered.get(step, ()) or (step == UNMASK and self.step == _OVER):
@@ -162,7 +162,7 @@ class _GroupSum:
         if step not in STEPS or (self.step != _OVER and STEPS.index(step) >= STEPS.index(self.step)):
             return {}
         if step == OPEN:
-            return {name: opening.encoded() for name, opening in self._openings.items()}
+            return self._openings
         if step == SHARE:
             return self.collector.envelopes_for(member)
         if step == VECTOR:
@@ -205,7 +205,8 @@ class _GroupSum:
 
     def _close(self) -> None:
         if self.step == OPEN:
-            self._openings = self.collector.close_openings()
+            opened = self.collector.close_openings()
+            self._openings = {name: opening.encoded() for name, opening in opened.items()}
         elif self.step == SHARE:
             self.collector.close_envelopes()
         elif self.step == VECTOR:

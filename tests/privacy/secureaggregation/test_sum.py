@@ -7,12 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmosaic.privacy.secureaggregation.collector import SumCollector
 from fedmosaic.privacy.secureaggregation.masks import (
     Masks,
+    agree,
     from_words,
     pack,
     pair_mask_key,
@@ -21,7 +23,7 @@ from fedmosaic.privacy.secureaggregation.masks import (
     unpack,
 )
 from fedmosaic.privacy.secureaggregation.member import SumMember
-from fedmosaic.privacy.secureaggregation.messages import Unmasking, sign_opening
+from fedmosaic.privacy.secureaggregation.messages import _SMALL_ORDER, Unmasking, check_opening, sign_opening
 from fedmosaic.privacy.secureaggregation.shamir import PRIME, combine, lagrange_weights, share
 from fedmosaic.privacy.secureaggregation.terms import SumTerms
 from fedmosaic.protos.errors import EncryptionError
@@ -408,14 +410,15 @@ def test_terms_that_protect_nobody_are_refused(count, minimum, colluders):
         Group(count, minimum, colluders)
 
 
-def test_a_key_of_small_order_is_refused():
+@pytest.mark.parametrize("top_bit", [0, 128])
+@pytest.mark.parametrize("low", sorted(_SMALL_ORDER))
+def test_every_key_of_small_order_is_refused_and_is_one(low, top_bit):
+    key = low[:31] + bytes([low[31] | top_bit])
+    with pytest.raises(EncryptionError, match="no usable X25519 key"):
+        agree(X25519PrivateKey.generate(), key)
     group = Group(5, 4, 1)
-    cheat = group.identities["m003"]
-    openings = {name: group.members[name].open() for name in group.names}
-    openings["m003"] = sign_opening(group.terms, "m003", (bytes(32),) * 3, cheat)
-    for refusing in (
-        lambda: group.members["m000"].share(openings),
-        lambda: group.server.add_opening("m003", openings["m003"]),
-    ):
+    cheat, fine = group.identities["m003"], group.members["m003"].open()
+    for content in ((key, fine.envelope_key, bytes(32)), (fine.mask_key, key, bytes(32))):
+        opening = sign_opening(group.terms, "m003", content, cheat)
         with pytest.raises(EncryptionError, match="'m003' opened with a key of small order"):
-            refusing()
+            check_opening(group.terms, "m003", opening)
