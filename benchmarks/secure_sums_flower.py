@@ -75,6 +75,9 @@ def flower_seconds(count: int, dimensions: int, vanished: int) -> tuple[float, f
     )
     manager = SimpleNamespace(num_available=lambda: count)
     context = SimpleNamespace(strategy=strategy, state=kept, client_manager=manager)
+    # What a running ServerApp has; messages are stamped with it.
+    identity = _module("supercore.task_identity").TaskIdentity
+    identity.run_id = identity.task_id = identity.node_id = 1
     state, started = flow.WorkflowState(), time.process_time()
     stages = ("setup", "share_keys", "collect_masked_vectors", "unmask")
     if not all(getattr(workflow, f"{stage}_stage")(grid, context, state) for stage in stages):

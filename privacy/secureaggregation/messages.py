@@ -32,8 +32,8 @@ OPENING_BYTES = 3 * KEY_BYTES + 64
 CHECK_BYTES = 16
 ENVELOPE_BYTES = 2 * SHARE_BYTES + 2 * CHECK_BYTES
 _MISSING = bytes([255]) * SHARE_BYTES
-# Keys of small order agree on nothing with any other, whichever it is: coordinates of the points of order 1, 2,
-# 4 and 8 of Curve25519 and its twist, also where they are not reduced modulo p = 2^255 − 19.
+# Keys of small order agree on nothing with any other, whichever it is: coordinates of the points of order 1,
+# 2, 4 and 8 of Curve25519 and its twist, also where they are not reduced modulo p = 2^255 − 19.
 _SMALL_ORDER = frozenset(
     number.to_bytes(32, "little")
     for number in (
@@ -120,7 +120,7 @@ def transcript(terms: SumTerms, openings: Mapping[str, Opening]) -> bytes:
 
 
 def check_opening(terms: SumTerms, member: str, opening: Opening) -> None:
-    """EncryptionError if a stranger opened, or a member that did not sign it for this sum, or with a bad key."""
+    """EncryptionError if a stranger opened, or a member that did not sign it for this sum, or a bad key."""
     if member not in terms.members:
         raise EncryptionError(f"an opening of {member!r}, who is not of this group")
     signed = _opening_digest(terms, member, opening.content)
