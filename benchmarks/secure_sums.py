@@ -73,7 +73,7 @@ class Clock:
 
 
 class Sum:
-    """One secure sum of m members, of whom the first is real and the last ones vanish before their vectors."""
+    """One secure sum of m members: the first is real, the last ones vanish before their vectors."""
 
     def __init__(self, count: int, dimensions: int, vanished: int) -> None:
         self.names = [f"m{number:04}" for number in range(count)]

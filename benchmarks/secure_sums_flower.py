@@ -4,6 +4,7 @@
 project's packages.
 """
 
+import copy
 import importlib
 import time
 from collections.abc import Iterable
@@ -40,7 +41,8 @@ class _Grid:
         """Replies of all who are there: whoever vanishes does so before its vector."""
         del timeout
         started, replies = time.process_time(), []
-        for message in messages:
+        # A client takes its message apart, and those of one stage are made of one content.
+        for message in map(copy.deepcopy, list(messages)):
             node = message.metadata.dst_node_id
             stage = message.content.config_records[_CONFIGS]["stage"]
             if node in self._gone and stage in ("collect_masked_vectors", "unmask"):

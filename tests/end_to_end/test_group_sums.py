@@ -116,7 +116,7 @@ def test_all_members_hold_the_branch_that_the_sums_make(federation):
     again.run()
     assert clients["m00"].learner.personal == [], "a run that is over trains nothing again"
     _check_branch_of_sums_alone(coordinator, again, learners)
-    # A second sum of a round, over a subset, would give away the rest: the difference is the vectors of a few.
+    # A second sum of a round, over a subset, would give away the rest: the difference is a few vectors.
     again._share(coordinator.run_id, 2)
     assert clients["m00"].learner.shares == {}, "nothing is drawn for it"
     grid = group_grid(first.terms, len(MEMBERS))
