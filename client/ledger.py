@@ -28,7 +28,7 @@ from fedmosaic.privacy.configuration import read_own
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, has_begun, parameters_of, read_ledger
 from fedmosaic.privacy.ledger.move import back_up, move
-from fedmosaic.privacy.ledger.rows import Channel
+from fedmosaic.privacy.ledger.rows import Channel, Unit
 from fedmosaic.privacy.ledger.rules import keeper
 from fedmosaic.protos.errors import ConfigurationError, LedgerError
 from fedmosaic.protos.messages import LedgerHead
@@ -107,14 +107,17 @@ class DataLedger:
         data = train.resolve()  # two links to one file are one data set
         return cls(data.with_name(data.name + SUFFIX), False, state, record)
 
-    def open(self, examples: int, epoch: str, target: float, channels: Sequence[Channel]) -> Ledger:
+    def open(
+        self, examples: int, epoch: str, target: float, channels: Sequence[Channel], unit: Unit = "example"
+    ) -> Ledger:
         """Open the ledger, or make the first one of data that nothing was released from.
 
         Args:
-            examples: n, the client's number of examples.
+            examples: n, the client's number of units.
             epoch: hash of their ids.
             target: ε, the budget of `channels`.
             channels: see `open_ledger`.
+            unit: what the releases protect.
 
         Raises:
             LedgerError: it cannot be used, is behind what this state has seen, or a fresh one would forget.
@@ -126,7 +129,7 @@ class DataLedger:
             self._check_fresh(seen, epoch)
             log.info("a new privacy ledger begins in %s; every run on these data has to use it", self.place)
         try:
-            ledger = open_ledger(path, self.record.client, examples, target, channels)
+            ledger = open_ledger(path, self.record.client, examples, target, channels, unit)
         except OSError as error:
             raise LedgerError(
                 f"no privacy ledger can be kept in {self.place} ({error.strerror}); make it writable, or "
@@ -197,13 +200,21 @@ class DataLedger:
                 )
 
 
-def open_ledger(path: Path, client: str, examples: int, target: float, channels: Sequence[Channel]) -> Ledger:
+def open_ledger(
+    path: Path,
+    client: str,
+    examples: int,
+    target: float,
+    channels: Sequence[Channel],
+    unit: Unit = "example",
+) -> Ledger:
     """Open a client's ledger, or begin one, with the δ of `ledger_delta` and a budget ε of some channels.
 
     Raises:
         LedgerError: it is damaged, of other parameters, or its δ is too large for so many examples.
     """
-    return Ledger.open(path, client, ledger_delta(path, examples), target, budgeted_channels=channels)
+    delta = ledger_delta(path, examples)
+    return Ledger.open(path, client, delta, target, budgeted_channels=channels, unit=unit)
 
 
 def ledger_delta(path: Path, examples: int) -> float:

@@ -190,8 +190,8 @@ def _result(
         setting=setting if coalition.within else "variant",
         epsilon=claimed,
         figures=figures,
-        note=f"up to t members the claim is ε = {claim:.3g} of one sum; beyond t only a member's own noise is "
-        "promised, and more than the claim is read, as must be",
+        note=f"up to t members the claim is ε = {claim:.3g} of one sum; beyond t only a member's own noise "
+        "is promised, and more than the claim is read, as must be",
     )
 
 

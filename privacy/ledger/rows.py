@@ -17,7 +17,7 @@ from fedmosaic.protos.errors import LedgerError
 Channel = Literal["profile", "adapter", "family"]
 Kind = Literal["OPENED", "RESERVED", "RELEASED", "RESENT", "REFUSED", "CLOSED", "RESUMED", "MOVED"]
 Coverage = Literal["dp", "cryptography", "nothing"]
-Unit = Literal["example"]
+Unit = Literal["example", "person"]
 
 CHANNELS: tuple[Channel, ...] = ("profile", "adapter", "family")
 FIRST_PREVIOUS_HASH = "0" * 64
