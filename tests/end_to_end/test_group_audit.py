@@ -1,4 +1,4 @@
-"""One run of a group of eight, real sessions and real gradients, audited by whoever sees the sums and knows t."""
+"""One run of a group of eight, real sessions and gradients, audited by the server with t members."""
 
 from dataclasses import dataclass, field
 
@@ -57,7 +57,7 @@ COINS = np.random.default_rng(3).random(CANARIES) < 0.5
 
 @dataclass
 class TinyLearner(VectorLearner):
-    """A tiny model that trains as the product does; the first member has the canaries that the coins chose."""
+    """A tiny model that trains as the product does; the first member has the canaries of the coins."""
 
     examples: list = field(default_factory=list)
     shares: dict[int, np.ndarray] = field(default_factory=dict)
