@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-gpu lint bench bench-gpu bench-encryption docs protos clean
+.PHONY: demo test test-slow test-gpu lint bench bench-gpu bench-encryption docs protos release clean
 
 demo: $(STAMP)
 	@$(BIN)/fedmosaic demo
@@ -58,6 +58,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into $(VENV); the first time about 1 GiB is fetched, PyTorch most of it, in two minutes or more"
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+# Wheel and sdist of this commit, built twice and tried; see deploy/release.sh.
+release:
+	PYTHON=$(PYTHON) bash deploy/release.sh
 
 clean:
 	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -77,4 +77,4 @@ def _enrol(coordinator: Coordinator, kit_directory: Path) -> tuple[Enrolled, Pro
             software=f"fedmosaic {__version__}",
         ),
     )
-    return enrolled, Protection(Identity(name, kit.signing_key()), kit.roster, "", None)
+    return enrolled, Protection(Identity.of(kit), kit.roster, "", None)

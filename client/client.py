@@ -99,7 +99,7 @@ class Participant:
             progress: told of every stage.
         """
         roster, client_id = kit.roster, kit.member_id()
-        identity = Identity(client_id, kit.signing_key())
+        identity = Identity.of(kit)
         encrypted = roster.terms.adapter.encrypted
         keys = state.directory / "keys"
         keyring = Keyring(client_id, identity.signing_key, roster, transport, keys) if encrypted else None
@@ -108,16 +108,16 @@ class Participant:
         parts = (state, releases, protection, progress)
         if roster.terms.adapter.in_group_sums:
             self.session: Session = GroupSession(
-                identity, roster, transport, cast(GroupLearner, learner), *parts
+                kit, identity, transport, cast(GroupLearner, learner), *parts
             )
         else:
-            self.session = Session(identity, roster, transport, learner, *parts)
-        self._roster, self._client_id, self._ledger, self._plan = roster, client_id, ledger, plan
+            self.session = Session(kit, identity, transport, learner, *parts)
+        self._client_id, self._ledger, self._plan = client_id, ledger, plan
 
     def statement_inputs(self) -> StatementInputs:
         """What the statements of this member are made from, as the ledger stands now."""
         return statement_inputs(
-            self._roster,
+            self.session.roster,
             self.state.record.run_id,
             self._client_id,
             self._ledger,
@@ -234,13 +234,15 @@ class Client:
             books = DataLedger.of(settings.data, settings.state_dir, state.record)
             channels, target = budgeted_channels(kit.roster.terms), agreed_epsilon(settings, kit)
             epoch = data_epoch(learner.example_ids)
+            unit, bound = kit.roster.terms.unit, kit.roster.terms.adapter_privacy.largest_delta
             ledger = held.enter_context(
-                books.open(learner.example_count, epoch, target, channels, kit.roster.terms.unit)
+                books.open(learner.example_count, epoch, target, channels, bound, unit)
             )
             releases = self._releases(kit, ledger, state, learner, plan, progress)
             member = Participant(kit, checked.transport, learner, state, ledger, plan, releases, progress)
             SavedModel.of(settings, kit.roster, kit.member_id()).write(state.directory)
             result = ResultFile(state.directory / RESULT)
+            result.put("certificate_expires", kit.expires.isoformat())
             if not result.has("before"):
                 result.put_scores("before", learner.evaluate())
             started = time.monotonic()
@@ -305,6 +307,7 @@ def _conclude(
     facts, terms, state = member.statement_inputs(), kit.roster.terms, member.state
     received, rounds = state.record.received_rounds, terms.schedule.rounds
     result.put("received_rounds", received)
+    result.put("certificate_expires", kit.expires.isoformat())
     # Whether an aggregate could be used is for this client's own eyes; the server does not learn it.
     own = statement(facts)
     own = own if received else with_warning(own, NOTHING_RECEIVED.format(rounds=rounds))

@@ -27,7 +27,7 @@ from fedmosaic.client.releases import Releases
 from fedmosaic.client.session import Session
 from fedmosaic.client.state import ClientState
 from fedmosaic.client.transport.grpc import Transport
-from fedmosaic.privacy.federation.roster import Roster
+from fedmosaic.privacy.federation.kits import Kit
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.secureaggregation.masks import from_words, unpack
 from fedmosaic.privacy.secureaggregation.member import SumMember
@@ -61,8 +61,8 @@ class GroupSession(Session):
 
     def __init__(
         self,
+        kit: Kit,
         identity: Identity,
-        roster: Roster,
         transport: Transport,
         learner: GroupLearner,
         state: ClientState,
@@ -70,9 +70,9 @@ class GroupSession(Session):
         protection: Protection,
         progress: Progress,
     ) -> None:
-        super().__init__(identity, roster, transport, learner, state, releases, protection, progress)
+        super().__init__(kit, identity, transport, learner, state, releases, protection, progress)
         self._group_learner = learner
-        self._terms = roster.terms
+        self._terms = kit.roster.terms
         self._partition: Partition | None = None
         self._chain = NO_ROUND
         self._gradients: list[FloatArray | None] = []
@@ -82,7 +82,7 @@ class GroupSession(Session):
         upload = read_upload(self._state.upload_path(round_number))
         if upload is not None:
             log.info("round %d: re-sending the stored upload, byte for byte", round_number)
-            return self._push(upload)
+            return self._push(self._as_ours(enrolled.run_id, upload))
         self._progress.stage(round_number, "waiting for the round to open")
         aggregate = self._pull(round_number)
         if aggregate.round > enrolled.rounds:
@@ -135,7 +135,7 @@ class GroupSession(Session):
             partition = Partition.decoded(self._read(1, "sum-partition").get("server", b""))
             partition.check(
                 self._identity.client_id,
-                [member.id for member in self._roster.members],
+                [member.id for member in self.roster.members],
                 self._terms.group_sums.minimum_contributors,
                 self._terms.group_sums.groups,
             )
@@ -179,9 +179,9 @@ class GroupSession(Session):
 
         terms = self._terms
         context = sum_context(
-            self._roster.federation, run_id, round_number, self._roster.hash, partition, self._chain
+            self.roster.federation, run_id, round_number, self.roster.hash, partition, self._chain
         )
-        keys, dimensions = self._roster.identity_keys(), terms.adapter.shared_dimensions
+        keys, dimensions = self.roster.identity_keys(), terms.adapter.shared_dimensions
         sums = partition.terms(context, keys, terms.group_sums, dimensions)
         member = SumMember(sums[index], self._identity.client_id, self._identity.signing_key)
         self._progress.stage(round_number, "adding up with the group")

@@ -82,6 +82,10 @@ class Keyring:
         self._keys: dict[int, _Agreed] = {}
         self._retired = -1
 
+    def renew(self, signing_key: Ed25519PrivateKey, roster: Roster) -> None:
+        """Go on under another roster: the keys of before decrypt, and encrypt nothing more."""
+        self._signing_key, self._roster = signing_key, roster
+
     def key(self, epoch: int) -> GroupKey:
         """The key of an epoch that was agreed on, to decrypt; KeyAgreementError if there is none here."""
         return self._agreed(epoch).key

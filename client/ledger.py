@@ -30,6 +30,7 @@ from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, has_begun, parameter
 from fedmosaic.privacy.ledger.move import back_up, move
 from fedmosaic.privacy.ledger.rows import Channel, Unit
 from fedmosaic.privacy.ledger.rules import keeper
+from fedmosaic.privacy.statement.costs import round_up
 from fedmosaic.protos.errors import ConfigurationError, LedgerError
 from fedmosaic.protos.messages import LedgerHead
 
@@ -108,7 +109,13 @@ class DataLedger:
         return cls(data.with_name(data.name + SUFFIX), False, state, record)
 
     def open(
-        self, examples: int, epoch: str, target: float, channels: Sequence[Channel], unit: Unit = "example"
+        self,
+        examples: int,
+        epoch: str,
+        target: float,
+        channels: Sequence[Channel],
+        largest_delta: float | None = None,
+        unit: Unit = "example",
     ) -> Ledger:
         """Open the ledger, or make the first one of data that nothing was released from.
 
@@ -117,6 +124,7 @@ class DataLedger:
             epoch: hash of their ids.
             target: ε, the budget of `channels`.
             channels: see `open_ledger`.
+            largest_delta: of the terms.
             unit: what the releases protect.
 
         Raises:
@@ -129,7 +137,7 @@ class DataLedger:
             self._check_fresh(seen, epoch)
             log.info("a new privacy ledger begins in %s; every run on these data has to use it", self.place)
         try:
-            ledger = open_ledger(path, self.record.client, examples, target, channels, unit)
+            ledger = open_ledger(path, self.record.client, examples, target, channels, largest_delta, unit)
         except OSError as error:
             raise LedgerError(
                 f"no privacy ledger can be kept in {self.place} ({error.strerror}); make it writable, or "
@@ -206,6 +214,7 @@ def open_ledger(
     examples: int,
     target: float,
     channels: Sequence[Channel],
+    largest_delta: float | None = None,
     unit: Unit = "example",
 ) -> Ledger:
     """Open a client's ledger, or begin one, with the δ of `ledger_delta` and a budget ε of some channels.
@@ -213,19 +222,25 @@ def open_ledger(
     Raises:
         LedgerError: it is damaged, of other parameters, or its δ is too large for so many examples.
     """
-    delta = ledger_delta(path, examples)
+    delta = ledger_delta(path, examples, largest_delta)
     return Ledger.open(path, client, delta, target, budgeted_channels=channels, unit=unit)
 
 
-def ledger_delta(path: Path, examples: int) -> float:
-    """δ of the ledger that is there, for as long as it is at most 1/n for n examples; of a new one, n^-1.1.
+def ledger_delta(path: Path, examples: int, largest: float | None = None) -> float:
+    """δ of the ledger that is there, or of a new one for n examples under terms that bound δ.
 
     Raises:
-        LedgerError: its δ is above 1/n, or it is damaged.
+        LedgerError: its δ is above 1/n or above the bound, or it is damaged.
     """
     if not has_begun(path):
-        return default_delta(examples)
+        return default_delta(examples, largest)
     delta = parameters_of(read_ledger(path)).delta
+    if largest is not None and delta > largest:
+        raise LedgerError(
+            f"{path}: δ = {delta:.2e} was fixed when this ledger was opened, and this federation's terms "
+            f"allow at most {largest:g} (adapter_privacy.largest_delta). A federation whose terms allow "
+            f"{round_up(delta, 2):g} can take these data; this one only data that share no example with them"
+        )
     if delta * examples > 1.0:
         raise LedgerError(
             f"{path}: δ = {delta:g} was fixed when there were fewer examples, and {examples} need one below "

@@ -6,6 +6,7 @@ client release or charge anything anew: the stored bytes are sent again, or seal
 """
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, Protocol
@@ -19,6 +20,7 @@ from fedmosaic.client.records import read_upload, write_upload
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.state import OLDER_COPY, ClientState
 from fedmosaic.client.transport.grpc import Transport
+from fedmosaic.privacy.federation.kits import Kit, open_kit
 from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.protos.errors import PolicyError, StateError
 from fedmosaic.protos.messages import (
@@ -40,6 +42,10 @@ KEY_REASONS: Final = frozenset(
 )
 """Reasons of refusals that the next key epoch may cure."""
 
+ROSTER_REASONS: Final = frozenset({"ROSTER_CHANGED", "ROSTER_DIFFERS", "WRONG_CERTIFICATE"})
+"""Reasons of refusals, in the middle of a run, that the newest roster may cure, here or at the server."""
+
+_SECONDS_BETWEEN_LOOKS: Final = 1.0
 _SENT_AGAIN: Final = 3
 """How often a round's acknowledged upload is sent again when the server asks; more would be a fault of it."""
 
@@ -139,12 +145,16 @@ class SealAnewError(Exception):
 
 
 class Membership:
-    """A member's standing with the server: enrolment, and the answers to one that is behind what it said."""
+    """A member's standing with the server: enrolment, and the answers to one that is behind what it said.
+
+    Attributes:
+        roster: the newest that was taken up.
+    """
 
     def __init__(
         self,
+        kit: Kit,
         identity: Identity,
-        roster: Roster,
         transport: Transport,
         learner: Learner,
         state: ClientState,
@@ -153,8 +163,9 @@ class Membership:
         progress: Progress,
     ) -> None:
         """Put the parts of a client together; nothing is sent yet."""
+        self._kit = kit.directory
         self._identity = identity
-        self._roster = roster
+        self.roster = kit.roster
         self._transport = transport
         self._learner = learner
         self._state = state
@@ -167,11 +178,11 @@ class Membership:
         """Enrol with the head of the privacy ledger; LedgerError if the server has kept a later one."""
         head = self._releases.anchor.head()
         signed = ledger_digest(
-            federation=self._roster.federation, client_id=self._identity.client_id, head=head
+            federation=self.roster.federation, client_id=self._identity.client_id, head=head
         )
         enrolled = ask_to_enrol(
             self._transport,
-            self._roster,
+            self.roster,
             self._learner.adapter_spec_hash,
             self._learner.family,
             ledger_head=head,
@@ -179,6 +190,41 @@ class Membership:
         )
         self._releases.anchor.check(enrolled.ledger_head)
         return enrolled
+
+    def _renewed(self, refusal: Refusal) -> Enrolled:
+        """Wait until kit and server have the same roster again, take it up, and enrol under it.
+
+        Raises:
+            RefusedError: they had not, for as long as a round lasts.
+            IdentityError: the new roster cannot follow on the present one, or does not name this client.
+        """
+        patience = self.roster.terms.schedule.round_deadline_seconds
+        deadline = time.monotonic() + patience
+        log.warning("%s; waiting for it, %.0f s at most", refusal, patience)
+        while True:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            kit = open_kit(self._kit)
+            if kit.roster.hash != self.roster.hash:
+                identity = Identity.of(kit)
+                self._state.follow_roster(kit.roster)
+                self._identity, self.roster = identity, kit.roster
+                self._protection.renew(identity, kit.roster)
+                log.warning("going on under roster %d", kit.roster.serial)
+            try:
+                return self._enrol()
+            except Refusal as again:
+                if again.reason not in ROSTER_REASONS or time.monotonic() > deadline:
+                    raise
+
+    def _as_ours(self, run_id: str, upload: Upload) -> Upload:
+        """A stored upload; the same bytes signed again if our identity key has changed since."""
+        again = self._protection.claim_anew(run_id, upload, upload.ledger)
+        if again.signature != upload.signature:  # Ed25519 signs alike every time
+            log.warning(
+                "round %d: the stored upload is signed again, with the new identity key", upload.round
+            )
+            write_upload(self._state.upload_path(upload.round), again)
+        return again
 
     def _waiting(self, status: RoundStatus) -> None:
         """Told now and then what the server waits for: sees whether it is still the server we know.
@@ -214,7 +260,7 @@ class Membership:
             if upload is None:
                 return
             log.warning("round %d: the server has lost our upload; sending it again as it was", round_number)
-            self._transport.push(upload)
+            self._transport.push(self._as_ours(self._state.record.run_id, upload))
         except (StateError, Refusal) as error:
             log.warning("round %d: the upload was not taken again: %s", round_number, error)
             if upload is not None and isinstance(error, Refusal) and error.reason in KEY_REASONS:

@@ -13,8 +13,11 @@ from fedmosaic.client.keyring import Keyring
 from fedmosaic.privacy.encryption.cipher import ClientCipher
 from fedmosaic.privacy.encryption.ciphers import create_cipher
 from fedmosaic.privacy.encryption.records import NONCE_BYTES, RoundContext
+from fedmosaic.privacy.federation.identity import public_hex
+from fedmosaic.privacy.federation.kits import Kit
 from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.groupkey.key import GroupKey
+from fedmosaic.protos.errors import IdentityError
 from fedmosaic.protos.messages import (
     SECTION_NAMES,
     AggregateSection,
@@ -41,6 +44,17 @@ class Identity:
     client_id: str
     signing_key: Ed25519PrivateKey
 
+    @classmethod
+    def of(cls, kit: Kit) -> "Identity":
+        """The owner of a kit; IdentityError if its key is not the one on the roster."""
+        member, key = kit.roster.member(kit.member_id()), kit.signing_key()
+        if public_hex(key.public_key()) != member.identity_key:
+            raise IdentityError(
+                f"the identity key in {kit.directory} is not the one that roster {kit.roster.serial} names "
+                f"for {member.id!r}; install what the consortium has signed last (`fedmosaic keys install`)"
+            )
+        return cls(member.id, key)
+
 
 class Protection:
     """Seals what leaves this client and opens what it receives."""
@@ -57,6 +71,12 @@ class Protection:
         self._cipher: ClientCipher[Any] = create_cipher(
             terms.encryption, identity.client_id, terms.policy, allow_plaintext=plaintext
         )
+
+    def renew(self, identity: Identity, roster: Roster) -> None:
+        """Go on under another roster of the same terms."""
+        self._identity, self._roster = identity, roster
+        if self._keyring is not None:
+            self._keyring.renew(identity.signing_key, roster)
 
     def ready(self, key_epoch: int, round_number: int) -> None:
         """Make sure that uploads of an epoch and round can be sealed; see `Keyring.agree` for the errors."""
@@ -131,7 +151,7 @@ class Protection:
         attempt = uuid.uuid4().hex
         return self._signed(run_id, round_number, key_epoch, tuple(sections), profile, ledger, attempt)
 
-    def claim_anew(self, run_id: str, upload: Upload, ledger: LedgerHead) -> Upload:
+    def claim_anew(self, run_id: str, upload: Upload, ledger: LedgerHead | None) -> Upload:
         """The same sealed bytes with another head of the privacy ledger; nothing is encrypted again."""
         return self._signed(
             run_id, upload.round, upload.key_epoch, upload.sections, upload.profile, ledger, upload.attempt_id

@@ -18,7 +18,7 @@ from typing import Final
 
 import numpy as np
 
-from fedmosaic.client.membership import KEY_REASONS, Membership, SealAnewError
+from fedmosaic.client.membership import KEY_REASONS, ROSTER_REASONS, Membership, SealAnewError
 from fedmosaic.client.records import read_upload, write_upload
 from fedmosaic.privacy.policy import check_row
 from fedmosaic.protos.errors import (
@@ -49,11 +49,13 @@ class Session(Membership):
 
         Raises:
             RefusedError: the server refuses this client; the reason and the remedy are in the message.
+            IdentityError: the roster, at the start or a new one, is older or has other terms than before.
             LedgerError: the privacy ledger is behind what the server has kept of it.
             PolicyError: the server wants another number of rounds than the roster's terms.
             StateError: the state here is of another run, or the server's is an older copy.
             TransportError: the server cannot be reached for longer than the transport's patience.
         """
+        self._state.follow_roster(self.roster)
         enrolled = self._enrol()
         self._state.join_run(enrolled.run_id)
         self._state.see(enrolled.round, enrolled.head)
@@ -63,6 +65,12 @@ class Session(Membership):
                 round_number = self._take_part(enrolled, round_number)
             except SealAnewError as again:
                 round_number = again.round
+            except Refusal as refusal:
+                if refusal.reason not in ROSTER_REASONS:
+                    raise
+                enrolled = self._renewed(refusal)
+                self._state.see(enrolled.round, enrolled.head)
+                round_number = self._resume(enrolled.round)
         self._after_last_round(enrolled)
         self._state.forget_uploads(enrolled.rounds + 1)
         # Last, so that a crash before it leaves keys that the next start deletes, and never too few.
@@ -90,7 +98,7 @@ class Session(Membership):
         if upload is not None:
             log.info("round %d: re-sending the stored upload, byte for byte", round_number)
             self._load_trained(round_number)
-            return self._push(upload)
+            return self._push(self._as_ours(enrolled.run_id, upload))
         self._progress.stage(round_number, "waiting for the round to open")
         aggregate = self._pull(round_number)
         if aggregate.round > round_number:
@@ -120,7 +128,7 @@ class Session(Membership):
         Raises:
             KeyExpiredError: the server has kept a key in use that the roster's terms have ended.
         """
-        patience = time.monotonic() + self._roster.terms.schedule.key_patience_seconds
+        patience = time.monotonic() + self.roster.terms.schedule.key_patience_seconds
         told = ""
         while aggregate.round <= rounds:
             try:
@@ -165,8 +173,8 @@ class Session(Membership):
         row, uploaded = section.row, aggregate.round - 1
         if row is None:
             raise PolicyError(section.refusal)
-        members = {member.id: member.family for member in self._roster.members}
-        check_row(self._identity.client_id, row, self._roster.terms.policy, members=members.keys())
+        members = {member.id: member.family for member in self.roster.members}
+        check_row(self._identity.client_id, row, self.roster.terms.policy, members=members.keys())
         if section.name == "family":
             family = self._learner.family
             strangers = sorted(name for name in row.contributors if members[name] != family)

@@ -26,6 +26,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fedmosaic.privacy.configuration import read_own
 from fedmosaic.privacy.encryption.records import row_digest
+from fedmosaic.privacy.federation.roster import Roster
+from fedmosaic.privacy.federation.succession import RosterMark
 from fedmosaic.privacy.files import (
     hold_directory,
     make_private,
@@ -58,6 +60,7 @@ class SessionRecord(BaseModel):
         received_rounds: how many rounds did.
         server_round: newest round that the server said was open; 0 before any.
         server_head: hexadecimal, what the server said of all rounds before that one.
+        roster: what a later roster is judged by, a `RosterMark`; None before the first enrolment.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -70,6 +73,7 @@ class SessionRecord(BaseModel):
     received_rounds: int = Field(default=0, ge=0)
     server_round: int = Field(default=0, ge=0)
     server_head: str = ""
+    roster: dict[str, Any] | None = None
 
 
 def read_record(directory: Path) -> SessionRecord | None:
@@ -161,6 +165,14 @@ class ClientState:
         """Remember the run; StateError if the state is of another one."""
         check_run(self.record, self.directory, run_id)
         self._write(run_id=run_id)
+
+    def follow_roster(self, roster: Roster) -> None:
+        """Remember the roster; IdentityError if it is older than the one before, or has other terms."""
+        if self.record.roster is not None:
+            RosterMark.model_validate(self.record.roster).check(roster)
+        mark = RosterMark.of(roster).model_dump()
+        if mark != self.record.roster:
+            self._write(roster=mark)
 
     def contradicts(self, server_round: int, head: bytes) -> bool:
         """Whether what the server says now cannot follow on what it said before.

@@ -64,6 +64,7 @@ def statement_inputs(
                 clipped_share=dict(clipped_share or {}),
                 planned={"adapter": PlannedChannel(sampling_rate=plan.sampling_rate, steps=steps)},
                 expected_batch_size=terms.adapter_privacy.expected_batch_size,
+                largest_delta=terms.adapter_privacy.largest_delta,
             ),
         ),
         roster_sha256=roster.hash.hex(),
@@ -88,7 +89,7 @@ def for_handing_over(inputs: StatementInputs, terms: Terms, examples: int) -> St
         known = client.model_copy(update={"least_noise": terms.group_sums.noise_multiplier})
         return inputs.model_copy(update={"clients": (known,)})
     _, high = cell(examples)
-    delta = rounded_delta(parameters_of(client.ledger).delta)
+    delta = rounded_delta(parameters_of(client.ledger).delta, client.largest_delta)
     try:
         planned = plan_adapter(terms, high, delta, terms.adapter_privacy.target_epsilon).noise_multiplier
     except AccountingError:

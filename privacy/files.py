@@ -8,7 +8,7 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Final
@@ -102,6 +102,19 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_marks(paths: Iterable[Path]) -> list[tuple[int, ...]]:
+    """What differs once a file was replaced or written to; an empty mark for one that is not there."""
+    marks: list[tuple[int, ...]] = []
+    for path in paths:
+        try:
+            found = path.stat()
+        except OSError:
+            marks.append(())
+        else:
+            marks.append((found.st_mtime_ns, found.st_size, found.st_ino))
+    return marks
 
 
 def hold_directory(path: Path, instead: str, *, wait: bool = False) -> IO[bytes]:

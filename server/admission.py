@@ -1,5 +1,6 @@
 """What the server checks before it believes a client: enrolment, headers, signatures, payloads."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,8 +24,12 @@ _NOISE_TOLERANCE = 1e-5
 class Admission:
     """Checks that need the settings of the run but not its state."""
 
-    def __init__(self, settings: ServerSettings, run_id: str, aggregator: Aggregator[Any]) -> None:
+    def __init__(
+        self, settings: ServerSettings, run_id: str, aggregator: Aggregator[Any], rosters: Collection[str]
+    ) -> None:
+        """Prepare; `rosters` are the hashes of all that the run has had, whose statements are welcome."""
         self._settings = settings
+        self._rosters = rosters
         self._run_id = run_id
         self._aggregator = aggregator
 
@@ -35,7 +40,7 @@ class Admission:
                 RefusalKind.NOT_PERMITTED,
                 "NOT_ON_ROSTER",
                 f"{client!r} is not on the roster of federation {self._settings.federation!r}",
-                "the consortium can add a member with `fedmosaic keys add`",
+                "the consortium can add a member with `fedmosaic keys approve`",
             )
 
     def check_round(self, round_number: int) -> None:
@@ -69,12 +74,12 @@ class Admission:
                 f"report.statement of {client!r}: {error}",
                 "send the statement that the client wrote for this run",
             ) from None
-        if found.roster_sha256 != self._settings.roster_hash.hex():
+        if found.roster_sha256 not in self._rosters:
             raise _differs(
                 "ROSTER_DIFFERS",
                 f"report.statement is about roster {found.roster_sha256[:16]!r}, the server's is "
                 f"{self._settings.roster_hash.hex()[:16]}",
-                "give both sides the consortium's newest roster and restart them",
+                "install the consortium's newest roster on both sides (`fedmosaic keys install`)",
             )
 
     def check_enrolment(self, client: str, enrolment: Enrolment) -> None:
@@ -99,7 +104,7 @@ class Admission:
                 "ROSTER_DIFFERS",
                 f"the client's roster has fingerprint {enrolment.roster_hash.hex()[:16]}, the server's "
                 f"{settings.roster_hash.hex()[:16]}",
-                "give both sides the consortium's newest roster and restart them",
+                "install the consortium's newest roster on both sides (`fedmosaic keys install`)",
             )
         if enrolment.adapter_spec_hash not in settings.adapter_spec_hashes:
             expected = " or ".join(h.hex()[:16] for h in settings.adapter_spec_hashes)

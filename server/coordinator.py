@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 from fedmosaic.privacy.encryption.aggregators import create_aggregator
 from fedmosaic.privacy.files import private_opener
@@ -29,6 +29,7 @@ from fedmosaic.protos.refusal import Refusal, RefusalKind
 from fedmosaic.server.admission import Admission
 from fedmosaic.server.downloads import Download, read_download
 from fedmosaic.server.keys.relay import KeyRelay, check_key_epoch, required
+from fedmosaic.server.rosters import Rosters, under_roster
 from fedmosaic.server.round import state as rounds
 from fedmosaic.server.round.close import ClosedRound, DamagedUploadsError, close_round
 from fedmosaic.server.round.repair import repair_aggregate
@@ -37,7 +38,7 @@ from fedmosaic.server.settings import ServerSettings
 from fedmosaic.server.storage.blobs import Blobs, MissingBlobError
 from fedmosaic.server.storage.store import MARK, Store, default_url
 from fedmosaic.server.summary import Account, last_words, summarise
-from fedmosaic.server.sums import RunSums, is_sum_step
+from fedmosaic.server.sums import PARTITION_FORMED, RunSums, is_sum_step
 
 log = logging.getLogger(__name__)
 _SECONDS_TO_SEND_AGAIN = 60.0
@@ -78,7 +79,9 @@ class Coordinator:
         self._aggregator = create_aggregator(settings.encryption, settings.policy, allow_plaintext=plaintext)
         self.run_id = open_run(settings, self._store, new=self._blobs.empty)
         self._head = stored_head(self._store, self.run_id)
-        self._admission = Admission(settings, self.run_id, self._aggregator)
+        self._rosters = Rosters(self._store)
+        self._rosters.take_up(settings, fixed=self._store.get(PARTITION_FORMED) is not None)
+        self._admission = Admission(settings, self.run_id, self._aggregator, self._rosters.known)
         self._keys = KeyRelay(settings, self._store, self._clock()) if settings.encrypted else None
         self._round = resume_round(settings, self._store, self._keys, self._clock())
         self._sums: RunSums | None = None
@@ -99,9 +102,38 @@ class Coordinator:
         state = self._round
         return 0 if state.phase is Phase.CLOSED else state.number
 
+    def renew(self, settings: ServerSettings) -> bool:
+        """Go on under another roster of the same terms. Its members enrol again before they do anything else.
+
+        Args:
+            settings: with the new roster. What the server's operator decides stays as it was.
+
+        Returns:
+            False while a round is being aggregated: ask again. When the run is over, nothing changes.
+
+        Raises:
+            IdentityError: the roster cannot follow on the present one.
+            StateError: the run's roster is fixed, or a member has another family on the new one.
+        """
+        with self._lock:
+            if self._round.phase is not Phase.OPEN:
+                return self._round.phase is Phase.FINISHED
+            settings = under_roster(self.settings, settings)
+            fixed = self._store.get(PARTITION_FORMED) is not None
+            if self._rosters.take_up(settings, fixed=fixed):
+                self.settings = settings
+                self._admission = Admission(settings, self.run_id, self._aggregator, self._rosters.known)
+                self._round = resume_round(settings, self._store, self._keys, self._clock())
+                if self._sums is not None:
+                    self._sums = RunSums(settings, self._store, self._blobs, self.run_id, self._round.number)
+        for topic in get_args(Topic):
+            self._changed(topic)
+        return True
+
     def _seen(self, client: str) -> None:
         self._admission.check_member(client)
         with self._lock:
+            self._rosters.check(client)
             self._round = self._round.seen(client)
 
     @property
@@ -114,11 +146,11 @@ class Coordinator:
         A client that only checks is not counted as present: it may have to load its model first, or be told
         that something there is wrong.
         """
-        self._admission.check_enrolment(client_id, enrolment)
-        if not enrolment.check_only:
-            self._seen(client_id)
         with self._lock:
+            self._admission.check_enrolment(client_id, enrolment)
             if not enrolment.check_only:
+                self._rosters.enrolled(client_id)
+                self._round = self._round.seen(client_id)
                 self._store.enrol(client_id, enrolment, time.time())
                 log.info("%s enrolled (%s)", client_id, enrolment.software)
             members, kept = tuple(sorted(self.settings.members)), self._store.ledger_head(client_id)
@@ -131,9 +163,10 @@ class Coordinator:
         Returns:
             A ticket if the payload is wanted, or the final answer if not.
         """
-        content_hash = self._admission.check_upload(client_id, header)
-        self._seen(client_id)
         with self._lock:
+            self._rosters.check(client_id)  # before the signature, whose key another roster may change
+            content_hash = self._admission.check_upload(client_id, header)
+            self._seen(client_id)
             _, answer = self._judge(client_id, header, content_hash)
             if answer is not ReceiptStatus.ACCEPTED:
                 return self._receipt(client_id, header, answer, content_hash)
@@ -160,6 +193,7 @@ class Coordinator:
             ticket.spool.unlink(missing_ok=True)
             raise
         with self._lock:
+            self._seen(client_id)  # another roster may have come since it was announced
             state, answer = self._judge(client_id, header, ticket.content_hash)
             if answer is ReceiptStatus.ACCEPTED:
                 if header.sections:
@@ -358,8 +392,8 @@ class Coordinator:
 
     def post_key_message(self, client_id: str, message: KeyMessage) -> None:
         """Relay a message of the key agreement, or take one of a sum; the first in its place counts."""
-        self._seen(client_id)
         with self._lock:
+            self._seen(client_id)
             if self._sums is not None and is_sum_step(message.stage):
                 self._sums.post(client_id, message.epoch, message.stage, message.payload)
                 self._sums.advance(self._round.members - self._round.absent, self._clock())
@@ -377,8 +411,8 @@ class Coordinator:
 
     def read_key_messages(self, client_id: str, epoch: int, stage: str) -> dict[str, bytes]:
         """Messages of a stage that a client may read, by sender; empty while they are not open yet."""
-        self._seen(client_id)
         with self._lock:
+            self._seen(client_id)
             if self._sums is not None and is_sum_step(stage):
                 return self._sums.read(client_id, epoch, stage)
             return required(self._keys, self.settings).read(client_id, epoch, stage)
@@ -397,7 +431,8 @@ class Coordinator:
         """Who took part and has not handed over a statement, once all rounds are over; None before."""
         if self._round.phase is not Phase.FINISHED:
             return None
-        return tuple(sorted(self._store.enrolled() - self._store.reports().keys()))
+        present = self._store.enrolled() & self.settings.members.keys()
+        return tuple(sorted(present - self._store.reports().keys()))
 
     def last_words(self) -> tuple[list[str], bool]:
         """What to say when the run is over, and whether anybody received anything."""

@@ -72,9 +72,6 @@ def open_run(settings: ServerSettings, store: Store, *, new: bool) -> str:
             f"{settings.state_dir} holds run {run_id}, whose {' and '.join(changed)} differ from the "
             "settings; give the new run its own state_dir (and database), or restore the old settings"
         )
-    if store.get("roster") != settings.roster_hash.hex():
-        log.warning("the roster has changed; a new group key is agreed on before anybody encrypts again")
-        store.put({"roster": settings.roster_hash.hex(), "rotate": "1"})
     return run_id
 
 
@@ -83,7 +80,6 @@ def _begin_run(settings: ServerSettings, store: Store, terms: Mapping[str, objec
     store.put(
         {
             "run": json.dumps({"id": run_id, "started_at": time.time(), "terms": terms}),
-            "roster": settings.roster_hash.hex(),
             "round": "1",
             "absent": "[]",
             "head": first_head(run_id).hex(),

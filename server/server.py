@@ -32,6 +32,7 @@ class Server:
             ConfigurationError: the kit's `server.toml` or roster is not valid.
             IdentityError: the roster is not signed by the pinned consortium key.
         """
+        self._kit = None if isinstance(source, ServerSettings) else Path(source)
         self.settings = source if isinstance(source, ServerSettings) else settings_from_kit(Path(source))
 
     def serve(self) -> int:
@@ -60,7 +61,9 @@ class Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop)
         # A terminal that closes, or a rotation of logs that means well, is no reason to stop.
-        text = "SIGHUP is ignored; configuration is read at the start"
+        text = (
+            "SIGHUP is ignored; certificates and the roster are read when they change, all else at the start"
+        )
         loop.add_signal_handler(signal.SIGHUP, log.info, text)
         async with self.running(over):
             return await over
@@ -90,6 +93,7 @@ class Server:
         from fedmosaic.server.network.service import FederationService
         from fedmosaic.server.network.serving import Listener, server_credentials
         from fedmosaic.server.network.waiting import Changes
+        from fedmosaic.server.renewal import Renewal
 
         settings = self.settings
         if settings.tls is None:
@@ -107,6 +111,8 @@ class Server:
             self._say_hello(listener.port)
             clockwork = asyncio.create_task(Clockwork(coordinator, changes, over).run())
             ending.push_async_callback(lambda: clockwork)
+            renewal = asyncio.create_task(Renewal(coordinator, self._kit).run())
+            ending.callback(renewal.cancel)
             ending.callback(changes.stop)
             ending.push_async_callback(listener.take_leave)
             yield listener.port

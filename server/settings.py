@@ -13,6 +13,7 @@ from fedmosaic.privacy.encryption.parameters import Parameters, PlainParameters
 from fedmosaic.privacy.federation.kits import SERVER_SETTINGS, open_kit, unaligned
 from fedmosaic.privacy.federation.names import ListenAddress, MemberId
 from fedmosaic.privacy.federation.roster import GroupSumTerms, Hex32
+from fedmosaic.privacy.federation.succession import RosterMark
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos import bounds
 from fedmosaic.protos.messages import SectionName
@@ -67,6 +68,7 @@ class ServerSettings(Frozen):
         tls_key_sha256: pinned SHA-256 of the SubjectPublicKeyInfo of each member's certificate; members
             without an entry need a valid certificate only.
         roster_hash: hash of the roster that all sides must hold.
+        roster_mark: what a later roster is judged by; None lets any follow.
         adapter_spec_hashes: adapter specs that clients may enrol with.
         families: architecture name by member; members without an entry belong to no family.
         shared_dimensions: length d of the shared adapter vector.
@@ -97,6 +99,7 @@ class ServerSettings(Frozen):
     members: dict[MemberId, Bytes32] = Field(min_length=1, max_length=bounds.MAX_MEMBERS)
     tls_key_sha256: dict[MemberId, Hex32] = Field(default_factory=dict)
     roster_hash: Bytes32
+    roster_mark: RosterMark | None = None
     adapter_spec_hashes: tuple[Bytes32, ...] = Field(min_length=1)
     families: dict[MemberId, str] = Field(default_factory=dict)
     shared_dimensions: int = Field(ge=1)
@@ -191,6 +194,7 @@ def settings_from_kit(directory: Path) -> ServerSettings:
         "members": roster.identity_keys(),
         "tls_key_sha256": {member.id: member.tls_key_sha256 for member in roster.members},
         "roster_hash": roster.hash,
+        "roster_mark": RosterMark.of(roster),
         "adapter_spec_hashes": (terms.adapter.spec_hash,),
         "families": {member.id: member.family for member in roster.members if member.family},
         "shared_dimensions": terms.adapter.shared_dimensions,

@@ -8,14 +8,16 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic_core import from_json
 
 from fedmosaic import __version__
+from fedmosaic.privacy.federation.identity import read_certificate
 from fedmosaic.privacy.files import write_atomically
-from fedmosaic.protos.errors import StateError
+from fedmosaic.protos.errors import IdentityError, StateError
 from fedmosaic.protos.messages import PROTOCOL_VERSION
 from fedmosaic.server.round.state import Round
 from fedmosaic.server.settings import ServerSettings
@@ -126,6 +128,7 @@ def summarise(settings: ServerSettings, store: Store, state: Round) -> dict[str,
         "started_at": run.get("started_at"),
         "federation": settings.federation,
         "roster_hash": settings.roster_hash.hex(),
+        "certificate_expires": _expiry(settings),
         "members": sorted(settings.members),
         "backend": settings.encryption.backend,
         "rounds": settings.rounds,
@@ -139,6 +142,14 @@ def summarise(settings: ServerSettings, store: Store, state: Round) -> dict[str,
         "statements": statements,
         "unreadable_statements": unreadable,
     }
+
+
+def _expiry(settings: ServerSettings) -> str | None:
+    """When the server's certificate expires; None without one, or while it cannot be read."""
+    with suppress(IdentityError):
+        if settings.tls is not None:
+            return read_certificate(settings.tls.certificate).not_valid_after_utc.isoformat()
+    return None
 
 
 def _statements(store: Store) -> tuple[dict[str, object], list[str]]:

@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 
 PARTITION: Final = "sum-partition"
 TOTALS: Final = "sum-totals"
-_STORED: Final = "partition"
+PARTITION_FORMED: Final = "partition"
+"""Key of the run's metadata."""
 _FAULTS: Final = "sum-faults"
 # Of a round's deadline; before the vector is sent, members take the gradients that are in it.
 _SHARE_OF_ROUND: Final = {OPEN: 0.2, SHARE: 0.1, VECTOR: 0.5, AGREE: 0.1, UNMASK: 0.1}
@@ -44,7 +45,7 @@ class RunSums:
         self._store = store
         self._blobs = blobs
         self._run_id = run_id
-        stored = store.get(_STORED)
+        stored = store.get(PARTITION_FORMED)
         self._partition = None if stored is None else Partition.decoded(stored.encode())
         self._totals = [self._read(number) for number in range(2, round_number)] if self._partition else []
         self._current: RoundSums | None = None
@@ -132,7 +133,7 @@ class RunSums:
         groups = group_clients(clients, related, self._terms.groups, self._terms.minimum_contributors)
         mixing = mixing_weights(clients, related, groups, self._settings.temperature)
         self._partition = Partition(groups=groups, mixing=mixing)
-        self._store.put({_STORED: self._partition.encoded().decode()})
+        self._store.put({PARTITION_FORMED: self._partition.encoded().decode()})
         log.info("groups: %s", "; ".join(", ".join(group) for group in groups))
 
     def _round(self, number: int) -> RoundSums:

@@ -1,10 +1,19 @@
-"""What many tests need: a public mechanism, a federation to found, and a charge to a ledger."""
+"""What many tests need: a public mechanism, a federation to found, certificates, a charge to a ledger."""
 
+import datetime as dt
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric import ec
+
 from fedmosaic.privacy.accounting.events import GaussianEvent
+from fedmosaic.privacy.federation import consortium, identity
+from fedmosaic.privacy.federation.install import install
 from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
-from fedmosaic.privacy.federation.roster import Terms
+from fedmosaic.privacy.federation.requests import make_request
+from fedmosaic.privacy.federation.roster import Roster, Terms
 from fedmosaic.privacy.ledger.ledger import Ledger, data_epoch
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 
@@ -24,6 +33,45 @@ def founding(*ids: str, name: str = "clinics", **changes: Any) -> FederationConf
     terms = Terms.model_validate({"profile": tiny_mechanism()} | changes)
     members = tuple(MemberEntry(id=member) for member in ids or "abcd")
     return FederationConfig(federation=name, members=members, terms=terms)
+
+
+def enrol_member(directory: Path, member: str, family: str = "", *, replace: bool = False) -> Roster:
+    """Have a member, new or known, make keys in its kit here, and take in what the consortium answers."""
+    kit = directory / "clients" / member
+    name = consortium._open(directory, None).federation
+    answers = consortium.approve(directory, [make_request(kit, name, member, family)], replace=replace)
+    for answer in answers.answers.values():
+        install(answer, kit, None)
+    assert answers.roster is not None
+    return answers.roster
+
+
+@dataclass(frozen=True)
+class TlsIdentity:
+    """A certificate and its private key, both PEM."""
+
+    certificate_pem: bytes
+    key_pem: bytes
+
+
+def issue_server(authority: identity.Authority, hosts: Sequence[str], **changes: Any) -> TlsIdentity:
+    """A new key of a server, and a certificate for it; changes are `days` and `now`."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    certificate = identity.certify_server(authority, key.public_key(), hosts, **changes)
+    return TlsIdentity(certificate, identity.private_pem(key))
+
+
+def issue_client(
+    authority: identity.Authority,
+    federation: str,
+    client: str,
+    days: int = 90,
+    now: dt.datetime | None = None,
+) -> TlsIdentity:
+    """A new key of a client, and a certificate for it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    certificate = identity.certify_client(authority, key.public_key(), federation, client, days, now)
+    return TlsIdentity(certificate, identity.private_pem(key))
 
 
 def charge(

@@ -1,7 +1,9 @@
 """The command line: help for newcomers, clear errors, and a server that stays light."""
 
 import errno
+import hashlib
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from safetensors import SafetensorError
 
 from fedmosaic import cli
 from fedmosaic.privacy import terminal
+from fedmosaic.privacy.federation import requests
 from fedmosaic.protos.errors import ModelError
 
 
@@ -51,26 +54,29 @@ def test_errors_of_ours_are_one_line_without_a_traceback(
     assert "no run here" in capsys.readouterr().err
     assert cli.main(["keys", "init", str(tmp_path)]) == 2
     assert "cannot be read (Is a directory)" in capsys.readouterr().err
-    assert cli.main(["keys", "add", "No Name", "--directory", str(tmp_path)]) == 2
-    assert "keys add is not a valid MemberEntry" in capsys.readouterr().err
+    assert cli.main(["keys", "request", "No Name", "--federation", "f", "--kit", str(tmp_path / "k")]) == 2
+    assert "the request is not a valid KeyRequest" in capsys.readouterr().err
 
 
-def test_keys_init_add_revoke_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+FOUNDING = (
+    'federation = "clinics"\nmembers = [{id = "a"}, {id = "b"}, {id = "c"}, {id = "d"}]\n'
+    '[terms.profile]\nprobe = "tiny"\nprobe_sha256 = "' + "0" * 64 + '"\n'
+    "[terms.profile.reduction]\nhidden_size = 8\nintermediate_size = 16\nprojection_dimensions = 32\n"
+)
+
+
+def test_keys_for_a_demo_are_all_made_at_once_and_it_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = tmp_path / "federation.toml"
-    config.write_text(
-        'federation = "clinics"\nmembers = [{id = "a"}, {id = "b"}, {id = "c"}, {id = "d"}]\n'
-        '[terms.profile]\nprobe = "tiny"\nprobe_sha256 = "' + "0" * 64 + '"\n'
-        "[terms.profile.reduction]\nhidden_size = 8\nintermediate_size = 16\nprojection_dimensions = 32\n"
-    )
+    config.write_text(FOUNDING)
     place = tmp_path / "federation"
-    assert cli.main(["keys", "init", str(config), "--out", str(place)]) == 0
+    assert cli.main(["keys", "init", str(config), "--out", str(place), "--for-demo"]) == 0
     told = " ".join(capsys.readouterr().out.split())
+    assert "FOR ONE MACHINE ONLY: every private key was made here" in told
     assert "1 recipient(s) of the 4 members solve for no adapter, 2 may;" in told
     assert "only adapter.protection 'dp' helps" in told
     assert "one member that is away stops all" in told
-    assert cli.main(["keys", "add", "e", "--directory", str(place)]) == 0
-    assert cli.main(["keys", "rotate", "a", "--directory", str(place)]) == 0
-    assert cli.main(["keys", "revoke", "b", "--directory", str(place)]) == 0
     assert cli.main(["keys", "revoke", "c", "--directory", str(place)]) == 2
     assert "without 'c', 3 members cannot receive anything" in capsys.readouterr().err
     assert cli.main(["keys", "show", "--directory", str(place)]) == 0
@@ -80,9 +86,56 @@ def test_keys_init_add_revoke_show(tmp_path: Path, capsys: pytest.CaptureFixture
     (place / "clients" / "a" / "tls.pem").write_bytes(b"")
     assert cli.main(["keys", "show", str(place)]) == 2
     assert "tls.pem: not a PEM certificate" in capsys.readouterr().err
-    assert "roster 4" in shown
-    assert "89 days left" in shown
-    assert (place / "clients" / "e" / "roster.json").read_bytes() == (place / "roster.json").read_bytes()
+    assert "roster 1" in shown
+    assert "good for 89 days" in shown
+
+
+def test_keys_are_made_at_home_approved_by_fingerprint_and_installed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("federation.toml").write_text(FOUNDING)
+    # What makes guesses dear makes this slow; it is asked for thirty times.
+    monkeypatch.setattr(requests.hashlib, "scrypt", lambda data, *, salt, **_: hashlib.sha256(data).digest())
+
+    def run(command: str, *more: str, status: int = 0) -> str:
+        assert cli.main(["keys", *command.split(), *more]) == status
+        told = capsys.readouterr()
+        return " ".join((told.err if status else told.out).split())
+
+    def read(told: str) -> str:
+        return str(re.search(r"fingerprint ((\d{5} ?){4})", told)[1]).strip()  # type: ignore[index]
+
+    assert "nobody is here to type the passphrase" in run("init federation.toml", status=2)
+    monkeypatch.setenv("FEDMOSAIC_PASSPHRASE", "short")
+    assert "has 5 characters, and 12 are the fewest" in run("init federation.toml", status=2)
+    monkeypatch.setenv("FEDMOSAIC_PASSPHRASE", "correct horse battery")
+    consortium = read(run("init federation.toml"))
+    heard = {}
+    for name in "abcd":
+        heard[name] = read(run(f"request {name} --federation clinics --kit {name}"))
+    heard["server"] = read(run("request --federation clinics --hosts localhost --kit server"))
+    files = [f"{name}.request.json" for name in heard]
+    assert "nobody is here to type the fingerprint of member 'a'" in run("approve", *files, status=2)
+    wrong = ["--fingerprint", *heard.values()]
+    wrong[2] = "0" * 20
+    assert "what was read of member 'b' is not its fingerprint" in run("approve", *files, *wrong, status=2)
+    told = run("approve", *files, "--fingerprint", *heard.values())
+    assert "roster 1 is in federation/roster.json" in told
+    assert "hand back federation/answers/clients/a/ to a" in told
+    for name in heard:
+        answer = "federation/answers/" + ("server" if name == "server" else f"clients/{name}")
+        assert "the consortium" in run(f"install {answer} --kit {name}", "--consortium", "1" * 20, status=2)
+        assert "installed in" in run(f"install {answer} --kit {name}", "--consortium", consortium)
+    shown = run("show a")
+    assert all(heard[name] in shown for name in "abcd")
+    assert "the certificate here is good for 89 days" in shown
+    read_end, write_end = os.pipe()
+    os.write(write_end, b"correct horse battery\n")
+    os.close(write_end)
+    monkeypatch.delenv("FEDMOSAIC_PASSPHRASE")
+    told = run(f"revoke a --passphrase-fd {read_end}", status=2)
+    assert "without 'a', 3 members cannot receive anything" in told
 
 
 def test_the_server_command_loads_no_models_library() -> None:

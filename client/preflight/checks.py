@@ -25,10 +25,10 @@ from fedmosaic.client.preflight.data import Lengths, check_sets, read_lengths
 from fedmosaic.client.preflight.memory import check_memory
 from fedmosaic.client.profile.maker import client_probe, public_map, read_as_text
 from fedmosaic.client.progress import Progress
+from fedmosaic.client.protection import Identity
 from fedmosaic.client.records import profile_path
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import SessionRecord, check_run, read_record
-from fedmosaic.client.transport.connection import check_certificate
 from fedmosaic.client.transport.grpc import GrpcTransport
 from fedmosaic.client.transport.traffic import Traffic
 from fedmosaic.privacy.encryption.layout import upload_payload_bytes
@@ -37,7 +37,7 @@ from fedmosaic.privacy.federation.kits import Kit, open_kit, unaligned
 from fedmosaic.privacy.ledger.ledger import LEDGER, LedgerParameters, data_epoch, has_begun, read_ledger
 from fedmosaic.privacy.ledger.rules import check_parameters
 from fedmosaic.privacy.mechanism.noise import SecureNoise
-from fedmosaic.protos.errors import ConfigurationError, IdentityError, ModelError, StateError
+from fedmosaic.protos.errors import ConfigurationError, ModelError, StateError
 
 _SPARE_BYTES: Final = 1 << 28
 """Room for adapters, ledger and logs beside what is sent and received."""
@@ -167,7 +167,7 @@ class Preflight:
     def plan(self) -> AdapterPlan:
         """DP-SGD parameters of this client; AccountingError if there are none."""
         terms, count = self.kit.roster.terms, len(self._unit_ids)
-        delta = ledger_delta(self._ledger, count)
+        delta = ledger_delta(self._ledger, count, terms.adapter_privacy.largest_delta)
         return plan_adapter(terms, count, delta, agreed_epsilon(self.settings, self.kit))
 
     @cached_property
@@ -205,23 +205,20 @@ class Preflight:
 
     def _check_kit(self) -> str:
         kit, roster = self.kit, self.kit.roster
-        member = roster.member(kit.member_id())
-        if identity.public_hex(kit.signing_key().public_key()) != member.identity_key:
-            raise IdentityError(
-                f"the identity key in {kit.directory} is not the one that roster {roster.serial} names for "
-                f"{member.id!r}; take all files from the newest kit"
-            )
+        member = Identity.of(kit).client_id
         public_map(roster.terms.profile, kit.basis)
         if warning := unaligned(roster):
             self.warnings.append(warning)
         return (
-            f"{member.id} of federation {roster.federation}, roster {roster.serial}, protection "
+            f"{member} of federation {roster.federation}, roster {roster.serial}, protection "
             f"{roster.terms.adapter.protection!r}, {roster.terms.schedule.rounds} rounds"
         )
 
     def _check_certificate(self) -> str:
-        certificate = check_certificate(self.kit.tls_certificate, self.kit.authority)
+        certificate = identity.check_certificate(self.kit.tls_certificate, self.kit.authority)
         identity.read_private(self.kit.tls_key)
+        if words := identity.expires_soon(certificate.not_valid_after_utc):
+            self.warnings.append(words)
         return f"valid until {certificate.not_valid_after_utc:%Y-%m-%d}"
 
     def _check_state(self) -> str:
@@ -289,7 +286,7 @@ class Preflight:
         kit, count = self.kit, len(self._unit_ids)
         target = agreed_epsilon(self.settings, kit)
         path = self._ledger
-        delta = ledger_delta(path, count)
+        delta = ledger_delta(path, count, kit.roster.terms.adapter_privacy.largest_delta)
         if has_begun(path):
             channels = budgeted_channels(kit.roster.terms)
             unit = kit.roster.terms.unit

@@ -1,6 +1,5 @@
 """The model card of what a member exports: what is inside, ε per adversary, and who may have it."""
 
-import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from fedmosaic import __version__
 from fedmosaic.client.result.saved import SavedModel
 from fedmosaic.privacy.statement.models import Guarantee, PrivacyStatement
+from fedmosaic.privacy.statement.plain import epsilon_text
 from fedmosaic.privacy.statement.words import ADVERSARY_NAMES, CHANNEL_NAMES
 
 Format = Literal["colora", "lora", "merged"]
@@ -45,13 +45,6 @@ class Export:
     rank: int | None
     checked: str
     left_out: str
-
-
-def epsilon_text(value: float | None) -> str:
-    """An ε, rounded up; what is protected by cryptography alone has none."""
-    if value is None:
-        return "encryption alone"
-    return "∞" if math.isinf(value) else f"{math.ceil(round(value * 1000, 6)) / 1000:g}"
 
 
 def guarantees(statement: PrivacyStatement, channel: str) -> dict[str, Guarantee]:

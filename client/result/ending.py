@@ -4,9 +4,10 @@ import shlex
 import textwrap
 from pathlib import Path
 
-from fedmosaic.client.result.card import epsilon_text, guarantees
+from fedmosaic.client.result.card import guarantees
 from fedmosaic.client.result.comparison import Comparison
 from fedmosaic.privacy.statement.models import PrivacyStatement
+from fedmosaic.privacy.statement.plain import delta_text, epsilon_text, trust
 
 _COLUMNS = 80
 
@@ -15,11 +16,11 @@ def epsilon_line(statement: PrivacyStatement) -> str:
     """The member's ε over all that it sent, towards the server and towards colluding recipients."""
     found = guarantees(statement, "joint")
     server, recipients = found["server_honest_but_curious"].epsilon, found["colluding_recipients"].epsilon
-    void = "NO GUARANTEE (test noise): " if statement.no_guarantee else ""
+    client = statement.clients[0]
     return (
-        f"{void}ε = {epsilon_text(server)} towards the server, {epsilon_text(recipients)} towards "
-        f"recipients who work together "
-        f"(one example, δ {statement.clients[0].delta:.0e})"
+        f"{trust(client)} ε = {epsilon_text(server)} towards the server, {epsilon_text(recipients)} towards "
+        f"recipients who work together (one {client.unit}, δ {delta_text(client.delta)}; what ε means: "
+        "docs/privacy.md)"
     )
 
 

@@ -25,8 +25,8 @@ _CREDENTIALS: Final = re.compile(r"(?<=://)[^/@\s]*@|^[^/@\s]*@")
 _FINAL: Final = (
     (
         "certificate has expired",
-        "the server's certificate has expired (if this machine's clock is right); the consortium makes a new "
-        "one with `fedmosaic keys rotate-server`",
+        "the server's certificate has expired (if this machine's clock is right); have the consortium "
+        "approve its request again (`fedmosaic keys approve`)",
     ),
     (
         "certificate is not yet valid",
@@ -90,7 +90,7 @@ def explain(text: str, address: str) -> Cause:
         named = ", ".join(_presented_names(address)) or "other names"
         return Cause(
             f"the server's certificate is for {named}; set server in client.toml to one of these, or have "
-            "the consortium name this one, too (`fedmosaic keys rotate-server --hosts`)",
+            "the server request this one, too (`fedmosaic keys request --hosts`)",
             final=True,
         )
     through = _proxy(address)

@@ -1,6 +1,5 @@
 """A mutually authenticated channel to the server, and the patience to try again."""
 
-import datetime as dt
 import logging
 import secrets
 import time
@@ -10,12 +9,10 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 import grpc
-from cryptography import x509
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 
 from fedmosaic.client.transport.causes import explain
-from fedmosaic.privacy.federation.identity import check_pair, read_certificate
+from fedmosaic.privacy.federation.identity import check_certificate, check_pair, read_certificate
 from fedmosaic.privacy.federation.names import is_local
 from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import IdentityError, TransportError
@@ -57,37 +54,6 @@ def open_channel(address: str, authority: Path, certificate: Path, private_key: 
     credentials = grpc.ssl_channel_credentials(authority_pem, key_pem, certificate_pem)
     direct = (("grpc.enable_http_proxy", 0),) if is_local(address) else ()
     return grpc.secure_channel(address, credentials, options=(*_OPTIONS, *direct))
-
-
-def check_certificate(source: Path, authority: Path, now: dt.datetime | None = None) -> x509.Certificate:
-    """Refuse a certificate that the server would refuse: TLS would only say that the connection closed.
-
-    Args:
-        source: this client's certificate, PEM.
-        authority: certificate of the federation's authority, PEM.
-        now: present time, with a time zone; the clock by default.
-
-    Raises:
-        IdentityError: it is expired, not valid yet, or not from this authority.
-    """
-    now = now or dt.datetime.now(dt.UTC)
-    certificate = read_certificate(source)
-    if now >= certificate.not_valid_after_utc:
-        raise IdentityError(
-            f"{source} expired on {certificate.not_valid_after_utc:%Y-%m-%d}; ask the consortium for a new "
-            "kit (`fedmosaic keys rotate`)"
-        )
-    if now < certificate.not_valid_before_utc:
-        raise IdentityError(
-            f"{source} is valid from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC; check this clock"
-        )
-    try:
-        certificate.verify_directly_issued_by(read_certificate(authority))
-    except (ValueError, TypeError, InvalidSignature):
-        raise IdentityError(
-            f"{source} was not issued by the authority beside it; take all files from one kit"
-        ) from None
-    return certificate
 
 
 @dataclass(frozen=True)

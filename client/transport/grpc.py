@@ -1,5 +1,6 @@
 """What a session asks of the server, and the gRPC transport that carries it."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,8 +10,10 @@ from google.protobuf.message import Message
 
 from fedmosaic.client.transport.connection import Patience, open_channel
 from fedmosaic.client.transport.traffic import Channel, Traffic
+from fedmosaic.privacy.federation.identity import expires_soon, read_certificate
+from fedmosaic.privacy.files import file_marks
 from fedmosaic.protos import bounds, wire
-from fedmosaic.protos.errors import WireError
+from fedmosaic.protos.errors import IdentityError, WireError
 from fedmosaic.protos.messages import (
     Aggregate,
     Enrolled,
@@ -26,9 +29,11 @@ from fedmosaic.protos.refusal import Refusal
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 B = TypeVar("B", bound=Message)
 OnWait = Callable[[RoundStatus], None]
+_DAY_SECONDS: Final = 86_400.0
 _LARGE_BYTES: Final = 1 << 20
 _SHORTEST_POLL_SECONDS: Final = 0.5
 _CALL_SECONDS: Final = 30.0
@@ -99,23 +104,53 @@ class GrpcTransport:
         Raises:
             IdentityError: a file is missing or not acceptable.
         """
+        self._address, self._files = address, (authority, certificate, private_key)
+        self._marks = file_marks(self._files)
         self._channel = open_channel(address, authority, certificate, private_key)
         self._stub = rpc.FederationStub(self._channel)
+        self._looked = time.monotonic()
         self._patience = Patience(address, retry_seconds)
         self._wait = wait_seconds
         self._traffic = traffic or Traffic()
 
     def _call(self, name: str, attempt: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
+        def fresh() -> T:
+            self._reopen_if_changed()
+            return attempt()
+
         try:
-            return self._patience.retry(name, attempt, progress)
+            return self._patience.retry(name, fresh, progress)
         finally:
             self._traffic.save()
 
+    def _reopen_if_changed(self) -> None:
+        """Show a certificate that was installed meanwhile; once a day, say if the one here expires."""
+        if time.monotonic() - self._looked > _DAY_SECONDS:
+            self._looked = time.monotonic()
+            if words := expires_soon(read_certificate(self._files[1]).not_valid_after_utc):
+                log.warning("%s", words)
+        if (marks := file_marks(self._files)) == self._marks:
+            return
+        self._marks = marks
+        try:
+            channel = open_channel(self._address, *self._files)
+        except IdentityError as error:
+            # An installation may be in the middle; its last file changes the marks once more.
+            log.warning("going on with the connection of before: %s", error)
+            return
+        log.info("certificate or authority have changed: connecting anew")
+        self._channel.close()
+        self._channel, self._stub = channel, rpc.FederationStub(channel)
+
     def _unary(
-        self, name: str, method: Callable[..., B], request: Message, channel: Channel = "control"
+        self,
+        name: str,
+        method: Callable[[], Callable[..., B]],
+        request: Message,
+        channel: Channel = "control",
     ) -> B:
-        """One request and its answer, counted."""
-        response = self._call(name, lambda: self._attempt(method, request, channel))
+        """One request and its answer, counted; `method` takes it from the stub of the present channel."""
+        response = self._call(name, lambda: self._attempt(method(), request, channel))
         self._traffic.received(channel, response.ByteSize())
         return response
 
@@ -126,7 +161,7 @@ class GrpcTransport:
     def enrol(self, enrolment: Enrolment) -> Enrolled:
         """See `Transport.enrol`."""
         request = wire.encode(enrolment, pb.EnrolRequest)
-        return wire.decode(self._unary("enrol", self._stub.Enrol, request), Enrolled)
+        return wire.decode(self._unary("enrol", lambda: self._stub.Enrol, request), Enrolled)
 
     def pull(self, round_number: int, on_wait: OnWait | None = None) -> Aggregate:
         """See `Transport.pull`."""
@@ -204,17 +239,17 @@ class GrpcTransport:
 
     def status(self) -> RoundStatus:
         """See `Transport.status`."""
-        response = self._unary("status", self._stub.RoundStatus, pb.RoundStatusRequest())
+        response = self._unary("status", lambda: self._stub.RoundStatus, pb.RoundStatusRequest())
         return wire.decode(response.state, RoundStatus)
 
     def report(self, statement: bytes) -> None:
         """See `Transport.report`."""
-        self._unary("report", self._stub.Report, wire.encode(Report(statement), pb.ReportRequest))
+        self._unary("report", lambda: self._stub.Report, wire.encode(Report(statement), pb.ReportRequest))
 
     def post_key_message(self, message: KeyMessage) -> None:
         """See `Transport.post_key_message`."""
         request = wire.encode(message, pb.PostKeyMessageRequest)
-        self._unary("post key message", self._stub.PostKeyMessage, request, "keys")
+        self._unary("post key message", lambda: self._stub.PostKeyMessage, request, "keys")
 
     def read_key_messages(
         self, epoch: int, stage: str, expected: int, timeout_seconds: float

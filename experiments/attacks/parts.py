@@ -149,9 +149,8 @@ class Subject:
         privacy, steps = scenario.adapter_privacy, self._steps
         rate = min(1.0, privacy.expected_batch_size / examples)
         profile = GaussianEvent(max(_LEAST_SIGMA, scenario.profile.noise_multiplier), 1.0, 1)
-        planned = noise_multiplier_for(
-            privacy.target_epsilon, default_delta(examples), [profile], rate, steps
-        )
+        delta = default_delta(examples, privacy.largest_delta)
+        planned = noise_multiplier_for(privacy.target_epsilon, delta, [profile], rate, steps)
         as_planned = PrivateTrainingSettings(
             optimizer="sgd",
             steps=steps,

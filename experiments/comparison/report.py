@@ -1,12 +1,14 @@
 """`fedmosaic report PATH`: what a run did, what it is good for, and who learnt what."""
 
-import io
+import json
 import math
 import shlex
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,16 +16,19 @@ from typing import Any
 import tyro
 from rich.console import Console, RenderableType
 from rich.table import Table
-from rich.terminal_theme import DEFAULT_TERMINAL_THEME
 from rich.text import Text
 
+from fedmosaic.client.statement import HANDED_OVER, STATEMENT
 from fedmosaic.experiments.attacks import report as attack_report
 from fedmosaic.experiments.comparison.figures import privacy_figure
 from fedmosaic.experiments.comparison.majority import majorities
 from fedmosaic.experiments.comparison.page import page
+from fedmosaic.experiments.comparison.registry import record as registry_record
 from fedmosaic.experiments.comparison.runs import REFERENCE, compared_run, group_runs, read_object
+from fedmosaic.experiments.comparison.statement_page import statement_page
 from fedmosaic.experiments.comparison.tables import terminal_tables
 from fedmosaic.experiments.scenario.unseen import read_unseen, unseen_table
+from fedmosaic.privacy.federation.identity import expires_soon
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.statement.check import check_received
 from fedmosaic.privacy.statement.costs import costs_at_epsilon
@@ -32,7 +37,7 @@ from fedmosaic.privacy.statement.render import WIDTH, render, render_costs
 from fedmosaic.protos.errors import AccountingError, ConfigurationError, PrivacyError
 
 _CHANNELS = ("adapter", "profile", "keys", "control")
-_RESULT, _STATEMENT, _SERVER_RUN = "result.json", "statement.json", "run.json"
+_RESULT, _SERVER_RUN = "result.json", "run.json"
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,14 @@ class Arguments:
     path: tyro.conf.Positional[tuple[Path, ...]]
     """Where to read from."""
     html: Path | None = None
-    """Write one self-contained page: of a client's or server's state, or the comparison of runs."""
+    """Write one self-contained page: the privacy statement of a client's or server's state, to be signed, or
+    the comparison of runs."""
+    json: Path | None = None
+    """Write a state's statement as a record of OpenDP's deployment registry."""
+    organisation: str = ""
+    """Who signs, for page and record."""
+    purpose: str = ""
+    """What the processing is for, likewise."""
     against: str = REFERENCE
     """The method that the others are compared with, seed by seed."""
     privacy_figure: Path | None = None
@@ -78,18 +90,46 @@ def main(arguments: Sequence[str]) -> int:
         compare(parsed, shlex.join(["fedmosaic", "report", *arguments]))
         return 0
     record = read_run(parsed.path[0])
+    if parsed.html is not None or parsed.json is not None:
+        write_statement(parsed, record)
+        return 0
     # Without a terminal there is no width to respect, and the tables need WIDTH columns.
-    to_page = parsed.html is not None
-    wide = None if sys.stdout.isatty() and not to_page else WIDTH
-    console = Console(width=wide, record=to_page, file=io.StringIO() if to_page else None)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     show(record, console)
     merged = merged_statement(record)
     if parsed.at_epsilon is not None and merged is not None:
         console.print(render_costs(_costs(merged, parsed.at_epsilon, console)))
-    if parsed.html is not None:
-        write_atomically(parsed.html, console.export_html(theme=DEFAULT_TERMINAL_THEME).encode())
-        print(f"the page is {parsed.html}")
     return 0
+
+
+def write_statement(arguments: Arguments, record: RunRecord) -> None:
+    """Write the statement of a client or server as a page, as a registry's record, or both.
+
+    Raises:
+        ConfigurationError: there is no statement yet, or none that may be handed over.
+    """
+    merged = merged_statement(record)
+    if merged is None:
+        raise ConfigurationError(
+            f"{record.directory} holds no usable privacy statement; a client writes it after the last round"
+        )
+    signer = {"organisation": arguments.organisation, "purpose": arguments.purpose}
+    if arguments.html is not None:
+        attacked = attack_report.read(record.directory / "attacks")
+        text = statement_page(merged, record.directory, record.clients, attacked, **signer)
+        write_atomically(arguments.html, text.encode())
+        print(f"the page is {arguments.html}")
+    if arguments.json is not None:
+        handed = record.directory / HANDED_OVER
+        told = check_received(_read_json(handed), next(iter(record.clients))) if handed.exists() else merged
+        if not told.shareable:
+            raise ConfigurationError(
+                f"{record.directory} holds no statement that may be handed over ({HANDED_OVER}); a "
+                "registry is public, and a client's own statement tells its number of examples"
+            )
+        entry = json.dumps(registry_record(told, **signer), indent=2, ensure_ascii=False)
+        write_atomically(arguments.json, f"{entry}\n".encode())
+        print(f"the record is {arguments.json}")
 
 
 def _costs(statement: PrivacyStatement, target: float, console: Console) -> list[ChannelCost]:
@@ -153,7 +193,7 @@ def read_run(path: Path) -> RunRecord:
             f"{path}: no run here; give the directory that `fedmosaic run` printed, or the state directory "
             "of a client or a server"
         )
-    found = {name: _read_json(state / _STATEMENT) for name, state in states.items()}
+    found = {name: _read_json(state / STATEMENT) for name, state in states.items()}
     statements = {name: content for name, content in found.items() if content}
     if not states:
         statements = server.get("statements", {})
@@ -184,6 +224,8 @@ def show(record: RunRecord, console: Console) -> None:
             console.print(Text(f"{name}: {result['comparison']['verdict']}\n"))
     for line in alone(record):
         console.print(Text(f"{line}\n", style="bold red"))
+    for line in expiring(record):
+        console.print(Text(f"{line}\n", style="bold yellow"))
     if record.server.get("results"):
         put(
             relevance_table(record.server),
@@ -221,6 +263,18 @@ def alone(record: RunRecord) -> list[str]:
     received = record.server.get("received_rounds")
     if record.server.get("phase") == "finished" and received is not None and not any(received.values()):
         lines.append("NOTHING WAS EXCHANGED in this run: no member received anything, in any round.")
+    return lines
+
+
+def expiring(record: RunRecord) -> list[str]:
+    """Whose certificate is in its last days, one line each; once a run is over, an expired one is no news."""
+    lines = []
+    for name, found in {**record.clients, "the server": record.server}.items():
+        over = "after" in found or found.get("phase") == "finished"
+        with suppress(TypeError, ValueError):
+            expiry = datetime.fromisoformat(found.get("certificate_expires"))  # type: ignore[arg-type]  # or None
+            if (words := expires_soon(expiry)) and not (over and expiry < datetime.now(UTC)):
+                lines.append(f"{name}: {words}.")
     return lines
 
 

@@ -37,6 +37,7 @@ from fedmosaic.privacy.federation.roster import (
     RelevanceTerms,
     ScheduleTerms,
 )
+from fedmosaic.privacy.federation.terms_checks import LARGEST_DELTA
 
 RECIPE: Final = 1
 """Raised whenever the fitting of the profile's basis changes, so that no cache serves an old one."""
@@ -142,7 +143,9 @@ def demo_scenario(arguments: Arguments, models: Mapping[int, Path], data: DemoDa
         profile=ScenarioProfile(public_data=data.public, max_length=_MAX_LENGTH),
         adapter=AdapterTerms(protection=arguments.protection),
         adapter_privacy=AdapterPrivacyTerms(
-            target_epsilon=arguments.target_epsilon, steps_per_round=arguments.steps
+            target_epsilon=arguments.target_epsilon,
+            steps_per_round=arguments.steps,
+            largest_delta=LARGEST_DELTA,
         ),
         relevance=RelevanceTerms(temperature=0.2),
         schedule=ScheduleTerms(

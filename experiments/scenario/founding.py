@@ -12,6 +12,7 @@ from fedmosaic.client.colora.aligned import basis_name
 from fedmosaic.client.profile.fit import PROFILE, Arguments, fit
 from fedmosaic.experiments.scenario.processes import RunFailedError
 from fedmosaic.experiments.scenario.terms import Scenario
+from fedmosaic.privacy.federation import consortium
 from fedmosaic.privacy.federation import kits as federation
 from fedmosaic.privacy.federation.roster import AdapterTerms, Terms
 from fedmosaic.privacy.federation.terms_checks import settled
@@ -120,4 +121,4 @@ def found_federation(
     names = [client.id for client in scenario.clients]
     config = config.model_copy(update={"terms": settled(config.terms, names)})
     basis = directory / "profile" / federation.BASIS
-    federation.create(config, directory / "federation", basis if basis.exists() else None)
+    consortium.create(config, directory / "federation", basis if basis.exists() else None)

@@ -226,9 +226,10 @@ class _Client:
             self._score,
             discard=scenario.discard_received,
         )
-        count, target = self.learner.inner.example_count, self.terms.adapter_privacy.target_epsilon
+        count, privacy = self.learner.inner.example_count, self.terms.adapter_privacy
+        target, channels = privacy.target_epsilon, budgeted_channels(self.terms)
         self.ledger = open_ledger(
-            self.state.ledger_path, self.entry.id, count, target, budgeted_channels(self.terms)
+            self.state.ledger_path, self.entry.id, count, target, channels, privacy.largest_delta
         )
         self.plan = plan_adapter(self.terms, count, self.ledger.parameters.delta, target)
         self.transport = InProcessTransport(

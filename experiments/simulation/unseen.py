@@ -131,8 +131,10 @@ class Federation:
         examples, terms = training_examples(entry), self.terms
         ids = tuple(example.id for example in examples)
         state = ClientState(self.directory / "unseen" / entry.id, "unseen", entry.id)
-        target, channels = terms.adapter_privacy.target_epsilon, budgeted_channels(terms)
-        ledger = open_ledger(state.ledger_path, entry.id, len(ids), target, channels)
+        privacy, channels = terms.adapter_privacy, budgeted_channels(terms)
+        ledger = open_ledger(
+            state.ledger_path, entry.id, len(ids), privacy.target_epsilon, channels, privacy.largest_delta
+        )
         try:
             probe = self.probe.of(examples, randomness)
             unprotected = AdapterPlan(0.0, sampling_rate(terms, len(ids)))

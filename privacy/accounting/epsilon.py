@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from fedmosaic.privacy.accounting.events import GaussianEvent, merge_events
 from fedmosaic.protos.errors import AccountingError
@@ -193,11 +194,11 @@ def check_order(prv: float, rdp: float, pld: float) -> CrossCheck:
     return CrossCheck(prv=prv, rdp=rdp, pld=pld)
 
 
-def default_delta(examples: int) -> float:
-    """δ = n^-1.1, which is below 1/n for every number n ≥ 2 of private examples; it tells the order of n."""
+def default_delta(examples: int, largest: float | None = None) -> float:
+    """The smaller of n^-1.1, which is below 1/n for all numbers n ≥ 2 of examples, and the terms' bound."""
     if isinstance(examples, bool) or not isinstance(examples, int) or examples < 2:
         raise AccountingError("δ = n^-1.1 needs at least 2 examples; a smaller data set cannot be protected")
-    return float(examples**-1.1)
+    return min(float(examples**-1.1), 1.0 if largest is None else largest)
 
 
 def check_delta(delta: float, examples: int) -> None:
@@ -266,18 +267,27 @@ def _history(events: tuple[GaussianEvent, ...]) -> list[tuple[float, float, int]
 
 def _rdp(events: tuple[GaussianEvent, ...], delta: float, *, extended: bool) -> float:
     from opacus.accountants import RDPAccountant
+    from opacus.accountants.analysis import rdp as analysis
 
-    accountant = RDPAccountant()
-    accountant.history = _history(events)
     pure = all(event.sampling_rate == 1.0 for event in events)
-    orders = (_GAUSSIAN_ORDERS if pure else _SUBSAMPLED_ORDERS) if extended else None
+    extra = tuple(_GAUSSIAN_ORDERS if pure else _SUBSAMPLED_ORDERS)
+    orders = extra if extended else tuple(RDPAccountant.DEFAULT_ALPHAS)
+    total = sum(_rdp_of_step(e.noise_multiplier, e.sampling_rate, orders) * e.steps for e in events)
     with warnings.catch_warnings():
         # "Optimal order is the largest alpha": the bound holds, it is only not the tightest.
         warnings.simplefilter("ignore")
-        value = float(accountant.get_epsilon(delta, alphas=orders))
+        value = float(analysis.get_privacy_spent(orders=orders, rdp=total, delta=delta)[0])
     if math.isnan(value):
         raise AccountingError(f"RDP returned no number for {events}; check σ, q and steps")
     return max(0.0, value)
+
+
+@lru_cache(maxsize=1024)
+def _rdp_of_step(sigma: float, rate: float, orders: tuple[float, ...]) -> Any:
+    """Rényi divergences of one step at these orders; those of T steps are T times as large."""
+    from opacus.accountants.analysis import rdp as analysis
+
+    return analysis.compute_rdp(q=rate, noise_multiplier=sigma, steps=1, orders=orders)
 
 
 def _prv_cells(events: tuple[GaussianEvent, ...], delta: float) -> float:

@@ -142,8 +142,7 @@ def _curve(events: tuple[GaussianEvent, ...]) -> PrivacyCurve:
     # Denser near 0, where the advantage and the usual rates are decided.
     side = reach * np.linspace(0.0, 1.0, _CURVE_POINTS // 2 + 1)[1:] ** 2
     epsilons = np.concatenate([-side[::-1], [0.0], side])
-    deltas = np.asarray(distribution.get_delta_for_epsilon(epsilons), dtype=np.float64)
-    return PrivacyCurve(epsilons, np.clip(deltas + _ROUNDING, 0.0, 1.0))
+    return PrivacyCurve(epsilons, np.clip(pld.deltas(distribution, epsilons) + _ROUNDING, 0.0, 1.0))
 
 
 @lru_cache(maxsize=256)

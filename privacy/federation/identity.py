@@ -11,22 +11,27 @@ import ipaddress
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes, PublicKeyTypes
+from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedmosaic.protos.errors import IdentityError
 
 AUTHORITY_DAYS = 3650
 CERTIFICATE_DAYS = 90
+ANNOUNCED_BEFORE = dt.timedelta(days=14)
+RENEW = "have the consortium sign the request anew (`fedmosaic keys approve`)"
 _SPIFFE = re.compile(r"^spiffe://fedmosaic/(?P<federation>[a-z0-9-]+)/client/(?P<client>[a-z0-9-]+)$")
+_SEALED = b"scrypt n=2^17 r=8 p=1 salt "
 _CLOCK_SKEW = dt.timedelta(minutes=5)
 
 
@@ -37,15 +42,6 @@ class Authority:
     certificate: x509.Certificate
     key: ec.EllipticCurvePrivateKey
     signing_key: Ed25519PrivateKey
-
-
-@dataclass(frozen=True)
-class TlsIdentity:
-    """A certificate and its private key, both PEM, and the hash the roster pins."""
-
-    certificate_pem: bytes
-    key_pem: bytes
-    key_sha256: str
 
 
 def spiffe_id(federation: str, client: str) -> str:
@@ -73,47 +69,58 @@ def create_authority(federation: str, now: dt.datetime | None = None) -> Authori
             x509.NameAttribute(NameOID.COMMON_NAME, "FedMosaic consortium"),
         ]
     )
-    builder = _builder(name, name, key, AUTHORITY_DAYS, now, authority=True)
+    builder = _builder(name, name, key.public_key(), AUTHORITY_DAYS, now, authority=True)
     return Authority(builder.sign(key, hashes.SHA256()), key, Ed25519PrivateKey.generate())
 
 
-def issue_server(
-    authority: Authority, hosts: Sequence[str], days: int = CERTIFICATE_DAYS, now: dt.datetime | None = None
-) -> TlsIdentity:
-    """Issue a server certificate for DNS names and IP addresses, valid for `days` days."""
+def certify_server(
+    authority: Authority,
+    key: ec.EllipticCurvePublicKey,
+    hosts: Sequence[str],
+    days: int = CERTIFICATE_DAYS,
+    now: dt.datetime | None = None,
+) -> bytes:
+    """A PEM certificate for a server's key and its DNS names and IP addresses, valid for `days` days."""
     if not hosts:
         raise IdentityError("a server certificate needs at least one host name or address")
+    # Clients compare the names (RFC 9525, §6.2); a host name may be too long for a common name.
+    usage = ExtendedKeyUsageOID.SERVER_AUTH
+    return _certify(authority, key, "FedMosaic server", host_names(hosts), usage, days, now)
+
+
+def certify_client(
+    authority: Authority,
+    key: ec.EllipticCurvePublicKey,
+    federation: str,
+    client: str,
+    days: int = CERTIFICATE_DAYS,
+    now: dt.datetime | None = None,
+) -> bytes:
+    """A PEM certificate for a client's key that names `client` in a SPIFFE URI, valid for `days` days."""
+    names = [x509.UniformResourceIdentifier(spiffe_id(federation, client))]
+    return _certify(authority, key, client, names, ExtendedKeyUsageOID.CLIENT_AUTH, days, now)
+
+
+def host_names(hosts: Sequence[str]) -> list[x509.GeneralName]:
+    """Names and addresses of a server as a certificate carries them."""
     names: list[x509.GeneralName] = []
     for host in hosts:
         try:
             names.append(x509.IPAddress(ipaddress.ip_address(host)))
         except ValueError:
             names.append(x509.DNSName(host))
-    # Clients compare the names above (RFC 9525, §6.2); a host name may be too long for a common name.
-    return _issue(authority, "FedMosaic server", names, ExtendedKeyUsageOID.SERVER_AUTH, days, now)
+    return names
 
 
-def issue_client(
+def _certify(
     authority: Authority,
-    federation: str,
-    client: str,
-    days: int = CERTIFICATE_DAYS,
-    now: dt.datetime | None = None,
-) -> TlsIdentity:
-    """Issue a client certificate that names `client` in a SPIFFE URI, valid for `days` days."""
-    names = [x509.UniformResourceIdentifier(spiffe_id(federation, client))]
-    return _issue(authority, client, names, ExtendedKeyUsageOID.CLIENT_AUTH, days, now)
-
-
-def _issue(
-    authority: Authority,
+    key: ec.EllipticCurvePublicKey,
     common_name: str,
     names: Sequence[x509.GeneralName],
     usage: x509.ObjectIdentifier,
     days: int,
     now: dt.datetime | None,
-) -> TlsIdentity:
-    key = ec.generate_private_key(ec.SECP256R1())
+) -> bytes:
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
     issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key())
     certificate = (
@@ -123,15 +130,13 @@ def _issue(
         .add_extension(issuer, critical=False)
         .sign(authority.key, hashes.SHA256())
     )
-    return TlsIdentity(
-        certificate.public_bytes(serialization.Encoding.PEM), private_pem(key), public_key_sha256(certificate)
-    )
+    return certificate.public_bytes(serialization.Encoding.PEM)
 
 
 def _builder(
     subject: x509.Name,
     issuer: x509.Name,
-    key: ec.EllipticCurvePrivateKey,
+    key: ec.EllipticCurvePublicKey,
     days: int,
     now: dt.datetime | None,
     *,
@@ -154,22 +159,25 @@ def _builder(
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
-        .public_key(key.public_key())
+        .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - _CLOCK_SKEW)
         .not_valid_after(now + dt.timedelta(days=days))
         .add_extension(x509.BasicConstraints(authority, 0 if authority else None), critical=True)
         .add_extension(usage, critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )
 
 
-def public_key_sha256(certificate: x509.Certificate) -> str:
-    """Hex SHA-256 of the certificate's DER SubjectPublicKeyInfo (RFC 7469, §2.4)."""
-    encoded = certificate.public_key().public_bytes(
-        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-    return hashlib.sha256(encoded).hexdigest()
+def public_key_sha256(certificate: x509.Certificate | x509.CertificateSigningRequest) -> str:
+    """Hex SHA-256 of the DER SubjectPublicKeyInfo in a certificate or a request (RFC 7469, §2.4)."""
+    return spki_sha256(certificate.public_key())
+
+
+def spki_sha256(key: PublicKeyTypes) -> str:
+    """Hex SHA-256 of a public key's DER SubjectPublicKeyInfo."""
+    encoding = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    return hashlib.sha256(key.public_bytes(*encoding)).hexdigest()
 
 
 def read_certificate(path: Path) -> x509.Certificate:
@@ -192,6 +200,51 @@ def certificate_names(certificate: x509.Certificate) -> list[str]:
     return [*names.get_values_for_type(x509.DNSName), *map(str, addresses)]
 
 
+def check_certificate(source: Path, authority: Path, now: dt.datetime | None = None) -> x509.Certificate:
+    """Refuse a certificate that the other side would refuse: TLS would only say that the connection closed.
+
+    Args:
+        source: one's own certificate, PEM.
+        authority: certificate of the federation's authority, PEM.
+        now: present time, with a time zone; the clock by default.
+
+    Raises:
+        IdentityError: it is expired, not valid yet, or not from this authority.
+    """
+    now = now or dt.datetime.now(dt.UTC)
+    certificate = read_certificate(source)
+    if now >= certificate.not_valid_after_utc:
+        raise IdentityError(
+            f"{source} expired on {certificate.not_valid_after_utc:%Y-%m-%d}; {RENEW}, and install what "
+            "comes back"
+        )
+    if now < certificate.not_valid_before_utc:
+        raise IdentityError(
+            f"{source} is valid from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC; check this clock"
+        )
+    try:
+        certificate.verify_directly_issued_by(read_certificate(authority))
+    except (ValueError, TypeError, InvalidSignature):
+        raise IdentityError(
+            f"{source} was not issued by the authority beside it; take all files from one kit"
+        ) from None
+    return certificate
+
+
+def expires_soon(expiry: dt.datetime, now: dt.datetime | None = None) -> str:
+    """What to announce of a certificate in its last days; empty before.
+
+    Args:
+        expiry: the end of its validity, with a time zone.
+        now: present time, with a time zone; the clock by default.
+    """
+    left = expiry - (now or dt.datetime.now(dt.UTC))
+    if left > ANNOUNCED_BEFORE:
+        return ""
+    when = f"expired on {expiry:%Y-%m-%d}" if left <= dt.timedelta() else f"expires in {left.days} days"
+    return f"the certificate {when}, at {expiry:%Y-%m-%d %H:%M} UTC: {RENEW}"
+
+
 def certificate_uris(path: Path) -> list[str]:
     """The URIs that a client's certificate names; IdentityError if it cannot be read or names nothing."""
     try:
@@ -209,19 +262,35 @@ def check_pair(certificate: Path, key: Path) -> tuple[bytes, bytes]:
     Raises:
         IdentityError: one of them is missing, damaged or open to others, or they are not a pair.
     """
-    public = read_certificate(certificate).public_key()
-    private = read_private_key(key)
-    encoding = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    if private.public_key().public_bytes(*encoding) != public.public_bytes(*encoding):
+    public, private = read_certificate(certificate), read_private_key(key)
+    if spki_sha256(private.public_key()) != public_key_sha256(public):
         raise IdentityError(f"{key} is not the key of {certificate}; take both from one kit")
     return certificate.read_bytes(), read_private(key)
 
 
-def private_pem(key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey) -> bytes:
-    """PKCS#8 PEM without a passphrase; written only by `write_private`."""
-    return key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+def private_pem(key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey, passphrase: str | None = None) -> bytes:
+    """PKCS#8 PEM, written only by `write_private`.
+
+    PKCS#8 itself stretches a passphrase little (PBKDF2, 2048 iterations here), so scrypt does it first; its
+    salt stands in a line before the PEM (RFC 7468, §2, allows such lines).
+    """
+    plain: serialization.KeySerializationEncryption = serialization.NoEncryption()
+    head = b""
+    if passphrase is not None:
+        salt = os.urandom(16)
+        head = _SEALED + salt.hex().encode() + b"\n"
+        plain = serialization.BestAvailableEncryption(_stretched(passphrase, salt))
+    return head + key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
+
+
+def _stretched(passphrase: str, salt: bytes) -> bytes:
+    """256 bits in hexadecimal; a guess costs 128 MiB and about half a second."""
+    return Scrypt(salt, length=32, n=2**17, r=8, p=1).derive(passphrase.encode()).hex().encode()
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a private key is under a passphrase; IdentityError as of `read_private`."""
+    return read_private(path).startswith(_SEALED)
 
 
 def public_hex(key: Ed25519PublicKey) -> str:
@@ -267,20 +336,29 @@ def read_private(path: Path) -> bytes:
     return content
 
 
-def read_private_key(path: Path) -> PrivateKeyTypes:
-    """Read a private key; IdentityError if it is missing, open to others, damaged, or has a passphrase."""
+def read_private_key(path: Path, passphrase: str | None = None) -> PrivateKeyTypes:
+    """Read a private key; IdentityError if it is missing, open to others, damaged, or sealed otherwise."""
+    content, password = read_private(path), None
+    if content.startswith(_SEALED) and passphrase is not None:
+        head = content.partition(b"\n")[0].removeprefix(_SEALED)
+        with suppress(ValueError):
+            password = _stretched(passphrase, bytes.fromhex(head.decode("ascii", "replace")))
     try:
-        return serialization.load_pem_private_key(read_private(path), password=None)
+        return serialization.load_pem_private_key(content, password=password)
     except (ValueError, TypeError, UnsupportedAlgorithm):
+        if content.startswith(_SEALED):
+            raise IdentityError(
+                f"{path}: the passphrase is not the right one, or the file is damaged"
+            ) from None
         raise IdentityError(
-            f"{path}: not a private key in PEM without a passphrase; take it from the kit again, or have the "
-            "consortium make a new one (`fedmosaic keys rotate`, for the server `rotate-server`)"
+            f"{path}: not a private key in PEM without a passphrase; restore it, or make new keys with "
+            "`fedmosaic keys request`"
         ) from None
 
 
-def read_signing_key(path: Path) -> Ed25519PrivateKey:
+def read_signing_key(path: Path, passphrase: str | None = None) -> Ed25519PrivateKey:
     """Read an Ed25519 private key (PKCS#8 PEM)."""
-    key = read_private_key(path)
+    key = read_private_key(path, passphrase)
     if not isinstance(key, Ed25519PrivateKey):
         raise IdentityError(f"{path}: expected an Ed25519 key, got {type(key).__name__}")
     return key

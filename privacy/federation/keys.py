@@ -1,29 +1,37 @@
-"""`fedmosaic keys`: create a federation and maintain its members."""
+"""`fedmosaic keys`: found a federation and maintain its members, whose private keys stay at home."""
 
 import datetime as dt
+import getpass
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fedmosaic.privacy.configuration import validate
-from fedmosaic.privacy.federation import kits as federation
-from fedmosaic.privacy.federation.founding import create_federation
-from fedmosaic.privacy.federation.identity import read_certificate
+from fedmosaic.privacy.federation import consortium, kits
+from fedmosaic.privacy.federation.founding import create_federation, planned
+from fedmosaic.privacy.federation.identity import expires_soon, read_certificate
+from fedmosaic.privacy.federation.install import consortium_fingerprint, install
+from fedmosaic.privacy.federation.requests import STRENGTH, make_request, member_fingerprint, read_request
 from fedmosaic.privacy.federation.roster import Roster
+from fedmosaic.privacy.files import write_atomically
+from fedmosaic.protos.errors import ConfigurationError, IdentityError
 
-_RENEW_WITHIN = dt.timedelta(days=14)
+_VARIABLE: Final = "FEDMOSAIC_PASSPHRASE"
+_SHORTEST_PASSPHRASE: Final = 12
+_LONGEST_PASSPHRASE: Final = 1024
 
 
 @dataclass(frozen=True)
 class Init:
-    """Create a federation: the consortium's authority, one kit for the server and one per client.
+    """Make the consortium's own keys, under a passphrase. Members and the server make theirs at home.
 
-    Hand every kit to its owner over a channel you both trust; keep DIR/consortium to yourself.
+    The passphrase is asked for, or read from FEDMOSAIC_PASSPHRASE or --passphrase-fd.
     """
 
     config: tyro.conf.Positional[Path]
@@ -32,18 +40,66 @@ class Init:
     """Directory to create."""
     basis: Path | None = None
     """Public basis of the task profile, if the terms name one."""
+    for_demo: bool = False
+    """Make every party's keys here, at once and without a passphrase. Whoever holds the directory can pose as
+    any member: only for a federation on one machine."""
+    passphrase_fd: int | None = None
+    """File descriptor to read the passphrase from."""
 
 
 @dataclass(frozen=True)
-class Add:
-    """Enrol one more client and issue a new roster to every kit."""
+class Request:
+    """Make the keys of a member, or with --hosts of the server, in a kit; write the request to hand out.
 
-    id: tyro.conf.Positional[str]
-    """Name of the new client: lower-case letters, digits and hyphens."""
+    The private keys wait in KIT/pending, and never leave the kit.
+    """
+
+    federation: str
+    """Name of the federation."""
+    id: tyro.conf.Positional[str] = ""
+    """Name of the member: lower-case letters, digits and hyphens. Left out for the server."""
+    kit: Path = Path("kit")
+    """Directory of the party's keys, made if absent. What runs from it is not disturbed."""
+    family: str = ""
+    """Architecture of the member's model; clients of one family may share more than P and Q."""
+    hosts: tuple[str, ...] = ()
+    """For the server: the names and addresses that clients will use."""
+    out: Path | None = None
+    """File of the request; by default ID.request.json, or server.request.json."""
+
+
+@dataclass(frozen=True)
+class Approve:
+    """Compare the fingerprints of requests, and sign certificates and the roster.
+
+    A new name is added to the roster; a request that was signed before renews the certificate.
+    """
+
+    requests: tyro.conf.Positional[tuple[Path, ...]]
+    """Files that members, or whoever runs the server, handed out."""
     directory: Path = Path("federation")
     """Directory that `keys init` made."""
-    family: str = ""
-    """Architecture of its model; clients of one family may share more than P and Q."""
+    fingerprint: tuple[str, ...] = ()
+    """What the senders read to you, instead of being asked for it; 20 digits each, in quotes."""
+    replace: bool = False
+    """A member that is known has made new keys."""
+    passphrase_fd: int | None = None
+    """File descriptor to read the passphrase from."""
+
+
+@dataclass(frozen=True)
+class Install:
+    """Take in what the consortium sent back, if it is about this kit's own keys; also a new roster later.
+
+    A client or server that runs from the kit takes it up by itself.
+    """
+
+    answer: tyro.conf.Positional[Path]
+    """Folder that the consortium handed back."""
+    kit: Path = Path("kit")
+    """Directory in which `keys request` made the keys."""
+    consortium: str = ""
+    """The consortium's fingerprint as it was read to you, instead of being asked for it; in quotes."""
 
 
 @dataclass(frozen=True)
@@ -54,93 +110,190 @@ class Revoke:
     """The client."""
     directory: Path = Path("federation")
     """Directory that `keys init` made."""
-
-
-@dataclass(frozen=True)
-class Rotate:
-    """Give a client new keys and a new certificate, for example before the old one expires."""
-
-    id: tyro.conf.Positional[str]
-    """The client."""
-    directory: Path = Path("federation")
-    """Directory that `keys init` made."""
-
-
-@dataclass(frozen=True)
-class RotateServer:
-    """Give the server a new key and certificate, before the old one expires or for other names."""
-
-    hosts: tuple[str, ...] = ()
-    """Names and addresses that clients will use; by default those that the certificate has."""
-    directory: Path = Path("federation")
-    """Directory that `keys init` made."""
+    passphrase_fd: int | None = None
+    """File descriptor to read the passphrase from."""
 
 
 @dataclass(frozen=True)
 class Show:
-    """List the members, the days their certificates are still good for, and the roster's fingerprint."""
+    """List the members, their fingerprints, and how long certificates are still good for.
+
+    In a kit it shows what is installed there: ring a member up and compare what it reads of its own.
+    """
 
     place: tyro.conf.Positional[Path | None] = None
-    """Directory that `keys init` made; the same as --directory."""
+    """A kit, or the directory that `keys init` made; the same as --directory."""
     directory: Path = Path("federation")
     """Directory that `keys init` made."""
 
 
 Command = (
     Annotated[Init, tyro.conf.subcommand("init")]
-    | Annotated[Add, tyro.conf.subcommand("add")]
+    | Annotated[Request, tyro.conf.subcommand("request")]
+    | Annotated[Approve, tyro.conf.subcommand("approve")]
+    | Annotated[Install, tyro.conf.subcommand("install")]
     | Annotated[Revoke, tyro.conf.subcommand("revoke")]
-    | Annotated[Rotate, tyro.conf.subcommand("rotate")]
-    | Annotated[RotateServer, tyro.conf.subcommand("rotate-server")]
     | Annotated[Show, tyro.conf.subcommand("show")]
 )
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run `fedmosaic keys` with its arguments."""
-    command: Init | Add | Revoke | Rotate | RotateServer | Show = tyro.cli(
+    command: Init | Request | Approve | Install | Revoke | Show = tyro.cli(
         Command,
         args=list(arguments),
         prog="fedmosaic keys",
         description=__doc__,
     )
-    console = Console()
+    console = Console(soft_wrap=True, highlight=False)
     match command:
-        case Init(config, out, basis):
-            roster = create_federation(config, out, basis)
-            console.print(
-                f"federation {roster.federation!r} with {len(roster.members)} members in {out}/\n"
-                f"  keep      {out}/consortium/   (it can add members and sign rosters)\n"
-                f"  hand out  {out}/server/       to whoever runs the server\n"
-                f"  hand out  {out}/clients/<id>/ to each client, over a channel you both trust\n"
-                f"  {_promise(roster)}",
-                soft_wrap=True,
-            )
-            _warn(console, federation.fragile(len(roster.members), roster.terms))
-            _warn(console, federation.unaligned(roster))
-        case Add(member, directory, family):
-            new = validate({"id": member, "family": family}, federation.MemberEntry, "keys add")
-            roster = federation.add_member(directory, new)
-            _warn(console, federation.unaligned(roster))
-            _tell_new_roster(console, directory, roster.serial)
-        case Revoke(member, directory):
-            roster = federation.revoke_member(directory, member)
-            _warn(console, federation.fragile(len(roster.members), roster.terms))
-            _tell_new_roster(console, directory, roster.serial)
-        case Rotate(member, directory):
-            roster = federation.rotate_member(directory, member)
-            _tell_new_roster(console, directory, roster.serial)
-        case RotateServer(hosts, directory):
-            entry = validate({"hosts": hosts} if hosts else {}, federation.ServerEntry, "keys rotate-server")
-            names = federation.rotate_server(directory, entry.hosts if hosts else ())
-            console.print(
-                f"{directory}/server has a new certificate for {', '.join(names)}: hand tls.pem and tls.key "
-                "to whoever runs the server, who restarts it; the clients need nothing",
-                soft_wrap=True,
-            )
+        case Init():
+            _init(console, command)
+        case Request():
+            _request(console, command)
+        case Approve():
+            _approve(console, command)
+        case Install(answer, kit, told):
+            installed = install(answer, kit, lambda shown: _compare("the consortium", shown, told))
+            console.print(_installed(installed))
+        case Revoke(member, directory, descriptor):
+            roster = consortium.revoke_member(directory, member, _passphrase(directory, descriptor))
+            _warn(console, kits.fragile(len(roster.members), roster.terms))
+            _tell_roster(console, directory, roster)
         case Show(place, directory):
             _show(console, place or directory)
     return 0
+
+
+def _init(console: Console, command: Init) -> None:
+    out = command.out
+    if command.for_demo:
+        roster = create_federation(command.config, out, command.basis)
+        console.print(
+            f"federation {roster.federation!r} with {len(roster.members)} members in {out}/\n"
+            "  FOR ONE MACHINE ONLY: every private key was made here; whoever holds "
+            f"{out}/ can pose as any member\n"
+            f"  the server's kit is {out}/server/, the clients' are {out}/clients/<id>/\n"
+            f"  {_promise(roster)}"
+        )
+        _warn(console, kits.fragile(len(roster.members), roster.terms))
+        _warn(console, kits.unaligned(roster))
+        return
+    config = planned(command.config)
+    consortium.begin(config, out, _new_passphrase(command.passphrase_fd), command.basis)
+    name = config.federation
+    console.print(
+        f"the consortium of federation {name!r} is in {out}/; no member's key is\n"
+        f"  keep {out}/consortium/ to yourself: with its passphrase it can add members and sign rosters\n"
+        f"  members       fedmosaic keys request ID --federation {name}\n"
+        f"                for {', '.join(member.id for member in config.members)}\n"
+        f"  the server    fedmosaic keys request --federation {name} --hosts "
+        f"{' '.join(config.server.hosts)}\n"
+        "  then you      fedmosaic keys approve FILE …\n"
+        f"  fingerprint   {consortium_fingerprint(out)}   read it to everybody over the telephone\n"
+        f"                {STRENGTH}"
+    )
+
+
+def _request(console: Console, command: Request) -> None:
+    request = make_request(command.kit, command.federation, command.id, command.family, command.hosts)
+    out = command.out or Path(f"{request.id or 'server'}.request.json")
+    write_atomically(out, (command.kit / kits.PENDING / kits.REQUEST).read_bytes())
+    console.print(
+        f"the private keys of {request.who} are in {command.kit}/{kits.PENDING}/ and stay there\n"
+        f"  hand out      {out}   to the consortium\n"
+        f"  fingerprint   {request.fingerprint}   read it to the consortium over the telephone\n"
+        f"                {STRENGTH}\n"
+        f"  then          fedmosaic keys install ANSWER --kit {command.kit}"
+    )
+
+
+def _approve(console: Console, command: Approve) -> None:
+    if not command.requests:
+        raise ConfigurationError("name the files of the requests to approve")
+    requests = [read_request(path) for path in command.requests]
+    told = {_digits(text) for text in command.fingerprint}
+    for request in requests:
+        matching = told & {_digits(request.fingerprint)}
+        _compare(request.who, request.fingerprint, next(iter(matching or told), ""))
+        console.print(f"{request.who}: fingerprint {request.fingerprint}, as it was read")
+    passphrase = _passphrase(command.directory, command.passphrase_fd)
+    approval = consortium.approve(command.directory, requests, passphrase, replace=command.replace)
+    if approval.waiting:
+        console.print(f"waiting for requests of {', '.join(approval.waiting)}", markup=False)
+    if approval.roster is None:
+        return
+    for name, answer in approval.answers.items():
+        console.print(f"  hand back     {answer}/   to {name or 'whoever runs the server'}; it is public")
+    _tell_roster(console, command.directory, approval.roster)
+    _warn(console, kits.fragile(len(approval.roster.members), approval.roster.terms))
+    _warn(console, kits.unaligned(approval.roster))
+    console.print(f"  {_promise(approval.roster)}")
+
+
+def _digits(text: str) -> str:
+    return "".join(sign for sign in text if sign.isdecimal())
+
+
+def _compare(who: str, shown: str, told: str) -> None:
+    """Refuse a fingerprint that is not the one that was heard; ask for it where none was given.
+
+    To type it, rather than to say yes, is what makes people compare it.
+    """
+    if not told:
+        if not sys.stdin.isatty():
+            raise ConfigurationError(
+                f"nobody is here to type the fingerprint of {who}: give it as an option, as it was read"
+            )
+        told = input(f"Type the fingerprint that {who} reads to you over the telephone: ")
+    if _digits(told) != _digits(shown):
+        raise IdentityError(
+            f"what was read of {who} is not its fingerprint, {shown}: what came is not what was sent. "
+            "Nothing was signed or installed; ask for it again over another channel"
+        )
+
+
+def _passphrase(directory: Path, descriptor: int | None) -> str | None:
+    """The passphrase of a consortium's keys; None if they are under none."""
+    if not consortium.is_sealed(directory):
+        return None
+    return _given_passphrase(descriptor) or _ask("Passphrase of the consortium's keys: ")
+
+
+def _new_passphrase(descriptor: int | None) -> str:
+    given = _given_passphrase(descriptor) or _ask("New passphrase of the consortium's keys: ", twice=True)
+    if len(given) < _SHORTEST_PASSPHRASE:
+        raise ConfigurationError(
+            f"the passphrase has {len(given)} characters, and {_SHORTEST_PASSPHRASE} are the fewest"
+        )
+    return given
+
+
+def _given_passphrase(descriptor: int | None) -> str:
+    if descriptor is None:
+        return os.environ.get(_VARIABLE, "")
+    with os.fdopen(descriptor, encoding="utf-8", errors="replace") as file:
+        return file.read(_LONGEST_PASSPHRASE).rstrip("\r\n")
+
+
+def _ask(words: str, *, twice: bool = False) -> str:
+    if not sys.stdin.isatty():
+        raise ConfigurationError(
+            f"nobody is here to type the passphrase: set {_VARIABLE}, or give --passphrase-fd"
+        )
+    typed = getpass.getpass(words)
+    if twice and getpass.getpass("Once more: ") != typed:
+        raise ConfigurationError("the two passphrases differ; begin again")
+    return typed
+
+
+def _installed(kit: kits.Kit) -> str:
+    return (
+        f"installed in {kit.directory}/: roster {kit.roster.serial} of federation {kit.roster.federation!r}, "
+        f"certificate valid until {kit.expires:%Y-%m-%d}\n"
+        f"  it names {len(kit.roster.members)} members; `fedmosaic keys show {kit.directory}` shows their "
+        "fingerprints: ring them up and compare, so that nobody poses as one"
+    )
 
 
 def _promise(roster: Roster) -> str:
@@ -162,33 +315,38 @@ def _warn(console: Console, problem: str) -> None:
         console.print(f"[bold yellow]Warning:[/] {problem}.")
 
 
-def _tell_new_roster(console: Console, directory: Path, serial: int) -> None:
+def _tell_roster(console: Console, directory: Path, roster: Roster) -> None:
     console.print(
-        f"roster {serial} is in {directory}/roster.json and in every kit: give it to the server and to every "
-        "client and restart them; they refuse to work with anyone who has another roster",
-        soft_wrap=True,
+        f"roster {roster.serial} is in {directory}/{kits.ROSTER} and in every answer: whoever has another "
+        "one installs it, the server too; running clients and servers take it up by themselves"
     )
 
 
-def _show(console: Console, directory: Path) -> None:
-    kit = federation.open_kit(directory / "server")
+def _show(console: Console, place: Path) -> None:
+    kit = kits.open_kit(place)
     roster = kit.roster
     table = Table(title=f"federation {roster.federation}, roster {roster.serial} of {roster.issued}")
-    for column in ("member", "family", "identity key", "certificate"):
-        table.add_column(column)
+    for column in ("member", "family", "fingerprint", "certificate"):
+        table.add_column(column, no_wrap=column == "fingerprint")
     for member in roster.members:
-        certificate = directory / "clients" / member.id / federation.TLS_CERTIFICATE
-        table.add_row(member.id, member.family or "-", member.identity_key[:16], _validity(certificate))
-    table.add_row("(server)", "-", "-", _validity(kit.tls_certificate, "rotate-server"))
+        shown = member_fingerprint(roster.federation, member.id, member.identity_key, member.tls_key_sha256)
+        table.add_row(member.id, member.family or "-", shown, _validity(place, Path("clients", member.id)))
+    table.add_row("(server)", "-", "-", _validity(place, Path("server")))
     console.print(table)
-    console.print(f"roster fingerprint {roster.hash.hex()}")
+    if kit.tls_certificate.exists():
+        console.print(f"the certificate here is {_left(kit.expires)}")
+    console.print(f"consortium's fingerprint {consortium_fingerprint(place)}")
+    console.print(f"roster's SHA-256 {roster.hash.hex()}")
 
 
-def _validity(path: Path, command: str = "rotate") -> str:
-    if not path.exists():
-        return "kit not here"
-    left = read_certificate(path).not_valid_after_utc - dt.datetime.now(dt.UTC)
+def _validity(place: Path, party: Path) -> str:
+    places = (place / party, place / consortium.ANSWERS / party)
+    found = [folder / kits.TLS_CERTIFICATE for folder in places if (folder / kits.TLS_CERTIFICATE).exists()]
+    return _left(read_certificate(found[0]).not_valid_after_utc) if found else "not here"
+
+
+def _left(expiry: dt.datetime) -> str:
+    left = expiry - dt.datetime.now(dt.UTC)
     if left <= dt.timedelta():
-        return f"EXPIRED: run `fedmosaic keys {command}`"
-    days = f"{left.days} days left"
-    return f"{days}: {command} soon" if left < _RENEW_WITHIN else days
+        return "EXPIRED: approve its request again"
+    return f"good for {left.days} days{': approve its request again' if expires_soon(expiry) else ''}"

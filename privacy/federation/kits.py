@@ -1,34 +1,27 @@
-"""Make and maintain a federation on disk: authority, kits for server and clients, roster.
+"""A kit: the folder of one party, its own private keys beside what the consortium has signed.
 
-One directory belongs to the consortium and stays with it. Each kit inside is handed, over a channel
-the receiver trusts, to the one party it is for:
+    tls.key, identity.key                   made by the party itself, for whom they stand; they never leave
+    tls.pem, roster.json                    what the consortium signs: certificate and roster
+    authority.pem, consortium.pub           what both are verified with, pinned at the first installation
+    public_basis.safetensors                of the task profile, if the terms name one
+    pending/                                keys of a request that waits for its answer
 
-    DIR/consortium/       authority.pem, authority.key, roster.key    stays here
-    DIR/roster.json       public; every kit has a copy
-    DIR/server/           the server's kit
-    DIR/clients/<id>/     one client's kit: TLS certificate and key, identity key, roster, pinned keys
+`fedmosaic.privacy.federation.requests` makes the keys, `consortium` signs, `install` takes the answer in.
 """
 
 import datetime as dt
-import os
-import shutil
-import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field, model_validator
 
 from fedmosaic.privacy.configuration import Frozen
 from fedmosaic.privacy.federation import identity
 from fedmosaic.privacy.federation.names import Family, Host, MemberId, Port
-from fedmosaic.privacy.federation.roster import Member, Roster, Terms
-from fedmosaic.privacy.files import sync_directory
+from fedmosaic.privacy.federation.roster import Roster, Terms
 from fedmosaic.protos import bounds
-from fedmosaic.protos.errors import ConfigurationError, IdentityError
+from fedmosaic.protos.errors import IdentityError
 
 AUTHORITY_CERTIFICATE = "authority.pem"
 CONSORTIUM_KEY = "consortium.pub"
@@ -38,6 +31,8 @@ TLS_CERTIFICATE = "tls.pem"
 TLS_KEY = "tls.key"
 IDENTITY_KEY = "identity.key"
 SERVER_SETTINGS = "server.toml"
+PENDING = "pending"
+REQUEST = "request.json"
 
 
 class MemberEntry(Frozen):
@@ -69,7 +64,7 @@ class FederationConfig(Frozen):
 
     @model_validator(mode="after")
     def _enough_members(self) -> "FederationConfig":
-        problem = _too_few(len(self.members), self.terms)
+        problem = too_few(len(self.members), self.terms)
         if problem:
             raise ValueError(problem)
         ids = [member.id for member in self.members]
@@ -79,7 +74,7 @@ class FederationConfig(Frozen):
         return self
 
 
-def _too_few(members: int, terms: Terms) -> str:
+def too_few(members: int, terms: Terms) -> str:
     """What so many members cannot do under these terms; empty if they can."""
     needed = terms.policy.fewest_contributors + 1
     if members < needed:
@@ -150,6 +145,11 @@ class Kit:
         """The public basis of the profile mechanism, if it has one."""
         return self.directory / BASIS
 
+    @property
+    def expires(self) -> dt.datetime:
+        """When the certificate does; IdentityError if it cannot be read."""
+        return identity.read_certificate(self.tls_certificate).not_valid_after_utc
+
     def signing_key(self) -> Ed25519PrivateKey:
         """The client's Ed25519 identity key."""
         return identity.read_signing_key(self.directory / IDENTITY_KEY)
@@ -181,211 +181,6 @@ def open_kit(directory: Path) -> Kit:
     except OSError as error:
         raise IdentityError(
             f"{pinned}: cannot read the consortium's public key ({error.strerror}); is {directory} a kit "
-            "made by `fedmosaic keys init`?"
+            "that `fedmosaic keys install` has filled?"
         ) from None
     return Kit(directory, Roster.read(directory / ROSTER, key))
-
-
-def create(config: FederationConfig, directory: Path, basis: Path | None = None) -> Roster:
-    """Make the authority, every kit and the first roster; `basis` is copied into every kit.
-
-    All of it is made beside its place and moved there in one step, so that a founding that was stopped
-    leaves nothing that looks like a federation.
-
-    Raises:
-        ConfigurationError: the directory is not empty, or the basis is not there; nothing is written then.
-        MechanismError: the basis is damaged, or not the one that the terms name; nothing is written then.
-    """
-    from fedmosaic.privacy.mechanism.projection import check_basis  # reads tensors, which a server never does
-
-    check_basis(config.terms.profile, basis)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ConfigurationError(
-            f"{directory} is there already and not empty; give a new directory, or move that one away"
-        )
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    making = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
-        roster = _make(config, making, basis)
-        _sync(making)
-        making.rename(directory)
-    except BaseException:
-        shutil.rmtree(making, ignore_errors=True)
-        raise
-    return roster
-
-
-def _sync(directory: Path) -> None:
-    """Have every file and folder on the disk before its name is."""
-    for path in (*directory.rglob("*"), directory, directory.parent):
-        sync_directory(path)
-
-
-def _make(config: FederationConfig, directory: Path, basis: Path | None) -> Roster:
-    authority = identity.create_authority(config.federation)
-    _write_authority(directory / "consortium", authority)
-    _write_server(directory / "server", authority, config)
-    members = tuple(_write_client(directory, authority, config.federation, m) for m in config.members)
-    roster = Roster(
-        federation=config.federation,
-        serial=1,
-        issued=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        members=members,
-        terms=config.terms,
-    )
-    return _publish(directory, roster, authority, basis)
-
-
-def add_member(directory: Path, entry: MemberEntry) -> Roster:
-    """Enrol one more client: its kit, and a new roster in every kit.
-
-    Raises:
-        ConfigurationError: the id or its directory is taken, or the federation is full.
-    """
-    authority, roster = _open_consortium(directory)
-    if any(m.id == entry.id for m in roster.members):
-        raise ConfigurationError(f"{entry.id!r} is on the roster already; use `keys rotate` for new keys")
-    if len(roster.members) >= bounds.MAX_MEMBERS:
-        raise ConfigurationError(f"a federation has at most {bounds.MAX_MEMBERS} members")
-    kit = directory / "clients" / entry.id
-    if kit.exists():
-        raise ConfigurationError(f"{kit} is the kit of a former member; move it away first")
-    member = _write_client(directory, authority, roster.federation, entry)
-    return _reissue(directory, authority, roster, (*roster.members, member))
-
-
-def revoke_member(directory: Path, member_id: str) -> Roster:
-    """Take a client off the roster. Its kit is kept but is worth nothing under the new roster.
-
-    Raises:
-        ConfigurationError: too few members would be left; nothing is changed then.
-    """
-    authority, roster = _open_consortium(directory)
-    roster.member(member_id)
-    left = tuple(m for m in roster.members if m.id != member_id)
-    problem = _too_few(len(left), roster.terms)
-    if problem:
-        raise ConfigurationError(
-            f"without {member_id!r}, {problem}; first add another member with `fedmosaic keys add`, or found "
-            "a new federation whose terms fit fewer members"
-        )
-    return _reissue(directory, authority, roster, left)
-
-
-def rotate_member(directory: Path, member_id: str) -> Roster:
-    """Give a client new TLS and identity keys; the old kit is moved aside."""
-    authority, roster = _open_consortium(directory)
-    old = roster.member(member_id)
-    kit = directory / "clients" / member_id
-    if kit.exists():
-        kit.rename(kit.with_name(f"{member_id}.until-{roster.serial}"))
-    new = _write_client(directory, authority, roster.federation, MemberEntry(id=old.id, family=old.family))
-    members = tuple(new if m.id == member_id else m for m in roster.members)
-    return _reissue(directory, authority, roster, members)
-
-
-def rotate_server(directory: Path, hosts: Sequence[str] = ()) -> tuple[str, ...]:
-    """Give the server a new key and certificate; the roster does not name it, so clients notice nothing.
-
-    The names are those of the certificate that it has, unless others are given. Returns the new one's.
-    """
-    authority, _ = _open_consortium(directory)
-    kit = directory / "server"
-    names = tuple(hosts or identity.certificate_names(identity.read_certificate(kit / TLS_CERTIFICATE)))
-    making = Path(tempfile.mkdtemp(prefix=".server-", dir=directory))
-    _write_tls(making, identity.issue_server(authority, names))
-    # A stop in between leaves a pair that is none, which the server names; done again, it is whole.
-    for name in (TLS_KEY, TLS_CERTIFICATE):
-        (making / name).replace(kit / name)
-    making.rmdir()
-    return names
-
-
-def _reissue(
-    directory: Path, authority: identity.Authority, roster: Roster, members: tuple[Member, ...]
-) -> Roster:
-    issued = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
-    content = roster.model_dump() | {
-        "serial": roster.serial + 1,
-        "issued": issued,
-        "members": [m.model_dump() for m in members],
-        "signature": "",
-    }
-    basis = directory / "server" / BASIS
-    return _publish(directory, Roster.model_validate(content), authority, basis if basis.exists() else None)
-
-
-def _publish(directory: Path, roster: Roster, authority: identity.Authority, basis: Path | None) -> Roster:
-    signed = roster.signed(authority.signing_key)
-    kits = [directory / "server", *(directory / "clients" / m.id for m in signed.members)]
-    pinned = identity.public_hex(authority.signing_key.public_key()) + "\n"
-    certificate = authority.certificate.public_bytes(serialization.Encoding.PEM)
-    for place in (directory, *kits):
-        signed.write(place / ROSTER)
-    for kit in kits:
-        (kit / CONSORTIUM_KEY).write_text(pinned, encoding="ascii")
-        (kit / AUTHORITY_CERTIFICATE).write_bytes(certificate)
-        if basis is not None and basis != kit / BASIS:
-            shutil.copyfile(basis, kit / BASIS)
-    return signed
-
-
-def _write_authority(place: Path, authority: identity.Authority) -> None:
-    place.mkdir(mode=0o700)
-    (place / AUTHORITY_CERTIFICATE).write_bytes(
-        authority.certificate.public_bytes(serialization.Encoding.PEM)
-    )
-    identity.write_private(place / "authority.key", identity.private_pem(authority.key))
-    identity.write_private(place / "roster.key", identity.private_pem(authority.signing_key))
-
-
-def _open_consortium(directory: Path) -> tuple[identity.Authority, Roster]:
-    place = directory / "consortium"
-    if not place.is_dir():
-        raise IdentityError(f"{place}: no consortium here; give the directory of `fedmosaic keys init`")
-    certificate = identity.read_certificate(place / AUTHORITY_CERTIFICATE)
-    key = identity.read_private_key(place / "authority.key")
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise IdentityError(f"{place / 'authority.key'}: expected a P-256 key, got {type(key).__name__}")
-    signing_key = identity.read_signing_key(place / "roster.key")
-    roster = Roster.read(directory / ROSTER, signing_key.public_key())
-    return identity.Authority(certificate, key, signing_key), roster
-
-
-def _write_server(kit: Path, authority: identity.Authority, config: FederationConfig) -> None:
-    kit.mkdir(mode=0o700)
-    _write_tls(kit, identity.issue_server(authority, config.server.hosts))
-    (kit / SERVER_SETTINGS).write_text(
-        "# The server's configuration; the terms of the federation are in roster.json.\n"
-        f'listen = "0.0.0.0:{config.server.port}"\n'
-        'state_dir = "state"\n'
-        '# store_url = "postgresql+psycopg://user@host/database"   # default: SQLite in state_dir\n'
-        "# grace_seconds = 600   # after the last round, to wait for statements that are missing\n",
-        encoding="utf-8",
-    )
-
-
-def _write_client(
-    directory: Path, authority: identity.Authority, federation: str, entry: MemberEntry
-) -> Member:
-    kit = directory / "clients" / entry.id
-    making = kit.with_name(f".{entry.id}")
-    shutil.rmtree(making, ignore_errors=True)
-    making.mkdir(parents=True, mode=0o700)
-    tls = identity.issue_client(authority, federation, entry.id)
-    _write_tls(making, tls)
-    signing_key = Ed25519PrivateKey.generate()
-    identity.write_private(making / IDENTITY_KEY, identity.private_pem(signing_key))
-    making.rename(kit)
-    return Member(
-        id=entry.id,
-        identity_key=identity.public_hex(signing_key.public_key()),
-        tls_key_sha256=tls.key_sha256,
-        family=entry.family,
-    )
-
-
-def _write_tls(kit: Path, tls: identity.TlsIdentity) -> None:
-    (kit / TLS_CERTIFICATE).write_bytes(tls.certificate_pem)
-    os.chmod(kit / TLS_CERTIFICATE, 0o644)
-    identity.write_private(kit / TLS_KEY, tls.key_pem)

@@ -130,9 +130,11 @@ class AdapterPrivacyTerms(Frozen):
     """
 
     target_epsilon: float = Field(default=8.0, gt=0, allow_inf_nan=False)
-    """ε of each client's budget for all that is released from its data, task profile and adapter together, at
-    δ = n^-1.1 for n examples. Without DP on the adapter it bounds the profile alone. A client may choose a
-    smaller one."""
+    """ε of each client's budget for all that is released from its data, task profile and adapter together.
+    Without DP on the adapter it bounds the profile alone. A client may choose a smaller one."""
+    largest_delta: float | None = Field(default=None, gt=1e-12, le=1.0)
+    """δ of a client of n examples is the smaller of n^-1.1 and this. Left out, founding writes 1e-5; 1 leaves
+    n^-1.1 alone, which is weak for few examples (1.4e-3 for 400)."""
     clipping_norm: float = Field(default=1.0, gt=1e-6, le=1e6, allow_inf_nan=False)
     """C: bound on the L2 norm of one example's gradient in P and Q."""
     expected_batch_size: int = Field(default=32, ge=1)
@@ -315,8 +317,12 @@ class Roster(Frozen):
         return hashlib.sha256(self._canonical()).digest()
 
     def _canonical(self) -> bytes:
-        # Terms of another protection are left out, so that rosters from before they existed keep their hash.
-        unused = set() if self.terms.adapter.in_group_sums else {"group_sums"}
+        # What rosters from before these terms existed do not say is left out, so that they keep their hash.
+        unused: dict[str, bool | set[str]] = {}
+        if not self.terms.adapter.in_group_sums:
+            unused["group_sums"] = True
+        if self.terms.adapter_privacy.largest_delta is None:
+            unused["adapter_privacy"] = {"largest_delta"}
         content = self.model_dump(mode="json", exclude={"signature": True, "terms": unused})
         return canonical_json(content).encode()
 

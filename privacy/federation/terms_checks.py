@@ -20,6 +20,7 @@ MOST_STEPS: Final = 500_000
 """Private steps of a run. One evaluation of ε takes 30 s at 400,000 steps on a processor's core, and every
 round's charge needs one."""
 
+LARGEST_DELTA: Final = 1e-5
 _LARGEST_CLIENT: Final = 1_000_000
 _LONGEST_NUMBER: Final = 1.2345678901234567e-100
 
@@ -69,6 +70,15 @@ def check_plan(terms: Terms) -> None:
     )
 
 
+def with_bounded_delta(terms: Terms) -> Terms:
+    """Terms with the bound on δ written in, 1e-5 where the founder chose none."""
+    privacy = terms.adapter_privacy
+    if privacy.largest_delta is not None:
+        return terms
+    bounded = privacy.model_copy(update={"largest_delta": LARGEST_DELTA})
+    return terms.model_copy(update={"adapter_privacy": bounded})
+
+
 def with_planned_noise(terms: Terms) -> Terms:
     """Terms with the noise of group sums written in: equal at all members, so that their integers add up.
 
@@ -82,7 +92,8 @@ def with_planned_noise(terms: Terms) -> Terms:
     if not terms.adapter.in_group_sums or sums.noise_multiplier is not None:
         return terms
     settled, rate, steps = plan_inputs(terms, sums.least_examples, terms.schedule.rounds)
-    target, delta = terms.adapter_privacy.target_epsilon, default_delta(sums.least_examples)
+    privacy = terms.adapter_privacy
+    target, delta = privacy.target_epsilon, default_delta(sums.least_examples, privacy.largest_delta)
     try:
         sigma = noise_multiplier_for(target, delta, settled, rate, steps)
     except AccountingError as error:
@@ -141,8 +152,10 @@ def plan_inputs(terms: Terms, examples: float, rounds: int) -> tuple[list[Gaussi
 
 def _problem(terms: Terms, examples: int, rounds: int) -> str:
     settled, rate, steps = plan_inputs(terms, examples, rounds)
+    privacy = terms.adapter_privacy
+    delta = default_delta(examples, privacy.largest_delta)
     try:
-        check_plannable(terms.adapter_privacy.target_epsilon, default_delta(examples), settled, rate, steps)
+        check_plannable(privacy.target_epsilon, delta, settled, rate, steps)
     except AccountingError as error:
         return str(error)
     return ""
@@ -155,6 +168,6 @@ def _possible(terms: Terms, sizes: list[int]) -> str:
             return f"Schedule.rounds = {rounds} can be planned, or as much fewer steps_per_round"
         rounds //= 2
     return (
-        "Fewer rounds do not help: raise terms.adapter_privacy.target_epsilon or "
-        "terms.profile.noise_multiplier"
+        "Fewer rounds do not help: raise terms.adapter_privacy.target_epsilon, "
+        "terms.profile.noise_multiplier or terms.adapter_privacy.largest_delta"
     )

@@ -60,6 +60,8 @@ class ClientInputs(Frozen):
     """Schedules of channels without DP, to answer what DP would have cost."""
     expected_batch_size: int | None = Field(default=None, ge=1)
     """B of q = B/n in this run's terms, public; a shareable statement rounds with it."""
+    largest_delta: float | None = Field(default=None, gt=0.0, le=1.0)
+    """Bound on δ in this run's terms; as above."""
     least_noise: float | None = Field(default=None, gt=0.0)
     """Least σ that this run's terms give to any client of about this size; as above."""
 

@@ -1,10 +1,9 @@
-"""The privacy statement for people: tables of rich.
+"""The privacy statement on a terminal: the verdict in words, then tables of rich.
 
-A table per client has adversaries as rows and channels as columns, so that no ε ever stands alone.
-Everything fits 100 columns.
+A table per client has adversaries as rows and channels as columns, so that no ε ever stands alone. Everything
+fits 100 columns. Accountants and mechanisms are on the page of `fedmosaic report STATE --html`.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 
 from rich import box
@@ -14,16 +13,25 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from fedmosaic.privacy.statement.costs import round_up
 from fedmosaic.privacy.statement.models import (
     ADVERSARIES,
     ChannelCost,
-    ChannelStatement,
     ClientStatement,
     Guarantee,
     PrivacyStatement,
     Protection,
     StatementChannel,
+)
+from fedmosaic.privacy.statement.plain import (
+    ROUNDING,
+    coalition_words,
+    delta_text,
+    delta_words,
+    epsilon_text,
+    joint,
+    trust,
+    unit_words,
+    verdict,
 )
 from fedmosaic.privacy.statement.words import ADVERSARY_NAMES
 
@@ -35,10 +43,6 @@ _SHORT_CHANNELS: dict[StatementChannel, str] = {
     "family": "family's LoRA",
     "joint": "together",
 }
-_CLIPPED = (
-    "A clipped example had a gradient longer than C and counts by its direction alone. A share near 100 % is "
-    "intended at the default C, and ε does not depend on it."
-)
 _NAMES = {**ADVERSARY_NAMES, "colluding_recipients_with_server": "colluding recipients + server"}
 
 
@@ -47,9 +51,9 @@ def render(statement: PrivacyStatement) -> RenderableType:
     parts: list[RenderableType] = [_headline(statement)]
     for client in statement.clients:
         parts.extend(_client(client))
-    parts.append(_legend(statement.shareable))
+    parts.append(_legend(statement))
     if statement.coalition_rows:
-        parts.append(_coalitions(statement))
+        parts.append(_bullets("What recipients can do together", coalition_words(statement.coalition_rows)))
     parts.append(_bullets("This holds if", statement.assumptions))
     parts.append(_bullets("This is disclosed anyway", statement.leaks))
     return Group(*parts)
@@ -66,8 +70,8 @@ def render_costs(costs: Sequence[ChannelCost]) -> RenderableType:
         table.add_row(
             cost.client_id,
             _SHORT_CHANNELS[cost.channel],
-            _epsilon(cost.current_epsilon),
-            f"{cost.target_epsilon:g} (δ {_delta(cost.delta)})",
+            epsilon_text(cost.current_epsilon),
+            f"{cost.target_epsilon:g} (δ {delta_text(cost.delta)})",
             cost.words.split(": ", 1)[1],
         )
     return table
@@ -100,9 +104,13 @@ def _grid(title: str, first: str) -> Table:
 
 def _client(client: ClientStatement) -> Iterable[RenderableType]:
     yield Text()
+    alarmed = client.test_noise or any(each.cover == "nothing" for each in joint(client).values())
+    yield Text(f"{client.client_id}: {trust(client)}", style=_ALARM if alarmed else "bold")
+    for line in verdict(client):
+        yield Padding(Text(line), (0, 0, 0, 2))
+    yield Text()
     yield client_grid(client)
     yield from _persons(client)
-    yield _figures(client)
     for line in _notes(client):
         yield Padding(Text(line), (0, 0, 0, 2))
     for warning in client.warnings:
@@ -111,8 +119,8 @@ def _client(client: ClientStatement) -> Iterable[RenderableType]:
 
 def client_grid(client: ClientStatement) -> Table:
     """The ε of one client: adversaries as rows, channels as columns."""
-    subject = f"one {client.unit}, {client.neighbouring_relation}"
-    grid = _grid(f"Client {client.client_id}: ε at δ = {_delta(client.delta)}, for {subject}", "against")
+    title = f"Client {client.client_id}: ε at δ = {delta_text(client.delta)}, for {unit_words(client)}"
+    grid = _grid(title, "against")
     for channel in client.channels:
         grid.add_column(_SHORT_CHANNELS[channel.channel], overflow="fold")
     found = {(g.adversary, g.channel): g for g in client.guarantees}
@@ -131,12 +139,12 @@ def _persons(client: ClientStatement) -> Iterable[RenderableType]:
         table.add_column("1 example" if count == 1 else f"{count} examples", justify="right")
     for guarantee in found:
         values = (guarantee.epsilon, *(figure.epsilon for figure in guarantee.persons))
-        table.add_row(_NAMES[guarantee.adversary], *(_epsilon(value) for value in values))
+        table.add_row(_NAMES[guarantee.adversary], *(epsilon_text(value) for value in values))
     yield table
 
 
 def _cell(guarantee: Guarantee, protection: Protection | None) -> Text:
-    value = f"ε = {_epsilon(guarantee.epsilon)}"
+    value = f"ε = {epsilon_text(guarantee.epsilon)}"
     if guarantee.cover == "nothing":
         if guarantee.test_noise:
             return Text("no guarantee (test noise)", style=_ALARM)
@@ -152,53 +160,12 @@ def _cell(guarantee: Guarantee, protection: Protection | None) -> Text:
     return Text(value, style="green")
 
 
-def _figures(client: ClientStatement) -> RenderableType:
-    table = Table(box=box.SIMPLE_HEAD, padding=0)
-    headings = "read in clear|σ|q|steps|C|ε PRV|ε RDP|ε PLD|μ|adv.|TPR1%|TPR.1%".split("|")
-    for heading in headings:
-        # Folded rather than cut, so that no digit is lost on a narrow terminal.
-        table.add_column(heading, justify="left" if heading == headings[0] else "right", overflow="fold")
-    for channel in client.channels:
-        table.add_row(_SHORT_CHANNELS[channel.channel], *_mechanism_cells(channel), *_figure_cells(channel))
-    return table
-
-
-def _mechanism_cells(channel: ChannelStatement) -> tuple[str, ...]:
-    if channel.channel == "joint" or not channel.mechanisms:
-        return ("", "", "", "")
-    lines = channel.mechanisms
-    return (
-        "\n".join(f"{m.noise_multiplier:.3g}" for m in lines),
-        "\n".join(f"{m.sampling_rate:.3g}" for m in lines),
-        "\n".join(str(m.steps) for m in lines),
-        "\n".join("" if m.clipping_norm is None else f"{m.clipping_norm:.3g}" for m in lines),
-    )
-
-
-def _figure_cells(channel: ChannelStatement) -> tuple[str | Text, ...]:
-    figures, attack = channel.accountants, channel.attack
-    values: tuple[str | Text, ...] = (Text("∞", style=_ALARM), "∞", "∞")
-    if figures is not None:
-        values = tuple(
-            "-" if value is None else _epsilon(value) for value in (figures.prv, figures.rdp, figures.pld)
-        )
-        if channel.epsilon == math.inf:
-            # Test noise: what it would have been.
-            values = tuple(f"({value})" for value in values)
-    rates = (
-        attack.advantage,
-        attack.true_positive_rate_at_1_percent,
-        attack.true_positive_rate_at_0_1_percent,
-    )
-    return (*values, _epsilon(attack.gaussian_mu), *(f"{value:.3f}" for value in rates))
-
-
 def _notes(client: ClientStatement) -> Iterable[str]:
     if client.target_epsilon is not None:
         over = " + ".join(client.budgeted_channels)
         nominal = " (nominal: test noise)" if client.test_noise else ""
         yield (
-            f"Budget over {over}: ε = {_epsilon(client.spent_epsilon)} of {client.target_epsilon:g} "
+            f"Budget over {over}: ε = {epsilon_text(client.spent_epsilon)} of {client.target_epsilon:g} "
             f"spent{nominal}; {client.refusals} release(s) refused."
         )
     if client.refusals:
@@ -211,40 +178,17 @@ def _notes(client: ClientStatement) -> Iterable[str]:
             details.append(f"{channel.reservations_never_released} charged but never sent (a crash)")
         if channel.parallel_composition:
             details.append("disjoint data epochs composed in parallel")
-        if channel.clipped_share is not None:
-            details.append(f"{100 * channel.clipped_share:.0f} % of examples clipped (local figure)")
         yield f"{name}: {'; '.join(details)}."
-    if any(channel.clipped_share is not None for channel in client.channels):
-        yield _CLIPPED
 
 
-def _legend(shareable: bool) -> RenderableType:
-    rounded = (
-        "Handed over: δ, q and σ are rounded towards more loss and every figure is computed from them; an ε "
-        "within the budget is told as at most the budget. "
-    )
+def _legend(statement: PrivacyStatement) -> RenderableType:
+    capped = " An ε within the budget is told as at most the budget." if statement.shareable else ""
+    delta = max(client.delta for client in statement.clients)
     return Text(
-        (rounded if shareable else "")
-        + "σ noise over clipping norm C; q sampling rate; μ equivalent Gaussian; adv. and TPR: at most this "
-        "TPR - FPR, and this true positive rate at 1 % and 0.1 % false positives, for any membership "
-        "attacker who reads the channel in the clear. In brackets: what it would be without test noise.",
+        f"{ROUNDING}{capped}\n{delta_words(delta)}\nWhat ε means: docs/privacy.md, “Epsilon in practice”. "
+        "Accountants, mechanisms, keys and a page to sign: fedmosaic report STATE --html statement.html",
         style="dim",
     )
-
-
-def _coalitions(statement: PrivacyStatement) -> RenderableType:
-    lines = []
-    for rows in statement.coalition_rows:
-        line = (
-            f"{rows.colluding_recipients} recipient(s) hold at most {rows.independent_rows} independent "
-            f"combinations of {rows.contributors} adapters"
-        )
-        if rows.independent_rows >= rows.contributors:
-            at_once = rows.colluding_recipients >= rows.contributors
-            when = "with the rows of one round" if at_once else "if adapters hardly move between rounds"
-            line += f": enough to solve for every one of them, {when}"
-        lines.append(line)
-    return _bullets("What coalitions of recipients can solve for", lines)
 
 
 def _bullets(title: str, lines: Iterable[str]) -> RenderableType:
@@ -254,14 +198,3 @@ def _bullets(title: str, lines: Iterable[str]) -> RenderableType:
     for line in lines:
         table.add_row("•", Text(line))
     return Panel(table, title=title, title_align="left", box=box.ROUNDED)
-
-
-def _epsilon(value: float | None) -> str:
-    if value is None:
-        return "n/a"
-    return "∞" if value == math.inf else f"{math.ceil(round(value * 1000, 6)) / 1000:.3f}"
-
-
-def _delta(value: float) -> str:
-    # Rounded up, which stays true, so that a printed statement does not tell the number of examples.
-    return f"{round_up(value, 1):.0e}"

@@ -1,9 +1,10 @@
 """The statement that a client hands over: what it would say of a ledger whose private numbers are rounded.
 
-δ = n^-1.1, the sampling rate q = B/n and the noise σ that is planned for them follow from the number n of a
-client's examples, and every figure of a statement follows from these three. Rounding the figures one by one
-leaves many rounded figures of one unknown, which together tell it to a few per cent. So the three are rounded
-first, all of them along the same cells of n, and everything else is computed from the rounded ones:
+δ = n^-1.1 where no bound of the terms is smaller, the sampling rate q = B/n and the noise σ that is planned
+for them follow from the number n of a client's examples, and every figure of a statement follows from these
+three. Rounding the figures one by one leaves many rounded figures of one unknown, which together tell it to a
+few per cent. So the three are rounded first, all of them along the same cells of n, and everything else is
+computed from the rounded ones:
 
     n in [L, H), L = 1.5^k, H = 1.5 L       δ → L^-1.1 (up)     q → B/L (up)     σ → planned for H (down)
 
@@ -52,10 +53,13 @@ def cell(examples: float) -> tuple[float, float]:
     return CELL**index, CELL ** (index + 1)
 
 
-def rounded_delta(delta: float) -> float:
-    """δ of the cell's lower end, where δ = n^-1.1; at least `delta`."""
+def rounded_delta(delta: float, largest: float | None = None) -> float:
+    """δ of the cell's lower end, at least `delta` = min(n^-1.1, largest); a bound of the terms stays."""
+    if largest is not None and delta >= largest:
+        return delta
     low, _ = cell(delta ** (-1 / 1.1))
-    return round_up(low**-1.1, _DIGITS) if low > 1.0 else delta
+    rounded = round_up(low**-1.1, _DIGITS) if low > 1.0 else delta
+    return rounded if largest is None else min(rounded, largest)
 
 
 def rounded_rate(rate: float, batch: int) -> float:
@@ -77,7 +81,7 @@ def rounded_noise(sigma: float, least: float | None) -> float:
 
 def _rounded(client: ClientInputs) -> ClientInputs:
     opened = json.loads(client.ledger[0].mechanism or "{}")
-    opened["delta"] = rounded_delta(parameters_of(client.ledger).delta)
+    opened["delta"] = rounded_delta(parameters_of(client.ledger).delta, client.largest_delta)
     batch = client.expected_batch_size or 1
     rows: list[LedgerRow] = []
     previous = FIRST_PREVIOUS_HASH

@@ -87,9 +87,9 @@ LEAKS = (
     "Poisoning and free-riding are not a question of privacy and are not covered here.",
 )
 UNCHECKED_ROWS_LEAK = (
-    "Under ckks a recipient checks the row of weights that it is told, but not that the sum was made with "
-    "it: a malicious server can hand it a single adapter in place of a sum. Only DP bounds what that reveals "
-    "to the recipient; the back end mask notices."
+    "With the encryption ckks a recipient cannot check that its sum was made with the weights that it is "
+    "told: a malicious server can hand it a single adapter in place of a sum. Only DP bounds what that "
+    "reveals; the encryption mask notices."
 )
 GROUP_SUMS_LEAK = (
     "The server and all members read every sum of a group, and who contributed to it. What an example does "
@@ -186,9 +186,9 @@ def leaks(inputs: StatementInputs, any_unprotected: bool, group_sums: bool = Fal
     if group_sums:
         return (*found, GROUP_SUMS_LEAK)
     found.append(
-        f"Every aggregate combines at least {inputs.minimum_contributors} contributors other than the "
-        f"recipient, each with a weight of at most {inputs.weight_cap:g}, and squared weights that sum to at "
-        f"most {inputs.squares_cap:g}. " + _collusion(inputs, any_unprotected)
+        f"What a recipient gets is a sum of the adapters of at least {inputs.minimum_contributors} others, "
+        f"each with a share of at most {inputs.weight_cap:g} (squared, the shares add up to at most "
+        f"{inputs.squares_cap:g}). " + _collusion(inputs, any_unprotected)
     )
     if inputs.encryption.startswith("ckks"):
         found.append(UNCHECKED_ROWS_LEAK)
@@ -204,21 +204,24 @@ def _collusion(inputs: StatementInputs, any_unprotected: bool) -> str:
     if inputs.smallest_row is None:
         seen = f"none was received here, the least allowed is {smallest}"
     words = (
-        f"That hides no single adapter from recipients who put rows together: {seen}, and "
-        f"{counted_coalition(smallest, 1)} recipient(s) solve for those with one row each"
+        f"That hides no single adapter from recipients who put their sums together: {seen}, and "
+        f"{_recipients(smallest, 1)} can compute those from one sum each"
     )
     if aggregates > 1:
         words += (
-            f", {counted_coalition(smallest, aggregates)} with the {aggregates} rows of the run if adapters "
-            "hardly move"
+            f", {_recipients(smallest, aggregates)} from the {aggregates} sums of the run if adapters hardly "
+            "change"
         )
     if smallest > fewest:
-        words += (
-            f"; aggregates of others, not seen here, may have {fewest}: then {counted_coalition(fewest, 1)}"
-        )
-    words += "; two suffice, whatever the number, if a malicious server chooses their rows"
+        words += f"; aggregates of others, not seen here, may have {fewest}: then {_recipients(fewest, 1)}"
+    words += "; two are enough, whatever the number, if a malicious server chooses their weights"
     return words + (
         ". Nothing but DP on the adapter would help, and there is none."
         if any_unprotected
         else ". DP bounds it."
     )
+
+
+def _recipients(contributors: int, sums: int) -> str:
+    count = counted_coalition(contributors, sums)
+    return f"{count} recipient{'s' if count > 1 else ''}"

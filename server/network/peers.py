@@ -180,5 +180,5 @@ def _unauthenticated(message: str) -> Refusal:
         RefusalKind.UNAUTHENTICATED,
         "WRONG_CERTIFICATE",
         message,
-        "use the certificate of the newest kit that the consortium handed out",
+        "install what the consortium has signed last (`fedmosaic keys install`)",
     )

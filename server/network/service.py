@@ -101,12 +101,12 @@ class FederationService(rpc.FederationServicer):
         self, request: pb.ReadKeyMessagesRequest, context: Context
     ) -> AsyncIterator[pb.ReadKeyMessagesResponse]:
         """Wait until as many senders are there as expected, then send what may be read."""
-        client = await self._identify(context, "key messages")
         deadline = time.monotonic() + _wait_seconds(request.wait_milliseconds)
         # So many readers ask again after every message; in a large federation they ask less often.
         breath = min(0.5, 0.005 * len(self._coordinator.settings.members))
         while True:
             seen = self._changes.work  # before the look: what is posted during it must not be waited for
+            client = await self._identify(context, "key messages")  # a roster may have come meanwhile
             look = asyncio.to_thread(
                 self._coordinator.read_key_messages, client, request.epoch, request.stage
             )
@@ -125,7 +125,6 @@ class FederationService(rpc.FederationServicer):
 
     async def Pull(self, request: pb.PullRequest, context: Context) -> AsyncIterator[pb.PullResponse]:
         """Tell what is being waited for until the round is open, then send the aggregate."""
-        client = await self._identify(context, "pull")
         deadline = time.monotonic() + _wait_seconds(request.wait_milliseconds)
         sent = 0
 
@@ -133,6 +132,8 @@ class FederationService(rpc.FederationServicer):
             return self._coordinator.available_round >= request.round
 
         while True:
+            client = await self._identify(context, "pull")  # a roster may have come meanwhile
+            settings = self._coordinator.settings
             look = asyncio.to_thread(self._coordinator.open_download, client, request.round)
             download = await self._guarded(context, "pull", client, look)
             if download is not None:
@@ -140,13 +141,15 @@ class FederationService(rpc.FederationServicer):
                     sent += message.ByteSize()
                     yield message
                 break
-            while not opened() and not self._changes.stopping and time.monotonic() < deadline:
+            while not (opened() or self._changes.stopping) and time.monotonic() < deadline:
+                if self._coordinator.settings is not settings:
+                    break
                 waiting = self._waiting()
                 sent += waiting.ByteSize()
                 yield waiting
                 left = deadline - time.monotonic()
                 await self._changes.until("round", opened, min(_STATUS_SECONDS, left))
-            if not opened():
+            if not opened() and self._coordinator.settings is settings:
                 break
         self._coordinator.count_traffic(client, request.ByteSize(), sent)
 

@@ -1,6 +1,7 @@
 """The network side of a server: gRPC over mutual TLS, with its health, on one port."""
 
 import errno
+import logging
 import socket
 from typing import Final
 
@@ -14,14 +15,16 @@ from grpc_health.v1 import (  # type: ignore[import-untyped]  # its stubs are a 
 )
 
 from fedmosaic.privacy.federation.identity import check_pair, read_certificate
+from fedmosaic.privacy.files import file_marks
 from fedmosaic.protos import bounds
-from fedmosaic.protos.errors import ConfigurationError
+from fedmosaic.protos.errors import ConfigurationError, IdentityError
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
 from fedmosaic.server.network.peers import Gate, channel_options
 from fedmosaic.server.network.service import FederationService
 from fedmosaic.server.settings import TlsFiles
 
+log = logging.getLogger(__name__)
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["Federation"].full_name
 _GRACE_SECONDS: Final = 5.0
 _BIND_PROBLEMS: Final = {
@@ -81,12 +84,38 @@ class Listener:
 def server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
     """What the server shows, and whom it lets in: only certificates of the federation's authority.
 
+    The files are read again at the first handshake after they have changed. Files that do not fit together
+    are told once, and what was read before is shown on; an installation may be in the middle.
+
     Raises:
         IdentityError: a certificate or the key is missing or damaged, or they are no pair.
     """
-    certificate, key = check_pair(tls.certificate, tls.private_key)
-    authority = read_certificate(tls.authority).public_bytes(serialization.Encoding.PEM)
-    return grpc.ssl_server_credentials([(key, certificate)], authority, require_client_auth=True)
+    files = (tls.certificate, tls.private_key, tls.authority)
+    seen = file_marks(files)
+
+    def read() -> grpc.ServerCertificateConfiguration:
+        certificate, key = check_pair(tls.certificate, tls.private_key)
+        authority = read_certificate(tls.authority).public_bytes(serialization.Encoding.PEM)
+        return grpc.ssl_server_certificate_configuration([(key, certificate)], authority)
+
+    def changed() -> grpc.ServerCertificateConfiguration | None:
+        nonlocal seen
+        if (marks := file_marks(files)) == seen:
+            return None
+        seen = marks
+        try:
+            configuration = read()
+        except IdentityError as error:
+            log.warning("the certificate of before is shown on: %s", error)
+            return None
+        log.info("the certificate in %s is shown from now on", tls.certificate)
+        return configuration
+
+    return grpc.dynamic_ssl_server_credentials(
+        read(),
+        changed,  # type: ignore[arg-type]  # its documentation has None for no change, the stubs do not
+        require_client_authentication=True,
+    )
 
 
 def _why_not(listen: str) -> str:

@@ -2,7 +2,7 @@
 
     import fedmosaic as fm
 
-    fm.create_federation("federation.toml", out="federation")      # once: the kits of server and clients
+    fm.create_federation("federation.toml", out="federation")      # on one machine: every kit, once
     fm.Server("federation/server").serve()                         # whoever runs the server
     result = fm.Client("client.toml").run()                        # every client: scores, statement, adapter
 

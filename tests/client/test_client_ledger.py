@@ -207,3 +207,14 @@ def test_more_examples_than_that_are_refused_with_the_number_that_is_possible(tm
     with pytest.raises(LedgerError, match="at most 1995 examples"):
         ledger_delta(path, 2000)
     assert ledger_delta(path, 1995) == default_delta(1000)
+
+
+def test_terms_bound_delta_and_a_ledger_with_a_larger_one_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    assert ledger_delta(path, 400, 1e-5) == 1e-5
+    assert ledger_delta(path, 400, 1.0) == default_delta(400)
+    assert ledger_delta(path, 10**6, 1e-5) == default_delta(10**6)
+    Ledger.open(path, "ada", default_delta(400), 8.0).close()
+    with pytest.raises(LedgerError, match=r"δ = 1\.37e-03 .* at most 1e-05 .* whose terms allow 0\.0014"):
+        ledger_delta(path, 400, 1e-5)
+    assert ledger_delta(path, 400, 0.0014) == default_delta(400)

@@ -17,7 +17,7 @@ from fedmosaic.client.session import Session
 from fedmosaic.client.state import ClientState
 from fedmosaic.client.transport.grpc import Transport
 from fedmosaic.experiments.simulation.transport import InProcessTransport
-from fedmosaic.privacy.federation import kits as federation
+from fedmosaic.privacy.federation import consortium
 from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry, open_kit
 from fedmosaic.privacy.federation.roster import AdapterTerms, ScheduleTerms, Terms
 from fedmosaic.privacy.ledger.ledger import Ledger
@@ -114,7 +114,7 @@ def make_federation(
 ) -> Path:
     entries = tuple(MemberEntry(id=name, family=(families or {}).get(name, "")) for name in members)
     config = FederationConfig(federation="vectors", members=entries, terms=agreed)
-    federation.create(config, directory)
+    consortium.create(config, directory)
     (directory / "server" / "server.toml").write_text('listen = "127.0.0.1:0"\nstate_dir = "state"\n')
     return directory
 

@@ -27,6 +27,7 @@ from fedmosaic.client.preflight.checks import Given, Preflight
 from fedmosaic.client.profile.probe import open_probe
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.settings import ClientSettings
+from fedmosaic.privacy.federation import consortium
 from fedmosaic.privacy.federation import kits as federation
 from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
 from fedmosaic.privacy.federation.roster import AdapterTerms, ScheduleTerms, Terms
@@ -115,7 +116,7 @@ def served(place: Path, tmp_path: Path) -> Iterator[tuple[Path, int]]:
     )
     members = tuple(MemberEntry(id=m) for m in MEMBERS)
     directory = tmp_path / "federation"
-    federation.create(FederationConfig(federation="f", members=members, terms=terms), directory)
+    consortium.create(FederationConfig(federation="f", members=members, terms=terms), directory)
     (directory / "server" / "server.toml").write_text('listen = "127.0.0.1:0"\nstate_dir = "state"\n')
     settings = settings_from_kit(directory / "server").model_copy(update={"durable": False})
     with Server(settings).background() as port:
@@ -177,7 +178,7 @@ def test_a_member_is_told_that_architectures_are_not_aligned(
             "terms": federation.open_kit(served[0] / "server").roster.terms.model_dump(),
         }
     )
-    federation.create(config, tmp_path / "other")
+    consortium.create(config, tmp_path / "other")
     own = settings(served, place, kit=tmp_path / "other" / "clients" / "a", model={"path": "m"})
     checked = Preflight(own, Progress(), given=Given(train=pairs(0)))
     with closing(checked):

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+import builders
 from end_to_end import federation_of_vectors as fv
 from fedmosaic.client import session as client_session
 from fedmosaic.client.keyring import Keyring
-from fedmosaic.privacy.federation import kits as federation
+from fedmosaic.privacy.federation import consortium
 from fedmosaic.privacy.federation.kits import open_kit
 from fedmosaic.protos.errors import KeyAgreementError, KeyExpiredError, StateError
 from fedmosaic.server.coordinator import Coordinator
@@ -103,7 +104,7 @@ def after_one_round(tmp_path: Path, _stopped_before_the_keys_go: None) -> Path:
 
 def test_a_key_that_a_revoked_member_holds_encrypts_nothing_more(after_one_round: Path) -> None:
     assert _keyring(after_one_round).encryption_key(1, 2).epoch == 1
-    federation.revoke_member(after_one_round, "eva")
+    consortium.revoke_member(after_one_round, "eva")
     keyring = _keyring(after_one_round)
     with pytest.raises(KeyExpiredError, match="members that hold the key no longer take part: eva"):
         keyring.encryption_key(1, 2)
@@ -113,7 +114,7 @@ def test_a_key_that_a_revoked_member_holds_encrypts_nothing_more(after_one_round
 
 
 def test_a_key_of_a_member_with_a_new_identity_encrypts_nothing_more(after_one_round: Path) -> None:
-    federation.rotate_member(after_one_round, "eva")
+    builders.enrol_member(after_one_round, "eva", replace=True)
     with pytest.raises(KeyExpiredError, match="agreed on under another roster"):
         _keyring(after_one_round).encryption_key(1, 2)
 
@@ -209,7 +210,7 @@ def test_a_member_leaves_while_a_round_is_open(
     assert all(isinstance(error, fv.Killed) for error in errors.values())
     coordinator.close()
 
-    federation.revoke_member(directory, "eva")
+    consortium.revoke_member(directory, "eva")
     coordinator = fv.coordinator_of(directory)
     staying = fv.clients_of(directory, fv.MEMBERS[:-1])
     assert fv.play(coordinator, staying) == {}

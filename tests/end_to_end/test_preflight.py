@@ -1,5 +1,6 @@
 """Before a client enrols: what is wrong is found, by the client and by the doctor, and nothing is changed."""
 
+import datetime as dt
 import json
 import re
 import shutil
@@ -28,7 +29,7 @@ from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState
 from fedmosaic.experiments.comparison import report
 from fedmosaic.privacy.configuration import read_configuration
-from fedmosaic.privacy.federation import kits as federation
+from fedmosaic.privacy.federation import consortium, identity
 from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
 from fedmosaic.privacy.federation.roster import AdapterPrivacyTerms, AdapterTerms, ScheduleTerms, Terms
 from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, read_ledger
@@ -98,7 +99,7 @@ def found(place: Path, name: str, protection: str = "none", **schedule: int) -> 
         allow_plaintext=True,
     )
     config = FederationConfig(federation="f", members=tuple(MemberEntry(id=m) for m in MEMBERS), terms=terms)
-    federation.create(config, place / name)
+    consortium.create(config, place / name)
     (place / name / "server" / "server.toml").write_text('listen = "127.0.0.1:0"\nstate_dir = "state"\n')
     return place / name
 
@@ -306,6 +307,15 @@ def test_the_doctor_goes_on_with_what_can_still_be_checked(
     assert re.search(r"^server +WRONG\s", shown, re.MULTILINE)
     assert re.search(r"^model +- +not checked, because of data", shown, re.MULTILINE)
     assert "a client could not start" in shown
+
+
+def test_a_certificate_in_its_last_days_is_announced(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = preflight(config)
+    checked._check_certificate()
+    assert checked.warnings == []
+    monkeypatch.setattr(identity, "ANNOUNCED_BEFORE", dt.timedelta(days=91))
+    checked._check_certificate()
+    assert "the certificate expires in 89 days" in checked.warnings[0]
 
 
 def test_the_doctor_explains_a_wrong_configuration(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from end_to_end import federation_of_vectors as fv
 from fedmosaic.client.keyring import Keyring
-from fedmosaic.privacy.federation import kits as federation
+from fedmosaic.privacy.federation import consortium
 from fedmosaic.privacy.ledger.ledger import read_ledger
 from fedmosaic.privacy.ledger.move import back_up, move
 from fedmosaic.protos.errors import LedgerError, StateError
@@ -130,7 +130,7 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
 def test_a_client_with_another_roster_is_refused_by_name(tmp_path: Path) -> None:
     directory = fv.make_federation(tmp_path / "f", fv.terms("plain"))
     old = (directory / "clients" / "ada" / "roster.json").read_bytes()
-    federation.revoke_member(directory, "eva")
+    consortium.revoke_member(directory, "eva")
     (directory / "clients" / "ada" / "roster.json").write_bytes(old)
     coordinator = fv.coordinator_of(directory)
     client = fv.Client(directory, "ada", 0)

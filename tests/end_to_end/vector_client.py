@@ -18,6 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import builders
 from end_to_end import federation_of_vectors as fv  # after the path it is found on
 from fedmosaic.client.membership import ask_to_enrol
 from fedmosaic.client.transport.grpc import GrpcTransport
@@ -62,7 +63,7 @@ def announce_two_gibibytes(transport: GrpcTransport, client: fv.Client, kit: Pat
 
 def knock_with_a_foreign_certificate(kit: Path, address: str) -> int:
     """Trust the right server, but show it a certificate of another authority."""
-    foreign = identity.issue_client(identity.create_authority("vectors"), "vectors", "ben")
+    foreign = builders.issue_client(identity.create_authority("vectors"), "vectors", "ben")
     credentials = grpc.ssl_channel_credentials(
         (kit / "authority.pem").read_bytes(), foreign.key_pem, foreign.certificate_pem
     )

@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+import builders
 from fedmosaic.client.transport.grpc import GrpcTransport
 from fedmosaic.privacy.encryption.layout import upload_header
 from fedmosaic.privacy.encryption.parameters import PlainParameters
@@ -229,7 +230,7 @@ class Authority:
         self.certificate = folder / "authority.pem"
         self.certificate.write_bytes(self.authority.certificate.public_bytes(serialization.Encoding.PEM))
 
-    def _files(self, name: str, issued: identity.TlsIdentity) -> tuple[Path, Path]:
+    def _files(self, name: str, issued: builders.TlsIdentity) -> tuple[Path, Path]:
         certificate, key = self.folder / f"{name}.pem", self.folder / f"{name}.key"
         if key.exists():
             key.unlink()
@@ -239,7 +240,7 @@ class Authority:
 
     def server(self) -> TlsFiles:
         certificate, key = self._files(
-            "server", identity.issue_server(self.authority, ["localhost", "127.0.0.1"])
+            "server", builders.issue_server(self.authority, ["localhost", "127.0.0.1"])
         )
         return TlsFiles(certificate=certificate, private_key=key, authority=self.certificate)
 
@@ -247,7 +248,7 @@ class Authority:
         """Certificate and key of a client, issued `age_days` ago."""
         then = dt.datetime.now(dt.UTC) - dt.timedelta(days=age_days)
         federation = changes.get("federation", self.federation)
-        return self._files(client, identity.issue_client(self.authority, federation, client, now=then))
+        return self._files(client, builders.issue_client(self.authority, federation, client, now=then))
 
     def channel(self, server: Any, client: str, *options: tuple[str, int]) -> grpc.Channel:
         """A channel with a new certificate of a client."""

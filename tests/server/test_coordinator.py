@@ -515,6 +515,8 @@ def test_a_new_roster_goes_on_with_the_run_without_the_revoked_member(
     members = {name: key for name, key in settings.members.items() if name != "clinic-e"}
     after = Coordinator(settings.model_copy(update={"members": members}), clock)
     after.advance()
+    federation.roster_hash = settings.roster_hash
+    after.enrol("clinic-a", federation.enrolment())
     section = after.pull("clinic-a", 2).sections[0]
     assert "clinic-e" not in section.row.contributors
     with refused("NOT_ON_ROSTER"):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fedmosaic.privacy.federation import kits as federation
+from fedmosaic.privacy.federation import consortium
 from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
 from fedmosaic.privacy.federation.roster import Terms
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
@@ -21,11 +21,11 @@ PROFILE = ProfileMechanism(
 def test_a_roster_below_its_quorum_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entries = tuple(MemberEntry(id=name) for name in "abcd")
     place = tmp_path / "f"
-    federation.create(FederationConfig(federation="f", members=entries, terms=Terms(profile=PROFILE)), place)
+    consortium.create(FederationConfig(federation="f", members=entries, terms=Terms(profile=PROFILE)), place)
     assert settings_from_kit(place / "server").quorum == 4
     # As an older program issued it.
-    monkeypatch.setattr(federation, "_too_few", lambda members, terms: "")
-    federation.revoke_member(place, "d")
+    monkeypatch.setattr(consortium, "too_few", lambda members, terms: "")
+    consortium.revoke_member(place, "d")
     with pytest.raises(ConfigurationError) as error:
         settings_from_kit(place / "server")
     message = f"the roster of {place / 'server'} is not a valid ServerSettings:"

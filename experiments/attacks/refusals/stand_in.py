@@ -16,7 +16,7 @@ from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.encryption.parameters import MaskParameters, Parameters
-from fedmosaic.privacy.federation import kits
+from fedmosaic.privacy.federation import consortium, kits
 from fedmosaic.privacy.federation.roster import AdapterTerms, ScheduleTerms, Terms
 from fedmosaic.privacy.ledger.ledger import Ledger
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum
@@ -99,7 +99,9 @@ def founded(encryption: Parameters | None = None) -> Iterator[tuple[Path, Coordi
     members = tuple(kits.MemberEntry(id=member) for member in MEMBERS)
     with tempfile.TemporaryDirectory() as place:
         directory = Path(place) / "federation"
-        kits.create(kits.FederationConfig(federation="attempts", members=members, terms=terms), directory)
+        consortium.create(
+            kits.FederationConfig(federation="attempts", members=members, terms=terms), directory
+        )
         (directory / "server/server.toml").write_text('listen = "127.0.0.1:0"\nstate_dir = "state"\n')
         settings = settings_from_kit(directory / "server").model_copy(update={"durable": False})
         coordinator = Coordinator(settings)

@@ -12,10 +12,10 @@ import grpc
 import pytest
 from cryptography.hazmat.primitives import serialization
 
+import builders
 from fedmosaic.client.transport import connection
 from fedmosaic.client.transport.grpc import GrpcTransport
 from fedmosaic.privacy.federation import identity
-from fedmosaic.privacy.federation.identity import TlsIdentity
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
 
 
@@ -44,11 +44,11 @@ def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def serving(authority: identity.Authority) -> Iterator[Callable[..., int]]:
     """Starts a gRPC server on loopback, by default the right one; in plain text if it shows nothing."""
-    right = identity.issue_server(authority, ["127.0.0.1"])
+    right = builders.issue_server(authority, ["127.0.0.1"])
     with ExitStack() as started:
 
         def start(
-            shown: TlsIdentity | None = right,
+            shown: builders.TlsIdentity | None = right,
             trusted: identity.Authority = authority,
             servicer: Any = None,
         ) -> int:
@@ -70,7 +70,7 @@ def serving(authority: identity.Authority) -> Iterator[Callable[..., int]]:
 @pytest.fixture
 def kit(tmp_path: Path, authority: identity.Authority) -> Path:
     """A folder with the TLS files of a client of the federation."""
-    client = identity.issue_client(authority, "fed", "clinic-a")
+    client = builders.issue_client(authority, "fed", "clinic-a")
     (tmp_path / "authority.pem").write_bytes(pem(authority))
     (tmp_path / "tls.pem").write_bytes(client.certificate_pem)
     identity.write_private(tmp_path / "tls.key", client.key_pem)

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+import builders
 from fedmosaic.client.transport.causes import explain
-from fedmosaic.privacy.federation import identity
-from fedmosaic.privacy.federation.identity import Authority, TlsIdentity
+from fedmosaic.privacy.federation.identity import Authority
 from fedmosaic.protos.errors import IdentityError, TransportError
 from fedmosaic.protos.messages import Enrolment
 from fedmosaic.protos.refusal import Refusal
@@ -42,25 +42,25 @@ def fails(dial: Any) -> Callable[[str, float], Exception]:
     return attempt
 
 
-SERVERS: dict[str, tuple[Callable[[Authority, Authority], TlsIdentity | None], str]] = {
+SERVERS: dict[str, tuple[Callable[[Authority, Authority], builders.TlsIdentity | None], str]] = {
     "another name": (
-        lambda right, foreign: identity.issue_server(right, ["fl.example.org", "192.0.2.7"]),
+        lambda right, foreign: builders.issue_server(right, ["fl.example.org", "192.0.2.7"]),
         r"the server's certificate is for fl\.example\.org, 192\.0\.2\.7; set server in client\.toml",
     ),
     "another authority": (
-        lambda right, foreign: identity.issue_server(foreign, ["127.0.0.1"]),
+        lambda right, foreign: builders.issue_server(foreign, ["127.0.0.1"]),
         "no certificate of this federation's authority",
     ),
     "expired": (
-        lambda right, foreign: identity.issue_server(right, ["127.0.0.1"], days=1, now=NOW - 9 * DAY),
+        lambda right, foreign: builders.issue_server(right, ["127.0.0.1"], days=1, now=NOW - 9 * DAY),
         "certificate has expired",
     ),
     "not valid yet": (
-        lambda right, foreign: identity.issue_server(right, ["127.0.0.1"], now=NOW + 9 * DAY),
+        lambda right, foreign: builders.issue_server(right, ["127.0.0.1"], now=NOW + 9 * DAY),
         "not valid yet; compare the clocks",
     ),
     "a client's certificate": (
-        lambda right, foreign: identity.issue_client(right, "fed", "x"),
+        lambda right, foreign: builders.issue_client(right, "fed", "x"),
         "a certificate that is not a server's",
     ),
     "no TLS": (lambda *_: None, "does not speak TLS"),
@@ -69,7 +69,7 @@ SERVERS: dict[str, tuple[Callable[[Authority, Authority], TlsIdentity | None], s
 
 @pytest.mark.parametrize(("make", "words"), SERVERS.values(), ids=SERVERS.keys())
 def test_what_is_final_is_not_tried_again(
-    make: Callable[[Authority, Authority], TlsIdentity | None],
+    make: Callable[[Authority, Authority], builders.TlsIdentity | None],
     words: str,
     fails: Any,
     serving: Any,
@@ -155,7 +155,7 @@ def test_a_damaged_file_of_the_kit_is_named_and_never_given_to_grpc(
 
 
 def test_a_key_of_another_certificate_is_named(kit: Path, dial: Any, authority: Authority) -> None:
-    (kit / "tls.key").write_bytes(identity.issue_client(authority, "fed", "clinic-a").key_pem)
+    (kit / "tls.key").write_bytes(builders.issue_client(authority, "fed", "clinic-a").key_pem)
     with pytest.raises(IdentityError, match=r"tls\.key is not the key of .*tls\.pem; take both from one kit"):
         dial("localhost:1")
 
@@ -177,7 +177,7 @@ GrpcTransport(sys.argv[2], **files, retry_seconds=0.5).status()
 def test_what_a_server_says_in_parting_commands_no_terminal(
     kit: Path, authority: Authority, listening: Any, tmp_path: Path
 ) -> None:
-    shown = identity.issue_server(authority, ["127.0.0.1"])
+    shown = builders.issue_server(authority, ["127.0.0.1"])
     (tmp_path / "server.pem").write_bytes(shown.certificate_pem + shown.key_pem)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "server.pem")

@@ -18,8 +18,9 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+import builders
 from fedmosaic.client.transport import connection
-from fedmosaic.client.transport.connection import Patience, check_certificate
+from fedmosaic.client.transport.connection import Patience
 from fedmosaic.client.transport.grpc import GrpcTransport
 from fedmosaic.privacy.federation import identity
 from fedmosaic.protos import bounds, wire
@@ -40,6 +41,7 @@ from fedmosaic.protos.messages import (
 from fedmosaic.protos.refusal import Refusal, RefusalKind, to_status
 from fedmosaic.protos.signing import sign_upload
 from fedmosaic.protos.v1 import federation_pb2 as pb
+from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
 
 ENROLMENT = Enrolment(1, "fed", bytes(32), bytes(32), "", "test")
 PAYLOAD = np.random.default_rng(0).integers(0, 256, 700_000, dtype=np.uint8).tobytes()
@@ -385,13 +387,13 @@ def test_own_certificates_are_checked_before_the_server_sees_them(
     kit: Path, foreign: identity.Authority, dial: Any
 ) -> None:
     now, certificate, authority = dt.datetime.now(dt.UTC), kit / "tls.pem", kit / "authority.pem"
-    assert check_certificate(certificate, authority).subject
+    assert identity.check_certificate(certificate, authority).subject
     for then, words in (
         (now + dt.timedelta(days=91), "expired on"),
         (now - dt.timedelta(days=1), "is valid from"),
     ):
         with pytest.raises(IdentityError, match=words):
-            check_certificate(certificate, authority, then)
+            identity.check_certificate(certificate, authority, then)
     other = foreign.certificate.public_bytes(serialization.Encoding.PEM)
     authority.write_bytes(other)
     with pytest.raises(IdentityError, match="take all files from one kit"):
@@ -452,3 +454,40 @@ def test_a_slow_way_has_the_time_for_its_first_handshake(
 
     assert dial(f"127.0.0.1:{listening(lead)}").enrol(ENROLMENT).round == 1
     assert len(connections) == 1
+
+
+def test_a_certificate_that_was_installed_meanwhile_is_shown_by_the_next_call(
+    kit: Path, authority: identity.Authority, dial: Any, serving: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Half an installation leaves the connection as it is; the whole of it opens another."""
+    seen: list[bytes] = []
+
+    class Service(rpc.FederationServicer):
+        def Report(self, request: Any, context: Any) -> Any:
+            seen.append(context.auth_context()["x509_pem_cert"][0])
+            return pb.ReportResponse()
+
+    transport = dial(f"127.0.0.1:{serving(servicer=Service())}")
+    transport.report(b"{}")
+    new = builders.issue_client(authority, "fed", "clinic-a")
+    (kit / "tls.key").write_bytes(new.key_pem)
+    transport.report(b"{}")
+    assert "going on with the connection of before" in caplog.text
+    (kit / "tls.pem").write_bytes(new.certificate_pem)
+    transport.report(b"{}")
+    transport.report(b"{}")
+    assert [pem == new.certificate_pem for pem in seen] == [False, False, True, True]
+
+
+def test_a_certificate_in_its_last_days_is_announced_once_a_day(
+    dial: Any, serving: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    transport = dial(f"127.0.0.1:{serving()}", retry_seconds=0.0)
+    monkeypatch.setattr(identity, "ANNOUNCED_BEFORE", dt.timedelta(days=91))
+    for _ in range(2):
+        transport._reopen_if_changed()
+    assert "expires in" not in caplog.text
+    transport._looked -= 90_000.0
+    for _ in range(2):
+        transport._reopen_if_changed()
+    assert caplog.text.count("the certificate expires in 89 days") == 1

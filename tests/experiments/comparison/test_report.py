@@ -1,6 +1,7 @@
 """`fedmosaic report` of a record in which one member's privacy statement is not what it should be."""
 
 import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,26 @@ def test_a_run_that_brought_nothing_is_reported_as_one(
     (tmp_path / "result.json").write_text(json.dumps(alone | {"received_rounds": 2}))
     assert report.main([str(tmp_path)]) == 0
     assert "RECEIVED NOTHING" not in capsys.readouterr().out
+
+
+def test_a_certificate_in_its_last_days_is_announced(
+    tmp_path: Path, honest: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "session.json").write_text(json.dumps({"client": "ada"}))
+    (tmp_path / "statement.json").write_text(json.dumps(honest["ada"]))
+
+    def told(days: float, **more: Any) -> str:
+        expiry = datetime.now(UTC) + timedelta(days=days)
+        result = {"before": {}, "certificate_expires": expiry.isoformat()} | more
+        (tmp_path / "result.json").write_text(json.dumps(result))
+        assert report.main([str(tmp_path)]) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    assert "ada: the certificate expires in 12 days" in told(12.5)
+    assert "ada: the certificate expired on" in told(-1)
+    assert "certificate" not in told(15)
+    assert "certificate" not in told(-1, after={})
+    assert "certificate" not in told(0, certificate_expires="soon")
 
 
 def test_a_server_tells_that_nothing_was_exchanged(

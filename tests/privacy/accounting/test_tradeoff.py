@@ -4,8 +4,10 @@ import math
 
 import numpy as np
 import pytest
+from dp_accounting.pld import privacy_loss_distribution
 from scipy.special import ndtr, ndtri
 
+from fedmosaic.privacy.accounting import pld
 from fedmosaic.privacy.accounting.epsilon import epsilon
 from fedmosaic.privacy.accounting.events import UNPROTECTED, GaussianEvent
 from fedmosaic.privacy.accounting.tradeoff import (
@@ -120,3 +122,17 @@ def test_limits() -> None:
     for rate in (-0.1, 1.1, math.nan):
         with pytest.raises(AccountingError):
             gaussian_true_positive_rate(1.0, rate)
+
+
+def test_the_fast_forms_of_what_dp_accounting_computes_give_its_values() -> None:
+    """The search for a person's losses and the sums of δ, bit for bit as the package has them."""
+    event, interval = GaussianEvent(0.9, 0.1, 3), 0.02
+    shares = [math.comb(4, count) * 0.1**count * 0.9 ** (4 - count) for count in range(5)]
+    package = privacy_loss_distribution.from_mixture_gaussian_mechanism(
+        0.9, [0.0, 1.0, 2.0, 3.0, 4.0], shares, value_discretization_interval=interval
+    ).self_compose(3)
+    ours = pld._for_person(event, 4, interval)
+    epsilons = np.linspace(-4.0, 8.0, 40)
+    expected = package.get_delta_for_epsilon(epsilons)
+    assert (ours.get_delta_for_epsilon(epsilons) == expected).all()
+    assert (pld.deltas(ours, epsilons) == expected).all()

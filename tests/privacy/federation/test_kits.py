@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from builders import founding, tiny_mechanism
+import builders
+from builders import enrol_member, founding, tiny_mechanism
 from fedmosaic.privacy.configuration import read_configuration, validate
-from fedmosaic.privacy.federation import identity
+from fedmosaic.privacy.federation import consortium, identity
 from fedmosaic.privacy.federation import kits as federation
 from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
 from fedmosaic.privacy.federation.roster import AdapterTerms, Roster, Terms
@@ -26,7 +27,7 @@ PROFILE = tiny_mechanism()
 @pytest.fixture
 def made(tmp_path: Path) -> Path:
     place = tmp_path / "federation"
-    federation.create(founding(), place)
+    consortium.create(founding(), place)
     return place
 
 
@@ -67,7 +68,7 @@ def test_a_changed_roster_is_refused(made: Path) -> None:
 
 
 def test_a_roster_signed_by_another_consortium_is_refused(made: Path, tmp_path: Path) -> None:
-    federation.create(founding(), tmp_path / "other")
+    consortium.create(founding(), tmp_path / "other")
     foreign = (tmp_path / "other" / "roster.json").read_bytes()
     (made / "clients" / "a" / "roster.json").write_bytes(foreign)
     with pytest.raises(IdentityError, match="not signed"):
@@ -76,7 +77,7 @@ def test_a_roster_signed_by_another_consortium_is_refused(made: Path, tmp_path: 
 
 def test_a_certificate_of_another_federation_is_refused(made: Path) -> None:
     authority = identity.create_authority("banks")
-    tls = identity.issue_client(authority, "banks", "a")
+    tls = builders.issue_client(authority, "banks", "a")
     (made / "clients" / "a" / "tls.pem").write_bytes(tls.certificate_pem)
     with pytest.raises(IdentityError, match="'banks'"):
         federation.open_kit(made / "clients" / "a").member_id()
@@ -84,11 +85,11 @@ def test_a_certificate_of_another_federation_is_refused(made: Path) -> None:
 
 def test_adding_and_revoking_changes_the_roster_hash_and_serial(made: Path) -> None:
     before = federation.open_kit(made / "server").roster
-    with pytest.raises(ConfigurationError, match="rotate"):
-        federation.add_member(made, MemberEntry(id="a"))
-    added = federation.add_member(made, MemberEntry(id="e"))
+    with pytest.raises(ConfigurationError, match="has other keys already"):
+        enrol_member(made, "a")
+    added = enrol_member(made, "e")
     assert federation.open_kit(made / "clients" / "e").member_id() == "e"
-    revoked = federation.revoke_member(made, "e")
+    revoked = consortium.revoke_member(made, "e")
     assert [before.serial, added.serial, revoked.serial] == [1, 2, 3]
     assert len({before.hash, added.hash, revoked.hash}) == 3
     assert all(m.id != "e" for m in revoked.members)
@@ -96,7 +97,7 @@ def test_adding_and_revoking_changes_the_roster_hash_and_serial(made: Path) -> N
 
 def test_rotation_replaces_both_keys(made: Path) -> None:
     before = federation.open_kit(made / "server").roster.member("c")
-    after = federation.rotate_member(made, "c").member("c")
+    after = enrol_member(made, "c", replace=True).member("c")
     assert before.identity_key != after.identity_key
     assert before.tls_key_sha256 != after.tls_key_sha256
     assert federation.open_kit(made / "clients" / "c").member_id() == "c"
@@ -128,7 +129,7 @@ def test_architectures_without_an_aligned_basis_are_warned_of(
     terms = Terms(profile=PROFILE, adapter=AdapterTerms(basis=basis))
     members = tuple(MemberEntry(id=f"m{i}", family=family) for i, family in enumerate(families))
     founding = FederationConfig(federation="clinics", members=members, terms=terms)
-    roster = federation.create(founding, tmp_path / "federation")
+    roster = consortium.create(founding, tmp_path / "federation")
     words = federation.unaligned(roster)
     assert ("2 families (llama, qwen)" in words and "`fedmosaic align`" in words) == warned
     assert (words == "") != warned
@@ -138,19 +139,17 @@ def test_architectures_without_an_aligned_basis_are_warned_of(
 
 def test_nobody_is_revoked_without_whom_the_others_could_not_go_on(made: Path) -> None:
     before = (made / "roster.json").read_bytes()
-    with pytest.raises(ConfigurationError, match=r"without 'd', 3 members cannot receive.*keys add"):
-        federation.revoke_member(made, "d")
+    with pytest.raises(ConfigurationError, match=r"without 'd', 3 members cannot receive.*keys approve"):
+        consortium.revoke_member(made, "d")
     assert (made / "roster.json").read_bytes() == before
-    federation.add_member(made, MemberEntry(id="e"))
-    assert len(federation.revoke_member(made, "d").members) == 4
-    with pytest.raises(ConfigurationError, match="former member"):
-        federation.add_member(made, MemberEntry(id="d"))
+    enrol_member(made, "e")
+    assert len(consortium.revoke_member(made, "d").members) == 4
 
 
 def test_a_quorum_holds_members_as_well(tmp_path: Path) -> None:
-    federation.create(founding(*"abcde", schedule={"quorum": 5}), tmp_path / "f")
+    consortium.create(founding(*"abcde", schedule={"quorum": 5}), tmp_path / "f")
     with pytest.raises(ConfigurationError, match=r"quorum is 5 with 4 members"):
-        federation.revoke_member(tmp_path / "f", "e")
+        consortium.revoke_member(tmp_path / "f", "e")
 
 
 @pytest.mark.parametrize(
@@ -211,7 +210,7 @@ def test_certificates_carry_the_strict_usages() -> None:
     authority = identity.create_authority("clinics")
     now = dt.datetime(2030, 1, 1, tzinfo=dt.UTC)
     client = x509.load_pem_x509_certificate(
-        identity.issue_client(authority, "clinics", "a", days=7, now=now).certificate_pem
+        builders.issue_client(authority, "clinics", "a", days=7, now=now).certificate_pem
     )
     usage = client.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     assert [u.dotted_string for u in usage] == [x509.oid.ExtendedKeyUsageOID.CLIENT_AUTH.dotted_string]

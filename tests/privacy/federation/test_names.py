@@ -10,9 +10,9 @@ from cryptography import x509
 from builders import founding
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.privacy.configuration import validate
-from fedmosaic.privacy.federation import identity, names
+from fedmosaic.privacy.federation import consortium, identity, names
 from fedmosaic.privacy.federation import kits as federation
-from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
+from fedmosaic.privacy.federation.kits import FederationConfig
 from fedmosaic.protos.errors import ConfigurationError
 from fedmosaic.server.settings import settings_from_kit
 
@@ -124,7 +124,7 @@ def test_a_server_listens_where_clients_cannot_connect_to(given: str) -> None:
 
 @pytest.mark.parametrize("listen", ["::7443", "127.0.0.1:99999", "https://x:1", "7443"])
 def test_a_bad_listen_address_is_refused_by_its_key(listen: str, tmp_path: Path) -> None:
-    federation.create(described(), tmp_path / "f")
+    consortium.create(described(), tmp_path / "f")
     (tmp_path / "f" / "server" / "server.toml").write_text(f'listen = "{listen}"\n')
     with pytest.raises(ConfigurationError, match="listen: "):
         settings_from_kit(tmp_path / "f" / "server")
@@ -132,7 +132,7 @@ def test_a_bad_listen_address_is_refused_by_its_key(listen: str, tmp_path: Path)
 
 @pytest.mark.parametrize("url", ["", "postgres.example", "mysql://u:secret@h/d", "postgres://u:secret@h/d"])
 def test_a_store_that_is_none_is_refused_by_its_key(url: str, tmp_path: Path) -> None:
-    federation.create(described(), tmp_path / "f")
+    consortium.create(described(), tmp_path / "f")
     (tmp_path / "f" / "server" / "server.toml").write_text(f'store_url = "{url}"\n')
     with pytest.raises(ConfigurationError, match=r"store_url: .*postgresql\+psycopg://") as error:
         settings_from_kit(tmp_path / "f" / "server")
@@ -162,7 +162,7 @@ def test_this_machine_and_private_networks_are_local(server: str, local: bool) -
 def test_the_longest_names_can_be_founded(tmp_path: Path) -> None:
     name = "rare-disease-imaging-consortium-northern-europe-and-baltics-eeu"
     assert len(name) == 63
-    federation.create(described(name, BALANCER, "2001:db8::1"), tmp_path / "f")
+    consortium.create(described(name, BALANCER, "2001:db8::1"), tmp_path / "f")
     kit = federation.open_kit(tmp_path / "f" / "clients" / ("m" * 63))
     assert kit.member_id() == "m" * 63
     certificate = x509.load_pem_x509_certificate((tmp_path / "f" / "server" / "tls.pem").read_bytes())
@@ -179,9 +179,9 @@ def test_a_founding_that_is_stopped_leaves_nothing(tmp_path: Path, monkeypatch: 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(federation, "_publish", stop)
+    monkeypatch.setattr(consortium, "_publish", stop)
     with pytest.raises(KeyboardInterrupt):
-        federation.create(described(), tmp_path / "f")
+        consortium.create(described(), tmp_path / "f")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -189,35 +189,27 @@ def test_a_founding_that_is_stopped_leaves_nothing(tmp_path: Path, monkeypatch: 
 def test_a_founding_that_is_killed_leaves_nothing_that_looks_founded(tmp_path: Path) -> None:
     child = os.fork()
     if child == 0:
-        federation._publish = lambda *_: os._exit(9)  # type: ignore[assignment]  # the moment of the kill
-        federation.create(described(), tmp_path / "f")
+        consortium._publish = lambda *_: os._exit(9)  # type: ignore[assignment]  # the moment of the kill
+        consortium.create(described(), tmp_path / "f")
         os._exit(0)
     os.waitpid(child, 0)
     assert not (tmp_path / "f").exists()
-    federation.create(described(), tmp_path / "f")
+    consortium.create(described(), tmp_path / "f")
     assert federation.open_kit(tmp_path / "f" / "clients" / "a").member_id() == "a"
-
-
-def test_a_kit_that_was_half_made_does_not_block_the_next_try(tmp_path: Path) -> None:
-    federation.create(described(), tmp_path / "f")
-    (tmp_path / "f" / "clients" / ".e").mkdir()
-    (tmp_path / "f" / "clients" / ".e" / "tls.key").write_text("half")
-    federation.add_member(tmp_path / "f", MemberEntry(id="e"))
-    assert federation.open_kit(tmp_path / "f" / "clients" / "e").member_id() == "e"
 
 
 def test_a_file_in_the_place_of_the_federation_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "f").write_text("mine")
     with pytest.raises(ConfigurationError, match="there already"):
-        federation.create(described(), tmp_path / "f")
+        consortium.create(described(), tmp_path / "f")
     assert (tmp_path / "f").read_text() == "mine"
     with pytest.raises(ConfigurationError, match="not empty"):
-        federation.create(described(), tmp_path)
+        consortium.create(described(), tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"\xff\xfe{", b'{"a": NaN}', b"{}"], ids=repr)
 def test_a_damaged_roster_or_key_is_named(content: bytes, tmp_path: Path) -> None:
-    federation.create(described(), tmp_path / "f")
+    consortium.create(described(), tmp_path / "f")
     kit = tmp_path / "f" / "server"
     (kit / "roster.json").write_bytes(content)
     with pytest.raises(ConfigurationError, match=r"roster\.json"):
@@ -228,7 +220,7 @@ def test_a_damaged_roster_or_key_is_named(content: bytes, tmp_path: Path) -> Non
 
 
 def test_what_is_signed_is_what_was_meant(tmp_path: Path) -> None:
-    federation.create(described("clinics", "FL.Example.org."), tmp_path / "f")
+    consortium.create(described("clinics", "FL.Example.org."), tmp_path / "f")
     certificate = x509.load_pem_x509_certificate((tmp_path / "f" / "server" / "tls.pem").read_bytes())
     assert identity.certificate_names(certificate) == ["fl.example.org"]
     assert json.loads((tmp_path / "f" / "roster.json").read_text())["federation"] == "clinics"

@@ -1,5 +1,6 @@
 """Founding terms that no client could plan its noise under are refused, with a remedy that works."""
 
+import hashlib
 import logging
 import re
 from pathlib import Path
@@ -13,9 +14,11 @@ from fedmosaic import cli
 from fedmosaic.privacy.accounting.calibrate import check_plannable
 from fedmosaic.privacy.accounting.epsilon import default_delta, epsilon, within_resolution
 from fedmosaic.privacy.accounting.events import GaussianEvent
-from fedmosaic.privacy.federation import kits as federation
-from fedmosaic.privacy.federation.roster import Terms
-from fedmosaic.privacy.federation.terms_checks import check_plan, check_sums
+from fedmosaic.privacy.configuration import canonical_json
+from fedmosaic.privacy.federation import consortium
+from fedmosaic.privacy.federation.founding import create_federation
+from fedmosaic.privacy.federation.roster import Roster, Terms
+from fedmosaic.privacy.federation.terms_checks import check_plan, check_sums, with_bounded_delta
 from fedmosaic.privacy.mechanism.projection import PublicBasis
 from fedmosaic.protos.errors import AccountingError, ConfigurationError, MechanismError
 
@@ -134,11 +137,11 @@ def test_another_basis_than_the_terms_name_is_refused_before_anything_is_written
         (None, "no file is given"),
     ):
         with pytest.raises(MechanismError, match=reason):
-            federation.create(config, tmp_path / "made", basis_file)
+            consortium.create(config, tmp_path / "made", basis_file)
     assert not (tmp_path / "made").exists()
-    federation.create(config, tmp_path / "made", tmp_path / "agreed")
+    consortium.create(config, tmp_path / "made", tmp_path / "agreed")
     with pytest.raises(MechanismError, match="uses no public basis"):
-        federation.create(founding(), tmp_path / "second", tmp_path / "agreed")
+        consortium.create(founding(), tmp_path / "second", tmp_path / "agreed")
 
 
 def test_keys_init_refuses_terms_that_cannot_be_planned(
@@ -150,3 +153,19 @@ def test_keys_init_refuses_terms_that_cannot_be_planned(
     assert cli.main(["keys", "init", str(file), "--out", str(tmp_path / "made")]) == 2
     assert "rounds" in capsys.readouterr().err
     assert not (tmp_path / "made").exists()
+
+
+def test_founding_bounds_delta_and_a_roster_from_before_keeps_its_hash(tmp_path: Path) -> None:
+    config = founding("a", "b", "c", "d")
+    assert config.terms.adapter_privacy.largest_delta is None
+    roster = create_federation(config, tmp_path / "new")
+    assert roster.terms.adapter_privacy.largest_delta == 1e-5
+    chosen = {"adapter_privacy": {"largest_delta": 1.0}}
+    assert with_bounded_delta(founding(**chosen).terms).adapter_privacy.largest_delta == 1.0
+    before = roster.model_dump(mode="json")
+    del before["terms"]["adapter_privacy"]["largest_delta"]
+    old = Roster.model_validate(before)
+    said = {name: value for name, value in before.items() if name != "signature"}
+    del said["terms"]["group_sums"]
+    assert old.hash == hashlib.sha256(canonical_json(said).encode()).digest()
+    assert old.hash != roster.hash

@@ -326,17 +326,21 @@ def test_budget_and_refusals_are_told(tmp_path: Path) -> None:
 
 def test_the_number_of_recipients_that_suffice_is_that_of_the_smallest_row(tmp_path: Path) -> None:
     client = make_client(tmp_path, "none")
-    (told,) = [line for line in make(client, smallest_row=3, rounds=2).leaks if "put rows together" in line]
-    assert "the smallest aggregate received here had 3, and 2 recipient(s) solve for those" in told
-    assert "hardly move" not in told
-    assert "two suffice, whatever the number, if a malicious server chooses their rows" in told
-    (told,) = [line for line in make(client, smallest_row=11, rounds=6).leaks if "put rows together" in line]
+    (told,) = [
+        line for line in make(client, smallest_row=3, rounds=2).leaks if "put their sums together" in line
+    ]
+    assert "the smallest aggregate received here had 3, and 2 recipients can compute those" in told
+    assert "hardly change" not in told
+    assert "two are enough, whatever the number, if a malicious server chooses their weights" in told
+    (told,) = [
+        line for line in make(client, smallest_row=11, rounds=6).leaks if "put their sums together" in line
+    ]
     assert (
-        "had 11, and 6 recipient(s) solve for those with one row each, 2 with the 5 rows of the run" in told
+        "had 11, and 6 recipients can compute those from one sum each, 2 recipients from the 5 sums" in told
     )
-    assert "aggregates of others, not seen here, may have 3: then 2" in told
-    (told,) = [line for line in make(client, smallest_row=None).leaks if "put rows together" in line]
-    assert "none was received here, the least allowed is 3, and 2 recipient(s)" in told
+    assert "aggregates of others, not seen here, may have 3: then 2 recipients" in told
+    (told,) = [line for line in make(client, smallest_row=None).leaks if "put their sums together" in line]
+    assert "none was received here, the least allowed is 3, and 2 recipients" in told
 
 
 def test_an_in_process_run_has_no_network(tmp_path: Path) -> None:
@@ -459,9 +463,11 @@ def test_the_text_fits_100_columns_and_names_everybody(tmp_path: Path) -> None:
     assert "\x1b" not in text
     for words in ("server, honest but curious", "server, malicious", "recipients + server", "the network"):
         assert text.count(words) >= 4
-    assert "2 recipient(s) hold at most 6 independent combinations of 4 adapters: enough" in text
-    assert text.count("90 % of examples clipped") == 1
-    assert text.count("ε does not depend on it") == 1, "said to the one client whose share is shown"
+    assert "2 recipients together can compute every adapter that went into what they received" in text
+    assert "clipped" not in text, "a share that alarms and that no ε depends on"
+    assert text.count("You trust nobody but your own machine") == 2
+    assert text.count("You trust the other members, and that none of them helps the server.") == 1
+    assert "NOT protected against" in text
     assert "NO GUARANTEE HOLDS" in text
     for line in (*found.assumptions, *found.leaks):
         assert line.split()[0] in text
@@ -522,7 +528,7 @@ def test_noise_of_a_group_protects_less_the_more_members_are_against_one(tmp_pat
     whole = make(make_client(tmp_path, "distributed-dp", name="b"))
     assert any("whoever adds none" in each for each in whole.assumptions)
     assert "every sum of a group" in whole.leaks[-1]
-    assert not any("Every aggregate combines" in each for each in whole.leaks), "there are no weight rows"
+    assert not any("What a recipient gets is" in each for each in whole.leaks), "there are no weight rows"
     assert "more of them than the terms allow" in guarantee(client, "adapter", "colluding_recipients").words
 
 

@@ -196,3 +196,12 @@ def test_the_budget_caps_no_figure_against_more_members_than_the_terms_allow_for
     )
     assert told["colluding_recipients"] == pytest.approx(epsilon([of_one], handed.delta, "rdp"))
     assert told["colluding_recipients"] > 2.0, "more than the budget"
+
+
+def test_a_bound_on_delta_is_told_as_it_is_and_tells_nothing_of_the_number() -> None:
+    """δ of 400 examples and of 30,000 is the bound; around n^-1.1 = 1e-5 a cell still has one δ."""
+    assert {rounded_delta(default_delta(n, 1e-5), 1e-5) for n in (50, 400, 30_000)} == {1e-5}
+    low, high = cell(35_113)
+    cell_of_the_bound = range(math.ceil(low), math.ceil(high), 97)
+    assert {rounded_delta(default_delta(n, 1e-5), 1e-5) for n in cell_of_the_bound} == {1e-5}
+    assert default_delta(10**6, 1e-5) <= rounded_delta(default_delta(10**6, 1e-5), 1e-5) < 1e-5

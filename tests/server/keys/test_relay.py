@@ -249,6 +249,11 @@ def test_under_a_changed_roster_a_round_closes_with_the_uploads_it_has(
     Coordinator(changed, clock).close()
     after = Coordinator(changed, clock)
     assert after.advance(), "killed before it closed the round, it does so now"
+    with refused("ROSTER_CHANGED"):
+        after.pull("clinic-b", 2)
+    federation.roster_hash = bytes(32)
+    for client in federation.clients:
+        after.enrol(client, federation.enrolment())
     answer = after.pull("clinic-b", 2)
     assert answer.upload_key_epoch == 2
     assert "1 contributors other than the recipient" in answer.sections[0].refusal

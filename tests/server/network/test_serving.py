@@ -1,12 +1,16 @@
 """What keeps a server from listening is told apart: its key, its certificate, its port, its address."""
 
+import datetime as dt
 import socket
+import ssl
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedmosaic.privacy.federation import identity
 from fedmosaic.protos.errors import ConfigurationError, FedMosaicError, IdentityError
 from fedmosaic.server.server import Server
 from fedmosaic.server.settings import ServerSettings
@@ -71,3 +75,46 @@ def test_a_port_that_is_taken_is_named(settings: Callable[[str], ServerSettings]
     with socket.create_server(("127.0.0.1", 0)) as taken:
         error = start(settings(f"127.0.0.1:{taken.getsockname()[1]}"))
     assert "another program uses the port; stop it, or set another port" in str(error)
+
+
+def shown(port: int, kit: Any) -> bytes:
+    """The certificate that a new handshake shows, DER."""
+    certificate, key = kit.client("clinic-a")
+    context = ssl.create_default_context(cafile=str(kit.certificate))
+    context.load_cert_chain(certificate, key)
+    with socket.create_connection(("localhost", port)) as plain:
+        with context.wrap_socket(plain, server_hostname="localhost") as connection:
+            found = connection.getpeercert(binary_form=True)
+    assert found is not None
+    return found
+
+
+def test_a_new_certificate_is_shown_at_the_next_handshake_and_half_a_pair_never(
+    settings: Callable[[str], ServerSettings], authority: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = settings()
+    assert made.tls is not None
+    with Server(made).background() as port:
+        first = shown(port, authority)
+        assert shown(port, authority) == first
+        kept = made.tls.private_key.read_bytes()
+        authority.server()
+        new_key = made.tls.private_key.read_bytes()
+        made.tls.private_key.write_bytes(kept)
+        assert shown(port, authority) == first
+        assert "is not the key of" in caplog.text
+        made.tls.private_key.write_bytes(new_key)
+        assert shown(port, authority) != first
+
+
+def test_the_server_announces_its_certificate_in_its_last_days(
+    settings: Callable[[str], ServerSettings],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(identity, "ANNOUNCED_BEFORE", dt.timedelta(days=91))
+    with Server(settings()).background():
+        deadline = time.monotonic() + 30
+        while "server.pem: the certificate expires in 89 days" not in caplog.text:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)

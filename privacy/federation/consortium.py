@@ -1,0 +1,394 @@
+"""The consortium: the one directory that can sign, and what it signs.
+
+    DIR/consortium/           authority.key, roster.key   signs certificates and rosters; stays here
+                              founding.json               who may found the federation, on which terms
+                              approved/, former/          requests that were signed; those keys that are over
+    DIR/roster.json           public, like consortium.pub, authority.pem and the basis beside it
+    DIR/answers/server/       what is handed back to whoever runs the server: public
+    DIR/answers/clients/<id>/ what is handed back to a member: public
+
+Where the whole federation is on one machine, `create` also makes every party's keys, in DIR/server and
+DIR/clients/<id>. Whoever has such a directory can pose as any member.
+"""
+
+import datetime as dt
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fedmosaic.privacy.configuration import read_configuration, validate
+from fedmosaic.privacy.federation import identity, kits
+from fedmosaic.privacy.federation.install import install
+from fedmosaic.privacy.federation.kits import FederationConfig, ServerEntry, too_few
+from fedmosaic.privacy.federation.requests import KeyRequest, make_request, read_request
+from fedmosaic.privacy.federation.roster import Member, Roster
+from fedmosaic.privacy.files import sync_directory, write_atomically
+from fedmosaic.protos.errors import ConfigurationError, IdentityError
+
+ANSWERS = "answers"
+_PLACE, _FOUNDING = "consortium", "founding.json"
+_AUTHORITY_KEY, _ROSTER_KEY = "authority.key", "roster.key"
+
+
+@dataclass(frozen=True)
+class Approval:
+    """What came of approving requests.
+
+    Attributes:
+        roster: the newest; None while the founding waits for requests.
+        answers: folders to hand back to those who asked, by their id, of the server "".
+        waiting: members of the founding whose request is missing, and "(server)".
+    """
+
+    roster: Roster | None
+    answers: dict[str, Path]
+    waiting: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Office:
+    """The directory of a consortium, opened to sign."""
+
+    directory: Path
+    authority: identity.Authority
+    founding: FederationConfig | None
+    roster: Roster | None
+
+    @property
+    def basis(self) -> Path | None:
+        places = (self.directory / kits.BASIS, self.directory / "server" / kits.BASIS)
+        return next((place for place in places if place.exists()), None)
+
+    @property
+    def federation(self) -> str:
+        known = self.roster or self.founding
+        if known is None:
+            raise ConfigurationError(f"{self.directory} has no roster and no {_FOUNDING}: restore them")
+        return known.federation
+
+    def kept(self, member: str) -> Path:
+        """Where the approved request of a member lies, or of the server."""
+        place = self.directory / _PLACE / "approved"
+        return place / "clients" / f"{member}.json" if member else place / "server.json"
+
+    def approved(self, member: str) -> KeyRequest | None:
+        """The request of a member, or of the server, that was approved last."""
+        path = self.kept(member)
+        return read_request(path) if path.exists() else None
+
+    def retire(self, member: str) -> None:
+        """Put the approved request of a member aside: its keys are never taken again."""
+        if (old := self.approved(member)) is not None:
+            former = self.directory / _PLACE / "former"
+            former.mkdir(exist_ok=True)
+            self.kept(member).replace(former / f"{old.tls_key_sha256}.json")
+
+
+def begin(
+    config: FederationConfig, directory: Path, passphrase: str | None, basis: Path | None = None
+) -> None:
+    """Make a consortium's own keys; the federation is founded once all members' requests are approved.
+
+    All of it is made beside its place and moved there in one step, so that a founding that was stopped
+    leaves nothing that looks like a federation.
+
+    Args:
+        config: members and terms.
+        directory: to be made.
+        passphrase: of the consortium's keys; None leaves them open to whoever can read the files.
+        basis: file of the public basis, if the terms name one.
+
+    Raises:
+        ConfigurationError: the directory is not empty, or the basis is not there; nothing is written then.
+        MechanismError: the basis is damaged, or not the one that the terms name; nothing is written then.
+    """
+    with _made_at_once(config, directory, basis) as making:
+        _begin(config, making, passphrase)
+
+
+def create(config: FederationConfig, directory: Path, basis: Path | None = None) -> Roster:
+    """Found a federation on one machine: all keys are made here, without a passphrase; see `begin`."""
+    with _made_at_once(config, directory, basis) as making:
+        _begin(config, making, None)
+        requests = [make_request(making / "server", config.federation, hosts=config.server.hosts)]
+        for member in config.members:
+            kit = making / "clients" / member.id
+            requests.append(make_request(kit, config.federation, member.id, member.family))
+        approve(making, requests)
+        return kits.open_kit(making / "server").roster
+
+
+@contextmanager
+def _made_at_once(config: FederationConfig, directory: Path, basis: Path | None) -> Iterator[Path]:
+    from fedmosaic.privacy.mechanism.projection import check_basis  # reads tensors, which a server never does
+
+    check_basis(config.terms.profile, basis)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ConfigurationError(
+            f"{directory} is there already and not empty; give a new directory, or move that one away"
+        )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    making = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        if basis is not None:
+            shutil.copyfile(basis, making / kits.BASIS)
+        yield making
+        for path in (*making.rglob("*"), making, making.parent):
+            sync_directory(path)
+        making.rename(directory)
+    except BaseException:
+        shutil.rmtree(making, ignore_errors=True)
+        raise
+
+
+def _begin(config: FederationConfig, directory: Path, passphrase: str | None) -> None:
+    authority = identity.create_authority(config.federation)
+    place = directory / _PLACE
+    place.mkdir(mode=0o700)
+    identity.write_private(place / _AUTHORITY_KEY, identity.private_pem(authority.key, passphrase))
+    identity.write_private(place / _ROSTER_KEY, identity.private_pem(authority.signing_key, passphrase))
+    write_atomically(place / _FOUNDING, config.model_dump_json(indent=1).encode(), durable=False)
+    certificate = authority.certificate.public_bytes(serialization.Encoding.PEM)
+    (directory / kits.AUTHORITY_CERTIFICATE).write_bytes(certificate)
+    pinned = identity.public_hex(authority.signing_key.public_key()) + "\n"
+    (directory / kits.CONSORTIUM_KEY).write_text(pinned, encoding="ascii")
+
+
+def is_sealed(directory: Path) -> bool:
+    """Whether the consortium's keys are under a passphrase; IdentityError if there are none."""
+    if not (directory / _PLACE).is_dir():
+        raise IdentityError(
+            f"{directory / _PLACE}: no consortium here; give the directory of `fedmosaic keys init`"
+        )
+    return identity.is_sealed(directory / _PLACE / _AUTHORITY_KEY)
+
+
+def _open(directory: Path, passphrase: str | None) -> _Office:
+    place = directory / _PLACE
+    if is_sealed(directory) and passphrase is None:
+        raise IdentityError(f"the keys in {place} are under a passphrase, and none was given")
+    file = place / kits.AUTHORITY_CERTIFICATE  # where a version before kept it
+    certificate = identity.read_certificate(file if file.exists() else directory / kits.AUTHORITY_CERTIFICATE)
+    key = identity.read_private_key(place / _AUTHORITY_KEY, passphrase)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise IdentityError(f"{place / _AUTHORITY_KEY}: expected a P-256 key, got {type(key).__name__}")
+    signing_key = identity.read_signing_key(place / _ROSTER_KEY, passphrase)
+    authority = identity.Authority(certificate, key, signing_key)
+    founding, roster = place / _FOUNDING, directory / kits.ROSTER
+    return _Office(
+        directory,
+        authority,
+        read_configuration(founding, FederationConfig) if founding.exists() else None,
+        Roster.read(roster, signing_key.public_key()) if roster.exists() else None,
+    )
+
+
+def approve(
+    directory: Path, requests: Sequence[KeyRequest], passphrase: str | None = None, *, replace: bool = False
+) -> Approval:
+    """Sign what members, or the server, have asked for. Compare the fingerprints before.
+
+    The first roster is signed once all members that the founding names have asked. Later, a request of a new
+    name adds a member, one with the keys on the roster renews the certificate, and one with other keys needs
+    `replace`.
+
+    Args:
+        directory: of the consortium.
+        requests: as `read_request` gives them.
+        passphrase: of the consortium's keys, if they are under one.
+        replace: members may get other keys than they have.
+
+    Raises:
+        ConfigurationError: a name is not expected, there twice, or has other keys already; nothing is signed.
+        IdentityError: a key is another party's, or was given up before; nothing is signed.
+    """
+    office = _open(directory, passphrase)
+    seen: set[str] = set()
+    for request in requests:
+        request.check("the request")
+        if request.id in seen:
+            raise ConfigurationError(
+                f"there are two requests of {request.who}: ask by the fingerprint which one it is, and give "
+                "that one alone"
+            )
+        seen.add(request.id)
+        _check_name(office, request, replace=replace)
+    _check_keys(office, requests)
+    for request in requests:
+        if (before := office.approved(request.id)) is not None and _keys(before) != _keys(request):
+            office.retire(request.id)
+        office.kept(request.id).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(office.kept(request.id), request.model_dump_json().encode())
+    return _answer(office, requests)
+
+
+def _keys(party: KeyRequest | Member) -> tuple[str, str]:
+    return party.identity_key, party.tls_key_sha256
+
+
+def _check_name(office: _Office, request: KeyRequest, *, replace: bool) -> None:
+    if request.federation != office.federation:
+        raise ConfigurationError(
+            f"the request of {request.who} is for federation {request.federation!r}, this is "
+            f"{office.federation!r}"
+        )
+    if not request.id:
+        return
+    founding, roster = office.founding, office.roster
+    present: KeyRequest | Member | None = office.approved(request.id)
+    if roster is not None:
+        present = next((member for member in roster.members if member.id == request.id), None)
+    elif founding is not None:
+        entry = next((member for member in founding.members if member.id == request.id), None)
+        if entry is None or (entry.family and entry.family != request.family):
+            raise ConfigurationError(
+                f"the founding names no {request.who} of family {request.family!r}; it names "
+                f"{', '.join(f'{m.id} ({m.family})' if m.family else m.id for m in founding.members)}"
+            )
+    if present is not None and _keys(present) != _keys(request) and not replace:
+        raise ConfigurationError(
+            f"{request.who} has other keys already. If it really has made new ones, which its fingerprint "
+            "tells over the telephone, say --replace; those of before are then never taken again"
+        )
+
+
+def _check_keys(office: _Office, requests: Sequence[KeyRequest]) -> None:
+    """Refuse keys that are another party's, or that were given up: an old request proves nothing."""
+    place = office.directory / _PLACE
+    present: list[KeyRequest | Member] = [read_request(path) for path in (place / "approved").rglob("*.json")]
+    present += office.roster.members if office.roster else ()
+    owner = {key: party.id for party in present for key in _keys(party)}
+    former = {key for path in (place / "former").rglob("*.json") for key in _keys(read_request(path))}
+    for request in requests:
+        for what, key in zip(("identity key", "TLS key"), _keys(request), strict=True):
+            if key and owner.setdefault(key, request.id) != request.id:
+                raise IdentityError(
+                    f"the {what} in the request of {request.who} is that of "
+                    f"{owner[key] or 'the server'!r}: one has copied the other's; ask both for new requests"
+                )
+            if key and key in former:
+                raise IdentityError(
+                    f"the {what} in the request of {request.who} was given up before: the request is an old "
+                    "one, or a copy of it that somebody kept; ask for a new one"
+                )
+
+
+def _answer(office: _Office, requests: Sequence[KeyRequest]) -> Approval:
+    """Sign the roster where its members change, and write the answers."""
+    no_server = () if office.approved("") else ("(server)",)
+    if office.roster is None:
+        names = [member.id for member in office.founding.members] if office.founding else []
+        found = {name: office.approved(name) for name in names}
+        waiting = tuple(name for name, request in found.items() if request is None)
+        if office.founding is None or waiting:
+            return Approval(None, {}, (*waiting, *no_server))
+        members = tuple(_member(request) for request in found.values() if request is not None)
+        terms = office.founding.terms
+        first = Roster(federation=office.federation, serial=1, issued=_today(), members=members, terms=terms)
+        return Approval(*_publish(office, first, {"", *names}), no_server)
+    new = {request.id: _member(request) for request in requests if request.id}
+    kept = {member.id: member for member in office.roster.members}
+    roster = _next(office.roster, tuple((kept | new).values()))
+    return Approval(*_publish(office, roster, {request.id for request in requests}), no_server)
+
+
+def _member(request: KeyRequest) -> Member:
+    identity_key, tls_key = _keys(request)
+    return Member(id=request.id, identity_key=identity_key, tls_key_sha256=tls_key, family=request.family)
+
+
+def _today() -> str:
+    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+
+
+def _next(roster: Roster, members: tuple[Member, ...]) -> Roster:
+    """The roster of these members: the same one if they are the same."""
+    if members == roster.members:
+        return roster
+    changes = {"serial": roster.serial + 1, "issued": _today(), "members": [dict(m) for m in members]}
+    return validate(roster.model_dump() | changes | {"signature": ""}, Roster, "the new roster")
+
+
+def revoke_member(directory: Path, member_id: str, passphrase: str | None = None) -> Roster:
+    """Take a client off the roster; its keys are never taken again.
+
+    Raises:
+        ConfigurationError: too few members would be left; nothing is changed then.
+        IdentityError: there is no such member, or the passphrase is not the right one.
+    """
+    office = _open(directory, passphrase)
+    if office.roster is None:
+        raise ConfigurationError("no roster is signed yet, so nobody can be taken off it")
+    office.roster.member(member_id)
+    left = tuple(m for m in office.roster.members if m.id != member_id)
+    problem = too_few(len(left), office.roster.terms)
+    if problem:
+        raise ConfigurationError(
+            f"without {member_id!r}, {problem}; first add another member with `fedmosaic keys approve`, or "
+            "found a new federation whose terms fit fewer members"
+        )
+    office.retire(member_id)
+    return _publish(office, _next(office.roster, left), set())[0]
+
+
+def _publish(office: _Office, roster: Roster, asked: set[str]) -> tuple[Roster, dict[str, Path]]:
+    """Sign a roster and write the answer of every party, with certificates for those who asked.
+
+    Kits that lie here, since the federation was founded on one machine, take in theirs at once.
+    """
+    directory = office.directory
+    if not roster.signature:
+        roster = roster.signed(office.authority.signing_key)
+        roster.write(directory / kits.ROSTER)
+    names = ["", *(member.id for member in roster.members)]
+    for gone in (directory / ANSWERS / "clients").glob("*"):
+        if gone.name not in names:
+            shutil.rmtree(gone)
+    answers = {}
+    for name in names:
+        party = Path("clients", name) if name else Path("server")
+        answer = directory / ANSWERS / party
+        _write_answer(office, answer, roster, office.approved(name) if name in asked else None)
+        # Where the owner of a kit here has made other keys at home, the answer is for the owner.
+        with suppress(IdentityError):
+            if (directory / party).is_dir():
+                install(answer, directory / party, None)
+                shutil.rmtree(answer)
+                continue
+        if name in asked:
+            answers[name] = answer
+    return roster, answers
+
+
+def _write_answer(office: _Office, answer: Path, roster: Roster, request: KeyRequest | None) -> None:
+    answer.mkdir(parents=True, exist_ok=True)
+    authority = office.authority
+    pinned = identity.public_hex(authority.signing_key.public_key()) + "\n"
+    (answer / kits.CONSORTIUM_KEY).write_text(pinned, encoding="ascii")
+    certificate = authority.certificate.public_bytes(serialization.Encoding.PEM)
+    (answer / kits.AUTHORITY_CERTIFICATE).write_bytes(certificate)
+    if office.basis is not None:
+        shutil.copyfile(office.basis, answer / kits.BASIS)
+    if request is not None and request.id:
+        pem = identity.certify_client(authority, request.tls_key, request.federation, request.id)
+        (answer / kits.TLS_CERTIFICATE).write_bytes(pem)
+    elif request is not None:
+        pem = identity.certify_server(authority, request.tls_key, request.hosts)
+        (answer / kits.TLS_CERTIFICATE).write_bytes(pem)
+        entry = office.founding.server if office.founding else ServerEntry()
+        (answer / kits.SERVER_SETTINGS).write_text(_OPERATOR.format(port=entry.port), encoding="utf-8")
+    roster.write(answer / kits.ROSTER)
+
+
+_OPERATOR = """# The server's configuration; the terms of the federation are in roster.json.
+listen = "0.0.0.0:{port}"
+state_dir = "state"
+# store_url = "postgresql+psycopg://user@host/database"   # default: SQLite in state_dir
+# grace_seconds = 600   # after the last round, to wait for statements that are missing
+"""
