@@ -139,10 +139,11 @@ class _GroupSum:
         self._openings: dict[str, bytes] = {}
 
     def post(self, member: str, step: str, payload: bytes) -> None:
-        if member in self._answered.get(step, ()) or (step == UNMASK and self.step == _OVER):
-            # A retry, or a share more than was needed. Another vector than the first is not looked at.
+        if member in self._answered.get(step, ()):
+            # A retry. Another vector than the first is not looked at.
             return
-        if step != self.step:
+        # Shares that were not needed any more may still tell whose envelopes did not open.
+        if step != self.step and (step, self.step) != (UNMASK, _OVER):
             raise EncryptionError(f"step {step!r} of {member!r} came while {self.step!r} is open")
         if member in self._left_out:
             raise EncryptionError(f"{member!r} is left out of this run's sums: {self._left_out[member]}")

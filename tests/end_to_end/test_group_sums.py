@@ -1,6 +1,7 @@
 """Federations that share noisy sums of their groups: the real session, server, ledger and secure sums."""
 
 import logging
+import threading
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -156,13 +157,20 @@ def test_a_member_that_is_killed_is_left_out_and_comes_back(federation):
 
 
 def _changing(coordinator, client, stage, change):
-    """Turn what a client sends of a stage into something else, as a client that lies would."""
-    honest = coordinator.post_key_message
+    """Turn what a client sends of a stage into something else, as a client that lies would.
+
+    In the first sum it is the first to send, so that what it sends is always looked at.
+    """
+    honest, sent = coordinator.post_key_message, threading.Event()
 
     def post(client_id, message):
+        if message.stage == stage and client_id != client and message.epoch == 2:
+            assert sent.wait(60)
         if client_id == client and message.stage == stage:
             message = replace(message, payload=change(message.payload))
         honest(client_id, message)
+        if client_id == client and message.stage == stage:
+            sent.set()
 
     coordinator.post_key_message = post
 
@@ -174,7 +182,7 @@ def _contributors(coordinator):
 def test_whoever_gives_false_shares_is_left_out_of_later_sums_and_after_a_restart(federation, caplog):
     caplog.set_level(logging.WARNING)
     coordinator, clients = federation(group_terms(rounds=4, deadline=3))
-    # The first member's shares are always among those with which the masks are looked for.
+    # Shares are taken in the order of names, so those of the first member are among the first k.
     _changing(coordinator, "m00", "sum-unmask", lambda shares: bytes(15) + b"\1" + shares[16:])
     assert not run(coordinator, clients)
     assert _contributors(coordinator)[2] == set(MEMBERS), "the sum is made of the true shares"
