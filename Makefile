@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+FLOWER := $(VENV)-flower
 
-.PHONY: demo test test-slow test-gpu lint bench bench-gpu bench-encryption docs protos release clean
+.PHONY: demo test test-slow test-gpu test-flower lint bench bench-gpu bench-encryption docs protos release clean
 
 demo: $(STAMP)
 	@$(BIN)/fedmosaic demo
@@ -22,6 +23,17 @@ test-slow: $(STAMP)
 # with exit code 5, which is no failure of the tests.
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu || test $$? -eq 5
+
+# Flower wants older versions of some packages: an environment of its own over that of the tests.
+test-flower: $(FLOWER)/.installed
+	$(FLOWER)/bin/python -m pytest tests/integrations/flower --timeout 900
+
+$(FLOWER)/.installed: $(STAMP)
+	$(BIN)/python -m venv --clear $(FLOWER)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"), "$(CURDIR)/src", sep="\n")' \
+	  > "$$(echo $(FLOWER)/lib/python3*/site-packages)/fedmosaic.pth"
+	$(FLOWER)/bin/python -m pip install --disable-pip-version-check 'flwr[simulation]>=1.41,<1.43'
+	touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -64,4 +76,4 @@ release:
 	PYTHON=$(PYTHON) bash deploy/release.sh
 
 clean:
-	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) $(FLOWER) runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

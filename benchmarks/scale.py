@@ -30,6 +30,7 @@ from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient, Scena
 from fedmosaic.privacy.encryption.parameters import PlainParameters
 from fedmosaic.privacy.federation.roster import AdapterTerms, ScheduleTerms
 from fedmosaic.protos.errors import ConfigurationError, FedMosaicError
+from fedmosaic.server.summary import with_rounds
 
 _TASKS = 5
 _WORDS = (
@@ -119,11 +120,11 @@ def measure(arguments: Arguments, count: int) -> Figures:
             per_round = seconds / arguments.rounds
         else:
             directory = run_here(scenario, place, place, Console(stderr=True))
-            server: dict[str, Any] = json.loads((directory / "federation/server/state/run.json").read_text())
-            closing = [result["seconds_aggregating"] for result in server["results"]]
+            results: Any = with_rounds({}, directory / "federation/server/state")["results"]
+            closing = [result["seconds_aggregating"] for result in results]
             seconds = time.monotonic() - started
             # The first round also holds the probing of every client's examples; it is counted from the start.
-            rounds = np.diff([result["closed_at"] for result in server["results"]])
+            rounds = np.diff([result["closed_at"] for result in results])
             per_round = float(rounds.mean()) if rounds.size else seconds
     return Figures(
         clients=count,

@@ -25,7 +25,11 @@ class Arguments:
 
 def main(arguments: Sequence[str]) -> int:
     """Run `fedmosaic client` with its arguments."""
-    parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic client")
+    return take_part(Client(tyro.cli(Arguments, args=list(arguments), prog="fedmosaic client").config))
+
+
+def take_part(client: Client) -> int:
+    """Run a client as a command: log to the terminal, print the last lines, return the exit status."""
     logging.basicConfig(
         level=logging.INFO,
         format="%(asctime)s %(levelname)-7s %(message)s",
@@ -33,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
         force=True,
     )
     disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
-    result = Client(parsed.config).run()
+    result = client.run()
     print(last_lines(result.state, result.adapter, result.comparison, result.statement))
     return 0 if result.received_rounds else NOTHING_EXCHANGED
 

@@ -46,7 +46,8 @@ from fedmosaic.client.statement import (
     statement_inputs,
     with_warning,
 )
-from fedmosaic.client.transport.grpc import Transport
+from fedmosaic.client.transport.connection import open_channel
+from fedmosaic.client.transport.grpc import Connect, Transport
 from fedmosaic.client.transport.traffic import Traffic
 from fedmosaic.privacy.configuration import parse_json, read_configuration
 from fedmosaic.privacy.federation.kits import Kit, open_kit
@@ -168,6 +169,7 @@ class Client:
         examples: Iterable[Any] | None = None,
         test: Iterable[Any] | None = None,
         ledger: Path | str | None = None,
+        connect: Connect = open_channel,
     ) -> None:
         """Prepare; nothing is opened yet.
 
@@ -185,6 +187,7 @@ class Client:
             test: examples to score, instead of `data.test`.
             ledger: directory of the data's privacy ledger, as `data.ledger`; one of them is needed for
                 examples that are handed over.
+            connect: opens the channel to the server, for what carries calls another way than TCP.
 
         Raises:
             ConfigurationError: the file cannot be read, a setting is wrong or missing, or something is both
@@ -199,7 +202,7 @@ class Client:
             settings = settings.model_copy(
                 update={"data": settings.data.model_copy(update={"ledger": Path(ledger)})}
             )
-        self._given = Given(None if model is None else (model, tokenizer), examples, test)
+        self._given = Given(None if model is None else (model, tokenizer), examples, test, connect)
         self.settings = settings
         settings.check_complete(model=model is not None, train=examples is not None, test=test is not None)
         if examples is not None and settings.data.ledger is None:

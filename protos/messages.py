@@ -12,12 +12,7 @@ from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import (
-    AfterValidator,
-    FailFast,
-    Field,
-    PlainValidator,
-)
+from pydantic import AfterValidator, FailFast, Field, PlainValidator
 from pydantic.dataclasses import dataclass
 
 from fedmosaic.protos import bounds

@@ -5,6 +5,7 @@ transport turns that back into the same `Refusal`.
 """
 
 import enum
+from collections.abc import Iterable
 from typing import Final
 
 import grpc
@@ -79,13 +80,20 @@ def from_rpc_error(error: grpc.RpcError, call: str) -> FedMosaicError:
     """
     if not isinstance(error, grpc.Call):
         return TransportError(f"{call} failed: {_printable(str(error))}")
-    code, text = error.code(), _printable(error.details() or "no details")
+    status = rpc_status.from_call(error)
+    return from_status(error.code(), error.details(), status.details if status is not None else (), call)
+
+
+def from_status(
+    code: grpc.StatusCode, text: str | None, details: Iterable[PackedDetail], call: str
+) -> FedMosaicError:
+    """As `from_rpc_error`, for a status that came another way than as an exception of gRPC."""
+    text = _printable(text or "no details")
     kind = _BY_CODE.get(code)
     if kind is None:
         return TransportError(f"{call} failed: {code.name}: {text}")
     reason, remedy = code.name, ""
-    status = rpc_status.from_call(error)
-    for detail in status.details if status is not None else ():
+    for detail in details:
         info = error_details_pb2.ErrorInfo()
         if detail.Unpack(info) and info.domain == _DOMAIN:
             reason, remedy = _printable(info.reason), _printable(info.metadata.get("remedy", ""))

@@ -6,14 +6,18 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedmosaic.protos.errors import ConfigurationError
 from fedmosaic.server.settings import ServerSettings, settings_from_kit
 
+if TYPE_CHECKING:
+    from fedmosaic.server.network.service import FederationService
+
 log = logging.getLogger(__name__)
+_THREADS = 32
 
 
 class Server:
@@ -69,12 +73,17 @@ class Server:
             return await over
 
     @asynccontextmanager
-    async def running(self, over: "asyncio.Future[int] | None" = None) -> AsyncIterator[int]:
+    async def running(
+        self,
+        over: "asyncio.Future[int] | None" = None,
+        beside: "Callable[[FederationService], AbstractAsyncContextManager[object]] | None" = None,
+    ) -> AsyncIterator[int]:
         """Serve while the context is open.
 
         Args:
             over: gets the exit status when there is nothing left to serve: the run is over, or the database
                 belongs to another server now.
+            beside: brings calls another way than through the port, while its context is open.
 
         Yields:
             The port that is listened on.
@@ -88,6 +97,8 @@ class Server:
         # this list; for TLS 1.2 it leaves only one that a P-256 certificate cannot serve, so that nobody
         # falls back.
         os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-RSA-AES256-GCM-SHA384"
+        # Below an error, gRPC's lines quote what a peer says in parting, signs that command a terminal too.
+        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
         from fedmosaic.server.clockwork import Clockwork
         from fedmosaic.server.coordinator import Coordinator
         from fedmosaic.server.network.service import FederationService
@@ -99,6 +110,8 @@ class Server:
         if settings.tls is None:
             raise ConfigurationError("the server needs tls.certificate, tls.private_key and tls.authority")
         credentials = server_credentials(settings.tls)
+        # Uploads that come together wait for the disk together, each in a thread.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "fedmosaic-work"))
         coordinator = await asyncio.to_thread(Coordinator, settings)
         async with AsyncExitStack() as ending:  # from the last line to the first
             ending.push_async_callback(asyncio.to_thread, coordinator.close)
@@ -115,6 +128,8 @@ class Server:
             ending.callback(renewal.cancel)
             ending.callback(changes.stop)
             ending.push_async_callback(listener.take_leave)
+            if beside is not None:
+                await ending.enter_async_context(beside(service))
             yield listener.port
         if coordinator.available_round <= settings.rounds:
             log.info("stopped; the run goes on when the server starts again with the same state_dir")

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
 from fedmosaic.privacy.federation.roster import GroupSumTerms
@@ -70,7 +70,10 @@ class RunSums:
         self._current = RoundSums(number, sums, seconds, now, self._left_out())
 
     def close_round(self, number: int) -> None:
-        """Store what a round brought: the groups after the first, totals after every other one."""
+        """Store what a round brought: the groups after the first, totals after every other one.
+
+        Needs no lock: what others read meanwhile is replaced whole, and nothing is posted to a closed round.
+        """
         if number == 1:
             self._divide()
             return
@@ -119,6 +122,10 @@ class RunSums:
         faults, disputes = self._store.get_json(_FAULTS) or ({}, [])
         return {**liars([(a, b) for a, b in disputes], self._terms.colluders), **faults}
 
+    def due(self) -> list[Callable[[], None]]:
+        """See `RoundSums.due`; what it gives is called without the coordinator's lock."""
+        return [] if self._current is None else self._current.due()
+
     @property
     def _terms(self) -> GroupSumTerms:
         terms = self._settings.group_sums
@@ -132,8 +139,9 @@ class RunSums:
         related = relevance([profiles.get(client) for client in clients], self._settings.similarity)
         groups = group_clients(clients, related, self._terms.groups, self._terms.minimum_contributors)
         mixing = mixing_weights(clients, related, groups, self._settings.temperature)
-        self._partition = Partition(groups=groups, mixing=mixing)
-        self._store.put({PARTITION_FORMED: self._partition.encoded().decode()})
+        made = Partition(groups=groups, mixing=mixing)
+        self._store.put({PARTITION_FORMED: made.encoded().decode()})
+        self._partition = made
         log.info("groups: %s", "; ".join(", ".join(group) for group in groups))
 
     def _round(self, number: int) -> RoundSums:

@@ -62,7 +62,10 @@ STUDIES = sorted(
 """Commands by which the tables of experiments are made."""
 MEMBERS = [member["id"] for member in tomllib.loads(FILES[0])["members"]]
 """All of them start: the key agreement waits ten minutes for one who is away."""
-ROOMS = ("alignment", "benchmarks", "client", "experiments", "privacy", "protos", "server", "tests")
+ROOMS = (
+    *("alignment", "benchmarks", "client", "experiments", "integrations"),
+    *("privacy", "protos", "server", "tests"),
+)
 PROFILE = {
     "probe": "tiny",
     "probe_sha256": "0" * 64,

@@ -29,7 +29,8 @@ from fedmosaic.client.protection import Identity
 from fedmosaic.client.records import profile_path
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import SessionRecord, check_run, read_record
-from fedmosaic.client.transport.grpc import GrpcTransport
+from fedmosaic.client.transport.connection import open_channel
+from fedmosaic.client.transport.grpc import Connect, GrpcTransport
 from fedmosaic.client.transport.traffic import Traffic
 from fedmosaic.privacy.encryption.layout import upload_payload_bytes
 from fedmosaic.privacy.federation import identity
@@ -66,11 +67,13 @@ class Given:
         model: a causal language model of transformers, loaded, and its tokenizer.
         train: training examples.
         test: examples to score.
+        connect: opens the channel to the server.
     """
 
     model: tuple[Any, Any] | None = None
     train: Iterable[Any] | None = None
     test: Iterable[Any] | None = None
+    connect: Connect = open_channel
 
 
 class Preflight:
@@ -191,6 +194,7 @@ class Preflight:
             private_key=kit.tls_key,
             retry_seconds=self._patience,
             traffic=self._traffic,
+            connect=self._given.connect,
         )
 
     @cached_property

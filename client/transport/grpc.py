@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, Protocol, TypeVar
 
+import grpc
 from google.protobuf.message import Message
 
 from fedmosaic.client.transport.connection import Patience, open_channel
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 B = TypeVar("B", bound=Message)
 OnWait = Callable[[RoundStatus], None]
+Connect = Callable[[str, Path, Path, Path], grpc.Channel]
+"""Opens the channel to the server: of its address, the authority's certificate, the own one and its key."""
 _DAY_SECONDS: Final = 86_400.0
 _LARGE_BYTES: Final = 1 << 20
 _SHORTEST_POLL_SECONDS: Final = 0.5
@@ -89,6 +92,7 @@ class GrpcTransport:
         retry_seconds: float = 300.0,
         wait_seconds: float = 25.0,
         traffic: Traffic | None = None,
+        connect: Connect = open_channel,
     ) -> None:
         """Prepare a connection; it is opened by the first call.
 
@@ -100,13 +104,15 @@ class GrpcTransport:
             retry_seconds: give up when the server could not be reached for so long.
             wait_seconds: how long one call waits at the server, at most 60.
             traffic: counts on; by default from nothing.
+            connect: opens the channel; by default straight to the address.
 
         Raises:
             IdentityError: a file is missing or not acceptable.
         """
         self._address, self._files = address, (authority, certificate, private_key)
         self._marks = file_marks(self._files)
-        self._channel = open_channel(address, authority, certificate, private_key)
+        self._connect = connect
+        self._channel = connect(address, authority, certificate, private_key)
         self._stub = rpc.FederationStub(self._channel)
         self._looked = time.monotonic()
         self._patience = Patience(address, retry_seconds)
@@ -133,7 +139,7 @@ class GrpcTransport:
             return
         self._marks = marks
         try:
-            channel = open_channel(self._address, *self._files)
+            channel = self._connect(self._address, *self._files)
         except IdentityError as error:
             # An installation may be in the middle; its last file changes the marks once more.
             log.warning("going on with the connection of before: %s", error)

@@ -74,7 +74,6 @@ def planned_rows(
         group,
         names,
         relevance(profiles, terms.similarity),
-        round_number=1,
         temperature=terms.temperature,
         policy=policy,
         bits=_BITS,

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from fedmosaic.client.transport.traffic import Traffic
 from fedmosaic.protos.errors import TransportError
 from fedmosaic.protos.messages import Aggregate, Enrolled, Enrolment, KeyMessage, Receipt, RoundStatus, Upload
-from fedmosaic.server.coordinator import Coordinator, Topic
+from fedmosaic.server.coordinator import Coordinator
+from fedmosaic.server.run import Topic
 
 TICK_SECONDS = 0.25
 """How often a waiting client looks at the clock for deadlines; everything else comes as an event."""

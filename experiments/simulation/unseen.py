@@ -114,7 +114,6 @@ class Federation:
             Group("shared", "", settings.shared_dimensions, frozenset(members), frozenset({entry.id})),
             [*members, entry.id],
             relevance([*(known.get(member) for member in members), own], settings.similarity),
-            round_number=self.scenario.schedule.rounds,
             temperature=settings.temperature,
             policy=settings.policy,
             bits=settings.encryption.weight_bits,

@@ -24,17 +24,22 @@ from fedmosaic.server.settings import ServerSettings
 log = logging.getLogger(__name__)
 CALLS_PER_PEER: Final = 16
 """A client has one or two calls open; a restart leaves the old ones until the server notices."""
-_SPARE_CONNECTIONS: Final = 256
+_FEWEST_CONNECTIONS: Final = 4096
+"""So many who say nothing keep no member out; each is given up after its handshake's time."""
 _KINDS: Final = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 Context = aio.ServicerContext[Any, Any]
 
 
-def channel_options(members: int) -> tuple[tuple[str, int], ...]:
-    """Limits that gRPC keeps itself, for a federation of so many members."""
+def channel_options(members: int, descriptors: int) -> tuple[tuple[str, int], ...]:
+    """Limits that gRPC keeps itself, for so many members and free file descriptors.
+
+    A connection too many is closed at once; one for which no descriptor is left would stop all others.
+    """
+    connections = min(max(4 * members, _FEWEST_CONNECTIONS), descriptors)
     return (
         # Above what is served, so that one call too many is answered and does not wait for ever.
         ("grpc.max_concurrent_streams", 2 * CALLS_PER_PEER),
-        ("grpc.max_allowed_incoming_connections", 4 * members + _SPARE_CONNECTIONS),
+        ("grpc.max_allowed_incoming_connections", connections),
         ("grpc.server_handshake_timeout_ms", 10_000),
         # A connection without a call; a client that is training opens a new one for its next.
         ("grpc.max_connection_idle_ms", 120_000),

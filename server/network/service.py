@@ -23,13 +23,16 @@ from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.downloads import Download
 from fedmosaic.server.network.peers import Context, identify, malformed, refuse
 from fedmosaic.server.network.waiting import Changes
-from fedmosaic.server.run import Ticket
+from fedmosaic.server.storage.blobs import MissingBlobError
+from fedmosaic.server.uploads import Ticket
 
 log = logging.getLogger(__name__)
 _STATUS_SECONDS: Final = 2.0
 """How often a waiting client is told what it waits for."""
 _STATUS_AGE_SECONDS: Final = 0.5
 """How old that may be, so that a thousand waiting clients cost one look."""
+_SMALL_BYTES: Final = 1 << 16
+"""Aggregates that are read and hashed in less time than a thread takes to begin."""
 _CHUNK_SECONDS: Final = 30.0
 """How long the server waits for the next message of an upload."""
 T = TypeVar("T")
@@ -131,11 +134,14 @@ class FederationService(rpc.FederationServicer):
         def opened() -> bool:
             return self._coordinator.available_round >= request.round
 
+        settings = None
         while True:
-            client = await self._identify(context, "pull")  # a roster may have come meanwhile
-            settings = self._coordinator.settings
-            look = asyncio.to_thread(self._coordinator.open_download, client, request.round)
-            download = await self._guarded(context, "pull", client, look)
+            if self._coordinator.settings is not settings:  # at first, and where a roster has come meanwhile
+                settings = self._coordinator.settings
+                client = await self._identify(context, "pull")
+                arriving = asyncio.to_thread(self._coordinator.arrive, client, request.round)
+                await self._guarded(context, "pull", client, arriving)
+            download = await self._guarded(context, "pull", client, self._open(client, request.round))
             if download is not None:
                 for message in _download_messages(request, download):
                     sent += message.ByteSize()
@@ -152,6 +158,16 @@ class FederationService(rpc.FederationServicer):
             if not opened() and self._coordinator.settings is settings:
                 break
         self._coordinator.count_traffic(client, request.ByteSize(), sent)
+
+    async def _open(self, client: str, round_number: int) -> Download | None:
+        """A download that is whole; a small one without a thread, since a round wakes all clients at once."""
+        try:
+            download = self._coordinator.open_download(client, round_number)
+            if download is None or (download.size <= _SMALL_BYTES and download.whole):
+                return download
+        except MissingBlobError:
+            pass  # found, said and mended below
+        return await asyncio.to_thread(self._coordinator.repaired, client, round_number)
 
     def _waiting(self) -> pb.PullResponse:
         made, message = self._status

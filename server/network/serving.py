@@ -1,5 +1,6 @@
 """The network side of a server: gRPC over mutual TLS, with its health, on one port."""
 
+import contextlib
 import errno
 import logging
 import socket
@@ -24,9 +25,16 @@ from fedmosaic.server.network.peers import Gate, channel_options
 from fedmosaic.server.network.service import FederationService
 from fedmosaic.server.settings import TlsFiles
 
+try:
+    import resource
+except ImportError:  # Windows has no such limit
+    resource = None  # type: ignore[assignment]  # a module cannot be typed as optional
+
 log = logging.getLogger(__name__)
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["Federation"].full_name
 _GRACE_SECONDS: Final = 5.0
+_OWN_DESCRIPTORS: Final = 64
+"""Files that are open in a server without any client, and some to spare."""
 _BIND_PROBLEMS: Final = {
     errno.EADDRINUSE: "another program uses the port; stop it, or set another port in server.toml",
     errno.EADDRNOTAVAIL: "the address is not this machine's; set one of its own in server.toml, or 0.0.0.0",
@@ -40,6 +48,8 @@ _OPTIONS: Final = (
     # A client that vanished without a word is noticed within a minute.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    # What a ping is waited for, 60 s by default, whatever the line above says.
+    ("grpc.http2.ping_timeout_ms", 20_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 )
@@ -56,7 +66,7 @@ class Listener:
         Raises:
             ConfigurationError: the address cannot be listened on.
         """
-        options = (*_OPTIONS, *channel_options(members))
+        options = (*_OPTIONS, *channel_options(members, free_descriptors(members)))
         self._server = aio.server(interceptors=(Gate(),), options=options)
         self._checks = health.aio.HealthServicer()
         rpc.add_FederationServicer_to_server(service, self._server)
@@ -79,6 +89,31 @@ class Listener:
     async def close(self) -> None:
         """Take no more calls, and end those that are open after a few seconds."""
         await self._server.stop(_GRACE_SECONDS)
+
+
+def free_descriptors(members: int) -> int:
+    """Raise this process's limit of file descriptors, and tell how many are left for connections.
+
+    Others are for the uploads, which are all open while they are summed, and for files of the process itself.
+    """
+    if resource is None:
+        return bounds.MAX_MEMBERS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):  # macOS says "unlimited" and means less
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    needed = 2 * members + _OWN_DESCRIPTORS
+    if 0 <= limit < needed:
+        log.warning(
+            "this process may open %d files and %d members need %d: raise the hard limit (ulimit -Hn, or "
+            "LimitNOFILE of a systemd unit), or some will not be served",
+            limit,
+            members,
+            needed,
+        )
+    free = limit - members - _OWN_DESCRIPTORS
+    return max(16, free) if limit >= 0 else bounds.MAX_MEMBERS * 4
 
 
 def server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:

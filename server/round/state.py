@@ -200,26 +200,30 @@ class Round:
 
     def status(self, now: float) -> RoundStatus:
         """What the server is waiting for, with one line for people; `now` in the clock of `deadline`."""
-        left = max(0.0, self.deadline - now) if self.phase is Phase.OPEN else 0.0
+        arrived, waiting = tuple(sorted(self.arrived)), tuple(sorted(self.waiting_for))
+        return RoundStatus(self.number, self.phase, arrived, waiting, self._left(now), self.message(now))
+
+    def _left(self, now: float) -> float:
+        return max(0.0, self.deadline - now) if self.phase is Phase.OPEN else 0.0
+
+    def message(self, now: float) -> str:
+        """What the server is waiting for, in one line for people."""
         have = f"{len(self.arrived)} of {len(self.members)} uploads"
         if self.phase is Phase.FINISHED:
-            message = f"all {self.rounds} rounds are finished"
-        elif self.phase is Phase.CLOSED:
-            message = f"round {self.number}: closed with {have}, aggregating"
-        else:
-            parts = [f"round {self.number}: {have}"]
-            if self.waiting_for:
-                parts.append(f"waiting for {_names(self.waiting_for)}")
-            if len(self.contributors) < self.quorum:
-                parts.append(f"quorum is {self.quorum}")
-            parts.append(f"{left:.0f} s left")
-            if self.extensions:
-                parts.append(f"deadline extended {self.extensions} ×")
-            if self.absent:
-                parts.append(f"not waited for: {_names(self.absent)} (missed the last round)")
-            message = ", ".join(parts)
-        arrived, waiting = tuple(sorted(self.arrived)), tuple(sorted(self.waiting_for))
-        return RoundStatus(self.number, self.phase, arrived, waiting, left, one_line(message))
+            return f"all {self.rounds} rounds are finished"
+        if self.phase is Phase.CLOSED:
+            return f"round {self.number}: closed with {have}, aggregating"
+        parts = [f"round {self.number}: {have}"]
+        if self.waiting_for:
+            parts.append(f"waiting for {_names(self.waiting_for)}")
+        if len(self.contributors) < self.quorum:
+            parts.append(f"quorum is {self.quorum}")
+        parts.append(f"{self._left(now):.0f} s left")
+        if self.extensions:
+            parts.append(f"deadline extended {self.extensions} ×")
+        if self.absent:
+            parts.append(f"not waited for: {_names(self.absent)} (missed the last round)")
+        return one_line(", ".join(parts))
 
 
 def first_round(members: Collection[str], quorum: int, rounds: int, duration: float, now: float) -> Round:

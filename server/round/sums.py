@@ -8,7 +8,7 @@ group forms no sum in this round. Pure but for the arithmetic: time is passed in
 
 import logging
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final
 
 from fedmosaic.privacy.secureaggregation.collector import SumCollector
@@ -60,7 +60,7 @@ class RoundSums:
     @property
     def disputes(self) -> set[tuple[str, str]]:
         """See `SumCollector.disputes`."""
-        return {pair for group in self._groups for pair in group.collector.disputes}
+        return {pair for group in self._groups for pair in group.disputes}
 
     @property
     def over(self) -> bool:
@@ -104,13 +104,22 @@ class RoundSums:
         """
         return any([group.advance(expected, now) for group in self._groups])
 
+    def due(self) -> list[Callable[[], None]]:
+        """What takes the masks off the sums that have all their shares, each given out once.
+
+        It takes long and needs no lock: of such a sum nothing else changes any more.
+        """
+        due = [group.finish for group in self._groups if group.due]
+        for group in self._groups:
+            group.due = False
+        return due
+
     def totals(self) -> RoundTotals:
         """What came of it."""
-        return RoundTotals(
-            self.round,
-            tuple(group.contributors if group.total else () for group in self._groups),
-            tuple(group.total for group in self._groups),
-        )
+        totals = [
+            (group.contributors, total) if (total := group.total) else ((), b"") for group in self._groups
+        ]
+        return RoundTotals(self.round, tuple(c for c, _ in totals), tuple(total for _, total in totals))
 
     def _group_of(self, member: str) -> "_GroupSum":
         for group in self._groups:
@@ -131,7 +140,9 @@ class _GroupSum:
         self.total = b""
         self.contributors: tuple[str, ...] = ()
         self.refused = set(left_out)
+        self.due = self._complete = self._final = False
         self.collector = SumCollector(terms)
+        self.late: dict[str, Unmasking] = {}
         self._left_out = left_out
         self._seconds = seconds
         self._deadline = now + seconds[OPEN]
@@ -142,7 +153,6 @@ class _GroupSum:
         if member in self._answered.get(step, ()):
             # A retry. Another vector than the first is not looked at.
             return
-        # Shares that were not needed any more may still tell whose envelopes did not open.
         if step != self.step and (step, self.step) != (UNMASK, _OVER):
             raise EncryptionError(f"step {step!r} of {member!r} came while {self.step!r} is open")
         if member in self._left_out:
@@ -156,8 +166,27 @@ class _GroupSum:
         elif step == AGREE:
             self.collector.add_signature(member, payload)
         else:
-            self.collector.add_unmasking(member, Unmasking.decoded(payload, self._answered[SHARE]))
+            self._add_unmasking(member, Unmasking.decoded(payload, self._answered[SHARE]))
         self._answered[step].add(member)
+
+    @property
+    def disputes(self) -> set[tuple[str, str]]:
+        told = {
+            (m, s)
+            for m, unmasking in self.late.items()
+            for s, share in unmasking.shares.items()
+            if share is None
+        }
+        return self.collector.disputes | told
+
+    def _add_unmasking(self, member: str, unmasking: Unmasking) -> None:
+        if member not in self.contributors:
+            raise EncryptionError(f"shares of {member!r}, who sent no vector")
+        if self._complete or self.step == _OVER:
+            # The masks are being taken off. It tells whose envelopes did not open, and may be needed yet.
+            self.late[member] = unmasking
+        else:
+            self.collector.add_unmasking(member, unmasking)
 
     def read(self, member: str, step: str) -> dict[str, bytes]:
         if step not in STEPS or (self.step != _OVER and STEPS.index(step) >= STEPS.index(self.step)):
@@ -173,7 +202,7 @@ class _GroupSum:
         return {"server": b""}
 
     def advance(self, expected: Collection[str], now: float) -> bool:
-        if self.step == _OVER:
+        if self.step == _OVER or self._complete:
             return False
         if self.step == UNMASK:
             complete = self.collector.can_finish
@@ -181,20 +210,34 @@ class _GroupSum:
             complete = self._awaited(expected) <= self._answered[self.step]
         if not complete and now < self._deadline:
             return False
+        if self.step == UNMASK:
+            self.due = self._complete = True
+            self._final = now >= self._deadline
+            return True
         try:
             self._close()
         except EncryptionError as error:
-            if (
-                self.step == UNMASK
-                and now < self._deadline
-                and self._awaited(expected) - self._answered[UNMASK]
-            ):
-                return False  # without the shares of those who lied, others' may suffice
-            self.failure = f"the sum of {len(self.terms.members)} members was not formed: {error}"
-            log.warning("%s", self.failure)
-            self.step = _OVER
+            self._fail(error)
         self._deadline = now + self._seconds.get(self.step, 0.0)
         return True
+
+    def finish(self) -> None:
+        """Take the masks off; where false shares were among those that came, wait for others'."""
+        bits = self.terms.bits
+        for member in list(self.late):
+            self.collector.add_unmasking(member, self.late.pop(member))
+        try:
+            self.total = pack(to_words(self.collector.finish(), bits), bits)
+            self.step = _OVER
+        except EncryptionError as error:
+            if self._final:
+                self._fail(error)
+            self._complete = False
+
+    def _fail(self, error: EncryptionError) -> None:
+        self.failure = f"the sum of {len(self.terms.members)} members was not formed: {error}"
+        log.warning("%s", self.failure)
+        self.step = _OVER
 
     def _awaited(self, expected: Collection[str]) -> set[str]:
         if self.step == OPEN:
@@ -212,11 +255,7 @@ class _GroupSum:
             self.collector.close_envelopes()
         elif self.step == VECTOR:
             self.contributors = self.collector.close_vectors()
-        elif self.step == UNMASK:
-            bits = self.terms.bits
-            self.total = pack(to_words(self.collector.finish(), bits), bits)
-        following = STEPS.index(self.step) + 1
-        self.step = STEPS[following] if following < len(STEPS) else _OVER
+        self.step = STEPS[STEPS.index(self.step) + 1]
 
 
 def liars(disputes: Collection[tuple[str, str]], colluders: int) -> dict[str, str]:

@@ -13,7 +13,8 @@
 Importing this loads nothing else; each name is loaded when it is first used.
 
 The sub-packages live in folders at the root of the repository and are linked here: `protos` (the wire),
-`privacy` (mechanisms, accounting, encryption), `client`, `server`, `alignment` and `experiments`.
+`privacy` (mechanisms, accounting, encryption), `client`, `server`, `alignment`, `experiments` and
+`integrations`.
 """
 
 from pathlib import Path as _Path

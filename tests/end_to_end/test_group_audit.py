@@ -118,7 +118,7 @@ def audited(directory):
     try:
         assert not run_all({n: c.session(in_process(coordinator, n)) for n, c in clients.items()})
         steps, known, seen = group_grid(TERMS, 8).steps, [], []
-        for total in coordinator._sums._totals:
+        for total in coordinator._run.sums._totals:
             told = [clients[name].learner.shares[total.round] for name in COLLUDERS]
             seen.append((np.frombuffer(total.vectors[0], dtype="<i4") - sum(told)) / steps)
             known.append(gradients(clients[MEMBERS[0]].learner, total.round))

@@ -121,7 +121,7 @@ def test_all_members_hold_the_branch_that_the_sums_make(federation):
     again._share(coordinator.run_id, 2)
     assert clients["m00"].learner.shares == {}, "nothing is drawn for it"
     grid = group_grid(first.terms, len(MEMBERS))
-    for total in coordinator._sums._totals:
+    for total in coordinator._run.sums._totals:
         plain = sum(learner.shares[total.round] for learner in learners)
         words = np.frombuffer(total.vectors[0], dtype="<i4")
         assert np.array_equal(words, plain), "the sum is of the shares that were drawn, exactly"
@@ -134,9 +134,9 @@ def test_all_members_hold_the_branch_that_the_sums_make(federation):
 
 def _check_branch_of_sums_alone(coordinator, session, learners):
     """Fed with what a member knows beside the sums, steps or their state would carry its data on."""
-    partition = coordinator._sums._partition
+    partition = coordinator._run.sums._partition
     gradients = [
-        mixed_gradient(session._sums_of(total, partition), (1.0,)) for total in coordinator._sums._totals
+        mixed_gradient(session._sums_of(total, partition), (1.0,)) for total in coordinator._run.sums._totals
     ]
     theta = shared_branch(np.zeros(learners[0].local.size), gradients, 0.1, 5).astype(np.float32)
     assert all(np.array_equal(learner.branches[-1], theta) for learner in learners)
@@ -148,7 +148,7 @@ def test_a_member_that_is_killed_is_left_out_and_comes_back(federation):
     clients["m03"].learner.dies_in = 3
     errors = run_all(sessions)
     assert set(errors) == {"m03"}
-    contributors = {total.round: set(total.contributors[0]) for total in coordinator._sums._totals}
+    contributors = {total.round: set(total.contributors[0]) for total in coordinator._run.sums._totals}
     assert contributors[2] == set(MEMBERS)
     assert contributors[4] == set(MEMBERS) - {"m03"}
     clients["m03"].close()
@@ -176,7 +176,7 @@ def _changing(coordinator, client, stage, change):
 
 
 def _contributors(coordinator):
-    return {total.round: set(total.contributors[0]) for total in coordinator._sums._totals}
+    return {total.round: set(total.contributors[0]) for total in coordinator._run.sums._totals}
 
 
 def test_whoever_gives_false_shares_is_left_out_of_later_sums_and_after_a_restart(federation, caplog):
@@ -192,7 +192,7 @@ def test_whoever_gives_false_shares_is_left_out_of_later_sums_and_after_a_restar
     charged = {row.round for row in clients["m00"].ledger.export() if row.channel == "adapter"}
     assert charged == {2}, "a sum that it may not join costs it nothing"
     settings = coordinator.settings
-    again = RunSums(settings, coordinator._store, coordinator._blobs, coordinator.run_id, 4)
+    again = RunSums(settings, coordinator._run.store, coordinator._run.blobs, coordinator.run_id, 4)
     assert set(again._left_out()) == {"m00"}
 
 
@@ -219,7 +219,7 @@ def test_groups_follow_the_profiles_and_mix_their_sums(federation):
     for number, client in enumerate(clients.values()):
         client.seed = number % 2
     assert not run(coordinator, clients)
-    partition = coordinator._sums._partition
+    partition = coordinator._run.sums._partition
     assert partition.groups == (members[0::2], members[1::2])
     assert all(partition.mixing[name][number % 2] > 0.5 for number, name in enumerate(members))
 
@@ -237,7 +237,7 @@ def test_a_server_that_tells_one_member_other_sums_leaves_it_without_one(federat
 
     coordinator.read_key_messages = lying
     assert not run(coordinator, clients)
-    contributors = {total.round: set(total.contributors[0]) for total in coordinator._sums._totals}
+    contributors = {total.round: set(total.contributors[0]) for total in coordinator._run.sums._totals}
     assert "m00" in contributors[2]
     assert "m00" not in contributors[3]
 
@@ -247,7 +247,7 @@ def test_too_few_members_form_no_sum_and_one_that_does_not_begin_costs_nothing(f
     sessions = {name: client.session(in_process(coordinator, name)) for name, client in clients.items()}
     clients["m03"].learner.dies_in = 2
     assert set(run_all(sessions)) == {"m03"}
-    assert all(not any(total.vectors) for total in coordinator._sums._totals)
+    assert all(not any(total.vectors) for total in coordinator._run.sums._totals)
     first = clients["m00"].learner
     assert not first.local.any(), "no sum, no step"
     charged = {row.round for row in clients["m00"].ledger.export() if row.channel == "adapter"}

@@ -65,13 +65,19 @@ class Round:
 
     def move(self):
         """Close what is due; where everybody waits, let the time pass that they wait for."""
-        moved = self.sums.advance(self.expected, self.now)
+        moved = self.advance()
         if self.waiting and self.waiting == self.alive:
             self.now += 1000.0
-            moved |= self.sums.advance(self.expected, self.now)
+            moved |= self.advance()
         if moved:
             self.waiting.clear()
             self.changed.notify_all()
+
+    def advance(self):
+        moved = self.sums.advance(self.expected, self.now)
+        for finish in self.sums.due():
+            finish()
+        return moved
 
     def run(self, vanish=None):
         def member(name):
@@ -109,6 +115,22 @@ def test_every_group_gets_the_sum_of_its_members():
     assert totals.contributors == tuple(map(tuple, GROUPS))
     for group, vector in zip(GROUPS, totals.vectors, strict=True):
         assert np.array_equal(_total(vector), sum(running.vectors[name] for name in group))
+
+
+def test_masks_are_taken_off_by_whoever_asks_and_not_where_the_last_share_comes_in():
+    running = Round(GROUPS, 5, 1)
+    given, due = [], running.sums.due
+
+    def ask():
+        found = due()
+        given.append((len(found), len(due()), running.sums.totals().vectors.count(b"")))
+        return found
+
+    running.sums.due = ask
+    running.run()
+    assert sum(found for found, _, _ in given) == len(GROUPS)
+    assert all(again == 0 for _, again, _ in given)
+    assert all(missing >= found for found, _, missing in given), "no sum was there before"
 
 
 @pytest.mark.parametrize("step", STEPS)

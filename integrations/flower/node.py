@@ -1,0 +1,158 @@
+"""The server's end of the pipe to one SuperNode: records in, calls of the federation's service out."""
+
+import asyncio
+import logging
+import ssl
+from collections.abc import AsyncIterator, Callable, Mapping
+from types import SimpleNamespace
+from typing import Any, Final, NoReturn
+
+import grpc
+from google.rpc import status_pb2  # type: ignore[import-untyped]  # googleapis-common-protos has no stubs
+
+from fedmosaic.integrations.flower.secured import Kind, Secured
+from fedmosaic.protos.errors import WireError
+from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
+from fedmosaic.server.network.peers import Gate
+from fedmosaic.server.network.service import FederationService
+
+log = logging.getLogger(__name__)
+_HELLO: Final = b"\x16"
+"""Type of the record that begins a session: the only one of a client that is not encrypted (RFC 8446, §5)."""
+
+
+async def methods_of(service: FederationService) -> Mapping[str, Any]:
+    """The service's handlers by path, behind its gate, as gRPC's generated code hands them to a server."""
+    found: dict[str, Any] = {}
+
+    def take(name: str, handlers: Mapping[str, Any]) -> None:
+        found.update({f"/{name}/{method}": handler for method, handler in handlers.items()})
+
+    server: Any = SimpleNamespace(
+        add_generic_rpc_handlers=lambda _: None, add_registered_method_handlers=take
+    )
+    rpc.add_FederationServicer_to_server(service, server)
+    gate = Gate()
+
+    async def handler_of(call: Any) -> Any:
+        return found[call.method]
+
+    calls: list[Any] = [SimpleNamespace(method=path) for path in found]
+    return {call.method: await gate.intercept_service(handler_of, call) for call in calls}
+
+
+class _EndedError(Exception):
+    def __init__(self, status: Any) -> None:
+        self.status = status
+
+
+class _Context:
+    """What the service uses of `grpc.aio.ServicerContext`."""
+
+    def __init__(self, auth: Mapping[str, list[bytes]], peer: str) -> None:
+        self.auth_context, self.peer = lambda: auth, lambda: peer
+        self.callbacks: list[Callable[[Any], None]] = []
+        self.add_done_callback = self.callbacks.append
+
+    async def abort(self, code: grpc.StatusCode, details: str) -> NoReturn:
+        raise _EndedError(status_pb2.Status(code=code.value[0], message=details))
+
+    async def abort_with_status(self, status: Any) -> NoReturn:
+        details = dict(status.trailing_metadata)["grpc-status-details-bin"]
+        raise _EndedError(status_pb2.Status.FromString(details))
+
+
+class Node:
+    """One SuperNode. It carries one session at a time, and a session one call at a time."""
+
+    def __init__(self, context: ssl.SSLContext, methods: Mapping[str, Any], name: str, member: str) -> None:
+        """Prepare.
+
+        Args:
+            context: the server's side of TLS.
+            methods: from `methods_of`.
+            name: for the log.
+            member: SPIFFE URI of the only member whose calls this node may carry; empty: any member's.
+        """
+        self._tls, self._methods, self._name, self._member = context, methods, name, member
+        self._secured = Secured(context)
+        self._requests: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._starved = asyncio.Event()
+        self._call: asyncio.Task[None] | None = None
+
+    async def answer(self, records: bytes) -> bytes:
+        """What to say next, once there is something or the call needs more; empty asks for the next call."""
+        if records[:1] == _HELLO:
+            await self.close()
+        try:
+            for kind, payload in self._secured.receive(records) if records else ():
+                self._take(kind, payload)
+        except (ssl.SSLError, WireError) as error:
+            log.warning("SuperNode %s: the session ends: %s", self._name, error)
+            farewell = self._secured.take()
+            await self.close()
+            return farewell
+        if self._call is not None:
+            if not self._requests.empty():
+                self._starved.clear()
+            starved = asyncio.ensure_future(self._starved.wait())
+            await asyncio.wait({self._call, starved}, return_when=asyncio.FIRST_COMPLETED)
+            starved.cancel()
+        return self._secured.take()
+
+    async def close(self) -> None:
+        """End the session, and the call in it."""
+        if self._call is not None:
+            self._call.cancel()
+            await asyncio.wait({self._call})
+        self._call, self._secured = None, Secured(self._tls)
+
+    def _take(self, kind: Kind, payload: bytes) -> None:
+        running = self._call is not None and not self._call.done()
+        if kind is Kind.CALL and not running:
+            self._requests, self._starved = asyncio.Queue(), asyncio.Event()
+            self._call = asyncio.create_task(self._run(payload.decode(errors="replace")))
+        elif kind in (Kind.CALL, Kind.STATUS):
+            raise WireError(f"a frame {kind.name} in the middle of a call")
+        elif running:  # else it is the rest of a call that has been answered
+            self._requests.put_nowait(payload if kind is Kind.MESSAGE else None)
+
+    async def _messages(self) -> AsyncIterator[bytes]:
+        while True:
+            if self._requests.empty():
+                self._starved.set()
+            request = await self._requests.get()
+            if request is None:
+                return
+            yield request
+
+    async def _run(self, path: str) -> None:
+        secured = self._secured
+        context = _Context(secured.peer(), f"SuperNode {self._name}")
+        status = status_pb2.Status()
+        try:
+            async for message in self._answers(path, context):
+                secured.send(Kind.MESSAGE, message)
+        except _EndedError as ended:
+            status = ended.status
+        finally:
+            for callback in context.callbacks:
+                callback(context)
+        secured.send(Kind.STATUS, status.SerializeToString())
+
+    async def _answers(self, path: str, context: Any) -> AsyncIterator[bytes]:
+        names = context.auth_context()["x509_subject_alternative_name"]
+        if self._member and names != [self._member.encode()]:
+            log.warning("SuperNode %s brought a call of %s, expected %s", self._name, names, self._member)
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this SuperNode is another member's")
+        handler: Any = self._methods.get(path)
+        if handler is None:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "there is no such method")
+        requests = self._messages()
+        request = requests if handler.request_streaming else await anext(requests, b"")
+        if handler.response_streaming:
+            async for message in handler.unary_stream(request, context):
+                yield handler.response_serializer(message)
+        else:
+            method = handler.stream_unary if handler.request_streaming else handler.unary_unary
+            yield handler.response_serializer(await method(request, context))

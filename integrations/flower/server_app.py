@@ -1,0 +1,151 @@
+"""The ServerApp: runs the federation's server, and carries its calls over the raw Grid.
+
+The run's configuration names the server's kit in `kit` and, where SuperNodes are authenticated, may bind them
+in `node-keys`: `ada=HEX ben=HEX`, the SHA-256 of each member's SuperNode's public key. Then no other node is
+asked, and none may bring another member's calls.
+"""
+
+import asyncio
+import hashlib
+import logging
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, Final
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
+from fedmosaic.integrations.flower.node import Node, methods_of
+from fedmosaic.integrations.flower.secured import RECORD, TURN_BYTES, tls_context
+from fedmosaic.privacy.federation.identity import spiffe_id
+from fedmosaic.protos.errors import NOTHING_EXCHANGED, ConfigurationError
+from fedmosaic.server.network.service import FederationService
+from fedmosaic.server.server import Server
+
+log = logging.getLogger(__name__)
+_BATCH: Final = 4
+"""Messages in one push, which Flower holds in memory: at most 32 MiB."""
+_LOOK_SECONDS: Final = 0.2
+_NODES_SECONDS: Final = 3.0
+_ANSWER_SECONDS: Final = 120.0
+"""After so long without an answer, Flower gives an error for it."""
+_FAREWELL_SECONDS: Final = 60.0
+
+
+class Post:
+    """The pipes to all nodes, and what is under way to each."""
+
+    def __init__(self, grid: Any, pipe: Callable[[str, str], Node], members: Mapping[str, str]) -> None:
+        """Prepare.
+
+        Args:
+            grid: Flower's.
+            pipe: makes the pipe to a node, of its name and the only member that it may carry, or "".
+            members: that member, by SHA-256 of the public key of the only nodes to ask; empty: all.
+        """
+        self._grid, self._pipe, self._members = grid, pipe, members
+        self._pipes: dict[int, Node] = {}
+        self._to_say: list[tuple[int, bytes]] = []
+        self._asked: dict[str, tuple[int, bytes]] = {}
+        self._thinking: set[asyncio.Task[None]] = set()
+        self.leave_at: float | None = None
+
+    async def carry(self) -> None:
+        """Carry for ever; once `leave_at` is set, until then or until the last answers are delivered."""
+        looked = 0.0
+        while self.leave_at is None or time.monotonic() < self.leave_at:
+            owed = any(said for _, said in (*self._to_say, *self._asked.values()))
+            if self.leave_at is None and time.monotonic() - looked > _NODES_SECONDS:
+                looked = time.monotonic()
+                await self._meet()
+            elif self.leave_at is not None and not owed and not self._thinking:
+                return
+            await self._push()
+            ids = list(self._asked)
+            for reply in await asyncio.to_thread(self._grid.pull_messages, ids) if ids else ():
+                asked = self._asked.pop(reply.metadata.reply_to_message_id, None)
+                if asked is not None:
+                    task = asyncio.create_task(self._think(asked[0], reply))
+                    self._thinking.add(task)
+                    task.add_done_callback(self._thinking.discard)
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    async def _meet(self) -> None:
+        for info in await asyncio.to_thread(self._grid.get_nodes):
+            key = hashlib.sha256(info.public_key).hexdigest()
+            if info.node_id not in self._pipes and (not self._members or key in self._members):
+                log.info("SuperNode %d, key %s, carries calls", info.node_id, key)
+                self._pipes[info.node_id] = self._pipe(str(info.node_id), self._members.get(key, ""))
+                self._to_say.append((info.node_id, b""))
+
+    async def _push(self) -> None:
+        while batch := self._to_say[:_BATCH]:
+            del self._to_say[:_BATCH]
+            messages = [
+                Message(
+                    RecordDict({RECORD: ConfigRecord({RECORD: said})}), node, "query", ttl=_ANSWER_SECONDS
+                )
+                for node, said in batch
+            ]
+            await asyncio.to_thread(self._grid.push_messages, messages)
+            self._asked |= {
+                message.metadata.message_id: said for message, said in zip(messages, batch, strict=True)
+            }
+
+    async def _think(self, node: int, reply: Any) -> None:
+        """Answer what a node has brought; an error means that what was under way is lost."""
+        record = reply.content.config_records.get(RECORD, {}) if reply.has_content() else {}
+        heard = record.get(RECORD)
+        if isinstance(heard, bytes) and len(heard) <= TURN_BYTES:
+            self._to_say.append((node, await self._pipes[node].answer(heard)))
+            return
+        log.warning("SuperNode %d: %r", node, reply.error.reason if reply.has_error() else "no records")
+        await self._pipes[node].close()
+        await asyncio.sleep(_NODES_SECONDS)
+        self._to_say.append((node, b""))
+
+
+async def serve(server: Server, grid: Any, node_keys: Mapping[str, str]) -> int:
+    """Serve until the run is over, over the Grid and on the server's own port; returns the exit status."""
+    over: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    files: Any = server.settings.tls  # without which no server runs
+    for member, key in node_keys.items():
+        if member not in server.settings.members or len(key) != 64:
+            raise ConfigurationError(
+                f"node-keys has {member!r} with {key!r}; write a member of the roster, '=' and the 64 "
+                "hexadecimal digits that this log shows for its SuperNode"
+            )
+    members = {key: spiffe_id(server.settings.federation, member) for member, key in node_keys.items()}
+
+    @asynccontextmanager
+    async def beside(service: FederationService) -> AsyncIterator[None]:
+        tls = tls_context(ssl.PROTOCOL_TLS_SERVER, files.authority, files.certificate, files.private_key)
+        post = Post(grid, partial(Node, tls, await methods_of(service)), members)
+        work = asyncio.create_task(post.carry())
+        work.add_done_callback(lambda _: over.cancel())
+        try:
+            yield
+        finally:
+            post.leave_at = time.monotonic() + _FAREWELL_SECONDS
+            await work
+
+    async with server.running(over, beside):
+        return await over
+
+
+def main(grid: Grid, context: Context) -> None:
+    """Run the server of the kit that the run's configuration names."""
+    logging.getLogger("fedmosaic").setLevel(logging.INFO)
+    logging.getLogger("fedmosaic").addHandler(logging.StreamHandler())
+    config = context.run_config
+    pairs = [pair.partition("=") for pair in str(config["node-keys"]).split()]
+    keys = {member: key for member, _, key in pairs}
+    if asyncio.run(serve(Server(str(config["kit"])), grid, keys)) == NOTHING_EXCHANGED:
+        raise RuntimeError("the run is over and nothing was exchanged; the lines above say why")
+
+
+app = ServerApp()
+app.main()(main)

@@ -1,0 +1,282 @@
+"""`flwr run` in a simulation and on a SuperLink with three SuperNodes: the adapters are those of gRPC.
+
+It takes minutes, and Flower, which not every environment has: `make test-flower` brings both together.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from end_to_end.ports import free_port
+from fedmosaic.client.model.load import load_base_model
+from fedmosaic.client.profile.probe import open_probe
+from fedmosaic.privacy.federation import consortium
+from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
+from fedmosaic.privacy.federation.roster import AdapterTerms, ScheduleTerms, Terms
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
+
+pytest.importorskip("flwr", reason="Flower is not installed here; `make test-flower` installs it")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+BIN = Path(sys.executable).parent
+APP = Path(__file__).parents[3] / "integrations" / "flower" / "app"
+MEMBERS = ("ada", "ben", "cid", "dee")
+WORDS = ["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(40)), "yes", "no"]
+# Nothing leaves the machine, and the number of clients is what it says.
+ENVIRONMENT = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_DISABLE_MEMORY_MONITOR": "1",
+    "OMP_NUM_THREADS": "1",
+    "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+}
+
+
+def save_model(folder: Path) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=1,
+        initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    unknown = {"unk_token": "<unk>"}
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, **unknown))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {**unknown, "eos_token": "</s>", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=raw, **special).save_pretrained(folder)
+
+
+class Place:
+    """A federation of four with keys of its own, the clients' files, and the processes."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        folder.mkdir()
+        terms = Terms(
+            adapter=AdapterTerms(rank=2, blocks=2, protection="encrypted"),
+            profile=ProfileMechanism(
+                probe="tiny",
+                probe_sha256=open_probe(load_base_model(model)[0]).sha256,
+                reduction=Reduction(hidden_size=16, intermediate_size=24, projection_dimensions=32),
+            ),
+            schedule=ScheduleTerms(rounds=2, quorum=4, round_deadline_seconds=600),
+            encryption={"backend": "mask"},
+        )
+        entries = tuple(MemberEntry(id=member) for member in MEMBERS)
+        consortium.create(FederationConfig(federation="f", members=entries, terms=terms), folder / "kits")
+        self.kit = folder / "kits" / "server"
+        (self.kit / "server.toml").write_text(f'listen = "127.0.0.1:{self.port}"\n')
+        for number, member in enumerate(MEMBERS):
+            self._write_client(number, member, model)
+
+    def _write_client(self, number: int, member: str, model: Path) -> None:
+        rows = [
+            {"prompt": f"w{i % 40} w{(i * 7 + number) % 40}", "answer": ("yes", "no")[(i + number) % 2]}
+            for i in range(40 * number, 40 * number + 40)
+        ]
+        data = self.folder / f"{member}.jsonl"
+        data.write_text("".join(json.dumps(row | {"choices": ["yes", "no"]}) + "\n" for row in rows))
+        settings = {
+            "kit": str(self.folder / "kits" / "clients" / member),
+            "server": f"localhost:{self.port}",
+            "state_dir": str(self.folder / f"{member}.state"),
+            "model": {"path": str(model)},
+            "probe": {"path": str(model)},
+            "data": {"train": str(data)},
+            "training": {"steps": 2, "per_device_train_batch_size": 4, "max_length": 32},
+            "unsafe_test_noise_seed": number,
+            "profile_max_length": 32,
+        }
+        (self.folder / f"{member}.json").write_text(json.dumps(settings))
+
+    def adapters(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The tensors that each member ends with."""
+        found = {}
+        for member in MEMBERS:
+            files = sorted((self.folder / f"{member}.state").glob("adapter/*/*.safetensors"))
+            assert files, f"{member} has no adapter"
+            found[member] = load_file(files[-1])
+        return found
+
+
+@contextmanager
+def started(
+    name: str, folder: Path, *command: object, **environment: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that is stopped at the end, by force if need be; its output is in the folder."""
+    with open(folder / f"{name}.log", "wb") as log:
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | ENVIRONMENT | environment,
+            start_new_session=True,
+        )
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(20)
+                os.killpg(process.pid, signal.SIGKILL)  # with what it has started
+            process.wait()
+
+
+def log_of(folder: Path, name: str) -> str:
+    return (folder / f"{name}.log").read_text(errors="replace")
+
+
+def wait_for(processes: dict[str, subprocess.Popen[bytes]], folder: Path, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    for name, process in processes.items():
+        try:
+            status = process.wait(max(1.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            status = "none"
+        assert status == 0, f"{name}: {status}\n{log_of(folder, name)[-4000:]}"
+
+
+def client(place: Place, member: str, socket: Path | None = None) -> Any:
+    config = place.folder / f"{member}.json"
+    over = ("fedmosaic.integrations.flower.client", config, socket) if socket else None
+    words = over or ("fedmosaic.cli", "client", config)
+    return started(member, place.folder, sys.executable, "-m", *words)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    save_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def over_grpc(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
+    place = Place(tmp_path_factory.mktemp("grpc") / "f", model)
+    with ExitStack() as running:
+        server = started(
+            "server", place.folder, sys.executable, "-m", "fedmosaic.cli", "server", "--kit", place.kit
+        )
+        processes = {"server": running.enter_context(server)}
+        processes |= {member: running.enter_context(client(place, member)) for member in MEMBERS}
+        wait_for(processes, place.folder, 300)
+    return place.adapters()
+
+
+def flower_home(folder: Path, port: int, simulated: int = 0) -> dict[str, str]:
+    """Flower's own configuration: one SuperLink on this machine."""
+    (folder / "flwr").mkdir()
+    lines = [
+        "[superlink]",
+        'default = "here"',
+        "[superlink.here]",
+        f'address = "127.0.0.1:{port}"',
+        "insecure = true",
+    ]
+    if simulated:
+        lines += [
+            f"options.num-supernodes = {simulated}",
+            f"options.backend.init-args.num-cpus = {simulated}",
+        ]
+    (folder / "flwr" / "config.toml").write_text("\n".join(lines) + "\n")
+    return {"FLWR_HOME": str(folder / "flwr")}
+
+
+def superlink(folder: Path, port: int, home: dict[str, str], *options: str) -> Any:
+    words = ("--insecure", "--host", "127.0.0.1", "--port", port, "--disable-runtime-dependency-installation")
+    return started("superlink", folder, BIN / "flower-superlink", *words, *options, **home)
+
+
+def flwr_run(place: Place, home: dict[str, str], **config: object) -> Any:
+    settings = " ".join(f'{key}="{value}"' for key, value in ({"kit": place.kit} | config).items())
+    command = (BIN / "flwr", "run", APP, "here", "--run-config", settings, "--stream")
+    return started("flwr-run", place.folder, *command, **home)
+
+
+def until_up(port: int) -> None:
+    """Wait until the SuperLink answers."""
+    for _ in range(300):
+        with (
+            contextlib.suppress(OSError),
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1.0),
+        ):
+            return
+        time.sleep(0.2)
+    raise AssertionError("the SuperLink did not come up")
+
+
+def same(one: dict[str, dict[str, torch.Tensor]], other: dict[str, dict[str, torch.Tensor]]) -> None:
+    for member in MEMBERS:
+        assert one[member].keys() == other[member].keys()
+        for name, tensor in one[member].items():
+            assert torch.equal(tensor, other[member][name]), f"{member}: {name}"
+
+
+def test_three_supernodes_and_a_member_on_grpc_end_where_grpc_alone_ends(
+    model: Path, over_grpc: dict[str, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    place = Place(tmp_path / "f", model)
+    port = free_port()
+    home = flower_home(place.folder, port)
+    with ExitStack() as running:
+        running.enter_context(superlink(place.folder, port, home))
+        until_up(port)
+        sockets = {member: tmp_path / f"{member}.sock" for member in MEMBERS[:3]}
+        for member, socket in sockets.items():
+            words = (
+                "--insecure",
+                "--superlink",
+                f"127.0.0.1:{port}",
+                "--host",
+                "127.0.0.1",
+                "--port",
+                free_port(),
+            )
+            node = ("--node-config", f'socket="{socket}"')
+            name = f"supernode-{member}"
+            running.enter_context(
+                started(name, place.folder, BIN / "flower-supernode", *words, *node, **home)
+            )
+        clients = {
+            member: running.enter_context(client(place, member, sockets.get(member))) for member in MEMBERS
+        }
+        run = running.enter_context(flwr_run(place, home))
+        wait_for(clients, place.folder, 600)
+        wait_for({"flwr-run": run}, place.folder, 120)
+    same(place.adapters(), over_grpc)
+
+
+def test_a_simulation_ends_where_grpc_ends(
+    model: Path, over_grpc: dict[str, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    place = Place(tmp_path / "f", model)
+    port = free_port()
+    home = flower_home(place.folder, port, simulated=len(MEMBERS))
+    with ExitStack() as running:
+        running.enter_context(superlink(place.folder, port, home, "--simulation"))
+        until_up(port)
+        clients = {
+            member: running.enter_context(client(place, member, tmp_path / f"{number}.sock"))
+            for number, member in enumerate(MEMBERS)
+        }
+        run = running.enter_context(flwr_run(place, home, sockets=tmp_path))
+        wait_for(clients, place.folder, 600)
+        wait_for({"flwr-run": run}, place.folder, 120)
+    same(place.adapters(), over_grpc)
