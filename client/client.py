@@ -239,8 +239,10 @@ class Client:
             books = DataLedger.of(settings.data, settings.state_dir, state.record)
             channels, target = budgeted_channels(kit.roster.terms), agreed_epsilon(settings, kit)
             epoch = data_epoch(learner.example_ids)
-            bound = kit.roster.terms.adapter_privacy.largest_delta
-            ledger = held.enter_context(books.open(learner.example_count, epoch, target, channels, bound))
+            unit, bound = kit.roster.terms.unit, kit.roster.terms.adapter_privacy.largest_delta
+            ledger = held.enter_context(
+                books.open(learner.example_count, epoch, target, channels, bound, unit)
+            )
             releases = self._releases(kit, ledger, state, learner, plan, progress)
             member = Participant(kit, checked.transport, learner, state, ledger, plan, releases, progress)
             SavedModel.of(settings, kit.roster, kit.member_id()).write(state.directory)
@@ -316,7 +318,7 @@ def _conclude(
     # Whether an aggregate could be used is for this client's own eyes; the server does not learn it.
     own = statement(facts)
     own = own if received else with_warning(own, NOTHING_RECEIVED.format(rounds=rounds))
-    if most > 1:
+    if most > 1 and terms.unit == "example":
         own = with_warning(own, person_words(facts, most))
     write_atomically(state.directory / STATEMENT, own.model_dump_json(indent=2).encode())
     told = shareable(for_handing_over(facts, terms, learner.example_count))

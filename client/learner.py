@@ -21,6 +21,7 @@ from fedmosaic.client.colora import (
     write_family,
 )
 from fedmosaic.client.colora.aligned import read_embedded, write_embedded
+from fedmosaic.client.data.records import unit_ids
 from fedmosaic.client.data.sets import ClientData, read_sets
 from fedmosaic.client.dp import round as private_round
 from fedmosaic.client.model.acceptance import check_ids, check_length, encoded_ids
@@ -126,8 +127,8 @@ class ModelLearner:
 
     @property
     def example_count(self) -> int:
-        """Number n of the client's training examples. Private under add/remove."""
-        return len(self._train)
+        """Number n of the client's units, examples or persons as the terms say. Private under add/remove."""
+        return len(self.example_ids)
 
     @property
     def examples(self) -> tuple[Example, ...]:
@@ -136,8 +137,8 @@ class ModelLearner:
 
     @property
     def example_ids(self) -> tuple[str, ...]:
-        """Ids of the training examples, from which the data epoch is computed. They never leave."""
-        return tuple(example.id for example in self._train)
+        """Ids of the units that the terms protect, of which the data epoch is made. They never leave."""
+        return unit_ids(self._train, self._terms.unit)
 
     def load_global(self, section: str, vector: np.ndarray) -> None:
         """Load an aggregate into the frozen global branch, of a lower rank its leading block."""

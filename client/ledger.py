@@ -30,7 +30,7 @@ from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, has_begun, parameters_of, read_ledger
 from fedmosaic.privacy.ledger.move import back_up, move
-from fedmosaic.privacy.ledger.rows import Channel, LedgerRow
+from fedmosaic.privacy.ledger.rows import Channel, LedgerRow, Unit
 from fedmosaic.privacy.ledger.rules import keeper
 from fedmosaic.privacy.statement.costs import round_up
 from fedmosaic.protos.errors import ConfigurationError, LedgerError
@@ -133,15 +133,17 @@ class DataLedger:
         target: float,
         channels: Sequence[Channel],
         largest_delta: float | None = None,
+        unit: Unit = "example",
     ) -> Ledger:
         """Open the ledger, or make the first one of data that nothing was released from.
 
         Args:
-            examples: n, the client's number of examples.
+            examples: n, the client's number of units.
             epoch: hash of their ids.
             target: ε, the budget of `channels`.
             channels: see `open_ledger`.
             largest_delta: of the terms.
+            unit: what the releases protect.
 
         Raises:
             LedgerError: it cannot be used, is behind what this state has seen, or a fresh one would forget.
@@ -153,7 +155,7 @@ class DataLedger:
             self._check_fresh(seen, epoch)
             log.info("a new privacy ledger begins in %s; every run on these data has to use it", self.place)
         try:
-            ledger = open_ledger(path, self.record.client, examples, target, channels, largest_delta)
+            ledger = open_ledger(path, self.record.client, examples, target, channels, largest_delta, unit)
         except OSError as error:
             raise LedgerError(
                 f"no privacy ledger can be kept in {self.place} ({error.strerror}); make it writable, or "
@@ -231,6 +233,7 @@ def open_ledger(
     target: float,
     channels: Sequence[Channel],
     largest_delta: float | None = None,
+    unit: Unit = "example",
 ) -> Ledger:
     """Open a client's ledger, or begin one, with the δ of `ledger_delta` and a budget ε of some channels.
 
@@ -238,7 +241,7 @@ def open_ledger(
         LedgerError: it is damaged, of other parameters, or its δ is too large for so many examples.
     """
     delta = ledger_delta(path, examples, largest_delta)
-    return Ledger.open(path, client, delta, target, budgeted_channels=channels)
+    return Ledger.open(path, client, delta, target, budgeted_channels=channels, unit=unit)
 
 
 def ledger_delta(path: Path, examples: int, largest: float | None = None) -> float:

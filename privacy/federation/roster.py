@@ -19,6 +19,7 @@ from fedmosaic.privacy.configuration import Frozen, canonical_json, parse_json, 
 from fedmosaic.privacy.encryption.parameters import CkksParameters, Parameters
 from fedmosaic.privacy.federation.names import Family, MemberId
 from fedmosaic.privacy.federation.sampling import taking_part
+from fedmosaic.privacy.ledger.rows import Unit
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos import bounds
@@ -158,8 +159,11 @@ class GroupSumTerms(Frozen):
     """Members without whom a sum is not formed; noise is planned for so many."""
     colluders: int = Field(default=1, ge=1)
     """Members of a sum that may work together with the server."""
+    unit: Unit = "example"
+    """What the privacy guarantee is for: one example, or all examples of a `person` (a column of the data).
+    With `person`, n, q and batch sizes count persons, whose gradients are added up before clipping."""
     least_examples: int = Field(default=100, ge=1)
-    """Examples that a member needs to contribute; noise is planned for its sampling rate and δ."""
+    """Examples, or persons, that a member needs to contribute; noise is planned for its q and δ."""
     noise_multiplier: float | None = Field(default=None, gt=0.0, le=1e6, allow_inf_nan=False)
     """σ of a sum against `colluders` members and the server; planned at founding if left out."""
     learning_rate: float = Field(default=0.03, gt=0.0, le=10.0, allow_inf_nan=False)
@@ -221,6 +225,11 @@ class Terms(Frozen):
     encryption: Annotated[Parameters, Field(discriminator="backend")] = CkksParameters()
     allow_plaintext: bool = False
     """Must be `true` if nothing is encrypted (`encryption.backend = "plain"`)."""
+
+    @property
+    def unit(self) -> Unit:
+        """What one unit of the privacy guarantee is, for task profile and adapter alike."""
+        return self.group_sums.unit if self.adapter.in_group_sums else "example"
 
     @model_validator(mode="after")
     def _consistent(self) -> "Terms":
@@ -361,6 +370,8 @@ class Roster(Frozen):
         unused: dict[str, bool | set[str]] = {}
         if not self.terms.adapter.in_group_sums:
             unused["group_sums"] = True
+        elif self.terms.group_sums.unit == "example":
+            unused["group_sums"] = {"unit"}
         if self.terms.adapter_privacy.largest_delta is None:
             unused["adapter_privacy"] = {"largest_delta"}
         if self.terms.schedule.sampled_clients is None:

@@ -18,7 +18,7 @@ from fedmosaic.protos.errors import LedgerError
 Channel = Literal["profile", "adapter", "family"]
 Kind = Literal["OPENED", "RESERVED", "RELEASED", "RESENT", "REFUSED", "CLOSED", "RESUMED", "MOVED"]
 Coverage = Literal["dp", "cryptography", "nothing"]
-Unit = Literal["example"]
+Unit = Literal["example", "person"]
 
 CHANNELS: tuple[Channel, ...] = ("profile", "adapter", "family")
 NEIGHBOURING_RELATION = "add or remove one"

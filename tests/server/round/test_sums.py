@@ -14,7 +14,7 @@ from fedmosaic.privacy.secureaggregation.partition import NO_ROUND, Partition, R
 from fedmosaic.privacy.secureaggregation.terms import SumTerms
 from fedmosaic.protos.errors import EncryptionError, PolicyError, WireError
 from fedmosaic.protos.refusal import Refusal
-from fedmosaic.server.round.sums import AGREE, OPEN, SHARE, STEPS, UNMASK, VECTOR, RoundSums
+from fedmosaic.server.round.sums import AGREE, OPEN, SHARE, STEPS, UNMASK, VECTOR, RoundSums, liars
 
 SIZE = 9
 
@@ -164,6 +164,14 @@ def test_a_late_or_foreign_message_is_refused_by_name():
     running.run({"a2": SHARE})
     with pytest.raises(Refusal, match="step 'sum-vector' of 'a2' came while 'over'"):
         running.sums.post("a2", VECTOR, bytes(4 * SIZE))
+
+
+def test_whoever_disagrees_with_more_than_may_lie_has_lied():
+    """One of each pair lies, and at most t do: an honest one is in dispute with no more than those."""
+    disputes = {("a1", "a2"), ("a3", "a2"), ("a4", "a2"), ("a4", "a5"), ("a2", "a2")}
+    assert set(liars(disputes, 2)) == {"a2"}
+    assert set(liars(disputes, 1)) == {"a2", "a4"}
+    assert not liars({("a1", "a2"), ("a2", "a1")}, 1)
 
 
 def test_nothing_can_be_read_before_its_step_is_over():
