@@ -30,7 +30,7 @@ from fedmosaic.experiments.scenario.participants import write_examples
 from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient, ScenarioProfile
 from fedmosaic.experiments.simulation.cluster import Cluster
 from fedmosaic.privacy.encryption.parameters import PlainParameters
-from fedmosaic.privacy.federation.roster import AdapterTerms, ScheduleTerms
+from fedmosaic.privacy.federation.terms import AdapterTerms, ScheduleTerms
 from fedmosaic.protos.errors import ConfigurationError, FedMosaicError
 from fedmosaic.server.summary import with_rounds
 

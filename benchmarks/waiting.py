@@ -32,7 +32,8 @@ from fedmosaic.privacy.encryption.ciphers import create_cipher
 from fedmosaic.privacy.encryption.records import RoundContext
 from fedmosaic.privacy.federation.consortium import create
 from fedmosaic.privacy.federation.kits import FederationConfig, Kit, MemberEntry, open_kit
-from fedmosaic.privacy.federation.roster import Roster, Terms
+from fedmosaic.privacy.federation.roster import Roster
+from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos import bounds, wire
 from fedmosaic.protos.messages import PROTOCOL_VERSION, Profile, Section

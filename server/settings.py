@@ -12,9 +12,10 @@ from fedmosaic.privacy.configuration import Frozen, read_configuration, validate
 from fedmosaic.privacy.encryption.parameters import Parameters, PlainParameters
 from fedmosaic.privacy.federation.kits import SERVER_SETTINGS, open_kit, unaligned
 from fedmosaic.privacy.federation.names import ListenAddress, MemberId
-from fedmosaic.privacy.federation.roster import GroupSumTerms, Hex32, Witness
+from fedmosaic.privacy.federation.roster import Witness
 from fedmosaic.privacy.federation.sampling import taking_part
 from fedmosaic.privacy.federation.succession import RosterMark
+from fedmosaic.privacy.federation.terms import GroupSumTerms, Hex32
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos import bounds
 from fedmosaic.protos.messages import SectionName

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
-from fedmosaic.privacy.federation.roster import GroupSumTerms
+from fedmosaic.privacy.federation.terms import GroupSumTerms
 from fedmosaic.privacy.secureaggregation.partition import Partition, RoundTotals, chain_of, sum_context
 from fedmosaic.protos.refusal import Refusal, RefusalKind
 from fedmosaic.server.round.groups import group_clients, mixing_weights

@@ -24,7 +24,7 @@ from fedmosaic.client.planning import group_grid
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import Releases
 from fedmosaic.privacy.accounting.events import GaussianEvent
-from fedmosaic.privacy.federation.roster import AdapterPrivacyTerms, AdapterTerms, Terms
+from fedmosaic.privacy.federation.terms import AdapterPrivacyTerms, AdapterTerms, Terms
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import IntArray, poisson_sample
 from fedmosaic.privacy.mechanism.shares import noisy_share

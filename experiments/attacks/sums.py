@@ -23,7 +23,7 @@ from fedmosaic.experiments.attacks.statistics.results import (
     clopper_pearson,
 )
 from fedmosaic.privacy.accounting.leverage import effective_noise_multiplier, noise_share
-from fedmosaic.privacy.federation.roster import GroupSumTerms
+from fedmosaic.privacy.federation.terms import GroupSumTerms
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import NoiseSource
 from fedmosaic.privacy.mechanism.shares import noisy_share, plan_grid

@@ -25,7 +25,7 @@ from fedmosaic.experiments.scenario.founding import agreed_adapter
 from fedmosaic.experiments.scenario.terms import Scenario
 from fedmosaic.privacy.configuration import read_configuration, validate
 from fedmosaic.privacy.federation.kits import BASIS, ROSTER, open_kit
-from fedmosaic.privacy.federation.roster import AdapterTerms, RelevanceTerms
+from fedmosaic.privacy.federation.terms import AdapterTerms, RelevanceTerms
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.privacy.mechanism.projection import GradientFactors, PublicBasis, PublicMap
 from fedmosaic.privacy.policy import AggregationPolicy

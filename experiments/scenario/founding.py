@@ -14,7 +14,7 @@ from fedmosaic.experiments.scenario.processes import RunFailedError
 from fedmosaic.experiments.scenario.terms import Scenario
 from fedmosaic.privacy.federation import consortium
 from fedmosaic.privacy.federation import kits as federation
-from fedmosaic.privacy.federation.roster import AdapterTerms, Terms
+from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
 from fedmosaic.privacy.federation.terms_checks import settled
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism

@@ -30,7 +30,7 @@ from fedmosaic.experiments.simulation.models import SharedModel, shared_model
 from fedmosaic.experiments.simulation.progress import RunProgress
 from fedmosaic.experiments.simulation.unseen import Federation, adapt_unseen
 from fedmosaic.experiments.simulation.worker import Architecture, Worker, architecture, state_of
-from fedmosaic.privacy.federation.roster import AdapterTerms
+from fedmosaic.privacy.federation.terms import AdapterTerms
 from fedmosaic.protos.errors import ConfigurationError
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.settings import ServerSettings, settings_from_kit

@@ -28,7 +28,7 @@ from fedmosaic.experiments.scenario.unseen import UnseenClient, add_unseen, read
 from fedmosaic.experiments.simulation.client import SharedProbe
 from fedmosaic.experiments.simulation.compute import Train
 from fedmosaic.experiments.simulation.models import AdapterState, SharedModel
-from fedmosaic.privacy.federation.roster import Terms
+from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
 from fedmosaic.protos.messages import Profile
 from fedmosaic.server.round.relevance import relevance

@@ -20,7 +20,8 @@ from pydantic import Field, model_validator
 from fedmosaic.privacy.configuration import Frozen
 from fedmosaic.privacy.federation import identity
 from fedmosaic.privacy.federation.names import Family, Host, MemberId, Port
-from fedmosaic.privacy.federation.roster import Roster, Seconds, Terms, check_witnessed
+from fedmosaic.privacy.federation.roster import Roster
+from fedmosaic.privacy.federation.terms import Seconds, Terms, check_witnessed
 from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import IdentityError
 

@@ -27,7 +27,7 @@ from fedmosaic.privacy.configuration import Frozen, canonical_json, parse_json, 
 from fedmosaic.privacy.federation import identity
 from fedmosaic.privacy.federation.kits import IDENTITY_KEY, PENDING, REQUEST, TLS_KEY
 from fedmosaic.privacy.federation.names import Family, Host, MemberId
-from fedmosaic.privacy.federation.roster import Hex32
+from fedmosaic.privacy.federation.terms import Hex32
 from fedmosaic.privacy.files import private_directory, write_atomically
 from fedmosaic.protos.errors import ConfigurationError, IdentityError
 

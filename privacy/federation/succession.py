@@ -5,7 +5,8 @@ import hashlib
 from pydantic import Field
 
 from fedmosaic.privacy.configuration import Frozen, canonical_json
-from fedmosaic.privacy.federation.roster import Hex32, Roster
+from fedmosaic.privacy.federation.roster import Roster
+from fedmosaic.privacy.federation.terms import Hex32
 from fedmosaic.protos.errors import IdentityError
 
 

@@ -9,7 +9,7 @@ from fedmosaic.privacy.accounting.calibrate import check_plannable, noise_multip
 from fedmosaic.privacy.accounting.epsilon import default_delta
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.accounting.leverage import noise_share
-from fedmosaic.privacy.federation.roster import Terms
+from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.mechanism.shares import plan_grid
 from fedmosaic.privacy.secureaggregation.partition import Partition, RoundTotals
 from fedmosaic.protos import bounds

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from fedmosaic.privacy.configuration import Frozen, canonical_json
-from fedmosaic.privacy.federation.roster import GroupSumTerms
+from fedmosaic.privacy.federation.terms import GroupSumTerms
 from fedmosaic.privacy.groupkey.messages import sha256
 from fedmosaic.privacy.secureaggregation.terms import SumTerms
 from fedmosaic.protos import bounds

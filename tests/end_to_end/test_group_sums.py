@@ -19,7 +19,7 @@ from end_to_end.federation_of_vectors import (
 from fedmosaic.client.dp.group_steps import mixed_gradient, shared_branch
 from fedmosaic.client.planning import AdapterPlan, group_grid
 from fedmosaic.privacy.accounting.events import GaussianEvent
-from fedmosaic.privacy.federation.roster import AdapterTerms, GroupSumTerms, ScheduleTerms, Terms
+from fedmosaic.privacy.federation.terms import AdapterTerms, GroupSumTerms, ScheduleTerms, Terms
 from fedmosaic.privacy.mechanism.gaussian import clipped_sum
 from fedmosaic.privacy.mechanism.shares import noisy_share
 from fedmosaic.server.sums import RunSums

@@ -11,7 +11,7 @@ from fedmosaic.client.planning import AdapterPlan, group_grid
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.records import ClippingRecord
 from fedmosaic.privacy.accounting.events import GaussianEvent
-from fedmosaic.privacy.federation.roster import AdapterTerms, Terms
+from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
 from fedmosaic.privacy.mechanism.noise import SeededTestNoise
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos.errors import ConfigurationError, PrivacyError

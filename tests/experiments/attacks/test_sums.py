@@ -7,7 +7,7 @@ from fedmosaic.experiments.attacks import sums as attack_sums
 from fedmosaic.experiments.attacks.statistics.empirical import epsilon_of_noise
 from fedmosaic.experiments.attacks.sums import sum_refusals, sum_results
 from fedmosaic.privacy.accounting.leverage import noise_share
-from fedmosaic.privacy.federation.roster import GroupSumTerms
+from fedmosaic.privacy.federation.terms import GroupSumTerms
 from fedmosaic.privacy.mechanism.noise import SeededTestNoise
 
 TERMS, SIGMA = GroupSumTerms(minimum_contributors=6, colluders=2), 0.6

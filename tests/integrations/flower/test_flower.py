@@ -27,7 +27,7 @@ from fedmosaic.client.model.load import load_base_model
 from fedmosaic.client.profile.probe import open_probe
 from fedmosaic.privacy.federation import consortium
 from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
-from fedmosaic.privacy.federation.roster import AdapterTerms, ScheduleTerms, Terms
+from fedmosaic.privacy.federation.terms import AdapterTerms, ScheduleTerms, Terms
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 
 pytest.importorskip("flwr", reason="Flower is not installed here; `make test-flower` installs it")

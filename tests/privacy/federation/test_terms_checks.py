@@ -17,7 +17,8 @@ from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.configuration import canonical_json
 from fedmosaic.privacy.federation import consortium
 from fedmosaic.privacy.federation.founding import create_federation
-from fedmosaic.privacy.federation.roster import Roster, Terms
+from fedmosaic.privacy.federation.roster import Roster
+from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.federation.terms_checks import check_plan, check_sums, with_bounded_delta
 from fedmosaic.privacy.mechanism.projection import PublicBasis
 from fedmosaic.protos.errors import AccountingError, ConfigurationError, MechanismError

@@ -18,8 +18,9 @@ from fedmosaic.privacy.federation import identity
 from fedmosaic.privacy.federation.consortium import approve, create
 from fedmosaic.privacy.federation.kits import FederationConfig, WitnessEntry, open_kit
 from fedmosaic.privacy.federation.requests import make_request
-from fedmosaic.privacy.federation.roster import Member, Roster, Terms, Witness
+from fedmosaic.privacy.federation.roster import Member, Roster, Witness
 from fedmosaic.privacy.federation.succession import RosterMark
+from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.federation.witness import WitnessBook
 from fedmosaic.protos.errors import ConfigurationError, EncryptionError, IdentityError, StateError
 from fedmosaic.protos.messages import SectionHeader, WeightRow
