@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FLOWER := $(VENV)-flower
 
-.PHONY: demo test test-slow test-gpu test-flower chaos lint bench bench-gpu bench-encryption docs protos release clean
+.PHONY: demo test test-slow test-gpu test-flower test-ray chaos lint bench bench-gpu bench-encryption docs protos release clean
 
 demo: $(STAMP)
 	@$(BIN)/fedmosaic demo
@@ -23,6 +23,11 @@ test-slow: $(STAMP)
 # with exit code 5, which is no failure of the tests.
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu || test $$? -eq 5
+
+# A run on a Ray cluster of two nodes on this machine; installs Ray.
+test-ray: $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[ray]'
+	$(BIN)/python -m pytest tests/experiments/simulation/test_cluster.py
 
 # Flower wants older versions of some packages: an environment of its own over that of the tests.
 test-flower: $(FLOWER)/.installed

@@ -19,7 +19,7 @@ from fedmosaic.client.model.load import adapt, load_model
 from fedmosaic.client.model.training import TrainingSettings, train_local
 from fedmosaic.client.preflight.memory import memory_need
 from fedmosaic.client.settings import ClientSettings, DataSettings, ModelSettings
-from fedmosaic.privacy.federation.roster import AdapterTerms
+from fedmosaic.privacy.federation.terms import AdapterTerms
 
 BATCH, TOKENS, ANSWER, STEPS = 4, 512, 64, 4
 MIB = 2**20

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks.scale_server import run_server
+from benchmarks.scale_server import relevance_cost, run_server
 from fedmosaic.client.model.examples import Example
 from fedmosaic.client.model.training import TrainingSettings
 from fedmosaic.client.settings import ModelSettings
@@ -27,9 +28,11 @@ from fedmosaic.experiments.runs.command import run_here
 from fedmosaic.experiments.scenario.metrics import markdown_table
 from fedmosaic.experiments.scenario.participants import write_examples
 from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient, ScenarioProfile
+from fedmosaic.experiments.simulation.cluster import Cluster
 from fedmosaic.privacy.encryption.parameters import PlainParameters
-from fedmosaic.privacy.federation.roster import AdapterTerms, ScheduleTerms
+from fedmosaic.privacy.federation.terms import AdapterTerms, ScheduleTerms
 from fedmosaic.protos.errors import ConfigurationError, FedMosaicError
+from fedmosaic.server.summary import with_rounds
 
 _TASKS = 5
 _WORDS = (
@@ -53,8 +56,14 @@ class Arguments:
     """Co-LoRA layers of the model."""
     dimensions: int = 64
     """Numbers in a task profile."""
+    sampled: int = 0
+    """Clients that take part in a round; 0 for all."""
+    actors: int = 0
+    """Run the clients in so many processes of Ray; 0 for this one."""
     server_only: bool = False
     """Random adapters and profiles in place of models: what is left is the server's work."""
+    plot: Path | None = None
+    """Also draw how the figures grow, as an SVG."""
     only: bool = False
     """Run the first size in this process and print its figures as JSON; used by the command itself."""
 
@@ -69,6 +78,8 @@ class Figures:
         processor_seconds: the same in the processor's time, which other work on the machine does not add to.
         round_seconds: mean of a round, training included.
         server_seconds: mean of closing a round: relevance, weights, sums; the processor's with `server_only`.
+        relevance_seconds: of comparing N profiles, all with all.
+        product_seconds: of the matrix product in it alone, (N, k) by (k, N).
         peak_megabytes: resident memory of the process at its peak.
     """
 
@@ -77,6 +88,8 @@ class Figures:
     processor_seconds: float
     round_seconds: float
     server_seconds: float
+    relevance_seconds: float
+    product_seconds: float
     peak_megabytes: float
 
 
@@ -92,6 +105,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     figures = [_in_own_process(parsed, count) for count in parsed.clients]
     print("\n".join(as_table(figures)))
+    if parsed.plot is not None:
+        draw(figures, parsed.plot)
     return 0
 
 
@@ -100,7 +115,8 @@ def _in_own_process(arguments: Arguments, count: int) -> Figures:
         sys.executable, "-m", "benchmarks.scale", "--only",
         "--model", arguments.model, "--clients", str(count), "--rounds", str(arguments.rounds),
         "--steps", str(arguments.steps), "--dimensions", str(arguments.dimensions),
-        "--blocks", str(arguments.blocks), *(["--server-only"] if arguments.server_only else []),
+        "--blocks", str(arguments.blocks), "--sampled", str(arguments.sampled),
+        "--actors", str(arguments.actors), *(["--server-only"] if arguments.server_only else []),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # our own module
     if done.returncode:
@@ -118,20 +134,25 @@ def measure(arguments: Arguments, count: int) -> Figures:
             seconds, closing = run_server(scenario, place, Console(stderr=True))
             per_round = seconds / arguments.rounds
         else:
-            directory = run_here(scenario, place, place, Console(stderr=True))
-            server: dict[str, Any] = json.loads((directory / "federation/server/state/run.json").read_text())
-            closing = [result["seconds_aggregating"] for result in server["results"]]
+            cluster = Cluster(actors=arguments.actors) if arguments.actors else None
+            directory = run_here(scenario, place, place, Console(stderr=True), cluster)
+            results: Any = with_rounds({}, directory / "federation/server/state")["results"]
+            closing = [result["seconds_aggregating"] for result in results]
             seconds = time.monotonic() - started
             # The first round also holds the probing of every client's examples; it is counted from the start.
-            rounds = np.diff([result["closed_at"] for result in server["results"]])
+            rounds = np.diff([result["closed_at"] for result in results])
             per_round = float(rounds.mean()) if rounds.size else seconds
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    relevance_seconds, product_seconds = relevance_cost(count, arguments.dimensions)
     return Figures(
         clients=count,
         seconds=seconds,
         processor_seconds=time.process_time(),
         round_seconds=per_round,
         server_seconds=float(np.mean(closing)),
-        peak_megabytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        relevance_seconds=relevance_seconds,
+        product_seconds=product_seconds,
+        peak_megabytes=peak,
     )
 
 
@@ -152,7 +173,11 @@ def scale_scenario(arguments: Arguments, count: int, place: Path) -> Scenario:
             public_data=place / "public.jsonl", dimensions=arguments.dimensions, max_length=32
         ),
         adapter=AdapterTerms(rank=8, blocks=arguments.blocks, protection="none"),
-        schedule=ScheduleTerms(rounds=arguments.rounds, quorum=count),
+        schedule=ScheduleTerms(
+            rounds=arguments.rounds,
+            quorum=arguments.sampled or count,
+            sampled_clients=arguments.sampled or None,
+        ),
         encryption=PlainParameters(),
         allow_plaintext=True,
         training=TrainingSettings(steps=arguments.steps, per_device_train_batch_size=8, max_length=32),
@@ -183,7 +208,10 @@ def _examples(name: str, count: int, task: int) -> list[Example]:
 def as_table(figures: Sequence[Figures]) -> list[str]:
     """The figures as lines of Markdown."""
     return markdown_table(
-        ["clients", "all, s", "processor, s", "per round, s", "server per round, s", "peak memory, MB"],
+        [
+            *("clients", "all, s", "processor, s", "per round, s", "server per round, s"),
+            *("relevance, s", "its product, s", "peak memory, MB"),
+        ],
         [
             [
                 str(figure.clients),
@@ -191,12 +219,31 @@ def as_table(figures: Sequence[Figures]) -> list[str]:
                 f"{figure.processor_seconds:.0f}",
                 f"{figure.round_seconds:.1f}",
                 f"{figure.server_seconds:.3f}",
+                f"{figure.relevance_seconds:.4f}",
+                f"{figure.product_seconds:.4f}",
                 f"{figure.peak_megabytes:.0f}",
             ]
             for figure in figures
         ],
         numbers=True,
     )
+
+
+def draw(figures: Sequence[Figures], path: Path) -> None:
+    """Write a figure of seconds and memory over the number of clients, both axes logarithmic."""
+    clients = [figure.clients for figure in figures]
+    canvas = Figure(figsize=(9, 3.5), layout="constrained")
+    seconds, memory = canvas.subplots(1, 2)
+    for name, words in (
+        ("round_seconds", "round"), ("server_seconds", "closing it"),
+        ("relevance_seconds", "relevance, all with all"), ("product_seconds", "its product"),
+    ):  # fmt: skip
+        seconds.loglog(clients, [getattr(figure, name) for figure in figures], marker="o", label=words)
+    memory.loglog(clients, [figure.peak_megabytes for figure in figures], marker="o")
+    seconds.set(xlabel="clients", ylabel="s")
+    memory.set(xlabel="clients", ylabel="peak memory, MB")
+    seconds.legend()
+    canvas.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":

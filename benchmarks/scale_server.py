@@ -5,6 +5,7 @@ would train and probe is drawn at random. It shows how the server's work grows, 
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ from fedmosaic import __version__
 from fedmosaic.client.protection import Identity, Protection
 from fedmosaic.experiments.scenario.founding import fit_profile, found_federation
 from fedmosaic.experiments.scenario.terms import Scenario
-from fedmosaic.privacy.federation.kits import open_kit
+from fedmosaic.privacy.federation.kits import Kit, open_kit
 from fedmosaic.protos.messages import PROTOCOL_VERSION, Enrolled, Enrolment, Profile
 from fedmosaic.server.coordinator import Coordinator
+from fedmosaic.server.round.relevance import corrected_cosine
 from fedmosaic.server.settings import settings_from_kit
 
 _NO_DEADLINE_SECONDS = 1e8
@@ -38,14 +40,14 @@ def run_server(scenario: Scenario, directory: Path, console: Console) -> tuple[f
         }
     )
     random = np.random.default_rng(0)
-    coordinator = Coordinator(settings)
+    coordinator, roster = Coordinator(settings), open_kit(place / "server").roster
     started = time.monotonic()
     closing: list[float] = []
     try:
-        clients = {c.id: _enrol(coordinator, place / "clients" / c.id) for c in scenario.clients}
         coordinator.advance()
         for number in range(1, scenario.schedule.rounds + 1):
-            for name, (enrolled, protection) in clients.items():
+            for name in sorted(coordinator.taking_part(number)):
+                enrolled, protection = _enrol(coordinator, Kit(place / "clients" / name, roster))
                 aggregate = coordinator.pull(name, number)
                 epoch = aggregate.upload_key_epoch if aggregate is not None else 0
                 vector = random.normal(0, 0.01, scenario.adapter.shared_dimensions).astype(np.float32)
@@ -63,9 +65,24 @@ def run_server(scenario: Scenario, directory: Path, console: Console) -> tuple[f
     return time.monotonic() - started, closing
 
 
-def _enrol(coordinator: Coordinator, kit_directory: Path) -> tuple[Enrolled, Protection]:
-    kit = open_kit(kit_directory)
-    name = kit_directory.name
+def relevance_cost(count: int, dimensions: int) -> tuple[float, float]:
+    """Processor seconds of comparing random profiles, and of the product in it alone; best of three."""
+    vectors = np.random.default_rng(0).normal(size=(count, dimensions))
+    variances = np.full(count, 0.01)
+
+    def best(work: Callable[[], object]) -> float:
+        seconds = []
+        for _ in range(3):
+            began = time.process_time()
+            work()
+            seconds.append(time.process_time() - began)
+        return min(seconds)
+
+    return best(lambda: corrected_cosine(vectors, variances)), best(lambda: vectors @ vectors.T.copy())
+
+
+def _enrol(coordinator: Coordinator, kit: Kit) -> tuple[Enrolled, Protection]:
+    name = kit.directory.name
     enrolled = coordinator.enrol(
         name,
         Enrolment(

@@ -17,12 +17,7 @@ Each line imports lines below it only. Never imports `server`.
 
 import os
 
-_chosen = os.environ.get("GRPC_VERBOSITY")
 # Read when gRPC is first imported. What it logs below an error quotes the server as it is, signs that command
 # a terminal included; what matters of it, this package says in its own words.
-os.environ["GRPC_VERBOSITY"] = _chosen or "ERROR"
-import grpc  # noqa: E402, F401
-
-if _chosen is None:
-    # A server that is started from here says why it refused a handshake in such lines.
-    del os.environ["GRPC_VERBOSITY"]
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+import grpc  # noqa: F401

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from fedmosaic.client.group_session import GroupLearner, GroupSession
 from fedmosaic.client.keyring import Keyring
 from fedmosaic.client.learner import ModelLearner
-from fedmosaic.client.ledger import NO_LEDGER, DataLedger
+from fedmosaic.client.ledger import NO_LEDGER, DataLedger, audited
 from fedmosaic.client.membership import Learner
 from fedmosaic.client.model.scoring import Score
 from fedmosaic.client.planning import AdapterPlan, budgeted_channels
@@ -46,6 +46,7 @@ from fedmosaic.client.statement import (
     statement_inputs,
     with_warning,
 )
+from fedmosaic.client.tracking import Tracker
 from fedmosaic.client.transport.connection import open_channel
 from fedmosaic.client.transport.grpc import Connect, Transport
 from fedmosaic.client.transport.traffic import Traffic
@@ -106,6 +107,7 @@ class Participant:
         keyring = Keyring(client_id, identity.signing_key, roster, transport, keys) if encrypted else None
         protection = Protection(identity, roster, roster.member(client_id).family, keyring)
         self.state = state
+        ledger.tell(audited(state.audit, client_id, roster))
         parts = (state, releases, protection, progress)
         if roster.terms.adapter.in_group_sums:
             self.session: Session = GroupSession(
@@ -230,15 +232,17 @@ class Client:
             for line in checked.reading:
                 log.info("%s", line)
             learner, plan = checked.learner, checked.plan
+            tracker = held.enter_context(closing(Tracker(settings.report_to, settings.state_dir)))
+            learner.track = tracker.log
             if kit.roster.terms.adapter.private:
-                log.info(
-                    "planned σ = %.3f at q = %.4f for the adapter", plan.noise_multiplier, plan.sampling_rate
-                )
+                log.info("adapter: planned σ = %.3f, q = %.4f", plan.noise_multiplier, plan.sampling_rate)
             books = DataLedger.of(settings.data, settings.state_dir, state.record)
             channels, target = budgeted_channels(kit.roster.terms), agreed_epsilon(settings, kit)
             epoch = data_epoch(learner.example_ids)
-            bound = kit.roster.terms.adapter_privacy.largest_delta
-            ledger = held.enter_context(books.open(learner.example_count, epoch, target, channels, bound))
+            unit, bound = kit.roster.terms.unit, kit.roster.terms.adapter_privacy.largest_delta
+            ledger = held.enter_context(
+                books.open(learner.example_count, epoch, target, channels, bound, unit)
+            )
             releases = self._releases(kit, ledger, state, learner, plan, progress)
             member = Participant(kit, checked.transport, learner, state, ledger, plan, releases, progress)
             SavedModel.of(settings, kit.roster, kit.member_id()).write(state.directory)
@@ -246,11 +250,13 @@ class Client:
             result.put("certificate_expires", kit.expires.isoformat())
             if not result.has("before"):
                 result.put_scores("before", learner.evaluate())
+                tracker.log_scores(result.scores("before"))
             started = time.monotonic()
             member.session.run()
             books.remember(ledger)
             result.put("seconds", time.monotonic() - started)
             result.put_scores("after", scores_after(learner))
+            tracker.log_scores(result.scores("after"))
             return self._finish(checked, member, result)
 
     def _finish(self, checked: Preflight, member: Participant, result: "ResultFile") -> ClientResult:
@@ -312,14 +318,13 @@ def _conclude(
     # Whether an aggregate could be used is for this client's own eyes; the server does not learn it.
     own = statement(facts)
     own = own if received else with_warning(own, NOTHING_RECEIVED.format(rounds=rounds))
-    if most > 1:
+    if most > 1 and terms.unit == "example":
         own = with_warning(own, person_words(facts, most))
     write_atomically(state.directory / STATEMENT, own.model_dump_json(indent=2).encode())
     told = shareable(for_handing_over(facts, terms, learner.example_count))
     write_atomically(state.directory / HANDED_OVER, told.model_dump_json(indent=2).encode())
     transport.report(told.model_dump_json().encode())
-    traffic = transport.traffic().as_dict()
-    result.put("traffic", traffic)
+    result.put("traffic", transport.traffic().as_dict())
     if not received:
         log.error(NOTHING_RECEIVED.format(rounds=rounds))
     return own

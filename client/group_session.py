@@ -32,7 +32,6 @@ from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.secureaggregation.masks import from_words, unpack
 from fedmosaic.privacy.secureaggregation.member import SumMember
 from fedmosaic.privacy.secureaggregation.partition import NO_ROUND, Partition, RoundTotals, sum_context
-from fedmosaic.privacy.secureaggregation.terms import SumTerms
 from fedmosaic.protos.errors import EncryptionError, StateError
 from fedmosaic.protos.messages import Enrolled, KeyMessage
 from fedmosaic.protos.refusal import Refusal
@@ -169,7 +168,8 @@ class GroupSession(Session):
             log.warning("round %d: begun before the restart; its sum is formed without us", round_number)
             return
         partition = self._groups()
-        group = partition.groups[partition.group_of(self._identity.client_id)]
+        index = partition.group_of(self._identity.client_id)
+        group = partition.groups[index]
 
         def draw() -> np.ndarray | None:
             share = self._group_learner.group_share(round_number, len(group), self._releases)
@@ -177,28 +177,13 @@ class GroupSession(Session):
                 self._releases.adapter_left(round_number, digest_of(share))
             return share
 
-        keys, terms = self.roster.identity_keys(), self._terms
+        terms = self._terms
         context = sum_context(
-            self.roster.federation,
-            run_id,
-            round_number,
-            self.roster.hash,
-            partition,
-            self._chain,
+            self.roster.federation, run_id, round_number, self.roster.hash, partition, self._chain
         )
-        member = SumMember(
-            SumTerms(
-                context,
-                group,
-                {name: keys[name] for name in group},
-                terms.group_sums.minimum_contributors,
-                terms.group_sums.colluders,
-                terms.adapter.shared_dimensions,
-                terms.group_sums.bits,
-            ),
-            self._identity.client_id,
-            self._identity.signing_key,
-        )
+        keys, dimensions = self.roster.identity_keys(), terms.adapter.shared_dimensions
+        sums = partition.terms(context, keys, terms.group_sums, dimensions)
+        member = SumMember(sums[index], self._identity.client_id, self._identity.signing_key)
         self._progress.stage(round_number, "adding up with the group")
         try:
             take_part(

@@ -21,6 +21,7 @@ from fedmosaic.client.colora import (
     write_family,
 )
 from fedmosaic.client.colora.aligned import read_embedded, write_embedded
+from fedmosaic.client.data.records import unit_ids
 from fedmosaic.client.data.sets import ClientData, read_sets
 from fedmosaic.client.dp import round as private_round
 from fedmosaic.client.model.acceptance import check_ids, check_length, encoded_ids
@@ -34,7 +35,7 @@ from fedmosaic.client.releases import Releases
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.vision.inputs import VisionInputs, open_images
 from fedmosaic.privacy.configuration import parse_json
-from fedmosaic.privacy.federation.roster import AdapterTerms, Terms
+from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
 from fedmosaic.protos.errors import StateError, TrainingError
 
 log = logging.getLogger(__name__)
@@ -81,6 +82,8 @@ class ModelLearner:
         self._terms = terms
         self._family = family
         self._progress = progress
+        self.track: Callable[[Mapping[str, float], int], None] = lambda figures, step: None
+        """Told the loss of every step of a round. It is private: for the client's own people alone."""
         self._data = data or read_sets(settings.data)
         self._model, self._tokenizer = loaded or _load(settings, terms.adapter, base, self._data)
         self._train = self._data.train.examples
@@ -124,8 +127,8 @@ class ModelLearner:
 
     @property
     def example_count(self) -> int:
-        """Number n of the client's training examples. Private under add/remove."""
-        return len(self._train)
+        """Number n of the client's units, examples or persons as the terms say. Private under add/remove."""
+        return len(self.example_ids)
 
     @property
     def examples(self) -> tuple[Example, ...]:
@@ -134,8 +137,8 @@ class ModelLearner:
 
     @property
     def example_ids(self) -> tuple[str, ...]:
-        """Ids of the training examples, from which the data epoch is computed. They never leave."""
-        return tuple(example.id for example in self._train)
+        """Ids of the units that the terms protect, of which the data epoch is made. They never leave."""
+        return unit_ids(self._train, self._terms.unit)
 
     def load_global(self, section: str, vector: np.ndarray) -> None:
         """Load an aggregate into the frozen global branch, of a lower rank its leading block."""
@@ -216,19 +219,21 @@ class ModelLearner:
         self._train_locally(round_number, lambda: None)
 
     def _train_locally(
-        self, round_number: int, give_up: Callable[[], None] | None, stage: str = "training"
+        self, round_number: int, give_up: Callable[[], None] | None, *, alone: bool = False
     ) -> None:
         """Train whatever is trainable, for as many steps as ever, also where some of them fail."""
         before = {name: p.detach().clone() for name, p in self._model.named_parameters() if p.requires_grad}
         if not self._terms.adapter.private:
             self._blend_received()
         steps = self._settings.training.steps
-        self._progress.stage(round_number, stage, steps)
+        self._progress.stage(round_number, "training alone, to compare" if alone else "training", steps)
         examples, order = self.training_data(round_number)
         done = 0
 
-        def advance(step: int, _total: int, _loss: float) -> None:
+        def advance(step: int, _total: int, loss: float) -> None:
             self._progress.advance(done + step)
+            if not alone:
+                self.track({"loss": loss}, (round_number - 1) * steps + done + step)
 
         while done < steps:
             try:
@@ -319,7 +324,7 @@ class ModelLearner:
                 for section in self.sections():
                     self.keep_own(section)
                 self._open_personal_parts()
-                self._train_locally(number, None, "training alone, to compare")
+                self._train_locally(number, None, alone=True)
             return self._score("self", test.examples)
         except TrainingError as error:
             log.error("no score of training alone: %s", error)

@@ -14,7 +14,7 @@ before kept it, is moved beside the data.
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final
@@ -24,11 +24,13 @@ import tyro
 from fedmosaic.client.settings import DataSettings
 from fedmosaic.client.state import SessionRecord
 from fedmosaic.privacy.accounting.epsilon import default_delta
+from fedmosaic.privacy.audit import AuditLog
 from fedmosaic.privacy.configuration import read_own
+from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, has_begun, parameters_of, read_ledger
 from fedmosaic.privacy.ledger.move import back_up, move
-from fedmosaic.privacy.ledger.rows import Channel
+from fedmosaic.privacy.ledger.rows import Channel, LedgerRow, Unit
 from fedmosaic.privacy.ledger.rules import keeper
 from fedmosaic.privacy.statement.costs import round_up
 from fedmosaic.protos.errors import ConfigurationError, LedgerError
@@ -37,6 +39,9 @@ from fedmosaic.protos.messages import LedgerHead
 log = logging.getLogger("fedmosaic.client.ledger")
 SEEN: Final = "ledger.json"
 SUFFIX: Final = ".ledger"
+_AUDITED: Final = {
+    "RESERVED": "charged", "RELEASED": "released", "RESENT": "resent", "REFUSED": "budget-refused",
+}  # fmt: skip
 NO_LEDGER: Final = (
     "data.ledger: missing; data {} have no place beside them for their privacy ledger. Name a directory in "
     "[data] ledger, or Client(…, ledger=…), the same one for every run on these data: a fresh one would "
@@ -77,6 +82,19 @@ class ServerAnchor:
             self._kept = claim.head
 
 
+def audited(audit: AuditLog, client: str, roster: Roster) -> Callable[[LedgerRow], None]:
+    """Note that a client begins; what notes the rows of its ledger: which row, and its hash."""
+    about = {"federation": roster.federation, "roster": roster.hash.hex()}
+    audit.add("started", role="client", name=client, **about)
+
+    def note(row: LedgerRow) -> None:
+        if row.channel is not None and row.kind in _AUDITED:
+            about = {"round": row.round or 0, "row": row.sequence, "row_hash": row.hash}
+            audit.add(_AUDITED[row.kind], channel=row.channel, **about)
+
+    return note
+
+
 @dataclass(frozen=True)
 class DataLedger:
     """The one ledger of a data set, as one client of one federation sees it.
@@ -115,15 +133,17 @@ class DataLedger:
         target: float,
         channels: Sequence[Channel],
         largest_delta: float | None = None,
+        unit: Unit = "example",
     ) -> Ledger:
         """Open the ledger, or make the first one of data that nothing was released from.
 
         Args:
-            examples: n, the client's number of examples.
+            examples: n, the client's number of units.
             epoch: hash of their ids.
             target: ε, the budget of `channels`.
             channels: see `open_ledger`.
             largest_delta: of the terms.
+            unit: what the releases protect.
 
         Raises:
             LedgerError: it cannot be used, is behind what this state has seen, or a fresh one would forget.
@@ -135,7 +155,7 @@ class DataLedger:
             self._check_fresh(seen, epoch)
             log.info("a new privacy ledger begins in %s; every run on these data has to use it", self.place)
         try:
-            ledger = open_ledger(path, self.record.client, examples, target, channels, largest_delta)
+            ledger = open_ledger(path, self.record.client, examples, target, channels, largest_delta, unit)
         except OSError as error:
             raise LedgerError(
                 f"no privacy ledger can be kept in {self.place} ({error.strerror}); make it writable, or "
@@ -213,6 +233,7 @@ def open_ledger(
     target: float,
     channels: Sequence[Channel],
     largest_delta: float | None = None,
+    unit: Unit = "example",
 ) -> Ledger:
     """Open a client's ledger, or begin one, with the δ of `ledger_delta` and a budget ε of some channels.
 
@@ -220,7 +241,7 @@ def open_ledger(
         LedgerError: it is damaged, of other parameters, or its δ is too large for so many examples.
     """
     delta = ledger_delta(path, examples, largest_delta)
-    return Ledger.open(path, client, delta, target, budgeted_channels=channels)
+    return Ledger.open(path, client, delta, target, budgeted_channels=channels, unit=unit)
 
 
 def ledger_delta(path: Path, examples: int, largest: float | None = None) -> float:

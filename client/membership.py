@@ -173,6 +173,7 @@ class Membership:
         self._protection = protection
         self._progress = progress
         self._sent_again: list[int] = []
+        self._noted_key_epoch = 0
 
     def _enrol(self) -> Enrolled:
         """Enrol with the head of the privacy ledger; LedgerError if the server has kept a later one."""
@@ -189,6 +190,8 @@ class Membership:
             ledger_signature=self._identity.signing_key.sign(signed),
         )
         self._releases.anchor.check(enrolled.ledger_head)
+        where = {"run": enrolled.run_id, "round": enrolled.round}
+        self._state.audit.add("enrolled", client=self._identity.client_id, **where)
         return enrolled
 
     def _renewed(self, refusal: Refusal) -> Enrolled:
@@ -207,6 +210,8 @@ class Membership:
             if kit.roster.hash != self.roster.hash:
                 identity = Identity.of(kit)
                 self._state.follow_roster(kit.roster)
+                before, after = self.roster.hash.hex(), kit.roster.hash.hex()
+                self._state.audit.add("roster", before=before, after=after)
                 self._identity, self.roster = identity, kit.roster
                 self._protection.renew(identity, kit.roster)
                 log.warning("going on under roster %d", kit.roster.serial)
@@ -278,6 +283,7 @@ class Membership:
             StateError: this client's state, or the server's, is an older copy.
             RefusedError: nothing can be done.
         """
+        self._state.audit.refused(self._identity.client_id, "push", refusal.reason)
         if refusal.reason == "LEDGER_BEHIND":
             # The server may have been put back to a moment before; whoever is behind is the ledger's to find.
             self._enrol()

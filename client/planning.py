@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from fedmosaic.privacy.accounting.calibrate import noise_multiplier_for
 from fedmosaic.privacy.accounting.leverage import noise_share
-from fedmosaic.privacy.federation.roster import Terms
+from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.federation.terms_checks import plan_inputs
 from fedmosaic.privacy.ledger.rows import Channel
 from fedmosaic.privacy.mechanism.shares import ShareGrid, plan_grid

@@ -1,5 +1,6 @@
 """What stands between a vector and the wire: clipping to the agreed range, encryption, signature."""
 
+import hashlib
 import logging
 import uuid
 from collections.abc import Mapping
@@ -7,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedmosaic.client.keyring import Keyring
 from fedmosaic.privacy.encryption.cipher import ClientCipher
@@ -17,7 +19,7 @@ from fedmosaic.privacy.federation.identity import public_hex
 from fedmosaic.privacy.federation.kits import Kit
 from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.groupkey.key import GroupKey
-from fedmosaic.protos.errors import IdentityError
+from fedmosaic.protos.errors import IdentityError, WitnessError
 from fedmosaic.protos.messages import (
     SECTION_NAMES,
     AggregateSection,
@@ -28,6 +30,7 @@ from fedmosaic.protos.messages import (
     WeightRow,
 )
 from fedmosaic.protos.signing import sign_upload
+from fedmosaic.protos.witnessing import countersigned_digest
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +86,10 @@ class Protection:
         if self._keyring is not None:
             self._keyring.agree(key_epoch, round_number)
 
+    def members(self, key_epoch: int) -> tuple[str, ...]:
+        """Members of a key epoch that was agreed on; empty where nothing is encrypted."""
+        return () if self._keyring is None else tuple(sorted(self._keyring.key(key_epoch).members))
+
     def retire(self, key_epoch: int) -> None:
         """Seal nothing more under an epoch that the server has replaced."""
         if self._keyring is not None:
@@ -92,6 +99,42 @@ class Protection:
         """Delete the group keys of a run that is over; see `Keyring.forget`."""
         if self._keyring is not None:
             self._keyring.forget()
+
+    def check_witnessed(
+        self, run_id: str, section: AggregateSection, row: WeightRow, key_epoch: int, round_number: int
+    ) -> None:
+        """Refuse a section that the federation's witness, if it has one, has not countersigned just so.
+
+        Raises:
+            WitnessError: no countersignature, or one of another key, run, round, recipient, row or aggregate.
+        """
+        witness = self._roster.witness
+        if witness is None:
+            return
+        if not section.countersignature:
+            raise WitnessError(
+                f"the aggregate has no countersignature of the witness {witness.id!r}: the server has not "
+                "shown it, or hides what it said"
+            )
+        digest = countersigned_digest(
+            federation=self._roster.federation,
+            run_id=run_id,
+            round_number=round_number,
+            key_epoch=key_epoch,
+            section=self._label(section.name),
+            recipient=self._identity.client_id,
+            row=row,
+            aggregate_sha256=hashlib.sha256(section.payload).digest(),
+            uploads_sha256=section.uploads_sha256,
+        )
+        try:
+            key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(witness.identity_key))
+            key.verify(section.countersignature, digest)
+        except (InvalidSignature, ValueError):
+            raise WitnessError(
+                f"the countersignature is not that of the witness {witness.id!r} over this aggregate: it is "
+                f"by another key, or of another run, round than {round_number}, recipient, row or sum"
+            ) from None
 
     def open(
         self, section: AggregateSection, row: WeightRow, key_epoch: int, round_number: int, size: int
@@ -181,8 +224,10 @@ class Protection:
         )
 
     def _context(self, section: str, key_epoch: int, round_number: int, size: int) -> RoundContext:
-        label = section if section == "shared" else f"family:{self._family}"
-        return RoundContext(self._roster.federation, key_epoch, round_number, label, size)
+        return RoundContext(self._roster.federation, key_epoch, round_number, self._label(section), size)
+
+    def _label(self, section: str) -> str:
+        return section if section == "shared" else f"family:{self._family}"
 
     def _key(self, key_epoch: int) -> GroupKey | None:
         return None if self._keyring is None else self._keyring.key(key_epoch)

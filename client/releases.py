@@ -24,7 +24,7 @@ from fedmosaic.client.records import (
 )
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.accounting.events import UNPROTECTED, GaussianEvent
-from fedmosaic.privacy.federation.roster import Terms
+from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.files import hold_directory, write_atomically
 from fedmosaic.privacy.ledger.ledger import Ledger
 from fedmosaic.privacy.ledger.rows import Channel, Coverage, data_epoch

@@ -55,6 +55,13 @@ class Session(Membership):
             StateError: the state here is of another run, or the server's is an older copy.
             TransportError: the server cannot be reached for longer than the transport's patience.
         """
+        try:
+            self._run()
+        except Refusal as refusal:
+            self._state.audit.refused(self._identity.client_id, "run", refusal.reason)
+            raise
+
+    def _run(self) -> None:
         self._state.follow_roster(self.roster)
         enrolled = self._enrol()
         self._state.join_run(enrolled.run_id)
@@ -99,10 +106,14 @@ class Session(Membership):
             log.info("round %d: re-sending the stored upload, byte for byte", round_number)
             self._load_trained(round_number)
             return self._push(self._as_ours(enrolled.run_id, upload))
+        if not self._takes_part(round_number):
+            return round_number + 1
         self._progress.stage(round_number, "waiting for the round to open")
         aggregate = self._pull(round_number)
         if aggregate.round > round_number:
             log.warning("round %d closed without us; going on with round %d", round_number, aggregate.round)
+            if not self._takes_part(aggregate.round):
+                return aggregate.round + 1
         aggregate = self._agree(aggregate, enrolled.rounds)
         if aggregate.round > enrolled.rounds:
             return aggregate.round
@@ -111,6 +122,17 @@ class Session(Membership):
         upload = self._seal(enrolled.run_id, aggregate)
         write_upload(self._state.upload_path(aggregate.round), upload)
         return self._push(upload)
+
+    def _takes_part(self, number: int) -> bool:
+        """Whether this client takes part in a round; if others were drawn, it waits for one of its own."""
+        drawn = self._identity.client_id in self._drawn(number)
+        if not drawn and number <= self.roster.terms.schedule.rounds:
+            log.info("round %d: others were drawn to take part in it", number)
+            self._progress.stage(number, "waiting for a round that it takes part in")
+        return drawn
+
+    def _drawn(self, number: int) -> frozenset[str]:
+        return self.roster.taking_part(self._state.record.run_id, number)
 
     def _pull(self, round_number: int) -> Aggregate:
         aggregate = self._transport.pull(round_number, self._waiting)
@@ -134,6 +156,7 @@ class Session(Membership):
             try:
                 self._progress.stage(aggregate.round, "agreeing on the group key")
                 self._protection.ready(aggregate.upload_key_epoch, aggregate.round)
+                self._note_key(aggregate.upload_key_epoch)
                 return aggregate
             except (KeyAgreementError, Refusal) as error:
                 if isinstance(error, KeyExpiredError) and time.monotonic() > patience:
@@ -147,11 +170,18 @@ class Session(Membership):
             aggregate = self._pull(aggregate.round)
         return aggregate
 
+    def _note_key(self, epoch: int) -> None:
+        members = self._protection.members(epoch)
+        if members and epoch != self._noted_key_epoch:
+            self._state.audit.add("key-epoch", epoch=epoch, members=members)
+            self._noted_key_epoch = epoch
+
     def _receive(self, aggregate: Aggregate) -> None:
         self._progress.stage(aggregate.round, "receiving the aggregate")
         received = False
         for name, vector in self._learner.sections().items():
             section = next((s for s in aggregate.sections if s.name == name), None)
+            outcome = "taken"
             try:
                 if aggregate.round == 1:
                     raise PolicyError("nothing was shared before round 2")
@@ -165,7 +195,11 @@ class Session(Membership):
                 # The recipient trains alone this round; the reason is for its operator, and stays here.
                 if aggregate.round > 1:
                     log.warning("round %d: no %s aggregate: %s", aggregate.round, name, error)
+                outcome = type(error).__name__
                 self._learner.keep_own(name)
+            if aggregate.round > 1:
+                # Taken or not, a line is written: what is seen of the time that it takes tells nothing.
+                self._state.audit.add("received", round=aggregate.round, section=name, outcome=outcome)
         self._state.note_received(aggregate.round, received=received)
 
     def _open(self, section: AggregateSection, aggregate: Aggregate, size: int) -> np.ndarray:
@@ -175,12 +209,18 @@ class Session(Membership):
             raise PolicyError(section.refusal)
         members = {member.id: member.family for member in self.roster.members}
         check_row(self._identity.client_id, row, self.roster.terms.policy, members=members.keys())
+        if away := sorted(set(row.contributors) - self._drawn(uploaded)):
+            raise PolicyError(
+                f"weight row names {', '.join(away)}, who took no part in round {uploaded}: others were drawn"
+            )
         if section.name == "family":
             family = self._learner.family
             strangers = sorted(name for name in row.contributors if members[name] != family)
             if strangers:
                 named = ", ".join(strangers)
                 raise PolicyError(f"weight row of family {family!r} names members of others: {named}")
+        run = self._state.record.run_id
+        self._protection.check_witnessed(run, section, row, aggregate.key_epoch, uploaded)
         self._state.accept_row(section.name, uploaded, row)
         return self._protection.open(section, row, aggregate.key_epoch, uploaded, size)
 

@@ -4,6 +4,7 @@ Imports no model and no tensor: a configuration is read and refused before anyth
 """
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -294,6 +295,9 @@ class ClientSettings(Frozen):
     """For tests only: predictable noise. The privacy statement then says that no guarantee holds."""
     compare_alone: bool = False
     """After the last round, train a second model alone, to tell what sharing adds. Doubles the time."""
+    report_to: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
+    """Trackers for training losses and own scores, as in `transformers`. They write into `tracking` in the
+    state directory and send nothing."""
     profile_max_length: int = Field(default=96, ge=8)
     """Number of tokens per example that the task profile reads."""
 
@@ -319,7 +323,7 @@ class ClientSettings(Frozen):
             test: a test set is.
 
         Raises:
-            ConfigurationError: what is missing, or there twice, is named.
+            ConfigurationError: what is missing, or there twice, is named; or a tracker that is not installed.
         """
         if not model and self.model == IN_MEMORY:
             raise ConfigurationError(
@@ -332,6 +336,12 @@ class ClientSettings(Frozen):
                 f"model.{named[0]} says how to load a model, and one is handed over that is loaded already; "
                 "leave it out"
             )
+        for package in self.report_to:
+            if find_spec(package) is None:
+                raise ConfigurationError(
+                    f"report_to names {package!r}, whose package is not installed: pip install {package}, or "
+                    "leave it out"
+                )
         if not train and self.data.train is None:
             raise ConfigurationError(
                 "data.train: missing; name the training examples in [data] train, or hand them over, "

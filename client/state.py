@@ -9,6 +9,7 @@
     STATE/picture-features/        what the frozen encoder makes of the client's own images
     STATE/model.json               base model and terms, with which the result is loaded again
     STATE/traffic.json             bytes sent and received so far
+    STATE/audit.jsonl              what mattered to security (see `fedmosaic.privacy.audit`)
     STATE/ledger.json              which privacy ledger is charged (see `fedmosaic.client.ledger`)
 
 Every file is written beside its place, flushed to the disk, and renamed: a kill at any point leaves
@@ -24,6 +25,7 @@ from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedmosaic.privacy.audit import AuditLog
 from fedmosaic.privacy.configuration import read_own
 from fedmosaic.privacy.encryption.records import row_digest
 from fedmosaic.privacy.federation.roster import Roster
@@ -120,6 +122,7 @@ class ClientState:
 
     Attributes:
         directory: the directory.
+        audit: the audit log in it.
         record: how far the client got.
     """
 
@@ -137,6 +140,7 @@ class ClientState:
         self.directory = directory
         private_directory(directory)
         self._lock = hold_directory(directory / "lock", "give each client its own state_dir")
+        self.audit = AuditLog(directory)
         self._rows = directory / "rows.json"
         self._given_up = directory / "given-up.json"
         try:
@@ -153,6 +157,7 @@ class ClientState:
 
     def release(self) -> None:
         """Let another process have the directory; done by the end of the process otherwise."""
+        self.audit.close()
         self._lock.close()
 
     def _write(self, **changes: object) -> None:

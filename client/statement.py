@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from fedmosaic.client.planning import AdapterPlan, plan_adapter
 from fedmosaic.privacy.accounting.epsilon import person_epsilon
 from fedmosaic.privacy.coalitions import counted_coalition
-from fedmosaic.privacy.federation.roster import Roster, Terms
+from fedmosaic.privacy.federation.roster import Roster
+from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.ledger.ledger import Ledger, parameters_of
 from fedmosaic.privacy.ledger.rows import Channel, charges
 from fedmosaic.privacy.statement.costs import round_down

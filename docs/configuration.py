@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from fedmosaic.client.settings import ClientSettings
+from fedmosaic.client.witness import WitnessSettings
 from fedmosaic.privacy.federation.kits import FederationConfig
 from fedmosaic.server.settings import OperatorSettings
 
@@ -37,6 +38,11 @@ FILES: tuple[tuple[str, type[BaseModel], str], ...] = (
         "server.toml",
         OperatorSettings,
         "The server's operator decides. It lies in the server's kit; paths are relative to that.",
+    ),
+    (
+        "witness.toml",
+        WitnessSettings,
+        "Where `federation.toml` names a witness, whoever runs it decides. Paths are relative to the file.",
     ),
 )
 INTRODUCTION = """# Configuration

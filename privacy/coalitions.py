@@ -72,6 +72,39 @@ def pair_errors(member: int, row_N: FloatArray, others: Sequence[int], rows_RN: 
     return np.asarray(np.sqrt(np.maximum(0.0, 1.0 - known_RN.max(axis=1, initial=0.0))))
 
 
+def close_pairs(
+    member: int,
+    row_N: FloatArray,
+    others: Sequence[int],
+    rows_RN: FloatArray,
+    squares_R: FloatArray,
+    peaks_R: FloatArray,
+) -> npt.NDArray[np.intp]:
+    """Which of the others could solve for an adapter with a recipient; all others are surely far from it.
+
+    With rows u, v of length 1 and c = ⟨u,v⟩, P_jj = (u_j² + v_j² − 2 c u_j v_j) / (1 − c²), which is at most
+    (u_j² + v_j²) / (1 − |c|). One product with the rows in place of all that `pair_errors` needs.
+
+    Args:
+        member: as in `pair_errors`, like the next three.
+        row_N: its weights.
+        others: indices of the other recipients.
+        rows_RN: their weights.
+        squares_R: sum of the squares of each of `rows_RN`.
+        peaks_R: the largest of these squares.
+
+    Returns:
+        Positions in `others`, ascending.
+    """
+    square_N = row_N * row_N
+    aa_R = np.maximum(square_N.sum() - square_N[others], _TINY)
+    bb_R = np.maximum(squares_R - rows_RN[:, member] ** 2, _TINY)
+    cosine_R = np.abs(rows_RN @ row_N) / (np.sqrt(aa_R) * np.sqrt(bb_R))
+    # Solved is from 1 − SOLVED² on; what lies between leaves room for rounding.
+    bound_R = square_N.max(initial=0.0) / aa_R + peaks_R / bb_R
+    return np.flatnonzero(bound_R >= (1.0 - SOLVED) * (1.0 - cosine_R))
+
+
 def counted_coalition(contributors: int, rows: int) -> int:
     """Size of the smallest coalition with as many equations as unknown adapters, in general position.
 

@@ -22,8 +22,10 @@ MAX_CHUNK_BYTES: Final = MAX_MESSAGE_BYTES - 4096
 """Largest piece of a payload in one message; the rest is room for the message around it."""
 MAX_PAYLOAD_BYTES: Final = 1 << 30
 """Largest sum of the sections of one upload or aggregate."""
-MAX_MEMBERS: Final = 4096
-"""Largest federation: two weight rows over so many contributors still fit one message."""
+MAX_MEMBERS: Final = 10_000
+"""Largest federation: the names of so many still fit one message."""
+MAX_CONTRIBUTORS: Final = 4096
+"""Most members that take part in a round: two weight rows over so many still fit one message."""
 MAX_ROUNDS: Final = 1_000_000
 MAX_KEY_EPOCH: Final = 1 << 31
 MAX_PROFILE_DIMENSIONS: Final = 1 << 16
@@ -59,14 +61,24 @@ def _hash_or_nothing(value: bytes) -> bytes:
     return value
 
 
+def _signature_or_nothing(value: bytes) -> bytes:
+    if len(value) not in (0, SIGNATURE_BYTES):
+        raise ValueError(f"expected {SIGNATURE_BYTES} bytes or none")
+    return value
+
+
 Hash = Annotated[bytes, Field(strict=True, min_length=HASH_BYTES, max_length=HASH_BYTES)]
 """A SHA-256 digest."""
 HashOrNothing = Annotated[bytes, Field(strict=True), AfterValidator(_hash_or_nothing)]
 Signature = Annotated[bytes, Field(strict=True, min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]
+SignatureOrNothing = Annotated[bytes, Field(strict=True), AfterValidator(_signature_or_nothing)]
 Identifier = Annotated[str, Field(strict=True, pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 """Id of a client or federation."""
 # The first that is wrong is enough: a hostile message holds hundreds of thousands.
 Identifiers = Annotated[
+    tuple[Identifier, ...], FailFast(), Field(max_length=MAX_CONTRIBUTORS), AfterValidator(_unique)
+]
+Members = Annotated[
     tuple[Identifier, ...], FailFast(), Field(max_length=MAX_MEMBERS), AfterValidator(_unique)
 ]
 RunId = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{32}$")]

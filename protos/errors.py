@@ -38,6 +38,10 @@ class PolicyError(FedMosaicError):
     """The aggregation policy forbids what was asked for."""
 
 
+class WitnessError(PolicyError):
+    """An aggregate lacks the countersignature of the federation's witness, or has one over something else."""
+
+
 class PrivacyError(FedMosaicError):
     """A privacy rule would be broken."""
 

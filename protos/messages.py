@@ -12,12 +12,7 @@ from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import (
-    AfterValidator,
-    FailFast,
-    Field,
-    PlainValidator,
-)
+from pydantic import AfterValidator, FailFast, Field, PlainValidator
 from pydantic.dataclasses import dataclass
 
 from fedmosaic.protos import bounds
@@ -75,7 +70,7 @@ class Enrolment(bounds.Message):
     software: Annotated[bounds.Text, Field(max_length=200)]
     check_only: Annotated[bool, Field(strict=True)] = False
     ledger_head: bounds.HashOrNothing = b""
-    ledger_signature: Annotated[bytes, Field(strict=True, max_length=bounds.SIGNATURE_BYTES)] = b""
+    ledger_signature: bounds.SignatureOrNothing = b""
 
     def __post_init__(self) -> None:
         expected = bounds.SIGNATURE_BYTES if self.ledger_head else 0
@@ -103,7 +98,7 @@ class Enrolled(bounds.Message):
     round: bounds.Round
     rounds: Annotated[int, Field(strict=True, ge=1, le=bounds.MAX_ROUNDS)]
     key_epoch: bounds.KeyEpoch
-    members: bounds.Identifiers
+    members: bounds.Members
     head: bounds.Hash = NO_HEAD
     ledger_head: bounds.HashOrNothing = b""
 
@@ -304,12 +299,16 @@ class AggregateSection(bounds.Message):
         row: the weight row that was used; None where the aggregate is refused.
         payload: the weighted sum in the back end's format; empty where it is refused.
         refusal: why there is no aggregate; empty where there is one.
+        uploads_sha256: names the signed uploads that a witness summed; empty without one.
+        countersignature: the witness's, see `fedmosaic.protos.witnessing`; empty without one.
     """
 
     name: SectionName
     row: WeightRow | None
     payload: Annotated[bytes, Field(strict=True)] = dataclasses.field(repr=False)
     refusal: bounds.Text = ""
+    uploads_sha256: bounds.HashOrNothing = b""
+    countersignature: bounds.SignatureOrNothing = b""
 
     def __post_init__(self) -> None:
         if (self.row is None) != bool(self.refusal):

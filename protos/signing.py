@@ -20,7 +20,7 @@ _LEDGER_LABEL = b"fedmosaic/ledger-head/v1"
 
 def ledger_digest(*, federation: str, client_id: str, head: bytes) -> bytes:
     """Digest of the head of a privacy ledger that a client enrols with: SHA-256, 32 bytes."""
-    return _digest([_LEDGER_LABEL, federation.encode(), client_id.encode(), head])
+    return fields_digest([_LEDGER_LABEL, federation.encode(), client_id.encode(), head])
 
 
 def upload_digest(
@@ -31,21 +31,23 @@ def upload_digest(
     client_id: str,
     key_epoch: int,
     sections: Sequence[SectionHeader],
-    profile: Profile | None,
+    profile: Profile | bytes | None,
     ledger: LedgerHead | None = None,
 ) -> bytes:
     """Digest of one upload, SHA-256, 32 bytes; the sections in the order in which they are sent.
 
+    Of the profile its digest is enough, for whoever need not see it.
+
     Every field is preceded by its length, so that no two different uploads have the same encoding.
     """
-    fields = [_LABEL, federation.encode(), run_id.encode(), _number(round_number), client_id.encode()]
-    fields += [_number(key_epoch), _number(len(sections))]
+    fields = [_LABEL, federation.encode(), run_id.encode(), number(round_number), client_id.encode()]
+    fields += [number(key_epoch), number(len(sections))]
     for section in sections:
-        fields += [section.name.encode(), _number(section.size), section.sha256]
-    fields.append(b"" if profile is None else profile.digest())
+        fields += [section.name.encode(), number(section.size), section.sha256]
+    fields.append(profile.digest() if isinstance(profile, Profile) else profile or b"")
     if ledger is not None:
         fields += [ledger.head, ledger.follows]
-    return _digest(fields)
+    return fields_digest(fields)
 
 
 def sign_upload(
@@ -93,9 +95,11 @@ def verify_digest(public_key: bytes, digest: bytes, signature: bytes, client_id:
         ) from None
 
 
-def _digest(fields: Sequence[bytes]) -> bytes:
-    return hashlib.sha256(b"".join(_number(len(field)) + field for field in fields)).digest()
+def fields_digest(fields: Sequence[bytes]) -> bytes:
+    """SHA-256 over fields that are each preceded by their length, so that no two lists have one encoding."""
+    return hashlib.sha256(b"".join(number(len(field)) + field for field in fields)).digest()
 
 
-def _number(value: int) -> bytes:
+def number(value: int) -> bytes:
+    """A whole number as a field: 8 bytes, little-endian."""
     return struct.pack("<Q", value)

@@ -47,7 +47,8 @@ def _outward(message: Message, descriptor: Any) -> dict[str, Any]:
 
 def _raw(value: Any, field: Any) -> Any:
     if isinstance(value, tuple):
-        return [_raw(item, field) for item in value]
+        # Names and numbers as they are: a federation's weight rows hold N² of them.
+        return [_raw(item, field) for item in value] if field.message_type else value
     if isinstance(value, Message):
         return _outward(value, field.message_type)
     if isinstance(value, Enum):

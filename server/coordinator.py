@@ -5,13 +5,11 @@ Nothing here waits: `pull` answers None while a round is not open, and `advance`
 """
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import get_args
 
-from fedmosaic.privacy.encryption.aggregators import create_aggregator
 from fedmosaic.privacy.files import private_opener
 from fedmosaic.protos.messages import (
     Aggregate,
@@ -20,31 +18,25 @@ from fedmosaic.protos.messages import (
     KeyMessage,
     Phase,
     Receipt,
-    ReceiptStatus,
     RoundStatus,
     Upload,
     UploadHeader,
 )
-from fedmosaic.protos.refusal import Refusal, RefusalKind
 from fedmosaic.server.admission import Admission
 from fedmosaic.server.downloads import Download, read_download
-from fedmosaic.server.keys.relay import KeyRelay, check_key_epoch, required
-from fedmosaic.server.rosters import Rosters, under_roster
+from fedmosaic.server.keys.relay import required
+from fedmosaic.server.rosters import under_roster
 from fedmosaic.server.round import state as rounds
-from fedmosaic.server.round.close import ClosedRound, DamagedUploadsError, close_round
 from fedmosaic.server.round.repair import repair_aggregate
-from fedmosaic.server.run import Ticket, next_round, open_run, resume_round, stored_head
+from fedmosaic.server.rounds import Rounds
+from fedmosaic.server.run import Run, Topic
 from fedmosaic.server.settings import ServerSettings
-from fedmosaic.server.storage.blobs import Blobs, MissingBlobError
-from fedmosaic.server.storage.store import MARK, Store, default_url
-from fedmosaic.server.summary import Account, last_words, summarise
-from fedmosaic.server.sums import PARTITION_FORMED, RunSums, is_sum_step
+from fedmosaic.server.storage.blobs import MissingBlobError
+from fedmosaic.server.summary import last_words
+from fedmosaic.server.sums import is_sum_step
+from fedmosaic.server.uploads import Ticket, Uploads
 
 log = logging.getLogger(__name__)
-_SECONDS_TO_SEND_AGAIN = 60.0
-"""How long a member has to send an upload again that this server has lost."""
-Topic = Literal["upload", "round", "keys"]
-"""What a listener is told: an upload is stored, a round has opened, the key epoch has changed."""
 
 
 class Coordinator:
@@ -60,47 +52,36 @@ class Coordinator:
         Raises:
             StateError: the state is in use, damaged, or of a run with other terms.
         """
-        self.settings = settings
-        self._clock = clock
-        self._lock = threading.RLock()
-        self._listeners: list[Callable[[Topic], None]] = []
-        self._blobs = Blobs(settings.state_dir, durable=settings.durable)
-        try:
-            self._open_run(settings)
-        except BaseException:
-            self._blobs.close()
-            raise
+        self._run = Run(settings, clock)
+        self.run_id = self._run.run_id
+        self.audit, self.witnessing = self._run.audit, self._run.witnessing
+        self._take_up(settings)
+        self._rounds.go_on()
 
-    def _open_run(self, settings: ServerSettings) -> None:
-        self._store = Store(settings.store_url or default_url(settings.state_dir), durable=settings.durable)
-        self._store.hold(self._blobs.mark(MARK) if settings.store_url else None)
-        self._account = Account(settings.state_dir, self._store)
-        plaintext = not settings.encrypted  # whoever built the settings has asked for it by name
-        self._aggregator = create_aggregator(settings.encryption, settings.policy, allow_plaintext=plaintext)
-        self.run_id = open_run(settings, self._store, new=self._blobs.empty)
-        self._head = stored_head(self._store, self.run_id)
-        self._rosters = Rosters(self._store)
-        self._rosters.take_up(settings, fixed=self._store.get(PARTITION_FORMED) is not None)
-        self._admission = Admission(settings, self.run_id, self._aggregator, self._rosters.known)
-        self._keys = KeyRelay(settings, self._store, self._clock()) if settings.encrypted else None
-        self._round = resume_round(settings, self._store, self._keys, self._clock())
-        self._sums: RunSums | None = None
-        if settings.group_sums is not None:
-            self._sums = RunSums(settings, self._store, self._blobs, self.run_id, self._round.number)
+    def _take_up(self, settings: ServerSettings) -> None:
+        run = self._run
+        self._admission = Admission(settings, self.run_id, run.aggregator, run.rosters.known)
+        self._uploads = Uploads(run, self._admission, self.state_line)
+        self._rounds = Rounds(run, self.state_line)
+        self.settings = settings  # last: calls that wait look at it, and then ask again
 
     def subscribe(self, listener: Callable[[Topic], None]) -> None:
         """Call `listener`, from any thread, whenever somebody who waits should look again."""
-        self._listeners.append(listener)
+        self._run.listeners.append(listener)
 
-    def _changed(self, topic: Topic) -> None:
-        for listener in self._listeners:
-            listener(topic)
+    def unsubscribe(self, listener: Callable[[Topic], None]) -> None:
+        """Call this listener no more."""
+        self._run.listeners.remove(listener)
 
     @property
     def available_round(self) -> int:
         """The round that can be pulled; 0 while one is being aggregated."""
-        state = self._round
+        state = self._run.round
         return 0 if state.phase is Phase.CLOSED else state.number
+
+    def taking_part(self, number: int) -> frozenset[str]:
+        """Members that take part in a round."""
+        return self.settings.taking_part(self.run_id, number)
 
     def renew(self, settings: ServerSettings) -> bool:
         """Go on under another roster of the same terms. Its members enrol again before they do anything else.
@@ -115,30 +96,22 @@ class Coordinator:
             IdentityError: the roster cannot follow on the present one.
             StateError: the run's roster is fixed, or a member has another family on the new one.
         """
-        with self._lock:
-            if self._round.phase is not Phase.OPEN:
-                return self._round.phase is Phase.FINISHED
-            settings = under_roster(self.settings, settings)
-            fixed = self._store.get(PARTITION_FORMED) is not None
-            if self._rosters.take_up(settings, fixed=fixed):
-                self.settings = settings
-                self._admission = Admission(settings, self.run_id, self._aggregator, self._rosters.known)
-                self._round = resume_round(settings, self._store, self._keys, self._clock())
-                if self._sums is not None:
-                    self._sums = RunSums(settings, self._store, self._blobs, self.run_id, self._round.number)
+        run = self._run
+        with run.lock:
+            if run.round.phase is not Phase.OPEN:
+                return run.round.phase is Phase.FINISHED
+            before, settings = self.settings.roster_hash.hex(), under_roster(self.settings, settings)
+            if run.renew(settings):
+                self.audit.add("roster", before=before, after=settings.roster_hash.hex())
+                self._take_up(settings)
         for topic in get_args(Topic):
-            self._changed(topic)
+            run.changed(topic)
         return True
 
     def _seen(self, client: str) -> None:
         self._admission.check_member(client)
-        with self._lock:
-            self._rosters.check(client)
-            self._round = self._round.seen(client)
-
-    @property
-    def _epoch(self) -> int:
-        return self._keys.epoch if self._keys is not None else 0
+        self._run.rosters.check(client)
+        self._run.seen(client)
 
     def enrol(self, client_id: str, enrolment: Enrolment) -> Enrolled:
         """Check that a client speaks of the same federation, and tell where the run is.
@@ -146,16 +119,18 @@ class Coordinator:
         A client that only checks is not counted as present: it may have to load its model first, or be told
         that something there is wrong.
         """
-        with self._lock:
+        run = self._run
+        with run.lock:
             self._admission.check_enrolment(client_id, enrolment)
             if not enrolment.check_only:
-                self._rosters.enrolled(client_id)
-                self._round = self._round.seen(client_id)
-                self._store.enrol(client_id, enrolment, time.time())
+                run.rosters.enrolled(client_id)
+                run.seen(client_id)
+                run.store.enrol(client_id, enrolment, time.time())
                 log.info("%s enrolled (%s)", client_id, enrolment.software)
-            members, kept = tuple(sorted(self.settings.members)), self._store.ledger_head(client_id)
-            here, last = self._round.number, self.settings.rounds
-            return Enrolled(self.run_id, here, last, self._epoch, members, self._head, kept)
+                self.audit.add("enrolled", client=client_id, run=self.run_id, round=run.round.number)
+            members, kept = tuple(sorted(self.settings.members)), run.store.ledger_head(client_id)
+            here, last, epoch = run.round.number, self.settings.rounds, run.keys.epoch if run.keys else 0
+            return Enrolled(self.run_id, here, last, epoch, members, run.position.head, kept)
 
     def announce(self, client_id: str, header: UploadHeader) -> Receipt | Ticket:
         """Judge an upload by its header, before a byte of its payload is accepted.
@@ -163,18 +138,7 @@ class Coordinator:
         Returns:
             A ticket if the payload is wanted, or the final answer if not.
         """
-        with self._lock:
-            self._rosters.check(client_id)  # before the signature, whose key another roster may change
-            content_hash = self._admission.check_upload(client_id, header)
-            self._seen(client_id)
-            _, answer = self._judge(client_id, header, content_hash)
-            if answer is not ReceiptStatus.ACCEPTED:
-                return self._receipt(client_id, header, answer, content_hash)
-            if header.sections:
-                check_key_epoch(self._keys, header)
-            spool = self._blobs.spool(client_id, content_hash)
-        received = min(spool.stat().st_size, header.size) if spool.exists() else 0
-        return Ticket(spool, received, header.size, content_hash)
+        return self._uploads.announce(client_id, header)
 
     def commit(
         self, client_id: str, header: UploadHeader, ticket: Ticket, received_bytes: int | None = None
@@ -187,25 +151,8 @@ class Coordinator:
             ticket: from `announce`.
             received_bytes: what the transport counted; the payload's size by default.
         """
-        try:
-            self._admission.check_payload(client_id, header, ticket.spool)
-        except Refusal:
-            ticket.spool.unlink(missing_ok=True)
-            raise
-        with self._lock:
-            self._seen(client_id)  # another roster may have come since it was announced
-            state, answer = self._judge(client_id, header, ticket.content_hash)
-            if answer is ReceiptStatus.ACCEPTED:
-                if header.sections:
-                    check_key_epoch(self._keys, header)
-                    self._blobs.adopt(ticket.spool, header.round, client_id)
-                size = header.size if received_bytes is None else received_bytes
-                self._store.add_upload(client_id, header, ticket.content_hash, time.time(), size)
-                self._round = state
-            else:
-                ticket.spool.unlink(missing_ok=True)
-            receipt = self._receipt(client_id, header, answer, ticket.content_hash)
-        self._changed("upload")
+        receipt = self._uploads.commit(client_id, header, ticket, received_bytes)
+        self._run.changed("upload")
         return receipt
 
     def push(self, client_id: str, upload: Upload) -> Receipt:
@@ -218,65 +165,52 @@ class Coordinator:
             file.writelines(section.payload for section in upload.sections)
         return self.commit(client_id, header, ticket)
 
-    def _judge(
-        self, client: str, header: UploadHeader, content_hash: bytes
-    ) -> tuple[rounds.Round, ReceiptStatus]:
-        stored = self._store.content_hash(header.round, client)
-        # In group sums what counts went before the upload, which carries the profile alone.
-        contributes = bool(header.sections) or self._sums is not None
-        state, status = self._round.judged(
-            client, header.round, content_hash, stored, contributes=contributes
-        )
-        if isinstance(status, rounds.Rejected):
-            kind = RefusalKind.CONFLICT if stored is not None else RefusalKind.PRECONDITION
-            raise Refusal(kind, status.reason, status.message, status.remedy)
-        if status is ReceiptStatus.ACCEPTED:
-            self._admission.check_ledger(header, self._store.ledger_head(client))
-        return state, status
-
-    def _receipt(
-        self, client: str, header: UploadHeader, status: ReceiptStatus, content_hash: bytes
-    ) -> Receipt:
-        if status is ReceiptStatus.ACCEPTED:
-            taken = f"upload of {client} accepted ({header.size} bytes)"
-            log.info("%s; %s", taken if header.sections else f"{client} abstains", self.state_line())
-        else:
-            answer = f"upload of {client} answered {status.name}; round {self._round.number} is open"
-            log.info("round %d: %s", header.round, answer)
-        return Receipt(status, self._round.number, content_hash, self._head)
-
-    def open_download(self, client_id: str, round_number: int) -> Download | None:
-        """What a client may load before the open round; None while that is below `round_number`."""
+    def arrive(self, client_id: str, round_number: int) -> None:
+        """A client is about to ask for what it may load before a round."""
         self._admission.check_round(round_number)
         self._seen(client_id)
+
+    def open_download(self, client_id: str, round_number: int) -> Download | None:
+        """What a client may load before the open round, unchecked; None while that is below `round_number`.
+
+        Takes no lock and waits for nobody; `repaired` is what is called next if it is not whole.
+
+        Raises:
+            MissingBlobError: a file is missing.
+        """
+        run, here = self._run, self._run.position
+        if here.round.phase is Phase.CLOSED or here.round.number < round_number:
+            return None
+        epoch = run.keys.epoch if run.keys else 0
+        return read_download(self.settings, run.blobs, here.offer, client_id, epoch, here.head)
+
+    def repaired(self, client_id: str, round_number: int) -> Download | None:
+        """What a client may load, made anew where it is damaged; see `open_download`."""
+        run = self._run
         try:
-            # A round opens, and files of the one before are removed, only under the lock.
-            with self._lock:
-                download = self._read_download(client_id, round_number)
+            download = self.open_download(client_id, round_number)
             if download is None or download.whole:
                 return download
             log.error("the aggregate of %s for round %d is damaged", client_id, download.aggregate.round)
         except MissingBlobError as error:
             log.error("%s", error)
-        with self._lock:
-            parts = self.settings, self._store, self._blobs, self._aggregator
-            repair_aggregate(*parts, self.available_round, client_id)
-            return self._read_download(client_id, round_number)
-
-    def _read_download(self, client: str, round_number: int) -> Download | None:
-        here = self.available_round
-        if here < round_number:
-            return None
-        return read_download(self.settings, self._store, self._blobs, client, here, self._epoch, self._head)
+        with run.lock:
+            parts = self.settings, run.store, run.blobs, run.aggregator
+            offer = run.position.offer
+            made = repair_aggregate(*parts, offer, client_id)
+            offer = replace(offer, stored={**offer.stored, client_id: made})
+            run.position = replace(run.position, offer=offer)
+            return self.open_download(client_id, round_number)
 
     def pull(self, client_id: str, round_number: int) -> Aggregate | None:
         """The aggregate with its payloads in memory; see `open_download`."""
-        download = self.open_download(client_id, round_number)
+        self.arrive(client_id, round_number)
+        download = self.repaired(client_id, round_number)
         if download is None or not download.payloads:
             return None if download is None else download.aggregate
         pairs = zip(download.aggregate.sections, download.payloads, strict=True)
         sections = tuple(replace(section, payload=bytes(payload)) for section, payload in pairs)
-        self.count_traffic(client_id, 0, sum(len(payload) for payload in download.payloads))
+        self.count_traffic(client_id, 0, download.size)
         return replace(download.aggregate, sections=sections)
 
     def status(self, client_id: str) -> RoundStatus:
@@ -285,23 +219,25 @@ class Coordinator:
         return self.describe()
 
     def describe(self) -> RoundStatus:
-        """What the server is waiting for, for whoever may know it."""
-        with self._lock:
-            now = self._clock()
-            status = replace(self._round.status(now), head=self._head)
-            if self._keys is None or self._keys.ready or self._round.phase is not Phase.OPEN:
-                return status
-            waiting, left, text = self._keys.describe(self._round.members - self._round.absent, now)
-            message = rounds.one_line(f"round {self._round.number}: {text}")
-            return replace(status, waiting_for=waiting, seconds_left=left, message=message)
+        """What the server is waiting for, for whoever may know it; takes no lock."""
+        run, now, here = self._run, self._run.clock(), self._run.position
+        state = here.round
+        status = self.witnessing.describe(replace(state.status(now), head=here.head), now)
+        if run.keys is None or run.keys.ready or state.phase is not Phase.OPEN:
+            return status
+        waiting, left, text = run.keys.describe(state.members - state.absent, now)
+        message = rounds.one_line(f"round {state.number}: {text}")
+        return replace(status, waiting_for=waiting, seconds_left=left, message=message)
 
     def state_line(self) -> str:
         """`describe` for the log; whatever is wrong with the line, it stops no round and no answer."""
+        run = self._run
         try:
-            return self.describe().message
+            plain = (run.keys is None or run.keys.ready) and not self.witnessing.waiting
+            return run.round.message(run.clock()) if plain else self.describe().message
         except Exception:
-            log.exception("round %d cannot be described", self._round.number)
-            return f"round {self._round.number}"
+            log.exception("round %d cannot be described", run.round.number)
+            return f"round {run.round.number}"
 
     def advance(self) -> bool:
         """Let time pass: extend a deadline, or close and aggregate the round.
@@ -313,134 +249,67 @@ class Coordinator:
             FedMosaicError: the round could not be aggregated; it stays open and can be tried again.
             StoreTakenError: another server has taken the database over; this one has to stop.
         """
-        self._store.check_hold()
-        with self._lock:
-            keys_changed = self._advance_keys()
-            if self._sums is not None:
-                keys_changed |= self._sums.advance(self._round.members - self._round.absent, self._clock())
-            before = self._round
-            if self._keys is None or self._keys.ready:
-                self._round = before.ticked(self._clock())
-            after = self._round
-        closing, extended = after.phase is not before.phase, after.extensions > before.extensions
-        if extended:
-            log.warning("%s", after.extended())
-        if closing:
-            self._close(after.number)
-        self._account.keep_up(self.summary)
-        if closing:
-            self._changed("round")
-        if keys_changed:
-            self._changed("keys")
-        return keys_changed or closing or extended
-
-    def _advance_keys(self) -> bool:
-        if self._keys is None or self._round.phase is Phase.FINISHED:
-            return False
-        return self._keys.advance(self._round.members - self._round.absent, self._clock())
-
-    def _close(self, number: int) -> None:
-        log.info("%s", self.state_line())
-        try:
-            closed = close_round(self.settings, self._store, self._blobs, self._aggregator, number)
-            with self._lock:
-                self._open_next(number, closed)
-        except DamagedUploadsError as error:
-            self._ask_again(number, error)
-            return
-        except BaseException:
-            with self._lock:
-                if self._round.number == number:
-                    self._round = replace(self._round, phase=Phase.OPEN)
-            raise
-        for line in closed.refusals:
-            log.warning("%s", line)
-        log.info("%s", self.state_line())
-
-    def _ask_again(self, number: int, damaged: DamagedUploadsError) -> None:
-        """Open the round again for those whose upload this server has lost; they have it still."""
-        with self._lock:
-            self._round = replace(self._round, phase=Phase.OPEN)
-            self._store.drop_uploads(number, damaged.clients)
-            self._round = self._round.reopened(damaged.clients, self._clock() + _SECONDS_TO_SEND_AGAIN)
-        log.error("%s. They are asked to send it again, for %.0f s", damaged, _SECONDS_TO_SEND_AGAIN)
-
-    def _open_next(self, number: int, closed: ClosedRound) -> None:
-        """Close a round and open the next, with the key epoch that is due for it, in one transaction."""
-        now = self._clock()
-        if self._sums is not None:
-            self._sums.close_round(number)
-        state = self._round.following(now)
-        opening = next_round(self._store, self._keys, self._round, state, closed.aggregates, self._head, now)
-        result = {**closed.result, "closed_at": time.time(), "extensions": self._round.extensions}
-        key_epoch = 0 if opening.keys is None else opening.keys.epoch
-        self._store.close_round(number, result, closed.aggregates, opening.metadata, key_epoch=key_epoch)
-        self._round, self._head, self._account.due = state, opening.head, True
-        if self._sums is not None:
-            self._sums.open_round(state.number, now)
-        if self._keys is not None and opening.keys is not None:
-            self._keys.adopt(opening.keys)
-        self._blobs.remove_before("aggregates", state.number)
-        self._blobs.remove_before("uploads", number)
+        return self._rounds.advance()
 
     def report(self, client_id: str, statement: bytes) -> None:
         """Store a client's privacy statement, if it is about this client, this run and this roster alone."""
         self._admission.check_statement(client_id, statement)
-        with self._lock:
-            self._store.add_report(client_id, statement, time.time())
-            self._account.due = True
+        with self._run.lock:
+            self._run.store.add_report(client_id, statement, time.time())
+            self._run.account.due = True
 
     def post_key_message(self, client_id: str, message: KeyMessage) -> None:
         """Relay a message of the key agreement, or take one of a sum; the first in its place counts."""
-        with self._lock:
+        run = self._run
+        with run.lock:
             self._seen(client_id)
-            if self._sums is not None and is_sum_step(message.stage):
-                self._sums.post(client_id, message.epoch, message.stage, message.payload)
-                self._sums.advance(self._round.members - self._round.absent, self._clock())
-                self._changed("keys")
-                return
-            keys = required(self._keys, self.settings)
-            was_ready, held, now = keys.ready, keys.holders, self._clock()
-            unused = self._round.phase is Phase.OPEN and not self._round.arrived
-            keys.post(client_id, message, now, unused=unused)
-            if keys.ready and not was_ready:
-                self._round = self._round.key_agreed(keys.holders, now)
-            elif keys.ready and keys.holders != held:
-                self._round = self._round.key_lost(client_id)
-        self._changed("keys")
+            now = run.clock()
+            if run.sums is not None and is_sum_step(message.stage):
+                run.sums.post(client_id, message.epoch, message.stage, message.payload)
+                run.sums.advance(run.round.members - run.round.absent, now)
+            else:
+                keys = required(run.keys, self.settings)
+                was_ready, held = keys.ready, keys.holders
+                unused = run.round.phase is Phase.OPEN and not run.round.arrived
+                keys.post(client_id, message, now, unused=unused)
+                if keys.ready and not was_ready:
+                    self.audit.add("key-epoch", epoch=keys.epoch, members=tuple(sorted(keys.holders)))
+                    run.round = run.round.key_agreed(keys.holders, now)
+                elif keys.ready and keys.holders != held:
+                    run.round = run.round.key_lost(client_id)
+        run.changed("keys")
 
     def read_key_messages(self, client_id: str, epoch: int, stage: str) -> dict[str, bytes]:
         """Messages of a stage that a client may read, by sender; empty while they are not open yet."""
-        with self._lock:
+        run = self._run
+        with run.lock:
             self._seen(client_id)
-            if self._sums is not None and is_sum_step(stage):
-                return self._sums.read(client_id, epoch, stage)
-            return required(self._keys, self.settings).read(client_id, epoch, stage)
+            if run.sums is not None and is_sum_step(stage):
+                return run.sums.read(client_id, epoch, stage)
+            return required(run.keys, self.settings).read(client_id, epoch, stage)
 
     def count_traffic(self, client_id: str, received: int, sent: int) -> None:
         """Add to the bytes that were received from and sent to a client."""
-        self._account.count(client_id, received, sent)
+        self._run.account.count(client_id, received, sent)
 
     def summary(self) -> Mapping[str, object]:
         """Relevance, weights, refusals, traffic and statements of the run; JSON-compatible."""
-        with self._lock:
-            self._account.flush()
-            return summarise(self.settings, self._store, self._round)
+        return self._run.account.whole(self._run.round)
 
     def silent_members(self) -> tuple[str, ...] | None:
         """Who took part and has not handed over a statement, once all rounds are over; None before."""
-        if self._round.phase is not Phase.FINISHED:
+        store = self._run.store
+        if self._run.round.phase is not Phase.FINISHED:
             return None
-        present = self._store.enrolled() & self.settings.members.keys()
-        return tuple(sorted(present - self._store.reports().keys()))
+        present = store.enrolled() & self.settings.members.keys()
+        return tuple(sorted(present - store.reports().keys()))
 
     def last_words(self) -> tuple[list[str], bool]:
         """What to say when the run is over, and whether anybody received anything."""
-        return last_words(self.settings, self._store)
+        return last_words(self.settings, self._run.store)
 
     def close(self) -> None:
-        """Write the summary, as far as that is possible, and let go of the state."""
-        self._account.due = True
-        self._account.keep_up(self.summary)
-        self._store.close()
-        self._blobs.close()
+        """Write the account, as far as that is possible, and let go of the state."""
+        self._run.account.due = True
+        self._run.account.keep_up(self._run.round)
+        self._run.close()

@@ -1,13 +1,12 @@
-"""What a client may load before a round, as the coordinator hands it to a transport."""
+"""What a client loads before a round, as parts of files."""
 
 import hashlib
 from dataclasses import dataclass
 
 from fedmosaic.protos.messages import Aggregate, AggregateSection
-from fedmosaic.server.round.aggregates import read_sections
+from fedmosaic.server.round.aggregates import Offer
 from fedmosaic.server.settings import ServerSettings
 from fedmosaic.server.storage.blobs import Blobs
-from fedmosaic.server.storage.store import Store
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,11 @@ class Download:
     sha256: bytes
 
     @property
+    def size(self) -> int:
+        """Bytes of all payloads."""
+        return sum(len(payload) for payload in self.payloads)
+
+    @property
     def whole(self) -> bool:
         """Whether the files still are what was aggregated; reads all of them."""
         digest = hashlib.sha256()
@@ -34,32 +38,34 @@ class Download:
 
 
 def read_download(
-    settings: ServerSettings, store: Store, blobs: Blobs, client: str, number: int, epoch: int, head: bytes
+    settings: ServerSettings, blobs: Blobs, offer: Offer, client: str, epoch: int, head: bytes
 ) -> Download:
-    """What was stored for a client when the round before was closed.
+    """What was made for a client when the round before was closed.
 
     Args:
         settings: of the run.
-        store: of the run.
         blobs: of the run.
+        offer: of the open round, or of the end of the run.
         client: recipient.
-        number: the open round, or one above the last.
         epoch: key epoch of the uploads that are to come.
         head: of the run.
 
     Raises:
         MissingBlobError: a file is missing.
+        StateError: what the database says of the aggregate is damaged.
     """
-    stored = store.aggregate(number, client)
+    number, stored = offer.round, offer.stored.get(client)
     if stored is None:
         why = f"{client} had not enrolled when round {number - 1} was closed"
         names = settings.dimensions(client) if number > 1 else ()
         nothing = tuple(AggregateSection(name, None, b"", why) for name in names)
         return Download(Aggregate(number, nothing, 0, epoch, head), (), hashlib.sha256().digest())
-    sections, sizes = read_sections(stored)
+    found = offer.sections(settings, client)
     payloads = tuple(
-        blobs.read("aggregates", number, f"{client}.{section.name}") if size else memoryview(b"")
-        for section, size in zip(sections, sizes, strict=True)
+        blobs.read("aggregates", number, place.blob, place.start, place.size)
+        if place.size
+        else memoryview(b"")
+        for _, place in found
     )
-    aggregate = Aggregate(number, tuple(sections), stored.key_epoch, epoch, head)
+    aggregate = Aggregate(number, tuple(s for s, _ in found), stored.key_epoch, epoch, head)
     return Download(aggregate, payloads, stored.sha256)

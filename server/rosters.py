@@ -16,7 +16,7 @@ from fedmosaic.server.settings import ServerSettings
 from fedmosaic.server.storage.store import Store
 
 log = logging.getLogger(__name__)
-_OF_ROSTER: Final = ("members", "tls_key_sha256", "roster_hash", "roster_mark", "families")
+_OF_ROSTER: Final = ("members", "tls_key_sha256", "roster_hash", "roster_mark", "families", "witness")
 """Settings that another roster changes; all others are terms, or the operator's."""
 
 

@@ -1,42 +1,154 @@
-"""Begin a run or go on with a stored one; and where an upload is sent to."""
+"""A run: begun, or gone on with from what is stored; where it is, and what holds it."""
 
 import hashlib
 import json
 import logging
 import struct
+import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
+from typing import Literal
 
+from fedmosaic.privacy.audit import AuditLog
+from fedmosaic.privacy.encryption.aggregators import create_aggregator
 from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import StateError
 from fedmosaic.protos.messages import Phase
 from fedmosaic.server.keys.epoch import KeyEpoch
 from fedmosaic.server.keys.relay import KeyRelay
+from fedmosaic.server.rosters import Rosters
 from fedmosaic.server.round import state as rounds
+from fedmosaic.server.round.aggregates import Offer, stored_offer
+from fedmosaic.server.round.witness import Witnessing
 from fedmosaic.server.settings import ServerSettings
-from fedmosaic.server.storage.store import Store, StoredAggregate
+from fedmosaic.server.storage.blobs import Blobs
+from fedmosaic.server.storage.store import MARK, Store, StoredAggregate, default_url
+from fedmosaic.server.summary import Account
+from fedmosaic.server.sums import PARTITION_FORMED, RunSums
 
 log = logging.getLogger(__name__)
+UNDER_REVIEW = "under_review"
+"""Entry of the database: the round that the witness was shown last. It takes no other upload."""
+Topic = Literal["upload", "round", "keys"]
+"""What a listener is told: an upload is stored, a round has opened, the key epoch has changed."""
 
 
 @dataclass(frozen=True)
-class Ticket:
-    """An upload that may be sent.
+class Position:
+    """Where a run is; replaced whole, so that whoever looks needs no lock.
 
     Attributes:
-        spool: file to append its sections to, laid end to end.
-        received: bytes that are there already.
-        size: bytes when complete.
-        content_hash: digest of the upload.
+        round: the open round, or the one that is being aggregated.
+        head: of the rounds that are closed.
+        offer: what clients may load before the round.
     """
 
-    spool: Path
-    received: int
-    size: int
-    content_hash: bytes
+    round: rounds.Round
+    head: bytes
+    offer: Offer
+
+
+class Run:
+    """One run of one federation, while this process serves it.
+
+    Attributes:
+        settings: of the run.
+        clock: seconds, monotonic; deadlines are counted in it.
+        lock: held by whoever changes position, keys or sums, also while that is written to the disk.
+        blobs: payloads.
+        store: everything else that lasts.
+        account: what is told of the run.
+        aggregator: server side of the back end.
+        run_id: of the run.
+        audit: the audit log.
+        witnessing: what waits for the witness.
+        rosters: which it has had, and who has an older one.
+        keys: the key agreement; None where nothing is encrypted.
+        sums: sums of groups; None where members share adapters.
+        position: where the run is.
+    """
+
+    def __init__(self, settings: ServerSettings, clock: Callable[[], float]) -> None:
+        """Begin a run, or go on with the one in `settings.state_dir`.
+
+        Raises:
+            StateError: the state is in use, damaged, or of a run with other terms.
+        """
+        self.settings = settings
+        self.clock = clock
+        self.lock = threading.RLock()
+        self.listeners: list[Callable[[Topic], None]] = []
+        self.blobs = Blobs(settings.state_dir, durable=settings.durable)
+        try:
+            self._open()
+        except BaseException:
+            self.blobs.close()
+            raise
+
+    def _open(self) -> None:
+        settings = self.settings
+        self.store = Store(settings.store_url or default_url(settings.state_dir), durable=settings.durable)
+        self.store.hold(self.blobs.mark(MARK) if settings.store_url else None)
+        self.account = Account(settings, self.store)
+        plaintext = not settings.encrypted  # whoever built the settings has asked for it by name
+        self.aggregator = create_aggregator(settings.encryption, settings.policy, allow_plaintext=plaintext)
+        self.run_id = open_run(settings, self.store, new=self.blobs.empty)
+        self.audit = AuditLog(settings.state_dir)
+        about = {"federation": settings.federation, "roster": settings.roster_hash.hex()}
+        self.audit.add("started", role="server", name="server", **about)
+        self.witnessing = Witnessing(settings, self.run_id, self.blobs, lambda: self.changed("upload"))
+        self.rosters = Rosters(self.store)
+        self.rosters.take_up(settings, fixed=self._fixed)
+        self.keys = KeyRelay(settings, self.store, self.clock()) if settings.encrypted else None
+        state = resume_round(settings, self.store, self.keys, self.run_id, self.clock())
+        offer = stored_offer(self.store, self.blobs, state.number)
+        self.position = Position(state, stored_head(self.store, self.run_id), offer)
+        self.sums: RunSums | None = None
+        if settings.group_sums is not None:
+            self.sums = RunSums(settings, self.store, self.blobs, self.run_id, state.number)
+
+    @property
+    def _fixed(self) -> bool:
+        return self.store.get(PARTITION_FORMED) is not None
+
+    def renew(self, settings: ServerSettings) -> bool:
+        """Go on under the roster of these settings, with the lock held; whether it is another than before."""
+        if not self.rosters.take_up(settings, fixed=self._fixed):
+            return False
+        self.settings = self.account.settings = settings
+        self.round = resume_round(settings, self.store, self.keys, self.run_id, self.clock())
+        if self.sums is not None:
+            self.sums = RunSums(settings, self.store, self.blobs, self.run_id, self.round.number)
+        return True
+
+    @property
+    def round(self) -> rounds.Round:
+        """The open round, or the one that is being aggregated; set with the lock held."""
+        return self.position.round
+
+    @round.setter
+    def round(self, state: rounds.Round) -> None:
+        self.position = replace(self.position, round=state)
+
+    def changed(self, topic: Topic) -> None:
+        """Tell everybody who waits to look again."""
+        for listener in tuple(self.listeners):
+            listener(topic)
+
+    def seen(self, client: str) -> None:
+        """A member showed that it is alive."""
+        if client in self.round.absent:
+            with self.lock:
+                self.round = self.round.seen(client)
+
+    def close(self) -> None:
+        """Let go of the state."""
+        self.store.close()
+        self.audit.close()
+        self.blobs.close()
 
 
 def open_run(settings: ServerSettings, store: Store, *, new: bool) -> str:
@@ -76,7 +188,7 @@ def open_run(settings: ServerSettings, store: Store, *, new: bool) -> str:
 
 
 def _begin_run(settings: ServerSettings, store: Store, terms: Mapping[str, object]) -> str:
-    run_id = uuid.uuid4().hex
+    run_id = settings.run_id or uuid.uuid4().hex
     store.put(
         {
             "run": json.dumps({"id": run_id, "started_at": time.time(), "terms": terms}),
@@ -156,11 +268,13 @@ def next_round(
     return Opening(head, epoch, {**metadata, **KeyRelay.record(epoch), "rotate": "0"})
 
 
-def resume_round(settings: ServerSettings, store: Store, keys: KeyRelay | None, now: float) -> rounds.Round:
+def resume_round(
+    settings: ServerSettings, store: Store, keys: KeyRelay | None, run_id: str, now: float
+) -> rounds.Round:
     """The round that the stored run is in, with a full deadline ahead of `now`."""
-    first = rounds.first_round(
-        settings.members, settings.quorum, settings.rounds, settings.round_deadline_seconds, now
-    )
+    draw = None if settings.sampled_clients is None else partial(settings.taking_part, run_id)
+    terms = settings.members, settings.quorum, settings.rounds, settings.round_deadline_seconds
+    first = rounds.first_round(*terms, now, draw)
     number = min(int(store.get_json("round") or 1), settings.rounds + 1)
     stored = {c: u for c, u in store.uploads(number).items() if c in settings.members}
     state = first.resumed(
@@ -169,6 +283,8 @@ def resume_round(settings: ServerSettings, store: Store, keys: KeyRelay | None, 
         (client for client, upload in stored.items() if upload.sections),
         store.get_json("absent") or [],
     )
+    if state.phase is Phase.OPEN and store.get(UNDER_REVIEW) == str(number):
+        state = replace(state, phase=Phase.CLOSED)
     if state.phase is Phase.OPEN and keys is not None and (store.get("rotate") == "1" or keys.due(number)):
         state = _under_new_key(state, keys, now)
     elif keys is not None and keys.ready:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fedmosaic.server.network.service import FederationService
 
 log = logging.getLogger(__name__)
+_THREADS = 32
 
 
 class Server:
@@ -96,8 +97,11 @@ class Server:
         # this list; for TLS 1.2 it leaves only one that a P-256 certificate cannot serve, so that nobody
         # falls back.
         os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-RSA-AES256-GCM-SHA384"
+        # Below an error, gRPC's lines quote what a peer says in parting, signs that command a terminal too.
+        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
         from fedmosaic.server.clockwork import Clockwork
         from fedmosaic.server.coordinator import Coordinator
+        from fedmosaic.server.network.review import WitnessService
         from fedmosaic.server.network.service import FederationService
         from fedmosaic.server.network.serving import Listener, server_credentials
         from fedmosaic.server.network.waiting import Changes
@@ -107,13 +111,16 @@ class Server:
         if settings.tls is None:
             raise ConfigurationError("the server needs tls.certificate, tls.private_key and tls.authority")
         credentials = server_credentials(settings.tls)
+        # Uploads that come together wait for the disk together, each in a thread.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "fedmosaic-work"))
         coordinator = await asyncio.to_thread(Coordinator, settings)
         async with AsyncExitStack() as ending:  # from the last line to the first
             ending.push_async_callback(asyncio.to_thread, coordinator.close)
             changes = Changes()
             coordinator.subscribe(changes.notify)
             service = FederationService(coordinator, changes)
-            listener = Listener(service, settings.listen, credentials, len(settings.members))
+            review = WitnessService(service, coordinator, changes)
+            listener = Listener(service, review, settings.listen, credentials, len(settings.members))
             await listener.open()
             ending.push_async_callback(listener.close)
             self._say_hello(listener.port)

@@ -12,8 +12,10 @@ from fedmosaic.privacy.configuration import Frozen, read_configuration, validate
 from fedmosaic.privacy.encryption.parameters import Parameters, PlainParameters
 from fedmosaic.privacy.federation.kits import SERVER_SETTINGS, open_kit, unaligned
 from fedmosaic.privacy.federation.names import ListenAddress, MemberId
-from fedmosaic.privacy.federation.roster import GroupSumTerms, Hex32
+from fedmosaic.privacy.federation.roster import Witness
+from fedmosaic.privacy.federation.sampling import taking_part
 from fedmosaic.privacy.federation.succession import RosterMark
+from fedmosaic.privacy.federation.terms import GroupSumTerms, Hex32
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos import bounds
 from fedmosaic.protos.messages import SectionName
@@ -70,6 +72,7 @@ class ServerSettings(Frozen):
         roster_hash: hash of the roster that all sides must hold.
         roster_mark: what a later roster is judged by; None lets any follow.
         adapter_spec_hashes: adapter specs that clients may enrol with.
+        witness: who countersigns every aggregate, if somebody does.
         families: architecture name by member; members without an entry belong to no family.
         shared_dimensions: length d of the shared adapter vector.
         family_dimensions: length of the family's vector by family; families without an entry share none.
@@ -77,6 +80,7 @@ class ServerSettings(Frozen):
         profile_noise_variance: noise variance per coordinate of one fresh release, σ²C²; 0 in tests only.
         rounds: number of rounds.
         quorum: least number of contributions with which a deadline closes a round.
+        sampled_clients: members that take part in a round, drawn anew for each; None for all of them.
         round_deadline_seconds: from the opening of a round to its deadline.
         policy: limits on every weight row.
         temperature: τ of the softmax over similarities.
@@ -93,6 +97,8 @@ class ServerSettings(Frozen):
         tls: certificates; without them only in-process use is possible.
         upload_limit_bytes: largest upload that may be announced.
         durable: False skips fsync; for simulations, whose state nobody needs after a crash.
+        run_id: of a new run, 32 hexadecimal digits, for simulations, whose draws of clients follow from it;
+            random by default.
     """
 
     federation: MemberId
@@ -101,6 +107,7 @@ class ServerSettings(Frozen):
     roster_hash: Bytes32
     roster_mark: RosterMark | None = None
     adapter_spec_hashes: tuple[Bytes32, ...] = Field(min_length=1)
+    witness: Witness | None = None
     families: dict[MemberId, str] = Field(default_factory=dict)
     shared_dimensions: int = Field(ge=1)
     family_dimensions: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
@@ -108,6 +115,7 @@ class ServerSettings(Frozen):
     profile_noise_variance: float = Field(ge=0.0, allow_inf_nan=False)
     rounds: int = Field(ge=1, le=bounds.MAX_ROUNDS)
     quorum: int = Field(ge=1)
+    sampled_clients: int | None = None
     round_deadline_seconds: float = Field(gt=0.0, le=1e9)
     policy: AggregationPolicy = AggregationPolicy()
     temperature: float = Field(default=0.5, gt=0.0, allow_inf_nan=False)
@@ -123,6 +131,7 @@ class ServerSettings(Frozen):
     tls: TlsFiles | None = None
     upload_limit_bytes: int = Field(default=bounds.MAX_PAYLOAD_BYTES, ge=1, le=bounds.MAX_PAYLOAD_BYTES)
     durable: bool = True
+    run_id: str | None = Field(default=None, pattern=r"^[0-9a-f]{32}$")
 
     @model_validator(mode="after")
     def _consistent(self) -> "ServerSettings":
@@ -148,6 +157,10 @@ class ServerSettings(Frozen):
     def minimum_epoch_members(self) -> int:
         """Fewest members of a key epoch: with fewer, no recipient could receive anything."""
         return self.policy.fewest_contributors + 1
+
+    def taking_part(self, run_id: str, number: int) -> frozenset[str]:
+        """Members that take part in a round; see `fedmosaic.privacy.federation.sampling`."""
+        return taking_part(tuple(self.members), self.sampled_clients, run_id, number)
 
     def family(self, client: str) -> str:
         """Family in which a member shares the LoRA of its other layers; empty if it shares none."""
@@ -196,6 +209,7 @@ def settings_from_kit(directory: Path) -> ServerSettings:
         "roster_hash": roster.hash,
         "roster_mark": RosterMark.of(roster),
         "adapter_spec_hashes": (terms.adapter.spec_hash,),
+        "witness": roster.witness,
         "families": {member.id: member.family for member in roster.members if member.family},
         "shared_dimensions": terms.adapter.shared_dimensions,
         "family_dimensions": terms.adapter.family_dimensions,
@@ -203,6 +217,7 @@ def settings_from_kit(directory: Path) -> ServerSettings:
         "profile_noise_variance": terms.profile.noise_variance,
         "rounds": terms.schedule.rounds,
         "quorum": terms.schedule.quorum,
+        "sampled_clients": terms.schedule.sampled_clients,
         "round_deadline_seconds": terms.schedule.round_deadline_seconds,
         "policy": terms.policy,
         "temperature": terms.relevance.temperature,

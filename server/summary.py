@@ -1,13 +1,16 @@
-"""The server's account of a run, `run.json` in its state folder. It holds no key and no payload.
+"""The server's account of a run: `run.json` in its state folder, and a file per closed round in `rounds`.
 
-Nothing here stops a round or an answer: what cannot be written now is written later.
+`rounds/000003.json` is written once; similarity and weights stand in the file of `relations` that it names.
+There is no key and no payload in it. Nothing here stops a round or an answer: what cannot be written now is
+written later.
 """
 
 import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,24 +19,27 @@ from pydantic_core import from_json
 
 from fedmosaic import __version__
 from fedmosaic.privacy.federation.identity import read_certificate
-from fedmosaic.privacy.files import write_atomically
+from fedmosaic.privacy.files import private_directory, write_atomically
 from fedmosaic.protos.errors import IdentityError, StateError
 from fedmosaic.protos.messages import PROTOCOL_VERSION
+from fedmosaic.server.round.relations import matrix, shares, unpack
 from fedmosaic.server.round.state import Round
 from fedmosaic.server.settings import ServerSettings
+from fedmosaic.server.storage.blobs import WHOLE, blob_path
 from fedmosaic.server.storage.store import Store
 
 log = logging.getLogger(__name__)
 FILE = "run.json"
+ROUNDS = "rounds"
 _SECONDS_COUNTED = 5.0
 """How long bytes are counted in memory; a killed server forgets so much of the statistics."""
 
 
 class Account:
-    """Bytes that are not in the database yet, and whether `run.json` is older than the store."""
+    """Bytes that are not in the database yet, and whether the account is older than the store."""
 
-    def __init__(self, state_dir: Path, store: Store) -> None:
-        self._state_dir = state_dir
+    def __init__(self, settings: ServerSettings, store: Store) -> None:
+        self.settings = settings
         self._store = store
         self._lock = threading.Lock()
         self._writing = threading.Lock()
@@ -41,6 +47,8 @@ class Account:
         self._stored = time.monotonic()
         self._counted: dict[str, tuple[int, int]] = {}
         self._failing = False
+        self._recorded = 0
+        self._received: Counter[str] = Counter()
         self.due = True  # a killed server may have owed one
 
     def count(self, client: str, received: int, sent: int) -> None:
@@ -63,13 +71,16 @@ class Account:
                 raise
             self._stored = time.monotonic()
 
-    def keep_up(self, summarise: Callable[[], Mapping[str, object]]) -> None:
-        """Write `run.json` if it is due, and now and then what was counted; say once if that fails."""
+    def keep_up(self, state: Round) -> None:
+        """Write the account if it is due, and now and then what was counted; say once if that fails."""
         try:
             if self.due:
                 self.due = False  # before it is made: what comes meanwhile is due again
                 with self._writing:
-                    write_summary(self._state_dir, summarise())
+                    self._record_rounds()
+                    self.flush()
+                    content = summarise(self.settings, self._store, state, self._received)
+                    write_summary(self.settings.state_dir, content)
             elif time.monotonic() - self._stored > _SECONDS_COUNTED:
                 self.flush()
         except (OSError, StateError) as error:
@@ -80,22 +91,68 @@ class Account:
         else:
             self._failing = False
 
+    def _record_rounds(self) -> None:
+        """Write the file of every closed round that has none yet, and count who received."""
+        folder = self.settings.state_dir / ROUNDS
+        private_directory(folder)
+        for result in self._store.results(after=self._recorded):
+            path = folder / f"{result['round']:06d}.json"
+            if not path.exists():
+                write_atomically(path, json.dumps(result).encode() + b"\n", durable=False)
+            self._received.update(receivers(self.settings, result))
+            self._recorded = result["round"]
 
-def received_rounds(settings: ServerSettings, results: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """In how many rounds each member could begin with an aggregate; what the last one made is for nobody."""
-    counts = dict.fromkeys(sorted(settings.members), 0)
-    for result in results:
-        handed = {name for rows in result["weights"].values() for name in rows}
-        if result["round"] < settings.rounds:
-            for name in handed & counts.keys():
-                counts[name] += 1
-    return counts
+    def whole(self, state: Round) -> dict[str, object]:
+        """`run.json` with all that is kept of the rounds in it, as `with_rounds` gives it."""
+        self.flush()
+        results = self._store.results()
+        received = Counter(name for result in results for name in receivers(self.settings, result))
+        flat = summarise(self.settings, self._store, state, received)
+        return {**flat, "results": _with_relations(results, self.settings.state_dir)}
+
+
+def receivers(settings: ServerSettings, result: Mapping[str, Any]) -> set[str]:
+    """Who could begin a round with what this one made; what the last one made is for nobody."""
+    if result["round"] >= settings.rounds:
+        return set()
+    by_label = result.get("weights", {})  # of an older program
+    return set(result.get("received", [name for rows in by_label.values() for name in rows]))
+
+
+def with_rounds(run: Mapping[str, Any], state_dir: Path) -> dict[str, Any]:
+    """What `run.json` tells, with all that is kept of the rounds under `results`.
+
+    Raises:
+        StateError: a file of a round is missing or damaged.
+    """
+    if "results" in run:  # an older program had all in one file
+        return dict(run)
+    results = []
+    for path in sorted((state_dir / ROUNDS).glob("*.json")):
+        try:
+            results.append(dict(json.loads(path.read_bytes())))
+        except (OSError, ValueError, TypeError) as error:
+            raise StateError(
+                f"{path} cannot be read ({error}); delete it and start the server again, which writes it anew"
+            ) from None
+    return {**run, "results": _with_relations(results, state_dir)}
+
+
+def _with_relations(results: Sequence[dict[str, Any]], state_dir: Path) -> list[dict[str, Any]]:
+    """Results with similarity and weights, which rounds share where nothing was new."""
+    found: dict[int, dict[str, object]] = {}
+    for number in {result["relations"] for result in results if "relations" in result}:
+        path = blob_path(state_dir, "relations", number, WHOLE)
+        _, similarity, rows = unpack(path.read_bytes() if path.exists() else b"", path)
+        found[number] = {"similarity": matrix(similarity), "weights": shares(rows)}
+    return [{**result, **found.get(result.get("relations", 0), {})} for result in results]
 
 
 def last_words(settings: ServerSettings, store: Store) -> tuple[list[str], bool]:
     """What to say when a run is over, and whether anybody received anything."""
     results, reports = store.results(), store.reports().keys()
-    received = received_rounds(settings, results)
+    counted = Counter(name for result in results for name in receivers(settings, result))
+    received = {name: counted[name] for name in sorted(settings.members)}
     uploads = sum(len(result["uploaded"]) for result in results)
     silent = ", ".join(sorted(store.enrolled() - reports))
     lines = [
@@ -116,12 +173,14 @@ def last_words(settings: ServerSettings, store: Store) -> tuple[list[str], bool]
     return lines, exchanged
 
 
-def summarise(settings: ServerSettings, store: Store, state: Round) -> dict[str, object]:
-    """Everything that the server knows of a run and may tell; JSON-compatible."""
-    run, results = store.get_json("run") or {}, store.results()
+def summarise(
+    settings: ServerSettings, store: Store, state: Round, received: Mapping[str, int]
+) -> dict[str, object]:
+    """What the server may tell of a run beside its rounds, of which the size does not depend; for JSON."""
+    run = store.get_json("run") or {}
     statements, unreadable = _statements(store)
     return {
-        "format": "fedmosaic/server-run/1",
+        "format": "fedmosaic/server-run/2",
         "software": f"fedmosaic {__version__}",
         "protocol_version": PROTOCOL_VERSION,
         "run_id": run.get("id", ""),
@@ -136,8 +195,7 @@ def summarise(settings: ServerSettings, store: Store, state: Round) -> dict[str,
         "open_round": state.number,
         "relevance": {"similarity": settings.similarity, "temperature": settings.temperature},
         "policy": settings.policy.model_dump(),
-        "results": results,
-        "received_rounds": received_rounds(settings, results),
+        "received_rounds": {name: received.get(name, 0) for name in sorted(settings.members)},
         "traffic": store.traffic(settings.members),
         "statements": statements,
         "unreadable_statements": unreadable,

@@ -1,16 +1,16 @@
 """The sums of a run: groups from the profiles after round 1, one secure sum per group and later round."""
 
+import json
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
-from fedmosaic.privacy.federation.roster import GroupSumTerms
+from fedmosaic.privacy.federation.terms import GroupSumTerms
 from fedmosaic.privacy.secureaggregation.partition import Partition, RoundTotals, chain_of, sum_context
-from fedmosaic.privacy.secureaggregation.terms import SumTerms
 from fedmosaic.protos.refusal import Refusal, RefusalKind
 from fedmosaic.server.round.groups import group_clients, mixing_weights
 from fedmosaic.server.round.relevance import relevance
-from fedmosaic.server.round.sums import AGREE, OPEN, SHARE, STEPS, UNMASK, VECTOR, RoundSums
+from fedmosaic.server.round.sums import AGREE, OPEN, SHARE, STEPS, UNMASK, VECTOR, RoundSums, liars
 from fedmosaic.server.settings import ServerSettings
 from fedmosaic.server.storage.blobs import Blobs, MissingBlobError
 from fedmosaic.server.storage.store import Store
@@ -21,6 +21,7 @@ PARTITION: Final = "sum-partition"
 TOTALS: Final = "sum-totals"
 PARTITION_FORMED: Final = "partition"
 """Key of the run's metadata."""
+_FAULTS: Final = "sum-faults"
 # Of a round's deadline; before the vector is sent, members take the gradients that are in it.
 _SHARE_OF_ROUND: Final = {OPEN: 0.2, SHARE: 0.1, VECTOR: 0.5, AGREE: 0.1, UNMASK: 0.1}
 
@@ -64,28 +65,22 @@ class RunSums:
             self._partition,
             chain_of(self._totals),
         )
-        sums = [
-            SumTerms(
-                context,
-                group,
-                {name: settings.members[name] for name in group},
-                terms.minimum_contributors,
-                terms.colluders,
-                settings.shared_dimensions,
-                terms.bits,
-            )
-            for group in self._partition.groups
-        ]
+        sums = self._partition.terms(context, settings.members, terms, settings.shared_dimensions)
         seconds = {step: share * settings.round_deadline_seconds for step, share in _SHARE_OF_ROUND.items()}
-        self._current = RoundSums(number, sums, seconds, now)
+        self._current = RoundSums(number, sums, seconds, now, self._left_out())
 
     def close_round(self, number: int) -> None:
-        """Store what a round brought: the groups after the first, totals after every other one."""
+        """Store what a round brought: the groups after the first, totals after every other one.
+
+        Needs no lock: what others read meanwhile is replaced whole, and nothing is posted to a closed round.
+        """
         if number == 1:
             self._divide()
             return
         if self._partition is None:
             return
+        if self._current is not None:
+            self._keep_faults(self._current)
         totals = self._read(number) if self._current is None else self._current.totals()
         for name, content in totals.messages().items():
             self._blobs.write("sums", number, name, content)
@@ -112,6 +107,25 @@ class RunSums:
         """See `RoundSums.advance`."""
         return self._current is not None and self._current.advance(expected, now)
 
+    def _keep_faults(self, closed: RoundSums) -> None:
+        """Remember what members have done to sums, over restarts; who has lied is told in the log once."""
+        faults, disputes = self._store.get_json(_FAULTS) or ({}, [])
+        before = self._left_out()
+        found = sorted({*map(tuple, disputes), *closed.disputes})
+        self._store.put({_FAULTS: json.dumps([{**faults, **closed.faults}, found])})
+        for member, fault in self._left_out().items():
+            if member not in before:
+                log.warning("%s is left out of the sums from now on: %s", member, fault)
+
+    def _left_out(self) -> Mapping[str, str]:
+        """Member → why it takes part in no sum any more."""
+        faults, disputes = self._store.get_json(_FAULTS) or ({}, [])
+        return {**liars([(a, b) for a, b in disputes], self._terms.colluders), **faults}
+
+    def due(self) -> list[Callable[[], None]]:
+        """See `RoundSums.due`; what it gives is called without the coordinator's lock."""
+        return [] if self._current is None else self._current.due()
+
     @property
     def _terms(self) -> GroupSumTerms:
         terms = self._settings.group_sums
@@ -125,8 +139,9 @@ class RunSums:
         related = relevance([profiles.get(client) for client in clients], self._settings.similarity)
         groups = group_clients(clients, related, self._terms.groups, self._terms.minimum_contributors)
         mixing = mixing_weights(clients, related, groups, self._settings.temperature)
-        self._partition = Partition(groups=groups, mixing=mixing)
-        self._store.put({PARTITION_FORMED: self._partition.encoded().decode()})
+        made = Partition(groups=groups, mixing=mixing)
+        self._store.put({PARTITION_FORMED: made.encoded().decode()})
+        self._partition = made
         log.info("groups: %s", "; ".join(", ".join(group) for group in groups))
 
     def _round(self, number: int) -> RoundSums:

@@ -13,7 +13,8 @@ from fedmosaic.privacy.federation import consortium, identity
 from fedmosaic.privacy.federation.install import install
 from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
 from fedmosaic.privacy.federation.requests import make_request
-from fedmosaic.privacy.federation.roster import Roster, Terms
+from fedmosaic.privacy.federation.roster import Roster
+from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.ledger.ledger import Ledger, data_epoch
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 

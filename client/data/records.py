@@ -3,14 +3,15 @@
 import difflib
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol, TypeVar
 
 from fedmosaic.client.data.sources import label_of, rows_of
 from fedmosaic.client.settings import ColumnSettings, DataSource
 from fedmosaic.privacy.configuration import canonical_json, parse_json
+from fedmosaic.privacy.ledger.rows import Unit
 from fedmosaic.protos.errors import ConfigurationError
 
 _PARTS: Final = ("id", "prompt", "answer", "choices", "messages", "person")
@@ -66,6 +67,47 @@ def row_of(example: Example) -> dict[str, object]:
         row |= {"prompt": example.prompt, "answer": example.answer}
     row["choices"] = example.choices
     return row | ({"person": example.person} if example.person else {})
+
+
+class Record(Protocol):
+    """An example, as text or as tokens."""
+
+    @property
+    def id(self) -> str:
+        """Name, unique within its data set."""
+
+    @property
+    def person(self) -> str:
+        """Whose record it is; empty if that is not told."""
+
+
+R = TypeVar("R", bound=Record)
+
+
+def by_unit(examples: Sequence[R], unit: Unit) -> list[tuple[R, ...]]:
+    """The units that a guarantee is for, in the order of their first examples: each alone, or by person.
+
+    Raises:
+        ConfigurationError: the unit is a person and an example says none.
+    """
+    if unit == "example":
+        return [(example,) for example in examples]
+    grouped: dict[str, list[R]] = {}
+    for number, example in enumerate(examples, start=1):
+        if not example.person:
+            raise ConfigurationError(
+                f"training example {number} names no person, and the terms protect persons "
+                '(group_sums.unit = "person"); fill the column `person` in every row, or name it in '
+                "[data.columns]"
+            )
+        grouped.setdefault(example.person, []).append(example)
+    return [tuple(examples) for examples in grouped.values()]
+
+
+def unit_ids(examples: Sequence[Record], unit: Unit) -> tuple[str, ...]:
+    """Names of the units of `by_unit`; no person is named like an example."""
+    units = by_unit(examples, unit)
+    return tuple(own[0].id if unit == "example" else f"person {own[0].person}" for own in units)
 
 
 @dataclass(frozen=True)

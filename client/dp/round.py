@@ -8,9 +8,11 @@ ever leaves. The order is the guarantee: what is trained second cannot reach wha
 import logging
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from fedmosaic.client.colora import set_active_branches, set_trainable
+from fedmosaic.client.data.records import by_unit
 from fedmosaic.client.dp.branch import only_shared_branch, private_parameters
 from fedmosaic.client.dp.checks import assert_only_shared_branch, check_engine
 from fedmosaic.client.dp.engine import check_cores, clip_and_sum, dimensions_of, example_gradient
@@ -22,11 +24,11 @@ from fedmosaic.client.planning import group_grid
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import Releases
 from fedmosaic.privacy.accounting.events import GaussianEvent
-from fedmosaic.privacy.federation.roster import AdapterPrivacyTerms, AdapterTerms, Terms
+from fedmosaic.privacy.federation.terms import AdapterPrivacyTerms, AdapterTerms, Terms
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import IntArray, poisson_sample
 from fedmosaic.privacy.mechanism.shares import noisy_share
-from fedmosaic.protos.errors import BudgetExceededError
+from fedmosaic.protos.errors import BudgetExceededError, PrivacyError
 
 log = logging.getLogger(__name__)
 
@@ -125,21 +127,31 @@ def group_share(
 
     Raises:
         MechanismError: the group is too large for the bits of the terms.
+        PrivacyError: the plan charges another noise than the terms add.
     """
     if releases.receive_only:
         return None
     plan, grid = releases.adapter_plan, group_grid(terms, members)
+    if plan.noise_multiplier != terms.group_sums.noise_multiplier:
+        raise PrivacyError(
+            f"the ledger would be charged for σ = {plan.noise_multiplier}, the roster's sums have "
+            f"{terms.group_sums.noise_multiplier}: plan from the roster's terms"
+        )
     losses = in_bfloat16() if training.bf16 else example_losses
+    units = by_unit(examples, terms.unit)
     try:
         with only_shared_branch(model) as cores, training_mode(model, False):
             check_cores(cores)
             assert_only_shared_branch(model, cores, private_parameters(model), losses=losses)
             releases.charge_adapter(round_number, GaussianEvent(plan.noise_multiplier, plan.sampling_rate, 1))
-            chosen = poisson_sample(len(examples), plan.sampling_rate, releases.randomness)
+            chosen = poisson_sample(len(units), plan.sampling_rate, releases.randomness)
             progress.stage(round_number, "private gradients", len(chosen))
             total = ClippedSum.empty(dimensions_of(cores))
             for done, index in enumerate(chosen, start=1):
-                row = example_gradient(model, cores, examples[index], losses)
+                # What one person's examples add up to is clipped as one: that bounds what it contributes,
+                # however many they are.
+                own = [example_gradient(model, cores, example, losses) for example in units[index]]
+                row = torch.stack(own).sum(dim=0)
                 total = total + clip_and_sum(row[None], terms.adapter_privacy.clipping_norm, grid.steps)
                 progress.advance(done)
     except BudgetExceededError as error:

@@ -14,7 +14,7 @@ from fedmosaic.client.colora.vectors import SharedLayout
 from fedmosaic.client.model.acceptance import check_adapter
 from fedmosaic.client.model.load import LoadedModel, adapt, load_model
 from fedmosaic.client.settings import ModelSettings
-from fedmosaic.privacy.federation.roster import AdapterTerms
+from fedmosaic.privacy.federation.terms import AdapterTerms
 from fedmosaic.protos.errors import ModelError
 
 

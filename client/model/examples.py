@@ -43,11 +43,13 @@ class EncodedExample:
         id: Name of the example.
         input_ids: (T,) int64, prompt tokens, then answer tokens, then end of sequence.
         labels: (T,) int64, ``input_ids`` on the answer and the end of sequence, ``IGNORED`` on the prompt.
+        person: Whose record it is; empty if that is not told.
     """
 
     id: str
     input_ids: torch.Tensor = field(repr=False)
     labels: torch.Tensor = field(repr=False)
+    person: str = field(default="", repr=False)
 
 
 def encode_examples(
@@ -267,6 +269,7 @@ def _encode(
         example.id,
         torch.tensor([*kept, *supervised], dtype=torch.int64),
         torch.tensor([*_kept_labels(labels, context, len(kept)), *supervised], dtype=torch.int64),
+        example.person,
     )
 
 

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
+from fedmosaic.client.data.records import unit_ids
 from fedmosaic.client.data.sets import ClientData, read_sets
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.ledger import DataLedger, ledger_delta
@@ -168,7 +169,7 @@ class Preflight:
     @cached_property
     def plan(self) -> AdapterPlan:
         """DP-SGD parameters of this client; AccountingError if there are none."""
-        terms, count = self.kit.roster.terms, len(self.data.train.examples)
+        terms, count = self.kit.roster.terms, len(self._unit_ids)
         delta = ledger_delta(self._ledger, count, terms.adapter_privacy.largest_delta)
         return plan_adapter(terms, count, delta, agreed_epsilon(self.settings, self.kit))
 
@@ -254,7 +255,7 @@ class Preflight:
 
     def _check_data(self) -> str:
         data = self.data
-        self.warnings += check_sets(data, self.settings.data.pictures)
+        self.warnings += check_sets(data, self.settings.data.pictures, self.kit.roster.terms.unit)
         tests = sum(len(found.examples) for found in data.tests.values())
         return f"{len(data.train.examples):,} training examples, {tests:,} to score"
 
@@ -286,13 +287,14 @@ class Preflight:
         return f"{self.settings.server} accepts us; round {enrolled.round} of {enrolled.rounds}"
 
     def _check_budget(self) -> str:
-        kit, count = self.kit, len(self.data.train.examples)
+        kit, count = self.kit, len(self._unit_ids)
         target = agreed_epsilon(self.settings, kit)
         path = self._ledger
         delta = ledger_delta(path, count, kit.roster.terms.adapter_privacy.largest_delta)
         if has_begun(path):
             channels = budgeted_channels(kit.roster.terms)
-            wanted = LedgerParameters(kit.member_id(), delta, target, budgeted_channels=channels)
+            unit = kit.roster.terms.unit
+            wanted = LedgerParameters(kit.member_id(), delta, target, budgeted_channels=channels, unit=unit)
             check_parameters(wanted, read_ledger(path))
         plan = self.plan
         budget = f"ε = {target:g} at δ = {delta:.1e}"
@@ -319,13 +321,18 @@ class Preflight:
 
     @property
     def _releases_profile(self) -> bool:
-        return len(self.data.train.examples) >= self.kit.roster.terms.profile.minimum_examples
+        return len(self._unit_ids) >= self.kit.roster.terms.profile.minimum_examples
+
+    @property
+    def _unit_ids(self) -> tuple[str, ...]:
+        """What the terms protect: examples, or persons."""
+        return unit_ids(self.data.train.examples, self.kit.roster.terms.unit)
 
     def _check_probe(self) -> str:
         settings, mechanism, train = self.settings, self.kit.roster.terms.profile, self.data.train.examples
         if not self._releases_profile:
             return f"not needed: fewer than {mechanism.minimum_examples} examples release no profile"
-        epoch = data_epoch(tuple(example.id for example in train))
+        epoch = data_epoch(self._unit_ids)
         if profile_path(self._ledger.parent, epoch, mechanism).exists():
             return "not needed: the profile of these examples was released"
         client_probe(settings, self.kit, train, SecureNoise()).check()

@@ -9,28 +9,31 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from fedmosaic.client.data.records import Example, ExampleSet
+from fedmosaic.client.data.records import Example, ExampleSet, by_unit
 from fedmosaic.client.data.sets import ClientData
 from fedmosaic.client.model.examples import answer_tokens, example_pieces
 from fedmosaic.client.vision.inputs import located
 from fedmosaic.client.vision.words import images_in, without_images
+from fedmosaic.privacy.ledger.rows import Unit
 from fedmosaic.protos.errors import ConfigurationError
 
 
-def check_sets(data: ClientData, pictures: Path | None) -> list[str]:
+def check_sets(data: ClientData, pictures: Path | None, unit: Unit = "example") -> list[str]:
     """Check what needs no model.
 
     Args:
         data: as read.
         pictures: folder that images lie in.
+        unit: what the terms protect.
 
     Returns:
         Warnings, one line each.
 
     Raises:
         ConfigurationError: a test example cannot be scored, an image is missing, or a test set holds nothing
-            but training examples.
+            but training examples; or persons are protected and a training example names none.
     """
+    by_unit(data.train.examples, unit)
     for found in (data.train, *data.tests.values()):
         for number, example in enumerate(found.examples, start=1):
             where = f"{found.label}, example {number}"
@@ -40,7 +43,7 @@ def check_sets(data: ClientData, pictures: Path | None) -> list[str]:
                     "out to have the written answer scored"
                 )
             _check_images(pictures, where, example)
-    return _warnings(data)
+    return _warnings(data, unit)
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def _check_images(folder: Path | None, where: str, example: Example) -> None:
         located(folder, image)
 
 
-def _warnings(data: ClientData) -> list[str]:
+def _warnings(data: ClientData, unit: Unit) -> list[str]:
     lines = []
     trained = Counter((example.prompt, example.answer) for example in data.train.examples)
     repeated = len(data.train.examples) - len(trained)
@@ -125,7 +128,7 @@ def _warnings(data: ClientData) -> list[str]:
             "of another row. The privacy guarantee is for one row: a text that stands twice is less protected"
         )
     most = data.train.most_of_one_person
-    if most > 1:
+    if most > 1 and unit == "example":
         lines.append(
             f"{data.train.label}: one person has {most} of the {len(data.train.examples)} rows. The privacy "
             "guarantee is for one row: the statement here tells the ε of that person as well"

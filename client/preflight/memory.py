@@ -26,7 +26,7 @@ from fedmosaic.client.model.training import checkpointing
 from fedmosaic.client.preflight.data import Lengths
 from fedmosaic.client.profile.probe import VOCABULARY_PER_CHUNK
 from fedmosaic.client.settings import ClientSettings, ModelSettings
-from fedmosaic.privacy.federation.roster import AdapterTerms
+from fedmosaic.privacy.federation.terms import AdapterTerms
 from fedmosaic.protos.errors import ModelError
 
 _KEPT_PER_TRAINED: Final = 3

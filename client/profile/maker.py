@@ -14,6 +14,7 @@ from fedmosaic.client.profile.release import check_probe, clipped_profile
 from fedmosaic.client.settings import ClientSettings, ModelSettings
 from fedmosaic.client.vision.words import without_images
 from fedmosaic.privacy.federation.kits import Kit
+from fedmosaic.privacy.ledger.rows import Unit
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import BitSource
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism
@@ -63,6 +64,7 @@ class ProfileProbe:
         *,
         setting: str = "profile_max_length",
         advance: Callable[[int], None] = lambda _: None,
+        unit: Unit = "example",
     ) -> None:
         """Prepare; nothing is loaded yet. `load` gives the probe, once per sum.
 
@@ -75,11 +77,12 @@ class ProfileProbe:
         self._randomness = randomness
         self._setting = setting
         self._advance = advance
+        self._unit = unit
 
     def __call__(self) -> ClippedSum:
         """The sum, never to leave; the memory of a probe that was loaded for it is free again afterwards."""
         probe, encoded = self._open()
-        return clipped_profile(probe, encoded, self._map, self._randomness, self._advance)
+        return clipped_profile(probe, encoded, self._map, self._randomness, self._advance, self._unit)
 
     def check(self) -> None:
         """Find out now what would stop a release: nothing is probed, drawn or charged.
@@ -121,4 +124,5 @@ def client_probe(
         length,
         randomness,
         advance=advance,
+        unit=kit.roster.terms.unit,
     )

@@ -8,8 +8,12 @@ of one clipping norm does not allow for.
 import logging
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
+from fedmosaic.client.data.records import by_unit, unit_ids
 from fedmosaic.client.model.examples import EncodedExample
 from fedmosaic.client.profile.probe import Probe, gradient_factors
+from fedmosaic.privacy.ledger.rows import Unit
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import BitSource, poisson_sample
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, clipped_sum
@@ -25,8 +29,11 @@ def clipped_profile(
     public_map: PublicMap,
     randomness: BitSource,
     advance: Callable[[int], None] = lambda _: None,
+    unit: Unit = "example",
 ) -> ClippedSum:
-    """Probe a Poisson sample of the examples and sum their clipped gradients. Private, not a release.
+    """Probe a Poisson sample of the units and sum their clipped gradients. Private, not a release.
+
+    What one person's examples add up to is clipped as one.
 
     `advance` is told how much is done, in per cent: it is to say nothing of the number of examples.
 
@@ -35,14 +42,15 @@ def clipped_profile(
         PrivacyError: there are too few examples, or an id occurs twice.
     """
     mechanism = public_map.mechanism
-    _check_data(examples, mechanism)
+    _check_data(examples, mechanism, len(unit_ids(examples, unit)))
     check_probe(probe, mechanism)
-    sample = poisson_sample(len(examples), mechanism.sampling_rate, randomness)
+    units = by_unit(examples, unit)
+    sample = poisson_sample(len(units), mechanism.sampling_rate, randomness)
     total = ClippedSum.empty(mechanism.dimensions)
-    chosen = [examples[index] for index in sample]
-    for done, gradient in enumerate(gradient_factors(probe, chosen), start=1):
-        total += clipped_sum(public_map.rows([gradient]), mechanism)
-        advance(100 * done // len(chosen))
+    for done, index in enumerate(sample, start=1):
+        own = [public_map.rows([gradient]) for gradient in gradient_factors(probe, units[index])]
+        total += clipped_sum(np.sum(own, axis=0), mechanism)
+        advance(100 * done // len(sample))
     if total.rejected:
         logger.warning("%d examples gave no finite gradient and were left out of the profile", total.rejected)
     return total
@@ -65,14 +73,13 @@ def check_probe(probe: Probe, mechanism: ProfileMechanism) -> None:
         )
 
 
-def _check_data(examples: Sequence[EncodedExample], mechanism: ProfileMechanism) -> None:
-    count = len(examples)
+def _check_data(examples: Sequence[EncodedExample], mechanism: ProfileMechanism, count: int) -> None:
     if count < mechanism.minimum_examples:
         raise PrivacyError(
             f"a task profile needs at least {mechanism.minimum_examples} examples, this client has fewer; "
             "it can take part without a profile and gets uniform weights"
         )
-    if len({example.id for example in examples}) != count:
+    if len({example.id for example in examples}) != len(examples):
         raise PrivacyError(
             "some example ids occur more than once, and the unit of privacy is one example; give every "
             "example its own id and list it once"

@@ -19,7 +19,8 @@ from fedmosaic.client.state import newest_adapter
 from fedmosaic.client.vision.inputs import VisionInputs, open_images
 from fedmosaic.privacy.configuration import Frozen, read_configuration
 from fedmosaic.privacy.federation.kits import open_kit
-from fedmosaic.privacy.federation.roster import Protection, Roster
+from fedmosaic.privacy.federation.roster import Roster
+from fedmosaic.privacy.federation.terms import Protection
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.protos.errors import ConfigurationError, FedMosaicError, StateError
 

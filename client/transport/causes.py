@@ -57,7 +57,7 @@ _PASSING: Final = (
     (
         "Socket closed",
         "the server closed the connection; if this repeats, it refuses this client's certificate, and its "
-        "log says why",
+        "log says why if it is started with GRPC_VERBOSITY=INFO",
     ),
     ("DEADLINE_EXCEEDED", "no answer in time; check the address, the network and firewalls"),
 )

@@ -29,6 +29,8 @@ _OPTIONS: Final = (
     ("grpc.enable_retries", 0),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    # What a ping is waited for, 60 s by default, whatever the line above says.
+    ("grpc.http2.ping_timeout_ms", 20_000),
     # The least of it stays gRPC's 20 s: it is the time that a connection and its handshake have, too.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5_000),

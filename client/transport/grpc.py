@@ -109,8 +109,9 @@ class GrpcTransport:
         Raises:
             IdentityError: a file is missing or not acceptable.
         """
-        self._address, self._files, self._connect = address, (authority, certificate, private_key), connect
+        self._address, self._files = address, (authority, certificate, private_key)
         self._marks = file_marks(self._files)
+        self._connect = connect
         self._channel = connect(address, authority, certificate, private_key)
         self._stub = rpc.FederationStub(self._channel)
         self._looked = time.monotonic()

@@ -34,7 +34,7 @@ from fedmosaic.experiments.attacks.statistics.membership import (
 from fedmosaic.experiments.attacks.statistics.results import AttackResult, Figure, Setting
 from fedmosaic.experiments.attacks.statistics.roc import Ceiling
 from fedmosaic.experiments.scenario.metrics import area_under_curve, interval
-from fedmosaic.privacy.federation.roster import AdapterTerms
+from fedmosaic.privacy.federation.terms import AdapterTerms
 from fedmosaic.privacy.mechanism.noise import NoiseSource
 
 MEMBERSHIP: Final = "Membership in a P, Q update"

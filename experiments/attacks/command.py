@@ -32,7 +32,8 @@ from fedmosaic.experiments.attacks.target import read_target
 from fedmosaic.protos.errors import ConfigurationError
 
 Part = Literal[
-    "profile", "tasks", "audit", "federation", "malicious", "text", "adapter", "inversion", "received",
+    "profile", "tasks", "audit", "federation", "malicious", "sums", "text", "adapter", "inversion",
+    "received",
 ]  # fmt: skip
 PARTS: Final[tuple[Part, ...]] = get_args(Part)
 Found = Iterable[AttackResult | RefusalResult]

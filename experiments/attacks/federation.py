@@ -18,7 +18,7 @@ from fedmosaic.experiments.attacks.statistics.empirical import epsilon_of_noise
 from fedmosaic.experiments.attacks.statistics.results import AttackResult, Figure, Setting
 from fedmosaic.privacy.coalitions import SOLVED, estimate_errors
 from fedmosaic.privacy.encryption.weights import integer_weights
-from fedmosaic.privacy.federation.roster import RelevanceTerms
+from fedmosaic.privacy.federation.terms import RelevanceTerms
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum, clip
 from fedmosaic.privacy.mechanism.noise import NoiseSource
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, release
@@ -74,7 +74,6 @@ def planned_rows(
         group,
         names,
         relevance(profiles, terms.similarity),
-        round_number=1,
         temperature=terms.temperature,
         policy=policy,
         bits=_BITS,

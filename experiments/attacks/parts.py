@@ -19,10 +19,11 @@ from fedmosaic.experiments.attacks import audit as attack_audit
 from fedmosaic.experiments.attacks import federation as attack_federation
 from fedmosaic.experiments.attacks import inversion as attack_inversion
 from fedmosaic.experiments.attacks import profile as attack_profile
+from fedmosaic.experiments.attacks import sums as attack_sums
 from fedmosaic.experiments.attacks import text as attack_text
 from fedmosaic.experiments.attacks.encryption import claimed_row_result, group_key_result
 from fedmosaic.experiments.attacks.received import received_results
-from fedmosaic.experiments.attacks.statistics.results import AttackResult, Setting
+from fedmosaic.experiments.attacks.statistics.results import AttackResult, RefusalResult, Setting
 from fedmosaic.experiments.attacks.target import Prober, Target, Victim, candidates, open_prober
 from fedmosaic.privacy.accounting.calibrate import noise_multiplier_for
 from fedmosaic.privacy.accounting.epsilon import default_delta
@@ -233,6 +234,19 @@ class Subject:
             releases=200,
             seed=self.sizes.seed,
         )
+
+    def sums(self, _: list[str]) -> Iterator[AttackResult | RefusalResult]:
+        """Coalitions of a server and members against one sum of a group, and what must be refused."""
+        scenario, sigma = self.target.scenario, attack_profile.noise_multiplier(8.0)
+        yield from attack_sums.sum_results(
+            scenario.group_sums,
+            sigma,
+            SecureNoise(),
+            np.random.default_rng(self.sizes.seed),
+            canaries=2 * self.sizes.canaries,
+            setting="product" if scenario.adapter.in_group_sums else "variant",
+        )
+        yield from attack_sums.sum_refusals(scenario.group_sums)
 
     def text(self, _: list[str]) -> list[AttackResult]:
         """Text recovery from the profile."""

@@ -23,13 +23,14 @@ from fedmosaic.client.settings import ModelSettings
 from fedmosaic.experiments.attacks.federation import weight_matrix
 from fedmosaic.experiments.scenario.founding import agreed_adapter
 from fedmosaic.experiments.scenario.terms import Scenario
-from fedmosaic.privacy.configuration import read_configuration
+from fedmosaic.privacy.configuration import read_configuration, validate
 from fedmosaic.privacy.federation.kits import BASIS, ROSTER, open_kit
-from fedmosaic.privacy.federation.roster import AdapterTerms, RelevanceTerms
+from fedmosaic.privacy.federation.terms import AdapterTerms, RelevanceTerms
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.privacy.mechanism.projection import GradientFactors, PublicBasis, PublicMap
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos.errors import ConfigurationError
+from fedmosaic.server.summary import with_rounds
 
 RUN: Final = "run.json"
 _PROFILE: Final = "profile.json"
@@ -64,8 +65,9 @@ class ServerRun(BaseModel):
 
 
 def read_server_run(path: Path) -> ServerRun:
-    """Read `run.json`; `ConfigurationError` if it is none."""
-    return read_configuration(path, ServerRun)
+    """Read `run.json` and what stands beside it; `ConfigurationError` or `StateError` if that is none."""
+    run = read_configuration(path, ServerRun).model_dump(exclude_unset=True)
+    return validate(with_rounds(run, path.parent), ServerRun, str(path))
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from fedmosaic.privacy.statement.costs import costs_at_epsilon
 from fedmosaic.privacy.statement.models import ChannelCost, PrivacyStatement
 from fedmosaic.privacy.statement.render import WIDTH, render, render_costs
 from fedmosaic.protos.errors import AccountingError, ConfigurationError, PrivacyError
+from fedmosaic.server.summary import with_rounds
 
 _CHANNELS = ("adapter", "profile", "keys", "control")
 _RESULT, _SERVER_RUN = "result.json", "run.json"
@@ -174,12 +175,13 @@ def read_run(path: Path) -> RunRecord:
 
     Raises:
         ConfigurationError: there is nothing of a run at this path.
+        StateError: what the server kept of its rounds is damaged.
     """
     majority: Mapping[str, float] = {}
     if (path / "federation").is_dir():
         kits = sorted((path / "federation" / "clients").iterdir())
         states = {kit.name: kit / "state" for kit in kits}
-        server = _read_json(path / "federation" / "server" / "state" / _SERVER_RUN)
+        server = _read_server(path / "federation" / "server" / "state")
         scenario = _read_json(path / "scenario.json")
         tasks = {client["id"]: client["task"] for client in scenario.get("clients", [])}
         majority = majorities(scenario)
@@ -187,7 +189,7 @@ def read_run(path: Path) -> RunRecord:
         states = {_read_json(path / "session.json").get("client", path.name): path}
         server, tasks = {}, {}
     elif (path / _SERVER_RUN).exists():
-        states, server, tasks = {}, _read_json(path / _SERVER_RUN), {}
+        states, server, tasks = {}, _read_server(path), {}
     else:
         raise ConfigurationError(
             f"{path}: no run here; give the directory that `fedmosaic run` printed, or the state directory "
@@ -199,6 +201,11 @@ def read_run(path: Path) -> RunRecord:
         statements = server.get("statements", {})
     clients = {name: _read_json(state / _RESULT) for name, state in states.items()}
     return RunRecord(path, clients, statements, server, tasks, majority)
+
+
+def _read_server(state_dir: Path) -> dict[str, Any]:
+    run = _read_json(state_dir / _SERVER_RUN)
+    return with_rounds(run, state_dir) if run else run
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from fedmosaic.experiments.scenario.metrics import (
 from fedmosaic.experiments.scenario.participants import read_evaluations
 from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.protos.errors import ConfigurationError
+from fedmosaic.server.summary import with_rounds
 
 FIGURES: Final = ("Self A_last", "Self A_AUC", "Others A_last", "Others A_AUC")
 REFERENCE: Final = "local"
@@ -147,7 +148,7 @@ def _exchange(directory: Path, scenario: Mapping[str, Any]) -> dict[str, Any]:
     if not server.exists():
         return {}
     groups = {client["id"]: client.get("group", "") for client in scenario["clients"]}
-    last = read_object(server)["results"][-1]
+    last = with_rounds(read_object(server), server.parent)["results"][-1]
     return {
         "protection": scenario["adapter"]["protection"],
         "relevance": relevance_quality([groups[name] for name in last["clients"]], last["similarity"]),

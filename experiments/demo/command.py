@@ -30,7 +30,7 @@ from fedmosaic.experiments.runs.command import run, run_at
 from fedmosaic.experiments.scenario.quiet_log import quiet_log
 from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient, ScenarioProfile
 from fedmosaic.privacy.encryption.parameters import CkksParameters, MaskParameters, PlainParameters
-from fedmosaic.privacy.federation.roster import (
+from fedmosaic.privacy.federation.terms import (
     AdapterPrivacyTerms,
     AdapterTerms,
     Protection,

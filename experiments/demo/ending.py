@@ -42,7 +42,6 @@ def ending(record: RunRecord, by_itself: Scores, texts: int) -> RenderableType:
 def verdict(record: RunRecord, by_itself: Scores, texts: int) -> Text:
     """Whether sharing was worth it, in words, with what chance leaves open."""
     together = _own(record, "after")
-    before, after = (_others(record, when) for when in ("before", "after"))
     words = f"Together, the clients answer {_mean(together)} of their own test texts right"
     if not by_itself:
         words += f"; before training it was {_mean(_own(record, 'before'))}."
@@ -55,8 +54,9 @@ def verdict(record: RunRecord, by_itself: Scores, texts: int) -> Text:
         else:
             words += "Sharing paid" if gain > 0 else "Training alone was better"
             words += f", by more than chance gives on {count}."
-    words += f" On each other's tasks, which none of them has examples of, they went from {_mean(before)} to "
-    words += f"{_mean(after)}."
+    for whose, same in (("others with the same task", True), ("others with another task", False)):
+        before, after = (_mean(_others(record, when, same=same)) for when in ("before", "after"))
+        words += f" On texts of {whose} they went from {before} to {after}."
     return Text(words, style="bold")
 
 
@@ -69,7 +69,7 @@ def _gain(one: Scores, other: Scores, texts: int) -> tuple[float, float]:
 
 
 def _table(record: RunRecord, by_itself: Scores) -> Table:
-    table = Table(title="Accuracy on the own task, and on the tasks of the others")
+    table = Table(title="Accuracy on the own texts, and on the texts of all others")
     table.add_column("client")
     for column in ("majority", "before", "alone", "together", "others before", "after"):
         table.add_column(column, justify="right")
@@ -119,9 +119,15 @@ def _own(record: RunRecord, when: str) -> dict[str, float]:
     return {n: float(r[when]["self"]) for n, r in record.clients.items() if "self" in r.get(when, {})}
 
 
-def _others(record: RunRecord, when: str) -> dict[str, float]:
+def _others(record: RunRecord, when: str, *, same: bool | None = None) -> dict[str, float]:
+    """Mean over the other clients' texts; only those with the same task, or another, where that is given."""
+    tasks = record.tasks
     found = {
-        name: [value for task, value in result.get(when, {}).items() if task != "self"]
+        name: [
+            value
+            for other, value in result.get(when, {}).items()
+            if other != "self" and same in (None, tasks.get(other) == tasks.get(name))
+        ]
         for name, result in record.clients.items()
     }
     return {name: fmean(values) for name, values in found.items() if values}

@@ -27,6 +27,7 @@ from fedmosaic.experiments.methods.strategy import Strategy
 from fedmosaic.experiments.methods.takfl import Takfl
 from fedmosaic.experiments.methods.variants import VARIANTS, with_variant
 from fedmosaic.experiments.scenario.terms import Scenario
+from fedmosaic.experiments.simulation.cluster import Cluster, simulate_on
 from fedmosaic.experiments.simulation.simulate import simulate
 from fedmosaic.protos.errors import ConfigurationError
 
@@ -47,11 +48,19 @@ BASELINES: Final[dict[str, tuple[str, Callable[[], Strategy]]]] = {
 }
 
 
-def simulate_method(scenario: Scenario, directory: Path, console: Console) -> None:
-    """Run a scenario with the method it names, in this process; resumes what stands in the run's directory.
+def simulate_method(
+    scenario: Scenario, directory: Path, console: Console, cluster: Cluster | None = None
+) -> None:
+    """Run a scenario with the method it names; resumes what stands in the run's directory.
+
+    Args:
+        scenario: paths resolved.
+        directory: of the run.
+        console: where progress is shown.
+        cluster: where its clients are; None for this process.
 
     Raises:
-        ConfigurationError: the method is not known, or not possible in this scenario.
+        ConfigurationError: the method is not known, or not possible in this scenario or on a cluster.
     """
     method = scenario.method
     if method not in VARIANTS and method not in BASELINES:
@@ -65,8 +74,12 @@ def simulate_method(scenario: Scenario, directory: Path, console: Console) -> No
             f"client {ranked[0]} names a rank of its own, which {method} cannot share; use hetlora or "
             "flexlora, or leave it out"
         )
-    if strategy is None:
+    if strategy is None and cluster is not None:
+        simulate_on(cluster, with_variant(scenario), directory, console, reference_flops(scenario))
+    elif strategy is None:
         simulate(with_variant(scenario), directory, console, reference_flops(scenario))
+    elif cluster is not None:
+        raise ConfigurationError(f"method {method!r} runs in one process; leave --engine ray out")
     else:
         run_baseline(strategy, scenario, directory, console)
 

@@ -18,7 +18,7 @@ from fedmosaic.client.model.load import load_model, without_rename_notice
 from fedmosaic.client.model.loss import logits_at
 from fedmosaic.client.settings import ModelSettings
 from fedmosaic.client.vision.tower import has_tower
-from fedmosaic.privacy.federation.roster import AdapterTerms
+from fedmosaic.privacy.federation.terms import AdapterTerms
 from fedmosaic.protos.errors import ModelError
 
 Vector = np.ndarray[tuple[int], np.dtype[np.float32]]

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
@@ -33,6 +33,7 @@ from fedmosaic.experiments.scenario.processes import (
     wait_for_port,
 )
 from fedmosaic.experiments.scenario.terms import Scenario
+from fedmosaic.experiments.simulation.cluster import Cluster
 from fedmosaic.privacy.configuration import read_configuration, validate
 from fedmosaic.privacy.files import hold_directory, write_atomically
 from fedmosaic.protos.errors import NOTHING_EXCHANGED, ConfigurationError
@@ -54,6 +55,15 @@ class Arguments:
     """Where the run's directory is made."""
     processes: bool = False
     """Real processes that speak gRPC over mutual TLS, in place of one process."""
+    engine: Literal["local", "ray"] = "local"
+    """`ray` runs the clients in processes of a Ray cluster, in place of this one; needs fedmosaic[ray]."""
+    address: str | None = None
+    """Of a running Ray cluster, such as `auto`, whose machines share the output directory; by default Ray is
+    started on this machine."""
+    actors: int = 0
+    """Processes that hold clients; one per core, or what the GPUs have room for, by default."""
+    actors_per_gpu: int = 0
+    """Of these on each GPU; 0 uses none."""
     method: str | None = None
     """Run this method in place of the scenario's; `fedmosaic methods` lists them."""
     seed: int | None = None
@@ -72,14 +82,26 @@ def main(arguments: Sequence[str]) -> int:
             raise ConfigurationError(
                 f"{parsed.scenario} is a run to go on with; its method, seed and settings are in it already"
             )
-        directory = resume(parsed.scenario, console)
+        directory = resume(parsed.scenario, console, _cluster(parsed))
     else:
         scenario = _changed(read_configuration(parsed.scenario, Scenario), parsed)
-        start = run if parsed.processes else run_here
-        directory = start(scenario, parsed.scenario.parent, parsed.output_dir, console)
+        parts = scenario, parsed.scenario.parent, parsed.output_dir, console
+        directory = run(*parts) if parsed.processes else run_here(*parts, _cluster(parsed))
     show(read_run(directory), console)
     console.print(f"everything is in {directory}; read it again with: fedmosaic report {directory}")
     return 0
+
+
+def _cluster(arguments: Arguments) -> Cluster | None:
+    """The cluster that is asked for; ConfigurationError where the options contradict each other."""
+    cluster = Cluster(arguments.address, arguments.actors, arguments.actors_per_gpu)
+    if arguments.engine == "ray" and not arguments.processes:
+        return cluster
+    if arguments.engine == "ray" or cluster != Cluster():
+        raise ConfigurationError(
+            "--address, --actors and --actors-per-gpu go with --engine ray, and that goes without --processes"
+        )
+    return None
 
 
 def _changed(scenario: Scenario, arguments: Arguments) -> Scenario:
@@ -120,14 +142,16 @@ def _set(content: dict[str, Any], change: str) -> None:
     table[last] = parsed
 
 
-def run_here(scenario: Scenario, base: Path, output_dir: Path, console: Console) -> Path:
-    """Run a scenario in this process; arguments and result as of `run`."""
+def run_here(
+    scenario: Scenario, base: Path, output_dir: Path, console: Console, cluster: Cluster | None = None
+) -> Path:
+    """Run a scenario in this process, or on a cluster; arguments and result as of `run`."""
     directory = _make_directory(scenario.resolved(base.resolve()), output_dir)
-    return resume(directory, console)
+    return resume(directory, console, cluster)
 
 
-def resume(directory: Path, console: Console) -> Path:
-    """Go on with a run in one process, or begin it; a finished run is only read.
+def resume(directory: Path, console: Console, cluster: Cluster | None = None) -> Path:
+    """Go on with a run in one process or on a cluster, or begin it; a finished run is only read.
 
     Raises:
         ConfigurationError: there is no run, or it runs as processes.
@@ -142,7 +166,7 @@ def resume(directory: Path, console: Console) -> Path:
     with hold_directory(directory / "run.lock", "let it end"):
         scenario = read_configuration(directory / _SCENARIO, Scenario)
         started = time.monotonic()
-        simulate_method(scenario, directory, console)
+        simulate_method(scenario, directory, console, cluster)
         _end(directory, time.monotonic() - started)
     return directory
 

@@ -14,8 +14,8 @@ from fedmosaic.experiments.scenario.processes import RunFailedError
 from fedmosaic.experiments.scenario.terms import Scenario
 from fedmosaic.privacy.federation import consortium
 from fedmosaic.privacy.federation import kits as federation
-from fedmosaic.privacy.federation.roster import AdapterTerms, Terms
-from fedmosaic.privacy.federation.terms_checks import check_plan, with_planned_noise
+from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
+from fedmosaic.privacy.federation.terms_checks import settled
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism
 from fedmosaic.privacy.mechanism.projection import check_basis
@@ -118,7 +118,7 @@ def found_federation(
             allow_plaintext=scenario.allow_plaintext,
         ),
     )
-    check_plan(config.terms)
-    config = config.model_copy(update={"terms": with_planned_noise(config.terms)})
+    names = [client.id for client in scenario.clients]
+    config = config.model_copy(update={"terms": settled(config.terms, names)})
     basis = directory / "profile" / federation.BASIS
-    consortium.create(config, directory / "federation", basis if basis.exists() else None)
+    consortium.create(config, directory / "federation", basis if basis.exists() else None, simulated=True)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 
@@ -60,7 +61,7 @@ def client_seed(scenario: Scenario, index: int) -> int:
 def write_examples(path: Path, examples: Sequence[Example]) -> None:
     """Write JSON lines that `fedmosaic.client.model.examples.read_examples` reads back unchanged."""
     lines = (json.dumps(row_of(example), ensure_ascii=False) + "\n" for example in examples)
-    path.write_text("".join(lines), encoding="utf-8")
+    write_atomically(path, "".join(lines).encode(), durable=False)
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,20 @@ class Evaluation:
             ConfigurationError: a set cannot be read, or a test prompt is among a client's training prompts.
         """
         self._scenario = scenario
-        self._sets = _test_sets(scenario.clients)
-        self._unseen = _test_sets(scenario.unseen)
-        tested = {example.prompt for test in (*self._sets, *self._unseen) for example in test.examples}
-        for client in (*scenario.clients, *scenario.unseen):
-            both = sum(example.prompt in tested for example in training_examples(client))
+        self._untrained: dict[tuple[Hashable, str, int], float] = {}
+        read = cache(read_examples)  # many clients may have one file
+        self._sets = _test_sets(scenario.clients, read)
+        self._unseen = _test_sets(scenario.unseen, read)
+        everybody = (*scenario.clients, *scenario.unseen)
+        tests = {task.test for client in everybody for task in client.task_list}
+        tested = {example.prompt for path in tests for example in read(path)}
+
+        @cache
+        def tested_too(train: Path) -> int:
+            return sum(example.prompt in tested for example in read_examples(train))
+
+        for client in everybody:
+            both = sum(tested_too(task.train) for task in client.task_list)
             if both:
                 raise ConfigurationError(
                     f"client {client.id} trains on {both} prompts of test sets; split the data so that "
@@ -127,7 +137,7 @@ class Evaluation:
         score: Callable[[str, TestSet], float],
     ) -> None:
         """Score round 0, unless that is done, once per test set for all with the same value in `alike`."""
-        known: dict[tuple[Hashable, str, int], float] = {}
+        known = self._untrained
         for client, state in states.items():
             tests = {(alike[client], t.label, len(t.examples)): t for t in self.sets_of(client)}
             if not tests or 0 in read_evaluations(state):
@@ -136,12 +146,10 @@ class Evaluation:
             add_evaluation(state, 0, {test.label: known[key] for key, test in tests.items()})
 
 
-def _test_sets(clients: Sequence[ScenarioClient]) -> list[TestSet]:
-    return [
-        TestSet(client.id, task.name, read_examples(task.test))
-        for client in clients
-        for task in client.task_list
-    ]
+def _test_sets(
+    clients: Sequence[ScenarioClient], read: Callable[[Path], tuple[Example, ...]]
+) -> list[TestSet]:
+    return [TestSet(client.id, task.name, read(task.test)) for client in clients for task in client.task_list]
 
 
 def add_evaluation(directory: Path, round_number: int, scores: Mapping[str, float]) -> None:

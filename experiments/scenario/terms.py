@@ -15,7 +15,7 @@ from fedmosaic.client.settings import ModelSettings, ProbeModelSettings
 from fedmosaic.privacy.configuration import Frozen
 from fedmosaic.privacy.encryption.parameters import CkksParameters, Parameters
 from fedmosaic.privacy.federation.names import Family, MemberId
-from fedmosaic.privacy.federation.roster import (
+from fedmosaic.privacy.federation.terms import (
     AdapterPrivacyTerms,
     AdapterTerms,
     GroupSumTerms,

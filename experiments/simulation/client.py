@@ -21,7 +21,7 @@ from fedmosaic.client.settings import ClientSettings, ModelSettings
 from fedmosaic.experiments.scenario.streams import InOrder, Stream
 from fedmosaic.experiments.simulation.models import COMPUTE, AdapterState, SharedModel
 from fedmosaic.privacy.accounting.events import GaussianEvent
-from fedmosaic.privacy.federation.roster import Terms
+from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import BitSource
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism

@@ -89,5 +89,6 @@ def shared_model(
     """A model that can read the images of all the scenario's examples; see `open_images` for the errors."""
     inputs = VisionInputs(client.model.path, scenario.images, client.projector, scenario.question_only)
     tasks = [task for entry in (*scenario.clients, *scenario.unseen) for task in entry.task_list]
-    examples = [e for task in tasks for file in (task.train, task.test) for e in read_examples(file)]
+    files = dict.fromkeys(file for task in tasks for file in (task.train, task.test))
+    examples = [example for file in files for example in read_examples(file)]
     return SharedModel(model, open_images(inputs, model, tokenizer, examples, scenario.training.max_length))

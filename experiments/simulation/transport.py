@@ -10,7 +10,8 @@ from collections.abc import Callable
 from fedmosaic.client.transport.traffic import Traffic
 from fedmosaic.protos.errors import TransportError
 from fedmosaic.protos.messages import Aggregate, Enrolled, Enrolment, KeyMessage, Receipt, RoundStatus, Upload
-from fedmosaic.server.coordinator import Coordinator, Topic
+from fedmosaic.server.coordinator import Coordinator
+from fedmosaic.server.run import Topic
 
 TICK_SECONDS = 0.25
 """How often a waiting client looks at the clock for deadlines; everything else comes as an event."""
@@ -26,6 +27,7 @@ class InProcessTransport:
         patience_seconds: float = 600.0,
         stopped: threading.Event | None = None,
         tick_seconds: float = TICK_SECONDS,
+        traffic: Traffic | None = None,
     ) -> None:
         """Connect.
 
@@ -34,15 +36,15 @@ class InProcessTransport:
             client_id: nobody checks it here.
             patience_seconds: longest wait for a round to open.
             stopped: set by whoever gives the run up, before `wake`; every wait then ends with an error.
-            tick_seconds: longest time between two looks at the clock. Hundreds of clients that wait without
-                deadlines should look rarely.
+            tick_seconds: longest time between two looks at the clock.
+            traffic: goes on where an earlier process stopped; by default from nothing.
         """
         self._coordinator = coordinator
         self._client_id = client_id
         self._patience = patience_seconds
         self._stopped = stopped or threading.Event()
         self._tick = tick_seconds
-        self._traffic = Traffic()
+        self._traffic = traffic or Traffic()
         self._round_changed = threading.Event()
         self._keys_changed = threading.Event()
         coordinator.subscribe(self._hear)
@@ -78,14 +80,19 @@ class InProcessTransport:
             self._check_going_on()
             self._round_changed.clear()
             self._coordinator.advance()
-            aggregate = self._coordinator.pull(self._client_id, round_number)
+            aggregate = self._pulled(round_number)
             if aggregate is not None:
-                self._traffic.received("adapter", sum(len(s.payload) for s in aggregate.sections))
                 return aggregate
             if on_wait is not None:
                 on_wait(self._coordinator.status(self._client_id))
             self._round_changed.wait(self._tick)
         raise TransportError(f"round {round_number} did not open within {self._patience:.0f} s")
+
+    def _pulled(self, round_number: int) -> Aggregate | None:
+        aggregate = self._coordinator.pull(self._client_id, round_number)
+        if aggregate is not None:
+            self._traffic.received("adapter", sum(len(s.payload) for s in aggregate.sections))
+        return aggregate
 
     def push(self, upload: Upload) -> Receipt:
         """See `Coordinator.push`."""
@@ -130,4 +137,26 @@ class InProcessTransport:
         return self._traffic
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Hear of no more changes."""
+        self._coordinator.unsubscribe(self._hear)
+
+
+class TurnOverError(Exception):
+    """The round that a client asks for is not open yet, so its turn is over."""
+
+
+class TurnTransport(InProcessTransport):
+    """The way of a client that goes on when the round has opened, in place of waiting for it."""
+
+    def pull(self, round_number: int, on_wait: Callable[[RoundStatus], None] | None = None) -> Aggregate:
+        """What to load before a round.
+
+        Raises:
+            TurnOverError: it is not open yet.
+        """
+        self._check_going_on()
+        self._coordinator.advance()
+        aggregate = self._pulled(round_number)
+        if aggregate is None:
+            raise TurnOverError
+        return aggregate

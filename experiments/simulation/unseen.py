@@ -28,7 +28,7 @@ from fedmosaic.experiments.scenario.unseen import UnseenClient, add_unseen, read
 from fedmosaic.experiments.simulation.client import SharedProbe
 from fedmosaic.experiments.simulation.compute import Train
 from fedmosaic.experiments.simulation.models import AdapterState, SharedModel
-from fedmosaic.privacy.federation.roster import Terms
+from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
 from fedmosaic.protos.messages import Profile
 from fedmosaic.server.round.relevance import relevance
@@ -114,7 +114,6 @@ class Federation:
             Group("shared", "", settings.shared_dimensions, frozenset(members), frozenset({entry.id})),
             [*members, entry.id],
             relevance([*(known.get(member) for member in members), own], settings.similarity),
-            round_number=self.scenario.schedule.rounds,
             temperature=settings.temperature,
             policy=settings.policy,
             bits=settings.encryption.weight_bits,

@@ -63,7 +63,10 @@ class PipeChannel:
     stream_unary = unary_unary
 
     def close(self) -> None:
-        """The socket stays as long as the process."""
+        """Leave whoever is asking; the socket stays as long as the process."""
+        if self._asking is not None:
+            self._asking.close()
+            self._asking = None
 
     def _call(self, path: str, requests: Iterable[bytes], seconds: float) -> Iterator[bytes]:
         """The messages of an answer, all heard before the first is given: who reads them may call again.

@@ -32,7 +32,7 @@ async def methods_of(service: FederationService) -> Mapping[str, Any]:
         add_generic_rpc_handlers=lambda _: None, add_registered_method_handlers=take
     )
     rpc.add_FederationServicer_to_server(service, server)
-    gate = Gate()
+    gate = Gate(service.audit)
 
     async def handler_of(call: Any) -> Any:
         return found[call.method]

@@ -14,6 +14,7 @@ Shape legend: R group sums, N members.
 
 import math
 from collections.abc import Collection
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,9 @@ import numpy.typing as npt
 from fedmosaic.protos.errors import AccountingError
 
 FloatArray = npt.NDArray[np.float64]
+
+_UNREACHED: Final = 1e-9
+"""Share of a member's column, by length, that no noise reaches for it to count as unprotected."""
 
 
 def leverage(
@@ -47,9 +51,17 @@ def leverage(
     column_R = weights_RN[:, member]
     if not column_R.any():
         return 0.0
+    # A sum may be told in any unit, and so may all noises together: neither changes the score, but sizes that
+    # differ by orders of magnitude would let rounding decide which directions have noise.
+    sizes_R1 = np.abs(weights_RN).max(axis=1, keepdims=True)
+    rows = sizes_R1[:, 0] > 0.0
+    columns_RN, column_R = columns_RN[rows] / sizes_R1[rows], column_R[rows] / sizes_R1[rows, 0]
     # The least squares solution of columns · x = column: its squared norm is hᵀ (columns columnsᵀ)⁺ h.
     solution_N, *_ = np.linalg.lstsq(columns_RN, column_R, rcond=None)
-    if not np.allclose(columns_RN @ solution_N, column_R, rtol=1e-9, atol=1e-12):
+    missing_R = columns_RN @ solution_N - column_R
+    # Singular values below N·ε of the largest are left out, and what noise reaches is met to about that share
+    # of the column. More than 1e-9 of it that is not met has no noise in front of it, or as good as none.
+    if np.linalg.norm(missing_R) > _UNREACHED * np.linalg.norm(column_R):
         return math.inf
     return float(noise_N[member] ** 2 * (solution_N @ solution_N))
 

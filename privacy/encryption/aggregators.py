@@ -19,6 +19,9 @@ from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos.errors import CiphertextError
 
+_BLOCK = 1 << 22
+"""Numbers of all uploads that are summed at once, 16 MiB; large uploads are never all in memory."""
+
 
 def create_aggregator(
     parameters: Parameters, policy: AggregationPolicy, *, allow_plaintext: bool = False
@@ -43,13 +46,16 @@ class PlainAggregator(Aggregator[PlainParameters]):
         self._values(contribution)
 
     def _combine(self, work: Combination) -> list[memoryview]:
-        values = np.stack([self._values(item) for item in work.contributions])
+        values = [self._values(item) for item in work.contributions]
         # At most 20 bits: exact in float32.
         shares = np.ldexp(work.weights.astype(np.float32), -self.parameters.weight_bits)
         start = HEADER_BYTES // 4
         records = np.empty((len(work.rows), start + work.context.dimensions), dtype="<f4")
         records[:, :start] = np.frombuffer(b"".join(work.headers), dtype="<f4").reshape(len(work.rows), -1)
-        records[:, start:] = shares @ values
+        width = max(1, _BLOCK // len(values))
+        for column in range(0, work.context.dimensions, width):
+            block = np.stack([vector[column : column + width] for vector in values])
+            records[:, start + column : start + column + width] = shares @ block
         return [record.data.cast("B").toreadonly() for record in records]
 
     def _values(self, contribution: Contribution) -> NDArray[np.float32]:

@@ -12,12 +12,14 @@ DIR/clients/<id>. Whoever has such a directory can pose as any member.
 """
 
 import datetime as dt
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -27,7 +29,7 @@ from fedmosaic.privacy.federation import identity, kits
 from fedmosaic.privacy.federation.install import install
 from fedmosaic.privacy.federation.kits import FederationConfig, ServerEntry, too_few
 from fedmosaic.privacy.federation.requests import KeyRequest, make_request, read_request
-from fedmosaic.privacy.federation.roster import Member, Roster
+from fedmosaic.privacy.federation.roster import Member, Roster, Witness
 from fedmosaic.privacy.files import sync_directory, write_atomically
 from fedmosaic.protos.errors import ConfigurationError, IdentityError
 
@@ -112,16 +114,42 @@ def begin(
         _begin(config, making, passphrase)
 
 
-def create(config: FederationConfig, directory: Path, basis: Path | None = None) -> Roster:
-    """Found a federation on one machine: all keys are made here, without a passphrase; see `begin`."""
+def create(
+    config: FederationConfig, directory: Path, basis: Path | None = None, *, simulated: bool = False
+) -> Roster:
+    """Found a federation on one machine: all keys are made here, without a passphrase; see `begin`.
+
+    That of a simulation stays as it is, and in one place: nothing is checked that was made a moment ago, and
+    the kits of thousands share one file of the roster, and of the basis.
+    """
     with _made_at_once(config, directory, basis) as making:
         _begin(config, making, None)
         requests = [make_request(making / "server", config.federation, hosts=config.server.hosts)]
-        for member in config.members:
+        for member in config.parties:
             kit = making / "clients" / member.id
             requests.append(make_request(kit, config.federation, member.id, member.family))
+        if simulated:
+            return _settle(_open(making, None), config, requests)
         approve(making, requests)
         return kits.open_kit(making / "server").roster
+
+
+def _settle(office: _Office, config: FederationConfig, requests: Sequence[KeyRequest]) -> Roster:
+    """Sign the first roster and fill every kit where it lies."""
+    members = tuple(_member(request) for request in requests if request.id)
+    first = Roster(
+        federation=config.federation, serial=1, issued=_today(), members=members, terms=config.terms
+    )
+    roster = first.signed(office.authority.signing_key)
+    roster.write(office.directory / kits.ROSTER)
+    for request in requests:
+        kit = office.directory / (f"clients/{request.id}" if request.id else "server")
+        _write_answer(office, kit, request, os.link)
+        os.link(office.directory / kits.ROSTER, kit / kits.ROSTER)
+        for made in (kit / kits.PENDING).iterdir():
+            made.replace(kit / made.name)
+        (kit / kits.PENDING).rmdir()
+    return roster
 
 
 @contextmanager
@@ -243,9 +271,9 @@ def _check_name(office: _Office, request: KeyRequest, *, replace: bool) -> None:
     founding, roster = office.founding, office.roster
     present: KeyRequest | Member | None = office.approved(request.id)
     if roster is not None:
-        present = next((member for member in roster.members if member.id == request.id), None)
+        present = next((party for party in roster.parties if party.id == request.id), None)
     elif founding is not None:
-        entry = next((member for member in founding.members if member.id == request.id), None)
+        entry = next((party for party in founding.parties if party.id == request.id), None)
         if entry is None or (entry.family and entry.family != request.family):
             raise ConfigurationError(
                 f"the founding names no {request.who} of family {request.family!r}; it names "
@@ -262,7 +290,7 @@ def _check_keys(office: _Office, requests: Sequence[KeyRequest]) -> None:
     """Refuse keys that are another party's, or that were given up: an old request proves nothing."""
     place = office.directory / _PLACE
     present: list[KeyRequest | Member] = [read_request(path) for path in (place / "approved").rglob("*.json")]
-    present += office.roster.members if office.roster else ()
+    present += office.roster.parties if office.roster else ()
     owner = {key: party.id for party in present for key in _keys(party)}
     former = {key for path in (place / "former").rglob("*.json") for key in _keys(read_request(path))}
     for request in requests:
@@ -283,18 +311,22 @@ def _answer(office: _Office, requests: Sequence[KeyRequest]) -> Approval:
     """Sign the roster where its members change, and write the answers."""
     no_server = () if office.approved("") else ("(server)",)
     if office.roster is None:
-        names = [member.id for member in office.founding.members] if office.founding else []
+        names = [party.id for party in founding.parties] if (founding := office.founding) else []
         found = {name: office.approved(name) for name in names}
         waiting = tuple(name for name, request in found.items() if request is None)
-        if office.founding is None or waiting:
+        if founding is None or waiting:
             return Approval(None, {}, (*waiting, *no_server))
-        members = tuple(_member(request) for request in found.values() if request is not None)
-        terms = office.founding.terms
-        first = Roster(federation=office.federation, serial=1, issued=_today(), members=members, terms=terms)
+        parties = {name: _member(request) for name, request in found.items() if request}
+        named: dict[str, Any] = {"federation": office.federation, "serial": 1, "issued": _today()}
+        if notary := founding.witness:
+            named["witness"] = Witness(**dict(parties.pop(notary.id)), seconds=notary.seconds)
+        first = Roster(**named, members=tuple(parties.values()), terms=founding.terms)
         return Approval(*_publish(office, first, {"", *names}), no_server)
     new = {request.id: _member(request) for request in requests if request.id}
-    kept = {member.id: member for member in office.roster.members}
-    roster = _next(office.roster, tuple((kept | new).values()))
+    if (witness := office.roster.witness) is not None and witness.id in new:
+        witness = Witness(**dict(new.pop(witness.id)), seconds=witness.seconds)
+    members = {member.id: member for member in office.roster.members} | new
+    roster = _next(office.roster, tuple(members.values()), witness)
     return Approval(*_publish(office, roster, {request.id for request in requests}), no_server)
 
 
@@ -307,11 +339,12 @@ def _today() -> str:
     return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
 
 
-def _next(roster: Roster, members: tuple[Member, ...]) -> Roster:
-    """The roster of these members: the same one if they are the same."""
-    if members == roster.members:
+def _next(roster: Roster, members: tuple[Member, ...], witness: Witness | None) -> Roster:
+    """The roster of these parties: the same one if they are the same."""
+    if (members, witness) == (roster.members, roster.witness):
         return roster
     changes = {"serial": roster.serial + 1, "issued": _today(), "members": [dict(m) for m in members]}
+    changes["witness"] = witness and dict(witness)
     return validate(roster.model_dump() | changes | {"signature": ""}, Roster, "the new roster")
 
 
@@ -334,7 +367,7 @@ def revoke_member(directory: Path, member_id: str, passphrase: str | None = None
             "found a new federation whose terms fit fewer members"
         )
     office.retire(member_id)
-    return _publish(office, _next(office.roster, left), set())[0]
+    return _publish(office, _next(office.roster, left, office.roster.witness), set())[0]
 
 
 def _publish(office: _Office, roster: Roster, asked: set[str]) -> tuple[Roster, dict[str, Path]]:
@@ -346,7 +379,7 @@ def _publish(office: _Office, roster: Roster, asked: set[str]) -> tuple[Roster, 
     if not roster.signature:
         roster = roster.signed(office.authority.signing_key)
         roster.write(directory / kits.ROSTER)
-    names = ["", *(member.id for member in roster.members)]
+    names = ["", *(party.id for party in roster.parties)]
     for gone in (directory / ANSWERS / "clients").glob("*"):
         if gone.name not in names:
             shutil.rmtree(gone)
@@ -354,7 +387,8 @@ def _publish(office: _Office, roster: Roster, asked: set[str]) -> tuple[Roster, 
     for name in names:
         party = Path("clients", name) if name else Path("server")
         answer = directory / ANSWERS / party
-        _write_answer(office, answer, roster, office.approved(name) if name in asked else None)
+        _write_answer(office, answer, office.approved(name) if name in asked else None, shutil.copyfile)
+        roster.write(answer / kits.ROSTER)
         # Where the owner of a kit here has made other keys at home, the answer is for the owner.
         with suppress(IdentityError):
             if (directory / party).is_dir():
@@ -366,7 +400,9 @@ def _publish(office: _Office, roster: Roster, asked: set[str]) -> tuple[Roster, 
     return roster, answers
 
 
-def _write_answer(office: _Office, answer: Path, roster: Roster, request: KeyRequest | None) -> None:
+def _write_answer(
+    office: _Office, answer: Path, request: KeyRequest | None, copy: Callable[[Path, Path], object]
+) -> None:
     answer.mkdir(parents=True, exist_ok=True)
     authority = office.authority
     pinned = identity.public_hex(authority.signing_key.public_key()) + "\n"
@@ -374,7 +410,7 @@ def _write_answer(office: _Office, answer: Path, roster: Roster, request: KeyReq
     certificate = authority.certificate.public_bytes(serialization.Encoding.PEM)
     (answer / kits.AUTHORITY_CERTIFICATE).write_bytes(certificate)
     if office.basis is not None:
-        shutil.copyfile(office.basis, answer / kits.BASIS)
+        copy(office.basis, answer / kits.BASIS)
     if request is not None and request.id:
         pem = identity.certify_client(authority, request.tls_key, request.federation, request.id)
         (answer / kits.TLS_CERTIFICATE).write_bytes(pem)
@@ -383,7 +419,6 @@ def _write_answer(office: _Office, answer: Path, roster: Roster, request: KeyReq
         (answer / kits.TLS_CERTIFICATE).write_bytes(pem)
         entry = office.founding.server if office.founding else ServerEntry()
         (answer / kits.SERVER_SETTINGS).write_text(_OPERATOR.format(port=entry.port), encoding="utf-8")
-    roster.write(answer / kits.ROSTER)
 
 
 _OPERATOR = """# The server's configuration; the terms of the federation are in roster.json.

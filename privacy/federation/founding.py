@@ -6,12 +6,7 @@ from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.federation.consortium import create
 from fedmosaic.privacy.federation.kits import FederationConfig
 from fedmosaic.privacy.federation.roster import Roster
-from fedmosaic.privacy.federation.terms_checks import (
-    check_grid,
-    check_plan,
-    with_bounded_delta,
-    with_planned_noise,
-)
+from fedmosaic.privacy.federation.terms_checks import settled, with_bounded_delta
 
 
 def create_federation(
@@ -44,8 +39,6 @@ def planned(config: FederationConfig | Path | str) -> FederationConfig:
     """
     if not isinstance(config, FederationConfig):
         config = read_configuration(Path(config), FederationConfig)
-    terms = with_bounded_delta(config.terms)
-    check_plan(terms)
-    config = config.model_copy(update={"terms": with_planned_noise(terms)})
-    check_grid(config.terms, len(config.members))
-    return config
+    names = [member.id for member in config.members]
+    terms = settled(with_bounded_delta(config.terms), names)
+    return config.model_copy(update={"terms": terms})

@@ -125,7 +125,7 @@ def _own_keys(found: Kit, kit: Path) -> dict[str, Path]:
         if asked is not None and (asked.id or names != set(asked.hosts)):
             raise _other_party(asked, f"a server {', '.join(sorted(names))}")
         return keys
-    member = found.roster.member(found.member_id())
+    member = found.roster.party(found.member_id())
     given = found.roster.federation, member.id, member.family
     if asked is not None and (asked.federation, asked.id, asked.family) != given:
         raise _other_party(asked, "member {1!r} of {0!r}, family {2!r}".format(*given))

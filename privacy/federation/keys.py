@@ -328,7 +328,7 @@ def _show(console: Console, place: Path) -> None:
     table = Table(title=f"federation {roster.federation}, roster {roster.serial} of {roster.issued}")
     for column in ("member", "family", "fingerprint", "certificate"):
         table.add_column(column, no_wrap=column == "fingerprint")
-    for member in roster.members:
+    for member in roster.parties:
         shown = member_fingerprint(roster.federation, member.id, member.identity_key, member.tls_key_sha256)
         table.add_row(member.id, member.family or "-", shown, _validity(place, Path("clients", member.id)))
     table.add_row("(server)", "-", "-", _validity(place, Path("server")))

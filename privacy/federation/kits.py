@@ -10,6 +10,7 @@
 """
 
 import datetime as dt
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from pydantic import Field, model_validator
 from fedmosaic.privacy.configuration import Frozen
 from fedmosaic.privacy.federation import identity
 from fedmosaic.privacy.federation.names import Family, Host, MemberId, Port
-from fedmosaic.privacy.federation.roster import Roster, Terms
+from fedmosaic.privacy.federation.roster import Roster
+from fedmosaic.privacy.federation.terms import Seconds, Terms, check_witnessed
 from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import IdentityError
 
@@ -44,6 +46,15 @@ class MemberEntry(Frozen):
     """Architecture of its model. Members of different families need an aligned basis, see `adapter.basis`."""
 
 
+class WitnessEntry(Frozen):
+    """Who recomputes every aggregate from the signed uploads and countersigns it; never a member."""
+
+    id: MemberId
+    """Name of the witness: lower-case letters, digits and hyphens."""
+    seconds: Seconds = 600
+    """How long a round waits for it; whoever then has no countersignature trains the round alone."""
+
+
 class ServerEntry(Frozen):
     """Where the server will listen, and under which names it is reached."""
 
@@ -60,17 +71,25 @@ class FederationConfig(Frozen):
     """Name of the federation: lower-case letters, digits and hyphens."""
     members: tuple[MemberEntry, ...] = Field(min_length=1, max_length=bounds.MAX_MEMBERS)
     server: ServerEntry = ServerEntry()
+    witness: WitnessEntry | None = None
     terms: Terms
+
+    @property
+    def parties(self) -> tuple[MemberEntry, ...]:
+        """The members, and the witness if there is one."""
+        return (*self.members, *((MemberEntry(id=self.witness.id),) if self.witness else ()))
 
     @model_validator(mode="after")
     def _enough_members(self) -> "FederationConfig":
         problem = too_few(len(self.members), self.terms)
         if problem:
             raise ValueError(problem)
-        ids = [member.id for member in self.members]
-        twice = sorted({name for name in ids if ids.count(name) > 1})
-        if twice:
-            raise ValueError(f"member id {twice[0]} appears more than once")
+        if self.witness is not None:
+            check_witnessed(self.terms)
+        ids = [party.id for party in self.parties]
+        if len(set(ids)) < len(ids):
+            twice = min(name for name, times in Counter(ids).items() if times > 1)
+            raise ValueError(f"member id {twice} appears more than once")
         return self
 
 
@@ -85,6 +104,13 @@ def too_few(members: int, terms: Terms) -> str:
         )
     if terms.schedule.quorum > members:
         return f"terms.schedule.quorum is {terms.schedule.quorum} with {members} members"
+    if members > bounds.MAX_CONTRIBUTORS and terms.schedule.sampled_clients is None:
+        return (
+            f"{members} members in every round are more than {bounds.MAX_CONTRIBUTORS}; name how many take "
+            "part in one in terms.schedule.sampled_clients"
+        )
+    if (terms.schedule.sampled_clients or 0) > members:
+        return f"terms.schedule.sampled_clients is {terms.schedule.sampled_clients} with {members} members"
     least = terms.group_sums.minimum_contributors
     if terms.adapter.in_group_sums and least > members:
         return (

@@ -5,7 +5,8 @@ import hashlib
 from pydantic import Field
 
 from fedmosaic.privacy.configuration import Frozen, canonical_json
-from fedmosaic.privacy.federation.roster import Hex32, Roster
+from fedmosaic.privacy.federation.roster import Roster
+from fedmosaic.privacy.federation.terms import Hex32
 from fedmosaic.protos.errors import IdentityError
 
 
@@ -28,6 +29,8 @@ class RosterMark(Frozen):
         terms = roster.terms.model_dump(mode="json")
         if not roster.terms.adapter.in_group_sums:
             del terms["group_sums"]  # as in the roster's own hash
+        if roster.witness is not None:  # its keys may change, like a member's
+            terms["witness"] = [roster.witness.id, roster.witness.seconds]
         for name, part in terms.items():
             terms[name] = hashlib.sha256(canonical_json(part).encode()).hexdigest()
         return cls(serial=roster.serial, sha256=roster.hash.hex(), terms=terms)

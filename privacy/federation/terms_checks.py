@@ -2,14 +2,17 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import Final
 
 from fedmosaic.privacy.accounting.calibrate import check_plannable, noise_multiplier_for
 from fedmosaic.privacy.accounting.epsilon import default_delta
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.accounting.leverage import noise_share
-from fedmosaic.privacy.federation.roster import Terms
+from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.mechanism.shares import plan_grid
+from fedmosaic.privacy.secureaggregation.partition import Partition, RoundTotals
+from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import AccountingError, ConfigurationError, MechanismError
 
 log = logging.getLogger(__name__)
@@ -19,6 +22,19 @@ round's charge needs one."""
 
 LARGEST_DELTA: Final = 1e-5
 _LARGEST_CLIENT: Final = 1_000_000
+_LONGEST_NUMBER: Final = 1.2345678901234567e-100
+
+
+def settled(terms: Terms, members: Sequence[str]) -> Terms:
+    """Terms as a federation of these members can be founded on them, the noise of group sums written in.
+
+    Raises:
+        ConfigurationError: they cannot be kept; the message says which, and what could.
+    """
+    check_plan(terms)
+    terms = with_planned_noise(terms)
+    check_sums(terms, members)
+    return terms
 
 
 def check_plan(terms: Terms) -> None:
@@ -90,20 +106,37 @@ def with_planned_noise(terms: Terms) -> Terms:
     return terms.model_copy(update={"group_sums": planned})
 
 
-def check_grid(terms: Terms, members: int) -> None:
-    """Refuse group sums whose integers have no room for a group of all members, before anything is spent.
+def check_sums(terms: Terms, members: Sequence[str]) -> None:
+    """Refuse group sums that a federation of these members could not form, before anything is spent.
 
     Raises:
-        ConfigurationError: `group_sums.bits` are too few.
+        ConfigurationError: `group_sums.bits` leave no room for a group of all members, or what the server
+            tells them in one message is too long.
     """
     sums = terms.group_sums
     if not terms.adapter.in_group_sums:
         return
     noise = noise_share(sums.noise_multiplier or 0.0, sums.minimum_contributors, sums.colluders)
     try:
-        plan_grid(members, terms.adapter_privacy.expected_batch_size, noise, sums.bits)
+        plan_grid(len(members), terms.adapter_privacy.expected_batch_size, noise, sums.bits)
     except MechanismError as error:
         raise ConfigurationError(f"terms.group_sums.bits is {sums.bits}: {error}") from None
+    names = tuple(sorted(members))
+    longest = Partition(groups=(names,), mixing=dict.fromkeys(names, (_LONGEST_NUMBER,) * sums.groups))
+    vector = bytes(-(-terms.adapter.shared_dimensions * sums.bits // 8))
+    for what, size, remedy in (
+        ("the groups and their weights", len(longest.encoded()), "terms.group_sums.groups"),
+        (
+            "a sum and the names behind it",
+            len(RoundTotals(1, (names,), (vector,)).messages()["group-0"]),
+            "terms.adapter.rank or terms.adapter.blocks",
+        ),
+    ):
+        if size > bounds.MAX_CHUNK_BYTES:
+            raise ConfigurationError(
+                f"{what} may take {size:,} bytes with {len(names):,} members, at most "
+                f"{bounds.MAX_CHUNK_BYTES:,} can be sent: lower {remedy}, or name members more shortly"
+            )
 
 
 def plan_inputs(terms: Terms, examples: float, rounds: int) -> tuple[list[GaussianEvent], float, int]:

@@ -30,6 +30,7 @@ from fedmosaic.privacy.ledger.rows import (
     Coverage,
     Kind,
     LedgerRow,
+    Unit,
     canonical_json,
     charges,
     data_epoch,
@@ -87,6 +88,7 @@ class Ledger:
         *,
         budgeted_channels: Sequence[Channel] = CHANNELS,
         examples: int | None = None,
+        unit: Unit = "example",
         clock: Callable[[], dt.datetime] = lambda: dt.datetime.now(dt.UTC),
     ) -> "Ledger":
         """Open or create a ledger, and verify it.
@@ -100,7 +102,8 @@ class Ledger:
             budgeted_channels: which channels the budget bounds. A channel whose releases are not
                 differentially private (`adapter.protection` none or encrypted) costs ε = ∞ and must be
                 left out here by name, or nothing can be released on it under a budget.
-            examples: n, the client's number of examples; checked against δ, not stored.
+            examples: n, the client's number of units; checked against δ, not stored.
+            unit: what is added or removed: all releases of a ledger protect the same.
             clock: tells the time.
 
         Raises:
@@ -108,7 +111,7 @@ class Ledger:
             AccountingError: δ (above 1/n, for one) or the accountant is not acceptable.
         """
         parameters = LedgerParameters(
-            client_id, float(delta), target_epsilon, accountant, tuple(budgeted_channels)
+            client_id, float(delta), target_epsilon, accountant, tuple(budgeted_channels), unit
         )
         if examples is not None:
             check_delta(delta, examples)
@@ -139,6 +142,10 @@ class Ledger:
     def close(self) -> None:
         """Close the file."""
         self._log.store.close()
+
+    def tell(self, listener: Callable[[LedgerRow], None]) -> None:
+        """Call `listener` with every row that is appended here from now on, once it is durable."""
+        self._log.told = listener
 
     def reserve(
         self,

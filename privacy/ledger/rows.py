@@ -12,15 +12,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedmosaic.privacy import configuration
 from fedmosaic.privacy.accounting.events import Epsilon, GaussianEvent
+from fedmosaic.privacy.chain import FIRST_PREVIOUS_HASH, chained_hash, misfit
 from fedmosaic.protos.errors import LedgerError
 
 Channel = Literal["profile", "adapter", "family"]
 Kind = Literal["OPENED", "RESERVED", "RELEASED", "RESENT", "REFUSED", "CLOSED", "RESUMED", "MOVED"]
 Coverage = Literal["dp", "cryptography", "nothing"]
-Unit = Literal["example"]
+Unit = Literal["example", "person"]
 
 CHANNELS: tuple[Channel, ...] = ("profile", "adapter", "family")
-FIRST_PREVIOUS_HASH = "0" * 64
 NEIGHBOURING_RELATION = "add or remove one"
 RESTORE = "move it away and put the newest backup in its place with `fedmosaic ledger move BACKUP PLACE`"
 """What to do about a ledger that cannot be used any more; `fedmosaic ledger backup` makes backups."""
@@ -100,7 +100,7 @@ class LedgerRow(BaseModel):
     def computed_hash(self) -> str:
         """SHA-256 (hexadecimal) over the previous hash and the canonical JSON of everything but `hash`."""
         content = canonical_json(self.model_dump(mode="json", exclude={"hash"}))
-        return hashlib.sha256(self.previous_hash.encode() + content.encode()).hexdigest()
+        return chained_hash(self.previous_hash, content)
 
     @classmethod
     def sealed(cls, **fields: Any) -> "LedgerRow":
@@ -201,12 +201,8 @@ def check_chain(rows: Sequence[LedgerRow]) -> None:
     released: dict[int, str | None] = {}
     before: Kind | None = None
     for index, row in enumerate(rows):
-        if row.sequence != index:
-            raise _broken(index, f"row {row.sequence} stands in its place; a row was removed, added or moved")
-        if row.previous_hash != previous:
-            raise _broken(index, "it does not continue the row before it")
-        if row.hash != row.computed_hash():
-            raise _broken(index, "its content does not match its hash")
+        if reason := misfit(row, index, previous):
+            raise _broken(index, reason)
         if (row.kind == "OPENED") != (index == 0):
             raise _broken(index, "a ledger is opened once, in its first row")
         if before == "MOVED" or (before == "CLOSED" and row.kind not in ("RESUMED", "MOVED")):

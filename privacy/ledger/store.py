@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedmosaic.privacy.accounting.epsilon import EpsilonBound
+from fedmosaic.privacy.chain import misfit
 from fedmosaic.privacy.files import private_opener, sync_directory, write_atomically
 from fedmosaic.privacy.ledger.rows import (
     RESTORE,
@@ -257,6 +258,8 @@ class LedgerLog:
     def __init__(self, store: LedgerStore, clock: Callable[[], dt.datetime]) -> None:
         self.store = store
         self.rows: list[LedgerRow] = []
+        self.told: Callable[[LedgerRow], None] | None = None
+        """Called with every row that this process has appended, once it is durable."""
         self._clock = clock
         self._lock = threading.RLock()
 
@@ -291,6 +294,9 @@ class LedgerLog:
                 del self.rows[known:]
                 raise
             self.store.write_head(self.rows[-1])
+            if self.told is not None:
+                for row in self.rows[known:]:
+                    self.told(row)
 
     def append(self, kind: Kind, *, bound: EpsilonBound, **fields: Any) -> LedgerRow:
         """Write the next row, inside `appending`; `bound` is the running ε after it."""
@@ -322,7 +328,7 @@ class LedgerLog:
         for row in self.store.rows(len(self.rows)):
             previous = self.rows[-1].hash if self.rows else row.previous_hash
             position = len(self.rows)
-            if (row.sequence, row.previous_hash, row.hash) != (position, previous, row.computed_hash()):
+            if misfit(row, position, previous):
                 raise LedgerError(
                     f"the privacy ledger is damaged at row {position}: it does not continue the rows before "
                     "it"

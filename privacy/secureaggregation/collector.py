@@ -1,14 +1,15 @@
 """The server's part in one sum: pass messages on, add masked vectors, take the masks off the sum."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Sequence
+from functools import cache
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from fedmosaic.privacy.secureaggregation.masks import (
+    Masks,
     WordArray,
-    expand,
     from_words,
     pair_mask_key,
     private_key,
@@ -16,15 +17,20 @@ from fedmosaic.privacy.secureaggregation.masks import (
     unpack,
 )
 from fedmosaic.privacy.secureaggregation.messages import (
+    CHECK_BYTES,
     ENVELOPE_BYTES,
     Opening,
     Unmasking,
     check_left,
     check_opening,
     check_survivor_signatures,
+    seed_check,
+    share_check,
+    split,
+    survivors_digest,
     transcript,
 )
-from fedmosaic.privacy.secureaggregation.shamir import PRIME, combine, lagrange_weights
+from fedmosaic.privacy.secureaggregation.shamir import combine, lagrange_weights
 from fedmosaic.privacy.secureaggregation.terms import SumTerms
 from fedmosaic.protos.errors import EncryptionError
 
@@ -32,40 +38,46 @@ T = TypeVar("T")
 
 
 class SumCollector:
-    """One sum at the server. What a member sends is checked when it comes, and refused by name."""
+    """One sum at the server. What a member sends is checked when it comes, and refused by name.
+
+    Attributes:
+        faults: member → what it has provably done.
+        disputes: (recipient, sender) of envelopes that, says the recipient, did not hold what was announced:
+            one of the two lies.
+    """
 
     def __init__(self, terms: SumTerms) -> None:
+        self.faults: dict[str, str] = {}
+        self.disputes: set[tuple[str, str]] = set()
         self._terms = terms
         self._openings: dict[str, Opening] = {}
+        self._place: dict[str, int] = {}
         self._transcript = b""
-        self._envelopes: dict[str, Mapping[str, bytes]] = {}
+        self._envelopes: dict[str, bytes] = {}
         self._survivors: set[str] = set()
+        self._listed = b""
         self._signatures: dict[str, bytes] = {}
-        self._unmaskings: dict[str, Unmasking] = {}
+        self._unmasked: set[str] = set()
+        self._shares: dict[str, dict[str, int]] = {}
         self._total: WordArray | None = None
 
     def add_opening(self, member: str, opening: Opening) -> None:
         """Step 1; a repeated one must be the same. One that is not signed for this sum harms nobody else."""
-        if member in self._terms.members:
-            check_opening(self._terms, member, opening)
+        check_opening(self._terms, member, opening)
         _keep(member, self._terms.members, self._openings, opening, "opening")
 
     def close_openings(self) -> dict[str, Opening]:
-        """Everybody's openings, to be given to everybody.
-
-        Raises:
-            EncryptionError: one is forged, or too few came.
-        """
+        """Everybody's openings, to be given to everybody; EncryptionError if too few came."""
         self._transcript = transcript(self._terms, self._openings)
+        self._place = {member: place for place, member in enumerate(sorted(self._openings))}
         return dict(self._openings)
 
-    def add_envelopes(self, member: str, envelopes: Mapping[str, bytes]) -> None:
-        """Step 2."""
-        if set(envelopes) != set(self._openings) - {member}:
-            raise EncryptionError(f"{member!r} did not seal shares for exactly the others who opened")
-        if any(len(envelope) != ENVELOPE_BYTES for envelope in envelopes.values()):
-            raise EncryptionError(f"{member!r} sent an envelope that is not of {ENVELOPE_BYTES} bytes")
-        _keep(member, self._openings, self._envelopes, dict(envelopes), "set of envelopes")
+    def add_envelopes(self, member: str, envelopes: bytes) -> None:
+        """Step 2: envelopes for all who opened, in ascending order of their names."""
+        if len(envelopes) != ENVELOPE_BYTES * len(self._openings):
+            raise EncryptionError(f"{member!r} did not seal shares for exactly those who opened")
+        _keep(member, self._openings, self._envelopes, envelopes, "set of envelopes")
+        self._shares.setdefault(member, {})
 
     def close_envelopes(self) -> None:
         """EncryptionError if too few shared."""
@@ -73,7 +85,11 @@ class SumCollector:
 
     def envelopes_for(self, member: str) -> dict[str, bytes]:
         """Sender → envelope for a member."""
-        return {sender: sealed[member] for sender, sealed in self._envelopes.items() if sender != member}
+        return {sender: self._envelope(sender, member) for sender in self._envelopes}
+
+    def _envelope(self, sender: str, recipient: str) -> bytes:
+        start = ENVELOPE_BYTES * self._place[recipient]
+        return self._envelopes[sender][start : start + ENVELOPE_BYTES]
 
     def add_vector(self, member: str, masked: bytes) -> None:
         """Step 3. Added at once, so memory does not grow with the group."""
@@ -90,11 +106,12 @@ class SumCollector:
             EncryptionError: too few are left to form the sum or to take the masks off.
         """
         check_left("sent their vectors", self._survivors, self._terms, len(self._openings))
+        self._listed = survivors_digest(self._transcript, self._survivors)
         return tuple(sorted(self._survivors))
 
     def add_signature(self, member: str, signature: bytes) -> None:
         """Step 4; EncryptionError if it is not the member's for this list."""
-        check_survivor_signatures(self._terms, self._transcript, self._survivors, {member: signature}, 1)
+        check_survivor_signatures(self._terms, self._listed, self._survivors, {member: signature}, 1)
         self._signatures[member] = signature
 
     def signatures(self) -> dict[str, bytes]:
@@ -103,57 +120,93 @@ class SumCollector:
 
     def add_unmasking(self, member: str, unmasking: Unmasking) -> None:
         """Step 5."""
-        vanished = set(self._envelopes) - self._survivors
-        if set(unmasking.self_masks) != self._survivors or set(unmasking.mask_keys) != vanished:
+        if set(unmasking.shares) != set(self._envelopes):
             raise EncryptionError(f"{member!r} sent shares of other members than those that are asked for")
-        shares = (*unmasking.self_masks.values(), *unmasking.mask_keys.values())
-        if not all(0 <= value < PRIME for value in shares):
-            raise EncryptionError(f"{member!r} sent a number that is no share")
-        _keep(member, self._survivors, self._unmaskings, unmasking, "set of shares")
+        if member not in self._survivors or member in self._unmasked:
+            raise EncryptionError(f"shares of {member!r}, who sent no vector or has sent its shares")
+        self._unmasked.add(member)
+        for sender, share in unmasking.shares.items():
+            if share is None:
+                self.disputes.add((member, sender))
+            else:
+                self._shares[sender][member] = share
 
     @property
     def can_finish(self) -> bool:
-        """Whether shares of enough members are here."""
-        return len(self._unmaskings) >= self._needed
+        """Whether enough shares of every member's secret are here."""
+        fewest = min(map(len, self._shares.values()), default=0)
+        return fewest >= self._terms.threshold(len(self._openings))
 
     def finish(self) -> npt.NDArray[np.int64]:
         """The sum over the contributors: (D,) int64.
 
         Raises:
-            EncryptionError: too few shares came, or those of a member do not give its key back: somebody
-                lied, and nothing says who.
+            EncryptionError: too few true shares are here. Whoever gave or sealed a false one is in `faults`;
+                what comes later may suffice.
         """
+        needed = self._terms.threshold(len(self._openings))
         if not self.can_finish or self._total is None:
             raise EncryptionError(
-                f"shares of {len(self._unmaskings)} members came, {self._needed} are needed"
+                f"shares of {len(self._unmasked)} members came, true ones of {needed} are needed"
+                + self._blame()
             )
-        order = sorted(self._openings)
-        senders = sorted(self._unmaskings)[: self._needed]
-        weights = lagrange_weights([order.index(sender) + 1 for sender in senders])
+        weights = cache(lagrange_weights)
+        seeds = {member: self._secret(member, needed, weights) for member in self._shares}
         digest, bits, size = self._terms.digest(), self._terms.bits, self._terms.dimensions
-
-        def seed(kind: str, member: str) -> int:
-            shares = {n: getattr(self._unmaskings[sender], kind)[member] for n, sender in enumerate(senders)}
-            return combine(shares, weights)
-
-        total = self._total.copy()
-        for member in sorted(self._survivors):
-            total -= expand(self_mask_key(seed("self_masks", member), digest), size, bits)
-        for member in sorted(set(self._envelopes) - self._survivors):
-            key = private_key(seed("mask_keys", member), digest)
-            if key.public_key().public_bytes_raw() != self._openings[member].mask_key:
-                raise EncryptionError(f"the shares of {member!r}'s mask key do not fit together")
+        masks, total = Masks(size, bits), self._total.copy()
+        for member, seed in seeds.items():
+            if seed is None:
+                raise EncryptionError("the masks of a member cannot be found" + self._blame())
+            if member in self._survivors:
+                total -= masks.of(self_mask_key(seed, digest))
+                continue
+            key = private_key(seed, digest)
             for other in self._survivors:
                 pair = (member, other)
                 shared = pair_mask_key(key, self._openings[other].mask_key, self._transcript, pair)
-                mask = expand(shared, size, bits)
                 # What the survivor put in, with its sign.
-                total = total - mask if other < member else total + mask
+                change = np.subtract if other < member else np.add
+                change(total, masks.of(shared), out=total)
         return from_words(total, bits)
 
-    @property
-    def _needed(self) -> int:
-        return self._terms.threshold(len(self._openings))
+    def _secret(
+        self, member: str, needed: int, weights: Callable[[tuple[int, ...]], Sequence[int]]
+    ) -> int | None:
+        """Seed of a contributor's self-mask or of a vanished member's mask key; None if it is not found.
+
+        False shares are looked for only where the first k lead to another secret than was announced.
+        """
+        shares = self._shares[member]
+        while len(holders := sorted(shares)[:needed]) == needed:
+            places = tuple(self._place[holder] + 1 for holder in holders)
+            seed = combine([shares[holder] for holder in holders], weights(places))
+            if self._announced(member, seed):
+                return seed
+            false = [holder for holder in holders if not self._was_sealed(member, holder)]
+            if not false:
+                self.faults[member] = "it sealed shares that do not lead to its masks"
+                return None
+            for holder in false:
+                self.faults[holder] = f"it gave another share of {member!r} than was sealed for it"
+                for given in self._shares.values():
+                    given.pop(holder, None)
+        return None
+
+    def _announced(self, member: str, seed: int) -> bool:
+        """Whether a secret is the one that its member's opening speaks of."""
+        opening, digest = self._openings[member], self._terms.digest()
+        if member in self._survivors:
+            return seed_check(digest, member, seed) == opening.self_check
+        return private_key(seed, digest).public_key().public_bytes_raw() == opening.mask_key
+
+    def _was_sealed(self, member: str, holder: str) -> bool:
+        """Whether a share has the hash that its sender published, and its recipient did not dispute."""
+        kind, share = int(member not in self._survivors), self._shares[member][holder]
+        told = split(self._envelope(member, holder)[-2 * CHECK_BYTES :], CHECK_BYTES, 2)[kind]
+        return share_check(self._transcript, member, holder, kind, share) == told
+
+    def _blame(self) -> str:
+        return "".join(f"; {member!r}: {fault}" for member, fault in sorted(self.faults.items()))
 
 
 def _keep(member: str, allowed: Collection[str], kept: dict[str, T], message: T, what: str) -> None:

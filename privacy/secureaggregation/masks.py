@@ -61,13 +61,28 @@ def agree(own: X25519PrivateKey, other: bytes) -> bytes:
         raise EncryptionError("a member's public key is no usable X25519 key") from None
 
 
-def expand(key: bytes, dimensions: int, bits: int) -> WordArray:
-    """A mask: (D,) words of AES-256 in counter mode, uniform modulo 2**bits; a key serves one mask only."""
-    stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
-    kind = _words(bits)
-    words = np.frombuffer(stream.update(bytes(kind.itemsize * dimensions)), dtype=kind)
-    # Higher bits take part in sums, which are reduced once at the end.
-    return words.astype(kind.newbyteorder("="), copy=False)
+class Masks:
+    """Masks of one length, each made in the same buffer: a mask is gone when the next is asked for.
+
+    Args:
+        dimensions: D.
+        bits: b of the words.
+    """
+
+    def __init__(self, dimensions: int, bits: int) -> None:
+        kind = _words(bits)
+        self._zeros = bytes(kind.itemsize * dimensions)
+        # The cipher asks for room for one block more, less a byte.
+        self._stream = bytearray(len(self._zeros) + 15)
+        self._words = np.frombuffer(self._stream, dtype=kind, count=dimensions)
+
+    def of(self, key: bytes) -> WordArray:
+        """(D,) words of AES-256 in counter mode, uniform modulo 2**bits; a key serves one mask only.
+
+        Higher bits take part in sums, which are reduced once at the end.
+        """
+        Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor().update_into(self._zeros, self._stream)
+        return self._words
 
 
 def to_words(values: npt.NDArray[np.int64], bits: int) -> WordArray:

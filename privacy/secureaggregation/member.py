@@ -2,11 +2,12 @@
 
     1. open()              fresh keys, signed
     2. share(openings)     check all signatures; shares of both secrets, sealed for each other member
-    3. accept(envelopes)   the others' shares
+    3. accept(envelopes)   the others' shares, as far as they are what was announced
        mask(x)             x + own mask ± a mask with every other member, modulo 2**bits
     4. agree(survivors)    sign whose vectors came
     5. unmask(signatures)  k signatures on one list; then one share per member: of the self-mask of a
-                           survivor, of the mask key of one who vanished, and never both
+                           survivor, of the mask key of one who vanished, and never both; or that its
+                           envelope held none
 
 The server and t members learn the sum over one list of at least m_min contributors, and nothing else; a
 vector that comes late stays hidden by its self-mask. Members may vanish between any two steps: as long as k
@@ -27,8 +28,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedmosaic.privacy.secureaggregation.masks import (
+    Masks,
     agree,
-    expand,
     pack,
     pair_mask_key,
     private_key,
@@ -36,12 +37,15 @@ from fedmosaic.privacy.secureaggregation.masks import (
     to_words,
 )
 from fedmosaic.privacy.secureaggregation.messages import (
+    ENVELOPE_BYTES,
     Opening,
     Unmasking,
     check_left,
+    check_opening,
     check_survivor_signatures,
     open_shares,
     seal_shares,
+    seed_check,
     sign_opening,
     survivors_digest,
     transcript,
@@ -94,20 +98,22 @@ class SumMember:
         self._envelope_key = X25519PrivateKey.from_private_bytes(random_bytes(32))
         self._openings: dict[str, Opening] = {}
         self._transcript = b""
-        self._held: dict[str, tuple[int, int]] = {}
+        self._agreed: dict[str, bytes] = {}
+        self._held: dict[str, tuple[int, int] | None] = {}
         self._survivors: tuple[str, ...] = ()
 
     def open(self) -> Opening:
         """Step 1: the keys of this sum."""
         with self._only(_Step.OPEN, _Step.SHARE):
-            keys = (
+            content = (
                 self._mask_key.public_key().public_bytes_raw(),
                 self._envelope_key.public_key().public_bytes_raw(),
+                seed_check(self._terms.digest(), self._member, self._self_seed),
             )
-            return sign_opening(self._terms, self._member, *keys, self._identity)
+            return sign_opening(self._terms, self._member, content, self._identity)
 
     def share(self, openings: Mapping[str, Opening]) -> dict[str, bytes]:
-        """Step 2: recipient → envelope of 48 bytes.
+        """Step 2: recipient → envelope of 64 bytes, this member among them.
 
         Args:
             openings: member → opening, of everybody who opened, this member included.
@@ -117,6 +123,8 @@ class SumMember:
                 few opened.
         """
         with self._only(_Step.SHARE, _Step.ACCEPT):
+            for member, opening in openings.items():
+                check_opening(self._terms, member, opening)
             digest = transcript(self._terms, openings)
             own = openings.get(self._member)
             if own is None or own.envelope_key != self._envelope_key.public_key().public_bytes_raw():
@@ -126,30 +134,42 @@ class SumMember:
             threshold = self._terms.threshold(len(members))
             self_shares = share(self._self_seed, threshold, len(members), self._random)
             key_shares = share(self._mask_seed, threshold, len(members), self._random)
-            sealed = {}
-            for member, pair in zip(members, zip(self_shares, key_shares, strict=True), strict=True):
-                if member == self._member:
-                    self._held[member] = pair
-                    continue
-                agreed = agree(self._envelope_key, openings[member].envelope_key)
-                sealed[member] = seal_shares(agreed, digest, self._member, member, pair)
-            return sealed
+            self._agreed = {
+                member: agree(self._envelope_key, openings[member].envelope_key) for member in members
+            }
+            return {
+                member: seal_shares(self._agreed[member], digest, self._member, member, pair)
+                for member, pair in zip(members, zip(self_shares, key_shares, strict=True), strict=True)
+            }
 
     def accept(self, envelopes: Mapping[str, bytes]) -> None:
-        """Open the others' shares; whoever has to pay for a vector does so after this.
+        """Open the shares; whoever has to pay for a vector does so after this.
+
+        An envelope that does not hold what its sender announced is set aside: its sender has a mask in common
+        with this member all the same, whose keys the openings are, and others hold shares of it.
 
         Args:
-            envelopes: sender → envelope for this member, of every other member that shared.
+            envelopes: sender → envelope for this member, of every member that shared.
 
         Raises:
-            EncryptionError: an envelope is malformed, altered or foreign, or too few members are left.
+            EncryptionError: an envelope is malformed or foreign, more are damaged than there are members who
+                might lie, or too few members are left.
         """
         with self._only(_Step.ACCEPT, _Step.MASK):
             for sender, envelope in envelopes.items():
-                if sender not in self._openings or sender == self._member:
-                    raise EncryptionError(f"an envelope of {sender!r}, who did not open this sum")
-                agreed = agree(self._envelope_key, self._openings[sender].envelope_key)
-                self._held[sender] = open_shares(agreed, self._transcript, sender, self._member, envelope)
+                if sender not in self._openings or len(envelope) != ENVELOPE_BYTES:
+                    raise EncryptionError(f"{len(envelope)} bytes are no envelope of {sender!r} in this sum")
+                self._held[sender] = open_shares(
+                    self._agreed[sender], self._transcript, sender, self._member, envelope
+                )
+            damaged = sorted(sender for sender, shares in self._held.items() if shares is None)
+            if len(damaged) > self._terms.colluders:
+                raise EncryptionError(
+                    f"the envelopes of {', '.join(damaged)} were altered, or are of another sum or for "
+                    "another member: the server showed others other keys, or changed them"
+                )
+            if self._member not in self._held:
+                raise EncryptionError(f"the envelopes of {self._member!r} did not reach the others in time")
             # With fewer than k, the server could pick masks of members that vanish, whose keys it is given,
             # for a vector that is to be alone. Any k have an honest member in common with those who sign the
             # contributors, and its mask stays.
@@ -169,14 +189,14 @@ class SumMember:
                 raise EncryptionError(
                     f"a vector of {vector.shape} {vector.dtype}, expected ({self._terms.dimensions},) int64"
                 )
-            digest, bits, size = self._transcript, self._terms.bits, self._terms.dimensions
+            bits, masks = self._terms.bits, Masks(self._terms.dimensions, self._terms.bits)
             masked = to_words(vector, bits)
-            masked = masked + expand(self_mask_key(self._self_seed, self._terms.digest()), size, bits)
+            masked += masks.of(self_mask_key(self._self_seed, self._terms.digest()))
             for other in sorted(set(self._held) - {self._member}):
                 pair = (self._member, other)
-                key = pair_mask_key(self._mask_key, self._openings[other].mask_key, digest, pair)
-                mask = expand(key, size, bits)
-                masked = masked + mask if self._member < other else masked - mask
+                key = pair_mask_key(self._mask_key, self._openings[other].mask_key, self._transcript, pair)
+                change = np.add if self._member < other else np.subtract
+                change(masked, masks.of(key), out=masked)
             return pack(masked, bits)
 
     def agree(self, survivors: Collection[str]) -> bytes:
@@ -209,11 +229,13 @@ class SumMember:
         """
         with self._only(_Step.UNMASK, _Step.OVER):
             needed = self._terms.threshold(len(self._openings))
-            check_survivor_signatures(self._terms, self._transcript, self._survivors, signatures, needed)
-            vanished = set(self._held) - set(self._survivors)
+            digest = survivors_digest(self._transcript, self._survivors)
+            check_survivor_signatures(self._terms, digest, self._survivors, signatures, needed)
             return Unmasking(
-                self_masks={member: self._held[member][0] for member in self._survivors},
-                mask_keys={member: self._held[member][1] for member in sorted(vanished)},
+                {
+                    member: None if pair is None else pair[0 if member in self._survivors else 1]
+                    for member, pair in self._held.items()
+                }
             )
 
     @contextmanager

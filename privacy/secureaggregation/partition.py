@@ -9,7 +9,9 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from fedmosaic.privacy.configuration import Frozen, canonical_json
+from fedmosaic.privacy.federation.terms import GroupSumTerms
 from fedmosaic.privacy.groupkey.messages import sha256
+from fedmosaic.privacy.secureaggregation.terms import SumTerms
 from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import PolicyError, WireError
 
@@ -47,6 +49,30 @@ class Partition(Frozen):
             raise WireError(
                 f"the server's partition into groups cannot be read: {error.errors()[0]['msg']}"
             ) from None
+
+    def terms(
+        self, context: bytes, identity_keys: Mapping[str, bytes], sums: GroupSumTerms, dimensions: int
+    ) -> tuple[SumTerms, ...]:
+        """What the members of every group agree on for one round; alike at them and at the server.
+
+        Args:
+            context: `sum_context` of the round.
+            identity_keys: of all members.
+            sums: the roster's.
+            dimensions: D, of the shared adapter.
+        """
+        return tuple(
+            SumTerms(
+                context,
+                group,
+                {name: identity_keys[name] for name in group},
+                sums.minimum_contributors,
+                sums.colluders,
+                dimensions,
+                sums.bits,
+            )
+            for group in self.groups
+        )
 
     def group_of(self, member: str) -> int:
         """Index of a member's group."""

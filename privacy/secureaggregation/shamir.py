@@ -3,7 +3,7 @@
 Reference: Shamir, "How to share a secret", CACM 22(11), 1979.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from fedmosaic.protos.errors import EncryptionError
@@ -48,14 +48,9 @@ def _evaluate(coefficients: Sequence[int], point: int) -> int:
     return value
 
 
-def combine(shares: Mapping[int, int], weights: Sequence[int]) -> int:
-    """The secret behind shares.
-
-    Args:
-        shares: point → share, as many as the threshold; in the order of `weights`.
-        weights: `lagrange_weights` of the same points.
-    """
-    return sum(value * weight for value, weight in zip(shares.values(), weights, strict=True)) % PRIME
+def combine(shares: Sequence[int], weights: Sequence[int]) -> int:
+    """The secret behind shares, as many as the threshold, by `lagrange_weights` of their points."""
+    return sum(value * weight for value, weight in zip(shares, weights, strict=True)) % PRIME
 
 
 def lagrange_weights(points: Sequence[int]) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from fedmosaic.privacy.groupkey.messages import sha256
 from fedmosaic.protos.errors import EncryptionError
@@ -60,6 +61,10 @@ class SumTerms:
 
     def digest(self) -> bytes:
         """SHA-256 of all of it."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> bytes:
         numbers = (self.minimum, self.colluders, self.dimensions, self.bits)
         parts = [self.context, *(number.to_bytes(8, "little") for number in numbers)]
         for member in self.members:

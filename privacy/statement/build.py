@@ -133,7 +133,10 @@ def statement(inputs: StatementInputs) -> PrivacyStatement:
         clients=clients,
         coalition_rows=inputs.coalition_rows,
         assumptions=assumptions(
-            inputs, any("encrypted" in mode for mode in modes), "distributed-dp" in modes
+            inputs,
+            (client.unit for client in clients),
+            any("encrypted" in mode for mode in modes),
+            "distributed-dp" in modes,
         ),
         leaks=leaks(inputs, bool(modes & {"none", "encrypted"}), "distributed-dp" in modes),
     )
@@ -351,6 +354,8 @@ def _guarantee(
 
 
 def _persons(charged: Sequence[Charge], parameters: LedgerParameters) -> tuple[PersonFigure, ...]:
+    if parameters.unit == "person":
+        return ()
     # One person's examples may lie in several data epochs, so these do not compose in parallel here.
     events = [charge.event for charge in charged]
     return tuple(

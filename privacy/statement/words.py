@@ -3,8 +3,10 @@
 They are those of the project's threat model, and no stronger.
 """
 
+from collections.abc import Iterable
+
 from fedmosaic.privacy.coalitions import counted_coalition
-from fedmosaic.privacy.ledger.rows import Channel
+from fedmosaic.privacy.ledger.rows import Channel, Unit
 from fedmosaic.privacy.statement.models import (
     PRIVATE,
     Adversary,
@@ -30,10 +32,15 @@ CHANNEL_NAMES: dict[StatementChannel, str] = {
 }
 SERVERS: tuple[Adversary, ...] = ("server_honest_but_curious", "server_malicious")
 
+UNITS: dict[Unit, str] = {
+    "example": "The unit of privacy is one example of one client, added or removed. A person with several "
+    "examples is protected less, as the table for 2, 5 and 10 says, and so is a picture in several. Copies "
+    "of an example under another id are others.",
+    "person": "The unit of privacy is one person of one client, added or removed with all its examples, as "
+    "the column of persons in the client's data tells them apart: a person under two names is two. Where "
+    "this statement speaks of an example, it is the sum of one person's.",
+}
 ASSUMPTIONS = (
-    "The unit of privacy is one example of one client, added or removed. A person with several examples "
-    "is protected less, as the table for 2, 5 and 10 says, and so is a picture in several. Copies of an "
-    "example under another id are others.",
     "The public map, clipping norm and probe model come from public data or public seeds, the same for all "
     "clients, and from no private data of any client.",
     "Noise multipliers, sampling rates and the number of steps were fixed before the run, not chosen after "
@@ -157,9 +164,11 @@ def _what_is_seen(channel: str, encrypted: bool, adversary: Adversary, inputs: S
     return "read the tensors"
 
 
-def assumptions(inputs: StatementInputs, any_encrypted: bool, group_sums: bool = False) -> tuple[str, ...]:
-    """Everything that the figures of this run rest on."""
-    found = list(ASSUMPTIONS)
+def assumptions(
+    inputs: StatementInputs, units: Iterable[Unit], any_encrypted: bool, group_sums: bool = False
+) -> tuple[str, ...]:
+    """Everything that the figures of this run rest on; `units` are those of its clients."""
+    found = [*(UNITS[unit] for unit in sorted(set(units))), *ASSUMPTIONS]
     if any_encrypted:
         found += [SHARED_KEY_ASSUMPTION, APPROXIMATE_DECRYPTION_ASSUMPTION]
     if group_sums:

@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$fedmosaic/protos/v1/federation.proto\x12\x0c\x66\x65\x64mosaic.v1\"\xd1\x01\n\x0c\x45nrolRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\nfederation\x18\x02 \x01(\t\x12\x13\n\x0broster_hash\x18\x03 \x01(\x0c\x12\x19\n\x11\x61\x64\x61pter_spec_hash\x18\x04 \x01(\x0c\x12\x0e\n\x06\x66\x61mily\x18\x05 \x01(\t\x12\x10\n\x08software\x18\x06 \x01(\t\x12\x12\n\ncheck_only\x18\x07 \x01(\x08\x12\x13\n\x0bledger_head\x18\x08 \x01(\x0c\x12\x18\n\x10ledger_signature\x18\t \x01(\x0c\"\x85\x01\n\rEnrolResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0e\n\x06rounds\x18\x03 \x01(\r\x12\x11\n\tkey_epoch\x18\x04 \x01(\r\x12\x0f\n\x07members\x18\x05 \x03(\t\x12\x0c\n\x04head\x18\x14 \x01(\x0c\x12\x13\n\x0bledger_head\x18\x06 \x01(\x0c\"C\n\x07Profile\x12\x0e\n\x06vector\x18\x01 \x01(\x0c\x12\x16\n\x0enoise_variance\x18\x02 \x01(\x01\x12\x10\n\x08releases\x18\x03 \x01(\r\";\n\rSectionHeader\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\"\xf0\x01\n\nPushHeader\x12\r\n\x05round\x18\x01 \x01(\r\x12\x12\n\nattempt_id\x18\x02 \x01(\t\x12\x11\n\tkey_epoch\x18\x03 \x01(\r\x12-\n\x08sections\x18\x04 \x03(\x0b\x32\x1b.fedmosaic.v1.SectionHeader\x12&\n\x07profile\x18\x05 \x01(\x0b\x32\x15.fedmosaic.v1.Profile\x12\x11\n\tsignature\x18\x06 \x01(\x0c\x12\x15\n\rresume_offset\x18\x07 \x01(\x04\x12\x13\n\x0bledger_head\x18\x08 \x01(\x0c\x12\x16\n\x0eledger_follows\x18\t \x01(\x0c\"%\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"g\n\x0bPushRequest\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x18.fedmosaic.v1.PushHeaderH\x00\x12$\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.fedmosaic.v1.ChunkH\x00\x42\x06\n\x04part\"n\n\x0cPushResponse\x12+\n\x06status\x18\x01 \x01(\x0e\x32\x1b.fedmosaic.v1.ReceiptStatus\x12\r\n\x05round\x18\x02 \x01(\r\x12\x14\n\x0c\x63ontent_hash\x18\x03 \x01(\x0c\x12\x0c\n\x04head\x18\x14 \x01(\x0c\"?\n\x13UploadStatusRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.fedmosaic.v1.PushHeader\"U\n\x14UploadStatusResponse\x12+\n\x07receipt\x18\x01 \x01(\x0b\x32\x1a.fedmosaic.v1.PushResponse\x12\x10\n\x08received\x18\x02 \x01(\x04\"e\n\x0bPullRequest\x12\r\n\x05round\x18\x01 \x01(\r\x12\x19\n\x11wait_milliseconds\x18\x02 \x01(\r\x12\x15\n\rresume_offset\x18\x03 \x01(\x04\x12\x15\n\rresume_sha256\x18\x04 \x01(\x0c\"@\n\tWeightRow\x12\x14\n\x0c\x63ontributors\x18\x01 \x03(\t\x12\x0f\n\x07weights\x18\x02 \x03(\r\x12\x0c\n\x04\x62its\x18\x03 \x01(\r\"e\n\x10\x41ggregateSection\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x03row\x18\x02 \x01(\x0b\x32\x17.fedmosaic.v1.WeightRow\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\x0f\n\x07refusal\x18\x04 \x01(\t\"\xb4\x01\n\x0f\x41ggregateHeader\x12\r\n\x05round\x18\x01 \x01(\r\x12\x11\n\tkey_epoch\x18\x02 \x01(\r\x12\x18\n\x10upload_key_epoch\x18\x03 \x01(\r\x12\x30\n\x08sections\x18\x04 \x03(\x0b\x32\x1e.fedmosaic.v1.AggregateSection\x12\x0e\n\x06sha256\x18\x05 \x01(\x0c\x12\x15\n\rresume_offset\x18\x06 \x01(\x04\x12\x0c\n\x04head\x18\x14 \x01(\x0c\"\x9a\x01\n\nRoundState\x12\r\n\x05round\x18\x01 \x01(\r\x12\"\n\x05phase\x18\x02 \x01(\x0e\x32\x13.fedmosaic.v1.Phase\x12\x0f\n\x07\x61rrived\x18\x03 \x03(\t\x12\x13\n\x0bwaiting_for\x18\x04 \x03(\t\x12\x14\n\x0cseconds_left\x18\x05 \x01(\x01\x12\x0f\n\x07message\x18\x06 \x01(\t\x12\x0c\n\x04head\x18\x14 \x01(\x0c\"\x9a\x01\n\x0cPullResponse\x12+\n\x07waiting\x18\x01 \x01(\x0b\x32\x18.fedmosaic.v1.RoundStateH\x00\x12/\n\x06header\x18\x02 \x01(\x0b\x32\x1d.fedmosaic.v1.AggregateHeaderH\x00\x12$\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x13.fedmosaic.v1.ChunkH\x00\x42\x06\n\x04part\"\x14\n\x12RoundStatusRequest\">\n\x13RoundStatusResponse\x12\'\n\x05state\x18\x01 \x01(\x0b\x32\x18.fedmosaic.v1.RoundState\"\"\n\rReportRequest\x12\x11\n\tstatement\x18\x01 \x01(\x0c\"\x10\n\x0eReportResponse\"Y\n\x15PostKeyMessageRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\r\n\x05stage\x18\x02 \x01(\t\x12\x11\n\trecipient\x18\x03 \x01(\t\x12\x0f\n\x07payload\x18\x04 \x01(\x0c\"\x18\n\x16PostKeyMessageResponse\"c\n\x16ReadKeyMessagesRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\r\n\x05stage\x18\x02 \x01(\t\x12\x10\n\x08\x65xpected\x18\x03 \x01(\r\x12\x19\n\x11wait_milliseconds\x18\x04 \x01(\r\":\n\x17ReadKeyMessagesResponse\x12\x0e\n\x06sender\x18\x01 \x01(\t\x12\x0f\n\x07payload\x18\x02 \x01(\x0c*\x83\x01\n\rReceiptStatus\x12\x1e\n\x1aRECEIPT_STATUS_UNSPECIFIED\x10\x00\x12\x1b\n\x17RECEIPT_STATUS_ACCEPTED\x10\x01\x12\x1c\n\x18RECEIPT_STATUS_DUPLICATE\x10\x02\x12\x17\n\x13RECEIPT_STATUS_LATE\x10\x03*T\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x0e\n\nPHASE_OPEN\x10\x01\x12\x10\n\x0cPHASE_CLOSED\x10\x02\x12\x12\n\x0ePHASE_FINISHED\x10\x03\x32\xff\x04\n\nFederation\x12@\n\x05\x45nrol\x12\x1a.fedmosaic.v1.EnrolRequest\x1a\x1b.fedmosaic.v1.EnrolResponse\x12?\n\x04Pull\x12\x19.fedmosaic.v1.PullRequest\x1a\x1a.fedmosaic.v1.PullResponse0\x01\x12U\n\x0cUploadStatus\x12!.fedmosaic.v1.UploadStatusRequest\x1a\".fedmosaic.v1.UploadStatusResponse\x12?\n\x04Push\x12\x19.fedmosaic.v1.PushRequest\x1a\x1a.fedmosaic.v1.PushResponse(\x01\x12R\n\x0bRoundStatus\x12 .fedmosaic.v1.RoundStatusRequest\x1a!.fedmosaic.v1.RoundStatusResponse\x12\x43\n\x06Report\x12\x1b.fedmosaic.v1.ReportRequest\x1a\x1c.fedmosaic.v1.ReportResponse\x12[\n\x0ePostKeyMessage\x12#.fedmosaic.v1.PostKeyMessageRequest\x1a$.fedmosaic.v1.PostKeyMessageResponse\x12`\n\x0fReadKeyMessages\x12$.fedmosaic.v1.ReadKeyMessagesRequest\x1a%.fedmosaic.v1.ReadKeyMessagesResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$fedmosaic/protos/v1/federation.proto\x12\x0c\x66\x65\x64mosaic.v1\"\xd1\x01\n\x0c\x45nrolRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\nfederation\x18\x02 \x01(\t\x12\x13\n\x0broster_hash\x18\x03 \x01(\x0c\x12\x19\n\x11\x61\x64\x61pter_spec_hash\x18\x04 \x01(\x0c\x12\x0e\n\x06\x66\x61mily\x18\x05 \x01(\t\x12\x10\n\x08software\x18\x06 \x01(\t\x12\x12\n\ncheck_only\x18\x07 \x01(\x08\x12\x13\n\x0bledger_head\x18\x08 \x01(\x0c\x12\x18\n\x10ledger_signature\x18\t \x01(\x0c\"\x85\x01\n\rEnrolResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0e\n\x06rounds\x18\x03 \x01(\r\x12\x11\n\tkey_epoch\x18\x04 \x01(\r\x12\x0f\n\x07members\x18\x05 \x03(\t\x12\x0c\n\x04head\x18\x14 \x01(\x0c\x12\x13\n\x0bledger_head\x18\x06 \x01(\x0c\"C\n\x07Profile\x12\x0e\n\x06vector\x18\x01 \x01(\x0c\x12\x16\n\x0enoise_variance\x18\x02 \x01(\x01\x12\x10\n\x08releases\x18\x03 \x01(\r\";\n\rSectionHeader\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\"\xf0\x01\n\nPushHeader\x12\r\n\x05round\x18\x01 \x01(\r\x12\x12\n\nattempt_id\x18\x02 \x01(\t\x12\x11\n\tkey_epoch\x18\x03 \x01(\r\x12-\n\x08sections\x18\x04 \x03(\x0b\x32\x1b.fedmosaic.v1.SectionHeader\x12&\n\x07profile\x18\x05 \x01(\x0b\x32\x15.fedmosaic.v1.Profile\x12\x11\n\tsignature\x18\x06 \x01(\x0c\x12\x15\n\rresume_offset\x18\x07 \x01(\x04\x12\x13\n\x0bledger_head\x18\x08 \x01(\x0c\x12\x16\n\x0eledger_follows\x18\t \x01(\x0c\"%\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"g\n\x0bPushRequest\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x18.fedmosaic.v1.PushHeaderH\x00\x12$\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.fedmosaic.v1.ChunkH\x00\x42\x06\n\x04part\"n\n\x0cPushResponse\x12+\n\x06status\x18\x01 \x01(\x0e\x32\x1b.fedmosaic.v1.ReceiptStatus\x12\r\n\x05round\x18\x02 \x01(\r\x12\x14\n\x0c\x63ontent_hash\x18\x03 \x01(\x0c\x12\x0c\n\x04head\x18\x14 \x01(\x0c\"?\n\x13UploadStatusRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.fedmosaic.v1.PushHeader\"U\n\x14UploadStatusResponse\x12+\n\x07receipt\x18\x01 \x01(\x0b\x32\x1a.fedmosaic.v1.PushResponse\x12\x10\n\x08received\x18\x02 \x01(\x04\"e\n\x0bPullRequest\x12\r\n\x05round\x18\x01 \x01(\r\x12\x19\n\x11wait_milliseconds\x18\x02 \x01(\r\x12\x15\n\rresume_offset\x18\x03 \x01(\x04\x12\x15\n\rresume_sha256\x18\x04 \x01(\x0c\"@\n\tWeightRow\x12\x14\n\x0c\x63ontributors\x18\x01 \x03(\t\x12\x0f\n\x07weights\x18\x02 \x03(\r\x12\x0c\n\x04\x62its\x18\x03 \x01(\r\"\x97\x01\n\x10\x41ggregateSection\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x03row\x18\x02 \x01(\x0b\x32\x17.fedmosaic.v1.WeightRow\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\x0f\n\x07refusal\x18\x04 \x01(\t\x12\x16\n\x0euploads_sha256\x18\x05 \x01(\x0c\x12\x18\n\x10\x63ountersignature\x18\x06 \x01(\x0c\"\xb4\x01\n\x0f\x41ggregateHeader\x12\r\n\x05round\x18\x01 \x01(\r\x12\x11\n\tkey_epoch\x18\x02 \x01(\r\x12\x18\n\x10upload_key_epoch\x18\x03 \x01(\r\x12\x30\n\x08sections\x18\x04 \x03(\x0b\x32\x1e.fedmosaic.v1.AggregateSection\x12\x0e\n\x06sha256\x18\x05 \x01(\x0c\x12\x15\n\rresume_offset\x18\x06 \x01(\x04\x12\x0c\n\x04head\x18\x14 \x01(\x0c\"\x9a\x01\n\nRoundState\x12\r\n\x05round\x18\x01 \x01(\r\x12\"\n\x05phase\x18\x02 \x01(\x0e\x32\x13.fedmosaic.v1.Phase\x12\x0f\n\x07\x61rrived\x18\x03 \x03(\t\x12\x13\n\x0bwaiting_for\x18\x04 \x03(\t\x12\x14\n\x0cseconds_left\x18\x05 \x01(\x01\x12\x0f\n\x07message\x18\x06 \x01(\t\x12\x0c\n\x04head\x18\x14 \x01(\x0c\"\x9a\x01\n\x0cPullResponse\x12+\n\x07waiting\x18\x01 \x01(\x0b\x32\x18.fedmosaic.v1.RoundStateH\x00\x12/\n\x06header\x18\x02 \x01(\x0b\x32\x1d.fedmosaic.v1.AggregateHeaderH\x00\x12$\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x13.fedmosaic.v1.ChunkH\x00\x42\x06\n\x04part\"\x14\n\x12RoundStatusRequest\">\n\x13RoundStatusResponse\x12\'\n\x05state\x18\x01 \x01(\x0b\x32\x18.fedmosaic.v1.RoundState\"\"\n\rReportRequest\x12\x11\n\tstatement\x18\x01 \x01(\x0c\"\x10\n\x0eReportResponse\"Y\n\x15PostKeyMessageRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\r\n\x05stage\x18\x02 \x01(\t\x12\x11\n\trecipient\x18\x03 \x01(\t\x12\x0f\n\x07payload\x18\x04 \x01(\x0c\"\x18\n\x16PostKeyMessageResponse\"c\n\x16ReadKeyMessagesRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\r\n\x05stage\x18\x02 \x01(\t\x12\x10\n\x08\x65xpected\x18\x03 \x01(\r\x12\x19\n\x11wait_milliseconds\x18\x04 \x01(\r\":\n\x17ReadKeyMessagesResponse\x12\x0e\n\x06sender\x18\x01 \x01(\t\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"*\n\rReviewRequest\x12\x19\n\x11wait_milliseconds\x18\x01 \x01(\r\"e\n\x0cReviewHeader\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x11\n\tkey_epoch\x18\x03 \x01(\r\x12\x0f\n\x07uploads\x18\x04 \x01(\r\x12\x12\n\naggregates\x18\x05 \x01(\r\"\xb8\x01\n\x0cSignedUpload\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\x12\x11\n\tkey_epoch\x18\x02 \x01(\r\x12-\n\x08sections\x18\x03 \x03(\x0b\x32\x1b.fedmosaic.v1.SectionHeader\x12\x16\n\x0eprofile_sha256\x18\x04 \x01(\x0c\x12\x13\n\x0bledger_head\x18\x05 \x01(\x0c\x12\x16\n\x0eledger_follows\x18\x06 \x01(\x0c\x12\x11\n\tsignature\x18\x07 \x01(\x0c\"j\n\x0e\x41ggregateClaim\x12\x11\n\trecipient\x18\x01 \x01(\t\x12\x0f\n\x07section\x18\x02 \x01(\t\x12$\n\x03row\x18\x03 \x01(\x0b\x32\x17.fedmosaic.v1.WeightRow\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\"\xfa\x01\n\x0eReviewResponse\x12+\n\x07waiting\x18\x01 \x01(\x0b\x32\x18.fedmosaic.v1.RoundStateH\x00\x12,\n\x06header\x18\x02 \x01(\x0b\x32\x1a.fedmosaic.v1.ReviewHeaderH\x00\x12,\n\x06upload\x18\x03 \x01(\x0b\x32\x1a.fedmosaic.v1.SignedUploadH\x00\x12$\n\x05\x63hunk\x18\x04 \x01(\x0b\x32\x13.fedmosaic.v1.ChunkH\x00\x12\x31\n\taggregate\x18\x05 \x01(\x0b\x32\x1c.fedmosaic.v1.AggregateClaimH\x00\x42\x06\n\x04part\"\x93\x01\n\x12\x43ountersignRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x11\n\trecipient\x18\x03 \x01(\t\x12\x0f\n\x07section\x18\x04 \x01(\t\x12\x16\n\x0euploads_sha256\x18\x05 \x01(\x0c\x12\x11\n\tsignature\x18\x06 \x01(\x0c\x12\x0f\n\x07refusal\x18\x07 \x01(\t\"\x15\n\x13\x43ountersignResponse*\x83\x01\n\rReceiptStatus\x12\x1e\n\x1aRECEIPT_STATUS_UNSPECIFIED\x10\x00\x12\x1b\n\x17RECEIPT_STATUS_ACCEPTED\x10\x01\x12\x1c\n\x18RECEIPT_STATUS_DUPLICATE\x10\x02\x12\x17\n\x13RECEIPT_STATUS_LATE\x10\x03*T\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x0e\n\nPHASE_OPEN\x10\x01\x12\x10\n\x0cPHASE_CLOSED\x10\x02\x12\x12\n\x0ePHASE_FINISHED\x10\x03\x32\xff\x04\n\nFederation\x12@\n\x05\x45nrol\x12\x1a.fedmosaic.v1.EnrolRequest\x1a\x1b.fedmosaic.v1.EnrolResponse\x12?\n\x04Pull\x12\x19.fedmosaic.v1.PullRequest\x1a\x1a.fedmosaic.v1.PullResponse0\x01\x12U\n\x0cUploadStatus\x12!.fedmosaic.v1.UploadStatusRequest\x1a\".fedmosaic.v1.UploadStatusResponse\x12?\n\x04Push\x12\x19.fedmosaic.v1.PushRequest\x1a\x1a.fedmosaic.v1.PushResponse(\x01\x12R\n\x0bRoundStatus\x12 .fedmosaic.v1.RoundStatusRequest\x1a!.fedmosaic.v1.RoundStatusResponse\x12\x43\n\x06Report\x12\x1b.fedmosaic.v1.ReportRequest\x1a\x1c.fedmosaic.v1.ReportResponse\x12[\n\x0ePostKeyMessage\x12#.fedmosaic.v1.PostKeyMessageRequest\x1a$.fedmosaic.v1.PostKeyMessageResponse\x12`\n\x0fReadKeyMessages\x12$.fedmosaic.v1.ReadKeyMessagesRequest\x1a%.fedmosaic.v1.ReadKeyMessagesResponse0\x01\x32\xa4\x01\n\x07Witness\x12\x45\n\x06Review\x12\x1b.fedmosaic.v1.ReviewRequest\x1a\x1c.fedmosaic.v1.ReviewResponse0\x01\x12R\n\x0b\x43ountersign\x12 .fedmosaic.v1.CountersignRequest\x1a!.fedmosaic.v1.CountersignResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fedmosaic.protos.v1.federation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RECEIPTSTATUS']._serialized_start=2371
-  _globals['_RECEIPTSTATUS']._serialized_end=2502
-  _globals['_PHASE']._serialized_start=2504
-  _globals['_PHASE']._serialized_end=2588
+  _globals['_RECEIPTSTATUS']._serialized_start=3290
+  _globals['_RECEIPTSTATUS']._serialized_end=3421
+  _globals['_PHASE']._serialized_start=3423
+  _globals['_PHASE']._serialized_end=3507
   _globals['_ENROLREQUEST']._serialized_start=55
   _globals['_ENROLREQUEST']._serialized_end=264
   _globals['_ENROLRESPONSE']._serialized_start=267
@@ -59,30 +59,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PULLREQUEST']._serialized_end=1284
   _globals['_WEIGHTROW']._serialized_start=1286
   _globals['_WEIGHTROW']._serialized_end=1350
-  _globals['_AGGREGATESECTION']._serialized_start=1352
-  _globals['_AGGREGATESECTION']._serialized_end=1453
-  _globals['_AGGREGATEHEADER']._serialized_start=1456
-  _globals['_AGGREGATEHEADER']._serialized_end=1636
-  _globals['_ROUNDSTATE']._serialized_start=1639
-  _globals['_ROUNDSTATE']._serialized_end=1793
-  _globals['_PULLRESPONSE']._serialized_start=1796
-  _globals['_PULLRESPONSE']._serialized_end=1950
-  _globals['_ROUNDSTATUSREQUEST']._serialized_start=1952
-  _globals['_ROUNDSTATUSREQUEST']._serialized_end=1972
-  _globals['_ROUNDSTATUSRESPONSE']._serialized_start=1974
-  _globals['_ROUNDSTATUSRESPONSE']._serialized_end=2036
-  _globals['_REPORTREQUEST']._serialized_start=2038
-  _globals['_REPORTREQUEST']._serialized_end=2072
-  _globals['_REPORTRESPONSE']._serialized_start=2074
-  _globals['_REPORTRESPONSE']._serialized_end=2090
-  _globals['_POSTKEYMESSAGEREQUEST']._serialized_start=2092
-  _globals['_POSTKEYMESSAGEREQUEST']._serialized_end=2181
-  _globals['_POSTKEYMESSAGERESPONSE']._serialized_start=2183
-  _globals['_POSTKEYMESSAGERESPONSE']._serialized_end=2207
-  _globals['_READKEYMESSAGESREQUEST']._serialized_start=2209
-  _globals['_READKEYMESSAGESREQUEST']._serialized_end=2308
-  _globals['_READKEYMESSAGESRESPONSE']._serialized_start=2310
-  _globals['_READKEYMESSAGESRESPONSE']._serialized_end=2368
-  _globals['_FEDERATION']._serialized_start=2591
-  _globals['_FEDERATION']._serialized_end=3230
+  _globals['_AGGREGATESECTION']._serialized_start=1353
+  _globals['_AGGREGATESECTION']._serialized_end=1504
+  _globals['_AGGREGATEHEADER']._serialized_start=1507
+  _globals['_AGGREGATEHEADER']._serialized_end=1687
+  _globals['_ROUNDSTATE']._serialized_start=1690
+  _globals['_ROUNDSTATE']._serialized_end=1844
+  _globals['_PULLRESPONSE']._serialized_start=1847
+  _globals['_PULLRESPONSE']._serialized_end=2001
+  _globals['_ROUNDSTATUSREQUEST']._serialized_start=2003
+  _globals['_ROUNDSTATUSREQUEST']._serialized_end=2023
+  _globals['_ROUNDSTATUSRESPONSE']._serialized_start=2025
+  _globals['_ROUNDSTATUSRESPONSE']._serialized_end=2087
+  _globals['_REPORTREQUEST']._serialized_start=2089
+  _globals['_REPORTREQUEST']._serialized_end=2123
+  _globals['_REPORTRESPONSE']._serialized_start=2125
+  _globals['_REPORTRESPONSE']._serialized_end=2141
+  _globals['_POSTKEYMESSAGEREQUEST']._serialized_start=2143
+  _globals['_POSTKEYMESSAGEREQUEST']._serialized_end=2232
+  _globals['_POSTKEYMESSAGERESPONSE']._serialized_start=2234
+  _globals['_POSTKEYMESSAGERESPONSE']._serialized_end=2258
+  _globals['_READKEYMESSAGESREQUEST']._serialized_start=2260
+  _globals['_READKEYMESSAGESREQUEST']._serialized_end=2359
+  _globals['_READKEYMESSAGESRESPONSE']._serialized_start=2361
+  _globals['_READKEYMESSAGESRESPONSE']._serialized_end=2419
+  _globals['_REVIEWREQUEST']._serialized_start=2421
+  _globals['_REVIEWREQUEST']._serialized_end=2463
+  _globals['_REVIEWHEADER']._serialized_start=2465
+  _globals['_REVIEWHEADER']._serialized_end=2566
+  _globals['_SIGNEDUPLOAD']._serialized_start=2569
+  _globals['_SIGNEDUPLOAD']._serialized_end=2753
+  _globals['_AGGREGATECLAIM']._serialized_start=2755
+  _globals['_AGGREGATECLAIM']._serialized_end=2861
+  _globals['_REVIEWRESPONSE']._serialized_start=2864
+  _globals['_REVIEWRESPONSE']._serialized_end=3114
+  _globals['_COUNTERSIGNREQUEST']._serialized_start=3117
+  _globals['_COUNTERSIGNREQUEST']._serialized_end=3264
+  _globals['_COUNTERSIGNRESPONSE']._serialized_start=3266
+  _globals['_COUNTERSIGNRESPONSE']._serialized_end=3287
+  _globals['_FEDERATION']._serialized_start=3510
+  _globals['_FEDERATION']._serialized_end=4149
+  _globals['_WITNESS']._serialized_start=4152
+  _globals['_WITNESS']._serialized_end=4316
 # @@protoc_insertion_point(module_scope)

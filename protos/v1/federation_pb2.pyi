@@ -462,10 +462,16 @@ class AggregateSection(_message.Message):
     ROW_FIELD_NUMBER: _builtins.int
     SIZE_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
+    UPLOADS_SHA256_FIELD_NUMBER: _builtins.int
+    COUNTERSIGNATURE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     size: _builtins.int
     refusal: _builtins.str
     """why there is no aggregate"""
+    uploads_sha256: _builtins.bytes
+    """of the signed uploads that the witness summed; absent: no witness"""
+    countersignature: _builtins.bytes
+    """Ed25519 of the witness over the digest of protos/witnessing.py"""
     @_builtins.property
     def row(self) -> Global___WeightRow:
         """absent where the aggregate is refused"""
@@ -477,10 +483,12 @@ class AggregateSection(_message.Message):
         row: Global___WeightRow | None = ...,
         size: _builtins.int = ...,
         refusal: _builtins.str = ...,
+        uploads_sha256: _builtins.bytes = ...,
+        countersignature: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["row", b"row"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "refusal", b"refusal", "row", b"row", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["countersignature", b"countersignature", "name", b"name", "refusal", b"refusal", "row", b"row", "size", b"size", "uploads_sha256", b"uploads_sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -763,3 +771,217 @@ class ReadKeyMessagesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReadKeyMessagesResponse: _TypeAlias = ReadKeyMessagesResponse  # noqa: Y015
+
+@_typing.final
+class ReviewRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WAIT_MILLISECONDS_FIELD_NUMBER: _builtins.int
+    wait_milliseconds: _builtins.int
+    def __init__(
+        self,
+        *,
+        wait_milliseconds: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["wait_milliseconds", b"wait_milliseconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReviewRequest: _TypeAlias = ReviewRequest  # noqa: Y015
+
+@_typing.final
+class ReviewHeader(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    KEY_EPOCH_FIELD_NUMBER: _builtins.int
+    UPLOADS_FIELD_NUMBER: _builtins.int
+    AGGREGATES_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    round: _builtins.int
+    """of the uploads"""
+    key_epoch: _builtins.int
+    uploads: _builtins.int
+    """how many follow"""
+    aggregates: _builtins.int
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        round: _builtins.int = ...,
+        key_epoch: _builtins.int = ...,
+        uploads: _builtins.int = ...,
+        aggregates: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregates", b"aggregates", "key_epoch", b"key_epoch", "round", b"round", "run_id", b"run_id", "uploads", b"uploads"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReviewHeader: _TypeAlias = ReviewHeader  # noqa: Y015
+
+@_typing.final
+class SignedUpload(_message.Message):
+    """What a client signed with an upload; its payload follows in chunks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENT_FIELD_NUMBER: _builtins.int
+    KEY_EPOCH_FIELD_NUMBER: _builtins.int
+    SECTIONS_FIELD_NUMBER: _builtins.int
+    PROFILE_SHA256_FIELD_NUMBER: _builtins.int
+    LEDGER_HEAD_FIELD_NUMBER: _builtins.int
+    LEDGER_FOLLOWS_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    client: _builtins.str
+    key_epoch: _builtins.int
+    profile_sha256: _builtins.bytes
+    """digest of the task profile, which the witness does not see; absent: none"""
+    ledger_head: _builtins.bytes
+    ledger_follows: _builtins.bytes
+    signature: _builtins.bytes
+    @_builtins.property
+    def sections(self) -> _containers.RepeatedCompositeFieldContainer[Global___SectionHeader]: ...
+    def __init__(
+        self,
+        *,
+        client: _builtins.str = ...,
+        key_epoch: _builtins.int = ...,
+        sections: _abc.Iterable[Global___SectionHeader] | None = ...,
+        profile_sha256: _builtins.bytes = ...,
+        ledger_head: _builtins.bytes = ...,
+        ledger_follows: _builtins.bytes = ...,
+        signature: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "key_epoch", b"key_epoch", "ledger_follows", b"ledger_follows", "ledger_head", b"ledger_head", "profile_sha256", b"profile_sha256", "sections", b"sections", "signature", b"signature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SignedUpload: _TypeAlias = SignedUpload  # noqa: Y015
+
+@_typing.final
+class AggregateClaim(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECIPIENT_FIELD_NUMBER: _builtins.int
+    SECTION_FIELD_NUMBER: _builtins.int
+    ROW_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    recipient: _builtins.str
+    section: _builtins.str
+    sha256: _builtins.bytes
+    """of the payload"""
+    @_builtins.property
+    def row(self) -> Global___WeightRow: ...
+    def __init__(
+        self,
+        *,
+        recipient: _builtins.str = ...,
+        section: _builtins.str = ...,
+        row: Global___WeightRow | None = ...,
+        sha256: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["row", b"row"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["recipient", b"recipient", "row", b"row", "section", b"section", "sha256", b"sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AggregateClaim: _TypeAlias = AggregateClaim  # noqa: Y015
+
+@_typing.final
+class ReviewResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WAITING_FIELD_NUMBER: _builtins.int
+    HEADER_FIELD_NUMBER: _builtins.int
+    UPLOAD_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    AGGREGATE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def waiting(self) -> Global___RoundState: ...
+    @_builtins.property
+    def header(self) -> Global___ReviewHeader: ...
+    @_builtins.property
+    def upload(self) -> Global___SignedUpload: ...
+    @_builtins.property
+    def chunk(self) -> Global___Chunk: ...
+    @_builtins.property
+    def aggregate(self) -> Global___AggregateClaim: ...
+    def __init__(
+        self,
+        *,
+        waiting: Global___RoundState | None = ...,
+        header: Global___ReviewHeader | None = ...,
+        upload: Global___SignedUpload | None = ...,
+        chunk: Global___Chunk | None = ...,
+        aggregate: Global___AggregateClaim | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["aggregate", b"aggregate", "chunk", b"chunk", "header", b"header", "part", b"part", "upload", b"upload", "waiting", b"waiting"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregate", b"aggregate", "chunk", b"chunk", "header", b"header", "part", b"part", "upload", b"upload", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["waiting", "header", "upload", "chunk", "aggregate"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___ReviewResponse: _TypeAlias = ReviewResponse  # noqa: Y015
+
+@_typing.final
+class CountersignRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    RECIPIENT_FIELD_NUMBER: _builtins.int
+    SECTION_FIELD_NUMBER: _builtins.int
+    UPLOADS_SHA256_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    REFUSAL_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    round: _builtins.int
+    recipient: _builtins.str
+    section: _builtins.str
+    uploads_sha256: _builtins.bytes
+    signature: _builtins.bytes
+    """absent: not countersigned"""
+    refusal: _builtins.str
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        round: _builtins.int = ...,
+        recipient: _builtins.str = ...,
+        section: _builtins.str = ...,
+        uploads_sha256: _builtins.bytes = ...,
+        signature: _builtins.bytes = ...,
+        refusal: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["recipient", b"recipient", "refusal", b"refusal", "round", b"round", "run_id", b"run_id", "section", b"section", "signature", b"signature", "uploads_sha256", b"uploads_sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CountersignRequest: _TypeAlias = CountersignRequest  # noqa: Y015
+
+@_typing.final
+class CountersignResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CountersignResponse: _TypeAlias = CountersignResponse  # noqa: Y015

@@ -404,3 +404,123 @@ class Federation(object):
             timeout,
             metadata,
             _registered_method=True)
+
+
+class WitnessStub(object):
+    """For the witness alone, whose certificate key the roster pins. It holds no group key.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Review = channel.unary_stream(
+                '/fedmosaic.v1.Witness/Review',
+                request_serializer=fedmosaic_dot_protos_dot_v1_dot_federation__pb2.ReviewRequest.SerializeToString,
+                response_deserializer=fedmosaic_dot_protos_dot_v1_dot_federation__pb2.ReviewResponse.FromString,
+                _registered_method=True)
+        self.Countersign = channel.unary_unary(
+                '/fedmosaic.v1.Witness/Countersign',
+                request_serializer=fedmosaic_dot_protos_dot_v1_dot_federation__pb2.CountersignRequest.SerializeToString,
+                response_deserializer=fedmosaic_dot_protos_dot_v1_dot_federation__pb2.CountersignResponse.FromString,
+                _registered_method=True)
+
+
+class WitnessServicer(object):
+    """For the witness alone, whose certificate key the roster pins. It holds no group key.
+    """
+
+    def Review(self, request, context):
+        """Waits until aggregates are to be countersigned, then sends their rows and digests, and the uploads.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Countersign(self, request, context):
+        """Hands over the countersignature of one aggregate, or says why there is none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_WitnessServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Review': grpc.unary_stream_rpc_method_handler(
+                    servicer.Review,
+                    request_deserializer=fedmosaic_dot_protos_dot_v1_dot_federation__pb2.ReviewRequest.FromString,
+                    response_serializer=fedmosaic_dot_protos_dot_v1_dot_federation__pb2.ReviewResponse.SerializeToString,
+            ),
+            'Countersign': grpc.unary_unary_rpc_method_handler(
+                    servicer.Countersign,
+                    request_deserializer=fedmosaic_dot_protos_dot_v1_dot_federation__pb2.CountersignRequest.FromString,
+                    response_serializer=fedmosaic_dot_protos_dot_v1_dot_federation__pb2.CountersignResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'fedmosaic.v1.Witness', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('fedmosaic.v1.Witness', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Witness(object):
+    """For the witness alone, whose certificate key the roster pins. It holds no group key.
+    """
+
+    @staticmethod
+    def Review(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/fedmosaic.v1.Witness/Review',
+            fedmosaic_dot_protos_dot_v1_dot_federation__pb2.ReviewRequest.SerializeToString,
+            fedmosaic_dot_protos_dot_v1_dot_federation__pb2.ReviewResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Countersign(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedmosaic.v1.Witness/Countersign',
+            fedmosaic_dot_protos_dot_v1_dot_federation__pb2.CountersignRequest.SerializeToString,
+            fedmosaic_dot_protos_dot_v1_dot_federation__pb2.CountersignResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -139,3 +139,46 @@ class FederationServicer(metaclass=_abc_1.ABCMeta):
         """Waits for messages of one stage of a key agreement, then sends those the client may read."""
 
 def add_FederationServicer_to_server(servicer: FederationServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class WitnessStub:
+    """For the witness alone, whose certificate key the roster pins. It holds no group key."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> WitnessAsyncStub: ...
+    Review: _grpc.UnaryStreamMultiCallable[_federation_pb2.ReviewRequest, _federation_pb2.ReviewResponse]
+    """Waits until aggregates are to be countersigned, then sends their rows and digests, and the uploads."""
+    Countersign: _grpc.UnaryUnaryMultiCallable[_federation_pb2.CountersignRequest, _federation_pb2.CountersignResponse]
+    """Hands over the countersignature of one aggregate, or says why there is none."""
+
+@_typing.type_check_only
+class WitnessAsyncStub(WitnessStub):
+    """For the witness alone, whose certificate key the roster pins. It holds no group key."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    Review: _aio.UnaryStreamMultiCallable[_federation_pb2.ReviewRequest, _federation_pb2.ReviewResponse]  # type: ignore[assignment]
+    """Waits until aggregates are to be countersigned, then sends their rows and digests, and the uploads."""
+    Countersign: _aio.UnaryUnaryMultiCallable[_federation_pb2.CountersignRequest, _federation_pb2.CountersignResponse]  # type: ignore[assignment]
+    """Hands over the countersignature of one aggregate, or says why there is none."""
+
+class WitnessServicer(metaclass=_abc_1.ABCMeta):
+    """For the witness alone, whose certificate key the roster pins. It holds no group key."""
+
+    @_abc_1.abstractmethod
+    def Review(
+        self,
+        request: _federation_pb2.ReviewRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_federation_pb2.ReviewResponse], _abc.AsyncIterator[_federation_pb2.ReviewResponse]]:
+        """Waits until aggregates are to be countersigned, then sends their rows and digests, and the uploads."""
+
+    @_abc_1.abstractmethod
+    def Countersign(
+        self,
+        request: _federation_pb2.CountersignRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.CountersignResponse, _abc.Awaitable[_federation_pb2.CountersignResponse]]:
+        """Hands over the countersignature of one aggregate, or says why there is none."""
+
+def add_WitnessServicer_to_server(servicer: WitnessServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

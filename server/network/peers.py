@@ -16,6 +16,7 @@ from cryptography import x509
 from google.protobuf.message import DecodeError
 from grpc import aio
 
+from fedmosaic.privacy.audit import AuditLog
 from fedmosaic.privacy.federation.identity import parse_spiffe_id, public_key_sha256
 from fedmosaic.protos.errors import IdentityError, WireError
 from fedmosaic.protos.refusal import Refusal, RefusalKind, to_status
@@ -24,17 +25,22 @@ from fedmosaic.server.settings import ServerSettings
 log = logging.getLogger(__name__)
 CALLS_PER_PEER: Final = 16
 """A client has one or two calls open; a restart leaves the old ones until the server notices."""
-_SPARE_CONNECTIONS: Final = 256
+_FEWEST_CONNECTIONS: Final = 4096
+"""So many who say nothing keep no member out; each is given up after its handshake's time."""
 _KINDS: Final = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 Context = aio.ServicerContext[Any, Any]
 
 
-def channel_options(members: int) -> tuple[tuple[str, int], ...]:
-    """Limits that gRPC keeps itself, for a federation of so many members."""
+def channel_options(members: int, descriptors: int) -> tuple[tuple[str, int], ...]:
+    """Limits that gRPC keeps itself, for so many members and free file descriptors.
+
+    A connection too many is closed at once; one for which no descriptor is left would stop all others.
+    """
+    connections = min(max(4 * members, _FEWEST_CONNECTIONS), descriptors)
     return (
         # Above what is served, so that one call too many is answered and does not wait for ever.
         ("grpc.max_concurrent_streams", 2 * CALLS_PER_PEER),
-        ("grpc.max_allowed_incoming_connections", 4 * members + _SPARE_CONNECTIONS),
+        ("grpc.max_allowed_incoming_connections", connections),
         ("grpc.server_handshake_timeout_ms", 10_000),
         # A connection without a call; a client that is training opens a new one for its next.
         ("grpc.max_connection_idle_ms", 120_000),
@@ -59,7 +65,8 @@ class Gate(aio.ServerInterceptor):
     gRPC itself would answer such bytes with UNKNOWN, and log a traceback for each.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, audit: AuditLog) -> None:
+        self._audit = audit
         self._open: Counter[str] = Counter()
 
     async def intercept_service(
@@ -84,6 +91,7 @@ class Gate(aio.ServerInterceptor):
             try:
                 return method(read(request, parse), context)
             except WireError as error:
+                self._audit.refused(who, "a call", "MALFORMED")
                 await refuse(context, "a call", who, malformed(str(error)))
 
         async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
@@ -100,6 +108,7 @@ class Gate(aio.ServerInterceptor):
         names = context.auth_context().get("x509_subject_alternative_name", ())
         peer = " ".join(name.decode(errors="replace") for name in names) or context.peer()
         if self._open[peer] >= CALLS_PER_PEER:
+            self._audit.refused(peer, "a call", "TOO_MANY_CALLS")
             await context.abort_with_status(
                 to_status(
                     Refusal(
@@ -134,12 +143,13 @@ async def _read_stream(contents: AsyncIterator[bytes], parse: Callable[[bytes], 
         yield _read_one(content, parse)
 
 
-def identify(auth: Mapping[str, Iterable[bytes]], settings: ServerSettings) -> str:
-    """Id of the member whose verified certificate opened the connection.
+def identify(auth: Mapping[str, Iterable[bytes]], settings: ServerSettings, *, witness: bool = False) -> str:
+    """Id of the member, or of the witness, whose verified certificate opened the connection.
 
     Args:
         auth: the `auth_context()` of a gRPC call; the certificate in it was verified by TLS.
         settings: federation, members and pinned certificate keys.
+        witness: let in the witness alone, and no member.
 
     Returns:
         The client id in the certificate's SPIFFE URI.
@@ -162,14 +172,22 @@ def identify(auth: Mapping[str, Iterable[bytes]], settings: ServerSettings) -> s
         raise _unauthenticated(
             f"the certificate is for federation {federation!r}, this is {settings.federation!r}"
         )
-    if client not in settings.members:
+    if witness and (settings.witness is None or client != settings.witness.id):
+        raise Refusal(
+            RefusalKind.NOT_PERMITTED,
+            "NOT_THE_WITNESS",
+            f"{client!r} is not the witness of federation {federation!r}",
+            "start it with the witness's kit, and the server with the newest roster",
+        )
+    if not witness and client not in settings.members:
         raise Refusal(
             RefusalKind.NOT_PERMITTED,
             "NOT_ON_ROSTER",
             f"{client!r} has a valid certificate but is not on the roster of federation {federation!r}",
             "it was revoked, or the server has an old roster: ask the consortium",
         )
-    pinned = settings.tls_key_sha256.get(client)
+    named = settings.witness.tls_key_sha256 if witness and settings.witness else None
+    pinned = named or settings.tls_key_sha256.get(client)
     if pinned is not None and public_key_sha256(x509.load_pem_x509_certificate(pem)) != pinned:
         raise _unauthenticated(f"the certificate of {client!r} has another key than the roster pins")
     return client

@@ -7,7 +7,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Final, TypeVar
+from typing import Final, NoReturn, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -23,13 +23,16 @@ from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.downloads import Download
 from fedmosaic.server.network.peers import Context, identify, malformed, refuse
 from fedmosaic.server.network.waiting import Changes
-from fedmosaic.server.run import Ticket
+from fedmosaic.server.storage.blobs import MissingBlobError
+from fedmosaic.server.uploads import Ticket
 
 log = logging.getLogger(__name__)
 _STATUS_SECONDS: Final = 2.0
 """How often a waiting client is told what it waits for."""
 _STATUS_AGE_SECONDS: Final = 0.5
 """How old that may be, so that a thousand waiting clients cost one look."""
+_SMALL_BYTES: Final = 1 << 16
+"""Aggregates that are read and hashed in less time than a thread takes to begin."""
 _CHUNK_SECONDS: Final = 30.0
 """How long the server waits for the next message of an upload."""
 T = TypeVar("T")
@@ -42,6 +45,7 @@ class FederationService(rpc.FederationServicer):
     def __init__(self, coordinator: Coordinator, changes: Changes) -> None:
         self._coordinator = coordinator
         self._changes = changes
+        self.audit = coordinator.audit
         self._pushing: dict[str, asyncio.Task[Receipt]] = {}
         self._superseded: set[asyncio.Task[Receipt]] = set()
         self._locks: dict[str, asyncio.Lock] = {}
@@ -101,16 +105,16 @@ class FederationService(rpc.FederationServicer):
         self, request: pb.ReadKeyMessagesRequest, context: Context
     ) -> AsyncIterator[pb.ReadKeyMessagesResponse]:
         """Wait until as many senders are there as expected, then send what may be read."""
-        deadline = time.monotonic() + _wait_seconds(request.wait_milliseconds)
+        deadline = time.monotonic() + wait_seconds(request.wait_milliseconds)
         # So many readers ask again after every message; in a large federation they ask less often.
         breath = min(0.5, 0.005 * len(self._coordinator.settings.members))
         while True:
             seen = self._changes.work  # before the look: what is posted during it must not be waited for
-            client = await self._identify(context, "key messages")  # a roster may have come meanwhile
+            client = await self.identify(context, "key messages")  # a roster may have come meanwhile
             look = asyncio.to_thread(
                 self._coordinator.read_key_messages, client, request.epoch, request.stage
             )
-            found = await self._guarded(context, "key messages", client, look)
+            found = await self.guarded(context, "key messages", client, look)
             left = deadline - time.monotonic()
             if len(found) >= max(1, request.expected) or left <= 0.0 or self._changes.stopping:
                 break
@@ -125,17 +129,20 @@ class FederationService(rpc.FederationServicer):
 
     async def Pull(self, request: pb.PullRequest, context: Context) -> AsyncIterator[pb.PullResponse]:
         """Tell what is being waited for until the round is open, then send the aggregate."""
-        deadline = time.monotonic() + _wait_seconds(request.wait_milliseconds)
+        deadline = time.monotonic() + wait_seconds(request.wait_milliseconds)
         sent = 0
 
         def opened() -> bool:
             return self._coordinator.available_round >= request.round
 
+        settings = None
         while True:
-            client = await self._identify(context, "pull")  # a roster may have come meanwhile
-            settings = self._coordinator.settings
-            look = asyncio.to_thread(self._coordinator.open_download, client, request.round)
-            download = await self._guarded(context, "pull", client, look)
+            if self._coordinator.settings is not settings:  # at first, and where a roster has come meanwhile
+                settings = self._coordinator.settings
+                client = await self.identify(context, "pull")
+                arriving = asyncio.to_thread(self._coordinator.arrive, client, request.round)
+                await self.guarded(context, "pull", client, arriving)
+            download = await self.guarded(context, "pull", client, self._open(client, request.round))
             if download is not None:
                 for message in _download_messages(request, download):
                     sent += message.ByteSize()
@@ -153,6 +160,16 @@ class FederationService(rpc.FederationServicer):
                 break
         self._coordinator.count_traffic(client, request.ByteSize(), sent)
 
+    async def _open(self, client: str, round_number: int) -> Download | None:
+        """A download that is whole; a small one without a thread, since a round wakes all clients at once."""
+        try:
+            download = self._coordinator.open_download(client, round_number)
+            if download is None or (download.size <= _SMALL_BYTES and download.whole):
+                return download
+        except MissingBlobError:
+            pass  # found, said and mended below
+        return await asyncio.to_thread(self._coordinator.repaired, client, round_number)
+
     def _waiting(self) -> pb.PullResponse:
         made, message = self._status
         now = time.monotonic()
@@ -165,7 +182,7 @@ class FederationService(rpc.FederationServicer):
         self, request_iterator: AsyncIterator[pb.PushRequest], context: Context
     ) -> pb.PushResponse:
         """Judge the header, then append chunks to the spool file until the upload is complete."""
-        client = await self._identify(context, "push")
+        client = await self.identify(context, "push")
         earlier = self._pushing.get(client)
         if earlier is not None:
             # Its connection is dead, or the client has changed its mind: the newest push counts.
@@ -176,7 +193,7 @@ class FederationService(rpc.FederationServicer):
             work = asyncio.ensure_future(self._receive(client, request_iterator))
             self._pushing[client] = work
             try:
-                receipt = await self._guarded(context, "push", client, work)
+                receipt = await self.guarded(context, "push", client, work)
             except asyncio.CancelledError:
                 if work in self._superseded:
                     await context.abort(grpc.StatusCode.ABORTED, "a newer push of this client has begun")
@@ -236,25 +253,30 @@ class FederationService(rpc.FederationServicer):
             raise
 
     async def _unary(self, context: Context, call: str, request: Message, method: Callable[[str], M]) -> M:
-        client = await self._identify(context, call)
-        response = await self._guarded(context, call, client, asyncio.to_thread(method, client))
+        client = await self.identify(context, call)
+        response = await self.guarded(context, call, client, asyncio.to_thread(method, client))
         self._coordinator.count_traffic(client, request.ByteSize(), response.ByteSize())
         return response
 
-    async def _identify(self, context: Context, call: str) -> str:
+    async def identify(self, context: Context, call: str, *, witness: bool = False) -> str:
+        """Id of who calls: of a member, or of the witness; whoever else it is is refused."""
         try:
-            return identify(context.auth_context(), self._coordinator.settings)
+            return identify(context.auth_context(), self._coordinator.settings, witness=witness)
         except Refusal as refusal:
-            await refuse(context, call, context.peer() or "unknown peer", refusal)
+            await self._refuse(context, call, context.peer() or "unknown peer", refusal)
 
-    async def _guarded(self, context: Context, call: str, client: str, work: Awaitable[T]) -> T:
+    async def _refuse(self, context: Context, call: str, who: str, refusal: Refusal) -> NoReturn:
+        self.audit.refused(who, call, refusal.reason)
+        await refuse(context, call, who, refusal)
+
+    async def guarded(self, context: Context, call: str, client: str, work: Awaitable[T]) -> T:
         """Await work; answer errors with a status, and give each one line in the log."""
         try:
             return await work
         except Refusal as refusal:
-            await refuse(context, call, client, refusal)
+            await self._refuse(context, call, client, refusal)
         except WireError as error:
-            await refuse(context, call, client, malformed(str(error)))
+            await self._refuse(context, call, client, malformed(str(error)))
         except TimeoutError:
             log.warning("%s of %s: nothing came for %.0f s; it can be resumed", call, client, _CHUNK_SECONDS)
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"nothing came for {_CHUNK_SECONDS:.0f} s")
@@ -271,7 +293,8 @@ async def _next(requests: AsyncIterator[pb.PushRequest]) -> pb.PushRequest | Non
         return await anext(requests, None)
 
 
-def _wait_seconds(milliseconds: int) -> float:
+def wait_seconds(milliseconds: int) -> float:
+    """How long a call waits that asked for so much."""
     return min(milliseconds, bounds.MAX_WAIT_MILLISECONDS) / 1000.0
 
 

@@ -1,5 +1,6 @@
 """The network side of a server: gRPC over mutual TLS, with its health, on one port."""
 
+import contextlib
 import errno
 import logging
 import socket
@@ -21,12 +22,20 @@ from fedmosaic.protos.errors import ConfigurationError, IdentityError
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
 from fedmosaic.server.network.peers import Gate, channel_options
+from fedmosaic.server.network.review import WitnessService
 from fedmosaic.server.network.service import FederationService
 from fedmosaic.server.settings import TlsFiles
+
+try:
+    import resource
+except ImportError:  # Windows has no such limit
+    resource = None  # type: ignore[assignment]  # a module cannot be typed as optional
 
 log = logging.getLogger(__name__)
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["Federation"].full_name
 _GRACE_SECONDS: Final = 5.0
+_OWN_DESCRIPTORS: Final = 64
+"""Files that are open in a server without any client, and some to spare."""
 _BIND_PROBLEMS: Final = {
     errno.EADDRINUSE: "another program uses the port; stop it, or set another port in server.toml",
     errno.EADDRNOTAVAIL: "the address is not this machine's; set one of its own in server.toml, or 0.0.0.0",
@@ -40,6 +49,8 @@ _OPTIONS: Final = (
     # A client that vanished without a word is noticed within a minute.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    # What a ping is waited for, 60 s by default, whatever the line above says.
+    ("grpc.http2.ping_timeout_ms", 20_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 )
@@ -49,17 +60,23 @@ class Listener:
     """One port, and the service and the health that are asked for on it."""
 
     def __init__(
-        self, service: FederationService, listen: str, credentials: grpc.ServerCredentials, members: int
+        self,
+        service: FederationService,
+        review: WitnessService,
+        listen: str,
+        credentials: grpc.ServerCredentials,
+        members: int,
     ) -> None:
         """Take the port; calls are answered once it is open. The number of members bounds the connections.
 
         Raises:
             ConfigurationError: the address cannot be listened on.
         """
-        options = (*_OPTIONS, *channel_options(members))
-        self._server = aio.server(interceptors=(Gate(),), options=options)
+        options = (*_OPTIONS, *channel_options(members, free_descriptors(members)))
+        self._server = aio.server(interceptors=(Gate(service.audit),), options=options)
         self._checks = health.aio.HealthServicer()
         rpc.add_FederationServicer_to_server(service, self._server)
+        rpc.add_WitnessServicer_to_server(review, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._checks, self._server)
         try:
             self.port = self._server.add_secure_port(listen, credentials)
@@ -79,6 +96,31 @@ class Listener:
     async def close(self) -> None:
         """Take no more calls, and end those that are open after a few seconds."""
         await self._server.stop(_GRACE_SECONDS)
+
+
+def free_descriptors(members: int) -> int:
+    """Raise this process's limit of file descriptors, and tell how many are left for connections.
+
+    Others are for the uploads, which are all open while they are summed, and for files of the process itself.
+    """
+    if resource is None:
+        return bounds.MAX_MEMBERS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):  # macOS says "unlimited" and means less
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    needed = 2 * members + _OWN_DESCRIPTORS
+    if 0 <= limit < needed:
+        log.warning(
+            "this process may open %d files and %d members need %d: raise the hard limit (ulimit -Hn, or "
+            "LimitNOFILE of a systemd unit), or some will not be served",
+            limit,
+            members,
+            needed,
+        )
+    free = limit - members - _OWN_DESCRIPTORS
+    return max(16, free) if limit >= 0 else bounds.MAX_MEMBERS * 4
 
 
 def server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:

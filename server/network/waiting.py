@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import get_args
 
-from fedmosaic.server.coordinator import Topic
+from fedmosaic.server.run import Topic
 
 
 class Changes:

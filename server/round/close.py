@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import math
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -12,12 +11,13 @@ from typing import Any, cast
 from fedmosaic.privacy.encryption.aggregator import Aggregator
 from fedmosaic.privacy.encryption.records import RoundContext
 from fedmosaic.protos.errors import StateError
-from fedmosaic.protos.messages import AggregateSection, Profile, SectionName, WeightRow
-from fedmosaic.server.round.aggregates import stored_aggregate
-from fedmosaic.server.round.relevance import FloatArray, Relevance, relevance
+from fedmosaic.protos.messages import AggregateSection, SectionName, WeightRow
+from fedmosaic.server.round.aggregates import Offer, stored_aggregate
+from fedmosaic.server.round.relations import pack
+from fedmosaic.server.round.relevance import Relevance, relevance
 from fedmosaic.server.round.weights import Group, Plan, groups, plan
 from fedmosaic.server.settings import ServerSettings
-from fedmosaic.server.storage.blobs import Blobs
+from fedmosaic.server.storage.blobs import WHOLE, Blobs
 from fedmosaic.server.storage.store import Store, StoredAggregate, StoredUpload
 
 log = logging.getLogger(__name__)
@@ -31,14 +31,31 @@ class ClosedRound:
     """What closing a round produced.
 
     Attributes:
-        aggregates: by recipient; the payloads are in place already.
-        result: what the summary tells of the round.
+        offer: for the next round; the payloads are in place already.
+        result: what the record of the round tells beside similarity and weights.
         refusals: lines for the log.
     """
 
-    aggregates: Mapping[str, StoredAggregate]
+    offer: Offer
     result: Mapping[str, object]
     refusals: Sequence[str]
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """Relevance and weight rows; as long as profiles and groups are the same, so are they.
+
+    Attributes:
+        basis: round of every client's newest profile, and the groups.
+        round: whose file in `relations` has them.
+        profiles: noise and number of releases of every profile, by client.
+    """
+
+    basis: object
+    round: int
+    profiles: Mapping[str, object]
+    related: Relevance
+    plans: Sequence[Plan]
 
 
 class DamagedUploadsError(StateError):
@@ -56,56 +73,156 @@ class DamagedUploadsError(StateError):
         self.clients = frozenset(clients)
 
 
-def close_round(
-    settings: ServerSettings, store: Store, blobs: Blobs, aggregator: Aggregator[Any], round_number: int
-) -> ClosedRound:
-    """Aggregate the stored uploads of a round for every member that has enrolled.
+class Closer:
+    """Closes the rounds of one run, one at a time."""
 
-    Deterministic in what is stored: after a crash in the middle, doing it again gives the same bytes.
+    def __init__(
+        self, settings: ServerSettings, store: Store, blobs: Blobs, aggregator: Aggregator[Any]
+    ) -> None:
+        """Prepare.
 
-    Args:
-        settings: of the run.
-        store: uploads and profiles.
-        blobs: payloads of the uploads; receives those of the aggregates.
-        aggregator: server side of the back end.
-        round_number: the round to close.
+        Args:
+            settings: of the run.
+            store: uploads and profiles.
+            blobs: payloads of the uploads; receives those of the aggregates.
+            aggregator: server side of the back end.
+        """
+        self._settings = settings
+        self._store = store
+        self._blobs = blobs
+        self._aggregator = aggregator
+        self._planned: _Planned | None = None
 
-    Raises:
-        DamagedUploadsError: payloads are not what was accepted; nothing was aggregated.
-    """
-    started = time.perf_counter()
-    clients = sorted(settings.members)
-    uploads = {c: u for c, u in store.uploads(round_number).items() if c in settings.members}
-    payloads = upload_payloads(blobs, uploads, round_number)
-    profiles = store.profiles()
-    related = relevance([profiles.get(client) for client in clients], settings.similarity)
-    plans = [
-        plan(
-            group,
-            clients,
-            related,
-            round_number=round_number,
-            temperature=settings.temperature,
-            policy=settings.policy,
-            bits=settings.encryption.weight_bits,
-        )
-        for group in ([] if settings.group_sums else _groups(settings, store, uploads))
-    ]
-    epoch = next((upload.key_epoch for upload in uploads.values() if upload.sections), 0)
-    aggregates = _combine(settings, blobs, aggregator, plans, payloads, round_number, epoch)
-    unsure = [c for c, significant in zip(clients, related.significant, strict=True) if not significant]
-    result = {
-        "round": round_number,
-        "key_epoch": epoch,
-        "clients": clients,
-        "uploaded": sorted(uploads),
-        **_told(profiles, related, unsure, plans),
-        "seconds_aggregating": round(time.perf_counter() - started, 6),
-    }
-    lines = [f"{recipient} trains alone: {why}" for p in plans for recipient, why in p.refusals.items()]
-    if uploads and unsure:
-        lines.append(f"profile missing or within its noise, uniform weights for: {', '.join(unsure)}")
-    return ClosedRound(aggregates, result, lines)
+    def close(self, round_number: int, recipients: Collection[str] | None = None) -> ClosedRound:
+        """Aggregate the stored uploads of a round for those who take part in the next one.
+
+        Deterministic in what is stored: after a crash in the middle, doing it again gives the same bytes.
+
+        Args:
+            round_number: the round to close.
+            recipients: who is to receive; by default every member that has enrolled.
+
+        Raises:
+            DamagedUploadsError: payloads are not what was accepted; nothing was aggregated.
+        """
+        started = time.perf_counter()
+        settings = self._settings
+        uploads = {c: u for c, u in self._store.uploads(round_number).items() if c in settings.members}
+        # Of a large federation only those who give or take now are looked at, by their last profiles.
+        clients = sorted(settings.members if recipients is None else uploads.keys() | set(recipients))
+        try:
+            payloads = upload_payloads(self._blobs, uploads, round_number)
+        except DamagedUploadsError:
+            self._planned = None  # what is sent again may have another profile
+            raise
+        planned = self._plan(clients, uploads, round_number, recipients)
+        epoch = next((upload.key_epoch for upload in uploads.values() if upload.sections), 0)
+        stored = self._combine(planned.plans, payloads, round_number, epoch)
+        unsure = [c for c, sure in zip(clients, planned.related.significant, strict=True) if not sure]
+        refusals = {
+            p.group.label: {
+                c: f"round {round_number}, {p.group.label}: {why}" for c, why in p.refusals.items()
+            }
+            for p in planned.plans
+        }
+        result = {
+            "round": round_number,
+            "key_epoch": epoch,
+            "clients": clients,
+            "uploaded": sorted(uploads),
+            "received": sorted({recipient for p in planned.plans for recipient in p.rows}),
+            "profiles": planned.profiles,
+            "uniform_weights_for": unsure,
+            "refusals": refusals,
+            "smallest_coalition": {p.group.label: p.smallest_coalition for p in planned.plans},
+            "relations": planned.round,
+            "seconds_aggregating": round(time.perf_counter() - started, 6),
+        }
+        lines = [f"{name} trains alone: {why}" for told in refusals.values() for name, why in told.items()]
+        if uploads and unsure:
+            lines.append(f"profile missing or within its noise, uniform weights for: {', '.join(unsure)}")
+        rows = {p.group.label: p.rows for p in planned.plans}
+        return ClosedRound(Offer(round_number + 1, stored, rows), result, lines)
+
+    def _plan(
+        self,
+        clients: Sequence[str],
+        uploads: Mapping[str, StoredUpload],
+        round_number: int,
+        recipients: Collection[str] | None,
+    ) -> _Planned:
+        """Relevance and rows; computed, and written, only where something that they follow from is new."""
+        settings = self._settings
+        found = [] if settings.group_sums else _groups(settings, self._store, uploads, recipients)
+        basis = (clients, self._store.newest_profiles(), found)
+        if self._planned is None or self._planned.basis != basis:
+            bits, present = settings.encryption.weight_bits, frozenset(clients)
+            profiles = {c: p for c, p in self._store.profiles().items() if c in present}
+            related = relevance([profiles.get(client) for client in clients], settings.similarity)
+            plans = [
+                plan(
+                    group,
+                    clients,
+                    related,
+                    temperature=settings.temperature,
+                    policy=settings.policy,
+                    bits=bits,
+                )
+                for group in found
+            ]
+            rows = {p.group.label: p.rows for p in plans}
+            content = pack(clients, related.similarity, rows, bits)
+            self._blobs.write("relations", round_number, WHOLE, content)
+            told = {
+                c: {"noise_variance": p.noise_variance, "releases": p.releases} for c, p in profiles.items()
+            }
+            self._planned = _Planned(basis, round_number, told, related, plans)
+        return self._planned
+
+    def _combine(
+        self, plans: Sequence[Plan], payloads: Payloads, round_number: int, epoch: int
+    ) -> dict[str, StoredAggregate]:
+        """Form all sums, write them, and describe what every recipient gets."""
+        sections: dict[str, list[AggregateSection]] = defaultdict(list)
+        sizes: dict[str, list[int]] = defaultdict(list)
+        starts: dict[str, list[int]] = defaultdict(list)
+        digests: dict[str, Any] = defaultdict(hashlib.sha256)
+
+        def pieces() -> Iterator[memoryview]:
+            end = 0
+            for recipient, section, payload in self._sums(plans, payloads, round_number, epoch):
+                digests[recipient].update(payload)
+                sections[recipient].append(section)
+                sizes[recipient].append(len(payload))
+                starts[recipient].append(end)
+                end += len(payload)
+                yield payload
+
+        self._blobs.write_pieces("aggregates", round_number + 1, WHOLE, pieces())
+        return {
+            recipient: stored_aggregate(
+                epoch, sections[recipient], sizes[recipient], digests[recipient].digest(), starts[recipient]
+            )
+            for recipient in sorted(sections)
+        }
+
+    def _sums(
+        self, plans: Sequence[Plan], payloads: Payloads, round_number: int, epoch: int
+    ) -> Iterator[tuple[str, AggregateSection, memoryview]]:
+        """Every recipient's sections with their payloads, group by group."""
+        for p in plans:
+            name, group = p.group.section, p.group
+            context = RoundContext(
+                self._settings.federation, epoch, round_number, group.label, group.dimensions
+            )
+            records = {c: payloads[c][name] for c in group.contributors}
+            for rows in _batches(p, records):
+                made = self._aggregator.aggregate(records, rows, context)
+                for (recipient, row), payload in zip(rows.items(), made, strict=True):
+                    yield recipient, AggregateSection(name, row, b""), payload
+            for recipient, why in p.refusals.items():
+                told = f"round {round_number}, {group.label}: {why}"
+                yield recipient, AggregateSection(name, None, b"", told), memoryview(b"")
 
 
 def upload_payloads(blobs: Blobs, uploads: Mapping[str, StoredUpload], round_number: int) -> Payloads:
@@ -139,47 +256,19 @@ def upload_payloads(blobs: Blobs, uploads: Mapping[str, StoredUpload], round_num
     return payloads
 
 
-def _groups(settings: ServerSettings, store: Store, uploads: Mapping[str, StoredUpload]) -> list[Group]:
+def _groups(
+    settings: ServerSettings,
+    store: Store,
+    uploads: Mapping[str, StoredUpload],
+    recipients: Collection[str] | None,
+) -> list[Group]:
     return groups(
         {client: [s.name for s in upload.sections] for client, upload in uploads.items()},
-        store.enrolled() & settings.members.keys(),
+        store.enrolled() & settings.members.keys() if recipients is None else recipients,
         {client: family for client in settings.members if (family := settings.family(client))},
         settings.shared_dimensions,
         settings.family_dimensions,
     )
-
-
-def _combine(
-    settings: ServerSettings,
-    blobs: Blobs,
-    aggregator: Aggregator[Any],
-    plans: Sequence[Plan],
-    payloads: Payloads,
-    round_number: int,
-    epoch: int,
-) -> dict[str, StoredAggregate]:
-    """Form all sums, write them, and describe what every recipient gets."""
-    sections: dict[str, list[AggregateSection]] = defaultdict(list)
-    sizes: dict[str, list[int]] = defaultdict(list)
-    digests: dict[str, Any] = defaultdict(hashlib.sha256)
-    for p in plans:
-        name = p.group.section
-        context = RoundContext(settings.federation, epoch, round_number, p.group.label, p.group.dimensions)
-        records = {c: payloads[c][name] for c in p.group.contributors}
-        for rows in _batches(p, records):
-            made = aggregator.aggregate(records, rows, context)
-            for (recipient, row), payload in zip(rows.items(), made, strict=True):
-                blobs.write("aggregates", round_number + 1, f"{recipient}.{name}", payload)
-                digests[recipient].update(payload)
-                sections[recipient].append(AggregateSection(name, row, b""))
-                sizes[recipient].append(len(payload))
-        for recipient, why in p.refusals.items():
-            sections[recipient].append(AggregateSection(name, None, b"", why))
-            sizes[recipient].append(0)
-    return {
-        recipient: stored_aggregate(epoch, sections[recipient], sizes[recipient], digests[recipient].digest())
-        for recipient in sorted(sections)
-    }
 
 
 def _batches(p: Plan, records: Mapping[str, bytes]) -> Iterator[dict[str, WeightRow]]:
@@ -189,28 +278,3 @@ def _batches(p: Plan, records: Mapping[str, bytes]) -> Iterator[dict[str, Weight
     count = max(1, _BATCH_BYTES // (2 * size))
     for start in range(0, len(recipients), count):
         yield {recipient: p.rows[recipient] for recipient in recipients[start : start + count]}
-
-
-def _told(
-    profiles: Mapping[str, Profile], related: Relevance, unsure: Sequence[str], plans: Sequence[Plan]
-) -> dict[str, object]:
-    """What the summary tells of profiles, relevance and weights."""
-    return {
-        "profiles": {
-            c: {"noise_variance": p.noise_variance, "releases": p.releases} for c, p in profiles.items()
-        },
-        "uniform_weights_for": unsure,
-        "similarity": _matrix(related.similarity),
-        "standard_error": _matrix(related.standard_error),
-        "weights": {p.group.label: {r: _shares(row) for r, row in p.rows.items()} for p in plans},
-        "refusals": {p.group.label: dict(p.refusals) for p in plans},
-        "smallest_coalition": {p.group.label: p.smallest_coalition for p in plans},
-    }
-
-
-def _shares(row: WeightRow) -> dict[str, float]:
-    return {c: w / (1 << row.bits) for c, w in zip(row.contributors, row.weights, strict=True)}
-
-
-def _matrix(values: FloatArray) -> list[list[float | None]]:
-    return [[round(v, 6) if math.isfinite(v) else None for v in row] for row in values.tolist()]

@@ -18,6 +18,8 @@ FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 Similarity = Literal["corrected", "cosine"]
 
+_BLOCK = 256
+"""Rows and columns of the similarity matrix that are worked on at once."""
 SIGNIFICANCE_GUARDS = 2.0
 """A profile counts as signal when its corrected squared norm is at least so many guards s."""
 
@@ -28,14 +30,28 @@ class Relevance:
 
     Attributes:
         similarity: (N, N) symmetric, in [-1, 1], diagonal 1; NaN where a client has no usable profile.
-        standard_error: (N, N) of `similarity`; 0 without noise, NaN where it is NaN or not significant.
         significant: (N,) whether a client's profile stands out from its noise; where it does not, that
             client receives with uniform weights.
+        noise: (N,) a_i of `corrected_cosine`; NaN where a profile is not significant.
+        dimensions: K.
     """
 
     similarity: FloatArray
-    standard_error: FloatArray
     significant: BoolArray
+    noise: FloatArray
+    dimensions: int
+
+    @property
+    def standard_error(self) -> FloatArray:
+        """(N, N) of `similarity`; 0 without noise, NaN where it is NaN or not significant."""
+        a_i, a_j, square_NN = self.noise[:, None], self.noise[None, :], self.similarity**2
+        error_NN = np.sqrt(
+            (1.0 - square_NN) * (a_i + a_j)
+            + self.dimensions * a_i * a_j
+            + square_NN * self.dimensions * (a_i**2 + a_j**2) / 2.0
+        )
+        np.fill_diagonal(error_NN, np.where(np.isfinite(np.diagonal(self.similarity)), 0.0, np.nan))
+        return error_NN
 
 
 def relevance(profiles: Sequence[Profile | None], similarity: Similarity) -> Relevance:
@@ -67,8 +83,8 @@ def plain_cosine(vectors_NK: FloatArray) -> Relevance:
         FedMosaic (arXiv 2506.11024), relevance-guided aggregation, cosine of the sanitised gradients.
     """
     usable_N, units_NK = _unit_rows(vectors_NK)
-    similarity_NN = np.clip(units_NK @ units_NK.T, -1.0, 1.0)
-    return _finish(similarity_NN, np.zeros_like(similarity_NN), usable_N, usable_N)
+    no_noise_N = np.where(usable_N, 0.0, np.nan)
+    return Relevance(_similarities(units_NK, usable_N), usable_N, no_noise_N, vectors_NK.shape[1])
 
 
 def corrected_cosine(vectors_NK: FloatArray, variances_N: FloatArray) -> Relevance:
@@ -102,17 +118,8 @@ def corrected_cosine(vectors_NK: FloatArray, variances_N: FloatArray) -> Relevan
     significant_N = usable_N & (norm_N > 0.0) & (norm_N >= SIGNIFICANCE_GUARDS * guard_N)
     floor_N = np.where(usable_N, np.maximum(norm_N, guard_N), 1.0)
     floor_N = np.where(floor_N > 0.0, floor_N, 1.0)
-    root_N = np.sqrt(floor_N)
-    similarity_NN = np.clip((y_NK @ y_NK.T) / root_N[:, None] / root_N[None, :], -1.0, 1.0)
-    a_N = np.where(significant_N, v_N / floor_N, np.nan)
-    a_i, a_j = a_N[:, None], a_N[None, :]
-    square_NN = similarity_NN**2
-    error_NN = np.sqrt(
-        (1.0 - square_NN) * (a_i + a_j)
-        + dimensions * a_i * a_j
-        + square_NN * dimensions * (a_i**2 + a_j**2) / 2.0
-    )
-    return _finish(similarity_NN, error_NN, usable_N, significant_N)
+    similarity_NN = _similarities(y_NK / np.sqrt(floor_N)[:, None], usable_N)
+    return Relevance(similarity_NN, significant_N, np.where(significant_N, v_N / floor_N, np.nan), dimensions)
 
 
 def softmax_weights(
@@ -168,12 +175,17 @@ def _unit_rows(vectors_NK: FloatArray) -> tuple[BoolArray, FloatArray]:
     return usable_N, rows_NK / norm_N[:, None]
 
 
-def _finish(
-    similarity_NN: FloatArray, error_NN: FloatArray, usable_N: BoolArray, significant_N: BoolArray
-) -> Relevance:
-    unknown_NN = ~(usable_N[:, None] & usable_N[None, :])
-    similarity_NN = np.where(unknown_NN, np.nan, (similarity_NN + similarity_NN.T) / 2.0)
-    error_NN = np.where(unknown_NN, np.nan, error_NN)
+def _similarities(rows_NK: FloatArray, usable_N: BoolArray) -> FloatArray:
+    """(N, N) inner products clipped to [-1, 1], by blocks above the diagonal: half a product is enough."""
+    count = len(rows_NK)
+    similarity_NN = np.empty((count, count))
+    for i in range(0, count, _BLOCK):
+        for j in range(i, count, _BLOCK):
+            block = rows_NK[i : i + _BLOCK] @ rows_NK[j : j + _BLOCK].T
+            np.clip(block, -1.0, 1.0, out=block)
+            similarity_NN[i : i + _BLOCK, j : j + _BLOCK] = block
+            similarity_NN[j : j + _BLOCK, i : i + _BLOCK] = block.T
+    similarity_NN[~usable_N] = np.nan
+    similarity_NN[:, ~usable_N] = np.nan
     np.fill_diagonal(similarity_NN, np.where(usable_N, 1.0, np.nan))
-    np.fill_diagonal(error_NN, np.where(usable_N, 0.0, np.nan))
-    return Relevance(similarity_NN, error_NN, significant_N)
+    return similarity_NN

@@ -7,15 +7,14 @@ from typing import Any
 from fedmosaic.privacy.encryption.aggregator import Aggregator
 from fedmosaic.privacy.encryption.records import RoundContext
 from fedmosaic.protos.messages import AggregateSection
-from fedmosaic.server.round.aggregates import read_sections, stored_aggregate
+from fedmosaic.server.round.aggregates import LOST, Offer, stored_aggregate
 from fedmosaic.server.round.close import DamagedUploadsError, upload_payloads
 from fedmosaic.server.round.weights import section_label
 from fedmosaic.server.settings import ServerSettings
 from fedmosaic.server.storage.blobs import Blobs
-from fedmosaic.server.storage.store import Store
+from fedmosaic.server.storage.store import Store, StoredAggregate
 
 log = logging.getLogger(__name__)
-_LOST = "the server's copy was damaged and could not be made anew"
 
 
 def repair_aggregate(
@@ -23,44 +22,45 @@ def repair_aggregate(
     store: Store,
     blobs: Blobs,
     aggregator: Aggregator[Any],
-    round_number: int,
+    offer: Offer,
     recipient: str,
-) -> None:
-    """Make an aggregate of the open round anew, with the rows that it was made with.
+) -> StoredAggregate:
+    """Make an aggregate of the open round anew, with the rows that it was made with, and store it.
 
     Where the uploads are damaged too, the recipient is refused it, and trains one round alone.
 
     Args:
         settings: of the run.
-        store: rows and digests.
+        store: uploads; keeps the new description.
         blobs: payloads.
         aggregator: server side of the back end.
-        round_number: the open round, which the aggregate is for.
+        offer: of the open round; has an aggregate of the recipient.
         recipient: whose it is.
     """
-    stored = store.aggregate(round_number, recipient)
-    if stored is None:
-        return
-    sections, sizes = read_sections(stored)
-    closed, uploads = round_number - 1, store.uploads(round_number - 1)
+    stored = offer.stored[recipient]
+    sections = [section for section, _ in offer.sections(settings, recipient)]
+    closed, uploads = offer.round - 1, store.uploads(offer.round - 1)
     used = {name for section in sections if section.row for name in section.row.contributors}
-    digest = hashlib.sha256()
+    digest, sizes = hashlib.sha256(), []
     try:
         payloads = upload_payloads(blobs, {name: uploads[name] for name in used}, closed)
         for section in sections:
             if section.row is None:
+                sizes.append(0)
                 continue
             label = section_label(section.name, settings.family(recipient))
             size = settings.dimensions(recipient)[section.name]
             context = RoundContext(settings.federation, stored.key_epoch, closed, label, size)
             records = {client: payloads[client][section.name] for client in section.row.contributors}
             (payload,) = aggregator.aggregate(records, {recipient: section.row}, context)
-            blobs.write("aggregates", round_number, f"{recipient}.{section.name}", payload)
+            blobs.write("aggregates", offer.round, f"{recipient}.{section.name}", payload)
             # Of a sum of real numbers the last digits depend on how many rows were summed at once.
             digest.update(payload)
+            sizes.append(len(payload))
     except (DamagedUploadsError, KeyError) as error:
         log.error("the aggregate of %s cannot be made anew: %s", recipient, error)
-        sections = [AggregateSection(s.name, None, b"", s.refusal or _LOST) for s in sections]
+        sections = [AggregateSection(s.name, None, b"", s.refusal or LOST) for s in sections]
         sizes, digest = [0] * len(sections), hashlib.sha256()
     made = stored_aggregate(stored.key_epoch, sections, sizes, digest.digest())
-    store.replace_aggregate(round_number, recipient, made.sections, made.sha256)
+    store.replace_aggregate(offer.round, recipient, made)
+    return made

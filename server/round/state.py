@@ -8,12 +8,14 @@ A deadline that passes below the quorum is extended. A member that misses a roun
 until it shows up, so that one dead machine costs one deadline and not one per round.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from fedmosaic.protos import bounds
 from fedmosaic.protos.messages import Phase, ReceiptStatus, RoundStatus
 
+Draw = Callable[[int], frozenset[str]]
+"""The members that take part in a round, by its number."""
 _NAMES_SHOWN = 10
 _NAMES_LENGTH = 360
 """Longest list of names, in characters: two of them fit a message beside what else it says."""
@@ -43,8 +45,10 @@ class Round:
         arrived: content hash of every upload of this round that is stored, by client.
         contributors: those of `arrived` whose upload has sections.
         absent: members that are not waited for, because they missed a round and were not seen since.
-        able: members that can upload at all; without the group key of the epoch a member cannot.
+        able: members that can upload at all: not without the group key of the epoch, nor where others were
+            drawn.
         extensions: how often the deadline of this round was extended.
+        draw: who takes part, by round; None where everybody does in every one.
         asked: members whose stored upload of this round was damaged, and who were asked for it again.
         given_up: those of them who did not send it in time; this round goes on without them.
     """
@@ -63,6 +67,7 @@ class Round:
     extensions: int = 0
     asked: frozenset[str] = frozenset()
     given_up: frozenset[str] = frozenset()
+    draw: Draw | None = None
 
     @property
     def waiting_for(self) -> frozenset[str]:
@@ -79,10 +84,14 @@ class Round:
             self,
             number=number,
             phase=Phase.FINISHED if number > self.rounds else Phase.OPEN,
+            able=self._able_in(number),
             arrived=dict(arrived),
             contributors=frozenset(contributors),
             absent=frozenset(absent) & self.members,
         )
+
+    def _able_in(self, number: int) -> frozenset[str]:
+        return self.able if self.draw is None else self.draw(number)
 
     def seen(self, client: str) -> "Round":
         """A member showed that it is alive."""
@@ -128,6 +137,12 @@ class Round:
             )
         if number < self.number or self.phase is not Phase.OPEN:
             return self, ReceiptStatus.LATE
+        if self.draw is not None and client not in self.able:
+            return self, Rejected(
+                "NOT_DRAWN",
+                f"{client!r} does not take part in round {number}: others were drawn for it",
+                "wait for a round that this member is drawn for",
+            )
         if stored_hash is not None:
             return self, Rejected(
                 "UPLOAD_DIFFERS",
@@ -182,6 +197,7 @@ class Round:
             number=number,
             phase=Phase.FINISHED if number > self.rounds else Phase.OPEN,
             deadline=now + self.duration,
+            able=self._able_in(number),
             arrived={},
             contributors=frozenset(),
             absent=(self.absent | self.able) - self.arrived.keys(),
@@ -200,32 +216,44 @@ class Round:
 
     def status(self, now: float) -> RoundStatus:
         """What the server is waiting for, with one line for people; `now` in the clock of `deadline`."""
-        left = max(0.0, self.deadline - now) if self.phase is Phase.OPEN else 0.0
-        have = f"{len(self.arrived)} of {len(self.members)} uploads"
-        if self.phase is Phase.FINISHED:
-            message = f"all {self.rounds} rounds are finished"
-        elif self.phase is Phase.CLOSED:
-            message = f"round {self.number}: closed with {have}, aggregating"
-        else:
-            parts = [f"round {self.number}: {have}"]
-            if self.waiting_for:
-                parts.append(f"waiting for {_names(self.waiting_for)}")
-            if len(self.contributors) < self.quorum:
-                parts.append(f"quorum is {self.quorum}")
-            parts.append(f"{left:.0f} s left")
-            if self.extensions:
-                parts.append(f"deadline extended {self.extensions} ×")
-            if self.absent:
-                parts.append(f"not waited for: {_names(self.absent)} (missed the last round)")
-            message = ", ".join(parts)
         arrived, waiting = tuple(sorted(self.arrived)), tuple(sorted(self.waiting_for))
-        return RoundStatus(self.number, self.phase, arrived, waiting, left, one_line(message))
+        return RoundStatus(self.number, self.phase, arrived, waiting, self._left(now), self.message(now))
+
+    def _left(self, now: float) -> float:
+        return max(0.0, self.deadline - now) if self.phase is Phase.OPEN else 0.0
+
+    def message(self, now: float) -> str:
+        """What the server is waiting for, in one line for people."""
+        have = f"{len(self.arrived)} of {len(self.members if self.draw is None else self.able)} uploads"
+        if self.phase is Phase.FINISHED:
+            return f"all {self.rounds} rounds are finished"
+        if self.phase is Phase.CLOSED:
+            return f"round {self.number}: closed with {have}, aggregating"
+        parts = [f"round {self.number}: {have}"]
+        if self.waiting_for:
+            parts.append(f"waiting for {_names(self.waiting_for)}")
+        if len(self.contributors) < self.quorum:
+            parts.append(f"quorum is {self.quorum}")
+        parts.append(f"{self._left(now):.0f} s left")
+        if self.extensions:
+            parts.append(f"deadline extended {self.extensions} ×")
+        if self.absent:
+            parts.append(f"not waited for: {_names(self.absent)} (missed the last round)")
+        return one_line(", ".join(parts))
 
 
-def first_round(members: Collection[str], quorum: int, rounds: int, duration: float, now: float) -> Round:
+def first_round(
+    members: Collection[str],
+    quorum: int,
+    rounds: int,
+    duration: float,
+    now: float,
+    draw: Draw | None = None,
+) -> Round:
     """The first round, just opened; see `Round` for the arguments."""
     everybody = frozenset(members)
-    return Round(1, rounds, Phase.OPEN, everybody, quorum, duration, now + duration, able=everybody)
+    able = everybody if draw is None else draw(1)
+    return Round(1, rounds, Phase.OPEN, everybody, quorum, duration, now + duration, able=able, draw=draw)
 
 
 def one_line(message: str) -> str:

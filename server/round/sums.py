@@ -7,12 +7,13 @@ group forms no sum in this round. Pure but for the arithmetic: time is passed in
 """
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final
 
 from fedmosaic.privacy.secureaggregation.collector import SumCollector
 from fedmosaic.privacy.secureaggregation.masks import pack, to_words
-from fedmosaic.privacy.secureaggregation.messages import ENVELOPE_BYTES, Opening, Unmasking, split
+from fedmosaic.privacy.secureaggregation.messages import Opening, Unmasking
 from fedmosaic.privacy.secureaggregation.partition import RoundTotals
 from fedmosaic.privacy.secureaggregation.terms import SumTerms
 from fedmosaic.protos.errors import EncryptionError
@@ -37,13 +38,29 @@ class RoundSums:
         terms: of every group's sum.
         seconds: how long each step waits for a member.
         now: in the caller's clock.
+        left_out: member → why it may not take part.
     """
 
     def __init__(
-        self, round_number: int, terms: Sequence[SumTerms], seconds: Mapping[str, float], now: float
+        self,
+        round_number: int,
+        terms: Sequence[SumTerms],
+        seconds: Mapping[str, float],
+        now: float,
+        left_out: Mapping[str, str] | None = None,
     ) -> None:
         self.round = round_number
-        self._groups = [_GroupSum(group, seconds, now) for group in terms]
+        self._groups = [_GroupSum(group, seconds, now, left_out or {}) for group in terms]
+
+    @property
+    def faults(self) -> dict[str, str]:
+        """Member → what it has provably done to its group's sum."""
+        return {name: fault for group in self._groups for name, fault in group.collector.faults.items()}
+
+    @property
+    def disputes(self) -> set[tuple[str, str]]:
+        """See `SumCollector.disputes`."""
+        return {pair for group in self._groups for pair in group.disputes}
 
     @property
     def over(self) -> bool:
@@ -87,13 +104,22 @@ class RoundSums:
         """
         return any([group.advance(expected, now) for group in self._groups])
 
+    def due(self) -> list[Callable[[], None]]:
+        """What takes the masks off the sums that have all their shares, each given out once.
+
+        It takes long and needs no lock: of such a sum nothing else changes any more.
+        """
+        due = [group.finish for group in self._groups if group.due]
+        for group in self._groups:
+            group.due = False
+        return due
+
     def totals(self) -> RoundTotals:
         """What came of it."""
-        return RoundTotals(
-            self.round,
-            tuple(group.contributors if group.total else () for group in self._groups),
-            tuple(group.total for group in self._groups),
-        )
+        totals = [
+            (group.contributors, total) if (total := group.total) else ((), b"") for group in self._groups
+        ]
+        return RoundTotals(self.round, tuple(c for c, _ in totals), tuple(total for _, total in totals))
 
     def _group_of(self, member: str) -> "_GroupSum":
         for group in self._groups:
@@ -105,70 +131,113 @@ class RoundSums:
 
 
 class _GroupSum:
-    def __init__(self, terms: SumTerms, seconds: Mapping[str, float], now: float) -> None:
+    def __init__(
+        self, terms: SumTerms, seconds: Mapping[str, float], now: float, left_out: Mapping[str, str]
+    ) -> None:
         self.terms = terms
         self.step = OPEN
         self.failure = ""
         self.total = b""
         self.contributors: tuple[str, ...] = ()
-        self.refused: set[str] = set()
-        self._collector = SumCollector(terms)
+        self.refused = set(left_out)
+        self.due = self._complete = self._final = False
+        self.collector = SumCollector(terms)
+        self.late: dict[str, Unmasking] = {}
+        self._left_out = left_out
         self._seconds = seconds
         self._deadline = now + seconds[OPEN]
         self._answered: dict[str, set[str]] = {step: set() for step in STEPS}
-        self._openings: Mapping[str, Opening] = {}
+        self._openings: dict[str, bytes] = {}
 
     def post(self, member: str, step: str, payload: bytes) -> None:
-        if member in self._answered.get(step, ()) or (step == UNMASK and self.step == _OVER):
-            # A retry, or a share more than was needed. Another vector than the first is not looked at.
+        if member in self._answered.get(step, ()):
+            # A retry. Another vector than the first is not looked at.
             return
-        if step != self.step:
+        if step != self.step and (step, self.step) != (UNMASK, _OVER):
             raise EncryptionError(f"step {step!r} of {member!r} came while {self.step!r} is open")
+        if member in self._left_out:
+            raise EncryptionError(f"{member!r} is left out of this run's sums: {self._left_out[member]}")
         if step == OPEN:
-            self._collector.add_opening(member, Opening.decoded(payload))
+            self.collector.add_opening(member, Opening.decoded(payload))
         elif step == SHARE:
-            others = sorted(set(self._openings) - {member})
-            pieces = split(payload, ENVELOPE_BYTES, len(others))
-            self._collector.add_envelopes(member, dict(zip(others, pieces, strict=True)))
+            self.collector.add_envelopes(member, payload)
         elif step == VECTOR:
-            self._collector.add_vector(member, payload)
+            self.collector.add_vector(member, payload)
         elif step == AGREE:
-            self._collector.add_signature(member, payload)
+            self.collector.add_signature(member, payload)
         else:
-            shared = self._answered[SHARE]
-            self._collector.add_unmasking(member, Unmasking.decoded(payload, shared, self.contributors))
+            self._add_unmasking(member, Unmasking.decoded(payload, self._answered[SHARE]))
         self._answered[step].add(member)
+
+    @property
+    def disputes(self) -> set[tuple[str, str]]:
+        told = {
+            (m, s)
+            for m, unmasking in self.late.items()
+            for s, share in unmasking.shares.items()
+            if share is None
+        }
+        return self.collector.disputes | told
+
+    def _add_unmasking(self, member: str, unmasking: Unmasking) -> None:
+        if member not in self.contributors:
+            raise EncryptionError(f"shares of {member!r}, who sent no vector")
+        if self._complete or self.step == _OVER:
+            # The masks are being taken off. It tells whose envelopes did not open, and may be needed yet.
+            self.late[member] = unmasking
+        else:
+            self.collector.add_unmasking(member, unmasking)
 
     def read(self, member: str, step: str) -> dict[str, bytes]:
         if step not in STEPS or (self.step != _OVER and STEPS.index(step) >= STEPS.index(self.step)):
             return {}
         if step == OPEN:
-            return {name: opening.encoded() for name, opening in self._openings.items()}
+            return self._openings
         if step == SHARE:
-            return self._collector.envelopes_for(member)
+            return self.collector.envelopes_for(member)
         if step == VECTOR:
             return dict.fromkeys(self.contributors, b"")
         if step == AGREE:
-            return self._collector.signatures()
+            return self.collector.signatures()
         return {"server": b""}
 
     def advance(self, expected: Collection[str], now: float) -> bool:
-        if self.step == _OVER:
+        if self.step == _OVER or self._complete:
             return False
         if self.step == UNMASK:
-            complete = self._collector.can_finish
+            complete = self.collector.can_finish
         else:
             complete = self._awaited(expected) <= self._answered[self.step]
         if not complete and now < self._deadline:
             return False
+        if self.step == UNMASK:
+            self.due = self._complete = True
+            self._final = now >= self._deadline
+            return True
         try:
             self._close()
         except EncryptionError as error:
-            self.failure = f"the sum of {len(self.terms.members)} members was not formed: {error}"
-            log.warning("%s", self.failure)
-            self.step = _OVER
+            self._fail(error)
         self._deadline = now + self._seconds.get(self.step, 0.0)
         return True
+
+    def finish(self) -> None:
+        """Take the masks off; where false shares were among those that came, wait for others'."""
+        bits = self.terms.bits
+        for member in list(self.late):
+            self.collector.add_unmasking(member, self.late.pop(member))
+        try:
+            self.total = pack(to_words(self.collector.finish(), bits), bits)
+            self.step = _OVER
+        except EncryptionError as error:
+            if self._final:
+                self._fail(error)
+            self._complete = False
+
+    def _fail(self, error: EncryptionError) -> None:
+        self.failure = f"the sum of {len(self.terms.members)} members was not formed: {error}"
+        log.warning("%s", self.failure)
+        self.step = _OVER
 
     def _awaited(self, expected: Collection[str]) -> set[str]:
         if self.step == OPEN:
@@ -180,13 +249,32 @@ class _GroupSum:
 
     def _close(self) -> None:
         if self.step == OPEN:
-            self._openings = self._collector.close_openings()
+            opened = self.collector.close_openings()
+            self._openings = {name: opening.encoded() for name, opening in opened.items()}
         elif self.step == SHARE:
-            self._collector.close_envelopes()
+            self.collector.close_envelopes()
         elif self.step == VECTOR:
-            self.contributors = self._collector.close_vectors()
-        elif self.step == UNMASK:
-            bits = self.terms.bits
-            self.total = pack(to_words(self._collector.finish(), bits), bits)
-        following = STEPS.index(self.step) + 1
-        self.step = STEPS[following] if following < len(STEPS) else _OVER
+            self.contributors = self.collector.close_vectors()
+        self.step = STEPS[STEPS.index(self.step) + 1]
+
+
+def liars(disputes: Collection[tuple[str, str]], colluders: int) -> dict[str, str]:
+    """Who must have lied about envelopes: of every dispute one has, and no more than `colluders` do.
+
+    Args:
+        disputes: (recipient, sender), of all rounds.
+        colluders: t.
+
+    Returns:
+        Member → fault, of those who dispute with more than t others. An honest one never does.
+    """
+    opposed: defaultdict[str, set[str]] = defaultdict(set)
+    for recipient, sender in disputes:
+        if recipient != sender:
+            opposed[recipient].add(sender)
+            opposed[sender].add(recipient)
+    return {
+        name: f"{len(others)} members disagree with it about envelopes, of whom at most {colluders} lie"
+        for name, others in sorted(opposed.items())
+        if len(others) > colluders
+    }

@@ -14,7 +14,7 @@ from typing import Final
 
 import numpy as np
 
-from fedmosaic.privacy.coalitions import SOLVED, estimate_errors, pair_errors
+from fedmosaic.privacy.coalitions import SOLVED, close_pairs, estimate_errors, pair_errors
 from fedmosaic.privacy.encryption.weights import integer_weights
 from fedmosaic.privacy.policy import AggregationPolicy, cap_weights, check_row, spread_weights
 from fedmosaic.protos.errors import PolicyError
@@ -106,7 +106,6 @@ def plan(
     clients: Sequence[str],
     relevance: Relevance,
     *,
-    round_number: int,
     temperature: float,
     policy: AggregationPolicy,
     bits: int,
@@ -124,7 +123,6 @@ def plan(
         group: who contributes and who receives.
         clients: order of the rows and columns of `relevance`.
         relevance: similarity of all clients.
-        round_number: round of the uploads, for the refusals.
         temperature: τ of the softmax.
         policy: limits on every row.
         bits: precision of the weights.
@@ -141,7 +139,7 @@ def plan(
             rows[clients[index]], solved = made.add(index, weights_NN[index])
             pair_solves |= solved
         except PolicyError as error:
-            refusals[clients[index]] = f"round {round_number}, {group.label}: {error}"
+            refusals[clients[index]] = str(error)
     one_solves = any(estimate_errors(row_N[None, :]).min() < SOLVED for row_N in made.shares_RN)
     return Plan(group, rows, refusals, 1 if one_solves else 2 if pair_solves else None)
 
@@ -155,6 +153,7 @@ class _Rows:
         self._bits = bits
         self._order: list[int] = []
         self._table_NN = np.zeros((len(clients), len(clients)))
+        self._squares_N, self._peaks_N = np.zeros((2, len(clients)))
 
     @property
     def shares_RN(self) -> FloatArray:
@@ -171,8 +170,7 @@ class _Rows:
         chosen, solves = self._row(recipient, weights_N), True
         candidates = itertools.chain((chosen,), self._tilted(recipient, weights_N))
         for row in candidates:
-            errors = pair_errors(index, self._shares(row), self._order, self.shares_RN)
-            if errors.min(initial=1.0) >= SOLVED:
+            if not self._solves(index, self._shares(row)):
                 chosen, solves = row, False
                 break
         if solves and self._policy.withstands > 1:
@@ -180,9 +178,20 @@ class _Rows:
                 f"{self._policy.withstands} recipients together must not solve for an adapter, and no row of "
                 "this one was found with which none could: more contributors are needed"
             )
-        self._table_NN[len(self._order)] = self._shares(chosen)
+        made, shares_N = len(self._order), self._shares(chosen)
+        self._table_NN[made] = shares_N
+        self._squares_N[made], self._peaks_N[made] = (shares_N**2).sum(), (shares_N**2).max()
         self._order.append(index)
         return chosen, solves
+
+    def _solves(self, index: int, shares_N: FloatArray) -> bool:
+        """Whether a row, with one of those before it, solves for an adapter."""
+        made = len(self._order)
+        known = self._squares_N[:made], self._peaks_N[:made]
+        close = close_pairs(index, shares_N, self._order, self.shares_RN, *known)
+        others = [self._order[position] for position in close]
+        errors = pair_errors(index, shares_N, others, self.shares_RN[close])
+        return bool(errors.min(initial=1.0) < SOLVED)
 
     def _tilted(self, recipient: str, weights_N: FloatArray) -> Iterator[WeightRow]:
         """Rows beside the one that relevance asks for; one that breaks the policy is left out."""

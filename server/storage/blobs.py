@@ -4,10 +4,13 @@
     ROOT/mark                              tells which database goes with this folder, if it stands elsewhere
     ROOT/spool/<client>.<hash>.part        an upload that is still arriving
     ROOT/uploads/000003/<client>.bin       sections of a stored upload, laid end to end
-    ROOT/aggregates/000004/<client>.<section>.bin   what a client may load before round 4
+    ROOT/aggregates/000004/all.bin         what clients may load before round 4, laid end to end
+    ROOT/aggregates/000004/<client>.<section>.bin   the same of one client, made anew or by an older program
+    ROOT/relations/000003/all.bin          similarity and weight rows, where round 3 brought new ones
     ROOT/sums/000003/group-<n>.bin         sum of a group in round 3, public to the members
 
 A kill at any point leaves a file whole or absent; the database row that names it is written afterwards.
+Aggregates alone are not waited for: from uploads and weight rows, which are, they are made anew.
 """
 
 import hashlib
@@ -17,9 +20,16 @@ import shutil
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
-from fedmosaic.privacy.files import hold_directory, private_directory, sync_directory, write_atomically
+from fedmosaic.privacy.files import (
+    hold_directory,
+    naming,
+    private_directory,
+    private_opener,
+    sync_directory,
+    write_atomically,
+)
 from fedmosaic.protos.errors import StateError
 
 
@@ -27,8 +37,10 @@ class MissingBlobError(StateError):
     """A file that the database names is not there: the folder was changed by hand, or its disk is failing."""
 
 
-Area = Literal["uploads", "aggregates", "sums"]
-_MAP_ABOVE: Final = 1 << 24
+Area = Literal["uploads", "aggregates", "relations", "sums"]
+WHOLE: Final = "all"
+"""Name of the one blob of a round in `aggregates` and `relations`."""
+_MAP_ABOVE: Final = 1 << 20
 _READ_BYTES: Final = 1 << 20
 
 
@@ -49,7 +61,7 @@ class Blobs:
         self._durable = durable
         private_directory(root)
         self._lock = hold_directory(root / "lock", "give this server its own state_dir")
-        for name in ("spool", "uploads", "aggregates", "sums"):
+        for name in ("spool", *get_args(Area)):
             private_directory(root / name)
 
     def close(self) -> None:
@@ -70,14 +82,14 @@ class Blobs:
 
     def path(self, area: Area, round_number: int, name: str) -> Path:
         """Where a blob stands."""
-        return self._root / area / f"{round_number:06d}" / f"{name}.bin"
+        return blob_path(self._root, area, round_number, name)
 
     def spool(self, client: str, content_hash: bytes) -> Path:
         """Where an upload arrives; what another upload of this client left behind is removed."""
         path = self._root / "spool" / f"{client}.{content_hash.hex()}.part"
-        for other in path.parent.glob(f"{client}.*.part"):
-            if other != path:
-                other.unlink(missing_ok=True)
+        for name in os.listdir(path.parent):
+            if name.startswith(f"{client}.") and name != path.name:
+                (path.parent / name).unlink(missing_ok=True)
         return path
 
     def write(self, area: Area, round_number: int, name: str, content: bytes | memoryview) -> None:
@@ -86,25 +98,41 @@ class Blobs:
         self._ensure(path.parent)
         write_atomically(path, content, durable=self._durable)
 
+    def write_pieces(self, area: Area, round_number: int, name: str, pieces: Iterable[memoryview]) -> None:
+        """Write a blob that can be made anew, piece by piece; the disk is not waited for."""
+        path = self.path(area, round_number, name)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        temporary = path.with_suffix(".new")
+        with naming(path), open(temporary, "wb", opener=private_opener) as file:
+            file.writelines(pieces)
+        temporary.replace(path)
+
+    def settle(self, spooled: Path) -> None:
+        """Wait until an upload that has arrived is on the disk; many may wait at once."""
+        if self._durable and spooled.exists():
+            sync_directory(spooled)
+
     def adopt(self, spooled: Path, round_number: int, client: str) -> None:
-        """Move an upload that has arrived into its place."""
+        """Move an upload that is on the disk into its place; `settle_uploads` makes the names last."""
         path = self.path("uploads", round_number, client)
         self._ensure(path.parent)
-        with spooled.open("r+b") as file:
-            if self._durable:
-                os.fsync(file.fileno())
         spooled.replace(path)
-        self._flush_directory(path.parent)
 
-    def read(self, area: Area, round_number: int, name: str) -> memoryview:
-        """Content of a blob; a large one is mapped, not copied.
+    def settle_uploads(self, round_number: int) -> None:
+        """Wait until the names of all uploads that were adopted in a round are on the disk."""
+        self._flush_directory(self.path("uploads", round_number, "").parent)
+
+    def read(
+        self, area: Area, round_number: int, name: str, start: int = 0, size: int | None = None
+    ) -> memoryview:
+        """Content of a blob, or of a part of it; a large one is mapped, not copied.
 
         Raises:
             MissingBlobError: the file is missing.
         """
         path = self.path(area, round_number, name)
         try:
-            return map_file(path)
+            return map_file(path, start, size)
         except FileNotFoundError:
             raise MissingBlobError(
                 f"{path} is missing although the database names it; restore state_dir and database together"
@@ -126,12 +154,19 @@ class Blobs:
             sync_directory(folder)
 
 
-def map_file(path: Path) -> memoryview:
-    """Content of a file; a large one is mapped, not copied."""
+def blob_path(root: Path, area: Area, round_number: int, name: str) -> Path:
+    """Where a blob stands below a state folder."""
+    return root / area / f"{round_number:06d}" / f"{name}.bin"
+
+
+def map_file(path: Path, start: int = 0, size: int | None = None) -> memoryview:
+    """Content of a file, or at most `size` bytes from `start`; if that is much, mapped and not copied."""
     with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size < _MAP_ABOVE:
-            return memoryview(file.read())
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        length = max(0, os.fstat(file.fileno()).st_size - start)
+        length = length if size is None else min(size, length)
+        if length < _MAP_ABOVE:
+            return memoryview(os.pread(file.fileno(), length, start))
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))[start : start + length]
 
 
 def section_hashes(path: Path, sizes: Iterable[int]) -> list[bytes]:

@@ -6,7 +6,7 @@ Payloads are files (`blobs`); profiles, weights and key messages are small and s
 
 import json
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,12 +34,23 @@ class StoredUpload:
 
 
 @dataclass(frozen=True)
+class Arrival:
+    """An accepted upload: who sent it, when it was here, and how many bytes it took on the way."""
+
+    client: str
+    header: UploadHeader
+    content_hash: bytes
+    received_at: float
+    received_bytes: int
+
+
+@dataclass(frozen=True)
 class StoredAggregate:
-    """What a client may load, without the payloads.
+    """What a client may load, without payloads and weight rows.
 
     Attributes:
         key_epoch: epoch of the uploads inside.
-        sections: JSON of the sections as `close_round` wrote it.
+        sections: JSON of the sections as `stored_aggregate` wrote it.
         sha256: of all payloads, laid end to end.
     """
 
@@ -150,9 +161,11 @@ class Store:
         """Remember that a member has enrolled, and with what; of its ledger, what it enrols with first."""
         row = {"family": enrolment.family, "software": enrolment.software, "enrolled_at": now}
         with self._transaction() as connection:
-            _upsert(connection, tables.members, {"client": client}, row)
+            tables.upsert(connection, tables.members, {"client": client}, row)
             if enrolment.ledger_head and connection.scalar(_ledger_head(client)) is None:
-                _upsert(connection, tables.ledger_heads, {"client": client}, {"head": enrolment.ledger_head})
+                tables.upsert(
+                    connection, tables.ledger_heads, {"client": client}, {"head": enrolment.ledger_head}
+                )
 
     def ledger_head(self, client: str) -> bytes:
         """The newest head of a member's privacy ledger; empty if it never sent one."""
@@ -162,36 +175,11 @@ class Store:
         """Members that have ever enrolled."""
         return frozenset(row.client for row in self._rows(sa.select(tables.members.c.client)))
 
-    def add_upload(
-        self, client: str, header: UploadHeader, content_hash: bytes, now: float, received_bytes: int
-    ) -> None:
-        """Store an accepted upload, its profile, the ledger's head and the bytes it took.
-
-        Its payloads are in place already.
-        """
-        row = {
-            "round": header.round,
-            "client": client,
-            "content_hash": content_hash,
-            "attempt_id": header.attempt_id,
-            "key_epoch": header.key_epoch,
-            "sections": json.dumps([[s.name, s.size, s.sha256.hex()] for s in header.sections]),
-            "signature": header.signature,
-            "received_at": now,
-        }
+    def add_uploads(self, arrivals: Iterable[Arrival]) -> None:
+        """Store accepted uploads, their profiles, ledger heads and traffic; their payloads are in place."""
         with self._transaction() as connection:
-            connection.execute(sa.insert(tables.uploads).values(row))
-            if header.profile is not None:
-                # There is one already where the upload was damaged here and is sent again.
-                values = {
-                    "vector": header.profile.vector.astype("<f4").tobytes(),
-                    "noise_variance": header.profile.noise_variance,
-                    "releases": header.profile.releases,
-                }
-                _upsert(connection, tables.profiles, {"client": client, "round": header.round}, values)
-            if header.ledger is not None:
-                _upsert(connection, tables.ledger_heads, {"client": client}, {"head": header.ledger.head})
-            _add_traffic(connection, client, received_bytes, 0)
+            for arrival in arrivals:
+                _add_upload(connection, arrival)
 
     def uploads(self, round_number: int) -> dict[str, StoredUpload]:
         """Stored uploads of a round, by client."""
@@ -217,11 +205,13 @@ class Store:
         )
         return None if found is None else bytes(found)
 
+    def newest_profiles(self) -> dict[str, int]:
+        """Round of the newest profile of every client that ever sent one."""
+        return {row.client: row.round for row in self._rows(tables.NEWEST_PROFILES)}
+
     def profiles(self) -> dict[str, Profile]:
         """The newest profile of every client that ever sent one."""
-        table = tables.profiles
-        newest = sa.select(table.c.client, sa.func.max(table.c.round).label("round")).group_by(table.c.client)
-        latest = newest.subquery()
+        table, latest = tables.profiles, tables.NEWEST_PROFILES.subquery()
         match = sa.and_(table.c.client == latest.c.client, table.c.round == latest.c.round)
         rows = self._rows(sa.select(table).join(latest, match))
         return {
@@ -259,22 +249,23 @@ class Store:
             connection.execute(_older_key_messages(key_epoch))
             _put(connection, metadata)
 
-    def aggregate(self, round_number: int, client: str) -> StoredAggregate | None:
-        """What a client may load before a round; None if nothing was made for it."""
+    def aggregates(self, round_number: int) -> dict[str, StoredAggregate]:
+        """What clients may load before a round."""
         table = tables.aggregates
-        rows = self._rows(sa.select(table).where(table.c.round == round_number, table.c.client == client))
-        return StoredAggregate(rows[0].key_epoch, rows[0].sections, bytes(rows[0].sha256)) if rows else None
+        rows = self._rows(sa.select(table).where(table.c.round == round_number))
+        return {row.client: StoredAggregate(row.key_epoch, row.sections, bytes(row.sha256)) for row in rows}
 
-    def replace_aggregate(self, round_number: int, client: str, sections: str, sha256: bytes) -> None:
+    def replace_aggregate(self, round_number: int, client: str, made: StoredAggregate) -> None:
         """Store another description of a client's aggregate, whose payload was damaged."""
-        table, values = tables.aggregates, {"sections": sections, "sha256": sha256}
+        table, values = tables.aggregates, {"sections": made.sections, "sha256": made.sha256}
         changed = sa.update(table).where(table.c.round == round_number, table.c.client == client)
         with self._transaction() as connection:
             connection.execute(changed.values(values))
 
-    def results(self) -> list[dict[str, Any]]:
-        """What was recorded at the end of every round, in order."""
-        rows = self._rows(sa.select(tables.rounds.c.result).order_by(tables.rounds.c.round))
+    def results(self, after: int = 0) -> list[dict[str, Any]]:
+        """What was recorded at the end of every round above `after`, in order."""
+        table = tables.rounds
+        rows = self._rows(sa.select(table.c.result).where(table.c.round > after).order_by(table.c.round))
         return [_loads(row.result, "the result of a round") for row in rows]
 
     def add_key_message(self, sender: str, message: KeyMessage, metadata: Mapping[str, str]) -> None:
@@ -316,7 +307,7 @@ class Store:
         """Store a client's privacy statement; a later one replaces it."""
         row = {"statement": statement, "received_at": now}
         with self._transaction() as connection:
-            _upsert(connection, tables.reports, {"client": client}, row)
+            tables.upsert(connection, tables.reports, {"client": client}, row)
 
     def reports(self) -> dict[str, bytes]:
         """Privacy statements by client."""
@@ -326,7 +317,7 @@ class Store:
         """Add to the bytes received from and sent to clients."""
         with self._transaction() as connection:
             for client, (received, sent) in counted.items():
-                _add_traffic(connection, client, received, sent)
+                tables.count_traffic(connection, client, received, sent)
 
     def traffic(self, clients: Collection[str]) -> dict[str, dict[str, int]]:
         """Bytes received from and sent to every client."""
@@ -344,6 +335,32 @@ def _value(key: str) -> sa.Select[Any]:
     return sa.select(tables.meta.c.value).where(tables.meta.c.key == key)
 
 
+def _add_upload(connection: sa.Connection, arrival: Arrival) -> None:
+    client, header = arrival.client, arrival.header
+    row = {
+        "round": header.round,
+        "client": client,
+        "content_hash": arrival.content_hash,
+        "attempt_id": header.attempt_id,
+        "key_epoch": header.key_epoch,
+        "sections": json.dumps([[s.name, s.size, s.sha256.hex()] for s in header.sections]),
+        "signature": header.signature,
+        "received_at": arrival.received_at,
+    }
+    connection.execute(sa.insert(tables.uploads).values(row))
+    if header.profile is not None:
+        # There is one already where the upload was damaged here and is sent again.
+        values = {
+            "vector": header.profile.vector.astype("<f4").tobytes(),
+            "noise_variance": header.profile.noise_variance,
+            "releases": header.profile.releases,
+        }
+        tables.upsert(connection, tables.profiles, {"client": client, "round": header.round}, values)
+    if header.ledger is not None:
+        tables.upsert(connection, tables.ledger_heads, {"client": client}, {"head": header.ledger.head})
+    tables.count_traffic(connection, client, arrival.received_bytes, 0)
+
+
 def _ledger_head(client: str) -> sa.Select[Any]:
     return sa.select(tables.ledger_heads.c.head).where(tables.ledger_heads.c.client == client)
 
@@ -354,23 +371,7 @@ def _older_key_messages(epoch: int) -> sa.Delete:
 
 def _put(connection: sa.Connection, values: Mapping[str, str]) -> None:
     for key, text in values.items():
-        _upsert(connection, tables.meta, {"key": key}, {"value": text})
-
-
-def _upsert(
-    connection: sa.Connection, table: sa.Table, key: Mapping[str, object], values: Mapping[str, Any]
-) -> None:
-    """Update the row of a key, or insert it."""
-    where = [table.c[column] == part for column, part in key.items()]
-    if connection.execute(sa.update(table).where(*where).values(values)).rowcount == 0:
-        connection.execute(sa.insert(table).values(**key, **values))
-
-
-def _add_traffic(connection: sa.Connection, client: str, received: int, sent: int) -> None:
-    table = tables.traffic
-    added = {"received": table.c.received + received, "sent": table.c.sent + sent}
-    if connection.execute(sa.update(table).where(table.c.client == client).values(added)).rowcount == 0:
-        connection.execute(sa.insert(table).values(client=client, received=received, sent=sent))
+        tables.upsert(connection, tables.meta, {"key": key}, {"value": text})
 
 
 def _cause(error: Exception) -> str:

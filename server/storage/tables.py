@@ -1,6 +1,7 @@
 """Tables of the server's database, and how SQLite is to hold them."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import sqlalchemy as sa
@@ -59,6 +60,28 @@ key_messages = _table(
 reports = _table("reports", {"client": _CLIENT}, statement=sa.LargeBinary, received_at=sa.Float)
 traffic = _table("traffic", {"client": _CLIENT}, received=sa.BigInteger, sent=sa.BigInteger)
 ledger_heads = _table("ledger_heads", {"client": _CLIENT}, head=_HASH)
+
+
+NEWEST_PROFILES = sa.select(profiles.c.client, sa.func.max(profiles.c.round).label("round")).group_by(
+    profiles.c.client
+)
+
+
+def upsert(
+    connection: sa.Connection, table: sa.Table, key: Mapping[str, object], values: Mapping[str, Any]
+) -> None:
+    """Update the row of a key, or insert it."""
+    where = [table.c[column] == part for column, part in key.items()]
+    if connection.execute(sa.update(table).where(*where).values(values)).rowcount == 0:
+        connection.execute(sa.insert(table).values(**key, **values))
+
+
+def count_traffic(connection: sa.Connection, client: str, received: int, sent: int) -> None:
+    """Add to the bytes received from and sent to a client."""
+    table = traffic
+    added = {"received": table.c.received + received, "sent": table.c.sent + sent}
+    if connection.execute(sa.update(table).where(table.c.client == client).values(added)).rowcount == 0:
+        connection.execute(sa.insert(table).values(client=client, received=received, sent=sent))
 
 
 def prepare_sqlite(engine: sa.Engine, *, durable: bool) -> None:

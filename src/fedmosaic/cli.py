@@ -31,6 +31,11 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
         "fedmosaic.client.preflight.doctor",
         "Check all that a client needs; change and spend nothing.",
     ),
+    "witness": (
+        "fedmosaic.client.witness",
+        "Recompute the server's aggregates from signed uploads, and countersign them.",
+    ),
+    "audit": ("fedmosaic.privacy.audit", "Check the audit log of a server, a client or a witness."),
     "export": ("fedmosaic.client.result.export", "Write a client's model: PEFT adapter, LoRA, or merged."),
     "predict": ("fedmosaic.client.result.predict", "Answer the rows of a file with a client's model."),
     "chat": ("fedmosaic.client.result.chat", "Ask a client's model, line by line."),

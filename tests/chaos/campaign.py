@@ -15,7 +15,7 @@ from chaos.processes import start
 from end_to_end import federation_of_vectors as fv
 from end_to_end import test_group_sums as sums
 from end_to_end.ports import free_port
-from fedmosaic.privacy.federation.roster import Terms
+from fedmosaic.privacy.federation.terms import Terms
 
 _PATIENT = {"round_deadline_seconds": 900, "gathering_seconds": 300, "key_patience_seconds": 300}
 _LIMIT_SECONDS = 420.0

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from fedmosaic.privacy.audit import AUDIT, read_audit
 from fedmosaic.privacy.federation.kits import open_kit
-from fedmosaic.privacy.ledger.rows import charges
+from fedmosaic.privacy.ledger.rows import LedgerRow, charges
 from fedmosaic.privacy.ledger.rules import bound_of
 from fedmosaic.privacy.ledger.store import read_ledger
 from fedmosaic.protos.errors import FedMosaicError
+from fedmosaic.server.summary import with_rounds
 
 Notes = list[dict[str, Any]]
 CKKS_TOLERANCE = 1e-3
@@ -50,7 +52,8 @@ def faults_of(
     terms = open_kit(place / "f" / "server").roster.terms
     grouped = terms.adapter.in_group_sums
     rounds = terms.schedule.rounds
-    summary = json.loads((place / "f" / "server" / "state" / "run.json").read_text())
+    state = place / "f" / "server" / "state"
+    summary = with_rounds(json.loads((state / "run.json").read_text()), state)
     uploaded = {result["round"]: set(result["uploaded"]) for result in summary["results"]}
     if summary["phase"] != "finished" or len(uploaded) != rounds:
         yield f"the run is {summary['phase']} after {len(uploaded)} of {rounds} rounds"
@@ -116,6 +119,7 @@ def _under_charged(place: Path, name: str, notes: Notes, private: bool) -> Itera
         return
     reserved = Counter((row.channel, row.round) for row in rows if row.kind == "RESERVED")
     released = {(row.channel, row.round) for row in rows if row.kind in ("RELEASED", "RESENT")}
+    yield from _audit_differs(place / "f" / "clients" / name / "state", rows)
     drawn = Counter((note["channel"], note["round"]) for note in notes if note["what"] == "draw")
     profiles = sum(count for (channel, _), count in reserved.items() if channel == "profile")
     for (channel, number), count in drawn.items():
@@ -131,3 +135,20 @@ def _under_charged(place: Path, name: str, notes: Notes, private: bool) -> Itera
     epsilon = bound_of(charges(rows, counted), 1e-5, "rdp").epsilon
     if abs(rows[-1].epsilon - epsilon) > 1e-9:
         yield f"the ledger says ε = {rows[-1].epsilon}, its charges make {epsilon}"
+
+
+def _audit_differs(state: Path, rows: list[LedgerRow]) -> Iterator[str]:
+    """A kill may take the line of a row that is in the ledger, and never the row of a line."""
+    try:
+        lines, torn = read_audit(state / AUDIT)
+    except FedMosaicError as error:
+        yield str(error)
+        return
+    if torn:
+        yield "the audit log of a process that came to its end has a torn line"
+    for line in lines:
+        row = line.fields.get("row")
+        if row is not None and (row >= len(rows) or rows[row].hash != line.fields["row_hash"]):
+            yield f"row {row} of the audit log is not in the ledger"
+    if not any(line.event == "released" for line in lines):
+        yield "no release is in the audit log"

@@ -26,6 +26,7 @@ from fedmosaic.client.state import read_record
 from fedmosaic.client.statement import statement_inputs
 from fedmosaic.client.transport.connection import open_channel
 from fedmosaic.client.transport.grpc import GrpcTransport
+from fedmosaic.privacy.audit import AUDIT, read_audit
 from fedmosaic.privacy.configuration import parse_json, read_configuration
 from fedmosaic.privacy.encryption.aggregators import create_aggregator
 from fedmosaic.privacy.encryption.ciphers import create_cipher, generate_group_secret
@@ -50,23 +51,7 @@ from fedmosaic.server.storage.store import Store, default_url
 MEMBER = "eva"
 _LARGEST_GROWTH = 64 * 2**20
 """Bytes that this process, server and caller together, may grow by over all calls."""
-_EXTREMES = (
-    None,
-    True,
-    -1,
-    0,
-    2**70,
-    1e308,
-    "",
-    "x" * 5000,
-    [],
-    {},
-    [[]],
-    {"a": 1},
-    "../x",
-    "f" * 64,
-    "\x00",
-)
+_EXTREMES = (None, True, -1, 0, 2**70, 1e308, "", "x" * 5000, [], {}, [[]], {"a": 1}, "../x", "f" * 64)
 
 
 def mutate(content: bytes, others: Sequence[bytes], draw: random.Random) -> bytes:
@@ -81,9 +66,8 @@ def mutate(content: bytes, others: Sequence[bytes], draw: random.Random) -> byte
         elif kind == 3:
             data[at:at] = data[at // 2 : at] * draw.choice((1, 1, 30))
         elif kind == 4:  # a field of any number and type, or a huge number
-            data[at:at] = bytes([draw.randrange(160)]) + draw.choice(
-                (b"\xff" * 9 + b"\x01", draw.randbytes(6))
-            )
+            value = draw.choice((b"\xff" * 9 + b"\x01", draw.randbytes(6)))
+            data[at:at] = bytes([draw.randrange(160)]) + value
         elif kind == 5:
             data[at:] = draw.choice(others)[at:]
         elif kind == 6:
@@ -99,9 +83,9 @@ def mutate_json(content: bytes, draw: random.Random) -> bytes:
         return content
 
     def spots(value: Any) -> Iterator[tuple[Any, Any]]:
-        for key in (
-            list(value) if isinstance(value, dict) else range(len(value) if isinstance(value, list) else 0)
-        ):
+        if not isinstance(value, dict | list):
+            return
+        for key in list(value) if isinstance(value, dict) else range(len(value)):
             yield value, key
             yield from spots(value[key])
 
@@ -332,6 +316,8 @@ def readers(directory: Path, kept: dict[str, list[bytes]]) -> dict[str, tuple[by
 
     file(ledger, same_ledger)
     file(state / "ledger.sqlite.head", same_ledger)
+    for log in (state / AUDIT, server / "state" / AUDIT):
+        file(log, lambda log=log: read_audit(log))
     database = server / "state" / "server.db"
 
     def all_of_it() -> None:

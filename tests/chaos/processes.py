@@ -23,7 +23,7 @@ from fedmosaic.client.transport import connection
 from fedmosaic.client.transport.grpc import GrpcTransport
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.federation.kits import open_kit
-from fedmosaic.privacy.federation.roster import Terms
+from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
 from fedmosaic.server.__main__ import main as serve
 

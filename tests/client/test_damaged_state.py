@@ -18,7 +18,7 @@ from fedmosaic.client.releases import Releases
 from fedmosaic.client.state import ClientState
 from fedmosaic.client.transport.traffic import Traffic
 from fedmosaic.privacy import files
-from fedmosaic.privacy.federation.roster import Terms
+from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.groupkey.key import GroupKey
 from fedmosaic.privacy.ledger.ledger import Ledger
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum

@@ -14,7 +14,7 @@ from fedmosaic.client.releases import Releases
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.accounting.epsilon import epsilon
 from fedmosaic.privacy.accounting.events import GaussianEvent
-from fedmosaic.privacy.federation.roster import (
+from fedmosaic.privacy.federation.terms import (
     AdapterPrivacyTerms,
     AdapterTerms,
     Protection,

@@ -20,6 +20,7 @@ from end_to_end import federation_of_vectors as fv
 from end_to_end.ports import free_port
 from end_to_end.vector_client import take_part
 from fedmosaic.client.transport import connection
+from fedmosaic.server.summary import with_rounds
 
 pytestmark = pytest.mark.timeout(1200)
 CLIENT = Path(__file__).with_name("vector_client.py")
@@ -79,10 +80,8 @@ class Federation:
         return self.log.read_text().splitlines()
 
     def summary(self) -> dict[str, object]:
-        content: dict[str, object] = json.loads(
-            (self.directory / "server" / "state" / "run.json").read_text()
-        )
-        return content
+        state = self.directory / "server" / "state"
+        return with_rounds(json.loads((state / "run.json").read_text()), state)
 
     def stop(self) -> None:
         self.server.send_signal(signal.SIGTERM)

@@ -1,6 +1,8 @@
 """Federations that share noisy sums of their groups: the real session, server, ledger and secure sums."""
 
-from dataclasses import dataclass, field
+import logging
+import threading
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -14,11 +16,13 @@ from end_to_end.federation_of_vectors import (
     make_federation,
     run_all,
 )
+from fedmosaic.client.dp.group_steps import mixed_gradient, shared_branch
 from fedmosaic.client.planning import AdapterPlan, group_grid
 from fedmosaic.privacy.accounting.events import GaussianEvent
-from fedmosaic.privacy.federation.roster import AdapterTerms, GroupSumTerms, ScheduleTerms, Terms
+from fedmosaic.privacy.federation.terms import AdapterTerms, GroupSumTerms, ScheduleTerms, Terms
 from fedmosaic.privacy.mechanism.gaussian import clipped_sum
 from fedmosaic.privacy.mechanism.shares import noisy_share
+from fedmosaic.server.sums import RunSums
 
 MEMBERS = tuple(f"m{number:02}" for number in range(9))
 SIGMA = 2.0
@@ -109,10 +113,15 @@ def test_all_members_hold_the_branch_that_the_sums_make(federation):
     assert first.local.mean() > 0.1, "the steps go where the examples pull"
     assert all(learner.personal == [6] for learner in learners)
     clients["m00"].close()
-    clients["m00"].session(in_process(coordinator, "m00")).run()
+    again = clients["m00"].session(in_process(coordinator, "m00"))
+    again.run()
     assert clients["m00"].learner.personal == [], "a run that is over trains nothing again"
+    _check_branch_of_sums_alone(coordinator, again, learners)
+    # A second sum of a round, over a subset, would give away the rest: the difference is a few vectors.
+    again._share(coordinator.run_id, 2)
+    assert clients["m00"].learner.shares == {}, "nothing is drawn for it"
     grid = group_grid(first.terms, len(MEMBERS))
-    for total in coordinator._sums._totals:
+    for total in coordinator._run.sums._totals:
         plain = sum(learner.shares[total.round] for learner in learners)
         words = np.frombuffer(total.vectors[0], dtype="<i4")
         assert np.array_equal(words, plain), "the sum is of the shares that were drawn, exactly"
@@ -123,18 +132,84 @@ def test_all_members_hold_the_branch_that_the_sums_make(federation):
         assert {row.event().noise_multiplier for row in rows if row.kind == "RESERVED"} == {SIGMA}
 
 
+def _check_branch_of_sums_alone(coordinator, session, learners):
+    """Fed with what a member knows beside the sums, steps or their state would carry its data on."""
+    partition = coordinator._run.sums._partition
+    gradients = [
+        mixed_gradient(session._sums_of(total, partition), (1.0,)) for total in coordinator._run.sums._totals
+    ]
+    theta = shared_branch(np.zeros(learners[0].local.size), gradients, 0.1, 5).astype(np.float32)
+    assert all(np.array_equal(learner.branches[-1], theta) for learner in learners)
+
+
 def test_a_member_that_is_killed_is_left_out_and_comes_back(federation):
     coordinator, clients = federation(group_terms(rounds=5, deadline=3))
     sessions = {name: client.session(in_process(coordinator, name)) for name, client in clients.items()}
     clients["m03"].learner.dies_in = 3
     errors = run_all(sessions)
     assert set(errors) == {"m03"}
-    contributors = {total.round: set(total.contributors[0]) for total in coordinator._sums._totals}
+    contributors = {total.round: set(total.contributors[0]) for total in coordinator._run.sums._totals}
     assert contributors[2] == set(MEMBERS)
     assert contributors[4] == set(MEMBERS) - {"m03"}
     clients["m03"].close()
     assert not run_all({"m03": clients["m03"].session(in_process(coordinator, "m03"))})
     assert np.array_equal(clients["m03"].learner.local, clients["m00"].learner.local), "made from the sums"
+
+
+def _changing(coordinator, client, stage, change):
+    """Turn what a client sends of a stage into something else, as a client that lies would.
+
+    In the first sum it is the first to send, so that what it sends is always looked at.
+    """
+    honest, sent = coordinator.post_key_message, threading.Event()
+
+    def post(client_id, message):
+        if message.stage == stage and client_id != client and message.epoch == 2:
+            assert sent.wait(60)
+        if client_id == client and message.stage == stage:
+            message = replace(message, payload=change(message.payload))
+        honest(client_id, message)
+        if client_id == client and message.stage == stage:
+            sent.set()
+
+    coordinator.post_key_message = post
+
+
+def _contributors(coordinator):
+    return {total.round: set(total.contributors[0]) for total in coordinator._run.sums._totals}
+
+
+def test_whoever_gives_false_shares_is_left_out_of_later_sums_and_after_a_restart(federation, caplog):
+    caplog.set_level(logging.WARNING)
+    coordinator, clients = federation(group_terms(rounds=4, deadline=3))
+    # Shares are taken in the order of names, so those of the first member are among the first k.
+    _changing(coordinator, "m00", "sum-unmask", lambda shares: bytes(15) + b"\1" + shares[16:])
+    assert not run(coordinator, clients)
+    assert _contributors(coordinator)[2] == set(MEMBERS), "the sum is made of the true shares"
+    assert _contributors(coordinator)[3] == _contributors(coordinator)[4] == set(MEMBERS) - {"m00"}
+    assert "m00 is left out of the sums from now on: it gave another share of 'm00'" in caplog.text
+    assert "'m00' is left out of this run's sums" in caplog.text, "and it is told so"
+    charged = {row.round for row in clients["m00"].ledger.export() if row.channel == "adapter"}
+    assert charged == {2}, "a sum that it may not join costs it nothing"
+    settings = coordinator.settings
+    again = RunSums(settings, coordinator._run.store, coordinator._run.blobs, coordinator.run_id, 4)
+    assert set(again._left_out()) == {"m00"}
+
+
+def test_whoever_seals_damaged_envelopes_is_left_out_once_more_disagree_than_may_lie(federation):
+    coordinator, clients = federation(group_terms(rounds=4, deadline=3))
+    # Each round one other envelope: no recipient can prove which of the two lies.
+    place = iter((64 * 0, 64 * 1, 64 * 2))
+
+    def damaged(envelopes):
+        at = next(place)
+        return envelopes[:at] + bytes(64) + envelopes[at + 64 :]
+
+    _changing(coordinator, "m08", "sum-share", damaged)
+    assert not run(coordinator, clients)
+    found = _contributors(coordinator)
+    assert found[2] == found[3] == set(MEMBERS), "a damaged envelope costs nobody its place"
+    assert found[4] == set(MEMBERS) - {"m08"}
 
 
 def test_groups_follow_the_profiles_and_mix_their_sums(federation):
@@ -144,7 +219,7 @@ def test_groups_follow_the_profiles_and_mix_their_sums(federation):
     for number, client in enumerate(clients.values()):
         client.seed = number % 2
     assert not run(coordinator, clients)
-    partition = coordinator._sums._partition
+    partition = coordinator._run.sums._partition
     assert partition.groups == (members[0::2], members[1::2])
     assert all(partition.mixing[name][number % 2] > 0.5 for number, name in enumerate(members))
 
@@ -162,7 +237,7 @@ def test_a_server_that_tells_one_member_other_sums_leaves_it_without_one(federat
 
     coordinator.read_key_messages = lying
     assert not run(coordinator, clients)
-    contributors = {total.round: set(total.contributors[0]) for total in coordinator._sums._totals}
+    contributors = {total.round: set(total.contributors[0]) for total in coordinator._run.sums._totals}
     assert "m00" in contributors[2]
     assert "m00" not in contributors[3]
 
@@ -172,7 +247,7 @@ def test_too_few_members_form_no_sum_and_one_that_does_not_begin_costs_nothing(f
     sessions = {name: client.session(in_process(coordinator, name)) for name, client in clients.items()}
     clients["m03"].learner.dies_in = 2
     assert set(run_all(sessions)) == {"m03"}
-    assert all(not any(total.vectors) for total in coordinator._sums._totals)
+    assert all(not any(total.vectors) for total in coordinator._run.sums._totals)
     first = clients["m00"].learner
     assert not first.local.any(), "no sum, no step"
     charged = {row.round for row in clients["m00"].ledger.export() if row.channel == "adapter"}

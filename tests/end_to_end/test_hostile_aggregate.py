@@ -24,7 +24,7 @@ from fedmosaic.client.planning import AdapterPlan
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import Releases
 from fedmosaic.privacy.accounting.events import GaussianEvent
-from fedmosaic.privacy.federation.roster import AdapterTerms, Terms
+from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
 from fedmosaic.protos.errors import TrainingError
 from fedmosaic.protos.messages import Aggregate, AggregateSection, WeightRow
 

@@ -11,7 +11,7 @@ import pytest
 
 from end_to_end import federation_of_vectors as fv
 from fedmosaic.client.state import ClientState
-from fedmosaic.privacy.federation.roster import Terms
+from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.protos.errors import PolicyError
 from fedmosaic.protos.messages import Aggregate, AggregateSection, WeightRow
 from fedmosaic.server.coordinator import Coordinator

@@ -30,7 +30,7 @@ from fedmosaic.client.settings import ClientSettings
 from fedmosaic.privacy.federation import consortium
 from fedmosaic.privacy.federation import kits as federation
 from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
-from fedmosaic.privacy.federation.roster import AdapterTerms, ScheduleTerms, Terms
+from fedmosaic.privacy.federation.terms import AdapterTerms, ScheduleTerms, Terms
 from fedmosaic.privacy.ledger.ledger import LEDGER
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos.errors import ConfigurationError, FedMosaicError, ModelError

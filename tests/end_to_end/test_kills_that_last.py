@@ -98,7 +98,7 @@ def test_a_client_killed_in_the_key_agreement_comes_back(
     coordinator = fv.coordinator_of(directory)
     played(directory, coordinator, killed, line, prepare)
     assert uploaded(coordinator) == [sorted(fv.MEMBERS)] * 2
-    assert coordinator._epoch == epoch
+    assert coordinator._run.keys.epoch == epoch
     coordinator.close()
 
 
@@ -192,16 +192,16 @@ def test_an_upload_that_the_server_lost_is_sent_again(
 ) -> None:
     directory = fv.make_federation(tmp_path / "f", fv.terms("mask", 3))
     coordinator = fv.coordinator_of(directory)
-    adopt, damaged = coordinator._blobs.adopt, []
+    adopt, damaged = coordinator._run.blobs.adopt, []
 
     def damaging(spooled: Path, round_number: int, client: str) -> None:
         adopt(spooled, round_number, client)
         if (client, round_number) == ("ben", 2) and not damaged:
             damaged.append(client)
-            path = coordinator._blobs.path("uploads", round_number, client)
+            path = coordinator._run.blobs.path("uploads", round_number, client)
             path.write_bytes(path.read_bytes()[:-1] + b"\x00")
 
-    coordinator._blobs.adopt = damaging  # type: ignore[method-assign]  # a disk that fails once
+    coordinator._run.blobs.adopt = damaging  # type: ignore[method-assign]  # a disk that fails once
     clients = played(directory, coordinator)
     assert damaged == ["ben"]
     assert uploaded(coordinator) == [sorted(fv.MEMBERS)] * 3

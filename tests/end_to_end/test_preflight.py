@@ -31,7 +31,7 @@ from fedmosaic.experiments.comparison import report
 from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.federation import consortium, identity
 from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
-from fedmosaic.privacy.federation.roster import AdapterPrivacyTerms, AdapterTerms, ScheduleTerms, Terms
+from fedmosaic.privacy.federation.terms import AdapterPrivacyTerms, AdapterTerms, ScheduleTerms, Terms
 from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, read_ledger
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos.errors import FedMosaicError

@@ -180,7 +180,7 @@ def test_two_copies_of_a_ledger_in_one_run_are_found_at_the_push(tmp_path: Path)
 
     def push(name: str, upload: Upload) -> Any:
         # Another process of this member, on a copy of its ledger, was faster.
-        with coordinator._store._transaction() as connection:
+        with coordinator._run.store._transaction() as connection:
             connection.execute(tables.ledger_heads.update().values(head=bytes(32)))
         return original(name, upload)
 

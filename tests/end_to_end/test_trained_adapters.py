@@ -26,7 +26,7 @@ from end_to_end import federation_of_vectors as fv
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.settings import ClientSettings
-from fedmosaic.privacy.federation.roster import AdapterTerms, Terms
+from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
 from fedmosaic.privacy.mechanism.noise import SeededTestNoise
 
 SHARED_MODEL = Path(__file__).parents[2].parent / "shared" / "models" / "stories-260k"

@@ -112,6 +112,8 @@ def test_a_whole_run_leaves_nothing_that_others_can_read(
         "server.db-wal",
         "server.db-shm",
         "run.json",
+        "000001.json",
+        "all.bin",
         "lock",
         "client-0.bin",
     }

@@ -12,7 +12,7 @@ from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.progress import LoggedProgress
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.state import ClientState, write_atomically
-from fedmosaic.privacy.federation.roster import Terms
+from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos.errors import StateError
 

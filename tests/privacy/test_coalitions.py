@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fedmosaic.experiments.attacks.statistics.collusion import smallest_coalition
-from fedmosaic.privacy.coalitions import SOLVED, counted_coalition, estimate_errors, pair_errors
+from fedmosaic.privacy.coalitions import SOLVED, close_pairs, counted_coalition, estimate_errors, pair_errors
 
 
 def test_the_errors_are_those_of_least_squares_on_real_adapters() -> None:
@@ -28,6 +28,34 @@ def test_a_pair_is_what_its_two_rows_say_without_its_own_columns() -> None:
             exact = estimate_errors(rows[[member, other]][:, outside]).min()
             assert found[other] == pytest.approx(exact, abs=1e-7)
     assert pair_errors(3, rows[3], [], rows[[]]).shape == (0,)
+
+
+@pytest.mark.parametrize("spread", [0.001, 0.05, 1.0])
+@pytest.mark.parametrize("count", [4, 7, 40])
+def test_no_pair_that_solves_for_an_adapter_is_passed_over(count: int, spread: float) -> None:
+    generator = np.random.default_rng(2)
+    seen = 0
+    for _ in range(40):
+        rows = np.maximum(0.0, 1.0 + spread * generator.standard_normal((count, count)))
+        rows *= generator.random((count, count)) < generator.choice([0.6, 1.0])
+        rows[:, :2] *= generator.choice([1.0, 30.0])
+        np.fill_diagonal(rows, 0.0)
+        rows = np.round(rows / np.maximum(rows.sum(axis=1, keepdims=True), 1e-9) * 4096) / 4096
+        others = list(range(1, count))
+        squares = rows[1:] ** 2
+        close = close_pairs(0, rows[0], others, rows[1:], squares.sum(axis=1), squares.max(axis=1))
+        solved = np.flatnonzero(pair_errors(0, rows[0], others, rows[1:]) < SOLVED)
+        assert set(solved) <= set(close)
+        seen += len(solved)
+    assert seen or (count, spread) == (4, 1.0), "the test sees what it is about"
+
+
+def test_most_pairs_of_a_large_federation_need_no_closer_look() -> None:
+    rows = np.random.default_rng(3).normal(1.0, 0.3, (400, 400)).clip(0.0) / 400
+    np.fill_diagonal(rows, 0.0)
+    squares = rows[1:] ** 2
+    known = squares.sum(axis=1), squares.max(axis=1)
+    assert len(close_pairs(0, rows[0], list(range(1, 400)), rows[1:], *known)) == 0
 
 
 def test_equal_rows_are_one_equation_and_a_unit_of_difference_is_another() -> None:

@@ -245,7 +245,9 @@ def test_what_is_too_many_is_refused_before_each_is_looked_at() -> None:
 
 
 def test_the_largest_messages_stay_below_the_message_limit() -> None:
-    members = tuple(f"{i:063d}" for i in range(bounds.MAX_MEMBERS))
+    members = tuple(f"{i:063d}" for i in range(bounds.MAX_CONTRIBUTORS))
+    everybody = tuple(f"{i:063d}" for i in range(bounds.MAX_MEMBERS))
+    enrolled = wire.encode(Enrolled("0" * 32, 1, 1, 0, everybody), pb.EnrolResponse)
     share, rest = divmod(1 << 20, len(members))
     row = WeightRow(members, (share + rest, *[share] * (len(members) - 1)), 20)
     section = AggregateSection("shared", row, b"x")
@@ -255,5 +257,5 @@ def test_the_largest_messages_stay_below_the_message_limit() -> None:
     chunk = pb.Chunk(offset=1 << 40, data=bytes(bounds.MAX_CHUNK_BYTES))
     vector = np.ones(bounds.MAX_PROFILE_DIMENSIONS, dtype=np.float32)
     header = UploadHeader(1, "a", 0, (), Profile(vector, 0.0, 1), bytes(64))
-    for message in (aggregate, status, chunk, wire.encode_upload_header(header)):
+    for message in (enrolled, aggregate, status, chunk, wire.encode_upload_header(header)):
         assert message.ByteSize() < bounds.MAX_MESSAGE_BYTES

@@ -177,8 +177,8 @@ class TestFederation:
     @staticmethod
     def crash(coordinator: Coordinator) -> None:
         """Let go of the state without a word, as a killed process would."""
-        coordinator._store.close()
-        coordinator._blobs.close()
+        coordinator._run.store.close()
+        coordinator._run.blobs.close()
 
 
 @pytest.fixture

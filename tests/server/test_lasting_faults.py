@@ -1,5 +1,6 @@
 """A kill, a damaged file, an older copy: what the server does so that no harm lasts."""
 
+import hashlib
 import logging
 import shutil
 import sqlite3
@@ -13,6 +14,7 @@ import pytest
 from fedmosaic.protos.errors import StateError
 from fedmosaic.protos.messages import Phase, ReceiptStatus
 from fedmosaic.server.coordinator import Coordinator
+from fedmosaic.server.round.aggregates import stored_aggregate
 from fedmosaic.server.storage.store import StoreTakenError
 
 
@@ -76,22 +78,57 @@ def test_a_damaged_aggregate_is_made_anew(
     federation: Any, coordinator: Any, tmp_path: Path, damage: Damage
 ) -> None:
     federation.play(coordinator, 1)
-    path = tmp_path / "state" / "aggregates" / "000002" / "clinic-a.shared.bin"
-    right = federation.values(path.read_bytes())
-    damage(path)
-    (section,) = coordinator.pull("clinic-a", 2).sections
+    right = federation.values(coordinator.pull("clinic-e", 2).sections[0].payload)
+    folder = tmp_path / "state" / "aggregates" / "000002"
+    damage(folder / "all.bin")
+    (section,) = coordinator.pull("clinic-e", 2).sections
     np.testing.assert_allclose(federation.values(section.payload), right, atol=1e-6)
-    assert path.read_bytes() == section.payload
+    assert (folder / "clinic-e.shared.bin").read_bytes() == section.payload
+    federation.crash(coordinator)
+    after = Coordinator(federation.settings(tmp_path / "state"))
+    assert after.pull("clinic-e", 2).sections == (section,)
+    after.close()
+
+
+def test_aggregates_of_an_older_program_are_handed_out(federation: Any, tmp_path: Path, clock: Any) -> None:
+    before = Coordinator(federation.settings(tmp_path / "state"), clock)
+    federation.play(before, 1)
+    pulled = {client: before.pull(client, 2).sections for client in federation.clients}
+    for client, (section,) in pulled.items():
+        size, digest = len(section.payload), hashlib.sha256(section.payload).digest()
+        before._run.store.replace_aggregate(2, client, stored_aggregate(0, [section], [size], digest))
+        before._run.blobs.write("aggregates", 2, f"{client}.shared", section.payload)
+    (tmp_path / "state" / "aggregates" / "000002" / "all.bin").unlink()
+    shutil.rmtree(tmp_path / "state" / "relations")
+    federation.crash(before)
+    after = Coordinator(federation.settings(tmp_path / "state"), clock)
+    assert {client: after.pull(client, 2).sections for client in federation.clients} == pulled
+    after.close()
+
+
+def test_a_restarted_server_without_its_weight_rows_stops_nobody(
+    federation: Any, tmp_path: Path, clock: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = Coordinator(federation.settings(tmp_path / "state"), clock)
+    federation.play(before, 1)
+    federation.crash(before)
+    cut(tmp_path / "state" / "relations" / "000001" / "all.bin")
+    after = Coordinator(federation.settings(tmp_path / "state"), clock)
+    assert "trains round 2 alone" in caplog.text
+    assert "could not be made anew" in after.pull("clinic-a", 2).sections[0].refusal
+    federation.play(after, 2)
+    assert after.pull("clinic-a", 3).sections[0].row is not None
+    after.close()
 
 
 def test_an_aggregate_that_cannot_be_made_anew_is_refused_and_stops_nobody(
     federation: Any, coordinator: Any, tmp_path: Path
 ) -> None:
     federation.play(coordinator, 1)
-    flip(tmp_path / "state" / "aggregates" / "000002" / "clinic-a.shared.bin")
+    flip(tmp_path / "state" / "aggregates" / "000002" / "all.bin")
     for client in federation.clients:
         flip(tmp_path / "state" / "uploads" / "000001" / f"{client}.bin")
-    (section,) = coordinator.pull("clinic-a", 2).sections
+    (section,) = coordinator.pull("clinic-e", 2).sections
     assert section.row is None
     assert "could not be made anew" in section.refusal
     assert coordinator.pull("clinic-b", 2).sections[0].row is not None
@@ -124,7 +161,7 @@ def test_statistics_that_cannot_be_stored_break_no_call(
         raise StateError("the server's database failed: database or disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(coordinator._store, "add_traffic", full)
+        patch.setattr(coordinator._run.store, "add_traffic", full)
         monkeypatch.setattr("fedmosaic.server.summary._SECONDS_COUNTED", -1.0)
         for _ in range(50):
             coordinator.count_traffic("clinic-a", 7, 0)
@@ -212,10 +249,10 @@ def test_a_server_whose_database_is_away_stops_without_a_traceback(
 ) -> None:
     federation.play(coordinator, 1)
 
-    def away() -> None:
+    def away(*_: object, **__: object) -> None:
         raise StateError("the server's database failed: connection refused")
 
-    monkeypatch.setattr(coordinator._store, "results", away)
+    monkeypatch.setattr(coordinator._run.store, "results", away)
     coordinator.close()
     assert "run.json cannot be written" in caplog.text
     assert not [record for record in caplog.records if record.exc_info]

@@ -59,10 +59,10 @@ def test_everybody_enrols_again_and_whoever_left_is_out(running: Coordinator, fe
     assert running.renew(changed(federation, running.settings))
     for call in (running.announce, running.push):
         refused("ROSTER_CHANGED", call, "clinic-b", late)
-    refused("ROSTER_CHANGED", running.open_download, "clinic-b", 1)
+    refused("ROSTER_CHANGED", running.arrive, "clinic-b", 1)
     refused("ROSTER_DIFFERS", running.enrol, "clinic-b", old)
     refused("NOT_ON_ROSTER", running.enrol, LEAVER, federation.enrolment())
-    refused("NOT_ON_ROSTER", running.open_download, LEAVER, 1)
+    refused("NOT_ON_ROSTER", running.arrive, LEAVER, 1)
     assert not hasattr(ticket, "spool")
     running.enrol("clinic-b", federation.enrolment())
     assert running.push("clinic-b", late).status is ReceiptStatus.ACCEPTED
@@ -100,7 +100,7 @@ def test_who_is_behind_is_known_after_a_restart(running: Coordinator, federation
     running.renew(settings)
     federation.crash(running)
     again = Coordinator(settings, clock)
-    refused("ROSTER_CHANGED", again.open_download, "clinic-a", 1)
+    refused("ROSTER_CHANGED", again.arrive, "clinic-a", 1)
     again.enrol("clinic-a", federation.enrolment())
     federation.crash(again)
     once_more = Coordinator(settings, clock)
@@ -153,7 +153,7 @@ def test_a_member_keeps_its_family_in_a_run(running: Coordinator, federation: An
 
 
 def test_groups_that_are_formed_keep_their_roster(running: Coordinator, federation: Any, clock: Any) -> None:
-    running._store.put({"partition": "{}"})
+    running._run.store.put({"partition": "{}"})
     settings = changed(federation, running.settings)
     with pytest.raises(StateError, match="a run of group sums goes on under the roster"):
         running.renew(settings)
@@ -168,9 +168,9 @@ def test_nothing_changes_while_a_round_is_aggregated_or_when_all_are_over(
     from fedmosaic.protos.messages import Phase
 
     settings, before = changed(federation, running.settings), running.settings
-    running._round = replace(running._round, phase=Phase.CLOSED)
+    running._run.round = replace(running._run.round, phase=Phase.CLOSED)
     assert not running.renew(settings)
-    running._round = replace(running._round, phase=Phase.FINISHED)
+    running._run.round = replace(running._run.round, phase=Phase.FINISHED)
     assert running.renew(settings)
     assert running.settings is before
 

@@ -139,8 +139,13 @@ def test_a_kill_in_the_middle_of_a_round_loses_nothing_acknowledged(
 
 
 def test_refused_connections_leave_their_reason_in_the_log(
-    federation: Any, launch: Any, authority: Any, make_authority: Any
+    federation: Any,
+    launch: Any,
+    authority: Any,
+    make_authority: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("GRPC_VERBOSITY", "INFO")
     server = launch()
     healthy(server, authority)
     foreign = make_authority("foreign")
@@ -152,6 +157,31 @@ def test_refused_connections_leave_their_reason_in_the_log(
             channel.unary_unary("/fedmosaic.v1.Federation/RoundStatus")(b"", timeout=60)
     server.wait_for("Handshake failed.*unable to get local issuer certificate")
     server.wait_for("Handshake failed.*certificate has expired")
+
+
+def test_what_a_member_says_in_parting_commands_no_terminal(
+    launch: Any, authority: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GRPC_VERBOSITY", raising=False)
+    server = launch()
+    healthy(server, authority)
+    context = ssl.create_default_context(cafile=authority.certificate)
+    context.load_cert_chain(*authority.client("clinic-a"))
+    context.set_alpn_protocols(["h2"])
+    text = b"owned\n\x1b[2J"
+    goaway = bytes([0, 0, 8 + len(text), 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2]) + text
+    with (
+        socket.create_connection(("127.0.0.1", server.port)) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as peer,
+    ):
+        peer.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+        peer.recv(1000)
+        peer.sendall(goaway + bytes([0, 0, 8, 6, 0, 0, 0, 0, 0]) + b"are here")
+        heard = b""
+        while b"are here" not in heard:  # the answer to a ping, after the server has read the rest
+            heard += peer.recv(1000)
+    assert server.stop() == 0
+    assert "owned" not in server.log
 
 
 def test_tls_1_2_finds_no_cipher(launch: Any, authority: Any) -> None:

@@ -17,7 +17,7 @@ from fedmosaic.client.releases import Releases
 from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.encryption.parameters import MaskParameters, Parameters
 from fedmosaic.privacy.federation import consortium, kits
-from fedmosaic.privacy.federation.roster import AdapterTerms, ScheduleTerms, Terms
+from fedmosaic.privacy.federation.terms import AdapterTerms, ScheduleTerms, Terms
 from fedmosaic.privacy.ledger.ledger import Ledger
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import SecureNoise

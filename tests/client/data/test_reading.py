@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from fedmosaic.client.data import sources
-from fedmosaic.client.data.records import Example, Turn, read_set, row_of
+from fedmosaic.client.data.records import Example, Turn, by_unit, read_set, row_of, unit_ids
 from fedmosaic.client.ledger import DataLedger
 from fedmosaic.client.settings import ClientSettings, ColumnSettings, DataSettings, HubData
 from fedmosaic.client.state import SessionRecord
@@ -337,3 +337,14 @@ def test_what_is_missing_or_there_twice_is_named(tmp_path: Path) -> None:
 def test_an_example_is_read_back_from_its_row() -> None:
     found = read_set([*ROWS, conversation(("user", "u"), ("assistant", "a"))]).examples
     assert read_set([row_of(example) for example in found]).examples == found
+
+
+def test_units_are_examples_or_all_examples_of_a_person() -> None:
+    examples = read_set(ROWS).examples
+    first, second, third = examples
+    assert by_unit(examples, "example") == [(first,), (second,), (third,)]
+    assert by_unit(examples, "person") == [(first, third), (second,)]
+    assert unit_ids(examples, "example") == tuple(example.id for example in examples)
+    assert unit_ids(examples, "person") == ("person p1", "person p2")
+    with pytest.raises(ConfigurationError, match="training example 2 names no person"):
+        by_unit(read_set([ROWS[0], {**ROWS[1], "person": None}]).examples, "person")

@@ -4,7 +4,7 @@ import pytest
 
 from fedmosaic.client.model.adapted import adapter_config
 from fedmosaic.client.settings import ModelSettings
-from fedmosaic.privacy.federation.roster import AdapterTerms
+from fedmosaic.privacy.federation.terms import AdapterTerms
 from fedmosaic.protos.errors import ModelError
 
 

@@ -13,7 +13,7 @@ from fedmosaic.client.model.training import TrainingSettings, train_local
 from fedmosaic.client.preflight import memory
 from fedmosaic.client.preflight.memory import MemoryNeed, memory_need
 from fedmosaic.client.settings import ClientSettings, DataSettings, ModelSettings
-from fedmosaic.privacy.federation.roster import AdapterTerms
+from fedmosaic.privacy.federation.terms import AdapterTerms
 
 CONFIG = LlamaConfig(
     vocab_size=300,

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from transformers import LlamaForCausalLM
 from fedmosaic.client.model.examples import IGNORED, EncodedExample
 from fedmosaic.client.profile.probe import Probe, gradient_factors, open_probe
 from fedmosaic.client.profile.release import clipped_profile
-from fedmosaic.privacy.mechanism.gaussian import GRID
+from fedmosaic.privacy.mechanism.gaussian import GRID, ClippedSum
 from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction, release
 from fedmosaic.privacy.mechanism.projection import PublicMap
@@ -95,6 +96,27 @@ def test_removing_any_example_moves_the_sum_by_exactly_its_own_row(dtype: torch.
         own = clipped_profile(probe, [examples[removed]], public_map, SecureNoise()).units
         assert np.array_equal(difference, own)
         assert 0 < sum(int(value) ** 2 for value in difference) <= GRID**2
+
+
+def test_removing_a_person_moves_the_sum_by_one_clipping_norm_at_most(probe: Probe) -> None:
+    """A person's gradients are clipped as one; those of others stay as they are to the last bit."""
+    examples = [replace(text, person=str(number % 7 % 3)) for number, text in enumerate(dataset(30))]
+    public_map = PublicMap(mechanism(probe, minimum_examples=1))
+
+    def summed(texts: list[EncodedExample]) -> ClippedSum:
+        return clipped_profile(probe, texts, public_map, SecureNoise(), unit="person")
+
+    whole = summed(examples)
+    assert whole.rows == 3
+    for person in "012":
+        own = [text for text in examples if text.person == person]
+        difference = whole.units - summed([text for text in examples if text.person != person]).units
+        assert np.array_equal(difference, summed(own).units)
+        assert 0 < sum(int(value) ** 2 for value in difference) <= GRID**2
+    with pytest.raises(PrivacyError, match="at least 4 examples"):
+        clipped_profile(
+            probe, examples, PublicMap(mechanism(probe, minimum_examples=4)), SecureNoise(), unit="person"
+        )
 
 
 def test_poisson_sample_decides_who_is_summed(probe: Probe) -> None:

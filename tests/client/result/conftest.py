@@ -24,7 +24,7 @@ from fedmosaic.client.result.saved import SavedModel
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.statement import HANDED_OVER, STATEMENT
 from fedmosaic.privacy.accounting.events import GaussianEvent
-from fedmosaic.privacy.federation.roster import AdapterTerms, Terms
+from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
 from fedmosaic.privacy.ledger.ledger import Ledger
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.privacy.statement.build import statement

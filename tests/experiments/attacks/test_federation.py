@@ -17,7 +17,7 @@ from fedmosaic.experiments.attacks.federation import (
 from fedmosaic.experiments.attacks.target import ServerRun, read_target
 from fedmosaic.experiments.scenario.terms import Scenario
 from fedmosaic.privacy.configuration import read_configuration
-from fedmosaic.privacy.federation.roster import RelevanceTerms
+from fedmosaic.privacy.federation.terms import RelevanceTerms
 from fedmosaic.privacy.mechanism.noise import SeededTestNoise
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.privacy.policy import AggregationPolicy

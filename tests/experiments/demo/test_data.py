@@ -209,9 +209,9 @@ def test_the_real_corpora_give_what_the_demo_promises() -> None:
     data = build_demo_data(cache)
     check_contents(data)
     for client in data.clients:
-        assert (client.train_rows, client.test_rows) == (400, 100)
+        assert (client.train_rows, client.test_rows) == (200, 100)
         assert max(len(example.prompt) for example in read_examples(client.train)) <= 200
     digest = hashlib.sha256()
     for path in sorted(data.directory.glob("*.jsonl")):
         digest.update(path.read_bytes())
-    assert digest.hexdigest() == "e6dedbeabd0b1185b469ebae8891e27946370381285e09bc04a006844fa3a9b2"
+    assert digest.hexdigest() == "62344d3cb61bf2558590f25bb99aa4e097b9e0a977576c34a723db5a2c103c79"

@@ -37,11 +37,16 @@ def statements(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return made
 
 
-def record(statements: dict[str, Any], own: float = 0.8, others: float = 0.3) -> RunRecord:
+TASKS = {name: name[:4] for name in NAMES}
+
+
+def record(statements: dict[str, Any], own: float = 0.8) -> RunRecord:
+    """Two of a kind answer each other's texts after training, and nobody those of another kind."""
     clients = {
         name: {
-            "before": {"self": 0.4, "a": 0.3, "b": 0.3},
-            "after": {"self": own, "a": others, "b": others},
+            "before": {"self": 0.4} | {other: 0.25 for other in NAMES if other != name},
+            "after": {"self": own}
+            | {other: 0.75 if TASKS[other] == TASKS[name] else 0.2 for other in NAMES if other != name},
             "received_rounds": 2,
         }
         for name in NAMES
@@ -49,7 +54,7 @@ def record(statements: dict[str, Any], own: float = 0.8, others: float = 0.3) ->
     similarity = [[1.0 if i // 2 == j // 2 else 0.1 for j in range(4)] for i in range(4)]
     names = ["film-north", "film-south", "news-east", "news-west"]
     server = {"run_id": "0" * 32, "results": [{"clients": names, "similarity": similarity}]}
-    return RunRecord(Path("run"), clients, statements, server, {}, dict.fromkeys(NAMES, 0.35))
+    return RunRecord(Path("run"), clients, statements, server, TASKS, dict.fromkeys(NAMES, 0.35))
 
 
 def text_of(part: RenderableType, width: int = 80) -> str:
@@ -65,7 +70,7 @@ def test_the_ending_is_one_screen_with_everything_on_it(statements: dict[str, An
     assert max(map(len, shown.splitlines())) <= 80
     for name in NAMES:
         assert name in shown
-    for figure in ("0.35", "0.40", "0.70", "0.80", "0.30"):
+    for figure in ("0.35", "0.40", "0.70", "0.80", "0.25", "0.34"):
         assert figure in shown
     assert "film-north and film-south; news-east and news-west" in " ".join(shown.split())
     assert shown.count("ε at δ") == 1, "one statement, that of the client with most at stake"
@@ -86,7 +91,13 @@ def test_the_verdict_says_no_more_than_chance_allows(
 ) -> None:
     said = verdict(record(statements), dict.fromkeys(NAMES, alone), 60).plain
     assert words in said
-    assert "they went from 30 % to 30 %" in said
+
+
+def test_the_same_task_and_other_tasks_are_told_apart(statements: dict[str, Any]) -> None:
+    """Others is the mean over all other clients, as in every table: one figure hides who gained what."""
+    said = verdict(record(statements), {}, 60).plain
+    assert "On texts of others with the same task they went from 25 % to 75 %." in said
+    assert "On texts of others with another task they went from 25 % to 20 %." in said
 
 
 def test_without_the_comparison_the_start_is_told(statements: dict[str, Any]) -> None:

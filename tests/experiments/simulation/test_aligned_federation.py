@@ -23,7 +23,7 @@ from fedmosaic.experiments.scenario.founding import agreed_adapter
 from fedmosaic.experiments.scenario.terms import Scenario
 from fedmosaic.experiments.simulation.simulate import make_models
 from fedmosaic.privacy.federation.kits import open_kit
-from fedmosaic.privacy.federation.roster import AdapterTerms
+from fedmosaic.privacy.federation.terms import AdapterTerms
 from fedmosaic.protos.errors import ModelError
 
 RANK, LOW = 3, 2

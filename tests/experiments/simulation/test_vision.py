@@ -51,7 +51,7 @@ from fedmosaic.experiments.runs import command as runner
 from fedmosaic.experiments.runs.client_processes import check_as_processes
 from fedmosaic.experiments.scenario.participants import read_evaluations, write_examples
 from fedmosaic.experiments.simulation.simulate import make_models
-from fedmosaic.privacy.federation.roster import AdapterTerms, Terms
+from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
 

@@ -25,9 +25,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from end_to_end.ports import free_port
 from fedmosaic.client.model.load import load_base_model
 from fedmosaic.client.profile.probe import open_probe
-from fedmosaic.privacy.federation import kits
+from fedmosaic.privacy.federation import consortium
 from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
-from fedmosaic.privacy.federation.roster import AdapterTerms, ScheduleTerms, Terms
+from fedmosaic.privacy.federation.terms import AdapterTerms, ScheduleTerms, Terms
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 
 pytest.importorskip("flwr", reason="Flower is not installed here; `make test-flower` installs it")
@@ -37,11 +37,11 @@ BIN = Path(sys.executable).parent
 APP = Path(__file__).parents[3] / "integrations" / "flower" / "app"
 MEMBERS = ("ada", "ben", "cid", "dee")
 WORDS = ["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(40)), "yes", "no"]
-# Nothing leaves the machine, and the number of clients is what it says.
+# Nothing leaves the machine, and a Ray that runs there already is let alone.
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "RAY_DISABLE_MEMORY_MONITOR": "1",
+    "RAY_ADDRESS": "local",
     "OMP_NUM_THREADS": "1",
     "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
 }
@@ -79,7 +79,7 @@ class Place:
             encryption={"backend": "mask"},
         )
         entries = tuple(MemberEntry(id=member) for member in MEMBERS)
-        kits.create(FederationConfig(federation="f", members=entries, terms=terms), folder / "kits")
+        consortium.create(FederationConfig(federation="f", members=entries, terms=terms), folder / "kits")
         self.kit = folder / "kits" / "server"
         (self.kit / "server.toml").write_text(f'listen = "127.0.0.1:{self.port}"\n')
         for number, member in enumerate(MEMBERS):

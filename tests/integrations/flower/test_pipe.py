@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+import builders
 from end_to_end import federation_of_vectors as fv
 from fedmosaic.client.transport.grpc import GrpcTransport
 from fedmosaic.integrations.flower import client as over_flower
@@ -177,14 +178,13 @@ def test_lost_and_changed_messages_and_short_turns_change_no_result_and_tell_not
 
 
 def authority_of(carrier: Carrier) -> identity.Authority:
-    folder = carrier.directory / "consortium"
-    certificate = identity.read_certificate(folder / "authority.pem")
-    key = identity.read_private_key(folder / "authority.key")
+    certificate = identity.read_certificate(carrier.directory / "authority.pem")
+    key = identity.read_private_key(carrier.directory / "consortium" / "authority.key")
     assert isinstance(key, EllipticCurvePrivateKey)
     return identity.Authority(certificate, key, Ed25519PrivateKey.generate())
 
 
-def files(folder: Path, issued: identity.TlsIdentity, authority: x509.Certificate) -> dict[str, Path]:
+def files(folder: Path, issued: builders.TlsIdentity, authority: x509.Certificate) -> dict[str, Path]:
     """Certificate and key, and the authority to trust, as arguments of a transport."""
     folder.mkdir()
     (folder / "tls.pem").write_bytes(issued.certificate_pem)
@@ -198,9 +198,9 @@ def test_a_caller_is_who_its_certificate_says_and_nobody_else(
     carrier: Carrier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours, foreign = authority_of(carrier), identity.create_authority("vectors")
-    remade = identity.issue_client(ours, "vectors", "ben")
-    outsider = identity.issue_client(ours, "vectors", "zoe")
-    stranger = identity.issue_client(foreign, "vectors", "dee")
+    remade = builders.issue_client(ours, "vectors", "ben")
+    outsider = builders.issue_client(ours, "vectors", "zoe")
+    stranger = builders.issue_client(foreign, "vectors", "dee")
     with carrier.running():
         assert carrier.transport("ada").status().round == 1
         with pytest.raises(Refusal, match="another key than the roster pins"):

@@ -64,6 +64,20 @@ def test_overlapping_groups_cost_more_than_either():
     assert leverage(weights[:1], np.ones(6), 5) < 0.2
 
 
+@given(st.integers(0, 2**32), st.lists(st.floats(1e-30, 1e30), min_size=2, max_size=2), st.integers(0, 3))
+def test_the_unit_of_a_sum_changes_no_score(seed, units, member):
+    weights, noise = _random_sums(seed, 2, 5)
+    scaled = weights * np.array(units)[:, None]
+    assert math.isclose(leverage(scaled, noise, member), leverage(weights, noise, member), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("unit", [1e-13, 1.0, 1e13])
+def test_a_sum_without_noise_is_seen_however_small_its_numbers(unit):
+    """By an absolute tolerance, a column of 1e-13 counted as met by no noise at all."""
+    weights = np.array([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]) * unit
+    assert leverage(weights, np.array([1.0, 1.0, 0.0]), 2) == math.inf
+
+
 def test_no_noise_is_no_protection():
     assert leverage(np.ones((1, 3)), np.array([0.0, 0.0, 0.0]), 0) == math.inf
     assert leverage(np.array([[1.0, 1.0, 0.0]]), np.ones(3), 2) == 0.0, "not in any sum"

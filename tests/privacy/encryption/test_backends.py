@@ -188,6 +188,20 @@ def test_permuting_members_permutes_nothing_but_the_order(backend: str) -> None:
     )
 
 
+@pytest.mark.parametrize("backend", ["ckks", "mask"])
+@pytest.mark.parametrize("dimensions", [100, 8192 + 5])
+def test_one_row_alone_gives_the_very_bytes_that_it_gives_among_all(backend: str, dimensions: int) -> None:
+    """What a witness rests on: whoever has the uploads and a row gets the same aggregate, bit for bit."""
+    f = federation(backend, dimensions)
+    uploads = f.encrypt(vectors_for(f, scale=1.0))
+    rows = {member: even_row(f, member) for member in f.members}
+    rows["member-4"] = f.row(dict(zip(f.members[:4], (0.4, 0.3, 0.2, 0.1), strict=True)))
+    together = f.aggregator().aggregate(uploads, rows, f.context)
+    for (recipient, row), record in zip(rows.items(), together, strict=True):
+        used = {name: uploads[name] for name in row.contributors}
+        assert f.aggregator().aggregate(used, {recipient: row}, f.context) == [record]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_records_may_be_views_of_a_mapped_file(backend: str) -> None:
     f = federation(backend)

@@ -1,10 +1,12 @@
-"""A certificate whose key cannot be read is refused by name where it is read."""
+"""Certificates and keys that the library cannot make sense of are refused by name where they are read."""
 
+import base64
 from pathlib import Path
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import builders
 from fedmosaic.privacy.federation import identity
@@ -12,6 +14,7 @@ from fedmosaic.protos.errors import IdentityError
 
 CURVE = bytes.fromhex("2a8648ce3d030107")
 """P-256, as DER writes it."""
+ED25519 = b"\x06\x03\x2b\x65\x70"
 
 
 @pytest.mark.parametrize("curve", [CURVE[:-1] + b"\x63", CURVE[:-1] + b"\x01"], ids=["unknown", "another"])
@@ -24,3 +27,15 @@ def test_a_certificate_with_a_key_on_no_known_curve_is_none(curve: bytes, tmp_pa
     path.write_bytes(damaged.public_bytes(encoding.PEM))
     with pytest.raises(IdentityError, match=r"tls\.pem: not a PEM certificate"):
         identity.read_certificate(path)
+
+
+def test_a_key_of_another_length_than_its_algorithm_has_is_none(tmp_path: Path) -> None:
+    """Named X448 by one byte, OpenSSL fails on it in a way of its own."""
+    whole = (serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    der = Ed25519PrivateKey.generate().private_bytes(*whole)
+    text = base64.b64encode(der.replace(ED25519, ED25519[:-1] + b"\x6f")).decode()
+    path = tmp_path / "identity.key"
+    path.write_text(f"-----BEGIN PRIVATE KEY-----\n{text}\n-----END PRIVATE KEY-----\n")
+    path.chmod(0o600)
+    with pytest.raises(IdentityError, match=r"identity\.key: not a private key"):
+        identity.read_signing_key(path)

@@ -15,7 +15,8 @@ from fedmosaic.privacy.configuration import read_configuration, validate
 from fedmosaic.privacy.federation import consortium, identity
 from fedmosaic.privacy.federation import kits as federation
 from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
-from fedmosaic.privacy.federation.roster import AdapterTerms, Roster, Terms
+from fedmosaic.privacy.federation.roster import Roster
+from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
 from fedmosaic.privacy.mechanism.profile import Reduction
 from fedmosaic.protos.errors import ConfigurationError, IdentityError, WireError
 from fedmosaic.protos.messages import Enrolment

@@ -32,12 +32,10 @@ WORDS = "correct horse battery"
 
 
 class Founding:
-    """A founding on five machines: a folder for each."""
+    """A founding on six machines: a folder for each."""
 
-    def __init__(self, place: Path, passphrase: str | None = None) -> None:
-        self.place, self.office, self.passphrase = place, place / "office", passphrase
-        consortium.begin(founding(*MEMBERS, "e"), self.office, passphrase)
-        self.requests = {name: self.ask(name) for name in (*MEMBERS, "e")}
+    def __init__(self, place: Path, requests: dict[str, KeyRequest]) -> None:
+        self.place, self.office, self.requests = place, place / "office", requests
 
     def ask(self, name: str, kit: str = "", **changes: Any) -> KeyRequest:
         hosts = ("fl.example.org",) if not name else ()
@@ -48,7 +46,7 @@ class Founding:
         return self.place / (name or "server")
 
     def approve(self, *requests: KeyRequest, **options: Any) -> consortium.Approval:
-        return consortium.approve(self.office, requests, self.passphrase, **options)
+        return consortium.approve(self.office, requests, **options)
 
     def found(self) -> dict[str, Path]:
         return self.approve(*self.requests.values(), self.ask("")).answers
@@ -58,16 +56,31 @@ class Founding:
         return install(folder, self.kit(name), confirm=lambda shown: None)
 
 
-@pytest.fixture
-def begun(tmp_path: Path) -> Founding:
-    return Founding(tmp_path)
+@pytest.fixture(scope="session")
+def templates(tmp_path_factory: pytest.TempPathFactory) -> tuple[Founding, Founding]:
+    """One that has begun, with all requests there, and one that is done and installed."""
+    begun = Founding(tmp_path_factory.mktemp("begun"), {})
+    consortium.begin(founding(*MEMBERS, "e"), begun.office, None)
+    begun.requests |= {name: begun.ask(name) for name in (*MEMBERS, "e")}
+    done = copied(begun, tmp_path_factory.mktemp("founded"))
+    for name in done.found():
+        done.install(name)
+    return begun, done
+
+
+def copied(made: Founding, place: Path) -> Founding:
+    shutil.copytree(made.place, place, dirs_exist_ok=True)
+    return Founding(place, dict(made.requests))
 
 
 @pytest.fixture
-def founded(begun: Founding) -> Founding:
-    for name in begun.found():
-        begun.install(name)
-    return begun
+def begun(templates: tuple[Founding, Founding], tmp_path: Path) -> Founding:
+    return copied(templates[0], tmp_path)
+
+
+@pytest.fixture
+def founded(templates: tuple[Founding, Founding], tmp_path: Path) -> Founding:
+    return copied(templates[1], tmp_path)
 
 
 def secrets(place: Path) -> set[bytes]:
@@ -356,19 +369,17 @@ def test_an_installation_that_was_stopped_is_finished_by_doing_it_again(
 
 
 def test_the_consortium_signs_with_its_passphrase_only(tmp_path: Path) -> None:
-    begun = Founding(tmp_path, WORDS)
-    for path in (begun.office / "consortium").glob("*.key"):
+    office = tmp_path / "office"
+    consortium.begin(founding(*MEMBERS), office, WORDS)
+    for path in (office / "consortium").glob("*.key"):
         assert b"ENCRYPTED" in path.read_bytes()
         with pytest.raises(IdentityError, match="passphrase is not the right one"):
             identity.read_private_key(path)
-    requests = list(begun.requests.values())
-    for passphrase, words in (
-        (None, "none was given"),
-        ("wrong horse battery", "passphrase is not the right one"),
-    ):
+    request = make_request(tmp_path / "a", "clinics", "a")
+    for passphrase, words in ((None, "none was given"), (f"{WORDS} ", "passphrase is not the right one")):
         with pytest.raises(IdentityError, match=words):
-            consortium.approve(begun.office, requests, passphrase)
-    assert begun.approve(*requests).roster is not None
+            consortium.approve(office, [request], passphrase)
+    assert consortium.approve(office, [request], WORDS).waiting == ("b", "c", "d", "(server)")
 
 
 def test_fingerprints_differ_with_every_part() -> None:

@@ -17,8 +17,9 @@ from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.configuration import canonical_json
 from fedmosaic.privacy.federation import consortium
 from fedmosaic.privacy.federation.founding import create_federation
-from fedmosaic.privacy.federation.roster import Roster, Terms
-from fedmosaic.privacy.federation.terms_checks import check_grid, check_plan, with_bounded_delta
+from fedmosaic.privacy.federation.roster import Roster
+from fedmosaic.privacy.federation.terms import Terms
+from fedmosaic.privacy.federation.terms_checks import check_plan, check_sums, with_bounded_delta
 from fedmosaic.privacy.mechanism.projection import PublicBasis
 from fedmosaic.protos.errors import AccountingError, ConfigurationError, MechanismError
 
@@ -75,8 +76,33 @@ def group_sums(**changes: Any) -> dict[str, Any]:
 def test_integers_with_no_room_for_all_members_are_refused_at_founding() -> None:
     agreed = founding("a", "b", "c", "d", **group_sums(bits=16)).terms
     with pytest.raises(ConfigurationError, match=r"group_sums.bits is 16: .*use more bits"):
-        check_grid(agreed, 4)
-    check_grid(founding("a", "b", "c", "d", **group_sums()).terms, 4)
+        check_sums(agreed, "abcd")
+    check_sums(founding("a", "b", "c", "d", **group_sums()).terms, "abcd")
+
+
+@pytest.mark.parametrize(
+    ("count", "changes", "size", "problem"),
+    [
+        (
+            1000,
+            {"groups": 64},
+            {},
+            "the groups and their weights may take 1,[0-9,]+ bytes with 1,000 members",
+        ),
+        (1000, {}, {"rank": 192, "blocks": 1}, "a sum and the names behind it may take 1,0[0-9,]+ bytes"),
+    ],
+)
+def test_what_does_not_fit_one_message_is_refused_at_founding(
+    count: int, changes: dict[str, Any], size: dict[str, int], problem: str
+) -> None:
+    """Found in the first round instead, it would end the run after the profiles are paid for."""
+    names = [f"member-{number:04}" for number in range(count)]
+    sums = group_sums(**changes)
+    sums["adapter"] |= size
+    agreed = founding("a", "b", "c", "d", **sums).terms
+    with pytest.raises(ConfigurationError, match=problem):
+        check_sums(agreed, names)
+    check_sums(founding("a", "b", "c", "d", **group_sums(groups=3)).terms, names)
 
 
 def test_fewer_members_than_a_sum_needs_are_refused_at_founding() -> None:
@@ -138,7 +164,7 @@ def test_founding_bounds_delta_and_a_roster_from_before_keeps_its_hash(tmp_path:
     chosen = {"adapter_privacy": {"largest_delta": 1.0}}
     assert with_bounded_delta(founding(**chosen).terms).adapter_privacy.largest_delta == 1.0
     before = roster.model_dump(mode="json")
-    del before["terms"]["adapter_privacy"]["largest_delta"]
+    del before["terms"]["adapter_privacy"]["largest_delta"], before["witness"]
     old = Roster.model_validate(before)
     said = {name: value for name, value in before.items() if name != "signature"}
     del said["terms"]["group_sums"]

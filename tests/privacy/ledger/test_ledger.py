@@ -152,6 +152,8 @@ def test_budget_parameters_are_fixed_by_the_first_opening(path: Path) -> None:
         open_ledger(path, 8.0)
     with pytest.raises(LedgerError, match="delta was"):
         Ledger.open(path, "clinic-a", 1e-4, 3.0, "rdp")
+    with pytest.raises(LedgerError, match="unit was 'example' and is now 'person'"):
+        open_ledger(path, 3.0, unit="person")
     with pytest.raises(LedgerError, match="budgeted_channels was"):
         open_ledger(path, 3.0, budgeted_channels=("profile",))
     with pytest.raises(LedgerError, match="target_epsilon was"):

@@ -1,16 +1,20 @@
 """Secure sums against plain ones, with members that vanish, and against a server that cheats."""
 
+import copy
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmosaic.privacy.secureaggregation.collector import SumCollector
 from fedmosaic.privacy.secureaggregation.masks import (
-    expand,
+    Masks,
+    agree,
     from_words,
     pack,
     pair_mask_key,
@@ -19,7 +23,7 @@ from fedmosaic.privacy.secureaggregation.masks import (
     unpack,
 )
 from fedmosaic.privacy.secureaggregation.member import SumMember
-from fedmosaic.privacy.secureaggregation.messages import Opening, Unmasking, sign_opening
+from fedmosaic.privacy.secureaggregation.messages import _SMALL_ORDER, Unmasking, check_opening, sign_opening
 from fedmosaic.privacy.secureaggregation.shamir import PRIME, combine, lagrange_weights, share
 from fedmosaic.privacy.secureaggregation.terms import SumTerms
 from fedmosaic.protos.errors import EncryptionError
@@ -58,7 +62,15 @@ class Group:
             self.server.add_opening(name, self.members[name].open())
         openings = self.server.close_openings()
         for name in self.present(2):
-            self.server.add_envelopes(name, self.members[name].share(openings))
+            self.server.add_envelopes(name, self.sealed(name, self.members[name].share(openings)))
+
+    def sealed(self, name, envelopes):
+        """What a member sends of its envelopes; a liar sends other ones."""
+        return b"".join(envelopes[other] for other in sorted(envelopes))
+
+    def given(self, name, unmasking):
+        """What a member sends to unmask; a liar sends something else."""
+        return unmasking
 
     def send_vectors(self):
         for name in self.present(3):
@@ -70,7 +82,8 @@ class Group:
         for name in self.present(4):
             self.server.add_signature(name, self.members[name].agree(survivors))
         for name in self.present(5):
-            self.server.add_unmasking(name, self.members[name].unmask(self.server.signatures()))
+            unmasking = self.members[name].unmask(self.server.signatures())
+            self.server.add_unmasking(name, self.given(name, unmasking))
         return survivors, self.server.finish()
 
     def run(self):
@@ -110,10 +123,10 @@ def test_any_k_shares_give_the_secret_and_one_fewer_another_number(secret, thres
     shares = share(secret, threshold, 8, source.randbytes)
     points = sorted(source.sample(range(1, 9), threshold))
     given_ = {point: shares[point - 1] for point in points}
-    assert combine(given_, lagrange_weights(points)) == secret
+    assert combine(list(given_.values()), lagrange_weights(points)) == secret
     if threshold > 1:
         fewer = points[1:]
-        assert combine({p: shares[p - 1] for p in fewer}, lagrange_weights(fewer)) != secret
+        assert combine([shares[p - 1] for p in fewer], lagrange_weights(fewer)) != secret
 
 
 @given(st.sampled_from([8, 13, 32, 33, 62]), st.integers(0, 2**32))
@@ -125,7 +138,7 @@ def test_packed_words_come_back(bits, seed):
 
 
 def test_masks_are_uniform_in_every_bit():
-    mask = expand(bytes(range(32)), 20_000, 62)
+    mask = Masks(20_000, 62).of(bytes(range(32)))
     ones = [(mask >> np.uint64(bit) & np.uint64(1)).mean() for bit in range(62)]
     # Five standard deviations of 20,000 fair bits, rounded up.
     assert all(abs(share_of_ones - 0.5) < 0.02 for share_of_ones in ones)
@@ -166,14 +179,13 @@ def test_server_and_t_members_cannot_take_the_masks_off_one_vector():
     signatures = {name: group.members[name].agree(without) for name in without}
     honest = [name for name in without if name not in colluders]
     given_ = {name: group.members[name].unmask(signatures) for name in honest}
-    assert all(
-        victim in message.mask_keys and victim not in message.self_masks for message in given_.values()
-    )
+    for name, message in given_.items():
+        assert message.shares[victim] == group.members[name]._held[victim][1], "of the mask key, not both"
     shares = _colluding_shares(group, colluders, 0, victim)
-    guess = combine(shares, lagrange_weights(list(shares)))
+    guess = combine(list(shares.values()), lagrange_weights(list(shares)))
     assert guess != group.members[victim]._self_seed
-    stripped = expand(self_mask_key(guess, group.terms.digest()), SIZE, 32)
-    actual = expand(self_mask_key(group.members[victim]._self_seed, group.terms.digest()), SIZE, 32)
+    stripped = Masks(SIZE, 32).of(self_mask_key(guess, group.terms.digest()))
+    actual = Masks(SIZE, 32).of(self_mask_key(group.members[victim]._self_seed, group.terms.digest()))
     assert not np.array_equal(stripped, actual)
     # Nor will anybody give the other kind any more.
     for name in honest:
@@ -215,8 +227,8 @@ def test_a_server_that_shows_different_openings_is_found_out():
     sealed = {
         name: group.members[name].share(half if name == "m000" else openings) for name in group.names[:6]
     }
-    with pytest.raises(EncryptionError, match="of another sum"):
-        group.members["m000"].accept({"m001": sealed["m001"]["m000"]})
+    with pytest.raises(EncryptionError, match=r"of m001, m002, .*are of another sum"):
+        group.members["m000"].accept({name: sealed[name]["m000"] for name in sealed})
 
 
 def test_masks_of_those_who_are_to_vanish_do_not_hide_a_vector_alone():
@@ -229,8 +241,8 @@ def test_masks_of_those_who_are_to_vanish_do_not_hide_a_vector_alone():
     group.open_and_share()
     colluders, vanishing = {"m000", "m001"}, {"m016", "m017", "m018"}
     envelopes = group.server.envelopes_for("m019")
-    few = {name: envelopes[name] for name in colluders | vanishing}
-    assert len(few) + 1 == group.terms.minimum
+    few = {name: envelopes[name] for name in colluders | vanishing | {"m019"}}
+    assert len(few) == group.terms.minimum
     with pytest.raises(EncryptionError, match="6 members shared their masks, 12 of 20 are needed"):
         group.members["m019"].accept(few)
 
@@ -274,12 +286,11 @@ def _changed(value):
     return bytes([value[0] ^ 1]) + value[1:]
 
 
-@pytest.mark.parametrize("field", ["mask_key", "envelope_key", "signature"])
+@pytest.mark.parametrize("field", ["mask_key", "envelope_key", "self_check", "signature"])
 def test_an_opening_that_its_member_did_not_sign_is_refused_by_name(field):
     group = Group(5, 4, 1)
     openings = {name: group.members[name].open() for name in group.names}
-    parts = {key: getattr(openings["m003"], key) for key in ("mask_key", "envelope_key", "signature")}
-    openings["m003"] = Opening(**{**parts, field: _changed(parts[field])})
+    openings["m003"] = replace(openings["m003"], **{field: _changed(getattr(openings["m003"], field))})
     with pytest.raises(EncryptionError, match="'m003' is not signed"):
         group.members["m000"].share(openings)
 
@@ -293,12 +304,83 @@ def test_an_opening_of_another_round_is_refused():
         group.members["m000"].share(openings)
 
 
-def test_an_envelope_that_was_altered_is_refused_by_name():
+class Liars(Group):
+    """A group in which somebody seals or gives false shares."""
+
+    def __init__(self, *arguments, sealing=(), giving=(), victims=(), **options):
+        super().__init__(*arguments, **options)
+        self.sealing, self.giving, self.victims = sealing, giving, victims
+
+    def sealed(self, name, envelopes):
+        damaged = {other: _changed(envelopes[other]) for other in self.victims if name in self.sealing}
+        return super().sealed(name, envelopes | damaged)
+
+    def given(self, name, unmasking):
+        if name not in self.giving:
+            return unmasking
+        return Unmasking({other: (share + 1) % PRIME for other, share in unmasking.shares.items()})
+
+
+def test_envelopes_that_do_not_hold_what_was_announced_cost_nobody_the_sum():
+    group = Liars(10, 7, 3, sealing=["m002"], victims=["m000", "m005"])
+    survivors, total = group.run()
+    assert survivors == tuple(group.names)
+    assert np.array_equal(total, sum(group.vectors.values()))
+    assert group.server.disputes == {("m000", "m002"), ("m005", "m002")}
+    assert not group.server.faults, "which of the two lies is not known yet"
+
+
+def test_more_damaged_envelopes_than_members_may_lie_are_the_servers_doing():
     group = Group(5, 4, 1)
     group.open_and_share()
     envelopes = group.server.envelopes_for("m000")
-    with pytest.raises(EncryptionError, match="'m002' was altered"):
-        group.members["m000"].accept(envelopes | {"m002": _changed(envelopes["m002"])})
+    damaged = {name: _changed(envelopes[name]) for name in ("m001", "m002")}
+    with pytest.raises(EncryptionError, match="of m001, m002 were altered"):
+        group.members["m000"].accept(envelopes | damaged)
+
+
+@pytest.mark.parametrize("vanish", [{}, {"m007": 3}])
+def test_whoever_gives_false_shares_is_named_and_the_sum_made_of_the_true_ones(vanish):
+    group = Liars(10, 7, 3, giving=["m001", "m002"], vanish=vanish)
+    survivors, total = group.run()
+    assert np.array_equal(total, sum(group.vectors[name] for name in survivors))
+    assert set(group.server.faults) == {"m001", "m002"}
+    assert "another share of" in group.server.faults["m001"]
+
+
+def test_with_too_few_true_shares_there_is_no_sum_and_a_reason():
+    group = Liars(10, 7, 3, giving=["m001"], vanish={"m007": 3, "m008": 3, "m009": 4})
+    with pytest.raises(EncryptionError, match="'m001': it gave another share of"):
+        group.run()
+
+
+@pytest.mark.parametrize(("seed", "vanish"), [("_self_seed", {}), ("_mask_seed", {"m003": 3})])
+def test_whoever_seals_shares_of_another_secret_is_named(seed, vanish):
+    """Nobody gave a false share, so none of those who gave one is blamed."""
+    group = Group(10, 7, 3, vanish=vanish)
+    for name in group.names:
+        group.server.add_opening(name, group.members[name].open())
+    openings = group.server.close_openings()
+    setattr(group.members["m003"], seed, getattr(group.members["m003"], seed) + 1)
+    for name in group.names:
+        group.server.add_envelopes(name, group.sealed(name, group.members[name].share(openings)))
+    group.send_vectors()
+    with pytest.raises(EncryptionError, match="'m003': it sealed shares that do not lead to its masks"):
+        group.unmask()
+    assert set(group.server.faults) == {"m003"}
+
+
+def test_the_server_cannot_change_an_envelope_and_its_check_together():
+    """It does not know the share, so it cannot make the hash of what a changed bit turns it into."""
+    group = Group(5, 4, 1)
+    group.open_and_share()
+    envelopes = group.server.envelopes_for("m000")
+    turned = _changed(envelopes["m001"])
+    for changed in (turned, turned[:32] + bytes(32), envelopes["m002"]):
+        member = copy.copy(group.members["m000"])
+        member._held = {}
+        member.accept(envelopes | {"m001": changed})
+        assert member._held["m001"] is None
 
 
 def test_the_server_refuses_what_does_not_belong_to_the_sum():
@@ -316,22 +398,7 @@ def test_the_server_refuses_what_does_not_belong_to_the_sum():
     with pytest.raises(EncryptionError, match="'m001' did not sign"):
         group.server.add_signature("m001", signature)
     with pytest.raises(EncryptionError, match="other members than those"):
-        group.server.add_unmasking("m000", Unmasking({"m000": 1}, {}))
-
-
-def test_lying_about_a_mask_key_is_noticed():
-    group = Group(10, 7, 3, vanish={"m000": 3})
-    group.open_and_share()
-    group.send_vectors()
-    survivors = group.server.close_vectors()
-    for name in survivors:
-        group.server.add_signature(name, group.members[name].agree(survivors))
-    for name in survivors:
-        honest = group.members[name].unmask(group.server.signatures())
-        lie = {"m000": (honest.mask_keys["m000"] + 1) % PRIME} if name == "m001" else honest.mask_keys
-        group.server.add_unmasking(name, Unmasking(honest.self_masks, lie))
-    with pytest.raises(EncryptionError, match="do not fit together"):
-        group.server.finish()
+        group.server.add_unmasking("m000", Unmasking({"m000": 1}))
 
 
 @pytest.mark.parametrize(
@@ -343,14 +410,15 @@ def test_terms_that_protect_nobody_are_refused(count, minimum, colluders):
         Group(count, minimum, colluders)
 
 
-def test_a_key_of_small_order_is_refused():
+@pytest.mark.parametrize("top_bit", [0, 128])
+@pytest.mark.parametrize("low", sorted(_SMALL_ORDER))
+def test_every_key_of_small_order_is_refused_and_is_one(low, top_bit):
+    key = low[:31] + bytes([low[31] | top_bit])
+    with pytest.raises(EncryptionError, match="no usable X25519 key"):
+        agree(X25519PrivateKey.generate(), key)
     group = Group(5, 4, 1)
-    cheat = group.identities["m003"]
-    openings = {name: group.members[name].open() for name in group.names}
-    openings["m003"] = sign_opening(group.terms, "m003", bytes(32), bytes(32), cheat)
-    for refusing in (
-        lambda: group.members["m000"].share(openings),
-        lambda: group.server.add_opening("m003", openings["m003"]),
-    ):
+    cheat, fine = group.identities["m003"], group.members["m003"].open()
+    for content in ((key, fine.envelope_key, bytes(32)), (fine.mask_key, key, bytes(32))):
+        opening = sign_opening(group.terms, "m003", content, cheat)
         with pytest.raises(EncryptionError, match="'m003' opened with a key of small order"):
-            refusing()
+            check_opening(group.terms, "m003", opening)

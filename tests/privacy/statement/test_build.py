@@ -16,6 +16,7 @@ from fedmosaic.privacy.accounting.epsilon import epsilon, person_epsilon
 from fedmosaic.privacy.accounting.events import UNPROTECTED, GaussianEvent
 from fedmosaic.privacy.accounting.tradeoff import attack_bounds
 from fedmosaic.privacy.ledger.ledger import Ledger
+from fedmosaic.privacy.ledger.rows import Unit
 from fedmosaic.privacy.statement import render as report_text
 from fedmosaic.privacy.statement.build import statement
 from fedmosaic.privacy.statement.costs import costs_at_epsilon, round_down, round_up
@@ -65,11 +66,14 @@ def make_client(
     target: float | None = None,
     rounds: int = 3,
     step: GaussianEvent | None = None,
+    unit: Unit = "example",
     **facts: object,
 ) -> ClientInputs:
     private = COVERED[protection] == "dp"
     budgeted = ("profile", "adapter") if private else ("profile",)
-    with Ledger.open(directory / f"{name}.sqlite", name, DELTA, target, budgeted_channels=budgeted) as ledger:
+    with Ledger.open(
+        directory / f"{name}.sqlite", name, DELTA, target, budgeted_channels=budgeted, unit=unit
+    ) as ledger:
 
         def release(channel: str, round: int, event: GaussianEvent, covered_by: str) -> None:
             options = {"secure_noise": secure, "covered_by": covered_by, "clipping_norm": 0.5}
@@ -105,6 +109,20 @@ def guarantee(client: ClientStatement, channel: StatementChannel, adversary: Adv
 def statements(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PrivacyStatement]:
     directory = tmp_path_factory.mktemp("ledgers")
     return {mode: make(make_client(directory, mode, name=f"c{i}")) for i, mode in enumerate(COVERED)}
+
+
+def test_a_statement_about_persons_says_so_and_has_no_other_figure_for_them(tmp_path: Path) -> None:
+    made = make(make_client(tmp_path, "distributed-dp", unit="person"))
+    (client,) = made.clients
+    assert client.unit == "person"
+    assert all(each.unit == "person" and not each.persons for each in client.guarantees)
+    assert made.assumptions[0].startswith("The unit of privacy is one person of one client")
+    assert not any("one example of one client" in text for text in made.assumptions)
+    both = make(
+        make_client(tmp_path, "dp", name="b"),
+        make_client(tmp_path, "distributed-dp", name="c", unit="person"),
+    )
+    assert ["one person" in text for text in both.assumptions[:2]] == [False, True]
 
 
 def test_every_client_channel_and_adversary_has_exactly_one_guarantee(

@@ -14,7 +14,7 @@ from fedmosaic.client.statement import for_handing_over
 from fedmosaic.privacy.accounting import calibrate
 from fedmosaic.privacy.accounting.epsilon import default_delta, epsilon
 from fedmosaic.privacy.accounting.events import GaussianEvent
-from fedmosaic.privacy.federation.roster import AdapterTerms, Terms
+from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
 from fedmosaic.privacy.ledger.ledger import Ledger, data_epoch, parameters_of
 from fedmosaic.privacy.statement.build import statement
 from fedmosaic.privacy.statement.models import ClientInputs, PlannedChannel, PrivacyStatement, StatementInputs

@@ -119,7 +119,7 @@ def test_repeats_are_harmless_and_changes_are_refused(federation: Any, coordinat
     post(coordinator, "clinic-a", "join")
     with refused("KEY_MESSAGE_DIFFERS"):
         post(coordinator, "clinic-a", "join", text=b"y")
-    assert coordinator._store.key_messages(1, "join", "clinic-b") == {"clinic-a": b"x"}
+    assert coordinator._run.store.key_messages(1, "join", "clinic-b") == {"clinic-a": b"x"}
 
 
 def test_messages_out_of_place_are_refused(federation: Any, coordinator: Any) -> None:
@@ -211,8 +211,8 @@ def test_the_key_epoch_survives_a_kill(federation: Any, settings: Any, clock: An
     before = Coordinator(settings, clock)
     agree(before, federation.clients)
     before.push("clinic-a", upload(federation, before, "clinic-a", 1, 1))
-    before._store.close()
-    before._blobs.close()
+    before._run.store.close()
+    before._run.blobs.close()
     after = Coordinator(settings, clock)
     assert set(after.read_key_messages("clinic-a", 1, "confirmation")) == set(federation.clients)
     for client in federation.clients[1:]:
@@ -287,7 +287,7 @@ def test_a_kill_after_the_commit_that_closes_a_round_leaves_the_key_epoch_that_i
     agree(before, federation.clients)
     push(federation, before, 1, 1)
     before.advance()
-    monkeypatch.setattr(before._keys, "adopt", killed)
+    monkeypatch.setattr(before._run.keys, "adopt", killed)
     push(federation, before, 2, 1)
     with pytest.raises(Killed):
         before.advance()
@@ -309,11 +309,11 @@ def test_a_round_that_an_older_server_left_without_its_key_epoch_gets_it(
     agree(before, federation.clients)
     push(federation, before, 1, 1)
     before.advance()
-    board = json.loads(before._store.get("key_board") or "")
+    board = json.loads(before._run.store.get("key_board") or "")
     push(federation, before, 2, 1)
     before.advance()
     del board["first_round"]  # it was not stored then
-    before._store.put({"key_board": json.dumps(board)})
+    before._run.store.put({"key_board": json.dumps(board)})
     federation.crash(before)
     after = Coordinator(settings, clock)
     assert after.enrol("clinic-a", federation.enrolment()).key_epoch == 2

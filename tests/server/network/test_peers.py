@@ -17,6 +17,7 @@ from fedmosaic.privacy.federation.identity import public_key_sha256
 from fedmosaic.protos.refusal import Refusal, from_rpc_error
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
+from fedmosaic.server.network import peers
 from fedmosaic.server.network.peers import CALLS_PER_PEER, channel_options, identify
 
 
@@ -86,8 +87,13 @@ def test_watching_the_servers_health_counts_as_a_call(connections: Any) -> None:
         call.cancel()
 
 
-def test_connections_without_a_handshake_are_limited(server: Any, federation: Any, connections: Any) -> None:
-    most = dict(channel_options(len(federation.clients)))["grpc.max_allowed_incoming_connections"]
+def test_connections_without_a_handshake_are_limited(
+    federation: Any, authority: Any, tmp_path: Any, start_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = 40
+    monkeypatch.setattr(peers, "_FEWEST_CONNECTIONS", most)
+    tls = authority.server()
+    server = start_server(federation.settings(tmp_path / "state", tls=tls, listen="127.0.0.1:0"))
     with contextlib.ExitStack() as stack:
         silent = [
             stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
@@ -106,11 +112,21 @@ def test_connections_without_a_handshake_are_limited(server: Any, federation: An
     deadline = time.monotonic() + 30
     while True:
         try:
-            rpc.FederationStub(connections("clinic-a")).RoundStatus(pb.RoundStatusRequest(), timeout=10)
+            with authority.channel(server, "clinic-a", ("grpc.use_local_subchannel_pool", 1)) as channel:
+                rpc.FederationStub(channel).RoundStatus(pb.RoundStatusRequest(), timeout=10)
             break
         except grpc.RpcError:
             assert time.monotonic() < deadline
             time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("members", "free", "expected"), [(5, 10**6, 4096), (5, 100, 100), (2000, 10**6, 8000)]
+)
+def test_connections_leave_descriptors_for_files_and_a_few_hundred_silent_ones_keep_nobody_out(
+    members: int, free: int, expected: int
+) -> None:
+    assert dict(channel_options(members, free))["grpc.max_allowed_incoming_connections"] == expected
 
 
 @pytest.mark.parametrize(

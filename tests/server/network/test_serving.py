@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from fedmosaic.client.transport import connection
 from fedmosaic.privacy.federation import identity
 from fedmosaic.protos.errors import ConfigurationError, FedMosaicError, IdentityError
+from fedmosaic.server.network import serving
 from fedmosaic.server.server import Server
 from fedmosaic.server.settings import ServerSettings
 
@@ -118,3 +120,40 @@ def test_the_server_announces_its_certificate_in_its_last_days(
         while "server.pem: the certificate expires in 89 days" not in caplog.text:
             assert time.monotonic() < deadline
             time.sleep(0.02)
+
+
+class Limits:
+    """Of a process that may open so many files."""
+
+    RLIMIT_NOFILE = 7
+
+    def __init__(self, soft: int, hard: int) -> None:
+        self.now = (soft, hard)
+
+    def getrlimit(self, which: int) -> tuple[int, int]:
+        assert which == self.RLIMIT_NOFILE
+        return self.now
+
+    def setrlimit(self, which: int, limits: tuple[int, int]) -> None:
+        assert which == self.RLIMIT_NOFILE
+        self.now = limits
+
+
+@pytest.mark.parametrize(("members", "warned"), [(5, False), (1000, True)])
+def test_the_limit_of_open_files_is_raised_and_one_that_is_too_low_is_named(
+    members: int, warned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    limits = Limits(256, 1024)
+    monkeypatch.setattr(serving, "resource", limits)
+    free = serving.free_descriptors(members)
+    assert limits.now == (1024, 1024)
+    assert free == max(16, 1024 - 64 - members)
+    assert ("may open 1024 files and 1000 members need 2064" in caplog.text) == warned
+
+
+@pytest.mark.parametrize("options", [serving._OPTIONS, connection._OPTIONS], ids=["server", "client"])
+def test_a_peer_that_vanished_is_noticed_within_a_minute(options: tuple[tuple[str, int], ...]) -> None:
+    # gRPC waits 60 s for the answer to a ping unless it is told otherwise.
+    found = {"grpc.keepalive_timeout_ms": 20_000, "grpc.http2.ping_timeout_ms": 60_000, **dict(options)}
+    patience = max(found["grpc.keepalive_timeout_ms"], found["grpc.http2.ping_timeout_ms"])
+    assert found["grpc.keepalive_time_ms"] + patience <= 60_000

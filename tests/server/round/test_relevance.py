@@ -220,3 +220,14 @@ def test_low_temperature_does_not_overflow() -> None:
     weights = softmax_weights(plain_cosine(np.eye(3) + 0.5), 1e-300, everybody(3))
     assert np.isfinite(weights).all()
     assert isinstance(plain_cosine(np.eye(2)), Relevance)
+
+
+def test_blocks_of_the_matrix_fit_together() -> None:
+    vectors = np.random.default_rng(3).normal(size=(1100, 6))
+    vectors[700] = np.nan
+    units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    expected = units @ units.T
+    np.fill_diagonal(expected, np.where(np.isfinite(np.diagonal(expected)), 1.0, np.nan))
+    for found in (plain_cosine(vectors), corrected_cosine(vectors, np.zeros(1100))):
+        np.testing.assert_allclose(found.similarity, expected, atol=1e-12)
+        np.testing.assert_array_equal(found.similarity, found.similarity.T)

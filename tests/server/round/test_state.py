@@ -218,3 +218,20 @@ def test_a_status_with_the_longest_names_fits_the_wire() -> None:
     assert "and 25 more, quorum is 4, 60 s left, not waited for: hospital-" in message
     assert message.endswith("and 25 more (missed the last round)")
     assert one_line("x" * 2000) == "x" * (bounds.MAX_TEXT - 1) + "…"
+
+
+def test_only_those_drawn_take_part_in_a_round() -> None:
+    drawn = {1: frozenset("abc"), 2: frozenset("cde"), 3: frozenset("abd"), 4: frozenset("abc")}
+    state = first_round(NAMES, 3, 3, 60.0, 0.0, drawn.__getitem__)
+    _, answer = push(state, "d")
+    assert isinstance(answer, Rejected)
+    assert answer.reason == "NOT_DRAWN"
+    state = with_uploads("a", "b", state=state)
+    assert "2 of 3 uploads" in state.status(0.0).message
+    assert state.status(0.0).waiting_for == ("c",)
+    state = closed(with_uploads("c", state=state), 1.0).following(1.0)
+    assert state.waiting_for == drawn[2]
+    # One that is away holds up its own round only until the deadline, and later ones not at all.
+    state = with_uploads("c", "d", state=state).ticked(62.0)
+    assert state.phase is Phase.OPEN
+    assert state.resumed(3, {}, (), ()).waiting_for == drawn[3]

@@ -14,7 +14,7 @@ from fedmosaic.privacy.secureaggregation.partition import NO_ROUND, Partition, R
 from fedmosaic.privacy.secureaggregation.terms import SumTerms
 from fedmosaic.protos.errors import EncryptionError, PolicyError, WireError
 from fedmosaic.protos.refusal import Refusal
-from fedmosaic.server.round.sums import AGREE, OPEN, SHARE, STEPS, UNMASK, VECTOR, RoundSums
+from fedmosaic.server.round.sums import AGREE, OPEN, SHARE, STEPS, UNMASK, VECTOR, RoundSums, liars
 
 SIZE = 9
 
@@ -65,13 +65,19 @@ class Round:
 
     def move(self):
         """Close what is due; where everybody waits, let the time pass that they wait for."""
-        moved = self.sums.advance(self.expected, self.now)
+        moved = self.advance()
         if self.waiting and self.waiting == self.alive:
             self.now += 1000.0
-            moved |= self.sums.advance(self.expected, self.now)
+            moved |= self.advance()
         if moved:
             self.waiting.clear()
             self.changed.notify_all()
+
+    def advance(self):
+        moved = self.sums.advance(self.expected, self.now)
+        for finish in self.sums.due():
+            finish()
+        return moved
 
     def run(self, vanish=None):
         def member(name):
@@ -111,6 +117,22 @@ def test_every_group_gets_the_sum_of_its_members():
         assert np.array_equal(_total(vector), sum(running.vectors[name] for name in group))
 
 
+def test_masks_are_taken_off_by_whoever_asks_and_not_where_the_last_share_comes_in():
+    running = Round(GROUPS, 5, 1)
+    given, due = [], running.sums.due
+
+    def ask():
+        found = due()
+        given.append((len(found), len(due()), running.sums.totals().vectors.count(b"")))
+        return found
+
+    running.sums.due = ask
+    running.run()
+    assert sum(found for found, _, _ in given) == len(GROUPS)
+    assert all(again == 0 for _, again, _ in given)
+    assert all(missing >= found for found, _, missing in given), "no sum was there before"
+
+
 @pytest.mark.parametrize("step", STEPS)
 def test_members_may_vanish_at_any_step(step):
     running = Round(GROUPS, 5, 1)
@@ -142,6 +164,14 @@ def test_a_late_or_foreign_message_is_refused_by_name():
     running.run({"a2": SHARE})
     with pytest.raises(Refusal, match="step 'sum-vector' of 'a2' came while 'over'"):
         running.sums.post("a2", VECTOR, bytes(4 * SIZE))
+
+
+def test_whoever_disagrees_with_more_than_may_lie_has_lied():
+    """One of each pair lies, and at most t do: an honest one is in dispute with no more than those."""
+    disputes = {("a1", "a2"), ("a3", "a2"), ("a4", "a2"), ("a4", "a5"), ("a2", "a2")}
+    assert set(liars(disputes, 2)) == {"a2"}
+    assert set(liars(disputes, 1)) == {"a2", "a4"}
+    assert not liars({("a1", "a2"), ("a2", "a1")}, 1)
 
 
 def test_nothing_can_be_read_before_its_step_is_over():

@@ -9,7 +9,7 @@ import pytest
 
 from fedmosaic.protos.errors import StateError
 from fedmosaic.protos.messages import Enrolment, KeyMessage, Profile, SectionHeader, UploadHeader
-from fedmosaic.server.storage.store import Store, StoredAggregate, default_url
+from fedmosaic.server.storage.store import Arrival, Store, StoredAggregate, default_url
 
 
 @pytest.fixture
@@ -29,9 +29,9 @@ def profile(value: float) -> Profile:
 
 
 def test_uploads_and_profiles(store: Store, store_url: str) -> None:
-    store.add_upload("a", header(1, profile(1.5)), b"h" * 32, 10.0, 100)
-    store.add_upload("b", header(1, None), b"i" * 32, 11.0, 50)
-    store.add_upload("a", header(2, None), b"j" * 32, 12.0, 1)
+    store.add_uploads([Arrival("a", header(1, profile(1.5)), b"h" * 32, 10.0, 100)])
+    store.add_uploads([Arrival("b", header(1, None), b"i" * 32, 11.0, 50)])
+    store.add_uploads([Arrival("a", header(2, None), b"j" * 32, 12.0, 1)])
     store.close()
     again = Store(store_url, durable=True)
     assert set(again.uploads(1)) == {"a", "b"}
@@ -47,14 +47,14 @@ def test_uploads_and_profiles(store: Store, store_url: str) -> None:
 
 def test_the_newest_profile_wins(store: Store) -> None:
     for number in (1, 3, 2):
-        store.add_upload("a", header(number, profile(number)), b"h" * 32, 1.0, 0)
+        store.add_uploads([Arrival("a", header(number, profile(number)), b"h" * 32, 1.0, 0)])
     assert store.profiles()["a"].vector[0] == 3.0
 
 
 def test_a_second_upload_of_a_round_cannot_slip_in(store: Store) -> None:
-    store.add_upload("a", header(1, profile(1.0)), b"h" * 32, 1.0, 5)
+    store.add_uploads([Arrival("a", header(1, profile(1.0)), b"h" * 32, 1.0, 5)])
     with pytest.raises(StateError, match=r"(?i)unique"):
-        store.add_upload("a", header(1, profile(2.0)), b"i" * 32, 1.0, 5)
+        store.add_uploads([Arrival("a", header(1, profile(2.0)), b"i" * 32, 1.0, 5)])
     assert store.content_hash(1, "a") == b"h" * 32
     assert store.traffic(["a"])["a"]["received"] == 5
 
@@ -62,15 +62,15 @@ def test_a_second_upload_of_a_round_cannot_slip_in(store: Store) -> None:
 def test_closing_a_round_is_all_or_nothing(store: Store) -> None:
     aggregate = StoredAggregate(2, "[]", bytes(32))
     store.close_round(1, {"round": 1}, {"a": aggregate}, {"round": "2"})
-    assert store.aggregate(2, "a") == aggregate
-    assert store.aggregate(2, "b") is None
+    assert store.aggregates(2) == {"a": aggregate}
     with pytest.raises(StateError, match=r"(?i)unique"):
         store.close_round(1, {"round": 1}, {"b": aggregate}, {"round": "9"})
     assert store.get("round") == "2"
-    assert store.aggregate(2, "b") is None
+    assert store.aggregates(2) == {"a": aggregate}
     store.close_round(2, {"round": 2}, {}, {"round": "3"})
-    assert store.aggregate(2, "a") is None
+    assert store.aggregates(2) == {}
     assert store.results() == [{"round": 1}, {"round": 2}]
+    assert store.results(after=1) == [{"round": 2}]
 
 
 def test_key_messages_are_read_by_whom_they_are_for(store: Store) -> None:
@@ -125,7 +125,7 @@ def test_a_damaged_or_unreachable_database_is_a_clear_error(tmp_path: Path) -> N
 
 def test_what_was_acknowledged_survives_without_a_close(tmp_path: Path) -> None:
     store = Store(default_url(tmp_path), durable=True)
-    store.add_upload("a", header(1), b"h" * 32, 1.0, 0)
+    store.add_uploads([Arrival("a", header(1), b"h" * 32, 1.0, 0)])
     # A second connection sees it, so it is not waiting in a transaction of the first.
     with sqlite3.connect(tmp_path / "server.db") as other:
         assert other.execute("SELECT client FROM uploads").fetchall() == [("a",)]

@@ -1,0 +1,207 @@
+"""What a secure sum costs: bytes up and a processor's seconds of a member and of the server.
+
+    python -m benchmarks.secure_sums --members 10 100 1000 --dimensions 2160 30464 --flower
+
+One member is real, and all of the server; what the others send, whose time is not measured, is made up, so
+that 1,000 of them fit one process. A plain sum is what the server does with vectors that nobody masks: read m
+messages off the wire's format and add them. Neither side counts TLS or gRPC. The least of `repeats` runs.
+
+Beside it Flower's SecAgg+, if `flwr` is installed: its own workflow and its own client functions in this
+process, every client a neighbour of every other, two thirds of the shares to open a secret.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import tyro
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from benchmarks.secure_sums_flower import flower_seconds
+from fedmosaic.experiments.scenario.metrics import markdown_table
+from fedmosaic.privacy.secureaggregation.masks import agree, private_key, unpack
+from fedmosaic.privacy.secureaggregation.member import SumMember
+from fedmosaic.privacy.secureaggregation.messages import (
+    ENVELOPE_BYTES,
+    Opening,
+    Unmasking,
+    open_shares,
+    seal_shares,
+    seed_check,
+    sign_opening,
+    survivors_digest,
+    transcript,
+)
+from fedmosaic.privacy.secureaggregation.terms import SumTerms
+from fedmosaic.protos import wire
+from fedmosaic.protos.messages import KeyMessage
+from fedmosaic.protos.v1 import federation_pb2 as pb
+from fedmosaic.server.round.sums import AGREE, OPEN, SHARE, STEPS, UNMASK, VECTOR, RoundSums
+
+_SECRET = 7
+"""Of every made-up member; its polynomial is constant, so every share is the secret too."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Print the cost of a secure sum as a Markdown table."""
+
+    members: tuple[int, ...] = (10, 100, 1000)
+    dimensions: tuple[int, ...] = (2160, 30464)
+    vanished: tuple[int, ...] = (0, 3)
+    repeats: int = 3
+    flower: bool = False
+    """Also run Flower's SecAgg+, with up to 100 members."""
+
+
+@dataclass
+class Clock:
+    """Seconds of the processor, by who spends them."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def of(self, who: str) -> Iterator[None]:
+        """Count what happens inside."""
+        started = time.process_time()
+        yield
+        self.seconds[who] = self.seconds.get(who, 0.0) + time.process_time() - started
+
+
+class Sum:
+    """One secure sum of m members: the first is real, the last ones vanish before their vectors."""
+
+    def __init__(self, count: int, dimensions: int, vanished: int) -> None:
+        self.names = [f"m{number:04}" for number in range(count)]
+        self.identities = {name: Ed25519PrivateKey.generate() for name in self.names}
+        keys = {name: key.public_key().public_bytes_raw() for name, key in self.identities.items()}
+        colluders = max(1, (count - 2) // 3)
+        minimum = (count + colluders) // 2 + 1
+        self.terms = SumTerms(bytes(32), tuple(self.names), keys, minimum, colluders, dimensions)
+        self.contributors = self.names[: count - vanished]
+        self.sums = RoundSums(2, [self.terms], dict.fromkeys(STEPS, 1.0), 0.0)
+        self.clock, self.bytes_up = Clock(), 0
+        self.vector = os.urandom(4 * dimensions)
+
+    def post(self, step: str, made: Callable[[str], bytes], names: list[str]) -> None:
+        """Every member's message as it comes off the wire; time passes where one did not come."""
+        sent = {name: _on_the_wire(step, made(name)) for name in names}
+        self.bytes_up += len(_read(sent[self.names[0]]).payload)
+        with self.clock.of("server" if step != UNMASK else "unmask"):
+            for name, data in sent.items():
+                self.sums.post(name, step, _read(data).payload)
+                self.sums.advance(self.names, 0.0)
+            if not self.sums.read(self.names[0], step):
+                self.sums.advance(self.names, 10.0)
+            for name in names:
+                self.sums.read(name, step)
+
+    def run(self) -> dict[str, float]:
+        """Seconds of member and server."""
+        first, terms, clock = self.names[0], self.terms, self.clock
+        digest, envelope_keys = terms.digest(), {n: X25519PrivateKey.generate() for n in self.names}
+        with clock.of("member"):
+            member = SumMember(terms, first, self.identities[first])
+            opening = member.open()
+        mask_key = private_key(_SECRET, digest).public_key().public_bytes_raw()
+
+        def opened(name: str) -> bytes:
+            if name == first:
+                return opening.encoded()
+            envelope_key = envelope_keys[name].public_key().public_bytes_raw()
+            content = (mask_key, envelope_key, seed_check(digest, name, _SECRET))
+            return sign_opening(terms, name, content, self.identities[name]).encoded()
+
+        self.post(OPEN, opened, self.names)
+        told = {name: Opening.decoded(data) for name, data in self.sums.read(first, OPEN).items()}
+        with clock.of("member"):
+            sealed = member.share(told)
+        said, pair = transcript(terms, told), (_SECRET, _SECRET)
+
+        def shared(name: str) -> bytes:
+            if name == first:
+                return b"".join(sealed[other] for other in sorted(sealed))
+            agreed = agree(envelope_keys[name], told[first].envelope_key)
+            rest = bytes(ENVELOPE_BYTES) * (len(self.names) - 1)
+            return seal_shares(agreed, said, name, first, pair) + rest
+
+        self.post(SHARE, shared, self.names)
+        envelopes = self.sums.read(first, SHARE)
+        with clock.of("member"):
+            member.accept(envelopes)
+            masked = member.mask(np.arange(terms.dimensions))
+        self.post(VECTOR, lambda name: masked if name == first else self.vector, self.contributors)
+        with clock.of("member"):
+            signature = member.agree(self.contributors)
+        listed = survivors_digest(said, self.contributors)
+        signed = {name: self.identities[name].sign(listed) for name in self.contributors} | {first: signature}
+        self.post(AGREE, signed.__getitem__, self.contributors)
+        with clock.of("member"):
+            unmasking = member.unmask(self.sums.read(first, AGREE))
+
+        def unmasked(name: str) -> bytes:
+            if name == first:
+                return unmasking.encoded()
+            agreed = agree(envelope_keys[name], told[first].envelope_key)
+            held = open_shares(agreed, said, first, name, sealed[name])
+            return Unmasking(dict.fromkeys(told, _SECRET) | {first: held and held[0]}).encoded()
+
+        self.post(UNMASK, unmasked, self.contributors)
+        if not self.sums.totals().vectors[0]:
+            raise AssertionError("no sum was formed")
+        with clock.of("plain"):
+            self._plain()
+        return clock.seconds
+
+    def _plain(self) -> None:
+        sent = _on_the_wire(VECTOR, self.vector)
+        total = np.zeros(self.terms.dimensions, dtype=np.uint32)
+        for _ in self.contributors:
+            total += unpack(_read(sent).payload, self.terms.dimensions, self.terms.bits)
+
+
+def _on_the_wire(step: str, payload: bytes) -> bytes:
+    return wire.encode(KeyMessage(2, step, "", payload), pb.PostKeyMessageRequest).SerializeToString()
+
+
+def _read(data: bytes) -> KeyMessage:
+    return wire.decode(pb.PostKeyMessageRequest.FromString(data), KeyMessage)
+
+
+def main() -> None:
+    """Print the table."""
+    settings = tyro.cli(Settings, description=__doc__)
+    rows = []
+    for count in settings.members:
+        for dimensions in settings.dimensions:
+            for vanished in settings.vanished:
+                runs = []
+                for _ in range(settings.repeats if count <= 100 else 1):
+                    one = Sum(count, dimensions, vanished)
+                    runs.append(one.run())
+                least = {who: min(run[who] for run in runs) for who in runs[0]}
+                flower = ["–"] * 3
+                if settings.flower and count <= 100:
+                    member, server, up = flower_seconds(count, dimensions, vanished)
+                    flower = [f"{up:,}", f"{1e3 * member:,.1f}", f"{1e3 * server:,.1f}"]
+                least["server"] += least["unmask"]
+                ratio = least["server"] / least["plain"]
+                rows.append(
+                    [f"{count:,}", f"{dimensions:,}", str(vanished), f"{one.bytes_up:,}"]
+                    + [f"{one.bytes_up / (4 * dimensions):.2f}"]
+                    + [f"{1e3 * least[who]:,.1f}" for who in ("member", "server", "unmask", "plain")]
+                    + [f"{ratio:.0f}", *flower]
+                )
+                print(rows[-1], flush=True)
+    heads = ["m", "D", "vanished", "bytes up", "÷ 4·D", "member ms"]
+    heads += ["server ms", "of it unmasking", "plain ms", "÷"]
+    heads += ["SecAgg+ bytes up", "SecAgg+ member ms", "SecAgg+ server ms"]
+    print("\n".join(markdown_table(heads, rows)))
+
+
+if __name__ == "__main__":
+    main()

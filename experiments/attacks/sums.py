@@ -1,0 +1,340 @@
+"""Sums of groups: a server and members that work together, that add no noise, and that split the group.
+
+Everything runs on the product's own shares and secure sums. The victim's examples are canaries of norm C,
+one per coordinate, each there by a fair coin. Whoever attacks knows everything but the coins and the noise of
+those who keep to the protocol: what it subtracts leaves the victim's sum and that noise.
+"""
+
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedmosaic.experiments.attacks.statistics.empirical import CanaryScores, audit_figures, epsilon_of_noise
+from fedmosaic.experiments.attacks.statistics.results import (
+    ALARM_LEVEL,
+    AttackResult,
+    Figure,
+    RefusalResult,
+    Setting,
+    clopper_pearson,
+)
+from fedmosaic.privacy.accounting.leverage import effective_noise_multiplier, noise_share
+from fedmosaic.privacy.federation.terms import GroupSumTerms
+from fedmosaic.privacy.mechanism.gaussian import ClippedSum
+from fedmosaic.privacy.mechanism.noise import NoiseSource
+from fedmosaic.privacy.mechanism.shares import noisy_share, plan_grid
+from fedmosaic.privacy.secureaggregation.collector import SumCollector
+from fedmosaic.privacy.secureaggregation.masks import Masks, pair_mask_key, private_key, to_words, unpack
+from fedmosaic.privacy.secureaggregation.member import SumMember
+from fedmosaic.privacy.secureaggregation.messages import Opening, transcript
+from fedmosaic.privacy.secureaggregation.partition import NO_ROUND, Partition, sum_context
+from fedmosaic.privacy.secureaggregation.terms import SumTerms
+from fedmosaic.protos.errors import FedMosaicError
+
+SUMS: Final = "Sums of groups"
+_FEDERATION: Final = "attacked"
+
+
+class Group:
+    """Members of one group with their keys, and the terms of a round's sum."""
+
+    def __init__(self, size: int, sums: GroupSumTerms, dimensions: int) -> None:
+        self.sums, self.dimensions = sums, dimensions
+        self.names = tuple(f"m{number:03}" for number in range(size))
+        self.identities = {name: Ed25519PrivateKey.generate() for name in self.names}
+        self.partition = Partition(groups=(self.names,), mixing=dict.fromkeys(self.names, (1.0,)))
+
+    def terms(self, round_number: int = 2, partition: Partition | None = None) -> SumTerms:
+        """As the members of a partition agree on them."""
+        shown = partition or self.partition
+        context = sum_context(_FEDERATION, "run", round_number, bytes(32), shown, NO_ROUND)
+        keys = {name: key.public_key().public_bytes_raw() for name, key in self.identities.items()}
+        return shown.terms(context, keys, self.sums, self.dimensions)[0]
+
+    def members(self, terms: SumTerms) -> dict[str, SumMember]:
+        """Fresh ones."""
+        return {name: SumMember(terms, name, self.identities[name]) for name in self.names}
+
+    def shared(self, names: Collection[str] = ()) -> tuple[SumCollector, dict[str, SumMember]]:
+        """A server and its members after the envelopes; only the named ones are shown to each other."""
+        terms = self.terms()
+        server, members = SumCollector(terms), self.members(terms)
+        taking_part = sorted(names or self.names)
+        for name in taking_part:
+            server.add_opening(name, members[name].open())
+        openings = server.close_openings()
+        for name in taking_part:
+            sealed = members[name].share(openings)
+            server.add_envelopes(name, b"".join(sealed[other] for other in sorted(sealed)))
+        return server, {name: members[name] for name in taking_part}
+
+    def total(self, vectors: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The sum that the server is left with, over the members whose vectors are given."""
+        server, members = self.shared(vectors)
+        for name, member in members.items():
+            member.accept(server.envelopes_for(name))
+            server.add_vector(name, member.mask(vectors[name]))
+        survivors = server.close_vectors()
+        for name, member in members.items():
+            server.add_signature(name, member.agree(survivors))
+        for name, member in members.items():
+            server.add_unmasking(name, member.unmask(server.signatures()))
+        return server.finish()
+
+
+@dataclass(frozen=True)
+class Coalition:
+    """Who attacks.
+
+    Attributes:
+        words: for the report.
+        colluders: members that tell the server their vectors and noise.
+        silent: members that add no noise.
+        within: whether the terms' claim covers them; if not, a member's own noise is all that is promised.
+        split: whether the server shows half of a group of twice the size nothing of the other half.
+    """
+
+    words: str
+    colluders: int
+    silent: int
+    within: bool
+    split: bool = False
+
+
+def coalitions(sums: GroupSumTerms) -> tuple[Coalition, ...]:
+    """Up to what the terms assume, one more, and everybody but the victim."""
+    t, m = sums.colluders, sums.minimum_contributors
+    return (
+        Coalition("the server alone", 0, 0, within=True),
+        Coalition(f"the server and {t} members (t)", t, 0, within=True),
+        Coalition(f"the server, and {t} members that add no noise (t)", 0, t, within=True),
+        Coalition(
+            f"the server and {t} members of one half, shown no other keys", t, 0, within=True, split=True
+        ),
+        Coalition(f"the server and {t + 1} members (t + 1)", t + 1, 0, within=False),
+        Coalition(f"the server, and {t + 1} members that add no noise (t + 1)", 0, t + 1, within=False),
+        Coalition(f"the server and all other {m - 1} members", m - 1, 0, within=False),
+    )
+
+
+def sum_results(
+    sums: GroupSumTerms,
+    sigma: float,
+    noise: NoiseSource,
+    coins: np.random.Generator,
+    *,
+    canaries: int,
+    setting: Setting,
+) -> Iterator[AttackResult]:
+    """What each coalition reads out of one sum of the least number of contributors, beside what is claimed.
+
+    Args:
+        sums: terms m, t and bits.
+        sigma: σ that the members of one sum promise.
+        noise: of the members.
+        coins: which canaries the victim has.
+        canaries: how many there are.
+        setting: what the results are filed under.
+    """
+    m, t = sums.minimum_contributors, sums.colluders
+    share = noise_share(sigma, m, t)
+    for coalition in coalitions(sums):
+        included = coins.random(canaries) < 0.5
+        scores = _scores(sums, share, coalition, noise, included)
+        left = effective_noise_multiplier(share, m, coalition.colluders + coalition.silent)
+        sigmas = (sigma, sigma if coalition.within else share, left)
+        yield _result(scores, included, coalition, sigmas, setting)
+    yield _late_vector(sums, setting)
+
+
+def _scores(
+    sums: GroupSumTerms, share: float, coalition: Coalition, noise: NoiseSource, included: np.ndarray
+) -> np.ndarray:
+    """(canaries,) the sum less what the coalition knows, in units of C."""
+    m, canaries = sums.minimum_contributors, len(included)
+    group = Group(2 * m if coalition.split else m, sums, canaries)
+    grid = plan_grid(len(group.names), 1, share, sums.bits)
+    nothing = ClippedSum.empty(canaries)
+    vectors = {name: noisy_share(nothing, grid, noise) for name in group.names[1:m]}
+    vectors |= {name: np.zeros_like(nothing.units) for name in group.names[1 : 1 + coalition.silent]}
+    own = ClippedSum(included * grid.steps, 0, 0, int(included.sum()))
+    vectors[group.names[0]] = noisy_share(own, grid, noise)
+    known = sum(vectors[name] for name in group.names[1 : 1 + coalition.colluders])
+    return np.asarray((group.total(vectors) - known) / grid.steps)
+
+
+def _result(
+    scores: np.ndarray,
+    included: np.ndarray,
+    coalition: Coalition,
+    sigmas: tuple[float, float, float],
+    setting: Setting,
+) -> AttackResult:
+    """What scores certify; `sigmas` are those of the claim, promised against this coalition, and left."""
+    claim, claimed, left = map(epsilon_of_noise, sigmas)
+    # The noise of one coordinate is independent of another's, so every canary is a release of its own.
+    figures = (
+        *audit_figures(CanaryScores(scores[included], scores[~included]), claimed),
+        Figure.exact("ε of the noise that is left", left),
+    )
+    return AttackResult(
+        attack=SUMS,
+        adversary="malicious server with members of the group",
+        sees="one secure sum of the least number of contributors, all data but the coins, its members' noise",
+        statistic=f"the sum less what is known, at each of {scores.size:,} canaries",
+        release=coalition.words,
+        setting=setting if coalition.within else "variant",
+        epsilon=claimed,
+        figures=figures,
+        note=f"up to t members the claim is ε = {claim:.3g} of one sum; beyond t only a member's own noise "
+        "is promised, and more than the claim is read, as must be",
+    )
+
+
+def _late_vector(sums: GroupSumTerms, setting: Setting) -> AttackResult:
+    """The server tells the others that the victim vanished, and its vector comes late: t members help."""
+    size = 64
+    group = Group(max(sums.minimum_contributors + 1, 3 * sums.colluders + 2), sums, size)
+    server, members = group.shared()
+    victim, *others = group.names
+    truth = np.arange(size, dtype=np.int64)
+    for name, member in members.items():
+        member.accept(server.envelopes_for(name))
+    masked = members[victim].mask(truth)
+    for name in others:
+        server.add_vector(name, members[name].mask(truth))
+    signatures = {name: members[name].agree(server.close_vectors()) for name in others}
+    for name in others:
+        members[name].unmask(signatures)
+    # With its mask key, which those who are left give away, the pairwise masks come off; its own stays.
+    openings, terms = server.close_openings(), group.terms()
+    key = private_key(members[victim]._mask_seed, terms.digest())
+    guess, masks = unpack(masked, size, sums.bits).copy(), Masks(size, sums.bits)
+    for name in others:
+        pair = (victim, name)
+        shared = pair_mask_key(key, openings[name].mask_key, transcript(terms, openings), pair)
+        guess = guess - masks.of(shared) if victim < name else guess + masks.of(shared)
+    wrong = np.bitwise_count((guess ^ to_words(truth, sums.bits)) & np.uint32(2**32 - 1))
+    hits, tried = int(32 * size - wrong.sum()), 32 * size
+    figure = Figure.share("bits read right", hits, tried)
+    sure, _ = clopper_pearson(hits, tried, 1.0 - 2.0 * ALARM_LEVEL)
+    return AttackResult(
+        attack=SUMS,
+        adversary="malicious server with members of the group",
+        sees="a vector that came late, and all shares that are given for those who vanished",
+        statistic="pairwise masks taken off",
+        release="a late vector",
+        setting=setting,
+        figures=(figure.model_copy(update={"bound": 0.5, "broken": sure > 0.5}),),
+    )
+
+
+def sum_refusals(sums: GroupSumTerms) -> tuple[RefusalResult, ...]:
+    """What a server may try with a group, each against a member's real part in a sum."""
+    found = []
+    for words, attempt in _ATTEMPTS.items():
+        group = Group(2 * sums.minimum_contributors, sums, 8)
+        try:
+            attempt(group)
+        except FedMosaicError as error:
+            found.append(
+                RefusalResult(attempt=f"sums: {words}", party="server", refused=1, answer=str(error))
+            )
+        else:
+            found.append(
+                RefusalResult(attempt=f"sums: {words}", party="server", refused=0, answer="accepted")
+            )
+    return tuple(found)
+
+
+def _openings(group: Group, terms: SumTerms, names: Collection[str]) -> dict[str, Opening]:
+    members = group.members(terms)
+    return {name: members[name].open() for name in names}
+
+
+def _two_partitions(group: Group) -> None:
+    other = group.partition.model_copy(update={"mixing": dict.fromkeys(group.names, (0.5,))})
+    victim = SumMember(group.terms(), group.names[0], group.identities[group.names[0]])
+    shown = _openings(group, group.terms(partition=other), group.names[1:])
+    victim.share({group.names[0]: victim.open(), **shown})
+
+
+def _earlier_round(group: Group) -> None:
+    victim = SumMember(group.terms(3), group.names[0], group.identities[group.names[0]])
+    victim.share({group.names[0]: victim.open(), **_openings(group, group.terms(2), group.names[1:])})
+
+
+def _half_below_least(group: Group) -> None:
+    group.shared(group.names[: group.sums.minimum_contributors - 1])
+
+
+def _few_masks(group: Group) -> None:
+    server, members = group.shared()
+    victim = group.names[0]
+    few = dict(itertools.islice(server.envelopes_for(victim).items(), group.sums.minimum_contributors))
+    members[victim].accept(few)
+
+
+def _other_keys(group: Group) -> None:
+    """Halves are shown different keys, and a member of one the envelopes of the other."""
+    names, middle = group.names, len(group.names) // 2
+    server, members = group.shared(names[:middle])
+    others, _ = group.shared(names[middle - 1 :])
+    foreign = {name: next(iter(others.envelopes_for(names[-1]).values())) for name in names[1:middle]}
+    members[names[0]].accept(server.envelopes_for(names[0]) | foreign)
+
+
+def _masked(group: Group) -> tuple[SumCollector, dict[str, SumMember]]:
+    server, members = group.shared()
+    for name, member in members.items():
+        member.accept(server.envelopes_for(name))
+        server.add_vector(name, member.mask(np.zeros(group.dimensions, dtype=np.int64)))
+    return server, members
+
+
+def _short_list(group: Group) -> None:
+    _, members = _masked(group)
+    members[group.names[0]].agree(group.names[: group.sums.minimum_contributors - 1])
+
+
+def _two_lists(group: Group) -> None:
+    _, members = _masked(group)
+    lists = (group.names[:-1], group.names[1:])
+    signed: tuple[dict[str, bytes], dict[str, bytes]] = ({}, {})
+    for number, name in enumerate(group.names[1:-1]):
+        signed[number % 2][name] = members[name].agree(lists[number % 2])
+    members[group.names[1]].unmask(signed[0])
+
+
+def _second_vector(group: Group) -> None:
+    _, members = _masked(group)
+    members[group.names[0]].mask(np.zeros(group.dimensions, dtype=np.int64))
+
+
+def _overlap(group: Group) -> None:
+    both = Partition(groups=(group.names, group.names[1:]), mixing=dict.fromkeys(group.names, (1.0, 0.0)))
+    both.check(group.names[1], group.names, group.sums.minimum_contributors, 2)
+
+
+def _small_group(group: Group) -> None:
+    small, rest = group.names[:1], group.names[1:]
+    split = Partition(groups=(small, rest), mixing=dict.fromkeys(group.names, (1.0, 0.0)))
+    split.check(group.names[0], group.names, group.sums.minimum_contributors, 2)
+
+
+_ATTEMPTS: Final[Mapping[str, Callable[[Group], None]]] = {
+    "two members are shown different groups or weights": _two_partitions,
+    "openings of an earlier round replayed": _earlier_round,
+    "a half of fewer than m_min is shown no other keys": _half_below_least,
+    "masks in common with a few members alone, who then vanish": _few_masks,
+    "halves with different keys are brought together again": _other_keys,
+    "a list of fewer than m_min contributors": _short_list,
+    "two lists of contributors, half of the members each": _two_lists,
+    "a second vector for a sum": _second_vector,
+    "groups that overlap": _overlap,
+    "a group of one": _small_group,
+}

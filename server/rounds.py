@@ -1,0 +1,140 @@
+"""Lets time pass in a run: deadlines, key epochs, sums, and from one round to the next."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from fedmosaic.protos.messages import Phase
+from fedmosaic.server.round.close import ClosedRound, Closer, DamagedUploadsError
+from fedmosaic.server.run import UNDER_REVIEW, Position, Run, next_round
+
+log = logging.getLogger(__name__)
+_SECONDS_TO_SEND_AGAIN = 60.0
+"""How long a member has to send an upload again that this server has lost."""
+
+
+class Rounds:
+    """Moves one run on; safe to call from many threads."""
+
+    def __init__(self, run: Run, describe: Callable[[], str]) -> None:
+        """Prepare; `describe` says in a line what the run waits for."""
+        self._run = run
+        self._describe = describe
+        self._closer = Closer(run.settings, run.store, run.blobs, run.aggregator)
+
+    def go_on(self) -> None:
+        """Show the witness again what a stopped server had shown it."""
+        if self._run.round.phase is Phase.CLOSED:
+            self._close(self._run.round.number)
+
+    def advance(self) -> bool:
+        """See `Coordinator.advance`."""
+        run = self._run
+        run.store.check_hold()
+        with run.lock:
+            keys_changed = self._advance_keys()
+            if run.sums is not None:
+                keys_changed |= run.sums.advance(run.round.members - run.round.absent, run.clock())
+            due = [] if run.sums is None else run.sums.due()
+        for finish in due:
+            finish()  # takes the masks off, which may take minutes
+        with run.lock:
+            before = run.round
+            if run.keys is None or run.keys.ready:
+                run.round = before.ticked(run.clock())
+            after = run.round
+        closing, extended = after.phase is not before.phase, after.extensions > before.extensions
+        if extended:
+            log.warning("%s", after.extended())
+        witnessed = None if closing else run.witnessing.result(run.clock())
+        if closing:
+            self._close(after.number)
+        elif witnessed is not None:
+            self._finish(*witnessed)
+            closing = True
+        if closing:
+            # Whoever waits for the round is told before anything is written about it.
+            run.changed("round")
+        if keys_changed or due:
+            run.changed("keys")
+        if closing:
+            self._remove_old()
+        run.account.keep_up(run.round)
+        return keys_changed or bool(due) or closing or extended
+
+    def _advance_keys(self) -> bool:
+        run = self._run
+        if run.keys is None or run.round.phase is Phase.FINISHED:
+            return False
+        return run.keys.advance(run.round.members - run.round.absent, run.clock())
+
+    def _close(self, number: int) -> None:
+        run = self._run
+        log.info("%s", self._describe())
+        try:
+            sampled = run.settings.sampled_clients is not None
+            recipients = run.settings.taking_part(run.run_id, number + 1) if sampled else None
+            closed = self._closer.close(number, recipients)
+            if run.sums is not None:
+                run.sums.close_round(number)
+            if run.witnessing.due(number):
+                with run.lock:
+                    run.store.put({UNDER_REVIEW: str(number)})
+                    run.witnessing.begin(number, closed, run.round.contributors, run.clock())
+                log.info("%s", self._describe())
+                return
+            self._finish(number, closed)
+        except DamagedUploadsError as error:
+            self._ask_again(number, error)
+            return
+        except BaseException:
+            with run.lock:
+                if run.round.number == number:
+                    run.round = replace(run.round, phase=Phase.OPEN)
+            raise
+
+    def _finish(self, number: int, closed: ClosedRound) -> None:
+        run = self._run
+        with run.lock:
+            self._open_next(number, closed)
+        run.audit.add("closed", round=number, head=run.position.head.hex())
+        for recipient in closed.offer.stored:
+            for section, _ in closed.offer.sections(run.settings, recipient):
+                if section.row is None:
+                    run.audit.add("withheld", client=recipient, round=number, section=section.name)
+        for line in closed.refusals:
+            log.warning("%s", line)
+        log.info("%s", self._describe())
+
+    def _ask_again(self, number: int, damaged: DamagedUploadsError) -> None:
+        """Open the round again for those whose upload this server has lost; they have it still."""
+        run = self._run
+        with run.lock:
+            state = replace(run.round, phase=Phase.OPEN)
+            run.store.drop_uploads(number, damaged.clients)
+            run.round = state.reopened(damaged.clients, run.clock() + _SECONDS_TO_SEND_AGAIN)
+        log.error("%s. They are asked to send it again, for %.0f s", damaged, _SECONDS_TO_SEND_AGAIN)
+
+    def _open_next(self, number: int, closed: ClosedRound) -> None:
+        """Close a round and open the next, with the key epoch that is due for it, in one transaction."""
+        run, now = self._run, self._run.clock()
+        state = run.round.following(now)
+        head, made = run.position.head, closed.offer.stored
+        opening = next_round(run.store, run.keys, run.round, state, made, head, now)
+        result = {**closed.result, "closed_at": time.time(), "extensions": run.round.extensions}
+        key_epoch = 0 if opening.keys is None else opening.keys.epoch
+        run.store.close_round(number, result, made, opening.metadata, key_epoch=key_epoch)
+        if run.sums is not None:
+            run.sums.open_round(state.number, now)
+        if run.keys is not None and opening.keys is not None:
+            run.keys.adopt(opening.keys)
+        # Last: whoever sees it finds everything else in place.
+        run.position, run.account.due = Position(state, opening.head, closed.offer), True
+        run.witnessing.end()
+
+    def _remove_old(self) -> None:
+        """Remove payloads that nobody asks for any more; uploads of the last closed round may be needed."""
+        number = self._run.round.number
+        self._run.blobs.remove_before("aggregates", number)
+        self._run.blobs.remove_before("uploads", number - 1)

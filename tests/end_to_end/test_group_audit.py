@@ -1,0 +1,155 @@
+"""One run of a group of eight, real sessions and gradients, audited by the server with t members."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+
+from end_to_end.federation_of_vectors import (
+    PROFILE,
+    Client,
+    VectorLearner,
+    coordinator_of,
+    in_process,
+    make_federation,
+    run_all,
+)
+from fedmosaic.client.colora import write_shared
+from fedmosaic.client.dp import round as private_round
+from fedmosaic.client.dp.branch import only_shared_branch
+from fedmosaic.client.dp.engine import example_gradient
+from fedmosaic.client.model.loss import training_mode
+from fedmosaic.client.model.training import TrainingSettings
+from fedmosaic.client.planning import AdapterPlan, group_grid
+from fedmosaic.client.progress import Progress
+from fedmosaic.experiments.attacks.statistics.empirical import epsilon_of_noise
+from fedmosaic.experiments.attacks.statistics.one_run import one_run_figure
+from fedmosaic.experiments.attacks.statistics.roc import ceiling_of
+from fedmosaic.privacy.accounting.events import GaussianEvent
+from fedmosaic.privacy.federation.terms import AdapterTerms, ScheduleTerms, Terms
+from fedmosaic.privacy.mechanism.noise import SeededTestNoise
+from fedmosaic.privacy.mechanism.shares import noisy_share
+from tiny import random_texts, tiny_colora
+
+pytestmark = pytest.mark.slow
+
+MEMBERS = tuple(f"m{number}" for number in range(8))
+COLLUDERS = MEMBERS[6:]
+SIGMA, SUMS, CANARIES, BATCH = 10.0, 2, 60, 30
+TERMS = Terms.model_validate(
+    {
+        "adapter": AdapterTerms(rank=4, alpha=8, blocks=2, protection="distributed-dp"),
+        "adapter_privacy": {
+            "steps_per_round": 1, "expected_batch_size": BATCH, "target_epsilon": 50.0, "clipping_norm": 0.2,
+        },
+        "group_sums": {
+            "minimum_contributors": 8, "colluders": 2, "noise_multiplier": SIGMA, "learning_rate": 0.01,
+        },
+        "profile": PROFILE,
+        "schedule": ScheduleTerms(rounds=SUMS + 1, quorum=4, round_deadline_seconds=120),
+        "encryption": {"backend": "plain"},
+    }
+)  # fmt: skip
+TEXTS = random_texts([6] * CANARIES, answer=2)
+COINS = np.random.default_rng(3).random(CANARIES) < 0.5
+
+
+@dataclass
+class TinyLearner(VectorLearner):
+    """A tiny model that trains as the product does; the first member has the canaries of the coins."""
+
+    examples: list = field(default_factory=list)
+    shares: dict[int, np.ndarray] = field(default_factory=dict)
+    branches: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.model = tiny_colora(initializer_range=0.3)
+
+    def load_shared(self, vector):
+        self.local = vector
+        write_shared(self.model, vector, "local")
+
+    def group_share(self, round_number, members, releases):
+        self.branches[round_number] = self.local
+        self.shares[round_number] = private_round.group_share(
+            self.model, self.examples, TERMS, TrainingSettings(), members=members, releases=releases,
+            round_number=round_number, progress=Progress(),
+        )  # fmt: skip
+        return self.shares[round_number]
+
+    def train_personal(self, round_number):
+        pass
+
+
+@dataclass
+class Member(Client):
+    """A client with such a learner, and noise that a test can repeat."""
+
+    plan: AdapterPlan = field(default_factory=lambda: AdapterPlan(SIGMA, 1.0))
+
+    @property
+    def noise(self):
+        return SeededTestNoise(self.seed)
+
+    def make_learner(self, agreed):
+        own = [text for text, coin in zip(TEXTS, COINS, strict=True) if coin]
+        others = random_texts([6] * 3, seed=100 + self.seed)
+        return TinyLearner(self.seed, agreed, examples=others if self.seed else own)
+
+
+def gradients(learner, round_number):
+    """(CANARIES, D) clipped gradients of all canaries at the branch of a round, in clipping norms."""
+    write_shared(learner.model, learner.branches[round_number], "local")
+    with only_shared_branch(learner.model) as cores, training_mode(learner.model, False):
+        rows = torch.stack([example_gradient(learner.model, cores, text) for text in TEXTS]).double().numpy()
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    assert (norms > TERMS.adapter_privacy.clipping_norm).all(), (
+        "every canary has the largest allowed gradient"
+    )
+    return rows / norms
+
+
+def audited(directory):
+    """The ε that the sums of one run certify against server and t members, beside what was charged."""
+    coordinator = coordinator_of(make_federation(directory, TERMS, MEMBERS))
+    clients = {name: Member(directory, name, seed) for seed, name in enumerate(MEMBERS)}
+    try:
+        assert not run_all({n: c.session(in_process(coordinator, n)) for n, c in clients.items()})
+        steps, known, seen = group_grid(TERMS, 8).steps, [], []
+        for total in coordinator._run.sums._totals:
+            told = [clients[name].learner.shares[total.round] for name in COLLUDERS]
+            seen.append((np.frombuffer(total.vectors[0], dtype="<i4") - sum(told)) / steps)
+            known.append(gradients(clients[MEMBERS[0]].learner, total.round))
+        charged = [r.event() for r in clients["m0"].ledger.export() if r.kind == "RESERVED" and r.round > 1]
+    finally:
+        for part in (coordinator, *clients.values()):
+            part.close()
+    assert charged == [GaussianEvent(SIGMA, 1.0, 1)] * SUMS
+    # How much of every canary is in the sums, by least squares over all rounds.
+    scores, *_ = np.linalg.lstsq(np.hstack(known).T, np.concatenate(seen), rcond=None)
+
+    def claim(factor):
+        return [GaussianEvent(SIGMA * factor, 1.0, SUMS)]
+
+    return one_run_figure(
+        scores, COINS, lambda s: ceiling_of(claim(s)), lambda s: epsilon_of_noise(SIGMA * s / SUMS**0.5)
+    )
+
+
+def test_what_the_sums_of_a_run_certify_stays_under_the_claim(tmp_path):
+    figure = audited(tmp_path / "f")
+    assert not figure.broken
+    assert figure.value < figure.bound
+
+
+def test_the_audit_sees_members_that_hardly_add_noise(tmp_path, monkeypatch):
+    def quiet(total, grid, noise):
+        share = noisy_share(total, grid, noise)
+        return total.units + (share - total.units) // 50
+
+    monkeypatch.setattr(private_round, "noisy_share", quiet)
+    figure = audited(tmp_path / "f")
+    assert figure.broken
+    assert figure.value > 1.5 * figure.bound
