@@ -117,18 +117,17 @@ def _under_charged(place: Path, name: str, notes: Notes, private: bool) -> Itera
     except FedMosaicError as error:
         yield str(error)
         return
+    yield from _audit_differs(place / "f" / "clients" / name / "state", rows)
     reserved = Counter((row.channel, row.round) for row in rows if row.kind == "RESERVED")
     released = {(row.channel, row.round) for row in rows if row.kind in ("RELEASED", "RESENT")}
-    yield from _audit_differs(place / "f" / "clients" / name / "state", rows)
-    drawn = Counter((note["channel"], note["round"]) for note in notes if note["what"] == "draw")
-    profiles = sum(count for (channel, _), count in reserved.items() if channel == "profile")
-    for (channel, number), count in drawn.items():
-        charged = profiles if channel == "profile" else reserved[channel, number]
-        if count > charged:
-            yield f"round {number}: noise of the {channel} drawn {count} times, charged {charged} times"
+    drawn = Counter(note["round"] for note in notes if note["what"] == "draw")
+    for number, count in drawn.items():
+        if count > reserved["adapter", number]:
+            yield f"round {number}: noise drawn {count} times, charged {reserved['adapter', number]} times"
     for note in notes:
         if note["what"] == "push" and note["adapter"] and ("adapter", note["round"]) not in released:
             yield f"the adapter of round {note['round']} left without a row in the ledger"
+    profiles = any(channel == "profile" for channel, _ in released)
     if any(note["what"] == "push" and note["profile"] for note in notes) and not profiles:
         yield "a task profile left without a charge"
     counted = ("profile", "adapter") if private else ("profile",)

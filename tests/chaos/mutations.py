@@ -380,22 +380,24 @@ def mutate_files(
     tried = 0
     for name, (original, read) in readers(directory, kept).items():
         read(original)
-        for number in range(count // 5 if "ckks" in name or name.endswith(("sqlite", ".db")) else count):
+        slow = "ckks" in name or name.endswith((".sqlite", ".db"))
+        outcomes: Counter[str] = Counter()
+        for number in range(count // 5 if slow else count):
             content = mutate_json(original, draw) if number % 2 else original
             if content == original:
                 content = mutate(original, [original], draw)
             tried += 1
             try:
                 read(content)
-            except FedMosaicError:
-                continue
+                outcomes["read"] += 1
+            except FedMosaicError as error:
+                outcomes[type(error).__name__] += 1
             except Exception as error:
-                fault = f"{name}: {_where(error)}"
+                fault = f"{name}: {_where(error)}: {' '.join(str(error).split())[:120]}"
                 faults[fault] += 1
                 if faults[fault] == 1:
                     (directory / f"fault-{len(faults)}").write_bytes(content)
-                    fault_text = str(error)[:200]
-                    print(f"{fault}: {fault_text}, with {directory / f'fault-{len(faults)}'}", flush=True)
+        print(f"{name:45s} {dict(outcomes)}", flush=True)
     return tried, [f"{fault} ({number} times)" for fault, number in faults.items()]
 
 

@@ -22,9 +22,8 @@ from end_to_end import test_group_sums as sums
 from fedmosaic.client.transport import connection
 from fedmosaic.client.transport.grpc import GrpcTransport
 from fedmosaic.privacy.accounting.events import GaussianEvent
-from fedmosaic.privacy.federation.kits import open_kit
 from fedmosaic.privacy.federation.terms import Terms
-from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
+from fedmosaic.privacy.mechanism.noise import SeededTestNoise
 from fedmosaic.server.__main__ import main as serve
 
 Note = Callable[..., None]
@@ -68,27 +67,6 @@ def die_at(step: int) -> None:
     os.fsync = flushing
 
 
-class _Noise(SeededTestNoise):
-    """Noise of the task profile, the same in every process of a member; its first use is noted."""
-
-    def __init__(self, seed: int, note: Note) -> None:
-        super().__init__(seed)
-        self._noted, self._note = False, note
-
-    def _draw(self) -> None:
-        if not self._noted:
-            self._note("draw", channel="profile", round=0)
-        self._noted = True
-
-    def words(self, size: int) -> Any:
-        self._draw()
-        return super().words(size)
-
-    def gaussian(self, size: int, standard_deviation: float) -> Any:
-        self._draw()
-        return super().gaussian(size, standard_deviation)
-
-
 @dataclass
 class _Learner(fv.VectorLearner):
     note: Note = lambda *_, **__: None
@@ -97,7 +75,7 @@ class _Learner(fv.VectorLearner):
         private = self.terms.adapter.private
         if private:
             releases.charge_adapter(round_number, EVENT)
-            self.note("draw", channel="adapter", round=round_number)
+            self.note("draw", round=round_number)
         super().train(round_number, releases, give_up)
         if private:
             noise = np.random.default_rng([self.seed, round_number, 1]).normal(0, 0.1, self.local.size)
@@ -110,7 +88,7 @@ class _GroupLearner(sums.PullingLearner):
 
     def group_share(self, round_number: int, members: int, releases: Any) -> Any:
         share = super().group_share(round_number, members, releases)
-        self.note("draw", channel="adapter", round=round_number)
+        self.note("draw", round=round_number)
         return share
 
 
@@ -118,19 +96,15 @@ class _GroupLearner(sums.PullingLearner):
 class _Member(sums.Member):
     target_epsilon: float = 1000.0  # a kill between charge and noise costs a charge, and must refuse none
     note: Note = lambda *_, **__: None
-    grouped: bool = False
 
     @property
-    def noise(self) -> SecureNoise | SeededTestNoise:
-        return SecureNoise() if self.grouped else _Noise(self.seed, self.note)
+    def noise(self) -> SeededTestNoise:
+        """The same in every process, so that profiles and weights are those of the undisturbed run."""
+        return SeededTestNoise(self.seed)
 
     def make_learner(self, agreed: Terms) -> Any:
-        self.grouped = agreed.adapter.in_group_sums
-        return (_GroupLearner if self.grouped else _Learner)(self.seed, agreed, note=self.note)
-
-    def session(self, transport: Any) -> Any:
-        self.grouped = open_kit(self.directory / "clients" / self.name).roster.terms.adapter.in_group_sums
-        return super().session(transport)
+        kind = _GroupLearner if agreed.adapter.in_group_sums else _Learner
+        return kind(self.seed, agreed, note=self.note)
 
 
 def take_part(directory: Path, name: str, seed: int, port: int, note: Note) -> int:
