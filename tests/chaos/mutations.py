@@ -32,7 +32,7 @@ from fedmosaic.privacy.encryption.aggregators import create_aggregator
 from fedmosaic.privacy.encryption.ciphers import create_cipher, generate_group_secret
 from fedmosaic.privacy.encryption.parameters import CkksParameters, MaskParameters, PlainParameters
 from fedmosaic.privacy.encryption.records import RoundContext
-from fedmosaic.privacy.federation.identity import check_pair
+from fedmosaic.privacy.federation.identity import check_pair, read_certificate
 from fedmosaic.privacy.federation.kits import REQUEST, FederationConfig, open_kit
 from fedmosaic.privacy.federation.requests import make_request, read_request
 from fedmosaic.privacy.groupkey.key import GroupKey
@@ -270,6 +270,7 @@ def readers(directory: Path, kept: dict[str, list[bytes]]) -> dict[str, tuple[by
     def whole_kit() -> None:
         opened = open_kit(kit)
         opened.member_id(), opened.signing_key(), opened.expires
+        read_certificate(kit / "authority.pem")
         check_pair(kit / "tls.pem", kit / "tls.key")
 
     for name in ("roster.json", "consortium.pub", "authority.pem", "tls.pem", "tls.key", "identity.key"):
