@@ -7,12 +7,11 @@
 attacks and tests stand on it. `Client` brings a client's own: its configuration, its model, gRPC.
 """
 
-import json
 import logging
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +33,7 @@ from fedmosaic.client.protection import Identity, Protection
 from fedmosaic.client.records import CLIPPING, ClippingRecord
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.result.comparison import ALONE, BASE, FEDERATED, Comparison, compare
+from fedmosaic.client.result.file import ResultFile
 from fedmosaic.client.result.saved import SavedModel
 from fedmosaic.client.session import Session
 from fedmosaic.client.settings import ClientSettings
@@ -50,7 +50,7 @@ from fedmosaic.client.tracking import Tracker
 from fedmosaic.client.transport.connection import open_channel
 from fedmosaic.client.transport.grpc import Connect, Transport
 from fedmosaic.client.transport.traffic import Traffic
-from fedmosaic.privacy.configuration import parse_json, read_configuration
+from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.federation.kits import Kit, open_kit
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.ledger.ledger import Ledger, data_epoch
@@ -58,7 +58,7 @@ from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
 from fedmosaic.privacy.statement.build import statement
 from fedmosaic.privacy.statement.models import PrivacyStatement, StatementInputs
 from fedmosaic.privacy.statement.shareable import shareable
-from fedmosaic.protos.errors import ConfigurationError, ModelError, StateError
+from fedmosaic.protos.errors import ConfigurationError, ModelError
 
 log = logging.getLogger("fedmosaic.client")
 RESULT = "result.json"
@@ -259,7 +259,7 @@ class Client:
             tracker.log_scores(result.scores("after"))
             return self._finish(checked, member, result)
 
-    def _finish(self, checked: Preflight, member: Participant, result: "ResultFile") -> ClientResult:
+    def _finish(self, checked: Preflight, member: Participant, result: ResultFile) -> ClientResult:
         """Statements, the last message to the server, and what this client's own people learn."""
         learner, state, progress = checked.learner, member.state, checked.progress
         progress.stage(0, "writing the privacy statement")
@@ -307,7 +307,7 @@ def _conclude(
     member: Participant,
     learner: ModelLearner,
     transport: Transport,
-    result: "ResultFile",
+    result: ResultFile,
     most: int,
 ) -> PrivacyStatement:
     """Write the own statement, hand the shareable one over, and say what came of the run."""
@@ -330,7 +330,7 @@ def _conclude(
     return own
 
 
-def _compare(result: "ResultFile", learner: ModelLearner, rounds: int, *, alone: bool) -> Comparison | None:
+def _compare(result: ResultFile, learner: ModelLearner, rounds: int, *, alone: bool) -> Comparison | None:
     """Compare base, alone and federated on the own test rows; None without rows that all were scored on."""
     if alone and result.score(ALONE, "self") is None:
         found = learner.score_alone(rounds)
@@ -353,54 +353,3 @@ def scores_after(learner: ModelLearner) -> dict[str, Score]:
     except ModelError as error:
         log.error("no scores after the run: %s", error)
         return {}
-
-
-class ResultFile:
-    """`result.json`: what a client's own people read afterwards; it stays in the state directory."""
-
-    def __init__(self, path: Path) -> None:
-        """Read what an earlier process wrote; StateError if that is damaged."""
-        self._path = path
-        self._content = _read_result(path) if path.exists() else {}
-
-    def has(self, key: str) -> bool:
-        """Whether something was put under this key."""
-        return key in self._content
-
-    def put(self, key: str, value: object) -> None:
-        """Write a value, durably."""
-        self._content[key] = value
-        write_atomically(self._path, json.dumps(self._content, indent=2).encode())
-
-    def put_scores(self, when: str, scores: Mapping[str, Score]) -> None:
-        """Write scores, what they measure, and which rows are right."""
-        self.put(when, {name: score.value for name, score in scores.items()})
-        if scores:
-            self.put("measures", {name: score.measure for name, score in scores.items()})
-        rows = {name: asdict(score) for name, score in scores.items()}
-        self.put("rows", self._part("rows") | {when: rows})
-
-    def score(self, when: str, name: str) -> Score | None:
-        """A score row by row, as it was put; None if it was not, or by a version before."""
-        found = self._part("rows").get(when, {}).get(name)
-        return None if found is None else Score(**found | {"right": tuple(found["right"])})
-
-    def _part(self, key: str) -> dict[str, Any]:
-        found = self._content.get(key)
-        return dict(found) if isinstance(found, dict) else {}
-
-    def scores(self, when: str) -> dict[str, float]:
-        """The scores that were put, by test set."""
-        return self._part(when)
-
-
-def _read_result(path: Path) -> dict[str, object]:
-    try:
-        content = parse_json(path.read_bytes())
-        if not isinstance(content, dict):
-            raise ValueError("it is no JSON object")
-        return content
-    except (OSError, ValueError) as error:
-        raise StateError(
-            f"{path} is damaged ({error}); delete it: only the scores before training are lost"
-        ) from None

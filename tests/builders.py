@@ -12,6 +12,7 @@ from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.federation import consortium, identity
 from fedmosaic.privacy.federation.install import install
 from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
+from fedmosaic.privacy.federation.office import open_office
 from fedmosaic.privacy.federation.requests import make_request
 from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.federation.terms import Terms
@@ -39,7 +40,7 @@ def founding(*ids: str, name: str = "clinics", **changes: Any) -> FederationConf
 def enrol_member(directory: Path, member: str, family: str = "", *, replace: bool = False) -> Roster:
     """Have a member, new or known, make keys in its kit here, and take in what the consortium answers."""
     kit = directory / "clients" / member
-    name = consortium._open(directory, None).federation
+    name = open_office(directory, None).federation
     answers = consortium.approve(directory, [make_request(kit, name, member, family)], replace=replace)
     for answer in answers.answers.values():
         install(answer, kit, None)

@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
@@ -18,13 +18,13 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fedmosaic.client.statement import HANDED_OVER, STATEMENT
+from fedmosaic.client.statement import HANDED_OVER
 from fedmosaic.experiments.attacks import report as attack_report
 from fedmosaic.experiments.comparison.figures import privacy_figure
-from fedmosaic.experiments.comparison.majority import majorities
 from fedmosaic.experiments.comparison.page import page
+from fedmosaic.experiments.comparison.record import RunRecord, read_kept, read_run
 from fedmosaic.experiments.comparison.registry import record as registry_record
-from fedmosaic.experiments.comparison.runs import REFERENCE, compared_run, group_runs, read_object
+from fedmosaic.experiments.comparison.runs import REFERENCE, compared_run, group_runs
 from fedmosaic.experiments.comparison.statement_page import statement_page
 from fedmosaic.experiments.comparison.tables import terminal_tables
 from fedmosaic.experiments.scenario.unseen import read_unseen, unseen_table
@@ -35,10 +35,8 @@ from fedmosaic.privacy.statement.costs import costs_at_epsilon
 from fedmosaic.privacy.statement.models import ChannelCost, PrivacyStatement
 from fedmosaic.privacy.statement.render import WIDTH, render, render_costs
 from fedmosaic.protos.errors import AccountingError, ConfigurationError, PrivacyError
-from fedmosaic.server.summary import with_rounds
 
 _CHANNELS = ("adapter", "profile", "keys", "control")
-_RESULT, _SERVER_RUN = "result.json", "run.json"
 
 
 @dataclass(frozen=True)
@@ -66,18 +64,6 @@ class Arguments:
     """Write accuracy and relevance over ε, by protection, as an SVG figure; for runs of one scenario."""
     at_epsilon: float | None = None
     """Also say what noise every channel would have needed for this total ε."""
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """Everything that is left of a run, as far as it is here; by client id, and the server's `run.json`."""
-
-    directory: Path
-    clients: Mapping[str, Mapping[str, Any]]
-    statements: Mapping[str, Mapping[str, Any]]
-    server: Mapping[str, Any]
-    tasks: Mapping[str, str]
-    majority: Mapping[str, float] = field(default_factory=dict)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -122,7 +108,7 @@ def write_statement(arguments: Arguments, record: RunRecord) -> None:
         print(f"the page is {arguments.html}")
     if arguments.json is not None:
         handed = record.directory / HANDED_OVER
-        told = check_received(_read_json(handed), next(iter(record.clients))) if handed.exists() else merged
+        told = check_received(read_kept(handed), next(iter(record.clients))) if handed.exists() else merged
         if not told.shareable:
             raise ConfigurationError(
                 f"{record.directory} holds no statement that may be handed over ({HANDED_OVER}); a "
@@ -168,48 +154,6 @@ def compare(arguments: Arguments, command: str) -> None:
     if arguments.privacy_figure is not None:
         arguments.privacy_figure.write_text(privacy_figure(groups), encoding="utf-8")
         console.print(f"the figure is {arguments.privacy_figure}")
-
-
-def read_run(path: Path) -> RunRecord:
-    """Read what a run left behind.
-
-    Raises:
-        ConfigurationError: there is nothing of a run at this path.
-        StateError: what the server kept of its rounds is damaged.
-    """
-    majority: Mapping[str, float] = {}
-    if (path / "federation").is_dir():
-        kits = sorted((path / "federation" / "clients").iterdir())
-        states = {kit.name: kit / "state" for kit in kits}
-        server = _read_server(path / "federation" / "server" / "state")
-        scenario = _read_json(path / "scenario.json")
-        tasks = {client["id"]: client["task"] for client in scenario.get("clients", [])}
-        majority = majorities(scenario)
-    elif (path / _RESULT).exists():
-        states = {_read_json(path / "session.json").get("client", path.name): path}
-        server, tasks = {}, {}
-    elif (path / _SERVER_RUN).exists():
-        states, server, tasks = {}, _read_server(path), {}
-    else:
-        raise ConfigurationError(
-            f"{path}: no run here; give the directory that `fedmosaic run` printed, or the state directory "
-            "of a client or a server"
-        )
-    found = {name: _read_json(state / STATEMENT) for name, state in states.items()}
-    statements = {name: content for name, content in found.items() if content}
-    if not states:
-        statements = server.get("statements", {})
-    clients = {name: _read_json(state / _RESULT) for name, state in states.items()}
-    return RunRecord(path, clients, statements, server, tasks, majority)
-
-
-def _read_server(state_dir: Path) -> dict[str, Any]:
-    run = _read_json(state_dir / _SERVER_RUN)
-    return with_rounds(run, state_dir) if run else run
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_object(path, "restore it, or move it away and see the rest") if path.exists() else {}
 
 
 def show(record: RunRecord, console: Console) -> None:

@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from fedmosaic.client.assets import cache_directory
 from fedmosaic.client.model.training import TrainingSettings
 from fedmosaic.client.settings import ModelSettings
-from fedmosaic.experiments.comparison.report import read_run
+from fedmosaic.experiments.comparison.record import read_run
 from fedmosaic.experiments.demo.data import DemoData, build_demo_data
 from fedmosaic.experiments.demo.ending import command_line, ending
 from fedmosaic.experiments.demo.models import cached_models, shallow_demo_models

@@ -14,7 +14,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fedmosaic.experiments.comparison.report import RunRecord, alone, usable_statements
+from fedmosaic.experiments.comparison.record import RunRecord
+from fedmosaic.experiments.comparison.report import alone, usable_statements
 from fedmosaic.privacy.statement.models import ClientStatement
 from fedmosaic.privacy.statement.render import client_grid
 

@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers.utils.logging import disable_progress_bar
 
-from fedmosaic.experiments.comparison.report import read_run, show
+from fedmosaic.experiments.comparison.record import read_run
+from fedmosaic.experiments.comparison.report import show
 from fedmosaic.experiments.methods import simulate_method
 from fedmosaic.experiments.runs.client_processes import check_as_processes, client_process
 from fedmosaic.experiments.scenario.founding import fit_profile, found_federation

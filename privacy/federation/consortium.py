@@ -15,19 +15,18 @@ import datetime as dt
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedmosaic.privacy.configuration import read_configuration, validate
+from fedmosaic.privacy.configuration import validate
 from fedmosaic.privacy.federation import identity, kits
-from fedmosaic.privacy.federation.install import install
-from fedmosaic.privacy.federation.kits import FederationConfig, ServerEntry, too_few
+from fedmosaic.privacy.federation.kits import FederationConfig, too_few
+from fedmosaic.privacy.federation.office import Office, open_office, publish, write_answer
 from fedmosaic.privacy.federation.requests import KeyRequest, make_request, read_request
 from fedmosaic.privacy.federation.roster import Member, Roster, Witness
 from fedmosaic.privacy.files import sync_directory, write_atomically
@@ -51,45 +50,6 @@ class Approval:
     roster: Roster | None
     answers: dict[str, Path]
     waiting: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Office:
-    """The directory of a consortium, opened to sign."""
-
-    directory: Path
-    authority: identity.Authority
-    founding: FederationConfig | None
-    roster: Roster | None
-
-    @property
-    def basis(self) -> Path | None:
-        places = (self.directory / kits.BASIS, self.directory / "server" / kits.BASIS)
-        return next((place for place in places if place.exists()), None)
-
-    @property
-    def federation(self) -> str:
-        known = self.roster or self.founding
-        if known is None:
-            raise ConfigurationError(f"{self.directory} has no roster and no {_FOUNDING}: restore them")
-        return known.federation
-
-    def kept(self, member: str) -> Path:
-        """Where the approved request of a member lies, or of the server."""
-        place = self.directory / _PLACE / "approved"
-        return place / "clients" / f"{member}.json" if member else place / "server.json"
-
-    def approved(self, member: str) -> KeyRequest | None:
-        """The request of a member, or of the server, that was approved last."""
-        path = self.kept(member)
-        return read_request(path) if path.exists() else None
-
-    def retire(self, member: str) -> None:
-        """Put the approved request of a member aside: its keys are never taken again."""
-        if (old := self.approved(member)) is not None:
-            former = self.directory / _PLACE / "former"
-            former.mkdir(exist_ok=True)
-            self.kept(member).replace(former / f"{old.tls_key_sha256}.json")
 
 
 def begin(
@@ -129,12 +89,12 @@ def create(
             kit = making / "clients" / member.id
             requests.append(make_request(kit, config.federation, member.id, member.family))
         if simulated:
-            return _settle(_open(making, None), config, requests)
+            return _settle(open_office(making, None), config, requests)
         approve(making, requests)
         return kits.open_kit(making / "server").roster
 
 
-def _settle(office: _Office, config: FederationConfig, requests: Sequence[KeyRequest]) -> Roster:
+def _settle(office: Office, config: FederationConfig, requests: Sequence[KeyRequest]) -> Roster:
     """Sign the first roster and fill every kit where it lies."""
     members = tuple(_member(request) for request in requests if request.id)
     first = Roster(
@@ -144,7 +104,7 @@ def _settle(office: _Office, config: FederationConfig, requests: Sequence[KeyReq
     roster.write(office.directory / kits.ROSTER)
     for request in requests:
         kit = office.directory / (f"clients/{request.id}" if request.id else "server")
-        _write_answer(office, kit, request, os.link)
+        write_answer(office, kit, request, os.link)
         os.link(office.directory / kits.ROSTER, kit / kits.ROSTER)
         for made in (kit / kits.PENDING).iterdir():
             made.replace(kit / made.name)
@@ -188,35 +148,6 @@ def _begin(config: FederationConfig, directory: Path, passphrase: str | None) ->
     (directory / kits.CONSORTIUM_KEY).write_text(pinned, encoding="ascii")
 
 
-def is_sealed(directory: Path) -> bool:
-    """Whether the consortium's keys are under a passphrase; IdentityError if there are none."""
-    if not (directory / _PLACE).is_dir():
-        raise IdentityError(
-            f"{directory / _PLACE}: no consortium here; give the directory of `fedmosaic keys init`"
-        )
-    return identity.is_sealed(directory / _PLACE / _AUTHORITY_KEY)
-
-
-def _open(directory: Path, passphrase: str | None) -> _Office:
-    place = directory / _PLACE
-    if is_sealed(directory) and passphrase is None:
-        raise IdentityError(f"the keys in {place} are under a passphrase, and none was given")
-    file = place / kits.AUTHORITY_CERTIFICATE  # where a version before kept it
-    certificate = identity.read_certificate(file if file.exists() else directory / kits.AUTHORITY_CERTIFICATE)
-    key = identity.read_private_key(place / _AUTHORITY_KEY, passphrase)
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise IdentityError(f"{place / _AUTHORITY_KEY}: expected a P-256 key, got {type(key).__name__}")
-    signing_key = identity.read_signing_key(place / _ROSTER_KEY, passphrase)
-    authority = identity.Authority(certificate, key, signing_key)
-    founding, roster = place / _FOUNDING, directory / kits.ROSTER
-    return _Office(
-        directory,
-        authority,
-        read_configuration(founding, FederationConfig) if founding.exists() else None,
-        Roster.read(roster, signing_key.public_key()) if roster.exists() else None,
-    )
-
-
 def approve(
     directory: Path, requests: Sequence[KeyRequest], passphrase: str | None = None, *, replace: bool = False
 ) -> Approval:
@@ -236,7 +167,7 @@ def approve(
         ConfigurationError: a name is not expected, there twice, or has other keys already; nothing is signed.
         IdentityError: a key is another party's, or was given up before; nothing is signed.
     """
-    office = _open(directory, passphrase)
+    office = open_office(directory, passphrase)
     seen: set[str] = set()
     for request in requests:
         request.check("the request")
@@ -260,7 +191,7 @@ def _keys(party: KeyRequest | Member) -> tuple[str, str]:
     return party.identity_key, party.tls_key_sha256
 
 
-def _check_name(office: _Office, request: KeyRequest, *, replace: bool) -> None:
+def _check_name(office: Office, request: KeyRequest, *, replace: bool) -> None:
     if request.federation != office.federation:
         raise ConfigurationError(
             f"the request of {request.who} is for federation {request.federation!r}, this is "
@@ -286,7 +217,7 @@ def _check_name(office: _Office, request: KeyRequest, *, replace: bool) -> None:
         )
 
 
-def _check_keys(office: _Office, requests: Sequence[KeyRequest]) -> None:
+def _check_keys(office: Office, requests: Sequence[KeyRequest]) -> None:
     """Refuse keys that are another party's, or that were given up: an old request proves nothing."""
     place = office.directory / _PLACE
     present: list[KeyRequest | Member] = [read_request(path) for path in (place / "approved").rglob("*.json")]
@@ -307,7 +238,7 @@ def _check_keys(office: _Office, requests: Sequence[KeyRequest]) -> None:
                 )
 
 
-def _answer(office: _Office, requests: Sequence[KeyRequest]) -> Approval:
+def _answer(office: Office, requests: Sequence[KeyRequest]) -> Approval:
     """Sign the roster where its members change, and write the answers."""
     no_server = () if office.approved("") else ("(server)",)
     if office.roster is None:
@@ -321,13 +252,13 @@ def _answer(office: _Office, requests: Sequence[KeyRequest]) -> Approval:
         if notary := founding.witness:
             named["witness"] = Witness(**dict(parties.pop(notary.id)), seconds=notary.seconds)
         first = Roster(**named, members=tuple(parties.values()), terms=founding.terms)
-        return Approval(*_publish(office, first, {"", *names}), no_server)
+        return Approval(*publish(office, first, {"", *names}), no_server)
     new = {request.id: _member(request) for request in requests if request.id}
     if (witness := office.roster.witness) is not None and witness.id in new:
         witness = Witness(**dict(new.pop(witness.id)), seconds=witness.seconds)
     members = {member.id: member for member in office.roster.members} | new
     roster = _next(office.roster, tuple(members.values()), witness)
-    return Approval(*_publish(office, roster, {request.id for request in requests}), no_server)
+    return Approval(*publish(office, roster, {request.id for request in requests}), no_server)
 
 
 def _member(request: KeyRequest) -> Member:
@@ -355,7 +286,7 @@ def revoke_member(directory: Path, member_id: str, passphrase: str | None = None
         ConfigurationError: too few members would be left; nothing is changed then.
         IdentityError: there is no such member, or the passphrase is not the right one.
     """
-    office = _open(directory, passphrase)
+    office = open_office(directory, passphrase)
     if office.roster is None:
         raise ConfigurationError("no roster is signed yet, so nobody can be taken off it")
     office.roster.member(member_id)
@@ -367,63 +298,4 @@ def revoke_member(directory: Path, member_id: str, passphrase: str | None = None
             "found a new federation whose terms fit fewer members"
         )
     office.retire(member_id)
-    return _publish(office, _next(office.roster, left, office.roster.witness), set())[0]
-
-
-def _publish(office: _Office, roster: Roster, asked: set[str]) -> tuple[Roster, dict[str, Path]]:
-    """Sign a roster and write the answer of every party, with certificates for those who asked.
-
-    Kits that lie here, since the federation was founded on one machine, take in theirs at once.
-    """
-    directory = office.directory
-    if not roster.signature:
-        roster = roster.signed(office.authority.signing_key)
-        roster.write(directory / kits.ROSTER)
-    names = ["", *(party.id for party in roster.parties)]
-    for gone in (directory / ANSWERS / "clients").glob("*"):
-        if gone.name not in names:
-            shutil.rmtree(gone)
-    answers = {}
-    for name in names:
-        party = Path("clients", name) if name else Path("server")
-        answer = directory / ANSWERS / party
-        _write_answer(office, answer, office.approved(name) if name in asked else None, shutil.copyfile)
-        roster.write(answer / kits.ROSTER)
-        # Where the owner of a kit here has made other keys at home, the answer is for the owner.
-        with suppress(IdentityError):
-            if (directory / party).is_dir():
-                install(answer, directory / party, None)
-                shutil.rmtree(answer)
-                continue
-        if name in asked:
-            answers[name] = answer
-    return roster, answers
-
-
-def _write_answer(
-    office: _Office, answer: Path, request: KeyRequest | None, copy: Callable[[Path, Path], object]
-) -> None:
-    answer.mkdir(parents=True, exist_ok=True)
-    authority = office.authority
-    pinned = identity.public_hex(authority.signing_key.public_key()) + "\n"
-    (answer / kits.CONSORTIUM_KEY).write_text(pinned, encoding="ascii")
-    certificate = authority.certificate.public_bytes(serialization.Encoding.PEM)
-    (answer / kits.AUTHORITY_CERTIFICATE).write_bytes(certificate)
-    if office.basis is not None:
-        copy(office.basis, answer / kits.BASIS)
-    if request is not None and request.id:
-        pem = identity.certify_client(authority, request.tls_key, request.federation, request.id)
-        (answer / kits.TLS_CERTIFICATE).write_bytes(pem)
-    elif request is not None:
-        pem = identity.certify_server(authority, request.tls_key, request.hosts)
-        (answer / kits.TLS_CERTIFICATE).write_bytes(pem)
-        entry = office.founding.server if office.founding else ServerEntry()
-        (answer / kits.SERVER_SETTINGS).write_text(_OPERATOR.format(port=entry.port), encoding="utf-8")
-
-
-_OPERATOR = """# The server's configuration; the terms of the federation are in roster.json.
-listen = "0.0.0.0:{port}"
-state_dir = "state"
-# store_url = "postgresql+psycopg://user@host/database"   # default: SQLite in state_dir
-# grace_seconds = 600   # after the last round, to wait for statements that are missing
-"""
+    return publish(office, _next(office.roster, left, office.roster.witness), set())[0]

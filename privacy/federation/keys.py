@@ -17,6 +17,7 @@ from fedmosaic.privacy.federation import consortium, kits
 from fedmosaic.privacy.federation.founding import create_federation, planned
 from fedmosaic.privacy.federation.identity import expires_soon, read_certificate
 from fedmosaic.privacy.federation.install import consortium_fingerprint, install
+from fedmosaic.privacy.federation.office import is_sealed
 from fedmosaic.privacy.federation.requests import STRENGTH, make_request, member_fingerprint, read_request
 from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.files import write_atomically
@@ -255,7 +256,7 @@ def _compare(who: str, shown: str, told: str) -> None:
 
 def _passphrase(directory: Path, descriptor: int | None) -> str | None:
     """The passphrase of a consortium's keys; None if they are under none."""
-    if not consortium.is_sealed(directory):
+    if not is_sealed(directory):
         return None
     return _given_passphrase(descriptor) or _ask("Passphrase of the consortium's keys: ")
 

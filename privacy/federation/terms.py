@@ -154,7 +154,7 @@ class GroupSumTerms(Frozen):
     """Examples, or persons, that a member needs to contribute; noise is planned for its q and δ."""
     noise_multiplier: float | None = Field(default=None, gt=0.0, le=1e6, allow_inf_nan=False)
     """σ of a sum against `colluders` members and the server; planned at founding if left out."""
-    learning_rate: float = Field(default=0.03, gt=0.0, le=10.0, allow_inf_nan=False)
+    learning_rate: float = Field(default=0.015, gt=0.0, le=10.0, allow_inf_nan=False)
     """Of the public steps on P and Q, falling to 0 over the rounds."""
     bits: int = Field(default=32, ge=16, le=62)
     """Of the integers that are added."""

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedmosaic.client.client import ResultFile
 from fedmosaic.client.planning import AdapterPlan
 from fedmosaic.client.progress import LoggedProgress
 from fedmosaic.client.records import ClippingRecord
 from fedmosaic.client.releases import Releases
+from fedmosaic.client.result.file import ResultFile
 from fedmosaic.client.state import ClientState
 from fedmosaic.client.transport.traffic import Traffic
 from fedmosaic.privacy import files

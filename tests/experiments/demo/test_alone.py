@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fedmosaic.experiments.comparison.report import read_run
+from fedmosaic.experiments.comparison.record import read_run
 from fedmosaic.experiments.demo.command import train_alone
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from fedmosaic.experiments.comparison.report import RunRecord
+from fedmosaic.experiments.comparison.record import RunRecord
 from fedmosaic.experiments.demo.ending import command_line, ending, verdict, worst_statement
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.ledger.ledger import Ledger, data_epoch

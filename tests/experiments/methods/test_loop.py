@@ -15,7 +15,7 @@ from fedmosaic.client.model.examples import Example, collate, encode_examples, p
 from fedmosaic.client.model.sampling import EpochSampler
 from fedmosaic.client.model.training import TrainingSettings
 from fedmosaic.experiments import methods
-from fedmosaic.experiments.comparison.report import read_run
+from fedmosaic.experiments.comparison.record import read_run
 from fedmosaic.experiments.methods.distillation import answer_logits
 from fedmosaic.experiments.methods.ditto import Ditto
 from fedmosaic.experiments.methods.fedavg import FedAvg

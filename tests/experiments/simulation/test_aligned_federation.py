@@ -17,7 +17,7 @@ from fedmosaic.client.colora.aligned import basis_name, read_embedded
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.model.adapted import load_adapted
 from fedmosaic.client.settings import ModelSettings
-from fedmosaic.experiments.comparison.report import read_run
+from fedmosaic.experiments.comparison.record import read_run
 from fedmosaic.experiments.runs import command as runner
 from fedmosaic.experiments.scenario.founding import agreed_adapter
 from fedmosaic.experiments.scenario.terms import Scenario

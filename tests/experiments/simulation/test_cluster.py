@@ -14,7 +14,8 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from fedmosaic.client.state import read_record
-from fedmosaic.experiments.comparison.report import merged_statement, read_run
+from fedmosaic.experiments.comparison.record import read_run
+from fedmosaic.experiments.comparison.report import merged_statement
 from fedmosaic.experiments.runs import command as runner
 from fedmosaic.experiments.simulation.cluster import Cluster, _shares
 from fedmosaic.experiments.simulation.worker import state_of

@@ -11,7 +11,8 @@ from rich.console import Console
 from torch import nn
 
 from fedmosaic.client.model.training import TrainingSettings
-from fedmosaic.experiments.comparison.report import read_run, show
+from fedmosaic.experiments.comparison.record import read_run
+from fedmosaic.experiments.comparison.report import show
 from fedmosaic.experiments.methods.ditto import Ditto
 from fedmosaic.experiments.methods.feddat import FedDat
 from fedmosaic.experiments.methods.local import LocalOnly

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 from fedmosaic.client.colora import read_shared
 from fedmosaic.client.model.examples import read_examples
 from fedmosaic.client.settings import ClientSettings
-from fedmosaic.experiments.comparison.report import merged_statement, read_run, show
+from fedmosaic.experiments.comparison.record import read_run
+from fedmosaic.experiments.comparison.report import merged_statement, show
 from fedmosaic.experiments.comparison.runs import compared_run
 from fedmosaic.experiments.runs import command as runner
 from fedmosaic.experiments.runs.client_processes import check_as_processes, client_process

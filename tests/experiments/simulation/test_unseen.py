@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from fedmosaic.experiments.comparison.report import read_run, show
+from fedmosaic.experiments.comparison.record import read_run
+from fedmosaic.experiments.comparison.report import show
 from fedmosaic.experiments.methods.fedavg import FedAvg
 from fedmosaic.experiments.methods.fedmd import FedMd
 from fedmosaic.experiments.methods.fedmkt import FedMkt

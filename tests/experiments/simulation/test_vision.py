@@ -44,7 +44,7 @@ from fedmosaic.client.vision.words import (
     tokenizer_with_images,
     without_images,
 )
-from fedmosaic.experiments.comparison.report import read_run
+from fedmosaic.experiments.comparison.record import read_run
 from fedmosaic.experiments.comparison.runs import compared_run
 from fedmosaic.experiments.methods.lora import load_with_lora, lora_layers
 from fedmosaic.experiments.runs import command as runner

@@ -179,7 +179,7 @@ def test_a_founding_that_is_stopped_leaves_nothing(tmp_path: Path, monkeypatch: 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(consortium, "_publish", stop)
+    monkeypatch.setattr(consortium, "publish", stop)
     with pytest.raises(KeyboardInterrupt):
         consortium.create(described(), tmp_path / "f")
     assert list(tmp_path.iterdir()) == []
@@ -189,7 +189,7 @@ def test_a_founding_that_is_stopped_leaves_nothing(tmp_path: Path, monkeypatch: 
 def test_a_founding_that_is_killed_leaves_nothing_that_looks_founded(tmp_path: Path) -> None:
     child = os.fork()
     if child == 0:
-        consortium._publish = lambda *_: os._exit(9)  # type: ignore[assignment]  # the moment of the kill
+        consortium.publish = lambda *_: os._exit(9)  # type: ignore[assignment]  # the moment of the kill
         consortium.create(described(), tmp_path / "f")
         os._exit(0)
     os.waitpid(child, 0)

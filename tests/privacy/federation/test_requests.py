@@ -17,6 +17,7 @@ import builders
 from builders import founding
 from fedmosaic.privacy.federation import consortium, identity, kits
 from fedmosaic.privacy.federation.install import consortium_fingerprint, install
+from fedmosaic.privacy.federation.office import open_office
 from fedmosaic.privacy.federation.requests import (
     KeyRequest,
     fingerprint,
@@ -129,7 +130,7 @@ def test_the_roster_waits_for_all_members_and_names_them(begun: Founding) -> Non
 
 def swapped(founded: Founding, answer: Path, what: str) -> None:
     """What a founder does who would be member a: other keys in a's answer, all of it signed."""
-    office = consortium._open(founded.office, None)
+    office = open_office(founded.office, None)
     assert office.roster is not None
     own = founded.ask("a", kit="false-a")
     other = {"identity": {"identity_key": own.identity_key}, "tls": {"tls_key_sha256": own.tls_key_sha256}}[
@@ -169,7 +170,7 @@ def test_a_key_of_another_member_is_not_installed_as_ones_own(begun: Founding) -
 def test_a_member_whose_name_was_changed_notices(begun: Founding) -> None:
     """The founder signs a's very keys under another name."""
     answer = begun.found()["a"]
-    office = consortium._open(begun.office, None)
+    office = open_office(begun.office, None)
     assert office.roster is not None
     members = [dict(m) | ({"id": "z"} if m.id == "a" else {}) for m in office.roster.members]
     content = office.roster.model_dump() | {"members": members}
@@ -208,7 +209,7 @@ def test_an_older_roster_is_refused_and_so_is_a_second_one_of_a_serial(
     founded.install("a")
     with pytest.raises(IdentityError, match=r"roster 1 of federation 'clinics' is older than roster 2"):
         founded.install("a", first)
-    office = consortium._open(founded.office, None)
+    office = open_office(founded.office, None)
     assert office.roster is not None
     again = office.roster.model_copy(update={"issued": "2030-01-01"}).signed(office.authority.signing_key)
     again.write(founded.office / "answers/clients/a" / kits.ROSTER)
@@ -217,7 +218,7 @@ def test_an_older_roster_is_refused_and_so_is_a_second_one_of_a_serial(
 
 
 def test_terms_that_were_changed_afterwards_are_refused_by_name(founded: Founding) -> None:
-    office = consortium._open(founded.office, None)
+    office = open_office(founded.office, None)
     assert office.roster is not None
     content = office.roster.model_dump() | {"serial": 2}
     content["terms"]["adapter_privacy"]["target_epsilon"] = 50.0
@@ -400,7 +401,7 @@ def test_certificates_are_announced_in_their_last_fortnight() -> None:
 
 def test_an_expired_certificate_is_not_installed(begun: Founding) -> None:
     answer = begun.found()["a"]
-    office = consortium._open(begun.office, None)
+    office = open_office(begun.office, None)
     then = dt.datetime.now(dt.UTC) - dt.timedelta(days=91)
     pem = identity.certify_client(office.authority, begun.requests["a"].tls_key, "clinics", "a", now=then)
     (answer / kits.TLS_CERTIFICATE).write_bytes(pem)

@@ -1,0 +1,69 @@
+"""What is left of a run, read from its directory or from the state of one party."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedmosaic.client.statement import STATEMENT
+from fedmosaic.experiments.comparison.majority import majorities
+from fedmosaic.experiments.comparison.runs import read_object
+from fedmosaic.protos.errors import ConfigurationError
+from fedmosaic.server.summary import with_rounds
+
+_RESULT, _SERVER_RUN = "result.json", "run.json"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything that is left of a run, as far as it is here; by client id, and the server's `run.json`."""
+
+    directory: Path
+    clients: Mapping[str, Mapping[str, Any]]
+    statements: Mapping[str, Mapping[str, Any]]
+    server: Mapping[str, Any]
+    tasks: Mapping[str, str]
+    majority: Mapping[str, float] = field(default_factory=dict)
+
+
+def read_run(path: Path) -> RunRecord:
+    """Read what a run left behind.
+
+    Raises:
+        ConfigurationError: there is nothing of a run at this path.
+        StateError: what the server kept of its rounds is damaged.
+    """
+    majority: Mapping[str, float] = {}
+    if (path / "federation").is_dir():
+        kits = sorted((path / "federation" / "clients").iterdir())
+        states = {kit.name: kit / "state" for kit in kits}
+        server = _read_server(path / "federation" / "server" / "state")
+        scenario = read_kept(path / "scenario.json")
+        tasks = {client["id"]: client["task"] for client in scenario.get("clients", [])}
+        majority = majorities(scenario)
+    elif (path / _RESULT).exists():
+        states = {read_kept(path / "session.json").get("client", path.name): path}
+        server, tasks = {}, {}
+    elif (path / _SERVER_RUN).exists():
+        states, server, tasks = {}, _read_server(path), {}
+    else:
+        raise ConfigurationError(
+            f"{path}: no run here; give the directory that `fedmosaic run` printed, or the state directory "
+            "of a client or a server"
+        )
+    found = {name: read_kept(state / STATEMENT) for name, state in states.items()}
+    statements = {name: content for name, content in found.items() if content}
+    if not states:
+        statements = server.get("statements", {})
+    clients = {name: read_kept(state / _RESULT) for name, state in states.items()}
+    return RunRecord(path, clients, statements, server, tasks, majority)
+
+
+def _read_server(state_dir: Path) -> dict[str, Any]:
+    run = read_kept(state_dir / _SERVER_RUN)
+    return with_rounds(run, state_dir) if run else run
+
+
+def read_kept(path: Path) -> dict[str, Any]:
+    """A JSON object of a run's directory; empty where there is no file."""
+    return read_object(path, "restore it, or move it away and see the rest") if path.exists() else {}
