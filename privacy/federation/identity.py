@@ -33,8 +33,8 @@ RENEW = "have the consortium sign the request anew (`fedmosaic keys approve`)"
 _SPIFFE = re.compile(r"^spiffe://fedmosaic/(?P<federation>[a-z0-9-]+)/client/(?P<client>[a-z0-9-]+)$")
 _SEALED = b"scrypt n=2^17 r=8 p=1 salt "
 _CLOCK_SKEW = dt.timedelta(minutes=5)
-_UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm, InternalError)
-"""What the library says of keys that are none; the last of a key of another length than its algorithm's."""
+_UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm, InternalError, x509.InvalidVersion)
+"""What the library says of keys and certificates that are none."""
 
 
 @dataclass(frozen=True)

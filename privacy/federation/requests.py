@@ -116,6 +116,7 @@ class KeyRequest(Frozen):
             x509.DuplicateExtension,
             UnsupportedAlgorithm,
             InternalError,
+            x509.InvalidVersion,
         ) as error:
             raise IdentityError(
                 f"{source}: no valid request of {self.who} ({error}); ask for a new one, by "

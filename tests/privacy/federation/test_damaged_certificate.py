@@ -17,14 +17,27 @@ CURVE = bytes.fromhex("2a8648ce3d030107")
 ED25519 = b"\x06\x03\x2b\x65\x70"
 
 
-@pytest.mark.parametrize("curve", [CURVE[:-1] + b"\x63", CURVE[:-1] + b"\x01"], ids=["unknown", "another"])
-def test_a_certificate_with_a_key_on_no_known_curve_is_none(curve: bytes, tmp_path: Path) -> None:
+VERSION = b"\xa0\x03\x02\x01"
+"""What stands before the version in a certificate."""
+
+
+@pytest.mark.parametrize(
+    ("whole", "damage"),
+    [
+        (CURVE, CURVE[:-1] + b"\x63"),
+        (CURVE, CURVE[:-1] + b"\x01"),
+        (VERSION + b"\x02", VERSION + b"\x0a"),
+    ],
+    ids=["unknown curve", "another curve", "no version"],
+)
+def test_a_certificate_that_says_what_none_says_is_none(whole: bytes, damage: bytes, tmp_path: Path) -> None:
     issued = builders.issue_client(identity.create_authority("vectors"), "vectors", "ben")
     encoding = serialization.Encoding
     der = x509.load_pem_x509_certificate(issued.certificate_pem).public_bytes(encoding.DER)
-    damaged = x509.load_der_x509_certificate(der.replace(CURVE, curve))
+    assert whole in der
     path = tmp_path / "tls.pem"
-    path.write_bytes(damaged.public_bytes(encoding.PEM))
+    text = base64.encodebytes(der.replace(whole, damage, 1)).decode()
+    path.write_text(f"-----BEGIN CERTIFICATE-----\n{text}-----END CERTIFICATE-----\n")
     with pytest.raises(IdentityError, match=r"tls\.pem: not a PEM certificate"):
         identity.read_certificate(path)
 
