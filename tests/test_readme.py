@@ -29,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from end_to_end.ports import free_port
 from fedmosaic import cli
 from fedmosaic.client.settings import ClientSettings
+from fedmosaic.client.witness import WitnessSettings
 from fedmosaic.privacy.configuration import validate
 from fedmosaic.privacy.federation.kits import FederationConfig
 
@@ -94,7 +95,7 @@ def parsing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_page_has_what_the_other_tests_read() -> None:
-    assert len(FILES) == 2
+    assert len(FILES) == 3
     assert len(COMMANDS) >= 8
     assert len(INLINE) >= 8
     assert len(PROGRAMS) == 1
@@ -109,6 +110,7 @@ def test_the_files_of_the_page_are_valid() -> None:
     assert commented, "settings that are shown as comments"
     for line in commented:
         validate(tomllib.loads(FILES[1].replace(f"# {line}", line)), ClientSettings, "client.toml")
+    validate(tomllib.loads(FILES[2]), WitnessSettings, "witness.toml")
 
 
 @pytest.mark.parametrize("command", sorted({*COMMANDS, *STUDIES}))

@@ -28,7 +28,7 @@ PATIENCE = 300
 """Seconds that end a test which hangs; a process may take long to start on a busy machine."""
 FOREIGN = "unable to get local issuer certificate"
 """What gRPC says of a certificate of another authority."""
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GRPC_VERBOSITY": "INFO"}
 
 
 STARTED: list[subprocess.Popen[bytes]] = []

@@ -88,8 +88,8 @@ def test_under_dp_training_alone_charges_nothing_and_touches_no_shared_core(
     learner, seen = left.learner, []
     train = learner._train_locally
 
-    def watched(*arguments: Any) -> None:
-        train(*arguments)
+    def watched(*arguments: Any, **options: Any) -> None:
+        train(*arguments, **options)
         tensors = get_peft_model_state_dict(learner._model)
         seen.append({name: bool(t.any()) for name, t in tensors.items() if "colora_core" in name})
 
