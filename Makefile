@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FLOWER := $(VENV)-flower
 
-.PHONY: demo test test-slow test-gpu test-flower test-ray lint bench bench-gpu bench-encryption docs protos release clean
+.PHONY: demo test test-slow test-gpu test-flower test-ray chaos lint bench bench-gpu bench-encryption docs protos release clean
 
 demo: $(STAMP)
 	@$(BIN)/fedmosaic demo
@@ -39,6 +39,11 @@ $(FLOWER)/.installed: $(STAMP)
 	  > "$$(echo $(FLOWER)/lib/python3*/site-packages)/fedmosaic.pth"
 	$(FLOWER)/bin/python -m pip install --disable-pip-version-check 'flwr[simulation]>=1.41,<1.43'
 	touch $@
+
+# Processes killed at random moments, and mutated messages and files: make chaos [HOURS=8] [SEED=…].
+chaos: $(STAMP)
+	OMP_NUM_THREADS=1 PYTHONUTF8=1 PYTHONPATH=tests $(BIN)/python -m chaos \
+	  $(if $(HOURS),--hours $(HOURS)) $(if $(SEED),--seed $(SEED))
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InternalError, InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -33,6 +33,8 @@ RENEW = "have the consortium sign the request anew (`fedmosaic keys approve`)"
 _SPIFFE = re.compile(r"^spiffe://fedmosaic/(?P<federation>[a-z0-9-]+)/client/(?P<client>[a-z0-9-]+)$")
 _SEALED = b"scrypt n=2^17 r=8 p=1 salt "
 _CLOCK_SKEW = dt.timedelta(minutes=5)
+_UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm, InternalError, x509.InvalidVersion)
+"""What the library says of keys and certificates that are none."""
 
 
 @dataclass(frozen=True)
@@ -183,10 +185,12 @@ def spki_sha256(key: PublicKeyTypes) -> str:
 def read_certificate(path: Path) -> x509.Certificate:
     """Read a PEM certificate; IdentityError if it cannot be read, or is none."""
     try:
-        return x509.load_pem_x509_certificate(path.read_bytes())
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+        certificate.public_key()  # decoded when it is asked for, and every reader asks for it
+        return certificate
     except OSError as error:
         raise IdentityError(f"{path}: cannot read this certificate: {error.strerror}") from None
-    except ValueError:
+    except _UNREADABLE:
         raise IdentityError(f"{path}: not a PEM certificate; take it from the kit again") from None
 
 
@@ -345,7 +349,7 @@ def read_private_key(path: Path, passphrase: str | None = None) -> PrivateKeyTyp
             password = _stretched(passphrase, bytes.fromhex(head.decode("ascii", "replace")))
     try:
         return serialization.load_pem_private_key(content, password=password)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
+    except _UNREADABLE:
         if content.startswith(_SEALED):
             raise IdentityError(
                 f"{path}: the passphrase is not the right one, or the file is damaged"

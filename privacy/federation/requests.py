@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Final, Literal
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InternalError, InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -110,7 +110,14 @@ class KeyRequest(Frozen):
                 f"{source}: the request of {self.who} is not signed by its own identity key: it was altered, "
                 "or taken for another name; ask for a new one"
             ) from None
-        except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension, UnsupportedAlgorithm) as error:
+        except (
+            ValueError,
+            x509.ExtensionNotFound,
+            x509.DuplicateExtension,
+            UnsupportedAlgorithm,
+            InternalError,
+            x509.InvalidVersion,
+        ) as error:
             raise IdentityError(
                 f"{source}: no valid request of {self.who} ({error}); ask for a new one, by "
                 "`fedmosaic keys request`"

@@ -245,7 +245,7 @@ class LedgerStore:
     def _reported(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # the second of a message about damaged text
             raise LedgerError(
                 f"{self.path}: the ledger cannot be read or written ({error}); nothing may be released "
                 "until it can"

@@ -15,7 +15,8 @@ an epoch needs.
 
 A member that was killed in the middle may have lost its part in an epoch, or the epoch's key. It says so
 (LOST): the epoch is begun anew if nothing is encrypted under it yet, for each member once in a round, so that
-nobody can keep the others agreeing for ever. Otherwise the others go on without it until the next round.
+nobody can keep the others agreeing for ever. Otherwise the others go on without it until the next round, at
+once: if they are agreeing, in a next epoch that it may not join.
 
 Pure: time is passed in, and nothing here does any input or output. What the messages mean is between the
 clients (`fedmosaic.privacy.groupkey.agreement`): a server that tells different members different lists
@@ -130,6 +131,12 @@ class KeyEpoch:
         if unused and sender not in self.pardoned:
             anew = self.next_epoch(now)
             return replace(anew, failures=self.failures, pardoned=self.pardoned | {sender}), Answer.ACCEPTED
+        unconfirmed = self.phase is EpochPhase.AGREEING and sender not in self.confirmations
+        if unconfirmed and len(self.members) > self.minimum_members:
+            # All would wait until the deadline for its confirmation, and agree without it only then. Who was
+            # left out stays out, or two members could take turns for ever.
+            anew, excluded = self.next_epoch(now), self.excluded | {sender}
+            return replace(anew, failures=self.failures, excluded=excluded), Answer.ACCEPTED
         return replace(self, lost=self.lost | {sender}, joined=self.joined - {sender}), Answer.ACCEPTED
 
     def advance(self, expected: Collection[str], now: float) -> "KeyEpoch":

@@ -79,7 +79,7 @@ class Store:
             if self._engine.dialect.name == "sqlite":
                 tables.prepare_sqlite(self._engine, durable=durable)
             tables.metadata.create_all(self._engine)
-        except (sa.exc.SQLAlchemyError, ImportError, OSError) as error:
+        except (sa.exc.SQLAlchemyError, UnicodeDecodeError, ImportError, OSError) as error:
             raise StateError(
                 f"the server's database cannot be opened ({_cause(error)}); check store_url, and that the "
                 "database runs"
@@ -131,7 +131,7 @@ class Store:
                     self._taken |= connection.scalar(_value("holder")) != self._holder
                 self.check_hold()
                 yield connection
-        except sa.exc.SQLAlchemyError as error:
+        except (sa.exc.SQLAlchemyError, UnicodeDecodeError) as error:  # SQLite's message about damaged text
             raise StateError(f"the server's database failed: {_cause(error)}") from error
 
     def _rows(self, query: sa.Select[Any]) -> Sequence[sa.Row[Any]]:

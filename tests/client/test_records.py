@@ -1,8 +1,10 @@
+import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from fedmosaic.client.records import ClippingRecord
+from fedmosaic.client.records import ClippingRecord, read_average, read_profile
 from fedmosaic.protos.errors import StateError
 
 
@@ -28,3 +30,18 @@ def test_a_damaged_record_names_the_remedy(tmp_path: Path, content: str) -> None
     path.write_text(content)
     with pytest.raises(StateError, match="delete it"):
         ClippingRecord(path).shares()
+
+
+@pytest.mark.parametrize("change", [(b"(32,", b"(32["), (b"}", b"\x00")])
+def test_an_array_whose_header_is_no_python_is_damaged_as_any_other(
+    change: tuple[bytes, bytes], tmp_path: Path
+) -> None:
+    """NumPy parses the header as Python, and lets errors of the tokenizer through."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(32, dtype=np.float32))
+    path = tmp_path / "profile.npy"
+    path.write_bytes(buffer.getvalue().replace(*change))
+    with pytest.raises(StateError, match="cannot be read"):
+        read_profile(path, 32)
+    with pytest.raises(StateError, match="is damaged"):
+        read_average(path, 32)

@@ -133,6 +133,7 @@ class Client:
     learner: Any = field(init=False)
     ledger: Ledger | None = None
     state: ClientState | None = None
+    target_epsilon: float = 8.0
     plan: AdapterPlan = field(default_factory=lambda: AdapterPlan(0.0, 0.1))
 
     @property
@@ -151,7 +152,7 @@ class Client:
             self.state.ledger_path,
             self.name,
             1e-5,
-            8.0,
+            self.target_epsilon,
             accountant="rdp",
             budgeted_channels=budgeted_channels(agreed),
         )

@@ -254,3 +254,14 @@ def test_impossible_stories_are_refused_even_with_fitting_hashes(path: Path) -> 
     rewrite(path, kind="REFUSED")
     with pytest.raises(LedgerError, match=r"row 2\b.*reservation that does not exist"):
         reopen(path)
+
+
+def test_a_name_in_the_file_that_is_no_text_is_damage_as_any_other(tmp_path: Path) -> None:
+    """SQLite names it in its message, which Python cannot decode then."""
+    path = tmp_path / "ledger.sqlite"
+    Ledger.open(path, "ada", 1e-5, 8.0, accountant="rdp").close()
+    content = path.read_bytes()
+    assert b"sqlite_autoindex" in content
+    path.write_bytes(content.replace(b"sqlite_autoindex", b"sqlite_aut\xff\xffndex"))
+    with pytest.raises(LedgerError, match="cannot be read or written"):
+        read_ledger(path)

@@ -112,6 +112,29 @@ def test_too_few_without_those_left_out_begin_again_with_everybody() -> None:
     assert agreed(epoch, NAMES, {}, 122.0).phase is EpochPhase.READY
 
 
+def test_who_loses_an_agreement_twice_is_left_out_at_once_and_two_of_them_cannot_take_turns() -> None:
+    """Nobody waits for a confirmation that cannot come; before, all waited until the deadline."""
+    names = (*NAMES, "f")
+    epoch, begun = first_epoch(0.0, 60.0, 4), 0
+    for _ in range(20):
+        epoch = agreed(epoch, names, {CONFIRMATION: {"a", "b"}}, 1.0)
+        losing = sorted({"a", "b"} & set(epoch.members))
+        if not losing:
+            break
+        epoch, answer = epoch.lose(losing[begun % len(losing)], epoch.epoch, 1.0, unused=True)
+        assert answer is Answer.ACCEPTED
+        begun += 1
+    assert (epoch.phase, epoch.members, begun) == (EpochPhase.READY, ("c", "d", "e", "f"), 4)
+
+
+def test_a_loss_that_would_leave_too_few_keeps_the_list() -> None:
+    epoch = agreed(first_epoch(0.0, 60.0, 4), NAMES[:4], {CONFIRMATION: {"a"}}, 60.0)
+    for _ in range(2):
+        epoch, _ = epoch.lose("a", epoch.epoch, 60.0, unused=True)
+        epoch = agreed(epoch, NAMES[:4], {CONFIRMATION: {"a"}}, 120.0)
+    assert (epoch.epoch, epoch.phase, epoch.lost) == (2, EpochPhase.AGREEING, {"a"})
+
+
 @pytest.mark.parametrize("count", [5, 6, 24])
 def test_one_member_that_makes_others_look_silent_cannot_spoil_every_epoch(count: int) -> None:
     """As a leader whose boxes open for three others only, or for nobody."""

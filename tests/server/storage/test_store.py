@@ -130,3 +130,14 @@ def test_what_was_acknowledged_survives_without_a_close(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "server.db") as other:
         assert other.execute("SELECT client FROM uploads").fetchall() == [("a",)]
     store.close()
+
+
+def test_a_name_in_the_file_that_is_no_text_is_damage_as_any_other(tmp_path: Path) -> None:
+    """SQLite names it in its message, which Python cannot decode then."""
+    Store(default_url(tmp_path), durable=True).close()
+    path = tmp_path / "server.db"
+    content = path.read_bytes()
+    assert b"sqlite_autoindex" in content
+    path.write_bytes(content.replace(b"sqlite_autoindex", b"sqlite_aut\xff\xffndex"))
+    with pytest.raises(StateError, match="database"):
+        Store(default_url(tmp_path), durable=True)

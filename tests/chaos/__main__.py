@@ -1,0 +1,46 @@
+"""`make chaos`: kills at random moments, mutated messages and files; exit status 1 if anything is wrong."""
+
+import argparse
+import logging
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+from chaos.campaign import MODES, campaign
+
+
+def main() -> int:
+    """Run both parts and say what was found."""
+    parser = argparse.ArgumentParser(prog="make chaos", description=__doc__)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
+    parser.add_argument("--hours", type=float, default=0.1, help="time for the kills; default: 6 minutes")
+    parser.add_argument("--messages", type=int, default=3000, help="mutations of each request and each file")
+    parser.add_argument("--modes", nargs="*", default=list(MODES), choices=list(MODES))
+    chosen = parser.parse_args()
+    logging.getLogger().addHandler(logging.NullHandler())
+    place = Path(tempfile.mkdtemp(prefix="fedmosaic-chaos-"))
+    print(f"SEED={chosen.seed}, in {place}", flush=True)
+    # The kills first: processes are forked, and that only goes well before gRPC has begun.
+    runs = campaign(chosen.seed, chosen.hours * 3600, place, chosen.modes) if chosen.modes else []
+    faults = [f"run {number}: {fault}" for number, run in enumerate(runs) for fault in run.faults]
+    mutated = 0
+    if chosen.messages:
+        from chaos.mutations import mutate_everything
+
+        mutated, found = mutate_everything(place / "mutations", chosen.seed, chosen.messages)
+        faults += found
+    kills = {kind: sum(run.killed[kind] for run in runs) for kind in ("server", "client")}
+    print(
+        f"{len(runs)} runs, {kills['server']} kills of the server and {kills['client']} of clients; "
+        f"{mutated} mutated messages and files; {len(faults)} faults"
+    )
+    for fault in faults:
+        print(f"  {fault}")
+    if faults:
+        print(f"again: SEED={chosen.seed} make chaos; what the runs left is in {place}")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

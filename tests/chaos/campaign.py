@@ -1,0 +1,171 @@
+"""Runs of small federations in which processes are killed with SIGKILL at moments drawn from a seed."""
+
+import os
+import random
+import shutil
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from chaos.checks import faults_of, final_vectors
+from chaos.processes import start
+from end_to_end import federation_of_vectors as fv
+from end_to_end import test_group_sums as sums
+from end_to_end.ports import free_port
+from fedmosaic.privacy.federation.terms import Terms
+
+_PATIENT = {"round_deadline_seconds": 900, "gathering_seconds": 300, "key_patience_seconds": 300}
+_LIMIT_SECONDS = 420.0
+"""A run that takes longer hangs."""
+
+
+def _private_terms() -> Terms:
+    plain = fv.terms("plain", 3, **_PATIENT).model_dump()
+    return Terms.model_validate({**plain, "adapter": {**plain["adapter"], "protection": "dp"}})
+
+
+MODES = {
+    "none": (fv.MEMBERS, lambda: fv.terms("plain", 3, **_PATIENT)),
+    "mask": (fv.MEMBERS, lambda: fv.terms("mask", 4, rotate_key_every=2, **_PATIENT)),
+    "ckks": (fv.MEMBERS, lambda: fv.terms("ckks", 3, **_PATIENT)),
+    "dp": (fv.MEMBERS, _private_terms),
+    "distributed-dp": (sums.MEMBERS[:8], lambda: sums.group_terms(4, minimum=5, deadline=20)),
+}
+"""Members and terms by what protects the adapter."""
+
+
+@dataclass
+class Run:
+    """One federation from its foundation to its end.
+
+    Attributes:
+        place: its directory.
+        mode: of `MODES`.
+        kills: how many processes to kill.
+        mean_seconds: between two kills by the clock.
+    """
+
+    place: Path
+    mode: str
+    draw: random.Random
+    kills: int
+    mean_seconds: float
+    seconds: float = 0.0
+    killed: dict[str, int] = field(default_factory=lambda: {"server": 0, "client": 0})
+    faults: list[str] = field(default_factory=list)
+
+    def play(self, undisturbed: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+        """Run to the end and check; returns the final adapters, and leaves the faults in `faults`."""
+        self.members, terms = MODES[self.mode][0], MODES[self.mode][1]()
+        shutil.rmtree(self.place, ignore_errors=True)
+        fv.make_federation(self.place / "f", terms, self.members)
+        self.port = free_port()
+        settings = f'listen = "127.0.0.1:{self.port}"\nstate_dir = "state"\n'
+        (self.place / "f" / "server" / "server.toml").write_text(settings)
+        self.live: dict[int, str] = {}
+        began = time.monotonic()
+        try:
+            self._until_finished(began)
+        finally:
+            for process in self.live:
+                os.kill(process, signal.SIGKILL)
+                os.waitpid(process, 0)
+        self.seconds = time.monotonic() - began
+        if not self.faults:
+            self.faults += faults_of(self.place, self.members, undisturbed)
+        return final_vectors(self.place, self.members, terms.schedule.rounds)
+
+    def _start(self, name: str) -> None:
+        step = 0
+        if sum(self.killed.values()) < self.kills and self.draw.random() < 0.6:
+            step = 1 + int(self.draw.expovariate(1 / (60 if name == "server" else 30)))
+        seed = 0 if name == "server" else self.members.index(name)
+        self.live[start(self.place, name, seed, self.port, step)] = name
+
+    def _until_finished(self, began: float) -> None:
+        for name in ("server", *self.members):
+            self._start(name)
+        next_kill = began + self.draw.expovariate(1 / self.mean_seconds)
+        finished: set[str] = set()
+        while len(finished) < len(self.members):
+            now = time.monotonic()
+            if now - began > _LIMIT_SECONDS or len(self.faults) > 3:
+                self.faults.append(f"not finished after {now - began:.0f} s, {len(finished)} members are")
+                return
+            while ended := self._ended():
+                name, code = ended
+                if code == -signal.SIGKILL:
+                    self.killed["server" if name == "server" else "client"] += 1
+                elif code == 0 and name != "server":
+                    finished.add(name)
+                    continue
+                else:
+                    self.faults.append(f"{name} ended with exit status {code}")
+                self._start(name)
+            if now > next_kill:
+                next_kill = now + self.draw.expovariate(1 / self.mean_seconds)
+                if sum(self.killed.values()) < self.kills:
+                    self._kill()
+            time.sleep(0.01)
+        self._stop()
+
+    def _kill(self) -> None:
+        clients = sorted(process for process, name in self.live.items() if name != "server")
+        servers = sorted(self.live.keys() - set(clients))
+        os.kill(
+            self.draw.choice(servers if self.draw.random() < 0.4 or not clients else clients), signal.SIGKILL
+        )
+
+    def _stop(self) -> None:
+        """End the server as its operator would; one that has just been killed has to come back for it."""
+        process = next(process for process, name in self.live.items() if name == "server")
+        os.kill(process, signal.SIGTERM)
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        del self.live[process]
+        if code in (-signal.SIGKILL, -signal.SIGTERM):
+            self.killed["server"] += code == -signal.SIGKILL
+            summary = self.place / "f" / "server" / "state" / "run.json"
+            summary.unlink(missing_ok=True)
+            self.kills = 0
+            self._start("server")
+            while not summary.exists():
+                time.sleep(0.1)
+            self._stop()
+        elif code != 0:
+            self.faults.append(f"the server ended with exit status {code} after SIGTERM")
+
+    def _ended(self) -> tuple[str, int] | None:
+        for process in list(self.live):
+            found, status = os.waitpid(process, os.WNOHANG)
+            if found:
+                return self.live.pop(process), os.waitstatus_to_exitcode(status)
+        return None
+
+
+def campaign(seed: int, seconds: float, place: Path, modes: list[str]) -> list[Run]:
+    """Runs of every mode in turn until the time is over, at least one of each; one line for each."""
+    runs: list[Run] = []
+    undisturbed: dict[str, tuple[float, dict[str, np.ndarray]]] = {}
+    began = time.monotonic()
+    while len(runs) < 2 * len(modes) or time.monotonic() - began < seconds:
+        number = len(runs)
+        mode = modes[number % len(modes)]
+        draw = random.Random(f"{seed} {number}")
+        calm = mode not in undisturbed
+        mean = 1.0 if calm else max(0.3, undisturbed[mode][0] / 4)
+        run = Run(place / f"run-{number:04d}", mode, draw, 0 if calm else draw.randint(4, 12), mean)
+        final = run.play(None if calm else undisturbed[mode][1])
+        if calm:
+            undisturbed[mode] = (run.seconds, final)
+        runs.append(run)
+        print(
+            f"run {number:4d}  {mode:14s} {run.seconds:6.1f} s  killed: server {run.killed['server']}, "
+            f"clients {run.killed['client']}  {'; '.join(run.faults) or 'as it should be'}",
+            flush=True,
+        )
+        if not run.faults:
+            shutil.rmtree(run.place)
+    return runs
