@@ -38,14 +38,15 @@ def check_as_processes(scenario: Scenario) -> None:
         )
 
 
-def client_process(scenario: Scenario, client: ScenarioClient, directory: Path, port: int) -> ManagedProcess:
+def client_process(
+    scenario: Scenario, client: ScenarioClient, directory: Path, port: int, compare_alone: bool = False
+) -> ManagedProcess:
     """Write a client's settings into its kit in the run's directory; gives the process, not started yet."""
     place = directory / "federation" / "clients" / client.id
-    # Of a task that several clients have there is one test set; a client with several tasks has one for all.
     others = {
-        other.task or other.id: str(_data_file(other, "others", scenario.others_examples, directory))
+        other.id: str(_data_file(other, "others", scenario.others_examples, directory))
         for other in scenario.clients
-        if other.id != client.id and (not other.task or other.task != client.task)
+        if other.id != client.id
     }
     settings = {
         "kit": str(place),
@@ -64,6 +65,7 @@ def client_process(scenario: Scenario, client: ScenarioClient, directory: Path, 
         },
         "training": scenario.training.model_dump(mode="json", exclude_none=True),
         "profile_max_length": scenario.profile.max_length,
+        "compare_alone": compare_alone,
         "threads": 1,
     }
     path = place / "client.json"
