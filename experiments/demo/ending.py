@@ -14,6 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fedmosaic.client.result.comparison import ALONE, Difference, paired_difference
 from fedmosaic.experiments.comparison.record import RunRecord
 from fedmosaic.experiments.comparison.report import alone, usable_statements
 from fedmosaic.privacy.statement.models import ClientStatement
@@ -22,17 +23,11 @@ from fedmosaic.privacy.statement.render import client_grid
 Scores = Mapping[str, float]
 
 
-def ending(record: RunRecord, by_itself: Scores, texts: int) -> RenderableType:
-    """What came out of the demo, in less than 60 lines of 80 columns.
-
-    Args:
-        record: of the federation.
-        by_itself: accuracy of each client's own task when it was trained alone; empty if that was not run.
-        texts: test texts of each client.
-    """
-    parts: list[RenderableType] = [Text(), verdict(record, by_itself, texts), Text()]
+def ending(record: RunRecord) -> RenderableType:
+    """What came out of the demo, in less than 60 lines of 80 columns."""
+    parts: list[RenderableType] = [Text(), verdict(record), Text()]
     parts += [Text(line, style="bold red") for line in alone(record)]
-    parts += [_table(record, by_itself), Text(_found(record.server)), Text()]
+    parts += [_table(record), Text(_found(record.server)), Text()]
     worst = worst_statement(record)
     if worst is not None:
         parts += [Text("Who can learn what about one training text, for the client with most at stake:")]
@@ -40,36 +35,40 @@ def ending(record: RunRecord, by_itself: Scores, texts: int) -> RenderableType:
     return Group(*parts)
 
 
-def verdict(record: RunRecord, by_itself: Scores, texts: int) -> Text:
+def verdict(record: RunRecord) -> Text:
     """Whether sharing was worth it, in words, with what chance leaves open."""
-    together = _own(record, "after")
-    words = f"Together, the clients answer {_mean(together)} of their own test texts right"
-    if not by_itself:
+    words = f"Together, the clients answer {_mean(_own(record, 'after'))} of their own test texts right"
+    gain = _gain(record)
+    if gain is None:
         words += f"; before training it was {_mean(_own(record, 'before'))}."
     else:
-        gain, width = _gain(together, by_itself, texts)
-        words += f", each trained alone {_mean(by_itself)}: {100 * gain:+.0f} ± {100 * width:.0f} points. "
-        count = f"{texts * len(together)} test texts"
-        if abs(gain) <= width:
-            words += f"On its own task nobody loses or gains by sharing as far as {count} can tell."
+        low, high = (f"{100 * end:+.0f}" for end in (gain.low, gain.high))
+        words += f", each trained alone {_mean(_own(record, ALONE))}: {100 * gain.mean:+.0f} points "
+        words += f"(95 % interval {low} to {high}). "
+        if not gain.decided:
+            words += f"{gain.rows} test texts cannot tell sharing from training alone."
         else:
-            words += "Sharing paid" if gain > 0 else "Training alone was better"
-            words += f", by more than chance gives on {count}."
-    for whose, same in (("others with the same task", True), ("others with another task", False)):
+            words += "Sharing paid" if gain.mean > 0 else "Training alone was better"
+            words += f", by more than chance gives on {gain.rows} test texts."
+    for whose, same in (("the members with the same task", True), ("the members with another task", False)):
         before, after = (_mean(_others(record, when, same=same)) for when in ("before", "after"))
-        words += f" On texts of {whose} they went from {before} to {after}."
+        words += f" On the texts of {whose} they went from {before} to {after}."
     return Text(words, style="bold")
 
 
-def _gain(one: Scores, other: Scores, texts: int) -> tuple[float, float]:
-    """Mean difference over the clients of both, and half of its 95 % interval, as if no text were shared."""
-    names = [name for name in one if name in other]
-    variance = sum(p * (1.0 - p) / texts for name in names for p in (one[name], other[name]))
-    width = 1.96 * math.sqrt(variance) / len(names)
-    return fmean(one[name] - other[name] for name in names), width
+def _gain(record: RunRecord) -> Difference | None:
+    """Together less alone on the own test texts of all clients; None if they were not trained alone."""
+    right: dict[str, list[bool]] = {ALONE: [], "after": []}
+    for result in record.clients.values():
+        rows = result.get("rows", {})
+        if not all("self" in rows.get(when, {}) for when in right):
+            return None
+        for when, found in right.items():
+            found += rows[when]["self"]["right"]
+    return paired_difference(right["after"], right[ALONE]) if right[ALONE] else None
 
 
-def _table(record: RunRecord, by_itself: Scores) -> Table:
+def _table(record: RunRecord) -> Table:
     table = Table(title="Accuracy on the own texts, and on the texts of all others")
     table.add_column("client")
     for column in ("majority", "before", "alone", "together", "others before", "after"):
@@ -77,7 +76,7 @@ def _table(record: RunRecord, by_itself: Scores) -> Table:
     columns = (
         {name: value for name, value in record.majority.items() if not math.isnan(value)},
         _own(record, "before"),
-        by_itself,
+        _own(record, ALONE),
         _own(record, "after"),
         _others(record, "before"),
         _others(record, "after"),

@@ -38,7 +38,9 @@ def check_as_processes(scenario: Scenario) -> None:
         )
 
 
-def client_process(scenario: Scenario, client: ScenarioClient, directory: Path, port: int) -> ManagedProcess:
+def client_process(
+    scenario: Scenario, client: ScenarioClient, directory: Path, port: int, compare_alone: bool = False
+) -> ManagedProcess:
     """Write a client's settings into its kit in the run's directory; gives the process, not started yet."""
     place = directory / "federation" / "clients" / client.id
     others = {
@@ -63,6 +65,7 @@ def client_process(scenario: Scenario, client: ScenarioClient, directory: Path, 
         },
         "training": scenario.training.model_dump(mode="json", exclude_none=True),
         "profile_max_length": scenario.profile.max_length,
+        "compare_alone": compare_alone,
         "threads": 1,
     }
     path = place / "client.json"

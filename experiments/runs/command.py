@@ -225,12 +225,18 @@ def run_at(scenario: Scenario, directory: Path, console: Console) -> None:
 
 
 def run(
-    scenario: Scenario, base: Path, output_dir: Path, console: Console, *, fitted: Path | None = None
+    scenario: Scenario,
+    base: Path,
+    output_dir: Path,
+    console: Console,
+    *,
+    fitted: Path | None = None,
+    compare_alone: bool = False,
 ) -> Path:
     """Run a scenario with real processes, in a directory below `output_dir`, which is given back.
 
     Relative paths of the scenario start from `base`. `fitted` keeps the public basis for the next run of
-    the same probe, public data and profile.
+    the same probe, public data and profile. `compare_alone` is the clients' setting of that name.
 
     Raises:
         RunFailedError: a process failed; the message names it and shows the end of its log.
@@ -248,7 +254,7 @@ def run(
     threads = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = python_module("fedmosaic.server", "--kit", str(directory / "federation" / "server"))
     server = ManagedProcess("server", command, directory / "server.log")
-    clients = [client_process(scenario, client, directory, port) for client in scenario.clients]
+    clients = [client_process(scenario, c, directory, port, compare_alone) for c in scenario.clients]
     try:
         server.start({})
         wait_for_port(port, server, _SERVER_START_SECONDS)

@@ -21,8 +21,8 @@ class LabelledText:
     """One line of text with its class, one of the task's choices.
 
     Attributes:
-        group: What must not be divided between training and test, or between clients: the film that a
-            review is about, the article that a headline belongs to, the template of a command.
+        group: What must not be divided between training and test, or between clients: the article
+            that a headline belongs to, the template of a command.
     """
 
     text: str

@@ -1,6 +1,5 @@
 """Converters: what becomes an example, and that training and test never share a text or a group."""
 
-import bz2
 import json
 from collections import Counter
 from pathlib import Path
@@ -10,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmosaic.client.model.examples import read_examples
-from fedmosaic.experiments.demo.corpora import commands, conversations, film, news
+from fedmosaic.experiments.demo.corpora import commands, conversations, news
 from fedmosaic.experiments.scenario.participants import write_examples
 from fedmosaic.experiments.tasks.labelled import (
     ClassificationTask,
@@ -138,45 +137,6 @@ def test_examples_survive_the_file(tmp_path: Path) -> None:
     )
     write_examples(path, examples)
     assert read_examples(path) == examples
-
-
-# Films
-
-
-def packed_films(rows: list[tuple[str, str, str]]) -> bytes:
-    lines = ["category,text,movie_name"] + [f'{kind},"{text}",{title}' for kind, text, title in rows]
-    return bz2.compress("\n".join(lines).encode())
-
-
-def test_plot_summaries_become_sentences_and_quotes_stay_whole() -> None:
-    plot = (
-        "A teacher moves to a village and finds an old map. He digs. The hunters follow him by day and night!"
-    )
-    quote = "Never a dull moment. Not even in the credits, which are long."
-    items = list(film.plot_or_opinion(packed_films([("plot", plot, "map"), ("rotten", quote, "map")])))
-    assert [(item.label, item.text) for item in items] == [
-        ("plot", "A teacher moves to a village and finds an old map."),
-        ("plot", "The hunters follow him by day and night!"),
-        ("opinion", quote),
-    ]
-    assert {item.group for item in items} == {"film map"}
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"not packed", "not UTF-8 text packed with bzip2"),
-        (bz2.compress(b"\xff\xfe\xfd"), "not UTF-8 text"),
-        (packed_films([("fresh", "x" * 50, "m")] * 40)[:-20], "cut off"),
-        (bz2.compress(b"a,b\n1,2\n"), "lacks a column"),
-        (packed_films([("middling", "x" * 50, "m")]), "a category other than"),
-        (bz2.compress(b"\0" * ((16 << 20) + 1)), "unpacks to more than"),
-    ],
-    ids=["not packed", "not UTF-8", "cut off", "columns", "category", "bomb"],
-)
-def test_a_film_corpus_that_is_not_as_expected_is_refused(content: bytes, message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message):
-        list(film.plot_or_opinion(content))
 
 
 # News
