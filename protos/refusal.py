@@ -6,10 +6,12 @@ transport turns that back into the same `Refusal`.
 
 import enum
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Final
 
 import grpc
 from google.protobuf.any_pb2 import Any as PackedDetail
+from google.protobuf.message import DecodeError
 from google.rpc import (  # type: ignore[import-untyped]  # googleapis-common-protos has no stubs
     error_details_pb2,
     status_pb2,
@@ -80,7 +82,10 @@ def from_rpc_error(error: grpc.RpcError, call: str) -> FedMosaicError:
     """
     if not isinstance(error, grpc.Call):
         return TransportError(f"{call} failed: {_printable(str(error))}")
-    status = rpc_status.from_call(error)
+    try:
+        status = rpc_status.from_call(error)
+    except (ValueError, DecodeError):  # made up by whoever answered; code and text stand without it
+        status = None
     return from_status(error.code(), error.details(), status.details if status is not None else (), call)
 
 
@@ -95,8 +100,9 @@ def from_status(
     reason, remedy = code.name, ""
     for detail in details:
         info = error_details_pb2.ErrorInfo()
-        if detail.Unpack(info) and info.domain == _DOMAIN:
-            reason, remedy = _printable(info.reason), _printable(info.metadata.get("remedy", ""))
+        with suppress(DecodeError):
+            if detail.Unpack(info) and info.domain == _DOMAIN:
+                reason, remedy = _printable(info.reason), _printable(info.metadata.get("remedy", ""))
     return Refusal(kind, reason, text, remedy)
 
 

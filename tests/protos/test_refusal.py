@@ -2,6 +2,8 @@
 
 import grpc
 import pytest
+from google.protobuf.any_pb2 import Any as PackedDetail
+from google.rpc import status_pb2
 from grpc_status import rpc_status
 
 from fedmosaic.protos.errors import RefusedError, TransportError
@@ -42,6 +44,27 @@ class Failed(grpc.RpcError, grpc.Call):
 def failed(refusal: Refusal) -> Failed:
     status = to_status(refusal)
     return Failed(status.code, status.details, status.trailing_metadata)
+
+
+def _made_up(code: int, value: bytes) -> bytes:
+    detail = PackedDetail(type_url="type.googleapis.com/google.rpc.ErrorInfo", value=value)
+    content: bytes = status_pb2.Status(code=code, message="no", details=[detail]).SerializeToString()
+    return content
+
+
+@pytest.mark.parametrize(
+    "trailing",
+    [
+        pytest.param(b"\xff\xff", id="no status"),
+        pytest.param(_made_up(5, b""), id="another code than the call's"),
+        pytest.param(_made_up(3, b"\xff\xff"), id="no error info in it"),
+    ],
+)
+def test_details_that_a_hostile_server_made_up_leave_code_and_text(trailing: bytes) -> None:
+    call = Failed(grpc.StatusCode.INVALID_ARGUMENT, "no", (("grpc-status-details-bin", trailing),))
+    got = from_rpc_error(call, "enrol")
+    assert isinstance(got, Refusal)
+    assert (got.reason, got.message, got.remedy) == ("INVALID_ARGUMENT", "no", "")
 
 
 @pytest.mark.parametrize("kind", RefusalKind)
