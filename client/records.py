@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import struct
+import threading
 import tokenize
 import zipfile
 import zlib
@@ -29,6 +30,8 @@ from fedmosaic.protos.v1 import federation_pb2
 from fedmosaic.protos.wire import decode_upload_header, encode_upload_header
 
 CLIPPING: Final = "clipping.json"
+# NumPy reads headers by `ast`, in which threads of CPython 3.11 disturb each other (cpython issue 106905).
+_ONE_READER: Final = threading.Lock()
 _LENGTH: Final = struct.Struct("<Q")
 _ARRAY_ERRORS: Final = (
     OSError,
@@ -114,7 +117,7 @@ def read_profile(path: Path, dimensions: int, digest: str | None = None) -> Floa
         StateError: it cannot be read, or is not the one that was released.
     """
     try:
-        with path.open("rb") as file:
+        with path.open("rb") as file, _ONE_READER:
             vector: Float32Array = np.load(file, allow_pickle=False)
     except _ARRAY_ERRORS as error:
         raise StateError(
@@ -149,7 +152,7 @@ def read_average(path: Path, dimensions: int) -> ReleasedProfile | None:
     if not path.exists():
         return None
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+        with path.open("rb") as file, _ONE_READER, np.load(file, allow_pickle=False) as stored:
             average = ReleasedProfile(
                 stored["vector"],
                 float(stored["noise_variance"]),

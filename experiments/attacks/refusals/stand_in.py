@@ -74,11 +74,11 @@ class VectorLearner:
 
     def save(self, directory: Path) -> None:
         """Write the vector."""
-        np.save(directory / "vector.npy", self._local)
+        (directory / "vector").write_bytes(self._local.tobytes())
 
     def load(self, directory: Path) -> None:
         """Read what `save` wrote."""
-        self._local = np.load(directory / "vector.npy", allow_pickle=False)
+        self._local = np.frombuffer((directory / "vector").read_bytes(), self._local.dtype)
 
 
 @contextmanager
