@@ -86,7 +86,7 @@ def generate_text(
             first = tokens[torch.randint(len(tokens), (min(_GENERATED_AT_ONCE, samples - start),))]
             prompt = torch.stack([torch.full_like(first, begin), first], dim=1).to(device)
             # transformers types generate() for one of its many return forms only.
-            rows = model.generate(  # type: ignore[operator]
+            rows = model.generate(  # type: ignore[operator]  # transformers' mixin
                 prompt,
                 attention_mask=torch.ones_like(prompt),
                 **_SAMPLED,

@@ -180,7 +180,7 @@ def memory_of(variant: Variant, path: str, arguments: Arguments) -> dict[str, fl
         command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
     # S603: the command is this very module with options that were parsed.
     runs = [
-        json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # noqa: S603
+        json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # noqa: S603  # ours
         for _ in range(3)
     ]
     return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
