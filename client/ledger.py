@@ -27,11 +27,12 @@ from fedmosaic.privacy.accounting.epsilon import default_delta
 from fedmosaic.privacy.audit import AuditLog
 from fedmosaic.privacy.configuration import read_own
 from fedmosaic.privacy.federation.roster import Roster
+from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, has_begun, parameters_of, read_ledger
 from fedmosaic.privacy.ledger.move import back_up, move
-from fedmosaic.privacy.ledger.rows import Channel, LedgerRow, Unit
-from fedmosaic.privacy.ledger.rules import keeper
+from fedmosaic.privacy.ledger.rows import Channel, LedgerRow, data_epoch
+from fedmosaic.privacy.ledger.rules import LedgerParameters, keeper
 from fedmosaic.privacy.statement.costs import round_up
 from fedmosaic.protos.errors import ConfigurationError, LedgerError
 from fedmosaic.protos.messages import LedgerHead
@@ -54,7 +55,6 @@ class ServerAnchor:
 
     The server hands back what it has kept, and the client looks for it in its own ledger: a client is honest
     about its budget, but may have lost some of it. A server that lies can only make a client refuse.
-
     """
 
     def __init__(self, ledger: Ledger, record: SessionRecord) -> None:
@@ -113,11 +113,7 @@ class DataLedger:
 
     @classmethod
     def of(cls, settings: DataSettings, state: Path, record: SessionRecord) -> "DataLedger":
-        """The ledger beside the data, or where the configuration says.
-
-        Raises:
-            ConfigurationError: it says nothing, and nothing here is beside the data.
-        """
+        """The ledger beside the data, or where the configuration says; ConfigurationError if neither is."""
         train, named = settings.train, settings.ledger
         if named is not None:
             return cls(named.resolve(), True, state, record)
@@ -126,24 +122,13 @@ class DataLedger:
         data = train.resolve()  # two links to one file are one data set
         return cls(data.with_name(data.name + SUFFIX), False, state, record)
 
-    def open(
-        self,
-        examples: int,
-        epoch: str,
-        target: float,
-        channels: Sequence[Channel],
-        largest_delta: float | None = None,
-        unit: Unit = "example",
-    ) -> Ledger:
+    def open(self, terms: Terms, unit_ids: Sequence[str], target: float) -> Ledger:
         """Open the ledger, or make the first one of data that nothing was released from.
 
         Args:
-            examples: n, the client's number of units.
-            epoch: hash of their ids.
-            target: ε, the budget of `channels`.
-            channels: see `open_ledger`.
-            largest_delta: of the terms.
-            unit: what the releases protect.
+            terms: of the federation.
+            unit_ids: n ids of what the terms protect.
+            target: ε, the budget of `budgeted_channels`.
 
         Raises:
             LedgerError: it cannot be used, is behind what this state has seen, or a fresh one would forget.
@@ -152,10 +137,10 @@ class DataLedger:
         path = self.place / LEDGER
         seen = self._seen()
         if not has_begun(path):
-            self._check_fresh(seen, epoch)
+            self._check_fresh(seen, data_epoch(unit_ids))
             log.info("a new privacy ledger begins in %s; every run on these data has to use it", self.place)
         try:
-            ledger = open_ledger(path, self.record.client, examples, target, channels, largest_delta, unit)
+            ledger = open_ledger(path, self.record.client, terms, len(unit_ids), target)
         except OSError as error:
             raise LedgerError(
                 f"no privacy ledger can be kept in {self.place} ({error.strerror}); make it writable, or "
@@ -226,22 +211,24 @@ class DataLedger:
                 )
 
 
-def open_ledger(
-    path: Path,
-    client: str,
-    examples: int,
-    target: float,
-    channels: Sequence[Channel],
-    largest_delta: float | None = None,
-    unit: Unit = "example",
-) -> Ledger:
-    """Open a client's ledger, or begin one, with the δ of `ledger_delta` and a budget ε of some channels.
+def budgeted_channels(terms: Terms) -> tuple[Channel, ...]:
+    """Channels that a budget can bound: without DP on the adapter, its ε is ∞ whatever the budget."""
+    return ("profile", "adapter") if terms.adapter.private else ("profile",)
 
-    Raises:
-        LedgerError: it is damaged, of other parameters, or its δ is too large for so many examples.
-    """
-    delta = ledger_delta(path, examples, largest_delta)
-    return Ledger.open(path, client, delta, target, budgeted_channels=channels, unit=unit)
+
+def ledger_parameters(path: Path, client: str, terms: Terms, units: int, target: float) -> LedgerParameters:
+    """What a client's ledger of n units is opened with: the δ of `ledger_delta`, and a budget ε."""
+    delta = ledger_delta(path, units, terms.adapter_privacy.largest_delta)
+    return LedgerParameters(
+        client, delta, target, budgeted_channels=budgeted_channels(terms), unit=terms.unit
+    )
+
+
+def open_ledger(path: Path, client: str, terms: Terms, units: int, target: float) -> Ledger:
+    """Open a client's ledger, or begin one; LedgerError if it is damaged or of other `ledger_parameters`."""
+    wanted = ledger_parameters(path, client, terms, units, target)
+    channels, unit = wanted.budgeted_channels, wanted.unit
+    return Ledger.open(path, client, wanted.delta, target, budgeted_channels=channels, unit=unit)
 
 
 def ledger_delta(path: Path, examples: int, largest: float | None = None) -> float:

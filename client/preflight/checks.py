@@ -16,11 +16,11 @@ from typing import Any, Final
 from fedmosaic.client.data.records import unit_ids
 from fedmosaic.client.data.sets import ClientData, read_sets
 from fedmosaic.client.learner import ModelLearner
-from fedmosaic.client.ledger import DataLedger, ledger_delta
+from fedmosaic.client.ledger import DataLedger, ledger_parameters
 from fedmosaic.client.membership import ask_to_enrol
 from fedmosaic.client.model.given import accept_model
 from fedmosaic.client.model.load import LoadedModel, load_tokenizer
-from fedmosaic.client.planning import AdapterPlan, budgeted_channels, plan_adapter
+from fedmosaic.client.planning import AdapterPlan, plan_adapter
 from fedmosaic.client.preflight.data import Lengths, check_sets, read_lengths
 from fedmosaic.client.preflight.memory import check_memory
 from fedmosaic.client.profile.maker import client_probe, public_map, read_as_text
@@ -35,8 +35,8 @@ from fedmosaic.client.transport.traffic import Traffic
 from fedmosaic.privacy.encryption.layout import upload_payload_bytes
 from fedmosaic.privacy.federation import identity
 from fedmosaic.privacy.federation.kits import Kit, open_kit, unaligned
-from fedmosaic.privacy.ledger.ledger import LEDGER, LedgerParameters, data_epoch, has_begun, read_ledger
-from fedmosaic.privacy.ledger.rules import check_parameters
+from fedmosaic.privacy.ledger.ledger import LEDGER, data_epoch, has_begun, read_ledger
+from fedmosaic.privacy.ledger.rules import LedgerParameters, check_parameters
 from fedmosaic.privacy.mechanism.noise import SecureNoise
 from fedmosaic.protos.errors import ConfigurationError, ModelError, StateError
 
@@ -169,9 +169,10 @@ class Preflight:
     @cached_property
     def plan(self) -> AdapterPlan:
         """DP-SGD parameters of this client; AccountingError if there are none."""
-        terms, count = self.kit.roster.terms, len(self._unit_ids)
-        delta = ledger_delta(self._ledger, count, terms.adapter_privacy.largest_delta)
-        return plan_adapter(terms, count, delta, agreed_epsilon(self.settings, self.kit))
+        target = agreed_epsilon(self.settings, self.kit)
+        return plan_adapter(
+            self.kit.roster.terms, len(self._unit_ids), self._parameters(target).delta, target
+        )
 
     @cached_property
     def learner(self) -> ModelLearner:
@@ -287,18 +288,13 @@ class Preflight:
         return f"{self.settings.server} accepts us; round {enrolled.round} of {enrolled.rounds}"
 
     def _check_budget(self) -> str:
-        kit, count = self.kit, len(self._unit_ids)
-        target = agreed_epsilon(self.settings, kit)
-        path = self._ledger
-        delta = ledger_delta(path, count, kit.roster.terms.adapter_privacy.largest_delta)
-        if has_begun(path):
-            channels = budgeted_channels(kit.roster.terms)
-            unit = kit.roster.terms.unit
-            wanted = LedgerParameters(kit.member_id(), delta, target, budgeted_channels=channels, unit=unit)
-            check_parameters(wanted, read_ledger(path))
+        target = agreed_epsilon(self.settings, self.kit)
+        wanted = self._parameters(target)
+        if has_begun(self._ledger):
+            check_parameters(wanted, read_ledger(self._ledger))
         plan = self.plan
-        budget = f"ε = {target:g} at δ = {delta:.1e}"
-        if not kit.roster.terms.adapter.private:
+        budget = f"ε = {target:g} at δ = {wanted.delta:.1e}"
+        if not self.kit.roster.terms.adapter.private:
             return f"{budget}, for the task profile"
         return f"{budget}; planned σ = {plan.noise_multiplier:.3f} at q = {plan.sampling_rate:.4f}"
 
@@ -309,6 +305,10 @@ class Preflight:
         if not fits:
             self.warnings.append(words)
         return words if fits else "this may not suffice"
+
+    def _parameters(self, target: float) -> LedgerParameters:
+        terms, units = self.kit.roster.terms, len(self._unit_ids)
+        return ledger_parameters(self._ledger, self.kit.member_id(), terms, units, target)
 
     @property
     def _ledger(self) -> Path:

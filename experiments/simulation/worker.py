@@ -18,7 +18,7 @@ import numpy as np
 from fedmosaic.client.client import RESULT, Participant
 from fedmosaic.client.ledger import ServerAnchor, open_ledger
 from fedmosaic.client.model.examples import Example
-from fedmosaic.client.planning import budgeted_channels, plan_adapter
+from fedmosaic.client.planning import plan_adapter
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.settings import ClientSettings, DataSettings
 from fedmosaic.client.state import ClientState
@@ -185,11 +185,8 @@ class _Client:
             self._score,
             discard=scenario.discard_received,
         )
-        count, privacy = self.learner.inner.example_count, self.terms.adapter_privacy
-        target, channels = privacy.target_epsilon, budgeted_channels(self.terms)
-        self.ledger = open_ledger(
-            self.state.ledger_path, self.entry.id, count, target, channels, privacy.largest_delta
-        )
+        count, target = self.learner.inner.example_count, self.terms.adapter_privacy.target_epsilon
+        self.ledger = open_ledger(self.state.ledger_path, self.entry.id, self.terms, count, target)
         # One after the other: the accountants remember what they computed, and most clients ask the same.
         with COMPUTE:
             self.plan = plan_adapter(self.terms, count, self.ledger.parameters.delta, target)

@@ -11,12 +11,25 @@ from fedmosaic.client.settings import DataSettings
 from fedmosaic.client.state import SessionRecord
 from fedmosaic.privacy.accounting.epsilon import default_delta
 from fedmosaic.privacy.accounting.events import GaussianEvent
+from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
 from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, data_epoch, read_ledger
 from fedmosaic.privacy.ledger.move import back_up, move
+from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos.errors import LedgerError
 
 IDS = [f"e{index}" for index in range(400)]
 EPOCH = data_epoch(IDS)
+TERMS = Terms(
+    adapter=AdapterTerms(rank=4, protection="dp"),
+    allow_plaintext=True,
+    encryption={"backend": "plain"},  # type: ignore[arg-type]  # as a file has it
+    profile=ProfileMechanism(
+        probe="none",
+        probe_sha256="0" * 64,
+        reduction=Reduction(hidden_size=8, intermediate_size=16, projection_dimensions=32),
+        noise_multiplier=8.0,
+    ),
+)
 PROFILE = GaussianEvent(8.0, 1.0, 1)
 
 
@@ -37,7 +50,7 @@ class Site:
         return DataLedger.of(DataSettings(train=train or self.train, ledger=named), directory, record)
 
     def open(self, state: str = "state", **options: object) -> Ledger:
-        return self.books(state, **options).open(len(IDS), EPOCH, 8.0, ("profile", "adapter"))  # type: ignore[arg-type]  # by keyword
+        return self.books(state, **options).open(TERMS, IDS, 8.0)  # type: ignore[arg-type]  # by keyword
 
 
 def of_before(state: Path) -> Ledger:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from fedmosaic.client.client import Participant
-from fedmosaic.client.planning import AdapterPlan, budgeted_channels
+from fedmosaic.client.ledger import budgeted_channels
+from fedmosaic.client.planning import AdapterPlan
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.session import Session

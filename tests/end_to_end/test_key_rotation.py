@@ -10,7 +10,7 @@ import pytest
 
 import builders
 from end_to_end import federation_of_vectors as fv
-from fedmosaic.client import session as client_session
+from fedmosaic.client import membership
 from fedmosaic.client.keyring import Keyring
 from fedmosaic.privacy.federation import consortium
 from fedmosaic.privacy.federation.kits import open_kit
@@ -21,7 +21,7 @@ from fedmosaic.server.settings import settings_from_kit
 
 @pytest.fixture(autouse=True)
 def _no_long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_session, "_SECONDS_BETWEEN_EPOCHS", 0.1)
+    monkeypatch.setattr(membership, "_SECONDS_BETWEEN_EPOCHS", 0.1)
 
 
 @pytest.fixture

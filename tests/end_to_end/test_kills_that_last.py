@@ -250,7 +250,7 @@ def test_an_older_copy_of_the_server_is_noticed(tmp_path: Path, moment: str) -> 
     line: Any = fv.in_process(coordinator, "ada")
     session = client.session(line)
     enrolled = session._enrol()
-    session._resume(enrolled.round)
+    session._resume(enrolled)
     upload = read_upload(session._state.upload_path(3))
     assert upload is not None
     coordinator.close()

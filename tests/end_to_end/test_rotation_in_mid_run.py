@@ -17,7 +17,6 @@ from cryptography import x509
 import builders
 from end_to_end import federation_of_vectors as fv
 from fedmosaic.client import membership
-from fedmosaic.client import session as client_session
 from fedmosaic.client.state import ClientState
 from fedmosaic.client.transport.grpc import GrpcTransport
 from fedmosaic.privacy.federation import consortium, identity, kits
@@ -30,7 +29,7 @@ from fedmosaic.server.server import Server
 
 @pytest.fixture(autouse=True)
 def _no_long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_session, "_SECONDS_BETWEEN_EPOCHS", 0.1)
+    monkeypatch.setattr(membership, "_SECONDS_BETWEEN_EPOCHS", 0.1)
     monkeypatch.setattr(membership, "_SECONDS_BETWEEN_LOOKS", 0.1)
     monkeypatch.setattr(renewal, "_LOOK_SECONDS", 0.1)
 
