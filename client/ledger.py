@@ -99,11 +99,8 @@ def audited(audit: AuditLog, client: str, roster: Roster) -> Callable[[LedgerRow
 class DataLedger:
     """The one ledger of a data set, as one client of one federation sees it.
 
-    Attributes:
-        place: its directory.
-        named: whether the configuration names it (`data.ledger`).
-        state: the client's state directory.
-        record: which federation and client, and how far they got.
+    `place` is its directory, `named` tells whether `data.ledger` names it; `state` and `record` are the
+    client's.
     """
 
     place: Path
@@ -234,8 +231,7 @@ def open_ledger(path: Path, client: str, terms: Terms, units: int, target: float
 def ledger_delta(path: Path, examples: int, largest: float | None = None) -> float:
     """δ of the ledger that is there, or of a new one for n examples under terms that bound δ.
 
-    Raises:
-        LedgerError: its δ is above 1/n or above the bound, or it is damaged.
+    LedgerError if its δ is above 1/n or above the bound, or it is damaged.
     """
     if not has_begun(path):
         return default_delta(examples, largest)

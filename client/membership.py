@@ -231,8 +231,7 @@ class Membership:
     def _agree(self, aggregate: Aggregate, rounds: int) -> Aggregate:
         """Agree on the group key of this round's uploads; on failure, wait for the next key epoch.
 
-        Raises:
-            KeyExpiredError: the server has kept a key in use that the roster's terms have ended.
+        KeyExpiredError if the server has kept a key in use that the roster's terms have ended.
         """
         patience = time.monotonic() + self.roster.terms.schedule.key_patience_seconds
         told = ""
@@ -268,9 +267,8 @@ class Membership:
     def _waiting(self, status: RoundStatus) -> None:
         """Told now and then what the server waits for: sees whether it is still the server we know.
 
-        Raises:
-            StateError: it is an older copy, or one with another past.
-            SealAnewError: it has lost an upload, and the key epoch of its bytes as well.
+        StateError if it is an older copy, or one with another past; SealAnewError if it has lost an upload,
+        and the key epoch of its bytes as well.
         """
         self._progress.waiting(status)
         if self._state.contradicts(status.round, status.head) or self._wanted_again(status):

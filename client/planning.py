@@ -14,9 +14,8 @@ from fedmosaic.protos.errors import AccountingError
 class AdapterPlan:
     """DP-SGD parameters of this client, planned once for the whole run.
 
-    Attributes:
-        noise_multiplier: σ, noise over clipping norm; 0 where the adapter is not trained privately.
-        sampling_rate: q, expected batch size over the number of examples.
+    σ is noise over clipping norm, 0 where the adapter is not trained privately; the sampling rate q is the
+    expected batch size over the number of examples.
     """
 
     noise_multiplier: float
@@ -29,16 +28,7 @@ def sampling_rate(terms: Terms, examples: float) -> float:
 
 
 def plan_adapter(terms: Terms, examples: float, delta: float, target_epsilon: float) -> AdapterPlan:
-    """Find σ for all rounds from the budget that the profile leaves.
-
-    Args:
-        terms: schedule, batch size, profile mechanism.
-        examples: number n of the client's examples.
-        delta: δ of the budget.
-        target_epsilon: ε of the whole run, both channels together.
-
-    Returns:
-        The plan; with σ = 0 where the terms do not train the adapter privately.
+    """Find σ for all rounds of n examples, from the budget (ε, δ) that the profile leaves.
 
     Raises:
         AccountingError: the profile alone passes the target, no noise suffices, or the client has too few

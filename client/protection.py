@@ -75,8 +75,7 @@ class Protection:
     def ready(self, key_epoch: int, round_number: int) -> tuple[str, ...]:
         """Make sure that uploads of an epoch and round can be sealed; see `Keyring.agree` for the errors.
 
-        Returns:
-            Members of the epoch, sorted; none where nothing is encrypted.
+        Returns the members of the epoch, sorted; none where nothing is encrypted.
         """
         if self._keyring is None:
             return ()
@@ -97,11 +96,8 @@ class Protection:
     ) -> np.ndarray:
         """Check and decrypt one section of an aggregate of the uploads of a key epoch and round.
 
-        Returns:
-            (size,) float64. Under `ckks` it must stay in this process.
-
-        Raises:
-            PolicyError, CiphertextError, EncryptionError: see `ClientCipher.decrypt`.
+        Returns (size,) float64, which under `ckks` must stay in this process; errors as of
+        `ClientCipher.decrypt`.
         """
         key = None if self._keyring is None else self._keyring.key(key_epoch)
         context = self._context(section.name, key_epoch, round_number, size)
@@ -116,18 +112,10 @@ class Protection:
         profile: Profile | None,
         ledger: LedgerHead | None = None,
     ) -> Upload:
-        """Encrypt and sign one upload. What is sealed once is stored and re-sent, never sealed again.
+        """Encrypt and sign one upload of finite vectors by section name, or of none to abstain.
 
-        Args:
-            run_id: the server's run.
-            round_number: the open round.
-            key_epoch: epoch of the group key.
-            vectors: section name → finite vector; empty to abstain.
-            profile: a new task profile or None.
-            ledger: head of the privacy ledger, for the server to keep.
-
-        Raises:
-            KeyExpiredError: the epoch is over by the roster's terms; nothing was encrypted.
+        What is sealed once is stored and re-sent, never sealed again. KeyExpiredError if the epoch is over by
+        the roster's terms; nothing was encrypted then.
         """
         key, nonce, sections, limit = None, bytes(NONCE_BYTES), [], self._roster.terms.encryption.clip
         if vectors and self._keyring is not None:

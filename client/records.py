@@ -73,10 +73,10 @@ def read_upload(path: Path) -> Upload | None:
         raise StateError(
             f"{path} is damaged ({error}); delete it: the round is then sealed again from the trained adapter"
         ) from None
-    signature, profile = header.signature, header.profile
     return Upload(
-        header.round, header.attempt_id, header.key_epoch, tuple(sections), profile, signature, header.ledger
-    )
+        header.round, header.attempt_id, header.key_epoch, tuple(sections), header.profile, header.signature,
+        header.ledger,
+    )  # fmt: skip
 
 
 def digest_of(vector: np.ndarray) -> str:

@@ -176,11 +176,10 @@ class Releases:
         return channel, round_number, self._data_epoch, self._state.record.run_id
 
     def adapter(self, round_number: int, vectors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        """Book the adapter sections that are about to leave, by name.
+        """Book the adapter sections that are about to leave, by name, and return what may leave.
 
-        Returns:
-            What may leave: nothing in receive-only mode, or where an earlier process was refused this round's
-            training and ended before it sent.
+        That is nothing in receive-only mode, or where an earlier process was refused this round's training
+        and ended before it sent.
         """
         private = self._terms.adapter.private
         if self.receive_only or (private and self._ledger.refused(*self._key("adapter", round_number))):

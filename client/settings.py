@@ -33,12 +33,7 @@ GATE_RATE: Final = 3.0
 
 
 class ModelSettings(Frozen):
-    """Where a model comes from.
-
-    `path` is a local folder or a hub id. `keep_layers` cuts a decoder to its first layers, which makes a
-    smaller architecture of the same family. `aligned` is what `fedmosaic align` wrote for this model, a
-    folder or a hub id, where the roster names an aligned basis.
-    """
+    """Where a model comes from, and how it is loaded."""
 
     path: str = Field(min_length=1)
     """Folder or hub id of a causal language model, or of a vision-language model."""
@@ -317,13 +312,7 @@ class ClientSettings(Frozen):
     def check_complete(self, *, model: bool = False, train: bool = False, test: bool = False) -> None:
         """Refuse settings that leave something out, or name what is handed over as well.
 
-        Args:
-            model: a model and its tokenizer are handed over.
-            train: training examples are.
-            test: a test set is.
-
-        Raises:
-            ConfigurationError: what is missing, or there twice, is named; or a tracker that is not installed.
+        ConfigurationError names what is missing, or there twice; or a tracker that is not installed.
         """
         if not model and self.model == IN_MEMORY:
             raise ConfigurationError(

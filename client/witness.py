@@ -125,8 +125,7 @@ class Review:
 def receive(parts: Iterable[pb.ReviewResponse], book: WitnessBook) -> Review:
     """Read an answer of the server, and no more of it than the terms and its announcement allow.
 
-    Raises:
-        WireError, EncryptionError, IdentityError: a piece is out of place, too large, or of no member.
+    WireError, EncryptionError or IdentityError if a piece is out of place, too large, or of no member.
     """
     review, payload, size = Review(), bytearray(), 0
     for part in parts:
@@ -176,7 +175,10 @@ def run(settings: WitnessSettings) -> tuple[int, int]:
             with open_channel(settings.server, kit.authority, kit.tls_certificate, kit.tls_key) as channel:
                 stub = rpc.WitnessStub(channel)
                 review = patience.retry("review", lambda: _review(stub, book))  # noqa: B023
-                for verdict in (verdicts := _judge(book, review)):
+                verdicts: list[Verdict] = []
+                if review.header is not None and review.complete:
+                    verdicts = book.judge(review.header, review.uploads, review.claims)
+                for verdict in verdicts:
                     _answer(stub, patience, verdict)
                     signed, refused = signed + (not verdict.refusal), refused + bool(verdict.refusal)
             if review.header is not None and verdicts:
@@ -209,12 +211,6 @@ def _own_kit(directory: Path) -> Kit:
 def _review(stub: rpc.WitnessStub, book: WitnessBook) -> Review:
     request = pb.ReviewRequest(wait_milliseconds=int(_WAIT_SECONDS * 1000))
     return receive(stub.Review(request, timeout=_CALL_SECONDS), book)
-
-
-def _judge(book: WitnessBook, review: Review) -> list[Verdict]:
-    if review.header is None or not review.complete:
-        return []
-    return book.judge(review.header, review.uploads, review.claims)
 
 
 def _answer(stub: rpc.WitnessStub, patience: Patience, verdict: Verdict) -> None:

@@ -26,12 +26,7 @@ _ROLES: Final = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Turn:
-    """One message of a conversation.
-
-    Attributes:
-        role: `system`, `user` or `assistant`.
-        content: Its text.
-    """
+    """One message of a conversation: the text of the `system`, the `user` or the `assistant`."""
 
     role: str
     content: str = field(repr=False)
@@ -87,8 +82,7 @@ R = TypeVar("R", bound=Record)
 def by_unit(examples: Sequence[R], unit: Unit) -> list[tuple[R, ...]]:
     """The units that a guarantee is for, in the order of their first examples: each alone, or by person.
 
-    Raises:
-        ConfigurationError: the unit is a person and an example says none.
+    ConfigurationError if the unit is a person and an example says none.
     """
     if unit == "example":
         return [(example,) for example in examples]
@@ -112,13 +106,10 @@ def unit_ids(examples: Sequence[Record], unit: Unit) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class ExampleSet:
-    """The examples of one source, and how they were read.
+    """The examples of one source, at least one, and how they were read.
 
-    Attributes:
-        label: Short name of the source, for messages.
-        examples: In order; at least one.
-        columns: Which columns they were made of, for people.
-        named: Whether a column names the examples; else their names are made from what they say.
+    `label` and `columns` are for people; `named` tells whether a column names the examples, else their names
+    are made from what they say.
     """
 
     label: str

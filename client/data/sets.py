@@ -11,12 +11,7 @@ from fedmosaic.protos.errors import ConfigurationError
 
 @dataclass(frozen=True)
 class ClientData:
-    """A client's examples as read.
-
-    Attributes:
-        train: to be trained on.
-        tests: to be scored, by name of the set; the client's own is "self".
-    """
+    """A client's examples as read: to be trained on, and to be scored, the client's own set as "self"."""
 
     train: ExampleSet
     tests: dict[str, ExampleSet]
@@ -25,16 +20,7 @@ class ClientData:
 def read_sets(
     settings: DataSettings, train: Iterable[Any] | None = None, test: Iterable[Any] | None = None
 ) -> ClientData:
-    """Read every set.
-
-    Args:
-        settings: where they are, paths resolved.
-        train: rows that are handed over in Python instead of `data.train`.
-        test: the same for `data.test`.
-
-    Raises:
-        ConfigurationError: a set cannot be read; see `read_set`.
-    """
+    """Read every set, or take the rows that are handed over instead; ConfigurationError as of `read_set`."""
     if "self" in settings.others:
         raise ConfigurationError(
             'data.others names a set "self", the name of data.test; give it another name'

@@ -33,14 +33,9 @@ _EXTRA: Final = "pip install 'fedmosaic[datasets]'"
 
 
 def rows_of(source: DataSource | Iterable[Any], wanted: Iterable[str] | None = None) -> Iterator[Row]:
-    """The rows of a source in order.
+    """The rows of a source in order; ConfigurationError if it cannot be read.
 
-    Args:
-        source: file, folder, split on a hub, or what a caller in Python holds: dictionaries, or a `Dataset`.
-        wanted: columns to be read where others need not be; None for all.
-
-    Raises:
-        ConfigurationError: it cannot be read.
+    Where `wanted` names columns, others need not be read.
     """
     if isinstance(source, HubData):
         return _dataset_rows(_from_hub(source), str(source), wanted)

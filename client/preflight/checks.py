@@ -48,10 +48,7 @@ _SPARE_BYTES: Final = 1 << 28
 class Check:
     """One thing that is checked.
 
-    Attributes:
-        name: for people.
-        needs: names of the checks without whose success this one cannot be made.
-        run: makes it; returns what was found in a few words, or raises what is wrong.
+    It needs the success of other checks, by name; `run` returns what was found in a few words, or raises.
     """
 
     name: str
@@ -63,11 +60,8 @@ class Check:
 class Given:
     """What a caller in Python hands over instead of naming it in the settings.
 
-    Attributes:
-        model: a causal language model of transformers, loaded, and its tokenizer.
-        train: training examples.
-        test: examples to score.
-        connect: opens the channel to the server.
+    A loaded causal language model of transformers with its tokenizer, examples to train on and to score, and
+    what opens the channel to the server.
     """
 
     model: tuple[Any, Any] | None = None
@@ -79,9 +73,7 @@ class Given:
 class Preflight:
     """The checks of one client, and what they have read and loaded on the way.
 
-    Attributes:
-        warnings: what was found that stops nobody, one line each.
-        reading: what was read of the data, one line per set.
+    `warnings` has what was found that stops nobody, one line each; `reading` what was read, one line per set.
     """
 
     def __init__(
@@ -94,18 +86,9 @@ class Preflight:
         traffic: Traffic | None = None,
         given: Given | None = None,
     ) -> None:
-        """Prepare; nothing is read yet.
+        """Prepare; nothing is read yet. ConfigurationError as of `ClientSettings.check_complete`.
 
-        Args:
-            settings: of the client, paths resolved.
-            progress: told of what takes long.
-            server_patience_seconds: how long to wait for the server.
-            scratch: where the model's side may write instead of the state directory; None for a client.
-            traffic: counts the bytes of the connection; a count of its own by default.
-            given: what is handed over; by default the settings name all.
-
-        Raises:
-            ConfigurationError: the settings leave something out, or name what is handed over as well.
+        `scratch` is where the model's side may write instead of the state directory.
         """
         self._given = given or Given()
         settings.check_complete(
@@ -139,11 +122,7 @@ class Preflight:
         )
 
     def require(self, warn: Callable[[str], None]) -> None:
-        """Make every check; the first that fails raises.
-
-        Args:
-            warn: told each warning, one line.
-        """
+        """Make every check and `warn` of each warning; the first that fails raises."""
         for check in self.checks():
             self.progress.stage(0, f"checking {check.name}")
             told = len(self.warnings)
@@ -352,11 +331,7 @@ class Preflight:
 
 
 def agreed_epsilon(settings: ClientSettings, kit: Kit) -> float:
-    """The client's budget for the whole run.
-
-    Raises:
-        ConfigurationError: the client wants a looser one than the federation's.
-    """
+    """The client's budget for the run; ConfigurationError if it is looser than the federation's."""
     agreed = kit.roster.terms.adapter_privacy.target_epsilon
     target = settings.target_epsilon or agreed
     if target > agreed:

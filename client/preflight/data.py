@@ -19,15 +19,7 @@ from fedmosaic.protos.errors import ConfigurationError
 
 
 def check_sets(data: ClientData, pictures: Path | None, unit: Unit = "example") -> list[str]:
-    """Check what needs no model.
-
-    Args:
-        data: as read.
-        pictures: folder that images lie in.
-        unit: what the terms protect.
-
-    Returns:
-        Warnings, one line each.
+    """Check what needs no model; returns warnings, one line each.
 
     Raises:
         ConfigurationError: a test example cannot be scored, an image is missing, or a test set holds nothing
@@ -66,13 +58,7 @@ class Lengths:
 def read_lengths(
     tokenizer: PreTrainedTokenizerBase, found: ExampleSet, max_length: int, setting: str
 ) -> Lengths:
-    """How much of a set is read within a length.
-
-    Args:
-        tokenizer: of the model that reads.
-        found: the set.
-        max_length: most tokens of an example, answer and end of text included.
-        setting: name of that setting.
+    """How much of a set is read within `max_length` tokens, answer and end of text included.
 
     Raises:
         ConfigurationError: an answer or choice leaves no room for its prompt, or the chat template refuses a

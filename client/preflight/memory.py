@@ -45,18 +45,11 @@ _SMALL: Final = 500
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes that a client needs on its device at most, by what for.
+    """Bytes that a client needs on its device at most, by what for, and bytes that the device has.
 
-    Attributes:
-        device: name of the device.
-        weights: of the frozen model.
-        adapter: its tensors.
-        training: optimizer, gradients and activations at the most crowded moment of a step.
-        probe: the probe's weights and its pass over one example; 0 if it computes on another device.
-        context: what the device's driver takes for itself.
-        free: bytes that the device has free now.
-        total: bytes that it has.
-        remedies: what would make it less, by setting.
+    `weights` are the frozen model's; `training` is optimizer, gradients and activations at the most crowded
+    moment of a step; `probe` its weights and pass over one example, 0 if on another device; `context` what
+    the device's driver takes; `remedies` would make it less, by setting.
     """
 
     device: str
@@ -100,14 +93,8 @@ def check_memory(
 ) -> tuple[str, bool]:
     """What a client needs against what its device has, in words, and whether it fits now.
 
-    Args:
-        settings: the client's.
-        adapter: shape of the adapter, as on the roster.
-        lengths: of the training examples, if they were read; else the longest that the settings allow, a
-            quarter of it learned.
-
-    Raises:
-        ModelError: the weights alone are more than the device has, or see `memory_need`.
+    Without the lengths of the examples, the longest that the settings allow are assumed, a quarter of it
+    learned. ModelError if the weights alone are more than the device has, or as of `memory_need`.
     """
     device = choose_device(settings.model.device)
     free, _ = free_memory(device)
@@ -134,8 +121,8 @@ def memory_need(
         supervised: answer tokens of the examples of a batch, at most; a quarter of `longest` if 0.
 
     Raises:
-        ModelError: a configuration cannot be read, the model cannot carry the adapter, or the device is
-            not there.
+        ModelError: a configuration cannot be read, the model cannot carry the adapter, or the device is not
+            there.
     """
     device = choose_device(settings.model.device)
     training = settings.training
@@ -169,28 +156,14 @@ def memory_need(
 def training_peak(
     model: nn.Module, *, batch: int, length: int, supervised: int, checkpoint: bool, bf16: bool = False
 ) -> int:
-    """Bytes beyond weights, adapter and optimizer at the most crowded moment of a training step.
-
-    Args:
-        model: without weights (on the device `meta`), adapted.
-        batch: examples of a forward pass.
-        length: tokens of each.
-        supervised: positions that carry loss.
-        checkpoint: with gradient checkpointing.
-        bf16: under autocast to bfloat16.
-    """
+    """Bytes beyond weights, adapter and optimizer at the most crowded moment of a training step."""
     step = _TrainingStep(model, (batch, length), supervised, bf16)
     with training_mode(model, True), checkpointing(model, checkpoint):
         return _peak(step)
 
 
 def weight_bytes(model: nn.Module, settings: ModelSettings) -> int:
-    """Bytes of a model's frozen weights, without an adapter that may be on it.
-
-    Args:
-        model: without weights.
-        settings: say whether its linear weights will be packed into 4 bits.
-    """
+    """Bytes of the frozen weights of a model on `meta`, without an adapter; packed into 4 bits if asked."""
     size = sum(tensor.nbytes for name, tensor in _tensors(model) if "colora_" not in name)
     if settings.quantization is None:
         return size

@@ -12,17 +12,15 @@ import tyro
 from fedmosaic.client.data.records import Example, listed
 from fedmosaic.client.data.sources import rows_of
 from fedmosaic.client.model.scoring import answers
-from fedmosaic.client.result.saved import open_model
+from fedmosaic.client.result.saved import Opening
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.protos.errors import ConfigurationError
 
 
-@dataclass(frozen=True)
-class Arguments:
+@dataclass(frozen=True, kw_only=True)
+class Arguments(Opening):
     """Answer every row of a file with a client's model: its most likely choice, or free text."""
 
-    state: tyro.conf.Positional[Path]
-    """The client's state directory."""
     data: Path
     """Rows with prompt, choices and id, in any format of `data.train`; without choices the model writes."""
     out: Path
@@ -31,12 +29,6 @@ class Arguments:
     """Rows at once."""
     max_new_tokens: int = 64
     """Most tokens of a free text."""
-    base: str | None = None
-    """Folder or hub id of the base model, if it is not where the client had it."""
-    device: str | None = None
-    """Where to compute; as in the client's settings if left out."""
-    config: Path | None = None
-    """The client's client.toml, for state directories of versions before."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -50,20 +42,14 @@ def main(arguments: Sequence[str]) -> int:
     if parsed.out.resolve() == parsed.data.resolve():
         raise ConfigurationError(f"--out is --data, {parsed.out}; give another file")
     rows = read_questions(parsed.data)
-    opened = open_model(
-        parsed.state, device=parsed.device, base=parsed.base, config=parsed.config, needs=rows
-    )
+    opened = parsed.open(needs=rows)
     lines = []
     for start in range(0, len(rows), parsed.batch_size):
         batch = rows[start : start + parsed.batch_size]
         given = answers(
-            opened.model,
-            opened.tokenizer,
-            batch,
-            parsed.batch_size,
-            max_length=opened.saved.max_length,
+            opened.model, opened.tokenizer, batch, parsed.batch_size, max_length=opened.saved.max_length,
             max_new_tokens=parsed.max_new_tokens,
-        )
+        )  # fmt: skip
         lines += [
             json.dumps({"id": row.id, "answer": answer}, ensure_ascii=False) + "\n"
             for row, answer in zip(batch, given, strict=True)
@@ -77,8 +63,7 @@ def main(arguments: Sequence[str]) -> int:
 def read_questions(path: Path) -> list[Example]:
     """Read rows to be answered; what they have besides prompt, choices and id is left alone.
 
-    Raises:
-        ConfigurationError: a row has no prompt, or choices that are none. The row is named, not its content.
+    ConfigurationError if a row has no prompt, or choices that are none. The row is named, not its content.
     """
     rows = []
     for number, (where, row) in enumerate(rows_of(path), 1):

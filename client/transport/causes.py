@@ -65,26 +65,16 @@ _PASSING: Final = (
 
 @dataclass(frozen=True)
 class Cause:
-    """Why a call failed.
-
-    Attributes:
-        words: what it means and what to do.
-        final: whether trying again is in vain until somebody changes something.
-    """
+    """Why a call failed: what it means and what to do, and whether trying again is in vain meanwhile."""
 
     words: str
     final: bool = False
 
 
 def explain(text: str, address: str) -> Cause:
-    """Say what a failed call means.
+    """Say what a failed call to an address means, by gRPC's text with the status code.
 
-    Args:
-        text: gRPC's, with the status code.
-        address: host and port of the server.
-
-    Returns:
-        The cause; `final` where only a person can help. A proxy is named wherever it may stand in between.
+    A proxy is named wherever it may stand in between.
     """
     if "Hostname Verification Check failed" in text:
         named = ", ".join(_presented_names(address)) or "other names"

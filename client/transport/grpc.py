@@ -94,7 +94,7 @@ class GrpcTransport:
         traffic: Traffic | None = None,
         connect: Connect = open_channel,
     ) -> None:
-        """Prepare a connection; it is opened by the first call.
+        """Prepare a connection; it is opened by the first call. IdentityError if a file is not acceptable.
 
         Args:
             address: host and port of the server.
@@ -105,9 +105,6 @@ class GrpcTransport:
             wait_seconds: how long one call waits at the server, at most 60.
             traffic: counts on; by default from nothing.
             connect: opens the channel; by default straight to the address.
-
-        Raises:
-            IdentityError: a file is missing or not acceptable.
         """
         self._address, self._files = address, (authority, certificate, private_key)
         self._marks = file_marks(self._files)
