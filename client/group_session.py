@@ -12,14 +12,13 @@ The first round has no sum: its profiles decide who adds up with whom.
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Final, Protocol, cast
 
 import numpy as np
 
 from fedmosaic.client.dp.group_steps import FloatArray, GroupSum, mixed_gradient, shared_branch
-from fedmosaic.client.group_sum import take_part
 from fedmosaic.client.membership import Learner
 from fedmosaic.client.planning import group_grid
 from fedmosaic.client.progress import Progress
@@ -33,6 +32,7 @@ from fedmosaic.privacy.federation.kits import Kit
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.secureaggregation.masks import from_words, unpack
 from fedmosaic.privacy.secureaggregation.member import SumMember
+from fedmosaic.privacy.secureaggregation.messages import Opening
 from fedmosaic.privacy.secureaggregation.partition import NO_ROUND, Partition, RoundTotals, sum_context
 from fedmosaic.protos.errors import EncryptionError, StateError
 from fedmosaic.protos.messages import Enrolled, KeyMessage
@@ -44,6 +44,35 @@ _PERSONAL: Final = "personal-trained"
 """Empty file of a state directory whose newest adapter has the personal branch of the run's end."""
 _SECONDS_PER_READ: Final = 60.0
 _SECONDS_PER_CALL: Final = 30.0
+
+
+def take_part(
+    member: SumMember,
+    answered: Callable[[str, bytes], Mapping[str, bytes]],
+    draw: Callable[[], np.ndarray | None],
+) -> None:
+    """Bring a vector into the group's sum; see `fedmosaic.privacy.secureaggregation.member`.
+
+    Args:
+        member: fresh, of this round's terms.
+        answered: sends this member's message of a step and gives what the step brought, once it is over.
+        draw: gives (D,) this round's share, charged and booked, or None to leave the sum; called once, when
+            enough others have proved to take part, so that a sum that never begins costs nothing.
+
+    Raises:
+        EncryptionError: somebody else's message is not acceptable, or a step took too long.
+        Refusal: the server forms no sum of this group, or goes on without this member.
+    """
+    openings = answered("sum-open", member.open().encoded())
+    sealed = member.share({name: Opening.decoded(data) for name, data in openings.items()})
+    envelopes = answered("sum-share", b"".join(sealed[name] for name in sorted(sealed)))
+    member.accept(envelopes)
+    vector = draw()
+    if vector is None:
+        return
+    survivors = answered("sum-vector", member.mask(vector))
+    signatures = answered("sum-agree", member.agree(tuple(survivors)))
+    answered("sum-unmask", member.unmask(signatures).encoded())
 
 
 class GroupLearner(Learner, Protocol):

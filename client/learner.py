@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client.colora import copy_branch, read_family, set_active_branches, set_trainable, write_family
 from fedmosaic.client.colora.aligned import read_embedded, write_embedded
-from fedmosaic.client.data.records import unit_ids
-from fedmosaic.client.data.sets import ClientData, read_sets
+from fedmosaic.client.data.records import ClientData, read_sets, unit_ids
 from fedmosaic.client.dp import round as private_round
 from fedmosaic.client.model.acceptance import check_ids, check_length, encoded_ids
 from fedmosaic.client.model.adapted import agreed_layout, load_adapted

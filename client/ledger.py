@@ -8,8 +8,7 @@
         profile-<data>-<map>.npy   a noised task profile, sent again free of charge until data or map change
     STATE/ledger.json              which ledger a state directory charges, and its last row as seen there
 
-Every run on the data opens the same ledger, also two at once. A ledger in a state directory, where versions
-before kept it, is moved beside the data.
+Every run on the data opens the same ledger, also two at once.
 """
 
 import json
@@ -110,14 +109,27 @@ class DataLedger:
 
     @classmethod
     def of(cls, settings: DataSettings, state: Path, record: SessionRecord) -> "DataLedger":
-        """The ledger beside the data, or where the configuration says; ConfigurationError if neither is."""
+        """The ledger beside the data, or where the configuration says.
+
+        ConfigurationError if nothing here is beside the data; LedgerError if one in the state directory has
+        to be moved first.
+        """
         train, named = settings.train, settings.ledger
         if named is not None:
-            return cls(named.resolve(), True, state, record)
-        if not isinstance(train, Path):
+            place = named.resolve()
+        elif not isinstance(train, Path):
             raise ConfigurationError(NO_LEDGER.format("of a hub" if train else "handed over in Python"))
-        data = train.resolve()  # two links to one file are one data set
-        return cls(data.with_name(data.name + SUFFIX), False, state, record)
+        else:
+            data = train.resolve()  # two links to one file are one data set
+            place = data.with_name(data.name + SUFFIX)
+        earlier = state / LEDGER
+        begun = earlier.exists() or earlier.with_name(f"{LEDGER}.head").exists()
+        if begun and place != state.resolve() and read_ledger(earlier)[-1].kind != "MOVED":
+            raise LedgerError(
+                f"there is a privacy ledger in {state}, where an early version kept it; releases from the "
+                f"same data are charged to one: run `fedmosaic ledger move {state} {place}`, which joins them"
+            )
+        return cls(place, named is not None, state, record)
 
     def open(self, terms: Terms, unit_ids: Sequence[str], target: float) -> Ledger:
         """Open the ledger, or make the first one of data that nothing was released from.
@@ -130,7 +142,6 @@ class DataLedger:
         Raises:
             LedgerError: it cannot be used, is behind what this state has seen, or a fresh one would forget.
         """
-        self._adopt()
         path = self.place / LEDGER
         seen = self._seen()
         if not has_begun(path):
@@ -167,25 +178,6 @@ class DataLedger:
 
         remedy = "give a new state_dir, and name the ledger of these data in data.ledger"
         return read_own(self.state / SEEN, read, remedy)
-
-    def _adopt(self) -> None:
-        """Move a ledger that stands in the state directory beside the data."""
-        path = self.state / LEDGER
-        if self.place == self.state.resolve() or not (
-            path.exists() or path.with_name(f"{LEDGER}.head").exists()
-        ):
-            return
-        rows = read_ledger(path)
-        if rows[-1].kind == "MOVED":
-            return
-        if (self.place / LEDGER).exists() and rows[-1].kind != "CLOSED":
-            raise LedgerError(
-                f"there is a privacy ledger in {self.state} and one in {self.place}; releases from the same "
-                f"data have to be charged to one. Join them with `fedmosaic ledger move {self.state} "
-                f"{self.place}`, or, if the second is of other data, name another directory in data.ledger"
-            )
-        move(self.state, self.place)
-        log.warning("the privacy ledger of %s now stands in %s, for every run", self.state, self.place)
 
     def _check_fresh(self, seen: tuple[str, bytes] | None, epoch: str) -> None:
         if seen is not None or self.record.run_id:

@@ -1,4 +1,4 @@
-"""A row as an example: which columns it is made of, what may stand in them, and how it is named."""
+"""Rows as examples: which columns they are made of, what may stand in them, how they are named."""
 
 import difflib
 import hashlib
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 
 from fedmosaic.client.data.sources import label_of, rows_of
-from fedmosaic.client.settings import ColumnSettings, DataSource
+from fedmosaic.client.settings import ColumnSettings, DataSettings, DataSource
 from fedmosaic.privacy.configuration import canonical_json, parse_json
 from fedmosaic.privacy.ledger.rows import Unit
 from fedmosaic.protos.errors import ConfigurationError
@@ -323,3 +323,28 @@ def _named(examples: list[Example]) -> tuple[Example, ...]:
         seen[name] += 1
         found.append(replace(example, id=name if seen[name] == 1 else f"{name}-{seen[name]}"))
     return tuple(found)
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """A client's examples as read: to be trained on, and to be scored, the client's own set as "self"."""
+
+    train: ExampleSet
+    tests: dict[str, ExampleSet]
+
+
+def read_sets(
+    settings: DataSettings, train: Iterable[Any] | None = None, test: Iterable[Any] | None = None
+) -> ClientData:
+    """Read every set, or take the rows that are handed over instead; ConfigurationError as of `read_set`."""
+    if "self" in settings.others:
+        raise ConfigurationError(
+            'data.others names a set "self", the name of data.test; give it another name'
+        )
+    source = settings.train if train is None else train
+    if source is None:
+        raise ConfigurationError("data.train: missing; name the training examples")
+    tests = {name: read_set(place, settings.columns) for name, place in settings.test_sets.items()}
+    if test is not None:
+        tests = {"self": read_set(test, settings.columns)} | tests
+    return ClientData(read_set(source, settings.columns), tests)

@@ -13,8 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from fedmosaic.client.data.records import unit_ids
-from fedmosaic.client.data.sets import ClientData, read_sets
+from fedmosaic.client.data.records import ClientData, read_sets, unit_ids
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.ledger import DataLedger, ledger_parameters
 from fedmosaic.client.membership import ask_to_enrol
@@ -291,12 +290,9 @@ class Preflight:
 
     @property
     def _ledger(self) -> Path:
-        """The ledger of the data, or the one in the state directory that will be moved there."""
         settings, member = self.settings, self.kit.member_id()
         record = self.record or SessionRecord(federation=self.kit.roster.federation, client=member)
-        beside = DataLedger.of(settings.data, settings.state_dir, record).place
-        earlier = settings.state_dir / LEDGER
-        return earlier if earlier.exists() and not (beside / LEDGER).exists() else beside / LEDGER
+        return DataLedger.of(settings.data, settings.state_dir, record).place / LEDGER
 
     @property
     def _releases_profile(self) -> bool:

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from fedmosaic.client.data.records import Example, ExampleSet, by_unit
-from fedmosaic.client.data.sets import ClientData
+from fedmosaic.client.data.records import ClientData, Example, ExampleSet, by_unit
 from fedmosaic.client.model.examples import answer_tokens, example_pieces
 from fedmosaic.client.vision.inputs import located
 from fedmosaic.client.vision.words import images_in, without_images

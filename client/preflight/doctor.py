@@ -61,10 +61,7 @@ def _diagnose(path: Path) -> int:
         torch.set_num_threads(settings.threads)
     with tempfile.TemporaryDirectory(prefix="fedmosaic-doctor-") as scratch:
         preflight = Preflight(
-            settings,
-            Progress(),
-            server_patience_seconds=_SERVER_PATIENCE_SECONDS,
-            scratch=Path(scratch),
+            settings, Progress(), server_patience_seconds=_SERVER_PATIENCE_SECONDS, scratch=Path(scratch)
         )
         with closing(preflight):
             return 0 if _examine(preflight) else 1

@@ -12,14 +12,7 @@ import pytest
 from rich.console import Console
 
 from fedmosaic.client import assets
-from fedmosaic.client.assets import (
-    Asset,
-    cache_directory,
-    extract_member,
-    fetch,
-    read_member,
-    read_members,
-)
+from fedmosaic.client.assets import Asset, cache_directory, extract_member, fetch, read_member, read_members
 from fedmosaic.protos.errors import ConfigurationError
 
 QUIET = Console(file=StringIO())

@@ -1,6 +1,5 @@
 """Where a client's ledger stands, that no fresh one forgets what was spent, and its δ while data change."""
 
-import logging
 import shutil
 from pathlib import Path
 
@@ -112,23 +111,7 @@ def test_two_names_of_one_file_are_one_data_set(site: Site) -> None:
         assert ledger.events() == [PROFILE]
 
 
-def test_a_ledger_of_a_version_before_is_moved_beside_the_data(
-    site: Site, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.WARNING)
-    state = site.place / "state"
-    with of_before(state) as ledger:
-        spend(ledger, "first")
-    (state / "profile-1-2.npy").write_bytes(b"noise")
-    with site.open(run="0" * 32) as ledger:
-        assert ledger.events() == [PROFILE]
-        assert (ledger.directory / "profile-1-2.npy").exists()
-    assert "now stands in" in caplog.text
-    with site.open(run="0" * 32), pytest.raises(LedgerError, match="closed and moved"):
-        of_before(state)
-
-
-def test_a_second_copy_of_a_version_before_is_joined_by_the_command_that_is_named(
+def test_a_ledger_in_a_state_directory_is_joined_by_the_command_that_is_named(
     site: Site, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with of_before(site.place / "first") as ledger:
@@ -136,13 +119,17 @@ def test_a_second_copy_of_a_version_before_is_joined_by_the_command_that_is_name
     shutil.copytree(site.place / "first", site.place / "second")
     with of_before(site.place / "second") as ledger:
         spend(ledger, "second")
-    site.open("first").close()
-    with pytest.raises(LedgerError, match=r"fedmosaic ledger move \S+second \S+train.jsonl.ledger"):
-        site.open("second")
-    assert main(["move", str(site.place / "second"), str(site.train) + ".ledger"]) == 0
+    (site.place / "second" / "profile-1-2.npy").write_bytes(b"noise")
+    for number, name in enumerate(("first", "second"), 1):
+        with pytest.raises(LedgerError, match=rf"fedmosaic ledger move \S+{name} \S+train.jsonl.ledger"):
+            site.open(name)
+        assert main(["move", str(site.place / name), str(site.train) + ".ledger"]) == 0
+        with site.open(name, run="0" * 32) as ledger:
+            assert ledger.events() == [PROFILE] * number
+        with pytest.raises(LedgerError, match="closed and moved"):
+            of_before(site.place / name)
     assert "1 release(s)" in capsys.readouterr().out
-    with site.open("second") as ledger:
-        assert ledger.events() == [PROFILE, PROFILE]
+    assert (ledger.directory / "profile-1-2.npy").exists()
 
 
 @pytest.mark.parametrize("loss", ["the ledger", "the ledger of before", "the place"])

@@ -140,11 +140,7 @@ def take_part(directory: Path, port: int) -> dict[str, fv.Client]:
     lines = []
     for name in clients:
         kit = open_kit(directory / "clients" / name)
-        files = {
-            "authority": kit.authority,
-            "certificate": kit.tls_certificate,
-            "private_key": kit.tls_key,
-        }
+        files = {"authority": kit.authority, "certificate": kit.tls_certificate, "private_key": kit.tls_key}
         lines.append(GrpcTransport(f"localhost:{port}", **files))
     try:
         sessions = {c.name: c.session(line) for c, line in zip(clients.values(), lines, strict=True)}

@@ -7,8 +7,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fedmosaic.client.data.records import Example, ExampleSet
-from fedmosaic.client.data.sets import read_sets
+from fedmosaic.client.data.records import Example, ExampleSet, read_sets
 from fedmosaic.client.preflight.data import check_sets, read_lengths
 from fedmosaic.client.settings import DataSettings
 from fedmosaic.protos.errors import ConfigurationError

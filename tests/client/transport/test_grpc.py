@@ -155,11 +155,7 @@ def cut(messages: list[pb.PullResponse]) -> Callable[..., Any]:
 
 
 def test_a_cut_download_goes_on_where_it_stopped(servicer: Servicer, transport: GrpcTransport) -> None:
-    servicer.script["Pull"] = [
-        cut(parts(stop=250_000)),
-        cut(parts(250_000, 350_000)),
-        answer(parts(350_000)),
-    ]
+    servicer.script["Pull"] = [cut(parts(stop=250_000)), cut(parts(250_000, 350_000)), answer(parts(350_000))]
     assert transport.pull(2) == AGGREGATE
     assert [request.resume_offset for request in servicer.named("Pull")] == [0, 250_000, 350_000]
     received = transport.traffic().as_dict()["adapter"]["received"]
