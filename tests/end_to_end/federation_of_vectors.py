@@ -16,11 +16,11 @@ from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.session import Session
 from fedmosaic.client.state import ClientState
-from fedmosaic.client.transport.grpc import Transport
+from fedmosaic.client.transport.grpc import GrpcTransport, Transport
 from fedmosaic.experiments.simulation.transport import InProcessTransport
 from fedmosaic.privacy.federation import consortium
 from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry, open_kit
-from fedmosaic.privacy.federation.terms import AdapterTerms, ScheduleTerms, Terms
+from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
 from fedmosaic.privacy.ledger.ledger import Ledger
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum
 from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
@@ -45,20 +45,14 @@ def terms(backend: str, rounds: int = 3, **schedule: float) -> Terms:
                 rank=4, blocks=2, target_modules=("a", "b"), protection="none" if plain else "encrypted"
             ),
             "profile": PROFILE,
-            "schedule": ScheduleTerms.model_validate(
-                {
-                    "rounds": rounds,
-                    "quorum": 4,
-                    "round_deadline_seconds": 60,
-                    "gathering_seconds": 30,
-                    "key_patience_seconds": 30,
-                    **schedule,
-                }
-            ),
+            "schedule": {
+                "rounds": rounds, "quorum": 4, "round_deadline_seconds": 60, "gathering_seconds": 30,
+                "key_patience_seconds": 30, **schedule,
+            },
             "encryption": {"backend": backend},
             "allow_plaintext": plain,
         }
-    )
+    )  # fmt: skip
 
 
 @dataclass
@@ -149,13 +143,9 @@ class Client:
         agreed = kit.roster.terms
         self.learner = self.make_learner(agreed)
         self.state = ClientState(kit.directory / "state", kit.roster.federation, self.name)
+        channels, path = budgeted_channels(agreed), self.state.ledger_path
         self.ledger = Ledger.open(
-            self.state.ledger_path,
-            self.name,
-            1e-5,
-            self.target_epsilon,
-            accountant="rdp",
-            budgeted_channels=budgeted_channels(agreed),
+            path, self.name, 1e-5, self.target_epsilon, accountant="rdp", budgeted_channels=channels
         )
         ids = tuple(f"{self.name}-{i}" for i in range(100))
         releases = Releases(self.ledger, agreed, self.state, ids, self._profile, self.noise, self.plan)
@@ -200,6 +190,18 @@ def run_all(sessions: Mapping[str, Session]) -> dict[str, BaseException]:
     return errors
 
 
+def dial(directory: Path, name: str, address: int | str, **options: Any) -> GrpcTransport:
+    """A member's way to a server on a port of this machine, or at an address."""
+    kit = directory / "clients" / name
+    return GrpcTransport(
+        address if isinstance(address, str) else f"localhost:{address}",
+        authority=kit / "authority.pem",
+        certificate=kit / "tls.pem",
+        private_key=kit / "tls.key",
+        **options,
+    )
+
+
 def in_process(coordinator: Coordinator, name: str) -> InProcessTransport:
     return InProcessTransport(coordinator, name, patience_seconds=60)
 
@@ -209,10 +211,7 @@ def play(
 ) -> dict[str, BaseException]:
     """Run a process of every client to its end, and close it; returns what they raised.
 
-    Args:
-        coordinator: the server, or what stands in for it.
-        clients: by name.
-        lines: what to put around the transport of some of them.
+    `lines` has what to put around the transport of some of them.
     """
     plain = {name: in_process(coordinator, name) for name in clients}
     wrapped = {name: (lines or {}).get(name, lambda line: line)(line) for name, line in plain.items()}
@@ -224,11 +223,7 @@ def play(
 
 
 def finish(directory: Path, kind: type[Any] = Client, around: Callable[[Any], Any] | None = None) -> Any:
-    """Run all clients of a federation to the end of its run.
-
-    Returns:
-        The clients by name, and the server's summary.
-    """
+    """Run all clients of a federation to the end of its run; they by name, and the server's summary."""
     coordinator = coordinator_of(directory)
     clients = clients_of(directory, kind=kind)
     assert play(coordinator if around is None else around(coordinator), clients) == {}

@@ -11,14 +11,7 @@ import datasets
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedmosaic.client.client import Client, ClientResult
 from fedmosaic.client.colora.layer import CoLoraLayer
@@ -36,10 +29,10 @@ from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos.errors import ConfigurationError, FedMosaicError, ModelError
 from fedmosaic.server.server import Server
 from fedmosaic.server.settings import settings_from_kit
+from tiny import save_tiny_model
 
-UNKNOWN = {"unk_token": "<unk>"}
-SPECIAL = {**UNKNOWN, "eos_token": "</s>", "pad_token": "<pad>"}
-WORDS = ["<pad>", "</s>", "<unk>", "U", "B", *(f"w{i}" for i in range(40)), "yes", "no"]
+SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+WORDS = ["U", "B", *(f"w{i}" for i in range(40)), "yes", "no"]
 TEMPLATE = (
     "{% for m in messages %}{{ 'U ' if m.role == 'user' else 'B ' }}{{ m.content }} "
     "{% if m.role == 'assistant' %}</s> {% endif %}{% endfor %}{% if add_generation_prompt %}B {% endif %}"
@@ -70,25 +63,10 @@ def pairs(start: int, count: int = 60) -> list[dict[str, Any]]:
     ]
 
 
-def save_model(folder: Path) -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=16, intermediate_size=24,
-        num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=1, initializer_range=0.2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, **UNKNOWN))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **SPECIAL)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("in-python")
-    save_model(folder / "model")
+    save_tiny_model(folder / "model", WORDS, SPECIAL, template=TEMPLATE, bos_token_id=1)
     return folder
 
 

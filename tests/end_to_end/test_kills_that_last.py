@@ -92,19 +92,16 @@ class DyingInTheAgreement(fv.Dying):
     ids=["after its confirmation it is in the epoch", "before it held the key it asks for another"],
 )
 def test_a_client_killed_in_the_key_agreement_comes_back(
-    tmp_path: Path, killed: tuple[str, ...], line: Any, prepare: Any, epoch: int
+    founded: Any, killed: tuple[str, ...], line: Any, prepare: Any, epoch: int
 ) -> None:
-    directory = fv.make_federation(tmp_path / "f", fv.terms("mask", 2))
-    coordinator = fv.coordinator_of(directory)
+    directory, coordinator = founded("mask", 2)
     played(directory, coordinator, killed, line, prepare)
     assert uploaded(coordinator) == [sorted(fv.MEMBERS)] * 2
     assert coordinator._run.keys.epoch == epoch
-    coordinator.close()
 
 
-def test_a_key_that_is_not_confirmed_by_all_encrypts_nothing(tmp_path: Path) -> None:
-    directory = fv.make_federation(tmp_path / "f", fv.terms("mask", 1))
-    coordinator = fv.coordinator_of(directory)
+def test_a_key_that_is_not_confirmed_by_all_encrypts_nothing(founded: Any) -> None:
+    directory, coordinator = founded("mask", 1)
     clients = fv.clients_of(directory)
     keyrings: dict[str, Keyring] = {}
     for name, client in clients.items():
@@ -142,14 +139,12 @@ def test_a_key_that_is_not_confirmed_by_all_encrypts_nothing(tmp_path: Path) -> 
             keyrings[name].encryption_key(1, 1)
     for client in clients.values():
         client.close()
-    coordinator.close()
 
 
 @pytest.mark.parametrize("backend", ["plain", "mask"])
-def test_what_was_trained_and_sent_before_a_kill_is_gone_on_from(tmp_path: Path, backend: str) -> None:
+def test_what_was_trained_and_sent_before_a_kill_is_gone_on_from(founded: Any, backend: str) -> None:
     """fv.Killed after the receipt of round 1, back in round 2: that begins from the adapter of round 1."""
-    directory = fv.make_federation(tmp_path / "f", fv.terms(backend, 2, quorum=4, round_deadline_seconds=60))
-    coordinator = fv.coordinator_of(directory)
+    directory, coordinator = founded(backend, 2, quorum=4, round_deadline_seconds=60)
 
     before: dict[str, Any] = {}
 
@@ -184,14 +179,10 @@ def test_what_was_trained_and_sent_before_a_kill_is_gone_on_from(tmp_path: Path,
     assert clients["ada"].learner.trained == [2]
     assert (loaded[-1] == before["local"]).all()
     assert not list((directory / "clients" / "ada" / "state").glob("upload-*.bin"))
-    coordinator.close()
 
 
-def test_an_upload_that_the_server_lost_is_sent_again(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    directory = fv.make_federation(tmp_path / "f", fv.terms("mask", 3))
-    coordinator = fv.coordinator_of(directory)
+def test_an_upload_that_the_server_lost_is_sent_again(founded: Any, caplog: pytest.LogCaptureFixture) -> None:
+    directory, coordinator = founded("mask", 3)
     adopt, damaged = coordinator._run.blobs.adopt, []
 
     def damaging(spooled: Path, round_number: int, client: str) -> None:
@@ -207,7 +198,6 @@ def test_an_upload_that_the_server_lost_is_sent_again(
     assert uploaded(coordinator) == [sorted(fv.MEMBERS)] * 3
     assert clients["ben"].learner.trained == [1, 2, 3], "nothing was trained or released again"
     assert "the server has lost our upload" in caplog.text
-    coordinator.close()
 
 
 def test_a_server_that_forgot_uploads_and_their_key_epoch_gets_them_under_another(tmp_path: Path) -> None:
@@ -288,10 +278,9 @@ def test_a_run_that_brought_nothing_is_known_at_the_members_and_at_the_server(
     coordinator.close()
 
 
-def test_receipts_of_a_round_that_is_over_are_asked_for(tmp_path: Path) -> None:
+def test_receipts_of_a_round_that_is_over_are_asked_for(founded: Any) -> None:
     """An upload that was never acknowledged and whose round closed without it: late, and gone on from."""
-    directory = fv.make_federation(tmp_path / "f", fv.terms("plain", 2, quorum=4, round_deadline_seconds=1))
-    coordinator = fv.coordinator_of(directory)
+    directory, coordinator = founded("plain", 2, quorum=4, round_deadline_seconds=1)
     statuses: list[ReceiptStatus] = []
 
     push = coordinator.push
@@ -312,4 +301,3 @@ def test_receipts_of_a_round_that_is_over_are_asked_for(tmp_path: Path) -> None:
     )
     assert statuses[0] is ReceiptStatus.LATE
     assert clients["ada"].learner.trained in ([2], [])
-    coordinator.close()

@@ -13,8 +13,6 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedmosaic.client import __main__ as command
 from fedmosaic.client import client
@@ -37,25 +35,11 @@ from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos.errors import FedMosaicError
 from fedmosaic.server.server import Server
 from fedmosaic.server.settings import settings_from_kit
+from tiny import save_tiny_model
 
-UNKNOWN = {"unk_token": "<unk>"}
-SPECIAL = {**UNKNOWN, "eos_token": "</s>", "pad_token": "<pad>"}
-WORDS = ["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(40)), "yes", "no"]
+SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+WORDS = [*(f"w{i}" for i in range(40)), "yes", "no"]
 MEMBERS = ("a", "b", "c", "d")
-
-
-def save_model(folder: Path, seed: int, **changes: Any) -> Path:
-    torch.manual_seed(seed)
-    shape = {
-        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
-        "initializer_range": 0.2,
-    }  # fmt: skip
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), **{**shape, **changes})).save_pretrained(folder)
-    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, **UNKNOWN))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=raw, **SPECIAL).save_pretrained(folder)
-    return folder
 
 
 def rows(count: int, start: int = 0, **changes: Any) -> list[dict[str, Any]]:
@@ -75,8 +59,8 @@ def server_of(kit: Path) -> Server:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("preflight")
-    save_model(folder / "model", 0)
-    save_model(folder / "other", 1)
+    for seed, name in enumerate(("model", "other")):
+        save_tiny_model(folder / name, WORDS, SPECIAL, seed=seed, bos_token_id=1)
     write(folder / "train.jsonl", rows(60))
     write(folder / "test.jsonl", rows(8, 200))
     return folder
@@ -232,8 +216,7 @@ def other_key(config: Path) -> None:
 
 def ledger_of(name: str, delta: float, target: float) -> Damage:
     def damage(config: Path) -> None:
-        (config.parent / "state").mkdir()
-        path = config.parent / "state" / LEDGER
+        path = config.parent / "train.jsonl.ledger" / LEDGER
         Ledger.open(path, name, delta, target, budgeted_channels=("profile",)).close()
 
     return damage

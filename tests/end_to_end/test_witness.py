@@ -15,7 +15,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from end_to_end import federation_of_vectors as fv
 from fedmosaic.client.transport.connection import open_channel
-from fedmosaic.client.transport.grpc import GrpcTransport
 from fedmosaic.client.witness import WitnessSettings, check_countersigned, run
 from fedmosaic.privacy.audit import AUDIT, read_audit
 from fedmosaic.privacy.encryption.aggregators import create_aggregator
@@ -137,11 +136,7 @@ def witnessed(directory: Path, port: int) -> Iterator[list[Any]]:
 
 def take_part(directory: Path, port: int) -> dict[str, fv.Client]:
     clients = fv.clients_of(directory)
-    lines = []
-    for name in clients:
-        kit = open_kit(directory / "clients" / name)
-        files = {"authority": kit.authority, "certificate": kit.tls_certificate, "private_key": kit.tls_key}
-        lines.append(GrpcTransport(f"localhost:{port}", **files))
+    lines = [fv.dial(directory, name, port) for name in clients]
     try:
         sessions = {c.name: c.session(line) for c, line in zip(clients.values(), lines, strict=True)}
         assert fv.run_all(sessions) == {}

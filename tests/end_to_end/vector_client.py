@@ -89,13 +89,7 @@ def take_part(directory: Path, member: str, address: str, fault: str = "none") -
     kit = directory / "clients" / member
     if fault == "foreign":
         return knock_with_a_foreign_certificate(kit, address)
-    transport = GrpcTransport(
-        address,
-        authority=kit / "authority.pem",
-        certificate=kit / "tls.pem",
-        private_key=kit / "tls.key",
-        retry_seconds=120.0,
-    )
+    transport = fv.dial(directory, member, address, retry_seconds=120.0)
     client = fv.Client(directory, member, fv.MEMBERS.index(member))
     session = client.session(transport)
     if fault == "nan":
