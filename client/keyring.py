@@ -95,8 +95,7 @@ class Keyring:
             KeyAgreementError: there is no such key here.
         """
         agreed = self._agreed(epoch)
-        reason = self._expired(agreed, round_number)
-        if reason is not None:
+        if (reason := self._expired(agreed, round_number)) is not None:
             raise KeyExpiredError(
                 f"key epoch {epoch} must not encrypt round {round_number}: {reason}; the server has to begin "
                 f"a new key epoch (rotate_key_every is {self._roster.terms.schedule.rotate_key_every})"
@@ -128,12 +127,8 @@ class Keyring:
             return f"it was agreed on for round {agreed.first_round} and later"
         # Members that missed the agreement are no reason: an epoch without them is lawful.
         taking_part = set(agreed.key.members) & set(self._roster.identity_keys())
-        reason = rotation_reason(
-            agreed.key.members,
-            taking_part,
-            round_number - agreed.first_round,
-            self._roster.terms.schedule.rotate_key_every,
-        )
+        served, term = round_number - agreed.first_round, self._roster.terms.schedule.rotate_key_every
+        reason = rotation_reason(agreed.key.members, taking_part, served, term)
         if reason is None and agreed.roster_hash != self._roster.hash:
             return "it was agreed on under another roster"
         return reason
@@ -211,12 +206,9 @@ class Keyring:
     def _run(self, epoch: int, members: Collection[str]) -> tuple[GroupKey, bytes]:
         parameters = self._roster.terms.encryption
         agreement = KeyAgreement(
-            self._signing_key,
-            self._client_id,
-            self._plan(epoch, members),
-            lambda: generate_group_secret(parameters),
-            group_secret_bytes(parameters),
-        )
+            self._signing_key, self._client_id, self._plan(epoch, members),
+            lambda: generate_group_secret(parameters), group_secret_bytes(parameters),
+        )  # fmt: skip
         self._post(epoch, "opening", "", agreement.opening())
         boxes = agreement.accept_openings(self._all(epoch, "opening", members))
         if boxes is not None:
@@ -235,8 +227,7 @@ class Keyring:
         key = agreed.key
         self._post(key.epoch, "confirmation", "", confirmation)
         received = self._all(key.epoch, "confirmation", key.members)
-        missing = sorted(set(key.members) - set(received))
-        if missing:
+        if missing := sorted(set(key.members) - set(received)):
             raise KeyAgreementError(f"confirmations of members are missing: {', '.join(missing)}")
         try:
             check_confirmations(self._plan(key.epoch, key.members), key, received)

@@ -15,14 +15,9 @@ from fedmosaic.privacy.federation.names import Address
 from fedmosaic.protos.errors import ConfigurationError
 
 DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$")]
-"""`auto` (CUDA, then MPS, then the processor), `cpu`, `mps`, `cuda` or `cuda:1`."""
-
 DtypeName = Literal["auto", "float32", "bfloat16"]
-"""`auto` takes bfloat16 where the device is faster in it, float32 elsewhere."""
-
 Role = Literal["adapter", "shared", "gate"]
 """Group of trainable tensors with a learning rate of its own."""
-
 
 CORE_RATE: Final = 3.0
 """Of P and Q over LoRA's A and B. A core has r² entries where B has d·r: with one rate for both, a step of
@@ -325,12 +320,11 @@ class ClientSettings(Frozen):
                 f"model.{named[0]} says how to load a model, and one is handed over that is loaded already; "
                 "leave it out"
             )
-        for package in self.report_to:
-            if find_spec(package) is None:
-                raise ConfigurationError(
-                    f"report_to names {package!r}, whose package is not installed: pip install {package}, or "
-                    "leave it out"
-                )
+        if absent := next((package for package in self.report_to if find_spec(package) is None), None):
+            raise ConfigurationError(
+                f"report_to names {absent!r}, whose package is not installed: pip install {absent}, or leave "
+                "it out"
+            )
         if not train and self.data.train is None:
             raise ConfigurationError(
                 "data.train: missing; name the training examples in [data] train, or hand them over, "

@@ -27,19 +27,13 @@ from fedmosaic.privacy.federation.names import Address
 from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.federation.witness import WitnessBook
 from fedmosaic.privacy.files import hold_directory, private_directory
-from fedmosaic.protos import wire
+from fedmosaic.protos import wire, witnessing
 from fedmosaic.protos.errors import IdentityError, WireError, WitnessError
 from fedmosaic.protos.messages import AggregateSection, Phase, RoundStatus, WeightRow
 from fedmosaic.protos.refusal import Refusal
 from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
-from fedmosaic.protos.witnessing import (
-    AggregateClaim,
-    ReviewHeader,
-    SignedUpload,
-    Verdict,
-    countersigned_digest,
-)
+from fedmosaic.protos.witnessing import AggregateClaim, ReviewHeader, SignedUpload, Verdict
 
 log = logging.getLogger("fedmosaic.client.witness")
 _WAIT_SECONDS: Final = 25.0
@@ -85,7 +79,7 @@ def check_countersigned(
             f"the aggregate has no countersignature of the witness {witness.id!r}: the server has not "
             "shown it, or hides what it said"
         )
-    digest = countersigned_digest(
+    digest = witnessing.countersigned_digest(
         federation=roster.federation,
         run_id=run_id,
         round_number=round_number,

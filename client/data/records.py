@@ -235,14 +235,8 @@ def _example(record: dict[str, Any], names: ColumnSettings, where: str) -> Examp
         raise ConfigurationError(
             f"{where}: {names.choices!r} must differ from each other and contain the answer"
         )
-    return Example(
-        record.get("id", ""),
-        record["prompt"],
-        record["answer"],
-        tuple(choices),
-        turns,
-        record.get("person", ""),
-    )
+    name, person = record.get("id", ""), record.get("person", "")
+    return Example(name, record["prompt"], record["answer"], tuple(choices), turns, person)
 
 
 def _check_text(value: object, name: str, where: str) -> None:
@@ -338,9 +332,7 @@ def read_sets(
 ) -> ClientData:
     """Read every set, or take the rows that are handed over instead; ConfigurationError as of `read_set`."""
     if "self" in settings.others:
-        raise ConfigurationError(
-            'data.others names a set "self", the name of data.test; give it another name'
-        )
+        raise ConfigurationError('data.others names a set "self", the name of data.test; rename it')
     source = settings.train if train is None else train
     if source is None:
         raise ConfigurationError("data.train: missing; name the training examples")

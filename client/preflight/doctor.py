@@ -79,12 +79,12 @@ def _examine(preflight: Preflight) -> bool:
         told = len(preflight.warnings)
         try:
             _tell(check.name, "ok", check.run())
-        except FedMosaicError as error:
+        except (FedMosaicError, OSError) as error:
             failed[check.name] = ""
-            _tell(check.name, "WRONG", str(error))
-        except OSError as error:
-            failed[check.name] = ""
-            _tell(check.name, "WRONG", f"{error.filename or ''}: {error.strerror or error}".lstrip(": "))
+            words = str(error)
+            if isinstance(error, OSError):
+                words = f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")
+            _tell(check.name, "WRONG", words)
         for warning in preflight.warnings[told:]:
             _tell("", "note", warning)
     print()
@@ -128,11 +128,8 @@ def _on_this_machine() -> Iterator[None]:
 
 def _tell(name: str, state: str, text: str) -> None:
     """One check in lines of at most 80 columns, unless a file's name is longer, which is not broken."""
-    lines = textwrap.wrap(
-        f"{name:<13} {state:<6}{text}",
-        width=_COLUMNS,
-        subsequent_indent=_INDENT,
-        break_on_hyphens=False,
-        break_long_words=False,
+    told = f"{name:<13} {state:<6}{text}"
+    shown = textwrap.fill(
+        told, _COLUMNS, subsequent_indent=_INDENT, break_on_hyphens=False, break_long_words=False
     )
-    print("\n".join(lines), flush=True)
+    print(shown, flush=True)

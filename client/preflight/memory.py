@@ -74,13 +74,8 @@ class MemoryNeed:
 
     def words(self) -> str:
         """The figures in a line, and what to change where they do not fit."""
-        parts = {
-            "weights": self.weights,
-            "adapter": self.adapter,
-            "training step": self.training,
-            "probe": self.probe,
-            "driver": self.context,
-        }
+        parts = {"weights": self.weights, "adapter": self.adapter, "training step": self.training}
+        parts |= {"probe": self.probe, "driver": self.context}
         shown = ", ".join(f"{name} {_mib(size)}" for name, size in parts.items() if size)
         line = f"memory on {self.device}: {_mib(self.needed)} needed, {_mib(self.free)} free ({shown})"
         if self.fits or not self.remedies:
@@ -129,23 +124,24 @@ def memory_need(
     model = adapt(empty_model(settings.model), adapter_config(settings.model, adapter))
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     length = longest or training.max_length
-    step = training_peak(
-        model,
-        batch=training.per_device_train_batch_size,
-        length=length,
-        supervised=supervised or max(1, length // 4),
-        checkpoint=training.gradient_checkpointing,
-        bf16=training.bf16,
-    )
+    shape = training.per_device_train_batch_size, length
+    work = _TrainingStep(model, shape, supervised or max(1, length // 4), training.bf16)
+    with training_mode(model, True), checkpointing(model, training.gradient_checkpointing):
+        step = _peak(work)
     if settings.model.quantization is not None:
-        step += _unpacked_bytes(model)
+        # A product in 4 bits unpacks the weight of its layer first.
+        step += max(weight.nbytes for weight in _packed(model))
+    probe = 0
+    if choose_device(settings.probe.device) == device:
+        bare = empty_model(settings.probe)
+        probe = weight_bytes(bare, settings.probe) + _peak(_ProbePass(bare, settings.profile_max_length))
     free, total = free_memory(device)
     return MemoryNeed(
         device=str(device),
         weights=weight_bytes(model, settings.model),
         adapter=sum(tensor.nbytes for name, tensor in _tensors(model) if "colora_" in name),
         training=_KEPT_PER_TRAINED * trained + step,
-        probe=_probe_bytes(settings) if choose_device(settings.probe.device) == device else 0,
+        probe=probe,
         context=_CUDA_CONTEXT if device.type == "cuda" else 0,
         free=free,
         total=total,
@@ -153,22 +149,12 @@ def memory_need(
     )
 
 
-def training_peak(
-    model: nn.Module, *, batch: int, length: int, supervised: int, checkpoint: bool, bf16: bool = False
-) -> int:
-    """Bytes beyond weights, adapter and optimizer at the most crowded moment of a training step."""
-    step = _TrainingStep(model, (batch, length), supervised, bf16)
-    with training_mode(model, True), checkpointing(model, checkpoint):
-        return _peak(step)
-
-
 def weight_bytes(model: nn.Module, settings: ModelSettings) -> int:
     """Bytes of the frozen weights of a model on `meta`, without an adapter; packed into 4 bits if asked."""
     size = sum(tensor.nbytes for name, tensor in _tensors(model) if "colora_" not in name)
     if settings.quantization is None:
         return size
-    packed = _packed(model)
-    return round(size + sum(_NF4_BYTES * weight.numel() - weight.nbytes for weight in packed))
+    return round(size + sum(_NF4_BYTES * weight.numel() - weight.nbytes for weight in _packed(model)))
 
 
 def free_memory(device: torch.device) -> tuple[int, int]:
@@ -234,15 +220,12 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leave
     ) -> Any:
         produced = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(produced):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self._known:
-                self._take(tensor.untyped_storage())
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self._known:
+                self._known.add(storage)
+                self.held += storage.nbytes()
+                self.peak = max(self.peak, self.held)
+                weakref.finalize(storage, self._drop, storage.nbytes())
         return produced
-
-    def _take(self, storage: torch.UntypedStorage) -> None:
-        self._known.add(storage)
-        self.held += storage.nbytes()
-        self.peak = max(self.peak, self.held)
-        weakref.finalize(storage, self._drop, storage.nbytes())
 
     def _drop(self, size: int) -> None:
         self.held -= size
@@ -271,16 +254,6 @@ def _packed(model: nn.Module) -> list[torch.Tensor]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head and "colora_" not in name
     ]
-
-
-def _unpacked_bytes(model: nn.Module) -> int:
-    # A product in 4 bits unpacks the weight of its layer first.
-    return max(weight.nbytes for weight in _packed(model))
-
-
-def _probe_bytes(settings: ClientSettings) -> int:
-    probe = empty_model(settings.probe)
-    return weight_bytes(probe, settings.probe) + _peak(_ProbePass(probe, settings.profile_max_length))
 
 
 def _remedies(settings: ClientSettings) -> tuple[str, ...]:

@@ -9,8 +9,7 @@ import os
 import re
 import socket
 import ssl
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from cryptography import x509
 
@@ -63,8 +62,7 @@ _PASSING: Final = (
 )
 
 
-@dataclass(frozen=True)
-class Cause:
+class Cause(NamedTuple):
     """Why a call failed: what it means and what to do, and whether trying again is in vain meanwhile."""
 
     words: str
@@ -100,8 +98,7 @@ def _proxy(address: str) -> str:
     if is_local(address) or any(host.endswith(end.strip()) for end in without.split(",") if end.strip()):
         return ""
     for variable in _PROXY_VARIABLES:
-        value = os.environ.get(variable)
-        if value:
+        if value := os.environ.get(variable):
             shown = _CREDENTIALS.sub("", value)
             return (
                 f"; {variable}={shown} is set, and leads there unless no_proxy names the server: "

@@ -90,7 +90,7 @@ def test_a_broken_download_leaves_nothing_and_the_next_one_succeeds(
 def test_what_is_not_pinned_is_refused_and_not_kept(tmp_path: Path, served: tuple[Asset, Index]) -> None:
     asset, index = served
     other = replace(asset, sha256="0" * 64)
-    with pytest.raises(ConfigurationError, match="is not the file with SHA-256 0000"):
+    with pytest.raises(ConfigurationError, match="is not the file with the pinned SHA-256 0000"):
         fetch(other, tmp_path / "cache", console=QUIET, download=index)
     assert not (tmp_path / "cache" / "packages").exists()
 
