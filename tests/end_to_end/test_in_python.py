@@ -21,7 +21,6 @@ from fedmosaic.client.profile.probe import open_probe
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.privacy.federation import consortium
-from fedmosaic.privacy.federation import kits as federation
 from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry
 from fedmosaic.privacy.federation.terms import AdapterTerms, ScheduleTerms, Terms
 from fedmosaic.privacy.ledger.ledger import LEDGER
@@ -144,24 +143,6 @@ def test_a_model_that_carries_adapters_is_refused(
         with closing(checked), pytest.raises(ModelError, match=r"adapters already|without PEFT around it"):
             checked.require(print)
     assert not list(tmp_path.rglob(LEDGER))
-
-
-def test_a_member_is_told_that_architectures_are_not_aligned(
-    served: tuple[Path, int], place: Path, tmp_path: Path
-) -> None:
-    config = FederationConfig.model_validate(
-        {
-            "federation": "g",
-            "members": [{"id": name, "family": name} for name in MEMBERS],
-            "terms": federation.open_kit(served[0] / "server").roster.terms.model_dump(),
-        }
-    )
-    consortium.create(config, tmp_path / "other")
-    own = settings(served, place, kit=tmp_path / "other" / "clients" / "a", model={"path": "m"})
-    checked = Preflight(own, Progress(), given=Given(train=pairs(0)))
-    with closing(checked):
-        next(check for check in checked.checks() if check.name == "kit").run()
-    assert any("4 families (a, b, c, d)" in warning for warning in checked.warnings)
 
 
 def test_the_same_checks_are_made_of_rows_in_a_list(
