@@ -30,7 +30,6 @@ from fedmosaic.client.preflight.checks import Given, Preflight, agreed_epsilon
 from fedmosaic.client.profile.maker import client_probe
 from fedmosaic.client.progress import LoggedProgress, Progress
 from fedmosaic.client.protection import Identity, Protection
-from fedmosaic.client.records import CLIPPING, ClippingRecord
 from fedmosaic.client.releases import Releases
 from fedmosaic.client.result.comparison import ALONE, BASE, FEDERATED, Comparison, compare
 from fedmosaic.client.result.file import ResultFile
@@ -94,19 +93,11 @@ class Participant:
         ledger.tell(audited(state.audit, client_id, roster))
         kind = GroupSession if roster.terms.adapter.in_group_sums else Session
         self.session = kind(kit, identity, transport, learner, state, releases, protection, progress)
-        self._client_id, self._ledger, self._plan = client_id, ledger, plan
+        self._ledger, self._plan = ledger, plan
 
     def statement_inputs(self) -> StatementInputs:
         """What the statements of this member are made from, as the ledger stands now."""
-        return statement_inputs(
-            self.session.roster,
-            self.state.record.run_id,
-            self._client_id,
-            self._ledger,
-            self._plan,
-            smallest_row=self.state.smallest_row(),
-            clipped_share=ClippingRecord(self.state.directory / CLIPPING).shares(),
-        )
+        return statement_inputs(self.session.roster, self.state, self._ledger, self._plan)
 
 
 @dataclass(frozen=True)
@@ -174,7 +165,7 @@ class Client:
         """
         if not isinstance(settings, ClientSettings):
             file = Path(settings)
-            settings = read_configuration(file, ClientSettings).resolved(file.parent)
+            settings = read_configuration(file, ClientSettings).located(file.parent)
         if (model is None) != (tokenizer is None):
             raise ConfigurationError("hand over model and tokenizer together, or name both in [model] path")
         if ledger is not None:

@@ -55,15 +55,9 @@ class ModelLearner:
     ) -> None:
         """Load model and data and put a fresh adapter on.
 
-        Args:
-            settings: model, data and training of this client.
-            terms: what the members agreed on.
-            family: architecture name, as on the roster.
-            progress: told of every step.
-            loaded: an adapted model and its tokenizer, as `load_adapted` gives them, where several clients of
-                one process take turns on one model; loaded from the settings by default.
-            base: a base model and its tokenizer that were accepted, instead of what the settings name.
-            data: the examples, if they were read.
+        `loaded` is an adapted model, as `load_adapted` gives it, where several clients of one process take
+        turns on one; `base` an accepted base model instead of what the settings name; `data` the examples, if
+        they were read.
 
         Raises:
             ModelError: the model cannot be loaded or adapted, has no row for a token of the examples, or
@@ -75,8 +69,8 @@ class ModelLearner:
         self._terms = terms
         self._family = family
         self._progress = progress
+        # Told the loss of every step of a round. It is private: for the client's own people alone.
         self.track: Callable[[Mapping[str, float], int], None] = lambda figures, step: None
-        """Told the loss of every step of a round. It is private: for the client's own people alone."""
         self._data = data or read_sets(settings.data)
         self._model, self._tokenizer = loaded or _load(settings, terms.adapter, base, self._data)
         self._train = self._data.train.examples

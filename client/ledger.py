@@ -132,15 +132,9 @@ class DataLedger:
         return cls(place, named is not None, state, record)
 
     def open(self, terms: Terms, unit_ids: Sequence[str], target: float) -> Ledger:
-        """Open the ledger, or make the first one of data that nothing was released from.
+        """Open the ledger of n units with a budget ε, or make the first of data with no release.
 
-        Args:
-            terms: of the federation.
-            unit_ids: n ids of what the terms protect.
-            target: ε, the budget of `budgeted_channels`.
-
-        Raises:
-            LedgerError: it cannot be used, is behind what this state has seen, or a fresh one would forget.
+        LedgerError if it cannot be used, is behind what this state has seen, or a fresh one would forget.
         """
         path = self.place / LEDGER
         seen = self._seen()

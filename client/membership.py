@@ -183,9 +183,8 @@ class Membership:
     def _renewed(self, refusal: Refusal) -> Enrolled:
         """Wait until kit and server have the same roster again, take it up, and enrol under it.
 
-        Raises:
-            RefusedError: they had not, for as long as a round lasts.
-            IdentityError: the new roster cannot follow on the present one, or does not name this client.
+        RefusedError if they had not, for as long as a round lasts; IdentityError if the new roster cannot
+        follow on the present one, or does not name this client.
         """
         patience = self.roster.terms.schedule.round_deadline_seconds
         deadline = time.monotonic() + patience
@@ -304,10 +303,7 @@ class Membership:
                 raise self._retired(upload) from None
 
     def _after_refusal(self, upload: Upload, refusal: Refusal) -> tuple[Upload, Receipt]:
-        """What can still be done about an upload that was refused.
-
-        Returns:
-            The upload as it was taken after all, and the receipt.
+        """What can still be done about an upload that was refused: as it was taken, and the receipt.
 
         Raises:
             SealAnewError: its key epoch is over.

@@ -100,8 +100,7 @@ def write_profile(path: Path, vector: Float32Array) -> str:
 def read_profile(path: Path, dimensions: int, digest: str | None = None) -> Float32Array:
     """A stored profile of some length, with the digest that the ledger has of it, if it has one.
 
-    Raises:
-        StateError: it cannot be read, or is not the one that was released.
+    StateError if it cannot be read, or is not the one that was released.
     """
     try:
         with path.open("rb") as file, _ONE_READER:

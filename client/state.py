@@ -119,8 +119,7 @@ class ClientState:
     def __init__(self, directory: Path, federation: str, client: str) -> None:
         """Open or create the state; the directory is closed to other users.
 
-        Raises:
-            StateError: the directory belongs to another federation or client, is in use, or is damaged.
+        StateError if it belongs to another federation or client, is in use, or is damaged.
         """
         self.directory = directory
         private_directory(directory)

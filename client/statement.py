@@ -1,15 +1,16 @@
 """The privacy statement of one client, made from its own ledger and the roster's terms."""
 
 import datetime as dt
-from collections.abc import Mapping
 
 from fedmosaic.client.planning import AdapterPlan, plan_adapter
+from fedmosaic.client.records import CLIPPING, ClippingRecord
+from fedmosaic.client.state import ClientState
 from fedmosaic.privacy.accounting.epsilon import person_epsilon
 from fedmosaic.privacy.coalitions import counted_coalition
 from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.ledger.ledger import Ledger, parameters_of
-from fedmosaic.privacy.ledger.rows import Channel, charges
+from fedmosaic.privacy.ledger.rows import charges
 from fedmosaic.privacy.statement.costs import round_down
 from fedmosaic.privacy.statement.models import (
     ClientInputs,
@@ -28,34 +29,28 @@ _PLANNING_MARGIN = 0.98
 
 
 def statement_inputs(
-    roster: Roster,
-    run_id: str,
-    client_id: str,
-    ledger: Ledger,
-    plan: AdapterPlan,
-    *,
-    smallest_row: int | None,
-    clipped_share: Mapping[Channel, float] | None = None,
+    roster: Roster, state: ClientState, ledger: Ledger, plan: AdapterPlan
 ) -> StatementInputs:
     """What a client's own statement is made from and, after `for_handing_over`, the shared one.
 
-    The plan tells what DP would have cost where there is none; `smallest_row` has the fewest contributors of
-    any weight row that was accepted; shares of clipped examples are for this client's own eyes.
+    The plan tells what DP would have cost where there is none. Shares of clipped examples are for this
+    client's own eyes.
     """
+    smallest_row = state.smallest_row()
     terms, parameters = roster.terms, roster.terms.encryption
     named = f"{parameters.backend}, parameters {parameters.digest().hex()[:16]}"
     steps = terms.adapter_privacy.steps_per_round * terms.schedule.rounds
     fewest = smallest_row or terms.policy.fewest_contributors
     return StatementInputs(
-        run_id=run_id,
+        run_id=state.record.run_id,
         created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         clients=(
             ClientInputs(
                 ledger=tuple(ledger.export()),
-                client_id=client_id,
+                client_id=state.record.client,
                 adapter_protection=terms.adapter.protection,
                 family_protection=terms.adapter.protection if terms.adapter.family_dimensions else None,
-                clipped_share=dict(clipped_share or {}),
+                clipped_share=ClippingRecord(state.directory / CLIPPING).shares(),
                 planned={"adapter": PlannedChannel(sampling_rate=plan.sampling_rate, steps=steps)},
                 expected_batch_size=terms.adapter_privacy.expected_batch_size,
                 largest_delta=terms.adapter_privacy.largest_delta,

@@ -39,13 +39,10 @@ def check_sets(data: ClientData, pictures: Path | None, unit: Unit = "example") 
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long a set's examples are in tokens, for one tokenizer.
+    """How long a set's examples are in tokens, for one tokenizer, answer and end of text included.
 
-    Attributes:
-        longest: tokens of the longest example, answer and end of text included; images are not counted.
-        learned: most tokens that carry loss in one example.
-        cut: examples that are longer than what is read.
-        warning: what of them is not read, in one line; empty if nothing.
+    `longest` counts no images; `learned` is the most tokens that carry loss in one example; `cut` counts
+    examples that are longer than what is read, which `warning` tells in one line.
     """
 
     longest: int

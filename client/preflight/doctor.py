@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
 def _diagnose(path: Path) -> int:
     _tell("versions", "ok", ", ".join(_versions()))
     try:
-        settings = read_configuration(path, ClientSettings).resolved(path.parent)
+        settings = read_configuration(path, ClientSettings).located(path.parent)
         settings.check_complete()
     except FedMosaicError as error:
         _tell("configuration", "WRONG", str(error))

@@ -109,15 +109,9 @@ def memory_need(
 ) -> MemoryNeed:
     """Work out what a client needs. No weight is read, and nothing is put on the device.
 
-    Args:
-        settings: the client's; of its models only the configurations are read.
-        adapter: shape of the adapter, as on the roster.
-        longest: tokens of the longest example; `training.max_length` if 0.
-        supervised: answer tokens of the examples of a batch, at most; a quarter of `longest` if 0.
-
-    Raises:
-        ModelError: a configuration cannot be read, the model cannot carry the adapter, or the device is not
-            there.
+    The longest example has `longest` tokens, by default all that are allowed; a batch has at most
+    `supervised` answer tokens, by default a quarter of that. ModelError if a configuration cannot be read,
+    the model cannot carry the adapter, or the device is not there.
     """
     device = choose_device(settings.model.device)
     training = settings.training

@@ -82,7 +82,7 @@ def read_saved(state: Path, config: Path | None = None) -> SavedModel:
     """
     file = state / RECORD
     if config is not None and not file.exists():
-        settings = read_configuration(config, ClientSettings).resolved(config.parent)
+        settings = read_configuration(config, ClientSettings).located(config.parent)
         if settings.state_dir.resolve() != state.resolve():
             raise ConfigurationError(
                 f"{config} has state_dir {settings.state_dir}, not {state}; give its own"

@@ -62,14 +62,10 @@ class Patience:
     seconds: float
 
     def retry(self, call: str, attempt: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
-        """Repeat an attempt while it fails for reasons that time may cure.
+        """Repeat an attempt while it fails (`grpc.RpcError`) for reasons that time may cure.
 
-        Delays grow exponentially and are jittered, so that clients do not come back in step.
-
-        Args:
-            call: name of the call, for messages.
-            attempt: what to do; an `grpc.RpcError` means that it failed.
-            progress: a number that grows whenever something was achieved; growth renews the patience.
+        Delays grow exponentially and are jittered, so that clients do not come back in step. Growth of the
+        number `progress` renews the patience.
 
         Raises:
             Refusal: the server refused.

@@ -137,9 +137,7 @@ def record(directory: Path, port: int) -> dict[str, list[bytes]]:
     assert {type(error) for error in errors.values()} == {fv.Killed}, errors
     member = clients[MEMBER]
     roster = open_kit(directory / "clients" / MEMBER).roster
-    facts = statement_inputs(
-        roster, member.state.record.run_id, MEMBER, member.ledger, member.plan, smallest_row=None
-    )
+    facts = statement_inputs(roster, member.state, member.ledger, member.plan)
     told = shareable(facts).model_dump_json().encode()
     kept["Report"] = [pb.ReportRequest(statement=told).SerializeToString()]
     for client in clients.values():

@@ -128,7 +128,7 @@ max_length = 32
 
 
 def preflight(config: Path) -> Preflight:
-    settings = read_configuration(config, ClientSettings).resolved(config.parent)
+    settings = read_configuration(config, ClientSettings).located(config.parent)
     return Preflight(settings, Progress(), server_patience_seconds=1.0)
 
 
@@ -355,7 +355,7 @@ def test_a_private_client_is_told_its_plan(place: Path, config: Path, served: tu
 def test_a_whole_run_tells_how_it_was_scored(config: Path, served: tuple[Path, int], place: Path) -> None:
     directory = found(place / "model", place / "whole", rounds=1)
     write(config.parent / "test.jsonl", rows(4, 200, choices=[]))
-    settings = read_configuration(config, ClientSettings).resolved(config.parent)
+    settings = read_configuration(config, ClientSettings).located(config.parent)
     results: dict[str, client.ClientResult] = {}
 
     def take_part(number: int, member: str, port: int) -> None:
