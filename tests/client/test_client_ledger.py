@@ -189,10 +189,6 @@ def test_backup_by_the_command_line(site: Site, capsys: pytest.CaptureFixture[st
     assert read_ledger(site.place / "out" / LEDGER)[-1].kind == "CLOSED"
 
 
-def test_a_new_ledger_gets_the_default(tmp_path: Path) -> None:
-    assert ledger_delta(tmp_path / "ledger.sqlite", 1000) == default_delta(1000)
-
-
 @pytest.mark.parametrize("now", [200, 999, 1000, 1001, 1900])
 def test_a_kept_ledger_keeps_its_delta_while_it_is_at_most_one_over_n(tmp_path: Path, now: int) -> None:
     path = tmp_path / "ledger.sqlite"
@@ -211,6 +207,7 @@ def test_more_examples_than_that_are_refused_with_the_number_that_is_possible(tm
 
 def test_terms_bound_delta_and_a_ledger_with_a_larger_one_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
+    assert ledger_delta(path, 1000) == default_delta(1000)
     assert ledger_delta(path, 400, 1e-5) == 1e-5
     assert ledger_delta(path, 400, 1.0) == default_delta(400)
     assert ledger_delta(path, 10**6, 1e-5) == default_delta(10**6)

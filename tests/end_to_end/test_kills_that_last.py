@@ -3,7 +3,9 @@
 import logging
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,15 +122,7 @@ def test_a_key_that_is_not_confirmed_by_all_encrypts_nothing(founded: Any) -> No
 
         keyring._confirm = killed
 
-    class Agreeing:
-        def __init__(self, name: str) -> None:
-            self._name = name
-
-        def run(self) -> None:
-            keyrings[self._name].agree(1, 1)
-
-    agreeing: Any = {name: Agreeing(name) for name in clients}
-    errors = fv.run_all(agreeing)
+    errors = fv.run_all({n: SimpleNamespace(run=partial(keyrings[n].agree, 1, 1)) for n in clients})
     assert isinstance(errors.pop("ada"), fv.Killed)
     for name, error in errors.items():
         assert isinstance(error, KeyAgreementError)
