@@ -4,10 +4,13 @@ import json
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from fedmosaic.client.client import Participant
 from fedmosaic.client.ledger import budgeted_channels
@@ -220,6 +223,38 @@ def play(
     finally:
         for client in clients.values():
             client.close()
+
+
+def played(
+    directory: Path,
+    coordinator: Coordinator,
+    killed: tuple[str, ...] = (),
+    line: Callable[[Any], Any] = lambda inner: inner,
+    prepare: Callable[[Any], Any] = lambda session: None,
+    pause: Callable[[], Any] = lambda: None,
+) -> dict[str, Any]:
+    """Run all clients until the end of the run; those that are killed, once, start again after a pause."""
+    clients = clients_of(directory)
+
+    def restarted(client: Any) -> None:
+        session = client.session(line(in_process(coordinator, client.name)))
+        prepare(session)
+        with pytest.raises(Killed):
+            session.run()
+        client.close()
+        pause()
+        client.session(in_process(coordinator, client.name)).run()
+
+    sessions: dict[str, Any] = {
+        name: SimpleNamespace(run=partial(restarted, client))
+        if name in killed
+        else client.session(in_process(coordinator, name))
+        for name, client in clients.items()
+    }
+    assert run_all(sessions) == {}
+    for client in clients.values():
+        client.close()
+    return clients
 
 
 def finish(directory: Path, kind: type[Any] = Client, around: Callable[[Any], Any] | None = None) -> Any:

@@ -18,52 +18,6 @@ from fedmosaic.protos.messages import KeyMessage, ReceiptStatus, Upload
 from fedmosaic.server.coordinator import Coordinator
 
 
-class Restarted:
-    """A session whose process is killed once, and started again."""
-
-    def __init__(
-        self,
-        client: Any,
-        coordinator: Coordinator,
-        line: Callable[[Any], Any],
-        prepare: Callable[[Any], Any],
-        pause: Callable[[], Any],
-    ) -> None:
-        self._client, self._coordinator = client, coordinator
-        self._line, self._prepare, self._pause = line, prepare, pause
-
-    def run(self) -> None:
-        session = self._client.session(self._line(fv.in_process(self._coordinator, self._client.name)))
-        self._prepare(session)
-        with pytest.raises(fv.Killed):
-            session.run()
-        self._client.close()
-        self._pause()
-        self._client.session(fv.in_process(self._coordinator, self._client.name)).run()
-
-
-def played(
-    directory: Path,
-    coordinator: Coordinator,
-    killed: tuple[str, ...] = (),
-    line: Callable[[Any], Any] = lambda inner: inner,
-    prepare: Callable[[Any], Any] = lambda session: None,
-    pause: Callable[[], Any] = lambda: None,
-) -> dict[str, Any]:
-    """Run all clients until the end of the run; those that are killed start again after a pause."""
-    clients = fv.clients_of(directory)
-    sessions: dict[str, Any] = {
-        name: Restarted(client, coordinator, line, prepare, pause)
-        if name in killed
-        else client.session(fv.in_process(coordinator, name))
-        for name, client in clients.items()
-    }
-    assert fv.run_all(sessions) == {}
-    for client in clients.values():
-        client.close()
-    return clients
-
-
 def uploaded(coordinator: Coordinator) -> list[list[str]]:
     results: Any = coordinator.summary()["results"]
     return [result["uploaded"] for result in results]
@@ -97,7 +51,7 @@ def test_a_client_killed_in_the_key_agreement_comes_back(
     founded: Any, killed: tuple[str, ...], line: Any, prepare: Any, epoch: int
 ) -> None:
     directory, coordinator = founded("mask", 2)
-    played(directory, coordinator, killed, line, prepare)
+    fv.played(directory, coordinator, killed, line, prepare)
     assert uploaded(coordinator) == [sorted(fv.MEMBERS)] * 2
     assert coordinator._run.keys.epoch == epoch
 
@@ -161,7 +115,7 @@ def test_what_was_trained_and_sent_before_a_kill_is_gone_on_from(founded: Any, b
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fv.VectorLearner, "load", loading)
-        clients = played(
+        clients = fv.played(
             directory,
             coordinator,
             ("ada",),
@@ -187,7 +141,7 @@ def test_an_upload_that_the_server_lost_is_sent_again(founded: Any, caplog: pyte
             path.write_bytes(path.read_bytes()[:-1] + b"\x00")
 
     coordinator._run.blobs.adopt = damaging  # type: ignore[method-assign]  # a disk that fails once
-    clients = played(directory, coordinator)
+    clients = fv.played(directory, coordinator)
     assert damaged == ["ben"]
     assert uploaded(coordinator) == [sorted(fv.MEMBERS)] * 3
     assert clients["ben"].learner.trained == [1, 2, 3], "nothing was trained or released again"
@@ -210,7 +164,7 @@ def test_a_server_that_forgot_uploads_and_their_key_epoch_gets_them_under_anothe
     shutil.rmtree(state)
     shutil.copytree(copy, state)
     coordinator = fv.coordinator_of(directory)
-    clients = played(directory, coordinator)
+    clients = fv.played(directory, coordinator)
     assert uploaded(coordinator) == [sorted(fv.MEMBERS)] * 2
     assert all(client.learner.trained == [2] for client in clients.values()), "round 1 was trained once"
     coordinator.close()
@@ -286,7 +240,7 @@ def test_receipts_of_a_round_that_is_over_are_asked_for(founded: Any) -> None:
         return receipt
 
     coordinator.push = noting  # type: ignore[method-assign]  # to see the answers
-    clients = played(
+    clients = fv.played(
         directory,
         coordinator,
         ("ada",),

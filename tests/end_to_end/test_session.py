@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from end_to_end import federation_of_vectors as fv
+from fedmosaic.client.records import read_upload
 from fedmosaic.privacy.federation import consortium
 from fedmosaic.privacy.ledger.ledger import read_ledger
 from fedmosaic.privacy.ledger.move import back_up, move
@@ -53,32 +54,27 @@ def test_a_profile_is_released_once_while_the_data_stays_the_same(tmp_path: Path
         assert all(row.covered_by == "nothing" for row in adapter)
 
 
-def _others(coordinator: Any, clients: dict[str, fv.Client]) -> dict[str, Any]:
-    return {n: c.session(fv.in_process(coordinator, n)) for n, c in clients.items() if n != "cid"}
-
-
 @pytest.mark.parametrize("backend", ["plain", "ckks"])
 def test_a_client_killed_before_its_push_resumes_and_sends_the_same_bytes(
     founded: Any, backend: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     directory, coordinator = founded(backend, 3)
-    clients = fv.clients_of(directory)
-    victim = clients["cid"]
+    path, kept, push = directory / "clients/cid/state/upload-0002.bin", [], coordinator.push
 
-    class Restarting:
-        def run(self) -> None:
-            transport = fv.Dying(fv.in_process(coordinator, "cid"), push=2)
-            with pytest.raises(fv.Killed):
-                victim.session(transport).run()
-            stored = (directory / "clients" / "cid" / "state" / "upload-0002.bin").read_bytes()
-            victim.close()
-            session = victim.session(fv.in_process(coordinator, "cid"))
-            assert (directory / "clients" / "cid" / "state" / "upload-0002.bin").read_bytes() == stored
-            session.run()
+    def noting(client: str, upload: Upload) -> Any:
+        if (client, upload.round) == ("cid", 2):
+            kept.append(upload)
+        return push(client, upload)
 
-    assert fv.run_all(_others(coordinator, clients) | {"cid": Restarting()}) == {}
-    assert victim.learner.trained == [3], "round 2 was trained before the kill and must not be trained again"
+    coordinator.push = noting
+    clients = fv.played(
+        directory, coordinator, ("cid",), lambda line: fv.Dying(line, push=2),
+        pause=lambda: kept.append(read_upload(path)),
+    )  # fmt: skip
+    assert kept[0] == kept[1]
+    trained = clients["cid"].learner.trained
+    assert trained == [3], "round 2 was trained before the kill and must not be trained again"
     assert "re-sending the stored upload" in caplog.text
     uploaded = [result["uploaded"] for result in coordinator.summary()["results"]]
     assert uploaded == [sorted(fv.MEMBERS)] * 3
@@ -111,31 +107,26 @@ def test_a_client_whose_ledger_was_put_back_from_an_older_copy_is_refused_by_nam
     tmp_path: Path, founded: Any
 ) -> None:
     directory, coordinator = founded("plain", 2)
-    clients = fv.clients_of(directory)
-    victim, state = clients["cid"], directory / "clients" / "cid" / "state"
+    state = directory / "clients" / "cid" / "state"
 
-    class Restored:
-        def run(self) -> None:
-            session = victim.session(fv.Dying(fv.in_process(coordinator, "cid"), push=2))
-            back_up(state, tmp_path / "older")
-            with pytest.raises(fv.Killed):
-                session.run()
-            victim.close()
-            shutil.copytree(state, tmp_path / "newest")
-            for file in state.glob("ledger.sqlite*"):
-                file.unlink()
-            move(tmp_path / "older", tmp_path / "put-back")
-            for file in (tmp_path / "put-back").glob("ledger.sqlite*"):
-                shutil.copy(file, state)
-            with pytest.raises(LedgerError, match="LEDGER_BEHIND"):
-                victim.session(fv.in_process(coordinator, "cid")).run()
-            victim.close()
-            for file in (tmp_path / "newest").glob("ledger.sqlite*"):
-                shutil.copy(file, state)
-            victim.session(fv.in_process(coordinator, "cid")).run()
+    def put_back() -> None:
+        shutil.copytree(state, tmp_path / "newest")
+        for file in state.glob("ledger.sqlite*"):
+            file.unlink()
+        move(tmp_path / "older", tmp_path / "put-back")
+        for file in (tmp_path / "put-back").glob("ledger.sqlite*"):
+            shutil.copy(file, state)
+        again = fv.Client(directory, "cid", 2)
+        with pytest.raises(LedgerError, match="LEDGER_BEHIND"):
+            again.session(fv.in_process(coordinator, "cid")).run()
+        again.close()
+        for file in (tmp_path / "newest").glob("ledger.sqlite*"):
+            shutil.copy(file, state)
 
-    sessions = _others(coordinator, clients) | {"cid": Restored()}
-    assert fv.run_all(sessions) == {}
+    fv.played(
+        directory, coordinator, ("cid",), lambda line: fv.Dying(line, push=2),
+        prepare=lambda _: back_up(state, tmp_path / "older"), pause=put_back,
+    )  # fmt: skip
 
 
 def test_two_copies_of_a_ledger_in_one_run_are_found_at_the_push(founded: Any) -> None:
