@@ -231,8 +231,7 @@ class Client:
         """Statements, the last message to the server, and what this client's own people learn."""
         learner, state, progress = checked.learner, member.state, checked.progress
         progress.stage(0, "writing the privacy statement")
-        most = checked.data.train.most_of_one_person
-        own = _conclude(checked.kit, member, learner, checked.transport, result, most)
+        own = _conclude(checked, member, result)
         traffic = checked.transport.traffic().as_dict()
         # The connection is closed first, so that no time which the server sees depends on what follows.
         checked.close()
@@ -254,21 +253,20 @@ class Client:
         )
 
 
-def _conclude(
-    kit: Kit, member: Participant, learner: ModelLearner, transport: Transport, result: ResultFile, most: int
-) -> PrivacyStatement:
+def _conclude(checked: Preflight, member: Participant, result: ResultFile) -> PrivacyStatement:
     """Write the own statement, hand the shareable one over, and say what came of the run."""
-    facts, terms, state = member.statement_inputs(), kit.roster.terms, member.state
+    terms, transport = checked.kit.roster.terms, checked.transport
+    facts, state, most = member.statement_inputs(), member.state, checked.data.train.most_of_one_person
     received, rounds = state.record.received_rounds, terms.schedule.rounds
     result.put("received_rounds", received)
-    result.put("certificate_expires", kit.expires.isoformat())
+    result.put("certificate_expires", checked.kit.expires.isoformat())
     # Whether an aggregate could be used is for this client's own eyes; the server does not learn it.
     own = statement(facts)
     own = own if received else with_warning(own, NOTHING_RECEIVED.format(rounds=rounds))
     if most > 1 and terms.unit == "example":
         own = with_warning(own, person_words(facts, most))
     write_atomically(state.directory / STATEMENT, own.model_dump_json(indent=2).encode())
-    told = shareable(for_handing_over(facts, terms, learner.example_count))
+    told = shareable(for_handing_over(facts, terms, checked.learner.example_count))
     write_atomically(state.directory / HANDED_OVER, told.model_dump_json(indent=2).encode())
     transport.report(told.model_dump_json().encode())
     result.put("traffic", transport.traffic().as_dict())

@@ -249,9 +249,8 @@ class ModelLearner:
     def evaluate(self) -> dict[str, Score]:
         """Score the client's own test set ("self") and the others', by name. Stays local."""
         scores: dict[str, Score] = {}
-        sets = self._data.tests
-        self._progress.stage(0, "scoring", len(sets))
-        for done, (name, found) in enumerate(sets.items(), start=1):
+        self._progress.stage(0, "scoring", len(self._data.tests))
+        for done, (name, found) in enumerate(self._data.tests.items(), start=1):
             scores[name] = self._score(name, found.examples)
             self._progress.advance(done)
         return scores

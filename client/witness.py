@@ -18,9 +18,10 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import Field
 
+from fedmosaic.client.settings import Located
 from fedmosaic.client.transport.connection import Patience, open_channel
 from fedmosaic.privacy.audit import AuditLog
-from fedmosaic.privacy.configuration import Frozen, read_configuration
+from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.federation.identity import public_hex
 from fedmosaic.privacy.federation.kits import Kit, open_kit
 from fedmosaic.privacy.federation.names import Address
@@ -41,7 +42,7 @@ _CALL_SECONDS: Final = 600.0
 _SHORTEST_POLL_SECONDS: Final = 0.5
 
 
-class WitnessSettings(Frozen):
+class WitnessSettings(Located):
     """Everything the witness decides for itself. Paths are relative to the file."""
 
     kit: Path
@@ -227,8 +228,6 @@ def main(arguments: Sequence[str]) -> int:
     """Run `fedmosaic witness` with its arguments; 1 says that something was not countersigned."""
     path = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic witness").config
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s", force=True)
-    found = read_configuration(path, WitnessSettings)
-    places = {"kit": path.parent / found.kit, "state_dir": path.parent / found.state_dir}
-    signed, refused = run(found.model_copy(update=places))
+    signed, refused = run(read_configuration(path, WitnessSettings).located(path.parent))
     print(f"{signed} aggregates countersigned, {refused} refused")
     return 1 if refused else 0

@@ -131,7 +131,10 @@ def _write(arguments: Arguments, opened: OpenedModel, folder: Path, name: str) -
             rank = write_lora(model, folder, name)
         else:
             save_adapter(model, folder)
-            _rename_base(folder / "adapter_config.json", name)
+            # The base model is named as readers know it, not where it is on this machine.
+            config = folder / "adapter_config.json"
+            content = parse_json(config.read_bytes()) | {"base_model_name_or_path": name}
+            config.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
         with without_rename_notice():
             # The card says what PEFT would say here: with a bias that the base has not, it cannot merge.
             warnings.filterwarnings("ignore", "`lora_bias=True` was passed but")
@@ -145,12 +148,6 @@ def _write(arguments: Arguments, opened: OpenedModel, folder: Path, name: str) -
     return Export(
         arguments.format, name, dtype, opened.round, arguments.shareable, rank, str(found), left_out
     )
-
-
-def _rename_base(config: Path, name: str) -> None:
-    """Name the base model as readers know it, not where it is on this machine."""
-    content = parse_json(config.read_bytes()) | {"base_model_name_or_path": name}
-    config.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def check_shareable(saved: SavedModel, handed: PrivacyStatement | None) -> None:
