@@ -16,6 +16,7 @@ from typing import Final
 import numpy as np
 
 from fedmosaic.client.client import RESULT, Participant
+from fedmosaic.client.data.records import unit_ids
 from fedmosaic.client.ledger import ServerAnchor, open_ledger
 from fedmosaic.client.model.examples import Example
 from fedmosaic.client.planning import plan_adapter
@@ -221,8 +222,8 @@ class _Client:
             # A seeded stream of noise must be a new one in every round, also after a restart.
             number = None if seed is None else seed + 1_000_003 * round_number + self.index
             randomness = SecureNoise() if number is None else SeededTestNoise(number)
-            make = self.worker.probe.of(examples, randomness)
-            ids = tuple(example.id for example in examples)
+            make = self.worker.probe.of(examples, randomness, self.terms.unit)
+            ids = unit_ids(examples, self.terms.unit)
             return Releases(
                 self.ledger, self.terms, self.state, ids, make, randomness, self.plan,
                 disjoint_epochs=self.stream is not None,
