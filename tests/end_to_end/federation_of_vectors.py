@@ -22,7 +22,7 @@ from fedmosaic.client.state import ClientState
 from fedmosaic.client.transport.grpc import GrpcTransport, Transport
 from fedmosaic.experiments.simulation.transport import InProcessTransport
 from fedmosaic.privacy.federation import consortium
-from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry, open_kit
+from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry, WitnessEntry, open_kit
 from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
 from fedmosaic.privacy.ledger.ledger import Ledger
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum
@@ -109,9 +109,10 @@ def make_federation(
     agreed: Terms,
     members: tuple[str, ...] = MEMBERS,
     families: Mapping[str, str] | None = None,
+    witness: WitnessEntry | None = None,
 ) -> Path:
     entries = tuple(MemberEntry(id=name, family=(families or {}).get(name, "")) for name in members)
-    config = FederationConfig(federation="vectors", members=entries, terms=agreed)
+    config = FederationConfig(federation="vectors", members=entries, witness=witness, terms=agreed)
     consortium.create(config, directory)
     (directory / "server" / "server.toml").write_text('listen = "127.0.0.1:0"\nstate_dir = "state"\n')
     return directory

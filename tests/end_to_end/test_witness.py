@@ -19,8 +19,7 @@ from fedmosaic.client.witness import WitnessSettings, check_countersigned, run
 from fedmosaic.privacy.audit import AUDIT, read_audit
 from fedmosaic.privacy.encryption.aggregators import create_aggregator
 from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
-from fedmosaic.privacy.federation.consortium import create
-from fedmosaic.privacy.federation.kits import FederationConfig, MemberEntry, WitnessEntry, open_kit
+from fedmosaic.privacy.federation.kits import WitnessEntry, open_kit
 from fedmosaic.protos.errors import IdentityError, WitnessError
 from fedmosaic.protos.messages import AggregateSection, WeightRow
 from fedmosaic.protos.refusal import Refusal, from_rpc_error
@@ -38,16 +37,8 @@ Rows = Mapping[str, WeightRow]
 
 
 def found(directory: Path, backend: str, rounds: int, seconds: float = 60.0) -> Path:
-    members = tuple(MemberEntry(id=name) for name in fv.MEMBERS)
-    config = FederationConfig(
-        federation="vectors",
-        members=members,
-        witness=WitnessEntry(id="notary", seconds=seconds),
-        terms=fv.terms(backend, rounds),
-    )
-    create(config, directory)
-    (directory / "server" / "server.toml").write_text('listen = "127.0.0.1:0"\nstate_dir = "state"\n')
-    return directory
+    witness = WitnessEntry(id="notary", seconds=seconds)
+    return fv.make_federation(directory, fv.terms(backend, rounds), witness=witness)
 
 
 class LyingAggregator:
@@ -100,10 +91,8 @@ def rob(read_download: Any) -> Any:
             foreign = Ed25519PrivateKey.generate().sign(bytes(32))
             changed = replace(section, countersignature=foreign)
         else:
-            old = seen[3]
-            changed = replace(
-                section, uploads_sha256=old.uploads_sha256, countersignature=old.countersignature
-            )
+            old = {name: getattr(seen[3], name) for name in ("uploads_sha256", "countersignature")}
+            changed = replace(section, **old)
         return replace(download, aggregate=replace(download.aggregate, sections=(changed,)))
 
     return robbed
@@ -167,14 +156,11 @@ def test_lies_about_rows_are_caught_and_named(
             assert any(line.startswith(said) for line in caplog.messages)
         told = f"round {number + 1}: no shared aggregate: round {number}: the witness notary refused it: the"
         assert sum(line.startswith(told) for line in caplog.messages) == 2
-    for number, words in (
-        (2, "the aggregate has no countersignature of the witness 'notary'"),
-        (3, "the countersignature is not that of the witness 'notary' over this aggregate"),
-        (4, "the countersignature is not that of the witness 'notary' over this aggregate"),
-    ):
-        assert any(
-            line.startswith(f"round {number}: no shared aggregate: {words}") for line in caplog.messages
-        )
+    absent = "the aggregate has no countersignature of the witness 'notary'"
+    other = "the countersignature is not that of the witness 'notary' over this aggregate"
+    for number, words in ((2, absent), (3, other), (4, other)):
+        told = f"round {number}: no shared aggregate: {words}"
+        assert any(line.startswith(told) for line in caplog.messages)
     lines, _ = read_audit(directory / "notes" / AUDIT)
     said = [line.event for line in lines]
     assert said.count("countersigned") == ended[0][0]

@@ -12,8 +12,7 @@ from fedmosaic.client.preflight.data import check_sets, read_lengths
 from fedmosaic.client.settings import DataSettings
 from fedmosaic.protos.errors import ConfigurationError
 
-UNKNOWN = {"unk_token": "<unk>"}
-SPECIAL = {**UNKNOWN, "eos_token": "</s>"}
+SPECIAL = {"unk_token": "<unk>", "eos_token": "</s>"}
 
 
 def row(number: int, **changes: object) -> dict[str, object]:
@@ -87,7 +86,7 @@ def test_images_are_looked_for(train: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    raw = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2, "b": 3}, **UNKNOWN))
+    raw = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2, "b": 3}, unk_token="<unk>"))  # noqa: S106
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=raw, **SPECIAL)
 
