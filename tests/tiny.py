@@ -5,8 +5,21 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from devices import here
 from fedmosaic.client.colora import CoLoraConfig
@@ -28,6 +41,43 @@ def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
         "max_position_embeddings": 64,
     }
     return here(LlamaForCausalLM(LlamaConfig(**(fields | changes))).to(dtype))
+
+
+def tiny_decoder(kind: str = "llama", hidden: int = 32, depth: int = 3, **changes: Any) -> PreTrainedModel:
+    """A decoder of this architecture with random weights and 64 tokens."""
+    torch.manual_seed(7)
+    fields = {
+        "vocab_size": 64,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": depth,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        **changes,
+    }
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields)).eval()
+
+
+def tiny_llava(text: LlamaConfig, vision_depth: int = 3, **changes: Any) -> LlavaForConditionalGeneration:
+    """A vision-language model of images of four places, around this language part."""
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=vision_depth,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, **changes))
+
+
+def word_tokenizer(words: Sequence[str], **special: str) -> PreTrainedTokenizerFast:
+    """One token a word, in this order, `<unk>` among them."""
+    unknown = {"unk_token": "<unk>"}
+    raw = Tokenizer(WordLevel({word: place for place, word in enumerate(words)}, **unknown))
+    raw.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, **unknown, **special)
 
 
 def tiny_colora(

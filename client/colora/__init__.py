@@ -28,10 +28,8 @@ from fedmosaic.client.colora.state import (
     set_trainable,
 )
 from fedmosaic.client.colora.vectors import (
-    FamilyLayout,
     SharedLayout,
     copy_branch,
-    family_layout,
     read_family,
     read_shared,
     shared_layout,
@@ -52,12 +50,10 @@ __all__ = [
     "CoLoraLayer",
     "CoLoraLinear",
     "CoLoraModel",
-    "FamilyLayout",
     "Placement",
     "SharedLayout",
     "adapted_layers",
     "copy_branch",
-    "family_layout",
     "find_decoder_layers",
     "fix_gate",
     "get_basis",

@@ -18,8 +18,7 @@ from fedmosaic.client.data.sets import ClientData, read_sets
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.ledger import DataLedger, ledger_delta
 from fedmosaic.client.membership import ask_to_enrol
-from fedmosaic.client.model.given import accept_model
-from fedmosaic.client.model.load import LoadedModel, load_tokenizer
+from fedmosaic.client.model.load import LoadedModel, accept_model, load_tokenizer
 from fedmosaic.client.planning import AdapterPlan, budgeted_channels, plan_adapter
 from fedmosaic.client.preflight.data import Lengths, check_sets, read_lengths
 from fedmosaic.client.preflight.memory import check_memory

@@ -54,13 +54,7 @@ class BasisSettings:
 
 @dataclass(frozen=True, eq=False)
 class FittedBasis:
-    """A basis and the clipping norm that belongs to it.
-
-    Attributes:
-        basis: to be saved, and named by its hash in the mechanism.
-        clipping_norm: C, in the unit of the standardised rows.
-        examples: number of public examples used.
-    """
+    """A basis, and the clipping norm C that belongs to it in the unit of the standardised rows."""
 
     basis: PublicBasis
     clipping_norm: float
@@ -70,17 +64,7 @@ class FittedBasis:
 def fit_basis(
     factors: Callable[[], Iterable[GradientFactors]], reduction: Reduction, settings: BasisSettings
 ) -> FittedBasis:
-    """Fit a basis to public gradients.
-
-    Args:
-        factors: gives the public examples' gradients from the start each time it is called (twice for a
-            Kronecker reduction, else once).
-        reduction: the reduction of the mechanism to be.
-        settings: how to fit.
-
-    Raises:
-        MechanismError: the settings contradict the reduction, or there are fewer than 2 usable gradients.
-    """
+    """Fit a basis to public gradients, which `factors` gives from the start each time that it is called."""
     _check_settings(reduction, settings)
     sides = PublicBasis()
     if reduction.kind == "kronecker":
@@ -96,11 +80,7 @@ def fit_basis(
 
 
 def standardise_rows(rows: Float64Array, sides: PublicBasis, settings: BasisSettings) -> FittedBasis:
-    """Find centre, whitening and clipping norm from (n, k) public rows, beside the sides of a basis.
-
-    Raises:
-        MechanismError: fewer than 2 rows are finite, or all are zero.
-    """
+    """Find centre, whitening and clipping norm from (n, k) public rows, beside the sides of a basis."""
     rows = rows[np.isfinite(rows).all(axis=1)]
     if len(rows) < 2:
         raise MechanismError(f"{len(rows)} usable public gradients are too few for a basis; give hundreds")
@@ -132,14 +112,7 @@ def fit_mechanism(
     settings: BasisSettings,
     noise_multiplier: float,
 ) -> tuple[ProfileMechanism, PublicBasis | None]:
-    """Probe public examples, better a thousand than a hundred, and describe a complete mechanism.
-
-    Returns:
-        The mechanism, and the basis to hand to every client with it; None if the mechanism needs none.
-
-    Raises:
-        MechanismError: the settings contradict each other or the data is unusable.
-    """
+    """Probe public examples, better a thousand than a hundred, for a mechanism and its basis if any."""
     fitted = fit_basis(_factors_of(probe, public_examples), reduction, settings)
     needed = reduction.kind == "kronecker" or settings.standardise != "none"
     mechanism = ProfileMechanism(

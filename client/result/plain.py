@@ -122,7 +122,7 @@ def only_released(model: PeftModel) -> PeftModel:
 def clear_biases(model: nn.Module) -> None:
     """Set every Q to zero."""
     name = find_adapter(model)
-    for layer in shared_modules(model, name):
+    for layer in shared_modules(model):
         for branch in layer.settings[name].branches:
             layer.core(name, branch).bias.zero_()
 
@@ -143,12 +143,12 @@ def write_lora(model: PeftModel, folder: Path, base: str) -> int:
         The largest rank.
 
     Raises:
-        ModelError: a gate is pooled, so that no constant map exists.
+        ModelError: the adapter changes nothing.
     """
     name = find_adapter(model)
     deltas = {
         layer.settings[name].placement.name: _compressed(layer.merge_delta(name), layer.settings[name].rank)
-        for layer in adapted_layers(model, "all", name)
+        for layer in adapted_layers(model)
     }
     deltas = {module: delta for module, delta in deltas.items() if delta.left.any() or delta.bias is not None}
     if not deltas:
@@ -209,7 +209,7 @@ def merged(model: PeftModel) -> PreTrainedModel:
     """The base model with the adapter in its weights, described by its own configuration.
 
     Raises:
-        ModelError: base weights are quantised, a gate is pooled, or no architecture describes the biases that
+        ModelError: base weights are quantised, or no architecture describes the biases that
             Q becomes. The model is merged then and not to be used.
     """
     with warnings.catch_warnings():

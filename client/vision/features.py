@@ -36,12 +36,7 @@ _GREY: Final = (127, 127, 127)
 
 
 def open_image(path: Path) -> Image.Image:
-    """Read a PNG or JPEG file, as RGB.
-
-    Raises:
-        ConfigurationError: it cannot be read, has more than fifty million pixels or 8,192 of a side, or more
-            than eight bits per channel.
-    """
+    """Read a PNG or JPEG file as RGB; ConfigurationError if it is damaged, too large, or over eight bits."""
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as file:
             if file.width * file.height > _MOST_PIXELS or max(file.size) > _LONGEST_SIDE:
@@ -61,15 +56,7 @@ def open_image(path: Path) -> Image.Image:
 
 
 def read_image(path: Path, size: int) -> torch.Tensor:
-    """Read an image as pixels for the encoder.
-
-    Args:
-        path: of any shape; padded with grey to a square and resized.
-        size: pixels of a side.
-
-    Returns:
-        (3, size, size) float32 in [-1, 1].
-    """
+    """An image of any shape as (3, size, size) float32 in [-1, 1], padded with grey to a square."""
     image = open_image(path)
     side = max(image.size)
     square = Image.new("RGB", (side, side), _GREY)
@@ -88,25 +75,19 @@ def image_features(
     kept: Path | None = None,
     console: Console | None = None,
 ) -> torch.Tensor:
-    """Features of images, from files kept earlier or from the encoder.
+    """Features of n images, (n, grid², 1280) float16, places row by row; kept earlier or from the encoder.
 
     Files that hold the same bytes are encoded once. Features tell much of an image: those of private images
     belong beside the client's other state, not into the cache.
 
     Args:
-        paths: n images.
+        paths: of the images.
         size: pixels of a side.
         grid: places of a side.
-        cache: directory of the cache, which the encoder comes from; `cache_directory()` by default.
+        cache: directory that the encoder comes from; `cache_directory()` by default.
         kept: directory where these features and no others are kept, readable by its owner only; below the
             cache by default.
         console: where progress is shown; nowhere by default.
-
-    Returns:
-        (n, grid², 1280) float16, places row by row.
-
-    Raises:
-        ConfigurationError: an image cannot be read.
     """
     place = cache_directory() if cache is None else cache
     digests = [_digest(path) for path in paths]

@@ -4,19 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import LlamaConfig, LlavaForConditionalGeneration
 
 from fedmosaic.client.colora import find_decoder_layers, target_layers
 from fedmosaic.client.colora.placement import linear_names, plan_placements, select_modules
 from fedmosaic.protos.errors import ConfigurationError, ModelError
+from tiny import tiny_decoder, tiny_llava
 
 SMALL = {
     "vocab_size": 64,
@@ -36,23 +29,8 @@ LINEARS = (
 )
 
 
-def llama(depth: int = 4) -> LlamaForCausalLM:
-    return LlamaForCausalLM(LlamaConfig(**SMALL, num_hidden_layers=depth))
-
-
-def llava(depth: int = 3, vision_depth: int = 3) -> LlavaForConditionalGeneration:
-    vision = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=vision_depth,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=4,
-    )
-    text = LlamaConfig(**SMALL, num_hidden_layers=depth)
-    return LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=vision, text_config=text, image_token_index=5)
-    )
+def llava(depth: int = 3) -> LlavaForConditionalGeneration:
+    return tiny_llava(LlamaConfig(**SMALL, num_hidden_layers=depth), image_token_index=5)
 
 
 # The authors' get_target_layers evaluated on the models of the paper; 0-based.
@@ -122,15 +100,14 @@ def test_target_layers_refuses_what_makes_no_sense() -> None:
 
 
 def test_decoder_layers_of_llama_and_qwen2() -> None:
-    assert find_decoder_layers(llama())[0] == "model.layers"
-    qwen = Qwen2ForCausalLM(Qwen2Config(**SMALL, num_hidden_layers=3))
-    name, layers = find_decoder_layers(qwen)
-    assert (name, len(layers)) == ("model.layers", 3)
-    assert linear_names(layers[0]) == LINEARS
+    for kind in ("llama", "qwen2"):
+        name, layers = find_decoder_layers(tiny_decoder(kind))
+        assert (name, len(layers)) == ("model.layers", 3)
+        assert linear_names(layers[0]) == LINEARS
 
 
 def test_llava_language_part_is_found_even_when_the_vision_tower_is_as_deep() -> None:
-    model = llava(depth=3, vision_depth=3)
+    model = llava(depth=3)
     name, layers = find_decoder_layers(model)
     assert "language_model" in name
     assert layers is model.model.language_model.layers
@@ -181,11 +158,11 @@ def test_unknown_modules_are_refused_with_what_exists(wanted: list[str]) -> None
 @pytest.mark.parametrize("layers", [(1, 1), (2, 1), (0, 4), (-1, 2), ()])
 def test_shared_layers_outside_the_model_are_refused(layers: tuple[int, ...]) -> None:
     with pytest.raises(ModelError, match="shared_layers"):
-        plan_placements(llama(4), layers, None, family=False)
+        plan_placements(tiny_decoder(depth=4), layers, None, family=False)
 
 
 def test_shared_layers_without_the_same_modules_are_refused() -> None:
-    model = llama(2)
+    model = tiny_decoder(depth=2)
     model.model.layers[0].mlp.up_proj = nn.Identity()
     with pytest.raises(ModelError, match=r"Layer 0 .* lacks mlp\.up_proj"):
         plan_placements(model, (0, 1), None, family=False)

@@ -10,14 +10,12 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from fedmosaic.client.colora import (
     CoLoraConfig,
     CoLoraLayer,
     adapted_layers,
     copy_branch,
-    family_layout,
     fix_gate,
     get_basis,
     read_family,
@@ -31,6 +29,7 @@ from fedmosaic.client.colora import (
 )
 from fedmosaic.client.colora.basis import draw_orthonormal
 from fedmosaic.protos.errors import ModelError
+from tiny import tiny_decoder
 
 RANK, BLOCKS = 4, 2
 MODULES = (
@@ -46,19 +45,8 @@ SIZE = BLOCKS * len(MODULES) * (RANK**2 + RANK)
 
 
 def adapted(kind: str = "llama", hidden: int = 32, depth: int = 3, **changes: object) -> PeftModel:
-    torch.manual_seed(7)
-    shape = {
-        "vocab_size": 64,
-        "hidden_size": hidden,
-        "intermediate_size": 2 * hidden,
-        "num_hidden_layers": depth,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    base = (
-        LlamaForCausalLM(LlamaConfig(**shape)) if kind == "llama" else Qwen2ForCausalLM(Qwen2Config(**shape))
-    )
-    return get_peft_model(base, CoLoraConfig(**{"r": RANK, "blocks": BLOCKS, **changes}))
+    config = CoLoraConfig(**{"r": RANK, "blocks": BLOCKS, **changes})
+    return get_peft_model(tiny_decoder(kind, hidden, depth), config)
 
 
 def numbers(size: int, seed: int = 0) -> np.ndarray:
@@ -87,7 +75,7 @@ def test_the_vector_has_the_documented_order() -> None:
 def test_what_is_written_is_read_and_nothing_else_changes(branch: str, dtype: type) -> None:
     model = adapted(personal_branch=True)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    shared, family = numbers(SIZE).astype(dtype), numbers(family_layout(model).size, 1).astype(dtype)
+    shared, family = numbers(SIZE).astype(dtype), numbers(read_family(model).size, 1).astype(dtype)
     write_shared(model, shared, branch)
     write_family(model, family, branch)
     np.testing.assert_array_equal(read_shared(model, branch), shared)
@@ -110,7 +98,7 @@ def test_layouts_agree_across_width_depth_and_architecture() -> None:
     assert layouts[0].modules == MODULES
     assert {layout.size for layout in layouts} == {SIZE}
     assert all(read_shared(model).shape == (SIZE,) for model in models)
-    assert len({family_layout(model).spec_hash for model in models}) == 3
+    assert len({read_family(model).size for model in models}) == 3
 
 
 def test_the_standard_size_is_the_papers() -> None:
@@ -169,7 +157,7 @@ def test_the_map_moves_between_widths() -> None:
 def test_the_family_vector_is_empty_without_lora() -> None:
     model = adapted(other_layers="none")
     assert read_family(model).shape == (0,)
-    assert family_layout(model).size == 0
+    assert read_family(model).size == 0
     write_family(model, np.zeros(0, dtype=np.float32))
     with pytest.raises(ModelError, match=r"needs \(0,\)"):
         write_family(model, np.zeros(1, dtype=np.float32))
@@ -177,12 +165,11 @@ def test_the_family_vector_is_empty_without_lora() -> None:
 
 def test_the_family_vector_holds_a_then_b_of_each_module() -> None:
     model = adapted()
-    vector = numbers(family_layout(model).size)
+    vector = numbers(read_family(model).size)
     write_family(model, vector, "local")
     down, up = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj").pair("default", "local")
     np.testing.assert_array_equal(down.weight.detach().numpy(), vector[: 4 * 64].reshape(4, 64))
     np.testing.assert_array_equal(up.weight.detach().numpy(), vector[4 * 64 : 4 * 96].reshape(32, 4))
-    assert family_layout(model).size == read_family(model).size
 
 
 def test_clients_of_one_architecture_start_with_the_same_family_tensors_in_both_branches() -> None:
@@ -195,7 +182,7 @@ def test_clients_of_one_architecture_start_with_the_same_family_tensors_in_both_
 def test_copy_branch(layers: str) -> None:
     model = adapted()
     write_shared(model, numbers(SIZE), "local")
-    write_family(model, numbers(family_layout(model).size), "local")
+    write_family(model, numbers(read_family(model).size), "local")
     copy_branch(model, "local", "global", layers=layers)
     assert (read_shared(model, "global") == read_shared(model)).all() == (layers != "family")
     assert (read_family(model, "global") == read_family(model)).all() == (layers != "shared")
@@ -221,7 +208,7 @@ BAD_VECTORS: list[tuple[str, np.ndarray]] = [
     ("shape", np.zeros(0, dtype=np.float32)),
     ("type int64", np.zeros(SIZE, dtype=np.int64)),
     ("type complex128", np.zeros(SIZE, dtype=np.complex128)),
-    ("1 of 280 values that are not finite", np.append(np.zeros(SIZE - 1), np.nan)),
+    ("1 of 280 values that are not finite", np.append(np.full(SIZE - 1, 0.123456), np.nan)),
     ("1 of 280 values that are not finite", np.append(np.zeros(SIZE - 1), -np.inf)),
     ("2 of 280 values that are not finite", np.append(np.zeros(SIZE - 2), [1e300, -1e39])),
 ]
@@ -231,21 +218,15 @@ BAD_VECTORS: list[tuple[str, np.ndarray]] = [
 def test_a_bad_vector_is_refused_before_anything_is_written(message: str, vector: np.ndarray) -> None:
     model = adapted()
     write_shared(model, numbers(SIZE))
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(ModelError, match=message) as caught:
         write_shared(model, vector)
+    assert "0.123" not in str(caught.value), "values of the vector are not shown"
     np.testing.assert_array_equal(read_shared(model, "global"), numbers(SIZE))
-
-
-def test_errors_never_show_the_values() -> None:
-    with pytest.raises(ModelError) as caught:
-        write_shared(adapted(), np.append(np.full(SIZE - 1, 0.123456), np.nan))
-    assert "0.123" not in str(caught.value)
 
 
 REFUSALS: list[tuple[str, Callable[[nn.Module], object]]] = [
     ("no branch 'personal'", lambda model: read_shared(model, "personal")),
     ("no branch 'lokal'", lambda model: copy_branch(model, "lokal", "global")),
-    ("no adapter 'x'", lambda model: read_shared(model, adapter_name="x")),
     (r"\['personal'\] do not exist.*personal_branch=True", lambda model: set_trainable(model, {"personal"})),
     (r"\['gate'\] do not exist", lambda model: set_active_branches(model, {"gate"})),
     ("string 'local'", lambda model: set_trainable(model, "local")),
@@ -292,17 +273,6 @@ def test_set_trainable_freezes_all_else_on_the_chosen_layers(groups: set[str], l
             ), name
         else:
             assert parameter.requires_grad == before[name], name
-
-
-def test_an_inactive_adapter_is_not_trained_before_it_is_active() -> None:
-    model = adapted()
-    model.add_adapter("other", CoLoraConfig(r=2, blocks=BLOCKS))
-    set_trainable(model, {"global"}, adapter_name="other")
-    assert not any(p.requires_grad for name, p in model.named_parameters() if "other" in name)
-    model.set_adapter("other")
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained
-    assert all("global" in name and "other" in name for name in trained)
 
 
 def test_fix_gate_can_be_undone() -> None:

@@ -10,11 +10,7 @@ from opacus import PrivacyEngine
 from opacus.validators import ModuleValidator
 from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import ValidationError
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from devices import here
 from fedmosaic.client.colora import CoLoraConfig, read_shared, write_shared
@@ -23,7 +19,7 @@ from fedmosaic.client.dp.checks import check_engine
 from fedmosaic.client.dp.engine import clip_and_sum, core_parameters, example_gradient
 from fedmosaic.client.dp.training import noisy_sum, set_gradients
 from fedmosaic.client.model import hardware
-from fedmosaic.client.model.examples import IGNORED, EncodedExample, collate
+from fedmosaic.client.model.examples import EncodedExample, collate
 from fedmosaic.client.model.hardware import choose_device, choose_dtype, exact_products, product_seconds
 from fedmosaic.client.model.load import adapt, load_base_model, load_model
 from fedmosaic.client.model.loss import example_losses, on_device_of
@@ -31,8 +27,8 @@ from fedmosaic.client.model.training import TrainingSettings, train_local
 from fedmosaic.client.settings import ClientSettings, ModelSettings
 from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
 from fedmosaic.protos.errors import ModelError
+from tiny import VOCABULARY, random_texts, tiny_llama, word_tokenizer
 
-VOCABULARY = 61
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 needs_bitsandbytes = pytest.mark.skipif(not HAS_BITSANDBYTES, reason="fedmosaic[quantization] is not there")
 
@@ -40,24 +36,10 @@ needs_bitsandbytes = pytest.mark.skipif(not HAS_BITSANDBYTES, reason="fedmosaic[
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama on disk; its rows are whole blocks of 4-bit weights."""
-    torch.manual_seed(0)
     place = tmp_path_factory.mktemp("model")
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(place)
-    special = {"unk_token": "<unk>", "eos_token": "<end>"}
+    tiny_llama(hidden_size=64, intermediate_size=128, tie_word_embeddings=True).save_pretrained(place)
     names = ["<unk>", "<end>", *(f"w{number}" for number in range(2, VOCABULARY))]
-    words = Tokenizer(WordLevel({name: place for place, name in enumerate(names)}, unk_token=names[0]))
-    words.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(place)
+    word_tokenizer(names, eos_token="<end>").save_pretrained(place)  # noqa: S106  # a token of text
     return place
 
 
@@ -72,14 +54,7 @@ def adapted(folder: Path, device: torch.device, quantization: str | None = None)
 
 
 def make_examples(count: int) -> list[EncodedExample]:
-    generator = torch.Generator().manual_seed(1)
-    examples = []
-    for index in range(count):
-        ids = torch.randint(0, VOCABULARY, (5 + index % 9,), generator=generator)
-        examples.append(
-            EncodedExample(str(index), ids, torch.where(torch.arange(len(ids)) < 3, IGNORED, ids))
-        )
-    return examples
+    return random_texts([5 + index % 9 for index in range(count)])
 
 
 def rows_of(model: nn.Module) -> torch.Tensor:
@@ -172,15 +147,8 @@ def test_an_optimizer_made_for_a_model_trains_it_wherever_it_was_moved(
     So ended DP-LoRA with Opacus in users' hands (opacus issue 820): loss and ε looked normal, and the model
     that was saved had learnt nothing.
     """
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-    )
-    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
+    model = get_peft_model(tiny_llama(num_hidden_layers=1).cpu(), config)
     if moved == "before":
         model = here(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -247,7 +215,7 @@ def test_on_a_base_of_4_bits_rows_equal_those_on_the_same_base_unpacked(
     report = train_local(
         model, make_examples(6), TrainingSettings(steps=2, per_device_train_batch_size=2), pad_token_id=0
     )
-    assert report.weights_moved
+    assert not any("core" in name for name in report.weights_unmoved)
 
 
 @needs_bitsandbytes
@@ -270,12 +238,10 @@ def test_4_bits_without_the_extra_name_it(folder: Path, monkeypatch: pytest.Monk
 def test_settings_that_contradict_each_other_are_refused(folder: Path) -> None:
     with pytest.raises(ValidationError, match="quantised already"):
         ModelSettings(path=str(folder), gguf_file="a.gguf", quantization="nf4")
-    probe = ClientSettings.model_fields["probe"]
     with pytest.raises(ValidationError, match="the same to the last weight"):
         ClientSettings.__pydantic_validator__.validate_assignment(
             ClientSettings.model_construct(), "probe", {"path": str(folder), "quantization": "nf4"}
         )
-    assert probe is not None
     with pytest.raises(ValidationError, match="pattern"):
         ModelSettings(path=str(folder), device="gpu")
 

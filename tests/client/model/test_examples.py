@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from fedmosaic.client.model.examples import (
@@ -23,9 +23,9 @@ from fedmosaic.client.model.examples import (
     read_public_examples,
 )
 from fedmosaic.protos.errors import ConfigurationError, ModelError
+from tiny import word_tokenizer
 
-SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-UNKNOWN = {"unk_token": "<unk>"}
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 CHAT_TEMPLATE = (
     "{% for message in messages %}user {{ message.content }} {% endfor %}"
     "{% if add_generation_prompt %}bot{% endif %}"
@@ -34,11 +34,11 @@ WORDS = ["<s>", "</s>", "<pad>", "<unk>", "user", "bot", *"abcdefghijklmnopqrstu
 
 
 def make_tokenizer(chat: bool = False, bos: bool = True) -> PreTrainedTokenizerFast:
-    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, **UNKNOWN))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = word_tokenizer(WORDS, **SPECIAL)
     if bos:
-        raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **SPECIAL)
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
     if chat:
         tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

@@ -13,24 +13,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from tokenizers.models import BPE, WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.models import BPE
 from transformers import (
     BertConfig,
     BertModel,
-    CLIPVisionConfig,
     LlamaConfig,
-    LlamaForCausalLM,
-    LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 from fedmosaic.client.colora import CoLoraConfig, find_decoder_layers, read_shared
 from fedmosaic.client.model.load import adapt, load_base_model, save_adapter
 from fedmosaic.protos.errors import ModelError
+from tiny import tiny_decoder, tiny_llava, word_tokenizer
 
 SHARED_MODELS = Path(__file__).parents[3].parent / "shared" / "models"
 SMALL = {
@@ -48,11 +43,8 @@ EOS = {"eos_token": "</s>"}
 
 
 def save_tokenizer(folder: Path, special: dict[str, str] | None = None, *, tokens: int = 30) -> None:
-    vocabulary = {"<s>": 0, "</s>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, tokens)}}
-    unknown = {"unk_token": "<unk>"}
-    tokenizer = Tokenizer(WordLevel(vocabulary, **unknown))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **unknown, **(special or {})).save_pretrained(folder)
+    words = ["<s>", "</s>", "<unk>", *(f"w{i}" for i in range(3, tokens))]
+    word_tokenizer(words, **(special or {})).save_pretrained(folder)
 
 
 def save_letters(folder: Path) -> None:
@@ -64,8 +56,7 @@ def save_letters(folder: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SMALL, pad_token_id=None)).save_pretrained(tmp_path)
+    tiny_decoder(**SMALL, pad_token_id=None).save_pretrained(tmp_path)
     save_tokenizer(tmp_path, EOS)
     return tmp_path
 
@@ -100,11 +91,8 @@ def test_an_existing_padding_token_is_kept(folder: Path) -> None:
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @pytest.mark.parametrize("keep", [1, 3, 4])
 def test_keep_layers_keeps_the_first_and_is_usable(tmp_path: Path, kind: str, keep: int) -> None:
-    torch.manual_seed(0)
-    whole = (
-        LlamaForCausalLM(LlamaConfig(**SMALL)) if kind == "llama" else Qwen2ForCausalLM(Qwen2Config(**SMALL))
-    )
-    whole.eval().save_pretrained(tmp_path)
+    whole = tiny_decoder(kind, **SMALL)
+    whole.save_pretrained(tmp_path)
     if kind == "llama":
         save_tokenizer(tmp_path, EOS)
     else:
@@ -136,16 +124,7 @@ def test_keep_layers_outside_the_model_is_refused(folder: Path, keep: int) -> No
 
 
 def test_a_llava_model_is_loaded_with_its_vision_tower_and_cut_in_its_language_part(tmp_path: Path) -> None:
-    vision = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=4,
-    )
-    config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**SMALL), image_token_index=31)
-    LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
+    tiny_llava(LlamaConfig(**SMALL), 2, image_token_index=31).save_pretrained(tmp_path)
     save_tokenizer(tmp_path, EOS)
     model, _ = load_base_model(tmp_path, keep_layers=2)
     assert isinstance(model, LlavaForConditionalGeneration)
@@ -219,19 +198,13 @@ def test_what_cannot_be_found_is_refused(folder: Path, monkeypatch: pytest.Monke
         load_base_model(folder, torch.int32)
 
 
-def test_adapt_freezes_the_base_and_fills_in_the_task(folder: Path) -> None:
-    model, _ = load_base_model(folder)
-    adapted = adapt(model, CoLoraConfig(r=2, blocks=2), "mine")
-    assert adapted.active_adapters == ["mine"]
-    assert all("colora_" in name for name, p in adapted.named_parameters() if p.requires_grad)
-    assert adapted.peft_config["mine"].task_type == "CAUSAL_LM"
-
-
-def test_an_adapter_is_put_on_without_a_warning(folder: Path) -> None:
+def test_adapt_freezes_the_base_and_fills_in_the_task_without_a_warning(folder: Path) -> None:
     model, _ = load_base_model(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        adapt(model, CoLoraConfig(r=2, blocks=2))
+        adapted = adapt(model, CoLoraConfig(r=2, blocks=2))
+    assert all("colora_" in name for name, p in adapted.named_parameters() if p.requires_grad)
+    assert adapted.peft_config["default"].task_type == "CAUSAL_LM"
 
 
 def test_a_saved_adapter_says_once_how_to_load_it(folder: Path, tmp_path: Path) -> None:

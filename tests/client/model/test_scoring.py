@@ -1,42 +1,50 @@
 """Test sets with and without choices: what is scored how, and that the measure is told."""
 
+import math
+
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch import nn
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fedmosaic.client.model.evaluation import most_likely_choices
-from fedmosaic.client.model.examples import Example, encode_examples, padding_token
+from fedmosaic.client.model.examples import (
+    Example,
+    answer_tokens,
+    encode_examples,
+    padding_token,
+    prompt_tokens,
+)
 from fedmosaic.client.model.scoring import (
     BY_CHOICE,
     BY_WRITING,
     check_scorable,
+    most_likely_choices,
     same_words,
     score_examples,
     written_answers,
 )
 from fedmosaic.client.model.training import TrainingSettings, train_local
 from fedmosaic.protos.errors import ConfigurationError, ModelError
+from tiny import tiny_llama, word_tokenizer
 
-UNKNOWN = {"unk_token": "<unk>"}
-SPECIAL = {**UNKNOWN, "eos_token": "</s>", "pad_token": "<pad>"}
 WORDS = ["<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"]
+LEARNT = [Example("1", "a b", "C d."), Example("2", "b a e", "f")]
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, **UNKNOWN))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=raw, **SPECIAL)
+    return word_tokenizer(WORDS, eos_token="</s>", pad_token="<pad>")  # noqa: S106  # tokens of text
 
 
-def fresh(rows: int = len(WORDS)) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=rows, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=1, initializer_range=0.3,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+def fresh(rows: int = len(WORDS), positions: int = 32) -> LlamaForCausalLM:
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    sizes = {"vocab_size": rows, "hidden_size": 32, "max_position_embeddings": positions}
+    return tiny_llama(initializer_range=0.3, num_hidden_layers=2, **sizes, **special).eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return fresh(positions=64)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +57,134 @@ def trained(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return model
 
 
-LEARNT = [Example("1", "a b", "C d."), Example("2", "b a e", "f")]
+def random_examples(count: int, choices: tuple[str, ...]) -> list[Example]:
+    generator = torch.Generator().manual_seed(1)
+    examples = []
+    for index in range(count):
+        length = int(torch.randint(1, 12, (1,), generator=generator))
+        letters = torch.randint(3, len(WORDS), (length,), generator=generator).tolist()
+        answer = choices[index % len(choices)]
+        examples.append(Example(str(index), " ".join(WORDS[letter] for letter in letters), answer, choices))
+    return examples
+
+
+def mean_log_likelihood(
+    model: nn.Module, tokenizer: PreTrainedTokenizerFast, prompt: str, choice: str
+) -> float:
+    """One sequence at a time, without padding: the oracle."""
+    context, answer = prompt_tokens(tokenizer, prompt), answer_tokens(tokenizer, choice)
+    with torch.no_grad():
+        logits = model(torch.tensor([context + answer])).logits[0].log_softmax(-1)
+    places = range(len(context) - 1, len(context) + len(answer) - 1)
+    return sum(float(logits[place, token]) for place, token in zip(places, answer, strict=True)) / len(answer)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 50])
+@pytest.mark.parametrize("choices", [("a b c", "a d", "a"), ("a", "b", "c", "d")])
+def test_choices_are_scored_as_one_by_one(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, choices: tuple[str, ...], batch_size: int
+) -> None:
+    """By all tokens of a choice, and by the first where that decides."""
+    examples = random_examples(20, choices)
+    expected = []
+    for example in examples:
+        scores = [mean_log_likelihood(model, tokenizer, example.prompt, choice) for choice in choices]
+        expected.append(scores.index(max(scores)))
+    assert most_likely_choices(model, tokenizer, examples, batch_size, max_length=64) == expected
+    assert len(set(expected)) > 1
+
+
+class Counting(nn.Module):
+    """Counts the rows that a model is asked for."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+        self.config = model.config
+        self.rows = 0
+
+    def forward(self, input_ids: torch.Tensor, **inputs: object) -> object:
+        self.rows += len(input_ids)
+        return self.model(input_ids=input_ids, **inputs)
+
+
+def test_first_token_scoring_runs_each_prompt_once(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    counting = Counting(model)
+    most_likely_choices(counting, tokenizer, random_examples(10, ("a b", "c d", "e")), 4, max_length=64)
+    assert counting.rows == 10
+    most_likely_choices(counting, tokenizer, random_examples(10, ("a b", "a d", "e")), 4, max_length=64)
+    assert counting.rows == 40
+
+
+def test_permuting_the_choices_permutes_the_prediction(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    examples = random_examples(10, ("a b", "a c", "d"))
+    turned = [Example(e.id, e.prompt, e.answer, e.choices[::-1]) for e in examples]
+    first, second = (most_likely_choices(model, tokenizer, e, 3, max_length=64) for e in (examples, turned))
+    assert [2 - index for index in second] == first
+
+
+def test_a_long_prompt_is_cut_from_the_left(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    choices = ("e", "f")
+    for start in ("a b c d", "m n", "k", "q r s t"):
+        short, long = (Example("1", f"{lead}{start}", "e", choices) for lead in ("", "x y z " * 30))
+        length = len(start.split()) + 1
+        found = [most_likely_choices(model, tokenizer, [e], 2, max_length=length) for e in (short, long)]
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_is_off_and_every_mode_is_given_back(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, training: bool
+) -> None:
+    class Noisy(Counting):
+        def __init__(self) -> None:
+            super().__init__(model)
+            self.dropout = nn.Dropout()
+
+        def forward(self, input_ids: torch.Tensor, **inputs: object) -> object:
+            output = self.model(input_ids=input_ids, **inputs)
+            output.logits = self.dropout(output.logits)
+            return output
+
+    noisy = Noisy().train(training)
+    noisy.model.eval()
+    examples = random_examples(20, ("a", "b"))
+    first, second = (most_likely_choices(m, tokenizer, examples, 4, max_length=64) for m in (noisy, model))
+    assert first == second
+    assert (noisy.training, noisy.model.training, noisy.dropout.training) == (training, False, training)
+
+
+def test_trainable_after_scoring(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    most_likely_choices(model, tokenizer, random_examples(2, ("a", "b")), 2, max_length=64)
+    model(torch.tensor([[3, 4, 5]])).logits.sum().backward()
+    model.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "choices", [("b",), ("c", "d"), ("b", " "), ("b", "c " * 80)], ids=["one", "other", "empty", "long"]
+)
+def test_unscorable_examples_are_refused(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, choices: tuple[str, ...]
+) -> None:
+    with pytest.raises(ConfigurationError, match="example 1"):
+        score_examples(model, tokenizer, [Example("1", "a", "b", choices)], 2, max_length=64)
+
+
+@pytest.mark.parametrize("choices", [("a", "b"), ("a b", "a c")])
+def test_a_damaged_model_is_refused_rather_than_scored(
+    tokenizer: PreTrainedTokenizerFast, choices: tuple[str, ...]
+) -> None:
+    damaged = fresh()
+    with torch.no_grad():
+        damaged.lm_head.weight.fill_(math.nan)
+    with pytest.raises(ModelError, match="not finite"):
+        score_examples(damaged, tokenizer, random_examples(2, choices), 2, max_length=64)
 
 
 def test_free_answers_are_scored_by_what_is_written(
@@ -59,13 +194,8 @@ def test_free_answers_are_scored_by_what_is_written(
     assert (score.value, score.measure) == (1.0, BY_WRITING)
     wrong = [LEARNT[0], Example("2", "b a e", "g")]
     assert score_examples(trained, tokenizer, wrong, 2, max_length=16).value == 0.5
-
-
-def test_an_answer_that_goes_on_is_not_taken_for_a_shorter_one(
-    trained: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    shorter = [Example("1", "a b", "c")]
-    assert score_examples(trained, tokenizer, shorter, 1, max_length=16).value == 0.0
+    goes_on = [Example("1", "a b", "c")]
+    assert score_examples(trained, tokenizer, goes_on, 1, max_length=16).value == 0.0
 
 
 def test_mixed_sets_are_scored_example_by_example_and_say_so(

@@ -11,8 +11,8 @@ from scipy import stats
 from transformers import LlamaForCausalLM
 
 from fedmosaic.client.model.examples import IGNORED, EncodedExample
+from fedmosaic.client.profile.maker import clipped_profile
 from fedmosaic.client.profile.probe import Probe, gradient_factors, open_probe
-from fedmosaic.client.profile.release import clipped_profile
 from fedmosaic.privacy.mechanism.gaussian import GRID, ClippedSum
 from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction, release
