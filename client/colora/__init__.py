@@ -28,7 +28,6 @@ from fedmosaic.client.colora.state import (
     set_trainable,
 )
 from fedmosaic.client.colora.vectors import (
-    SharedLayout,
     copy_branch,
     read_family,
     read_shared,
@@ -49,9 +48,7 @@ __all__ = [
     "CoLoraConfig",
     "CoLoraLayer",
     "CoLoraLinear",
-    "CoLoraModel",
     "Placement",
-    "SharedLayout",
     "adapted_layers",
     "copy_branch",
     "find_decoder_layers",

@@ -48,7 +48,7 @@ def aligned_config(folder: str | Path, *, rank: int | None = None, **changes: An
         raise ModelError(
             f"The rank is {chosen}; the checkpoint {folder} has rank {config.r}, choose 1 to that."
         )
-    names = "blocks layer_rule shared_layers gate basis_seed target_modules model_depth task_type".split()
+    names = "blocks layer_rule shared_layers basis_seed target_modules model_depth task_type".split()
     kept = {name: getattr(config, name) for name in names}
     return CoLoraConfig(r=chosen, **(kept | {"alpha": config.alpha * chosen / config.r} | changes))
 

@@ -151,15 +151,11 @@ def plan_placements(
     *,
     family: bool,
 ) -> Mapping[str, Placement]:
-    """Say where every adapted module sits, by full module name.
+    """Say where every adapted module sits, by full module name; ModelError if that is nowhere.
 
     `shared_layers` are the Co-LoRA layers, strictly increasing, one per block; `target_modules` are names
     within a layer, None for all; `family` is whether the other layers carry ordinary LoRA. The model may
     already carry other adapters.
-
-    Raises:
-        ModelError: An index lies outside the model, a name is unknown, or the Co-LoRA layers do not
-            all have the same modules.
     """
     prefix, layers = find_decoder_layers(model)
     if not shared_layers or list(shared_layers) != sorted(set(shared_layers)):

@@ -20,11 +20,9 @@ _BETA_1, _BETA_2, _TINY = 0.9, 0.95, 1e-8
 
 @dataclass(frozen=True)
 class GroupSum:
-    """One round's sum of one group, public to the members.
+    """One round's sum (D,) float64 of one group, in the unit of the gradients, public to the members.
 
-    Attributes:
-        vector: (D,) float64, in the unit of the gradients.
-        divisor: expected number of examples behind it: contributors times expected batch size.
+    The divisor is the expected number of examples behind it: contributors times expected batch size.
     """
 
     vector: FloatArray

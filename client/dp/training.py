@@ -48,16 +48,11 @@ from fedmosaic.protos.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
 
-Charge = Callable[[GaussianEvent], None]
-"""Books an event durably, or raises (`BudgetExceededError`) to refuse it."""
-
 
 class PrivateTrainingSettings(Frozen):
     """How the shared branch is trained privately; all of it public and fixed before the run.
 
     Attributes:
-        learning_rate: Of the optimizer that takes the noisy gradients.
-        optimizer: ``adam`` or ``sgd``.
         steps: Noisy steps of one round; each is charged, whatever its sample holds.
         sampling_rate: Probability q that an example takes part in a step.
         expected_batch_size: Public divisor of the noisy sum, of the federation's terms.
@@ -75,45 +70,42 @@ class PrivateTrainingSettings(Frozen):
     noise_multiplier: float = Field(default=1.0, gt=0.0, le=1e6, allow_inf_nan=False)
     bf16: bool = False
 
+    @property
+    def event(self) -> GaussianEvent:
+        """What a round of these steps costs, to be charged before the first."""
+        return GaussianEvent(self.noise_multiplier, self.sampling_rate, self.steps)
 
-def train_private(
+
+def private_steps(
     model: nn.Module,
     cores: Mapping[str, nn.Linear],
     examples: Sequence[EncodedExample],
     settings: PrivateTrainingSettings,
     *,
-    charge: Charge,
     private_parameters: Mapping[str, nn.Parameter],
     randomness: Randomness,
     losses: ExampleLosses = example_losses,
     progress: Callable[[int, int], None] | None = None,
-) -> ClippedSum:
-    """Train the cores with DP-SGD; the new values in them are one release.
+) -> Callable[[], ClippedSum]:
+    """DP-SGD on the cores, checked and not yet begun; the new values in them will be one release.
 
-    What takes part is checked on public tokens, with public values in the place of what was received; then
-    the planned steps are charged in full, and only then is the data touched. A failure afterwards leaves the
-    charge standing. No value that was received, or is private, can end the training: a gradient that is not
-    finite counts as zero. That the model has gradients to clip is tried before, once, by
+    What takes part is checked on public tokens, with public values in the place of what was received; no
+    data is touched. The caller charges `settings.event` and then calls what it is given, once. A failure
+    afterwards leaves the charge standing. No value that was received, or is private, can end the training: a
+    gradient that is not finite counts as zero. That the model has gradients to clip is tried before, once, by
     `fedmosaic.client.dp.checks.check_engine`.
 
-    Args:
-        model: Model that holds the cores; all its other parameters frozen.
-        cores: Cores by name, with starting values that are public or an earlier release.
-        examples: Encoded examples of the client.
-        settings: Public parameters of the mechanism and the optimizer.
-        charge: Called once, with the planned event, before anything is drawn.
-        private_parameters: Tensors that private data reaches without noise; must be out of the forward pass.
-        randomness: Source of samples and noise; seeded ones void the guarantee.
-        losses: Loss of each example, of that example alone.
-        progress: Called after each step with the step (from 1) and the planned steps.
+    The cores start from values that are public or an earlier release, all else in the model is frozen, and
+    `private_parameters`, which private data reaches without noise, must be out of the forward pass. A seeded
+    `randomness` voids the guarantee.
 
     Returns:
-        How many gradients there were over all steps, clipped or rejected ones among them: private, for the
-        client's own people. Its sum is empty.
+        What takes the steps. It returns how many gradients there were over all of them, clipped or rejected
+        ones among them: private, for the client's own people. Its sum is empty.
 
     Raises:
         ConfigurationError: There is no example.
-        PrivacyError: A private tensor takes part, or ``charge`` refused.
+        PrivacyError: A private tensor takes part.
         ModelError: The cores cannot be trained privately.
     """
     if not examples:
@@ -121,13 +113,12 @@ def train_private(
     loss_of = in_bfloat16(losses) if settings.bf16 else losses
     check_cores(cores)
     assert_only_shared_branch(model, cores, private_parameters, losses=loss_of)
-    charge(GaussianEvent(settings.noise_multiplier, settings.sampling_rate, settings.steps))
 
-    def gradient(example: EncodedExample) -> torch.Tensor:
-        return example_gradient(model, cores, example, loss_of)
+    def train() -> ClippedSum:
+        with training_mode(model, False):
+            return _steps(model, cores, examples, settings, randomness, loss_of, progress)
 
-    with training_mode(model, False):
-        return _steps(cores, gradient, examples, settings, randomness, progress)
+    return train
 
 
 def noisy_sum(
@@ -145,11 +136,12 @@ def set_gradients(parameters: Sequence[nn.Parameter], flat: torch.Tensor) -> Non
 
 
 def _steps(
+    model: nn.Module,
     cores: Mapping[str, nn.Linear],
-    gradient: Callable[[EncodedExample], torch.Tensor],
     examples: Sequence[EncodedExample],
     settings: PrivateTrainingSettings,
     randomness: Randomness,
+    losses: ExampleLosses,
     progress: Callable[[int, int], None] | None,
 ) -> ClippedSum:
     parameters = core_parameters(cores)
@@ -161,7 +153,8 @@ def _steps(
     for step in range(1, settings.steps + 1):
         total = ClippedSum.empty(dimensions_of(cores))
         for index in poisson_sample(len(examples), settings.sampling_rate, randomness):
-            total = total + clip_and_sum(gradient(examples[index])[None], settings.max_grad_norm)
+            row = example_gradient(model, cores, examples[index], losses)
+            total = total + clip_and_sum(row[None], settings.max_grad_norm)
         noisy_D = noisy_sum(total, settings.max_grad_norm, settings.noise_multiplier, randomness)
         set_gradients(parameters, noisy_D / settings.expected_batch_size)
         optimizer.step()

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client.colora.layer import CoLoraLayer
-from fedmosaic.client.model.examples import IGNORED, EncodedExample, answer_tokens, prompt_tokens
+from fedmosaic.client.model.examples import IGNORED, answer_tokens, prompt_tokens
 from fedmosaic.client.model.fingerprint import base_model
 from fedmosaic.client.model.loss import cut_at, example_losses, logits_at, on_device_of, training_mode
 from fedmosaic.protos.errors import ConfigurationError, ModelError
@@ -39,7 +39,7 @@ _GRADIENT_LEAK: Final = 1e-6
 
 _WORDS_TRIED: Final = 400
 
-_FOREIGN_ERRORS: Final = (
+FOREIGN_ERRORS: Final = (
     RuntimeError,
     ValueError,
     TypeError,
@@ -85,11 +85,7 @@ def check_language_model(source: str, model: nn.Module, tokenizer: PreTrainedTok
 
 
 def check_adapter(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a model with a fresh Co-LoRA adapter of which a part is never called or never moves.
-
-    Raises:
-        ModelError: A module is not called, or has no finite gradient other than zero; the message names it.
-    """
+    """Refuse a model with a fresh Co-LoRA adapter of which a part is never called or moved: ModelError."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, CoLoraLayer)}
     adapter = model.active_adapters[0]  # type: ignore[index]  # PEFT's, which nn.Module hides
     # What is zero in a fresh module has a gradient, P or LoRA's B, while LoRA's A waits for it.
@@ -151,18 +147,10 @@ def check_length(model: nn.Module, length: int, setting: str) -> None:
 def check_ids(
     model: nn.Module, tokens: Iterable[Sequence[int] | torch.Tensor], what: str, setting: str
 ) -> None:
-    """Refuse tokens that the model's embedding has no row for, where they occur.
+    """Refuse tokens that the model's embedding has no row for, where they occur: ModelError.
 
-    A tokenizer may know more tokens than its model embeds, as long as no text uses them.
-
-    Args:
-        model: Language model. Where it reads images, their ids stand above the rows.
-        tokens: Ids of each example in turn.
-        what: The data, for the message.
-        setting: Where the model is named, for the message.
-
-    Raises:
-        ModelError: An example, which is numbered, has such a token.
+    A tokenizer may know more tokens than its model embeds, as long as no text uses them. `tokens` are ids of
+    each example of `what` in turn, for messages, and `setting` is where the model is named.
     """
     find_table: Any = getattr(model, "get_input_embeddings", None)
     table = None if find_table is None else find_table()
@@ -175,11 +163,6 @@ def check_ids(
                 f"model embeds. Its tokenizer knows more tokens than that: name a model and tokenizer that "
                 f"belong together in {setting}, or take the text of that token out of the example"
             )
-
-
-def encoded_ids(examples: Iterable[EncodedExample]) -> Iterator[torch.Tensor]:
-    """The ids of encoded examples, for `check_ids`."""
-    return (example.input_ids for example in examples)
 
 
 def _check_prompts(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -255,7 +238,7 @@ def _refusing(source: str, task: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except _FOREIGN_ERRORS as error:
+    except FOREIGN_ERRORS as error:
         raise ModelError(
             f"{source} cannot {task}: {type(error).__name__}: {str(error)[:300]}. Choose a causal language "
             "model, or a vision-language model that also reads text alone"

@@ -65,12 +65,8 @@ def adapter_config(settings: ModelSettings, adapter: AdapterTerms) -> CoLoraConf
     Raises:
         ModelError: the settings ask for a higher rank than the federation's, or a lower one in group sums.
     """
-    common: dict[str, Any] = {
-        "other_layers": adapter.other_layers,
-        "gate": adapter.gate,
-        "personal_branch": adapter.private,
-        "basis_seed": adapter.basis_seed,
-    }
+    common: dict[str, Any] = {"other_layers": adapter.other_layers, "personal_branch": adapter.private}
+    common["basis_seed"] = adapter.basis_seed
     if settings.aligned is None:
         return CoLoraConfig(
             r=adapter.rank,

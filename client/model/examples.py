@@ -125,9 +125,6 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Tokens after which the model is to answer, without an end-of-sequence token at the end.
 
     The tokenizer's chat template is used if it has one, else a line break ends the prompt.
-
-    Raises:
-        ModelError: The chat template loses prompts; see `rendered_prompt`.
     """
     if tokenizer.chat_template:
         return answer_tokens(tokenizer, rendered_prompt(tokenizer, prompt))
@@ -146,11 +143,8 @@ def rendered_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """A prompt in the tokenizer's chat template, up to where the answer begins.
 
     Templates of vision-language models go through content part by part and render nothing of a plain text.
-    Which form a template wants is tried once, on a public sentence, so that it is the same for every prompt.
-
-    Raises:
-        ModelError: There is no template, neither form survives it, or the turn that it opens stands before
-            the prompt.
+    Which form a template wants is tried once, on a public sentence, so that it is the same for every prompt;
+    a template that loses the sentence, or opens the model's turn before it, is a ModelError.
     """
     return _rendered(tokenizer, (Turn("user", prompt),), open_turn=True)
 
@@ -221,11 +215,7 @@ def cut_prompt(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], room: 
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token to pad with: the tokenizer's own, or its end of sequence (masked anyway).
-
-    Raises:
-        ModelError: The tokenizer has neither.
-    """
+    """The token to pad with, masked anyway: the tokenizer's own, or its end of sequence; or a ModelError."""
     token = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if not isinstance(token, int):
         raise ModelError("the tokenizer has neither a padding nor an end-of-sequence token; set one of them")
@@ -255,11 +245,7 @@ def collate(batch: Sequence[EncodedExample], pad_token_id: int) -> dict[str, tor
 
 
 def length_buckets(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Group indices of similar length, longest first, so that batches of ``batch_size`` carry little padding.
-
-    Raises:
-        ConfigurationError: ``batch_size`` is below 1.
-    """
+    """Group indices of similar length, longest first, so that batches carry little padding."""
     if batch_size < 1:
         raise ConfigurationError(f"batch_size is {batch_size}; give at least 1")
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])

@@ -34,22 +34,12 @@ from transformers.utils import logging
 
 from fedmosaic.client.colora import CoLoraConfig, find_decoder_layers
 from fedmosaic.client.colora.state import record_switches
-from fedmosaic.client.model.acceptance import check_language_model
+from fedmosaic.client.model.acceptance import FOREIGN_ERRORS, check_language_model
 from fedmosaic.client.model.hardware import choose_device, choose_dtype, exact_products
 from fedmosaic.client.settings import ModelSettings
 from fedmosaic.protos.errors import ModelError
 
-_LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    ImportError,
-    SafetensorError,
-    RecursionError,
-)
+_LOADING_ERRORS = (*FOREIGN_ERRORS, OSError, ImportError, SafetensorError)
 """What transformers and its readers raise for files that they cannot use."""
 
 _CARD = """# Co-LoRA adapter of a client of fedmosaic
@@ -91,17 +81,12 @@ def empty_model(settings: ModelSettings) -> PreTrainedModel:
     """The model that the settings name, with shapes and types but no weights (on the device `meta`).
 
     Weights are in the type that `load_model` would give them, dense whatever the quantisation.
-
-    Raises:
-        ModelError: its configuration cannot be read, or it is of an unsupported kind.
     """
     options = _options(settings.path, settings.gguf_file)
     try:
         config = AutoConfig.from_pretrained(settings.path, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"The configuration of {settings.path!r} cannot be read: {type(error).__name__}: {error}."
-        ) from error
+    except _LOADING_ERRORS as error:
+        raise _cannot_load(settings.path, error) from error
     _cut_config(config, settings.keep_layers)
     dtype = choose_dtype(settings.dtype, choose_device(settings.device))
     build: Any = _model_class(config).from_config

@@ -71,10 +71,7 @@ def fit_basis(
         left, right = _leading_directions(factors(), reduction, settings.kronecker_shape)
         sides = PublicBasis(left=left, right=right)
     projection = Projection(reduction, sides)
-    iterator = iter(factors())
-    parts: list[Float64Array] = []
-    while part := list(itertools.islice(iterator, ROWS_AT_ONCE)):
-        parts.append(projection.rows(part))
+    parts = [projection.rows(part) for part in _in_parts(factors())]
     rows = np.concatenate(parts) if parts else np.zeros((0, reduction.dimensions))
     return standardise_rows(rows, sides, settings)
 
@@ -144,18 +141,15 @@ def _factors_of(
 
 
 def _check_settings(reduction: Reduction, settings: BasisSettings) -> None:
-    rows, columns = settings.kronecker_shape
+    (rows, columns), sizes = settings.kronecker_shape, (reduction.hidden_size, reduction.intermediate_size)
     if reduction.kind == "kronecker" and rows * columns != reduction.projection_dimensions:
         raise MechanismError(
             f"a kronecker shape of {rows} × {columns} does not give the reduction's "
             f"{reduction.projection_dimensions} projection_dimensions; make the product equal"
         )
-    if reduction.kind == "kronecker" and (
-        not 1 <= rows <= reduction.hidden_size or not 1 <= columns <= reduction.intermediate_size
-    ):
+    if reduction.kind == "kronecker" and not (1 <= rows <= sizes[0] and 1 <= columns <= sizes[1]):
         raise MechanismError(
-            f"a kronecker shape of {rows} × {columns} does not fit a gradient of shape "
-            f"({reduction.hidden_size}, {reduction.intermediate_size})"
+            f"a kronecker shape of {rows} × {columns} does not fit a gradient of shape {sizes}"
         )
     if not settings.shrinkage > 0.0 or not 0.0 < settings.clipping_quantile <= 1.0:
         raise MechanismError(
@@ -164,15 +158,17 @@ def _check_settings(reduction: Reduction, settings: BasisSettings) -> None:
         )
 
 
+def _in_parts(factors: Iterable[GradientFactors]) -> Iterator[list[GradientFactors]]:
+    iterator = iter(factors)
+    while part := list(itertools.islice(iterator, ROWS_AT_ONCE)):
+        yield part
+
+
 def _leading_directions(
     factors: Iterable[GradientFactors], reduction: Reduction, shape: tuple[int, int]
 ) -> tuple[Float32Array, Float32Array]:
-    moments = (
-        np.zeros((reduction.hidden_size, reduction.hidden_size)),
-        np.zeros((reduction.intermediate_size, reduction.intermediate_size)),
-    )
-    iterator = iter(factors)
-    while part := list(itertools.islice(iterator, ROWS_AT_ONCE)):
+    moments = [np.zeros((size, size)) for size in (reduction.hidden_size, reduction.intermediate_size)]
+    for part in _in_parts(factors):
         for moment, side in zip(moments, ([f.delta for f in part], [f.inputs for f in part]), strict=True):
             tokens = np.concatenate(side)
             moment += tokens.T @ tokens

@@ -7,6 +7,7 @@ of one clipping norm does not allow for.
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client.data.records import by_unit, unit_ids
-from fedmosaic.client.model.acceptance import check_ids, check_length, encoded_ids
+from fedmosaic.client.model.acceptance import check_ids, check_length
 from fedmosaic.client.model.examples import EncodedExample, Example, encode_examples
 from fedmosaic.client.model.load import load_model
 from fedmosaic.client.profile.probe import Probe, gradient_factors, open_probe
@@ -75,10 +76,12 @@ def clipped_profile(
     units = by_unit(examples, unit)
     sample = poisson_sample(len(units), mechanism.sampling_rate, randomness)
     total = ClippedSum.empty(mechanism.dimensions)
-    for done, index in enumerate(sample, start=1):
-        own = [public_map.rows([gradient]) for gradient in gradient_factors(probe, units[index])]
-        total += clipped_sum(np.sum(own, axis=0), mechanism)
-        advance(100 * done // len(sample))
+    sampled = (example for index in sample for example in units[index])
+    with closing(gradient_factors(probe, sampled)) as gradients:
+        for done, index in enumerate(sample, start=1):
+            own = [public_map.rows([next(gradients)]) for _ in units[index]]
+            total += clipped_sum(np.sum(own, axis=0), mechanism)
+            advance(100 * done // len(sample))
     if total.rejected:
         logger.warning("%d examples gave no finite gradient and were left out of the profile", total.rejected)
     return total
@@ -152,7 +155,7 @@ class ProfileProbe:
         # the probe. Clients that ask the same about other images look alike to it.
         questions = read_as_text(tokenizer, [without_images(example) for example in self.examples])
         encoded = encode_examples(tokenizer, questions, self.max_length, setting=self.setting)
-        check_ids(probe.base, encoded_ids(encoded), "the training examples", "[probe] path")
+        check_ids(probe.base, (e.input_ids for e in encoded), "the training examples", "[probe] path")
         return probe, encoded
 
 

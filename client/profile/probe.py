@@ -15,7 +15,7 @@ examples share, so that an example's gradient has the same bits in any company.
 Shape suffixes: L length, T supervised positions, D hidden size, F intermediate size, V vocabulary.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -113,16 +113,18 @@ def adapters_disabled(model: nn.Module) -> AbstractContextManager[object]:
     return context
 
 
-def gradient_factors(probe: Probe, examples: Iterable[EncodedExample]) -> Iterator[GradientFactors]:
+def gradient_factors(probe: Probe, examples: Iterable[EncodedExample]) -> Generator[GradientFactors]:
     """Yield every example's gradient as factors; no hidden_size × intermediate_size matrix is formed.
 
     Adapters on the probe must be switched off (`adapters_disabled`). Factors are float32 on the CPU whatever
-    the model's dtype and device; an example without a supervised token has T = 0.
+    the model's dtype and device; an example without a supervised token has T = 0. Until the iterator is at
+    its end, or closed, the decoder is in evaluation mode; then every module is in its own again.
     """
-    for example in examples:
-        with torch.inference_mode(), training_mode(probe.decoder, False):
-            delta_TD, inputs_TF = _factors(probe, example)
-        yield GradientFactors(delta_TD.numpy(), inputs_TF.numpy())
+    with training_mode(probe.decoder, False):
+        for example in examples:
+            with torch.inference_mode():
+                delta_TD, inputs_TF = _factors(probe, example)
+            yield GradientFactors(delta_TD.numpy(), inputs_TF.numpy())
 
 
 def _weight(module: nn.Module) -> torch.Tensor:

@@ -28,13 +28,9 @@ from fedmosaic.protos.errors import ConfigurationError, ModelError
 class VisionInputs:
     """Where images come from, and what reads them.
 
-    Attributes:
-        model: folder or hub id of the model.
-        images: folder that the images which prompts name lie in; None if there are none.
-        projector: folder of the projector that lets a language model read images; None for a
-            vision-language model.
-        question_only: leave every image out.
-        features: directory where features of the images are kept; see `image_features`.
+    The folder or hub id of the model, the folder that the images which prompts name lie in, the folder of the
+    projector that lets a language model read images, whether to leave every image out, and the directory
+    where features of the images are kept (`image_features`).
     """
 
     model: str

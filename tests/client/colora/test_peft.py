@@ -21,7 +21,6 @@ from fedmosaic.client.colora import (
     CoLoraConfig,
     CoLoraLayer,
     fix_gate,
-    read_family,
     read_shared,
     set_active_branches,
     set_basis,
@@ -52,6 +51,12 @@ def fill(model: nn.Module, scale: float = 0.2) -> None:
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
 
 
+def filled(kind: str = "llama", scale: float = 0.2, **changes: object) -> PeftModel:
+    model = get_peft_model(tiny(kind), config(**changes))
+    fill(model, scale)
+    return model
+
+
 def train(model: nn.Module, steps: int = 3) -> list[float]:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     losses = []
@@ -77,22 +82,11 @@ def test_it_starts_as_the_base_model_and_then_learns(kind: str, dtype: torch.dty
     before = base(IDS).logits
     model = get_peft_model(base, config(personal_branch=True))
     assert torch.equal(model(IDS).logits, before)
+    start = {name: p.clone() for name, p in model.named_parameters()}
     losses = train(model, 5)
     assert losses[-1] < losses[0] - 0.01
-    assert read_shared(model).any()
-    assert read_family(model).any()
-    assert not read_shared(model, "global").any()
-
-
-def test_only_the_adapter_is_trained_and_the_global_branch_is_not() -> None:
-    model = get_peft_model(tiny(), config(personal_branch=True))
-    trained = {name for name, flag in flags(model).items() if flag}
-    assert trained
-    assert all("colora_" in name and "global" not in name for name in trained)
-    base_and_global = {name: p.clone() for name, p in model.named_parameters() if name not in trained}
-    train(model)
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, base_and_global[name]) if name in base_and_global else True
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, start[name])}
+    assert moved == {name for name in start if "colora_" in name and "global" not in name}
 
 
 @pytest.mark.parametrize("depth", [2, 5])
@@ -110,11 +104,6 @@ def test_layers_are_chosen_by_relative_depth_and_written_into_the_configuration(
     assert with_lora == {str(layer) for layer in range(depth)} - with_core
 
 
-def test_other_layers_may_be_left_alone() -> None:
-    model = get_peft_model(tiny(), config(other_layers="none"))
-    assert not [name for name, _ in model.named_parameters() if "colora_lora" in name]
-
-
 def test_unknown_modules_are_refused_with_what_exists() -> None:
     with pytest.raises(ModelError, match=r"\['c_attn'\].*self_attn\.v_proj"):
         get_peft_model(tiny(), config(target_modules=["c_attn"]))
@@ -123,8 +112,7 @@ def test_unknown_modules_are_refused_with_what_exists() -> None:
 
 
 def test_saving_and_loading_keeps_every_tensor(tmp_path: Path) -> None:
-    model = get_peft_model(tiny("qwen2"), config(personal_branch=True, alpha=7.0))
-    fill(model)
+    model = filled("qwen2", personal_branch=True, alpha=7.0)
     fresh = {
         name: (draw_orthonormal(a.shape[1], 4, 50).T, draw_orthonormal(b.shape[0], 4, 51))
         for name, (a, b) in get_basis(model).items()
@@ -141,14 +129,15 @@ def test_saving_and_loading_keeps_every_tensor(tmp_path: Path) -> None:
     assert torch.equal(model(IDS).logits, loaded(IDS).logits)
     assert loaded.peft_config["default"].basis_label == "aligned:test"
     assert isinstance(PeftConfig.from_pretrained(tmp_path), CoLoraConfig)
-    assert not any(flags(loaded).values()), "an adapter loaded for inference is frozen"
+    with loaded.disable_adapter():
+        loaded(IDS)
+    assert not any(flags(loaded).values()), "an adapter loaded for inference is frozen and stays so"
     resumed = PeftModel.from_pretrained(tiny("qwen2"), tmp_path, is_trainable=True)
     assert flags(resumed) == flags(model)
 
 
 def test_loading_with_meta_tensors_first_gives_the_same(tmp_path: Path) -> None:
-    model = get_peft_model(tiny(), config(personal_branch=True))
-    fill(model)
+    model = filled(personal_branch=True)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny(), tmp_path, low_cpu_mem_usage=True)
     assert torch.equal(model(IDS).logits, loaded(IDS).logits)
@@ -167,8 +156,7 @@ def test_auto_classes_load_base_and_adapter(tmp_path: Path) -> None:
 def test_a_saved_adapter_computes_with_the_branches_and_gates_that_it_was_trained_with(
     tmp_path: Path,
 ) -> None:
-    model = get_peft_model(tiny(), config())
-    fill(model)
+    model = filled()
     set_active_branches(model, {"local"}, layers="family")
     fix_gate(model, 0.25, layers="shared")
     save_adapter(model, tmp_path)
@@ -209,17 +197,8 @@ def test_leaving_disable_adapter_changes_nothing(groups: set[str]) -> None:
     assert not torch.allclose(adapted, before)
 
 
-def test_disable_adapter_does_not_unfreeze_an_adapter_loaded_for_inference(tmp_path: Path) -> None:
-    get_peft_model(tiny(), config()).save_pretrained(tmp_path)
-    model = PeftModel.from_pretrained(tiny(), tmp_path)
-    with model.disable_adapter():
-        model(IDS)
-    assert not any(flags(model).values())
-
-
 def test_two_adapters_are_separate_and_can_be_summed() -> None:
-    model = get_peft_model(tiny(), config())
-    fill(model)
+    model = filled()
     first = model(IDS).logits
     model.add_adapter("other", config(personal_branch=True, r=2))
     assert torch.equal(model(IDS).logits, first), "a new adapter is not active"
@@ -297,36 +276,21 @@ def test_merging_an_adapter_that_learned_nothing_changes_nothing_and_warns_of_no
     assert set(merged.state_dict()) == keys
 
 
-def test_merge_and_unmerge_in_place() -> None:
-    model = get_peft_model(tiny(), config())
-    fill(model, 0.1)
-    base = {name: t.clone() for name, t in model.state_dict().items() if "base_layer" in name}
-    before = model(IDS).logits
-    model.merge_adapter()
-    torch.testing.assert_close(model(IDS).logits, before, rtol=1e-3, atol=1e-4)
-    for act in (lambda: fix_gate(model, 0.5), lambda: set_active_branches(model, {"local"})):
-        with pytest.raises(ModelError, match="merged"):
-            act()
-    model.unmerge_adapter()
-    after = {name: t for name, t in model.state_dict().items() if "base_layer" in name}
-    assert after.keys() == base.keys()
-    assert all(torch.allclose(after[name], base[name], atol=1e-6) for name in base)
-    torch.testing.assert_close(model(IDS).logits, before, rtol=1e-4, atol=1e-5)
-
-
 def test_disabling_a_merged_adapter_gives_the_base_model() -> None:
     base = tiny()
     before = base(IDS).logits
     model = get_peft_model(base, config())
     fill(model, 0.1)
+    adapted = model(IDS).logits
     model.merge_adapter()
+    torch.testing.assert_close(model(IDS).logits, adapted, rtol=1e-3, atol=1e-4)
     with model.disable_adapter():
         torch.testing.assert_close(model(IDS).logits, before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(IDS).logits, adapted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_refused_merge_leaves_the_whole_model_as_it_was() -> None:
-    model = get_peft_model(tiny(), config())
-    fill(model)
+    model = filled()
     # Only the last module is quantised, so that a naive merge would get far before it fails.
     last = [module for module in model.modules() if isinstance(module, CoLoraLayer)][-1]
     last.linear.weight = nn.Parameter(last.linear.weight.to(torch.int8), requires_grad=False)
@@ -338,8 +302,7 @@ def test_a_refused_merge_leaves_the_whole_model_as_it_was() -> None:
 
 
 def test_generation_is_the_same_with_and_without_a_cache() -> None:
-    model = get_peft_model(tiny(), config())
-    fill(model)
+    model = filled()
     cached, plain = (
         model.generate(input_ids=IDS, max_new_tokens=4, do_sample=False, pad_token_id=0, use_cache=use)
         for use in (True, False)
@@ -374,8 +337,7 @@ def test_print_trainable_parameters(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_per_sample_gradients_of_opacus_are_those_of_single_examples() -> None:
-    model = get_peft_model(tiny(), config(personal_branch=True))
-    fill(model)
+    model = filled(personal_branch=True)
     ids = torch.randint(0, 64, (5, 12), generator=torch.Generator().manual_seed(0))
     with only_shared_branch(model, global_weight=0.5):
         trained = [name for name, flag in flags(model).items() if flag]
@@ -416,18 +378,3 @@ def test_llava_trains_its_language_part_only() -> None:
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
-
-
-@pytest.mark.real_models
-@pytest.mark.skipif(not (SHARED / "models").is_dir(), reason="no folder ../shared with pretrained models")
-def test_a_pretrained_model_learns_and_round_trips(tmp_path: Path) -> None:
-    folder = SHARED / "models" / "stories-260k"
-    model = get_peft_model(
-        LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), config(r=16, blocks=4)
-    )
-    losses = train(model, 6)
-    assert losses[-1] < losses[0] - 0.05
-    model.save_pretrained(tmp_path)
-    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits)
-    assert read_shared(loaded).shape == (7616,)

@@ -78,17 +78,12 @@ def test_what_is_written_is_read_and_nothing_else_changes(branch: str, dtype: ty
     shared, family = numbers(SIZE).astype(dtype), numbers(read_family(model).size, 1).astype(dtype)
     write_shared(model, shared, branch)
     write_family(model, family, branch)
+    read_shared(model, branch)[:] = 1.0  # of a copy
     np.testing.assert_array_equal(read_shared(model, branch), shared)
     np.testing.assert_array_equal(read_family(model, branch), family)
     for name, tensor in model.state_dict().items():
         if f"_{branch}." not in name:
             assert torch.equal(tensor, before[name]), name
-
-
-def test_reading_gives_a_copy() -> None:
-    model = adapted()
-    read_shared(model)[:] = 1.0
-    assert not read_shared(model).any()
 
 
 def test_layouts_agree_across_width_depth_and_architecture() -> None:
@@ -165,17 +160,13 @@ def test_the_family_vector_is_empty_without_lora() -> None:
 
 def test_the_family_vector_holds_a_then_b_of_each_module() -> None:
     model = adapted()
+    np.testing.assert_array_equal(read_family(model), read_family(adapted(), "global"))
+    assert read_family(model).any(), "clients of one architecture start alike, in both branches"
     vector = numbers(read_family(model).size)
     write_family(model, vector, "local")
     down, up = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj").pair("default", "local")
     np.testing.assert_array_equal(down.weight.detach().numpy(), vector[: 4 * 64].reshape(4, 64))
     np.testing.assert_array_equal(up.weight.detach().numpy(), vector[4 * 64 : 4 * 96].reshape(32, 4))
-
-
-def test_clients_of_one_architecture_start_with_the_same_family_tensors_in_both_branches() -> None:
-    first, second = adapted(), adapted()
-    np.testing.assert_array_equal(read_family(first, "local"), read_family(second, "global"))
-    assert read_family(first).any()
 
 
 @pytest.mark.parametrize("layers", ["all", "shared", "family"])
@@ -233,6 +224,7 @@ REFUSALS: list[tuple[str, Callable[[nn.Module], object]]] = [
     ("layers is 'some'", lambda model: set_trainable(model, {"local"}, layers="some")),
     (r"should lie in \[0, 1\]", lambda model: fix_gate(model, 1.5)),
     (r"should lie in \[0, 1\]", lambda model: fix_gate(model, float("nan"))),
+    ("no Co-LoRA adapter", lambda _: read_shared(nn.Linear(2, 2))),
 ]
 
 
@@ -242,18 +234,17 @@ def test_what_does_not_exist_is_refused(message: str, act: Callable[[nn.Module],
         act(adapted())
 
 
-def test_a_model_without_adapter_is_refused() -> None:
-    with pytest.raises(ModelError, match="no Co-LoRA adapter"):
-        read_shared(nn.Linear(2, 2))
-
-
 def test_writing_into_a_merged_adapter_is_refused() -> None:
     model = adapted()
     model.merge_adapter()
-    with pytest.raises(ModelError, match="unmerge_adapter"):
-        write_shared(model, numbers(SIZE))
-    with pytest.raises(ModelError, match="unmerge_adapter"):
-        copy_branch(model, "local", "global")
+    for act in (
+        lambda: write_shared(model, numbers(SIZE)),
+        lambda: copy_branch(model, "local", "global"),
+        lambda: fix_gate(model, 0.5),
+        lambda: set_active_branches(model, {"local"}),
+    ):
+        with pytest.raises(ModelError, match="unmerge_adapter"):
+            act()
     model.unmerge_adapter()
     write_shared(model, numbers(SIZE))
 
@@ -306,6 +297,7 @@ def test_set_basis_replaces_bases_and_names_them_in_the_layout() -> None:
     before, hash_before = model(ids).logits, shared_layout(model).spec_hash
     bases = fresh_bases(model)
     set_basis(model, {name: (a.numpy(), b.double()) for name, (a, b) in bases.items()}, label="aligned:abc")
+    get_basis(model)[NAME][0].zero_()  # of a copy
     for name, (a, b) in get_basis(model).items():
         torch.testing.assert_close(a, bases[name][0])
         torch.testing.assert_close(b, bases[name][1])
@@ -313,13 +305,6 @@ def test_set_basis_replaces_bases_and_names_them_in_the_layout() -> None:
     assert not torch.allclose(model(ids).logits, before, atol=1e-3)
     assert shared_layout(model).spec_hash != hash_before
     assert shared_layout(model).basis_label == model.peft_config["default"].basis_label == "aligned:abc"
-
-
-def test_bases_handed_out_are_copies() -> None:
-    model = adapted()
-    for a, _ in get_basis(model).values():
-        a.zero_()
-    assert all(a.any() for a, _ in get_basis(model).values())
 
 
 NAME = "model.layers.1.mlp.up_proj"
