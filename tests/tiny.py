@@ -26,6 +26,16 @@ from fedmosaic.client.colora import CoLoraConfig
 from fedmosaic.client.model.examples import IGNORED, EncodedExample
 
 VOCABULARY = 61
+LINEARS = (
+    "mlp.down_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "self_attn.k_proj",
+    "self_attn.o_proj",
+    "self_attn.q_proj",
+    "self_attn.v_proj",
+)
+"""Linear modules of a decoder layer, sorted."""
 
 
 def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaForCausalLM:

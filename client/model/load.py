@@ -106,17 +106,11 @@ def load_base_model(
 ) -> LoadedModel:
     """Load a causal language model, or a LLaVA-style vision-language model, and its tokenizer.
 
-    A folder that exists is read without network. Weights are read from safetensors (or GGUF) only, never from
-    pickles, and code that comes with a model is never run. Weights go to memory once, in `dtype`; attention
-    is PyTorch's fused one (SDPA) where the model has it.
-
-    Args:
-        path_or_hub_id: Local folder, or the id of a model on a hub.
-        dtype: Floating point type of the frozen weights, or its name.
-        gguf_file: Name of a GGUF file inside the folder; its weights are dequantised.
-        keep_layers: Keep only the first n decoder layers, with the final norm and the head; None for all.
-        device: Where the weights go.
-        quantization: `nf4` keeps the decoder's linear weights in 4 bits, to be used in `dtype`.
+    A folder that exists is read without network. Weights are read from safetensors (or GGUF, dequantised)
+    only, never from pickles, and code that comes with a model is never run. Weights go to memory once, in
+    `dtype`, or with the quantization nf4 the decoder's in 4 bits, to be used in it; attention is PyTorch's
+    fused one (SDPA) where the model has it. `keep_layers` keeps the first n decoder layers, the final norm
+    and the head.
 
     Returns:
         The model in evaluation mode, and the tokenizer with a padding token and right padding.

@@ -283,7 +283,7 @@ def written_answers(
 
     Raises:
         ConfigurationError: The positions leave no room for a prompt.
-        ModelError: A prompt has a token that the model does not embed, or the model cannot write.
+        ModelError: A token has no row in the embedding, or the model cannot write.
     """
     if not examples:
         return []

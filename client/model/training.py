@@ -96,16 +96,7 @@ def train_local(
         raise ConfigurationError("there is no example to train on; give at least one")
     order = EpochSampler(len(examples), settings.seed) if sampler is None else sampler
     groups = trainable_by_role(model)
-    optimizer = torch.optim.AdamW(
-        {
-            "params": list(group.values()),
-            "lr": settings.learning_rate_of(role),
-            # Decay would pull a gate's logit towards 0, that is its weight towards one half.
-            "weight_decay": 0.0 if role == "gate" else settings.weight_decay,
-        }
-        for role, group in groups.items()
-        if group
-    )
+    optimizer = _optimizer(groups, settings)
     warmup = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / max(1, settings.warmup))
     )
@@ -153,6 +144,19 @@ def checkpointing(model: nn.Module, active: bool) -> Iterator[None]:
         yield
     finally:
         getattr(base, f"{name}_checkpointing_disable")()
+
+
+def _optimizer(groups: dict[Role, dict[str, nn.Parameter]], settings: TrainingSettings) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        {
+            "params": list(group.values()),
+            "lr": settings.learning_rate_of(role),
+            # Decay would pull a gate's logit towards 0, that is its weight towards one half.
+            "weight_decay": 0.0 if role == "gate" else settings.weight_decay,
+        }
+        for role, group in groups.items()
+        if group
+    )
 
 
 @contextmanager

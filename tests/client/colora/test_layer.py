@@ -1,7 +1,5 @@
 """The algebra of the adapted layers: formula, gate, branches, merging, precision."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -252,25 +250,23 @@ def test_other_modules_than_linear_are_refused() -> None:
         CoLoraLinear(nn.Conv1d(4, 4, 1), "default", CoLoraConfig(r=2), Placement("n", "n", 0, 0))
 
 
-BAD: list[tuple[str, Callable[[], CoLoraConfig]]] = [
-    ("r", lambda: CoLoraConfig(r=0)),
-    ("r", lambda: CoLoraConfig(r=True)),
-    ("r", lambda: CoLoraConfig(r=2.5)),  # type: ignore[arg-type]  # the point
-    ("alpha", lambda: CoLoraConfig(alpha=0.0)),
-    ("alpha", lambda: CoLoraConfig(alpha=float("nan"))),
-    ("alpha", lambda: CoLoraConfig(alpha=float("inf"))),
-    ("blocks", lambda: CoLoraConfig(blocks=-1)),
-    ("layer_rule", lambda: CoLoraConfig(layer_rule="deep")),
-    ("other_layers", lambda: CoLoraConfig(other_layers="all")),
-    ("gate", lambda: CoLoraConfig(gate="pooled")),
-    ("gate_noise_std", lambda: CoLoraConfig(gate_noise_std=0.5)),
-    ("basis_seed", lambda: CoLoraConfig(basis_seed=0.5)),  # type: ignore[arg-type]  # the point
-    ("target_modules", lambda: CoLoraConfig(target_modules="q_proj")),  # type: ignore[arg-type]  # the point
-    ("shared_layers", lambda: CoLoraConfig(blocks=2, shared_layers=[1])),
+BAD: list[tuple[str, object]] = [
+    *(("r", value) for value in (0, True, 2.5)),
+    *(("alpha", value) for value in (0.0, float("nan"), float("inf"))),
+    ("blocks", -1),
+    ("layer_rule", "deep"),
+    ("other_layers", "all"),
+    ("gate", "pooled"),
+    ("gate_noise_std", 0.5),
+    ("basis_seed", 0.5),
+    ("target_modules", "q_proj"),
+    ("shared_layers", [1]),
+    ("active_branches", {"shared": ["lokal"]}),
+    ("fixed_gate", {"shared": 1.5}),
 ]
 
 
-@pytest.mark.parametrize(("field", "build"), BAD)
-def test_a_wrong_configuration_names_the_field(field: str, build: Callable[[], CoLoraConfig]) -> None:
+@pytest.mark.parametrize(("field", "value"), BAD)
+def test_a_wrong_configuration_names_the_field(field: str, value: object) -> None:
     with pytest.raises(ConfigurationError, match=f"CoLoraConfig: {field} is"):
-        build()
+        CoLoraConfig(**{field: value})  # type: ignore[arg-type]  # the point

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from opacus import GradSampleModule
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
@@ -28,7 +27,6 @@ from fedmosaic.client.colora import (
 )
 from fedmosaic.client.colora.basis import draw_orthonormal
 from fedmosaic.client.colora.state import get_basis
-from fedmosaic.client.dp.branch import only_shared_branch
 from fedmosaic.client.model.load import save_adapter
 from fedmosaic.protos.errors import ModelError
 from tiny import tiny_decoder as tiny
@@ -311,53 +309,12 @@ def test_generation_is_the_same_with_and_without_a_cache() -> None:
     assert torch.equal(cached, plain)
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool) -> None:
-    gradients = []
-    for checkpointing in (False, True):
-        model = get_peft_model(tiny(), config(personal_branch=True))
-        fill(model)
-        if checkpointing:
-            model.enable_input_require_grads()
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
-        model.train()
-        model(input_ids=IDS, labels=IDS).loss.backward()
-        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
-    assert all(gradient is not None for gradient in gradients[1].values())
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-7)
-
-
 def test_print_trainable_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     model = get_peft_model(tiny(), config(other_layers="none"))
     model.print_trainable_parameters()
     trained = 2 * 7 * (4 * 4 + 4 + 1)
     assert f"trainable params: {trained:,}" in capsys.readouterr().out
     assert model.get_model_status().trainable_params == trained
-
-
-def test_per_sample_gradients_of_opacus_are_those_of_single_examples() -> None:
-    model = filled(personal_branch=True)
-    ids = torch.randint(0, 64, (5, 12), generator=torch.Generator().manual_seed(0))
-    with only_shared_branch(model, global_weight=0.5):
-        trained = [name for name, flag in flags(model).items() if flag]
-        single: dict[str, list[torch.Tensor]] = {name: [] for name in trained}
-        for row in ids:
-            model.zero_grad()
-            model(input_ids=row[None], labels=row[None]).loss.backward()
-            for name in trained:
-                gradient = model.get_parameter(name).grad
-                assert gradient is not None
-                single[name].append(gradient.clone())
-        model.zero_grad()
-        model.enable_input_require_grads()  # Opacus's hooks want a gradient of every module's input
-        wrapped = GradSampleModule(model, loss_reduction="mean")
-        wrapped(input_ids=ids, labels=ids).loss.backward()
-        for name in trained:
-            expected = torch.stack(single[name])
-            actual = wrapped._module.get_parameter(name).grad_sample
-            assert float((actual - expected).abs().max()) <= 1e-5 * float(expected.abs().max()), name
-        assert read_shared(wrapped).shape == (2 * 7 * 20,), "vectors are read through the wrapper too"
 
 
 def test_llava_trains_its_language_part_only() -> None:
@@ -368,13 +325,5 @@ def test_llava_trains_its_language_part_only() -> None:
     assert trained
     assert all(".language_model.layers." in name for name in trained)
     ids = torch.tensor([[1, 63, 63, 63, 63, 5, 6]])
-    pixels = torch.randn(1, 3, 8, 8)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-    losses = []
-    for _ in range(4):
-        loss = model(input_ids=ids, pixel_values=pixels, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0]
+    model(input_ids=ids, pixel_values=torch.randn(1, 3, 8, 8), labels=ids).loss.backward()
+    assert all(model.get_parameter(name).grad is not None for name in trained)

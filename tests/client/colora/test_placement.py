@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlavaForConditionalGeneration
 from fedmosaic.client.colora import find_decoder_layers, target_layers
 from fedmosaic.client.colora.placement import linear_names, plan_placements, select_modules
 from fedmosaic.protos.errors import ConfigurationError, ModelError
-from tiny import tiny_decoder, tiny_llava
+from tiny import LINEARS, tiny_decoder, tiny_llava
 
 SMALL = {
     "vocab_size": 64,
@@ -18,15 +18,6 @@ SMALL = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
-LINEARS = (
-    "mlp.down_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "self_attn.k_proj",
-    "self_attn.o_proj",
-    "self_attn.q_proj",
-    "self_attn.v_proj",
-)
 
 
 def llava(depth: int = 3) -> LlavaForConditionalGeneration:
@@ -50,6 +41,7 @@ AUTHORS_TABLE = [
 
 def test_the_first_layers_share_whatever_the_depth() -> None:
     assert target_layers(6, 4, "first") == target_layers(30, 4, "first") == (0, 1, 2, 3)
+    assert (target_layers(6, 4), target_layers(6, 4, "authors")) == ((1, 2, 4, 5), (0, 1, 2, 5))
 
 
 @pytest.mark.parametrize(("depth", "blocks", "expected"), AUTHORS_TABLE)
@@ -75,11 +67,6 @@ def test_relative_depth_is_within_half_a_layer_of_the_ideal(data: st.DataObject,
     blocks = data.draw(st.integers(1, depth))
     for k, layer in enumerate(target_layers(depth, blocks), start=1):
         assert abs((layer + 1) - k * depth / blocks) <= 0.5
-
-
-def test_six_layers_in_four_blocks_spread_evenly() -> None:
-    assert target_layers(6, 4) == (1, 2, 4, 5)
-    assert target_layers(6, 4, "authors") == (0, 1, 2, 5)
 
 
 def test_target_layers_refuses_what_makes_no_sense() -> None:

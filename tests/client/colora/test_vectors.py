@@ -29,18 +29,10 @@ from fedmosaic.client.colora import (
 )
 from fedmosaic.client.colora.basis import draw_orthonormal
 from fedmosaic.protos.errors import ModelError
+from tiny import LINEARS as MODULES
 from tiny import tiny_decoder
 
 RANK, BLOCKS = 4, 2
-MODULES = (
-    "mlp.down_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "self_attn.k_proj",
-    "self_attn.o_proj",
-    "self_attn.q_proj",
-    "self_attn.v_proj",
-)
 SIZE = BLOCKS * len(MODULES) * (RANK**2 + RANK)
 
 
@@ -104,26 +96,12 @@ def test_the_standard_size_is_the_papers() -> None:
 
 def test_the_hash_is_of_canonical_json_and_depends_on_every_field() -> None:
     layout = shared_layout(adapted())
-    canonical = json.dumps(
-        {
-            "alpha": 32.0,
-            "basis": "seed:0",
-            "blocks": 2,
-            "format": "fedmosaic/shared-adapter/1",
-            "modules": list(MODULES),
-            "rank": 4,
-        },
-        separators=(",", ":"),
-    )
+    plain = {"alpha": 32.0, "basis": "seed:0", "blocks": 2, "format": "fedmosaic/shared-adapter/1"}
+    canonical = json.dumps({**plain, "modules": list(MODULES), "rank": 4}, separators=(",", ":"))
     assert layout.spec_hash == hashlib.sha256(canonical.encode()).hexdigest()
-    changed = [
-        replace(layout, rank=5),
-        replace(layout, alpha=16.0),
-        replace(layout, blocks=3),
-        replace(layout, modules=MODULES[:-1]),
-        replace(layout, basis_label="aligned:x"),
-    ]
-    assert len({layout.spec_hash, *(other.spec_hash for other in changed)}) == 6
+    changes = {"rank": 5, "alpha": 16.0, "blocks": 3, "modules": MODULES[:-1], "basis_label": "aligned:x"}
+    changed = {replace(layout, **{name: value}).spec_hash for name, value in changes.items()}
+    assert len({layout.spec_hash, *changed}) == 6
 
 
 @pytest.mark.parametrize(

@@ -33,16 +33,11 @@ def test_a_shared_branch_alone_passes(dtype: torch.dtype, global_weight: float |
         check_engine(model, cores, clip=4.0, losses=in_bfloat16())
 
 
-def personal_branch_on(model: nn.Module) -> None:
+def personal_branch_times_zero(model: nn.Module) -> None:
     set_active_branches(model, {"local", "personal"}, layers="shared")
-
-
-def family_branch_on(model: nn.Module) -> None:
-    set_active_branches(model, {"local"}, layers="family")
-
-
-def received_family_branch_on(model: nn.Module) -> None:
-    set_active_branches(model, {"global"}, layers="family")
+    with torch.no_grad():
+        for layer in adapted_layers(model, "shared"):
+            layer.core("default", "personal").weight.zero_()
 
 
 def gate_learnt(model: nn.Module) -> None:
@@ -50,23 +45,16 @@ def gate_learnt(model: nn.Module) -> None:
     fix_gate(model, None)
 
 
-def personal_branch_times_zero(model: nn.Module) -> None:
-    personal_branch_on(model)
-    with torch.no_grad():
-        for layer in adapted_layers(model, "shared"):
-            layer.core("default", "personal").weight.zero_()
+LEAKS: dict[str, Callable[[nn.Module], None]] = {
+    "personal branch": lambda model: set_active_branches(model, {"local", "personal"}, layers="shared"),
+    "personal branch times zero": personal_branch_times_zero,
+    "family branch": lambda model: set_active_branches(model, {"local"}, layers="family"),
+    "received family branch": lambda model: set_active_branches(model, {"global"}, layers="family"),
+    "learnt gate": gate_learnt,
+}
 
 
-@pytest.mark.parametrize(
-    "leak",
-    [
-        personal_branch_on,
-        family_branch_on,
-        received_family_branch_on,
-        gate_learnt,
-        personal_branch_times_zero,
-    ],
-)
+@pytest.mark.parametrize("leak", LEAKS.values(), ids=LEAKS)
 def test_a_frozen_private_tensor_in_the_forward_pass_is_found(
     model: nn.Module, leak: Callable[[nn.Module], None]
 ) -> None:

@@ -177,22 +177,19 @@ def test_a_vision_language_model_that_reads_text_alone_is_accepted() -> None:
     check_adapter(adapt(model, CoLoraConfig(r=2, blocks=2)), make_tokenizer())
 
 
-def test_a_module_that_is_never_called_is_refused_by_name() -> None:
-    mamba = {"vocab_size": ROWS, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
-    model = make_model("mamba", mamba)
+def test_a_module_that_is_never_called_is_refused_by_name(tmp_path: Path) -> None:
+    mamba = {"vocab_size": ROWS, "hidden_size": 16, "num_hidden_layers": 3, "state_size": 4}
+    make_model("mamba", mamba).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    # Its kinds of layers follow from its depth, which can be cut all the same.
+    model, _ = load_base_model(tmp_path, keep_layers=2)
+    assert model.config.num_hidden_layers == 2
     wanted = ["mixer.in_proj", "mixer.dt_proj"]
     adapted = adapt(model, CoLoraConfig(r=1, blocks=2, target_modules=wanted))
     with pytest.raises(ModelError, match=r"mixer\.dt_proj.*never called"):
         check_adapter(adapted, make_tokenizer())
     again = adapt(make_model("mamba", mamba), CoLoraConfig(r=1, blocks=2, target_modules=["mixer.in_proj"]))
     check_adapter(again, make_tokenizer())
-
-
-def test_a_model_whose_kinds_of_layers_follow_from_its_depth_can_be_cut(tmp_path: Path) -> None:
-    mamba = {"vocab_size": ROWS, "hidden_size": 16, "num_hidden_layers": 3, "state_size": 4}
-    make_model("mamba", mamba).save_pretrained(tmp_path)
-    make_tokenizer().save_pretrained(tmp_path)
-    assert load_base_model(tmp_path, keep_layers=2)[0].config.num_hidden_layers == 2
 
 
 def test_a_module_whose_output_is_thrown_away_is_refused() -> None:
@@ -253,14 +250,9 @@ def test_both_forms_of_templates_carry_the_prompt_alike() -> None:
     text, parts = make_tokenizer(TEXT_TEMPLATE), make_tokenizer(PARTS_TEMPLATE)
     for prompt in ("w5 w6", "user", "bot", "?"):
         assert rendered_prompt(text, prompt) == rendered_prompt(parts, prompt) == f"user {prompt} bot"
-    assert prompt_tokens(text, "w5 w6") == prompt_tokens(parts, "w5 w6")
-
-
-def test_a_template_changed_later_is_tried_again() -> None:
-    tokenizer = make_tokenizer(TEXT_TEMPLATE)
-    assert rendered_prompt(tokenizer, "w5") == "user w5 bot"
-    tokenizer.chat_template = PARTS_TEMPLATE
-    assert rendered_prompt(tokenizer, "w5") == "user w5 bot"
+    assert prompt_tokens(text, "w5 w6") == prompt_tokens(parts, "w5 w6") != prompt_tokens(parts, "w6")
+    text.chat_template = PARTS_TEMPLATE
+    assert rendered_prompt(text, "w5") == "user w5 bot", "a template changed later is tried again"
 
 
 @pytest.mark.parametrize(

@@ -6,23 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from opacus import PrivacyEngine
-from opacus.validators import ModuleValidator
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from pydantic import ValidationError
 from torch import nn
 
-from devices import here
 from fedmosaic.client.colora import CoLoraConfig, read_shared, write_shared
 from fedmosaic.client.dp.branch import only_shared_branch
 from fedmosaic.client.dp.checks import check_engine
 from fedmosaic.client.dp.engine import clip_and_sum, core_parameters, example_gradient
 from fedmosaic.client.dp.training import noisy_sum, set_gradients
 from fedmosaic.client.model import hardware
-from fedmosaic.client.model.examples import EncodedExample, collate
-from fedmosaic.client.model.hardware import choose_device, choose_dtype, exact_products, product_seconds
+from fedmosaic.client.model.examples import EncodedExample
+from fedmosaic.client.model.hardware import choose_device, choose_dtype, product_seconds
 from fedmosaic.client.model.load import adapt, load_base_model, load_model
-from fedmosaic.client.model.loss import example_losses, on_device_of
 from fedmosaic.client.model.training import TrainingSettings, train_local
 from fedmosaic.client.settings import ClientSettings, ModelSettings
 from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
@@ -66,16 +62,13 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def test_a_model_lies_where_the_settings_say_and_attends_by_the_fused_kernel(
+def test_a_model_lies_where_the_settings_say_and_its_rows_are_those_of_the_processor(
     folder: Path, device: torch.device
 ) -> None:
     model = adapted(folder, device)
     assert {tensor.device.type for tensor in model.state_dict().values()} == {device.type}
     assert model.get_base_model().config._attn_implementation == "sdpa"
-
-
-def test_rows_are_the_same_as_on_the_processor(folder: Path, device: torch.device) -> None:
-    assert relative(rows_of(adapted(folder, device)), rows_of(adapted(folder, torch.device("cpu")))) < 1e-4
+    assert relative(rows_of(model), rows_of(adapted(folder, torch.device("cpu")))) < 1e-4
 
 
 def test_products_are_exact_whatever_was_set_before(folder: Path, device: torch.device) -> None:
@@ -139,42 +132,10 @@ def test_recomputed_activations_train_alike(folder: Path, device: torch.device) 
 
 
 @pytest.mark.parametrize("moved", ["before", "after"])
-def test_an_optimizer_made_for_a_model_trains_it_wherever_it_was_moved(
-    device: torch.device, moved: str
-) -> None:
-    """Moving a wrapped model must not leave the optimizer with tensors that nobody computes with.
-
-    So ended DP-LoRA with Opacus in users' hands (opacus issue 820): loss and ε looked normal, and the model
-    that was saved had learnt nothing.
-    """
-    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
-    model = get_peft_model(tiny_llama(num_hidden_layers=1).cpu(), config)
-    if moved == "before":
-        model = here(model)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    start = [parameter.detach().cpu().clone() for parameter in trained]
-    assert not ModuleValidator.validate(model.train(), strict=False)
-    loader = torch.utils.data.DataLoader(make_examples(8), batch_size=4, collate_fn=lambda rows: rows)
-    model.enable_input_require_grads()  # Opacus's hooks want a gradient of every module's input
-    with pytest.warns(UserWarning, match="Secure RNG turned off"):
-        engine = PrivacyEngine()
-    private, optimizer, _ = engine.make_private(
-        module=model, optimizer=torch.optim.SGD(trained, lr=1.0), data_loader=loader,
-        noise_multiplier=0.1, max_grad_norm=1.0, poisson_sampling=False, loss_reduction="sum",
-    )  # fmt: skip
-    if moved == "after":
-        private = here(private)
-    batch = on_device_of(private, collate(make_examples(4), 0))
-    example_losses(private, batch).sum().backward()
-    optimizer.step()
-    now = [p.detach().cpu() for name, p in private.named_parameters() if p.requires_grad]
-    assert all(not torch.equal(one, other) for one, other in zip(now, start, strict=True))
-
-
-@pytest.mark.parametrize("moved", ["before", "after"])
 def test_our_private_step_trains_what_is_saved_wherever_the_model_was_moved(
     folder: Path, device: torch.device, moved: str
 ) -> None:
+    """With Opacus a model moved late looked trained, with a loss and an ε, and had learnt nothing."""
     cpu = torch.device("cpu")
     model = adapted(folder, device if moved == "before" else cpu)
     with only_shared_branch(model) as cores:
@@ -251,13 +212,9 @@ def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(ModelError, match=rf"'cuda:{count}', which this machine does not have; .*cpu"):
         choose_device(f"cuda:{count}")
     assert choose_device("cpu") == torch.device("cpu")
-
-
-def test_auto_takes_what_is_there(device: torch.device) -> None:
-    assert choose_device("auto").type in {"cuda", "mps", "cpu"}
-    if device.type == "cuda":
-        assert choose_device("auto") == device
-        assert choose_device("cuda") == device
+    assert choose_device("auto").type == (
+        "cuda" if count else "mps" if torch.backends.mps.is_available() else "cpu"
+    )
 
 
 @pytest.mark.parametrize(
@@ -271,9 +228,5 @@ def test_the_faster_type_is_the_one_that_takes_less_time(
     with caplog.at_level("INFO"):
         assert choose_dtype("auto", torch.device("cpu")) == chosen
     assert "since a small product took" in caplog.text
-
-
-def test_the_faster_type_is_really_measured(device: torch.device) -> None:
-    exact_products()
-    assert choose_dtype("auto", device) in {torch.float32, torch.bfloat16}
-    assert product_seconds(torch.float32, device) > 0
+    monkeypatch.undo()
+    assert product_seconds(torch.float32, torch.device("cpu")) > 0
