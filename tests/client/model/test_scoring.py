@@ -82,7 +82,7 @@ def test_choices_are_scored_as_one_by_one(
     examples = random_examples(20, choices)
     expected = []
     for example in examples:
-        scores = [mean_log_likelihood(model, TOKENS, example.prompt, choice) for choice in choices]
+        scores = [mean_log_likelihood(model, example.prompt, choice) for choice in choices]
         expected.append(scores.index(max(scores)))
     assert most_likely_choices(model, TOKENS, examples, batch_size, max_length=64) == expected
     assert len(set(expected)) > 1
