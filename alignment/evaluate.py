@@ -37,10 +37,10 @@ from fedmosaic.client.colora import (
     write_shared,
 )
 from fedmosaic.client.colora.basis import draw_orthonormal
-from fedmosaic.client.model.evaluation import choice_accuracy
 from fedmosaic.client.model.examples import Example, collate, encode_examples, padding_token, read_examples
 from fedmosaic.client.model.load import without_rename_notice
 from fedmosaic.client.model.loss import example_losses, on_device_of, training_mode
+from fedmosaic.client.model.scoring import most_likely_choices
 from fedmosaic.client.model.training import TrainingSettings, train_local
 from fedmosaic.protos.errors import ConfigurationError, StateError
 
@@ -150,8 +150,10 @@ class LoadedModel:
             for start in range(0, len(encoded), _SCORED_AT_ONCE):
                 batch = on_device_of(model, collate(encoded[start : start + _SCORED_AT_ONCE], pad))
                 total += float(example_losses(model, batch).sum())
-        accuracy = choice_accuracy(model, self.tokenizer, task.test, _SCORED_AT_ONCE, max_length=max_length)
-        return total / len(encoded), accuracy
+        rows, test = _SCORED_AT_ONCE, task.test
+        chosen = most_likely_choices(model, self.tokenizer, test, rows, max_length=max_length)
+        right = sum(e.choices[index] == e.answer for e, index in zip(test, chosen, strict=True))
+        return total / len(encoded), right / len(test)
 
 
 def evaluate(arguments: Arguments, console: Console) -> list[Score]:

@@ -20,8 +20,8 @@ from benchmarks.timing import Summary, paired, random_examples, table
 from fedmosaic.client.model.hardware import choose_device, synchronise
 from fedmosaic.client.model.load import load_base_model
 from fedmosaic.client.profile.basis import BasisSettings, fit_mechanism
+from fedmosaic.client.profile.maker import clipped_profile
 from fedmosaic.client.profile.probe import open_probe
-from fedmosaic.client.profile.release import clipped_profile
 from fedmosaic.privacy.mechanism.noise import SecureNoise
 from fedmosaic.privacy.mechanism.profile import Reduction, release
 from fedmosaic.privacy.mechanism.projection import PublicMap

@@ -17,7 +17,7 @@ from fedmosaic.client.colora import copy_branch, read_family, set_active_branche
 from fedmosaic.client.colora.aligned import read_embedded, write_embedded
 from fedmosaic.client.data.records import ClientData, read_sets, unit_ids
 from fedmosaic.client.dp import round as private_round
-from fedmosaic.client.model.acceptance import check_ids, check_length, encoded_ids
+from fedmosaic.client.model.acceptance import check_ids, check_length
 from fedmosaic.client.model.adapted import agreed_layout, load_adapted
 from fedmosaic.client.model.examples import EncodedExample, Example, encode_examples, padding_token
 from fedmosaic.client.model.load import LoadedModel, save_adapter
@@ -78,7 +78,7 @@ class ModelLearner:
         self._encoded = encode_examples(
             self._tokenizer, self._train, settings.training.max_length, setting="training.max_length"
         )
-        check_ids(self._model, encoded_ids(self._encoded), self._data.train.label, "model.path")
+        check_ids(self._model, (e.input_ids for e in self._encoded), self._data.train.label, "model.path")
         self._sampler = EpochSampler(len(self._encoded), settings.training.seed)
         self._received: set[str] = set()
         self._fresh = self._adapter_tensors() if settings.compare_alone else {}

@@ -6,15 +6,37 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from devices import here
 from fedmosaic.client.colora import CoLoraConfig
 from fedmosaic.client.model.examples import IGNORED, EncodedExample
 
 VOCABULARY = 61
+LINEARS = (
+    "mlp.down_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "self_attn.k_proj",
+    "self_attn.o_proj",
+    "self_attn.q_proj",
+    "self_attn.v_proj",
+)
+"""Linear modules of a decoder layer, sorted."""
 
 
 def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaForCausalLM:
@@ -51,12 +73,49 @@ def save_tiny_model(
     }  # fmt: skip
     fields |= {f"{name}_id": names.index(token) for name, token in special.items() if name != "unk_token"}
     kind[0](kind[1](vocab_size=len(names), **(fields | changes))).save_pretrained(folder)
-    raw = Tokenizer(models.WordLevel({n: i for i, n in enumerate(names)}, unk_token=special["unk_token"]))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    raw = Tokenizer(WordLevel({n: i for i, n in enumerate(names)}, unk_token=special["unk_token"]))
+    raw.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **special)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def tiny_decoder(kind: str = "llama", hidden: int = 32, depth: int = 3, **changes: Any) -> PreTrainedModel:
+    """A decoder of this architecture with random weights and 64 tokens."""
+    torch.manual_seed(7)
+    fields = {
+        "vocab_size": 64,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": depth,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        **changes,
+    }
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields)).eval()
+
+
+def tiny_llava(text: LlamaConfig, vision_depth: int = 3, **changes: Any) -> LlavaForConditionalGeneration:
+    """A vision-language model of images of four places, around this language part."""
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=vision_depth,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, **changes))
+
+
+def word_tokenizer(words: Sequence[str], **special: str) -> PreTrainedTokenizerFast:
+    """One token a word, in this order, `<unk>` among them."""
+    unknown = {"unk_token": "<unk>"}
+    raw = Tokenizer(WordLevel({word: place for place, word in enumerate(words)}, **unknown))
+    raw.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, **unknown, **special)
 
 
 def tiny_colora(

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fedmosaic.client.colora.config import CoLoraConfig
-from fedmosaic.client.colora.state import find_adapter, get_basis, set_basis
+from fedmosaic.client.colora.state import get_basis, set_basis
 from fedmosaic.client.colora.vectors import SharedLayout, Vector, read_shared, shared_layout, write_shared
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
@@ -31,30 +31,16 @@ _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def basis_name(folder: str | Path) -> str:
-    """Name of the basis that an aligned checkpoint carries, as it goes into the layout's hash.
-
-    Args:
-        folder: Folder that `fedmosaic align` wrote, or the id of its copy on a hub.
-
-    Raises:
-        ModelError: There is no aligned checkpoint.
-    """
+    """Name of the basis that an aligned checkpoint carries, as it goes into the layout's hash."""
     return str(_checkpoint(folder)[1].basis_label)
 
 
 def aligned_config(folder: str | Path, *, rank: int | None = None, **changes: Any) -> CoLoraConfig:
-    """Read the configuration of an aligned checkpoint, for a client's own adapter.
+    """The configuration of an aligned checkpoint, to give to `get_peft_model`; then call `load_basis`.
 
-    Args:
-        folder: Folder that `fedmosaic align` wrote for this client's model, or the id of its copy on a hub.
-        rank: Rank of the client, at most the checkpoint's; None for the same. The scale α/r stays.
-        changes: Other fields to set, such as `other_layers` or `personal_branch`.
-
-    Returns:
-        A configuration to give to `get_peft_model`; then call `load_basis`.
-
-    Raises:
-        ModelError: There is no aligned checkpoint, or its rank is lower.
+    `folder` is what `fedmosaic align` wrote for this client's model, or the id of its copy on a hub; `rank`
+    is at most the checkpoint's, which is the default, at the same scale α/r; `changes` are other fields to
+    set.
     """
     _, config = _checkpoint(folder)
     chosen = config.r if rank is None else rank
@@ -62,20 +48,13 @@ def aligned_config(folder: str | Path, *, rank: int | None = None, **changes: An
         raise ModelError(
             f"The rank is {chosen}; the checkpoint {folder} has rank {config.r}, choose 1 to that."
         )
-    names = "blocks layer_rule shared_layers gate basis_seed target_modules model_depth task_type".split()
+    names = "blocks layer_rule shared_layers basis_seed target_modules model_depth task_type".split()
     kept = {name: getattr(config, name) for name in names}
     return CoLoraConfig(r=chosen, **(kept | {"alpha": config.alpha * chosen / config.r} | changes))
 
 
-def load_basis(model: nn.Module, folder: str | Path, *, adapter_name: str | None = None) -> None:
-    """Set the frozen bases of a model from an aligned checkpoint; P, Q and all else stay.
-
-    `model`: Model with Co-LoRA layers, made from `aligned_config`.
-    `folder`: Folder that `fedmosaic align` wrote for this model, or the id of its copy on a hub.
-
-    Raises:
-        ModelError: The checkpoint is missing or damaged, or belongs to other modules or widths.
-    """
+def load_basis(model: nn.Module, folder: str | Path) -> None:
+    """Set the frozen bases of a model made from `aligned_config`; ModelError if they do not fit it."""
     place, config = _checkpoint(folder)
     try:
         tensors = load_file(place / _TENSORS)
@@ -85,76 +64,46 @@ def load_basis(model: nn.Module, folder: str | Path, *, adapter_name: str | None
             "where `fedmosaic align` wrote it."
         ) from None
     bases = {}
-    for name, (a, _) in get_basis(model, adapter_name).items():
+    for name, (a, _) in get_basis(model).items():
         rows, columns = (_tensor(tensors, f"{name}.colora_{side}", folder) for side in "AB")
         bases[name] = (rows[: a.shape[0]], columns[:, : a.shape[0]])
-    set_basis(model, bases, label=config.basis_label or "aligned", adapter_name=adapter_name)
+    set_basis(model, bases, label=config.basis_label or "aligned")
 
 
 def embedded_layout(layout: SharedLayout, rank: int) -> SharedLayout:
-    """The layout of a federation of a higher rank that a client's vector is embedded in.
-
-    Args:
-        layout: The client's own layout.
-        rank: The federation's rank, at least the client's.
-
-    Raises:
-        ModelError: The federation's rank is lower.
-    """
+    """The layout of a federation's rank that a client's vector is embedded in; ModelError if it is lower."""
     if rank < layout.rank:
         raise ModelError(f"The client's rank is {layout.rank}, the federation's {rank}; take at most that.")
     return replace(layout, rank=rank, alpha=layout.alpha * rank / layout.rank)
 
 
-def read_embedded(
-    model: nn.Module, rank: int, branch: str = "local", *, adapter_name: str | None = None
-) -> Vector:
-    """Read a branch as a vector (d,) of the federation's rank, zero outside the client's leading block.
-
-    Raises:
-        ModelError: The federation's rank is lower, or the branch does not exist.
-    """
-    layout = shared_layout(model, find_adapter(model, adapter_name))
-    cores, biases = _parts(read_shared(model, branch, adapter_name=adapter_name), layout)
-    wider = embedded_layout(layout, rank).rank - layout.rank
-    cores = np.pad(cores, ((0, 0), (0, wider), (0, wider)))
-    return _joined(cores, np.pad(biases, ((0, 0), (0, wider))))
+def read_embedded(model: nn.Module, rank: int, branch: str = "local") -> Vector:
+    """A branch as a vector (d,) of the federation's rank, zero outside the client's leading block."""
+    layout = shared_layout(model)
+    embedded_layout(layout, rank)
+    return _resized(read_shared(model, branch), layout, rank)
 
 
-def write_embedded(
-    model: nn.Module,
-    vector: np.ndarray,
-    rank: int,
-    branch: str = "global",
-    *,
-    adapter_name: str | None = None,
-) -> None:
-    """Write the leading block of a vector (d,) of the federation's rank into a branch.
-
-    Raises:
-        ModelError: The federation's rank is lower, or the vector has another length or bad values.
-    """
-    layout = shared_layout(model, find_adapter(model, adapter_name))
+def write_embedded(model: nn.Module, vector: np.ndarray, rank: int, branch: str = "global") -> None:
+    """Write the leading block of a vector (d,) of the federation's rank into a branch."""
+    layout = shared_layout(model)
     wide = embedded_layout(layout, rank)
     vector = np.asarray(vector)
     if vector.shape != (wide.size,):
         raise ModelError(f"The shared vector has shape {vector.shape}; rank {rank} needs ({wide.size},).")
-    cores, biases = _parts(vector, wide)
-    leading = _joined(cores[:, : layout.rank, : layout.rank], biases[:, : layout.rank])
-    write_shared(model, leading, branch, adapter_name=adapter_name)
+    write_shared(model, _resized(vector, wide, layout.rank), branch)
 
 
-def _parts(vector: np.ndarray, layout: SharedLayout) -> tuple[np.ndarray, np.ndarray]:
-    """All P (modules, r, r) and all Q (modules, r)."""
-    rows = vector.reshape(layout.blocks * len(layout.modules), layout.rank**2 + layout.rank)
-    cores = rows[:, : layout.rank**2].reshape(-1, layout.rank, layout.rank)
-    return cores, rows[:, layout.rank**2 :]
-
-
-def _joined(cores: np.ndarray, biases: np.ndarray) -> Vector:
-    """The vector of all P (modules, r, r) and all Q (modules, r)."""
-    joined: Vector = np.concatenate([cores.reshape(len(cores), -1), biases], axis=1).reshape(-1)
-    return joined
+def _resized(vector: np.ndarray, layout: SharedLayout, rank: int) -> Vector:
+    """A layout's vector at another rank: of every P (r, r) and Q (r,) the leading block, or zeros around."""
+    count, size, kept = layout.blocks * len(layout.modules), layout.rank, min(layout.rank, rank)
+    rows = vector.reshape(count, size**2 + size)
+    cores = np.zeros((count, rank, rank), vector.dtype)
+    biases = np.zeros((count, rank), vector.dtype)
+    cores[:, :kept, :kept] = rows[:, : size**2].reshape(count, size, size)[:, :kept, :kept]
+    biases[:, :kept] = rows[:, size**2 :][:, :kept]
+    resized: Vector = np.concatenate([cores.reshape(count, -1), biases], axis=1).reshape(-1)
+    return resized
 
 
 def _checkpoint(source: str | Path) -> tuple[Path, CoLoraConfig]:

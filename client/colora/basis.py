@@ -15,18 +15,7 @@ def derive_seed(basis_seed: int, *labels: str | int) -> int:
 
 
 def draw_orthonormal(dimension: int, rank: int, seed: int) -> torch.Tensor:
-    """Draw `rank` orthonormal vectors uniformly (Haar measure) from a seed.
-
-    Args:
-        dimension: Length of each vector, at least `rank`.
-        rank: Number of vectors.
-        seed: Seed; equal seeds and shapes give equal tensors.
-
-    Returns:
-        Tensor (dimension, rank), float32, with orthonormal columns.
-
-    Raises:
-        ModelError: There is no room for `rank` orthonormal vectors.
+    """Draw (dimension, rank) float32 orthonormal columns uniformly (Haar measure) from a seed.
 
     Reference:
         F. Mezzadri, "How to generate random matrices from the classical compact groups", 2007, §5: the

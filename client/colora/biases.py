@@ -20,12 +20,8 @@ _LLAMAS: Final = frozenset({"qwen2", "mistral"})
 def with_described_biases(model: nn.Module) -> nn.Module | None:
     """A model of the same weights whose configuration describes every bias that it has.
 
-    Args:
-        model: of transformers, merged. Its configuration is changed, or its tensors are handed on.
-
-    Returns:
-        The model itself or a `LlamaForCausalLM`; None, and nothing was changed, where no architecture is
-        known that describes these biases.
+    The merged model itself, its configuration changed, or a `LlamaForCausalLM` that its tensors are handed
+    on to; None, and nothing was changed, where no architecture is known that describes these biases.
     """
     config = getattr(model, "config", None)
     if not isinstance(config, PretrainedConfig):

@@ -21,7 +21,8 @@ class CoLoraConfig(PeftConfig):
     """How Co-LoRA adapts a model; used like any PEFT configuration.
 
     Clients that exchange shared adapters must agree on `r`, `alpha`, `blocks`, `target_modules` and the
-    basis; the layout's hash guards that (`fedmosaic.client.colora.shared_layout`).
+    basis; the layout's hash guards that (`fedmosaic.client.colora.shared_layout`). A value outside its range
+    is a ConfigurationError.
 
     Attributes:
         r: Rank: P is (r, r), Q is (r,). At least 1.
@@ -30,9 +31,8 @@ class CoLoraConfig(PeftConfig):
         layer_rule: See `placement.target_layers`.
         shared_layers: 0-based Co-LoRA layers, one per block; overrides layer_rule. Filled in on injection.
         other_layers: lora: ordinary two-branch LoRA on all other layers; none: leave them alone.
-        gate: scalar: one learnable β per adapted linear module (the paper). pooled: a vector per module, its
-            logits averaged over the sequence's positions (the authors' code); cannot be merged.
-        gate_noise_std: Pooled gate only: std of Gaussian noise on each token's logit in training; 0 is off.
+        gate: scalar: one learnable β per adapted linear module (the paper). There is no other.
+        gate_noise_std: 0; adapters that were saved with another gate are refused.
         personal_branch: Add a third, ungated branch to every adapted module; it never leaves the client.
         basis_seed: Seed of the frozen A and B, and of LoRA's initial A.
         basis_label: Name of the basis, hashed into the layout; seed:<basis_seed> unless set_basis names it.
@@ -42,9 +42,6 @@ class CoLoraConfig(PeftConfig):
         active_branches: By `shared` and `family`, the branches in the forward pass; all that are not named.
             Filled in when an adapter is saved.
         fixed_gate: By `shared` and `family`, a constant in [0, 1] in the gate's place. Filled in likewise.
-
-    Raises:
-        ConfigurationError: A value lies outside its range.
     """
 
     r: int = 16
@@ -70,47 +67,39 @@ class CoLoraConfig(PeftConfig):
         self.peft_type = PEFT_TYPE
         if isinstance(self.target_modules, (set, tuple)):
             self.target_modules = sorted(self.target_modules)
-        self._require("r", _is_whole(self.r) and self.r >= 1, "a whole number of at least 1")
-        self._require("alpha", _is_finite(self.alpha) and self.alpha > 0, "a finite number above 0")
-        self._require("blocks", _is_whole(self.blocks) and self.blocks >= 1, "a whole number of at least 1")
-        self._require("layer_rule", self.layer_rule in LAYER_RULES, f"one of {', '.join(LAYER_RULES)}")
-        self._require("other_layers", self.other_layers in {"lora", "none"}, "lora or none")
-        self._require("gate", self.gate in {"scalar", "pooled"}, "scalar or pooled")
-        noise = self.gate_noise_std
-        self._require("gate_noise_std", _is_finite(noise) and noise >= 0, "a finite number of at least 0")
-        without_noise = self.gate == "pooled" or noise == 0
-        self._require("gate_noise_std", without_noise, "0 with the scalar gate, which has no noise")
-        self._require("basis_seed", _is_whole(self.basis_seed), "a whole number")
-        self._require(
-            "target_modules",
-            self.target_modules is None or isinstance(self.target_modules, list),
-            'a list of module names such as ["q_proj", "v_proj"], or None for all linear modules',
-        )
-        self._require(
-            "shared_layers",
-            self.shared_layers is None or len(self.shared_layers) == self.blocks,
-            f"a list with one layer for each of the {self.blocks} blocks",
-        )
-        self._require(
-            "active_branches",
-            _by_kind(self.active_branches, lambda names: isinstance(names, list) and {*names} <= {*BRANCHES}),
-            f"lists of {', '.join(BRANCHES)} by shared and family, or None",
-        )
-        self._require(
-            "fixed_gate",
-            _by_kind(self.fixed_gate, lambda value: _is_finite(value) and 0.0 <= value <= 1.0),
-            "numbers in [0, 1] by shared and family, or None",
-        )
+        targets, layers = self.target_modules, self.shared_layers
+        switches = _by_kind(self.active_branches, lambda v: isinstance(v, list) and {*v} <= {*BRANCHES})
+        gates = _by_kind(self.fixed_gate, lambda value: _is_finite(value) and 0.0 <= value <= 1.0)
+        for name, fits, expected in (
+            ("r", _is_whole(self.r) and self.r >= 1, "a whole number of at least 1"),
+            ("alpha", _is_finite(self.alpha) and self.alpha > 0, "a finite number above 0"),
+            ("blocks", _is_whole(self.blocks) and self.blocks >= 1, "a whole number of at least 1"),
+            ("layer_rule", self.layer_rule in LAYER_RULES, f"one of {', '.join(LAYER_RULES)}"),
+            ("other_layers", self.other_layers in {"lora", "none"}, "lora or none"),
+            ("gate", self.gate == "scalar", "scalar"),
+            ("gate_noise_std", self.gate_noise_std == 0, "0"),
+            ("basis_seed", _is_whole(self.basis_seed), "a whole number"),
+            (
+                "target_modules",
+                targets is None or isinstance(targets, list),
+                'a list of module names such as ["q_proj", "v_proj"], or None for all linear modules',
+            ),
+            (
+                "shared_layers",
+                layers is None or len(layers) == self.blocks,
+                f"a list with one layer for each of the {self.blocks} blocks",
+            ),
+            ("active_branches", switches, f"lists of {', '.join(BRANCHES)} by shared and family, or None"),
+            ("fixed_gate", gates, "numbers in [0, 1] by shared and family, or None"),
+        ):
+            if not fits:
+                value = getattr(self, name)
+                raise ConfigurationError(f"CoLoraConfig: {name} is {value!r}; it should be {expected}.")
 
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's, with a name of the method that tells what to import."""
         content: dict[str, Any] = super().to_dict()
         return content | {"peft_type": SPOKEN_TYPE}
-
-    def _require(self, name: str, condition: bool, expected: str) -> None:
-        if not condition:
-            value = getattr(self, name)
-            raise ConfigurationError(f"CoLoraConfig: {name} is {value!r}; it should be {expected}.")
 
 
 def _is_whole(value: object) -> bool:

@@ -14,9 +14,9 @@ weight W_p), so an attention projection may trust its peers more than the feed-f
 
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -36,56 +36,45 @@ class AdapterSettings:
     """Facts and switches of one adapter on one module.
 
     Attributes:
-        placement: Where the module sits.
-        rank: Rank r.
-        alpha: α of the scale s = α/r.
-        scaling: s.
-        basis_label: Name of the frozen basis.
-        gate: `scalar` or `pooled`.
-        gate_noise_std: Std of the pooled gate's noise on each token's logit in training.
-        branches: Branches that exist.
-        active: Branches that take part in the forward pass; the others are not computed.
-        trainable: Which of the branches and `gate` are trained while the adapter is active.
-        fixed_gate: A constant in [0, 1] that replaces β̃, or None.
+        placement: Where the module sits. rank: Rank r. alpha: α of the scale s = α/r. basis_label: Name of
+        the frozen basis. branches: Branches that exist; of them `active` take part in the forward pass, the
+        others are not computed. trainable: Which of the branches and `gate` are trained while the adapter is
+        active. fixed_gate: A constant in [0, 1] that replaces β̃, or None.
     """
 
     placement: Placement
     rank: int
     alpha: float
-    scaling: float
     basis_label: str
-    gate: str
-    gate_noise_std: float
     branches: tuple[str, ...]
     active: frozenset[str]
-    trainable: frozenset[str]
+    trainable: frozenset[str] = frozenset()
     fixed_gate: float | None = None
 
+    @property
+    def scaling(self) -> float:
+        """The scale s."""
+        return self.alpha / self.rank
 
-@dataclass(frozen=True)
-class MergeDelta:
-    """The affine map an adapter adds, in factors: ΔW = left @ right, Δb = bias.
+    @property
+    def in_order(self) -> tuple[str, ...]:
+        """The active branches in the order of `branches`, so that sums round alike in every process."""
+        return tuple(branch for branch in self.branches if branch in self.active)
 
-    Attributes:
-        left: Tensor (d_out, k), float32.
-        right: Tensor (k, d_in), float32.
-        bias: Tensor (d_out,), float32, or None where the adapter adds no constant.
-    """
+
+class MergeDelta(NamedTuple):
+    """The affine map an adapter adds, in factors: ΔW = left @ right, Δb = bias; all float32."""
 
     left: torch.Tensor
+    """(d_out, k)"""
     right: torch.Tensor
+    """(k, d_in)"""
     bias: torch.Tensor | None
+    """(d_out,), or None where the adapter adds no constant."""
 
 
 class CoLoraLayer(nn.Module, BaseTunerLayer):
-    """What both kinds of adapted linear module share: gate, switches, merging.
-
-    Args:
-        base_layer: The linear module to adapt, possibly wrapped by another tuner.
-        adapter_name: Name of the first adapter.
-        config: Its configuration.
-        placement: Where the module sits.
-    """
+    """What both kinds of adapted linear module share: gate, switches, merging."""
 
     # For each trainable group, the attributes that hold its tensors by adapter name.
     group_containers: ClassVar[Mapping[str, tuple[str, ...]]] = {}
@@ -94,6 +83,7 @@ class CoLoraLayer(nn.Module, BaseTunerLayer):
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: CoLoraConfig, placement: Placement
     ) -> None:
+        """Adapt a linear module, possibly wrapped by another tuner, with a first adapter."""
         super().__init__()
         self.base_layer = base_layer
         linear = self.linear
@@ -131,18 +121,13 @@ class CoLoraLayer(nn.Module, BaseTunerLayer):
             placement=placement,
             rank=config.r,
             alpha=config.alpha,
-            scaling=config.alpha / config.r,
             basis_label=config.basis_label or f"seed:{config.basis_seed}",
-            gate=config.gate,
-            gate_noise_std=config.gate_noise_std,
             branches=branches,
             active=frozenset((config.active_branches or {}).get(placement.kind, branches)) & {*branches},
-            trainable=frozenset(),
             fixed_gate=(config.fixed_gate or {}).get(placement.kind),
         )
         self._create_tensors(adapter_name, config, placement)
-        gate_size = 1 if config.gate == "scalar" else self.in_features
-        self.colora_gate[adapter_name] = nn.Parameter(torch.zeros(gate_size))
+        self.colora_gate[adapter_name] = nn.Parameter(torch.zeros(1))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_trainable_groups(adapter_name, DEFAULT_TRAINABLE & {*branches, GATE})
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -150,15 +135,15 @@ class CoLoraLayer(nn.Module, BaseTunerLayer):
     def _create_tensors(self, adapter_name: str, config: CoLoraConfig, placement: Placement) -> None:
         raise NotImplementedError
 
+    def branch_tensors(self, adapter_name: str, branch: str) -> tuple[torch.Tensor, ...]:
+        """The parameters of a branch in the order of all vectors: P, Q, or LoRA's A, B."""
+        raise NotImplementedError
+
     def _delta(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor | None:
         raise NotImplementedError
 
     def merge_delta(self, adapter_name: str) -> MergeDelta:
-        """Return what merging the adapter adds to the base module.
-
-        Raises:
-            ModelError: The pooled gate depends on the input, so that no constant map exists.
-        """
+        """What merging the adapter adds to the base module."""
         raise NotImplementedError
 
     def _move_adapter_to_device_of_base_layer(
@@ -167,10 +152,8 @@ class CoLoraLayer(nn.Module, BaseTunerLayer):
         # PEFT would also cast to the base module's dtype. The adapter stays in float32: gradients that
         # are clipped and noised need it, and bfloat16 would spoil the bases' orthonormality.
         target = device if device is not None else self.linear.weight.device
-        for name in (*self.adapter_layer_names, *self.other_param_names):
+        for name in (*self.adapter_layer_names, *self.buffer_containers):
             container = getattr(self, name)
-            if not isinstance(container, (nn.ModuleDict, nn.ParameterDict, BufferDict)):
-                continue
             if adapter_name not in container or any(tensor.is_meta for tensor in container.parameters()):
                 continue
             container[adapter_name] = container[adapter_name].to(target)
@@ -194,47 +177,16 @@ class CoLoraLayer(nn.Module, BaseTunerLayer):
         if adapter_name in self.active_adapters:
             self.set_requires_grad(adapter_name, requires_grad=True)
 
-    def _weights(self, adapter_name: str, x: torch.Tensor | None) -> dict[str, torch.Tensor | float]:
-        """Return s times the weight of each active branch; `x` is None where a constant is needed."""
-        settings = self.settings[adapter_name]
-        # In the order of `branches`, so that sums round alike in every process.
-        weights: dict[str, torch.Tensor | float] = {
-            branch: settings.scaling for branch in settings.branches if branch in settings.active
-        }
-        if "local" in weights and "global" in weights:
-            gate = self._gate(adapter_name, x)
-            weights["local"] = settings.scaling * (1.0 - gate)
-            weights["global"] = settings.scaling * gate
-        return weights
-
-    def _gate(self, adapter_name: str, x: torch.Tensor | None) -> torch.Tensor | float:
-        settings = self.settings[adapter_name]
-        if settings.fixed_gate is not None:
-            return settings.fixed_gate
-        beta: torch.Tensor = self.colora_gate[adapter_name]
-        if settings.gate == "scalar":
-            return torch.sigmoid(beta)
-        if x is None:
-            raise ModelError(
-                f"{settings.placement.name} has a pooled gate; it depends on the input and cannot be merged. "
-                'Keep the adapter unmerged, call fix_gate first, or train with gate="scalar".'
-            )
-        # The mean takes in padding: a linear module does not see the attention mask. And where a cache
-        # feeds one token at a time, it pools over that token alone (so does the authors' code).
-        logits = x @ beta
-        if self.training and settings.gate_noise_std > 0:
-            logits = logits + settings.gate_noise_std * torch.randn_like(logits)
-        return torch.sigmoid(logits.mean(dim=-1, keepdim=True)).unsqueeze(-1)
+    def _gate(self, adapter_name: str) -> torch.Tensor | float:
+        """β̃: a float if it is fixed, which reads no parameter; else (1,)."""
+        fixed = self.settings[adapter_name].fixed_gate
+        return torch.sigmoid(self.colora_gate[adapter_name]) if fixed is None else fixed
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' affine maps to the base module; Q needs a bias, which is made where absent.
 
-        Args:
-            safe_merge: Refuse a result that is not finite.
-            adapter_names: Adapters to merge; None for the active ones.
-
-        Raises:
-            ModelError: The gate is pooled, the base weights are quantised, or the result is not finite.
+        A ModelError says that the base weights are quantised, or with `safe_merge` that the result is not
+        finite.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.settings:
@@ -256,11 +208,7 @@ class CoLoraLayer(nn.Module, BaseTunerLayer):
             self._bias_was_added = False
 
     def check_mergeable(self) -> None:
-        """Refuse quantised base weights.
-
-        Raises:
-            ModelError: the weights are no floating point numbers, so that a small change cannot be added.
-        """
+        """ModelError if the base weights are quantised, so that nothing small can be added to them."""
         if not self.linear.weight.is_floating_point():
             raise ModelError(
                 f"The base weights are quantised ({self.linear.weight.dtype}), so an adapter cannot be "
@@ -289,22 +237,16 @@ class CoLoraLayer(nn.Module, BaseTunerLayer):
             base.bias.data = bias.to(base.bias.dtype)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Apply the base module and add what the active adapters add.
-
-        Args:
-            x: Tensor (..., positions, d_in).
-            args: Handed to the base module.
-            kwargs: Handed to the base module.
-
-        Returns:
-            Tensor (..., positions, d_out) in the base module's dtype.
-        """
+        """The base module's (..., positions, d_out) in its dtype, and what the active adapters add to it."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         result: torch.Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
-        with _without_autocast(x):
+        # Autocast would run the cores in bfloat16; their gradients must be exact to float32.
+        kind = x.device.type
+        exact = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+        with exact:
             for name in self.active_adapters:
                 delta = self._delta(x, name) if name in self.settings else None
                 if delta is not None:
@@ -313,10 +255,3 @@ class CoLoraLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "colora." + super().__repr__()
-
-
-def _without_autocast(x: torch.Tensor) -> AbstractContextManager[object]:
-    # Autocast would run the cores in bfloat16; their gradients must be exact to float32.
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(device_type=x.device.type, enabled=False)
-    return nullcontext()

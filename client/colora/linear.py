@@ -46,61 +46,50 @@ class CoLoraLinear(CoLoraLayer):
         core: nn.Linear = getattr(self, f"colora_core_{branch}")[adapter_name]
         return core
 
+    def branch_tensors(self, adapter_name: str, branch: str) -> tuple[torch.Tensor, ...]:
+        """P (r, r) and Q (r,)."""
+        core = self.core(adapter_name, branch)
+        return core.weight, core.bias
+
     def _delta(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor | None:
-        basis_in, basis_out = self.colora_A[adapter_name], self.colora_B[adapter_name]
         settings = self.settings[adapter_name]
         if not settings.active:
             return None
-        x = x.to(basis_in.dtype)
-        reduced = functional.linear(x, basis_in)
-        if self._branches_apart(adapter_name):
-            parts = [
-                w * self.core(adapter_name, b)(reduced) for b, w in self._weights(adapter_name, x).items()
-            ]
-            return functional.linear(torch.stack(parts).sum(dim=0), basis_out)
-        mixed = functional.linear(reduced, *self._combined(adapter_name))
+        basis_in, basis_out = self.colora_A[adapter_name], self.colora_B[adapter_name]
+        reduced = functional.linear(x.to(basis_in.dtype), basis_in)
+        cores = {branch: self.core(adapter_name, branch) for branch in settings.in_order}
+        if any(core._forward_hooks or core._forward_pre_hooks for core in cores.values()):
+            # Whoever hooks a core, as Opacus does for gradients of single examples, is to see it called.
+            mixed = self._mixed(adapter_name, {branch: core(reduced) for branch, core in cores.items()})
+        else:
+            mixed = functional.linear(reduced, *self._combined(adapter_name))
         return functional.linear(settings.scaling * mixed, basis_out)
 
-    def _branches_apart(self, adapter_name: str) -> bool:
-        # With a pooled gate every sequence weighs the branches in its own way; and whoever hooks a core, as
-        # Opacus does for gradients of single examples, is to see it called.
-        settings = self.settings[adapter_name]
-        cores = [self.core(adapter_name, branch) for branch in settings.active]
-        pooled = settings.gate == "pooled" and settings.fixed_gate is None and len(cores) > 1
-        return pooled or any(core._forward_hooks or core._forward_pre_hooks for core in cores)
-
     def _combined(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """P̄ (r, r) and Q̄ (r,): the sums over the active branches, so that positions go through one core.
+        """P̄ (r, r) and Q̄ (r,) over active branches: as many products as entries of P, not as positions."""
+        cores = {b: self.core(adapter_name, b) for b in self.settings[adapter_name].in_order}
+        weight = self._mixed(adapter_name, {branch: core.weight for branch, core in cores.items()})
+        return weight, self._mixed(adapter_name, {branch: core.bias for branch, core in cores.items()})
 
-        The products are as many as there are entries of P, and not as there are positions times branches.
-        """
-        settings = self.settings[adapter_name]
-        active = [branch for branch in settings.branches if branch in settings.active]
-        cores = {branch: self.core(adapter_name, branch) for branch in active}
-        if "local" in cores and "global" in cores:
-            one, other = cores.pop("local"), cores.pop("global")
-            gate = self._gate(adapter_name, None)
-            core_weight = torch.lerp(one.weight, other.weight, gate)
-            core_bias = torch.lerp(one.bias, other.bias, gate)
-        else:
-            first = cores.pop(active[0])
-            core_weight, core_bias = first.weight, first.bias
-        for core in cores.values():
-            core_weight, core_bias = core_weight + core.weight, core_bias + core.bias
-        return core_weight, core_bias
+    def _mixed(self, adapter_name: str, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Sum of the branches' tensors, local and global weighed by the gate."""
+        if "local" in parts and "global" in parts:
+            parts["local"] = torch.lerp(parts["local"], parts.pop("global"), self._gate(adapter_name))
+        total, *others = parts.values()
+        for other in others:
+            total = total + other
+        return total
 
     @torch.no_grad()
     def merge_delta(self, adapter_name: str) -> MergeDelta:
-        """Return s·B·P̄·A in factors and s·B·Q̄, with P̄ and Q̄ the gated sums over active branches."""
-        basis_in, basis_out = self.colora_A[adapter_name], self.colora_B[adapter_name]
+        """The factors s·B·P̄ and A, and s·B·Q̄."""
+        basis_in, basis_out = self.colora_A[adapter_name].clone(), self.colora_B[adapter_name]
         settings = self.settings[adapter_name]
         if not settings.active:
-            return MergeDelta(left=basis_out[:, :0], right=basis_in[:0].clone(), bias=None)
+            return MergeDelta(left=basis_out[:, :0], right=basis_in[:0], bias=None)
         core_weight, core_bias = self._combined(adapter_name)
         bias = basis_out @ (settings.scaling * core_bias) if core_bias.any() else None
-        return MergeDelta(
-            left=basis_out @ (settings.scaling * core_weight), right=basis_in.clone(), bias=bias
-        )
+        return MergeDelta(left=basis_out @ (settings.scaling * core_weight), right=basis_in, bias=bias)
 
 
 class BranchedLoraLinear(CoLoraLayer):
@@ -136,10 +125,24 @@ class BranchedLoraLinear(CoLoraLayer):
         up: nn.Linear = getattr(self, f"colora_lora_B_{branch}")[adapter_name]
         return down, up
 
+    def branch_tensors(self, adapter_name: str, branch: str) -> tuple[torch.Tensor, ...]:
+        """A (r, d_in) and B (d_out, r)."""
+        return tuple(part.weight for part in self.pair(adapter_name, branch))
+
+    def _weights(self, adapter_name: str) -> dict[str, torch.Tensor | float]:
+        """The scale s times the weight of each active branch."""
+        settings = self.settings[adapter_name]
+        weights: dict[str, torch.Tensor | float] = dict.fromkeys(settings.in_order, settings.scaling)
+        if "local" in weights and "global" in weights:
+            gate = self._gate(adapter_name)
+            weights["local"] = settings.scaling * (1.0 - gate)
+            weights["global"] = settings.scaling * gate
+        return weights
+
     def _delta(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor | None:
         total: torch.Tensor | None = None
         x = x.to(self.colora_gate[adapter_name].dtype)
-        for branch, weight in self._weights(adapter_name, x).items():
+        for branch, weight in self._weights(adapter_name).items():
             down, up = self.pair(adapter_name, branch)
             part: torch.Tensor = up(weight * down(x))
             total = part if total is None else total + part
@@ -147,11 +150,11 @@ class BranchedLoraLinear(CoLoraLayer):
 
     @torch.no_grad()
     def merge_delta(self, adapter_name: str) -> MergeDelta:
-        """Return s·Σ w_b B_b A_b in factors, stacked along the rank."""
+        """The factors of s·Σ w_b B_b A_b, stacked along the rank."""
         gate = self.colora_gate[adapter_name]
         lefts = [gate.new_zeros(self.out_features, 0)]
         rights = [gate.new_zeros(0, self.in_features)]
-        for branch, weight in self._weights(adapter_name, None).items():
+        for branch, weight in self._weights(adapter_name).items():
             down, up = self.pair(adapter_name, branch)
             lefts.append(weight * up.weight)
             rights.append(down.weight)

@@ -43,11 +43,7 @@ class CoLoraModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """Adapt the modules that the configuration names; arguments as in PEFT.
-
-        Raises:
-            ModelError: The model and the configuration do not fit together.
-        """
+        """Adapt the modules that the configuration names; ModelError if it does not fit the model."""
         self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
 
@@ -113,9 +109,6 @@ class CoLoraModel(BaseTuner):
         for module in self.model.modules():
             if isinstance(module, CoLoraLayer):
                 module.check_mergeable()
-                for name in module.active_adapters:
-                    if name in module.settings:
-                        module.merge_delta(name)
 
     def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT annotates None but returns the model
         self,

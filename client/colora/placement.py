@@ -7,16 +7,13 @@ fit clients of the same architecture only.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal
 
 from torch import nn
 
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
-LayerRule = Literal["relative_depth", "authors", "first"]
-LayerKind = Literal["shared", "family"]
-
-LAYER_RULES: tuple[str, ...] = get_args(LayerRule)
+LAYER_RULES = ("relative_depth", "authors", "first")
 _LAYER_LIST_NAMES = frozenset({"layers", "h", "blocks"})
 _NOT_LANGUAGE = frozenset(
     "vision_tower vision_model vision_encoder image_encoder visual audio_tower multi_modal_projector "
@@ -41,24 +38,18 @@ class Placement:
     block: int | None
 
     @property
-    def kind(self) -> LayerKind:
+    def kind(self) -> Literal["shared", "family"]:
         """`shared` for a Co-LoRA module, `family` for one with ordinary LoRA."""
         return "family" if self.block is None else "shared"
 
 
 def target_layers(depth: int, blocks: int, rule: str = "relative_depth") -> tuple[int, ...]:
-    """Return the decoder layer that closes each of `blocks` blocks of equal relative depth.
+    """Return the decoder layer, 0-based, that closes each of N_B `blocks` of equal relative depth.
 
-    Args:
-        depth: Number of decoder layers of the model, at least `blocks`.
-        blocks: Number of blocks N_B, at least 1; the same for all clients of a federation.
-        rule: `relative_depth` takes the layer whose end is nearest to the fraction k/N_B of the
-            depth (halves go to the deeper layer). `authors` takes k·⌊depth/N_B⌋ − 1, with the last
-            block always at the last layer, so that the last block takes up all remainders. `first` takes
-            the first N_B layers, whatever the depth: what is compared with, not what is of use.
-
-    Returns:
-        `blocks` strictly increasing 0-based indices; the last one is `depth − 1`, but for `first`.
+    The rule `relative_depth` takes the layer whose end is nearest to the fraction k/N_B of the depth (halves
+    go to the deeper layer). `authors` takes k·⌊depth/N_B⌋ − 1, with the last block always at the last layer,
+    so that the last block takes up all remainders. `first` takes the first N_B layers, whatever the depth:
+    what is compared with, not what is of use.
 
     Raises:
         ConfigurationError: `blocks` is below 1 or the rule is unknown.
@@ -85,19 +76,14 @@ def target_layers(depth: int, blocks: int, rule: str = "relative_depth") -> tupl
 
 
 def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Find the stack of decoder layers of a language model or of a LLaVA-style model's language part.
+    """Full name and stack of decoder layers of a language model or of a LLaVA-style model's language part.
 
-    Args:
-        model: A transformers model, or any module with one list of layers named `layers`, `h` or
-            `blocks` outside vision and audio towers.
-
-    Returns:
-        The full name of the list and the list.
-
-    Raises:
-        ModelError: No list, or more than one, fits.
+    The model is one of transformers, or any module with one list of layers named `layers`, `h` or `blocks`
+    outside vision and audio towers; a ModelError lists what is there if none or more than one fits.
     """
-    depth = _configured_depth(model)
+    config: Any = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    depth = getattr(text_config, "num_hidden_layers", None)
     get_decoder = getattr(model, "get_decoder", None)
     decoder = get_decoder() if callable(get_decoder) else model
     if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
@@ -112,7 +98,7 @@ def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
         name: module
         for name, module in found.items()
         if not _NOT_LANGUAGE.intersection(name.split("."))
-        and (len(module) == depth if depth is not None else name.rpartition(".")[2] in _LAYER_LIST_NAMES)
+        and (len(module) == depth if isinstance(depth, int) else name.rpartition(".")[2] in _LAYER_LIST_NAMES)
     }
     # A layer may hold lists of its own (experts); only the outermost list is the stack.
     outermost = [
@@ -124,19 +110,10 @@ def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
         lists = ", ".join(f"{name} ({len(module)})" for name, module in found.items()) or "none"
         raise ModelError(
             f"{type(model).__name__} should have exactly one list of decoder layers"
-            f"{'' if depth is None else f' of length {depth}'}, found {len(outermost)}. "
+            f"{f' of length {depth}' if isinstance(depth, int) else ''}, found {len(outermost)}. "
             f"Module lists in the model, with lengths: {lists}."
         )
     return outermost[0], fitting[outermost[0]]
-
-
-def _configured_depth(model: nn.Module) -> int | None:
-    config = getattr(model, "config", None)
-    if config is None:
-        return None
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    depth = getattr(text_config, "num_hidden_layers", None)
-    return depth if isinstance(depth, int) else None
 
 
 def linear_names(layer: nn.Module, prefix: str = "") -> tuple[str, ...]:
@@ -150,11 +127,7 @@ def linear_names(layer: nn.Module, prefix: str = "") -> tuple[str, ...]:
 
 
 def select_modules(available: Sequence[str], wanted: Sequence[str] | None) -> tuple[str, ...]:
-    """Choose modules of a decoder layer, sorted, by names or their last parts such as `q_proj`; None for all.
-
-    Raises:
-        ModelError: Nothing is available, or a wanted name fits nothing; the message lists what exists.
-    """
+    """Choose modules of a decoder layer, sorted, by names or last parts such as `q_proj`; None for all."""
     if not available:
         raise ModelError(
             "The decoder layers have no torch.nn.Linear module to adapt; Co-LoRA supports only those."
@@ -166,17 +139,9 @@ def select_modules(available: Sequence[str], wanted: Sequence[str] | None) -> tu
     if unknown or not wanted:
         raise ModelError(
             f"target_modules {unknown or list(wanted)!r} name no linear module of a decoder layer. "
-            f"Linear modules there: {', '.join(available)}."
+            f"Linear modules there: {', '.join(sorted(available))}."
         )
     return tuple(sorted({name for names in fitting.values() for name in names}))
-
-
-def _shared_by_all(layers: nn.ModuleList, shared_layers: Sequence[int]) -> str:
-    """What can be adapted instead, as advice."""
-    common = set.intersection(*(set(linear_names(layers[index])) for index in shared_layers))
-    if not common:
-        return "these layers have no linear module in common, so this model cannot take part with them"
-    return f"all {len(shared_layers)} layers have {', '.join(sorted(common))}"
 
 
 def plan_placements(
@@ -186,20 +151,11 @@ def plan_placements(
     *,
     family: bool,
 ) -> Mapping[str, Placement]:
-    """Say for every module of the model whether and how it is adapted.
+    """Say where every adapted module sits, by full module name; ModelError if that is nowhere.
 
-    Args:
-        model: The base model, possibly already carrying other adapters.
-        shared_layers: Indices of the Co-LoRA layers, strictly increasing, one per block.
-        target_modules: Module names within a layer, or None for all linear modules.
-        family: Whether the other layers carry ordinary LoRA.
-
-    Returns:
-        From full module name to placement.
-
-    Raises:
-        ModelError: An index lies outside the model, a name is unknown, or the Co-LoRA layers do not
-            all have the same modules.
+    `shared_layers` are the Co-LoRA layers, strictly increasing, one per block; `target_modules` are names
+    within a layer, None for all; `family` is whether the other layers carry ordinary LoRA. The model may
+    already carry other adapters.
     """
     prefix, layers = find_decoder_layers(model)
     if not shared_layers or list(shared_layers) != sorted(set(shared_layers)):
@@ -209,23 +165,21 @@ def plan_placements(
             f"shared_layers {list(shared_layers)} lie outside the model, which has layers 0 to "
             f"{len(layers) - 1}."
         )
-    available = tuple(sorted({name for layer in layers for name in linear_names(layer)}))
-    chosen = select_modules(available, target_modules)
+    present = [set(linear_names(layer)) for layer in layers]
+    chosen = select_modules(tuple({name for names in present for name in names}), target_modules)
     plan: dict[str, Placement] = {}
-    for index, layer in enumerate(layers):
+    for index, names in enumerate(present):
         block = list(shared_layers).index(index) if index in shared_layers else None
-        present = set(linear_names(layer))
-        missing = [name for name in chosen if name not in present]
-        if block is not None and missing:
+        if block is not None and not names.issuperset(chosen):
+            common = sorted(set.intersection(*(present[shared] for shared in shared_layers)))
+            lacking = [module for module in chosen if module not in names]
             raise ModelError(
-                f"Layer {index} should carry Co-LoRA but lacks {', '.join(missing)}; all Co-LoRA layers need "
+                f"Layer {index} should carry Co-LoRA but lacks {', '.join(lacking)}; all Co-LoRA layers need "
                 "the same modules. Leave those out of target_modules (in a federation, of terms.adapter): "
-                f"{_shared_by_all(layers, shared_layers)}."
+                f"all {len(shared_layers)} layers have {', '.join(common) or 'none, so it cannot take part'}."
             )
-        if block is None and not family:
-            continue
-        for module in chosen:
-            if module in present:
+        for module in chosen if family or block is not None else ():
+            if module in names:
                 name = f"{prefix}.{index}.{module}"
                 plan[name] = Placement(name=name, module=module, layer=index, block=block)
     return plan

@@ -1,8 +1,9 @@
 """What is trained, what takes part in the forward pass, and which basis is used.
 
 All functions take any module that contains Co-LoRA layers: a PEFT model, its base model, or a wrapper
-such as Opacus' GradSampleModule. Active branches and fixed gates are saved with an adapter once
-`record_switches` was called; what is trained is not. Without `adapter_name` the only active adapter is meant.
+such as Opacus' GradSampleModule; they work on the one active adapter. `layers` is `shared` for Co-LoRA
+modules, `family` for ordinary LoRA, or `all`; the other layers stay as they are. Active branches and fixed
+gates are saved with an adapter once `record_switches` was called; what is trained is not.
 """
 
 import math
@@ -16,7 +17,7 @@ from torch import nn
 from fedmosaic.client.colora.basis import orthonormality_error
 from fedmosaic.client.colora.config import CoLoraConfig
 from fedmosaic.client.colora.layer import GATE, CoLoraLayer
-from fedmosaic.client.colora.linear import BranchedLoraLinear, CoLoraLinear
+from fedmosaic.client.colora.linear import CoLoraLinear
 from fedmosaic.client.colora.placement import Placement
 from fedmosaic.protos.errors import ModelError
 
@@ -24,29 +25,21 @@ Basis = tuple[torch.Tensor | np.ndarray, torch.Tensor | np.ndarray]
 ORTHONORMALITY_TOLERANCE = 1e-3
 
 
-def find_adapter(model: nn.Module, adapter_name: str | None = None) -> str:
-    """Return the adapter to work on.
-
-    Raises:
-        ModelError: There is no Co-LoRA adapter, no such one, or several are active and none was named.
-    """
+def find_adapter(model: nn.Module) -> str:
+    """The active Co-LoRA adapter; ModelError if there is none or more than one."""
     layers = _adapted(model)
     known = sorted({name for layer in layers for name in layer.settings})
     if not known:
         raise ModelError(
             "The model has no Co-LoRA adapter; make one with peft.get_peft_model(model, CoLoraConfig(...))."
         )
-    if adapter_name is not None:
-        if adapter_name not in known:
-            raise ModelError(f"There is no adapter {adapter_name!r}; the model has {', '.join(known)}.")
-        return adapter_name
     active: list[str] = sorted(
         {name for layer in layers for name in layer.active_adapters if name in layer.settings}
     )
     if len(active) != 1:
         raise ModelError(
-            f"{len(active)} adapters are active ({', '.join(active) or 'none'}); pass adapter_name, one of "
-            f"{', '.join(known)}."
+            f"{len(active)} adapters are active ({', '.join(active) or 'none'}); activate one of "
+            f"{', '.join(known)} with model.set_adapter."
         )
     return active[0]
 
@@ -64,19 +57,11 @@ def _adapted(model: nn.Module) -> list[CoLoraLayer]:
     return list(found)
 
 
-def adapted_layers(
-    model: nn.Module, layers: str = "all", adapter_name: str | None = None
-) -> list[CoLoraLayer]:
-    """List an adapter's modules in the order of all vectors: by decoder layer, then by name within it.
-
-    `layers`: `shared` for Co-LoRA modules, `family` for ordinary LoRA, or `all`.
-
-    Raises:
-        ModelError: The adapter is missing or ambiguous, or `layers` is unknown.
-    """
+def adapted_layers(model: nn.Module, layers: str = "all") -> list[CoLoraLayer]:
+    """List the adapter's modules in the order of all vectors: by decoder layer, then by name within it."""
     if layers not in {"all", "shared", "family"}:
         raise ModelError(f"layers is {layers!r}; choose all, shared or family.")
-    name = find_adapter(model, adapter_name)
+    name = find_adapter(model)
 
     def place(layer: CoLoraLayer) -> Placement:
         return layer.settings[name].placement
@@ -86,56 +71,32 @@ def adapted_layers(
     return sorted(chosen, key=lambda layer: (place(layer).layer, place(layer).module))
 
 
-def shared_modules(model: nn.Module, adapter_name: str | None = None) -> list[CoLoraLinear]:
+def shared_modules(model: nn.Module) -> list[CoLoraLinear]:
     """List the Co-LoRA modules: blocks in order, then by module name."""
-    found = adapted_layers(model, "shared", adapter_name)
-    return [layer for layer in found if isinstance(layer, CoLoraLinear)]
+    return [layer for layer in adapted_layers(model, "shared") if isinstance(layer, CoLoraLinear)]
 
 
-def family_modules(model: nn.Module, adapter_name: str | None = None) -> list[BranchedLoraLinear]:
-    """List the modules with ordinary LoRA: layers in order, then by module name."""
-    found = adapted_layers(model, "family", adapter_name)
-    return [layer for layer in found if isinstance(layer, BranchedLoraLinear)]
-
-
-def set_trainable(
-    model: nn.Module, groups: Collection[str], *, layers: str = "all", adapter_name: str | None = None
-) -> None:
-    """Choose what is trained; everything else of the adapter on these layers is frozen.
+def set_trainable(model: nn.Module, groups: Collection[str], *, layers: str = "all") -> None:
+    """Choose what is trained, any of `local`, `global`, `personal`, `gate`; freeze the rest of the adapter.
 
     The choice survives `disable_adapter()` and `set_adapter()`; while the adapter is inactive, nothing of
-    it is trained.
-
-    `groups`: Any of `local`, `global`, `personal`, `gate`; empty to freeze all.
-    `layers`: `shared`, `family` or `all`; the other layers keep their choice.
-
-    Raises:
-        ModelError: A group does not exist in this adapter.
+    it is trained. A group that does not exist is a ModelError.
     """
-    name = find_adapter(model, adapter_name)
-    chosen = adapted_layers(model, layers, name)
+    name, chosen = find_adapter(model), adapted_layers(model, layers)
     for layer in chosen:
         _check_groups("groups", groups, {*layer.settings[name].branches, GATE})
     for layer in chosen:
         layer.set_trainable_groups(name, groups)
 
 
-def set_active_branches(
-    model: nn.Module, branches: Collection[str], *, layers: str = "all", adapter_name: str | None = None
-) -> None:
-    """Choose which branches take part in the forward pass; the others are not computed at all.
+def set_active_branches(model: nn.Module, branches: Collection[str], *, layers: str = "all") -> None:
+    """Choose which of `local`, `global`, `personal` take part; the others are not computed at all.
 
-    The gate weighs `local` against `global` while both are active; one of them alone has weight 1.
-    `personal` is always added ungated.
-
-    `branches`: Any of `local`, `global`, `personal`; empty for the bare base model on these layers.
-    `layers`: `shared`, `family` or `all`; the other layers keep their choice.
-
-    Raises:
-        ModelError: A branch does not exist in this adapter, or the adapter is merged.
+    The gate weighs `local` against `global` while both are active; one of them alone has weight 1. `personal`
+    is always added ungated. Without any branch the layers are those of the base model. A branch that does not
+    exist, or a merged adapter, is a ModelError.
     """
-    name = find_adapter(model, adapter_name)
-    chosen = adapted_layers(model, layers, name)
+    name, chosen = find_adapter(model), adapted_layers(model, layers)
     check_not_merged(chosen)
     for layer in chosen:
         _check_groups("branches", branches, set(layer.settings[name].branches))
@@ -153,37 +114,28 @@ def _check_groups(what: str, wanted: Collection[str], existing: set[str]) -> Non
         raise ModelError(f"{what} {sorted(unknown)} do not exist in this adapter; it has {has}.{hint}")
 
 
-def fix_gate(
-    model: nn.Module, value: float | None, *, layers: str = "all", adapter_name: str | None = None
-) -> None:
-    """Replace the gate β̃ by a constant, or give it back to its parameters.
+def fix_gate(model: nn.Module, value: float | None, *, layers: str = "all") -> None:
+    """Replace the gate β̃ by a constant weight of the global branch; None gives it back to its parameters.
 
-    While a constant is set the gate's parameters are not read, so nothing they learned from private
-    data flows into the forward pass.
-
-    `value`: Weight of the global branch in [0, 1]; None to undo.
-    `layers`: `shared`, `family` or `all`.
-
-    Raises:
-        ModelError: The value is outside [0, 1], or the adapter is merged.
+    While a constant is set the gate's parameters are not read, so nothing they learned from private data
+    flows into the forward pass. It lies in [0, 1], and the adapter is not merged, or a ModelError says so.
     """
     if value is not None and not (math.isfinite(value) and 0.0 <= value <= 1.0):
         raise ModelError(
             f"The gate's value is {value}; it should lie in [0, 1], or be None to use the learned gate."
         )
-    name = find_adapter(model, adapter_name)
-    chosen = adapted_layers(model, layers, name)
+    name, chosen = find_adapter(model), adapted_layers(model, layers)
     check_not_merged(chosen)
     for layer in chosen:
         layer.settings[name].fixed_gate = None if value is None else float(value)
 
 
-def record_switches(model: nn.Module, adapter_name: str | None = None) -> None:
+def record_switches(model: nn.Module) -> None:
     """Write active branches and fixed gates into the configuration: a saved adapter computes the same."""
-    name = find_adapter(model, adapter_name)
+    name = find_adapter(model)
     active: dict[str, list[str]] = {}
     fixed: dict[str, float] = {}
-    for layer in adapted_layers(model, "all", name):
+    for layer in adapted_layers(model):
         settings = layer.settings[name]
         active[settings.placement.kind] = sorted(settings.active)
         if settings.fixed_gate is not None:
@@ -198,52 +150,32 @@ def _configs(model: nn.Module, name: str) -> list[CoLoraConfig]:
 
 
 def check_not_merged(layers: Collection[CoLoraLayer]) -> None:
-    """Refuse to go on while adapters are merged, for the change would have no effect until unmerged.
-
-    Raises:
-        ModelError: An adapter is merged.
-    """
+    """ModelError if an adapter is merged: a change would have no effect until it is unmerged."""
     if any(layer.merged for layer in layers):
         raise ModelError("The adapter is merged into the base model; call model.unmerge_adapter() first.")
 
 
-def get_basis(
-    model: nn.Module, adapter_name: str | None = None
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Return copies of the frozen bases.
-
-    Returns:
-        From full module name to A (r, d_in) and B (d_out, r).
-    """
-    name = find_adapter(model, adapter_name)
+def get_basis(model: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Copies of the frozen bases: from full module name to A (r, d_in) and B (d_out, r)."""
+    name = find_adapter(model)
     return {
         layer.settings[name].placement.name: (layer.colora_A[name].clone(), layer.colora_B[name].clone())
-        for layer in shared_modules(model, name)
+        for layer in shared_modules(model)
     }
 
 
-def set_basis(
-    model: nn.Module,
-    bases: Mapping[str, Basis],
-    *,
-    label: str = "custom",
-    tolerance: float = ORTHONORMALITY_TOLERANCE,
-    adapter_name: str | None = None,
-) -> None:
+def set_basis(model: nn.Module, bases: Mapping[str, Basis], *, label: str = "custom") -> None:
     """Replace the frozen bases of all Co-LoRA modules, as after an alignment between architectures.
 
-    `bases`: From full module name to A (r, d_in) with orthonormal rows and B (d_out, r) with orthonormal
-    columns; exactly one entry for each Co-LoRA module.
-    `label`: Name of the basis, part of the layout's hash: equal for all clients aligned to the same
-    anchor, different from every other basis.
-    `tolerance`: Largest allowed entry of |AAᵀ − I| and |BᵀB − I|.
+    For exactly the Co-LoRA modules, by full name, `bases` hold A (r, d_in) with orthonormal rows and B
+    (d_out, r) with orthonormal columns, to `ORTHONORMALITY_TOLERANCE`. The label is part of the layout's
+    hash: equal for all clients aligned to the same anchor, different from every other basis.
 
     Raises:
-        ModelError: A module is missing or unknown, a shape is wrong, values are not finite or not
-            orthonormal, or the adapter is merged. Nothing was changed then.
+        ModelError: The bases are not these, or the adapter is merged. Nothing was changed then.
     """
-    name = find_adapter(model, adapter_name)
-    modules = {layer.settings[name].placement.name: layer for layer in shared_modules(model, name)}
+    name = find_adapter(model)
+    modules = {layer.settings[name].placement.name: layer for layer in shared_modules(model)}
     check_not_merged(list(modules.values()))
     if not label:
         raise ModelError("The basis needs a label that is not empty, such as aligned:<digest of the anchor>.")
@@ -253,35 +185,36 @@ def set_basis(
             "The bases should name exactly the Co-LoRA modules. "
             f"Missing: {missing or 'none'}; unknown: {unknown or 'none'}."
         )
-    checked = {key: _checked_basis(key, bases[key], layer, name, tolerance) for key, layer in modules.items()}
+    checked = {
+        key: [
+            _checked(f"{key}: {side}", given, current, side == "A")
+            for side, given, current in zip(
+                "AB", bases[key], (layer.colora_A[name], layer.colora_B[name]), strict=True
+            )
+        ]
+        for key, layer in modules.items()
+    }
     for key, layer in modules.items():
         layer.colora_A[name].copy_(checked[key][0])
         layer.colora_B[name].copy_(checked[key][1])
-    for adapted in adapted_layers(model, "all", name):
+    for adapted in adapted_layers(model):
         adapted.settings[name].basis_label = label
     for config in _configs(model, name):
         config.basis_label = label
 
 
-def _checked_basis(
-    key: str, basis: Basis, layer: CoLoraLinear, adapter_name: str, tolerance: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    checked = []
-    for side, given, current in zip(
-        "AB", basis, (layer.colora_A[adapter_name], layer.colora_B[adapter_name]), strict=True
-    ):
-        tensor = torch.as_tensor(given).detach().to(device=current.device, dtype=torch.float32)
-        if tensor.shape != current.shape:
-            raise ModelError(
-                f"{key}: {side} has shape {tuple(tensor.shape)}, expected {tuple(current.shape)}."
-            )
-        if not tensor.isfinite().all():
-            raise ModelError(f"{key}: {side} has values that are not finite.")
-        error = orthonormality_error(tensor.T if side == "A" else tensor)
-        if error > tolerance:
-            raise ModelError(
-                f"{key}: {side} is orthonormal only to {error:.1e}, allowed is {tolerance:.1e}. "
-                "Orthonormalise it (polar factor) before setting it."
-            )
-        checked.append(tensor)
-    return checked[0], checked[1]
+def _checked(
+    what: str, given: torch.Tensor | np.ndarray, current: torch.Tensor, by_rows: bool
+) -> torch.Tensor:
+    tensor = torch.as_tensor(given).detach().to(device=current.device, dtype=torch.float32)
+    if tensor.shape != current.shape:
+        raise ModelError(f"{what} has shape {tuple(tensor.shape)}, expected {tuple(current.shape)}.")
+    if not tensor.isfinite().all():
+        raise ModelError(f"{what} has values that are not finite.")
+    error = orthonormality_error(tensor.T if by_rows else tensor)
+    if error > ORTHONORMALITY_TOLERANCE:
+        raise ModelError(
+            f"{what} is orthonormal only to {error:.1e}, allowed is {ORTHONORMALITY_TOLERANCE:.1e}. "
+            "Orthonormalise it (polar factor) before setting it."
+        )
+    return tensor

@@ -12,28 +12,19 @@ from fedmosaic.client.colora.linear import CoLoraLinear
 from fedmosaic.client.colora.state import find_adapter, shared_modules
 
 
-def shared_cores(model: nn.Module, adapter_name: str | None = None) -> dict[str, nn.Linear]:
-    """The cores (weight P, bias Q) of the local branch by full module name, in the shared vector's order."""
-    name = find_adapter(model, adapter_name)
-    return {
-        layer.settings[name].placement.name: layer.core(name, "local")
-        for layer in shared_modules(model, name)
-    }
-
-
-def private_parameters(model: nn.Module, adapter_name: str | None = None) -> dict[str, nn.Parameter]:
+def private_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every adapter tensor that private data reaches, or may have reached, without noise, by name.
 
     That is all of the adapter but the two branches of the Co-LoRA layers that consist of releases: the
     cores in training, and the received global ones. Other adapters in the model, of any PEFT method,
     count in full. The base model does not: it is public, so it must never have seen private data.
     """
-    name = find_adapter(model, adapter_name)
+    name = find_adapter(model)
     released = {
         id(parameter)
-        for layer in shared_modules(model, name)
+        for layer in shared_modules(model)
         for branch in ("local", "global")
-        for parameter in layer.core(name, branch).parameters()
+        for parameter in layer.branch_tensors(name, branch)
     }
     found: dict[str, nn.Parameter] = {}
     for path, layer in model.named_modules():
@@ -49,31 +40,29 @@ def private_parameters(model: nn.Module, adapter_name: str | None = None) -> dic
 
 @contextmanager
 def only_shared_branch(
-    model: nn.Module, *, global_weight: float | None = None, adapter_name: str | None = None
+    model: nn.Module, *, global_weight: float | None = None
 ) -> Iterator[dict[str, nn.Linear]]:
     """Leave nothing of the adapter but the shared branch in the model, and undo that afterwards.
 
-    Args:
-        model: Model with Co-LoRA layers.
-        global_weight: Constant weight in [0, 1] of the received branch beside the one in training, which
-            then has the rest; None to train the local branch by itself.
-        adapter_name: Name of the adapter, or None for the only active one.
+    `global_weight` is the constant weight in [0, 1] of the received branch beside the one in training, which
+    then has the rest; None trains the local branch by itself.
 
     Yields:
-        The cores to train, trainable, as `shared_cores` gives them.
+        The cores to train (weight P, bias Q) by full module name, in the shared vector's order.
     """
-    name = find_adapter(model, adapter_name)
-    layers = adapted_layers(model, "all", name)
+    name = find_adapter(model)
+    layers = adapted_layers(model)
     saved = [(layer.settings[name].active, layer.settings[name].fixed_gate) for layer in layers]
     trainable = [layer.settings[name].trainable for layer in layers]
     try:
-        set_active_branches(model, set(), layers="family", adapter_name=name)
+        set_active_branches(model, set(), layers="family")
         branches = {"local"} if global_weight is None else {"local", "global"}
-        set_active_branches(model, branches, layers="shared", adapter_name=name)
-        fix_gate(model, global_weight, adapter_name=name)
-        set_trainable(model, {"local"}, layers="shared", adapter_name=name)
-        set_trainable(model, set(), layers="family", adapter_name=name)
-        yield shared_cores(model, name)
+        set_active_branches(model, branches, layers="shared")
+        fix_gate(model, global_weight)
+        set_trainable(model, {"local"}, layers="shared")
+        set_trainable(model, set(), layers="family")
+        shared = shared_modules(model)
+        yield {layer.settings[name].placement.name: layer.core(name, "local") for layer in shared}
     finally:
         for layer, (active, gate), groups in zip(layers, saved, trainable, strict=True):
             layer.settings[name].active, layer.settings[name].fixed_gate = active, gate
@@ -84,11 +73,8 @@ def only_shared_branch(
 def public_branches(model: nn.Module, bound: float = 0.0) -> Iterator[None]:
     """Put public values in the place of the shared and the received branch while something is checked.
 
-    A check that read what was received could end the process because of it, and the server would see that.
-
-    Args:
-        model: Model, with or without Co-LoRA layers.
-        bound: Entries of the received branch are ± this, with signs of a fixed seed; the shared one is zero.
+    Entries of the received branch are ± `bound`, with signs of a fixed seed; the shared one is zero. A check
+    that read what was received could end the process because of it, and the server would see that.
     """
     generator = torch.Generator().manual_seed(0)
     saved: list[tuple[nn.Parameter, torch.Tensor]] = []

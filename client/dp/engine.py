@@ -40,13 +40,9 @@ def example_gradient(
     example: EncodedExample,
     losses: ExampleLosses = example_losses,
 ) -> torch.Tensor:
-    """Gradient of one example's loss, of that example alone, with respect to all cores.
+    """Gradient (D,) float32 of one example's loss, of that example alone, with respect to all cores.
 
-    Returns:
-        (D,) float32; the cores in order, P row by row, then Q. Zero where a core takes no part in the loss.
-
-    Raises:
-        ModelError: The loss is not one number.
+    The cores are in order, P row by row, then Q; zero where a core takes no part in the loss.
     """
     loss = losses(model, on_device_of(model, collate([example], pad_token_id=0)))
     if loss.shape != (1,):
@@ -76,12 +72,7 @@ def dimensions_of(cores: Mapping[str, nn.Linear]) -> int:
 
 
 def check_cores(cores: Mapping[str, nn.Linear]) -> None:
-    """Refuse cores that cannot be trained privately.
-
-    Raises:
-        ModelError: There is none, one is no trainable float32 ``nn.Linear`` with a bias, two names share
-            a core, or there are too many coordinates.
-    """
+    """Refuse cores that cannot be trained privately: ModelError."""
     if not cores:
         raise ModelError("there is no core to train; add a Co-LoRA adapter to the model first")
     for name, core in cores.items():

@@ -20,11 +20,9 @@ _BETA_1, _BETA_2, _TINY = 0.9, 0.95, 1e-8
 
 @dataclass(frozen=True)
 class GroupSum:
-    """One round's sum of one group, public to the members.
+    """One round's sum (D,) float64 of one group, in the unit of the gradients, public to the members.
 
-    Attributes:
-        vector: (D,) float64, in the unit of the gradients.
-        divisor: expected number of examples behind it: contributors times expected batch size.
+    The divisor is the expected number of examples behind it: contributors times expected batch size.
     """
 
     vector: FloatArray
@@ -32,14 +30,9 @@ class GroupSum:
 
 
 def mixed_gradient(sums: Sequence[GroupSum | None], mixing: Sequence[float]) -> FloatArray | None:
-    """A recipient's own mix of one round's group means: Σ_r M_r y_r / n_r over the groups that formed a sum.
+    """A recipient's own mix (D,) of one round's group means: Σ_r M_r y_r / n_r over groups that formed a sum.
 
-    Args:
-        sums: R sums; None where a group formed none.
-        mixing: R weights of the recipient, not negative.
-
-    Returns:
-        (D,) or None if no group that counts formed a sum: no step is taken then.
+    The weights are not negative. None if no group that counts formed a sum: no step is taken then.
     """
     formed = [(total, weight) for total, weight in zip(sums, mixing, strict=True) if total and weight > 0.0]
     whole = sum(weight for _, weight in formed)
@@ -54,16 +47,10 @@ def mixed_gradient(sums: Sequence[GroupSum | None], mixing: Sequence[float]) -> 
 def shared_branch(
     start: FloatArray, gradients: Sequence[FloatArray | None], learning_rate: float, planned_steps: int
 ) -> FloatArray:
-    """The shared branch after the steps so far.
+    """The shared branch (D,) float64 after the rounds so far, whose `gradients` `mixed_gradient` gave.
 
-    Args:
-        start: (D,) public values before the first step.
-        gradients: of each round so far, from `mixed_gradient`.
-        learning_rate: of the first step, falling linearly to 0 over `planned_steps`.
-        planned_steps: of the whole run.
-
-    Returns:
-        (D,) float64.
+    It starts from public values; the learning rate falls linearly to 0 over the planned steps of the whole
+    run.
     """
     theta, first, second = start.astype(np.float64), np.zeros_like(start), np.zeros_like(start)
     taken = 0

@@ -39,12 +39,7 @@ GLOBAL_WEIGHT = 0.5
 
 
 def check_model(model: nn.Module, terms: Terms, training: TrainingSettings) -> None:
-    """Try on public values that a fresh adapted model can be trained privately, before anything is received.
-
-    Raises:
-        ModelError: it has no gradient, or something in it carries one example to the next.
-        PrivacyError: a tensor that will see private data takes part in the private step.
-    """
+    """Try on public values that a fresh adapted model can be trained privately, before anything comes in."""
     losses = in_bfloat16() if training.bf16 else example_losses
     # As in every round but the first: the personal branches are open when the private step begins.
     open_personal_branches(model, terms.adapter)
@@ -111,16 +106,6 @@ def group_share(
     progress: Progress,
 ) -> IntArray | None:
     """This member's part of its group's noisy sum: one step of DP-SGD on P and Q, not taken.
-
-    Args:
-        model: the adapted model, with the group's shared branch in it.
-        examples: the client's encoded examples.
-        terms: what the members agreed on.
-        training: number format.
-        members: of the group.
-        releases: plans the noise, and charges before any is drawn.
-        round_number: for the ledger.
-        progress: told of every example.
 
     Returns:
         (D,) integers for the secure sum alone; None where the budget allows no more.

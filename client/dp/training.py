@@ -53,8 +53,6 @@ class PrivateTrainingSettings(Frozen):
     """How the shared branch is trained privately; all of it public and fixed before the run.
 
     Attributes:
-        learning_rate: Of the optimizer that takes the noisy gradients.
-        optimizer: ``adam`` or ``sgd``.
         steps: Noisy steps of one round; each is charged, whatever its sample holds.
         sampling_rate: Probability q that an example takes part in a step.
         expected_batch_size: Public divisor of the noisy sum, of the federation's terms.
@@ -97,15 +95,9 @@ def private_steps(
     gradient that is not finite counts as zero. That the model has gradients to clip is tried before, once, by
     `fedmosaic.client.dp.checks.check_engine`.
 
-    Args:
-        model: Model that holds the cores; all its other parameters frozen.
-        cores: Cores by name, with starting values that are public or an earlier release.
-        examples: Encoded examples of the client.
-        settings: Public parameters of the mechanism and the optimizer.
-        private_parameters: Tensors that private data reaches without noise; must be out of the forward pass.
-        randomness: Source of samples and noise; seeded ones void the guarantee.
-        losses: Loss of each example, of that example alone.
-        progress: Called after each step with the step (from 1) and the planned steps.
+    The cores start from values that are public or an earlier release, all else in the model is frozen, and
+    `private_parameters`, which private data reaches without noise, must be out of the forward pass. A seeded
+    `randomness` voids the guarantee.
 
     Returns:
         What takes the steps. It returns how many gradients there were over all of them, clipped or rejected
@@ -122,12 +114,9 @@ def private_steps(
     check_cores(cores)
     assert_only_shared_branch(model, cores, private_parameters, losses=loss_of)
 
-    def gradient(example: EncodedExample) -> torch.Tensor:
-        return example_gradient(model, cores, example, loss_of)
-
     def train() -> ClippedSum:
         with training_mode(model, False):
-            return _steps(cores, gradient, examples, settings, randomness, progress)
+            return _steps(model, cores, examples, settings, randomness, loss_of, progress)
 
     return train
 
@@ -147,11 +136,12 @@ def set_gradients(parameters: Sequence[nn.Parameter], flat: torch.Tensor) -> Non
 
 
 def _steps(
+    model: nn.Module,
     cores: Mapping[str, nn.Linear],
-    gradient: Callable[[EncodedExample], torch.Tensor],
     examples: Sequence[EncodedExample],
     settings: PrivateTrainingSettings,
     randomness: Randomness,
+    losses: ExampleLosses,
     progress: Callable[[int, int], None] | None,
 ) -> ClippedSum:
     parameters = core_parameters(cores)
@@ -163,7 +153,8 @@ def _steps(
     for step in range(1, settings.steps + 1):
         total = ClippedSum.empty(dimensions_of(cores))
         for index in poisson_sample(len(examples), settings.sampling_rate, randomness):
-            total = total + clip_and_sum(gradient(examples[index])[None], settings.max_grad_norm)
+            row = example_gradient(model, cores, examples[index], losses)
+            total = total + clip_and_sum(row[None], settings.max_grad_norm)
         noisy_D = noisy_sum(total, settings.max_grad_norm, settings.noise_multiplier, randomness)
         set_gradients(parameters, noisy_D / settings.expected_batch_size)
         optimizer.step()

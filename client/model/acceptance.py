@@ -18,11 +18,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fedmosaic.client.colora import CoLoraLinear
 from fedmosaic.client.colora.layer import CoLoraLayer
-from fedmosaic.client.colora.linear import BranchedLoraLinear
-from fedmosaic.client.model.examples import IGNORED, EncodedExample, answer_tokens, prompt_tokens
-from fedmosaic.client.model.loss import example_losses, logits_at, on_device_of, training_mode
+from fedmosaic.client.model.examples import IGNORED, answer_tokens, prompt_tokens
+from fedmosaic.client.model.fingerprint import base_model
+from fedmosaic.client.model.loss import cut_at, example_losses, logits_at, on_device_of, training_mode
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
 _TOKENS: Final = 24
@@ -40,7 +39,7 @@ _GRADIENT_LEAK: Final = 1e-6
 
 _WORDS_TRIED: Final = 400
 
-_FOREIGN_ERRORS: Final = (
+FOREIGN_ERRORS: Final = (
     RuntimeError,
     ValueError,
     TypeError,
@@ -53,23 +52,20 @@ _FOREIGN_ERRORS: Final = (
 
 
 def check_language_model(source: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a model that cannot learn an answer from a prompt.
-
-    Args:
-        source: Folder or hub id, for messages.
-        model: Language model, in evaluation mode.
-        tokenizer: Its tokenizer.
+    """Refuse a model, named `source` in messages and in evaluation mode, that learns no answer from a prompt.
 
     Raises:
         ModelError: Prompts are lost, the model cannot run on tokens alone, gives no finite logits, or sees
             the tokens that it is to predict.
     """
     _check_prompts(source, tokenizer)
-    first, second = _public_sequences(model, tokenizer)
+    first, second = _public_ids(model, tokenizer)
+    # Equal in their first third and different after it.
+    second[: max(1, len(first) // 3)] = first[: max(1, len(first) // 3)]
     kept = int((first == second).long().cumprod(0).sum())
     with training_mode(model, False), _refusing(source, "read public tokens"):
         with torch.no_grad():
-            one, other = (_logits(model, ids) for ids in (first, second))
+            one, other = (_logits(model, ids, len(ids)).cpu() for ids in (first, second))
         reach = _gradient_reach(model, first, kept)
     if not bool(torch.isfinite(one).all() and torch.isfinite(other).all()):
         raise ModelError(
@@ -83,26 +79,23 @@ def check_language_model(source: str, model: nn.Module, tokenizer: PreTrainedTok
         raise ModelError(
             f"{source!r} ({type(model).__name__}) is not causal: its logits depend on later tokens (they "
             f"change by {leak / max(effect, 1e-30):.1g} of what those change at their own positions), so "
-            "that it would "
-            "be trained and scored on answers that it can read. Choose a decoder such as Llama, Qwen2 or "
-            "Mistral"
+            "that it would be trained and scored on answers that it can read. Choose a decoder such as "
+            "Llama, Qwen2 or Mistral"
         )
 
 
 def check_adapter(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse an adapter of which a part is never called or never moves.
-
-    Args:
-        model: Model with a fresh Co-LoRA adapter.
-        tokenizer: Its tokenizer.
-
-    Raises:
-        ModelError: A module is not called, or has no finite gradient other than zero; the message names it.
-    """
+    """Refuse a model with a fresh Co-LoRA adapter of which a part is never called or moved: ModelError."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, CoLoraLayer)}
     adapter = model.active_adapters[0]  # type: ignore[index]  # PEFT's, which nn.Module hides
-    moved = {name: _moved(layer, str(adapter)) for name, layer in layers.items()}
-    batch = on_device_of(model, _public_batch(model, tokenizer))
+    # What is zero in a fresh module has a gradient, P or LoRA's B, while LoRA's A waits for it.
+    moved = {
+        name: next(tensor for tensor in layer.branch_tensors(str(adapter), "local") if not tensor.any())
+        for name, layer in layers.items()
+    }
+    ids = _public_ids(model, tokenizer)
+    answers = torch.arange(ids.shape[1]) >= ids.shape[1] // 2
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.where(answers, IGNORED)}
     device = next(model.parameters()).device
     called: set[str] = set()
     hooks = [layer.register_forward_hook(lambda *_, n=name: called.add(n)) for name, layer in layers.items()]
@@ -112,9 +105,9 @@ def check_adapter(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
             training_mode(model, True),
             torch.enable_grad(),
-            _refusing(_kind(model), "be trained on public tokens"),
+            _refusing(type(base_model(model)).__name__, "be trained on public tokens"),
         ):
-            loss = example_losses(model, batch).sum()
+            loss = example_losses(model, on_device_of(model, batch)).sum()
             found = torch.autograd.grad(loss, list(moved.values()), allow_unused=True)
     finally:
         for hook in hooks:
@@ -139,41 +132,25 @@ def context_length(model: nn.Module) -> int | None:
 
 
 def check_length(model: nn.Module, length: int, setting: str) -> None:
-    """Refuse lengths that a model has no positions for.
+    """Refuse lengths, set in `setting`, that a model has no positions for: ConfigurationError.
 
     A table of positions ends there; rotary positions go on, into angles that the model never saw in training.
-
-    Args:
-        model: Language model.
-        length: Most tokens that it will be given.
-        setting: Where the length is set, for the message.
-
-    Raises:
-        ConfigurationError: The model has fewer positions.
     """
     most = context_length(model)
     if most is not None and length > most:
         raise ConfigurationError(
-            f"{setting} is {length}, the model {_kind(model)} has {most} positions; lower it to at "
-            f"most {most}"
+            f"{setting} is {length}, the model {type(base_model(model)).__name__} has {most} positions; "
+            f"lower it to at most {most}"
         )
 
 
 def check_ids(
     model: nn.Module, tokens: Iterable[Sequence[int] | torch.Tensor], what: str, setting: str
 ) -> None:
-    """Refuse tokens that the model's embedding has no row for, where they occur.
+    """Refuse tokens that the model's embedding has no row for, where they occur: ModelError.
 
-    A tokenizer may know more tokens than its model embeds, as long as no text uses them.
-
-    Args:
-        model: Language model. Where it reads images, their ids stand above the rows.
-        tokens: Ids of each example in turn.
-        what: The data, for the message.
-        setting: Where the model is named, for the message.
-
-    Raises:
-        ModelError: An example, which is numbered, has such a token.
+    A tokenizer may know more tokens than its model embeds, as long as no text uses them. `tokens` are ids of
+    each example of `what` in turn, for messages, and `setting` is where the model is named.
     """
     find_table: Any = getattr(model, "get_input_embeddings", None)
     table = None if find_table is None else find_table()
@@ -190,7 +167,12 @@ def check_ids(
 
 def _check_prompts(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Two prompts and two answers of the tokenizer's own words must differ as tokens."""
-    words = _own_words(tokenizer)
+    special = set(tokenizer.all_special_ids)
+    ordinary = [i for i in range(len(tokenizer)) if i not in special]
+    # Its own: fixed words may be outside a small vocabulary. From the far end: control tokens stand first.
+    texts = (str(tokenizer.decode([index])).strip() for index in ordinary[: -_WORDS_TRIED - 1 : -1])
+    own = list(dict.fromkeys(text for text in texts if text.isalnum()))
+    words = own[:2] if len(own) > 1 else ["parcel", "window"]
     for kind, encode in (("prompts", prompt_tokens), ("answers", answer_tokens)):
         first, second = (encode(tokenizer, word) for word in words)
         if first == second:
@@ -200,68 +182,25 @@ def _check_prompts(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
             )
 
 
-def _own_words(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """Two texts that the tokenizer itself can write: any fixed ones may be outside a small vocabulary."""
-    special = set(tokenizer.all_special_ids)
-    found: list[str] = []
-    ordinary = [i for i in range(len(tokenizer)) if i not in special]
-    # From the far end: first in a vocabulary stand bytes and control tokens.
-    for index in ordinary[: -_WORDS_TRIED - 1 : -1]:
-        text = str(tokenizer.decode([index])).strip()
-        if text.isalnum() and text not in found:
-            found.append(text)
-        if len(found) == 2:
-            return found[0], found[1]
-    return "parcel", "window"
-
-
-def _kind(model: nn.Module) -> str:
-    """Name of a model's class, without the wrapper of its adapter."""
-    base: Any = getattr(model, "get_base_model", None)
-    return type(model if base is None else base()).__name__
-
-
-def _public_sequences(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two sequences (T,) of ordinary tokens, equal in their first third and different after it."""
-    length = min(_TOKENS, context_length(model) or _TOKENS)
-    first, second = _public_ids(model, tokenizer, (2, length))
-    second[: max(1, length // 3)] = first[: max(1, length // 3)]
-    return first, second
-
-
-def _public_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase, shape: tuple[int, int]) -> torch.Tensor:
-    """Ordinary tokens of a fixed seed: no special ones, which may stand for images or end a text."""
+def _public_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """(2, T) ordinary tokens of a fixed seed: no special ones, which may stand for images or end a text."""
     table: Any = model.get_input_embeddings()  # type: ignore[operator]  # nn.Module hides it
-    special = set(tokenizer.all_special_ids) | set(_placeholders(getattr(model, "config", None)))
+    config: Any = getattr(model, "config", None)
+    fields = vars(config) if config is not None else {}
+    # Ids that a vision-language model's configuration keeps for images, sound and video.
+    kept = {name for name in fields if name.endswith(("_token_id", "_token_index"))}
+    special = set(tokenizer.all_special_ids) | {fields[n] for n in kept if isinstance(fields[n], int)}
     rows = min(int(table.num_embeddings), max(1, len(tokenizer)))
     ordinary = torch.tensor([i for i in range(rows) if i not in special] or list(range(rows)))
-    drawn = torch.randint(0, len(ordinary), shape, generator=torch.Generator().manual_seed(0))
-    return ordinary[drawn]
+    shape = (2, min(_TOKENS, context_length(model) or _TOKENS))
+    return ordinary[torch.randint(0, len(ordinary), shape, generator=torch.Generator().manual_seed(0))]
 
 
-def _placeholders(config: Any) -> list[int]:
-    """Ids that a vision-language model's configuration keeps for images, sound and video."""
-    values = vars(config) if config is not None else {}
-    names = [name for name in values if name.endswith(("_token_id", "_token_index"))]
-    return [values[name] for name in names if isinstance(values[name], int)]
-
-
-def _public_batch(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
-    """Two public sequences, the second half of each as the answer."""
-    length = min(_TOKENS, context_length(model) or _TOKENS)
-    ids = _public_ids(model, tokenizer, (2, length))
-    labels = ids.clone()
-    labels[:, : length // 2] = IGNORED
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-
-
-def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """(T, V) float32 logits of one sequence (T,), through the call that training makes."""
+def _logits(model: nn.Module, ids: torch.Tensor, count: int) -> torch.Tensor:
+    """Float32 logits (K, V) of the first positions of ids (T,), through the call that training makes."""
     batch = on_device_of(model, {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]})
-    positions = torch.arange(len(ids), device=batch["input_ids"].device)
-    return logits_at(model, batch, positions)[0].float().cpu()
+    positions = torch.arange(count, device=batch["input_ids"].device)
+    return logits_at(model, batch, positions)[0].float()
 
 
 def _gradient_reach(model: nn.Module, ids: torch.Tensor, kept: int) -> float:
@@ -270,39 +209,16 @@ def _gradient_reach(model: nn.Module, ids: torch.Tensor, kept: int) -> float:
     Relative to the largest with respect to an earlier one; exactly 0 for a causal model in any dtype. 0 also
     where the embedding is not called as a module.
     """
-    seen: list[torch.Tensor] = []
-
-    def cut_graph(_module: nn.Module, _arguments: object, output: torch.Tensor) -> torch.Tensor:
-        seen.append(output.detach().requires_grad_())
-        return seen[-1]
-
     table: nn.Module = model.get_input_embeddings()  # type: ignore[operator]  # nn.Module hides it
-    hook = table.register_forward_hook(cut_graph)
-    try:
-        with torch.enable_grad():
-            batch = on_device_of(
-                model, {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
-            )
-            positions = torch.arange(kept, device=batch["input_ids"].device)
-            total = logits_at(model, batch, positions).float().logsumexp(dim=-1).sum()
-            if not seen or not total.requires_grad:
-                return 0.0
-            (gradient,) = torch.autograd.grad(total, seen[:1], allow_unused=True)
-    finally:
-        hook.remove()
+    with cut_at(table) as seen, torch.enable_grad():
+        total = _logits(model, ids, kept).logsumexp(dim=-1).sum()
+        if not seen or not total.requires_grad:
+            return 0.0
+        (gradient,) = torch.autograd.grad(total, seen[:1], allow_unused=True)
     if gradient is None:
         return 0.0
     sizes = gradient.float().abs().flatten(0, -2).amax(dim=-1)
     return float(sizes[kept:].max() / sizes[:kept].max().clamp(min=torch.finfo(torch.float32).tiny))
-
-
-def _moved(layer: CoLoraLayer, adapter: str) -> torch.Tensor:
-    """The tensor of a fresh module that has a gradient: P, or LoRA's B, while A waits for it."""
-    if isinstance(layer, CoLoraLinear):
-        return layer.core(adapter, "local").weight
-    if isinstance(layer, BranchedLoraLinear):
-        return layer.pair(adapter, "local")[1].weight
-    raise ModelError(f"{type(layer).__name__} is no kind of adapted module that is known here")
 
 
 def _check_all_used(unused: set[str], why: str) -> None:
@@ -322,13 +238,8 @@ def _refusing(source: str, task: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except _FOREIGN_ERRORS as error:
+    except FOREIGN_ERRORS as error:
         raise ModelError(
             f"{source} cannot {task}: {type(error).__name__}: {str(error)[:300]}. Choose a causal language "
             "model, or a vision-language model that also reads text alone"
         ) from error
-
-
-def encoded_ids(examples: Iterable[EncodedExample]) -> Iterator[torch.Tensor]:
-    """The ids of encoded examples, for `check_ids`."""
-    return (example.input_ids for example in examples)

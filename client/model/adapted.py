@@ -21,12 +21,7 @@ from fedmosaic.protos.errors import ModelError
 def load_adapted(
     settings: ModelSettings, adapter: AdapterTerms, base: LoadedModel | None = None
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Load a base model and put a fresh adapter of the agreed shape on it.
-
-    Args:
-        settings: where the model comes from.
-        adapter: shape of the adapter.
-        base: a model and tokenizer that were accepted, instead; adapter layers go into this very model.
+    """Load a base model, or take one that was accepted, and put a fresh adapter of the agreed shape into it.
 
     Raises:
         ModelError: the model cannot be loaded, lacks modules that the adapter needs or never calls them, or
@@ -70,12 +65,8 @@ def adapter_config(settings: ModelSettings, adapter: AdapterTerms) -> CoLoraConf
     Raises:
         ModelError: the settings ask for a higher rank than the federation's, or a lower one in group sums.
     """
-    common: dict[str, Any] = {
-        "other_layers": adapter.other_layers,
-        "gate": adapter.gate,
-        "personal_branch": adapter.private,
-        "basis_seed": adapter.basis_seed,
-    }
+    common: dict[str, Any] = {"other_layers": adapter.other_layers, "personal_branch": adapter.private}
+    common["basis_seed"] = adapter.basis_seed
     if settings.aligned is None:
         return CoLoraConfig(
             r=adapter.rank,

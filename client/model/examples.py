@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from jinja2 import TemplateError
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -33,6 +34,10 @@ _GENERATION: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PUBLIC_PROMPT: Final = "Does the parcel weigh nine grams?"
 _TAKES_PARTS: Final[WeakKeyDictionary[PreTrainedTokenizerBase, tuple[str, bool]]] = WeakKeyDictionary()
 """By tokenizer: the chat template that was tried, and whether it wants content as a list of parts."""
+
+
+Piece = tuple[list[int], bool]
+"""Tokens, and whether they are learned."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,14 +66,8 @@ def encode_examples(
 ) -> list[EncodedExample]:
     """Turn examples into tokens, prompt cut from the left so that the answer always survives.
 
-    Args:
-        tokenizer: Tokenizer with an end-of-sequence token; its chat template is used if it has one.
-        examples: At least one example.
-        max_length: Most tokens per example, answer and end of sequence included; at least 3.
-        setting: Name of the setting that `max_length` comes from, for messages.
-
-    Returns:
-        One encoded example per example, in order, each of at most ``max_length`` tokens.
+    The tokenizer's chat template is used if it has one. An example has at most ``max_length`` tokens, answer
+    and end of sequence included; `setting` is where that is set, for messages.
 
     Raises:
         ConfigurationError: There is no example, one has an empty prompt or answer, or an answer leaves no
@@ -81,171 +80,6 @@ def encode_examples(
         _encode(tokenizer, example, index, max_length, setting)
         for index, example in enumerate(examples, start=1)
     ]
-
-
-def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Tokens after which the model is to answer.
-
-    Args:
-        tokenizer: Tokenizer; its chat template is used if it has one, else a line break ends the prompt.
-        prompt: Text of the prompt.
-
-    Returns:
-        Token ids, without an end-of-sequence token at the end.
-
-    Raises:
-        ModelError: The chat template loses prompts; see `rendered_prompt`.
-    """
-    if tokenizer.chat_template:
-        text = rendered_prompt(tokenizer, prompt)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    tokens = list(tokenizer(prompt + "\n")["input_ids"])
-    if tokens and tokens[-1] == tokenizer.eos_token_id:
-        tokens.pop()
-    return tokens
-
-
-def rendered_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """A prompt in the tokenizer's chat template, up to where the answer begins.
-
-    Templates of vision-language models go through content part by part and render nothing of a plain text.
-    Which form a template wants is tried once, on a public sentence, so that it is the same for every prompt.
-
-    Args:
-        tokenizer: Tokenizer with a chat template.
-        prompt: Text of the prompt.
-
-    Raises:
-        ModelError: Neither form survives the template, or the turn that it opens stands before the prompt.
-    """
-    return _render(tokenizer, prompt, parts=_wants_parts(tokenizer))
-
-
-def _wants_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
-    template = str(tokenizer.chat_template)
-    tried = _TAKES_PARTS.get(tokenizer)
-    if tried is None or tried[0] != template:
-        tried = (template, _takes_parts(tokenizer))
-        _TAKES_PARTS[tokenizer] = tried
-    return tried[1]
-
-
-def _takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
-    problems: list[str] = []
-    for parts in (False, True):
-        try:
-            opened = _render(tokenizer, _PUBLIC_PROMPT, parts=parts)
-            closed = _render(tokenizer, _PUBLIC_PROMPT, parts=parts, turn=False)
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            problems.append(f"{type(error).__name__}: {error}")
-            continue
-        place = opened.find(_PUBLIC_PROMPT)
-        # What both have in common ends where the model's turn begins.
-        end = place + len(_PUBLIC_PROMPT)
-        if place >= 0 and opened[:end] == closed[:end]:
-            return parts
-        problems.append("the text is lost" if place < 0 else "the model's turn stands before it")
-    raise ModelError(
-        f"the tokenizer's chat template does not render a prompt: as text, {problems[0]}; as a list of "
-        f"parts, {problems[1]}. Every question would look the same to the model: mend chat_template.jinja in "
-        "the model's folder, or remove it to give prompts as they are"
-    )
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, prompt: str, *, parts: bool, turn: bool = True) -> str:
-    content = [{"type": "text", "text": prompt}] if parts else prompt
-    messages: Any = [{"role": "user", "content": content}]
-    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=turn, tokenize=False))
-
-
-def answer_tokens(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
-    """Tokens of an answer alone, without special tokens."""
-    return list(tokenizer(answer, add_special_tokens=False)["input_ids"])
-
-
-def cut_prompt(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], room: int) -> list[int]:
-    """Cut a prompt from the left to ``room`` tokens, but keeps a begin-of-sequence token.
-
-    Args:
-        tokenizer: Tokenizer that made the tokens.
-        tokens: Tokens of the prompt.
-        room: Most tokens to keep; at least 1.
-
-    Returns:
-        The last tokens of the prompt; with at least two tokens of room also a leading begin-of-sequence.
-    """
-    if len(tokens) <= room:
-        return list(tokens)
-    if room > 1 and tokens[0] == tokenizer.bos_token_id:
-        return [tokens[0], *tokens[-(room - 1) :]]
-    return list(tokens[-room:])
-
-
-def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token to pad with: the tokenizer's own, or its end of sequence (masked anyway).
-
-    Raises:
-        ModelError: The tokenizer has neither.
-    """
-    token = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    if not isinstance(token, int):
-        raise ModelError("the tokenizer has neither a padding nor an end-of-sequence token; set one of them")
-    return token
-
-
-def collate(batch: Sequence[EncodedExample], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Pad examples on the right to one length.
-
-    Args:
-        batch: B ≥ 1 encoded examples of lengths T_i.
-        pad_token_id: Token to fill with; such positions are masked and carry no loss.
-
-    Returns:
-        ``input_ids``, ``attention_mask`` and ``labels``, each (B, max T_i) int64.
-
-    Raises:
-        ModelError: The batch is empty.
-    """
-    if not batch:
-        raise ModelError("an empty batch cannot be padded; give at least one example")
-    shape = (len(batch), max(len(example.input_ids) for example in batch))
-    input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, IGNORED, dtype=torch.int64)
-    for row, example in enumerate(batch):
-        length = len(example.input_ids)
-        input_ids[row, :length] = example.input_ids
-        attention_mask[row, :length] = 1
-        labels[row, :length] = example.labels
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-
-
-def length_buckets(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Group indices of similar length, so that batches carry little padding.
-
-    Args:
-        lengths: Length of each item.
-        batch_size: Most items per group; at least 1.
-
-    Yields:
-        Lists of indices into ``lengths``, longest items first, each index in exactly one list.
-
-    Raises:
-        ConfigurationError: ``batch_size`` is below 1.
-    """
-    if batch_size < 1:
-        raise ConfigurationError(f"batch_size is {batch_size}; give at least 1")
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
-
-
-def question_tokens(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
-    """Tokens after which the model is to give an example's answer; see `example_pieces` for the errors."""
-    if not example.turns:
-        return prompt_tokens(tokenizer, example.prompt)
-    *context, _ = example_pieces(tokenizer, example)
-    return [token for tokens, _ in context for token in tokens]
 
 
 def _encode(
@@ -273,7 +107,7 @@ def _encode(
     )
 
 
-def _kept_labels(labels: list[int], context: Sequence["Piece"], kept: int) -> list[int]:
+def _kept_labels(labels: list[int], context: Sequence[Piece], kept: int) -> list[int]:
     """Labels of the last tokens of a context: a turn that was cut through is not learned from its middle."""
     over = len(labels) - kept
     if over <= 0:
@@ -283,26 +117,157 @@ def _kept_labels(labels: list[int], context: Sequence["Piece"], kept: int) -> li
         if start <= over < start + len(tokens):
             labels[start : start + len(tokens)] = [IGNORED] * len(tokens)
         start += len(tokens)
-    cut = labels[over:]
     # In the first place stands what begins a sequence, and nothing before it from which to predict it.
-    return [IGNORED, *cut[1:]]
+    return [IGNORED, *labels[over + 1 :]]
 
 
-Piece = tuple[list[int], bool]
-"""Tokens, and whether they are learned."""
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Tokens after which the model is to answer, without an end-of-sequence token at the end.
+
+    The tokenizer's chat template is used if it has one, else a line break ends the prompt.
+    """
+    if tokenizer.chat_template:
+        return answer_tokens(tokenizer, rendered_prompt(tokenizer, prompt))
+    tokens = list(tokenizer(prompt + "\n")["input_ids"])
+    if tokens and tokens[-1] == tokenizer.eos_token_id:
+        tokens.pop()
+    return tokens
+
+
+def answer_tokens(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
+    """Tokens of a text alone, without special tokens."""
+    return list(tokenizer(answer, add_special_tokens=False)["input_ids"]) if answer else []
+
+
+def rendered_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """A prompt in the tokenizer's chat template, up to where the answer begins.
+
+    Templates of vision-language models go through content part by part and render nothing of a plain text.
+    Which form a template wants is tried once, on a public sentence, so that it is the same for every prompt;
+    a template that loses the sentence, or opens the model's turn before it, is a ModelError.
+    """
+    return _rendered(tokenizer, (Turn("user", prompt),), open_turn=True)
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[Turn],
+    *,
+    open_turn: bool = False,
+    parts: bool | None = None,
+) -> str:
+    if not tokenizer.chat_template:
+        raise ModelError(
+            "the data hold conversations (messages), and the model's tokenizer has no chat template; choose "
+            "an instruct model, put its chat_template.jinja into the folder, or give prompt and answer"
+        )
+    messages: Any = _messages(turns, _wants_parts(tokenizer) if parts is None else parts)
+    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=open_turn, tokenize=False))
+
+
+def _messages(turns: Sequence[Turn], parts: bool) -> list[dict[str, Any]]:
+    return [
+        {"role": t.role, "content": [{"type": "text", "text": t.content}] if parts else t.content}
+        for t in turns
+    ]
+
+
+def _wants_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    template = str(tokenizer.chat_template)
+    tried = _TAKES_PARTS.get(tokenizer)
+    if tried is None or tried[0] != template:
+        tried = (template, _takes_parts(tokenizer))
+        _TAKES_PARTS[tokenizer] = tried
+    return tried[1]
+
+
+def _takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    problems: list[str] = []
+    for parts in (False, True):
+        try:
+            opened, closed = (
+                _rendered(tokenizer, (Turn("user", _PUBLIC_PROMPT),), open_turn=turn, parts=parts)
+                for turn in (True, False)
+            )
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            problems.append(f"{type(error).__name__}: {error}")
+            continue
+        place = opened.find(_PUBLIC_PROMPT)
+        # What both have in common ends where the model's turn begins.
+        end = place + len(_PUBLIC_PROMPT)
+        if place >= 0 and opened[:end] == closed[:end]:
+            return parts
+        problems.append("the text is lost" if place < 0 else "the model's turn stands before it")
+    raise ModelError(
+        f"the tokenizer's chat template does not render a prompt: as text, {problems[0]}; as a list of "
+        f"parts, {problems[1]}. Every question would look the same to the model: mend chat_template.jinja in "
+        "the model's folder, or remove it to give prompts as they are"
+    )
+
+
+def cut_prompt(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], room: int) -> list[int]:
+    """The last ``room`` ≥ 1 tokens of a prompt; from two on, a leading begin-of-sequence is kept."""
+    if len(tokens) <= room:
+        return list(tokens)
+    if room > 1 and tokens[0] == tokenizer.bos_token_id:
+        return [tokens[0], *tokens[-(room - 1) :]]
+    return list(tokens[-room:])
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token to pad with, masked anyway: the tokenizer's own, or its end of sequence; or a ModelError."""
+    token = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if not isinstance(token, int):
+        raise ModelError("the tokenizer has neither a padding nor an end-of-sequence token; set one of them")
+    return token
+
+
+def collate(batch: Sequence[EncodedExample], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Pad B ≥ 1 examples on the right to one length T; padding is masked and carries no loss.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels``, each (B, T) int64.
+
+    Raises:
+        ModelError: The batch is empty.
+    """
+    if not batch:
+        raise ModelError("an empty batch cannot be padded; give at least one example")
+
+    def padded(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
+        return pad_sequence([row.to(torch.int64) for row in rows], batch_first=True, padding_value=value)
+
+    return {
+        "input_ids": padded([example.input_ids for example in batch], pad_token_id),
+        "attention_mask": padded([torch.ones_like(example.input_ids) for example in batch], 0),
+        "labels": padded([example.labels for example in batch], IGNORED),
+    }
+
+
+def length_buckets(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Group indices of similar length, longest first, so that batches carry little padding."""
+    if batch_size < 1:
+        raise ConfigurationError(f"batch_size is {batch_size}; give at least 1")
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def question_tokens(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
+    """Tokens after which the model is to give an example's answer; see `example_pieces` for the errors."""
+    if not example.turns:
+        return prompt_tokens(tokenizer, example.prompt)
+    *context, _ = example_pieces(tokenizer, example)
+    return [token for tokens, _ in context for token in tokens]
 
 
 def example_pieces(tokenizer: PreTrainedTokenizerBase, example: Example, index: int = 1) -> list[Piece]:
-    """An example as tokens without any cut: context and what is learned in turn, the answer last.
-
-    Args:
-        tokenizer: With an end-of-sequence token.
-        example: A prompt and its answer, or a conversation, for which the tokenizer has a chat template.
-        index: Number of the example, for messages.
+    """An example, of this number, as tokens without any cut: context and what is learned, the answer last.
 
     Raises:
         ConfigurationError: The template refuses the conversation.
-        ModelError: There is no template, or what it makes of earlier turns changes with later ones.
+        ModelError: There is no template for a conversation, or what it makes of earlier turns changes with
+            later ones.
     """
     end = int(tokenizer.eos_token_id)
     if not example.turns:
@@ -317,7 +282,7 @@ def example_pieces(tokenizer: PreTrainedTokenizerBase, example: Example, index: 
         ) from None
     pieces: list[Piece] = []
     for text, learned in parts:
-        tokens = _tokens(tokenizer, text)
+        tokens = answer_tokens(tokenizer, text)
         last = max((i for i, token in enumerate(tokens) if token == end), default=len(tokens) - 1) + 1
         # After its end of text nothing of a turn is learned: there the model has stopped.
         split = last if learned else len(tokens)
@@ -329,10 +294,6 @@ def example_pieces(tokenizer: PreTrainedTokenizerBase, example: Example, index: 
         raise ModelError(f"example {index}: the model's chat template leaves out what the assistant says")
     answer, _ = pieces.pop()
     return [*pieces, (answer if answer[-1] == end else [*answer, end], True)]
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
 
 def _conversation(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> list[tuple[str, bool]]:
@@ -353,7 +314,7 @@ def _marked_spans(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> 
         return []
     render: Any = render_jinja_template
     rendered = render(
-        conversations=[_messages(tokenizer, turns)],
+        conversations=[_messages(turns, _wants_parts(tokenizer))],
         chat_template=template,
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
@@ -369,7 +330,7 @@ def _spans_by_prefix(
     for number, turn in enumerate(turns):
         if turn.role != "assistant":
             continue
-        before = _rendered(tokenizer, turns[:number], turn=True)
+        before = _rendered(tokenizer, turns[:number], open_turn=True)
         after = _rendered(tokenizer, turns[: number + 1])
         if not (whole.startswith(after) and after.startswith(before)):
             raise ModelError(
@@ -379,21 +340,3 @@ def _spans_by_prefix(
             )
         spans.append((len(before), len(after)))
     return spans
-
-
-def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], *, turn: bool = False) -> str:
-    if not tokenizer.chat_template:
-        raise ModelError(
-            "the data hold conversations (messages), and the model's tokenizer has no chat template; choose "
-            "an instruct model, put its chat_template.jinja into the folder, or give prompt and answer"
-        )
-    messages: Any = _messages(tokenizer, turns)
-    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=turn, tokenize=False))
-
-
-def _messages(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    parts = _wants_parts(tokenizer)
-    return [
-        {"role": t.role, "content": [{"type": "text", "text": t.content}] if parts else t.content}
-        for t in turns
-    ]

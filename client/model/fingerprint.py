@@ -8,16 +8,10 @@ from torch import nn
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Hash a model's own weights, so that a federation can agree on a probe.
+    """SHA-256, hexadecimal, of a model's own weights, so that a federation can agree on a probe.
 
     Weights count with their value in bfloat16, so that a checkpoint has one fingerprint in float32,
     float16 and bfloat16. Adapters and the wrappers round adapted layers are left out.
-
-    Args:
-        model: a transformers model, bare or wrapped by peft.
-
-    Returns:
-        SHA-256, hexadecimal.
     """
     base = base_model(model)
     adapted = tuple(f"{name}." for name, module in base.named_modules() if hasattr(module, "base_layer"))

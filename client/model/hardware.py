@@ -15,14 +15,7 @@ _PRODUCTS: Final = 4
 
 
 def choose_device(wanted: str = "auto") -> torch.device:
-    """The device that a setting names.
-
-    Args:
-        wanted: see `fedmosaic.client.settings.DeviceName`.
-
-    Raises:
-        ModelError: this machine has no such device.
-    """
+    """The device that a `fedmosaic.client.settings.DeviceName` names; ModelError if this machine lacks it."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if wanted == "auto":
         wanted = "cuda" if cuda else "mps" if mps else "cpu"
@@ -38,11 +31,7 @@ def choose_device(wanted: str = "auto") -> torch.device:
 
 
 def choose_dtype(wanted: torch.dtype | str, device: torch.device) -> torch.dtype:
-    """The floating point type of frozen weights that a setting names.
-
-    Args:
-        wanted: see `fedmosaic.client.settings.DtypeName`; a `torch.dtype` stays as it is.
-        device: where the model will compute.
+    """The type of frozen weights that a `fedmosaic.client.settings.DtypeName` names, to compute on a device.
 
     Raises:
         ModelError: there is no such type.

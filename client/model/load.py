@@ -1,9 +1,10 @@
 """Loading of base models and tokenizers, from a local folder or a hub, whole or cut in depth."""
 
+import copy
 import importlib.util
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 from peft import PeftModel, TaskType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -32,22 +34,12 @@ from transformers.utils import logging
 
 from fedmosaic.client.colora import CoLoraConfig, find_decoder_layers
 from fedmosaic.client.colora.state import record_switches
-from fedmosaic.client.model.acceptance import check_language_model
+from fedmosaic.client.model.acceptance import FOREIGN_ERRORS, check_language_model
 from fedmosaic.client.model.hardware import choose_device, choose_dtype, exact_products
 from fedmosaic.client.settings import ModelSettings
 from fedmosaic.protos.errors import ModelError
 
-_LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    ImportError,
-    SafetensorError,
-    RecursionError,
-)
+_LOADING_ERRORS = (*FOREIGN_ERRORS, OSError, ImportError, SafetensorError)
 """What transformers and its readers raise for files that they cannot use."""
 
 _CARD = """# Co-LoRA adapter of a client of fedmosaic
@@ -73,11 +65,7 @@ LoadedModel = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 def load_model(settings: ModelSettings) -> LoadedModel:
-    """Load what the settings name, on the device and in the type that they ask for.
-
-    Raises:
-        ModelError: see `load_base_model`; or this machine has no such device.
-    """
+    """Load what the settings name, where and in which type they ask for; see `load_base_model` for errors."""
     device = choose_device(settings.device)
     return load_base_model(
         settings.path,
@@ -93,20 +81,15 @@ def empty_model(settings: ModelSettings) -> PreTrainedModel:
     """The model that the settings name, with shapes and types but no weights (on the device `meta`).
 
     Weights are in the type that `load_model` would give them, dense whatever the quantisation.
-
-    Raises:
-        ModelError: its configuration cannot be read, or it is of an unsupported kind.
     """
-    options = _options(settings.path, settings.gguf_file, None)
+    options = _options(settings.path, settings.gguf_file)
     try:
         config = AutoConfig.from_pretrained(settings.path, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"The configuration of {settings.path!r} cannot be read: {type(error).__name__}: {error}."
-        ) from error
+    except _LOADING_ERRORS as error:
+        raise _cannot_load(settings.path, error) from error
     _cut_config(config, settings.keep_layers)
     dtype = choose_dtype(settings.dtype, choose_device(settings.device))
-    build: Any = model_class(config).from_config
+    build: Any = _model_class(config).from_config
     with torch.device("meta"):
         empty: PreTrainedModel = build(config, dtype=dtype)
     return empty
@@ -118,25 +101,16 @@ def load_base_model(
     *,
     gguf_file: str | None = None,
     keep_layers: int | None = None,
-    revision: str | None = None,
     device: torch.device | str = "cpu",
     quantization: str | None = None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> LoadedModel:
     """Load a causal language model, or a LLaVA-style vision-language model, and its tokenizer.
 
-    A folder that exists is read without network. Weights are read from safetensors (or GGUF) only, never
-    from pickles, and code that comes with a model is never run. Weights go to memory once, in `dtype`.
-
-    Args:
-        path_or_hub_id: Local folder, or the id of a model on a hub.
-        dtype: Floating point type of the frozen weights, or its name.
-        gguf_file: Name of a GGUF file inside the folder; its weights are dequantised.
-        keep_layers: Keep only the first n decoder layers, at least 1; None for all. The final norm and the
-            output head stay.
-        revision: Branch, tag or commit on the hub.
-        device: Where the weights go; attention is PyTorch's fused one (SDPA) where the model has it.
-        quantization: `nf4` keeps the decoder's linear weights in 4 bits, to be used in `dtype`; None for all
-            of them in `dtype`.
+    A folder that exists is read without network. Weights are read from safetensors (or GGUF, dequantised)
+    only, never from pickles, and code that comes with a model is never run. Weights go to memory once, in
+    `dtype`, or with the quantization nf4 the decoder's in 4 bits, to be used in it; attention is PyTorch's
+    fused one (SDPA) where the model has it. `keep_layers` keeps the first n decoder layers, the final norm
+    and the head.
 
     Returns:
         The model in evaluation mode, and the tokenizer with a padding token and right padding.
@@ -150,13 +124,13 @@ def load_base_model(
     source = str(path_or_hub_id)
     place = torch.device(device)
     precision = choose_dtype(dtype, place)
-    options = _options(source, gguf_file, revision)
+    options = _options(source, gguf_file)
     try:
         config = AutoConfig.from_pretrained(source, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         _cut_config(config, keep_layers)
-        with _quiet(keep_layers is not None):
-            loaded = model_class(config).from_pretrained(
+        with _unused_weights_untold() if keep_layers is not None else nullcontext():
+            loaded = _model_class(config).from_pretrained(
                 source,
                 config=config,
                 dtype=precision,
@@ -168,51 +142,69 @@ def load_base_model(
         raise _cannot_load(source, error) from error
     # With output_loading_info a pair comes back, which the annotations of transformers leave out.
     model, report = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
-    _check_complete(source, model, report)
-    set_padding(source, model, tokenizer)
+    # transformers fills missing weights with random numbers and only logs it.
+    if lacking := sorted(report.get("missing_keys", ())):
+        raise ModelError(
+            f"{source!r} lacks {len(lacking)} weights of {type(model).__name__}, the first is {lacking[0]}. "
+            "The files are incomplete or belong to another model."
+        )
+    find_decoder_layers(model)
+    _set_padding(source, model, tokenizer)
     model.train(False)
     if quantization is None:
         cast(nn.Module, model).to(place)
-    keep_way_back(model)
+    _keep_way_back(model)
     check_language_model(source, model, tokenizer)
     return model, tokenizer
 
 
-def load_tokenizer(
-    path_or_hub_id: str | Path, *, gguf_file: str | None = None, revision: str | None = None
-) -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer alone, to look at texts before the model itself is loaded.
+def accept_model(model: Any, tokenizer: Any) -> LoadedModel:
+    """Try a model and tokenizer that a caller in Python has loaded, as `load_base_model` tries what it loads.
+
+    Of the model only the ids for padding are set, if they are not; the tokenizer that is given back is a
+    copy.
 
     Raises:
-        ModelError: It cannot be found or read, or has no end-of-text token.
+        ModelError: as `load_base_model`; or the model carries adapters, or is none of transformers.
     """
+    if not isinstance(model, PreTrainedModel) or not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ModelError(
+            f"model is a {type(model).__name__} and tokenizer a {type(tokenizer).__name__}; hand over a "
+            "model of transformers, bare, without PEFT around it, and its tokenizer"
+        )
+    source = model.name_or_path or type(model).__name__
+    if getattr(model, "peft_config", None) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+        raise ModelError(
+            f"the model {source!r} carries adapters already, and training would go through them; load it "
+            "anew, or merge_and_unload() them first. A model that took part carries its adapter"
+        )
+    exact_products()
+    _model_class(model.config)
+    find_decoder_layers(model)
+    own = copy.deepcopy(tokenizer)
+    _set_padding(source, model, own)
+    _keep_way_back(model)
+    check_language_model(source, model, own)
+    return model, own
+
+
+def load_tokenizer(path_or_hub_id: str | Path, *, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer alone, to look at texts before the model itself is loaded."""
     source = str(path_or_hub_id)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **_options(source, gguf_file, revision))
+        tokenizer = AutoTokenizer.from_pretrained(source, **_options(source, gguf_file))
     except _LOADING_ERRORS as error:
         raise _cannot_load(source, error) from error
     _check_end(source, tokenizer)
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
-def adapt(model: PreTrainedModel, config: CoLoraConfig, adapter_name: str = "default") -> PeftModel:
-    """Put a fresh Co-LoRA adapter on a base model and freeze the rest.
-
-    Args:
-        model: The base model; it is changed in place.
-        config: The adapter's configuration; `task_type` defaults to a causal language model's.
-        adapter_name: Name of the adapter.
-
-    Returns:
-        The PEFT model.
-
-    Raises:
-        ModelError: The model and the configuration do not fit together.
-    """
+def adapt(model: PreTrainedModel, config: CoLoraConfig) -> PeftModel:
+    """Put a fresh Co-LoRA adapter on a base model, which is changed in place, and freeze the rest."""
     if config.task_type is None:
         config.task_type = TaskType.CAUSAL_LM
     with without_rename_notice():
-        return get_peft_model(model, config, adapter_name=adapter_name)
+        return get_peft_model(model, config)
 
 
 @contextmanager
@@ -237,11 +229,9 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
     (Path(folder) / "README.md").write_text(_CARD, encoding="utf-8")
 
 
-def _options(source: str, gguf_file: str | None, revision: str | None) -> dict[str, Any]:
+def _options(source: str, gguf_file: str | None) -> dict[str, Any]:
     is_folder = Path(source).is_dir()
     options: dict[str, Any] = {"local_files_only": is_folder, "trust_remote_code": False}
-    if revision is not None:
-        options["revision"] = revision
     if gguf_file is not None:
         options["gguf_file"] = gguf_file
         if is_folder and not (Path(source) / gguf_file).is_file():
@@ -273,18 +263,17 @@ def _weight_options(
 
 
 @contextmanager
-def _quiet(active: bool) -> Iterator[None]:
-    """Silence the report of unused weights, which after a cut lists every layer that was cut away."""
+def _unused_weights_untold() -> Iterator[None]:
+    """After a cut the report of unused weights lists every layer that was cut away."""
     before = logging.get_verbosity()
-    if active:
-        logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     try:
         yield
     finally:
         logging.set_verbosity(before)
 
 
-def model_class(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+def _model_class(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
     """The class to load a configuration's model with; ModelError if it is of an unsupported kind."""
     # Some vision-language configurations are registered as causal language models too, without vision.
     if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
@@ -311,34 +300,19 @@ def _cut_config(config: PretrainedConfig, keep_layers: int | None) -> None:
         text_config.layer_types = kinds[:keep_layers]
 
 
-def _check_complete(source: str, model: PreTrainedModel, report: dict[str, Any]) -> None:
-    # transformers fills missing weights with random numbers and only logs it.
-    lacking = sorted(report.get("missing_keys", ()))
-    if lacking:
-        raise ModelError(
-            f"{source!r} lacks {len(lacking)} weights of {type(model).__name__}, the first is {lacking[0]}. "
-            "The files are incomplete or belong to another model."
-        )
-    find_decoder_layers(model)
-
-
 def _cannot_load(source: str, error: Exception) -> ModelError:
-    if not Path(source).is_dir() and not _may_be_an_id(source):
-        return ModelError(f"There is no folder {source!r}. Give the model's folder, or its id on a hub.")
-    found = "" if Path(source).is_dir() else f" There is no folder of that name in {Path.cwd()}."
+    found = ""
+    if not Path(source).is_dir():
+        try:
+            validate_repo_id(source)
+        except HFValidationError:
+            # A hub answers a path with its rules for names.
+            return ModelError(f"There is no folder {source!r}. Give the model's folder, or its id on a hub.")
+        found = f" There is no folder of that name in {Path.cwd()}."
     return ModelError(
         f"The model {source!r} cannot be loaded: {type(error).__name__}: {error}.{found} Give a folder with "
         "config.json, safetensors weights and a tokenizer, or a hub id that can be reached from here."
     )
-
-
-def _may_be_an_id(source: str) -> bool:
-    """Whether a hub could have a model of that name; a path it answers with its rules for names."""
-    try:
-        validate_repo_id(source)
-    except HFValidationError:
-        return False
-    return True
 
 
 def _check_end(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -349,7 +323,7 @@ def _check_end(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def keep_way_back(model: nn.Module) -> None:
+def _keep_way_back(model: nn.Module) -> None:
     """Let gradients through weights in 4 bits on a processor.
 
     There bitsandbytes repacks weights when they are first evaluated, for products that have no way back:
@@ -361,7 +335,7 @@ def keep_way_back(model: nn.Module) -> None:
             linear.support_avx512bf16_for_cpu = False
 
 
-def set_padding(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _set_padding(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Have examples padded on the right, with a token that the model embeds; ModelError without an end."""
     _check_end(source, tokenizer)
     rows = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings

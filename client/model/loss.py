@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from fedmosaic.client.model.examples import IGNORED
+from fedmosaic.client.model.fingerprint import base_model
 from fedmosaic.protos.errors import ModelError
 
 Batch = Mapping[str, torch.Tensor]
@@ -22,18 +23,11 @@ ExampleLosses = Callable[[nn.Module, Batch], torch.Tensor]
 
 
 def example_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Mean cross entropy of each example's answer tokens given what stands before them.
+    """Mean cross entropy (B,) of each example's answer tokens given what stands before them, nats per token.
 
-    Args:
-        model: Causal language model of ``transformers`` (or wrapped by PEFT).
-        batch: ``input_ids``, ``attention_mask`` and ``labels``, (B, T) int64 each, labels ``IGNORED``
-            outside the answer, and whatever else the model's forward takes.
-
-    Returns:
-        (B,) float32 losses in nats per token.
-
-    Raises:
-        ModelError: An example has no answer token to predict.
+    The batch has ``input_ids``, ``attention_mask`` and ``labels``, (B, T) int64 each, labels ``IGNORED``
+    outside the answer, and whatever else the model's forward takes. An example without an answer is a
+    ModelError.
     """
     targets_BT = batch["labels"][:, 1:]
     supervised_BT = targets_BT != IGNORED
@@ -50,19 +44,13 @@ def example_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def logits_at(model: nn.Module, batch: Batch, positions: torch.Tensor) -> torch.Tensor:
-    """Logits of the next token at chosen positions of every row.
+    """Logits (B, K, V) of the next token at positions (K,) of every row, in the model's dtype.
 
-    Args:
-        model: Causal language model.
-        batch: Inputs of its forward, (B, T) each; ``labels`` is left out.
-        positions: (K,) int64 positions in 0…T−1.
-
-    Returns:
-        (B, K, V) logits in the model's dtype.
+    `batch` are inputs (B, T) of the model's forward; ``labels`` are left out.
     """
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     # The vocabulary is the widest axis by far: positions that carry no loss are worth leaving out.
-    if _can_choose_positions(model):
+    if "logits_to_keep" in inspect.signature(base_model(model).forward).parameters:
         logits = model(**inputs, use_cache=False, logits_to_keep=positions).logits
     else:
         logits = model(**inputs, use_cache=False).logits[:, positions]
@@ -90,7 +78,7 @@ def in_bfloat16(losses: ExampleLosses = example_losses) -> ExampleLosses:
 
 @contextmanager
 def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Run the body with the model in one mode and gives every module its own mode back."""
+    """Run the body with the model in one mode, and give every module its own mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:
@@ -100,7 +88,17 @@ def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-def _can_choose_positions(model: nn.Module) -> bool:
-    get_base_model = getattr(model, "get_base_model", None)
-    base = get_base_model() if callable(get_base_model) else model
-    return "logits_to_keep" in inspect.signature(base.forward).parameters
+@contextmanager
+def cut_at(module: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Make every output of a module a leaf of the graph, and collect it: gradients are taken at these."""
+    leaves: list[torch.Tensor] = []
+
+    def cut(_module: nn.Module, _arguments: object, output: torch.Tensor) -> torch.Tensor:
+        leaves.append(output.detach().requires_grad_())
+        return leaves[-1]
+
+    handle = module.register_forward_hook(cut)
+    try:
+        yield leaves
+    finally:
+        handle.remove()

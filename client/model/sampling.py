@@ -1,19 +1,19 @@
 """In which order examples are trained on."""
 
+from typing import Final
+
 import numpy as np
 
 from fedmosaic.protos.errors import ConfigurationError, StateError
 
+_STATE: Final = ("size", "seed", "epoch", "position")
+
 
 class EpochSampler:
-    """Walks over all examples in a fresh random order per epoch, and can be stopped and resumed.
-
-    Args:
-        size: Number of examples, at least 1.
-        seed: Seed of the orders, at least 0.
-    """
+    """Walks over all examples in a fresh random order per epoch, and can be stopped and resumed."""
 
     def __init__(self, size: int, seed: int) -> None:
+        """Begin over `size` examples; equal seeds give equal orders."""
         if size < 1 or seed < 0:
             raise ConfigurationError(
                 f"a sampler over {size} examples with seed {seed}; give at least one and a seed of 0 or more"
@@ -34,29 +34,15 @@ class EpochSampler:
 
     def state_dict(self) -> dict[str, int]:
         """Where the walk stands, as plain integers."""
-        return {
-            "size": self._size,
-            "seed": self._seed,
-            "epoch": self._epoch,
-            "position": self._position,
-        }
+        values = (self._size, self._seed, self._epoch, self._position)
+        return dict(zip(_STATE, values, strict=True))
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where another sampler stood; over other examples, at the beginning of the next epoch.
-
-        Args:
-            state: What `state_dict` gave.
-
-        Over another number of examples, the next epoch begins: where the old walk stood means nothing then.
-
-        Raises:
-            StateError: The state is malformed.
-        """
-        names = ("size", "seed", "epoch", "position")
-        values = [state.get(name) for name in names] if isinstance(state, dict) else []
+        """Go on where another sampler stood; over another number of examples, with the next epoch."""
+        values = [state.get(name) for name in _STATE] if isinstance(state, dict) else []
         if not values or any(type(value) is not int or value < 0 for value in values):
-            raise StateError(f"the sampler's state must hold {', '.join(names)}, none below 0")
-        size, seed, epoch, position = (int(state[name]) for name in names)
+            raise StateError(f"the sampler's state must hold {', '.join(_STATE)}, none below 0")
+        size, seed, epoch, position = (state[name] for name in _STATE)
         if position >= size:
             raise StateError(f"the sampler's state is at example {position} of {size}")
         # Their order within the epoch that was left says nothing about the examples that there are now.

@@ -1,23 +1,36 @@
 """Scoring of a test set: the most likely choice where an example has choices, what is written where not.
 
-A written answer counts as right if it has the words of the right one, without regard to case and punctuation.
-Both measures are shares of right examples; which of them a score is stands beside it.
+A choice is scored by its mean log-likelihood per token after the prompt. Where the choices of an example
+already differ in their first token, that token decides and one forward pass over the prompt scores them all;
+for choices of one token each both ways order the choices alike. A written answer counts as right if it has
+the words of the right one, without regard to case and punctuation. Both measures are shares of right
+examples; which of them a score is stands beside it.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fedmosaic.client.model.acceptance import check_ids, context_length
-from fedmosaic.client.model.evaluation import most_likely_choices
-from fedmosaic.client.model.examples import Example, answer_tokens, cut_prompt, padding_token, question_tokens
-from fedmosaic.client.model.loss import training_mode
+from fedmosaic.client.model.examples import (
+    IGNORED,
+    EncodedExample,
+    Example,
+    answer_tokens,
+    collate,
+    cut_prompt,
+    length_buckets,
+    padding_token,
+    question_tokens,
+)
+from fedmosaic.client.model.loss import logits_at, on_device_of, training_mode
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
 _WORD: Final = re.compile(r"\w+(?:['’.,]\w+)*")
@@ -59,12 +72,7 @@ def score_examples(
 ) -> Score:
     """Score each example by its choices, or by what the model writes if it has none.
 
-    Args:
-        model: Causal language model; its training mode is restored.
-        tokenizer: Of the model.
-        examples: At least one.
-        batch_size: Sequences per forward pass.
-        max_length: Most tokens of a prompt and its answer, prompts cut from the left.
+    A prompt and its answer have at most `max_length` tokens, prompts cut from the left.
 
     Raises:
         ConfigurationError: There is no example, or one cannot be scored.
@@ -73,15 +81,8 @@ def score_examples(
     if not examples:
         raise ConfigurationError("there is no example to score; give at least one")
     opened = [example for example in examples if not example.choices]
-    longest = max((len(answer_tokens(tokenizer, example.answer)) for example in opened), default=0)
-    given = answers(
-        model,
-        tokenizer,
-        examples,
-        batch_size,
-        max_length=max_length,
-        max_new_tokens=longest + _SPARE_TOKENS,
-    )
+    spare = _longest_answer(tokenizer, opened) + _SPARE_TOKENS
+    given = answers(model, tokenizer, examples, batch_size, max_length=max_length, max_new_tokens=spare)
     right = tuple(
         answer == e.answer if e.choices else same_words(answer, e.answer)
         for answer, e in zip(given, examples, strict=True)
@@ -103,32 +104,15 @@ def answers(
     max_length: int,
     max_new_tokens: int,
 ) -> list[str]:
-    """The most likely choice of every example that has some, and what the model writes for the others.
-
-    Args:
-        model: Causal language model; its training mode is restored.
-        tokenizer: Of the model.
-        examples: In any order; each is answered as if it were alone.
-        batch_size: Sequences per forward pass.
-        max_length: Most tokens of a prompt and a choice, or of a prompt, cut from the left.
-        max_new_tokens: Most tokens to write.
-    """
-    found: list[str] = [""] * len(examples)
-    closed = [index for index, example in enumerate(examples) if example.choices]
-    opened = [index for index, example in enumerate(examples) if not example.choices]
-    if closed:
-        asked = [examples[index] for index in closed]
-        chosen = most_likely_choices(model, tokenizer, asked, batch_size, max_length=max_length)
-        for index, choice in zip(closed, chosen, strict=True):
-            found[index] = examples[index].choices[choice]
-    if opened:
-        asked = [examples[index] for index in opened]
-        written = written_answers(
-            model, tokenizer, asked, batch_size, max_length=max_length, max_new_tokens=max_new_tokens
-        )
-        for index, text in zip(opened, written, strict=True):
-            found[index] = text
-    return found
+    """The most likely choice of every example that has some, and what the model writes for the others."""
+    closed = [example for example in examples if example.choices]
+    opened = [example for example in examples if not example.choices]
+    chosen = most_likely_choices(model, tokenizer, closed, batch_size, max_length=max_length)
+    written = written_answers(
+        model, tokenizer, opened, batch_size, max_length=max_length, max_new_tokens=max_new_tokens
+    )
+    choice, text = iter(chosen), iter(written)
+    return [e.choices[next(choice)] if e.choices else next(text) for e in examples]
 
 
 def check_scorable(
@@ -138,14 +122,7 @@ def check_scorable(
     max_length: int,
     what: str,
 ) -> None:
-    """Refuse what `score_examples` could not score, without scoring it.
-
-    Args:
-        model: Causal language model.
-        tokenizer: Of the model.
-        examples: At least one.
-        max_length: As for `score_examples`.
-        what: The examples, for messages.
+    """Refuse what `score_examples` could not score, without scoring it; `what` names it in messages.
 
     Raises:
         ConfigurationError: An answer is too long for the model's positions.
@@ -159,11 +136,122 @@ def check_scorable(
     opened = [example for example in examples if not example.choices]
     if not opened:
         return
-    longest = max(len(answer_tokens(tokenizer, example.answer)) for example in opened) + _SPARE_TOKENS
+    longest = _longest_answer(tokenizer, opened) + _SPARE_TOKENS
     _room_to_write(model, max_length, longest)
     # Three tokens, since the second and third are the first to read what the model has kept.
     public = [Example("public", "Does the parcel weigh nine grams?", "no")]
     written_answers(model, tokenizer, public, 1, max_length=max_length, max_new_tokens=min(3, longest))
+
+
+def _longest_answer(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> int:
+    return max((len(answer_tokens(tokenizer, example.answer)) for example in examples), default=0)
+
+
+class _Question(NamedTuple):
+    """Tokens of one example: its prompt and each of its choices."""
+
+    prompt: list[int]
+    choices: list[list[int]]
+
+
+def most_likely_choices(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    batch_size: int,
+    *,
+    max_length: int,
+) -> list[int]:
+    """Index of the most likely choice of every example, the first one if several are equally likely.
+
+    A prompt and a choice have at most `max_length` tokens, the prompt cut from the left.
+
+    Raises:
+        ConfigurationError: An example cannot be scored: fewer than two choices, or its answer not among them.
+        ModelError: A score is not finite.
+    """
+    questions = [_question(tokenizer, example, n, max_length) for n, example in enumerate(examples, start=1)]
+    tokens = ([*question.prompt, *(t for c in question.choices for t in c)] for question in questions)
+    check_ids(model, tokens, "the examples to score", "model.path")
+    first_decides = [len({choice[0] for choice in q.choices}) == len(q.choices) for q in questions]
+    scores: dict[int, list[float]] = {}
+    # Not inference mode: buffers that a model caches there could never be trained through again.
+    with training_mode(model, False), torch.no_grad():
+        for fast, score in ((True, _first_token_scores), (False, _likelihood_scores)):
+            chosen = [index for index, is_fast in enumerate(first_decides) if is_fast is fast]
+            values = score(model, padding_token(tokenizer), [questions[i] for i in chosen], batch_size)
+            scores.update(zip(chosen, values, strict=True))
+    if not all(math.isfinite(score) for row in scores.values() for score in row):
+        raise ModelError(
+            "a choice's score is not finite; the weights are damaged or their dtype is too narrow"
+        )
+    return [max(range(len(row)), key=row.__getitem__) for _, row in sorted(scores.items())]
+
+
+def _question(tokenizer: PreTrainedTokenizerBase, example: Example, index: int, room: int) -> _Question:
+    if len(example.choices) < 2 or example.answer not in example.choices:
+        raise ConfigurationError(
+            f"example {index}, {example.id!r}, has {len(example.choices)} choices or an answer outside them; "
+            "give two or more choices with the answer among them"
+        )
+    choices = [answer_tokens(tokenizer, choice) for choice in example.choices]
+    if not all(choices):
+        raise ConfigurationError(f"example {index} has a choice without tokens; remove or complete it")
+    left = room - max(len(choice) for choice in choices)
+    if left < 1:
+        raise ConfigurationError(
+            f"a choice of example {index} leaves no room for the prompt within max_length {room}; "
+            "raise max_length or shorten the choice"
+        )
+    return _Question(cut_prompt(tokenizer, question_tokens(tokenizer, example), left), choices)
+
+
+def _first_token_scores(
+    model: nn.Module, pad_token_id: int, questions: Sequence[_Question], batch_size: int
+) -> list[list[float]]:
+    scores: list[list[float]] = [[] for _ in questions]
+    for bucket in length_buckets([len(question.prompt) for question in questions], batch_size):
+        prompts = [_sequence(questions[index].prompt, []) for index in bucket]
+        ends_B = torch.tensor([len(prompt.input_ids) - 1 for prompt in prompts])
+        positions_K, column_B = torch.unique(ends_B, return_inverse=True)
+        logits_BKV = _logits(model, collate(prompts, pad_token_id), positions_K)
+        logits_BV = logits_BKV[torch.arange(len(prompts)), column_B]
+        for row, index in enumerate(bucket):
+            firsts = [choice[0] for choice in questions[index].choices]
+            scores[index] = logits_BV[row, firsts].tolist()
+    return scores
+
+
+def _likelihood_scores(
+    model: nn.Module, pad_token_id: int, questions: Sequence[_Question], batch_size: int
+) -> list[list[float]]:
+    scores: list[list[float]] = [[0.0] * len(question.choices) for question in questions]
+    places = [(i, j) for i, question in enumerate(questions) for j in range(len(question.choices))]
+    sequences = [_sequence(questions[i].prompt, questions[i].choices[j]) for i, j in places]
+    for bucket in length_buckets([len(sequence.input_ids) for sequence in sequences], batch_size):
+        batch = collate([sequences[index] for index in bucket], pad_token_id)
+        labels_BT = batch["labels"][:, 1:]
+        positions_K = (labels_BT != IGNORED).any(dim=0).nonzero().squeeze(1)
+        targets_BK = labels_BT[:, positions_K]
+        log_probabilities_BKV = _logits(model, batch, positions_K).log_softmax(dim=-1)
+        mask_BK = targets_BK != IGNORED
+        picked_BK = log_probabilities_BKV.gather(2, targets_BK.clamp(min=0).unsqueeze(2)).squeeze(2)
+        means_B = (picked_BK * mask_BK).sum(dim=1) / mask_BK.sum(dim=1)
+        for index, mean in zip(bucket, means_B.tolist(), strict=True):
+            i, j = places[index]
+            scores[i][j] = mean
+    return scores
+
+
+def _sequence(prompt: list[int], choice: list[int]) -> EncodedExample:
+    return EncodedExample(
+        "", torch.tensor(prompt + choice), torch.tensor([IGNORED] * len(prompt) + choice, dtype=torch.int64)
+    )
+
+
+def _logits(model: nn.Module, batch: dict[str, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
+    there = on_device_of(model, batch)
+    return logits_at(model, there, positions.to(there["input_ids"].device)).float().cpu()
 
 
 def words(text: str) -> list[str]:
@@ -188,36 +276,48 @@ def written_answers(
     max_new_tokens: int = 16,
     streamer: Any = None,
 ) -> list[str]:
-    """Let the model answer, greedily.
+    """Let the model answer, greedily, with at most `max_new_tokens`, without regard to choices.
 
-    Args:
-        model: Causal language model; its training mode is restored afterwards.
-        tokenizer: Of the model.
-        examples: At least one.
-        batch_size: Prompts per batch.
-        max_length: Most tokens of a prompt, cut from the left; fewer where the model's positions end before
-            the answer would.
-        max_new_tokens: Most tokens of an answer.
-        streamer: Of transformers, told of every token; for batches of one prompt.
+    Prompts are cut from the left to `max_length` tokens, or fewer where the model's positions end before the
+    answer would. A `streamer` of transformers is told of every token, in batches of one prompt.
 
     Raises:
-        ConfigurationError: There is no example, or the positions leave no room for a prompt.
-        ModelError: A prompt has a token that the model does not embed, or the model cannot write.
+        ConfigurationError: The positions leave no room for a prompt.
+        ModelError: A token has no row in the embedding, or the model cannot write.
     """
     if not examples:
-        raise ConfigurationError("there is no example to answer; give at least one")
+        return []
     room = _room_to_write(model, max_length, max_new_tokens)
     pad = padding_token(tokenizer)
     prompts = [cut_prompt(tokenizer, question_tokens(tokenizer, e), room) for e in examples]
     check_ids(model, prompts, "the examples to answer", "model.path")
-    answers: list[str] = []
+    device = next(model.parameters()).device
+    generator: Any = model
+    found: list[str] = []
     with training_mode(model, False), torch.no_grad():
         for start in range(0, len(prompts), batch_size):
-            out, longest = _generate(
-                model, prompts[start : start + batch_size], pad, tokenizer, max_new_tokens, streamer
-            )
-            answers += tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
-    return answers
+            batch = prompts[start : start + batch_size]
+            longest = max(map(len, batch))
+            # Left padding, so that every answer begins right after its prompt.
+            ids = torch.tensor([[pad] * (longest - len(p)) + p for p in batch], device=device)
+            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch], device=device)
+            try:
+                out: torch.Tensor = generator.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    pad_token_id=pad,
+                    eos_token_id=tokenizer.eos_token_id,
+                    streamer=streamer,
+                )
+            except (ValueError, TypeError, AttributeError, LookupError) as error:
+                raise ModelError(
+                    f"{type(model).__name__} cannot write answers: {type(error).__name__}: {error}; give the "
+                    "test set's examples choices, or choose a model that generates text"
+                ) from error
+            found += tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+    return found
 
 
 def _room_to_write(model: nn.Module, max_length: int, max_new_tokens: int) -> int:
@@ -230,35 +330,3 @@ def _room_to_write(model: nn.Module, max_length: int, max_new_tokens: int) -> in
             "positions; shorten the longest answer, or choose a model with more positions"
         )
     return room
-
-
-def _generate(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    pad: int,
-    tokenizer: PreTrainedTokenizerBase,
-    max_new_tokens: int,
-    streamer: Any,
-) -> tuple[torch.Tensor, int]:
-    """Prompts and what follows them, and how long the prompts are with their padding."""
-    longest = max(map(len, prompts))
-    device = next(model.parameters()).device
-    # Left padding, so that every answer begins right after its prompt.
-    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    try:
-        out: torch.Tensor = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
-            streamer=streamer,
-        )
-    except (ValueError, TypeError, AttributeError, LookupError) as error:
-        raise ModelError(
-            f"{type(model).__name__} cannot write answers: {type(error).__name__}: {error}; give the test "
-            "set's examples choices, or choose a model that generates text"
-        ) from error
-    return out, longest

@@ -4,15 +4,16 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
 from torch import nn
 
-from fedmosaic.client.colora.layer import GATE, CoLoraLayer
+from fedmosaic.client.colora.layer import CoLoraLayer
 from fedmosaic.client.colora.linear import CoLoraLinear
 from fedmosaic.client.model.examples import EncodedExample, collate
+from fedmosaic.client.model.fingerprint import base_model
 from fedmosaic.client.model.loss import (
     Batch,
     ExampleLosses,
@@ -21,18 +22,10 @@ from fedmosaic.client.model.loss import (
     on_device_of,
     training_mode,
 )
-from fedmosaic.client.model.sampling import EpochSampler
-from fedmosaic.client.settings import Role, TrainingSettings
+from fedmosaic.client.model.sampling import EpochSampler as EpochSampler
+from fedmosaic.client.settings import Role
+from fedmosaic.client.settings import TrainingSettings as TrainingSettings
 from fedmosaic.protos.errors import ConfigurationError, ModelError, TrainingError
-
-__all__ = [
-    "EpochSampler",
-    "Progress",
-    "TrainingReport",
-    "TrainingSettings",
-    "train_local",
-    "trainable_by_role",
-]
 
 Progress = Callable[[int, int, float], None]
 """Called after every optimizer step with the step (from 1), the planned steps and the step's mean loss.
@@ -48,53 +41,32 @@ class TrainingReport:
     """What one call of `train_local` did. Losses and counts depend on private data and stay here.
 
     Attributes:
-        steps: Optimizer steps taken.
         first_loss: Mean loss (nats per token) of the first steps, at most ten and at most half of all.
         last_loss: Mean loss of as many last steps.
-        weights_moved: Trainable tensors that changed.
-        weights_unmoved: Names of the trainable tensors that did not.
+        weights_unmoved: Names of the trainable tensors that did not change.
     """
 
-    steps: int
     first_loss: float = field(repr=False)
     last_loss: float = field(repr=False)
-    weights_moved: int
     weights_unmoved: tuple[str, ...]
 
 
 def trainable_by_role(model: nn.Module) -> dict[Role, dict[str, nn.Parameter]]:
-    """Sort every trainable tensor into exactly one group of learning rate.
+    """Sort every trainable tensor, by name, into one group of learning rate; ModelError if there is none.
 
     The groups follow the tensors themselves, not their names: a module named ``gate_proj`` is no gate.
-
-    Args:
-        model: Model, with or without Co-LoRA layers.
-
-    Returns:
-        Per role the trainable tensors by name.
-
-    Raises:
-        ModelError: Nothing is trainable.
     """
-    of_gates: set[int] = set()
-    of_cores: set[int] = set()
+    roles: dict[int, Role] = {}
     for module in model.modules():
-        if not isinstance(module, CoLoraLayer):
-            continue
-        for group, containers in module.group_containers.items():
-            for container in containers:
-                members = {id(parameter) for parameter in getattr(module, container).parameters()}
-                if group == GATE:
-                    of_gates |= members
-                elif isinstance(module, CoLoraLinear):
-                    of_cores |= members
+        if isinstance(module, CoLoraLayer):
+            if isinstance(module, CoLoraLinear):
+                cores = (getattr(module, name) for name in module.adapter_layer_names)
+                roles |= {id(p): "shared" for core in cores for p in core.parameters()}
+            roles |= {id(p): "gate" for p in module.colora_gate.parameters()}
     groups: dict[Role, dict[str, nn.Parameter]] = {"adapter": {}, "shared": {}, "gate": {}}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            role: Role = (
-                "gate" if id(parameter) in of_gates else "shared" if id(parameter) in of_cores else "adapter"
-            )
-            groups[role][name] = parameter
+            groups[roles.get(id(parameter), "adapter")][name] = parameter
     if not any(groups.values()):
         raise ModelError("nothing in the model is trainable; add an adapter or call set_trainable first")
     return groups
@@ -110,19 +82,10 @@ def train_local(
     losses: ExampleLosses = example_losses,
     progress: Progress | None = None,
 ) -> TrainingReport:
-    """Fine-tunes whatever is trainable in the model with AdamW; deterministic by seed.
+    """Fine-tune whatever is trainable in the model with AdamW; deterministic by seed.
 
-    Args:
-        model: Model whose trainable tensors are changed in place; its training mode is restored.
-        examples: Encoded examples.
-        settings: Steps, batch sizes, learning rates.
-        pad_token_id: Token to pad batches with.
-        sampler: Order of the examples, moved on by this call; a fresh one of the settings' seed if None.
-        losses: Loss of each example.
-        progress: Called after every optimizer step.
-
-    Returns:
-        What was done.
+    The tensors are changed in place, the training mode is restored. The examples come in the order of the
+    sampler, which is moved on, or of a fresh one of the settings' seed.
 
     Raises:
         ConfigurationError: There is no example.
@@ -163,20 +126,11 @@ def train_local(
 
 @contextmanager
 def checkpointing(model: nn.Module, active: bool) -> Iterator[None]:
-    """Run the body with gradient checkpointing (not the reentrant kind, which hooks cannot see through).
-
-    Args:
-        model: of transformers, bare or wrapped by PEFT.
-        active: whether to; the body runs as it is otherwise.
-
-    Raises:
-        ModelError: the model has no checkpointing.
-    """
+    """Recompute activations while the body runs (not the reentrant kind, which hooks cannot see through)."""
     if not active:
         yield
         return
-    unwrap = getattr(model, "get_base_model", None)
-    base: Any = unwrap() if callable(unwrap) else model
+    base = base_model(model)
     # The older name goes with transformers 6, the newer one is not in all that may be installed here.
     name = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
     try:
@@ -194,16 +148,14 @@ def checkpointing(model: nn.Module, active: bool) -> Iterator[None]:
 
 def _optimizer(groups: dict[Role, dict[str, nn.Parameter]], settings: TrainingSettings) -> torch.optim.AdamW:
     return torch.optim.AdamW(
-        [
-            {
-                "params": list(group.values()),
-                "lr": settings.learning_rate_of(role),
-                # Decay would pull a gate's logit towards 0, that is its weight towards one half.
-                "weight_decay": 0.0 if role == "gate" else settings.weight_decay,
-            }
-            for role, group in groups.items()
-            if group
-        ]
+        {
+            "params": list(group.values()),
+            "lr": settings.learning_rate_of(role),
+            # Decay would pull a gate's logit towards 0, that is its weight towards one half.
+            "weight_decay": 0.0 if role == "gate" else settings.weight_decay,
+        }
+        for role, group in groups.items()
+        if group
     )
 
 
@@ -225,10 +177,7 @@ def _accumulate(
     total = 0.0
     for batch in batches:
         loss = losses(model, on_device_of(model, batch)).mean() / settings.gradient_accumulation_steps
-        if not bool(torch.isfinite(loss)):
-            raise TrainingError(
-                f"the loss of step {step} is not finite; lower the learning rates, or switch bf16 off", step
-            )
+        _check_finite("loss", loss, step)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
         total += float(loss.detach())
     return total
@@ -236,10 +185,13 @@ def _accumulate(
 
 def _clip(parameters: Iterable[nn.Parameter], max_grad_norm: float, step: int) -> None:
     bound = max_grad_norm if max_grad_norm > 0.0 else math.inf
-    norm = torch.nn.utils.clip_grad_norm_(list(parameters), bound)
-    if not bool(torch.isfinite(norm)):
+    _check_finite("gradient", torch.nn.utils.clip_grad_norm_(list(parameters), bound), step)
+
+
+def _check_finite(what: str, value: torch.Tensor, step: int) -> None:
+    if not bool(torch.isfinite(value)):
         raise TrainingError(
-            f"the gradient of step {step} is not finite; lower the learning rates, or switch bf16 off", step
+            f"the {what} of step {step} is not finite; lower the learning rates, or switch bf16 off", step
         )
 
 
@@ -255,9 +207,7 @@ def _report(
         )
     count = max(1, min(_AVERAGED_STEPS, len(history) // 2))
     return TrainingReport(
-        steps=len(history),
         first_loss=math.fsum(history[:count]) / count,
         last_loss=math.fsum(history[-count:]) / count,
-        weights_moved=len(trained) - len(unmoved),
         weights_unmoved=unmoved,
     )

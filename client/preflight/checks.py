@@ -17,8 +17,7 @@ from fedmosaic.client.data.records import ClientData, read_sets, unit_ids
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.ledger import DataLedger, ledger_parameters
 from fedmosaic.client.membership import ask_to_enrol
-from fedmosaic.client.model.given import accept_model
-from fedmosaic.client.model.load import LoadedModel, load_tokenizer
+from fedmosaic.client.model.load import LoadedModel, accept_model, load_tokenizer
 from fedmosaic.client.planning import AdapterPlan, plan_adapter
 from fedmosaic.client.preflight.data import Lengths, check_sets, read_lengths
 from fedmosaic.client.preflight.memory import check_memory

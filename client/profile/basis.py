@@ -54,13 +54,7 @@ class BasisSettings:
 
 @dataclass(frozen=True, eq=False)
 class FittedBasis:
-    """A basis and the clipping norm that belongs to it.
-
-    Attributes:
-        basis: to be saved, and named by its hash in the mechanism.
-        clipping_norm: C, in the unit of the standardised rows.
-        examples: number of public examples used.
-    """
+    """A basis, and the clipping norm C that belongs to it in the unit of the standardised rows."""
 
     basis: PublicBasis
     clipping_norm: float
@@ -70,37 +64,20 @@ class FittedBasis:
 def fit_basis(
     factors: Callable[[], Iterable[GradientFactors]], reduction: Reduction, settings: BasisSettings
 ) -> FittedBasis:
-    """Fit a basis to public gradients.
-
-    Args:
-        factors: gives the public examples' gradients from the start each time it is called (twice for a
-            Kronecker reduction, else once).
-        reduction: the reduction of the mechanism to be.
-        settings: how to fit.
-
-    Raises:
-        MechanismError: the settings contradict the reduction, or there are fewer than 2 usable gradients.
-    """
+    """Fit a basis to public gradients, which `factors` gives from the start each time that it is called."""
     _check_settings(reduction, settings)
     sides = PublicBasis()
     if reduction.kind == "kronecker":
         left, right = _leading_directions(factors(), reduction, settings.kronecker_shape)
         sides = PublicBasis(left=left, right=right)
     projection = Projection(reduction, sides)
-    iterator = iter(factors())
-    parts: list[Float64Array] = []
-    while part := list(itertools.islice(iterator, ROWS_AT_ONCE)):
-        parts.append(projection.rows(part))
+    parts = [projection.rows(part) for part in _in_parts(factors())]
     rows = np.concatenate(parts) if parts else np.zeros((0, reduction.dimensions))
     return standardise_rows(rows, sides, settings)
 
 
 def standardise_rows(rows: Float64Array, sides: PublicBasis, settings: BasisSettings) -> FittedBasis:
-    """Find centre, whitening and clipping norm from (n, k) public rows, beside the sides of a basis.
-
-    Raises:
-        MechanismError: fewer than 2 rows are finite, or all are zero.
-    """
+    """Find centre, whitening and clipping norm from (n, k) public rows, beside the sides of a basis."""
     rows = rows[np.isfinite(rows).all(axis=1)]
     if len(rows) < 2:
         raise MechanismError(f"{len(rows)} usable public gradients are too few for a basis; give hundreds")
@@ -132,14 +109,7 @@ def fit_mechanism(
     settings: BasisSettings,
     noise_multiplier: float,
 ) -> tuple[ProfileMechanism, PublicBasis | None]:
-    """Probe public examples, better a thousand than a hundred, and describe a complete mechanism.
-
-    Returns:
-        The mechanism, and the basis to hand to every client with it; None if the mechanism needs none.
-
-    Raises:
-        MechanismError: the settings contradict each other or the data is unusable.
-    """
+    """Probe public examples, better a thousand than a hundred, for a mechanism and its basis if any."""
     fitted = fit_basis(_factors_of(probe, public_examples), reduction, settings)
     needed = reduction.kind == "kronecker" or settings.standardise != "none"
     mechanism = ProfileMechanism(
@@ -171,18 +141,15 @@ def _factors_of(
 
 
 def _check_settings(reduction: Reduction, settings: BasisSettings) -> None:
-    rows, columns = settings.kronecker_shape
+    (rows, columns), sizes = settings.kronecker_shape, (reduction.hidden_size, reduction.intermediate_size)
     if reduction.kind == "kronecker" and rows * columns != reduction.projection_dimensions:
         raise MechanismError(
             f"a kronecker shape of {rows} × {columns} does not give the reduction's "
             f"{reduction.projection_dimensions} projection_dimensions; make the product equal"
         )
-    if reduction.kind == "kronecker" and (
-        not 1 <= rows <= reduction.hidden_size or not 1 <= columns <= reduction.intermediate_size
-    ):
+    if reduction.kind == "kronecker" and not (1 <= rows <= sizes[0] and 1 <= columns <= sizes[1]):
         raise MechanismError(
-            f"a kronecker shape of {rows} × {columns} does not fit a gradient of shape "
-            f"({reduction.hidden_size}, {reduction.intermediate_size})"
+            f"a kronecker shape of {rows} × {columns} does not fit a gradient of shape {sizes}"
         )
     if not settings.shrinkage > 0.0 or not 0.0 < settings.clipping_quantile <= 1.0:
         raise MechanismError(
@@ -191,15 +158,17 @@ def _check_settings(reduction: Reduction, settings: BasisSettings) -> None:
         )
 
 
+def _in_parts(factors: Iterable[GradientFactors]) -> Iterator[list[GradientFactors]]:
+    iterator = iter(factors)
+    while part := list(itertools.islice(iterator, ROWS_AT_ONCE)):
+        yield part
+
+
 def _leading_directions(
     factors: Iterable[GradientFactors], reduction: Reduction, shape: tuple[int, int]
 ) -> tuple[Float32Array, Float32Array]:
-    moments = (
-        np.zeros((reduction.hidden_size, reduction.hidden_size)),
-        np.zeros((reduction.intermediate_size, reduction.intermediate_size)),
-    )
-    iterator = iter(factors)
-    while part := list(itertools.islice(iterator, ROWS_AT_ONCE)):
+    moments = [np.zeros((size, size)) for size in (reduction.hidden_size, reduction.intermediate_size)]
+    for part in _in_parts(factors):
         for moment, side in zip(moments, ([f.delta for f in part], [f.inputs for f in part]), strict=True):
             tokens = np.concatenate(side)
             moment += tokens.T @ tokens

@@ -66,7 +66,6 @@ def fit(arguments: Arguments) -> ProfileMechanism:
         )
     )
     probe = open_probe(model)
-    standardise: Literal["none", "whiten"] = "none" if arguments.kind == "coordinates" else "whiten"
     mechanism, basis = fit_mechanism(
         probe,
         Path(arguments.probe).name,
@@ -78,7 +77,7 @@ def fit(arguments: Arguments) -> ProfileMechanism:
             projection_dimensions=arguments.dimensions,
         ),
         BasisSettings(
-            standardise=standardise,
+            standardise="none" if arguments.kind == "coordinates" else "whiten",
             kronecker_shape=(arguments.left, arguments.dimensions // arguments.left),
         ),
         arguments.noise_multiplier,
@@ -94,14 +93,12 @@ def fit(arguments: Arguments) -> ProfileMechanism:
 def as_toml(mechanism: ProfileMechanism) -> str:
     """The mechanism as the `[terms.profile]` table of a federation.toml."""
     content = mechanism.model_dump(mode="json", exclude_none=True)
-    reduction = content.pop("reduction")
-    lines = ["[terms.profile]", *_lines(content), "", "[terms.profile.reduction]", *_lines(reduction)]
-    return "\n".join(lines)
-
-
-def _lines(table: dict[str, object]) -> list[str]:
     # JSON's strings, numbers and booleans are TOML's.
-    return [f"{key} = {json.dumps(value)}" for key, value in table.items()]
+    reduction, plain = (
+        "\n".join(f"{key} = {json.dumps(value)}" for key, value in table.items())
+        for table in (content.pop("reduction"), content)
+    )
+    return f"[terms.profile]\n{plain}\n\n[terms.profile.reduction]\n{reduction}"
 
 
 def main(arguments: Sequence[str]) -> int:

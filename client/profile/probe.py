@@ -27,15 +27,15 @@ from torch import nn
 from fedmosaic.client.dp.checks import refuse_state
 from fedmosaic.client.model.examples import IGNORED, EncodedExample
 from fedmosaic.client.model.fingerprint import base_model, fingerprint
-from fedmosaic.client.model.loss import training_mode
+from fedmosaic.client.model.loss import cut_at, training_mode
 from fedmosaic.privacy.mechanism.projection import GradientFactors
 from fedmosaic.protos.errors import ModelError
 
 VOCABULARY_PER_CHUNK = 2**11
 """Rows of the output head that are worked on at once: few enough to stay in a processor's cache."""
 
+_TOLERANCE = 1e-3
 # A half-precision autograd graph is itself only good to a few per cent.
-_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _HALF_TOLERANCE = 0.1
 
 
@@ -43,13 +43,8 @@ _HALF_TOLERANCE = 0.1
 class Probe:
     """The parts of a causal language model that the closed form needs; build it with `open_probe`.
 
-    Attributes:
-        base: the whole transformers model.
-        decoder: the stack of blocks with the final norm, without the head.
-        down_proj: the last block's down projection; an adapter may be wrapped round it.
-        norm: the final RMSNorm.
-        head: the output embedding, tied or not.
-        epsilon: ε of the norm.
+    They are the whole model; the stack of blocks with the final norm; the last block's down projection, which
+    an adapter may be wrapped round; the final RMSNorm; the output embedding, tied or not; and ε of the norm.
     """
 
     base: nn.Module
@@ -79,10 +74,9 @@ class Probe:
 def open_probe(model: nn.Module) -> Probe:
     """Find the parts of a model and check the closed form against autograd on four tokens.
 
-    Args:
-        model: a causal language model of the Llama form (Llama, Qwen2, Qwen3, Mistral, SmolLM ...): last
-            block with `mlp.down_proj`, added to the residual stream without further scaling, a final
-            RMSNorm, a linear head. Any dtype; a peft wrapper is looked through, its adapters switched off.
+    The model is of the Llama form (Llama, Qwen2, Qwen3, Mistral, SmolLM ...): last block with
+    `mlp.down_proj`, added to the residual stream without further scaling, a final RMSNorm, a linear head. Any
+    dtype; a peft wrapper is looked through, its adapters switched off.
 
     Raises:
         ModelError: a part is missing, the closed form does not hold for this architecture, or a layer keeps
@@ -114,9 +108,7 @@ def open_probe(model: nn.Module) -> Probe:
 
 def adapters_disabled(model: nn.Module) -> AbstractContextManager[object]:
     """Switch a peft model's adapters off for a while, so that its frozen base can serve as the probe."""
-    disable = getattr(model, "disable_adapter", None)
-    if disable is None:
-        return nullcontext()
+    disable: Any = getattr(model, "disable_adapter", nullcontext)
     context: AbstractContextManager[object] = disable()
     return context
 
@@ -209,26 +201,15 @@ def _check_closed_form(probe: Probe, base: Any) -> None:
     ids = torch.arange(4) % len(_weight(probe.head))
     with torch.no_grad():
         delta_TD, _ = _factors(probe, EncodedExample("closed-form check", ids, ids))
-    leaves: list[torch.Tensor] = []
-
-    def cut_graph(_module: nn.Module, _arguments: object, output: torch.Tensor) -> torch.Tensor:
-        leaves.append(output.detach().requires_grad_())
-        return leaves[0]
-
-    handle = probe.down_proj.register_forward_hook(cut_graph)
-    try:
-        with torch.enable_grad():
-            # The whole model, so that scaled or capped logits are found out.
-            logits_LV = base(input_ids=ids[None].to(_weight(probe.norm).device), use_cache=False).logits[
-                0, :-1
-            ]
-            loss = nn.functional.cross_entropy(logits_LV.float(), ids[1:].to(logits_LV.device))
-            (expected_BLD,) = torch.autograd.grad(loss, leaves)
-    finally:
-        handle.remove()
+    with cut_at(probe.down_proj) as leaves, torch.enable_grad():
+        # The whole model, so that scaled or capped logits are found out.
+        output = base(input_ids=ids[None].to(_weight(probe.norm).device), use_cache=False)
+        logits_LV = output.logits[0, :-1].float()
+        loss = nn.functional.cross_entropy(logits_LV, ids[1:].to(logits_LV.device))
+        (expected_BLD,) = torch.autograd.grad(loss, leaves)
     expected_TD = expected_BLD[0, :-1].float().cpu()
     error = ((delta_TD - expected_TD).norm() / expected_TD.norm()).item()
-    if not error <= _TOLERANCE.get(_weight(probe.norm).dtype, _HALF_TOLERANCE):
+    if not error <= (_HALF_TOLERANCE if _weight(probe.norm).dtype.itemsize < 4 else _TOLERANCE):
         raise ModelError(
             f"{type(base).__name__} cannot be a probe: its gradient is off the closed form by {error:.2g} "
             "(relative). The final norm must be γ·h/rms(h), down_proj must be added to the residual stream "

@@ -118,7 +118,7 @@ def only_released(model: PeftModel) -> PeftModel:
 def clear_biases(model: nn.Module) -> None:
     """Set every Q to zero."""
     name = find_adapter(model)
-    for layer in shared_modules(model, name):
+    for layer in shared_modules(model):
         for branch in layer.settings[name].branches:
             layer.core(name, branch).bias.zero_()
 
@@ -129,12 +129,12 @@ def write_lora(model: PeftModel, folder: Path, base: str) -> int:
 
     s·B((1−β)P_L + βP_G + P_p)A of a Co-LoRA module has rank r, since all branches share A and B, and so has
     another layer's LoRA of one branch. Where such a layer has two, their sum may take rank 2r. ModelError if
-    the adapter changes nothing, or a gate is pooled, so that no constant map exists.
+    the adapter changes nothing.
     """
     name = find_adapter(model)
     deltas = {
         layer.settings[name].placement.name: _compressed(layer.merge_delta(name), layer.settings[name].rank)
-        for layer in adapted_layers(model, "all", name)
+        for layer in adapted_layers(model)
     }
     deltas = {module: delta for module, delta in deltas.items() if delta.left.any() or delta.bias is not None}
     if not deltas:
@@ -194,8 +194,8 @@ def _shortest(model: PeftModel, deltas: dict[str, MergeDelta]) -> list[str]:
 def merged(model: PeftModel) -> PreTrainedModel:
     """The base model with the adapter in its weights, described by its own configuration.
 
-    ModelError if base weights are quantised, a gate is pooled, or no architecture describes the biases that Q
-    becomes. The model is merged then and not to be used.
+    ModelError if base weights are quantised, or no architecture describes the biases that Q becomes. The
+    model is merged then and not to be used.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Merging Q gave biases", UserWarning)

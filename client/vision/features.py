@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -13,12 +12,12 @@ from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch.nn import functional
 
 from fedmosaic.client.assets import cache_directory
 from fedmosaic.client.vision.efficientnet import CHANNELS, LITE0, EfficientNetLite0, load_efficientnet
-from fedmosaic.privacy.files import private_directory
+from fedmosaic.privacy.files import private_directory, write_atomically
 from fedmosaic.protos.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
@@ -31,17 +30,11 @@ GRID: Final = 3
 
 _MOST_PIXELS: Final = 50_000_000
 _LONGEST_SIDE: Final = 8192
-_DEEP_MODES: Final = ("I", "F")
 _GREY: Final = (127, 127, 127)
 
 
 def open_image(path: Path) -> Image.Image:
-    """Read a PNG or JPEG file, as RGB.
-
-    Raises:
-        ConfigurationError: it cannot be read, has more than fifty million pixels or 8,192 of a side, or more
-            than eight bits per channel.
-    """
+    """Read a PNG or JPEG file as RGB; ConfigurationError if it is damaged, too large, or over eight bits."""
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as file:
             if file.width * file.height > _MOST_PIXELS or max(file.size) > _LONGEST_SIDE:
@@ -49,7 +42,7 @@ def open_image(path: Path) -> Image.Image:
                     f"{path} has {file.width} × {file.height} pixels; give at most {_MOST_PIXELS}, and "
                     f"at most {_LONGEST_SIDE} of a side"
                 )
-            if file.mode.startswith(_DEEP_MODES):
+            if file.mode.startswith(("I", "F")):
                 raise ConfigurationError(
                     f"{path} has more than eight bits per channel (mode {file.mode}), of which most would be "
                     "cut to white; choose a window and convert it to eight"
@@ -61,15 +54,7 @@ def open_image(path: Path) -> Image.Image:
 
 
 def read_image(path: Path, size: int) -> torch.Tensor:
-    """Read an image as pixels for the encoder.
-
-    Args:
-        path: of any shape; padded with grey to a square and resized.
-        size: pixels of a side.
-
-    Returns:
-        (3, size, size) float32 in [-1, 1].
-    """
+    """An image of any shape as (3, size, size) float32 in [-1, 1], padded with grey to a square."""
     image = open_image(path)
     side = max(image.size)
     square = Image.new("RGB", (side, side), _GREY)
@@ -88,25 +73,11 @@ def image_features(
     kept: Path | None = None,
     console: Console | None = None,
 ) -> torch.Tensor:
-    """Features of images, from files kept earlier or from the encoder.
+    """Features of n images, (n, grid², 1280) float16, places row by row; kept earlier or from the encoder.
 
     Files that hold the same bytes are encoded once. Features tell much of an image: those of private images
-    belong beside the client's other state, not into the cache.
-
-    Args:
-        paths: n images.
-        size: pixels of a side.
-        grid: places of a side.
-        cache: directory of the cache, which the encoder comes from; `cache_directory()` by default.
-        kept: directory where these features and no others are kept, readable by its owner only; below the
-            cache by default.
-        console: where progress is shown; nowhere by default.
-
-    Returns:
-        (n, grid², 1280) float16, places row by row.
-
-    Raises:
-        ConfigurationError: an image cannot be read.
+    belong beside the client's other state, in `kept`, readable by its owner only, which then holds these and
+    no others; below the cache they are shared. Progress is shown on a console, or nowhere.
     """
     place = cache_directory() if cache is None else cache
     digests = [_digest(path) for path in paths]
@@ -121,10 +92,7 @@ def image_features(
         encoder = load_efficientnet(place)
         features = _encode(encoder, [first[digest] for digest in distinct], size, grid, console)
         private_directory(stored.parent)
-        partial = stored.with_name(f"{stored.name}.{os.getpid()}")
-        save_file({"features": features}, partial)
-        partial.chmod(0o600)
-        os.replace(partial, stored)
+        write_atomically(stored, save({"features": features}))
     if kept is not None:
         # Also where these were there already: a kill may have come before the removal.
         forget_features(kept, but=stored)

@@ -11,11 +11,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedmosaic.client.model.examples import Example, answer_tokens, question_tokens
 from fedmosaic.client.model.fingerprint import fingerprint
-from fedmosaic.client.vision.embedding import ImageSource, ProjectedFeatures, put_images
 from fedmosaic.client.vision.features import forget_features, image_features
-from fedmosaic.client.vision.projector import load_projector
+from fedmosaic.client.vision.projector import ProjectedFeatures, load_projector
 from fedmosaic.client.vision.tower import TowerImages, has_tower
-from fedmosaic.client.vision.words import images_in, number_images, tokenizer_with_images
+from fedmosaic.client.vision.words import (
+    ImageSource,
+    images_in,
+    number_images,
+    put_images,
+    tokenizer_with_images,
+)
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
 
@@ -23,13 +28,9 @@ from fedmosaic.protos.errors import ConfigurationError, ModelError
 class VisionInputs:
     """Where images come from, and what reads them.
 
-    Attributes:
-        model: folder or hub id of the model.
-        images: folder that the images which prompts name lie in; None if there are none.
-        projector: folder of the projector that lets a language model read images; None for a
-            vision-language model.
-        question_only: leave every image out.
-        features: directory where features of the images are kept; see `image_features`.
+    The folder or hub id of the model, the folder that the images which prompts name lie in, the folder of the
+    projector that lets a language model read images, whether to leave every image out, and the directory
+    where features of the images are kept (`image_features`).
     """
 
     model: str
@@ -46,19 +47,10 @@ def open_images(
     examples: Sequence[Example],
     max_length: int,
 ) -> PreTrainedTokenizerBase:
-    """Let a model read the images of examples.
+    """Let an adapted model read the images of all `examples` that it will read; changes its input embedding.
 
-    Everything that reads images is frozen, so nothing of it is ever shared.
-
-    Args:
-        inputs: where images come from.
-        model: adapted; its input embedding is changed.
-        tokenizer: of the model.
-        examples: all that the model will read.
-        max_length: most tokens of an example, `training.max_length`.
-
-    Returns:
-        A tokenizer that knows the images; the one given if no example names an image.
+    Everything that reads images is frozen, so nothing of it is ever shared. The tokenizer that is given back
+    knows the images; it is the one given if no example names an image.
 
     Raises:
         ConfigurationError: an image is missing, prompts name images without a folder for them, answers or

@@ -26,13 +26,7 @@ class Projector(nn.Module):
     """
 
     def __init__(self, channels: int, width: int, scale: float = 1.0) -> None:
-        """Start at random.
-
-        Args:
-            channels: of the features.
-            width: of the language model.
-            scale: root mean square of a value of its words' vectors, which the projector's begin with too.
-        """
+        """Start at random, with vectors of a root mean square of `scale`, that of the words' vectors."""
         super().__init__()
         self.norm = nn.LayerNorm(channels, elementwise_affine=False)
         self.wide = nn.Linear(channels, width)
@@ -50,21 +44,29 @@ class Projector(nn.Module):
         return projected
 
 
+class ProjectedFeatures(nn.Module):
+    """Images whose features are in memory, projected when they are asked for."""
+
+    def __init__(self, features: torch.Tensor, projector: Projector) -> None:
+        """Hold features (n, K, C), float16 or float32, and their projector from C to the model's width."""
+        super().__init__()
+        self.features: torch.Tensor
+        self.register_buffer("features", features, persistent=False)
+        self.projector = projector
+
+    def forward(self, numbers: torch.Tensor) -> torch.Tensor:
+        """See `fedmosaic.client.vision.words.ImageSource`."""
+        projected: torch.Tensor = self.projector(self.features[numbers].float())
+        return projected
+
+
 @dataclass(frozen=True)
 class ProjectorRecord:
     """What a projector was trained for and how.
 
-    Attributes:
-        model_sha256: `fedmosaic.client.model.fingerprint.fingerprint` of the language model.
-        channels: of the features.
-        width: of the language model.
-        size: pixels of a side that images are brought to.
-        grid: places of a side that features are averaged to.
-        data: what it was trained on.
-        steps: optimizer steps.
-        seconds: that training took, without the encoder.
-        first_loss: mean loss of the first steps, nats per token.
-        last_loss: mean loss of the last steps.
+    The fingerprint and width of the language model; channels of the features, places of a side that they are
+    averaged to and pixels of a side of images; its data, optimizer steps, seconds without the encoder, and
+    mean loss of the first and last steps in nats per token.
     """
 
     model_sha256: str

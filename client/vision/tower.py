@@ -5,8 +5,8 @@ and kept while there is room. What the language part then reads is what the mode
 the places of its image tokens.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,19 +28,13 @@ def has_tower(model: nn.Module) -> bool:
 
 
 class TowerImages:
-    """Vectors of images from a model's own tower; see `fedmosaic.client.vision.embedding`.
-
-    Attributes:
-        each: tokens of an image.
-    """
+    """Vectors of images from a model's own tower, `each` tokens of an image."""
 
     def __init__(self, model: nn.Module, source: str, paths: Sequence[Path]) -> None:
         """Find out how many tokens an image has.
 
-        Args:
-            model: of transformers, without PEFT's wrapper; its tower must not be adapted.
-            source: folder or hub id that the model came from, for its image processor.
-            paths: of the images, by number; at least one.
+        The model is of transformers, without PEFT's wrapper, its tower not adapted; its image processor is
+        loaded from `source`. Images are known by their place in `paths`.
 
         Raises:
             ModelError: the model's type is not known here, or its image processor cannot be loaded.
@@ -61,18 +55,15 @@ class TowerImages:
             open_image(path)
         self._model: Any = model
         self._paths = tuple(paths)
-        self._known: OrderedDict[int, torch.Tensor] = OrderedDict()
+        self._vectors = lru_cache(_KEPT)(self._compute)
         self.each = len(self._vectors(0))
 
     def __call__(self, numbers: torch.Tensor) -> torch.Tensor:
-        """See `fedmosaic.client.vision.embedding.ImageSource`."""
+        """See `fedmosaic.client.vision.words.ImageSource`."""
         return torch.stack([self._vectors(int(number)) for number in numbers]).to(numbers.device)
 
-    def _vectors(self, number: int) -> torch.Tensor:
+    def _compute(self, number: int) -> torch.Tensor:
         """(K, D) vectors of one image."""
-        if number in self._known:
-            self._known.move_to_end(number)
-            return self._known[number]
         pixels = self._processor(open_image(self._paths[number]), return_tensors="pt")["pixel_values"]
         table = self._model.get_input_embeddings().weight
         # Always in the model's own precision: what an image becomes must not depend on whether it was met in
@@ -82,7 +73,4 @@ class TowerImages:
                 pixel_values=pixels.to(table.device, table.dtype), return_dict=True
             )
         vectors: torch.Tensor = output.pooler_output[0].detach()
-        self._known[number] = vectors
-        while len(self._known) > _KEPT:
-            self._known.popitem(last=False)
         return vectors

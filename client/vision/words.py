@@ -6,13 +6,16 @@ handle images like any other words. The model's input embedding knows what stand
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, cast
 
-from transformers import PreTrainedTokenizerBase
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedmosaic.client.model.examples import Example
+from fedmosaic.client.model.fingerprint import base_model
 from fedmosaic.protos.errors import ConfigurationError, ModelError
 
 _MARKER: Final = re.compile(r"<image:([^<>\n]+)>")
@@ -45,13 +48,7 @@ def without_images(example: Example) -> Example:
 
 @dataclass(frozen=True)
 class ImageIds:
-    """Which ids stand for which image.
-
-    Attributes:
-        numbers: number of each image, 0 to n - 1, by path.
-        first: first id of image 0: the rows of the model's embedding.
-        each: ids per image.
-    """
+    """Number of each image by path, 0 to n - 1, the first id of image 0, and how many ids each has."""
 
     numbers: Mapping[str, int]
     first: int
@@ -119,10 +116,52 @@ class ImageTokenizer:
 
 
 def tokenizer_with_images(base: PreTrainedTokenizerBase, ids: ImageIds | None) -> PreTrainedTokenizerBase:
-    """`ImageTokenizer` under the type that everything that takes a tokenizer asks for.
-
-    Args:
-        base: of the language model; puts its special tokens before a text, if anywhere.
-        ids: of the images; None leaves every marker out, for the question alone.
-    """
+    """`ImageTokenizer` under the type of a tokenizer; without ids it leaves every marker out."""
     return cast(PreTrainedTokenizerBase, ImageTokenizer(base, ids))
+
+
+ImageSource = Callable[[torch.Tensor], torch.Tensor]
+"""(M,) int64 numbers of images, all different, to (M, K, D) vectors in the width of the embedding."""
+
+
+class ImageEmbedding(nn.Module):
+    """Looks up ids of the vocabulary in the model's own table and all higher ones in an image source."""
+
+    images_above_rows = True
+    """Ids above the rows are right; `acceptance.check_ids` asks for it."""
+
+    def __init__(self, words: nn.Embedding, source: ImageSource, each: int) -> None:
+        super().__init__()
+        self.words, self.source, self._each = words, source, each
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The words' table (V, D), which an output head may share."""
+        return self.words.weight
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the words' table."""
+        return self.words.num_embeddings
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """(…,) int64 ids to (…, D) vectors."""
+        is_image = ids >= self.num_embeddings
+        embedded: torch.Tensor = self.words(ids.masked_fill(is_image, 0))
+        if not bool(is_image.any()):
+            return embedded
+        places = ids[is_image] - self.num_embeddings
+        numbers, inverse = torch.unique(places // self._each, return_inverse=True)
+        vectors = self.source(numbers)[inverse, places % self._each]
+        return embedded.masked_scatter(is_image.unsqueeze(-1), vectors.to(embedded.dtype))
+
+
+def put_images(model: nn.Module, source: ImageSource, each: int) -> None:
+    """Let a model read images of `each` ids; changes its input embedding in place."""
+    base = cast(PreTrainedModel, base_model(model))
+    words = base.get_input_embeddings()
+    if isinstance(words, ImageEmbedding):
+        words = words.words
+    if type(words) is not nn.Embedding:
+        raise ModelError(f"{type(base).__name__} embeds words with {type(words).__name__}; a table is needed")
+    base.set_input_embeddings(ImageEmbedding(words, source, each).to(words.weight.device))

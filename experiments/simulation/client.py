@@ -13,8 +13,7 @@ from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.ledger import ServerAnchor
 from fedmosaic.client.model.examples import EncodedExample, Example
 from fedmosaic.client.model.sampling import EpochSampler
-from fedmosaic.client.profile.maker import ProfileProbe, load_probe, public_map
-from fedmosaic.client.profile.release import check_probe
+from fedmosaic.client.profile.maker import ProfileProbe, check_probe, load_probe, public_map
 from fedmosaic.client.progress import Progress
 from fedmosaic.client.releases import ProfileSum, Randomness, Releases
 from fedmosaic.client.settings import ClientSettings, ModelSettings

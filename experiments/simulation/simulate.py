@@ -15,7 +15,7 @@ from typing import Final
 from rich.console import Console
 
 from fedmosaic.client.client import RESULT
-from fedmosaic.client.colora import family_layout, fix_gate, set_active_branches, set_trainable
+from fedmosaic.client.colora import fix_gate, read_family, set_active_branches, set_trainable
 from fedmosaic.client.model.adapted import load_adapted
 from fedmosaic.client.model.examples import EncodedExample
 from fedmosaic.client.model.sampling import EpochSampler
@@ -181,7 +181,7 @@ def make_models(scenario: Scenario) -> tuple[dict[Architecture, SharedModel], Ad
         if architecture(client) in models:
             continue
         models[architecture(client)] = shared = load_shared(scenario, client, terms)
-        size = family_layout(shared.model).size if scenario.family_sharing and client.family else 0
+        size = read_family(shared.model).size if scenario.family_sharing and client.family else 0
         if size and dimensions.setdefault(client.family, size) != size:
             raise ConfigurationError(
                 f"client {client.id}: family {client.family!r} shares {dimensions[client.family]} "

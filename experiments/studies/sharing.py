@@ -33,10 +33,10 @@ from fedmosaic.client.colora import CoLoraConfig, read_shared, set_basis, write_
 from fedmosaic.client.colora.state import shared_modules
 from fedmosaic.client.dp.branch import only_shared_branch
 from fedmosaic.client.dp.group_steps import GroupSum, mixed_gradient, shared_branch
-from fedmosaic.client.model.evaluation import choice_accuracy
 from fedmosaic.client.model.examples import EncodedExample, Example, collate, encode_examples, padding_token
 from fedmosaic.client.model.load import adapt, load_base_model
 from fedmosaic.client.model.loss import example_losses
+from fedmosaic.client.model.scoring import score_examples
 from fedmosaic.experiments.scenario.metrics import Interval, interval
 from fedmosaic.privacy.accounting.calibrate import noise_multiplier_for
 from fedmosaic.privacy.accounting.leverage import noise_share
@@ -224,7 +224,7 @@ class _Bench:
                 y *= settings.clipping_norm / grid.steps
                 gradients.append(mixed_gradient([GroupSum(y, members * batch)], [1.0]))
             self._write(gradients)
-            accuracy = choice_accuracy(self._model, self._tokenizer, tests, 64, max_length=_MAX_LENGTH)
+            accuracy = score_examples(self._model, self._tokenizer, tests, 64, max_length=_MAX_LENGTH).value
         return sigma, ratio, accuracy
 
     def _write(self, gradients: Sequence[FloatArray | None]) -> None:

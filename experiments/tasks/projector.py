@@ -11,16 +11,15 @@ from rich.progress import Progress
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fedmosaic.client.model.evaluation import choice_accuracy
 from fedmosaic.client.model.examples import Example, encode_examples, padding_token
 from fedmosaic.client.model.fingerprint import fingerprint
+from fedmosaic.client.model.scoring import score_examples
 from fedmosaic.client.model.training import TrainingReport, TrainingSettings, train_local
 from fedmosaic.client.vision.efficientnet import CHANNELS
-from fedmosaic.client.vision.embedding import ProjectedFeatures, put_images
 from fedmosaic.client.vision.features import GRID, SIZE, image_features
 from fedmosaic.client.vision.inputs import located
-from fedmosaic.client.vision.projector import Projector, ProjectorRecord
-from fedmosaic.client.vision.words import number_images, tokenizer_with_images
+from fedmosaic.client.vision.projector import ProjectedFeatures, Projector, ProjectorRecord
+from fedmosaic.client.vision.words import number_images, put_images, tokenizer_with_images
 from fedmosaic.protos.errors import ModelError
 
 _SCORED_BATCH = 32
@@ -73,11 +72,11 @@ def train_projector(
     seconds = time.monotonic() - started
     projector.requires_grad_(False)
     seen, blind = (
-        choice_accuracy(model, t, public.test, _SCORED_BATCH, max_length=settings.max_length)
+        score_examples(model, t, public.test, _SCORED_BATCH, max_length=settings.max_length).value
         for t in (with_images, tokenizer_with_images(tokenizer, None))
     )
     record = ProjectorRecord(
-        identity, CHANNELS, words.embedding_dim, SIZE, GRID, public.name, report.steps, seconds,
+        identity, CHANNELS, words.embedding_dim, SIZE, GRID, public.name, settings.steps, seconds,
         report.first_loss, report.last_loss,
     )  # fmt: skip
     return projector, record, (seen, blind)

@@ -55,8 +55,8 @@ class AdapterTerms(Frozen):
     """Linear modules within a decoder layer that carry the adapter, by name."""
     other_layers: Literal["lora", "none"] = "lora"
     """What all other layers carry: the client's own LoRA, or nothing."""
-    gate: Literal["scalar", "pooled"] = "scalar"
-    """Weight β of the global branch: one number per module, or a function of the module's input."""
+    gate: Literal["scalar"] = "scalar"
+    """Weight β of the global branch: one learnt number per module."""
     basis_seed: int = Field(default=0, ge=0)
     """Seed of the frozen bases A, B, the same for all members, where there is no aligned basis."""
     basis: str = Field(default="", pattern=r"^(aligned:[0-9a-f]{32})?$")

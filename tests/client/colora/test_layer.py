@@ -1,7 +1,5 @@
 """The algebra of the adapted layers: formula, gate, branches, merging, precision."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,17 +18,13 @@ KINDS = [CoLoraLinear, BranchedLoraLinear]
 def make(
     kind: type[CoLoraLayer] = CoLoraLinear,
     *,
-    gate: str = "scalar",
     bias: bool = True,
     dtype: torch.dtype = torch.float32,
-    noise: float = 0.0,
     fill: bool = True,
 ) -> CoLoraLayer:
     """An adapted linear module with three branches, all filled with numbers unless fill=False."""
     torch.manual_seed(1)
-    config = CoLoraConfig(
-        r=RANK, alpha=ALPHA, gate=gate, gate_noise_std=noise, personal_branch=True, basis_seed=3
-    )
+    config = CoLoraConfig(r=RANK, alpha=ALPHA, personal_branch=True, basis_seed=3)
     block = 0 if kind is CoLoraLinear else None
     placement = Placement(name="m.layers.0.q_proj", module="q_proj", layer=0, block=block)
     layer = kind(nn.Linear(D_IN, D_OUT, bias=bias).to(dtype), "default", config, placement)
@@ -60,39 +54,14 @@ def branch_output(layer: CoLoraLayer, branch: str, x: torch.Tensor) -> torch.Ten
     return SCALE * torch.einsum("or,rd,btd->bto", up.weight.double(), down.weight.double(), x)
 
 
-def gate_value(layer: CoLoraLayer, x: torch.Tensor) -> torch.Tensor:
-    beta = layer.colora_gate["default"].double()
-    if beta.numel() == 1:
-        return torch.sigmoid(beta)
-    per_sequence = torch.stack([torch.stack([row @ beta for row in rows]).mean() for rows in x.double()])
-    return torch.sigmoid(per_sequence).view(-1, 1, 1)
-
-
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("gate", ["scalar", "pooled"])
-def test_forward_is_the_formula(kind: type[CoLoraLayer], gate: str) -> None:
-    layer, x = make(kind, gate=gate), inputs()
-    g = gate_value(layer, x)
+def test_forward_is_the_formula(kind: type[CoLoraLayer]) -> None:
+    layer, x = make(kind), inputs()
+    g = torch.sigmoid(layer.colora_gate["default"].double())
     expected = layer.linear(x).double()
     expected = expected + (1 - g) * branch_output(layer, "local", x) + g * branch_output(layer, "global", x)
     expected = expected + branch_output(layer, "personal", x)
     torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("gate", ["scalar", "pooled"])
-def test_at_the_start_nothing_changes_but_there_is_something_to_learn(
-    kind: type[CoLoraLayer], gate: str
-) -> None:
-    layer, x = make(kind, gate=gate, fill=False), inputs()
-    assert torch.equal(layer(x), layer.linear(x))
-    layer(x).square().sum().backward()
-    learned = layer.core("default", "local").weight if isinstance(layer, CoLoraLinear) else None
-    if isinstance(layer, BranchedLoraLinear):
-        learned = layer.pair("default", "local")[1].weight
-    assert learned is not None
-    assert learned.grad is not None
-    assert learned.grad.abs().max() > 1e-3
 
 
 def test_gradient_of_the_core_is_the_closed_form() -> None:
@@ -127,19 +96,7 @@ def test_one_core_for_all_branches_gives_what_the_branches_apart_give() -> None:
     assert any("core_local" in name for name in trained)
     assert not any("core_global" in name for name in trained)
     for name, parameter in together.named_parameters():
-        if parameter.grad is None:
-            assert theirs[name].grad is None
-        else:
-            torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-4, atol=1e-5)
-
-
-def test_bases_are_orthonormal_and_the_map_is_an_isometry() -> None:
-    layer = make()
-    a, b = layer.colora_A["default"], layer.colora_B["default"]
-    assert orthonormality_error(a.T) < 1e-6
-    assert orthonormality_error(b) < 1e-6
-    p = layer.core("default", "local").weight
-    torch.testing.assert_close((b @ p @ a).norm(), p.norm())
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-4, atol=1e-5)
 
 
 @given(st.integers(1, 12), st.integers(0, 2**62), st.integers(0, 8))
@@ -151,12 +108,7 @@ def test_drawn_bases_are_orthonormal_and_reproducible(rank: int, seed: int, extr
     assert not torch.equal(basis, draw_orthonormal(rank + extra, rank, seed + 1)) or rank + extra == 1
 
 
-def test_rank_above_the_width_is_refused() -> None:
-    with pytest.raises(ModelError, match="Rank 5 is above the width 4"):
-        draw_orthonormal(4, 5, 0)
-
-
-def test_bases_differ_between_modules_and_blocks() -> None:
+def test_bases_are_orthonormal_and_differ_between_modules_and_blocks() -> None:
     config = CoLoraConfig(r=RANK)
     places = [("q_proj", 0), ("k_proj", 0), ("q_proj", 1)]
     layers = [
@@ -167,6 +119,7 @@ def test_bases_differ_between_modules_and_blocks() -> None:
         tensor for layer in layers for tensor in (layer.colora_A["default"].T, layer.colora_B["default"])
     ]
     for i, first in enumerate(bases):
+        assert orthonormality_error(first) < 1e-6
         for second in bases[i + 1 :]:
             assert not torch.allclose(first, second, atol=1e-3)
 
@@ -198,9 +151,8 @@ def test_branches_left_out_are_not_computed(kind: type[CoLoraLayer]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("gate", ["scalar", "pooled"])
-def test_a_fixed_gate_does_not_read_the_gate_parameters(kind: type[CoLoraLayer], gate: str) -> None:
-    layer, x = make(kind, gate=gate), inputs()
+def test_a_fixed_gate_does_not_read_the_gate_parameters(kind: type[CoLoraLayer]) -> None:
+    layer, x = make(kind), inputs()
     layer.settings["default"].fixed_gate = 0.25
     with torch.no_grad():
         layer.colora_gate["default"].fill_(float("nan"))
@@ -224,13 +176,6 @@ def test_the_scalar_gate_learns() -> None:
     assert float(beta.grad) == pytest.approx((loss(at + step) - loss(at - step)) / (2 * step), rel=1e-2)
 
 
-def test_pooled_gate_noise_is_for_training_only() -> None:
-    quiet, noisy, x = make(gate="pooled"), make(gate="pooled", noise=1.0), inputs()
-    torch.testing.assert_close(quiet.eval()(x), noisy.eval()(x))
-    assert not torch.allclose(noisy.train()(x), noisy.train()(x))
-    torch.testing.assert_close(quiet.train()(x), quiet.train()(x))
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_merging_is_equivalent_and_unmerging_restores(kind: type[CoLoraLayer], bias: bool) -> None:
@@ -246,24 +191,7 @@ def test_merging_is_equivalent_and_unmerging_restores(kind: type[CoLoraLayer], b
                 parameter.add_(1.0)
     layer.unmerge()
     torch.testing.assert_close(layer.linear.weight, base[0], rtol=1e-5, atol=1e-5)
-    if base[1] is None:
-        assert layer.linear.bias is None
-    else:
-        torch.testing.assert_close(layer.linear.bias, base[1], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_pooled_gate_is_not_merged_unless_fixed(kind: type[CoLoraLayer]) -> None:
-    layer, x = make(kind, gate="pooled"), inputs()
-    weight = layer.linear.weight.clone()
-    with pytest.raises(ModelError, match="pooled gate"):
-        layer.merge()
-    assert torch.equal(layer.linear.weight, weight)
-    assert not layer.merged
-    layer.settings["default"].fixed_gate = 0.5
-    before = layer(x)
-    layer.merge()
-    torch.testing.assert_close(layer(x), before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.linear.bias, base[1], rtol=1e-5, atol=1e-5)
 
 
 def test_merging_something_broken_is_refused() -> None:
@@ -274,13 +202,6 @@ def test_merging_something_broken_is_refused() -> None:
         layer.merge(safe_merge=True)
     assert not layer.merged
     assert layer.linear.weight.isfinite().all()
-
-
-def test_merging_into_quantised_weights_is_refused() -> None:
-    layer = make()
-    layer.linear.weight = nn.Parameter(layer.linear.weight.to(torch.int8), requires_grad=False)
-    with pytest.raises(ModelError, match="quantised"):
-        layer.merge()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -329,26 +250,23 @@ def test_other_modules_than_linear_are_refused() -> None:
         CoLoraLinear(nn.Conv1d(4, 4, 1), "default", CoLoraConfig(r=2), Placement("n", "n", 0, 0))
 
 
-BAD: list[tuple[str, Callable[[], CoLoraConfig]]] = [
-    ("r", lambda: CoLoraConfig(r=0)),
-    ("r", lambda: CoLoraConfig(r=True)),
-    ("r", lambda: CoLoraConfig(r=2.5)),  # type: ignore[arg-type]  # the point
-    ("alpha", lambda: CoLoraConfig(alpha=0.0)),
-    ("alpha", lambda: CoLoraConfig(alpha=float("nan"))),
-    ("alpha", lambda: CoLoraConfig(alpha=float("inf"))),
-    ("blocks", lambda: CoLoraConfig(blocks=-1)),
-    ("layer_rule", lambda: CoLoraConfig(layer_rule="deep")),
-    ("other_layers", lambda: CoLoraConfig(other_layers="all")),
-    ("gate", lambda: CoLoraConfig(gate="vector")),
-    ("gate_noise_std", lambda: CoLoraConfig(gate="pooled", gate_noise_std=-1.0)),
-    ("gate_noise_std", lambda: CoLoraConfig(gate_noise_std=0.5)),
-    ("basis_seed", lambda: CoLoraConfig(basis_seed=0.5)),  # type: ignore[arg-type]  # the point
-    ("target_modules", lambda: CoLoraConfig(target_modules="q_proj")),  # type: ignore[arg-type]  # the point
-    ("shared_layers", lambda: CoLoraConfig(blocks=2, shared_layers=[1])),
+BAD: list[tuple[str, object]] = [
+    *(("r", value) for value in (0, True, 2.5)),
+    *(("alpha", value) for value in (0.0, float("nan"), float("inf"))),
+    ("blocks", -1),
+    ("layer_rule", "deep"),
+    ("other_layers", "all"),
+    ("gate", "pooled"),
+    ("gate_noise_std", 0.5),
+    ("basis_seed", 0.5),
+    ("target_modules", "q_proj"),
+    ("shared_layers", [1]),
+    ("active_branches", {"shared": ["lokal"]}),
+    ("fixed_gate", {"shared": 1.5}),
 ]
 
 
-@pytest.mark.parametrize(("field", "build"), BAD)
-def test_a_wrong_configuration_names_the_field(field: str, build: Callable[[], CoLoraConfig]) -> None:
+@pytest.mark.parametrize(("field", "value"), BAD)
+def test_a_wrong_configuration_names_the_field(field: str, value: object) -> None:
     with pytest.raises(ConfigurationError, match=f"CoLoraConfig: {field} is"):
-        build()
+        CoLoraConfig(**{field: value})  # type: ignore[arg-type]  # the point

@@ -1,7 +1,5 @@
 """Co-LoRA under everything users do with a PEFT method."""
 
-import copy
-import json
 import subprocess
 import sys
 import warnings
@@ -9,30 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from opacus import GradSampleModule
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    CLIPVisionConfig,
-    LlamaConfig,
     LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 from fedmosaic.client.colora import (
     CoLoraConfig,
     CoLoraLayer,
     fix_gate,
-    read_family,
     read_shared,
     set_active_branches,
     set_basis,
@@ -42,30 +29,11 @@ from fedmosaic.client.colora.basis import draw_orthonormal
 from fedmosaic.client.colora.state import get_basis
 from fedmosaic.client.model.load import save_adapter
 from fedmosaic.protos.errors import ModelError
+from tiny import tiny_decoder as tiny
+from tiny import tiny_llava
 
 IDS = torch.arange(20).view(2, 10) % 64
 SHARED = Path(__file__).parents[3].parent / "shared"
-
-
-def tiny(kind: str = "llama", hidden: int = 32, depth: int = 3, **options: object) -> PreTrainedModel:
-    torch.manual_seed(7)
-    shape = {
-        "vocab_size": 64,
-        "hidden_size": hidden,
-        "intermediate_size": 2 * hidden,
-        "num_hidden_layers": depth,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        **options,
-    }
-    kinds = {
-        "llama": (LlamaForCausalLM, LlamaConfig),
-        "qwen2": (Qwen2ForCausalLM, Qwen2Config),
-        "mistral": (MistralForCausalLM, MistralConfig),
-    }
-    architecture, configuration = kinds[kind]
-    return architecture(configuration(**shape)).eval()
 
 
 def config(**changes: object) -> CoLoraConfig:
@@ -79,6 +47,12 @@ def fill(model: nn.Module, scale: float = 0.2) -> None:
         for name, parameter in sorted(model.named_parameters()):
             if "colora_" in name:
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def filled(kind: str = "llama", scale: float = 0.2, **changes: object) -> PeftModel:
+    model = get_peft_model(tiny(kind), config(**changes))
+    fill(model, scale)
+    return model
 
 
 def train(model: nn.Module, steps: int = 3) -> list[float]:
@@ -106,22 +80,11 @@ def test_it_starts_as_the_base_model_and_then_learns(kind: str, dtype: torch.dty
     before = base(IDS).logits
     model = get_peft_model(base, config(personal_branch=True))
     assert torch.equal(model(IDS).logits, before)
+    start = {name: p.clone() for name, p in model.named_parameters()}
     losses = train(model, 5)
     assert losses[-1] < losses[0] - 0.01
-    assert read_shared(model).any()
-    assert read_family(model).any()
-    assert not read_shared(model, "global").any()
-
-
-def test_only_the_adapter_is_trained_and_the_global_branch_is_not() -> None:
-    model = get_peft_model(tiny(), config(personal_branch=True))
-    trained = {name for name, flag in flags(model).items() if flag}
-    assert trained
-    assert all("colora_" in name and "global" not in name for name in trained)
-    base_and_global = {name: p.clone() for name, p in model.named_parameters() if name not in trained}
-    train(model)
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, base_and_global[name]) if name in base_and_global else True
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, start[name])}
+    assert moved == {name for name in start if "colora_" in name and "global" not in name}
 
 
 @pytest.mark.parametrize("depth", [2, 5])
@@ -139,24 +102,15 @@ def test_layers_are_chosen_by_relative_depth_and_written_into_the_configuration(
     assert with_lora == {str(layer) for layer in range(depth)} - with_core
 
 
-def test_other_layers_may_be_left_alone() -> None:
-    model = get_peft_model(tiny(), config(other_layers="none"))
-    assert not [name for name, _ in model.named_parameters() if "colora_lora" in name]
-
-
 def test_unknown_modules_are_refused_with_what_exists() -> None:
     with pytest.raises(ModelError, match=r"\['c_attn'\].*self_attn\.v_proj"):
         get_peft_model(tiny(), config(target_modules=["c_attn"]))
-    with pytest.raises(ModelError, match="fewer than the 4 blocks"):
-        get_peft_model(tiny(), config(blocks=4))
-    with pytest.raises(ModelError, match="Rank 40"):
+    with pytest.raises(ModelError, match="Rank 40 is above the width 32"):
         get_peft_model(tiny(), config(r=40))
 
 
-@pytest.mark.parametrize("gate", ["scalar", "pooled"])
-def test_saving_and_loading_keeps_every_tensor(tmp_path: Path, gate: str) -> None:
-    model = get_peft_model(tiny("qwen2"), config(gate=gate, personal_branch=True, alpha=7.0))
-    fill(model)
+def test_saving_and_loading_keeps_every_tensor(tmp_path: Path) -> None:
+    model = filled("qwen2", personal_branch=True, alpha=7.0)
     fresh = {
         name: (draw_orthonormal(a.shape[1], 4, 50).T, draw_orthonormal(b.shape[0], 4, 51))
         for name, (a, b) in get_basis(model).items()
@@ -173,14 +127,15 @@ def test_saving_and_loading_keeps_every_tensor(tmp_path: Path, gate: str) -> Non
     assert torch.equal(model(IDS).logits, loaded(IDS).logits)
     assert loaded.peft_config["default"].basis_label == "aligned:test"
     assert isinstance(PeftConfig.from_pretrained(tmp_path), CoLoraConfig)
-    assert not any(flags(loaded).values()), "an adapter loaded for inference is frozen"
+    with loaded.disable_adapter():
+        loaded(IDS)
+    assert not any(flags(loaded).values()), "an adapter loaded for inference is frozen and stays so"
     resumed = PeftModel.from_pretrained(tiny("qwen2"), tmp_path, is_trainable=True)
     assert flags(resumed) == flags(model)
 
 
 def test_loading_with_meta_tensors_first_gives_the_same(tmp_path: Path) -> None:
-    model = get_peft_model(tiny(), config(personal_branch=True))
-    fill(model)
+    model = filled(personal_branch=True)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny(), tmp_path, low_cpu_mem_usage=True)
     assert torch.equal(model(IDS).logits, loaded(IDS).logits)
@@ -199,8 +154,7 @@ def test_auto_classes_load_base_and_adapter(tmp_path: Path) -> None:
 def test_a_saved_adapter_computes_with_the_branches_and_gates_that_it_was_trained_with(
     tmp_path: Path,
 ) -> None:
-    model = get_peft_model(tiny(), config())
-    fill(model)
+    model = filled()
     set_active_branches(model, {"local"}, layers="family")
     fix_gate(model, 0.25, layers="shared")
     save_adapter(model, tmp_path)
@@ -222,13 +176,6 @@ def test_an_adapter_of_another_depth_is_refused(tmp_path: Path) -> None:
         PeftModel.from_pretrained(tiny(depth=4), tmp_path)
 
 
-def test_the_saved_configuration_is_plain_json(tmp_path: Path) -> None:
-    get_peft_model(tiny(), config()).save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert "import fedmosaic.client.colora" in saved["peft_type"], "PEFT alone raises KeyError with this name"
-    assert saved["shared_layers"] == [1, 2]
-
-
 @pytest.mark.parametrize(
     "groups", [set(), {"local"}, {"personal", "gate"}, {"global"}, {"local", "global", "personal", "gate"}]
 )
@@ -248,17 +195,8 @@ def test_leaving_disable_adapter_changes_nothing(groups: set[str]) -> None:
     assert not torch.allclose(adapted, before)
 
 
-def test_disable_adapter_does_not_unfreeze_an_adapter_loaded_for_inference(tmp_path: Path) -> None:
-    get_peft_model(tiny(), config()).save_pretrained(tmp_path)
-    model = PeftModel.from_pretrained(tiny(), tmp_path)
-    with model.disable_adapter():
-        model(IDS)
-    assert not any(flags(model).values())
-
-
 def test_two_adapters_are_separate_and_can_be_summed() -> None:
-    model = get_peft_model(tiny(), config())
-    fill(model)
+    model = filled()
     first = model(IDS).logits
     model.add_adapter("other", config(personal_branch=True, r=2))
     assert torch.equal(model(IDS).logits, first), "a new adapter is not active"
@@ -276,7 +214,6 @@ def test_two_adapters_are_separate_and_can_be_summed() -> None:
     assert not torch.allclose(both, second)
     with pytest.raises(ModelError, match="2 adapters are active"):
         read_shared(model)
-    assert read_shared(model, adapter_name="other").shape == (2 * 7 * (4 + 2),)
     model.delete_adapter("other")
     model.set_adapter("default")
     assert torch.equal(model(IDS).logits, first)
@@ -337,78 +274,39 @@ def test_merging_an_adapter_that_learned_nothing_changes_nothing_and_warns_of_no
     assert set(merged.state_dict()) == keys
 
 
-def test_merge_and_unmerge_in_place() -> None:
-    model = get_peft_model(tiny(), config())
-    fill(model, 0.1)
-    base = {name: t.clone() for name, t in model.state_dict().items() if "base_layer" in name}
-    before = model(IDS).logits
-    model.merge_adapter()
-    torch.testing.assert_close(model(IDS).logits, before, rtol=1e-3, atol=1e-4)
-    for act in (
-        lambda: fix_gate(model, 0.5),
-        lambda: set_active_branches(model, {"local"}),
-    ):
-        with pytest.raises(ModelError, match="merged"):
-            act()
-    model.unmerge_adapter()
-    after = {name: t for name, t in model.state_dict().items() if "base_layer" in name}
-    assert after.keys() == base.keys()
-    assert all(torch.allclose(after[name], base[name], atol=1e-6) for name in base)
-    torch.testing.assert_close(model(IDS).logits, before, rtol=1e-4, atol=1e-5)
-
-
 def test_disabling_a_merged_adapter_gives_the_base_model() -> None:
     base = tiny()
     before = base(IDS).logits
     model = get_peft_model(base, config())
     fill(model, 0.1)
+    adapted = model(IDS).logits
     model.merge_adapter()
+    torch.testing.assert_close(model(IDS).logits, adapted, rtol=1e-3, atol=1e-4)
     with model.disable_adapter():
         torch.testing.assert_close(model(IDS).logits, before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(IDS).logits, adapted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_refused_merge_leaves_the_whole_model_as_it_was() -> None:
-    model = get_peft_model(tiny(), config(gate="pooled"))
-    fill(model)
-    # Only the last module has the gate in use, so that a naive merge would get far before it fails.
-    fix_gate(model, 0.5)
+    model = filled()
+    # Only the last module is quantised, so that a naive merge would get far before it fails.
     last = [module for module in model.modules() if isinstance(module, CoLoraLayer)][-1]
-    last.settings["default"].fixed_gate = None
+    last.linear.weight = nn.Parameter(last.linear.weight.to(torch.int8), requires_grad=False)
     base = {name: t.clone() for name, t in model.state_dict().items()}
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ModelError, match="pooled gate"):
+        with pytest.raises(ModelError, match="quantised"):
             merge()
         assert all(torch.equal(t, base[name]) for name, t in model.state_dict().items())
 
 
-@pytest.mark.parametrize("gate", ["scalar", "pooled"])
-def test_generate(gate: str) -> None:
-    model = get_peft_model(tiny(), config(gate=gate))
-    fill(model)
-    out = model.generate(input_ids=IDS, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    assert out.shape == (2, 14)
-    if gate == "scalar":  # the pooled gate sees other positions with a cache than without
-        plain = model.generate(
-            input_ids=IDS, max_new_tokens=4, do_sample=False, pad_token_id=0, use_cache=False
-        )
-        assert torch.equal(out, plain)
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool) -> None:
-    gradients = []
-    for checkpointing in (False, True):
-        model = get_peft_model(tiny(), config(personal_branch=True))
-        fill(model)
-        if checkpointing:
-            model.enable_input_require_grads()
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
-        model.train()
-        model(input_ids=IDS, labels=IDS).loss.backward()
-        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
-    assert all(gradient is not None for gradient in gradients[1].values())
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-7)
+def test_generation_is_the_same_with_and_without_a_cache() -> None:
+    model = filled()
+    cached, plain = (
+        model.generate(input_ids=IDS, max_new_tokens=4, do_sample=False, pad_token_id=0, use_cache=use)
+        for use in (True, False)
+    )
+    assert cached.shape == (2, 14)
+    assert torch.equal(cached, plain)
 
 
 def test_print_trainable_parameters(capsys: pytest.CaptureFixture[str]) -> None:
@@ -419,102 +317,13 @@ def test_print_trainable_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     assert model.get_model_status().trainable_params == trained
 
 
-def test_per_sample_gradients_of_opacus_are_those_of_single_examples() -> None:
-    model = get_peft_model(tiny(), config(personal_branch=True))
-    fill(model)
-    set_trainable(model, {"local"}, layers="shared")
-    set_trainable(model, set(), layers="family")
-    set_active_branches(model, {"local", "global"}, layers="shared")
-    set_active_branches(model, set(), layers="family")
-    fix_gate(model, 0.5)
-    trained = [name for name, flag in flags(model).items() if flag]
-    assert trained
-    assert all("colora_core_local" in name for name in trained)
-    single: dict[str, list[torch.Tensor]] = {name: [] for name in trained}
-    ids = torch.randint(0, 64, (5, 12), generator=torch.Generator().manual_seed(0))
-    for row in ids:
-        model.zero_grad()
-        model(input_ids=row[None], labels=row[None]).loss.backward()
-        for name in trained:
-            gradient = model.get_parameter(name).grad
-            assert gradient is not None
-            single[name].append(gradient.clone())
-    model.zero_grad()
-    model.enable_input_require_grads()  # Opacus's hooks want a gradient of every module's input
-    wrapped = GradSampleModule(model, loss_reduction="mean")
-    wrapped(input_ids=ids, labels=ids).loss.backward()
-    for name in trained:
-        expected = torch.stack(single[name])
-        actual = wrapped._module.get_parameter(name).grad_sample
-        assert float((actual - expected).abs().max()) <= 1e-5 * float(expected.abs().max()), name
-    assert read_shared(wrapped).shape == (2 * 7 * 20,), "vectors are read through the wrapper too"
-
-
-def test_private_training_of_the_shared_branch_reads_nothing_private() -> None:
-    model = get_peft_model(tiny(), config(personal_branch=True))
-    fill(model)
-    set_trainable(model, {"local"}, layers="shared")
-    set_trainable(model, set(), layers="family")
-    set_active_branches(model, {"local", "global"}, layers="shared")
-    set_active_branches(model, set(), layers="family")
-    fix_gate(model, 0.5)
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, parameter in other.named_parameters():
-            if "personal" in name or "colora_lora" in name or "colora_gate" in name:
-                parameter.fill_(float("nan"))
-    train(model)
-    train(other)
-    assert (read_shared(model) == read_shared(other)).all()
-
-
 def test_llava_trains_its_language_part_only() -> None:
-    torch.manual_seed(0)
-    text = tiny().config
-    vision = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=4,
-    )
-    base = LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=vision,
-            text_config=text,
-            image_token_index=63,
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="default",
-        )
-    )
+    options = {"vision_feature_layer": -1, "vision_feature_select_strategy": "default"}
+    base = tiny_llava(tiny().config, image_token_index=63, **options)
     model = get_peft_model(base, config())
     trained = [name for name, flag in flags(model).items() if flag]
     assert trained
     assert all(".language_model.layers." in name for name in trained)
     ids = torch.tensor([[1, 63, 63, 63, 63, 5, 6]])
-    pixels = torch.randn(1, 3, 8, 8)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-    losses = []
-    for _ in range(4):
-        loss = model(input_ids=ids, pixel_values=pixels, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0]
-
-
-@pytest.mark.real_models
-@pytest.mark.skipif(not (SHARED / "models").is_dir(), reason="no folder ../shared with pretrained models")
-def test_a_pretrained_model_learns_and_round_trips(tmp_path: Path) -> None:
-    folder = SHARED / "models" / "stories-260k"
-    model = get_peft_model(
-        LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), config(r=16, blocks=4)
-    )
-    losses = train(model, 6)
-    assert losses[-1] < losses[0] - 0.05
-    model.save_pretrained(tmp_path)
-    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits)
-    assert read_shared(loaded).shape == (7616,)
+    model(input_ids=ids, pixel_values=torch.randn(1, 3, 8, 8), labels=ids).loss.backward()
+    assert all(model.get_parameter(name).grad is not None for name in trained)

@@ -4,19 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import LlamaConfig, LlavaForConditionalGeneration
 
 from fedmosaic.client.colora import find_decoder_layers, target_layers
 from fedmosaic.client.colora.placement import linear_names, plan_placements, select_modules
 from fedmosaic.protos.errors import ConfigurationError, ModelError
+from tiny import LINEARS, tiny_decoder, tiny_llava
 
 SMALL = {
     "vocab_size": 64,
@@ -25,34 +18,10 @@ SMALL = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
-LINEARS = (
-    "mlp.down_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "self_attn.k_proj",
-    "self_attn.o_proj",
-    "self_attn.q_proj",
-    "self_attn.v_proj",
-)
 
 
-def llama(depth: int = 4) -> LlamaForCausalLM:
-    return LlamaForCausalLM(LlamaConfig(**SMALL, num_hidden_layers=depth))
-
-
-def llava(depth: int = 3, vision_depth: int = 3) -> LlavaForConditionalGeneration:
-    vision = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=vision_depth,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=4,
-    )
-    text = LlamaConfig(**SMALL, num_hidden_layers=depth)
-    return LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=vision, text_config=text, image_token_index=5)
-    )
+def llava(depth: int = 3) -> LlavaForConditionalGeneration:
+    return tiny_llava(LlamaConfig(**SMALL, num_hidden_layers=depth), image_token_index=5)
 
 
 # The authors' get_target_layers evaluated on the models of the paper; 0-based.
@@ -72,6 +41,7 @@ AUTHORS_TABLE = [
 
 def test_the_first_layers_share_whatever_the_depth() -> None:
     assert target_layers(6, 4, "first") == target_layers(30, 4, "first") == (0, 1, 2, 3)
+    assert (target_layers(6, 4), target_layers(6, 4, "authors")) == ((1, 2, 4, 5), (0, 1, 2, 5))
 
 
 @pytest.mark.parametrize(("depth", "blocks", "expected"), AUTHORS_TABLE)
@@ -79,15 +49,7 @@ def test_authors_rule_reproduces_the_published_table(
     depth: int, blocks: int, expected: tuple[int, ...]
 ) -> None:
     assert target_layers(depth, blocks, "authors") == expected
-
-
-@pytest.mark.parametrize(
-    ("depth", "blocks", "expected"), [row for row in AUTHORS_TABLE if row[0] % row[1] == 0]
-)
-def test_both_rules_agree_where_blocks_divide_the_depth(
-    depth: int, blocks: int, expected: tuple[int, ...]
-) -> None:
-    assert target_layers(depth, blocks) == expected
+    assert (target_layers(depth, blocks) == expected) == (depth % blocks == 0), "both rules agree there"
 
 
 @given(data=st.data(), depth=st.integers(1, 200), rule=st.sampled_from(["relative_depth", "authors"]))
@@ -107,11 +69,6 @@ def test_relative_depth_is_within_half_a_layer_of_the_ideal(data: st.DataObject,
         assert abs((layer + 1) - k * depth / blocks) <= 0.5
 
 
-def test_six_layers_in_four_blocks_spread_evenly() -> None:
-    assert target_layers(6, 4) == (1, 2, 4, 5)
-    assert target_layers(6, 4, "authors") == (0, 1, 2, 5)
-
-
 def test_target_layers_refuses_what_makes_no_sense() -> None:
     with pytest.raises(ModelError, match="3 decoder layers, fewer than the 4 blocks"):
         target_layers(3, 4)
@@ -122,24 +79,17 @@ def test_target_layers_refuses_what_makes_no_sense() -> None:
 
 
 def test_decoder_layers_of_llama_and_qwen2() -> None:
-    assert find_decoder_layers(llama())[0] == "model.layers"
-    qwen = Qwen2ForCausalLM(Qwen2Config(**SMALL, num_hidden_layers=3))
-    name, layers = find_decoder_layers(qwen)
-    assert (name, len(layers)) == ("model.layers", 3)
-    assert linear_names(layers[0]) == LINEARS
+    for kind in ("llama", "qwen2"):
+        name, layers = find_decoder_layers(tiny_decoder(kind))
+        assert (name, len(layers)) == ("model.layers", 3)
+        assert linear_names(layers[0]) == LINEARS
 
 
 def test_llava_language_part_is_found_even_when_the_vision_tower_is_as_deep() -> None:
-    model = llava(depth=3, vision_depth=3)
+    model = llava(depth=3)
     name, layers = find_decoder_layers(model)
     assert "language_model" in name
     assert layers is model.model.language_model.layers
-
-
-def test_llava_plan_leaves_vision_projector_and_head_alone() -> None:
-    plan = plan_placements(llava(), (1, 2), None, family=True)
-    assert len(plan) == 3 * len(LINEARS)
-    assert not [name for name in plan if "vision" in name or "projector" in name or "lm_head" in name]
 
 
 def test_plain_modules_without_a_configuration_are_found_by_name() -> None:
@@ -181,11 +131,11 @@ def test_unknown_modules_are_refused_with_what_exists(wanted: list[str]) -> None
 @pytest.mark.parametrize("layers", [(1, 1), (2, 1), (0, 4), (-1, 2), ()])
 def test_shared_layers_outside_the_model_are_refused(layers: tuple[int, ...]) -> None:
     with pytest.raises(ModelError, match="shared_layers"):
-        plan_placements(llama(4), layers, None, family=False)
+        plan_placements(tiny_decoder(depth=4), layers, None, family=False)
 
 
 def test_shared_layers_without_the_same_modules_are_refused() -> None:
-    model = llama(2)
+    model = tiny_decoder(depth=2)
     model.model.layers[0].mlp.up_proj = nn.Identity()
     with pytest.raises(ModelError, match=r"Layer 0 .* lacks mlp\.up_proj"):
         plan_placements(model, (0, 1), None, family=False)

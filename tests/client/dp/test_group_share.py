@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from builders import tiny_mechanism
 from fedmosaic.client.dp.round import group_share
 from fedmosaic.client.model.training import TrainingSettings
 from fedmosaic.client.planning import AdapterPlan, group_grid
@@ -13,17 +14,10 @@ from fedmosaic.client.records import ClippingRecord
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
 from fedmosaic.privacy.mechanism.noise import SeededTestNoise
-from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
 from fedmosaic.protos.errors import ConfigurationError, PrivacyError
 from tiny import random_texts, tiny_colora
 
 SIGMA = 2.0
-PROFILE = ProfileMechanism(
-    probe="none",
-    probe_sha256="0" * 64,
-    reduction=Reduction(hidden_size=8, intermediate_size=16, projection_dimensions=32),
-    noise_multiplier=1.0,
-)
 TEXTS = [
     replace(text, person=person)
     for text, person in zip(random_texts([6, 7, 5, 6, 8, 6, 7]), "aabbbcd", strict=True)
@@ -62,7 +56,7 @@ def terms(unit):
             "adapter": AdapterTerms(rank=4, alpha=8, blocks=2, protection="distributed-dp"),
             "adapter_privacy": {"steps_per_round": 1, "expected_batch_size": 7, "clipping_norm": 0.3},
             "group_sums": {"minimum_contributors": 6, "noise_multiplier": SIGMA, "unit": unit},
-            "profile": PROFILE,
+            "profile": tiny_mechanism(),
             "encryption": {"backend": "plain"},
         }
     )

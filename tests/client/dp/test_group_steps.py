@@ -21,14 +21,6 @@ def test_the_steps_are_those_of_adam_with_a_falling_rate(seed, count):
     assert np.allclose(shared_branch(start, gradients, 0.03, 20), parameter.detach().numpy(), rtol=1e-9)
 
 
-def test_a_member_that_comes_back_computes_the_same_branch_from_the_sums():
-    source = np.random.default_rng(0)
-    gradients = [source.normal(size=5) for _ in range(7)]
-    assert np.array_equal(
-        shared_branch(np.zeros(5), gradients, 0.01, 7), shared_branch(np.zeros(5), list(gradients), 0.01, 7)
-    )
-
-
 def test_a_round_without_a_sum_takes_no_step():
     source = np.random.default_rng(0)
     gradient = source.normal(size=5)

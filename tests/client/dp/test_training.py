@@ -102,6 +102,15 @@ def train(
         )()
 
 
+def released(
+    examples: list[EncodedExample], settings: PrivateTrainingSettings = SETTINGS, *others: Any, **options: Any
+) -> npt.NDArray[np.float32]:
+    """What a fresh model releases."""
+    model = make_model()
+    train(model, examples, settings, *others, **options)
+    return read_shared(model)
+
+
 def test_a_step_is_the_clipped_sum_over_the_public_divisor() -> None:
     examples = make_examples(9)
     model = make_model()
@@ -117,12 +126,9 @@ def test_a_step_is_the_clipped_sum_over_the_public_divisor() -> None:
 
 def test_nothing_divides_by_the_size_of_the_sample_or_of_the_data() -> None:
     examples = make_examples(5)
-    once, twice = make_model(), make_model()
-    train(once, examples, change(steps=1), Script())
-    train(twice, examples + examples, change(steps=1), Script())
+    once, twice = (released(given, change(steps=1)) for given in (examples, examples + examples))
     # Of the whole vector: a coordinate near zero has no digits to compare.
-    left = read_shared(twice) - 2.0 * read_shared(once)
-    assert np.linalg.norm(left) < 1e-3 * np.linalg.norm(read_shared(once))
+    assert np.linalg.norm(twice - 2.0 * once) < 1e-3 * np.linalg.norm(once)
 
 
 def test_noise_is_drawn_once_per_step_over_all_coordinates() -> None:
@@ -141,15 +147,14 @@ def test_an_empty_sample_releases_noise_and_is_charged() -> None:
     assert SETTINGS.event == GaussianEvent(1.5, 0.5, 3)
     assert counts.rows == 0
     full = Script(level=1.0)
-    train(make_model(), make_examples(9), SETTINGS, full)
+    released(make_examples(9), SETTINGS, full)
     assert script.log == full.log, "a full sample asks for the same randomness"
 
 
 def test_training_that_moves_nothing_is_told_at_home_and_ends_as_any_other(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    settings = change(learning_rate=1e-45)
-    train(make_model(), make_examples(9), settings, Script(everyone=False, level=0.1))
+    released(make_examples(9), change(learning_rate=1e-45), Script(everyone=False, level=0.1))
     assert "moved no weight" in caplog.text
 
 
@@ -195,20 +200,22 @@ def test_the_release_does_not_depend_on_any_private_tensor() -> None:
 @pytest.mark.parametrize("active", [{"local", "personal"}, {"local", "global", "personal"}])
 def test_without_the_guard_a_personal_branch_would_reach_the_release(active: set[str]) -> None:
     """The negative of the test above: the same run with the branch left in, its tensors not declared."""
-    released = []
-    for disturb in (False, True):
-        model = make_model()
-        if disturb:
-            disturb_private_tensors(model)
+    clean, disturbed = make_model(), make_model()
+    disturb_private_tensors(disturbed)
+    for model in (clean, disturbed):
         train(model, make_examples(12), SETTINGS, SeededTestNoise(4), active=active)
-        released.append(read_shared(model))
-    assert not np.array_equal(*released)
+    assert not np.array_equal(read_shared(clean), read_shared(disturbed))
 
 
-def test_only_the_cores_change() -> None:
-    model = make_model()
+def test_only_the_cores_change_and_counts_are_told() -> None:
+    model, seen = make_model().eval(), list[tuple[int, int]]()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    train(model, make_examples(9), SETTINGS, SeededTestNoise(0))
+    told = {"progress": lambda step, steps: seen.append((step, steps))}
+    counts = train(model, make_examples(9), change(max_grad_norm=1e-3), SeededTestNoise(0), **told)
+    assert counts.clipped == counts.rows > 0
+    assert (counts.rejected, counts.units.size, repr(counts)) == (0, 0, "ClippedSum()"), "counts are private"
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert not any(module.training for module in model.modules())
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed
     assert all("colora_core_local" in name for name in changed)
@@ -217,11 +224,8 @@ def test_only_the_cores_change() -> None:
 
 
 def test_repeatable_by_seed_and_never_twice_alike_in_real_runs() -> None:
-    found = []
-    for noise in (SeededTestNoise(1), SeededTestNoise(1), SeededTestNoise(2), SecureNoise(), SecureNoise()):
-        model = make_model()
-        train(model, make_examples(9), SETTINGS, noise)
-        found.append(read_shared(model).tobytes())
+    noises = (SeededTestNoise(1), SeededTestNoise(1), SeededTestNoise(2), SecureNoise(), SecureNoise())
+    found = [released(make_examples(9), SETTINGS, noise).tobytes() for noise in noises]
     assert found[0] == found[1]
     assert len(set(found)) == 4
 
@@ -236,32 +240,24 @@ def test_a_broken_example_moves_the_release_by_no_more_than_the_bound(value: flo
         scale = torch.where(batch["attention_mask"].sum(1) == broken, value, 1.0)
         return example_losses(model, batch) * scale
 
-    with_it, without_it = make_model(), make_model()
+    model = make_model()
     settings = change(steps=1, sampling_rate=1.0)
-    report = train(with_it, examples, settings, SeededTestNoise(5), losses)
+    report = train(model, examples, settings, SeededTestNoise(5), losses)
     rest = [example for example in examples if len(example.input_ids) != broken]
-    train(without_it, rest, settings, SeededTestNoise(5), losses)
-    moved = np.linalg.norm(read_shared(with_it).astype(float) - read_shared(without_it))
-    assert np.isfinite(read_shared(with_it)).all()
+    without_it = released(rest, settings, SeededTestNoise(5), losses)
+    moved = np.linalg.norm(read_shared(model).astype(float) - without_it)
+    assert np.isfinite(read_shared(model)).all()
     assert moved <= 0.05 / 7 * (1 + 1e-4)
     assert report.rejected == (0 if math.isfinite(value) else 1)
 
 
-def test_private_counts_are_told_and_stay_out_of_sight() -> None:
-    counts = train(make_model(), make_examples(12), change(max_grad_norm=1e-3), SeededTestNoise(1))
-    assert counts.clipped == counts.rows > 0
-    assert (counts.rejected, counts.units.size) == (0, 0)
-    assert repr(counts) == "ClippedSum()"
-
-
 def test_bfloat16_products_release_float32_of_the_same_size() -> None:
-    wide, narrow = make_model(), make_model()
     settings = change(noise_multiplier=1e-6, sampling_rate=1.0)
-    train(wide, make_examples(8), settings, SeededTestNoise(0))
-    train(narrow, make_examples(8), change(settings, bf16=True), SeededTestNoise(0))
-    assert read_shared(narrow).dtype == np.float32
-    difference = np.linalg.norm(read_shared(wide) - read_shared(narrow)) / np.linalg.norm(read_shared(wide))
-    assert 0 < difference < 0.1
+    wide, narrow = (
+        released(make_examples(8), change(settings, bf16=bf16), SeededTestNoise(0)) for bf16 in (False, True)
+    )
+    assert narrow.dtype == np.float32
+    assert 0 < np.linalg.norm(wide - narrow) / np.linalg.norm(wide) < 0.1
 
 
 def summed(
@@ -324,43 +320,26 @@ def test_what_was_received_cannot_end_the_training(value: float) -> None:
     receive(model, value)
     report = train(model, make_examples(9), SETTINGS, script)
     honest = Script(level=0.1)
-    train(make_model(), make_examples(9), SETTINGS, honest)
+    released(make_examples(9), SETTINGS, honest)
     assert script.log == honest.log
     assert np.isfinite(read_shared(model)).all()
     assert report.rejected == (0 if value == 4.0 else report.rows)
 
 
-def test_mode_and_progress() -> None:
-    model = make_model().eval()
-    seen: list[tuple[int, int]] = []
-    train(model, make_examples(4), progress=lambda step, steps: seen.append((step, steps)))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
-    assert not any(module.training for module in model.modules())
-
-
-def test_no_example_is_refused() -> None:
+def test_settings_without_a_guarantee_and_no_example_are_refused() -> None:
+    for name, values in {
+        "noise_multiplier": [0.0, math.nan, math.inf],
+        "sampling_rate": [0.0, 1.5],
+        "max_grad_norm": [0.0, math.inf],
+        "expected_batch_size": [0],
+        "steps": [0],
+        "batch_size": [8],
+    }.items():
+        for value in values:
+            with pytest.raises(ValidationError):
+                change(**{name: value})
     with pytest.raises(ConfigurationError, match="no example"):
         train(make_model(), [])
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"noise_multiplier": 0.0},
-        {"noise_multiplier": math.nan},
-        {"noise_multiplier": math.inf},
-        {"sampling_rate": 0.0},
-        {"sampling_rate": 1.5},
-        {"max_grad_norm": math.inf},
-        {"max_grad_norm": 0.0},
-        {"expected_batch_size": 0},
-        {"steps": 0},
-        {"batch_size": 8},
-    ],
-)
-def test_settings_without_a_guarantee_are_refused(values: dict[str, object]) -> None:
-    with pytest.raises(ValidationError):
-        change(**values)
 
 
 @pytest.mark.slow

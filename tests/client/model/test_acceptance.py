@@ -6,14 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -26,6 +24,7 @@ from fedmosaic.client.model.acceptance import (
     check_length,
     context_length,
 )
+from fedmosaic.client.model.adapted import adapter_config
 from fedmosaic.client.model.examples import (
     Example,
     encode_examples,
@@ -35,11 +34,13 @@ from fedmosaic.client.model.examples import (
 )
 from fedmosaic.client.model.load import adapt, load_base_model
 from fedmosaic.client.model.training import TrainingSettings, train_local
+from fedmosaic.client.settings import ModelSettings
+from fedmosaic.privacy.federation.terms import AdapterTerms
 from fedmosaic.protos.errors import ConfigurationError, ModelError
+from tiny import word_tokenizer
 
 ROWS = 64
-UNKNOWN = {"unk_token": "<unk>"}
-SPECIAL = {**UNKNOWN, "eos_token": "</s>", "pad_token": "<pad>"}
+SPECIAL = {"eos_token": "</s>", "pad_token": "<pad>"}
 COMMON: dict[str, Any] = {
     "vocab_size": ROWS,
     "hidden_size": 16,
@@ -114,9 +115,7 @@ NOT_CAUSAL: dict[str, dict[str, Any]] = {
 
 def make_tokenizer(template: str = "", tokens: int = ROWS, **special: str) -> PreTrainedTokenizerFast:
     names = ["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(3, tokens))]
-    raw = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, **UNKNOWN))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **{**SPECIAL, **special})
+    tokenizer = word_tokenizer(names, **{**SPECIAL, **special})
     if template:
         tokenizer.chat_template = template
     return tokenizer
@@ -178,22 +177,19 @@ def test_a_vision_language_model_that_reads_text_alone_is_accepted() -> None:
     check_adapter(adapt(model, CoLoraConfig(r=2, blocks=2)), make_tokenizer())
 
 
-def test_a_module_that_is_never_called_is_refused_by_name() -> None:
-    mamba = {"vocab_size": ROWS, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
-    model = make_model("mamba", mamba)
+def test_a_module_that_is_never_called_is_refused_by_name(tmp_path: Path) -> None:
+    mamba = {"vocab_size": ROWS, "hidden_size": 16, "num_hidden_layers": 3, "state_size": 4}
+    make_model("mamba", mamba).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    # Its kinds of layers follow from its depth, which can be cut all the same.
+    model, _ = load_base_model(tmp_path, keep_layers=2)
+    assert model.config.num_hidden_layers == 2
     wanted = ["mixer.in_proj", "mixer.dt_proj"]
     adapted = adapt(model, CoLoraConfig(r=1, blocks=2, target_modules=wanted))
     with pytest.raises(ModelError, match=r"mixer\.dt_proj.*never called"):
         check_adapter(adapted, make_tokenizer())
     again = adapt(make_model("mamba", mamba), CoLoraConfig(r=1, blocks=2, target_modules=["mixer.in_proj"]))
     check_adapter(again, make_tokenizer())
-
-
-def test_a_model_whose_kinds_of_layers_follow_from_its_depth_can_be_cut(tmp_path: Path) -> None:
-    mamba = {"vocab_size": ROWS, "hidden_size": 16, "num_hidden_layers": 3, "state_size": 4}
-    make_model("mamba", mamba).save_pretrained(tmp_path)
-    make_tokenizer().save_pretrained(tmp_path)
-    assert load_base_model(tmp_path, keep_layers=2)[0].config.num_hidden_layers == 2
 
 
 def test_a_module_whose_output_is_thrown_away_is_refused() -> None:
@@ -254,21 +250,9 @@ def test_both_forms_of_templates_carry_the_prompt_alike() -> None:
     text, parts = make_tokenizer(TEXT_TEMPLATE), make_tokenizer(PARTS_TEMPLATE)
     for prompt in ("w5 w6", "user", "bot", "?"):
         assert rendered_prompt(text, prompt) == rendered_prompt(parts, prompt) == f"user {prompt} bot"
-    assert prompt_tokens(text, "w5 w6") == prompt_tokens(parts, "w5 w6")
-
-
-def test_questions_survive_a_template_of_parts() -> None:
-    examples = [Example("1", "w5 w6", "w7"), Example("2", "w8 w9", "w7")]
-    first, second = encode_examples(make_tokenizer(PARTS_TEMPLATE), examples, 16)
-    assert first.input_ids.tolist() != second.input_ids.tolist()
-    assert {5, 6} <= set(first.input_ids.tolist())
-
-
-def test_a_template_changed_later_is_tried_again() -> None:
-    tokenizer = make_tokenizer(TEXT_TEMPLATE)
-    assert rendered_prompt(tokenizer, "w5") == "user w5 bot"
-    tokenizer.chat_template = PARTS_TEMPLATE
-    assert rendered_prompt(tokenizer, "w5") == "user w5 bot"
+    assert prompt_tokens(text, "w5 w6") == prompt_tokens(parts, "w5 w6") != prompt_tokens(parts, "w6")
+    text.chat_template = PARTS_TEMPLATE
+    assert rendered_prompt(text, "w5") == "user w5 bot", "a template changed later is tried again"
 
 
 @pytest.mark.parametrize(
@@ -306,11 +290,8 @@ def test_lengths_beyond_the_positions_are_refused_with_the_setting() -> None:
     check_length(bloom, 10_000, "training.max_length")
 
 
-def save(folder: Path, tokenizer: PreTrainedTokenizerFast, rows: int = ROWS) -> Path:
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**{**COMMON, "vocab_size": rows, "pad_token_id": None})).save_pretrained(
-        folder
-    )
+def save(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    make_model("llama", {**COMMON, "pad_token_id": None}).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -351,3 +332,9 @@ def test_models_that_cannot_run_are_refused(damage: Callable[[nn.Module], None],
     damage(model)
     with pytest.raises(ModelError, match=reason):
         check_language_model("m", model, make_tokenizer())
+
+
+def test_a_lower_rank_takes_no_part_in_group_sums() -> None:
+    settings = ModelSettings(path="model", aligned="aligned", rank=4)
+    with pytest.raises(ModelError, match="vectors of one length"):
+        adapter_config(settings, AdapterTerms(rank=8, protection="distributed-dp"))

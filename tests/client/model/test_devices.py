@@ -6,33 +6,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from opacus import PrivacyEngine
-from opacus.validators import ModuleValidator
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from pydantic import ValidationError
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from devices import here
 from fedmosaic.client.colora import CoLoraConfig, read_shared, write_shared
 from fedmosaic.client.dp.branch import only_shared_branch
 from fedmosaic.client.dp.checks import check_engine
 from fedmosaic.client.dp.engine import clip_and_sum, core_parameters, example_gradient
 from fedmosaic.client.dp.training import noisy_sum, set_gradients
 from fedmosaic.client.model import hardware
-from fedmosaic.client.model.examples import IGNORED, EncodedExample, collate
-from fedmosaic.client.model.hardware import choose_device, choose_dtype, exact_products, product_seconds
+from fedmosaic.client.model.examples import EncodedExample
+from fedmosaic.client.model.hardware import choose_device, choose_dtype, product_seconds
 from fedmosaic.client.model.load import adapt, load_base_model, load_model
-from fedmosaic.client.model.loss import example_losses, on_device_of
 from fedmosaic.client.model.training import TrainingSettings, train_local
 from fedmosaic.client.settings import ClientSettings, ModelSettings
 from fedmosaic.privacy.mechanism.noise import SecureNoise, SeededTestNoise
 from fedmosaic.protos.errors import ModelError
+from tiny import VOCABULARY, random_texts, tiny_llama, word_tokenizer
 
-VOCABULARY = 61
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 needs_bitsandbytes = pytest.mark.skipif(not HAS_BITSANDBYTES, reason="fedmosaic[quantization] is not there")
 
@@ -40,24 +32,10 @@ needs_bitsandbytes = pytest.mark.skipif(not HAS_BITSANDBYTES, reason="fedmosaic[
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama on disk; its rows are whole blocks of 4-bit weights."""
-    torch.manual_seed(0)
     place = tmp_path_factory.mktemp("model")
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(place)
-    special = {"unk_token": "<unk>", "eos_token": "<end>"}
+    tiny_llama(hidden_size=64, intermediate_size=128, tie_word_embeddings=True).save_pretrained(place)
     names = ["<unk>", "<end>", *(f"w{number}" for number in range(2, VOCABULARY))]
-    words = Tokenizer(WordLevel({name: place for place, name in enumerate(names)}, unk_token=names[0]))
-    words.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(place)
+    word_tokenizer(names, eos_token="<end>").save_pretrained(place)  # noqa: S106  # a token of text
     return place
 
 
@@ -72,14 +50,7 @@ def adapted(folder: Path, device: torch.device, quantization: str | None = None)
 
 
 def make_examples(count: int) -> list[EncodedExample]:
-    generator = torch.Generator().manual_seed(1)
-    examples = []
-    for index in range(count):
-        ids = torch.randint(0, VOCABULARY, (5 + index % 9,), generator=generator)
-        examples.append(
-            EncodedExample(str(index), ids, torch.where(torch.arange(len(ids)) < 3, IGNORED, ids))
-        )
-    return examples
+    return random_texts([5 + index % 9 for index in range(count)])
 
 
 def rows_of(model: nn.Module) -> torch.Tensor:
@@ -91,16 +62,13 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def test_a_model_lies_where_the_settings_say_and_attends_by_the_fused_kernel(
+def test_a_model_lies_where_the_settings_say_and_its_rows_are_those_of_the_processor(
     folder: Path, device: torch.device
 ) -> None:
     model = adapted(folder, device)
     assert {tensor.device.type for tensor in model.state_dict().values()} == {device.type}
     assert model.get_base_model().config._attn_implementation == "sdpa"
-
-
-def test_rows_are_the_same_as_on_the_processor(folder: Path, device: torch.device) -> None:
-    assert relative(rows_of(adapted(folder, device)), rows_of(adapted(folder, torch.device("cpu")))) < 1e-4
+    assert relative(rows_of(model), rows_of(adapted(folder, torch.device("cpu")))) < 1e-4
 
 
 def test_products_are_exact_whatever_was_set_before(folder: Path, device: torch.device) -> None:
@@ -164,49 +132,10 @@ def test_recomputed_activations_train_alike(folder: Path, device: torch.device) 
 
 
 @pytest.mark.parametrize("moved", ["before", "after"])
-def test_an_optimizer_made_for_a_model_trains_it_wherever_it_was_moved(
-    device: torch.device, moved: str
-) -> None:
-    """Moving a wrapped model must not leave the optimizer with tensors that nobody computes with.
-
-    So ended DP-LoRA with Opacus in users' hands (opacus issue 820): loss and ε looked normal, and the model
-    that was saved had learnt nothing.
-    """
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-    )
-    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
-    if moved == "before":
-        model = here(model)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    start = [parameter.detach().cpu().clone() for parameter in trained]
-    assert not ModuleValidator.validate(model.train(), strict=False)
-    loader = torch.utils.data.DataLoader(make_examples(8), batch_size=4, collate_fn=lambda rows: rows)
-    model.enable_input_require_grads()  # Opacus's hooks want a gradient of every module's input
-    with pytest.warns(UserWarning, match="Secure RNG turned off"):
-        engine = PrivacyEngine()
-    private, optimizer, _ = engine.make_private(
-        module=model, optimizer=torch.optim.SGD(trained, lr=1.0), data_loader=loader,
-        noise_multiplier=0.1, max_grad_norm=1.0, poisson_sampling=False, loss_reduction="sum",
-    )  # fmt: skip
-    if moved == "after":
-        private = here(private)
-    batch = on_device_of(private, collate(make_examples(4), 0))
-    example_losses(private, batch).sum().backward()
-    optimizer.step()
-    now = [p.detach().cpu() for name, p in private.named_parameters() if p.requires_grad]
-    assert all(not torch.equal(one, other) for one, other in zip(now, start, strict=True))
-
-
-@pytest.mark.parametrize("moved", ["before", "after"])
 def test_our_private_step_trains_what_is_saved_wherever_the_model_was_moved(
     folder: Path, device: torch.device, moved: str
 ) -> None:
+    """With Opacus a model moved late looked trained, with a loss and an ε, and had learnt nothing."""
     cpu = torch.device("cpu")
     model = adapted(folder, device if moved == "before" else cpu)
     with only_shared_branch(model) as cores:
@@ -247,7 +176,7 @@ def test_on_a_base_of_4_bits_rows_equal_those_on_the_same_base_unpacked(
     report = train_local(
         model, make_examples(6), TrainingSettings(steps=2, per_device_train_batch_size=2), pad_token_id=0
     )
-    assert report.weights_moved
+    assert not any("core" in name for name in report.weights_unmoved)
 
 
 @needs_bitsandbytes
@@ -270,12 +199,10 @@ def test_4_bits_without_the_extra_name_it(folder: Path, monkeypatch: pytest.Monk
 def test_settings_that_contradict_each_other_are_refused(folder: Path) -> None:
     with pytest.raises(ValidationError, match="quantised already"):
         ModelSettings(path=str(folder), gguf_file="a.gguf", quantization="nf4")
-    probe = ClientSettings.model_fields["probe"]
     with pytest.raises(ValidationError, match="the same to the last weight"):
         ClientSettings.__pydantic_validator__.validate_assignment(
             ClientSettings.model_construct(), "probe", {"path": str(folder), "quantization": "nf4"}
         )
-    assert probe is not None
     with pytest.raises(ValidationError, match="pattern"):
         ModelSettings(path=str(folder), device="gpu")
 
@@ -285,13 +212,9 @@ def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(ModelError, match=rf"'cuda:{count}', which this machine does not have; .*cpu"):
         choose_device(f"cuda:{count}")
     assert choose_device("cpu") == torch.device("cpu")
-
-
-def test_auto_takes_what_is_there(device: torch.device) -> None:
-    assert choose_device("auto").type in {"cuda", "mps", "cpu"}
-    if device.type == "cuda":
-        assert choose_device("auto") == device
-        assert choose_device("cuda") == device
+    assert choose_device("auto").type == (
+        "cuda" if count else "mps" if torch.backends.mps.is_available() else "cpu"
+    )
 
 
 @pytest.mark.parametrize(
@@ -305,9 +228,5 @@ def test_the_faster_type_is_the_one_that_takes_less_time(
     with caplog.at_level("INFO"):
         assert choose_dtype("auto", torch.device("cpu")) == chosen
     assert "since a small product took" in caplog.text
-
-
-def test_the_faster_type_is_really_measured(device: torch.device) -> None:
-    exact_products()
-    assert choose_dtype("auto", device) in {torch.float32, torch.bfloat16}
-    assert product_seconds(torch.float32, device) > 0
+    monkeypatch.undo()
+    assert product_seconds(torch.float32, torch.device("cpu")) > 0

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 import subprocess
 import sys
 import warnings
@@ -13,24 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from tokenizers.models import BPE, WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.models import BPE
 from transformers import (
     BertConfig,
     BertModel,
-    CLIPVisionConfig,
     LlamaConfig,
-    LlamaForCausalLM,
-    LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 from fedmosaic.client.colora import CoLoraConfig, find_decoder_layers, read_shared
 from fedmosaic.client.model.load import adapt, load_base_model, save_adapter
 from fedmosaic.protos.errors import ModelError
+from tiny import tiny_decoder, tiny_llava, word_tokenizer
 
 SHARED_MODELS = Path(__file__).parents[3].parent / "shared" / "models"
 SMALL = {
@@ -48,11 +42,8 @@ EOS = {"eos_token": "</s>"}
 
 
 def save_tokenizer(folder: Path, special: dict[str, str] | None = None, *, tokens: int = 30) -> None:
-    vocabulary = {"<s>": 0, "</s>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, tokens)}}
-    unknown = {"unk_token": "<unk>"}
-    tokenizer = Tokenizer(WordLevel(vocabulary, **unknown))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **unknown, **(special or {})).save_pretrained(folder)
+    words = ["<s>", "</s>", "<unk>", *(f"w{i}" for i in range(3, tokens))]
+    word_tokenizer(words, **(special or {})).save_pretrained(folder)
 
 
 def save_letters(folder: Path) -> None:
@@ -64,8 +55,7 @@ def save_letters(folder: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SMALL, pad_token_id=None)).save_pretrained(tmp_path)
+    tiny_decoder(**SMALL, pad_token_id=None).save_pretrained(tmp_path)
     save_tokenizer(tmp_path, EOS)
     return tmp_path
 
@@ -100,11 +90,8 @@ def test_an_existing_padding_token_is_kept(folder: Path) -> None:
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @pytest.mark.parametrize("keep", [1, 3, 4])
 def test_keep_layers_keeps_the_first_and_is_usable(tmp_path: Path, kind: str, keep: int) -> None:
-    torch.manual_seed(0)
-    whole = (
-        LlamaForCausalLM(LlamaConfig(**SMALL)) if kind == "llama" else Qwen2ForCausalLM(Qwen2Config(**SMALL))
-    )
-    whole.eval().save_pretrained(tmp_path)
+    whole = tiny_decoder(kind, **SMALL)
+    whole.save_pretrained(tmp_path)
     if kind == "llama":
         save_tokenizer(tmp_path, EOS)
     else:
@@ -136,16 +123,7 @@ def test_keep_layers_outside_the_model_is_refused(folder: Path, keep: int) -> No
 
 
 def test_a_llava_model_is_loaded_with_its_vision_tower_and_cut_in_its_language_part(tmp_path: Path) -> None:
-    vision = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=4,
-    )
-    config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**SMALL), image_token_index=31)
-    LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
+    tiny_llava(LlamaConfig(**SMALL), 2, image_token_index=31).save_pretrained(tmp_path)
     save_tokenizer(tmp_path, EOS)
     model, _ = load_base_model(tmp_path, keep_layers=2)
     assert isinstance(model, LlavaForConditionalGeneration)
@@ -166,10 +144,6 @@ def damage_the_weights(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
 
 
-def offer_only_a_pickle(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
 def make_it_an_encoder(folder: Path) -> None:
     BertModel(
         BertConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
@@ -179,19 +153,14 @@ def make_it_an_encoder(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def drop_the_tokenizer(folder: Path) -> None:
-    for file in folder.glob("tokenizer*"):
-        file.unlink()
-
-
 @pytest.mark.parametrize(
     ("message", "damage"),
     [
         (r"lacks 1 weights.*layers\.2\.mlp\.up_proj", remove_a_weight),
         ("cannot be loaded", damage_the_weights),
-        ("safetensors", offer_only_a_pickle),
+        ("safetensors", lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin")),
         ("neither causal language models", make_it_an_encoder),
-        ("cannot be loaded", drop_the_tokenizer),
+        ("cannot be loaded", lambda f: [file.unlink() for file in f.glob("tokenizer*")]),
         ("no end-of-text token", save_tokenizer),
         ("no end-of-text token", lambda f: save_tokenizer(f, {"pad_token": "<s>"})),
         ("is number 39, the model embeds 32", lambda f: save_tokenizer(f, {"eos_token": "w39"}, tokens=40)),
@@ -219,19 +188,13 @@ def test_what_cannot_be_found_is_refused(folder: Path, monkeypatch: pytest.Monke
         load_base_model(folder, torch.int32)
 
 
-def test_adapt_freezes_the_base_and_fills_in_the_task(folder: Path) -> None:
-    model, _ = load_base_model(folder)
-    adapted = adapt(model, CoLoraConfig(r=2, blocks=2), "mine")
-    assert adapted.active_adapters == ["mine"]
-    assert all("colora_" in name for name, p in adapted.named_parameters() if p.requires_grad)
-    assert adapted.peft_config["mine"].task_type == "CAUSAL_LM"
-
-
-def test_an_adapter_is_put_on_without_a_warning(folder: Path) -> None:
+def test_adapt_freezes_the_base_and_fills_in_the_task_without_a_warning(folder: Path) -> None:
     model, _ = load_base_model(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        adapt(model, CoLoraConfig(r=2, blocks=2))
+        adapted = adapt(model, CoLoraConfig(r=2, blocks=2))
+    assert all("colora_" in name for name, p in adapted.named_parameters() if p.requires_grad)
+    assert adapted.peft_config["default"].task_type == "CAUSAL_LM"
 
 
 def test_a_saved_adapter_says_once_how_to_load_it(folder: Path, tmp_path: Path) -> None:
@@ -251,13 +214,3 @@ def test_the_recipe_of_the_card_works_in_a_fresh_process(folder: Path, tmp_path:
     recipe = recipe.replace("path/to/this/folder", str(tmp_path / "adapter"))
     run = subprocess.run([sys.executable, "-c", recipe], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-
-
-@pytest.mark.real_models
-@pytest.mark.skipif(not SHARED_MODELS.is_dir(), reason="no folder ../shared with pretrained models")
-def test_pretrained_weights_speak(tmp_path: Path) -> None:
-    shutil.copytree(SHARED_MODELS / "stories-260k", tmp_path / "model")
-    model, tokenizer = load_base_model(tmp_path / "model")
-    prompt = tokenizer("Once upon a time, there was a little", return_tensors="pt")
-    out = model.generate(**prompt, max_new_tokens=12, do_sample=False)
-    assert "girl" in tokenizer.decode(out[0])

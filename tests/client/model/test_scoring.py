@@ -1,91 +1,190 @@
 """Test sets with and without choices: what is scored how, and that the measure is told."""
 
+import math
+
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch import nn
+from transformers import LlamaForCausalLM
 
-from fedmosaic.client.model.evaluation import most_likely_choices
-from fedmosaic.client.model.examples import Example, encode_examples, padding_token
+from fedmosaic.client.model.examples import (
+    Example,
+    answer_tokens,
+    encode_examples,
+    padding_token,
+    prompt_tokens,
+)
 from fedmosaic.client.model.scoring import (
     BY_CHOICE,
     BY_WRITING,
     check_scorable,
+    most_likely_choices,
     same_words,
     score_examples,
     written_answers,
 )
 from fedmosaic.client.model.training import TrainingSettings, train_local
 from fedmosaic.protos.errors import ConfigurationError, ModelError
+from tiny import tiny_llama, word_tokenizer
 
-UNKNOWN = {"unk_token": "<unk>"}
-SPECIAL = {**UNKNOWN, "eos_token": "</s>", "pad_token": "<pad>"}
 WORDS = ["<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, **UNKNOWN))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=raw, **SPECIAL)
-
-
-def fresh(rows: int = len(WORDS)) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=rows, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=1, initializer_range=0.3,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
-@pytest.fixture(scope="module")
-def trained(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A model that has learnt two answers by heart."""
-    model = fresh()
-    encoded = encode_examples(tokenizer, [Example("1", "a b", "c d"), Example("2", "b a e", "f")], 16)
-    settings = TrainingSettings(steps=60, learning_rate=1e-2, per_device_train_batch_size=2)
-    train_local(model, encoded, settings, pad_token_id=padding_token(tokenizer))
-    return model
-
-
+TOKENS = word_tokenizer(WORDS, eos_token="</s>", pad_token="<pad>")  # noqa: S106  # tokens of text
 LEARNT = [Example("1", "a b", "C d."), Example("2", "b a e", "f")]
 
 
-def test_free_answers_are_scored_by_what_is_written(
-    trained: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+def fresh(rows: int = len(WORDS), positions: int = 32) -> LlamaForCausalLM:
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    sizes = {"vocab_size": rows, "hidden_size": 32, "max_position_embeddings": positions}
+    return tiny_llama(initializer_range=0.3, num_hidden_layers=2, **sizes, **special).eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return fresh(positions=64)
+
+
+@pytest.fixture(scope="module")
+def trained() -> LlamaForCausalLM:
+    """A model that has learnt two answers by heart."""
+    model = fresh()
+    encoded = encode_examples(TOKENS, [Example("1", "a b", "c d"), Example("2", "b a e", "f")], 16)
+    settings = TrainingSettings(steps=60, learning_rate=1e-2, per_device_train_batch_size=2)
+    train_local(model, encoded, settings, pad_token_id=padding_token(TOKENS))
+    return model
+
+
+def random_examples(count: int, choices: tuple[str, ...]) -> list[Example]:
+    generator = torch.Generator().manual_seed(1)
+    examples = []
+    for index in range(count):
+        length = int(torch.randint(1, 12, (1,), generator=generator))
+        letters = torch.randint(3, len(WORDS), (length,), generator=generator).tolist()
+        answer = choices[index % len(choices)]
+        examples.append(Example(str(index), " ".join(WORDS[letter] for letter in letters), answer, choices))
+    return examples
+
+
+def mean_log_likelihood(model: nn.Module, prompt: str, choice: str) -> float:
+    """One sequence at a time, without padding: the oracle."""
+    context, answer = prompt_tokens(TOKENS, prompt), answer_tokens(TOKENS, choice)
+    with torch.no_grad():
+        logits = model(torch.tensor([context + answer])).logits[0].log_softmax(-1)
+    places = range(len(context) - 1, len(context) + len(answer) - 1)
+    return sum(float(logits[place, token]) for place, token in zip(places, answer, strict=True)) / len(answer)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 50])
+@pytest.mark.parametrize("choices", [("a b c", "a d", "a"), ("a", "b", "c", "d")])
+def test_choices_are_scored_as_one_by_one(
+    model: LlamaForCausalLM, choices: tuple[str, ...], batch_size: int
 ) -> None:
-    score = score_examples(trained, tokenizer, LEARNT, 2, max_length=16)
+    """By all tokens of a choice, and by the first where that decides."""
+    examples = random_examples(20, choices)
+    expected = []
+    for example in examples:
+        scores = [mean_log_likelihood(model, example.prompt, choice) for choice in choices]
+        expected.append(scores.index(max(scores)))
+    assert most_likely_choices(model, TOKENS, examples, batch_size, max_length=64) == expected
+    assert len(set(expected)) > 1
+
+
+class Counting(nn.Module):
+    """Counts the rows that a model is asked for."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+        self.config = model.config
+        self.rows = 0
+
+    def forward(self, input_ids: torch.Tensor, **inputs: object) -> object:
+        self.rows += len(input_ids)
+        return self.model(input_ids=input_ids, **inputs)
+
+
+def test_first_token_scoring_runs_each_prompt_once(model: LlamaForCausalLM) -> None:
+    counting = Counting(model)
+    most_likely_choices(counting, TOKENS, random_examples(10, ("a b", "c d", "e")), 4, max_length=64)
+    assert counting.rows == 10
+    most_likely_choices(counting, TOKENS, random_examples(10, ("a b", "a d", "e")), 4, max_length=64)
+    assert counting.rows == 40
+
+
+def test_a_long_prompt_is_cut_from_the_left(model: LlamaForCausalLM) -> None:
+    choices = ("e", "f")
+    for start in ("a b c d", "m n", "k", "q r s t"):
+        short, long = (Example("1", f"{lead}{start}", "e", choices) for lead in ("", "x y z " * 30))
+        length = len(start.split()) + 1
+        found = [most_likely_choices(model, TOKENS, [e], 2, max_length=length) for e in (short, long)]
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_is_off_and_every_mode_is_given_back(model: LlamaForCausalLM, training: bool) -> None:
+    class Noisy(Counting):
+        def __init__(self) -> None:
+            super().__init__(model)
+            self.dropout = nn.Dropout()
+
+        def forward(self, input_ids: torch.Tensor, **inputs: object) -> object:
+            output = self.model(input_ids=input_ids, **inputs)
+            output.logits = self.dropout(output.logits)
+            return output
+
+    noisy = Noisy().train(training)
+    noisy.model.eval()
+    examples = random_examples(20, ("a", "b"))
+    first, second = (most_likely_choices(m, TOKENS, examples, 4, max_length=64) for m in (noisy, model))
+    assert first == second
+    assert (noisy.training, noisy.model.training, noisy.dropout.training) == (training, False, training)
+
+
+def test_trainable_after_scoring(model: LlamaForCausalLM) -> None:
+    most_likely_choices(model, TOKENS, random_examples(2, ("a", "b")), 2, max_length=64)
+    model(torch.tensor([[3, 4, 5]])).logits.sum().backward()
+    model.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "choices", [("b",), ("c", "d"), ("b", " "), ("b", "c " * 80)], ids=["one", "other", "empty", "long"]
+)
+def test_unscorable_examples_are_refused(model: LlamaForCausalLM, choices: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigurationError, match="example 1"):
+        score_examples(model, TOKENS, [Example("1", "a", "b", choices)], 2, max_length=64)
+
+
+@pytest.mark.parametrize("choices", [("a", "b"), ("a b", "a c")])
+def test_a_damaged_model_is_refused_rather_than_scored(choices: tuple[str, ...]) -> None:
+    damaged = fresh()
+    with torch.no_grad():
+        damaged.lm_head.weight.fill_(math.nan)
+    with pytest.raises(ModelError, match="not finite"):
+        score_examples(damaged, TOKENS, random_examples(2, choices), 2, max_length=64)
+
+
+def test_free_answers_are_scored_by_what_is_written(trained: LlamaForCausalLM) -> None:
+    score = score_examples(trained, TOKENS, LEARNT, 2, max_length=16)
     assert (score.value, score.measure) == (1.0, BY_WRITING)
     wrong = [LEARNT[0], Example("2", "b a e", "g")]
-    assert score_examples(trained, tokenizer, wrong, 2, max_length=16).value == 0.5
+    assert score_examples(trained, TOKENS, wrong, 2, max_length=16).value == 0.5
+    goes_on = [Example("1", "a b", "c")]
+    assert score_examples(trained, TOKENS, goes_on, 1, max_length=16).value == 0.0
 
 
-def test_an_answer_that_goes_on_is_not_taken_for_a_shorter_one(
-    trained: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    shorter = [Example("1", "a b", "c")]
-    assert score_examples(trained, tokenizer, shorter, 1, max_length=16).value == 0.0
-
-
-def test_mixed_sets_are_scored_example_by_example_and_say_so(
-    trained: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_mixed_sets_are_scored_example_by_example_and_say_so(trained: LlamaForCausalLM) -> None:
     closed = [Example(str(i), "a b", choice, ("c", "g")) for i, choice in enumerate(("c", "g"))]
-    assert most_likely_choices(trained, tokenizer, closed, 2, max_length=16) == [0, 0]
-    alone = score_examples(trained, tokenizer, closed, 2, max_length=16)
+    assert most_likely_choices(trained, TOKENS, closed, 2, max_length=16) == [0, 0]
+    alone = score_examples(trained, TOKENS, closed, 2, max_length=16)
     assert (alone.value, alone.measure) == (0.5, BY_CHOICE)
-    mixed = score_examples(trained, tokenizer, [closed[0], LEARNT[0], closed[1], LEARNT[1]], 2, max_length=16)
+    mixed = score_examples(trained, TOKENS, [closed[0], LEARNT[0], closed[1], LEARNT[1]], 2, max_length=16)
     assert mixed.value == 0.75
     assert mixed.measure == f"{BY_CHOICE} for 2 examples, {BY_WRITING} for 2"
 
 
-def test_batching_does_not_change_what_is_written(
-    trained: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_batching_does_not_change_what_is_written(trained: LlamaForCausalLM) -> None:
     examples = [Example("1", "a b", "x"), Example("2", "b a e", "x"), Example("3", "a b", "x")]
-    together = written_answers(trained, tokenizer, examples, 3, max_length=16, max_new_tokens=4)
-    alone = [written_answers(trained, tokenizer, [e], 1, max_length=16, max_new_tokens=4) for e in examples]
+    together = written_answers(trained, TOKENS, examples, 3, max_length=16, max_new_tokens=4)
+    alone = [written_answers(trained, TOKENS, [e], 1, max_length=16, max_new_tokens=4) for e in examples]
     assert together == [text for (text,) in alone] == ["c d", "f", "c d"]
 
 
@@ -104,25 +203,25 @@ def test_words_count_and_signs_only_where_there_are_no_words(written: str, answe
     assert same_words(written, answer) is same
 
 
-def test_answers_longer_than_the_positions_are_refused_beforehand(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_answers_longer_than_the_positions_are_refused_beforehand() -> None:
     with pytest.raises(ConfigurationError, match=r"38 tokens.*32 positions"):
-        check_scorable(fresh(), tokenizer, [Example("1", "a", "b " * 30)], 64, "test set 'self'")
+        check_scorable(fresh(), TOKENS, [Example("1", "a", "b " * 30)], 64, "test set 'self'")
 
 
-def test_prompts_make_room_for_the_answer_within_the_positions(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_prompts_make_room_for_the_answer_within_the_positions() -> None:
     long = [Example("1", "a b " * 40, "c")]
-    assert len(written_answers(fresh(), tokenizer, long, 1, max_length=32, max_new_tokens=8)) == 1
+    assert len(written_answers(fresh(), TOKENS, long, 1, max_length=32, max_new_tokens=8)) == 1
 
 
-def test_tokens_without_a_row_are_refused_beforehand(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_tokens_without_a_row_are_refused_beforehand() -> None:
     few, examples = fresh(20), [Example("1", "a", "b"), Example("2", "z", "b")]
     with pytest.raises(ModelError, match="test set 'self', example 2"):
-        check_scorable(few, tokenizer, examples, 16, "test set 'self'")
+        check_scorable(few, TOKENS, examples, 16, "test set 'self'")
     with pytest.raises(ModelError, match="example 1"):
-        score_examples(few, tokenizer, [Example("1", "a", "b", ("b", "z"))], 1, max_length=16)
+        score_examples(few, TOKENS, [Example("1", "a", "b", ("b", "z"))], 1, max_length=16)
 
 
-def test_a_model_that_cannot_write_is_refused_beforehand(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_model_that_cannot_write_is_refused_beforehand() -> None:
     model = fresh()
 
     def generate(**_: object) -> None:
@@ -130,10 +229,10 @@ def test_a_model_that_cannot_write_is_refused_beforehand(tokenizer: PreTrainedTo
 
     model.generate = generate
     with pytest.raises(ModelError, match="cannot write answers: ValueError: no cache"):
-        check_scorable(model, tokenizer, [Example("1", "a", "b")], 16, "test set 'self'")
-    check_scorable(model, tokenizer, [Example("1", "a", "b", ("b", "c"))], 16, "test set 'self'")
+        check_scorable(model, TOKENS, [Example("1", "a", "b")], 16, "test set 'self'")
+    check_scorable(model, TOKENS, [Example("1", "a", "b", ("b", "c"))], 16, "test set 'self'")
 
 
-def test_nothing_to_score_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_nothing_to_score_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="no example"):
-        score_examples(fresh(), tokenizer, [], 1, max_length=16)
+        score_examples(fresh(), TOKENS, [], 1, max_length=16)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from devices import here
 from fedmosaic.client.model.examples import IGNORED, EncodedExample
@@ -16,6 +16,7 @@ from fedmosaic.client.profile import probe as probe_module
 from fedmosaic.client.profile.probe import adapters_disabled, gradient_factors, open_probe
 from fedmosaic.privacy.mechanism.projection import GradientFactors
 from fedmosaic.protos.errors import ModelError
+from tiny import tiny_decoder
 
 pytestmark = pytest.mark.usefixtures("device")
 STORIES = Path(__file__).parents[3].parent / "shared" / "models" / "stories-260k"
@@ -25,21 +26,10 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "phi3")
 def tiny(
     architecture: str = "llama", *, tied: bool = True, seed: int = 0, **changes: object
 ) -> PreTrainedModel:
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": tied}
+    sizes = {"intermediate_size": 40, "vocab_size": 50} | changes
+    model = tiny_decoder(architecture, 24, 2, **special, **sizes).train()
     torch.manual_seed(seed)
-    fields: dict[str, Any] = {
-        "hidden_size": 24,
-        "intermediate_size": 40,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 50,
-        "tie_word_embeddings": tied,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    config = AutoConfig.for_model(architecture, **(fields | changes))
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # so upstream
     for name, parameter in model.named_parameters():
         # Norm weights of one would hide a forgotten gain, small weights a wrong Jacobian.
         torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
@@ -58,7 +48,7 @@ EXAMPLES = [encoded(4, 3), encoded(9, 1), encoded(2, 8), encoded(6, 5), encoded(
 
 
 def autograd_gradient(model: PreTrainedModel, example: EncodedExample) -> torch.Tensor:
-    weight = model.get_parameter("model.layers.1.mlp.down_proj.weight")
+    weight = model.model.layers[-1].mlp.down_proj.weight
     logits = model(input_ids=example.input_ids[None].to(model.device)).logits[0].cpu()
     loss = torch.nn.functional.cross_entropy(logits[:-1], example.labels[1:], ignore_index=IGNORED)
     return torch.autograd.grad(loss, weight)[0].cpu()
@@ -81,21 +71,6 @@ def assert_equal_to_autograd(model: PreTrainedModel, examples: list[EncodedExamp
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gradient_equals_autograd(architecture: str, tied: bool) -> None:
     assert_equal_to_autograd(tiny(architecture, tied=tied), EXAMPLES)
-
-
-def test_the_radial_term_of_the_norm_matters() -> None:
-    """Without it the test above must fail; the reference code keeps only the diagonal of that Jacobian."""
-    model, example = tiny(), EXAMPLES[0]
-    factors, *_ = gradient_factors(open_probe(model), [example])
-    residual_stream: list[torch.Tensor] = []
-    handle = model.model.layers[-1].register_forward_hook(lambda _m, _a, out: residual_stream.append(out))
-    with torch.no_grad():
-        model(input_ids=example.input_ids[None].to(model.device))
-    handle.remove()
-    h = residual_stream[0][0, 3:6].cpu().numpy()
-    radial = (factors.delta * h).sum(1) / np.linalg.norm(factors.delta, axis=1) / np.linalg.norm(h, axis=1)
-    # The gradient through an RMSNorm is orthogonal to its input but for epsilon.
-    assert np.abs(radial).max() < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -130,8 +105,6 @@ def test_example_without_supervised_token_has_no_factors() -> None:
     assert len(found[1].delta) == 2
     (whole,) = gradient_factors(open_probe(tiny()), [EncodedExample("b", ids, ids)])
     assert len(whole.delta) == 2, "nothing predicts the first token"
-    (only,) = gradient_factors(open_probe(tiny()), examples[:1])
-    assert only.delta.shape == (0, 24)
 
 
 def test_bfloat16_forward_with_float32_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,24 +122,15 @@ def test_bfloat16_forward_with_float32_gradient(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_training_mode_and_hooks_are_left_as_found() -> None:
-    model = tiny(attention_dropout=0.5)
+    model = tiny(attention_dropout=0.5).requires_grad_(False)
     open_mode = open_probe(model)
     model.train()
     model.model.layers[0].eval()
     first = list(gradient_factors(open_mode, EXAMPLES))
     second = list(gradient_factors(open_mode, EXAMPLES))
     assert np.array_equal(matrix(first[0]), matrix(second[0]))
-    assert model.training
-    assert model.model.layers[1].training
-    assert not model.model.layers[0].training
-    assert not model.model.layers[1].mlp.down_proj._forward_pre_hooks
-    assert not model.model.layers[1].mlp.down_proj._forward_hooks
-    assert not model.model.norm._forward_pre_hooks
-
-
-def test_frozen_weights_stay_frozen() -> None:
-    model = tiny().requires_grad_(False)
-    list(gradient_factors(open_probe(model), EXAMPLES))
+    assert [model.training, *(layer.training for layer in model.model.layers)] == [True, False, True]
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
 
 
@@ -231,12 +195,4 @@ def test_what_is_no_language_model_is_refused() -> None:
 @pytest.mark.skipif(not STORIES.exists(), reason="the pretrained stories-260k is not here")
 def test_pretrained_weights_equal_autograd() -> None:
     model = here(AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32))
-    weight = f"model.layers.{model.config.num_hidden_layers - 1}.mlp.down_proj.weight"
-    examples = [encoded(20, 12, vocabulary=512), encoded(3, 30, vocabulary=512)]
-    found = list(gradient_factors(open_probe(model), examples))
-    for index, example in enumerate(examples):
-        logits = model(input_ids=example.input_ids[None].to(model.device)).logits[0].cpu()
-        loss = torch.nn.functional.cross_entropy(logits[:-1], example.labels[1:], ignore_index=IGNORED)
-        expected = torch.autograd.grad(loss, model.get_parameter(weight))[0].cpu()
-        error = np.linalg.norm(matrix(found[index]) - expected.numpy()) / float(expected.norm())
-        assert error < 1e-4
+    assert_equal_to_autograd(model, [encoded(20, 12, vocabulary=512), encoded(3, 30, vocabulary=512)])

@@ -28,9 +28,9 @@ from fedmosaic.client.progress import LoggedProgress
 from fedmosaic.client.settings import ClientSettings
 from fedmosaic.client.vision import efficientnet, features
 from fedmosaic.client.vision.efficientnet import EfficientNetLite0
-from fedmosaic.client.vision.embedding import ProjectedFeatures, put_images
 from fedmosaic.client.vision.inputs import located
 from fedmosaic.client.vision.projector import (
+    ProjectedFeatures,
     Projector,
     ProjectorRecord,
     load_projector,
@@ -41,6 +41,7 @@ from fedmosaic.client.vision.words import (
     images_in,
     marker,
     number_images,
+    put_images,
     tokenizer_with_images,
     without_images,
 )
@@ -173,7 +174,7 @@ def test_a_tower_gives_the_same_in_training_and_before(llava_folder: Path, tmp_p
     _paint(tmp_path / "0.png", (250, 10, 10))
     source = TowerImages(model, str(llava_folder), [tmp_path / "0.png"])
     before = source(torch.tensor([0]))
-    source._known.clear()
+    source._vectors.cache_clear()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(source(torch.tensor([0])), before)
 
