@@ -179,8 +179,7 @@ class AuditLog:
 def read_audit(path: Path) -> tuple[list[AuditLine], int]:
     """All whole lines of an audit log, verified, and the bytes of a torn one after them.
 
-    Raises:
-        StateError: names the first line that is broken, and why.
+    StateError names the first line that is broken, and why.
     """
     *whole, torn = path.read_bytes().split(b"\n")
     lines: list[AuditLine] = []

@@ -30,36 +30,27 @@ class Frozen(BaseModel):
 def read_configuration(path: Path, model: type[Model]) -> Model:
     """Read a TOML file, or a JSON file by its ending, into a model that forbids unknown keys.
 
-    Raises:
-        ConfigurationError: the file cannot be read, is no TOML, or does not fit the model; every
-            problem is named with its key, its value and, for an unknown key, the nearest valid one.
+    ConfigurationError names every problem with its key, its value and, for an unknown key, the nearest valid
+    one.
     """
     try:
         content = path.read_bytes()
-        data = parse_json(content) if path.suffix == ".json" else _parse_toml(content)
-    except FileNotFoundError:
-        raise ConfigurationError(
-            f"{path}: no such file; give the path of a TOML or JSON configuration"
-        ) from None
+        data = parse_json(content) if path.suffix == ".json" else tomllib.loads(decode_text(content))
     except OSError as error:
-        raise ConfigurationError(
-            f"{path}: cannot be read ({error.strerror}); give the path of a TOML or JSON configuration"
-        ) from None
-    except ValueError as error:
-        raise ConfigurationError(f"{path}: not valid {path.suffix[1:].upper() or 'TOML'}: {error}") from None
+        missing = isinstance(error, FileNotFoundError)
+        why = "no such file" if missing else f"cannot be read ({error.strerror})"
+        raise ConfigurationError(f"{path}: {why}; give the path of a TOML or JSON configuration") from None
+    except (ValueError, RecursionError) as error:
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ConfigurationError(f"{path}: not valid {path.suffix[1:].upper() or 'TOML'}: {why}") from None
     return validate(data, model, str(path))
 
 
 def read_own(path: Path, read: Callable[[Any], Value], remedy: str) -> Value | None:
     """What a small JSON file that we wrote ourselves holds; None if there is no such file.
 
-    Args:
-        path: the file.
-        read: makes the value of the parsed JSON, or fails with any error of a wrong type or shape.
-        remedy: what to do with a damaged file.
-
-    Raises:
-        StateError: it is damaged.
+    `read` makes the value of the parsed JSON, or fails with any error of a wrong type or shape: the
+    StateError then tells the remedy.
     """
     if not path.exists():
         return None
@@ -102,11 +93,7 @@ def parse_json(content: str | bytes) -> Any:
 
 
 def canonical_json(value: object, *, ascii_only: bool = True) -> str:
-    """JSON with one spelling per value, to hash or sign: sorted keys, no blanks, shortest floats, no NaN.
-
-    Raises:
-        TypeError, ValueError: the value is no JSON.
-    """
+    """JSON with one spelling per value, to hash or sign: sorted keys, no blanks, shortest floats, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=ascii_only, allow_nan=False)
 
 
@@ -125,13 +112,6 @@ def _whole(digits: str) -> int:
     if len(digits) > _MOST_DIGITS:
         raise ValueError(f"a number has {len(digits)} digits")
     return int(digits)
-
-
-def _parse_toml(content: bytes) -> dict[str, Any]:
-    try:
-        return tomllib.loads(decode_text(content))
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
 
 
 def validate(data: object, model: type[Model], source: str) -> Model:

@@ -65,8 +65,7 @@ def private_opener(path: str, flags: int) -> int:
 def private_directory(directory: Path) -> None:
     """Make a directory that only its owner can enter, and those above it; close one that is open to others.
 
-    What stands above and was there before is left as it is. StateError if it is open to others and belongs
-    to somebody else.
+    What stands above and was there before stays as it is. StateError if it is open and somebody else's.
     """
     for place in reversed((directory, *directory.parents)):
         if not place.exists():
@@ -118,18 +117,15 @@ def file_marks(paths: Iterable[Path]) -> list[tuple[int, ...]]:
 
 
 def hold_directory(path: Path, instead: str, *, wait: bool = False) -> IO[bytes]:
-    """Hold a directory for one process; the operating system lets go when the process ends.
+    """Hold a directory for one process, until it ends or the file is closed.
 
-    The library `filelock` will not do: where a file system has no locks it falls back to a file that a
-    killed process leaves behind.
+    The library `filelock` will not do: where a file system has no locks it falls back to a file that a killed
+    process leaves behind.
 
     Args:
         path: of a file in the directory, made if absent.
         instead: what to do besides stopping the other process.
         wait: until the other process lets go, instead of refusing.
-
-    Returns:
-        The open file; closing it lets go.
 
     Raises:
         StateError: another process holds the directory, or its file system has no locks.

@@ -1,14 +1,12 @@
 """What a weight row must look like before anyone computes or decrypts an aggregate with it.
 
-The output of an aggregation leaks whatever its cryptography: with two contributors the aggregate of one
-*is* the adapter of the other. The rules here are the only protection against that, so the party that can
-refuse, the client, checks them itself; the server checks them as a courtesy, to fail early.
+The output of an aggregation leaks whatever its cryptography: with two contributors the aggregate of one *is*
+the adapter of the other. The rules here are the only protection against that, so the party that can refuse,
+the client, checks them itself; the server checks them as a courtesy, to fail early.
 
 A client sees its own row only. What several rows tell together (`fedmosaic.privacy.coalitions`) the server
-has to plan for, and a server that does not keep its word, with two recipients, has any adapter it likes:
-rows (v, x, x) and (v', x', x') each keep every rule, and a difference of them is V alone.
-
-Family sharing averages over a subgroup; its rows are `WeightRow`s of their own and pass the same checks.
+has to plan for, and a server that does not keep its word, with two recipients, has any adapter it likes: rows
+(v, x, x) and (v', x', x') each keep every rule, and a difference of them is V alone.
 """
 
 import math
@@ -62,17 +60,14 @@ def check_row(
     members: Collection[str] | None = None,
     bits: int | None = None,
 ) -> None:
-    """Refuse a row that reveals too much of one contributor, or names somebody else.
+    """Refuse, with a PolicyError, a row that reveals too much of one contributor, or names somebody else.
 
     Args:
-        recipient: Client on whose behalf the row is checked.
-        row: Row as received; its shape was checked when it was made.
-        policy: Limits agreed in the roster.
-        members: Pinned members of the epoch; when given, every contributor must be one of them.
-        bits: Precision of the agreed encryption parameters; when given, the row must have it.
-
-    Raises:
-        PolicyError: With the name of the rule that is broken.
+        recipient: client on whose behalf the row is checked.
+        row: as received; its shape was checked when it was made.
+        policy: limits agreed in the roster.
+        members: pinned members of the epoch; when given, every contributor must be one of them.
+        bits: precision of the agreed encryption parameters; when given, the row must have it.
     """
     if bits is not None and row.bits != bits:
         raise PolicyError(f"weight row has {row.bits} bits, the agreed parameters have {bits}")
@@ -104,28 +99,17 @@ def check_row(
 
 
 def cap_weights(weights: Sequence[float], cap: float) -> tuple[float, ...]:
-    """Clip shares to a cap and hand the excess to the others, in proportion, until all fit.
+    """Clip (m,) weights to a cap and hand the excess to the others, in proportion, until all fit.
 
-    The result is the row with the least Kullback-Leibler divergence from the normalised input among all
-    rows that respect the cap (water filling). Zeros stay zero.
-
-    Args:
-        weights: (m,) finite, ≥ 0, not all zero; need not be normalised.
-        cap: Largest share of one contributor, in (0, 1].
-
-    Returns:
-        (m,) shares in [0, cap] that sum to 1.
-
-    Raises:
-        PolicyError: If a weight is not usable, or too few are above zero for the cap to hold.
+    The result, shares in [0, cap] that sum to 1, is the row with the least Kullback-Leibler divergence from
+    the normalised input among all that respect the cap (water filling). Zeros stay zero. PolicyError if a
+    weight is not usable, or too few are above zero for the cap to hold.
     """
     if not 0.0 < cap <= 1.0:
         raise PolicyError(f"weight cap is {cap!r}, expected a number in (0, 1]")
     if any(not (math.isfinite(weight) and weight >= 0.0) for weight in weights):
         raise PolicyError("weights must be finite and not negative")
-    positive = sorted(
-        (index for index, weight in enumerate(weights) if weight > 0.0), key=lambda i: -weights[i]
-    )
+    positive = sorted((i for i, weight in enumerate(weights) if weight > 0.0), key=lambda i: -weights[i])
     if len(positive) < _fewest_under(cap):
         raise PolicyError(
             f"{len(positive)} contributors with a weight above zero cannot each stay at or below {cap}: "
@@ -152,17 +136,7 @@ def spread_weights(shares: Sequence[float], squares_cap: float, bits: int) -> tu
 
     With s = Σ w² over n shares above zero, (1 − λ) w + λ / n has the sum 1/n + (1 − λ)² (s − 1/n). It is the
     nearest row, in Euclidean distance, that keeps the cap; the order of the shares is kept, and zeros stay.
-
-    Args:
-        shares: (m,) ≥ 0 that sum to 1, as `cap_weights` gives.
-        squares_cap: Largest sum of squares, in (0, 1].
-        bits: Precision to which the row is rounded afterwards; room for that is left.
-
-    Returns:
-        (m,) shares that sum to 1.
-
-    Raises:
-        PolicyError: If too few are above zero for the cap to hold.
+    Room is left for rounding to `bits`. PolicyError if too few are above zero for the cap to hold.
     """
     count = sum(share > 0.0 for share in shares)
     if count * Fraction(squares_cap) < 1:

@@ -87,11 +87,7 @@ class ModelError(FedMosaicError):
 
 
 class TrainingError(ModelError):
-    """Training left the finite numbers, or moved nothing.
-
-    Attributes:
-        steps: Optimizer steps that were spent, the failing one included.
-    """
+    """Training left the finite numbers, or moved nothing; `steps` of the optimizer were spent on it."""
 
     def __init__(self, message: str, steps: int) -> None:
         super().__init__(message)

@@ -52,13 +52,12 @@ class Enrolment(bounds.Message):
     """What a client believes about the federation when it arrives.
 
     Attributes:
-        protocol_version: version of this wire that the client speaks.
         roster_hash: SHA-256 of the canonical roster.
         adapter_spec_hash: SHA-256 of the adapter spec (rank, blocks, module names).
         family: architecture name as on the roster, or nothing.
         software: name and version of the client, for the server's log.
         check_only: compare both sides and answer, but enrol nobody: the client has not loaded its model yet.
-        ledger_head: anchor of the client's privacy ledger, 32 bytes; empty to have none kept.
+        ledger_head: anchor of the client's privacy ledger; empty to have none kept.
         ledger_signature: Ed25519 signature over `fedmosaic.protos.signing.ledger_digest`.
     """
 
@@ -85,9 +84,7 @@ class Enrolled(bounds.Message):
     """Where the run is.
 
     Attributes:
-        run_id: 32 hexadecimal digits, made by the server when the run began.
         round: the open round, 1 … rounds, or rounds + 1 once the run is finished.
-        rounds: how many rounds the run has.
         key_epoch: epoch that an upload of `round` must use.
         members: ids of all members of the roster, sorted.
         head: hash chain over all rounds below `round`: it differs between a server and an older copy of it.
@@ -134,10 +131,7 @@ def _profile_vector(value: object) -> npt.NDArray[np.float32]:
 class Profile(bounds.Message):
     """A sanitised task profile: an exponential average of differentially private releases.
 
-    Attributes:
-        vector: (k,) float32, finite; made read-only.
-        noise_variance: variance of the noise per coordinate of `vector`, ≥ 0.
-        releases: how many releases were averaged, ≥ 1.
+    Its vector is (k,) float32, finite and read-only; `noise_variance` is per coordinate of it.
     """
 
     vector: Annotated[npt.NDArray[np.float32], PlainValidator(_profile_vector)]
@@ -146,10 +140,9 @@ class Profile(bounds.Message):
 
     def digest(self) -> bytes:
         """SHA-256 over the vector (little-endian), its noise variance and number of releases."""
-        head = b"fedmosaic/profile/v1\x00" + struct.pack(
-            "<IdI", self.vector.size, self.noise_variance, self.releases
-        )
-        return hashlib.sha256(head + self.vector.astype("<f4").tobytes()).digest()
+        head = struct.pack("<IdI", self.vector.size, self.noise_variance, self.releases)
+        content = b"fedmosaic/profile/v1\x00" + head + self.vector.astype("<f4").tobytes()
+        return hashlib.sha256(content).digest()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Profile) and self.digest() == other.digest()
@@ -172,12 +165,7 @@ class SectionHeader(bounds.Message):
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """One part of the adapter, as the back end of the federation wrote it.
-
-    Attributes:
-        name: "shared" for P and Q, "family" for the LoRA of the other layers.
-        payload: bytes of the back end, not empty.
-    """
+    """One part of the adapter, "shared" (P and Q) or "family" (other layers' LoRA), of a back end."""
 
     name: SectionName
     payload: bytes = dataclasses.field(repr=False)
@@ -191,9 +179,7 @@ class Section:
 class LedgerHead(bounds.Message):
     """How far a client's privacy ledger is, as anchors that only the client can read.
 
-    Attributes:
-        head: anchor of its last row.
-        follows: the anchor that the server kept before, and that the ledger was found to hold; empty if none.
+    `follows` is the one that the server kept before, and that the ledger was found to hold; empty if none.
     """
 
     head: bounds.Hash
@@ -229,7 +215,6 @@ class Upload:
     """What one client contributes to one round.
 
     Attributes:
-        round: the open round.
         attempt_id: names this attempt in logs; a retry of the same bytes may keep or change it.
         key_epoch: epoch of the group key the sections are encrypted under.
         sections: at most one of each name; none means "present, but contributes nothing".
@@ -256,13 +241,7 @@ class Upload:
 
 @dataclass(frozen=True)
 class Receipt(bounds.Message):
-    """The server's answer to an upload.
-
-    Attributes:
-        round: the round that is open now.
-        content_hash: digest of the upload that the answer is about.
-        head: see `Enrolled`.
-    """
+    """The server's answer to an upload, by its digest; `round` is the one that is open now."""
 
     status: ReceiptStatus
     round: bounds.Round
@@ -272,12 +251,9 @@ class Receipt(bounds.Message):
 
 @dataclass(frozen=True)
 class WeightRow(bounds.Message):
-    """What one recipient receives of one section: an integer share of every contributor.
+    """What one recipient receives of one section: of contributor j the share weights[j] / 2**bits.
 
-    Attributes:
-        contributors: clients whose uploads are summed, each named once.
-        weights: one integer in 0 … 2**bits per contributor; they sum to exactly 2**bits.
-        bits: precision; the share of contributor j is weights[j] / 2**bits.
+    The weights, one integer in 0 … 2**bits per contributor, sum to exactly 2**bits.
     """
 
     contributors: bounds.Identifiers
@@ -298,7 +274,6 @@ class AggregateSection(bounds.Message):
     Attributes:
         row: the weight row that was used; None where the aggregate is refused.
         payload: the weighted sum in the back end's format; empty where it is refused.
-        refusal: why there is no aggregate; empty where there is one.
         uploads_sha256: names the signed uploads that a witness summed; empty without one.
         countersignature: the witness's, see `fedmosaic.protos.witnessing`; empty without one.
     """
@@ -328,7 +303,6 @@ class Aggregate(bounds.Message):
         sections: empty in round 1; afterwards one per section name of the federation.
         key_epoch: epoch of the uploads inside, to decrypt them.
         upload_key_epoch: epoch that the upload of `round` must use.
-        head: see `Enrolled`.
     """
 
     round: bounds.Round
@@ -342,14 +316,8 @@ class Aggregate(bounds.Message):
 class RoundStatus(bounds.Message):
     """What the server is waiting for.
 
-    Attributes:
-        round: the round that is open or being aggregated; rounds + 1 once the run is finished.
-        phase: where the round is.
-        arrived: clients whose upload is stored.
-        waiting_for: clients the round still waits for.
-        seconds_left: until the deadline, ≥ 0.
-        message: one line for people.
-        head: see `Enrolled`.
+    `round` is open or being aggregated, or rounds + 1 once the run is finished; `message` is one line for
+    people.
     """
 
     round: bounds.Round
@@ -363,13 +331,9 @@ class RoundStatus(bounds.Message):
 
 @dataclass(frozen=True)
 class KeyMessage(bounds.Message):
-    """One message of a key agreement; the server relays it and the sender is its certificate's id.
+    """One message of a key agreement, sealed or signed, that the server relays; no recipient is everybody.
 
-    Attributes:
-        epoch: key epoch the message is about.
-        stage: name of the step of the agreement.
-        recipient: client that may read it; empty for everybody.
-        payload: sealed or signed by the sender.
+    The sender is its certificate's id.
     """
 
     epoch: bounds.KeyEpoch

@@ -40,13 +40,9 @@ _BY_CODE: Final = {kind.value: kind for kind in RefusalKind}
 
 
 class Refusal(RefusedError):
-    """A refusal with a reason that programs can test and a remedy that people can follow.
+    """A refusal with a reason, such as ROSTER_DIFFERS, that programs can test, and a remedy for people.
 
-    Attributes:
-        kind: whose fault it is.
-        reason: upper-case word, such as ROSTER_DIFFERS.
-        message: what was wrong, the value, what would be right.
-        remedy: what to do next.
+    The message says what was wrong, the value, and what would be right.
     """
 
     def __init__(self, kind: RefusalKind, reason: str, message: str, remedy: str) -> None:
@@ -74,12 +70,7 @@ def to_status(refusal: Refusal) -> grpc.Status:
 
 
 def from_rpc_error(error: grpc.RpcError, call: str) -> FedMosaicError:
-    """What a failed call means: `Refusal` where the server refused, else a `TransportError` to try again.
-
-    Args:
-        error: as raised by a stub; it is a `grpc.Call` too.
-        call: name of the call, for the message.
-    """
+    """What a failed call means: `Refusal` where the server refused, else a `TransportError` to try again."""
     if not isinstance(error, grpc.Call):
         return TransportError(f"{call} failed: {_printable(str(error))}")
     try:

@@ -137,10 +137,7 @@ def chunks(
 ) -> Iterator[pb.Chunk]:
     """Cut payloads, laid end to end, into chunks in order; none of them spans two payloads.
 
-    Args:
-        payloads: in the order of their header.
-        offset: bytes to leave out at the start, because the other side has them.
-        chunk_bytes: size of every chunk but the last of a payload, at most MAX_CHUNK_BYTES.
+    The first `offset` bytes are left out, because the other side has them.
     """
     start = 0
     for payload in payloads:

@@ -18,13 +18,7 @@ P = TypeVar("P", CkksParameters, MaskParameters, PlainParameters)
 
 
 class Contribution(NamedTuple):
-    """A checked upload, taken apart.
-
-    Attributes:
-        client: Contributor.
-        nonce: 16 bytes.
-        payload: View of the bytes after the header, of the right length.
-    """
+    """A checked upload, taken apart: its nonce of 16 bytes, and a view of the bytes after the header."""
 
     client: str
     nonce: bytes
@@ -39,7 +33,7 @@ class Combination(NamedTuple):
         weights: (R, M) integers, each row summing to 2**weight_bits.
         rows: R weight rows.
         headers: R encoded headers.
-        context: Round.
+        context: of the round.
     """
 
     contributions: Sequence[Contribution]
@@ -60,15 +54,9 @@ class Aggregator(ABC, Generic[P]):
         self.policy = policy
 
     def check_upload(self, upload: bytes | memoryview, context: RoundContext, client: str) -> None:
-        """Refuse an upload that is not exactly what this client must send in this round.
+        """Refuse, with a CiphertextError, an upload that is not what this client must send in this round.
 
-        Args:
-            upload: Bytes from the network, after the signature over them was verified.
-            context: Round the upload must be for.
-            client: Contributor, as authenticated by the transport.
-
-        Raises:
-            CiphertextError: Naming what is wrong.
+        The signature over it was verified before, and the client authenticated by the transport.
         """
         nonce, payload = read_upload(self.parameters, context, client, upload)
         self._check_payload(Contribution(client, nonce, payload), context)
@@ -78,14 +66,8 @@ class Aggregator(ABC, Generic[P]):
     ) -> list[memoryview]:
         """Form the weighted sum of every row; one aggregate per row, in the order of the rows.
 
-        Args:
-            uploads: Uploads by contributor; may hold more than the rows use.
-            rows: The weight row of every recipient.
-            context: Round of all uploads and rows.
-
-        Raises:
-            PolicyError: A row breaks the policy.
-            CiphertextError: An upload in use is malformed.
+        There may be more uploads, by contributor, than the rows use. PolicyError if a row breaks the policy,
+        CiphertextError if an upload in use is malformed.
         """
         contributors, bits = frozenset(uploads), self.parameters.weight_bits
         headers = []

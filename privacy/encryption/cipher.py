@@ -29,25 +29,15 @@ class ClientCipher(ABC, Generic[P]):
         self.policy = policy
 
     def encrypt(
-        self,
-        vector: NDArray[np.floating],
-        key: GroupKey | None,
-        context: RoundContext,
-        nonce: bytes,
+        self, vector: NDArray[np.floating], key: GroupKey | None, context: RoundContext, nonce: bytes
     ) -> bytes:
-        """Encrypt a vector for the members of the key's epoch.
+        """Encrypt a vector for the members of the key's epoch; the upload's length depends on d alone.
 
         Args:
             vector: (d,) finite values; those outside [−clip, clip] of the parameters are clipped.
-            key: Group key of the context's epoch; None only for `plain`.
-            context: Round the upload is for; d must be its dimensions.
+            key: group key of the context's epoch; None only for `plain`.
+            context: round the upload is for; d must be its dimensions.
             nonce: 16 bytes from `NonceCounter.take`, never used before.
-
-        Returns:
-            The upload, of a length that depends on d alone.
-
-        Raises:
-            EncryptionError: The vector or the key is not acceptable.
         """
         self._check_key(key, context)
         values = self._checked(vector, context)
@@ -64,9 +54,9 @@ class ClientCipher(ABC, Generic[P]):
             key: the caller keeps this vector, and whatever determines it, inside the process.
 
         Raises:
-            PolicyError: The row breaks the policy; nothing is decrypted.
-            CiphertextError: The record is not the expected one or decrypts out of range.
-            EncryptionError: The key is not the one for this exchange.
+            PolicyError: the row breaks the policy; nothing is decrypted.
+            CiphertextError: the record is not the expected one or decrypts out of range.
+            EncryptionError: the key is not the one for this exchange.
         """
         self._check_key(key, context)
         members = None if key is None else key.members
@@ -117,9 +107,7 @@ class ClientCipher(ABC, Generic[P]):
         if values.shape != (context.dimensions,):
             raise EncryptionError(f"vector has shape {values.shape}, expected ({context.dimensions},)")
         if not np.isfinite(values).all():
-            raise EncryptionError(
-                "vector holds values that are not finite: training diverged, lower the learning rate"
-            )
+            raise EncryptionError("the vector is not finite: training diverged, lower the learning rate")
         return np.clip(values, -self.parameters.clip, self.parameters.clip)
 
 

@@ -35,7 +35,7 @@ def aggregate_header(parameters: Parameters, context: RoundContext, row: WeightR
 
 
 def upload_payload_bytes(parameters: Parameters, dimensions: int) -> int:
-    """Return the length of an upload after its header.
+    """The length of an upload after its header.
 
     `ckks`: seed 32 | first polynomials, 6 bytes a word. `mask`, `plain`: 4 bytes a value.
     """
@@ -58,10 +58,6 @@ def aggregate_payload_bytes(parameters: Parameters, header: Header) -> int:
 def read_upload(
     parameters: Parameters, context: RoundContext, client: str, upload: bytes | memoryview
 ) -> tuple[bytes, memoryview]:
-    """Check header and length of an upload; return its nonce and a view of its payload.
-
-    Raises:
-        CiphertextError: Naming the first field that differs.
-    """
+    """Check header and length of an upload; its nonce and a view of its payload, or CiphertextError."""
     header = upload_header(parameters, context, client)
     return read_record(upload, header, upload_payload_bytes(parameters, context.dimensions))

@@ -28,7 +28,7 @@ class _Parameters(Frozen):
     """Largest absolute value that is sent."""
 
     def digest(self) -> bytes:
-        """Return the SHA-256 of the canonical form: 32 bytes that go into the roster and every record."""
+        """The SHA-256 of the canonical form: 32 bytes that go into the roster and every record."""
         return self._digest
 
     @functools.cached_property

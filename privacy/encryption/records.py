@@ -42,11 +42,11 @@ class RoundContext:
     """What both sides know of an exchange before any record arrives.
 
     Attributes:
-        federation: Name of the federation, or of the run where one federation runs several.
-        epoch: Number of the group key's epoch, 0 … 2**64 − 1.
-        round: Number of the round, 0 … 2**64 − 1.
-        section: Which vector: "shared", or "family:" and the family's name.
-        dimensions: Length d of the vector.
+        federation: its name, or of the run where one federation runs several.
+        epoch: number of the group key's epoch, 0 … 2**64 − 1.
+        round: its number, 0 … 2**64 − 1.
+        section: which vector: "shared", or "family:" and the family's name.
+        dimensions: length d of the vector.
     """
 
     federation: str
@@ -68,12 +68,9 @@ class Header:
     """Every field of a record's header but the constants.
 
     Attributes:
-        kind: Upload or aggregate.
-        backend: Name of the back end.
         parameters_hash: 32 bytes, `digest` of the parameters.
-        context: Federation, epoch, round, section and dimensions.
-        client: Contributor of an upload, recipient of an aggregate.
-        count: Ring blocks of a `ckks` record, relayed nonces of a `mask` aggregate, else 0.
+        client: contributor of an upload, recipient of an aggregate.
+        count: ring blocks of a `ckks` record, relayed nonces of a `mask` aggregate, else 0.
     """
 
     kind: Kind
@@ -87,31 +84,17 @@ class Header:
         """The header's bytes; the nonce is fresh for an upload, the row's digest for an aggregate."""
         if len(nonce) != NONCE_BYTES:
             raise EncryptionError(f"nonce has {len(nonce)} bytes, expected {NONCE_BYTES}")
-        return _LAYOUT.pack(
-            _MAGIC,
-            FORMAT_VERSION,
-            self.kind,
-            BACKEND_CODES[self.backend],
-            self.parameters_hash,
-            _name_hash(self.context.federation),
-            _name_hash(self.context.section),
-            _name_hash(self.client),
-            self.context.epoch,
-            self.context.round,
-            nonce,
-            self.context.dimensions,
-            self.count,
-        )
+        about, context = (_MAGIC, FORMAT_VERSION, self.kind, BACKEND_CODES[self.backend]), self.context
+        names = map(_name_hash, (context.federation, context.section, self.client))
+        sizes = context.dimensions, self.count
+        return _LAYOUT.pack(*about, self.parameters_hash, *names, context.epoch, context.round, nonce, *sizes)
 
 
 def read_record(record: bytes | memoryview, expected: Header, payload_bytes: int) -> tuple[bytes, memoryview]:
     """Check a record against the header and payload length it must have, and split it.
 
-    Returns:
-        The 16-byte nonce and a view of the payload, whose content is still unchecked.
-
-    Raises:
-        CiphertextError: Naming the first field that differs.
+    The 16-byte nonce and a view of the payload, whose content is still unchecked; CiphertextError names the
+    first field that differs.
     """
     if len(record) != HEADER_BYTES + payload_bytes:
         raise CiphertextError(
@@ -135,20 +118,9 @@ def _difference(record: bytes | memoryview, wanted: bytes, what: str) -> Ciphert
 
 
 _FIELDS = (
-    "magic",
-    "format version",
-    "kind",
-    "back end",
-    "parameters hash",
-    "federation",
-    "section",
-    "client",
-    "epoch",
-    "round",
-    "nonce",
-    "number of dimensions",
-    "count",
-)
+    "magic", "format version", "kind", "back end", "parameters hash", "federation", "section", "client",
+    "epoch", "round", "nonce", "number of dimensions", "count",
+)  # fmt: skip
 
 
 def row_digest(row: WeightRow, recipient: str, round_number: int) -> bytes:

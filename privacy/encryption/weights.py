@@ -11,10 +11,7 @@ def integer_weights(row: NDArray[np.float64], bits: int) -> NDArray[np.int64]:
     """Round (m,) shares ≥ 0 that sum to 1 within 1e-6 to integers that sum to 2**bits, by largest remainder.
 
     Every integer differs from its exact share by less than one; zeros stay zero, equal remainders are served
-    in order of position.
-
-    Raises:
-        PolicyError: The row is not one of shares, or `bits` not in 1 to 30.
+    in order of position. PolicyError if it is no row of shares.
     """
     shares = np.asarray(row, dtype=np.float64)
     if not 1 <= bits <= bounds.MAX_WEIGHT_BITS:

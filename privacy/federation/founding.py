@@ -32,13 +32,8 @@ def create_federation(
 
 
 def planned(config: FederationConfig | Path | str) -> FederationConfig:
-    """A founding configuration, or that of a file, whose terms were tried and have their noise written in.
-
-    Raises:
-        ConfigurationError: the file is wrong, or no client's noise could be planned.
-    """
+    """A founding configuration, or that of a file, whose terms were tried and have their noise written in."""
     if not isinstance(config, FederationConfig):
         config = read_configuration(Path(config), FederationConfig)
-    names = [member.id for member in config.members]
-    terms = settled(with_bounded_delta(config.terms), names)
+    terms = settled(with_bounded_delta(config.terms), [member.id for member in config.members])
     return config.model_copy(update={"terms": terms})

@@ -1,8 +1,8 @@
 """Identities: the consortium's authority, TLS certificates, and signing keys.
 
-Two keys per client, because they do different work: a P-256 key whose X.509 certificate opens the
-mutual TLS connection (the client's id stands in a SPIFFE URI, so it is never taken from a message),
-and an Ed25519 key, pinned by the roster, that signs uploads and key-agreement messages end to end.
+Two keys per client: a P-256 key whose X.509 certificate opens the mutual TLS connection (the client's id
+stands in a SPIFFE URI, so it is never taken from a message), and an Ed25519 key, pinned by the roster, that
+signs uploads and key-agreement messages end to end.
 """
 
 import datetime as dt
@@ -33,7 +33,7 @@ RENEW = "have the consortium sign the request anew (`fedmosaic keys approve`)"
 _SPIFFE = re.compile(r"^spiffe://fedmosaic/(?P<federation>[a-z0-9-]+)/client/(?P<client>[a-z0-9-]+)$")
 _SEALED = b"scrypt n=2^17 r=8 p=1 salt "
 _CLOCK_SKEW = dt.timedelta(minutes=5)
-_UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm, InternalError, x509.InvalidVersion)
+UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm, InternalError, x509.InvalidVersion)
 """What the library says of keys and certificates that are none."""
 
 
@@ -65,12 +65,8 @@ def create_authority(federation: str, now: dt.datetime | None = None) -> Authori
     """Make a new certificate authority and roster-signing key for a federation."""
     key = ec.generate_private_key(ec.SECP256R1())
     # A common name has at most 64 characters (RFC 5280, appendix A), so the federation stands by itself.
-    name = x509.Name(
-        [
-            x509.NameAttribute(NameOID.ORGANIZATION_NAME, federation),
-            x509.NameAttribute(NameOID.COMMON_NAME, "FedMosaic consortium"),
-        ]
-    )
+    organization = x509.NameAttribute(NameOID.ORGANIZATION_NAME, federation)
+    name = x509.Name([organization, x509.NameAttribute(NameOID.COMMON_NAME, "FedMosaic consortium")])
     builder = _builder(name, name, key.public_key(), AUTHORITY_DAYS, now, authority=True)
     return Authority(builder.sign(key, hashes.SHA256()), key, Ed25519PrivateKey.generate())
 
@@ -190,7 +186,7 @@ def read_certificate(path: Path) -> x509.Certificate:
         return certificate
     except OSError as error:
         raise IdentityError(f"{path}: cannot read this certificate: {error.strerror}") from None
-    except _UNREADABLE:
+    except UNREADABLE:
         raise IdentityError(f"{path}: not a PEM certificate; take it from the kit again") from None
 
 
@@ -207,13 +203,7 @@ def certificate_names(certificate: x509.Certificate) -> list[str]:
 def check_certificate(source: Path, authority: Path, now: dt.datetime | None = None) -> x509.Certificate:
     """Refuse a certificate that the other side would refuse: TLS would only say that the connection closed.
 
-    Args:
-        source: one's own certificate, PEM.
-        authority: certificate of the federation's authority, PEM.
-        now: present time, with a time zone; the clock by default.
-
-    Raises:
-        IdentityError: it is expired, not valid yet, or not from this authority.
+    Both files are PEM; IdentityError if it is expired, not valid yet, or not from this authority.
     """
     now = now or dt.datetime.now(dt.UTC)
     certificate = read_certificate(source)
@@ -236,12 +226,7 @@ def check_certificate(source: Path, authority: Path, now: dt.datetime | None = N
 
 
 def expires_soon(expiry: dt.datetime, now: dt.datetime | None = None) -> str:
-    """What to announce of a certificate in its last days; empty before.
-
-    Args:
-        expiry: the end of its validity, with a time zone.
-        now: present time, with a time zone; the clock by default.
-    """
+    """What to announce of a certificate in its last days; empty before."""
     left = expiry - (now or dt.datetime.now(dt.UTC))
     if left > ANNOUNCED_BEFORE:
         return ""
@@ -259,12 +244,9 @@ def certificate_uris(path: Path) -> list[str]:
 
 
 def check_pair(certificate: Path, key: Path) -> tuple[bytes, bytes]:
-    """Read a certificate and its private key, both PEM, and see that they belong together.
+    """Read a certificate and its private key, both PEM; IdentityError unless they belong together.
 
     gRPC ends the whole process, or blames the port, when it is given a pair that is none.
-
-    Raises:
-        IdentityError: one of them is missing, damaged or open to others, or they are not a pair.
     """
     public, private = read_certificate(certificate), read_private_key(key)
     if spki_sha256(private.public_key()) != public_key_sha256(public):
@@ -349,15 +331,13 @@ def read_private_key(path: Path, passphrase: str | None = None) -> PrivateKeyTyp
             password = _stretched(passphrase, bytes.fromhex(head.decode("ascii", "replace")))
     try:
         return serialization.load_pem_private_key(content, password=password)
-    except _UNREADABLE:
-        if content.startswith(_SEALED):
-            raise IdentityError(
-                f"{path}: the passphrase is not the right one, or the file is damaged"
-            ) from None
-        raise IdentityError(
-            f"{path}: not a private key in PEM without a passphrase; restore it, or make new keys with "
+    except UNREADABLE:
+        sealed = "the passphrase is not the right one, or the file is damaged"
+        bare = (
+            "not a private key in PEM without a passphrase; restore it, or make new keys with "
             "`fedmosaic keys request`"
-        ) from None
+        )
+        raise IdentityError(f"{path}: {sealed if content.startswith(_SEALED) else bare}") from None
 
 
 def read_signing_key(path: Path, passphrase: str | None = None) -> Ed25519PrivateKey:

@@ -1,13 +1,13 @@
 """The roster: who is in a federation and on which terms, signed by the consortium.
 
-Every member pins the consortium's Ed25519 key out of band and refuses any roster it did not
-sign. The hash of the roster is exchanged on enrolment, signed into the group key and written into
-the privacy statement, so that client, server and report speak of the same terms.
+Every member pins the consortium's Ed25519 key out of band and refuses any roster it did not sign. The hash of
+the roster is exchanged on enrolment, signed into the group key and written into the privacy statement.
 """
 
 import base64
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +42,13 @@ class Witness(Member):
     """How long a round waits for it; whoever then has no countersignature trains the round alone."""
 
 
+def check_distinct(what: str, values: Sequence[str]) -> None:
+    """ValueError that names a value that is there twice."""
+    twice = sorted(value for value, times in Counter(values).items() if times > 1)
+    if twice:
+        raise ValueError(f"{what} {twice[0]} appears more than once")
+
+
 class Roster(Frozen):
     """Members and terms, with the consortium's signature over all of it.
 
@@ -61,14 +68,9 @@ class Roster(Frozen):
     def _distinct(self) -> "Roster":
         if self.witness is not None:
             check_witnessed(self.terms)
-        for what, values in (
-            ("member id", [m.id for m in self.parties]),
-            ("identity key", [m.identity_key for m in self.parties]),
-            ("TLS key", [m.tls_key_sha256 for m in self.parties]),
-        ):
-            if len(set(values)) < len(values):
-                twice = min(value for value, times in Counter(values).items() if times > 1)
-                raise ValueError(f"{what} {twice} appears more than once")
+        check_distinct("member id", [m.id for m in self.parties])
+        check_distinct("identity key", [m.identity_key for m in self.parties])
+        check_distinct("TLS key", [m.tls_key_sha256 for m in self.parties])
         return self
 
     @property
@@ -94,8 +96,7 @@ class Roster(Frozen):
             unused["schedule"] = {"sampled_clients"}
         exclude: dict[str, Any] = {"signature": True, "terms": unused}
         exclude |= {} if self.witness else {"witness": True}
-        content = self.model_dump(mode="json", exclude=exclude)
-        return canonical_json(content).encode()
+        return canonical_json(self.model_dump(mode="json", exclude=exclude)).encode()
 
     def signed(self, consortium: Ed25519PrivateKey) -> "Roster":
         """This roster with the consortium's Ed25519 signature over its canonical JSON."""
@@ -141,12 +142,7 @@ class Roster(Frozen):
 
     @classmethod
     def read(cls, path: Path, consortium: Ed25519PublicKey) -> "Roster":
-        """Read a `roster.json` and verify it by the pinned key.
-
-        Raises:
-            ConfigurationError: no such file, or not a roster.
-            IdentityError: not signed by the pinned key.
-        """
+        """Read a `roster.json` and verify it by the pinned key; ConfigurationError if it is none."""
         try:
             data = parse_json(path.read_bytes())
         except (OSError, ValueError) as error:

@@ -12,14 +12,7 @@ from functools import lru_cache
 
 
 def taking_part(members: tuple[str, ...], sampled: int | None, run_id: str, number: int) -> frozenset[str]:
-    """The members that take part in a round.
-
-    Args:
-        members: ids on the roster.
-        sampled: K, `schedule.sampled_clients` of the terms; None for everybody.
-        run_id: of the run.
-        number: of the round.
-    """
+    """The members that take part in a round; `sampled` is K of the terms, None for everybody."""
     if sampled is None or sampled >= len(members):
         return frozenset(members)
     return _smallest(members, sampled, run_id, number)

@@ -13,10 +13,7 @@ from fedmosaic.protos.errors import IdentityError
 class RosterMark(Frozen):
     """What is remembered of a roster, to judge those that come after it.
 
-    Attributes:
-        serial: of the roster.
-        sha256: `Roster.hash`.
-        terms: SHA-256 of every table of the terms that is in use, by name.
+    `terms` has the SHA-256 of every table of the terms that is in use, by name.
     """
 
     serial: int = Field(ge=1)
@@ -36,11 +33,7 @@ class RosterMark(Frozen):
         return cls(serial=roster.serial, sha256=roster.hash.hex(), terms=terms)
 
     def check(self, roster: Roster) -> None:
-        """Refuse a roster that cannot follow on this one, which is lawful for itself.
-
-        Raises:
-            IdentityError: it is older, another one of the same serial, or has other terms.
-        """
+        """Refuse, with an IdentityError, a roster that may not follow on this one."""
         self.check_mark(RosterMark.of(roster), roster.federation)
 
     def check_mark(self, later: "RosterMark", federation: str) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
+from fedmosaic.privacy.accounting.epsilon import LARGEST_TIGHT_EPSILON
 from fedmosaic.privacy.configuration import Frozen, canonical_json
 from fedmosaic.privacy.encryption.parameters import CkksParameters, Parameters
 from fedmosaic.privacy.federation.names import Family
@@ -18,9 +19,6 @@ Protection = Literal["none", "encrypted", "dp", "dp+encrypted", "distributed-dp"
 
 Hex32 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Seconds = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
-
-_LARGEST_PLANNED_EPSILON = 100.0
-"""`fedmosaic.privacy.accounting.calibrate` finds no noise for more."""
 
 DEFAULT_TARGET_MODULES = (
     "mlp.down_proj",
@@ -228,10 +226,10 @@ class Terms(Frozen):
                 "choose 'ckks' or 'mask', or adapter.protection 'none' or 'dp'"
             )
         if not self.adapter.encrypted and not plain:
+            also = "" if self.adapter.in_group_sums else " and allow_plaintext = true"
             raise ValueError(
                 f"adapter.protection is {self.adapter.protection!r}, so nothing is encrypted: say so with "
-                "encryption.backend = 'plain'"
-                + ("" if self.adapter.in_group_sums else " and allow_plaintext = true")
+                f"encryption.backend = 'plain'{also}"
             )
         if plain and not self.allow_plaintext and not self.adapter.in_group_sums:
             raise ValueError("encryption.backend 'plain' needs allow_plaintext = true")
@@ -244,10 +242,10 @@ class Terms(Frozen):
         if self.adapter.in_group_sums:
             self._check_group_sums()
         epsilon = self.adapter_privacy.target_epsilon
-        if self.adapter.private and epsilon > _LARGEST_PLANNED_EPSILON:
+        if self.adapter.private and epsilon > LARGEST_TIGHT_EPSILON:
             raise ValueError(
                 f"adapter_privacy.target_epsilon is {epsilon:g}; noise is planned for at most "
-                f"{_LARGEST_PLANNED_EPSILON:g}, and more protects nothing"
+                f"{LARGEST_TIGHT_EPSILON:g}, and more protects nothing"
             )
         if self.profile.dimensions > bounds.MAX_PROFILE_DIMENSIONS:
             raise ValueError(
@@ -291,5 +289,7 @@ class Terms(Frozen):
 def check_witnessed(terms: Terms) -> None:
     """ValueError where a witness could not recompute the aggregates of these terms bit for bit."""
     if terms.encryption.backend == "plain":
-        what = "encryption.backend is 'plain', whose sums no witness can recompute bit for bit"
-        raise ValueError(f"{what}; choose 'ckks' or 'mask', or no witness")
+        raise ValueError(
+            "encryption.backend is 'plain', whose sums no witness can recompute bit for bit; choose 'ckks' "
+            "or 'mask', or no witness"
+        )

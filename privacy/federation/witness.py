@@ -74,12 +74,7 @@ class WitnessBook:
         return found
 
     def check_size(self, signed: SignedUpload) -> None:
-        """Refuse, before a byte of it is taken, an upload that no member could have made.
-
-        Raises:
-            IdentityError: it is of no member.
-            EncryptionError: a section has another length than the terms say, or is none of the member's.
-        """
+        """Refuse, before a byte of it is taken, an upload that no member could have made."""
         expected, parameters = self.sections(signed.client), self._roster.terms.encryption
         for section in signed.sections:
             _, length = expected.pop(section.name, ("", 0))
@@ -94,13 +89,7 @@ class WitnessBook:
     ) -> list[Verdict]:
         """Judge every claim of a closed round, in order.
 
-        Args:
-            header: the round.
-            uploads: by client.
-            claims: what the server says of its aggregates.
-
-        Raises:
-            StateError: a later round of this run was judged before, or the record of it is damaged.
+        StateError if a later round of this run was judged before, or the record of it is damaged.
         """
         pins = self._pins(header)
         checked, problems = self._check_uploads(header, uploads, pins["uploads"])
@@ -177,13 +166,9 @@ class WitnessBook:
         """What the claimed row is to be applied to, if the row may be."""
         try:
             label, length = self.sections(claim.recipient)[claim.section]
-            check_row(
-                claim.recipient,
-                claim.row,
-                self._roster.terms.policy,
-                members=self._roster.identity_keys(),
-                bits=self._roster.terms.encryption.weight_bits,
-            )
+            terms, members = self._roster.terms, self._roster.identity_keys()
+            bits = terms.encryption.weight_bits
+            check_row(claim.recipient, claim.row, terms.policy, members=members, bits=bits)
         except (IdentityError, PolicyError) as error:
             raise _WrongError("row", str(error)) from None
         except KeyError:

@@ -59,15 +59,15 @@ def plan_epoch(
     """Fix who takes part in an epoch, and on which terms.
 
     Args:
-        federation: Name of the federation.
-        number: Of the epoch, as checked by `NonceCounter.open_epoch`.
-        members: Ids that take part, the caller's own among them.
-        roster_keys: Raw Ed25519 public key (32 bytes) of every member of the pinned roster.
+        federation: its name.
+        number: of the epoch, as checked by `NonceCounter.open_epoch`.
+        members: ids that take part, the caller's own among them.
+        roster_keys: raw Ed25519 public key (32 bytes) of every member of the pinned roster.
         roster_hash: 32 bytes.
         parameters_hash: 32 bytes.
 
     Raises:
-        KeyAgreementError: The list is too short, repeats a member or names one outside the roster.
+        KeyAgreementError: the list is too short, repeats a member or names one outside the roster.
     """
     if len(set(members)) != len(members):
         raise KeyAgreementError("the list of members names one twice")
@@ -103,11 +103,11 @@ class KeyAgreement:
     stores `unconfirmed`, confirms as before, and holds the others to `check_confirmations`.
 
     Args:
-        identity: Long-term key of this member.
-        member: Its id.
-        epoch: From `plan_epoch`; all members must plan the same.
-        generate_secret: Draws the CKKS secret, called at the leader only; `generate_group_secret`.
-        secret_bytes: Length of that secret; `group_secret_bytes`.
+        identity: long-term key of this member.
+        member: its id.
+        epoch: from `plan_epoch`; all members must plan the same.
+        generate_secret: draws the CKKS secret, called at the leader only; `generate_group_secret`.
+        secret_bytes: length of that secret; `group_secret_bytes`.
     """
 
     def __init__(
@@ -144,11 +144,8 @@ class KeyAgreement:
     def accept_openings(self, openings: Mapping[str, bytes]) -> dict[str, bytes] | None:
         """Check the openings of all members, as relayed, and elect the leader.
 
-        Returns:
-            At the leader, one sealed box per other member; elsewhere None.
-
-        Raises:
-            KeyAgreementError: A member is missing, added or swapped, or a message is not acceptable.
+        At the leader one sealed box per other member, elsewhere None. KeyAgreementError if a member is
+        missing, added or swapped, or a message is not acceptable.
         """
         with self._step(_Stage.OPENED):
             _expect_members(self.epoch, "openings", openings)
@@ -181,28 +178,19 @@ class KeyAgreement:
     def accept_box(self, box: bytes) -> None:
         """Open the leader's box for this member, as relayed.
 
-        Raises:
-            KeyAgreementError: It is not the leader's, was altered, or does not hold what was committed to.
+        KeyAgreementError if it is not the leader's, was altered, or does not hold what was committed to.
         """
         with self._step(_Stage.WAITS_FOR_BOX):
             leader = self.leader
             if leader is None or self._ephemeral is None:
                 raise KeyAgreementError("no leader is elected yet")
-            commitment, sealed = read_about_key(
-                f"sealed key of leader {leader!r}",
-                BOX,
-                self._transcript,
-                self.member,
-                self.epoch.identity_keys[leader],
-                box,
-                KEY_BYTES + self._secret_bytes + _SEALING_BYTES,
-            )
+            what, size = f"sealed key of leader {leader!r}", KEY_BYTES + self._secret_bytes + _SEALING_BYTES
+            about = BOX, self._transcript, self.member, self.epoch.identity_keys[leader]
+            commitment, sealed = read_about_key(what, *about, box, size)
             try:
                 secrets = _HPKE.decrypt(sealed, self._ephemeral, info=self._bound(self.member, commitment))
             except (InvalidTag, ValueError):
-                raise KeyAgreementError(
-                    f"the sealed key of leader {leader!r} does not open: it was sealed for another key"
-                ) from None
+                raise KeyAgreementError(f"the {what} does not open: it was sealed for another key") from None
             key = self._new_key(secrets[:KEY_BYTES], secrets[KEY_BYTES:])
             if key.fingerprint != commitment:
                 raise KeyAgreementError(f"leader {leader!r} sealed another key than it committed to")
@@ -213,17 +201,11 @@ class KeyAgreement:
     def confirmation(self) -> bytes:
         """This member's signed confirmation, of `CONFIRMATION_BYTES` bytes."""
         key = self.unconfirmed()
-        tag = _tag(key, self.member)
-        return write_about_key(
-            CONFIRMATION, self._transcript, self.member, key.fingerprint, tag, self._identity
-        )
+        about = CONFIRMATION, self._transcript, self.member, key.fingerprint
+        return write_about_key(*about, _tag(key, self.member), self._identity)
 
     def unconfirmed(self) -> GroupKey:
-        """The key before the others have confirmed it: to store, and to encrypt nothing with.
-
-        Raises:
-            KeyAgreementError: No key is held yet, or not any more.
-        """
+        """The key before the others have confirmed it: to store, and to encrypt nothing with."""
         if self._key is None:
             raise KeyAgreementError(f"member {self.member!r} holds no key: {self._stage.value} first")
         return self._key
@@ -258,27 +240,18 @@ class KeyAgreement:
                 f"CKKS secret has {len(ckks_secret)} bytes, expected {self._secret_bytes}"
             )
         fingerprint = commitment_to(self._transcript, master, ckks_secret)
-        epoch = self.epoch
-        return GroupKey(
-            epoch.federation,
-            epoch.number,
-            epoch.members,
-            epoch.parameters_hash,
-            self._transcript,
-            fingerprint,
-            master,
-            ckks_secret,
-        )
+        about = self.epoch.federation, self.epoch.number, self.epoch.members, self.epoch.parameters_hash
+        return GroupKey(*about, self._transcript, fingerprint, master, ckks_secret)
 
     def _sealed(self, recipient: str, recipient_key: bytes) -> bytes:
         key = self._key
         if key is None:
             raise KeyAgreementError("no key to seal")
-        sealed = _HPKE.encrypt(
-            key.master + key.ckks_secret,
+        public, info = (
             X25519PublicKey.from_public_bytes(recipient_key),
-            info=self._bound(recipient, key.fingerprint),
+            self._bound(recipient, key.fingerprint),
         )
+        sealed = _HPKE.encrypt(key.master + key.ckks_secret, public, info=info)
         return write_about_key(BOX, self._transcript, recipient, key.fingerprint, sealed, self._identity)
 
     def _bound(self, recipient: str, commitment: bytes) -> bytes:
@@ -290,20 +263,12 @@ class KeyAgreement:
 def check_confirmations(epoch: Epoch, key: GroupKey, confirmations: Mapping[str, bytes]) -> None:
     """Check, by their confirmations as relayed, that all members of an epoch hold the same key.
 
-    Raises:
-        KeyAgreementError: A member is missing or added, holds another key, or cannot prove it.
+    KeyAgreementError if a member is missing or added, holds another key, or cannot prove it.
     """
     _expect_members(epoch, "confirmations", confirmations)
     for name in epoch.members:
-        commitment, tag = read_about_key(
-            f"confirmation of {name!r}",
-            CONFIRMATION,
-            key.transcript,
-            name,
-            epoch.identity_keys[name],
-            confirmations[name],
-            TAG_BYTES,
-        )
+        about = CONFIRMATION, key.transcript, name, epoch.identity_keys[name]
+        commitment, tag = read_about_key(f"confirmation of {name!r}", *about, confirmations[name], TAG_BYTES)
         if commitment != key.fingerprint:
             leader = _leader(epoch, key.transcript)
             raise KeyAgreementError(

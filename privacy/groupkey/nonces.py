@@ -26,12 +26,7 @@ class _State(BaseModel):
 
 
 class NonceCounter:
-    """What this client has opened and encrypted, durable before anything is sent.
-
-    Args:
-        path: File of the counter, in the client's state folder; created at the first write.
-        federation: Name of the federation; a counter of another one is refused.
-    """
+    """What this client has opened and encrypted, durable before anything is sent; of one federation."""
 
     def __init__(self, path: Path, federation: str) -> None:
         self._path = path
@@ -45,8 +40,7 @@ class NonceCounter:
     def open_epoch(self, number: int) -> None:
         """Claim an epoch before its key agreement starts.
 
-        Raises:
-            EncryptionError: It, or a later one, was claimed before, so messages of it may be replayed.
+        EncryptionError if it, or a later one, was claimed before, so messages of it may be replayed.
         """
         if self._state.epoch is not None and number <= self._state.epoch:
             raise EncryptionError(
@@ -58,10 +52,7 @@ class NonceCounter:
         """A nonce (16 random bytes) for one upload, after recording on disk that it was taken.
 
         A client that repeats a round sends its stored upload again and takes no nonce; it takes another one
-        where a crash lost the upload.
-
-        Raises:
-            EncryptionError: The epoch or round is over.
+        where a crash lost the upload. EncryptionError if the epoch or round is over.
         """
         state = self._state
         if state.epoch is None or epoch != state.epoch:
@@ -100,14 +91,7 @@ class NonceCounter:
 def rotation_reason(
     key_members: Collection[str], taking_part: Collection[str], rounds_used: int, rotate_every: int
 ) -> str | None:
-    """Why a new key epoch is due, as a sentence for the log; None while the key may be used.
-
-    Args:
-        key_members: Members that hold the current key.
-        taking_part: Members that take part from now on.
-        rounds_used: Rounds the current key has served.
-        rotate_every: Rounds one key may serve, ≥ 1.
-    """
+    """Why a new key epoch is due, as a sentence for the log; None while the key may be used."""
     joined = sorted(set(taking_part) - set(key_members))
     if joined:
         return f"members without the key take part: {', '.join(joined)}"

@@ -4,12 +4,12 @@
 
 `reserve` charges, durably, before any noise exists. A crash after it wastes budget and forgets none: a
 reservation counts whether or not its bytes ever left. Sending stored bytes again is `resent` and free. The
-budget is a filter, fixed when the ledger is opened for the first time: a release that would pass the target
-ε is refused before noise is drawn.
+budget is a filter, fixed when the ledger is opened for the first time: a release that would pass the target ε
+is refused before noise is drawn.
 
 A changed, removed, added or moved row, and a cut tail, are found on every opening. Whoever can write the
-ledger *and* its head file can rewrite both, or put older ones back; an `anchor` that somebody else keeps
-finds that too.
+ledger *and* its head file can rewrite both, or put older ones back; an `anchor` kept elsewhere finds that
+too.
 
 ε adds up over every client, run and federation that releases from the data, so they share one ledger. It
 stands in a directory of its own (`LEDGER`), with the noised profiles that may be sent again.
@@ -53,22 +53,14 @@ from fedmosaic.privacy.ledger.rules import (
 from fedmosaic.privacy.ledger.store import LedgerLog, LedgerStore, has_begun, read_ledger
 from fedmosaic.protos.errors import BudgetExceededError, LedgerError
 
-__all__ = [
-    "LEDGER",
-    "Ledger",
-    "LedgerParameters",
-    "data_epoch",
-    "has_begun",
-    "parameters_of",
-    "read_ledger",
-]
+__all__ = ["LEDGER", "Ledger", "LedgerParameters", "data_epoch", "has_begun", "parameters_of", "read_ledger"]
 
 LEDGER = "ledger.sqlite"
 """Name of the file in its directory."""
 
 
 class Ledger:
-    """An open ledger. Safe for several threads, and for several processes that have one file open.
+    """An open ledger, for several threads and processes.
 
     Every append is one transaction that excludes all others, over all rows that they have written.
     """
@@ -99,9 +91,9 @@ class Ledger:
             delta: δ in (0, 1/n] of every ε in the ledger.
             target_epsilon: budget for all budgeted channels together; None records without refusing.
             accountant: "prv" (default), "rdp" or "pld".
-            budgeted_channels: which channels the budget bounds. A channel whose releases are not
-                differentially private (`adapter.protection` none or encrypted) costs ε = ∞ and must be
-                left out here by name, or nothing can be released on it under a budget.
+            budgeted_channels: which channels the budget bounds. One whose releases are not differentially
+                private costs ε = ∞ and must be left out here by name, or nothing can be released on it under
+                a budget.
             examples: n, the client's number of units; checked against δ, not stored.
             unit: what is added or removed: all releases of a ledger protect the same.
             clock: tells the time.
@@ -121,9 +113,7 @@ class Ledger:
             with store.transaction():
                 if store.prepare():
                     opening = parameters.canonical(secrets.token_hex(32))
-                    log.append(
-                        "OPENED", bound=EpsilonBound(0.0, accountant), mechanism=opening, unit=parameters.unit
-                    )
+                    log.append("OPENED", bound=EpsilonBound(0.0, accountant), mechanism=opening, unit=unit)
             log.verify()
             check_open(log.rows)
             check_parameters(parameters, log.rows)
@@ -162,11 +152,11 @@ class Ledger:
         example_ids: Iterable[str] | None = None,
         context: str = "",
     ) -> int:
-        """Charge one release, durably, before its noise is drawn.
+        """Charge one release, durably, before its noise is drawn; the sequence of its RESERVED row.
 
         Args:
-            channel: "profile", "adapter" or "family".
-            round: round of the federation.
+            channel: what is released.
+            round: of the federation.
             event: (σ, q, steps) of the whole release; `UNPROTECTED` when covered_by is not "dp".
             data_epoch: `data_epoch(ids)` of the examples that it may depend on.
             secure_noise: False when the noise comes from a test's seeded generator.
@@ -174,13 +164,10 @@ class Ledger:
             clipping_norm: C, required for "dp".
             dimensions: length of the released vector, required for "dp".
             covered_by: "dp", or, with ε = ∞, "cryptography" or "nothing".
-            example_ids: the epoch's example ids, to have it composed in parallel with other epochs that
-                were given so; the ledger proves that they share none.
-            context: the run, or for a profile its mechanism: another one makes another release, which is
-                charged like the first.
-
-        Returns:
-            Sequence of the RESERVED row, to be given to `released`.
+            example_ids: the epoch's example ids, to have it composed in parallel with other epochs that were
+                given so; the ledger proves that they share none.
+            context: the run, or for a profile its mechanism: another one makes another release, charged like
+                the first.
 
         Raises:
             BudgetExceededError: the release would pass the target ε; recorded as REFUSED, nothing charged.
@@ -236,12 +223,12 @@ class Ledger:
     def released(self, sequence: int, digest: str) -> None:
         """Record that the noisy bytes of a reservation, with this SHA-256, are stored and may be sent.
 
-        Raises:
-            LedgerError: no such reservation, or its release (or another draw of it) is recorded already.
+        LedgerError if there is no such reservation, or its release (or another draw of it) is recorded
+        already.
         """
         with self._log.appending() as rows:
             reservation = reservation_at(rows, sequence)
-            before = _release_of(reservation).made(rows)
+            before = Release.of(reservation).made(rows)
             if before is not None and (before.reference, before.payload_digest) == (sequence, digest):
                 return
             if before is not None:
@@ -252,15 +239,9 @@ class Ledger:
             self._append_about(reservation, "RELEASED", digest, reservation.attempt, reservation.round)
 
     def resent(self, sequence: int, digest: str, round: int | None = None) -> None:
-        """Record that released bytes, of the same SHA-256, were sent once more; costs nothing.
+        """Record that released bytes, of the same SHA-256, were sent once more, in this round; costs nothing.
 
-        Args:
-            sequence: what `reserve` returned.
-            digest: the same as in `released`.
-            round: in which round they were sent again; the reservation's round when None.
-
-        Raises:
-            LedgerError: nothing was released for this reservation, or other bytes were.
+        LedgerError if nothing was released for this reservation, or other bytes were.
         """
         with self._log.appending() as rows:
             reservation = reservation_at(rows, sequence)
@@ -280,10 +261,7 @@ class Ledger:
     def release_of(
         self, channel: Channel, round: int, data_epoch: str, context: str = ""
     ) -> LedgerRow | None:
-        """The RELEASED row whose stored bytes are to be sent, if this release was made already.
-
-        A profile is released once per data epoch and mechanism, so its round does not matter.
-        """
+        """The RELEASED row whose stored bytes are to be sent; a profile's round does not matter."""
         with self._log.reading() as rows:
             return Release(channel, round, data_epoch, context).made(rows)
 
@@ -324,7 +302,7 @@ class Ledger:
         return anchor_of(self.export(), keeper)
 
     def check_anchor(self, keeper: str, anchor: bytes, source: str) -> None:
-        """Refuse to be behind an anchor; see `fedmosaic.privacy.ledger.rules.check_anchor`."""
+        """Refuse to be behind an anchor; see `rules.check_anchor`."""
         check_anchor(self.export(), keeper, anchor, source)
 
     def verify(self) -> None:
@@ -353,15 +331,10 @@ class Ledger:
         )
 
     def _bound_after(
-        self,
-        rows: Sequence[LedgerRow],
-        channel: Channel,
-        event: GaussianEvent,
-        disjoint_epoch: str | None,
+        self, rows: Sequence[LedgerRow], channel: Channel, event: GaussianEvent, disjoint_epoch: str | None
     ) -> EpsilonBound:
-        budgeted = self.parameters.budgeted_channels
-        charged = charges(rows, budgeted)
-        if channel in budgeted:
+        charged = charges(rows, self.parameters.budgeted_channels)
+        if channel in self.parameters.budgeted_channels:
             charged.append(Charge(event, disjoint_epoch))
         return bound_of(charged, self.parameters.delta, self.parameters.accountant)
 
@@ -376,7 +349,3 @@ class Ledger:
                 "an example of this data epoch is also in an earlier one; they do not compose in parallel: "
                 "leave out the examples that were used, or reserve without example_ids and pay for both"
             )
-
-
-def _release_of(row: LedgerRow) -> Release:
-    return Release(row.channel, row.round, row.data_epoch, row.context)

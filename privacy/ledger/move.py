@@ -74,15 +74,10 @@ def back_up(ledger: Path, out: Path) -> None:
     """Write a backup of a ledger and its profiles to a new directory, also while runs go on with it.
 
     The backup is closed, so that nothing is charged to it by mistake; `move` puts it back.
-
-    Raises:
-        LedgerError: there is no open ledger, or `out` exists.
     """
     ledger, out = ledger.resolve(), out.resolve()
     if out.exists():
-        raise LedgerError(
-            f"{out} exists already; give a directory that does not: a backup overwrites nothing"
-        )
+        raise LedgerError(f"{out} exists already; give a new directory: a backup overwrites nothing")
     with closing(LedgerStore(ledger / LEDGER, read_only=True)) as store:
         check_open(store.verified_rows())
         with _building(out) as place:
@@ -128,16 +123,9 @@ def _join(rows: Sequence[LedgerRow], closed: LedgerRow, old: Path, new: Path) ->
                 return 0
             missing = [row for row in rows[1:] if row.hash not in known]
             carried = _carry(log, rows, missing)
-            _append(
-                log,
-                "RESUMED",
-                {
-                    "closed": closed.hash,
-                    "from": str(old),
-                    "salt": json.loads(rows[0].mechanism or "{}")["salt"],
-                    "carried": [row.hash for row in missing],
-                },
-            )
+            told_here = {"closed": closed.hash, "from": str(old), "carried": [row.hash for row in missing]}
+            salt = json.loads(rows[0].mechanism or "{}")["salt"]
+            _append(log, "RESUMED", told_here | {"salt": salt})
     _copy_profiles(old, new)
     return carried
 

@@ -34,10 +34,8 @@ class LedgerParameters:
         client_id: who opened it. The same data may be released by a member of another federation under
             another name, and are charged to the same ledger; so this may change.
         delta: δ of every ε in the ledger.
-        target_epsilon: the budget; None records without refusing.
+        target_epsilon: the budget for the joint ε of `budgeted_channels`; None records without refusing.
         accountant: "prv", "rdp" or "pld".
-        budgeted_channels: the channels whose joint ε the budget bounds.
-        unit: unit of privacy.
     """
 
     client_id: str
@@ -91,16 +89,9 @@ def keeper(federation: str, client: str) -> str:
 
 
 def check_anchor(rows: Sequence[LedgerRow], keeper: str, anchor: bytes, source: str) -> None:
-    """Check that a ledger holds the row that was its last when an anchor was made.
+    """Check that a ledger holds the row that was its last when an anchor was made, by `anchor_of`.
 
-    Args:
-        rows: the whole ledger.
-        keeper: as in `anchor_of`.
-        anchor: as kept.
-        source: who kept it, for the message.
-
-    Raises:
-        LedgerError: it does not, so it is behind, or is another ledger.
+    LedgerError, which names the `source` that kept it, if the ledger is behind or another one.
     """
     salt = _salt(rows)
     own = ((salt, row.hash) for row in reversed(rows))
@@ -129,20 +120,16 @@ def _anchor(salt: bytes, digest: str, keeper: str) -> bytes:
 
 
 def check_parameters(wanted: LedgerParameters, rows: Sequence[LedgerRow]) -> None:
-    """Refuse to go on under looser or other parameters than the ledger was opened with.
+    """Refuse to go on under looser or other parameters than the ledger was opened with, naming what differs.
 
     A smaller budget, or one for more channels, is stricter and allowed.
-
-    Raises:
-        LedgerError: names every parameter that differs.
     """
     opened = parameters_of(rows)
+    before, now = asdict(opened), asdict(wanted)
     differing = [
-        f"{name} was {getattr(opened, name)!r} and is now {getattr(wanted, name)!r}"
-        for name in LedgerParameters.__dataclass_fields__
-        if name != "client_id"
-        and getattr(opened, name) != getattr(wanted, name)
-        and not _stricter(name, opened, wanted)
+        f"{name} was {before[name]!r} and is now {now[name]!r}"
+        for name in before
+        if name != "client_id" and before[name] != now[name] and not _stricter(name, opened, wanted)
     ]
     if differing:
         raise LedgerError(
@@ -170,18 +157,17 @@ def check_open(rows: Sequence[LedgerRow]) -> None:
         return
     place = json.loads(last.mechanism or "{}").get("moved_to", "")
     if last.kind == "MOVED":
-        raise LedgerError(
-            f"this privacy ledger was closed and moved to {place}; name that directory in data.ledger"
+        why = f"was closed and moved to {place}; name that directory in data.ledger"
+    elif place:
+        why = (
+            f"was closed to be moved to {place}, and the move was not finished; finish it with `fedmosaic "
+            f"ledger move OLD {place}`, where OLD is the directory of this one"
         )
-    if place:
-        raise LedgerError(
-            f"this privacy ledger was closed to be moved to {place}, and the move was not finished; finish "
-            f"it with `fedmosaic ledger move OLD {place}`, where OLD is the directory of this one"
+    else:
+        why = (
+            "is a backup; if the ledger itself is lost, put it back with `fedmosaic ledger move BACKUP PLACE`"
         )
-    raise LedgerError(
-        "this privacy ledger is a backup; if the ledger itself is lost, put it back with "
-        "`fedmosaic ledger move BACKUP PLACE`"
-    )
+    raise LedgerError(f"this privacy ledger {why}")
 
 
 def check_request(fields: dict[str, Any], event: GaussianEvent) -> None:
@@ -218,8 +204,7 @@ def check_request(fields: dict[str, Any], event: GaussianEvent) -> None:
 class Release(NamedTuple):
     """What is released: a profile once per data epoch and mechanism, anything else once per run and round.
 
-    Attributes:
-        context: the run, or for a profile its mechanism, whatever the run and the round.
+    `context` is the run, or for a profile its mechanism, whatever the run and the round.
     """
 
     channel: str | None
@@ -227,15 +212,15 @@ class Release(NamedTuple):
     data_epoch: str | None
     context: str | None
 
+    @classmethod
+    def of(cls, row: LedgerRow) -> "Release":
+        """What a row is about."""
+        return cls(row.channel, None if row.channel == "profile" else row.round, row.data_epoch, row.context)
+
     def among(self, rows: Iterable[LedgerRow], kind: Kind) -> list[LedgerRow]:
         """Rows of one kind that are about this release."""
-        return [
-            row
-            for row in rows
-            if row.kind == kind
-            and (row.channel, row.data_epoch, row.context) == (self.channel, self.data_epoch, self.context)
-            and (self.channel == "profile" or row.round == self.round)
-        ]
+        mine = self if self.channel != "profile" else self._replace(round=None)
+        return [row for row in rows if row.kind == kind and Release.of(row) == mine]
 
     def made(self, rows: Iterable[LedgerRow]) -> LedgerRow | None:
         """The RELEASED row, if it was made."""

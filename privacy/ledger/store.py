@@ -1,10 +1,9 @@
 """The file under the privacy ledger: SQLite that only grows, and a head file beside it.
 
-Every append is one transaction, fsynced before the call returns (WAL, synchronous=FULL). After it the
-head file, `<ledger>.head`, is replaced by the new last row's sequence and hash. A ledger whose tail was
-cut off, or which was put back from an older copy without its head file, is shorter than its head says.
-Both files replaced together (a rolled-back disk image) are only caught by an anchor kept elsewhere; see
-`Ledger.anchor`.
+Every append is one transaction, fsynced before the call returns (WAL, synchronous=FULL). After it the head
+file, `<ledger>.head`, is replaced by the new last row's sequence and hash. A ledger whose tail was cut off,
+or which was put back from an older copy without its head file, is shorter than its head says. Both files
+replaced together (a rolled-back disk image) are only caught by an anchor kept elsewhere.
 """
 
 import datetime as dt
@@ -57,8 +56,7 @@ _SCHEMA = (
 class LedgerStore:
     """Rows on disk; knows nothing of budgets. A missing file is made, readable by its owner only.
 
-    Raises:
-        LedgerError: the file is missing (read_only), no ledger, or gone while its head file remains.
+    LedgerError if the file is missing (read_only), no ledger, or gone while its head file remains.
     """
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
@@ -66,10 +64,11 @@ class LedgerStore:
         self.head_path = path.with_name(path.name + ".head")
         existed = path.exists()
         if not existed and (read_only or self.head_path.exists()):
+            although = (
+                f" although {self.head_path.name} shows there was one" if self.head_path.exists() else ""
+            )
             raise LedgerError(
-                f"{path}: the ledger is missing"
-                + (f" although {self.head_path.name} shows there was one" if self.head_path.exists() else "")
-                + f"; what it says is spent stays spent: {RESTORE}"
+                f"{path}: the ledger is missing{although}; what it says is spent stays spent: {RESTORE}"
             )
         if not existed:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -106,11 +105,7 @@ class LedgerStore:
         return not tables
 
     def prepare(self) -> bool:
-        """Create the tables when there are none, inside a transaction; whether they were created.
-
-        Raises:
-            LedgerError: the file is of another version, or no ledger.
-        """
+        """Create the tables, inside a transaction, where there are none; whether they were created."""
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
         if version == _SCHEMA_VERSION:
             return False
@@ -146,11 +141,7 @@ class LedgerStore:
             return [_row(values) for values in cursor]
 
     def verified_rows(self) -> list[LedgerRow]:
-        """All rows, after checking chain, head file and evidence.
-
-        Raises:
-            LedgerError: names the first row that was changed, removed, added or moved.
-        """
+        """All rows, after checking chain, head file and evidence; else LedgerError."""
         # The head first: a row that another process appends in between must not look cut off.
         head = self.read_head()
         rows = self.rows()
@@ -186,13 +177,9 @@ class LedgerStore:
             ) from None
 
     def check_head(self, head: tuple[int, str] | None, rows: Sequence[LedgerRow]) -> None:
-        """Compare rows with the head file, which was read before them.
+        """Compare rows with the head file, which was read before them; LedgerError if rows are missing.
 
         A head that is behind is what a crash between commit and head leaves; the next append moves it on.
-        A head that is ahead means that rows were lost.
-
-        Raises:
-            LedgerError: rows are missing at the end, or were replaced, or the head file is gone.
         """
         if head is not None:
             check_seen(rows, *head, str(self.head_path))
@@ -218,11 +205,7 @@ class LedgerStore:
         )
 
     def check_examples(self, epochs: Iterable[str]) -> None:
-        """Check that the stored evidence still proves these epochs disjoint.
-
-        Raises:
-            LedgerError: the examples of an epoch are not those its hash was made of, or two share one.
-        """
+        """Check that the stored evidence still proves these epochs disjoint; LedgerError if not."""
         with self._reported():
             twice = self._connection.execute(
                 "SELECT 1 FROM epoch_examples GROUP BY example_hash HAVING count(*) > 1 LIMIT 1"
@@ -274,12 +257,8 @@ class LedgerLog:
     def appending(self, *, closed: bool = False) -> Iterator[list[LedgerRow]]:
         """All rows so far, while nobody else appends; what is appended inside is durable afterwards.
 
-        Args:
-            closed: append also to a ledger that was closed.
-
-        Raises:
-            LedgerError: the file cannot be written, a new row does not continue the chain, or the ledger was
-                closed, perhaps by another process while this one had it open.
+        LedgerError if the file cannot be written, a new row does not continue the chain, or the ledger was
+        closed, perhaps by another process while this one had it open; with `closed` that is no matter.
         """
         with self._lock:
             known = len(self.rows)
@@ -330,8 +309,7 @@ class LedgerLog:
             position = len(self.rows)
             if misfit(row, position, previous):
                 raise LedgerError(
-                    f"the privacy ledger is damaged at row {position}: it does not continue the rows before "
-                    "it"
+                    f"the privacy ledger is damaged at row {position}: it does not continue the row before it"
                 )
             self.rows.append(row)
 
@@ -343,24 +321,14 @@ def has_begun(path: Path) -> bool:
     """
     if not path.exists() or path.with_name(path.name + ".head").exists():
         return path.exists()
-    store = LedgerStore(path, read_only=True)
-    try:
+    with closing(LedgerStore(path, read_only=True)) as store:
         return not store.is_blank()
-    finally:
-        store.close()
 
 
 def read_ledger(path: Path) -> list[LedgerRow]:
-    """All rows of a ledger, verified, without writing to it: for reports and audits.
-
-    Raises:
-        LedgerError: it is missing or damaged.
-    """
-    store = LedgerStore(path, read_only=True)
-    try:
+    """All rows of a ledger, verified, without writing to it; LedgerError if it is missing or damaged."""
+    with closing(LedgerStore(path, read_only=True)) as store:
         return store.verified_rows()
-    finally:
-        store.close()
 
 
 def _row(values: Sequence[object]) -> LedgerRow:

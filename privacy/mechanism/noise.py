@@ -84,11 +84,7 @@ class SecureNoise:
 
 
 class SeededTestNoise:
-    """Repeatable noise for tests and experiments; a run that used it has no privacy guarantee.
-
-    Args:
-        seed: any non-negative integer; equal seeds give equal streams.
-    """
+    """Repeatable noise for tests and experiments; a run that used it has no privacy guarantee."""
 
     def __init__(self, seed: int) -> None:
         self._generator = np.random.Generator(np.random.PCG64(seed))
@@ -113,12 +109,9 @@ class SeededTestNoise:
 def poisson_sample(size: int, rate: float, source: BitSource) -> IntArray:
     """Include each of `size` examples independently with probability `rate`; ascending indices, int64.
 
-    The probability is rounded down to a multiple of 2**-64, so no example is ever more likely to take
-    part than the accountant was told. The sample may be empty: the caller must then release noise
-    alone, and pay for it.
-
-    Raises:
-        MechanismError: `size` is negative or `rate` is outside (0, 1].
+    The probability is rounded down to a multiple of 2**-64, so no example is ever more likely to take part
+    than the accountant was told. The sample may be empty: the caller must then release noise alone, and pay
+    for it.
 
     Reference:
         Mironov, Talwar and Zhang 2019, "Rényi differential privacy of the sampled Gaussian mechanism".

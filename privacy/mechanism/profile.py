@@ -174,20 +174,9 @@ def update_average(
 ) -> ReleasedProfile:
     """Average a new release into the profile: decay · previous + (1 - decay) · released.
 
-    Noise is drawn on every fresh release and never on the average, whose neighbouring values would
-    otherwise each depend on all examples so far.
-
-    Args:
-        previous: the average so far, None before the first release, which becomes the average as it is.
-        released: (k,) float32, a noisy release with independent noise.
-        mechanism: the mechanism of all these releases.
-        decay: weight of the past, in [0, 1).
-
-    Returns:
-        The new average; `previous` itself if `released` is the release it already ends with.
-
-    Raises:
-        MechanismError: `decay` or the shape of `released` is wrong, or it is not finite.
+    Noise is drawn on every fresh release and never on the average, whose neighbouring values would otherwise
+    each depend on all examples so far. The first release, (k,) float32, is taken as it is, and one that the
+    average already ends with changes nothing.
 
     Reference:
         Co-LoRA (arXiv 2506.11024), the exponential moving average of sanitised gradients.

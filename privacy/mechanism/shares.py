@@ -51,16 +51,9 @@ class ShareGrid:
 
 
 def plan_grid(members: int, expected_batch_size: int, noise: float, bits: int) -> ShareGrid:
-    """The finest grid, at most 2**24 steps, on which the shares of a group cannot wrap.
+    """The finest grid, at most 2**24 steps, on which at most m shares of noise s cannot wrap in b bits.
 
-    Args:
-        members: of the group, m at most.
-        expected_batch_size: examples of one member in one sum.
-        noise: s.
-        bits: b.
-
-    Raises:
-        MechanismError: the grid would be too coarse for the noise; more bits are needed.
+    `expected_batch_size` are the examples of one member in one sum. MechanismError if more bits are needed.
     """
     largest = (1 << (bits - 1)) // members - 2
     steps = GRID
@@ -78,13 +71,8 @@ def plan_grid(members: int, expected_batch_size: int, noise: float, bits: int) -
 def noisy_share(total: ClippedSum, grid: ShareGrid, noise: NoiseSource) -> IntArray:
     """Draw a member's noise and add it to its clipped sum. One event for the accountant, charged before.
 
-    Args:
-        total: private sum of D coordinates, clipped on `grid.steps`.
-        grid: of the group.
-        noise: `SecureNoise()` in real runs.
-
-    Returns:
-        (D,) int64, to be seen by nobody but in a secure sum.
+    The sum has D coordinates, clipped on `grid.steps`; the (D,) int64 are to be seen by nobody but in a
+    secure sum.
     """
     deviation = grid.noise * grid.steps
     bound = int(np.ceil(_LARGEST_DRAW * deviation))

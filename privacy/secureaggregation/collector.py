@@ -100,10 +100,9 @@ class SumCollector:
         self._survivors.add(member)
 
     def close_vectors(self) -> tuple[str, ...]:
-        """Who contributes, to be given to everybody; a vector that comes later is not added.
+        """Who contributes, to be given to everybody.
 
-        Raises:
-            EncryptionError: too few are left to form the sum or to take the masks off.
+        A vector that comes later is not added. EncryptionError if too few.
         """
         check_left("sent their vectors", self._survivors, self._terms, len(self._openings))
         self._listed = survivors_digest(self._transcript, self._survivors)
@@ -140,9 +139,8 @@ class SumCollector:
     def finish(self) -> npt.NDArray[np.int64]:
         """The sum over the contributors: (D,) int64.
 
-        Raises:
-            EncryptionError: too few true shares are here. Whoever gave or sealed a false one is in `faults`;
-                what comes later may suffice.
+        EncryptionError if too few true shares are here. Whoever gave or sealed a false one is in `faults`;
+        what comes later may suffice.
         """
         needed = self._terms.threshold(len(self._openings))
         if not self.can_finish or self._total is None:

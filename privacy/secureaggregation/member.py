@@ -69,13 +69,8 @@ class SumMember:
     """One member in one sum. Secrets stay in memory; after an error or a restart it is out of this sum.
 
     Whoever uses it must not let one vector, or two vectors of one round, enter two sums: the difference of
-    two sums over unlike lists is the vector of a few.
-
-    Args:
-        terms: of the sum.
-        member: own id.
-        identity: own long-term key.
-        random_bytes: source of all secrets; another than the operating system's is for tests.
+    two sums over unlike lists is the vector of a few. Another source of secrets than the operating system's
+    is for tests.
     """
 
     def __init__(
@@ -113,14 +108,10 @@ class SumMember:
             return sign_opening(self._terms, self._member, content, self._identity)
 
     def share(self, openings: Mapping[str, Opening]) -> dict[str, bytes]:
-        """Step 2: recipient → envelope of 64 bytes, this member among them.
+        """Step 2: recipient → envelope of 64 bytes, this member among them, from everybody's openings.
 
-        Args:
-            openings: member → opening, of everybody who opened, this member included.
-
-        Raises:
-            EncryptionError: an opening is foreign, forged or malformed, this member's is not there, or too
-                few opened.
+        EncryptionError if an opening is foreign, forged or malformed, this member's is not there, or too few
+        opened.
         """
         with self._only(_Step.SHARE, _Step.ACCEPT):
             for member, opening in openings.items():
@@ -143,17 +134,12 @@ class SumMember:
             }
 
     def accept(self, envelopes: Mapping[str, bytes]) -> None:
-        """Open the shares; whoever has to pay for a vector does so after this.
+        """Open the shares, by sender; whoever has to pay for a vector does so after this.
 
         An envelope that does not hold what its sender announced is set aside: its sender has a mask in common
         with this member all the same, whose keys the openings are, and others hold shares of it.
-
-        Args:
-            envelopes: sender → envelope for this member, of every member that shared.
-
-        Raises:
-            EncryptionError: an envelope is malformed or foreign, more are damaged than there are members who
-                might lie, or too few members are left.
+        EncryptionError if one is malformed or foreign, more are damaged than there are members who might lie,
+        or too few members are left.
         """
         with self._only(_Step.ACCEPT, _Step.MASK):
             for sender, envelope in envelopes.items():
@@ -178,11 +164,7 @@ class SumMember:
     def mask(self, vector: npt.NDArray[np.int64]) -> bytes:
         """Step 3: the masked vector, ⌈D·bits/8⌉ bytes.
 
-        Args:
-            vector: (D,) integers; the sum over all members must lie in [−2**(bits−1), 2**(bits−1)).
-
-        Raises:
-            EncryptionError: the vector has another shape.
+        The vector has (D,) integers, whose sum over all members must lie in [−2**(bits−1), 2**(bits−1)).
         """
         with self._only(_Step.MASK, _Step.AGREE):
             if vector.shape != (self._terms.dimensions,) or vector.dtype != np.int64:
@@ -202,18 +184,15 @@ class SumMember:
     def agree(self, survivors: Collection[str]) -> bytes:
         """Step 4: signature on the list of members whose vectors came.
 
-        Raises:
-            EncryptionError: it names somebody who did not share, leaves this member out, or is too short.
+        EncryptionError if it names somebody who did not share, leaves this member out, or is too short.
         """
         with self._only(_Step.AGREE, _Step.UNMASK):
             survivors = frozenset(survivors)
             foreign = sorted(survivors - set(self._held))
             if foreign or self._member not in survivors:
-                raise EncryptionError(
-                    f"the contributors do not include {self._member!r}, whose vector was sent"
-                    if not foreign
-                    else f"contributors who did not share their masks: {', '.join(foreign)}"
-                )
+                strange = f"contributors who did not share their masks: {', '.join(foreign)}"
+                lacking = f"the contributors do not include {self._member!r}, whose vector was sent"
+                raise EncryptionError(strange if foreign else lacking)
             check_left("sent their vectors", survivors, self._terms, len(self._openings))
             self._survivors = tuple(sorted(survivors))
             return self._identity.sign(survivors_digest(self._transcript, survivors))
@@ -221,22 +200,15 @@ class SumMember:
     def unmask(self, signatures: Mapping[str, bytes]) -> Unmasking:
         """Step 5: what the server needs to take the masks off this one sum.
 
-        Args:
-            signatures: survivor → what `agree` returned there.
-
-        Raises:
-            EncryptionError: fewer than k survivors signed the list that this member signed.
+        EncryptionError if fewer than k survivors signed the list that this member signed, by what `agree`
+        returned.
         """
         with self._only(_Step.UNMASK, _Step.OVER):
             needed = self._terms.threshold(len(self._openings))
             digest = survivors_digest(self._transcript, self._survivors)
             check_survivor_signatures(self._terms, digest, self._survivors, signatures, needed)
-            return Unmasking(
-                {
-                    member: None if pair is None else pair[0 if member in self._survivors else 1]
-                    for member, pair in self._held.items()
-                }
-            )
+            kinds = {member: int(member not in self._survivors) for member in self._held}
+            return Unmasking({m: pair and pair[kinds[m]] for m, pair in self._held.items()})
 
     @contextmanager
     def _only(self, expected: _Step, following: _Step) -> Iterator[None]:

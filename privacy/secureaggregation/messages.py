@@ -18,14 +18,14 @@ find the hash of a share that it does not know.
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmosaic.privacy.groupkey.messages import sha256
 from fedmosaic.privacy.secureaggregation.masks import derive
 from fedmosaic.privacy.secureaggregation.shamir import PRIME, SHARE_BYTES
 from fedmosaic.privacy.secureaggregation.terms import SumTerms
 from fedmosaic.protos.errors import EncryptionError
+from fedmosaic.protos.signing import verifies
 
 KEY_BYTES = 32
 OPENING_BYTES = 3 * KEY_BYTES + 64
@@ -124,7 +124,7 @@ def check_opening(terms: SumTerms, member: str, opening: Opening) -> None:
     if member not in terms.members:
         raise EncryptionError(f"an opening of {member!r}, who is not of this group")
     signed = _opening_digest(terms, member, opening.content)
-    if any(len(part) != KEY_BYTES for part in opening.content) or not _verifies(
+    if any(len(part) != KEY_BYTES for part in opening.content) or not verifies(
         terms.identity_keys[member], opening.signature, signed
     ):
         raise EncryptionError(f"the opening of {member!r} is not signed by it for this sum")
@@ -175,13 +175,12 @@ def survivors_digest(transcript: bytes, survivors: Collection[str]) -> bytes:
 def check_survivor_signatures(
     terms: SumTerms, digest: bytes, survivors: Collection[str], signatures: Mapping[str, bytes], needed: int
 ) -> None:
-    """Make sure that enough survivors signed the `survivors_digest` of a list.
+    """Make sure that enough survivors signed the `survivors_digest` of a list, and nobody else.
 
-    Raises:
-        EncryptionError: a signature is foreign or does not fit, or there are fewer than `needed`.
+    Else EncryptionError.
     """
     for member, signature in signatures.items():
-        if member not in survivors or not _verifies(terms.identity_keys[member], signature, digest):
+        if member not in survivors or not verifies(terms.identity_keys[member], signature, digest):
             raise EncryptionError(f"{member!r} did not sign this list of {len(survivors)} contributors")
     if len(signatures) < needed:
         raise EncryptionError(
@@ -206,14 +205,7 @@ def check_number(what: str, members: Collection[str], terms: SumTerms) -> None:
 
 
 def check_left(what: str, members: Collection[str], terms: SumTerms, opened: int) -> None:
-    """EncryptionError if fewer members are left than a sum may be formed of, or than open its masks.
-
-    Args:
-        what: they did, for the message.
-        members: who is left.
-        terms: of the sum.
-        opened: members that opened it.
-    """
+    """EncryptionError if fewer members are left than a sum may be formed of, or than open its masks."""
     check_number(what, members, terms)
     needed = terms.threshold(opened)
     if len(members) < needed:
@@ -240,11 +232,3 @@ def _pad(agreed: bytes, transcript: bytes, sender: str, recipient: str) -> bytes
 
 def _xor(data: bytes, pad: bytes) -> bytes:
     return bytes(a ^ b for a, b in zip(data, pad, strict=True))
-
-
-def _verifies(key: bytes, signature: bytes, message: bytes) -> bool:
-    try:
-        Ed25519PublicKey.from_public_bytes(key).verify(signature, message)
-    except (InvalidSignature, ValueError):
-        return False
-    return True

@@ -38,11 +38,7 @@ class Partition(Frozen):
 
     @classmethod
     def decoded(cls, data: bytes) -> "Partition":
-        """Read what the server sent.
-
-        Raises:
-            WireError: it is no partition.
-        """
+        """Read what the server sent; WireError if it is no partition."""
         try:
             return cls.model_validate_json(data)
         except ValidationError as error:
@@ -53,25 +49,12 @@ class Partition(Frozen):
     def terms(
         self, context: bytes, identity_keys: Mapping[str, bytes], sums: GroupSumTerms, dimensions: int
     ) -> tuple[SumTerms, ...]:
-        """What the members of every group agree on for one round; alike at them and at the server.
-
-        Args:
-            context: `sum_context` of the round.
-            identity_keys: of all members.
-            sums: the roster's.
-            dimensions: D, of the shared adapter.
-        """
+        """What the members of every group agree on for one round; alike at them and at the server."""
+        least, colluders, bits = sums.minimum_contributors, sums.colluders, sums.bits
+        keys = [{name: identity_keys[name] for name in group} for group in self.groups]
         return tuple(
-            SumTerms(
-                context,
-                group,
-                {name: identity_keys[name] for name in group},
-                sums.minimum_contributors,
-                sums.colluders,
-                dimensions,
-                sums.bits,
-            )
-            for group in self.groups
+            SumTerms(context, group, known, least, colluders, dimensions, bits)
+            for group, known in zip(self.groups, keys, strict=True)
         )
 
     def group_of(self, member: str) -> int:
@@ -79,17 +62,10 @@ class Partition(Frozen):
         return next(index for index, group in enumerate(self.groups) if member in group)
 
     def check(self, member: str, roster: Collection[str], minimum: int, most: int) -> None:
-        """What a member makes sure of before it takes part in a sum.
+        """What a member makes sure of before it takes part: groups of at least `minimum`, `most` of them.
 
-        Args:
-            member: own id.
-            roster: ids of all members.
-            minimum: members of a group.
-            most: groups that the terms allow.
-
-        Raises:
-            PolicyError: groups overlap, name strangers, leave the member out, are too small or too many, or a
-                mixing weight is negative or missing.
+        PolicyError if groups overlap, name strangers, leave the member out, are too small or too many, or a
+        mixing weight is negative or missing.
         """
         everybody = [name for group in self.groups for name in group]
         strangers = sorted(set(everybody) - set(roster))
@@ -120,8 +96,8 @@ class RoundTotals:
     """What came of one round's sums; public to the members.
 
     Attributes:
-        round: its number. contributors: of every group; empty where no sum was formed. vectors: packed
-        words of every group (`fedmosaic.privacy.secureaggregation.masks.pack`), empty for none.
+        contributors: of every group; empty where no sum was formed.
+        vectors: packed words of every group (`masks.pack`), empty for none.
     """
 
     round: int
@@ -144,11 +120,7 @@ class RoundTotals:
 
     @classmethod
     def from_messages(cls, round_number: int, messages: Mapping[str, bytes], groups: int) -> "RoundTotals":
-        """What `messages` was made from.
-
-        Raises:
-            WireError: a group is missing or has no list of contributors.
-        """
+        """What `messages` was made from; WireError if a group is missing or lists no contributors."""
         contributors, vectors = [], []
         for index in range(groups):
             names, separator, vector = messages.get(f"group-{index}", b"").partition(b"\n")

@@ -12,6 +12,8 @@ from fedmosaic.protos.errors import EncryptionError
 class SumTerms:
     """One sum of one group in one round; equal at all its members, and bound into every mask.
 
+    EncryptionError if the numbers do not allow a safe sum; the message says which.
+
     Attributes:
         context: 32 bytes, hash of all else that members must agree on: federation, run, round, roster and the
             whole partition into groups.
@@ -21,9 +23,6 @@ class SumTerms:
         colluders: members t that may work together with the server.
         dimensions: length D of the vectors.
         bits: b; vectors are added modulo 2**b, 8 to 62.
-
-    Raises:
-        EncryptionError: the numbers do not allow a safe sum; the message says which.
     """
 
     context: bytes

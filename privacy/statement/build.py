@@ -9,51 +9,34 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from fedmosaic.privacy.accounting import epsilon as accounting
 from fedmosaic.privacy.accounting.epsilon import (
     EpsilonBound,
     cross_checked_epsilon,
-    epsilon,
     epsilon_bound,
     person_epsilon,
 )
 from fedmosaic.privacy.accounting.events import AttackBounds, GaussianEvent
 from fedmosaic.privacy.accounting.leverage import effective_noise_multiplier
 from fedmosaic.privacy.accounting.tradeoff import UNBOUNDED, attack_bounds
-from fedmosaic.privacy.ledger.rows import (
-    NEIGHBOURING_RELATION,
-    Channel,
-    Charge,
-    LedgerRow,
-    charges,
-    check_chain,
-    compositions,
-)
+from fedmosaic.privacy.ledger import rows as ledger
+from fedmosaic.privacy.ledger.rows import Channel, Charge, LedgerRow, compositions
 from fedmosaic.privacy.ledger.rules import LedgerParameters, bound_of, parameters_of
+from fedmosaic.privacy.statement import models
 from fedmosaic.privacy.statement.models import (
-    ADVERSARIES,
-    PERSON_EXAMPLES,
     PRIVATE,
-    AccountantFigures,
     Adversary,
     ChannelStatement,
     ClientInputs,
     ClientStatement,
     Cover,
     Guarantee,
-    Mechanism,
-    PersonFigure,
     PrivacyStatement,
     Protection,
     StatementChannel,
     StatementInputs,
 )
-from fedmosaic.privacy.statement.words import (
-    ADVERSARY_NAMES,
-    CHANNEL_NAMES,
-    assumptions,
-    coverage,
-    leaks,
-)
+from fedmosaic.privacy.statement.words import ADVERSARY_NAMES, CHANNEL_NAMES, assumptions, coverage, leaks
 
 _BEYOND_THE_CLAIM: frozenset[Adversary] = frozenset(
     {"colluding_recipients", "colluding_recipients_with_server"}
@@ -88,7 +71,7 @@ class _Client:
         wanted = frozenset(names)
         found = []
         for row in self.inputs.ledger:
-            for charge in charges([row], wanted):
+            for charge in ledger.charges([row], wanted):
                 sigma = charge.event.noise_multiplier * noise_left(row, adversary)
                 found.append(replace(charge, event=replace(charge.event, noise_multiplier=sigma)))
         return found
@@ -117,9 +100,7 @@ def noise_left(row: LedgerRow, adversary: Adversary) -> float:
 def statement(inputs: StatementInputs) -> PrivacyStatement:
     """Make the privacy statement of a run.
 
-    Raises:
-        LedgerError: a ledger was altered.
-        AccountingError: accountants contradict each other, so no ε can be reported.
+    LedgerError if a ledger was altered, AccountingError without a sound ε.
     """
     clients = tuple(_client(client, inputs) for client in inputs.clients)
     modes = {c.protection for client in clients for c in client.channels if c.protection is not None}
@@ -143,7 +124,7 @@ def statement(inputs: StatementInputs) -> PrivacyStatement:
 
 
 def _client(inputs: ClientInputs, run: StatementInputs) -> ClientStatement:
-    check_chain(inputs.ledger)
+    ledger.check_chain(inputs.ledger)
     parameters = parameters_of(inputs.ledger)
     if inputs.client_id:
         parameters = replace(parameters, client_id=inputs.client_id)
@@ -156,7 +137,7 @@ def _client(inputs: ClientInputs, run: StatementInputs) -> ClientStatement:
         client_id=parameters.client_id,
         delta=parameters.delta,
         unit=parameters.unit,
-        neighbouring_relation=NEIGHBOURING_RELATION,
+        neighbouring_relation=ledger.NEIGHBOURING_RELATION,
         target_epsilon=target,
         budgeted_channels=parameters.budgeted_channels,
         spent_epsilon=spent,
@@ -197,12 +178,9 @@ def _actual_protection(configured: Protection | None, reserved: Sequence[LedgerR
         configured = "dp"
     private = configured in PRIVATE and covers <= {"dp"}
     encrypted = "encrypted" in configured and "nothing" not in covers
-    if not private and covers == {"cryptography"} and configured == "dp":
-        encrypted = True
-    if private and configured == "distributed-dp":
-        return configured
+    encrypted |= not private and covers == {"cryptography"} and configured == "dp"
     if private:
-        return "dp+encrypted" if encrypted else "dp"
+        return configured if configured == "distributed-dp" else "dp+encrypted" if encrypted else "dp"
     return "encrypted" if encrypted else "none"
 
 
@@ -238,20 +216,17 @@ def _channel(
 
 def _accountants(
     events: Sequence[tuple[GaussianEvent, ...]], delta: float, bound: EpsilonBound
-) -> AccountantFigures | None:
+) -> models.AccountantFigures | None:
     if not math.isfinite(bound.epsilon):
         return None
     if any(epsilon_bound(each, delta).accountant == "rdp" for each in events):
-        return AccountantFigures(
-            rdp=max(epsilon(each, delta, "rdp") for each in events),
+        return models.AccountantFigures(
+            rdp=max(accounting.epsilon(each, delta, "rdp") for each in events),
             note="PRV and PLD cannot be evaluated at this ε or δ; RDP is an upper bound by itself",
         )
     checks = [cross_checked_epsilon(each, delta) for each in events]
-    return AccountantFigures(
-        prv=max(check.prv for check in checks),
-        rdp=max(check.rdp for check in checks),
-        pld=max(check.pld for check in checks),
-    )
+    figures = {name: max(getattr(check, name) for check in checks) for name in ("prv", "rdp", "pld")}
+    return models.AccountantFigures(**figures)
 
 
 def _attack(events: Sequence[tuple[GaussianEvent, ...]], delta: float, private: bool) -> AttackBounds:
@@ -261,28 +236,26 @@ def _attack(events: Sequence[tuple[GaussianEvent, ...]], delta: float, private: 
     return AttackBounds(**{name: max(each[name] for each in found) for name in AttackBounds.model_fields})
 
 
-def _mechanisms(rows: Iterable[LedgerRow]) -> tuple[Mechanism, ...]:
+def _mechanisms(rows: Iterable[LedgerRow]) -> tuple[models.Mechanism, ...]:
     groups: dict[tuple[float, float, float | None, int | None], list[GaussianEvent]] = {}
     for row in rows:
         if row.kind == "RESERVED":
             event = row.event()
             key = (event.noise_multiplier, event.sampling_rate, row.clipping_norm, row.dimensions)
             groups.setdefault(key, []).append(event)
+    names = "noise_multiplier", "sampling_rate", "clipping_norm", "dimensions"
     return tuple(
-        Mechanism(
-            noise_multiplier=sigma,
-            sampling_rate=rate,
-            steps=sum(event.steps for event in events),
-            clipping_norm=norm,
-            dimensions=dimensions,
+        models.Mechanism(
+            **dict(zip(names, key, strict=True)),
+            steps=sum(each.steps for each in events),
             releases=len(events),
         )
-        for (sigma, rate, norm, dimensions), events in groups.items()
+        for key, events in groups.items()
     )
 
 
 def _guarantees(client: _Client) -> Iterable[Guarantee]:
-    for adversary in ADVERSARIES:
+    for adversary in models.ADVERSARIES:
         found = [_single(channel, adversary, client) for channel in client.channels]
         yield from found
         yield _together(found, adversary, client)
@@ -343,7 +316,7 @@ def _guarantee(
         epsilon=bound.epsilon if stated else None,
         delta=parameters.delta,
         unit=parameters.unit,
-        neighbouring_relation=NEIGHBOURING_RELATION,
+        neighbouring_relation=ledger.NEIGHBOURING_RELATION,
         accountant=bound.accountant,
         cryptography_only=cryptography_only,
         attack=_attack(compositions(charged), parameters.delta, applies) if stated else None,
@@ -353,12 +326,12 @@ def _guarantee(
     )
 
 
-def _persons(charged: Sequence[Charge], parameters: LedgerParameters) -> tuple[PersonFigure, ...]:
+def _persons(charged: Sequence[Charge], parameters: LedgerParameters) -> tuple[models.PersonFigure, ...]:
     if parameters.unit == "person":
         return ()
     # One person's examples may lie in several data epochs, so these do not compose in parallel here.
     events = [charge.event for charge in charged]
     return tuple(
-        PersonFigure(examples=count, epsilon=person_epsilon(events, parameters.delta, count))
-        for count in PERSON_EXAMPLES
+        models.PersonFigure(examples=count, epsilon=person_epsilon(events, parameters.delta, count))
+        for count in models.PERSON_EXAMPLES
     )

@@ -1,7 +1,6 @@
 """Privacy statements that came from somebody else: believed by nobody before they pass here.
 
-The server checks what a member hands over, and `fedmosaic report` what it finds in the record of a run, so
-that one member can neither speak for another nor spoil what the others are shown.
+One member can neither speak for another nor spoil what the others are shown.
 """
 
 import itertools
@@ -22,9 +21,7 @@ _LARGEST: Final = 1e200
 def check_received(content: object, client: str, run_id: str | None = None) -> PrivacyStatement:
     """Check a statement (parsed JSON) that a member is said to have made, about a run if it is known.
 
-    Raises:
-        PrivacyError: it is no statement, is of another run or about another client, or cannot be shown; the
-            message is one short, printable line.
+    PrivacyError, one short, printable line, if it is none, of another run or client, or cannot be shown.
     """
     try:
         statement = PrivacyStatement.model_validate(content)

@@ -11,8 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from fedmosaic.privacy.accounting.events import AttackBounds, Epsilon, Share
 from fedmosaic.privacy.ledger.rows import Channel, LedgerRow, Unit
 
-SCHEMA_VERSION = 1
-
 Protection = Literal["none", "encrypted", "dp", "dp+encrypted", "distributed-dp"]
 PRIVATE: frozenset[Protection] = frozenset({"dp", "dp+encrypted", "distributed-dp"})
 """Protections whose releases an ε bounds."""
@@ -70,7 +68,6 @@ class CoalitionRows(Frozen):
     """What a coalition of recipients can solve for."""
 
     colluding_recipients: int = Field(ge=1)
-    """Size of the coalition."""
     independent_rows: int = Field(ge=0)
     """Linearly independent weight rows that it holds at most."""
     contributors: int = Field(ge=1)
@@ -146,7 +143,6 @@ class ChannelStatement(Frozen):
     attack: AttackBounds
     """Bounds for an attacker who reads the plaintext."""
     mechanisms: tuple[Mechanism, ...]
-    """What was released with which noise."""
     parallel_composition: bool
     """Whether releases over data epochs that share no example were proved and composed in parallel."""
     reservations_never_released: int

@@ -1,4 +1,4 @@
-"""The privacy statement on a terminal: the verdict in words, then tables of rich.
+"""The privacy statement on a terminal: the plain.verdict in words, then tables of rich.
 
 A table per client has adversaries as rows and channels as columns, so that no ε ever stands alone. Everything
 fits 100 columns. Accountants and mechanisms are on the page of `fedmosaic report STATE --html`.
@@ -13,6 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from fedmosaic.privacy.statement import plain
 from fedmosaic.privacy.statement.models import (
     ADVERSARIES,
     ChannelCost,
@@ -22,17 +23,7 @@ from fedmosaic.privacy.statement.models import (
     Protection,
     StatementChannel,
 )
-from fedmosaic.privacy.statement.plain import (
-    ROUNDING,
-    coalition_words,
-    delta_text,
-    delta_words,
-    epsilon_text,
-    joint,
-    trust,
-    unit_words,
-    verdict,
-)
+from fedmosaic.privacy.statement.plain import delta_text, epsilon_text, joint
 from fedmosaic.privacy.statement.words import ADVERSARY_NAMES
 
 WIDTH = 100
@@ -53,7 +44,9 @@ def render(statement: PrivacyStatement) -> RenderableType:
         parts.extend(_client(client))
     parts.append(_legend(statement))
     if statement.coalition_rows:
-        parts.append(_bullets("What recipients can do together", coalition_words(statement.coalition_rows)))
+        parts.append(
+            _bullets("What recipients can do together", plain.coalition_words(statement.coalition_rows))
+        )
     parts.append(_bullets("This holds if", statement.assumptions))
     parts.append(_bullets("This is disclosed anyway", statement.leaks))
     return Group(*parts)
@@ -105,8 +98,8 @@ def _grid(title: str, first: str) -> Table:
 def _client(client: ClientStatement) -> Iterable[RenderableType]:
     yield Text()
     alarmed = client.test_noise or any(each.cover == "nothing" for each in joint(client).values())
-    yield Text(f"{client.client_id}: {trust(client)}", style=_ALARM if alarmed else "bold")
-    for line in verdict(client):
+    yield Text(f"{client.client_id}: {plain.trust(client)}", style=_ALARM if alarmed else "bold")
+    for line in plain.verdict(client):
         yield Padding(Text(line), (0, 0, 0, 2))
     yield Text()
     yield client_grid(client)
@@ -119,7 +112,7 @@ def _client(client: ClientStatement) -> Iterable[RenderableType]:
 
 def client_grid(client: ClientStatement) -> Table:
     """The ε of one client: adversaries as rows, channels as columns."""
-    title = f"Client {client.client_id}: ε at δ = {delta_text(client.delta)}, for {unit_words(client)}"
+    title = f"Client {client.client_id}: ε at δ = {delta_text(client.delta)}, for {plain.unit_words(client)}"
     grid = _grid(title, "against")
     for channel in client.channels:
         grid.add_column(_SHORT_CHANNELS[channel.channel], overflow="fold")
@@ -145,19 +138,19 @@ def _persons(client: ClientStatement) -> Iterable[RenderableType]:
 
 def _cell(guarantee: Guarantee, protection: Protection | None) -> Text:
     value = f"ε = {epsilon_text(guarantee.epsilon)}"
-    if guarantee.cover == "nothing":
-        if guarantee.test_noise:
+    match guarantee.cover:
+        case "nothing" if guarantee.test_noise:
             return Text("no guarantee (test noise)", style=_ALARM)
-        return Text(f"{value} IN THE CLEAR" if protection == "none" else f"{value}, no DP", style=_ALARM)
-    if guarantee.cover == "nothing_sent":
-        return Text("nothing sent", style="dim")
-    if guarantee.cover == "cryptography_only":
-        return Text("cryptography only" + (" (test noise)" if guarantee.test_noise else ""))
-    if guarantee.cover == "dp_and_cryptography":
-        return Text(f"{value}, encrypted too", style="green")
-    if guarantee.cover == "mixed":
-        return Text(f"{value}, rest encrypted")
-    return Text(value, style="green")
+        case "nothing":
+            return Text(f"{value} IN THE CLEAR" if protection == "none" else f"{value}, no DP", style=_ALARM)
+        case "nothing_sent":
+            return Text("nothing sent", style="dim")
+        case "cryptography_only":
+            return Text("cryptography only" + (" (test noise)" if guarantee.test_noise else ""))
+        case "mixed":
+            return Text(f"{value}, rest encrypted")
+    encrypted = ", encrypted too" if guarantee.cover == "dp_and_cryptography" else ""
+    return Text(value + encrypted, style="green")
 
 
 def _notes(client: ClientStatement) -> Iterable[str]:
@@ -185,8 +178,9 @@ def _legend(statement: PrivacyStatement) -> RenderableType:
     capped = " An ε within the budget is told as at most the budget." if statement.shareable else ""
     delta = max(client.delta for client in statement.clients)
     return Text(
-        f"{ROUNDING}{capped}\n{delta_words(delta)}\nWhat ε means: docs/privacy.md, “Epsilon in practice”. "
-        "Accountants, mechanisms, keys and a page to sign: fedmosaic report STATE --html statement.html",
+        f"{plain.ROUNDING}{capped}\n{plain.delta_words(delta)}\n"
+        "What ε means: docs/privacy.md, “Epsilon in practice”. Accountants, mechanisms, keys and a page to "
+        "sign: fedmosaic report STATE --html statement.html",
         style="dim",
     )
 

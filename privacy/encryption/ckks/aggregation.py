@@ -10,13 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmosaic.privacy.encryption.aggregator import Aggregator, Combination, Contribution
+from fedmosaic.privacy.encryption.ckks import modular
 from fedmosaic.privacy.encryption.ckks.expansion import SEED_BYTES, expand_seed
-from fedmosaic.privacy.encryption.ckks.modular import (
-    WORD_BYTES,
-    modular_matrix_product,
-    pack_words,
-    unpack_words,
-)
+from fedmosaic.privacy.encryption.ckks.modular import WORD_BYTES, pack_words, unpack_words
 from fedmosaic.privacy.encryption.layout import ring_blocks
 from fedmosaic.privacy.encryption.parameters import CkksParameters
 from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
@@ -47,7 +43,7 @@ class CkksAggregator(Aggregator[CkksParameters]):
             for half, read in enumerate((self._read_first, self._read_second)):
                 for contribution, words in zip(work.contributions, now, strict=True):
                     read(contribution, start, words)
-                sums = modular_matrix_product(work.weights, now, self.parameters.modulus)
+                sums = modular.modular_matrix_product(work.weights, now, self.parameters.modulus)
                 offset = header_size + half * half_size + start * WORD_BYTES // 8
                 pack_words(sums, records[:, offset : offset + now.shape[1] * WORD_BYTES // 8])
         return [record.data.cast("B").toreadonly() for record in records]
@@ -55,9 +51,7 @@ class CkksAggregator(Aggregator[CkksParameters]):
     def _read_first(self, contribution: Contribution, start: int, words: NDArray[np.uint64]) -> None:
         unpack_words(contribution.payload, SEED_BYTES + start * WORD_BYTES, words)
         if int(words.max()) >= self.parameters.modulus:
-            raise CiphertextError(
-                f"upload of {contribution.client!r} holds residues that are not below the modulus"
-            )
+            raise CiphertextError(f"upload of {contribution.client!r} holds residues not below the modulus")
 
     def _read_second(self, contribution: Contribution, start: int, words: NDArray[np.uint64]) -> None:
         expand_seed(bytes(contribution.payload[:SEED_BYTES]), start, words, self.parameters.modulus)

@@ -88,7 +88,7 @@ class CkksCipher(ClientCipher[CkksParameters]):
             raise CiphertextError("the aggregate holds residues that are not below the modulus")
         if not words[1].any(axis=1).all():
             raise CiphertextError(
-                "the aggregate has a second polynomial of zero: whoever made it used no upload and no key"
+                "the aggregate has a second polynomial of zero: made of no upload and no key"
             )
         scale = 2.0 ** (self.parameters.scale_bits + self.parameters.weight_bits)
         values = np.empty((words.shape[1], 2, degree // 2))

@@ -20,14 +20,14 @@ _REPLACEMENT_STREAM = 1 << 127
 
 
 def expand_seed(seed: bytes, start: int, words: NDArray[np.uint64], modulus: int) -> None:
-    """Write words start, start + 1, … of the sequence of uniform residues of a seed.
+    """Write words start, start + 1, … (start a multiple of 8, an AES block) of a seed's uniform residues.
 
     Word i is made of bytes 16 + 6i … 21 + 6i of the key stream if that is below the modulus. Otherwise it is
     the first word below the modulus of a second stream, which starts at counter 2^127 + i·2^32.
 
     Args:
         seed: 32 bytes, public, fresh for every upload.
-        start: First word, a multiple of 8 so that it starts on an AES block.
+        start: first word.
         words: (m,) uint64, overwritten with residues that are uniform below the modulus.
         modulus: q with 2**47 < q < 2**48.
     """

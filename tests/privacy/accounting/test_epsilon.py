@@ -285,37 +285,6 @@ def test_a_delta_above_one_over_n_is_refused_without_telling_n() -> None:
     assert "1234" not in str(refusal.value)
 
 
-def test_pld_is_an_opacus_accountant_that_merges_interleaved_steps() -> None:
-    from opacus.accountants import create_accountant
-
-    from fedmosaic.privacy.accounting import pld_accountant
-
-    pld_accountant.register()
-    pld_accountant.register()
-    accountant = create_accountant("pld")
-    assert accountant.get_epsilon(DELTA) == 0.0
-    for _ in range(3):
-        accountant.step(noise_multiplier=8.0, sample_rate=1.0)
-        accountant.step(noise_multiplier=2.0, sample_rate=0.1)
-    assert len(accountant) == 2
-    restored = create_accountant("pld")
-    restored.load_state_dict(accountant.state_dict())
-    events = [GaussianEvent(8.0, 1.0, 3), GaussianEvent(2.0, 0.1, 3)]
-    assert restored.get_epsilon(DELTA) == accountant.get_epsilon(DELTA) == epsilon(events, DELTA, "pld")
-    accountant.step(noise_multiplier=0.0, sample_rate=0.1)
-    assert accountant.get_epsilon(DELTA) == math.inf
-
-
-def test_a_foreign_pld_accountant_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    from opacus.accountants import RDPAccountant, registry
-
-    from fedmosaic.privacy.accounting import pld_accountant
-
-    monkeypatch.setitem(registry._ACCOUNTANTS, "pld", RDPAccountant)
-    with pytest.raises(AccountingError, match="another accountant named 'pld'"):
-        pld_accountant.register()
-
-
 def test_plain_data_and_interfaces_import_no_torch() -> None:
     modules = """accounting.events accounting.epsilon accounting.calibrate accounting.tradeoff ledger.ledger
         statement.build statement.render""".split()
