@@ -22,8 +22,7 @@ from typing import IO, Annotated, Any, Final, Literal
 
 from pydantic import Field, ValidationError, create_model, model_validator
 
-from fedmosaic.privacy.chain import FIRST_PREVIOUS_HASH, chained_hash, misfit
-from fedmosaic.privacy.configuration import Frozen, canonical_json
+from fedmosaic.privacy.configuration import FIRST_PREVIOUS_HASH, Frozen, canonical_json, chained_hash, misfit
 from fedmosaic.privacy.files import naming, private_opener, sync_directory
 from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import StateError
@@ -177,10 +176,7 @@ class AuditLog:
 
 
 def read_audit(path: Path) -> tuple[list[AuditLine], int]:
-    """All whole lines of an audit log, verified, and the bytes of a torn one after them.
-
-    StateError names the first line that is broken, and why.
-    """
+    """All whole lines of an audit log and the bytes of a torn one; StateError names the first broken line."""
     *whole, torn = path.read_bytes().split(b"\n")
     lines: list[AuditLine] = []
     for index, content in enumerate(whole):

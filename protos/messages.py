@@ -129,10 +129,7 @@ def _profile_vector(value: object) -> npt.NDArray[np.float32]:
 
 @dataclass(frozen=True, eq=False)
 class Profile(bounds.Message):
-    """A sanitised task profile: an exponential average of differentially private releases.
-
-    Its vector is (k,) float32, finite and read-only; `noise_variance` is per coordinate of it.
-    """
+    """A sanitised task profile, (k,) float32, with the variance of its noise per coordinate."""
 
     vector: Annotated[npt.NDArray[np.float32], PlainValidator(_profile_vector)]
     noise_variance: Annotated[float, Field(strict=True, ge=0.0, le=3.4e38)]
@@ -251,10 +248,7 @@ class Receipt(bounds.Message):
 
 @dataclass(frozen=True)
 class WeightRow(bounds.Message):
-    """What one recipient receives of one section: of contributor j the share weights[j] / 2**bits.
-
-    The weights, one integer in 0 … 2**bits per contributor, sum to exactly 2**bits.
-    """
+    """What a recipient receives of a section: integer shares that sum to exactly 2**bits."""
 
     contributors: bounds.Identifiers
     weights: Annotated[tuple[Annotated[int, Field(strict=True, ge=0)], ...], FailFast()]
@@ -314,11 +308,7 @@ class Aggregate(bounds.Message):
 
 @dataclass(frozen=True)
 class RoundStatus(bounds.Message):
-    """What the server is waiting for.
-
-    `round` is open or being aggregated, or rounds + 1 once the run is finished; `message` is one line for
-    people.
-    """
+    """What the server is waiting for; the round is rounds + 1 once the run is finished."""
 
     round: bounds.Round
     phase: Phase
@@ -331,10 +321,7 @@ class RoundStatus(bounds.Message):
 
 @dataclass(frozen=True)
 class KeyMessage(bounds.Message):
-    """One message of a key agreement, sealed or signed, that the server relays; no recipient is everybody.
-
-    The sender is its certificate's id.
-    """
+    """One message of a key agreement, sealed or signed, that the server relays; no recipient: everybody."""
 
     epoch: bounds.KeyEpoch
     stage: bounds.Stage

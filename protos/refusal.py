@@ -40,10 +40,7 @@ _BY_CODE: Final = {kind.value: kind for kind in RefusalKind}
 
 
 class Refusal(RefusedError):
-    """A refusal with a reason, such as ROSTER_DIFFERS, that programs can test, and a remedy for people.
-
-    The message says what was wrong, the value, and what would be right.
-    """
+    """A refusal with a reason, such as ROSTER_DIFFERS, that programs can test, and a remedy for people."""
 
     def __init__(self, kind: RefusalKind, reason: str, message: str, remedy: str) -> None:
         super().__init__(f"{message}; {remedy}" if remedy else message)

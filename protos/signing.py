@@ -34,10 +34,7 @@ def upload_digest(
     profile: Profile | bytes | None,
     ledger: LedgerHead | None = None,
 ) -> bytes:
-    """Digest of one upload, SHA-256, 32 bytes; the sections in the order in which they are sent.
-
-    Of the profile its digest is enough, for whoever need not see it.
-    """
+    """SHA-256 of one upload, its sections in the order of sending; of the profile its digest is enough."""
     fields = [_LABEL, federation.encode(), run_id.encode(), number(round_number), client_id.encode()]
     fields += [number(key_epoch), number(len(sections))]
     for section in sections:

@@ -135,10 +135,7 @@ def decode_aggregate(header: pb.AggregateHeader, stream: bytes) -> Aggregate:
 def chunks(
     payloads: Sequence[bytes | memoryview], offset: int, chunk_bytes: int = CHUNK_BYTES
 ) -> Iterator[pb.Chunk]:
-    """Cut payloads, laid end to end, into chunks in order; none of them spans two payloads.
-
-    The first `offset` bytes are left out, because the other side has them.
-    """
+    """Payloads laid end to end, less the first `offset` bytes, as chunks; none spans two payloads."""
     start = 0
     for payload in payloads:
         view = memoryview(payload)

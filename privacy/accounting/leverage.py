@@ -18,11 +18,7 @@ from fedmosaic.protos.errors import AccountingError
 
 
 def effective_noise_multiplier(noise: float, contributors: int, coalition: int) -> float:
-    """Noise multiplier s·√(m − t) that protects a contributor of a group sum of equal weights and noises s.
-
-    Of m contributors the adversary knows the noise of t, or these added none; AccountingError if nobody
-    honest is left.
-    """
+    """Noise s·√(m − t) left to one of m contributors of a group sum against t who know or lack their own."""
     if not 0 <= coalition < contributors:
         raise AccountingError(
             f"{coalition} of {contributors} contributors know their noise; at least one must be honest"

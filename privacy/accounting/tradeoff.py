@@ -113,10 +113,7 @@ def gaussian_delta(mu: FloatArray | float, epsilons: FloatArray) -> FloatArray:
 
 
 def privacy_curve(events: Iterable[GaussianEvent]) -> PrivacyCurve:
-    """δ(ε) of all events together, wide enough that δ at its ends is below 1e-8.
-
-    AccountingError if there is no step, or σ is below 0.01 in one; ε goes up to about 100.
-    """
+    """δ(ε) of all events together, wide enough that δ at its ends is below 1e-8; for ε up to about 100."""
     merged = merge_events(events)
     if not merged or any(event.noise_multiplier < SMALLEST_NOISE_MULTIPLIER for event in merged):
         raise AccountingError("a privacy curve needs at least one step, and σ of at least 0.01 in every step")

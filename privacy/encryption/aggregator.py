@@ -8,9 +8,8 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmosaic.privacy.encryption.layout import aggregate_header, read_upload
 from fedmosaic.privacy.encryption.parameters import CkksParameters, MaskParameters, PlainParameters
-from fedmosaic.privacy.encryption.records import RoundContext, row_digest
+from fedmosaic.privacy.encryption.records import RoundContext, aggregate_header, read_upload, row_digest
 from fedmosaic.privacy.policy import AggregationPolicy, check_row
 from fedmosaic.protos.messages import WeightRow
 
@@ -44,20 +43,14 @@ class Combination(NamedTuple):
 
 
 class Aggregator(ABC, Generic[P]):
-    """Checks uploads and forms the weighted sum of every recipient.
-
-    The policy is checked as a courtesy; clients check rows again.
-    """
+    """Forms the weighted sum of every recipient; the policy is checked as a courtesy, clients check again."""
 
     def __init__(self, parameters: P, policy: AggregationPolicy) -> None:
         self.parameters: P = parameters
         self.policy = policy
 
     def check_upload(self, upload: bytes | memoryview, context: RoundContext, client: str) -> None:
-        """Refuse, with a CiphertextError, an upload that is not what this client must send in this round.
-
-        The signature over it was verified before, and the client authenticated by the transport.
-        """
+        """Refuse a signed upload that is not what this client must send in this round."""
         nonce, payload = read_upload(self.parameters, context, client, upload)
         self._check_payload(Contribution(client, nonce, payload), context)
 

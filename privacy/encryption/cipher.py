@@ -6,9 +6,15 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmosaic.privacy.encryption.layout import aggregate_header, aggregate_payload_bytes, upload_header
 from fedmosaic.privacy.encryption.parameters import CkksParameters, MaskParameters, PlainParameters
-from fedmosaic.privacy.encryption.records import RoundContext, read_record, row_digest
+from fedmosaic.privacy.encryption.records import (
+    RoundContext,
+    aggregate_header,
+    aggregate_payload_bytes,
+    read_record,
+    row_digest,
+    upload_header,
+)
 from fedmosaic.privacy.groupkey.key import GroupKey
 from fedmosaic.privacy.policy import AggregationPolicy, check_row
 from fedmosaic.protos.errors import CiphertextError, EncryptionError

@@ -1,4 +1,4 @@
-"""The fixed-length header of every encrypted record, and the checks that come before its payload.
+"""The fixed-length header of every encrypted record, its length, and the checks that come before its payload.
 
     magic 4 | format 1 | kind 1 | back end 1 | 0 | parameters 32 | federation 32 | section 32 | client 32 |
     epoch 8 | round 8 | nonce 16 | dimensions 4 | count 4
@@ -14,10 +14,14 @@ import hashlib
 import struct
 from dataclasses import dataclass
 
+from fedmosaic.privacy.encryption.ckks.expansion import SEED_BYTES
+from fedmosaic.privacy.encryption.ckks.modular import WORD_BYTES
+from fedmosaic.privacy.encryption.parameters import CkksParameters, MaskParameters, Parameters
 from fedmosaic.protos.errors import CiphertextError, EncryptionError
 from fedmosaic.protos.messages import WeightRow
 
 FORMAT_VERSION = 1
+FLOAT_BYTES = 4
 NONCE_BYTES = 16
 MAX_DIMENSIONS = 1 << 28
 _MAGIC = b"FMEA"
@@ -91,11 +95,7 @@ class Header:
 
 
 def read_record(record: bytes | memoryview, expected: Header, payload_bytes: int) -> tuple[bytes, memoryview]:
-    """Check a record against the header and payload length it must have, and split it.
-
-    The 16-byte nonce and a view of the payload, whose content is still unchecked; CiphertextError names the
-    first field that differs.
-    """
+    """Check a record against the header and length it must have; its nonce and a view of its payload."""
     if len(record) != HEADER_BYTES + payload_bytes:
         raise CiphertextError(
             f"record has {len(record)} bytes, expected {HEADER_BYTES + payload_bytes} for "
@@ -138,3 +138,53 @@ def row_digest(row: WeightRow, recipient: str, round_number: int) -> bytes:
 @functools.lru_cache(maxsize=4096)
 def _name_hash(name: str) -> bytes:
     return hashlib.sha256(b"fedmosaic/name/v1\n" + name.encode()).digest()
+
+
+def ring_blocks(parameters: CkksParameters, dimensions: int) -> int:
+    """Return the number of ring elements that carry a vector, ring_degree real values each."""
+    return -(-dimensions // parameters.ring_degree)
+
+
+def upload_header(parameters: Parameters, context: RoundContext, client: str) -> Header:
+    """Return the header an upload of a client must carry."""
+    blocks = ring_blocks(parameters, context.dimensions) if isinstance(parameters, CkksParameters) else 0
+    return Header(Kind.UPLOAD, parameters.backend, parameters.digest(), context, client, blocks)
+
+
+def aggregate_header(parameters: Parameters, context: RoundContext, row: WeightRow, recipient: str) -> Header:
+    """Return the header that a recipient's aggregate must carry."""
+    count = 0
+    if isinstance(parameters, CkksParameters):
+        count = ring_blocks(parameters, context.dimensions)
+    elif isinstance(parameters, MaskParameters):
+        count = len(row.contributors)
+    return Header(Kind.AGGREGATE, parameters.backend, parameters.digest(), context, recipient, count)
+
+
+def upload_payload_bytes(parameters: Parameters, dimensions: int) -> int:
+    """The length of an upload after its header.
+
+    `ckks`: seed 32 | first polynomials, 6 bytes a word. `mask`, `plain`: 4 bytes a value.
+    """
+    if isinstance(parameters, CkksParameters):
+        words = ring_blocks(parameters, dimensions) * parameters.ring_degree
+        return SEED_BYTES + words * WORD_BYTES
+    return dimensions * FLOAT_BYTES
+
+
+def aggregate_payload_bytes(parameters: Parameters, header: Header) -> int:
+    """Return the length of an aggregate after its header.
+
+    `ckks`: first polynomials | second polynomials. `mask`: nonce 16 per contributor | words. `plain`: values.
+    """
+    if isinstance(parameters, CkksParameters):
+        return 2 * header.count * parameters.ring_degree * WORD_BYTES
+    return header.count * NONCE_BYTES + header.context.dimensions * FLOAT_BYTES
+
+
+def read_upload(
+    parameters: Parameters, context: RoundContext, client: str, upload: bytes | memoryview
+) -> tuple[bytes, memoryview]:
+    """Check header and length of an upload; its nonce and a view of its payload, or CiphertextError."""
+    header = upload_header(parameters, context, client)
+    return read_record(upload, header, upload_payload_bytes(parameters, context.dimensions))

@@ -280,10 +280,7 @@ def _next(roster: Roster, members: tuple[Member, ...], witness: Witness | None) 
 
 
 def revoke_member(directory: Path, member_id: str, passphrase: str | None = None) -> Roster:
-    """Take a client off the roster; its keys are never taken again.
-
-    ConfigurationError if too few members would be left; nothing is changed then.
-    """
+    """Take a client off the roster, unless too few members are left; its keys are never taken again."""
     office = open_office(directory, passphrase)
     if office.roster is None:
         raise ConfigurationError("no roster is signed yet, so nobody can be taken off it")

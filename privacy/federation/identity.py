@@ -201,10 +201,7 @@ def certificate_names(certificate: x509.Certificate) -> list[str]:
 
 
 def check_certificate(source: Path, authority: Path, now: dt.datetime | None = None) -> x509.Certificate:
-    """Refuse a certificate that the other side would refuse: TLS would only say that the connection closed.
-
-    Both files are PEM; IdentityError if it is expired, not valid yet, or not from this authority.
-    """
+    """Refuse a certificate that the other side would refuse: TLS only says that the connection closed."""
     now = now or dt.datetime.now(dt.UTC)
     certificate = read_certificate(source)
     if now >= certificate.not_valid_after_utc:

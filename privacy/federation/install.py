@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from fedmosaic.privacy.federation import identity, kits
 from fedmosaic.privacy.federation.kits import Kit
 from fedmosaic.privacy.federation.requests import KeyRequest, fingerprint, read_bounded, read_request
-from fedmosaic.privacy.federation.succession import RosterMark
+from fedmosaic.privacy.federation.roster import RosterMark
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.protos.errors import ConfigurationError, IdentityError
 

@@ -26,9 +26,9 @@ def member_id(text: str) -> str:
 
 
 def host(text: str) -> str:
-    """A name or address that clients can reach: lower case, without a dot at the end, IPv6 in short form.
+    """A name or address that clients can reach, in its canonical form.
 
-    Like the other two below, raises a ValueError that says what would be right.
+    ValueError says what would be right.
     """
     found = _ip_address(text)
     if found is None:

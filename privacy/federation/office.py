@@ -126,10 +126,7 @@ def publish(office: Office, roster: Roster, asked: set[str]) -> tuple[Roster, di
 def write_answer(
     office: Office, answer: Path, request: KeyRequest | None, copy: Callable[[Path, Path], object]
 ) -> None:
-    """Write what a party is to have but for the roster; a certificate only for whoever asked, by its request.
-
-    `copy` copies, or links, the public basis.
-    """
+    """Write what a party is to have but for the roster; a certificate only for whoever asked for one."""
     answer.mkdir(parents=True, exist_ok=True)
     authority = office.authority
     write_vouching(authority, answer)

@@ -5,7 +5,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
-from fedmosaic.privacy.accounting.epsilon import LARGEST_TIGHT_EPSILON
 from fedmosaic.privacy.configuration import Frozen, canonical_json
 from fedmosaic.privacy.encryption.parameters import CkksParameters, Parameters
 from fedmosaic.privacy.federation.names import Family
@@ -19,6 +18,9 @@ Protection = Literal["none", "encrypted", "dp", "dp+encrypted", "distributed-dp"
 
 Hex32 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Seconds = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+
+_LARGEST_PLANNED_EPSILON = 100.0
+"""`fedmosaic.privacy.accounting.calibrate` finds no noise for more."""
 
 DEFAULT_TARGET_MODULES = (
     "mlp.down_proj",
@@ -242,10 +244,10 @@ class Terms(Frozen):
         if self.adapter.in_group_sums:
             self._check_group_sums()
         epsilon = self.adapter_privacy.target_epsilon
-        if self.adapter.private and epsilon > LARGEST_TIGHT_EPSILON:
+        if self.adapter.private and epsilon > _LARGEST_PLANNED_EPSILON:
             raise ValueError(
                 f"adapter_privacy.target_epsilon is {epsilon:g}; noise is planned for at most "
-                f"{LARGEST_TIGHT_EPSILON:g}, and more protects nothing"
+                f"{_LARGEST_PLANNED_EPSILON:g}, and more protects nothing"
             )
         if self.profile.dimensions > bounds.MAX_PROFILE_DIMENSIONS:
             raise ValueError(

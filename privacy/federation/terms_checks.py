@@ -26,10 +26,7 @@ _LONGEST_NUMBER: Final = 1.2345678901234567e-100
 
 
 def settled(terms: Terms, members: Sequence[str]) -> Terms:
-    """Terms as a federation of these members can be founded on them, the noise of group sums written in.
-
-    ConfigurationError where they cannot be kept; it says which, and what could.
-    """
+    """Terms on which these members can found a federation, noise written in; else ConfigurationError."""
     check_plan(terms)
     terms = with_planned_noise(terms)
     check_sums(terms, members)
@@ -75,10 +72,7 @@ def with_bounded_delta(terms: Terms) -> Terms:
 
 
 def with_planned_noise(terms: Terms) -> Terms:
-    """Terms with the noise of group sums written in: equal at all members, so that their integers add up.
-
-    ConfigurationError if no noise suffices for a member of `group_sums.least_examples`.
-    """
+    """Terms with the noise of group sums written in: equal at all members, so that integers add up."""
     sums = terms.group_sums
     if not terms.adapter.in_group_sums or sums.noise_multiplier is not None:
         return terms
@@ -95,11 +89,7 @@ def with_planned_noise(terms: Terms) -> Terms:
 
 
 def check_sums(terms: Terms, members: Sequence[str]) -> None:
-    """Refuse group sums that a federation of these members could not form, before anything is spent.
-
-    ConfigurationError if `group_sums.bits` leave no room for all members in a group, or a message is too
-    long.
-    """
+    """Refuse group sums that a federation of these members could not form, before anything is spent."""
     sums = terms.group_sums
     if not terms.adapter.in_group_sums:
         return

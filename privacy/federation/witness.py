@@ -17,8 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedmosaic.privacy.audit import AuditLog
 from fedmosaic.privacy.configuration import read_own
 from fedmosaic.privacy.encryption.aggregators import create_aggregator
-from fedmosaic.privacy.encryption.layout import upload_payload_bytes
-from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext, row_digest
+from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext, row_digest, upload_payload_bytes
 from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.policy import check_row
@@ -87,10 +86,7 @@ class WitnessBook:
     def judge(
         self, header: ReviewHeader, uploads: Uploads, claims: Sequence[AggregateClaim]
     ) -> list[Verdict]:
-        """Judge every claim of a closed round, in order.
-
-        StateError if a later round of this run was judged before, or the record of it is damaged.
-        """
+        """Judge every claim of a closed round, in order; StateError if a later round was judged before."""
         pins = self._pins(header)
         checked, problems = self._check_uploads(header, uploads, pins["uploads"])
         contexts: dict[int, RoundContext] = {}

@@ -142,11 +142,7 @@ class KeyAgreement:
         return self._opening
 
     def accept_openings(self, openings: Mapping[str, bytes]) -> dict[str, bytes] | None:
-        """Check the openings of all members, as relayed, and elect the leader.
-
-        At the leader one sealed box per other member, elsewhere None. KeyAgreementError if a member is
-        missing, added or swapped, or a message is not acceptable.
-        """
+        """Check all members' openings, as relayed, and elect the leader, who gets a sealed box per other."""
         with self._step(_Stage.OPENED):
             _expect_members(self.epoch, "openings", openings)
             if openings[self.member] != self._opening:
@@ -176,10 +172,7 @@ class KeyAgreement:
             }
 
     def accept_box(self, box: bytes) -> None:
-        """Open the leader's box for this member, as relayed.
-
-        KeyAgreementError if it is not the leader's, was altered, or does not hold what was committed to.
-        """
+        """Open the leader's box for this member, as relayed, and hold it to the leader's commitment."""
         with self._step(_Stage.WAITS_FOR_BOX):
             leader = self.leader
             if leader is None or self._ephemeral is None:
@@ -261,10 +254,7 @@ class KeyAgreement:
 
 
 def check_confirmations(epoch: Epoch, key: GroupKey, confirmations: Mapping[str, bytes]) -> None:
-    """Check, by their confirmations as relayed, that all members of an epoch hold the same key.
-
-    KeyAgreementError if a member is missing or added, holds another key, or cannot prove it.
-    """
+    """Check, by their confirmations as relayed, that all members of an epoch hold the same key."""
     _expect_members(epoch, "confirmations", confirmations)
     for name in epoch.members:
         about = CONFIRMATION, key.transcript, name, epoch.identity_keys[name]

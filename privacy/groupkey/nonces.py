@@ -38,10 +38,7 @@ class NonceCounter:
         return self._state.epoch
 
     def open_epoch(self, number: int) -> None:
-        """Claim an epoch before its key agreement starts.
-
-        EncryptionError if it, or a later one, was claimed before, so messages of it may be replayed.
-        """
+        """Claim an epoch before its key agreement starts; EncryptionError if it may be replayed."""
         if self._state.epoch is not None and number <= self._state.epoch:
             raise EncryptionError(
                 f"epoch {number} was used before: the next one is at least {self._state.epoch + 1}"

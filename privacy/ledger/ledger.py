@@ -60,10 +60,7 @@ LEDGER = "ledger.sqlite"
 
 
 class Ledger:
-    """An open ledger, for several threads and processes.
-
-    Every append is one transaction that excludes all others, over all rows that they have written.
-    """
+    """An open ledger, for several threads and processes: every append excludes all others."""
 
     def __init__(self, log: LedgerLog, parameters: LedgerParameters) -> None:
         self.parameters = parameters
@@ -221,11 +218,7 @@ class Ledger:
         return row.sequence
 
     def released(self, sequence: int, digest: str) -> None:
-        """Record that the noisy bytes of a reservation, with this SHA-256, are stored and may be sent.
-
-        LedgerError if there is no such reservation, or its release (or another draw of it) is recorded
-        already.
-        """
+        """Record that the noisy bytes of a reservation are stored and may be sent; no others ever may."""
         with self._log.appending() as rows:
             reservation = reservation_at(rows, sequence)
             before = Release.of(reservation).made(rows)
@@ -239,10 +232,7 @@ class Ledger:
             self._append_about(reservation, "RELEASED", digest, reservation.attempt, reservation.round)
 
     def resent(self, sequence: int, digest: str, round: int | None = None) -> None:
-        """Record that released bytes, of the same SHA-256, were sent once more, in this round; costs nothing.
-
-        LedgerError if nothing was released for this reservation, or other bytes were.
-        """
+        """Record that the released bytes, and no others, were sent once more in a round; costs nothing."""
         with self._log.appending() as rows:
             reservation = reservation_at(rows, sequence)
             sent = [r for r in rows if r.reference == sequence and r.kind in ("RELEASED", "RESENT")]

@@ -71,10 +71,7 @@ def move(old: Path, new: Path, after: Callable[[str], None] = lambda _: None) ->
 
 
 def back_up(ledger: Path, out: Path) -> None:
-    """Write a backup of a ledger and its profiles to a new directory, also while runs go on with it.
-
-    The backup is closed, so that nothing is charged to it by mistake; `move` puts it back.
-    """
+    """Write a closed copy of a ledger and its profiles to a new directory; `move` puts it back."""
     ledger, out = ledger.resolve(), out.resolve()
     if out.exists():
         raise LedgerError(f"{out} exists already; give a new directory: a backup overwrites nothing")

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedmosaic.privacy import configuration
 from fedmosaic.privacy.accounting.events import Epsilon, GaussianEvent
-from fedmosaic.privacy.chain import FIRST_PREVIOUS_HASH, chained_hash, misfit
+from fedmosaic.privacy.configuration import FIRST_PREVIOUS_HASH, chained_hash, misfit
 from fedmosaic.protos.errors import LedgerError
 
 Channel = Literal["profile", "adapter", "family"]
@@ -173,10 +173,7 @@ def compositions(charged: Iterable[Charge]) -> list[tuple[GaussianEvent, ...]]:
 
 
 def check_chain(rows: Sequence[LedgerRow]) -> None:
-    """Check that the rows of a whole ledger are complete, unaltered, in order, and tell one possible story.
-
-    LedgerError names the first row that does not fit, and why.
-    """
+    """Check that a whole ledger is complete, unaltered, in order and tells one story; else LedgerError."""
     previous = FIRST_PREVIOUS_HASH
     reserved: dict[int, LedgerRow] = {}
     released: dict[int, str | None] = {}

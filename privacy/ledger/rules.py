@@ -89,10 +89,7 @@ def keeper(federation: str, client: str) -> str:
 
 
 def check_anchor(rows: Sequence[LedgerRow], keeper: str, anchor: bytes, source: str) -> None:
-    """Check that a ledger holds the row that was its last when an anchor was made, by `anchor_of`.
-
-    LedgerError, which names the `source` that kept it, if the ledger is behind or another one.
-    """
+    """Check that a ledger holds the row of an anchor that `source` kept; LedgerError if it is behind."""
     salt = _salt(rows)
     own = ((salt, row.hash) for row in reversed(rows))
     carried = (
@@ -120,10 +117,7 @@ def _anchor(salt: bytes, digest: str, keeper: str) -> bytes:
 
 
 def check_parameters(wanted: LedgerParameters, rows: Sequence[LedgerRow]) -> None:
-    """Refuse to go on under looser or other parameters than the ledger was opened with, naming what differs.
-
-    A smaller budget, or one for more channels, is stricter and allowed.
-    """
+    """Refuse looser or other parameters than the ledger was opened with; stricter ones are allowed."""
     opened = parameters_of(rows)
     before, now = asdict(opened), asdict(wanted)
     differing = [
@@ -202,10 +196,7 @@ def check_request(fields: dict[str, Any], event: GaussianEvent) -> None:
 
 
 class Release(NamedTuple):
-    """What is released: a profile once per data epoch and mechanism, anything else once per run and round.
-
-    `context` is the run, or for a profile its mechanism, whatever the run and the round.
-    """
+    """What is released: a profile once per data epoch and mechanism, anything else per run and round."""
 
     channel: str | None
     round: int | None
@@ -228,10 +219,7 @@ class Release(NamedTuple):
 
 
 def bound_of(charged: Iterable[Charge], delta: float, accountant: str) -> EpsilonBound:
-    """ε of what was charged: the largest over what one example can have gone through.
-
-    By the accountant that is wanted, or by RDP, named as such, where that one fails.
-    """
+    """ε of what was charged: the largest over what one example can have gone through."""
     bounds = [epsilon_bound(events, delta, accountant) for events in compositions(charged)]
     return max(bounds, key=lambda bound: bound.epsilon)
 

@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedmosaic.privacy.accounting.epsilon import EpsilonBound
-from fedmosaic.privacy.chain import misfit
+from fedmosaic.privacy.configuration import misfit
 from fedmosaic.privacy.files import private_opener, sync_directory, write_atomically
 from fedmosaic.privacy.ledger.rows import (
     RESTORE,
@@ -54,10 +54,7 @@ _SCHEMA = (
 
 
 class LedgerStore:
-    """Rows on disk; knows nothing of budgets. A missing file is made, readable by its owner only.
-
-    LedgerError if the file is missing (read_only), no ledger, or gone while its head file remains.
-    """
+    """Rows on disk, in a file of its owner's; knows nothing of budgets."""
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self.path = path
@@ -255,11 +252,7 @@ class LedgerLog:
 
     @contextmanager
     def appending(self, *, closed: bool = False) -> Iterator[list[LedgerRow]]:
-        """All rows so far, while nobody else appends; what is appended inside is durable afterwards.
-
-        LedgerError if the file cannot be written, a new row does not continue the chain, or the ledger was
-        closed, perhaps by another process while this one had it open; with `closed` that is no matter.
-        """
+        """All rows so far, while nobody else appends; what is appended inside is durable afterwards."""
         with self._lock:
             known = len(self.rows)
             try:

@@ -71,10 +71,9 @@ class PublicBasis:
 
     @classmethod
     def load(cls, path: Path) -> "PublicBasis":
-        """Read a basis; whether it is the agreed one is decided by `PublicMap`, by its hash.
+        """Read a basis of finite float32 arrays.
 
-        MechanismError if it is no safetensors file, too large, or holds anything but finite float32 of known
-        names.
+        Whether it is the agreed one, `PublicMap` decides by hash.
         """
         try:
             if path.stat().st_size > MAXIMUM_BASIS_BYTES:
@@ -123,11 +122,7 @@ def check_basis(mechanism: ProfileMechanism, basis: Path | None) -> None:
 
 
 class Projection:
-    """The reduction of a mechanism, ready to use: project, sample dimensions, normalise.
-
-    A Kronecker reduction takes its directions from the basis; MechanismError if they are not there or do not
-    fit.
-    """
+    """The reduction of a mechanism, ready to use: project, sample dimensions, normalise."""
 
     def __init__(self, reduction: Reduction, basis: PublicBasis | None = None) -> None:
         self.reduction = reduction
@@ -192,10 +187,7 @@ class Projection:
 
 
 class PublicMap:
-    """The whole public part of a mechanism: projection, normalisation, centre and whitening.
-
-    MechanismError if the basis is missing, another one than the mechanism names, or does not fit.
-    """
+    """The whole public part of a mechanism: projection, normalisation, centre and whitening."""
 
     def __init__(self, mechanism: ProfileMechanism, basis: PublicBasis | None = None) -> None:
         found = None if basis is None else basis.sha256

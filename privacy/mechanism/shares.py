@@ -51,10 +51,7 @@ class ShareGrid:
 
 
 def plan_grid(members: int, expected_batch_size: int, noise: float, bits: int) -> ShareGrid:
-    """The finest grid, at most 2**24 steps, on which at most m shares of noise s cannot wrap in b bits.
-
-    `expected_batch_size` are the examples of one member in one sum. MechanismError if more bits are needed.
-    """
+    """The finest grid on which m shares of noise s cannot wrap in b bits; MechanismError asks for more."""
     largest = (1 << (bits - 1)) // members - 2
     steps = GRID
     while steps > 1 and steps * (_ROOM * expected_batch_size + _LARGEST_DRAW * noise) > largest:
@@ -69,11 +66,7 @@ def plan_grid(members: int, expected_batch_size: int, noise: float, bits: int) -
 
 
 def noisy_share(total: ClippedSum, grid: ShareGrid, noise: NoiseSource) -> IntArray:
-    """Draw a member's noise and add it to its clipped sum. One event for the accountant, charged before.
-
-    The sum has D coordinates, clipped on `grid.steps`; the (D,) int64 are to be seen by nobody but in a
-    secure sum.
-    """
+    """A member's noise and clipped sum, (D,) int64 for a secure sum alone; charged before it is drawn."""
     deviation = grid.noise * grid.steps
     bound = int(np.ceil(_LARGEST_DRAW * deviation))
     draws = np.rint(noise.gaussian(len(total.units), deviation)).astype(np.int64)

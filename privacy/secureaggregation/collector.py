@@ -100,10 +100,7 @@ class SumCollector:
         self._survivors.add(member)
 
     def close_vectors(self) -> tuple[str, ...]:
-        """Who contributes, to be given to everybody.
-
-        A vector that comes later is not added. EncryptionError if too few.
-        """
+        """Who contributes, to be given to everybody; a vector that comes later is not added."""
         check_left("sent their vectors", self._survivors, self._terms, len(self._openings))
         self._listed = survivors_digest(self._transcript, self._survivors)
         return tuple(sorted(self._survivors))

@@ -108,11 +108,7 @@ class SumMember:
             return sign_opening(self._terms, self._member, content, self._identity)
 
     def share(self, openings: Mapping[str, Opening]) -> dict[str, bytes]:
-        """Step 2: recipient → envelope of 64 bytes, this member among them, from everybody's openings.
-
-        EncryptionError if an opening is foreign, forged or malformed, this member's is not there, or too few
-        opened.
-        """
+        """Step 2: recipient → envelope of 64 bytes, this member among them, from everybody's openings."""
         with self._only(_Step.SHARE, _Step.ACCEPT):
             for member, opening in openings.items():
                 check_opening(self._terms, member, opening)
@@ -162,10 +158,7 @@ class SumMember:
             check_left("shared their masks", self._held, self._terms, len(self._openings))
 
     def mask(self, vector: npt.NDArray[np.int64]) -> bytes:
-        """Step 3: the masked vector, ⌈D·bits/8⌉ bytes.
-
-        The vector has (D,) integers, whose sum over all members must lie in [−2**(bits−1), 2**(bits−1)).
-        """
+        """Step 3: (D,) integers, whose sum over all fits b bits, as a masked vector of ⌈D·bits/8⌉ bytes."""
         with self._only(_Step.MASK, _Step.AGREE):
             if vector.shape != (self._terms.dimensions,) or vector.dtype != np.int64:
                 raise EncryptionError(
@@ -182,10 +175,7 @@ class SumMember:
             return pack(masked, bits)
 
     def agree(self, survivors: Collection[str]) -> bytes:
-        """Step 4: signature on the list of members whose vectors came.
-
-        EncryptionError if it names somebody who did not share, leaves this member out, or is too short.
-        """
+        """Step 4: signature on the list of members whose vectors came, this one's among them."""
         with self._only(_Step.AGREE, _Step.UNMASK):
             survivors = frozenset(survivors)
             foreign = sorted(survivors - set(self._held))
@@ -198,11 +188,7 @@ class SumMember:
             return self._identity.sign(survivors_digest(self._transcript, survivors))
 
     def unmask(self, signatures: Mapping[str, bytes]) -> Unmasking:
-        """Step 5: what the server needs to take the masks off this one sum.
-
-        EncryptionError if fewer than k survivors signed the list that this member signed, by what `agree`
-        returned.
-        """
+        """Step 5: what the server needs for this one sum, once k signed the list that this member signed."""
         with self._only(_Step.UNMASK, _Step.OVER):
             needed = self._terms.threshold(len(self._openings))
             digest = survivors_digest(self._transcript, self._survivors)

@@ -175,10 +175,7 @@ def survivors_digest(transcript: bytes, survivors: Collection[str]) -> bytes:
 def check_survivor_signatures(
     terms: SumTerms, digest: bytes, survivors: Collection[str], signatures: Mapping[str, bytes], needed: int
 ) -> None:
-    """Make sure that enough survivors signed the `survivors_digest` of a list, and nobody else.
-
-    Else EncryptionError.
-    """
+    """EncryptionError unless enough survivors, and nobody else, signed a `survivors_digest`."""
     for member, signature in signatures.items():
         if member not in survivors or not verifies(terms.identity_keys[member], signature, digest):
             raise EncryptionError(f"{member!r} did not sign this list of {len(survivors)} contributors")

@@ -62,11 +62,7 @@ class Partition(Frozen):
         return next(index for index, group in enumerate(self.groups) if member in group)
 
     def check(self, member: str, roster: Collection[str], minimum: int, most: int) -> None:
-        """What a member makes sure of before it takes part: groups of at least `minimum`, `most` of them.
-
-        PolicyError if groups overlap, name strangers, leave the member out, are too small or too many, or a
-        mixing weight is negative or missing.
-        """
+        """PolicyError unless a member may take part in these groups of at least `minimum`, at most `most`."""
         everybody = [name for group in self.groups for name in group]
         strangers = sorted(set(everybody) - set(roster))
         if strangers:
@@ -93,12 +89,7 @@ class Partition(Frozen):
 
 @dataclass(frozen=True)
 class RoundTotals:
-    """What came of one round's sums; public to the members.
-
-    Attributes:
-        contributors: of every group; empty where no sum was formed.
-        vectors: packed words of every group (`masks.pack`), empty for none.
-    """
+    """What came of one round's sums: contributors and packed words by group, empty where none was formed."""
 
     round: int
     contributors: tuple[tuple[str, ...], ...]

@@ -98,10 +98,7 @@ def noise_left(row: LedgerRow, adversary: Adversary) -> float:
 
 
 def statement(inputs: StatementInputs) -> PrivacyStatement:
-    """Make the privacy statement of a run.
-
-    LedgerError if a ledger was altered, AccountingError without a sound ε.
-    """
+    """Make the privacy statement of a run; from an altered ledger or without a sound ε there is none."""
     clients = tuple(_client(client, inputs) for client in inputs.clients)
     modes = {c.protection for client in clients for c in client.channels if c.protection is not None}
     return PrivacyStatement(

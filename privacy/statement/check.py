@@ -19,10 +19,7 @@ _LARGEST: Final = 1e200
 
 
 def check_received(content: object, client: str, run_id: str | None = None) -> PrivacyStatement:
-    """Check a statement (parsed JSON) that a member is said to have made, about a run if it is known.
-
-    PrivacyError, one short, printable line, if it is none, of another run or client, or cannot be shown.
-    """
+    """Check a statement (parsed JSON) that a member is said to have made, about a run if it is known."""
     try:
         statement = PrivacyStatement.model_validate(content)
     except ValidationError as error:

@@ -13,7 +13,7 @@ Every direction is towards more loss, so the statement stays true, and it is the
 import json
 import math
 
-from fedmosaic.privacy.chain import FIRST_PREVIOUS_HASH
+from fedmosaic.privacy.configuration import FIRST_PREVIOUS_HASH
 from fedmosaic.privacy.ledger.rows import LedgerRow, canonical_json, charges
 from fedmosaic.privacy.ledger.rules import bound_of, parameters_of
 from fedmosaic.privacy.statement.build import noise_left, statement

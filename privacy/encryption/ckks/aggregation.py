@@ -13,9 +13,8 @@ from fedmosaic.privacy.encryption.aggregator import Aggregator, Combination, Con
 from fedmosaic.privacy.encryption.ckks import modular
 from fedmosaic.privacy.encryption.ckks.expansion import SEED_BYTES, expand_seed
 from fedmosaic.privacy.encryption.ckks.modular import WORD_BYTES, pack_words, unpack_words
-from fedmosaic.privacy.encryption.layout import ring_blocks
 from fedmosaic.privacy.encryption.parameters import CkksParameters
-from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
+from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext, ring_blocks
 from fedmosaic.protos.errors import CiphertextError
 
 # Bounds the memory for the words of all contributors, whatever the length of the vector.

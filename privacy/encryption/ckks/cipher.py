@@ -28,9 +28,8 @@ from fedmosaic.privacy.encryption.ckks.modular import (
     unpack_words,
 )
 from fedmosaic.privacy.encryption.ckks.seal_format import SealFile, SealFormat, seal_file
-from fedmosaic.privacy.encryption.layout import ring_blocks
 from fedmosaic.privacy.encryption.parameters import CkksParameters
-from fedmosaic.privacy.encryption.records import RoundContext
+from fedmosaic.privacy.encryption.records import RoundContext, ring_blocks
 from fedmosaic.privacy.groupkey.key import GroupKey
 from fedmosaic.protos.errors import CiphertextError, EncryptionError
 from fedmosaic.protos.messages import WeightRow

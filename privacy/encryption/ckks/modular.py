@@ -27,10 +27,7 @@ def pack_words(words: NDArray[np.uint64], packed: NDArray[np.uint64]) -> None:
 
 
 def unpack_words(buffer: bytes | memoryview, offset: int, words: NDArray[np.uint64]) -> None:
-    """Read (m,) little-endian words of 6 bytes, below 2**48 and not yet compared with the modulus.
-
-    The buffer holds the words from `offset` on, and at least two bytes before them.
-    """
+    """Read (m,) words of 6 bytes, little-endian; the buffer has at least two bytes before them."""
     # Reading 8 bytes from two before each word leaves the word in the upper 48 bits.
     shifted = np.ndarray(words.shape, dtype="<u8", buffer=buffer, offset=offset - 2, strides=(WORD_BYTES,))
     np.right_shift(shifted, np.uint64(16), out=words)

@@ -62,10 +62,7 @@ def seal_file() -> Iterator[SealFile]:
 
 
 class SealFormat:
-    """Builds containers for the version of SEAL that will read them.
-
-    `parameters_id` is its own hash, four words.
-    """
+    """Containers for one version and one set of parameters of SEAL, whose own hash of them is four words."""
 
     def __init__(self, version: tuple[int, int], parameters_id: list[int], ring_degree: int) -> None:
         self._version = version

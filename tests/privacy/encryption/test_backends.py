@@ -24,9 +24,8 @@ from fedmosaic.privacy.encryption.parameters import (
     PlainParameters,
 )
 from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
-from fedmosaic.privacy.encryption.weights import integer_weights
 from fedmosaic.privacy.groupkey.key import GroupKey
-from fedmosaic.privacy.policy import AggregationPolicy
+from fedmosaic.privacy.policy import AggregationPolicy, integer_weights
 from fedmosaic.protos.errors import CiphertextError, ConfigurationError, EncryptionError, PolicyError
 from fedmosaic.protos.messages import WeightRow
 

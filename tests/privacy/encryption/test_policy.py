@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fedmosaic.privacy.encryption.weights import integer_weights
 from fedmosaic.privacy.policy import (
     AggregationPolicy,
     cap_weights,
     check_row,
+    integer_weights,
     spread_weights,
 )
 from fedmosaic.protos.errors import PolicyError

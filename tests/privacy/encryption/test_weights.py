@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
-from fedmosaic.privacy.encryption.weights import integer_weights
+from fedmosaic.privacy.policy import integer_weights
 from fedmosaic.protos.errors import PolicyError
 
 raw_rows = arrays.arrays(np.float64, st.integers(1, 40), elements=st.floats(0.0, 1e3)).filter(
