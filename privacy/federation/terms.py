@@ -113,10 +113,9 @@ class AdapterTerms(Frozen):
 class AdapterPrivacyTerms(Frozen):
     """DP-SGD on P and Q. All of it is public and fixed before any private data is seen.
 
-    `target_epsilon` is each client's budget, both channels together.
-    The noise multiplier follows from it, from the schedule and from the client's own number of
-    examples. `expected_batch_size` is the divisor of the noisy sum and, over the number of
-    examples, the Poisson sampling rate.
+    `target_epsilon` is each client's budget, both channels together. The noise multiplier follows from it,
+    from the schedule and from the client's own number of examples. `expected_batch_size` is the divisor of
+    the noisy sum and, over the number of examples, the Poisson sampling rate.
     """
 
     target_epsilon: float = Field(default=8.0, gt=0, allow_inf_nan=False)

@@ -68,8 +68,8 @@ class Reduction(Frozen):
 class ProfileMechanism(Frozen):
     """How task profiles are made. `fedmosaic probe` prints this table and the one below.
 
-    All of it is public, chosen before any private data is seen, the same for all clients and constant
-    over rounds.
+    All of it is public, chosen before any private data is seen, the same for all clients and constant over
+    rounds.
 
     Attributes:
         version: version of this table.
@@ -79,8 +79,7 @@ class ProfileMechanism(Frozen):
         standardise: `centre` subtracts the public mean, `whiten` also scales by the public covariance.
         basis_sha256: content hash of the public basis, if `reduction` or `standardise` needs one.
         clipping_norm: bound C on the L2 norm of one example, in the unit of the standardised rows.
-        noise_multiplier: σ, the noise's standard deviation over C. 0 is refused except in test
-            runs.
+        noise_multiplier: σ, the noise's standard deviation over C. 0 is refused except in test runs.
         sampling_rate: probability that an example takes part in a release; 1 uses all.
         expected_batch_size: public estimate of the sample's size; no computation uses it.
         minimum_examples: a data set smaller than this releases nothing.

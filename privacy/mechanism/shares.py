@@ -4,8 +4,7 @@
     y   = Σ_j u_j                                              exact, as long as nothing wraps
 
 Only y is ever seen, so the noise that counts is that of all contributors together: with m of them of whom t
-know their own, a Gaussian mechanism of noise multiplier s·√(m − t)
-(`fedmosaic.privacy.accounting.leverage`).
+know their own, a Gaussian mechanism of noise multiplier s·√(m − t) (`fedmosaic.privacy.accounting.leverage`).
 
 *Clamping* a sum to a box moves no two sums further apart, so the sensitivity stays C. *Nothing wraps*: the
 clamp and the largest draw that `SecureNoise` can make leave room for m shares in b bits. *Rounding*: with ν
