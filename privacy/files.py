@@ -117,18 +117,10 @@ def file_marks(paths: Iterable[Path]) -> list[tuple[int, ...]]:
 
 
 def hold_directory(path: Path, instead: str, *, wait: bool = False) -> IO[bytes]:
-    """Hold a directory for one process, until it ends or the file is closed.
+    """Hold a file's directory for one process, until it ends or the file is closed; StateError if held.
 
     The library `filelock` will not do: where a file system has no locks it falls back to a file that a killed
-    process leaves behind.
-
-    Args:
-        path: of a file in the directory, made if absent.
-        instead: what to do besides stopping the other process.
-        wait: until the other process lets go, instead of refusing.
-
-    Raises:
-        StateError: another process holds the directory, or its file system has no locks.
+    process leaves behind. `instead` says what to do besides stopping the other process.
     """
     file = open(path, "ab", opener=private_opener)
     if fcntl is None:

@@ -51,14 +51,9 @@ class Phase(enum.Enum):
 class Enrolment(bounds.Message):
     """What a client believes about the federation when it arrives.
 
-    Attributes:
-        roster_hash: SHA-256 of the canonical roster.
-        adapter_spec_hash: SHA-256 of the adapter spec (rank, blocks, module names).
-        family: architecture name as on the roster, or nothing.
-        software: name and version of the client, for the server's log.
-        check_only: compare both sides and answer, but enrol nobody: the client has not loaded its model yet.
-        ledger_head: anchor of the client's privacy ledger; empty to have none kept.
-        ledger_signature: Ed25519 signature over `fedmosaic.protos.signing.ledger_digest`.
+    With `check_only` both sides are compared but nobody is enrolled: the client has not loaded its model yet.
+    The anchor of its privacy ledger is signed over `fedmosaic.protos.signing.ledger_digest`; empty to have
+    none kept.
     """
 
     protocol_version: Annotated[int, Field(strict=True, ge=0, le=2**32 - 1)]
@@ -81,14 +76,10 @@ class Enrolment(bounds.Message):
 
 @dataclass(frozen=True)
 class Enrolled(bounds.Message):
-    """Where the run is.
+    """Where the run is; its round is rounds + 1 once it is finished.
 
-    Attributes:
-        round: the open round, 1 … rounds, or rounds + 1 once the run is finished.
-        key_epoch: epoch that an upload of `round` must use.
-        members: ids of all members of the roster, sorted.
-        head: hash chain over all rounds below `round`: it differs between a server and an older copy of it.
-        ledger_head: what the server keeps of this client's privacy ledger; empty if nothing.
+    `head` is a hash chain over all rounds below: it differs between a server and an older copy of it.
+    `ledger_head` is what the server keeps of this client's privacy ledger.
     """
 
     run_id: bounds.RunId
@@ -211,13 +202,9 @@ class UploadHeader(bounds.Message):
 class Upload:
     """What one client contributes to one round.
 
-    Attributes:
-        attempt_id: names this attempt in logs; a retry of the same bytes may keep or change it.
-        key_epoch: epoch of the group key the sections are encrypted under.
-        sections: at most one of each name; none means "present, but contributes nothing".
-        profile: a new task profile, or None to go on with the last one.
-        signature: Ed25519 signature over `fedmosaic.protos.signing.upload_digest`.
-        ledger: head of the client's privacy ledger, or None to have none kept.
+    A retry of the same bytes may keep or change the attempt's id. No sections mean "present, but contributes
+    nothing", no profile that the last one goes on. The signature is over
+    `fedmosaic.protos.signing.upload_digest`.
     """
 
     round: int
@@ -263,13 +250,9 @@ class WeightRow(bounds.Message):
 
 @dataclass(frozen=True)
 class AggregateSection(bounds.Message):
-    """One part of what a recipient receives, or the reason why it receives none.
+    """One part of what a recipient receives, with its weight row, or the reason why it receives none.
 
-    Attributes:
-        row: the weight row that was used; None where the aggregate is refused.
-        payload: the weighted sum in the back end's format; empty where it is refused.
-        uploads_sha256: names the signed uploads that a witness summed; empty without one.
-        countersignature: the witness's, see `fedmosaic.protos.witnessing`; empty without one.
+    Hash of the signed uploads and countersignature are the witness's, see `fedmosaic.protos.witnessing`.
     """
 
     name: SectionName
@@ -292,11 +275,8 @@ class AggregateSection(bounds.Message):
 class Aggregate(bounds.Message):
     """What a client loads before it trains a round, made of the uploads of the round before.
 
-    Attributes:
-        round: the round that is open now; rounds + 1 once the run is finished.
-        sections: empty in round 1; afterwards one per section name of the federation.
-        key_epoch: epoch of the uploads inside, to decrypt them.
-        upload_key_epoch: epoch that the upload of `round` must use.
+    There are no sections in round 1. `key_epoch` is that of the uploads inside, `upload_key_epoch` that of
+    the next.
     """
 
     round: bounds.Round

@@ -22,18 +22,10 @@ def noise_multiplier_for(
     sampling_rate: float,
     steps: int,
 ) -> float:
-    """Smallest σ (to 0.1 %) with which `steps` releases fit beside the fixed events.
+    """Smallest σ (to 0.1 %) with which `steps` releases at rate q fit beside the fixed events.
 
-    Args:
-        target_epsilon: ε of everything together, in (0, 100].
-        delta: δ in (0, 1).
-        fixed_events: releases whose noise is settled, such as the profile channel's.
-        sampling_rate: q of the releases to plan, in (0, 1].
-        steps: number of releases to plan, ≥ 1.
-
-    Raises:
-        AccountingError: an argument is outside its domain, the fixed events alone reach the target, or no
-            noise suffices (PRV cannot certify anything below ε = 0.01).
+    AccountingError if an argument is outside its domain (target ε in (0, 100]), the fixed events alone reach
+    the target, or no noise suffices (PRV cannot certify anything below ε = 0.01).
     """
     if steps < 1:
         raise AccountingError(f"steps is {steps}; plan at least one release")

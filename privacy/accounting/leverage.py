@@ -5,11 +5,9 @@ Members j add noise s_j (in clipping norms, per coordinate) to their own clipped
 
     s_j / √ℓ_j(K),    ℓ_j(K) = s_j² h_jᵀ (Σ_{k ∉ K} s_k² h_k h_kᵀ)⁺ h_j ∈ (0, 1],
 
-with h_j the j-th column of H: one example of j moves y by h_j Δᵀ with ‖Δ‖ ≤ C, and the noise of y that the
-adversary does not know has that covariance per coordinate. ℓ_j is member j's leverage score; the scores of
-the members outside K add up to the rank of H there, so what personalisation costs is its rank. Sums of
-disjoint groups with equal weights and noise, the ones that are made, have ℓ = 1 / (m − t) for m contributors
-of whom t are of K.
+with h_j the j-th column of H: one example of j moves y by h_j Δᵀ with ‖Δ‖ ≤ C, and the unknown noise of y has
+that covariance per coordinate. The leverage scores ℓ_j add up to the rank of H there. Sums of disjoint groups
+with equal weights and noise, the ones that are made, have ℓ = 1 / (m − t) for m contributors, t of them in K.
 """
 
 import math

@@ -25,15 +25,7 @@ class Contribution(NamedTuple):
 
 
 class Combination(NamedTuple):
-    """What is summed, and for whom.
-
-    Attributes:
-        contributions: M uploads, in the order of the columns of `weights`.
-        weights: (R, M) integers, each row summing to 2**weight_bits.
-        rows: R weight rows.
-        headers: R encoded headers.
-        context: of the round.
-    """
+    """What is summed, and for whom: M contributions, the columns of (R, M) weights, and R rows and headers."""
 
     contributions: Sequence[Contribution]
     weights: NDArray[np.int64]

@@ -6,15 +6,9 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmosaic.privacy.encryption import records
 from fedmosaic.privacy.encryption.parameters import CkksParameters, MaskParameters, PlainParameters
-from fedmosaic.privacy.encryption.records import (
-    RoundContext,
-    aggregate_header,
-    aggregate_payload_bytes,
-    read_record,
-    row_digest,
-    upload_header,
-)
+from fedmosaic.privacy.encryption.records import RoundContext
 from fedmosaic.privacy.groupkey.key import GroupKey
 from fedmosaic.privacy.policy import AggregationPolicy, check_row
 from fedmosaic.protos.errors import CiphertextError, EncryptionError
@@ -37,40 +31,34 @@ class ClientCipher(ABC, Generic[P]):
     def encrypt(
         self, vector: NDArray[np.floating], key: GroupKey | None, context: RoundContext, nonce: bytes
     ) -> bytes:
-        """Encrypt a vector for the members of the key's epoch; the upload's length depends on d alone.
+        """Encrypt (d,) finite values, clipped to ±clip, for the members of the key's epoch.
 
-        Args:
-            vector: (d,) finite values; those outside [−clip, clip] of the parameters are clipped.
-            key: group key of the context's epoch; None only for `plain`.
-            context: round the upload is for; d must be its dimensions.
-            nonce: 16 bytes from `NonceCounter.take`, never used before.
+        The upload's length depends on d alone. The 16-byte nonce is from `NonceCounter.take`; only `plain`
+        has no key.
         """
         self._check_key(key, context)
         values = self._checked(vector, context)
-        header = upload_header(self.parameters, context, self.client).encode(nonce)
+        header = records.upload_header(self.parameters, context, self.client).encode(nonce)
         return header + self._seal(values, key, header, nonce)
 
     def decrypt(
         self, record: bytes | memoryview, key: GroupKey | None, context: RoundContext, row: WeightRow
     ) -> NDArray[np.float64]:
-        """Check the weight row and the record, both as received, then decrypt this client's aggregate.
+        """Check the weight row and the record, both as received, then decrypt this client's aggregate, (d,).
 
-        Returns:
-            (d,) weighted sum. Under `ckks` an approximate decryption and its ciphertext together reveal the
-            key: the caller keeps this vector, and whatever determines it, inside the process.
-
-        Raises:
-            PolicyError: the row breaks the policy; nothing is decrypted.
-            CiphertextError: the record is not the expected one or decrypts out of range.
-            EncryptionError: the key is not the one for this exchange.
+        Under `ckks` an approximate decryption and its ciphertext together reveal the key: the caller keeps
+        the vector, and whatever determines it, inside the process. PolicyError if the row breaks the policy:
+        nothing is decrypted then.
         """
         self._check_key(key, context)
         members = None if key is None else key.members
         bits = self.parameters.weight_bits
         check_row(self.client, row, self.policy, members=members, bits=bits)
-        header = aggregate_header(self.parameters, context, row, self.client)
-        digest, payload = read_record(record, header, aggregate_payload_bytes(self.parameters, header))
-        if digest != row_digest(row, self.client, context.round):
+        header = records.aggregate_header(self.parameters, context, row, self.client)
+        digest, payload = records.read_record(
+            record, header, records.aggregate_payload_bytes(self.parameters, header)
+        )
+        if digest != records.row_digest(row, self.client, context.round):
             raise CiphertextError("the aggregate was made with another weight row than the one received")
         values = self._open(payload, key, context, row)
         # Written so that NaN fails too.

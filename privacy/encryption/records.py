@@ -43,14 +43,9 @@ BACKEND_CODES = {"ckks": 1, "mask": 2, "plain": 3}
 
 @dataclass(frozen=True)
 class RoundContext:
-    """What both sides know of an exchange before any record arrives.
+    """What both sides know of an exchange: epoch and round are 0 … 2**64 − 1, d is the vector's length.
 
-    Attributes:
-        federation: its name, or of the run where one federation runs several.
-        epoch: number of the group key's epoch, 0 … 2**64 − 1.
-        round: its number, 0 … 2**64 − 1.
-        section: which vector: "shared", or "family:" and the family's name.
-        dimensions: length d of the vector.
+    The section is "shared", or "family:" and the family's name; the federation may be one of its runs.
     """
 
     federation: str
@@ -71,10 +66,8 @@ class RoundContext:
 class Header:
     """Every field of a record's header but the constants.
 
-    Attributes:
-        parameters_hash: 32 bytes, `digest` of the parameters.
-        client: contributor of an upload, recipient of an aggregate.
-        count: ring blocks of a `ckks` record, relayed nonces of a `mask` aggregate, else 0.
+    `client` contributed an upload, or receives an aggregate. `count` is of the ring blocks of a `ckks`
+    record, or the relayed nonces of a `mask` aggregate.
     """
 
     kind: Kind

@@ -42,13 +42,7 @@ from fedmosaic.protos.errors import ConfigurationError, IdentityError
 
 @dataclass(frozen=True)
 class Approval:
-    """What came of approving requests.
-
-    Attributes:
-        roster: the newest; None while the founding waits for requests.
-        answers: folders to hand back to those who asked, by their id, of the server "".
-        waiting: members of the founding whose request is missing, and "(server)".
-    """
+    """What came of approving requests: no roster while the founding waits; answers to hand back, by id."""
 
     roster: Roster | None
     answers: dict[str, Path]
@@ -62,10 +56,6 @@ def begin(
 
     All of it is made beside its place and moved there in one step, so that a founding that was stopped leaves
     nothing that looks like a federation. Without a passphrase, whoever can read the files has the keys.
-
-    Raises:
-        ConfigurationError: the directory is not empty, or the basis is not there; nothing is written then.
-        MechanismError: the basis is damaged, or not the one that the terms name; nothing is written then.
     """
     with _made_at_once(config, directory, basis) as making:
         _begin(config, making, passphrase)
@@ -142,15 +132,11 @@ def _begin(config: FederationConfig, directory: Path, passphrase: str | None) ->
 def approve(
     directory: Path, requests: Sequence[KeyRequest], passphrase: str | None = None, *, replace: bool = False
 ) -> Approval:
-    """Sign what members, or the server, have asked for. Compare the fingerprints before.
+    """Sign what members, or the server, have asked for, or nothing. Compare the fingerprints before.
 
     The first roster is signed once all members that the founding names have asked. Later, a request of a new
     name adds a member, one with the keys on the roster renews the certificate, and one with other keys needs
     `replace`.
-
-    Raises:
-        ConfigurationError: a name is not expected, there twice, or has other keys already; nothing is signed.
-        IdentityError: a key is another party's, or was given up before; nothing is signed.
     """
     office = open_office(directory, passphrase)
     seen: set[str] = set()

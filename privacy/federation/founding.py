@@ -17,12 +17,7 @@ def create_federation(
     """Found a federation on one machine, as `fedmosaic keys init --for-demo` does: every party's keys.
 
     Whoever holds `out` can pose as any member. Members on machines of their own make their keys there:
-    `fedmosaic keys request`.
-
-    Args:
-        config: the founding configuration, or its file (TOML or JSON).
-        out: directory to create.
-        basis: file of the public basis, if the terms name one.
+    `fedmosaic keys request`. `basis` is the file of the public basis, if the terms name one.
 
     Raises:
         ConfigurationError: the file is wrong, no client's noise could be planned, or `out` is not empty.

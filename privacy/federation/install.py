@@ -45,20 +45,11 @@ def _vouching(place: Path) -> tuple[str, str]:
 
 
 def install(answer: Path, kit: Path, confirm: Callable[[str], None] | None) -> Kit:
-    """Check an answer of the consortium against this party's own keys, and take it in.
+    """Check an answer of the consortium against this party's own keys, and take it in, all of it or nothing.
 
     Stopped in the middle, it can be done again. A server or client that runs takes up what has changed.
-
-    Args:
-        answer: folder that the consortium handed back.
-        kit: of this party, in which `make_request` has put keys.
-        confirm: told the consortium's fingerprint at the first installation; raises if it is not right.
-            None where consortium and kit were made together, and are flushed to the disk together.
-
-    Raises:
-        IdentityError: the answer is about other keys, another party or consortium, or has an older roster.
-        ConfigurationError: a file of it is missing, too large or damaged.
-        MechanismError: the basis is not the one that the terms name.
+    `confirm` is told the consortium's fingerprint at the first installation, and raises if it is not right;
+    None where consortium and kit were made together, and are flushed to the disk together.
     """
     with tempfile.TemporaryDirectory(prefix="fedmosaic-install-") as scratch:
         # Checked and installed is this copy, whatever happens to the folder meanwhile.

@@ -21,24 +21,17 @@ from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext, row
 from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.policy import check_row
-from fedmosaic.protos import bounds
+from fedmosaic.protos import bounds, witnessing
 from fedmosaic.protos.errors import EncryptionError, IdentityError, PolicyError, StateError
 from fedmosaic.protos.messages import SectionName
 from fedmosaic.protos.signing import verify_digest
-from fedmosaic.protos.witnessing import (
-    AggregateClaim,
-    ReviewHeader,
-    SignedUpload,
-    Verdict,
-    countersigned_digest,
-    uploads_digest,
-)
+from fedmosaic.protos.witnessing import AggregateClaim, ReviewHeader, Verdict
 
 log = logging.getLogger(__name__)
 _ROWS_AT_ONCE: Final = 64
 """Bounds the memory of the recomputed aggregates."""
 _OTHER_SUM: Final = "the aggregate is not this row applied to the signed uploads"
-Uploads = Mapping[str, tuple[SignedUpload, bytes | bytearray]]
+Uploads = Mapping[str, tuple[witnessing.SignedUpload, bytes | bytearray]]
 """What every client has signed, and its payload."""
 
 
@@ -72,7 +65,7 @@ class WitnessBook:
             found["family"] = (label, adapter.family_dimensions[member.family])
         return found
 
-    def check_size(self, signed: SignedUpload) -> None:
+    def check_size(self, signed: witnessing.SignedUpload) -> None:
         """Refuse, before a byte of it is taken, an upload that no member could have made."""
         expected, parameters = self.sections(signed.client), self._roster.terms.encryption
         for section in signed.sections:
@@ -112,7 +105,9 @@ class WitnessBook:
         return [
             self._refuse(header, claim, *wrong[index].args)
             if index in wrong
-            else self._sign(contexts[index], header.run_id, claim, uploads_digest(claim.row, hashes))
+            else self._sign(
+                contexts[index], header.run_id, claim, witnessing.uploads_digest(claim.row, hashes)
+            )
             for index, claim in enumerate(claims)
         ]
 
@@ -131,7 +126,9 @@ class WitnessBook:
                 problems[client] = f"the upload of {client!r} does not count: {error}"
         return checked, problems
 
-    def _check_upload(self, header: ReviewHeader, signed: SignedUpload, payload: memoryview) -> _Checked:
+    def _check_upload(
+        self, header: ReviewHeader, signed: witnessing.SignedUpload, payload: memoryview
+    ) -> _Checked:
         name, federation = signed.client, self._roster.federation
         key = bytes.fromhex(self._roster.member(name).identity_key)
         content = signed.digest(federation, header.run_id, header.round)
@@ -179,7 +176,7 @@ class WitnessBook:
         return RoundContext(self._roster.federation, header.key_epoch, header.round, label, length)
 
     def _sign(self, context: RoundContext, run_id: str, claim: AggregateClaim, uploads: bytes) -> Verdict:
-        digest = countersigned_digest(
+        digest = witnessing.countersigned_digest(
             federation=context.federation,
             run_id=run_id,
             round_number=context.round,

@@ -28,18 +28,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
 
+from fedmosaic.privacy.groupkey import messages
 from fedmosaic.privacy.groupkey.key import KEY_BYTES, GroupKey, commitment_to
-from fedmosaic.privacy.groupkey.messages import (
-    BOX,
-    CONFIRMATION,
-    TAG_BYTES,
-    Epoch,
-    read_about_key,
-    read_opening,
-    sha256,
-    write_about_key,
-    write_opening,
-)
+from fedmosaic.privacy.groupkey.messages import Epoch, sha256
 from fedmosaic.protos.errors import KeyAgreementError
 
 MINIMUM_MEMBERS = 4
@@ -56,18 +47,10 @@ def plan_epoch(
     roster_hash: bytes,
     parameters_hash: bytes,
 ) -> Epoch:
-    """Fix who takes part in an epoch, and on which terms.
+    """Fix who takes part in an epoch, as `NonceCounter.open_epoch` checked it, and on which terms.
 
-    Args:
-        federation: its name.
-        number: of the epoch, as checked by `NonceCounter.open_epoch`.
-        members: ids that take part, the caller's own among them.
-        roster_keys: raw Ed25519 public key (32 bytes) of every member of the pinned roster.
-        roster_hash: 32 bytes.
-        parameters_hash: 32 bytes.
-
-    Raises:
-        KeyAgreementError: the list is too short, repeats a member or names one outside the roster.
+    KeyAgreementError if the list is too short, repeats a member or names one outside the pinned roster, of
+    whose keys (Ed25519, raw) it takes its own.
     """
     if len(set(members)) != len(members):
         raise KeyAgreementError("the list of members names one twice")
@@ -100,14 +83,8 @@ class KeyAgreement:
     """One member's part in one epoch. Holds secrets in memory only; after any error it is of no more use.
 
     A process that restarts before it held the key starts again with another epoch number. One that held it
-    stores `unconfirmed`, confirms as before, and holds the others to `check_confirmations`.
-
-    Args:
-        identity: long-term key of this member.
-        member: its id.
-        epoch: from `plan_epoch`; all members must plan the same.
-        generate_secret: draws the CKKS secret, called at the leader only; `generate_group_secret`.
-        secret_bytes: length of that secret; `group_secret_bytes`.
+    stores `unconfirmed`, confirms as before, and holds the others to `check_confirmations`. The leader alone
+    draws the CKKS secret.
     """
 
     def __init__(
@@ -132,7 +109,7 @@ class KeyAgreement:
         self._secret_bytes = secret_bytes
         self._ephemeral: X25519PrivateKey | None = X25519PrivateKey.generate()
         public_key = self._ephemeral.public_key().public_bytes_raw()
-        self._opening = write_opening(epoch, member, public_key, identity)
+        self._opening = messages.write_opening(epoch, member, public_key, identity)
         self._transcript = b""
         self._key: GroupKey | None = None
         self._stage = _Stage.OPENED
@@ -150,7 +127,7 @@ class KeyAgreement:
                     f"the relayed opening of {self.member!r} is not the one this member sent: it was replayed"
                 )
             public_keys = {
-                name: read_opening(self.epoch, name, openings[name]) for name in self.epoch.members
+                name: messages.read_opening(self.epoch, name, openings[name]) for name in self.epoch.members
             }
             if len(set(public_keys.values())) != len(public_keys):
                 raise KeyAgreementError("two members opened with the same ephemeral key")
@@ -178,8 +155,8 @@ class KeyAgreement:
             if leader is None or self._ephemeral is None:
                 raise KeyAgreementError("no leader is elected yet")
             what, size = f"sealed key of leader {leader!r}", KEY_BYTES + self._secret_bytes + _SEALING_BYTES
-            about = BOX, self._transcript, self.member, self.epoch.identity_keys[leader]
-            commitment, sealed = read_about_key(what, *about, box, size)
+            about = messages.BOX, self._transcript, self.member, self.epoch.identity_keys[leader]
+            commitment, sealed = messages.read_about_key(what, *about, box, size)
             try:
                 secrets = _HPKE.decrypt(sealed, self._ephemeral, info=self._bound(self.member, commitment))
             except (InvalidTag, ValueError):
@@ -194,8 +171,8 @@ class KeyAgreement:
     def confirmation(self) -> bytes:
         """This member's signed confirmation, of `CONFIRMATION_BYTES` bytes."""
         key = self.unconfirmed()
-        about = CONFIRMATION, self._transcript, self.member, key.fingerprint
-        return write_about_key(*about, _tag(key, self.member), self._identity)
+        about = messages.CONFIRMATION, self._transcript, self.member, key.fingerprint
+        return messages.write_about_key(*about, _tag(key, self.member), self._identity)
 
     def unconfirmed(self) -> GroupKey:
         """The key before the others have confirmed it: to store, and to encrypt nothing with."""
@@ -245,7 +222,9 @@ class KeyAgreement:
             self._bound(recipient, key.fingerprint),
         )
         sealed = _HPKE.encrypt(key.master + key.ckks_secret, public, info=info)
-        return write_about_key(BOX, self._transcript, recipient, key.fingerprint, sealed, self._identity)
+        return messages.write_about_key(
+            messages.BOX, self._transcript, recipient, key.fingerprint, sealed, self._identity
+        )
 
     def _bound(self, recipient: str, commitment: bytes) -> bytes:
         leader = (self.leader or "").encode()
@@ -257,8 +236,10 @@ def check_confirmations(epoch: Epoch, key: GroupKey, confirmations: Mapping[str,
     """Check, by their confirmations as relayed, that all members of an epoch hold the same key."""
     _expect_members(epoch, "confirmations", confirmations)
     for name in epoch.members:
-        about = CONFIRMATION, key.transcript, name, epoch.identity_keys[name]
-        commitment, tag = read_about_key(f"confirmation of {name!r}", *about, confirmations[name], TAG_BYTES)
+        about = messages.CONFIRMATION, key.transcript, name, epoch.identity_keys[name]
+        commitment, tag = messages.read_about_key(
+            f"confirmation of {name!r}", *about, confirmations[name], messages.TAG_BYTES
+        )
         if commitment != key.fingerprint:
             leader = _leader(epoch, key.transcript)
             raise KeyAgreementError(
@@ -269,11 +250,11 @@ def check_confirmations(epoch: Epoch, key: GroupKey, confirmations: Mapping[str,
             raise KeyAgreementError(f"{name!r} confirms a key that it cannot prove to hold")
 
 
-def _expect_members(epoch: Epoch, what: str, messages: Mapping[str, bytes]) -> None:
-    missing = sorted(set(epoch.members) - set(messages))
+def _expect_members(epoch: Epoch, what: str, received: Mapping[str, bytes]) -> None:
+    missing = sorted(set(epoch.members) - set(received))
     if missing:
         raise KeyAgreementError(f"{what} of members are missing: {', '.join(missing)}")
-    added = sorted(set(messages) - set(epoch.members))
+    added = sorted(set(received) - set(epoch.members))
     if added:
         raise KeyAgreementError(f"{what} came from outside the agreed list of members: {', '.join(added)}")
 

@@ -18,15 +18,8 @@ KEY_BYTES = 32
 class GroupKey:
     """The secrets of one epoch, and the public facts they are bound to.
 
-    Attributes:
-        federation: its name.
-        epoch: its number.
-        members: ids of exactly the members that hold the key, ascending.
-        parameters_hash: 32 bytes, digest of the encryption parameters it was agreed for.
-        transcript: 32 bytes, hash of all openings.
-        fingerprint: 32 bytes, public commitment to the secrets; equal at all members.
-        master: 32 secret bytes, used only through `subkey`.
-        ckks_secret: secret of the CKKS back end, empty for others.
+    `transcript` is the hash of all openings, `fingerprint` a public commitment to the secrets, equal at all
+    members. `master` is used only through `subkey`; `ckks_secret` is empty for other back ends.
     """
 
     federation: str

@@ -32,15 +32,9 @@ CONFIRMATION = b"FMKCONF1"
 
 @dataclass(frozen=True)
 class Epoch:
-    """What every member must agree on before it opens an epoch.
+    """What every member must agree on before it opens an epoch whose number was never used.
 
-    Attributes:
-        federation: its name.
-        number: epoch, never used before; 0 … 2**64 − 1.
-        roster_hash: 32 bytes, hash of the signed roster.
-        parameters_hash: 32 bytes, digest of the encryption parameters.
-        members: ids of all members that take part, in ascending order.
-        identity_keys: raw Ed25519 public key (32 bytes) of every member that takes part.
+    Members are in ascending order, identity keys raw Ed25519 public keys (32 bytes) by member.
     """
 
     federation: str
@@ -117,14 +111,7 @@ def read_about_key(
 ) -> tuple[bytes, bytes]:
     """Check a message about the agreed key; return the commitment and the content, both still unchecked.
 
-    Args:
-        what: names the message in errors.
-        kind: `BOX` or `CONFIRMATION`.
-        transcript: of the openings.
-        member: for whom a box is, or whose confirmation it is.
-        identity_key: Ed25519 public key (32 bytes) of whoever must have signed it.
-        message: as relayed.
-        content_bytes: length that the content must have.
+    A box is for a member and signed by the leader, a confirmation is of a member and signed by it.
     """
     body = _verified(what, message, _ABOUT_KEY.size + content_bytes + SIGNATURE_BYTES, identity_key)
     magic, found, name, commitment = _ABOUT_KEY.unpack_from(body)

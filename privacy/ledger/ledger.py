@@ -23,6 +23,7 @@ from typing import Any
 
 from fedmosaic.privacy.accounting.epsilon import EpsilonBound, check_delta
 from fedmosaic.privacy.accounting.events import GaussianEvent
+from fedmosaic.privacy.ledger import rules
 from fedmosaic.privacy.ledger.rows import (
     CHANNELS,
     Channel,
@@ -37,19 +38,7 @@ from fedmosaic.privacy.ledger.rows import (
     epoch_of_hashes,
     example_hashes,
 )
-from fedmosaic.privacy.ledger.rules import (
-    LedgerParameters,
-    Release,
-    advice,
-    anchor_of,
-    bound_of,
-    check_anchor,
-    check_open,
-    check_parameters,
-    check_request,
-    parameters_of,
-    reservation_at,
-)
+from fedmosaic.privacy.ledger.rules import LedgerParameters, Release, check_anchor, parameters_of
 from fedmosaic.privacy.ledger.store import LedgerLog, LedgerStore, has_begun, read_ledger
 from fedmosaic.protos.errors import BudgetExceededError, LedgerError
 
@@ -112,8 +101,8 @@ class Ledger:
                     opening = parameters.canonical(secrets.token_hex(32))
                     log.append("OPENED", bound=EpsilonBound(0.0, accountant), mechanism=opening, unit=unit)
             log.verify()
-            check_open(log.rows)
-            check_parameters(parameters, log.rows)
+            rules.check_open(log.rows)
+            rules.check_parameters(parameters, log.rows)
             store.write_head(log.rows[-1])
         except BaseException:
             store.close()
@@ -187,7 +176,7 @@ class Ledger:
             "disjoint": example_ids is not None,
             "unit": self.parameters.unit,
         }
-        check_request(fields, event)
+        rules.check_request(fields, event)
         hashes = None if example_ids is None else example_hashes(example_ids)
         release = Release(channel, round, data_epoch, context)
         with self._log.appending() as rows:
@@ -213,14 +202,14 @@ class Ledger:
             raise BudgetExceededError(
                 f"client {self.parameters.client_id!r}: this {channel} release would bring ε to "
                 f"{bound.epsilon:.4g} (δ = {self.parameters.delta:g}), above the target {target:g}; no "
-                f"noise was drawn and nothing was charged. {advice(event)}"
+                f"noise was drawn and nothing was charged. {rules.advice(event)}"
             )
         return row.sequence
 
     def released(self, sequence: int, digest: str) -> None:
         """Record that the noisy bytes of a reservation are stored and may be sent; no others ever may."""
         with self._log.appending() as rows:
-            reservation = reservation_at(rows, sequence)
+            reservation = rules.reservation_at(rows, sequence)
             before = Release.of(reservation).made(rows)
             if before is not None and (before.reference, before.payload_digest) == (sequence, digest):
                 return
@@ -234,7 +223,7 @@ class Ledger:
     def resent(self, sequence: int, digest: str, round: int | None = None) -> None:
         """Record that the released bytes, and no others, were sent once more in a round; costs nothing."""
         with self._log.appending() as rows:
-            reservation = reservation_at(rows, sequence)
+            reservation = rules.reservation_at(rows, sequence)
             sent = [r for r in rows if r.reference == sequence and r.kind in ("RELEASED", "RESENT")]
             if not sent:
                 raise LedgerError(
@@ -280,7 +269,7 @@ class Ledger:
     def epsilon(self, channel: Channel | None = None) -> float:
         """ε at the ledger's δ of one channel alone, or of all channels together (not only the budgeted)."""
         charged = charges(self.export(), channel and (channel,))
-        return bound_of(charged, self.parameters.delta, self.parameters.accountant).epsilon
+        return rules.bound_of(charged, self.parameters.delta, self.parameters.accountant).epsilon
 
     @property
     def directory(self) -> Path:
@@ -289,7 +278,7 @@ class Ledger:
 
     def anchor(self, keeper: str) -> bytes:
         """What a keeper may have (32 bytes) to find a ledger put back from an older copy; see `anchor_of`."""
-        return anchor_of(self.export(), keeper)
+        return rules.anchor_of(self.export(), keeper)
 
     def check_anchor(self, keeper: str, anchor: bytes, source: str) -> None:
         """Refuse to be behind an anchor; see `rules.check_anchor`."""
@@ -326,7 +315,7 @@ class Ledger:
         charged = charges(rows, self.parameters.budgeted_channels)
         if channel in self.parameters.budgeted_channels:
             charged.append(Charge(event, disjoint_epoch))
-        return bound_of(charged, self.parameters.delta, self.parameters.accountant)
+        return rules.bound_of(charged, self.parameters.delta, self.parameters.accountant)
 
     def _prove_disjoint(self, epoch: str, hashes: list[str]) -> None:
         if epoch_of_hashes(hashes) != epoch:

@@ -34,16 +34,9 @@ PROFILES = "profile-*.npy"
 def move(old: Path, new: Path, after: Callable[[str], None] = lambda _: None) -> int:
     """Close the ledger in one directory and go on with it in another; or finish a move that was begun.
 
-    Args:
-        old: directory of the ledger to close, or of a backup to put back.
-        new: directory to be made, or of another ledger of the same data.
-        after: told of every step that is done; tests crash there.
-
-    Returns:
-        How many releases were charged to a ledger that stood in `new` already.
-
-    Raises:
-        LedgerError: there is no ledger in `old`, it was moved elsewhere, or `new` cannot take it.
+    `new` is made, or holds another ledger of the same data: how many releases were charged to that is
+    returned. A backup is put back in the same way. `after` is told of every step that is done; tests crash
+    there.
     """
     old, new = old.resolve(), new.resolve()
     if not (old / LEDGER).exists():

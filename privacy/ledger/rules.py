@@ -28,14 +28,10 @@ _ANCHOR_LABEL = b"fedmosaic/ledger-anchor/v1"
 
 @dataclass(frozen=True, slots=True)
 class LedgerParameters:
-    """What was fixed when the ledger was opened for the first time.
+    """What was fixed when the ledger was opened first: δ, and the budget for the joint ε of channels.
 
-    Attributes:
-        client_id: who opened it. The same data may be released by a member of another federation under
-            another name, and are charged to the same ledger; so this may change.
-        delta: δ of every ε in the ledger.
-        target_epsilon: the budget for the joint ε of `budgeted_channels`; None records without refusing.
-        accountant: "prv", "rdp" or "pld".
+    The same data may be released by a member of another federation under another name, and are charged to the
+    same ledger; so the client's id may change.
     """
 
     client_id: str

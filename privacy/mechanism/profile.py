@@ -153,13 +153,9 @@ def release(total: ClippedSum, mechanism: ProfileMechanism, noise: NoiseSource) 
 
 @dataclass(frozen=True, eq=False)
 class ReleasedProfile:
-    """A moving average of releases: post-processing, free of further privacy cost.
+    """A moving average of releases, (k,) float64: post-processing, free of further privacy cost.
 
-    Attributes:
-        vector: (k,) float64, the average.
-        noise_variance: exact variance of the noise on each coordinate of `vector`.
-        releases: number of releases averaged so far, at least 1.
-        last_release_sha256: digest of the newest one, so that a re-sent release is not averaged twice.
+    The digest of the newest release tells when one is sent again, which is not averaged twice.
     """
 
     vector: Float64Array

@@ -29,11 +29,9 @@ MAXIMUM_BASIS_BYTES: Final = 256 * 2**20
 
 @dataclass(frozen=True, eq=False)
 class GradientFactors:
-    """One example's gradient as a sum of outer products: G = Σ_t delta[t] ⊗ inputs[t].
+    """One example's gradient, G = Σ_t delta[t] ⊗ inputs[t], of (T, hidden) and (T, intermediate) float32.
 
-    Attributes:
-        delta: (T, hidden_size) float32, gradients at the output of the layer, mean over tokens included.
-        inputs: (T, intermediate_size) float32, inputs of the layer. T = 0 means no gradient is defined.
+    With T = 0 no gradient is defined. `delta` is at the output of the layer, mean over tokens included.
     """
 
     delta: Float32Array

@@ -34,14 +34,7 @@ _ROOM: Final = 4
 
 @dataclass(frozen=True)
 class ShareGrid:
-    """The integers of a group's sum; public, and equal at all its members.
-
-    Attributes:
-        steps: g, per clipping norm; a power of two.
-        noise: s, each member's noise multiplier.
-        limit: largest coordinate of a member's clipped sum, in steps; further is clamped.
-        bits: b, shares are added modulo 2**b.
-    """
+    """The integers of a group's sum, public: g steps per clipping norm, noise s, the clamp, b bits."""
 
     steps: int
     noise: float

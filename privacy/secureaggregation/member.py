@@ -27,6 +27,7 @@ import numpy.typing as npt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from fedmosaic.privacy.secureaggregation import messages
 from fedmosaic.privacy.secureaggregation.masks import (
     Masks,
     agree,
@@ -35,20 +36,6 @@ from fedmosaic.privacy.secureaggregation.masks import (
     private_key,
     self_mask_key,
     to_words,
-)
-from fedmosaic.privacy.secureaggregation.messages import (
-    ENVELOPE_BYTES,
-    Opening,
-    Unmasking,
-    check_left,
-    check_opening,
-    check_survivor_signatures,
-    open_shares,
-    seal_shares,
-    seed_check,
-    sign_opening,
-    survivors_digest,
-    transcript,
 )
 from fedmosaic.privacy.secureaggregation.shamir import RandomBytes, draw_element, share
 from fedmosaic.privacy.secureaggregation.terms import SumTerms
@@ -91,28 +78,28 @@ class SumMember:
         self._mask_seed = draw_element(random_bytes)
         self._mask_key = private_key(self._mask_seed, terms.digest())
         self._envelope_key = X25519PrivateKey.from_private_bytes(random_bytes(32))
-        self._openings: dict[str, Opening] = {}
+        self._openings: dict[str, messages.Opening] = {}
         self._transcript = b""
         self._agreed: dict[str, bytes] = {}
         self._held: dict[str, tuple[int, int] | None] = {}
         self._survivors: tuple[str, ...] = ()
 
-    def open(self) -> Opening:
+    def open(self) -> messages.Opening:
         """Step 1: the keys of this sum."""
         with self._only(_Step.OPEN, _Step.SHARE):
             content = (
                 self._mask_key.public_key().public_bytes_raw(),
                 self._envelope_key.public_key().public_bytes_raw(),
-                seed_check(self._terms.digest(), self._member, self._self_seed),
+                messages.seed_check(self._terms.digest(), self._member, self._self_seed),
             )
-            return sign_opening(self._terms, self._member, content, self._identity)
+            return messages.sign_opening(self._terms, self._member, content, self._identity)
 
-    def share(self, openings: Mapping[str, Opening]) -> dict[str, bytes]:
+    def share(self, openings: Mapping[str, messages.Opening]) -> dict[str, bytes]:
         """Step 2: recipient → envelope of 64 bytes, this member among them, from everybody's openings."""
         with self._only(_Step.SHARE, _Step.ACCEPT):
             for member, opening in openings.items():
-                check_opening(self._terms, member, opening)
-            digest = transcript(self._terms, openings)
+                messages.check_opening(self._terms, member, opening)
+            digest = messages.transcript(self._terms, openings)
             own = openings.get(self._member)
             if own is None or own.envelope_key != self._envelope_key.public_key().public_bytes_raw():
                 raise EncryptionError(f"the openings do not hold the one that {self._member!r} sent")
@@ -125,7 +112,7 @@ class SumMember:
                 member: agree(self._envelope_key, openings[member].envelope_key) for member in members
             }
             return {
-                member: seal_shares(self._agreed[member], digest, self._member, member, pair)
+                member: messages.seal_shares(self._agreed[member], digest, self._member, member, pair)
                 for member, pair in zip(members, zip(self_shares, key_shares, strict=True), strict=True)
             }
 
@@ -139,9 +126,9 @@ class SumMember:
         """
         with self._only(_Step.ACCEPT, _Step.MASK):
             for sender, envelope in envelopes.items():
-                if sender not in self._openings or len(envelope) != ENVELOPE_BYTES:
+                if sender not in self._openings or len(envelope) != messages.ENVELOPE_BYTES:
                     raise EncryptionError(f"{len(envelope)} bytes are no envelope of {sender!r} in this sum")
-                self._held[sender] = open_shares(
+                self._held[sender] = messages.open_shares(
                     self._agreed[sender], self._transcript, sender, self._member, envelope
                 )
             damaged = sorted(sender for sender, shares in self._held.items() if shares is None)
@@ -155,7 +142,7 @@ class SumMember:
             # With fewer than k, the server could pick masks of members that vanish, whose keys it is given,
             # for a vector that is to be alone. Any k have an honest member in common with those who sign the
             # contributors, and its mask stays.
-            check_left("shared their masks", self._held, self._terms, len(self._openings))
+            messages.check_left("shared their masks", self._held, self._terms, len(self._openings))
 
     def mask(self, vector: npt.NDArray[np.int64]) -> bytes:
         """Step 3: (D,) integers, whose sum over all fits b bits, as a masked vector of ⌈D·bits/8⌉ bytes."""
@@ -183,18 +170,18 @@ class SumMember:
                 strange = f"contributors who did not share their masks: {', '.join(foreign)}"
                 lacking = f"the contributors do not include {self._member!r}, whose vector was sent"
                 raise EncryptionError(strange if foreign else lacking)
-            check_left("sent their vectors", survivors, self._terms, len(self._openings))
+            messages.check_left("sent their vectors", survivors, self._terms, len(self._openings))
             self._survivors = tuple(sorted(survivors))
-            return self._identity.sign(survivors_digest(self._transcript, survivors))
+            return self._identity.sign(messages.survivors_digest(self._transcript, survivors))
 
-    def unmask(self, signatures: Mapping[str, bytes]) -> Unmasking:
+    def unmask(self, signatures: Mapping[str, bytes]) -> messages.Unmasking:
         """Step 5: what the server needs for this one sum, once k signed the list that this member signed."""
         with self._only(_Step.UNMASK, _Step.OVER):
             needed = self._terms.threshold(len(self._openings))
-            digest = survivors_digest(self._transcript, self._survivors)
-            check_survivor_signatures(self._terms, digest, self._survivors, signatures, needed)
+            digest = messages.survivors_digest(self._transcript, self._survivors)
+            messages.check_survivor_signatures(self._terms, digest, self._survivors, signatures, needed)
             kinds = {member: int(member not in self._survivors) for member in self._held}
-            return Unmasking({m: pair and pair[kinds[m]] for m, pair in self._held.items()})
+            return messages.Unmasking({m: pair and pair[kinds[m]] for m, pair in self._held.items()})
 
     @contextmanager
     def _only(self, expected: _Step, following: _Step) -> Iterator[None]:

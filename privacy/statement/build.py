@@ -23,19 +23,7 @@ from fedmosaic.privacy.ledger import rows as ledger
 from fedmosaic.privacy.ledger.rows import Channel, Charge, LedgerRow, compositions
 from fedmosaic.privacy.ledger.rules import LedgerParameters, bound_of, parameters_of
 from fedmosaic.privacy.statement import models
-from fedmosaic.privacy.statement.models import (
-    PRIVATE,
-    Adversary,
-    ChannelStatement,
-    ClientInputs,
-    ClientStatement,
-    Cover,
-    Guarantee,
-    PrivacyStatement,
-    Protection,
-    StatementChannel,
-    StatementInputs,
-)
+from fedmosaic.privacy.statement.models import Adversary, ClientStatement, Guarantee, PrivacyStatement
 from fedmosaic.privacy.statement.words import ADVERSARY_NAMES, CHANNEL_NAMES, assumptions, coverage, leaks
 
 _BEYOND_THE_CLAIM: frozenset[Adversary] = frozenset(
@@ -52,7 +40,7 @@ class _Channel:
     """One channel of one client, as the ledger and the configuration tell it."""
 
     name: Channel
-    protection: Protection
+    protection: models.Protection
     rows: tuple[LedgerRow, ...]
     test_noise: bool
 
@@ -62,8 +50,8 @@ class _Client:
     """What is needed again and again while one client's part is made."""
 
     parameters: LedgerParameters
-    inputs: ClientInputs
-    run: StatementInputs
+    inputs: models.ClientInputs
+    run: models.StatementInputs
     channels: tuple[_Channel, ...]
 
     def charges(self, names: Iterable[str], adversary: Adversary = "server_malicious") -> list[Charge]:
@@ -97,7 +85,7 @@ def noise_left(row: LedgerRow, adversary: Adversary) -> float:
     return 1.0 / effective_noise_multiplier(1.0, least, colluders)
 
 
-def statement(inputs: StatementInputs) -> PrivacyStatement:
+def statement(inputs: models.StatementInputs) -> PrivacyStatement:
     """Make the privacy statement of a run; from an altered ledger or without a sound ε there is none."""
     clients = tuple(_client(client, inputs) for client in inputs.clients)
     modes = {c.protection for client in clients for c in client.channels if c.protection is not None}
@@ -120,7 +108,7 @@ def statement(inputs: StatementInputs) -> PrivacyStatement:
     )
 
 
-def _client(inputs: ClientInputs, run: StatementInputs) -> ClientStatement:
+def _client(inputs: models.ClientInputs, run: models.StatementInputs) -> ClientStatement:
     ledger.check_chain(inputs.ledger)
     parameters = parameters_of(inputs.ledger)
     if inputs.client_id:
@@ -147,8 +135,8 @@ def _client(inputs: ClientInputs, run: StatementInputs) -> ClientStatement:
     )
 
 
-def _channels(inputs: ClientInputs) -> tuple[tuple[_Channel, ...], list[str]]:
-    configured: dict[Channel, Protection | None] = {
+def _channels(inputs: models.ClientInputs) -> tuple[tuple[_Channel, ...], list[str]]:
+    configured: dict[Channel, models.Protection | None] = {
         "profile": "dp",
         "adapter": inputs.adapter_protection,
         "family": inputs.family_protection,
@@ -169,11 +157,13 @@ def _channels(inputs: ClientInputs) -> tuple[tuple[_Channel, ...], list[str]]:
     return tuple(found), warnings
 
 
-def _actual_protection(configured: Protection | None, reserved: Sequence[LedgerRow]) -> Protection:
+def _actual_protection(
+    configured: models.Protection | None, reserved: Sequence[LedgerRow]
+) -> models.Protection:
     covers = {row.covered_by for row in reserved}
     if configured is None:
         configured = "dp"
-    private = configured in PRIVATE and covers <= {"dp"}
+    private = configured in models.PRIVATE and covers <= {"dp"}
     encrypted = "encrypted" in configured and "nothing" not in covers
     encrypted |= not private and covers == {"cryptography"} and configured == "dp"
     if private:
@@ -182,18 +172,18 @@ def _actual_protection(configured: Protection | None, reserved: Sequence[LedgerR
 
 
 def _channel(
-    name: StatementChannel, channels: Sequence[_Channel], rows: Sequence[LedgerRow], client: _Client
-) -> ChannelStatement:
+    name: models.StatementChannel, channels: Sequence[_Channel], rows: Sequence[LedgerRow], client: _Client
+) -> models.ChannelStatement:
     """What was released on one channel, or jointly on several; `rows` are the ledger's about them."""
     charged = client.charges([channel.name for channel in channels])
-    private = all(channel.protection in PRIVATE for channel in channels)
+    private = all(channel.protection in models.PRIVATE for channel in channels)
     test_noise = any(channel.test_noise for channel in channels)
     bound = client.bound(charged, private=private)
     events = compositions(charged)
     kinds = [row.kind for row in rows]
     released = {row.reference for row in rows if row.kind == "RELEASED"}
     lost = sum(row.kind == "RESERVED" and row.sequence not in released for row in rows)
-    return ChannelStatement(
+    return models.ChannelStatement(
         channel=name,
         protection=None if name == "joint" else channels[0].protection,
         epsilon=math.inf if test_noise else bound.epsilon,
@@ -272,7 +262,7 @@ def _together(found: Sequence[Guarantee], adversary: Adversary, client: _Client)
     covers = {guarantee.cover for guarantee in found}
     private = tuple(g.channel for g in found if g.cover in ("dp", "dp_and_cryptography"))
     only = tuple(g.channel for g in found if g.cover == "cryptography_only")
-    cover: Cover
+    cover: models.Cover
     if "nothing" in covers:
         bare = [CHANNEL_NAMES[g.channel] for g in found if g.cover == "nothing"]
         cover, words = "nothing", f"nothing but trust protects: {', '.join(bare)}"
@@ -292,11 +282,11 @@ def _together(found: Sequence[Guarantee], adversary: Adversary, client: _Client)
 
 def _guarantee(
     client: _Client,
-    channel: StatementChannel,
+    channel: models.StatementChannel,
     adversary: Adversary,
-    cover: Cover,
-    private: Sequence[StatementChannel],
-    cryptography_only: tuple[StatementChannel, ...],
+    cover: models.Cover,
+    private: Sequence[models.StatementChannel],
+    cryptography_only: tuple[models.StatementChannel, ...],
     test_noise: bool,
     words: str,
 ) -> Guarantee:

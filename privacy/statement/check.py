@@ -10,7 +10,8 @@ from typing import Final
 
 from pydantic import BaseModel, ValidationError
 
-from fedmosaic.privacy.statement.models import ADVERSARIES, ClientStatement, PrivacyStatement
+from fedmosaic.privacy.statement import models
+from fedmosaic.privacy.statement.models import ClientStatement, PrivacyStatement
 from fedmosaic.protos.errors import PrivacyError
 
 _SHOWN: Final = 120
@@ -46,7 +47,7 @@ def _check_table(client: ClientStatement) -> None:
     if not channels or channels[-1] != "joint" or len(set(channels)) != len(channels):
         raise PrivacyError("its channels have to be different ones, the joint one last")
     pairs = {(each.channel, each.adversary) for each in client.guarantees}
-    missing = sorted(set(itertools.product(channels, ADVERSARIES)) - pairs)
+    missing = sorted(set(itertools.product(channels, models.ADVERSARIES)) - pairs)
     if missing:
         raise PrivacyError(f"it has no guarantee for channel {missing[0][0]} against {missing[0][1]}")
 

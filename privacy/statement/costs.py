@@ -6,17 +6,13 @@ from collections.abc import Callable, Sequence
 from fedmosaic.privacy.accounting.calibrate import noise_factor_for
 from fedmosaic.privacy.accounting.epsilon import epsilon
 from fedmosaic.privacy.accounting.events import GaussianEvent
-from fedmosaic.privacy.statement.models import (
-    ChannelCost,
-    ChannelStatement,
-    ClientStatement,
-    PrivacyStatement,
-)
+from fedmosaic.privacy.statement import models
+from fedmosaic.privacy.statement.models import ClientStatement, PrivacyStatement
 from fedmosaic.privacy.statement.words import CHANNEL_NAMES
 from fedmosaic.protos.errors import AccountingError
 
 
-def costs_at_epsilon(statement: PrivacyStatement, target_epsilon: float) -> tuple[ChannelCost, ...]:
+def costs_at_epsilon(statement: PrivacyStatement, target_epsilon: float) -> tuple[models.ChannelCost, ...]:
     """The σ with which each client's releases, on the same schedule, would have met a target ε in (0, 100].
 
     One answer per client and channel, and one for all its channels together, in which the profile keeps its
@@ -35,14 +31,16 @@ def costs_at_epsilon(statement: PrivacyStatement, target_epsilon: float) -> tupl
     )
 
 
-def _channel_cost(channel: ChannelStatement, client: ClientStatement, target: float) -> ChannelCost:
+def _channel_cost(
+    channel: models.ChannelStatement, client: ClientStatement, target: float
+) -> models.ChannelCost:
     events, protected = _schedule(channel)
     if not events:
         return _answer(channel, client, target, "nothing was released, or its schedule is not known")
     return _scaled(channel, client, target, [], events, protected)
 
 
-def _joint_cost(client: ClientStatement, target: float) -> ChannelCost:
+def _joint_cost(client: ClientStatement, target: float) -> models.ChannelCost:
     joint = client.channels[-1]
     parts = [(channel, *_schedule(channel)) for channel in client.channels[:-1]]
     unknown = [CHANNEL_NAMES[each.channel] for each, events, _ in parts if not events and each.mechanisms]
@@ -58,7 +56,7 @@ def _joint_cost(client: ClientStatement, target: float) -> ChannelCost:
     return _scaled(joint, client, target, [], profile + others, protected)
 
 
-def _schedule(channel: ChannelStatement) -> tuple[list[GaussianEvent], bool]:
+def _schedule(channel: models.ChannelStatement) -> tuple[list[GaussianEvent], bool]:
     """Events of a channel; for one without DP, those that were planned, at σ = 1 to scale from."""
     protected = all(mechanism.noise_multiplier > 0 for mechanism in channel.mechanisms)
     if protected and channel.mechanisms:
@@ -69,13 +67,13 @@ def _schedule(channel: ChannelStatement) -> tuple[list[GaussianEvent], bool]:
 
 
 def _scaled(
-    channel: ChannelStatement,
+    channel: models.ChannelStatement,
     client: ClientStatement,
     target: float,
     kept: Sequence[GaussianEvent],
     scaled: Sequence[GaussianEvent],
     protected: bool,
-) -> ChannelCost:
+) -> models.ChannelCost:
     current = tuple(event.noise_multiplier if protected else 0.0 for event in scaled)
     try:
         factor = noise_factor_for(target, client.delta, kept, scaled)
@@ -93,14 +91,14 @@ def _list(values: Sequence[float]) -> str:
 
 
 def _answer(
-    channel: ChannelStatement,
+    channel: models.ChannelStatement,
     client: ClientStatement,
     target: float,
     words: str,
     current: tuple[float, ...] = (),
     needed: tuple[float, ...] | None = None,
-) -> ChannelCost:
-    return ChannelCost(
+) -> models.ChannelCost:
+    return models.ChannelCost(
         client_id=client.client_id,
         channel=channel.channel,
         target_epsilon=target,

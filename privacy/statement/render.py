@@ -13,22 +13,14 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from fedmosaic.privacy.statement import plain
-from fedmosaic.privacy.statement.models import (
-    ADVERSARIES,
-    ChannelCost,
-    ClientStatement,
-    Guarantee,
-    PrivacyStatement,
-    Protection,
-    StatementChannel,
-)
+from fedmosaic.privacy.statement import models, plain
+from fedmosaic.privacy.statement.models import ClientStatement, Guarantee, PrivacyStatement
 from fedmosaic.privacy.statement.plain import delta_text, epsilon_text, joint
 from fedmosaic.privacy.statement.words import ADVERSARY_NAMES
 
 WIDTH = 100
 _ALARM = "bold white on red"
-_SHORT_CHANNELS: dict[StatementChannel, str] = {
+_SHORT_CHANNELS: dict[models.StatementChannel, str] = {
     "profile": "task profile",
     "adapter": "shared adapter",
     "family": "family's LoRA",
@@ -52,7 +44,7 @@ def render(statement: PrivacyStatement) -> RenderableType:
     return Group(*parts)
 
 
-def render_costs(costs: Sequence[ChannelCost]) -> RenderableType:
+def render_costs(costs: Sequence[models.ChannelCost]) -> RenderableType:
     """What another ε would have cost, as a rich renderable."""
     table = Table(
         title="Noise for another ε, on the same schedule", box=box.SIMPLE_HEAD, title_justify="left"
@@ -117,7 +109,7 @@ def client_grid(client: ClientStatement) -> Table:
     for channel in client.channels:
         grid.add_column(_SHORT_CHANNELS[channel.channel], overflow="fold")
     found = {(g.adversary, g.channel): g for g in client.guarantees}
-    for adversary in ADVERSARIES:
+    for adversary in models.ADVERSARIES:
         cells = (_cell(found[adversary, c.channel], c.protection) for c in client.channels)
         grid.add_row(_NAMES[adversary], *cells)
     return grid
@@ -136,7 +128,7 @@ def _persons(client: ClientStatement) -> Iterable[RenderableType]:
     yield table
 
 
-def _cell(guarantee: Guarantee, protection: Protection | None) -> Text:
+def _cell(guarantee: Guarantee, protection: models.Protection | None) -> Text:
     value = f"ε = {epsilon_text(guarantee.epsilon)}"
     match guarantee.cover:
         case "nothing" if guarantee.test_noise:

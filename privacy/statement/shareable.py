@@ -16,15 +16,10 @@ import math
 from fedmosaic.privacy.configuration import FIRST_PREVIOUS_HASH
 from fedmosaic.privacy.ledger.rows import LedgerRow, canonical_json, charges
 from fedmosaic.privacy.ledger.rules import bound_of, parameters_of
+from fedmosaic.privacy.statement import models
 from fedmosaic.privacy.statement.build import noise_left, statement
 from fedmosaic.privacy.statement.costs import round_down, round_up
-from fedmosaic.privacy.statement.models import (
-    ADVERSARIES,
-    ClientInputs,
-    ClientStatement,
-    PrivacyStatement,
-    StatementInputs,
-)
+from fedmosaic.privacy.statement.models import ClientStatement, PrivacyStatement
 
 CELL = 1.5
 """A handed-over statement tells n to within this factor, and no closer."""
@@ -33,7 +28,7 @@ _DIGITS = 3
 _NOTE = "from δ, q and σ as rounded for handing over"
 
 
-def shareable(inputs: StatementInputs) -> PrivacyStatement:
+def shareable(inputs: models.StatementInputs) -> PrivacyStatement:
     """The statement to hand over, made from the same facts as the client's own.
 
     Besides rounding, shares of clipped examples are left out, and an ε that the budget bounds is told as at
@@ -77,7 +72,7 @@ def rounded_noise(sigma: float, least: float | None) -> float:
     return round_down(_NOISE_STEP ** math.floor(math.log(sigma) / math.log(_NOISE_STEP) + 1e-9), _DIGITS)
 
 
-def _rounded(client: ClientInputs) -> ClientInputs:
+def _rounded(client: models.ClientInputs) -> models.ClientInputs:
     opened = json.loads(client.ledger[0].mechanism or "{}")
     opened["delta"] = rounded_delta(parameters_of(client.ledger).delta, client.largest_delta)
     batch = client.expected_batch_size or 1
@@ -107,7 +102,7 @@ def _batch(row: LedgerRow, default: int) -> int:
     return found if isinstance(found, int) and found >= 1 else default
 
 
-def _within_budget(found: ClientStatement, client: ClientInputs) -> ClientStatement:
+def _within_budget(found: ClientStatement, client: models.ClientInputs) -> ClientStatement:
     """What the ledger's filter has held is at most the budget, at its own δ and so at the larger one."""
     parameters = parameters_of(client.ledger)
     target = parameters.target_epsilon
@@ -120,7 +115,9 @@ def _within_budget(found: ClientStatement, client: ClientInputs) -> ClientStatem
     spent = min(found.spent_epsilon, limit)
 
     # The budget bounds what the ledger charged for: not what more members than the terms allow for learn.
-    claimed = {each for each in ADVERSARIES if all(noise_left(row, each) >= 1.0 for row in client.ledger)}
+    claimed = {
+        each for each in models.ADVERSARIES if all(noise_left(row, each) >= 1.0 for row in client.ledger)
+    }
 
     def limited(value: float, channel: str) -> float:
         # Test noise, or a release without any, is no matter of the budget.

@@ -19,14 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmosaic.privacy.encryption.cipher import RANGE_TOLERANCE, ClientCipher, out_of_range
+from fedmosaic.privacy.encryption.ckks import modular
 from fedmosaic.privacy.encryption.ckks.expansion import SEED_BYTES, expand_seed
-from fedmosaic.privacy.encryption.ckks.modular import (
-    WORD_BYTES,
-    modular_multiply,
-    modular_subtract,
-    pack_words,
-    unpack_words,
-)
+from fedmosaic.privacy.encryption.ckks.modular import WORD_BYTES
 from fedmosaic.privacy.encryption.ckks.seal_format import SealFile, SealFormat, seal_file
 from fedmosaic.privacy.encryption.parameters import CkksParameters
 from fedmosaic.privacy.encryption.records import RoundContext, ring_blocks
@@ -72,8 +67,8 @@ class CkksCipher(ClientCipher[CkksParameters]):
             seal.encoder.encode(slots[block].tolist(), 2.0**self.parameters.scale_bits, plaintext)
             encryptor.encrypt_symmetric(plaintext, ciphertext)
             decryptor.decrypt(ciphertext, phase)
-            masked = modular_multiply(uniform[block], secret, modulus)
-            first[block] = modular_subtract(_residues(phase, degree), masked, modulus)
+            masked = modular.modular_multiply(uniform[block], secret, modulus)
+            first[block] = modular.modular_subtract(_residues(phase, degree), masked, modulus)
         return seed + _packed(first)
 
     def _open(
@@ -82,7 +77,7 @@ class CkksCipher(ClientCipher[CkksParameters]):
         seal, secret = _engine(self.parameters), self._secret(key)
         degree = self.parameters.ring_degree
         words = np.empty((2, ring_blocks(self.parameters, context.dimensions), degree), dtype=np.uint64)
-        unpack_words(bytes(2) + payload, 2, words.reshape(-1))
+        modular.unpack_words(bytes(2) + payload, 2, words.reshape(-1))
         if (words >= np.uint64(self.parameters.modulus)).any():
             raise CiphertextError("the aggregate holds residues that are not below the modulus")
         if not words[1].any(axis=1).all():
@@ -111,7 +106,7 @@ class CkksCipher(ClientCipher[CkksParameters]):
         if key is None or len(key.ckks_secret) != secret_bytes(self.parameters):
             raise EncryptionError("back end 'ckks' needs a group key that was agreed with a CKKS secret")
         residues = np.empty(self.parameters.ring_degree, dtype=np.uint64)
-        unpack_words(bytes(2) + key.ckks_secret, 2, residues)
+        modular.unpack_words(bytes(2) + key.ckks_secret, 2, residues)
         if (residues >= np.uint64(self.parameters.modulus)).any():
             raise EncryptionError("the group's CKKS secret holds residues that are not below the modulus")
         return residues
@@ -159,5 +154,5 @@ def _residues(plaintext: Any, degree: int) -> NDArray[np.uint64]:
 
 def _packed(residues: NDArray[np.uint64]) -> bytes:
     packed = np.empty((1, residues.size * WORD_BYTES // 8), dtype="<u8")
-    pack_words(residues.reshape(1, -1), packed)
+    modular.pack_words(residues.reshape(1, -1), packed)
     return packed.tobytes()
