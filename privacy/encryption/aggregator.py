@@ -25,7 +25,7 @@ class Contribution(NamedTuple):
 
 
 class Combination(NamedTuple):
-    """What is summed, and for whom: M contributions, the columns of (R, M) weights, and R rows and headers."""
+    """What is summed, and for whom: M contributions, the columns of (R, M) weights; R rows and headers."""
 
     contributions: Sequence[Contribution]
     weights: NDArray[np.int64]
