@@ -1,10 +1,9 @@
 """The audit log of a server, a client or a witness: hash-chained JSON lines of what matters to security.
 
 A line of STATE/audit.jsonl holds what `FIELDS` has for its event, and nothing else: no loss, count, score or
-value. It is handed to the operating system before the program goes on, so a killed process loses none. Events
-of `DURABLE`, none of which comes with every round, are on the disk by then; the others get there with the
-next of these, or at the end. A power cut can take them; privacy ledger and database, which were flushed
-before, have them too. Whoever writes holds the state directory's lock, so there is one writer.
+value. A killed process loses none. Events of `DURABLE`, none of which comes with every round, are on the disk
+before the program goes on, the others with the next of these; a power cut can take them, but ledger and
+database have them too. Whoever writes holds the state directory's lock.
 """
 
 import argparse

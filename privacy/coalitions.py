@@ -1,13 +1,11 @@
 """What recipients who put their aggregates together know about single adapters.
 
-An aggregate is one linear equation in the adapters of the others. A coalition knows its own adapters and
-all its rows, so its equations are the rows without its own columns. Its best linear estimate of the
-adapters outside is their projection onto the space that these rows span: with P the projector, the estimate
-of adapter j has the relative error √(1 − P_jj), if adapters are unrelated and of one size. Error 0 means
-that adapter j is solved for; an error that is merely small is hardly better, so both count.
+An aggregate is one linear equation in the adapters of the others. A coalition's equations are its rows
+without its own columns. Its best linear estimate of the adapters outside is their projection onto the space
+that these rows span: with P the projector, that of adapter j has the relative error √(1 − P_jj), if adapters
+are unrelated and of one size. An error that is merely small is hardly better than 0.
 
-Rows are numbers of few bits, so even rows that are meant to be alike differ by a unit here and there: the
-difference of two such rows is an equation in the few adapters where they do.
+Rows are numbers of few bits: the difference of two that are meant to be alike is an equation in few adapters.
 
 Shape legend: E equations, R rows, N members, U members outside the coalition.
 """

@@ -1,12 +1,11 @@
 """What a weight row must look like before anyone computes or decrypts an aggregate with it.
 
-The output of an aggregation leaks whatever its cryptography: with two contributors the aggregate of one *is*
-the adapter of the other. The rules here are the only protection against that, so the party that can refuse,
-the client, checks them itself; the server checks them as a courtesy, to fail early.
+With two contributors the aggregate of one *is* the adapter of the other, whatever the cryptography. Only
+these rules protect against that, so the party that can refuse, the client, checks them itself; the server
+fails early.
 
-A client sees its own row only. What several rows tell together (`fedmosaic.privacy.coalitions`) the server
-has to plan for, and a server that does not keep its word, with two recipients, has any adapter it likes: rows
-(v, x, x) and (v', x', x') each keep every rule, and a difference of them is V alone.
+A client sees its own row only. A server that does not keep its word, with two recipients, has any adapter it
+likes: rows (v, x, x) and (v', x', x') each keep every rule, and a difference of them is V alone.
 """
 
 import math

@@ -1,8 +1,4 @@
-"""Refusals: answers that retrying cannot change, with reason and remedy, the same on both sides.
-
-The coordinator raises `Refusal`; the service turns it into a gRPC status with `google.rpc.ErrorInfo`; the
-transport turns that back into the same `Refusal`.
-"""
+"""Refusals: answers that retrying cannot change, with reason and remedy, the same on both sides."""
 
 import enum
 from collections.abc import Iterable

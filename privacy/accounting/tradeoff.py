@@ -1,10 +1,8 @@
 """What an attacker can at most achieve, from the whole privacy curve and not from ε alone.
 
-(ε, δ)-DP at one point overstates the risk: ε = 1 allows an advantage of 0.46, a Gaussian release with
-that ε at δ = 1e-5 allows 0.11. Every bound here comes from δ(ε) at all ε, which the privacy loss
-distribution of the composed releases gives.
-
-The attacker knows everything but whether one example took part, and sees every release.
+(ε, δ)-DP at one point overstates the risk: ε = 1 allows an advantage of 0.46, a Gaussian release with that ε
+at δ = 1e-5 allows 0.11. The attacker knows everything but whether one example took part, and sees every
+release.
 """
 
 import math

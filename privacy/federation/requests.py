@@ -1,8 +1,7 @@
 """What a party asks the consortium to vouch for: public keys that it has made at home, with proof of both.
 
-A request is a small JSON file. The TLS key proves itself by the signature of the CSR in it, whose subject
-alternative names say for whom it is; the identity key signs the whole request. So no part of it can be
-replayed for another name, and no key be claimed that somebody else holds. That the request is really the
+The TLS key proves itself by the signature of the CSR, whose subject alternative names say for whom it is; the
+identity key signs the whole request. So no part of it can be replayed for another name. That it is really the
 member's, only a comparison of fingerprints over another channel tells.
 
 Reference: CSR, RFC 2986; Ed25519, RFC 8032; scrypt, RFC 7914.

@@ -7,12 +7,11 @@
     4. every member   confirmation()          signed commitment, and a tag that only holders can make
     5. every member   accept_confirmations()  all tags and commitments agree: the key may be used
 
-The server can delay or refuse, which all members notice. It cannot add, drop or swap a member or replay an
-epoch, nor can a leader hand out different keys: each ends in a `KeyAgreementError` that says which. Every
-member can decrypt every upload, so one member together with the server reads everything.
+The server can delay or refuse. It cannot add, drop or swap a member or replay an epoch, nor can a leader hand
+out different keys: each ends in a `KeyAgreementError`. One member together with the server reads everything.
 
-Boxes are sealed by HPKE in base mode: X25519, HKDF-SHA256, AES-256-GCM. Its `info` binds a box to the
-transcript, epoch, leader, recipient and commitment; the leader's signature around it says who sealed it.
+HPKE in base mode (X25519, HKDF-SHA256, AES-256-GCM) seals boxes. Its `info` binds a box to transcript, epoch,
+leader, recipient and commitment; the leader's signature around it says who sealed it.
 
 Reference: HPKE, RFC 9180; X25519, RFC 7748; Ed25519, RFC 8032.
 """

@@ -2,17 +2,13 @@
 
     sum, clipped  →  reserve()  →  draw noise  →  store the noisy bytes  →  released()  →  send
 
-`reserve` charges, durably, before any noise exists. A crash after it wastes budget and forgets none: a
-reservation counts whether or not its bytes ever left. Sending stored bytes again is `resent` and free. The
-budget is a filter, fixed when the ledger is opened for the first time: a release that would pass the target ε
-is refused before noise is drawn.
+`reserve` charges, durably, before any noise exists. A crash after it wastes budget and forgets none. Sending
+stored bytes again is `resent` and free. The budget is a filter, fixed when the ledger is opened for the first
+time: a release that would pass the target ε is refused before noise is drawn.
 
-A changed, removed, added or moved row, and a cut tail, are found on every opening. Whoever can write the
-ledger *and* its head file can rewrite both, or put older ones back; an `anchor` kept elsewhere finds that
-too.
-
-ε adds up over every client, run and federation that releases from the data, so they share one ledger. It
-stands in a directory of its own (`LEDGER`), with the noised profiles that may be sent again.
+Whoever can write the ledger *and* its head file can rewrite both; an `anchor` kept elsewhere finds that too.
+ε adds up over every client, run and federation that releases from the data, so they share one ledger, in a
+directory of its own (`LEDGER`), with the noised profiles that may be sent again.
 """
 
 import datetime as dt

@@ -1,9 +1,8 @@
 """The file under the privacy ledger: SQLite that only grows, and a head file beside it.
 
 Every append is one transaction, fsynced before the call returns (WAL, synchronous=FULL). After it the head
-file, `<ledger>.head`, is replaced by the new last row's sequence and hash. A ledger whose tail was cut off,
-or which was put back from an older copy without its head file, is shorter than its head says. Both files
-replaced together (a rolled-back disk image) are only caught by an anchor kept elsewhere.
+file, `<ledger>.head`, is replaced by the new last row's sequence and hash, which tells a ledger that is
+shorter. Both files replaced together (a rolled-back disk image) are only caught by an anchor kept elsewhere.
 """
 
 import datetime as dt

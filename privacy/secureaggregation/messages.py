@@ -8,11 +8,10 @@ Sizes for m members who opened and D coordinates, up per member:
     survivors  64                                 signature
     shares     16·m                               one for each member that shared
 
-A false share has an author. Whoever seals shares publishes a hash of each, with which the recipient
-compares what it finds in its envelope. So a share that is given away later and has another hash was changed
-by who gives it, and k shares with the right hashes that do not lead to the secret that was announced were
-made so by who sealed them. The hashes also authenticate an envelope: a server that changes one would have to
-find the hash of a share that it does not know.
+A false share has an author: whoever seals shares publishes a hash of each. A share that is given away and has
+another hash was changed by who gives it; k with the right hashes that do not lead to the announced secret
+were made so by who sealed them. The hashes also authenticate an envelope: a server that changes one would
+have to find the hash of a share that it does not know.
 """
 
 from collections.abc import Collection, Mapping

@@ -1,7 +1,6 @@
 """The privacy statement as data: what is told, per client, channel and adversary.
 
-Versioned; `PrivacyStatement.model_json_schema(mode="serialization")` is its JSON schema. No ε stands alone:
-every figure sits inside a client, a channel and an adversary, beside its δ, unit and accountant.
+No ε stands alone: every figure sits inside these, beside its δ, unit and accountant.
 """
 
 from typing import Literal, get_args

@@ -1,7 +1,6 @@
-"""The privacy statement on a terminal: the verdict in words, then tables of rich.
+"""The privacy statement on a terminal, in 100 columns: the verdict in words, then tables of rich.
 
-A table per client has adversaries as rows and channels as columns, so that no ε ever stands alone. Everything
-fits 100 columns. Accountants and mechanisms are on the page of `fedmosaic report STATE --html`.
+A table per client has adversaries as rows and channels as columns, so that no ε ever stands alone.
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,9 +1,8 @@
 """Weighted sums of CKKS ciphertexts at the server, in numpy.
 
-A ciphertext (c0, c1) decrypts to c0 + c1·s, which is linear, and the transform between coefficients and
-evaluation points is linear too. So Σ_j W_ij·(c0_j, c1_j) modulo q, taken word by word with integer weights,
-is a ciphertext of the weighted sum; no key, no homomorphic library and no rescaling is involved. Bytes from
-the network only ever become numpy words that are compared with q.
+A ciphertext (c0, c1) decrypts to c0 + c1·s, which is linear, like the transform between coefficients and
+evaluation points. So Σ_j W_ij·(c0_j, c1_j) modulo q, taken word by word with integer weights, is a ciphertext
+of the weighted sum, without any key. Bytes from the network only become numpy words that are compared with q.
 """
 
 import numpy as np
