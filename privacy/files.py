@@ -131,9 +131,7 @@ def hold_directory(path: Path, instead: str, *, wait: bool = False) -> IO[bytes]
         file.close()
         # flock(2): EWOULDBLOCK is the only word for a lock that somebody else has.
         if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
-            raise StateError(
-                f"{path.parent} is in use by another process; stop that one first, or {instead}"
-            ) from None
+            raise StateError(f"{path.parent} is in use by another process; stop that, or {instead}") from None
         raise StateError(
             f"{path.parent} is on a file system that has no locks ({error.strerror}), so nothing would keep "
             "two processes apart; give a directory on a local disk"

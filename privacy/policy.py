@@ -166,9 +166,7 @@ def integer_weights(row: NDArray[np.float64], bits: int) -> NDArray[np.int64]:
     if not 1 <= bits <= bounds.MAX_WEIGHT_BITS:
         raise PolicyError(f"weights of {bits} bits were asked for, expected 1 to {bounds.MAX_WEIGHT_BITS}")
     if shares.ndim != 1 or shares.size == 0:
-        raise PolicyError(
-            f"a weight row has shape {shares.shape}, expected (m,) with at least one contributor"
-        )
+        raise PolicyError(f"a weight row has shape {shares.shape}, not (m,) with a contributor or more")
     if not np.isfinite(shares).all() or (shares < 0.0).any():
         raise PolicyError("weights must be finite and not negative")
     total = float(shares.sum())

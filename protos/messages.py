@@ -69,9 +69,7 @@ class Enrolment(bounds.Message):
     def __post_init__(self) -> None:
         expected = bounds.SIGNATURE_BYTES if self.ledger_head else 0
         if len(self.ledger_signature) != expected:
-            raise WireError(
-                f"Enrolment.ledger_signature has {len(self.ledger_signature)} bytes, not {expected}"
-            )
+            raise WireError(f"Enrolment.ledger_signature: {len(self.ledger_signature)} bytes, not {expected}")
 
 
 @dataclass(frozen=True)
@@ -104,9 +102,7 @@ def _profile_vector(value: object) -> npt.NDArray[np.float32]:
     if not isinstance(value, np.ndarray) or value.dtype != np.float32 or value.ndim != 1:
         raise WireError("profile.vector has the wrong type, expected a one-dimensional float32 array")
     if not 1 <= value.size <= bounds.MAX_PROFILE_DIMENSIONS:
-        raise WireError(
-            f"profile.vector has {value.size} values, expected 1 … {bounds.MAX_PROFILE_DIMENSIONS}"
-        )
+        raise WireError(f"profile.vector has {value.size} values, not 1 … {bounds.MAX_PROFILE_DIMENSIONS}")
     unusable = int(value.size - np.count_nonzero(np.isfinite(value)))
     if unusable:
         raise WireError(
@@ -264,9 +260,7 @@ class AggregateSection(bounds.Message):
 
     def __post_init__(self) -> None:
         if (self.row is None) != bool(self.refusal):
-            raise WireError(
-                f"aggregate section {self.name!r} has a row and a refusal, or neither; expected one"
-            )
+            raise WireError(f"aggregate section {self.name!r} has a row and a refusal, or neither of them")
         if self.row is None and self.payload:
             raise WireError(f"aggregate section {self.name!r} is refused but has a payload")
 
@@ -312,7 +306,7 @@ class KeyMessage(bounds.Message):
         limit = bounds.MAX_CHUNK_BYTES if self.stage.startswith(SUM_STAGES) else bounds.MAX_KEY_PAYLOAD_BYTES
         if len(self.payload) > limit:
             raise WireError(
-                f"KeyMessage.payload is {len(self.payload)} bytes: at most {limit} in stage {self.stage!r}"
+                f"KeyMessage.payload is {len(self.payload)} bytes: at most {limit} in {self.stage!r}"
             )
 
 

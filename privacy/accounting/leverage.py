@@ -18,9 +18,7 @@ from fedmosaic.protos.errors import AccountingError
 def effective_noise_multiplier(noise: float, contributors: int, coalition: int) -> float:
     """Noise s·√(m − t) left to one of m contributors of a group sum against t who know or lack their own."""
     if not 0 <= coalition < contributors:
-        raise AccountingError(
-            f"{coalition} of {contributors} contributors know their noise; at least one must be honest"
-        )
+        raise AccountingError(f"{coalition} of {contributors} know their noise; at least one must be honest")
     return noise * math.sqrt(contributors - coalition)
 
 

@@ -80,14 +80,10 @@ class ClientCipher(ABC, Generic[P]):
         backend = self.parameters.backend
         if key is None:
             if backend != "plain":
-                raise EncryptionError(
-                    f"back end {backend!r} needs a group key: finish the key agreement first"
-                )
+                raise EncryptionError(f"back end {backend!r} needs a group key: finish the agreement first")
             return
         if key.parameters_hash != self.parameters.digest():
-            raise EncryptionError(
-                "the group key was agreed for other encryption parameters: start a new epoch"
-            )
+            raise EncryptionError("the key was agreed for other encryption parameters: start a new epoch")
         if (key.federation, key.epoch) != (context.federation, context.epoch):
             raise EncryptionError(
                 f"the group key is of federation {key.federation!r}, epoch {key.epoch}; the exchange is of "

@@ -102,9 +102,7 @@ def _made_at_once(config: FederationConfig, directory: Path, basis: Path | None)
 
     check_basis(config.terms.profile, basis)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ConfigurationError(
-            f"{directory} is there already and not empty; give a new directory, or move that one away"
-        )
+        raise ConfigurationError(f"{directory} is there already and not empty; give a new directory")
     directory.parent.mkdir(parents=True, exist_ok=True)
     making = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:

@@ -55,9 +55,7 @@ def parse_spiffe_id(uri: str) -> tuple[str, str]:
     """Federation and client id of a SPIFFE URI; IdentityError if it is not one of ours."""
     match = _SPIFFE.match(uri)
     if match is None:
-        raise IdentityError(
-            f"certificate names {uri!r}; expected spiffe://fedmosaic/<federation>/client/<id>"
-        )
+        raise IdentityError(f"certificate names {uri!r}, not spiffe://fedmosaic/<federation>/client/<id>")
     return match["federation"], match["client"]
 
 
@@ -210,14 +208,12 @@ def check_certificate(source: Path, authority: Path, now: dt.datetime | None = N
             "comes back"
         )
     if now < certificate.not_valid_before_utc:
-        raise IdentityError(
-            f"{source} is valid from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC; check this clock"
-        )
+        raise IdentityError(f"{source} is valid from {certificate.not_valid_before_utc} on; check this clock")
     try:
         certificate.verify_directly_issued_by(read_certificate(authority))
     except (ValueError, TypeError, InvalidSignature):
         raise IdentityError(
-            f"{source} was not issued by the authority beside it; take all files from one kit"
+            f"{source} is not of the authority beside it; take all files from one kit"
         ) from None
     return certificate
 
@@ -295,9 +291,7 @@ def write_private(path: Path, content: bytes) -> None:
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
-        raise IdentityError(
-            f"{path} exists already; a private key is never overwritten, move it away first"
-        ) from None
+        raise IdentityError(f"{path} exists already; move it away: no private key is overwritten") from None
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
         file.flush()

@@ -60,9 +60,7 @@ def install(answer: Path, kit: Path, confirm: Callable[[str], None] | None) -> K
         if not (copy / kits.TLS_CERTIFICATE).exists():  # it brings a new roster alone
             here = kit / kits.TLS_CERTIFICATE
             if not here.exists():
-                raise ConfigurationError(
-                    f"the answer has no {here.name}, and none is in {kit}; ask for all of it"
-                )
+                raise ConfigurationError(f"the answer has no {here.name}, nor has {kit}; ask for all of it")
             shutil.copyfile(here, copy / here.name)
         found = kits.open_kit(copy)
         _check_consortium(found, kit, confirm)

@@ -25,7 +25,7 @@ from fedmosaic.privacy.files import write_atomically
 from fedmosaic.protos.errors import ConfigurationError, IdentityError
 
 _VARIABLE: Final = "FEDMOSAIC_PASSPHRASE"
-_SHORTEST_PASSPHRASE: Final = 12
+_FEWEST: Final = 12
 _LONGEST_PASSPHRASE: Final = 1024
 
 
@@ -252,9 +252,7 @@ def _compare(who: str, shown: str, told: str) -> None:
     """
     if not told:
         if not sys.stdin.isatty():
-            raise ConfigurationError(
-                f"nobody is here to type the fingerprint of {who}: give it as an option, as it was read"
-            )
+            raise ConfigurationError(f"nobody is here to type the fingerprint of {who}: give it as an option")
         told = input(f"Type the fingerprint that {who} reads to you over the telephone: ")
     if _digits(told) != _digits(shown):
         raise IdentityError(
@@ -272,10 +270,8 @@ def _passphrase(directory: Path, descriptor: int | None) -> str | None:
 
 def _new_passphrase(descriptor: int | None) -> str:
     given = _given_passphrase(descriptor) or _ask("New passphrase of the consortium's keys: ", twice=True)
-    if len(given) < _SHORTEST_PASSPHRASE:
-        raise ConfigurationError(
-            f"the passphrase has {len(given)} characters, and {_SHORTEST_PASSPHRASE} are the fewest"
-        )
+    if len(given) < _FEWEST:
+        raise ConfigurationError(f"the passphrase has {len(given)} characters, and {_FEWEST} are the fewest")
     return given
 
 
@@ -288,9 +284,7 @@ def _given_passphrase(descriptor: int | None) -> str:
 
 def _ask(words: str, *, twice: bool = False) -> str:
     if not sys.stdin.isatty():
-        raise ConfigurationError(
-            f"nobody is here to type the passphrase: set {_VARIABLE}, or give --passphrase-fd"
-        )
+        raise ConfigurationError(f"nobody is here to type the passphrase: set {_VARIABLE} or --passphrase-fd")
     typed = getpass.getpass(words)
     if twice and getpass.getpass("Once more: ") != typed:
         raise ConfigurationError("the two passphrases differ; begin again")

@@ -66,9 +66,7 @@ class Office:
 def is_sealed(directory: Path) -> bool:
     """Whether the consortium's keys are under a passphrase; IdentityError if there are none."""
     if not (directory / PLACE).is_dir():
-        raise IdentityError(
-            f"{directory / PLACE}: no consortium here; give the directory of `fedmosaic keys init`"
-        )
+        raise IdentityError(f"{directory / PLACE}: no consortium; give what `fedmosaic keys init` made")
     return identity.is_sealed(directory / PLACE / AUTHORITY_KEY)
 
 

@@ -97,9 +97,7 @@ class KeyAgreement:
         if member not in epoch.members:
             raise KeyAgreementError(f"{member!r} does not take part in epoch {epoch.number}")
         if identity.public_key().public_bytes_raw() != epoch.identity_keys[member]:
-            raise KeyAgreementError(
-                f"the roster pins another identity key for {member!r} than the one held here"
-            )
+            raise KeyAgreementError(f"the roster pins another identity key for {member!r} than is held here")
         self.epoch = epoch
         self.member = member
         self.leader: str | None = None
@@ -123,7 +121,7 @@ class KeyAgreement:
             _expect_members(self.epoch, "openings", openings)
             if openings[self.member] != self._opening:
                 raise KeyAgreementError(
-                    f"the relayed opening of {self.member!r} is not the one this member sent: it was replayed"
+                    f"the relayed opening of {self.member!r} is not the one this member sent"
                 )
             public_keys = {
                 name: messages.read_opening(self.epoch, name, openings[name]) for name in self.epoch.members
@@ -205,9 +203,7 @@ class KeyAgreement:
 
     def _new_key(self, master: bytes, ckks_secret: bytes) -> GroupKey:
         if len(ckks_secret) != self._secret_bytes:
-            raise KeyAgreementError(
-                f"CKKS secret has {len(ckks_secret)} bytes, expected {self._secret_bytes}"
-            )
+            raise KeyAgreementError(f"CKKS secret has {len(ckks_secret)} bytes, not {self._secret_bytes}")
         fingerprint = commitment_to(self._transcript, master, ckks_secret)
         about = self.epoch.federation, self.epoch.number, self.epoch.members, self.epoch.parameters_hash
         return GroupKey(*about, self._transcript, fingerprint, master, ckks_secret)

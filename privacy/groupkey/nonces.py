@@ -41,7 +41,7 @@ class NonceCounter:
         """Claim an epoch before its key agreement starts; EncryptionError if it may be replayed."""
         if self._state.epoch is not None and number <= self._state.epoch:
             raise EncryptionError(
-                f"epoch {number} was used before: the next one is at least {self._state.epoch + 1}"
+                f"epoch {number} was used: the next one is at least {self._state.epoch + 1}"
             )
         self._write(_State(federation=self._state.federation, epoch=number))
 
@@ -57,9 +57,7 @@ class NonceCounter:
                 f"epoch {epoch} is not the one opened last ({state.epoch}): agree on a key first"
             )
         if round_number < state.round:
-            raise EncryptionError(
-                f"round {round_number} is over, round {state.round} has begun: do not encrypt for it"
-            )
+            raise EncryptionError(f"round {round_number} is over, round {state.round} has begun")
         uploads = dict(state.uploads) if round_number == state.round else {}
         uploads[section] = uploads.get(section, 0) + 1
         self._write(_State(federation=state.federation, epoch=epoch, round=round_number, uploads=uploads))
@@ -73,9 +71,7 @@ class NonceCounter:
         try:
             state = _State.model_validate_json(content)
         except ValidationError:
-            raise StateError(
-                f"{self._path} is damaged: restore it, or start with an epoch number that was never used"
-            ) from None
+            raise StateError(f"{self._path} is damaged: restore it, or start with an unused epoch") from None
         if state.federation != federation:
             raise StateError(f"{self._path} is of federation {state.federation!r}, expected {federation!r}")
         return state

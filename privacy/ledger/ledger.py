@@ -222,9 +222,7 @@ class Ledger:
             reservation = rules.reservation_at(rows, sequence)
             sent = [r for r in rows if r.reference == sequence and r.kind in ("RELEASED", "RESENT")]
             if not sent:
-                raise LedgerError(
-                    f"nothing was released for reservation {sequence}; record it with released()"
-                )
+                raise LedgerError(f"nothing was released for reservation {sequence}; call released() first")
             if sent[0].payload_digest != digest:
                 raise LedgerError(
                     f"these are not the bytes released for reservation {sequence}: a fresh draw is a new "
@@ -315,9 +313,7 @@ class Ledger:
 
     def _prove_disjoint(self, epoch: str, hashes: list[str]) -> None:
         if epoch_of_hashes(hashes) != epoch:
-            raise LedgerError(
-                "these example ids are not those of this data epoch; compute it with data_epoch(example_ids)"
-            )
+            raise LedgerError("these example ids are not those of this data epoch; see data_epoch()")
         check_delta(self.parameters.delta, len(hashes))
         if self._log.store.overlaps(epoch, hashes):
             raise LedgerError(

@@ -98,7 +98,7 @@ def _check_joinable(path: Path, rows: Sequence[LedgerRow]) -> None:
     units = parameters_of(present).unit, parameters_of(rows).unit
     if units[0] != units[1]:
         raise LedgerError(
-            f"{path} counts one {units[0]}, the ledger to move one {units[1]}; they cannot be one"
+            f"{path} counts one {units[0]}, the ledger to move one {units[1]}; none counts both"
         )
 
 

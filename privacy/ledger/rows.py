@@ -110,7 +110,7 @@ def canonical_json(value: object) -> str:
         return configuration.canonical_json(value, ascii_only=False)
     except (TypeError, ValueError) as error:
         raise LedgerError(
-            f"a mechanism's description must be plain JSON without NaN or infinity: {error}"
+            f"a mechanism's description must be JSON without NaN or infinity: {error}"
         ) from None
 
 

@@ -44,9 +44,7 @@ class LedgerParameters:
     def __post_init__(self) -> None:
         epsilon((), self.delta, self.accountant)
         if self.target_epsilon is not None and not 0.0 < self.target_epsilon < math.inf:
-            raise LedgerError(
-                f"target ε is {self.target_epsilon}; give a positive number, or None for no budget"
-            )
+            raise LedgerError(f"target ε is {self.target_epsilon}; give a positive number, or None")
         if not self.client_id or not set(self.budgeted_channels) <= set(CHANNELS):
             raise LedgerError(f"client_id must not be empty and channels must be among {', '.join(CHANNELS)}")
         object.__setattr__(self, "budgeted_channels", tuple(sorted(set(self.budgeted_channels))))
@@ -65,9 +63,7 @@ def parameters_of(rows: Sequence[LedgerRow]) -> LedgerParameters:
         del values["salt"]
         return LedgerParameters(**{**values, "budgeted_channels": tuple(values["budgeted_channels"])})
     except (IndexError, KeyError, TypeError, ValueError) as error:
-        raise LedgerError(
-            f"the ledger's opening row is missing or unreadable ({error!r}); restore it"
-        ) from None
+        raise LedgerError(f"the ledger's opening row is missing or damaged ({error!r}); restore it") from None
 
 
 def anchor_of(rows: Sequence[LedgerRow], keeper: str) -> bytes:
@@ -154,9 +150,7 @@ def check_open(rows: Sequence[LedgerRow]) -> None:
             f"ledger move OLD {place}`, where OLD is the directory of this one"
         )
     else:
-        why = (
-            "is a backup; if the ledger itself is lost, put it back with `fedmosaic ledger move BACKUP PLACE`"
-        )
+        why = "is a backup; if the ledger is lost, put it back with `fedmosaic ledger move BACKUP PLACE`"
     raise LedgerError(f"this privacy ledger {why}")
 
 

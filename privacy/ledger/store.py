@@ -207,9 +207,7 @@ class LedgerStore:
                 "SELECT 1 FROM epoch_examples GROUP BY example_hash HAVING count(*) > 1 LIMIT 1"
             ).fetchone()
             if twice is not None:
-                raise LedgerError(
-                    "the ledger's evidence of disjoint data epochs is damaged: two epochs overlap"
-                )
+                raise LedgerError("the ledger's evidence of disjoint data epochs is damaged: two overlap")
             for epoch in epochs:
                 stored = self._connection.execute(
                     "SELECT example_hash FROM epoch_examples WHERE data_epoch = ?", (epoch,)
@@ -300,9 +298,7 @@ class LedgerLog:
             previous = self.rows[-1].hash if self.rows else row.previous_hash
             position = len(self.rows)
             if misfit(row, position, previous):
-                raise LedgerError(
-                    f"the privacy ledger is damaged at row {position}: it does not continue the row before it"
-                )
+                raise LedgerError(f"the privacy ledger is damaged at row {position}: it does not continue")
             self.rows.append(row)
 
 

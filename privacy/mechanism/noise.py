@@ -133,5 +133,5 @@ def _check_size(size: int) -> None:
 def _check_standard_deviation(standard_deviation: float) -> None:
     if not math.isfinite(standard_deviation) or standard_deviation < 0.0:
         raise MechanismError(
-            f"The noise got standard deviation {standard_deviation!r}; it must be finite and 0 or more."
+            f"the noise's standard deviation is {standard_deviation!r}, not finite and 0 or more"
         )

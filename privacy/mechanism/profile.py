@@ -135,18 +135,14 @@ class ProfileMechanism(Frozen):
 def clipped_sum(rows: FloatArray, mechanism: ProfileMechanism) -> ClippedSum:
     """Clip and sum rows as `PublicMap.rows` gives them; MechanismError unless they are (n, k)."""
     if rows.ndim != 2 or rows.shape[1] != mechanism.dimensions:
-        raise MechanismError(
-            f"rows of shape {rows.shape} do not fit the mechanism; it sums (n, {mechanism.dimensions})"
-        )
+        raise MechanismError(f"rows of shape {rows.shape} do not fit (n, {mechanism.dimensions})")
     return gaussian.clipped_sum(rows, mechanism.clipping_norm)
 
 
 def release(total: ClippedSum, mechanism: ProfileMechanism, noise: NoiseSource) -> Float32Array:
     """Turn a private sum into (k,) float32 that may leave the client; MechanismError for another length."""
     if total.units.shape != (mechanism.dimensions,):
-        raise MechanismError(
-            f"a sum of shape {total.units.shape} does not fit the mechanism; it has ({mechanism.dimensions},)"
-        )
+        raise MechanismError(f"a sum of shape {total.units.shape} does not fit ({mechanism.dimensions},)")
     noisy = gaussian.noisy_sum(total, mechanism.clipping_norm, mechanism.noise_multiplier, noise)
     return noisy.astype(np.float32)
 
@@ -179,9 +175,7 @@ def update_average(
     if not 0.0 <= decay < 1.0:
         raise MechanismError(f"the decay of the profile's average is {decay!r}; it must be in [0, 1)")
     if released.shape != (mechanism.dimensions,) or not np.isfinite(released).all():
-        raise MechanismError(
-            f"a release must hold {mechanism.dimensions} finite numbers; got shape {released.shape}"
-        )
+        raise MechanismError(f"a release holds {mechanism.dimensions} finite numbers, not {released.shape}")
     digest = hashlib.sha256(np.ascontiguousarray(released, dtype="<f4").tobytes()).hexdigest()
     if previous is None:
         return ReleasedProfile(released.astype(np.float64), mechanism.noise_variance, 1, digest)

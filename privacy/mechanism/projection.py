@@ -75,9 +75,7 @@ class PublicBasis:
         """
         try:
             if path.stat().st_size > MAXIMUM_BASIS_BYTES:
-                raise MechanismError(
-                    f"{path} is larger than {MAXIMUM_BASIS_BYTES} bytes; it is no public basis"
-                )
+                raise MechanismError(f"{path} has over {MAXIMUM_BASIS_BYTES} bytes; it is no public basis")
             arrays = load_safetensors(path.read_bytes())
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise MechanismError(
@@ -85,9 +83,7 @@ class PublicBasis:
             ) from error
         unknown = sorted(set(arrays) - {field.name for field in fields(cls)})
         if unknown:
-            raise MechanismError(
-                f"{path} holds unknown arrays {unknown}; a public basis has none of that name"
-            )
+            raise MechanismError(f"{path} holds unknown arrays {unknown}; a public basis has none such")
         for name, array in arrays.items():
             if array.dtype != np.float32 or not np.isfinite(array).all():
                 raise MechanismError(f"{path}: {name} must hold finite float32 numbers")
@@ -252,9 +248,7 @@ def _part(basis: PublicBasis | None, name: str, shape: tuple[int, ...]) -> Float
 
 def _kronecker_sides(reduction: Reduction, basis: PublicBasis | None) -> tuple[Float32Array, Float32Array]:
     if basis is None or basis.left is None or basis.right is None:
-        raise MechanismError(
-            "a kronecker reduction needs a public basis with both sides; fit one on public data"
-        )
+        raise MechanismError("a kronecker reduction needs a public basis with both sides; fit one")
     left, right, sizes = basis.left, basis.right, (reduction.hidden_size, reduction.intermediate_size)
     wanted = reduction.projection_dimensions
     fits = left.ndim == right.ndim == 2 and (left.shape[0], right.shape[0]) == sizes

@@ -195,9 +195,7 @@ def split(data: bytes, size: int, count: int) -> list[bytes]:
 def check_number(what: str, members: Collection[str], terms: SumTerms) -> None:
     """EncryptionError if fewer members are left than a sum may be formed of."""
     if len(members) < terms.minimum:
-        raise EncryptionError(
-            f"{len(members)} members {what}, a sum needs {terms.minimum}: with fewer, the noise is too little"
-        )
+        raise EncryptionError(f"{len(members)} members {what}, a sum needs {terms.minimum} for its noise")
 
 
 def check_left(what: str, members: Collection[str], terms: SumTerms, opened: int) -> None:
@@ -205,9 +203,7 @@ def check_left(what: str, members: Collection[str], terms: SumTerms, opened: int
     check_number(what, members, terms)
     needed = terms.threshold(opened)
     if len(members) < needed:
-        raise EncryptionError(
-            f"{len(members)} members {what}, {needed} of {opened} are needed to take the masks off"
-        )
+        raise EncryptionError(f"{len(members)} members {what}, {needed} of {opened} are needed to unmask")
 
 
 def _opening_digest(terms: SumTerms, member: str, content: tuple[bytes, bytes, bytes]) -> bytes:

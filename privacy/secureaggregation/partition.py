@@ -42,9 +42,7 @@ class Partition(Frozen):
         try:
             return cls.model_validate_json(data)
         except ValidationError as error:
-            raise WireError(
-                f"the server's partition into groups cannot be read: {error.errors()[0]['msg']}"
-            ) from None
+            raise WireError(f"the groups cannot be read: {error.errors()[0]['msg']}") from None
 
     def terms(
         self, context: bytes, identity_keys: Mapping[str, bytes], sums: GroupSumTerms, dimensions: int
@@ -68,9 +66,7 @@ class Partition(Frozen):
         if strangers:
             raise PolicyError(f"the server's groups name {', '.join(strangers)}, who are not on the roster")
         if len(everybody) != len(set(everybody)):
-            raise PolicyError(
-                "the server's groups overlap: two sums with one member apart give that one away"
-            )
+            raise PolicyError("the server's groups overlap: two sums with one apart give that one away")
         if any(list(group) != sorted(group) for group in self.groups):
             raise PolicyError("the server's groups are not in ascending order")
         if member not in everybody:
@@ -82,9 +78,7 @@ class Partition(Frozen):
             raise PolicyError(f"the server made {len(self.groups)} groups, the terms say at most {most}")
         weights = np.array(self.mixing.get(member, ()))
         if weights.shape != (len(self.groups),) or (weights < 0.0).any():
-            raise PolicyError(
-                f"the server gave {member!r} no mixing weights for its {len(self.groups)} groups"
-            )
+            raise PolicyError(f"the server gave {member!r} no mixing weights for {len(self.groups)} groups")
 
 
 @dataclass(frozen=True)

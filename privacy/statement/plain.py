@@ -70,9 +70,7 @@ def worst_first(client: ClientStatement) -> list[Guarantee]:
 def trust(client: ClientStatement) -> str:
     """Whom this client trusts, by the weakest of its channels."""
     if client.test_noise:
-        return (
-            "NO GUARANTEE HOLDS: the noise came from a test generator, and whoever knows its seed undoes it."
-        )
+        return "NO GUARANTEE HOLDS: the noise came from a test generator, whose seed undoes it."
     found = {channel.protection for channel in client.channels[:-1] if channel.channel != "profile"}
     return next((words for mode, words in TRUST.items() if mode in found), TRUST["dp"])
 

@@ -81,9 +81,7 @@ class CkksCipher(ClientCipher[CkksParameters]):
         if (words >= np.uint64(self.parameters.modulus)).any():
             raise CiphertextError("the aggregate holds residues that are not below the modulus")
         if not words[1].any(axis=1).all():
-            raise CiphertextError(
-                "the aggregate has a second polynomial of zero: made of no upload and no key"
-            )
+            raise CiphertextError("the aggregate has a second polynomial of zero: it needed no key")
         scale = 2.0 ** (self.parameters.scale_bits + self.parameters.weight_bits)
         values = np.empty((words.shape[1], 2, degree // 2))
         ciphertext, plaintext = seal.api.Ciphertext(), seal.api.Plaintext()
@@ -124,9 +122,7 @@ class _Engine:
         settings.set_poly_modulus_degree(parameters.ring_degree)
         moduli = sealapi.CoeffModulus.Create(parameters.ring_degree, [parameters.modulus.bit_length()])
         if [modulus.value() for modulus in moduli] != [parameters.modulus]:
-            raise EncryptionError(
-                f"the installed SEAL chooses other primes than {parameters.modulus}: install tenseal 0.3.x"
-            )
+            raise EncryptionError(f"SEAL chooses other primes than {parameters.modulus}: install tenseal 0.3")
         settings.set_coeff_modulus(moduli)
         self.context: Any = sealapi.SEALContext(settings, True, sealapi.SEC_LEVEL_TYPE.TC128)
         if not self.context.parameters_set():
