@@ -143,7 +143,7 @@ def approve(
         if request.id in seen:
             raise ConfigurationError(
                 f"there are two requests of {request.who}: ask by the fingerprint which one it is, and give "
-                "that one alone"
+                "that"
             )
         seen.add(request.id)
         _check_name(office, request, replace=replace)
@@ -163,8 +163,7 @@ def _keys(party: KeyRequest | Member) -> tuple[str, str]:
 def _check_name(office: Office, request: KeyRequest, *, replace: bool) -> None:
     if request.federation != office.federation:
         raise ConfigurationError(
-            f"the request of {request.who} is for federation {request.federation!r}, this is "
-            f"{office.federation!r}"
+            f"{request.who} asks for federation {request.federation!r}, this is {office.federation!r}"
         )
     if not request.id:
         return

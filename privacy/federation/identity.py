@@ -204,8 +204,7 @@ def check_certificate(source: Path, authority: Path, now: dt.datetime | None = N
     certificate = read_certificate(source)
     if now >= certificate.not_valid_after_utc:
         raise IdentityError(
-            f"{source} expired on {certificate.not_valid_after_utc:%Y-%m-%d}; {RENEW}, and install what "
-            "comes back"
+            f"{source} expired on {certificate.not_valid_after_utc:%Y-%m-%d}; {RENEW}, and install the answer"
         )
     if now < certificate.not_valid_before_utc:
         raise IdentityError(f"{source} is valid from {certificate.not_valid_before_utc} on; check this clock")
@@ -308,7 +307,7 @@ def read_private(path: Path) -> bytes:
     if os.name == "posix" and mode & 0o077:
         raise IdentityError(
             f"{path} can be read by other users (mode {mode:04o}); run `chmod 600 {path}`, and if others had "
-            "access to it, rotate this key"
+            "access, rotate this key"
         )
     return content
 

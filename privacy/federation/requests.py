@@ -107,8 +107,8 @@ class KeyRequest(Frozen):
             ) from None
         except (*identity.UNREADABLE, x509.ExtensionNotFound, x509.DuplicateExtension) as error:
             raise IdentityError(
-                f"{source}: no valid request of {self.who} ({error}); ask for a new one, by "
-                "`fedmosaic keys request`"
+                f"{source}: no valid request of {self.who} ({error}); make a new one (`fedmosaic keys "
+                "request`)"
             ) from None
 
 

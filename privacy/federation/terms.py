@@ -283,7 +283,7 @@ class Terms(Frozen):
         if size > bounds.MAX_CHUNK_BYTES:
             raise ValueError(
                 f"a sum has {size:,} bytes, at most {bounds.MAX_CHUNK_BYTES:,} can be sent; lower "
-                "adapter.rank or adapter.blocks"
+                "adapter.rank"
             )
 
 
@@ -291,6 +291,6 @@ def check_witnessed(terms: Terms) -> None:
     """ValueError where a witness could not recompute the aggregates of these terms bit for bit."""
     if terms.encryption.backend == "plain":
         raise ValueError(
-            "encryption.backend is 'plain', whose sums no witness can recompute bit for bit; choose 'ckks' "
-            "or 'mask', or no witness"
+            "encryption.backend is 'plain', whose sums no witness can recompute bit for bit; choose "
+            "another, or no witness"
         )

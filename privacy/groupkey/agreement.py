@@ -238,8 +238,7 @@ def check_confirmations(epoch: Epoch, key: GroupKey, confirmations: Mapping[str,
         if commitment != key.fingerprint:
             leader = _leader(epoch, key.transcript)
             raise KeyAgreementError(
-                f"{name!r} holds another key than this member: the leader {leader!r} handed out "
-                "different keys"
+                f"{name!r} holds another key than this one: leader {leader!r} handed out different keys"
             )
         if not hmac.compare_digest(tag, _tag(key, name)):
             raise KeyAgreementError(f"{name!r} confirms a key that it cannot prove to hold")

@@ -200,8 +200,7 @@ def check_seen(rows: Sequence[LedgerRow], sequence: int, digest: str, source: st
         )
     if rows[sequence].hash != digest:
         raise LedgerError(
-            f"the privacy ledger was rewritten: row {sequence} is not the row that {source} has seen; "
-            f"{RESTORE}"
+            f"the privacy ledger was rewritten: row {sequence} is not what {source} has seen; {RESTORE}"
         )
 
 

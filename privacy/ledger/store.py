@@ -224,8 +224,7 @@ class LedgerStore:
             yield
         except (sqlite3.Error, UnicodeDecodeError) as error:  # the second of a message about damaged text
             raise LedgerError(
-                f"{self.path}: the ledger cannot be read or written ({error}); nothing may be released "
-                "until it can"
+                f"{self.path}: the ledger cannot be read or written ({error}); nothing is released until then"
             ) from error
 
 

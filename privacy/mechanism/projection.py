@@ -187,8 +187,8 @@ class PublicMap:
         found = None if basis is None else basis.sha256
         if found != mechanism.basis_sha256:
             raise MechanismError(
-                f"the public basis has hash {found}, the mechanism names {mechanism.basis_sha256}; use the "
-                "basis that belongs to the roster"
+                f"the public basis has hash {found}, the mechanism names {mechanism.basis_sha256}; take what "
+                "belongs to the roster"
             )
         self.mechanism = mechanism
         self.projection = Projection(mechanism.reduction, basis)
@@ -240,8 +240,7 @@ def _part(basis: PublicBasis | None, name: str, shape: tuple[int, ...]) -> Float
     found: Float32Array | None = getattr(basis, name, None)
     if found is None or found.shape != shape:
         raise MechanismError(
-            f"the mechanism's standardise needs a {name} of shape {shape} in the public basis; fit the basis "
-            "for this reduction"
+            f"the mechanism's standardise needs a {name} of shape {shape} in the public basis; fit one for it"
         )
     return found.astype(np.float64)
 

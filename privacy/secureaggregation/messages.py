@@ -180,8 +180,8 @@ def check_survivor_signatures(
             raise EncryptionError(f"{member!r} did not sign this list of {len(survivors)} contributors")
     if len(signatures) < needed:
         raise EncryptionError(
-            f"{len(signatures)} members agree on the contributors, {needed} must: a server could otherwise "
-            "open the sums of two lists"
+            f"{len(signatures)} members agree on the contributors, {needed} must: or two lists could be "
+            "opened"
         )
 
 

@@ -89,10 +89,7 @@ GROUP_SUMS_LEAK = (
     "The server and all members read every sum of a group, and who contributed to it. What an example does "
     "to a sum is hidden by the noise alone."
 )
-METRICS_LEAK = (
-    "Metrics of private data left the clients. They are releases without noise, not in any ε of this "
-    "statement."
-)
+METRICS_LEAK = "Metrics of private data left the clients. They are releases without noise, in no ε here."
 
 
 _GROUP_SUMS: dict[Adversary, str] = {
