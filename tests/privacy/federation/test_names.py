@@ -92,19 +92,13 @@ def test_an_address_is_host_and_port(given: str, meant: str) -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("localhost:99999", "at most 65535"),
-        ("localhost:0", "port 0"),
-        ("localhost:", "at most 65535"),
-        ("localhost:٧", "at most 65535"),
-        ("localhost", "no port"),
-        ("[::1]", "brackets and with its port"),
-        ("::1:7443", "brackets"),
-        ("[localhost]:7443", "only an IPv6 address"),
-        ("https://fl.example.org:7443", "a URL"),
-        ("0.0.0.0:7443", "clients can reach"),
-        (":7443", "no host name"),
+        ("localhost:99999", "at most 65535"), ("localhost:0", "port 0"), ("localhost:", "at most 65535"),
+        ("localhost:٧", "at most 65535"), ("localhost", "no port"),
+        ("[::1]", "brackets and with its port"), ("::1:7443", "brackets"),
+        ("[localhost]:7443", "only an IPv6 address"), ("https://fl.example.org:7443", "a URL"),
+        ("0.0.0.0:7443", "clients can reach"), (":7443", "no host name"),
     ],
-)
+)  # fmt: skip
 def test_what_is_no_address_is_refused_before_it_is_dialled(given: str, words: str) -> None:
     settings = {
         "kit": "kit", "server": given, "state_dir": "state",
@@ -143,16 +137,10 @@ def test_a_store_that_is_none_is_refused_by_its_key(url: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("server", "local"),
     [
-        ("localhost:1", True),
-        ("127.0.0.1:1", True),
-        ("[::1]:1", True),
-        ("10.1.2.3:1", True),
-        ("fl-server:1", True),
-        ("box.local:1", True),
-        ("fl.example.org:1", False),
-        ("8.8.8.8:1", False),
+        ("localhost:1", True), ("127.0.0.1:1", True), ("[::1]:1", True), ("10.1.2.3:1", True),
+        ("fl-server:1", True), ("box.local:1", True), ("fl.example.org:1", False), ("8.8.8.8:1", False),
     ],
-)
+)  # fmt: skip
 def test_this_machine_and_private_networks_are_local(server: str, local: bool) -> None:
     assert names.is_local(server) is local
 
