@@ -282,7 +282,7 @@ def _prv(events: tuple[GaussianEvent, ...], delta: float) -> float:
         raise AccountingError(
             f"PRV cannot evaluate {events}: {error}; use fewer steps or more noise"
         ) from error
-    return max(0.0, float(value))
+    return max(float(value), 0.0)  # in this order NaN stays, and is refused
 
 
 def _pld(events: tuple[GaussianEvent, ...], delta: float, *, finer: int = 1) -> float:

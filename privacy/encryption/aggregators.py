@@ -53,7 +53,7 @@ class PlainAggregator(Aggregator[back_ends.PlainParameters]):
         # Written so that NaN fails too.
         if not (values.min() >= -self.parameters.clip and values.max() <= self.parameters.clip):
             unusable = int(np.count_nonzero(~np.isfinite(values)))
-            what = f"{unusable} values that are NaN or infinite" if unusable else "values outside "
-            what += "" if unusable else f"±{self.parameters.clip}"
+            bare = f"values outside ±{self.parameters.clip}"
+            what = f"{unusable} values that are NaN or infinite" if unusable else bare
             raise CiphertextError(f"upload of {contribution.client!r} holds {what}")
         return values

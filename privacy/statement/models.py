@@ -239,7 +239,6 @@ class PrivacyStatement(Frozen):
     """True when any client's noise was a test's: then nothing here holds for it."""
     clients: tuple[ClientStatement, ...]
     coalition_rows: tuple[CoalitionRows, ...]
-    """Independent rows per coalition size."""
     assumptions: tuple[str, ...]
     """What has to be true for the figures to hold."""
     leaks: tuple[str, ...]

@@ -220,6 +220,12 @@ def test_a_broken_prv_is_found_by_the_cross_check(monkeypatch: pytest.MonkeyPatc
     accounting._evaluate.cache_clear()
 
 
+def test_a_prv_that_is_no_number_is_not_told_as_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opacus.accountants.PRVAccountant.get_epsilon", lambda *_, **__: math.nan)
+    with pytest.raises(AccountingError, match="prv returned no number"):
+        epsilon([GaussianEvent(7.77, 1.0, 1)], DELTA)
+
+
 @pytest.mark.slow
 def test_the_pld_grid_follows_the_number_of_steps() -> None:
     # On dp-accounting's fixed grid of 1e-4 this comes out at 0.750, above PRV: rounding, not privacy.
