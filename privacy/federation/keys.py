@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedmosaic.privacy.federation import consortium, kits
-from fedmosaic.privacy.federation.founding import create_federation, planned
+from fedmosaic.privacy.federation.consortium import create_federation, planned
 from fedmosaic.privacy.federation.identity import expires_soon, read_certificate
 from fedmosaic.privacy.federation.install import consortium_fingerprint, install
 from fedmosaic.privacy.federation.office import ANSWERS, is_sealed
