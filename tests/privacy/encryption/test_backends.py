@@ -201,7 +201,7 @@ def test_records_may_be_views_of_a_mapped_file(backend: str) -> None:
 
 
 def test_sizes_at_rank_16() -> None:
-    """Figures of the issue: ckks up ≤ 1.65 ×, down ≤ 3.3 ×; mask ≤ 1.02 × plus 16 bytes per contributor."""
+    """Against float32: ckks up ≤ 1.65 ×, down ≤ 3.3 ×; mask ≤ 1.02 × plus 16 bytes per contributor."""
     dimensions = 7616
     for backend, up, down in (("ckks", 1.65, 3.3), ("mask", 1.02, 1.02), ("plain", 1.02, 1.02)):
         f = federation(backend, dimensions, count=10)
