@@ -189,7 +189,8 @@ def _keys(party: KeyRequest | Member) -> tuple[str, str]:
 def _check_name(office: Office, request: KeyRequest, *, replace: bool) -> None:
     if request.federation != office.federation:
         raise ConfigurationError(
-            f"{request.who} asks for federation {request.federation!r}, this is {office.federation!r}"
+            f"the request of {request.who} is for federation {request.federation!r}, this is "
+            f"{office.federation!r}"
         )
     if not request.id:
         return

@@ -204,16 +204,14 @@ def check_certificate(source: Path, authority: Path, now: dt.datetime | None = N
     certificate = read_certificate(source)
     if now >= certificate.not_valid_after_utc:
         raise IdentityError(
-            f"{source} expired on {certificate.not_valid_after_utc:%Y-%m-%d}; {RENEW}, and install the answer"
+            f"{source} expired on {certificate.not_valid_after_utc:%Y-%m-%d}; {RENEW}, and install it"
         )
     if now < certificate.not_valid_before_utc:
         raise IdentityError(f"{source} is valid from {certificate.not_valid_before_utc} on; check this clock")
     try:
         certificate.verify_directly_issued_by(read_certificate(authority))
     except (ValueError, TypeError, InvalidSignature):
-        raise IdentityError(
-            f"{source} is not of the authority beside it; take all files from one kit"
-        ) from None
+        raise IdentityError(f"{source} is not of this authority; take all files from one kit") from None
     return certificate
 
 

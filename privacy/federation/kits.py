@@ -107,9 +107,7 @@ def too_few(members: int, terms: Terms) -> str:
         return f"terms.schedule.sampled_clients is {sampled} with {members} members"
     least = terms.group_sums.minimum_contributors
     if terms.adapter.in_group_sums and least > members:
-        return (
-            f"terms.group_sums.minimum_contributors is {least} with {members} members: no sum is ever formed"
-        )
+        return f"terms.group_sums.minimum_contributors is {least} with {members} members: no sum is formed"
     return ""
 
 

@@ -148,7 +148,7 @@ class Roster(Frozen):
             data = parse_json(path.read_bytes())
         except (OSError, ValueError) as error:
             raise ConfigurationError(
-                f"{path}: cannot be read as a roster ({error}); take roster.json from the consortium again"
+                f"{path}: no roster ({error}); take it from the consortium again"
             ) from None
         roster = validate(data, cls, str(path))
         roster.verify(consortium)

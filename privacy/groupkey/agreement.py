@@ -120,9 +120,7 @@ class KeyAgreement:
         with self._step(_Stage.OPENED):
             _expect_members(self.epoch, "openings", openings)
             if openings[self.member] != self._opening:
-                raise KeyAgreementError(
-                    f"the relayed opening of {self.member!r} is not the one this member sent"
-                )
+                raise KeyAgreementError(f"the opening of {self.member!r} is not the one this member sent")
             public_keys = {
                 name: messages.read_opening(self.epoch, name, openings[name]) for name in self.epoch.members
             }
@@ -238,7 +236,7 @@ def check_confirmations(epoch: Epoch, key: GroupKey, confirmations: Mapping[str,
         if commitment != key.fingerprint:
             leader = _leader(epoch, key.transcript)
             raise KeyAgreementError(
-                f"{name!r} holds another key than this one: leader {leader!r} handed out different keys"
+                f"{name!r} holds another key: leader {leader!r} handed out different keys"
             )
         if not hmac.compare_digest(tag, _tag(key, name)):
             raise KeyAgreementError(f"{name!r} confirms a key that it cannot prove to hold")

@@ -40,9 +40,7 @@ class NonceCounter:
     def open_epoch(self, number: int) -> None:
         """Claim an epoch before its key agreement starts; EncryptionError if it may be replayed."""
         if self._state.epoch is not None and number <= self._state.epoch:
-            raise EncryptionError(
-                f"epoch {number} was used: the next one is at least {self._state.epoch + 1}"
-            )
+            raise EncryptionError(f"epoch {number} is used: the next one is at least {self._state.epoch + 1}")
         self._write(_State(federation=self._state.federation, epoch=number))
 
     def take(self, epoch: int, round_number: int, section: str) -> bytes:

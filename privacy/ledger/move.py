@@ -97,9 +97,7 @@ def _check_joinable(path: Path, rows: Sequence[LedgerRow]) -> None:
     check_open(present)
     units = parameters_of(present).unit, parameters_of(rows).unit
     if units[0] != units[1]:
-        raise LedgerError(
-            f"{path} counts one {units[0]}, the ledger to move one {units[1]}; none counts both"
-        )
+        raise LedgerError(f"{path} counts one {units[0]}, the ledger to move one {units[1]}; not both")
 
 
 def _join(rows: Sequence[LedgerRow], closed: LedgerRow, old: Path, new: Path) -> int:

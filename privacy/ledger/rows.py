@@ -109,9 +109,7 @@ def canonical_json(value: object) -> str:
     try:
         return configuration.canonical_json(value, ascii_only=False)
     except (TypeError, ValueError) as error:
-        raise LedgerError(
-            f"a mechanism's description must be JSON without NaN or infinity: {error}"
-        ) from None
+        raise LedgerError(f"a mechanism must be JSON without NaN or infinity: {error}") from None
 
 
 def example_hashes(example_ids: Iterable[str]) -> list[str]:

@@ -132,6 +132,4 @@ def _check_size(size: int) -> None:
 
 def _check_standard_deviation(standard_deviation: float) -> None:
     if not math.isfinite(standard_deviation) or standard_deviation < 0.0:
-        raise MechanismError(
-            f"the noise's standard deviation is {standard_deviation!r}, not finite and 0 or more"
-        )
+        raise MechanismError(f"the noise's standard deviation is {standard_deviation!r}, not finite and ≥ 0")

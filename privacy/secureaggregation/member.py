@@ -149,7 +149,7 @@ class SumMember:
         with self._only(_Step.MASK, _Step.AGREE):
             if vector.shape != (self._terms.dimensions,) or vector.dtype != np.int64:
                 raise EncryptionError(
-                    f"{vector.shape} {vector.dtype}, expected ({self._terms.dimensions},) int64"
+                    f"a vector of {vector.shape} {vector.dtype}, expected ({self._terms.dimensions},) int64"
                 )
             bits, masks = self._terms.bits, Masks(self._terms.dimensions, self._terms.bits)
             masked = to_words(vector, bits)
