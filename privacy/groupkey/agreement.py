@@ -201,7 +201,7 @@ class KeyAgreement:
 
     def _new_key(self, master: bytes, ckks_secret: bytes) -> GroupKey:
         if len(ckks_secret) != self._secret_bytes:
-            raise KeyAgreementError(f"CKKS secret has {len(ckks_secret)} bytes, not {self._secret_bytes}")
+            raise KeyAgreementError(f"CKKS secret: {len(ckks_secret)} bytes, expected {self._secret_bytes}")
         fingerprint = commitment_to(self._transcript, master, ckks_secret)
         about = self.epoch.federation, self.epoch.number, self.epoch.members, self.epoch.parameters_hash
         return GroupKey(*about, self._transcript, fingerprint, master, ckks_secret)
