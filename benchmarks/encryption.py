@@ -43,7 +43,6 @@ from fedmosaic.privacy.encryption.aggregators import create_aggregator
 from fedmosaic.privacy.encryption.ciphers import create_cipher, generate_group_secret
 from fedmosaic.privacy.encryption.ckks.expansion import expand_seed
 from fedmosaic.privacy.encryption.ckks.modular import modular_matrix_product
-from fedmosaic.privacy.encryption.layout import ring_blocks
 from fedmosaic.privacy.encryption.mask.aggregation import WordProduct
 from fedmosaic.privacy.encryption.parameters import (
     CkksParameters,
@@ -51,7 +50,7 @@ from fedmosaic.privacy.encryption.parameters import (
     Parameters,
     PlainParameters,
 )
-from fedmosaic.privacy.encryption.records import RoundContext
+from fedmosaic.privacy.encryption.records import RoundContext, ring_blocks
 from fedmosaic.privacy.groupkey.key import GroupKey
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos.messages import WeightRow

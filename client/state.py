@@ -28,8 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fedmosaic.privacy.audit import AuditLog
 from fedmosaic.privacy.configuration import read_own
 from fedmosaic.privacy.encryption.records import row_digest
-from fedmosaic.privacy.federation.roster import Roster
-from fedmosaic.privacy.federation.succession import RosterMark
+from fedmosaic.privacy.federation.roster import Roster, RosterMark
 from fedmosaic.privacy.files import (
     hold_directory,
     make_private,

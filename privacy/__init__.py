@@ -4,7 +4,7 @@
     privacy.Ledger.open(...)                                          # the durable record of a data set's
     privacy.privacy_statement(inputs)                                 # who learns what, at which ε
 
-Imports neither `client` nor `server`. Each name here is loaded when it is first used.
+Each name here is loaded when it is first used.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,10 +1,9 @@
 """The audit log of a server, a client or a witness: hash-chained JSON lines of what matters to security.
 
 A line of STATE/audit.jsonl holds what `FIELDS` has for its event, and nothing else: no loss, count, score or
-value. It is handed to the operating system before the program goes on, so a killed process loses none. Events
-of `DURABLE`, none of which comes with every round, are on the disk by then; the others get there with the
-next of these, or at the end. A power cut can take them; privacy ledger and database, which were flushed
-before, have them too. Whoever writes holds the state directory's lock, so there is one writer.
+value. A killed process loses none. Events of `DURABLE`, none of which comes with every round, are on the disk
+before the program goes on, the others with the next of these; a power cut can take them, but ledger and
+database have them too. Whoever writes holds the state directory's lock.
 """
 
 import argparse
@@ -22,8 +21,7 @@ from typing import IO, Annotated, Any, Final, Literal
 
 from pydantic import Field, ValidationError, create_model, model_validator
 
-from fedmosaic.privacy.chain import FIRST_PREVIOUS_HASH, chained_hash, misfit
-from fedmosaic.privacy.configuration import Frozen, canonical_json
+from fedmosaic.privacy.configuration import FIRST_PREVIOUS_HASH, Frozen, canonical_json, chained_hash, misfit
 from fedmosaic.privacy.files import naming, private_opener, sync_directory
 from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import StateError
@@ -177,11 +175,7 @@ class AuditLog:
 
 
 def read_audit(path: Path) -> tuple[list[AuditLine], int]:
-    """All whole lines of an audit log, verified, and the bytes of a torn one after them.
-
-    Raises:
-        StateError: names the first line that is broken, and why.
-    """
+    """All whole lines of an audit log and the bytes of a torn one; StateError names the first broken line."""
     *whole, torn = path.read_bytes().split(b"\n")
     lines: list[AuditLine] = []
     for index, content in enumerate(whole):

@@ -1,13 +1,11 @@
 """What recipients who put their aggregates together know about single adapters.
 
-An aggregate is one linear equation in the adapters of the others. A coalition knows its own adapters and
-all its rows, so its equations are the rows without its own columns. Its best linear estimate of the
-adapters outside is their projection onto the space that these rows span: with P the projector, the estimate
-of adapter j has the relative error √(1 − P_jj), if adapters are unrelated and of one size. Error 0 means
-that adapter j is solved for; an error that is merely small is hardly better, so both count.
+An aggregate is one linear equation in the adapters of the others. A coalition's equations are its rows
+without its own columns. Its best linear estimate of the adapters outside is their projection onto the space
+that these rows span: with P the projector, that of adapter j has the relative error √(1 − P_jj), if adapters
+are unrelated and of one size. An error that is merely small is hardly better than 0.
 
-Rows are numbers of few bits, so even rows that are meant to be alike differ by a unit here and there: the
-difference of two such rows is an equation in the few adapters where they do.
+Rows are numbers of few bits: the difference of two that are meant to be alike is an equation in few adapters.
 
 Shape legend: E equations, R rows, N members, U members outside the coalition.
 """
@@ -31,11 +29,7 @@ _TINY: Final = 1e-300
 def estimate_errors(weights_EU: FloatArray) -> FloatArray:
     """Relative error of the best linear estimate of every adapter outside a coalition.
 
-    Args:
-        weights_EU: the coalition's rows without its own columns.
-
-    Returns:
-        (U,) from 0, solved for, to 1, nothing known.
+    (U,) from 0, solved for, to 1, nothing known; the coalition's rows come without its own columns.
     """
     _, values, directions = np.linalg.svd(weights_EU, full_matrices=False)
     kept = directions[values > _PARALLEL * values.max(initial=0.0)]
@@ -43,19 +37,11 @@ def estimate_errors(weights_EU: FloatArray) -> FloatArray:
 
 
 def pair_errors(member: int, row_N: FloatArray, others: Sequence[int], rows_RN: FloatArray) -> FloatArray:
-    """What one recipient and each of some others solve for, two at a time.
+    """What one recipient and each of some others solve for, two at a time: (R,) the least error.
 
-    `estimate_errors` of two rows in closed form: with a, b the rows without the pair's own columns,
-    P_jj = a_j² / ⟨a,a⟩ + (b_j − s a_j)² / (⟨b,b⟩ − s² ⟨a,a⟩), where s = ⟨a,b⟩ / ⟨a,a⟩.
-
-    Args:
-        member: index of the recipient.
-        row_N: its weights; its own is 0.
-        others: indices of the other recipients.
-        rows_RN: their weights, each one's own 0.
-
-    Returns:
-        (R,) the least error over all adapters outside the pair.
+    `estimate_errors` of two rows in closed form: with a, b the rows without the pair's own columns, P_jj =
+    a_j² / ⟨a,a⟩ + (b_j − s a_j)² / (⟨b,b⟩ − s² ⟨a,a⟩), where s = ⟨a,b⟩ / ⟨a,a⟩. A recipient's own weight is 0
+    in its row.
     """
     square_N = row_N * row_N
     aa_R = np.maximum(square_N.sum() - square_N[others], _TINY)
@@ -83,18 +69,9 @@ def close_pairs(
     """Which of the others could solve for an adapter with a recipient; all others are surely far from it.
 
     With rows u, v of length 1 and c = ⟨u,v⟩, P_jj = (u_j² + v_j² − 2 c u_j v_j) / (1 − c²), which is at most
-    (u_j² + v_j²) / (1 − |c|). One product with the rows in place of all that `pair_errors` needs.
-
-    Args:
-        member: as in `pair_errors`, like the next three.
-        row_N: its weights.
-        others: indices of the other recipients.
-        rows_RN: their weights.
-        squares_R: sum of the squares of each of `rows_RN`.
-        peaks_R: the largest of these squares.
-
-    Returns:
-        Positions in `others`, ascending.
+    (u_j² + v_j²) / (1 − |c|). One product with the rows in place of all that `pair_errors` needs, whose
+    arguments come first; then the sum of the squares of each of `rows_RN`, and the largest of these squares.
+    Positions in `others`, ascending.
     """
     square_N = row_N * row_N
     aa_R = np.maximum(square_N.sum() - square_N[others], _TINY)

@@ -1,13 +1,14 @@
 """Read configuration files into frozen models, with errors a person can act on."""
 
 import difflib
+import hashlib
 import json
 import math
 import re
 import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -15,6 +16,7 @@ from fedmosaic.protos.errors import ConfigurationError, StateError
 
 Model = TypeVar("Model", bound=BaseModel)
 Value = TypeVar("Value")
+FIRST_PREVIOUS_HASH: Final = "0" * 64
 _SHOWN = 200
 _MOST_DIGITS = 400
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -28,39 +30,22 @@ class Frozen(BaseModel):
 
 
 def read_configuration(path: Path, model: type[Model]) -> Model:
-    """Read a TOML file, or a JSON file by its ending, into a model that forbids unknown keys.
-
-    Raises:
-        ConfigurationError: the file cannot be read, is no TOML, or does not fit the model; every
-            problem is named with its key, its value and, for an unknown key, the nearest valid one.
-    """
+    """A TOML file, or JSON by its ending, as a model; ConfigurationError names every problem and its key."""
     try:
         content = path.read_bytes()
-        data = parse_json(content) if path.suffix == ".json" else _parse_toml(content)
-    except FileNotFoundError:
-        raise ConfigurationError(
-            f"{path}: no such file; give the path of a TOML or JSON configuration"
-        ) from None
+        data = parse_json(content) if path.suffix == ".json" else tomllib.loads(decode_text(content))
     except OSError as error:
-        raise ConfigurationError(
-            f"{path}: cannot be read ({error.strerror}); give the path of a TOML or JSON configuration"
-        ) from None
-    except ValueError as error:
-        raise ConfigurationError(f"{path}: not valid {path.suffix[1:].upper() or 'TOML'}: {error}") from None
+        missing = isinstance(error, FileNotFoundError)
+        why = "no such file" if missing else f"cannot be read ({error.strerror})"
+        raise ConfigurationError(f"{path}: {why}; give the path of a TOML or JSON configuration") from None
+    except (ValueError, RecursionError) as error:
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ConfigurationError(f"{path}: not valid {path.suffix[1:].upper() or 'TOML'}: {why}") from None
     return validate(data, model, str(path))
 
 
 def read_own(path: Path, read: Callable[[Any], Value], remedy: str) -> Value | None:
-    """What a small JSON file that we wrote ourselves holds; None if there is no such file.
-
-    Args:
-        path: the file.
-        read: makes the value of the parsed JSON, or fails with any error of a wrong type or shape.
-        remedy: what to do with a damaged file.
-
-    Raises:
-        StateError: it is damaged.
-    """
+    """What a small JSON file of ours holds; None if there is none, StateError with the remedy if damaged."""
     if not path.exists():
         return None
     try:
@@ -102,12 +87,26 @@ def parse_json(content: str | bytes) -> Any:
 
 
 def canonical_json(value: object, *, ascii_only: bool = True) -> str:
-    """JSON with one spelling per value, to hash or sign: sorted keys, no blanks, shortest floats, no NaN.
-
-    Raises:
-        TypeError, ValueError: the value is no JSON.
-    """
+    """JSON with one spelling per value, to hash or sign: sorted keys, no blanks, shortest floats, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=ascii_only, allow_nan=False)
+
+
+def chained_hash(previous_hash: str, content: str) -> str:
+    """SHA-256 (hexadecimal) over the hash of the row before and a row's canonical JSON.
+
+    In a chain of such rows, what is changed, removed, added or moved shows. Only the end can be cut off
+    unseen; who has noted a later hash finds that, too.
+    """
+    return hashlib.sha256(previous_hash.encode() + content.encode()).hexdigest()
+
+
+def misfit(row: Any, index: int, previous_hash: str) -> str:
+    """Why a row of a chain, which has a `computed_hash()`, does not stand in its place; "" if it does."""
+    if row.sequence != index:
+        return f"row {row.sequence} stands in its place; a row was removed, added or moved"
+    if row.previous_hash != previous_hash:
+        return "it does not continue the row before it"
+    return "" if row.hash == row.computed_hash() else "its content does not match its hash"
 
 
 def _not_finite(word: str) -> NoReturn:
@@ -125,13 +124,6 @@ def _whole(digits: str) -> int:
     if len(digits) > _MOST_DIGITS:
         raise ValueError(f"a number has {len(digits)} digits")
     return int(digits)
-
-
-def _parse_toml(content: bytes) -> dict[str, Any]:
-    try:
-        return tomllib.loads(decode_text(content))
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
 
 
 def validate(data: object, model: type[Model], source: str) -> Model:

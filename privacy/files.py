@@ -65,8 +65,7 @@ def private_opener(path: str, flags: int) -> int:
 def private_directory(directory: Path) -> None:
     """Make a directory that only its owner can enter, and those above it; close one that is open to others.
 
-    What stands above and was there before is left as it is. StateError if it is open to others and belongs
-    to somebody else.
+    What stands above and was there before stays as it is. StateError if it is open and somebody else's.
     """
     for place in reversed((directory, *directory.parents)):
         if not place.exists():
@@ -118,21 +117,10 @@ def file_marks(paths: Iterable[Path]) -> list[tuple[int, ...]]:
 
 
 def hold_directory(path: Path, instead: str, *, wait: bool = False) -> IO[bytes]:
-    """Hold a directory for one process; the operating system lets go when the process ends.
+    """Hold a file's directory for one process, until it ends or the file is closed; StateError if held.
 
-    The library `filelock` will not do: where a file system has no locks it falls back to a file that a
-    killed process leaves behind.
-
-    Args:
-        path: of a file in the directory, made if absent.
-        instead: what to do besides stopping the other process.
-        wait: until the other process lets go, instead of refusing.
-
-    Returns:
-        The open file; closing it lets go.
-
-    Raises:
-        StateError: another process holds the directory, or its file system has no locks.
+    The library `filelock` will not do: where a file system has no locks it falls back to a file that a killed
+    process leaves behind. `instead` says what to do besides stopping the other process.
     """
     file = open(path, "ab", opener=private_opener)
     if fcntl is None:
@@ -143,9 +131,7 @@ def hold_directory(path: Path, instead: str, *, wait: bool = False) -> IO[bytes]
         file.close()
         # flock(2): EWOULDBLOCK is the only word for a lock that somebody else has.
         if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
-            raise StateError(
-                f"{path.parent} is in use by another process; stop that one first, or {instead}"
-            ) from None
+            raise StateError(f"{path.parent} is in use by another process; stop that, or {instead}") from None
         raise StateError(
             f"{path.parent} is on a file system that has no locks ({error.strerror}), so nothing would keep "
             "two processes apart; give a directory on a local disk"

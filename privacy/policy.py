@@ -1,23 +1,23 @@
 """What a weight row must look like before anyone computes or decrypts an aggregate with it.
 
-The output of an aggregation leaks whatever its cryptography: with two contributors the aggregate of one
-*is* the adapter of the other. The rules here are the only protection against that, so the party that can
-refuse, the client, checks them itself; the server checks them as a courtesy, to fail early.
+With two contributors the aggregate of one *is* the adapter of the other, whatever the cryptography. Only
+these rules protect against that, so the party that can refuse, the client, checks them itself; the server
+fails early.
 
-A client sees its own row only. What several rows tell together (`fedmosaic.privacy.coalitions`) the server
-has to plan for, and a server that does not keep its word, with two recipients, has any adapter it likes:
-rows (v, x, x) and (v', x', x') each keep every rule, and a difference of them is V alone.
-
-Family sharing averages over a subgroup; its rows are `WeightRow`s of their own and pass the same checks.
+A client sees its own row only. A server that does not keep its word, with two recipients, has any adapter it
+likes: rows (v, x, x) and (v', x', x') each keep every rule, and a difference of them is V alone.
 """
 
 import math
 from collections.abc import Collection, Sequence
 from fractions import Fraction
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from fedmosaic.privacy.configuration import Frozen
+from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import PolicyError
 from fedmosaic.protos.messages import WeightRow
 
@@ -62,17 +62,14 @@ def check_row(
     members: Collection[str] | None = None,
     bits: int | None = None,
 ) -> None:
-    """Refuse a row that reveals too much of one contributor, or names somebody else.
+    """Refuse, with a PolicyError, a row that reveals too much of one contributor, or names somebody else.
 
     Args:
-        recipient: Client on whose behalf the row is checked.
-        row: Row as received; its shape was checked when it was made.
-        policy: Limits agreed in the roster.
-        members: Pinned members of the epoch; when given, every contributor must be one of them.
-        bits: Precision of the agreed encryption parameters; when given, the row must have it.
-
-    Raises:
-        PolicyError: With the name of the rule that is broken.
+        recipient: client on whose behalf the row is checked.
+        row: as received; its shape was checked when it was made.
+        policy: limits agreed in the roster.
+        members: pinned members of the epoch; when given, every contributor must be one of them.
+        bits: precision of the agreed encryption parameters; when given, the row must have it.
     """
     if bits is not None and row.bits != bits:
         raise PolicyError(f"weight row has {row.bits} bits, the agreed parameters have {bits}")
@@ -104,28 +101,17 @@ def check_row(
 
 
 def cap_weights(weights: Sequence[float], cap: float) -> tuple[float, ...]:
-    """Clip shares to a cap and hand the excess to the others, in proportion, until all fit.
+    """Clip (m,) weights to a cap and hand the excess to the others, in proportion, until all fit.
 
-    The result is the row with the least Kullback-Leibler divergence from the normalised input among all
-    rows that respect the cap (water filling). Zeros stay zero.
-
-    Args:
-        weights: (m,) finite, ≥ 0, not all zero; need not be normalised.
-        cap: Largest share of one contributor, in (0, 1].
-
-    Returns:
-        (m,) shares in [0, cap] that sum to 1.
-
-    Raises:
-        PolicyError: If a weight is not usable, or too few are above zero for the cap to hold.
+    The result, shares in [0, cap] that sum to 1, is the row with the least Kullback-Leibler divergence from
+    the normalised input among all that respect the cap (water filling). Zeros stay zero. PolicyError if a
+    weight is not usable, or too few are above zero for the cap to hold.
     """
     if not 0.0 < cap <= 1.0:
         raise PolicyError(f"weight cap is {cap!r}, expected a number in (0, 1]")
     if any(not (math.isfinite(weight) and weight >= 0.0) for weight in weights):
         raise PolicyError("weights must be finite and not negative")
-    positive = sorted(
-        (index for index, weight in enumerate(weights) if weight > 0.0), key=lambda i: -weights[i]
-    )
+    positive = sorted((i for i, weight in enumerate(weights) if weight > 0.0), key=lambda i: -weights[i])
     if len(positive) < _fewest_under(cap):
         raise PolicyError(
             f"{len(positive)} contributors with a weight above zero cannot each stay at or below {cap}: "
@@ -152,17 +138,7 @@ def spread_weights(shares: Sequence[float], squares_cap: float, bits: int) -> tu
 
     With s = Σ w² over n shares above zero, (1 − λ) w + λ / n has the sum 1/n + (1 − λ)² (s − 1/n). It is the
     nearest row, in Euclidean distance, that keeps the cap; the order of the shares is kept, and zeros stay.
-
-    Args:
-        shares: (m,) ≥ 0 that sum to 1, as `cap_weights` gives.
-        squares_cap: Largest sum of squares, in (0, 1].
-        bits: Precision to which the row is rounded afterwards; room for that is left.
-
-    Returns:
-        (m,) shares that sum to 1.
-
-    Raises:
-        PolicyError: If too few are above zero for the cap to hold.
+    Room is left for rounding to `bits`. PolicyError if too few are above zero for the cap to hold.
     """
     count = sum(share > 0.0 for share in shares)
     if count * Fraction(squares_cap) < 1:
@@ -178,6 +154,30 @@ def spread_weights(shares: Sequence[float], squares_cap: float, bits: int) -> tu
         return tuple(shares)
     kept = math.sqrt((limit - even) / (squares - even))
     return tuple(kept * share + (1.0 - kept) * even if share > 0.0 else 0.0 for share in shares)
+
+
+def integer_weights(row: NDArray[np.float64], bits: int) -> NDArray[np.int64]:
+    """Round (m,) shares ≥ 0 that sum to 1 within 1e-6 to integers that sum to 2**bits, by largest remainder.
+
+    Every integer differs from its exact share by less than one; zeros stay zero, equal remainders are served
+    in order of position. PolicyError if it is no row of shares.
+    """
+    shares = np.asarray(row, dtype=np.float64)
+    if not 1 <= bits <= bounds.MAX_WEIGHT_BITS:
+        raise PolicyError(f"weights of {bits} bits were asked for, expected 1 to {bounds.MAX_WEIGHT_BITS}")
+    if shares.ndim != 1 or shares.size == 0:
+        raise PolicyError(f"a weight row has shape {shares.shape}, not (m,) with a contributor or more")
+    if not np.isfinite(shares).all() or (shares < 0.0).any():
+        raise PolicyError("weights must be finite and not negative")
+    total = float(shares.sum())
+    if abs(total - 1.0) > 1e-6:
+        raise PolicyError(f"weights sum to {total:.9g}, expected 1: normalise the row first")
+    scaled = shares / total * (1 << bits)
+    integers = np.floor(scaled).astype(np.int64)
+    missing = (1 << bits) - int(integers.sum())
+    by_remainder = np.argsort(integers - scaled, kind="stable")
+    integers[by_remainder[:missing]] += 1
+    return integers
 
 
 def _fewest_under(cap: float) -> int:

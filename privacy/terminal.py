@@ -23,12 +23,13 @@ FAILED, WRONG_INPUT, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
 """Exit statuses; the last two are 128 plus SIGINT and SIGPIPE, as shells have them."""
 
 _FREE_SPACE: Final = "free some space and start again: what was stored before is kept"
+_NO_ACCESS: Final = "give this user access to it, or give another path"
 _REMEDIES: Final = {
     errno.ENOSPC: _FREE_SPACE,
     errno.EDQUOT: _FREE_SPACE,
     errno.EROFS: "the file system is read-only; mount it for writing, or give another directory",
-    errno.EACCES: "give this user access to it, or give another path",
-    errno.EPERM: "give this user access to it, or give another path",
+    errno.EACCES: _NO_ACCESS,
+    errno.EPERM: _NO_ACCESS,
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "a part of the path is a file; give another path",
     errno.EISDIR: "it is a directory; give a file",
@@ -51,16 +52,8 @@ _ASCII: Final = {
 def guarded(name: str, run: Callable[[], int | None], *, trace: bool = False) -> int:
     """Run a command; whatever goes wrong becomes a line and an exit status.
 
-    Args:
-        name: of the command, for the line.
-        run: the command.
-        trace: show where an error was found, too.
-
-    Returns:
-        0 done, 1 the machine failed, 2 wrong input, 130 stopped by the keyboard, 141 the reader went away.
-
-    Raises:
-        Exception: a fault of the program itself; its trace is what helps then.
+    Status 0 done, 1 the machine failed, 2 wrong input, 130 stopped by the keyboard, 141 the reader went away.
+    A fault of the program itself is raised: its trace is what helps then.
     """
     prepare_output()
     try:

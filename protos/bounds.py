@@ -55,23 +55,20 @@ def _unique(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-def _hash_or_nothing(value: bytes) -> bytes:
-    if len(value) not in (0, HASH_BYTES):
-        raise ValueError(f"expected {HASH_BYTES} bytes or none")
-    return value
+def _or_nothing(size: int) -> AfterValidator:
+    def check(value: bytes) -> bytes:
+        if len(value) not in (0, size):
+            raise ValueError(f"expected {size} bytes or none")
+        return value
 
-
-def _signature_or_nothing(value: bytes) -> bytes:
-    if len(value) not in (0, SIGNATURE_BYTES):
-        raise ValueError(f"expected {SIGNATURE_BYTES} bytes or none")
-    return value
+    return AfterValidator(check)
 
 
 Hash = Annotated[bytes, Field(strict=True, min_length=HASH_BYTES, max_length=HASH_BYTES)]
 """A SHA-256 digest."""
-HashOrNothing = Annotated[bytes, Field(strict=True), AfterValidator(_hash_or_nothing)]
+HashOrNothing = Annotated[bytes, Field(strict=True), _or_nothing(HASH_BYTES)]
 Signature = Annotated[bytes, Field(strict=True, min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]
-SignatureOrNothing = Annotated[bytes, Field(strict=True), AfterValidator(_signature_or_nothing)]
+SignatureOrNothing = Annotated[bytes, Field(strict=True), _or_nothing(SIGNATURE_BYTES)]
 Identifier = Annotated[str, Field(strict=True, pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 """Id of a client or federation."""
 # The first that is wrong is enough: a hostile message holds hundreds of thousands.

@@ -1,7 +1,6 @@
-"""The one tree of errors that FedMosaic raises on purpose.
+"""The one tree of errors raised on purpose. A message says what was wrong, the value, what to do.
 
-Messages say what was wrong, the value, what would be right, and what to do next. They never
-contain private values: no examples, no gradients, no keys.
+Nothing private.
 """
 
 from typing import Final
@@ -87,11 +86,7 @@ class ModelError(FedMosaicError):
 
 
 class TrainingError(ModelError):
-    """Training left the finite numbers, or moved nothing.
-
-    Attributes:
-        steps: Optimizer steps that were spent, the failing one included.
-    """
+    """Training left the finite numbers, or moved nothing; `steps` of the optimizer were spent on it."""
 
     def __init__(self, message: str, steps: int) -> None:
         super().__init__(message)

@@ -12,11 +12,7 @@ OUTPUTS = ("federation_pb2.py", "federation_pb2.pyi", "federation_pb2_grpc.py", 
 
 
 def generate(destination: Path) -> dict[str, bytes]:
-    """Content of every stub by file name, compiled in an existing, empty folder.
-
-    Raises:
-        RuntimeError: the compiler reported an error (printed on stderr).
-    """
+    """Content of every stub by file name, compiled in an existing, empty folder; protoc reports on stderr."""
     from grpc_tools import protoc  # type: ignore[import-untyped]  # has no stubs
 
     # protoc looks for the mypy plug-ins on PATH; they are installed beside this interpreter.

@@ -51,15 +51,9 @@ class Phase(enum.Enum):
 class Enrolment(bounds.Message):
     """What a client believes about the federation when it arrives.
 
-    Attributes:
-        protocol_version: version of this wire that the client speaks.
-        roster_hash: SHA-256 of the canonical roster.
-        adapter_spec_hash: SHA-256 of the adapter spec (rank, blocks, module names).
-        family: architecture name as on the roster, or nothing.
-        software: name and version of the client, for the server's log.
-        check_only: compare both sides and answer, but enrol nobody: the client has not loaded its model yet.
-        ledger_head: anchor of the client's privacy ledger, 32 bytes; empty to have none kept.
-        ledger_signature: Ed25519 signature over `fedmosaic.protos.signing.ledger_digest`.
+    With `check_only` both sides are compared but nobody is enrolled: the client has not loaded its model yet.
+    The anchor of its privacy ledger is signed over `fedmosaic.protos.signing.ledger_digest`; empty to have
+    none kept.
     """
 
     protocol_version: Annotated[int, Field(strict=True, ge=0, le=2**32 - 1)]
@@ -75,23 +69,15 @@ class Enrolment(bounds.Message):
     def __post_init__(self) -> None:
         expected = bounds.SIGNATURE_BYTES if self.ledger_head else 0
         if len(self.ledger_signature) != expected:
-            raise WireError(
-                f"Enrolment.ledger_signature has {len(self.ledger_signature)} bytes, not {expected}"
-            )
+            raise WireError(f"Enrolment.ledger_signature: {len(self.ledger_signature)} bytes, not {expected}")
 
 
 @dataclass(frozen=True)
 class Enrolled(bounds.Message):
-    """Where the run is.
+    """Where the run is; its round is rounds + 1 once it is finished.
 
-    Attributes:
-        run_id: 32 hexadecimal digits, made by the server when the run began.
-        round: the open round, 1 … rounds, or rounds + 1 once the run is finished.
-        rounds: how many rounds the run has.
-        key_epoch: epoch that an upload of `round` must use.
-        members: ids of all members of the roster, sorted.
-        head: hash chain over all rounds below `round`: it differs between a server and an older copy of it.
-        ledger_head: what the server keeps of this client's privacy ledger; empty if nothing.
+    `head` is a hash chain over all rounds below: it differs between a server and an older copy of it.
+    `ledger_head` is what the server keeps of this client's privacy ledger.
     """
 
     run_id: bounds.RunId
@@ -116,9 +102,7 @@ def _profile_vector(value: object) -> npt.NDArray[np.float32]:
     if not isinstance(value, np.ndarray) or value.dtype != np.float32 or value.ndim != 1:
         raise WireError("profile.vector has the wrong type, expected a one-dimensional float32 array")
     if not 1 <= value.size <= bounds.MAX_PROFILE_DIMENSIONS:
-        raise WireError(
-            f"profile.vector has {value.size} values, expected 1 … {bounds.MAX_PROFILE_DIMENSIONS}"
-        )
+        raise WireError(f"profile.vector has {value.size} values, not 1 … {bounds.MAX_PROFILE_DIMENSIONS}")
     unusable = int(value.size - np.count_nonzero(np.isfinite(value)))
     if unusable:
         raise WireError(
@@ -132,13 +116,7 @@ def _profile_vector(value: object) -> npt.NDArray[np.float32]:
 
 @dataclass(frozen=True, eq=False)
 class Profile(bounds.Message):
-    """A sanitised task profile: an exponential average of differentially private releases.
-
-    Attributes:
-        vector: (k,) float32, finite; made read-only.
-        noise_variance: variance of the noise per coordinate of `vector`, ≥ 0.
-        releases: how many releases were averaged, ≥ 1.
-    """
+    """A sanitised task profile, (k,) float32, with the variance of its noise per coordinate."""
 
     vector: Annotated[npt.NDArray[np.float32], PlainValidator(_profile_vector)]
     noise_variance: Annotated[float, Field(strict=True, ge=0.0, le=3.4e38)]
@@ -146,10 +124,9 @@ class Profile(bounds.Message):
 
     def digest(self) -> bytes:
         """SHA-256 over the vector (little-endian), its noise variance and number of releases."""
-        head = b"fedmosaic/profile/v1\x00" + struct.pack(
-            "<IdI", self.vector.size, self.noise_variance, self.releases
-        )
-        return hashlib.sha256(head + self.vector.astype("<f4").tobytes()).digest()
+        head = struct.pack("<IdI", self.vector.size, self.noise_variance, self.releases)
+        content = b"fedmosaic/profile/v1\x00" + head + self.vector.astype("<f4").tobytes()
+        return hashlib.sha256(content).digest()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Profile) and self.digest() == other.digest()
@@ -172,12 +149,7 @@ class SectionHeader(bounds.Message):
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """One part of the adapter, as the back end of the federation wrote it.
-
-    Attributes:
-        name: "shared" for P and Q, "family" for the LoRA of the other layers.
-        payload: bytes of the back end, not empty.
-    """
+    """One part of the adapter, "shared" (P and Q) or "family" (other layers' LoRA), of a back end."""
 
     name: SectionName
     payload: bytes = dataclasses.field(repr=False)
@@ -191,9 +163,7 @@ class Section:
 class LedgerHead(bounds.Message):
     """How far a client's privacy ledger is, as anchors that only the client can read.
 
-    Attributes:
-        head: anchor of its last row.
-        follows: the anchor that the server kept before, and that the ledger was found to hold; empty if none.
+    `follows` is the one that the server kept before, and that the ledger was found to hold; empty if none.
     """
 
     head: bounds.Hash
@@ -228,14 +198,9 @@ class UploadHeader(bounds.Message):
 class Upload:
     """What one client contributes to one round.
 
-    Attributes:
-        round: the open round.
-        attempt_id: names this attempt in logs; a retry of the same bytes may keep or change it.
-        key_epoch: epoch of the group key the sections are encrypted under.
-        sections: at most one of each name; none means "present, but contributes nothing".
-        profile: a new task profile, or None to go on with the last one.
-        signature: Ed25519 signature over `fedmosaic.protos.signing.upload_digest`.
-        ledger: head of the client's privacy ledger, or None to have none kept.
+    A retry of the same bytes may keep or change the attempt's id. No sections mean "present, but contributes
+    nothing", no profile that the last one goes on. The signature is over
+    `fedmosaic.protos.signing.upload_digest`.
     """
 
     round: int
@@ -256,13 +221,7 @@ class Upload:
 
 @dataclass(frozen=True)
 class Receipt(bounds.Message):
-    """The server's answer to an upload.
-
-    Attributes:
-        round: the round that is open now.
-        content_hash: digest of the upload that the answer is about.
-        head: see `Enrolled`.
-    """
+    """The server's answer to an upload, by its digest; `round` is the one that is open now."""
 
     status: ReceiptStatus
     round: bounds.Round
@@ -272,13 +231,7 @@ class Receipt(bounds.Message):
 
 @dataclass(frozen=True)
 class WeightRow(bounds.Message):
-    """What one recipient receives of one section: an integer share of every contributor.
-
-    Attributes:
-        contributors: clients whose uploads are summed, each named once.
-        weights: one integer in 0 … 2**bits per contributor; they sum to exactly 2**bits.
-        bits: precision; the share of contributor j is weights[j] / 2**bits.
-    """
+    """What a recipient receives of a section: integer shares that sum to exactly 2**bits."""
 
     contributors: bounds.Identifiers
     weights: Annotated[tuple[Annotated[int, Field(strict=True, ge=0)], ...], FailFast()]
@@ -293,14 +246,9 @@ class WeightRow(bounds.Message):
 
 @dataclass(frozen=True)
 class AggregateSection(bounds.Message):
-    """One part of what a recipient receives, or the reason why it receives none.
+    """One part of what a recipient receives, with its weight row, or the reason why it receives none.
 
-    Attributes:
-        row: the weight row that was used; None where the aggregate is refused.
-        payload: the weighted sum in the back end's format; empty where it is refused.
-        refusal: why there is no aggregate; empty where there is one.
-        uploads_sha256: names the signed uploads that a witness summed; empty without one.
-        countersignature: the witness's, see `fedmosaic.protos.witnessing`; empty without one.
+    Hash of the signed uploads and countersignature are the witness's, see `fedmosaic.protos.witnessing`.
     """
 
     name: SectionName
@@ -312,9 +260,7 @@ class AggregateSection(bounds.Message):
 
     def __post_init__(self) -> None:
         if (self.row is None) != bool(self.refusal):
-            raise WireError(
-                f"aggregate section {self.name!r} has a row and a refusal, or neither; expected one"
-            )
+            raise WireError(f"aggregate section {self.name!r} has a row and a refusal, or neither of them")
         if self.row is None and self.payload:
             raise WireError(f"aggregate section {self.name!r} is refused but has a payload")
 
@@ -323,12 +269,8 @@ class AggregateSection(bounds.Message):
 class Aggregate(bounds.Message):
     """What a client loads before it trains a round, made of the uploads of the round before.
 
-    Attributes:
-        round: the round that is open now; rounds + 1 once the run is finished.
-        sections: empty in round 1; afterwards one per section name of the federation.
-        key_epoch: epoch of the uploads inside, to decrypt them.
-        upload_key_epoch: epoch that the upload of `round` must use.
-        head: see `Enrolled`.
+    There are no sections in round 1. `key_epoch` is that of the uploads inside, `upload_key_epoch` that of
+    the next.
     """
 
     round: bounds.Round
@@ -340,17 +282,7 @@ class Aggregate(bounds.Message):
 
 @dataclass(frozen=True)
 class RoundStatus(bounds.Message):
-    """What the server is waiting for.
-
-    Attributes:
-        round: the round that is open or being aggregated; rounds + 1 once the run is finished.
-        phase: where the round is.
-        arrived: clients whose upload is stored.
-        waiting_for: clients the round still waits for.
-        seconds_left: until the deadline, ≥ 0.
-        message: one line for people.
-        head: see `Enrolled`.
-    """
+    """What the server is waiting for; the round is rounds + 1 once the run is finished."""
 
     round: bounds.Round
     phase: Phase
@@ -363,14 +295,7 @@ class RoundStatus(bounds.Message):
 
 @dataclass(frozen=True)
 class KeyMessage(bounds.Message):
-    """One message of a key agreement; the server relays it and the sender is its certificate's id.
-
-    Attributes:
-        epoch: key epoch the message is about.
-        stage: name of the step of the agreement.
-        recipient: client that may read it; empty for everybody.
-        payload: sealed or signed by the sender.
-    """
+    """One message of a key agreement, sealed or signed, that the server relays; no recipient: everybody."""
 
     epoch: bounds.KeyEpoch
     stage: bounds.Stage
@@ -381,7 +306,7 @@ class KeyMessage(bounds.Message):
         limit = bounds.MAX_CHUNK_BYTES if self.stage.startswith(SUM_STAGES) else bounds.MAX_KEY_PAYLOAD_BYTES
         if len(self.payload) > limit:
             raise WireError(
-                f"KeyMessage.payload is {len(self.payload)} bytes: at most {limit} in stage {self.stage!r}"
+                f"KeyMessage.payload is {len(self.payload)} bytes: at most {limit} in {self.stage!r}"
             )
 
 

@@ -1,8 +1,4 @@
-"""Refusals: answers that retrying cannot change, with reason and remedy, the same on both sides.
-
-The coordinator raises `Refusal`; the service turns it into a gRPC status with `google.rpc.ErrorInfo`; the
-transport turns that back into the same `Refusal`.
-"""
+"""Refusals: answers that retrying cannot change, with reason and remedy, the same on both sides."""
 
 import enum
 from collections.abc import Iterable
@@ -40,14 +36,7 @@ _BY_CODE: Final = {kind.value: kind for kind in RefusalKind}
 
 
 class Refusal(RefusedError):
-    """A refusal with a reason that programs can test and a remedy that people can follow.
-
-    Attributes:
-        kind: whose fault it is.
-        reason: upper-case word, such as ROSTER_DIFFERS.
-        message: what was wrong, the value, what would be right.
-        remedy: what to do next.
-    """
+    """A refusal with a reason, such as ROSTER_DIFFERS, that programs can test, and a remedy for people."""
 
     def __init__(self, kind: RefusalKind, reason: str, message: str, remedy: str) -> None:
         super().__init__(f"{message}; {remedy}" if remedy else message)
@@ -74,12 +63,7 @@ def to_status(refusal: Refusal) -> grpc.Status:
 
 
 def from_rpc_error(error: grpc.RpcError, call: str) -> FedMosaicError:
-    """What a failed call means: `Refusal` where the server refused, else a `TransportError` to try again.
-
-    Args:
-        error: as raised by a stub; it is a `grpc.Call` too.
-        call: name of the call, for the message.
-    """
+    """What a failed call means: `Refusal` where the server refused, else a `TransportError` to try again."""
     if not isinstance(error, grpc.Call):
         return TransportError(f"{call} failed: {_printable(str(error))}")
     try:

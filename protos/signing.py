@@ -34,12 +34,7 @@ def upload_digest(
     profile: Profile | bytes | None,
     ledger: LedgerHead | None = None,
 ) -> bytes:
-    """Digest of one upload, SHA-256, 32 bytes; the sections in the order in which they are sent.
-
-    Of the profile its digest is enough, for whoever need not see it.
-
-    Every field is preceded by its length, so that no two different uploads have the same encoding.
-    """
+    """SHA-256 of one upload, its sections in the order of sending; of the profile its digest is enough."""
     fields = [_LABEL, federation.encode(), run_id.encode(), number(round_number), client_id.encode()]
     fields += [number(key_epoch), number(len(sections))]
     for section in sections:
@@ -78,21 +73,21 @@ def sign_upload(
 
 
 def verify_digest(public_key: bytes, digest: bytes, signature: bytes, client_id: str) -> None:
-    """Check a client's signature over an upload's digest; IdentityError if it is not by this key over this.
-
-    Args:
-        public_key: raw Ed25519 public key, 32 bytes, from the roster.
-        digest: from `upload_digest`.
-        signature: 64 bytes as received.
-        client_id: whose key it is, for the message.
-    """
-    try:
-        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, digest)
-    except InvalidSignature:
+    """Check a client's signature over an upload's digest; IdentityError if it is not by this key."""
+    if not verifies(public_key, signature, digest):
         raise IdentityError(
             f"the upload is not signed by the identity key of {client_id!r} for this federation, run, round "
             "and key epoch: sign it again with the key the roster names, after enrolling in the present run"
-        ) from None
+        )
+
+
+def verifies(public_key: bytes, signature: bytes, message: bytes) -> bool:
+    """Whether a signature over a message is by an Ed25519 key (raw, 32 bytes)."""
+    try:
+        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, message)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
 
 
 def fields_digest(fields: Sequence[bytes]) -> bytes:

@@ -110,7 +110,7 @@ def announced_size(header: pb.AggregateHeader) -> int:
         raise WireError(f"aggregate size is {size}, expected at most {bounds.MAX_PAYLOAD_BYTES} bytes")
     if header.resume_offset > size or len(header.sha256) != bounds.HASH_BYTES:
         raise WireError(
-            f"the aggregate goes on at byte {header.resume_offset} of {size}, with a SHA-256 of "
+            f"the aggregate goes on at byte {header.resume_offset} of {size}, its hash has "
             f"{len(header.sha256)} bytes"
         )
     return size
@@ -120,8 +120,8 @@ def decode_aggregate(header: pb.AggregateHeader, stream: bytes) -> Aggregate:
     """Header and payloads, laid end to end, as an aggregate; WireError if they are not the announced ones."""
     if announced_size(header) != len(stream) or hashlib.sha256(stream).digest() != header.sha256:
         raise WireError(
-            f"the aggregate of round {header.round} arrived damaged: its SHA-256 is not the announced one; "
-            "pull it again"
+            f"the aggregate of round {header.round} arrived damaged: another SHA-256 was announced; pull it "
+            "again"
         )
     content, start = _inward(header), 0
     del content["sha256"], content["resume_offset"]
@@ -135,13 +135,7 @@ def decode_aggregate(header: pb.AggregateHeader, stream: bytes) -> Aggregate:
 def chunks(
     payloads: Sequence[bytes | memoryview], offset: int, chunk_bytes: int = CHUNK_BYTES
 ) -> Iterator[pb.Chunk]:
-    """Cut payloads, laid end to end, into chunks in order; none of them spans two payloads.
-
-    Args:
-        payloads: in the order of their header.
-        offset: bytes to leave out at the start, because the other side has them.
-        chunk_bytes: size of every chunk but the last of a payload, at most MAX_CHUNK_BYTES.
-    """
+    """Payloads laid end to end, less the first `offset` bytes, as chunks; none spans two payloads."""
     start = 0
     for payload in payloads:
         view = memoryview(payload)

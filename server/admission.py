@@ -7,8 +7,7 @@ from typing import Any, cast
 from pydantic_core import from_json
 
 from fedmosaic.privacy.encryption.aggregator import Aggregator
-from fedmosaic.privacy.encryption.layout import upload_payload_bytes
-from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
+from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext, upload_payload_bytes
 from fedmosaic.privacy.statement.check import check_received
 from fedmosaic.protos.errors import EncryptionError, IdentityError, PrivacyError
 from fedmosaic.protos.messages import PROTOCOL_VERSION, Enrolment, Profile, Report, UploadHeader

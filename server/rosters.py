@@ -9,7 +9,7 @@ import json
 import logging
 from typing import Final
 
-from fedmosaic.privacy.federation.succession import RosterMark
+from fedmosaic.privacy.federation.roster import RosterMark
 from fedmosaic.protos.errors import StateError
 from fedmosaic.protos.refusal import Refusal, RefusalKind
 from fedmosaic.server.settings import ServerSettings

@@ -12,9 +12,7 @@ from fedmosaic.privacy.configuration import Frozen, read_configuration, validate
 from fedmosaic.privacy.encryption.parameters import Parameters, PlainParameters
 from fedmosaic.privacy.federation.kits import SERVER_SETTINGS, open_kit, unaligned
 from fedmosaic.privacy.federation.names import ListenAddress, MemberId
-from fedmosaic.privacy.federation.roster import Witness
-from fedmosaic.privacy.federation.sampling import taking_part
-from fedmosaic.privacy.federation.succession import RosterMark
+from fedmosaic.privacy.federation.roster import RosterMark, Witness, taking_part
 from fedmosaic.privacy.federation.terms import GroupSumTerms, Hex32
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos import bounds
@@ -159,7 +157,7 @@ class ServerSettings(Frozen):
         return self.policy.fewest_contributors + 1
 
     def taking_part(self, run_id: str, number: int) -> frozenset[str]:
-        """Members that take part in a round; see `fedmosaic.privacy.federation.sampling`."""
+        """Members that take part in a round; see `fedmosaic.privacy.federation.roster`."""
         return taking_part(tuple(self.members), self.sampled_clients, run_id, number)
 
     def family(self, client: str) -> str:

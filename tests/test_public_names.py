@@ -12,7 +12,7 @@ from fedmosaic.client.client import Client
 from fedmosaic.client.colora import CoLoraConfig
 from fedmosaic.privacy.accounting.epsilon import epsilon
 from fedmosaic.privacy.accounting.events import GaussianEvent
-from fedmosaic.privacy.federation.founding import create_federation
+from fedmosaic.privacy.federation.consortium import create_federation
 from fedmosaic.privacy.ledger.ledger import Ledger
 from fedmosaic.privacy.statement.build import statement
 from fedmosaic.protos.errors import ConfigurationError, FedMosaicError

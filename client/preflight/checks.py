@@ -30,7 +30,7 @@ from fedmosaic.client.state import SessionRecord, check_run, read_record
 from fedmosaic.client.transport.connection import open_channel
 from fedmosaic.client.transport.grpc import Connect, GrpcTransport
 from fedmosaic.client.transport.traffic import Traffic
-from fedmosaic.privacy.encryption.layout import upload_payload_bytes
+from fedmosaic.privacy.encryption.records import upload_payload_bytes
 from fedmosaic.privacy.federation import identity
 from fedmosaic.privacy.federation.kits import Kit, open_kit, unaligned
 from fedmosaic.privacy.ledger.ledger import LEDGER, data_epoch, has_begun, read_ledger

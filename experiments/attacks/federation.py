@@ -17,7 +17,6 @@ from fedmosaic.experiments.attacks.statistics.collusion import (
 from fedmosaic.experiments.attacks.statistics.empirical import epsilon_of_noise
 from fedmosaic.experiments.attacks.statistics.results import AttackResult, Figure, Setting
 from fedmosaic.privacy.coalitions import SOLVED, estimate_errors
-from fedmosaic.privacy.encryption.weights import integer_weights
 from fedmosaic.privacy.federation.terms import RelevanceTerms
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum, clip
 from fedmosaic.privacy.mechanism.noise import NoiseSource
@@ -26,6 +25,7 @@ from fedmosaic.privacy.policy import (
     AggregationPolicy,
     cap_weights,
     check_row,
+    integer_weights,
     spread_weights,
 )
 from fedmosaic.protos.messages import Profile, WeightRow

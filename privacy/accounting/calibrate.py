@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from fedmosaic.privacy.accounting.epsilon import LARGEST_TIGHT_EPSILON, epsilon, within_resolution
 from fedmosaic.privacy.accounting.events import GaussianEvent
@@ -21,21 +22,10 @@ def noise_multiplier_for(
     sampling_rate: float,
     steps: int,
 ) -> float:
-    """Smallest σ (to 0.1 %) with which `steps` releases fit beside the fixed events.
+    """Smallest σ (to 0.1 %) with which `steps` releases at rate q fit beside the fixed events.
 
-    Args:
-        target_epsilon: ε of everything together, in (0, 100].
-        delta: δ in (0, 1).
-        fixed_events: releases whose noise is settled, such as the profile channel's.
-        sampling_rate: q of the releases to plan, in (0, 1].
-        steps: number of releases to plan, ≥ 1.
-
-    Returns:
-        σ, evaluated and found to give ε ≤ target_epsilon.
-
-    Raises:
-        AccountingError: an argument is outside its domain, the fixed events alone reach the target, or
-            no noise suffices (PRV cannot certify anything below ε = 0.01).
+    AccountingError if an argument is outside its domain (target ε in (0, 100]), the fixed events alone reach
+    the target, or no noise suffices (PRV cannot certify anything below ε = 0.01).
     """
     if steps < 1:
         raise AccountingError(f"steps is {steps}; plan at least one release")
@@ -64,8 +54,7 @@ def check_plannable(
         sigma *= 2.0
     else:
         # RDP's own floor lies above the target; with next to no adapter the tight accountant decides.
-        settled = epsilon(fixed_events, delta)
-        if settled < target_epsilon and epsilon(events, delta) <= target_epsilon:
+        if epsilon(fixed_events, delta) < target_epsilon and epsilon(events, delta) <= target_epsilon:
             return
     noise_multiplier_for(target_epsilon, delta, fixed_events, sampling_rate, steps)
 
@@ -78,31 +67,16 @@ def noise_factor_for(
 ) -> float:
     """Factor on every σ of `scaled_events` with which everything together costs the target ε.
 
-    Args:
-        target_epsilon: ε of everything together, in (0, 100].
-        delta: δ in (0, 1).
-        fixed_events: releases that keep their noise.
-        scaled_events: releases whose σ > 0 is multiplied by the factor, at least one step.
-
-    Returns:
-        The factor, to 0.1 %, evaluated and found to give ε ≤ target_epsilon; below 1 when the releases
-        had more noise than the target asks for.
-
-    Raises:
-        AccountingError: as for `noise_multiplier_for`, or nothing to scale.
+    To 0.1 %, evaluated and found to give ε ≤ target_epsilon; below 1 when the releases had more noise than
+    the target asks for. AccountingError as for `noise_multiplier_for`, or with nothing to scale.
     """
     scaled = [event for event in scaled_events if event.steps]
     if not scaled or any(event.noise_multiplier == 0 for event in scaled):
         raise AccountingError("there is no noise to scale; give releases with σ > 0 and at least one step")
 
     def events_at(factor: float) -> list[GaussianEvent]:
-        return [
-            *fixed_events,
-            *(
-                GaussianEvent(event.noise_multiplier * factor, event.sampling_rate, event.steps)
-                for event in scaled
-            ),
-        ]
+        louder = (replace(event, noise_multiplier=event.noise_multiplier * factor) for event in scaled)
+        return [*fixed_events, *louder]
 
     # Where a tight value takes minutes, or cannot be had, the looser bound plans a little more noise. The
     # ledger, too, goes on with it then (`fedmosaic.privacy.accounting.epsilon.epsilon_bound`).

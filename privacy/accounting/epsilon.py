@@ -3,11 +3,10 @@
 * "prv": numerical composition of privacy random variables (Opacus), an upper bound that lies its
   numerical error of 0.01 above the truth; the default. No ε below 0.01 can come from it.
 * "rdp": Rényi differential privacy (Opacus) with extended orders; looser, never fails; the fallback.
-* "pld": privacy loss distributions (Google dp-accounting), registered with Opacus.
+* "pld": privacy loss distributions (Google dp-accounting).
 
-Opacus's "gdp" is refused: it is a central-limit approximation, not a bound.
-
-Importing this module is cheap; torch and opacus are imported when an ε is first asked for.
+Opacus's "gdp" is refused: it is a central-limit approximation, not a bound. torch and opacus are imported
+when an ε is first asked for.
 """
 
 import logging
@@ -66,23 +65,12 @@ class CrossCheck:
 
 
 def epsilon(events: Iterable[GaussianEvent], delta: float, accountant: str = "prv") -> float:
-    """ε at δ of all events together, add/remove neighbours.
+    """ε ≥ 0 at δ of all events together, add/remove neighbours; ∞ when a step has no noise (σ below 0.01).
 
-    Events of several channels go into one call: their joint ε is smaller than the sum of each
-    channel's ε. Interleaved and adaptively chosen inputs are covered as long as every (σ, q, steps)
-    was fixed in advance (Haney et al. 2023, arXiv:2309.05901).
-
-    Args:
-        events: any number of events, any order; equal (σ, q) are merged.
-        delta: δ in (0, 1).
-        accountant: "prv", "rdp" or "pld".
-
-    Returns:
-        ε ≥ 0; exactly 0 without any step, ∞ when a step has no noise (or σ below 0.01).
-
-    Raises:
-        AccountingError: an argument is outside its domain, the accountant is unknown or refused, or
-            it cannot evaluate these events (`epsilon_bound` then falls back to RDP).
+    Events of several channels go into one call: their joint ε is smaller than the sum of each channel's.
+    Interleaved and adaptively chosen inputs are covered as long as every (σ, q, steps) was fixed in advance
+    (Haney et al. 2023, arXiv:2309.05901). AccountingError if an argument is outside its domain, or the
+    accountant is refused or cannot evaluate these events (`epsilon_bound` then falls back to RDP).
 
     Reference:
         Gopi, Lee and Wutschitz 2021 (arXiv:2106.02848) for "prv"; Mironov 2017 and Balle et al. 2020
@@ -99,11 +87,7 @@ def epsilon(events: Iterable[GaussianEvent], delta: float, accountant: str = "pr
 
 
 def epsilon_bound(events: Iterable[GaussianEvent], delta: float, accountant: str = "prv") -> EpsilonBound:
-    """`epsilon`, or the RDP bound, named as such, where the accountant cannot evaluate the events.
-
-    Raises:
-        AccountingError: an argument is outside its domain, or RDP fails as well.
-    """
+    """`epsilon`, or the RDP bound, named as such, where the accountant cannot evaluate the events."""
     events = tuple(events)
     _check_accountant(accountant)
     _check_delta_domain(delta)
@@ -117,14 +101,11 @@ def epsilon_bound(events: Iterable[GaussianEvent], delta: float, accountant: str
 
 
 def cross_checked_epsilon(events: Iterable[GaussianEvent], delta: float) -> CrossCheck:
-    """ε by all three accountants, refused when they contradict each other; PRV is the one to report.
+    """ε by all three accountants, AccountingError when they contradict each other; PRV is the one to report.
 
-    PRV is the truth within its error plus that error; PLD is the truth plus a rounding that shrinks
-    with its grid. So PRV below PLD means either a wrong PRV or a coarse PLD: the grid is refined
-    before the figures are refused.
-
-    Raises:
-        AccountingError: as for `epsilon`, or PRV < PLD, or RDP < PLD - 0.001.
+    PRV is the truth within its error plus that error; PLD is the truth plus a rounding that shrinks with its
+    grid. So PRV below PLD means either a wrong PRV or a coarse PLD: the grid is refined before the figures
+    are refused.
     """
     events = merge_events(events)
     prv, rdp, pld = (epsilon(events, delta, name) for name in ("prv", "rdp", "pld"))
@@ -136,19 +117,11 @@ def cross_checked_epsilon(events: Iterable[GaussianEvent], delta: float) -> Cros
 
 
 def person_epsilon(events: Iterable[GaussianEvent], delta: float, examples: int) -> float:
-    """ε at δ of all events for somebody with several examples: all of them added or removed at once.
+    """ε at δ of all events for somebody with k ≥ 1 examples: all of them added or removed at once.
 
-    Args:
-        events: as for `epsilon`; every example of the person may have taken part in each of them.
-        delta: as for `epsilon`.
-        examples: k ≥ 1, how many examples the person has; with 1 it is the ε of one example.
-
-    Returns:
-        An upper bound by PLD (`pld.compose_for_person`), ≥ 0; ∞ when a step has no noise, or above the ε
-        up to which tight values are computed for one example.
-
-    Raises:
-        AccountingError: an argument is outside its domain.
+    Every example of the person may have taken part in each event. An upper bound by PLD
+    (`pld.compose_for_person`); ∞ when a step has no noise, or above the ε up to which tight values are
+    computed for one example.
     """
     _check_delta_domain(delta)
     if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
@@ -175,22 +148,15 @@ def check_order(prv: float, rdp: float, pld: float) -> CrossCheck:
     """Refuse figures that cannot all be upper bounds of one ε, of which PLD's is the reference.
 
     PRV's margin of 0.01 keeps it above PLD; rounding may lift PLD up to 0.001 above a tight RDP.
-
-    Raises:
-        AccountingError: PRV < PLD, RDP < PLD - 0.001, or a figure is not a number.
     """
     if any(math.isnan(value) or value < 0 for value in (prv, rdp, pld)):
         raise AccountingError(f"an accountant failed: PRV {prv}, RDP {rdp}, PLD {pld}; report this as a bug")
-    if prv < pld:
-        raise AccountingError(
-            f"PRV gives ε = {prv:.4f}, below PLD's {pld:.4f}: one of the two is not an upper bound, so "
-            "neither is reported; use the RDP bound and report this as a bug with the ledger's (σ, q, steps)"
-        )
-    if rdp < pld - _RDP_TOLERANCE:
-        raise AccountingError(
-            f"RDP gives ε = {rdp:.4f}, below PLD's {pld:.4f}: one of the two is not an upper bound, so "
-            "neither is reported; report this as a bug with the ledger's (σ, q, steps)"
-        )
+    for name, value, margin in (("PRV", prv, 0.0), ("RDP", rdp, _RDP_TOLERANCE)):
+        if value < pld - margin:
+            raise AccountingError(
+                f"{name} gives ε = {value:.4f}, below PLD's {pld:.4f}: one of the two is not an upper bound, "
+                "so neither is reported; report this as a bug with the ledger's (σ, q, steps)"
+            )
     return CrossCheck(prv=prv, rdp=rdp, pld=pld)
 
 
@@ -202,11 +168,7 @@ def default_delta(examples: int, largest: float | None = None) -> float:
 
 
 def check_delta(delta: float, examples: int) -> None:
-    """Refuse a δ that would allow publishing a random one of the client's n examples.
-
-    Raises:
-        AccountingError: δ > 1/n, or outside (0, 1). The message does not tell n.
-    """
+    """Refuse a δ above 1/n, at which a random one of n examples may be published; the message hides n."""
     _check_delta_domain(delta)
     if delta * examples > 1.0:
         raise AccountingError(
@@ -261,10 +223,6 @@ def _evaluate(events: tuple[GaussianEvent, ...], delta: float, accountant: str) 
     return value
 
 
-def _history(events: tuple[GaussianEvent, ...]) -> list[tuple[float, float, int]]:
-    return [(event.noise_multiplier, event.sampling_rate, event.steps) for event in events]
-
-
 def _rdp(events: tuple[GaussianEvent, ...], delta: float, *, extended: bool) -> float:
     from opacus.accountants import RDPAccountant
     from opacus.accountants.analysis import rdp as analysis
@@ -307,38 +265,28 @@ def _prv(events: tuple[GaussianEvent, ...], delta: float) -> float:
     import numpy as np
     from opacus.accountants import PRVAccountant
 
-    delta_error = delta / 1000
-    steps = sum(event.steps for event in events)
-    cells = _prv_cells(events, delta)
-    if cells > _LARGEST_PRV_DOMAIN:
+    if (cells := _prv_cells(events, delta)) > _LARGEST_PRV_DOMAIN:
         raise AccountingError(
-            f"PRV would need a grid of {cells:.1e} cells for {steps} steps, more than "
-            f"{_LARGEST_PRV_DOMAIN:.1e}; take fewer steps (schedule.rounds times "
+            f"PRV would need a grid of {cells:.1e} cells for {sum(event.steps for event in events)} steps, "
+            f"more than {_LARGEST_PRV_DOMAIN:.1e}; take fewer steps (schedule.rounds times "
             "adapter_privacy.steps_per_round), or more noise"
         )
     accountant = PRVAccountant()
-    accountant.history = _history(events)
+    accountant.history = [(event.noise_multiplier, event.sampling_rate, event.steps) for event in events]
     try:
         # q = 1 takes log(0) on purpose; the branch is discarded by numpy.where. The second is as for RDP.
         with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            value = float(
-                accountant.get_epsilon(delta, eps_error=_PRV_EPSILON_ERROR, delta_error=delta_error)
-            )
+            value = accountant.get_epsilon(delta, eps_error=_PRV_EPSILON_ERROR, delta_error=delta / 1000)
     except (RuntimeError, ValueError, OverflowError, MemoryError) as error:
         raise AccountingError(
-            f"PRV cannot evaluate {events}: {error}; take fewer steps or more noise"
+            f"PRV cannot evaluate {events}: {error}; use fewer steps or more noise"
         ) from error
-    return max(0.0, value)
+    return max(float(value), 0.0)  # in this order NaN stays, and is refused
 
 
 def _pld(events: tuple[GaussianEvent, ...], delta: float, *, finer: int = 1) -> float:
-    from opacus.accountants import create_accountant
+    from fedmosaic.privacy.accounting import pld
 
-    from fedmosaic.privacy.accounting import pld, pld_accountant
-
-    pld_accountant.register()
-    accountant = create_accountant("pld")
-    accountant.history = _history(events)
     interval = pld.discretization_interval(events, _rdp(events, delta, extended=True))
-    return float(accountant.get_epsilon(delta, interval=interval / finer))
+    return float(pld.compose(events, interval / finer).get_epsilon_for_delta(delta))

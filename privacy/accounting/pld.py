@@ -38,14 +38,10 @@ def discretization_interval(events: Sequence[GaussianEvent], largest_loss: float
 
 @functools.lru_cache(maxsize=8)
 def compose(events: tuple[GaussianEvent, ...], interval: float) -> Any:
-    """Pessimistic privacy loss distribution of all events together, add/remove neighbours.
+    """Pessimistic privacy loss distribution of merged events together, every σ > 0, add/remove neighbours.
 
-    Args:
-        events: merged, every σ > 0, at least one.
-        interval: grid interval from `discretization_interval`.
-
-    Returns:
-        A `dp_accounting` `PrivacyLossDistribution` (the package has no types).
+    A `dp_accounting` `PrivacyLossDistribution` (the package has no types), on a grid from
+    `discretization_interval`.
 
     Reference:
         Doroshenko et al. 2022, "Connect the Dots: Tighter Discrete Approximations of Privacy Loss
@@ -96,14 +92,19 @@ def _composed(parts: Iterable[Any]) -> Any:
     return functools.reduce(lambda one, other: one.compose(other), parts)
 
 
+def _full_batch(event: GaussianEvent, examples: int, interval: float) -> Any:
+    # T full-batch Gaussians are exactly one Gaussian with σ/√T.
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        standard_deviation=event.noise_multiplier / math.sqrt(event.steps),
+        sensitivity=float(examples),
+        value_discretization_interval=interval,
+    )
+
+
 @functools.lru_cache(maxsize=16)
 def _one_event(event: GaussianEvent, interval: float) -> Any:
     if event.sampling_rate == 1.0:
-        # T full-batch Gaussians are exactly one Gaussian with σ/√T.
-        return privacy_loss_distribution.from_gaussian_mechanism(
-            standard_deviation=event.noise_multiplier / math.sqrt(event.steps),
-            value_discretization_interval=interval,
-        )
+        return _full_batch(event, 1, interval)
     return privacy_loss_distribution.from_gaussian_mechanism(
         standard_deviation=event.noise_multiplier,
         sampling_prob=event.sampling_rate,
@@ -114,22 +115,16 @@ def _one_event(event: GaussianEvent, interval: float) -> Any:
 @functools.lru_cache(maxsize=32)
 def _for_person(event: GaussianEvent, examples: int, interval: float) -> Any:
     if event.sampling_rate == 1.0:
-        return privacy_loss_distribution.from_gaussian_mechanism(
-            standard_deviation=event.noise_multiplier / math.sqrt(event.steps),
-            sensitivity=float(examples),
-            value_discretization_interval=interval,
-        )
+        return _full_batch(event, examples, interval)
     rate = event.sampling_rate
     shares = [
         math.comb(examples, count) * rate**count * (1.0 - rate) ** (examples - count)
         for count in range(examples + 1)
     ]
+    neighbours = privacy_loss_mechanism.AdjacencyType
     sides = [
         _mixture_side(event.noise_multiplier, shares, interval, side)
-        for side in (
-            privacy_loss_mechanism.AdjacencyType.REMOVE,
-            privacy_loss_mechanism.AdjacencyType.ADD,
-        )
+        for side in (neighbours.REMOVE, neighbours.ADD)
     ]
     return privacy_loss_distribution.PrivacyLossDistribution(*sides).self_compose(event.steps)
 

@@ -1,10 +1,8 @@
 """What an attacker can at most achieve, from the whole privacy curve and not from ε alone.
 
-(ε, δ)-DP at one point overstates the risk: ε = 1 allows an advantage of 0.46, a Gaussian release with
-that ε at δ = 1e-5 allows 0.11. Every bound here comes from δ(ε) at all ε, which the privacy loss
-distribution of the composed releases gives.
-
-The attacker knows everything but whether one example took part, and sees every release.
+(ε, δ)-DP at one point overstates the risk: ε = 1 allows an advantage of 0.46, a Gaussian release with that ε
+at δ = 1e-5 allows 0.11. The attacker knows everything but whether one example took part, and sees every
+release.
 """
 
 import math
@@ -31,9 +29,8 @@ _ROUNDING = 1e-11
 class PrivacyCurve:
     """δ(ε) of a composition on a grid of ε that reaches to both sides of 0.
 
-    Attributes:
-        epsilons: (m,) ascending, symmetric around 0.
-        deltas: (m,) upper bounds of δ in [0, 1], the larger of both neighbour directions.
+    `epsilons` are (m,) ascending and symmetric around 0; `deltas` (m,) upper bounds of δ in [0, 1], the
+    larger of both neighbour directions.
     """
 
     epsilons: FloatArray
@@ -69,14 +66,9 @@ UNBOUNDED = AttackBounds(
 
 
 def attack_bounds(events: Iterable[GaussianEvent], delta: float) -> AttackBounds:
-    """Bounds on membership attacks against all events together.
+    """Bounds on membership attacks against all events together; `gaussian_mu` holds down to this δ.
 
-    Args:
-        events: any number of events of any channels; merged before evaluation.
-        delta: δ in (0, 1) down to which `gaussian_mu` holds.
-
-    Returns:
-        The bounds; `UNBOUNDED` when a step has no noise or subsampled releases have ε above 100.
+    `UNBOUNDED` when a step has no noise or subsampled releases have ε above 100.
     """
     epsilon((), delta)
     merged = merge_events(events)
@@ -119,14 +111,7 @@ def gaussian_delta(mu: FloatArray | float, epsilons: FloatArray) -> FloatArray:
 
 
 def privacy_curve(events: Iterable[GaussianEvent]) -> PrivacyCurve:
-    """δ(ε) of all events together, wide enough that δ at its ends is below 1e-8.
-
-    Args:
-        events: at least one step, every σ ≥ 0.01, ε up to about 100.
-
-    Raises:
-        AccountingError: there is no step, or no noise.
-    """
+    """δ(ε) of all events together, wide enough that δ at its ends is below 1e-8; for ε up to about 100."""
     merged = merge_events(events)
     if not merged or any(event.noise_multiplier < SMALLEST_NOISE_MULTIPLIER for event in merged):
         raise AccountingError("a privacy curve needs at least one step, and σ of at least 0.01 in every step")

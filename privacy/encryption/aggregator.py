@@ -8,9 +8,8 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmosaic.privacy.encryption.layout import aggregate_header, read_upload
 from fedmosaic.privacy.encryption.parameters import CkksParameters, MaskParameters, PlainParameters
-from fedmosaic.privacy.encryption.records import RoundContext, row_digest
+from fedmosaic.privacy.encryption.records import RoundContext, aggregate_header, read_upload, row_digest
 from fedmosaic.privacy.policy import AggregationPolicy, check_row
 from fedmosaic.protos.messages import WeightRow
 
@@ -18,13 +17,7 @@ P = TypeVar("P", CkksParameters, MaskParameters, PlainParameters)
 
 
 class Contribution(NamedTuple):
-    """A checked upload, taken apart.
-
-    Attributes:
-        client: Contributor.
-        nonce: 16 bytes.
-        payload: View of the bytes after the header, of the right length.
-    """
+    """A checked upload, taken apart: its nonce of 16 bytes, and a view of the bytes after the header."""
 
     client: str
     nonce: bytes
@@ -32,15 +25,7 @@ class Contribution(NamedTuple):
 
 
 class Combination(NamedTuple):
-    """What is summed, and for whom.
-
-    Attributes:
-        contributions: M uploads, in the order of the columns of `weights`.
-        weights: (R, M) integers, each row summing to 2**weight_bits.
-        rows: R weight rows.
-        headers: R encoded headers.
-        context: Round.
-    """
+    """What is summed, and for whom: M contributions, the columns of (R, M) weights; R rows and headers."""
 
     contributions: Sequence[Contribution]
     weights: NDArray[np.int64]
@@ -50,26 +35,14 @@ class Combination(NamedTuple):
 
 
 class Aggregator(ABC, Generic[P]):
-    """Checks uploads and forms the weighted sum of every recipient.
-
-    The policy is checked as a courtesy; clients check rows again.
-    """
+    """Forms the weighted sum of every recipient; the policy is checked as a courtesy, clients check again."""
 
     def __init__(self, parameters: P, policy: AggregationPolicy) -> None:
         self.parameters: P = parameters
         self.policy = policy
 
     def check_upload(self, upload: bytes | memoryview, context: RoundContext, client: str) -> None:
-        """Refuse an upload that is not exactly what this client must send in this round.
-
-        Args:
-            upload: Bytes from the network, after the signature over them was verified.
-            context: Round the upload must be for.
-            client: Contributor, as authenticated by the transport.
-
-        Raises:
-            CiphertextError: Naming what is wrong.
-        """
+        """Refuse a signed upload that is not what this client must send in this round."""
         nonce, payload = read_upload(self.parameters, context, client, upload)
         self._check_payload(Contribution(client, nonce, payload), context)
 
@@ -78,14 +51,8 @@ class Aggregator(ABC, Generic[P]):
     ) -> list[memoryview]:
         """Form the weighted sum of every row; one aggregate per row, in the order of the rows.
 
-        Args:
-            uploads: Uploads by contributor; may hold more than the rows use.
-            rows: The weight row of every recipient.
-            context: Round of all uploads and rows.
-
-        Raises:
-            PolicyError: A row breaks the policy.
-            CiphertextError: An upload in use is malformed.
+        There may be more uploads, by contributor, than the rows use. PolicyError if a row breaks the policy,
+        CiphertextError if an upload in use is malformed.
         """
         contributors, bits = frozenset(uploads), self.parameters.weight_bits
         headers = []

@@ -5,16 +5,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmosaic.privacy.encryption import parameters as back_ends
 from fedmosaic.privacy.encryption.aggregator import Aggregator, Combination, Contribution
 from fedmosaic.privacy.encryption.ckks.aggregation import CkksAggregator
 from fedmosaic.privacy.encryption.mask.aggregation import MaskAggregator
-from fedmosaic.privacy.encryption.parameters import (
-    CkksParameters,
-    MaskParameters,
-    Parameters,
-    PlainParameters,
-    check_plaintext_allowed,
-)
 from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos.errors import CiphertextError
@@ -24,22 +18,18 @@ _BLOCK = 1 << 22
 
 
 def create_aggregator(
-    parameters: Parameters, policy: AggregationPolicy, *, allow_plaintext: bool = False
+    parameters: back_ends.Parameters, policy: AggregationPolicy, *, allow_plaintext: bool = False
 ) -> Aggregator[Any]:
-    """The server's side of the back end that the parameters are of.
-
-    Raises:
-        ConfigurationError: The parameters protect nothing and that was not allowed.
-    """
-    check_plaintext_allowed(parameters, allow_plaintext=allow_plaintext)
-    if isinstance(parameters, CkksParameters):
+    """The server's side of a back end; ConfigurationError if it protects nothing and that was not allowed."""
+    back_ends.check_plaintext_allowed(parameters, allow_plaintext=allow_plaintext)
+    if isinstance(parameters, back_ends.CkksParameters):
         return CkksAggregator(parameters, policy)
-    if isinstance(parameters, MaskParameters):
+    if isinstance(parameters, back_ends.MaskParameters):
         return MaskAggregator(parameters, policy)
     return PlainAggregator(parameters, policy)
 
 
-class PlainAggregator(Aggregator[PlainParameters]):
+class PlainAggregator(Aggregator[back_ends.PlainParameters]):
     """Server side of the back end `plain`."""
 
     def _check_payload(self, contribution: Contribution, context: RoundContext) -> None:
@@ -63,11 +53,7 @@ class PlainAggregator(Aggregator[PlainParameters]):
         # Written so that NaN fails too.
         if not (values.min() >= -self.parameters.clip and values.max() <= self.parameters.clip):
             unusable = int(np.count_nonzero(~np.isfinite(values)))
-            if unusable:
-                raise CiphertextError(
-                    f"upload of {contribution.client!r} holds {unusable} values that are NaN or infinite"
-                )
-            raise CiphertextError(
-                f"upload of {contribution.client!r} holds values outside ±{self.parameters.clip}"
-            )
+            bare = f"values outside ±{self.parameters.clip}"
+            what = f"{unusable} values that are NaN or infinite" if unusable else bare
+            raise CiphertextError(f"upload of {contribution.client!r} holds {what}")
         return values

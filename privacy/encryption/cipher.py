@@ -6,9 +6,9 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmosaic.privacy.encryption.layout import aggregate_header, aggregate_payload_bytes, upload_header
+from fedmosaic.privacy.encryption import records
 from fedmosaic.privacy.encryption.parameters import CkksParameters, MaskParameters, PlainParameters
-from fedmosaic.privacy.encryption.records import RoundContext, read_record, row_digest
+from fedmosaic.privacy.encryption.records import RoundContext
 from fedmosaic.privacy.groupkey.key import GroupKey
 from fedmosaic.privacy.policy import AggregationPolicy, check_row
 from fedmosaic.protos.errors import CiphertextError, EncryptionError
@@ -29,52 +29,36 @@ class ClientCipher(ABC, Generic[P]):
         self.policy = policy
 
     def encrypt(
-        self,
-        vector: NDArray[np.floating],
-        key: GroupKey | None,
-        context: RoundContext,
-        nonce: bytes,
+        self, vector: NDArray[np.floating], key: GroupKey | None, context: RoundContext, nonce: bytes
     ) -> bytes:
-        """Encrypt a vector for the members of the key's epoch.
+        """Encrypt (d,) finite values, clipped to ±clip, for the members of the key's epoch.
 
-        Args:
-            vector: (d,) finite values; those outside [−clip, clip] of the parameters are clipped.
-            key: Group key of the context's epoch; None only for `plain`.
-            context: Round the upload is for; d must be its dimensions.
-            nonce: 16 bytes from `NonceCounter.take`, never used before.
-
-        Returns:
-            The upload, of a length that depends on d alone.
-
-        Raises:
-            EncryptionError: The vector or the key is not acceptable.
+        The upload's length depends on d alone. The 16-byte nonce is from `NonceCounter.take`; only `plain`
+        has no key.
         """
         self._check_key(key, context)
         values = self._checked(vector, context)
-        header = upload_header(self.parameters, context, self.client).encode(nonce)
+        header = records.upload_header(self.parameters, context, self.client).encode(nonce)
         return header + self._seal(values, key, header, nonce)
 
     def decrypt(
         self, record: bytes | memoryview, key: GroupKey | None, context: RoundContext, row: WeightRow
     ) -> NDArray[np.float64]:
-        """Check the weight row and the record, both as received, then decrypt this client's aggregate.
+        """Check the weight row and the record, both as received, then decrypt this client's aggregate, (d,).
 
-        Returns:
-            (d,) weighted sum. Under `ckks` an approximate decryption and its ciphertext together reveal the
-            key: the caller keeps this vector, and whatever determines it, inside the process.
-
-        Raises:
-            PolicyError: The row breaks the policy; nothing is decrypted.
-            CiphertextError: The record is not the expected one or decrypts out of range.
-            EncryptionError: The key is not the one for this exchange.
+        Under `ckks` an approximate decryption and its ciphertext together reveal the key: the caller keeps
+        the vector, and whatever determines it, inside the process. PolicyError if the row breaks the policy:
+        nothing is decrypted then.
         """
         self._check_key(key, context)
         members = None if key is None else key.members
         bits = self.parameters.weight_bits
         check_row(self.client, row, self.policy, members=members, bits=bits)
-        header = aggregate_header(self.parameters, context, row, self.client)
-        digest, payload = read_record(record, header, aggregate_payload_bytes(self.parameters, header))
-        if digest != row_digest(row, self.client, context.round):
+        header = records.aggregate_header(self.parameters, context, row, self.client)
+        digest, payload = records.read_record(
+            record, header, records.aggregate_payload_bytes(self.parameters, header)
+        )
+        if digest != records.row_digest(row, self.client, context.round):
             raise CiphertextError("the aggregate was made with another weight row than the one received")
         values = self._open(payload, key, context, row)
         # Written so that NaN fails too.
@@ -96,14 +80,10 @@ class ClientCipher(ABC, Generic[P]):
         backend = self.parameters.backend
         if key is None:
             if backend != "plain":
-                raise EncryptionError(
-                    f"back end {backend!r} needs a group key: finish the key agreement first"
-                )
+                raise EncryptionError(f"back end {backend!r} needs a group key: finish the agreement first")
             return
         if key.parameters_hash != self.parameters.digest():
-            raise EncryptionError(
-                "the group key was agreed for other encryption parameters: start a new epoch"
-            )
+            raise EncryptionError("the key was agreed for other encryption parameters: start a new epoch")
         if (key.federation, key.epoch) != (context.federation, context.epoch):
             raise EncryptionError(
                 f"the group key is of federation {key.federation!r}, epoch {key.epoch}; the exchange is of "
@@ -117,9 +97,7 @@ class ClientCipher(ABC, Generic[P]):
         if values.shape != (context.dimensions,):
             raise EncryptionError(f"vector has shape {values.shape}, expected ({context.dimensions},)")
         if not np.isfinite(values).all():
-            raise EncryptionError(
-                "vector holds values that are not finite: training diverged, lower the learning rate"
-            )
+            raise EncryptionError("the vector is not finite: training diverged, lower the learning rate")
         return np.clip(values, -self.parameters.clip, self.parameters.clip)
 
 

@@ -28,7 +28,7 @@ class _Parameters(Frozen):
     """Largest absolute value that is sent."""
 
     def digest(self) -> bytes:
-        """Return the SHA-256 of the canonical form: 32 bytes that go into the roster and every record."""
+        """The SHA-256 of the canonical form: 32 bytes that go into the roster and every record."""
         return self._digest
 
     @functools.cached_property
@@ -117,6 +117,6 @@ def check_plaintext_allowed(parameters: Parameters, *, allow_plaintext: bool) ->
     """Refuse the back end `plain`, with a ConfigurationError, unless it is asked for by name."""
     if isinstance(parameters, PlainParameters) and not allow_plaintext:
         raise ConfigurationError(
-            "encryption back end 'plain' lets the server read every adapter: choose 'ckks' or 'mask', or set "
+            "encryption back end 'plain' lets the server read every adapter: choose another, or "
             "allow_plaintext = true"
         )

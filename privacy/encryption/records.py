@@ -1,4 +1,4 @@
-"""The fixed-length header of every encrypted record, and the checks that come before its payload.
+"""The fixed-length header of every encrypted record, its length, and the checks that come before its payload.
 
     magic 4 | format 1 | kind 1 | back end 1 | 0 | parameters 32 | federation 32 | section 32 | client 32 |
     epoch 8 | round 8 | nonce 16 | dimensions 4 | count 4
@@ -14,10 +14,14 @@ import hashlib
 import struct
 from dataclasses import dataclass
 
+from fedmosaic.privacy.encryption.ckks.expansion import SEED_BYTES
+from fedmosaic.privacy.encryption.ckks.modular import WORD_BYTES
+from fedmosaic.privacy.encryption.parameters import CkksParameters, MaskParameters, Parameters
 from fedmosaic.protos.errors import CiphertextError, EncryptionError
 from fedmosaic.protos.messages import WeightRow
 
 FORMAT_VERSION = 1
+FLOAT_BYTES = 4
 NONCE_BYTES = 16
 MAX_DIMENSIONS = 1 << 28
 _MAGIC = b"FMEA"
@@ -39,14 +43,9 @@ BACKEND_CODES = {"ckks": 1, "mask": 2, "plain": 3}
 
 @dataclass(frozen=True)
 class RoundContext:
-    """What both sides know of an exchange before any record arrives.
+    """What both sides know of an exchange: epoch and round are 0 … 2**64 − 1, d is the vector's length.
 
-    Attributes:
-        federation: Name of the federation, or of the run where one federation runs several.
-        epoch: Number of the group key's epoch, 0 … 2**64 − 1.
-        round: Number of the round, 0 … 2**64 − 1.
-        section: Which vector: "shared", or "family:" and the family's name.
-        dimensions: Length d of the vector.
+    The section is "shared", or "family:" and the family's name; the federation may be one of its runs.
     """
 
     federation: str
@@ -67,13 +66,8 @@ class RoundContext:
 class Header:
     """Every field of a record's header but the constants.
 
-    Attributes:
-        kind: Upload or aggregate.
-        backend: Name of the back end.
-        parameters_hash: 32 bytes, `digest` of the parameters.
-        context: Federation, epoch, round, section and dimensions.
-        client: Contributor of an upload, recipient of an aggregate.
-        count: Ring blocks of a `ckks` record, relayed nonces of a `mask` aggregate, else 0.
+    `client` contributed an upload, or receives an aggregate. `count` is of the ring blocks of a `ckks`
+    record, or the relayed nonces of a `mask` aggregate.
     """
 
     kind: Kind
@@ -87,32 +81,14 @@ class Header:
         """The header's bytes; the nonce is fresh for an upload, the row's digest for an aggregate."""
         if len(nonce) != NONCE_BYTES:
             raise EncryptionError(f"nonce has {len(nonce)} bytes, expected {NONCE_BYTES}")
-        return _LAYOUT.pack(
-            _MAGIC,
-            FORMAT_VERSION,
-            self.kind,
-            BACKEND_CODES[self.backend],
-            self.parameters_hash,
-            _name_hash(self.context.federation),
-            _name_hash(self.context.section),
-            _name_hash(self.client),
-            self.context.epoch,
-            self.context.round,
-            nonce,
-            self.context.dimensions,
-            self.count,
-        )
+        about, context = (_MAGIC, FORMAT_VERSION, self.kind, BACKEND_CODES[self.backend]), self.context
+        names = map(_name_hash, (context.federation, context.section, self.client))
+        sizes = context.dimensions, self.count
+        return _LAYOUT.pack(*about, self.parameters_hash, *names, context.epoch, context.round, nonce, *sizes)
 
 
 def read_record(record: bytes | memoryview, expected: Header, payload_bytes: int) -> tuple[bytes, memoryview]:
-    """Check a record against the header and payload length it must have, and split it.
-
-    Returns:
-        The 16-byte nonce and a view of the payload, whose content is still unchecked.
-
-    Raises:
-        CiphertextError: Naming the first field that differs.
-    """
+    """Check a record against the header and length it must have; its nonce and a view of its payload."""
     if len(record) != HEADER_BYTES + payload_bytes:
         raise CiphertextError(
             f"record has {len(record)} bytes, expected {HEADER_BYTES + payload_bytes} for "
@@ -135,20 +111,9 @@ def _difference(record: bytes | memoryview, wanted: bytes, what: str) -> Ciphert
 
 
 _FIELDS = (
-    "magic",
-    "format version",
-    "kind",
-    "back end",
-    "parameters hash",
-    "federation",
-    "section",
-    "client",
-    "epoch",
-    "round",
-    "nonce",
-    "number of dimensions",
-    "count",
-)
+    "magic", "format version", "kind", "back end", "parameters hash", "federation", "section", "client",
+    "epoch", "round", "nonce", "number of dimensions", "count",
+)  # fmt: skip
 
 
 def row_digest(row: WeightRow, recipient: str, round_number: int) -> bytes:
@@ -166,3 +131,53 @@ def row_digest(row: WeightRow, recipient: str, round_number: int) -> bytes:
 @functools.lru_cache(maxsize=4096)
 def _name_hash(name: str) -> bytes:
     return hashlib.sha256(b"fedmosaic/name/v1\n" + name.encode()).digest()
+
+
+def ring_blocks(parameters: CkksParameters, dimensions: int) -> int:
+    """Return the number of ring elements that carry a vector, ring_degree real values each."""
+    return -(-dimensions // parameters.ring_degree)
+
+
+def upload_header(parameters: Parameters, context: RoundContext, client: str) -> Header:
+    """Return the header an upload of a client must carry."""
+    blocks = ring_blocks(parameters, context.dimensions) if isinstance(parameters, CkksParameters) else 0
+    return Header(Kind.UPLOAD, parameters.backend, parameters.digest(), context, client, blocks)
+
+
+def aggregate_header(parameters: Parameters, context: RoundContext, row: WeightRow, recipient: str) -> Header:
+    """Return the header that a recipient's aggregate must carry."""
+    count = 0
+    if isinstance(parameters, CkksParameters):
+        count = ring_blocks(parameters, context.dimensions)
+    elif isinstance(parameters, MaskParameters):
+        count = len(row.contributors)
+    return Header(Kind.AGGREGATE, parameters.backend, parameters.digest(), context, recipient, count)
+
+
+def upload_payload_bytes(parameters: Parameters, dimensions: int) -> int:
+    """The length of an upload after its header.
+
+    `ckks`: seed 32 | first polynomials, 6 bytes a word. `mask`, `plain`: 4 bytes a value.
+    """
+    if isinstance(parameters, CkksParameters):
+        words = ring_blocks(parameters, dimensions) * parameters.ring_degree
+        return SEED_BYTES + words * WORD_BYTES
+    return dimensions * FLOAT_BYTES
+
+
+def aggregate_payload_bytes(parameters: Parameters, header: Header) -> int:
+    """Return the length of an aggregate after its header.
+
+    `ckks`: first polynomials | second polynomials. `mask`: nonce 16 per contributor | words. `plain`: values.
+    """
+    if isinstance(parameters, CkksParameters):
+        return 2 * header.count * parameters.ring_degree * WORD_BYTES
+    return header.count * NONCE_BYTES + header.context.dimensions * FLOAT_BYTES
+
+
+def read_upload(
+    parameters: Parameters, context: RoundContext, client: str, upload: bytes | memoryview
+) -> tuple[bytes, memoryview]:
+    """Check header and length of an upload; its nonce and a view of its payload, or CiphertextError."""
+    header = upload_header(parameters, context, client)
+    return read_record(upload, header, upload_payload_bytes(parameters, context.dimensions))

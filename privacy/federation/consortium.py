@@ -19,37 +19,60 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from cryptography.hazmat.primitives import serialization
-
-from fedmosaic.privacy.configuration import validate
+from fedmosaic.privacy.configuration import read_configuration, validate
 from fedmosaic.privacy.federation import identity, kits
 from fedmosaic.privacy.federation.kits import FederationConfig, too_few
-from fedmosaic.privacy.federation.office import Office, open_office, publish, write_answer
+from fedmosaic.privacy.federation.office import (
+    AUTHORITY_KEY,
+    FOUNDING,
+    PLACE,
+    ROSTER_KEY,
+    Office,
+    open_office,
+    publish,
+    write_answer,
+    write_vouching,
+)
 from fedmosaic.privacy.federation.requests import KeyRequest, make_request, read_request
 from fedmosaic.privacy.federation.roster import Member, Roster, Witness
+from fedmosaic.privacy.federation.terms_checks import settled, with_bounded_delta
 from fedmosaic.privacy.files import sync_directory, write_atomically
 from fedmosaic.protos.errors import ConfigurationError, IdentityError
-
-ANSWERS = "answers"
-_PLACE, _FOUNDING = "consortium", "founding.json"
-_AUTHORITY_KEY, _ROSTER_KEY = "authority.key", "roster.key"
 
 
 @dataclass(frozen=True)
 class Approval:
-    """What came of approving requests.
-
-    Attributes:
-        roster: the newest; None while the founding waits for requests.
-        answers: folders to hand back to those who asked, by their id, of the server "".
-        waiting: members of the founding whose request is missing, and "(server)".
-    """
+    """What came of approving requests: no roster while the founding waits; answers to hand back, by id."""
 
     roster: Roster | None
     answers: dict[str, Path]
     waiting: tuple[str, ...]
+
+
+def create_federation(
+    config: FederationConfig | Path | str,
+    out: Path | str = "federation",
+    basis: Path | str | None = None,
+) -> Roster:
+    """Found a federation on one machine, as `fedmosaic keys init --for-demo` does: every party's keys.
+
+    Whoever holds `out` can pose as any member. Members on machines of their own make their keys there:
+    `fedmosaic keys request`. `basis` is the file of the public basis, if the terms name one.
+
+    Raises:
+        ConfigurationError: the file is wrong, no client's noise could be planned, or `out` is not empty.
+        MechanismError: the basis is damaged, or not the one that the terms name.
+    """
+    return create(planned(config), Path(out), Path(basis) if basis is not None else None)
+
+
+def planned(config: FederationConfig | Path | str) -> FederationConfig:
+    """A founding configuration, or that of a file, whose terms were tried and have their noise written in."""
+    if not isinstance(config, FederationConfig):
+        config = read_configuration(Path(config), FederationConfig)
+    terms = settled(with_bounded_delta(config.terms), [member.id for member in config.members])
+    return config.model_copy(update={"terms": terms})
 
 
 def begin(
@@ -57,18 +80,8 @@ def begin(
 ) -> None:
     """Make a consortium's own keys; the federation is founded once all members' requests are approved.
 
-    All of it is made beside its place and moved there in one step, so that a founding that was stopped
-    leaves nothing that looks like a federation.
-
-    Args:
-        config: members and terms.
-        directory: to be made.
-        passphrase: of the consortium's keys; None leaves them open to whoever can read the files.
-        basis: file of the public basis, if the terms name one.
-
-    Raises:
-        ConfigurationError: the directory is not empty, or the basis is not there; nothing is written then.
-        MechanismError: the basis is damaged, or not the one that the terms name; nothing is written then.
+    All of it is made beside its place and moved there in one step, so that a founding that was stopped leaves
+    nothing that looks like a federation. Without a passphrase, whoever can read the files has the keys.
     """
     with _made_at_once(config, directory, basis) as making:
         _begin(config, making, passphrase)
@@ -97,10 +110,7 @@ def create(
 def _settle(office: Office, config: FederationConfig, requests: Sequence[KeyRequest]) -> Roster:
     """Sign the first roster and fill every kit where it lies."""
     members = tuple(_member(request) for request in requests if request.id)
-    first = Roster(
-        federation=config.federation, serial=1, issued=_today(), members=members, terms=config.terms
-    )
-    roster = first.signed(office.authority.signing_key)
+    roster = _first(config, members).signed(office.authority.signing_key)
     roster.write(office.directory / kits.ROSTER)
     for request in requests:
         kit = office.directory / (f"clients/{request.id}" if request.id else "server")
@@ -118,9 +128,7 @@ def _made_at_once(config: FederationConfig, directory: Path, basis: Path | None)
 
     check_basis(config.terms.profile, basis)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ConfigurationError(
-            f"{directory} is there already and not empty; give a new directory, or move that one away"
-        )
+        raise ConfigurationError(f"{directory} is there already and not empty; give a new directory")
     directory.parent.mkdir(parents=True, exist_ok=True)
     making = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
@@ -137,35 +145,22 @@ def _made_at_once(config: FederationConfig, directory: Path, basis: Path | None)
 
 def _begin(config: FederationConfig, directory: Path, passphrase: str | None) -> None:
     authority = identity.create_authority(config.federation)
-    place = directory / _PLACE
+    place = directory / PLACE
     place.mkdir(mode=0o700)
-    identity.write_private(place / _AUTHORITY_KEY, identity.private_pem(authority.key, passphrase))
-    identity.write_private(place / _ROSTER_KEY, identity.private_pem(authority.signing_key, passphrase))
-    write_atomically(place / _FOUNDING, config.model_dump_json(indent=1).encode(), durable=False)
-    certificate = authority.certificate.public_bytes(serialization.Encoding.PEM)
-    (directory / kits.AUTHORITY_CERTIFICATE).write_bytes(certificate)
-    pinned = identity.public_hex(authority.signing_key.public_key()) + "\n"
-    (directory / kits.CONSORTIUM_KEY).write_text(pinned, encoding="ascii")
+    identity.write_private(place / AUTHORITY_KEY, identity.private_pem(authority.key, passphrase))
+    identity.write_private(place / ROSTER_KEY, identity.private_pem(authority.signing_key, passphrase))
+    write_atomically(place / FOUNDING, config.model_dump_json(indent=1).encode(), durable=False)
+    write_vouching(authority, directory)
 
 
 def approve(
     directory: Path, requests: Sequence[KeyRequest], passphrase: str | None = None, *, replace: bool = False
 ) -> Approval:
-    """Sign what members, or the server, have asked for. Compare the fingerprints before.
+    """Sign what members, or the server, have asked for, or nothing. Compare the fingerprints before.
 
     The first roster is signed once all members that the founding names have asked. Later, a request of a new
     name adds a member, one with the keys on the roster renews the certificate, and one with other keys needs
     `replace`.
-
-    Args:
-        directory: of the consortium.
-        requests: as `read_request` gives them.
-        passphrase: of the consortium's keys, if they are under one.
-        replace: members may get other keys than they have.
-
-    Raises:
-        ConfigurationError: a name is not expected, there twice, or has other keys already; nothing is signed.
-        IdentityError: a key is another party's, or was given up before; nothing is signed.
     """
     office = open_office(directory, passphrase)
     seen: set[str] = set()
@@ -174,7 +169,7 @@ def approve(
         if request.id in seen:
             raise ConfigurationError(
                 f"there are two requests of {request.who}: ask by the fingerprint which one it is, and give "
-                "that one alone"
+                "that"
             )
         seen.add(request.id)
         _check_name(office, request, replace=replace)
@@ -219,7 +214,7 @@ def _check_name(office: Office, request: KeyRequest, *, replace: bool) -> None:
 
 def _check_keys(office: Office, requests: Sequence[KeyRequest]) -> None:
     """Refuse keys that are another party's, or that were given up: an old request proves nothing."""
-    place = office.directory / _PLACE
+    place = office.directory / PLACE
     present: list[KeyRequest | Member] = [read_request(path) for path in (place / "approved").rglob("*.json")]
     present += office.roster.parties if office.roster else ()
     owner = {key: party.id for party in present for key in _keys(party)}
@@ -242,23 +237,38 @@ def _answer(office: Office, requests: Sequence[KeyRequest]) -> Approval:
     """Sign the roster where its members change, and write the answers."""
     no_server = () if office.approved("") else ("(server)",)
     if office.roster is None:
-        names = [party.id for party in founding.parties] if (founding := office.founding) else []
-        found = {name: office.approved(name) for name in names}
+        founding = office.founding
+        found = {party.id: office.approved(party.id) for party in (founding.parties if founding else ())}
         waiting = tuple(name for name, request in found.items() if request is None)
         if founding is None or waiting:
             return Approval(None, {}, (*waiting, *no_server))
         parties = {name: _member(request) for name, request in found.items() if request}
-        named: dict[str, Any] = {"federation": office.federation, "serial": 1, "issued": _today()}
-        if notary := founding.witness:
-            named["witness"] = Witness(**dict(parties.pop(notary.id)), seconds=notary.seconds)
-        first = Roster(**named, members=tuple(parties.values()), terms=founding.terms)
-        return Approval(*publish(office, first, {"", *names}), no_server)
+        witness = None
+        if founding.witness is not None:
+            witness = _witness(parties.pop(founding.witness.id), founding.witness.seconds)
+        first = _first(founding, tuple(parties.values()), witness)
+        return Approval(*publish(office, first, {"", *found}), no_server)
     new = {request.id: _member(request) for request in requests if request.id}
     if (witness := office.roster.witness) is not None and witness.id in new:
-        witness = Witness(**dict(new.pop(witness.id)), seconds=witness.seconds)
+        witness = _witness(new.pop(witness.id), witness.seconds)
     members = {member.id: member for member in office.roster.members} | new
     roster = _next(office.roster, tuple(members.values()), witness)
     return Approval(*publish(office, roster, {request.id for request in requests}), no_server)
+
+
+def _first(config: FederationConfig, members: tuple[Member, ...], witness: Witness | None = None) -> Roster:
+    return Roster(
+        federation=config.federation,
+        serial=1,
+        issued=_today(),
+        members=members,
+        terms=config.terms,
+        witness=witness,
+    )
+
+
+def _witness(party: Member, seconds: float) -> Witness:
+    return Witness(**dict(party), seconds=seconds)
 
 
 def _member(request: KeyRequest) -> Member:
@@ -280,12 +290,7 @@ def _next(roster: Roster, members: tuple[Member, ...], witness: Witness | None) 
 
 
 def revoke_member(directory: Path, member_id: str, passphrase: str | None = None) -> Roster:
-    """Take a client off the roster; its keys are never taken again.
-
-    Raises:
-        ConfigurationError: too few members would be left; nothing is changed then.
-        IdentityError: there is no such member, or the passphrase is not the right one.
-    """
+    """Take a client off the roster, unless too few members are left; its keys are never taken again."""
     office = open_office(directory, passphrase)
     if office.roster is None:
         raise ConfigurationError("no roster is signed yet, so nobody can be taken off it")

@@ -1,8 +1,8 @@
 """Identities: the consortium's authority, TLS certificates, and signing keys.
 
-Two keys per client, because they do different work: a P-256 key whose X.509 certificate opens the
-mutual TLS connection (the client's id stands in a SPIFFE URI, so it is never taken from a message),
-and an Ed25519 key, pinned by the roster, that signs uploads and key-agreement messages end to end.
+Two keys per client: a P-256 key whose X.509 certificate opens the mutual TLS connection (the client's id
+stands in a SPIFFE URI, so it is never taken from a message), and an Ed25519 key, pinned by the roster, that
+signs uploads and key-agreement messages end to end.
 """
 
 import datetime as dt
@@ -33,7 +33,7 @@ RENEW = "have the consortium sign the request anew (`fedmosaic keys approve`)"
 _SPIFFE = re.compile(r"^spiffe://fedmosaic/(?P<federation>[a-z0-9-]+)/client/(?P<client>[a-z0-9-]+)$")
 _SEALED = b"scrypt n=2^17 r=8 p=1 salt "
 _CLOCK_SKEW = dt.timedelta(minutes=5)
-_UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm, InternalError, x509.InvalidVersion)
+UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm, InternalError, x509.InvalidVersion)
 """What the library says of keys and certificates that are none."""
 
 
@@ -55,9 +55,7 @@ def parse_spiffe_id(uri: str) -> tuple[str, str]:
     """Federation and client id of a SPIFFE URI; IdentityError if it is not one of ours."""
     match = _SPIFFE.match(uri)
     if match is None:
-        raise IdentityError(
-            f"certificate names {uri!r}; expected spiffe://fedmosaic/<federation>/client/<id>"
-        )
+        raise IdentityError(f"certificate names {uri!r}, not spiffe://fedmosaic/<federation>/client/<id>")
     return match["federation"], match["client"]
 
 
@@ -65,12 +63,8 @@ def create_authority(federation: str, now: dt.datetime | None = None) -> Authori
     """Make a new certificate authority and roster-signing key for a federation."""
     key = ec.generate_private_key(ec.SECP256R1())
     # A common name has at most 64 characters (RFC 5280, appendix A), so the federation stands by itself.
-    name = x509.Name(
-        [
-            x509.NameAttribute(NameOID.ORGANIZATION_NAME, federation),
-            x509.NameAttribute(NameOID.COMMON_NAME, "FedMosaic consortium"),
-        ]
-    )
+    organization = x509.NameAttribute(NameOID.ORGANIZATION_NAME, federation)
+    name = x509.Name([organization, x509.NameAttribute(NameOID.COMMON_NAME, "FedMosaic consortium")])
     builder = _builder(name, name, key.public_key(), AUTHORITY_DAYS, now, authority=True)
     return Authority(builder.sign(key, hashes.SHA256()), key, Ed25519PrivateKey.generate())
 
@@ -190,7 +184,7 @@ def read_certificate(path: Path) -> x509.Certificate:
         return certificate
     except OSError as error:
         raise IdentityError(f"{path}: cannot read this certificate: {error.strerror}") from None
-    except _UNREADABLE:
+    except UNREADABLE:
         raise IdentityError(f"{path}: not a PEM certificate; take it from the kit again") from None
 
 
@@ -205,43 +199,24 @@ def certificate_names(certificate: x509.Certificate) -> list[str]:
 
 
 def check_certificate(source: Path, authority: Path, now: dt.datetime | None = None) -> x509.Certificate:
-    """Refuse a certificate that the other side would refuse: TLS would only say that the connection closed.
-
-    Args:
-        source: one's own certificate, PEM.
-        authority: certificate of the federation's authority, PEM.
-        now: present time, with a time zone; the clock by default.
-
-    Raises:
-        IdentityError: it is expired, not valid yet, or not from this authority.
-    """
+    """Refuse a certificate that the other side would refuse: TLS only says that the connection closed."""
     now = now or dt.datetime.now(dt.UTC)
     certificate = read_certificate(source)
     if now >= certificate.not_valid_after_utc:
         raise IdentityError(
-            f"{source} expired on {certificate.not_valid_after_utc:%Y-%m-%d}; {RENEW}, and install what "
-            "comes back"
+            f"{source} expired on {certificate.not_valid_after_utc:%Y-%m-%d}; {RENEW}, and install it"
         )
     if now < certificate.not_valid_before_utc:
-        raise IdentityError(
-            f"{source} is valid from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC; check this clock"
-        )
+        raise IdentityError(f"{source} is valid from {certificate.not_valid_before_utc} on; check this clock")
     try:
         certificate.verify_directly_issued_by(read_certificate(authority))
     except (ValueError, TypeError, InvalidSignature):
-        raise IdentityError(
-            f"{source} was not issued by the authority beside it; take all files from one kit"
-        ) from None
+        raise IdentityError(f"{source} is not of this authority; take all files from one kit") from None
     return certificate
 
 
 def expires_soon(expiry: dt.datetime, now: dt.datetime | None = None) -> str:
-    """What to announce of a certificate in its last days; empty before.
-
-    Args:
-        expiry: the end of its validity, with a time zone.
-        now: present time, with a time zone; the clock by default.
-    """
+    """What to announce of a certificate in its last days; empty before."""
     left = expiry - (now or dt.datetime.now(dt.UTC))
     if left > ANNOUNCED_BEFORE:
         return ""
@@ -259,12 +234,9 @@ def certificate_uris(path: Path) -> list[str]:
 
 
 def check_pair(certificate: Path, key: Path) -> tuple[bytes, bytes]:
-    """Read a certificate and its private key, both PEM, and see that they belong together.
+    """Read a certificate and its private key, both PEM; IdentityError unless they belong together.
 
     gRPC ends the whole process, or blames the port, when it is given a pair that is none.
-
-    Raises:
-        IdentityError: one of them is missing, damaged or open to others, or they are not a pair.
     """
     public, private = read_certificate(certificate), read_private_key(key)
     if spki_sha256(private.public_key()) != public_key_sha256(public):
@@ -316,9 +288,7 @@ def write_private(path: Path, content: bytes) -> None:
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
-        raise IdentityError(
-            f"{path} exists already; a private key is never overwritten, move it away first"
-        ) from None
+        raise IdentityError(f"{path} exists already; move it away: no private key is overwritten") from None
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
         file.flush()
@@ -335,7 +305,7 @@ def read_private(path: Path) -> bytes:
     if os.name == "posix" and mode & 0o077:
         raise IdentityError(
             f"{path} can be read by other users (mode {mode:04o}); run `chmod 600 {path}`, and if others had "
-            "access to it, rotate this key"
+            "access, rotate this key"
         )
     return content
 
@@ -349,15 +319,13 @@ def read_private_key(path: Path, passphrase: str | None = None) -> PrivateKeyTyp
             password = _stretched(passphrase, bytes.fromhex(head.decode("ascii", "replace")))
     try:
         return serialization.load_pem_private_key(content, password=password)
-    except _UNREADABLE:
-        if content.startswith(_SEALED):
-            raise IdentityError(
-                f"{path}: the passphrase is not the right one, or the file is damaged"
-            ) from None
-        raise IdentityError(
-            f"{path}: not a private key in PEM without a passphrase; restore it, or make new keys with "
+    except UNREADABLE:
+        sealed = "the passphrase is not the right one, or the file is damaged"
+        bare = (
+            "not a private key in PEM without a passphrase; restore it, or make new keys with "
             "`fedmosaic keys request`"
-        ) from None
+        )
+        raise IdentityError(f"{path}: {sealed if content.startswith(_SEALED) else bare}") from None
 
 
 def read_signing_key(path: Path, passphrase: str | None = None) -> Ed25519PrivateKey:

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from fedmosaic.privacy.federation import identity, kits
 from fedmosaic.privacy.federation.kits import Kit
 from fedmosaic.privacy.federation.requests import KeyRequest, fingerprint, read_bounded, read_request
-from fedmosaic.privacy.federation.succession import RosterMark
+from fedmosaic.privacy.federation.roster import RosterMark
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.protos.errors import ConfigurationError, IdentityError
 
@@ -32,11 +32,7 @@ _MAY_LACK: Final = (kits.TLS_CERTIFICATE, kits.BASIS, kits.SERVER_SETTINGS)
 
 
 def consortium_fingerprint(answer: Path) -> str:
-    """Fingerprint of the keys that vouch for certificates and rosters, for people to compare.
-
-    Raises:
-        IdentityError: they cannot be read.
-    """
+    """Fingerprint of the keys that vouch for certificates and rosters; IdentityError if unreadable."""
     return fingerprint("consortium", *_vouching(answer))
 
 
@@ -49,20 +45,11 @@ def _vouching(place: Path) -> tuple[str, str]:
 
 
 def install(answer: Path, kit: Path, confirm: Callable[[str], None] | None) -> Kit:
-    """Check an answer of the consortium against this party's own keys, and take it in.
+    """Check an answer of the consortium against this party's own keys, and take it in, all of it or nothing.
 
     Stopped in the middle, it can be done again. A server or client that runs takes up what has changed.
-
-    Args:
-        answer: folder that the consortium handed back.
-        kit: of this party, in which `make_request` has put keys.
-        confirm: told the consortium's fingerprint at the first installation; raises if it is not right.
-            None where consortium and kit were made together, and are flushed to the disk together.
-
-    Raises:
-        IdentityError: the answer is about other keys, another party or consortium, or has an older roster.
-        ConfigurationError: a file of it is missing, too large or damaged.
-        MechanismError: the basis is not the one that the terms name.
+    `confirm` is told the consortium's fingerprint at the first installation, and raises if it is not right;
+    None where consortium and kit were made together, and are flushed to the disk together.
     """
     with tempfile.TemporaryDirectory(prefix="fedmosaic-install-") as scratch:
         # Checked and installed is this copy, whatever happens to the folder meanwhile.
@@ -70,8 +57,11 @@ def install(answer: Path, kit: Path, confirm: Callable[[str], None] | None) -> K
         for name, limit in _LARGEST.items():
             if name not in _MAY_LACK or (answer / name).exists():
                 (copy / name).write_bytes(read_bounded(answer / name, limit, f"the {name} of an answer"))
-        if not (copy / kits.TLS_CERTIFICATE).exists():
-            _copy_certificate(kit, copy)
+        if not (copy / kits.TLS_CERTIFICATE).exists():  # it brings a new roster alone
+            here = kit / kits.TLS_CERTIFICATE
+            if not here.exists():
+                raise ConfigurationError(f"the answer has no {here.name}, nor has {kit}; ask for all of it")
+            shutil.copyfile(here, copy / here.name)
         found = kits.open_kit(copy)
         _check_consortium(found, kit, confirm)
         if (kit / kits.ROSTER).exists():
@@ -90,14 +80,6 @@ def install(answer: Path, kit: Path, confirm: Callable[[str], None] | None) -> K
     return kits.open_kit(kit)
 
 
-def _copy_certificate(kit: Path, copy: Path) -> None:
-    """An answer without a certificate brings a new roster alone."""
-    here = kit / kits.TLS_CERTIFICATE
-    if not here.exists():
-        raise ConfigurationError(f"the answer has no {here.name}, and none is in {kit}; ask for all of it")
-    (copy / here.name).write_bytes(here.read_bytes())
-
-
 def _check_consortium(found: Kit, kit: Path, confirm: Callable[[str], None] | None) -> None:
     if not (kit / kits.CONSORTIUM_KEY).exists():
         if confirm is not None:
@@ -111,11 +93,7 @@ def _check_consortium(found: Kit, kit: Path, confirm: Callable[[str], None] | No
 
 
 def _own_keys(found: Kit, kit: Path) -> dict[str, Path]:
-    """Where the private keys lie that an answer is about, by their name in the kit.
-
-    Raises:
-        IdentityError: there is none for one of them, or the answer is not for the party that asked.
-    """
+    """Where the private keys lie that an answer is about, by their name in the kit; else IdentityError."""
     certificate = identity.check_certificate(found.tls_certificate, found.authority)
     pinned = identity.public_key_sha256(certificate)
     keys = {kits.TLS_KEY: _holder(kit, kits.TLS_KEY, pinned, "certificate")}
@@ -141,10 +119,7 @@ def _own_keys(found: Kit, kit: Path) -> dict[str, Path]:
 
 def _holder(kit: Path, name: str, public: str, what: str) -> Path:
     """The private key, in use or pending, that belongs to a public one."""
-    here = {}
-    for place in (kit / kits.PENDING / name, kit / name):
-        if place.exists():
-            here[_public(place)] = place
+    here = {_public(place): place for place in (kit / kits.PENDING / name, kit / name) if place.exists()}
     if not here:
         raise IdentityError(f"{kit} has no {name}: make keys with `fedmosaic keys request` first")
     if public not in here:

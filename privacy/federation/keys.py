@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -14,18 +15,22 @@ from rich.console import Console
 from rich.table import Table
 
 from fedmosaic.privacy.federation import consortium, kits
-from fedmosaic.privacy.federation.founding import create_federation, planned
+from fedmosaic.privacy.federation.consortium import create_federation, planned
 from fedmosaic.privacy.federation.identity import expires_soon, read_certificate
 from fedmosaic.privacy.federation.install import consortium_fingerprint, install
-from fedmosaic.privacy.federation.office import is_sealed
+from fedmosaic.privacy.federation.office import ANSWERS, is_sealed
 from fedmosaic.privacy.federation.requests import STRENGTH, make_request, member_fingerprint, read_request
 from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.protos.errors import ConfigurationError, IdentityError
 
 _VARIABLE: Final = "FEDMOSAIC_PASSPHRASE"
-_SHORTEST_PASSPHRASE: Final = 12
+_FEWEST: Final = 12
 _LONGEST_PASSPHRASE: Final = 1024
+
+
+Directory = Annotated[Path, tyro.conf.arg(help="Directory that `keys init` made.")]
+PassphraseFd = Annotated[int | None, tyro.conf.arg(help="File descriptor to read the passphrase from.")]
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,36 @@ class Init:
     for_demo: bool = False
     """Make every party's keys here, at once and without a passphrase. Whoever holds the directory can pose as
     any member: only for a federation on one machine."""
-    passphrase_fd: int | None = None
-    """File descriptor to read the passphrase from."""
+    passphrase_fd: PassphraseFd = None
+
+    def run(self, console: Console) -> None:
+        """Found the federation."""
+        out = self.out
+        if self.for_demo:
+            roster = create_federation(self.config, out, self.basis)
+            console.print(
+                f"federation {roster.federation!r} with {len(roster.members)} members in {out}/\n"
+                "  FOR ONE MACHINE ONLY: every private key was made here; whoever holds "
+                f"{out}/ can pose as any member\n"
+                f"  the server's kit is {out}/server/, the clients' are {out}/clients/<id>/\n"
+                f"  {_promise(roster)}"
+            )
+            _warn(console, roster)
+            return
+        config = planned(self.config)
+        consortium.begin(config, out, _new_passphrase(self.passphrase_fd), self.basis)
+        name = config.federation
+        console.print(
+            f"the consortium of federation {name!r} is in {out}/; no member's key is\n"
+            f"  keep {out}/consortium/ to yourself: with its passphrase it can add members and sign rosters\n"
+            f"  members       fedmosaic keys request ID --federation {name}\n"
+            f"                for {', '.join(member.id for member in config.members)}\n"
+            f"  the server    fedmosaic keys request --federation {name} --hosts "
+            f"{' '.join(config.server.hosts)}\n"
+            "  then you      fedmosaic keys approve FILE …\n"
+            f"  fingerprint   {consortium_fingerprint(out)}   read it to everybody over the telephone\n"
+            f"                {STRENGTH}"
+        )
 
 
 @dataclass(frozen=True)
@@ -68,6 +101,19 @@ class Request:
     out: Path | None = None
     """File of the request; by default ID.request.json, or server.request.json."""
 
+    def run(self, console: Console) -> None:
+        """Make the keys and write the request."""
+        request = make_request(self.kit, self.federation, self.id, self.family, self.hosts)
+        out = self.out or Path(f"{request.id or 'server'}.request.json")
+        write_atomically(out, (self.kit / kits.PENDING / kits.REQUEST).read_bytes())
+        console.print(
+            f"the private keys of {request.who} are in {self.kit}/{kits.PENDING}/ and stay there\n"
+            f"  hand out      {out}   to the consortium\n"
+            f"  fingerprint   {request.fingerprint}   read it to the consortium over the telephone\n"
+            f"                {STRENGTH}\n"
+            f"  then          fedmosaic keys install ANSWER --kit {self.kit}"
+        )
+
 
 @dataclass(frozen=True)
 class Approve:
@@ -78,14 +124,34 @@ class Approve:
 
     requests: tyro.conf.Positional[tuple[Path, ...]]
     """Files that members, or whoever runs the server, handed out."""
-    directory: Path = Path("federation")
-    """Directory that `keys init` made."""
+    directory: Directory = Path("federation")
     fingerprint: tuple[str, ...] = ()
     """What the senders read to you, instead of being asked for it; 20 digits each, in quotes."""
     replace: bool = False
     """A member that is known has made new keys."""
-    passphrase_fd: int | None = None
-    """File descriptor to read the passphrase from."""
+    passphrase_fd: PassphraseFd = None
+
+    def run(self, console: Console) -> None:
+        """Compare, sign, and say what to hand back."""
+        if not self.requests:
+            raise ConfigurationError("name the files of the requests to approve")
+        requests = [read_request(path) for path in self.requests]
+        told = {_digits(text) for text in self.fingerprint}
+        for request in requests:
+            matching = told & {_digits(request.fingerprint)}
+            _compare(request.who, request.fingerprint, next(iter(matching or told), ""))
+            console.print(f"{request.who}: fingerprint {request.fingerprint}, as it was read")
+        passphrase = _passphrase(self.directory, self.passphrase_fd)
+        approval = consortium.approve(self.directory, requests, passphrase, replace=self.replace)
+        if approval.waiting:
+            console.print(f"waiting for requests of {', '.join(approval.waiting)}", markup=False)
+        if approval.roster is None:
+            return
+        for name, answer in approval.answers.items():
+            console.print(f"  hand back     {answer}/   to {name or 'whoever runs the server'}; it is public")
+        _tell_roster(console, self.directory, approval.roster)
+        _warn(console, approval.roster)
+        console.print(f"  {_promise(approval.roster)}")
 
 
 @dataclass(frozen=True)
@@ -102,6 +168,17 @@ class Install:
     consortium: str = ""
     """The consortium's fingerprint as it was read to you, instead of being asked for it; in quotes."""
 
+    def run(self, console: Console) -> None:
+        """Check the answer and take it in."""
+        confirm = partial(_compare, "the consortium", told=self.consortium)
+        kit = install(self.answer, self.kit, confirm)
+        console.print(
+            f"installed in {kit.directory}/: roster {kit.roster.serial} of federation "
+            f"{kit.roster.federation!r}, certificate valid until {kit.expires:%Y-%m-%d}\n"
+            f"  it names {len(kit.roster.members)} members; `fedmosaic keys show {kit.directory}` shows "
+            "their fingerprints: ring them up and compare, so that nobody poses as one"
+        )
+
 
 @dataclass(frozen=True)
 class Revoke:
@@ -109,10 +186,15 @@ class Revoke:
 
     id: tyro.conf.Positional[str]
     """The client."""
-    directory: Path = Path("federation")
-    """Directory that `keys init` made."""
-    passphrase_fd: int | None = None
-    """File descriptor to read the passphrase from."""
+    directory: Directory = Path("federation")
+    passphrase_fd: PassphraseFd = None
+
+    def run(self, console: Console) -> None:
+        """Sign the roster without the client."""
+        passphrase = _passphrase(self.directory, self.passphrase_fd)
+        roster = consortium.revoke_member(self.directory, self.id, passphrase)
+        _warn(console, roster, families=False)
+        _tell_roster(console, self.directory, roster)
 
 
 @dataclass(frozen=True)
@@ -124,112 +206,39 @@ class Show:
 
     place: tyro.conf.Positional[Path | None] = None
     """A kit, or the directory that `keys init` made; the same as --directory."""
-    directory: Path = Path("federation")
-    """Directory that `keys init` made."""
+    directory: Directory = Path("federation")
 
-
-Command = (
-    Annotated[Init, tyro.conf.subcommand("init")]
-    | Annotated[Request, tyro.conf.subcommand("request")]
-    | Annotated[Approve, tyro.conf.subcommand("approve")]
-    | Annotated[Install, tyro.conf.subcommand("install")]
-    | Annotated[Revoke, tyro.conf.subcommand("revoke")]
-    | Annotated[Show, tyro.conf.subcommand("show")]
-)
+    def run(self, console: Console) -> None:
+        """Print the table."""
+        place = self.place or self.directory
+        kit = kits.open_kit(place)
+        roster = kit.roster
+        table = Table(title=f"federation {roster.federation}, roster {roster.serial} of {roster.issued}")
+        for column in ("member", "family", "fingerprint", "certificate"):
+            table.add_column(column, no_wrap=column == "fingerprint")
+        for member in roster.parties:
+            keys = member.identity_key, member.tls_key_sha256
+            shown = member_fingerprint(roster.federation, member.id, *keys)
+            valid = _validity(place, Path("clients", member.id))
+            table.add_row(member.id, member.family or "-", shown, valid)
+        table.add_row("(server)", "-", "-", _validity(place, Path("server")))
+        console.print(table)
+        if kit.tls_certificate.exists():
+            console.print(f"the certificate here is {_left(kit.expires)}")
+        console.print(f"consortium's fingerprint {consortium_fingerprint(place)}")
+        console.print(f"roster's SHA-256 {roster.hash.hex()}")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run `fedmosaic keys` with its arguments."""
     command: Init | Request | Approve | Install | Revoke | Show = tyro.cli(
-        Command,
+        Init | Request | Approve | Install | Revoke | Show,
         args=list(arguments),
         prog="fedmosaic keys",
         description=__doc__,
     )
-    console = Console(soft_wrap=True, highlight=False)
-    match command:
-        case Init():
-            _init(console, command)
-        case Request():
-            _request(console, command)
-        case Approve():
-            _approve(console, command)
-        case Install(answer, kit, told):
-            installed = install(answer, kit, lambda shown: _compare("the consortium", shown, told))
-            console.print(_installed(installed))
-        case Revoke(member, directory, descriptor):
-            roster = consortium.revoke_member(directory, member, _passphrase(directory, descriptor))
-            _warn(console, kits.fragile(len(roster.members), roster.terms))
-            _tell_roster(console, directory, roster)
-        case Show(place, directory):
-            _show(console, place or directory)
+    command.run(Console(soft_wrap=True, highlight=False))
     return 0
-
-
-def _init(console: Console, command: Init) -> None:
-    out = command.out
-    if command.for_demo:
-        roster = create_federation(command.config, out, command.basis)
-        console.print(
-            f"federation {roster.federation!r} with {len(roster.members)} members in {out}/\n"
-            "  FOR ONE MACHINE ONLY: every private key was made here; whoever holds "
-            f"{out}/ can pose as any member\n"
-            f"  the server's kit is {out}/server/, the clients' are {out}/clients/<id>/\n"
-            f"  {_promise(roster)}"
-        )
-        _warn(console, kits.fragile(len(roster.members), roster.terms))
-        _warn(console, kits.unaligned(roster))
-        return
-    config = planned(command.config)
-    consortium.begin(config, out, _new_passphrase(command.passphrase_fd), command.basis)
-    name = config.federation
-    console.print(
-        f"the consortium of federation {name!r} is in {out}/; no member's key is\n"
-        f"  keep {out}/consortium/ to yourself: with its passphrase it can add members and sign rosters\n"
-        f"  members       fedmosaic keys request ID --federation {name}\n"
-        f"                for {', '.join(member.id for member in config.members)}\n"
-        f"  the server    fedmosaic keys request --federation {name} --hosts "
-        f"{' '.join(config.server.hosts)}\n"
-        "  then you      fedmosaic keys approve FILE …\n"
-        f"  fingerprint   {consortium_fingerprint(out)}   read it to everybody over the telephone\n"
-        f"                {STRENGTH}"
-    )
-
-
-def _request(console: Console, command: Request) -> None:
-    request = make_request(command.kit, command.federation, command.id, command.family, command.hosts)
-    out = command.out or Path(f"{request.id or 'server'}.request.json")
-    write_atomically(out, (command.kit / kits.PENDING / kits.REQUEST).read_bytes())
-    console.print(
-        f"the private keys of {request.who} are in {command.kit}/{kits.PENDING}/ and stay there\n"
-        f"  hand out      {out}   to the consortium\n"
-        f"  fingerprint   {request.fingerprint}   read it to the consortium over the telephone\n"
-        f"                {STRENGTH}\n"
-        f"  then          fedmosaic keys install ANSWER --kit {command.kit}"
-    )
-
-
-def _approve(console: Console, command: Approve) -> None:
-    if not command.requests:
-        raise ConfigurationError("name the files of the requests to approve")
-    requests = [read_request(path) for path in command.requests]
-    told = {_digits(text) for text in command.fingerprint}
-    for request in requests:
-        matching = told & {_digits(request.fingerprint)}
-        _compare(request.who, request.fingerprint, next(iter(matching or told), ""))
-        console.print(f"{request.who}: fingerprint {request.fingerprint}, as it was read")
-    passphrase = _passphrase(command.directory, command.passphrase_fd)
-    approval = consortium.approve(command.directory, requests, passphrase, replace=command.replace)
-    if approval.waiting:
-        console.print(f"waiting for requests of {', '.join(approval.waiting)}", markup=False)
-    if approval.roster is None:
-        return
-    for name, answer in approval.answers.items():
-        console.print(f"  hand back     {answer}/   to {name or 'whoever runs the server'}; it is public")
-    _tell_roster(console, command.directory, approval.roster)
-    _warn(console, kits.fragile(len(approval.roster.members), approval.roster.terms))
-    _warn(console, kits.unaligned(approval.roster))
-    console.print(f"  {_promise(approval.roster)}")
 
 
 def _digits(text: str) -> str:
@@ -243,9 +252,7 @@ def _compare(who: str, shown: str, told: str) -> None:
     """
     if not told:
         if not sys.stdin.isatty():
-            raise ConfigurationError(
-                f"nobody is here to type the fingerprint of {who}: give it as an option, as it was read"
-            )
+            raise ConfigurationError(f"nobody is here to type the fingerprint of {who}: give it as an option")
         told = input(f"Type the fingerprint that {who} reads to you over the telephone: ")
     if _digits(told) != _digits(shown):
         raise IdentityError(
@@ -263,10 +270,8 @@ def _passphrase(directory: Path, descriptor: int | None) -> str | None:
 
 def _new_passphrase(descriptor: int | None) -> str:
     given = _given_passphrase(descriptor) or _ask("New passphrase of the consortium's keys: ", twice=True)
-    if len(given) < _SHORTEST_PASSPHRASE:
-        raise ConfigurationError(
-            f"the passphrase has {len(given)} characters, and {_SHORTEST_PASSPHRASE} are the fewest"
-        )
+    if len(given) < _FEWEST:
+        raise ConfigurationError(f"the passphrase has {len(given)} characters, and {_FEWEST} are the fewest")
     return given
 
 
@@ -279,22 +284,11 @@ def _given_passphrase(descriptor: int | None) -> str:
 
 def _ask(words: str, *, twice: bool = False) -> str:
     if not sys.stdin.isatty():
-        raise ConfigurationError(
-            f"nobody is here to type the passphrase: set {_VARIABLE}, or give --passphrase-fd"
-        )
+        raise ConfigurationError(f"nobody is here to type the passphrase: set {_VARIABLE} or --passphrase-fd")
     typed = getpass.getpass(words)
     if twice and getpass.getpass("Once more: ") != typed:
         raise ConfigurationError("the two passphrases differ; begin again")
     return typed
-
-
-def _installed(kit: kits.Kit) -> str:
-    return (
-        f"installed in {kit.directory}/: roster {kit.roster.serial} of federation {kit.roster.federation!r}, "
-        f"certificate valid until {kit.expires:%Y-%m-%d}\n"
-        f"  it names {len(kit.roster.members)} members; `fedmosaic keys show {kit.directory}` shows their "
-        "fingerprints: ring them up and compare, so that nobody poses as one"
-    )
 
 
 def _promise(roster: Roster) -> str:
@@ -311,9 +305,10 @@ def _promise(roster: Roster) -> str:
     return words
 
 
-def _warn(console: Console, problem: str) -> None:
-    if problem:
-        console.print(f"[bold yellow]Warning:[/] {problem}.")
+def _warn(console: Console, roster: Roster, *, families: bool = True) -> None:
+    for problem in (kits.fragile(len(roster.members), roster.terms), families and kits.unaligned(roster)):
+        if problem:
+            console.print(f"[bold yellow]Warning:[/] {problem}.")
 
 
 def _tell_roster(console: Console, directory: Path, roster: Roster) -> None:
@@ -323,25 +318,8 @@ def _tell_roster(console: Console, directory: Path, roster: Roster) -> None:
     )
 
 
-def _show(console: Console, place: Path) -> None:
-    kit = kits.open_kit(place)
-    roster = kit.roster
-    table = Table(title=f"federation {roster.federation}, roster {roster.serial} of {roster.issued}")
-    for column in ("member", "family", "fingerprint", "certificate"):
-        table.add_column(column, no_wrap=column == "fingerprint")
-    for member in roster.parties:
-        shown = member_fingerprint(roster.federation, member.id, member.identity_key, member.tls_key_sha256)
-        table.add_row(member.id, member.family or "-", shown, _validity(place, Path("clients", member.id)))
-    table.add_row("(server)", "-", "-", _validity(place, Path("server")))
-    console.print(table)
-    if kit.tls_certificate.exists():
-        console.print(f"the certificate here is {_left(kit.expires)}")
-    console.print(f"consortium's fingerprint {consortium_fingerprint(place)}")
-    console.print(f"roster's SHA-256 {roster.hash.hex()}")
-
-
 def _validity(place: Path, party: Path) -> str:
-    places = (place / party, place / consortium.ANSWERS / party)
+    places = (place / party, place / ANSWERS / party)
     found = [folder / kits.TLS_CERTIFICATE for folder in places if (folder / kits.TLS_CERTIFICATE).exists()]
     return _left(read_certificate(found[0]).not_valid_after_utc) if found else "not here"
 

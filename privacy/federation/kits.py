@@ -6,11 +6,10 @@
     public_basis.safetensors                of the task profile, if the terms name one
     pending/                                keys of a request that waits for its answer
 
-`fedmosaic.privacy.federation.requests` makes the keys, `consortium` signs, `install` takes the answer in.
+`requests` makes the keys, `consortium` signs, `install` takes the answer in.
 """
 
 import datetime as dt
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from pydantic import Field, model_validator
 from fedmosaic.privacy.configuration import Frozen
 from fedmosaic.privacy.federation import identity
 from fedmosaic.privacy.federation.names import Family, Host, MemberId, Port
-from fedmosaic.privacy.federation.roster import Roster
+from fedmosaic.privacy.federation.roster import Roster, check_distinct
 from fedmosaic.privacy.federation.terms import Seconds, Terms, check_witnessed
 from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import IdentityError
@@ -81,53 +80,45 @@ class FederationConfig(Frozen):
 
     @model_validator(mode="after")
     def _enough_members(self) -> "FederationConfig":
-        problem = too_few(len(self.members), self.terms)
-        if problem:
+        if problem := too_few(len(self.members), self.terms):
             raise ValueError(problem)
         if self.witness is not None:
             check_witnessed(self.terms)
-        ids = [party.id for party in self.parties]
-        if len(set(ids)) < len(ids):
-            twice = min(name for name, times in Counter(ids).items() if times > 1)
-            raise ValueError(f"member id {twice} appears more than once")
+        check_distinct("member id", [party.id for party in self.parties])
         return self
 
 
 def too_few(members: int, terms: Terms) -> str:
     """What so many members cannot do under these terms; empty if they can."""
-    needed = terms.policy.fewest_contributors + 1
-    if members < needed:
+    fewest, sampled = terms.policy.fewest_contributors, terms.schedule.sampled_clients
+    if members <= fewest:
         return (
-            f"{members} members cannot receive anything under a policy of "
-            f"{terms.policy.fewest_contributors} contributors other than the recipient: name at "
-            f"least {needed}"
+            f"{members} members cannot receive anything under a policy of {fewest} contributors other than "
+            f"the recipient: name at least {fewest + 1}"
         )
     if terms.schedule.quorum > members:
         return f"terms.schedule.quorum is {terms.schedule.quorum} with {members} members"
-    if members > bounds.MAX_CONTRIBUTORS and terms.schedule.sampled_clients is None:
+    if members > bounds.MAX_CONTRIBUTORS and sampled is None:
         return (
             f"{members} members in every round are more than {bounds.MAX_CONTRIBUTORS}; name how many take "
             "part in one in terms.schedule.sampled_clients"
         )
-    if (terms.schedule.sampled_clients or 0) > members:
-        return f"terms.schedule.sampled_clients is {terms.schedule.sampled_clients} with {members} members"
+    if (sampled or 0) > members:
+        return f"terms.schedule.sampled_clients is {sampled} with {members} members"
     least = terms.group_sums.minimum_contributors
     if terms.adapter.in_group_sums and least > members:
-        return (
-            f"terms.group_sums.minimum_contributors is {least} with {members} members: no sum is ever formed"
-        )
+        return f"terms.group_sums.minimum_contributors is {least} with {members} members: no sum is formed"
     return ""
 
 
 def fragile(members: int, terms: Terms) -> str:
     """What one absence would stop in a federation that is large enough; empty if the others go on."""
-    needed = terms.policy.minimum_contributors + 1
-    if members > needed:
+    least = terms.policy.minimum_contributors
+    if members > least + 1:
         return ""
     return (
-        f"with {members} members and a policy of {terms.policy.minimum_contributors} contributors other than "
-        "the recipient, one member that is away stops all exchange: the others train alone while it is. Name "
-        f"at least {needed + 1}"
+        f"with {members} members and a policy of {least} contributors other than the recipient, one member "
+        f"that is away stops all exchange: the others train alone while it is. Name at least {least + 2}"
     )
 
 
@@ -146,7 +137,7 @@ def unaligned(roster: Roster) -> str:
 
 @dataclass(frozen=True)
 class Kit:
-    """What one party was handed: its directory, the verified roster, and paths of its keys."""
+    """What one party was handed: its directory and the verified roster."""
 
     directory: Path
     roster: Roster
@@ -195,12 +186,7 @@ class Kit:
 
 
 def open_kit(directory: Path) -> Kit:
-    """Open a server's or a client's kit and verify its roster against the pinned consortium key.
-
-    Raises:
-        IdentityError: a key is missing or the roster is not signed by the pinned key.
-        ConfigurationError: the roster cannot be read.
-    """
+    """Open a kit and verify its roster against the pinned consortium key; IdentityError if that fails."""
     pinned = directory / CONSORTIUM_KEY
     try:
         key = identity.public_from_hex(pinned.read_text(encoding="utf-8", errors="replace"), str(pinned))

@@ -1,8 +1,7 @@
 """What a name, a host, a port and an address are, once for every file and option that holds one.
 
-They are held to what can be connected to and what a certificate can carry, not to a pattern that looks like
-it: RFC 1123 for names, RFC 5280 (§4.2.1.6) for what a certificate names, RFC 3986 for brackets around IPv6.
-Each type gives the canonical form back, so that what is signed, dialled and compared is the same text.
+RFC 1123 for names, RFC 5280 (§4.2.1.6) for what a certificate names, RFC 3986 for brackets around IPv6. Each
+type gives the canonical form back, so that what is signed, dialled and compared is the same text.
 """
 
 import ipaddress
@@ -26,9 +25,9 @@ def member_id(text: str) -> str:
 
 
 def host(text: str) -> str:
-    """A name or address that clients can reach: lower case, without a dot at the end, IPv6 in short form.
+    """A name or address that clients can reach, in its canonical form.
 
-    Like the other two below, raises a ValueError that says what would be right.
+    ValueError says what would be right.
     """
     found = _ip_address(text)
     if found is None:

@@ -18,8 +18,8 @@ from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.protos.errors import ConfigurationError, IdentityError
 
 ANSWERS = "answers"
-_PLACE, _FOUNDING = "consortium", "founding.json"
-_AUTHORITY_KEY, _ROSTER_KEY = "authority.key", "roster.key"
+PLACE, FOUNDING = "consortium", "founding.json"
+AUTHORITY_KEY, ROSTER_KEY = "authority.key", "roster.key"
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Office:
         """Name of the federation; ConfigurationError if nothing here tells it."""
         known = self.roster or self.founding
         if known is None:
-            raise ConfigurationError(f"{self.directory} has no roster and no {_FOUNDING}: restore them")
+            raise ConfigurationError(f"{self.directory} has no roster and no {FOUNDING}: restore them")
         return known.federation
 
     def kept(self, member: str) -> Path:
         """Where the approved request of a member lies, or of the server."""
-        place = self.directory / _PLACE / "approved"
+        place = self.directory / PLACE / "approved"
         return place / "clients" / f"{member}.json" if member else place / "server.json"
 
     def approved(self, member: str) -> KeyRequest | None:
@@ -58,33 +58,31 @@ class Office:
     def retire(self, member: str) -> None:
         """Put the approved request of a member aside: its keys are never taken again."""
         if (old := self.approved(member)) is not None:
-            former = self.directory / _PLACE / "former"
+            former = self.directory / PLACE / "former"
             former.mkdir(exist_ok=True)
             self.kept(member).replace(former / f"{old.tls_key_sha256}.json")
 
 
 def is_sealed(directory: Path) -> bool:
     """Whether the consortium's keys are under a passphrase; IdentityError if there are none."""
-    if not (directory / _PLACE).is_dir():
-        raise IdentityError(
-            f"{directory / _PLACE}: no consortium here; give the directory of `fedmosaic keys init`"
-        )
-    return identity.is_sealed(directory / _PLACE / _AUTHORITY_KEY)
+    if not (directory / PLACE).is_dir():
+        raise IdentityError(f"{directory / PLACE}: no consortium; give what `fedmosaic keys init` made")
+    return identity.is_sealed(directory / PLACE / AUTHORITY_KEY)
 
 
 def open_office(directory: Path, passphrase: str | None) -> Office:
     """Read what signs; IdentityError if the passphrase is missing, or not the right one."""
-    place = directory / _PLACE
+    place = directory / PLACE
     if is_sealed(directory) and passphrase is None:
         raise IdentityError(f"the keys in {place} are under a passphrase, and none was given")
     file = place / kits.AUTHORITY_CERTIFICATE  # where a version before kept it
     certificate = identity.read_certificate(file if file.exists() else directory / kits.AUTHORITY_CERTIFICATE)
-    key = identity.read_private_key(place / _AUTHORITY_KEY, passphrase)
+    key = identity.read_private_key(place / AUTHORITY_KEY, passphrase)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise IdentityError(f"{place / _AUTHORITY_KEY}: expected a P-256 key, got {type(key).__name__}")
-    signing_key = identity.read_signing_key(place / _ROSTER_KEY, passphrase)
+        raise IdentityError(f"{place / AUTHORITY_KEY}: expected a P-256 key, got {type(key).__name__}")
+    signing_key = identity.read_signing_key(place / ROSTER_KEY, passphrase)
     authority = identity.Authority(certificate, key, signing_key)
-    founding, roster = place / _FOUNDING, directory / kits.ROSTER
+    founding, roster = place / FOUNDING, directory / kits.ROSTER
     return Office(
         directory,
         authority,
@@ -126,20 +124,10 @@ def publish(office: Office, roster: Roster, asked: set[str]) -> tuple[Roster, di
 def write_answer(
     office: Office, answer: Path, request: KeyRequest | None, copy: Callable[[Path, Path], object]
 ) -> None:
-    """Write what a party is to have but for the roster; a certificate only for whoever asked.
-
-    Args:
-        office: of the consortium.
-        answer: folder to write to.
-        request: of the party, if it is to have a new certificate.
-        copy: copies, or links, the public basis.
-    """
+    """Write what a party is to have but for the roster; a certificate only for whoever asked for one."""
     answer.mkdir(parents=True, exist_ok=True)
     authority = office.authority
-    pinned = identity.public_hex(authority.signing_key.public_key()) + "\n"
-    (answer / kits.CONSORTIUM_KEY).write_text(pinned, encoding="ascii")
-    certificate = authority.certificate.public_bytes(serialization.Encoding.PEM)
-    (answer / kits.AUTHORITY_CERTIFICATE).write_bytes(certificate)
+    write_vouching(authority, answer)
     if office.basis is not None:
         copy(office.basis, answer / kits.BASIS)
     if request is not None and request.id:
@@ -150,6 +138,14 @@ def write_answer(
         (answer / kits.TLS_CERTIFICATE).write_bytes(pem)
         entry = office.founding.server if office.founding else ServerEntry()
         (answer / kits.SERVER_SETTINGS).write_text(_OPERATOR.format(port=entry.port), encoding="utf-8")
+
+
+def write_vouching(authority: identity.Authority, place: Path) -> None:
+    """Write what certificates and rosters are verified with."""
+    certificate = authority.certificate.public_bytes(serialization.Encoding.PEM)
+    (place / kits.AUTHORITY_CERTIFICATE).write_bytes(certificate)
+    pinned = identity.public_hex(authority.signing_key.public_key()) + "\n"
+    (place / kits.CONSORTIUM_KEY).write_text(pinned, encoding="ascii")
 
 
 _OPERATOR = """# The server's configuration; the terms of the federation are in roster.json.

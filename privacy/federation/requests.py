@@ -1,8 +1,7 @@
 """What a party asks the consortium to vouch for: public keys that it has made at home, with proof of both.
 
-A request is a small JSON file. The TLS key proves itself by the signature of the CSR in it, whose subject
-alternative names say for whom it is; the identity key signs the whole request. So no part of it can be
-replayed for another name, and no key be claimed that somebody else holds. That the request is really the
+The TLS key proves itself by the signature of the CSR, whose subject alternative names say for whom it is; the
+identity key signs the whole request. So no part of it can be replayed for another name. That it is really the
 member's, only a comparison of fingerprints over another channel tells.
 
 Reference: CSR, RFC 2986; Ed25519, RFC 8032; scrypt, RFC 7914.
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Final, Literal
 
 from cryptography import x509
-from cryptography.exceptions import InternalError, InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -89,11 +88,7 @@ class KeyRequest(Frozen):
         return member_fingerprint(self.federation, self.id, self.identity_key, self.tls_key_sha256)
 
     def check(self, source: str) -> None:
-        """Refuse a request whose proofs do not hold; `source` is named in errors.
-
-        Raises:
-            IdentityError: a proof fails, or the request is for a member and a server at once.
-        """
+        """Refuse a request, with an IdentityError that names its source, whose proofs do not hold."""
         try:
             if bool(self.id) != bool(self.identity_key) or bool(self.id) == bool(self.hosts):
                 raise ValueError("a member has an id and an identity_key, the server hosts")
@@ -110,17 +105,10 @@ class KeyRequest(Frozen):
                 f"{source}: the request of {self.who} is not signed by its own identity key: it was altered, "
                 "or taken for another name; ask for a new one"
             ) from None
-        except (
-            ValueError,
-            x509.ExtensionNotFound,
-            x509.DuplicateExtension,
-            UnsupportedAlgorithm,
-            InternalError,
-            x509.InvalidVersion,
-        ) as error:
+        except (*identity.UNREADABLE, x509.ExtensionNotFound, x509.DuplicateExtension) as error:
             raise IdentityError(
-                f"{source}: no valid request of {self.who} ({error}); ask for a new one, by "
-                "`fedmosaic keys request`"
+                f"{source}: no valid request of {self.who} ({error}); make a new one (`fedmosaic keys "
+                "request`)"
             ) from None
 
 
@@ -135,11 +123,7 @@ def _shown(names: x509.SubjectAlternativeName) -> str:
 
 
 def read_bounded(path: Path, limit: int, what: str) -> bytes:
-    """Content of a file that somebody else has made.
-
-    Raises:
-        ConfigurationError: it is no file, cannot be read, or is larger than `limit` bytes.
-    """
+    """Content of a file that somebody else has made; ConfigurationError if it is none, or has more bytes."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise ConfigurationError(f"{path}: no file; give {what}")
@@ -153,12 +137,7 @@ def read_bounded(path: Path, limit: int, what: str) -> bytes:
 
 
 def read_request(path: Path) -> KeyRequest:
-    """Read a request and check its proofs.
-
-    Raises:
-        ConfigurationError: it cannot be read, is too large, or is none.
-        IdentityError: a proof fails.
-    """
+    """Read a request and check its proofs; ConfigurationError if it is none, IdentityError if one fails."""
     content = read_bounded(path, LARGEST_REQUEST, "a request that `fedmosaic keys request` made")
     try:
         data = parse_json(content)
@@ -175,11 +154,7 @@ def make_request(
     """Make the keys of a member, or of the server if hosts are given, and the request for them.
 
     The keys wait in the kit's `pending` folder until the answer is installed; those that the kit has stay in
-    use until then.
-
-    Raises:
-        ConfigurationError: a name is not one.
-        IdentityError: another request of this kit waits for its answer.
+    use until then. IdentityError if another request of this kit waits for its answer.
     """
     pending = kit / PENDING
     if pending.exists():
@@ -188,26 +163,12 @@ def make_request(
             "again, or delete the folder to begin anew with other keys"
         )
     tls_key, signing_key = ec.generate_private_key(ec.SECP256R1()), Ed25519PrivateKey.generate()
-    draft = validate(
-        {
-            "federation": federation,
-            "id": member,
-            "family": family,
-            "hosts": hosts,
-            "identity_key": identity.public_hex(signing_key.public_key()) if member else "",
-            "csr": "",
-        },
-        KeyRequest,
-        "the request",
-    )
-    csr = (
-        x509.CertificateSigningRequestBuilder()
-        .subject_name(x509.Name([]))
-        .add_extension(
-            x509.SubjectAlternativeName(_names(draft.federation, draft.id, draft.hosts)), critical=False
-        )
-        .sign(tls_key, hashes.SHA256())
-    )
+    fields = {"federation": federation, "id": member, "family": family, "hosts": hosts, "csr": ""}
+    fields["identity_key"] = identity.public_hex(signing_key.public_key()) if member else ""
+    draft = validate(fields, KeyRequest, "the request")
+    names = x509.SubjectAlternativeName(_names(draft.federation, draft.id, draft.hosts))
+    builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
+    csr = builder.add_extension(names, critical=False).sign(tls_key, hashes.SHA256())
     draft = draft.model_copy(update={"csr": csr.public_bytes(serialization.Encoding.PEM).decode()})
     request = draft.model_copy(update={"signature": signing_key.sign(draft.content).hex() if member else ""})
     request.check("the new request")

@@ -1,13 +1,15 @@
 """The roster: who is in a federation and on which terms, signed by the consortium.
 
-Every member pins the consortium's Ed25519 key out of band and refuses any roster it did not
-sign. The hash of the roster is exchanged on enrolment, signed into the group key and written into
-the privacy statement, so that client, server and report speak of the same terms.
+Every member pins the consortium's Ed25519 key out of band and refuses any roster it did not sign. The hash of
+the roster is exchanged on enrolment, signed into the group key and written into the privacy statement.
 """
 
 import base64
 import hashlib
+import heapq
 from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +19,6 @@ from pydantic import Field, model_validator
 
 from fedmosaic.privacy.configuration import Frozen, canonical_json, parse_json, validate
 from fedmosaic.privacy.federation.names import Family, MemberId
-from fedmosaic.privacy.federation.sampling import taking_part
 from fedmosaic.privacy.federation.terms import Hex32, Seconds, Terms, check_witnessed
 from fedmosaic.protos import bounds
 from fedmosaic.protos.errors import ConfigurationError, IdentityError
@@ -42,6 +43,13 @@ class Witness(Member):
     """How long a round waits for it; whoever then has no countersignature trains the round alone."""
 
 
+def check_distinct(what: str, values: Sequence[str]) -> None:
+    """ValueError that names a value that is there twice."""
+    twice = sorted(value for value, times in Counter(values).items() if times > 1)
+    if twice:
+        raise ValueError(f"{what} {twice[0]} appears more than once")
+
+
 class Roster(Frozen):
     """Members and terms, with the consortium's signature over all of it.
 
@@ -61,14 +69,9 @@ class Roster(Frozen):
     def _distinct(self) -> "Roster":
         if self.witness is not None:
             check_witnessed(self.terms)
-        for what, values in (
-            ("member id", [m.id for m in self.parties]),
-            ("identity key", [m.identity_key for m in self.parties]),
-            ("TLS key", [m.tls_key_sha256 for m in self.parties]),
-        ):
-            if len(set(values)) < len(values):
-                twice = min(value for value, times in Counter(values).items() if times > 1)
-                raise ValueError(f"{what} {twice} appears more than once")
+        check_distinct("member id", [m.id for m in self.parties])
+        check_distinct("identity key", [m.identity_key for m in self.parties])
+        check_distinct("TLS key", [m.tls_key_sha256 for m in self.parties])
         return self
 
     @property
@@ -94,8 +97,7 @@ class Roster(Frozen):
             unused["schedule"] = {"sampled_clients"}
         exclude: dict[str, Any] = {"signature": True, "terms": unused}
         exclude |= {} if self.witness else {"witness": True}
-        content = self.model_dump(mode="json", exclude=exclude)
-        return canonical_json(content).encode()
+        return canonical_json(self.model_dump(mode="json", exclude=exclude)).encode()
 
     def signed(self, consortium: Ed25519PrivateKey) -> "Roster":
         """This roster with the consortium's Ed25519 signature over its canonical JSON."""
@@ -125,7 +127,7 @@ class Roster(Frozen):
         return next((p for p in self.parties if p.id == party_id), None) or self.member(party_id)
 
     def taking_part(self, run_id: str, number: int) -> frozenset[str]:
-        """Ids of the members that take part in a round; see `fedmosaic.privacy.federation.sampling`."""
+        """Ids of the members that take part in a round; see `taking_part`."""
         members = tuple(member.id for member in self.members)
         return taking_part(members, self.terms.schedule.sampled_clients, run_id, number)
 
@@ -141,18 +143,80 @@ class Roster(Frozen):
 
     @classmethod
     def read(cls, path: Path, consortium: Ed25519PublicKey) -> "Roster":
-        """Read a `roster.json` and verify it by the pinned key.
-
-        Raises:
-            ConfigurationError: no such file, or not a roster.
-            IdentityError: not signed by the pinned key.
-        """
+        """Read a `roster.json` and verify it by the pinned key; ConfigurationError if it is none."""
         try:
             data = parse_json(path.read_bytes())
         except (OSError, ValueError) as error:
             raise ConfigurationError(
-                f"{path}: cannot be read as a roster ({error}); take roster.json from the consortium again"
+                f"{path}: no roster ({error}); take it from the consortium again"
             ) from None
         roster = validate(data, cls, str(path))
         roster.verify(consortium)
         return roster
+
+
+class RosterMark(Frozen):
+    """What is remembered of a roster, to judge those that come after it; of the terms a hash per table."""
+
+    serial: int = Field(ge=1)
+    sha256: Hex32
+    terms: dict[str, Hex32]
+
+    @classmethod
+    def of(cls, roster: Roster) -> "RosterMark":
+        """The mark of a roster."""
+        terms = roster.terms.model_dump(mode="json")
+        if not roster.terms.adapter.in_group_sums:
+            del terms["group_sums"]  # as in the roster's own hash
+        if roster.witness is not None:  # its keys may change, like a member's
+            terms["witness"] = [roster.witness.id, roster.witness.seconds]
+        for name, part in terms.items():
+            terms[name] = hashlib.sha256(canonical_json(part).encode()).hexdigest()
+        return cls(serial=roster.serial, sha256=roster.hash.hex(), terms=terms)
+
+    def check(self, roster: Roster) -> None:
+        """Refuse, with an IdentityError, a roster that may not follow on this one."""
+        self.check_mark(RosterMark.of(roster), roster.federation)
+
+    def check_mark(self, later: "RosterMark", federation: str) -> None:
+        """The same, by the mark of the later roster."""
+        what = f"roster {later.serial} of federation {federation!r}"
+        if later.serial < self.serial:
+            raise IdentityError(
+                f"{what} is older than roster {self.serial}, which is known here: serials go up only, so "
+                "that nobody brings back a member that has left; take the newest from the consortium"
+            )
+        if later.serial == self.serial and later.sha256 != self.sha256:
+            raise IdentityError(
+                f"{what} is not the one of this serial that is known here ({later.sha256[:16]}…, known "
+                f"{self.sha256[:16]}…): the consortium has signed two; compare the fingerprints of rosters "
+                "with other members before you go on"
+            )
+        names = {**self.terms, **later.terms}
+        changed = [name for name in names if self.terms.get(name) != later.terms.get(name)]
+        if changed:
+            raise IdentityError(
+                f"{what} has other terms than roster {self.serial} ({', '.join(changed)}): only members and "
+                "their keys may change; other terms are another federation, with kits of its own"
+            )
+
+
+def taking_part(members: tuple[str, ...], sampled: int | None, run_id: str, number: int) -> frozenset[str]:
+    """The members that take part in a round; `sampled` is K of the terms, None for everybody.
+
+    A member's ticket of a round is a hash of the run, the round and its name; the K smallest take part. Every
+    member can tell who that is, so it refuses a weight row that names anybody else. The draw is uniform over
+    the runs' random ids, and it is no secret: no amplification by subsampling is claimed for it, and whoever
+    draws many ids of a run can choose among its draws.
+    """
+    if sampled is None or sampled >= len(members):
+        return frozenset(members)
+    return _smallest(members, sampled, run_id, number)
+
+
+@lru_cache(maxsize=64)
+def _smallest(members: tuple[str, ...], sampled: int, run_id: str, number: int) -> frozenset[str]:
+    prefix = f"fedmosaic/sample/v1\x00{run_id}/{number}/"
+    return frozenset(
+        heapq.nsmallest(sampled, members, lambda name: hashlib.sha256((prefix + name).encode()).digest())
+    )

@@ -113,10 +113,9 @@ class AdapterTerms(Frozen):
 class AdapterPrivacyTerms(Frozen):
     """DP-SGD on P and Q. All of it is public and fixed before any private data is seen.
 
-    `target_epsilon` is each client's budget, both channels together.
-    The noise multiplier follows from it, from the schedule and from the client's own number of
-    examples. `expected_batch_size` is the divisor of the noisy sum and, over the number of
-    examples, the Poisson sampling rate.
+    `target_epsilon` is each client's budget, both channels together. The noise multiplier follows from it,
+    from the schedule and from the client's own number of examples. `expected_batch_size` is the divisor of
+    the noisy sum and, over the number of examples, the Poisson sampling rate.
     """
 
     target_epsilon: float = Field(default=8.0, gt=0, allow_inf_nan=False)
@@ -228,10 +227,10 @@ class Terms(Frozen):
                 "choose 'ckks' or 'mask', or adapter.protection 'none' or 'dp'"
             )
         if not self.adapter.encrypted and not plain:
+            also = "" if self.adapter.in_group_sums else " and allow_plaintext = true"
             raise ValueError(
                 f"adapter.protection is {self.adapter.protection!r}, so nothing is encrypted: say so with "
-                "encryption.backend = 'plain'"
-                + ("" if self.adapter.in_group_sums else " and allow_plaintext = true")
+                f"encryption.backend = 'plain'{also}"
             )
         if plain and not self.allow_plaintext and not self.adapter.in_group_sums:
             raise ValueError("encryption.backend 'plain' needs allow_plaintext = true")
@@ -284,12 +283,14 @@ class Terms(Frozen):
         if size > bounds.MAX_CHUNK_BYTES:
             raise ValueError(
                 f"a sum has {size:,} bytes, at most {bounds.MAX_CHUNK_BYTES:,} can be sent; lower "
-                "adapter.rank or adapter.blocks"
+                "adapter.rank"
             )
 
 
 def check_witnessed(terms: Terms) -> None:
     """ValueError where a witness could not recompute the aggregates of these terms bit for bit."""
     if terms.encryption.backend == "plain":
-        what = "encryption.backend is 'plain', whose sums no witness can recompute bit for bit"
-        raise ValueError(f"{what}; choose 'ckks' or 'mask', or no witness")
+        raise ValueError(
+            "encryption.backend is 'plain', whose sums no witness can recompute bit for bit; choose "
+            "another, or no witness"
+        )

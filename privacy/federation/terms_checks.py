@@ -26,11 +26,7 @@ _LONGEST_NUMBER: Final = 1.2345678901234567e-100
 
 
 def settled(terms: Terms, members: Sequence[str]) -> Terms:
-    """Terms as a federation of these members can be founded on them, the noise of group sums written in.
-
-    Raises:
-        ConfigurationError: they cannot be kept; the message says which, and what could.
-    """
+    """Terms on which these members can found a federation, noise written in; else ConfigurationError."""
     check_plan(terms)
     terms = with_planned_noise(terms)
     check_sums(terms, members)
@@ -41,9 +37,6 @@ def check_plan(terms: Terms) -> None:
     """Refuse terms under which no client's noise can be planned; warn where some clients' cannot.
 
     Tried for clients of `profile.minimum_examples` to a million examples, each with the default δ.
-
-    Raises:
-        ConfigurationError: no number of examples can be planned for; what would be possible is named.
     """
     if not terms.adapter.private:
         return
@@ -72,34 +65,23 @@ def check_plan(terms: Terms) -> None:
 
 def with_bounded_delta(terms: Terms) -> Terms:
     """Terms with the bound on δ written in, 1e-5 where the founder chose none."""
-    privacy = terms.adapter_privacy
-    if privacy.largest_delta is not None:
+    if terms.adapter_privacy.largest_delta is not None:
         return terms
-    bounded = privacy.model_copy(update={"largest_delta": LARGEST_DELTA})
+    bounded = terms.adapter_privacy.model_copy(update={"largest_delta": LARGEST_DELTA})
     return terms.model_copy(update={"adapter_privacy": bounded})
 
 
 def with_planned_noise(terms: Terms) -> Terms:
-    """Terms with the noise of group sums written in: equal at all members, so that their integers add up.
-
-    Args:
-        terms: of the federation; returned as they are where nothing is to be planned.
-
-    Raises:
-        ConfigurationError: no noise suffices for a member of `group_sums.least_examples`.
-    """
+    """Terms with the noise of group sums written in: equal at all members, so that integers add up."""
     sums = terms.group_sums
     if not terms.adapter.in_group_sums or sums.noise_multiplier is not None:
         return terms
-    settled, rate, steps = plan_inputs(terms, sums.least_examples, terms.schedule.rounds)
-    privacy = terms.adapter_privacy
-    target, delta = privacy.target_epsilon, default_delta(sums.least_examples, privacy.largest_delta)
     try:
-        sigma = noise_multiplier_for(target, delta, settled, rate, steps)
+        sigma = noise_multiplier_for(*_planned_for(terms, sums.least_examples, terms.schedule.rounds))
     except AccountingError as error:
         raise ConfigurationError(
-            f"no noise can be planned for members of group_sums.least_examples = "
-            f"{sums.least_examples}: {error}"
+            f"no noise can be planned for members of "
+            f"group_sums.least_examples = {sums.least_examples}: {error}"
         ) from None
     # Rounded up, so that the roster says what every machine reads.
     planned = sums.model_copy(update={"noise_multiplier": math.ceil(sigma * 1e6) / 1e6})
@@ -107,12 +89,7 @@ def with_planned_noise(terms: Terms) -> Terms:
 
 
 def check_sums(terms: Terms, members: Sequence[str]) -> None:
-    """Refuse group sums that a federation of these members could not form, before anything is spent.
-
-    Raises:
-        ConfigurationError: `group_sums.bits` leave no room for a group of all members, or what the server
-            tells them in one message is too long.
-    """
+    """Refuse group sums that a federation of these members could not form, before anything is spent."""
     sums = terms.group_sums
     if not terms.adapter.in_group_sums:
         return
@@ -124,38 +101,36 @@ def check_sums(terms: Terms, members: Sequence[str]) -> None:
     names = tuple(sorted(members))
     longest = Partition(groups=(names,), mixing=dict.fromkeys(names, (_LONGEST_NUMBER,) * sums.groups))
     vector = bytes(-(-terms.adapter.shared_dimensions * sums.bits // 8))
-    for what, size, remedy in (
-        ("the groups and their weights", len(longest.encoded()), "terms.group_sums.groups"),
-        (
-            "a sum and the names behind it",
-            len(RoundTotals(1, (names,), (vector,)).messages()["group-0"]),
-            "terms.adapter.rank or terms.adapter.blocks",
-        ),
+    total = RoundTotals(1, (names,), (vector,)).messages()["group-0"]
+    for what, message, remedy in (
+        ("the groups and their weights", longest.encoded(), "terms.group_sums.groups"),
+        ("a sum and the names behind it", total, "terms.adapter.rank or terms.adapter.blocks"),
     ):
-        if size > bounds.MAX_CHUNK_BYTES:
+        if len(message) > bounds.MAX_CHUNK_BYTES:
             raise ConfigurationError(
-                f"{what} may take {size:,} bytes with {len(names):,} members, at most "
+                f"{what} may take {len(message):,} bytes with {len(names):,} members, at most "
                 f"{bounds.MAX_CHUNK_BYTES:,} can be sent: lower {remedy}, or name members more shortly"
             )
 
 
 def plan_inputs(terms: Terms, examples: float, rounds: int) -> tuple[list[GaussianEvent], float, int]:
-    """What a client of n examples plans its noise for R rounds from.
-
-    Returns:
-        The profile's release, the sampling rate q of a private step, and the number of steps.
-    """
+    """What a client of n examples plans its noise for R rounds from: the profile's release, q and steps."""
     privacy = terms.adapter_privacy
     profile = GaussianEvent(terms.profile.noise_multiplier, terms.profile.sampling_rate, 1)
     return [profile], min(1.0, privacy.expected_batch_size / examples), privacy.steps_per_round * rounds
 
 
-def _problem(terms: Terms, examples: int, rounds: int) -> str:
-    settled, rate, steps = plan_inputs(terms, examples, rounds)
+def _planned_for(
+    terms: Terms, examples: int, rounds: int
+) -> tuple[float, float, list[GaussianEvent], float, int]:
     privacy = terms.adapter_privacy
     delta = default_delta(examples, privacy.largest_delta)
+    return privacy.target_epsilon, delta, *plan_inputs(terms, examples, rounds)
+
+
+def _problem(terms: Terms, examples: int, rounds: int) -> str:
     try:
-        check_plannable(privacy.target_epsilon, delta, settled, rate, steps)
+        check_plannable(*_planned_for(terms, examples, rounds))
     except AccountingError as error:
         return str(error)
     return ""

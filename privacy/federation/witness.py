@@ -17,29 +17,21 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedmosaic.privacy.audit import AuditLog
 from fedmosaic.privacy.configuration import read_own
 from fedmosaic.privacy.encryption.aggregators import create_aggregator
-from fedmosaic.privacy.encryption.layout import upload_payload_bytes
-from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext, row_digest
+from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext, row_digest, upload_payload_bytes
 from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.policy import check_row
-from fedmosaic.protos import bounds
+from fedmosaic.protos import bounds, witnessing
 from fedmosaic.protos.errors import EncryptionError, IdentityError, PolicyError, StateError
 from fedmosaic.protos.messages import SectionName
 from fedmosaic.protos.signing import verify_digest
-from fedmosaic.protos.witnessing import (
-    AggregateClaim,
-    ReviewHeader,
-    SignedUpload,
-    Verdict,
-    countersigned_digest,
-    uploads_digest,
-)
+from fedmosaic.protos.witnessing import AggregateClaim, ReviewHeader, Verdict
 
 log = logging.getLogger(__name__)
 _ROWS_AT_ONCE: Final = 64
 """Bounds the memory of the recomputed aggregates."""
 _OTHER_SUM: Final = "the aggregate is not this row applied to the signed uploads"
-Uploads = Mapping[str, tuple[SignedUpload, bytes | bytearray]]
+Uploads = Mapping[str, tuple[witnessing.SignedUpload, bytes | bytearray]]
 """What every client has signed, and its payload."""
 
 
@@ -73,13 +65,8 @@ class WitnessBook:
             found["family"] = (label, adapter.family_dimensions[member.family])
         return found
 
-    def check_size(self, signed: SignedUpload) -> None:
-        """Refuse, before a byte of it is taken, an upload that no member could have made.
-
-        Raises:
-            IdentityError: it is of no member.
-            EncryptionError: a section has another length than the terms say, or is none of the member's.
-        """
+    def check_size(self, signed: witnessing.SignedUpload) -> None:
+        """Refuse, before a byte of it is taken, an upload that no member could have made."""
         expected, parameters = self.sections(signed.client), self._roster.terms.encryption
         for section in signed.sections:
             _, length = expected.pop(section.name, ("", 0))
@@ -92,16 +79,7 @@ class WitnessBook:
     def judge(
         self, header: ReviewHeader, uploads: Uploads, claims: Sequence[AggregateClaim]
     ) -> list[Verdict]:
-        """Judge every claim of a closed round, in order.
-
-        Args:
-            header: the round.
-            uploads: by client.
-            claims: what the server says of its aggregates.
-
-        Raises:
-            StateError: a later round of this run was judged before, or the record of it is damaged.
-        """
+        """Judge every claim of a closed round, in order; StateError if a later round was judged before."""
         pins = self._pins(header)
         checked, problems = self._check_uploads(header, uploads, pins["uploads"])
         contexts: dict[int, RoundContext] = {}
@@ -127,7 +105,9 @@ class WitnessBook:
         return [
             self._refuse(header, claim, *wrong[index].args)
             if index in wrong
-            else self._sign(contexts[index], header.run_id, claim, uploads_digest(claim.row, hashes))
+            else self._sign(
+                contexts[index], header.run_id, claim, witnessing.uploads_digest(claim.row, hashes)
+            )
             for index, claim in enumerate(claims)
         ]
 
@@ -146,7 +126,9 @@ class WitnessBook:
                 problems[client] = f"the upload of {client!r} does not count: {error}"
         return checked, problems
 
-    def _check_upload(self, header: ReviewHeader, signed: SignedUpload, payload: memoryview) -> _Checked:
+    def _check_upload(
+        self, header: ReviewHeader, signed: witnessing.SignedUpload, payload: memoryview
+    ) -> _Checked:
         name, federation = signed.client, self._roster.federation
         key = bytes.fromhex(self._roster.member(name).identity_key)
         content = signed.digest(federation, header.run_id, header.round)
@@ -177,13 +159,9 @@ class WitnessBook:
         """What the claimed row is to be applied to, if the row may be."""
         try:
             label, length = self.sections(claim.recipient)[claim.section]
-            check_row(
-                claim.recipient,
-                claim.row,
-                self._roster.terms.policy,
-                members=self._roster.identity_keys(),
-                bits=self._roster.terms.encryption.weight_bits,
-            )
+            terms, members = self._roster.terms, self._roster.identity_keys()
+            bits = terms.encryption.weight_bits
+            check_row(claim.recipient, claim.row, terms.policy, members=members, bits=bits)
         except (IdentityError, PolicyError) as error:
             raise _WrongError("row", str(error)) from None
         except KeyError:
@@ -198,7 +176,7 @@ class WitnessBook:
         return RoundContext(self._roster.federation, header.key_epoch, header.round, label, length)
 
     def _sign(self, context: RoundContext, run_id: str, claim: AggregateClaim, uploads: bytes) -> Verdict:
-        digest = countersigned_digest(
+        digest = witnessing.countersigned_digest(
             federation=context.federation,
             run_id=run_id,
             round_number=context.round,

@@ -7,12 +7,11 @@
     4. every member   confirmation()          signed commitment, and a tag that only holders can make
     5. every member   accept_confirmations()  all tags and commitments agree: the key may be used
 
-The server can delay or refuse, which all members notice. It cannot add, drop or swap a member or replay an
-epoch, nor can a leader hand out different keys: each ends in a `KeyAgreementError` that says which. Every
-member can decrypt every upload, so one member together with the server reads everything.
+The server can delay or refuse. It cannot add, drop or swap a member or replay an epoch, nor can a leader hand
+out different keys: each ends in a `KeyAgreementError`. One member together with the server reads everything.
 
-Boxes are sealed by HPKE in base mode: X25519, HKDF-SHA256, AES-256-GCM. Its `info` binds a box to the
-transcript, epoch, leader, recipient and commitment; the leader's signature around it says who sealed it.
+HPKE in base mode (X25519, HKDF-SHA256, AES-256-GCM) seals boxes. Its `info` binds a box to transcript, epoch,
+leader, recipient and commitment; the leader's signature around it says who sealed it.
 
 Reference: HPKE, RFC 9180; X25519, RFC 7748; Ed25519, RFC 8032.
 """
@@ -28,18 +27,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
 
+from fedmosaic.privacy.groupkey import messages
 from fedmosaic.privacy.groupkey.key import KEY_BYTES, GroupKey, commitment_to
-from fedmosaic.privacy.groupkey.messages import (
-    BOX,
-    CONFIRMATION,
-    TAG_BYTES,
-    Epoch,
-    read_about_key,
-    read_opening,
-    sha256,
-    write_about_key,
-    write_opening,
-)
+from fedmosaic.privacy.groupkey.messages import Epoch, sha256
 from fedmosaic.protos.errors import KeyAgreementError
 
 MINIMUM_MEMBERS = 4
@@ -56,18 +46,10 @@ def plan_epoch(
     roster_hash: bytes,
     parameters_hash: bytes,
 ) -> Epoch:
-    """Fix who takes part in an epoch, and on which terms.
+    """Fix who takes part in an epoch, as `NonceCounter.open_epoch` checked it, and on which terms.
 
-    Args:
-        federation: Name of the federation.
-        number: Of the epoch, as checked by `NonceCounter.open_epoch`.
-        members: Ids that take part, the caller's own among them.
-        roster_keys: Raw Ed25519 public key (32 bytes) of every member of the pinned roster.
-        roster_hash: 32 bytes.
-        parameters_hash: 32 bytes.
-
-    Raises:
-        KeyAgreementError: The list is too short, repeats a member or names one outside the roster.
+    KeyAgreementError if the list is too short, repeats a member or names one outside the pinned roster, of
+    whose keys (Ed25519, raw) it takes its own.
     """
     if len(set(members)) != len(members):
         raise KeyAgreementError("the list of members names one twice")
@@ -100,14 +82,8 @@ class KeyAgreement:
     """One member's part in one epoch. Holds secrets in memory only; after any error it is of no more use.
 
     A process that restarts before it held the key starts again with another epoch number. One that held it
-    stores `unconfirmed`, confirms as before, and holds the others to `check_confirmations`.
-
-    Args:
-        identity: Long-term key of this member.
-        member: Its id.
-        epoch: From `plan_epoch`; all members must plan the same.
-        generate_secret: Draws the CKKS secret, called at the leader only; `generate_group_secret`.
-        secret_bytes: Length of that secret; `group_secret_bytes`.
+    stores `unconfirmed`, confirms as before, and holds the others to `check_confirmations`. The leader alone
+    draws the CKKS secret.
     """
 
     def __init__(
@@ -121,9 +97,7 @@ class KeyAgreement:
         if member not in epoch.members:
             raise KeyAgreementError(f"{member!r} does not take part in epoch {epoch.number}")
         if identity.public_key().public_bytes_raw() != epoch.identity_keys[member]:
-            raise KeyAgreementError(
-                f"the roster pins another identity key for {member!r} than the one held here"
-            )
+            raise KeyAgreementError(f"the roster pins another identity key for {member!r} than is held here")
         self.epoch = epoch
         self.member = member
         self.leader: str | None = None
@@ -132,7 +106,7 @@ class KeyAgreement:
         self._secret_bytes = secret_bytes
         self._ephemeral: X25519PrivateKey | None = X25519PrivateKey.generate()
         public_key = self._ephemeral.public_key().public_bytes_raw()
-        self._opening = write_opening(epoch, member, public_key, identity)
+        self._opening = messages.write_opening(epoch, member, public_key, identity)
         self._transcript = b""
         self._key: GroupKey | None = None
         self._stage = _Stage.OPENED
@@ -142,22 +116,13 @@ class KeyAgreement:
         return self._opening
 
     def accept_openings(self, openings: Mapping[str, bytes]) -> dict[str, bytes] | None:
-        """Check the openings of all members, as relayed, and elect the leader.
-
-        Returns:
-            At the leader, one sealed box per other member; elsewhere None.
-
-        Raises:
-            KeyAgreementError: A member is missing, added or swapped, or a message is not acceptable.
-        """
+        """Check all members' openings, as relayed, and elect the leader, who gets a sealed box per other."""
         with self._step(_Stage.OPENED):
             _expect_members(self.epoch, "openings", openings)
             if openings[self.member] != self._opening:
-                raise KeyAgreementError(
-                    f"the relayed opening of {self.member!r} is not the one this member sent: it was replayed"
-                )
+                raise KeyAgreementError(f"the opening of {self.member!r} is not the one this member sent")
             public_keys = {
-                name: read_opening(self.epoch, name, openings[name]) for name in self.epoch.members
+                name: messages.read_opening(self.epoch, name, openings[name]) for name in self.epoch.members
             }
             if len(set(public_keys.values())) != len(public_keys):
                 raise KeyAgreementError("two members opened with the same ephemeral key")
@@ -179,30 +144,18 @@ class KeyAgreement:
             }
 
     def accept_box(self, box: bytes) -> None:
-        """Open the leader's box for this member, as relayed.
-
-        Raises:
-            KeyAgreementError: It is not the leader's, was altered, or does not hold what was committed to.
-        """
+        """Open the leader's box for this member, as relayed, and hold it to the leader's commitment."""
         with self._step(_Stage.WAITS_FOR_BOX):
             leader = self.leader
             if leader is None or self._ephemeral is None:
                 raise KeyAgreementError("no leader is elected yet")
-            commitment, sealed = read_about_key(
-                f"sealed key of leader {leader!r}",
-                BOX,
-                self._transcript,
-                self.member,
-                self.epoch.identity_keys[leader],
-                box,
-                KEY_BYTES + self._secret_bytes + _SEALING_BYTES,
-            )
+            what, size = f"sealed key of leader {leader!r}", KEY_BYTES + self._secret_bytes + _SEALING_BYTES
+            about = messages.BOX, self._transcript, self.member, self.epoch.identity_keys[leader]
+            commitment, sealed = messages.read_about_key(what, *about, box, size)
             try:
                 secrets = _HPKE.decrypt(sealed, self._ephemeral, info=self._bound(self.member, commitment))
             except (InvalidTag, ValueError):
-                raise KeyAgreementError(
-                    f"the sealed key of leader {leader!r} does not open: it was sealed for another key"
-                ) from None
+                raise KeyAgreementError(f"the {what} does not open: it was sealed for another key") from None
             key = self._new_key(secrets[:KEY_BYTES], secrets[KEY_BYTES:])
             if key.fingerprint != commitment:
                 raise KeyAgreementError(f"leader {leader!r} sealed another key than it committed to")
@@ -213,17 +166,11 @@ class KeyAgreement:
     def confirmation(self) -> bytes:
         """This member's signed confirmation, of `CONFIRMATION_BYTES` bytes."""
         key = self.unconfirmed()
-        tag = _tag(key, self.member)
-        return write_about_key(
-            CONFIRMATION, self._transcript, self.member, key.fingerprint, tag, self._identity
-        )
+        about = messages.CONFIRMATION, self._transcript, self.member, key.fingerprint
+        return messages.write_about_key(*about, _tag(key, self.member), self._identity)
 
     def unconfirmed(self) -> GroupKey:
-        """The key before the others have confirmed it: to store, and to encrypt nothing with.
-
-        Raises:
-            KeyAgreementError: No key is held yet, or not any more.
-        """
+        """The key before the others have confirmed it: to store, and to encrypt nothing with."""
         if self._key is None:
             raise KeyAgreementError(f"member {self.member!r} holds no key: {self._stage.value} first")
         return self._key
@@ -254,32 +201,23 @@ class KeyAgreement:
 
     def _new_key(self, master: bytes, ckks_secret: bytes) -> GroupKey:
         if len(ckks_secret) != self._secret_bytes:
-            raise KeyAgreementError(
-                f"CKKS secret has {len(ckks_secret)} bytes, expected {self._secret_bytes}"
-            )
+            raise KeyAgreementError(f"CKKS secret: {len(ckks_secret)} bytes, expected {self._secret_bytes}")
         fingerprint = commitment_to(self._transcript, master, ckks_secret)
-        epoch = self.epoch
-        return GroupKey(
-            epoch.federation,
-            epoch.number,
-            epoch.members,
-            epoch.parameters_hash,
-            self._transcript,
-            fingerprint,
-            master,
-            ckks_secret,
-        )
+        about = self.epoch.federation, self.epoch.number, self.epoch.members, self.epoch.parameters_hash
+        return GroupKey(*about, self._transcript, fingerprint, master, ckks_secret)
 
     def _sealed(self, recipient: str, recipient_key: bytes) -> bytes:
         key = self._key
         if key is None:
             raise KeyAgreementError("no key to seal")
-        sealed = _HPKE.encrypt(
-            key.master + key.ckks_secret,
+        public, info = (
             X25519PublicKey.from_public_bytes(recipient_key),
-            info=self._bound(recipient, key.fingerprint),
+            self._bound(recipient, key.fingerprint),
         )
-        return write_about_key(BOX, self._transcript, recipient, key.fingerprint, sealed, self._identity)
+        sealed = _HPKE.encrypt(key.master + key.ckks_secret, public, info=info)
+        return messages.write_about_key(
+            messages.BOX, self._transcript, recipient, key.fingerprint, sealed, self._identity
+        )
 
     def _bound(self, recipient: str, commitment: bytes) -> bytes:
         leader = (self.leader or "").encode()
@@ -288,37 +226,27 @@ class KeyAgreement:
 
 
 def check_confirmations(epoch: Epoch, key: GroupKey, confirmations: Mapping[str, bytes]) -> None:
-    """Check, by their confirmations as relayed, that all members of an epoch hold the same key.
-
-    Raises:
-        KeyAgreementError: A member is missing or added, holds another key, or cannot prove it.
-    """
+    """Check, by their confirmations as relayed, that all members of an epoch hold the same key."""
     _expect_members(epoch, "confirmations", confirmations)
     for name in epoch.members:
-        commitment, tag = read_about_key(
-            f"confirmation of {name!r}",
-            CONFIRMATION,
-            key.transcript,
-            name,
-            epoch.identity_keys[name],
-            confirmations[name],
-            TAG_BYTES,
+        about = messages.CONFIRMATION, key.transcript, name, epoch.identity_keys[name]
+        commitment, tag = messages.read_about_key(
+            f"confirmation of {name!r}", *about, confirmations[name], messages.TAG_BYTES
         )
         if commitment != key.fingerprint:
             leader = _leader(epoch, key.transcript)
             raise KeyAgreementError(
-                f"{name!r} holds another key than this member: the leader {leader!r} handed out "
-                "different keys"
+                f"{name!r} holds another key: leader {leader!r} handed out different keys"
             )
         if not hmac.compare_digest(tag, _tag(key, name)):
             raise KeyAgreementError(f"{name!r} confirms a key that it cannot prove to hold")
 
 
-def _expect_members(epoch: Epoch, what: str, messages: Mapping[str, bytes]) -> None:
-    missing = sorted(set(epoch.members) - set(messages))
+def _expect_members(epoch: Epoch, what: str, received: Mapping[str, bytes]) -> None:
+    missing = sorted(set(epoch.members) - set(received))
     if missing:
         raise KeyAgreementError(f"{what} of members are missing: {', '.join(missing)}")
-    added = sorted(set(messages) - set(epoch.members))
+    added = sorted(set(received) - set(epoch.members))
     if added:
         raise KeyAgreementError(f"{what} came from outside the agreed list of members: {', '.join(added)}")
 

@@ -18,15 +18,8 @@ KEY_BYTES = 32
 class GroupKey:
     """The secrets of one epoch, and the public facts they are bound to.
 
-    Attributes:
-        federation: Name of the federation.
-        epoch: Number of the epoch.
-        members: Ids of exactly the members that hold the key, ascending.
-        parameters_hash: 32 bytes, digest of the encryption parameters it was agreed for.
-        transcript: 32 bytes, hash of all openings.
-        fingerprint: 32 bytes, public commitment to the secrets; equal at all members.
-        master: 32 secret bytes, used only through `subkey`.
-        ckks_secret: Secret of the CKKS back end, empty for others.
+    `transcript` is the hash of all openings, `fingerprint` a public commitment to the secrets, equal at all
+    members. `master` is used only through `subkey`; `ckks_secret` is empty for other back ends.
     """
 
     federation: str
@@ -45,25 +38,14 @@ class GroupKey:
 
     def dump(self) -> bytes:
         """The key in clear, for a file that only its owner can read; `load` reads it back."""
-        content = {
-            "federation": self.federation,
-            "epoch": self.epoch,
-            "members": self.members,
-            "parameters_hash": self.parameters_hash.hex(),
-            "transcript": self.transcript.hex(),
-            "fingerprint": self.fingerprint.hex(),
-            "master": self.master.hex(),
-            "ckks_secret": self.ckks_secret.hex(),
-        }
-        return json.dumps(content, sort_keys=True).encode()
+        content = {"federation": self.federation, "epoch": self.epoch, "members": self.members}
+        return json.dumps(
+            content | {name: getattr(self, name).hex() for name in _BINARY_FIELDS}, sort_keys=True
+        ).encode()
 
     @classmethod
     def load(cls, content: bytes) -> "GroupKey":
-        """Read a dumped key.
-
-        Raises:
-            StateError: If it is damaged, or its secrets do not match its fingerprint.
-        """
+        """Read a dumped key; StateError if it is damaged, or its secrets do not match its fingerprint."""
         try:
             found = parse_json(content)
             key = cls(

@@ -13,10 +13,10 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmosaic.protos.errors import KeyAgreementError
+from fedmosaic.protos.signing import verifies
 
 SIGNATURE_BYTES = 64
 TAG_BYTES = 32
@@ -32,15 +32,9 @@ CONFIRMATION = b"FMKCONF1"
 
 @dataclass(frozen=True)
 class Epoch:
-    """What every member must agree on before it opens an epoch.
+    """What every member must agree on before it opens an epoch whose number was never used.
 
-    Attributes:
-        federation: Name of the federation.
-        number: Epoch, never used before; 0 … 2**64 − 1.
-        roster_hash: 32 bytes, hash of the signed roster.
-        parameters_hash: 32 bytes, digest of the encryption parameters.
-        members: Ids of all members that take part, in ascending order.
-        identity_keys: Raw Ed25519 public key (32 bytes) of every member that takes part.
+    Members are in ascending order, identity keys raw Ed25519 public keys (32 bytes) by member.
     """
 
     federation: str
@@ -73,24 +67,12 @@ def sha256(label: bytes, *parts: bytes) -> bytes:
 
 def write_opening(epoch: Epoch, member: str, public_key: bytes, identity: Ed25519PrivateKey) -> bytes:
     """The signed opening of a member with its ephemeral X25519 key (32 bytes)."""
-    body = _OPENING.pack(
-        _OPENING_MAGIC,
-        epoch.federation_hash(),
-        epoch.terms_hash(),
-        epoch.parameters_hash,
-        _name_hash(member),
-        epoch.number,
-        public_key,
-    )
-    return _signed(body, identity)
+    hashes = epoch.federation_hash(), epoch.terms_hash(), epoch.parameters_hash, _name_hash(member)
+    return _signed(_OPENING.pack(_OPENING_MAGIC, *hashes, epoch.number, public_key), identity)
 
 
 def read_opening(epoch: Epoch, member: str, message: bytes) -> bytes:
-    """Check the opening of a member and return its ephemeral X25519 key (32 bytes).
-
-    Raises:
-        KeyAgreementError: Naming the member and the first thing that is wrong.
-    """
+    """Check the opening of a member and return its ephemeral X25519 key (32 bytes)."""
     what = f"opening of {member!r}"
     body = _verified(what, message, OPENING_BYTES, epoch.identity_keys[member])
     magic, federation, terms, parameters, sender, number, public_key = _OPENING.unpack(body)
@@ -129,17 +111,7 @@ def read_about_key(
 ) -> tuple[bytes, bytes]:
     """Check a message about the agreed key; return the commitment and the content, both still unchecked.
 
-    Args:
-        what: Names the message in errors.
-        kind: `BOX` or `CONFIRMATION`.
-        transcript: Of the openings.
-        member: For whom a box is, or whose confirmation it is.
-        identity_key: Ed25519 public key (32 bytes) of whoever must have signed it.
-        message: As relayed.
-        content_bytes: Length that the content must have.
-
-    Raises:
-        KeyAgreementError: Naming the first thing that is wrong.
+    A box is for a member and signed by the leader, a confirmation is of a member and signed by it.
     """
     body = _verified(what, message, _ABOUT_KEY.size + content_bytes + SIGNATURE_BYTES, identity_key)
     magic, found, name, commitment = _ABOUT_KEY.unpack_from(body)
@@ -161,12 +133,10 @@ def _verified(what: str, message: bytes, length: int, identity_key: bytes) -> by
     if len(message) != length:
         raise KeyAgreementError(f"{what} has {len(message)} bytes, expected {length}")
     body, signature = message[:-SIGNATURE_BYTES], message[-SIGNATURE_BYTES:]
-    try:
-        Ed25519PublicKey.from_public_bytes(identity_key).verify(signature, _LABEL + body)
-    except (InvalidSignature, ValueError):
+    if not verifies(identity_key, signature, _LABEL + body):
         raise KeyAgreementError(
             f"{what} is not signed by the identity key that the roster pins: it was altered or is forged"
-        ) from None
+        )
     return body
 
 

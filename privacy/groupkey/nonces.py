@@ -26,12 +26,7 @@ class _State(BaseModel):
 
 
 class NonceCounter:
-    """What this client has opened and encrypted, durable before anything is sent.
-
-    Args:
-        path: File of the counter, in the client's state folder; created at the first write.
-        federation: Name of the federation; a counter of another one is refused.
-    """
+    """What this client has opened and encrypted, durable before anything is sent; of one federation."""
 
     def __init__(self, path: Path, federation: str) -> None:
         self._path = path
@@ -43,25 +38,16 @@ class NonceCounter:
         return self._state.epoch
 
     def open_epoch(self, number: int) -> None:
-        """Claim an epoch before its key agreement starts.
-
-        Raises:
-            EncryptionError: It, or a later one, was claimed before, so messages of it may be replayed.
-        """
+        """Claim an epoch before its key agreement starts; EncryptionError if it may be replayed."""
         if self._state.epoch is not None and number <= self._state.epoch:
-            raise EncryptionError(
-                f"epoch {number} was used before: the next one is at least {self._state.epoch + 1}"
-            )
+            raise EncryptionError(f"epoch {number} is used: the next one is at least {self._state.epoch + 1}")
         self._write(_State(federation=self._state.federation, epoch=number))
 
     def take(self, epoch: int, round_number: int, section: str) -> bytes:
         """A nonce (16 random bytes) for one upload, after recording on disk that it was taken.
 
         A client that repeats a round sends its stored upload again and takes no nonce; it takes another one
-        where a crash lost the upload.
-
-        Raises:
-            EncryptionError: The epoch or round is over.
+        where a crash lost the upload. EncryptionError if the epoch or round is over.
         """
         state = self._state
         if state.epoch is None or epoch != state.epoch:
@@ -69,9 +55,7 @@ class NonceCounter:
                 f"epoch {epoch} is not the one opened last ({state.epoch}): agree on a key first"
             )
         if round_number < state.round:
-            raise EncryptionError(
-                f"round {round_number} is over, round {state.round} has begun: do not encrypt for it"
-            )
+            raise EncryptionError(f"round {round_number} is over, round {state.round} has begun")
         uploads = dict(state.uploads) if round_number == state.round else {}
         uploads[section] = uploads.get(section, 0) + 1
         self._write(_State(federation=state.federation, epoch=epoch, round=round_number, uploads=uploads))
@@ -85,9 +69,7 @@ class NonceCounter:
         try:
             state = _State.model_validate_json(content)
         except ValidationError:
-            raise StateError(
-                f"{self._path} is damaged: restore it, or start with an epoch number that was never used"
-            ) from None
+            raise StateError(f"{self._path} is damaged: restore it, or start with an unused epoch") from None
         if state.federation != federation:
             raise StateError(f"{self._path} is of federation {state.federation!r}, expected {federation!r}")
         return state
@@ -100,14 +82,7 @@ class NonceCounter:
 def rotation_reason(
     key_members: Collection[str], taking_part: Collection[str], rounds_used: int, rotate_every: int
 ) -> str | None:
-    """Why a new key epoch is due, as a sentence for the log; None while the key may be used.
-
-    Args:
-        key_members: Members that hold the current key.
-        taking_part: Members that take part from now on.
-        rounds_used: Rounds the current key has served.
-        rotate_every: Rounds one key may serve, ≥ 1.
-    """
+    """Why a new key epoch is due, as a sentence for the log; None while the key may be used."""
     joined = sorted(set(taking_part) - set(key_members))
     if joined:
         return f"members without the key take part: {', '.join(joined)}"

@@ -2,17 +2,13 @@
 
     sum, clipped  →  reserve()  →  draw noise  →  store the noisy bytes  →  released()  →  send
 
-`reserve` charges, durably, before any noise exists. A crash after it wastes budget and forgets none: a
-reservation counts whether or not its bytes ever left. Sending stored bytes again is `resent` and free. The
-budget is a filter, fixed when the ledger is opened for the first time: a release that would pass the target
-ε is refused before noise is drawn.
+`reserve` charges, durably, before any noise exists. A crash after it wastes budget and forgets none. Sending
+stored bytes again is `resent` and free. The budget is a filter, fixed when the ledger is opened for the first
+time: a release that would pass the target ε is refused before noise is drawn.
 
-A changed, removed, added or moved row, and a cut tail, are found on every opening. Whoever can write the
-ledger *and* its head file can rewrite both, or put older ones back; an `anchor` that somebody else keeps
-finds that too.
-
-ε adds up over every client, run and federation that releases from the data, so they share one ledger. It
-stands in a directory of its own (`LEDGER`), with the noised profiles that may be sent again.
+Whoever can write the ledger *and* its head file can rewrite both; an `anchor` kept elsewhere finds that too.
+ε adds up over every client, run and federation that releases from the data, so they share one ledger, in a
+directory of its own (`LEDGER`), with the noised profiles that may be sent again.
 """
 
 import datetime as dt
@@ -23,6 +19,7 @@ from typing import Any
 
 from fedmosaic.privacy.accounting.epsilon import EpsilonBound, check_delta
 from fedmosaic.privacy.accounting.events import GaussianEvent
+from fedmosaic.privacy.ledger import rules
 from fedmosaic.privacy.ledger.rows import (
     CHANNELS,
     Channel,
@@ -37,41 +34,18 @@ from fedmosaic.privacy.ledger.rows import (
     epoch_of_hashes,
     example_hashes,
 )
-from fedmosaic.privacy.ledger.rules import (
-    LedgerParameters,
-    Release,
-    advice,
-    anchor_of,
-    bound_of,
-    check_anchor,
-    check_open,
-    check_parameters,
-    check_request,
-    parameters_of,
-    reservation_at,
-)
+from fedmosaic.privacy.ledger.rules import LedgerParameters, Release, check_anchor, parameters_of
 from fedmosaic.privacy.ledger.store import LedgerLog, LedgerStore, has_begun, read_ledger
 from fedmosaic.protos.errors import BudgetExceededError, LedgerError
 
-__all__ = [
-    "LEDGER",
-    "Ledger",
-    "LedgerParameters",
-    "data_epoch",
-    "has_begun",
-    "parameters_of",
-    "read_ledger",
-]
+__all__ = ["LEDGER", "Ledger", "LedgerParameters", "data_epoch", "has_begun", "parameters_of", "read_ledger"]
 
 LEDGER = "ledger.sqlite"
 """Name of the file in its directory."""
 
 
 class Ledger:
-    """An open ledger. Safe for several threads, and for several processes that have one file open.
-
-    Every append is one transaction that excludes all others, over all rows that they have written.
-    """
+    """An open ledger, for several threads and processes: every append excludes all others."""
 
     def __init__(self, log: LedgerLog, parameters: LedgerParameters) -> None:
         self.parameters = parameters
@@ -99,9 +73,9 @@ class Ledger:
             delta: δ in (0, 1/n] of every ε in the ledger.
             target_epsilon: budget for all budgeted channels together; None records without refusing.
             accountant: "prv" (default), "rdp" or "pld".
-            budgeted_channels: which channels the budget bounds. A channel whose releases are not
-                differentially private (`adapter.protection` none or encrypted) costs ε = ∞ and must be
-                left out here by name, or nothing can be released on it under a budget.
+            budgeted_channels: which channels the budget bounds. One whose releases are not differentially
+                private costs ε = ∞ and must be left out here by name, or nothing can be released on it under
+                a budget.
             examples: n, the client's number of units; checked against δ, not stored.
             unit: what is added or removed: all releases of a ledger protect the same.
             clock: tells the time.
@@ -121,12 +95,10 @@ class Ledger:
             with store.transaction():
                 if store.prepare():
                     opening = parameters.canonical(secrets.token_hex(32))
-                    log.append(
-                        "OPENED", bound=EpsilonBound(0.0, accountant), mechanism=opening, unit=parameters.unit
-                    )
+                    log.append("OPENED", bound=EpsilonBound(0.0, accountant), mechanism=opening, unit=unit)
             log.verify()
-            check_open(log.rows)
-            check_parameters(parameters, log.rows)
+            rules.check_open(log.rows)
+            rules.check_parameters(parameters, log.rows)
             store.write_head(log.rows[-1])
         except BaseException:
             store.close()
@@ -162,11 +134,11 @@ class Ledger:
         example_ids: Iterable[str] | None = None,
         context: str = "",
     ) -> int:
-        """Charge one release, durably, before its noise is drawn.
+        """Charge one release, durably, before its noise is drawn; the sequence of its RESERVED row.
 
         Args:
-            channel: "profile", "adapter" or "family".
-            round: round of the federation.
+            channel: what is released.
+            round: of the federation.
             event: (σ, q, steps) of the whole release; `UNPROTECTED` when covered_by is not "dp".
             data_epoch: `data_epoch(ids)` of the examples that it may depend on.
             secure_noise: False when the noise comes from a test's seeded generator.
@@ -174,13 +146,10 @@ class Ledger:
             clipping_norm: C, required for "dp".
             dimensions: length of the released vector, required for "dp".
             covered_by: "dp", or, with ε = ∞, "cryptography" or "nothing".
-            example_ids: the epoch's example ids, to have it composed in parallel with other epochs that
-                were given so; the ledger proves that they share none.
-            context: the run, or for a profile its mechanism: another one makes another release, which is
-                charged like the first.
-
-        Returns:
-            Sequence of the RESERVED row, to be given to `released`.
+            example_ids: the epoch's example ids, to have it composed in parallel with other epochs that were
+                given so; the ledger proves that they share none.
+            context: the run, or for a profile its mechanism: another one makes another release, charged like
+                the first.
 
         Raises:
             BudgetExceededError: the release would pass the target ε; recorded as REFUSED, nothing charged.
@@ -203,7 +172,7 @@ class Ledger:
             "disjoint": example_ids is not None,
             "unit": self.parameters.unit,
         }
-        check_request(fields, event)
+        rules.check_request(fields, event)
         hashes = None if example_ids is None else example_hashes(example_ids)
         release = Release(channel, round, data_epoch, context)
         with self._log.appending() as rows:
@@ -229,19 +198,15 @@ class Ledger:
             raise BudgetExceededError(
                 f"client {self.parameters.client_id!r}: this {channel} release would bring ε to "
                 f"{bound.epsilon:.4g} (δ = {self.parameters.delta:g}), above the target {target:g}; no "
-                f"noise was drawn and nothing was charged. {advice(event)}"
+                f"noise was drawn and nothing was charged. {rules.advice(event)}"
             )
         return row.sequence
 
     def released(self, sequence: int, digest: str) -> None:
-        """Record that the noisy bytes of a reservation, with this SHA-256, are stored and may be sent.
-
-        Raises:
-            LedgerError: no such reservation, or its release (or another draw of it) is recorded already.
-        """
+        """Record that the noisy bytes of a reservation are stored and may be sent; no others ever may."""
         with self._log.appending() as rows:
-            reservation = reservation_at(rows, sequence)
-            before = _release_of(reservation).made(rows)
+            reservation = rules.reservation_at(rows, sequence)
+            before = Release.of(reservation).made(rows)
             if before is not None and (before.reference, before.payload_digest) == (sequence, digest):
                 return
             if before is not None:
@@ -252,23 +217,12 @@ class Ledger:
             self._append_about(reservation, "RELEASED", digest, reservation.attempt, reservation.round)
 
     def resent(self, sequence: int, digest: str, round: int | None = None) -> None:
-        """Record that released bytes, of the same SHA-256, were sent once more; costs nothing.
-
-        Args:
-            sequence: what `reserve` returned.
-            digest: the same as in `released`.
-            round: in which round they were sent again; the reservation's round when None.
-
-        Raises:
-            LedgerError: nothing was released for this reservation, or other bytes were.
-        """
+        """Record that the released bytes, and no others, were sent once more in a round; costs nothing."""
         with self._log.appending() as rows:
-            reservation = reservation_at(rows, sequence)
+            reservation = rules.reservation_at(rows, sequence)
             sent = [r for r in rows if r.reference == sequence and r.kind in ("RELEASED", "RESENT")]
             if not sent:
-                raise LedgerError(
-                    f"nothing was released for reservation {sequence}; record it with released()"
-                )
+                raise LedgerError(f"nothing was released for reservation {sequence}; call released() first")
             if sent[0].payload_digest != digest:
                 raise LedgerError(
                     f"these are not the bytes released for reservation {sequence}: a fresh draw is a new "
@@ -280,10 +234,7 @@ class Ledger:
     def release_of(
         self, channel: Channel, round: int, data_epoch: str, context: str = ""
     ) -> LedgerRow | None:
-        """The RELEASED row whose stored bytes are to be sent, if this release was made already.
-
-        A profile is released once per data epoch and mechanism, so its round does not matter.
-        """
+        """The RELEASED row whose stored bytes are to be sent; a profile's round does not matter."""
         with self._log.reading() as rows:
             return Release(channel, round, data_epoch, context).made(rows)
 
@@ -312,7 +263,7 @@ class Ledger:
     def epsilon(self, channel: Channel | None = None) -> float:
         """ε at the ledger's δ of one channel alone, or of all channels together (not only the budgeted)."""
         charged = charges(self.export(), channel and (channel,))
-        return bound_of(charged, self.parameters.delta, self.parameters.accountant).epsilon
+        return rules.bound_of(charged, self.parameters.delta, self.parameters.accountant).epsilon
 
     @property
     def directory(self) -> Path:
@@ -321,10 +272,10 @@ class Ledger:
 
     def anchor(self, keeper: str) -> bytes:
         """What a keeper may have (32 bytes) to find a ledger put back from an older copy; see `anchor_of`."""
-        return anchor_of(self.export(), keeper)
+        return rules.anchor_of(self.export(), keeper)
 
     def check_anchor(self, keeper: str, anchor: bytes, source: str) -> None:
-        """Refuse to be behind an anchor; see `fedmosaic.privacy.ledger.rules.check_anchor`."""
+        """Refuse to be behind an anchor; see `rules.check_anchor`."""
         check_anchor(self.export(), keeper, anchor, source)
 
     def verify(self) -> None:
@@ -353,30 +304,19 @@ class Ledger:
         )
 
     def _bound_after(
-        self,
-        rows: Sequence[LedgerRow],
-        channel: Channel,
-        event: GaussianEvent,
-        disjoint_epoch: str | None,
+        self, rows: Sequence[LedgerRow], channel: Channel, event: GaussianEvent, disjoint_epoch: str | None
     ) -> EpsilonBound:
-        budgeted = self.parameters.budgeted_channels
-        charged = charges(rows, budgeted)
-        if channel in budgeted:
+        charged = charges(rows, self.parameters.budgeted_channels)
+        if channel in self.parameters.budgeted_channels:
             charged.append(Charge(event, disjoint_epoch))
-        return bound_of(charged, self.parameters.delta, self.parameters.accountant)
+        return rules.bound_of(charged, self.parameters.delta, self.parameters.accountant)
 
     def _prove_disjoint(self, epoch: str, hashes: list[str]) -> None:
         if epoch_of_hashes(hashes) != epoch:
-            raise LedgerError(
-                "these example ids are not those of this data epoch; compute it with data_epoch(example_ids)"
-            )
+            raise LedgerError("these example ids are not those of this data epoch; see data_epoch()")
         check_delta(self.parameters.delta, len(hashes))
         if self._log.store.overlaps(epoch, hashes):
             raise LedgerError(
                 "an example of this data epoch is also in an earlier one; they do not compose in parallel: "
                 "leave out the examples that were used, or reserve without example_ids and pay for both"
             )
-
-
-def _release_of(row: LedgerRow) -> Release:
-    return Release(row.channel, row.round, row.data_epoch, row.context)

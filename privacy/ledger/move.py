@@ -34,16 +34,9 @@ PROFILES = "profile-*.npy"
 def move(old: Path, new: Path, after: Callable[[str], None] = lambda _: None) -> int:
     """Close the ledger in one directory and go on with it in another; or finish a move that was begun.
 
-    Args:
-        old: directory of the ledger to close, or of a backup to put back.
-        new: directory to be made, or of another ledger of the same data.
-        after: told of every step that is done; tests crash there.
-
-    Returns:
-        How many releases were charged to a ledger that stood in `new` already.
-
-    Raises:
-        LedgerError: there is no ledger in `old`, it was moved elsewhere, or `new` cannot take it.
+    `new` is made, or holds another ledger of the same data: how many releases were charged to that is
+    returned. A backup is put back in the same way. `after` is told of every step that is done; tests crash
+    there.
     """
     old, new = old.resolve(), new.resolve()
     if not (old / LEDGER).exists():
@@ -71,18 +64,10 @@ def move(old: Path, new: Path, after: Callable[[str], None] = lambda _: None) ->
 
 
 def back_up(ledger: Path, out: Path) -> None:
-    """Write a backup of a ledger and its profiles to a new directory, also while runs go on with it.
-
-    The backup is closed, so that nothing is charged to it by mistake; `move` puts it back.
-
-    Raises:
-        LedgerError: there is no open ledger, or `out` exists.
-    """
+    """Write a closed copy of a ledger and its profiles to a new directory; `move` puts it back."""
     ledger, out = ledger.resolve(), out.resolve()
     if out.exists():
-        raise LedgerError(
-            f"{out} exists already; give a directory that does not: a backup overwrites nothing"
-        )
+        raise LedgerError(f"{out} exists already; give a new directory: a backup overwrites nothing")
     with closing(LedgerStore(ledger / LEDGER, read_only=True)) as store:
         check_open(store.verified_rows())
         with _building(out) as place:
@@ -112,9 +97,7 @@ def _check_joinable(path: Path, rows: Sequence[LedgerRow]) -> None:
     check_open(present)
     units = parameters_of(present).unit, parameters_of(rows).unit
     if units[0] != units[1]:
-        raise LedgerError(
-            f"{path} counts one {units[0]}, the ledger to move one {units[1]}; they cannot be one"
-        )
+        raise LedgerError(f"{path} counts one {units[0]}, the ledger to move one {units[1]}; not both")
 
 
 def _join(rows: Sequence[LedgerRow], closed: LedgerRow, old: Path, new: Path) -> int:
@@ -128,16 +111,9 @@ def _join(rows: Sequence[LedgerRow], closed: LedgerRow, old: Path, new: Path) ->
                 return 0
             missing = [row for row in rows[1:] if row.hash not in known]
             carried = _carry(log, rows, missing)
-            _append(
-                log,
-                "RESUMED",
-                {
-                    "closed": closed.hash,
-                    "from": str(old),
-                    "salt": json.loads(rows[0].mechanism or "{}")["salt"],
-                    "carried": [row.hash for row in missing],
-                },
-            )
+            told_here = {"closed": closed.hash, "from": str(old), "carried": [row.hash for row in missing]}
+            salt = json.loads(rows[0].mechanism or "{}")["salt"]
+            _append(log, "RESUMED", told_here | {"salt": salt})
     _copy_profiles(old, new)
     return carried
 

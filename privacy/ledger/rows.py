@@ -1,6 +1,6 @@
 """Rows of the privacy ledger as plain data: their hashes, what they charge, how they compose.
 
-Pure functions over rows, so that a report or an auditor can read an exported ledger without the file.
+Pure functions over rows, for reports and audits.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedmosaic.privacy import configuration
 from fedmosaic.privacy.accounting.events import Epsilon, GaussianEvent
-from fedmosaic.privacy.chain import FIRST_PREVIOUS_HASH, chained_hash, misfit
+from fedmosaic.privacy.configuration import FIRST_PREVIOUS_HASH, chained_hash, misfit
 from fedmosaic.protos.errors import LedgerError
 
 Channel = Literal["profile", "adapter", "family"]
@@ -37,10 +37,8 @@ class LedgerRow(BaseModel):
         kind: OPENED fixes the parameters; RESERVED charges, whatever happens afterwards; RELEASED and RESENT
             charge nothing; REFUSED records a release that the budget did not allow. CLOSED ends a ledger that
             is moved away or is a backup, MOVED says that its move is finished, RESUMED that it goes on here.
-        channel: what is released.
-        round: round of the federation.
-        context: what tells releases of one channel, round and data epoch apart: the run, or for a profile
-            its mechanism. Empty where there is but one.
+        context: what tells releases of one channel, round and data epoch apart: the run, or for a profile its
+            mechanism.
         attempt: 1 for the first reservation (or sending) of this release, then 2, …
         reference: sequence of the RESERVED row that a RELEASED or RESENT row is about.
         mechanism: canonical JSON; of an OPENED row the ledger's parameters, of a CLOSED or MOVED row where it
@@ -49,18 +47,11 @@ class LedgerRow(BaseModel):
         sampling_rate: q of the event.
         steps: number of releases in the event.
         clipping_norm: C, in the unit of what is clipped.
-        dimensions: length of the released vector.
-        unit: unit of privacy.
-        neighbouring_relation: always add or remove one unit.
-        covered_by: what stands between an outsider and the private data.
         secure_noise: False when noise came from a seeded generator of a test: then no guarantee holds.
         data_epoch: hash of the set of example ids. It could be guessed, so it stays with the client.
         disjoint: whether the ledger proved that no example of this epoch is in another disjoint epoch.
         payload_digest: SHA-256 of the bytes that left.
         epsilon: ε of the budgeted channels after this row (for REFUSED: what it would have become).
-        accountant: which accountant `epsilon` comes from.
-        previous_hash: hash of the row before.
-        hash: SHA-256 over the previous hash and this row.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -118,17 +109,11 @@ def canonical_json(value: object) -> str:
     try:
         return configuration.canonical_json(value, ascii_only=False)
     except (TypeError, ValueError) as error:
-        raise LedgerError(
-            f"a mechanism's description must be plain JSON without NaN or infinity: {error}"
-        ) from None
+        raise LedgerError(f"a mechanism must be JSON without NaN or infinity: {error}") from None
 
 
 def example_hashes(example_ids: Iterable[str]) -> list[str]:
-    """Sorted SHA-256 hashes of example ids.
-
-    Raises:
-        LedgerError: an id occurs twice (the unit of privacy is one example, listed once), or there is none.
-    """
+    """Sorted SHA-256 hashes of example ids; LedgerError if there is none, or one twice."""
     hashes = [hashlib.sha256(b"fedmosaic/example/v1\x00" + name.encode()).hexdigest() for name in example_ids]
     if not hashes or len(set(hashes)) != len(hashes):
         raise LedgerError("a data epoch needs at least one example id, and every id only once")
@@ -150,12 +135,7 @@ def epoch_of_hashes(hashes: Iterable[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """What one reservation costs, and whom.
-
-    Attributes:
-        event: the release.
-        disjoint_epoch: the data epoch, if the ledger proved that no other such epoch shares an example.
-    """
+    """What one reservation costs; its epoch, if proved to share no example with other such epochs."""
 
     event: GaussianEvent
     disjoint_epoch: str | None = None
@@ -191,11 +171,7 @@ def compositions(charged: Iterable[Charge]) -> list[tuple[GaussianEvent, ...]]:
 
 
 def check_chain(rows: Sequence[LedgerRow]) -> None:
-    """Check that the rows of a whole ledger are complete, unaltered, in order, and tell one possible story.
-
-    Raises:
-        LedgerError: names the first row that does not fit, and why.
-    """
+    """Check that a whole ledger is complete, unaltered, in order and tells one story; else LedgerError."""
     previous = FIRST_PREVIOUS_HASH
     reserved: dict[int, LedgerRow] = {}
     released: dict[int, str | None] = {}
@@ -214,11 +190,7 @@ def check_chain(rows: Sequence[LedgerRow]) -> None:
 
 
 def check_seen(rows: Sequence[LedgerRow], sequence: int, digest: str, source: str) -> None:
-    """Check that rows still contain the one of this sequence and hash that `source` has seen.
-
-    Raises:
-        LedgerError: the row is missing or is another one.
-    """
+    """Check that rows hold the one that `source` has seen, by sequence and hash; LedgerError if not."""
     if sequence >= len(rows):
         raise LedgerError(
             f"the privacy ledger ends at row {len(rows) - 1}, but {source} has seen row {sequence}: rows "
@@ -226,8 +198,7 @@ def check_seen(rows: Sequence[LedgerRow], sequence: int, digest: str, source: st
         )
     if rows[sequence].hash != digest:
         raise LedgerError(
-            f"the privacy ledger was rewritten: row {sequence} is not the row that {source} has seen; "
-            f"{RESTORE}"
+            f"the privacy ledger was rewritten: row {sequence} is not what {source} has seen; {RESTORE}"
         )
 
 

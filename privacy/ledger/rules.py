@@ -28,16 +28,10 @@ _ANCHOR_LABEL = b"fedmosaic/ledger-anchor/v1"
 
 @dataclass(frozen=True, slots=True)
 class LedgerParameters:
-    """What was fixed when the ledger was opened for the first time.
+    """What was fixed when the ledger was opened first: δ, and the budget for the joint ε of channels.
 
-    Attributes:
-        client_id: who opened it. The same data may be released by a member of another federation under
-            another name, and are charged to the same ledger; so this may change.
-        delta: δ of every ε in the ledger.
-        target_epsilon: the budget; None records without refusing.
-        accountant: "prv", "rdp" or "pld".
-        budgeted_channels: the channels whose joint ε the budget bounds.
-        unit: unit of privacy.
+    The same data may be released by a member of another federation under another name, and are charged to the
+    same ledger; so the client's id may change.
     """
 
     client_id: str
@@ -50,9 +44,7 @@ class LedgerParameters:
     def __post_init__(self) -> None:
         epsilon((), self.delta, self.accountant)
         if self.target_epsilon is not None and not 0.0 < self.target_epsilon < math.inf:
-            raise LedgerError(
-                f"target ε is {self.target_epsilon}; give a positive number, or None for no budget"
-            )
+            raise LedgerError(f"target ε is {self.target_epsilon}; give a positive number, or None")
         if not self.client_id or not set(self.budgeted_channels) <= set(CHANNELS):
             raise LedgerError(f"client_id must not be empty and channels must be among {', '.join(CHANNELS)}")
         object.__setattr__(self, "budgeted_channels", tuple(sorted(set(self.budgeted_channels))))
@@ -71,9 +63,7 @@ def parameters_of(rows: Sequence[LedgerRow]) -> LedgerParameters:
         del values["salt"]
         return LedgerParameters(**{**values, "budgeted_channels": tuple(values["budgeted_channels"])})
     except (IndexError, KeyError, TypeError, ValueError) as error:
-        raise LedgerError(
-            f"the ledger's opening row is missing or unreadable ({error!r}); restore it"
-        ) from None
+        raise LedgerError(f"the ledger's opening row is missing or damaged ({error!r}); restore it") from None
 
 
 def anchor_of(rows: Sequence[LedgerRow], keeper: str) -> bytes:
@@ -91,17 +81,7 @@ def keeper(federation: str, client: str) -> str:
 
 
 def check_anchor(rows: Sequence[LedgerRow], keeper: str, anchor: bytes, source: str) -> None:
-    """Check that a ledger holds the row that was its last when an anchor was made.
-
-    Args:
-        rows: the whole ledger.
-        keeper: as in `anchor_of`.
-        anchor: as kept.
-        source: who kept it, for the message.
-
-    Raises:
-        LedgerError: it does not, so it is behind, or is another ledger.
-    """
+    """Check that a ledger holds the row of an anchor that `source` kept; LedgerError if it is behind."""
     salt = _salt(rows)
     own = ((salt, row.hash) for row in reversed(rows))
     carried = (
@@ -129,20 +109,13 @@ def _anchor(salt: bytes, digest: str, keeper: str) -> bytes:
 
 
 def check_parameters(wanted: LedgerParameters, rows: Sequence[LedgerRow]) -> None:
-    """Refuse to go on under looser or other parameters than the ledger was opened with.
-
-    A smaller budget, or one for more channels, is stricter and allowed.
-
-    Raises:
-        LedgerError: names every parameter that differs.
-    """
+    """Refuse looser or other parameters than the ledger was opened with; stricter ones are allowed."""
     opened = parameters_of(rows)
+    before, now = asdict(opened), asdict(wanted)
     differing = [
-        f"{name} was {getattr(opened, name)!r} and is now {getattr(wanted, name)!r}"
-        for name in LedgerParameters.__dataclass_fields__
-        if name != "client_id"
-        and getattr(opened, name) != getattr(wanted, name)
-        and not _stricter(name, opened, wanted)
+        f"{name} was {before[name]!r} and is now {now[name]!r}"
+        for name in before
+        if name != "client_id" and before[name] != now[name] and not _stricter(name, opened, wanted)
     ]
     if differing:
         raise LedgerError(
@@ -170,18 +143,15 @@ def check_open(rows: Sequence[LedgerRow]) -> None:
         return
     place = json.loads(last.mechanism or "{}").get("moved_to", "")
     if last.kind == "MOVED":
-        raise LedgerError(
-            f"this privacy ledger was closed and moved to {place}; name that directory in data.ledger"
+        why = f"was closed and moved to {place}; name that directory in data.ledger"
+    elif place:
+        why = (
+            f"was closed to be moved to {place}, and the move was not finished; finish it with `fedmosaic "
+            f"ledger move OLD {place}`, where OLD is the directory of this one"
         )
-    if place:
-        raise LedgerError(
-            f"this privacy ledger was closed to be moved to {place}, and the move was not finished; finish "
-            f"it with `fedmosaic ledger move OLD {place}`, where OLD is the directory of this one"
-        )
-    raise LedgerError(
-        "this privacy ledger is a backup; if the ledger itself is lost, put it back with "
-        "`fedmosaic ledger move BACKUP PLACE`"
-    )
+    else:
+        why = "is a backup; if the ledger is lost, put it back with `fedmosaic ledger move BACKUP PLACE`"
+    raise LedgerError(f"this privacy ledger {why}")
 
 
 def check_request(fields: dict[str, Any], event: GaussianEvent) -> None:
@@ -216,26 +186,22 @@ def check_request(fields: dict[str, Any], event: GaussianEvent) -> None:
 
 
 class Release(NamedTuple):
-    """What is released: a profile once per data epoch and mechanism, anything else once per run and round.
-
-    Attributes:
-        context: the run, or for a profile its mechanism, whatever the run and the round.
-    """
+    """What is released: a profile once per data epoch and mechanism, anything else per run and round."""
 
     channel: str | None
     round: int | None
     data_epoch: str | None
     context: str | None
 
+    @classmethod
+    def of(cls, row: LedgerRow) -> "Release":
+        """What a row is about."""
+        return cls(row.channel, None if row.channel == "profile" else row.round, row.data_epoch, row.context)
+
     def among(self, rows: Iterable[LedgerRow], kind: Kind) -> list[LedgerRow]:
         """Rows of one kind that are about this release."""
-        return [
-            row
-            for row in rows
-            if row.kind == kind
-            and (row.channel, row.data_epoch, row.context) == (self.channel, self.data_epoch, self.context)
-            and (self.channel == "profile" or row.round == self.round)
-        ]
+        mine = self if self.channel != "profile" else self._replace(round=None)
+        return [row for row in rows if row.kind == kind and Release.of(row) == mine]
 
     def made(self, rows: Iterable[LedgerRow]) -> LedgerRow | None:
         """The RELEASED row, if it was made."""
@@ -243,10 +209,7 @@ class Release(NamedTuple):
 
 
 def bound_of(charged: Iterable[Charge], delta: float, accountant: str) -> EpsilonBound:
-    """ε of what was charged: the largest over what one example can have gone through.
-
-    By the accountant that is wanted, or by RDP, named as such, where that one fails.
-    """
+    """ε of what was charged: the largest over what one example can have gone through."""
     bounds = [epsilon_bound(events, delta, accountant) for events in compositions(charged)]
     return max(bounds, key=lambda bound: bound.epsilon)
 

@@ -1,10 +1,8 @@
 """The file under the privacy ledger: SQLite that only grows, and a head file beside it.
 
-Every append is one transaction, fsynced before the call returns (WAL, synchronous=FULL). After it the
-head file, `<ledger>.head`, is replaced by the new last row's sequence and hash. A ledger whose tail was
-cut off, or which was put back from an older copy without its head file, is shorter than its head says.
-Both files replaced together (a rolled-back disk image) are only caught by an anchor kept elsewhere; see
-`Ledger.anchor`.
+Every append is one transaction, fsynced before the call returns (WAL, synchronous=FULL). After it the head
+file, `<ledger>.head`, is replaced by the new last row's sequence and hash, which tells a ledger that is
+shorter. Both files replaced together (a rolled-back disk image) are only caught by an anchor kept elsewhere.
 """
 
 import datetime as dt
@@ -20,7 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedmosaic.privacy.accounting.epsilon import EpsilonBound
-from fedmosaic.privacy.chain import misfit
+from fedmosaic.privacy.configuration import misfit
 from fedmosaic.privacy.files import private_opener, sync_directory, write_atomically
 from fedmosaic.privacy.ledger.rows import (
     RESTORE,
@@ -55,21 +53,18 @@ _SCHEMA = (
 
 
 class LedgerStore:
-    """Rows on disk; knows nothing of budgets. A missing file is made, readable by its owner only.
-
-    Raises:
-        LedgerError: the file is missing (read_only), no ledger, or gone while its head file remains.
-    """
+    """Rows on disk, in a file of its owner's; knows nothing of budgets."""
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self.path = path
         self.head_path = path.with_name(path.name + ".head")
         existed = path.exists()
         if not existed and (read_only or self.head_path.exists()):
+            although = (
+                f" although {self.head_path.name} shows there was one" if self.head_path.exists() else ""
+            )
             raise LedgerError(
-                f"{path}: the ledger is missing"
-                + (f" although {self.head_path.name} shows there was one" if self.head_path.exists() else "")
-                + f"; what it says is spent stays spent: {RESTORE}"
+                f"{path}: the ledger is missing{although}; what it says is spent stays spent: {RESTORE}"
             )
         if not existed:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -106,11 +101,7 @@ class LedgerStore:
         return not tables
 
     def prepare(self) -> bool:
-        """Create the tables when there are none, inside a transaction; whether they were created.
-
-        Raises:
-            LedgerError: the file is of another version, or no ledger.
-        """
+        """Create the tables, inside a transaction, where there are none; whether they were created."""
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
         if version == _SCHEMA_VERSION:
             return False
@@ -146,11 +137,7 @@ class LedgerStore:
             return [_row(values) for values in cursor]
 
     def verified_rows(self) -> list[LedgerRow]:
-        """All rows, after checking chain, head file and evidence.
-
-        Raises:
-            LedgerError: names the first row that was changed, removed, added or moved.
-        """
+        """All rows, after checking chain, head file and evidence; else LedgerError."""
         # The head first: a row that another process appends in between must not look cut off.
         head = self.read_head()
         rows = self.rows()
@@ -186,13 +173,9 @@ class LedgerStore:
             ) from None
 
     def check_head(self, head: tuple[int, str] | None, rows: Sequence[LedgerRow]) -> None:
-        """Compare rows with the head file, which was read before them.
+        """Compare rows with the head file, which was read before them; LedgerError if rows are missing.
 
         A head that is behind is what a crash between commit and head leaves; the next append moves it on.
-        A head that is ahead means that rows were lost.
-
-        Raises:
-            LedgerError: rows are missing at the end, or were replaced, or the head file is gone.
         """
         if head is not None:
             check_seen(rows, *head, str(self.head_path))
@@ -218,19 +201,13 @@ class LedgerStore:
         )
 
     def check_examples(self, epochs: Iterable[str]) -> None:
-        """Check that the stored evidence still proves these epochs disjoint.
-
-        Raises:
-            LedgerError: the examples of an epoch are not those its hash was made of, or two share one.
-        """
+        """Check that the stored evidence still proves these epochs disjoint; LedgerError if not."""
         with self._reported():
             twice = self._connection.execute(
                 "SELECT 1 FROM epoch_examples GROUP BY example_hash HAVING count(*) > 1 LIMIT 1"
             ).fetchone()
             if twice is not None:
-                raise LedgerError(
-                    "the ledger's evidence of disjoint data epochs is damaged: two epochs overlap"
-                )
+                raise LedgerError("the ledger's evidence of disjoint data epochs is damaged: two overlap")
             for epoch in epochs:
                 stored = self._connection.execute(
                     "SELECT example_hash FROM epoch_examples WHERE data_epoch = ?", (epoch,)
@@ -247,8 +224,7 @@ class LedgerStore:
             yield
         except (sqlite3.Error, UnicodeDecodeError) as error:  # the second of a message about damaged text
             raise LedgerError(
-                f"{self.path}: the ledger cannot be read or written ({error}); nothing may be released "
-                "until it can"
+                f"{self.path}: the ledger cannot be read or written ({error}); nothing is released until then"
             ) from error
 
 
@@ -272,15 +248,7 @@ class LedgerLog:
 
     @contextmanager
     def appending(self, *, closed: bool = False) -> Iterator[list[LedgerRow]]:
-        """All rows so far, while nobody else appends; what is appended inside is durable afterwards.
-
-        Args:
-            closed: append also to a ledger that was closed.
-
-        Raises:
-            LedgerError: the file cannot be written, a new row does not continue the chain, or the ledger was
-                closed, perhaps by another process while this one had it open.
-        """
+        """All rows so far, while nobody else appends; what is appended inside is durable afterwards."""
         with self._lock:
             known = len(self.rows)
             try:
@@ -329,10 +297,7 @@ class LedgerLog:
             previous = self.rows[-1].hash if self.rows else row.previous_hash
             position = len(self.rows)
             if misfit(row, position, previous):
-                raise LedgerError(
-                    f"the privacy ledger is damaged at row {position}: it does not continue the rows before "
-                    "it"
-                )
+                raise LedgerError(f"the privacy ledger is damaged at row {position}: it does not continue")
             self.rows.append(row)
 
 
@@ -343,24 +308,14 @@ def has_begun(path: Path) -> bool:
     """
     if not path.exists() or path.with_name(path.name + ".head").exists():
         return path.exists()
-    store = LedgerStore(path, read_only=True)
-    try:
+    with closing(LedgerStore(path, read_only=True)) as store:
         return not store.is_blank()
-    finally:
-        store.close()
 
 
 def read_ledger(path: Path) -> list[LedgerRow]:
-    """All rows of a ledger, verified, without writing to it: for reports and audits.
-
-    Raises:
-        LedgerError: it is missing or damaged.
-    """
-    store = LedgerStore(path, read_only=True)
-    try:
+    """All rows of a ledger, verified, without writing to it; LedgerError if it is missing or damaged."""
+    with closing(LedgerStore(path, read_only=True)) as store:
         return store.verified_rows()
-    finally:
-        store.close()
 
 
 def _row(values: Sequence[object]) -> LedgerRow:

@@ -84,11 +84,7 @@ class SecureNoise:
 
 
 class SeededTestNoise:
-    """Repeatable noise for tests and experiments; a run that used it has no privacy guarantee.
-
-    Args:
-        seed: any non-negative integer; equal seeds give equal streams.
-    """
+    """Repeatable noise for tests and experiments; a run that used it has no privacy guarantee."""
 
     def __init__(self, seed: int) -> None:
         self._generator = np.random.Generator(np.random.PCG64(seed))
@@ -113,12 +109,9 @@ class SeededTestNoise:
 def poisson_sample(size: int, rate: float, source: BitSource) -> IntArray:
     """Include each of `size` examples independently with probability `rate`; ascending indices, int64.
 
-    The probability is rounded down to a multiple of 2**-64, so no example is ever more likely to take
-    part than the accountant was told. The sample may be empty: the caller must then release noise
-    alone, and pay for it.
-
-    Raises:
-        MechanismError: `size` is negative or `rate` is outside (0, 1].
+    The probability is rounded down to a multiple of 2**-64, so no example is ever more likely to take part
+    than the accountant was told. The sample may be empty: the caller must then release noise alone, and pay
+    for it.
 
     Reference:
         Mironov, Talwar and Zhang 2019, "Rényi differential privacy of the sampled Gaussian mechanism".
@@ -139,6 +132,4 @@ def _check_size(size: int) -> None:
 
 def _check_standard_deviation(standard_deviation: float) -> None:
     if not math.isfinite(standard_deviation) or standard_deviation < 0.0:
-        raise MechanismError(
-            f"The noise got standard deviation {standard_deviation!r}; it must be finite and 0 or more."
-        )
+        raise MechanismError(f"the noise's standard deviation is {standard_deviation!r}, not finite and ≥ 0")

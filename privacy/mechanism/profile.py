@@ -68,8 +68,8 @@ class Reduction(Frozen):
 class ProfileMechanism(Frozen):
     """How task profiles are made. `fedmosaic probe` prints this table and the one below.
 
-    All of it is public, chosen before any private data is seen, the same for all clients and constant
-    over rounds.
+    All of it is public, chosen before any private data is seen, the same for all clients and constant over
+    rounds.
 
     Attributes:
         version: version of this table.
@@ -79,8 +79,7 @@ class ProfileMechanism(Frozen):
         standardise: `centre` subtracts the public mean, `whiten` also scales by the public covariance.
         basis_sha256: content hash of the public basis, if `reduction` or `standardise` needs one.
         clipping_norm: bound C on the L2 norm of one example, in the unit of the standardised rows.
-        noise_multiplier: σ, the noise's standard deviation over C. 0 is refused except in test
-            runs.
+        noise_multiplier: σ, the noise's standard deviation over C. 0 is refused except in test runs.
         sampling_rate: probability that an example takes part in a release; 1 uses all.
         expected_batch_size: public estimate of the sample's size; no computation uses it.
         minimum_examples: a data set smaller than this releases nothing.
@@ -136,31 +135,23 @@ class ProfileMechanism(Frozen):
 def clipped_sum(rows: FloatArray, mechanism: ProfileMechanism) -> ClippedSum:
     """Clip and sum rows as `PublicMap.rows` gives them; MechanismError unless they are (n, k)."""
     if rows.ndim != 2 or rows.shape[1] != mechanism.dimensions:
-        raise MechanismError(
-            f"rows of shape {rows.shape} do not fit the mechanism; it sums (n, {mechanism.dimensions})"
-        )
+        raise MechanismError(f"rows of shape {rows.shape} do not fit (n, {mechanism.dimensions})")
     return gaussian.clipped_sum(rows, mechanism.clipping_norm)
 
 
 def release(total: ClippedSum, mechanism: ProfileMechanism, noise: NoiseSource) -> Float32Array:
     """Turn a private sum into (k,) float32 that may leave the client; MechanismError for another length."""
     if total.units.shape != (mechanism.dimensions,):
-        raise MechanismError(
-            f"a sum of shape {total.units.shape} does not fit the mechanism; it has ({mechanism.dimensions},)"
-        )
+        raise MechanismError(f"a sum of shape {total.units.shape} does not fit ({mechanism.dimensions},)")
     noisy = gaussian.noisy_sum(total, mechanism.clipping_norm, mechanism.noise_multiplier, noise)
     return noisy.astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)
 class ReleasedProfile:
-    """A moving average of releases: post-processing, free of further privacy cost.
+    """A moving average of releases, (k,) float64: post-processing, free of further privacy cost.
 
-    Attributes:
-        vector: (k,) float64, the average.
-        noise_variance: exact variance of the noise on each coordinate of `vector`.
-        releases: number of releases averaged so far, at least 1.
-        last_release_sha256: digest of the newest one, so that a re-sent release is not averaged twice.
+    The digest of the newest release tells when one is sent again, which is not averaged twice.
     """
 
     vector: Float64Array
@@ -174,20 +165,9 @@ def update_average(
 ) -> ReleasedProfile:
     """Average a new release into the profile: decay · previous + (1 - decay) · released.
 
-    Noise is drawn on every fresh release and never on the average, whose neighbouring values would
-    otherwise each depend on all examples so far.
-
-    Args:
-        previous: the average so far, None before the first release, which becomes the average as it is.
-        released: (k,) float32, a noisy release with independent noise.
-        mechanism: the mechanism of all these releases.
-        decay: weight of the past, in [0, 1).
-
-    Returns:
-        The new average; `previous` itself if `released` is the release it already ends with.
-
-    Raises:
-        MechanismError: `decay` or the shape of `released` is wrong, or it is not finite.
+    Noise is drawn on every fresh release and never on the average, whose neighbouring values would otherwise
+    each depend on all examples so far. The first release, (k,) float32, is taken as it is, and one that the
+    average already ends with changes nothing.
 
     Reference:
         Co-LoRA (arXiv 2506.11024), the exponential moving average of sanitised gradients.
@@ -195,9 +175,7 @@ def update_average(
     if not 0.0 <= decay < 1.0:
         raise MechanismError(f"the decay of the profile's average is {decay!r}; it must be in [0, 1)")
     if released.shape != (mechanism.dimensions,) or not np.isfinite(released).all():
-        raise MechanismError(
-            f"a release must hold {mechanism.dimensions} finite numbers; got shape {released.shape}"
-        )
+        raise MechanismError(f"a release holds {mechanism.dimensions} finite numbers, not {released.shape}")
     digest = hashlib.sha256(np.ascontiguousarray(released, dtype="<f4").tobytes()).hexdigest()
     if previous is None:
         return ReleasedProfile(released.astype(np.float64), mechanism.noise_variance, 1, digest)

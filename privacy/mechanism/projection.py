@@ -1,11 +1,10 @@
 """Public maps: from the factors of a per-example gradient to the few coordinates that are clipped.
 
-A per-example gradient comes as its factors: G = Σ_t δ_t x_tᵀ, and no map here ever forms G. Everything
-random in a map comes from SHAKE-256 over a label and the public seed, read as little-endian 64-bit
-words, so any platform and any library version rebuilds the same map from the mechanism alone.
+A per-example gradient comes as its factors: G = Σ_t δ_t x_tᵀ, and no map here ever forms G. Everything random
+in a map comes from SHAKE-256 over a label and the public seed, read as little-endian 64-bit words, so any
+platform and any library version rebuilds the same map from the mechanism alone.
 
-The guarantee does not rest on these maps: rows are clipped after them, whatever they are. Usefulness
-does, and comparability between clients.
+The guarantee does not rest on these maps: rows are clipped after them, whatever they are.
 """
 
 import hashlib
@@ -30,11 +29,9 @@ MAXIMUM_BASIS_BYTES: Final = 256 * 2**20
 
 @dataclass(frozen=True, eq=False)
 class GradientFactors:
-    """One example's gradient as a sum of outer products: G = Σ_t delta[t] ⊗ inputs[t].
+    """One example's gradient, G = Σ_t delta[t] ⊗ inputs[t], of (T, hidden) and (T, intermediate) float32.
 
-    Attributes:
-        delta: (T, hidden_size) float32, gradients at the output of the layer, mean over tokens included.
-        inputs: (T, intermediate_size) float32, inputs of the layer. T = 0 means no gradient is defined.
+    With T = 0 no gradient is defined. `delta` is at the output of the layer, mean over tokens included.
     """
 
     delta: Float32Array
@@ -72,17 +69,13 @@ class PublicBasis:
 
     @classmethod
     def load(cls, path: Path) -> "PublicBasis":
-        """Read a basis; whether it is the agreed one is decided by `PublicMap`, by its hash.
+        """Read a basis of finite float32 arrays.
 
-        Raises:
-            MechanismError: the file cannot be read, is no safetensors file, is too large, holds unknown
-                arrays, or numbers that are not finite float32.
+        Whether it is the agreed one, `PublicMap` decides by hash.
         """
         try:
             if path.stat().st_size > MAXIMUM_BASIS_BYTES:
-                raise MechanismError(
-                    f"{path} is larger than {MAXIMUM_BASIS_BYTES} bytes; that is no public basis"
-                )
+                raise MechanismError(f"{path} has over {MAXIMUM_BASIS_BYTES} bytes; it is no public basis")
             arrays = load_safetensors(path.read_bytes())
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise MechanismError(
@@ -90,9 +83,7 @@ class PublicBasis:
             ) from error
         unknown = sorted(set(arrays) - {field.name for field in fields(cls)})
         if unknown:
-            raise MechanismError(
-                f"{path} holds unknown arrays {unknown}; a public basis has none of that name"
-            )
+            raise MechanismError(f"{path} holds unknown arrays {unknown}; a public basis has none such")
         for name, array in arrays.items():
             if array.dtype != np.float32 or not np.isfinite(array).all():
                 raise MechanismError(f"{path}: {name} must hold finite float32 numbers")
@@ -104,11 +95,7 @@ class PublicBasis:
 
 
 def check_basis(mechanism: ProfileMechanism, basis: Path | None) -> None:
-    """Refuse a public basis other than the one that the terms name by its hash, None if there is none.
-
-    Raises:
-        MechanismError: it is missing, not needed, another one, or cannot be read.
-    """
+    """Refuse another public basis than the one that the terms name by its hash, None if there is none."""
     agreed = mechanism.basis_sha256
     if agreed is None:
         if basis is not None:
@@ -129,13 +116,7 @@ def check_basis(mechanism: ProfileMechanism, basis: Path | None) -> None:
 
 
 class Projection:
-    """The reduction of a mechanism, ready to use: project, sample dimensions, normalise.
-
-    Only a Kronecker reduction takes its directions from the basis.
-
-    Raises:
-        MechanismError: a Kronecker reduction has no directions, or they have the wrong shape.
-    """
+    """The reduction of a mechanism, ready to use: project, sample dimensions, normalise."""
 
     def __init__(self, reduction: Reduction, basis: PublicBasis | None = None) -> None:
         self.reduction = reduction
@@ -145,10 +126,8 @@ class Projection:
             places = _distinct(reduction, "entries", hidden * inner, reduction.projection_dimensions)
             self._entry_rows, self._entry_columns = np.divmod(places, inner)
         elif reduction.kind == "tensor_sketch":
-            self._sketches = (
-                _count_sketch(reduction, "delta", hidden),
-                _count_sketch(reduction, "inputs", inner),
-            )
+            sides = ("delta", hidden), ("inputs", inner)
+            self._sketches = [_count_sketch(reduction, side, size) for side, size in sides]
         else:
             left, right = _kronecker_sides(reduction, basis)
             self._left, self._right = np.ascontiguousarray(left.T), np.ascontiguousarray(right.T)
@@ -157,14 +136,9 @@ class Projection:
         )
 
     def rows(self, factors: Iterable[GradientFactors]) -> Float64Array:
-        """Reduce n gradients, one row each.
+        """Reduce n gradients to (n, k) float64 rows, of unit L2 norm (or zero) if the reduction normalises.
 
-        Returns:
-            (n, k) float64, of unit L2 norm (or zero) if the reduction normalises. A gradient without tokens
-            gives a row of NaN, which clipping rejects.
-
-        Raises:
-            MechanismError: the factors' shapes do not fit.
+        A gradient without tokens gives a row of NaN, which clipping rejects.
         """
         reduced = [self._project(gradient)[self._kept] for gradient in factors]
         if not reduced:
@@ -207,18 +181,14 @@ class Projection:
 
 
 class PublicMap:
-    """The whole public part of a mechanism: projection, normalisation, centre and whitening.
-
-    Raises:
-        MechanismError: the basis is missing, another one than the mechanism names, or does not fit.
-    """
+    """The whole public part of a mechanism: projection, normalisation, centre and whitening."""
 
     def __init__(self, mechanism: ProfileMechanism, basis: PublicBasis | None = None) -> None:
         found = None if basis is None else basis.sha256
         if found != mechanism.basis_sha256:
             raise MechanismError(
-                f"the public basis has hash {found}, the mechanism names {mechanism.basis_sha256}; use the "
-                "basis that belongs to the roster"
+                f"the public basis has hash {found}, the mechanism names {mechanism.basis_sha256}; take what "
+                "belongs to the roster"
             )
         self.mechanism = mechanism
         self.projection = Projection(mechanism.reduction, basis)
@@ -262,41 +232,29 @@ def _standardisation(
     if mechanism.standardise == "none":
         return None, None
     size = mechanism.dimensions
-    centre = _part(
-        basis, "centre", (size,), f"standardise {mechanism.standardise!r} needs a centre of {size}"
-    )
-    if mechanism.standardise == "centre":
-        return centre, None
-    return centre, _part(
-        basis, "whitening", (size, size), f"standardise 'whiten' needs a whitening matrix of {size} × {size}"
-    )
+    centre = _part(basis, "centre", (size,))
+    return centre, None if mechanism.standardise == "centre" else _part(basis, "whitening", (size, size))
 
 
-def _part(basis: PublicBasis | None, name: str, shape: tuple[int, ...], needed: str) -> Float64Array:
+def _part(basis: PublicBasis | None, name: str, shape: tuple[int, ...]) -> Float64Array:
     found: Float32Array | None = getattr(basis, name, None)
     if found is None or found.shape != shape:
-        raise MechanismError(f"{needed} numbers in the public basis; fit the basis for this reduction")
+        raise MechanismError(
+            f"the mechanism's standardise needs a {name} of shape {shape} in the public basis; fit one for it"
+        )
     return found.astype(np.float64)
 
 
 def _kronecker_sides(reduction: Reduction, basis: PublicBasis | None) -> tuple[Float32Array, Float32Array]:
-    left = None if basis is None else basis.left
-    right = None if basis is None else basis.right
-    if left is None or right is None:
-        raise MechanismError(
-            "a kronecker reduction needs a public basis with both sides; fit one on public data"
-        )
-    fits = (
-        left.ndim == right.ndim == 2
-        and left.shape[0] == reduction.hidden_size
-        and right.shape[0] == reduction.intermediate_size
-        and left.shape[1] * right.shape[1] == reduction.projection_dimensions
-    )
-    if not fits:
+    if basis is None or basis.left is None or basis.right is None:
+        raise MechanismError("a kronecker reduction needs a public basis with both sides; fit one")
+    left, right, sizes = basis.left, basis.right, (reduction.hidden_size, reduction.intermediate_size)
+    wanted = reduction.projection_dimensions
+    fits = left.ndim == right.ndim == 2 and (left.shape[0], right.shape[0]) == sizes
+    if not fits or left.shape[1] * right.shape[1] != wanted:
         raise MechanismError(
             f"directions of shapes {left.shape} and {right.shape} do not fit a kronecker reduction of a "
-            f"({reduction.hidden_size}, {reduction.intermediate_size}) gradient to "
-            f"{reduction.projection_dimensions} dimensions"
+            f"{sizes} gradient to {wanted} dimensions"
         )
     return left, right
 

@@ -4,8 +4,7 @@
     y   = Σ_j u_j                                              exact, as long as nothing wraps
 
 Only y is ever seen, so the noise that counts is that of all contributors together: with m of them of whom t
-know their own, a Gaussian mechanism of noise multiplier s·√(m − t)
-(`fedmosaic.privacy.accounting.leverage`).
+know their own, a Gaussian mechanism of noise multiplier s·√(m − t) (`fedmosaic.privacy.accounting.leverage`).
 
 *Clamping* a sum to a box moves no two sums further apart, so the sensitivity stays C. *Nothing wraps*: the
 clamp and the largest draw that `SecureNoise` can make leave room for m shares in b bits. *Rounding*: with ν
@@ -35,14 +34,7 @@ _ROOM: Final = 4
 
 @dataclass(frozen=True)
 class ShareGrid:
-    """The integers of a group's sum; public, and equal at all its members.
-
-    Attributes:
-        steps: g, per clipping norm; a power of two.
-        noise: s, each member's noise multiplier.
-        limit: largest coordinate of a member's clipped sum, in steps; further is clamped.
-        bits: b, shares are added modulo 2**b.
-    """
+    """The integers of a group's sum, public: g steps per clipping norm, noise s, the clamp, b bits."""
 
     steps: int
     noise: float
@@ -51,17 +43,7 @@ class ShareGrid:
 
 
 def plan_grid(members: int, expected_batch_size: int, noise: float, bits: int) -> ShareGrid:
-    """The finest grid, at most 2**24 steps, on which the shares of a group cannot wrap.
-
-    Args:
-        members: of the group, m at most.
-        expected_batch_size: examples of one member in one sum.
-        noise: s.
-        bits: b.
-
-    Raises:
-        MechanismError: the grid would be too coarse for the noise; more bits are needed.
-    """
+    """The finest grid on which m shares of noise s cannot wrap in b bits; MechanismError asks for more."""
     largest = (1 << (bits - 1)) // members - 2
     steps = GRID
     while steps > 1 and steps * (_ROOM * expected_batch_size + _LARGEST_DRAW * noise) > largest:
@@ -76,16 +58,7 @@ def plan_grid(members: int, expected_batch_size: int, noise: float, bits: int) -
 
 
 def noisy_share(total: ClippedSum, grid: ShareGrid, noise: NoiseSource) -> IntArray:
-    """Draw a member's noise and add it to its clipped sum. One event for the accountant, charged before.
-
-    Args:
-        total: private sum of D coordinates, clipped on `grid.steps`.
-        grid: of the group.
-        noise: `SecureNoise()` in real runs.
-
-    Returns:
-        (D,) int64, to be seen by nobody but in a secure sum.
-    """
+    """A member's noise and clipped sum, (D,) int64 for a secure sum alone; charged before it is drawn."""
     deviation = grid.noise * grid.steps
     bound = int(np.ceil(_LARGEST_DRAW * deviation))
     draws = np.rint(noise.gaussian(len(total.units), deviation)).astype(np.int64)

@@ -7,6 +7,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from fedmosaic.privacy.secureaggregation import messages
 from fedmosaic.privacy.secureaggregation.masks import (
     Masks,
     WordArray,
@@ -15,20 +16,6 @@ from fedmosaic.privacy.secureaggregation.masks import (
     private_key,
     self_mask_key,
     unpack,
-)
-from fedmosaic.privacy.secureaggregation.messages import (
-    CHECK_BYTES,
-    ENVELOPE_BYTES,
-    Opening,
-    Unmasking,
-    check_left,
-    check_opening,
-    check_survivor_signatures,
-    seed_check,
-    share_check,
-    split,
-    survivors_digest,
-    transcript,
 )
 from fedmosaic.privacy.secureaggregation.shamir import combine, lagrange_weights
 from fedmosaic.privacy.secureaggregation.terms import SumTerms
@@ -50,7 +37,7 @@ class SumCollector:
         self.faults: dict[str, str] = {}
         self.disputes: set[tuple[str, str]] = set()
         self._terms = terms
-        self._openings: dict[str, Opening] = {}
+        self._openings: dict[str, messages.Opening] = {}
         self._place: dict[str, int] = {}
         self._transcript = b""
         self._envelopes: dict[str, bytes] = {}
@@ -61,35 +48,35 @@ class SumCollector:
         self._shares: dict[str, dict[str, int]] = {}
         self._total: WordArray | None = None
 
-    def add_opening(self, member: str, opening: Opening) -> None:
+    def add_opening(self, member: str, opening: messages.Opening) -> None:
         """Step 1; a repeated one must be the same. One that is not signed for this sum harms nobody else."""
-        check_opening(self._terms, member, opening)
+        messages.check_opening(self._terms, member, opening)
         _keep(member, self._terms.members, self._openings, opening, "opening")
 
-    def close_openings(self) -> dict[str, Opening]:
+    def close_openings(self) -> dict[str, messages.Opening]:
         """Everybody's openings, to be given to everybody; EncryptionError if too few came."""
-        self._transcript = transcript(self._terms, self._openings)
+        self._transcript = messages.transcript(self._terms, self._openings)
         self._place = {member: place for place, member in enumerate(sorted(self._openings))}
         return dict(self._openings)
 
     def add_envelopes(self, member: str, envelopes: bytes) -> None:
         """Step 2: envelopes for all who opened, in ascending order of their names."""
-        if len(envelopes) != ENVELOPE_BYTES * len(self._openings):
+        if len(envelopes) != messages.ENVELOPE_BYTES * len(self._openings):
             raise EncryptionError(f"{member!r} did not seal shares for exactly those who opened")
         _keep(member, self._openings, self._envelopes, envelopes, "set of envelopes")
         self._shares.setdefault(member, {})
 
     def close_envelopes(self) -> None:
         """EncryptionError if too few shared."""
-        check_left("shared their masks", self._envelopes, self._terms, len(self._openings))
+        messages.check_left("shared their masks", self._envelopes, self._terms, len(self._openings))
 
     def envelopes_for(self, member: str) -> dict[str, bytes]:
         """Sender → envelope for a member."""
         return {sender: self._envelope(sender, member) for sender in self._envelopes}
 
     def _envelope(self, sender: str, recipient: str) -> bytes:
-        start = ENVELOPE_BYTES * self._place[recipient]
-        return self._envelopes[sender][start : start + ENVELOPE_BYTES]
+        start = messages.ENVELOPE_BYTES * self._place[recipient]
+        return self._envelopes[sender][start : start + messages.ENVELOPE_BYTES]
 
     def add_vector(self, member: str, masked: bytes) -> None:
         """Step 3. Added at once, so memory does not grow with the group."""
@@ -100,25 +87,21 @@ class SumCollector:
         self._survivors.add(member)
 
     def close_vectors(self) -> tuple[str, ...]:
-        """Who contributes, to be given to everybody; a vector that comes later is not added.
-
-        Raises:
-            EncryptionError: too few are left to form the sum or to take the masks off.
-        """
-        check_left("sent their vectors", self._survivors, self._terms, len(self._openings))
-        self._listed = survivors_digest(self._transcript, self._survivors)
+        """Who contributes, to be given to everybody; a vector that comes later is not added."""
+        messages.check_left("sent their vectors", self._survivors, self._terms, len(self._openings))
+        self._listed = messages.survivors_digest(self._transcript, self._survivors)
         return tuple(sorted(self._survivors))
 
     def add_signature(self, member: str, signature: bytes) -> None:
         """Step 4; EncryptionError if it is not the member's for this list."""
-        check_survivor_signatures(self._terms, self._listed, self._survivors, {member: signature}, 1)
+        messages.check_survivor_signatures(self._terms, self._listed, self._survivors, {member: signature}, 1)
         self._signatures[member] = signature
 
     def signatures(self) -> dict[str, bytes]:
         """Member → signature on the list of contributors."""
         return dict(self._signatures)
 
-    def add_unmasking(self, member: str, unmasking: Unmasking) -> None:
+    def add_unmasking(self, member: str, unmasking: messages.Unmasking) -> None:
         """Step 5."""
         if set(unmasking.shares) != set(self._envelopes):
             raise EncryptionError(f"{member!r} sent shares of other members than those that are asked for")
@@ -140,9 +123,8 @@ class SumCollector:
     def finish(self) -> npt.NDArray[np.int64]:
         """The sum over the contributors: (D,) int64.
 
-        Raises:
-            EncryptionError: too few true shares are here. Whoever gave or sealed a false one is in `faults`;
-                what comes later may suffice.
+        EncryptionError if too few true shares are here. Whoever gave or sealed a false one is in `faults`;
+        what comes later may suffice.
         """
         needed = self._terms.threshold(len(self._openings))
         if not self.can_finish or self._total is None:
@@ -196,14 +178,16 @@ class SumCollector:
         """Whether a secret is the one that its member's opening speaks of."""
         opening, digest = self._openings[member], self._terms.digest()
         if member in self._survivors:
-            return seed_check(digest, member, seed) == opening.self_check
+            return messages.seed_check(digest, member, seed) == opening.self_check
         return private_key(seed, digest).public_key().public_bytes_raw() == opening.mask_key
 
     def _was_sealed(self, member: str, holder: str) -> bool:
         """Whether a share has the hash that its sender published, and its recipient did not dispute."""
         kind, share = int(member not in self._survivors), self._shares[member][holder]
-        told = split(self._envelope(member, holder)[-2 * CHECK_BYTES :], CHECK_BYTES, 2)[kind]
-        return share_check(self._transcript, member, holder, kind, share) == told
+        told = messages.split(
+            self._envelope(member, holder)[-2 * messages.CHECK_BYTES :], messages.CHECK_BYTES, 2
+        )[kind]
+        return messages.share_check(self._transcript, member, holder, kind, share) == told
 
     def _blame(self) -> str:
         return "".join(f"; {member!r}: {fault}" for member, fault in sorted(self.faults.items()))

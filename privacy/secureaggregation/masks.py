@@ -35,19 +35,10 @@ def self_mask_key(seed: int, digest: bytes) -> bytes:
 
 
 def pair_mask_key(own: X25519PrivateKey, other: bytes, digest: bytes, pair: tuple[str, str]) -> bytes:
-    """Key of the mask that two members have in common.
+    """Key of the mask that two members have in common; `digest` is that of the openings.
 
     Their names are in it: a member that opens with another's key has no mask in common with that one, which
     could take it off with its own.
-
-    Args:
-        own: key for masks.
-        other: the other's public key.
-        digest: of the openings.
-        pair: names of both, in any order.
-
-    Raises:
-        EncryptionError: the other's key is a point of small order.
     """
     names = sha256(b"secure-sum/pair", *(name.encode() for name in sorted(pair)))
     return derive(agree(own, other), b"fedmosaic/secure-sum/pair-mask", digest, names)
@@ -62,12 +53,7 @@ def agree(own: X25519PrivateKey, other: bytes) -> bytes:
 
 
 class Masks:
-    """Masks of one length, each made in the same buffer: a mask is gone when the next is asked for.
-
-    Args:
-        dimensions: D.
-        bits: b of the words.
-    """
+    """Masks of D words of b bits, each made in the same buffer: one is gone when the next is asked for."""
 
     def __init__(self, dimensions: int, bits: int) -> None:
         kind = _words(bits)
@@ -107,11 +93,7 @@ def pack(words: WordArray, bits: int) -> bytes:
 
 
 def unpack(data: bytes, dimensions: int, bits: int) -> WordArray:
-    """What `pack` was given.
-
-    Raises:
-        EncryptionError: the length is another.
-    """
+    """What `pack` was given; EncryptionError for another length."""
     expected = (dimensions * bits + 7) // 8
     if len(data) != expected:
         raise EncryptionError(f"a masked vector of {len(data)} bytes, expected {expected}")

@@ -27,6 +27,7 @@ import numpy.typing as npt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from fedmosaic.privacy.secureaggregation import messages
 from fedmosaic.privacy.secureaggregation.masks import (
     Masks,
     agree,
@@ -35,20 +36,6 @@ from fedmosaic.privacy.secureaggregation.masks import (
     private_key,
     self_mask_key,
     to_words,
-)
-from fedmosaic.privacy.secureaggregation.messages import (
-    ENVELOPE_BYTES,
-    Opening,
-    Unmasking,
-    check_left,
-    check_opening,
-    check_survivor_signatures,
-    open_shares,
-    seal_shares,
-    seed_check,
-    sign_opening,
-    survivors_digest,
-    transcript,
 )
 from fedmosaic.privacy.secureaggregation.shamir import RandomBytes, draw_element, share
 from fedmosaic.privacy.secureaggregation.terms import SumTerms
@@ -69,13 +56,8 @@ class SumMember:
     """One member in one sum. Secrets stay in memory; after an error or a restart it is out of this sum.
 
     Whoever uses it must not let one vector, or two vectors of one round, enter two sums: the difference of
-    two sums over unlike lists is the vector of a few.
-
-    Args:
-        terms: of the sum.
-        member: own id.
-        identity: own long-term key.
-        random_bytes: source of all secrets; another than the operating system's is for tests.
+    two sums over unlike lists is the vector of a few. Another source of secrets than the operating system's
+    is for tests.
     """
 
     def __init__(
@@ -96,36 +78,28 @@ class SumMember:
         self._mask_seed = draw_element(random_bytes)
         self._mask_key = private_key(self._mask_seed, terms.digest())
         self._envelope_key = X25519PrivateKey.from_private_bytes(random_bytes(32))
-        self._openings: dict[str, Opening] = {}
+        self._openings: dict[str, messages.Opening] = {}
         self._transcript = b""
         self._agreed: dict[str, bytes] = {}
         self._held: dict[str, tuple[int, int] | None] = {}
         self._survivors: tuple[str, ...] = ()
 
-    def open(self) -> Opening:
+    def open(self) -> messages.Opening:
         """Step 1: the keys of this sum."""
         with self._only(_Step.OPEN, _Step.SHARE):
             content = (
                 self._mask_key.public_key().public_bytes_raw(),
                 self._envelope_key.public_key().public_bytes_raw(),
-                seed_check(self._terms.digest(), self._member, self._self_seed),
+                messages.seed_check(self._terms.digest(), self._member, self._self_seed),
             )
-            return sign_opening(self._terms, self._member, content, self._identity)
+            return messages.sign_opening(self._terms, self._member, content, self._identity)
 
-    def share(self, openings: Mapping[str, Opening]) -> dict[str, bytes]:
-        """Step 2: recipient → envelope of 64 bytes, this member among them.
-
-        Args:
-            openings: member → opening, of everybody who opened, this member included.
-
-        Raises:
-            EncryptionError: an opening is foreign, forged or malformed, this member's is not there, or too
-                few opened.
-        """
+    def share(self, openings: Mapping[str, messages.Opening]) -> dict[str, bytes]:
+        """Step 2: recipient → envelope of 64 bytes, this member among them, from everybody's openings."""
         with self._only(_Step.SHARE, _Step.ACCEPT):
             for member, opening in openings.items():
-                check_opening(self._terms, member, opening)
-            digest = transcript(self._terms, openings)
+                messages.check_opening(self._terms, member, opening)
+            digest = messages.transcript(self._terms, openings)
             own = openings.get(self._member)
             if own is None or own.envelope_key != self._envelope_key.public_key().public_bytes_raw():
                 raise EncryptionError(f"the openings do not hold the one that {self._member!r} sent")
@@ -138,28 +112,23 @@ class SumMember:
                 member: agree(self._envelope_key, openings[member].envelope_key) for member in members
             }
             return {
-                member: seal_shares(self._agreed[member], digest, self._member, member, pair)
+                member: messages.seal_shares(self._agreed[member], digest, self._member, member, pair)
                 for member, pair in zip(members, zip(self_shares, key_shares, strict=True), strict=True)
             }
 
     def accept(self, envelopes: Mapping[str, bytes]) -> None:
-        """Open the shares; whoever has to pay for a vector does so after this.
+        """Open the shares, by sender; whoever has to pay for a vector does so after this.
 
         An envelope that does not hold what its sender announced is set aside: its sender has a mask in common
         with this member all the same, whose keys the openings are, and others hold shares of it.
-
-        Args:
-            envelopes: sender → envelope for this member, of every member that shared.
-
-        Raises:
-            EncryptionError: an envelope is malformed or foreign, more are damaged than there are members who
-                might lie, or too few members are left.
+        EncryptionError if one is malformed or foreign, more are damaged than there are members who might lie,
+        or too few members are left.
         """
         with self._only(_Step.ACCEPT, _Step.MASK):
             for sender, envelope in envelopes.items():
-                if sender not in self._openings or len(envelope) != ENVELOPE_BYTES:
+                if sender not in self._openings or len(envelope) != messages.ENVELOPE_BYTES:
                     raise EncryptionError(f"{len(envelope)} bytes are no envelope of {sender!r} in this sum")
-                self._held[sender] = open_shares(
+                self._held[sender] = messages.open_shares(
                     self._agreed[sender], self._transcript, sender, self._member, envelope
                 )
             damaged = sorted(sender for sender, shares in self._held.items() if shares is None)
@@ -173,17 +142,10 @@ class SumMember:
             # With fewer than k, the server could pick masks of members that vanish, whose keys it is given,
             # for a vector that is to be alone. Any k have an honest member in common with those who sign the
             # contributors, and its mask stays.
-            check_left("shared their masks", self._held, self._terms, len(self._openings))
+            messages.check_left("shared their masks", self._held, self._terms, len(self._openings))
 
     def mask(self, vector: npt.NDArray[np.int64]) -> bytes:
-        """Step 3: the masked vector, ⌈D·bits/8⌉ bytes.
-
-        Args:
-            vector: (D,) integers; the sum over all members must lie in [−2**(bits−1), 2**(bits−1)).
-
-        Raises:
-            EncryptionError: the vector has another shape.
-        """
+        """Step 3: (D,) integers, whose sum over all fits b bits, as a masked vector of ⌈D·bits/8⌉ bytes."""
         with self._only(_Step.MASK, _Step.AGREE):
             if vector.shape != (self._terms.dimensions,) or vector.dtype != np.int64:
                 raise EncryptionError(
@@ -200,43 +162,26 @@ class SumMember:
             return pack(masked, bits)
 
     def agree(self, survivors: Collection[str]) -> bytes:
-        """Step 4: signature on the list of members whose vectors came.
-
-        Raises:
-            EncryptionError: it names somebody who did not share, leaves this member out, or is too short.
-        """
+        """Step 4: signature on the list of members whose vectors came, this one's among them."""
         with self._only(_Step.AGREE, _Step.UNMASK):
             survivors = frozenset(survivors)
             foreign = sorted(survivors - set(self._held))
             if foreign or self._member not in survivors:
-                raise EncryptionError(
-                    f"the contributors do not include {self._member!r}, whose vector was sent"
-                    if not foreign
-                    else f"contributors who did not share their masks: {', '.join(foreign)}"
-                )
-            check_left("sent their vectors", survivors, self._terms, len(self._openings))
+                strange = f"contributors who did not share their masks: {', '.join(foreign)}"
+                lacking = f"the contributors do not include {self._member!r}, whose vector was sent"
+                raise EncryptionError(strange if foreign else lacking)
+            messages.check_left("sent their vectors", survivors, self._terms, len(self._openings))
             self._survivors = tuple(sorted(survivors))
-            return self._identity.sign(survivors_digest(self._transcript, survivors))
+            return self._identity.sign(messages.survivors_digest(self._transcript, survivors))
 
-    def unmask(self, signatures: Mapping[str, bytes]) -> Unmasking:
-        """Step 5: what the server needs to take the masks off this one sum.
-
-        Args:
-            signatures: survivor → what `agree` returned there.
-
-        Raises:
-            EncryptionError: fewer than k survivors signed the list that this member signed.
-        """
+    def unmask(self, signatures: Mapping[str, bytes]) -> messages.Unmasking:
+        """Step 5: what the server needs for this one sum, once k signed the list that this member signed."""
         with self._only(_Step.UNMASK, _Step.OVER):
             needed = self._terms.threshold(len(self._openings))
-            digest = survivors_digest(self._transcript, self._survivors)
-            check_survivor_signatures(self._terms, digest, self._survivors, signatures, needed)
-            return Unmasking(
-                {
-                    member: None if pair is None else pair[0 if member in self._survivors else 1]
-                    for member, pair in self._held.items()
-                }
-            )
+            digest = messages.survivors_digest(self._transcript, self._survivors)
+            messages.check_survivor_signatures(self._terms, digest, self._survivors, signatures, needed)
+            kinds = {member: int(member not in self._survivors) for member in self._held}
+            return messages.Unmasking({m: pair and pair[kinds[m]] for m, pair in self._held.items()})
 
     @contextmanager
     def _only(self, expected: _Step, following: _Step) -> Iterator[None]:

@@ -8,24 +8,23 @@ Sizes for m members who opened and D coordinates, up per member:
     survivors  64                                 signature
     shares     16·m                               one for each member that shared
 
-A false share has an author. Whoever seals shares publishes a hash of each, with which the recipient
-compares what it finds in its envelope. So a share that is given away later and has another hash was changed
-by who gives it, and k shares with the right hashes that do not lead to the secret that was announced were
-made so by who sealed them. The hashes also authenticate an envelope: a server that changes one would have to
-find the hash of a share that it does not know.
+A false share has an author: whoever seals shares publishes a hash of each. A share that is given away and has
+another hash was changed by who gives it; k with the right hashes that do not lead to the announced secret
+were made so by who sealed them. The hashes also authenticate an envelope: a server that changes one would
+have to find the hash of a share that it does not know.
 """
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmosaic.privacy.groupkey.messages import sha256
 from fedmosaic.privacy.secureaggregation.masks import derive
 from fedmosaic.privacy.secureaggregation.shamir import PRIME, SHARE_BYTES
 from fedmosaic.privacy.secureaggregation.terms import SumTerms
 from fedmosaic.protos.errors import EncryptionError
+from fedmosaic.protos.signing import verifies
 
 KEY_BYTES = 32
 OPENING_BYTES = 3 * KEY_BYTES + 64
@@ -124,7 +123,7 @@ def check_opening(terms: SumTerms, member: str, opening: Opening) -> None:
     if member not in terms.members:
         raise EncryptionError(f"an opening of {member!r}, who is not of this group")
     signed = _opening_digest(terms, member, opening.content)
-    if any(len(part) != KEY_BYTES for part in opening.content) or not _verifies(
+    if any(len(part) != KEY_BYTES for part in opening.content) or not verifies(
         terms.identity_keys[member], opening.signature, signed
     ):
         raise EncryptionError(f"the opening of {member!r} is not signed by it for this sum")
@@ -175,18 +174,14 @@ def survivors_digest(transcript: bytes, survivors: Collection[str]) -> bytes:
 def check_survivor_signatures(
     terms: SumTerms, digest: bytes, survivors: Collection[str], signatures: Mapping[str, bytes], needed: int
 ) -> None:
-    """Make sure that enough survivors signed the `survivors_digest` of a list.
-
-    Raises:
-        EncryptionError: a signature is foreign or does not fit, or there are fewer than `needed`.
-    """
+    """EncryptionError unless enough survivors, and nobody else, signed a `survivors_digest`."""
     for member, signature in signatures.items():
-        if member not in survivors or not _verifies(terms.identity_keys[member], signature, digest):
+        if member not in survivors or not verifies(terms.identity_keys[member], signature, digest):
             raise EncryptionError(f"{member!r} did not sign this list of {len(survivors)} contributors")
     if len(signatures) < needed:
         raise EncryptionError(
-            f"{len(signatures)} members agree on the contributors, {needed} must: a server could otherwise "
-            "open the sums of two lists"
+            f"{len(signatures)} members agree on the contributors, {needed} must: or two lists could be "
+            "opened"
         )
 
 
@@ -200,26 +195,15 @@ def split(data: bytes, size: int, count: int) -> list[bytes]:
 def check_number(what: str, members: Collection[str], terms: SumTerms) -> None:
     """EncryptionError if fewer members are left than a sum may be formed of."""
     if len(members) < terms.minimum:
-        raise EncryptionError(
-            f"{len(members)} members {what}, a sum needs {terms.minimum}: with fewer, the noise is too little"
-        )
+        raise EncryptionError(f"{len(members)} members {what}, a sum needs {terms.minimum} for its noise")
 
 
 def check_left(what: str, members: Collection[str], terms: SumTerms, opened: int) -> None:
-    """EncryptionError if fewer members are left than a sum may be formed of, or than open its masks.
-
-    Args:
-        what: they did, for the message.
-        members: who is left.
-        terms: of the sum.
-        opened: members that opened it.
-    """
+    """EncryptionError if fewer members are left than a sum may be formed of, or than open its masks."""
     check_number(what, members, terms)
     needed = terms.threshold(opened)
     if len(members) < needed:
-        raise EncryptionError(
-            f"{len(members)} members {what}, {needed} of {opened} are needed to take the masks off"
-        )
+        raise EncryptionError(f"{len(members)} members {what}, {needed} of {opened} are needed to unmask")
 
 
 def _opening_digest(terms: SumTerms, member: str, content: tuple[bytes, bytes, bytes]) -> bytes:
@@ -240,11 +224,3 @@ def _pad(agreed: bytes, transcript: bytes, sender: str, recipient: str) -> bytes
 
 def _xor(data: bytes, pad: bytes) -> bytes:
     return bytes(a ^ b for a, b in zip(data, pad, strict=True))
-
-
-def _verifies(key: bytes, signature: bytes, message: bytes) -> bool:
-    try:
-        Ed25519PublicKey.from_public_bytes(key).verify(signature, message)
-    except (InvalidSignature, ValueError):
-        return False
-    return True

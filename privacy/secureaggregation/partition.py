@@ -38,40 +38,21 @@ class Partition(Frozen):
 
     @classmethod
     def decoded(cls, data: bytes) -> "Partition":
-        """Read what the server sent.
-
-        Raises:
-            WireError: it is no partition.
-        """
+        """Read what the server sent; WireError if it is no partition."""
         try:
             return cls.model_validate_json(data)
         except ValidationError as error:
-            raise WireError(
-                f"the server's partition into groups cannot be read: {error.errors()[0]['msg']}"
-            ) from None
+            raise WireError(f"the groups cannot be read: {error.errors()[0]['msg']}") from None
 
     def terms(
         self, context: bytes, identity_keys: Mapping[str, bytes], sums: GroupSumTerms, dimensions: int
     ) -> tuple[SumTerms, ...]:
-        """What the members of every group agree on for one round; alike at them and at the server.
-
-        Args:
-            context: `sum_context` of the round.
-            identity_keys: of all members.
-            sums: the roster's.
-            dimensions: D, of the shared adapter.
-        """
+        """What the members of every group agree on for one round; alike at them and at the server."""
+        least, colluders, bits = sums.minimum_contributors, sums.colluders, sums.bits
+        keys = [{name: identity_keys[name] for name in group} for group in self.groups]
         return tuple(
-            SumTerms(
-                context,
-                group,
-                {name: identity_keys[name] for name in group},
-                sums.minimum_contributors,
-                sums.colluders,
-                dimensions,
-                sums.bits,
-            )
-            for group in self.groups
+            SumTerms(context, group, known, least, colluders, dimensions, bits)
+            for group, known in zip(self.groups, keys, strict=True)
         )
 
     def group_of(self, member: str) -> int:
@@ -79,26 +60,13 @@ class Partition(Frozen):
         return next(index for index, group in enumerate(self.groups) if member in group)
 
     def check(self, member: str, roster: Collection[str], minimum: int, most: int) -> None:
-        """What a member makes sure of before it takes part in a sum.
-
-        Args:
-            member: own id.
-            roster: ids of all members.
-            minimum: members of a group.
-            most: groups that the terms allow.
-
-        Raises:
-            PolicyError: groups overlap, name strangers, leave the member out, are too small or too many, or a
-                mixing weight is negative or missing.
-        """
+        """PolicyError unless a member may take part in these groups of at least `minimum`, at most `most`."""
         everybody = [name for group in self.groups for name in group]
         strangers = sorted(set(everybody) - set(roster))
         if strangers:
             raise PolicyError(f"the server's groups name {', '.join(strangers)}, who are not on the roster")
         if len(everybody) != len(set(everybody)):
-            raise PolicyError(
-                "the server's groups overlap: two sums with one member apart give that one away"
-            )
+            raise PolicyError("the server's groups overlap: two sums with one apart give that one away")
         if any(list(group) != sorted(group) for group in self.groups):
             raise PolicyError("the server's groups are not in ascending order")
         if member not in everybody:
@@ -110,19 +78,12 @@ class Partition(Frozen):
             raise PolicyError(f"the server made {len(self.groups)} groups, the terms say at most {most}")
         weights = np.array(self.mixing.get(member, ()))
         if weights.shape != (len(self.groups),) or (weights < 0.0).any():
-            raise PolicyError(
-                f"the server gave {member!r} no mixing weights for its {len(self.groups)} groups"
-            )
+            raise PolicyError(f"the server gave {member!r} no mixing weights for {len(self.groups)} groups")
 
 
 @dataclass(frozen=True)
 class RoundTotals:
-    """What came of one round's sums; public to the members.
-
-    Attributes:
-        round: its number. contributors: of every group; empty where no sum was formed. vectors: packed
-        words of every group (`fedmosaic.privacy.secureaggregation.masks.pack`), empty for none.
-    """
+    """What came of one round's sums: contributors and packed words by group, empty where none was formed."""
 
     round: int
     contributors: tuple[tuple[str, ...], ...]
@@ -144,11 +105,7 @@ class RoundTotals:
 
     @classmethod
     def from_messages(cls, round_number: int, messages: Mapping[str, bytes], groups: int) -> "RoundTotals":
-        """What `messages` was made from.
-
-        Raises:
-            WireError: a group is missing or has no list of contributors.
-        """
+        """What `messages` was made from; WireError if a group is missing or lists no contributors."""
         contributors, vectors = [], []
         for index in range(groups):
             names, separator, vector = messages.get(f"group-{index}", b"").partition(b"\n")

@@ -24,17 +24,7 @@ def draw_element(random_bytes: RandomBytes) -> int:
 
 
 def share(secret: int, threshold: int, holders: int, random_bytes: RandomBytes) -> tuple[int, ...]:
-    """Split a secret so that any `threshold` shares give it back and fewer say nothing about it.
-
-    Args:
-        secret: 0 … PRIME − 1.
-        threshold: k, 1 … holders.
-        holders: number of shares; the one at index i belongs to the point i + 1.
-        random_bytes: `os.urandom`.
-
-    Raises:
-        EncryptionError: a number is out of its range.
-    """
+    """Split a secret so that any `threshold` shares, at points 1 …, give it back and fewer say nothing."""
     if not 0 <= secret < PRIME or not 1 <= threshold <= holders:
         raise EncryptionError(f"a secret cannot be shared {threshold} out of {holders}")
     coefficients = [secret, *(draw_element(random_bytes) for _ in range(threshold - 1))]

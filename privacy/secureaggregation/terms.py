@@ -12,18 +12,10 @@ from fedmosaic.protos.errors import EncryptionError
 class SumTerms:
     """One sum of one group in one round; equal at all its members, and bound into every mask.
 
-    Attributes:
-        context: 32 bytes, hash of all else that members must agree on: federation, run, round, roster and the
-            whole partition into groups.
-        members: ids of the group, in ascending order.
-        identity_keys: raw Ed25519 public key (32 bytes) of every member of the group.
-        minimum: fewest contributors of which a sum may be formed, m_min.
-        colluders: members t that may work together with the server.
-        dimensions: length D of the vectors.
-        bits: b; vectors are added modulo 2**b, 8 to 62.
-
-    Raises:
-        EncryptionError: the numbers do not allow a safe sum; the message says which.
+    `context` is a hash of all else that members must agree on: federation, run, round, roster and the whole
+    partition into groups. Members are in ascending order. At least `minimum` contribute, of whom t may
+    collude with the server. Vectors of D integers are added modulo 2**bits. EncryptionError if no safe sum is
+    possible.
     """
 
     context: bytes

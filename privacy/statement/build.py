@@ -9,51 +9,22 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from fedmosaic.privacy.accounting import epsilon as accounting
 from fedmosaic.privacy.accounting.epsilon import (
     EpsilonBound,
     cross_checked_epsilon,
-    epsilon,
     epsilon_bound,
     person_epsilon,
 )
 from fedmosaic.privacy.accounting.events import AttackBounds, GaussianEvent
 from fedmosaic.privacy.accounting.leverage import effective_noise_multiplier
 from fedmosaic.privacy.accounting.tradeoff import UNBOUNDED, attack_bounds
-from fedmosaic.privacy.ledger.rows import (
-    NEIGHBOURING_RELATION,
-    Channel,
-    Charge,
-    LedgerRow,
-    charges,
-    check_chain,
-    compositions,
-)
+from fedmosaic.privacy.ledger import rows as ledger
+from fedmosaic.privacy.ledger.rows import Channel, Charge, LedgerRow, compositions
 from fedmosaic.privacy.ledger.rules import LedgerParameters, bound_of, parameters_of
-from fedmosaic.privacy.statement.models import (
-    ADVERSARIES,
-    PERSON_EXAMPLES,
-    PRIVATE,
-    AccountantFigures,
-    Adversary,
-    ChannelStatement,
-    ClientInputs,
-    ClientStatement,
-    Cover,
-    Guarantee,
-    Mechanism,
-    PersonFigure,
-    PrivacyStatement,
-    Protection,
-    StatementChannel,
-    StatementInputs,
-)
-from fedmosaic.privacy.statement.words import (
-    ADVERSARY_NAMES,
-    CHANNEL_NAMES,
-    assumptions,
-    coverage,
-    leaks,
-)
+from fedmosaic.privacy.statement import models
+from fedmosaic.privacy.statement.models import Adversary, ClientStatement, Guarantee, PrivacyStatement
+from fedmosaic.privacy.statement.words import ADVERSARY_NAMES, CHANNEL_NAMES, assumptions, coverage, leaks
 
 _BEYOND_THE_CLAIM: frozenset[Adversary] = frozenset(
     {"colluding_recipients", "colluding_recipients_with_server"}
@@ -69,7 +40,7 @@ class _Channel:
     """One channel of one client, as the ledger and the configuration tell it."""
 
     name: Channel
-    protection: Protection
+    protection: models.Protection
     rows: tuple[LedgerRow, ...]
     test_noise: bool
 
@@ -79,8 +50,8 @@ class _Client:
     """What is needed again and again while one client's part is made."""
 
     parameters: LedgerParameters
-    inputs: ClientInputs
-    run: StatementInputs
+    inputs: models.ClientInputs
+    run: models.StatementInputs
     channels: tuple[_Channel, ...]
 
     def charges(self, names: Iterable[str], adversary: Adversary = "server_malicious") -> list[Charge]:
@@ -88,7 +59,7 @@ class _Client:
         wanted = frozenset(names)
         found = []
         for row in self.inputs.ledger:
-            for charge in charges([row], wanted):
+            for charge in ledger.charges([row], wanted):
                 sigma = charge.event.noise_multiplier * noise_left(row, adversary)
                 found.append(replace(charge, event=replace(charge.event, noise_multiplier=sigma)))
         return found
@@ -114,13 +85,8 @@ def noise_left(row: LedgerRow, adversary: Adversary) -> float:
     return 1.0 / effective_noise_multiplier(1.0, least, colluders)
 
 
-def statement(inputs: StatementInputs) -> PrivacyStatement:
-    """Make the privacy statement of a run.
-
-    Raises:
-        LedgerError: a ledger was altered.
-        AccountingError: accountants contradict each other, so no ε can be reported.
-    """
+def statement(inputs: models.StatementInputs) -> PrivacyStatement:
+    """Make the privacy statement of a run; from an altered ledger or without a sound ε there is none."""
     clients = tuple(_client(client, inputs) for client in inputs.clients)
     modes = {c.protection for client in clients for c in client.channels if c.protection is not None}
     return PrivacyStatement(
@@ -142,8 +108,8 @@ def statement(inputs: StatementInputs) -> PrivacyStatement:
     )
 
 
-def _client(inputs: ClientInputs, run: StatementInputs) -> ClientStatement:
-    check_chain(inputs.ledger)
+def _client(inputs: models.ClientInputs, run: models.StatementInputs) -> ClientStatement:
+    ledger.check_chain(inputs.ledger)
     parameters = parameters_of(inputs.ledger)
     if inputs.client_id:
         parameters = replace(parameters, client_id=inputs.client_id)
@@ -156,7 +122,7 @@ def _client(inputs: ClientInputs, run: StatementInputs) -> ClientStatement:
         client_id=parameters.client_id,
         delta=parameters.delta,
         unit=parameters.unit,
-        neighbouring_relation=NEIGHBOURING_RELATION,
+        neighbouring_relation=ledger.NEIGHBOURING_RELATION,
         target_epsilon=target,
         budgeted_channels=parameters.budgeted_channels,
         spent_epsilon=spent,
@@ -169,8 +135,8 @@ def _client(inputs: ClientInputs, run: StatementInputs) -> ClientStatement:
     )
 
 
-def _channels(inputs: ClientInputs) -> tuple[tuple[_Channel, ...], list[str]]:
-    configured: dict[Channel, Protection | None] = {
+def _channels(inputs: models.ClientInputs) -> tuple[tuple[_Channel, ...], list[str]]:
+    configured: dict[Channel, models.Protection | None] = {
         "profile": "dp",
         "adapter": inputs.adapter_protection,
         "family": inputs.family_protection,
@@ -191,34 +157,33 @@ def _channels(inputs: ClientInputs) -> tuple[tuple[_Channel, ...], list[str]]:
     return tuple(found), warnings
 
 
-def _actual_protection(configured: Protection | None, reserved: Sequence[LedgerRow]) -> Protection:
+def _actual_protection(
+    configured: models.Protection | None, reserved: Sequence[LedgerRow]
+) -> models.Protection:
     covers = {row.covered_by for row in reserved}
     if configured is None:
         configured = "dp"
-    private = configured in PRIVATE and covers <= {"dp"}
+    private = configured in models.PRIVATE and covers <= {"dp"}
     encrypted = "encrypted" in configured and "nothing" not in covers
-    if not private and covers == {"cryptography"} and configured == "dp":
-        encrypted = True
-    if private and configured == "distributed-dp":
-        return configured
+    encrypted |= not private and covers == {"cryptography"} and configured == "dp"
     if private:
-        return "dp+encrypted" if encrypted else "dp"
+        return configured if configured == "distributed-dp" else "dp+encrypted" if encrypted else "dp"
     return "encrypted" if encrypted else "none"
 
 
 def _channel(
-    name: StatementChannel, channels: Sequence[_Channel], rows: Sequence[LedgerRow], client: _Client
-) -> ChannelStatement:
+    name: models.StatementChannel, channels: Sequence[_Channel], rows: Sequence[LedgerRow], client: _Client
+) -> models.ChannelStatement:
     """What was released on one channel, or jointly on several; `rows` are the ledger's about them."""
     charged = client.charges([channel.name for channel in channels])
-    private = all(channel.protection in PRIVATE for channel in channels)
+    private = all(channel.protection in models.PRIVATE for channel in channels)
     test_noise = any(channel.test_noise for channel in channels)
     bound = client.bound(charged, private=private)
     events = compositions(charged)
     kinds = [row.kind for row in rows]
     released = {row.reference for row in rows if row.kind == "RELEASED"}
     lost = sum(row.kind == "RESERVED" and row.sequence not in released for row in rows)
-    return ChannelStatement(
+    return models.ChannelStatement(
         channel=name,
         protection=None if name == "joint" else channels[0].protection,
         epsilon=math.inf if test_noise else bound.epsilon,
@@ -238,20 +203,17 @@ def _channel(
 
 def _accountants(
     events: Sequence[tuple[GaussianEvent, ...]], delta: float, bound: EpsilonBound
-) -> AccountantFigures | None:
+) -> models.AccountantFigures | None:
     if not math.isfinite(bound.epsilon):
         return None
     if any(epsilon_bound(each, delta).accountant == "rdp" for each in events):
-        return AccountantFigures(
-            rdp=max(epsilon(each, delta, "rdp") for each in events),
+        return models.AccountantFigures(
+            rdp=max(accounting.epsilon(each, delta, "rdp") for each in events),
             note="PRV and PLD cannot be evaluated at this ε or δ; RDP is an upper bound by itself",
         )
     checks = [cross_checked_epsilon(each, delta) for each in events]
-    return AccountantFigures(
-        prv=max(check.prv for check in checks),
-        rdp=max(check.rdp for check in checks),
-        pld=max(check.pld for check in checks),
-    )
+    figures = {name: max(getattr(check, name) for check in checks) for name in ("prv", "rdp", "pld")}
+    return models.AccountantFigures(**figures)
 
 
 def _attack(events: Sequence[tuple[GaussianEvent, ...]], delta: float, private: bool) -> AttackBounds:
@@ -261,28 +223,26 @@ def _attack(events: Sequence[tuple[GaussianEvent, ...]], delta: float, private: 
     return AttackBounds(**{name: max(each[name] for each in found) for name in AttackBounds.model_fields})
 
 
-def _mechanisms(rows: Iterable[LedgerRow]) -> tuple[Mechanism, ...]:
+def _mechanisms(rows: Iterable[LedgerRow]) -> tuple[models.Mechanism, ...]:
     groups: dict[tuple[float, float, float | None, int | None], list[GaussianEvent]] = {}
     for row in rows:
         if row.kind == "RESERVED":
             event = row.event()
             key = (event.noise_multiplier, event.sampling_rate, row.clipping_norm, row.dimensions)
             groups.setdefault(key, []).append(event)
+    names = "noise_multiplier", "sampling_rate", "clipping_norm", "dimensions"
     return tuple(
-        Mechanism(
-            noise_multiplier=sigma,
-            sampling_rate=rate,
-            steps=sum(event.steps for event in events),
-            clipping_norm=norm,
-            dimensions=dimensions,
+        models.Mechanism(
+            **dict(zip(names, key, strict=True)),
+            steps=sum(each.steps for each in events),
             releases=len(events),
         )
-        for (sigma, rate, norm, dimensions), events in groups.items()
+        for key, events in groups.items()
     )
 
 
 def _guarantees(client: _Client) -> Iterable[Guarantee]:
-    for adversary in ADVERSARIES:
+    for adversary in models.ADVERSARIES:
         found = [_single(channel, adversary, client) for channel in client.channels]
         yield from found
         yield _together(found, adversary, client)
@@ -302,7 +262,7 @@ def _together(found: Sequence[Guarantee], adversary: Adversary, client: _Client)
     covers = {guarantee.cover for guarantee in found}
     private = tuple(g.channel for g in found if g.cover in ("dp", "dp_and_cryptography"))
     only = tuple(g.channel for g in found if g.cover == "cryptography_only")
-    cover: Cover
+    cover: models.Cover
     if "nothing" in covers:
         bare = [CHANNEL_NAMES[g.channel] for g in found if g.cover == "nothing"]
         cover, words = "nothing", f"nothing but trust protects: {', '.join(bare)}"
@@ -322,11 +282,11 @@ def _together(found: Sequence[Guarantee], adversary: Adversary, client: _Client)
 
 def _guarantee(
     client: _Client,
-    channel: StatementChannel,
+    channel: models.StatementChannel,
     adversary: Adversary,
-    cover: Cover,
-    private: Sequence[StatementChannel],
-    cryptography_only: tuple[StatementChannel, ...],
+    cover: models.Cover,
+    private: Sequence[models.StatementChannel],
+    cryptography_only: tuple[models.StatementChannel, ...],
     test_noise: bool,
     words: str,
 ) -> Guarantee:
@@ -343,7 +303,7 @@ def _guarantee(
         epsilon=bound.epsilon if stated else None,
         delta=parameters.delta,
         unit=parameters.unit,
-        neighbouring_relation=NEIGHBOURING_RELATION,
+        neighbouring_relation=ledger.NEIGHBOURING_RELATION,
         accountant=bound.accountant,
         cryptography_only=cryptography_only,
         attack=_attack(compositions(charged), parameters.delta, applies) if stated else None,
@@ -353,12 +313,12 @@ def _guarantee(
     )
 
 
-def _persons(charged: Sequence[Charge], parameters: LedgerParameters) -> tuple[PersonFigure, ...]:
+def _persons(charged: Sequence[Charge], parameters: LedgerParameters) -> tuple[models.PersonFigure, ...]:
     if parameters.unit == "person":
         return ()
     # One person's examples may lie in several data epochs, so these do not compose in parallel here.
     events = [charge.event for charge in charged]
     return tuple(
-        PersonFigure(examples=count, epsilon=person_epsilon(events, parameters.delta, count))
-        for count in PERSON_EXAMPLES
+        models.PersonFigure(examples=count, epsilon=person_epsilon(events, parameters.delta, count))
+        for count in models.PERSON_EXAMPLES
     )

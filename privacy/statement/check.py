@@ -1,7 +1,6 @@
 """Privacy statements that came from somebody else: believed by nobody before they pass here.
 
-The server checks what a member hands over, and `fedmosaic report` what it finds in the record of a run, so
-that one member can neither speak for another nor spoil what the others are shown.
+One member can neither speak for another nor spoil what the others are shown.
 """
 
 import itertools
@@ -11,7 +10,8 @@ from typing import Final
 
 from pydantic import BaseModel, ValidationError
 
-from fedmosaic.privacy.statement.models import ADVERSARIES, ClientStatement, PrivacyStatement
+from fedmosaic.privacy.statement import models
+from fedmosaic.privacy.statement.models import ClientStatement, PrivacyStatement
 from fedmosaic.protos.errors import PrivacyError
 
 _SHOWN: Final = 120
@@ -20,12 +20,7 @@ _LARGEST: Final = 1e200
 
 
 def check_received(content: object, client: str, run_id: str | None = None) -> PrivacyStatement:
-    """Check a statement (parsed JSON) that a member is said to have made, about a run if it is known.
-
-    Raises:
-        PrivacyError: it is no statement, is of another run or about another client, or cannot be shown; the
-            message is one short, printable line.
-    """
+    """Check a statement (parsed JSON) that a member is said to have made, about a run if it is known."""
     try:
         statement = PrivacyStatement.model_validate(content)
     except ValidationError as error:
@@ -52,7 +47,7 @@ def _check_table(client: ClientStatement) -> None:
     if not channels or channels[-1] != "joint" or len(set(channels)) != len(channels):
         raise PrivacyError("its channels have to be different ones, the joint one last")
     pairs = {(each.channel, each.adversary) for each in client.guarantees}
-    missing = sorted(set(itertools.product(channels, ADVERSARIES)) - pairs)
+    missing = sorted(set(itertools.product(channels, models.ADVERSARIES)) - pairs)
     if missing:
         raise PrivacyError(f"it has no guarantee for channel {missing[0][0]} against {missing[0][1]}")
 

@@ -6,31 +6,18 @@ from collections.abc import Callable, Sequence
 from fedmosaic.privacy.accounting.calibrate import noise_factor_for
 from fedmosaic.privacy.accounting.epsilon import epsilon
 from fedmosaic.privacy.accounting.events import GaussianEvent
-from fedmosaic.privacy.statement.models import (
-    ChannelCost,
-    ChannelStatement,
-    ClientStatement,
-    PrivacyStatement,
-)
+from fedmosaic.privacy.statement import models
+from fedmosaic.privacy.statement.models import ClientStatement, PrivacyStatement
 from fedmosaic.privacy.statement.words import CHANNEL_NAMES
 from fedmosaic.protos.errors import AccountingError
 
 
-def costs_at_epsilon(statement: PrivacyStatement, target_epsilon: float) -> tuple[ChannelCost, ...]:
-    """The σ with which each client's releases, on the same schedule, would have met a target ε.
+def costs_at_epsilon(statement: PrivacyStatement, target_epsilon: float) -> tuple[models.ChannelCost, ...]:
+    """The σ with which each client's releases, on the same schedule, would have met a target ε in (0, 100].
 
-    Parallel composition is not used: the figures are for releases that may concern every example.
-
-    Args:
-        statement: as `statement` made it, or read back from JSON.
-        target_epsilon: ε asked for, in (0, 100], against a reader of the plaintext.
-
-    Returns:
-        One answer per client and channel, and one for all its channels together, in which the profile
-        keeps its noise if it can and the other channels share one σ per mechanism.
-
-    Raises:
-        AccountingError: the target is outside its domain.
+    One answer per client and channel, and one for all its channels together, in which the profile keeps its
+    noise if it can and the other channels share one σ per mechanism. Parallel composition is not used: the
+    figures are for releases that may concern every example.
     """
     if not 0.0 < target_epsilon <= 100.0:
         raise AccountingError(f"target ε is {target_epsilon}; it must be in (0, 100]")
@@ -44,34 +31,32 @@ def costs_at_epsilon(statement: PrivacyStatement, target_epsilon: float) -> tupl
     )
 
 
-def _channel_cost(channel: ChannelStatement, client: ClientStatement, target: float) -> ChannelCost:
+def _channel_cost(
+    channel: models.ChannelStatement, client: ClientStatement, target: float
+) -> models.ChannelCost:
     events, protected = _schedule(channel)
     if not events:
         return _answer(channel, client, target, "nothing was released, or its schedule is not known")
     return _scaled(channel, client, target, [], events, protected)
 
 
-def _joint_cost(client: ClientStatement, target: float) -> ChannelCost:
+def _joint_cost(client: ClientStatement, target: float) -> models.ChannelCost:
     joint = client.channels[-1]
     parts = [(channel, *_schedule(channel)) for channel in client.channels[:-1]]
-    unknown = [
-        CHANNEL_NAMES[channel.channel] for channel, events, _ in parts if not events and channel.mechanisms
-    ]
+    unknown = [CHANNEL_NAMES[each.channel] for each, events, _ in parts if not events and each.mechanisms]
     if unknown:
         return _answer(joint, client, target, f"no schedule is known for: {', '.join(unknown)}")
     profile = [event for channel, events, _ in parts if channel.channel == "profile" for event in events]
     others = [event for channel, events, _ in parts if channel.channel != "profile" for event in events]
     protected = all(each for _, events, each in parts if events)
-    keep = bool(others) and epsilon(profile, client.delta) < target
     if not profile + others:
         return _answer(joint, client, target, "nothing was released")
-    note = "with the profile's noise as it was, " if keep and profile else ""
-    if keep:
-        return _scaled(joint, client, target, profile, others, protected, note)
+    if others and epsilon(profile, client.delta) < target:
+        return _scaled(joint, client, target, profile, others, protected)
     return _scaled(joint, client, target, [], profile + others, protected)
 
 
-def _schedule(channel: ChannelStatement) -> tuple[list[GaussianEvent], bool]:
+def _schedule(channel: models.ChannelStatement) -> tuple[list[GaussianEvent], bool]:
     """Events of a channel; for one without DP, those that were planned, at σ = 1 to scale from."""
     protected = all(mechanism.noise_multiplier > 0 for mechanism in channel.mechanisms)
     if protected and channel.mechanisms:
@@ -82,26 +67,23 @@ def _schedule(channel: ChannelStatement) -> tuple[list[GaussianEvent], bool]:
 
 
 def _scaled(
-    channel: ChannelStatement,
+    channel: models.ChannelStatement,
     client: ClientStatement,
     target: float,
     kept: Sequence[GaussianEvent],
     scaled: Sequence[GaussianEvent],
     protected: bool,
-    note: str = "",
-) -> ChannelCost:
+) -> models.ChannelCost:
     current = tuple(event.noise_multiplier if protected else 0.0 for event in scaled)
     try:
         factor = noise_factor_for(target, client.delta, kept, scaled)
     except AccountingError as error:
         return _answer(channel, client, target, str(error), current)
     needed = tuple(event.noise_multiplier * factor for event in scaled)
-    if not protected:
-        change = f"σ = {_list(needed)} where there was no noise"
-    else:
-        times = f"{max(factor, 1 / factor):.2f} times {'more' if factor > 1 else 'less'} noise"
-        change = f"σ = {_list(needed)} instead of {_list(current)}: {times}"
-    return _answer(channel, client, target, note + change, current, needed)
+    change = ("with the profile's noise as it was, " if kept else "") + f"σ = {_list(needed)} "
+    times = f"{max(factor, 1 / factor):.2f} times {'more' if factor > 1 else 'less'} noise"
+    change += f"instead of {_list(current)}: {times}" if protected else "where there was no noise"
+    return _answer(channel, client, target, change, current, needed)
 
 
 def _list(values: Sequence[float]) -> str:
@@ -109,14 +91,14 @@ def _list(values: Sequence[float]) -> str:
 
 
 def _answer(
-    channel: ChannelStatement,
+    channel: models.ChannelStatement,
     client: ClientStatement,
     target: float,
     words: str,
     current: tuple[float, ...] = (),
     needed: tuple[float, ...] | None = None,
-) -> ChannelCost:
-    return ChannelCost(
+) -> models.ChannelCost:
+    return models.ChannelCost(
         client_id=client.client_id,
         channel=channel.channel,
         target_epsilon=target,

@@ -1,7 +1,6 @@
 """The privacy statement as data: what is told, per client, channel and adversary.
 
-Versioned; `PrivacyStatement.model_json_schema(mode="serialization")` is its JSON schema. No ε stands alone:
-every figure sits inside a client, a channel and an adversary, beside its δ, unit and accountant.
+No ε stands alone: every figure sits inside these, beside its δ, unit and accountant.
 """
 
 from typing import Literal, get_args
@@ -10,8 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fedmosaic.privacy.accounting.events import AttackBounds, Epsilon, Share
 from fedmosaic.privacy.ledger.rows import Channel, LedgerRow, Unit
-
-SCHEMA_VERSION = 1
 
 Protection = Literal["none", "encrypted", "dp", "dp+encrypted", "distributed-dp"]
 PRIVATE: frozenset[Protection] = frozenset({"dp", "dp+encrypted", "distributed-dp"})
@@ -70,7 +67,6 @@ class CoalitionRows(Frozen):
     """What a coalition of recipients can solve for."""
 
     colluding_recipients: int = Field(ge=1)
-    """Size of the coalition."""
     independent_rows: int = Field(ge=0)
     """Linearly independent weight rows that it holds at most."""
     contributors: int = Field(ge=1)
@@ -146,7 +142,6 @@ class ChannelStatement(Frozen):
     attack: AttackBounds
     """Bounds for an attacker who reads the plaintext."""
     mechanisms: tuple[Mechanism, ...]
-    """What was released with which noise."""
     parallel_composition: bool
     """Whether releases over data epochs that share no example were proved and composed in parallel."""
     reservations_never_released: int
@@ -244,7 +239,6 @@ class PrivacyStatement(Frozen):
     """True when any client's noise was a test's: then nothing here holds for it."""
     clients: tuple[ClientStatement, ...]
     coalition_rows: tuple[CoalitionRows, ...]
-    """Independent rows per coalition size."""
     assumptions: tuple[str, ...]
     """What has to be true for the figures to hold."""
     leaks: tuple[str, ...]

@@ -8,19 +8,12 @@ from collections.abc import Sequence
 from typing import Final
 
 from fedmosaic.privacy.ledger.rows import NEIGHBOURING_RELATION
+from fedmosaic.privacy.statement import models
 from fedmosaic.privacy.statement.costs import round_up
-from fedmosaic.privacy.statement.models import (
-    Adversary,
-    ClientStatement,
-    CoalitionRows,
-    Cover,
-    Guarantee,
-    PrivacyStatement,
-    Protection,
-)
+from fedmosaic.privacy.statement.models import Adversary, ClientStatement, Guarantee, PrivacyStatement
 from fedmosaic.privacy.statement.words import ADVERSARY_NAMES, CHANNEL_NAMES
 
-TRUST: Final[dict[Protection, str]] = {
+TRUST: Final[dict[models.Protection, str]] = {
     "none": "You trust everybody who takes part: nothing protects what is sent.",
     "encrypted": "You trust the other members, and that none of them helps the server.",
     "distributed-dp": "You trust that no more members of a group work together than the terms allow for.",
@@ -28,7 +21,7 @@ TRUST: Final[dict[Protection, str]] = {
     "dp": "You trust nobody but your own machine and this software.",
 }
 """Whom a client trusts, the weakest protection first."""
-_COVERED: Final[dict[Cover, str]] = {
+_COVERED: Final[dict[models.Cover, str]] = {
     "nothing": "NOT protected against {who}: nothing limits what they can learn about one {unit}{value}.",
     "dp": "Protected by differential privacy against {who}{value}.",
     "dp_and_cryptography": "Protected by differential privacy and by encryption against {who}{value}.",
@@ -77,16 +70,14 @@ def worst_first(client: ClientStatement) -> list[Guarantee]:
 def trust(client: ClientStatement) -> str:
     """Whom this client trusts, by the weakest of its channels."""
     if client.test_noise:
-        return (
-            "NO GUARANTEE HOLDS: the noise came from a test generator, and whoever knows its seed undoes it."
-        )
+        return "NO GUARANTEE HOLDS: the noise came from a test generator, whose seed undoes it."
     found = {channel.protection for channel in client.channels[:-1] if channel.channel != "profile"}
     return next((words for mode, words in TRUST.items() if mode in found), TRUST["dp"])
 
 
 def verdict(client: ClientStatement) -> tuple[str, ...]:
     """Against whom one client is protected, and by what; what is not protected comes first."""
-    groups: dict[tuple[Cover, float | None], list[Guarantee]] = {}
+    groups: dict[tuple[models.Cover, float | None], list[Guarantee]] = {}
     for each in worst_first(client):
         groups.setdefault((each.cover, each.epsilon), []).append(each)
     lines = []
@@ -127,7 +118,7 @@ def delta_words(delta: float) -> str:
     )
 
 
-def coalition_words(rows: Sequence[CoalitionRows]) -> tuple[str, ...]:
+def coalition_words(rows: Sequence[models.CoalitionRows]) -> tuple[str, ...]:
     """How many recipients who put what they received together can compute a single member's adapter."""
     lines = []
     for each in rows:

@@ -1,7 +1,6 @@
-"""The privacy statement on a terminal: the verdict in words, then tables of rich.
+"""The privacy statement on a terminal, in 100 columns: the verdict in words, then tables of rich.
 
-A table per client has adversaries as rows and channels as columns, so that no ε ever stands alone. Everything
-fits 100 columns. Accountants and mechanisms are on the page of `fedmosaic report STATE --html`.
+A table per client has adversaries as rows and channels as columns, so that no ε ever stands alone.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,31 +12,14 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from fedmosaic.privacy.statement.models import (
-    ADVERSARIES,
-    ChannelCost,
-    ClientStatement,
-    Guarantee,
-    PrivacyStatement,
-    Protection,
-    StatementChannel,
-)
-from fedmosaic.privacy.statement.plain import (
-    ROUNDING,
-    coalition_words,
-    delta_text,
-    delta_words,
-    epsilon_text,
-    joint,
-    trust,
-    unit_words,
-    verdict,
-)
+from fedmosaic.privacy.statement import models, plain
+from fedmosaic.privacy.statement.models import ClientStatement, Guarantee, PrivacyStatement
+from fedmosaic.privacy.statement.plain import delta_text, epsilon_text, joint
 from fedmosaic.privacy.statement.words import ADVERSARY_NAMES
 
 WIDTH = 100
 _ALARM = "bold white on red"
-_SHORT_CHANNELS: dict[StatementChannel, str] = {
+_SHORT_CHANNELS: dict[models.StatementChannel, str] = {
     "profile": "task profile",
     "adapter": "shared adapter",
     "family": "family's LoRA",
@@ -53,13 +35,15 @@ def render(statement: PrivacyStatement) -> RenderableType:
         parts.extend(_client(client))
     parts.append(_legend(statement))
     if statement.coalition_rows:
-        parts.append(_bullets("What recipients can do together", coalition_words(statement.coalition_rows)))
+        parts.append(
+            _bullets("What recipients can do together", plain.coalition_words(statement.coalition_rows))
+        )
     parts.append(_bullets("This holds if", statement.assumptions))
     parts.append(_bullets("This is disclosed anyway", statement.leaks))
     return Group(*parts)
 
 
-def render_costs(costs: Sequence[ChannelCost]) -> RenderableType:
+def render_costs(costs: Sequence[models.ChannelCost]) -> RenderableType:
     """What another ε would have cost, as a rich renderable."""
     table = Table(
         title="Noise for another ε, on the same schedule", box=box.SIMPLE_HEAD, title_justify="left"
@@ -105,8 +89,8 @@ def _grid(title: str, first: str) -> Table:
 def _client(client: ClientStatement) -> Iterable[RenderableType]:
     yield Text()
     alarmed = client.test_noise or any(each.cover == "nothing" for each in joint(client).values())
-    yield Text(f"{client.client_id}: {trust(client)}", style=_ALARM if alarmed else "bold")
-    for line in verdict(client):
+    yield Text(f"{client.client_id}: {plain.trust(client)}", style=_ALARM if alarmed else "bold")
+    for line in plain.verdict(client):
         yield Padding(Text(line), (0, 0, 0, 2))
     yield Text()
     yield client_grid(client)
@@ -119,12 +103,12 @@ def _client(client: ClientStatement) -> Iterable[RenderableType]:
 
 def client_grid(client: ClientStatement) -> Table:
     """The ε of one client: adversaries as rows, channels as columns."""
-    title = f"Client {client.client_id}: ε at δ = {delta_text(client.delta)}, for {unit_words(client)}"
+    title = f"Client {client.client_id}: ε at δ = {delta_text(client.delta)}, for {plain.unit_words(client)}"
     grid = _grid(title, "against")
     for channel in client.channels:
         grid.add_column(_SHORT_CHANNELS[channel.channel], overflow="fold")
     found = {(g.adversary, g.channel): g for g in client.guarantees}
-    for adversary in ADVERSARIES:
+    for adversary in models.ADVERSARIES:
         cells = (_cell(found[adversary, c.channel], c.protection) for c in client.channels)
         grid.add_row(_NAMES[adversary], *cells)
     return grid
@@ -143,21 +127,21 @@ def _persons(client: ClientStatement) -> Iterable[RenderableType]:
     yield table
 
 
-def _cell(guarantee: Guarantee, protection: Protection | None) -> Text:
+def _cell(guarantee: Guarantee, protection: models.Protection | None) -> Text:
     value = f"ε = {epsilon_text(guarantee.epsilon)}"
-    if guarantee.cover == "nothing":
-        if guarantee.test_noise:
+    match guarantee.cover:
+        case "nothing" if guarantee.test_noise:
             return Text("no guarantee (test noise)", style=_ALARM)
-        return Text(f"{value} IN THE CLEAR" if protection == "none" else f"{value}, no DP", style=_ALARM)
-    if guarantee.cover == "nothing_sent":
-        return Text("nothing sent", style="dim")
-    if guarantee.cover == "cryptography_only":
-        return Text("cryptography only" + (" (test noise)" if guarantee.test_noise else ""))
-    if guarantee.cover == "dp_and_cryptography":
-        return Text(f"{value}, encrypted too", style="green")
-    if guarantee.cover == "mixed":
-        return Text(f"{value}, rest encrypted")
-    return Text(value, style="green")
+        case "nothing":
+            return Text(f"{value} IN THE CLEAR" if protection == "none" else f"{value}, no DP", style=_ALARM)
+        case "nothing_sent":
+            return Text("nothing sent", style="dim")
+        case "cryptography_only":
+            return Text("cryptography only" + (" (test noise)" if guarantee.test_noise else ""))
+        case "mixed":
+            return Text(f"{value}, rest encrypted")
+    encrypted = ", encrypted too" if guarantee.cover == "dp_and_cryptography" else ""
+    return Text(value + encrypted, style="green")
 
 
 def _notes(client: ClientStatement) -> Iterable[str]:
@@ -185,8 +169,9 @@ def _legend(statement: PrivacyStatement) -> RenderableType:
     capped = " An ε within the budget is told as at most the budget." if statement.shareable else ""
     delta = max(client.delta for client in statement.clients)
     return Text(
-        f"{ROUNDING}{capped}\n{delta_words(delta)}\nWhat ε means: docs/privacy.md, “Epsilon in practice”. "
-        "Accountants, mechanisms, keys and a page to sign: fedmosaic report STATE --html statement.html",
+        f"{plain.ROUNDING}{capped}\n{plain.delta_words(delta)}\n"
+        "What ε means: docs/privacy.md, “Epsilon in practice”. Accountants, mechanisms, keys and a page to "
+        "sign: fedmosaic report STATE --html statement.html",
         style="dim",
     )
 

@@ -2,9 +2,8 @@
 
 δ = n^-1.1 where no bound of the terms is smaller, the sampling rate q = B/n and the noise σ that is planned
 for them follow from the number n of a client's examples, and every figure of a statement follows from these
-three. Rounding the figures one by one leaves many rounded figures of one unknown, which together tell it to a
-few per cent. So the three are rounded first, all of them along the same cells of n, and everything else is
-computed from the rounded ones:
+three. Rounding the figures one by one leaves many rounded figures of one unknown, which together tell it. So
+the three are rounded first, along the same cells of n, and everything else is computed from the rounded ones:
 
     n in [L, H), L = 1.5^k, H = 1.5 L       δ → L^-1.1 (up)     q → B/L (up)     σ → planned for H (down)
 
@@ -14,18 +13,13 @@ Every direction is towards more loss, so the statement stays true, and it is the
 import json
 import math
 
-from fedmosaic.privacy.chain import FIRST_PREVIOUS_HASH
+from fedmosaic.privacy.configuration import FIRST_PREVIOUS_HASH
 from fedmosaic.privacy.ledger.rows import LedgerRow, canonical_json, charges
 from fedmosaic.privacy.ledger.rules import bound_of, parameters_of
+from fedmosaic.privacy.statement import models
 from fedmosaic.privacy.statement.build import noise_left, statement
 from fedmosaic.privacy.statement.costs import round_down, round_up
-from fedmosaic.privacy.statement.models import (
-    ADVERSARIES,
-    ClientInputs,
-    ClientStatement,
-    PrivacyStatement,
-    StatementInputs,
-)
+from fedmosaic.privacy.statement.models import ClientStatement, PrivacyStatement
 
 CELL = 1.5
 """A handed-over statement tells n to within this factor, and no closer."""
@@ -34,7 +28,7 @@ _DIGITS = 3
 _NOTE = "from δ, q and σ as rounded for handing over"
 
 
-def shareable(inputs: StatementInputs) -> PrivacyStatement:
+def shareable(inputs: models.StatementInputs) -> PrivacyStatement:
     """The statement to hand over, made from the same facts as the client's own.
 
     Besides rounding, shares of clipped examples are left out, and an ε that the budget bounds is told as at
@@ -42,9 +36,7 @@ def shareable(inputs: StatementInputs) -> PrivacyStatement:
     """
     clients = tuple(_rounded(client) for client in inputs.clients)
     rough = statement(inputs.model_copy(update={"clients": clients}))
-    capped = tuple(
-        _within_budget(found, client) for found, client in zip(rough.clients, inputs.clients, strict=True)
-    )
+    capped = tuple(map(_within_budget, rough.clients, inputs.clients))
     return rough.model_copy(update={"clients": capped, "shareable": True})
 
 
@@ -80,7 +72,7 @@ def rounded_noise(sigma: float, least: float | None) -> float:
     return round_down(_NOISE_STEP ** math.floor(math.log(sigma) / math.log(_NOISE_STEP) + 1e-9), _DIGITS)
 
 
-def _rounded(client: ClientInputs) -> ClientInputs:
+def _rounded(client: models.ClientInputs) -> models.ClientInputs:
     opened = json.loads(client.ledger[0].mechanism or "{}")
     opened["delta"] = rounded_delta(parameters_of(client.ledger).delta, client.largest_delta)
     batch = client.expected_batch_size or 1
@@ -94,8 +86,9 @@ def _rounded(client: ClientInputs) -> ClientInputs:
             # The profile's σ and q are terms of the roster, the same for clients of every size.
             changes["sampling_rate"] = rounded_rate(row.sampling_rate, _batch(row, batch))
             changes["noise_multiplier"] = rounded_noise(row.noise_multiplier, client.least_noise)
-        rows.append(_sealed(row, changes))
-        previous = rows[-1].hash
+        changed = row.model_copy(update=changes)
+        previous = changed.computed_hash()
+        rows.append(changed.model_copy(update={"hash": previous}))
     planned = {
         name: channel.model_copy(update={"sampling_rate": rounded_rate(channel.sampling_rate, batch)})
         for name, channel in client.planned.items()
@@ -109,18 +102,12 @@ def _batch(row: LedgerRow, default: int) -> int:
     return found if isinstance(found, int) and found >= 1 else default
 
 
-def _sealed(row: LedgerRow, changes: dict[str, object]) -> LedgerRow:
-    changed = row.model_copy(update=changes)
-    return changed.model_copy(update={"hash": changed.computed_hash()})
-
-
-def _within_budget(found: ClientStatement, client: ClientInputs) -> ClientStatement:
+def _within_budget(found: ClientStatement, client: models.ClientInputs) -> ClientStatement:
     """What the ledger's filter has held is at most the budget, at its own δ and so at the larger one."""
     parameters = parameters_of(client.ledger)
     target = parameters.target_epsilon
-    spent = bound_of(
-        charges(client.ledger, parameters.budgeted_channels), parameters.delta, parameters.accountant
-    ).epsilon
+    charged = charges(client.ledger, parameters.budgeted_channels)
+    spent = bound_of(charged, parameters.delta, parameters.accountant).epsilon
     limit = target if target is not None and spent <= target else math.inf
     bounded: set[str] = set(parameters.budgeted_channels)
     if {channel.channel for channel in found.channels[:-1] if math.isfinite(channel.epsilon)} <= bounded:
@@ -128,35 +115,28 @@ def _within_budget(found: ClientStatement, client: ClientInputs) -> ClientStatem
     spent = min(found.spent_epsilon, limit)
 
     # The budget bounds what the ledger charged for: not what more members than the terms allow for learn.
-    claimed = {each for each in ADVERSARIES if all(noise_left(row, each) >= 1.0 for row in client.ledger)}
+    claimed = {
+        each for each in models.ADVERSARIES if all(noise_left(row, each) >= 1.0 for row in client.ledger)
+    }
 
     def limited(value: float, channel: str) -> float:
         # Test noise, or a release without any, is no matter of the budget.
         return min(value, limit) if channel in bounded and math.isfinite(value) else value
 
-    channels = [
-        channel.model_copy(
-            update={
-                "epsilon": limited(channel.epsilon, channel.channel),
-                "nominal_epsilon": limited(channel.nominal_epsilon, channel.channel),
-                "accountants": channel.accountants
-                and channel.accountants.model_copy(update={"note": channel.accountants.note or _NOTE}),
-            }
-        )
-        for channel in found.channels
-    ]
-    guarantees = [
-        guarantee
-        if guarantee.epsilon is None
-        or (guarantee.adversary not in claimed and guarantee.channel != "profile")
-        else guarantee.model_copy(update={"epsilon": limited(guarantee.epsilon, guarantee.channel)})
-        for guarantee in found.guarantees
-    ]
-    return found.model_copy(
-        update={
-            "spent_epsilon": spent,
-            "remaining_epsilon": None if target is None else max(0.0, target - spent),
-            "channels": tuple(channels),
-            "guarantees": tuple(guarantees),
+    channels = []
+    for channel in found.channels:
+        told = channel.accountants
+        changes: dict[str, object] = {
+            name: limited(getattr(channel, name), channel.channel) for name in ("epsilon", "nominal_epsilon")
         }
-    )
+        changes["accountants"] = told and told.model_copy(update={"note": told.note or _NOTE})
+        channels.append(channel.model_copy(update=changes))
+    guarantees = [
+        each.model_copy(update={"epsilon": limited(each.epsilon, each.channel)})
+        if each.epsilon is not None and (each.adversary in claimed or each.channel == "profile")
+        else each
+        for each in found.guarantees
+    ]
+    remaining = None if target is None else max(0.0, target - spent)
+    about = {"spent_epsilon": spent, "remaining_epsilon": remaining}
+    return found.model_copy(update=about | {"channels": tuple(channels), "guarantees": tuple(guarantees)})

@@ -7,14 +7,8 @@ from collections.abc import Iterable
 
 from fedmosaic.privacy.coalitions import counted_coalition
 from fedmosaic.privacy.ledger.rows import Channel, Unit
-from fedmosaic.privacy.statement.models import (
-    PRIVATE,
-    Adversary,
-    Cover,
-    Protection,
-    StatementChannel,
-    StatementInputs,
-)
+from fedmosaic.privacy.statement import models
+from fedmosaic.privacy.statement.models import Adversary
 
 ADVERSARY_NAMES: dict[Adversary, str] = {
     "network": "the network",
@@ -24,7 +18,7 @@ ADVERSARY_NAMES: dict[Adversary, str] = {
     "colluding_recipients": "colluding recipients",
     "colluding_recipients_with_server": "colluding recipients with the server",
 }
-CHANNEL_NAMES: dict[StatementChannel, str] = {
+CHANNEL_NAMES: dict[models.StatementChannel, str] = {
     "profile": "task profile",
     "adapter": "shared adapter (P, Q)",
     "family": "family's LoRA",
@@ -95,10 +89,7 @@ GROUP_SUMS_LEAK = (
     "The server and all members read every sum of a group, and who contributed to it. What an example does "
     "to a sum is hidden by the noise alone."
 )
-METRICS_LEAK = (
-    "Metrics of private data left the clients. They are releases without noise, not in any ε of this "
-    "statement."
-)
+METRICS_LEAK = "Metrics of private data left the clients. They are releases without noise, in no ε here."
 
 
 _GROUP_SUMS: dict[Adversary, str] = {
@@ -116,10 +107,10 @@ _GROUP_SUMS: dict[Adversary, str] = {
 
 
 def coverage(
-    channel: Channel, protection: Protection, adversary: Adversary, inputs: StatementInputs
-) -> tuple[Cover, str]:
+    channel: Channel, protection: models.Protection, adversary: Adversary, inputs: models.StatementInputs
+) -> tuple[models.Cover, str]:
     """What protects one channel against one adversary, and the sentence that says so."""
-    private, encrypted = protection in PRIVATE, "encrypted" in protection
+    private, encrypted = protection in models.PRIVATE, "encrypted" in protection
     if protection == "distributed-dp" and channel == "adapter":
         sees = _GROUP_SUMS[adversary]
     else:
@@ -138,7 +129,7 @@ def coverage(
     return "nothing", f"{sees}, without differential privacy: ε = ∞"
 
 
-def _what_is_seen(channel: str, encrypted: bool, adversary: Adversary, inputs: StatementInputs) -> str:
+def _what_is_seen(channel: str, encrypted: bool, adversary: Adversary, inputs: models.StatementInputs) -> str:
     if adversary == "network":
         return "sees TLS 1.3 records only"
     if channel == "profile":
@@ -165,7 +156,7 @@ def _what_is_seen(channel: str, encrypted: bool, adversary: Adversary, inputs: S
 
 
 def assumptions(
-    inputs: StatementInputs, units: Iterable[Unit], any_encrypted: bool, group_sums: bool = False
+    inputs: models.StatementInputs, units: Iterable[Unit], any_encrypted: bool, group_sums: bool = False
 ) -> tuple[str, ...]:
     """Everything that the figures of this run rest on; `units` are those of its clients."""
     found = [*(UNITS[unit] for unit in sorted(set(units))), *ASSUMPTIONS]
@@ -178,7 +169,7 @@ def assumptions(
     return tuple(found)
 
 
-def leaks(inputs: StatementInputs, any_unprotected: bool, group_sums: bool = False) -> tuple[str, ...]:
+def leaks(inputs: models.StatementInputs, any_unprotected: bool, group_sums: bool = False) -> tuple[str, ...]:
     """What this run discloses whatever its protection."""
     found = list(LEAKS)
     if inputs.metrics_shared:
@@ -195,7 +186,7 @@ def leaks(inputs: StatementInputs, any_unprotected: bool, group_sums: bool = Fal
     return tuple(found)
 
 
-def _collusion(inputs: StatementInputs, any_unprotected: bool) -> str:
+def _collusion(inputs: models.StatementInputs, any_unprotected: bool) -> str:
     """The true number of recipients that suffices, from the smallest set of contributors that occurred."""
     fewest = inputs.minimum_contributors
     smallest = fewest if inputs.smallest_row is None else inputs.smallest_row

@@ -15,8 +15,13 @@ from typing import Final
 import numpy as np
 
 from fedmosaic.privacy.coalitions import SOLVED, close_pairs, estimate_errors, pair_errors
-from fedmosaic.privacy.encryption.weights import integer_weights
-from fedmosaic.privacy.policy import AggregationPolicy, cap_weights, check_row, spread_weights
+from fedmosaic.privacy.policy import (
+    AggregationPolicy,
+    cap_weights,
+    check_row,
+    integer_weights,
+    spread_weights,
+)
 from fedmosaic.protos.errors import PolicyError
 from fedmosaic.protos.messages import SectionName, WeightRow
 from fedmosaic.server.round.relevance import FloatArray, Relevance, softmax_weights

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fedmosaic import privacy as privacy
     from fedmosaic.client.client import Client as Client
     from fedmosaic.client.colora import CoLoraConfig as CoLoraConfig
-    from fedmosaic.privacy.federation.founding import create_federation as create_federation
+    from fedmosaic.privacy.federation.consortium import create_federation as create_federation
     from fedmosaic.protos.errors import FedMosaicError as FedMosaicError
     from fedmosaic.server.server import Server as Server
 
@@ -44,7 +44,7 @@ _PLACES = {
     "CoLoraConfig": "fedmosaic.client.colora",
     "FedMosaicError": "fedmosaic.protos.errors",
     "Server": "fedmosaic.server.server",
-    "create_federation": "fedmosaic.privacy.federation.founding",
+    "create_federation": "fedmosaic.privacy.federation.consortium",
 }
 
 # A checkout without symbolic links (Windows, some archives) has plain files where the links

@@ -5,18 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from fedmosaic.privacy.configuration import (
-    Frozen,
-    canonical_json,
-    decode_text,
-    parse_json,
-    read_configuration,
-    validate,
-)
+from fedmosaic.privacy import configuration
 from fedmosaic.protos.errors import ConfigurationError
 
 
-class Settings(Frozen):
+class Settings(configuration.Frozen):
     name: str = ""
     store: int = 0
 
@@ -40,13 +33,13 @@ BAD_JSON = {
 @pytest.mark.parametrize("content", BAD_JSON.values(), ids=BAD_JSON.keys())
 def test_bad_json_is_a_value_error_that_quotes_nothing(content: bytes, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\w") as error:
-        parse_json(content)
+        configuration.parse_json(content)
     assert "secret" not in str(error.value)
     assert error.value.__cause__ is None
     assert type(error.value) is ValueError, "no error that carries the text with it"
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(ConfigurationError, match=r"x\.json"):
-        read_configuration(tmp_path / "x.json", Settings)
+        configuration.read_configuration(tmp_path / "x.json", Settings)
 
 
 @pytest.mark.parametrize("ending", ["json", "toml"])
@@ -54,12 +47,17 @@ def test_a_byte_order_mark_is_no_fault(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"settings.{ending}"
     text = '{"name": "é"}' if ending == "json" else 'name = "é"'
     path.write_text(text, encoding="utf-8-sig")
-    assert read_configuration(path, Settings).name == "é"
+    assert configuration.read_configuration(path, Settings).name == "é"
 
 
 def test_whole_characters_beyond_the_first_plane_pass() -> None:
-    assert parse_json(b'["\\ud83d\\ude00"]') == ["\U0001f600"]
-    assert parse_json("[1, -2.5, 1e300, 12345678901234567890]") == [1, -2.5, 1e300, 12345678901234567890]
+    assert configuration.parse_json(b'["\\ud83d\\ude00"]') == ["\U0001f600"]
+    assert configuration.parse_json("[1, -2.5, 1e300, 12345678901234567890]") == [
+        1,
+        -2.5,
+        1e300,
+        12345678901234567890,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -68,34 +66,34 @@ def test_whole_characters_beyond_the_first_plane_pass() -> None:
     ids=["deep", "digits", "UTF-16", "Latin-1", "empty", "NUL"],
 )
 def test_bad_toml_is_a_configuration_error(content: bytes, tmp_path: Path) -> None:
-    class Needs(Frozen):
+    class Needs(configuration.Frozen):
         a: str
 
     (tmp_path / "x.toml").write_bytes(content)
     with pytest.raises(ConfigurationError, match=r"x\.toml"):
-        read_configuration(tmp_path / "x.toml", Needs)
+        configuration.read_configuration(tmp_path / "x.toml", Needs)
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b", "none/x"])
 def test_a_path_that_cannot_be_is_a_configuration_error(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError):
-        read_configuration(tmp_path / f"{name}.toml", Settings)
+        configuration.read_configuration(tmp_path / f"{name}.toml", Settings)
 
 
 def test_utf_16_says_what_to_do() -> None:
     with pytest.raises(ValueError, match="save it as UTF-8"):
-        decode_text("text".encode("utf-16"))
+        configuration.decode_text("text".encode("utf-16"))
 
 
 def test_a_password_in_a_wrong_value_is_not_shown() -> None:
     with pytest.raises(ConfigurationError) as error:
-        validate({"store": "postgresql://me:secret@host/db"}, Settings, "server.toml")
+        configuration.validate({"store": "postgresql://me:secret@host/db"}, Settings, "server.toml")
     assert "secret" not in str(error.value)
     assert "postgresql://***@host/db" in str(error.value)
 
 
 def test_canonical_json_has_one_spelling_and_no_number_that_is_not_finite() -> None:
-    assert canonical_json({"b": 1.0, "a": ["ε", None]}) == '{"a":["\\u03b5",null],"b":1.0}'
-    assert canonical_json({"a": "ε"}, ascii_only=False) == '{"a":"ε"}'
+    assert configuration.canonical_json({"b": 1.0, "a": ["ε", None]}) == '{"a":["\\u03b5",null],"b":1.0}'
+    assert configuration.canonical_json({"a": "ε"}, ascii_only=False) == '{"a":"ε"}'
     with pytest.raises(ValueError, match="JSON compliant"):
-        canonical_json(math.nan)
+        configuration.canonical_json(math.nan)

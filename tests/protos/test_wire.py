@@ -13,25 +13,9 @@ from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis.extra import numpy as hnp
 
-from fedmosaic.protos import bounds, wire
+from fedmosaic.protos import bounds, messages, wire
 from fedmosaic.protos.bounds import Message
 from fedmosaic.protos.errors import WireError
-from fedmosaic.protos.messages import (
-    Aggregate,
-    AggregateSection,
-    Enrolled,
-    Enrolment,
-    KeyMessage,
-    LedgerHead,
-    Phase,
-    Profile,
-    Receipt,
-    ReceiptStatus,
-    RoundStatus,
-    SectionHeader,
-    UploadHeader,
-    WeightRow,
-)
 from fedmosaic.protos.v1 import federation_pb2 as pb
 
 hashes = st.binary(min_size=32, max_size=32)
@@ -43,30 +27,30 @@ texts = st.text(st.characters(codec="utf-8", categories=["L", "N", "P"]), max_si
 families = st.sampled_from(["", "Llama-3.2-1B", "qwen2/0.5b"])
 finite32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
 profiles = st.builds(
-    Profile,
+    messages.Profile,
     hnp.arrays(np.float32, st.integers(1, 40), elements=finite32),
     st.floats(0.0, 1e30),
     st.integers(1, 1000),
 )
 section_headers = st.lists(
-    st.builds(SectionHeader, st.sampled_from(["shared", "family"]), st.integers(1, 2**63), hashes),
+    st.builds(messages.SectionHeader, st.sampled_from(["shared", "family"]), st.integers(1, 2**63), hashes),
     max_size=2,
     unique_by=lambda s: s.name,
 ).map(tuple)
 upload_headers = st.builds(
-    UploadHeader,
+    messages.UploadHeader,
     rounds,
     st.from_regex(r"[A-Za-z0-9-]{1,64}", fullmatch=True),
     epochs,
     section_headers,
     st.none() | profiles,
     st.binary(min_size=64, max_size=64),
-    st.none() | st.builds(LedgerHead, hashes, st.just(b"") | hashes),
+    st.none() | st.builds(messages.LedgerHead, hashes, st.just(b"") | hashes),
 )
 enrolments = st.builds(
-    Enrolment, st.integers(0, 2**32 - 1), ids, hashes, hashes, families, texts
+    messages.Enrolment, st.integers(0, 2**32 - 1), ids, hashes, hashes, families, texts
 ) | st.builds(
-    Enrolment,
+    messages.Enrolment,
     st.integers(0, 2**32 - 1),
     ids,
     hashes,
@@ -79,7 +63,7 @@ enrolments = st.builds(
 )
 enrolled = st.integers(1, 50).flatmap(
     lambda n: st.builds(
-        Enrolled,
+        messages.Enrolled,
         st.from_regex(r"[0-9a-f]{32}", fullmatch=True),
         st.integers(1, n + 1),
         st.just(n),
@@ -89,10 +73,12 @@ enrolled = st.integers(1, 50).flatmap(
         st.just(b"") | hashes,
     )
 )
-receipts = st.builds(Receipt, st.sampled_from(ReceiptStatus), rounds, hashes)
-statuses = st.builds(RoundStatus, rounds, st.sampled_from(Phase), names, names, st.floats(0.0, 1e9), texts)
+receipts = st.builds(messages.Receipt, st.sampled_from(messages.ReceiptStatus), rounds, hashes)
+statuses = st.builds(
+    messages.RoundStatus, rounds, st.sampled_from(messages.Phase), names, names, st.floats(0.0, 1e9), texts
+)
 key_messages = st.builds(
-    KeyMessage,
+    messages.KeyMessage,
     epochs,
     st.from_regex(r"[a-z0-9-]{1,32}", fullmatch=True),
     st.just("") | ids,
@@ -101,26 +87,28 @@ key_messages = st.builds(
 
 
 @st.composite
-def weight_rows(draw: st.DrawFn) -> WeightRow:
+def weight_rows(draw: st.DrawFn) -> messages.WeightRow:
     contributors = draw(st.lists(ids, unique=True, min_size=1, max_size=8))
     bits = draw(st.integers(4, 20))
     cuts = sorted(draw(st.lists(st.integers(0, 1 << bits), min_size=len(contributors) - 1,
                                 max_size=len(contributors) - 1)))  # fmt: skip
     edges = [0, *cuts, 1 << bits]
-    return WeightRow(tuple(contributors), tuple(b - a for a, b in itertools.pairwise(edges)), bits)
+    return messages.WeightRow(tuple(contributors), tuple(b - a for a, b in itertools.pairwise(edges)), bits)
 
 
 @st.composite
-def aggregates(draw: st.DrawFn) -> Aggregate:
+def aggregates(draw: st.DrawFn) -> messages.Aggregate:
     sections = []
     for name in draw(st.lists(st.sampled_from(["shared", "family"]), unique=True, max_size=2)):
         refused = draw(st.booleans())
         sections.append(
-            AggregateSection(name, None, b"", "too few contributors")
+            messages.AggregateSection(name, None, b"", "too few contributors")
             if refused
-            else AggregateSection(name, draw(weight_rows()), draw(st.binary(min_size=1, max_size=300)))
+            else messages.AggregateSection(
+                name, draw(weight_rows()), draw(st.binary(min_size=1, max_size=300))
+            )
         )
-    return Aggregate(draw(rounds), tuple(sections), draw(epochs), draw(epochs))
+    return messages.Aggregate(draw(rounds), tuple(sections), draw(epochs), draw(epochs))
 
 
 def again(message: object) -> object:
@@ -130,11 +118,11 @@ def again(message: object) -> object:
 
 
 KINDS = {
-    Enrolment: pb.EnrolRequest,
-    Enrolled: pb.EnrolResponse,
-    Receipt: pb.PushResponse,
-    RoundStatus: pb.RoundState,
-    KeyMessage: pb.PostKeyMessageRequest,
+    messages.Enrolment: pb.EnrolRequest,
+    messages.Enrolled: pb.EnrolResponse,
+    messages.Receipt: pb.PushResponse,
+    messages.RoundStatus: pb.RoundState,
+    messages.KeyMessage: pb.PostKeyMessageRequest,
 }
 
 
@@ -145,12 +133,12 @@ def test_every_message_survives_the_wire(value: Message) -> None:
 
 
 @given(upload_headers)
-def test_upload_header_round_trip(value: UploadHeader) -> None:
+def test_upload_header_round_trip(value: messages.UploadHeader) -> None:
     assert wire.decode_upload_header(again(wire.encode_upload_header(value))) == value
 
 
 @given(aggregates(), st.integers(1, 97))
-def test_aggregate_round_trip_through_chunks_of_any_size(value: Aggregate, chunk_bytes: int) -> None:
+def test_aggregate_round_trip_through_chunks_of_any_size(value: messages.Aggregate, chunk_bytes: int) -> None:
     payloads = [section.payload for section in value.sections]
     stream = b"".join(payloads)
     header = again(
@@ -190,8 +178,8 @@ def test_arbitrary_bytes_are_a_message_or_a_wire_error(noise: bytes) -> None:
 
 
 def test_a_damaged_aggregate_is_noticed() -> None:
-    row = WeightRow(("a", "b"), (4, 4), 3)
-    value = Aggregate(2, (AggregateSection("shared", row, b"payload"),), 0, 0)
+    row = messages.WeightRow(("a", "b"), (4, 4), 3)
+    value = messages.Aggregate(2, (messages.AggregateSection("shared", row, b"payload"),), 0, 0)
     header = wire.encode_aggregate_header(value, [7], hashlib.sha256(b"payload").digest(), 0)
     with pytest.raises(WireError, match="damaged"):
         wire.decode_aggregate(header, b"pay1oad")
@@ -229,7 +217,7 @@ def test_a_chunk_that_does_not_fit_is_refused(chunk: pb.Chunk, expected: str) ->
 )
 def test_a_vector_that_is_none_is_refused_with_the_field(vector: bytes, words: str) -> None:
     with pytest.raises(WireError, match=words):
-        wire.decode(pb.Profile(vector=vector, releases=1), Profile)
+        wire.decode(pb.Profile(vector=vector, releases=1), messages.Profile)
 
 
 def test_what_is_too_many_is_refused_before_each_is_looked_at() -> None:
@@ -239,7 +227,7 @@ def test_what_is_too_many_is_refused_before_each_is_looked_at() -> None:
     state = pb.RoundState(arrived=[""] * (bounds.MAX_MESSAGE_BYTES // 2))
     tracemalloc.start()
     with pytest.raises(WireError):
-        wire.decode(state, RoundStatus)
+        wire.decode(state, messages.RoundStatus)
     assert tracemalloc.get_traced_memory()[1] < 16 * bounds.MAX_MESSAGE_BYTES
     tracemalloc.stop()
 
@@ -247,15 +235,19 @@ def test_what_is_too_many_is_refused_before_each_is_looked_at() -> None:
 def test_the_largest_messages_stay_below_the_message_limit() -> None:
     members = tuple(f"{i:063d}" for i in range(bounds.MAX_CONTRIBUTORS))
     everybody = tuple(f"{i:063d}" for i in range(bounds.MAX_MEMBERS))
-    enrolled = wire.encode(Enrolled("0" * 32, 1, 1, 0, everybody), pb.EnrolResponse)
+    enrolled = wire.encode(messages.Enrolled("0" * 32, 1, 1, 0, everybody), pb.EnrolResponse)
     share, rest = divmod(1 << 20, len(members))
-    row = WeightRow(members, (share + rest, *[share] * (len(members) - 1)), 20)
-    section = AggregateSection("shared", row, b"x")
-    family = AggregateSection("family", row, b"x")
-    aggregate = wire.encode_aggregate_header(Aggregate(2, (section, family), 0, 0), [1, 1], bytes(32), 0)
-    status = wire.encode(RoundStatus(1, Phase.OPEN, members, members, 1.0, "x"), pb.RoundState)
+    row = messages.WeightRow(members, (share + rest, *[share] * (len(members) - 1)), 20)
+    section = messages.AggregateSection("shared", row, b"x")
+    family = messages.AggregateSection("family", row, b"x")
+    aggregate = wire.encode_aggregate_header(
+        messages.Aggregate(2, (section, family), 0, 0), [1, 1], bytes(32), 0
+    )
+    status = wire.encode(
+        messages.RoundStatus(1, messages.Phase.OPEN, members, members, 1.0, "x"), pb.RoundState
+    )
     chunk = pb.Chunk(offset=1 << 40, data=bytes(bounds.MAX_CHUNK_BYTES))
     vector = np.ones(bounds.MAX_PROFILE_DIMENSIONS, dtype=np.float32)
-    header = UploadHeader(1, "a", 0, (), Profile(vector, 0.0, 1), bytes(64))
+    header = messages.UploadHeader(1, "a", 0, (), messages.Profile(vector, 0.0, 1), bytes(64))
     for message in (enrolled, aggregate, status, chunk, wire.encode_upload_header(header)):
         assert message.ByteSize() < bounds.MAX_MESSAGE_BYTES

@@ -18,9 +18,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import builders
 from fedmosaic.client.transport.grpc import GrpcTransport
-from fedmosaic.privacy.encryption.layout import upload_header
 from fedmosaic.privacy.encryption.parameters import PlainParameters
-from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
+from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext, upload_header
 from fedmosaic.privacy.federation import identity
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.privacy.statement.models import ADVERSARIES, PrivacyStatement

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from fedmosaic.privacy.encryption.aggregators import create_aggregator
-from fedmosaic.privacy.encryption.layout import upload_header
 from fedmosaic.privacy.encryption.parameters import PlainParameters
-from fedmosaic.privacy.encryption.records import RoundContext
+from fedmosaic.privacy.encryption.records import RoundContext, upload_header
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos.messages import ReceiptStatus, WeightRow
 from fedmosaic.server import summary as summary_module

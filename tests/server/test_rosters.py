@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedmosaic.privacy.federation.succession import RosterMark
+from fedmosaic.privacy.federation.roster import RosterMark
 from fedmosaic.protos.errors import IdentityError, StateError
 from fedmosaic.protos.messages import ReceiptStatus
 from fedmosaic.protos.refusal import Refusal

@@ -1,25 +1,19 @@
 """Weighted sums of CKKS ciphertexts at the server, in numpy.
 
-A ciphertext (c0, c1) decrypts to c0 + c1·s, which is linear, and the transform between coefficients and
-evaluation points is linear too. So Σ_j W_ij·(c0_j, c1_j) modulo q, taken word by word with integer weights,
-is a ciphertext of the weighted sum; no key, no homomorphic library and no rescaling is involved. Bytes from
-the network only ever become numpy words that are compared with q.
+A ciphertext (c0, c1) decrypts to c0 + c1·s, which is linear, like the transform between coefficients and
+evaluation points. So Σ_j W_ij·(c0_j, c1_j) modulo q, taken word by word with integer weights, is a ciphertext
+of the weighted sum, without any key. Bytes from the network only become numpy words that are compared with q.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedmosaic.privacy.encryption.aggregator import Aggregator, Combination, Contribution
+from fedmosaic.privacy.encryption.ckks import modular
 from fedmosaic.privacy.encryption.ckks.expansion import SEED_BYTES, expand_seed
-from fedmosaic.privacy.encryption.ckks.modular import (
-    WORD_BYTES,
-    modular_matrix_product,
-    pack_words,
-    unpack_words,
-)
-from fedmosaic.privacy.encryption.layout import ring_blocks
+from fedmosaic.privacy.encryption.ckks.modular import WORD_BYTES, pack_words, unpack_words
 from fedmosaic.privacy.encryption.parameters import CkksParameters
-from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext
+from fedmosaic.privacy.encryption.records import HEADER_BYTES, RoundContext, ring_blocks
 from fedmosaic.protos.errors import CiphertextError
 
 # Bounds the memory for the words of all contributors, whatever the length of the vector.
@@ -47,7 +41,7 @@ class CkksAggregator(Aggregator[CkksParameters]):
             for half, read in enumerate((self._read_first, self._read_second)):
                 for contribution, words in zip(work.contributions, now, strict=True):
                     read(contribution, start, words)
-                sums = modular_matrix_product(work.weights, now, self.parameters.modulus)
+                sums = modular.modular_matrix_product(work.weights, now, self.parameters.modulus)
                 offset = header_size + half * half_size + start * WORD_BYTES // 8
                 pack_words(sums, records[:, offset : offset + now.shape[1] * WORD_BYTES // 8])
         return [record.data.cast("B").toreadonly() for record in records]
@@ -55,9 +49,7 @@ class CkksAggregator(Aggregator[CkksParameters]):
     def _read_first(self, contribution: Contribution, start: int, words: NDArray[np.uint64]) -> None:
         unpack_words(contribution.payload, SEED_BYTES + start * WORD_BYTES, words)
         if int(words.max()) >= self.parameters.modulus:
-            raise CiphertextError(
-                f"upload of {contribution.client!r} holds residues that are not below the modulus"
-            )
+            raise CiphertextError(f"upload of {contribution.client!r} holds residues not below the modulus")
 
     def _read_second(self, contribution: Contribution, start: int, words: NDArray[np.uint64]) -> None:
         expand_seed(bytes(contribution.payload[:SEED_BYTES]), start, words, self.parameters.modulus)

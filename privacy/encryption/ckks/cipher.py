@@ -19,18 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmosaic.privacy.encryption.cipher import RANGE_TOLERANCE, ClientCipher, out_of_range
+from fedmosaic.privacy.encryption.ckks import modular
 from fedmosaic.privacy.encryption.ckks.expansion import SEED_BYTES, expand_seed
-from fedmosaic.privacy.encryption.ckks.modular import (
-    WORD_BYTES,
-    modular_multiply,
-    modular_subtract,
-    pack_words,
-    unpack_words,
-)
+from fedmosaic.privacy.encryption.ckks.modular import WORD_BYTES
 from fedmosaic.privacy.encryption.ckks.seal_format import SealFile, SealFormat, seal_file
-from fedmosaic.privacy.encryption.layout import ring_blocks
 from fedmosaic.privacy.encryption.parameters import CkksParameters
-from fedmosaic.privacy.encryption.records import RoundContext
+from fedmosaic.privacy.encryption.records import RoundContext, ring_blocks
 from fedmosaic.privacy.groupkey.key import GroupKey
 from fedmosaic.protos.errors import CiphertextError, EncryptionError
 from fedmosaic.protos.messages import WeightRow
@@ -73,8 +67,8 @@ class CkksCipher(ClientCipher[CkksParameters]):
             seal.encoder.encode(slots[block].tolist(), 2.0**self.parameters.scale_bits, plaintext)
             encryptor.encrypt_symmetric(plaintext, ciphertext)
             decryptor.decrypt(ciphertext, phase)
-            masked = modular_multiply(uniform[block], secret, modulus)
-            first[block] = modular_subtract(_residues(phase, degree), masked, modulus)
+            masked = modular.modular_multiply(uniform[block], secret, modulus)
+            first[block] = modular.modular_subtract(_residues(phase, degree), masked, modulus)
         return seed + _packed(first)
 
     def _open(
@@ -83,13 +77,11 @@ class CkksCipher(ClientCipher[CkksParameters]):
         seal, secret = _engine(self.parameters), self._secret(key)
         degree = self.parameters.ring_degree
         words = np.empty((2, ring_blocks(self.parameters, context.dimensions), degree), dtype=np.uint64)
-        unpack_words(bytes(2) + payload, 2, words.reshape(-1))
+        modular.unpack_words(bytes(2) + payload, 2, words.reshape(-1))
         if (words >= np.uint64(self.parameters.modulus)).any():
             raise CiphertextError("the aggregate holds residues that are not below the modulus")
         if not words[1].any(axis=1).all():
-            raise CiphertextError(
-                "the aggregate has a second polynomial of zero: whoever made it used no upload and no key"
-            )
+            raise CiphertextError("the aggregate has a second polynomial of zero: it needed no key")
         scale = 2.0 ** (self.parameters.scale_bits + self.parameters.weight_bits)
         values = np.empty((words.shape[1], 2, degree // 2))
         ciphertext, plaintext = seal.api.Ciphertext(), seal.api.Plaintext()
@@ -112,7 +104,7 @@ class CkksCipher(ClientCipher[CkksParameters]):
         if key is None or len(key.ckks_secret) != secret_bytes(self.parameters):
             raise EncryptionError("back end 'ckks' needs a group key that was agreed with a CKKS secret")
         residues = np.empty(self.parameters.ring_degree, dtype=np.uint64)
-        unpack_words(bytes(2) + key.ckks_secret, 2, residues)
+        modular.unpack_words(bytes(2) + key.ckks_secret, 2, residues)
         if (residues >= np.uint64(self.parameters.modulus)).any():
             raise EncryptionError("the group's CKKS secret holds residues that are not below the modulus")
         return residues
@@ -130,9 +122,7 @@ class _Engine:
         settings.set_poly_modulus_degree(parameters.ring_degree)
         moduli = sealapi.CoeffModulus.Create(parameters.ring_degree, [parameters.modulus.bit_length()])
         if [modulus.value() for modulus in moduli] != [parameters.modulus]:
-            raise EncryptionError(
-                f"the installed SEAL chooses other primes than {parameters.modulus}: install tenseal 0.3.x"
-            )
+            raise EncryptionError(f"SEAL chooses other primes than {parameters.modulus}: install tenseal 0.3")
         settings.set_coeff_modulus(moduli)
         self.context: Any = sealapi.SEALContext(settings, True, sealapi.SEC_LEVEL_TYPE.TC128)
         if not self.context.parameters_set():
@@ -160,5 +150,5 @@ def _residues(plaintext: Any, degree: int) -> NDArray[np.uint64]:
 
 def _packed(residues: NDArray[np.uint64]) -> bytes:
     packed = np.empty((1, residues.size * WORD_BYTES // 8), dtype="<u8")
-    pack_words(residues.reshape(1, -1), packed)
+    modular.pack_words(residues.reshape(1, -1), packed)
     return packed.tobytes()

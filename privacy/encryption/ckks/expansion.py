@@ -20,16 +20,11 @@ _REPLACEMENT_STREAM = 1 << 127
 
 
 def expand_seed(seed: bytes, start: int, words: NDArray[np.uint64], modulus: int) -> None:
-    """Write words start, start + 1, … of the sequence of uniform residues of a seed.
+    """Write words start, start + 1, … of a public seed's uniform residues below q, 2**47 < q < 2**48.
 
     Word i is made of bytes 16 + 6i … 21 + 6i of the key stream if that is below the modulus. Otherwise it is
-    the first word below the modulus of a second stream, which starts at counter 2^127 + i·2^32.
-
-    Args:
-        seed: 32 bytes, public, fresh for every upload.
-        start: First word, a multiple of 8 so that it starts on an AES block.
-        words: (m,) uint64, overwritten with residues that are uniform below the modulus.
-        modulus: q with 2**47 < q < 2**48.
+    the first word below the modulus of a second stream, which starts at counter 2^127 + i·2^32. `start` is a
+    multiple of 8, an AES block.
     """
     if len(seed) != SEED_BYTES or start % 8 != 0:
         raise ValueError(f"expected a seed of {SEED_BYTES} bytes and a start that is a multiple of 8")

@@ -16,9 +16,7 @@ _COLUMNS = 1024
 def pack_words(words: NDArray[np.uint64], packed: NDArray[np.uint64]) -> None:
     """Write residues as little-endian words of 6 bytes: four residues into three words of 8 bytes.
 
-    Args:
-        words: (R, 4m) uint64 below 2**48.
-        packed: (R, 3m) little-endian uint64, overwritten; may be a part of larger rows.
+    From (R, 4m) uint64 below 2**48 to (R, 3m) little-endian uint64, which may be a part of larger rows.
     """
     fours = words.reshape(words.shape[0], -1, 4)
     # Splitting an axis never copies, so writing to these writes to `packed`.
@@ -29,13 +27,7 @@ def pack_words(words: NDArray[np.uint64], packed: NDArray[np.uint64]) -> None:
 
 
 def unpack_words(buffer: bytes | memoryview, offset: int, words: NDArray[np.uint64]) -> None:
-    """Read little-endian words of 6 bytes.
-
-    Args:
-        buffer: Bytes that hold the words from `offset` on, and at least two bytes before them.
-        offset: Position of the first word, ≥ 2.
-        words: (m,) uint64, overwritten; below 2**48, not yet compared with the modulus.
-    """
+    """Read (m,) words of 6 bytes, little-endian; the buffer has at least two bytes before them."""
     # Reading 8 bytes from two before each word leaves the word in the upper 48 bits.
     shifted = np.ndarray(words.shape, dtype="<u8", buffer=buffer, offset=offset - 2, strides=(WORD_BYTES,))
     np.right_shift(shifted, np.uint64(16), out=words)
@@ -71,8 +63,8 @@ def modular_matrix_product(
 
     Residues are split into halves c = h·2^24 + l. Rows of W sum to at most 2^16 and halves are below 2^24, so
     every partial sum of W·l and W·h is an integer below 2^40: float64 represents all of them exactly,
-    whatever the order of summation or fusion of operations. The recombined sum Σ w·c is below
-    2^16·2^48 = 2^64 and fits a word before it is reduced.
+    whatever the order of summation or fusion of operations. The recombined sum Σ w·c is below 2^16·2^48 =
+    2^64 and fits a word before it is reduced.
 
     Args:
         weights: (R, M) integers ≥ 0, each row summing to at most 2**16.
@@ -80,10 +72,7 @@ def modular_matrix_product(
         modulus: q below 2**48.
 
     Returns:
-        (R, D) sums modulo q.
-
-    Raises:
-        EncryptionError: Shapes or bounds do not hold, which would make the result inexact.
+        (R, D) sums modulo q; EncryptionError where shapes or bounds would make them inexact.
     """
     if weights.ndim != 2 or residues.ndim != 2 or weights.shape[1] != residues.shape[0]:
         raise EncryptionError(f"cannot multiply weights {weights.shape} with residues {residues.shape}")

@@ -48,7 +48,7 @@ class SealFile:
 def seal_file() -> Iterator[SealFile]:
     """Open a `SealFile`: anonymous memory on Linux, elsewhere a file that only this user can read.
 
-    Secret keys pass through it, so on other systems the temporary directory should be encrypted or in memory.
+    Secret keys pass through it, so elsewhere the temporary directory should be encrypted or in memory.
     """
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("fedmosaic")
@@ -62,13 +62,7 @@ def seal_file() -> Iterator[SealFile]:
 
 
 class SealFormat:
-    """Builds containers for one set of encryption parameters.
-
-    Args:
-        version: Major and minor version of the SEAL that will read them.
-        parameters_id: SEAL's own hash of its parameters, four words.
-        ring_degree: n.
-    """
+    """Containers for one version and one set of parameters of SEAL, whose own hash of them is four words."""
 
     def __init__(self, version: tuple[int, int], parameters_id: list[int], ring_degree: int) -> None:
         self._version = version
@@ -81,12 +75,7 @@ class SealFormat:
         return self._with_header(body)
 
     def ciphertext(self, residues: NDArray[np.uint64], scale: float) -> bytes:
-        """A ciphertext of two polynomials over one prime, in evaluation form.
-
-        Args:
-            residues: (2n,) residues below the modulus, first polynomial first.
-            scale: Factor between values and integers.
-        """
+        """Two polynomials over one prime in evaluation form, of (2n,) residues, first polynomial first."""
         evaluation_form, polynomials, primes, correction = 1, 2, 1, 1
         metadata = struct.pack(
             "<BQQQdQ", evaluation_form, polynomials, self._ring_degree, primes, scale, correction

@@ -18,9 +18,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
 from fedmosaic.privacy.encryption.cipher import ClientCipher, out_of_range
-from fedmosaic.privacy.encryption.layout import upload_header
 from fedmosaic.privacy.encryption.parameters import MaskParameters
-from fedmosaic.privacy.encryption.records import NONCE_BYTES, RoundContext
+from fedmosaic.privacy.encryption.records import NONCE_BYTES, RoundContext, upload_header
 from fedmosaic.privacy.groupkey.key import GroupKey
 from fedmosaic.protos.errors import EncryptionError
 from fedmosaic.protos.messages import WeightRow

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq
-from scipy.special import log_ndtr, ndtr, ndtri
+from scipy.special import log_ndtr, ndtr
 
 from fedmosaic.privacy.accounting import epsilon as accounting
 from fedmosaic.privacy.accounting.epsilon import (
@@ -133,18 +133,6 @@ def test_joint_epsilon_of_both_channels_is_below_their_naive_sum() -> None:
     assert joint.prv < naive
 
 
-def test_composition_does_not_depend_on_order_or_on_how_steps_are_split() -> None:
-    once = epsilon([PROFILE, ADAPTER], DELTA)
-    alternating = [GaussianEvent(1.0, 0.016, 20)] * 15 + [PROFILE] + [GaussianEvent(1.0, 0.016, 10)] * 30
-    assert epsilon(alternating, DELTA) == once
-
-
-def test_full_batch_steps_compose_like_one_with_less_noise() -> None:
-    for name in ("prv", "pld", "rdp"):
-        many, one = (epsilon([GaussianEvent(*e)], DELTA, name) for e in ((40.0, 1.0, 25), (8.0, 1.0, 1)))
-        assert many == pytest.approx(one, abs=2e-3)
-
-
 @settings(max_examples=5, deadline=None)
 @given(
     sigma=st.floats(0.7, 20.0),
@@ -193,18 +181,10 @@ def test_the_gaussian_dp_accountant_is_refused_and_for_good_reason() -> None:
 @pytest.mark.parametrize(
     ("sigma", "q", "steps"),
     [
-        (-1.0, 1.0, 1),
-        (math.nan, 1.0, 1),
-        (math.inf, 1.0, 1),
-        (1.0, 0.0, 1),
-        (1.0, 1.0001, 1),
-        (1.0, math.nan, 1),
-        (1.0, 0.5, -1),
-        (1.0, 0.5, 1.5),
-        (True, 0.5, 1),
-        ("1", 0.5, 1),
+        (-1.0, 1.0, 1), (math.nan, 1.0, 1), (math.inf, 1.0, 1), (1.0, 0.0, 1), (1.0, 1.0001, 1),
+        (1.0, math.nan, 1), (1.0, 0.5, -1), (1.0, 0.5, 1.5), (True, 0.5, 1), ("1", 0.5, 1),
     ],
-)
+)  # fmt: skip
 def test_events_outside_their_domain_are_refused(sigma: float, q: float, steps: int) -> None:
     with pytest.raises(AccountingError):
         GaussianEvent(sigma, q, steps)
@@ -238,6 +218,12 @@ def test_a_broken_prv_is_found_by_the_cross_check(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(AccountingError, match="neither is reported"):
         cross_checked_epsilon([PROFILE], DELTA)
     accounting._evaluate.cache_clear()
+
+
+def test_a_prv_that_is_no_number_is_not_told_as_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opacus.accountants.PRVAccountant.get_epsilon", lambda *_, **__: math.nan)
+    with pytest.raises(AccountingError, match="prv returned no number"):
+        epsilon([GaussianEvent(7.77, 1.0, 1)], DELTA)
 
 
 @pytest.mark.slow
@@ -285,37 +271,6 @@ def test_a_delta_above_one_over_n_is_refused_without_telling_n() -> None:
     assert "1234" not in str(refusal.value)
 
 
-def test_pld_is_an_opacus_accountant_that_merges_interleaved_steps() -> None:
-    from opacus.accountants import create_accountant
-
-    from fedmosaic.privacy.accounting import pld_accountant
-
-    pld_accountant.register()
-    pld_accountant.register()
-    accountant = create_accountant("pld")
-    assert accountant.get_epsilon(DELTA) == 0.0
-    for _ in range(3):
-        accountant.step(noise_multiplier=8.0, sample_rate=1.0)
-        accountant.step(noise_multiplier=2.0, sample_rate=0.1)
-    assert len(accountant) == 2
-    restored = create_accountant("pld")
-    restored.load_state_dict(accountant.state_dict())
-    events = [GaussianEvent(8.0, 1.0, 3), GaussianEvent(2.0, 0.1, 3)]
-    assert restored.get_epsilon(DELTA) == accountant.get_epsilon(DELTA) == epsilon(events, DELTA, "pld")
-    accountant.step(noise_multiplier=0.0, sample_rate=0.1)
-    assert accountant.get_epsilon(DELTA) == math.inf
-
-
-def test_a_foreign_pld_accountant_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    from opacus.accountants import RDPAccountant, registry
-
-    from fedmosaic.privacy.accounting import pld_accountant
-
-    monkeypatch.setitem(registry._ACCOUNTANTS, "pld", RDPAccountant)
-    with pytest.raises(AccountingError, match="another accountant named 'pld'"):
-        pld_accountant.register()
-
-
 def test_plain_data_and_interfaces_import_no_torch() -> None:
     modules = """accounting.events accounting.epsilon accounting.calibrate accounting.tradeoff ledger.ledger
         statement.build statement.render""".split()
@@ -323,15 +278,6 @@ def test_plain_data_and_interfaces_import_no_torch() -> None:
     code += "\nheavy = {'torch', 'opacus', 'dp_accounting', 'transformers', 'scipy'} & set(sys.modules)\n"
     code += "assert not heavy, heavy"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-
-
-def test_the_test_oracles_agree_with_each_other() -> None:
-    # With q = 1 the integral is two Gaussians, μ² adds up.
-    mu = math.hypot(1 / 1.5, 1 / 2.0)
-    assert integrated_delta(1.0, 1.5, 1.0 - 1e-12, 1 / 2.0) == pytest.approx(
-        gaussian_delta(1.0, mu), rel=1e-6
-    )
-    assert ndtri(ndtr(-1.3)) == pytest.approx(-1.3)
 
 
 @pytest.mark.parametrize(("examples", "expected"), [(1, 2.96), (2, 6.46), (5, 19.1), (10, 46.7)])

@@ -7,16 +7,9 @@ import pytest
 from dp_accounting.pld import privacy_loss_distribution
 from scipy.special import ndtr, ndtri
 
-from fedmosaic.privacy.accounting import pld
+from fedmosaic.privacy.accounting import pld, tradeoff
 from fedmosaic.privacy.accounting.epsilon import epsilon
 from fedmosaic.privacy.accounting.events import UNPROTECTED, GaussianEvent
-from fedmosaic.privacy.accounting.tradeoff import (
-    UNBOUNDED,
-    attack_bounds,
-    gaussian_delta,
-    gaussian_true_positive_rate,
-    privacy_curve,
-)
 from fedmosaic.protos.errors import AccountingError
 
 DELTA = 1e-5
@@ -28,12 +21,12 @@ RATES = (0.0, 0.001, 0.01, 0.1, 0.5, 0.9, 1.0)
 )
 def test_the_curve_from_the_pld_is_the_gaussians_own(sigma: float, steps: int) -> None:
     mu = math.sqrt(steps) / sigma
-    curve = privacy_curve([GaussianEvent(sigma, 1.0, steps)])
+    curve = tradeoff.privacy_curve([GaussianEvent(sigma, 1.0, steps)])
     for rate in RATES[1:-1]:
         exact = ndtr(ndtri(rate) + mu)
         assert exact <= curve.true_positive_rate(rate) <= exact * 1.002 + 1e-5
     assert curve.advantage == pytest.approx(2 * ndtr(mu / 2) - 1, abs=1e-6)
-    np.testing.assert_allclose(curve.deltas, gaussian_delta(mu, curve.epsilons), atol=1e-6)
+    np.testing.assert_allclose(curve.deltas, tradeoff.gaussian_delta(mu, curve.epsilons), atol=1e-6)
 
 
 def test_the_studys_table() -> None:
@@ -42,7 +35,7 @@ def test_the_studys_table() -> None:
         (1.391, 0.281, 0.054, 0.0089),
         (0.6, 0.595, 0.255, 0.0773),
     ):
-        bounds = attack_bounds([GaussianEvent(sigma, 1.0, 1)], DELTA)
+        bounds = tradeoff.attack_bounds([GaussianEvent(sigma, 1.0, 1)], DELTA)
         assert bounds.gaussian_mu == pytest.approx(1 / sigma)
         assert bounds.advantage == pytest.approx(advantage, abs=1e-3)
         assert bounds.true_positive_rate_at_1_percent == pytest.approx(at_1, abs=5e-4)
@@ -51,7 +44,7 @@ def test_the_studys_table() -> None:
 
 def test_one_subsampled_step_matches_the_exact_neyman_pearson_test() -> None:
     sigma, q = 0.8, 0.2
-    curve = privacy_curve([GaussianEvent(sigma, q, 1)])
+    curve = tradeoff.privacy_curve([GaussianEvent(sigma, q, 1)])
     # With the example: the mixture; without: N(0, σ²). The ratio grows with x, so tests are thresholds.
     for rate in (0.001, 0.01, 0.1):
         x = -sigma * ndtri(rate)
@@ -71,7 +64,7 @@ def test_a_likelihood_ratio_attacker_stays_below_the_bound() -> None:
     def score(x: np.ndarray) -> np.ndarray:
         return np.log1p(q * np.expm1((2 * x - 1) / (2 * sigma**2))).sum(axis=1)
 
-    curve = privacy_curve([GaussianEvent(sigma, q, steps)])
+    curve = tradeoff.privacy_curve([GaussianEvent(sigma, q, steps)])
     for rate in (0.01, 0.1):
         found = float((score(with_it) > np.quantile(score(without), 1 - rate)).mean())
         error = 3 * math.sqrt(found * (1 - found) / trials) + 3 * math.sqrt(rate / trials)
@@ -80,7 +73,7 @@ def test_a_likelihood_ratio_attacker_stays_below_the_bound() -> None:
 
 
 def test_the_bound_is_a_trade_off_curve() -> None:
-    curve = privacy_curve([GaussianEvent(8.0, 1.0, 1), GaussianEvent(2.0, 0.05, 100)])
+    curve = tradeoff.privacy_curve([GaussianEvent(8.0, 1.0, 1), GaussianEvent(2.0, 0.05, 100)])
     rates = np.linspace(0, 1, 101)
     found = np.array([curve.true_positive_rate(rate) for rate in rates])
     assert (np.diff(found) >= -1e-12).all()
@@ -92,36 +85,37 @@ def test_the_bound_is_a_trade_off_curve() -> None:
 
 def test_the_equivalent_gaussian_dominates_the_release_down_to_delta() -> None:
     events = [GaussianEvent(8.0, 1.0, 1), GaussianEvent(1.0, 0.016, 100)]
-    bounds = attack_bounds(events, DELTA)
+    bounds = tradeoff.attack_bounds(events, DELTA)
     equivalent = [GaussianEvent(1 / bounds.gaussian_mu, 1.0, 1)]
     assert epsilon(equivalent, DELTA, "pld") >= epsilon(events, DELTA, "pld") - 1e-3
     assert (
-        gaussian_true_positive_rate(bounds.gaussian_mu, 0.01) >= bounds.true_positive_rate_at_1_percent - 1e-6
+        tradeoff.gaussian_true_positive_rate(bounds.gaussian_mu, 0.01)
+        >= bounds.true_positive_rate_at_1_percent - 1e-6
     )
     tighter = 0.97 * bounds.gaussian_mu
-    curve = privacy_curve(events)
+    curve = tradeoff.privacy_curve(events)
     relevant = (curve.epsilons >= 0) & (curve.deltas >= DELTA)
-    assert (gaussian_delta(tighter, curve.epsilons[relevant]) < curve.deltas[relevant]).any()
+    assert (tradeoff.gaussian_delta(tighter, curve.epsilons[relevant]) < curve.deltas[relevant]).any()
 
 
 def test_limits() -> None:
-    nothing = attack_bounds([], DELTA)
+    nothing = tradeoff.attack_bounds([], DELTA)
     assert (nothing.gaussian_mu, nothing.advantage, nothing.true_positive_rate_at_1_percent) == (
         0.0,
         0.0,
         pytest.approx(0.01),
     )
-    assert attack_bounds([UNPROTECTED], DELTA) == UNBOUNDED
-    assert attack_bounds([GaussianEvent(0.03, 0.5, 10)], DELTA) == UNBOUNDED
+    assert tradeoff.attack_bounds([UNPROTECTED], DELTA) == tradeoff.UNBOUNDED
+    assert tradeoff.attack_bounds([GaussianEvent(0.03, 0.5, 10)], DELTA) == tradeoff.UNBOUNDED
     with pytest.raises(AccountingError):
-        attack_bounds([], 0.0)
+        tradeoff.attack_bounds([], 0.0)
     with pytest.raises(AccountingError):
-        privacy_curve([UNPROTECTED])
+        tradeoff.privacy_curve([UNPROTECTED])
     with pytest.raises(AccountingError):
-        privacy_curve([])
+        tradeoff.privacy_curve([])
     for rate in (-0.1, 1.1, math.nan):
         with pytest.raises(AccountingError):
-            gaussian_true_positive_rate(1.0, rate)
+            tradeoff.gaussian_true_positive_rate(1.0, rate)
 
 
 def test_the_fast_forms_of_what_dp_accounting_computes_give_its_values() -> None:

@@ -44,18 +44,11 @@ PINNED = {
 
 def test_every_field_enters_the_hash() -> None:
     variants = [
-        CkksParameters(),
-        CkksParameters(clip=2.0),
-        CkksParameters(scale_bits=28),
-        CkksParameters(weight_bits=14),
-        MaskParameters(),
-        MaskParameters(clip=2.0),
-        MaskParameters(fraction_bits=15),
-        MaskParameters(weight_bits=11),
-        PlainParameters(),
-        PlainParameters(weight_bits=14),
-        PlainParameters(clip=2.0),
-    ]
+        CkksParameters(), CkksParameters(clip=2.0), CkksParameters(scale_bits=28),
+        CkksParameters(weight_bits=14), MaskParameters(), MaskParameters(clip=2.0),
+        MaskParameters(fraction_bits=15), MaskParameters(weight_bits=11), PlainParameters(),
+        PlainParameters(weight_bits=14), PlainParameters(clip=2.0),
+    ]  # fmt: skip
     assert len({variant.digest() for variant in variants}) == len(variants)
     assert all(len(variant.digest()) == 32 for variant in variants)
     assert CkksParameters(clip=4).digest() == CkksParameters(clip=4.0).digest()
@@ -64,19 +57,11 @@ def test_every_field_enters_the_hash() -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"scale_bits": 30},
-        {"weight_bits": 16},
-        {"clip": 8.0},
-        {"scale_bits": 27},
-        {"weight_bits": 17},
-        {"ring_degree": 1024},
-        {"modulus": 281474976710597},
-        {"security_bits": 192},
-        {"clip": math.nan},
-        {"clip": 0.0},
-        {"unknown": 1},
+        {"scale_bits": 30}, {"weight_bits": 16}, {"clip": 8.0}, {"scale_bits": 27}, {"weight_bits": 17},
+        {"ring_degree": 1024}, {"modulus": 281474976710597}, {"security_bits": 192}, {"clip": math.nan},
+        {"clip": 0.0}, {"unknown": 1},
     ],
-)
+)  # fmt: skip
 def test_ckks_parameters_that_could_wrap_or_weaken_are_refused(fields: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
         CkksParameters(**fields)

@@ -7,29 +7,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmosaic.privacy.encryption.records import (
-    HEADER_BYTES,
-    MAX_DIMENSIONS,
-    Header,
-    Kind,
-    RoundContext,
-    read_record,
-    row_digest,
-)
+from fedmosaic.privacy.encryption import records
 from fedmosaic.protos.errors import CiphertextError, EncryptionError
 from fedmosaic.protos.messages import WeightRow
 
-CONTEXT = RoundContext("federation", 2, 9, "shared", 100)
-HEADER = Header(Kind.UPLOAD, "mask", b"h" * 32, CONTEXT, "clinic-a", 0)
+CONTEXT = records.RoundContext("federation", 2, 9, "shared", 100)
+HEADER = records.Header(records.Kind.UPLOAD, "mask", b"h" * 32, CONTEXT, "clinic-a", 0)
 NONCE = bytes(range(16))
 RECORD = HEADER.encode(NONCE) + b"payload!"
 
 
 def test_a_good_record_is_split() -> None:
-    nonce, payload = read_record(RECORD, HEADER, 8)
+    nonce, payload = records.read_record(RECORD, HEADER, 8)
     assert nonce == NONCE
     assert bytes(payload) == b"payload!"
-    assert bytes(read_record(memoryview(RECORD), HEADER, 8)[1]) == b"payload!"
+    assert bytes(records.read_record(memoryview(RECORD), HEADER, 8)[1]) == b"payload!"
 
 
 @pytest.mark.parametrize(("offset", "name"), [(0, "magic"), (4, "format version: got"), (7, "reserved byte")])
@@ -37,42 +29,44 @@ def test_what_every_record_shares_is_named_when_it_is_wrong(offset: int, name: s
     altered = bytearray(RECORD)
     altered[offset] ^= 1
     with pytest.raises(CiphertextError, match=name):
-        read_record(bytes(altered), HEADER, 8)
+        records.read_record(bytes(altered), HEADER, 8)
 
 
 @settings(deadline=None)
-@given(position=st.integers(0, HEADER_BYTES - 1), flip=st.integers(1, 255))
+@given(position=st.integers(0, records.HEADER_BYTES - 1), flip=st.integers(1, 255))
 def test_any_altered_header_byte_but_the_nonce_is_refused(position: int, flip: int) -> None:
     altered = bytearray(RECORD)
     altered[position] ^= flip
     if 152 <= position < 168:
-        assert read_record(bytes(altered), HEADER, 8)[0] != NONCE
+        assert records.read_record(bytes(altered), HEADER, 8)[0] != NONCE
     else:
         with pytest.raises(CiphertextError):
-            read_record(bytes(altered), HEADER, 8)
+            records.read_record(bytes(altered), HEADER, 8)
 
 
-@pytest.mark.parametrize("length", [0, 1, HEADER_BYTES, len(RECORD) - 1, len(RECORD) + 1, 10 * len(RECORD)])
+@pytest.mark.parametrize(
+    "length", [0, 1, records.HEADER_BYTES, len(RECORD) - 1, len(RECORD) + 1, 10 * len(RECORD)]
+)
 def test_other_lengths_are_refused_before_anything_is_read(length: int) -> None:
     content = (RECORD * 10)[:length]
     with pytest.raises(CiphertextError, match=f"record has {length} bytes, expected {len(RECORD)}"):
-        read_record(content, HEADER, 8)
+        records.read_record(content, HEADER, 8)
 
 
 @settings(deadline=None)
 @given(content=st.binary(max_size=400))
 def test_random_bytes_never_pass_and_never_raise_anything_else(content: bytes) -> None:
     with pytest.raises(CiphertextError):
-        read_record(content, HEADER, 8)
+        records.read_record(content, HEADER, 8)
     padded = (content + bytes(len(RECORD)))[: len(RECORD)]
     with pytest.raises(CiphertextError):
-        read_record(padded, HEADER, 8)
+        records.read_record(padded, HEADER, 8)
 
 
 @pytest.mark.parametrize(
     ("other", "name"),
     [
-        (replace(HEADER, kind=Kind.AGGREGATE), "kind: got"),
+        (replace(HEADER, kind=records.Kind.AGGREGATE), "kind: got"),
         (replace(HEADER, backend="plain"), "back end: got"),
         (replace(HEADER, parameters_hash=b"i" * 32), "parameters hash"),
         (replace(HEADER, client="clinic-b"), "client"),
@@ -84,13 +78,13 @@ def test_random_bytes_never_pass_and_never_raise_anything_else(content: bytes) -
         (replace(HEADER, context=replace(CONTEXT, dimensions=101)), "number of dimensions: got"),
     ],
 )
-def test_records_of_another_exchange_are_refused_by_name(other: Header, name: str) -> None:
+def test_records_of_another_exchange_are_refused_by_name(other: records.Header, name: str) -> None:
     with pytest.raises(CiphertextError, match=f"different {name}"):
-        read_record(other.encode(NONCE) + b"payload!", HEADER, 8)
+        records.read_record(other.encode(NONCE) + b"payload!", HEADER, 8)
 
 
 def test_header_has_the_documented_layout() -> None:
-    assert HEADER_BYTES == 176
+    assert records.HEADER_BYTES == 176
     assert RECORD[:8] == b"FMEA" + bytes([1, 1, 2, 0])
     assert struct.unpack_from("<QQ", RECORD, 136) == (2, 9)
     assert RECORD[152:168] == NONCE
@@ -100,14 +94,10 @@ def test_header_has_the_documented_layout() -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"epoch": -1},
-        {"epoch": 1 << 64},
-        {"round": -1},
-        {"round": 1 << 64},
-        {"dimensions": 0},
-        {"dimensions": MAX_DIMENSIONS + 1},
+        {"epoch": -1}, {"epoch": 1 << 64}, {"round": -1}, {"round": 1 << 64}, {"dimensions": 0},
+        {"dimensions": records.MAX_DIMENSIONS + 1},
     ],
-)
+)  # fmt: skip
 def test_contexts_out_of_bounds_are_refused(fields: dict[str, int]) -> None:
     with pytest.raises(EncryptionError, match="expected"):
         replace(CONTEXT, **fields)  # type: ignore[arg-type]  # integers, but of which fields is open
@@ -130,6 +120,8 @@ def test_row_digests_depend_on_every_field_and_on_nothing_else() -> None:
         (replace(row, weights=(2, 4, 2), bits=3), "a", 1),
         (replace(row, contributors=("b", "cd"), weights=(1, 3)), "a", 1),
     ]
-    assert len({row_digest(*variant) for variant in variants}) == len(variants)
-    assert row_digest(row, "a", 1) == row_digest(WeightRow(("b", "c", "d"), (1, 2, 1), 2), "a", 1)
-    assert len(row_digest(row, "a", 1)) == 16
+    assert len({records.row_digest(*variant) for variant in variants}) == len(variants)
+    assert records.row_digest(row, "a", 1) == records.row_digest(
+        WeightRow(("b", "c", "d"), (1, 2, 1), 2), "a", 1
+    )
+    assert len(records.row_digest(row, "a", 1)) == 16

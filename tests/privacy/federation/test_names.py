@@ -1,11 +1,9 @@
 """Names, hosts and addresses are held to what they mean, and a federation is founded whole or not at all."""
 
-import json
 import os
 from pathlib import Path
 
 import pytest
-from cryptography import x509
 
 from builders import founding
 from fedmosaic.client.settings import ClientSettings
@@ -94,19 +92,13 @@ def test_an_address_is_host_and_port(given: str, meant: str) -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("localhost:99999", "at most 65535"),
-        ("localhost:0", "port 0"),
-        ("localhost:", "at most 65535"),
-        ("localhost:٧", "at most 65535"),
-        ("localhost", "no port"),
-        ("[::1]", "brackets and with its port"),
-        ("::1:7443", "brackets"),
-        ("[localhost]:7443", "only an IPv6 address"),
-        ("https://fl.example.org:7443", "a URL"),
-        ("0.0.0.0:7443", "clients can reach"),
-        (":7443", "no host name"),
+        ("localhost:99999", "at most 65535"), ("localhost:0", "port 0"), ("localhost:", "at most 65535"),
+        ("localhost:٧", "at most 65535"), ("localhost", "no port"),
+        ("[::1]", "brackets and with its port"), ("::1:7443", "brackets"),
+        ("[localhost]:7443", "only an IPv6 address"), ("https://fl.example.org:7443", "a URL"),
+        ("0.0.0.0:7443", "clients can reach"), (":7443", "no host name"),
     ],
-)
+)  # fmt: skip
 def test_what_is_no_address_is_refused_before_it_is_dialled(given: str, words: str) -> None:
     settings = {
         "kit": "kit", "server": given, "state_dir": "state",
@@ -145,28 +137,22 @@ def test_a_store_that_is_none_is_refused_by_its_key(url: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("server", "local"),
     [
-        ("localhost:1", True),
-        ("127.0.0.1:1", True),
-        ("[::1]:1", True),
-        ("10.1.2.3:1", True),
-        ("fl-server:1", True),
-        ("box.local:1", True),
-        ("fl.example.org:1", False),
-        ("8.8.8.8:1", False),
+        ("localhost:1", True), ("127.0.0.1:1", True), ("[::1]:1", True), ("10.1.2.3:1", True),
+        ("fl-server:1", True), ("box.local:1", True), ("fl.example.org:1", False), ("8.8.8.8:1", False),
     ],
-)
+)  # fmt: skip
 def test_this_machine_and_private_networks_are_local(server: str, local: bool) -> None:
     assert names.is_local(server) is local
 
 
-def test_the_longest_names_can_be_founded(tmp_path: Path) -> None:
+def test_the_longest_names_can_be_founded_and_what_is_signed_is_what_was_meant(tmp_path: Path) -> None:
     name = "rare-disease-imaging-consortium-northern-europe-and-baltics-eeu"
     assert len(name) == 63
-    consortium.create(described(name, BALANCER, "2001:db8::1"), tmp_path / "f")
+    consortium.create(described(name, BALANCER, "2001:db8::1", "FL.Example.org."), tmp_path / "f")
     kit = federation.open_kit(tmp_path / "f" / "clients" / ("m" * 63))
-    assert kit.member_id() == "m" * 63
-    certificate = x509.load_pem_x509_certificate((tmp_path / "f" / "server" / "tls.pem").read_bytes())
-    assert identity.certificate_names(certificate) == [BALANCER, "2001:db8::1"]
+    assert (kit.member_id(), kit.roster.federation) == ("m" * 63, name)
+    certificate = identity.read_certificate(tmp_path / "f" / "server" / "tls.pem")
+    assert identity.certificate_names(certificate) == [BALANCER, "fl.example.org", "2001:db8::1"]
 
 
 @pytest.mark.parametrize("name", ["", "Clinics", "a b", "x" * 64, "-x", "clinics\n"])
@@ -217,10 +203,3 @@ def test_a_damaged_roster_or_key_is_named(content: bytes, tmp_path: Path) -> Non
     (kit / "consortium.pub").write_bytes(content or b"\xe9")
     with pytest.raises(Exception, match=r"consortium\.pub: not an Ed25519 public key"):
         federation.open_kit(kit)
-
-
-def test_what_is_signed_is_what_was_meant(tmp_path: Path) -> None:
-    consortium.create(described("clinics", "FL.Example.org."), tmp_path / "f")
-    certificate = x509.load_pem_x509_certificate((tmp_path / "f" / "server" / "tls.pem").read_bytes())
-    assert identity.certificate_names(certificate) == ["fl.example.org"]
-    assert json.loads((tmp_path / "f" / "roster.json").read_text())["federation"] == "clinics"

@@ -6,8 +6,7 @@ from pydantic import ValidationError
 
 from builders import founding
 from fedmosaic.privacy.federation.kits import FederationConfig
-from fedmosaic.privacy.federation.roster import Roster
-from fedmosaic.privacy.federation.sampling import taking_part
+from fedmosaic.privacy.federation.roster import Roster, taking_part
 from fedmosaic.protos import bounds
 
 MEMBERS = tuple(f"m{number}" for number in range(10))

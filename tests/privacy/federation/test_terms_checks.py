@@ -16,7 +16,7 @@ from fedmosaic.privacy.accounting.epsilon import default_delta, epsilon, within_
 from fedmosaic.privacy.accounting.events import GaussianEvent
 from fedmosaic.privacy.configuration import canonical_json
 from fedmosaic.privacy.federation import consortium
-from fedmosaic.privacy.federation.founding import create_federation
+from fedmosaic.privacy.federation.consortium import create_federation
 from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.federation.terms_checks import check_plan, check_sums, with_bounded_delta

@@ -12,14 +12,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from builders import founding, tiny_mechanism
 from fedmosaic.privacy.audit import AuditLog
 from fedmosaic.privacy.encryption.aggregators import create_aggregator
-from fedmosaic.privacy.encryption.layout import upload_header
-from fedmosaic.privacy.encryption.records import RoundContext
+from fedmosaic.privacy.encryption.records import RoundContext, upload_header
 from fedmosaic.privacy.federation import identity
 from fedmosaic.privacy.federation.consortium import approve, create
 from fedmosaic.privacy.federation.kits import FederationConfig, WitnessEntry, open_kit
 from fedmosaic.privacy.federation.requests import make_request
-from fedmosaic.privacy.federation.roster import Member, Roster, Witness
-from fedmosaic.privacy.federation.succession import RosterMark
+from fedmosaic.privacy.federation.roster import Member, Roster, RosterMark, Witness
 from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.federation.witness import WitnessBook
 from fedmosaic.protos.errors import ConfigurationError, EncryptionError, IdentityError, StateError

@@ -8,18 +8,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedmosaic.privacy.groupkey import messages
 from fedmosaic.privacy.groupkey.agreement import KeyAgreement, plan_epoch
 from fedmosaic.privacy.groupkey.key import GroupKey, commitment_to
-from fedmosaic.privacy.groupkey.messages import (
-    BOX,
-    CONFIRMATION,
-    CONFIRMATION_BYTES,
-    OPENING_BYTES,
-    Epoch,
-    sha256,
-    write_about_key,
-    write_opening,
-)
 from fedmosaic.protos.errors import KeyAgreementError
 
 ROSTER = tuple(f"clinic-{letter}" for letter in "abcdef")
@@ -30,7 +21,7 @@ SECRET = bytes(range(256)) * 4
 ROSTER_HASH, PARAMETERS_HASH = b"R" * 32, b"P" * 32
 
 
-def plan(number: int = 1, members: tuple[str, ...] = MEMBERS, **changes: bytes) -> Epoch:
+def plan(number: int = 1, members: tuple[str, ...] = MEMBERS, **changes: bytes) -> messages.Epoch:
     hashes = {"roster_hash": ROSTER_HASH, "parameters_hash": PARAMETERS_HASH} | changes
     return plan_epoch("federation", number, members, KEYS, **hashes)
 
@@ -39,7 +30,7 @@ class Exchange:
     """All members of one epoch and an honest server, step by step."""
 
     def __init__(
-        self, epoch: Epoch | None = None, members: tuple[str, ...] = MEMBERS, secret: bytes = SECRET
+        self, epoch: messages.Epoch | None = None, members: tuple[str, ...] = MEMBERS, secret: bytes = SECRET
     ) -> None:
         epoch = epoch or plan(members=members)
         self.sides = {
@@ -98,12 +89,12 @@ def test_all_members_end_with_the_same_key(count: int, secret: bytes) -> None:
 def test_messages_have_fixed_lengths_and_hold_no_secret() -> None:
     exchange = Exchange()
     boxes = exchange.open()
-    assert {len(opening) for opening in exchange.openings().values()} == {OPENING_BYTES}
+    assert {len(opening) for opening in exchange.openings().values()} == {messages.OPENING_BYTES}
     assert len({len(box) for box in boxes.values()}) == 1
     assert set(boxes) == set(exchange.followers)
     for name, box in boxes.items():
         exchange.sides[name].accept_box(box)
-    assert {len(c) for c in exchange.confirmations().values()} == {CONFIRMATION_BYTES}
+    assert {len(c) for c in exchange.confirmations().values()} == {messages.CONFIRMATION_BYTES}
     traffic = b"".join([*exchange.openings().values(), *boxes.values(), *exchange.confirmations().values()])
     key = exchange.finish()[MEMBERS[0]]
     assert key.master not in traffic
@@ -149,9 +140,11 @@ def test_an_identity_that_the_roster_does_not_pin_cannot_start() -> None:
         KeyAgreement(IDENTITIES[ROSTER[5]], ROSTER[5], plan(), lambda: SECRET, len(SECRET))
 
 
-def opening_of(name: str, epoch: Epoch, signer: str | None = None, public_key: bytes | None = None) -> bytes:
+def opening_of(
+    name: str, epoch: messages.Epoch, signer: str | None = None, public_key: bytes | None = None
+) -> bytes:
     fresh = Ed25519PrivateKey.generate().public_key().public_bytes_raw()  # any 32 bytes that look like a key
-    return write_opening(epoch, name, public_key or fresh, IDENTITIES[signer or name])
+    return messages.write_opening(epoch, name, public_key or fresh, IDENTITIES[signer or name])
 
 
 VICTIM, OTHER = MEMBERS[0], MEMBERS[1]
@@ -197,7 +190,7 @@ OPENING_ATTACKS: dict[str, tuple[Callable[[dict[str, bytes]], dict[str, bytes]],
     ),
     "cut short": (
         lambda o: o | {OTHER: o[OTHER][:-1]},
-        f"{OPENING_BYTES - 1} bytes, expected {OPENING_BYTES}",
+        f"{messages.OPENING_BYTES - 1} bytes, expected {messages.OPENING_BYTES}",
     ),
     "empty": (lambda o: o | {OTHER: b""}, "has 0 bytes"),
     "copied ephemeral key": (
@@ -222,7 +215,7 @@ def test_every_attack_on_openings_is_refused_by_name(attack: str) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(position=st.integers(0, OPENING_BYTES - 1), flip=st.integers(1, 255))
+@given(position=st.integers(0, messages.OPENING_BYTES - 1), flip=st.integers(1, 255))
 def test_any_altered_byte_of_an_opening_is_refused(position: int, flip: int) -> None:
     exchange = Exchange()
     openings = exchange.openings()
@@ -393,8 +386,8 @@ def test_members_that_hold_no_key_cannot_confirm() -> None:
     side = exchange.sides[victim]
     key = side._key
     assert key is not None
-    confirmations[liar] = write_about_key(
-        CONFIRMATION, key.transcript, liar, key.fingerprint, bytes(32), IDENTITIES[liar]
+    confirmations[liar] = messages.write_about_key(
+        messages.CONFIRMATION, key.transcript, liar, key.fingerprint, bytes(32), IDENTITIES[liar]
     )
     with pytest.raises(KeyAgreementError, match="cannot prove to hold"):
         side.accept_confirmations(confirmations)
@@ -420,7 +413,7 @@ def test_attacks_on_confirmations_are_refused_by_name() -> None:
     attack(lambda c, _, other: c | {other: bytes(len(c[other]))}, "is not signed by the identity key")
 
     def of_another_kind(c: dict[str, bytes], victim: str, other: str) -> dict[str, bytes]:
-        body = BOX + c[other][8:-64]
+        body = messages.BOX + c[other][8:-64]
         return c | {other: body + IDENTITIES[other].sign(b"fedmosaic/key-agreement/v1\n" + body)}
 
     attack(of_another_kind, "for another kind")
@@ -461,8 +454,8 @@ def test_a_leader_whose_generator_fails_ends_the_epoch() -> None:
 
 
 def elected(openings: dict[str, bytes]) -> str:
-    transcript = sha256(b"transcript", plan().terms_hash(), *(openings[name] for name in MEMBERS))
-    return min(MEMBERS, key=lambda name: sha256(b"leader", transcript, name.encode()))
+    transcript = messages.sha256(b"transcript", plan().terms_hash(), *(openings[name] for name in MEMBERS))
+    return min(MEMBERS, key=lambda name: messages.sha256(b"leader", transcript, name.encode()))
 
 
 def test_secrets_are_dropped_after_use() -> None:

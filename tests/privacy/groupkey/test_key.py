@@ -26,12 +26,9 @@ def key(**changes: object) -> GroupKey:
 
 def test_subkeys_differ_by_purpose_salt_epoch_and_master() -> None:
     subkeys = [
-        key().subkey(b"pad"),
-        key().subkey(b"confirm"),
-        key().subkey(b"pad", salt=b"1"),
-        key(transcript=b"U" * 32).subkey(b"pad"),
-        key(master=b"\xa6" * 32).subkey(b"pad"),
-    ]
+        key().subkey(b"pad"), key().subkey(b"confirm"), key().subkey(b"pad", salt=b"1"),
+        key(transcript=b"U" * 32).subkey(b"pad"), key(master=b"\xa6" * 32).subkey(b"pad"),
+    ]  # fmt: skip
     assert len(set(subkeys)) == len(subkeys)
     assert all(len(subkey) == 32 for subkey in subkeys)
     assert key().subkey(b"pad") == subkeys[0]

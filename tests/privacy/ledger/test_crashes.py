@@ -59,14 +59,9 @@ CLIENT = textwrap.dedent("""
 """)
 
 STEPS = (
-    "before the row is committed",
-    "before the head is written",
-    "before noise is drawn",
-    "before the bytes are stored",
-    "before the release is recorded",
-    "before the bytes are sent",
-    "never",
-)
+    "before the row is committed", "before the head is written", "before noise is drawn",
+    "before the bytes are stored", "before the release is recorded", "before the bytes are sent", "never",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

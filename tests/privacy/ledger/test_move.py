@@ -204,28 +204,3 @@ def test_a_row_after_the_closing_one_is_found(old: Path, tmp_path: Path) -> None
         connection.execute("DELETE FROM rows WHERE sequence >= ?", (len(rows) - 2,))
     with pytest.raises(LedgerError, match="rows were cut off"):
         opened(old)
-
-
-def test_copies_of_one_run_cost_what_three_runs_cost(tmp_path: Path) -> None:
-    """Three runs one after the other, and two at once, on one ledger: what was spent is what is reported."""
-    event = GaussianEvent(0.8, 0.016, 100)
-    path = tmp_path / "train.jsonl.ledger" / LEDGER
-    delta, channels = 2000**-1.1, ("adapter",)
-
-    def open_run() -> Ledger:
-        return Ledger.open(path, "north", delta, None, "rdp", budgeted_channels=channels)  # type: ignore[arg-type]  # literals
-
-    with open_run() as first:
-        for number in range(1, 3):
-            charge(first, event, round=number, context="run 1")
-    with open_run() as second:
-        for number in range(1, 5):
-            charge(second, event, round=number, context="run 2")
-    with open_run() as first, open_run() as third:
-        for number in range(1, 5):
-            charge(third, event, round=number, context="run 3")
-            if number > 2:
-                charge(first, event, round=number, context="run 1")
-        spent = {first.epsilon(), third.epsilon()}
-    # By PRV 4.35; RDP is looser, and fast enough for a bound after every one of these rows.
-    assert spent == {epsilon([GaussianEvent(0.8, 0.016, 100 * 12)], delta, "rdp")}

@@ -9,16 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fedmosaic.privacy.mechanism.noise import (
-    BitSource,
-    NoiseSource,
-    SecureNoise,
-    SeededTestNoise,
-    poisson_sample,
-)
+from fedmosaic.privacy.mechanism import noise
 from fedmosaic.protos.errors import MechanismError
 
-SOURCES = [SecureNoise(), SeededTestNoise(7)]
+SOURCES = [noise.SecureNoise(), noise.SeededTestNoise(7)]
 # Each check may fail by chance with this probability; the secure source cannot be seeded.
 CHANCE = 1e-9
 
@@ -28,7 +22,7 @@ def upper_normal(draws: int) -> float:
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=["secure", "seeded"])
-def test_gaussian_law(source: NoiseSource) -> None:
+def test_gaussian_law(source: noise.NoiseSource) -> None:
     draws, scale = 200_000, 2.5
     sample = source.gaussian(draws, scale)
     assert sample.dtype == np.float64
@@ -41,7 +35,7 @@ def test_gaussian_law(source: NoiseSource) -> None:
 
 
 def test_secure_draws_are_independent_of_their_neighbours() -> None:
-    sample = SecureNoise().gaussian(200_000, 1.0)
+    sample = noise.SecureNoise().gaussian(200_000, 1.0)
     bound = upper_normal(1) / math.sqrt(sample.size)
     for lag in (1, 2, 100_000):
         assert abs(np.mean(sample[:-lag] * sample[lag:])) < 1.5 * bound * math.sqrt(
@@ -50,23 +44,23 @@ def test_secure_draws_are_independent_of_their_neighbours() -> None:
 
 
 def test_secure_words_are_uniform_in_every_bit() -> None:
-    words = SecureNoise().words(100_000)
+    words = noise.SecureNoise().words(100_000)
     for bit in range(64):
         ones = int(np.count_nonzero(words >> np.uint64(bit) & np.uint64(1)))
         assert stats.binomtest(ones, words.size).pvalue > CHANCE
 
 
 def test_secure_noise_never_repeats() -> None:
-    source = SecureNoise()
+    source = noise.SecureNoise()
     seen = np.concatenate(
-        [source.gaussian(500, 1.0), source.gaussian(500, 1.0), SecureNoise().gaussian(500, 1.0)]
+        [source.gaussian(500, 1.0), source.gaussian(500, 1.0), noise.SecureNoise().gaussian(500, 1.0)]
     )
     assert np.unique(seen).size == seen.size
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
 def test_secure_noise_differs_after_a_fork() -> None:
-    source = SecureNoise()
+    source = noise.SecureNoise()
     source.gaussian(1, 1.0)
     read_end, write_end = os.pipe()
     child = os.fork()
@@ -78,14 +72,18 @@ def test_secure_noise_differs_after_a_fork() -> None:
 
 
 def test_seeded_noise_repeats_and_says_so() -> None:
-    assert np.array_equal(SeededTestNoise(3).gaussian(20, 1.0), SeededTestNoise(3).gaussian(20, 1.0))
-    assert not np.array_equal(SeededTestNoise(3).gaussian(20, 1.0), SeededTestNoise(4).gaussian(20, 1.0))
-    assert SeededTestNoise(3).is_test
-    assert not SecureNoise().is_test
+    assert np.array_equal(
+        noise.SeededTestNoise(3).gaussian(20, 1.0), noise.SeededTestNoise(3).gaussian(20, 1.0)
+    )
+    assert not np.array_equal(
+        noise.SeededTestNoise(3).gaussian(20, 1.0), noise.SeededTestNoise(4).gaussian(20, 1.0)
+    )
+    assert noise.SeededTestNoise(3).is_test
+    assert not noise.SecureNoise().is_test
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=["secure", "seeded"])
-def test_edges(source: NoiseSource) -> None:
+def test_edges(source: noise.NoiseSource) -> None:
     assert source.gaussian(0, 1.0).shape == (0,)
     assert np.array_equal(source.gaussian(5, 0.0), np.zeros(5))
     for bad in (-1.0, math.inf, math.nan):
@@ -106,13 +104,13 @@ class ConstantWords:
 
 
 def test_poisson_includes_exactly_the_words_below_the_rate() -> None:
-    assert poisson_sample(4, 0.25, ConstantWords(2**62 - 1)).tolist() == [0, 1, 2, 3]
-    assert poisson_sample(4, 0.25, ConstantWords(2**62)).size == 0
+    assert noise.poisson_sample(4, 0.25, ConstantWords(2**62 - 1)).tolist() == [0, 1, 2, 3]
+    assert noise.poisson_sample(4, 0.25, ConstantWords(2**62)).size == 0
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=["secure", "seeded"])
-def test_poisson_sample_sizes_are_binomial(source: BitSource) -> None:
-    sizes = [poisson_sample(500, 0.1, source).size for _ in range(400)]
+def test_poisson_sample_sizes_are_binomial(source: noise.BitSource) -> None:
+    sizes = [noise.poisson_sample(500, 0.1, source).size for _ in range(400)]
     assert abs(np.mean(sizes) - 50) < upper_normal(1) * math.sqrt(45 / 400)
     # Variance 45 for a Poisson sample, 0 for a batch of fixed size, which would void the accounting.
     assert 45 * 0.5 < np.var(sizes) < 45 * 1.6
@@ -121,16 +119,16 @@ def test_poisson_sample_sizes_are_binomial(source: BitSource) -> None:
 @settings(max_examples=50)
 @given(size=st.integers(0, 300), rate=st.floats(1e-6, 1.0))
 def test_poisson_indices_are_valid_and_ascending(size: int, rate: float) -> None:
-    chosen = poisson_sample(size, rate, SeededTestNoise(size))
+    chosen = noise.poisson_sample(size, rate, noise.SeededTestNoise(size))
     assert np.all(np.diff(chosen) > 0)
     assert np.all((chosen >= 0) & (chosen < size))
 
 
 def test_poisson_edges() -> None:
-    source = SecureNoise()
-    assert poisson_sample(5, 1.0, source).tolist() == [0, 1, 2, 3, 4]
-    assert poisson_sample(0, 0.5, source).size == 0
-    assert poisson_sample(100_000, 5e-324, source).size == 0
+    source = noise.SecureNoise()
+    assert noise.poisson_sample(5, 1.0, source).tolist() == [0, 1, 2, 3, 4]
+    assert noise.poisson_sample(0, 0.5, source).size == 0
+    assert noise.poisson_sample(100_000, 5e-324, source).size == 0
     for bad in (0.0, -0.1, 1.1, math.nan):
         with pytest.raises(MechanismError, match="sampling rate"):
-            poisson_sample(5, bad, source)
+            noise.poisson_sample(5, bad, source)

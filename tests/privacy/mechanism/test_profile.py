@@ -69,16 +69,10 @@ def test_description_is_frozen_and_hashed_over_every_field() -> None:
     with pytest.raises(ValidationError):
         described.clipping_norm = 2.0  # type: ignore[misc]  # the point of the test
     changes: list[dict[str, object]] = [
-        {"probe": "other"},
-        {"probe_sha256": "1" * 64},
-        {"clipping_norm": 2.0},
-        {"noise_multiplier": 2.0},
-        {"sampling_rate": 0.5},
-        {"expected_batch_size": 10},
-        {"minimum_examples": 51},
-        {"warn_below": 301},
-        {"reduction": mechanism(seed=1).reduction},
-    ]
+        {"probe": "other"}, {"probe_sha256": "1" * 64}, {"clipping_norm": 2.0}, {"noise_multiplier": 2.0},
+        {"sampling_rate": 0.5}, {"expected_batch_size": 10}, {"minimum_examples": 51},
+        {"warn_below": 301}, {"reduction": mechanism(seed=1).reduction},
+    ]  # fmt: skip
     hashes = {described.model_copy(update=change).sha256 for change in changes}
     assert len(hashes | {described.sha256}) == len(changes) + 1
     again = ProfileMechanism.model_validate_json(described.model_dump_json())

@@ -213,10 +213,10 @@ def test_another_basis_than_the_agreed_one_is_refused() -> None:
 
 def test_a_basis_that_does_not_fit_is_refused() -> None:
     short = PublicBasis(centre=np.zeros(5, np.float32))
-    with pytest.raises(MechanismError, match="centre of 12"):
+    with pytest.raises(MechanismError, match=r"centre of shape \(12,\)"):
         PublicMap(mechanism(short, "centre"), short)
     flat = PublicBasis(centre=np.zeros(12, np.float32))
-    with pytest.raises(MechanismError, match="12 × 12"):
+    with pytest.raises(MechanismError, match=r"whitening of shape \(12, 12\)"):
         PublicMap(mechanism(flat, "whiten"), flat)
     with pytest.raises(MechanismError, match="both sides"):
         Projection(reduction("kronecker"), flat)

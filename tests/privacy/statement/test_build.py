@@ -17,28 +17,21 @@ from fedmosaic.privacy.accounting.events import UNPROTECTED, GaussianEvent
 from fedmosaic.privacy.accounting.tradeoff import attack_bounds
 from fedmosaic.privacy.ledger.ledger import Ledger
 from fedmosaic.privacy.ledger.rows import Unit
+from fedmosaic.privacy.statement import models
 from fedmosaic.privacy.statement import render as report_text
 from fedmosaic.privacy.statement.build import statement
 from fedmosaic.privacy.statement.costs import costs_at_epsilon, round_down, round_up
-from fedmosaic.privacy.statement.models import (
-    ADVERSARIES,
-    Adversary,
-    ClientInputs,
-    ClientStatement,
-    CoalitionRows,
-    Guarantee,
-    PlannedChannel,
-    PrivacyStatement,
-    StatementChannel,
-    StatementInputs,
-)
 from fedmosaic.protos.errors import AccountingError, BudgetExceededError, LedgerError
 
 DELTA = 2.7e-5
 PROFILE = GaussianEvent(8.0, 1.0, 1)
 STEP = GaussianEvent(20.0, 1.0, 5)
-READERS: tuple[Adversary, ...] = ("recipient", "colluding_recipients", "colluding_recipients_with_server")
-SERVERS: tuple[Adversary, ...] = ("server_honest_but_curious", "server_malicious")
+READERS: tuple[models.Adversary, ...] = (
+    "recipient",
+    "colluding_recipients",
+    "colluding_recipients_with_server",
+)
+SERVERS: tuple[models.Adversary, ...] = ("server_honest_but_curious", "server_malicious")
 COVERED = {
     "none": "nothing",
     "encrypted": "cryptography",
@@ -68,7 +61,7 @@ def make_client(
     step: GaussianEvent | None = None,
     unit: Unit = "example",
     **facts: object,
-) -> ClientInputs:
+) -> models.ClientInputs:
     private = COVERED[protection] == "dp"
     budgeted = ("profile", "adapter") if private else ("profile",)
     with Ledger.open(
@@ -88,7 +81,7 @@ def make_client(
             if family:
                 release("family", round, STEP if COVERED[family] == "dp" else UNPROTECTED, COVERED[family])
         rows = tuple(ledger.export())
-    return ClientInputs(
+    return models.ClientInputs(
         ledger=rows,
         adapter_protection=protection,  # type: ignore[arg-type]  # as above
         family_protection=family,  # type: ignore[arg-type]  # as above
@@ -96,17 +89,19 @@ def make_client(
     )
 
 
-def make(*clients: ClientInputs, **facts: object) -> PrivacyStatement:
-    return statement(StatementInputs(run_id="run-1", clients=clients, **facts))  # type: ignore[arg-type]  # as above
+def make(*clients: models.ClientInputs, **facts: object) -> models.PrivacyStatement:
+    return statement(models.StatementInputs(run_id="run-1", clients=clients, **facts))  # type: ignore[arg-type]  # as above
 
 
-def guarantee(client: ClientStatement, channel: StatementChannel, adversary: Adversary) -> Guarantee:
+def guarantee(
+    client: models.ClientStatement, channel: models.StatementChannel, adversary: models.Adversary
+) -> models.Guarantee:
     (found,) = [g for g in client.guarantees if (g.channel, g.adversary) == (channel, adversary)]
     return found
 
 
 @pytest.fixture(scope="module")
-def statements(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PrivacyStatement]:
+def statements(tmp_path_factory: pytest.TempPathFactory) -> dict[str, models.PrivacyStatement]:
     directory = tmp_path_factory.mktemp("ledgers")
     return {mode: make(make_client(directory, mode, name=f"c{i}")) for i, mode in enumerate(COVERED)}
 
@@ -126,12 +121,12 @@ def test_a_statement_about_persons_says_so_and_has_no_other_figure_for_them(tmp_
 
 
 def test_every_client_channel_and_adversary_has_exactly_one_guarantee(
-    statements: dict[str, PrivacyStatement],
+    statements: dict[str, models.PrivacyStatement],
 ) -> None:
     for found in statements.values():
         (client,) = found.clients
         pairs = [(g.channel, g.adversary) for g in client.guarantees]
-        assert sorted(pairs) == sorted(itertools.product(("profile", "adapter", "joint"), ADVERSARIES))
+        assert sorted(pairs) == sorted(itertools.product(("profile", "adapter", "joint"), models.ADVERSARIES))
         for each in client.guarantees:
             assert (each.unit, each.neighbouring_relation, each.delta) == (
                 "example",
@@ -142,9 +137,11 @@ def test_every_client_channel_and_adversary_has_exactly_one_guarantee(
 
 
 @pytest.mark.parametrize("mode", COVERED)
-def test_the_profile_is_private_against_everybody(statements: dict[str, PrivacyStatement], mode: str) -> None:
+def test_the_profile_is_private_against_everybody(
+    statements: dict[str, models.PrivacyStatement], mode: str
+) -> None:
     (client,) = statements[mode].clients
-    for adversary in ADVERSARIES:
+    for adversary in models.ADVERSARIES:
         found = guarantee(client, "profile", adversary)
         assert found.epsilon == epsilon([PROFILE], DELTA)
         assert found.cover == ("dp_and_cryptography" if adversary == "network" else "dp")
@@ -160,7 +157,10 @@ def test_the_profile_is_private_against_everybody(statements: dict[str, PrivacyS
     ],
 )
 def test_the_adapters_table_of_the_threat_model(
-    statements: dict[str, PrivacyStatement], mode: str, server: tuple[str, float], reader: tuple[str, float]
+    statements: dict[str, models.PrivacyStatement],
+    mode: str,
+    server: tuple[str, float],
+    reader: tuple[str, float],
 ) -> None:
     (client,) = statements[mode].clients
     alone = epsilon([STEP] * 3, DELTA)
@@ -174,7 +174,7 @@ def test_the_adapters_table_of_the_threat_model(
 
 
 def test_the_joint_guarantee_composes_what_each_adversary_can_read(
-    statements: dict[str, PrivacyStatement],
+    statements: dict[str, models.PrivacyStatement],
 ) -> None:
     joint = epsilon([PROFILE, STEP, STEP, STEP], DELTA)
     (private,) = statements["dp"].clients
@@ -191,7 +191,7 @@ def test_the_joint_guarantee_composes_what_each_adversary_can_read(
 
 
 def test_figures_come_from_the_cross_checked_accountants_and_the_trade_off_curve(
-    statements: dict[str, PrivacyStatement],
+    statements: dict[str, models.PrivacyStatement],
 ) -> None:
     (client,) = statements["dp"].clients
     profile, adapter, joint = client.channels
@@ -210,7 +210,7 @@ def test_figures_come_from_the_cross_checked_accountants_and_the_trade_off_curve
 
 
 def test_a_person_with_several_examples_is_told_against_everybody_who_reads(
-    statements: dict[str, PrivacyStatement],
+    statements: dict[str, models.PrivacyStatement],
 ) -> None:
     for mode, found in statements.items():
         (client,) = found.clients
@@ -237,7 +237,7 @@ def test_examples_of_a_person_may_lie_in_several_disjoint_epochs(tmp_path: Path)
         for number, ids in enumerate((["a", "b"], ["c", "d"])):
             charge(ledger, PROFILE, "profile", number, ids=ids)
         rows = tuple(ledger.export())
-    (client,) = make(ClientInputs(ledger=rows, adapter_protection="dp")).clients
+    (client,) = make(models.ClientInputs(ledger=rows, adapter_protection="dp")).clients
     found = guarantee(client, "profile", "recipient")
     assert found.epsilon == pytest.approx(epsilon([PROFILE], DELTA, "rdp"))
     assert found.persons[0].epsilon == person_epsilon([PROFILE, PROFILE], DELTA, 2)
@@ -317,7 +317,7 @@ def test_budget_and_refusals_are_told(tmp_path: Path) -> None:
     ) as ledger:
         charge(ledger, GaussianEvent(1e4, 1.0, 1), round=7)
         rows = tuple(ledger.export())
-    (client,) = make(ClientInputs(ledger=rows, adapter_protection="dp")).clients
+    (client,) = make(models.ClientInputs(ledger=rows, adapter_protection="dp")).clients
     assert client.target_epsilon == target
     assert client.spent_epsilon == epsilon([PROFILE, STEP, STEP, GaussianEvent(1e4, 1.0, 1)], DELTA) <= target
     assert client.refusals == client.channels[1].refusals == 1
@@ -367,7 +367,9 @@ def test_only_ckks_leaves_the_sum_unbound_to_the_row(tmp_path: Path) -> None:
     assert not any("single adapter in place" in text for text in words.values())
 
 
-def test_json_is_versioned_fits_its_schema_and_reads_back(statements: dict[str, PrivacyStatement]) -> None:
+def test_json_is_versioned_fits_its_schema_and_reads_back(
+    statements: dict[str, models.PrivacyStatement],
+) -> None:
     for found in statements.values():
         text = found.model_dump_json()
         assert "null" not in json.dumps(
@@ -381,15 +383,15 @@ def test_json_is_versioned_fits_its_schema_and_reads_back(statements: dict[str, 
         assert "Infinity" not in text
         assert "NaN" not in text
         assert json.loads(text)["schema_version"] == 1
-        assert PrivacyStatement.model_validate_json(text) == found
-    schema = PrivacyStatement.model_json_schema(mode="serialization")
+        assert models.PrivacyStatement.model_validate_json(text) == found
+    schema = models.PrivacyStatement.model_json_schema(mode="serialization")
     assert schema["additionalProperties"] is False
     assert schema["properties"]["schema_version"]["const"] == 1
     channel_epsilon = schema["$defs"]["ChannelStatement"]["properties"]["epsilon"]
     assert {"const": "infinity"} in channel_epsilon["anyOf"]
     assert all(value.get("description") for value in schema["$defs"]["Guarantee"]["properties"].values())
     with pytest.raises(ValidationError):
-        PrivacyStatement.model_validate_json('{"schema_version": 2}')
+        models.PrivacyStatement.model_validate_json('{"schema_version": 2}')
 
 
 def test_no_private_hash_or_salt_is_in_a_statement(tmp_path: Path) -> None:
@@ -417,7 +419,7 @@ def test_rounding_down_keeps_lower_bounds(value: float, expected: float) -> None
 
 
 def test_what_another_epsilon_would_have_cost(tmp_path: Path) -> None:
-    planned = {"adapter": PlannedChannel(sampling_rate=1.0, steps=15)}
+    planned = {"adapter": models.PlannedChannel(sampling_rate=1.0, steps=15)}
     found = make(
         make_client(tmp_path, "dp", name="a"),
         make_client(tmp_path, "none", name="b", planned=planned),
@@ -453,7 +455,7 @@ def test_the_text_fits_100_columns_and_names_everybody(tmp_path: Path) -> None:
         make_client(tmp_path, "dp+encrypted", name="a-client-with-quite-a-long-name-of-its-own-0123456789"),
         make_client(tmp_path, "encrypted", name="c"),
         make_client(tmp_path, "dp", name="d", secure=False),
-        coalition_rows=(CoalitionRows(colluding_recipients=2, independent_rows=6, contributors=4),),
+        coalition_rows=(models.CoalitionRows(colluding_recipients=2, independent_rows=6, contributors=4),),
         encryption="CKKS",
         created="2026-05-04T10:30:00Z",
     )
@@ -504,7 +506,7 @@ def test_subsampled_adapter_and_parallel_composition(tmp_path: Path) -> None:
             for channel, event in (("profile", PROFILE), ("adapter", GaussianEvent(1.0, 0.016, 50))):
                 charge(ledger, event, channel, round, ids=ids)
         rows = tuple(ledger.export())
-    (client,) = make(ClientInputs(ledger=rows, adapter_protection="dp")).clients
+    (client,) = make(models.ClientInputs(ledger=rows, adapter_protection="dp")).clients
     joint = client.channels[-1]
     events = [PROFILE, GaussianEvent(1.0, 0.016, 50)]
     assert joint.parallel_composition
@@ -518,7 +520,7 @@ def test_noise_of_a_group_protects_less_the_more_members_are_against_one(tmp_pat
     (client,) = make(make_client(tmp_path, "distributed-dp")).clients
     # At least 9 contributors, 3 of whom the claim allows to help the server: σ = s·√6.
     beyond = ("colluding_recipients", "colluding_recipients_with_server")
-    for adversary in ADVERSARIES:
+    for adversary in models.ADVERSARIES:
         left = 1 if adversary in beyond else 6
         event = GaussianEvent(STEP.noise_multiplier * math.sqrt(left / 6), 1.0, 5)
         told = guarantee(client, "adapter", adversary).epsilon
@@ -540,7 +542,7 @@ def test_every_release_of_a_ledger_has_the_noise_of_its_own_terms(tmp_path: Path
             charge(ledger, STEP, "adapter", number, digest=DIGEST, mechanism=mechanism)
         rows = tuple(ledger.export())
     for protection in ("dp", "distributed-dp"):
-        (client,) = make(ClientInputs(ledger=rows, adapter_protection=protection)).clients  # type: ignore[arg-type]  # as above
+        (client,) = make(models.ClientInputs(ledger=rows, adapter_protection=protection)).clients  # type: ignore[arg-type]  # as above
         for adversary, left in {"server_malicious": (1, 1, 1), "colluding_recipients": (1, 6, 11)}.items():
             events = [GaussianEvent(STEP.noise_multiplier / math.sqrt(part), 1.0, 5) for part in left]
             told = guarantee(client, "adapter", adversary).epsilon  # type: ignore[arg-type]  # as above

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedmosaic.privacy.encryption.layout import upload_header
 from fedmosaic.privacy.encryption.parameters import MaskParameters
-from fedmosaic.privacy.encryption.records import RoundContext
+from fedmosaic.privacy.encryption.records import RoundContext, upload_header
 from fedmosaic.privacy.policy import AggregationPolicy
 from fedmosaic.protos.messages import KeyMessage, ReceiptStatus, Section
 from fedmosaic.protos.refusal import Refusal

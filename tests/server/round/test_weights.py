@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 
 from fedmosaic.experiments.attacks.statistics.collusion import smallest_coalition
-from fedmosaic.privacy.encryption.weights import integer_weights
-from fedmosaic.privacy.policy import AggregationPolicy
+from fedmosaic.privacy.policy import AggregationPolicy, integer_weights
 from fedmosaic.server.round.relevance import Relevance, corrected_cosine, plain_cosine, softmax_weights
 from fedmosaic.server.round.weights import Group, groups, plan, section_label
 

@@ -8,13 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedmosaic.privacy.encryption.ckks.modular import (
-    modular_matrix_product,
-    modular_multiply,
-    modular_subtract,
-    pack_words,
-    unpack_words,
-)
+from fedmosaic.privacy.encryption.ckks import modular
 from fedmosaic.privacy.encryption.mask.aggregation import WordProduct
 from fedmosaic.privacy.encryption.parameters import CKKS_MODULUS as Q
 from fedmosaic.protos.errors import EncryptionError
@@ -34,18 +28,18 @@ def words(values: list[int]) -> NDArray[np.uint64]:
 def test_words_survive_the_wire_as_little_endian_bytes(values: list[int], prefix: bytes) -> None:
     values = values[: len(values) // 4 * 4]
     packed = np.empty((1, len(values) * 6 // 8), dtype="<u8")
-    pack_words(words(values).reshape(1, -1), packed)
+    modular.pack_words(words(values).reshape(1, -1), packed)
     content = packed.tobytes()
     assert content == b"".join(value.to_bytes(6, "little") for value in values)
     found = np.empty(len(values), dtype=np.uint64)
     for buffer in (prefix + content, memoryview(prefix + content + b"after")):
-        unpack_words(buffer, len(prefix), found)
+        modular.unpack_words(buffer, len(prefix), found)
         assert found.tolist() == values
 
 
 def test_packing_into_part_of_a_record_leaves_the_rest() -> None:
     record = np.zeros((3, 10), dtype="<u8")
-    pack_words(np.arange(12, dtype=np.uint64).reshape(3, 4) + np.uint64(2**47), record[:, 2:5])
+    modular.pack_words(np.arange(12, dtype=np.uint64).reshape(3, 4) + np.uint64(2**47), record[:, 2:5])
     assert (record[:, 2:5] != 0).all()
     assert (record[:, :2] == 0).all()
     assert (record[:, 5:] == 0).all()
@@ -55,8 +49,8 @@ def test_packing_into_part_of_a_record_leaves_the_rest() -> None:
 @given(left=st.lists(residues, min_size=1, max_size=32), right=residues)
 def test_products_and_differences_are_exact(left: list[int], right: int) -> None:
     other = words([right] * len(left))
-    assert modular_multiply(words(left), other, Q).tolist() == [a * right % Q for a in left]
-    assert modular_subtract(words(left), other, Q).tolist() == [(a - right) % Q for a in left]
+    assert modular.modular_multiply(words(left), other, Q).tolist() == [a * right % Q for a in left]
+    assert modular.modular_subtract(words(left), other, Q).tolist() == [(a - right) % Q for a in left]
 
 
 @settings(deadline=None)
@@ -65,7 +59,7 @@ def test_products_and_differences_are_exact(left: list[int], right: int) -> None
     columns=st.lists(st.lists(residues, min_size=4, max_size=4), min_size=1, max_size=6),
 )
 def test_matrix_products_are_exact(rows: list[list[int]], columns: list[list[int]]) -> None:
-    product = modular_matrix_product(
+    product = modular.modular_matrix_product(
         np.array(rows), words([v for c in columns for v in c]).reshape(-1, 4).T, Q
     )
     expected = [[sum(w * c for w, c in zip(row, col, strict=True)) % Q for col in columns] for row in rows]
@@ -76,10 +70,10 @@ def test_matrix_product_at_the_largest_values_and_across_parts() -> None:
     count, width = 64, 5000
     weights = np.full((2, count), 2**16 // count, dtype=np.int64)
     columns = np.full((count, width), Q - 1, dtype=np.uint64)
-    assert (modular_matrix_product(weights, columns, Q) == 2**16 * (Q - 1) % Q).all()
+    assert (modular.modular_matrix_product(weights, columns, Q) == 2**16 * (Q - 1) % Q).all()
     generator = np.random.default_rng(0)
     columns = generator.integers(0, Q, (count, width), dtype=np.uint64)
-    product = modular_matrix_product(weights, columns, Q)
+    product = modular.modular_matrix_product(weights, columns, Q)
     for position in (0, 1023, 1024, 2047, 2048, 4095, 4096, 4999):
         assert int(product[1, position]) == sum(1024 * int(c) for c in columns[:, position]) % Q
 
@@ -98,7 +92,7 @@ def test_inexact_matrix_products_are_refused(
     weights: list[list[int]], shape: tuple[int, int], modulus: int, message: str
 ) -> None:
     with pytest.raises(EncryptionError, match=message):
-        modular_matrix_product(np.array(weights), np.zeros(shape, dtype=np.uint64), modulus)
+        modular.modular_matrix_product(np.array(weights), np.zeros(shape, dtype=np.uint64), modulus)
 
 
 def word_matrix_product(weights: np.ndarray, words: Sequence[np.ndarray]) -> np.ndarray:
