@@ -249,7 +249,9 @@ class Coordinator:
             FedMosaicError: the round could not be aggregated; it stays open and can be tried again.
             StoreTakenError: another server has taken the database over; this one has to stop.
         """
-        return self._rounds.advance()
+        moved = self._rounds.advance()
+        self._run.account.show(self.describe)
+        return moved
 
     def report(self, client_id: str, statement: bytes) -> None:
         """Store a client's privacy statement, if it is about this client, this run and this roster alone."""

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Final
 
 from fedmosaic.privacy.ledger.rows import NEIGHBOURING_RELATION
-from fedmosaic.privacy.statement.costs import round_up
 from fedmosaic.privacy.statement.models import (
     Adversary,
     ClientStatement,
@@ -18,6 +17,7 @@ from fedmosaic.privacy.statement.models import (
     PrivacyStatement,
     Protection,
 )
+from fedmosaic.privacy.statement.rounding import round_up
 from fedmosaic.privacy.statement.words import ADVERSARY_NAMES, CHANNEL_NAMES
 
 TRUST: Final[dict[Protection, str]] = {

@@ -66,8 +66,13 @@ class StoreTakenError(StateError):
 class Store:
     """The database. Every method is one transaction; the caller serialises writers."""
 
-    def __init__(self, url: str, *, durable: bool) -> None:
-        """Open or create the database; unless `durable`, SQLite answers before data is on the disk.
+    def __init__(self, url: str, *, durable: bool, reading: bool = False) -> None:
+        """Open or create the database.
+
+        Args:
+            url: as SQLAlchemy has it.
+            durable: False lets SQLite answer before data is on the disk.
+            reading: another process has created it and writes to it; this one cannot.
 
         Raises:
             StateError: the database cannot be opened, or is of another version.
@@ -75,17 +80,20 @@ class Store:
         self._holder = ""
         self._taken = False
         try:
-            self._engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
-            if self._engine.dialect.name == "sqlite":
-                tables.prepare_sqlite(self._engine, durable=durable)
-            tables.metadata.create_all(self._engine)
+            if reading:
+                self._engine = tables.reading_engine(url)
+            else:
+                self._engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+                if self._engine.dialect.name == "sqlite":
+                    tables.prepare_sqlite(self._engine, durable=durable)
+                tables.metadata.create_all(self._engine)
         except (sa.exc.SQLAlchemyError, UnicodeDecodeError, ImportError, OSError) as error:
             raise StateError(
                 f"the server's database cannot be opened ({_cause(error)}); check store_url, and that the "
                 "database runs"
             ) from error
         version = self.get("schema")
-        if version is None:
+        if version is None and not reading:
             self.put({"schema": _SCHEMA_VERSION})
         if version not in (None, _SCHEMA_VERSION):
             raise StateError(

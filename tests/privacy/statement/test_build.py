@@ -19,7 +19,7 @@ from fedmosaic.privacy.ledger.ledger import Ledger
 from fedmosaic.privacy.ledger.rows import Unit
 from fedmosaic.privacy.statement import render as report_text
 from fedmosaic.privacy.statement.build import statement
-from fedmosaic.privacy.statement.costs import costs_at_epsilon, round_down, round_up
+from fedmosaic.privacy.statement.costs import costs_at_epsilon
 from fedmosaic.privacy.statement.models import (
     ADVERSARIES,
     Adversary,
@@ -32,6 +32,7 @@ from fedmosaic.privacy.statement.models import (
     StatementChannel,
     StatementInputs,
 )
+from fedmosaic.privacy.statement.rounding import round_down, round_up
 from fedmosaic.protos.errors import AccountingError, BudgetExceededError, LedgerError
 
 DELTA = 2.7e-5
