@@ -118,8 +118,7 @@ class Account:
                 "until": time.time() + status.seconds_left if status.seconds_left else None,
                 "message": status.message,
             }
-            path = self.settings.state_dir / STATUS
-            write_atomically(path, json.dumps(content).encode() + b"\n", durable=False)
+            write_summary(self.settings.state_dir, content, STATUS)
         except Exception:
             self._told_at = now
             log.exception("%s cannot be written, trying again", STATUS)
@@ -255,7 +254,6 @@ def _statements(store: Store) -> tuple[dict[str, object], list[str]]:
     return statements, unreadable
 
 
-def write_summary(state_dir: Path, summary: Mapping[str, object]) -> None:
-    """Replace `run.json`, so that a reader sees the old or the new one."""
-    content = json.dumps(summary, indent=1).encode() + b"\n"
-    write_atomically(state_dir / FILE, content, durable=False)
+def write_summary(state_dir: Path, summary: Mapping[str, object], file: str = FILE) -> None:
+    """Replace `run.json`, or another file, so that a reader sees the old or the new one."""
+    write_atomically(state_dir / file, json.dumps(summary, indent=1).encode() + b"\n", durable=False)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedmosaic.protos.messages import Receipt, ReceiptStatus, UploadHeader
-from fedmosaic.protos.refusal import Refusal, RefusalKind
+from fedmosaic.protos.refusal import Refusal
 from fedmosaic.server.admission import Admission
 from fedmosaic.server.keys.relay import check_key_epoch
 from fedmosaic.server.round import state as rounds
@@ -25,13 +25,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Ticket:
-    """An upload that may be sent.
+    """An upload that may be sent: its sections are appended to `spool`, laid end to end.
 
-    Attributes:
-        spool: file to append its sections to, laid end to end.
-        received: bytes that are there already.
-        size: bytes when complete.
-        content_hash: digest of the upload.
+    So many bytes are there already (`received`), of `size`.
     """
 
     spool: Path
@@ -149,9 +145,6 @@ class Uploads:
         # In group sums what counts went before the upload, which carries the profile alone.
         contributes = bool(header.sections) or run.sums is not None
         state, status = run.round.judged(client, header.round, content_hash, stored, contributes=contributes)
-        if isinstance(status, rounds.Rejected):
-            kind = RefusalKind.CONFLICT if stored is not None else RefusalKind.PRECONDITION
-            raise Refusal(kind, status.reason, status.message, status.remedy)
         if status is ReceiptStatus.ACCEPTED:
             self._admission.check_ledger(header, run.store.ledger_head(client))
         return state, status
