@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedmosaic.protos.messages import Receipt, ReceiptStatus, UploadHeader
-from fedmosaic.protos.refusal import Refusal
+from fedmosaic.protos.refusal import Refusal, RefusalKind
 from fedmosaic.server.admission import Admission
 from fedmosaic.server.keys.relay import check_key_epoch
 from fedmosaic.server.round import state as rounds
@@ -145,6 +145,9 @@ class Uploads:
         # In group sums what counts went before the upload, which carries the profile alone.
         contributes = bool(header.sections) or run.sums is not None
         state, status = run.round.judged(client, header.round, content_hash, stored, contributes=contributes)
+        if isinstance(status, rounds.Rejected):
+            kind = RefusalKind.CONFLICT if stored is not None else RefusalKind.PRECONDITION
+            raise Refusal(kind, status.reason, status.message, status.remedy)
         if status is ReceiptStatus.ACCEPTED:
             self._admission.check_ledger(header, run.store.ledger_head(client))
         return state, status

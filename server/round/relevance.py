@@ -140,7 +140,8 @@ def softmax_weights(
 
 
 def _usable(vectors_NK: FloatArray) -> BoolArray:
-    return np.isfinite(vectors_NK).all(axis=1) & (vectors_NK != 0.0).any(axis=1)
+    usable_N: BoolArray = np.isfinite(vectors_NK).all(axis=1) & (vectors_NK != 0.0).any(axis=1)
+    return usable_N
 
 
 def _similarities(rows_NK: FloatArray, usable_N: BoolArray) -> FloatArray:

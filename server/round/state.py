@@ -13,13 +13,21 @@ from dataclasses import dataclass, field, replace
 
 from fedmosaic.protos import bounds
 from fedmosaic.protos.messages import Phase, ReceiptStatus, RoundStatus
-from fedmosaic.protos.refusal import Refusal, RefusalKind
 
 Draw = Callable[[int], frozenset[str]]
 """The members that take part in a round, by its number."""
 _NAMES_SHOWN = 10
 _NAMES_LENGTH = 360
 """Longest list of names, in characters: two of them fit a message beside what else it says."""
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """An upload is refused: it is for a round to come, or differs from one that is stored."""
+
+    reason: str
+    message: str
+    remedy: str
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,7 @@ class Round:
 
     def judged(
         self, client: str, number: int, content_hash: bytes, stored_hash: bytes | None, *, contributes: bool
-    ) -> tuple["Round", ReceiptStatus]:
+    ) -> tuple["Round", ReceiptStatus | Rejected]:
         """What becomes of a valid upload; ACCEPTED asks for it to be stored before the answer goes out.
 
         Args:
@@ -118,15 +126,11 @@ class Round:
             content_hash: digest of the upload.
             stored_hash: digest of the upload that is stored for this client and round, if there is one.
             contributes: whether it has sections.
-
-        Raises:
-            Refusal: its round is to come, its member was not drawn, or it differs from the stored one.
         """
         if stored_hash == content_hash:
             return self, ReceiptStatus.DUPLICATE
         if number > self.number:
-            raise Refusal(
-                RefusalKind.PRECONDITION,
+            return self, Rejected(
                 "ROUND_NOT_OPEN",
                 f"the upload is for round {number}, the open round is {self.number}",
                 f"pull round {self.number} and go on from there",
@@ -134,15 +138,13 @@ class Round:
         if number < self.number or self.phase is not Phase.OPEN:
             return self, ReceiptStatus.LATE
         if self.draw is not None and client not in self.able:
-            raise Refusal(
-                RefusalKind.PRECONDITION,
+            return self, Rejected(
                 "NOT_DRAWN",
                 f"{client!r} does not take part in round {number}: others were drawn for it",
                 "wait for a round that this member is drawn for",
             )
         if stored_hash is not None:
-            raise Refusal(
-                RefusalKind.CONFLICT,
+            return self, Rejected(
                 "UPLOAD_DIFFERS",
                 f"another upload of {client!r} is stored for round {number}; the first one counts",
                 "send the stored bytes again when retrying; go on with the next round",
