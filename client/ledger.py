@@ -32,7 +32,7 @@ from fedmosaic.privacy.ledger.ledger import LEDGER, Ledger, has_begun, parameter
 from fedmosaic.privacy.ledger.move import back_up, move
 from fedmosaic.privacy.ledger.rows import Channel, LedgerRow, data_epoch
 from fedmosaic.privacy.ledger.rules import LedgerParameters, keeper
-from fedmosaic.privacy.statement.costs import round_up
+from fedmosaic.privacy.statement.rounding import round_up
 from fedmosaic.protos.errors import ConfigurationError, LedgerError
 from fedmosaic.protos.messages import LedgerHead
 

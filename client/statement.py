@@ -11,7 +11,6 @@ from fedmosaic.privacy.federation.roster import Roster
 from fedmosaic.privacy.federation.terms import Terms
 from fedmosaic.privacy.ledger.ledger import Ledger, parameters_of
 from fedmosaic.privacy.ledger.rows import charges
-from fedmosaic.privacy.statement.costs import round_down
 from fedmosaic.privacy.statement.models import (
     ClientInputs,
     CoalitionRows,
@@ -19,6 +18,7 @@ from fedmosaic.privacy.statement.models import (
     PrivacyStatement,
     StatementInputs,
 )
+from fedmosaic.privacy.statement.rounding import round_down
 from fedmosaic.privacy.statement.shareable import cell, rounded_delta
 from fedmosaic.protos.errors import AccountingError
 

@@ -18,6 +18,7 @@ from fedmosaic.server.settings import ServerSettings
 from fedmosaic.server.storage.blobs import map_file, section_hashes
 
 _NOISE_TOLERANCE = 1e-5
+_NEWEST_ROSTER = "install the consortium's newest roster on both sides (`fedmosaic keys install`)"
 
 
 class Admission:
@@ -60,11 +61,8 @@ class Admission:
             # Bounds the depth, which the parser of the standard library does not.
             content = from_json(statement, allow_inf_nan=False)
         except ValueError:
-            raise _invalid(
-                "NOT_JSON",
-                "report.statement is not a JSON object",
-                "send the statement as is",
-            ) from None
+            problem = "NOT_JSON", "report.statement is not a JSON object", "send the statement as is"
+            raise _invalid(*problem) from None
         try:
             found = check_received(content, client, self._run_id)
         except PrivacyError as error:
@@ -78,7 +76,7 @@ class Admission:
                 "ROSTER_DIFFERS",
                 f"report.statement is about roster {found.roster_sha256[:16]!r}, the server's is "
                 f"{self._settings.roster_hash.hex()[:16]}",
-                "install the consortium's newest roster on both sides (`fedmosaic keys install`)",
+                _NEWEST_ROSTER,
             )
 
     def check_enrolment(self, client: str, enrolment: Enrolment) -> None:
@@ -103,7 +101,7 @@ class Admission:
                 "ROSTER_DIFFERS",
                 f"the client's roster has fingerprint {enrolment.roster_hash.hex()[:16]}, the server's "
                 f"{settings.roster_hash.hex()[:16]}",
-                "install the consortium's newest roster on both sides (`fedmosaic keys install`)",
+                _NEWEST_ROSTER,
             )
         if enrolment.adapter_spec_hash not in settings.adapter_spec_hashes:
             expected = " or ".join(h.hex()[:16] for h in settings.adapter_spec_hashes)

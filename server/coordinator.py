@@ -43,11 +43,7 @@ class Coordinator:
     """One run of one federation."""
 
     def __init__(self, settings: ServerSettings, clock: Callable[[], float] = time.monotonic) -> None:
-        """Begin a run, or go on with the one in `settings.state_dir`.
-
-        Args:
-            settings: of the run.
-            clock: seconds, monotonic; deadlines are counted in it.
+        """Begin a run, or go on with the one in `settings.state_dir`; deadlines are in seconds of `clock`.
 
         Raises:
             StateError: the state is in use, damaged, or of a run with other terms.
@@ -86,8 +82,7 @@ class Coordinator:
     def renew(self, settings: ServerSettings) -> bool:
         """Go on under another roster of the same terms. Its members enrol again before they do anything else.
 
-        Args:
-            settings: with the new roster. What the server's operator decides stays as it was.
+        What the server's operator decides stays as it was.
 
         Returns:
             False while a round is being aggregated: ask again. When the run is over, nothing changes.
@@ -145,11 +140,7 @@ class Coordinator:
     ) -> Receipt:
         """Check the payload that has arrived in the ticket's spool file, and store the upload.
 
-        Args:
-            client_id: who sent it.
-            header: as announced.
-            ticket: from `announce`.
-            received_bytes: what the transport counted; the payload's size by default.
+        `received_bytes` is what the transport counted; the payload's size by default.
         """
         receipt = self._uploads.commit(client_id, header, ticket, received_bytes)
         self._run.changed("upload")
@@ -249,7 +240,9 @@ class Coordinator:
             FedMosaicError: the round could not be aggregated; it stays open and can be tried again.
             StoreTakenError: another server has taken the database over; this one has to stop.
         """
-        return self._rounds.advance()
+        moved = self._rounds.advance()
+        self._run.account.show(self.describe)
+        return moved
 
     def report(self, client_id: str, statement: bytes) -> None:
         """Store a client's privacy statement, if it is about this client, this run and this roster alone."""

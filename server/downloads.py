@@ -11,12 +11,9 @@ from fedmosaic.server.storage.blobs import Blobs
 
 @dataclass(frozen=True)
 class Download:
-    """An aggregate with its payloads as views of files.
+    """An aggregate without payloads; these, as views of files, one per section, empty where refused.
 
-    Attributes:
-        aggregate: without payloads.
-        payloads: one per section, in order; empty where refused.
-        sha256: of all payloads, laid end to end.
+    `sha256` is of all payloads, laid end to end.
     """
 
     aggregate: Aggregate
@@ -40,15 +37,7 @@ class Download:
 def read_download(
     settings: ServerSettings, blobs: Blobs, offer: Offer, client: str, epoch: int, head: bytes
 ) -> Download:
-    """What was made for a client when the round before was closed.
-
-    Args:
-        settings: of the run.
-        blobs: of the run.
-        offer: of the open round, or of the end of the run.
-        client: recipient.
-        epoch: key epoch of the uploads that are to come.
-        head: of the run.
+    """What was made for a client when the round before was closed; `epoch` is of the uploads to come.
 
     Raises:
         MissingBlobError: a file is missing.

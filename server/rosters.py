@@ -45,9 +45,7 @@ class Rosters:
     def take_up(self, settings: ServerSettings, *, fixed: bool) -> bool:
         """Note the roster of the settings, and that a group key is needed that only its members have.
 
-        Args:
-            settings: of the run.
-            fixed: the run has groups whose members share sums over rounds, so its roster stays.
+        A run is `fixed` whose groups share sums over rounds: its roster stays.
 
         Returns:
             Whether it is another one than before.

@@ -121,16 +121,16 @@ class Rounds:
         run, now = self._run, self._run.clock()
         state = run.round.following(now)
         head, made = run.position.head, closed.offer.stored
-        opening = next_round(run.store, run.keys, run.round, state, made, head, now)
+        parts = run.round, state, made, head, now
+        head, epoch, metadata = next_round(run.store, run.keys, *parts)
         result = {**closed.result, "closed_at": time.time(), "extensions": run.round.extensions}
-        key_epoch = 0 if opening.keys is None else opening.keys.epoch
-        run.store.close_round(number, result, made, opening.metadata, key_epoch=key_epoch)
+        run.store.close_round(number, result, made, metadata, key_epoch=epoch.epoch if epoch else 0)
         if run.sums is not None:
             run.sums.open_round(state.number, now)
-        if run.keys is not None and opening.keys is not None:
-            run.keys.adopt(opening.keys)
+        if run.keys is not None and epoch is not None:
+            run.keys.adopt(epoch)
         # Last: whoever sees it finds everything else in place.
-        run.position, run.account.due = Position(state, opening.head, closed.offer), True
+        run.position, run.account.due = Position(state, head, closed.offer), True
         run.witnessing.end()
 
     def _remove_old(self) -> None:

@@ -7,7 +7,7 @@ import struct
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -38,12 +38,9 @@ Topic = Literal["upload", "round", "keys"]
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run is; replaced whole, so that whoever looks needs no lock.
+    """The open round or the one that is being aggregated, the head of those before, what clients may load.
 
-    Attributes:
-        round: the open round, or the one that is being aggregated.
-        head: of the rounds that are closed.
-        offer: what clients may load before the round.
+    Replaced whole, so that whoever looks needs no lock.
     """
 
     round: rounds.Round
@@ -54,21 +51,9 @@ class Position:
 class Run:
     """One run of one federation, while this process serves it.
 
-    Attributes:
-        settings: of the run.
-        clock: seconds, monotonic; deadlines are counted in it.
-        lock: held by whoever changes position, keys or sums, also while that is written to the disk.
-        blobs: payloads.
-        store: everything else that lasts.
-        account: what is told of the run.
-        aggregator: server side of the back end.
-        run_id: of the run.
-        audit: the audit log.
-        witnessing: what waits for the witness.
-        rosters: which it has had, and who has an older one.
-        keys: the key agreement; None where nothing is encrypted.
-        sums: sums of groups; None where members share adapters.
-        position: where the run is.
+    Deadlines are counted in `clock`, seconds, monotonic. `lock` is held by whoever changes position, keys or
+    sums, also while that is written to the disk. `keys` is None where nothing is encrypted, `sums` where
+    members share adapters.
     """
 
     def __init__(self, settings: ServerSettings, clock: Callable[[], float]) -> None:
@@ -206,11 +191,6 @@ def first_head(run_id: str) -> bytes:
     return hashlib.sha256(b"fedmosaic/run/v1\x00" + run_id.encode()).digest()
 
 
-def next_head(head: bytes, round_number: int, digests: Iterable[bytes]) -> bytes:
-    """Head of a run after one more round: of the head before, and the digests of what it took and made."""
-    return hashlib.sha256(b"".join([head, struct.pack("<Q", round_number), *digests])).digest()
-
-
 def stored_head(store: Store, run_id: str) -> bytes:
     """Head of the stored run; a run that an older program began has none yet."""
     try:
@@ -218,21 +198,6 @@ def stored_head(store: Store, run_id: str) -> bytes:
     except ValueError:
         head = b""
     return head if len(head) == bounds.HASH_BYTES else first_head(run_id)
-
-
-@dataclass(frozen=True)
-class Opening:
-    """What is stored together when a round closes and the next one opens.
-
-    Attributes:
-        head: of the run.
-        keys: key epoch for the round; None where nothing is encrypted, or no round follows.
-        metadata: all of it, and where the run is, for the store.
-    """
-
-    head: bytes
-    keys: KeyEpoch | None
-    metadata: Mapping[str, str]
 
 
 def next_round(
@@ -243,29 +208,26 @@ def next_round(
     aggregates: Mapping[str, StoredAggregate],
     head: bytes,
     now: float,
-) -> Opening:
-    """Everything that changes with the round: a server killed at any time has all of it, or nothing.
+) -> tuple[bytes, KeyEpoch | None, Mapping[str, str]]:
+    """Everything that changes with a round: a server killed at any time has all of it, or nothing.
 
-    Args:
-        store: of the run.
-        keys: the key agreement, if anything is encrypted.
-        closed: the round that was aggregated.
-        opened: the one after it.
-        aggregates: what was made, by recipient.
-        head: of the run, before the round was closed.
-        now: in the clock of the rounds.
+    The `aggregates` were made of the `closed` round; `head` is of the run before that.
+
+    Returns:
+        The head of the run after it; the key epoch for the `opened` round, None where nothing is encrypted or
+        no round follows; and metadata for the store, with both and where the run is.
     """
     digests = [digest for _, digest in sorted(closed.arrived.items())]
     digests += [aggregate.sha256 for _, aggregate in sorted(aggregates.items())]
-    head = next_head(head, closed.number, digests)
+    head = hashlib.sha256(b"".join([head, struct.pack("<Q", closed.number), *digests])).digest()
     absent = json.dumps(sorted(opened.absent))
     metadata = {"round": str(opened.number), "absent": absent, "head": head.hex()}
     if keys is None or opened.phase is Phase.FINISHED:
-        return Opening(head, None, metadata)
+        return head, None, metadata
     without_key = (store.enrolled() & opened.members) - opened.absent - keys.holders
     renew = bool(without_key) or store.get("rotate") == "1"
     epoch = keys.for_round(opened.number, renew=renew, now=now)
-    return Opening(head, epoch, {**metadata, **KeyRelay.record(epoch), "rotate": "0"})
+    return head, epoch, {**metadata, **KeyRelay.record(epoch), "rotate": "0"}
 
 
 def resume_round(

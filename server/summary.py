@@ -1,5 +1,7 @@
 """The server's account of a run: `run.json` in its state folder, and a file per closed round in `rounds`.
 
+`status.json` is what the dashboard shows of the moment: whom the server waits for, and until when.
+
 `rounds/000003.json` is written once; similarity and weights stand in the file of `relations` that it names.
 There is no key and no payload in it. Nothing here stops a round or an answer: what cannot be written now is
 written later.
@@ -10,7 +12,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from fedmosaic import __version__
 from fedmosaic.privacy.federation.identity import read_certificate
 from fedmosaic.privacy.files import private_directory, write_atomically
 from fedmosaic.protos.errors import IdentityError, StateError
-from fedmosaic.protos.messages import PROTOCOL_VERSION
+from fedmosaic.protos.messages import PROTOCOL_VERSION, RoundStatus
 from fedmosaic.server.round.relations import matrix, shares, unpack
 from fedmosaic.server.round.state import Round
 from fedmosaic.server.settings import ServerSettings
@@ -31,6 +33,9 @@ from fedmosaic.server.storage.store import Store
 log = logging.getLogger(__name__)
 FILE = "run.json"
 ROUNDS = "rounds"
+STATUS = "status.json"
+STATUS_SECONDS = 10.0
+"""`status.json` of a server that lives is hardly older; of what is new it tells within a second or two."""
 _SECONDS_COUNTED = 5.0
 """How long bytes are counted in memory; a killed server forgets so much of the statistics."""
 
@@ -49,6 +54,8 @@ class Account:
         self._failing = False
         self._recorded = 0
         self._received: Counter[str] = Counter()
+        self._told: tuple[object, ...] = ()
+        self._told_at = -STATUS_SECONDS
         self.due = True  # a killed server may have owed one
 
     def count(self, client: str, received: int, sent: int) -> None:
@@ -90,6 +97,31 @@ class Account:
             self._failing = True
         else:
             self._failing = False
+
+    def show(self, describe: Callable[[], RoundStatus]) -> None:
+        """Write `status.json` if something in it is new, or it is old; no fault of it stops anything."""
+        now = time.monotonic()
+        if now - self._told_at < 1.0:
+            return
+        try:
+            status = describe()
+            told = (status.round, status.phase, status.arrived, status.waiting_for)
+            if told == self._told and now - self._told_at < STATUS_SECONDS:
+                return
+            self._told, self._told_at = told, now
+            content = {
+                "at": time.time(),
+                "round": status.round,
+                "phase": status.phase.value,
+                "arrived": status.arrived,
+                "waiting_for": status.waiting_for,
+                "until": time.time() + status.seconds_left if status.seconds_left else None,
+                "message": status.message,
+            }
+            write_summary(self.settings.state_dir, content, STATUS)
+        except Exception:
+            self._told_at = now
+            log.exception("%s cannot be written, trying again", STATUS)
 
     def _record_rounds(self) -> None:
         """Write the file of every closed round that has none yet, and count who received."""
@@ -222,7 +254,6 @@ def _statements(store: Store) -> tuple[dict[str, object], list[str]]:
     return statements, unreadable
 
 
-def write_summary(state_dir: Path, summary: Mapping[str, object]) -> None:
-    """Replace `run.json`, so that a reader sees the old or the new one."""
-    content = json.dumps(summary, indent=1).encode() + b"\n"
-    write_atomically(state_dir / FILE, content, durable=False)
+def write_summary(state_dir: Path, summary: Mapping[str, object], file: str = FILE) -> None:
+    """Replace `run.json`, or another file, so that a reader sees the old or the new one."""
+    write_atomically(state_dir / file, json.dumps(summary, indent=1).encode() + b"\n", durable=False)

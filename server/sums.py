@@ -32,15 +32,7 @@ class RunSums:
     def __init__(
         self, settings: ServerSettings, store: Store, blobs: Blobs, run_id: str, round_number: int
     ) -> None:
-        """Begin, or go on with what is stored; a round that a restart cut short forms no sum.
-
-        Args:
-            settings: of the run, with `group_sums`.
-            store: profiles; keeps the partition.
-            blobs: keeps the totals.
-            run_id: of the run.
-            round_number: the open round.
-        """
+        """Begin, or go on with what is stored; then the open round, cut short by a restart, forms no sum."""
         self._settings = settings
         self._store = store
         self._blobs = blobs
@@ -57,14 +49,8 @@ class RunSums:
             self._current = None
             return
         settings, terms = self._settings, self._terms
-        context = sum_context(
-            settings.federation,
-            self._run_id,
-            number,
-            settings.roster_hash,
-            self._partition,
-            chain_of(self._totals),
-        )
+        about = settings.federation, self._run_id, number, settings.roster_hash
+        context = sum_context(*about, self._partition, chain_of(self._totals))
         sums = self._partition.terms(context, settings.members, terms, settings.shared_dimensions)
         seconds = {step: share * settings.round_deadline_seconds for step, share in _SHARE_OF_ROUND.items()}
         self._current = RoundSums(number, sums, seconds, now, self._left_out())
@@ -146,12 +132,8 @@ class RunSums:
 
     def _round(self, number: int) -> RoundSums:
         if self._current is None or number != self._current.round:
-            raise Refusal(
-                RefusalKind.PRECONDITION,
-                "NO_SUM",
-                f"round {number} has no open sums: it is over, or the server was started again in it",
-                "go on with the next round",
-            )
+            why = f"round {number} has no open sums: it is over, or the server was started again in it"
+            raise Refusal(RefusalKind.PRECONDITION, "NO_SUM", why, "go on with the next round")
         return self._current
 
     def _read(self, number: int) -> RoundTotals:

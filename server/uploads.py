@@ -25,13 +25,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Ticket:
-    """An upload that may be sent.
+    """An upload that may be sent: its sections are appended to `spool`, laid end to end.
 
-    Attributes:
-        spool: file to append its sections to, laid end to end.
-        received: bytes that are there already.
-        size: bytes when complete.
-        content_hash: digest of the upload.
+    So many bytes are there already (`received`), of `size`.
     """
 
     spool: Path

@@ -1,7 +1,6 @@
-"""What a statement's releases would have cost: the noise for another ε; and rounding in one direction."""
+"""What a statement's releases would have cost: the noise for another ε."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from fedmosaic.privacy.accounting.calibrate import noise_factor_for
 from fedmosaic.privacy.accounting.epsilon import epsilon
@@ -108,21 +107,3 @@ def _answer(
         needed_noise_multipliers=needed,
         words=f"{client.client_id}, {CHANNEL_NAMES[channel.channel]}, ε = {target:g}: {words}",
     )
-
-
-def round_up(value: float, digits: int) -> float:
-    """The smallest number of `digits` significant decimal digits that is not below `value` (≥ 0)."""
-    return _rounded_to(value, digits, math.ceil)
-
-
-def round_down(value: float, digits: int) -> float:
-    """The largest number of `digits` significant decimal digits that is not above `value` (≥ 0)."""
-    return _rounded_to(value, digits, math.floor)
-
-
-def _rounded_to(value: float, digits: int, towards: Callable[[float], int]) -> float:
-    if value == 0 or not math.isfinite(value):
-        return value
-    exponent = digits - 1 - math.floor(math.log10(value))
-    scaled = towards(round(value * 10.0**exponent, 9))
-    return float(f"{scaled}e{-exponent}")

@@ -9,8 +9,8 @@ from typing import Final
 
 from fedmosaic.privacy.ledger.rows import NEIGHBOURING_RELATION
 from fedmosaic.privacy.statement import models
-from fedmosaic.privacy.statement.costs import round_up
 from fedmosaic.privacy.statement.models import Adversary, ClientStatement, Guarantee, PrivacyStatement
+from fedmosaic.privacy.statement.rounding import round_up
 from fedmosaic.privacy.statement.words import ADVERSARY_NAMES, CHANNEL_NAMES
 
 TRUST: Final[dict[models.Protection, str]] = {

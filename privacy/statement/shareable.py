@@ -18,8 +18,8 @@ from fedmosaic.privacy.ledger.rows import LedgerRow, canonical_json, charges
 from fedmosaic.privacy.ledger.rules import bound_of, parameters_of
 from fedmosaic.privacy.statement import models
 from fedmosaic.privacy.statement.build import noise_left, statement
-from fedmosaic.privacy.statement.costs import round_down, round_up
 from fedmosaic.privacy.statement.models import ClientStatement, PrivacyStatement
+from fedmosaic.privacy.statement.rounding import round_down, round_up
 
 CELL = 1.5
 """A handed-over statement tells n to within this factor, and no closer."""

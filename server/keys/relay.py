@@ -121,11 +121,8 @@ class KeyRelay:
         """
         _check_stage(stage)
         if epoch < self.epoch:
-            raise _not_now(
-                "KEY_EPOCH_REPLACED",
-                f"key epoch {epoch} was replaced by {self.epoch}",
-                _ENROL_AGAIN,
-            )
+            why = f"key epoch {epoch} was replaced by {self.epoch}"
+            raise _not_now("KEY_EPOCH_REPLACED", why, _ENROL_AGAIN)
         if not self._present.readable(epoch, stage):
             return {}
         return self._store.key_messages(epoch, stage, reader)

@@ -62,7 +62,10 @@ def malformed(message: str) -> Refusal:
 class Gate(aio.ServerInterceptor):
     """Refuses a call of a peer that has `CALLS_PER_PEER` open, and bytes that are no message.
 
-    gRPC itself would answer such bytes with UNKNOWN, and log a traceback for each.
+    Nothing of a call is read before it is admitted, since all are streams of requests here, if only of one:
+    so a peer takes the memory of as many messages as it may have calls, however many connections it has.
+    gRPC itself would read a single request first, answer bytes that are no message with UNKNOWN, and log a
+    traceback for each.
     """
 
     def __init__(self, audit: AuditLog) -> None:
@@ -81,7 +84,9 @@ class Gate(aio.ServerInterceptor):
         kind = next(name for name in _KINDS if getattr(handler, name) is not None)
         read = _read_stream if handler.request_streaming else _read_one
         method = self._guarded(getattr(handler, kind), handler.request_deserializer, read)
-        return handler._replace(**{kind: method}, request_deserializer=None)
+        streaming = f"stream_{kind.partition('_')[2]}"
+        changes = {kind: None, streaming: method, "request_streaming": True, "request_deserializer": None}
+        return handler._replace(**changes)
 
     def _guarded(
         self, method: Callable[[Any, Context], Any], parse: Callable[[bytes], Any], read: Callable[..., Any]
@@ -89,7 +94,7 @@ class Gate(aio.ServerInterceptor):
         async def admitted(request: Any, context: Context) -> Any:
             who = await self._admit(context)
             try:
-                return method(read(request, parse), context)
+                return method(await read(request, parse), context)
             except WireError as error:
                 self._audit.refused(who, "a call", "MALFORMED")
                 await refuse(context, "a call", who, malformed(str(error)))
@@ -131,16 +136,25 @@ class Gate(aio.ServerInterceptor):
         return peer
 
 
-def _read_one(content: bytes, parse: Callable[[bytes], Any]) -> Any:
+async def _read_one(contents: AsyncIterator[bytes], parse: Callable[[bytes], Any]) -> Any:
+    async for content in contents:
+        return _parsed(content, parse)
+    raise WireError("the call ended without a request")
+
+
+async def _read_stream(contents: AsyncIterator[bytes], parse: Callable[[bytes], Any]) -> AsyncIterator[Any]:
+    async def messages() -> AsyncIterator[Any]:
+        async for content in contents:
+            yield _parsed(content, parse)
+
+    return messages()
+
+
+def _parsed(content: bytes, parse: Callable[[bytes], Any]) -> Any:
     try:
         return parse(content)
     except DecodeError:
         raise WireError(f"a message of {len(content)} bytes is no request of this call") from None
-
-
-async def _read_stream(contents: AsyncIterator[bytes], parse: Callable[[bytes], Any]) -> AsyncIterator[Any]:
-    async for content in contents:
-        yield _read_one(content, parse)
 
 
 def identify(auth: Mapping[str, Iterable[bytes]], settings: ServerSettings, *, witness: bool = False) -> str:

@@ -46,8 +46,7 @@ class FederationService(rpc.FederationServicer):
         self._coordinator = coordinator
         self._changes = changes
         self.audit = coordinator.audit
-        self._pushing: dict[str, asyncio.Task[Receipt]] = {}
-        self._superseded: set[asyncio.Task[Receipt]] = set()
+        self._pushing: dict[str, asyncio.Future[None]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
         self._status: tuple[float, pb.PullResponse] = (-1.0, pb.PullResponse())
 
@@ -183,29 +182,25 @@ class FederationService(rpc.FederationServicer):
     ) -> pb.PushResponse:
         """Judge the header, then append chunks to the spool file until the upload is complete."""
         client = await self.identify(context, "push")
-        earlier = self._pushing.get(client)
+        newest = asyncio.get_running_loop().create_future()
+        earlier, self._pushing[client] = self._pushing.get(client), newest
         if earlier is not None:
             # Its connection is dead, or the client has changed its mind: the newest push counts.
             log.info("an earlier push of %s is superseded by a new one", client)
-            self._superseded.add(earlier)
-            earlier.cancel()
-        async with self._locks.setdefault(client, asyncio.Lock()):
-            work = asyncio.ensure_future(self._receive(client, request_iterator))
-            self._pushing[client] = work
-            try:
-                receipt = await self.guarded(context, "push", client, work)
-            except asyncio.CancelledError:
-                if work in self._superseded:
-                    await context.abort(grpc.StatusCode.ABORTED, "a newer push of this client has begun")
-                raise
-            finally:
-                self._superseded.discard(work)
-                if self._pushing.get(client) is work:
-                    del self._pushing[client]
+            earlier.set_result(None)
+        try:
+            async with self._locks.setdefault(client, asyncio.Lock()):
+                receiving = self._receive(client, _Reading(request_iterator, newest))
+                receipt = await self.guarded(context, "push", client, receiving)
+        except _SupersededError:
+            await context.abort(grpc.StatusCode.ABORTED, "a newer push of this client has begun")
+        finally:
+            if self._pushing.get(client) is newest:
+                del self._pushing[client]
         return wire.encode(receipt, pb.PushResponse)
 
-    async def _receive(self, client: str, requests: AsyncIterator[pb.PushRequest]) -> Receipt:
-        first = await _next(requests)
+    async def _receive(self, client: str, requests: "_Reading") -> Receipt:
+        first = await requests.next()
         if first is None or not first.HasField("header"):
             raise WireError("an upload must begin with its header")
         header = await asyncio.to_thread(wire.decode_upload_header, first.header)
@@ -223,7 +218,7 @@ class FederationService(rpc.FederationServicer):
         received = first.ByteSize() + await self._append(ticket, offset, requests)
         return await self._finish(client, header, ticket, received)
 
-    async def _append(self, ticket: Ticket, offset: int, requests: AsyncIterator[pb.PushRequest]) -> int:
+    async def _append(self, ticket: Ticket, offset: int, requests: "_Reading") -> int:
         """Append chunks until the announced size is reached; returns the bytes of their messages."""
         position, counted = offset, 0
         if ticket.size == 0:
@@ -232,7 +227,7 @@ class FederationService(rpc.FederationServicer):
             spool.truncate(offset)
             spool.seek(offset)
             while position < ticket.size:
-                message = await _next(requests)
+                message = await requests.next()
                 if message is None:
                     raise WireError(f"the upload ended after {position} of {ticket.size} bytes")
                 wire.check_chunk(message.chunk, position, ticket.size)
@@ -277,6 +272,8 @@ class FederationService(rpc.FederationServicer):
             await self._refuse(context, call, client, refusal)
         except WireError as error:
             await self._refuse(context, call, client, malformed(str(error)))
+        except _SupersededError:
+            raise
         except TimeoutError:
             log.warning("%s of %s: nothing came for %.0f s; it can be resumed", call, client, _CHUNK_SECONDS)
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"nothing came for {_CHUNK_SECONDS:.0f} s")
@@ -288,9 +285,34 @@ class FederationService(rpc.FederationServicer):
             await context.abort(grpc.StatusCode.INTERNAL, "the server has a fault of its own; see its log")
 
 
-async def _next(requests: AsyncIterator[pb.PushRequest]) -> pb.PushRequest | None:
-    async with asyncio.timeout(_CHUNK_SECONDS):
-        return await anext(requests, None)
+class _SupersededError(Exception):
+    """A newer push of the client has begun."""
+
+
+class _Reading:
+    """The messages of a push, until a newer one of the client begins.
+
+    A read that gRPC has begun is never cancelled, since it would forget to free what it reads into, some
+    hundred bytes each time; it ends with its call.
+    """
+
+    def __init__(self, requests: AsyncIterator[pb.PushRequest], newer: "asyncio.Future[None]") -> None:
+        self._requests = requests
+        self._newer = newer
+
+    async def next(self) -> pb.PushRequest | None:
+        """The next message; None after the last, TimeoutError if none comes."""
+        if self._newer.done():
+            raise _SupersededError
+        reading = asyncio.ensure_future(anext(self._requests, None))
+        reading.add_done_callback(lambda read: read.cancelled() or read.exception())
+        either = asyncio.FIRST_COMPLETED
+        await asyncio.wait((reading, self._newer), timeout=_CHUNK_SECONDS, return_when=either)
+        if self._newer.done():
+            raise _SupersededError
+        if not reading.done():
+            raise TimeoutError
+        return reading.result()
 
 
 def wait_seconds(milliseconds: int) -> float:

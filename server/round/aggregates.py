@@ -29,12 +29,9 @@ class Place:
 
 @dataclass(frozen=True)
 class Offer:
-    """What clients may load before a round; replaced whole when the next one opens.
+    """What clients may load before the open round, by recipient, and the rows that it was made with.
 
-    Attributes:
-        round: the open round.
-        stored: descriptions by recipient.
-        rows: those that the aggregates were made with.
+    Replaced whole when the next one opens.
     """
 
     round: int

@@ -11,11 +11,11 @@ from typing import Any, cast
 from fedmosaic.privacy.encryption.aggregator import Aggregator
 from fedmosaic.privacy.encryption.records import RoundContext
 from fedmosaic.protos.errors import StateError
-from fedmosaic.protos.messages import AggregateSection, SectionName, WeightRow
+from fedmosaic.protos.messages import AggregateSection, SectionName
 from fedmosaic.server.round.aggregates import Offer, stored_aggregate
 from fedmosaic.server.round.relations import pack
 from fedmosaic.server.round.relevance import Relevance, relevance
-from fedmosaic.server.round.weights import Group, Plan, groups, plan
+from fedmosaic.server.round.weights import Plan, groups, plan
 from fedmosaic.server.settings import ServerSettings
 from fedmosaic.server.storage.blobs import WHOLE, Blobs
 from fedmosaic.server.storage.store import Store, StoredAggregate, StoredUpload
@@ -28,42 +28,32 @@ Payloads = Mapping[str, Mapping[SectionName, bytes]]
 
 @dataclass(frozen=True)
 class ClosedRound:
-    """What closing a round produced.
-
-    Attributes:
-        offer: for the next round; the payloads are in place already.
-        result: what the record of the round tells beside similarity and weights.
-        refusals: lines for the log.
-    """
+    """What closing a round produced."""
 
     offer: Offer
+    """For the next round; the payloads are in place already."""
     result: Mapping[str, object]
+    """What the record of the round tells beside similarity and weights."""
     refusals: Sequence[str]
+    """Lines for the log."""
 
 
 @dataclass(frozen=True)
 class _Planned:
-    """Relevance and weight rows; as long as profiles and groups are the same, so are they.
-
-    Attributes:
-        basis: round of every client's newest profile, and the groups.
-        round: whose file in `relations` has them.
-        profiles: noise and number of releases of every profile, by client.
-    """
+    """Relevance and weight rows; as long as profiles and groups are the same, so are they."""
 
     basis: object
+    """Clients, round of the newest profile of each, and the groups."""
     round: int
+    """Whose file in `relations` has them."""
     profiles: Mapping[str, object]
+    """Noise and number of releases of every profile, by client."""
     related: Relevance
     plans: Sequence[Plan]
 
 
 class DamagedUploadsError(StateError):
-    """Payloads on the server's disk are not what their clients sent and signed.
-
-    Attributes:
-        clients: whose they are.
-    """
+    """Payloads on the server's disk are not what their `clients` sent and signed."""
 
     def __init__(self, round_number: int, clients: Collection[str]) -> None:
         super().__init__(
@@ -79,14 +69,6 @@ class Closer:
     def __init__(
         self, settings: ServerSettings, store: Store, blobs: Blobs, aggregator: Aggregator[Any]
     ) -> None:
-        """Prepare.
-
-        Args:
-            settings: of the run.
-            store: uploads and profiles.
-            blobs: payloads of the uploads; receives those of the aggregates.
-            aggregator: server side of the back end.
-        """
         self._settings = settings
         self._store = store
         self._blobs = blobs
@@ -94,13 +76,9 @@ class Closer:
         self._planned: _Planned | None = None
 
     def close(self, round_number: int, recipients: Collection[str] | None = None) -> ClosedRound:
-        """Aggregate the stored uploads of a round for those who take part in the next one.
+        """Aggregate the stored uploads of a round for the recipients, by default all that have enrolled.
 
         Deterministic in what is stored: after a crash in the middle, doing it again gives the same bytes.
-
-        Args:
-            round_number: the round to close.
-            recipients: who is to receive; by default every member that has enrolled.
 
         Raises:
             DamagedUploadsError: payloads are not what was accepted; nothing was aggregated.
@@ -119,12 +97,7 @@ class Closer:
         epoch = next((upload.key_epoch for upload in uploads.values() if upload.sections), 0)
         stored = self._combine(planned.plans, payloads, round_number, epoch)
         unsure = [c for c, sure in zip(clients, planned.related.significant, strict=True) if not sure]
-        refusals = {
-            p.group.label: {
-                c: f"round {round_number}, {p.group.label}: {why}" for c, why in p.refusals.items()
-            }
-            for p in planned.plans
-        }
+        refusals = {p.group.label: _told(p, round_number) for p in planned.plans}
         result = {
             "round": round_number,
             "key_epoch": epoch,
@@ -153,30 +126,29 @@ class Closer:
     ) -> _Planned:
         """Relevance and rows; computed, and written, only where something that they follow from is new."""
         settings = self._settings
-        found = [] if settings.group_sums else _groups(settings, self._store, uploads, recipients)
+        found = []
+        if settings.group_sums is None:  # else members share sums of groups, which are not formed here
+            found = groups(
+                {client: [s.name for s in upload.sections] for client, upload in uploads.items()},
+                self._store.enrolled() & settings.members.keys() if recipients is None else recipients,
+                {client: family for client in settings.members if (family := settings.family(client))},
+                settings.shared_dimensions,
+                settings.family_dimensions,
+            )
         basis = (clients, self._store.newest_profiles(), found)
         if self._planned is None or self._planned.basis != basis:
             bits, present = settings.encryption.weight_bits, frozenset(clients)
             profiles = {c: p for c, p in self._store.profiles().items() if c in present}
             related = relevance([profiles.get(client) for client in clients], settings.similarity)
-            plans = [
-                plan(
-                    group,
-                    clients,
-                    related,
-                    temperature=settings.temperature,
-                    policy=settings.policy,
-                    bits=bits,
-                )
-                for group in found
-            ]
+            terms = settings.temperature, settings.policy, bits
+            plans = [plan(group, clients, related, *terms) for group in found]
             rows = {p.group.label: p.rows for p in plans}
             content = pack(clients, related.similarity, rows, bits)
             self._blobs.write("relations", round_number, WHOLE, content)
-            told = {
+            noise = {
                 c: {"noise_variance": p.noise_variance, "releases": p.releases} for c, p in profiles.items()
             }
-            self._planned = _Planned(basis, round_number, told, related, plans)
+            self._planned = _Planned(basis, round_number, noise, related, plans)
         return self._planned
 
     def _combine(
@@ -216,13 +188,17 @@ class Closer:
                 self._settings.federation, epoch, round_number, group.label, group.dimensions
             )
             records = {c: payloads[c][name] for c in group.contributors}
-            for rows in _batches(p, records):
+            recipients = sorted(p.rows)
+            # As many recipients at once as have aggregates that fit in memory together.
+            size = max((len(record) for record in records.values()), default=1)
+            count = max(1, _BATCH_BYTES // (2 * size))
+            for start in range(0, len(recipients), count):
+                rows = {recipient: p.rows[recipient] for recipient in recipients[start : start + count]}
                 made = self._aggregator.aggregate(records, rows, context)
                 for (recipient, row), payload in zip(rows.items(), made, strict=True):
                     yield recipient, AggregateSection(name, row, b""), payload
-            for recipient, why in p.refusals.items():
-                told = f"round {round_number}, {group.label}: {why}"
-                yield recipient, AggregateSection(name, None, b"", told), memoryview(b"")
+            for recipient, why in _told(p, round_number).items():
+                yield recipient, AggregateSection(name, None, b"", why), memoryview(b"")
 
 
 def upload_payloads(blobs: Blobs, uploads: Mapping[str, StoredUpload], round_number: int) -> Payloads:
@@ -256,25 +232,6 @@ def upload_payloads(blobs: Blobs, uploads: Mapping[str, StoredUpload], round_num
     return payloads
 
 
-def _groups(
-    settings: ServerSettings,
-    store: Store,
-    uploads: Mapping[str, StoredUpload],
-    recipients: Collection[str] | None,
-) -> list[Group]:
-    return groups(
-        {client: [s.name for s in upload.sections] for client, upload in uploads.items()},
-        store.enrolled() & settings.members.keys() if recipients is None else recipients,
-        {client: family for client in settings.members if (family := settings.family(client))},
-        settings.shared_dimensions,
-        settings.family_dimensions,
-    )
-
-
-def _batches(p: Plan, records: Mapping[str, bytes]) -> Iterator[dict[str, WeightRow]]:
-    """Rows in groups whose aggregates fit in memory together."""
-    recipients = sorted(p.rows)
-    size = max((len(record) for record in records.values()), default=1)
-    count = max(1, _BATCH_BYTES // (2 * size))
-    for start in range(0, len(recipients), count):
-        yield {recipient: p.rows[recipient] for recipient in recipients[start : start + count]}
+def _told(p: Plan, round_number: int) -> dict[str, str]:
+    """Why a recipient gets no aggregate, by recipient."""
+    return {name: f"round {round_number}, {p.group.label}: {why}" for name, why in p.refusals.items()}

@@ -32,59 +32,40 @@ class Relevance:
         similarity: (N, N) symmetric, in [-1, 1], diagonal 1; NaN where a client has no usable profile.
         significant: (N,) whether a client's profile stands out from its noise; where it does not, that
             client receives with uniform weights.
-        noise: (N,) a_i of `corrected_cosine`; NaN where a profile is not significant.
-        dimensions: K.
     """
 
     similarity: FloatArray
     significant: BoolArray
-    noise: FloatArray
-    dimensions: int
-
-    @property
-    def standard_error(self) -> FloatArray:
-        """(N, N) of `similarity`; 0 without noise, NaN where it is NaN or not significant."""
-        a_i, a_j, square_NN = self.noise[:, None], self.noise[None, :], self.similarity**2
-        error_NN = np.sqrt(
-            (1.0 - square_NN) * (a_i + a_j)
-            + self.dimensions * a_i * a_j
-            + square_NN * self.dimensions * (a_i**2 + a_j**2) / 2.0
-        )
-        np.fill_diagonal(error_NN, np.where(np.isfinite(np.diagonal(self.similarity)), 0.0, np.nan))
-        return error_NN
 
 
 def relevance(profiles: Sequence[Profile | None], similarity: Similarity) -> Relevance:
     """Compare the profiles of all clients, in their order.
 
-    Args:
-        profiles: one per client, all of one length; None where a client never sent one.
-        similarity: "corrected" takes the known noise out of the norms; "cosine" is the paper's formula on
-            the noisy vectors.
+    Profiles are of one length, None where a client never sent one. "corrected" takes the known noise out of
+    the norms; "cosine" is the paper's formula on the noisy vectors.
     """
     dimensions = next((profile.vector.size for profile in profiles if profile is not None), 1)
-    vectors_NK = np.full((len(profiles), dimensions), np.nan)
-    variances_N = np.zeros(len(profiles))
-    for index, profile in enumerate(profiles):
-        if profile is not None:
-            vectors_NK[index] = profile.vector
-            variances_N[index] = profile.noise_variance
+    missing = np.full(dimensions, np.nan)
+    vectors_NK = np.array([missing if p is None else p.vector for p in profiles], dtype=np.float64)
     if similarity == "cosine":
         return plain_cosine(vectors_NK)
-    return corrected_cosine(vectors_NK, variances_N)
+    return corrected_cosine(vectors_NK, np.array([0.0 if p is None else p.noise_variance for p in profiles]))
 
 
 def plain_cosine(vectors_NK: FloatArray) -> Relevance:
-    """Cosine of the vectors as they are: S_ij = ⟨y_i, y_j⟩ / (‖y_i‖ ‖y_j‖), with a standard error of 0.
+    """Cosine of the vectors as they are: S_ij = ⟨y_i, y_j⟩ / (‖y_i‖ ‖y_j‖), without regard to noise.
 
     A row of `vectors_NK` with NaN or infinity, or of zeros, counts as no profile.
 
     Reference:
         FedMosaic (arXiv 2506.11024), relevance-guided aggregation, cosine of the sanitised gradients.
     """
-    usable_N, units_NK = _unit_rows(vectors_NK)
-    no_noise_N = np.where(usable_N, 0.0, np.nan)
-    return Relevance(_similarities(units_NK, usable_N), usable_N, no_noise_N, vectors_NK.shape[1])
+    usable_N = _usable(vectors_NK)
+    # Two steps, because the square of a large float32 vector's largest value must not overflow.
+    rows_NK = np.where(usable_N[:, None], vectors_NK, 1.0)
+    rows_NK = rows_NK / np.abs(rows_NK).max(axis=1, keepdims=True, initial=0.0)
+    units_NK = rows_NK / np.linalg.norm(rows_NK, axis=1, keepdims=True)
+    return Relevance(_similarities(units_NK, usable_N), usable_N)
 
 
 def corrected_cosine(vectors_NK: FloatArray, variances_N: FloatArray) -> Relevance:
@@ -95,18 +76,14 @@ def corrected_cosine(vectors_NK: FloatArray, variances_N: FloatArray) -> Relevan
 
         S_ij = ⟨y_i, y_j⟩ / √(max(n_i, s_i) · max(n_j, s_j)),  clipped to [−1, 1].
 
-    A client with n_i < 2 s_i is not significant. The standard error follows from the delta method with
-    the exact variances and covariances of the inner product and both squared norms:
-
-        se² = (1 − S²)(a_i + a_j) + K a_i a_j + S² K (a_i² + a_j²) / 2,   a_i = v_i / n_i.
+    A client with n_i < 2 s_i is not significant.
 
     Args:
         vectors_NK: (N, K); a row with NaN or infinity, or of zeros, counts as no profile.
         variances_N: (N,) noise variance per coordinate of each client's vector, ≥ 0.
     """
     dimensions = vectors_NK.shape[1]
-    usable_N, _ = _unit_rows(vectors_NK)
-    usable_N &= np.isfinite(variances_N) & (variances_N >= 0.0)
+    usable_N = _usable(vectors_NK) & np.isfinite(variances_N) & (variances_N >= 0.0)
     # Cosine is free of each client's scale; scaling each by its own keeps all squares in range.
     y_NK = np.where(usable_N[:, None], vectors_NK, 0.0)
     v_N = np.where(usable_N, variances_N, 0.0)
@@ -119,7 +96,7 @@ def corrected_cosine(vectors_NK: FloatArray, variances_N: FloatArray) -> Relevan
     floor_N = np.where(usable_N, np.maximum(norm_N, guard_N), 1.0)
     floor_N = np.where(floor_N > 0.0, floor_N, 1.0)
     similarity_NN = _similarities(y_NK / np.sqrt(floor_N)[:, None], usable_N)
-    return Relevance(similarity_NN, significant_N, np.where(significant_N, v_N / floor_N, np.nan), dimensions)
+    return Relevance(similarity_NN, significant_N)
 
 
 def softmax_weights(
@@ -145,10 +122,8 @@ def softmax_weights(
         FedMosaic (arXiv 2506.11024): softmax with temperature, the recipient excluded.
     """
     similarity_NN = relevance_matrix.similarity
-    count = len(similarity_NN)
-    weights_NN = np.zeros((count, count))
-    wanted = np.ones(count, dtype=bool) if recipients is None else recipients
-    for i in np.flatnonzero(wanted):
+    weights_NN = np.zeros(similarity_NN.shape)
+    for i in np.flatnonzero(np.ones_like(present) if recipients is None else recipients):
         others = present.copy()
         others[i] = False
         if not others.any():
@@ -164,15 +139,9 @@ def softmax_weights(
     return weights_NN
 
 
-def _unit_rows(vectors_NK: FloatArray) -> tuple[BoolArray, FloatArray]:
-    """Which rows are usable, and those rows scaled to length 1 (zeros elsewhere)."""
-    usable_N = np.isfinite(vectors_NK).all(axis=1) & (vectors_NK != 0.0).any(axis=1)
-    rows_NK = np.where(usable_N[:, None], vectors_NK, 0.0)
-    # Two steps, because the square of a large float32 vector's largest value must not overflow.
-    peak_N = np.where(usable_N, np.max(np.abs(rows_NK), axis=1, initial=0.0), 1.0)
-    rows_NK = rows_NK / peak_N[:, None]
-    norm_N = np.where(usable_N, np.linalg.norm(rows_NK, axis=1), 1.0)
-    return usable_N, rows_NK / norm_N[:, None]
+def _usable(vectors_NK: FloatArray) -> BoolArray:
+    usable_N: BoolArray = np.isfinite(vectors_NK).all(axis=1) & (vectors_NK != 0.0).any(axis=1)
+    return usable_N
 
 
 def _similarities(rows_NK: FloatArray, usable_N: BoolArray) -> FloatArray:

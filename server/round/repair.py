@@ -27,15 +27,8 @@ def repair_aggregate(
 ) -> StoredAggregate:
     """Make an aggregate of the open round anew, with the rows that it was made with, and store it.
 
-    Where the uploads are damaged too, the recipient is refused it, and trains one round alone.
-
-    Args:
-        settings: of the run.
-        store: uploads; keeps the new description.
-        blobs: payloads.
-        aggregator: server side of the back end.
-        offer: of the open round; has an aggregate of the recipient.
-        recipient: whose it is.
+    Where the uploads are damaged too, the recipient is refused it, and trains one round alone. `offer` is of
+    the open round, and has an aggregate of the recipient.
     """
     stored = offer.stored[recipient]
     sections = [section for section, _ in offer.sections(settings, recipient)]

@@ -39,14 +39,9 @@ def section_label(section: SectionName, family: str) -> str:
 
 @dataclass(frozen=True)
 class Group:
-    """Members that share one section: everybody, or one family.
+    """Members that share one section: everybody, or one family, whose name is empty for everybody.
 
-    Attributes:
-        section: "shared" or "family".
-        family: name of the family; empty for the shared section.
-        dimensions: length of the vector.
-        contributors: who uploaded it in this round.
-        recipients: who is to receive it.
+    `contributors` have uploaded the vector, of length `dimensions`; `recipients` are to receive it.
     """
 
     section: SectionName
@@ -63,20 +58,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a group will receive.
-
-    Attributes:
-        group: the group.
-        rows: one weight row per recipient that gets an aggregate, by recipient.
-        refusals: why a recipient gets none, by recipient.
-        smallest_coalition: recipients who together solve for an adapter with these rows: 1, 2, or None where
-            that takes more.
-    """
+    """What a group will receive: a weight row for each recipient, or why it gets none."""
 
     group: Group
     rows: Mapping[str, WeightRow]
     refusals: Mapping[str, str]
     smallest_coalition: int | None
+    """Recipients who together solve for an adapter with these rows: 1, 2, or None where that takes more."""
 
 
 def groups(
@@ -110,7 +98,6 @@ def plan(
     group: Group,
     clients: Sequence[str],
     relevance: Relevance,
-    *,
     temperature: float,
     policy: AggregationPolicy,
     bits: int,

@@ -46,17 +46,13 @@ class Arrival:
 
 @dataclass(frozen=True)
 class StoredAggregate:
-    """What a client may load, without payloads and weight rows.
-
-    Attributes:
-        key_epoch: epoch of the uploads inside.
-        sections: JSON of the sections as `stored_aggregate` wrote it.
-        sha256: of all payloads, laid end to end.
-    """
+    """What a client may load, without payloads and weight rows; of uploads under `key_epoch`."""
 
     key_epoch: int
     sections: str
+    """JSON, as `stored_aggregate` wrote it."""
     sha256: bytes
+    """Of all payloads, laid end to end."""
 
 
 class StoreTakenError(StateError):
@@ -66,8 +62,10 @@ class StoreTakenError(StateError):
 class Store:
     """The database. Every method is one transaction; the caller serialises writers."""
 
-    def __init__(self, url: str, *, durable: bool) -> None:
+    def __init__(self, url: str, *, durable: bool, reading: bool = False) -> None:
         """Open or create the database; unless `durable`, SQLite answers before data is on the disk.
+
+        With `reading`, another process has created it and writes to it, and this one cannot.
 
         Raises:
             StateError: the database cannot be opened, or is of another version.
@@ -75,19 +73,21 @@ class Store:
         self._holder = ""
         self._taken = False
         try:
-            self._engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
-            if self._engine.dialect.name == "sqlite":
-                tables.prepare_sqlite(self._engine, durable=durable)
-            tables.metadata.create_all(self._engine)
+            if reading:
+                self._engine = tables.reading_engine(url)
+            else:
+                self._engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+                if self._engine.dialect.name == "sqlite":
+                    tables.prepare_sqlite(self._engine, durable=durable)
+                tables.metadata.create_all(self._engine)
         except (sa.exc.SQLAlchemyError, UnicodeDecodeError, ImportError, OSError) as error:
             raise StateError(
                 f"the server's database cannot be opened ({_cause(error)}); check store_url, and that the "
                 "database runs"
             ) from error
-        version = self.get("schema")
-        if version is None:
+        if (version := self.get("schema")) is None and not reading:
             self.put({"schema": _SCHEMA_VERSION})
-        if version not in (None, _SCHEMA_VERSION):
+        elif version not in (None, _SCHEMA_VERSION):
             raise StateError(
                 f"the server's database has schema {version}, this program writes {_SCHEMA_VERSION}; finish "
                 "the run with the program that began it"

@@ -1,8 +1,10 @@
 """Tables of the server's database, and how SQLite is to hold them."""
 
 import os
+import sqlite3
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote
 
 import sqlalchemy as sa
 
@@ -82,6 +84,17 @@ def count_traffic(connection: sa.Connection, client: str, received: int, sent: i
     added = {"received": table.c.received + received, "sent": table.c.sent + sent}
     if connection.execute(sa.update(table).where(table.c.client == client).values(added)).rowcount == 0:
         connection.execute(sa.insert(table).values(client=client, received=received, sent=sent))
+
+
+def reading_engine(url: str) -> sa.Engine:
+    """An engine whose connections cannot write; SQLite's file is not made if it is missing."""
+    found = sa.make_url(url)
+    if found.get_backend_name() != "sqlite":
+        return sa.create_engine(url, poolclass=sa.NullPool, execution_options={"postgresql_readonly": True})
+    file = f"file:{quote(found.database or '')}?mode=ro"
+    return sa.create_engine(
+        "sqlite://", poolclass=sa.NullPool, creator=lambda: sqlite3.connect(file, timeout=10.0, uri=True)
+    )
 
 
 def prepare_sqlite(engine: sa.Engine, *, durable: bool) -> None:

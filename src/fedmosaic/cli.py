@@ -26,6 +26,10 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
         "Align the bases of different models on public text; measure the transfer.",
     ),
     "server": ("fedmosaic.server.__main__", "Start the server of a federation."),
+    "dashboard": (
+        "fedmosaic.server.dashboard.command",
+        "Watch a server: rounds, who is awaited, refusals, relevance, ε; metrics for Prometheus.",
+    ),
     "client": ("fedmosaic.client.__main__", "Take part in a federation as one client."),
     "doctor": (
         "fedmosaic.client.preflight.doctor",

@@ -20,7 +20,8 @@ from fedmosaic.privacy.ledger.rows import Unit
 from fedmosaic.privacy.statement import models
 from fedmosaic.privacy.statement import render as report_text
 from fedmosaic.privacy.statement.build import statement
-from fedmosaic.privacy.statement.costs import costs_at_epsilon, round_down, round_up
+from fedmosaic.privacy.statement.costs import costs_at_epsilon
+from fedmosaic.privacy.statement.rounding import round_down, round_up
 from fedmosaic.protos.errors import AccountingError, BudgetExceededError, LedgerError
 
 DELTA = 2.7e-5

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import queue
 import socket
 import time
 from collections.abc import Iterator
@@ -85,6 +86,22 @@ def test_watching_the_servers_health_counts_as_a_call(connections: Any) -> None:
     assert from_rpc_error(error.value, "call").reason == "TOO_MANY_CALLS"  # type: ignore[attr-defined]  # a Refusal
     for call in watches:
         call.cancel()
+
+
+def test_a_call_is_admitted_before_anything_of_its_request_is_read(connections: Any) -> None:
+    channel, open_ended = connections("clinic-a"), queue.SimpleQueue[bytes]()
+    # On the wire a single request and a stream of one are the same; this one never comes.
+    status = channel.stream_unary("/fedmosaic.v1.Federation/RoundStatus")
+    calls = [status.future(iter(open_ended.get, b""), timeout=60) for _ in range(CALLS_PER_PEER + 1)]
+    deadline = time.monotonic() + 30
+    while not any(call.done() for call in calls):
+        assert time.monotonic() < deadline, "the call too many waits for its request"
+        time.sleep(0.02)
+    (answered,) = [call for call in calls if call.done()]
+    assert from_rpc_error(answered.exception(), "call").reason == "TOO_MANY_CALLS"
+    for call in calls:
+        call.cancel()
+        open_ended.put(b"")
 
 
 def test_connections_without_a_handshake_are_limited(
@@ -188,11 +205,3 @@ def test_everybody_else_is_refused(
 ) -> None:
     with pytest.raises(Refusal, match=words):
         identify(context(pem, **changes), federation.settings(tmp_path))
-
-
-def test_a_certificate_with_another_key_than_pinned_is_refused(
-    federation: Any, tmp_path: Path, pem: bytes
-) -> None:
-    settings = federation.settings(tmp_path, tls_key_sha256={"clinic-a": "0" * 64})
-    with pytest.raises(Refusal, match="another key"):
-        identify(context(pem), settings)

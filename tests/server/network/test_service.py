@@ -1,12 +1,13 @@
 """A real gRPC server with mutual TLS: calls, waiting, resuming, refusals, hostile clients."""
 
+import asyncio
 import contextlib
 import hashlib
 import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from fedmosaic.protos.v1 import federation_pb2 as pb
 from fedmosaic.protos.v1 import federation_pb2_grpc as rpc
 from fedmosaic.server.coordinator import Coordinator
 from fedmosaic.server.network import service
+from fedmosaic.server.network.service import _Reading, _SupersededError
 from fedmosaic.server.network.serving import SERVICE
 
 
@@ -347,6 +349,30 @@ def test_a_second_push_replaces_one_that_hangs(
     hanging.set()
     with pytest.raises(grpc.RpcError, match="a newer push of this client has begun"):
         call.result(timeout=60)
+
+
+def test_a_superseded_push_leaves_its_read_to_grpc_which_would_not_free_a_cancelled_one() -> None:
+    async def superseded() -> None:
+        comes, ended = asyncio.Event(), []
+
+        async def requests() -> AsyncIterator[pb.PushRequest]:
+            try:
+                await comes.wait()
+            finally:
+                ended.append(comes.is_set())
+            yield pb.PushRequest()
+
+        newer = asyncio.get_running_loop().create_future()
+        push = asyncio.ensure_future(_Reading(requests(), newer).next())
+        await asyncio.sleep(0.01)
+        newer.set_result(None)
+        with pytest.raises(_SupersededError):
+            await push
+        comes.set()
+        await asyncio.sleep(0.01)
+        assert ended == [True], "the read has ended by itself"
+
+    asyncio.run(superseded())
 
 
 def test_a_restart_in_the_middle_of_a_round_is_survived_by_waiting_clients(
