@@ -392,7 +392,7 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
     panel.set_xlabel("members of the group")
     panel.set_ylabel("points above a member alone")
     panel.grid(alpha=0.3)
-    panel.legend(fontsize=8)
+    panel.legend(fontsize=8, loc="lower right")
     # Letters as text keep an SVG small and its words searchable; without a date it repeats byte by byte.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fedmosaic"}):
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
