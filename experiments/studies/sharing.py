@@ -7,16 +7,16 @@ noisy step per round. Releases, all of them the product's own mechanism and acco
     own     every member adds its own (`dp` with one step per round)
     alone   one member by itself, without privacy
 
-ε = inf is no noise. Gradients are taken in padded batches here, and the sums in the clear: that changes the
-last bits, and no figure. Noise is seeded, so the releases carry no guarantee.
+ε = inf is no noise. Gradients are taken in padded batches through merged weights here, and the sums in the
+clear: that changes the last bits, and no figure. Noise is seeded, so the releases carry no guarantee.
 """
 
 import json
 import logging
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -30,6 +30,7 @@ from peft import PeftModel
 from torch import nn
 
 from fedmosaic.client.colora import CoLoraConfig, read_shared, set_basis, write_shared
+from fedmosaic.client.colora.linear import CoLoraLinear
 from fedmosaic.client.colora.state import shared_modules
 from fedmosaic.client.dp.branch import only_shared_branch
 from fedmosaic.client.dp.group_steps import GroupSum, mixed_gradient, shared_branch
@@ -37,7 +38,8 @@ from fedmosaic.client.model.examples import EncodedExample, Example, collate, en
 from fedmosaic.client.model.load import adapt, load_base_model
 from fedmosaic.client.model.loss import example_losses
 from fedmosaic.client.model.scoring import score_examples
-from fedmosaic.experiments.scenario.metrics import Interval, interval
+from fedmosaic.experiments.scenario.metrics import Interval, interval, markdown_table
+from fedmosaic.experiments.tasks.relevance_sets import CLINC_DOMAINS
 from fedmosaic.privacy.accounting.calibrate import noise_multiplier_for
 from fedmosaic.privacy.accounting.leverage import noise_share
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum, clipped_sum
@@ -47,16 +49,13 @@ from fedmosaic.privacy.mechanism.shares import ShareGrid, noisy_share, plan_grid
 logger = logging.getLogger(__name__)
 
 Release = Literal["sum", "own", "alone"]
+Task = Literal["intents", "domains", "shifted", "contradicting"]
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 
-_MODULES = (
-    "self_attn.q_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
+_MODULES = [f"self_attn.{name}_proj" for name in "qvo"] + [
+    f"mlp.{name}_proj" for name in ("gate", "up", "down")
+]
+_FORMS = ("Request: {}\nIntent?", "A letter says: {}\nIt is about")
 _BATCH = 48
 _MAX_LENGTH = 96
 
@@ -75,15 +74,18 @@ class Settings:
     epsilons: tuple[float, ...] = (math.inf, 8.0, 3.0, 1.0)
     releases: tuple[Release, ...] = ("sum", "own", "alone")
     seeds: tuple[int, ...] = (0, 1, 2)
-    examples: int = 45
+    task: Task = "intents"
+    """Which intent, or which of ten domains; shifted: another form of request, every answer that of the next
+    intent; contradicting: every second member and test row is shifted."""
+    examples: int = 24
     """Examples n of each member, all different."""
-    intents: int = 40
-    rank: int = 8
-    steps: int = 100
-    learning_rate: float = 0.03
+    intents: int = 20
+    rank: int = 16
+    steps: int = 150
+    learning_rate: float = 0.015
     sampling_rate: float = 0.2
     clipping_norm: float = 1.0
-    tests: int = 200
+    tests: int = 400
     tuning: bool = False
     """Score validation rows, which no member trains on, in place of test rows."""
 
@@ -130,21 +132,19 @@ def run(settings: Settings) -> list[Cell]:
     settings.out.mkdir(parents=True, exist_ok=True)
     path, label = settings.out / "cells.jsonl", _label(settings)
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    done = {
-        _key(cell): cell for cell in (Cell(**json.loads(line)) for line in lines) if cell.settings == label
-    }
+    cells = [cell for cell in (Cell(**json.loads(line)) for line in lines) if cell.settings == label]
+    done = {(cell.release, cell.members, cell.epsilon, cell.seed) for cell in cells}
     bench: _Bench | None = None
     for release, members, epsilon, seed in _wanted(settings):
         if (release, members, epsilon, seed) in done:
             continue
         bench = bench or _Bench(settings)
         sigma, ratio, accuracy = bench.measure(release, members, epsilon, seed)
-        cell = Cell(release, members, epsilon, seed, sigma, ratio, accuracy, label)
-        done[_key(cell)] = cell
+        cells.append(Cell(release, members, epsilon, seed, sigma, ratio, accuracy, label))
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(cell)) + "\n")
+            file.write(json.dumps(asdict(cells[-1])) + "\n")
         logger.info("%s, m = %d, ε = %g, seed %d: %.3f", release, members, epsilon, seed, accuracy)
-    return list(done.values())
+    return cells
 
 
 def _wanted(settings: Settings) -> Iterator[tuple[Release, int, float, int]]:
@@ -158,22 +158,9 @@ def _wanted(settings: Settings) -> Iterator[tuple[Release, int, float, int]]:
                     yield release, members, epsilon, seed
 
 
-def _key(cell: Cell) -> tuple[Release, int, float, int]:
-    return cell.release, cell.members, cell.epsilon, cell.seed
-
-
 def _label(settings: Settings) -> str:
-    kept = (
-        "examples",
-        "intents",
-        "rank",
-        "steps",
-        "learning_rate",
-        "sampling_rate",
-        "clipping_norm",
-        "tests",
-        "tuning",
-    )
+    swept = ("data", "model", "out", "members", "epsilons", "releases", "seeds")
+    kept = (field.name for field in fields(settings) if field.name not in swept)
     return f"{settings.model.name}, " + ", ".join(f"{name} {getattr(settings, name)}" for name in kept)
 
 
@@ -188,7 +175,7 @@ class _Bench:
             r=settings.rank,
             alpha=2.0 * settings.rank,
             blocks=int(model.config.num_hidden_layers),
-            target_modules=list(_MODULES),
+            target_modules=_MODULES,
             other_layers="none",
         )
         self._model = adapt(model, config)
@@ -206,14 +193,14 @@ class _Bench:
         source, batch = SeededTestNoise(10_000 + seed), settings.sampling_rate * settings.examples
         gradients: list[FloatArray | None] = []
         ratio = 0.0
-        with only_shared_branch(self._model) as cores:
+        with only_shared_branch(self._model):
             for _ in range(settings.steps):
                 self._write(gradients)
                 chosen = [
                     [own[i] for i in poisson_sample(len(own), settings.sampling_rate, source)]
                     for own in encoded
                 ]
-                total = self._sum(cores, [example for own in chosen for example in own], grid)
+                total = self._sum([example for own in chosen for example in own], grid)
                 y = total.units.astype(np.float64)
                 if share:
                     nothing = ClippedSum.empty(len(y))
@@ -225,12 +212,16 @@ class _Bench:
                 gradients.append(mixed_gradient([GroupSum(y, members * batch)], [1.0]))
             self._write(gradients)
             accuracy = score_examples(self._model, self._tokenizer, tests, 64, max_length=_MAX_LENGTH).value
+            self._model.unmerge_adapter()
         return sigma, ratio, accuracy
 
     def _write(self, gradients: Sequence[FloatArray | None]) -> None:
         settings = self._settings
+        if gradients:
+            self._model.unmerge_adapter()
         theta = shared_branch(self._start, gradients, settings.learning_rate, settings.steps)
         write_shared(self._model, theta.astype(np.float32), "local")
+        self._model.merge_adapter()
 
     def _noise(self, release: Release, members: int, epsilon: float) -> tuple[float, float, ShareGrid]:
         """σ of the claim, each member's own noise, and the grid."""
@@ -245,43 +236,45 @@ class _Bench:
         batch = math.ceil(settings.sampling_rate * settings.examples)
         return sigma, share, replace(plan_grid(members, batch, share or 1.0, 62), noise=share)
 
-    def _sum(
-        self, cores: Mapping[str, nn.Linear], chosen: Sequence[EncodedExample], grid: ShareGrid
-    ) -> ClippedSum:
+    def _sum(self, chosen: Sequence[EncodedExample], grid: ShareGrid) -> ClippedSum:
         total = ClippedSum.empty(len(self._start))
         ordered = sorted(chosen, key=lambda example: len(example.input_ids))
+        layers, padding = shared_modules(self._model), padding_token(self._tokenizer)
         for start in range(0, len(ordered), _BATCH):
-            rows = _gradients(
-                self._model, cores, ordered[start : start + _BATCH], padding_token(self._tokenizer)
-            )
+            rows = _gradients(self._model, layers, ordered[start : start + _BATCH], padding)
             total = total + clipped_sum(rows, self._settings.clipping_norm, grid.steps)
         return total
 
 
 def _gradients(
-    model: PeftModel, cores: Mapping[str, nn.Linear], batch: Sequence[EncodedExample], padding: int
+    model: PeftModel, layers: Sequence[CoLoraLinear], batch: Sequence[EncodedExample], padding: int
 ) -> FloatArray:
-    """(B, D) gradients of each example's loss: Σ_t e_t u_tᵀ and Σ_t e_t, of what enters and leaves a core."""
-    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    """(B, D) gradients of each example's loss while the cores are merged into W.
 
-    def remember(name: str) -> Any:
-        def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            seen[name] = (inputs[0], output)
+    With x what enters a layer and o the gradient of what leaves it: Σ_t e_t u_tᵀ for P, Σ_t e_t for Q, where
+    u = A x and e = s Bᵀ o.
+    """
+    seen: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
 
-        return hook
+    def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        # No weight is trained, so the graph begins where the first layer ends.
+        seen[layer] = (inputs[0].detach(), output if output.requires_grad else output.requires_grad_())
 
-    hooks = [core.register_forward_hook(remember(name)) for name, core in cores.items()]
+    hooks = [layer.register_forward_hook(hook) for layer in layers]
     try:
-        losses = example_losses(model, collate(batch, padding))
+        # Padding is on the right, and no token sees what follows it: without a mask attention is faster.
+        rows = collate(batch, padding)
+        losses = example_losses(model, {name: rows[name] for name in ("input_ids", "labels")})
     finally:
-        for hook in hooks:
-            hook.remove()
-    back = torch.autograd.grad(losses.sum(), [seen[name][1] for name in cores])
+        for registered in hooks:
+            registered.remove()
     parts = []
-    for name, e_BTR in zip(cores, back, strict=True):
-        u_BTR = seen[name][0]
-        parts += [torch.einsum("btr,bts->brs", e_BTR, u_BTR).flatten(1), e_BTR.sum(1)]
-    return np.asarray(torch.cat(parts, dim=1).detach().double().numpy())
+    back = torch.autograd.grad(losses.sum(), [seen[layer][1] for layer in layers])
+    for layer, o_BTK in zip(layers, back, strict=True):
+        u_BTR = seen[layer][0] @ layer.colora_A["default"].T
+        e_BTR = layer.settings["default"].scaling * (o_BTK @ layer.colora_B["default"])
+        parts += [(e_BTR.transpose(1, 2) @ u_BTR).flatten(1), e_BTR.sum(1)]
+    return np.asarray(torch.cat(parts, dim=1).double().numpy())
 
 
 def _singular_vectors(model: PeftModel, rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -302,16 +295,24 @@ def _rows(settings: Settings, members: int, seed: int) -> tuple[list[list[Exampl
     content = json.loads((settings.data / "clinc150" / "data_full.json").read_text(encoding="utf-8"))
     intents = sorted({label for _, label in content["train"]})
     chosen = random.Random(0).sample(intents, settings.intents)  # noqa: S311 - a choice of data
-    choices = tuple(intent.replace("_", " ") for intent in chosen)
+    place, names = {intent: i for i, intent in enumerate(chosen)}, chosen
+    if settings.task == "domains":
+        names = list(CLINC_DOMAINS)
+        place = {intent: i for i, name in enumerate(names) for intent in CLINC_DOMAINS[name].split()}
+    choices = tuple(name.replace("_", " ") for name in names)
 
-    def examples(part: str) -> list[Example]:
+    def examples(rows: Sequence[tuple[str, str]], member: int) -> list[Example]:
+        group = {"shifted": 1, "contradicting": member % 2}.get(settings.task, 0)
+        answers = [choices[(place[intent] + group) % len(choices)] for _, intent in rows]
         return [
-            Example(f"{part}-{index}", f"Request: {text}\nIntent?", label.replace("_", " "), choices)
-            for index, (text, label) in enumerate(content[part])
-            if label in chosen
+            Example("", _FORMS[group].format(text), answer, choices)
+            for (text, _), answer in zip(rows, answers, strict=True)
         ]
 
-    pool, tests = examples("train") + examples("val"), examples("test")
+    pool, tests = (
+        [(text, intent) for part in parts for text, intent in content[part] if intent in chosen]
+        for parts in (("train", "val"), ("test",))
+    )
     random.Random(1).shuffle(tests)  # noqa: S311
     random.Random(2).shuffle(pool)  # noqa: S311
     if settings.tuning:
@@ -319,8 +320,8 @@ def _rows(settings: Settings, members: int, seed: int) -> tuple[list[list[Exampl
     random.Random(seed).shuffle(pool)  # noqa: S311
     if len(pool) < members * settings.examples:
         raise ValueError(f"{len(pool)} examples for {members} members of {settings.examples}")
-    own = [pool[i * settings.examples : (i + 1) * settings.examples] for i in range(members)]
-    return own, tests[: settings.tests]
+    own = [examples(pool[i * settings.examples : (i + 1) * settings.examples], i) for i in range(members)]
+    return own, examples(tests[: settings.tests : 2], 0) + examples(tests[1 : settings.tests : 2], 1)
 
 
 def gains(cells: Sequence[Cell]) -> dict[tuple[Release, float, int], Interval]:
@@ -339,26 +340,28 @@ def markdown(cells: Sequence[Cell]) -> str:
     """The table: a row per release and ε, a column per number of members, points above a member alone."""
     found = gains(cells)
     members = sorted({m for _, _, m in found})
-    lines = [
-        "| noise | ε | " + " | ".join(f"m = {m}" for m in members) + " |",
-        "| --- | ---: |" + " ---: |" * len(members),
+    rows = [
+        [_name(release, epsilon), *(_points(found.get((release, epsilon, m))) for m in members)]
+        for release, epsilon in _lines(found)
     ]
-    for release, epsilon in sorted({(r, e) for r, e, _ in found}, key=lambda key: (key[0] != "sum", -key[1])):
-        shown = [_points(found.get((release, epsilon, m))) for m in members]
-        words = (
-            {"sum": "of the group", "own": "of each member"}[release] if math.isfinite(epsilon) else "none"
-        )
-        lines.append(
-            f"| {words} | {'∞' if math.isinf(epsilon) else f'{epsilon:g}'} | " + " | ".join(shown) + " |"
-        )
     alone = interval([cell.accuracy for cell in cells if cell.release == "alone"])
     return "\n".join(
         [
-            *lines,
+            *markdown_table(["", *(f"m = {m}" for m in members)], rows, numbers=True),
             "",
             f"Points of accuracy above a member alone ({_points(alone)}), ± half of a 95 % interval.",
         ]
     )
+
+
+def _lines(found: Iterable[tuple[Release, float, int]]) -> list[tuple[Release, float]]:
+    return sorted({key[:2] for key in found}, key=lambda key: (key[0] != "sum", -key[1]))
+
+
+def _name(release: Release, epsilon: float) -> str:
+    if math.isinf(epsilon):
+        return "no noise"
+    return f"ε = {epsilon:g}, noise of {'the group' if release == 'sum' else 'each member'}"
 
 
 def _points(value: Interval | None) -> str:
@@ -373,20 +376,15 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
     found = gains(cells)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     panel = figure.subplots()
-    for release, epsilon in sorted({(r, e) for r, e, _ in found}, key=lambda key: (key[0] != "sum", -key[1])):
+    for release, epsilon in _lines(found):
         points = sorted((m, value) for (r, e, m), value in found.items() if (r, e) == (release, epsilon))
-        name = (
-            "no noise"
-            if math.isinf(epsilon)
-            else f"ε = {epsilon:g}, noise of {'the group' if release == 'sum' else 'each member'}"
-        )
         panel.errorbar(
             [m for m, _ in points],
             [100 * value.mean for _, value in points],
             yerr=[100 * (value.half_width or 0.0) for _, value in points],
             marker="o",
             linestyle="-" if release == "sum" else ":",
-            label=name,
+            label=_name(release, epsilon),
         )
     panel.axhline(0.0, color="black", linewidth=0.8)
     panel.set_xscale("log", base=2)
@@ -394,7 +392,7 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
     panel.set_xlabel("members of the group")
     panel.set_ylabel("points above a member alone")
     panel.grid(alpha=0.3)
-    panel.legend(fontsize=8)
+    panel.legend(fontsize=8, loc="lower right")
     # Letters as text keep an SVG small and its words searchable; without a date it repeats byte by byte.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fedmosaic"}):
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
