@@ -1,9 +1,7 @@
 """`fedmosaic attack RUN_OR_SCENARIO_OR_STATE`: the strongest practical attacks on what a federation releases.
 
-Adds an attack section to the run's privacy report: every attack with its success, its interval and the bound
-of the claimed ε, beside the same attack without a sanitiser and on the authors' sanitiser. Ends with status 1
-if a figure is above its bound or something that must be refused was not: then either the attack or the
-guarantee is wrong, and both need a look.
+Ends with status 1 if a figure is above its bound or something that must be refused was not: then either the
+attack or the guarantee is wrong, and both need a look.
 """
 
 import datetime as dt

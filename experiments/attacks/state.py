@@ -1,21 +1,19 @@
 """What can be attacked with the state directory alone that a real client or server leaves behind.
 
-A server's holds profiles and every weight row: collusion and spoofing run on them. A client's holds its
-claim, its ledger and a count of every accepted row: the claim is held against the ledger, the rows against
-what the statement says of them. Neither holds texts or models, so all other attacks need a run or a scenario.
+A server's holds profiles and every weight row, for collusion and spoofing. A client's holds its claim, which
+is held against its ledger. Neither holds texts or models, so all else needs a run or a scenario.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from fedmosaic.client.ledger import SEEN
 from fedmosaic.client.state import read_record
-from fedmosaic.client.statement import STATEMENT, coalition_rows
+from fedmosaic.client.statement import STATEMENT
 from fedmosaic.experiments.attacks.encryption import claimed_row_result, group_key_result
-from fedmosaic.experiments.attacks.federation import COLLUSION, collusion_results, spoofing_results
+from fedmosaic.experiments.attacks.federation import collusion_results, spoofing_results
 from fedmosaic.experiments.attacks.statistics.results import AttackResult, Figure
 from fedmosaic.experiments.attacks.target import RUN, ServerRun, read_server_run
 from fedmosaic.privacy.configuration import parse_json, read_configuration
@@ -23,16 +21,13 @@ from fedmosaic.privacy.ledger.ledger import LEDGER, parameters_of, read_ledger
 from fedmosaic.privacy.ledger.rows import charges
 from fedmosaic.privacy.ledger.rules import bound_of
 from fedmosaic.privacy.statement.models import PrivacyStatement
-from fedmosaic.protos.errors import ConfigurationError
 from fedmosaic.server.storage.store import Store, default_url
 
 CLAIM: Final = "The statement's claim against the client's own ledger"
-ROWS: Final = "Weight rows that the client accepted"
 _SESSION: Final = "session.json"
 
 
-@dataclass(frozen=True)
-class State:
+class State(NamedTuple):
     """A state directory under attack: what can be carried out, and why nothing else can."""
 
     name: str
@@ -81,16 +76,13 @@ def _server(path: Path, run: ServerRun, seed: int, skipped: list[str]) -> list[A
 
 
 def _client(path: Path, skipped: list[str]) -> list[AttackResult]:
+    """Every ε of the statement against the one that the ledger's rows compose to, as they stand now."""
     if not (path / STATEMENT).is_file():
         skipped.append(f"federation: {path} holds no statement; a client writes it after the last round")
         return []
     statement = read_configuration(path / STATEMENT, PrivacyStatement)
-    return [*_claim(path, statement, skipped), *_rows(path, statement, skipped)]
-
-
-def _claim(path: Path, statement: PrivacyStatement, skipped: list[str]) -> list[AttackResult]:
-    """Every ε of the statement against the one that the ledger's rows compose to, as they stand now."""
-    ledger = _ledger(path)
+    seen: Any = parse_json((path / SEEN).read_bytes()) if (path / SEEN).is_file() else {"ledger": str(path)}
+    ledger = Path(str(seen["ledger"])) / LEDGER
     if not ledger.is_file():
         skipped.append(f"federation: the claim needs the ledger, and there is none at {ledger}")
         return []
@@ -122,60 +114,3 @@ def _claim(path: Path, statement: PrivacyStatement, skipped: list[str]) -> list[
             )
         )
     return results
-
-
-def _rows(path: Path, statement: PrivacyStatement, skipped: list[str]) -> list[AttackResult]:
-    """What coalitions hold at most by the rows that were accepted, against what the statement says."""
-    counts = _accepted(path / "rows.json")
-    if not counts or not statement.coalition_rows:
-        skipped.append("federation: collusion needs an accepted row, and this client received none")
-        return []
-    rounds = {int(label.partition("/")[0]) for label in counts}
-    claimed = {row.colluding_recipients: row for row in statement.coalition_rows}
-    figures = [
-        Figure.exact("fewest other members in an accepted row", min(counts.values())),
-        *(
-            Figure.exact(
-                f"independent rows of {row.colluding_recipients} recipient(s), {row.contributors} unknown",
-                row.independent_rows,
-            ).model_copy(
-                update={
-                    "bound": float(claimed[size].independent_rows) if size in claimed else None,
-                    "broken": size not in claimed or row.contributors < claimed[size].contributors,
-                }
-            )
-            for row in coalition_rows(min(counts.values()), len(rounds) + 1)
-            for size in (row.colluding_recipients,)
-        ),
-    ]
-    return [
-        AttackResult(
-            attack=COLLUSION,
-            adversary="colluding recipients",
-            sees="their own adapters, aggregates and weight rows: as many as this client's",
-            statistic="most independent equations, against what the statement says",
-            release=ROWS.lower(),
-            setting="product",
-            figures=tuple(figures),
-            note="as many independent rows as unknown adapters solve for them. A client does not keep the "
-            "rows' numbers, so errors are told by the server's state or by a run only",
-        )
-    ]
-
-
-def _ledger(path: Path) -> Path:
-    """The ledger that a state directory charges; beside the data at a real client."""
-    seen: Any = parse_json((path / SEEN).read_bytes()) if (path / SEEN).is_file() else {"ledger": str(path)}
-    return Path(str(seen["ledger"])) / LEDGER
-
-
-def _accepted(path: Path) -> dict[str, int]:
-    """Contributors of every accepted row, by round and section."""
-    if not path.is_file():
-        return {}
-    try:
-        return {str(label): int(count) for label, (_, count) in parse_json(path.read_bytes()).items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ConfigurationError(
-            f"{path} is no record of accepted rows ({error}); restore a backup"
-        ) from None

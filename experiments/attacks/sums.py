@@ -1,27 +1,20 @@
 """Sums of groups: a server and members that work together, that add no noise, and that split the group.
 
-Everything runs on the product's own shares and secure sums. The victim's examples are canaries of norm C,
-one per coordinate, each there by a fair coin. Whoever attacks knows everything but the coins and the noise of
-those who keep to the protocol: what it subtracts leaves the victim's sum and that noise.
+Everything runs on the product's own shares and secure sums. The victim's examples are canaries of norm C, one
+per coordinate, each there by a fair coin. Whoever attacks knows all but the coins and others' noise.
 """
 
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from fedmosaic.experiments.attacks.statistics import results
 from fedmosaic.experiments.attacks.statistics.empirical import CanaryScores, audit_figures, epsilon_of_noise
-from fedmosaic.experiments.attacks.statistics.results import (
-    ALARM_LEVEL,
-    AttackResult,
-    Figure,
-    RefusalResult,
-    Setting,
-    clopper_pearson,
-)
 from fedmosaic.privacy.accounting.leverage import effective_noise_multiplier, noise_share
 from fedmosaic.privacy.federation.terms import GroupSumTerms
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum
@@ -33,7 +26,6 @@ from fedmosaic.privacy.secureaggregation.member import SumMember
 from fedmosaic.privacy.secureaggregation.messages import Opening, transcript
 from fedmosaic.privacy.secureaggregation.partition import NO_ROUND, Partition, sum_context
 from fedmosaic.privacy.secureaggregation.terms import SumTerms
-from fedmosaic.protos.errors import FedMosaicError
 
 SUMS: Final = "Sums of groups"
 _FEDERATION: Final = "attacked"
@@ -88,14 +80,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Coalition:
-    """Who attacks.
+    """Who attacks: members that tell the server all they have, members that add no noise.
 
-    Attributes:
-        words: for the report.
-        colluders: members that tell the server their vectors and noise.
-        silent: members that add no noise.
-        within: whether the terms' claim covers them; if not, a member's own noise is all that is promised.
-        split: whether the server shows half of a group of twice the size nothing of the other half.
+    If the terms' claim does not cover them (`within`), a member's own noise is all that is promised. With
+    `split` the server shows half of a group of twice the size nothing of the other half.
     """
 
     words: str
@@ -128,18 +116,9 @@ def sum_results(
     coins: np.random.Generator,
     *,
     canaries: int,
-    setting: Setting,
-) -> Iterator[AttackResult]:
-    """What each coalition reads out of one sum of the least number of contributors, beside what is claimed.
-
-    Args:
-        sums: terms m, t and bits.
-        sigma: σ that the members of one sum promise.
-        noise: of the members.
-        coins: which canaries the victim has.
-        canaries: how many there are.
-        setting: what the results are filed under.
-    """
+    setting: results.Setting,
+) -> Iterator[results.AttackResult]:
+    """What each coalition reads out of one sum of the least number of contributors, beside the claim."""
     m, t = sums.minimum_contributors, sums.colluders
     share = noise_share(sigma, m, t)
     for coalition in coalitions(sums):
@@ -172,16 +151,16 @@ def _result(
     included: np.ndarray,
     coalition: Coalition,
     sigmas: tuple[float, float, float],
-    setting: Setting,
-) -> AttackResult:
+    setting: results.Setting,
+) -> results.AttackResult:
     """What scores certify; `sigmas` are those of the claim, promised against this coalition, and left."""
     claim, claimed, left = map(epsilon_of_noise, sigmas)
     # The noise of one coordinate is independent of another's, so every canary is a release of its own.
     figures = (
         *audit_figures(CanaryScores(scores[included], scores[~included]), claimed),
-        Figure.exact("ε of the noise that is left", left),
+        results.Figure.exact("ε of the noise that is left", left),
     )
-    return AttackResult(
+    return results.AttackResult(
         attack=SUMS,
         adversary="malicious server with members of the group",
         sees="one secure sum of the least number of contributors, all data but the coins, its members' noise",
@@ -195,7 +174,7 @@ def _result(
     )
 
 
-def _late_vector(sums: GroupSumTerms, setting: Setting) -> AttackResult:
+def _late_vector(sums: GroupSumTerms, setting: results.Setting) -> results.AttackResult:
     """The server tells the others that the victim vanished, and its vector comes late: t members help."""
     size = 64
     group = Group(max(sums.minimum_contributors + 1, 3 * sums.colluders + 2), sums, size)
@@ -220,9 +199,9 @@ def _late_vector(sums: GroupSumTerms, setting: Setting) -> AttackResult:
         guess = guess - masks.of(shared) if victim < name else guess + masks.of(shared)
     wrong = np.bitwise_count((guess ^ to_words(truth, sums.bits)) & np.uint32(2**32 - 1))
     hits, tried = int(32 * size - wrong.sum()), 32 * size
-    figure = Figure.share("bits read right", hits, tried)
-    sure, _ = clopper_pearson(hits, tried, 1.0 - 2.0 * ALARM_LEVEL)
-    return AttackResult(
+    figure = results.Figure.share("bits read right", hits, tried)
+    sure, _ = results.clopper_pearson(hits, tried, 1.0 - 2.0 * results.ALARM_LEVEL)
+    return results.AttackResult(
         attack=SUMS,
         adversary="malicious server with members of the group",
         sees="a vector that came late, and all shares that are given for those who vanished",
@@ -233,22 +212,14 @@ def _late_vector(sums: GroupSumTerms, setting: Setting) -> AttackResult:
     )
 
 
-def sum_refusals(sums: GroupSumTerms) -> tuple[RefusalResult, ...]:
+def sum_refusals(sums: GroupSumTerms) -> tuple[results.RefusalResult, ...]:
     """What a server may try with a group, each against a member's real part in a sum."""
-    found = []
-    for words, attempt in _ATTEMPTS.items():
-        group = Group(2 * sums.minimum_contributors, sums, 8)
-        try:
-            attempt(group)
-        except FedMosaicError as error:
-            found.append(
-                RefusalResult(attempt=f"sums: {words}", party="server", refused=1, answer=str(error))
-            )
-        else:
-            found.append(
-                RefusalResult(attempt=f"sums: {words}", party="server", refused=0, answer="accepted")
-            )
-    return tuple(found)
+    return tuple(
+        results.RefusalResult.of(
+            f"sums: {words}", "server", partial(attempt, Group(2 * sums.minimum_contributors, sums, 8))
+        )
+        for words, attempt in _ATTEMPTS.items()
+    )
 
 
 def _openings(group: Group, terms: SumTerms, names: Collection[str]) -> dict[str, Opening]:

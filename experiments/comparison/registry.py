@@ -1,7 +1,7 @@
-"""A statement as a record of OpenDP's Differential Privacy Deployments Registry.
+"""A statement as a draft record of OpenDP's Differential Privacy Deployments Registry.
 
 Fields and values are those of `schemas/deployments-schema.yaml` of opendp/deployments-registry-data on GitHub
-as of 2026-07-15. A record is a draft: what the software cannot know is marked and left to its author.
+as of 2026-07-15. What the software cannot know is marked and left to its author.
 """
 
 import math
@@ -16,13 +16,7 @@ TO_FILL_IN: Final = "TO BE FILLED IN"
 
 
 def record(statement: PrivacyStatement, organisation: str = "", purpose: str = "") -> dict[str, Any]:
-    """The registry's record of a statement; the figures are those of the client with the largest ε.
-
-    Args:
-        statement: one that may be handed over: a registry is public.
-        organisation: data curator and author of the record.
-        purpose: intended use of the model.
-    """
+    """The registry's record of a statement that may be handed over, with the figures of the largest ε."""
     client = max(statement.clients, key=lambda each: plain.worst_first(each)[0].epsilon or 0.0)
     who, trust = organisation or TO_FILL_IN, plain.trust(client)
     parts = {

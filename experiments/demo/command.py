@@ -117,13 +117,7 @@ def _family(layers: int) -> str:
 
 
 def demo_scenario(arguments: Arguments, models: Mapping[int, Path], data: DemoData) -> Scenario:
-    """The scenario of the demo.
-
-    Args:
-        arguments: what may be varied from the command line.
-        models: folder of the model by its number of layers.
-        data: the clients' data.
-    """
+    """The scenario of the demo, for the folder of the model by its number of layers."""
     encrypted = arguments.protection in ("encrypted", "dp+encrypted")
     backends = {"ckks": CkksParameters(), "mask": MaskParameters()}
     return Scenario(

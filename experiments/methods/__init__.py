@@ -51,16 +51,10 @@ BASELINES: Final[dict[str, tuple[str, Callable[[], Strategy]]]] = {
 def simulate_method(
     scenario: Scenario, directory: Path, console: Console, cluster: Cluster | None = None
 ) -> None:
-    """Run a scenario with the method it names; resumes what stands in the run's directory.
+    """Run a scenario, its paths resolved, with the method it names, in this process or on a cluster.
 
-    Args:
-        scenario: paths resolved.
-        directory: of the run.
-        console: where progress is shown.
-        cluster: where its clients are; None for this process.
-
-    Raises:
-        ConfigurationError: the method is not known, or not possible in this scenario or on a cluster.
+    Resumes what stands in the run's directory. `ConfigurationError` if the method is not known, or not
+    possible in this scenario or on a cluster.
     """
     method = scenario.method
     if method not in VARIANTS and method not in BASELINES:

@@ -1,11 +1,10 @@
 """FedMD: clients learn from the mean of what all say about public data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from fedmosaic.experiments.methods.knowledge import Knowledge, KnowledgeStrategy, Lesson
-from fedmosaic.experiments.methods.lora import Vector
 from fedmosaic.experiments.methods.strategy import ServerSide
 
 
@@ -25,10 +24,6 @@ class FedMd(KnowledgeStrategy):
     def lesson(self, answer: Sequence[Knowledge], own: Sequence[Knowledge]) -> Lesson:
         """All of it."""
         return Lesson(answer)
-
-    def for_unseen(self, alike: Mapping[str, Vector], architecture: str) -> Vector | None:
-        """A fresh adapter: what members go on with is their own."""
-        return None
 
 
 def mean_knowledge(items: Sequence[Knowledge]) -> Knowledge:

@@ -1,10 +1,10 @@
 """FedMKT: clients and a server's model teach each other what they know better."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 from fedmosaic.experiments.methods.knowledge import Knowledge, KnowledgeStrategy, Lesson, knowledge_of, learn
-from fedmosaic.experiments.methods.lora import Vector, read_adapter
+from fedmosaic.experiments.methods.lora import read_adapter
 from fedmosaic.experiments.methods.strategy import SHARED, ServerSide
 
 
@@ -34,10 +34,6 @@ class FedMkt(KnowledgeStrategy):
         """What others know better, beside the public answers themselves."""
         better = better_known(answer, own)
         return Lesson(better, weight=1.0 - self.label_weight, label_weight=self.label_weight)
-
-    def for_unseen(self, alike: Mapping[str, Vector], architecture: str) -> Vector | None:
-        """The server's model of the architecture."""
-        return self.server_state.get(architecture)
 
 
 def better_known(others: Sequence[Knowledge], own: Sequence[Knowledge]) -> list[Knowledge | None]:

@@ -36,10 +36,7 @@ def load_with_lora(
     """Load a base model and put LoRA adapters on it that add nothing at first (B = 0).
 
     α over rank is that of the terms for every rank. The seed is of the initial A; with `alike` all adapters
-    start with the same one.
-
-    Raises:
-        ModelError: the model cannot be loaded, or lacks the modules.
+    start with the same one. `ModelError` if the model cannot be loaded, or lacks the modules.
     """
     base, tokenizer = load_model(settings)
     config = LoraConfig(
@@ -98,11 +95,7 @@ def read_adapter(model: nn.Module, adapter: str) -> Vector:
 
 @torch.no_grad()
 def write_adapter(model: nn.Module, adapter: str, vector: Vector) -> None:
-    """Write what `read_adapter` reads.
-
-    Raises:
-        ModelError: the vector has another length, or values that are not finite.
-    """
+    """Write what `read_adapter` reads; `ModelError` for another length, or values that are not finite."""
     tensors = [part for pair in factors(model, adapter) for part in pair]
     size = sum(tensor.numel() for tensor in tensors)
     if vector.shape != (size,) or not np.isfinite(vector).all():

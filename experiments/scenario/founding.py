@@ -10,8 +10,7 @@ from rich.console import Console
 
 from fedmosaic.client.colora.aligned import basis_name
 from fedmosaic.client.profile.fit import PROFILE, Arguments, fit
-from fedmosaic.experiments.scenario.processes import RunFailedError
-from fedmosaic.experiments.scenario.terms import Scenario
+from fedmosaic.experiments.scenario.terms import RunFailedError, Scenario
 from fedmosaic.privacy.federation import consortium
 from fedmosaic.privacy.federation import kits as federation
 from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
@@ -27,12 +26,8 @@ def fit_profile(
 ) -> ProfileMechanism:
     """Fit the public basis of the task profile, unless the run's `profile/` holds it already.
 
-    With a process of its own the memory of its model is given back. `kept` is the folder of what an earlier
-    run fitted to the same probe, data and settings; it is made if absent.
-
-    Raises:
-        RunFailedError: that process was killed.
-        FedMosaicError: the basis cannot be fitted.
+    With a process of its own (`RunFailedError` if it is killed) the memory of its model is given back. `kept`
+    is the folder of what an earlier run fitted to the same probe, data and settings; it is made if absent.
     """
     stored = directory / "profile" / PROFILE
     if kept is not None and not stored.exists() and _usable(kept):
@@ -83,11 +78,7 @@ def _usable(kept: Path) -> bool:
 
 
 def agreed_adapter(scenario: Scenario) -> AdapterTerms:
-    """The adapter's terms; where clients name aligned checkpoints, with the basis that the first one carries.
-
-    Raises:
-        ModelError: there is no aligned checkpoint where a client names one.
-    """
+    """The adapter's terms; with the basis of the first aligned checkpoint, where clients name some."""
     named = [client.model.aligned for client in scenario.clients if client.model.aligned]
     if scenario.adapter.basis or not named:
         return scenario.adapter

@@ -72,8 +72,7 @@ class InProcessTransport:
     def pull(self, round_number: int, on_wait: Callable[[RoundStatus], None] | None = None) -> Aggregate:
         """Wait for a round to open and return what to load before it.
 
-        Raises:
-            TransportError: the round did not open within this transport's patience, or the run was given up.
+        `TransportError` if the round did not open within this transport's patience, or the run was given up.
         """
         deadline = time.monotonic() + self._patience
         while time.monotonic() < deadline:
@@ -149,11 +148,7 @@ class TurnTransport(InProcessTransport):
     """The way of a client that goes on when the round has opened, in place of waiting for it."""
 
     def pull(self, round_number: int, on_wait: Callable[[RoundStatus], None] | None = None) -> Aggregate:
-        """What to load before a round.
-
-        Raises:
-            TurnOverError: it is not open yet.
-        """
+        """What to load before a round; `TurnOverError` if it is not open yet."""
         self._check_going_on()
         self._coordinator.advance()
         aggregate = self._pulled(round_number)

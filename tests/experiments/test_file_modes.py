@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fedmosaic.client.client import Client
 from fedmosaic.client.transport.grpc import GrpcTransport
-from fedmosaic.experiments.runs.client_processes import client_process
+from fedmosaic.experiments.runs.processes import client_process
 from fedmosaic.experiments.scenario.founding import fit_profile, found_federation
 from fedmosaic.server.server import Server
 from fedmosaic.server.settings import settings_from_kit

@@ -88,11 +88,7 @@ def founded(encryption: Parameters | None = None) -> Iterator[tuple[Path, Coordi
         adapter=AdapterTerms(rank=4, blocks=2, target_modules=("a", "b"), protection="encrypted"),
         profile=_MECHANISM,
         schedule=ScheduleTerms(
-            rounds=ROUNDS,
-            quorum=4,
-            round_deadline_seconds=60,
-            gathering_seconds=30,
-            key_patience_seconds=30,
+            rounds=ROUNDS, quorum=4, round_deadline_seconds=60, gathering_seconds=30, key_patience_seconds=30
         ),
         encryption=encryption or MaskParameters(),
     )
@@ -131,7 +127,7 @@ def run_sessions(
     transport_of: Callable[[str], Any],
     at_end: Callable[[Participant], object] = lambda _: None,
 ) -> tuple[dict[str, VectorLearner], list[str]]:
-    """Run every member's session to its end, each in a thread of its own; the learners, and what went wrong.
+    """Run every member's session in a thread of its own; gives the learners, and what went wrong.
 
     `at_end` is called with every member when all are through, before its ledger is closed.
     """

@@ -18,10 +18,9 @@ from fedmosaic.experiments.comparison.record import read_run
 from fedmosaic.experiments.comparison.report import merged_statement, show
 from fedmosaic.experiments.comparison.runs import compared_run
 from fedmosaic.experiments.runs import command as runner
-from fedmosaic.experiments.runs.client_processes import check_as_processes, client_process
+from fedmosaic.experiments.runs.processes import check_as_processes, client_process
 from fedmosaic.experiments.scenario.participants import Evaluation, read_evaluations
-from fedmosaic.experiments.scenario.processes import RunFailedError
-from fedmosaic.experiments.scenario.terms import ScenarioClient, ScenarioTask
+from fedmosaic.experiments.scenario.terms import RunFailedError, ScenarioClient, ScenarioTask
 from fedmosaic.experiments.simulation import simulate as simulation
 from fedmosaic.experiments.simulation.client import StreamLearner
 from fedmosaic.experiments.simulation.models import AdapterState, SharedModel
@@ -101,8 +100,9 @@ def test_a_blended_branch_begins_half_way_to_what_is_received(
             moved.append(not np.allclose(begins, ends[client]))
 
     def watched(self: StreamLearner, *arguments: Any) -> None:
-        train(self, *arguments)
-        ends[self.example_ids[0]] = read_shared(self._model, "local")
+        with self.shared.with_adapter(self.adapter):
+            train(self, *arguments)
+            ends[self.example_ids[0]] = read_shared(self._model, "local")
 
     monkeypatch.setattr(StreamLearner, "train", watched)
     monkeypatch.setattr(StreamLearner, "_blend_received", blended)

@@ -48,7 +48,7 @@ from fedmosaic.experiments.comparison.record import read_run
 from fedmosaic.experiments.comparison.runs import compared_run
 from fedmosaic.experiments.methods.lora import load_with_lora, lora_layers
 from fedmosaic.experiments.runs import command as runner
-from fedmosaic.experiments.runs.client_processes import check_as_processes
+from fedmosaic.experiments.runs.processes import check_as_processes
 from fedmosaic.experiments.scenario.participants import read_evaluations, write_examples
 from fedmosaic.experiments.simulation.simulate import make_models
 from fedmosaic.privacy.federation.terms import AdapterTerms, Terms

@@ -1,1 +1,0 @@
-"""Do noised profiles still find related clients? Designs of the profile compared."""
