@@ -25,7 +25,7 @@ from fedmosaic.experiments.attacks.profile import EPSILONS, noise_multiplier
 from fedmosaic.experiments.attacks.statistics import membership
 from fedmosaic.experiments.attacks.statistics.results import AttackResult, Figure, Setting
 from fedmosaic.experiments.attacks.statistics.roc import Ceiling
-from fedmosaic.experiments.scenario.metrics import area_under_curve, interval
+from fedmosaic.experiments.scenario.metrics import area_under_curve
 from fedmosaic.privacy.federation.terms import AdapterTerms
 from fedmosaic.privacy.mechanism.noise import NoiseSource
 
@@ -145,7 +145,7 @@ def word_results(
             release=release,
             setting=setting,
             epsilon=epsilon,
-            figures=(_mean_figure("AUC over words", found),),
+            figures=(Figure.mean("AUC over words", found),),
             note=f"{len(vocabulary)} words; compare with the row without any update",
         )
         for found, release, setting, epsilon in cases
@@ -201,11 +201,3 @@ def _words(text: str) -> set[str]:
 def _presence(texts: Sequence[str], vocabulary: Sequence[str]) -> np.ndarray:
     found = [_words(text) for text in texts]
     return np.array([[word in words for word in vocabulary] for words in found], dtype=np.float64)
-
-
-def _mean_figure(name: str, values: Sequence[float]) -> Figure:
-    found = interval(values)
-    if found is None or found.half_width is None:
-        return Figure(name=name, value=values[0] if values else 0.5, low=0.0, high=1.0)
-    low, high = found.mean - found.half_width, found.mean + found.half_width
-    return Figure(name=name, value=found.mean, low=max(0.0, low), high=min(1.0, high))

@@ -99,10 +99,11 @@ def collusion_results(
             for rounds in sorted({1, len(weights)})
         ]
         results.append(_collusion(source, words, figures, setting))
-    figures = [
-        Figure.exact(f"independent rows, {k} of {members} ({members - k} unknown)", _rows(weights, k))
-        for k in range(1, members)
-    ]
+    figures = []
+    for k in range(1, members):
+        held = collusion.equations(weights, [np.eye(members)] * len(weights), range(k))
+        count = collusion.independent_equations(held.weights_EU)
+        figures.append(Figure.exact(f"independent rows, {k} of {members} ({members - k} unknown)", count))
     results.append(_collusion(source, "exact count of independent rows", figures))
     if members <= _ALL_COALITIONS:
         results.append(_smallest(weights, source))
@@ -138,7 +139,8 @@ def spoofing_results(
     for count, found in shares.items():
         name = "one copy of the victim's profile" if count == 1 else f"{count} copies (Sybils)"
         figure = Figure.spread(name, found)
-        bound = _largest_share(count, policy)
+        # Shares with Σ w² ≤ s sum to at most √(count · s); rounding may lift one above the cap by one unit.
+        bound = min(1.0, count * (policy.weight_cap + 2.0**-_BITS), math.sqrt(count * policy.squares_cap))
         figures.append(figure.model_copy(update={"bound": bound, "broken": figure.high > bound + 1e-9}))
     note = (
         "value: mean over victims; low and high: least and most. The cap bounds one client, not a party that "
@@ -160,13 +162,6 @@ def spoofing_results(
         figures=tuple(figures),
         note=note,
     )
-
-
-def _largest_share(count: int, policy: AggregationPolicy) -> float:
-    """What so many contributors have at most together: shares with Σ w² ≤ s sum to at most √(count · s)."""
-    # Rounding to integers may lift one share above the cap by one unit.
-    cap = policy.weight_cap + 2.0**-_BITS
-    return min(1.0, count * cap, math.sqrt(count * policy.squares_cap))
 
 
 def task_results(
@@ -224,11 +219,6 @@ def task_results(
 def dp_noise_ratio(sigma: float, rate: float, steps: int, examples: int, dimensions: int) -> float:
     """Least noise of a DP adapter over its signal: noise σC√(D·T) against at most T·q·n·C of gradients."""
     return sigma * math.sqrt(dimensions) / (math.sqrt(steps) * rate * examples)
-
-
-def _rows(weights: Sequence[np.ndarray], size: int) -> int:
-    held = collusion.equations(weights, [np.eye(len(weights[0]))] * len(weights), range(size))
-    return collusion.independent_equations(held.weights_EU)
 
 
 def _recovery_errors(

@@ -1,29 +1,19 @@
 """What can be attacked with the state directory alone that a real client or server leaves behind.
 
-A server's holds profiles and every weight row, for collusion and spoofing. A client's holds its claim, which
-is held against its ledger. Neither holds texts or models, so all else needs a run or a scenario.
+A server's holds profiles and every weight row, for collusion and spoofing; neither holds texts or models.
 """
 
-import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
-from fedmosaic.client.ledger import SEEN
 from fedmosaic.client.state import read_record
-from fedmosaic.client.statement import STATEMENT
 from fedmosaic.experiments.attacks.encryption import claimed_row_result, group_key_result
 from fedmosaic.experiments.attacks.federation import collusion_results, spoofing_results
-from fedmosaic.experiments.attacks.statistics.results import AttackResult, Figure
+from fedmosaic.experiments.attacks.statistics.results import AttackResult
 from fedmosaic.experiments.attacks.target import RUN, ServerRun, read_server_run
-from fedmosaic.privacy.configuration import parse_json, read_configuration
-from fedmosaic.privacy.ledger.ledger import LEDGER, parameters_of, read_ledger
-from fedmosaic.privacy.ledger.rows import charges
-from fedmosaic.privacy.ledger.rules import bound_of
-from fedmosaic.privacy.statement.models import PrivacyStatement
 from fedmosaic.server.storage.store import Store, default_url
 
-CLAIM: Final = "The statement's claim against the client's own ledger"
 _SESSION: Final = "session.json"
 
 
@@ -44,8 +34,13 @@ def open_state(path: Path, seed: int) -> State:
     """Read what a server or client left behind; `ConfigurationError` or `StateError` if it is damaged."""
     record = read_record(path)
     if record is not None:
-        why = "needs texts and models, and a client's state holds neither; give a run or a scenario"
-        return State(f"{record.federation}-{record.client}", lambda skipped: _client(path, skipped), why)
+        why = "needs what others released, and a client's state holds none of it; give a server's, or a run"
+
+        def nothing(skipped: list[str]) -> list[AttackResult]:
+            skipped.append(f"federation: {why}")
+            return []
+
+        return State(f"{record.federation}-{record.client}", nothing, why)
     run = read_server_run(path / RUN)
     why = "needs the members' texts and models, and no server has them; give a run or a scenario"
     return State(run.federation, lambda skipped: _server(path, run, seed, skipped), why)
@@ -73,44 +68,3 @@ def _server(path: Path, run: ServerRun, seed: int, skipped: list[str]) -> list[A
     vectors = {name: profile.vector for name, profile in sorted(profiles.items())}
     variance = max(profile.noise_variance for profile in profiles.values())
     return [*results, spoofing_results(vectors, variance, run.relevance, run.policy)]
-
-
-def _client(path: Path, skipped: list[str]) -> list[AttackResult]:
-    """Every ε of the statement against the one that the ledger's rows compose to, as they stand now."""
-    if not (path / STATEMENT).is_file():
-        skipped.append(f"federation: {path} holds no statement; a client writes it after the last round")
-        return []
-    statement = read_configuration(path / STATEMENT, PrivacyStatement)
-    seen: Any = parse_json((path / SEEN).read_bytes()) if (path / SEEN).is_file() else {"ledger": str(path)}
-    ledger = Path(str(seen["ledger"])) / LEDGER
-    if not ledger.is_file():
-        skipped.append(f"federation: the claim needs the ledger, and there is none at {ledger}")
-        return []
-    rows = read_ledger(ledger)
-    delta = parameters_of(rows).delta
-    channels = statement.clients[0].channels
-    unclaimed = [channel.channel for channel in channels if math.isinf(channel.epsilon)]
-    results = []
-    for channel in channels:
-        if channel.channel in unclaimed:
-            continue
-        wanted = None if channel.channel == "joint" else (channel.channel,)
-        spent = bound_of(charges(rows, wanted), delta, channel.accountant).epsilon
-        broken = spent > channel.epsilon * (1.0 + 1e-6)
-        figure = Figure.exact("ε of the ledger's rows", min(spent, 1e6))
-        results.append(
-            AttackResult(
-                attack=CLAIM,
-                adversary="nobody: the client's own check",
-                sees="statement and ledger",
-                statistic=f"composition by {channel.accountant} at δ = {delta:.2g}",
-                release=channel.channel,
-                setting="product",
-                epsilon=channel.epsilon,
-                delta=delta,
-                figures=(figure.model_copy(update={"bound": channel.epsilon, "broken": broken}),),
-                note="a ledger that other runs on the same data have charged since is above the older claim"
-                + (f"; no ε is claimed for {', '.join(unclaimed)}" if unclaimed else ""),
-            )
-        )
-    return results

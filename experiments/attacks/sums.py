@@ -23,7 +23,7 @@ from fedmosaic.privacy.mechanism.shares import noisy_share, plan_grid
 from fedmosaic.privacy.secureaggregation.collector import SumCollector
 from fedmosaic.privacy.secureaggregation.masks import Masks, pair_mask_key, private_key, to_words, unpack
 from fedmosaic.privacy.secureaggregation.member import SumMember
-from fedmosaic.privacy.secureaggregation.messages import Opening, transcript
+from fedmosaic.privacy.secureaggregation.messages import transcript
 from fedmosaic.privacy.secureaggregation.partition import NO_ROUND, Partition, sum_context
 from fedmosaic.privacy.secureaggregation.terms import SumTerms
 
@@ -222,25 +222,11 @@ def sum_refusals(sums: GroupSumTerms) -> tuple[results.RefusalResult, ...]:
     )
 
 
-def _openings(group: Group, terms: SumTerms, names: Collection[str]) -> dict[str, Opening]:
-    members = group.members(terms)
-    return {name: members[name].open() for name in names}
-
-
-def _two_partitions(group: Group) -> None:
-    other = group.partition.model_copy(update={"mixing": dict.fromkeys(group.names, (0.5,))})
-    victim = SumMember(group.terms(), group.names[0], group.identities[group.names[0]])
-    shown = _openings(group, group.terms(partition=other), group.names[1:])
-    victim.share({group.names[0]: victim.open(), **shown})
-
-
-def _earlier_round(group: Group) -> None:
-    victim = SumMember(group.terms(3), group.names[0], group.identities[group.names[0]])
-    victim.share({group.names[0]: victim.open(), **_openings(group, group.terms(2), group.names[1:])})
-
-
-def _half_below_least(group: Group) -> None:
-    group.shared(group.names[: group.sums.minimum_contributors - 1])
+def _share_with_others(group: Group, own: SumTerms, others: SumTerms) -> None:
+    """A victim on its own terms is shown openings that the others made on theirs."""
+    name, members = group.names[0], group.members(others)
+    victim = SumMember(own, name, group.identities[name])
+    victim.share({name: victim.open(), **{other: members[other].open() for other in group.names[1:]}})
 
 
 def _few_masks(group: Group) -> None:
@@ -259,21 +245,16 @@ def _other_keys(group: Group) -> None:
     members[names[0]].accept(server.envelopes_for(names[0]) | foreign)
 
 
-def _masked(group: Group) -> tuple[SumCollector, dict[str, SumMember]]:
+def _masked(group: Group) -> dict[str, SumMember]:
     server, members = group.shared()
     for name, member in members.items():
         member.accept(server.envelopes_for(name))
         server.add_vector(name, member.mask(np.zeros(group.dimensions, dtype=np.int64)))
-    return server, members
-
-
-def _short_list(group: Group) -> None:
-    _, members = _masked(group)
-    members[group.names[0]].agree(group.names[: group.sums.minimum_contributors - 1])
+    return members
 
 
 def _two_lists(group: Group) -> None:
-    _, members = _masked(group)
+    members = _masked(group)
     lists = (group.names[:-1], group.names[1:])
     signed: tuple[dict[str, bytes], dict[str, bytes]] = ({}, {})
     for number, name in enumerate(group.names[1:-1]):
@@ -281,31 +262,30 @@ def _two_lists(group: Group) -> None:
     members[group.names[1]].unmask(signed[0])
 
 
-def _second_vector(group: Group) -> None:
-    _, members = _masked(group)
-    members[group.names[0]].mask(np.zeros(group.dimensions, dtype=np.int64))
+def _check_groups(group: Group, groups: tuple[tuple[str, ...], ...], member: str) -> None:
+    shown = Partition(groups=groups, mixing=dict.fromkeys(group.names, (1.0, 0.0)))
+    shown.check(member, group.names, group.sums.minimum_contributors, 2)
 
 
-def _overlap(group: Group) -> None:
-    both = Partition(groups=(group.names, group.names[1:]), mixing=dict.fromkeys(group.names, (1.0, 0.0)))
-    both.check(group.names[1], group.names, group.sums.minimum_contributors, 2)
-
-
-def _small_group(group: Group) -> None:
-    small, rest = group.names[:1], group.names[1:]
-    split = Partition(groups=(small, rest), mixing=dict.fromkeys(group.names, (1.0, 0.0)))
-    split.check(group.names[0], group.names, group.sums.minimum_contributors, 2)
-
-
-_ATTEMPTS: Final[Mapping[str, Callable[[Group], None]]] = {
-    "two members are shown different groups or weights": _two_partitions,
-    "openings of an earlier round replayed": _earlier_round,
-    "a half of fewer than m_min is shown no other keys": _half_below_least,
+_ATTEMPTS: Final[Mapping[str, Callable[[Group], object]]] = {
+    "two members are shown different groups or weights": lambda g: _share_with_others(
+        g,
+        g.terms(),
+        g.terms(partition=g.partition.model_copy(update={"mixing": dict.fromkeys(g.names, (0.5,))})),
+    ),
+    "openings of an earlier round replayed": lambda g: _share_with_others(g, g.terms(3), g.terms(2)),
+    "a half of fewer than m_min is shown no other keys": lambda g: g.shared(
+        g.names[: g.sums.minimum_contributors - 1]
+    ),
     "masks in common with a few members alone, who then vanish": _few_masks,
     "halves with different keys are brought together again": _other_keys,
-    "a list of fewer than m_min contributors": _short_list,
+    "a list of fewer than m_min contributors": lambda g: _masked(g)[g.names[0]].agree(
+        g.names[: g.sums.minimum_contributors - 1]
+    ),
     "two lists of contributors, half of the members each": _two_lists,
-    "a second vector for a sum": _second_vector,
-    "groups that overlap": _overlap,
-    "a group of one": _small_group,
+    "a second vector for a sum": lambda g: _masked(g)[g.names[0]].mask(
+        np.zeros(g.dimensions, dtype=np.int64)
+    ),
+    "groups that overlap": lambda g: _check_groups(g, (g.names, g.names[1:]), g.names[1]),
+    "a group of one": lambda g: _check_groups(g, (g.names[:1], g.names[1:]), g.names[0]),
 }

@@ -36,16 +36,13 @@ def sections(groups: Sequence[Group], reference: str = REFERENCE) -> Iterator[Se
         if together:
             yield Section(f"{_POOLED}: against {reference}, pair by pair, points", _GAIN_HEADS, together)
     for scenario, members in scenarios:
-        title = f"{scenario}: %, mean ± half of the 95 % interval over seeds{_majority(members)}"
+        known = [run.majority for group in members for run in group.runs if not math.isnan(run.majority)]
+        always = f"; always the most frequent answer: Self {100 * fmean(known):.1f}" if known else ""
+        title = f"{scenario}: %, mean ± half of the 95 % interval over seeds{always}"
         yield Section(title, _FIGURE_HEADS, [(group.method, _figures(group)) for group in members])
         compared = gains(members, reference)
         if compared:
             yield Section(f"{scenario}: against {reference}, seed by seed, points", _GAIN_HEADS, compared)
-
-
-def _majority(groups: Sequence[Group]) -> str:
-    known = [run.majority for group in groups for run in group.runs if not math.isnan(run.majority)]
-    return f"; always the most frequent answer: Self {100 * fmean(known):.1f}" if known else ""
 
 
 def markdown(groups: Sequence[Group], reference: str = REFERENCE) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedmosaic.client.model.loss import Batch, ExampleLosses, example_losses
+from fedmosaic.client.model.loss import Batch, example_losses
 from fedmosaic.experiments.methods.hetlora import HetLora
 from fedmosaic.experiments.methods.lora import Vector, factors, using
 from fedmosaic.experiments.methods.matrices import Matrices, pack, unpack
@@ -38,8 +38,12 @@ class HetLoraPruned(HetLora):
         rank = live_rank([(a.detach().cpu().numpy(), b.detach().cpu().numpy()) for a, b in pairs])
         keep = max(1, math.floor(self.kept_share * rank))
         before = float(tail_size(pairs, keep).detach())
+
+        def with_tail(model: nn.Module, batch: Batch) -> torch.Tensor:
+            return example_losses(model, batch) + self.tail_weight * tail_size(pairs, keep)
+
         with using(trainer.model, [SHARED], [SHARED]):
-            trainer.fit(_with_tail(pairs, keep, self.tail_weight))
+            trainer.fit(with_tail)
         if float(tail_size(pairs, keep).detach()) < before:
             with torch.no_grad():
                 for down, up in pairs:
@@ -83,13 +87,6 @@ def tail_size(pairs: Factors, keep: int) -> torch.Tensor:
     return torch.stack(
         [torch.linalg.norm(up[:, keep:]) * torch.linalg.norm(down[keep:]) for down, up in pairs]
     ).sum()
-
-
-def _with_tail(pairs: Factors, keep: int, weight: float) -> ExampleLosses:
-    def losses(model: nn.Module, batch: Batch) -> torch.Tensor:
-        return example_losses(model, batch) + weight * tail_size(pairs, keep)
-
-    return losses
 
 
 def _cut(matrices: Matrices, rank: int) -> Matrices:

@@ -73,7 +73,8 @@ def run_baseline(strategy: Strategy, scenario: Scenario, directory: Path, consol
     progress = RunProgress(console, steps * scenario.schedule.rounds)
     with progress.bar:
         progress.skip((first - 1) * steps)
-        _score_untrained(evaluation, strategy, members)
+        for member in members:
+            _score_untrained(evaluation, strategy, member)
         for number in range(first, scenario.schedule.rounds + 1):
             uploads: dict[str, Vector] = {}
             for member in members:
@@ -86,7 +87,8 @@ def run_baseline(strategy: Strategy, scenario: Scenario, directory: Path, consol
                         scores = evaluation.score(scored, member.shared.tokenizer, member.entry.id)
                     participants.add_evaluation(member.state, number, scores)
                 if strategy.shares:
-                    uploads[member.entry.id] = _upload(strategy, member)
+                    with member.shared.with_adapter(member.adapter) as model:
+                        uploads[member.entry.id] = strategy.upload(model)
             if strategy.shares:
                 _share(strategy, scenario, members, uploads)
             _save(directory, number, members, strategy)
@@ -164,21 +166,12 @@ def _measure(
     )
 
 
-def _score_untrained(
-    evaluation: participants.Evaluation, strategy: Strategy, members: Sequence[_Member]
-) -> None:
-    by_id = {member.entry.id: member for member in members}
-
-    def score(name: str, test: participants.TestSet) -> float:
-        member = by_id[name]
+def _score_untrained(evaluation: participants.Evaluation, strategy: Strategy, member: _Member) -> None:
+    def score(test: participants.TestSet) -> float:
         with member.shared.with_adapter(member.adapter) as model, strategy.scored(model) as scored:
             return evaluation.score_set(scored, member.shared.tokenizer, test)
 
-    evaluation.score_untrained(
-        {name: member.state for name, member in by_id.items()},
-        {name: id(member.shared) for name, member in by_id.items()},
-        score,
-    )
+    evaluation.score_untrained(member.entry.id, member.state, id(member.shared), score)
 
 
 def _train(strategy: Strategy, member: _Member, number: int, progress: RunProgress) -> None:
@@ -190,11 +183,6 @@ def _train(strategy: Strategy, member: _Member, number: int, progress: RunProgre
                 lambda: progress.add(1, member.entry.id, number),
             )
         )  # fmt: skip
-
-
-def _upload(strategy: Strategy, member: _Member) -> Vector:
-    with member.shared.with_adapter(member.adapter) as model:
-        return strategy.upload(model)
 
 
 def _share(

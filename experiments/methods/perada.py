@@ -1,12 +1,12 @@
 """PerAda: Ditto, and the server distils the clients' logits on public data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import nn
 
-from fedmosaic.client.model.loss import Batch, ExampleLosses
+from fedmosaic.client.model.loss import Batch
 from fedmosaic.client.model.training import train_local
 from fedmosaic.experiments.methods.distillation import answer_logits, soft_divergence
 from fedmosaic.experiments.methods.ditto import Ditto
@@ -29,7 +29,13 @@ class PerAda(Ditto):
 
     def combine(self, uploads: Mapping[str, Vector], server: ServerSide) -> Mapping[str, Vector]:
         """The mean, then distillation."""
-        mean = super().combine(uploads, server)
+        mean, vectors = super().combine(uploads, server), [uploads[name] for name in sorted(uploads)]
+
+        def from_teachers(model: nn.Module, batch: Batch) -> torch.Tensor:
+            with torch.no_grad():
+                teacher = mean_logits(server, vectors, batch)
+            return soft_divergence(answer_logits(model, batch), teacher, batch)
+
         write_adapter(server.model, SHARED, next(iter(mean.values())))
         with using(server.model, [SHARED], [SHARED]):
             train_local(
@@ -37,15 +43,6 @@ class PerAda(Ditto):
                 server.public,
                 server.settings.model_copy(update={"steps": self.steps}),
                 pad_token_id=server.pad_token_id,
-                losses=_from_teachers([uploads[name] for name in sorted(uploads)], server),
+                losses=from_teachers,
             )
         return dict.fromkeys(uploads, read_adapter(server.model, SHARED))
-
-
-def _from_teachers(uploads: Sequence[Vector], server: ServerSide) -> ExampleLosses:
-    def losses(model: nn.Module, batch: Batch) -> torch.Tensor:
-        with torch.no_grad():
-            teacher = mean_logits(server, uploads, batch)
-        return soft_divergence(answer_logits(model, batch), teacher, batch)
-
-    return losses

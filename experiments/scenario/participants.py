@@ -123,18 +123,13 @@ class Evaluation:
         return score_examples(model, tokenizer, test.examples, _BATCH, max_length=longest).value
 
     def score_untrained(
-        self,
-        states: Mapping[str, Path],
-        alike: Mapping[str, Hashable],
-        score: Callable[[str, TestSet], float],
+        self, client: str, state: Path, alike: Hashable, score: Callable[[TestSet], float]
     ) -> None:
-        """Score round 0, unless that is done, once per test set for all with the same value in `alike`."""
+        """Score round 0, unless that is done, once per test set for all clients with the same `alike`."""
         known = self._untrained
-        for client, state in states.items():
-            tests = {(alike[client], t.label, len(t.examples)): t for t in self.sets_of(client)}
-            if not tests or 0 in read_evaluations(state):
-                continue
-            known |= {key: score(client, test) for key, test in tests.items() if key not in known}
+        tests = {(alike, t.label, len(t.examples)): t for t in self.sets_of(client)}
+        if tests and 0 not in read_evaluations(state):
+            known |= {key: score(test) for key, test in tests.items() if key not in known}
             add_evaluation(state, 0, {test.label: known[key] for key, test in tests.items()})
 
 

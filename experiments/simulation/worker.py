@@ -210,12 +210,12 @@ class _Client:
         )
 
     def _score_untrained(self) -> None:
-        def score(_: str, test: participants.TestSet) -> float:
+        def score(test: participants.TestSet) -> float:
             with self.shared.with_adapter(AdapterState()) as model:
                 return self.worker.evaluation.score_set(model, self.shared.tokenizer, test)
 
-        name, alike = self.entry.id, architecture(self.entry)
-        self.worker.evaluation.score_untrained({name: self.state.directory}, {name: alike}, score)
+        alike, state = architecture(self.entry), self.state.directory
+        self.worker.evaluation.score_untrained(self.entry.id, state, alike, score)
 
     def _score(self, round_number: int) -> None:
         if round_number in self.worker.scenario.rounds_to_score():

@@ -41,16 +41,14 @@ class _Epochs:
         return KeyAgreement(self.identities[name], name, self.plan(), lambda: _SECRET, len(_SECRET))
 
 
-def _without(openings: Openings, name: str) -> Openings:
-    return {member: opening for member, opening in openings.items() if member != name}
-
-
 _OPENINGS: Final[Mapping[str, Callable[[_Epochs, Openings], Openings]]] = {
     "key agreement: a member's key swapped for the server's": lambda epochs, openings: (
         openings | {_OTHER: epochs.opening(_OTHER, epochs.plan(), signer="mallory")}
     ),
     "key agreement: a fake member added": lambda _, openings: openings | {"mallory": openings[_OTHER]},
-    "key agreement: a member left out silently": lambda _, openings: _without(openings, _OTHER),
+    "key agreement: a member left out silently": lambda _, openings: {
+        member: opening for member, opening in openings.items() if member != _OTHER
+    },
     "key agreement: an opening of an earlier epoch replayed": lambda epochs, openings: (
         openings | {_OTHER: epochs.opening(_OTHER, epochs.plan(1))}
     ),

@@ -145,12 +145,6 @@ def _flipped(payload: bytes, place: int) -> bytes:
     return bytes(changed)
 
 
-def _altered(upload: Upload) -> Upload:
-    section = upload.sections[0]
-    sections = (replace(section, payload=_flipped(section.payload, -1)),)
-    return replace(upload, sections=sections, attempt_id="d" * 32)
-
-
 UPLOAD_ATTACKS: Final[Mapping[str, TamperUpload]] = {
     "an upload signed with another key": lambda _, upload: replace(
         upload, signature=Ed25519PrivateKey.generate().sign(b"upload"), attempt_id="f" * 32
@@ -158,7 +152,11 @@ UPLOAD_ATTACKS: Final[Mapping[str, TamperUpload]] = {
     "an upload of an earlier round, relabelled": lambda line, _: replace(
         line.uploads[0], round=stand_in.ROUNDS, attempt_id="e" * 32
     ),
-    "an upload altered after it was signed": lambda _, upload: _altered(upload),
+    "an upload altered after it was signed": lambda _, upload: replace(
+        upload,
+        sections=(replace(upload.sections[0], payload=_flipped(upload.sections[0].payload, -1)),),
+        attempt_id="d" * 32,
+    ),
 }
 
 

@@ -116,8 +116,10 @@ def open_member(
     ledger = Ledger.open(state.ledger_path, name, 1e-5, 8.0, accountant="rdp", budgeted_channels=("profile",))
     learner = VectorLearner(seed, kit.roster.terms)
     ids = tuple(f"{name}-{number}" for number in range(100))
-    plan = AdapterPlan(0.0, 0.1)
-    releases = Releases(ledger, kit.roster.terms, state, ids, _profile(seed), SecureNoise(), plan)
+    plan, units = AdapterPlan(0.0, 0.1), np.zeros(_MECHANISM.dimensions, dtype=np.int64)
+    units[seed] = 100 * 2**24
+    total = ClippedSum(units, 0, 0, 100)
+    releases = Releases(ledger, kit.roster.terms, state, ids, lambda: total, SecureNoise(), plan)
     member = Participant(kit, transport, learner, state, ledger, plan, releases, Progress())
     return member, learner, ledger
 
@@ -152,12 +154,3 @@ def run_sessions(
         ledger.close()
         member.state.release()
     return {name: learner for name, (_, learner, _) in opened.items()}, errors
-
-
-def _profile(seed: int) -> Callable[[], ClippedSum]:
-    def summed() -> ClippedSum:
-        units = np.zeros(_MECHANISM.dimensions, dtype=np.int64)
-        units[seed] = 100 * 2**24
-        return ClippedSum(units, 0, 0, 100)
-
-    return summed

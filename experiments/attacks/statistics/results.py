@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field
 from scipy.stats import beta
 
+from fedmosaic.experiments.scenario.metrics import interval
 from fedmosaic.privacy.accounting.events import Epsilon
 from fedmosaic.privacy.configuration import Frozen
 from fedmosaic.protos.errors import FedMosaicError
@@ -57,6 +58,15 @@ class Figure(Frozen):
     def spread(cls, name: str, values: Sequence[float]) -> "Figure":
         """The mean of some values, between the least and the most of them."""
         return cls(name=name, value=fmean(values), low=min(values), high=max(values))
+
+    @classmethod
+    def mean(cls, name: str, values: Sequence[float]) -> "Figure":
+        """The mean of independent shares with Student's interval; [0, 1] if there are too few."""
+        found = interval(values)
+        if found is None or found.half_width is None:
+            return cls(name=name, value=values[0] if values else 0.5, low=0.0, high=1.0)
+        low, high = found.mean - found.half_width, found.mean + found.half_width
+        return cls(name=name, value=found.mean, low=max(0.0, low), high=min(1.0, high))
 
     @classmethod
     def share(cls, name: str, hits: float, size: int) -> "Figure":

@@ -19,12 +19,11 @@ from fedmosaic.experiments.comparison.tables import (
     epsilon_text,
     gains,
     markdown,
-    percent,
     pooled,
     sections,
 )
 from fedmosaic.experiments.runs import command as runner
-from fedmosaic.experiments.scenario.metrics import Interval, Pair
+from fedmosaic.experiments.scenario.metrics import Pair
 from fedmosaic.protos.errors import ConfigurationError
 
 
@@ -58,16 +57,10 @@ def test_one_seed_twice_is_refused() -> None:
         group_runs([_run(0, 0.4), _run(0, 0.4)])
 
 
-def test_words_for_figures() -> None:
-    assert percent(Interval(0.5, None, 1)) == "50.0"
-    assert percent(Interval(0.5, 0.021, 3)) == "50.0 ± 2.1"
-    assert percent(None) == "-"
-    assert [epsilon_text(value) for value in (None, math.inf, 1.234)] == ["cryptography", "∞", "1.23"]
-
-
 def test_the_largest_epsilon_of_the_runs_is_shown() -> None:
     group = Group("s", "m", (_run(0, 0.4, epsilon=1.0), _run(1, 0.4, epsilon=3.0)))
     assert group.epsilon("server") == 3.0
+    assert [epsilon_text(value) for value in (None, math.inf, 1.234)] == ["cryptography", "∞", "1.23"]
     assert Group("s", "m", (_run(0, 0.4, epsilon=None),)).epsilon("server") is None
 
 

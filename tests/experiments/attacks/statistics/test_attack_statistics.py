@@ -34,7 +34,6 @@ from fedmosaic.experiments.attacks.statistics.roc import (
     ceiling_of,
     membership_figures,
     rate_interval,
-    roc_points,
 )
 from fedmosaic.privacy.accounting.epsilon import epsilon
 from fedmosaic.privacy.accounting.events import GaussianEvent
@@ -176,14 +175,6 @@ def test_intervals_of_a_share_are_exact_and_widen_with_dependence() -> None:
     never, groups = np.zeros(100, dtype=bool), np.repeat(np.arange(10), 10)
     assert rate_interval(never, groups, 0.95, cautious=True) == clopper_pearson(0, 10, 0.95)
     assert rate_interval(never, groups, 0.95) == clopper_pearson(0, 100, 0.95)
-
-
-def test_curve_points_rise_from_corner_to_corner() -> None:
-    points = roc_points(*gaussian_scores(1.0, 2000, 0))
-    rates = [(p.false_positive_rate, p.true_positive_rate) for p in points]
-    assert rates == sorted(rates)
-    assert rates[-1] == (1.0, 1.0)
-    assert all(true >= false - 0.03 for false, true in rates)
 
 
 def test_epsilon_of_mu_is_the_accountants() -> None:
