@@ -6,6 +6,10 @@ from collections.abc import Sequence
 from typing import Final
 
 STUDIES: Final[dict[str, tuple[str, str]]] = {
+    "relevance": (
+        "fedmosaic.experiments.studies.relevance.command",
+        "How well relevance survives differential privacy: AUC and top-1 against ε and number of examples.",
+    ),
     "table": (
         "fedmosaic.experiments.runs.table",
         "Every cell of a table of methods, scenarios, streams and seeds.",

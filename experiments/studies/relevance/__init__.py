@@ -1,0 +1,1 @@
+"""Do noised profiles still find related clients? Designs of the profile compared."""
