@@ -31,13 +31,7 @@ _GRADIENT: Final = 1e3
 
 @dataclass(frozen=True, eq=False)
 class OneRun:
-    """Outcome of one audited run.
-
-    Attributes:
-        scores: (m,) how far the cores moved along each canary, in units of C.
-        included: (m,) the coins.
-        event: what the run charged.
-    """
+    """One audited run: (m,) movement of the cores along each canary in units of C, coins, charge."""
 
     scores: np.ndarray
     included: np.ndarray
