@@ -13,7 +13,7 @@ from fedmosaic.client.colora import set_active_branches
 from fedmosaic.client.dp import training as dp_training
 from fedmosaic.client.dp.branch import only_shared_branch, private_parameters
 from fedmosaic.client.dp.engine import clip_and_sum, example_gradient
-from fedmosaic.client.dp.training import PrivateTrainingSettings, noisy_sum, train_private
+from fedmosaic.client.dp.training import PrivateTrainingSettings, noisy_sum, private_steps
 from fedmosaic.experiments.attacks.audit import audit_result, one_run
 from fedmosaic.experiments.attacks.profile import audit_result as audit_profile
 from fedmosaic.experiments.attacks.statistics.empirical import (
@@ -261,7 +261,7 @@ def test_the_product_refuses_to_train_with_the_personal_branch_in_the_forward_pa
         set_active_branches(model, {"local", "personal"}, layers="shared")
         private = private_parameters(model)
         with pytest.raises(PrivacyError, match="take part in the forward pass"):
-            train_private(
-                model, cores, random_texts([8] * 4), SETTINGS, charge=lambda _event: None,
+            private_steps(
+                model, cores, random_texts([8] * 4), SETTINGS,
                 private_parameters=private, randomness=SeededTestNoise(0),
             )  # fmt: skip
