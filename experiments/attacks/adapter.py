@@ -1,9 +1,8 @@
 """Attacks on the shared adapter: membership and words from P, Q updates, per protection mode.
 
-The public starting point of a run gives every candidate's gradient with respect to P and Q, so an update is a
-sum over a known dictionary, as the profile is. What is attacked: the update itself (protection `none`,
-seen by the server), a recipient's aggregate of several updates (`none` and `encrypted`), and one step of
-DP-SGD (`dp`, seen by server and recipients). With `encrypted` the server sees a ciphertext only.
+The public starting point gives every candidate's gradient, so an update is a sum over a known dictionary.
+Attacked are the update itself (`none`), a recipient's aggregate (`none`, `encrypted`), and one step of DP-SGD
+(`dp`).
 """
 
 import math

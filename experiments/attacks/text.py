@@ -74,8 +74,8 @@ def evidence(vectors: np.ndarray, basis: np.ndarray, floor: float) -> np.ndarray
 class Release(NamedTuple):
     """One release as a matrix, and how the attacker's own vectors get into its coordinates.
 
-    `spans` is what stands out of its noise, None to decode with the language model alone; `left` maps (n, D)
-    gradients δ to the matrix's rows, `right` (n, F) inputs x to its columns.
+    `spans` stands out of its noise, None to decode with the language model alone; `left` maps (n, D)
+    gradients δ to the rows, `right` (n, F) inputs x to the columns.
     """
 
     spans: Spans | None

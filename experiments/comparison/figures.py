@@ -31,10 +31,9 @@ _PANELS: Final[tuple[tuple[str, Callable[[Run], float]], ...]] = (
 def privacy_figure(groups: Sequence[Group]) -> str:
     """Accuracy and relevance over ε, by how the adapter is protected, as SVG.
 
-    What stands on the axis is not the target but the ε that the clients' ledgers came to: the largest of any
-    client, both channels together, towards another member. Without differential privacy on the adapter that
-    is ∞, on the right. Runs of `local` and `fedavg` give lines. `ConfigurationError` if no run has a server
-    of FedMosaic's, or the runs are of several scenarios.
+    ε is not the target but what the clients' ledgers came to: the largest of any client, both channels
+    together, towards another member; ∞ without differential privacy on the adapter. `local` and `fedavg` give
+    lines. `ConfigurationError` if no run has a server of FedMosaic's, or the runs are of several scenarios.
     """
     private = [group for group in groups if group.runs[0].protection]
     scenarios = {group.scenario for group in groups}

@@ -25,15 +25,13 @@ class Run:
     """One run, as far as a comparison needs it.
 
     Attributes:
-        method: with the words that tell it from others of the same method.
         curve: Self and Others by scored round, means over the clients; round 0 is before any training.
         epsilon: by reader, the largest over the clients; None where only cryptography protects.
         sent: mean bytes that a client sent in a round.
         training_flops: of all clients' own training steps; NaN where a client's were not measured.
         protection: of the adapter, as in a roster; empty for methods without a server of FedMosaic.
         majority: Self of whoever always gives a task's most frequent answer; NaN where that is not known.
-        relevance: how the last round's similarities tell clients of one group from others (area under the
-            ROC curve); NaN without groups or without similarities.
+        relevance: AUC of the last round's similarities for clients of one group; NaN if there are none.
     """
 
     scenario: str

@@ -38,17 +38,12 @@ class Readout:
 def fit_readouts(
     model: PreTrainedModel, sequences: Sequence[Sequence[int]], depths: Sequence[int], *, ridge: float = 0.1
 ) -> dict[int, Readout]:
-    """Fits a readout for each depth, all in one pass over the texts.
+    """Fits a readout for each depth, all in one pass over the public texts of at least two tokens each.
 
-    The first token of a sequence is left out: it is an attention sink, whose state is unlike any other.
-
-    Args:
-        model: Whole model in float32 with an RMS norm before its head; it is not changed.
-        sequences: Public texts as tokens, at least two each; together some multiples of H tokens.
-        depths: Numbers of layers, each from 1 to the model's own.
-        ridge: Weight of the penalty per token, relative to coordinates of mean square one; above 0.
-
-    `ConfigurationError` if A depth makes no sense, or there are no tokens to fit to.
+    The first token of a sequence is left out: it is an attention sink, whose state is unlike any other. The
+    whole model is in float32 with an RMS norm before its head; `ridge` > 0 weighs the penalty per token,
+    relative to coordinates of mean square one. `ConfigurationError` if a depth makes no sense, or there are
+    no tokens to fit to.
     """
     name, layers = find_decoder_layers(model)
     for depth in depths:

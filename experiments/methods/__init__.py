@@ -61,6 +61,8 @@ def simulate_method(
         known = ", ".join((*VARIANTS, *BASELINES))
         raise ConfigurationError(f"there is no method {method!r}; known: {known}")
     strategy = BASELINES[method][1]() if method in BASELINES else None
+    if strategy is not None and cluster is not None:
+        raise ConfigurationError(f"method {method!r} runs in one process; leave --engine ray out")
     ranked = [client.id for client in scenario.clients if client.rank]
     may_differ = strategy is not None and (not strategy.shares or isinstance(strategy, HetLora | FlexLora))
     if ranked and not may_differ:
@@ -68,14 +70,14 @@ def simulate_method(
             f"client {ranked[0]} names a rank of its own, which {method} cannot share; use hetlora or "
             "flexlora, or leave it out"
         )
-    if strategy is None and cluster is not None:
-        simulate_on(cluster, with_variant(scenario), directory, console, reference_flops(scenario))
-    elif strategy is None:
-        simulate(with_variant(scenario), directory, console, reference_flops(scenario))
-    elif cluster is not None:
-        raise ConfigurationError(f"method {method!r} runs in one process; leave --engine ray out")
-    else:
+    if strategy is not None:
         run_baseline(strategy, scenario, directory, console)
+        return
+    arguments = (with_variant(scenario), directory, console, reference_flops(scenario))
+    if cluster is not None:
+        simulate_on(cluster, *arguments)
+    else:
+        simulate(*arguments)
 
 
 def main(arguments: Sequence[str]) -> int:

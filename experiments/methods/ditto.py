@@ -14,10 +14,7 @@ PROXIMITY = 0.001
 
 
 class Ditto(Strategy):
-    """A shared adapter as in FedAvg, and a personal one held near it that never leaves.
-
-    Reference: Li et al. (2021), arXiv 2012.04221, with the proximity weight of the authors' comparison.
-    """
+    """Ditto (Li et al. 2021, arXiv 2012.04221): a shared adapter, and a personal one held near it."""
 
     adapters: ClassVar[tuple[str, ...]] = (SHARED, PERSONAL)
     shares = True

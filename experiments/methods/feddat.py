@@ -10,10 +10,7 @@ from fedmosaic.experiments.methods.strategy import PERSONAL, RECEIVED, SHARED, S
 
 
 class FedDat(Strategy):
-    """Dual adapter teacher: shared and personal adapters teach each other beside the frozen received one.
-
-    Reference: Chen et al. (2024), arXiv 2308.12305.
-    """
+    """Dual adapter teacher (Chen et al. 2024, arXiv 2308.12305), beside the frozen received adapter."""
 
     adapters = (SHARED, PERSONAL, RECEIVED)
     shares = True

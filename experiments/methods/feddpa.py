@@ -5,11 +5,9 @@ from fedmosaic.experiments.methods.strategy import PERSONAL, SHARED, Strategy, T
 
 
 class FedDpa(Strategy):
-    """Dual personalising adapters: the shared one first, then the personal one beside it, half of the steps.
+    """Dual personalising adapters (Yang et al. 2024, arXiv 2403.19211), half of the steps each.
 
     Scored with the mean of both, without instance-wise weights, as in the authors' comparison.
-
-    Reference: Yang et al. (2024), arXiv 2403.19211.
     """
 
     adapters = (SHARED, PERSONAL)

@@ -11,10 +11,8 @@ from fedmosaic.experiments.methods.strategy import ServerSide
 class FedMd(KnowledgeStrategy):
     """Every client tells what it says about public examples and learns from the mean of all.
 
-    Probabilities are averaged, not logits: logits of different vocabularies have no common scale. The first
-    training on the public examples is left out, because the models are pretrained.
-
-    Reference: Li and Wang (2019), arXiv 1910.03581.
+    Probabilities are averaged: logits of different vocabularies have no common scale. Models are pretrained,
+    so there is no first training on the public examples. Reference: Li and Wang (2019), arXiv 1910.03581.
     """
 
     def answer(self, server: ServerSide, opinions: Sequence[Sequence[Knowledge]]) -> list[Knowledge]:

@@ -11,11 +11,9 @@ from fedmosaic.experiments.methods.strategy import SHARED, ServerSide
 class FedMkt(KnowledgeStrategy):
     """Clients and a model of the server teach each other what they know better, example by example.
 
-    The server's model learns, for each public example, from the client with the least loss, if that is less
-    than its own; then each client learns from the server's model where that has less loss. The server keeps
-    one model per architecture, as in the comparison of FedMosaic's authors; the original keeps one large one.
-
-    Reference: Fan et al. (2024), arXiv 2406.02224, equations 7 to 10 and algorithm 2.
+    The server's model learns from the client with the least loss, if that is less than its own; then each
+    client learns from it likewise. There is one per architecture, as in the comparison of FedMosaic's
+    authors. Reference: Fan et al. (2024), arXiv 2406.02224, equations 7 to 10 and algorithm 2.
     """
 
     label_weight: ClassVar[float] = 0.9

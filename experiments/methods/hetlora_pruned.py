@@ -21,12 +21,10 @@ Factors = Sequence[tuple[torch.Tensor, torch.Tensor]]
 class HetLoraPruned(HetLora):
     """HETLoRA in whole: beside padding and weights by norm, ranks shrink while training.
 
-    Let the tail be what lies beyond the first γ·r rows of A and columns of B. Its size ‖B_tail‖·‖A_tail‖,
-    summed over the modules, is added to the loss; if it is smaller after a round's training than before, the
-    tail is given up. A rank given up is zero in A and in B, where no gradient can bring it back, and is not
-    filled when the mean comes.
-
-    Reference: Cho et al. (2024), arXiv 2401.06432. γ and the weight are this package's choice.
+    The size ‖B_tail‖·‖A_tail‖ of what lies beyond the first γ·r rows of A and columns of B is added to the
+    loss; if it is smaller after a round's training than before, the tail is given up: zero in both, where no
+    gradient brings it back, and not filled when the mean comes. Reference: Cho et al. (2024), arXiv
+    2401.06432. γ and the weight are our choice.
     """
 
     kept_share: ClassVar[float] = 0.9

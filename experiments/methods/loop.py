@@ -1,7 +1,6 @@
 """The rounds of a baseline: clients one after the other on shared models, then the server's combination.
 
-Baselines have no privacy: what is shared leaves in the clear. Streams, batches, scores and files are those
-of a FedMosaic run.
+Baselines have no privacy. Streams, batches, scores and files are those of a FedMosaic run.
 """
 
 import json

@@ -35,8 +35,8 @@ def load_with_lora(
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load a base model and put LoRA adapters on it that add nothing at first (B = 0).
 
-    α over rank is that of the terms for every rank. The seed is of the initial A; with `alike` all adapters
-    start with the same one. `ModelError` if the model cannot be loaded, or lacks the modules.
+    α over rank is that of the terms. The seed is of the initial A; with `alike` all adapters start with the
+    same one.
     """
     base, tokenizer = load_model(settings)
     config = LoraConfig(
@@ -110,10 +110,7 @@ def write_adapter(model: nn.Module, adapter: str, vector: Vector) -> None:
 def using(
     model: PeftModel, active: Collection[str], trainable: Collection[str] = (), scale: float = 1.0
 ) -> Iterator[None]:
-    """Let some adapters take part in the forward pass, and train some of them; switches back afterwards.
-
-    `scale` is a factor on every active adapter's output; 0.5 makes the sum of two their mean.
-    """
+    """Let some adapters take part in the forward pass, and train some of them; switches back afterwards."""
     layers = [layer for _, layer in lora_layers(model)]
     before = [(list(layer.active_adapters), dict(layer.scaling)) for layer in layers]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

@@ -18,9 +18,7 @@ from fedmosaic.experiments.methods.strategy import PERSONAL, SHARED, TEACHER, Se
 class PerAda(Ditto):
     """Ditto's client; the server distils the clients' mean logits on public examples into the average.
 
-    Teachers are the clients of the same architecture, whose vocabulary is the student's.
-
-    Reference: Xie et al. (2024), arXiv 2302.06637.
+    Teachers are the clients of the same architecture (Xie et al. 2024, arXiv 2302.06637).
     """
 
     adapters: ClassVar[tuple[str, ...]] = (SHARED, PERSONAL, TEACHER)

@@ -1,6 +1,5 @@
 """What a method is: what a client trains, what it shares, how that is combined, and what is scored.
 
-Each baseline is a subclass in a file of its own and a line of the registry in the package's `__init__`.
 Where the release of FedMosaic's authors departs from a published method, the published one stands here.
 """
 

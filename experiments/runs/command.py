@@ -1,7 +1,7 @@
 """`fedmosaic run SCENARIO.toml`: a federation on this machine, in one process or as real processes.
 
-With processes, the runner plays the consortium and then only watches: it makes the identities, starts
-one server and the clients, which speak gRPC over mutual TLS on loopback, and follows their progress files.
+With processes, the runner makes the identities, starts one server and the clients, and follows their
+progress.
 """
 
 import datetime as dt

@@ -90,7 +90,15 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if parsed.page is not None:
         _places(parsed.page, parsed.table.name)
-    _run(every, parsed.out, Console())
+    console, started, ran = Console(), time.monotonic(), 0
+    for number, cell in enumerate(every, start=1):
+        begun = time.monotonic()
+        with quiet_log():
+            run_at(cell.scenario, (parsed.out / cell.name).resolve(), Console(quiet=True))
+        seconds = time.monotonic() - begun
+        ran += seconds > 1.0
+        left = (time.monotonic() - started) / max(1, ran) * (len(every) - number) / 60
+        console.print(f"{number} of {len(every)}: {cell.name}, {seconds:.0f} s; about {left:.0f} min left")
     groups = group_runs([compared_run(parsed.out / cell.name) for cell in every])
     print(markdown(groups))
     if parsed.page is not None:
@@ -101,19 +109,6 @@ def main(arguments: Sequence[str]) -> int:
         )
         write_block(parsed.page, parsed.table.name, f"{markdown(groups)}\n{origin}")
     return 0
-
-
-def _run(every: Sequence[Cell], out: Path, console: Console) -> None:
-    started = time.monotonic()
-    ran = 0
-    for number, cell in enumerate(every, start=1):
-        begun = time.monotonic()
-        with quiet_log():
-            run_at(cell.scenario, (out / cell.name).resolve(), Console(quiet=True))
-        seconds = time.monotonic() - begun
-        ran += seconds > 1.0
-        left = (time.monotonic() - started) / max(1, ran) * (len(every) - number) / 60
-        console.print(f"{number} of {len(every)}: {cell.name}, {seconds:.0f} s; about {left:.0f} min left")
 
 
 def write_block(page: Path, name: str, content: str) -> None:

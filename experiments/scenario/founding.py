@@ -46,7 +46,16 @@ def fit_profile(
         **profile.model_dump(exclude={"public_data"}),
     )
     with console.status("a pass over every public example"):
-        mechanism = _fit_apart(arguments) if own_process else fit(arguments)
+        try:
+            if own_process:
+                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                    mechanism = pool.submit(fit, arguments).result()
+            else:
+                mechanism = fit(arguments)
+        except BrokenProcessPool:
+            raise RunFailedError(
+                "the process that fits the public basis was killed; give it more memory, or a smaller probe"
+            ) from None
     if kept is not None:
         # The mechanism, which names the basis by its hash, comes last: a copy that was cut off is not used.
         kept.mkdir(parents=True, exist_ok=True)
@@ -54,16 +63,6 @@ def fit_profile(
             if (stored.parent / name).exists():
                 write_atomically(kept / name, (stored.parent / name).read_bytes())
     return mechanism
-
-
-def _fit_apart(arguments: Arguments) -> ProfileMechanism:
-    try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            return pool.submit(fit, arguments).result()
-    except BrokenProcessPool:
-        raise RunFailedError(
-            "the process that fits the public basis was killed; give it more memory, or a smaller probe"
-        ) from None
 
 
 def _usable(kept: Path) -> bool:

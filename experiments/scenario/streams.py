@@ -79,9 +79,8 @@ class Stream:
         """Which examples, numbered by arrival, the batches of a round hold, end to end.
 
         While a round's examples arrive one by one, batches are drawn at an even pace with probabilities
-        softmax(-count / 0.125) over what is there, and every drawn example is counted; counts fade by 0.99
-        per batch. A memory smaller than a batch is repeated to fill it. `ConfigurationError` if nothing has
-        arrived by then.
+        softmax(-count / 0.125) over what is there; counts fade by 0.99 per batch. A memory smaller than a
+        batch is repeated to fill it. `ConfigurationError` if nothing has arrived by then.
         """
         counts = np.zeros(sum(map(len, self.slices)))
         present = 0

@@ -1,9 +1,8 @@
 """A scenario on a Ray cluster, or on the cores of this machine: `fedmosaic run SCENARIO --engine ray`.
 
-The server is an actor on the machine where the run was started. Clients are sorted by architecture to actors,
-each with one base model. Their states and ledgers are in the run's directory, which all machines share. Ray
-starts an actor that dies anew, where there is room, and its turns are taken again: a client goes on from its
-state, as after any restart.
+The server is an actor where the run was started; clients are sorted by architecture to actors with one base
+model each. All machines share the run's directory. An actor that dies is started anew, and its turns are
+taken again.
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """What training costs, measured: floating point operations of a few steps, and steps that cost the same.
 
-Counted are the products of the model's forward and backward passes (a multiplication and an addition are
-two), of a client's training alone: not scoring, the task profile, or what a server distils.
+Counted are the products of a client's own forward and backward passes; a multiplication and an addition are
+two.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence

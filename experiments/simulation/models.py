@@ -29,8 +29,8 @@ class AdapterState:
 class SharedModel:
     """A model with one adapter, lent to one client at a time.
 
-    Only the adapter's parameters belong to a client. What the adapter holds as buffers (the frozen bases)
-    and what the library keeps as switches (which branches are active) is the same for all of them.
+    Only the adapter's parameters belong to a client; its buffers and the library's switches are the same for
+    all.
     """
 
     def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,7 +1,6 @@
 """A federation on this machine or a cluster: real sessions, server and privacy, client by client.
 
-A round is a turn of every client that takes part in it. What the run leaves behind has the form of a run with
-processes, so that `fedmosaic report` reads both. Deadlines are lifted: nobody is late here.
+A round is a turn of every client that takes part in it. Deadlines are lifted: nobody is late here.
 """
 
 import hashlib

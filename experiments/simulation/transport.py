@@ -1,7 +1,4 @@
-"""The transport without a network: a session talks to a coordinator in the same process.
-
-The session, the coordinator and every check are those of a real federation; only sockets are missing.
-"""
+"""The transport without a network: a session talks to a coordinator in the same process."""
 
 import threading
 import time
@@ -29,15 +26,10 @@ class InProcessTransport:
         tick_seconds: float = TICK_SECONDS,
         traffic: Traffic | None = None,
     ) -> None:
-        """Connect.
+        """Connect; `stopped` is set by whoever gives the run up, before `wake`, and ends every wait.
 
-        Args:
-            coordinator: the server.
-            client_id: nobody checks it here.
-            patience_seconds: longest wait for a round to open.
-            stopped: set by whoever gives the run up, before `wake`; every wait then ends with an error.
-            tick_seconds: longest time between two looks at the clock.
-            traffic: goes on where an earlier process stopped; by default from nothing.
+        A client waits at most `patience_seconds` for a round to open, and looks at the clock every
+        `tick_seconds`; `traffic` goes on where an earlier process stopped.
         """
         self._coordinator = coordinator
         self._client_id = client_id

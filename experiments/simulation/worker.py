@@ -67,15 +67,8 @@ class Worker:
     ) -> None:
         """Load the probe.
 
-        Args:
-            scenario: as it is run.
-            directory: of the run, with its founded federation.
-            models: by architecture.
-            evaluation: the test sets.
-            coordinator: the server, or what stands for it.
-            progress: told of every step.
-            flops: operations of a step by client; none where training is private.
-            tick_seconds: how often a client that waits for the others within a round looks, heard of or not.
+        Models are by architecture; `flops` are operations of a step by client, none where training is
+        private. A client that waits for the others within a round looks every `tick_seconds`.
         """
         self.tick_seconds = tick_seconds
         self.scenario, self.directory, self.models = scenario, directory, models
@@ -225,13 +218,10 @@ class _Client:
             participants.add_evaluation(self.state.directory, round_number, scores)
 
     def turn(self, began: float) -> bool:
-        """Go on until the next round is waited for; at the end, write what a client process would write.
+        """Go on until the next round is waited for; whether the client's part in the run is over.
 
-        Args:
-            began: monotonic seconds at which the turn would have begun, had the client's turns been one.
-
-        Returns:
-            Whether the client's part in the run is over.
+        At its end it writes what a client process would. `began` are monotonic seconds at which the turn
+        would have begun, had the client's turns been one.
         """
         try:
             self.member.session.run()

@@ -86,7 +86,7 @@ def share(items: Iterable[LabelledText], clients: int) -> list[list[LabelledText
 
 
 def split(task: ClassificationTask, items: Sequence[LabelledText], train_rows: int, test_rows: int) -> Split:
-    """Divides distinct texts into balanced training and test sets of so many rows, whole groups at a time.
+    """Balanced training and test sets of so many rows, whole groups at a time, in an order fixed by hashes.
 
     `ConfigurationError` if there are too few texts of a class, a label that is no choice, or a number of rows
     that is no multiple of the number of choices.

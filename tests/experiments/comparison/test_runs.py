@@ -15,13 +15,7 @@ from fedmosaic.experiments.comparison import report
 from fedmosaic.experiments.comparison import runs as comparison
 from fedmosaic.experiments.comparison.record import majorities, majority_accuracy
 from fedmosaic.experiments.comparison.runs import Group, Run, group_runs, relevance_quality
-from fedmosaic.experiments.comparison.tables import (
-    epsilon_text,
-    gains,
-    markdown,
-    pooled,
-    sections,
-)
+from fedmosaic.experiments.comparison.tables import epsilon_text, gains, markdown, pooled, sections
 from fedmosaic.experiments.runs import command as runner
 from fedmosaic.experiments.scenario.metrics import Pair
 from fedmosaic.protos.errors import ConfigurationError

@@ -4,13 +4,7 @@ import math
 
 import pytest
 
-from fedmosaic.experiments.scenario.metrics import (
-    Interval,
-    Pair,
-    client_scores,
-    interval,
-    mean_pair,
-)
+from fedmosaic.experiments.scenario.metrics import Interval, Pair, client_scores, interval, mean_pair
 from fedmosaic.protos.errors import ConfigurationError
 
 

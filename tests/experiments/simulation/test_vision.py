@@ -14,11 +14,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
-from transformers import (
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.model.examples import Example, prompt_tokens
@@ -30,12 +26,7 @@ from fedmosaic.client.vision import efficientnet, features
 from fedmosaic.client.vision.efficientnet import EfficientNetLite0
 from fedmosaic.client.vision.embedding import ProjectedFeatures, put_images
 from fedmosaic.client.vision.inputs import located
-from fedmosaic.client.vision.projector import (
-    Projector,
-    ProjectorRecord,
-    load_projector,
-    save_projector,
-)
+from fedmosaic.client.vision.projector import Projector, ProjectorRecord, load_projector, save_projector
 from fedmosaic.client.vision.tower import TowerImages
 from fedmosaic.client.vision.words import (
     images_in,
