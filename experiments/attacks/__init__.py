@@ -1,5 +1,4 @@
 """Attacks on a run's releases, each with what an attacker gets and the bound that it may not pass.
 
-`statistics` judges scores, `refusals` tries what must be refused, the other files are one attack each;
-`parts` gives them data and sizes, `command` runs them and `report` writes the page.
+`statistics` judges scores, `refusals` tries what must be refused, the other files are one attack each.
 """

@@ -1,16 +1,14 @@
 """Attacks on the shared adapter: membership and words from P, Q updates, per protection mode.
 
-The public starting point of a run gives every candidate's gradient with respect to P and Q, so an update is a
-sum over a known dictionary, as the profile is. What is attacked: the update itself (protection `none`,
-seen by the server), a recipient's aggregate of several updates (`none` and `encrypted`), and one step of
-DP-SGD (`dp`, seen by server and recipients). With `encrypted` the server sees a ciphertext only.
+The public starting point gives every candidate's gradient, so an update is a sum over a known dictionary.
+Attacked are the update itself (`none`), a recipient's aggregate (`none`, `encrypted`), and one step of DP-SGD
+(`dp`).
 """
 
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -23,17 +21,10 @@ from fedmosaic.client.model.examples import Example, encode_examples
 from fedmosaic.client.model.loss import training_mode
 from fedmosaic.client.settings import ModelSettings
 from fedmosaic.experiments.attacks.profile import EPSILONS, noise_multiplier
-from fedmosaic.experiments.attacks.statistics.membership import (
-    clipped_gram,
-    dictionary_scores,
-    draw_members,
-    likelihood_ratio_scores,
-    scored,
-    simulated_inner_products,
-)
+from fedmosaic.experiments.attacks.statistics import membership
 from fedmosaic.experiments.attacks.statistics.results import AttackResult, Figure, Setting
 from fedmosaic.experiments.attacks.statistics.roc import Ceiling
-from fedmosaic.experiments.scenario.metrics import area_under_curve, interval
+from fedmosaic.experiments.scenario.metrics import area_under_curve
 from fedmosaic.privacy.federation.terms import AdapterTerms
 from fedmosaic.privacy.mechanism.noise import NoiseSource
 
@@ -43,8 +34,7 @@ _RIDGE: Final = 1.0
 _LEAST_WORD_LENGTH: Final = 4
 
 
-@dataclass(frozen=True, eq=False)
-class AdapterRows:
+class AdapterRows(NamedTuple):
     """(N, D) float32 gradients of P and Q, one per example, at the public starting point; and the texts."""
 
     rows: np.ndarray
@@ -54,10 +44,7 @@ class AdapterRows:
 def adapter_rows(
     settings: ModelSettings, terms: AdapterTerms, groups: Sequence[Sequence[Example]], max_length: int
 ) -> list[AdapterRows]:
-    """Gradients of groups of examples, cut to a number of tokens, by P and Q of a fresh adapter.
-
-    Every observer can compute them: base model and terms are public.
-    """
+    """Gradients of groups of examples by P and Q of a fresh adapter, which every observer can compute."""
     model, tokenizer = load_adapted(settings.model_copy(update={"dtype": "float32"}), terms)
     found = []
     with only_shared_branch(model) as cores, training_mode(model, False):
@@ -86,28 +73,28 @@ def membership_results(
     generator = np.random.default_rng(seed)
     rows = candidates.rows.astype(np.float64)
     gram = rows @ rows.T
-    members = draw_members(releases, len(rows), rate, generator)
-    inner = simulated_inner_products(gram, members, 0.0, generator)
-    scores = dictionary_scores(inner, gram, 0.0, rate)
+    members = membership.draw_members(releases, len(rows), rate, generator)
+    inner = membership.simulated_inner_products(gram, members, 0.0, generator)
+    scores = membership.dictionary_scores(inner, gram, 0.0, rate)
     yield _membership(scores, members, "none: the update itself", "server", "no_sanitiser")
     # A recipient sees the victim's update beside two others', whose examples are noise to the attacker.
     foreign = others.rows.astype(np.float64)
-    chosen = draw_members(releases, len(foreign), rate, generator)
+    chosen = membership.draw_members(releases, len(foreign), rate, generator)
     crossed = rows @ foreign.T
     spread = math.sqrt(float(np.mean(np.var(crossed, axis=1))) * rate * len(foreign)) / math.sqrt(
         float(np.mean(np.diag(gram)))
     )
     aggregate = inner + chosen @ crossed.T - rate * crossed.sum(axis=1)
     words = "none or encrypted: an aggregate with equal weight of other contributors"
-    scores = dictionary_scores(aggregate, gram, spread, rate)
+    scores = membership.dictionary_scores(aggregate, gram, spread, rate)
     yield _membership(scores, members, words, "recipient", "product")
     norms = np.linalg.norm(rows, axis=1)
     bound = float(np.quantile(norms, 0.5))
-    clipped, scaled = clipped_gram(gram, bound), rows * np.minimum(1.0, bound / norms)[:, None]
+    clipped, scaled = membership.clipped_gram(gram, bound), rows * np.minimum(1.0, bound / norms)[:, None]
     for epsilon in epsilons:
         sigma = noise_multiplier(epsilon)
         inner = np.stack([_dp_step(candidates.rows[row], bound, sigma, noise) @ scaled.T for row in members])
-        scores = likelihood_ratio_scores(inner, clipped, members, sigma * bound)
+        scores = membership.likelihood_ratio_scores(inner, clipped, members, sigma * bound)
         words = f"dp: one step at ε = {epsilon:g}"
         yield _membership(scores, members, words, "server or recipient", "variant", epsilon, sigma)
 
@@ -117,9 +104,8 @@ def word_results(
 ) -> list[AttackResult]:
     """Which words occur in the texts of an update: a ridge map from gradients to words, learnt in public.
 
-    Counts of words add up over examples as gradients do, so a linear map learnt on single examples reads the
-    words of a sum. Compared with guessing the words that are frequent in public texts. There are `updates`
-    updates of `size` of the victim's examples each.
+    Counts of words add up over examples as gradients do, so a map learnt on single examples reads the words
+    of a sum of `size` of them. Compared with guessing the words that are frequent in public texts.
     """
     generator = np.random.default_rng(seed)
     vocabulary = _vocabulary(public.texts, victim.texts)
@@ -144,10 +130,10 @@ def word_results(
             scores = size * prior + centred @ (vector - size * mean) @ mapped
             areas[name].append(area_under_curve(scores[occurs], scores[~occurs]))
         areas["prior"].append(area_under_curve(prior[occurs], prior[~occurs]))
-    cases: list[tuple[str, str, Setting, float | None]] = [
-        ("update", "none: the update itself", "no_sanitiser", math.inf),
-        ("dp", "dp: one step at ε = 8", "variant", 8.0),
-        ("prior", "no update at all: frequent words of public texts", "no_sanitiser", None),
+    cases: list[tuple[list[float], str, Setting, float | None]] = [
+        (areas["update"], "none: the update itself", "no_sanitiser", math.inf),
+        (areas["dp"], "dp: one step at ε = 8", "variant", 8.0),
+        (areas["prior"], "no update at all: frequent words of public texts", "no_sanitiser", None),
     ]
     return [
         AttackResult(
@@ -155,13 +141,13 @@ def word_results(
             adversary="server or recipient with public texts of the same kind",
             sees=f"the sum of the gradients of {size} texts; the base model is public",
             statistic="ridge map from gradients to words, learnt on public texts",
-            release=words,
+            release=release,
             setting=setting,
             epsilon=epsilon,
-            figures=(_mean_figure("AUC over words", areas[name]),),
+            figures=(Figure.mean("AUC over words", found),),
             note=f"{len(vocabulary)} words; compare with the row without any update",
         )
-        for name, words, setting, epsilon in cases
+        for found, release, setting, epsilon in cases
     ]
 
 
@@ -181,7 +167,7 @@ def _membership(
     sigma: float = 0.0,
 ) -> AttackResult:
     """The result of a likelihood ratio if there is a noise σ, of least squares over a dictionary if not."""
-    figures, curve = scored(scores, members, Ceiling(mu=1.0 / sigma) if sigma else Ceiling())
+    figures, curve = membership.scored(scores, members, Ceiling.of_noise(sigma))
     return AttackResult(
         attack=MEMBERSHIP,
         adversary=f"{adversary}, knowing all other members" if sigma else adversary,
@@ -214,11 +200,3 @@ def _words(text: str) -> set[str]:
 def _presence(texts: Sequence[str], vocabulary: Sequence[str]) -> np.ndarray:
     found = [_words(text) for text in texts]
     return np.array([[word in words for word in vocabulary] for words in found], dtype=np.float64)
-
-
-def _mean_figure(name: str, values: Sequence[float]) -> Figure:
-    found = interval(values)
-    if found is None or found.half_width is None:
-        return Figure(name=name, value=values[0] if values else 0.5, low=0.0, high=1.0)
-    low, high = found.mean - found.half_width, found.mean + found.half_width
-    return Figure(name=name, value=found.mean, low=max(0.0, low), high=min(1.0, high))

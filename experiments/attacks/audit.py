@@ -1,9 +1,9 @@
 """Empirical ε of the adapter channel: canaries of the largest allowed gradient through the real DP-SGD.
 
-`private_steps` trains a model that consists of cores alone. Its examples name one entry of P each: the loss
-of such an example has a huge gradient at that entry and none elsewhere, so clipping brings it to exactly C
-in a direction of its own. Half of the canaries, by fair coins, are in the data. With plain SGD the change of
-the cores is the sum of all noisy gradients, which is all that an observer of every step can use.
+`private_steps` trains a model of cores alone. The loss of an example has a huge gradient at one entry of P
+and none elsewhere, so clipping brings it to exactly C in a direction of its own. Half of the canaries, by
+fair coins, are in the data. With plain SGD the change of the cores is the sum of all noisy gradients, all
+that an observer can use.
 """
 
 from dataclasses import dataclass
@@ -31,13 +31,7 @@ _GRADIENT: Final = 1e3
 
 @dataclass(frozen=True, eq=False)
 class OneRun:
-    """Outcome of one audited run.
-
-    Attributes:
-        scores: (m,) how far the cores moved along each canary, in units of C.
-        included: (m,) the coins.
-        event: what the run charged.
-    """
+    """One audited run: (m,) movement of the cores along each canary in units of C, coins, charge."""
 
     scores: np.ndarray
     included: np.ndarray
@@ -47,8 +41,7 @@ class OneRun:
 class CanaryModel(nn.Module):
     """Cores that see one-hot inputs: example (a, b) moves entry (a, b) of P, and nothing else.
 
-    The first token of an example is its row a over all cores, the second its column b. A second position
-    with input zero and the opposite sign takes the gradient of Q off again.
+    A second position with input zero and the opposite sign takes the gradient of Q off again.
     """
 
     def __init__(self, cores: int, rank: int = RANK) -> None:
@@ -86,10 +79,7 @@ def canary_examples(count: int, rank: int = RANK) -> list[EncodedExample]:
 
 
 def one_run(
-    canaries: int,
-    settings: PrivateTrainingSettings,
-    randomness: Randomness,
-    coins: np.random.Generator,
+    canaries: int, settings: PrivateTrainingSettings, randomness: Randomness, coins: np.random.Generator
 ) -> OneRun:
     """Train once by plain SGD with about half of m canaries, one per entry of P, and read their scores."""
     model = CanaryModel(-(-canaries // RANK**2))

@@ -1,9 +1,7 @@
 """`fedmosaic attack RUN_OR_SCENARIO_OR_STATE`: the strongest practical attacks on what a federation releases.
 
-Adds an attack section to the run's privacy report: every attack with its success, its interval and the bound
-of the claimed ε, beside the same attack without a sanitiser and on the authors' sanitiser. Ends with status 1
-if a figure is above its bound or something that must be refused was not: then either the attack or the
-guarantee is wrong, and both need a look.
+Ends with status 1 if a figure is above its bound or something that must be refused was not: then either the
+attack or the guarantee is wrong, and both need a look.
 """
 
 import datetime as dt
@@ -93,7 +91,12 @@ def _opened(parsed: Arguments, console: Console) -> tuple[str, Path, Mapping[Par
                 "and --probes out, or give a run or a scenario"
             )
         state = open_state(parsed.target, parsed.sizes.seed)
-        left_out: dict[Part, Runner] = {part: partial(_cannot, f"{part}: {state.why_not}") for part in PARTS}
+
+        def cannot(part: Part, skipped: list[str]) -> Found:
+            skipped.append(f"{part}: {state.why_not}")
+            return ()
+
+        left_out: dict[Part, Runner] = {part: partial(cannot, part) for part in PARTS}
         console.print(f"attacking what {parsed.target} holds")
         place = parsed.output_dir or Path(f"attacks-{state.name}")
         return state.name, place, {**left_out, **malicious, "federation": state.attack}
@@ -106,11 +109,6 @@ def _opened(parsed: Arguments, console: Console) -> tuple[str, Path, Mapping[Par
     return target.name, parsed.output_dir or place, {**runners, **malicious}
 
 
-def _cannot(reason: str, skipped: list[str]) -> Found:
-    skipped.append(reason)
-    return ()
-
-
 def carry_out(
     name: str,
     parts: Sequence[Part],
@@ -121,6 +119,9 @@ def carry_out(
 ) -> AttackReport:
     """Carry out the chosen attacks; `keep` is told of the report after every part."""
     started, began = time.monotonic(), time.process_time()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 0
+    graphics = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    machine = f"{os.cpu_count()} CPU cores, {memory:.0f} GiB, {graphics}"
     found: list[AttackResult | RefusalResult] = []
     skipped: list[str] = []
 
@@ -131,7 +132,7 @@ def carry_out(
             seconds=time.monotonic() - started,
             processor_seconds=time.process_time() - began,
             command=command,
-            machine=_machine(),
+            machine=machine,
             results=tuple(each for each in found if isinstance(each, AttackResult)),
             refusals=tuple(each for each in found if isinstance(each, RefusalResult)),
             skipped=tuple(skipped),
@@ -149,12 +150,6 @@ def carry_out(
         )
     keep(report())
     return report()
-
-
-def _machine() -> str:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 0
-    graphics = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{os.cpu_count()} CPU cores, {memory:.0f} GiB, {graphics}"
 
 
 if __name__ == "__main__":

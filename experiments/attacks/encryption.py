@@ -1,11 +1,8 @@
 """What encryption does not keep out: a member that hands over its key, and a sum of another row than is told.
 
-All members of a key epoch hold one key, so the first is no flaw of a back end but what `encrypted` means: it
-keeps the server out as long as every member keeps the key to itself. The member hands it over while the run
-lasts: keys are deleted at its end, so a run that is over, whose members were honest, is not read this way.
-
-The recipient checks the row that it is told. Whether the sum was made with that row is another matter: a back
-end either binds the sum to the row, or the server's word has to be taken for it.
+All members of a key epoch hold one key, so the first is no flaw of a back end but what `encrypted` means.
+Keys are deleted at the end of a run: one that is over, whose members were honest, is not read this way. As to
+the second, a back end either binds the sum to the row, or the server's word has to be taken for it.
 """
 
 import os
@@ -128,10 +125,7 @@ def fresh_key(parameters: Parameters, members: tuple[str, ...] = MEMBERS) -> Gro
 
 
 def claimed_row_result(policy: AggregationPolicy, seed: int) -> AttackResult:
-    """Send the sum of a one-hot row under an honest one, with both encrypted back ends.
-
-    The policy is what the recipient enforces on the row that it is told; the seed is of the adapters.
-    """
+    """Send the sum of a one-hot row under an honest one that keeps the policy, with both back ends."""
     figures, answers = [], []
     for parameters in _BACK_ENDS:
         error, answer = _sum_of_another_row(parameters, policy, seed)

@@ -7,13 +7,7 @@ from typing import Final
 import numpy as np
 
 from fedmosaic.experiments.attacks.profile import EPSILONS, noise_multiplier
-from fedmosaic.experiments.attacks.statistics.collusion import (
-    equations,
-    independent_equations,
-    recovery_error,
-    smallest_coalition,
-    solve,
-)
+from fedmosaic.experiments.attacks.statistics import collusion
 from fedmosaic.experiments.attacks.statistics.empirical import epsilon_of_noise
 from fedmosaic.experiments.attacks.statistics.results import AttackResult, Figure, Setting
 from fedmosaic.privacy.coalitions import SOLVED, estimate_errors
@@ -70,14 +64,8 @@ def planned_rows(
     names = list(vectors)
     profiles = [Profile(vector.astype(np.float32), variance, 1) for vector in vectors.values()]
     group = Group("shared", "", 1, frozenset(names), frozenset(names))
-    found = plan(
-        group,
-        names,
-        relevance(profiles, terms.similarity),
-        temperature=terms.temperature,
-        policy=policy,
-        bits=_BITS,
-    )
+    similar = relevance(profiles, terms.similarity)
+    found = plan(group, names, similar, temperature=terms.temperature, policy=policy, bits=_BITS)
     return {
         name: {c: w / (1 << row.bits) for c, w in zip(row.contributors, row.weights, strict=True)}
         for name, row in found.rows.items()
@@ -95,27 +83,33 @@ def collusion_results(
 ) -> list[AttackResult]:
     """What coalitions of every size recover, for adapters that move little or much between rounds.
 
-    The weights are what every member received, per round, and `source` says where they come from. `dp_noise`
-    is the least noise of a DP adapter over its signal; None leaves that case out.
+    The weights are what every member received, per round, from some source. `dp_noise` is the least noise of
+    a DP adapter over its signal; None leaves that case out.
     """
     members = len(weights[0])
-    cases = [("adapters at rest", 0.0, 0.0), ("adapters that move 30 % a round", 0.3, 0.0)]
-    if dp_noise is not None:
-        cases.append(("adapters at rest, trained with DP", 0.0, dp_noise))
-    results = []
-    for words, movement, noise in cases:
-        figures = []
-        for size in range(1, members):
-            for rounds in sorted({1, len(weights)}):
-                errors = _recovery_errors(weights[:rounds], size, movement, noise, trials, seed)
-                name = f"error, {size} of {members}, {rounds} aggregate(s) each"
-                figures.append(Figure.spread(name, errors))
-        results.append(_collusion(source, words, figures, "product" if not noise else "variant"))
-    figures = [
-        Figure.exact(f"independent rows, {k} of {members} ({members - k} unknown)", _rows(weights, k))
-        for k in range(1, members)
+    cases: list[tuple[str, float, float, Setting]] = [
+        ("adapters at rest", 0.0, 0.0, "product"),
+        ("adapters that move 30 % a round", 0.3, 0.0, "product"),
     ]
-    results.append(_collusion(source, "exact count of independent rows", figures, "product"))
+    if dp_noise is not None:
+        cases.append(("adapters at rest, trained with DP", 0.0, dp_noise, "variant"))
+    results = []
+    for words, movement, noise, setting in cases:
+        figures = [
+            Figure.spread(
+                f"error, {size} of {members}, {rounds} aggregate(s) each",
+                _recovery_errors(weights[:rounds], size, movement, noise, trials, seed),
+            )
+            for size in range(1, members)
+            for rounds in sorted({1, len(weights)})
+        ]
+        results.append(_collusion(source, words, figures, setting))
+    figures = []
+    for k in range(1, members):
+        held = collusion.equations(weights, [np.eye(members)] * len(weights), range(k))
+        count = collusion.independent_equations(held.weights_EU)
+        figures.append(Figure.exact(f"independent rows, {k} of {members} ({members - k} unknown)", count))
+    results.append(_collusion(source, "exact count of independent rows", figures))
     if members <= _ALL_COALITIONS:
         results.append(_smallest(weights, source))
     return [*results, _chosen_rows(members - 1, policy)]
@@ -134,23 +128,24 @@ def spoofing_results(
     The variance is that of the profiles' noise. Without tasks, honest clients are not told apart;
     `clip_bound` is the largest absolute value of an uploaded number, if it is known.
     """
-    shares: dict[int, list[float]] = {}
+    shares: dict[int, list[float]] = {1: [], 2: [], 3: []}
     honest, strangers = [], []
     for victim in profiles:
         if tasks is not None:
             row = planned_rows(profiles, variance, terms, policy).get(victim, {})
             strangers += [share for name, share in row.items() if tasks[name] != tasks[victim]]
             honest += [share for name, share in row.items() if tasks[name] == tasks[victim]]
-        for count in (1, 2, 3):
+        for count, found in shares.items():
             sybils = {f"sybil-{number}": profiles[victim] for number in range(count)}
             rows = planned_rows({**profiles, **sybils}, variance, terms, policy)
-            shares.setdefault(count, []).append(sum(rows.get(victim, {}).get(name, 0.0) for name in sybils))
+            found.append(sum(rows.get(victim, {}).get(name, 0.0) for name in sybils))
     figures = [Figure.spread("honest client of another task", strangers)] if strangers else []
     figures += [Figure.spread("honest client of the same task", honest)] if honest else []
     for count, found in shares.items():
         name = "one copy of the victim's profile" if count == 1 else f"{count} copies (Sybils)"
         figure = Figure.spread(name, found)
-        bound = _largest_share(count, policy)
+        # Shares with Σ w² ≤ s sum to at most √(count · s); rounding may lift one above the cap by one unit.
+        bound = min(1.0, count * (policy.weight_cap + 2.0**-_BITS), math.sqrt(count * policy.squares_cap))
         figures.append(figure.model_copy(update={"bound": bound, "broken": figure.high > bound + 1e-9}))
     note = (
         "value: mean over victims; low and high: least and most. The cap bounds one client, not a party that "
@@ -174,13 +169,6 @@ def spoofing_results(
     )
 
 
-def _largest_share(count: int, policy: AggregationPolicy) -> float:
-    """What so many contributors have at most together: shares with Σ w² ≤ s sum to at most √(count · s)."""
-    # Rounding to integers may lift one share above the cap by one unit.
-    cap = policy.weight_cap + 2.0**-_BITS
-    return min(1.0, count * cap, math.sqrt(count * policy.squares_cap))
-
-
 def task_results(
     rows_by_task: Mapping[str, np.ndarray],
     reference_by_task: Mapping[str, np.ndarray],
@@ -193,8 +181,7 @@ def task_results(
 ) -> list[AttackResult]:
     """Which task a client has, from one release: the nearest of the tasks' public mean profiles.
 
-    Rows are (n, k), standardised: of the clients' examples, and of public examples of the same tasks. A
-    release is of `size` examples; there are `releases` per task and setting.
+    Rows are (n, k), standardised: of the clients' examples, and of public examples of the same tasks.
     """
     generator = np.random.default_rng(seed)
     names = list(rows_by_task)
@@ -239,11 +226,6 @@ def dp_noise_ratio(sigma: float, rate: float, steps: int, examples: int, dimensi
     return sigma * math.sqrt(dimensions) / (math.sqrt(steps) * rate * examples)
 
 
-def _rows(weights: Sequence[np.ndarray], size: int) -> int:
-    held = equations(weights, [np.eye(len(weights[0]))] * len(weights), range(size))
-    return independent_equations(held.weights_EU)
-
-
 def _recovery_errors(
     weights: Sequence[np.ndarray], size: int, movement: float, noise: float, trials: int, seed: int
 ) -> list[float]:
@@ -257,9 +239,11 @@ def _recovery_errors(
         over_rounds = [released]
         for _ in weights[1:]:
             over_rounds.append(over_rounds[-1] + movement * generator.standard_normal(adapters.shape))
-        estimate = solve(equations(weights, over_rounds, coalition), movement)
+        estimate = collusion.solve(collusion.equations(weights, over_rounds, coalition), movement)
         outside = [index for index in range(members) if index not in coalition]
-        errors.append(min(recovery_error(e, adapters[i]) for e, i in zip(estimate, outside, strict=True)))
+        errors.append(
+            min(collusion.recovery_error(e, adapters[i]) for e, i in zip(estimate, outside, strict=True))
+        )
     return errors
 
 
@@ -267,16 +251,11 @@ def _smallest(weights: Sequence[np.ndarray], source: str) -> AttackResult:
     """The true number of recipients that suffices; nobody's guess from the size of the roster."""
     figures = []
     for words, rounds in (("one round", weights[:1]), (f"{len(weights)} rounds, adapters at rest", weights)):
-        size = smallest_coalition(rounds)
+        size = collusion.smallest_coalition(rounds)
         name = "recipients that suffice" if size else "coalitions of any size that suffice"
         figures.append(Figure.exact(f"{name}, {words}", size or 0))
-    return _collusion(
-        source,
-        "smallest coalition that solves for an adapter",
-        figures,
-        "product",
-        f"all coalitions tried; solved is an error below {SOLVED:g}, adapters taken for unrelated",
-    )
+    note = f"all coalitions tried; solved is an error below {SOLVED:g}, adapters taken for unrelated"
+    return _collusion(source, "smallest coalition that solves for an adapter", figures, note=note)
 
 
 def _chosen_rows(others: int, policy: AggregationPolicy) -> AttackResult:
@@ -296,9 +275,8 @@ def _chosen_rows(others: int, policy: AggregationPolicy) -> AttackResult:
         "rows chosen by a malicious server; nobody gives it the group key",
         "what aggregates alone reveal, exact",
         figures,
-        "product",
-        "all rows with least squares are about what the aggregates alone reveal: the colluders pass on what "
-        "they decrypted and keep their group key to themselves. Error 0: the victim's adapter is had "
+        note="all rows with least squares are about what the aggregates alone reveal: the colluders pass on "
+        "what they decrypted and keep their group key to themselves. Error 0: the victim's adapter is had "
         "exactly, from rows that each keep every rule: the others have equal weights in both, and the "
         "victim's differ. The policy holds against such a server with one recipient and one round, and no "
         "rule on single rows can hold against more: then only DP on the adapter protects",
@@ -322,7 +300,7 @@ def _rows_against(others: int, policy: AggregationPolicy) -> list[list[float]]:
 
 
 def _collusion(
-    source: str, words: str, figures: Sequence[Figure], setting: Setting, note: str = ""
+    source: str, words: str, figures: Sequence[Figure], setting: Setting = "product", note: str = ""
 ) -> AttackResult:
     return AttackResult(
         attack=COLLUSION,

@@ -2,8 +2,6 @@
 
 The easiest case for the attacker: the update is of one text or a few, each of which the model learns to write
 but for its first words, and the attacker knows the model, the starting point, the first words and the length.
-Terms of single tokens (`terms`) are fitted to what it sees, from the first token to the last, by a beam. All
-rows are about the same texts.
 """
 
 import math
@@ -11,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -26,13 +24,7 @@ from fedmosaic.client.model.examples import IGNORED, EncodedExample, padding_tok
 from fedmosaic.client.model.loss import training_mode
 from fedmosaic.client.model.training import TrainingSettings, train_local
 from fedmosaic.experiments.attacks.profile import noise_multiplier
-from fedmosaic.experiments.attacks.statistics.pursuit import (
-    Background,
-    FloatArray,
-    fit_background,
-    log_likelihoods,
-    unexplained_terms,
-)
+from fedmosaic.experiments.attacks.statistics import pursuit
 from fedmosaic.experiments.attacks.statistics.results import AttackResult, Figure, Setting
 from fedmosaic.experiments.attacks.terms import NextTerms, TermReader, atoms
 from fedmosaic.experiments.attacks.text import LIKELY_TOKENS, OWN_GUESS
@@ -58,28 +50,26 @@ _SIGN_MEAN: Final = math.sqrt(2.0 / math.pi)
 _SIGN_REST: Final = math.sqrt(1.0 - 2.0 / math.pi)
 
 
-@dataclass(frozen=True)
-class Unknown:
+class Unknown(NamedTuple):
     """What the attacker knows of one text: how it begins and how long it is."""
 
     known: tuple[int, ...]
     length: int
 
 
-@dataclass(frozen=True, eq=False)
-class Guess:
+class Guess(NamedTuple):
     """A continuation, and what it explains of the release: (D,) in the background's coordinates."""
 
     tokens: tuple[int, ...]
-    explained: FloatArray
+    explained: pursuit.FloatArray
     log_probability: float
     score: float
 
 
 def decode(
     reader: TermReader,
-    background: Background,
-    left: FloatArray | None,
+    background: pursuit.Background,
+    left: pursuit.FloatArray | None,
     text: Unknown,
     others: float,
     beams: int,
@@ -104,8 +94,8 @@ def decode(
 
 def _grown(
     reader: TermReader,
-    background: Background,
-    left: FloatArray | None,
+    background: pursuit.Background,
+    left: pursuit.FloatArray | None,
     path: Guess,
     terms: NextTerms,
     remaining: float,
@@ -118,7 +108,9 @@ def _grown(
     signals, directions = np.zeros((count, 0)), np.zeros((0, len(background.mean)))
     if left is not None:
         signals, directions = reader.coefficients(terms, kept.indices), atoms(terms.inputs, background)
-        scores = scores + log_likelihoods(left - path.explained, directions, signals, background, remaining)
+        scores = scores + pursuit.log_likelihoods(
+            left - path.explained, directions, signals, background, remaining
+        )
     return [
         Guess(
             (*path.tokens, int(kept.indices[index])),
@@ -131,7 +123,11 @@ def _grown(
 
 
 def decode_all(
-    reader: TermReader, background: Background, release: FloatArray, texts: Sequence[Unknown], beams: int
+    reader: TermReader,
+    background: pursuit.Background,
+    release: pursuit.FloatArray,
+    texts: Sequence[Unknown],
+    beams: int,
 ) -> list[Guess]:
     """Every text of a (D,) sum of all tokens' terms, each with what those before explain taken off."""
     left = background.coordinates(release)
@@ -139,15 +135,14 @@ def decode_all(
     for number, text in enumerate(texts):
         later = sum(other.length for other in texts[number + 1 :])
         # Errors in the texts that are decoded already leave terms behind.
-        wrong = max(0.0, unexplained_terms(left, background) - text.length - later) if number else 0.0
+        wrong = max(0.0, pursuit.unexplained_terms(left, background) - text.length - later) if number else 0.0
         decoded = sum(other.length for other in texts[:number])
         guesses.append(decode(reader, background, left, text, later + min(wrong, decoded), beams))
         left = left - guesses[-1].explained
     return guesses
 
 
-@dataclass(frozen=True, eq=False)
-class Material:
+class Material(NamedTuple):
     """What is attacked, and what the attacker knows.
 
     The client's texts are of one length, their first words not supervised; the first `attacked` ≥ 2 of them
@@ -163,11 +158,7 @@ class Material:
 
 
 def inversion_results(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    material: Material,
-    noise: NoiseSource,
-    seed: int,
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, material: Material, noise: NoiseSource, seed: int
 ) -> Iterator[AttackResult]:
     """Recover texts from gradients, from updates by several steps, from an aggregate and under DP.
 
@@ -217,25 +208,26 @@ class _Attack:
 
     reader: TermReader
     material: Material
-    public: FloatArray
-    rows: FloatArray
-    others: FloatArray
+    public: pursuit.FloatArray
+    rows: pursuit.FloatArray
+    others: pursuit.FloatArray
 
     @cached_property
     def unknown(self) -> list[Unknown]:
         """What is known of the attacked texts."""
-        return [_unknown(text) for text in self.material.texts[: self.material.attacked]]
+        split = [(t.input_ids, t.labels != IGNORED) for t in self.material.texts[: self.material.attacked]]
+        return [Unknown(tuple(ids[~own].tolist()), int(own.sum())) for ids, own in split]
 
     @cached_property
-    def totals(self) -> FloatArray:
+    def totals(self) -> pursuit.FloatArray:
         """(texts, D) sums of each text's terms."""
         return np.asarray(self.unknown[0].length * self.rows[:, self.reader.columns])
 
     @cached_property
-    def exact(self) -> Background:
+    def exact(self) -> pursuit.Background:
         """For a release without noise, but that of rounding."""
         floor = _FLOOR * float(np.sqrt(np.mean(self.public**2)))
-        return fit_background(self.public, np.full(self.public.shape[1], floor))
+        return pursuit.fit_background(self.public, np.full(self.public.shape[1], floor))
 
     def cases(self, updates: Sequence[np.ndarray], together: np.ndarray, noise: NoiseSource) -> list[_Case]:
         """Every kind of release."""
@@ -257,15 +249,12 @@ class _Attack:
         ]
 
     def guess(self) -> _Decoded:
-        """Without any release."""
         return [decode(self.reader, self.exact, None, text, 0.0, _BEAMS).tokens for text in self.unknown]
 
     def single(self) -> _Decoded:
-        """From each text's own gradient."""
         return self._each(self.exact, self.totals[: len(self.unknown)], 0.0)
 
     def pairs(self) -> _Decoded:
-        """From the mean of two texts' gradients."""
         found: _Decoded = []
         for start in range(0, len(self.unknown), 2):
             # The last text of an odd number stands beside the first one.
@@ -276,27 +265,26 @@ class _Attack:
         return found[: len(self.unknown)]
 
     def batch(self) -> _Decoded:
-        """From the mean of all texts' gradients, each decoded by itself."""
         total = np.tile(self.totals.sum(axis=0), (len(self.unknown), 1))
         return self._each(self.exact, total, float((len(self.rows) - 1) * self.unknown[0].length))
 
     def aggregate(self) -> _Decoded:
-        """From a weighted sum with others' gradients: at half the weight, a quarter of the energy each."""
+        """At half the weight, others' gradients have a quarter of the energy each."""
         length = self.unknown[0].length
         beside = 0.5 * length * self.others[:2, self.reader.columns].sum(axis=0)
         return self._each(self.exact, self.totals[: len(self.unknown)] + beside, 0.5 * length)
 
     def signs(self, updates: Sequence[np.ndarray], beside: int) -> _Decoded:
-        """From steps of AdamW, which keeps little more of a gradient than its signs; `beside` other texts."""
+        """AdamW keeps little more of a gradient than its signs; there are `beside` other texts."""
         tokens = self.unknown[0].length * (1 + beside)
         energy = tokens * self.public.var(axis=0) + (tokens * self.public.mean(axis=0)) ** 2
         size = np.sqrt(np.maximum(energy, _FLOOR**2 * energy.mean()))
-        background = fit_background(self.public, _SIGN_REST * size)
+        background = pursuit.fit_background(self.public, _SIGN_REST * size)
         totals = _SIGN_MEAN * size * np.clip(np.stack(updates)[:, self.reader.columns], -1.0, 1.0)
         return self._each(background, totals, float(tokens - self.unknown[0].length))
 
     def private(self, noise: NoiseSource) -> _Decoded:
-        """From one step of DP-SGD that no text is shortened in."""
+        """One step of DP-SGD that no text is shortened in."""
         length, sigma = self.unknown[0].length, noise_multiplier(EPSILON)
         rows = torch.from_numpy(self.rows[: len(self.unknown)]).float()
         bound = float(rows.norm(dim=1).max())
@@ -304,19 +292,14 @@ class _Attack:
             [noisy_sum(clip_and_sum(row[None], bound), bound, sigma, noise).numpy() for row in rows]
         )
         deviation = np.full(len(self.reader.columns), length * sigma * bound)
-        background = fit_background(self.public, deviation)
+        background = pursuit.fit_background(self.public, deviation)
         return self._each(background, length * seen[:, self.reader.columns], 0.0)
 
-    def _each(self, background: Background, totals: FloatArray, others: float) -> _Decoded:
+    def _each(self, background: pursuit.Background, totals: pursuit.FloatArray, others: float) -> _Decoded:
         return [
             decode(self.reader, background, background.coordinates(total), text, others, _BEAMS).tokens
             for total, text in zip(totals, self.unknown, strict=True)
         ]
-
-
-def _unknown(text: EncodedExample) -> Unknown:
-    supervised = text.labels != IGNORED
-    return Unknown(tuple(text.input_ids[~supervised].tolist()), int(supervised.sum()))
 
 
 def _update(
@@ -342,15 +325,11 @@ def _figures(texts: Sequence[EncodedExample], found: _Decoded, seed: int) -> tup
     # Both bags have one size, so that precision, recall and F1 are one number.
     bags = [(Counter(t) & Counter(f)).total() / len(t) for t, f in zip(truths, found, strict=True)]
     exact = sum(value == 1.0 for value in in_place)
-    return (
-        _mean("tokens in place", in_place, seed),
-        _mean("bag of tokens, F1", bags, seed),
-        Figure.share(f"texts exact (of {len(texts)})", exact, len(texts)),
-    )
+    drawn = np.random.default_rng(seed).integers(0, len(texts), (_RESAMPLES, len(texts)))
 
+    def mean(name: str, values: Sequence[float]) -> Figure:
+        low, high = np.quantile(np.asarray(values)[drawn].mean(axis=1), [0.025, 0.975])
+        return Figure(name=name, value=float(np.mean(values)), low=float(low), high=float(high))
 
-def _mean(name: str, values: Sequence[float], seed: int) -> Figure:
-    """Mean with the percentile interval of resampled texts."""
-    drawn = np.random.default_rng(seed).integers(0, len(values), (_RESAMPLES, len(values)))
-    low, high = np.quantile(np.asarray(values)[drawn].mean(axis=1), [0.025, 0.975])
-    return Figure(name=name, value=float(np.mean(values)), low=float(low), high=float(high))
+    exactly = Figure.share(f"texts exact (of {len(texts)})", exact, len(texts))
+    return mean("tokens in place", in_place), mean("bag of tokens, F1", bags), exactly

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -14,13 +15,7 @@ from fedmosaic.client.dp.training import PrivateTrainingSettings
 from fedmosaic.client.model.adapted import load_adapted
 from fedmosaic.client.model.examples import IGNORED, EncodedExample, Example
 from fedmosaic.client.settings import ModelSettings
-from fedmosaic.experiments.attacks import adapter as attack_adapter
-from fedmosaic.experiments.attacks import audit as attack_audit
-from fedmosaic.experiments.attacks import federation as attack_federation
-from fedmosaic.experiments.attacks import inversion as attack_inversion
-from fedmosaic.experiments.attacks import profile as attack_profile
-from fedmosaic.experiments.attacks import sums as attack_sums
-from fedmosaic.experiments.attacks import text as attack_text
+from fedmosaic.experiments.attacks import adapter, audit, federation, inversion, profile, sums, text
 from fedmosaic.experiments.attacks.encryption import claimed_row_result, group_key_result
 from fedmosaic.experiments.attacks.received import received_results
 from fedmosaic.experiments.attacks.statistics.results import AttackResult, RefusalResult, Setting
@@ -102,7 +97,7 @@ class Subject:
             everybody = [*victim.train, *victim.unseen]
             rows = public_map.rows(self.prober.factors(everybody))
             members = np.arange(len(everybody)) < len(victim.train)
-            yield attack_profile.own_release_result(released, rows, members, public_map.mechanism)
+            yield profile.own_release_result(released, rows, members, public_map.mechanism)
 
     def tasks(self, _: list[str]) -> Iterator[AttackResult]:
         """Every client's task, and every further model in the probe's place, in fewer settings."""
@@ -118,7 +113,7 @@ class Subject:
         self, prober: Prober, victim: Victim, releases: int, brief: str = ""
     ) -> Iterator[AttackResult]:
         pool = candidates(victim, self.sizes.pool, self.sizes.seed)
-        yield from attack_profile.membership_results(
+        yield from profile.membership_results(
             prober.factors(pool),
             prober.public_map,
             SecureNoise(),
@@ -132,25 +127,23 @@ class Subject:
         """Empirical ε of both channels."""
         others = self.prober.factors(self.victim.train[:_REST_OF_DATA])
         count = self.sizes.audited_releases
-        for epsilon in attack_profile.EPSILONS:
-            public_map = self.prober.with_noise(attack_profile.noise_multiplier(epsilon))
-            yield attack_profile.audit_result(
-                public_map, others, SecureNoise(), releases=count, setting="variant"
-            )
-        yield attack_profile.audit_result(self.prober.public_map, others, SecureNoise(), releases=count)
+        for epsilon in profile.EPSILONS:
+            noisy = self.prober.with_noise(profile.noise_multiplier(epsilon))
+            yield profile.audit_result(noisy, others, SecureNoise(), releases=count, setting="variant")
+        yield profile.audit_result(self.prober.public_map, others, SecureNoise(), releases=count)
         coins = np.random.default_rng(self.sizes.seed)
         for words, settings, setting in self._dp_settings(len(self.victim.train)):
-            run = attack_audit.one_run(self.sizes.canaries, settings, SecureNoise(), coins)
-            yield attack_audit.audit_result(run, setting=setting, words=words)
+            run = audit.one_run(self.sizes.canaries, settings, SecureNoise(), coins)
+            yield audit.audit_result(run, setting=setting, words=words)
 
     def _dp_settings(self, examples: int) -> Iterator[tuple[str, PrivateTrainingSettings, Setting]]:
         """DP-SGD as this federation plans it, and a full-batch one, whose audit is far tighter."""
         scenario = self.target.scenario
         privacy, steps = scenario.adapter_privacy, self._steps
         rate = min(1.0, privacy.expected_batch_size / examples)
-        profile = GaussianEvent(max(_LEAST_SIGMA, scenario.profile.noise_multiplier), 1.0, 1)
+        spent = GaussianEvent(max(_LEAST_SIGMA, scenario.profile.noise_multiplier), 1.0, 1)
         delta = default_delta(examples, privacy.largest_delta)
-        planned = noise_multiplier_for(privacy.target_epsilon, delta, [profile], rate, steps)
+        planned = noise_multiplier_for(privacy.target_epsilon, delta, [spent], rate, steps)
         as_planned = PrivateTrainingSettings(
             optimizer="sgd",
             steps=steps,
@@ -165,7 +158,7 @@ class Subject:
             as_planned,
             "product" if scenario.adapter.private else "variant",
         )
-        sigma = math.sqrt(_FULL_BATCH_STEPS) * attack_profile.noise_multiplier(3.0)
+        sigma = math.sqrt(_FULL_BATCH_STEPS) * profile.noise_multiplier(3.0)
         full = {"steps": _FULL_BATCH_STEPS, "sampling_rate": 1.0, "noise_multiplier": sigma}
         words = f"all examples in every step: σ = {sigma:.3g}, {_FULL_BATCH_STEPS} steps"
         yield words, as_planned.model_copy(update=full), "variant"
@@ -180,19 +173,17 @@ class Subject:
         target, scenario, seed = self.target, self.target.scenario, self.sizes.seed
         names = sorted(victim.client_id for victim in target.victims)
         examples = min(len(victim.train) for victim in target.victims)
-        rate = min(1.0, scenario.adapter_privacy.expected_batch_size / examples)
-        noise = attack_federation.dp_noise_ratio(
-            1.0, rate, self._steps, examples, scenario.adapter.shared_dimensions
-        )
+        rate, size = min(1.0, scenario.adapter_privacy.expected_batch_size / examples), scenario.adapter
+        noise = federation.dp_noise_ratio(1.0, rate, self._steps, examples, size.shared_dimensions)
         weights = target.server_run.weights(names)[:-1]
         source = "this run's own rows"
         if not weights:
             source = "rows that the real planning makes of random profiles"
-            weights = attack_federation.simulated_weights(
+            weights = federation.simulated_weights(
                 max(_LEAST_MEMBERS, len(names)), _SIMULATED_ROUNDS, scenario.relevance, scenario.policy, seed
             )
         results = [group_key_result()]
-        results += attack_federation.collusion_results(
+        results += federation.collusion_results(
             weights, scenario.policy, source=source, dp_noise=noise, seed=seed
         )
         results.append(claimed_row_result(scenario.policy, seed))
@@ -207,11 +198,8 @@ class Subject:
             skipped.append("relevance spoofing needs the released profiles of a finished run")
             return []
         tasks = {victim.client_id: victim.task for victim in target.victims}
-        variance, clip = mechanism.noise_variance, scenario.encryption.clip
-        found_shares = attack_federation.spoofing_results(
-            profiles, variance, scenario.relevance, scenario.policy, tasks, clip
-        )
-        return [found_shares]
+        terms, clip = (scenario.relevance, scenario.policy, tasks), scenario.encryption.clip
+        return [federation.spoofing_results(profiles, mechanism.noise_variance, *terms, clip)]
 
     def _task_inference(self, skipped: list[str]) -> list[AttackResult]:
         """One client per task; its test examples stand for what the attacker knows of the task."""
@@ -225,7 +213,7 @@ class Subject:
         for task, victim in by_task.items():
             own[task] = prober.public_map.rows(prober.factors(victim.train[: 2 * _TASK_EXAMPLES]))
             reference[task] = prober.public_map.rows(prober.factors(victim.test[:_TASK_EXAMPLES]))
-        return attack_federation.task_results(
+        return federation.task_results(
             own,
             reference,
             prober.public_map.mechanism,
@@ -237,8 +225,8 @@ class Subject:
 
     def sums(self, _: list[str]) -> Iterator[AttackResult | RefusalResult]:
         """Coalitions of a server and members against one sum of a group, and what must be refused."""
-        scenario, sigma = self.target.scenario, attack_profile.noise_multiplier(8.0)
-        yield from attack_sums.sum_results(
+        scenario, sigma = self.target.scenario, profile.noise_multiplier(8.0)
+        yield from sums.sum_results(
             scenario.group_sums,
             sigma,
             SecureNoise(),
@@ -246,15 +234,15 @@ class Subject:
             canaries=2 * self.sizes.canaries,
             setting="product" if scenario.adapter.in_group_sums else "variant",
         )
-        yield from attack_sums.sum_refusals(scenario.group_sums)
+        yield from sums.sum_refusals(scenario.group_sums)
 
     def text(self, _: list[str]) -> list[AttackResult]:
         """Text recovery from the profile."""
         prober, sizes = self.prober, self.sizes
-        texts = attack_text.continuations(self.victim.train, prober.tokenizer, sizes.texts, _TEXT_TOKENS)
+        texts = text.continuations(self.victim.train, prober.tokenizer, sizes.texts, _TEXT_TOKENS)
         if not texts:
             raise ConfigurationError(f"the texts of {self.victim.client_id} are too short to be recovered")
-        return attack_text.text_results(
+        return text.text_results(
             prober.probe, texts, prober.public_map, prober.basis, SecureNoise(), sizes.seed
         )
 
@@ -267,16 +255,16 @@ class Subject:
         others = [foreign[index] for index in generator.permutation(len(foreign))[: 2 * _ADAPTER_POOL]]
         known = {example.prompt for example in victim.train}
         kin = [e for v in target.victims if v.task == victim.task for e in v.test if e.prompt not in known]
-        rows = attack_adapter.adapter_rows(
+        rows = adapter.adapter_rows(
             victim.model,
             target.adapter,
             [pool, others or pool, kin[: 2 * _ADAPTER_POOL] or pool, list(victim.train[:_ADAPTER_POOL])],
             target.scenario.profile.max_length,
         )
-        yield from attack_adapter.membership_results(
+        yield from adapter.membership_results(
             rows[0], rows[1], SecureNoise(), releases=_ADAPTER_RELEASES, rate=0.3, seed=seed
         )
-        yield from attack_adapter.word_results(
+        yield from adapter.word_results(
             rows[2], rows[3], SecureNoise(), size=_WORD_BATCH, updates=40, seed=seed
         )
 
@@ -287,20 +275,19 @@ class Subject:
         model, tokenizer = load_adapted(settings, target.adapter.model_copy(update={"protection": "none"}))
 
         def long_enough(examples: Sequence[Example], count: int) -> tuple[EncodedExample, ...]:
-            found = attack_text.continuations(examples, tokenizer, len(examples), _TEXT_TOKENS)
-            return tuple(text for text in found if int((text.labels != IGNORED).sum()) == _TEXT_TOKENS)[
-                :count
-            ]
+            found = text.continuations(examples, tokenizer, len(examples), _TEXT_TOKENS)
+            whole = (each for each in found if int((each.labels != IGNORED).sum()) == _TEXT_TOKENS)
+            return tuple(islice(whole, count))
 
         texts = [f"{example.prompt} {example.answer}" for example in target.public[:_PUBLIC_TEXTS]]
-        material = attack_inversion.Material(
+        material = inversion.Material(
             texts=long_enough(victim.train, max(sizes.texts, _INVERTED_BATCH)),
             others=long_enough([e for v in target.victims if v is not victim for e in v.train], 2),
             public=tuple(tokenizer(text, return_tensors="pt")["input_ids"][0] for text in texts),
             attacked=sizes.texts,
             training=target.scenario.training,
         )
-        yield from attack_inversion.inversion_results(model, tokenizer, material, SecureNoise(), sizes.seed)
+        yield from inversion.inversion_results(model, tokenizer, material, SecureNoise(), sizes.seed)
 
     def received(self, _: list[str]) -> list[AttackResult]:
         """What an aggregate does and tells after a finished run."""

@@ -7,20 +7,11 @@ from typing import Final
 
 import numpy as np
 
+from fedmosaic.experiments.attacks.statistics import membership
 from fedmosaic.experiments.attacks.statistics.empirical import (
     audit_figures,
     epsilon_of_noise,
     repeat_releases,
-)
-from fedmosaic.experiments.attacks.statistics.membership import (
-    clipped_gram,
-    correlation_scores,
-    dictionary_scores,
-    draw_members,
-    gram_matrix,
-    likelihood_ratio_scores,
-    scored,
-    simulated_inner_products,
 )
 from fedmosaic.experiments.attacks.statistics.results import DELTA, AttackResult, Setting
 from fedmosaic.experiments.attacks.statistics.roc import Ceiling, membership_figures
@@ -63,11 +54,11 @@ def membership_results(
 ) -> Iterator[AttackResult]:
     """Membership in the profile: without sanitiser, the authors', their map under DP, and the product.
 
-    Of N candidates each is in one of the simulated releases with chance `rate`. `brief` names task and probe,
-    for four settings and the two strong statistics under a heading of their own.
+    Each candidate is in a simulated release with chance `rate`. `brief` names task and probe, for four
+    settings and the two strong statistics under a heading of their own.
     """
     generator = np.random.default_rng(seed)
-    members = draw_members(releases, len(factors), rate, generator)
+    members = membership.draw_members(releases, len(factors), rate, generator)
     results = list(_references(factors, members, rate, generator, () if brief else EPSILONS))
     rows, own = public_map.rows(factors), public_map.mechanism
     for epsilon in EPSILONS[: 1 if brief else None]:
@@ -86,15 +77,12 @@ def membership_results(
 def own_release_result(
     released: Float32Array, rows: Float64Array, is_member: np.ndarray, mechanism: ProfileMechanism
 ) -> AttackResult:
-    """Dictionary least squares on the (k,) bytes that the run really released: one draw of the noise.
-
-    The candidates' rows are (N, k), standardised.
-    """
+    """Dictionary least squares on the (k,) bytes that the run released, for (N, k) standardised rows."""
     units, _ = clip(rows, mechanism.clipping_norm)
     values = units * (mechanism.clipping_norm / GRID)
     inner = np.asarray(values @ released.astype(np.float64), dtype=np.float64)[None]
     deviation, prior = mechanism.noise_standard_deviation, float(is_member.mean())
-    scores = dictionary_scores(inner, values @ values.T, deviation, prior)[0]
+    scores = membership.dictionary_scores(inner, values @ values.T, deviation, prior)[0]
     return AttackResult(
         attack=OWN_RELEASE,
         adversary=_SERVER,
@@ -103,7 +91,7 @@ def own_release_result(
         release=f"stored bytes, σ = {mechanism.noise_multiplier:g}",
         setting="product",
         epsilon=epsilon_of_noise(mechanism.noise_multiplier),
-        figures=membership_figures(scores, is_member, _ceiling(mechanism.noise_multiplier))[:1],
+        figures=membership_figures(scores, is_member, Ceiling.of_noise(mechanism.noise_multiplier))[:1],
         note="one draw of the noise; the interval takes scores for independent, so it is a little narrow",
     )
 
@@ -116,10 +104,7 @@ def audit_result(
     releases: int,
     setting: Setting = "product",
 ) -> AttackResult:
-    """Repeat the product's release with and without a canary that fills the clipping bound.
-
-    The others' examples are the rest of the data set, in every release.
-    """
+    """Repeat the product's release with and without a canary that fills the clipping bound."""
     mechanism = public_map.mechanism
     rest = clipped_sum(public_map.rows(others), mechanism)
     canary_row = _canary_row(rest, mechanism)
@@ -160,23 +145,23 @@ def _references(
     epsilons: Sequence[float],
 ) -> Iterator[AttackResult]:
     """The mean gradient as it is, under the authors' sanitiser, and under DP of some ε in its place."""
-    whole, kept = gram_matrix(factors), gram_matrix(factors, AUTHORS_SHARE)
-    inner = simulated_inner_products(whole, members, 0.0, generator)
+    whole, kept = membership.gram_matrix(factors), membership.gram_matrix(factors, AUTHORS_SHARE)
+    inner = membership.simulated_inner_products(whole, members, 0.0, generator)
     yield from _attacks(inner, whole, members, 0.0, rate, "raw mean gradient", "no_sanitiser", math.inf)
     # The mean over n draws of N(0, 1e-4²), multiplied by n again.
     counts = members.sum(axis=1)
-    inner = simulated_inner_products(kept, members, AUTHORS_NOISE * np.sqrt(counts), generator)
+    inner = membership.simulated_inner_products(kept, members, AUTHORS_NOISE * np.sqrt(counts), generator)
     spread = AUTHORS_NOISE * math.sqrt(float(counts.mean()))
     words = "first 40 % of rows, noise 1e-4, no clipping"
     yield from _attacks(inner, kept, members, spread, rate, words, "authors", math.inf)
     bound = float(np.quantile(np.sqrt(np.diag(kept)), 0.1))
-    clipped = clipped_gram(kept, bound)
+    clipped = membership.clipped_gram(kept, bound)
     for epsilon in epsilons:
         sigma = noise_multiplier(epsilon)
-        inner = simulated_inner_products(clipped, members, sigma * bound, generator)
+        inner = membership.simulated_inner_products(clipped, members, sigma * bound, generator)
         words = f"first 40 % of rows, clipped, ε = {epsilon:g}"
         yield from _attacks(
-            inner, clipped, members, sigma * bound, rate, words, "variant", epsilon, _ceiling(sigma)
+            inner, clipped, members, sigma * bound, rate, words, "variant", epsilon, Ceiling.of_noise(sigma)
         )
 
 
@@ -196,7 +181,7 @@ def _of_mechanism(
     words = f"{mechanism.reduction.kind}, {mechanism.dimensions} numbers, σ = {sigma:.3g}"
     yield from _attacks(
         released @ values.T, values @ values.T, members, mechanism.noise_standard_deviation, rate, words,
-        setting, epsilon_of_noise(sigma), _ceiling(sigma),
+        setting, epsilon_of_noise(sigma), Ceiling.of_noise(sigma),
     )  # fmt: skip
 
 
@@ -213,12 +198,17 @@ def _attacks(
 ) -> Iterator[AttackResult]:
     weak = "sees mostly the task; too weak to be evidence of protection"
     found = (
-        (_STRONGEST, "likelihood ratio", likelihood_ratio_scores(inner, gram, members, deviation), ""),
-        (_SERVER, _DICTIONARY, dictionary_scores(inner, gram, deviation, rate), ""),
-        ("server with one candidate", _CORRELATION, correlation_scores(inner, gram), weak),
+        (
+            _STRONGEST,
+            "likelihood ratio",
+            membership.likelihood_ratio_scores(inner, gram, members, deviation),
+            "",
+        ),
+        (_SERVER, _DICTIONARY, membership.dictionary_scores(inner, gram, deviation, rate), ""),
+        ("server with one candidate", _CORRELATION, membership.correlation_scores(inner, gram), weak),
     )
     for adversary, statistic, scores, note in found:
-        figures, curve = scored(scores, members, ceiling or Ceiling())
+        figures, curve = membership.scored(scores, members, ceiling or Ceiling())
         yield AttackResult(
             attack=MEMBERSHIP,
             adversary=adversary,
@@ -231,7 +221,3 @@ def _attacks(
             curve=() if note else curve,
             note=note,
         )
-
-
-def _ceiling(sigma: float) -> Ceiling:
-    return Ceiling(mu=1.0 / sigma) if sigma else Ceiling()

@@ -1,7 +1,6 @@
 """What a received aggregate does and tells: poison in it, and membership of the others' examples by loss.
 
-Works on a finished run: the clients' adapters after the last round, combined with the last weight rows as the
-server would combine them for a next round.
+The clients' adapters after the last round are combined with the last weight rows, as for a next round.
 """
 
 import re
@@ -49,10 +48,7 @@ def shared_vector(path: Path) -> np.ndarray:
 
 
 def received_results(target: Target, recipient: Victim, examples: int) -> list[AttackResult]:
-    """Both attacks on one recipient of a finished run, with at most so many test examples and candidates.
-
-    `ConfigurationError` if the run left no adapters or no weights.
-    """
+    """Both attacks on one recipient of a finished run; `ConfigurationError` without adapters or weights."""
     saved = {victim.client_id: victim.saved_adapter() for victim in target.victims}
     adapters = {name: shared_vector(path) for name, path in saved.items() if path is not None}
     rows = target.server_run.rows
@@ -104,10 +100,7 @@ def _portable(name: str) -> str:
 def _poison(
     target: Target, attacked: _Loaded, tests: Sequence[Example], aggregate: np.ndarray
 ) -> Iterator[AttackResult]:
-    """Accuracy right after loading an aggregate a share of which is poison, before any further training.
-
-    The poison drives every number against its honest value, as far as the clipping of uploads allows.
-    """
+    """Accuracy right after loading an aggregate, a share of which drives every number against its value."""
     policy, bound = target.scenario.policy, target.scenario.encryption.clip
     usable = [example for example in tests if example.choices]
     if not usable:

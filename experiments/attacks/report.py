@@ -152,34 +152,20 @@ def _attack_lines(attack: str, results: Sequence[AttackResult]) -> list[str]:
     lines.append("")
     names = list(dict.fromkeys(figure.name for result in results for figure in result.figures))
     for statistic in dict.fromkeys(result.statistic for result in results):
-        group = [result for result in results if result.statistic == statistic]
-        lines += [
-            f"Statistic: {statistic}.",
-            "",
-            *(_wide(group, names) if len(names) <= 3 else _long(group)),
-            "",
-        ]
+        heads = ["release", "", *(["ε", *names] if len(names) <= 3 else ["figure", "value"])]
+        rows = []
+        for result in (each for each in results if each.statistic == statistic):
+            what, figures = [result.release, _SETTINGS[result.setting]], {f.name: f for f in result.figures}
+            if len(names) <= 3:
+                cells = (_cell(figures[name]) if name in figures else "-" for name in names)
+                rows.append([*what, _epsilon(result.epsilon), *cells])
+                continue
+            for number, (name, figure) in enumerate(figures.items()):
+                rows.append([*(["", ""] if number else what), name, _cell(figure)])
+        lines += [f"Statistic: {statistic}.", "", *markdown_table(heads, rows), ""]
     for note in dict.fromkeys(result.note for result in results if result.note):
         lines += [f"{note[0].upper()}{note[1:]}.", ""]
     return lines
-
-
-def _wide(results: Sequence[AttackResult], names: Sequence[str]) -> list[str]:
-    rows = []
-    for result in results:
-        figures = {figure.name: figure for figure in result.figures}
-        cells = [_cell(figures[name]) if name in figures else "-" for name in names]
-        rows.append([result.release, _SETTINGS[result.setting], _epsilon(result.epsilon), *cells])
-    return markdown_table(["release", "", "ε", *names], rows)
-
-
-def _long(results: Sequence[AttackResult]) -> list[str]:
-    rows = []
-    for result in results:
-        for number, figure in enumerate(result.figures):
-            first = ["", ""] if number else [result.release, _SETTINGS[result.setting]]
-            rows.append([*first, figure.name, _cell(figure)])
-    return markdown_table(["release", "", "figure", "value"], rows)
 
 
 def _refusal_lines(report: AttackReport) -> list[str]:

@@ -1,27 +1,20 @@
 """Sums of groups: a server and members that work together, that add no noise, and that split the group.
 
-Everything runs on the product's own shares and secure sums. The victim's examples are canaries of norm C,
-one per coordinate, each there by a fair coin. Whoever attacks knows everything but the coins and the noise of
-those who keep to the protocol: what it subtracts leaves the victim's sum and that noise.
+Everything runs on the product's own shares and secure sums. The victim's examples are canaries of norm C, one
+per coordinate, each there by a fair coin. Whoever attacks knows all but the coins and others' noise.
 """
 
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from fedmosaic.experiments.attacks.statistics import results
 from fedmosaic.experiments.attacks.statistics.empirical import CanaryScores, audit_figures, epsilon_of_noise
-from fedmosaic.experiments.attacks.statistics.results import (
-    ALARM_LEVEL,
-    AttackResult,
-    Figure,
-    RefusalResult,
-    Setting,
-    clopper_pearson,
-)
 from fedmosaic.privacy.accounting.leverage import effective_noise_multiplier, noise_share
 from fedmosaic.privacy.federation.terms import GroupSumTerms
 from fedmosaic.privacy.mechanism.gaussian import ClippedSum
@@ -30,10 +23,9 @@ from fedmosaic.privacy.mechanism.shares import noisy_share, plan_grid
 from fedmosaic.privacy.secureaggregation.collector import SumCollector
 from fedmosaic.privacy.secureaggregation.masks import Masks, pair_mask_key, private_key, to_words, unpack
 from fedmosaic.privacy.secureaggregation.member import SumMember
-from fedmosaic.privacy.secureaggregation.messages import Opening, transcript
+from fedmosaic.privacy.secureaggregation.messages import transcript
 from fedmosaic.privacy.secureaggregation.partition import NO_ROUND, Partition, sum_context
 from fedmosaic.privacy.secureaggregation.terms import SumTerms
-from fedmosaic.protos.errors import FedMosaicError
 
 SUMS: Final = "Sums of groups"
 _FEDERATION: Final = "attacked"
@@ -88,14 +80,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Coalition:
-    """Who attacks.
+    """Who attacks: members that tell the server all they have, members that add no noise.
 
-    Attributes:
-        words: for the report.
-        colluders: members that tell the server their vectors and noise.
-        silent: members that add no noise.
-        within: whether the terms' claim covers them; if not, a member's own noise is all that is promised.
-        split: whether the server shows half of a group of twice the size nothing of the other half.
+    If the terms' claim does not cover them (`within`), a member's own noise is all that is promised. With
+    `split` the server shows half of a group of twice the size nothing of the other half.
     """
 
     words: str
@@ -128,18 +116,9 @@ def sum_results(
     coins: np.random.Generator,
     *,
     canaries: int,
-    setting: Setting,
-) -> Iterator[AttackResult]:
-    """What each coalition reads out of one sum of the least number of contributors, beside what is claimed.
-
-    Args:
-        sums: terms m, t and bits.
-        sigma: σ that the members of one sum promise.
-        noise: of the members.
-        coins: which canaries the victim has.
-        canaries: how many there are.
-        setting: what the results are filed under.
-    """
+    setting: results.Setting,
+) -> Iterator[results.AttackResult]:
+    """What each coalition reads out of one sum of the least number of contributors, beside the claim."""
     m, t = sums.minimum_contributors, sums.colluders
     share = noise_share(sigma, m, t)
     for coalition in coalitions(sums):
@@ -172,16 +151,16 @@ def _result(
     included: np.ndarray,
     coalition: Coalition,
     sigmas: tuple[float, float, float],
-    setting: Setting,
-) -> AttackResult:
+    setting: results.Setting,
+) -> results.AttackResult:
     """What scores certify; `sigmas` are those of the claim, promised against this coalition, and left."""
     claim, claimed, left = map(epsilon_of_noise, sigmas)
     # The noise of one coordinate is independent of another's, so every canary is a release of its own.
     figures = (
         *audit_figures(CanaryScores(scores[included], scores[~included]), claimed),
-        Figure.exact("ε of the noise that is left", left),
+        results.Figure.exact("ε of the noise that is left", left),
     )
-    return AttackResult(
+    return results.AttackResult(
         attack=SUMS,
         adversary="malicious server with members of the group",
         sees="one secure sum of the least number of contributors, all data but the coins, its members' noise",
@@ -195,7 +174,7 @@ def _result(
     )
 
 
-def _late_vector(sums: GroupSumTerms, setting: Setting) -> AttackResult:
+def _late_vector(sums: GroupSumTerms, setting: results.Setting) -> results.AttackResult:
     """The server tells the others that the victim vanished, and its vector comes late: t members help."""
     size = 64
     group = Group(max(sums.minimum_contributors + 1, 3 * sums.colluders + 2), sums, size)
@@ -220,9 +199,9 @@ def _late_vector(sums: GroupSumTerms, setting: Setting) -> AttackResult:
         guess = guess - masks.of(shared) if victim < name else guess + masks.of(shared)
     wrong = np.bitwise_count((guess ^ to_words(truth, sums.bits)) & np.uint32(2**32 - 1))
     hits, tried = int(32 * size - wrong.sum()), 32 * size
-    figure = Figure.share("bits read right", hits, tried)
-    sure, _ = clopper_pearson(hits, tried, 1.0 - 2.0 * ALARM_LEVEL)
-    return AttackResult(
+    figure = results.Figure.share("bits read right", hits, tried)
+    sure, _ = results.clopper_pearson(hits, tried, 1.0 - 2.0 * results.ALARM_LEVEL)
+    return results.AttackResult(
         attack=SUMS,
         adversary="malicious server with members of the group",
         sees="a vector that came late, and all shares that are given for those who vanished",
@@ -233,43 +212,21 @@ def _late_vector(sums: GroupSumTerms, setting: Setting) -> AttackResult:
     )
 
 
-def sum_refusals(sums: GroupSumTerms) -> tuple[RefusalResult, ...]:
+def sum_refusals(sums: GroupSumTerms) -> tuple[results.RefusalResult, ...]:
     """What a server may try with a group, each against a member's real part in a sum."""
-    found = []
-    for words, attempt in _ATTEMPTS.items():
-        group = Group(2 * sums.minimum_contributors, sums, 8)
-        try:
-            attempt(group)
-        except FedMosaicError as error:
-            found.append(
-                RefusalResult(attempt=f"sums: {words}", party="server", refused=1, answer=str(error))
-            )
-        else:
-            found.append(
-                RefusalResult(attempt=f"sums: {words}", party="server", refused=0, answer="accepted")
-            )
-    return tuple(found)
+    return tuple(
+        results.RefusalResult.of(
+            f"sums: {words}", "server", partial(attempt, Group(2 * sums.minimum_contributors, sums, 8))
+        )
+        for words, attempt in _ATTEMPTS.items()
+    )
 
 
-def _openings(group: Group, terms: SumTerms, names: Collection[str]) -> dict[str, Opening]:
-    members = group.members(terms)
-    return {name: members[name].open() for name in names}
-
-
-def _two_partitions(group: Group) -> None:
-    other = group.partition.model_copy(update={"mixing": dict.fromkeys(group.names, (0.5,))})
-    victim = SumMember(group.terms(), group.names[0], group.identities[group.names[0]])
-    shown = _openings(group, group.terms(partition=other), group.names[1:])
-    victim.share({group.names[0]: victim.open(), **shown})
-
-
-def _earlier_round(group: Group) -> None:
-    victim = SumMember(group.terms(3), group.names[0], group.identities[group.names[0]])
-    victim.share({group.names[0]: victim.open(), **_openings(group, group.terms(2), group.names[1:])})
-
-
-def _half_below_least(group: Group) -> None:
-    group.shared(group.names[: group.sums.minimum_contributors - 1])
+def _share_with_others(group: Group, own: SumTerms, others: SumTerms) -> None:
+    """A victim on its own terms is shown openings that the others made on theirs."""
+    name, members = group.names[0], group.members(others)
+    victim = SumMember(own, name, group.identities[name])
+    victim.share({name: victim.open(), **{other: members[other].open() for other in group.names[1:]}})
 
 
 def _few_masks(group: Group) -> None:
@@ -288,21 +245,16 @@ def _other_keys(group: Group) -> None:
     members[names[0]].accept(server.envelopes_for(names[0]) | foreign)
 
 
-def _masked(group: Group) -> tuple[SumCollector, dict[str, SumMember]]:
+def _masked(group: Group) -> dict[str, SumMember]:
     server, members = group.shared()
     for name, member in members.items():
         member.accept(server.envelopes_for(name))
         server.add_vector(name, member.mask(np.zeros(group.dimensions, dtype=np.int64)))
-    return server, members
-
-
-def _short_list(group: Group) -> None:
-    _, members = _masked(group)
-    members[group.names[0]].agree(group.names[: group.sums.minimum_contributors - 1])
+    return members
 
 
 def _two_lists(group: Group) -> None:
-    _, members = _masked(group)
+    members = _masked(group)
     lists = (group.names[:-1], group.names[1:])
     signed: tuple[dict[str, bytes], dict[str, bytes]] = ({}, {})
     for number, name in enumerate(group.names[1:-1]):
@@ -310,31 +262,30 @@ def _two_lists(group: Group) -> None:
     members[group.names[1]].unmask(signed[0])
 
 
-def _second_vector(group: Group) -> None:
-    _, members = _masked(group)
-    members[group.names[0]].mask(np.zeros(group.dimensions, dtype=np.int64))
+def _check_groups(group: Group, groups: tuple[tuple[str, ...], ...], member: str) -> None:
+    shown = Partition(groups=groups, mixing=dict.fromkeys(group.names, (1.0, 0.0)))
+    shown.check(member, group.names, group.sums.minimum_contributors, 2)
 
 
-def _overlap(group: Group) -> None:
-    both = Partition(groups=(group.names, group.names[1:]), mixing=dict.fromkeys(group.names, (1.0, 0.0)))
-    both.check(group.names[1], group.names, group.sums.minimum_contributors, 2)
-
-
-def _small_group(group: Group) -> None:
-    small, rest = group.names[:1], group.names[1:]
-    split = Partition(groups=(small, rest), mixing=dict.fromkeys(group.names, (1.0, 0.0)))
-    split.check(group.names[0], group.names, group.sums.minimum_contributors, 2)
-
-
-_ATTEMPTS: Final[Mapping[str, Callable[[Group], None]]] = {
-    "two members are shown different groups or weights": _two_partitions,
-    "openings of an earlier round replayed": _earlier_round,
-    "a half of fewer than m_min is shown no other keys": _half_below_least,
+_ATTEMPTS: Final[Mapping[str, Callable[[Group], object]]] = {
+    "two members are shown different groups or weights": lambda g: _share_with_others(
+        g,
+        g.terms(),
+        g.terms(partition=g.partition.model_copy(update={"mixing": dict.fromkeys(g.names, (0.5,))})),
+    ),
+    "openings of an earlier round replayed": lambda g: _share_with_others(g, g.terms(3), g.terms(2)),
+    "a half of fewer than m_min is shown no other keys": lambda g: g.shared(
+        g.names[: g.sums.minimum_contributors - 1]
+    ),
     "masks in common with a few members alone, who then vanish": _few_masks,
     "halves with different keys are brought together again": _other_keys,
-    "a list of fewer than m_min contributors": _short_list,
+    "a list of fewer than m_min contributors": lambda g: _masked(g)[g.names[0]].agree(
+        g.names[: g.sums.minimum_contributors - 1]
+    ),
     "two lists of contributors, half of the members each": _two_lists,
-    "a second vector for a sum": _second_vector,
-    "groups that overlap": _overlap,
-    "a group of one": _small_group,
+    "a second vector for a sum": lambda g: _masked(g)[g.names[0]].mask(
+        np.zeros(g.dimensions, dtype=np.int64)
+    ),
+    "groups that overlap": lambda g: _check_groups(g, (g.names, g.names[1:]), g.names[1]),
+    "a group of one": lambda g: _check_groups(g, (g.names[:1], g.names[1:]), g.names[0]),
 }

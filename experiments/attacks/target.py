@@ -4,18 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
-from fedmosaic.client.model.examples import (
-    EncodedExample,
-    Example,
-    encode_examples,
-    read_examples,
-    read_public_examples,
-)
+from fedmosaic.client.model.examples import Example, encode_examples, read_examples, read_public_examples
 from fedmosaic.client.model.load import load_model
 from fedmosaic.client.profile.basis import BasisSettings, fit_mechanism
 from fedmosaic.client.profile.probe import Probe, gradient_factors, open_probe
@@ -23,7 +16,7 @@ from fedmosaic.client.settings import ModelSettings
 from fedmosaic.experiments.attacks.federation import weight_matrix
 from fedmosaic.experiments.scenario.founding import agreed_adapter
 from fedmosaic.experiments.scenario.terms import Scenario
-from fedmosaic.privacy.configuration import read_configuration, validate
+from fedmosaic.privacy.configuration import Frozen, read_configuration, validate
 from fedmosaic.privacy.federation.kits import BASIS, ROSTER, open_kit
 from fedmosaic.privacy.federation.terms import AdapterTerms, RelevanceTerms
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
@@ -37,16 +30,14 @@ _PROFILE: Final = "profile.json"
 _SCENARIO: Final = "scenario.json"
 
 
-class _RoundResult(BaseModel):
+class _RoundResult(Frozen, extra="ignore"):
     """What the server says of a closed round: shares by section, recipient and contributor."""
 
     weights: dict[str, dict[str, dict[str, float]]]
 
 
-class ServerRun(BaseModel):
+class ServerRun(Frozen, extra="ignore"):
     """What the attacks use of a server's account of a run, its `run.json`."""
-
-    model_config = ConfigDict(frozen=True)
 
     federation: str = "federation"
     members: tuple[str, ...] = ()
@@ -146,16 +137,12 @@ def _target(scenario: Scenario, directory: Path | None) -> Target:
     victims = []
     for client in scenario.clients:
         state = directory / "federation/clients" / client.id / "state" if directory is not None else None
-        victims.append(
-            Victim(
-                client.id,
-                client.domain,
-                tuple(example for task in client.task_list for example in read_examples(task.train)),
-                tuple(example for task in client.task_list for example in read_examples(task.test)),
-                client.model,
-                state if state is not None and state.is_dir() else None,
-            )
+        train, test = (
+            tuple(e for task in client.task_list for e in read_examples(getattr(task, part)))
+            for part in ("train", "test")
         )
+        kept = state if state is not None and state.is_dir() else None
+        victims.append(Victim(client.id, client.domain, train, test, client.model, kept))
     name = directory.resolve().name if directory is not None else scenario.name
     public = read_public_examples(scenario.profile.public_data)
     return Target(name, scenario, directory, tuple(victims), public)
@@ -176,13 +163,9 @@ class Prober:
         mechanism = self.public_map.mechanism.model_copy(update={"noise_multiplier": noise_multiplier})
         return PublicMap(mechanism, self.basis)
 
-    def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
-        """Encode as the product does."""
-        return encode_examples(self.tokenizer, examples, self.max_length)
-
     def factors(self, examples: Sequence[Example]) -> list[GradientFactors]:
         """Gradients of examples as factors, in order."""
-        return list(gradient_factors(self.probe, self.encode(examples)))
+        return list(gradient_factors(self.probe, encode_examples(self.tokenizer, examples, self.max_length)))
 
 
 def open_prober(target: Target, other: ModelSettings | None = None) -> Prober:
@@ -194,32 +177,25 @@ def open_prober(target: Target, other: ModelSettings | None = None) -> Prober:
     if other is None and fitted is not None and (fitted / _PROFILE).is_file():
         mechanism = ProfileMechanism.model_validate_json((fitted / _PROFILE).read_text(encoding="utf-8"))
         basis = PublicBasis.load(fitted / BASIS) if mechanism.basis_sha256 else None
-        return Prober(probe, tokenizer, PublicMap(mechanism, basis), basis, profile.max_length)
-    reduction = Reduction(
-        kind=profile.kind,
-        hidden_size=probe.hidden_size,
-        intermediate_size=probe.intermediate_size,
-        projection_dimensions=profile.dimensions,
-    )
-    mechanism, basis = fit_mechanism(
-        probe,
-        Path(settings.path).name,
-        encode_examples(tokenizer, target.public, profile.max_length),
-        reduction,
-        BasisSettings(
-            standardise="none" if profile.kind == "coordinates" else "whiten",
-            kronecker_shape=(profile.left, profile.dimensions // profile.left),
-        ),
-        profile.noise_multiplier,
-    )
+    else:
+        reduction = Reduction(
+            kind=profile.kind,
+            hidden_size=probe.hidden_size,
+            intermediate_size=probe.intermediate_size,
+            projection_dimensions=profile.dimensions,
+        )
+        standardise: Literal["none", "whiten"] = "none" if profile.kind == "coordinates" else "whiten"
+        shape = (profile.left, profile.dimensions // profile.left)
+        public = encode_examples(tokenizer, target.public, profile.max_length)
+        mechanism, basis = fit_mechanism(
+            probe, Path(settings.path).name, public, reduction,
+            BasisSettings(standardise=standardise, kronecker_shape=shape), profile.noise_multiplier,
+        )  # fmt: skip
     return Prober(probe, tokenizer, PublicMap(mechanism, basis), basis, profile.max_length)
 
 
 def candidates(victim: Victim, size: int, seed: int = 0) -> list[Example]:
-    """At most `size` candidates with distinct prompts.
-
-    Half are from the client's training set, if there are enough others of the same task.
-    """
+    """At most `size` candidates with distinct prompts, half of them trained on if there are enough others."""
     generator, others = np.random.default_rng(seed), victim.unseen
     chosen: dict[str, Example] = {}
     for source, count in ((others, size // 2), (victim.train, size - min(len(others), size // 2))):

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -29,8 +29,7 @@ from fedmosaic.protos.errors import ModelError
 _TRIAL_LENGTH: Final = 6
 
 
-@dataclass(frozen=True, eq=False)
-class NextTerms:
+class NextTerms(NamedTuple):
     """Every term that the next token after one prefix could add.
 
     (V,) log-probabilities, the reduced input u of every core, and the (H, K) derivative of the head's input
@@ -43,7 +42,7 @@ class NextTerms:
 
 
 class TermReader:
-    """Computes terms for a causal language model with its shared branch alone on, in evaluation mode.
+    """Terms for a causal language model with its shared branch alone on, in evaluation mode.
 
     Cores are by name in the order of the shared vector. `ModelError` if none acts on its own position alone.
     """

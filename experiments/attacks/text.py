@@ -1,23 +1,16 @@
 """Text recovery from the task profile: both spans of the gradient, exact δ per token, a beam.
 
-The attacker holds one release and knows how a text begins. For every next token of the vocabulary it computes
-the exact δ that this token would have given and tests it against the left span; the state that follows
-is tested against the right span; the language model's own probability breaks ties. Tokens stand in the
-prefix as they are found, so an error early in a text spoils the rest: what is found is a lower bound.
+The attacker holds one release and knows how a text begins. For every next token it computes the exact δ that
+this token would have given and tests it against the left span; the state that follows is tested against the
+right span; the language model breaks ties. A gradient G = Σ_t δ_t x_tᵀ over T tokens has rank at most T:
+while T is below its width, true δ_t and x_t are in the leading singular spans, and almost no wrong ones are.
 
-A gradient G = Σ_t δ_t x_tᵀ over T tokens has rank at most T. While T is below its width, every true δ_t is in
-the space that the leading left singular vectors span, every true x_t in that of the right ones, and almost
-no wrong one does: tokens can be tested one by one.
-
-Reference:
-    Petrov et al. 2024, "DAGER: Exact gradient inversion for large language models" (arXiv:2405.15586).
+Reference: Petrov et al. 2024, "DAGER: Exact gradient inversion for large language models" (arXiv:2405.15586).
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -41,14 +34,10 @@ _FLOOR: Final = 1e-3
 _WEIGHT: Final = 8.0
 
 
-@dataclass(frozen=True, eq=False)
-class Spans:
-    """Both spaces of a released matrix.
+class Spans(NamedTuple):
+    """Both spaces of a released matrix: (m, r) and (f, r) orthonormal columns.
 
-    Attributes:
-        left: (m, r) orthonormal columns.
-        right: (f, r) orthonormal columns.
-        noise_share: share of noise in the middle one of the directions that were kept, in [0, 1).
+    `noise_share` is the share of noise in the middle one of the directions that were kept, in [0, 1).
     """
 
     left: np.ndarray
@@ -82,12 +71,11 @@ def evidence(vectors: np.ndarray, basis: np.ndarray, floor: float) -> np.ndarray
     return np.asarray(np.where(energy > 0.0, -np.log(np.clip(outside, 0.0, 1.0) + floor), 0.0))
 
 
-@dataclass(frozen=True, eq=False)
-class Release:
+class Release(NamedTuple):
     """One release as a matrix, and how the attacker's own vectors get into its coordinates.
 
-    `spans` is what stands out of its noise, None to decode with the language model alone; `left` maps (n, D)
-    gradients δ to the matrix's rows, `right` (n, F) inputs x to its columns.
+    `spans` stands out of its noise, None to decode with the language model alone; `left` maps (n, D)
+    gradients δ to the rows, `right` (n, F) inputs x to the columns.
     """
 
     spans: Spans | None
@@ -101,10 +89,7 @@ class Release:
 def continuations(
     examples: Sequence[Example], tokenizer: Any, count: int, tokens: int
 ) -> list[EncodedExample]:
-    """First lines of prompts, as at most `count` examples that continue their first words.
-
-    Each has from six to `tokens` tokens to recover.
-    """
+    """Examples that continue the first words of prompts' first lines, by six to `tokens` tokens."""
     found: list[EncodedExample] = []
     for example in examples:
         words = example.prompt.split("\n", 1)[0].split(" ")
@@ -127,10 +112,7 @@ def text_results(
     noise: NoiseSource,
     seed: int,
 ) -> list[AttackResult]:
-    """Recover texts from one release of them: the authors' sanitiser, DP in its place, and the product.
-
-    The attacker has the product's map and its basis too; the seed is of the references' noise.
-    """
+    """Recover texts from one release of them: the authors' sanitiser, DP in its place, and the product."""
     factors = list(gradient_factors(probe, texts))
     generator = np.random.default_rng(seed)
     releases = [
@@ -154,7 +136,8 @@ def decode(probe: Probe, known: Sequence[int], length: int, released: Release) -
         after = _states(probe, [[*known, *tokens] for _, tokens in grown])
         if released.spans is not None:
             inputs = released.right(np.stack([state for _, state in after]))
-            fits = _weight(released.spans) * evidence(inputs, released.spans.right, _FLOOR)
+            trust = _WEIGHT * (1.0 - released.spans.noise_share)
+            fits = trust * evidence(inputs, released.spans.right, _FLOOR)
             grown = [(score + float(fit), tokens) for (score, tokens), fit in zip(grown, fits, strict=True)]
         order = sorted(range(len(grown)), key=lambda index: -grown[index][0])[:BEAMS]
         beams, states = [grown[index] for index in order], [after[index] for index in order]
@@ -233,11 +216,6 @@ def _result(probe: Probe, texts: Sequence[EncodedExample], released: Release) ->
     )
 
 
-def _weight(spans: Spans) -> float:
-    """How far the spans are to be trusted against the language model."""
-    return _WEIGHT * (1.0 - spans.noise_share)
-
-
 def _token_scores(probe: Probe, hidden: np.ndarray, released: Release) -> np.ndarray:
     """Evidence for every token of the vocabulary: left span and log-probability."""
     weights: Any = probe.head.weight  # (V, D)
@@ -256,30 +234,22 @@ def _token_scores(probe: Probe, hidden: np.ndarray, released: Release) -> np.nda
     delta = scale * upstream - scale**3 * np.outer(along, hidden)
     fits = evidence(released.left(delta), released.spans.left.astype(np.float32), _FLOOR)
     scores = np.full(len(head), -np.inf)
-    scores[kept] = log_probability[kept] + _weight(released.spans) * fits
+    scores[kept] = log_probability[kept] + _WEIGHT * (1.0 - released.spans.noise_share) * fits
     return scores
 
 
 def _states(probe: Probe, sequences: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Residual stream and input of `down_proj` at the last position of sequences of one length."""
-    seen: dict[str, torch.Tensor] = {}
-    with (
-        _capture(probe.down_proj, seen, "inputs"),
-        _capture(probe.norm, seen, "hidden"),
-        torch.inference_mode(),
-    ):
-        probe.decoder(input_ids=torch.tensor(sequences), use_cache=False)
-    hidden, inputs = seen["hidden"][:, -1].float().numpy(), seen["inputs"][:, -1].float().numpy()
-    return list(zip(hidden, inputs, strict=True))
+    seen: dict[torch.nn.Module, np.ndarray] = {}
 
+    def keep(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        seen[module] = arguments[0][:, -1].float().numpy()
 
-@contextmanager
-def _capture(module: torch.nn.Module, seen: dict[str, torch.Tensor], name: str) -> Iterator[None]:
-    def keep(_module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        seen[name] = arguments[0]
-
-    handle = module.register_forward_pre_hook(keep)
+    handles = [module.register_forward_pre_hook(keep) for module in (probe.norm, probe.down_proj)]
     try:
-        yield
+        with torch.inference_mode():
+            probe.decoder(input_ids=torch.tensor(sequences), use_cache=False)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+    return list(zip(seen[probe.norm], seen[probe.down_proj], strict=True))

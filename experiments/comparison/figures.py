@@ -1,9 +1,8 @@
-"""Figures of a comparison as SVG: accuracy over the rounds, privacy against utility."""
+"""The figure of privacy against utility, as SVG."""
 
 import io
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import matplotlib as mpl
@@ -11,11 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fedmosaic.experiments.comparison.runs import Group, Run
-from fedmosaic.experiments.scenario.metrics import Interval, interval, mean_pair
+from fedmosaic.experiments.scenario.metrics import Interval, interval
 from fedmosaic.protos.errors import ConfigurationError
 
-_COLOURS: Final = ("#0b5fa5", "#c2571a", "#2f7d4f", "#8a3b8f", "#8c6d1f", "#5a5a5a", "#b3263a", "#1b8a8a")
-_DASHES: Final = ("-", "--", ":", "-.")
 _PROTECTIONS: Final = {
     "none": ("#0b5fa5", "s", "none: adapter in the clear"),
     "encrypted": ("#1b8a8a", "D", "encrypted: server sees ciphertext"),
@@ -31,43 +28,12 @@ _PANELS: Final[tuple[tuple[str, Callable[[Run], float]], ...]] = (
 )
 
 
-def curves(groups: Sequence[Group], *, own: bool) -> str:
-    """Self or Others over the rounds, means over clients and seeds, of one scenario's groups, as SVG."""
-    with _drawing(7.6, 3.2 + 0.2 * len(groups)) as drawn:
-        axes = drawn.subplots()
-        for number, group in enumerate(groups):
-            points = list(_curve(group, own))
-            axes.plot(
-                [place for place, _ in points],
-                [100 * value for _, value in points],
-                color=_COLOURS[number % len(_COLOURS)],
-                linestyle=_DASHES[number // len(_COLOURS) % len(_DASHES)],
-                label=group.method,
-            )
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("round")
-        axes.set_ylabel(f"{'Self' if own else 'Others'}, %")
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-        return _svg(drawn)
-
-
-def _curve(group: Group, own: bool) -> Iterator[tuple[int, float]]:
-    for number in sorted(set.intersection(*(set(run.curve) for run in group.runs))):
-        mean = mean_pair([run.curve[number] for run in group.runs])
-        value = mean.own if own else mean.others
-        if not math.isnan(value):
-            yield number, value
-
-
 def privacy_figure(groups: Sequence[Group]) -> str:
     """Accuracy and relevance over ε, by how the adapter is protected, as SVG.
 
-    What stands on the axis is not the target but the ε that the clients' ledgers came to: the largest of any
-    client, both channels together, towards another member. Without differential privacy on the adapter that
-    is ∞, on the right. Runs of `local` and `fedavg` give lines.
-
-    Raises:
-        ConfigurationError: no run has a server of FedMosaic's, or the runs are of several scenarios.
+    ε is not the target but what the clients' ledgers came to: the largest of any client, both channels
+    together, towards another member; ∞ without differential privacy on the adapter. `local` and `fedavg` give
+    lines. `ConfigurationError` if no run has a server of FedMosaic's, or the runs are of several scenarios.
     """
     private = [group for group in groups if group.runs[0].protection]
     scenarios = {group.scenario for group in groups}
@@ -76,7 +42,18 @@ def privacy_figure(groups: Sequence[Group]) -> str:
             f"a privacy figure of {len(private)} private methods on {len(scenarios)} scenarios; give runs of "
             "fedmosaic on one scenario"
         )
-    with _drawing(9.6, 4.2) as drawn:
+    buffer = io.StringIO()
+    # Letters stay letters; without a date, the same runs give the same bytes.
+    with mpl.rc_context(
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": "fedmosaic",
+            "axes.grid": True,
+            "grid.color": "#ddd",
+            "axes.axisbelow": True,
+        }
+    ):
+        drawn = Figure(figsize=(9.6, 4.2), layout="constrained")
         panels = drawn.subplots(1, len(_PANELS))
         finite = [value for group in private if (value := _epsilon(group)) < math.inf]
         end = 4 * max(finite, default=1.0)
@@ -87,7 +64,8 @@ def privacy_figure(groups: Sequence[Group]) -> str:
         handles, labels = panels[0].get_legend_handles_labels()
         drawn.legend(handles, labels, loc="lower center", ncols=2, frameon=False, bbox_to_anchor=(0.5, -0.18))
         drawn.suptitle(f"Privacy against utility: {next(iter(scenarios))}")
-        return _svg(drawn)
+        drawn.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
 
 
 def _epsilon(group: Group) -> float:
@@ -123,20 +101,3 @@ def _panel(axes: Axes, number: int, groups: Sequence[Group], end: float, *, infi
 
 def _figure(group: Group, number: int) -> Interval | None:
     return interval([_PANELS[number][1](run) for run in group.runs])
-
-
-@contextmanager
-def _drawing(width: float, height: float) -> Iterator[Figure]:
-    """A figure whose letters stay letters; closed with the block, never part of pyplot's state."""
-    with mpl.rc_context(
-        {"svg.fonttype": "none", "axes.grid": True, "grid.color": "#ddd", "axes.axisbelow": True}
-    ):
-        yield Figure(figsize=(width, height), layout="constrained")
-
-
-def _svg(figure: Figure) -> str:
-    """The figure without what changes from day to day."""
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": "fedmosaic"}):
-        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()

@@ -1,13 +1,16 @@
 """What is left of a run, read from its directory or from the state of one party."""
 
-from collections.abc import Mapping
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from fedmosaic.client.model.examples import Example, read_examples
 from fedmosaic.client.statement import STATEMENT
-from fedmosaic.experiments.comparison.majority import majorities
-from fedmosaic.experiments.comparison.runs import read_object
+from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.protos.errors import ConfigurationError
 from fedmosaic.server.summary import with_rounds
 
@@ -27,12 +30,7 @@ class RunRecord:
 
 
 def read_run(path: Path) -> RunRecord:
-    """Read what a run left behind.
-
-    Raises:
-        ConfigurationError: there is nothing of a run at this path.
-        StateError: what the server kept of its rounds is damaged.
-    """
+    """Read what a run left behind; `ConfigurationError` if there is nothing, `StateError` for damage."""
     majority: Mapping[str, float] = {}
     if (path / "federation").is_dir():
         kits = sorted((path / "federation" / "clients").iterdir())
@@ -67,3 +65,38 @@ def _read_server(state_dir: Path) -> dict[str, Any]:
 def read_kept(path: Path) -> dict[str, Any]:
     """A JSON object of a run's directory; empty where there is no file."""
     return read_object(path, "restore it, or move it away and see the rest") if path.exists() else {}
+
+
+def majority_accuracy(examples: Sequence[Example]) -> float:
+    """Share in [0, 1] of examples with the most frequent answer; NaN if one has no choices."""
+    if not examples or not all(example.choices for example in examples):
+        return math.nan
+    return Counter(example.answer for example in examples).most_common(1)[0][1] / len(examples)
+
+
+def majorities(scenario: Mapping[str, Any]) -> dict[str, float]:
+    """What always the most frequent answer scores, by client; NaN where the run's test files have gone."""
+    limit = scenario.get("evaluation_examples") or None
+
+    def score(client: Mapping[str, Any]) -> float:
+        files = [task.get("test") for task in (client.get("tasks") or [client])]
+        try:
+            return fmean(majority_accuracy(read_examples(Path(file))[:limit]) for file in files if file)
+        except (ConfigurationError, ValueError):
+            return math.nan
+
+    return {client["id"]: score(client) for client in scenario.get("clients", [])}
+
+
+def read_object(path: Path, remedy: str = "give directories of finished runs") -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    `ConfigurationError` if it is missing, damaged or no object; the message ends with the remedy.
+    """
+    try:
+        content = parse_json(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path} cannot be read ({error}); {remedy}") from None
+    return content

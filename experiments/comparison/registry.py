@@ -1,7 +1,7 @@
-"""A statement as a record of OpenDP's Differential Privacy Deployments Registry.
+"""A statement as a draft record of OpenDP's Differential Privacy Deployments Registry.
 
 Fields and values are those of `schemas/deployments-schema.yaml` of opendp/deployments-registry-data on GitHub
-as of 2026-07-15. A record is a draft: what the software cannot know is marked and left to its author.
+as of 2026-07-15. What the software cannot know is marked and left to its author.
 """
 
 import math
@@ -16,15 +16,15 @@ TO_FILL_IN: Final = "TO BE FILLED IN"
 
 
 def record(statement: PrivacyStatement, organisation: str = "", purpose: str = "") -> dict[str, Any]:
-    """The registry's record of a statement; the figures are those of the client with the largest ε.
-
-    Args:
-        statement: one that may be handed over: a registry is public.
-        organisation: data curator and author of the record.
-        purpose: intended use of the model.
-    """
+    """The registry's record of a statement that may be handed over, with the figures of the largest ε."""
     client = max(statement.clients, key=lambda each: plain.worst_first(each)[0].epsilon or 0.0)
     who, trust = organisation or TO_FILL_IN, plain.trust(client)
+    mechanisms = " ".join(
+        f"Gaussian: noise {each.noise_multiplier:.3g}, rate {each.sampling_rate:.3g}, {each.steps} steps."
+        for channel in client.channels[:-1]
+        for each in channel.mechanisms
+        if each.noise_multiplier
+    )
     parts = {
         "basic": {
             "name": f"Adapter of a language model, fine-tuned in federation run {statement.run_id}",
@@ -56,7 +56,7 @@ def record(statement: PrivacyStatement, organisation: str = "", purpose: str = "
         },
         "implementation": {
             "preprocessing_and_hyperparameter_tuning": ASSUMPTIONS[2],
-            "mechanisms": f"fedmosaic {__version__}. {_mechanisms(client)} Noise on a grid of integers, from "
+            "mechanisms": f"fedmosaic {__version__}. {mechanisms} Noise on a grid of integers, from "
             "AES-256 in counter mode; gradients of one example at a time.",
             "justification": TO_FILL_IN,
         },
@@ -77,12 +77,3 @@ def _loss(client: ClientStatement) -> dict[str, Any]:
         "privacy_parameters": {"delta": client.delta} | ({"epsilon": epsilon} if bounded else {}),
         "privacy_parameters_details": f"{told} {plain.delta_words(client.delta)}",
     }
-
-
-def _mechanisms(client: ClientStatement) -> str:
-    return " ".join(
-        f"Gaussian: noise {each.noise_multiplier:.3g}, rate {each.sampling_rate:.3g}, {each.steps} steps."
-        for channel in client.channels[:-1]
-        for each in channel.mechanisms
-        if each.noise_multiplier
-    )

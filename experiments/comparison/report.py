@@ -2,10 +2,9 @@
 
 import json
 import math
-import shlex
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,13 +20,11 @@ from rich.text import Text
 from fedmosaic.client.statement import HANDED_OVER
 from fedmosaic.experiments.attacks import report as attack_report
 from fedmosaic.experiments.comparison.figures import privacy_figure
-from fedmosaic.experiments.comparison.page import page
 from fedmosaic.experiments.comparison.record import RunRecord, read_kept, read_run
 from fedmosaic.experiments.comparison.registry import record as registry_record
 from fedmosaic.experiments.comparison.runs import REFERENCE, compared_run, group_runs
 from fedmosaic.experiments.comparison.statement_page import statement_page
-from fedmosaic.experiments.comparison.tables import terminal_tables
-from fedmosaic.experiments.scenario.unseen import read_unseen, unseen_table
+from fedmosaic.experiments.comparison.tables import markdown
 from fedmosaic.privacy.federation.identity import expires_soon
 from fedmosaic.privacy.files import write_atomically
 from fedmosaic.privacy.statement.check import check_received
@@ -50,8 +47,7 @@ class Arguments:
     path: tyro.conf.Positional[tuple[Path, ...]]
     """Where to read from."""
     html: Path | None = None
-    """Write one self-contained page: the privacy statement of a client's or server's state, to be signed, or
-    the comparison of runs."""
+    """Write the privacy statement of a client's or server's state as one page, to be signed."""
     json: Path | None = None
     """Write a state's statement as a record of OpenDP's deployment registry."""
     organisation: str = ""
@@ -71,10 +67,8 @@ def main(arguments: Sequence[str]) -> int:
     parsed = tyro.cli(Arguments, args=list(arguments), prog="fedmosaic report")
     if not parsed.path:
         raise ConfigurationError("give the directory of a run, or of several")
-    scenarios = [(path / "scenario.json").exists() for path in parsed.path]
-    pages = parsed.html is not None and scenarios[0]
-    if len(parsed.path) > 1 or pages or parsed.privacy_figure is not None:
-        compare(parsed, shlex.join(["fedmosaic", "report", *arguments]))
+    if len(parsed.path) > 1 or parsed.privacy_figure is not None:
+        compare(parsed)
         return 0
     record = read_run(parsed.path[0])
     if parsed.html is not None or parsed.json is not None:
@@ -90,11 +84,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def write_statement(arguments: Arguments, record: RunRecord) -> None:
-    """Write the statement of a client or server as a page, as a registry's record, or both.
-
-    Raises:
-        ConfigurationError: there is no statement yet, or none that may be handed over.
-    """
+    """Write a statement as a page, a registry's record, or both; `ConfigurationError` if there is none."""
     merged = merged_statement(record)
     if merged is None:
         raise ConfigurationError(
@@ -134,26 +124,18 @@ def _costs(statement: PrivacyStatement, target: float, console: Console) -> list
     return costs
 
 
-def compare(arguments: Arguments, command: str) -> None:
-    """Print the comparison of several runs, and write it as a page where one is asked for.
-
-    Raises:
-        ConfigurationError: a run is not finished or has no scores by round, or an option is for one run only.
-    """
-    if arguments.at_epsilon is not None:
-        raise ConfigurationError("--at-epsilon is for one run; give one, without --html")
+def compare(arguments: Arguments) -> None:
+    """Print the comparison of several runs, and draw their privacy figure where one is asked for."""
+    if arguments.at_epsilon is not None or arguments.html is not None:
+        raise ConfigurationError("--at-epsilon and --html are for one run or state; give one")
     groups = group_runs([compared_run(path) for path in arguments.path])
     methods = sorted({group.method for group in groups})
     if arguments.against not in (REFERENCE, *methods):
         raise ConfigurationError(f"there is no run of {arguments.against!r}; there are {', '.join(methods)}")
-    console = Console()
-    console.print(*terminal_tables(groups, arguments.against), sep="\n")
-    if arguments.html is not None:
-        arguments.html.write_text(page(groups, command, arguments.against), encoding="utf-8")
-        console.print(f"the page is {arguments.html}")
+    print(markdown(groups, arguments.against))
     if arguments.privacy_figure is not None:
         arguments.privacy_figure.write_text(privacy_figure(groups), encoding="utf-8")
-        console.print(f"the figure is {arguments.privacy_figure}")
+        print(f"the figure is {arguments.privacy_figure}")
 
 
 def show(record: RunRecord, console: Console) -> None:
@@ -163,6 +145,10 @@ def show(record: RunRecord, console: Console) -> None:
         console.print(table)
         console.print(f"{words}\n", style="dim")
 
+    def warn(lines: Iterable[str], style: str = "") -> None:
+        for line in lines:
+            console.print(Text(f"{line}\n", style=style))
+
     results = record.clients.values()
     if any("after" in result for result in results):
         put(
@@ -170,38 +156,27 @@ def show(record: RunRecord, console: Console) -> None:
             "Self: accuracy on the client's own test sets; majority: always the most frequent answer there; "
             "alone: a model trained without the others. Others: mean over the others' test sets.",
         )
-    for name, result in record.clients.items():
-        if "comparison" in result:
-            console.print(Text(f"{name}: {result['comparison']['verdict']}\n"))
-    for line in alone(record):
-        console.print(Text(f"{line}\n", style="bold red"))
-    for line in expiring(record):
-        console.print(Text(f"{line}\n", style="bold yellow"))
+    found = {name: result["comparison"] for name, result in record.clients.items() if "comparison" in result}
+    warn(f"{name}: {comparison['verdict']}" for name, comparison in found.items())
+    warn(alone(record), "bold red")
+    warn(expiring(record), "bold yellow")
     if record.server.get("results"):
-        put(
-            relevance_table(record.server),
-            "Similarity of the noisy task profiles, corrected for the known noise; +1 is the same task.",
-        )
+        words = "Similarity of the noisy task profiles, corrected for the known noise; +1 is the same task."
+        put(relevance_table(record.server), words)
         put(weights_table(record.server), "How much of each column's adapter the row's client received.")
     merged = merged_statement(record)
     if merged is not None:
         console.print(render(merged))
-    for name, reason in usable_statements(record)[1].items():
-        console.print(Text(f"The privacy statement of {name} is left out: {reason}.\n", style="bold yellow"))
+    left_out = usable_statements(record)[1].items()
+    warn((f"The privacy statement of {n} is left out: {why}." for n, why in left_out), "bold yellow")
     attacked = attack_report.read(record.directory / "attacks")
     if attacked is not None:
         console.print(attack_report.render(attacked))
     if any("traffic" in result for result in results):
         put(traffic_table(record), "Bytes of messages, without what HTTP/2 and TLS add.")
-    unseen = read_unseen(record.directory)
-    if unseen:
-        put(unseen_table(unseen), "Clients that came when the last round was over.")
     if any("training_flops" in result for result in results):
-        put(
-            cost_table(record),
-            "Operations of the clients' own training steps, measured; scoring, profiles and what a server "
-            "distils are not among them.",
-        )
+        words = "Operations of the clients' own training steps, measured; scoring, profiles and what a server"
+        put(cost_table(record), f"{words} distils are not among them.")
 
 
 def alone(record: RunRecord) -> list[str]:
@@ -232,9 +207,8 @@ def expiring(record: RunRecord) -> list[str]:
 def usable_statements(record: RunRecord) -> tuple[dict[str, PrivacyStatement], dict[str, str]]:
     """The statements of a run that can be shown together, and why the others cannot, by client id."""
     usable: dict[str, PrivacyStatement] = {}
-    left_out = dict.fromkeys(
-        record.server.get("unreadable_statements", ()), "the server could not read what it had stored"
-    )
+    unreadable = record.server.get("unreadable_statements", ())
+    left_out = dict.fromkeys(unreadable, "the server could not read what it had stored")
     for name, content in record.statements.items():
         try:
             usable[name] = check_received(content, name, record.server.get("run_id"))
@@ -263,19 +237,19 @@ def merged_statement(record: RunRecord) -> PrivacyStatement | None:
     )
 
 
-def _table(title: str, heads: Sequence[str], words: int = 1) -> Table:
+def _table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> Table:
     """A table whose columns after the first `words` hold numbers."""
     table = Table(title=title)
     for number, head in enumerate(heads):
         table.add_column(head, justify="left" if number < words else "right", no_wrap=number >= words)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
 def accuracy_table(record: RunRecord) -> Table:
     """Accuracy before and after, on the own task and on the others'."""
-    heads = ("client", "task", "majority", "alone", "Self", "gain", "Others", "gain")
-    table = _table("Accuracy before → after", heads, 2)
-    rows = []
+    shown, complete = [], []
     for name, result in record.clients.items():
         if "before" not in result or "after" not in result:
             continue
@@ -284,19 +258,20 @@ def accuracy_table(record: RunRecord) -> Table:
         compared = result.get("comparison", {})
         most = record.majority.get(name, compared.get("commonest") or math.nan)
         single = compared.get("scores", {}).get("alone", math.nan)
-        table.add_row(
-            name, record.tasks.get(name, "-"), *map(_score, (most, single)), *_change(*own), *_change(*others)
-        )
-        rows.append((*own, *others))
+        scores = _score(most), _score(single), *_change(*own), *_change(*others)
+        shown.append((name, record.tasks.get(name, "-"), *scores))
+        if None not in (*own, *others):
+            complete.append((*own, *others))
+    heads = ("client", "task", "majority", "alone", "Self", "gain", "Others", "gain")
+    table = _table("Accuracy before → after", heads, shown, 2)
     measures = {m for result in record.clients.values() for m in result.get("measures", {}).values()}
     if measures:
         table.caption = f"what counts as right: {'; '.join(sorted(measures))}"
-    complete = [row for row in rows if None not in row]
     if complete:
-        means = [fmean(row[i] for row in complete) for i in range(4)]
+        means = [fmean(column) for column in zip(*complete, strict=True)]
         table.add_section()
-        most = _score(fmean(record.majority.values()) if record.majority else math.nan)
-        table.add_row("mean", "", most, "", *_change(*means[:2]), *_change(*means[2:]))
+        most = fmean(record.majority.values()) if record.majority else math.nan
+        table.add_row("mean", "", _score(most), "", *_change(*means[:2]), *_change(*means[2:]))
     return table
 
 
@@ -318,44 +293,47 @@ def _change(before: float | None, after: float | None) -> tuple[str, str]:
 def relevance_table(server: Mapping[str, Any]) -> Table:
     """Similarity of the task profiles in the last closed round."""
     last = server["results"][-1]
-    table = _table(f"Relevance matrix, round {last['round']}", ("", *last["clients"]))
-    for name, row in zip(last["clients"], last["similarity"], strict=True):
-        table.add_row(name, *("-" if value is None else f"{value:+.2f}" for value in row))
-    return table
+    rows = (
+        (name, *("-" if value is None else f"{value:+.2f}" for value in row))
+        for name, row in zip(last["clients"], last["similarity"], strict=True)
+    )
+    return _table(f"Relevance matrix, round {last['round']}", ("", *last["clients"]), rows)
 
 
 def weights_table(server: Mapping[str, Any]) -> Table:
     """Share of every contributor in every recipient's aggregate of the last closed round."""
     last = server["results"][-1]
-    clients = last["clients"]
-    table = _table(f"Shares of the aggregates, round {last['round']}", ("recipient", *clients))
-    for recipient in clients:
-        row = last["weights"].get("shared", {}).get(recipient)
-        if row is None:
-            table.add_row(recipient, last["refusals"].get("shared", {}).get(recipient, "none"))
-        else:
-            table.add_row(recipient, *(f"{row[c]:.2f}" if c in row else "-" for c in clients))
-    return table
+    clients, weights = last["clients"], last["weights"].get("shared", {})
+
+    def shares(recipient: str) -> Sequence[str]:
+        if recipient not in weights:
+            return [last["refusals"].get("shared", {}).get(recipient, "none")]
+        row = weights[recipient]
+        return [f"{row[c]:.2f}" if c in row else "-" for c in clients]
+
+    rows = ((recipient, *shares(recipient)) for recipient in clients)
+    return _table(f"Shares of the aggregates, round {last['round']}", ("recipient", *clients), rows)
 
 
 def traffic_table(record: RunRecord) -> Table:
     """Bytes each client sent, by what they were for, and received."""
+
+    def counts(channels: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
+        sent = [channels[c]["sent"] for c in _CHANNELS]
+        received = sum(channels[c]["received"] for c in _CHANNELS)
+        return (f"{count:,}" for count in (*sent, sum(sent), received))
+
     heads = ("client", "adapter", "profile", "group key", "control", "all sent", "received")
-    table = _table("Bytes each client sent and received", heads)
-    for name, result in record.clients.items():
-        channels = result.get("traffic")
-        if channels:
-            sent = [channels[c]["sent"] for c in _CHANNELS]
-            received = sum(channels[c]["received"] for c in _CHANNELS)
-            table.add_row(name, *(f"{count:,}" for count in (*sent, sum(sent), received)))
-    return table
+    known = {name: result["traffic"] for name, result in record.clients.items() if result.get("traffic")}
+    rows = ((name, *counts(channels)) for name, channels in known.items())
+    return _table("Bytes each client sent and received", heads, rows)
 
 
 def cost_table(record: RunRecord) -> Table:
     """Steps, floating point operations and seconds of every client."""
-    table = _table("What training cost", ("client", "steps", "TFLOP", "seconds from start to end"))
-    for name, result in record.clients.items():
-        if "training_flops" in result:
-            operations = f"{result['training_flops'] / 1e12:,.4g}"
-            table.add_row(name, f"{result['training_steps']:,}", operations, f"{result['seconds']:.0f}")
-    return table
+    rows = (
+        (name, f"{r['training_steps']:,}", f"{r['training_flops'] / 1e12:,.4g}", f"{r['seconds']:.0f}")
+        for name, r in record.clients.items()
+        if "training_flops" in r
+    )
+    return _table("What training cost", ("client", "steps", "TFLOP", "seconds from start to end"), rows)

@@ -7,17 +7,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
 
-from fedmosaic.experiments.comparison.majority import majorities
-from fedmosaic.experiments.scenario.metrics import (
-    Interval,
-    Pair,
-    area_under_curve,
-    client_scores,
-    interval,
-    mean_pair,
-)
+from fedmosaic.experiments.comparison.record import majorities, read_object
+from fedmosaic.experiments.scenario import metrics
 from fedmosaic.experiments.scenario.participants import read_evaluations
-from fedmosaic.privacy.configuration import parse_json
 from fedmosaic.protos.errors import ConfigurationError
 from fedmosaic.server.summary import with_rounds
 
@@ -33,24 +25,19 @@ class Run:
     """One run, as far as a comparison needs it.
 
     Attributes:
-        scenario: its name and its stream.
-        method: with the words that tell it from others of the same method.
-        seed: of the run.
         curve: Self and Others by scored round, means over the clients; round 0 is before any training.
         epsilon: by reader, the largest over the clients; None where only cryptography protects.
         sent: mean bytes that a client sent in a round.
-        seconds: of the whole run.
         training_flops: of all clients' own training steps; NaN where a client's were not measured.
         protection: of the adapter, as in a roster; empty for methods without a server of FedMosaic.
         majority: Self of whoever always gives a task's most frequent answer; NaN where that is not known.
-        relevance: how the last round's similarities tell clients of one group from others (area under the
-            ROC curve); NaN without groups or without similarities.
+        relevance: AUC of the last round's similarities for clients of one group; NaN if there are none.
     """
 
     scenario: str
     method: str
     seed: int
-    curve: Mapping[int, Pair]
+    curve: Mapping[int, metrics.Pair]
     epsilon: Mapping[str, float | None]
     sent: float
     seconds: float
@@ -63,7 +50,7 @@ class Run:
     def figures(self) -> tuple[float, ...]:
         """In the order of `FIGURES`; NaN where nothing of the kind was scored."""
         scored = {number: pair for number, pair in self.curve.items() if number > 0}
-        last, area = scored[max(scored)], mean_pair(scored.values())
+        last, area = scored[max(scored)], metrics.mean_pair(scored.values())
         return (last.own, area.own, last.others, area.others)
 
 
@@ -75,16 +62,15 @@ class Group:
     method: str
     runs: tuple[Run, ...]
 
-    def figures(self) -> tuple[Interval | None, ...]:
+    def figures(self) -> tuple[metrics.Interval | None, ...]:
         """The four figures in the order of `FIGURES`; None where a run lacks one."""
-        return tuple(map(interval, zip(*(run.figures for run in self.runs), strict=True)))
+        return tuple(map(metrics.interval, zip(*(run.figures for run in self.runs), strict=True)))
 
-    def gains(self, reference: "Group") -> tuple[Interval | None, ...]:
-        """What this group has over another one, seed by seed: the mean difference and its interval.
+    def gains(self, reference: "Group") -> tuple[metrics.Interval | None, ...]:
+        """What this group has over another one in each of `FIGURES`: the mean difference and its interval.
 
-        Pairing takes the luck of a seed, which both had, out of the comparison. In the order of `FIGURES`,
-        over the scenarios and seeds that both have; None where a run lacks the figure or there is no such
-        seed.
+        Pairing by scenario and seed takes the luck of a seed, which both had, out of the comparison. None
+        where a run lacks the figure or no seed is in both.
         """
         others = {(run.scenario, run.seed): run.figures for run in reference.runs}
         differences = [
@@ -92,7 +78,7 @@ class Group:
             for run in self.runs
             if (run.scenario, run.seed) in others
         ]
-        return tuple(interval([row[place] for row in differences]) for place in range(len(FIGURES)))
+        return tuple(metrics.interval([row[place] for row in differences]) for place in range(len(FIGURES)))
 
     def epsilon(self, reader: str) -> float | None:
         """The largest over the runs; None where only cryptography protects in all of them."""
@@ -101,13 +87,9 @@ class Group:
 
 
 def compared_run(directory: Path) -> Run:
-    """Read one run of one process.
-
-    Raises:
-        ConfigurationError: there is no finished run with scores by round.
-    """
+    """Read one run of one process; `ConfigurationError` if there is no finished run with scores by round."""
     scenario = read_object(directory / "scenario.json")
-    rounds: dict[int, list[Pair]] = {}
+    rounds: dict[int, list[metrics.Pair]] = {}
     results = []
     for client in scenario["clients"]:
         name = client["id"]
@@ -119,8 +101,8 @@ def compared_run(directory: Path) -> Run:
                 "(`fedmosaic run` without --processes)"
             )
         for number, scores in evaluations.items():
-            labelled = {_label(label): score for label, score in scores.items()}
-            rounds.setdefault(number, []).append(client_scores(name, labelled))
+            labelled = {(label.partition("/")[0], label): score for label, score in scores.items()}
+            rounds.setdefault(number, []).append(metrics.client_scores(name, labelled))
         results.append((state, read_object(state / "result.json")))
     sent = [sum(channel["sent"] for channel in result["traffic"].values()) for _, result in results]
     flops = [result.get("training_flops", math.nan) for _, result in results]
@@ -128,18 +110,14 @@ def compared_run(directory: Path) -> Run:
         scenario=f"{scenario['name']}, {scenario['stream']}",
         method=f"{scenario['method']} {scenario['variant']}".strip(),
         seed=int(scenario["seed"]),
-        curve={number: mean_pair(pairs) for number, pairs in sorted(rounds.items())},
+        curve={number: metrics.mean_pair(pairs) for number, pairs in sorted(rounds.items())},
         epsilon={reader: _epsilon(reader, results) for reader in READERS},
         sent=fmean(sent) / scenario["schedule"]["rounds"],
         seconds=float(read_object(directory / "run.json").get("seconds", 0.0)),
         training_flops=math.fsum(flops),
-        majority=_mean_of(majorities(scenario)),
+        majority=fmean(majorities(scenario).values()),
         **_exchange(directory, scenario),
     )
-
-
-def _mean_of(values: Mapping[str, float]) -> float:
-    return fmean(values.values()) if values else math.nan
 
 
 def _exchange(directory: Path, scenario: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,20 +136,15 @@ def _exchange(directory: Path, scenario: Mapping[str, Any]) -> dict[str, Any]:
 def relevance_quality(groups: Sequence[str], similarity: Sequence[Sequence[float | None]]) -> float:
     """Probability that a pair of one group is more similar than a pair of two, ties counted half.
 
-    Pairs of a client of unknown group ("") are left out. In the (N, N) symmetric similarities None, where
-    nothing is known, counts as no similarity at all. NaN without pairs of either kind.
+    Pairs of a client of unknown group ("") are left out; None, where nothing is known, counts as 0. NaN
+    without pairs of either kind.
     """
     pairs: dict[bool, list[float]] = {True: [], False: []}
     for i, one in enumerate(groups):
         for j, other in enumerate(groups[:i]):
             if one and other:
                 pairs[one == other].append(similarity[i][j] or 0.0)
-    return area_under_curve(pairs[True], pairs[False]) if pairs[True] and pairs[False] else math.nan
-
-
-def _label(label: str) -> tuple[str, str]:
-    owner, _, task = label.partition("/")
-    return owner, task
+    return metrics.area_under_curve(pairs[True], pairs[False]) if pairs[True] and pairs[False] else math.nan
 
 
 def _epsilon(reader: str, results: Sequence[tuple[Path, Mapping[str, Any]]]) -> float | None:
@@ -188,27 +161,8 @@ def _epsilon(reader: str, results: Sequence[tuple[Path, Mapping[str, Any]]]) -> 
     return max(values) if values else None
 
 
-def read_object(path: Path, remedy: str = "give directories of finished runs") -> dict[str, Any]:
-    """Read a file that holds one JSON object.
-
-    Raises:
-        ConfigurationError: it is missing, damaged or no object; the message ends with the remedy.
-    """
-    try:
-        content = parse_json(path.read_bytes())
-        if not isinstance(content, dict):
-            raise ValueError("it is no JSON object")
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{path} cannot be read ({error}); {remedy}") from None
-    return content
-
-
 def group_runs(runs: Sequence[Run]) -> tuple[Group, ...]:
-    """Put runs of one scenario and method together, in the order in which they were given.
-
-    Raises:
-        ConfigurationError: two runs of a group have the same seed: their mean would count one draw twice.
-    """
+    """Put runs of one scenario and method together; `ConfigurationError` if two have one seed."""
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.scenario, run.method), []).append(run)

@@ -84,15 +84,10 @@ def statement_page(
     organisation: str = "",
     purpose: str = "",
 ) -> str:
-    """The page as HTML.
+    """The page as HTML, of one client's statement, or of several, as a server has them.
 
-    Args:
-        statement: of one client, or of several, as a server has them.
-        directory: the state directory that it comes from.
-        results: `result.json` by client.
-        attacked: what `fedmosaic attack` found, if it was run.
-        organisation: who signs; a line to fill in if empty.
-        purpose: of the processing, likewise.
+    It comes from a state directory, with its `result.json` by client, and what `fedmosaic attack` found.
+    Organisation and purpose are lines to fill in if empty.
     """
     environment = Environment(
         loader=PackageLoader("fedmosaic.experiments.comparison", "."),

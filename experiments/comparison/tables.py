@@ -1,12 +1,9 @@
-"""The comparison of runs as tables, for a terminal, a page of Markdown and a page of HTML."""
+"""The comparison of runs as tables of Markdown."""
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from statistics import fmean
-from typing import Final
-
-from rich.table import Table
+from typing import Final, NamedTuple
 
 from fedmosaic.experiments.comparison.runs import FIGURES, REFERENCE, Group
 from fedmosaic.experiments.scenario.metrics import Interval, markdown_table
@@ -15,14 +12,12 @@ _READERS: Final = ("ε server", "ε recipients")
 _FIGURE_HEADS: Final = ("seeds", *_READERS, *FIGURES, "kB/round", "TFLOP", "s")
 _GAIN_HEADS: Final = tuple(f"Δ {name}" for name in FIGURES)
 _POOLED: Final = "all scenarios together"
-_COLUMNS_OF_A_TERMINAL: Final = 7
 
 Rows = list[tuple[str, tuple[str, ...]]]
 """Method and cells."""
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """One table: its title, the heads after the method, and its rows."""
 
     title: str
@@ -31,12 +26,7 @@ class Section:
 
 
 def sections(groups: Sequence[Group], reference: str = REFERENCE) -> Iterator[Section]:
-    """All tables: methods × scenarios where there are several, then figures and gains of each scenario.
-
-    Args:
-        groups: of any number of scenarios.
-        reference: the method that the others are compared with, seed by seed.
-    """
+    """All tables: methods × scenarios where there are several, then figures and gains of each scenario."""
     scenarios = by_scenario(groups)
     if len(scenarios) > 1:
         for place, figure in enumerate(FIGURES):
@@ -46,30 +36,13 @@ def sections(groups: Sequence[Group], reference: str = REFERENCE) -> Iterator[Se
         if together:
             yield Section(f"{_POOLED}: against {reference}, pair by pair, points", _GAIN_HEADS, together)
     for scenario, members in scenarios:
-        title = f"{scenario}: %, mean ± half of the 95 % interval over seeds{_majority(members)}"
+        known = [run.majority for group in members for run in group.runs if not math.isnan(run.majority)]
+        always = f"; always the most frequent answer: Self {100 * fmean(known):.1f}" if known else ""
+        title = f"{scenario}: %, mean ± half of the 95 % interval over seeds{always}"
         yield Section(title, _FIGURE_HEADS, [(group.method, _figures(group)) for group in members])
         compared = gains(members, reference)
         if compared:
             yield Section(f"{scenario}: against {reference}, seed by seed, points", _GAIN_HEADS, compared)
-
-
-def _majority(groups: Sequence[Group]) -> str:
-    known = [run.majority for group in groups for run in group.runs if not math.isnan(run.majority)]
-    return f"; always the most frequent answer: Self {100 * fmean(known):.1f}" if known else ""
-
-
-def terminal_tables(groups: Sequence[Group], reference: str = REFERENCE) -> Iterator[Table]:
-    """`sections` for a terminal: wide ones as several tables."""
-    for section in sections(groups, reference):
-        for start in range(0, len(section.heads), _COLUMNS_OF_A_TERMINAL):
-            part = slice(start, start + _COLUMNS_OF_A_TERMINAL)
-            table = Table(title=section.title)
-            table.add_column("method", overflow="fold")
-            for head in section.heads[part]:
-                table.add_column(head, justify="right", overflow="fold")
-            for method, cells in section.rows:
-                table.add_row(method, *cells[part])
-            yield table
 
 
 def markdown(groups: Sequence[Group], reference: str = REFERENCE) -> str:

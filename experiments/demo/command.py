@@ -1,9 +1,7 @@
 """`fedmosaic demo`: a whole federation on this machine, with a real pretrained model and real data.
 
-Four newsrooms and two makers of home devices have sixty examples each, too few to learn a task well alone.
-The newsrooms' model is SmolLM2-135M cut to its first 8 layers, the others' is cut to its first 10: two
-architectures that share nothing but P and Q. The newsrooms, being four, also share the LoRA of their other
-layers.
+Four newsrooms have SmolLM2-135M cut to its first 8 layers and share LoRA beside P and Q; two makers of home
+devices have it cut to 10. All have sixty examples, too few to learn a task well alone.
 """
 
 import hashlib
@@ -117,13 +115,7 @@ def _family(layers: int) -> str:
 
 
 def demo_scenario(arguments: Arguments, models: Mapping[int, Path], data: DemoData) -> Scenario:
-    """The scenario of the demo.
-
-    Args:
-        arguments: what may be varied from the command line.
-        models: folder of the model by its number of layers.
-        data: the clients' data.
-    """
+    """The scenario of the demo, for the folder of the model by its number of layers."""
     encrypted = arguments.protection in ("encrypted", "dp+encrypted")
     backends = {"ckks": CkksParameters(), "mask": MaskParameters()}
     return Scenario(

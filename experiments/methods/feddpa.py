@@ -5,12 +5,9 @@ from fedmosaic.experiments.methods.strategy import PERSONAL, SHARED, Strategy, T
 
 
 class FedDpa(Strategy):
-    """Dual personalising adapters: the shared one first, then the personal one beside it.
+    """Dual personalising adapters (Yang et al. 2024, arXiv 2403.19211), half of the steps each.
 
-    Half of the steps each; scored with the mean of both. The instance-wise weights of the original are not
-    here, as they are not in the authors' comparison.
-
-    Reference: Yang et al. (2024), arXiv 2403.19211.
+    Scored with the mean of both, without instance-wise weights, as in the authors' comparison.
     """
 
     adapters = (SHARED, PERSONAL)

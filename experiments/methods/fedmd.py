@@ -1,21 +1,18 @@
 """FedMD: clients learn from the mean of what all say about public data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from fedmosaic.experiments.methods.knowledge import Knowledge, KnowledgeStrategy, Lesson
-from fedmosaic.experiments.methods.lora import Vector
 from fedmosaic.experiments.methods.strategy import ServerSide
 
 
 class FedMd(KnowledgeStrategy):
     """Every client tells what it says about public examples and learns from the mean of all.
 
-    Probabilities are averaged, not logits: logits of different vocabularies have no common scale. The first
-    training on the public examples is left out, because the models are pretrained.
-
-    Reference: Li and Wang (2019), arXiv 1910.03581.
+    Probabilities are averaged: logits of different vocabularies have no common scale. Models are pretrained,
+    so there is no first training on the public examples. Reference: Li and Wang (2019), arXiv 1910.03581.
     """
 
     def answer(self, server: ServerSide, opinions: Sequence[Sequence[Knowledge]]) -> list[Knowledge]:
@@ -25,10 +22,6 @@ class FedMd(KnowledgeStrategy):
     def lesson(self, answer: Sequence[Knowledge], own: Sequence[Knowledge]) -> Lesson:
         """All of it."""
         return Lesson(answer)
-
-    def for_unseen(self, alike: Mapping[str, Vector], architecture: str) -> Vector | None:
-        """A fresh adapter: what members go on with is their own."""
-        return None
 
 
 def mean_knowledge(items: Sequence[Knowledge]) -> Knowledge:

@@ -1,21 +1,19 @@
 """FedMKT: clients and a server's model teach each other what they know better."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 from fedmosaic.experiments.methods.knowledge import Knowledge, KnowledgeStrategy, Lesson, knowledge_of, learn
-from fedmosaic.experiments.methods.lora import Vector, read_adapter
+from fedmosaic.experiments.methods.lora import read_adapter
 from fedmosaic.experiments.methods.strategy import SHARED, ServerSide
 
 
 class FedMkt(KnowledgeStrategy):
     """Clients and a model of the server teach each other what they know better, example by example.
 
-    The server's model learns, for each public example, from the client with the least loss, if that is less
-    than its own; then each client learns from the server's model where that has less loss. The server keeps
-    one model per architecture, as in the comparison of FedMosaic's authors; the original keeps one large one.
-
-    Reference: Fan et al. (2024), arXiv 2406.02224, equations 7 to 10 and algorithm 2.
+    The server's model learns from the client with the least loss, if that is less than its own; then each
+    client learns from it likewise. There is one per architecture, as in the comparison of FedMosaic's
+    authors. Reference: Fan et al. (2024), arXiv 2406.02224, equations 7 to 10 and algorithm 2.
     """
 
     label_weight: ClassVar[float] = 0.9
@@ -34,10 +32,6 @@ class FedMkt(KnowledgeStrategy):
         """What others know better, beside the public answers themselves."""
         better = better_known(answer, own)
         return Lesson(better, weight=1.0 - self.label_weight, label_weight=self.label_weight)
-
-    def for_unseen(self, alike: Mapping[str, Vector], architecture: str) -> Vector | None:
-        """The server's model of the architecture."""
-        return self.server_state.get(architecture)
 
 
 def better_known(others: Sequence[Knowledge], own: Sequence[Knowledge]) -> list[Knowledge | None]:

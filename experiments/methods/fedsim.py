@@ -12,10 +12,7 @@ from fedmosaic.experiments.methods.strategy import PERSONAL, SHARED, Strategy, T
 
 
 class FedSim(Strategy):
-    """Simultaneous partial personalisation: one loss on the summed logits trains both adapters.
-
-    Reference: Pillutla et al. (2022), arXiv 2204.03809.
-    """
+    """One loss on the summed logits trains both adapters (Pillutla et al. 2022, arXiv 2204.03809)."""
 
     adapters = (SHARED, PERSONAL)
     shares = True

@@ -11,10 +11,7 @@ from fedmosaic.experiments.methods.strategy import ServerSide
 
 
 class FlexLora(FedAvg):
-    """Ranks differ: the products B·A are averaged, and every client gets the best factors of its rank.
-
-    Reference: Bai et al. (2024), arXiv 2402.11505.
-    """
+    """Products B·A are averaged; all get the best of their rank (Bai et al. 2024, arXiv 2402.11505)."""
 
     def combine(self, uploads: Mapping[str, Vector], server: ServerSide) -> Mapping[str, Vector]:
         """Truncated singular value decomposition of the uniform mean, its root on either side."""

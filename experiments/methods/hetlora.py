@@ -11,12 +11,10 @@ from fedmosaic.experiments.methods.strategy import ServerSide
 
 
 class HetLora(FedAvg):
-    """Ranks differ: smaller adapters are padded with zeros, and weighted by the norm of what they add.
+    """Smaller adapters are padded with zeros, and weighted by the norm of what they add.
 
-    Every client receives the first of the rows and columns. The original's pruning of ranks while training
-    is in `hetlora_pruned`.
-
-    Reference: Cho et al. (2024), arXiv 2401.06432.
+    Every client receives the first of the rows and columns. Reference: Cho et al. (2024), arXiv 2401.06432;
+    its pruning of ranks is in `hetlora_pruned`.
     """
 
     def combine(self, uploads: Mapping[str, Vector], server: ServerSide) -> Mapping[str, Vector]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedmosaic.client.model.loss import Batch, ExampleLosses, example_losses
+from fedmosaic.client.model.loss import Batch, example_losses
 from fedmosaic.experiments.methods.hetlora import HetLora
 from fedmosaic.experiments.methods.lora import Vector, factors, using
 from fedmosaic.experiments.methods.matrices import Matrices, pack, unpack
@@ -21,12 +21,10 @@ Factors = Sequence[tuple[torch.Tensor, torch.Tensor]]
 class HetLoraPruned(HetLora):
     """HETLoRA in whole: beside padding and weights by norm, ranks shrink while training.
 
-    Let the tail be what lies beyond the first γ·r rows of A and columns of B. Its size ‖B_tail‖·‖A_tail‖,
-    summed over the modules, is added to the loss; if it is smaller after a round's training than before, the
-    tail is given up. A rank given up is zero in A and in B, where no gradient can bring it back, and is not
-    filled when the mean comes.
-
-    Reference: Cho et al. (2024), arXiv 2401.06432. γ and the weight are this package's choice.
+    The size ‖B_tail‖·‖A_tail‖ of what lies beyond the first γ·r rows of A and columns of B is added to the
+    loss; if it is smaller after a round's training than before, the tail is given up: zero in both, where no
+    gradient brings it back, and not filled when the mean comes. Reference: Cho et al. (2024), arXiv
+    2401.06432. γ and the weight are our choice.
     """
 
     kept_share: ClassVar[float] = 0.9
@@ -38,8 +36,12 @@ class HetLoraPruned(HetLora):
         rank = live_rank([(a.detach().cpu().numpy(), b.detach().cpu().numpy()) for a, b in pairs])
         keep = max(1, math.floor(self.kept_share * rank))
         before = float(tail_size(pairs, keep).detach())
+
+        def with_tail(model: nn.Module, batch: Batch) -> torch.Tensor:
+            return example_losses(model, batch) + self.tail_weight * tail_size(pairs, keep)
+
         with using(trainer.model, [SHARED], [SHARED]):
-            trainer.fit(_with_tail(pairs, keep, self.tail_weight))
+            trainer.fit(with_tail)
         if float(tail_size(pairs, keep).detach()) < before:
             with torch.no_grad():
                 for down, up in pairs:
@@ -83,13 +85,6 @@ def tail_size(pairs: Factors, keep: int) -> torch.Tensor:
     return torch.stack(
         [torch.linalg.norm(up[:, keep:]) * torch.linalg.norm(down[keep:]) for down, up in pairs]
     ).sum()
-
-
-def _with_tail(pairs: Factors, keep: int, weight: float) -> ExampleLosses:
-    def losses(model: nn.Module, batch: Batch) -> torch.Tensor:
-        return example_losses(model, batch) + weight * tail_size(pairs, keep)
-
-    return losses
 
 
 def _cut(matrices: Matrices, rank: int) -> Matrices:

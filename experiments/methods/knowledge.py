@@ -16,20 +16,9 @@ from fedmosaic.client.model.examples import answer_tokens, collate
 from fedmosaic.client.model.loss import Batch, ExampleLosses, on_device_of, training_mode
 from fedmosaic.client.model.sampling import EpochSampler
 from fedmosaic.client.model.training import train_local
-from fedmosaic.experiments.methods.distillation import (
-    answer_labels,
-    answer_logits,
-    label_losses,
-    soft_divergence,
-)
+from fedmosaic.experiments.methods import distillation
 from fedmosaic.experiments.methods.lora import Vector, read_adapter, using, write_adapter
-from fedmosaic.experiments.methods.strategy import (
-    SHARED,
-    TEACHER,
-    Exchange,
-    ServerSide,
-    Strategy,
-)
+from fedmosaic.experiments.methods.strategy import SHARED, TEACHER, Exchange, ServerSide, Strategy
 from fedmosaic.experiments.methods.vocabulary import VocabularyMap, answer_spans
 from fedmosaic.protos.errors import ModelError
 
@@ -48,12 +37,9 @@ _LEAST: Final = 1e-4
 
 @dataclass(frozen=True)
 class Knowledge:
-    """A model's predictions for one public answer.
+    """A model's predictions for one public answer: (T, N) most likely tokens with their probabilities.
 
-    Attributes:
-        tokens: (T, N) int64, the most likely tokens.
-        probabilities: (T, N) float32, renormalised over them; rows sum to 1.
-        loss: mean cross entropy of the answer, nats per token.
+    Rows of probabilities sum to 1; the loss is the mean cross entropy of the answer, nats per token.
     """
 
     tokens: torch.Tensor
@@ -67,10 +53,7 @@ class Knowledge:
 
 
 def knowledge_of(server: ServerSide, adapters: Sequence[Vector], temperature: float = 1.0) -> list[Knowledge]:
-    """What the mean of several models' logits says about each public example, in order.
-
-    The probabilities are at the temperature, the loss at 1. Overwrites the server's teacher adapter.
-    """
+    """What the mean of several models' logits says about each public example; overwrites the teacher."""
     found: list[Knowledge] = []
     size = server.settings.per_device_train_batch_size
     public = server.public[:PUBLIC_EXAMPLES]
@@ -78,7 +61,7 @@ def knowledge_of(server: ServerSide, adapters: Sequence[Vector], temperature: fl
         for start in range(0, len(public), size):
             batch = on_device_of(server.model, collate(public[start : start + size], server.pad_token_id))
             logits = mean_logits(server, adapters, batch)
-            labels, mask = answer_labels(batch)
+            labels, mask = distillation.answer_labels(batch)
             for row in range(len(logits)):
                 own_TV = logits[row, mask[row]].cpu()
                 loss = functional.cross_entropy(own_TV, labels[row, mask[row]].cpu())
@@ -94,7 +77,7 @@ def mean_logits(server: ServerSide, adapters: Sequence[Vector], batch: Batch) ->
     for vector in adapters:
         write_adapter(server.model, TEACHER, vector)
         with using(server.model, [TEACHER]):
-            logits = answer_logits(server.model, batch) / len(adapters)
+            logits = distillation.answer_logits(server.model, batch) / len(adapters)
         total = logits if total is None else total + logits
     if total is None:
         raise ModelError("there is no model to ask; give one adapter at least")
@@ -112,9 +95,8 @@ class Translator:
     ) -> list[Knowledge]:
         """The same predictions about the same examples, in the target's tokens.
 
-        Where both tokenizers cut the characters of an answer at the same places, the first of the target's
-        tokens between two cuts gets the mean of the source's predictions there; all others get the token
-        that stands there.
+        Where both tokenizers cut an answer at the same characters, the first of the target's tokens between
+        two cuts gets the mean of the source's predictions there; all others get the token that stands there.
         """
         same = source.architecture == target.architecture
         if same or source.tokenizer.get_vocab() == target.tokenizer.get_vocab():
@@ -158,20 +140,13 @@ def _translated(
 def cross_entropies(
     logits: torch.Tensor, batch: Batch, targets: Sequence[Knowledge | None], temperature: float = 1.0
 ) -> torch.Tensor:
-    """T² times the cross entropy of a student with what it is to learn, a mean over the answer's tokens.
+    """(B,) T² times the cross entropy of a student with its targets, a mean over the answer's tokens.
 
-    In its gradient this is the Kullback-Leibler divergence from the targets.
-
-    Args:
-        logits: (B, K, V) from `answer_logits`.
-        batch: with labels.
-        targets: per row, in the student's vocabulary; None to learn nothing from that row.
-        temperature: T, also of the targets.
-
-    Returns:
-        (B,) losses; 0 where there is no target.
+    In its gradient this is the Kullback-Leibler divergence from the targets, which are per row, at the
+    temperature T and in the student's vocabulary; None gives a loss of 0. The logits (B, K, V) are those of
+    `answer_logits`.
     """
-    _, mask = answer_labels(batch)
+    _, mask = distillation.answer_labels(batch)
     losses = []
     for row, target in enumerate(targets):
         if target is None:
@@ -197,15 +172,10 @@ class _Remembering(EpochSampler):
 
 @dataclass(frozen=True)
 class Lesson:
-    """One distillation.
+    """One distillation: targets by public example (None: nothing to learn), and weights of the losses.
 
-    Attributes:
-        targets: per public example; None where there is nothing to learn.
-        temperature: of the targets.
-        weight: of the targets' loss.
-        label_weight: of the cross entropy with the public answers themselves.
-        anchor_weight: of staying near what the student said at the start.
-        anchor_temperature: of what it said, over the whole vocabulary.
+    Beside the targets: the public answers themselves (`label_weight`), and what the student said at the start
+    over the whole vocabulary (`anchor_weight`).
     """
 
     targets: Sequence[Knowledge | None]
@@ -217,9 +187,9 @@ class Lesson:
 
 
 def learn(server: ServerSide, start: Vector, lesson: Lesson, steps: int = STEPS) -> Vector:
-    """Train a student's adapter on public examples towards what others said about them.
+    """Train a student's adapter on public examples; gives `start` back where there is nothing to learn.
 
-    Overwrites the server's shared and teacher adapters. Gives `start` back where there is nothing to learn.
+    Overwrites the server's shared and teacher adapters.
     """
     if not lesson.label_weight and all(target is None for target in lesson.targets):
         return start
@@ -245,15 +215,15 @@ def _lesson_losses(server: ServerSide, lesson: Lesson, order: _Remembering) -> E
         if lesson.anchor_weight:
             # Before the student's: switching adapters must not come between the loss and its graph.
             with torch.no_grad(), using(server.model, [TEACHER]):
-                begun = answer_logits(server.model, batch)
-        logits = answer_logits(model, batch)
+                begun = distillation.answer_logits(server.model, batch)
+        logits = distillation.answer_logits(model, batch)
         targets = [lesson.targets[i] for i in order.latest]
         total = lesson.weight * cross_entropies(logits, batch, targets, lesson.temperature)
         if begun is not None:
-            kept = soft_divergence(logits, begun, batch, lesson.anchor_temperature)
+            kept = distillation.soft_divergence(logits, begun, batch, lesson.anchor_temperature)
             total = total + lesson.anchor_weight * kept
         if lesson.label_weight:
-            total = total + lesson.label_weight * label_losses(logits, batch)
+            total = total + lesson.label_weight * distillation.label_losses(logits, batch)
         return total
 
     return losses

@@ -1,7 +1,6 @@
 """The rounds of a baseline: clients one after the other on shared models, then the server's combination.
 
-Baselines have no privacy: what is shared leaves in the clear. Streams, batches, scores and files are those
-of a FedMosaic run.
+Baselines have no privacy. Streams, batches, scores and files are those of a FedMosaic run.
 """
 
 import json
@@ -13,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from peft import PeftModel
 from rich.console import Console
 from safetensors.numpy import load_file as load_vectors
 from safetensors.numpy import save_file as save_vectors
@@ -27,21 +25,12 @@ from fedmosaic.client.transport.traffic import Traffic
 from fedmosaic.experiments.methods.local import LocalOnly
 from fedmosaic.experiments.methods.lora import Vector, load_with_lora
 from fedmosaic.experiments.methods.strategy import ServerSide, Strategy, Trainer, check_uploads
-from fedmosaic.experiments.scenario.participants import (
-    Evaluation,
-    TestSet,
-    add_evaluation,
-    before_and_after,
-    client_seed,
-    client_stream,
-    training_examples,
-)
+from fedmosaic.experiments.scenario import participants
 from fedmosaic.experiments.scenario.streams import InOrder, Stream
 from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient
 from fedmosaic.experiments.simulation.compute import Train, by_client, equal_steps, step_flops, training_cost
 from fedmosaic.experiments.simulation.models import AdapterState, SharedModel, shared_model
 from fedmosaic.experiments.simulation.progress import RunProgress
-from fedmosaic.experiments.simulation.unseen import FRESH, adapt_unseen
 from fedmosaic.privacy.files import write_atomically
 
 _SERVER: Final = "server.safetensors"
@@ -70,13 +59,9 @@ class _Member:
 
 
 def run_baseline(strategy: Strategy, scenario: Scenario, directory: Path, console: Console) -> None:
-    """Run a baseline to its end, or go on with it after the last complete round in the run's directory.
-
-    Raises:
-        FedMosaicError: the scenario cannot be run.
-    """
+    """Run a baseline to its end, or go on with it after the last complete round in the run's directory."""
     started = time.monotonic()
-    evaluation = Evaluation(scenario)
+    evaluation = participants.Evaluation(scenario)
     models = _models(strategy, scenario)
     flops = _measure(strategy, scenario, models)
     # The streams and the progress depend on the number of steps.
@@ -84,9 +69,11 @@ def run_baseline(strategy: Strategy, scenario: Scenario, directory: Path, consol
     members = [_member(scenario, models, directory, index) for index in range(len(scenario.clients))]
     first = _resume(directory, members, strategy) + 1
     steps = scenario.training.steps * strategy.passes * len(members)
-    with RunProgress(console, steps * scenario.schedule.rounds) as progress:
+    progress = RunProgress(console, steps * scenario.schedule.rounds)
+    with progress.bar:
         progress.skip((first - 1) * steps)
-        _score_untrained(evaluation, strategy, members)
+        for member in members:
+            _score_untrained(evaluation, strategy, member)
         for number in range(first, scenario.schedule.rounds + 1):
             uploads: dict[str, Vector] = {}
             for member in members:
@@ -97,23 +84,20 @@ def run_baseline(strategy: Strategy, scenario: Scenario, directory: Path, consol
                         strategy.scored(model) as scored,
                     ):
                         scores = evaluation.score(scored, member.shared.tokenizer, member.entry.id)
-                    add_evaluation(member.state, number, scores)
+                    participants.add_evaluation(member.state, number, scores)
                 if strategy.shares:
-                    uploads[member.entry.id] = _upload(strategy, member)
+                    with member.shared.with_adapter(member.adapter) as model:
+                        uploads[member.entry.id] = strategy.upload(model)
             if strategy.shares:
                 _share(strategy, scenario, members, uploads)
             _save(directory, number, members, strategy)
     for member in members:
         cost = training_cost(scenario, flops[member.entry.id])
         _write_result(strategy, member, time.monotonic() - started, cost)
-    _adapt_unseen(strategy, scenario, evaluation, directory, members, models)
 
 
 def reference_flops(scenario: Scenario) -> dict[str, float]:
-    """Operations of a step of plain LoRA without any exchange, by client; loads each model once for it.
-
-    Empty unless the scenario asks for equal compute.
-    """
+    """Operations of a step of plain LoRA by client; empty unless the scenario asks for equal compute."""
     if not scenario.equal_compute:
         return {}
     return _measure(LocalOnly(), scenario, _models(LocalOnly(), scenario))
@@ -126,7 +110,7 @@ def _key(scenario: Scenario, client: ScenarioClient) -> tuple[str, int]:
 
 def _models(strategy: Strategy, scenario: Scenario) -> dict[tuple[str, int], SharedModel]:
     models: dict[tuple[str, int], SharedModel] = {}
-    for client in (*scenario.clients, *scenario.unseen):
+    for client in scenario.clients:
         key = _key(scenario, client)
         if key not in models:
             seed = scenario.adapter.basis_seed + scenario.seed
@@ -140,15 +124,17 @@ def _models(strategy: Strategy, scenario: Scenario) -> dict[tuple[str, int], Sha
 def _member(
     scenario: Scenario, models: Mapping[tuple[str, int], SharedModel], directory: Path, index: int
 ) -> _Member:
-    entry, seed = scenario.clients[index], client_seed(scenario, index)
+    entry, seed = scenario.clients[index], participants.client_seed(scenario, index)
     shared = models[_key(scenario, entry)]
-    encoded = encode_examples(shared.tokenizer, training_examples(entry), scenario.training.max_length)
+    encoded = encode_examples(
+        shared.tokenizer, participants.training_examples(entry), scenario.training.max_length
+    )
     state = directory / "federation" / "clients" / entry.id / "state"
     state.mkdir(parents=True, exist_ok=True)
     return _Member(
         entry,
         shared,
-        client_stream(scenario, index),
+        participants.client_stream(scenario, index),
         {example.id: example for example in encoded},
         EpochSampler(len(encoded), seed),
         scenario.training.model_copy(update={"seed": seed}),
@@ -179,19 +165,12 @@ def _measure(
     )
 
 
-def _score_untrained(evaluation: Evaluation, strategy: Strategy, members: Sequence[_Member]) -> None:
-    by_id = {member.entry.id: member for member in members}
-
-    def score(name: str, test: TestSet) -> float:
-        member = by_id[name]
+def _score_untrained(evaluation: participants.Evaluation, strategy: Strategy, member: _Member) -> None:
+    def score(test: participants.TestSet) -> float:
         with member.shared.with_adapter(member.adapter) as model, strategy.scored(model) as scored:
             return evaluation.score_set(scored, member.shared.tokenizer, test)
 
-    evaluation.score_untrained(
-        {name: member.state for name, member in by_id.items()},
-        {name: id(member.shared) for name, member in by_id.items()},
-        score,
-    )
+    evaluation.score_untrained(member.entry.id, member.state, id(member.shared), score)
 
 
 def _train(strategy: Strategy, member: _Member, number: int, progress: RunProgress) -> None:
@@ -203,11 +182,6 @@ def _train(strategy: Strategy, member: _Member, number: int, progress: RunProgre
                 lambda: progress.add(1, member.entry.id, number),
             )
         )  # fmt: skip
-
-
-def _upload(strategy: Strategy, member: _Member) -> Vector:
-    with member.shared.with_adapter(member.adapter) as model:
-        return strategy.upload(model)
 
 
 def _share(
@@ -238,32 +212,6 @@ def _share(
         member.traffic.received("adapter", exchanged.got[name])
         with member.shared.with_adapter(member.adapter) as model:
             strategy.receive(model, exchanged.received[name])
-
-
-def _adapt_unseen(
-    strategy: Strategy,
-    scenario: Scenario,
-    evaluation: Evaluation,
-    directory: Path,
-    members: Sequence[_Member],
-    models: Mapping[tuple[str, int], SharedModel],
-) -> None:
-    # Read before an unseen client's own adapter is in the model.
-    received = {member.entry.id: _upload(strategy, member) for member in members if scenario.unseen}
-
-    def begin(model: PeftModel, entry: ScenarioClient) -> str:
-        key = _key(scenario, entry)
-        alike = {m.entry.id: received[m.entry.id] for m in members if _key(scenario, m.entry) == key}
-        given = strategy.for_unseen(alike, entry.architecture)
-        if given is None:
-            return FRESH
-        strategy.receive(model, given)
-        return "the shared adapter of its architecture"
-
-    adapt_unseen(
-        scenario, evaluation, directory, lambda entry: models[_key(scenario, entry)], begin,
-        _by_itself(strategy), strategy.scored,
-    )  # fmt: skip
 
 
 def _place(directory: Path, number: int) -> Path:
@@ -306,7 +254,7 @@ def _resume(directory: Path, members: Sequence[_Member], strategy: Strategy) -> 
 
 def _write_result(strategy: Strategy, member: _Member, seconds: float, cost: Mapping[str, float]) -> None:
     result = {
-        **before_and_after(member.entry.id, member.state),
+        **participants.before_and_after(member.entry.id, member.state),
         **cost,
         "seconds": seconds,
         "traffic": member.traffic.as_dict(),

@@ -35,11 +35,8 @@ def load_with_lora(
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load a base model and put LoRA adapters on it that add nothing at first (B = 0).
 
-    α over rank is that of the terms for every rank. The seed is of the initial A; with `alike` all adapters
-    start with the same one.
-
-    Raises:
-        ModelError: the model cannot be loaded, or lacks the modules.
+    α over rank is that of the terms. The seed is of the initial A; with `alike` all adapters start with the
+    same one.
     """
     base, tokenizer = load_model(settings)
     config = LoraConfig(
@@ -98,11 +95,7 @@ def read_adapter(model: nn.Module, adapter: str) -> Vector:
 
 @torch.no_grad()
 def write_adapter(model: nn.Module, adapter: str, vector: Vector) -> None:
-    """Write what `read_adapter` reads.
-
-    Raises:
-        ModelError: the vector has another length, or values that are not finite.
-    """
+    """Write what `read_adapter` reads; `ModelError` for another length, or values that are not finite."""
     tensors = [part for pair in factors(model, adapter) for part in pair]
     size = sum(tensor.numel() for tensor in tensors)
     if vector.shape != (size,) or not np.isfinite(vector).all():
@@ -117,10 +110,7 @@ def write_adapter(model: nn.Module, adapter: str, vector: Vector) -> None:
 def using(
     model: PeftModel, active: Collection[str], trainable: Collection[str] = (), scale: float = 1.0
 ) -> Iterator[None]:
-    """Let some adapters take part in the forward pass, and train some of them; switches back afterwards.
-
-    `scale` is a factor on every active adapter's output; 0.5 makes the sum of two their mean.
-    """
+    """Let some adapters take part in the forward pass, and train some of them; switches back afterwards."""
     layers = [layer for _, layer in lora_layers(model)]
     before = [(list(layer.active_adapters), dict(layer.scaling)) for layer in layers]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

@@ -13,11 +13,7 @@ Matrices = list[tuple[np.ndarray, np.ndarray]]
 
 
 def unpack(vector: Vector, server: ServerSide, client: str) -> Matrices:
-    """Cut a client's vector into A and B of every module, by the shapes of the server's model.
-
-    Raises:
-        ModelError: the vector does not have the length of the client's rank.
-    """
+    """Cut a client's vector into A and B of every module; `ModelError` if it is not of the client's rank."""
     rank, start = server.ranks[client], 0
     matrices: Matrices = []
     for down, up in factors(server.model, SHARED):

@@ -1,12 +1,12 @@
 """PerAda: Ditto, and the server distils the clients' logits on public data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import nn
 
-from fedmosaic.client.model.loss import Batch, ExampleLosses
+from fedmosaic.client.model.loss import Batch
 from fedmosaic.client.model.training import train_local
 from fedmosaic.experiments.methods.distillation import answer_logits, soft_divergence
 from fedmosaic.experiments.methods.ditto import Ditto
@@ -18,9 +18,7 @@ from fedmosaic.experiments.methods.strategy import PERSONAL, SHARED, TEACHER, Se
 class PerAda(Ditto):
     """Ditto's client; the server distils the clients' mean logits on public examples into the average.
 
-    Teachers are the clients of the same architecture, whose vocabulary is the student's.
-
-    Reference: Xie et al. (2024), arXiv 2302.06637.
+    Teachers are the clients of the same architecture (Xie et al. 2024, arXiv 2302.06637).
     """
 
     adapters: ClassVar[tuple[str, ...]] = (SHARED, PERSONAL, TEACHER)
@@ -29,7 +27,13 @@ class PerAda(Ditto):
 
     def combine(self, uploads: Mapping[str, Vector], server: ServerSide) -> Mapping[str, Vector]:
         """The mean, then distillation."""
-        mean = super().combine(uploads, server)
+        mean, vectors = super().combine(uploads, server), [uploads[name] for name in sorted(uploads)]
+
+        def from_teachers(model: nn.Module, batch: Batch) -> torch.Tensor:
+            with torch.no_grad():
+                teacher = mean_logits(server, vectors, batch)
+            return soft_divergence(answer_logits(model, batch), teacher, batch)
+
         write_adapter(server.model, SHARED, next(iter(mean.values())))
         with using(server.model, [SHARED], [SHARED]):
             train_local(
@@ -37,15 +41,6 @@ class PerAda(Ditto):
                 server.public,
                 server.settings.model_copy(update={"steps": self.steps}),
                 pad_token_id=server.pad_token_id,
-                losses=_from_teachers([uploads[name] for name in sorted(uploads)], server),
+                losses=from_teachers,
             )
         return dict.fromkeys(uploads, read_adapter(server.model, SHARED))
-
-
-def _from_teachers(uploads: Sequence[Vector], server: ServerSide) -> ExampleLosses:
-    def losses(model: nn.Module, batch: Batch) -> torch.Tensor:
-        with torch.no_grad():
-            teacher = mean_logits(server, uploads, batch)
-        return soft_divergence(answer_logits(model, batch), teacher, batch)
-
-    return losses

@@ -1,6 +1,5 @@
 """What a method is: what a client trains, what it shares, how that is combined, and what is scored.
 
-Each baseline is a subclass in a file of its own and a line of the registry in the package's `__init__`.
 Where the release of FedMosaic's authors departs from a published method, the published one stands here.
 """
 
@@ -61,11 +60,7 @@ class Trainer:
 
 @dataclass(frozen=True)
 class ServerSide:
-    """What a server that trains has for an architecture: its model with adapters of its own, public examples.
-
-    `settings` are those of the clients, `ranks` the ranks of the clients with this architecture, and
-    `examples` the public examples as texts.
-    """
+    """What a server that trains has for an architecture: a model with its own adapters, public examples."""
 
     model: PeftModel
     public: Sequence[EncodedExample]
@@ -97,12 +92,10 @@ class Strategy:
 
     Attributes:
         adapters: LoRA adapters on every client's model.
-        shares: whether the shared adapter leaves the client.
         passes: optimizer steps of a client for every step of the settings.
-        alike: whether all adapters start with the same A; they need not where both are trained on one loss,
-            which would keep them equal.
-        scored_with: adapters that a model is scored with after a round's training.
-        scored_scale: factor on their outputs.
+        alike: whether all adapters start with the same A; not where both are trained on one loss, which would
+            keep them equal.
+        scored_with: adapters that a model is scored with, their outputs times `scored_scale`.
     """
 
     adapters: ClassVar[tuple[str, ...]] = (SHARED,)
@@ -144,24 +137,13 @@ class Strategy:
             received |= self.combine({name: uploads[name] for name in server.ranks}, server)
         return Exchange.of_adapters(uploads, received)
 
-    def for_unseen(self, alike: Mapping[str, Vector], architecture: str) -> Vector | None:
-        """The shared adapter that an unseen client begins with; None for a fresh one.
-
-        `alike` is what each member of its architecture and rank received last; it may be empty.
-        """
-        return next(iter(alike.values()), None) if self.shares else None
-
     def receive(self, model: PeftModel, vector: Vector) -> None:
         """Take what came back."""
         write_adapter(model, SHARED, vector)
 
 
 def check_uploads(uploads: Mapping[str, Vector]) -> None:
-    """Refuse what cannot be combined.
-
-    Raises:
-        ModelError: there is no upload, or one is not finite.
-    """
+    """Refuse what cannot be combined; `ModelError` if there is no upload, or one is not finite."""
     bad = sorted(name for name, vector in uploads.items() if not np.isfinite(vector).all())
     if bad or not uploads:
         raise ModelError(f"uploads that are not finite: {', '.join(bad) or 'none, but there is no upload'}")

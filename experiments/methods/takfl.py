@@ -14,11 +14,9 @@ from fedmosaic.experiments.methods.strategy import SHARED, TEACHER, Exchange, Se
 class Takfl(FedAvg):
     """The clients of each architecture teach every architecture's mean; what each lesson changed is added up.
 
-    For every student and every teaching architecture (the student's own among them) distillation begins at
-    the student's mean adapter; the task vectors, result less mean, are averaged and added to the mean. The
-    release of FedMosaic's authors subtracts a result from itself, so its task vectors are zero.
-
-    Reference: Morafah et al. (2024), arXiv 2409.18461, with the temperatures of the authors' comparison.
+    Every distillation begins at the student's mean adapter; the task vectors, result less mean, are averaged
+    and added to it (the release of FedMosaic's authors subtracts a result from itself). Reference: Morafah et
+    al. (2024), arXiv 2409.18461, with the temperatures of the authors' comparison.
     """
 
     adapters = (SHARED, TEACHER)

@@ -14,13 +14,10 @@ UNIFORM_TEMPERATURE: Final = 1e9
 
 @dataclass(frozen=True)
 class Variant:
-    """FedMosaic with something changed.
+    """FedMosaic with some changes, given as nested tables of the scenario.
 
-    Attributes:
-        description: what is changed.
-        changes: to the scenario, as nested tables.
-        aligned: whether aligned checkpoints stay: "as_named"; "left_out", where the scenario must name some;
-            "refused", where they would undo the change.
+    Aligned checkpoints stay ("as_named"), go ("left_out"; the scenario must name some), or are "refused"
+    where they would undo the change.
     """
 
     description: str
@@ -68,9 +65,7 @@ def with_variant(scenario: Scenario) -> Scenario:
     """The scenario with the changes of the variant that it names."""
     variant = VARIANTS[scenario.method]
     content = scenario.model_dump(mode="json")
-    named = [
-        client["model"] for client in (*content["clients"], *content["unseen"]) if client["model"]["aligned"]
-    ]
+    named = [client["model"] for client in content["clients"] if client["model"]["aligned"]]
     if variant.aligned == "refused" and named:
         raise ConfigurationError(
             f"{scenario.method} with aligned checkpoints: they fix which layers share; leave them out"

@@ -18,8 +18,6 @@ _LONGEST: Final = 16
 class VocabularyMap:
     """Maps each token to the same text in another vocabulary, or to the one with the least edit distance.
 
-    Distances are computed when a token is first asked for.
-
     Reference: FedMKT (arXiv 2406.02224), section 3.2: minimum edit distance.
     """
 
@@ -74,10 +72,8 @@ def answer_spans(
 ) -> list[SpanPair]:
     """Which tokens of an answer stand for the same characters in two vocabularies.
 
-    Pairs of positions, from 0 at the answer's first token. The end of sequence is not among them.
-
-    Raises:
-        ModelError: a tokenizer is slow.
+    Pairs of positions, from 0 at the answer's first token, without the end of sequence. `ModelError` if one
+    is slow.
     """
     ranges = []
     for tokenizer in (source, target):

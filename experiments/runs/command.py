@@ -1,7 +1,7 @@
 """`fedmosaic run SCENARIO.toml`: a federation on this machine, in one process or as real processes.
 
-With processes, the runner plays the consortium and then only watches: it makes the identities, starts
-one server and the clients, which speak gRPC over mutual TLS on loopback, and follows their progress files.
+With processes, the runner makes the identities, starts one server and the clients, and follows their
+progress.
 """
 
 import datetime as dt
@@ -23,17 +23,16 @@ from transformers.utils.logging import disable_progress_bar
 from fedmosaic.experiments.comparison.record import read_run
 from fedmosaic.experiments.comparison.report import show
 from fedmosaic.experiments.methods import simulate_method
-from fedmosaic.experiments.runs.client_processes import check_as_processes, client_process
-from fedmosaic.experiments.scenario.founding import fit_profile, found_federation
-from fedmosaic.experiments.scenario.processes import (
+from fedmosaic.experiments.runs.processes import (
     ManagedProcess,
-    ProgressFollower,
-    RunFailedError,
+    check_as_processes,
+    client_process,
     free_port,
-    python_module,
+    newest_record,
     wait_for_port,
 )
-from fedmosaic.experiments.scenario.terms import Scenario
+from fedmosaic.experiments.scenario.founding import fit_profile, found_federation
+from fedmosaic.experiments.scenario.terms import RunFailedError, Scenario
 from fedmosaic.experiments.simulation.cluster import Cluster
 from fedmosaic.privacy.configuration import read_configuration, validate
 from fedmosaic.privacy.files import hold_directory, write_atomically
@@ -112,12 +111,9 @@ def _changed(scenario: Scenario, arguments: Arguments) -> Scenario:
 
 
 def with_changes(scenario: Scenario, changes: Sequence[str], variant: str) -> Scenario:
-    """A scenario with some keys changed, each `key.of.a.table=value` with the value in TOML's form.
+    """A scenario with changes, each `key.of.a.table=value` in TOML's form, and words that tell it apart.
 
-    The variant are words that tell the result from others of its method.
-
-    Raises:
-        ConfigurationError: a key is not known, or a value does not fit.
+    `ConfigurationError` if a key is not known, or a value does not fit.
     """
     content = scenario.model_dump(mode="json")
     for change in changes:
@@ -147,16 +143,13 @@ def run_here(
     scenario: Scenario, base: Path, output_dir: Path, console: Console, cluster: Cluster | None = None
 ) -> Path:
     """Run a scenario in this process, or on a cluster; arguments and result as of `run`."""
-    directory = _make_directory(scenario.resolved(base.resolve()), output_dir)
-    return resume(directory, console, cluster)
+    return resume(_make_directory(scenario.resolved(base.resolve()), output_dir), console, cluster)
 
 
 def resume(directory: Path, console: Console, cluster: Cluster | None = None) -> Path:
     """Go on with a run in one process or on a cluster, or begin it; a finished run is only read.
 
-    Raises:
-        ConfigurationError: there is no run, or it runs as processes.
-        StateError: another process is running it.
+    `ConfigurationError` if there is none, or it runs as processes; `StateError` if another process runs it.
     """
     directory = directory.resolve()
     if not (directory / _RUN).exists() or _read(directory).get("processes", True):
@@ -203,12 +196,9 @@ def _begin(scenario: Scenario, directory: Path, *, processes: bool) -> None:
 
 
 def run_at(scenario: Scenario, directory: Path, console: Console) -> None:
-    """Run a scenario, its paths resolved, in this process in a directory of its own, or go on with it there.
+    """Run a scenario, its paths resolved, in a directory of its own, or go on there; one that ended is left.
 
-    A run that has ended is left as it is.
-
-    Raises:
-        ConfigurationError: the directory holds a run of another scenario.
+    `ConfigurationError` if the directory holds a run of another scenario.
     """
     if (directory / _RUN).exists():
         if read_configuration(directory / _SCENARIO, Scenario) != scenario:
@@ -235,11 +225,8 @@ def run(
 ) -> Path:
     """Run a scenario with real processes, in a directory below `output_dir`, which is given back.
 
-    Relative paths of the scenario start from `base`. `fitted` keeps the public basis for the next run of
-    the same probe, public data and profile. `compare_alone` is the clients' setting of that name.
-
-    Raises:
-        RunFailedError: a process failed; the message names it and shows the end of its log.
+    Relative paths start from `base`. `fitted` keeps the public basis for the next run of the same probe,
+    public data and profile. `RunFailedError` if a process failed; the message shows the end of its log.
     """
     started = time.monotonic()
     scenario = scenario.resolved(base.resolve())
@@ -252,7 +239,7 @@ def run(
         f"[bold]{scenario.name}[/]: identities, certificates and roster are in {directory}/federation"
     )
     threads = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = python_module("fedmosaic.server", "--kit", str(directory / "federation" / "server"))
+    command = ("fedmosaic.server", "--kit", str(directory / "federation" / "server"))
     server = ManagedProcess("server", command, directory / "server.log")
     clients = [client_process(scenario, c, directory, port, compare_alone) for c in scenario.clients]
     try:
@@ -277,13 +264,13 @@ def _watch(
 ) -> None:
     """Follow the processes until every client has ended; stop everything if the server ends."""
     kits = directory / "federation" / "clients"
-    followers = {c.name: ProgressFollower(kits / c.name / "state" / "progress.jsonl") for c in clients}
-    with _Shown(console, scenario.schedule.rounds, list(followers)) as shown:
+    shown = _Shown(console, scenario.schedule.rounds, [client.name for client in clients])
+    with shown.bars:
         going_on = True
         while going_on:
             going_on = any(client.running for client in clients)
-            for name, follower in followers.items():
-                shown.show(name, follower.poll())
+            for client in clients:
+                shown.show(client.name, newest_record(kits / client.name / "state" / "progress.jsonl"))
             for process in (*clients, *([server] if going_on else [])):
                 if process.status not in (None, *_OVER):
                     raise RunFailedError(
@@ -300,19 +287,12 @@ class _Shown:
 
     def __init__(self, console: Console, rounds: int, clients: Sequence[str]) -> None:
         self._console, self._rounds = console, rounds
-        self._bars = Progress(
+        self.bars = Progress(
             TextColumn("{task.fields[name]:<16}"), BarColumn(24), TextColumn("{task.description}"),
             TimeElapsedColumn(), console=console, disable=not console.is_terminal,
         )  # fmt: skip
-        self._tasks = {name: self._bars.add_task("starting", name=name, total=1.0) for name in clients}
+        self._tasks = {name: self.bars.add_task("starting", name=name, total=1.0) for name in clients}
         self._lines: dict[str, str] = {}
-
-    def __enter__(self) -> "_Shown":
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
 
     def show(self, name: str, record: Mapping[str, Any]) -> None:
         """Show a client's newest record, if there is one."""
@@ -320,7 +300,7 @@ class _Shown:
             return
         number, done, total = (int(record[key]) for key in ("round", "done", "total"))
         stage = f"round {number} of {self._rounds}: {record['stage']}" if number else str(record["stage"])
-        if self._bars.disable:
+        if self.bars.disable:
             if self._lines.get(name) != stage:
                 self._lines[name] = stage
                 self._console.print(f"{name}: {stage}")
@@ -329,7 +309,7 @@ class _Shown:
         completed = share / self._rounds if number else float(record["stage"] == "done")
         waiting = ", ".join(map(str, record.get("waiting_for") or ()))
         words = f"{stage}{f' {done}/{total}' if total else ''}{f' (for {waiting})' if waiting else ''}"
-        self._bars.update(self._tasks[name], completed=completed, description=words)
+        self.bars.update(self._tasks[name], completed=completed, description=words)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """`fedmosaic experiments table`: every cell of a table of methods, one after the other, in one process.
 
-A table file (TOML) names scenarios, streams, seeds and methods; a method's `set` holds what was tuned for
-it. Every cell is a run of `fedmosaic run`, in a directory of its own name below the output directory: a
-table that was stopped goes on where it stood, and `fedmosaic report OUT/*` reads it like any other runs.
+Every cell is a run in a directory of its own name below the output directory: a table that was stopped goes
+on where it stood, and `fedmosaic report OUT/*` reads it like any other runs.
 """
 
 import datetime as dt
@@ -23,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from fedmosaic import __version__
 from fedmosaic.experiments.comparison.runs import compared_run, group_runs
-from fedmosaic.experiments.comparison.tables import markdown, terminal_tables
+from fedmosaic.experiments.comparison.tables import markdown
 from fedmosaic.experiments.runs.command import run_at, with_changes
 from fedmosaic.experiments.scenario.quiet_log import quiet_log
 from fedmosaic.experiments.scenario.terms import Scenario
@@ -91,10 +90,16 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if parsed.page is not None:
         _places(parsed.page, parsed.table.name)
-    console = Console()
-    _run(every, parsed.out, console)
+    console, started, ran = Console(), time.monotonic(), 0
+    for number, cell in enumerate(every, start=1):
+        begun = time.monotonic()
+        with quiet_log():
+            run_at(cell.scenario, (parsed.out / cell.name).resolve(), Console(quiet=True))
+        seconds = time.monotonic() - begun
+        ran += seconds > 1.0
+        left = (time.monotonic() - started) / max(1, ran) * (len(every) - number) / 60
+        console.print(f"{number} of {len(every)}: {cell.name}, {seconds:.0f} s; about {left:.0f} min left")
     groups = group_runs([compared_run(parsed.out / cell.name) for cell in every])
-    console.print(*terminal_tables(groups), sep="\n")
     print(markdown(groups))
     if parsed.page is not None:
         command = shlex.join(["fedmosaic", "experiments", "table", *arguments])
@@ -106,25 +111,8 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _run(every: Sequence[Cell], out: Path, console: Console) -> None:
-    started = time.monotonic()
-    ran = 0
-    for number, cell in enumerate(every, start=1):
-        begun = time.monotonic()
-        with quiet_log():
-            run_at(cell.scenario, (out / cell.name).resolve(), Console(quiet=True))
-        seconds = time.monotonic() - begun
-        ran += seconds > 1.0
-        left = (time.monotonic() - started) / max(1, ran) * (len(every) - number) / 60
-        console.print(f"{number} of {len(every)}: {cell.name}, {seconds:.0f} s; about {left:.0f} min left")
-
-
 def write_block(page: Path, name: str, content: str) -> None:
-    """Put content in place of what stands between a page's marks of this name.
-
-    Raises:
-        ConfigurationError: the page cannot be read, or does not have the marks once each.
-    """
+    """Put content between a page's marks of this name; `ConfigurationError` if they are not there once."""
     text, start, end = _places(page, name)
     page.write_text(f"{text[:start]}\n\n{content.strip()}\n\n{text[end:]}", encoding="utf-8")
 
@@ -143,12 +131,9 @@ def _places(page: Path, name: str) -> tuple[str, int, int]:
 
 
 def cells(arguments: Arguments) -> list[Cell]:
-    """All cells of a table in order: by scenario, stream, seed, then method.
+    """All cells of a table: by scenario, stream, seed, method; `ConfigurationError` if two have one name.
 
     Seeds go before methods, so that a table that is cut off has whole comparisons of fewer seeds.
-
-    Raises:
-        ConfigurationError: the file is not a table, or two cells have one name.
     """
     table = read_configuration(arguments.table, TableFile)
     base = arguments.table.parent

@@ -1,4 +1,1 @@
-"""A scenario: who takes part, with which data in which order, and how it is scored.
-
-Imports no other room of the experiments.
-"""
+"""A scenario: who takes part, with which data in which order, and how it is scored."""

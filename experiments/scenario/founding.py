@@ -10,8 +10,7 @@ from rich.console import Console
 
 from fedmosaic.client.colora.aligned import basis_name
 from fedmosaic.client.profile.fit import PROFILE, Arguments, fit
-from fedmosaic.experiments.scenario.processes import RunFailedError
-from fedmosaic.experiments.scenario.terms import Scenario
+from fedmosaic.experiments.scenario.terms import RunFailedError, Scenario
 from fedmosaic.privacy.federation import consortium
 from fedmosaic.privacy.federation import kits as federation
 from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
@@ -27,12 +26,8 @@ def fit_profile(
 ) -> ProfileMechanism:
     """Fit the public basis of the task profile, unless the run's `profile/` holds it already.
 
-    With a process of its own the memory of its model is given back. `kept` is the folder of what an earlier
-    run fitted to the same probe, data and settings; it is made if absent.
-
-    Raises:
-        RunFailedError: that process was killed.
-        FedMosaicError: the basis cannot be fitted.
+    With a process of its own (`RunFailedError` if it is killed) the memory of its model is given back. `kept`
+    is the folder of what an earlier run fitted to the same probe, data and settings; it is made if absent.
     """
     stored = directory / "profile" / PROFILE
     if kept is not None and not stored.exists() and _usable(kept):
@@ -51,7 +46,16 @@ def fit_profile(
         **profile.model_dump(exclude={"public_data"}),
     )
     with console.status("a pass over every public example"):
-        mechanism = _fit_apart(arguments) if own_process else fit(arguments)
+        try:
+            if own_process:
+                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                    mechanism = pool.submit(fit, arguments).result()
+            else:
+                mechanism = fit(arguments)
+        except BrokenProcessPool:
+            raise RunFailedError(
+                "the process that fits the public basis was killed; give it more memory, or a smaller probe"
+            ) from None
     if kept is not None:
         # The mechanism, which names the basis by its hash, comes last: a copy that was cut off is not used.
         kept.mkdir(parents=True, exist_ok=True)
@@ -59,16 +63,6 @@ def fit_profile(
             if (stored.parent / name).exists():
                 write_atomically(kept / name, (stored.parent / name).read_bytes())
     return mechanism
-
-
-def _fit_apart(arguments: Arguments) -> ProfileMechanism:
-    try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            return pool.submit(fit, arguments).result()
-    except BrokenProcessPool:
-        raise RunFailedError(
-            "the process that fits the public basis was killed; give it more memory, or a smaller probe"
-        ) from None
 
 
 def _usable(kept: Path) -> bool:
@@ -83,11 +77,7 @@ def _usable(kept: Path) -> bool:
 
 
 def agreed_adapter(scenario: Scenario) -> AdapterTerms:
-    """The adapter's terms; where clients name aligned checkpoints, with the basis that the first one carries.
-
-    Raises:
-        ModelError: there is no aligned checkpoint where a client names one.
-    """
+    """The adapter's terms; with the basis of the first aligned checkpoint, where clients name some."""
     named = [client.model.aligned for client in scenario.clients if client.model.aligned]
     if scenario.adapter.basis or not named:
         return scenario.adapter

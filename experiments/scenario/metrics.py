@@ -43,11 +43,7 @@ class Interval:
 
 
 def client_scores(client: str, scores: Scores) -> Pair:
-    """Self and Others of one client in one round.
-
-    Raises:
-        ConfigurationError: nothing was scored, or a score is not finite.
-    """
+    """Self and Others of one client in one round; `ConfigurationError` if nothing finite was scored."""
     if not scores or not all(math.isfinite(value) for value in scores.values()):
         raise ConfigurationError(f"client {client!r} has no scores, or some not finite; score it again")
     of_owner: dict[str, list[float]] = {}
@@ -87,13 +83,7 @@ def area_under_curve(positive: npt.ArrayLike, negative: npt.ArrayLike) -> float:
 def markdown_table(
     heads: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False
 ) -> list[str]:
-    """Lines of a Markdown table.
-
-    Args:
-        heads: of the columns.
-        rows: cells, as many in each row as there are heads.
-        numbers: whether all columns but the first are set to the right.
-    """
+    """Lines of a Markdown table; with `numbers` all columns but the first are set to the right."""
     rule = ["---", *(["---:" if numbers else "---"] * (len(heads) - 1))]
     return [f"| {' | '.join(cells)} |" for cells in (heads, rule, *rows)]
 

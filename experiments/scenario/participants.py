@@ -51,10 +51,7 @@ def client_stream(scenario: Scenario, index: int) -> Stream | None:
 
 
 def client_seed(scenario: Scenario, index: int) -> int:
-    """Seed of one client's training, different for every client and every seed of the scenario.
-
-    Unseen clients count on after the members.
-    """
+    """Seed of one client's training, different for every client and every seed of the scenario."""
     return scenario.training.seed + 100_003 * scenario.seed + index
 
 
@@ -82,25 +79,23 @@ class Evaluation:
     """All test sets of a scenario, and what models score on them."""
 
     def __init__(self, scenario: Scenario) -> None:
-        """Read the test sets and make sure that no test example is trained on.
-
-        Raises:
-            ConfigurationError: a set cannot be read, or a test prompt is among a client's training prompts.
-        """
+        """Read the test sets; `ConfigurationError` if a test prompt is among a client's training prompts."""
         self._scenario = scenario
         self._untrained: dict[tuple[Hashable, str, int], float] = {}
         read = cache(read_examples)  # many clients may have one file
-        self._sets = _test_sets(scenario.clients, read)
-        self._unseen = _test_sets(scenario.unseen, read)
-        everybody = (*scenario.clients, *scenario.unseen)
-        tests = {task.test for client in everybody for task in client.task_list}
+        self._sets = [
+            TestSet(client.id, task.name, read(task.test))
+            for client in scenario.clients
+            for task in client.task_list
+        ]
+        tests = {task.test for client in scenario.clients for task in client.task_list}
         tested = {example.prompt for path in tests for example in read(path)}
 
         @cache
         def tested_too(train: Path) -> int:
             return sum(example.prompt in tested for example in read_examples(train))
 
-        for client in everybody:
+        for client in scenario.clients:
             both = sum(tested_too(task.train) for task in client.task_list)
             if both:
                 raise ConfigurationError(
@@ -109,10 +104,7 @@ class Evaluation:
                 )
 
     def sets_of(self, client: str) -> list[TestSet]:
-        """What a client is scored on, cut to the scenario's numbers of examples; an unseen one on its own."""
-        unseen = [test for test in self._unseen if test.owner == client]
-        if unseen:
-            return [self._cut(test, client) for test in unseen]
+        """What a client is scored on, cut to the scenario's numbers of examples."""
         wanted = {"all": self._sets, "own": [t for t in self._sets if t.owner == client], "nothing": []}
         return [self._cut(test, client) for test in wanted[self._scenario.score]]
 
@@ -131,25 +123,14 @@ class Evaluation:
         return score_examples(model, tokenizer, test.examples, _BATCH, max_length=longest).value
 
     def score_untrained(
-        self,
-        states: Mapping[str, Path],
-        alike: Mapping[str, Hashable],
-        score: Callable[[str, TestSet], float],
+        self, client: str, state: Path, alike: Hashable, score: Callable[[TestSet], float]
     ) -> None:
-        """Score round 0, unless that is done, once per test set for all with the same value in `alike`."""
+        """Score round 0, unless that is done, once per test set for all clients with the same `alike`."""
         known = self._untrained
-        for client, state in states.items():
-            tests = {(alike[client], t.label, len(t.examples)): t for t in self.sets_of(client)}
-            if not tests or 0 in read_evaluations(state):
-                continue
-            known |= {key: score(client, test) for key, test in tests.items() if key not in known}
+        tests = {(alike, t.label, len(t.examples)): t for t in self.sets_of(client)}
+        if tests and 0 not in read_evaluations(state):
+            known |= {key: score(test) for key, test in tests.items() if key not in known}
             add_evaluation(state, 0, {test.label: known[key] for key, test in tests.items()})
-
-
-def _test_sets(
-    clients: Sequence[ScenarioClient], read: Callable[[Path], tuple[Example, ...]]
-) -> list[TestSet]:
-    return [TestSet(client.id, task.name, read(task.test)) for client in clients for task in client.task_list]
 
 
 def add_evaluation(directory: Path, round_number: int, scores: Mapping[str, float]) -> None:
@@ -160,11 +141,7 @@ def add_evaluation(directory: Path, round_number: int, scores: Mapping[str, floa
 
 
 def read_evaluations(directory: Path) -> dict[int, dict[str, float]]:
-    """Scores by round, and within a round by `owner/task`; empty if nothing was scored.
-
-    Raises:
-        ConfigurationError: the file is damaged.
-    """
+    """Scores by round and `owner/task`, empty if there are none; `ConfigurationError` if damaged."""
     path = directory / EVALUATIONS
     if not path.exists():
         return {}

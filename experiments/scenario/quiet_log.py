@@ -7,11 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_log(level: int = logging.ERROR) -> Iterator[None]:
-    """While open, the package logs only from `level` on, and only to handlers of its own loggers.
-
-    The earlier state returns at the end, also after an error: a level that stays behind would silence
-    every later federation of the process.
-    """
+    """While open, the package logs only from `level` on, and only to handlers of its own loggers."""
     logger = logging.getLogger("fedmosaic")
     before, propagate = logger.level, logger.propagate
     logger.setLevel(level)

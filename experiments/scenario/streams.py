@@ -1,7 +1,6 @@
 """When a client's examples arrive, and which of those that have arrived are trained on.
 
-Everything is a function of the examples, the number of rounds and a seed, so that a run that goes on after
-a stop sees the same stream.
+Everything is a function of examples, rounds and a seed: a run that goes on sees the same stream.
 """
 
 import math
@@ -32,12 +31,8 @@ def arrivals(
 
     "dynamic" lets the tasks arrive one after the other, each over an equal share of the rounds, which may end
     within a round; "static" mixes all tasks into every round. Slices differ by at most one example per task.
-
-    Raises:
-        ConfigurationError: there is no example or no round.
-
-    Reference:
-        DRAKE's PFL-Dynamic and PFL-Static (arXiv 2506.11024).
+    After DRAKE's PFL-Dynamic and PFL-Static (arXiv 2506.11024). `ConfigurationError` if there is no example
+    or no round.
     """
     if rounds < 1 or not any(tasks):
         raise ConfigurationError(f"a stream of {sum(map(len, tasks))} examples over {rounds} rounds is empty")
@@ -64,10 +59,7 @@ def _slices(examples: Sequence[Example], count: int) -> tuple[tuple[Example, ...
 
 @dataclass(frozen=True)
 class Stream:
-    """One client's stream: what arrives in each round from 1 on, and batches drawn from what has arrived.
-
-    Those drawn least come first.
-    """
+    """What arrives in each round from 1 on, and batches of what has arrived, those drawn least first."""
 
     slices: tuple[tuple[Example, ...], ...]
     batches: int
@@ -87,11 +79,8 @@ class Stream:
         """Which examples, numbered by arrival, the batches of a round hold, end to end.
 
         While a round's examples arrive one by one, batches are drawn at an even pace with probabilities
-        softmax(-count / 0.125) over what is there, and every drawn example is counted; counts fade by 0.99
-        per batch. A memory smaller than a batch is repeated to fill it.
-
-        Raises:
-            ConfigurationError: nothing has arrived by then.
+        softmax(-count / 0.125) over what is there; counts fade by 0.99 per batch. A memory smaller than a
+        batch is repeated to fill it. `ConfigurationError` if nothing has arrived by then.
         """
         counts = np.zeros(sum(map(len, self.slices)))
         present = 0

@@ -4,7 +4,6 @@ Paths in a scenario file are relative to the file; `$NAME` in them is taken from
 """
 
 import os
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -23,10 +22,15 @@ from fedmosaic.privacy.federation.terms import (
     ScheduleTerms,
 )
 from fedmosaic.privacy.policy import AggregationPolicy
-from fedmosaic.protos.errors import ConfigurationError
+from fedmosaic.protos.errors import ConfigurationError, FedMosaicError
 
 _RENAMED: Final = {"pictures": "images"}
 """Keys of a scenario file that have another name now."""
+_GONE: Final = ("unseen", "adaptation_steps")
+
+
+class RunFailedError(FedMosaicError):
+    """A process or a client of a run ended with an error, or did not start."""
 
 
 class ScenarioProfile(Frozen):
@@ -148,10 +152,6 @@ class Scenario(Frozen):
     """Weight of the received branch, in place of the learnt gate."""
     discard_received: bool = False
     """Go on as if the policy had refused every aggregate: what the same adapter does without the others."""
-    unseen: tuple[ScenarioClient, ...] = ()
-    """Clients that come when the last round is over, and begin with what the federation gives them."""
-    adaptation_steps: tuple[int, ...] = (0, 25, 50)
-    """After how many steps of its own an unseen client is scored."""
     equal_compute: bool = False
     """Take as many steps as cost what `training.steps` of local LoRA cost, by measured operations."""
     images: Path | None = None
@@ -168,23 +168,21 @@ class Scenario(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _renamed_keys(cls, content: Any) -> Any:
-        for old in _RENAMED.keys() & content if isinstance(content, dict) else ():
+        if not isinstance(content, dict):
+            return content
+        for old in _RENAMED.keys() & content:
             raise ValueError(f"the key {old!r} is now called {_RENAMED[old]!r}; rename it")
-        return content
+        if content.get("unseen"):
+            raise ValueError("unseen clients are no longer part of a scenario; leave the key out")
+        # Runs of before have these keys, empty, in their `scenario.json`.
+        return {key: value for key, value in content.items() if key not in _GONE}
 
     @model_validator(mode="after")
     def _consistent(self) -> "Scenario":
-        ids = [client.id for client in (*self.clients, *self.unseen)]
+        ids = [client.id for client in self.clients]
         if len(set(ids)) != len(ids):
             raise ValueError(f"client ids must differ, got {ids}")
-        steps = self.adaptation_steps
-        if not steps or steps[0] < 0 or any(a >= b for a, b in pairwise(steps)):
-            raise ValueError(f"adaptation_steps must rise from 0 or more, got {steps}")
-        impossible = {
-            f"stream {self.stream!r}": self.stream != "all",
-            "unseen clients": bool(self.unseen),
-            "equal_compute": self.equal_compute,
-        }
+        impossible = {f"stream {self.stream!r}": self.stream != "all", "equal_compute": self.equal_compute}
         for what, asked in impossible.items() if self.adapter.private else ():
             if asked:
                 raise ValueError(
@@ -206,15 +204,12 @@ class Scenario(Frozen):
         """The same scenario with absolute paths, which start from the directory of the scenario file.
 
         A model path that is no folder there stays as it is: it may be the id of a model on a hub.
-
-        Raises:
-            ConfigurationError: a path needs an environment variable that is not set.
+        `ConfigurationError` if a path needs an environment variable that is not set.
         """
         public = _located(base, self.profile.public_data)
         return self.model_copy(
             update={
                 "clients": tuple(client.resolved(base) for client in self.clients),
-                "unseen": tuple(client.resolved(base) for client in self.unseen),
                 "probe": _model(base, self.probe),
                 "images": self.images and _located(base, self.images),
                 "profile": self.profile.model_copy(update={"public_data": public}),

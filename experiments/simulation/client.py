@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Final
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fedmosaic.client.learner import ModelLearner
+from fedmosaic.client.learner import SAMPLER, ModelLearner
 from fedmosaic.client.ledger import ServerAnchor
 from fedmosaic.client.model.examples import EncodedExample, Example
 from fedmosaic.client.model.sampling import EpochSampler
@@ -28,12 +29,24 @@ from fedmosaic.protos.errors import StateError
 from fedmosaic.protos.messages import Profile
 
 _ADAPTER: Final = "adapter_model.safetensors"
-_ORDER: Final = "sampler.json"
 _LENGTH_SETTING: Final = "profile.max_length"
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _in_turn(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
+    """A learner's method, run while the shared model holds the client's own adapter."""
+
+    @wraps(method)
+    def call(self: Any, /, *arguments: P.args, **named: P.kwargs) -> T:
+        with self.shared.with_adapter(self.adapter):
+            return method(self, *arguments, **named)
+
+    return call
 
 
 class StreamLearner(ModelLearner):
-    """A learner on a shared model, whose examples may arrive over the rounds."""
+    """A learner that takes turns with others on a shared model; its examples may arrive over the rounds."""
 
     def __init__(
         self,
@@ -43,16 +56,25 @@ class StreamLearner(ModelLearner):
         progress: Progress,
         shared: SharedModel,
         stream: Stream | None,
+        scored: Callable[[int], None],
+        *,
+        discard: bool = False,
     ) -> None:
-        """As `ModelLearner`; without a stream all examples are there from the start."""
-        super().__init__(settings, terms, family, progress, loaded=(shared.model, shared.tokenizer))
-        self._stream = stream
+        """As `ModelLearner`; without a stream all examples are there from the start.
+
+        `scored` is called after every round's training, while the model still holds this client's adapter.
+        With `discard` what is received is not used, as if the policy had refused it.
+        """
+        self.shared, self.adapter = shared, AdapterState()
+        self._stream, self._scored, self._discard = stream, scored, discard
+        with shared.with_adapter(self.adapter):
+            super().__init__(settings, terms, family, progress, loaded=(shared.model, shared.tokenizer))
         self._by_id = {example.id: example for example in self._encoded}
 
-    @property
-    def order(self) -> EpochSampler:
-        """Order of the examples where all are there from the start."""
-        return self._sampler
+    keep_own = _in_turn(ModelLearner.keep_own)
+    load_shared = _in_turn(ModelLearner.load_shared)
+    group_share = _in_turn(ModelLearner.group_share)
+    sections = _in_turn(ModelLearner.sections)
 
     def training_data(self, round_number: int) -> tuple[Sequence[EncodedExample], EpochSampler]:
         """What the replay draws in this round, in its order."""
@@ -61,95 +83,47 @@ class StreamLearner(ModelLearner):
         drawn = [self._by_id[example.id] for example in self._stream.training(round_number)]
         return drawn, InOrder(len(drawn), self._settings.training.seed, round_number)
 
-
-class TurnTakingLearner:
-    """Lends a learner the shared model for every call; see `fedmosaic.client.membership.Learner`."""
-
-    def __init__(
-        self,
-        make: Callable[[], StreamLearner],
-        shared: SharedModel,
-        scored: Callable[[int], None],
-        *,
-        discard: bool = False,
-    ) -> None:
-        """Make the learner on the shared model.
-
-        `scored` is called after every round's training, while the model still holds this client's adapter.
-        With `discard` what is received is not used, as if the policy had refused it.
-        """
-        self._shared, self.adapter = shared, AdapterState()
-        self._discard, self._scored = discard, scored
-        with shared.with_adapter(self.adapter):
-            self.inner = make()
-            self.adapter_spec_hash, self.family = self.inner.adapter_spec_hash, self.inner.family
-
+    @_in_turn
     def load_global(self, section: str, vector: np.ndarray) -> None:
-        """See `fedmosaic.client.membership.Learner`."""
-        with self._shared.with_adapter(self.adapter):
-            if self._discard:
-                self.inner.keep_own(section)
-            else:
-                self.inner.load_global(section, vector)
+        """Load an aggregate, or keep what is the client's own if nothing received is to be used."""
+        if self._discard:
+            self.keep_own(section)
+        else:
+            super().load_global(section, vector)
 
-    def keep_own(self, section: str) -> None:
-        """See `fedmosaic.client.membership.Learner`."""
-        with self._shared.with_adapter(self.adapter):
-            self.inner.keep_own(section)
-
+    @_in_turn
     def train(self, round_number: int, releases: Releases, give_up: Callable[[], None]) -> None:
-        """See `fedmosaic.client.membership.Learner`; then score, if this round is to be scored."""
-        with self._shared.with_adapter(self.adapter):
-            self.inner.train(round_number, releases, give_up)
-            self._scored(round_number)
+        """Train one round, then score if this round is to be scored."""
+        super().train(round_number, releases, give_up)
+        self._scored(round_number)
 
-    def load_shared(self, vector: np.ndarray) -> None:
-        """See `fedmosaic.client.group_session.GroupLearner`."""
-        with self._shared.with_adapter(self.adapter):
-            self.inner.load_shared(vector)
-
-    def group_share(self, round_number: int, members: int, releases: Releases) -> np.ndarray | None:
-        """See `fedmosaic.client.group_session.GroupLearner`."""
-        with self._shared.with_adapter(self.adapter):
-            return self.inner.group_share(round_number, members, releases)
-
+    @_in_turn
     def train_personal(self, round_number: int) -> None:
-        """See `fedmosaic.client.group_session.GroupLearner`; then score."""
-        with self._shared.with_adapter(self.adapter):
-            self.inner.train_personal(round_number)
-            self._scored(round_number)
-
-    def sections(self) -> Mapping[str, np.ndarray]:
-        """See `fedmosaic.client.membership.Learner`."""
-        with self._shared.with_adapter(self.adapter):
-            return self.inner.sections()
+        """Train what never leaves, then score."""
+        super().train_personal(round_number)
+        self._scored(round_number)
 
     def save(self, directory: Path) -> None:
-        """See `fedmosaic.client.membership.Learner`; without the model card of a client process."""
-        save_file(self._shared.read(self.adapter), directory / _ADAPTER)
-        (directory / _ORDER).write_text(json.dumps(self.inner.order.state_dict()))
+        """Write adapter and sampler, without the model card of a client process."""
+        save_file(self.shared.read(self.adapter), directory / _ADAPTER)
+        (directory / SAMPLER).write_text(json.dumps(self._sampler.state_dict()))
 
     def load(self, directory: Path) -> None:
-        """Read what `save` wrote.
-
-        Raises:
-            StateError: the files are missing, damaged, or of another adapter.
-        """
+        """Read what `save` wrote; StateError if it is missing, damaged, or of another adapter."""
         try:
             tensors = load_file(directory / _ADAPTER)
-            order = json.loads((directory / _ORDER).read_text())
+            order = json.loads((directory / SAMPLER).read_text())
         except (OSError, ValueError, SafetensorError) as error:
             raise StateError(f"{directory}: the saved adapter cannot be read ({error})") from None
-        self._shared.write(self.adapter, tensors)
-        self.inner.order.load_state_dict(order)
+        self.shared.write(self.adapter, tensors)
+        self._sampler.load_state_dict(order)
 
 
 class StreamReleases(Releases):
     """Releases of a client whose examples arrive over the rounds: a data epoch of its own for each round.
 
-    A round's task profile is over the examples that arrive in it, and over no others. The ledger checks that
-    the slices share no example and composes them in parallel; neighbouring data sets differ in one example
-    together with its round of arrival.
+    The ledger checks that the slices share no example and composes them in parallel; neighbouring data sets
+    differ in one example together with its round of arrival.
     """
 
     def __init__(

@@ -1,9 +1,8 @@
 """A scenario on a Ray cluster, or on the cores of this machine: `fedmosaic run SCENARIO --engine ray`.
 
-The server is an actor on the machine where the run was started. Clients are sorted by architecture to actors,
-each with one base model. Their states and ledgers are in the run's directory, which all machines share. Ray
-starts an actor that dies anew, where there is room, and its turns are taken again: a client goes on from its
-state, as after any restart.
+The server is an actor where the run was started; clients are sorted by architecture to actors with one base
+model each. All machines share the run's directory. An actor that dies is started anew, and its turns are
+taken again.
 """
 
 import importlib
@@ -17,17 +16,9 @@ from typing import Any, Final, cast
 from rich.console import Console
 
 from fedmosaic.experiments.scenario.participants import Evaluation
-from fedmosaic.experiments.scenario.processes import RunFailedError
-from fedmosaic.experiments.scenario.terms import Scenario
+from fedmosaic.experiments.scenario.terms import RunFailedError, Scenario
+from fedmosaic.experiments.simulation import simulate
 from fedmosaic.experiments.simulation.progress import RunProgress
-from fedmosaic.experiments.simulation.simulate import (
-    load_shared,
-    play,
-    prepare,
-    run_progress,
-    steps_of_turn,
-    turns_at_once,
-)
 from fedmosaic.experiments.simulation.worker import Architecture, Worker, architecture
 from fedmosaic.privacy.federation.kits import open_kit
 from fedmosaic.protos.errors import ConfigurationError
@@ -44,12 +35,10 @@ _QUIET: Final = Console(quiet=True)
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where the actors are.
+    """Where the actors are: the address of a running cluster, None to start one on this machine.
 
-    Attributes:
-        address: of a running cluster, such as `auto`; None starts one on this machine.
-        actors: that hold clients; 0 for one per core, or as many as the GPUs have room for.
-        actors_per_gpu: that share a GPU; 0 asks for none.
+    `actors` hold clients, 0 for one per core or as many as the GPUs have room for; `actors_per_gpu` share a
+    GPU.
     """
 
     address: str | None = None
@@ -64,16 +53,7 @@ def simulate_on(
     console: Console,
     reference: Mapping[str, float] | None = None,
 ) -> None:
-    """Run a scenario on a cluster; arguments and errors as of `fedmosaic.experiments.simulation.simulate`.
-
-    Raises:
-        ConfigurationError: Ray is not installed, the cluster is too small, or clients are unseen.
-    """
-    if scenario.unseen:
-        raise ConfigurationError(
-            f"scenario {scenario.name} has unseen clients, who come when the rounds are over; run it in one "
-            "process, without --engine ray"
-        )
+    """Run a scenario on a cluster, as `simulate` does here; `ConfigurationError` without Ray or room."""
     try:
         ray = importlib.import_module("ray")
     except ImportError:
@@ -116,17 +96,18 @@ def _simulate(
         .remote(settings)
     )  # fmt: skip
     coordinator = cast(Coordinator, RemoteCoordinator(ray, server))
-    with run_progress(scenario, directory, console) as progress:
+    progress = simulate.run_progress(scenario, directory, console)
+    with progress.bar:
         actors = _Actors(ray, cluster, scenario, directory, server, flops, progress)
         console.print(f"{actors.count} actors on {len(ray.nodes())} nodes")
-        play(scenario, directory, coordinator, actors.turns)
+        simulate.play(scenario, directory, coordinator, actors.turns)
     coordinator.close()
 
 
 def _prepared(
     scenario: Scenario, directory: Path, reference: Mapping[str, float]
 ) -> tuple[Scenario, ServerSettings, dict[str, float]]:
-    scenario, settings, flops, _ = prepare(scenario, directory, reference, _QUIET)
+    scenario, settings, flops, _ = simulate.prepare(scenario, directory, reference, _QUIET)
     return scenario, settings, flops
 
 
@@ -184,7 +165,7 @@ class _ClientActor:
         """Load the model of the client at place `first` in the scenario."""
         entry = scenario.clients[first]
         terms = open_kit(directory / "federation" / "clients" / entry.id).roster.terms
-        models = {architecture(entry): load_shared(scenario, entry, terms.adapter)}
+        models = {architecture(entry): simulate.load_shared(scenario, entry, terms.adapter)}
         coordinator = cast(Coordinator, RemoteCoordinator(importlib.import_module("ray"), server))
         progress = RunProgress(_QUIET, 1)
         self._worker = Worker(
@@ -220,7 +201,7 @@ class _Actors:
             alike[architecture(entry)].append(index)
         counts = _shares(_size(ray, cluster, len(alike)), [len(indices) for indices in alike.values()])
         self.count = sum(counts)
-        self._limit = turns_at_once(scenario, len(scenario.clients))
+        self._limit = simulate.turns_at_once(scenario, len(scenario.clients))
         gpus = {"num_gpus": 1 / cluster.actors_per_gpu} if cluster.actors_per_gpu else {}
         options = {
             "max_restarts": _RESTARTS, "max_task_retries": -1,
@@ -271,16 +252,12 @@ class _Actors:
             except ray.exceptions.RayError as error:
                 raise RunFailedError(f"client {name}: its actor is lost ({error})") from error
             if number <= self._scenario.schedule.rounds:
-                self._progress.add(steps_of_turn(self._scenario), name, number)
+                self._progress.add(simulate.steps_of_turn(self._scenario), name, number)
             begin(self._actor_of[index])
 
 
 def _size(ray: Any, cluster: Cluster, architectures: int) -> int:
-    """How many actors the cluster is to have.
-
-    Raises:
-        ConfigurationError: there is no GPU, or there are fewer actors than architectures.
-    """
+    """How many actors the cluster is to have; `ConfigurationError` if it has no room for as many."""
     resources = ray.cluster_resources()
     room = int(resources.get("GPU", 0)) * cluster.actors_per_gpu
     if cluster.actors_per_gpu and not room:

@@ -1,7 +1,7 @@
 """What training costs, measured: floating point operations of a few steps, and steps that cost the same.
 
-Counted are the products of the model's forward and backward passes (a multiplication and an addition are
-two), of a client's training alone: not scoring, the task profile, or what a server distils.
+Counted are the products of a client's own forward and backward passes; a multiplication and an addition are
+two.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -25,11 +25,7 @@ MEASURED_STEPS: Final = 2
 
 
 def counted(train: Callable[[TrainingSettings], None], settings: TrainingSettings) -> float:
-    """Operations per optimizer step of a client's settings, of which only few steps are taken.
-
-    Raises:
-        ModelError: nothing was counted.
-    """
+    """Operations per optimizer step, of which only few are taken; `ModelError` if nothing was counted."""
     with FlopCounterMode(display=False) as counter:
         train(settings.model_copy(update={"steps": MEASURED_STEPS, "warmup": 0}))
     flops = float(counter.get_total_flops()) / MEASURED_STEPS
@@ -62,10 +58,9 @@ def by_client(
 
 
 def equal_steps(scenario: Scenario, flops: Mapping[str, float], reference: Mapping[str, float]) -> Scenario:
-    """The scenario with as many steps as cost what its steps of the reference method cost.
+    """The scenario with as many steps as cost, over all clients, what its steps of the reference method cost.
 
-    One number for all clients: the sum over the clients is what is brought to the reference's. Operations of
-    a step are by client; no reference leaves the steps as they are.
+    Operations of a step are by client; no reference leaves the steps as they are.
     """
     if not reference:
         return scenario

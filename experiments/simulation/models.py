@@ -29,8 +29,8 @@ class AdapterState:
 class SharedModel:
     """A model with one adapter, lent to one client at a time.
 
-    Only the adapter's parameters belong to a client. What the adapter holds as buffers (the frozen bases)
-    and what the library keeps as switches (which branches are active) is the same for all of them.
+    Only the adapter's parameters belong to a client; its buffers and the library's switches are the same for
+    all.
     """
 
     def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -62,11 +62,7 @@ class SharedModel:
             return self._read()
 
     def write(self, state: AdapterState, tensors: dict[str, torch.Tensor]) -> None:
-        """Replace a client's adapter.
-
-        Raises:
-            StateError: a tensor is missing, unknown, or of another shape.
-        """
+        """Replace a client's adapter; `StateError` if a tensor is missing, unknown, or of another shape."""
         expected = {name: parameter.shape for name, parameter in self._adapter.items()}
         if {name: tensor.shape for name, tensor in tensors.items()} != expected:
             raise StateError("the saved adapter is of another shape than this model's; start the run over")
@@ -88,7 +84,7 @@ def shared_model(
 ) -> SharedModel:
     """A model that can read the images of all the scenario's examples; see `open_images` for the errors."""
     inputs = VisionInputs(client.model.path, scenario.images, client.projector, scenario.question_only)
-    tasks = [task for entry in (*scenario.clients, *scenario.unseen) for task in entry.task_list]
+    tasks = [task for entry in scenario.clients for task in entry.task_list]
     files = dict.fromkeys(file for task in tasks for file in (task.train, task.test))
     examples = [example for file in files for example in read_examples(file)]
     return SharedModel(model, open_images(inputs, model, tokenizer, examples, scenario.training.max_length))

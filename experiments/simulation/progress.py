@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedmosaic.client import progress
-from fedmosaic.experiments.scenario.processes import RunFailedError
+from fedmosaic.experiments.scenario.terms import RunFailedError
 from fedmosaic.protos.messages import RoundStatus
 
 _TRAINING = ("training", "private training")
@@ -18,30 +18,23 @@ class RunProgress:
 
     def __init__(self, console: Console, total_steps: int) -> None:
         self._console = console
-        self._bar = Progress(
+        self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(30), TimeElapsedColumn(), TimeRemainingColumn(),
             console=console, disable=not console.is_terminal,
         )  # fmt: skip
-        self._bar.add_task("starting", total=max(1, total_steps))
-        (self._all,) = self._bar.tasks
+        self.bar.add_task("starting", total=max(1, total_steps))
+        (self._all,) = self.bar.tasks
         self._lines = -1
-
-    def __enter__(self) -> "RunProgress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
 
     def skip(self, steps: int) -> None:
         """Steps that an earlier process of this run has done; they say nothing about the pace."""
-        self._bar.reset(self._all.id, completed=int(self._all.completed) + steps)
+        self.bar.reset(self._all.id, completed=int(self._all.completed) + steps)
 
     def add(self, steps: int, client: str, round_number: int) -> None:
         """`steps` more steps are done, by this client."""
         share = (self._all.completed + steps) / (self._all.total or 1.0)
         text = f"round {round_number}, {client}: {share:.0%} of the training"
-        self._bar.update(self._all.id, advance=steps, description=text)
+        self.bar.update(self._all.id, advance=steps, description=text)
         if not self._console.is_terminal and int(share * _LINES) > self._lines:
             self._lines = int(share * _LINES)
             left = self._all.time_remaining
@@ -58,20 +51,12 @@ class ClientProgress(progress.Progress):
         self._round, self._counted, self._trains = 0, 0, False
 
     def stage(self, round_number: int, name: str, total: int = 0) -> None:
-        """A new stage begins.
-
-        Raises:
-            RunFailedError: the run was given up.
-        """
+        """A new stage begins; `RunFailedError` if the run was given up."""
         self._check()
         self._round, self._counted, self._trains = round_number, 0, name in _TRAINING
 
     def advance(self, done: int) -> None:
-        """`done` steps of the stage are finished.
-
-        Raises:
-            RunFailedError: the run was given up.
-        """
+        """`done` steps of the stage are finished; `RunFailedError` if the run was given up."""
         self._check()
         if self._trains:
             self._run.add(done - self._counted, self._client, self._round)

@@ -1,7 +1,6 @@
 """A federation on this machine or a cluster: real sessions, server and privacy, client by client.
 
-A round is a turn of every client that takes part in it. What the run leaves behind has the form of a run with
-processes, so that `fedmosaic report` reads both. Deadlines are lifted: nobody is late here.
+A round is a turn of every client that takes part in it. Deadlines are lifted: nobody is late here.
 """
 
 import hashlib
@@ -23,12 +22,10 @@ from fedmosaic.client.model.training import TrainingSettings, train_local
 from fedmosaic.client.state import read_record
 from fedmosaic.experiments.scenario.founding import agreed_adapter, fit_profile, found_federation
 from fedmosaic.experiments.scenario.participants import Evaluation
-from fedmosaic.experiments.scenario.processes import RunFailedError
-from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient
+from fedmosaic.experiments.scenario.terms import RunFailedError, Scenario, ScenarioClient
 from fedmosaic.experiments.simulation.compute import Train, by_client, equal_steps, step_flops
 from fedmosaic.experiments.simulation.models import SharedModel, shared_model
 from fedmosaic.experiments.simulation.progress import RunProgress
-from fedmosaic.experiments.simulation.unseen import Federation, adapt_unseen
 from fedmosaic.experiments.simulation.worker import Architecture, Worker, architecture, state_of
 from fedmosaic.privacy.federation.terms import AdapterTerms
 from fedmosaic.protos.errors import ConfigurationError
@@ -49,22 +46,15 @@ def simulate(
 ) -> None:
     """Run a scenario in this process to its end, or go on with it where an earlier process stopped.
 
-    Args:
-        scenario: paths resolved.
-        directory: the run's directory; what is there already is kept and gone on with.
-        console: where progress is shown.
-        reference: operations of a step of the method that this one is to cost as much as, by client; none to
-            leave the steps as they are.
-
-    Raises:
-        RunFailedError: a client failed; the message names it.
-        FedMosaicError: the scenario cannot be run.
+    `reference` are operations of a step, by client, of the method that this one is to cost as much as; none
+    to leave the steps as they are. `RunFailedError` if a client failed; the message names it.
     """
     evaluation = Evaluation(scenario)
     scenario, settings, flops, models = prepare(scenario, directory, reference or {}, console)
     coordinator = Coordinator(settings)
     try:
-        with run_progress(scenario, directory, console) as progress:
+        progress = run_progress(scenario, directory, console)
+        with progress.bar:
             worker = Worker(scenario, directory, models, evaluation, coordinator, progress, flops)
             try:
                 play(scenario, directory, coordinator, partial(_in_threads, worker))
@@ -72,16 +62,6 @@ def simulate(
                 worker.close()
     finally:
         coordinator.close()
-    if not scenario.unseen:
-        return
-    shared = {client.id: worker.shared(index) for index, client in enumerate(scenario.clients)}
-    terms = worker.roster.terms
-    federation = Federation(scenario, directory, terms, settings, worker.probe, shared)
-    own_layers = terms.adapter.other_layers == "lora"
-    adapt_unseen(
-        scenario, evaluation, directory, lambda entry: models[architecture(entry)], federation.begin,
-        _training(own_family_layers=own_layers),
-    )  # fmt: skip
 
 
 def prepare(
@@ -89,8 +69,7 @@ def prepare(
 ) -> tuple[Scenario, ServerSettings, dict[str, float], dict[Architecture, SharedModel]]:
     """Load every model and found the federation, unless that is done; arguments as of `simulate`.
 
-    Returns:
-        The scenario with the steps to take, the server's settings, operations of a step, and the models.
+    Gives the scenario with the steps to take, the server's settings, operations of a step, and the models.
     """
     models, adapter = make_models(scenario)
     flops = {} if adapter.private else _measure(scenario, models, adapter)
@@ -177,7 +156,7 @@ def make_models(scenario: Scenario) -> tuple[dict[Architecture, SharedModel], Ad
     terms = agreed.model_copy(update={"basis_seed": agreed.basis_seed + scenario.seed})
     models: dict[Architecture, SharedModel] = {}
     dimensions = dict(terms.family_dimensions)
-    for client in (*scenario.clients, *scenario.unseen):
+    for client in scenario.clients:
         if architecture(client) in models:
             continue
         models[architecture(client)] = shared = load_shared(scenario, client, terms)

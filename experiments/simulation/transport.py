@@ -1,7 +1,4 @@
-"""The transport without a network: a session talks to a coordinator in the same process.
-
-The session, the coordinator and every check are those of a real federation; only sockets are missing.
-"""
+"""The transport without a network: a session talks to a coordinator in the same process."""
 
 import threading
 import time
@@ -29,15 +26,10 @@ class InProcessTransport:
         tick_seconds: float = TICK_SECONDS,
         traffic: Traffic | None = None,
     ) -> None:
-        """Connect.
+        """Connect; `stopped` is set by whoever gives the run up, before `wake`, and ends every wait.
 
-        Args:
-            coordinator: the server.
-            client_id: nobody checks it here.
-            patience_seconds: longest wait for a round to open.
-            stopped: set by whoever gives the run up, before `wake`; every wait then ends with an error.
-            tick_seconds: longest time between two looks at the clock.
-            traffic: goes on where an earlier process stopped; by default from nothing.
+        A client waits at most `patience_seconds` for a round to open, and looks at the clock every
+        `tick_seconds`; `traffic` goes on where an earlier process stopped.
         """
         self._coordinator = coordinator
         self._client_id = client_id
@@ -72,8 +64,7 @@ class InProcessTransport:
     def pull(self, round_number: int, on_wait: Callable[[RoundStatus], None] | None = None) -> Aggregate:
         """Wait for a round to open and return what to load before it.
 
-        Raises:
-            TransportError: the round did not open within this transport's patience, or the run was given up.
+        `TransportError` if the round did not open within this transport's patience, or the run was given up.
         """
         deadline = time.monotonic() + self._patience
         while time.monotonic() < deadline:
@@ -149,11 +140,7 @@ class TurnTransport(InProcessTransport):
     """The way of a client that goes on when the round has opened, in place of waiting for it."""
 
     def pull(self, round_number: int, on_wait: Callable[[RoundStatus], None] | None = None) -> Aggregate:
-        """What to load before a round.
-
-        Raises:
-            TurnOverError: it is not open yet.
-        """
+        """What to load before a round; `TurnOverError` if it is not open yet."""
         self._check_going_on()
         self._coordinator.advance()
         aggregate = self._pulled(round_number)

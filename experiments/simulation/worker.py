@@ -1,8 +1,7 @@
 """The clients of a federation on the models of one process, each built for its turn from what is on disk.
 
 A turn is a client's part in the open round: its session goes on from its state directory, as after a restart,
-until the next round would have to be waited for. So memory does not grow with the number of clients, and any
-process that can reach the directory can take a turn.
+until the next round would have to be waited for. So memory does not grow with the number of clients.
 """
 
 import json
@@ -12,8 +11,6 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
-
-import numpy as np
 
 from fedmosaic.client.client import RESULT, Participant
 from fedmosaic.client.data.records import unit_ids
@@ -25,23 +22,9 @@ from fedmosaic.client.settings import ClientSettings, DataSettings
 from fedmosaic.client.state import ClientState
 from fedmosaic.client.statement import STATEMENT
 from fedmosaic.client.transport.traffic import Traffic
-from fedmosaic.experiments.scenario.participants import (
-    Evaluation,
-    TestSet,
-    add_evaluation,
-    before_and_after,
-    client_seed,
-    client_stream,
-    training_examples,
-    write_examples,
-)
+from fedmosaic.experiments.scenario import participants
 from fedmosaic.experiments.scenario.terms import Scenario, ScenarioClient
-from fedmosaic.experiments.simulation.client import (
-    SharedProbe,
-    StreamLearner,
-    StreamReleases,
-    TurnTakingLearner,
-)
+from fedmosaic.experiments.simulation.client import SharedProbe, StreamLearner, StreamReleases
 from fedmosaic.experiments.simulation.compute import training_cost
 from fedmosaic.experiments.simulation.models import COMPUTE, AdapterState, SharedModel
 from fedmosaic.experiments.simulation.progress import ClientProgress, RunProgress
@@ -77,7 +60,7 @@ class Worker:
         scenario: Scenario,
         directory: Path,
         models: Mapping[Architecture, SharedModel],
-        evaluation: Evaluation,
+        evaluation: participants.Evaluation,
         coordinator: Coordinator,
         progress: RunProgress,
         flops: Mapping[str, float],
@@ -85,15 +68,8 @@ class Worker:
     ) -> None:
         """Load the probe.
 
-        Args:
-            scenario: as it is run.
-            directory: of the run, with its founded federation.
-            models: by architecture.
-            evaluation: the test sets.
-            coordinator: the server, or what stands for it.
-            progress: told of every step.
-            flops: operations of a step by client; none where training is private.
-            tick_seconds: how often a client that waits for the others within a round looks, heard of or not.
+        Models are by architecture; `flops` are operations of a step by client, none where training is
+        private. A client that waits for the others within a round looks every `tick_seconds`.
         """
         self.tick_seconds = tick_seconds
         self.scenario, self.directory, self.models = scenario, directory, models
@@ -121,17 +97,6 @@ class Worker:
         finally:
             self._put_back(client, keep=not over)
             self._seconds[index] = time.monotonic() - began
-
-    def shared(self, index: int) -> np.ndarray:
-        """(d,) float32, what a client shares at the end of its part."""
-        client = self._taken(index)
-        try:
-            newest = client.state.latest_adapter()
-            if newest is not None:
-                client.learner.load(newest[1])
-            return client.learner.sections()["shared"]
-        finally:
-            self._put_back(client, keep=False)
 
     def _taken(self, index: int) -> "_Client":
         with self._lock:
@@ -174,19 +139,14 @@ class _Client:
         self.kit, self.terms = Kit(place, worker.roster), worker.roster.terms
         self.state = ClientState(place / "state", worker.roster.federation, self.entry.id)
         self.shared = worker.models[architecture(self.entry)]
-        self.stream = client_stream(scenario, index)
+        self.stream = participants.client_stream(scenario, index)
         self._score_untrained()
         progress = ClientProgress(worker.progress, self.entry.id, worker.stopped)
-        settings = self._settings()
-        self.learner = TurnTakingLearner(
-            lambda: StreamLearner(
-                settings, self.terms, self.entry.family, progress, self.shared, self.stream
-            ),
-            self.shared,
-            self._score,
+        self.learner = StreamLearner(
+            self._settings(), self.terms, self.entry.family, progress, self.shared, self.stream, self._score,
             discard=scenario.discard_received,
-        )
-        count, target = self.learner.inner.example_count, self.terms.adapter_privacy.target_epsilon
+        )  # fmt: skip
+        count, target = self.learner.example_count, self.terms.adapter_privacy.target_epsilon
         self.ledger = open_ledger(self.state.ledger_path, self.entry.id, self.terms, count, target)
         # One after the other: the accountants remember what they computed, and most clients ask the same.
         with COMPUTE:
@@ -203,7 +163,7 @@ class _Client:
     def _settings(self) -> ClientSettings:
         scenario, train = self.worker.scenario, self.kit.directory / TRAIN
         if not train.exists():
-            write_examples(train, training_examples(self.entry))
+            participants.write_examples(train, participants.training_examples(self.entry))
         return ClientSettings(
             kit=self.kit.directory,
             server="localhost:7443",
@@ -211,7 +171,9 @@ class _Client:
             model=self.entry.model,
             probe=scenario.probe,
             data=DataSettings(train=train),
-            training=scenario.training.model_copy(update={"seed": client_seed(scenario, self.index)}),
+            training=scenario.training.model_copy(
+                update={"seed": participants.client_seed(scenario, self.index)}
+            ),
         )
 
     def _releases(self) -> Releases:
@@ -231,7 +193,7 @@ class _Client:
 
         stream = self.stream
         if stream is None:
-            return over(self.learner.inner.examples)
+            return over(self.learner.examples)
         return StreamReleases(
             lambda number: over(stream.arriving(number), number),
             SecureNoise() if seed is None else SeededTestNoise(seed),
@@ -239,28 +201,25 @@ class _Client:
         )
 
     def _score_untrained(self) -> None:
-        def score(_: str, test: TestSet) -> float:
+        def score(test: participants.TestSet) -> float:
             with self.shared.with_adapter(AdapterState()) as model:
                 return self.worker.evaluation.score_set(model, self.shared.tokenizer, test)
 
-        name, alike = self.entry.id, architecture(self.entry)
-        self.worker.evaluation.score_untrained({name: self.state.directory}, {name: alike}, score)
+        alike, state = architecture(self.entry), self.state.directory
+        self.worker.evaluation.score_untrained(self.entry.id, state, alike, score)
 
     def _score(self, round_number: int) -> None:
         if round_number in self.worker.scenario.rounds_to_score():
             evaluation, tokenizer = self.worker.evaluation, self.shared.tokenizer
             with self.shared.with_adapter(self.learner.adapter) as model:
                 scores = evaluation.score(model, tokenizer, self.entry.id)
-            add_evaluation(self.state.directory, round_number, scores)
+            participants.add_evaluation(self.state.directory, round_number, scores)
 
     def turn(self, began: float) -> bool:
-        """Go on until the next round is waited for; at the end, write what a client process would write.
+        """Go on until the next round is waited for; whether the client's part in the run is over.
 
-        Args:
-            began: monotonic seconds at which the turn would have begun, had the client's turns been one.
-
-        Returns:
-            Whether the client's part in the run is over.
+        At its end it writes what a client process would. `began` are monotonic seconds at which the turn
+        would have begun, had the client's turns been one.
         """
         try:
             self.member.session.run()
@@ -275,7 +234,7 @@ class _Client:
         flops = self.worker.flops
         cost = training_cost(self.worker.scenario, flops[self.entry.id]) if flops else {}
         result = {
-            **before_and_after(self.entry.id, self.state.directory),
+            **participants.before_and_after(self.entry.id, self.state.directory),
             **cost,
             "seconds": time.monotonic() - began,
             "traffic": self.transport.traffic().as_dict(),

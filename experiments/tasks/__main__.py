@@ -31,10 +31,10 @@ class Write:
 
     set: tyro.conf.Positional[str]
     """Its name: text-pairs, text-siblings, text-siblings-many, text-desks, text-desks-one-form, text-four,
-    text-unlike, images-siblings or images-four."""
+    text-unlike or images-siblings."""
     data: Path
     """Folder with the data sets, as published: self_instruct and wikitext2; for texts cl_benchmark_text,
-    clinc150 and banking77; for images omniglot_small, fashion_mnist, shapes_vqa and vqa_rad."""
+    clinc150 and banking77; for images omniglot_small and fashion_mnist."""
     out: Path
     """Where to write; made if absent."""
     train_rows: int = 400

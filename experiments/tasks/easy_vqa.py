@@ -1,7 +1,4 @@
-"""Public images that a projector is trained on: easy-VQA, coloured shapes with questions in simple words.
-
-No client's task uses them. They come in a wheel, pinned, and are unpacked into the cache.
-"""
+"""Public images that a projector is trained on: easy-VQA, coloured shapes with questions in simple words."""
 
 import json
 from pathlib import Path
@@ -25,15 +22,10 @@ _QUESTIONS_BYTES: Final = 4_000_000
 
 
 def easy_vqa(cache: Path, part: str) -> tuple[Path, tuple[Example, ...]]:
-    """Fetch, unpack into the cache and read one part of easy-VQA, "train" or "test".
+    """The folder of images and the examples of one part of easy-VQA, "train" or "test", fetched and unpacked.
 
-    4,000 images with 38,575 questions, and 1,000 with 9,673.
-
-    Returns:
-        The folder that the images lie in, and the examples, whose choices are all answers of their kind.
-
-    Raises:
-        ConfigurationError: the wheel cannot be had, or is not in the form that is known.
+    4,000 images with 38,575 questions, and 1,000 with 9,673; choices are all answers of a kind.
+    `ConfigurationError` if the wheel cannot be had, or is not in the form that is known.
     """
     wheel = fetch(EASY_VQA, cache)
     folder = cache / "pictures" / "easy-vqa"

@@ -1,12 +1,10 @@
 """Sets of image tasks, from the folders that their data sets are published in.
 
-Every row names its images in its prompt; an image is only made when its row is used. The paths are hashed
-into the splits, so they stay as they were when the published figures were made.
+An image is only made when its row is used. Paths are hashed into the splits, so they stay as they were.
 """
 
 import gzip
 import io
-import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -17,124 +15,34 @@ from typing import Final
 import numpy as np
 from PIL import Image
 
-from fedmosaic.client.vision.features import open_image
 from fedmosaic.client.vision.words import marker
 from fedmosaic.experiments.tasks.labelled import stable_hash
-from fedmosaic.experiments.tasks.rows import Row, Task, TaskSet, in_test, part_of, question, read_json
+from fedmosaic.experiments.tasks.rows import Row, Task, TaskSet, part_of
 from fedmosaic.protos.errors import ConfigurationError
 
-_YES_NO: Final = ("yes", "no")
-_RADIOGRAPH_SIDE: Final = 336
-_PAIRS: Final = 340
+_DRAWINGS: Final = 340
+"""Of each alphabet; as many as Tagalog has, the fewest."""
 CLOTHES: Final = (
     "top", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot",
 )  # fmt: skip
 """Names of Fashion-MNIST's classes in the order of its labels, one short word each."""
 
 
-def shapes(pattern: str) -> Task:
-    """SHAPES: is it true of an image of 3 x 3 coloured shapes? Questions that match the pattern."""
-    wanted, truth = re.compile(pattern), ("true", "false")
-
-    def read(data: Path) -> Iterator[Row]:
-        folder = data / "shapes_vqa"
-        for part in ("train.tiny", "train.small", "val", "test"):
-            asked, answers = (
-                gzip.decompress((folder / f"{part}.{name}.gz").read_bytes()).decode("utf-8").splitlines()
-                for name in ("query_str.txt", "output")
-            )
-            content = gzip.decompress((folder / f"{part}.input.npy.gz").read_bytes())
-            arrays = np.load(io.BytesIO(content), allow_pickle=False)
-            for number, (text, answer) in enumerate(zip(asked, answers, strict=True)):
-                if wanted.search(text):
-                    path = f"pictures/shapes/{part.replace('.', '-')}-{number}.png"
-                    prompt = f"{marker(path)} {text}? true or false?"
-                    yield Row(prompt, answer, truth, path, {path: partial(Image.fromarray, arrays[number])})
-
-    return Task(read, "SHAPES", "BSD-2-Clause")
-
-
-def radiographs(organ: str, kinds: Sequence[str]) -> Task:
-    """VQA-RAD: yes or no about a radiograph of one part of the body.
-
-    Args:
-        organ: HEAD, CHEST or ABD.
-        kinds: of questions, as the data set names them.
-    """
-
-    def read(data: Path) -> Iterator[Row]:
-        folder = data / "vqa_rad"
-        for record in read_json(folder / "VQA_RAD_Dataset_Public.json"):
-            answer = str(record["answer"]).strip().lower()
-            kind = record["question_type"].split(",")[0]
-            if record["image_organ"] == organ and kind in kinds and answer in _YES_NO:
-                name = Path(record["image_name"])
-                path = f"pictures/radiographs/{name.stem}.jpg"
-                prompt = f"{marker(path)} {' '.join(record['question'].split())} yes or no?"
-                images = {path: partial(_radiograph, folder / "images" / name.name)}
-                yield Row(prompt, answer, _YES_NO, f"radiograph {name.stem}", images)
-
-    return Task(read, "VQA-RAD", "CC0 1.0")
-
-
-def _radiograph(source: Path) -> Image.Image:
-    """Brought to a size that the encoder can use, so that a set of tasks stays small."""
-    image = open_image(source)
-    image.thumbnail((_RADIOGRAPH_SIDE, _RADIOGRAPH_SIDE))
-    return image
-
-
-def same_alphabet(*alphabets: str) -> Task:
-    """Omniglot: pairs of characters of two alphabets, of the same one as often as not."""
-
-    def read(data: Path) -> Iterator[Row]:
-        drawings = _drawings(data, alphabets)
-        for number in range(_PAIRS):
-            side = [name for name in drawings if in_test(name) == (number % 4 == 0)]
-            pick = np.random.default_rng([stable_hash("alphabets", " ".join(alphabets)), number])
-            first = side[pick.integers(len(side))]
-            same = number // 4 % 2 == 0
-            second = str(
-                pick.choice([n for n in side if n != first and (_alphabet(n) == _alphabet(first)) == same])
-            )
-            members = [str(pick.choice(drawings[name])) for name in (first, second)]
-            images = {_place(member): partial(_drawing, data, member) for member in members}
-            prompt = f"{' '.join(map(marker, images))} Are both of one alphabet? yes or no?"
-            yield Row(prompt, _YES_NO[not same], _YES_NO, first, images)
-
-    return Task(read, "Omniglot", "MIT")
-
-
-def which_alphabet(*alphabets: str, asked: str = "", most: int | None = None) -> Task:
-    """Omniglot: which alphabet is a drawing of?
-
-    Args:
-        alphabets: to choose from.
-        asked: the question; names the alphabets by default.
-        most: drawings of each alphabet, chosen by hash, so that none is more frequent; all by default.
-    """
+def which_alphabet(*alphabets: str) -> Task:
+    """Omniglot: which alphabet is a drawing of? As many drawings of each, chosen by hash."""
     choices = tuple(name.replace("_", " ") for name in alphabets)
 
     def read(data: Path) -> Iterator[Row]:
         drawings = _drawings(data, alphabets)
         for alphabet, choice in zip(alphabets, choices, strict=True):
-            own = [(name, m) for name, ms in drawings.items() if _alphabet(name) == alphabet for m in ms]
-            if most is not None:
-                own = sorted(own, key=lambda pair: stable_hash("drawing", pair[1]))[:most]
-            for name, member in own:
-                path = _place(member)
-                prompt = f"{marker(path)} {asked or question(choices)}"
-                yield Row(prompt, choice, choices, name, {path: partial(_drawing, data, member)})
+            named = [(name, m) for name, ms in drawings.items() for m in ms]
+            own = [(name, member) for name, member in named if name.partition("/")[0] == alphabet]
+            for name, member in sorted(own, key=lambda pair: stable_hash("drawing", pair[1]))[:_DRAWINGS]:
+                path = f"pictures/omniglot/{'-'.join(member.split('/')[1:])}"
+                made = {path: partial(_drawing, data, member)}
+                yield Row(f"{marker(path)} Letter?", choice, choices, name, made)
 
     return Task(read, "Omniglot", "MIT")
-
-
-def _alphabet(character: str) -> str:
-    return character.partition("/")[0]
-
-
-def _place(member: str) -> str:
-    return f"pictures/omniglot/{'-'.join(member.split('/')[1:])}"
 
 
 @lru_cache(maxsize=2)
@@ -181,11 +89,7 @@ def which_clothes(*kinds: str) -> Task:
 
 
 def _idx(path: Path, dimensions: int) -> np.ndarray:
-    """An array in the format of MNIST: a magic number, big-endian sizes, bytes.
-
-    Raises:
-        ConfigurationError: the file is in another format.
-    """
+    """An array in MNIST's format: magic number, big-endian sizes, bytes; `ConfigurationError` if not."""
     try:
         content = gzip.decompress(path.read_bytes())
         magic, *shape = np.frombuffer(content, ">i4", count=1 + dimensions).tolist()
@@ -203,32 +107,10 @@ def _enlarged(values: np.ndarray) -> Image.Image:
     return image.convert("RGB")
 
 
-FOUR: Final[TaskSet] = {
-    "scripts": {
-        "greek-korean": same_alphabet("Greek", "Korean"),
-        "latin-katakana": same_alphabet("Latin", "Japanese_(katakana)"),
-    },
-    "shapes": {
-        "what": shapes(r"^is a \w+ (shape )?(a \w+|red|green|blue)$"),
-        "beside": shapes(r"^is a \w+ (shape )?(left|right) of a "),
-    },
-    "chest": {
-        "present": radiographs("CHEST", ("PRES",)),
-        "size": radiographs("CHEST", ("SIZE", "COUNT", "POS")),
-    },
-    "writing": {
-        "greek-or-korean": which_alphabet("Greek", "Korean"),
-        "four": which_alphabet("Balinese", "Tagalog", "Korean", "Latin"),
-    },
-}
-"""Visual relation, visual reasoning and visual question answering, two tasks each, for a first look."""
-
-# Tagalog has 340 drawings, the fewest.
-_letters = partial(which_alphabet, asked="Letter?", most=340)
 _SIBLINGS: Final = {
     "letters": (
-        _letters("Balinese", "Greek", "Korean", "Latin"),
-        _letters("Early_Aramaic", "Japanese_(katakana)", "Sanskrit", "Tagalog"),
+        which_alphabet("Balinese", "Greek", "Korean", "Latin"),
+        which_alphabet("Early_Aramaic", "Japanese_(katakana)", "Sanskrit", "Tagalog"),
     ),
     "clothes": (
         which_clothes("top", "trousers", "bag", "boot"),
@@ -249,5 +131,3 @@ SIBLINGS: Final[TaskSet] = {
 Siblings have other drawings of the same alphabets and other clothes of the same kinds. Nobody trains on a
 character that anybody is tested on.
 """
-
-IMAGE_SETS: Final[dict[str, TaskSet]] = {"images-four": FOUR, "images-siblings": SIBLINGS}

@@ -1,8 +1,7 @@
 """From labelled texts to the training and test examples of one classification task.
 
-Every choice that decides where a text goes (which client, training or test, which texts at all) is made
-by a hash of the text's group or of the text itself. It therefore depends on nothing else: not on order,
-library versions, platforms or a random generator, and adding a text moves no other text across a border.
+Where a text goes is decided by a hash of its group or of itself, and so depends on nothing else: adding a
+text moves no other text across a border.
 """
 
 import hashlib
@@ -18,12 +17,7 @@ _TEST_SHARE = 0.25
 
 @dataclass(frozen=True)
 class LabelledText:
-    """One line of text with its class, one of the task's choices.
-
-    Attributes:
-        group: What must not be divided between training and test, or between clients: the article
-            that a headline belongs to, the template of a command.
-    """
+    """One line of text with its class; its group must not be divided between training and test or clients."""
 
     text: str
     label: str
@@ -75,10 +69,7 @@ def sentences(text: str) -> list[str]:
 
 
 def distinct(items: Iterable[LabelledText], seen: set[str]) -> Iterator[LabelledText]:
-    """Yields the items whose normalised text was not seen before, and notes them in ``seen``.
-
-    One ``seen`` for all tasks of a federation makes sure that no text is in two places at all.
-    """
+    """Yields the items whose normalised text was not seen before, and notes them in ``seen``."""
     for item in items:
         key = normalise(item.text)
         if key and key not in seen:
@@ -95,14 +86,10 @@ def share(items: Iterable[LabelledText], clients: int) -> list[list[LabelledText
 
 
 def split(task: ClassificationTask, items: Sequence[LabelledText], train_rows: int, test_rows: int) -> Split:
-    """Divides distinct texts into balanced training and test sets, whole groups at a time.
+    """Balanced training and test sets of so many rows, whole groups at a time, in an order fixed by hashes.
 
-    Returns:
-        Exactly as many examples as asked for, as many of each class, in an order fixed by hashes.
-
-    Raises:
-        ConfigurationError: There are too few texts of a class, a label that is no choice, or a number of rows
-            that is no multiple of the number of choices.
+    `ConfigurationError` if there are too few texts of a class, a label that is no choice, or a number of rows
+    that is no multiple of the number of choices.
     """
     border = int(_TEST_SHARE * 2**64)
     ordered = sorted(items, key=lambda item: stable_hash("order", item.text))

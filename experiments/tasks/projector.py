@@ -45,13 +45,8 @@ def train_projector(
 ) -> tuple[Projector, ProjectorRecord, tuple[float, float]]:
     """Train a projector for a bare language model, which is frozen; its input embedding is changed.
 
-    `max_length` of the settings must hold an example with its image; `cache` is of features.
-
-    Returns:
-        The projector, its record, and accuracy on the test examples with their images and without.
-
-    Raises:
-        ModelError: the model embeds words in another way than a table.
+    Gives the projector, its record, and accuracy on the test examples with their images and without.
+    `ModelError` if the model embeds words in another way than a table.
     """
     model.requires_grad_(False)
     identity = fingerprint(model)

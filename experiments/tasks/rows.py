@@ -1,8 +1,4 @@
-"""Rows of a set of tasks, and on which side of the split each lies.
-
-Splits are fixed by hashes of what belongs together (a passage, a text, a drawn character), so they are the
-same everywhere.
-"""
+"""Rows of a set of tasks; splits are fixed by hashes of what belongs together, the same everywhere."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -19,14 +15,9 @@ _TEST_SHARE: Final = 0.25
 
 @dataclass(frozen=True)
 class Row:
-    """One question.
+    """One question, with its choices, all different, and what makes each image that the prompt names.
 
-    Attributes:
-        prompt: what the model reads; names its images in place.
-        answer: one of the choices.
-        choices: two or more, all different.
-        group: what must not be divided between training and test, such as a passage.
-        images: makes each image, by the path that the prompt names.
+    `group` is what must not be divided between training and test, such as a passage.
     """
 
     prompt: str

@@ -1,7 +1,4 @@
-"""Sets of tasks: what a set's name stands for, and its files.
-
-No text and no image that anybody is tested on is trained on by anybody, and no prompt is at two clients.
-"""
+"""Sets of tasks: nothing that anybody is tested on is trained on, and no prompt is at two clients."""
 
 import json
 from collections import Counter
@@ -14,13 +11,13 @@ from typing import Final
 from fedmosaic.client.model.examples import Example
 from fedmosaic.client.vision.words import images_in, without_images
 from fedmosaic.experiments.scenario.participants import write_examples
-from fedmosaic.experiments.tasks.images import IMAGE_SETS
+from fedmosaic.experiments.tasks.images import SIBLINGS
 from fedmosaic.experiments.tasks.labelled import normalise, stable_hash
 from fedmosaic.experiments.tasks.rows import Row, Task, TaskSet, in_test
 from fedmosaic.experiments.tasks.texts import TEXT_SETS, public_texts
 from fedmosaic.protos.errors import ConfigurationError
 
-SETS: Final[dict[str, TaskSet]] = {**TEXT_SETS, **IMAGE_SETS}
+SETS: Final[dict[str, TaskSet]] = {**TEXT_SETS, "images-siblings": SIBLINGS}
 _FEWEST: Final = 8
 
 
@@ -47,11 +44,7 @@ class SplitTask:
 
 
 def split_set(tasks: TaskSet, data: Path, size: Size) -> Iterator[SplitTask]:
-    """Split every task of a set, in order.
-
-    Raises:
-        ConfigurationError: a data set is missing, or a task has hardly any rows.
-    """
+    """Split every task of a set; `ConfigurationError` if data is missing, or there are hardly any rows."""
     seen: set[str] = set()
     for client, of_client in tasks.items():
         for name, task in of_client.items():
@@ -72,14 +65,11 @@ def split_set(tasks: TaskSet, data: Path, size: Size) -> Iterator[SplitTask]:
 def split_rows(
     name: str, rows: Sequence[Row], size: Size, seen: set[str]
 ) -> tuple[list[Example], list[Example]]:
-    """Divide the distinct rows of a task by the hash of their group, and take the first by hash of each part.
+    """Training and test (or validation) examples: distinct rows by hash of their group, the first by hash.
 
-    Validation examples come from the part for training, of groups that no training example is of. The
-    training examples stay the same, and what is tuned on them has seen no test example. `seen` are normalised
-    prompts that another task uses already; those of this one are added.
-
-    Returns:
-        Training examples, and test or validation examples.
+    Validation examples come from the part for training, of groups that no training example is of; the
+    training examples stay the same. `seen` are normalised prompts that another task uses already; those of
+    this one are added.
     """
     train: list[Example] = []
     test: list[Example] = []
@@ -103,10 +93,7 @@ def split_rows(
 
 
 def question_only(train: Sequence[Example], test: Sequence[Example]) -> float:
-    """Accuracy without a look at the images: the answer that the same words had most often in training.
-
-    Words that are not among those of training get the most frequent answer of all.
-    """
+    """Accuracy of the answer that the same words had most often in training, or else of the commonest."""
     answers: dict[str, Counter[str]] = {}
     for example in train:
         answers.setdefault(without_images(example).prompt, Counter())[example.answer] += 1
@@ -116,11 +103,7 @@ def question_only(train: Sequence[Example], test: Sequence[Example]) -> float:
 
 
 def write_set(tasks: TaskSet, data: Path, out: Path, size: Size) -> dict[str, dict[str, object]]:
-    """Write a set: examples, images, public examples and a table of sizes, origins and licences.
-
-    `<client>/<task>.train.jsonl`, `<client>/<task>.test.jsonl`, `public.jsonl`, `table.json` and the images
-    go below `out`. Gives what `table.json` says, by task.
-    """
+    """Write a set below `out`, and give what `table.json` says: sizes, origins and licences by task."""
     table: dict[str, dict[str, object]] = {}
     for found in split_set(tasks, data, size):
         folder = out / found.client

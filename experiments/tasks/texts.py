@@ -46,13 +46,7 @@ def _news() -> Task:
 
 
 def _clinc(answers: Mapping[str, str], choices: tuple[str, ...], form: str) -> Task:
-    """Requests of CLINC150.
-
-    Args:
-        answers: by intent; other intents are left out.
-        choices: to answer with.
-        form: how a prompt is written, with `{}` for the request.
-    """
+    """Requests of CLINC150 in a form with `{}`, with the answers by intent; other intents are left out."""
 
     def read(data: Path) -> Iterator[Row]:
         content = read_json(data / "clinc150" / "data_full.json")
@@ -160,9 +154,7 @@ _FORMS: Final = ("Request: {}\nWho?", "A letter says: {}\nIt goes to the desk of
 def desks(forms: tuple[str, str] = _FORMS) -> TaskSet:
     """Two groups of three clients with the same kinds of requests, whose right answers contradict each other.
 
-    Args:
-        forms: of the requests of each group. With one form for both, hardly anything in a profile tells the
-            groups apart: it is a sum over examples with the same requests and as many answers of every kind.
+    With one form of request for both, hardly anything in a profile tells the groups apart.
     """
     return {
         f"{group}-{'abc'[number]}": {

@@ -93,9 +93,7 @@ def test_a_disk_that_takes_no_more_is_named(learner: Callable[[], ModelLearner],
     state.release()
 
 
-def test_loading_a_model_says_nothing_about_other_people_s_code(
-    learner: Callable[[], ModelLearner],
-) -> None:
+def test_loading_a_model_says_nothing_about_other_people_s_code(learner: Callable[[], ModelLearner]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         learner()

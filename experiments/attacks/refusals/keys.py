@@ -15,7 +15,6 @@ from fedmosaic.experiments.attacks.statistics.results import RefusalResult
 from fedmosaic.privacy.groupkey.agreement import KeyAgreement, plan_epoch
 from fedmosaic.privacy.groupkey.messages import Epoch, write_opening
 from fedmosaic.privacy.groupkey.nonces import NonceCounter
-from fedmosaic.protos.errors import FedMosaicError
 from fedmosaic.protos.messages import WeightRow
 
 _VICTIM, _OTHER = MEMBERS[:2]
@@ -42,16 +41,14 @@ class _Epochs:
         return KeyAgreement(self.identities[name], name, self.plan(), lambda: _SECRET, len(_SECRET))
 
 
-def _without(openings: Openings, name: str) -> Openings:
-    return {member: opening for member, opening in openings.items() if member != name}
-
-
 _OPENINGS: Final[Mapping[str, Callable[[_Epochs, Openings], Openings]]] = {
     "key agreement: a member's key swapped for the server's": lambda epochs, openings: (
         openings | {_OTHER: epochs.opening(_OTHER, epochs.plan(), signer="mallory")}
     ),
     "key agreement: a fake member added": lambda _, openings: openings | {"mallory": openings[_OTHER]},
-    "key agreement: a member left out silently": lambda _, openings: _without(openings, _OTHER),
+    "key agreement: a member left out silently": lambda _, openings: {
+        member: opening for member, opening in openings.items() if member != _OTHER
+    },
     "key agreement: an opening of an earlier epoch replayed": lambda epochs, openings: (
         openings | {_OTHER: epochs.opening(_OTHER, epochs.plan(1))}
     ),
@@ -72,12 +69,13 @@ def key_refusals() -> tuple[RefusalResult, ...]:
         sides = {name: epochs.agreement(name) for name in MEMBERS}
         openings = {name: side.opening() for name, side in sides.items()}
         relayed = tamper(epochs, openings)
-        found.append(_attempt(words, partial(sides[_VICTIM].accept_openings, relayed)))
+        found.append(RefusalResult.of(words, "server", partial(sides[_VICTIM].accept_openings, relayed)))
     for words, members in (
         ("an epoch with three members", MEMBERS[:3]),
         ("an epoch with a member outside the roster", (*MEMBERS[:4], "mallory")),
     ):
-        found.append(_attempt(f"key agreement: {words}", partial(_Epochs().plan, members=members)))
+        attempt = partial(_Epochs().plan, members=members)
+        found.append(RefusalResult.of(f"key agreement: {words}", "server", attempt))
     with tempfile.TemporaryDirectory() as place:
         found += _state_refusals(Path(place))
     return tuple(found)
@@ -91,17 +89,10 @@ def _state_refusals(place: Path) -> list[RefusalResult]:
     other = WeightRow(("ben", "cid", "dee"), (1024, 2048, 1024), 12)
     try:
         state.accept_row("shared", 1, row)
-        return [
-            _attempt("a second, different row for one round", lambda: state.accept_row("shared", 1, other)),
-            _attempt("an old key epoch opened again", lambda: counter.open_epoch(4)),
-        ]
+        attempts: dict[str, Callable[[], object]] = {
+            "a second, different row for one round": lambda: state.accept_row("shared", 1, other),
+            "an old key epoch opened again": lambda: counter.open_epoch(4),
+        }
+        return [RefusalResult.of(words, "server", attempt) for words, attempt in attempts.items()]
     finally:
         state.release()
-
-
-def _attempt(words: str, carry_out: Callable[[], object]) -> RefusalResult:
-    try:
-        carry_out()
-    except FedMosaicError as error:
-        return RefusalResult(attempt=words, party="server", refused=1, answer=str(error))
-    return RefusalResult(attempt=words, party="server", refused=0, answer="accepted")

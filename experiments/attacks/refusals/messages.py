@@ -1,8 +1,7 @@
 """A server and clients that cheat: every attempt goes through the real session, and must be refused.
 
-A federation of five clients runs in this process with the real sessions, coordinator, key agreement and
-encryption; only the model is replaced by a vector. One line of it is tampered with, and what counts is
-whether the victim loads what it was given.
+Five clients run in this process with the real sessions, coordinator, key agreement and encryption; only the
+model is a vector. One line is tampered with, and what counts is whether the victim loads what it was given.
 """
 
 import logging
@@ -12,28 +11,15 @@ from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedmosaic.experiments.attacks.refusals.stand_in import (
-    MEMBERS,
-    ROUNDS,
-    VectorLearner,
-    founded,
-    run_sessions,
-)
+from fedmosaic.experiments.attacks.refusals import stand_in
 from fedmosaic.experiments.attacks.statistics.results import RefusalResult
 from fedmosaic.experiments.scenario.quiet_log import quiet_log
 from fedmosaic.experiments.simulation.transport import InProcessTransport
 from fedmosaic.protos.errors import ConfigurationError, FedMosaicError
-from fedmosaic.protos.messages import (
-    Aggregate,
-    AggregateSection,
-    Receipt,
-    RoundStatus,
-    Upload,
-    WeightRow,
-)
+from fedmosaic.protos.messages import Aggregate, AggregateSection, Receipt, RoundStatus, Upload, WeightRow
 from fedmosaic.server.coordinator import Coordinator
 
-_VICTIM, _OTHER = MEMBERS[:2]
+_VICTIM, _OTHER = stand_in.MEMBERS[:2]
 
 TamperAggregate = Callable[["Line", Aggregate], Aggregate]
 TamperUpload = Callable[["Line", Upload], Upload]
@@ -42,8 +28,7 @@ TamperUpload = Callable[["Line", Upload], Upload]
 class Line(InProcessTransport):
     """The victim's line to the server, in the hands of whoever cheats in the last round.
 
-    It keeps what passed in earlier rounds. `refused_upload` is the server's answer to a changed upload, empty
-    if that was taken, None if none was sent.
+    `refused_upload` is the server's answer to a changed upload, empty if it was taken, None if none was sent.
     """
 
     def __init__(
@@ -59,14 +44,14 @@ class Line(InProcessTransport):
     def pull(self, round_number: int, on_wait: Callable[[RoundStatus], None] | None = None) -> Aggregate:
         """Change what comes."""
         aggregate = super().pull(round_number, on_wait)
-        if aggregate.round == ROUNDS and self._on_aggregate is not None:
+        if aggregate.round == stand_in.ROUNDS and self._on_aggregate is not None:
             return self._on_aggregate(self, aggregate)
         self.aggregates.append(aggregate)
         return aggregate
 
     def push(self, upload: Upload) -> Receipt:
         """Send a changed upload first, then what is due."""
-        if upload.round == ROUNDS and self._on_upload is not None:
+        if upload.round == stand_in.ROUNDS and self._on_upload is not None:
             self.refused_upload = ""
             try:
                 super().push(self._on_upload(self, upload))
@@ -77,10 +62,7 @@ class Line(InProcessTransport):
 
 
 def refusals() -> tuple[RefusalResult, ...]:
-    """Carry out every attempt, each in a federation of its own.
-
-    `ConfigurationError` if a federation did not run to its end, so that nothing was shown.
-    """
+    """Carry out every attempt; `ConfigurationError` if a federation did not run, and nothing was shown."""
     with quiet_log(logging.WARNING):
         return (
             _honest(),
@@ -118,7 +100,7 @@ def _other_row(_line: Line, aggregate: Aggregate) -> Aggregate:
 
 def _theirs(line: Line) -> AggregateSection:
     """What another member was to receive."""
-    aggregate = line.coordinator.pull(_OTHER, ROUNDS)
+    aggregate = line.coordinator.pull(_OTHER, stand_in.ROUNDS)
     if aggregate is None:
         raise ConfigurationError("the other member's aggregate is not there yet")
     return aggregate.sections[0]
@@ -163,20 +145,18 @@ def _flipped(payload: bytes, place: int) -> bytes:
     return bytes(changed)
 
 
-def _altered(upload: Upload) -> Upload:
-    section = upload.sections[0]
-    sections = (replace(section, payload=_flipped(section.payload, -1)),)
-    return replace(upload, sections=sections, attempt_id="d" * 32)
-
-
 UPLOAD_ATTACKS: Final[Mapping[str, TamperUpload]] = {
     "an upload signed with another key": lambda _, upload: replace(
         upload, signature=Ed25519PrivateKey.generate().sign(b"upload"), attempt_id="f" * 32
     ),
     "an upload of an earlier round, relabelled": lambda line, _: replace(
-        line.uploads[0], round=ROUNDS, attempt_id="e" * 32
+        line.uploads[0], round=stand_in.ROUNDS, attempt_id="e" * 32
     ),
-    "an upload altered after it was signed": lambda _, upload: _altered(upload),
+    "an upload altered after it was signed": lambda _, upload: replace(
+        upload,
+        sections=(replace(upload.sections[0], payload=_flipped(upload.sections[0].payload, -1)),),
+        attempt_id="d" * 32,
+    ),
 }
 
 
@@ -193,7 +173,7 @@ def _against_client(words: str, tamper: TamperAggregate) -> RefusalResult:
     learner, _, answer = _run(on_aggregate=tamper)
     if 2 not in learner.received:
         raise ConfigurationError(f"{words}: the untampered round 2 was not loaded either: {answer}")
-    refused = ROUNDS not in learner.received
+    refused = stand_in.ROUNDS not in learner.received
     return RefusalResult(attempt=words, party="server", refused=int(refused), answer=answer)
 
 
@@ -214,25 +194,25 @@ class _Answers(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
-        if message.startswith(f"round {ROUNDS}:") and "aggregate:" in message:
+        if message.startswith(f"round {stand_in.ROUNDS}:") and "aggregate:" in message:
             self.lines.append(message.split("aggregate: ", 1)[1])
 
 
 def _run(
     on_aggregate: TamperAggregate | None = None, on_upload: TamperUpload | None = None
-) -> tuple[VectorLearner, Line, str]:
+) -> tuple[stand_in.VectorLearner, Line, str]:
     """One federation with one tampered line; returns the victim, the line, and the operator's message."""
     answers = _Answers()
     logger = logging.getLogger("fedmosaic.client.session")
     logger.addHandler(answers)
     try:
-        with founded() as (directory, coordinator):
+        with stand_in.founded() as (directory, coordinator):
             line = Line(coordinator, on_aggregate, on_upload)
 
             def transport_of(name: str) -> InProcessTransport:
                 return line if name == _VICTIM else InProcessTransport(coordinator, name, 60.0)
 
-            learners, errors = run_sessions(directory, transport_of)
+            learners, errors = stand_in.run_sessions(directory, transport_of)
     finally:
         logger.removeHandler(answers)
     return learners[_VICTIM], line, "; ".join([*answers.lines, *errors])

@@ -88,11 +88,7 @@ def founded(encryption: Parameters | None = None) -> Iterator[tuple[Path, Coordi
         adapter=AdapterTerms(rank=4, blocks=2, target_modules=("a", "b"), protection="encrypted"),
         profile=_MECHANISM,
         schedule=ScheduleTerms(
-            rounds=ROUNDS,
-            quorum=4,
-            round_deadline_seconds=60,
-            gathering_seconds=30,
-            key_patience_seconds=30,
+            rounds=ROUNDS, quorum=4, round_deadline_seconds=60, gathering_seconds=30, key_patience_seconds=30
         ),
         encryption=encryption or MaskParameters(),
     )
@@ -120,8 +116,10 @@ def open_member(
     ledger = Ledger.open(state.ledger_path, name, 1e-5, 8.0, accountant="rdp", budgeted_channels=("profile",))
     learner = VectorLearner(seed, kit.roster.terms)
     ids = tuple(f"{name}-{number}" for number in range(100))
-    plan = AdapterPlan(0.0, 0.1)
-    releases = Releases(ledger, kit.roster.terms, state, ids, _profile(seed), SecureNoise(), plan)
+    plan, units = AdapterPlan(0.0, 0.1), np.zeros(_MECHANISM.dimensions, dtype=np.int64)
+    units[seed] = 100 * 2**24
+    total = ClippedSum(units, 0, 0, 100)
+    releases = Releases(ledger, kit.roster.terms, state, ids, lambda: total, SecureNoise(), plan)
     member = Participant(kit, transport, learner, state, ledger, plan, releases, Progress())
     return member, learner, ledger
 
@@ -131,7 +129,7 @@ def run_sessions(
     transport_of: Callable[[str], Any],
     at_end: Callable[[Participant], object] = lambda _: None,
 ) -> tuple[dict[str, VectorLearner], list[str]]:
-    """Run every member's session to its end, each in a thread of its own; the learners, and what went wrong.
+    """Run every member's session in a thread of its own; gives the learners, and what went wrong.
 
     `at_end` is called with every member when all are through, before its ledger is closed.
     """
@@ -156,12 +154,3 @@ def run_sessions(
         ledger.close()
         member.state.release()
     return {name: learner for name, (_, learner, _) in opened.items()}, errors
-
-
-def _profile(seed: int) -> Callable[[], ClippedSum]:
-    def summed() -> ClippedSum:
-        units = np.zeros(_MECHANISM.dimensions, dtype=np.int64)
-        units[seed] = 100 * 2**24
-        return ClippedSum(units, 0, 0, 100)
-
-    return summed

@@ -42,7 +42,7 @@ def independent_equations(weights_EU: FloatArray) -> int:
 def equations(
     weights_RNN: Sequence[FloatArray], adapters_RND: Sequence[FloatArray], coalition: Sequence[int]
 ) -> Equations:
-    """The equations of a coalition over several rounds; a row of zeros (nothing received) is none.
+    """The equations of a coalition; a row of zeros (nothing received) is none.
 
     Per round, row i of the weights is what member i received, and the adapters are as they were uploaded.
     """
@@ -66,9 +66,9 @@ def equations(
 
 
 def smallest_coalition(weights_RNN: Sequence[FloatArray]) -> int | None:
-    """Size of the smallest coalition whose rows of all these rounds solve for an adapter that stands still.
+    """Size of the smallest coalition whose rows solve for an adapter that stands still, None if none does.
 
-    None if no coalition does. Tries every one of the 2^N coalitions, so it is for small federations.
+    Tries every one of the 2^N coalitions, so it is for small federations.
     """
     members = len(weights_RNN[0])
     for size in range(1, members):
@@ -81,14 +81,11 @@ def smallest_coalition(weights_RNN: Sequence[FloatArray]) -> int | None:
 
 
 def solve(held: Equations, movement: float = 0.0) -> FloatArray:
-    """The coalition's best linear estimate of the others' adapters in the first round.
+    """(U, D): the coalition's best linear estimate of the others' adapters in the first round.
 
     Adapters are taken for independent, of unit variance, and for random walks over the rounds, so that the
-    error of equation e of round t has the covariance min(t, t') m² ⟨w_e, w_e'⟩ with that of e' in round t'.
-    m is the movement: standard deviation of a round's movement over that of an adapter.
-
-    Returns:
-        (U, D); with no movement, the least-squares solution of least norm.
+    error of equation e of round t has the covariance min(t, t') m² ⟨w_e, w_e'⟩ with that of e' in round t'. m
+    is the movement: standard deviation of a round's movement over that of an adapter.
     """
     weights, rounds = held.weights_EU, held.rounds_E
     if not len(weights):

@@ -1,19 +1,16 @@
 """Empirical ε: repeat a release with and without a canary, and certify how much the two differ.
 
-The canary has the norm C of the clipping bound, so it is the worst example that the guarantee covers.
-Two lower bounds of ε are certified. `gaussian` assumes what the mechanism claims, Gaussian scores of one
-variance, and is nearly tight. `clopper_pearson` assumes nothing, and cannot certify more than its ceiling,
-which is what it would give if no guess were ever wrong.
+The canary has the norm C of the clipping bound, so it is the worst example that the guarantee covers. Two
+lower bounds of ε are certified, which must not pass the claimed upper bound. `gaussian` assumes what the
+mechanism claims, Gaussian scores of one variance, and is nearly tight. `clopper_pearson` assumes nothing, and
+cannot certify more than what it would give if no guess were ever wrong.
 
-A lower bound stands beside the claimed upper bound and must not pass it.
-
-Reference:
-    Jagielski, Ullman and Oprea 2020, "Auditing differentially private machine learning"; Nasr et al. 2023,
-    "Tight auditing of differentially private machine learning".
+Reference: Jagielski, Ullman and Oprea 2020, "Auditing differentially private machine learning"; Nasr et al.
+2023, "Tight auditing of differentially private machine learning".
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,13 +18,7 @@ import numpy.typing as npt
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from fedmosaic.experiments.attacks.statistics.results import (
-    ALARM_LEVEL,
-    CONFIDENCE,
-    DELTA,
-    Figure,
-    clopper_pearson,
-)
+from fedmosaic.experiments.attacks.statistics import results
 from fedmosaic.privacy.accounting.tradeoff import gaussian_delta
 
 FloatArray = npt.NDArray[np.float64]
@@ -37,12 +28,7 @@ _LARGEST_EPSILON = 1e3
 
 @dataclass(frozen=True, eq=False)
 class CanaryScores:
-    """Scores of repeated releases.
-
-    Attributes:
-        inside: (n,) of releases with the canary.
-        outside: (m,) of releases without it.
-    """
+    """Scores of repeated releases with the canary, (n,), and without it, (m,)."""
 
     inside: FloatArray
     outside: FloatArray
@@ -63,9 +49,8 @@ def repeat_releases(
 def gaussian_mu(scores: CanaryScores, confidence: float) -> float:
     """Lower one-sided confidence bound, ≥ 0, of μ: the distance of two Gaussians of one variance over it.
 
-    Reference:
-        Hedges and Olkin 1985, "Statistical methods for meta-analysis", chapter 5: the variance of the
-        standardised mean difference.
+    Reference: Hedges and Olkin 1985, "Statistical methods for meta-analysis", chapter 5: the variance of the
+    standardised mean difference.
     """
     inside, outside = scores.inside, scores.outside
     freedom = inside.size + outside.size - 2
@@ -77,7 +62,7 @@ def gaussian_mu(scores: CanaryScores, confidence: float) -> float:
     return max(0.0, distance - float(norm.ppf(confidence)) * math.sqrt(variance))
 
 
-def gaussian_epsilon(mu: float, delta: float = DELTA) -> float:
+def gaussian_epsilon(mu: float, delta: float = results.DELTA) -> float:
     """ε at δ of N(0, 1) against N(μ, 1), from the closed form of δ(ε)."""
     if math.isinf(mu):
         return math.inf
@@ -95,11 +80,6 @@ def gaussian_epsilon(mu: float, delta: float = DELTA) -> float:
 def epsilon_of_noise(noise_multiplier: float) -> float:
     """ε at `DELTA` of one full-batch release with this σ; ∞ for 0."""
     return gaussian_epsilon(1.0 / noise_multiplier if noise_multiplier else math.inf)
-
-
-def gaussian_lower_bound(scores: CanaryScores, delta: float, confidence: float) -> float:
-    """ε that repeated releases certify if their scores are Gaussian."""
-    return gaussian_epsilon(gaussian_mu(scores, confidence), delta)
 
 
 def clopper_pearson_lower_bound(scores: CanaryScores, delta: float, confidence: float) -> float:
@@ -123,20 +103,20 @@ def clopper_pearson_ceiling(releases: int, delta: float, confidence: float) -> f
     return max(0.0, _certified(perfect, 0.5, delta, confidence))
 
 
-def audit_figures(scores: CanaryScores, claimed_epsilon: float) -> tuple[Figure, Figure]:
+def audit_figures(scores: CanaryScores, claimed_epsilon: float) -> tuple[results.Figure, results.Figure]:
     """Both lower bounds as figures, with the claimed ε at `DELTA` as their bound.
 
     `value` is the 95 % lower bound; `low` is the bound at the confidence of the alarm, which decides
     whether the claim is broken; `high` is the most that the method could have certified.
     """
-    ceiling = clopper_pearson_ceiling(scores.inside.size + scores.outside.size, DELTA, CONFIDENCE)
+    most = clopper_pearson_ceiling(
+        scores.inside.size + scores.outside.size, results.DELTA, results.CONFIDENCE
+    )
+    levels = (results.CONFIDENCE, 1.0 - results.ALARM_LEVEL)
 
-    def figure(name: str, method: Callable[[CanaryScores, float, float], float], most: float) -> Figure:
-        shown, sure = (
-            min(method(scores, DELTA, confidence), _LARGEST_EPSILON)
-            for confidence in (CONFIDENCE, 1.0 - ALARM_LEVEL)
-        )
-        return Figure(
+    def figure(name: str, certified: Sequence[float], most: float) -> results.Figure:
+        shown, sure = (min(each, _LARGEST_EPSILON) for each in certified)
+        return results.Figure(
             name=name,
             value=shown,
             low=min(sure, shown),
@@ -145,9 +125,11 @@ def audit_figures(scores: CanaryScores, claimed_epsilon: float) -> tuple[Figure,
             broken=sure > claimed_epsilon * (1.0 + 1e-9),
         )
 
+    gaussian = [gaussian_epsilon(gaussian_mu(scores, level)) for level in levels]
+    assumed_nothing = [clopper_pearson_lower_bound(scores, results.DELTA, level) for level in levels]
     return (
-        figure("certified ε, Gaussian scores", gaussian_lower_bound, math.inf),
-        figure("certified ε, no assumption", clopper_pearson_lower_bound, ceiling),
+        figure("certified ε, Gaussian scores", gaussian, math.inf),
+        figure("certified ε, no assumption", assumed_nothing, most),
     )
 
 
@@ -155,8 +137,8 @@ def _certified(scores: CanaryScores, threshold: float, delta: float, confidence:
     true = float(np.count_nonzero(scores.inside > threshold))
     false = float(np.count_nonzero(scores.outside > threshold))
     # Two one-sided bounds at (1 - confidence)/2 each are the two ends of two-sided ones at `confidence`.
-    true_low, _ = clopper_pearson(true, scores.inside.size, confidence)
-    _, false_high = clopper_pearson(false, scores.outside.size, confidence)
+    true_low, _ = results.clopper_pearson(true, scores.inside.size, confidence)
+    _, false_high = results.clopper_pearson(false, scores.outside.size, confidence)
     options = [-math.inf]
     if true_low > delta and false_high > 0.0:
         options.append(math.log((true_low - delta) / false_high))

@@ -14,14 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fedmosaic.experiments.attacks.statistics import roc
 from fedmosaic.experiments.attacks.statistics.results import CurvePoint, Figure
-from fedmosaic.experiments.attacks.statistics.roc import (
-    BoolArray,
-    Ceiling,
-    FloatArray,
-    membership_figures,
-    roc_points,
-)
 from fedmosaic.privacy.mechanism.projection import GradientFactors
 
 _SCORED_PER_RELEASE = 16
@@ -29,14 +23,16 @@ _SMALLEST_RIDGE = 1e-9
 _TOKENS_AT_ONCE = 2048
 
 
-def draw_members(releases: int, candidates: int, rate: float, generator: np.random.Generator) -> BoolArray:
+def draw_members(
+    releases: int, candidates: int, rate: float, generator: np.random.Generator
+) -> roc.BoolArray:
     """Put every candidate into every release independently, so that in and out differ by one example."""
     return np.asarray(generator.random((releases, candidates)) < rate)
 
 
 def scored_candidates(
     releases: int, candidates: int, count: int, generator: np.random.Generator
-) -> BoolArray:
+) -> roc.BoolArray:
     """(R, N) a few random candidates per release, whose scores are used; independent of who is a member.
 
     All scores of a release share its noise, and candidates of one task are alike, so many scores of one
@@ -47,22 +43,19 @@ def scored_candidates(
 
 
 def scored(
-    scores: FloatArray, members: BoolArray, ceiling: Ceiling
+    scores: roc.FloatArray, members: roc.BoolArray, ceiling: roc.Ceiling
 ) -> tuple[tuple[Figure, ...], tuple[CurvePoint, ...]]:
     """Figures and ROC of (R, N) scores, on the same few candidates of a release for every attack on it."""
     choice = np.random.default_rng([len(members), _SCORED_PER_RELEASE])
     used = scored_candidates(len(members), members.shape[1], _SCORED_PER_RELEASE, choice)
     flat, truth = scores[used], members[used]
-    return membership_figures(flat, truth, ceiling, np.nonzero(used)[0]), roc_points(flat, truth)
+    return roc.membership_figures(flat, truth, ceiling, np.nonzero(used)[0]), roc.roc_points(flat, truth)
 
 
-def gram_matrix(factors: Sequence[GradientFactors], kept_share: float = 1.0) -> FloatArray:
-    """Inner products of gradients G = Σ_t δ_t x_tᵀ that are given by their factors.
+def gram_matrix(factors: Sequence[GradientFactors], kept_share: float = 1.0) -> roc.FloatArray:
+    """(N, N) inner products ⟨G_i, G_j⟩ = Σ_{t,s} ⟨δ_it, δ_js⟩ ⟨x_it, x_js⟩ of gradients G = Σ_t δ_t x_tᵀ.
 
     Only a share of the rows of a gradient is kept, from the first on; the authors' sanitiser keeps 0.4.
-
-    Returns:
-        (N, N) float64: ⟨G_i, G_j⟩ = Σ_{t,s} ⟨δ_it, δ_js⟩ ⟨x_it, x_js⟩ over the kept rows.
     """
     rows = int(kept_share * factors[0].delta.shape[1])
     delta = np.concatenate([factor.delta[:, :rows] for factor in factors]).astype(np.float64)
@@ -77,7 +70,7 @@ def gram_matrix(factors: Sequence[GradientFactors], kept_share: float = 1.0) -> 
     return np.asarray(np.add.reduceat(np.concatenate(by_example), starts, axis=0))
 
 
-def clipped_gram(gram: FloatArray, clipping_norm: float) -> FloatArray:
+def clipped_gram(gram: roc.FloatArray, clipping_norm: float) -> roc.FloatArray:
     """Gram matrix of the same gradients, each scaled to a norm of at most `clipping_norm`."""
     norms = np.sqrt(np.clip(np.diag(gram), 0.0, None))
     factors = np.minimum(1.0, clipping_norm / np.maximum(norms, 1e-300))
@@ -85,11 +78,11 @@ def clipped_gram(gram: FloatArray, clipping_norm: float) -> FloatArray:
 
 
 def simulated_inner_products(
-    gram: FloatArray,
-    members: BoolArray,
-    noise: FloatArray | float,
+    gram: roc.FloatArray,
+    members: roc.BoolArray,
+    noise: roc.FloatArray | float,
     generator: np.random.Generator,
-) -> FloatArray:
+) -> roc.FloatArray:
     """(R, N) inner products of simulated noisy sums with every candidate, exact in distribution.
 
     The noise is the standard deviation per coordinate of the sum, one or (R,).
@@ -100,12 +93,14 @@ def simulated_inner_products(
     return np.asarray(members @ gram + np.broadcast_to(noise, len(members))[:, None] * draws)
 
 
-def correlation_scores(inner: FloatArray, gram: FloatArray) -> FloatArray:
+def correlation_scores(inner: roc.FloatArray, gram: roc.FloatArray) -> roc.FloatArray:
     """The weak attack: ⟨y, g_c⟩ / ‖g_c‖, (R, N)."""
     return np.asarray(inner / np.sqrt(np.maximum(np.diag(gram), 1e-300)))
 
 
-def dictionary_scores(inner: FloatArray, gram: FloatArray, noise: float, rate: float) -> FloatArray:
+def dictionary_scores(
+    inner: roc.FloatArray, gram: roc.FloatArray, noise: float, rate: float
+) -> roc.FloatArray:
     """Which candidates explain the release together: the best linear estimate of all memberships.
 
     Memberships have prior mean p and variance p(1-p), so with λ = s²/(p(1-p)) the estimate is
@@ -119,8 +114,8 @@ def dictionary_scores(inner: FloatArray, gram: FloatArray, noise: float, rate: f
 
 
 def likelihood_ratio_scores(
-    inner: FloatArray, gram: FloatArray, members: BoolArray, noise: float
-) -> FloatArray:
+    inner: roc.FloatArray, gram: roc.FloatArray, members: roc.BoolArray, noise: float
+) -> roc.FloatArray:
     """Log likelihood ratio of every candidate by an adversary who knows all other members.
 
     The strongest adversary that differential privacy considers: no attack on this release does better. Of

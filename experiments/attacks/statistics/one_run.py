@@ -53,17 +53,11 @@ def right_guesses(scores: FloatArray, included: BoolArray, guesses: int) -> int:
 
 
 def least_total(canaries: int, guesses: int, right: int, chance: float, ceiling: Ceiling) -> float:
-    """Least total probability s_0 that goes with a chance s_v of so many right guesses.
+    """Least total probability s_0 that goes with a chance of v or more right guesses, in [0, 1].
 
+    Of m canaries, each included with probability 1/2, r are guessed, a number fixed in advance, and v right.
     Above 1 is impossible; the first tail above 1 is returned then. `ValueError` for counts that contradict
     each other.
-
-    Args:
-        canaries: m, each included with probability 1/2.
-        guesses: r ≤ m, fixed in advance.
-        right: v ≤ r.
-        chance: of v or more right guesses, in [0, 1].
-        ceiling: the claim.
     """
     if not 0 <= right <= guesses <= canaries or not 0.0 <= chance <= 1.0:
         raise ValueError(
@@ -127,9 +121,9 @@ def one_run_figure(
 ) -> Figure:
     """The ε that one run certifies, with the claimed one as its bound.
 
-    `value` is certified at 95 %, `low` at the confidence of the alarm. The alarm itself asks whether the
-    claimed curve is refuted, which assumes nothing. `family` and `epsilon_at` give curve and ε of the claim
-    with a factor on its noise; 1 is what is claimed.
+    `value` is certified at 95 %, `low` at the confidence of the alarm, which asks whether the claimed curve
+    is refuted and assumes nothing. `family` and `epsilon_at` give curve and ε of the claim with a factor on
+    its noise.
     """
     factors = [refuted_factor(scores, included, family, level) for level in (1.0 - CONFIDENCE, ALARM_LEVEL)]
     shown, sure = (0.0 if math.isinf(factor) else epsilon_at(factor) for factor in factors)

@@ -32,13 +32,10 @@ _LEAST: Final = 1e-300
 
 @dataclass(frozen=True, eq=False)
 class Background:
-    """What one unknown term looks like on average, in coordinates in which noise is white.
+    """One unknown term on average, in coordinates in which noise is white.
 
-    Attributes:
-        noise: (D,) standard deviation of the release's noise, above 0.
-        axes: (D, D) orthonormal columns.
-        mean: (D,) of a term, along the axes.
-        spread: (D,) variances of a term along the axes, in units of the noise's.
+    The (D,) standard deviation of the release's noise, above 0; (D, D) orthonormal axes as columns; along
+    them the (D,) mean of a term and its variances, in units of the noise's.
     """
 
     noise: FloatArray

@@ -1,19 +1,20 @@
 """What an attack found, as data: who attacked, what was seen, how well it went, and what was the limit.
 
-A figure has a 95 % interval for the reader and a verdict for the machine. The verdict asks for far
-stronger evidence, because a report holds dozens of figures and the strongest attacks sit exactly at
-their bound: a figure is `broken` only if it lies above its bound at a confidence of 1 - 1e-4.
+A figure has a 95 % interval for the reader and a verdict for the machine, which asks for far stronger
+evidence: a report holds dozens of figures, and the strongest attacks sit exactly at their bound.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 from scipy.stats import beta
 
+from fedmosaic.experiments.scenario.metrics import interval
 from fedmosaic.privacy.accounting.events import Epsilon
 from fedmosaic.privacy.configuration import Frozen
+from fedmosaic.protos.errors import FedMosaicError
 
 CONFIDENCE: Final = 0.95
 ALARM_LEVEL: Final = 1e-4
@@ -35,15 +36,10 @@ def clopper_pearson(hits: float, size: float, confidence: float) -> tuple[float,
 
 
 class Figure(Frozen):
-    """One number that an attack reached.
+    """One number that an attack reached, with its 95 % interval.
 
-    Attributes:
-        name: what it is, for example "AUC".
-        value: the estimate.
-        low: lower end of its 95 % interval.
-        high: upper end.
-        bound: what the claimed guarantee allows at most; None where nothing bounds it.
-        broken: the value is above the bound beyond reasonable doubt, its uncertainty taken into account.
+    `bound` is what the claimed guarantee allows at most, None where nothing bounds it. The figure is `broken`
+    if it lies above that at a confidence of 1 - `ALARM_LEVEL`.
     """
 
     name: str
@@ -64,6 +60,15 @@ class Figure(Frozen):
         return cls(name=name, value=fmean(values), low=min(values), high=max(values))
 
     @classmethod
+    def mean(cls, name: str, values: Sequence[float]) -> "Figure":
+        """The mean of independent shares with Student's interval; [0, 1] if there are too few."""
+        found = interval(values)
+        if found is None or found.half_width is None:
+            return cls(name=name, value=values[0] if values else 0.5, low=0.0, high=1.0)
+        low, high = found.mean - found.half_width, found.mean + found.half_width
+        return cls(name=name, value=found.mean, low=max(0.0, low), high=min(1.0, high))
+
+    @classmethod
     def share(cls, name: str, hits: float, size: int) -> "Figure":
         """A share of independent trials with its exact interval."""
         low, high = clopper_pearson(hits, size, CONFIDENCE)
@@ -82,19 +87,13 @@ def _delta(fields: dict[str, Any]) -> float | None:
 
 
 class AttackResult(Frozen):
-    """One attack on one kind of release.
+    """One attack on one kind of release; results of one `attack` stand together.
 
     Attributes:
-        attack: name of the attack; results of one attack stand together.
-        adversary: who carries it out.
         sees: what that adversary has.
         statistic: what it computes.
         release: what was attacked, in words.
-        setting: what the result is filed under.
         epsilon: claimed ε of the release at `delta`; None where ε does not apply.
-        delta: δ of it.
-        figures: what was reached.
-        curve: ROC, if there is one.
         by_design: success is what the release is for, and no ε hides it.
         note: what the reader must know to read the figures.
         headline: what nobody may miss; it stands above all figures of the attack.
@@ -121,21 +120,22 @@ class AttackResult(Frozen):
 
 
 class RefusalResult(Frozen):
-    """What happened to something that must be refused.
-
-    Attributes:
-        attempt: what a malicious party tried.
-        party: who tried it.
-        tried: number of attempts.
-        refused: how many the attacked code refused with an error of its own.
-        answer: the refusal, as the operator reads it.
-    """
+    """What happened to something that must be refused: of so many `tried`, how many were, and the answer."""
 
     attempt: str
     party: str
     tried: Annotated[int, Field(ge=1)] = 1
     refused: Annotated[int, Field(ge=0)]
     answer: str = ""
+
+    @classmethod
+    def of(cls, attempt: str, party: str, carry_out: Callable[[], object]) -> "RefusalResult":
+        """Carry an attempt out; whatever is not refused with an error of this package's was accepted."""
+        try:
+            carry_out()
+        except FedMosaicError as error:
+            return cls(attempt=attempt, party=party, refused=1, answer=str(error))
+        return cls(attempt=attempt, party=party, refused=0, answer="accepted")
 
     @property
     def broken(self) -> bool:
@@ -144,26 +144,14 @@ class RefusalResult(Frozen):
 
 
 class AttackReport(Frozen, extra="ignore"):
-    """Section "attacks" of a privacy report.
-
-    Attributes:
-        schema_version: version of this format.
-        run: name of the run or scenario.
-        created: time of making, ISO 8601.
-        seconds: how long the attacks took.
-        processor_seconds: time of all processor cores in it; None in reports of older versions.
-        command: how to make it again.
-        machine: where it was made.
-        results: attacks with figures.
-        refusals: attempts that must fail outright.
-        skipped: attacks that could not be carried out, with the reason; it begins with the part's name.
-    """
+    """Section "attacks" of a privacy report: what was found, and what was left out, with the reason."""
 
     schema_version: Literal[1] = 1
     run: str
     created: str
     seconds: float
     processor_seconds: float | None = None
+    """Of all cores; None in reports of older versions."""
     command: str
     machine: str
     results: tuple[AttackResult, ...]

@@ -18,13 +18,7 @@ import numpy.typing as npt
 from scipy.special import ndtr, ndtri
 from scipy.stats import norm
 
-from fedmosaic.experiments.attacks.statistics.results import (
-    ALARM_LEVEL,
-    CONFIDENCE,
-    CurvePoint,
-    Figure,
-    clopper_pearson,
-)
+from fedmosaic.experiments.attacks.statistics import results
 from fedmosaic.experiments.scenario.metrics import placements
 from fedmosaic.privacy.accounting.epsilon import SMALLEST_NOISE_MULTIPLIER
 from fedmosaic.privacy.accounting.events import GaussianEvent, merge_events
@@ -44,7 +38,7 @@ _LEAST_FALSE_RELEASES = 20
 
 @dataclass(frozen=True)
 class Ceiling:
-    """The best that any membership test can do against a guarantee.
+    """The best that any membership test can do against a guarantee; 1 where nothing is promised.
 
     Attributes:
         mu: μ of Gaussian differential privacy, exact for full-batch Gaussian releases; else None.
@@ -53,6 +47,11 @@ class Ceiling:
 
     mu: float | None = None
     curve: PrivacyCurve | None = None
+
+    @classmethod
+    def of_noise(cls, sigma: float) -> "Ceiling":
+        """That of one full-batch release with this noise multiplier; 0 promises nothing."""
+        return cls(mu=1.0 / sigma) if sigma else cls()
 
     @property
     def promises(self) -> bool:
@@ -106,12 +105,12 @@ def ceiling_of(events: Iterable[GaussianEvent]) -> Ceiling:
 
 def membership_figures(
     scores: FloatArray, members: BoolArray, ceiling: Ceiling, releases: IntArray | None = None
-) -> tuple[Figure, ...]:
-    """AUC and true positive rates at fixed false positive rates, of (n,) scores that are not NaN.
+) -> tuple[results.Figure, ...]:
+    """AUC and true positive rates at fixed false positive rates, of (n,) scores.
 
-    A rate is left out where there are too few scores of non-members to set a threshold, or where they come
-    from so few releases that one draw of noise decides it. `releases` says which one a score belongs to; None
-    if every score has noise of its own. `ValueError` without members or without others.
+    `releases` says which one a score belongs to; None if every score has noise of its own. A rate is left out
+    where too few scores of non-members, or too few releases, are behind it. `ValueError` for NaN, or without
+    members or others.
     """
     if np.isnan(scores).any() or not members.any() or members.all():
         raise ValueError("scores must not be NaN, and there must be members and others")
@@ -126,8 +125,7 @@ def membership_figures(
 def area_with_error(scores: FloatArray, members: BoolArray, groups: IntArray) -> tuple[float, float]:
     """Area under the ROC curve and its standard error over groups of dependent scores.
 
-    Reference:
-        Obuchowski 1997, "Nonparametric analysis of clustered ROC curve data", Biometrics 53.
+    Reference: Obuchowski 1997, "Nonparametric analysis of clustered ROC curve data", Biometrics 53.
     """
     won = placements(scores[members], scores[~members])
     lost = 1.0 - placements(scores[~members], scores[members])
@@ -138,7 +136,7 @@ def area_with_error(scores: FloatArray, members: BoolArray, groups: IntArray) ->
     return area, math.sqrt(_clustered_variance(influence, groups))
 
 
-def roc_points(scores: FloatArray, members: BoolArray, count: int = 120) -> tuple[CurvePoint, ...]:
+def roc_points(scores: FloatArray, members: BoolArray, count: int = 120) -> tuple[results.CurvePoint, ...]:
     """The empirical ROC curve at false positive rates spread over the logarithmic scale."""
     outside = np.sort(scores[~members])[::-1]
     inside = np.sort(scores[members])
@@ -147,7 +145,9 @@ def roc_points(scores: FloatArray, members: BoolArray, count: int = 120) -> tupl
     for threshold in outside[ranks]:
         false = float(np.count_nonzero(outside > threshold)) / outside.size
         points[false] = 1.0 - float(np.searchsorted(inside, threshold, side="right")) / inside.size
-    return tuple(CurvePoint(false_positive_rate=f, true_positive_rate=t) for f, t in sorted(points.items()))
+    return tuple(
+        results.CurvePoint(false_positive_rate=f, true_positive_rate=t) for f, t in sorted(points.items())
+    )
 
 
 def rate_interval(
@@ -158,9 +158,8 @@ def rate_interval(
     Groups say which of n ≥ 1 outcomes may depend on each other. Where all outcomes agree, which tells nothing
     of their dependence, a cautious interval counts groups only.
 
-    Reference:
-        Korn and Graubard 1998, "Confidence intervals for proportions with small expected number of
-        positive counts estimated from survey data", Survey Methodology 24.
+    Reference: Korn and Graubard 1998, "Confidence intervals for proportions with small expected number of
+    positive counts estimated from survey data", Survey Methodology 24.
     """
     share, size = float(hits.mean()), float(hits.size)
     if 0.0 < share < 1.0:
@@ -169,7 +168,7 @@ def rate_interval(
             size = min(size, max(1.0, share * (1.0 - share) / variance))
     elif cautious:
         size = float(np.unique(groups).size)
-    return clopper_pearson(share * size, size, confidence)
+    return results.clopper_pearson(share * size, size, confidence)
 
 
 def _clustered_variance(influence: FloatArray, groups: IntArray) -> float:
@@ -179,18 +178,20 @@ def _clustered_variance(influence: FloatArray, groups: IntArray) -> float:
     return sums.size / max(1, sums.size - 1) * float(np.sum(sums**2))
 
 
-def _area_figure(scores: FloatArray, members: BoolArray, groups: IntArray, ceiling: Ceiling) -> Figure:
+def _area_figure(
+    scores: FloatArray, members: BoolArray, groups: IntArray, ceiling: Ceiling
+) -> results.Figure:
     area, error = area_with_error(scores, members, groups)
-    reach = float(norm.ppf(0.5 + CONFIDENCE / 2.0)) * error
+    reach = float(norm.ppf(0.5 + results.CONFIDENCE / 2.0)) * error
     bound = ceiling.area if ceiling.promises else None
-    broken = bound is not None and area - float(norm.isf(ALARM_LEVEL)) * error > bound + 1e-9
+    broken = bound is not None and area - float(norm.isf(results.ALARM_LEVEL)) * error > bound + 1e-9
     low, high = max(0.0, area - reach), min(1.0, area + reach)
-    return Figure(name="AUC", value=area, low=low, high=high, bound=bound, broken=broken)
+    return results.Figure(name="AUC", value=area, low=low, high=high, bound=bound, broken=broken)
 
 
 def _rate_figure(
     scores: FloatArray, members: BoolArray, groups: IntArray, ceiling: Ceiling, rate: float
-) -> Figure | None:
+) -> results.Figure | None:
     _, index = np.unique(groups, return_inverse=True)
     judged = index % 2 == 1
     reference = np.sort(scores[~judged & ~members])[::-1]
@@ -201,8 +202,8 @@ def _rate_figure(
     hit_groups, false_groups = groups[judged & members], groups[judged & ~members]
     bound = ceiling.true_positive_rate(rate) if ceiling.promises else None
     # Both rates are uncertain; each gets half of the level, on one side.
-    surely, _ = rate_interval(hits, hit_groups, 1.0 - ALARM_LEVEL, cautious=True)
-    _, at_most = rate_interval(false, false_groups, 1.0 - ALARM_LEVEL, cautious=True)
+    surely, _ = rate_interval(hits, hit_groups, 1.0 - results.ALARM_LEVEL, cautious=True)
+    _, at_most = rate_interval(false, false_groups, 1.0 - results.ALARM_LEVEL, cautious=True)
     broken = bound is not None and surely > ceiling.true_positive_rate(at_most) + 1e-9
     value, low, high = _rate_estimate(scores, members, groups, rate)
     # Where all members, or none, are above every threshold of this kind, it does not matter which one it is.
@@ -213,7 +214,7 @@ def _rate_figure(
         if np.unique(of_release[highest]).size < _LEAST_FALSE_RELEASES:
             return None
     name = f"TPR at {rate:.1%} FPR".replace(".0%", " %").replace("0.1%", "0.1 %")
-    return Figure(name=name, value=value, low=low, high=high, bound=bound, broken=broken)
+    return results.Figure(name=name, value=value, low=low, high=high, bound=bound, broken=broken)
 
 
 def _rate_estimate(
@@ -233,8 +234,8 @@ def _rate_estimate(
     error = math.sqrt((blocks - 1) * float(np.var(left_out)))
     if error == 0.0:
         hits = np.full(int(members.sum()), value > 0.5)
-        return value, *rate_interval(hits, groups[members], CONFIDENCE)
-    reach = float(norm.ppf(0.5 + CONFIDENCE / 2.0)) * error
+        return value, *rate_interval(hits, groups[members], results.CONFIDENCE)
+    reach = float(norm.ppf(0.5 + results.CONFIDENCE / 2.0)) * error
     return value, max(0.0, value - reach), min(1.0, value + reach)
 
 

@@ -1,9 +1,9 @@
 """Spoken commands to a home, drawn from the grammar that home-assistant-intents carries.
 
-The package holds, per language, the sentence templates by which Home Assistant recognises intents, such
-as ``<timer_set> [a|the|my] timer for {timer_minutes:minutes} minute[s]``. A template stands for thousands
-of sentences; a few of each are drawn, with the names of rooms, devices and songs filled in from the lists
-below. Sentences of one template form one group, so a test asks about phrasings never trained on.
+The package holds the sentence templates by which Home Assistant recognises intents, such as ``<timer_set>
+[a|the|my] timer for {timer_minutes:minutes} minute[s]``. A few sentences of each are drawn, with names filled
+in from the lists below. Those of one template form one group, so a test asks about phrasings never trained
+on.
 
 Template syntax: ``(a|b)`` one of, ``[a|b]`` one of or nothing, ``(a;b)`` both in any order, ``<rule>`` a
 named part, ``{list}`` or ``{list:slot}`` a value.
@@ -12,7 +12,7 @@ named part, ``{list}`` or ``{list:slot}`` a value.
 import json
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -30,46 +30,23 @@ DEVICE: Final = ClassificationTask(
 """Which part of the home does a command speak to?"""
 
 _LABELS: Final = {
-    "HassClimate": "climate",
-    "HassFan": "climate",
-    "HassLight": "light",
-    "HassMedia": "media",
-    "HassSetVolume": "media",
-    "HassStartTimer": "timer",
-    "HassIncreaseTimer": "timer",
-    "HassDecreaseTimer": "timer",
-    "HassCancelTimer": "timer",
-    "HassPauseTimer": "timer",
-    "HassUnpauseTimer": "timer",
-    "HassTimerStatus": "timer",
-}
+    "HassClimate": "climate", "HassFan": "climate", "HassLight": "light", "HassMedia": "media",
+    "HassSetVolume": "media", "HassStartTimer": "timer", "HassIncreaseTimer": "timer",
+    "HassDecreaseTimer": "timer", "HassCancelTimer": "timer", "HassPauseTimer": "timer",
+    "HassUnpauseTimer": "timer", "HassTimerStatus": "timer",
+}  # fmt: skip
 """Beginning of an intent's name, and the class of its sentences; other intents are left out."""
 
-_WORDS: Final[Mapping[str, tuple[str, ...]]] = {
-    "area": (
-        "kitchen",
-        "bedroom",
-        "living room",
-        "bathroom",
-        "office",
-        "garage",
-        "hall",
-        "nursery",
-        "cellar",
-    ),
-    "floor": ("ground", "first", "second", "upper", "lower"),
-    "name": ("ceiling", "desk", "bedside", "corner", "window", "reading", "left", "right", "old", "new"),
-    "search_query": (
-        "jazz",
-        "the beatles",
-        "abbey road",
-        "bach",
-        "morning news",
-        "blue train",
-        "nina simone",
-    ),
-    "timer_command": ("open the curtains", "lock the door", "start the washing", "close the gate"),
-    "timer_name": ("pasta", "pizza", "tea", "laundry", "homework", "bread", "eggs", "nap", "rice"),
+_WORDS: Final[Mapping[str, Sequence[str]]] = {
+    name: words.split(", ")
+    for name, words in {
+        "area": "kitchen, bedroom, living room, bathroom, office, garage, hall, nursery, cellar",
+        "floor": "ground, first, second, upper, lower",
+        "name": "ceiling, desk, bedside, corner, window, reading, left, right, old, new",
+        "search_query": "jazz, the beatles, abbey road, bach, morning news, blue train, nina simone",
+        "timer_command": "open the curtains, lock the door, start the washing, close the gate",
+        "timer_name": "pasta, pizza, tea, laundry, homework, bread, eggs, nap, rice",
+    }.items()
 }
 """Values of lists that the grammar leaves to the home or to the speaker."""
 
@@ -80,13 +57,9 @@ _PIECE: Final = re.compile(r"[()\[\]|;]|<[^<>]+>|\{[^{}]+\}|[^()\[\]|;<>{}]+")
 
 
 def device_commands(content: bytes) -> Iterator[LabelledText]:
-    """Draws sentences from the English grammar, grouped by template; repetitions may occur.
+    """Draws sentences from the English grammar (JSON), grouped by template; repetitions may occur.
 
-    Args:
-        content: The grammar, JSON.
-
-    Raises:
-        ConfigurationError: The grammar is not readable or uses a syntax that is not known here.
+    `ConfigurationError` if the grammar is not readable or uses a syntax that is not known here.
     """
     try:
         grammar = json.loads(content)
@@ -113,13 +86,7 @@ def device_commands(content: bytes) -> Iterator[LabelledText]:
 
 @dataclass(frozen=True)
 class _Drawer:
-    """Draws sentences from templates.
-
-    Attributes:
-        rules: Named parts of templates.
-        lists: Values by name: ``{"values": […]}``, ``{"range": {"from", "to", "step"}}`` or a wildcard.
-        draw: Source of the choices.
-    """
+    """Draws sentences: parts by name; lists of values, ``{"from", "to", "step"}`` or a wildcard."""
 
     rules: Mapping[str, str]
     lists: Mapping[str, Any]

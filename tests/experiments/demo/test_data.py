@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -84,12 +83,9 @@ def check_contents(data: DemoData) -> None:
     places: dict[str, str] = {}
     ids: Counter[str] = Counter()
     for client in data.clients:
-        for part, path, rows in (
-            ("train", client.train, client.train_rows),
-            ("test", client.test, client.test_rows),
-        ):
+        for part, path in (("train", client.train), ("test", client.test)):
             examples = read_examples(path)
-            assert len(examples) == rows
+            assert len(examples) == (demo_data.TRAIN_ROWS if part == "train" else demo_data.TEST_ROWS)
             check_balance(client, examples)
             for example in examples:
                 assert (
@@ -98,7 +94,7 @@ def check_contents(data: DemoData) -> None:
                 )
                 ids[example.id] += 1
     public = read_examples(data.public)
-    assert len(public) == data.public_rows
+    assert len(public) == demo_data.PUBLIC_ROWS
     for example in public:
         assert normalise(example.prompt) not in places
         ids[example.id] += 1
@@ -117,13 +113,6 @@ def text_of(example: Example) -> str:
 
 def test_every_client_has_its_own_balanced_data(tmp_path: Path, packages: Packages) -> None:
     check_contents(build_demo_data(tmp_path / "cache"))
-
-
-def test_articles_of_newsrooms_are_different_ones(tmp_path: Path, packages: Packages) -> None:
-    data = build_demo_data(tmp_path / "cache")
-    parts = [path for client in data.clients[:4] for path in (client.train, client.test)]
-    headlines = [{text_of(example).partition(".")[0] for example in read_examples(path)} for path in parts]
-    assert sum(map(len, headlines)) == len(set().union(*headlines))
 
 
 def test_the_same_data_come_out_in_another_place(tmp_path: Path, packages: Packages) -> None:
@@ -177,15 +166,6 @@ def test_too_few_public_examples_are_refused_and_leave_nothing(
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_the_pins_are_complete() -> None:
-    for asset in DATA_ASSETS:
-        assert re.fullmatch(r"[0-9a-f]{64}", asset.sha256)
-        assert asset.filename.endswith("-none-any.whl")
-        assert asset.version in asset.filename
-        assert 0 < asset.size < 20_000_000
-        assert asset.licence
-
-
 def test_the_real_corpora_give_what_the_demo_promises() -> None:
     cache = cache_directory()
     absent = [asset.filename for asset in DATA_ASSETS if not (cache / "packages" / asset.filename).is_file()]
@@ -194,7 +174,6 @@ def test_the_real_corpora_give_what_the_demo_promises() -> None:
     data = build_demo_data(cache)
     check_contents(data)
     for client in data.clients:
-        assert (client.train_rows, client.test_rows) == (60, 60)
         assert max(len(example.prompt) for example in read_examples(client.train)) <= 200
     digest = hashlib.sha256()
     for path in sorted(data.directory.glob("*.jsonl")):

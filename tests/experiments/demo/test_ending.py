@@ -84,10 +84,7 @@ def test_the_ending_is_one_screen_with_everything_on_it(statements: dict[str, An
 @pytest.mark.parametrize(
     ("alone", "words"),
     [
-        (
-            42,
-            "80 % of their own test texts right, each trained alone 70 %: +10 points (95 % interval +6 to ",
-        ),
+        (42, "80 % of their own test texts right, each trained alone 70 %: +10 points (95 % interval +6 to "),
         (54, "Training alone was better, by more than chance gives on 240 test texts."),
         (47, "240 test texts cannot tell sharing from training alone."),
     ],

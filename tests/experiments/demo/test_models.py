@@ -126,14 +126,6 @@ def test_a_damaged_folder_is_made_again(tmp_path: Path, conversions: list[str], 
     assert (folder / "model.safetensors").read_bytes() == weights
 
 
-def test_another_recipe_makes_another_folder(
-    tmp_path: Path, conversions: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = demo_model(tmp_path)
-    monkeypatch.setattr(demo_models, "RECIPE", demo_models.RECIPE + 1)
-    assert demo_model(tmp_path) != first
-
-
 def test_shallow_models_are_cut_once_each(
     tmp_path: Path, conversions: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,13 +99,6 @@ def test_ablations_of_the_alignment_change_what_is_aligned(tiny_scenario: Any) -
         methods.with_variant(aligned.model_copy(update={"method": "fedmosaic-first-layers"}))
 
 
-def test_uniform_weights_are_uniform(tmp_path: Path, tiny_scenario: Any) -> None:
-    scenario = tiny_scenario(method="fedmosaic-uniform", schedule={"rounds": 1, "quorum": 4})
-    directory = _run(scenario, tmp_path)
-    for row in read_run(directory).server["results"][-1]["weights"]["shared"].values():
-        assert all(share == pytest.approx(1 / 3, abs=1e-4) for share in row.values())
-
-
 def test_a_baseline_goes_on_after_its_last_whole_round(
     tmp_path: Path, tiny_scenario: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

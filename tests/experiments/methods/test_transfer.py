@@ -1,6 +1,5 @@
 """Knowledge that crosses architectures: told truly, carried across tokenizers, learnt, and added up right."""
 
-import io
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -80,10 +79,6 @@ def _uploads(servers: dict[str, ServerSide], scale: float = 0.3) -> dict[str, np
     }
 
 
-def _console() -> Console:
-    return Console(file=io.StringIO(), width=200)
-
-
 # --- telling
 
 
@@ -109,14 +104,6 @@ def test_the_mean_of_one_models_logits_twice_is_that_model(servers: dict[str, Se
         torch.testing.assert_close(one.probabilities, two.probabilities)
     with pytest.raises(ModelError, match="no model"):
         knowledge_of(server, [])
-
-
-def test_even_opinions_of_a_large_vocabulary_are_told(servers: dict[str, ServerSide]) -> None:
-    server = servers["small"]
-    vector = _uploads(servers)["small-a"]
-    for item in knowledge_of(server, [vector], 1e6):
-        torch.testing.assert_close(item.probabilities.sum(-1), torch.ones(len(item.probabilities)))
-        assert float(item.probabilities.max()) == pytest.approx(1 / 46, rel=1e-3)
 
 
 # --- carrying
@@ -307,11 +294,11 @@ def test_a_server_that_remembers_goes_on_where_it_stopped(
         monkeypatch.setattr(place, "learn", partial(learn, steps=2))
     scenario = tiny_scenario(method="fedmkt", schedule={"rounds": 2, "quorum": 4}, score="own")
     scenario = scenario.model_copy(update={"clients": scenario.clients[1:3]})
-    whole = runner.run_here(scenario, tmp_path, tmp_path / "a", _console())
+    whole = runner.run_here(scenario, tmp_path, tmp_path / "a", Console(quiet=True))
     short = scenario.model_copy(update={"schedule": scenario.schedule.model_copy(update={"rounds": 1})})
-    parted = runner.run_here(short, tmp_path, tmp_path / "b", _console())
+    parted = runner.run_here(short, tmp_path, tmp_path / "b", Console(quiet=True))
     (parted / "scenario.json").write_text(scenario.model_dump_json())
-    runner.resume(parted, _console())
+    runner.resume(parted, Console(quiet=True))
     for client in scenario.clients:
         place = Path("federation") / "clients" / client.id / "state"
         assert read_evaluations(whole / place)[2] == read_evaluations(parted / place)[2]

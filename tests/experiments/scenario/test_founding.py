@@ -1,6 +1,7 @@
-"""The public basis that a run keeps for the next one."""
+"""The public basis that a run keeps for the next one, and a log that is silent for a while only."""
 
 import io
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich.console import Console
 
 from fedmosaic.experiments.scenario import founding
 from fedmosaic.experiments.scenario.founding import fit_profile
+from fedmosaic.experiments.scenario.quiet_log import quiet_log
 from fedmosaic.privacy.federation.kits import BASIS
 
 
@@ -36,3 +38,20 @@ def test_a_fitted_basis_is_kept_for_the_next_run_and_a_damaged_one_is_not_used(
     assert len(fits) == 2
     assert fitted("four") == first
     assert len(fits) == 2
+
+
+def test_what_is_said_in_between_is_not_shown_and_later_is(caplog: pytest.LogCaptureFixture) -> None:
+    log = logging.getLogger("fedmosaic.server.coordinator")
+    with caplog.at_level(logging.INFO):
+        with quiet_log():
+            log.warning("between")
+        log.info("afterwards")
+    assert caplog.messages == ["afterwards"]
+
+
+def test_an_error_leaves_no_silence_behind() -> None:
+    logger = logging.getLogger("fedmosaic")
+    before = logger.level, logger.propagate
+    with pytest.raises(KeyError), quiet_log():
+        raise KeyError("lost")
+    assert (logger.level, logger.propagate) == before

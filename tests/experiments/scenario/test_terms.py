@@ -1,6 +1,7 @@
 """The scenario files that come with the package are valid, and name what the commands write."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,7 +60,20 @@ def test_scored_rounds_hold_the_last() -> None:
 
 
 def test_a_key_of_before_is_refused_with_its_new_name(tmp_path: Path) -> None:
-    text = (SCENARIOS / "vision-four.toml").read_text(encoding="utf-8")
+    text = (SCENARIOS / "vision-siblings.toml").read_text(encoding="utf-8")
     (tmp_path / "old.toml").write_text(text.replace("\nimages = ", "\npictures = "), encoding="utf-8")
     with pytest.raises(ConfigurationError, match="'pictures' is now called 'images'; rename it"):
         read_configuration(tmp_path / "old.toml", Scenario)
+
+
+def test_a_run_of_before_is_read_unless_it_had_unseen_clients(tiny_scenario: Any) -> None:
+    content = tiny_scenario().model_dump(mode="json")
+    assert Scenario.model_validate(content | {"unseen": [], "adaptation_steps": [0, 25]}) == tiny_scenario()
+    with pytest.raises(ValueError, match="unseen clients are no longer part"):
+        Scenario.model_validate(content | {"unseen": content["clients"][:1]})
+    for asked in ({"stream": "dynamic"}, {"equal_compute": True}):
+        with pytest.raises(ValueError, match="the noise is planned for one set of examples"):
+            tiny_scenario(**asked, adapter={"rank": 2, "blocks": 2, "protection": "dp"})
+    twice = [*content["clients"], content["clients"][0]]
+    with pytest.raises(ValueError, match="ids must differ"):
+        Scenario.model_validate(content | {"clients": twice})

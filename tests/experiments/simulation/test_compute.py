@@ -26,10 +26,6 @@ from fedmosaic.experiments.simulation.models import AdapterState, SharedModel
 from fedmosaic.protos.errors import ModelError
 
 
-def _console() -> Console:
-    return Console(file=io.StringIO(), width=200)
-
-
 def test_a_product_counts_two_operations_per_multiplication() -> None:
     layer = nn.Linear(8, 4, bias=False)
 
@@ -78,7 +74,7 @@ def test_a_run_of_equal_compute_costs_what_local_training_costs(
     scenario = tiny_scenario(
         method=method, equal_compute=True, training=training, score="own", schedule={"rounds": 1, "quorum": 4}
     )
-    directory = runner.run_here(scenario, tmp_path, tmp_path / "runs", _console())
+    directory = runner.run_here(scenario, tmp_path, tmp_path / "runs", Console(quiet=True))
     place = directory / "federation" / "clients"
     results = [json.loads((place / c.id / "state" / "result.json").read_text()) for c in scenario.clients]
     (steps,) = {result["training_steps"] for result in results}
@@ -87,6 +83,6 @@ def test_a_run_of_equal_compute_costs_what_local_training_costs(
     # As near as whole steps allow.
     assert abs(spent - 12 * sum(reference_flops(scenario).values())) <= spent / steps / 2 * 1.001
     assert max(read_evaluations(place / scenario.clients[0].id / "state")) == 1
-    console = _console()
+    console = Console(file=io.StringIO(), width=200)
     show(read_run(directory), console)
     assert "What training cost" in cast(io.StringIO, console.file).getvalue()

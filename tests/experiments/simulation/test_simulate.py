@@ -18,10 +18,9 @@ from fedmosaic.experiments.comparison.record import read_run
 from fedmosaic.experiments.comparison.report import merged_statement, show
 from fedmosaic.experiments.comparison.runs import compared_run
 from fedmosaic.experiments.runs import command as runner
-from fedmosaic.experiments.runs.client_processes import check_as_processes, client_process
+from fedmosaic.experiments.runs.processes import check_as_processes, client_process
 from fedmosaic.experiments.scenario.participants import Evaluation, read_evaluations
-from fedmosaic.experiments.scenario.processes import RunFailedError
-from fedmosaic.experiments.scenario.terms import ScenarioClient, ScenarioTask
+from fedmosaic.experiments.scenario.terms import RunFailedError, ScenarioClient, ScenarioTask
 from fedmosaic.experiments.simulation import simulate as simulation
 from fedmosaic.experiments.simulation.client import StreamLearner
 from fedmosaic.experiments.simulation.models import AdapterState, SharedModel
@@ -30,10 +29,6 @@ from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.files import hold_directory
 from fedmosaic.privacy.ledger.ledger import read_ledger
 from fedmosaic.protos.errors import ConfigurationError, StateError
-
-
-def _console() -> Console:
-    return Console(file=io.StringIO(), width=200)
 
 
 def _adapters(directory: Path) -> dict[str, np.ndarray]:
@@ -51,7 +46,7 @@ def _state(directory: Path, client: str) -> Path:
 
 
 def test_a_run_in_one_process_leaves_what_the_report_reads(tmp_path: Path, tiny_scenario: Any) -> None:
-    console = _console()
+    console = Console(file=io.StringIO(), width=200)
     directory = runner.run_here(tiny_scenario(evaluate_every=1), tmp_path, tmp_path, console)
     record = read_run(directory)
     assert set(record.clients) == {f"client-{n}" for n in range(4)}
@@ -76,7 +71,7 @@ def test_the_same_seed_gives_the_same_adapters_and_another_seed_others(
 ) -> None:
     def run(seed: int) -> dict[str, np.ndarray]:
         scenario = tiny_scenario(seed=seed, unsafe_test_noise_seed=5)
-        return _adapters(runner.run_here(scenario, tmp_path, tmp_path, _console()))
+        return _adapters(runner.run_here(scenario, tmp_path, tmp_path, Console(quiet=True)))
 
     first, again, other = run(0), run(0), run(1)
     for name, adapter in first.items():
@@ -101,13 +96,14 @@ def test_a_blended_branch_begins_half_way_to_what_is_received(
             moved.append(not np.allclose(begins, ends[client]))
 
     def watched(self: StreamLearner, *arguments: Any) -> None:
-        train(self, *arguments)
-        ends[self.example_ids[0]] = read_shared(self._model, "local")
+        with self.shared.with_adapter(self.adapter):
+            train(self, *arguments)
+            ends[self.example_ids[0]] = read_shared(self._model, "local")
 
     monkeypatch.setattr(StreamLearner, "train", watched)
     monkeypatch.setattr(StreamLearner, "_blend_received", blended)
     scenario = tiny_scenario(method="fedmosaic-blend", schedule={"rounds": 2, "quorum": 4})
-    runner.run_here(scenario, tmp_path, tmp_path, _console())
+    runner.run_here(scenario, tmp_path, tmp_path, Console(quiet=True))
     assert moved == [True] * 4
 
 
@@ -119,7 +115,7 @@ def test_a_blended_branch_is_trained_privately_within_the_budget(tmp_path: Path,
         # As many as a client has: without sampling the accountants have closed forms.
         adapter_privacy={"target_epsilon": 8.0, "expected_batch_size": 55, "steps_per_round": 1},
     )
-    directory = runner.run_here(scenario, tmp_path, tmp_path, _console())
+    directory = runner.run_here(scenario, tmp_path, tmp_path, Console(quiet=True))
     assert 7.0 < (compared_run(directory).epsilon["server"] or 0.0) <= 8.0
 
 
@@ -130,7 +126,7 @@ def test_a_stopped_run_goes_on_to_the_same_result(
     scenario = tiny_scenario(
         method="fedmosaic-blend", unsafe_test_noise_seed=5, schedule=schedule, stream="dynamic"
     )
-    whole = _adapters(runner.run_here(scenario, tmp_path / "whole", tmp_path / "whole", _console()))
+    whole = _adapters(runner.run_here(scenario, tmp_path / "whole", tmp_path / "whole", Console(quiet=True)))
     train = StreamLearner.train
 
     def dies(self: StreamLearner, round_number: int, *others: Any) -> None:
@@ -140,10 +136,10 @@ def test_a_stopped_run_goes_on_to_the_same_result(
 
     monkeypatch.setattr(StreamLearner, "train", dies)
     with pytest.raises(RunFailedError, match="switched off"):
-        runner.run_here(scenario, tmp_path / "cut", tmp_path / "cut", _console())
+        runner.run_here(scenario, tmp_path / "cut", tmp_path / "cut", Console(quiet=True))
     monkeypatch.undo()
     (directory,) = (tmp_path / "cut").iterdir()
-    runner.resume(directory, _console())
+    runner.resume(directory, Console(quiet=True))
     for name, adapter in _adapters(directory).items():
         np.testing.assert_array_equal(adapter, whole[name])
 
@@ -157,8 +153,8 @@ def test_two_processes_cannot_run_in_one_directory(tmp_path: Path, tiny_scenario
         hold_directory(directory / "run.lock", ""),
         pytest.raises(StateError, match="in use by another process"),
     ):
-        runner.run_at(scenario, directory, _console())
-    runner.run_at(scenario, directory, _console())
+        runner.run_at(scenario, directory, Console(quiet=True))
+    runner.run_at(scenario, directory, Console(quiet=True))
     assert read_run(directory).clients
 
 
@@ -168,7 +164,7 @@ def test_encrypted_runs_work_in_one_process(tmp_path: Path, tiny_scenario: Any) 
         encryption={"backend": "mask"},
         allow_plaintext=False,
     )
-    directory = runner.run_here(scenario, tmp_path, tmp_path, _console())
+    directory = runner.run_here(scenario, tmp_path, tmp_path, Console(quiet=True))
     weights = read_run(directory).server["results"][-1]["weights"]["shared"]
     assert set(weights) == {f"client-{n}" for n in range(4)}
 
@@ -187,13 +183,13 @@ def test_a_stream_releases_one_profile_per_round_which_compose_in_parallel(
         clients = [c.model_copy(update={"train": both[n // 2]}) for n, c in enumerate(plain.clients)]
         return plain.model_copy(update={"clients": tuple(clients)})
 
-    directory = runner.run_here(scenario("dynamic"), tmp_path, tmp_path, _console())
+    directory = runner.run_here(scenario("dynamic"), tmp_path, tmp_path, Console(quiet=True))
     rows = read_ledger(_state(directory, "client-1") / "ledger.sqlite")
     released = [row for row in rows if row.channel == "profile" and row.kind == "RELEASED"]
     assert len(released) == 2
     statement = json.loads((_state(directory, "client-1") / "statement.json").read_text())
     (channel,) = (c for c in statement["clients"][0]["channels"] if c["channel"] == "profile")
-    directory = runner.run_here(scenario("all"), tmp_path / "all", tmp_path / "all", _console())
+    directory = runner.run_here(scenario("all"), tmp_path / "all", tmp_path / "all", Console(quiet=True))
     single = json.loads((_state(directory, "client-1") / "statement.json").read_text())
     (alone,) = (c for c in single["clients"][0]["channels"] if c["channel"] == "profile")
     # The rounds share no example, so each example pays for one of the two releases.
@@ -261,7 +257,7 @@ def test_a_process_has_all_its_tasks_in_one_file(tiny_scenario: Any, tmp_path: P
 
 
 def test_what_an_earlier_process_did_is_counted_and_not_shown_as_pace() -> None:
-    console = _console()
+    console = Console(file=io.StringIO(), width=200)
     progress = RunProgress(console, 100)
     progress.skip(40)
     progress.add(20, "ada", 2)
@@ -281,9 +277,9 @@ def test_changes_on_the_command_line_are_checked(tiny_scenario: Any) -> None:
 
 @pytest.mark.slow
 def test_processes_still_run_a_scenario(tmp_path: Path, tiny_scenario: Any) -> None:
-    directory = runner.run(_with_two_tasks(tiny_scenario()), tmp_path, tmp_path, _console())
+    directory = runner.run(_with_two_tasks(tiny_scenario()), tmp_path, tmp_path, Console(quiet=True))
     record = read_run(directory)
     assert set(record.clients) == {f"client-{n}" for n in range(4)}
     assert all("after" in result for result in record.clients.values())
     with pytest.raises(ConfigurationError, match="no run of one process"):
-        runner.resume(directory, _console())
+        runner.resume(directory, Console(quiet=True))

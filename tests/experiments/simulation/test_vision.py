@@ -14,11 +14,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
-from transformers import (
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fedmosaic.client.learner import ModelLearner
 from fedmosaic.client.model.examples import Example, prompt_tokens
@@ -49,15 +45,11 @@ from fedmosaic.experiments.comparison.record import read_run
 from fedmosaic.experiments.comparison.runs import compared_run
 from fedmosaic.experiments.methods.lora import load_with_lora, lora_layers
 from fedmosaic.experiments.runs import command as runner
-from fedmosaic.experiments.runs.client_processes import check_as_processes
+from fedmosaic.experiments.runs.processes import check_as_processes
 from fedmosaic.experiments.scenario.participants import read_evaluations, write_examples
 from fedmosaic.experiments.simulation.simulate import make_models
 from fedmosaic.privacy.federation.terms import AdapterTerms, Terms
 from fedmosaic.protos.errors import ConfigurationError, ModelError
-
-
-def _console() -> Console:
-    return Console(file=io.StringIO(), width=200)
 
 
 def _random_encoder(_cache: Path) -> EfficientNetLite0:
@@ -402,10 +394,12 @@ def test_images_decide_and_the_question_alone_does_not(seeing: Any, tmp_path: Pa
     training = {
         "steps": 60, "per_device_train_batch_size": 8, "max_length": 16, "learning_rate": 0.005,
     }  # fmt: skip
-    seen = runner.run_here(seeing(method="local", training=training), tmp_path, tmp_path / "a", _console())
+    seen = runner.run_here(
+        seeing(method="local", training=training), tmp_path, tmp_path / "a", Console(quiet=True)
+    )
     assert min(_last_scores(seen).values()) >= 0.9
     blind = seeing(method="local", training=training, question_only=True)
-    unseen = runner.run_here(blind, tmp_path, tmp_path / "b", _console())
+    unseen = runner.run_here(blind, tmp_path, tmp_path / "b", Console(quiet=True))
     assert set(_last_scores(unseen).values()) == {0.5}
 
 
@@ -414,7 +408,7 @@ def test_the_adapter_is_trained_privately_on_images(seeing: Any, tmp_path: Path)
     # As many as a client has: without sampling the accountants have closed forms.
     terms = {"target_epsilon": 8.0, "expected_batch_size": 60, "steps_per_round": 1}
     scenario = seeing(adapter=private, adapter_privacy=terms)
-    run = compared_run(runner.run_here(scenario, tmp_path, tmp_path / "runs", _console()))
+    run = compared_run(runner.run_here(scenario, tmp_path, tmp_path / "runs", Console(quiet=True)))
     assert 7.0 < (run.epsilon["server"] or 0.0) <= 8.0
 
 
@@ -461,14 +455,14 @@ def test_processes_read_images(seeing: Any, llava_folder: Path, tmp_path: Path) 
     scenario = seeing()
     clients = tuple(map(seen_by_its_own_tower, scenario.clients))
     scenario = scenario.model_copy(update={"clients": clients})
-    record = read_run(runner.run(scenario, tmp_path, tmp_path / "runs", _console()))
+    record = read_run(runner.run(scenario, tmp_path, tmp_path / "runs", Console(quiet=True)))
     assert set(record.clients) == {"client-0", "client-1"}
     assert all("after" in result for result in record.clients.values())
 
 
 def test_what_cannot_be_seen_is_refused(seeing: Any, tmp_path: Path) -> None:
     def start(scenario: Any) -> None:
-        runner.run_here(scenario, tmp_path, tmp_path / "runs", _console())
+        runner.run_here(scenario, tmp_path, tmp_path / "runs", Console(quiet=True))
 
     short = {"steps": 1, "per_device_train_batch_size": 4, "max_length": 7}
     with pytest.raises(ConfigurationError, match=r"raise training\.max_length from 7 to 8"):
