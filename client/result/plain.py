@@ -128,8 +128,8 @@ def write_lora(model: PeftModel, folder: Path, base: str) -> int:
     """Write the adapter as one LoRA per module, which PEFT loads alone; returns the largest rank.
 
     s·B((1−β)P_L + βP_G + P_p)A of a Co-LoRA module has rank r, since all branches share A and B, and so has
-    another layer's LoRA of one branch. Where such a layer has two, their sum may take rank 2r. ModelError if
-    the adapter changes nothing.
+    another layer's LoRA of one branch. Where such a layer has two, their sum may take rank 2r; the others
+    are filled up with zeros. ModelError if the adapter changes nothing.
     """
     name = find_adapter(model)
     deltas = {
@@ -139,13 +139,15 @@ def write_lora(model: PeftModel, folder: Path, base: str) -> int:
     deltas = {module: delta for module, delta in deltas.items() if delta.left.any() or delta.bias is not None}
     if not deltas:
         raise ModelError("the adapter changes nothing yet, so there is no LoRA to write; train it first")
-    ranks = {module: delta.left.shape[1] for module, delta in deltas.items()}
-    rank, biased = max(ranks.values()), any(delta.bias is not None for delta in deltas.values())
-    others = {module: found for module, found in ranks.items() if found != rank}
+    rank = max(delta.left.shape[1] for delta in deltas.values())
+    biased = any(delta.bias is not None for delta in deltas.values())
     tensors: dict[str, torch.Tensor] = {}
     for module, delta in deltas.items():
+        # One rank for all: of the programs that read LoRA, some know no alpha by module, and some no rank.
+        room = rank - delta.left.shape[1]
         prefix = f"base_model.model.{module}"
-        tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = delta.right, delta.left
+        tensors[f"{prefix}.lora_A.weight"] = nn.functional.pad(delta.right, (0, 0, 0, room))
+        tensors[f"{prefix}.lora_B.weight"] = nn.functional.pad(delta.left, (0, room))
         if biased:
             zeros = delta.left.new_zeros(delta.left.shape[0])
             tensors[f"{prefix}.lora_B.bias"] = zeros if delta.bias is None else delta.bias
@@ -153,8 +155,6 @@ def write_lora(model: PeftModel, folder: Path, base: str) -> int:
     LoraConfig(
         r=rank,
         lora_alpha=rank,
-        rank_pattern=others,
-        alpha_pattern=others,
         target_modules=_shortest(model, deltas),
         lora_bias=biased,
         task_type="CAUSAL_LM",

@@ -265,3 +265,9 @@ def test_the_product_refuses_to_train_with_the_personal_branch_in_the_forward_pa
                 model, cores, random_texts([8] * 4), SETTINGS,
                 private_parameters=private, randomness=SeededTestNoise(0),
             )  # fmt: skip
+
+
+def test_an_audit_says_what_its_releases_could_certify_at_most() -> None:
+    (_, assumption_free) = audited(sigma_for(8.0), SecureNoise(), 400).figures
+    assert assumption_free.high < 4.0
+    assert assumption_free.value <= assumption_free.high

@@ -7,6 +7,7 @@ import pytest
 
 from fedmosaic.experiments.attacks.federation import (
     collusion_results,
+    dp_noise_ratio,
     planned_rows,
     simulated_weights,
     spoofing_results,
@@ -14,6 +15,8 @@ from fedmosaic.experiments.attacks.federation import (
     weight_matrix,
 )
 from fedmosaic.experiments.attacks.target import ServerRun, read_target
+from fedmosaic.experiments.scenario.terms import Scenario
+from fedmosaic.privacy.configuration import read_configuration
 from fedmosaic.privacy.federation.terms import RelevanceTerms
 from fedmosaic.privacy.mechanism.noise import SeededTestNoise
 from fedmosaic.privacy.mechanism.profile import ProfileMechanism, Reduction
@@ -117,3 +120,18 @@ def test_that_no_coalition_suffices_is_told_as_none() -> None:
 def test_a_path_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="neither a run nor a scenario"):
         read_target(tmp_path)
+
+
+def test_dp_noise_is_the_ratio_of_noise_to_the_largest_signal() -> None:
+    assert dp_noise_ratio(1.0, 0.1, 100, 1000, 10_000) == pytest.approx(100 / (10 * 100))
+
+
+def test_the_scenario_behind_the_page_has_four_tasks_and_two_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(__file__).parents[3] / "experiments/scenarios/attack-target.toml"
+    monkeypatch.setenv("FEDMOSAIC_TASKS", "/data")
+    monkeypatch.setenv("FEDMOSAIC_MODELS", "/models")
+    scenario = read_configuration(path, Scenario).resolved(path.parent)
+    assert len({client.task for client in scenario.clients}) == len(scenario.clients) == 4
+    assert len({client.model.path for client in scenario.clients}) == 2
+    assert scenario.adapter.encrypted
+    assert len(scenario.clients) > scenario.policy.minimum_contributors

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -179,3 +180,19 @@ def test_the_real_corpora_give_what_the_demo_promises() -> None:
     for path in sorted(data.directory.glob("*.jsonl")):
         digest.update(path.read_bytes())
     assert digest.hexdigest() == "2910c3a819c3dc891b7931cdc94e5005de01ca21c3d6f5ab75a5b82cc7469499"
+
+
+def test_articles_of_newsrooms_are_different_ones(tmp_path: Path, packages: Packages) -> None:
+    data = build_demo_data(tmp_path / "cache")
+    parts = [path for client in data.clients[:4] for path in (client.train, client.test)]
+    headlines = [{text_of(example).partition(".")[0] for example in read_examples(path)} for path in parts]
+    assert sum(map(len, headlines)) == len(set().union(*headlines))
+
+
+def test_the_pins_are_complete() -> None:
+    for asset in DATA_ASSETS:
+        assert re.fullmatch(r"[0-9a-f]{64}", asset.sha256)
+        assert asset.filename.endswith("-none-any.whl")
+        assert asset.version in asset.filename
+        assert 0 < asset.size < 20_000_000
+        assert asset.licence

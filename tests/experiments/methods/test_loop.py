@@ -366,3 +366,10 @@ def test_ranks_of_their_own_run_with_flexlora_and_not_with_fedavg(tmp_path: Path
     _run(scenario, tmp_path)
     with pytest.raises(ConfigurationError, match="rank"):
         _run(scenario.model_copy(update={"method": "fedavg"}), tmp_path)
+
+
+def test_uniform_weights_are_uniform(tmp_path: Path, tiny_scenario: Any) -> None:
+    scenario = tiny_scenario(method="fedmosaic-uniform", schedule={"rounds": 1, "quorum": 4})
+    directory = _run(scenario, tmp_path)
+    for row in read_run(directory).server["results"][-1]["weights"]["shared"].values():
+        assert all(share == pytest.approx(1 / 3, abs=1e-4) for share in row.values())

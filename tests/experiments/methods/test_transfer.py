@@ -304,3 +304,14 @@ def test_a_server_that_remembers_goes_on_where_it_stopped(
         assert read_evaluations(whole / place)[2] == read_evaluations(parted / place)[2]
     stores = [next((run / "baseline").glob("round-*")) / "server.safetensors" for run in (whole, parted)]
     assert stores[0].read_bytes() == stores[1].read_bytes()
+
+
+def test_even_opinions_of_a_large_vocabulary_are_told(servers: dict[str, ServerSide]) -> None:
+    server = servers["small"]
+    vector = _uploads(servers)["small-a"]
+    for item in knowledge_of(server, [vector], 1e6):
+        torch.testing.assert_close(item.probabilities.sum(-1), torch.ones(len(item.probabilities)))
+        assert float(item.probabilities.max()) == pytest.approx(1 / 46, rel=1e-3)
+
+
+# --- carrying

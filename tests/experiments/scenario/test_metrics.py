@@ -3,8 +3,17 @@
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fedmosaic.experiments.scenario.metrics import Interval, Pair, client_scores, interval, mean_pair
+from fedmosaic.experiments.scenario.metrics import (
+    Interval,
+    Pair,
+    area_under_curve,
+    client_scores,
+    interval,
+    mean_pair,
+)
 from fedmosaic.protos.errors import ConfigurationError
 
 
@@ -48,3 +57,13 @@ def test_scores_that_are_missing_or_not_finite_are_refused() -> None:
         client_scores("a", {})
     with pytest.raises(ConfigurationError):
         client_scores("a", {("a", "x"): math.nan})
+
+
+scores = st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=8)
+
+
+@given(positive=scores, negative=scores)
+def test_area_under_curve_is_the_share_of_pairs_won(positive: list[float], negative: list[float]) -> None:
+    wins = sum((p > n) + 0.5 * (p == n) for p in positive for n in negative)
+    found = area_under_curve(positive, negative)
+    assert found == pytest.approx(wins / (len(positive) * len(negative)))
