@@ -61,7 +61,7 @@ def choice_accuracy(
         examples: At least one example, each with at least two choices, its answer among them.
         batch_size: Sequences per forward pass; at least 1.
         max_length: Most tokens per sequence, prompt cut from the left; the model's context by default.
-        scoring: See `most_likely_choices`.
+        scoring: See `choice_scores`.
 
     Returns:
         Accuracy in [0, 1].
@@ -89,7 +89,21 @@ def most_likely_choices(
     max_length: int | None = None,
     scoring: Scoring = "auto",
 ) -> list[int]:
-    """Index of the most likely choice of every example, the first one if several are equally likely.
+    """Index of the most likely choice of every example, the first of several; see `choice_scores`."""
+    rows = choice_scores(model, tokenizer, examples, batch_size, max_length=max_length, scoring=scoring)
+    return [max(range(len(row)), key=row.__getitem__) for row in rows]
+
+
+def choice_scores(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    batch_size: int,
+    *,
+    max_length: int | None = None,
+    scoring: Scoring = "auto",
+) -> list[list[float]]:
+    """Scores of every example's choices, log-likelihoods up to a constant of the example.
 
     Args:
         model: Causal language model; its training mode is restored afterwards.
@@ -101,7 +115,7 @@ def most_likely_choices(
             always takes the mean log-likelihood over all tokens of a choice.
 
     Returns:
-        One index into ``choices`` per example.
+        Per example one score for each of its ``choices``.
 
     Raises:
         ConfigurationError: There is no example, or one cannot be scored.
@@ -127,7 +141,7 @@ def most_likely_choices(
         raise ModelError(
             "a choice's score is not finite; the weights are damaged or their dtype is too narrow"
         )
-    return [max(range(len(row)), key=row.__getitem__) for _, row in sorted(scores.items())]
+    return [row for _, row in sorted(scores.items())]
 
 
 def _context_length(model: nn.Module) -> int:
