@@ -5,11 +5,16 @@
 Six tasks with two or four choices, each in two forms: NAME with words that say what they mean, and
 NAME-letters with letters in their place, which a model can only know from training. Letters are one token in
 every tokenizer. The public text shares no data set with any task.
+
+The stories model (`--stories`) cannot learn to end an answer as its tokenizer says: it was trained without
+`</s>`, whose embedding is that of twenty thousand other unused tokens, so no adapter makes it likelier than
+one in twenty thousand. It ends its stories with `<s>`, and the copy that is written names that token.
 """
 
 import csv
 import json
 import random
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,6 +71,8 @@ class Arguments:
     """NAME=FOLDER of a model; its first layers go to OUT/NAME-DEPTH, heads refitted on the public text."""
     depths: tuple[int, ...] = (10, 20)
     """How many layers of the model to keep."""
+    stories: Path | None = None
+    """Folder of the stories model; a copy that can end a text goes to OUT/stories-15m."""
 
 
 def write_tasks(arguments: Arguments) -> None:
@@ -87,6 +94,22 @@ def write_tasks(arguments: Arguments) -> None:
             _write(arguments.out / f"{name}.{split}.jsonl", examples)
             _write(arguments.out / f"{name}-letters.{split}.jsonl", [_in_letters(e) for e in examples])
     (arguments.out / "general.txt").write_text("\n".join(public) + "\n", encoding="utf-8")
+
+
+def write_story_model(folder: Path, out: Path) -> None:
+    """Copy a model folder, with the token that begins a text as the one that ends it."""
+    try:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+        for file in folder.iterdir():
+            shutil.copyfile(file, out / file.name)
+        settings = _json(out / "tokenizer_config.json")
+        settings["eos_token"] = settings["bos_token"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigurationError(
+            f"{folder} is no model with a tokenizer that begins texts ({error})"
+        ) from None
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def write_shallow_models(folder: Path, depths: Sequence[int], public: Path, out: Path) -> None:
@@ -190,6 +213,8 @@ def main(arguments: Sequence[str]) -> int:
     """Run `python -m fedmosaic.experiments.studies.alignment.tasks`."""
     parsed = tyro.cli(Arguments, args=list(arguments))
     write_tasks(parsed)
+    if parsed.stories is not None:
+        write_story_model(parsed.stories, parsed.out / "stories-15m")
     if parsed.model is not None:
         name, _, folder = parsed.model.partition("=")
         write_shallow_models(Path(folder), parsed.depths, parsed.out / "general.txt", parsed.out / name)

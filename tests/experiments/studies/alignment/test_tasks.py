@@ -1,5 +1,6 @@
 """The alignment's data: balanced, disjoint from public text, the same on every run."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from fedmosaic.client.model.load import load_base_model
 from fedmosaic.experiments.studies.alignment.tasks import (
     Arguments,
     write_shallow_models,
+    write_story_model,
     write_tasks,
 )
 from fedmosaic.protos.errors import ConfigurationError
@@ -47,6 +49,21 @@ def test_tasks_are_balanced_and_share_nothing_with_the_public_text(tmp_path: Pat
 def test_missing_data_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="missing"):
         write_tasks(Arguments(tmp_path, tmp_path / "out"))
+
+
+def test_a_copy_of_a_model_ends_texts_as_it_begins_them(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    (model / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    write_story_model(model, tmp_path / "copy")
+    assert (tmp_path / "copy" / "model.safetensors").read_bytes() == b"weights"
+    settings = json.loads((tmp_path / "copy" / "tokenizer_config.json").read_text())
+    assert settings == {"bos_token": "<s>", "eos_token": "<s>"}
+    assert "</s>" in (model / "tokenizer_config.json").read_text()
+    (model / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ConfigurationError, match="begins texts"):
+        write_story_model(model, tmp_path / "copy")
 
 
 def test_shallow_copies_keep_the_first_layers_and_load(tiny_folder: Path, tmp_path: Path) -> None:
