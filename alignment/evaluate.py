@@ -84,7 +84,7 @@ class Arguments:
     """Number of runs; each has its own order of examples, random cores and random bases."""
     steps: int = 64
     """Optimizer steps in each model."""
-    learning_rate: float = 5e-3
+    learning_rate: float = 3e-2
     """Of P and Q."""
     batch_size: int = 8
     """Examples per step."""
